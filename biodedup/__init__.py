@@ -1,0 +1,90 @@
+"""biodedup: finds a person enrolled twice.
+
+Captures become templates, templates a gallery, and every new encounter is compared with everybody in it. `__all__` is
+the public interface; everything else may change.
+"""
+
+from biodedup.config import CaptureConfig, Config, FaceConfig, FingerConfig, Policy, SearchConfig
+from biodedup.embed.extractor import Extractor
+from biodedup.engine import Engine, compare
+from biodedup.errors import (
+    BiodedupError,
+    CallerError,
+    DataDamaged,
+    EncounterConflict,
+    EngineClosed,
+    GalleryBusy,
+    GalleryDamaged,
+    InvalidInput,
+    ModelCardError,
+    ModelMismatch,
+    NotAGallery,
+    RetryableError,
+    StorageUnavailable,
+    SubjectExists,
+    UnknownSubject,
+)
+from biodedup.values import (
+    COLUMNS,
+    FINGER_POSITIONS,
+    Candidate,
+    Cluster,
+    Decision,
+    Encounter,
+    Evidence,
+    Face,
+    Finger,
+    Link,
+    Missing,
+    Refusal,
+    Score,
+    SearchResult,
+    Template,
+    Verification,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "COLUMNS",
+    "FINGER_POSITIONS",
+    "BiodedupError",
+    "CallerError",
+    "Candidate",
+    "CaptureConfig",
+    "Cluster",
+    "Config",
+    "DataDamaged",
+    "Decision",
+    "Encounter",
+    "EncounterConflict",
+    "Engine",
+    "EngineClosed",
+    "Evidence",
+    "Extractor",
+    "Face",
+    "FaceConfig",
+    "Finger",
+    "FingerConfig",
+    "GalleryBusy",
+    "GalleryDamaged",
+    "InvalidInput",
+    "Link",
+    "Missing",
+    "ModelCardError",
+    "ModelMismatch",
+    "NotAGallery",
+    "Policy",
+    "Refusal",
+    "RetryableError",
+    "Score",
+    "SearchConfig",
+    "SearchResult",
+    "StorageUnavailable",
+    "SubjectExists",
+    "Template",
+    "UnknownSubject",
+    "Verification",
+    "__version__",
+    "compare",
+]

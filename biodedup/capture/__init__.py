@@ -1,0 +1,1 @@
+"""Captures into samples: formats, the face, the finger, and their quality gates."""

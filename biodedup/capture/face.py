@@ -1,0 +1,193 @@
+"""Face captures into aligned faces: detect, choose, judge, align.
+
+Owns the detector and the face's gate. Never decodes files and never embeds.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.capture.formats import Pixels
+from biodedup.config import FaceConfig
+from biodedup.values import Float32, Refusal
+
+SIDE_PX = 112
+_POINTS = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float64
+)
+"""Eyes, nose and corners of the mouth, image left first, where ArcFace-style models want them (Deng et al., 2019)."""
+
+_CENTRAL_SHARE = 0.4
+"""Distance from the centre, as a share of the image, at which a face counts exp(-1) of its area."""
+_SIDE_PX_LARGE = 640
+_BORDER_SHARE = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedFace:
+    """image: uint8 (112, 112, 3) RGB. landmarks: float64 (5, 2), in pixels of the capture. quality: confidence 0..1."""
+
+    image: NDArray[np.uint8] = field(repr=False)
+    quality: float
+    landmarks: NDArray[np.float64] = field(repr=False)
+
+
+class FaceDetector:
+    """YuNet (Wu et al., 2023) through OpenCV, and what follows until the face is aligned. Thread-safe."""
+
+    def __init__(self, config: FaceConfig, weights: Path) -> None:
+        self._config = config
+        self._weights = weights
+        self._mine = threading.local()  # OpenCV's detector keeps state between calls
+
+    def align(self, pixels: Pixels) -> AlignedFace | Refusal:
+        """The capture's face, or why there is none."""
+        rgb = pixels.rgb
+        faces = self._detect(rgb)
+        if not len(faces):
+            return Refusal("face", "no_face", "detector confidence", 0.0, self._config.detector_confidence_min)
+        chosen, rival_share = choose(faces, rgb.shape[:2])
+        if rival_share > self._config.several_share_max:
+            return Refusal(
+                "face",
+                "several_faces",
+                "prominence of the second face",
+                round(rival_share, 3),
+                self._config.several_share_max,
+            )
+        landmarks = faces[chosen, 4:14].reshape(5, 2).astype(np.float64)
+        transform = similarity_transform(landmarks, _POINTS)
+        image = cv2.warpAffine(rgb, transform, (SIDE_PX, SIDE_PX), flags=_interpolation(transform))
+        aligned = AlignedFace(np.asarray(image, np.uint8), float(faces[chosen, 14]), landmarks)
+        return judge(aligned, rgb.shape[:2], self._config) or aligned
+
+    def _detect(self, rgb: NDArray[np.uint8]) -> Float32:
+        """float32 (n, 15): box x, y, w, h; five landmarks x, y; confidence. In pixels of rgb."""
+        for side, border in (
+            (self._config.detector_side_px, 0.0),
+            (_SIDE_PX_LARGE, 0.0),
+            (self._config.detector_side_px, _BORDER_SHARE),
+        ):
+            faces = self._detect_at(rgb, side, border)
+            if len(faces):
+                return faces
+        return faces
+
+    def _detect_at(self, rgb: NDArray[np.uint8], side: int, border: float) -> Float32:
+        """border: share of the longer side added all round, for faces that fill the image."""
+        height, width = rgb.shape[:2]
+        pad = int(border * max(height, width))
+        bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
+        if pad:
+            bgr = cv2.copyMakeBorder(bgr, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=(127, 127, 127))
+        factor = side / max(bgr.shape[:2])
+        small = cv2.resize(
+            bgr, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+        )
+        canvas = np.zeros((side, side, 3), np.uint8)
+        canvas[: small.shape[0], : small.shape[1]] = small[:side, :side]
+        found = self._detector(side).detect(canvas)[1]
+        if found is None:
+            return np.zeros((0, 15), np.float32)
+        faces = np.asarray(found, np.float32).copy()
+        faces[:, :14] /= factor
+        faces[:, [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]] -= pad
+        return faces
+
+    def _detector(self, side: int) -> Any:
+        known = self._mine.__dict__.setdefault("detectors", {})
+        if side not in known:
+            level = cv2.utils.logging.getLogLevel()
+            cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # it warns of a target nobody asked for
+            try:
+                known[side] = cv2.FaceDetectorYN.create(
+                    str(self._weights), "", (side, side), self._config.detector_confidence_min, 0.3, 50
+                )
+            finally:
+                cv2.utils.logging.setLogLevel(level)
+        return known[side]
+
+
+def choose(faces: Float32, shape: tuple[int, ...]) -> tuple[int, float]:
+    """(index of the most prominent face, prominence of the next one as a share of it).
+
+    Prominence is the box's area, falling off with its distance from the image's centre.
+    """
+    height, width = shape[:2]
+    centres = faces[:, :2] + faces[:, 2:4] / 2
+    distance = np.linalg.norm((centres - (width / 2, height / 2)) / (width, height), axis=1)
+    prominence = faces[:, 2] * faces[:, 3] * np.exp(-((distance / _CENTRAL_SHARE) ** 2))
+    order = np.argsort(-prominence, kind="stable")
+    share = float(prominence[order[1]] / prominence[order[0]]) if len(order) > 1 else 0.0
+    return int(order[0]), share
+
+
+def similarity_transform(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rotation, scale and shift (2, 3) that takes source points (n, 2) to target (n, 2) with least squares (Umeyama, 1991)."""
+    mean_source, mean_target = source.mean(axis=0), target.mean(axis=0)
+    centred = source - mean_source
+    u, singular, vt = np.linalg.svd((target - mean_target).T @ centred)
+    sign = np.array([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt)) or 1.0])
+    rotation = (u * sign) @ vt
+    scale = float(singular @ sign) / max(float((centred**2).sum()), 1e-9)
+    linear = scale * rotation
+    return np.column_stack([linear, mean_target - linear @ mean_source])
+
+
+def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refusal | None:
+    """The quality gate: the first limit that the face misses, or None."""
+    height, width = shape[:2]
+    eyes = face.landmarks[:2]
+    if (eyes < 0).any() or (eyes >= (width, height)).any():
+        outside = float(max(-eyes.min(), (eyes - (width, height)).max()))
+        return Refusal("face", "eyes_out_of_frame", "pixels outside the image", round(outside, 1), 0.0)
+    eye_distance = float(np.linalg.norm(eyes[1] - eyes[0]))
+    yaw, roll = angles_deg(face.landmarks)
+    grey = cv2.cvtColor(face.image, cv2.COLOR_RGB2GRAY)[16:-8, 16:-16]  # the face without its surroundings
+    brightness = float(grey.mean())
+    sharpness = float(cv2.Laplacian(grey, cv2.CV_32F).std()) / max(float(grey.std()), 8.0)
+    for reason, detail, measured, limit, missed in (
+        ("turned_away", "degrees of yaw", yaw, config.yaw_deg_max, yaw > config.yaw_deg_max),
+        ("turned_away", "degrees of roll", roll, config.roll_deg_max, roll > config.roll_deg_max),
+        (
+            "too_small",
+            "pixels between the eyes",
+            eye_distance,
+            config.eye_distance_px_min,
+            eye_distance < config.eye_distance_px_min,
+        ),
+        ("too_dark", "mean grey level", brightness, config.brightness_min, brightness < config.brightness_min),
+        ("too_bright", "mean grey level", brightness, config.brightness_max, brightness > config.brightness_max),
+        ("blurred", "Laplacian over contrast", sharpness, config.sharpness_min, sharpness < config.sharpness_min),
+    ):
+        if missed:
+            return Refusal("face", reason, detail, round(measured, 3), limit)
+    return None
+
+
+def angles_deg(landmarks: NDArray[np.float64]) -> tuple[float, float]:
+    """(yaw, roll), absolute, in degrees, from the five landmarks.
+
+    Roll is the slope of the line between the eyes. Yaw takes the head for a ball on which the nose lies in front of the
+    eyes' line by 0.6 of the eyes' distance: the nose's offset from the middle of the eyes is the sine's share of that.
+    """
+    left, right, nose = landmarks[:3]
+    across = right - left
+    distance = max(float(np.linalg.norm(across)), 1e-6)
+    offset = abs(float((nose - (left + right) / 2) @ across)) / distance**2
+    yaw = float(np.degrees(np.arctan2(offset, 0.6)))
+    roll = float(np.degrees(np.arctan2(abs(across[1]), across[0])))
+    return yaw, roll
+
+
+def _interpolation(transform: NDArray[np.float64]) -> int:
+    """Shrinking by much needs averaging, which warpAffine's linear interpolation does not do; area is close enough."""
+    scale = float(np.hypot(transform[0, 0], transform[1, 0]))
+    return cv2.INTER_AREA if scale < 0.5 else cv2.INTER_LINEAR

@@ -1,0 +1,140 @@
+"""Finger captures into templates: 500 dpi, ridges, quality gate, minutiae.
+
+Owns resampling, the finger's gate and the seam to minutiae extractors. Never decodes files and never compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.capture.formats import Pixels
+from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
+from biodedup.capture.nbis_parts import extract
+from biodedup.config import FingerConfig
+from biodedup.errors import InvalidInput
+from biodedup.values import FINGER_POSITIONS, Float32, Refusal, Template
+
+DPI = 500
+MM_PER_PIXEL = 25.4 / DPI
+SCANNER_DPI_MIN = 250.0
+"""A file that states less was not told its scanner's resolution: 72 and 96 are what editors write."""
+
+_BLOCK_PX = 16
+_CONTRAST_MIN = 12.0  # standard deviation of grey levels within a block
+_COHERENCE_MIN = 0.4  # of the gradient's direction within 3 x 3 blocks; FVC2002 and UareU, 2026-11
+
+MinutiaeExtractor = Callable[[NDArray[np.uint8]], tuple[MinutiaeRecord, float]]
+"""uint8 (h, w) at 500 dpi -> minutiae and NFIQ 2 score. Raises ValueError where it finds nothing to work on."""
+
+EXTRACTORS: dict[str, MinutiaeExtractor] = {"mindtct": extract}
+
+
+class FingerReader:
+    """Reads finger samples. Thread-safe."""
+
+    def __init__(self, config: FingerConfig, model_id: str) -> None:
+        if config.minutiae not in EXTRACTORS:
+            raise InvalidInput(
+                f"minutiae extractor {config.minutiae!r} is not known; use one of {', '.join(EXTRACTORS)}"
+            )
+        self._config = config
+        self._model_id = model_id
+        self._extract = EXTRACTORS[config.minutiae]
+
+    def read(self, pixels: Pixels, position: str, dpi: float | None) -> Template | Refusal:
+        """The template, or why there is none. dpi: what the caller states; None believes the file, then 500."""
+        config = self._config
+        grey = resampled(pixels.grey, dpi or scanner_dpi(pixels.dpi))
+        if max(grey.shape) > config.side_px_max:
+            return Refusal(
+                position,
+                "too_large",
+                "pixels at 500 dpi; is the stated dpi right?",
+                max(grey.shape),
+                config.side_px_max,
+            )
+        ridges = ridge_blocks(grey)
+        area_mm2 = float(np.count_nonzero(ridges)) * (_BLOCK_PX * MM_PER_PIXEL) ** 2
+        if area_mm2 == 0:
+            return Refusal(position, "no_ridges", "mm2 of ridges", 0.0, config.area_mm2_min)
+        if area_mm2 < config.area_mm2_min:
+            return Refusal(position, "too_small_area", "mm2 of ridges", round(area_mm2, 1), config.area_mm2_min)
+        share = ridge_period_share(grey, ridges)
+        if share < config.ridge_share_min:
+            return Refusal(
+                position, "no_ridges", "share of energy at ridge periods", round(share, 3), config.ridge_share_min
+            )
+        try:
+            record, nfiq2 = self._extract(grey)
+        except ValueError:
+            return Refusal(position, "no_ridges", "the minutiae extractor found nothing to work on")
+        if record.count < config.minutiae_min:
+            return Refusal(position, "few_minutiae", "minutiae", record.count, config.minutiae_min)
+        if nfiq2 < config.nfiq2_min:
+            return Refusal(position, "low_quality", "NFIQ 2", nfiq2, config.nfiq2_min)
+        code = 0 if position == "unknown" else FINGER_POSITIONS.index(position) + 1
+        return Template(
+            position, self._model_id, minutiae=write_record(record, code, int(min(max(nfiq2, 0), 100))), quality=nfiq2
+        )
+
+
+def scanner_dpi(stated: float | None) -> float:
+    """The file's resolution where a scanner can have stated it, else 500."""
+    return stated if stated is not None and stated >= SCANNER_DPI_MIN else float(DPI)
+
+
+def resampled(grey: NDArray[np.uint8], dpi: float) -> NDArray[np.uint8]:
+    """The image at 500 dpi. uint8 (h, w) in and out; within 1 % it stays as it is."""
+    factor = DPI / dpi
+    if abs(factor - 1) < 0.01:
+        return grey
+    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(grey, None, fx=factor, fy=factor, interpolation=interpolation), np.uint8)
+
+
+def ridge_blocks(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which 16-pixel blocks show ridges: contrast, and one direction. bool (h // 16, w // 16).
+
+    Coherence of the squared gradient: Bazen and Gerez, "Systematic methods for the computation of the directional fields
+    and singular points of fingerprints", 2002.
+    """
+    rows, columns = grey.shape[0] // _BLOCK_PX, grey.shape[1] // _BLOCK_PX
+    if not rows or not columns:
+        return np.zeros((rows, columns), bool)
+    image: Float32 = cv2.GaussianBlur(  # type: ignore[assignment]  # cv2's stubs know no float32
+        grey[: rows * _BLOCK_PX, : columns * _BLOCK_PX].astype(np.float32), (0, 0), 1.0
+    )
+    gx = np.asarray(cv2.Sobel(image, cv2.CV_32F, 1, 0), np.float32)
+    gy = np.asarray(cv2.Sobel(image, cv2.CV_32F, 0, 1), np.float32)
+
+    def per_block(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(cv2.resize(values, (columns, rows), interpolation=cv2.INTER_AREA), np.float32)
+
+    xx, yy, xy = per_block(gx * gx), per_block(gy * gy), per_block(gx * gy)
+    xx, yy, xy = (np.asarray(cv2.blur(values, (3, 3)), np.float32) for values in (xx, yy, xy))
+    coherence = np.sqrt((xx - yy) ** 2 + 4 * xy**2) / np.maximum(xx + yy, 1e-6)
+    deviation = np.sqrt(np.maximum(per_block(image * image) - np.square(per_block(image)), 0))
+    return np.asarray((deviation >= _CONTRAST_MIN) & (coherence >= _COHERENCE_MIN), np.bool_)
+
+
+def ridge_period_share(grey: NDArray[np.uint8], ridges: NDArray[np.bool_]) -> float:
+    """Share of the ridge blocks' spectral energy that lies at periods of 5 to 15 pixels, as ridges at 500 dpi have.
+
+    Measured in windows of 32 pixels around the blocks, against periods from 32 down to 2 pixels; 0..1.
+    """
+    half = _BLOCK_PX // 2
+    padded = cv2.copyMakeBorder(grey, half, half + _BLOCK_PX, half, half + _BLOCK_PX, cv2.BORDER_REFLECT)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32))[::_BLOCK_PX, ::_BLOCK_PX]
+    chosen = windows[: ridges.shape[0], : ridges.shape[1]][ridges].astype(np.float32)
+    if not len(chosen):
+        return 0.0
+    hann = np.hanning(32).astype(np.float32)
+    chosen = (chosen - chosen.mean(axis=(1, 2), keepdims=True)) * hann[:, None] * hann
+    energy = np.abs(np.fft.rfft2(chosen)) ** 2
+    frequency = np.hypot(np.fft.fftfreq(32)[:, None], np.fft.rfftfreq(32)[None])
+    inside = (frequency >= 1 / 15) & (frequency <= 1 / 5)
+    return float(np.median(energy[:, inside].sum(axis=1) / np.maximum(energy.sum(axis=(1, 2)), 1e-9)))

@@ -1,0 +1,254 @@
+"""Captures into pixels: files, bytes and arrays of every accepted format.
+
+Owns reading and decoding, and the limits on both. Never judges what the picture shows, and never logs or reports a path
+or a pixel.
+
+1. Whatever the bytes hold, the answer is `Pixels` or a `Refusal`; only an array of the wrong type or shape raises.
+2. Size limits are checked from the file's header, before a pixel is decoded.
+3. Only the formats in `FORMATS`, and WSQ, are tried: nothing that starts another program or follows a reference.
+4. An image that breaks off is refused, never filled up.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import threading
+import warnings
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import (  # noqa: F401  the plugins register themselves
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from biodedup.capture.wsq import decode_wsq, is_wsq, read_size
+from biodedup.config import CaptureConfig
+from biodedup.errors import InvalidInput
+from biodedup.values import CaptureData, Refusal
+
+FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "WEBP", "GIF", "BMP", "PPM")
+"""Pillow's names, strong signatures first; PPM covers PGM and PBM."""
+
+DPI_MIN, DPI_MAX = 100.0, 4000.0
+"""Below 100 is a screen's default (72, 96) that an editor wrote, not a scanner's resolution."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """rgb_or_grey: uint8 (h, w, 3) RGB or (h, w) grey, C-order. dpi: None where the file states no believable one."""
+
+    rgb_or_grey: NDArray[np.uint8] = field(repr=False)
+    dpi: float | None = None
+
+    @property
+    def rgb(self) -> NDArray[np.uint8]:
+        """uint8 (h, w, 3)."""
+        image = self.rgb_or_grey
+        return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+
+    @property
+    def grey(self) -> NDArray[np.uint8]:
+        """uint8 (h, w); luma of ITU-R BT.601."""
+        image = self.rgb_or_grey
+        return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))
+
+
+def decode(data: CaptureData, column: str, limits: CaptureConfig) -> Pixels | Refusal:
+    """The pixels of a capture; 16 bits become 8, transparency becomes white, EXIF orientation is applied.
+
+    data: a path, the file's content, or an array as for `check_array`. column names the capture in a refusal.
+    Raises InvalidInput for an array of the wrong type or shape.
+    """
+    if isinstance(data, np.ndarray):
+        check_array(data)
+        height, width = data.shape[:2]
+        declined = _size_refusal(column, "array", width, height, limits)
+        return declined or Pixels(_from_array(data))
+    content = data if isinstance(data, bytes) else _read(data, column, limits)
+    if isinstance(content, Refusal):
+        return content
+    if not content:
+        return Refusal(column, "empty_file", "0 bytes", 0, 1)
+    if len(content) > limits.bytes_max:
+        return _too_large(column, len(content), limits)
+    if is_wsq(content):
+        return _decode_wsq(content, column, limits)
+    return _decode_pillow(content, column, limits)
+
+
+def check_array(array: NDArray[Any]) -> None:
+    """Raises InvalidInput unless uint8 or uint16 (h, w), (h, w, 3) RGB or (h, w, 4) RGBA."""
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise InvalidInput(
+            f"an image array has dtype {array.dtype}, wanted uint8 or uint16; "
+            "scale it to 0..255 and convert it, as array.astype(np.uint8)"
+        )
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise InvalidInput(
+            f"an image array has shape {array.shape}, wanted (h, w), (h, w, 3) RGB or (h, w, 4) RGBA; "
+            "pass one image at a time, channels last"
+        )
+
+
+def _read(path: str | os.PathLike[str], column: str, limits: CaptureConfig) -> bytes | Refusal:
+    try:
+        # O_NONBLOCK: opening a pipe that nobody writes to must not wait for ever
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return Refusal(column, "unreadable", "not a regular file")
+            if status.st_size > limits.bytes_max:
+                return _too_large(column, status.st_size, limits)
+            return file.read(limits.bytes_max + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return Refusal(column, "missing_file", "no file at this path")
+    except IsADirectoryError:
+        return Refusal(column, "unreadable", "a folder, not a file")
+    except OSError as error:
+        return Refusal(column, "unreadable", os.strerror(error.errno) if error.errno else type(error).__name__)
+    except ValueError:
+        return Refusal(column, "unreadable", "the path holds a null character")
+
+
+def _decode_wsq(content: bytes, column: str, limits: CaptureConfig) -> Pixels | Refusal:
+    size = read_size(content)
+    if size is None:
+        return _broken(column, "WSQ")
+    declined = _size_refusal(column, "WSQ", *size, limits)
+    if declined:
+        return declined
+    image = decode_wsq(content)
+    if image is None or image.grey.shape != size[::-1]:
+        return _broken(column, "WSQ")
+    return Pixels(image.grey, _believable(image.dpi))
+
+
+def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels | Refusal:
+    name = _sniff(content)
+    if name is None:
+        return Refusal(column, "not_an_image", f"none of {', '.join(FORMATS)}, WSQ")
+    with _quiet_pillow:
+        try:
+            # Image.open would first warn of, or reject, large images by a limit of its own
+            with Image.OPEN[name][0](io.BytesIO(content), "") as image:
+                declined = _size_refusal(column, name, *image.size, limits)
+                if declined:
+                    return declined
+                image.load()
+                dpi = image.info.get("dpi")
+                pixels = _from_pillow(_upright(image))
+        except Exception:  # plugins raise almost anything for damaged bytes: SyntaxError, struct.error, KeyError, ...
+            return _broken(column, name)
+    if pixels is None:
+        return Refusal(column, "not_an_image", f"{name} of numbers that are not 8 or 16 bit grey levels or colours")
+    return Pixels(pixels, _believable(dpi))
+
+
+def _sniff(content: bytes) -> str | None:
+    """The format whose signature the bytes carry, or None."""
+    for name in FORMATS:
+        accept = Image.OPEN[name][1]
+        if accept is not None and accept(content[:16]) is True:
+            return name
+    return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image with its EXIF orientation applied."""
+    try:
+        return ImageOps.exif_transpose(image) or image
+    except Exception:
+        return image  # damaged EXIF data says nothing about the pixels
+
+
+def _from_pillow(image: Image.Image) -> NDArray[np.uint8] | None:
+    """uint8 pixels, or None for numbers without a known range."""
+    if image.mode == "F":
+        return None
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.size and (levels.min() < 0 or levels.max() > 0xFFFF):
+            return None
+        return (levels >> 8).astype(np.uint8)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
+def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+    levels = np.ascontiguousarray(array >> 8 if array.dtype.itemsize == 2 else array, dtype=np.uint8)
+    if levels.ndim == 3 and levels.shape[2] == 4:
+        pixels = _from_pillow(Image.fromarray(levels, "RGBA"))
+        assert pixels is not None
+        return pixels
+    return levels
+
+
+def _believable(dpi: object) -> float | None:
+    """dpi as a number, from whatever a file made of it."""
+    try:
+        value = float(dpi[0] if isinstance(dpi, tuple) else dpi)  # type: ignore[arg-type]
+    except (TypeError, ValueError, ArithmeticError, IndexError):
+        return None
+    return value if DPI_MIN <= value <= DPI_MAX else None
+
+
+def _size_refusal(column: str, name: str, width: int, height: int, limits: CaptureConfig) -> Refusal | None:
+    detail = f"{name}, {width} x {height} pixels"
+    if width * height > limits.pixels_max:
+        return Refusal(column, "too_many_pixels", detail, width * height, limits.pixels_max)
+    if min(width, height) < limits.side_px_min:
+        return Refusal(column, "too_small", detail, min(width, height), limits.side_px_min)
+    return None
+
+
+def _too_large(column: str, size: int, limits: CaptureConfig) -> Refusal:
+    return Refusal(column, "too_large_file", f"{size} bytes", size, limits.bytes_max)
+
+
+def _broken(column: str, name: str) -> Refusal:
+    return Refusal(column, "truncated", f"{name} that breaks off or is damaged")
+
+
+class _QuietPillow:
+    """While any thread is inside, Pillow's warnings are ignored; damaged metadata is not the caller's concern.
+
+    `warnings.catch_warnings` alone restores the wrong filters when two threads overlap.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.__exit__(None, None, None)
+
+
+_quiet_pillow = _QuietPillow()

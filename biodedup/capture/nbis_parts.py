@@ -1,0 +1,77 @@
+"""NBIS (MINDTCT, NFIQ 2, BOZORTH3) through PyPI `nbis-py`, one call at a time.
+
+Owns the library's settings, its lock and its private record layout. Never judges.
+
+NBIS keeps work areas in global variables, so a lock guards every call. What `nbis-py` calls an ISO record has a header
+of 26 bytes instead of 28: it is translated here, and standard records are what the rest of biodedup sees.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.capture.minutiae_record import MinutiaeRecord
+
+_lock = threading.Lock()
+_HEADER = struct.Struct(">4s4sIHHH7sB")  # magic, version, length, 0, width, height, nothing of use, count
+_FILLER = bytes.fromhex("00004100000000")
+
+MINUTIAE_MAX = 150
+"""BOZORTH3's own default. More than that come from noise, and its time grows with their fourth power."""
+
+
+def extract(grey: NDArray[np.uint8]) -> tuple[MinutiaeRecord, float]:
+    """MINDTCT minutiae and the NFIQ 2 score (0..100) of a 500 dpi image, uint8 (h, w).
+
+    Raises ValueError where NBIS finds nothing to work on.
+    """
+    content = cv2.imencode(".png", grey)[1].tobytes()
+    with _lock:
+        import nbis
+
+        try:
+            found = _extractor().extract_minutiae(content)
+            native = bytes(found.to_iso_19794_2_2005())
+            nfiq2 = float(found.quality().score)
+        except (nbis.NbisError, nbis.InternalError) as error:
+            raise ValueError(f"NBIS: {type(error).__name__}") from error
+    body = native[_HEADER.size :]
+    return MinutiaeRecord(grey.shape[1], grey.shape[0], body[: len(body) // 6 * 6]).strongest(MINUTIAE_MAX), nfiq2
+
+
+def bozorth3(probe: MinutiaeRecord, candidates: list[MinutiaeRecord]) -> NDArray[np.float32]:
+    """BOZORTH3 scores float32 (n,), the larger of both directions."""
+    scores = np.zeros(len(candidates), np.float32)
+    if not probe.count:
+        return scores
+    with _lock:
+        mine = _load(probe)
+        for i, candidate in enumerate(candidates):
+            if candidate.count:
+                theirs = _load(candidate)
+                scores[i] = max(mine.compare(theirs), theirs.compare(mine), 0)
+    return scores
+
+
+def _load(record: MinutiaeRecord) -> Any:
+    record = record.strongest(MINUTIAE_MAX)
+    length = _HEADER.size + len(record.body)
+    header = _HEADER.pack(b"FMR\0", b" 20\0", length, 0, record.width, record.height, _FILLER, record.count)
+    return _extractor().load_iso_19794_2_2005(header + record.body)
+
+
+@cache
+def _extractor() -> Any:
+    import nbis
+
+    settings = nbis.NbisExtractorSettings(
+        min_quality=0.0, get_center=False, check_fingerprint=False, compute_nfiq2=True, ppi=500.0
+    )
+    return nbis.new_nbis_extractor(settings)

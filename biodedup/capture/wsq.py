@@ -1,0 +1,166 @@
+"""WSQ fingerprints, decoded in a child process.
+
+Owns the child processes and their pipes. Never raises for what the bytes hold, and never decodes them in this process:
+the C decoder (PyPI `wsq`, from NBIS) writes past its buffers on some damaged files, which kills whatever process it
+runs in; a hostile upload would take the whole enrolment service with it.
+
+1. A child that fails, crashes or takes too long is killed and not used again.
+2. A child that was used before may carry damage from an earlier file, so its failure is tried again in a fresh one.
+3. Children end with this process: their standard input closes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import struct
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+DECODE_S_MAX = 20.0
+"""A 50-megapixel image takes 3 s; a decoder that runs longer is caught in a loop."""
+
+_LENGTH = struct.Struct("<Q")
+_HEADER = struct.Struct("<QQd")
+
+# The child keeps its pipe to itself: whatever the C code prints goes elsewhere.
+_CHILD = f"""
+import os, struct, sys
+sys.path.insert(0, sys.argv[1])
+import _wsq
+source = os.fdopen(os.dup(0), "rb")
+sink = os.fdopen(os.dup(1), "wb")
+null = os.open(os.devnull, os.O_RDWR)
+os.dup2(null, 0)
+os.dup2(null, 1)
+while head := source.read({_LENGTH.size}):
+    try:
+        pixels, width, height, dpi = _wsq.decompress(source.read(*struct.unpack("{_LENGTH.format}", head)))
+    except Exception:
+        pixels, width, height, dpi = b"", 0, 0, 0
+    sink.write(struct.pack("{_HEADER.format}", width, height, dpi))
+    sink.write(pixels)
+    sink.flush()
+"""
+
+_idle: list[subprocess.Popen[bytes]] = []
+
+
+@dataclass(frozen=True, eq=False)
+class WsqImage:
+    """grey: uint8 (h, w). dpi: None where the file states none."""
+
+    grey: NDArray[np.uint8]
+    dpi: float | None
+
+
+def is_wsq(content: bytes) -> bool:
+    """Whether the bytes begin as a WSQ file does: start of image, then a table, comment or frame."""
+    return content[:3] == b"\xff\xa0\xff" and content[3:4] in b"\xa2\xa4\xa5\xa6\xa8"
+
+
+def read_size(content: bytes) -> tuple[int, int] | None:
+    """(width, height) from the frame header, or None where it cannot be found."""
+    at = 2
+    while at + 10 <= len(content) and content[at] == 0xFF:
+        if content[at + 1] == 0xA2:
+            height, width = struct.unpack_from(">HH", content, at + 6)
+            return width, height
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return None
+
+
+def decode_wsq(content: bytes) -> WsqImage | None:
+    """The image, or None where the bytes cannot be decoded. Check `read_size` first: memory grows with it."""
+    if not content.endswith(b"\xff\xa1"):  # without its end marker the file was cut off; the decoder may not notice
+        return None
+    while _idle:
+        try:
+            child = _idle.pop()
+        except IndexError:
+            break
+        image = _ask(child, content)
+        if image is not None:
+            return image
+    return _ask(_start(), content)
+
+
+def _start() -> subprocess.Popen[bytes]:
+    spec = importlib.util.find_spec("_wsq")
+    if spec is None or spec.origin is None:
+        raise ImportError("WSQ files need the package `wsq`; install it, as `pip install wsq`")
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", _CHILD, os.path.dirname(spec.origin)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _ask(child: subprocess.Popen[bytes], content: bytes) -> WsqImage | None:
+    """One exchange with a child, which afterwards is idle or dead."""
+    image = None
+    alarm = threading.Timer(DECODE_S_MAX, child.kill)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        image = _exchange(child, content)
+    finally:
+        alarm.cancel()
+        if image is None:
+            _stop(child)
+        else:
+            _idle.append(child)
+    return image
+
+
+def _exchange(child: subprocess.Popen[bytes], content: bytes) -> WsqImage | None:
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(_LENGTH.pack(len(content)))
+        child.stdin.write(content)
+        child.stdin.flush()
+    except BrokenPipeError:
+        return None
+    head = child.stdout.read(_HEADER.size)
+    if len(head) < _HEADER.size:
+        return None
+    width, height, dpi = _HEADER.unpack(head)
+    pixels = child.stdout.read(width * height)
+    if not pixels or len(pixels) < width * height:
+        return None
+    return WsqImage(np.frombuffer(pixels, np.uint8).reshape(height, width), dpi if dpi > 0 else None)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        assert pipe is not None
+        try:
+            pipe.close()
+        except BrokenPipeError:
+            pass  # what it had not read is of no interest
+
+
+@atexit.register
+def _stop_all() -> None:
+    while _idle:
+        _stop(_idle.pop())
+
+
+def _forget_all() -> None:
+    """A forked process leaves its parent's children alone."""
+    for child in _idle:
+        child.returncode = 0
+    _idle.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

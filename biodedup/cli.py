@@ -1,0 +1,369 @@
+"""The command line: a thin mirror of the engine and the jobs.
+
+Owns arguments, printing and exit codes. Never decides anything itself.
+
+Results go to standard output (`--json`: one JSON document), progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import biodedup
+from biodedup import jobs
+from biodedup.config import Config
+from biodedup.engine import Engine
+from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
+from biodedup.values import Capture, Decision, Encounter, Evidence, Face, Finger, Missing, Refusal
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Finds a person enrolled twice.\n\nExit codes: 0 done, unique or accepted; 1 unexpected failure; 2 your mistake; "
+    "3 try again later; 4 data damaged; 10 duplicate, or duplicates found; 11 review; 12 refused; 13 not accepted; "
+    "130 interrupted.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Exit(IntEnum):
+    """What the exit codes mean."""
+
+    DONE = 0
+    CALLER = 2
+    RETRY = 3
+    DAMAGED = 4
+    DUPLICATE = 10
+    REVIEW = 11
+    REFUSED = 12
+    NOT_ACCEPTED = 13
+    INTERRUPTED = 130
+
+
+_OUTCOME_EXIT = {
+    "unique": Exit.DONE,
+    "duplicate": Exit.DUPLICATE,
+    "review": Exit.REVIEW,
+    "refused": Exit.REFUSED,
+}
+
+GalleryOption = Annotated[
+    Path,
+    typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The gallery's folder; enroll and load create it."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads for extraction and search.")]
+FaceOption = Annotated[list[Path] | None, typer.Option("--face", help="A face image.")]
+FingerOption = Annotated[
+    list[str] | None, typer.Option("--finger", metavar="[POSITION=]PATH", help="A finger image, as right_index=ri.wsq.")
+]
+MissingOption = Annotated[
+    list[str] | None, typer.Option("--missing", metavar="POSITION=REASON", help="A capture that cannot be had.")
+]
+DpiOption = Annotated[
+    float | None, typer.Option("--dpi", help="Resolution of the finger images, where the files state none.")
+]
+EncounterOption = Annotated[
+    str | None, typer.Option("--encounter-id", help="Sent again with the same content, it gets the same decision.")
+]
+DEFAULT_GALLERY = Path("gallery")
+
+
+@app.command()
+def enroll(
+    subject_id: str,
+    face: FaceOption = None,
+    finger: FingerOption = None,
+    missing: MissingOption = None,
+    dpi: DpiOption = None,
+    encounter_id: EncounterOption = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Enrol a subject, unless somebody in the gallery is the same person."""
+    encounter = Encounter(subject_id, _captures(face, finger, missing, dpi), encounter_id=encounter_id)
+    with Engine.open(gallery, Config(threads=threads)) as engine:
+        _finish_decision(engine.enroll(encounter), as_json)
+
+
+@app.command()
+def identify(
+    face: FaceOption = None,
+    finger: FingerOption = None,
+    dpi: DpiOption = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Search the gallery for the person of these captures; write nothing."""
+    encounter = Encounter(None, _captures(face, finger, None, dpi))
+    with Engine.open(gallery, Config(threads=threads), read_only=True) as engine:
+        _finish_decision(engine.identify(encounter), as_json)
+
+
+@app.command()
+def verify(
+    subject_id: str,
+    face: FaceOption = None,
+    finger: FingerOption = None,
+    dpi: DpiOption = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare captures with one enrolled subject."""
+    encounter = Encounter(None, _captures(face, finger, None, dpi))
+    with Engine.open(gallery, Config(threads=threads), read_only=True) as engine:
+        result = engine.verify(encounter, subject_id)
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        word = "accepted" if result.accepted else "not accepted"
+        out.print(f"{word}: {result.score_db:.1f} dB, threshold {result.threshold_db:.1f} dB")
+        _print_evidence(result.evidence)
+        _print_refusals(result.refusals)
+    raise typer.Exit(Exit.DONE if result.accepted else Exit.NOT_ACCEPTED)
+
+
+@app.command()
+def remove(
+    subject_ids: Annotated[list[str], typer.Argument(metavar="SUBJECT_ID...")],
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove subjects; the next search does not see them."""
+    with _existing(gallery) as engine:
+        for subject_id in subject_ids:
+            engine.remove(subject_id)
+        size = len(engine)
+    _finish({"removed": subject_ids, "subjects": size}, f"removed {len(subject_ids)}, {size:,} remain", as_json)
+
+
+@app.command()
+def dedup(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of images (a folder per subject), or a CSV or Parquet manifest.")
+    ],
+    result: Annotated[Path, typer.Option("--out", "-o", help="Result, .parquet or .csv.")] = Path("dedup.parquet"),
+    threshold_db: Annotated[
+        float | None, typer.Option(help="Link pairs from this score on; default: the policy's.")
+    ] = None,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the images, or the subjects of a manifest, that are the same person. Interrupted, it goes on where it was."""
+    with _progress() as progress:
+        found = jobs.dedup(source, result, Config(threads=threads), threshold_db=threshold_db, progress=progress)
+    summary = found.summary() | {"result": str(result)}
+    if as_json:
+        _print_json(summary)
+    else:
+        table = Table(show_header=False)
+        for key, value in summary.items():
+            table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        out.print(table)
+        label_of = {unit.unit_id: unit.label for unit in found.units}
+        links = [link for cluster in found.clusters for link in cluster.links]
+        across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
+        for link in sorted(across, key=lambda link: -link.score_db)[:20]:
+            out.print(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}", soft_wrap=True)
+    raise typer.Exit(Exit.DUPLICATE if found.clusters else Exit.DONE)
+
+
+@app.command()
+def load(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE.parquet", help="Columns subject_id, and face as lists of floats.")
+    ],
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    as_json: JsonOption = False,
+) -> None:
+    """Add ready templates without a search. Interrupted, it goes on where it was."""
+    with Engine.open(gallery) as engine, _progress() as progress:
+        result = jobs.load(engine, source, progress=progress)
+        size = len(engine)
+    text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {size:,} subjects"
+    if result.refused_rows:
+        text += f"; refused rows: {', '.join(map(str, result.refused_rows))}"
+    _finish(asdict(result) | {"subjects": size}, text, as_json)
+
+
+@app.command()
+def info(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
+    """What a gallery holds."""
+    with Engine.open(gallery, read_only=True) as engine:
+        facts = engine.info()
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        for name, text in value.items() if isinstance(value, dict) else [("", value)]:
+            shown = ", ".join(f"{k} {v}" for k, v in text.items()) if isinstance(text, dict) else str(text)
+            table.add_row(key.replace("_", " "), name, shown)
+    out.print(table)
+
+
+@app.command()
+def doctor(
+    gallery: Annotated[Path | None, typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the installation's models, and a gallery's stored data."""
+    report = jobs.examine(gallery)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        for line in report.checked:
+            out.print(f"sound    {line}", soft_wrap=True)
+        for line in report.problems:
+            out.print(f"[bold]damaged[/]  {line}", soft_wrap=True)
+    raise typer.Exit(Exit.DAMAGED if report.problems else Exit.DONE)
+
+
+@app.command()
+def demo(
+    subjects: Annotated[int, typer.Option(min=1000, help="Synthetic subjects.")] = 100_000,
+    as_json: JsonOption = False,
+) -> None:
+    """Enrol a population and a real portrait, block its re-captures, and measure searches."""
+    with tempfile.TemporaryDirectory() as folder:
+        say = (lambda text: None) if as_json else (lambda text: out.print(text, soft_wrap=True))
+        result = jobs.demo(Path(folder) / "gallery", subjects=subjects, say=say)
+    if as_json:
+        _print_json(result.to_dict())
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(biodedup.__version__)
+        raise typer.Exit()
+
+
+def main() -> None:
+    """The entry point: runs a command and turns the error tree into exit codes."""
+    as_json = "--json" in sys.argv
+    try:
+        app()
+    except BiodedupError as error:
+        if as_json:
+            _print_json({"error": {"type": type(error).__name__, "text": str(error)}})
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(_exit_code(error))
+    except KeyboardInterrupt:
+        err.print("interrupted; start the same command again to go on")
+        sys.exit(Exit.INTERRUPTED)
+
+
+def _exit_code(error: BiodedupError) -> int:
+    branches = ((CallerError, Exit.CALLER), (RetryableError, Exit.RETRY), (DataDamaged, Exit.DAMAGED))
+    return next((code for branch, code in branches if isinstance(error, branch)), 1)
+
+
+@contextmanager
+def _existing(gallery: Path) -> Iterator[Engine]:
+    """Opens for writing, but creates nothing: a mistyped path is not an empty gallery."""
+    Engine.open(gallery, read_only=True).close()
+    with Engine.open(gallery) as engine:
+        yield engine
+
+
+def _captures(
+    faces: list[Path] | None, fingers: list[str] | None, missing: list[str] | None, dpi: float | None
+) -> list[Capture]:
+    captures: list[Capture] = [Face(path) for path in faces or ()]
+    for text in fingers or ():
+        position, separator, path = text.partition("=")
+        captures.append(Finger(path, position, dpi) if separator else Finger(text, dpi=dpi))
+    for text in missing or ():
+        position, _, reason = text.partition("=")
+        captures.append(Missing(position, reason or "not stated"))
+    if all(isinstance(capture, Missing) for capture in captures):
+        raise InvalidInput("no capture was given; pass --face PATH or --finger POSITION=PATH")
+    return captures
+
+
+@contextmanager
+def _progress() -> Iterator[jobs.Progress]:
+    """A progress bar on standard error, one a stage."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def _finish(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(facts)
+    else:
+        out.print(text, soft_wrap=True)
+
+
+def _finish_decision(decision: Decision, as_json: bool) -> None:
+    if as_json:
+        _print_json(asdict(decision))
+    else:
+        best = (
+            ""
+            if decision.best is None
+            else f"; strongest {decision.best.subject_id} at {decision.best.score_db:.1f} dB"
+        )
+        out.print(
+            f"{decision.outcome}{best}; {decision.gallery_size:,} subjects, duplicate from {decision.duplicate_db:.1f} dB, "
+            f"review from {decision.review_db:.1f} dB",
+            soft_wrap=True,
+        )
+        if decision.best is not None and decision.outcome != "unique":
+            _print_evidence(decision.best.evidence)
+        _print_refusals(decision.refusals)
+    raise typer.Exit(_OUTCOME_EXIT[decision.outcome])
+
+
+def _print_evidence(evidence: tuple[Evidence, ...]) -> None:
+    for part in evidence:
+        raw = (
+            f"similarity {part.similarity:.3f}"
+            if part.similarity is not None
+            else f"minutiae score {part.minutiae:.0f}"
+        )
+        out.print(f"  {part.column}: {part.score_db:.1f} dB ({raw})")
+
+
+def _print_refusals(refusals: tuple[Refusal, ...]) -> None:
+    for refusal in refusals:
+        measured = "" if refusal.measured is None else f", measured {refusal.measured:.4g}"
+        limit = "" if refusal.limit is None else f", limit {refusal.limit:.4g}"
+        detail = f" ({refusal.detail})" if refusal.detail else ""
+        out.print(
+            f"  refused {refusal.column}: {refusal.reason}{measured}{limit}{detail}", markup=False, soft_wrap=True
+        )
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Settings: frozen, units in their names, stored with the gallery that they made.
+
+No default depends on the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from math import log10
+from pathlib import Path
+from typing import Any
+
+from biodedup.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class FaceConfig:
+    """Face model and the limits of its quality gate."""
+
+    model: str = "sface"
+    """Name of a shipped model card, or the path of a card (`*.toml`) of your own."""
+    model_folder: Path | None = None
+    """Folder of model cards; None: the cards that the package ships."""
+    detector: str = "yunet"
+    detector_confidence_min: float = 0.6
+    detector_side_px: int = 320
+    several_share_max: float = 0.5
+    """A second face of at least this share of the first one's prominence (area, less away from the centre) is ambiguous."""
+    eye_distance_px_min: float = 20.0
+    sharpness_min: float = 0.1
+    """Standard deviation of the Laplacian over that of the grey levels, aligned face."""
+    brightness_min: float = 30.0
+    brightness_max: float = 230.0
+    """Mean grey level of the aligned face."""
+    yaw_deg_max: float = 45.0
+    roll_deg_max: float = 60.0
+
+
+@dataclass(frozen=True)
+class FingerConfig:
+    """Finger extraction and the limits of its quality gate."""
+
+    model: str = "mindtct_bozorth3"
+    """Name of the model card of extractor and matcher."""
+    minutiae: str = "mindtct"
+    """The minutiae extractor."""
+    area_mm2_min: float = 20.0
+    """Area covered by ridges."""
+    ridge_share_min: float = 0.5
+    """Share of spectral energy at the periods that ridges have."""
+    minutiae_min: int = 8
+    side_px_max: int = 2500
+    """At 500 dpi, 127 mm: longer than any finger, or a slap of four."""
+    nfiq2_min: float = 5.0
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Limits on what is decoded at all."""
+
+    pixels_max: int = 50_000_000
+    """More pixels than this are refused before decoding: no scanner sends them, a decompression bomb does."""
+    side_px_min: int = 40
+    bytes_max: int = 100_000_000
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Thresholds, from a target false positive identification rate (FPIR) at the present gallery size.
+
+    FMR = FPIR / N, independence assumed; in decibels 10 log10(N / FPIR). A fixed threshold in dB overrides.
+    Twenty second encounters a thousand go to a person rather than one duplicate in: `review_fpir` is the wider one.
+    """
+
+    duplicate_fpir: float = 1e-3
+    review_fpir: float = 5e-3
+    duplicate_db: float | None = None
+    review_db: float | None = None
+    verify_fmr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("duplicate_fpir", "review_fpir", "verify_fmr"):
+            value = getattr(self, name)
+            if not 0 < value < 1:
+                raise InvalidInput(f"{name} is {value}, wanted a rate between 0 and 1")
+        if self.review_fpir < self.duplicate_fpir:
+            raise InvalidInput(
+                f"review_fpir {self.review_fpir} is below duplicate_fpir {self.duplicate_fpir}; review is the wider band"
+            )
+        duplicate_db, review_db = self.thresholds_db(1)
+        if self.duplicate_db is not None and self.review_db is not None and review_db > duplicate_db:
+            raise InvalidInput(f"review_db {review_db} is above duplicate_db {duplicate_db}; review is the wider band")
+
+    def thresholds_db(self, gallery_size: int) -> tuple[float, float]:
+        """(duplicate, review) thresholds in dB for a gallery of this many subjects."""
+        size = max(gallery_size, 1)
+        duplicate = self.duplicate_db if self.duplicate_db is not None else 10 * log10(size / self.duplicate_fpir)
+        review = self.review_db if self.review_db is not None else 10 * log10(size / self.review_fpir)
+        return duplicate, min(review, duplicate)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How far a search goes."""
+
+    candidates: int = 100
+    """Rows that the face scan hands to rescoring with every capture, a probe."""
+    finger_rows_max: int = 5_000
+    """Rows without a comparable face whose fingers are compared one by one; more than that makes a search incomplete."""
+    returned: int = 10
+    """Candidates kept in a decision."""
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "finger_rows_max", "returned"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that can be set. `threads` bounds each of extraction and search; it is never guessed."""
+
+    face: FaceConfig = field(default_factory=FaceConfig)
+    finger: FingerConfig = field(default_factory=FingerConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    policy: Policy = field(default_factory=Policy)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    threads: int = 2
+    batch_size: int = 32
+    """Captures embedded, and encounters committed, together."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy, as the gallery stores it."""
+        return asdict(self, dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items})

@@ -1,0 +1,1 @@
+"""Samples into templates: model cards, networks, batching."""

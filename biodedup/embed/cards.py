@@ -1,0 +1,130 @@
+"""Model cards: what a model is, where it comes from, and how its input is made.
+
+Owns the TOML files in `models/` and the check of weights against their digest. Never runs a model.
+
+Another model is another card: `FaceConfig(model="my-model.toml")`, with its weights beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from biodedup.errors import ModelCardError
+from biodedup.values import Float32
+
+KINDS = ("face-embedding", "face-detector", "minutiae")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCard:
+    """One model. Fields as in the card; `weights` is None for a model that is code alone.
+
+    channels, scale, offset: the network's input is (pixel + offset) * scale, in this order of channels, float32 NCHW.
+    mirror: the embedding is the sum of the image's and its mirror image's. mean: subtracted from the unit embedding.
+    """
+
+    name: str
+    model_id: str
+    kind: str
+    licence: str
+    source: str
+    path: Path
+    weights: Path | None = None
+    sha256: str | None = None
+    dimension: int | None = None
+    channels: Literal["rgb", "bgr"] = "rgb"
+    scale: float = 1.0
+    offset: float = 0.0
+    mirror: bool = False
+    mean: Float32 | None = field(default=None, repr=False)
+    calibration: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    def verify(self) -> None:
+        """Raises ModelCardError unless the weights are those that the card describes."""
+        if self.weights is None:
+            return
+        try:
+            with self.weights.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ModelCardError(
+                f"{self.path.name}: weights {self.weights.name} cannot be read ({error.strerror}); put them beside the card"
+            ) from None
+        if found != self.sha256:
+            raise ModelCardError(
+                f"{self.path.name}: weights have sha256 {found}, the card states {self.sha256}; fetch the right file"
+            )
+
+
+def models_folder() -> Path:
+    """Where the shipped cards are: inside the installed package, or beside it in a source tree."""
+    installed = Path(str(files("biodedup"))) / "models"
+    return installed if installed.is_dir() else installed.parent.parent / "models"
+
+
+def shipped_cards() -> list[ModelCard]:
+    """Every card that the package ships, by name."""
+    return [_read(path) for path in sorted(models_folder().glob("*.toml"))]
+
+
+def load_card(name: str, folder: Path | None = None) -> ModelCard:
+    """A card by its name, or by its path. folder: where named cards are; None: the shipped ones. Raises ModelCardError."""
+    path = Path(name) if name.endswith(".toml") else (folder or models_folder()) / f"{name}.toml"
+    return _read(path.absolute())
+
+
+@cache
+def _read(path: Path) -> ModelCard:
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise ModelCardError(
+            f"model card {path.name} cannot be read ({error.strerror}); name a card that exists"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ModelCardError(f"model card {path.name} is not TOML ({error}); see models/sface.toml") from error
+    try:
+        weights, given = table.get("weights"), table.get("input", {})
+        mean = table.get("measured", {}).get("mean")
+        card = ModelCard(
+            **{key: str(table[key]) for key in ("name", "model_id", "kind", "licence", "source")},
+            path=path,
+            weights=None if weights is None else path.parent / weights["file"],
+            sha256=None if weights is None else str(weights["sha256"]),
+            dimension=table.get("dimension"),
+            channels=given.get("channels", "rgb"),
+            scale=float(given.get("scale", 1.0)),
+            offset=float(given.get("offset", 0.0)),
+            mirror=bool(given.get("mirror", False)),
+            mean=None if mean is None else np.array(mean, np.float32),
+            calibration=table.get("calibration"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelCardError(f"model card {path.name} lacks or mistypes {error}; see models/sface.toml") from error
+    _check(card)
+    return card
+
+
+def _check(card: ModelCard) -> None:
+    if card.kind not in KINDS:
+        raise ModelCardError(f"model card {card.path.name}: kind is {card.kind!r}, wanted one of {', '.join(KINDS)}")
+    if card.channels not in ("rgb", "bgr"):
+        raise ModelCardError(f"model card {card.path.name}: channels is {card.channels!r}, wanted rgb or bgr")
+    if card.kind == "face-embedding" and (card.dimension is None or card.weights is None):
+        raise ModelCardError(
+            f"model card {card.path.name}: an embedding needs a dimension and weights; see models/sface.toml"
+        )
+    if card.mean is not None and card.mean.shape != (card.dimension,):
+        raise ModelCardError(
+            f"model card {card.path.name}: mean has {card.mean.size} numbers, dimension is {card.dimension}"
+        )

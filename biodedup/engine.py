@@ -1,0 +1,681 @@
+"""The engine: the path of the data, from captures to a durable decision.
+
+Owns the order of the stages, and is the only place that branches between them. Never decodes, compares or stores itself.
+
+    extract -> search a snapshot -> (under the writer's lock) search what came since -> decide -> commit -> answer
+
+1. Nothing is answered before its commit is durable.
+2. Enrolment is linearizable: the commit compares the probe with every row that its search had not seen, those of the
+   same batch included, so that of two simultaneous enrolments of one person at most one is unique.
+3. An `encounter_id` seen before gets the answer it got then, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.config import Config
+from biodedup.embed.cards import load_card, shipped_cards
+from biodedup.embed.extractor import Extractor
+from biodedup.errors import CallerError, EncounterConflict, EngineClosed, InvalidInput, ModelMismatch, SubjectExists
+from biodedup.gallery.catalogue import ColumnModel
+from biodedup.gallery.gallery import Gallery, Snapshot, Transaction, mismatch
+from biodedup.gallery.storage import LocalStorage, Storage
+from biodedup.match import calibrations
+from biodedup.match.compare import Comparer, Comparison, InHand, compare_templates
+from biodedup.match.minutiae import Bozorth3
+from biodedup.match.policy import outcome
+from biodedup.search.clusters import clusters_of
+from biodedup.search.rescore import Found, Searcher
+from biodedup.values import (
+    COLUMNS,
+    Candidate,
+    CaptureData,
+    Cluster,
+    Decision,
+    Encounter,
+    Evidence,
+    Float32,
+    Link,
+    Missing,
+    Refusal,
+    Score,
+    SearchResult,
+    Template,
+    Verification,
+    check_id,
+    unit_rows,
+)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """An encounter after extraction. refusals: captures that were declined."""
+
+    encounter: Encounter
+    templates: Mapping[str, Template]
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        return tuple(capture for capture in self.encounter.captures if isinstance(capture, Missing))
+
+
+class Engine:
+    """An open gallery with its models. Thread-safe; close it, or use it as a context manager."""
+
+    def __init__(self, gallery: Gallery, config: Config, clock: Callable[[], float], new_id: Callable[[], str]) -> None:
+        self.config = config
+        self._gallery = gallery
+        self._clock = clock
+        self._new_id = new_id
+        self._extractor = Extractor(config)
+        known = calibrations.Calibrations(self._extractor.cards, self._sample)
+        self._comparer = Comparer(known.of, Bozorth3())
+        self._searcher = Searcher(gallery, self._comparer, config.search, config.threads)
+        self._closed = False
+        self._refuse_other_models()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        config: Config | None = None,
+        *,
+        read_only: bool = False,
+        storage: Storage | None = None,
+        clock: Callable[[], float] = time.time,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> Engine:
+        """Opens the gallery in a folder, creating it where the folder is absent or empty.
+
+        storage, clock, new_id: the seams to the disk, the time in seconds, and fresh identifiers.
+        Raises NotAGallery, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
+        """
+        config = config or Config()
+        gallery = Gallery.open(
+            Path(path),
+            storage=storage or LocalStorage(),
+            config=config.to_dict(),
+            gallery_id=new_id(),
+            read_only=read_only,
+        )
+        try:
+            return cls(gallery, config, clock, new_id)
+        except BaseException:
+            gallery.close()
+            raise
+
+    def close(self) -> None:
+        """Releases the gallery. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._gallery.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Subjects enrolled."""
+        return self._gallery.live_count
+
+    def __contains__(self, subject_id: object) -> bool:
+        self._check_open()
+        return isinstance(subject_id, str) and self._gallery.row_of(subject_id) is not None
+
+    @property
+    def gallery_version(self) -> int:
+        """Grows by one with every durable change."""
+        return self._gallery.snapshot().version
+
+    # decided enrolment ------------------------------------------------------------------------------------------
+
+    def enroll(self, encounter: Encounter) -> Decision:
+        """Searches the whole gallery and enrols the subject if nobody in it is the same person.
+
+        Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision.
+        Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written.
+        """
+        self._check_open()
+        (answer,) = self._enroll_batch([encounter])
+        if isinstance(answer, CallerError):
+            raise answer
+        return answer
+
+    def enroll_many(self, encounters: Iterable[Encounter]) -> Iterator[Decision]:
+        """Enrols a stream; decisions come in its order. Captures are embedded, and decisions committed, in batches.
+
+        An encounter that `enroll` would raise a CallerError for comes out `refused`, with the text as its detail.
+        """
+        self._check_open()
+        stream = iter(encounters)
+        while batch := list(islice(stream, self.config.batch_size)):
+            self._check_open()
+            for encounter, answer in zip(batch, self._enroll_batch(batch), strict=True):
+                yield self._as_refused(encounter, answer) if isinstance(answer, CallerError) else answer
+
+    def _enroll_batch(self, encounters: Sequence[Encounter]) -> list[Decision | CallerError]:
+        answers: list[Decision | CallerError | None] = [None] * len(encounters)
+        digests: list[bytes] = []
+        for i, encounter in enumerate(encounters):
+            digests.append(_digest(encounter))
+            try:
+                _require_subject(encounter)
+                answers[i] = self._answered_before(encounter, digests[i])
+            except CallerError as error:
+                answers[i] = error
+        todo = [i for i, answer in enumerate(answers) if answer is None]
+        probes: dict[int, _Probe] = {}
+        for i, probe in zip(todo, self._prepare([encounters[i] for i in todo]), strict=True):
+            if isinstance(probe, CallerError):
+                answers[i] = probe
+                continue
+            try:
+                self._check_models(probe.templates)
+                probes[i] = probe
+            except CallerError as error:
+                answers[i] = error
+        snapshot = self._gallery.snapshot()
+        seen = self._searcher.search([probe.templates for probe in probes.values()], 0, snapshot.row_count)
+        if probes:
+            with self._gallery.transaction() as transaction:
+                for (i, probe), found in zip(probes.items(), seen, strict=True):
+                    try:
+                        answers[i] = self._answered_before(probe.encounter, digests[i]) or self._settle(
+                            transaction, probe, found, snapshot, digests[i]
+                        )
+                    except CallerError as error:
+                        answers[i] = error
+        return [answer for answer in answers if answer is not None]
+
+    def _settle(
+        self, transaction: Transaction, probe: _Probe, found: Found, snapshot: Snapshot, digest: bytes
+    ) -> Decision:
+        """Decides inside the transaction, so that no row can slip in between the search and the commit."""
+        subject_id = probe.encounter.subject_id
+        assert subject_id is not None, "_require_subject has seen to it"
+        if self._gallery.row_of(subject_id) is not None:
+            raise SubjectExists(
+                f"subject {subject_id!r} is enrolled already; verify against it, or remove it before enrolling again"
+            )
+        self._check_models(probe.templates)
+        since = self._searcher.search([probe.templates], snapshot.row_count, self._gallery.staged.row_count)[0]
+        decision = self._decide(probe, _merged(found, since), transaction.version)
+        decision = replace(decision, encounter_id=probe.encounter.encounter_id or self._new_id())
+        assert decision.encounter_id is not None
+        if decision.outcome == "unique":
+            transaction.add(subject_id, probe.templates, decision.encounter_id)
+        elif decision.outcome == "review":
+            transaction.hold(decision.encounter_id, probe.templates.values())
+        transaction.record(decision.encounter_id, subject_id, digest, decision.outcome, _to_json(decision))
+        return decision
+
+    def _answered_before(self, encounter: Encounter, digest: bytes) -> Decision | None:
+        if encounter.encounter_id is None:
+            return None
+        stored = self._gallery.answer(encounter.encounter_id)
+        if stored is None:
+            return None
+        if stored[0] != digest:
+            raise EncounterConflict(
+                f"encounter {encounter.encounter_id!r} was sent before with other content; give this one an id of its own"
+            )
+        return decision_from_json(stored[1])
+
+    def _as_refused(self, encounter: Encounter, error: CallerError) -> Decision:
+        refusal = Refusal("encounter", _snake_case(type(error).__name__), str(error))
+        duplicate_db, review_db = self.config.policy.thresholds_db(len(self))
+        return Decision(
+            "refused",
+            encounter.subject_id,
+            encounter.encounter_id,
+            (),
+            (refusal,),
+            (),
+            duplicate_db,
+            review_db,
+            len(self),
+            self.gallery_version,
+            decided_at=self._clock(),
+        )
+
+    # searches that write nothing --------------------------------------------------------------------------------
+
+    def identify(self, encounter: Encounter) -> Decision:
+        """1:N: the search and decision of `enroll`, with nothing written. subject_id may be None."""
+        self._check_open()
+        (probe,) = self._prepare([encounter])
+        if isinstance(probe, CallerError):
+            raise probe
+        self._check_models(probe.templates)
+        snapshot = self._gallery.snapshot()
+        (found,) = self._searcher.search([probe.templates], 0, snapshot.row_count)
+        return self._decide(probe, found, snapshot.version)
+
+    def verify(self, encounter: Encounter, subject_id: str) -> Verification:
+        """1:1, at `policy.verify_fmr`. Raises UnknownSubject. Without a usable capture nothing is accepted."""
+        self._check_open()
+        (probe,) = self._prepare([encounter])
+        if isinstance(probe, CallerError):
+            raise probe
+        self._check_models(probe.templates)
+        _, templates = self._gallery.templates(subject_id)
+        threshold_db = -10 * float(np.log10(self.config.policy.verify_fmr))
+        compared = self._comparer.compare(probe.templates, InHand(templates), [0])
+        if not compared:
+            return Verification(subject_id, False, 0.0, threshold_db, False, (), probe.refusals)
+        best = compared[0]
+        accepted = best.score_db >= threshold_db
+        return Verification(
+            subject_id, accepted, best.score_db, threshold_db, best.extrapolated, best.evidence, probe.refusals
+        )
+
+    def search(self, probes: Mapping[str, NDArray[Any]], k: int = 20) -> SearchResult:
+        """Nearest subjects by one column's embeddings, exact.
+
+        probes: column -> float32 (q, d), unit rows; one column. Returns ids (q, k), similarity float32 (q, k), descending.
+        """
+        self._check_open()
+        if len(probes) != 1:
+            raise InvalidInput(
+                f"search takes probes of one column, got {len(probes)}; use identify for several captures"
+            )
+        if not isinstance(k, int) or k < 1:
+            raise InvalidInput(f"k is {k!r}, wanted a whole number of at least 1")
+        ((column, vectors),) = probes.items()
+        _, rows = self._embeddings(column, vectors)
+        snapshot = self._gallery.snapshot()
+        found, similarity = self._searcher.nearest(column, rows, k, 0, snapshot.row_count)
+        ids = np.full(found.shape, "", object)
+        for at in np.ndindex(found.shape):
+            if found[at] >= 0:
+                ids[at] = self._gallery.subject_id(int(found[at]))
+        return SearchResult(ids, similarity, snapshot.version)
+
+    def find_duplicates(
+        self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[Cluster]:
+        """N:N: clusters of enrolled subjects that score as one person.
+
+        threshold_db: None takes the policy's duplicate threshold. progress: called with subjects done and their total.
+        """
+        self._check_open()
+        if threshold_db is None:
+            threshold_db, _ = self.config.policy.thresholds_db(len(self))
+        snapshot = self._gallery.snapshot()
+        live = np.flatnonzero(self._gallery.presence(0, snapshot.row_count)).tolist()
+        links: dict[tuple[int, int], Link] = {}
+        for start in range(0, len(live), self.config.batch_size):
+            rows = live[start : start + self.config.batch_size]
+            probes = [self._gallery.row_templates(row) for row in rows]
+            for row, found in zip(
+                rows, self._searcher.search(probes, 0, snapshot.row_count, floor_db=threshold_db), strict=True
+            ):
+                for comparison in found.comparisons:
+                    pair = (min(row, comparison.row), max(row, comparison.row))
+                    if comparison.row != row and comparison.score_db >= threshold_db and pair not in links:
+                        links[pair] = self._link(pair, comparison)
+            progress(start + len(rows), len(live))
+        return clusters_of(links.values())
+
+    def _link(self, pair: tuple[int, int], comparison: Comparison) -> Link:
+        first, second = (self._gallery.subject_id(row) for row in pair)
+        return Link((first, second), comparison.score_db, comparison.extrapolated, comparison.evidence)
+
+    # undecided changes ------------------------------------------------------------------------------------------
+
+    def add_templates(
+        self, subject_ids: Sequence[str], templates: Mapping[str, NDArray[Any]], *, encounter_id: str | None = None
+    ) -> int:
+        """Adds subjects without a search, all or none. Returns how many were added.
+
+        templates: column -> float32 (n, d), unit rows. encounter_id names the whole call: sent again, it adds nothing
+        and returns 0. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
+        """
+        self._check_open()
+        ids = [str(s) if isinstance(s, np.str_) else s for s in subject_ids]
+        for subject_id in ids:
+            check_id(subject_id, "subject_id")
+        if len(set(ids)) != len(ids):
+            raise InvalidInput(f"subject_ids holds {len(ids) - len(set(ids))} repetitions; each subject is one row")
+        if not templates:
+            raise InvalidInput("templates is empty; pass at least one column, as {'face': vectors}")
+        columns = {column: self._embeddings(column, vectors) for column, vectors in templates.items()}
+        for column, (_, vectors) in columns.items():
+            if len(vectors) != len(ids):
+                raise InvalidInput(
+                    f"column {column} has {len(vectors)} rows for {len(ids)} subject_ids; pass one row each"
+                )
+        digest = hashlib.sha256("\n".join(ids).encode())
+        for column, (_, vectors) in sorted(columns.items()):
+            digest.update(column.encode() + vectors.tobytes())
+        with self._gallery.transaction() as transaction:
+            if encounter_id is not None:
+                check_id(encounter_id, "encounter_id")
+                stored = self._gallery.answer(encounter_id)
+                if stored is not None:
+                    if stored[0] != digest.digest():
+                        raise EncounterConflict(
+                            f"encounter {encounter_id!r} was sent before with other content; give this one an id of its own"
+                        )
+                    return 0
+                transaction.record(encounter_id, None, digest.digest(), "loaded", json.dumps({"added": len(ids)}))
+            if ids:
+                transaction.add_many(ids, columns)
+        return len(ids)
+
+    def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
+        """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
+
+        Decisions have no candidates; `unique` here means added. A subject_id that is enrolled is replaced: its newest
+        encounter counts. An encounter_id seen before changes nothing.
+        """
+        self._check_open()
+        for encounter in encounters:
+            _require_subject(encounter)
+        digests = [_digest(encounter) for encounter in encounters]
+        known = [self._answered_before(*pair) for pair in zip(encounters, digests, strict=True)]
+        answers = dict(enumerate(known))
+        todo = [i for i, answer in answers.items() if answer is None]
+        with_probe = dict(zip(todo, self._prepare([encounters[i] for i in todo]), strict=True))
+        with self._gallery.transaction() as transaction:
+            for i, probe in with_probe.items():
+                if isinstance(probe, CallerError):
+                    answers[i] = self._as_refused(encounters[i], probe)
+                    continue
+                self._check_models(probe.templates)
+                subject_id, encounter_id = encounters[i].subject_id, encounters[i].encounter_id or self._new_id()
+                assert subject_id is not None, "_require_subject has seen to it"
+                if self._gallery.row_of(subject_id) is not None:
+                    transaction.remove(subject_id)
+                decision = self._decide(probe, Found(), transaction.version)
+                answers[i] = decision = replace(decision, encounter_id=encounter_id)
+                if decision.outcome == "unique":
+                    transaction.add(subject_id, probe.templates, encounter_id)
+                transaction.record(encounter_id, subject_id, digests[i], decision.outcome, _to_json(decision))
+        return [answer for answer in answers.values() if answer is not None]
+
+    def remove(self, subject_id: str) -> None:
+        """Removes a subject; the next search does not see it. Raises UnknownSubject."""
+        self._check_open()
+        with self._gallery.transaction() as transaction:
+            transaction.remove(subject_id)
+
+    # looking in -------------------------------------------------------------------------------------------------
+
+    def subject_ids(self) -> list[str]:
+        """The enrolled, in order of enrolment."""
+        self._check_open()
+        return self._gallery.subject_ids()
+
+    def decision(self, encounter_id: str) -> Decision | None:
+        """The decision that an encounter got, or None for one never seen."""
+        self._check_open()
+        stored = self._gallery.answer(encounter_id)
+        return None if stored is None or '"added"' in stored[1] else decision_from_json(stored[1])
+
+    def info(self) -> dict[str, Any]:
+        """Counts, models and thresholds, JSON-ready."""
+        self._check_open()
+        snapshot = self._gallery.snapshot()
+        presence = self._gallery.presence(0, snapshot.row_count)
+        duplicate_db, review_db = self.config.policy.thresholds_db(len(self))
+        models = {
+            column: {
+                "model_id": model.model_id,
+                "dimension": model.dimension,
+                "subjects": int(np.count_nonzero(presence & (1 << COLUMNS.index(column)))),
+            }
+            for column, model in self._gallery.models.items()
+        }
+        return {
+            "gallery_id": self._gallery.gallery_id,
+            "gallery_version": snapshot.version,
+            "subjects": len(self),
+            "columns": models,
+            "encounters": self._gallery.outcomes(),
+            "duplicate_db": round(duplicate_db, 2),
+            "review_db": round(review_db, 2),
+        }
+
+    def problems(self) -> list[str]:
+        """What a full check of the stored data finds wrong; empty when sound."""
+        self._check_open()
+        return self._gallery.problems()
+
+    # the stages -------------------------------------------------------------------------------------------------
+
+    def _prepare(self, encounters: Sequence[Encounter]) -> list[_Probe | CallerError]:
+        """Templates of each encounter. Captures of all of them are extracted together."""
+        captures = [c for encounter in encounters for c in encounter.captures if not isinstance(c, Missing)]
+        results: list[Template | Refusal | CallerError] = []
+        try:
+            results.extend(self._extractor.extract(captures))
+        except CallerError:
+            for capture in captures:  # one bad record never stops a batch: find it
+                try:
+                    results.extend(self._extractor.extract([capture]))
+                except CallerError as error:
+                    results.append(error)
+        extracted = iter(results)
+        return [self._probe(encounter, extracted) for encounter in encounters]
+
+    def _probe(
+        self, encounter: Encounter, extracted: Iterator[Template | Refusal | CallerError]
+    ) -> _Probe | CallerError:
+        mine = [next(extracted) for capture in encounter.captures if not isinstance(capture, Missing)]
+        templates: dict[str, Template] = {}
+        refusals = []
+        try:
+            for column, given in encounter.templates.items():
+                templates[column] = self._given(column, given)
+            for result in mine:
+                if isinstance(result, CallerError):
+                    return result
+                if isinstance(result, Refusal):
+                    refusals.append(result)
+                    continue
+                kept, spare = _better(templates.get(result.column), result)
+                templates[result.column] = kept
+                if spare is not None:
+                    refusals.append(Refusal(spare.column, "superseded", "a better capture was kept", spare.quality))
+        except CallerError as error:
+            return error
+        return _Probe(encounter, templates, tuple(refusals))
+
+    def _given(self, column: str, given: Float32 | Template) -> Template:
+        if isinstance(given, Template):
+            if given.column != column:
+                raise InvalidInput(
+                    f"the template under {column!r} is one of {given.column!r}; file it under its column"
+                )
+            return given
+        model, rows = self._embeddings(column, np.asarray(given)[None])
+        return Template(column, model, rows[0])
+
+    def _embeddings(self, column: str, vectors: NDArray[Any]) -> tuple[str, Float32]:
+        """(model_id, unit rows) of bare embeddings: the column's model, if the dimension agrees."""
+        if column not in _COLUMN_SET:
+            raise InvalidInput(f"column {column!r} is not known; use face or a finger position")
+        rows = unit_rows(vectors, what=f"the {column} vectors")
+        known = self._gallery.models.get(column)
+        if known is not None:
+            if known.dimension != rows.shape[1]:
+                raise mismatch(column, known, ColumnModel("given vectors", rows.shape[1]))
+            return known.model_id, rows
+        if column == "face":
+            card = load_card(self.config.face.model, self.config.face.model_folder)
+            if card.dimension == rows.shape[1]:
+                return card.model_id, rows
+        return f"{calibrations.EXTERNAL}{rows.shape[1]}", rows
+
+    def _decide(self, probe: _Probe, found: Found, version: int) -> Decision:
+        size = len(self)
+        duplicate_db, review_db = self.config.policy.thresholds_db(size)
+        alive = [c for c in found.comparisons if self._gallery.presence(c.row, c.row + 1)[0]]
+        best_db = alive[0].score_db if alive else None
+        return Decision(
+            outcome(best_db, duplicate_db, review_db, incomplete=found.incomplete, comparable=bool(probe.templates)),
+            probe.encounter.subject_id,
+            probe.encounter.encounter_id,
+            tuple(
+                Candidate(self._gallery.subject_id(c.row), rank, c.score_db, c.extrapolated, c.evidence)
+                for rank, c in enumerate(alive[: self.config.search.returned], start=1)
+            ),
+            probe.refusals,
+            probe.missing,
+            duplicate_db,
+            review_db,
+            size,
+            version,
+            tuple(sorted({template.model_id for template in probe.templates.values()})),
+            found.incomplete,
+            self._clock(),
+        )
+
+    def _check_models(self, templates: Mapping[str, Template]) -> None:
+        for column, template in templates.items():
+            known = self._gallery.models.get(column)
+            got = ColumnModel(template.model_id, None if template.embedding is None else len(template.embedding))
+            if known is not None and known != got:
+                raise mismatch(column, known, got)
+
+    def _refuse_other_models(self) -> None:
+        for column, known in self._gallery.models.items():
+            mine = self._extractor.model_ids["face" if column == "face" else "finger"]
+            if known.model_id != mine and not known.model_id.startswith(calibrations.EXTERNAL):
+                raise ModelMismatch(
+                    f"{self._gallery.folder}: column {column} holds templates of {known.model_id}, the config names {mine}; "
+                    "open it with the config that made it, or enrol anew into another folder"
+                )
+
+    def _sample(self, model_id: str) -> Float32:
+        """Embeddings of a model that has no card, for its calibration."""
+        row_count = self._gallery.snapshot().row_count
+        for column, model in self._gallery.models.items():
+            vectors = self._gallery.column(column)
+            if model.model_id == model_id and vectors is not None:
+                return vectors.between(0, row_count)[1][: calibrations.SAMPLE_SIZE]
+        return np.zeros((0, 1), np.float32)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed("the engine was closed; open it again")
+
+
+def compare(a: Template, b: Template) -> Score:
+    """1:1, without a gallery. score_db = -10 log10(FMR); similarity for embeddings, minutiae for fingers, else None.
+
+    Raises ModelMismatch for templates of two models, InvalidInput for a face against a finger.
+    """
+    return compare_templates(_pair_comparer(), a, b)
+
+
+@cache
+def _pair_comparer() -> Comparer:
+    known = calibrations.Calibrations(shipped_cards(), lambda model_id: np.zeros((0, 1), np.float32))
+    return Comparer(known.of, Bozorth3())
+
+
+_COLUMN_SET = frozenset(COLUMNS)
+
+
+def _merged(first: Found, since: Found) -> Found:
+    """Two searches of disjoint rows as one."""
+    ranked = sorted((*first.comparisons, *since.comparisons), key=lambda c: (-c.score_db, -c.llr_db, c.row))
+    return Found(tuple(ranked), first.incomplete or since.incomplete)
+
+
+def _better(a: Template | None, b: Template) -> tuple[Template, Template | None]:
+    """(the template to keep, the one it supersedes), by quality; the first where they are equal."""
+    if a is None:
+        return b, None
+    return (b, a) if (b.quality or 0.0) > (a.quality or 0.0) else (a, b)
+
+
+def _require_subject(encounter: Encounter) -> None:
+    if encounter.subject_id is None:
+        raise InvalidInput("the encounter has no subject_id; enrolment needs one, identify does not")
+
+
+def _digest(encounter: Encounter) -> bytes:
+    """SHA-256 of what was sent: the id of the subject and the content of every capture and template."""
+    if encounter.encounter_id is None:
+        return b""  # nobody can send it again
+    digest = hashlib.sha256()
+
+    def add(*parts: bytes) -> None:
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+
+    add((encounter.subject_id or "").encode())
+    for capture in encounter.captures:
+        add(type(capture).__name__.encode(), capture.column.encode())
+        if isinstance(capture, Missing):
+            add(capture.reason.encode())
+        else:
+            add(*_content(capture.data))
+            add(str(getattr(capture, "dpi", None)).encode())
+    for column in sorted(encounter.templates):
+        given = encounter.templates[column]
+        add(column.encode())
+        if isinstance(given, Template):
+            add(given.model_id.encode(), given.minutiae or b"")
+            given = given.embedding if given.embedding is not None else np.zeros(0, np.float32)
+        add(*_content(np.asarray(given, np.float32)))
+    return digest.digest()
+
+
+def _content(data: CaptureData) -> tuple[bytes, ...]:
+    if isinstance(data, np.ndarray):
+        return str((data.shape, data.dtype.str)).encode(), np.ascontiguousarray(data).tobytes()
+    if isinstance(data, bytes):
+        return (data,)
+    try:
+        return (Path(data).read_bytes(),)
+    except OSError:
+        return b"unreadable", str(data).encode()  # extraction will refuse it, with the reason
+
+
+def _to_json(decision: Decision) -> str:
+    return json.dumps(asdict(decision), separators=(",", ":"))
+
+
+def decision_from_json(text: str) -> Decision:
+    """The decision that was stored."""
+    fields = json.loads(text)
+    candidates = tuple(
+        Candidate(**{**candidate, "evidence": tuple(Evidence(**part) for part in candidate["evidence"])})
+        for candidate in fields["candidates"]
+    )
+    return Decision(
+        **{
+            **fields,
+            "candidates": candidates,
+            "refusals": tuple(Refusal(**refusal) for refusal in fields["refusals"]),
+            "missing": tuple(Missing(**missing) for missing in fields["missing"]),
+            "model_ids": tuple(fields["model_ids"]),
+        }
+    )
+
+
+def _snake_case(name: str) -> str:
+    return "".join("_" + letter.lower() if letter.isupper() else letter for letter in name).lstrip("_")

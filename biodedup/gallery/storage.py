@@ -1,0 +1,103 @@
+"""The seam through which the gallery reaches the disk.
+
+Owns folders, the writer's lock and the SQLite connection with its durability settings. Never knows what is stored.
+A test hands in a double that fails the nth call.
+
+1. A connection commits durably: rollback journal in PERSIST mode with synchronous=FULL, which syncs the journal, the
+   database and then the journal's zeroed header. (SQLite before 3.51.3 can lose commits when a write-ahead log is reset;
+   DELETE mode needs a further sync of the folder for the same promise.)
+2. One process writes. The lock belongs to the open file, so that a killed writer leaves none behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sqlite3
+from pathlib import Path
+from typing import Protocol
+
+from biodedup.errors import GalleryBusy, StorageUnavailable
+
+
+class Lock(Protocol):
+    def release(self) -> None: ...
+
+
+class Storage(Protocol):
+    """What the gallery needs of a file system."""
+
+    def list_names(self, folder: Path) -> list[str] | None:
+        """Names in a folder; None where the folder does not exist."""
+
+    def make_folder(self, folder: Path) -> None: ...
+
+    def lock(self, path: Path) -> Lock:
+        """The exclusive writer's lock. Raises GalleryBusy, naming the holder."""
+
+    def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection: ...
+
+    def sync_folder(self, folder: Path) -> None: ...
+
+
+class FileLock:
+    """An advisory lock on an open file, holding the process id of its owner."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._file, 64, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._file)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise GalleryBusy(
+                f"{path.parent} is held for writing by process {holder}; wait until it ends, or open read_only"
+            ) from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._file)
+
+
+class LocalStorage:
+    """A POSIX file system."""
+
+    def list_names(self, folder: Path) -> list[str] | None:
+        try:
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return None
+
+    def make_folder(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.sync_folder(folder.parent)
+
+    def lock(self, path: Path) -> Lock:
+        return FileLock(path)
+
+    def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection:
+        uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10.0)
+        connection.execute("PRAGMA temp_store=MEMORY")
+        connection.execute("PRAGMA cache_size=-65536")  # KiB
+        if not read_only:
+            connection.execute("PRAGMA journal_mode=PERSIST")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA secure_delete=ON")  # a removed subject's vectors are overwritten
+        return connection
+
+    def sync_folder(self, folder: Path) -> None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def unavailable(error: Exception, doing: str) -> StorageUnavailable:
+    """The retryable error for a disk that refused."""
+    return StorageUnavailable(f"{doing} failed: {error}; nothing was acknowledged; free the disk and send it again")

@@ -1,0 +1,9 @@
+"""Long work over many records: resumable, with progress, built on the engine."""
+
+from biodedup.jobs.dedup import DedupResult, dedup
+from biodedup.jobs.demo import DemoResult, demo
+from biodedup.jobs.doctor import Report, examine
+from biodedup.jobs.load import LoadResult, load
+from biodedup.jobs.progress import Progress
+
+__all__ = ["DedupResult", "DemoResult", "LoadResult", "Progress", "Report", "dedup", "demo", "examine", "load"]

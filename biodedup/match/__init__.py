@@ -1,0 +1,1 @@
+"""Exact comparison: similarities, their calibration, their fusion, and the decision."""

@@ -1,0 +1,84 @@
+"""Calibration: raw scores of one model into decibels.
+
+Owns the table that a model card carries. Never knows which captures are compared.
+
+A table gives, at ascending raw scores, `nonmated_db` = -10 log10 P(score or more | non-mated) and `llr_db` = 10 log10 of
+the likelihood ratio mated : non-mated, both non-decreasing; between them it is linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from biodedup.errors import ModelCardError
+
+SCORE_DB_MAX = 300.0
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """score, llr_db, nonmated_db: float64 (m,), m >= 2. measured_db: beyond it no pairs were measured."""
+
+    score: NDArray[np.float64] = field(repr=False)
+    llr_knots_db: NDArray[np.float64] = field(repr=False)
+    nonmated_knots_db: NDArray[np.float64] = field(repr=False)
+    measured_db: float
+    source: str
+
+    @classmethod
+    def from_card(cls, table: Mapping[str, Any]) -> Calibration:
+        """From the `[calibration]` table of a card. Raises ModelCardError."""
+        try:
+            score, llr, nonmated = (np.array(table[k], np.float64) for k in ("score", "llr_db", "nonmated_db"))
+            measured_db, source = float(table["measured_db"]), str(table["source"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelCardError(
+                f"the calibration table is incomplete or not numeric ({error}); see models/sface.toml"
+            ) from error
+        if score.ndim != 1 or len(score) < 2 or not len(score) == len(llr) == len(nonmated):
+            raise ModelCardError(
+                f"calibration arrays have {len(score)}, {len(llr)}, {len(nonmated)} values; wanted equal, 2 or more"
+            )
+        if (np.diff(score) <= 0).any() or (np.diff(llr) < 0).any() or (np.diff(nonmated) < 0).any():
+            raise ModelCardError("calibration: score must ascend, llr_db and nonmated_db must not descend")
+        return cls(score, llr, nonmated, measured_db, source)
+
+    def score_db(self, scores: ArrayLike) -> NDArray[np.float64]:
+        """-10 log10(FMR) at each raw score; the last slope is continued beyond the table, up to SCORE_DB_MAX."""
+        return np.clip(
+            _interpolate(np.asarray(scores, np.float64), self.score, self.nonmated_knots_db), 0.0, SCORE_DB_MAX
+        )
+
+    def llr_db(self, scores: ArrayLike) -> NDArray[np.float64]:
+        """10 log10 of the likelihood ratio at each raw score."""
+        return np.minimum(_interpolate(np.asarray(scores, np.float64), self.score, self.llr_knots_db), SCORE_DB_MAX)
+
+    def nonmated_llr_pmf(self, step_db: float) -> tuple[int, NDArray[np.float64]]:
+        """The distribution of llr_db over non-mated comparisons.
+
+        Returns (first, p): p[i] is the probability of a value in ((first + i - 1), (first + i)] * step_db. Values are
+        rounded up, so that sums of them are never optimistic.
+        """
+        # enough points between knots that no bin spans a jump, and beyond the table as far as scores are told apart
+        last = self.score[-1] + 4 * (self.score[-1] - self.score[0])
+        fine = np.unique(np.concatenate([np.linspace(self.score[0], last, 8001), self.score]))
+        survival = 10 ** (-_interpolate(fine, self.score, self.nonmated_knots_db) / 10)
+        mass = survival - np.append(survival[1:], 0.0)
+        mass[0] += 1.0 - survival[0]
+        upper = np.minimum(_interpolate(np.append(fine[1:], fine[-1]), self.score, self.llr_knots_db), SCORE_DB_MAX)
+        bins = np.ceil(upper / step_db - 1e-9).astype(np.int64)
+        first = int(bins.min())
+        return first, np.bincount(bins - first, weights=np.maximum(mass, 0.0)).astype(np.float64)
+
+
+def _interpolate(
+    x: NDArray[np.float64], knots: NDArray[np.float64], values: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    inside = np.interp(x, knots, values)
+    slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+    return np.where(x > knots[-1], values[-1] + slope * (x - knots[-1]), inside)

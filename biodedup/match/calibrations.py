@@ -1,0 +1,72 @@
+"""Which calibration belongs to which model.
+
+Owns the look-up from model_id to `Calibration`. A model with a card brings its own table; embeddings of a model that
+nobody described (bring your own) are calibrated on the gallery itself, where nearly all pairs are non-mated.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from scipy.stats import norm
+
+from biodedup.embed.cards import ModelCard
+from biodedup.match.calibration import Calibration
+from biodedup.values import Float32
+
+EXTERNAL = "external-"
+"""Prefix of the model_id of embeddings that came without a model."""
+
+SAMPLE_SIZE = 2048
+_SAMPLE_MIN = 256
+_DEFAULT_SD = 0.1  # of non-mated cosines, until there are enough rows: SFace's 0.096 rounded up (LFW, 2026-11)
+_MATED_MEAN, _MATED_SD = 0.65, 0.15  # of mated cosines, as face models of this kind have them (LFW, 2026-11)
+
+
+class Calibrations:
+    """Calibrations by model_id. sample: model_id -> up to SAMPLE_SIZE embeddings of the gallery, float32 (n, d)."""
+
+    def __init__(self, cards: Iterable[ModelCard], sample: Callable[[str], Float32]) -> None:
+        self._known = {card.model_id: Calibration.from_card(card.calibration) for card in cards if card.calibration}
+        self._sample = sample
+        self._measured: dict[tuple[str, int], Calibration] = {}
+        self._lock = threading.Lock()
+
+    def of(self, model_id: str) -> Calibration:
+        known = self._known.get(model_id)
+        if known is not None:
+            return known
+        vectors = self._sample(model_id)
+        # measured anew each time the gallery has doubled, so that a calibration depends on the gallery's rows alone
+        size = 1 << (len(vectors).bit_length() - 1) if len(vectors) >= _SAMPLE_MIN else 0
+        with self._lock:
+            if (model_id, size) not in self._measured:
+                self._measured[model_id, size] = from_embeddings(vectors[:size])
+            return self._measured[model_id, size]
+
+
+def from_embeddings(vectors: Float32) -> Calibration:
+    """A calibration from unlabelled embeddings, float32 (n, d) unit rows: a normal law for non-mated cosines.
+
+    Its spread is the wider of the measured standard deviation and the one that the share of 1e-3 implies, since tails
+    are heavier than the bulk. With too few rows, a spread wider than that of the face models in use.
+    """
+    mean, sd, pairs = 0.0, _DEFAULT_SD, 1
+    if len(vectors):
+        cosines = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)].astype(np.float64)
+        pairs = len(cosines)
+        mean = float(cosines.mean())
+        sd = max(float(cosines.std()), float(np.quantile(cosines, 0.999) - mean) / float(norm.isf(0.001)))
+    score = np.linspace(-1.0, 1.0, 201)
+    llr = 10 / np.log(10) * (norm.logpdf(score, _MATED_MEAN, _MATED_SD) - norm.logpdf(score, mean, sd))
+    return Calibration.from_card(
+        {
+            "score": score.tolist(),
+            "llr_db": np.maximum.accumulate(np.clip(llr, -30, None)).tolist(),
+            "nonmated_db": (-10 / np.log(10) * norm.logsf(score, mean, sd)).tolist(),
+            "measured_db": float(10 * np.log10(pairs)),
+            "source": f"{pairs} pairs of unlabelled embeddings",
+        }
+    )

@@ -1,0 +1,1 @@
+"""Finding candidates: scan every row, rescore a few with everything that both sides have."""

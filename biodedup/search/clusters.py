@@ -1,0 +1,42 @@
+"""Clusters: who is one person, given links between pairs.
+
+Owns connected components and the strength of what holds them together. Never scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+
+from biodedup.values import Cluster, Link
+
+
+def clusters_of(links: Iterable[Link]) -> list[Cluster]:
+    """Connected components of the links, largest first, then by subject_id; links strongest first.
+
+    weakest_db is the bottleneck of the strongest tree that spans the cluster: cut there, and it falls apart.
+    """
+    ordered = sorted(links, key=lambda link: (-link.score_db, link.subject_ids))
+    if not ordered:
+        return []
+    names = sorted({name for link in ordered for name in link.subject_ids})
+    index = {name: i for i, name in enumerate(names)}
+    ends = np.array([[index[name] for name in link.subject_ids] for link in ordered])
+    # A minimum spanning tree over positions in the descending order is a maximum spanning tree over scores.
+    weights = np.arange(1, len(ordered) + 1)
+    graph = coo_array((weights, (ends[:, 0], ends[:, 1])), shape=(len(names), len(names))).tocsr()
+    count, labels = connected_components(graph, directed=False)
+    tree = minimum_spanning_tree(graph)
+    bottleneck = np.zeros(count, np.int64)
+    np.maximum.at(bottleneck, labels[tree.nonzero()[0]], tree.data.astype(np.int64))
+    members: list[list[str]] = [[] for _ in range(count)]
+    for name, label in zip(names, labels, strict=True):
+        members[label].append(name)
+    inside: list[list[Link]] = [[] for _ in range(count)]
+    for link, label in zip(ordered, labels[ends[:, 0]], strict=True):
+        inside[label].append(link)
+    clusters = [Cluster(tuple(members[i]), tuple(inside[i]), ordered[bottleneck[i] - 1].score_db) for i in range(count)]
+    return sorted(clusters, key=lambda cluster: (-len(cluster.subject_ids), cluster.subject_ids))

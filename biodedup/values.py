@@ -1,0 +1,318 @@
+"""The frozen values that travel through biodedup: captures in, decisions out.
+
+Owns their shapes and their validation. Never reads a file, runs a model or touches a gallery.
+
+1. A value validates itself when it is made; code behind it may trust it.
+2. A `repr` never shows biometric data: pixels, vectors and minutiae stay out of logs and error texts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.errors import InvalidInput
+
+FINGER_POSITIONS = (
+    "right_thumb",
+    "right_index",
+    "right_middle",
+    "right_ring",
+    "right_little",
+    "left_thumb",
+    "left_index",
+    "left_middle",
+    "left_ring",
+    "left_little",
+    "unknown",
+)
+"""Ten positions in the order of ISO/IEC 19794-2 codes 1 to 10, and `unknown`."""
+
+COLUMNS = ("face", *FINGER_POSITIONS)
+"""Gallery columns: a row (a subject) has at most one template in each."""
+
+CaptureData: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
+Modality: TypeAlias = Literal["face", "finger"]
+Outcome: TypeAlias = Literal["unique", "duplicate", "review", "refused"]
+Float32: TypeAlias = NDArray[np.float32]
+
+
+def _check_data(data: object) -> None:
+    if not isinstance(data, (str, os.PathLike, bytes, np.ndarray)):
+        raise InvalidInput(
+            f"a capture is a path, bytes or a numpy array, got {type(data).__name__}; "
+            "pass the image file's path or its content"
+        )
+
+
+def _check_position(position: str, allowed: Sequence[str]) -> None:
+    if position not in allowed:
+        raise InvalidInput(f"position {position!r} is not known; use one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """A face capture: path, encoded bytes, or a uint8/uint16 array (h, w), (h, w, 3) RGB or (h, w, 4) RGBA."""
+
+    data: CaptureData = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_data(self.data)
+
+    @property
+    def column(self) -> str:
+        return "face"
+
+
+@dataclass(frozen=True, eq=False)
+class Finger:
+    """A finger capture: path, encoded bytes, or an array as for `Face`.
+
+    dpi: dots per inch of the image; None takes the file's own, and 500 where it states none.
+    """
+
+    data: CaptureData = field(repr=False)
+    position: str = "unknown"
+    dpi: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_data(self.data)
+        _check_position(self.position, FINGER_POSITIONS)
+        if self.dpi is not None and not 72 <= self.dpi <= 4000:
+            raise InvalidInput(f"dpi is {self.dpi}, wanted 72 to 4000; state the scanner's resolution")
+
+    @property
+    def column(self) -> str:
+        return self.position
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A capture that cannot be had: amputated, bandaged, refused by the subject."""
+
+    position: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        _check_position(self.position, COLUMNS)
+
+    @property
+    def column(self) -> str:
+        return self.position
+
+
+Capture: TypeAlias = Face | Finger | Missing
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """What is compared: a sample's embedding, or its minutiae, and the model that made it.
+
+    embedding: float32 (d,), unit length, or None. minutiae: an ISO/IEC 19794-2:2005 record, or None.
+    quality: face detector confidence in 0..1, or NFIQ 2 in 0..100; None where not measured.
+    """
+
+    column: str
+    model_id: str
+    embedding: Float32 | None = field(default=None, repr=False)
+    minutiae: bytes | None = field(default=None, repr=False)
+    quality: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_position(self.column, COLUMNS)
+        if self.embedding is None and self.minutiae is None:
+            raise InvalidInput("a template needs an embedding or minutiae; it has neither")
+        if self.embedding is not None:
+            rows = unit_rows(np.asarray(self.embedding)[None], what=f"the {self.column} embedding")
+            object.__setattr__(self, "embedding", rows[0])
+
+    @property
+    def modality(self) -> Modality:
+        return "face" if self.column == "face" else "finger"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A capture that was declined: why, the number measured, and the limit that it had to meet."""
+
+    column: str
+    reason: str
+    detail: str = ""
+    measured: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Encounter:
+    """One visit of one subject: its captures, or ready templates, or both.
+
+    templates: column -> float32 (d,) unit vector, or `Template`.
+    encounter_id: makes the write idempotent; None gives each call an id of its own.
+    """
+
+    subject_id: str | None = None
+    captures: Sequence[Capture] = ()
+    templates: Mapping[str, Float32 | Template] = field(default_factory=dict, repr=False)
+    encounter_id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("subject_id", "encounter_id"):
+            value = getattr(self, name)
+            if value is not None:
+                check_id(value, name)
+        if isinstance(self.captures, (Face, Finger, Missing)):
+            raise InvalidInput("captures is a sequence, got one capture; write captures=[capture]")
+        captures = tuple(self.captures)
+        for capture in captures:
+            if not isinstance(capture, (Face, Finger, Missing)):
+                raise InvalidInput(
+                    f"captures hold Face, Finger or Missing, got {type(capture).__name__}; wrap it, as Face(path)"
+                )
+        object.__setattr__(self, "captures", captures)
+        for column in self.templates:
+            _check_position(column, COLUMNS)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One comparison. score_db = -10 log10(FMR); llr_db = 10 log10 of the likelihood ratio mated : non-mated."""
+
+    score_db: float
+    llr_db: float
+    similarity: float | None = None
+    minutiae: float | None = None
+    extrapolated: bool = False
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one capture says about one candidate. candidate_column differs where an unknown finger was tried."""
+
+    column: str
+    candidate_column: str
+    score_db: float
+    llr_db: float
+    similarity: float | None = None
+    minutiae: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A gallery subject that a search returned; rank 1 is the strongest."""
+
+    subject_id: str
+    rank: int
+    score_db: float
+    extrapolated: bool
+    evidence: tuple[Evidence, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided about one encounter, on which evidence, at which thresholds and gallery version.
+
+    incomplete: part of the gallery could not be seen; such a decision is never `unique`.
+    """
+
+    outcome: Outcome
+    subject_id: str | None
+    encounter_id: str | None
+    candidates: tuple[Candidate, ...]
+    refusals: tuple[Refusal, ...]
+    missing: tuple[Missing, ...]
+    duplicate_db: float
+    review_db: float
+    gallery_size: int
+    gallery_version: int
+    model_ids: tuple[str, ...] = ()
+    incomplete: bool = False
+    decided_at: float = 0.0
+
+    @property
+    def best(self) -> Candidate | None:
+        """The strongest candidate, or None."""
+        return self.candidates[0] if self.candidates else None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A 1:1 comparison of an encounter with an enrolled subject. accepted: score_db reaches threshold_db."""
+
+    subject_id: str
+    accepted: bool
+    score_db: float
+    threshold_db: float
+    extrapolated: bool
+    evidence: tuple[Evidence, ...]
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """ids: object (q, k) of subject_id, '' pads; similarity: float32 (q, k), descending, -inf pads.
+
+    Unpacks as `ids, similarity = result`. incomplete: part of the gallery could not be seen.
+    """
+
+    ids: NDArray[np.object_]
+    similarity: Float32
+    gallery_version: int
+    incomplete: bool = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.ids, self.similarity))
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two subjects that score as one person."""
+
+    subject_ids: tuple[str, str]
+    score_db: float
+    extrapolated: bool
+    evidence: tuple[Evidence, ...]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Subjects joined by links. weakest_db: the weakest link that holds it together; one false link can chain two people."""
+
+    subject_ids: tuple[str, ...]
+    links: tuple[Link, ...]
+    weakest_db: float
+
+
+def check_id(value: object, name: str) -> None:
+    """Raises InvalidInput unless value is a usable identifier: 1 to 256 characters, no control characters."""
+    if not isinstance(value, str):
+        raise InvalidInput(f"{name} is a str, got {type(value).__name__}; convert it, as str(value)")
+    if not 1 <= len(value) <= 256 or not value.isprintable():
+        raise InvalidInput(f"{name} has {len(value)} characters; wanted 1 to 256, all of them printable")
+
+
+def unit_rows(vectors: NDArray[Any], *, what: str = "vectors") -> Float32:
+    """vectors: (n, d) floating. Returns float32 (n, d), C-order, rows scaled to exactly unit length.
+
+    Raises InvalidInput for another shape or dtype, for NaN or infinity, and for rows whose length is not
+    within 1 % of 1: a caller who sends raw network output should know it.
+    """
+    vectors = np.asarray(vectors)
+    if vectors.ndim != 2 or vectors.shape[1] == 0 or not np.issubdtype(vectors.dtype, np.floating):
+        raise InvalidInput(f"{what}: shape {vectors.shape}, dtype {vectors.dtype}; wanted float32 (n, d)")
+    rows = np.ascontiguousarray(vectors, dtype=np.float32)
+    norms = np.linalg.norm(rows, axis=1)
+    bad = np.flatnonzero(~np.isfinite(norms))
+    if bad.size:
+        raise InvalidInput(f"{what}: row {bad[0]} holds NaN or infinity ({bad.size} such rows); drop or repair them")
+    bad = np.flatnonzero(np.abs(norms - 1) > 0.01)
+    if bad.size:
+        raise InvalidInput(
+            f"{what}: row {bad[0]} has length {norms[bad[0]]:.4g}, wanted 1 ({bad.size} such rows); "
+            "divide each row by its norm"
+        )
+    return np.asarray(rows / norms[:, None], np.float32)

@@ -1,0 +1,57 @@
+"""Fixtures: a synthetic population, and captures that the dependencies ship."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from skimage import data as skimage_data
+
+import biodedup as bd
+
+DIMENSION = 128
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def people(count: int, seed: int = 0, dimension: int = DIMENSION) -> np.ndarray:
+    """float32 (count, dimension): one random unit vector a person."""
+    return unit(np.random.default_rng(seed).standard_normal((count, dimension)))
+
+
+def again(vectors: np.ndarray, cosine: float, seed: int = 1) -> np.ndarray:
+    """A second embedding of each person, at exactly this cosine to the first."""
+    noise = np.random.default_rng(seed).standard_normal(vectors.shape)
+    noise -= np.sum(noise * vectors, axis=-1, keepdims=True) * vectors
+    return unit(cosine * vectors + np.sqrt(1 - cosine**2) * unit(noise))
+
+
+def jpeg(image: np.ndarray, quality: int = 92) -> bytes:
+    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[bd.Engine]:
+    with bd.Engine.open(tmp_path / "gallery") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def portrait() -> np.ndarray:
+    """uint8 (512, 512, 3) RGB: one real face."""
+    return np.asarray(skimage_data.astronaut())
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real data for measuring, or a skip with the reason."""
+    folder = Path(os.environ.get("BIODEDUP_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("the real data is absent; set BIODEDUP_DATA to its folder")
+    return folder
