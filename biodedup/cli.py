@@ -266,9 +266,6 @@ def main() -> None:
             _print_json({"error": {"type": type(error).__name__, "text": str(error)}})
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(_exit_code(error))
-    except KeyboardInterrupt:
-        err.print("interrupted; start the same command again to go on")
-        sys.exit(Exit.INTERRUPTED)
 
 
 def _exit_code(error: BiodedupError) -> int:
@@ -311,7 +308,11 @@ def _progress() -> Iterator[jobs.Progress]:
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done, total=total)
 
-        yield show
+        try:
+            yield show
+        except KeyboardInterrupt:
+            err.print("interrupted; start the same command again to go on")
+            raise typer.Exit(Exit.INTERRUPTED) from None
 
 
 def _finish(facts: dict[str, Any], text: str, as_json: bool) -> None:

@@ -35,6 +35,9 @@ DOUBLES = {  # photographs that stand under two names
     )
 }
 
+OUTLIER_DB = -20.0
+"""One mated capture in a hundred shows something else (another face, a profile): no face speaks against a mate by more."""
+
 
 def embeddings(folder: Path) -> tuple[list[Path], NDArray[np.float32]]:
     """Paths of the faces that pass the gate, and their unit embeddings before the mean is removed."""
@@ -84,7 +87,7 @@ def calibration(mated: NDArray[np.float64], nonmated: NDArray[np.float64]) -> di
     nonmated_db = -10 / np.log(10) * norm.logsf(score, mean, sd)
     ratio = (mixture.score_samples(score[:, None]) - norm.logpdf(score, mean, sd)) * 10 / np.log(10)
     # Below the crossing a wide mated component would speak for a mate again at very low scores: keep it falling.
-    llr_db = np.maximum.accumulate(np.clip(np.minimum.accumulate(ratio[::-1])[::-1], -30, None))
+    llr_db = np.maximum.accumulate(np.clip(np.minimum.accumulate(ratio[::-1])[::-1], OUTLIER_DB, None))
     return {
         "score": score.tolist(),
         "llr_db": llr_db.tolist(),

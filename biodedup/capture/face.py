@@ -29,6 +29,8 @@ _CENTRAL_SHARE = 0.4
 _SIDE_PX_LARGE = 640
 _BORDER_SHARE = 0.5
 
+_quiet = threading.Lock()  # the log level is OpenCV's, not a thread's
+
 
 @dataclass(frozen=True, eq=False)
 class AlignedFace:
@@ -104,14 +106,17 @@ class FaceDetector:
     def _detector(self, side: int) -> Any:
         known = self._mine.__dict__.setdefault("detectors", {})
         if side not in known:
-            level = cv2.utils.logging.getLogLevel()
-            cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # it warns of a target nobody asked for
-            try:
-                known[side] = cv2.FaceDetectorYN.create(
-                    str(self._weights), "", (side, side), self._config.detector_confidence_min, 0.3, 50
-                )
-            finally:
-                cv2.utils.logging.setLogLevel(level)
+            with _quiet:
+                level = cv2.utils.logging.getLogLevel()
+                cv2.utils.logging.setLogLevel(
+                    cv2.utils.logging.LOG_LEVEL_ERROR
+                )  # it warns of a target nobody asked for
+                try:
+                    known[side] = cv2.FaceDetectorYN.create(
+                        str(self._weights), "", (side, side), self._config.detector_confidence_min, 0.3, 50
+                    )
+                finally:
+                    cv2.utils.logging.setLogLevel(level)
         return known[side]
 
 

@@ -40,10 +40,9 @@ class Calibration:
             raise ModelCardError(
                 f"the calibration table is incomplete or not numeric ({error}); see models/sface.toml"
             ) from error
-        if score.ndim != 1 or len(score) < 2 or not len(score) == len(llr) == len(nonmated):
-            raise ModelCardError(
-                f"calibration arrays have {len(score)}, {len(llr)}, {len(nonmated)} values; wanted equal, 2 or more"
-            )
+        shapes = [score.shape, llr.shape, nonmated.shape]
+        if score.ndim != 1 or score.size < 2 or len(set(shapes)) > 1:
+            raise ModelCardError(f"calibration arrays have shapes {shapes}; wanted one equal length, 2 or more")
         if (np.diff(score) <= 0).any() or (np.diff(llr) < 0).any() or (np.diff(nonmated) < 0).any():
             raise ModelCardError("calibration: score must ascend, llr_db and nonmated_db must not descend")
         return cls(score, llr, nonmated, measured_db, source)

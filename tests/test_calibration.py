@@ -1,0 +1,104 @@
+"""Calibration and fusion: decibels that mean what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+import biodedup as bd
+from biodedup.embed.cards import load_card
+from biodedup.match.calibration import Calibration
+from biodedup.match.calibrations import from_embeddings
+from biodedup.match.fusion import STEP_DB, fused_score_db
+
+SCORE = np.linspace(-0.5, 1, 151)
+NORMAL = Calibration.from_card(
+    {
+        "score": SCORE,
+        "llr_db": np.maximum.accumulate(
+            10 / np.log(10) * (norm.logpdf(SCORE, 0.6, 0.15) - norm.logpdf(SCORE, 0, 0.1)).clip(-10)
+        ),
+        "nonmated_db": -10 / np.log(10) * norm.logsf(SCORE, 0, 0.1),
+        "measured_db": 60.0,
+        "source": "a test",
+    }
+)
+SHIPPED = [Calibration.from_card(load_card(name).calibration) for name in ("sface", "mindtct_bozorth3")]
+
+
+def test_score_db_is_minus_ten_log10_of_the_false_match_rate():
+    scores = np.random.default_rng(0).normal(0, 0.1, 1_000_000)
+    for db in (10, 20, 30):
+        assert np.mean(NORMAL.score_db(scores) >= db) == pytest.approx(10 ** (-db / 10), rel=0.15)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_fused_scores_keep_the_false_match_rate_and_are_never_optimistic(parts):
+    rng = np.random.default_rng(parts)
+    sums = NORMAL.llr_db(rng.normal(0, 0.1, (400_000, parts))).sum(axis=1)
+    distinct, inverse = np.unique(np.floor(sums / STEP_DB) * STEP_DB, return_inverse=True)
+    score_db = np.array([fused_score_db(s, (NORMAL,) * parts)[0] for s in distinct])[inverse]
+    for db in (10, 20, 30):
+        measured = np.mean(score_db >= db)
+        assert 10 ** (-db / 10) / 1.5 <= measured <= 10 ** (-db / 10) * 1.12, db
+
+
+def test_one_capture_fused_is_that_capture():
+    for cosine in (0.3, 0.45, 0.6, 0.8):
+        fused, _ = fused_score_db(float(NORMAL.llr_db(cosine)), (NORMAL,))
+        assert fused == pytest.approx(float(NORMAL.score_db(cosine)), abs=1.0)
+
+
+def test_the_far_tail_is_exact_where_a_national_register_needs_it():
+    fused, extrapolated = fused_score_db(float(2 * NORMAL.llr_db(0.62)), (NORMAL, NORMAL))
+    assert 120 < fused < 250
+    assert extrapolated
+    assert not fused_score_db(float(2 * NORMAL.llr_db(0.25)), (NORMAL, NORMAL))[1]
+
+
+@given(st.lists(st.floats(-60, 200), min_size=2, max_size=20))
+def test_more_evidence_is_never_a_lower_score(sums):
+    scores = [fused_score_db(value, SHIPPED)[0] for value in sorted(sums)]
+    assert scores == sorted(scores)
+
+
+@pytest.mark.parametrize("calibration", [NORMAL, *SHIPPED])
+def test_the_nonmated_distribution_sums_to_one(calibration):
+    _, mass = calibration.nonmated_llr_pmf(STEP_DB)
+    assert mass.sum() == pytest.approx(1, abs=1e-9)
+    assert (mass >= 0).all()
+
+
+def test_beyond_the_table_the_last_slope_goes_on_up_to_the_cap():
+    finger = SHIPPED[1]
+    assert float(finger.score_db(450)) == 300
+    assert float(finger.score_db(-5)) == 0
+    assert np.all(np.diff(finger.score_db(np.arange(0, 500))) >= 0)
+
+
+def test_unlabelled_embeddings_calibrate_themselves():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((1024, 512)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    calibration = from_embeddings(vectors)
+    cosines = (vectors[:512] @ vectors[512:].T).ravel()
+    assert np.mean(calibration.score_db(cosines) >= 20) == pytest.approx(0.01, rel=0.3)
+    assert float(from_embeddings(vectors[:0]).score_db(0.3)) == pytest.approx(28.7, abs=0.2)  # 3 sd of 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"score": [1, 0]}, "ascend"),
+        ({"llr_db": [0]}, "one equal length"),
+        ({"measured_db": "x"}, "numeric"),
+        ({"score": None}, "one equal length"),
+    ],
+)
+def test_a_broken_table_is_a_card_error(change, text):
+    table = {"score": [0, 1], "llr_db": [0, 1], "nonmated_db": [0, 1], "measured_db": 1, "source": "x"} | change
+    with pytest.raises(bd.ModelCardError, match=text):
+        Calibration.from_card(table)

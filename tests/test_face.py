@@ -1,0 +1,141 @@
+"""Faces: the right one, aligned, or a refusal that says what was measured."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+import biodedup as bd
+from biodedup.capture.face import SIDE_PX, AlignedFace, angles_deg, choose, judge, similarity_transform
+
+EXTRACTOR = bd.Extractor()
+
+
+def extract(image: np.ndarray) -> bd.Template | bd.Refusal:
+    return EXTRACTOR.extract([bd.Face(np.ascontiguousarray(image))])[0]
+
+
+def similarity(a: bd.Template, b: bd.Template) -> float:
+    return bd.compare(a, b).similarity
+
+
+def test_the_same_face_recaptured_is_similar_and_scored(portrait):
+    first = extract(portrait)
+    assert isinstance(first, bd.Template)
+    assert first.embedding.shape == (128,)
+    assert np.linalg.norm(first.embedding) == pytest.approx(1, abs=1e-5)
+    assert first.embedding.dtype == np.float32
+    for again in (
+        portrait[:300, 90:380],
+        cv2.resize(portrait, None, fx=0.5, fy=0.5),
+        (portrait * 0.6).astype(np.uint8),
+    ):
+        score = bd.compare(first, extract(again))
+        assert score.similarity > 0.6
+        assert score.score_db > 60
+        assert score.minutiae is None
+
+
+def test_a_batch_gives_what_single_captures_give_in_order(portrait, tmp_path):
+    images = [portrait, portrait[:, ::-1], portrait[:300, 90:380]] * 3
+    captures = [bd.Face(np.ascontiguousarray(i)) for i in images]
+    captures.insert(4, bd.Face(tmp_path / "absent.png"))
+    together = EXTRACTOR.extract(captures)
+    assert together[4].reason == "missing_file"
+    for one, capture in zip(together, captures, strict=True):
+        if isinstance(one, bd.Template):
+            alone = EXTRACTOR.extract([capture])[0]
+            assert float(one.embedding @ alone.embedding) > 0.99999
+
+
+def test_grey_small_and_tightly_cropped_faces_are_found(portrait):
+    grey = cv2.cvtColor(portrait, cv2.COLOR_RGB2GRAY)
+    assert isinstance(extract(grey), bd.Template)
+    assert isinstance(extract(cv2.resize(grey[60:210, 160:290], (92, 112), interpolation=cv2.INTER_AREA)), bd.Template)
+
+
+def refused(image: np.ndarray, reason: str) -> bd.Refusal:
+    result = extract(image)
+    assert isinstance(result, bd.Refusal), "not refused"
+    assert result.reason == reason
+    assert result.measured is not None
+    assert result.limit is not None
+    return result
+
+
+def test_poor_faces_are_refused_with_the_number(portrait):
+    refused(portrait[-120:, :120], "no_face")
+    refused(np.full((300, 300, 3), 127, np.uint8), "no_face")
+    refused(np.hstack([portrait, portrait[:, ::-1]]), "several_faces")
+    refused(cv2.GaussianBlur(portrait, (0, 0), 10), "blurred")
+    refused((portrait * 0.08).astype(np.uint8), "too_dark")
+    refused(np.clip(portrait * 0.12 + 235, 0, 255).astype(np.uint8), "too_bright")
+    refused(cv2.resize(portrait, (110, 110), interpolation=cv2.INTER_AREA), "too_small")
+
+
+def judged(landmarks: np.ndarray) -> bd.Refusal | None:
+    image = np.random.default_rng(0).integers(60, 200, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    return judge(AlignedFace(image, 0.9, landmarks), (100, 100), bd.FaceConfig())
+
+
+def test_a_face_turned_away_is_refused_by_its_landmarks():
+    frontal = np.array([[20.0, 40], [60, 40], [40, 60], [25, 80], [55, 80]])
+    assert judged(frontal) is None
+    turned = frontal.copy()
+    turned[2, 0] = 66  # the nose lies outside the eyes
+    assert judged(turned).reason == "turned_away"
+    upside_down = 100 - frontal
+    assert judged(upside_down).reason == "turned_away"
+
+
+def test_eyes_outside_the_image_are_refused():
+    landmarks = np.array([[-3.0, 40], [40, 40], [20, 60], [5, 80], [38, 80]])
+    refusal = judged(landmarks)
+    assert refusal is not None
+    assert (refusal.reason, refusal.measured) == ("eyes_out_of_frame", 3.0)
+
+
+def test_a_small_bystander_does_not_make_a_portrait_ambiguous(portrait):
+    scene = np.full((600, 900, 3), 120, np.uint8)
+    scene[50:562, 190:702] = portrait
+    scene[20:148, 760:888] = cv2.resize(portrait[:, ::-1], (128, 128), interpolation=cv2.INTER_AREA)
+    result = extract(scene)
+    assert isinstance(result, bd.Template)
+    assert similarity(result, extract(portrait)) > 0.8
+
+
+def test_of_two_faces_of_one_size_the_central_one_is_chosen():
+    faces = np.zeros((2, 15), np.float32)
+    faces[:, 2:4] = 50
+    faces[0, :2], faces[1, :2] = (0, 0), (75, 75)
+    index, share = choose(faces, (200, 200))
+    assert index == 1
+    assert 0 < share < 1
+
+
+def test_yaw_and_roll_follow_the_landmarks():
+    frontal = np.array([[0, 0], [10, 0], [5.0, 6], [1, 12], [9, 12]])
+    assert angles_deg(frontal) == pytest.approx((0, 0))
+    turned = frontal.copy()
+    turned[2, 0] = 11
+    assert angles_deg(turned)[0] == pytest.approx(45)
+    tilted = frontal @ np.array([[np.cos(0.5), np.sin(0.5)], [-np.sin(0.5), np.cos(0.5)]])
+    assert angles_deg(tilted)[1] == pytest.approx(np.degrees(0.5))
+
+
+def test_alignment_recovers_a_known_similarity_transform():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(5, 2)) * 30
+    linear = 1.7 * np.array([[np.cos(0.7), -np.sin(0.7)], [np.sin(0.7), np.cos(0.7)]])
+    found = similarity_transform(points, points @ linear.T + (4, -9))
+    np.testing.assert_allclose(found, np.column_stack([linear, (4, -9)]), atol=1e-9)
+
+
+def test_an_extractor_may_be_used_by_several_threads(portrait):
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = extract(portrait)
+    with ThreadPoolExecutor(4) as pool:
+        for template in pool.map(extract, [portrait] * 8):
+            assert float(template.embedding @ alone.embedding) > 0.99999
