@@ -304,11 +304,8 @@ class Engine:
         _, rows = self._embeddings(column, vectors)
         snapshot = self._gallery.snapshot()
         found, similarity = self._searcher.nearest(column, rows, k, 0, snapshot.row_count)
-        ids = np.full(found.shape, "", object)
-        for at in np.ndindex(found.shape):
-            if found[at] >= 0:
-                ids[at] = self._gallery.subject_id(int(found[at]))
-        return SearchResult(ids, similarity, snapshot.version)
+        names = [self._gallery.subject_id(row) if row >= 0 else "" for row in found.ravel().tolist()]
+        return SearchResult(np.array(names, object).reshape(found.shape), similarity, snapshot.version)
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None

@@ -59,7 +59,6 @@ class Extractor:
         if any(isinstance(capture, Face) for capture in captures):
             self._load_face_models()
         if self.config.threads == 1 or len(captures) < 2:
-            cv2.setNumThreads(1)
             prepared = [self._prepare(capture) for capture in captures]
         else:
             with ThreadPoolExecutor(self.config.threads) as pool:
@@ -92,6 +91,7 @@ class Extractor:
     def _load_face_models(self) -> None:
         with self._lock:
             if self._detector is None:
+                cv2.setNumThreads(1)  # captures run side by side; OpenCV's own threads would take the cores from them
                 card = load_card(self.config.face.detector)
                 card.verify()
                 assert card.weights is not None, "a detector has weights"

@@ -388,6 +388,8 @@ def _translated(doing: str) -> Iterator[None]:
         raise GalleryDamaged(f"{doing}: {error}; run `biodedup doctor`, restore from a backup") from error
     except (NotADirectoryError, FileExistsError) as error:
         raise NotAGallery(f"{doing}: it is a file; name a folder") from error
+    except PermissionError as error:
+        raise StorageUnavailable(f"{doing}: permission denied; give this process access to the folder") from error
     except OSError as error:
         raise unavailable(error, doing) from error
 

@@ -1,0 +1,142 @@
+"""Accuracy on real captures: faces 1:1, and chimeric enrolment through the engine.
+
+    python benchmarks/accuracy.py faces       LFW, all mated pairs, all non-mated pairs of first images
+    python benchmarks/accuracy.py chimeras    LFW faces + FVC2002 and UareU fingers, first and second encounters
+
+A chimera is a face identity joined with fingers of other people; its figures say nothing of how the two go together in
+nature. Needs the real data (BIODEDUP_DATA). `--limit` takes fewer identities and keeps no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from report import data_folder, record
+from scipy.stats import beta
+
+import biodedup as bd
+
+FINGER_SETS = {"fvc2002/DB1_B": 500, "fvc2002/DB2_B": 569, "fvc2002/DB3_B": 500, "fvc2002/DB4_B": 500, "uareu": 512}
+POSITIONS = ("right_index", "left_index")
+BATCH = 64
+
+
+def extract(captures: list[bd.Face | bd.Finger]) -> list[bd.Template | bd.Refusal]:
+    extractor = bd.Extractor()
+    results: list[bd.Template | bd.Refusal] = []
+    for start in range(0, len(captures), BATCH):
+        results += extractor.extract(captures[start : start + BATCH])
+    return results
+
+
+def interval(events: int, trials: int) -> str:
+    """A share with its exact 95 % interval (Clopper and Pearson, 1934)."""
+    low = beta.ppf(0.025, events, trials - events + 1) if events else 0.0
+    high = beta.ppf(0.975, events + 1, trials - events) if events < trials else 1.0
+    return f"{events / trials:.2%} [{low:.2%}, {high:.2%}]"
+
+
+def faces(limit: int | None) -> dict[str, Any]:
+    folders = sorted((data_folder() / "faces" / "lfw").iterdir())[:limit]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.jpg"))]
+    results = extract([bd.Face(path) for path in paths])
+    refused = Counter(r.reason for r in results if isinstance(r, bd.Refusal))
+    kept = [(p, r) for p, r in zip(paths, results, strict=True) if isinstance(r, bd.Template)]
+    names = np.array([path.parent.name for path, _ in kept])
+    first = np.array([path.stem.endswith("_0001") for path, _ in kept])
+    vectors = np.stack([template.embedding for _, template in kept])
+    upper = np.triu_indices(len(kept), 1)
+    mated = (vectors @ vectors.T)[upper][names[upper[0]] == names[upper[1]]]
+    nonmated = (vectors[first] @ vectors[first].T)[np.triu_indices(int(first.sum()), 1)]
+    figures: dict[str, Any] = {
+        "images": len(paths),
+        "failure to enrol": interval(len(paths) - len(kept), len(paths)),
+        "refusals": dict(refused),
+        "mated pairs": len(mated),
+        "non-mated pairs": len(nonmated),
+    }
+    for fmr in (1e-3, 1e-4, 1e-5):
+        threshold = np.sort(nonmated)[-int(fmr * len(nonmated)) - 1]
+        missed = int(np.count_nonzero(mated <= threshold))
+        figures[f"FNMR at FMR {fmr:g}"] = f"{interval(missed, len(mated))}, cosine {threshold:.4f}"
+    return figures
+
+
+def fingers(limit: int | None) -> list[list[bd.Template | bd.Refusal]]:
+    """Impressions of each finger, in order."""
+    groups: dict[str, list[bd.Finger]] = {}
+    for name, dpi in FINGER_SETS.items():
+        for path in sorted((data_folder() / "fingers" / name).glob("*.png")):
+            groups.setdefault(f"{name}/{path.stem.rpartition('_')[0]}", []).append(bd.Finger(path, dpi=dpi))
+    kept = list(groups.values())[:limit]
+    results = iter(extract([capture for group in kept for capture in group]))
+    return [[next(results) for _ in group] for group in kept]
+
+
+def relabelled(result: bd.Template | bd.Refusal, column: str) -> bd.Template | None:
+    if isinstance(result, bd.Refusal):
+        return None
+    return bd.Template(column, result.model_id, result.embedding, result.minutiae, result.quality)
+
+
+def chimeras(limit: int | None, seeds: int) -> dict[str, Any]:
+    people = [f for f in sorted((data_folder() / "faces" / "lfw").iterdir()) if len(list(f.glob("*.jpg"))) >= 2]
+    finger_results = fingers(limit and limit * len(POSITIONS))
+    count = min(len(finger_results) // len(POSITIONS), limit or len(people))
+    outcomes: Counter[tuple[str, str]] = Counter()
+    wrong_person = 0
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        chosen = [people[i] for i in rng.choice(len(people), count, replace=False)]
+        order = rng.permutation(len(finger_results))
+        paths = [sorted(folder.glob("*.jpg")) for folder in chosen]
+        face_results = iter(extract([bd.Face(path) for group in paths for path in group]))
+        face_of = [[next(face_results) for _ in group] for group in paths]
+        with tempfile.TemporaryDirectory() as folder, bd.Engine.open(Path(folder) / "gallery") as engine:
+            for visit in range(8):
+                for person in range(count):
+                    images = face_of[person]
+                    face = images[0] if visit == 0 else images[1 + (visit - 1) % (len(images) - 1)]
+                    given = {"face": relabelled(face, "face")}
+                    for place, position in enumerate(POSITIONS):
+                        impressions = finger_results[order[len(POSITIONS) * person + place]]
+                        given[position] = relabelled(impressions[visit], position)
+                    templates = {column: template for column, template in given.items() if template is not None}
+                    decision = engine.enroll(bd.Encounter(f"{person}/{visit}", templates=templates))
+                    kind = "first" if visit == 0 else "second"
+                    outcomes[kind, decision.outcome] += 1
+                    if decision.outcome == "duplicate" and decision.candidates[0].subject_id != f"{person}/0":
+                        wrong_person += 1
+                    if visit and decision.outcome == "unique":
+                        engine.remove(f"{person}/{visit}")  # a miss must not help the next visit
+    first = {outcome: n for (kind, outcome), n in outcomes.items() if kind == "first"}
+    second = {outcome: n for (kind, outcome), n in outcomes.items() if kind == "second"}
+    caught = second.get("duplicate", 0) + second.get("review", 0)
+    return {
+        "subjects a gallery": count,
+        "galleries (seeds)": seeds,
+        "first encounters": first,
+        "first unique": interval(first.get("unique", 0), sum(first.values())),
+        "second encounters": second,
+        "second duplicate or review": interval(caught, sum(second.values())),
+        "duplicates of the wrong subject": wrong_person,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("faces", "chimeras"), nargs="?", default="faces")
+    parser.add_argument("--limit", type=int, help="fewer identities")
+    parser.add_argument("--seeds", type=int, default=5, help="chimeric galleries")
+    options = parser.parse_args()
+    figures = faces(options.limit) if options.what == "faces" else chimeras(options.limit, options.seeds)
+    record(options.what, figures, keep=options.limit is None)
+
+
+if __name__ == "__main__":
+    main()

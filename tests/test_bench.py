@@ -1,0 +1,31 @@
+"""Every benchmark at smoke size, so that none of them rots."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "real_data"),
+    [
+        (["captures.py", "--smoke"], "faces a second", False),
+        (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
+        (["accuracy.py", "chimeras", "--limit", "2", "--seeds", "1"], "second duplicate or review", True),
+    ],
+    ids=["captures", "faces", "chimeras"],
+)
+def test_a_benchmark_runs_at_smoke_size_and_tells_its_figure(request, arguments, told, real_data):
+    if real_data:
+        os.environ["BIODEDUP_DATA"] = str(request.getfixturevalue("data_folder"))
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / arguments[0], *arguments[1:]], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
