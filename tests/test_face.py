@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.capture.face import SIDE_PX, AlignedFace, angles_deg, choose, judge, similarity_transform
+from biodedup.capture.face import (
+    SIDE_PX,
+    AlignedFace,
+    angles_deg,
+    choose,
+    judge,
+    similarity_transform,
+    without_overlaps,
+)
 
 EXTRACTOR = bd.Extractor()
 
@@ -139,3 +147,39 @@ def test_an_extractor_may_be_used_by_several_threads(portrait):
     with ThreadPoolExecutor(4) as pool:
         for template in pool.map(extract, [portrait] * 8):
             assert float(template.embedding @ alone.embedding) > 0.99999
+
+
+def test_images_of_absurd_shape_are_refused_not_raised():
+    for shape in ((40, 50_000), (50_000, 40)):
+        assert extract(np.zeros(shape, np.uint8)).reason == "no_face"
+
+
+def test_a_dark_but_legible_face_is_accepted(portrait):
+    template = extract((portrait * 0.2).astype(np.uint8))
+    assert isinstance(template, bd.Template)
+    assert similarity(template, extract(portrait)) > 0.6
+
+
+def test_of_overlapping_boxes_the_first_stays():
+    faces = np.zeros((4, 15), np.float32)
+    faces[:, :4] = [[0, 0, 10, 10], [1, 1, 10, 10], [8, 8, 10, 10], [50, 0, 10, 10]]
+    faces[:, 14] = [0.9, 0.8, 0.7, 0.6]
+    np.testing.assert_array_equal(without_overlaps(faces), faces[[0, 2, 3]])
+    assert without_overlaps(faces[:0]).shape == (0, 15)
+
+
+def test_a_defect_in_one_capture_costs_that_capture_alone(portrait, monkeypatch, caplog):
+    extractor = bd.Extractor()
+    assert isinstance(extractor.extract([bd.Face(portrait)])[0], bd.Template)
+    align = extractor._detector.align
+
+    def fails_on_grey(pixels):
+        if pixels.rgb_or_grey.ndim == 2:
+            raise MemoryError
+        return align(pixels)
+
+    monkeypatch.setattr(extractor._detector, "align", fails_on_grey)
+    good, bad = extractor.extract([bd.Face(portrait), bd.Face(portrait[..., 0])])
+    assert isinstance(good, bd.Template)
+    assert (bad.column, bad.reason, bad.detail) == ("face", "failed", "MemoryError")
+    assert "could not be processed" in caplog.text

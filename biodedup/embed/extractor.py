@@ -5,6 +5,7 @@ Owns batching over captures and the loading of models on first use. Never search
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from biodedup.embed.cards import ModelCard, load_card
 from biodedup.embed.network import EmbeddingNetwork
 from biodedup.errors import InvalidInput
 from biodedup.values import Capture, Face, Finger, Missing, Refusal, Template
+
+_log = logging.getLogger(__name__)
 
 
 class Extractor:
@@ -71,6 +74,13 @@ class Extractor:
         """Everything that concerns one capture alone."""
         if isinstance(capture, Missing):
             return Refusal(capture.position, "missing", capture.reason)
+        try:
+            return self._read(capture)
+        except Exception as error:  # ours or a library's defect: it costs one capture, not the batch
+            _log.error("a %s capture could not be processed", capture.column, exc_info=True)
+            return Refusal(capture.column, "failed", type(error).__name__)
+
+    def _read(self, capture: Face | Finger) -> Template | Refusal | AlignedFace:
         pixels = decode(capture.data, capture.column, self.config.capture)
         if isinstance(pixels, Refusal):
             return pixels
