@@ -70,7 +70,7 @@ class Policy:
     """Thresholds, from a target false positive identification rate (FPIR) at the present gallery size.
 
     FMR = FPIR / N, independence assumed; in decibels 10 log10(N / FPIR). A fixed threshold in dB overrides.
-    Twenty second encounters a thousand go to a person rather than one duplicate in: `review_fpir` is the wider one.
+    `review_fpir` is the wider band: what lies between goes to a person.
     """
 
     duplicate_fpir: float = 1e-3
@@ -88,9 +88,10 @@ class Policy:
             raise InvalidInput(
                 f"review_fpir {self.review_fpir} is below duplicate_fpir {self.duplicate_fpir}; review is the wider band"
             )
-        duplicate_db, review_db = self.thresholds_db(1)
-        if self.duplicate_db is not None and self.review_db is not None and review_db > duplicate_db:
-            raise InvalidInput(f"review_db {review_db} is above duplicate_db {duplicate_db}; review is the wider band")
+        if self.duplicate_db is not None and self.review_db is not None and self.review_db > self.duplicate_db:
+            raise InvalidInput(
+                f"review_db {self.review_db} is above duplicate_db {self.duplicate_db}; review is the wider band"
+            )
 
     def thresholds_db(self, gallery_size: int) -> tuple[float, float]:
         """(duplicate, review) thresholds in dB for a gallery of this many subjects."""

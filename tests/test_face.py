@@ -113,6 +113,15 @@ def test_a_small_bystander_does_not_make_a_portrait_ambiguous(portrait):
     assert similarity(result, extract(portrait)) > 0.8
 
 
+def test_a_small_face_in_a_large_picture_is_aligned_as_well_as_a_large_one(portrait):
+    whole = extract(portrait)
+    for factor in (2, 4):
+        scene = np.full((512 * factor, 512 * factor, 3), 120, np.uint8)
+        start = 256 * (factor - 1)
+        scene[start : start + 512, start : start + 512] = portrait
+        assert similarity(whole, extract(scene)) > 0.93
+
+
 def test_of_two_faces_of_one_size_the_central_one_is_chosen():
     faces = np.zeros((2, 15), np.float32)
     faces[:, 2:4] = 50
