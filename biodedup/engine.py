@@ -17,7 +17,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ from biodedup.config import Config
 from biodedup.embed.cards import load_card, shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import CallerError, EncounterConflict, EngineClosed, InvalidInput, ModelMismatch, SubjectExists
+from biodedup.gallery.answers import digest_of, from_json, to_json
 from biodedup.gallery.catalogue import ColumnModel
 from biodedup.gallery.gallery import Gallery, Snapshot, Transaction, mismatch
 from biodedup.gallery.storage import LocalStorage, Storage
@@ -43,11 +44,9 @@ from biodedup.search.rescore import Found, Searcher
 from biodedup.values import (
     COLUMNS,
     Candidate,
-    CaptureData,
     Cluster,
     Decision,
     Encounter,
-    Evidence,
     Float32,
     Link,
     Missing,
@@ -176,7 +175,7 @@ class Engine:
         answers: list[Decision | CallerError | None] = [None] * len(encounters)
         digests: list[bytes] = []
         for i, encounter in enumerate(encounters):
-            digests.append(_digest(encounter))
+            digests.append(digest_of(encounter))
             try:
                 _require_subject(encounter)
                 answers[i] = self._answered_before(encounter, digests[i])
@@ -225,7 +224,7 @@ class Engine:
             transaction.add(subject_id, probe.templates, decision.encounter_id)
         elif decision.outcome == "review":
             transaction.hold(decision.encounter_id, probe.templates.values())
-        transaction.record(decision.encounter_id, subject_id, digest, decision.outcome, _to_json(decision))
+        transaction.record(decision.encounter_id, subject_id, digest, decision.outcome, to_json(decision))
         return decision
 
     def _answered_before(self, encounter: Encounter, digest: bytes) -> Decision | None:
@@ -238,7 +237,7 @@ class Engine:
             raise EncounterConflict(
                 f"encounter {encounter.encounter_id!r} was sent before with other content; give this one an id of its own"
             )
-        return decision_from_json(stored[1])
+        return from_json(stored[1])
 
     def _as_refused(self, encounter: Encounter, error: CallerError) -> Decision:
         refusal = Refusal("encounter", _snake_case(type(error).__name__), str(error))
@@ -388,7 +387,7 @@ class Engine:
         self._check_open()
         for encounter in encounters:
             _require_subject(encounter)
-        digests = [_digest(encounter) for encounter in encounters]
+        digests = [digest_of(encounter) for encounter in encounters]
         known = [self._answered_before(*pair) for pair in zip(encounters, digests, strict=True)]
         answers = dict(enumerate(known))
         todo = [i for i, answer in answers.items() if answer is None]
@@ -407,7 +406,7 @@ class Engine:
                 answers[i] = decision = replace(decision, encounter_id=encounter_id)
                 if decision.outcome == "unique":
                     transaction.add(subject_id, probe.templates, encounter_id)
-                transaction.record(encounter_id, subject_id, digests[i], decision.outcome, _to_json(decision))
+                transaction.record(encounter_id, subject_id, digests[i], decision.outcome, to_json(decision))
         return [answer for answer in answers.values() if answer is not None]
 
     def remove(self, subject_id: str) -> None:
@@ -427,7 +426,7 @@ class Engine:
         """The decision that an encounter got, or None for one never seen."""
         self._check_open()
         stored = self._gallery.answer(encounter_id)
-        return None if stored is None or '"added"' in stored[1] else decision_from_json(stored[1])
+        return None if stored is None or '"added"' in stored[1] else from_json(stored[1])
 
     def info(self) -> dict[str, Any]:
         """Counts, models and thresholds, JSON-ready."""
@@ -611,67 +610,6 @@ def _better(a: Template | None, b: Template) -> tuple[Template, Template | None]
 def _require_subject(encounter: Encounter) -> None:
     if encounter.subject_id is None:
         raise InvalidInput("the encounter has no subject_id; enrolment needs one, identify does not")
-
-
-def _digest(encounter: Encounter) -> bytes:
-    """SHA-256 of what was sent: the id of the subject and the content of every capture and template."""
-    if encounter.encounter_id is None:
-        return b""  # nobody can send it again
-    digest = hashlib.sha256()
-
-    def add(*parts: bytes) -> None:
-        for part in parts:
-            digest.update(len(part).to_bytes(8, "little") + part)
-
-    add((encounter.subject_id or "").encode())
-    for capture in encounter.captures:
-        add(type(capture).__name__.encode(), capture.column.encode())
-        if isinstance(capture, Missing):
-            add(capture.reason.encode())
-        else:
-            add(*_content(capture.data))
-            add(str(getattr(capture, "dpi", None)).encode())
-    for column in sorted(encounter.templates):
-        given = encounter.templates[column]
-        add(column.encode())
-        if isinstance(given, Template):
-            add(given.model_id.encode(), given.minutiae or b"")
-            given = given.embedding if given.embedding is not None else np.zeros(0, np.float32)
-        add(*_content(np.asarray(given, np.float32)))
-    return digest.digest()
-
-
-def _content(data: CaptureData) -> tuple[bytes, ...]:
-    if isinstance(data, np.ndarray):
-        return str((data.shape, data.dtype.str)).encode(), np.ascontiguousarray(data).tobytes()
-    if isinstance(data, bytes):
-        return (data,)
-    try:
-        return (Path(data).read_bytes(),)
-    except OSError:
-        return b"unreadable", str(data).encode()  # extraction will refuse it, with the reason
-
-
-def _to_json(decision: Decision) -> str:
-    return json.dumps(asdict(decision), separators=(",", ":"))
-
-
-def decision_from_json(text: str) -> Decision:
-    """The decision that was stored."""
-    fields = json.loads(text)
-    candidates = tuple(
-        Candidate(**{**candidate, "evidence": tuple(Evidence(**part) for part in candidate["evidence"])})
-        for candidate in fields["candidates"]
-    )
-    return Decision(
-        **{
-            **fields,
-            "candidates": candidates,
-            "refusals": tuple(Refusal(**refusal) for refusal in fields["refusals"]),
-            "missing": tuple(Missing(**missing) for missing in fields["missing"]),
-            "model_ids": tuple(fields["model_ids"]),
-        }
-    )
 
 
 def _snake_case(name: str) -> str:
