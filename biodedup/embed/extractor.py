@@ -76,8 +76,11 @@ class Extractor:
             return Refusal(capture.position, "missing", capture.reason)
         try:
             return self._read(capture)
+        except MemoryError:
+            raise  # says nothing of the capture, and may pass
         except Exception as error:  # ours or a library's defect: it costs one capture, not the batch
-            _log.error("a %s capture could not be processed", capture.column, exc_info=True)
+            # the type alone: a library's text may quote what it was given
+            _log.error("a %s capture could not be processed: %s", capture.column, type(error).__name__)
             return Refusal(capture.column, "failed", type(error).__name__)
 
     def _read(self, capture: Face | Finger) -> Template | Refusal | AlignedFace:

@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from scipy.stats import norm
+from numpy.typing import NDArray
+from scipy.special import log_ndtr, ndtri
 
 from biodedup.embed.cards import ModelCard
 from biodedup.match.calibration import Calibration
@@ -58,15 +59,20 @@ def from_embeddings(vectors: Float32) -> Calibration:
         cosines = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)].astype(np.float64)
         pairs = len(cosines)
         mean = float(cosines.mean())
-        sd = max(float(cosines.std()), float(np.quantile(cosines, 0.999) - mean) / float(norm.isf(0.001)))
+        sd = max(float(cosines.std()), float(np.quantile(cosines, 0.999) - mean) / float(ndtri(0.999)))
     score = np.linspace(-1.0, 1.0, 201)
-    llr = 10 / np.log(10) * (norm.logpdf(score, _MATED_MEAN, _MATED_SD) - norm.logpdf(score, mean, sd))
+    llr = 10 / np.log(10) * (_log_normal(score, _MATED_MEAN, _MATED_SD) - _log_normal(score, mean, sd))
     return Calibration.from_card(
         {
             "score": score.tolist(),
             "llr_db": np.maximum.accumulate(np.clip(llr, -30, None)).tolist(),
-            "nonmated_db": (-10 / np.log(10) * norm.logsf(score, mean, sd)).tolist(),
+            "nonmated_db": (-10 / np.log(10) * log_ndtr((mean - score) / sd)).tolist(),
             "measured_db": float(10 * np.log10(pairs)),
             "source": f"{pairs} pairs of unlabelled embeddings",
         }
     )
+
+
+def _log_normal(x: NDArray[np.float64], mean: float, sd: float) -> NDArray[np.float64]:
+    """Logarithm of a normal density, but for the constant that ratios lose. (scipy.stats takes a second to import.)"""
+    return np.asarray(-0.5 * ((x - mean) / sd) ** 2 - np.log(sd))
