@@ -67,8 +67,11 @@ class FailingStorage(LocalStorage):
     def make_folder(self, folder):
         return self._countdown.call(lambda: LocalStorage.make_folder(self, folder))
 
-    def sync_folder(self, folder):
-        return self._countdown.call(lambda: LocalStorage.sync_folder(self, folder))
+    def replace(self, source, target):
+        return self._countdown.call(lambda: LocalStorage.replace(self, source, target))
+
+    def remove(self, path):
+        return self._countdown.call(lambda: LocalStorage.remove(self, path))
 
     def connect(self, path, *, read_only):
         return FailingConnection(super().connect(path, read_only=read_only), self._countdown)
@@ -134,11 +137,12 @@ def test_after_any_single_fault_the_state_is_that_before_or_after(tmp_path, name
     assert failures >= 5
 
 
-def test_after_any_single_fault_while_creating_the_gallery_opens_again(tmp_path):
+@pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])
+def test_after_any_single_fault_while_creating_the_gallery_opens_again(tmp_path, after):
     n = 0
     while True:
         n += 1
-        countdown = Countdown(n)
+        countdown = Countdown(n, after=after)
         try:
             bd.Engine.open(tmp_path / f"g{n}", storage=FailingStorage(countdown)).close()
         except bd.StorageUnavailable:
@@ -234,6 +238,14 @@ def test_flipped_bytes_raise_from_the_error_tree_or_nothing(tmp_path):
         except bd.BiodedupError:
             raised += 1
     assert raised > 10
+
+
+def test_an_emptied_database_is_a_lost_gallery_and_not_a_new_one(tmp_path):
+    prepare(tmp_path / "g")
+    (tmp_path / "g" / "gallery.sqlite3").write_bytes(b"")
+    for read_only in (True, False):
+        with pytest.raises(bd.GalleryDamaged, match="lost"):
+            bd.Engine.open(tmp_path / "g", read_only=read_only)
 
 
 def test_doctor_names_what_the_tables_contradict(tmp_path):

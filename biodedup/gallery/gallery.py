@@ -38,6 +38,8 @@ from biodedup.values import COLUMNS, Float32, Template
 
 DATABASE_NAME = "gallery.sqlite3"
 LOCK_NAME = "writer.lock"
+_NEW_NAME = DATABASE_NAME + ".new"  # a gallery in the making: it gets its name when it is whole
+_OWN_NAMES = {DATABASE_NAME, DATABASE_NAME + "-journal", _NEW_NAME, _NEW_NAME + "-journal", LOCK_NAME}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Gallery:
         """
         with _translated(f"opening {folder}"):
             names = storage.list_names(folder)
-            if names and DATABASE_NAME not in names and set(names) - {LOCK_NAME}:
+            if names and DATABASE_NAME not in names and set(names) - _OWN_NAMES:
                 raise NotAGallery(
                     f"{folder} holds {len(names)} other files and no {DATABASE_NAME}; name an empty folder or a gallery"
                 )
@@ -93,12 +95,11 @@ class Gallery:
                     storage.make_folder(folder)
                 lock = storage.lock(folder / LOCK_NAME)
             try:
-                connection = storage.connect(folder / DATABASE_NAME, read_only=read_only)
-                catalogue = Catalogue(connection)
+                if not names or DATABASE_NAME not in names:
+                    _create(storage, folder, {"gallery_id": gallery_id, "version": "0", "config": json.dumps(config)})
+                catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
                 try:
-                    _create_or_check(catalogue, folder, read_only, config, gallery_id)
-                    if not names or DATABASE_NAME not in names:
-                        storage.sync_folder(folder)
+                    _check(catalogue, folder)
                     return cls(catalogue, lock, folder)
                 except BaseException:
                     catalogue.close()
@@ -354,15 +355,25 @@ def mismatch(column: str, known: ColumnModel, got: ColumnModel) -> ModelMismatch
     )
 
 
-def _create_or_check(
-    catalogue: Catalogue, folder: Path, read_only: bool, config: dict[str, Any], gallery_id: str
-) -> None:
-    application_id, format_version, tables = catalogue.identify()
-    if tables == 0 and application_id == 0 and not read_only:
+def _create(storage: Storage, folder: Path, meta: dict[str, str]) -> None:
+    """Makes the database under another name, so that a file of its own name is never a half-made one."""
+    storage.remove(folder / _NEW_NAME)
+    storage.remove(folder / f"{_NEW_NAME}-journal")
+    catalogue = Catalogue(storage.connect(folder / _NEW_NAME, read_only=False))
+    try:
         catalogue.begin()
-        catalogue.create({"gallery_id": gallery_id, "version": "0", "config": json.dumps(config)})
+        catalogue.create(meta)
         catalogue.commit()
-        return
+    finally:
+        catalogue.close()
+    storage.replace(folder / _NEW_NAME, folder / DATABASE_NAME)
+    storage.remove(folder / f"{_NEW_NAME}-journal")
+
+
+def _check(catalogue: Catalogue, folder: Path) -> None:
+    application_id, format_version, tables = catalogue.identify()
+    if application_id == 0 and tables == 0:
+        raise GalleryDamaged(f"{folder / DATABASE_NAME} is empty: a gallery was lost here; restore it from a backup")
     if application_id != APPLICATION_ID:
         raise NotAGallery(
             f"{folder / DATABASE_NAME} is a database of another program; name an empty folder or a gallery"

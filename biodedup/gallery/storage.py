@@ -38,7 +38,11 @@ class Storage(Protocol):
 
     def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection: ...
 
-    def sync_folder(self, folder: Path) -> None: ...
+    def replace(self, source: Path, target: Path) -> None:
+        """Renames a file over another, durably."""
+
+    def remove(self, path: Path) -> None:
+        """Removes a file, if it is there."""
 
 
 class FileLock:
@@ -74,7 +78,7 @@ class LocalStorage:
 
     def make_folder(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.sync_folder(folder.parent)
+        _sync_folder(folder.parent)
 
     def lock(self, path: Path) -> Lock:
         return FileLock(path)
@@ -90,12 +94,20 @@ class LocalStorage:
             connection.execute("PRAGMA secure_delete=ON")  # a removed subject's vectors are overwritten
         return connection
 
-    def sync_folder(self, folder: Path) -> None:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    def replace(self, source: Path, target: Path) -> None:
+        source.replace(target)
+        _sync_folder(target.parent)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def unavailable(error: Exception, doing: str) -> StorageUnavailable:
