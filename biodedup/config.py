@@ -23,6 +23,9 @@ class FaceConfig:
     """Folder of model cards; None: the cards that the package ships."""
     detector: str = "yunet"
     detector_confidence_min: float = 0.6
+    """From here on the detector reports a face, so that a refusal can say what is wrong with it."""
+    confidence_min: float = 0.8
+    """From here on it is believed: LFW's lowest is 0.85; what is no face reaches 0.7."""
     detector_side_px: int = 320
     several_share_max: float = 0.5
     """A second face of at least this share of the first one's prominence (area, less away from the centre) is ambiguous."""

@@ -122,6 +122,11 @@ def test_a_small_face_in_a_large_picture_is_aligned_as_well_as_a_large_one(portr
         assert similarity(whole, extract(scene)) > 0.93
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_picture_that_lies_on_its_side_or_head_gives_the_template_of_the_upright_one(portrait, turns):
+    assert similarity(extract(portrait), extract(np.rot90(portrait, turns))) > 0.95
+
+
 def test_of_two_faces_of_one_size_the_central_one_is_chosen():
     faces = np.zeros((2, 15), np.float32)
     faces[:, 2:4] = 50

@@ -30,6 +30,9 @@ _CLOSE_SHARE = 0.3
 """A face of at least this share of the image's longer side is large enough where it was found."""
 _BORDER_SHARE = 0.5
 
+_CONFIDENCE_UPRIGHT = 0.92
+"""Surer than of any turned face: at most 0.91 in LFW, MEDS, ORL and Yale turned by quarters; 98 % of upright LFW reach it."""
+
 _STRIDES = (8, 16, 32)
 _POSITIONS = [0, 1, *range(4, 14)]  # columns of a face that are places, not extents
 _OVERLAP_MAX = 0.3
@@ -39,7 +42,7 @@ _FACES_MAX = 50
 
 @dataclass(frozen=True, eq=False)
 class AlignedFace:
-    """image: uint8 (112, 112, 3) RGB. landmarks: float64 (5, 2), in pixels of the capture. quality: confidence 0..1."""
+    """image: uint8 (112, 112, 3) RGB. landmarks: float64 (5, 2), in pixels of the capture as it was turned. quality: confidence 0..1."""
 
     image: NDArray[np.uint8] = field(repr=False)
     quality: float
@@ -60,10 +63,9 @@ class FaceDetector:
 
     def align(self, pixels: Pixels) -> AlignedFace | Refusal:
         """The capture's face, or why there is none."""
-        rgb = pixels.rgb
-        faces = self._detect(rgb)
+        rgb, faces = self._upright(pixels.rgb)
         if not len(faces):
-            return Refusal("face", "no_face", "detector confidence", 0.0, self._config.detector_confidence_min)
+            return Refusal("face", "no_face", "detector confidence", 0.0, self._config.confidence_min)
         chosen, rival_share = choose(faces, rgb.shape[:2])
         if rival_share > self._config.several_share_max:
             return Refusal(
@@ -79,6 +81,22 @@ class FaceDetector:
         image = cv2.warpAffine(rgb, transform, (SIDE_PX, SIDE_PX), flags=_interpolation(transform))
         aligned = AlignedFace(np.asarray(image, np.uint8), float(face[14]), landmarks)
         return judge(aligned, rgb.shape[:2], self._config) or aligned
+
+    def _upright(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Float32]:
+        """The picture, turned by quarters until its face stands upright, and its faces.
+
+        The detector finds faces that lie or stand on their head too, with landmarks in the wrong places; such a template
+        would miss its mate. It is surer of upright ones.
+        """
+        best, faces = rgb, self._detect(rgb)
+        for turns in (2, 1, 3):
+            if _confidence(faces, best.shape) >= _CONFIDENCE_UPRIGHT:
+                break
+            turned = np.ascontiguousarray(np.rot90(rgb, turns))
+            others = self._detect(turned)
+            if _confidence(others, turned.shape) > _confidence(faces, best.shape):
+                best, faces = turned, others
+        return best, faces
 
     def _detect(self, rgb: NDArray[np.uint8]) -> Float32:
         """float32 (n, 15): box x, y, w, h; five landmarks x, y; confidence. In pixels of rgb."""
@@ -170,6 +188,11 @@ def choose(faces: Float32, shape: tuple[int, ...]) -> tuple[int, float]:
     return int(order[0]), share
 
 
+def _confidence(faces: Float32, shape: tuple[int, ...]) -> float:
+    """Of the most prominent face; 0 without one."""
+    return float(faces[choose(faces, shape)[0], 14]) if len(faces) else 0.0
+
+
 def similarity_transform(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
     """The rotation, scale and shift (2, 3) that takes source points (n, 2) to target (n, 2) with least squares (Umeyama, 1991)."""
     mean_source, mean_target = source.mean(axis=0), target.mean(axis=0)
@@ -207,6 +230,7 @@ def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refu
         ("too_dark", "mean grey level", brightness, config.brightness_min, brightness < config.brightness_min),
         ("too_bright", "mean grey level", brightness, config.brightness_max, brightness > config.brightness_max),
         ("blurred", "Laplacian over contrast", sharpness, config.sharpness_min, sharpness < config.sharpness_min),
+        ("no_face", "detector confidence", face.quality, config.confidence_min, face.quality < config.confidence_min),
     ):
         if missed:
             return Refusal("face", reason, detail, round(measured, 3), limit)
