@@ -240,6 +240,28 @@ def test_flipped_bytes_raise_from_the_error_tree_or_nothing(tmp_path):
     assert raised > 10
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE meta SET key = 'gallery_ie' WHERE key = 'gallery_id'",
+        "UPDATE meta SET value = '{' WHERE key = 'config'",
+        "UPDATE meta SET value = 'x' WHERE key = 'version'",
+        "UPDATE model SET column_index = 77",
+        "UPDATE model SET dimension = 99",
+        "DELETE FROM subject",
+        "DROP TABLE cell",
+    ],
+)
+def test_tables_that_contradict_themselves_are_damage_and_not_worth_a_retry(tmp_path, damage):
+    prepare(tmp_path / "g")
+    connection = sqlite3.connect(tmp_path / "g" / "gallery.sqlite3")
+    connection.execute(damage)
+    connection.commit()
+    connection.close()
+    with pytest.raises(bd.GalleryDamaged):
+        bd.Engine.open(tmp_path / "g")
+
+
 def test_an_emptied_database_is_a_lost_gallery_and_not_a_new_one(tmp_path):
     prepare(tmp_path / "g")
     (tmp_path / "g" / "gallery.sqlite3").write_bytes(b"")

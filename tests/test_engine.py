@@ -106,7 +106,7 @@ def test_one_bad_record_never_stops_a_batch(engine, tmp_path):
 
 
 def test_two_threads_enrolling_one_person_never_both_come_out_unique(engine):
-    rounds = 150
+    rounds = 1000
     firsts, seconds = people(rounds), again(people(rounds), 0.9)
     outcomes: dict[tuple[str, int], str] = {}
     barrier = threading.Barrier(2)

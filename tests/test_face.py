@@ -14,7 +14,6 @@ from biodedup.capture.face import (
     choose,
     judge,
     similarity_transform,
-    without_overlaps,
 )
 
 EXTRACTOR = bd.Extractor()
@@ -174,12 +173,16 @@ def test_a_dark_but_legible_face_is_accepted(portrait):
     assert similarity(template, extract(portrait)) > 0.6
 
 
-def test_of_overlapping_boxes_the_first_stays():
-    faces = np.zeros((4, 15), np.float32)
-    faces[:, :4] = [[0, 0, 10, 10], [1, 1, 10, 10], [8, 8, 10, 10], [50, 0, 10, 10]]
-    faces[:, 14] = [0.9, 0.8, 0.7, 0.6]
-    np.testing.assert_array_equal(without_overlaps(faces), faces[[0, 2, 3]])
-    assert without_overlaps(faces[:0]).shape == (0, 15)
+def test_one_face_is_found_once_however_many_boxes_the_network_draws(portrait):
+    bd_face = bd.Face(portrait)
+    assert isinstance(EXTRACTOR.extract([bd_face])[0], bd.Template)
+    assert len(EXTRACTOR._detector._detect(portrait)) == 1
+
+
+def test_a_detector_that_is_no_yunet_is_the_callers_mistake(portrait):
+    config = bd.Config(face=bd.FaceConfig(detector="sface"))
+    with pytest.raises(bd.ModelCardError, match="no YuNet"):
+        bd.Extractor(config).extract([bd.Face(portrait)])
 
 
 def test_a_defect_in_one_capture_costs_that_capture_alone(portrait, monkeypatch, caplog):

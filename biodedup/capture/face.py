@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from biodedup.capture.formats import Pixels
 from biodedup.config import FaceConfig
+from biodedup.errors import ModelCardError
 from biodedup.values import Float32, Refusal
 
 SIDE_PX = 112
@@ -37,6 +38,7 @@ _CONFIDENCE_TURNED = 0.88
 """A picture is turned for a clear face alone: blurred ones, which the gate is to refuse, are found in any direction."""
 
 _STRIDES = (8, 16, 32)
+_OUTPUTS = [f"{part}_{stride}" for stride in _STRIDES for part in ("cls", "obj", "bbox", "kps")]
 _POSITIONS = [0, 1, *range(4, 14)]  # columns of a face that are places, not extents
 _OVERLAP_MAX = 0.3
 """Boxes that share more of their union are one face."""
@@ -63,6 +65,11 @@ class FaceDetector:
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(weights, sess_options=options, providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
+        absent = set(_OUTPUTS) - {output.name for output in self._session.get_outputs()}
+        if absent:
+            raise ModelCardError(
+                f"{weights.name} has no outputs {sorted(absent)}: it is no YuNet; name its card in FaceConfig"
+            )
 
     def align(self, pixels: Pixels) -> AlignedFace | Refusal:
         """The capture's face, or why there is none."""
@@ -148,8 +155,7 @@ class FaceDetector:
 
     def _run(self, canvas: Float32) -> Float32:
         """canvas: float32 (h, w, 3) BGR, sides multiples of 32. Returns faces as `_detect`, the most confident first."""
-        names = [f"{part}_{stride}" for stride in _STRIDES for part in ("cls", "obj", "bbox", "kps")]
-        outputs = self._session.run(names, {self._input: np.ascontiguousarray(canvas.transpose(2, 0, 1))[None]})
+        outputs = self._session.run(_OUTPUTS, {self._input: np.ascontiguousarray(canvas.transpose(2, 0, 1))[None]})
         found = []
         for i, stride in enumerate(_STRIDES):
             seen, there, box, points = (np.asarray(part)[0] for part in outputs[4 * i : 4 * i + 4])
@@ -162,19 +168,8 @@ class FaceDetector:
             landmarks = np.tile(cell, 5) + points[at]
             found.append(np.hstack([stride * np.hstack([corner, extent, landmarks]), confidence[at, None]]))
         faces = np.concatenate(found).astype(np.float32)
-        return without_overlaps(faces[np.argsort(-faces[:, 14], kind="stable")][:_FACES_MAX])
-
-
-def without_overlaps(faces: Float32) -> Float32:
-    """Of boxes that overlap, the first stays: greedy non-maximum suppression. faces: (n, 4 or more), strongest first."""
-    kept: list[int] = []
-    corner, area = faces[:, :2] + faces[:, 2:4], faces[:, 2] * faces[:, 3]
-    for i in range(len(faces)):
-        shared = np.minimum(corner[kept], corner[i]) - np.maximum(faces[kept, :2], faces[i, :2])
-        overlap = np.clip(shared, 0, None).prod(axis=1)
-        if not (overlap > _OVERLAP_MAX * (area[kept] + area[i] - overlap)).any():
-            kept.append(i)
-    return faces[kept]
+        kept = cv2.dnn.NMSBoxes(faces[:, :4].tolist(), faces[:, 14].tolist(), 0.0, _OVERLAP_MAX, top_k=_FACES_MAX)
+        return faces[np.asarray(kept, np.int64).ravel()]
 
 
 def choose(faces: Float32, shape: tuple[int, ...]) -> tuple[int, float]:

@@ -41,6 +41,15 @@ LOCK_NAME = "writer.lock"
 _NEW_NAME = DATABASE_NAME + ".new"  # a gallery in the making: it gets its name when it is whole
 _OWN_NAMES = {DATABASE_NAME, DATABASE_NAME + "-journal", _NEW_NAME, _NEW_NAME + "-journal", LOCK_NAME}
 
+_DISK_TROUBLE = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+}  # primary result codes after which the same call may succeed; others speak of damage
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -63,14 +72,19 @@ class Gallery:
         self._subject_ids: list[str] = []
         self._presence = GrowingArray(np.uint16)  # bit c: the row has a template in COLUMNS[c]; 0: removed
         self._columns: dict[str, VectorColumn] = {}
-        with _translated(f"reading {folder}"):
-            meta = catalogue.meta()
-            self.gallery_id = meta["gallery_id"]
-            self.config: dict[str, Any] = json.loads(meta["config"])
-            self.models = catalogue.models()
-            self._load()
+        try:
+            with _translated(f"reading {folder}"):
+                meta = catalogue.meta()
+                self.gallery_id = meta["gallery_id"]
+                self.config: dict[str, Any] = json.loads(meta["config"])
+                self.models = catalogue.models()
+                self._load()
+                self._published = Snapshot(int(meta["version"]), self._presence.count)
+        except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:  # what no page check sees
+            raise GalleryDamaged(
+                f"{folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
+            ) from error
         self.live_count = int(np.count_nonzero(self._presence.view()))
-        self._published = Snapshot(int(meta["version"]), self._presence.count)
 
     @classmethod
     def open(
@@ -389,10 +403,10 @@ def _translated(doing: str) -> Iterator[None]:
     """Turns what SQLite and the file system raise into the error tree."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        raise unavailable(error, doing) from error
     except sqlite3.DatabaseError as error:
-        if "not a database" in str(error):
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF in _DISK_TROUBLE:
+            raise unavailable(error, doing) from error
+        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
             raise NotAGallery(
                 f"{doing}: {DATABASE_NAME} is not a gallery's database; name an empty folder or a gallery"
             ) from error
@@ -403,6 +417,3 @@ def _translated(doing: str) -> Iterator[None]:
         raise StorageUnavailable(f"{doing}: permission denied; give this process access to the folder") from error
     except OSError as error:
         raise unavailable(error, doing) from error
-
-
-__all__ = ["Gallery", "Snapshot", "StorageUnavailable", "Transaction", "mismatch"]
