@@ -16,10 +16,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     ("arguments", "told", "real_data"),
     [
         (["captures.py", "--smoke"], "faces a second", False),
+        (["scale.py", "--subjects", "5000"], "recall@10                                1.0", False),
         (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
         (["accuracy.py", "chimeras", "--limit", "2", "--seeds", "1"], "second duplicate or review", True),
     ],
-    ids=["captures", "faces", "chimeras"],
+    ids=["captures", "scale", "faces", "chimeras"],
 )
 def test_a_benchmark_runs_at_smoke_size_and_tells_its_figure(request, arguments, told, real_data):
     if real_data:
