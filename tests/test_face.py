@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 import biodedup as bd
 from biodedup.capture.face import (
@@ -124,6 +125,17 @@ def test_a_small_face_in_a_large_picture_is_aligned_as_well_as_a_large_one(portr
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_a_picture_that_lies_on_its_side_or_head_gives_the_template_of_the_upright_one(portrait, turns):
     assert similarity(extract(portrait), extract(np.rot90(portrait, turns))) > 0.95
+
+
+def test_real_photographs_that_lie_or_stand_on_their_head_give_the_upright_ones_template(data_folder):
+    paths = sorted((data_folder / "faces" / "lfw").glob("*/*_0001.jpg"))[::100]
+    pictures = [np.asarray(Image.open(path)) for path in paths]
+    upright = EXTRACTOR.extract([bd.Face(picture) for picture in pictures])
+    for turns in (1, 2, 3):
+        turned = EXTRACTOR.extract([bd.Face(np.ascontiguousarray(np.rot90(p, turns))) for p in pictures])
+        for a, b in zip(upright, turned, strict=True):
+            assert isinstance(a, bd.Template) == isinstance(b, bd.Template)
+            assert isinstance(a, bd.Refusal) or similarity(a, b) > 0.95
 
 
 def test_of_two_faces_of_one_size_the_central_one_is_chosen():
