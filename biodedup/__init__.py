@@ -4,7 +4,7 @@ Captures become templates, templates a gallery, and every new encounter is compa
 the public interface; everything else may change.
 """
 
-from biodedup.config import CaptureConfig, Config, FaceConfig, FingerConfig, Policy, SearchConfig
+from biodedup.config import CaptureConfig, Config, FaceConfig, FingerConfig, GalleryConfig, Policy, SearchConfig
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine, compare
 from biodedup.errors import (
@@ -67,6 +67,7 @@ __all__ = [
     "Finger",
     "FingerConfig",
     "GalleryBusy",
+    "GalleryConfig",
     "GalleryDamaged",
     "InvalidInput",
     "Link",

@@ -80,6 +80,9 @@ DpiOption = Annotated[
 EncounterOption = Annotated[
     str | None, typer.Option("--encounter-id", help="Sent again with the same content, it gets the same decision.")
 ]
+GroupOption = Annotated[
+    list[str] | None, typer.Option("--group", help="A group: that the subject belongs to, or to search in. Repeatable.")
+]
 DEFAULT_GALLERY = Path("gallery")
 
 
@@ -91,12 +94,14 @@ def enroll(
     missing: MissingOption = None,
     dpi: DpiOption = None,
     encounter_id: EncounterOption = None,
+    group: GroupOption = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
 ) -> None:
     """Enrol a subject, unless somebody in the gallery is the same person."""
-    encounter = Encounter(subject_id, _captures(face, finger, missing, dpi), encounter_id=encounter_id)
+    captures = _captures(face, finger, missing, dpi)
+    encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with Engine.open(gallery, Config(threads=threads)) as engine:
         _finish_decision(engine.enroll(encounter), as_json)
 
@@ -106,6 +111,7 @@ def identify(
     face: FaceOption = None,
     finger: FingerOption = None,
     dpi: DpiOption = None,
+    group: GroupOption = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
@@ -113,7 +119,7 @@ def identify(
     """Search the gallery for the person of these captures; write nothing."""
     encounter = Encounter(None, _captures(face, finger, None, dpi))
     with Engine.open(gallery, Config(threads=threads), read_only=True) as engine:
-        _finish_decision(engine.identify(encounter), as_json)
+        _finish_decision(engine.identify(encounter, groups=group or None), as_json)
 
 
 @app.command()
@@ -186,21 +192,75 @@ def dedup(
 
 
 @app.command()
+def update(
+    subject_id: str,
+    face: FaceOption = None,
+    finger: FingerOption = None,
+    missing: MissingOption = None,
+    dpi: DpiOption = None,
+    encounter_id: EncounterOption = None,
+    group: GroupOption = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace an enrolled subject's templates, unless the new ones are somebody else's."""
+    captures = _captures(face, finger, missing, dpi)
+    encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
+    with _existing(gallery, Config(threads=threads)) as engine:
+        _finish_decision(engine.update(encounter), as_json)
+
+
+@app.command()
 def load(
     source: Annotated[
-        Path, typer.Argument(metavar="FILE.parquet", help="Columns subject_id, and face as lists of floats.")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Parquet or Arrow with subject_id, face (lists of floats) and optionally groups; - for an Arrow stream; "
+            "or vectors.npy with --ids.",
+        ),
     ],
+    ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
+    column: Annotated[str, typer.Option(help="Column of a .npy file.")] = "face",
     gallery: GalleryOption = DEFAULT_GALLERY,
     as_json: JsonOption = False,
 ) -> None:
     """Add ready templates without a search. Interrupted, it goes on where it was."""
     with Engine.open(gallery) as engine, _progress() as progress:
-        result = jobs.load(engine, source, progress=progress)
+        result = jobs.load(engine, source, ids=ids, column=column, progress=progress)
         size = len(engine)
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {size:,} subjects"
+    for reason, count in result.reasons.items():
+        text += f"; {reason}: {count:,}"
     if result.refused_rows:
         text += f"; refused rows: {', '.join(map(str, result.refused_rows))}"
     _finish(asdict(result) | {"subjects": size}, text, as_json)
+
+
+@app.command()
+def compact(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
+    """Merge what is stored into one segment; templates of removed subjects are erased. Needs free disk of the same size."""
+    with _existing(gallery) as engine:
+        engine.compact()
+        size = len(engine)
+    _finish({"subjects": size}, f"compacted; {size:,} subjects", as_json)
+
+
+@app.command()
+def backup(
+    target: Annotated[Path, typer.Argument(help="An empty folder, or an earlier backup, which is brought up to date.")],
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy the gallery, consistent, while it is in use; again, only new segments are copied. The copy is a gallery."""
+    with Engine.open(gallery, read_only=True) as engine:
+        copied = engine.backup(target)
+    text = (
+        f"version {copied.version} is in {target}: {copied.files_copied} files copied ({copied.byte_count:,} bytes), "
+        f"{copied.files_kept} were there"
+    )
+    _finish(asdict(copied), text, as_json)
 
 
 @app.command()
@@ -222,17 +282,24 @@ def info(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) 
 @app.command()
 def doctor(
     gallery: Annotated[Path | None, typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Rebuild derived files; take damaged exact ones from --backup.")
+    ] = False,
+    backup: Annotated[
+        Path | None, typer.Option("--backup", help="A backup of this gallery; with a lost database, restored whole.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the installation's models, and a gallery's stored data."""
-    report = jobs.examine(gallery)
+    """Check the installation's models, and every checksum of a gallery; mend it if asked."""
+    if (repair or backup is not None) and gallery is None:
+        raise InvalidInput("nothing to repair; name the gallery, as --gallery FOLDER")
+    report = jobs.examine(gallery, mend=repair or backup is not None, backup=backup)
     if as_json:
         _print_json(asdict(report))
     else:
-        for line in report.checked:
-            out.print(f"sound    {line}", soft_wrap=True)
-        for line in report.problems:
-            out.print(f"[bold]damaged[/]  {line}", soft_wrap=True)
+        for word, lines in (("mended", report.mended), ("sound", report.checked), ("damaged", report.problems)):
+            for line in lines:
+                out.print(f"{word:<8} {line}", markup=False, soft_wrap=True)
     raise typer.Exit(Exit.DAMAGED if report.problems else Exit.DONE)
 
 
@@ -274,10 +341,10 @@ def _exit_code(error: BiodedupError) -> int:
 
 
 @contextmanager
-def _existing(gallery: Path) -> Iterator[Engine]:
+def _existing(gallery: Path, config: Config | None = None) -> Iterator[Engine]:
     """Opens for writing, but creates nothing: a mistyped path is not an empty gallery."""
     Engine.open(gallery, read_only=True).close()
-    with Engine.open(gallery) as engine:
+    with Engine.open(gallery, config) as engine:
         yield engine
 
 

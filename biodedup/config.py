@@ -122,6 +122,23 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class GalleryConfig:
+    """When rows move from the journal to sealed segments, and when segments are merged."""
+
+    seal_rows: int = 16_384
+    """Rows and encounters in the journal (and, exact, in memory) that are sealed together."""
+    merge_fan: int = 8
+    """Neighbouring segments of one size that become one of the next."""
+    background: bool = True
+    """Seal and merge on a thread of the engine's own; otherwise only when `compact` or a bulk load asks for it."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seal_rows", 1), ("merge_fan", 2)):
+            if getattr(self, name) < least:
+                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least {least}")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that can be set. `threads` bounds each of extraction and search; it is never guessed."""
 
@@ -130,6 +147,7 @@ class Config:
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     policy: Policy = field(default_factory=Policy)
     search: SearchConfig = field(default_factory=SearchConfig)
+    gallery: GalleryConfig = field(default_factory=GalleryConfig)
     threads: int = 2
     batch_size: int = 32
     """Captures embedded, and encounters committed, together."""

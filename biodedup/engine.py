@@ -8,16 +8,18 @@ Owns the order of the stages, and is the only place that branches between them. 
 2. Enrolment is linearizable: the commit compares the probe with every row that its search had not seen, those of the
    same batch included, so that of two simultaneous enrolments of one person at most one is unique.
 3. An `encounter_id` seen before gets the answer it got then, and changes nothing.
+4. Decisions that wait for the lock together are committed together: one sync of the disk acknowledges them all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -30,13 +32,27 @@ from numpy.typing import NDArray
 from biodedup.config import Config
 from biodedup.embed.cards import load_card, shipped_cards
 from biodedup.embed.extractor import Extractor
-from biodedup.errors import CallerError, EncounterConflict, EngineClosed, InvalidInput, ModelMismatch, SubjectExists
+from biodedup.errors import (
+    BiodedupError,
+    CallerError,
+    EncounterConflict,
+    EngineClosed,
+    InvalidInput,
+    ModelMismatch,
+    StorageUnavailable,
+    UnknownSubject,
+)
 from biodedup.gallery.answers import digest_of, from_json, to_json
 from biodedup.gallery.catalogue import ColumnModel
-from biodedup.gallery.gallery import Gallery, Snapshot, Transaction, mismatch
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.health import Copied, backup, inspect
+from biodedup.gallery.packed import pack_text
+from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import LocalStorage, Storage
+from biodedup.gallery.tail import Answer
+from biodedup.gallery.transaction import Transaction, exists, mismatch
 from biodedup.match import calibrations
-from biodedup.match.compare import Comparer, Comparison, InHand, compare_templates
+from biodedup.match.compare import Comparer, InHand, compare_templates
 from biodedup.match.minutiae import Bozorth3
 from biodedup.match.policy import outcome
 from biodedup.search.clusters import clusters_of
@@ -55,6 +71,7 @@ from biodedup.values import (
     SearchResult,
     Template,
     Verification,
+    check_groups,
     check_id,
     unit_rows,
 )
@@ -73,6 +90,30 @@ class _Probe:
         return tuple(capture for capture in self.encounter.captures if isinstance(capture, Missing))
 
 
+@dataclass(eq=False)
+class _Request:
+    """Probes of one caller that wait to be settled. replaces: an update, not a new subject."""
+
+    probes: Sequence[_Probe]
+    seen: Sequence[Found]
+    snapshot: Snapshot
+    digests: Sequence[bytes]
+    replaces: bool
+    answers: list[Decision | CallerError] = field(default_factory=list)
+    error: BiodedupError | None = None
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of a batch of templates. added: new subjects; present: enrolled before with the same templates;
+    conflicting: indices of those that are enrolled with others, which were kept."""
+
+    added: int
+    present: int
+    conflicting: tuple[int, ...]
+
+
 class Engine:
     """An open gallery with its models. Thread-safe; close it, or use it as a context manager."""
 
@@ -84,7 +125,9 @@ class Engine:
         self._extractor = Extractor(config)
         known = calibrations.Calibrations(self._extractor.cards, self._sample)
         self._comparer = Comparer(known.of, Bozorth3())
-        self._searcher = Searcher(gallery, self._comparer, config.search, config.threads)
+        self._searcher = Searcher(self._comparer, config.search, config.threads)
+        self._waiting: list[_Request] = []
+        self._waiting_lock = threading.Lock()
         self._closed = False
         self._refuse_other_models()
 
@@ -108,7 +151,8 @@ class Engine:
         gallery = Gallery.open(
             Path(path),
             storage=storage or LocalStorage(),
-            config=config.to_dict(),
+            config=config.gallery,
+            settings=config.to_dict(),
             gallery_id=new_id(),
             read_only=read_only,
         )
@@ -123,6 +167,7 @@ class Engine:
         if not self._closed:
             self._closed = True
             self._gallery.close()
+            self._searcher.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -134,11 +179,11 @@ class Engine:
 
     def __len__(self) -> int:
         """Subjects enrolled."""
-        return self._gallery.live_count
+        return self._gallery.snapshot().live_count
 
     def __contains__(self, subject_id: object) -> bool:
         self._check_open()
-        return isinstance(subject_id, str) and self._gallery.row_of(subject_id) is not None
+        return isinstance(subject_id, str) and self._gallery.snapshot().row_of(subject_id) is not None
 
     @property
     def gallery_version(self) -> int:
@@ -154,7 +199,19 @@ class Engine:
         Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written.
         """
         self._check_open()
-        (answer,) = self._enroll_batch([encounter])
+        (answer,) = self._settled([encounter])
+        if isinstance(answer, CallerError):
+            raise answer
+        return answer
+
+    def update(self, encounter: Encounter) -> Decision:
+        """Replaces an enrolled subject's templates and groups by those of a new encounter, unless they are somebody else's.
+
+        Everybody but the subject is searched. `unique` replaces; `duplicate`, `review` and `refused` leave the subject as
+        it was. Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, StorageUnavailable.
+        """
+        self._check_open()
+        (answer,) = self._settled([encounter], replaces=True)
         if isinstance(answer, CallerError):
             raise answer
         return answer
@@ -168,17 +225,16 @@ class Engine:
         stream = iter(encounters)
         while batch := list(islice(stream, self.config.batch_size)):
             self._check_open()
-            for encounter, answer in zip(batch, self._enroll_batch(batch), strict=True):
+            for encounter, answer in zip(batch, self._settled(batch), strict=True):
                 yield self._as_refused(encounter, answer) if isinstance(answer, CallerError) else answer
 
-    def _enroll_batch(self, encounters: Sequence[Encounter]) -> list[Decision | CallerError]:
+    def _settled(self, encounters: Sequence[Encounter], *, replaces: bool = False) -> list[Decision | CallerError]:
         answers: list[Decision | CallerError | None] = [None] * len(encounters)
-        digests: list[bytes] = []
+        digests = [digest_of(encounter, "update" if replaces else "enroll") for encounter in encounters]
         for i, encounter in enumerate(encounters):
-            digests.append(digest_of(encounter))
             try:
                 _require_subject(encounter)
-                answers[i] = self._answered_before(encounter, digests[i])
+                answers[i] = _answered_before(self._gallery.snapshot().answer, encounter, digests[i])
             except CallerError as error:
                 answers[i] = error
         todo = [i for i, answer in enumerate(answers) if answer is None]
@@ -192,52 +248,71 @@ class Engine:
                 probes[i] = probe
             except CallerError as error:
                 answers[i] = error
-        snapshot = self._gallery.snapshot()
-        seen = self._searcher.search([probe.templates for probe in probes.values()], 0, snapshot.row_count)
         if probes:
-            with self._gallery.transaction() as transaction:
-                for (i, probe), found in zip(probes.items(), seen, strict=True):
-                    try:
-                        answers[i] = self._answered_before(probe.encounter, digests[i]) or self._settle(
-                            transaction, probe, found, snapshot, digests[i]
-                        )
-                    except CallerError as error:
-                        answers[i] = error
+            snapshot = self._gallery.snapshot()
+            seen = self._searcher.search(snapshot, [probe.templates for probe in probes.values()])
+            request = _Request(list(probes.values()), seen, snapshot, [digests[i] for i in probes], replaces)
+            for i, answer in zip(probes, self._committed(request), strict=True):
+                answers[i] = answer
         return [answer for answer in answers if answer is not None]
 
+    def _committed(self, request: _Request) -> list[Decision | CallerError]:
+        """Whoever gets the lock first settles and commits for all who wait."""
+        with self._waiting_lock:
+            self._waiting.append(request)
+        with self._gallery.lock:
+            if not request.done:
+                with self._waiting_lock:
+                    group, self._waiting = self._waiting, []
+                try:
+                    with self._gallery.transaction() as transaction:
+                        for one in group:
+                            self._settle_request(transaction, one)
+                except BaseException as error:
+                    for one in group:
+                        one.error = _for_waiting(error)
+                    if not isinstance(error, BiodedupError):
+                        raise
+                finally:
+                    for one in group:
+                        one.done = True
+        if request.error is not None:
+            raise request.error
+        return request.answers
+
+    def _settle_request(self, transaction: Transaction, request: _Request) -> None:
+        for probe, found, digest in zip(request.probes, request.seen, request.digests, strict=True):
+            try:
+                answer = _answered_before(transaction.answer, probe.encounter, digest)
+                request.answers.append(answer or self._settle(transaction, probe, found, digest, request))
+            except CallerError as error:
+                request.answers.append(error)
+
     def _settle(
-        self, transaction: Transaction, probe: _Probe, found: Found, snapshot: Snapshot, digest: bytes
+        self, transaction: Transaction, probe: _Probe, found: Found, digest: bytes, request: _Request
     ) -> Decision:
         """Decides inside the transaction, so that no row can slip in between the search and the commit."""
         subject_id = probe.encounter.subject_id
         assert subject_id is not None, "_require_subject has seen to it"
-        if self._gallery.row_of(subject_id) is not None:
-            raise SubjectExists(
-                f"subject {subject_id!r} is enrolled already; verify against it, or remove it before enrolling again"
-            )
-        self._check_models(probe.templates)
-        since = self._searcher.search([probe.templates], snapshot.row_count, self._gallery.staged.row_count)[0]
-        decision = self._decide(probe, _merged(found, since), transaction.version)
-        decision = replace(decision, encounter_id=probe.encounter.encounter_id or self._new_id())
-        assert decision.encounter_id is not None
+        now = transaction.snapshot()
+        replaced = now.row_of(subject_id)
+        if replaced is not None and not request.replaces:
+            raise exists(subject_id)
+        if replaced is None and request.replaces:
+            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it, there is nothing to update")
+        self._check_models(probe.templates, transaction.models)
+        (since,) = self._searcher.search(now, [probe.templates], from_row=request.snapshot.row_count)
+        decision = self._decide(probe, _merged(found, since), now, version=transaction.version, besides=replaced)
+        encounter_id = probe.encounter.encounter_id or self._new_id()
+        decision = replace(decision, encounter_id=encounter_id)
         if decision.outcome == "unique":
-            transaction.add(subject_id, probe.templates, decision.encounter_id)
+            if replaced is not None:
+                transaction.remove(subject_id)
+            transaction.add(subject_id, probe.templates, encounter_id, probe.encounter.groups)
         elif decision.outcome == "review":
-            transaction.hold(decision.encounter_id, probe.templates.values())
-        transaction.record(decision.encounter_id, subject_id, digest, decision.outcome, to_json(decision))
+            transaction.hold(encounter_id, probe.templates.values())
+        transaction.record(encounter_id, Answer(digest, decision.outcome, to_json(decision)))
         return decision
-
-    def _answered_before(self, encounter: Encounter, digest: bytes) -> Decision | None:
-        if encounter.encounter_id is None:
-            return None
-        stored = self._gallery.answer(encounter.encounter_id)
-        if stored is None:
-            return None
-        if stored[0] != digest:
-            raise EncounterConflict(
-                f"encounter {encounter.encounter_id!r} was sent before with other content; give this one an id of its own"
-            )
-        return from_json(stored[1])
 
     def _as_refused(self, encounter: Encounter, error: CallerError) -> Decision:
         refusal = Refusal("encounter", _snake_case(type(error).__name__), str(error))
@@ -258,16 +333,19 @@ class Engine:
 
     # searches that write nothing --------------------------------------------------------------------------------
 
-    def identify(self, encounter: Encounter) -> Decision:
-        """1:N: the search and decision of `enroll`, with nothing written. subject_id may be None."""
+    def identify(self, encounter: Encounter, *, groups: Collection[str] | None = None) -> Decision:
+        """1:N: the search and decision of `enroll`, with nothing written. subject_id may be None.
+
+        groups: search only subjects that belong to one of them.
+        """
         self._check_open()
         (probe,) = self._prepare([encounter])
         if isinstance(probe, CallerError):
             raise probe
         self._check_models(probe.templates)
         snapshot = self._gallery.snapshot()
-        (found,) = self._searcher.search([probe.templates], 0, snapshot.row_count)
-        return self._decide(probe, found, snapshot.version)
+        (found,) = self._searcher.search(snapshot, [probe.templates], groups=_checked(groups))
+        return self._decide(probe, found, snapshot, version=snapshot.version)
 
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
         """1:1, at `policy.verify_fmr`. Raises UnknownSubject. Without a usable capture nothing is accepted."""
@@ -276,7 +354,11 @@ class Engine:
         if isinstance(probe, CallerError):
             raise probe
         self._check_models(probe.templates)
-        _, templates = self._gallery.templates(subject_id)
+        snapshot = self._gallery.snapshot()
+        row = snapshot.row_of(subject_id)
+        if row is None:
+            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
+        templates = snapshot.templates(row)
         threshold_db = -10 * float(np.log10(self.config.policy.verify_fmr))
         compared = self._comparer.compare(probe.templates, InHand(templates), [0])
         if not compared:
@@ -287,10 +369,13 @@ class Engine:
             subject_id, accepted, best.score_db, threshold_db, best.extrapolated, best.evidence, probe.refusals
         )
 
-    def search(self, probes: Mapping[str, NDArray[Any]], k: int = 20) -> SearchResult:
-        """Nearest subjects by one column's embeddings, exact.
+    def search(
+        self, probes: Mapping[str, NDArray[Any]], k: int = 20, *, groups: Collection[str] | None = None
+    ) -> SearchResult:
+        """Nearest subjects by one column's embeddings; every row is compared.
 
-        probes: column -> float32 (q, d), unit rows; one column. Returns ids (q, k), similarity float32 (q, k), descending.
+        probes: column -> float32 (q, d), unit rows; one column. groups: search only subjects that belong to one of them.
+        Returns ids (q, k), similarity float32 (q, k), descending.
         """
         self._check_open()
         if len(probes) != 1:
@@ -302,9 +387,10 @@ class Engine:
         ((column, vectors),) = probes.items()
         _, rows = self._embeddings(column, vectors)
         snapshot = self._gallery.snapshot()
-        found, similarity = self._searcher.nearest(column, rows, k, 0, snapshot.row_count)
-        names = [self._gallery.subject_id(row) if row >= 0 else "" for row in found.ravel().tolist()]
-        return SearchResult(np.array(names, object).reshape(found.shape), similarity, snapshot.version)
+        found, similarity = self._searcher.nearest(snapshot, column, rows, k, groups=_checked(groups))
+        names = np.full(found.shape, "", object)
+        names[found >= 0] = snapshot.subject_ids(found[found >= 0].tolist())
+        return SearchResult(names, similarity, snapshot.version)
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
@@ -317,35 +403,61 @@ class Engine:
         if threshold_db is None:
             threshold_db, _ = self.config.policy.thresholds_db(len(self))
         snapshot = self._gallery.snapshot()
-        live = np.flatnonzero(self._gallery.presence(0, snapshot.row_count)).tolist()
+        live = snapshot.live_rows().tolist()
         links: dict[tuple[int, int], Link] = {}
         for start in range(0, len(live), self.config.batch_size):
             rows = live[start : start + self.config.batch_size]
-            probes = [self._gallery.row_templates(row) for row in rows]
-            for row, found in zip(
-                rows, self._searcher.search(probes, 0, snapshot.row_count, floor_db=threshold_db), strict=True
-            ):
+            probes = [snapshot.templates(row) for row in rows]
+            for row, found in zip(rows, self._searcher.search(snapshot, probes, floor_db=threshold_db), strict=True):
                 for comparison in found.comparisons:
                     pair = (min(row, comparison.row), max(row, comparison.row))
                     if comparison.row != row and comparison.score_db >= threshold_db and pair not in links:
-                        links[pair] = self._link(pair, comparison)
+                        first, second = snapshot.subject_ids(pair)
+                        links[pair] = Link(
+                            (first, second), comparison.score_db, comparison.extrapolated, comparison.evidence
+                        )
             progress(start + len(rows), len(live))
         return clusters_of(links.values())
-
-    def _link(self, pair: tuple[int, int], comparison: Comparison) -> Link:
-        first, second = (self._gallery.subject_id(row) for row in pair)
-        return Link((first, second), comparison.score_db, comparison.extrapolated, comparison.evidence)
 
     # undecided changes ------------------------------------------------------------------------------------------
 
     def add_templates(
-        self, subject_ids: Sequence[str], templates: Mapping[str, NDArray[Any]], *, encounter_id: str | None = None
+        self,
+        subject_ids: Sequence[str],
+        templates: Mapping[str, NDArray[Any]],
+        *,
+        groups: Sequence[Sequence[str]] | None = None,
+        encounter_id: str | None = None,
     ) -> int:
         """Adds subjects without a search, all or none. Returns how many were added.
 
-        templates: column -> float32 (n, d), unit rows. encounter_id names the whole call: sent again, it adds nothing
-        and returns 0. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
+        templates: column -> float32 (n, d), unit rows. groups: of each subject. encounter_id names the whole call: sent
+        again, it adds nothing and returns 0. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict,
+        StorageUnavailable.
         """
+        return self._add(subject_ids, templates, groups, encounter_id, keep_enrolled=False).added
+
+    def load_templates(
+        self,
+        subject_ids: Sequence[str],
+        templates: Mapping[str, NDArray[Any]],
+        *,
+        groups: Sequence[Sequence[str]] | None = None,
+        encounter_id: str | None = None,
+    ) -> Loaded:
+        """As `add_templates`, but subjects that are enrolled already are kept as they are, and told apart: the same
+        templates, or others."""
+        return self._add(subject_ids, templates, groups, encounter_id, keep_enrolled=True)
+
+    def _add(
+        self,
+        subject_ids: Sequence[str],
+        templates: Mapping[str, NDArray[Any]],
+        groups: Sequence[Sequence[str]] | None,
+        encounter_id: str | None,
+        *,
+        keep_enrolled: bool,
+    ) -> Loaded:
         self._check_open()
         ids = [str(s) if isinstance(s, np.str_) else s for s in subject_ids]
         for subject_id in ids:
@@ -354,29 +466,70 @@ class Engine:
             raise InvalidInput(f"subject_ids holds {len(ids) - len(set(ids))} repetitions; each subject is one row")
         if not templates:
             raise InvalidInput("templates is empty; pass at least one column, as {'face': vectors}")
+        named: list[tuple[str, ...]] = [()] * len(ids) if groups is None else [check_groups(some) for some in groups]
         columns = {column: self._embeddings(column, vectors) for column, vectors in templates.items()}
-        for column, (_, vectors) in columns.items():
-            if len(vectors) != len(ids):
-                raise InvalidInput(
-                    f"column {column} has {len(vectors)} rows for {len(ids)} subject_ids; pass one row each"
-                )
-        digest = hashlib.sha256("\n".join(ids).encode())
-        for column, (_, vectors) in sorted(columns.items()):
-            digest.update(column.encode() + vectors.tobytes())
+        for what, count in [("groups", len(named)), *((f"column {c}", len(v)) for c, (_, v) in columns.items())]:
+            if count != len(ids):
+                raise InvalidInput(f"{what} has {count} rows for {len(ids)} subject_ids; pass one row each")
+        digest = _digest_of_batch(ids, columns, named)
+        if encounter_id is not None:
+            check_id(encounter_id, "encounter_id")
+            if _batch_answered_before(self._gallery.snapshot().answer(encounter_id), encounter_id, digest):
+                return Loaded(0, len(ids), ())
+        present, conflicting = 0, tuple[int, ...]()
+        if keep_enrolled:
+            enrolled, same = self._compare_enrolled(ids, columns)
+            present, conflicting = int(np.count_nonzero(same)), tuple(np.flatnonzero(enrolled & ~same).tolist())
+            new = np.flatnonzero(~enrolled)
+            ids, named = [ids[i] for i in new.tolist()], [named[i] for i in new.tolist()]
+            columns = {column: (model_id, vectors[new]) for column, (model_id, vectors) in columns.items()}
+        answer = Answer(digest, "loaded", json.dumps({"added": len(ids)}))
+        if len(ids) < self.config.gallery.seal_rows:
+            with self._gallery.transaction() as transaction:
+                if encounter_id is not None:
+                    if _batch_answered_before(transaction.answer(encounter_id), encounter_id, digest):
+                        return Loaded(0, len(ids) + present, conflicting)
+                    transaction.record(encounter_id, answer)
+                if ids:
+                    transaction.add_many(ids, columns, named)
+            return Loaded(len(ids), present, conflicting)
+        # Many rows: into a segment at once, written while others enrol, and attached if nobody was enrolled meanwhile.
         with self._gallery.transaction() as transaction:
-            if encounter_id is not None:
-                check_id(encounter_id, "encounter_id")
-                stored = self._gallery.answer(encounter_id)
-                if stored is not None:
-                    if stored[0] != digest.digest():
-                        raise EncounterConflict(
-                            f"encounter {encounter_id!r} was sent before with other content; give this one an id of its own"
-                        )
-                    return 0
-                transaction.record(encounter_id, None, digest.digest(), "loaded", json.dumps({"added": len(ids)}))
-            if ids:
-                transaction.add_many(ids, columns)
-        return len(ids)
+            group_sets = transaction.group_sets_of(named)
+        entry = self._gallery.write_rows(ids, {column: vectors for column, (_, vectors) in columns.items()}, group_sets)
+        try:
+            with self._gallery.transaction() as transaction:
+                if encounter_id is not None and _batch_answered_before(
+                    transaction.answer(encounter_id), encounter_id, digest
+                ):
+                    self._gallery.discard_rows(entry)
+                    return Loaded(0, len(ids) + present, conflicting)
+                transaction.refuse_enrolled(ids)
+                transaction.settle_models(columns)
+                transaction.attach(entry)
+                if encounter_id is not None:
+                    transaction.record(encounter_id, answer)
+        except BiodedupError:
+            self._gallery.discard_rows(entry)
+            raise
+        return Loaded(len(ids), present, conflicting)
+
+    def _compare_enrolled(
+        self, ids: Sequence[str], columns: Mapping[str, tuple[str, Float32]]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """(enrolled, enrolled with these very templates), bool (n,) each."""
+        snapshot = self._gallery.snapshot()
+        rows = snapshot.rows_of(pack_text(ids))
+        enrolled = rows >= 0
+        same = enrolled.copy()
+        at = np.flatnonzero(enrolled)
+        for column, (_, vectors) in columns.items():
+            has = (snapshot.presence(rows[at].tolist()) >> COLUMNS.index(column) & 1) == 1
+            same[at[~has]] = False
+            stored = snapshot.embeddings(rows[at[has]].tolist(), column)
+            cosines = np.einsum("ij,ij->i", stored, vectors[at[has]]) if len(stored) else np.zeros(0)
+            same[at[has]] &= cosines > _SAME_COSINE
+        return enrolled, same
 
     def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
@@ -388,7 +541,8 @@ class Engine:
         for encounter in encounters:
             _require_subject(encounter)
         digests = [digest_of(encounter) for encounter in encounters]
-        known = [self._answered_before(*pair) for pair in zip(encounters, digests, strict=True)]
+        answer = self._gallery.snapshot().answer
+        known = [_answered_before(answer, *pair) for pair in zip(encounters, digests, strict=True)]
         answers = dict(enumerate(known))
         todo = [i for i, answer in answers.items() if answer is None]
         with_probe = dict(zip(todo, self._prepare([encounters[i] for i in todo]), strict=True))
@@ -397,16 +551,17 @@ class Engine:
                 if isinstance(probe, CallerError):
                     answers[i] = self._as_refused(encounters[i], probe)
                     continue
-                self._check_models(probe.templates)
+                self._check_models(probe.templates, transaction.models)
                 subject_id, encounter_id = encounters[i].subject_id, encounters[i].encounter_id or self._new_id()
                 assert subject_id is not None, "_require_subject has seen to it"
-                if self._gallery.row_of(subject_id) is not None:
+                now = transaction.snapshot()
+                if now.row_of(subject_id) is not None:
                     transaction.remove(subject_id)
-                decision = self._decide(probe, Found(), transaction.version)
+                decision = self._decide(probe, Found(), now, version=transaction.version)
                 answers[i] = decision = replace(decision, encounter_id=encounter_id)
                 if decision.outcome == "unique":
-                    transaction.add(subject_id, probe.templates, encounter_id)
-                transaction.record(encounter_id, subject_id, digests[i], decision.outcome, to_json(decision))
+                    transaction.add(subject_id, probe.templates, encounter_id, encounters[i].groups)
+                transaction.record(encounter_id, Answer(digests[i], decision.outcome, to_json(decision)))
         return [answer for answer in answers.values() if answer is not None]
 
     def remove(self, subject_id: str) -> None:
@@ -415,39 +570,57 @@ class Engine:
         with self._gallery.transaction() as transaction:
             transaction.remove(subject_id)
 
+    # care of the gallery ----------------------------------------------------------------------------------------
+
+    def compact(self) -> None:
+        """Merges what is stored into one segment, while searches and enrolments go on. The templates of removed subjects
+        are gone from the disk afterwards. Needs free disk of the gallery's size. Raises StorageUnavailable."""
+        self._check_open()
+        self._gallery.compact()
+
+    def tidy(self) -> None:
+        """Seals and merges what is due, now instead of in the background; after a bulk load, for example."""
+        self._check_open()
+        self._gallery.maintain()
+
+    def refresh(self) -> int:
+        """With read_only: sees what the writer has committed since. Returns the version now seen."""
+        self._check_open()
+        self._gallery.refresh()
+        return self.gallery_version
+
     # looking in -------------------------------------------------------------------------------------------------
 
     def subject_ids(self) -> list[str]:
         """The enrolled, in order of enrolment."""
         self._check_open()
-        return self._gallery.subject_ids()
+        return list(self._gallery.snapshot().all_subject_ids())
 
     def decision(self, encounter_id: str) -> Decision | None:
         """The decision that an encounter got, or None for one never seen."""
         self._check_open()
-        stored = self._gallery.answer(encounter_id)
+        stored = self._gallery.snapshot().answer(encounter_id)
         return None if stored is None or '"added"' in stored[1] else from_json(stored[1])
 
     def info(self) -> dict[str, Any]:
         """Counts, models and thresholds, JSON-ready."""
         self._check_open()
         snapshot = self._gallery.snapshot()
-        presence = self._gallery.presence(0, snapshot.row_count)
-        duplicate_db, review_db = self.config.policy.thresholds_db(len(self))
+        duplicate_db, review_db = self.config.policy.thresholds_db(snapshot.live_count)
+        counts = snapshot.column_counts()
         models = {
-            column: {
-                "model_id": model.model_id,
-                "dimension": model.dimension,
-                "subjects": int(np.count_nonzero(presence & (1 << COLUMNS.index(column)))),
-            }
-            for column, model in self._gallery.models.items()
+            column: {"model_id": model.model_id, "dimension": model.dimension, "subjects": counts[column]}
+            for column, model in snapshot.models.items()
         }
         return {
             "gallery_id": self._gallery.gallery_id,
             "gallery_version": snapshot.version,
-            "subjects": len(self),
+            "subjects": snapshot.live_count,
+            "removed_not_erased": len(snapshot.tombstones),
+            "segments": len(snapshot.parts) - 1,
             "columns": models,
-            "encounters": self._gallery.outcomes(),
+            "groups": sorted(set().union(*snapshot.group_sets.values())),
+            "encounters": snapshot.outcomes(),
             "duplicate_db": round(duplicate_db, 2),
             "review_db": round(review_db, 2),
         }
@@ -455,7 +628,15 @@ class Engine:
     def problems(self) -> list[str]:
         """What a full check of the stored data finds wrong; empty when sound."""
         self._check_open()
-        return self._gallery.problems()
+        return [str(problem) for problem in inspect(self._gallery.storage, self._gallery.folder)]
+
+    def backup(self, target: str | Path) -> Copied:
+        """Copies the gallery as of now to a folder, while others go on; again, it copies only segments that are new.
+
+        The copy is a gallery. Raises InvalidInput where the folder holds something else, GalleryDamaged, StorageUnavailable.
+        """
+        self._check_open()
+        return backup(self._gallery.storage, self._gallery.folder, Path(target))
 
     # the stages -------------------------------------------------------------------------------------------------
 
@@ -512,7 +693,7 @@ class Engine:
         if column not in _COLUMN_SET:
             raise InvalidInput(f"column {column!r} is not known; use face or a finger position")
         rows = unit_rows(vectors, what=f"the {column} vectors")
-        known = self._gallery.models.get(column)
+        known = self._gallery.snapshot().models.get(column)
         if known is not None:
             if known.dimension != rows.shape[1]:
                 raise mismatch(column, known, ColumnModel("given vectors", rows.shape[1]))
@@ -523,18 +704,23 @@ class Engine:
                 return card.model_id, rows
         return f"{calibrations.EXTERNAL}{rows.shape[1]}", rows
 
-    def _decide(self, probe: _Probe, found: Found, version: int) -> Decision:
-        size = len(self)
+    def _decide(
+        self, probe: _Probe, found: Found, now: Snapshot, *, version: int, besides: int | None = None
+    ) -> Decision:
+        """besides: the row that is being replaced, no candidate for itself."""
+        size = now.live_count
         duplicate_db, review_db = self.config.policy.thresholds_db(size)
-        alive = [c for c in found.comparisons if self._gallery.presence(c.row, c.row + 1)[0]]
+        alive = [c for c in found.comparisons if now.is_live(c.row) and c.row != besides]
         best_db = alive[0].score_db if alive else None
+        returned = alive[: self.config.search.returned]
+        names = now.subject_ids([c.row for c in returned])
         return Decision(
             outcome(best_db, duplicate_db, review_db, incomplete=found.incomplete, comparable=bool(probe.templates)),
             probe.encounter.subject_id,
             probe.encounter.encounter_id,
             tuple(
-                Candidate(self._gallery.subject_id(c.row), rank, c.score_db, c.extrapolated, c.evidence)
-                for rank, c in enumerate(alive[: self.config.search.returned], start=1)
+                Candidate(name, rank, c.score_db, c.extrapolated, c.evidence)
+                for rank, (name, c) in enumerate(zip(names, returned, strict=True), start=1)
             ),
             probe.refusals,
             probe.missing,
@@ -547,15 +733,16 @@ class Engine:
             self._clock(),
         )
 
-    def _check_models(self, templates: Mapping[str, Template]) -> None:
+    def _check_models(self, templates: Mapping[str, Template], models: Mapping[str, ColumnModel] | None = None) -> None:
+        models = self._gallery.snapshot().models if models is None else models
         for column, template in templates.items():
-            known = self._gallery.models.get(column)
+            known = models.get(column)
             got = ColumnModel(template.model_id, None if template.embedding is None else len(template.embedding))
             if known is not None and known != got:
                 raise mismatch(column, known, got)
 
     def _refuse_other_models(self) -> None:
-        for column, known in self._gallery.models.items():
+        for column, known in self._gallery.snapshot().models.items():
             mine = self._extractor.model_ids["face" if column == "face" else "finger"]
             if known.model_id != mine and not known.model_id.startswith(calibrations.EXTERNAL):
                 raise ModelMismatch(
@@ -565,11 +752,10 @@ class Engine:
 
     def _sample(self, model_id: str) -> Float32:
         """Embeddings of a model that has no card, for its calibration."""
-        row_count = self._gallery.snapshot().row_count
-        for column, model in self._gallery.models.items():
-            vectors = self._gallery.column(column)
-            if model.model_id == model_id and vectors is not None:
-                return vectors.between(0, row_count)[1][: calibrations.SAMPLE_SIZE]
+        snapshot = self._gallery.snapshot()
+        for column, model in snapshot.models.items():
+            if model.model_id == model_id and model.dimension is not None:
+                return snapshot.sample(column, calibrations.SAMPLE_SIZE)
         return np.zeros((0, 1), np.float32)
 
     def _check_open(self) -> None:
@@ -592,6 +778,57 @@ def _pair_comparer() -> Comparer:
 
 
 _COLUMN_SET = frozenset(COLUMNS)
+_SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9999 (d = 128, benchmarks/storage.py)
+
+
+def _checked(groups: Collection[str] | None) -> tuple[str, ...] | None:
+    return None if groups is None else check_groups(groups)
+
+
+def _for_waiting(error: BaseException) -> BiodedupError:
+    """What those hear whose decisions were to be committed by another thread that failed."""
+    if isinstance(error, BiodedupError):
+        return type(error)(str(error))
+    return StorageUnavailable(
+        f"the commit was interrupted ({type(error).__name__}); nothing was acknowledged; send it again"
+    )
+
+
+def _answered_before(
+    answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes
+) -> Decision | None:
+    if encounter.encounter_id is None:
+        return None
+    stored = answer_of(encounter.encounter_id)
+    if stored is None:
+        return None
+    if stored[0] != digest:
+        raise _conflict(encounter.encounter_id)
+    return from_json(stored[1])
+
+
+def _batch_answered_before(stored: tuple[bytes, str] | None, encounter_id: str, digest: bytes) -> bool:
+    if stored is not None and stored[0] != digest:
+        raise _conflict(encounter_id)
+    return stored is not None
+
+
+def _conflict(encounter_id: str) -> EncounterConflict:
+    return EncounterConflict(
+        f"encounter {encounter_id!r} was sent before with other content; give this one an id of its own"
+    )
+
+
+def _digest_of_batch(
+    ids: Sequence[str], columns: Mapping[str, tuple[str, Float32]], groups: Sequence[tuple[str, ...]]
+) -> bytes:
+    digest = hashlib.sha256("\n".join(ids).encode())
+    for column, (_, vectors) in sorted(columns.items()):
+        digest.update(column.encode())
+        digest.update(vectors.data)
+    if any(groups):
+        digest.update(json.dumps(groups).encode())
+    return digest.digest()
 
 
 def _merged(first: Found, since: Found) -> Found:

@@ -9,7 +9,7 @@ Owns their shapes and their validation. Never reads a file, runs a model or touc
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -153,14 +153,17 @@ class Encounter:
 
     templates: column -> float32 (d,) unit vector, or `Template`.
     encounter_id: makes the write idempotent; None gives each call an id of its own.
+    groups: labels (OSIA calls them galleries) that a search can be restricted to.
     """
 
     subject_id: str | None = None
     captures: Sequence[Capture] = ()
     templates: Mapping[str, Float32 | Template] = field(default_factory=dict, repr=False)
     encounter_id: str | None = None
+    groups: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", check_groups(self.groups))
         for name in ("subject_id", "encounter_id"):
             value = getattr(self, name)
             if value is not None:
@@ -293,6 +296,15 @@ def check_id(value: object, name: str) -> None:
         raise InvalidInput(f"{name} is a str, got {type(value).__name__}; convert it, as str(value)")
     if not 1 <= len(value) <= 256 or not value.isprintable():
         raise InvalidInput(f"{name} has {len(value)} characters; wanted 1 to 256, all of them printable")
+
+
+def check_groups(groups: object) -> tuple[str, ...]:
+    """The groups, sorted, each once. Raises InvalidInput unless it is a sequence of usable identifiers."""
+    if isinstance(groups, str) or not isinstance(groups, Sequence | Set):
+        raise InvalidInput(f"groups is a sequence of str, got {type(groups).__name__}; write groups=[name]")
+    for group in groups:
+        check_id(group, "a group")
+    return tuple(sorted(set(groups)))
 
 
 def unit_rows(vectors: NDArray[Any], *, what: str = "vectors") -> Float32:

@@ -16,6 +16,7 @@ import pytest
 from conftest import again, people
 
 import biodedup as bd
+from biodedup.gallery.health import inspect
 from biodedup.gallery.storage import LocalStorage
 
 SUBJECTS = people(8)
@@ -245,7 +246,7 @@ def test_flipped_bytes_raise_from_the_error_tree_or_nothing(tmp_path):
     [
         "UPDATE meta SET key = 'gallery_ie' WHERE key = 'gallery_id'",
         "UPDATE meta SET value = '{' WHERE key = 'config'",
-        "UPDATE meta SET value = 'x' WHERE key = 'version'",
+        "UPDATE meta SET value = 'x' WHERE key = 'state'",
         "UPDATE model SET column_index = 77",
         "UPDATE model SET dimension = 99",
         "DELETE FROM subject",
@@ -276,5 +277,8 @@ def test_doctor_names_what_the_tables_contradict(tmp_path):
     connection.execute("DELETE FROM cell WHERE key < 32")
     connection.commit()
     connection.close()
-    with bd.Engine.open(tmp_path / "g", read_only=True) as engine:
-        assert engine.problems() == ["1 enrolled subjects have no template"]
+    assert [str(problem) for problem in inspect(LocalStorage(), tmp_path / "g")] == [
+        "database, journal: 1 enrolled subjects of the journal have no template"
+    ]
+    with pytest.raises(bd.GalleryDamaged, match="lacks templates"):
+        bd.Engine.open(tmp_path / "g")

@@ -17,7 +17,7 @@ def test_the_public_names_are_pinned():
     assert sorted(bd.__all__) == sorted(
         """
         COLUMNS FINGER_POSITIONS BiodedupError CallerError Candidate CaptureConfig Cluster Config DataDamaged Decision
-        Encounter EncounterConflict Engine EngineClosed Evidence Extractor Face FaceConfig Finger FingerConfig GalleryBusy
+        Encounter EncounterConflict Engine EngineClosed Evidence Extractor Face FaceConfig Finger FingerConfig GalleryBusy GalleryConfig
         GalleryDamaged InvalidInput Link Missing ModelCardError ModelMismatch NotAGallery Policy Refusal RetryableError
         Score SearchConfig SearchResult StorageUnavailable SubjectExists Template UnknownSubject Verification __version__
         compare

@@ -15,8 +15,8 @@ import numpy as np
 from biodedup.values import Candidate, CaptureData, Decision, Encounter, Evidence, Missing, Refusal, Template
 
 
-def digest_of(encounter: Encounter) -> bytes:
-    """SHA-256 of what was sent: the id of the subject and the content of every capture and template."""
+def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
+    """SHA-256 of what was sent: the operation, the id of the subject, and the content of every capture and template."""
     if encounter.encounter_id is None:
         return b""  # nobody can send it again
     digest = hashlib.sha256()
@@ -25,7 +25,7 @@ def digest_of(encounter: Encounter) -> bytes:
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
 
-    add((encounter.subject_id or "").encode())
+    add(operation.encode(), (encounter.subject_id or "").encode(), *(group.encode() for group in encounter.groups))
     for capture in encounter.captures:
         add(type(capture).__name__.encode(), capture.column.encode())
         if isinstance(capture, Missing):

@@ -1,47 +1,53 @@
-"""The SQLite tables that are the gallery's truth.
+"""The SQLite tables that are the gallery's truth: the manifest of its segments, and the journal of what is not sealed yet.
 
 Owns the schema and every SQL statement. Never decides, never searches, never caches. Callers hold the gallery's lock.
 
 | table | a row is |
 |---|---|
-| meta | one setting of the gallery: format, version, config |
+| meta | one setting of the gallery: id, config, state (version, commits, rows given out, next segment) |
 | model | one column's model_id and dimension, fixed by its first template |
-| subject | one subject; row numbers are never used again; removed_version marks a tombstone |
-| cell | one template: subject row and column |
-| encounter | one acknowledged write: what was sent (digest), what was answered |
+| group_set | one combination of groups that some row belongs to |
+| segment | one sealed segment: its range of rows, its files and their digests |
+| tombstone | one removed row that a segment or the journal still holds |
+| subject | journal: one row |
+| cell | journal: one template: row and column |
+| encounter | journal: one acknowledged write: what was sent (digest), what was answered |
 | held | the templates of an encounter that went to review, until somebody decides |
+
+Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import xxhash
 
-from biodedup.values import COLUMNS, Template
+from biodedup.errors import GalleryDamaged
+from biodedup.gallery.segment import SegmentEntry
+from biodedup.gallery.tail import Answer
+from biodedup.values import COLUMNS, Float32, Template
 
 APPLICATION_ID = 0x62696F64  # "biod", so that `file` and a curious engineer recognise the database
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE model (column_index INTEGER PRIMARY KEY, model_id TEXT NOT NULL, dimension INTEGER);
-CREATE TABLE subject (
-    row INTEGER PRIMARY KEY, subject_id TEXT NOT NULL, encounter_id TEXT,
-    enrolled_version INTEGER NOT NULL, removed_version INTEGER);
-CREATE UNIQUE INDEX subject_live ON subject (subject_id) WHERE removed_version IS NULL;
-CREATE TABLE cell (key INTEGER PRIMARY KEY, vector BLOB, minutiae BLOB, quality REAL);
-CREATE TABLE encounter (
-    encounter_id TEXT PRIMARY KEY, subject_id TEXT, digest BLOB NOT NULL, outcome TEXT NOT NULL,
-    answer TEXT NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE held (
-    encounter_id TEXT, column_index INTEGER, model_id TEXT NOT NULL, vector BLOB, minutiae BLOB, quality REAL,
-    PRIMARY KEY (encounter_id, column_index)) WITHOUT ROWID;
-"""
+_COLUMNS_OF = {
+    "meta": "key TEXT PRIMARY KEY, value TEXT",
+    "model": "column_index INTEGER PRIMARY KEY, model_id TEXT, dimension INTEGER",
+    "group_set": "number INTEGER PRIMARY KEY, names TEXT",
+    "segment": "number INTEGER PRIMARY KEY, first_row INTEGER, end_row INTEGER, files TEXT",
+    "tombstone": "row INTEGER PRIMARY KEY, version INTEGER",
+    "subject": "row INTEGER PRIMARY KEY, subject_id TEXT, encounter_id TEXT, group_set INTEGER",
+    "cell": "key INTEGER PRIMARY KEY, vector BLOB, minutiae BLOB, quality REAL",
+    "encounter": "encounter_id TEXT PRIMARY KEY, digest BLOB, outcome TEXT, answer TEXT",
+    "held": "key TEXT PRIMARY KEY, model_id TEXT, vector BLOB, minutiae BLOB, quality REAL",
+}
 
 _STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
 
@@ -52,6 +58,28 @@ class ColumnModel:
 
     model_id: str
     dimension: int | None
+
+
+@dataclass(frozen=True)
+class State:
+    """Counters that only grow. version: of the content, as searches name it; commits: of every transaction, sealing and
+    merging included; row_count: rows ever given out; next_segment: the number of the next segment."""
+
+    version: int = 0
+    commits: int = 0
+    row_count: int = 0
+    next_segment: int = 1
+
+
+@dataclass(frozen=True)
+class JournalCell:
+    """One template of the journal. vector: float32 bytes, or None."""
+
+    row: int
+    column: str
+    vector: bytes | None
+    minutiae: bytes | None
+    quality: float | None
 
 
 class Catalogue:
@@ -65,6 +93,10 @@ class Catalogue:
     def begin(self) -> None:
         self._connection.execute("BEGIN IMMEDIATE")
 
+    def begin_reading(self) -> None:
+        """From the first statement on, no writer can commit, until `rollback`."""
+        self._connection.execute("BEGIN")
+
     def commit(self) -> None:
         self._connection.execute("COMMIT")
 
@@ -75,170 +107,163 @@ class Catalogue:
     def close(self) -> None:
         self._connection.close()
 
+    def copy_to(self, target: sqlite3.Connection) -> None:
+        self._connection.backup(target)
+
     # the gallery itself -----------------------------------------------------------------------------------------
 
-    def create(self, meta: dict[str, str]) -> None:
+    def create(self, gallery_id: str, config: str) -> None:
         """Lays the schema, inside the caller's transaction."""
-        for statement in _SCHEMA.split(";"):
-            if statement.strip():
-                self._connection.execute(statement)
+        for table, columns in _COLUMNS_OF.items():
+            self._connection.execute(f"CREATE TABLE {table} ({columns}, checksum INTEGER NOT NULL)")
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        self._connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        self._put("meta", [("gallery_id", gallery_id), ("config", config)])
+        self.set_state(State())
 
     def identify(self) -> tuple[int, int, int]:
         """(application_id, user_version, number of tables): what kind of file this is."""
-        one = self._one
-        return one("PRAGMA application_id"), one("PRAGMA user_version"), one("SELECT count(*) FROM sqlite_master")
+        queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+        first, second, third = (int(self._connection.execute(query).fetchone()[0]) for query in queries)
+        return first, second, third
 
     def meta(self) -> dict[str, str]:
-        return dict(self._connection.execute("SELECT key, value FROM meta"))
+        return dict(self._all("meta"))
 
-    def set_meta(self, key: str, value: str) -> None:
-        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+    def state(self) -> State:
+        return State(**json.loads(self.meta()["state"]))
+
+    def set_state(self, state: State) -> None:
+        self._put("meta", [("state", json.dumps(vars(state)))])
 
     def models(self) -> dict[str, ColumnModel]:
-        rows = self._connection.execute("SELECT column_index, model_id, dimension FROM model")
-        return {COLUMNS[index]: ColumnModel(model_id, dimension) for index, model_id, dimension in rows}
+        return {COLUMNS[index]: ColumnModel(model_id, dimension) for index, model_id, dimension in self._all("model")}
 
     def add_model(self, column: str, model: ColumnModel) -> None:
-        values = (COLUMNS.index(column), model.model_id, model.dimension)
-        self._connection.execute("INSERT INTO model VALUES (?, ?, ?)", values)
+        self._put("model", [(COLUMNS.index(column), model.model_id, model.dimension)])
 
-    def integrity_problems(self) -> list[str]:
-        """SQLite's own check of every page, and the rules that the tables keep among themselves."""
+    def group_sets(self) -> dict[int, frozenset[str]]:
+        return {number: frozenset(json.loads(names)) for number, names in self._all("group_set")}
+
+    def add_group_set(self, number: int, names: Iterable[str]) -> None:
+        self._put("group_set", [(number, json.dumps(sorted(names)))])
+
+    def problems(self) -> list[str]:
+        """SQLite's own check of every page, the checksum of every row, and the rules that the journal keeps."""
         problems = [text for (text,) in self._connection.execute("PRAGMA integrity_check(20)") if text != "ok"]
-        orphans = self._one(
-            f"SELECT count(*) FROM cell WHERE NOT EXISTS "
-            f"(SELECT 1 FROM subject WHERE row = cell.key / {_STRIDE} AND removed_version IS NULL)"
-        )
-        if orphans:
-            problems.append(f"{orphans} cells belong to no enrolled subject")
-        bare = self._one(
-            f"SELECT count(*) FROM subject WHERE removed_version IS NULL AND NOT EXISTS "
-            f"(SELECT 1 FROM cell WHERE key BETWEEN row * {_STRIDE} AND row * {_STRIDE} + {_STRIDE - 1})"
-        )
-        if bare:
-            problems.append(f"{bare} enrolled subjects have no template")
-        for column, model in self.models().items():
-            wrong = self._one(
-                f"SELECT count(*) FROM cell WHERE key % {_STRIDE} = {COLUMNS.index(column)} "
-                f"AND vector IS NOT NULL AND length(vector) != {4 * (model.dimension or 0)}"
-            )
-            if wrong:
-                problems.append(
-                    f"{wrong} vectors of column {column} have another length than {model.dimension} numbers"
-                )
+        for table in _COLUMNS_OF:
+            try:
+                for _ in self._all(table):
+                    pass
+            except (GalleryDamaged, sqlite3.DatabaseError) as error:
+                problems.append(str(error))
+        if problems:
+            return problems
+        rows = {row for row, *_ in self._all("subject")}
+        removed = {row for row, _ in self._all("tombstone")}
+        with_cells = {key // _STRIDE for key, *_ in self._all("cell")}
+        if orphans := len(with_cells - rows):
+            problems.append(f"the journal holds templates of {orphans} rows without a subject")
+        if bare := len(rows - with_cells - removed):
+            problems.append(f"{bare} enrolled subjects of the journal have no template")
         return problems
 
-    # subjects ---------------------------------------------------------------------------------------------------
+    # the manifest -----------------------------------------------------------------------------------------------
 
-    def subjects(self) -> Iterator[tuple[int, str]]:
-        """(row, subject_id) of the enrolled, by row."""
-        yield from self._connection.execute(
-            "SELECT row, subject_id FROM subject WHERE removed_version IS NULL ORDER BY row"
+    def segments(self) -> list[SegmentEntry]:
+        """In the order of their rows."""
+        entries = [SegmentEntry(n, first, end, json.loads(files)) for n, first, end, files in self._all("segment")]
+        return sorted(entries, key=lambda entry: entry.first_row)
+
+    def add_segment(self, entry: SegmentEntry) -> None:
+        values = (entry.number, entry.first_row, entry.end_row, json.dumps(dict(entry.files)))
+        self._put("segment", [values])
+
+    def drop_segments(self, numbers: Iterable[int]) -> None:
+        self._connection.executemany("DELETE FROM segment WHERE number = ?", ((number,) for number in numbers))
+
+    def tombstones(self) -> list[int]:
+        return sorted(row for row, _ in self._all("tombstone"))
+
+    def add_tombstone(self, row: int, version: int) -> None:
+        """Removes a row; its templates are erased from the journal."""
+        self._put("tombstone", [(row, version)])
+        self._connection.execute(
+            "DELETE FROM cell WHERE key BETWEEN ? AND ?", (row * _STRIDE, row * _STRIDE + _STRIDE - 1)
         )
 
-    def row_count(self) -> int:
-        """One more than the highest row ever given."""
-        return int(self._one("SELECT coalesce(max(row) + 1, 0) FROM subject"))
+    def drop_tombstones(self, rows: Iterable[int]) -> None:
+        self._connection.executemany("DELETE FROM tombstone WHERE row = ?", ((row,) for row in rows))
 
-    def row_of(self, subject_id: str) -> int | None:
-        query = "SELECT row FROM subject WHERE subject_id = ? AND removed_version IS NULL"
-        found = self._connection.execute(query, (subject_id,)).fetchone()
-        return None if found is None else int(found[0])
+    # the journal ------------------------------------------------------------------------------------------------
 
-    def add_subjects(self, rows: Iterable[tuple[int, str, str | None]], version: int) -> None:
-        """rows: (row, subject_id, encounter_id)."""
-        values = ((row, subject_id, encounter_id, version) for row, subject_id, encounter_id in rows)
-        self._connection.executemany("INSERT INTO subject VALUES (?, ?, ?, ?, NULL)", values)
+    def subjects(self) -> list[tuple[int, str, str, int]]:
+        """(row, subject_id, encounter_id, group_set), by row."""
+        return list(self._all("subject", "row"))
 
-    def remove(self, row: int, version: int) -> None:
-        self._connection.execute("UPDATE subject SET removed_version = ? WHERE row = ?", (version, row))
-        low = row * _STRIDE
-        self._connection.execute("DELETE FROM cell WHERE key BETWEEN ? AND ?", (low, low + _STRIDE - 1))
+    def add_subjects(self, rows: Iterable[tuple[int, str, str, int]]) -> None:
+        """rows: (row, subject_id, encounter_id, group_set)."""
+        self._put("subject", rows)
 
-    # templates --------------------------------------------------------------------------------------------------
+    def cells(self) -> Iterator[JournalCell]:
+        """By row."""
+        for key, vector, minutiae, quality in self._all("cell", "key"):
+            yield JournalCell(key // _STRIDE, COLUMNS[key % _STRIDE], vector, minutiae, quality)
 
     def add_cells(self, cells: Iterable[tuple[int, Template]]) -> None:
         """cells: (row, template)."""
-        self._connection.executemany(
-            "INSERT INTO cell VALUES (?, ?, ?, ?)",
-            ((row * _STRIDE + COLUMNS.index(template.column), *_blobs(template)) for row, template in cells),
-        )
+        self._put("cell", ((row * _STRIDE + COLUMNS.index(t.column), *_blobs(t)) for row, t in cells))
 
-    def add_vectors(self, rows: Iterable[int], column: str, vectors: NDArray[np.float32]) -> None:
+    def add_vectors(self, rows: Iterable[int], column: str, vectors: Float32) -> None:
         index = COLUMNS.index(column)
-        self._connection.executemany(
-            "INSERT INTO cell VALUES (?, ?, NULL, NULL)",
-            ((row * _STRIDE + index, vector.tobytes()) for row, vector in zip(rows, vectors, strict=True)),
-        )
+        values = ((row * _STRIDE + index, v.tobytes(), None, None) for row, v in zip(rows, vectors, strict=True))
+        self._put("cell", values)
 
-    def presence(self) -> Iterator[tuple[int, int]]:
-        """(row, column index) of every cell, by row."""
-        yield from self._connection.execute(f"SELECT key / {_STRIDE}, key % {_STRIDE} FROM cell ORDER BY key")
+    def answers(self) -> dict[str, Answer]:
+        """encounter_id -> what was sent and answered."""
+        return {key: Answer(digest, outcome, answer) for key, digest, outcome, answer in self._all("encounter")}
 
-    def vectors(self, column: str) -> Iterator[tuple[int, bytes]]:
-        """(row, vector) of a column's cells, by row."""
-        yield from self._connection.execute(
-            f"SELECT key / {_STRIDE}, vector FROM cell WHERE key % {_STRIDE} = ? AND vector IS NOT NULL ORDER BY key",
-            (COLUMNS.index(column),),
-        )
-
-    def templates(self, row: int, models: dict[str, ColumnModel]) -> dict[str, Template]:
-        """All templates of one row."""
-        low = row * _STRIDE
-        found = self._connection.execute(
-            f"SELECT key % {_STRIDE}, vector, minutiae, quality FROM cell WHERE key BETWEEN ? AND ? ORDER BY key",
-            (low, low + _STRIDE - 1),
-        )
-        templates = {}
-        for index, vector, minutiae, quality in found:
-            column = COLUMNS[index]
-            embedding = None if vector is None else np.frombuffer(vector, np.float32)
-            templates[column] = Template(column, models[column].model_id, embedding, minutiae, quality)
-        return templates
-
-    def minutiae(self, rows: Sequence[int], column: str) -> dict[int, bytes]:
-        """Minutiae records of those of the rows that have one in this column."""
-        index = COLUMNS.index(column)
-        records: dict[int, bytes] = {}
-        for start in range(0, len(rows), 500):  # below SQLite's limit on bound values in its oldest builds
-            keys = [row * _STRIDE + index for row in rows[start : start + 500]]
-            marks = ",".join("?" * len(keys))
-            query = f"SELECT key, minutiae FROM cell WHERE key IN ({marks}) AND minutiae IS NOT NULL"
-            records.update((key // _STRIDE, record) for key, record in self._connection.execute(query, keys))
-        return records
-
-    # encounters -------------------------------------------------------------------------------------------------
-
-    def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
-        """(digest of what was sent, answer as JSON), or None."""
-        query = "SELECT digest, answer FROM encounter WHERE encounter_id = ?"
-        found: tuple[bytes, str] | None = self._connection.execute(query, (encounter_id,)).fetchone()
-        return found
-
-    def add_encounter(
-        self, encounter_id: str, subject_id: str | None, digest: bytes, outcome: str, answer: str, version: int
-    ) -> None:
-        values = (encounter_id, subject_id, digest, outcome, answer, version)
-        self._connection.execute("INSERT INTO encounter VALUES (?, ?, ?, ?, ?, ?)", values)
+    def add_answer(self, encounter_id: str, answer: Answer) -> None:
+        self._put("encounter", [(encounter_id, answer.digest, answer.outcome, answer.text)])
 
     def hold(self, encounter_id: str, templates: Iterable[Template]) -> None:
-        self._connection.executemany(
-            "INSERT INTO held VALUES (?, ?, ?, ?, ?, ?)",
-            ((encounter_id, COLUMNS.index(t.column), t.model_id, *_blobs(t)) for t in templates),
-        )
+        self._put("held", ((f"{encounter_id}/{t.column}", t.model_id, *_blobs(t)) for t in templates))
 
-    def outcomes(self) -> dict[str, int]:
-        return dict(
-            self._connection.execute("SELECT outcome, count(*) FROM encounter GROUP BY outcome ORDER BY outcome")
-        )
+    def clear_journal(self) -> None:
+        """After sealing: the segment has it all."""
+        for table in ("subject", "cell", "encounter"):
+            self._connection.execute(f"DELETE FROM {table}")
 
-    def _one(self, query: str) -> Any:
-        return self._connection.execute(query).fetchone()[0]
+    # rows with checksums ----------------------------------------------------------------------------------------
+
+    def _put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        marks = ",".join("?" * (_COLUMNS_OF[table].count(",") + 2))
+        verb = "REPLACE" if table == "meta" else "INSERT"
+        self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", ((*row, _checksum(row)) for row in rows))
+
+    def _all(self, table: str, order: str | None = None) -> Iterator[tuple[Any, ...]]:
+        query = f"SELECT * FROM {table}" + (f" ORDER BY {order}" if order else "")
+        for *values, checksum in self._connection.execute(query):
+            if _checksum(values) != checksum:
+                raise GalleryDamaged(f"a row of table {table} is damaged; run `biodedup doctor`")
+            yield tuple(values)
+
+
+def _checksum(values: Sequence[Any]) -> int:
+    """XXH3 of the values with their types and lengths, as SQLite's signed integer."""
+    parts = []
+    for value in values:
+        if isinstance(value, (bytes, str)):
+            data = value.encode() if isinstance(value, str) else value
+            parts.append(struct.pack("<cq", b"s" if isinstance(value, str) else b"b", len(data)) + data)
+        elif isinstance(value, float):
+            parts.append(struct.pack("<cd", b"f", value))
+        else:
+            parts.append(b"n" if value is None else struct.pack("<cq", b"i", value))
+    return xxhash.xxh3_64_intdigest(b"".join(parts)) - (1 << 63)
 
 
 def _blobs(template: Template) -> tuple[bytes | None, bytes | None, float | None]:
-    vector = None if template.embedding is None else template.embedding.tobytes()
-    return vector, template.minutiae, template.quality
+    vector = None if template.embedding is None else np.asarray(template.embedding, "<f4").tobytes()
+    quality = None if template.quality is None else float(template.quality)
+    return vector, template.minutiae, quality

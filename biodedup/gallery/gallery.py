@@ -1,45 +1,54 @@
-"""A gallery: subjects on disk (SQLite, the truth) and in memory (columns, derived).
+"""A gallery: its parts on disk and in memory, one writer, many readers.
 
-Owns durability, visibility and versions. Never compares templates and never decides.
+Owns durability, visibility and versions, and when rows move from the journal to segments. Never compares templates and never
+decides.
 
-1. `Transaction` stages rows; they become visible to others only after their commit is durable. A failure leaves the
-   state before it, on disk and in memory.
-2. A `Snapshot` names the version and the rows that a search may see.
-3. Removal is a tombstone in memory and erases the templates on disk.
+1. A `Transaction` stages changes; they become visible to others only after their commit is durable. A failure leaves
+   the state before it, on disk and in memory.
+2. A `Snapshot` is what a reader sees; it stays whole while the writer seals, merges and removes.
+3. Files that a manifest names are never changed. They are written and synced before the commit that names them, and
+   removed after the commit that does not; files that no manifest names are swept up by the next writer.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.config import GalleryConfig
 from biodedup.errors import (
+    BiodedupError,
     GalleryDamaged,
     InvalidInput,
-    ModelMismatch,
     NotAGallery,
     StorageUnavailable,
-    SubjectExists,
-    UnknownSubject,
 )
-from biodedup.gallery.catalogue import APPLICATION_ID, FORMAT_VERSION, Catalogue, ColumnModel
-from biodedup.gallery.columns import GrowingArray, VectorColumn
-from biodedup.gallery.storage import Lock, Storage, unavailable
-from biodedup.values import COLUMNS, Float32, Template
+from biodedup.gallery.catalogue import APPLICATION_ID, FORMAT_VERSION, Catalogue, ColumnModel, State
+from biodedup.gallery.compaction import due
+from biodedup.gallery.part import Int64, Part
+from biodedup.gallery.segment import Abandoned, Segment, SegmentEntry, file_name, open_segment, write_segment
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
+from biodedup.gallery.tail import Tail, TailPart
+from biodedup.gallery.transaction import Transaction
+from biodedup.values import Float32
 
 DATABASE_NAME = "gallery.sqlite3"
 LOCK_NAME = "writer.lock"
-_NEW_NAME = DATABASE_NAME + ".new"  # a gallery in the making: it gets its name when it is whole
-_OWN_NAMES = {DATABASE_NAME, DATABASE_NAME + "-journal", _NEW_NAME, _NEW_NAME + "-journal", LOCK_NAME}
+SEGMENT_FOLDER = "segments"
+NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a gallery in the making: it gets its name when it is whole
+_OWN_NAMES = {DATABASE_NAME, DATABASE_NAME + "-journal", NEW_NAME, NEW_NAME + "-journal", LOCK_NAME, SEGMENT_FOLDER}
 
 _DISK_TROUBLE = {
     sqlite3.SQLITE_BUSY,
@@ -50,56 +59,58 @@ _DISK_TROUBLE = {
     sqlite3.SQLITE_READONLY,
 }  # primary result codes after which the same call may succeed; others speak of damage
 
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What a search may see: rows below row_count, as of version."""
-
-    version: int
-    row_count: int
+_FINISH_ROWS_MAX = 1_000_000  # closing waits for a merge of up to this many rows; a larger one is abandoned
+_log = logging.getLogger("biodedup")
 
 
 class Gallery:
     """Subjects, their templates and the answers given. Thread-safe; one process writes."""
 
-    def __init__(self, catalogue: Catalogue, lock: Lock | None, folder: Path) -> None:
+    def __init__(
+        self, storage: Storage, folder: Path, catalogue: Catalogue, lock: Lock | None, config: GalleryConfig
+    ) -> None:
         self.folder = folder
         self.read_only = lock is None
+        self.lock = threading.RLock()
+        """Guards the connection and every change of what is published. Hold it to make several steps one."""
+        self.storage = storage
         self._catalogue = catalogue
         self._lock_file = lock
+        self._config = config
         self._broken = False
-        self._lock = threading.RLock()  # guards the connection and every change of what is in memory
-        self._subject_ids: list[str] = []
-        self._presence = GrowingArray(np.uint16)  # bit c: the row has a template in COLUMNS[c]; 0: removed
-        self._columns: dict[str, VectorColumn] = {}
-        try:
-            with _translated(f"reading {folder}"):
-                meta = catalogue.meta()
-                self.gallery_id = meta["gallery_id"]
-                self.config: dict[str, Any] = json.loads(meta["config"])
-                self.models = catalogue.models()
-                self._load()
-                self._published = Snapshot(int(meta["version"]), self._presence.count)
-        except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:  # what no page check sees
-            raise GalleryDamaged(
-                f"{folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
-            ) from error
-        self.live_count = int(np.count_nonzero(self._presence.view()))
+        self._state = State()
+        self._merging = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._maintenance: threading.Thread | None = None
+        self._published, self._tail = self._load()
+        if lock is not None:
+            self._sweep()
 
     @classmethod
     def open(
-        cls, folder: Path, *, storage: Storage, config: dict[str, Any], gallery_id: str, read_only: bool = False
+        cls,
+        folder: Path,
+        *,
+        storage: Storage,
+        config: GalleryConfig,
+        settings: dict[str, Any],
+        gallery_id: str,
+        read_only: bool = False,
     ) -> Gallery:
         """Opens the gallery, creating it where the folder is absent or empty.
 
-        config, gallery_id: stored with a new gallery. Raises NotAGallery, GalleryBusy, GalleryDamaged, StorageUnavailable.
+        settings, gallery_id: stored with a new gallery. Raises NotAGallery, GalleryBusy, GalleryDamaged, StorageUnavailable.
         """
-        with _translated(f"opening {folder}"):
+        with translated(f"opening {folder}"):
             names = storage.list_names(folder)
-            if names and DATABASE_NAME not in names and set(names) - _OWN_NAMES:
-                raise NotAGallery(
-                    f"{folder} holds {len(names)} other files and no {DATABASE_NAME}; name an empty folder or a gallery"
-                )
+            if names and DATABASE_NAME not in names:
+                if set(names) - _OWN_NAMES:
+                    raise NotAGallery(
+                        f"{folder} holds {len(names)} other files and no {DATABASE_NAME}; name an empty folder or a gallery"
+                    )
+                if storage.list_names(folder / SEGMENT_FOLDER):
+                    raise GalleryDamaged(f"{folder} holds segments and no {DATABASE_NAME}; restore it from a backup")
             if read_only:
                 if not names or DATABASE_NAME not in names:
                     raise NotAGallery(f"{folder} holds no gallery; create one by opening it for writing")
@@ -110,11 +121,11 @@ class Gallery:
                 lock = storage.lock(folder / LOCK_NAME)
             try:
                 if not names or DATABASE_NAME not in names:
-                    _create(storage, folder, {"gallery_id": gallery_id, "version": "0", "config": json.dumps(config)})
+                    _create(storage, folder, gallery_id, json.dumps(settings))
                 catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
                 try:
-                    _check(catalogue, folder)
-                    return cls(catalogue, lock, folder)
+                    check_format(catalogue, folder)
+                    return cls(storage, folder, catalogue, lock, config)
                 except BaseException:
                     catalogue.close()
                     raise
@@ -124,267 +135,305 @@ class Gallery:
                 raise
 
     def close(self) -> None:
-        with self._lock:
+        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time."""
+        self._closing = True
+        self._wake.set()
+        if self._maintenance is not None:
+            self._maintenance.join()
+        with self.lock:
             self._catalogue.close()
             if self._lock_file is not None:
                 self._lock_file.release()
 
-    # what a search reads ----------------------------------------------------------------------------------------
+    # reading ----------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         return self._published
 
-    @property
-    def staged(self) -> Snapshot:
-        """All rows, those of the open transaction included. For the holder of the transaction only."""
-        return Snapshot(self._published.version, self._presence.count)
-
-    def presence(self, low: int, high: int) -> NDArray[np.uint16]:
-        """uint16 (high - low,): bit c is set where the row has a template in COLUMNS[c]; 0 for a removed row."""
-        return self._presence.view(high)[low:]
-
-    def column(self, name: str) -> VectorColumn | None:
-        """The embeddings of a column; None where no subject has one."""
-        return self._columns.get(name)
-
-    def subject_id(self, row: int) -> str:
-        return self._subject_ids[row]
-
-    def minutiae(self, rows: Sequence[int], column: str) -> dict[int, bytes]:
-        """Minutiae records of those of the rows that have one in this column."""
-        with self._lock, _translated("reading minutiae"):
-            return self._catalogue.minutiae(rows, column)
-
-    # look-ups ---------------------------------------------------------------------------------------------------
-
-    def row_of(self, subject_id: str) -> int | None:
-        with self._lock, _translated("looking a subject up"):
-            return self._catalogue.row_of(subject_id)
-
-    def templates(self, subject_id: str) -> tuple[int, dict[str, Template]]:
-        """(row, column -> template). Raises UnknownSubject."""
-        with self._lock, _translated("reading templates"):
-            row = self._catalogue.row_of(subject_id)
-            if row is None:
-                raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
-            return row, self._catalogue.templates(row, self.models)
-
-    def row_templates(self, row: int) -> dict[str, Template]:
-        with self._lock, _translated("reading templates"):
-            return self._catalogue.templates(row, self.models)
-
-    def subject_ids(self) -> list[str]:
-        """The enrolled, in order of enrolment."""
-        snapshot = self.snapshot()
-        live = np.flatnonzero(self.presence(0, snapshot.row_count))
-        return [self._subject_ids[row] for row in live]
-
-    def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
-        """(digest of what was sent, answer as JSON), or None for an encounter never seen."""
-        with self._lock, _translated("looking an encounter up"):
-            return self._catalogue.answer(encounter_id)
-
-    def outcomes(self) -> dict[str, int]:
-        with self._lock, _translated("counting outcomes"):
-            return self._catalogue.outcomes()
-
-    def problems(self) -> list[str]:
-        """What a full check of the stored data finds wrong; empty when sound."""
-        with self._lock, _translated("checking"):
-            return self._catalogue.integrity_problems()
+    def refresh(self) -> None:
+        """In a reader: sees what the writer has committed since."""
+        if self.read_only:
+            with self.lock:
+                self._published, self._tail = self._load()
 
     # writing ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """The one writer. On leaving, the commit is durable and then visible; on an exception, nothing happened."""
+        """Holds the lock; commits at the end. Raises what the body raises, and StorageUnavailable; then nothing changed."""
         if self.read_only:
             raise InvalidInput(f"{self.folder} was opened read_only; open it for writing to change it")
-        with self._lock:
+        with self.lock:
             if self._broken:
                 raise StorageUnavailable(
                     f"{self.folder}: an earlier commit failed half-way; close the engine and open it again"
                 )
-            before, live_before, models_before = self._published, self.live_count, dict(self.models)
-            transaction = Transaction(self, self._catalogue, before.version + 1)
+            before, tail, tail_count = self._published, self._tail, self._tail.count
+            transaction = Transaction(
+                self._catalogue, self.storage, self._segments, self.gallery_id, self._state, before, tail
+            )
             try:
-                with _translated("writing"):
+                with translated("writing"):
                     self._catalogue.begin()
                     yield transaction
                     if transaction.changed:
-                        self._catalogue.set_meta("version", str(transaction.version))
+                        self._catalogue.set_state(transaction.state)
                         self._catalogue.commit()
                     else:
                         self._catalogue.rollback()
             except BaseException:
-                if not self._is_durable(transaction.version):
-                    self._forget_from(before.row_count)
-                    self.live_count, self.models = live_before, models_before
+                if not self._is_durable(transaction):
+                    tail.truncate(tail_count)
+                    if not self._broken:
+                        for number in transaction.new_segments:
+                            self._remove_files(number)
                     raise
-            for row in transaction.removed:
-                self._presence.view()[row] = 0
             if transaction.changed:
-                self._published = Snapshot(transaction.version, self._presence.count)
+                self._adopt(transaction)
 
-    def _is_durable(self, version: int) -> bool:
+    def _adopt(self, transaction: Transaction) -> None:
+        self._state = transaction.state
+        self._tail = transaction.tail
+        self._tail.answers.update(transaction.answers)
+        self._published = transaction.snapshot()
+        for segment in transaction.retired:
+            self._remove_files(segment.entry.number)
+        if self._tail.count + len(self._tail.answers) >= self._config.seal_rows or transaction.new_segments:
+            self._wake_maintenance()
+
+    def _is_durable(self, transaction: Transaction) -> bool:
         """After a failed transaction: rolls back, and asks the disk whether the commit took place all the same."""
         try:
             self._catalogue.rollback()
-            return int(self._catalogue.meta()["version"]) == version
-        except sqlite3.Error:
+            return self._catalogue.state().commits == transaction.state.commits
+        except (sqlite3.Error, GalleryDamaged):
             self._broken = True
             return False
 
-    def _forget_from(self, row_count: int) -> None:
-        del self._subject_ids[row_count:]
-        self._presence.count = row_count
-        for column in self._columns.values():
-            column.truncate(row_count)
+    def write_rows(
+        self, subject_ids: Sequence[str], columns: Mapping[str, Float32], group_sets: NDArray[np.uint32]
+    ) -> SegmentEntry:
+        """Writes a segment of new rows, for `Transaction.attach`; until then nobody sees it."""
+        tail = Tail(0)
+        tail.append_vectors(subject_ids, "", group_sets, columns)
+        number = self._take_number()
+        try:
+            with translated("writing a segment"):
+                part = TailPart(tail, tail.count)
+                return write_segment(self.storage, self._segments, number, self.gallery_id, [part], [None])
+        except BaseException:
+            self._remove_files(number)
+            raise
 
-    def _append(self, subject_ids: Sequence[str], presence: NDArray[np.uint16]) -> None:
-        self._subject_ids.extend(subject_ids)
-        self._presence.append(presence)
-        self.live_count += len(subject_ids)
+    def discard_rows(self, entry: SegmentEntry) -> None:
+        """Removes what `write_rows` wrote and nothing attached."""
+        self._remove_files(entry.number)
 
-    def _append_vectors(self, column: str, rows: NDArray[np.int64], vectors: Float32) -> None:
-        if column not in self._columns:
-            self._columns[column] = VectorColumn(vectors.shape[1])
-        self._columns[column].append(rows, vectors)
+    # sealing and merging ----------------------------------------------------------------------------------------
 
-    def _load(self) -> None:
-        row_count = self._catalogue.row_count()
-        self._subject_ids = [""] * row_count
-        presence = np.zeros(row_count, np.uint16)
-        for row, subject_id in self._catalogue.subjects():
-            self._subject_ids[row] = subject_id
-        cells = np.array(list(self._catalogue.presence()), np.int64).reshape(-1, 2)
-        if len(cells) and cells[-1, 0] >= row_count:
-            raise GalleryDamaged(f"{self.folder}: templates without a subject; run `biodedup doctor`")
-        np.bitwise_or.at(presence, cells[:, 0], (1 << cells[:, 1]).astype(np.uint16))
-        self._presence.append(presence)
-        for name, model in self.models.items():
-            if model.dimension is not None:
-                self._load_column(name, model.dimension)
+    def maintain(self) -> None:
+        """Seals a full tail and merges what is due, now."""
+        with self._merging:
+            if self._tail.count + len(self._tail.answers) >= self._config.seal_rows:
+                self.seal()
+            while not self._broken:
+                snapshot = self.snapshot()
+                segments = _segments_of(snapshot)
+                dead = [len(_removed(snapshot, [segment])) for segment in segments]
+                counts = [segment.count for segment in segments]
+                run = due(counts, dead, self._config.seal_rows, self._config.merge_fan)
+                if run is None:
+                    return
+                self._merge(segments[run])
 
-    def _load_column(self, name: str, dimension: int) -> None:
-        column = self._columns[name] = VectorColumn(dimension)
-        cells = self._catalogue.vectors(name)
-        while batch := [cell for _, cell in zip(range(16384), cells, strict=False)]:
-            rows = np.array([row for row, _ in batch], np.int64)
-            joined = b"".join(vector for _, vector in batch)
-            if len(joined) != 4 * dimension * len(batch):
+    def seal(self) -> None:
+        """Turns the journal into a segment."""
+        with self.transaction() as transaction:
+            transaction.seal()
+
+    def compact(self) -> None:
+        """Seals, and merges all segments into one: removed subjects' templates are gone from the disk afterwards."""
+        self.seal()
+        with self._merging:
+            snapshot = self.snapshot()
+            segments = _segments_of(snapshot)
+            if len(segments) > 1 or (segments and len(_removed(snapshot, segments))):
+                self._merge(segments)
+
+    def _merge(self, segments: list[Segment]) -> None:
+        """Neighbours become one. Searches and enrolments go on; only the swap of the manifest takes the lock."""
+        snapshot = self.snapshot()
+        dropped = _removed(snapshot, segments)
+        number = self._take_number()
+        rows = sum(segment.count for segment in segments)
+        try:
+            with translated("merging segments"):
+                entry = write_segment(
+                    self.storage,
+                    self._segments,
+                    number,
+                    self.gallery_id,
+                    segments,
+                    [snapshot.mask(segment) for segment in segments],
+                    lambda: not self._closing or rows <= _FINISH_ROWS_MAX,
+                )
+            with self.transaction() as transaction:
+                transaction.swap(segments, entry, dropped)
+        except BaseException:
+            if not self._broken and all(s.entry.number != number for s in _segments_of(self.snapshot())):
+                self._remove_files(number)
+            raise
+
+    def _wake_maintenance(self) -> None:
+        if self._closing or not self._config.background:
+            return
+        if self._maintenance is None:
+            self._maintenance = threading.Thread(
+                target=self._maintain_on_call, name="biodedup-maintenance", daemon=True
+            )
+            self._maintenance.start()
+        self._wake.set()
+
+    def _maintain_on_call(self) -> None:
+        while not self._closing:
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                self.maintain()
+            except Abandoned:
+                return
+            except (
+                BiodedupError
+            ) as error:  # the journal goes on holding what could not be sealed; the next commit tries again
+                _log.warning("sealing or merging was put off: %s", error)
+
+    def _take_number(self) -> int:
+        with self.lock:
+            number = self._state.next_segment
+            self._state = replace(self._state, next_segment=number + 1)
+            return number
+
+    def _remove_files(self, number: int) -> None:
+        """What stays behind is swept up by the next writer."""
+        try:
+            for name in self.storage.list_names(self._segments) or ():
+                if name.startswith(f"{number}."):
+                    self.storage.remove(self._segments / name)
+        except (OSError, sqlite3.Error):
+            pass
+
+    # opening ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _segments(self) -> Path:
+        return self.folder / SEGMENT_FOLDER
+
+    def _load(self) -> tuple[Snapshot, Tail]:
+        try:
+            with translated(f"reading {self.folder}"):
+                self._catalogue.begin_reading()  # no writer can retire a file before it is open here
+                try:
+                    return self._read()
+                finally:
+                    self._catalogue.rollback()
+        except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:  # what no page check sees
+            if isinstance(error, BiodedupError):
+                raise
+            raise GalleryDamaged(
+                f"{self.folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
+            ) from error
+
+    def _read(self) -> tuple[Snapshot, Tail]:
+        meta = self._catalogue.meta()
+        self.gallery_id = meta["gallery_id"]
+        self._state = self._catalogue.state()
+        models = self._catalogue.models()
+        segments = [open_segment(self.storage, self._segments, entry) for entry in self._catalogue.segments()]
+        tail = Tail(segments[-1].end_row if segments else 0)
+        self._fill(tail, models)
+        for one, following in pairwise(segments):
+            if one.end_row != following.first_row:
+                raise GalleryDamaged(f"{self.folder}: rows {one.end_row} to {following.first_row} are in no segment")
+        if tail.end_row != self._state.row_count:
+            raise GalleryDamaged(
+                f"{self.folder}: {tail.end_row} rows, wanted {self._state.row_count}; run `biodedup doctor`"
+            )
+        tombstones = np.array(self._catalogue.tombstones(), np.int64)
+        bare = tail.first_row + np.flatnonzero(tail.presence.view() == 0)
+        if len(np.setdiff1d(bare, tombstones)):
+            raise GalleryDamaged(f"{self.folder}: the journal lacks templates; run `biodedup doctor`")
+        parts: tuple[Part, ...] = (*segments, TailPart(tail, tail.count))
+        group_sets = self._catalogue.group_sets()
+        return Snapshot(self._state.version, tail.end_row, parts, tombstones, models, group_sets), tail
+
+    def _fill(self, tail: Tail, models: Mapping[str, ColumnModel]) -> None:
+        subjects = self._catalogue.subjects()
+        if [row for row, *_ in subjects] != list(range(tail.first_row, tail.first_row + len(subjects))):
+            raise GalleryDamaged(f"{self.folder}: the journal lacks rows; run `biodedup doctor`")
+        cells: dict[str, tuple[list[int], list[bytes], list[bytes], list[float]]] = {}
+        for cell in self._catalogue.cells():
+            if not 0 <= cell.row - tail.first_row < len(subjects):
+                raise GalleryDamaged(f"{self.folder}: templates without a subject; run `biodedup doctor`")
+            if len(cell.vector or b"") != 4 * (models[cell.column].dimension or 0):
                 raise GalleryDamaged(
-                    f"{self.folder}: column {name} holds vectors of another length; run `biodedup doctor`"
+                    f"{self.folder}: column {cell.column} holds vectors of another length; run `biodedup doctor`"
                 )
-            column.append(rows, np.frombuffer(joined, np.float32).reshape(len(batch), dimension))
-
-
-class Transaction:
-    """Changes that become durable and visible together."""
-
-    def __init__(self, gallery: Gallery, catalogue: Catalogue, version: int) -> None:
-        self.version = version
-        self.changed = False
-        self.removed: list[int] = []
-        self._gallery = gallery
-        self._catalogue = catalogue
-
-    def add(self, subject_id: str, templates: Mapping[str, Template], encounter_id: str | None = None) -> int:
-        """Stages one subject and returns its row. Raises SubjectExists, ModelMismatch."""
-        self._refuse_enrolled([subject_id])
-        for template in templates.values():
-            dimension = None if template.embedding is None else len(template.embedding)
-            self._settle_model(template.column, ColumnModel(template.model_id, dimension))
-        row = self._gallery.staged.row_count
-        self._catalogue.add_subjects([(row, subject_id, encounter_id)], self.version)
-        self._catalogue.add_cells((row, template) for template in templates.values())
-        bits = sum(1 << COLUMNS.index(column) for column in templates)
-        self._gallery._append([subject_id], np.array([bits], np.uint16))
-        for column, template in templates.items():
-            if template.embedding is not None:
-                self._gallery._append_vectors(column, np.array([row]), template.embedding[None])
-        self.changed = True
-        return row
-
-    def add_many(self, subject_ids: Sequence[str], columns: Mapping[str, tuple[str, Float32]]) -> None:
-        """Stages subjects with one embedding a column: column -> (model_id, vectors float32 (n, d), unit rows)."""
-        self._refuse_enrolled(subject_ids)
-        for column, (model_id, vectors) in columns.items():
-            self._settle_model(column, ColumnModel(model_id, vectors.shape[1]))
-        first = self._gallery.staged.row_count
-        rows = np.arange(first, first + len(subject_ids))
-        row_list = rows.tolist()
-        self._catalogue.add_subjects(
-            ((row, subject_id, None) for row, subject_id in zip(row_list, subject_ids, strict=True)), self.version
+            positions, vectors, minutiae, quality = cells.setdefault(cell.column, ([], [], [], []))
+            positions.append(cell.row - tail.first_row)
+            vectors.append(cell.vector or b"")
+            minutiae.append(cell.minutiae or b"")
+            quality.append(np.nan if cell.quality is None else cell.quality)
+        loaded: dict[str, tuple[list[int], Float32 | None, list[bytes], list[float]]] = {}
+        for name, (positions, vectors, minutiae, quality) in cells.items():
+            dimension = models[name].dimension
+            matrix = None if dimension is None else np.frombuffer(b"".join(vectors), "<f4").reshape(-1, dimension)
+            loaded[name] = (positions, matrix, minutiae, quality)
+        tail.load(
+            [(subject_id, encounter_id, group_set) for _, subject_id, encounter_id, group_set in subjects], loaded
         )
-        for column, (_, vectors) in columns.items():
-            self._catalogue.add_vectors(row_list, column, vectors)
-        bits = sum(1 << COLUMNS.index(column) for column in columns)
-        self._gallery._append(subject_ids, np.full(len(subject_ids), bits, np.uint16))
-        for column, (_, vectors) in columns.items():
-            self._gallery._append_vectors(column, rows, vectors)
-        self.changed = True
+        tail.answers.update(self._catalogue.answers())
 
-    def remove(self, subject_id: str) -> None:
-        """Removes a subject. Raises UnknownSubject."""
-        row = self._catalogue.row_of(subject_id)
-        if row is None:
-            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; there is nothing to remove")
-        self._catalogue.remove(row, self.version)
-        self.removed.append(row)
-        self._gallery.live_count -= 1
-        self.changed = True
-
-    def record(self, encounter_id: str, subject_id: str | None, digest: bytes, outcome: str, answer: str) -> None:
-        """Stores what was sent and answered, so that a resent encounter gets the same answer."""
-        self._catalogue.add_encounter(encounter_id, subject_id, digest, outcome, answer, self.version)
-        self.changed = True
-
-    def hold(self, encounter_id: str, templates: Iterable[Template]) -> None:
-        """Keeps the templates of an encounter in review."""
-        self._catalogue.hold(encounter_id, templates)
-        self.changed = True
-
-    def _refuse_enrolled(self, subject_ids: Sequence[str]) -> None:
-        for subject_id in subject_ids:
-            if self._catalogue.row_of(subject_id) is not None:
-                raise SubjectExists(
-                    f"subject {subject_id!r} is enrolled already; verify against it, or remove it before enrolling again"
-                )
-
-    def _settle_model(self, column: str, model: ColumnModel) -> None:
-        known = self._gallery.models.get(column)
-        if known is None:
-            self._catalogue.add_model(column, model)
-            self._gallery.models[column] = model
-        elif known != model:
-            raise mismatch(column, known, model)
+    def _sweep(self) -> None:
+        """Removes what a killed writer left: files that no manifest names."""
+        with translated(f"sweeping {self.folder}"):
+            named = {
+                file_name(segment.entry.number, kind)
+                for segment in _segments_of(self._published)
+                for kind in segment.entry.files
+            }
+            for name in self.storage.list_names(self._segments) or ():
+                if name not in named:
+                    self.storage.remove(self._segments / name)
 
 
-def mismatch(column: str, known: ColumnModel, got: ColumnModel) -> ModelMismatch:
-    """The error for a template that the column cannot hold."""
-    return ModelMismatch(
-        f"column {column} holds templates of {known.model_id} (dimension {known.dimension}), got {got.model_id} "
-        f"(dimension {got.dimension}); extract again with the gallery's model, or use another gallery"
-    )
+def _segments_of(snapshot: Snapshot) -> list[Segment]:
+    return [part for part in snapshot.parts if isinstance(part, Segment)]
 
 
-def _create(storage: Storage, folder: Path, meta: dict[str, str]) -> None:
+def _removed(snapshot: Snapshot, segments: Sequence[Segment]) -> Int64:
+    low, high = np.searchsorted(snapshot.tombstones, (segments[0].first_row, segments[-1].end_row))
+    return snapshot.tombstones[low:high]
+
+
+def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> None:
     """Makes the database under another name, so that a file of its own name is never a half-made one."""
-    storage.remove(folder / _NEW_NAME)
-    storage.remove(folder / f"{_NEW_NAME}-journal")
-    catalogue = Catalogue(storage.connect(folder / _NEW_NAME, read_only=False))
+    storage.make_folder(folder / SEGMENT_FOLDER)
+    storage.remove(folder / NEW_NAME)
+    storage.remove(folder / f"{NEW_NAME}-journal")
+    catalogue = Catalogue(storage.connect(folder / NEW_NAME, read_only=False))
     try:
         catalogue.begin()
-        catalogue.create(meta)
+        catalogue.create(gallery_id, settings)
         catalogue.commit()
     finally:
         catalogue.close()
-    storage.replace(folder / _NEW_NAME, folder / DATABASE_NAME)
-    storage.remove(folder / f"{_NEW_NAME}-journal")
+    storage.replace(folder / NEW_NAME, folder / DATABASE_NAME)
+    storage.sync_folder(folder)
+    storage.remove(folder / f"{NEW_NAME}-journal")
 
 
-def _check(catalogue: Catalogue, folder: Path) -> None:
+def check_format(catalogue: Catalogue, folder: Path) -> None:
+    """Raises NotAGallery for another program's database or another version's, GalleryDamaged for an emptied one."""
     application_id, format_version, tables = catalogue.identify()
     if application_id == 0 and tables == 0:
         raise GalleryDamaged(f"{folder / DATABASE_NAME} is empty: a gallery was lost here; restore it from a backup")
@@ -399,7 +448,7 @@ def _check(catalogue: Catalogue, folder: Path) -> None:
 
 
 @contextmanager
-def _translated(doing: str) -> Iterator[None]:
+def translated(doing: str) -> Iterator[None]:
     """Turns what SQLite and the file system raise into the error tree."""
     try:
         yield

@@ -1,6 +1,6 @@
-"""`doctor`: can the installation and a gallery be trusted?
+"""`doctor`: can the installation and a gallery be trusted, and what can be mended?
 
-Owns the list of checks. Never repairs.
+Owns the list of checks. The gallery's `health` does the work.
 """
 
 from __future__ import annotations
@@ -11,22 +11,28 @@ from pathlib import Path
 from biodedup.embed.cards import shipped_cards
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
+from biodedup.gallery.health import inspect, repair
+from biodedup.gallery.storage import LocalStorage
 
 
 @dataclass(frozen=True)
 class Report:
-    """checked: what was found sound; problems: what was not."""
+    """checked: what was found sound; problems: what was not; mended: what was done about it."""
 
     checked: tuple[str, ...]
     problems: tuple[str, ...]
+    mended: tuple[str, ...] = ()
 
 
-def examine(gallery: Path | None) -> Report:
-    """Verifies the digest of every shipped model and, with a gallery, every page and every rule of its tables.
+def examine(gallery: Path | None, *, mend: bool = False, backup: Path | None = None) -> Report:
+    """Verifies the digest of every shipped model and, with a gallery, every page, every checksum and every rule.
 
-    Raises what opening a gallery raises: NotAGallery, GalleryDamaged, StorageUnavailable.
+    mend: rebuild derived files, and take damaged exact ones (or, where the database is lost, everything) from a backup.
+    problems are those that remain. Raises what reading a gallery raises: NotAGallery, StorageUnavailable, GalleryBusy.
     """
-    checked, problems = [], []
+    checked: list[str] = []
+    problems: list[str] = []
+    mended: list[str] = []
     for card in shipped_cards():
         try:
             card.verify()
@@ -34,10 +40,12 @@ def examine(gallery: Path | None) -> Report:
         except BiodedupError as error:
             problems.append(str(error))
     if gallery is not None:
-        with Engine.open(gallery, read_only=True) as engine:
-            found = engine.problems()
-            if found:
-                problems.extend(f"gallery {gallery}: {problem}" for problem in found)
-            else:
+        if mend:
+            mended = repair(LocalStorage(), gallery, backup)
+        found = inspect(LocalStorage(), gallery)
+        if found:
+            problems.extend(f"gallery {gallery}: {problem}" for problem in found)
+        else:
+            with Engine.open(gallery, read_only=True) as engine:
                 checked.append(f"gallery {gallery}: {len(engine):,} subjects, version {engine.gallery_version}")
-    return Report(tuple(checked), tuple(problems))
+    return Report(tuple(checked), tuple(problems), tuple(mended))

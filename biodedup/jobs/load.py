@@ -1,20 +1,24 @@
-"""`load`: ready templates from a Parquet file into a gallery, without a search.
+"""`load`: ready templates from Parquet, Arrow or numpy files, or a stream, into a gallery, without a search.
 
-Owns the reading of the file in bounded memory. Each batch is one durable, idempotent write named by its content, so that
-a load that was interrupted goes on where it was when it is started again.
+Owns the reading in bounded memory. Each batch is one durable, idempotent write named by its content, so that a load that was
+interrupted goes on where it was when it is started again.
 """
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.ipc
 import pyarrow.parquet
+import xxhash
 from numpy.typing import NDArray
 
 from biodedup.engine import Engine
@@ -22,68 +26,172 @@ from biodedup.errors import InvalidInput
 from biodedup.jobs.progress import Progress, silent
 from biodedup.values import COLUMNS
 
+BATCH_ROWS = 1 << 16
 ROWS_NAMED_MAX = 20
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """added: subjects new to the gallery; present: found there from an earlier run; refused: rows that are no unit vectors.
+    """added: subjects new to the gallery; present: found there with the same templates; refused: rows left out.
 
-    refused_rows: the first of these, by position in the file.
+    refused_rows: the first of these, by position in the source. reasons: how many were refused for each reason.
     """
 
     added: int
     present: int
     refused: int
     refused_rows: tuple[int, ...]
+    reasons: dict[str, int] = field(default_factory=dict)
 
 
-def load(engine: Engine, source: Path, *, batch_rows: int = 10_000, progress: Progress = silent) -> LoadResult:
-    """Adds the subjects of a Parquet file: a string column `subject_id`, and `face` (or a finger position) as a list of
-    d floating-point numbers, unit length. Rows with NaN or another length are refused one by one.
+def load(
+    engine: Engine,
+    source: Path | Iterable[Any],
+    *,
+    ids: Path | None = None,
+    column: str = "face",
+    batch_rows: int = BATCH_ROWS,
+    progress: Progress = silent,
+) -> LoadResult:
+    """Adds the subjects of a table: a string column `subject_id`, `face` (or a finger position) as a list of d
+    floating-point numbers, unit length, and optionally `groups`, a string or a list of strings.
 
-    Raises InvalidInput, SubjectExists (nothing of that batch is written), ModelMismatch, StorageUnavailable.
+    source: a Parquet file, an Arrow file or stream (`-` reads a stream from standard input), an iterable of
+    pyarrow.RecordBatch, or `vectors.npy`, float32 (n, d), which takes `ids` (`.npy`, or a text file with one id a line) and
+    `column`. Rows that cannot be used are refused one by one, those among them whose subject_id is enrolled with other
+    templates.
+
+    Raises InvalidInput, ModelMismatch, StorageUnavailable; batches before it are in the gallery.
     """
-    file = _opened(source)
-    names = file.schema_arrow.names
-    columns = [name for name in names if name in COLUMNS]
-    if "subject_id" not in names or not columns:
-        raise InvalidInput(
-            f"{source} has the columns {names}; wanted subject_id, and at least one of {', '.join(COLUMNS)}"
-        )
-    added = present = refused = position = 0
+    batches, total = _opened(source, ids, column)
+    added = present = position = 0
+    reasons: Counter[str] = Counter()
     refused_rows: list[int] = []
-    for batch in file.iter_batches(batch_size=batch_rows, columns=["subject_id", *columns]):
-        ids = batch.column("subject_id").cast(pa.string()).to_pylist()
-        vectors = {column: _matrix(batch.column(column), column, position) for column in columns}
-        good = np.array([subject_id is not None for subject_id in ids])
-        for rows in vectors.values():
-            with np.errstate(invalid="ignore", over="ignore"):
-                good &= np.abs(np.linalg.norm(rows, axis=1) - 1) < 0.01  # False for NaN too
-        bad = np.flatnonzero(~good)
-        refused += len(bad)
-        refused_rows += (position + bad[: ROWS_NAMED_MAX - len(refused_rows)]).tolist()
-        position += len(ids)
-        kept = np.flatnonzero(good)
+    for batch in _rechunked(batches, batch_rows):
+        columns = [name for name in batch.schema.names if name in COLUMNS]
+        if "subject_id" not in batch.schema.names or not columns:
+            raise InvalidInput(
+                f"{_name(source)} has the columns {batch.schema.names}; wanted subject_id, and at least one of "
+                f"{', '.join(COLUMNS)}"
+            )
+        vectors = {name: _matrix(batch.column(name), name, position) for name in columns}
+        subject_ids = _strings(batch.column("subject_id"), "subject_id")
+        refusals = _refusals(subject_ids, vectors)
+        kept = np.flatnonzero(refusals == "")
+        kept_ids = subject_ids.take(kept).to_pylist()
+        kept_vectors = vectors if len(kept) == len(batch) else {name: rows[kept] for name, rows in vectors.items()}
+        groups = None if "groups" not in batch.schema.names else _groups(batch.column("groups").take(pa.array(kept)))
         if len(kept):
-            kept_ids = [ids[i] for i in kept]
-            kept_vectors = {column: rows[kept] for column, rows in vectors.items()}
-            count = engine.add_templates(kept_ids, kept_vectors, encounter_id=_batch_id(kept_ids, kept_vectors))
-            added += count
-            present += len(kept) - count
-        progress("loading", position, file.metadata.num_rows)
-    return LoadResult(added, present, refused, tuple(refused_rows))
+            loaded = engine.load_templates(
+                kept_ids, kept_vectors, groups=groups, encounter_id=_batch_id(kept_ids, kept_vectors, groups)
+            )
+            added += loaded.added
+            present += loaded.present
+            refusals[kept[list(loaded.conflicting)]] = "enrolled with other templates"
+        bad = np.flatnonzero(refusals != "")
+        reasons.update(refusals[bad].tolist())
+        refused_rows += (position + bad[: ROWS_NAMED_MAX - len(refused_rows)]).tolist()
+        position += len(batch)
+        progress("loading", position, max(total, position))
+    engine.tidy()
+    return LoadResult(added, present, reasons.total(), tuple(refused_rows), dict(sorted(reasons.items())))
 
 
-def _opened(source: Path) -> Any:
+def _opened(source: Path | Iterable[Any], ids: Path | None, column: str) -> tuple[Iterator[Any], int]:
+    """(record batches, their rows in all or 0)."""
+    if not isinstance(source, Path):
+        return iter(source), 0
+    if str(source) == "-":
+        return iter(pa.ipc.open_stream(sys.stdin.buffer)), 0
     try:
-        return pa.parquet.ParquetFile(source)
-    except FileNotFoundError:
-        raise InvalidInput(f"{source} does not exist; name a Parquet file") from None
-    except (pa.ArrowException, OSError) as error:
+        if source.suffix == ".npy":
+            return _numpy_batches(source, ids, column)
+        if source.suffix in (".arrow", ".feather", ".ipc", ".arrows"):
+            return _arrow_batches(source)
+        file = pa.parquet.ParquetFile(source)
+        wanted = [name for name in file.schema_arrow.names if name in ("subject_id", "groups", *COLUMNS)] or None
+        return file.iter_batches(batch_size=BATCH_ROWS // 4, columns=wanted), file.metadata.num_rows
+    except FileNotFoundError as error:
+        raise InvalidInput(f"{error.filename or source} does not exist; name a Parquet, Arrow or npy file") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, InvalidInput):
+            raise
         raise InvalidInput(
-            f"{source} is not a Parquet file ({type(error).__name__}); write it with pyarrow or pandas"
+            f"{source} is not a Parquet, Arrow or npy file ({type(error).__name__}); write it with pyarrow, pandas or numpy"
         ) from error
+
+
+def _arrow_batches(source: Path) -> tuple[Iterator[Any], int]:
+    mapped = pa.memory_map(str(source))
+    try:
+        file = pa.ipc.open_file(mapped)
+    except pa.ArrowInvalid:
+        mapped.seek(0)
+        return iter(pa.ipc.open_stream(mapped)), 0
+    return (file.get_batch(i) for i in range(file.num_record_batches)), 0
+
+
+def _numpy_batches(source: Path, ids: Path | None, column: str) -> tuple[Iterator[Any], int]:
+    if ids is None:
+        raise InvalidInput(f"{source} holds vectors alone; name the file of their subject_ids, as ids")
+    if column not in COLUMNS:
+        raise InvalidInput(f"column {column!r} is not known; use one of {', '.join(COLUMNS)}")
+    vectors = np.load(source, mmap_mode="r", allow_pickle=False)
+    names = np.load(ids, mmap_mode="r", allow_pickle=False) if ids.suffix == ".npy" else None
+    if names is None:
+        names = np.array(ids.read_text().splitlines())
+    if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
+        raise InvalidInput(f"{source} has shape {vectors.shape}, dtype {vectors.dtype}; wanted float32 (n, d)")
+    if names.shape != (len(vectors),):
+        raise InvalidInput(f"{ids} has shape {names.shape} for {len(vectors)} vectors; pass one id each")
+
+    def batches() -> Iterator[Any]:
+        for low in range(0, len(vectors), BATCH_ROWS // 4):
+            rows = np.ascontiguousarray(vectors[low : low + BATCH_ROWS // 4], np.float32)
+            cells = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+            labels = pa.array(names[low : low + len(rows)].astype(str).tolist())
+            yield pa.record_batch({"subject_id": labels, column: cells})
+
+    return batches(), len(vectors)
+
+
+def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:
+    """Batches of exactly `rows` but the last: what a batch holds does not depend on how the source was cut."""
+    held: list[Any] = []
+    count = 0
+    for batch in batches:
+        while count + len(batch) >= rows:
+            head = batch.slice(0, rows - count)
+            yield pa.Table.from_batches([*held, head]).combine_chunks().to_batches()[0]
+            batch, held, count = batch.slice(rows - count), [], 0
+        if len(batch):
+            held.append(batch)
+            count += len(batch)
+    if held:
+        yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
+
+
+def _refusals(subject_ids: Any, vectors: dict[str, NDArray[np.float32]]) -> NDArray[Any]:
+    """object (n,): why each row is refused, '' where it is not."""
+    reasons = np.full(len(subject_ids), "", object)
+    encoded = subject_ids.dictionary_encode()
+    indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    _, first = np.unique(indices, return_index=True)
+    repeated = np.ones(len(indices), bool)
+    repeated[first] = False
+    reasons[repeated] = "subject_id is repeated"
+    compute = pa.compute
+    length = compute.utf8_length(subject_ids)
+    usable = compute.and_(
+        compute.utf8_is_printable(subject_ids),
+        compute.and_(compute.greater(length, 0), compute.less_equal(length, 256)),
+    )
+    reasons[~usable.fill_null(False).to_numpy(zero_copy_only=False)] = "subject_id is not usable"
+    for name, rows in vectors.items():
+        with np.errstate(invalid="ignore", over="ignore"):
+            unit = np.abs(np.sqrt(np.einsum("ij,ij->i", rows, rows)) - 1) < 0.01  # False for NaN too
+        reasons[~unit] = f"{name} is not a unit vector"
+    return reasons
 
 
 def _matrix(cells: Any, column: str, position: int) -> NDArray[np.float32]:
@@ -99,16 +207,45 @@ def _matrix(cells: Any, column: str, position: int) -> NDArray[np.float32]:
             f"column {column} holds vectors of {sorted(lengths)} numbers (rows from {position}); one model has one dimension"
         )
     dimension = lengths.pop() if lengths else 1
+    values = cells.flatten().to_numpy(zero_copy_only=False)
+    if not cells.null_count:
+        return np.asarray(values.reshape(len(cells), dimension), np.float32)
     matrix = np.full((len(cells), dimension), np.nan, np.float32)
     present = np.flatnonzero(cells.is_valid().to_numpy(zero_copy_only=False))
-    values = cells.flatten().to_numpy(zero_copy_only=False)
-    if len(present):
-        matrix[present] = values.reshape(len(present), dimension)
+    matrix[present] = values.reshape(len(present), dimension)
     return matrix
 
 
-def _batch_id(subject_ids: list[str], vectors: dict[str, NDArray[np.float32]]) -> str:
-    digest = hashlib.sha256("\n".join(subject_ids).encode())
+def _strings(cells: Any, column: str) -> Any:
+    kind = cells.type
+    if pa.types.is_dictionary(kind):
+        cells = cells.dictionary_decode()
+    if not (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_dictionary(kind)
+        or pa.types.is_integer(kind)
+    ):
+        raise InvalidInput(f"column {column} is of type {kind}; wanted strings")
+    return cells.cast(pa.string())
+
+
+def _groups(cells: Any) -> list[list[str]]:
+    kind = cells.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [some or [] for some in cells.to_pylist()]
+    return [[] if one is None else [one] for one in _strings(cells, "groups").to_pylist()]
+
+
+def _batch_id(subject_ids: list[str], vectors: dict[str, NDArray[np.float32]], groups: list[list[str]] | None) -> str:
+    digest = xxhash.xxh3_128("\n".join(subject_ids).encode())
     for column, rows in vectors.items():
-        digest.update(column.encode() + rows.tobytes())
+        digest.update(column.encode())
+        digest.update(np.ascontiguousarray(rows).data)
+    if groups is not None:
+        digest.update(repr(groups).encode())
     return f"load:{digest.hexdigest()}"
+
+
+def _name(source: Path | Iterable[Any]) -> str:
+    return str(source) if isinstance(source, Path) else "the stream"

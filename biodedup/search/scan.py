@@ -1,14 +1,18 @@
 """The scan: one pass over the embeddings of a column, exact.
 
-Owns top-k over float vectors. Never reads minutiae, never knows thresholds.
+Owns top-k over float vectors, tile by tile. Never reads minutiae, never knows thresholds.
 
-FAISS's exact k-nearest-neighbour kernel does the arithmetic. One scan runs at a time, with all the threads it was given:
-callers that scan together would only take the cores from each other.
+FAISS's exact k-nearest-neighbour kernel does the arithmetic. A tile is small enough to stay in a core's cache while its
+eight-bit codes become floats and meet the probes; tiles are shared out among the threads of one pool, each of which
+computes alone, so that callers who scan together never take the cores from each other.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
@@ -16,36 +20,62 @@ from numpy.typing import NDArray
 
 from biodedup.values import Float32
 
-_one_scan = threading.Lock()
+
+@dataclass(frozen=True)
+class Tile:
+    """Some embeddings of one column. vectors(): float32 (n, d); rows(indices): the gallery's row of each, int64."""
+
+    count: int
+    vectors: Callable[[], Float32]
+    rows: Callable[[NDArray[np.int64]], NDArray[np.int64]]
 
 
-def top_k(
-    vectors: Float32, probes: Float32, k: int, live: NDArray[np.bool_], threads: int
-) -> tuple[NDArray[np.int64], Float32]:
-    """The k most similar live cells of each probe.
+class Scanner:
+    """A pool of threads that scan. One for each engine."""
 
-    vectors: float32 (n, d); probes: float32 (q, d), both unit rows; live: bool (n,), false for cells to pass over.
-    Returns cells int64 (q, k), -1 pads; similarity float32 (q, k), descending, -inf pads. Ties: the lower cell first.
-    """
-    cells = np.full((len(probes), k), -1, np.int64)
-    similarity = np.full((len(probes), k), -np.inf, np.float32)
-    wanted = min(k, int(np.count_nonzero(live)))
-    if not wanted or not len(probes):
-        return cells, similarity
-    todo = np.arange(len(probes))
-    reach = wanted
-    while todo.size:
-        with _one_scan:
-            faiss.omp_set_num_threads(threads)
-            near_similarity, near = faiss.knn(probes[todo], vectors, reach, metric=faiss.METRIC_INNER_PRODUCT)
-        # k best of the live ones among the `reach` nearest: stable sorts keep FAISS's order and break ties by cell.
-        alive = live[near]
-        order = np.lexsort((near, -near_similarity, ~alive), axis=1)[:, :wanted]
-        enough = (np.count_nonzero(alive, axis=1) >= wanted) | (reach == len(vectors))
-        done = todo[enough]
-        picked = order[enough]
-        cells[done, :wanted] = np.take_along_axis(near[enough], picked, axis=1)
-        similarity[done, :wanted] = np.take_along_axis(near_similarity[enough], picked, axis=1)
-        todo = todo[~enough]
-        reach = min(2 * reach, len(vectors))  # removed rows crowded out live ones: look further
-    return cells, similarity
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, "biodedup-scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
+
+    def top_k(self, tiles: Iterable[Tile], probes: Float32, k: int) -> tuple[NDArray[np.int64], Float32]:
+        """The k most similar rows of each probe.
+
+        probes: float32 (q, d), unit rows. Returns rows int64 (q, k), -1 pads; similarity float32 (q, k), descending, -inf
+        pads. Ties: the lower row first.
+        """
+        best = _Best(len(probes), k)
+
+        def scan(tile: Tile) -> None:
+            near_similarity, near = faiss.knn(
+                probes, tile.vectors(), min(k, tile.count), metric=faiss.METRIC_INNER_PRODUCT
+            )
+            best.add(tile, near, near_similarity)
+
+        for _ in self._pool.map(scan, tiles):
+            pass
+        return best.rows, best.similarity
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+class _Best:
+    """The best k so far, from any order of tiles: always the same result."""
+
+    def __init__(self, probes: int, k: int) -> None:
+        self.rows = np.full((probes, k), -1, np.int64)
+        self.similarity = np.full((probes, k), -np.inf, np.float32)
+        self._k = k
+        self._lock = threading.Lock()
+
+    def add(self, tile: Tile, near: NDArray[np.int64], similarity: Float32) -> None:
+        # an unlocked look: the bar only rises, so that what does not reach it now never will
+        which = np.flatnonzero(similarity[:, 0] >= self.similarity[:, -1])
+        if not len(which):
+            return
+        rows = tile.rows(near[which].reshape(-1)).reshape(len(which), -1)
+        with self._lock:
+            all_rows = np.concatenate([self.rows[which], rows], axis=1)
+            all_similarity = np.concatenate([self.similarity[which], similarity[which]], axis=1)
+            order = np.lexsort((all_rows, -all_similarity), axis=1)[:, : self._k]
+            self.rows[which] = np.take_along_axis(all_rows, order, axis=1)
+            self.similarity[which] = np.take_along_axis(all_similarity, order, axis=1)

@@ -1,0 +1,260 @@
+"""A column file: named arrays in one immutable, checksummed, memory-mapped file.
+
+Owns this container (FORMAT.md describes it byte by byte). Never knows what the arrays mean.
+
+1. Every byte of a file is covered by a checksum, and every read is checked the first time it touches a block.
+2. Headers and arrays are little-endian; the table of contents is JSON; nothing is pickled.
+3. The digest of a file covers its content; the manifest keeps it, so that a file cannot be taken for another.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from biodedup.errors import GalleryDamaged
+from biodedup.gallery.storage import NEW_SUFFIX, NewFile, Storage
+
+MAGIC = b"BIODEDUP"
+VERSION = 1
+BLOCK_BYTES = 1 << 16
+_ALIGN_BYTES = 64
+_HEADER_BYTES = 4096  # the header is padded to a multiple of this, so that arrays begin on a page
+_FIXED = struct.Struct(
+    "<8sIIQQ"
+)  # magic, version, header bytes, file bytes, checksum of the header with this field zero
+_CHECKSUM_AT = _FIXED.size - 8
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An array to be written, in pieces along its first axis. dtype: as numpy spells it, with its byte order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Iterable[NDArray[Any]]
+
+    @property
+    def byte_count(self) -> int:
+        return np.dtype(self.dtype).itemsize * prod(self.shape)
+
+
+def write_column_file(storage: Storage, path: Path, about: dict[str, Any], streams: Sequence[Stream]) -> str:
+    """Writes a file under its final name, synced (the folder is the caller's to sync). Returns the file's digest."""
+    arrays, offset = {}, 0
+    for stream in streams:
+        offset += -offset % _ALIGN_BYTES
+        arrays[stream.name] = {"dtype": stream.dtype, "shape": list(stream.shape), "offset": offset}
+        offset += stream.byte_count
+    header = _header(about, arrays, offset)
+    new = path.with_name(path.name + NEW_SUFFIX)
+    file = storage.create(new)
+    try:
+        file.write(header)
+        body = _Body(file)
+        for stream in streams:
+            body.write(bytes(-body.count % _ALIGN_BYTES))
+            start = body.count
+            for piece in stream.pieces:
+                body.write(np.ascontiguousarray(piece, dtype=stream.dtype).reshape(-1).view(np.uint8).data)
+            assert body.count - start == stream.byte_count, (
+                f"{path.name}: {stream.name} has another size than announced"
+            )
+        table = body.table()
+        file.write(table)
+        file.write(xxhash.xxh3_64_intdigest(table).to_bytes(8, "little"))
+        file.finish()
+    except BaseException:
+        file.discard()
+        raise
+    storage.replace(new, path)
+    return _digest(header, table)
+
+
+def _header(about: dict[str, Any], arrays: dict[str, Any], body_bytes: int) -> bytes:
+    contents = json.dumps({"about": about, "arrays": arrays}, separators=(",", ":")).encode()
+    size = _FIXED.size + len(contents)
+    size += -size % _HEADER_BYTES
+    file_bytes = size + body_bytes + 8 * -(-body_bytes // BLOCK_BYTES) + 8
+    header = bytearray(size)
+    _FIXED.pack_into(header, 0, MAGIC, VERSION, size, file_bytes, 0)
+    header[_FIXED.size : _FIXED.size + len(contents)] = contents
+    struct.pack_into("<Q", header, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(header))
+    return bytes(header)
+
+
+def _digest(header: bytes, table: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(header + table)
+
+
+class _Body:
+    """Writes the arrays and sums every block up."""
+
+    def __init__(self, file: NewFile) -> None:
+        self.count = 0
+        self._file = file
+        self._checksums: list[int] = []
+        self._partial = xxhash.xxh3_64()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        rest = memoryview(data)
+        while len(rest):
+            filled = self.count % BLOCK_BYTES
+            piece = rest[: BLOCK_BYTES - filled]
+            self._partial.update(piece)
+            self.count += len(piece)
+            if filled + len(piece) == BLOCK_BYTES:
+                self._checksums.append(self._partial.intdigest())
+                self._partial.reset()
+            rest = rest[len(piece) :]
+
+    def table(self) -> bytes:
+        if self.count % BLOCK_BYTES:
+            self._checksums.append(self._partial.intdigest())
+        return np.array(self._checksums, "<u8").tobytes()
+
+
+class ColumnFile:
+    """An open column file. Thread-safe. Raises GalleryDamaged, naming the file and the array, for what is not as written."""
+
+    def __init__(self, content: mmap.mmap, name: str) -> None:
+        self.name = name
+        self._content = content
+        try:
+            magic, version, header_bytes, file_bytes, checksum = _FIXED.unpack_from(content)
+        except struct.error:
+            raise self.damaged("it is shorter than a header") from None
+        if magic != MAGIC or version != VERSION:
+            raise self.damaged(f"magic {magic!r}, format {version}, wanted {MAGIC!r} and {VERSION}")
+        if file_bytes != len(content):
+            raise self.damaged(f"{len(content)} bytes, wanted {file_bytes}")
+        header = bytearray(content[:header_bytes])
+        header[_CHECKSUM_AT : _FIXED.size] = bytes(8)
+        if xxhash.xxh3_64_intdigest(header) != checksum:
+            raise self.damaged("its header")
+        contents = json.loads(header[_FIXED.size :].rstrip(b"\0"))
+        self.about: dict[str, Any] = contents["about"]
+        self._start = header_bytes
+        blocks = -(-(file_bytes - header_bytes - 8) // (BLOCK_BYTES + 8))
+        table = content[file_bytes - 8 - 8 * blocks : file_bytes - 8]
+        if xxhash.xxh3_64_intdigest(table) != int.from_bytes(content[file_bytes - 8 :], "little"):
+            raise self.damaged("its table of checksums")
+        self.digest = _digest(bytes(content[:header_bytes]), table)
+        self.byte_count = file_bytes
+        self._checksums = np.frombuffer(table, "<u8")
+        self._end = file_bytes - 8 - 8 * blocks
+        self._checked = np.zeros(blocks, bool)
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._offsets: dict[str, int] = {}
+        for key, spec in contents["arrays"].items():
+            shape = tuple(spec["shape"])
+            self._offsets[key] = spec["offset"]
+            self._arrays[key] = np.frombuffer(
+                content, spec["dtype"], prod(shape), header_bytes + spec["offset"]
+            ).reshape(shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._arrays[name].shape
+
+    def read(self, name: str, low: int = 0, high: int | None = None) -> NDArray[Any]:
+        """Elements [low, high) along the first axis: a view of the map, checked."""
+        array = self._arrays[name]
+        part = array[low:high]
+        if len(part):
+            start = self._offsets[name] + low * (array.strides[0])
+            self._check(np.arange(start // BLOCK_BYTES, (start + part.nbytes - 1) // BLOCK_BYTES + 1))
+        return part
+
+    def take(self, name: str, indices: NDArray[Any]) -> NDArray[Any]:
+        """Some elements along the first axis: a copy, checked. Ascending indices read the disk in order."""
+        array = self._arrays[name]
+        if len(indices):
+            starts = self._offsets[name] + np.asarray(indices, np.int64) * array.strides[0]
+            blocks = np.concatenate([starts // BLOCK_BYTES, (starts + array.strides[0] - 1) // BLOCK_BYTES])
+            self._check(np.unique(blocks))
+        taken: NDArray[Any] = array[indices]
+        return taken
+
+    def check_spans(self, name: str, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        """Checks the spans [start, end) of a one-dimensional array of bytes, before `unchecked` reads them."""
+        some = ends > starts
+        first = (self._offsets[name] + starts[some]) // BLOCK_BYTES
+        last = (self._offsets[name] + ends[some] - 1) // BLOCK_BYTES
+        blocks = [first, last]
+        while (first := first + 1)[inner := first < last].size:  # strings longer than a block
+            first, last = first[inner], last[inner]
+            blocks.append(first)
+        self._check(np.unique(np.concatenate(blocks)))
+
+    def unchecked(self, name: str) -> NDArray[Any]:
+        """A whole array as it is mapped; for callers who check what they read."""
+        return self._arrays[name]
+
+    def content(self, piece_bytes: int) -> Iterator[bytes]:
+        """The whole file, unchecked."""
+        for start in range(0, self.byte_count, piece_bytes):
+            yield self._content[start : start + piece_bytes]
+
+    def problems(self) -> Iterator[str]:
+        """Every array with damaged blocks, by a check of all of them."""
+        wrong = [b for b in range(len(self._checksums)) if not self._is_sound(b)]
+        if not wrong:
+            return
+        for name, offset in self._offsets.items():
+            first, last = offset // BLOCK_BYTES, (offset + self._arrays[name].nbytes - 1) // BLOCK_BYTES
+            hit = [b for b in wrong if first <= b <= last]
+            if hit:
+                yield f"array {name}: {len(hit)} of {last - first + 1} blocks are damaged, the first is {hit[0] - first}"
+
+    def _check(self, blocks: NDArray[np.int64]) -> None:
+        todo = blocks[~self._checked[blocks]]
+        if len(todo) > 1:  # let the disk work on all of them at once
+            for run in np.split(todo, np.flatnonzero(np.diff(todo) > 1) + 1):
+                start = (self._start + int(run[0]) * BLOCK_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
+                end = min(self._start + (int(run[-1]) + 1) * BLOCK_BYTES, len(self._content))
+                self._content.madvise(mmap.MADV_WILLNEED, start, end - start)
+        for block in todo.tolist():
+            if not self._is_sound(block):
+                offset = block * BLOCK_BYTES
+                inside = [
+                    n
+                    for n, o in self._offsets.items()
+                    if o < offset + BLOCK_BYTES and o + self._arrays[n].nbytes > offset
+                ]
+                raise self.damaged(f"block {block} ({', '.join(inside)})")
+            self._checked[block] = True
+
+    def _is_sound(self, block: int) -> bool:
+        start = self._start + block * BLOCK_BYTES
+        data = memoryview(self._content)[start : min(start + BLOCK_BYTES, self._end)]
+        return bool(xxhash.xxh3_64_intdigest(data) == self._checksums[block])
+
+    def damaged(self, what: str) -> GalleryDamaged:
+        """The error that names this file."""
+        return GalleryDamaged(f"segment file {self.name} is damaged: {what}; run `biodedup doctor`")
+
+
+def open_column_file(storage: Storage, path: Path) -> ColumnFile:
+    """Raises GalleryDamaged where the file is absent or damaged, OSError where the disk refuses."""
+    try:
+        content = storage.map(path)
+    except FileNotFoundError:
+        raise GalleryDamaged(f"segment file {path.name} is missing; run `biodedup doctor`") from None
+    except ValueError:  # an empty file cannot be mapped
+        raise GalleryDamaged(f"segment file {path.name} is damaged: it is empty; run `biodedup doctor`") from None
+    return ColumnFile(content, path.name)

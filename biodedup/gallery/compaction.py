@@ -1,0 +1,30 @@
+"""Which segments to merge.
+
+Owns the policy, as functions of sizes. Never reads or writes.
+
+Size tiers (O'Neil et al., "The log-structured merge-tree", 1996, and its successors): segments keep the order of their rows;
+when `fan` neighbours at the young end are of one tier or below, they become one of the next. A row is then rewritten
+about log_fan(rows / seal_rows) times in its life, and a gallery of n rows has at most fan * log_fan(n / seal_rows) segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log
+
+DEAD_SHARE_MAX = 0.25  # a segment with more removed rows than this is written anew
+
+
+def due(counts: Sequence[int], dead: Sequence[int], seal_rows: int, fan: int) -> slice | None:
+    """The neighbours to be merged next, or None. counts: rows of each segment, oldest first; dead: removed ones of these."""
+    tiers = [int(log(max(count, 1) / seal_rows, fan)) if count > seal_rows else 0 for count in counts]
+    for tier in sorted(set(tiers)):
+        start = len(tiers)
+        while start and tiers[start - 1] <= tier:
+            start -= 1
+        if len(tiers) - start >= fan:
+            return slice(start, len(tiers))
+    for i, (count, removed) in enumerate(zip(counts, dead, strict=True)):
+        if removed > DEAD_SHARE_MAX * count:
+            return slice(i, i + 1)
+    return None

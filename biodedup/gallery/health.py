@@ -1,0 +1,384 @@
+"""Is a gallery sound, and if not, what can be had back? And copies of it while it is in use.
+
+Owns verification, repair and backup. Never searches, and never changes what is sound.
+
+1. A backup is a gallery: it can be opened, searched and inspected. Files are immutable, so that the next backup copies
+   only segments that are new.
+2. Repair never guesses. A derived file is written anew from its exact one and must come out byte for byte; an exact file is
+   taken from a backup that holds the very file; a database only together with the backup's whole state.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.errors import GalleryDamaged, InvalidInput, NotAGallery
+from biodedup.gallery import packed
+from biodedup.gallery.catalogue import Catalogue
+from biodedup.gallery.column_file import ColumnFile, open_column_file
+from biodedup.gallery.gallery import (
+    DATABASE_NAME,
+    LOCK_NAME,
+    NEW_NAME,
+    SEGMENT_FOLDER,
+    check_format,
+    translated,
+)
+from biodedup.gallery.part import PIECE_ROWS
+from biodedup.gallery.segment import (
+    DERIVED,
+    ENCOUNTER,
+    LOOKUP,
+    SUBJECT,
+    Segment,
+    SegmentEntry,
+    file_name,
+    rebuild_lookup,
+)
+from biodedup.gallery.storage import NEW_SUFFIX, Storage
+from biodedup.values import COLUMNS
+
+ASIDE_FOLDER = "damaged"
+"""Where a restored gallery keeps what it replaced."""
+
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong. segment: None for the database; kind: `subject`, `encounter`, a column, a look-up, or `journal`."""
+
+    segment: int | None
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        where = "database" if self.segment is None else f"segment {self.segment}"
+        return f"{where}, {'column ' if self.kind in COLUMNS else ''}{self.kind}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What a backup or a restoration did. version: the state copied; files: copied and kept ones; byte_count: copied."""
+
+    version: int
+    files_copied: int
+    files_kept: int
+    byte_count: int
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """A consistent view of a gallery's files. files: open ones; problems: of those that could not be opened."""
+
+    gallery_id: str
+    version: int
+    entries: Sequence[SegmentEntry]
+    files: dict[tuple[int, str], ColumnFile]
+    problems: list[Problem]
+    tombstones: NDArray[np.int64]
+    journal_ids: list[str]
+
+
+def inspect(storage: Storage, folder: Path) -> list[Problem]:
+    """Checks every page, every checksum, and that what is derived agrees with what is exact. Reads everything.
+
+    Raises NotAGallery, StorageUnavailable.
+    """
+    with _connected(storage, folder) as catalogue:
+        try:
+            database = [Problem(None, "journal", text) for text in catalogue.problems()]
+            if database:
+                return database
+            manifest = _manifest(storage, folder, catalogue)
+        except (GalleryDamaged, sqlite3.DatabaseError, ValueError, KeyError, IndexError) as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            return [Problem(None, "journal", str(error))]
+    problems = list(manifest.problems)
+    for (number, kind), file in manifest.files.items():
+        problems += [Problem(number, kind, text) for text in file.problems()]
+    damaged = {problem.segment for problem in problems}
+    for entry in manifest.entries:
+        if entry.number not in damaged:
+            files = {kind: manifest.files[entry.number, kind] for kind in entry.files}
+            problems += _contradictions(Segment(entry, files))
+    return problems or _doubles(manifest)
+
+
+def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[str]:
+    """Mends what can be mended and returns what was done, a line each. Call `inspect` afterwards.
+
+    Raises GalleryBusy where a writer is at work, InvalidInput where the backup is of another gallery or damaged itself.
+    """
+    with translated(f"repairing {folder}"):
+        lock = storage.lock(folder / LOCK_NAME)
+        try:
+            found = _inspect_or_lost(storage, folder)
+            if any(problem.segment is None for problem in found):
+                return _restore(storage, folder, backup)
+            return _mend(storage, folder, found, backup)
+        finally:
+            lock.release()
+
+
+def backup(storage: Storage, folder: Path, target: Path) -> Copied:
+    """Copies a gallery, as of one version, while others read and write it; again, it copies only new segments.
+
+    The copy is a gallery. Raises InvalidInput where the target holds something else, GalleryDamaged where the source is
+    damaged, StorageUnavailable; the target's earlier state is whole until the new one is.
+    """
+    with translated(f"backing up to {target}"):
+        if storage.list_names(target / SEGMENT_FOLDER) is None:
+            names = storage.list_names(target)
+            if names:
+                raise InvalidInput(
+                    f"{target} holds {len(names)} other files; name an empty folder or an earlier backup"
+                )
+            storage.make_folder(target)
+            storage.make_folder(target / SEGMENT_FOLDER)
+        lock = storage.lock(target / LOCK_NAME)
+        try:
+            return _copy(storage, folder, target, check_kept=False)
+        finally:
+            lock.release()
+
+
+# verifying -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _connected(storage: Storage, folder: Path) -> Iterator[Catalogue]:
+    with translated(f"reading {folder}"):
+        if DATABASE_NAME not in (storage.list_names(folder) or ()):
+            raise NotAGallery(f"{folder} holds no gallery")
+        catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=True))
+        try:
+            check_format(catalogue, folder)
+            yield catalogue
+        finally:
+            catalogue.close()
+
+
+def _manifest(
+    storage: Storage, folder: Path, catalogue: Catalogue, copy: sqlite3.Connection | None = None
+) -> _Manifest:
+    """copy: gets the database as of the same version."""
+    catalogue.begin_reading()  # while this lasts no writer can retire a file that is not open here yet
+    try:
+        entries = catalogue.segments()
+        files, problems = {}, []
+        for entry in entries:
+            for kind, digest in entry.files.items():
+                try:
+                    file = open_column_file(storage, folder / SEGMENT_FOLDER / file_name(entry.number, kind))
+                    if file.digest != digest:
+                        raise file.damaged("it is another file than the manifest names")
+                    files[entry.number, kind] = file
+                except (GalleryDamaged, ValueError, KeyError) as error:
+                    problems.append(Problem(entry.number, kind, str(error)))
+        if copy is not None:
+            catalogue.copy_to(copy)
+        return _Manifest(
+            catalogue.meta()["gallery_id"],
+            catalogue.state().version,
+            entries,
+            files,
+            problems,
+            np.array(catalogue.tombstones(), np.int64),
+            [subject_id for row, subject_id, *_ in catalogue.subjects()],
+        )
+    finally:
+        catalogue.rollback()
+
+
+def _contradictions(segment: Segment) -> Iterator[Problem]:
+    """Of a segment whose checksums are all right: does what it holds agree with itself?"""
+    number = segment.entry.number
+    presence = np.zeros(segment.count, np.uint16)
+    for name, column in segment.columns.items():
+        positions = column.positions(0, column.count)
+        if (np.diff(positions) <= 0).any() or (
+            len(positions) and not 0 <= positions[0] <= positions[-1] < segment.count
+        ):
+            yield Problem(number, name, "its cells are out of order")
+        else:
+            presence[positions] |= 1 << COLUMNS.index(name)
+    if not np.array_equal(presence, segment.presence(0, segment.count)):
+        yield Problem(number, SUBJECT, "the presence of templates is not that of the columns")
+    rows = segment.rows(np.arange(segment.count))
+    if (np.diff(rows) <= 0).any() or (len(rows) and not segment.first_row <= rows[0] <= rows[-1] < segment.end_row):
+        yield Problem(number, SUBJECT, "its rows are out of order")
+    answers = segment.answers
+    for kind, count, ids, lookup in (
+        (SUBJECT, segment.count, segment.subject_ids, segment.lookup),
+        (ENCOUNTER, answers.count, answers.ids, answers.lookup),
+    ):
+        pieces = [packed.hashes(ids(low, min(low + PIECE_ROWS, count))) for low in range(0, count, PIECE_ROWS)]
+        hashes = np.concatenate([np.zeros(0, np.uint64), *pieces])
+        order = np.argsort(hashes, kind="stable")
+        known, indices = lookup()
+        if not (np.array_equal(known, hashes[order]) and np.array_equal(indices, order)):
+            yield Problem(number, kind + LOOKUP, "it is not the order of its ids")
+
+
+def _doubles(manifest: _Manifest) -> list[Problem]:
+    """Subject ids that are enrolled twice."""
+    found: list[Problem] = []
+    segments = [
+        Segment(entry, {kind: manifest.files[entry.number, kind] for kind in entry.files}) for entry in manifest.entries
+    ]
+    live = []
+    for segment in segments:
+        hashes, positions = segment.lookup()
+        dead = segment.at(
+            manifest.tombstones[(manifest.tombstones >= segment.first_row) & (manifest.tombstones < segment.end_row)]
+        )
+        live.append(hashes[~np.isin(positions, dead)] if len(dead) else hashes)
+    live.append(packed.hashes(packed.pack_text(manifest.journal_ids)))
+    for low in range(0, 1 << 8):  # range by range of the hash: memory is bounded by the range
+        bounds = np.array([low << 56, min((low + 1) << 56, 2**64 - 1)], np.uint64)
+        pieces = [hashes[slice(*np.searchsorted(hashes, bounds))] for hashes in live[:-1]]
+        pieces.append(live[-1][(live[-1] >= bounds[0]) & (live[-1] < bounds[1])])
+        together = np.sort(np.concatenate(pieces))
+        doubles = together[1:][together[1:] == together[:-1]]
+        for number, segment in zip((s.entry.number for s in segments), segments, strict=True):
+            hashes, positions = segment.lookup()
+            at = np.searchsorted(hashes, doubles)
+            hit = [int(positions[i]) for i, h in zip(at, doubles, strict=True) if i < len(hashes) and hashes[i] == h]
+            if hit:
+                rows = segment.rows(np.array(hit)).tolist()
+                found.append(Problem(number, SUBJECT, f"the subjects of rows {rows[:20]} are enrolled elsewhere, too"))
+    return found
+
+
+# mending ---------------------------------------------------------------------------------------------------------
+
+
+def _inspect_or_lost(storage: Storage, folder: Path) -> list[Problem]:
+    try:
+        return inspect(storage, folder)
+    except (GalleryDamaged, NotAGallery) as error:
+        return [Problem(None, "journal", str(error))]
+
+
+def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path | None) -> list[str]:
+    done: list[str] = []
+    with _connected(storage, folder) as catalogue:
+        manifest = _manifest(storage, folder, catalogue)
+    digests = {(entry.number, kind): digest for entry in manifest.entries for kind, digest in entry.files.items()}
+    damaged = dict.fromkeys((p.segment or 0, p.kind) for p in found if p.kind not in DERIVED)
+    spare: dict[tuple[int, str], ColumnFile] = {}
+    if backup is not None and damaged:
+        with _connected(storage, backup) as catalogue:
+            spare = _manifest(storage, backup, catalogue).files
+    for number, kind in damaged:
+        source = spare.get((number, kind))
+        if source is None or source.digest != digests[number, kind] or any(source.problems()):
+            continue
+        _copy_file(storage, source, folder / SEGMENT_FOLDER / source.name)
+        done.append(f"segment {number}: {kind} taken from the backup")
+    for number, kind in dict.fromkeys((p.segment or 0, p.kind) for p in found if p.kind in DERIVED):
+        path = folder / SEGMENT_FOLDER / file_name(number, kind.removesuffix(LOOKUP))
+        try:
+            exact = open_column_file(storage, path)
+            if any(exact.problems()):
+                continue
+        except GalleryDamaged:
+            continue
+        digest = rebuild_lookup(storage, folder / SEGMENT_FOLDER, number, manifest.gallery_id, kind, exact)
+        same = "byte for byte" if digest == digests[number, kind] else "but it is not the manifest's file"
+        done.append(f"segment {number}: {kind} rebuilt from {kind.removesuffix(LOOKUP)}, {same}")
+    storage.sync_folder(folder / SEGMENT_FOLDER)
+    return done
+
+
+def _restore(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
+    """The backup's whole state instead of a damaged database."""
+    if backup is None:
+        return []
+    found = _inspect_or_lost(storage, backup)
+    if found:
+        raise InvalidInput(f"{backup} is damaged itself ({found[0]}); name another backup")
+    aside = folder / ASIDE_FOLDER
+    storage.make_folder(aside)
+    if storage.list_names(folder / SEGMENT_FOLDER) is None:
+        storage.make_folder(folder / SEGMENT_FOLDER)
+    for name in (DATABASE_NAME, DATABASE_NAME + "-journal"):
+        if name in (storage.list_names(folder) or ()):
+            storage.replace(folder / name, aside / name)
+    copied = _copy(storage, backup, folder, check_kept=True, aside=aside)
+    return [
+        f"restored version {copied.version} from the backup: what was committed later is lost; the damaged database and "
+        f"segments that the backup does not name are in {aside.name}/"
+    ]
+
+
+def _copy(storage: Storage, source: Path, target: Path, *, check_kept: bool, aside: Path | None = None) -> Copied:
+    storage.remove(target / NEW_NAME)
+    storage.remove(target / f"{NEW_NAME}-journal")
+    copy = storage.connect(target / NEW_NAME, read_only=False)
+    try:
+        with _connected(storage, source) as catalogue:
+            manifest = _manifest(storage, source, catalogue, copy)
+    finally:
+        copy.close()
+    if manifest.problems:
+        raise GalleryDamaged(f"{source}: {manifest.problems[0]}; run `biodedup doctor`")
+    present = set(storage.list_names(target / SEGMENT_FOLDER) or ())
+    if DATABASE_NAME in (storage.list_names(target) or ()):
+        with _connected(storage, target) as catalogue:
+            if catalogue.meta()["gallery_id"] != manifest.gallery_id:
+                raise InvalidInput(f"{target} is another gallery or its backup; name an empty folder")
+    copied = kept = byte_count = 0
+    for file in manifest.files.values():
+        path = target / SEGMENT_FOLDER / file.name
+        if file.name in present and _is_same(storage, path, file, check_kept):
+            kept += 1
+            continue
+        _copy_file(storage, file, path)
+        copied, byte_count = copied + 1, byte_count + file.byte_count
+    storage.sync_folder(target / SEGMENT_FOLDER)
+    storage.replace(target / NEW_NAME, target / DATABASE_NAME)
+    storage.sync_folder(target)
+    storage.remove(target / f"{NEW_NAME}-journal")
+    for name in sorted(present - {file.name for file in manifest.files.values()}):
+        if aside is None:
+            storage.remove(target / SEGMENT_FOLDER / name)
+        else:
+            storage.replace(target / SEGMENT_FOLDER / name, aside / name)
+    return Copied(manifest.version, copied, kept, byte_count)
+
+
+def _is_same(storage: Storage, path: Path, file: ColumnFile, check: bool) -> bool:
+    try:
+        there = open_column_file(storage, path)
+    except GalleryDamaged:
+        return False
+    if there.digest == file.digest:
+        return not (check and any(there.problems()))
+    if not check:
+        raise InvalidInput(f"{path.parent.parent} holds a backup of another history; name an empty folder")
+    return False
+
+
+def _copy_file(storage: Storage, source: ColumnFile, path: Path) -> None:
+    for problem in source.problems():
+        raise source.damaged(problem)
+    new = path.with_name(path.name + NEW_SUFFIX)
+    file = storage.create(new)
+    try:
+        for piece in source.content(_COPY_BYTES):
+            file.write(piece)
+        file.finish()
+    except BaseException:
+        file.discard()
+        raise
+    storage.replace(new, path)

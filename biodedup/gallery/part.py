@@ -1,0 +1,152 @@
+"""A part of a gallery: a range of rows, in memory (`Tail`) or in sealed files (`Segment`).
+
+Owns the interface that both have in common, and the way vectors become eight-bit codes. Searches and merges are written
+against it, and do not know which kind they read.
+
+Words: a *row* is a subject's number in the whole gallery, for ever; a *position* is its place within one part; a *cell* is
+a template's place within one column of one part. All three ascend together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.gallery.packed import Packed
+from biodedup.values import Float32
+
+PIECE_ROWS = 1 << 13
+"""Rows copied or compared at once: as float32, their vectors stay in the processor's cache."""
+
+Int64: TypeAlias = NDArray[np.int64]
+
+
+class Column(Protocol):
+    """The templates of one column of a part. dimension: None where it holds minutiae only."""
+
+    count: int
+    dimension: int | None
+    full: bool
+    """Every row has a cell, so that cells and positions are the same numbers."""
+
+    def cell_range(self, low: int, high: int) -> tuple[int, int]:
+        """The cells of positions [low, high)."""
+
+    def cells_at(self, positions: Int64) -> Int64:
+        """The cell of each position, -1 where it has none."""
+
+    def positions(self, low: int, high: int) -> Int64:
+        """The positions of cells [low, high)."""
+
+    def vectors(self, low: int, high: int) -> Float32: ...
+
+    def vectors_at(self, cells: Int64) -> Float32: ...
+
+    def codes(self, low: int, high: int) -> tuple[NDArray[np.int8], Float32]:
+        """int8 (n, d) and scale float32 (n,): vector = code * scale, of unit length."""
+
+    def quality(self, low: int, high: int) -> Float32:
+        """NaN where it was not measured."""
+
+    def minutiae(self, low: int, high: int) -> Packed:
+        """Empty where a cell has none."""
+
+    def minutiae_at(self, cells: Int64) -> list[bytes]: ...
+
+
+class Answers(Protocol):
+    """The encounters that were answered while a part's rows were enrolled."""
+
+    count: int
+
+    @property
+    def outcomes(self) -> Mapping[str, int]: ...
+
+    def find(self, encounter_id: str) -> tuple[bytes, str] | None:
+        """(digest of what was sent, answer as JSON)."""
+
+    def ids(self, low: int, high: int) -> Packed: ...
+
+    def digests(self, low: int, high: int) -> Packed: ...
+
+    def texts(self, low: int, high: int) -> Packed:
+        """Answers, compressed by zlib."""
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        """Hashes of ids, ascending, and the index of each."""
+
+
+class Part(Protocol):
+    """Rows [first_row, end_row) but for those that were dropped: `count` of them."""
+
+    first_row: int
+    end_row: int
+    count: int
+
+    @property
+    def columns(self) -> Mapping[str, Column]: ...
+
+    @property
+    def answers(self) -> Answers: ...
+
+    @property
+    def bits(self) -> Mapping[int, int]:
+        """How many rows have each presence."""
+
+    def rows(self, positions: Int64) -> Int64: ...
+
+    def at(self, rows: Int64) -> Int64:
+        """The position of each row, -1 where it was dropped."""
+
+    def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
+        """The positions of rows [low_row, high_row)."""
+
+    def presence(self, low: int, high: int) -> NDArray[np.uint16]:
+        """Bit c is set where the row has a template in COLUMNS[c]."""
+
+    def group_sets(self, low: int, high: int) -> NDArray[np.uint32]: ...
+
+    def subject_ids(self, low: int, high: int) -> Packed: ...
+
+    def subject_ids_at(self, positions: Int64) -> list[str]: ...
+
+    def encounter_ids(self, low: int, high: int) -> Packed:
+        """The encounter that enrolled each row; empty for rows that were added without one."""
+
+    def find(self, subject_id: str) -> list[int]:
+        """Positions under this id; at most one of them is not removed."""
+
+    def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
+        """A position for each id, -1 where there is none."""
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        """Hashes of subject_ids, ascending, and the position of each."""
+
+
+def quantise(vectors: Float32) -> tuple[NDArray[np.int8], Float32]:
+    """Unit vectors float32 (n, d) -> codes int8 (n, d) and scale float32 (n,), so that code * scale has unit length.
+
+    The largest number of a vector becomes +-127. For d = 128 a cosine changes by a standard deviation of 0.0006
+    (benchmarks/storage.py).
+    """
+    peaks = np.maximum(vectors.max(axis=1, initial=0), -vectors.min(axis=1, initial=0))
+    codes = np.rint(vectors * (np.float32(127) / peaks)[:, None]).astype(np.int8)
+    wide = codes.astype(np.float32)
+    return codes, (1 / np.sqrt(np.einsum("ij,ij->i", wide, wide))).astype(np.float32)
+
+
+def dequantise(codes: NDArray[np.int8], scales: Float32, out: Float32 | None = None) -> Float32:
+    """float32 (n, d) unit rows; written into out where it is given."""
+    vectors = np.empty(codes.shape, np.float32) if out is None else out[: len(codes)]
+    vectors[:] = codes
+    vectors *= scales[:, None]
+    return vectors
+
+
+def sorted_lookup(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+    """The order of a look-up: by hash, equal ones by index."""
+    order = np.argsort(hashes, kind="stable")
+    return hashes[order], order.astype(np.uint32)

@@ -1,0 +1,511 @@
+"""A segment: sealed rows in immutable files, one file for each column.
+
+Owns which arrays the files hold, and how a segment is written from other parts: sealing the tail, loading in bulk and merging
+segments are one function. Never decides when, and never touches the manifest.
+
+Files of segment 12 (FORMAT.md): `12.subject`, `12.encounter`, one a column (`12.face`), and two that are derived and can be
+rebuilt: `12.subject.lookup`, `12.encounter.lookup`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
+from numpy.typing import NDArray
+
+from biodedup.gallery import packed
+from biodedup.gallery.column_file import ColumnFile, Stream, open_column_file, write_column_file
+from biodedup.gallery.packed import Packed
+from biodedup.gallery.part import PIECE_ROWS, Answers, Column, Int64, Part, dequantise, sorted_lookup
+from biodedup.gallery.storage import Storage
+from biodedup.gallery.tail import cells_of
+from biodedup.values import COLUMNS, Float32
+
+SUBJECT, ENCOUNTER, LOOKUP = "subject", "encounter", ".lookup"
+DERIVED = (SUBJECT + LOOKUP, ENCOUNTER + LOOKUP)
+
+_LOOKUP_ROWS = 1 << 20  # entries of a look-up sorted at once
+
+
+def file_name(number: int, kind: str) -> str:
+    """kind: `subject`, `encounter`, a column, or one of DERIVED."""
+    return f"{number}.{kind}"
+
+
+@dataclass(frozen=True)
+class SegmentEntry:
+    """A segment as the manifest names it. files: kind -> digest."""
+
+    number: int
+    first_row: int
+    end_row: int
+    files: Mapping[str, str]
+
+
+def open_segment(storage: Storage, folder: Path, entry: SegmentEntry) -> Segment:
+    """Raises GalleryDamaged where a file is absent, damaged or another one than the manifest's."""
+    files = {}
+    for kind, digest in entry.files.items():
+        files[kind] = file = open_column_file(storage, folder / file_name(entry.number, kind))
+        if file.digest != digest:
+            raise file.damaged("it is another file than the manifest names")
+    return Segment(entry, files)
+
+
+class Segment:
+    """An open segment, as a `Part`."""
+
+    def __init__(self, entry: SegmentEntry, files: Mapping[str, ColumnFile]) -> None:
+        self.entry = entry
+        self.first_row, self.end_row = entry.first_row, entry.end_row
+        self.files = files
+        self._subject = files[SUBJECT]
+        self.count = self._subject.shape("presence")[0]
+        self._ids = _Strings(self._subject, "subject_id")
+        self._encounter_ids = _Strings(self._subject, "encounter_id")
+
+    @cached_property
+    def columns(self) -> Mapping[str, SegmentColumn]:
+        return {name: SegmentColumn(self.files[name], self.count) for name in COLUMNS if name in self.files}
+
+    @cached_property
+    def answers(self) -> SegmentAnswers:
+        return SegmentAnswers(self.files)
+
+    @cached_property
+    def bits(self) -> Mapping[int, int]:
+        return {int(bits): count for bits, count in self._subject.about["presence"].items()}
+
+    @property
+    def byte_count(self) -> int:
+        return sum(file.byte_count for file in self.files.values())
+
+    @property
+    def _dense(self) -> bool:
+        return "row" not in self._subject
+
+    def rows(self, positions: Int64) -> Int64:
+        if self._dense:
+            return positions + self.first_row
+        return self._subject.take("row", positions).astype(np.int64) + self.first_row
+
+    def at(self, rows: Int64) -> Int64:
+        if self._dense:
+            return rows - self.first_row
+        return cells_of(self._subject.read("row"), rows - self.first_row)
+
+    def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
+        inside = np.clip((low_row - self.first_row, high_row - self.first_row), 0, self.end_row - self.first_row)
+        low, high = inside if self._dense else np.searchsorted(self._subject.read("row"), inside)
+        return int(low), int(high)
+
+    def presence(self, low: int, high: int) -> NDArray[np.uint16]:
+        return self._subject.read("presence", low, high)
+
+    def group_sets(self, low: int, high: int) -> NDArray[np.uint32]:
+        if "group_set" in self._subject:
+            return self._subject.read("group_set", low, high)
+        return np.zeros(min(high, self.count) - low, np.uint32)
+
+    def subject_ids(self, low: int, high: int) -> Packed:
+        return self._ids.slice(low, high)
+
+    def subject_ids_at(self, positions: Int64) -> list[str]:
+        return packed.text(self._ids.take(positions))
+
+    def encounter_ids(self, low: int, high: int) -> Packed:
+        return self._encounter_ids.slice(low, high)
+
+    def find(self, subject_id: str) -> list[int]:
+        return _find(self.files[SUBJECT + LOOKUP], self._ids, subject_id)
+
+    def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
+        file = self.files[SUBJECT + LOOKUP]
+        known = file.read("hash")
+        order = np.argsort(hashes)  # ascending probes walk through the look-up once
+        places = np.minimum(np.searchsorted(known, hashes[order]), len(known) - 1)
+        hit = order[known[places] == hashes[order]]
+        found = np.full(len(subject_ids), -1)
+        if len(hit):
+            positions = file.take("position", places[known[places] == hashes[order]]).astype(np.int64)
+            same = pyarrow.compute.equal(self._ids.take(positions), subject_ids.take(hit)).to_numpy(
+                zero_copy_only=False
+            )
+            found[hit[same]] = positions[same]
+            for i in hit[~same].tolist():  # another string with this hash: once in 2^64 pairs
+                found[i] = max(self.find(packed.text(subject_ids[i : i + 1])[0]), default=-1)
+        return found
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        file = self.files[SUBJECT + LOOKUP]
+        return file.read("hash"), file.read("position")
+
+
+class SegmentColumn:
+    """A column of a `Segment`."""
+
+    def __init__(self, file: ColumnFile, row_count: int) -> None:
+        self._file = file
+        self.count: int = file.about["cells"]
+        self.dimension: int | None = file.about["dimension"]
+        self.full = "position" not in file
+        self._minutiae = _Strings(file, "minutiae") if "minutiae.offset" in file else None
+
+    def cell_range(self, low: int, high: int) -> tuple[int, int]:
+        if self.full:
+            return low, high
+        first, last = np.searchsorted(self._file.read("position"), (low, high))
+        return int(first), int(last)
+
+    def cells_at(self, positions: Int64) -> Int64:
+        return positions if self.full else cells_of(self._file.read("position"), positions)
+
+    def positions(self, low: int, high: int) -> Int64:
+        return np.arange(low, high) if self.full else self._file.read("position", low, high).astype(np.int64)
+
+    def vectors(self, low: int, high: int) -> Float32:
+        return dequantise(*self.codes(low, high))
+
+    def vectors_at(self, cells: Int64) -> Float32:
+        if self.dimension is None:
+            return np.zeros((len(cells), 0), np.float32)
+        return dequantise(self._file.take("code", cells), self._file.take("scale", cells))
+
+    def codes(self, low: int, high: int) -> tuple[NDArray[np.int8], Float32]:
+        if self.dimension is None:
+            return np.zeros((high - low, 0), np.int8), np.ones(high - low, np.float32)
+        return self._file.read("code", low, high), self._file.read("scale", low, high)
+
+    def quality(self, low: int, high: int) -> Float32:
+        if "quality" in self._file:
+            return self._file.read("quality", low, high)
+        return np.full(high - low, np.nan, np.float32)
+
+    def minutiae(self, low: int, high: int) -> Packed:
+        return packed.pack([b""] * (high - low)) if self._minutiae is None else self._minutiae.slice(low, high)
+
+    def minutiae_at(self, cells: Int64) -> list[bytes]:
+        if self._minutiae is None:
+            return [b""] * len(cells)
+        records: list[bytes] = self._minutiae.take(cells).to_pylist()
+        return records
+
+
+class SegmentAnswers:
+    """The answers of a `Segment`."""
+
+    def __init__(self, files: Mapping[str, ColumnFile]) -> None:
+        self._file = files.get(ENCOUNTER)
+        self.count = 0
+        self.outcomes: Mapping[str, int] = {}
+        if self._file is not None:
+            self._lookup = files[ENCOUNTER + LOOKUP]
+            self.count = self._file.about["encounters"]
+            self.outcomes = self._file.about["outcomes"]
+            self._ids, self._digests, self._texts = (
+                _Strings(self._file, n) for n in ("encounter_id", "digest", "answer")
+            )
+
+    def find(self, encounter_id: str) -> tuple[bytes, str] | None:
+        if not self.count:
+            return None
+        for index in _find(self._lookup, self._ids, encounter_id):
+            at = np.array([index])
+            return self._digests.take(at)[0].as_py(), zlib.decompress(self._texts.take(at)[0].as_py()).decode()
+        return None
+
+    def ids(self, low: int, high: int) -> Packed:
+        return self._ids.slice(low, high) if self.count else packed.pack([])
+
+    def digests(self, low: int, high: int) -> Packed:
+        return self._digests.slice(low, high) if self.count else packed.pack([])
+
+    def texts(self, low: int, high: int) -> Packed:
+        return self._texts.slice(low, high) if self.count else packed.pack([])
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        if not self.count:
+            return np.zeros(0, np.uint64), np.zeros(0, np.uint32)
+        return self._lookup.read("hash"), self._lookup.read("position")
+
+
+class _Strings:
+    """Byte strings in two arrays of a file."""
+
+    def __init__(self, file: ColumnFile, name: str) -> None:
+        self._file = file
+        self._offset, self._bytes = f"{name}.offset", f"{name}.bytes"
+
+    def slice(self, low: int, high: int) -> Packed:
+        offsets = self._file.read(self._offset, low, high + 1)
+        return packed.from_arrays(offsets, self._file.read(self._bytes, int(offsets[0]), int(offsets[-1])))
+
+    def take(self, indices: Int64) -> Packed:
+        ends = self._file.take(self._offset, np.concatenate([indices, indices + 1])).reshape(2, -1)
+        self._file.check_spans(self._bytes, ends[0], ends[1])
+        return self._whole.take(indices)
+
+    @cached_property
+    def _whole(self) -> Packed:
+        return packed.from_whole(self._file.unchecked(self._offset), self._file.unchecked(self._bytes))
+
+
+def _find(file: ColumnFile, strings: _Strings, wanted: str) -> list[int]:
+    """Indices of a string, by interpolation: hashes are uniform, so that their place is known to within a few square roots."""
+    key = packed.pack_text([wanted])
+    target = packed.hashes(key)[0]
+    count = file.shape("hash")[0]
+    guess, reach = int(target) * count >> 64, 8 * isqrt(count) + 64
+    low, high = max(guess - reach, 0), min(guess + reach, count)
+    near = file.read("hash", low, high)
+    first, last = np.searchsorted(near, target, "left"), np.searchsorted(near, target, "right")
+    if (first == 0 and low > 0) or (last == len(near) and high < count):
+        low, near = 0, file.read("hash")
+        first, last = np.searchsorted(near, target, "left"), np.searchsorted(near, target, "right")
+    indices = file.read("position", low + int(first), low + int(last)).astype(np.int64)
+    return [i for i, found in zip(indices.tolist(), strings.take(indices), strict=True) if found == key[0]]
+
+
+# writing ---------------------------------------------------------------------------------------------------------
+
+
+class Abandoned(Exception):
+    """Writing was told to stop."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One part of what is written. keep: bool (count,), or None for all; base: rows kept of the parts before it."""
+
+    part: Part
+    keep: NDArray[np.bool_] | None
+    base: int
+
+    @property
+    def kept(self) -> int:
+        return self.part.count if self.keep is None else int(np.count_nonzero(self.keep))
+
+    def pieces(self) -> Iterator[tuple[int, int, NDArray[np.bool_] | None]]:
+        for low in range(0, self.part.count, PIECE_ROWS):
+            high = min(low + PIECE_ROWS, self.part.count)
+            yield low, high, None if self.keep is None else self.keep[low:high]
+
+    def new_positions(self, positions: NDArray[Any]) -> Int64:
+        """Where kept positions come to lie."""
+        moved = positions.astype(np.int64) + self.base
+        return moved if self.keep is None else moved - np.searchsorted(np.flatnonzero(~self.keep), positions)
+
+
+def write_segment(
+    storage: Storage,
+    folder: Path,
+    number: int,
+    gallery_id: str,
+    parts: Sequence[Part],
+    keeps: Sequence[NDArray[np.bool_] | None],
+    go_on: Callable[[], bool] = lambda: True,
+) -> SegmentEntry:
+    """Writes adjacent parts as one segment, synced, and returns what the manifest shall say of it.
+
+    keeps: which rows of each part are kept, bool (count,); None for all. Raises Abandoned when go_on turns false; then, and
+    after any other error, files may be left that no manifest names.
+    """
+    sources, base = [], 0
+    for part, keep in zip(parts, keeps, strict=True):
+        sources.append(_Source(part, keep, base))
+        base += sources[-1].kept
+    about = {"gallery": gallery_id, "segment": number}
+    files = {}
+
+    def write(kind: str, more: Mapping[str, Any], streams: Sequence[Stream]) -> None:
+        counted = [Stream(s.name, s.dtype, s.shape, _watched(s.pieces, go_on)) for s in streams]
+        about_file = {**about, "kind": kind, **more}
+        files[kind] = write_column_file(storage, folder / file_name(number, kind), about_file, counted)
+
+    first_row, end_row = parts[0].first_row, parts[-1].end_row
+    write(SUBJECT, {"presence": _presence_counts(sources)}, _subject_streams(sources, base, first_row, end_row))
+    write(SUBJECT + LOOKUP, {}, _lookup_streams([(s.part.lookup(), s) for s in sources], base))
+    for name in COLUMNS:
+        if any(name in part.columns for part in parts):
+            more, streams = _column_streams(name, sources, base)
+            if more["cells"]:
+                write(name, more, streams)
+    answers = [part.answers for part in parts]
+    count = sum(a.count for a in answers)
+    if count:
+        outcomes = sum((Counter(dict(a.outcomes)) for a in answers), Counter[str]())
+        write(
+            ENCOUNTER,
+            {"encounters": count, "outcomes": dict(sorted(outcomes.items()))},
+            _answer_streams(answers, count),
+        )
+        bases = np.cumsum([0, *(a.count for a in answers)])
+        found = [(a.lookup(), _Shift(int(b))) for a, b in zip(answers, bases, strict=False)]
+        write(ENCOUNTER + LOOKUP, {}, _lookup_streams(found, count))
+    storage.sync_folder(folder)
+    return SegmentEntry(number, first_row, end_row, files)
+
+
+def rebuild_lookup(storage: Storage, folder: Path, number: int, gallery_id: str, kind: str, exact: ColumnFile) -> str:
+    """Writes a derived file anew from the exact one (`subject` or `encounter`); the same bytes as before. Returns its digest."""
+    name = "subject_id" if kind == SUBJECT + LOOKUP else "encounter_id"
+    ids = _Strings(exact, name)
+    count = exact.shape(f"{name}.offset")[0] - 1
+    hashes = [packed.hashes(ids.slice(low, min(low + PIECE_ROWS, count))) for low in range(0, count, PIECE_ROWS)]
+    entries = sorted_lookup(np.concatenate([np.zeros(0, np.uint64), *hashes]))
+    about = {"gallery": gallery_id, "segment": number, "kind": kind}
+    streams = _lookup_streams([(entries, _Shift(0))], count)
+    return write_column_file(storage, folder / file_name(number, kind), about, streams)
+
+
+def _watched(pieces: Iterable[NDArray[Any]], go_on: Callable[[], bool]) -> Iterator[NDArray[Any]]:
+    for piece in pieces:
+        if not go_on():
+            raise Abandoned
+        yield piece
+
+
+def _presence_counts(sources: Sequence[_Source]) -> dict[str, int]:
+    counts = np.zeros(1 << len(COLUMNS), np.int64)
+    for source in sources:
+        for low, high, keep in source.pieces():
+            counts += np.bincount(_kept(source.part.presence(low, high), keep), minlength=len(counts))
+    return {str(bits): int(counts[bits]) for bits in np.flatnonzero(counts)}
+
+
+def _subject_streams(sources: Sequence[_Source], count: int, first_row: int, end_row: int) -> list[Stream]:
+    def each(read: Callable[[Part, int, int], Any]) -> Callable[[], Iterator[Any]]:
+        def pieces() -> Iterator[Any]:
+            for source in sources:
+                for low, high, keep in source.pieces():
+                    yield _kept(read(source.part, low, high), keep)
+
+        return pieces
+
+    streams = []
+    if count != end_row - first_row:
+        rows = each(lambda part, low, high: part.rows(np.arange(low, high)) - first_row)
+        streams.append(Stream("row", "<u4", (count,), rows()))
+    streams.append(Stream("presence", "<u2", (count,), each(lambda part, low, high: part.presence(low, high))()))
+    groups = each(lambda part, low, high: part.group_sets(low, high))
+    if any(piece.any() for piece in groups()):
+        streams.append(Stream("group_set", "<u4", (count,), groups()))
+    streams += _string_streams("subject_id", count, each(lambda part, low, high: part.subject_ids(low, high)))
+    streams += _string_streams("encounter_id", count, each(lambda part, low, high: part.encounter_ids(low, high)))
+    return streams
+
+
+def _column_streams(name: str, sources: Sequence[_Source], count: int) -> tuple[dict[str, Any], list[Stream]]:
+    holding = [(source, source.part.columns[name]) for source in sources if name in source.part.columns]
+    dimension = holding[0][1].dimension
+
+    def each(read: Callable[[Column, int, int], Any]) -> Callable[[], Iterator[Any]]:
+        def pieces() -> Iterator[Any]:
+            for source, column in holding:
+                for low in range(0, column.count, PIECE_ROWS):
+                    high = min(low + PIECE_ROWS, column.count)
+                    keep = None if source.keep is None else source.keep[column.positions(low, high)]
+                    yield _kept(read(column, low, high), keep)
+
+        return pieces
+
+    def positions() -> Iterator[Int64]:
+        for source, column in holding:
+            for low in range(0, column.count, PIECE_ROWS):
+                at = column.positions(low, min(low + PIECE_ROWS, column.count))
+                yield source.new_positions(at if source.keep is None else at[source.keep[at]])
+
+    cells = sum(len(piece) for piece in positions())
+    streams = []
+    if cells != count:
+        streams.append(Stream("position", "<u4", (cells,), positions()))
+    if dimension is not None:
+        streams.append(Stream("code", "|i1", (cells, dimension), each(lambda c, low, high: c.codes(low, high)[0])()))
+        streams.append(Stream("scale", "<f4", (cells,), each(lambda c, low, high: c.codes(low, high)[1])()))
+    quality = each(lambda c, low, high: c.quality(low, high))
+    if not all(np.isnan(piece).all() for piece in quality()):
+        streams.append(Stream("quality", "<f4", (cells,), quality()))
+    minutiae = _string_streams("minutiae", cells, each(lambda c, low, high: c.minutiae(low, high)))
+    if minutiae[1].shape[0]:
+        streams += minutiae
+    return {"cells": cells, "dimension": dimension}, streams
+
+
+def _answer_streams(answers: Sequence[Answers], count: int) -> list[Stream]:
+    def each(read: Callable[[Answers, int, int], Packed]) -> Callable[[], Iterator[Packed]]:
+        def pieces() -> Iterator[Packed]:
+            for some in answers:
+                for low in range(0, some.count, PIECE_ROWS):
+                    yield read(some, low, min(low + PIECE_ROWS, some.count))
+
+        return pieces
+
+    return [
+        *_string_streams("encounter_id", count, each(lambda a, low, high: a.ids(low, high))),
+        *_string_streams("digest", count, each(lambda a, low, high: a.digests(low, high))),
+        *_string_streams("answer", count, each(lambda a, low, high: a.texts(low, high))),
+    ]
+
+
+def _string_streams(name: str, count: int, pieces: Callable[[], Iterator[Packed]]) -> list[Stream]:
+    def offsets() -> Iterator[Int64]:
+        yield np.zeros(1, np.int64)
+        end = 0
+        for piece in pieces():
+            ends = packed.to_arrays(piece)[0][1:] + end
+            end = int(ends[-1]) if len(ends) else end
+            yield ends
+
+    total = sum(int(packed.to_arrays(piece)[0][-1]) for piece in pieces())
+    data = (packed.to_arrays(piece)[1] for piece in pieces())
+    return [Stream(f"{name}.offset", "<i8", (count + 1,), offsets()), Stream(f"{name}.bytes", "|u1", (total,), data)]
+
+
+class _Shift:
+    """How the entries of a look-up move when everything is kept."""
+
+    keep = None
+
+    def __init__(self, base: int) -> None:
+        self._base = base
+
+    def new_positions(self, positions: NDArray[Any]) -> Int64:
+        return positions.astype(np.int64) + self._base
+
+
+_Lookup = tuple[NDArray[np.uint64], NDArray[np.uint32]]
+
+
+def _lookup_streams(lookups: Sequence[tuple[_Lookup, _Source | _Shift]], count: int) -> list[Stream]:
+    """Merges look-ups range by range of the hash, so that memory is bounded by the range."""
+    bounds = np.linspace(0, 2.0**64, -(-count // _LOOKUP_ROWS) + 1)[1:-1].astype(np.uint64)
+    cuts = [[0, *np.searchsorted(hashes, bounds).tolist(), len(hashes)] for (hashes, _), _ in lookups]
+
+    def merged(which: int) -> Iterator[NDArray[Any]]:
+        for i in range(len(bounds) + 1):
+            keys, values = [], []
+            for ((hashes, positions), source), cut in zip(lookups, cuts, strict=True):
+                some, at = hashes[cut[i] : cut[i + 1]], positions[cut[i] : cut[i + 1]]
+                if source.keep is not None:
+                    some, at = some[source.keep[at]], at[source.keep[at]]
+                keys.append(some)
+                values.append(source.new_positions(at))
+            key, value = np.concatenate(keys), np.concatenate(values)
+            yield (key, value)[which][np.lexsort((value, key))]
+
+    return [Stream("hash", "<u8", (count,), merged(0)), Stream("position", "<u4", (count,), merged(1))]
+
+
+def _kept(values: Any, keep: NDArray[np.bool_] | None) -> Any:
+    if keep is None:
+        return values
+    return values[keep] if isinstance(values, np.ndarray) else values.filter(keep)

@@ -1,0 +1,213 @@
+"""A snapshot: the rows that a reader sees, as of one version, whatever the writer does meanwhile.
+
+Owns reading across parts: look-ups by id, templates by row, which rows live. Never changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.gallery import packed
+from biodedup.gallery.catalogue import ColumnModel
+from biodedup.gallery.packed import Packed
+from biodedup.gallery.part import Int64, Part
+from biodedup.values import COLUMNS, Float32, Template
+
+_T = TypeVar("_T", bound=np.generic)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending."""
+
+    version: int
+    row_count: int
+    parts: tuple[Part, ...]
+    tombstones: Int64
+    models: Mapping[str, ColumnModel]
+    group_sets: Mapping[int, frozenset[str]]
+    _masks: dict[tuple[int, frozenset[str] | None], NDArray[np.bool_] | None] = field(default_factory=dict, repr=False)
+
+    # counts -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def live_count(self) -> int:
+        """Subjects enrolled."""
+        return sum(part.count for part in self.parts) - len(self.tombstones)
+
+    def column_counts(self) -> dict[str, int]:
+        """Subjects with a template in each column."""
+        counts = np.zeros(len(COLUMNS), np.int64)
+        for part in self.parts:
+            for bits, count in part.bits.items():
+                counts += count * (bits >> np.arange(len(COLUMNS)) & 1)
+        for part, positions in self._by_part(self.tombstones):
+            for bits in part.presence(0, part.count)[positions].tolist():
+                counts -= bits >> np.arange(len(COLUMNS)) & 1
+        return dict(zip(COLUMNS, counts.tolist(), strict=True))
+
+    def outcomes(self) -> dict[str, int]:
+        """Encounters answered with each outcome."""
+        counts: dict[str, int] = {}
+        for part in self.parts:
+            for outcome, count in part.answers.outcomes.items():
+                counts[outcome] = counts.get(outcome, 0) + count
+        return dict(sorted(counts.items()))
+
+    # look-ups ---------------------------------------------------------------------------------------------------
+
+    def row_of(self, subject_id: str) -> int | None:
+        """The row of an enrolled subject."""
+        for part in reversed(self.parts):
+            for row in part.rows(np.array(part.find(subject_id), np.int64)).tolist():
+                if self.is_live(row):
+                    return int(row)
+        return None
+
+    def rows_of(self, subject_ids: Packed) -> Int64:
+        """The row of each subject, -1 where it is not enrolled."""
+        hashes = packed.hashes(subject_ids)
+        rows = np.full(len(subject_ids), -1)
+        for part in self.parts:
+            found = part.find_many(subject_ids, hashes)
+            at = np.flatnonzero(found >= 0)
+            there = part.rows(found[at])
+            live = ~np.isin(there, self.tombstones)
+            rows[at[live]] = there[live]
+            for i in at[~live].tolist():  # removed; another row of the part may have the id
+                again = self.row_of(packed.text(subject_ids[i : i + 1])[0])
+                rows[i] = rows[i] if again is None else again
+        return rows
+
+    def is_live(self, row: int) -> bool:
+        at = int(np.searchsorted(self.tombstones, row))
+        return at == len(self.tombstones) or int(self.tombstones[at]) != row
+
+    def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
+        """(digest of what was sent, answer as JSON), or None for an encounter never seen."""
+        for part in reversed(self.parts):
+            found = part.answers.find(encounter_id)
+            if found is not None:
+                return found
+        return None
+
+    def subject_ids(self, rows: Sequence[int]) -> list[str]:
+        ids = [""] * len(rows)
+        wanted = np.array(rows, np.int64)
+        order = np.argsort(wanted, kind="stable")
+        start = 0
+        for part, positions in self._by_part(wanted[order]):
+            for i, subject_id in zip(order[start:], part.subject_ids_at(positions), strict=False):
+                ids[i] = subject_id
+            start += len(positions)
+        return ids
+
+    def all_subject_ids(self) -> Iterator[str]:
+        """The enrolled, in order of enrolment."""
+        for part in self.parts:
+            mask = self.mask(part)
+            for low in range(0, part.count, 1 << 16):
+                ids = part.subject_ids(low, min(low + (1 << 16), part.count))
+                yield from packed.text(ids if mask is None else ids.filter(mask[low : low + len(ids)]))
+
+    def live_rows(self) -> Int64:
+        """Of every enrolled subject, ascending."""
+        found = [np.zeros(0, np.int64)]
+        for part in self.parts:
+            mask = self.mask(part)
+            found.append(part.rows(np.arange(part.count) if mask is None else np.flatnonzero(mask)))
+        return np.concatenate(found)
+
+    def mask(self, part: Part, groups: Collection[str] | None = None) -> NDArray[np.bool_] | None:
+        """bool (count,): the rows of a part that live and, with groups, belong to one of them. None: all do."""
+        key = (id(part), None if groups is None else frozenset(groups))
+        if key not in self._masks:
+            self._masks[key] = self._mask(part, key[1])
+        return self._masks[key]
+
+    def _mask(self, part: Part, groups: frozenset[str] | None) -> NDArray[np.bool_] | None:
+        low, high = np.searchsorted(self.tombstones, (part.first_row, part.end_row))
+        removed = part.at(self.tombstones[low:high])
+        if not len(removed) and groups is None:
+            return None
+        mask = np.ones(part.count, bool)
+        mask[removed] = False
+        if groups is not None:
+            wanted = [number for number, names in self.group_sets.items() if names & groups]
+            mask &= np.isin(part.group_sets(0, part.count), wanted)
+        return mask
+
+    # templates --------------------------------------------------------------------------------------------------
+
+    def presence(self, rows: Sequence[int]) -> NDArray[np.uint16]:
+        """uint16 (n,): bit c is set where the row has a template in COLUMNS[c]. rows: ascending or not."""
+        return self._gather(rows, np.zeros(len(rows), np.uint16), lambda part, at: part.presence(0, part.count)[at])
+
+    def embeddings(self, rows: Sequence[int], column: str) -> Float32:
+        """float32 (n, d), for rows that have this column; d = 0 where it holds no embeddings."""
+        model = self.models.get(column)
+        empty = np.zeros((len(rows), (model and model.dimension) or 0), np.float32)
+        return self._gather(rows, empty, lambda part, at: _vectors(part, column, at))
+
+    def minutiae(self, rows: Sequence[int], column: str) -> dict[int, bytes]:
+        """Records of those of the rows that have one in this column."""
+        records: dict[int, bytes] = {}
+        for part, positions in self._by_part(np.sort(np.array(rows, np.int64))):
+            if column in part.columns:
+                cells = part.columns[column].cells_at(positions)
+                has = cells >= 0
+                found = part.columns[column].minutiae_at(cells[has])
+                records.update(zip(part.rows(positions[has]).tolist(), found, strict=True))
+        return {row: records[row] for row in rows if records.get(row)}
+
+    def templates(self, row: int) -> dict[str, Template]:
+        """All templates of one row."""
+        ((part, position),) = self._by_part(np.array([row]))
+        templates = {}
+        for name, column in part.columns.items():
+            cell = column.cells_at(position)
+            if cell[0] < 0:
+                continue
+            embedding = None if column.dimension is None else column.vectors_at(cell)[0]
+            quality = float(column.quality(int(cell[0]), int(cell[0]) + 1)[0])
+            minutiae = column.minutiae_at(cell)[0] or None
+            templates[name] = Template(
+                name, self.models[name].model_id, embedding, minutiae, None if np.isnan(quality) else quality
+            )
+        return templates
+
+    def sample(self, column: str, count: int) -> Float32:
+        """Up to count embeddings of a column, the oldest, float32 (n, d)."""
+        found: list[Float32] = []
+        for part in self.parts:
+            if column in part.columns and count > 0:
+                vectors = part.columns[column].vectors(0, min(count, part.columns[column].count))
+                found.append(vectors)
+                count -= len(vectors)
+        return np.concatenate(found) if found else np.zeros((0, 1), np.float32)
+
+    def _by_part(self, rows: Int64) -> Iterator[tuple[Part, Int64]]:
+        """Ascending rows as (part, positions)."""
+        starts = np.array([part.first_row for part in self.parts])
+        which = np.searchsorted(starts, rows, "right") - 1
+        for index in np.unique(which).tolist():
+            yield self.parts[index], self.parts[index].at(rows[which == index])
+
+    def _gather(self, rows: Sequence[int], out: NDArray[_T], read: Callable[[Part, Int64], NDArray[_T]]) -> NDArray[_T]:
+        wanted = np.array(rows, np.int64)
+        order = np.argsort(wanted, kind="stable")
+        start = 0
+        for part, positions in self._by_part(wanted[order]):
+            out[order[start : start + len(positions)]] = read(part, positions)
+            start += len(positions)
+        return out
+
+
+def _vectors(part: Part, column: str, positions: Int64) -> Float32:
+    return part.columns[column].vectors_at(part.columns[column].cells_at(positions))

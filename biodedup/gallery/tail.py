@@ -1,0 +1,311 @@
+"""The tail: the newest rows, exact and in memory, as the journal holds them on disk.
+
+Owns append-only arrays that readers use while one writer appends. Never touches the disk. Its size is bounded: when it has
+grown large it is sealed into a segment, and a new one begins.
+
+1. A reader takes a `TailPart` of `count` rows and sees exactly these: appended rows lie behind them, and growth copies into
+   a new array, leaving the old one to its readers.
+2. Only the writer appends or rolls back; the gallery's lock sees to that.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.gallery.packed import Packed, hashes, pack, pack_text, text
+from biodedup.gallery.part import PIECE_ROWS, Int64, quantise, sorted_lookup
+from biodedup.values import COLUMNS, Float32, Template
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was sent (digest) and what was answered (JSON)."""
+
+    digest: bytes
+    outcome: str
+    text: str
+
+
+class GrowingArray:
+    """An array with spare capacity along its first axis."""
+
+    def __init__(self, dtype: type[np.generic], width: int | None = None) -> None:
+        shape = (256,) if width is None else (256, width)
+        self._data: NDArray[Any] = np.zeros(shape, dtype)
+        self.count = 0
+
+    def append(self, values: NDArray[Any]) -> None:
+        needed = self.count + len(values)
+        if needed > len(self._data):
+            grown = np.zeros((max(needed, 2 * len(self._data)), *self._data.shape[1:]), self._data.dtype)
+            grown[: self.count] = self._data[: self.count]
+            self._data = grown
+        self._data[self.count : needed] = values
+        self.count = needed
+
+    def view(self, count: int | None = None) -> NDArray[Any]:
+        return self._data[: self.count if count is None else count]
+
+
+class Tail:
+    """What the writer appends to. first_row: the row of position 0."""
+
+    def __init__(self, first_row: int) -> None:
+        self.first_row = first_row
+        self.subject_ids: list[str] = []
+        self.encounter_ids: list[str] = []
+        self.presence = GrowingArray(np.uint16)
+        self.group_sets = GrowingArray(np.uint32)
+        self.columns: dict[str, _Cells] = {}
+        self.positions_of: dict[str, tuple[int, ...]] = {}
+        self.answers: dict[str, Answer] = {}
+
+    @property
+    def count(self) -> int:
+        return self.presence.count
+
+    @property
+    def end_row(self) -> int:
+        return self.first_row + self.count
+
+    def append(
+        self, subject_ids: Sequence[str], encounter_id: str, group_set: int, templates: Mapping[str, Sequence[Template]]
+    ) -> None:
+        """Adds rows; templates: column -> one for each row."""
+        vectors = {
+            name: None if cells[0].embedding is None else np.array([t.embedding for t in cells], np.float32)
+            for name, cells in templates.items()
+        }
+        self.append_vectors(subject_ids, encounter_id, np.full(len(subject_ids), group_set), vectors)
+        for name, cells in templates.items():
+            self.columns[name].describe(cells)
+
+    def append_vectors(
+        self,
+        subject_ids: Sequence[str],
+        encounter_id: str,
+        group_sets: NDArray[Any],
+        columns: Mapping[str, Float32 | None],
+    ) -> None:
+        """Adds rows with one embedding (or, where it is None, something else) in each of the columns."""
+        first = self.count
+        positions = np.arange(first, first + len(subject_ids))
+        for name, vectors in columns.items():
+            if name not in self.columns:
+                self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
+            self.columns[name].append(positions, vectors)
+        self.subject_ids.extend(subject_ids)
+        self.encounter_ids.extend([encounter_id] * len(subject_ids))
+        for position, subject_id in enumerate(subject_ids, first):
+            self.positions_of[subject_id] = (*self.positions_of.get(subject_id, ()), position)
+        self.group_sets.append(group_sets)
+        bits = sum(1 << COLUMNS.index(name) for name in columns)
+        self.presence.append(np.full(len(subject_ids), bits, np.uint16))
+
+    def load(
+        self,
+        subjects: Sequence[tuple[str, str, int]],
+        cells: Mapping[str, tuple[list[int], Float32 | None, list[bytes], list[float]]],
+    ) -> None:
+        """Fills an empty tail. subjects: (subject_id, encounter_id, group_set); cells: column -> (positions, vectors,
+        minutiae, quality)."""
+        self.subject_ids = [subject_id for subject_id, _, _ in subjects]
+        self.encounter_ids = [encounter_id for _, encounter_id, _ in subjects]
+        self.group_sets.append(np.array([group_set for _, _, group_set in subjects], np.uint32))
+        for position, subject_id in enumerate(self.subject_ids):
+            self.positions_of[subject_id] = (*self.positions_of.get(subject_id, ()), position)
+        presence = np.zeros(len(subjects), np.uint16)
+        for name, (positions, vectors, minutiae, quality) in cells.items():
+            column = self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
+            column.append(np.array(positions, np.int64), vectors)
+            column.minutiae[:] = minutiae
+            column.quality.view()[:] = quality
+            presence[positions] |= 1 << COLUMNS.index(name)
+        self.presence.append(presence)
+
+    def truncate(self, count: int) -> None:
+        """Forgets the rows from position count on."""
+        for subject_id in self.subject_ids[count:]:
+            kept = tuple(p for p in self.positions_of.pop(subject_id, ()) if p < count)
+            if kept:
+                self.positions_of[subject_id] = kept
+        del self.subject_ids[count:], self.encounter_ids[count:]
+        self.presence.count = self.group_sets.count = count
+        for column in self.columns.values():
+            column.truncate(count)
+
+
+class _Cells:
+    def __init__(self, dimension: int | None) -> None:
+        self.dimension = dimension
+        self.positions = GrowingArray(np.int64)
+        self.vectors = GrowingArray(np.float32, dimension or 0)
+        self.quality = GrowingArray(np.float32)
+        self.minutiae: list[bytes] = []
+
+    def append(self, positions: Int64, vectors: Float32 | None) -> None:
+        self.vectors.append(np.zeros((len(positions), 0), np.float32) if vectors is None else vectors)
+        self.quality.append(np.full(len(positions), np.nan, np.float32))
+        self.minutiae += [b""] * len(positions)
+        self.positions.append(positions)  # last: readers count cells by it
+
+    def describe(self, templates: Sequence[Template]) -> None:
+        """The rest of the templates of the cells appended last."""
+        self.minutiae[-len(templates) :] = [t.minutiae or b"" for t in templates]
+        self.quality.view()[-len(templates) :] = [np.nan if t.quality is None else t.quality for t in templates]
+
+    def truncate(self, count: int) -> None:
+        cells = int(np.searchsorted(self.positions.view(), count))
+        del self.minutiae[cells:]
+        self.positions.count = self.vectors.count = self.quality.count = cells
+
+
+class TailPart:
+    """The first `count` rows of a tail, as a `Part`."""
+
+    def __init__(self, tail: Tail, count: int) -> None:
+        self.first_row = tail.first_row
+        self.count = count
+        self.end_row = tail.first_row + count
+        self._tail = tail
+
+    @cached_property
+    def columns(self) -> Mapping[str, TailColumn]:
+        found = {name: TailColumn(cells, self.count) for name, cells in list(self._tail.columns.items())}
+        return {name: column for name, column in found.items() if column.count}
+
+    @cached_property
+    def answers(self) -> TailAnswers:
+        return TailAnswers(self._tail.answers)
+
+    @property
+    def bits(self) -> Mapping[int, int]:
+        return dict(Counter(self.presence(0, self.count).tolist()))
+
+    def rows(self, positions: Int64) -> Int64:
+        return positions + self.first_row
+
+    def at(self, rows: Int64) -> Int64:
+        return rows - self.first_row
+
+    def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
+        low, high = np.clip((low_row - self.first_row, high_row - self.first_row), 0, self.count)
+        return int(low), int(high)
+
+    def presence(self, low: int, high: int) -> NDArray[np.uint16]:
+        return self._tail.presence.view(self.count)[low:high]
+
+    def group_sets(self, low: int, high: int) -> NDArray[np.uint32]:
+        return self._tail.group_sets.view(self.count)[low:high]
+
+    def subject_ids(self, low: int, high: int) -> Packed:
+        return pack_text(self._tail.subject_ids[low:high])
+
+    def subject_ids_at(self, positions: Int64) -> list[str]:
+        return [self._tail.subject_ids[p] for p in positions.tolist()]
+
+    def encounter_ids(self, low: int, high: int) -> Packed:
+        return pack_text(self._tail.encounter_ids[low:high])
+
+    def find(self, subject_id: str) -> list[int]:
+        return [p for p in self._tail.positions_of.get(subject_id, ()) if p < self.count]
+
+    def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
+        if not self.count:
+            return np.full(len(subject_ids), -1)
+        return np.array([max(self.find(subject_id), default=-1) for subject_id in text(subject_ids)], np.int64)
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        return sorted_lookup(hashes(self.subject_ids(0, self.count)))
+
+
+class TailColumn:
+    """A column of a `TailPart`."""
+
+    def __init__(self, cells: _Cells, row_count: int) -> None:
+        self._cells = cells
+        self.dimension = cells.dimension
+        self.count = int(np.searchsorted(cells.positions.view(), row_count))
+        self.full = self.count == row_count
+
+    def cell_range(self, low: int, high: int) -> tuple[int, int]:
+        first, last = np.searchsorted(self._cells.positions.view(self.count), (low, high))
+        return int(first), int(last)
+
+    def cells_at(self, positions: Int64) -> Int64:
+        return cells_of(self._cells.positions.view(self.count), positions)
+
+    def positions(self, low: int, high: int) -> Int64:
+        return self._cells.positions.view(self.count)[low:high]
+
+    def vectors(self, low: int, high: int) -> Float32:
+        return self._cells.vectors.view(self.count)[low:high]
+
+    def vectors_at(self, cells: Int64) -> Float32:
+        return self._cells.vectors.view(self.count)[cells]
+
+    def codes(self, low: int, high: int) -> tuple[NDArray[np.int8], Float32]:
+        codes, scales = self._quantised
+        return codes[low:high], scales[low:high]
+
+    @cached_property
+    def _quantised(self) -> tuple[NDArray[np.int8], Float32]:
+        codes = np.empty((self.count, self.dimension or 0), np.int8)
+        scales = np.ones(self.count, np.float32)
+        for low in range(0, self.count if self.dimension else 0, PIECE_ROWS):
+            piece = slice(low, low + PIECE_ROWS)
+            codes[piece], scales[piece] = quantise(self.vectors(low, low + PIECE_ROWS))
+        return codes, scales
+
+    def quality(self, low: int, high: int) -> Float32:
+        return self._cells.quality.view(self.count)[low:high]
+
+    def minutiae(self, low: int, high: int) -> Packed:
+        return pack(self._cells.minutiae[low : min(high, self.count)])
+
+    def minutiae_at(self, cells: Int64) -> list[bytes]:
+        return [self._cells.minutiae[c] for c in cells.tolist()]
+
+
+class TailAnswers:
+    """The answers of the journal."""
+
+    def __init__(self, answers: Mapping[str, Answer]) -> None:
+        self._answers = answers
+        self.count = len(answers)
+
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        return dict(Counter(answer.outcome for answer in list(self._answers.values())))
+
+    def find(self, encounter_id: str) -> tuple[bytes, str] | None:
+        found = self._answers.get(encounter_id)
+        return None if found is None else (found.digest, found.text)
+
+    def ids(self, low: int, high: int) -> Packed:
+        return pack_text(list(self._answers)[low:high])
+
+    def digests(self, low: int, high: int) -> Packed:
+        return pack([answer.digest for answer in list(self._answers.values())[low:high]])
+
+    def texts(self, low: int, high: int) -> Packed:
+        return pack([zlib.compress(answer.text.encode()) for answer in list(self._answers.values())[low:high]])
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        return sorted_lookup(hashes(self.ids(0, self.count)))
+
+
+def cells_of(cell_positions: NDArray[Any], positions: Int64) -> Int64:
+    """The index of each position among ascending cell_positions, -1 where it is not there."""
+    if not len(cell_positions):
+        return np.full(len(positions), -1)
+    cells = np.minimum(np.searchsorted(cell_positions, positions), len(cell_positions) - 1)
+    return np.where(cell_positions[cells] == positions, cells, -1)

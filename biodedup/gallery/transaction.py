@@ -1,0 +1,235 @@
+"""A transaction: changes that become durable and visible together.
+
+Owns staging: what is written to the journal or the manifest is at once in the staged parts, which `snapshot` shows to its
+holder alone. Never commits; the gallery does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.errors import ModelMismatch, SubjectExists, UnknownSubject
+from biodedup.gallery.catalogue import Catalogue, ColumnModel, State
+from biodedup.gallery.packed import pack_text
+from biodedup.gallery.part import Int64, Part
+from biodedup.gallery.segment import Segment, SegmentEntry, open_segment, write_segment
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.gallery.storage import Storage
+from biodedup.gallery.tail import Answer, Tail, TailPart
+from biodedup.values import Float32, Template
+
+
+class Transaction:
+    """For the holder of the gallery's lock. version: of the content, once this is committed."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        storage: Storage,
+        folder: Path,
+        gallery_id: str,
+        state: State,
+        before: Snapshot,
+        tail: Tail,
+    ) -> None:
+        self.version = before.version + 1
+        self.content_changed = False
+        self.manifest_changed = False
+        self.segments: list[Part] = [part for part in before.parts if isinstance(part, Segment)]
+        self.tail = tail
+        self.tombstones = before.tombstones
+        self.models = dict(before.models)
+        self.group_sets = dict(before.group_sets)
+        self.answers: dict[str, Answer] = {}
+        self.new_segments: list[int] = []
+        self.retired: list[Segment] = []
+        self._catalogue = catalogue
+        self._storage = storage
+        self._folder = folder
+        self._gallery_id = gallery_id
+        self._state = state
+
+    @property
+    def changed(self) -> bool:
+        return self.content_changed or self.manifest_changed
+
+    @property
+    def state(self) -> State:
+        """The counters after the commit."""
+        return replace(
+            self._state,
+            version=self._state.version + self.content_changed,
+            commits=self._state.commits + 1,
+            row_count=self.tail.end_row,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Everything, what is staged included."""
+        parts: tuple[Part, ...] = (*self.segments, TailPart(self.tail, self.tail.count))
+        version = self.state.version
+        return Snapshot(version, self.tail.end_row, parts, self.tombstones, self.models, self.group_sets)
+
+    def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
+        staged = self.answers.get(encounter_id)
+        return (staged.digest, staged.text) if staged is not None else self.snapshot().answer(encounter_id)
+
+    # content ----------------------------------------------------------------------------------------------------
+
+    def add(
+        self, subject_id: str, templates: Mapping[str, Template], encounter_id: str = "", groups: Iterable[str] = ()
+    ) -> None:
+        """Stages one subject. Raises SubjectExists, ModelMismatch."""
+        if self.snapshot().row_of(subject_id) is not None:
+            raise exists(subject_id)
+        for template in templates.values():
+            dimension = None if template.embedding is None else len(template.embedding)
+            self._settle_model(template.column, ColumnModel(template.model_id, dimension))
+        row, group_set = self.tail.end_row, self._group_set(frozenset(groups))
+        self._catalogue.add_subjects([(row, subject_id, encounter_id, group_set)])
+        self._catalogue.add_cells((row, template) for template in templates.values())
+        self.tail.append([subject_id], encounter_id, group_set, {name: [t] for name, t in templates.items()})
+        self.content_changed = True
+
+    def add_many(
+        self, subject_ids: Sequence[str], columns: Mapping[str, tuple[str, Float32]], groups: Sequence[Iterable[str]]
+    ) -> None:
+        """Stages subjects with one embedding a column, in the journal. columns: column -> (model_id, vectors float32 (n, d),
+        unit rows); groups: of each subject. Raises SubjectExists, ModelMismatch."""
+        self.refuse_enrolled(subject_ids)
+        self.settle_models(columns)
+        first = self.tail.end_row
+        rows = range(first, first + len(subject_ids))
+        group_sets = self.group_sets_of(groups)
+        subjects = zip(rows, subject_ids, [""] * len(rows), group_sets.tolist(), strict=True)
+        self._catalogue.add_subjects(subjects)
+        for column, (_, vectors) in columns.items():
+            self._catalogue.add_vectors(rows, column, vectors)
+        vectors_of = {column: vectors for column, (_, vectors) in columns.items()}
+        self.tail.append_vectors(subject_ids, "", group_sets, vectors_of)
+        self.content_changed = True
+
+    def attach(self, entry: SegmentEntry) -> None:
+        """Stages the rows of a segment that was written before; its range is settled here, behind all rows given out."""
+        self.seal()
+        count = entry.end_row - entry.first_row
+        entry = replace(entry, first_row=self.tail.end_row, end_row=self.tail.end_row + count)
+        self._adopt(entry)
+        self.tail = Tail(entry.end_row)
+        self.content_changed = True
+
+    def remove(self, subject_id: str) -> None:
+        """Removes a subject. Raises UnknownSubject."""
+        row = self.snapshot().row_of(subject_id)
+        if row is None:
+            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; there is nothing to remove")
+        self._catalogue.add_tombstone(row, self.version)
+        self.tombstones = np.insert(self.tombstones, np.searchsorted(self.tombstones, row), row)
+        self.content_changed = True
+
+    def record(self, encounter_id: str, answer: Answer) -> None:
+        """Stores what was sent and answered, so that a resent encounter gets the same answer."""
+        self._catalogue.add_answer(encounter_id, answer)
+        self.answers[encounter_id] = answer
+        self.content_changed = True
+
+    def hold(self, encounter_id: str, templates: Iterable[Template]) -> None:
+        """Keeps the templates of an encounter in review."""
+        self._catalogue.hold(encounter_id, templates)
+        self.content_changed = True
+
+    def refuse_enrolled(self, subject_ids: Sequence[str]) -> None:
+        rows = self.snapshot().rows_of(pack_text(subject_ids))
+        if (rows >= 0).any():
+            raise exists(subject_ids[int(np.argmax(rows >= 0))])
+
+    def settle_models(self, columns: Mapping[str, tuple[str, Float32]]) -> None:
+        for column, (model_id, vectors) in columns.items():
+            self._settle_model(column, ColumnModel(model_id, vectors.shape[1]))
+
+    def group_sets_of(self, groups: Sequence[Iterable[str]]) -> NDArray[np.uint32]:
+        """uint32 (n,): the number of each subject's combination of groups."""
+        numbers = {names: self._group_set(names) for names in {frozenset(names) for names in groups}}
+        return np.array([numbers[frozenset(names)] for names in groups], np.uint32)
+
+    # the manifest -----------------------------------------------------------------------------------------------
+
+    def seal(self) -> None:
+        """Turns the journal into a segment. Before anything else is staged."""
+        tail = TailPart(self.tail, self.tail.count)
+        if not tail.count and not tail.answers.count:
+            return
+        number = self.take_number()
+        keep = self.snapshot().mask(tail)
+        self._adopt(write_segment(self._storage, self._folder, number, self._gallery_id, [tail], [keep]))
+        self._drop_tombstones(self.tombstones[self.tombstones >= tail.first_row])
+        self._catalogue.clear_journal()
+        self.tail = Tail(tail.end_row)
+
+    def swap(self, merged: Sequence[Segment], entry: SegmentEntry, dropped: Int64) -> None:
+        """One segment for several neighbours; dropped: the removed rows that it does not hold any more."""
+        at = self.segments.index(merged[0])
+        assert self.segments[at : at + len(merged)] == list(merged), "only one thread merges"
+        self._catalogue.drop_segments(segment.entry.number for segment in merged)
+        del self.segments[at : at + len(merged)]
+        self._adopt(entry, at)
+        self._drop_tombstones(dropped)
+        self.retired += merged
+
+    def take_number(self) -> int:
+        """A number for a new segment."""
+        number = self._state.next_segment
+        self._state = replace(self._state, next_segment=number + 1)
+        return number
+
+    def _adopt(self, entry: SegmentEntry, at: int | None = None) -> None:
+        self.segments.insert(len(self.segments) if at is None else at, open_segment(self._storage, self._folder, entry))
+        self.new_segments.append(entry.number)
+        self._catalogue.add_segment(entry)
+        self.manifest_changed = True
+
+    def _drop_tombstones(self, rows: Int64) -> None:
+        self._catalogue.drop_tombstones(rows.tolist())
+        self.tombstones = np.setdiff1d(self.tombstones, rows, assume_unique=True)
+
+    # shared -----------------------------------------------------------------------------------------------------
+
+    def _group_set(self, names: frozenset[str]) -> int:
+        """Number 0 is no group at all."""
+        if not names:
+            return 0
+        for number, known in self.group_sets.items():
+            if known == names:
+                return number
+        number = len(self.group_sets) + 1
+        self._catalogue.add_group_set(number, names)
+        self.group_sets[number] = names
+        self.manifest_changed = True
+        return number
+
+    def _settle_model(self, column: str, model: ColumnModel) -> None:
+        known = self.models.get(column)
+        if known is None:
+            self._catalogue.add_model(column, model)
+            self.models[column] = model
+        elif known != model:
+            raise mismatch(column, known, model)
+
+
+def mismatch(column: str, known: ColumnModel, got: ColumnModel) -> ModelMismatch:
+    """The error for a template that the column cannot hold."""
+    return ModelMismatch(
+        f"column {column} holds templates of {known.model_id} (dimension {known.dimension}), got {got.model_id} "
+        f"(dimension {got.dimension}); extract again with the gallery's model, or use another gallery"
+    )
+
+
+def exists(subject_id: str) -> SubjectExists:
+    """The error for a subject that is enrolled already."""
+    return SubjectExists(
+        f"subject {subject_id!r} is enrolled already; verify against it, update it, or remove it before enrolling again"
+    )
