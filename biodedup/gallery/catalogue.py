@@ -118,7 +118,7 @@ class Catalogue:
             self._connection.execute(f"CREATE TABLE {table} ({columns}, checksum INTEGER NOT NULL)")
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        self._put("meta", [("gallery_id", gallery_id), ("config", config)])
+        self._put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
         self.set_state(State())
 
     def identify(self) -> tuple[int, int, int]:
@@ -128,7 +128,7 @@ class Catalogue:
         return first, second, third
 
     def meta(self) -> dict[str, str]:
-        return dict(self._all("meta"))
+        return {key: value for key, value, *_ in self._all("meta")}
 
     def state(self) -> State:
         return State(**json.loads(self.meta()["state"]))

@@ -176,8 +176,10 @@ class ColumnFile:
         array = self._arrays[name]
         part = array[low:high]
         if len(part):
-            start = self._offsets[name] + low * (array.strides[0])
-            self._check(np.arange(start // BLOCK_BYTES, (start + part.nbytes - 1) // BLOCK_BYTES + 1))
+            start = self._offsets[name] + low * array.strides[0]
+            first, last = start // BLOCK_BYTES, (start + part.nbytes - 1) // BLOCK_BYTES
+            if not self._checked[first : last + 1].all():
+                self._check(np.arange(first, last + 1))
         return part
 
     def take(self, name: str, indices: NDArray[Any]) -> NDArray[Any]:
@@ -210,16 +212,14 @@ class ColumnFile:
         for start in range(0, self.byte_count, piece_bytes):
             yield self._content[start : start + piece_bytes]
 
-    def problems(self) -> Iterator[str]:
-        """Every array with damaged blocks, by a check of all of them."""
-        wrong = [b for b in range(len(self._checksums)) if not self._is_sound(b)]
+    def problems(self) -> list[str]:
+        """What a check of every block finds: nothing, or one line."""
+        wrong = [block for block in range(len(self._checksums)) if not self._is_sound(block)]
         if not wrong:
-            return
-        for name, offset in self._offsets.items():
-            first, last = offset // BLOCK_BYTES, (offset + self._arrays[name].nbytes - 1) // BLOCK_BYTES
-            hit = [b for b in wrong if first <= b <= last]
-            if hit:
-                yield f"array {name}: {len(hit)} of {last - first + 1} blocks are damaged, the first is {hit[0] - first}"
+            return []
+        inside = dict.fromkeys(name for block in wrong for name in self._arrays_in(block))
+        shown = ", ".join(map(str, wrong[:10])) + (", ..." if len(wrong) > 10 else "")
+        return [f"{len(wrong)} of {len(self._checksums)} blocks are damaged: {shown}, in {', '.join(inside)}"]
 
     def _check(self, blocks: NDArray[np.int64]) -> None:
         todo = blocks[~self._checked[blocks]]
@@ -230,14 +230,13 @@ class ColumnFile:
                 self._content.madvise(mmap.MADV_WILLNEED, start, end - start)
         for block in todo.tolist():
             if not self._is_sound(block):
-                offset = block * BLOCK_BYTES
-                inside = [
-                    n
-                    for n, o in self._offsets.items()
-                    if o < offset + BLOCK_BYTES and o + self._arrays[n].nbytes > offset
-                ]
-                raise self.damaged(f"block {block} ({', '.join(inside)})")
+                raise self.damaged(f"block {block}, in {', '.join(self._arrays_in(block))}")
             self._checked[block] = True
+
+    def _arrays_in(self, block: int) -> list[str]:
+        start, end = block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES
+        ends = {name: self._offsets[name] + array.nbytes for name, array in self._arrays.items()}
+        return [name for name, offset in self._offsets.items() if offset < end and ends[name] > start]
 
     def _is_sound(self, block: int) -> bool:
         start = self._start + block * BLOCK_BYTES

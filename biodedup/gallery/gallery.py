@@ -124,7 +124,7 @@ class Gallery:
                     _create(storage, folder, gallery_id, json.dumps(settings))
                 catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
                 try:
-                    check_format(catalogue, folder)
+                    check_format(storage, catalogue, folder)
                     return cls(storage, folder, catalogue, lock, config)
                 except BaseException:
                     catalogue.close()
@@ -165,9 +165,7 @@ class Gallery:
             raise InvalidInput(f"{self.folder} was opened read_only; open it for writing to change it")
         with self.lock:
             if self._broken:
-                raise StorageUnavailable(
-                    f"{self.folder}: an earlier commit failed half-way; close the engine and open it again"
-                )
+                self._recover()
             before, tail, tail_count = self._published, self._tail, self._tail.count
             transaction = Transaction(
                 self._catalogue, self.storage, self._segments, self.gallery_id, self._state, before, tail
@@ -209,6 +207,15 @@ class Gallery:
         except (sqlite3.Error, GalleryDamaged):
             self._broken = True
             return False
+
+    def _recover(self) -> None:
+        """After a commit of which the disk would not say whether it took place: sees what is there. Raises
+        StorageUnavailable while the disk still refuses."""
+        with translated("recovering from a failed commit"):
+            self._catalogue.close()
+            self._catalogue = Catalogue(self.storage.connect(self.folder / DATABASE_NAME, read_only=False))
+        self._published, self._tail = self._load()
+        self._broken = False
 
     def write_rows(
         self, subject_ids: Sequence[str], columns: Mapping[str, Float32], group_sets: NDArray[np.uint32]
@@ -432,15 +439,24 @@ def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> N
     storage.remove(folder / f"{NEW_NAME}-journal")
 
 
-def check_format(catalogue: Catalogue, folder: Path) -> None:
-    """Raises NotAGallery for another program's database or another version's, GalleryDamaged for an emptied one."""
-    application_id, format_version, tables = catalogue.identify()
+def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
+    """Raises NotAGallery for another program's database or another version's, GalleryDamaged for one that was lost."""
+    name = folder / DATABASE_NAME
+    with_segments = storage.list_names(folder / SEGMENT_FOLDER) is not None
+    try:
+        application_id, format_version, tables = catalogue.identify()
+        ours = application_id == APPLICATION_ID
+        format_stored = catalogue.meta().get("format") if tables and (ours or with_segments) else None
+    except sqlite3.DatabaseError as error:
+        if with_segments and getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB:
+            raise GalleryDamaged(f"{name} is damaged: {error}; restore it from a backup") from error
+        raise
     if application_id == 0 and tables == 0:
-        raise GalleryDamaged(f"{folder / DATABASE_NAME} is empty: a gallery was lost here; restore it from a backup")
-    if application_id != APPLICATION_ID:
-        raise NotAGallery(
-            f"{folder / DATABASE_NAME} is a database of another program; name an empty folder or a gallery"
-        )
+        raise GalleryDamaged(f"{name} is empty: a gallery was lost here; restore it from a backup")
+    if format_stored == str(FORMAT_VERSION) and (not ours or format_version != FORMAT_VERSION):
+        raise GalleryDamaged(f"{name} is damaged: its header; restore it from a backup")
+    if not ours:
+        raise NotAGallery(f"{name} is a database of another program; name an empty folder or a gallery")
     if format_version != FORMAT_VERSION:
         raise NotAGallery(
             f"{folder} has format {format_version}, this version reads {FORMAT_VERSION}; open it with the version that wrote it"

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.errors import GalleryDamaged, InvalidInput, NotAGallery
+from biodedup.errors import CallerError, GalleryDamaged, InvalidInput, NotAGallery
 from biodedup.gallery import packed
 from biodedup.gallery.catalogue import Catalogue
 from biodedup.gallery.column_file import ColumnFile, open_column_file
@@ -92,16 +92,16 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
 
     Raises NotAGallery, StorageUnavailable.
     """
-    with _connected(storage, folder) as catalogue:
-        try:
+    try:
+        with _connected(storage, folder) as catalogue:
             database = [Problem(None, "journal", text) for text in catalogue.problems()]
             if database:
                 return database
             manifest = _manifest(storage, folder, catalogue)
-        except (GalleryDamaged, sqlite3.DatabaseError, ValueError, KeyError, IndexError) as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            return [Problem(None, "journal", str(error))]
+    except (GalleryDamaged, ValueError, KeyError, IndexError) as error:
+        if isinstance(error, CallerError):
+            raise
+        return [Problem(None, "journal", str(error))]
     problems = list(manifest.problems)
     for (number, kind), file in manifest.files.items():
         problems += [Problem(number, kind, text) for text in file.problems()]
@@ -158,10 +158,12 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
 def _connected(storage: Storage, folder: Path) -> Iterator[Catalogue]:
     with translated(f"reading {folder}"):
         if DATABASE_NAME not in (storage.list_names(folder) or ()):
+            if storage.list_names(folder / SEGMENT_FOLDER):
+                raise GalleryDamaged(f"{folder} holds segments and no {DATABASE_NAME}; restore it from a backup")
             raise NotAGallery(f"{folder} holds no gallery")
         catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=True))
         try:
-            check_format(catalogue, folder)
+            check_format(storage, catalogue, folder)
             yield catalogue
         finally:
             catalogue.close()
@@ -281,7 +283,7 @@ def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path
             spare = _manifest(storage, backup, catalogue).files
     for number, kind in damaged:
         source = spare.get((number, kind))
-        if source is None or source.digest != digests[number, kind] or any(source.problems()):
+        if source is None or source.digest != digests[number, kind] or source.problems():
             continue
         _copy_file(storage, source, folder / SEGMENT_FOLDER / source.name)
         done.append(f"segment {number}: {kind} taken from the backup")
@@ -289,7 +291,7 @@ def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path
         path = folder / SEGMENT_FOLDER / file_name(number, kind.removesuffix(LOOKUP))
         try:
             exact = open_column_file(storage, path)
-            if any(exact.problems()):
+            if exact.problems():
                 continue
         except GalleryDamaged:
             continue
@@ -363,7 +365,7 @@ def _is_same(storage: Storage, path: Path, file: ColumnFile, check: bool) -> boo
     except GalleryDamaged:
         return False
     if there.digest == file.digest:
-        return not (check and any(there.problems()))
+        return not (check and there.problems())
     if not check:
         raise InvalidInput(f"{path.parent.parent} holds a backup of another history; name an empty folder")
     return False

@@ -78,6 +78,21 @@ def hashes(packed: Packed) -> NDArray[np.uint64]:
     return _mixed(state)
 
 
+def hash_of(string: str) -> np.uint64:
+    """Of one string, the same."""
+    data = string.encode()
+    state = len(data) * int(_ODD) % 2**64
+    for start in range(0, len(data), 8):
+        state = _mixed_int(state ^ int.from_bytes(data[start : start + 8], "little"))
+    return np.uint64(_mixed_int(state))
+
+
+def _mixed_int(x: int) -> int:
+    x = (x ^ (x >> 30)) * int(_MIX_1) % 2**64
+    x = (x ^ (x >> 27)) * int(_MIX_2) % 2**64
+    return x ^ (x >> 31)
+
+
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2

@@ -65,7 +65,7 @@ class Answers(Protocol):
     @property
     def outcomes(self) -> Mapping[str, int]: ...
 
-    def find(self, encounter_id: str) -> tuple[bytes, str] | None:
+    def find(self, encounter_id: str, hashed: np.uint64) -> tuple[bytes, str] | None:
         """(digest of what was sent, answer as JSON)."""
 
     def ids(self, low: int, high: int) -> Packed: ...
@@ -116,7 +116,7 @@ class Part(Protocol):
     def encounter_ids(self, low: int, high: int) -> Packed:
         """The encounter that enrolled each row; empty for rows that were added without one."""
 
-    def find(self, subject_id: str) -> list[int]:
+    def find(self, subject_id: str, hashed: np.uint64) -> list[int]:
         """Positions under this id; at most one of them is not removed."""
 
     def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:

@@ -125,12 +125,14 @@ class Segment:
     def encounter_ids(self, low: int, high: int) -> Packed:
         return self._encounter_ids.slice(low, high)
 
-    def find(self, subject_id: str) -> list[int]:
-        return _find(self.files[SUBJECT + LOOKUP], self._ids, subject_id)
+    def find(self, subject_id: str, hashed: np.uint64) -> list[int]:
+        return _find(self.files[SUBJECT + LOOKUP], self._ids, subject_id, hashed)
 
     def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
         file = self.files[SUBJECT + LOOKUP]
         known = file.read("hash")
+        if not len(known):
+            return np.full(len(subject_ids), -1)
         order = np.argsort(hashes)  # ascending probes walk through the look-up once
         places = np.minimum(np.searchsorted(known, hashes[order]), len(known) - 1)
         hit = order[known[places] == hashes[order]]
@@ -142,7 +144,7 @@ class Segment:
             )
             found[hit[same]] = positions[same]
             for i in hit[~same].tolist():  # another string with this hash: once in 2^64 pairs
-                found[i] = max(self.find(packed.text(subject_ids[i : i + 1])[0]), default=-1)
+                found[i] = max(self.find(packed.text(subject_ids[i : i + 1])[0], hashes[i]), default=-1)
         return found
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
@@ -215,10 +217,10 @@ class SegmentAnswers:
                 _Strings(self._file, n) for n in ("encounter_id", "digest", "answer")
             )
 
-    def find(self, encounter_id: str) -> tuple[bytes, str] | None:
+    def find(self, encounter_id: str, hashed: np.uint64) -> tuple[bytes, str] | None:
         if not self.count:
             return None
-        for index in _find(self._lookup, self._ids, encounter_id):
+        for index in _find(self._lookup, self._ids, encounter_id, hashed):
             at = np.array([index])
             return self._digests.take(at)[0].as_py(), zlib.decompress(self._texts.take(at)[0].as_py()).decode()
         return None
@@ -259,20 +261,25 @@ class _Strings:
         return packed.from_whole(self._file.unchecked(self._offset), self._file.unchecked(self._bytes))
 
 
-def _find(file: ColumnFile, strings: _Strings, wanted: str) -> list[int]:
-    """Indices of a string, by interpolation: hashes are uniform, so that their place is known to within a few square roots."""
-    key = packed.pack_text([wanted])
-    target = packed.hashes(key)[0]
+def _find(file: ColumnFile, strings: _Strings, wanted: str, target: np.uint64) -> list[int]:
+    """Indices of a string of this hash, by interpolation: hashes are uniform, so that their place is known to within a few
+    square roots."""
     count = file.shape("hash")[0]
     guess, reach = int(target) * count >> 64, 8 * isqrt(count) + 64
     low, high = max(guess - reach, 0), min(guess + reach, count)
     near = file.read("hash", low, high)
-    first, last = np.searchsorted(near, target, "left"), np.searchsorted(near, target, "right")
-    if (first == 0 and low > 0) or (last == len(near) and high < count):
+    first = int(near.searchsorted(target))
+    if (first == 0 and low > 0) or (first == len(near) and high < count):
         low, near = 0, file.read("hash")
-        first, last = np.searchsorted(near, target, "left"), np.searchsorted(near, target, "right")
-    indices = file.read("position", low + int(first), low + int(last)).astype(np.int64)
-    return [i for i, found in zip(indices.tolist(), strings.take(indices), strict=True) if found == key[0]]
+        first = int(near.searchsorted(target))
+    if first == len(near) or near[first] != target:
+        return []
+    last = int(near.searchsorted(target, "right"))
+    if last == len(near) and low + last < count:  # equal hashes at the window's end
+        last = int(file.read("hash").searchsorted(target, "right")) - low
+    indices = file.read("position", low + first, low + last).astype(np.int64)
+    names = packed.text(strings.take(indices))
+    return [i for i, name in zip(indices.tolist(), names, strict=True) if name == wanted]
 
 
 # writing ---------------------------------------------------------------------------------------------------------

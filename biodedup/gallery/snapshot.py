@@ -64,10 +64,13 @@ class Snapshot:
 
     def row_of(self, subject_id: str) -> int | None:
         """The row of an enrolled subject."""
+        hashed = packed.hash_of(subject_id)
         for part in reversed(self.parts):
-            for row in part.rows(np.array(part.find(subject_id), np.int64)).tolist():
-                if self.is_live(row):
-                    return int(row)
+            positions = part.find(subject_id, hashed)
+            if positions:
+                for row in part.rows(np.array(positions, np.int64)).tolist():
+                    if self.is_live(row):
+                        return int(row)
         return None
 
     def rows_of(self, subject_ids: Packed) -> Int64:
@@ -91,8 +94,9 @@ class Snapshot:
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
         """(digest of what was sent, answer as JSON), or None for an encounter never seen."""
+        hashed = packed.hash_of(encounter_id)
         for part in reversed(self.parts):
-            found = part.answers.find(encounter_id)
+            found = part.answers.find(encounter_id, hashed)
             if found is not None:
                 return found
         return None

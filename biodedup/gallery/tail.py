@@ -215,7 +215,7 @@ class TailPart:
     def encounter_ids(self, low: int, high: int) -> Packed:
         return pack_text(self._tail.encounter_ids[low:high])
 
-    def find(self, subject_id: str) -> list[int]:
+    def find(self, subject_id: str, hashed: np.uint64 | None = None) -> list[int]:
         return [p for p in self._tail.positions_of.get(subject_id, ()) if p < self.count]
 
     def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
@@ -286,7 +286,7 @@ class TailAnswers:
     def outcomes(self) -> Mapping[str, int]:
         return dict(Counter(answer.outcome for answer in list(self._answers.values())))
 
-    def find(self, encounter_id: str) -> tuple[bytes, str] | None:
+    def find(self, encounter_id: str, hashed: np.uint64 | None = None) -> tuple[bytes, str] | None:
         found = self._answers.get(encounter_id)
         return None if found is None else (found.digest, found.text)
 

@@ -115,11 +115,14 @@ class Transaction:
 
     def attach(self, entry: SegmentEntry) -> None:
         """Stages the rows of a segment that was written before; its range is settled here, behind all rows given out."""
-        self.seal()
+        if self.tail.count:
+            self.seal()
         count = entry.end_row - entry.first_row
         entry = replace(entry, first_row=self.tail.end_row, end_row=self.tail.end_row + count)
         self._adopt(entry)
+        answers = self.tail.answers
         self.tail = Tail(entry.end_row)
+        self.tail.answers = answers
         self.content_changed = True
 
     def remove(self, subject_id: str) -> None:

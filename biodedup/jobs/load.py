@@ -108,7 +108,7 @@ def _opened(source: Path | Iterable[Any], ids: Path | None, column: str) -> tupl
             return _numpy_batches(source, ids, column)
         if source.suffix in (".arrow", ".feather", ".ipc", ".arrows"):
             return _arrow_batches(source)
-        file = pa.parquet.ParquetFile(source)
+        file = pa.parquet.ParquetFile(source, pre_buffer=False)  # its buffers would be kept to the end of the file
         wanted = [name for name in file.schema_arrow.names if name in ("subject_id", "groups", *COLUMNS)] or None
         return file.iter_batches(batch_size=BATCH_ROWS // 4, columns=wanted), file.metadata.num_rows
     except FileNotFoundError as error:
