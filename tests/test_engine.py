@@ -126,6 +126,36 @@ def test_two_threads_enrolling_one_person_never_both_come_out_unique(engine):
     assert len(engine) == rounds
 
 
+def test_eight_threads_enrolling_one_new_person_under_two_ids_make_one_subject(tmp_path):
+    rounds, threads = 1000, 8
+    vectors = people(rounds, seed=4)
+    outcomes: list[list[str]] = [[] for _ in range(rounds)]
+    barrier = threading.Barrier(threads)
+    config = bd.Config(gallery=bd.GalleryConfig(seal_rows=256, merge_fan=2))  # sealed and merged all the while
+
+    def run(thread: int) -> None:
+        for i in range(rounds):
+            barrier.wait()
+            try:
+                outcome = enroll(
+                    engine, f"{'ab'[thread % 2]}{i}", again(vectors[i], 0.9, seed=1000 * thread + i)
+                ).outcome
+            except bd.SubjectExists:
+                outcome = "exists"
+            outcomes[i].append(outcome)
+
+    with bd.Engine.open(tmp_path / "g", config) as engine:
+        workers = [threading.Thread(target=run, args=(t,)) for t in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert [sorted(some) for some in outcomes] == [["duplicate"] * 4 + ["exists"] * 3 + ["unique"]] * rounds
+        assert len(engine) == rounds
+        assert engine.info()["segments"] >= 1
+        assert engine.problems() == []
+
+
 def test_threads_that_resend_one_encounter_all_get_one_decision(engine):
     (anna,) = people(1)
     answers: list[bd.Decision] = []
@@ -156,8 +186,11 @@ def test_a_removed_subject_is_not_seen_by_the_next_search_and_may_enrol_again(tm
             engine.remove("anna")
 
 
-def test_a_candidate_removed_between_search_and_commit_does_not_block(engine, monkeypatch):
-    (anna,) = people(1)
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_candidate_removed_between_search_and_commit_does_not_block(engine, monkeypatch, compacted):
+    (anna, *others) = people(4)
+    for name, other in zip(("o1", "o2", "o3"), others, strict=True):
+        enroll(engine, name, other)
     enroll(engine, "anna", anna)
     search = engine._searcher.search
     calls = []
@@ -167,6 +200,8 @@ def test_a_candidate_removed_between_search_and_commit_does_not_block(engine, mo
         if not calls:
             calls.append(1)
             engine.remove("anna")
+            if compacted:
+                engine.compact()
         return found
 
     monkeypatch.setattr(engine._searcher, "search", removing)

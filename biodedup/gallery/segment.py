@@ -105,7 +105,7 @@ class Segment:
 
     def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
         inside = np.clip((low_row - self.first_row, high_row - self.first_row), 0, self.end_row - self.first_row)
-        low, high = inside if self._dense else np.searchsorted(self._subject.read("row"), inside)
+        low, high = inside if self._dense else _range(self._subject.read("row"), inside)
         return int(low), int(high)
 
     def presence(self, low: int, high: int) -> NDArray[np.uint16]:
@@ -165,7 +165,7 @@ class SegmentColumn:
     def cell_range(self, low: int, high: int) -> tuple[int, int]:
         if self.full:
             return low, high
-        first, last = np.searchsorted(self._file.read("position"), (low, high))
+        first, last = _range(self._file.read("position"), np.array((low, high)))
         return int(first), int(last)
 
     def cells_at(self, positions: Int64) -> Int64:
@@ -238,6 +238,11 @@ class SegmentAnswers:
         if not self.count:
             return np.zeros(0, np.uint64), np.zeros(0, np.uint32)
         return self._lookup.read("hash"), self._lookup.read("position")
+
+
+def _range(ascending: NDArray[np.uint32], bounds: Int64) -> Int64:
+    """Where bounds fall; of the array's own type, lest all of it be converted."""
+    return np.searchsorted(ascending, bounds.astype(ascending.dtype))
 
 
 class _Strings:

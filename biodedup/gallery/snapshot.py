@@ -89,8 +89,12 @@ class Snapshot:
         return rows
 
     def is_live(self, row: int) -> bool:
+        """Whether the row, which some snapshot had, is there and not removed."""
         at = int(np.searchsorted(self.tombstones, row))
-        return at == len(self.tombstones) or int(self.tombstones[at]) != row
+        if at < len(self.tombstones) and int(self.tombstones[at]) == row:
+            return False
+        ((_, position),) = self._by_part(np.array([row]))
+        return int(position[0]) >= 0
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
         """(digest of what was sent, answer as JSON), or None for an encounter never seen."""

@@ -307,5 +307,7 @@ def cells_of(cell_positions: NDArray[Any], positions: Int64) -> Int64:
     """The index of each position among ascending cell_positions, -1 where it is not there."""
     if not len(cell_positions):
         return np.full(len(positions), -1)
-    cells = np.minimum(np.searchsorted(cell_positions, positions), len(cell_positions) - 1)
-    return np.where(cell_positions[cells] == positions, cells, -1)
+    # of the array's own type, lest all of it be converted
+    wanted = positions.astype(cell_positions.dtype)
+    cells = np.minimum(np.searchsorted(cell_positions, wanted), len(cell_positions) - 1)
+    return np.where(cell_positions[cells] == wanted, cells, -1)
