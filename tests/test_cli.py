@@ -105,6 +105,42 @@ def test_load_is_idempotent_and_refuses_bad_rows_one_by_one(tmp_path):
         assert (result.added, result.refused, result.refused_rows) == (1, 3, (1, 2, 3))
 
 
+def test_care_of_a_gallery_from_the_shell(folder):
+    vectors = write_templates(folder / "t.parquet", 300)
+    np.save(folder / "more.npy", people(50, seed=8))
+    (folder / "more.txt").write_text("\n".join(f"m{i}" for i in range(50)))
+    assert run("load", "t.parquet", cwd=folder)[0] == 0
+    code, out, _ = run("load", "more.npy", "--ids", "more.txt", "--json", cwd=folder)
+    assert (code, json.loads(out)["added"], json.loads(out)["subjects"]) == (0, 50, 350)
+    assert run("enroll", "anna", "--face", "a.jpg", "--group", "north", cwd=folder)[0] == 0
+    assert run("identify", "--face", "b.jpg", "--group", "south", cwd=folder)[0] == 0
+    assert run("identify", "--face", "b.jpg", "--group", "north", cwd=folder)[0] == 10
+    assert run("update", "anna", "--face", "b.jpg", "--group", "south", cwd=folder)[0] == 0
+    assert run("identify", "--face", "a.jpg", "--group", "south", cwd=folder)[0] == 10
+    assert run("remove", "s3", cwd=folder)[0] == 0
+    code, out, _ = run("compact", "--json", cwd=folder)
+    assert (code, json.loads(out)["subjects"]) == (0, 350)
+    code, out, _ = run("backup", "copy", "--json", cwd=folder)
+    assert (code, json.loads(out)["files_kept"]) == (0, 0)
+    assert json.loads(run("backup", "copy", "--json", cwd=folder)[1])["files_copied"] == 0
+    (damaged,) = (folder / "gallery" / "segments").glob("*.face")
+    sound = damaged.read_bytes()
+    damaged.write_bytes(sound[:5000] + bytes([sound[5000] ^ 4]) + sound[5001:])
+    code, out, _ = run("doctor", "-g", "gallery", cwd=folder)
+    assert code == 4
+    assert f"segment {damaged.name.split('.')[0]}, column face" in out
+    code, _, error = run("identify", "--face", "a.jpg", cwd=folder)
+    assert code == 4
+    assert damaged.name in error
+    assert run("doctor", "-g", "gallery", "--repair", cwd=folder)[0] == 4
+    code, out, _ = run("doctor", "-g", "gallery", "--repair", "--backup", "copy", cwd=folder)
+    assert code == 0
+    assert "taken from the backup" in out
+    assert damaged.read_bytes() == sound
+    with bd.Engine.open(folder / "gallery", read_only=True) as engine:
+        assert engine.search({"face": vectors[:5]}, k=1).ids[:, 0].tolist()[:3] == ["s0", "s1", "s2"]
+
+
 def test_load_says_what_is_wrong_with_a_file(tmp_path):
     (tmp_path / "text.parquet").write_text("no")
     pa.parquet.write_table(pa.table({"id": ["a"]}), tmp_path / "columns.parquet")

@@ -281,6 +281,83 @@ def test_after_any_single_fault_while_creating_the_gallery_opens_again(tmp_path,
     assert n > 5
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])
+def test_after_any_single_fault_while_upgrading_the_gallery_is_of_one_format_or_the_other(tmp_path, after):
+    for n in itertools.count(1):
+        shutil.copytree(Path(__file__).parent / "golden" / "format-1", tmp_path / f"g{n}")
+        countdown = Countdown(n, after=after)
+        try:
+            bd.Engine.open(tmp_path / f"g{n}", storage=FailingStorage(countdown)).close()
+        except bd.StorageUnavailable:
+            pass
+        with bd.Engine.open(tmp_path / f"g{n}") as engine:
+            assert engine.subject_ids() == ["anna", "bella", "dora", "emil"]
+        if countdown.left > 0:
+            break
+    assert n > 20
+
+
+class OrderedStorage(LocalStorage):
+    """Notes what a loss of power would take: names and bytes that were not synced when a commit became durable."""
+
+    def __init__(self) -> None:
+        self.unsynced: set[str] = set()
+        self.at_commits: list[set[str]] = []
+        self.created = 0
+
+    def create(self, path):
+        self.created += 1
+        self.unsynced.add(path.name)
+        file = super().create(path)
+        finish = file.finish
+
+        def finished() -> None:
+            finish()
+            self.unsynced.remove(path.name)
+
+        file.finish = finished
+        return file
+
+    def replace(self, source, target):
+        assert source.name not in self.unsynced, f"{source.name} gets its name before it is synced"
+        super().replace(source, target)
+        self.unsynced.add(target.name)
+
+    def sync_folder(self, folder):
+        super().sync_folder(folder)
+        self.unsynced -= {path.name for path in folder.iterdir()}
+
+    def remove(self, path):
+        super().remove(path)
+        self.unsynced.discard(path.name)
+
+    def connect(self, path, *, read_only):
+        storage, connection = self, super().connect(path, read_only=read_only)
+
+        class Connection(FailingConnection):
+            def execute(self, statement: str, *args: object) -> object:
+                if statement == "COMMIT":
+                    storage.at_commits.append(set(storage.unsynced))
+                return super().execute(statement, *args)
+
+        return Connection(connection, Countdown(10**9))
+
+
+def test_every_file_is_synced_before_the_commit_that_names_it(tmp_path):
+    storage = OrderedStorage()
+    with bd.Engine.open(tmp_path / "g", SMALL, storage=storage) as engine:
+        for i in range(10):
+            engine.enroll(encounter(i, f"e{i}"))
+        for name in ("update", "remove from a segment", "add_templates", "load"):
+            OPERATIONS[name](engine)
+            engine.tidy()
+        for operation in CARE.values():
+            operation(engine)
+    assert storage.created >= 20
+    assert len(storage.at_commits) > 10
+    assert set().union(*storage.at_commits) == set()
+
+
 def test_an_engine_goes_on_after_a_fault_anywhere_in_a_write(tmp_path):
     n, faults = 0, 0
     while True:

@@ -721,3 +721,20 @@ def test_the_golden_gallery_is_rewritten_byte_for_byte(tmp_path):
     assert jobs.examine(tmp_path / "g", mend=True).problems == ()
     assert path.read_bytes() == sound
     assert segment.file_name(1, "subject.lookup") == path.name
+
+
+def test_a_gallery_of_the_first_release_is_upgraded_and_answers_as_before(tmp_path):
+    shutil.copytree(GOLDEN / "format-1", tmp_path / "g")
+    with pytest.raises(bd.NotAGallery, match="for writing once"):
+        bd.Engine.open(tmp_path / "g", read_only=True)
+    for config in (small(), small()):
+        with bd.Engine.open(tmp_path / "g", config) as engine:
+            assert engine.subject_ids() == ["anna", "bella", "dora", "emil"]
+            vectors = np.eye(8, dtype=np.float32)
+            ids, _ = engine.search({"face": vectors[:5]}, k=1)
+            assert list(ids[[0, 1, 3, 4], 0]) == ["anna", "bella", "dora", "emil"]
+            assert engine.decision("e-dora").outcome == "unique"
+            assert engine.gallery_version == 4
+            assert engine.problems() == []
+            engine.tidy()
+    assert list((tmp_path / "g" / "segments").glob("*.face"))

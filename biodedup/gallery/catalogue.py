@@ -118,7 +118,7 @@ class Catalogue:
             self._connection.execute(f"CREATE TABLE {table} ({columns}, checksum INTEGER NOT NULL)")
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        self._put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
+        self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
         self.set_state(State())
 
     def identify(self) -> tuple[int, int, int]:
@@ -134,19 +134,19 @@ class Catalogue:
         return State(**json.loads(self.meta()["state"]))
 
     def set_state(self, state: State) -> None:
-        self._put("meta", [("state", json.dumps(vars(state)))])
+        self.put("meta", [("state", json.dumps(vars(state)))])
 
     def models(self) -> dict[str, ColumnModel]:
         return {COLUMNS[index]: ColumnModel(model_id, dimension) for index, model_id, dimension in self._all("model")}
 
     def add_model(self, column: str, model: ColumnModel) -> None:
-        self._put("model", [(COLUMNS.index(column), model.model_id, model.dimension)])
+        self.put("model", [(COLUMNS.index(column), model.model_id, model.dimension)])
 
     def group_sets(self) -> dict[int, frozenset[str]]:
         return {number: frozenset(json.loads(names)) for number, names in self._all("group_set")}
 
     def add_group_set(self, number: int, names: Iterable[str]) -> None:
-        self._put("group_set", [(number, json.dumps(sorted(names)))])
+        self.put("group_set", [(number, json.dumps(sorted(names)))])
 
     def problems(self) -> list[str]:
         """SQLite's own check of every page, the checksum of every row, and the rules that the journal keeps."""
@@ -177,7 +177,7 @@ class Catalogue:
 
     def add_segment(self, entry: SegmentEntry) -> None:
         values = (entry.number, entry.first_row, entry.end_row, json.dumps(dict(entry.files)))
-        self._put("segment", [values])
+        self.put("segment", [values])
 
     def drop_segments(self, numbers: Iterable[int]) -> None:
         self._connection.executemany("DELETE FROM segment WHERE number = ?", ((number,) for number in numbers))
@@ -187,7 +187,7 @@ class Catalogue:
 
     def add_tombstone(self, row: int, version: int) -> None:
         """Removes a row; its templates are erased from the journal."""
-        self._put("tombstone", [(row, version)])
+        self.put("tombstone", [(row, version)])
         self._connection.execute(
             "DELETE FROM cell WHERE key BETWEEN ? AND ?", (row * _STRIDE, row * _STRIDE + _STRIDE - 1)
         )
@@ -203,7 +203,7 @@ class Catalogue:
 
     def add_subjects(self, rows: Iterable[tuple[int, str, str, int]]) -> None:
         """rows: (row, subject_id, encounter_id, group_set)."""
-        self._put("subject", rows)
+        self.put("subject", rows)
 
     def cells(self) -> Iterator[JournalCell]:
         """By row."""
@@ -212,22 +212,26 @@ class Catalogue:
 
     def add_cells(self, cells: Iterable[tuple[int, Template]]) -> None:
         """cells: (row, template)."""
-        self._put("cell", ((row * _STRIDE + COLUMNS.index(t.column), *_blobs(t)) for row, t in cells))
+        self.put("cell", ((row * _STRIDE + COLUMNS.index(t.column), *_blobs(t)) for row, t in cells))
 
     def add_vectors(self, rows: Iterable[int], column: str, vectors: Float32) -> None:
         index = COLUMNS.index(column)
         values = ((row * _STRIDE + index, v.tobytes(), None, None) for row, v in zip(rows, vectors, strict=True))
-        self._put("cell", values)
+        self.put("cell", values)
 
     def answers(self) -> dict[str, Answer]:
         """encounter_id -> what was sent and answered."""
         return {key: Answer(digest, outcome, answer) for key, digest, outcome, answer in self._all("encounter")}
 
     def add_answer(self, encounter_id: str, answer: Answer) -> None:
-        self._put("encounter", [(encounter_id, answer.digest, answer.outcome, answer.text)])
+        self.put("encounter", [(encounter_id, answer.digest, answer.outcome, answer.text)])
 
     def hold(self, encounter_id: str, templates: Iterable[Template]) -> None:
-        self._put("held", ((f"{encounter_id}/{t.column}", t.model_id, *_blobs(t)) for t in templates))
+        self.put("held", ((f"{encounter_id}/{t.column}", t.model_id, *_blobs(t)) for t in templates))
+
+    def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
+        """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
+        self.put("held", ((f"{encounter_id}/{COLUMNS[index]}", *rest) for encounter_id, index, *rest in rows))
 
     def clear_journal(self) -> None:
         """After sealing: the segment has it all."""
@@ -236,7 +240,8 @@ class Catalogue:
 
     # rows with checksums ----------------------------------------------------------------------------------------
 
-    def _put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+    def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Inserts rows with their checksums; in `meta`, replaces them."""
         marks = ",".join("?" * (_COLUMNS_OF[table].count(",") + 2))
         verb = "REPLACE" if table == "meta" else "INSERT"
         self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", ((*row, _checksum(row)) for row in rows))

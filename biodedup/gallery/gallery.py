@@ -42,6 +42,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
 from biodedup.gallery.tail import Tail, TailPart
 from biodedup.gallery.transaction import Transaction
+from biodedup.gallery.upgrade import OLD_FORMAT, upgrade
 from biodedup.values import Float32
 
 DATABASE_NAME = "gallery.sqlite3"
@@ -86,6 +87,7 @@ class Gallery:
         self._published, self._tail = self._load()
         if lock is not None:
             self._sweep()
+            self._wake_if_due()
 
     @classmethod
     def open(
@@ -122,6 +124,8 @@ class Gallery:
             try:
                 if not names or DATABASE_NAME not in names:
                     _create(storage, folder, gallery_id, json.dumps(settings))
+                elif lock is not None:
+                    _upgrade(storage, folder)
                 catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
                 try:
                     check_format(storage, catalogue, folder)
@@ -196,8 +200,7 @@ class Gallery:
         self._published = transaction.snapshot()
         for segment in transaction.retired:
             self._remove_files(segment.entry.number)
-        if self._tail.count + len(self._tail.answers) >= self._config.seal_rows or transaction.new_segments:
-            self._wake_maintenance()
+        self._wake_if_due()
 
     def _is_durable(self, transaction: Transaction) -> bool:
         """After a failed transaction: rolls back, and asks the disk whether the commit took place all the same."""
@@ -241,17 +244,21 @@ class Gallery:
     def maintain(self) -> None:
         """Seals a full tail and merges what is due, now."""
         with self._merging:
-            if self._tail.count + len(self._tail.answers) >= self._config.seal_rows:
+            if self._tail_is_full():
                 self.seal()
-            while not self._broken:
-                snapshot = self.snapshot()
-                segments = _segments_of(snapshot)
-                dead = [len(_removed(snapshot, [segment])) for segment in segments]
-                counts = [segment.count for segment in segments]
-                run = due(counts, dead, self._config.seal_rows, self._config.merge_fan)
-                if run is None:
-                    return
-                self._merge(segments[run])
+            while not self._broken and (segments := self._run_due()):
+                self._merge(segments)
+
+    def _tail_is_full(self) -> bool:
+        return self._tail.count + len(self._tail.answers) >= self._config.seal_rows
+
+    def _run_due(self) -> list[Segment]:
+        """Neighbours that are to be merged; none where nothing is due."""
+        snapshot = self.snapshot()
+        segments = _segments_of(snapshot)
+        dead = [len(_removed(snapshot, [segment])) for segment in segments]
+        run = due([segment.count for segment in segments], dead, self._config.seal_rows, self._config.merge_fan)
+        return [] if run is None else segments[run]
 
     def seal(self) -> None:
         """Turns the journal into a segment."""
@@ -291,8 +298,8 @@ class Gallery:
                 self._remove_files(number)
             raise
 
-    def _wake_maintenance(self) -> None:
-        if self._closing or not self._config.background:
+    def _wake_if_due(self) -> None:
+        if self._closing or not self._config.background or not (self._tail_is_full() or self._run_due()):
             return
         if self._maintenance is None:
             self._maintenance = threading.Thread(
@@ -439,6 +446,35 @@ def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> N
     storage.remove(folder / f"{NEW_NAME}-journal")
 
 
+def _upgrade(storage: Storage, folder: Path) -> None:
+    """Turns a gallery of the old format into one of this; leaves every other alone."""
+    old = storage.connect(folder / DATABASE_NAME, read_only=True)
+    try:
+        if Catalogue(old).identify()[:2] != (APPLICATION_ID, OLD_FORMAT):
+            return
+        storage.make_folder(folder / SEGMENT_FOLDER)
+        storage.remove(folder / NEW_NAME)
+        storage.remove(folder / f"{NEW_NAME}-journal")
+        upgrade(storage, old, folder / NEW_NAME)
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB:
+            return  # `check_format` says what it is
+        raise
+    finally:
+        old.close()
+    storage.replace(folder / NEW_NAME, folder / DATABASE_NAME)
+    storage.sync_folder(folder)
+    storage.remove(folder / f"{NEW_NAME}-journal")
+
+
+def _format_stored(catalogue: Catalogue) -> str | None:
+    """What the settings say the format is; None where they are damaged, or another program's."""
+    try:
+        return catalogue.meta().get("format")
+    except (GalleryDamaged, sqlite3.DatabaseError, ValueError):
+        return None
+
+
 def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
     """Raises NotAGallery for another program's database or another version's, GalleryDamaged for one that was lost."""
     name = folder / DATABASE_NAME
@@ -446,7 +482,7 @@ def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
     try:
         application_id, format_version, tables = catalogue.identify()
         ours = application_id == APPLICATION_ID
-        format_stored = catalogue.meta().get("format") if tables and (ours or with_segments) else None
+        format_stored = _format_stored(catalogue) if tables and format_version != OLD_FORMAT else None
     except sqlite3.DatabaseError as error:
         if with_segments and getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB:
             raise GalleryDamaged(f"{name} is damaged: {error}; restore it from a backup") from error
@@ -459,7 +495,8 @@ def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
         raise NotAGallery(f"{name} is a database of another program; name an empty folder or a gallery")
     if format_version != FORMAT_VERSION:
         raise NotAGallery(
-            f"{folder} has format {format_version}, this version reads {FORMAT_VERSION}; open it with the version that wrote it"
+            f"{folder} has format {format_version}, this version reads {FORMAT_VERSION}; "
+            + ("open it for writing once" if format_version == OLD_FORMAT else "open it with the version that wrote it")
         )
 
 
