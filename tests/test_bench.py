@@ -17,16 +17,22 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     [
         (["captures.py", "--smoke"], "faces a second", False),
         (["scale.py", "--subjects", "5000"], "recall@10                                1.0", False),
+        (["storage.py", "--subjects", "20000"], "open and first search, s", False),
+        (["torture.py", "--kills", "2"], "unreadable                               0", False),
         (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
         (["accuracy.py", "chimeras", "--limit", "2", "--seeds", "1"], "second duplicate or review", True),
     ],
-    ids=["captures", "scale", "faces", "chimeras"],
+    ids=["captures", "scale", "storage", "torture", "faces", "chimeras"],
 )
-def test_a_benchmark_runs_at_smoke_size_and_tells_its_figure(request, arguments, told, real_data):
+def test_a_benchmark_runs_at_smoke_size_and_tells_its_figure(request, tmp_path, arguments, told, real_data):
     if real_data:
         os.environ["BIODEDUP_DATA"] = str(request.getfixturevalue("data_folder"))
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / arguments[0], *arguments[1:]], capture_output=True, text=True, timeout=280
+        [sys.executable, BENCHMARKS / arguments[0], *arguments[1:]],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert told in done.stdout

@@ -508,6 +508,23 @@ def test_a_flipped_bit_in_any_segment_file_is_found_and_named(sealed):
     assert inspect(LocalStorage(), sealed) == []
 
 
+def test_doctor_counts_subjects_that_are_enrolled_twice_and_no_removed_ones(tmp_path):
+    with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
+        enroll(engine, 0)
+        engine._gallery.seal()
+        for person in (1, 2, 3):  # one row in the segment and two in the journal are removed
+            assert engine.update(bd.Encounter("s0", templates={"face": PEOPLE[person]})).outcome == "unique"
+        enroll(engine, 4)
+        assert engine.problems() == []
+        with engine._gallery.transaction() as transaction:  # what `add` would refuse
+            template = bd.Template("face", transaction.models["face"].model_id, PEOPLE[5])
+            transaction.tail.subject_ids.append("s4")
+            transaction._catalogue.add_subjects([(transaction.tail.end_row, "s4", "", 0)])
+            transaction._catalogue.add_cells([(transaction.tail.end_row, template)])
+            transaction.content_changed = True
+        assert engine.problems() == ["database, subject: 2 of its subjects are enrolled twice"]
+
+
 def test_a_flipped_bit_in_the_journal_is_found_or_changes_nothing(sealed):
     before = contents(sealed)
     database = sealed / "gallery.sqlite3"

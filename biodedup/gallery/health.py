@@ -11,6 +11,7 @@ Owns verification, repair and backup. Never searches, and never changes what is 
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,14 +189,17 @@ def _manifest(
                     problems.append(Problem(entry.number, kind, str(error)))
         if copy is not None:
             catalogue.copy_to(copy)
+        removed = catalogue.tombstones()
+        gone = set(removed)
+        journal = [subject_id for row, subject_id, *_ in catalogue.subjects() if row not in gone]
         return _Manifest(
             catalogue.meta()["gallery_id"],
             catalogue.state().version,
             entries,
             files,
             problems,
-            np.array(catalogue.tombstones(), np.int64),
-            [subject_id for row, subject_id, *_ in catalogue.subjects()],
+            np.array(removed, np.int64),
+            journal,
         )
     finally:
         catalogue.rollback()
@@ -232,33 +236,29 @@ def _contradictions(segment: Segment) -> Iterator[Problem]:
 
 
 def _doubles(manifest: _Manifest) -> list[Problem]:
-    """Subject ids that are enrolled twice."""
-    found: list[Problem] = []
-    segments = [
-        Segment(entry, {kind: manifest.files[entry.number, kind] for kind in entry.files}) for entry in manifest.entries
-    ]
-    live = []
-    for segment in segments:
+    """Subjects that are enrolled twice. Works range by range of the hash, so that memory is bounded by the range."""
+    live: list[tuple[int | None, NDArray[np.uint64]]] = []
+    for entry in manifest.entries:
+        segment = Segment(entry, {kind: manifest.files[entry.number, kind] for kind in entry.files})
+        low, high = np.searchsorted(manifest.tombstones, (segment.first_row, segment.end_row))
+        removed = segment.at(manifest.tombstones[low:high])
         hashes, positions = segment.lookup()
-        dead = segment.at(
-            manifest.tombstones[(manifest.tombstones >= segment.first_row) & (manifest.tombstones < segment.end_row)]
-        )
-        live.append(hashes[~np.isin(positions, dead)] if len(dead) else hashes)
-    live.append(packed.hashes(packed.pack_text(manifest.journal_ids)))
-    for low in range(0, 1 << 8):  # range by range of the hash: memory is bounded by the range
-        bounds = np.array([low << 56, min((low + 1) << 56, 2**64 - 1)], np.uint64)
-        pieces = [hashes[slice(*np.searchsorted(hashes, bounds))] for hashes in live[:-1]]
-        pieces.append(live[-1][(live[-1] >= bounds[0]) & (live[-1] < bounds[1])])
+        live.append((entry.number, hashes[~np.isin(positions, removed)] if len(removed) else hashes))
+    live.append((None, np.sort(packed.hashes(packed.pack_text(manifest.journal_ids)))))
+    found: Counter[int | None] = Counter()
+    bounds = np.linspace(0, 2.0**64, 257)[1:-1].astype(np.uint64)
+    cuts = [[0, *np.searchsorted(hashes, bounds).tolist(), len(hashes)] for _, hashes in live]
+    for i in range(len(bounds) + 1):
+        pieces = [hashes[cut[i] : cut[i + 1]] for (_, hashes), cut in zip(live, cuts, strict=True)]
         together = np.sort(np.concatenate(pieces))
         doubles = together[1:][together[1:] == together[:-1]]
-        for number, segment in zip((s.entry.number for s in segments), segments, strict=True):
-            hashes, positions = segment.lookup()
-            at = np.searchsorted(hashes, doubles)
-            hit = [int(positions[i]) for i, h in zip(at, doubles, strict=True) if i < len(hashes) and hashes[i] == h]
-            if hit:
-                rows = segment.rows(np.array(hit)).tolist()
-                found.append(Problem(number, SUBJECT, f"the subjects of rows {rows[:20]} are enrolled elsewhere, too"))
-    return found
+        for (number, _), piece in zip(live, pieces, strict=True):
+            found[number] += int(np.isin(piece, doubles).sum()) if len(doubles) else 0
+    return [
+        Problem(number, SUBJECT, f"{count} of its subjects are enrolled twice")
+        for number, count in found.items()
+        if count
+    ]
 
 
 # mending ---------------------------------------------------------------------------------------------------------

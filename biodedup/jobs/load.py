@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from biodedup.engine import Engine
-from biodedup.errors import InvalidInput
+from biodedup.errors import InvalidInput, StorageUnavailable
 from biodedup.jobs.progress import Progress, silent
 from biodedup.values import COLUMNS
 
@@ -93,7 +93,10 @@ def load(
         refused_rows += (position + bad[: ROWS_NAMED_MAX - len(refused_rows)]).tolist()
         position += len(batch)
         progress("loading", position, max(total, position))
-    engine.tidy()
+    try:
+        engine.tidy()
+    except StorageUnavailable:
+        pass  # everything is durable already; the next writer merges
     return LoadResult(added, present, reasons.total(), tuple(refused_rows), dict(sorted(reasons.items())))
 
 
