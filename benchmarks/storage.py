@@ -152,19 +152,43 @@ def recall(gallery: Path, count: int) -> dict[str, Any]:
     }
 
 
+def care(gallery: Path, count: int) -> dict[str, Any]:
+    """Checking, copying and merging everything."""
+    with bd.Engine.open(gallery) as engine:
+        started = time.perf_counter()
+        assert engine.problems() == []
+        checked = time.perf_counter() - started
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            started = time.perf_counter()
+            copied = engine.backup(Path(folder) / "b")
+            backed_up = time.perf_counter() - started
+        engine.remove(subject_id(0))
+        started = time.perf_counter()
+        engine.compact()
+        merged = time.perf_counter() - started
+        assert len(engine) == count - 1
+    return {
+        "doctor's check, subjects a second": round(count / checked),
+        "backup, MB a second": round(copied.byte_count / backed_up / 1e6),
+        "compaction of all, subjects a second": round(count / merged),
+        "peak memory of these, MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
 def enrolments() -> dict[str, Any]:
     """Single durable enrolments into a small gallery, so that next to nothing is the search's."""
     vectors = population(THREADS * ENROLMENTS, seed=7)
-    commits: list[float] = []
+    took: list[float] = []
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, bd.Engine.open(Path(folder) / "g") as engine:
+
+        def encounter(row: int) -> bd.Encounter:
+            return bd.Encounter(f"s{row}", templates={"face": vectors[row]}, encounter_id=f"e{row}")
 
         def work(thread: int) -> None:
             for i in range(ENROLMENTS // THREADS):
-                row = thread * ENROLMENTS + i
-                encounter = bd.Encounter(f"s{row}", templates={"face": vectors[row]}, encounter_id=f"e{row}")
                 started = time.perf_counter()
-                engine.enroll(encounter)
-                commits.append(1000 * (time.perf_counter() - started))
+                engine.enroll(encounter(thread * ENROLMENTS + i))
+                took.append(1000 * (time.perf_counter() - started))
 
         threads = [threading.Thread(target=work, args=(t,)) for t in range(THREADS)]
         started = time.perf_counter()
@@ -172,11 +196,21 @@ def enrolments() -> dict[str, Any]:
             thread.start()
         for thread in threads:
             thread.join()
-        took = time.perf_counter() - started
-    done = THREADS * (ENROLMENTS // THREADS)
+        rate = len(took) / (time.perf_counter() - started)
+        alone = [encounter(ENROLMENTS // 2 + i) for i in range(500)]
+        searched = timed(lambda i: engine.identify(alone[i]), len(alone))
+        enrolled = timed(lambda i: engine.enroll(alone[i]), len(alone))
+        overhead = np.array(enrolled) - np.median(searched)
+        rows = engine.config.gallery.seal_rows - len(engine) - len(took) - len(alone) - 1
+        engine.add_templates([f"t{i}" for i in range(rows)], {"face": population(rows, seed=8)})
+        started = time.perf_counter()
+        engine._gallery.seal()
+        sealed = time.perf_counter() - started
     return {
-        f"durable enrolments a second, {THREADS} threads": round(done / took),
-        "of one enrolment, p50 / p99 ms": f"{np.median(commits):.1f} / {np.quantile(commits, 0.99):.1f}",
+        f"durable enrolments a second, {THREADS} threads": round(rate),
+        f"of one enrolment, {THREADS} threads, p50 / p99 ms": f"{np.median(took):.1f} / {np.quantile(took, 0.99):.1f}",
+        "commit overhead, one thread, p50 / p99 ms": f"{np.median(overhead):.1f} / {np.quantile(overhead, 0.99):.1f}",
+        "sealing a full tail holds commits up for, ms": round(1000 * sealed),
     }
 
 
@@ -192,7 +226,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         source, gallery = folder / f"{count}.parquet", folder / f"{count}.gallery"
         stages = {"load": lambda: load(source, gallery, count), "read": lambda: read(gallery, count),
-                  "recall": lambda: recall(gallery, count), "enrolments": enrolments}  # fmt: skip
+                  "recall": lambda: recall(gallery, count), "care": lambda: care(gallery, count), "enrolments": enrolments}  # fmt: skip
         if arguments.stage:
             print(json.dumps(stages[arguments.stage]()))
             return

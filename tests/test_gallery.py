@@ -25,7 +25,8 @@ from biodedup.gallery.health import inspect
 from biodedup.gallery.part import dequantise, quantise
 from biodedup.gallery.storage import LocalStorage
 
-PEOPLE = people(64, seed=5)
+PEOPLE = np.linalg.qr(people(64, seed=5).T)[0].T.astype(np.float32)
+"""Persons as unlike as can be: cosine 0 for every pair, so that no two of them ever look like one."""
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -53,7 +54,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_whatever_is_done_in_whatever_order_the_gallery_holds_what_a_dictionary_would(tmp_path_factory, steps):
     folder = tmp_path_factory.mktemp("g") / "g"
@@ -323,7 +324,8 @@ def test_an_update_replaces_the_subjects_templates(tmp_path):
         decision = engine.update(encounter)
         assert decision.outcome == "unique"
         assert all(candidate.subject_id != "s2" for candidate in decision.candidates)
-        assert (len(engine), nearest(engine, 20), nearest(engine, 2) == "s2") == (6, "s2", False)
+        assert (len(engine), nearest(engine, 20)) == (6, "s2")
+        assert engine.search({"face": PEOPLE[2:3]}, k=1).similarity[0, 0] < 0.5
         assert nearest(engine, 20, groups=["moved"]) == "s2"
         version = engine.gallery_version
         assert engine.update(encounter) == decision
