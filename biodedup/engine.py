@@ -40,6 +40,7 @@ from biodedup.errors import (
     InvalidInput,
     ModelMismatch,
     StorageUnavailable,
+    SubjectExists,
     UnknownSubject,
 )
 from biodedup.gallery.answers import digest_of, from_json, to_json
@@ -447,7 +448,11 @@ class Engine:
     ) -> Loaded:
         """As `add_templates`, but subjects that are enrolled already are kept as they are, and told apart: the same
         templates, or others."""
-        return self._add(subject_ids, templates, groups, encounter_id, keep_enrolled=True)
+        while True:
+            try:
+                return self._add(subject_ids, templates, groups, encounter_id, keep_enrolled=True)
+            except SubjectExists:
+                continue  # enrolled by another thread since they were told apart
 
     def _add(
         self,
