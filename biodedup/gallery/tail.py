@@ -33,6 +33,11 @@ class Answer:
     outcome: str
     text: str
 
+    @cached_property
+    def compressed(self) -> bytes:
+        """The text as segments hold it. Made when an answer is recorded, so that sealing has nothing left to do."""
+        return zlib.compress(self.text.encode())
+
 
 class GrowingArray:
     """An array with spare capacity along its first axis."""
@@ -297,7 +302,7 @@ class TailAnswers:
         return pack([answer.digest for answer in list(self._answers.values())[low:high]])
 
     def texts(self, low: int, high: int) -> Packed:
-        return pack([zlib.compress(answer.text.encode()) for answer in list(self._answers.values())[low:high]])
+        return pack([answer.compressed for answer in list(self._answers.values())[low:high]])
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         return sorted_lookup(hashes(self.ids(0, self.count)))

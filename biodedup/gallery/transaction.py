@@ -136,6 +136,7 @@ class Transaction:
 
     def record(self, encounter_id: str, answer: Answer) -> None:
         """Stores what was sent and answered, so that a resent encounter gets the same answer."""
+        _ = answer.compressed  # now, so that sealing need not
         self._catalogue.add_answer(encounter_id, answer)
         self.answers[encounter_id] = answer
         self.content_changed = True
