@@ -13,7 +13,6 @@ Owns the order of the stages, and is the only place that branches between them. 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import time
@@ -35,7 +34,6 @@ from biodedup.embed.extractor import Extractor
 from biodedup.errors import (
     BiodedupError,
     CallerError,
-    EncounterConflict,
     EngineClosed,
     InvalidInput,
     ModelMismatch,
@@ -43,7 +41,14 @@ from biodedup.errors import (
     SubjectExists,
     UnknownSubject,
 )
-from biodedup.gallery.answers import digest_of, from_json, to_json
+from biodedup.gallery.answers import (
+    answered_before,
+    batch_answered_before,
+    digest_of,
+    digest_of_batch,
+    from_json,
+    to_json,
+)
 from biodedup.gallery.catalogue import ColumnModel
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
@@ -235,7 +240,7 @@ class Engine:
         for i, encounter in enumerate(encounters):
             try:
                 _require_subject(encounter)
-                answers[i] = _answered_before(self._gallery.snapshot().answer, encounter, digests[i])
+                answers[i] = answered_before(self._gallery.snapshot().answer, encounter, digests[i])
             except CallerError as error:
                 answers[i] = error
         todo = [i for i, answer in enumerate(answers) if answer is None]
@@ -284,7 +289,7 @@ class Engine:
     def _settle_request(self, transaction: Transaction, request: _Request) -> None:
         for probe, found, digest in zip(request.probes, request.seen, request.digests, strict=True):
             try:
-                answer = _answered_before(transaction.answer, probe.encounter, digest)
+                answer = answered_before(transaction.answer, probe.encounter, digest)
                 request.answers.append(answer or self._settle(transaction, probe, found, digest, request))
             except CallerError as error:
                 request.answers.append(error)
@@ -476,10 +481,10 @@ class Engine:
         for what, count in [("groups", len(named)), *((f"column {c}", len(v)) for c, (_, v) in columns.items())]:
             if count != len(ids):
                 raise InvalidInput(f"{what} has {count} rows for {len(ids)} subject_ids; pass one row each")
-        digest = _digest_of_batch(ids, columns, named)
+        digest = digest_of_batch(ids, columns, named)
         if encounter_id is not None:
             check_id(encounter_id, "encounter_id")
-            if _batch_answered_before(self._gallery.snapshot().answer(encounter_id), encounter_id, digest):
+            if batch_answered_before(self._gallery.snapshot().answer(encounter_id), encounter_id, digest):
                 return Loaded(0, len(ids), ())
         present, conflicting = 0, tuple[int, ...]()
         if keep_enrolled:
@@ -492,7 +497,7 @@ class Engine:
         if len(ids) < self.config.gallery.seal_rows:
             with self._gallery.transaction() as transaction:
                 if encounter_id is not None:
-                    if _batch_answered_before(transaction.answer(encounter_id), encounter_id, digest):
+                    if batch_answered_before(transaction.answer(encounter_id), encounter_id, digest):
                         return Loaded(0, len(ids) + present, conflicting)
                     transaction.record(encounter_id, answer)
                 if ids:
@@ -504,7 +509,7 @@ class Engine:
         entry = self._gallery.write_rows(ids, {column: vectors for column, (_, vectors) in columns.items()}, group_sets)
         try:
             with self._gallery.transaction() as transaction:
-                if encounter_id is not None and _batch_answered_before(
+                if encounter_id is not None and batch_answered_before(
                     transaction.answer(encounter_id), encounter_id, digest
                 ):
                     self._gallery.discard_rows(entry)
@@ -547,7 +552,7 @@ class Engine:
             _require_subject(encounter)
         digests = [digest_of(encounter) for encounter in encounters]
         answer = self._gallery.snapshot().answer
-        known = [_answered_before(answer, *pair) for pair in zip(encounters, digests, strict=True)]
+        known = [answered_before(answer, *pair) for pair in zip(encounters, digests, strict=True)]
         answers = dict(enumerate(known))
         todo = [i for i, answer in answers.items() if answer is None]
         with_probe = dict(zip(todo, self._prepare([encounters[i] for i in todo]), strict=True))
@@ -783,7 +788,7 @@ def _pair_comparer() -> Comparer:
 
 
 _COLUMN_SET = frozenset(COLUMNS)
-_SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9999 (d = 128, benchmarks/storage.py)
+_SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/test_gallery.py)
 
 
 def _checked(groups: Collection[str] | None) -> tuple[str, ...] | None:
@@ -797,43 +802,6 @@ def _for_waiting(error: BaseException) -> BiodedupError:
     return StorageUnavailable(
         f"the commit was interrupted ({type(error).__name__}); nothing was acknowledged; send it again"
     )
-
-
-def _answered_before(
-    answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes
-) -> Decision | None:
-    if encounter.encounter_id is None:
-        return None
-    stored = answer_of(encounter.encounter_id)
-    if stored is None:
-        return None
-    if stored[0] != digest:
-        raise _conflict(encounter.encounter_id)
-    return from_json(stored[1])
-
-
-def _batch_answered_before(stored: tuple[bytes, str] | None, encounter_id: str, digest: bytes) -> bool:
-    if stored is not None and stored[0] != digest:
-        raise _conflict(encounter_id)
-    return stored is not None
-
-
-def _conflict(encounter_id: str) -> EncounterConflict:
-    return EncounterConflict(
-        f"encounter {encounter_id!r} was sent before with other content; give this one an id of its own"
-    )
-
-
-def _digest_of_batch(
-    ids: Sequence[str], columns: Mapping[str, tuple[str, Float32]], groups: Sequence[tuple[str, ...]]
-) -> bytes:
-    digest = hashlib.sha256("\n".join(ids).encode())
-    for column, (_, vectors) in sorted(columns.items()):
-        digest.update(column.encode())
-        digest.update(vectors.data)
-    if any(groups):
-        digest.update(json.dumps(groups).encode())
-    return digest.digest()
 
 
 def _merged(first: Found, since: Found) -> Found:

@@ -185,7 +185,9 @@ def test_opening_reads_no_column(tmp_path):
 def test_enrolments_searches_and_background_merges_go_on_together(tmp_path):
     vectors = people(400, seed=9)
     failures: list[str] = []
-    with bd.Engine.open(tmp_path / "g", small(seal_rows=16, merge_fan=3, background=True)) as engine:
+    sealing = bd.GalleryConfig(seal_rows=16, merge_fan=3)
+    strict = bd.Policy(duplicate_db=100, review_db=100)  # of 80,000 non-mated pairs none is a false match
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=sealing, policy=strict)) as engine:
         stop = threading.Event()
 
         def look() -> None:
@@ -649,7 +651,7 @@ import numpy as np
 import biodedup as bd
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 vectors = np.load(sys.argv[2])
-config = bd.Config(gallery=bd.GalleryConfig(8, 2, False))
+config = bd.Config(gallery=bd.GalleryConfig(8, 2, False), policy=bd.Policy(duplicate_db=150, review_db=150))
 with bd.Engine.open(sys.argv[1], config) as engine:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
     failed = 0
@@ -730,6 +732,9 @@ def test_the_golden_gallery_of_this_format_opens_and_answers(tmp_path):
         assert list(engine.search({"face": vectors[:1]}, k=3, groups=["north"]).ids[0]) == ["anna", "", ""]
         assert engine.decision("e-dora").outcome == "unique"
         assert engine.info()["removed_not_erased"] == 1
+    with bd.Engine.open(tmp_path / "g") as engine:
+        resent = bd.Encounter("dora", templates={"face": vectors[3]}, encounter_id="e-dora")
+        assert engine.enroll(resent) == engine.decision("e-dora")
 
 
 def test_the_golden_gallery_is_rewritten_byte_for_byte(tmp_path):
@@ -754,6 +759,8 @@ def test_a_gallery_of_the_first_release_is_upgraded_and_answers_as_before(tmp_pa
             assert list(ids[[0, 1, 3, 4], 0]) == ["anna", "bella", "dora", "emil"]
             assert engine.decision("e-dora").outcome == "unique"
             assert engine.gallery_version == 4
+            resent = bd.Encounter("dora", templates={"face": vectors[3]}, encounter_id="e-dora")
+            assert engine.enroll(resent) == engine.decision("e-dora")
             assert engine.problems() == []
             engine.tidy()
     assert list((tmp_path / "g" / "segments").glob("*.face"))

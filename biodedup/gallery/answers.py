@@ -1,18 +1,20 @@
 """What the gallery remembers of an encounter: a digest of what was sent, and the decision that was answered.
 
-Owns these two encodings. Never stores them.
+Owns these two encodings, and what sending an encounter again means. Never stores them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from biodedup.values import Candidate, CaptureData, Decision, Encounter, Evidence, Missing, Refusal, Template
+from biodedup.errors import EncounterConflict
+from biodedup.values import Candidate, CaptureData, Decision, Encounter, Evidence, Float32, Missing, Refusal, Template
 
 
 def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
@@ -25,7 +27,11 @@ def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
 
-    add(operation.encode(), (encounter.subject_id or "").encode(), *(group.encode() for group in encounter.groups))
+    add((encounter.subject_id or "").encode())
+    if (
+        operation != "enroll" or encounter.groups
+    ):  # an enrolment without groups has the digest that release 0.1.0 gave it
+        add(operation.encode(), *(group.encode() for group in encounter.groups))
     for capture in encounter.captures:
         add(type(capture).__name__.encode(), capture.column.encode())
         if isinstance(capture, Missing):
@@ -75,3 +81,43 @@ def from_json(text: str) -> Decision:
             "model_ids": tuple(fields["model_ids"]),
         }
     )
+
+
+def answered_before(
+    answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes
+) -> Decision | None:
+    """The answer that this encounter got, or None. digest: of what is sent now. Raises EncounterConflict for other content."""
+    if encounter.encounter_id is None:
+        return None
+    stored = answer_of(encounter.encounter_id)
+    if stored is None:
+        return None
+    if stored[0] != digest:
+        raise _conflict(encounter.encounter_id)
+    return from_json(stored[1])
+
+
+def batch_answered_before(stored: tuple[bytes, str] | None, encounter_id: str, digest: bytes) -> bool:
+    """Whether this batch was written before. Raises EncounterConflict for other content."""
+    if stored is not None and stored[0] != digest:
+        raise _conflict(encounter_id)
+    return stored is not None
+
+
+def _conflict(encounter_id: str) -> EncounterConflict:
+    return EncounterConflict(
+        f"encounter {encounter_id!r} was sent before with other content; give this one an id of its own"
+    )
+
+
+def digest_of_batch(
+    ids: Sequence[str], columns: Mapping[str, tuple[str, Float32]], groups: Sequence[tuple[str, ...]]
+) -> bytes:
+    """SHA-256 of a batch of templates. columns: column -> (model_id, vectors float32 (n, d))."""
+    digest = hashlib.sha256("\n".join(ids).encode())
+    for column, (_, vectors) in sorted(columns.items()):
+        digest.update(column.encode())
+        digest.update(vectors.data)
+    if any(groups):
+        digest.update(json.dumps(groups).encode())
+    return digest.digest()
