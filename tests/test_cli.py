@@ -148,7 +148,19 @@ def test_load_says_what_is_wrong_with_a_file(tmp_path):
     pa.parquet.write_table(
         pa.table({"subject_id": ["a", "b"], "face": [[1.0], [0.6, 0.8]]}), tmp_path / "ragged.parquet"
     )
+    stream = pa.BufferOutputStream()
+    table = pa.table({"subject_id": ["a", "b"], "face": people(2).tolist()})
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "cut.ipc").write_bytes(stream.getvalue().to_pybytes()[:-400])
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "empty.arrow").touch()
     with bd.Engine.open(tmp_path / "g") as engine:
+        with pytest.raises(bd.InvalidInput, match="breaks off"):
+            jobs.load(engine, tmp_path / "cut.ipc")
+        for name in ("empty.npy", "empty.arrow"):
+            with pytest.raises(bd.InvalidInput, match="is not a Parquet"):
+                jobs.load(engine, tmp_path / name, ids=tmp_path / "empty.npy")
         for name, text in (
             ("text", "not a Parquet"),
             ("columns", "wanted subject_id"),

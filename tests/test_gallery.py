@@ -594,6 +594,32 @@ def test_a_lost_database_is_restored_with_the_backups_whole_state(sealed, tmp_pa
     assert len(list((sealed / "damaged").iterdir())) >= 2
 
 
+def test_a_database_is_not_restored_from_another_gallerys_backup(sealed, tmp_path):
+    with bd.Engine.open(tmp_path / "other") as other:
+        enroll(other, 0)
+        other.backup(tmp_path / "b")
+    database = sealed / "gallery.sqlite3"
+    database.write_bytes(b"")
+    with pytest.raises(bd.InvalidInput, match="another gallery"):
+        jobs.examine(sealed, mend=True, backup=tmp_path / "b")
+    assert database.exists()
+    assert not (sealed / "damaged").exists()
+
+
+def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
+    with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
+        gallery = engine._gallery
+        old = [part for part in gallery.snapshot().parts if isinstance(part, segment.Segment)]
+        taken = gallery._take_number()
+        gallery._broken = True
+        enroll(engine, 14)  # recovers first
+        assert gallery._take_number() == taken + 1
+        gallery._merge(old)
+        assert engine.info()["segments"] == 1
+        assert engine.problems() == []
+        assert nearest(engine, 14) == "s14"
+
+
 def test_a_backup_is_incremental_consistent_and_a_gallery(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         first = engine.backup(tmp_path / "b")

@@ -360,7 +360,8 @@ class Gallery:
     def _read(self) -> tuple[Snapshot, Tail]:
         meta = self._catalogue.meta()
         self.gallery_id = meta["gallery_id"]
-        self._state = self._catalogue.state()
+        state = self._catalogue.state()  # a number that a merge has taken, and not committed yet, stays taken
+        self._state = replace(state, next_segment=max(state.next_segment, self._state.next_segment))
         models = self._catalogue.models()
         segments = [open_segment(self.storage, self._segments, entry) for entry in self._catalogue.segments()]
         tail = Tail(segments[-1].end_row if segments else 0)

@@ -309,6 +309,15 @@ def _restore(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
     found = _inspect_or_lost(storage, backup)
     if found:
         raise InvalidInput(f"{backup} is damaged itself ({found[0]}); name another backup")
+    with _connected(storage, backup) as catalogue:
+        gallery_id = catalogue.meta()["gallery_id"]
+    for name in storage.list_names(folder / SEGMENT_FOLDER) or ():
+        try:
+            about = open_column_file(storage, folder / SEGMENT_FOLDER / name).about
+        except GalleryDamaged:
+            continue
+        if about["gallery"] != gallery_id:
+            raise InvalidInput(f"{backup} is a backup of another gallery than {folder}; name one of this")
     aside = folder / ASIDE_FOLDER
     storage.make_folder(aside)
     if storage.list_names(folder / SEGMENT_FOLDER) is None:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow.compute
 from numpy.typing import NDArray
 
+from biodedup.errors import EngineClosed
 from biodedup.gallery import packed
 from biodedup.gallery.column_file import ColumnFile, Stream, open_column_file, write_column_file
 from biodedup.gallery.packed import Packed
@@ -290,7 +291,7 @@ def _find(file: ColumnFile, strings: _Strings, wanted: str, target: np.uint64) -
 # writing ---------------------------------------------------------------------------------------------------------
 
 
-class Abandoned(Exception):
+class Abandoned(EngineClosed):
     """Writing was told to stop."""
 
 
@@ -382,7 +383,7 @@ def rebuild_lookup(storage: Storage, folder: Path, number: int, gallery_id: str,
 def _watched(pieces: Iterable[NDArray[Any]], go_on: Callable[[], bool]) -> Iterator[NDArray[Any]]:
     for piece in pieces:
         if not go_on():
-            raise Abandoned
+            raise Abandoned("the engine was closed while segments were merged; they are merged another time")
         yield piece
 
 

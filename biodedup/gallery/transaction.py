@@ -176,9 +176,11 @@ class Transaction:
 
     def swap(self, merged: Sequence[Segment], entry: SegmentEntry, dropped: Int64) -> None:
         """One segment for several neighbours; dropped: the removed rows that it does not hold any more."""
-        at = self.segments.index(merged[0])
-        assert self.segments[at : at + len(merged)] == list(merged), "only one thread merges"
-        self._catalogue.drop_segments(segment.entry.number for segment in merged)
+        numbers = [segment.entry.number for segment in merged]
+        present = [part.entry.number for part in self.segments if isinstance(part, Segment)]
+        at = present.index(numbers[0])
+        assert present[at : at + len(merged)] == numbers, "only one thread merges"
+        self._catalogue.drop_segments(numbers)
         del self.segments[at : at + len(merged)]
         self._adopt(entry, at)
         self._drop_tombstones(dropped)

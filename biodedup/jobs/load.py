@@ -64,6 +64,7 @@ def load(
     Raises InvalidInput, ModelMismatch, StorageUnavailable; batches before it are in the gallery.
     """
     batches, total = _opened(source, ids, column)
+    batches = _read(batches, source)
     added = present = position = 0
     reasons: Counter[str] = Counter()
     refused_rows: list[int] = []
@@ -104,9 +105,9 @@ def _opened(source: Path | Iterable[Any], ids: Path | None, column: str) -> tupl
     """(record batches, their rows in all or 0)."""
     if not isinstance(source, Path):
         return iter(source), 0
-    if str(source) == "-":
-        return iter(pa.ipc.open_stream(sys.stdin.buffer)), 0
     try:
+        if str(source) == "-":
+            return iter(pa.ipc.open_stream(sys.stdin.buffer)), 0
         if source.suffix == ".npy":
             return _numpy_batches(source, ids, column)
         if source.suffix in (".arrow", ".feather", ".ipc", ".arrows"):
@@ -116,11 +117,21 @@ def _opened(source: Path | Iterable[Any], ids: Path | None, column: str) -> tupl
         return file.iter_batches(batch_size=BATCH_ROWS // 4, columns=wanted), file.metadata.num_rows
     except FileNotFoundError as error:
         raise InvalidInput(f"{error.filename or source} does not exist; name a Parquet, Arrow or npy file") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         if isinstance(error, InvalidInput):
             raise
         raise InvalidInput(
             f"{source} is not a Parquet, Arrow or npy file ({type(error).__name__}); write it with pyarrow, pandas or numpy"
+        ) from error
+
+
+def _read(batches: Iterator[Any], source: Path | Iterable[Any]) -> Iterator[Any]:
+    """The batches; a source that breaks off is the caller's mistake."""
+    try:
+        yield from batches
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise InvalidInput(
+            f"{_name(source)} breaks off ({type(error).__name__}); what came before is in the gallery, load the whole one again"
         ) from error
 
 
