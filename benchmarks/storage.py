@@ -27,7 +27,7 @@ from report import record
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.part import dequantise, quantise
+from biodedup.gallery.codes import dequantise, quantise
 from biodedup.jobs.demo import mates_of, population
 
 SUBJECTS, DIMENSION, PIECE, PROBES = 10_000_000, 128, 100_000, 64

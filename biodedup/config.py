@@ -114,11 +114,16 @@ class SearchConfig:
     """Rows without a comparable face whose fingers are compared one by one; more than that makes a search incomplete."""
     returned: int = 10
     """Candidates kept in a decision."""
+    miss_risk: float = 1e-3
+    """The probability that the scan of a column loses a row that an exact comparison of everybody would find; 0 leaves nothing
+    to chance, and takes longer."""
 
     def __post_init__(self) -> None:
         for name in ("candidates", "finger_rows_max", "returned"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+        if not 0 <= self.miss_risk < 0.5:
+            raise InvalidInput(f"miss_risk is {self.miss_risk}, wanted a probability of at least 0 and less than 0.5")
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,11 @@ class GalleryConfig:
     """Neighbouring segments of one size that become one of the next."""
     background: bool = True
     """Seal and merge on a thread of the engine's own; otherwise only when `compact` or a bulk load asks for it."""
+    segment_rows: int = 1 << 24
+    """Rows of a segment that is not merged further: bounds the disk and the time that a merge needs."""
 
     def __post_init__(self) -> None:
-        for name, least in (("seal_rows", 1), ("merge_fan", 2)):
+        for name, least in (("seal_rows", 1), ("merge_fan", 2), ("segment_rows", 1)):
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least {least}")
 

@@ -393,10 +393,11 @@ class Engine:
         ((column, vectors),) = probes.items()
         _, rows = self._embeddings(column, vectors)
         snapshot = self._gallery.snapshot()
-        found, similarity = self._searcher.nearest(snapshot, column, rows, k, groups=_checked(groups))
-        names = np.full(found.shape, "", object)
-        names[found >= 0] = snapshot.subject_ids(found[found >= 0].tolist())
-        return SearchResult(names, similarity, snapshot.version)
+        found = self._searcher.nearest(snapshot, column, rows, k, groups=_checked(groups))
+        there = found.rows >= 0
+        names = np.full(there.shape, "", object)
+        names[there] = snapshot.subject_ids(found.rows[there].tolist())
+        return SearchResult(names, found.similarity, snapshot.version, bool(found.failures))
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery import packed, segment
+from biodedup.gallery.codec import make_codec
+from biodedup.gallery.codes import dequantise, lower_halves, quantise
 from biodedup.gallery.column_file import Stream, open_column_file, write_column_file
 from biodedup.gallery.compaction import due
 from biodedup.gallery.health import inspect
-from biodedup.gallery.part import dequantise, quantise
 from biodedup.gallery.storage import LocalStorage
 
 PEOPLE = np.linalg.qr(people(64, seed=5).T)[0].T.astype(np.float32)
@@ -145,13 +146,14 @@ def test_fingers_and_quality_survive_sealing(tmp_path):
 
 def test_removed_templates_are_gone_from_the_disk_after_compaction(tmp_path):
     folder = tmp_path / "g"
-    code, _ = quantise(PEOPLE[2:3])
+    codes, _ = make_codec(PEOPLE.shape[1], []).encode(PEOPLE[2:3])
+    code = lower_halves(codes, codes.shape[1])
     with bd.Engine.open(folder, small()) as engine:
         engine.add_templates([f"s{i}" for i in range(8)], {"face": PEOPLE[:8]})
         engine.remove("s2")
         assert "s2" not in engine
         assert nearest(engine, 2) != "s2"
-        assert any(code.tobytes() in file.read_bytes() for file in folder.rglob("*.face"))
+        assert any(code.tobytes() in file.read_bytes() for file in folder.rglob("*.face.rest"))
         engine.compact()
         assert len(engine) == 7
     for file in folder.rglob("*"):
@@ -245,7 +247,7 @@ def test_a_batch_is_one_commit_and_waiting_threads_share_one(tmp_path):
 @given(st.lists(st.integers(1, 5000), max_size=60), st.integers(1, 100), st.integers(2, 9))
 def test_merging_ends_with_few_segments_and_rewrites_neighbours_only(counts, seal_rows, fan):
     steps = 0
-    while (run := due(counts, [0] * len(counts), seal_rows, fan)) is not None:
+    while (run := due(counts, [0] * len(counts), seal_rows, fan, 1 << 24)) is not None:
         assert run.stop - run.start >= fan
         counts[run] = [sum(counts[run])]
         steps += 1
@@ -255,8 +257,16 @@ def test_merging_ends_with_few_segments_and_rewrites_neighbours_only(counts, sea
 
 
 def test_a_segment_with_many_removed_rows_is_written_anew():
-    assert due([100, 100], [0, 26], 10, 8) == slice(1, 2)
-    assert due([100, 100], [0, 25], 10, 8) is None
+    assert due([100, 100], [0, 26], 10, 8, 1000) == slice(1, 2)
+    assert due([100, 100], [0, 25], 10, 8, 1000) is None
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 20), st.integers(2, 9), st.integers(100, 2000))
+def test_no_merged_segment_is_larger_than_allowed(counts, seal_rows, fan, rows_max):
+    while (run := due(counts, [0] * len(counts), seal_rows, fan, rows_max)) is not None:
+        assert run.stop - run.start >= 2
+        assert sum(counts[run]) <= rows_max
+        counts[run] = [sum(counts[run])]
 
 
 # codes and look-ups ----------------------------------------------------------------------------------------------
@@ -488,7 +498,7 @@ def contents(folder: Path) -> tuple[object, ...]:
 def test_a_flipped_bit_in_any_segment_file_is_found_and_named(sealed):
     rng = np.random.default_rng(3)
     files = sorted((sealed / "segments").iterdir())
-    assert len(files) == 10
+    assert len(files) == 12
     for path in files:
         sound = path.read_bytes()
         number, _, kind = path.name.partition(".")
@@ -623,18 +633,18 @@ def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
 def test_a_backup_is_incremental_consistent_and_a_gallery(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         first = engine.backup(tmp_path / "b")
-        assert (first.files_copied, first.files_kept) == (10, 0)
+        assert (first.files_copied, first.files_kept) == (12, 0)
         assert contents(tmp_path / "b") == contents(sealed)
         for i in range(20, 26):
             enroll(engine, i)
         engine.tidy()
         second = engine.backup(tmp_path / "b")
-        assert (second.files_copied, second.files_kept) == (5, 10)
+        assert (second.files_copied, second.files_kept) == (6, 12)
         engine.compact()
-        assert engine.backup(tmp_path / "b").files_copied == 5
+        assert engine.backup(tmp_path / "b").files_copied == 6
     assert contents(tmp_path / "b") == contents(sealed)
     assert inspect(LocalStorage(), tmp_path / "b") == []
-    assert len(list((tmp_path / "b" / "segments").iterdir())) == 5
+    assert len(list((tmp_path / "b" / "segments").iterdir())) == 6
     with bd.Engine.open(tmp_path / "other", small()) as other, pytest.raises(bd.InvalidInput, match="another gallery"):
         other.backup(tmp_path / "b")
     (tmp_path / "full").mkdir()
@@ -666,7 +676,7 @@ def test_leftovers_of_a_killed_writer_are_swept_up(sealed):
     bd.Engine.open(sealed, small(), read_only=True).close()
     assert (sealed / "segments" / "99.face").exists()
     bd.Engine.open(sealed, small()).close()
-    assert len(list((sealed / "segments").iterdir())) == 10
+    assert len(list((sealed / "segments").iterdir())) == 12
     assert contents(sealed) == before
 
 

@@ -35,7 +35,8 @@ from biodedup.gallery.tail import Answer
 from biodedup.values import COLUMNS, Float32, Template
 
 APPLICATION_ID = 0x62696F64  # "biod", so that `file` and a curious engineer recognise the database
-FORMAT_VERSION = 2
+FORMAT_VERSION, BEFORE_CODECS = 3, 2
+"""A gallery of the format before has the same tables; its segments keep vectors in another way, until they are merged."""
 
 _COLUMNS_OF = {
     "meta": "key TEXT PRIMARY KEY, value TEXT",
@@ -120,6 +121,11 @@ class Catalogue:
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
         self.set_state(State())
+
+    def mark(self) -> None:
+        """A gallery of the format before is of this one from now on, inside the caller's transaction."""
+        self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+        self.put("meta", [("format", str(FORMAT_VERSION))])
 
     def identify(self) -> tuple[int, int, int]:
         """(application_id, user_version, number of tables): what kind of file this is."""

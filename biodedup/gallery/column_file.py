@@ -26,8 +26,9 @@ from biodedup.errors import GalleryDamaged
 from biodedup.gallery.storage import NEW_SUFFIX, NewFile, Storage
 
 MAGIC = b"BIODEDUP"
-VERSION = 1
+VERSION, VERSION_OF_SMALL_BLOCKS = 1, 2
 BLOCK_BYTES = 1 << 16
+"""What a checksum covers, and what a first read verifies; a file whose rows are read singly has smaller ones."""
 _ALIGN_BYTES = 64
 _HEADER_BYTES = 4096  # the header is padded to a multiple of this, so that arrays begin on a page
 _FIXED = struct.Struct(
@@ -50,19 +51,21 @@ class Stream:
         return np.dtype(self.dtype).itemsize * prod(self.shape)
 
 
-def write_column_file(storage: Storage, path: Path, about: dict[str, Any], streams: Sequence[Stream]) -> str:
+def write_column_file(
+    storage: Storage, path: Path, about: dict[str, Any], streams: Sequence[Stream], block_bytes: int = BLOCK_BYTES
+) -> str:
     """Writes a file under its final name, synced (the folder is the caller's to sync). Returns the file's digest."""
     arrays, offset = {}, 0
     for stream in streams:
         offset += -offset % _ALIGN_BYTES
         arrays[stream.name] = {"dtype": stream.dtype, "shape": list(stream.shape), "offset": offset}
         offset += stream.byte_count
-    header = _header(about, arrays, offset)
+    header = _header(about, arrays, offset, block_bytes)
     new = path.with_name(path.name + NEW_SUFFIX)
     file = storage.create(new)
     try:
         file.write(header)
-        body = _Body(file)
+        body = _Body(file, block_bytes)
         for stream in streams:
             body.write(bytes(-body.count % _ALIGN_BYTES))
             start = body.count
@@ -82,13 +85,16 @@ def write_column_file(storage: Storage, path: Path, about: dict[str, Any], strea
     return _digest(header, table)
 
 
-def _header(about: dict[str, Any], arrays: dict[str, Any], body_bytes: int) -> bytes:
-    contents = json.dumps({"about": about, "arrays": arrays}, separators=(",", ":")).encode()
+def _header(about: dict[str, Any], arrays: dict[str, Any], body_bytes: int, block_bytes: int) -> bytes:
+    small = block_bytes != BLOCK_BYTES
+    table = {"about": about, **({"block_bytes": block_bytes} if small else {}), "arrays": arrays}
+    contents = json.dumps(table, separators=(",", ":")).encode()
     size = _FIXED.size + len(contents)
     size += -size % _HEADER_BYTES
-    file_bytes = size + body_bytes + 8 * -(-body_bytes // BLOCK_BYTES) + 8
+    file_bytes = size + body_bytes + 8 * -(-body_bytes // block_bytes) + 8
     header = bytearray(size)
-    _FIXED.pack_into(header, 0, MAGIC, VERSION, size, file_bytes, 0)
+    version = VERSION_OF_SMALL_BLOCKS if small else VERSION
+    _FIXED.pack_into(header, 0, MAGIC, version, size, file_bytes, 0)
     header[_FIXED.size : _FIXED.size + len(contents)] = contents
     struct.pack_into("<Q", header, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(header))
     return bytes(header)
@@ -101,8 +107,9 @@ def _digest(header: bytes, table: bytes) -> str:
 class _Body:
     """Writes the arrays and sums every block up."""
 
-    def __init__(self, file: NewFile) -> None:
+    def __init__(self, file: NewFile, block_bytes: int) -> None:
         self.count = 0
+        self._block_bytes = block_bytes
         self._file = file
         self._checksums: list[int] = []
         self._partial = xxhash.xxh3_64()
@@ -111,17 +118,17 @@ class _Body:
         self._file.write(data)
         rest = memoryview(data)
         while len(rest):
-            filled = self.count % BLOCK_BYTES
-            piece = rest[: BLOCK_BYTES - filled]
+            filled = self.count % self._block_bytes
+            piece = rest[: self._block_bytes - filled]
             self._partial.update(piece)
             self.count += len(piece)
-            if filled + len(piece) == BLOCK_BYTES:
+            if filled + len(piece) == self._block_bytes:
                 self._checksums.append(self._partial.intdigest())
                 self._partial.reset()
             rest = rest[len(piece) :]
 
     def table(self) -> bytes:
-        if self.count % BLOCK_BYTES:
+        if self.count % self._block_bytes:
             self._checksums.append(self._partial.intdigest())
         return np.array(self._checksums, "<u8").tobytes()
 
@@ -136,8 +143,8 @@ class ColumnFile:
             magic, version, header_bytes, file_bytes, checksum = _FIXED.unpack_from(content)
         except struct.error:
             raise self.damaged("it is shorter than a header") from None
-        if magic != MAGIC or version != VERSION:
-            raise self.damaged(f"magic {magic!r}, format {version}, wanted {MAGIC!r} and {VERSION}")
+        if magic != MAGIC or version not in (VERSION, VERSION_OF_SMALL_BLOCKS):
+            raise self.damaged(f"magic {magic!r}, format {version}, wanted {MAGIC!r} and {VERSION_OF_SMALL_BLOCKS}")
         if file_bytes != len(content):
             raise self.damaged(f"{len(content)} bytes, wanted {file_bytes}")
         header = bytearray(content[:header_bytes])
@@ -147,7 +154,11 @@ class ColumnFile:
         contents = json.loads(header[_FIXED.size :].rstrip(b"\0"))
         self.about: dict[str, Any] = contents["about"]
         self._start = header_bytes
-        blocks = -(-(file_bytes - header_bytes - 8) // (BLOCK_BYTES + 8))
+        self._block_bytes: int = contents.get("block_bytes", BLOCK_BYTES)
+        self._singly = self._block_bytes < BLOCK_BYTES
+        if self._singly:
+            content.madvise(mmap.MADV_RANDOM)  # reading ahead would read sixteen times as much as is wanted
+        blocks = -(-(file_bytes - header_bytes - 8) // (self._block_bytes + 8))
         table = content[file_bytes - 8 - 8 * blocks : file_bytes - 8]
         if xxhash.xxh3_64_intdigest(table) != int.from_bytes(content[file_bytes - 8 :], "little"):
             raise self.damaged("its table of checksums")
@@ -177,8 +188,8 @@ class ColumnFile:
         part = array[low:high]
         if len(part):
             start = self._offsets[name] + low * array.strides[0]
-            first, last = start // BLOCK_BYTES, (start + part.nbytes - 1) // BLOCK_BYTES
-            if not self._checked[first : last + 1].all():
+            first, last = start // self._block_bytes, (start + part.nbytes - 1) // self._block_bytes
+            if self._singly or not self._checked[first : last + 1].all():
                 self._check(np.arange(first, last + 1))
         return part
 
@@ -187,16 +198,26 @@ class ColumnFile:
         array = self._arrays[name]
         if len(indices):
             starts = self._offsets[name] + np.asarray(indices, np.int64) * array.strides[0]
-            blocks = np.concatenate([starts // BLOCK_BYTES, (starts + array.strides[0] - 1) // BLOCK_BYTES])
-            self._check(np.unique(blocks))
+            self._check_at(starts, starts + array.strides[0])
         taken: NDArray[Any] = array[indices]
         return taken
+
+    def check_rows(self, name: str, indices: NDArray[np.int64]) -> None:
+        """Checks some elements along the first axis, before `unchecked` reads them; the disk is asked for all of them at once."""
+        if len(indices):
+            array = self._arrays[name]
+            starts = self._offsets[name] + indices * array.strides[0]
+            self._check_at(starts, starts + array.strides[0])
+
+    def _check_at(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        first, last = starts // self._block_bytes, (ends - 1) // self._block_bytes
+        self._check(np.unique(np.concatenate([first, last[last != first]])))
 
     def check_spans(self, name: str, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
         """Checks the spans [start, end) of a one-dimensional array of bytes, before `unchecked` reads them."""
         some = ends > starts
-        first = (self._offsets[name] + starts[some]) // BLOCK_BYTES
-        last = (self._offsets[name] + ends[some] - 1) // BLOCK_BYTES
+        first = (self._offsets[name] + starts[some]) // self._block_bytes
+        last = (self._offsets[name] + ends[some] - 1) // self._block_bytes
         blocks = [first, last]
         while (first := first + 1)[inner := first < last].size:  # strings longer than a block
             first, last = first[inner], last[inner]
@@ -223,24 +244,28 @@ class ColumnFile:
 
     def _check(self, blocks: NDArray[np.int64]) -> None:
         todo = blocks[~self._checked[blocks]]
-        if len(todo) > 1:  # let the disk work on all of them at once
-            for run in np.split(todo, np.flatnonzero(np.diff(todo) > 1) + 1):
-                start = (self._start + int(run[0]) * BLOCK_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
-                end = min(self._start + (int(run[-1]) + 1) * BLOCK_BYTES, len(self._content))
-                self._content.madvise(mmap.MADV_WILLNEED, start, end - start)
+        wanted = blocks if self._singly else todo
+        if len(wanted) > 1:  # let the disk work on all of them at once
+            breaks = np.flatnonzero(np.diff(wanted) > 1)
+            starts = self._start + wanted[np.concatenate([[0], breaks + 1])] * self._block_bytes
+            ends = self._start + (wanted[np.concatenate([breaks, [-1]])] + 1) * self._block_bytes
+            starts = starts // mmap.PAGESIZE * mmap.PAGESIZE
+            ends = np.minimum(ends, len(self._content))
+            for start, size in zip(starts.tolist(), (ends - starts).tolist(), strict=True):
+                self._content.madvise(mmap.MADV_WILLNEED, start, size)
         for block in todo.tolist():
             if not self._is_sound(block):
                 raise self.damaged(f"block {block}, in {', '.join(self._arrays_in(block))}")
             self._checked[block] = True
 
     def _arrays_in(self, block: int) -> list[str]:
-        start, end = block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES
+        start, end = block * self._block_bytes, (block + 1) * self._block_bytes
         ends = {name: self._offsets[name] + array.nbytes for name, array in self._arrays.items()}
         return [name for name, offset in self._offsets.items() if offset < end and ends[name] > start]
 
     def _is_sound(self, block: int) -> bool:
-        start = self._start + block * BLOCK_BYTES
-        data = memoryview(self._content)[start : min(start + BLOCK_BYTES, self._end)]
+        start = self._start + block * self._block_bytes
+        data = memoryview(self._content)[start : min(start + self._block_bytes, self._end)]
         return bool(xxhash.xxh3_64_intdigest(data) == self._checksums[block])
 
     def damaged(self, what: str) -> GalleryDamaged:

@@ -15,16 +15,29 @@ from math import log
 DEAD_SHARE_MAX = 0.25  # a segment with more removed rows than this is written anew
 
 
-def due(counts: Sequence[int], dead: Sequence[int], seal_rows: int, fan: int) -> slice | None:
-    """The neighbours to be merged next, or None. counts: rows of each segment, oldest first; dead: removed ones of these."""
+def due(counts: Sequence[int], dead: Sequence[int], seal_rows: int, fan: int, rows_max: int) -> slice | None:
+    """The neighbours to be merged next, or None. counts: rows of each segment, oldest first; dead: removed ones of these;
+    rows_max: what a merged segment holds at most."""
     tiers = [int(log(max(count, 1) / seal_rows, fan)) if count > seal_rows else 0 for count in counts]
     for tier in sorted(set(tiers)):
         start = len(tiers)
-        while start and tiers[start - 1] <= tier:
+        while start and tiers[start - 1] <= tier and 2 * counts[start - 1] <= rows_max:
             start -= 1
         if len(tiers) - start >= fan:
-            return slice(start, len(tiers))
+            first = grouped(counts[start:], rows_max)[0]
+            return slice(start + first.start, start + first.stop)
     for i, (count, removed) in enumerate(zip(counts, dead, strict=True)):
         if removed > DEAD_SHARE_MAX * count:
             return slice(i, i + 1)
     return None
+
+
+def grouped(counts: Sequence[int], rows_max: int) -> list[slice]:
+    """Neighbours in groups of at most rows_max rows; a larger segment is a group of its own."""
+    groups, start, total = [], 0, 0
+    for i, count in enumerate(counts):
+        if total and total + count > rows_max:
+            groups.append(slice(start, i))
+            start, total = i, 0
+        total += count
+    return [*groups, slice(start, len(counts))] if counts else []

@@ -34,8 +34,8 @@ from biodedup.errors import (
     NotAGallery,
     StorageUnavailable,
 )
-from biodedup.gallery.catalogue import APPLICATION_ID, FORMAT_VERSION, Catalogue, ColumnModel, State
-from biodedup.gallery.compaction import due
+from biodedup.gallery.catalogue import APPLICATION_ID, BEFORE_CODECS, FORMAT_VERSION, Catalogue, ColumnModel, State
+from biodedup.gallery.compaction import due, grouped
 from biodedup.gallery.part import Int64, Part
 from biodedup.gallery.segment import Abandoned, Segment, SegmentEntry, file_name, open_segment, write_segment
 from biodedup.gallery.snapshot import Snapshot
@@ -129,6 +129,10 @@ class Gallery:
                 catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
                 try:
                     check_format(storage, catalogue, folder)
+                    if lock is not None and catalogue.identify()[1] == BEFORE_CODECS:
+                        catalogue.begin()
+                        catalogue.mark()
+                        catalogue.commit()
                     return cls(storage, folder, catalogue, lock, config)
                 except BaseException:
                     catalogue.close()
@@ -230,7 +234,8 @@ class Gallery:
         try:
             with translated("writing a segment"):
                 part = TailPart(tail, tail.count)
-                return write_segment(self.storage, self._segments, number, self.gallery_id, [part], [None])
+                others = self.snapshot().parts
+                return write_segment(self.storage, self._segments, number, self.gallery_id, [part], [None], others)
         except BaseException:
             self._remove_files(number)
             raise
@@ -257,7 +262,8 @@ class Gallery:
         snapshot = self.snapshot()
         segments = _segments_of(snapshot)
         dead = [len(_removed(snapshot, [segment])) for segment in segments]
-        run = due([segment.count for segment in segments], dead, self._config.seal_rows, self._config.merge_fan)
+        config = self._config
+        run = due([s.count for s in segments], dead, config.seal_rows, config.merge_fan, config.segment_rows)
         return [] if run is None else segments[run]
 
     def seal(self) -> None:
@@ -266,13 +272,15 @@ class Gallery:
             transaction.seal()
 
     def compact(self) -> None:
-        """Seals, and merges all segments into one: removed subjects' templates are gone from the disk afterwards."""
+        """Seals, and merges segments into as few as their largest size allows: removed subjects' templates are gone from
+        the disk afterwards."""
         self.seal()
         with self._merging:
             snapshot = self.snapshot()
             segments = _segments_of(snapshot)
-            if len(segments) > 1 or (segments and len(_removed(snapshot, segments))):
-                self._merge(segments)
+            for run in grouped([segment.count for segment in segments], self._config.segment_rows):
+                if run.stop - run.start > 1 or len(_removed(snapshot, segments[run])):
+                    self._merge(segments[run])
 
     def _merge(self, segments: list[Segment]) -> None:
         """Neighbours become one. Searches and enrolments go on; only the swap of the manifest takes the lock."""
@@ -289,6 +297,7 @@ class Gallery:
                     self.gallery_id,
                     segments,
                     [snapshot.mask(segment) for segment in segments],
+                    snapshot.parts,
                     lambda: not self._closing or rows <= _FINISH_ROWS_MAX,
                 )
             with self.transaction() as transaction:
@@ -490,11 +499,12 @@ def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
         raise
     if application_id == 0 and tables == 0:
         raise GalleryDamaged(f"{name} is empty: a gallery was lost here; restore it from a backup")
-    if format_stored == str(FORMAT_VERSION) and (not ours or format_version != FORMAT_VERSION):
+    readable = (BEFORE_CODECS, FORMAT_VERSION)
+    if format_stored in [str(number) for number in readable] and (not ours or str(format_version) != format_stored):
         raise GalleryDamaged(f"{name} is damaged: its header; restore it from a backup")
     if not ours:
         raise NotAGallery(f"{name} is a database of another program; name an empty folder or a gallery")
-    if format_version != FORMAT_VERSION:
+    if format_version not in readable:
         raise NotAGallery(
             f"{folder} has format {format_version}, this version reads {FORMAT_VERSION}; "
             + ("open it for writing once" if format_version == OLD_FORMAT else "open it with the version that wrote it")

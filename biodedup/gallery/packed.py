@@ -21,6 +21,11 @@ def pack(values: Sequence[bytes]) -> Packed:
     return pa.array(values, pa.large_binary())
 
 
+def empties(count: int) -> Packed:
+    """So many empty strings."""
+    return from_whole(np.zeros(count + 1, np.int64), np.zeros(0, np.uint8))
+
+
 def pack_text(values: Sequence[str] | Any) -> Packed:
     """values: strings, or an Arrow array of strings; stored as UTF-8."""
     if not isinstance(values, pa.Array):

@@ -1,7 +1,6 @@
 """A part of a gallery: a range of rows, in memory (`Tail`) or in sealed files (`Segment`).
 
-Owns the interface that both have in common, and the way vectors become eight-bit codes. Searches and merges are written
-against it, and do not know which kind they read.
+Owns the interface that both have in common. Searches and merges are written against it, and do not know which kind they read.
 
 Words: a *row* is a subject's number in the whole gallery, for ever; a *position* is its place within one part; a *cell* is
 a template's place within one column of one part. All three ascend together.
@@ -15,6 +14,8 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.codec import Codec
+from biodedup.gallery.codes import Codes
 from biodedup.gallery.packed import Packed
 from biodedup.values import Float32
 
@@ -45,8 +46,19 @@ class Column(Protocol):
 
     def vectors_at(self, cells: Int64) -> Float32: ...
 
-    def codes(self, low: int, high: int) -> tuple[NDArray[np.int8], Float32]:
-        """int8 (n, d) and scale float32 (n,): vector = code * scale, of unit length."""
+    @property
+    def codec(self) -> Codec | None:
+        """None where vectors are kept as they are."""
+
+    def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
+        """Codes and norms of cells [low, high) (codes.py); as they are stored where they are of this codec."""
+
+    def plane(self, low: int, high: int) -> tuple[Codes, Float32]:
+        """What a scan reads of the whole blocks that hold cells [low, high): upper halves and norms (codes.py). Only with a
+        codec."""
+
+    def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
+        """Codes and norms of some cells; ascending ones are read in the order of the disk. Only with a codec."""
 
     def quality(self, low: int, high: int) -> Float32:
         """NaN where it was not measured."""
@@ -124,26 +136,6 @@ class Part(Protocol):
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         """Hashes of subject_ids, ascending, and the position of each."""
-
-
-def quantise(vectors: Float32) -> tuple[NDArray[np.int8], Float32]:
-    """Unit vectors float32 (n, d) -> codes int8 (n, d) and scale float32 (n,), so that code * scale has unit length.
-
-    The largest number of a vector becomes +-127. For d = 128 a cosine changes by a standard deviation of 0.0006
-    (benchmarks/storage.py).
-    """
-    peaks = np.maximum(vectors.max(axis=1, initial=0), -vectors.min(axis=1, initial=0))
-    codes = np.rint(vectors * (np.float32(127) / peaks)[:, None]).astype(np.int8)
-    wide = codes.astype(np.float32)
-    return codes, (1 / np.sqrt(np.einsum("ij,ij->i", wide, wide))).astype(np.float32)
-
-
-def dequantise(codes: NDArray[np.int8], scales: Float32, out: Float32 | None = None) -> Float32:
-    """float32 (n, d) unit rows; written into out where it is given."""
-    vectors = np.empty(codes.shape, np.float32) if out is None else out[: len(codes)]
-    vectors[:] = codes
-    vectors *= scales[:, None]
-    return vectors
 
 
 def sorted_lookup(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:

@@ -3,8 +3,8 @@
 Owns which arrays the files hold, and how a segment is written from other parts: sealing the tail, loading in bulk and merging
 segments are one function. Never decides when, and never touches the manifest.
 
-Files of segment 12 (FORMAT.md): `12.subject`, `12.encounter`, one a column (`12.face`), and two that are derived and can be
-rebuilt: `12.subject.lookup`, `12.encounter.lookup`.
+Files of segment 12 (FORMAT.md): `12.subject`, `12.encounter`, two a column (`12.face` holds what a scan reads, `12.face.rest`
+the lower halves of its codes), and two that are derived and can be rebuilt: `12.subject.lookup`, `12.encounter.lookup`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,19 @@ from numpy.typing import NDArray
 
 from biodedup.errors import EngineClosed
 from biodedup.gallery import packed
-from biodedup.gallery.column_file import ColumnFile, Stream, open_column_file, write_column_file
+from biodedup.gallery.codec import TRAINING_ROWS_MAX, TRAINING_ROWS_MIN, Codec, make_codec
+from biodedup.gallery.codes import BLOCK_ROWS, Codes, joined, lower_halves, plane_shape, planes
+from biodedup.gallery.column_file import BLOCK_BYTES, ColumnFile, Stream, open_column_file, write_column_file
 from biodedup.gallery.packed import Packed
-from biodedup.gallery.part import PIECE_ROWS, Answers, Column, Int64, Part, dequantise, sorted_lookup
+from biodedup.gallery.part import PIECE_ROWS, Answers, Column, Int64, Part, sorted_lookup
 from biodedup.gallery.storage import Storage
 from biodedup.gallery.tail import cells_of
 from biodedup.values import COLUMNS, Float32
 
-SUBJECT, ENCOUNTER, LOOKUP = "subject", "encounter", ".lookup"
+SUBJECT, ENCOUNTER, LOOKUP, REST = "subject", "encounter", ".lookup", ".rest"
 DERIVED = (SUBJECT + LOOKUP, ENCOUNTER + LOOKUP)
 
+_REST_BLOCK_BYTES = 1 << 12  # the rests of single rows are read, from anywhere
 _LOOKUP_ROWS = 1 << 20  # entries of a look-up sorted at once
 
 
@@ -72,11 +76,13 @@ class Segment:
         self._subject = files[SUBJECT]
         self.count = self._subject.shape("presence")[0]
         self._ids = _Strings(self._subject, "subject_id")
-        self._encounter_ids = _Strings(self._subject, "encounter_id")
+        with_encounters = "encounter_id.offset" in self._subject
+        self._encounter_ids = _Strings(self._subject, "encounter_id") if with_encounters else None
 
     @cached_property
     def columns(self) -> Mapping[str, SegmentColumn]:
-        return {name: SegmentColumn(self.files[name], self.count) for name in COLUMNS if name in self.files}
+        files = self.files
+        return {n: SegmentColumn(files[n], files.get(n + REST), self.count) for n in COLUMNS if n in files}
 
     @cached_property
     def answers(self) -> SegmentAnswers:
@@ -124,6 +130,8 @@ class Segment:
         return packed.text(self._ids.take(positions))
 
     def encounter_ids(self, low: int, high: int) -> Packed:
+        if self._encounter_ids is None:
+            return packed.empties(high - low)
         return self._encounter_ids.slice(low, high)
 
     def find(self, subject_id: str, hashed: np.uint64) -> list[int]:
@@ -156,8 +164,9 @@ class Segment:
 class SegmentColumn:
     """A column of a `Segment`."""
 
-    def __init__(self, file: ColumnFile, row_count: int) -> None:
+    def __init__(self, file: ColumnFile, rest: ColumnFile | None, row_count: int) -> None:
         self._file = file
+        self._rest = rest
         self.count: int = file.about["cells"]
         self.dimension: int | None = file.about["dimension"]
         self.full = "position" not in file
@@ -175,18 +184,50 @@ class SegmentColumn:
     def positions(self, low: int, high: int) -> Int64:
         return np.arange(low, high) if self.full else self._file.read("position", low, high).astype(np.int64)
 
+    @cached_property
+    def codec(self) -> Codec | None:
+        """None for a column of minutiae alone, and for one of format 2."""
+        card = self._file.about.get("codec")
+        return None if card is None else Codec.from_card(card, self._file.read("rotation"))
+
     def vectors(self, low: int, high: int) -> Float32:
-        return dequantise(*self.codes(low, high))
+        if self.dimension is None:
+            return np.zeros((high - low, 0), np.float32)
+        if self.codec is None:
+            return _scaled(self._file.read("code", low, high), self._file.read("scale", low, high))
+        return self.codec.decode(*self._codes(low, high))
 
     def vectors_at(self, cells: Int64) -> Float32:
         if self.dimension is None:
             return np.zeros((len(cells), 0), np.float32)
-        return dequantise(self._file.take("code", cells), self._file.take("scale", cells))
+        if self.codec is None:
+            return _scaled(self._file.take("code", cells), self._file.take("scale", cells))
+        return self.codec.decode(*self.codes_at(cells))
 
-    def codes(self, low: int, high: int) -> tuple[NDArray[np.int8], Float32]:
-        if self.dimension is None:
-            return np.zeros((high - low, 0), np.int8), np.ones(high - low, np.float32)
-        return self._file.read("code", low, high), self._file.read("scale", low, high)
+    def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
+        if self.codec is None or self.codec.codec_id != codec.codec_id:
+            return codec.encode(self.vectors(low, high))
+        return self._codes(low, high)
+
+    def plane(self, low: int, high: int) -> tuple[Codes, Float32]:
+        first, last = low // BLOCK_ROWS, -(-high // BLOCK_ROWS)
+        norms: Float32 = self._file.read("norm", first * BLOCK_ROWS, last * BLOCK_ROWS)
+        return self._file.read("plane", first, last), norms
+
+    def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
+        assert self._rest is not None, "a column with a codec has a rest"
+        self._rest.check_rows("rest", cells)
+        self._file.check_rows("plane", cells // BLOCK_ROWS)
+        codes = joined(self._file.unchecked("plane"), self._rest.unchecked("rest"), cells)
+        return codes, self._file.take("norm", cells)
+
+    def _codes(self, low: int, high: int) -> tuple[Codes, Float32]:
+        assert self._rest is not None, "a column with a codec has a rest"
+        first = low // BLOCK_ROWS * BLOCK_ROWS
+        plane, norms = self.plane(low, high)
+        rest = self._rest.read("rest", low, high)
+        cells = np.arange(low, high)
+        return joined(plane, rest, cells - first, low - first), norms[low - first : high - first]
 
     def quality(self, low: int, high: int) -> Float32:
         if "quality" in self._file:
@@ -239,6 +280,13 @@ class SegmentAnswers:
         if not self.count:
             return np.zeros(0, np.uint64), np.zeros(0, np.uint32)
         return self._lookup.read("hash"), self._lookup.read("position")
+
+
+def _scaled(codes: NDArray[np.int8], scales: Float32) -> Float32:
+    """The vectors of format 2."""
+    vectors: Float32 = codes.astype(np.float32)
+    vectors *= scales[:, None]
+    return vectors
 
 
 def _range(ascending: NDArray[np.uint32], bounds: Int64) -> Int64:
@@ -325,11 +373,12 @@ def write_segment(
     gallery_id: str,
     parts: Sequence[Part],
     keeps: Sequence[NDArray[np.bool_] | None],
+    others: Iterable[Part] = (),
     go_on: Callable[[], bool] = lambda: True,
 ) -> SegmentEntry:
     """Writes adjacent parts as one segment, synced, and returns what the manifest shall say of it.
 
-    keeps: which rows of each part are kept, bool (count,); None for all. Raises Abandoned when go_on turns false; then, and
+    keeps: which rows of each part are kept, bool (count,); None for all. others: parts whose codecs it shall have. Raises Abandoned when go_on turns false; then, and
     after any other error, files may be left that no manifest names.
     """
     sources, base = [], 0
@@ -339,19 +388,22 @@ def write_segment(
     about = {"gallery": gallery_id, "segment": number}
     files = {}
 
-    def write(kind: str, more: Mapping[str, Any], streams: Sequence[Stream]) -> None:
+    def write(kind: str, more: Mapping[str, Any], streams: Sequence[Stream], block_bytes: int = BLOCK_BYTES) -> None:
         counted = [Stream(s.name, s.dtype, s.shape, _watched(s.pieces, go_on)) for s in streams]
         about_file = {**about, "kind": kind, **more}
-        files[kind] = write_column_file(storage, folder / file_name(number, kind), about_file, counted)
+        path = folder / file_name(number, kind)
+        files[kind] = write_column_file(storage, path, about_file, counted, block_bytes)
 
     first_row, end_row = parts[0].first_row, parts[-1].end_row
     write(SUBJECT, {"presence": _presence_counts(sources)}, _subject_streams(sources, base, first_row, end_row))
     write(SUBJECT + LOOKUP, {}, _lookup_streams([(s.part.lookup(), s) for s in sources], base))
     for name in COLUMNS:
         if any(name in part.columns for part in parts):
-            more, streams = _column_streams(name, sources, base)
+            more, streams, rest = _column_streams(name, sources, base, _codec_for(name, parts, [*others, *parts]))
             if more["cells"]:
                 write(name, more, streams)
+                if rest:
+                    write(name + REST, {}, rest, _REST_BLOCK_BYTES)
     answers = [part.answers for part in parts]
     count = sum(a.count for a in answers)
     if count:
@@ -413,11 +465,32 @@ def _subject_streams(sources: Sequence[_Source], count: int, first_row: int, end
     if any(piece.any() for piece in groups()):
         streams.append(Stream("group_set", "<u4", (count,), groups()))
     streams += _string_streams("subject_id", count, each(lambda part, low, high: part.subject_ids(low, high)))
-    streams += _string_streams("encounter_id", count, each(lambda part, low, high: part.encounter_ids(low, high)))
+    encounters = _string_streams("encounter_id", count, each(lambda part, low, high: part.encounter_ids(low, high)))
+    if encounters[1].shape[0]:
+        streams += encounters
     return streams
 
 
-def _column_streams(name: str, sources: Sequence[_Source], count: int) -> tuple[dict[str, Any], list[Stream]]:
+def _codec_for(name: str, parts: Sequence[Part], known: Sequence[Part]) -> Codec | None:
+    """The codec that a column has where it has most cells; a new one where it has none, or one that was made from too little."""
+    columns = [part.columns[name] for part in parts if name in part.columns]
+    if columns[0].dimension is None:
+        return None
+    coded = [part.columns[name] for part in known if name in part.columns and part.columns[name].codec is not None]
+    codec = max(coded, key=lambda column: column.count).codec if coded else None
+    if codec is not None and not (codec.provisional and sum(c.count for c in columns) >= TRAINING_ROWS_MIN):
+        return codec
+    samples, wanted = [], TRAINING_ROWS_MAX
+    for column in columns:
+        samples.append(column.vectors(0, min(wanted, column.count)))
+        wanted -= len(samples[-1])
+    return make_codec(columns[0].dimension, samples)
+
+
+def _column_streams(
+    name: str, sources: Sequence[_Source], count: int, codec: Codec | None
+) -> tuple[dict[str, Any], list[Stream], list[Stream]]:
+    """What `about` says, the arrays of the column's file, and those of its rest."""
     holding = [(source, source.part.columns[name]) for source in sources if name in source.part.columns]
     dimension = holding[0][1].dimension
 
@@ -441,16 +514,27 @@ def _column_streams(name: str, sources: Sequence[_Source], count: int) -> tuple[
     streams = []
     if cells != count:
         streams.append(Stream("position", "<u4", (cells,), positions()))
-    if dimension is not None:
-        streams.append(Stream("code", "|i1", (cells, dimension), each(lambda c, low, high: c.codes(low, high)[0])()))
-        streams.append(Stream("scale", "<f4", (cells,), each(lambda c, low, high: c.codes(low, high)[1])()))
+    about: dict[str, Any] = {"cells": cells, "dimension": dimension}
+    rest = []
+    if codec is not None:
+        scanned, turn = codec.scanned, codec
+        about["codec"] = codec.card()
+        codes = each(lambda c, low, high: c.coded(turn, low, high)[0])
+        norms = each(lambda c, low, high: c.coded(turn, low, high)[1])
+        shape = plane_shape(cells, scanned)
+        filler = np.zeros(shape[0] * BLOCK_ROWS - cells, np.float32)
+        streams.append(Stream("rotation", "<f4", codec.rotation.shape, [codec.rotation]))
+        streams.append(Stream("plane", "|u1", shape, planes(codes(), scanned)))
+        streams.append(Stream("norm", "<f4", (shape[0] * BLOCK_ROWS,), chain(norms(), [filler])))
+        lower = (lower_halves(piece, scanned) for piece in codes())
+        rest.append(Stream("rest", "|u1", (cells, codec.rest_bytes), lower))
     quality = each(lambda c, low, high: c.quality(low, high))
     if not all(np.isnan(piece).all() for piece in quality()):
         streams.append(Stream("quality", "<f4", (cells,), quality()))
     minutiae = _string_streams("minutiae", cells, each(lambda c, low, high: c.minutiae(low, high)))
     if minutiae[1].shape[0]:
         streams += minutiae
-    return {"cells": cells, "dimension": dimension}, streams
+    return about, streams, rest
 
 
 def _answer_streams(answers: Sequence[Answers], count: int) -> list[Stream]:

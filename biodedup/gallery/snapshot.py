@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from biodedup.gallery import packed
 from biodedup.gallery.catalogue import ColumnModel
 from biodedup.gallery.packed import Packed
-from biodedup.gallery.part import Int64, Part
+from biodedup.gallery.part import Column, Int64, Part
 from biodedup.values import COLUMNS, Float32, Template
 
 _T = TypeVar("_T", bound=np.generic)
@@ -33,6 +33,7 @@ class Snapshot:
     models: Mapping[str, ColumnModel]
     group_sets: Mapping[int, frozenset[str]]
     _masks: dict[tuple[int, frozenset[str] | None], NDArray[np.bool_] | None] = field(default_factory=dict, repr=False)
+    _bits: dict[tuple[int, int, frozenset[str] | None], NDArray[np.uint64]] = field(default_factory=dict, repr=False)
 
     # counts -----------------------------------------------------------------------------------------------------
 
@@ -150,6 +151,30 @@ class Snapshot:
             wanted = [number for number, names in self.group_sets.items() if names & groups]
             mask &= np.isin(part.group_sets(0, part.count), wanted)
         return mask
+
+    def live_bits(self, part: Part, column: Column, groups: frozenset[str] | None = None) -> NDArray[np.uint64]:
+        """The mask over a column's cells, 64 of them in each number, the first in the lowest bit; empty where all live."""
+        key = (id(part), id(column), groups)
+        if key not in self._bits:
+            self._bits[key] = self._live_bits(part, column, groups)
+        return self._bits[key]
+
+    def _live_bits(self, part: Part, column: Column, groups: frozenset[str] | None) -> NDArray[np.uint64]:
+        words = -(-column.count // 64)
+        if groups is None:  # a few holes in all: not a number for every row
+            low, high = np.searchsorted(self.tombstones, (part.first_row, part.end_row))
+            cells = column.cells_at(part.at(self.tombstones[low:high]))
+            cells = cells[cells >= 0]
+            bits = np.full(words if len(cells) else 0, ~np.uint64(0))
+            np.bitwise_and.at(bits, cells // 64, ~(np.uint64(1) << (cells % 64).astype(np.uint64)))
+            return bits
+        mask = self.mask(part, groups)
+        if mask is None:
+            return np.zeros(0, np.uint64)
+        packed_bits = np.zeros(8 * words, np.uint8)
+        some = np.packbits(mask if column.full else mask[column.positions(0, column.count)], bitorder="little")
+        packed_bits[: len(some)] = some
+        return packed_bits.view("<u8")
 
     # templates --------------------------------------------------------------------------------------------------
 

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.codec import Codec
+from biodedup.gallery.codes import Codes
 from biodedup.gallery.packed import Packed, hashes, pack, pack_text, text
-from biodedup.gallery.part import PIECE_ROWS, Int64, quantise, sorted_lookup
+from biodedup.gallery.part import PIECE_ROWS, Int64, sorted_lookup
 from biodedup.values import COLUMNS, Float32, Template
 
 
@@ -240,6 +242,8 @@ class TailColumn:
         self.dimension = cells.dimension
         self.count = int(np.searchsorted(cells.positions.view(), row_count))
         self.full = self.count == row_count
+        self.codec: Codec | None = None
+        self._coded: tuple[Codec, Codes, Float32] | None = None
 
     def cell_range(self, low: int, high: int) -> tuple[int, int]:
         first, last = np.searchsorted(self._cells.positions.view(self.count), (low, high))
@@ -257,18 +261,20 @@ class TailColumn:
     def vectors_at(self, cells: Int64) -> Float32:
         return self._cells.vectors.view(self.count)[cells]
 
-    def codes(self, low: int, high: int) -> tuple[NDArray[np.int8], Float32]:
-        codes, scales = self._quantised
-        return codes[low:high], scales[low:high]
+    def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
+        if (
+            self._coded is None or self._coded[0] is not codec
+        ):  # all at once: the file's arrays are written one after the other
+            pieces = [codec.encode(self.vectors(at, at + PIECE_ROWS)) for at in range(0, self.count, PIECE_ROWS)]
+            codes, norms = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+            self._coded = codec, codes, norms
+        return self._coded[1][low:high], self._coded[2][low:high]
 
-    @cached_property
-    def _quantised(self) -> tuple[NDArray[np.int8], Float32]:
-        codes = np.empty((self.count, self.dimension or 0), np.int8)
-        scales = np.ones(self.count, np.float32)
-        for low in range(0, self.count if self.dimension else 0, PIECE_ROWS):
-            piece = slice(low, low + PIECE_ROWS)
-            codes[piece], scales[piece] = quantise(self.vectors(low, low + PIECE_ROWS))
-        return codes, scales
+    def plane(self, low: int, high: int) -> tuple[Codes, Float32]:
+        raise NotImplementedError("the tail is compared exactly")
+
+    def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
+        raise NotImplementedError("the tail is compared exactly")
 
     def quality(self, low: int, high: int) -> Float32:
         return self._cells.quality.view(self.count)[low:high]

@@ -169,7 +169,8 @@ class Transaction:
             return
         number = self.take_number()
         keep = self.snapshot().mask(tail)
-        self._adopt(write_segment(self._storage, self._folder, number, self._gallery_id, [tail], [keep]))
+        parts = self.segments
+        self._adopt(write_segment(self._storage, self._folder, number, self._gallery_id, [tail], [keep], parts))
         self._drop_tombstones(self.tombstones[self.tombstones >= tail.first_row])
         self._catalogue.clear_journal()
         self.tail = Tail(tail.end_row)

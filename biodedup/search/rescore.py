@@ -10,20 +10,23 @@ Owns the path from a probe to ranked candidates. Never writes and never decides.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import SearchConfig
-from biodedup.gallery.part import PIECE_ROWS, Column, Part
+from biodedup.gallery.part import Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer, Comparison
-from biodedup.search.scan import Scanner, Tile
+from biodedup.search.scan import Scanner
+from biodedup.search.shard import FanOut, Nearest, Plan, Shard, as_set, local_shards
 from biodedup.values import COLUMNS, FINGER_POSITIONS, Float32, Template
 
 Probe = Mapping[str, Template]
 
+PROBES = 256
+"""Probes that are scanned together."""
 _BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 _FINGER_BITS = sum(_BIT[position] for position in FINGER_POSITIONS)
 
@@ -57,8 +60,10 @@ class Searcher:
         self._comparer = comparer
         self._config = config
         self._scanner = Scanner(threads)
+        self._fan_out = FanOut()
 
     def close(self) -> None:
+        self._fan_out.close()
         self._scanner.close()
 
     def search(
@@ -76,10 +81,11 @@ class Searcher:
         """
         if from_row >= snapshot.row_count or not probes:
             return [Found()] * len(probes)
-        scope = _Scope(snapshot, from_row, groups)
+        scope = _Scope(snapshot, from_row, as_set(groups))
         source = SnapshotRows(snapshot)
         found = []
-        for probe, (rows, similarity) in zip(probes, self._near_faces(scope, probes, floor_db), strict=True):
+        near, failures = self._near_faces(scope, probes, floor_db)
+        for probe, (rows, similarity) in zip(probes, near, strict=True):
             fingers = _finger_bits(probe)
             with_fingers = (snapshot.presence(rows.tolist()) & fingers) != 0
             # The scan's order is final where the face is all there is: of these only the first can be returned.
@@ -88,9 +94,9 @@ class Searcher:
             else:
                 worth = with_fingers | (np.cumsum(~with_fingers) <= self._config.returned)
             others = scope.rows_with(fingers, without=_BIT["face"] if "face" in probe else 0)
-            incomplete = len(others) > self._config.finger_rows_max
+            incomplete = len(others) > self._config.finger_rows_max or (failures and "face" in probe)
             chosen = np.concatenate([rows[worth], others[: self._config.finger_rows_max]])
-            found.append(Found(tuple(self._comparer.compare(probe, source, chosen.tolist())), incomplete))
+            found.append(Found(tuple(self._comparer.compare(probe, source, chosen.tolist())), bool(incomplete)))
         return found
 
     def nearest(
@@ -102,87 +108,115 @@ class Searcher:
         *,
         from_row: int = 0,
         groups: Collection[str] | None = None,
-    ) -> tuple[NDArray[np.int64], Float32]:
-        """rows int64 (q, k), -1 pads, and similarity float32 (q, k), -inf pads, of the live rows from from_row on."""
-        return self._scanner.top_k(_Scope(snapshot, from_row, groups).tiles(column), probes, k)
+    ) -> Nearest:
+        """The live rows from from_row on that are most similar to each probe, float32 (q, d), unit rows; batch by batch."""
+        scope = _Scope(snapshot, from_row, as_set(groups))
+        shards = self._shards(snapshot)
+        plan = scope.plan(column, min(k, max(scope.count, 1)), self._config.miss_risk)
+        pieces = [
+            self._fan_out.nearest(shards, probes[low : low + PROBES], plan)
+            for low in range(0, max(len(probes), 1), PROBES)
+        ]
+        found = Nearest(
+            np.concatenate([piece.rows for piece in pieces]),
+            np.concatenate([piece.similarity for piece in pieces]),
+            sum(piece.rows_scanned for piece in pieces),
+            sum(piece.compared for piece in pieces),
+            tuple(dict.fromkeys(text for piece in pieces for text in piece.failures)),
+        )
+        if plan.k == k:
+            return found
+        padding = ((0, 0), (0, k - plan.k))
+        return replace(
+            found,
+            rows=np.pad(found.rows, padding, constant_values=-1),
+            similarity=np.pad(found.similarity, padding, constant_values=-np.inf),
+        )
+
+    def _shards(self, snapshot: Snapshot) -> Sequence[Shard]:
+        return local_shards(snapshot, self._scanner)
 
     def _near_faces(
         self, scope: _Scope, probes: Sequence[Probe], floor_db: float
-    ) -> list[tuple[NDArray[np.int64], Float32]]:
-        """Rows and similarity of each probe's nearest faces: `candidates` of them, and all that reach floor_db."""
+    ) -> tuple[list[tuple[NDArray[np.int64], Float32]], bool]:
+        """Rows and similarity of each probe's nearest faces, `candidates` of them and all that reach floor_db; and whether a
+        shard failed."""
         near = [(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(probes)
         todo = [i for i, probe in enumerate(probes) if "face" in probe]
-        in_scope = scope.snapshot.row_count - scope.from_row
-        k = min(self._config.candidates, in_scope)
-        while todo:
-            faces = np.array([probes[i]["face"].embedding for i in todo], np.float32)
-            rows, similarity = self._scanner.top_k(scope.tiles("face"), faces, k)
-            for i, found, values in zip(todo, rows, similarity, strict=True):
-                near[i] = (found[found >= 0], values[found >= 0])
-            if floor_db <= 0 or k >= in_scope:
-                break
-            todo = [i for i in todo if len(near[i][0]) == k and self._reaches(probes[i], near[i][1][-1:], floor_db)]
-            k = min(4 * k, in_scope)
-        return near
+        if not todo:
+            return near, False
+        faces = np.array([probes[i]["face"].embedding for i in todo], np.float32)
+        nearest = self.nearest(
+            scope.snapshot, "face", faces, self._config.candidates, from_row=scope.from_row, groups=scope.groups
+        )
+        failed = bool(nearest.failures)
+        for i, rows, similarity in zip(todo, nearest.rows, nearest.similarity, strict=True):
+            near[i] = (rows[rows >= 0], similarity[rows >= 0])
+        if floor_db > 0:
+            full = len(near[todo[0]][0]) == self._config.candidates  # there may be more
+            more = [i for i in todo if full and self._reaches(probes[i], near[i][1][-1:], floor_db)]
+            if more:
+                faces = np.array([probes[i]["face"].embedding for i in more], np.float32)
+                least = np.array([self._similarity_at(probes[i], floor_db) for i in more], np.float32)
+                plan = replace(scope.plan("face", 1, self._config.miss_risk), at_least=least)
+                reached = self._fan_out.reached(self._shards(scope.snapshot), faces, plan)
+                failed |= bool(reached.failures)
+                near = [dict(zip(more, reached.found, strict=True)).get(i, found) for i, found in enumerate(near)]
+        return near, failed
 
     def _reaches(self, probe: Probe, similarity: Float32, floor_db: float) -> bool:
-        return bool(self._comparer.score_db(probe["face"], similarity)[0] >= floor_db)
+        return bool(len(similarity) and self._comparer.score_db(probe["face"], similarity)[0] >= floor_db)
+
+    def _similarity_at(self, probe: Probe, floor_db: float) -> float:
+        """The least similarity of a face that reaches floor_db."""
+        grid = np.linspace(-1, 1, 4001, dtype=np.float32)
+        return float(grid[np.searchsorted(self._comparer.score_db(probe["face"], grid), floor_db).clip(1, 4000) - 1])
 
 
 class _Scope:
     """The rows that a search sees."""
 
-    def __init__(self, snapshot: Snapshot, from_row: int, groups: Collection[str] | None) -> None:
+    def __init__(self, snapshot: Snapshot, from_row: int, groups: frozenset[str] | None) -> None:
         self.snapshot = snapshot
         self.from_row = from_row
-        self._groups = groups
+        self.groups = groups
 
-    def tiles(self, column: str) -> Iterator[Tile]:
-        """The embeddings of a column."""
-        for part, low, mask in self._parts():
+    @property
+    def count(self) -> int:
+        """Rows in scope, of all groups."""
+        return sum(part.count - part.position_range(part.first_row, self.from_row)[1] for part in self._parts())
+
+    def plan(self, column: str, k: int, miss_risk: float) -> Plan:
+        return Plan(column, k, self._among(column), miss_risk, None, self.groups, self.from_row)
+
+    def _among(self, column: str) -> int:
+        """Cells of a column in scope: of those in one of the groups, where groups are given."""
+        total = 0
+        for part in self._parts():
             cells = part.columns.get(column)
-            if cells is None or cells.dimension is None:
-                continue
-            first, last = cells.cell_range(low, part.count)
-            for start in range(first, last, PIECE_ROWS):
-                tile = _tile(part, cells, start, min(start + PIECE_ROWS, last), mask)
-                if tile.count:
-                    yield tile
+            if cells is not None:
+                low, high = cells.cell_range(*part.position_range(self.from_row, part.end_row))
+                mask = None if self.groups is None else self.snapshot.mask(part, self.groups)
+                total += high - low if mask is None else min(int(np.count_nonzero(mask)), high - low)
+        return total
 
     def rows_with(self, bits: int, *, without: int) -> NDArray[np.int64]:
         """Rows that have a template in one of the columns `bits`, and none in `without`."""
         found = [np.zeros(0, np.int64)]
-        for part, low, mask in self._parts():
+        for part in self._parts():
             if not bits or not any(has & bits and not has & without for has in part.bits):
                 continue
+            low, _ = part.position_range(self.from_row, part.end_row)
             presence = part.presence(low, part.count)
             wanted = ((presence & bits) != 0) & ((presence & without) == 0)
+            mask = self.snapshot.mask(part, self.groups)
             if mask is not None:
                 wanted &= mask[low:]
             found.append(part.rows(low + np.flatnonzero(wanted)))
         return np.concatenate(found)
 
-    def _parts(self) -> Iterator[tuple[Part, int, NDArray[np.bool_] | None]]:
-        """(part, first position in scope, which of its rows are)."""
-        for part in self.snapshot.parts:
-            if part.end_row > self.from_row and part.count:
-                low, _ = part.position_range(self.from_row, part.end_row)
-                yield part, low, self.snapshot.mask(part, self._groups)
-
-
-def _tile(part: Part, column: Column, first: int, last: int, mask: NDArray[np.bool_] | None) -> Tile:
-    if mask is None or (keep := mask[column.positions(first, last)]).all():
-        return Tile(
-            last - first,
-            lambda: column.vectors(first, last),
-            lambda near: part.rows(first + near if column.full else column.positions(first, last)[near]),
-        )
-    kept = first + np.flatnonzero(keep)
-    return Tile(
-        len(kept),
-        lambda: column.vectors_at(kept),
-        lambda near: part.rows(kept[near] if column.full else column.positions(first, last)[kept[near] - first]),
-    )
+    def _parts(self) -> Iterator[Part]:
+        return (part for part in self.snapshot.parts if part.end_row > self.from_row and part.count)
 
 
 def _finger_bits(probe: Probe) -> int:

@@ -1,24 +1,37 @@
-"""The scan: one pass over the embeddings of a column, exact.
+"""The scan: one pass over a column's rows.
 
-Owns top-k over float vectors, tile by tile. Never reads minutiae, never knows thresholds.
+Owns the pool of threads and the two passes, and how rows are cut into units of work. Never reads minutiae, never decides how
+much is enough (`shard.py`).
 
-FAISS's exact k-nearest-neighbour kernel does the arithmetic. A tile is small enough to stay in a core's cache while its
-eight-bit codes become floats and meet the probes; tiles are shared out among the threads of one pool, each of which
-computes alone, so that callers who scan together never take the cores from each other.
+* `exact`: every row as float32, by FAISS's k-nearest-neighbour kernel, on tiles that stay in a core's cache: the tail, small
+  segments, and whatever must not be estimated.
+* `above`: every row's upper halves (gallery/codes.py) by the project's own kernel; what reaches the cut is kept, with its
+  estimate. A cut is known beforehand, so that there is no heap; should it let too many through, it rises.
+
+Each thread of the pool computes alone, so that callers who search together never take the cores from each other.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.codec import Codec
+from biodedup.gallery.codes import BLOCK_ROWS
+from biodedup.gallery.part import Column
+from biodedup.search import kernel
 from biodedup.values import Float32
+
+_ROOM = 1 << 15  # hits that a thread collects before it hands them over
+
+Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -27,38 +40,180 @@ class Tile:
 
     count: int
     vectors: Callable[[], Float32]
-    rows: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+    rows: Callable[[Int64], Int64]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Cells [first, last) of a coded column. number: which column of a search it is; live: bits of all its cells, or empty."""
+
+    column: Column
+    number: int
+    first: int
+    last: int
+    live: NDArray[np.uint64]
+
+
+def units_of(whole: Sequence[Unit], probes: int, threads: int) -> list[Unit]:
+    """Cuts columns at whole blocks into units that keep a core busy for some milliseconds, and all cores to the end."""
+    total = sum(unit.last - unit.first for unit in whole)
+    some_milliseconds = (
+        1 << 24 >> max(probes - 1, 7).bit_length()
+    )  # one probe is bound by memory, as eight are by arithmetic
+    cells = max(min(some_milliseconds, total // (4 * threads)) // BLOCK_ROWS, 64) * BLOCK_ROWS
+    units = []
+    for unit in whole:
+        bounds = [unit.first, *range((unit.first // cells + 1) * cells, unit.last, cells), unit.last]
+        units += [replace(unit, first=low, last=high) for low, high in pairwise(bounds) if low < high]
+    return units
+
+
+class Probes:
+    """Probes as a codec's kernel takes them. turned: float32 (q, D), rotated; codes int8 (q, scanned) = turned / scale."""
+
+    def __init__(self, codec: Codec, vectors: Float32) -> None:
+        self.codec = codec
+        self.turned = codec.rotate(vectors)
+        seen = self.turned[:, : codec.scanned]
+        self.scales = np.maximum(np.abs(seen).max(axis=1), 1e-9).astype(np.float32) / np.float32(127)
+        self.codes = np.ascontiguousarray(np.rint(seen / self.scales[:, None]).astype(np.int8))
+        self.middle = 7.5 * self.codes.sum(axis=1, dtype=np.float32)  # halves count from 0, and stand for their middles
+        self.slack = 0.5 * np.abs(self.codes.astype(np.float32)).sum(axis=1)
+        """What lower halves can add to a dot product at most."""
+
+    def estimates(self, which: NDArray[np.int32], dots: NDArray[np.int32], norms: Float32) -> Float32:
+        """Similarity as far as the scan knows it, float32 (n,)."""
+        return np.asarray(16 * self.scales[which] * (dots - self.middle[which]) / norms, np.float32)
+
+    @property
+    def rounding(self) -> Float32:
+        """By how much a similarity can differ for the rounding of the probe, at most, float32 (q,)."""
+        return np.asarray(0.5 * self.scales * np.sqrt(self.codec.scanned), np.float32)
+
+
+@dataclass
+class Hits:
+    """What reached the cuts: probe, number of the column, cell and estimate of each, in no order. cuts: as they ended, float32
+    (q,), higher than they were asked for where too many came."""
+
+    which: NDArray[np.int32]
+    number: NDArray[np.int32]
+    cell: Int64
+    estimate: Float32
+    cuts: Float32
 
 
 class Scanner:
     """A pool of threads that scan. One for each engine."""
 
     def __init__(self, threads: int) -> None:
+        self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "biodedup-scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
 
-    def top_k(self, tiles: Iterable[Tile], probes: Float32, k: int) -> tuple[NDArray[np.int64], Float32]:
+    def exact(self, tiles: Iterable[Tile], probes: Float32, k: int) -> tuple[Int64, Float32]:
         """The k most similar rows of each probe.
 
         probes: float32 (q, d), unit rows. Returns rows int64 (q, k), -1 pads; similarity float32 (q, k), descending, -inf
         pads. Ties: the lower row first.
         """
-        best = _Best(len(probes), k)
+        best = Best(len(probes), k)
 
         def scan(tile: Tile) -> None:
-            near_similarity, near = faiss.knn(
-                probes, tile.vectors(), min(k, tile.count), metric=faiss.METRIC_INNER_PRODUCT
-            )
-            best.add(tile, near, near_similarity)
+            similarity, near = faiss.knn(probes, tile.vectors(), min(k, tile.count), metric=faiss.METRIC_INNER_PRODUCT)
+            best.add(tile, near, similarity)
 
         for _ in self._pool.map(scan, tiles):
             pass
         return best.rows, best.similarity
 
+    def exact_above(self, tiles: Iterable[Tile], probes: Float32, least: Float32) -> list[tuple[Int64, Int64, Float32]]:
+        """All pairs of at least this similarity, float32 (q,): (probe, row, similarity) in pieces."""
+
+        def scan(tile: Tile) -> tuple[Int64, Int64, Float32]:
+            similarity = probes @ tile.vectors().T
+            which, near = np.nonzero(similarity >= least[:, None])
+            return which, tile.rows(near), similarity[which, near]
+
+        return list(self._pool.map(scan, tiles))
+
+    def above(self, whole: Sequence[Unit], probes: Probes, cuts: Float32, *, bounded: bool, most: int) -> Hits:
+        """Every cell of some columns whose estimate reaches the probe's cut; bounded: whose similarity may, whatever its lower
+        half. most: of each probe, about; beyond it the cut rises."""
+        collected = _Collected(cuts, most)
+        count = len(probes.codes)
+        offsets = (probes.middle - probes.slack if bounded else probes.middle).astype(np.float32)
+        scales = 16 * probes.scales
+
+        def scan(unit: Unit) -> None:
+            base = unit.first // BLOCK_ROWS
+            plane, norms = unit.column.plane(unit.first, unit.last)
+            live = unit.live[base : base + len(plane)]
+            span = (unit.first - base * BLOCK_ROWS, unit.last - base * BLOCK_ROWS)
+            room = max(_ROOM, BLOCK_ROWS * count)
+            found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.int32))
+            block = 0
+            while block < len(plane):
+                slopes = (collected.cuts / scales).astype(np.float32)
+                number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
+                if number:
+                    which, cells, dots = found[0][:number], found[1][:number], found[2][:number]
+                    estimates = probes.estimates(which, dots, norms[cells])
+                    collected.add(which.copy(), unit.number, cells + base * BLOCK_ROWS, estimates)
+
+        for _ in self._pool.map(scan, units_of(whole, count, self.threads)):
+            pass
+        return collected.hits()
+
+    def each(self, work: Sequence[Callable[[], None]]) -> None:
+        """Runs on the pool, and waits."""
+        if len(work) == 1:
+            work[0]()
+            return
+        for _ in self._pool.map(lambda one: one(), work):
+            pass
+
     def close(self) -> None:
         self._pool.shutdown()
 
 
-class _Best:
+class _Collected:
+    """Hits from all threads. A probe that has too many keeps its best, and its cut rises to the worst of them."""
+
+    def __init__(self, cuts: Float32, most: int) -> None:
+        self.cuts = cuts.astype(np.float32)
+        self._most = most
+        self._counts = np.zeros(len(cuts), np.int64)
+        self._pieces: list[tuple[NDArray[np.int32], NDArray[np.int32], Int64, Float32]] = []
+        self._lock = threading.Lock()
+
+    def add(self, which: NDArray[np.int32], number: int, cells: Int64, estimates: Float32) -> None:
+        with self._lock:
+            self._pieces.append((which, np.full(len(which), number, np.int32), cells, estimates))
+            self._counts += np.bincount(which, minlength=len(self._counts))
+            if self._counts.max() > 2 * self._most:
+                self._thin()
+
+    def _thin(self) -> None:
+        which, number, cells, estimates = self._joined()
+        order = np.lexsort((-estimates, which))
+        starts = np.searchsorted(which[order], np.arange(len(self.cuts)))
+        rank = np.arange(len(order)) - starts[which[order]]
+        last = order[rank == self._most - 1]
+        self.cuts[which[last]] = np.maximum(self.cuts[which[last]], estimates[last])
+        kept = order[rank < self._most]
+        self._pieces = [(which[kept], number[kept], cells[kept], estimates[kept])]
+        self._counts = np.bincount(which[kept], minlength=len(self.cuts))
+
+    def _joined(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Int64, Float32]:
+        nothing = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))
+        which, number, cells, estimates = zip(*(self._pieces or [nothing]), strict=True)
+        return np.concatenate(which), np.concatenate(number), np.concatenate(cells), np.concatenate(estimates)
+
+    def hits(self) -> Hits:
+        return Hits(*self._joined(), self.cuts)
+
+
+class Best:
     """The best k so far, from any order of tiles: always the same result."""
 
     def __init__(self, probes: int, k: int) -> None:
@@ -67,7 +222,7 @@ class _Best:
         self._k = k
         self._lock = threading.Lock()
 
-    def add(self, tile: Tile, near: NDArray[np.int64], similarity: Float32) -> None:
+    def add(self, tile: Tile, near: Int64, similarity: Float32) -> None:
         # an unlocked look: the bar only rises, so that what does not reach it now never will
         which = np.flatnonzero(similarity[:, 0] >= self.similarity[:, -1])
         if not len(which):

@@ -1,0 +1,199 @@
+"""A codec: how a column's vectors become codes, and what a scan of their upper halves knows of a similarity.
+
+Owns rotation, its training, and the measurement of its error. Never reads files. Stored in every segment that it wrote, so
+that segments of one codec are merged without encoding anything anew.
+
+Vectors are turned by a random rotation, so that no single number of a vector stands out: then one step suits all of a
+vector's numbers, and the errors of many add up to a normal one whatever the model (as in RaBitQ: Gao and Long, SIGMOD 2024).
+Of a vector with many numbers only the principal axes are scanned, as many as make a search cheapest; the rotation is then
+trained. Nothing is subtracted: the mean is the first of the principal axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from biodedup.gallery.codes import BLOCK_ROWS, STEP, Codes, dequantise, quantise
+from biodedup.values import Float32
+
+SCAN_WHOLE = 128
+"""Vectors of up to this many numbers are scanned with all of them: their rotation needs no training."""
+TRAINING_ROWS_MIN, TRAINING_ROWS_MAX = 8_192, 32_768
+_LEVELS = tuple(round(0.1 * i, 1) for i in range(11))  # similarities at which the error is measured
+_PAIRS = 2_000  # pairs at each of them
+_SEED = 20_261
+
+
+@dataclass(frozen=True)
+class ErrorLaw:
+    """What the scan's estimate is for pairs of a given similarity: normal, with this mean and standard deviation.
+
+    pairs: how many were measured at each similarity, half of them to fit, half of them to check. source: `sample` of the
+    column, or `isotropic` where there were too few vectors.
+    """
+
+    similarity: tuple[float, ...]
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+    pairs: int
+    source: str
+
+    def cut(self, similarity: Float32, z: float) -> Float32:
+        """The estimate that all but a normal tail of z of the pairs at this similarity reach."""
+        at = np.asarray(similarity, np.float64)
+        mean = np.interp(at, self.similarity, self.mean) + self._outside(at)
+        return (mean - z * np.interp(at, self.similarity, self.sd)).astype(np.float32)
+
+    def similarity_at(self, cut: Float32, z: float) -> Float32:
+        """The least similarity of which all but a normal tail of z reaches a cut; the inverse of `cut`."""
+        grid = np.linspace(-1, 1, 2001, dtype=np.float32)
+        reached = np.maximum.accumulate(self.cut(grid, z))
+        found = np.interp(cut, reached, grid, left=-1, right=2)
+        return np.asarray(found, np.float32)
+
+    def _outside(self, at: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Below the measured similarities the line goes on."""
+        slope = (self.mean[1] - self.mean[0]) / (self.similarity[1] - self.similarity[0])
+        return np.minimum(at - self.similarity[0], 0) * slope
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """rotation: float32 (D, d), columns orthonormal; scanned: how many of the D numbers the scan reads."""
+
+    rotation: Float32
+    scanned: int
+    law: ErrorLaw
+    training_rows: int = 0
+    """Vectors that the rotation was trained on; 0 where it is random."""
+
+    @cached_property
+    def codec_id(self) -> str:
+        return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self.rotation, "<f4").tobytes() + b"%d" % self.scanned)
+
+    @property
+    def dimension(self) -> int:
+        """Of the vectors."""
+        return int(self.rotation.shape[1])
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of a code that the scan does not read."""
+        return int(self.rotation.shape[0]) - self.scanned // 2
+
+    @property
+    def provisional(self) -> bool:
+        """There were too few vectors to train it."""
+        return self.dimension > SCAN_WHOLE and not self.training_rows
+
+    def card(self) -> dict[str, Any]:
+        """What `about` in a file says of it, JSON-ready."""
+        return {
+            "id": self.codec_id,
+            "scanned": self.scanned,
+            "training_rows": self.training_rows,
+            "law": vars(self.law),
+        }
+
+    @classmethod
+    def from_card(cls, card: dict[str, Any], rotation: Float32) -> Codec:
+        law = card["law"]
+        similarity, mean, sd = tuple(law["similarity"]), tuple(law["mean"]), tuple(law["sd"])
+        measured = ErrorLaw(similarity, mean, sd, law["pairs"], law["source"])
+        return cls(np.array(rotation), card["scanned"], measured, card["training_rows"])
+
+    def rotate(self, vectors: Float32) -> Float32:
+        """float32 (n, D): what the codes stand for; lengths and similarities stay."""
+        return np.asarray(vectors @ self.rotation.T, np.float32)
+
+    def encode(self, vectors: Float32) -> tuple[Codes, Float32]:
+        """Unit rows float32 (n, d) -> codes uint8 (n, D), norms float32 (n,)."""
+        return quantise(self.rotate(vectors))
+
+    def decode(self, codes: Codes, norms: Float32) -> Float32:
+        """float32 (n, d), unit rows."""
+        return np.asarray(dequantise(codes, norms) @ self.rotation, np.float32)
+
+
+def make_codec(dimension: int, samples: Sequence[Float32]) -> Codec:
+    """A codec for vectors of this dimension; samples: unit rows of the column, float32 (n, d), any number of them."""
+    vectors = np.concatenate([np.zeros((0, dimension), np.float32), *samples])[:TRAINING_ROWS_MAX]
+    rng = np.random.default_rng(_SEED)
+    measured, source = vectors, "sample"
+    if len(vectors) < 1_000:
+        measured = rng.standard_normal((4_096, dimension), np.float32)
+        measured /= np.linalg.norm(measured, axis=1, keepdims=True)
+        source = "isotropic"
+    padded = -(-dimension // STEP) * STEP
+    if dimension <= SCAN_WHOLE or len(vectors) < TRAINING_ROWS_MIN:
+        rotation = _random_rotation(padded, rng)[:, :dimension]
+        return Codec(rotation, padded, _law(rotation, padded, measured, source, rng))
+    _, axes = np.linalg.eigh(vectors.T.astype(np.float64) @ vectors)
+    principal = np.zeros((padded, dimension))
+    principal[:dimension] = axes.T[::-1]
+    options = []
+    for scanned in [*range(64, padded, 32), padded]:
+        turn = np.zeros((padded, padded))  # within the scanned axes, and within the others
+        turn[:scanned, :scanned] = _random_rotation(scanned, rng)
+        if scanned < padded:
+            turn[scanned:, scanned:] = _random_rotation(padded - scanned, rng)
+        rotation = (turn @ principal).astype(np.float32)
+        law = _law(rotation, scanned, measured, source, rng)
+        options.append((_cost(law, rotation, scanned, measured), scanned, rotation, law))
+    _, scanned, rotation, law = min(options, key=lambda option: option[:2])
+    return Codec(rotation, scanned, law, len(vectors))
+
+
+def _random_rotation(size: int, rng: np.random.Generator) -> Float32:
+    q, r = np.linalg.qr(rng.standard_normal((size, size)))
+    return np.asarray(q * np.sign(np.diag(r)), np.float32)
+
+
+_REFERENCE, _KEPT = 0.5, 0.999  # the search whose cost decides: all but a thousandth of the mates at this similarity
+_RESCORING = 200_000  # what the exact comparison of one row costs, in scanned numbers (benchmarks/speed.py)
+
+
+def _cost(law: ErrorLaw, rotation: Float32, scanned: int, vectors: Float32) -> float:
+    """Of a search, a row of the gallery: numbers scanned, and exact comparisons of the non-mates that survive."""
+    cut = float(law.cut(np.array([_REFERENCE], np.float32), norm.isf(1 - _KEPT))[0])
+    turned = vectors[:2_000] @ rotation[:scanned].T
+    others = (turned[:1_000] @ turned[1_000:2_000].T).reshape(-1)
+    return scanned + _RESCORING * float(norm.sf((cut - others.mean()) / max(others.std(), 1e-6)))
+
+
+def _law(rotation: Float32, scanned: int, vectors: Float32, source: str, rng: np.random.Generator) -> ErrorLaw:
+    """Measures the estimate on pairs at given similarities: one vector of the sample, and itself mixed with another one."""
+    means, sds = [], []
+    for level in _LEVELS:
+        which = rng.integers(0, len(vectors), (2, _PAIRS))
+        one, other = vectors[which[0]].astype(np.float64), vectors[which[1]].astype(np.float64)
+        other = other - np.einsum("ij,ij->i", one, other)[:, None] * one
+        length = np.linalg.norm(other, axis=1)
+        one, other = one[length > 1e-3], other[length > 1e-3] / length[length > 1e-3, None]
+        mates = (level * one + sqrt(max(1 - level**2, 0)) * other).astype(np.float32)
+        if not len(mates):  # vectors of one number, or all the same
+            mates = one = vectors[:1].astype(np.float64)
+        errors = estimates(rotation, scanned, one.astype(np.float32), mates) - np.einsum("ij,ij->i", one, mates) + level
+        means.append(round(float(errors.mean()), 5))
+        sds.append(round(float(max(errors.std(), 1e-4)), 5))
+    return ErrorLaw(_LEVELS, tuple(means), tuple(sds), _PAIRS, source)
+
+
+def estimates(rotation: Float32, scanned: int, probes: Float32, vectors: Float32) -> Float32:
+    """What the scan makes of pairs: probes and vectors float32 (n, d), unit rows -> float32 (n,)."""
+    codes, norms = quantise(np.asarray(vectors @ rotation.T, np.float32))
+    seen = (codes[:, :scanned] >> 4).astype(np.float32) * 16 - 120
+    turned = np.asarray(probes @ rotation[:scanned].T, np.float32)
+    return np.asarray(np.einsum("ij,ij->i", turned, seen) / norms, np.float32)
+
+
+assert BLOCK_ROWS * STEP == 512  # 64 rows of 8 numbers, half a byte each: 256 bytes, four registers

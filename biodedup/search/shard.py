@@ -1,0 +1,400 @@
+"""Shards: a gallery in pieces that are searched each on its own, and whose answers become one.
+
+Owns the boundary (`Shard`), the search of one shard, and the merging of answers. Never decides and never compares minutiae.
+
+A shard is asked for the k most similar rows of each probe (or for all from a similarity on), told how many rows all shards
+have, and answers with candidates and with the similarity above which its answer is complete. Usually one round is enough;
+where the k-th best of all shards lies below what one of them was complete to, this one is asked again, from there on.
+
+How a local shard finds the k nearest of many without a heap: similarities of a probe to non-mates are normal (DESIGN of the
+search: README), so that mean and deviation over a sample say which similarity T some more than k of all rows reach; rows at T
+have a known distribution of estimates (`ErrorLaw`), whose lower tail of `miss_risk` is the cut. What reaches it is ranked by
+estimate, the best k are compared exactly, and then everybody whose estimate could still belong among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from biodedup.errors import BiodedupError
+from biodedup.gallery.codes import dequantise
+from biodedup.gallery.part import PIECE_ROWS, Column, Part
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.search.scan import Hits, Int64, Probes, Scanner, Tile, Unit
+from biodedup.values import Float32
+
+EXACT_CELLS = 1 << 14
+"""A column of up to this many cells is compared exactly."""
+_SAMPLE_CELLS = 4_096  # of a column, that say what non-mates look like
+_SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
+_log = logging.getLogger("biodedup")
+_RAGGED_MOST = 1_000_000  # rows above a similarity, a probe, that a search collects
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a shard is asked for.
+
+    among: rows of all shards; at_least: float32 (q,), the similarity from which on all rows are wanted, or None for the k
+    best; miss_risk: the probability that a row which should be found is not; 0 leaves nothing to chance.
+    """
+
+    column: str
+    k: int
+    among: int
+    miss_risk: float
+    at_least: Float32 | None = field(default=None, compare=False)
+    groups: frozenset[str] | None = None
+    from_row: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Candidates of a shard: which probe, row and exact similarity of each; complete_above: float32 (q,), the similarity from
+    which on none is lacking, but for the miss risk. compared: pairs compared exactly."""
+
+    which: Int64
+    rows: Int64
+    similarity: Float32
+    complete_above: Float32
+    version: int
+    rows_scanned: int
+    compared: int = 0
+
+
+class Shard(Protocol):
+    """Part of a gallery, here or elsewhere. Raises BiodedupError or OSError where it cannot answer."""
+
+    def search(self, probes: Float32, plan: Plan) -> Answer:
+        """probes: float32 (q, d), unit rows."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The answers of all shards. rows int64 (q, k), -1 pads, similarity float32 (q, k), descending, -inf pads; failures: what
+    the shards said that did not answer: with any, the result is incomplete."""
+
+    rows: Int64
+    similarity: Float32
+    rows_scanned: int
+    compared: int
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """All rows from a similarity on: of each probe rows int64 (n,) and similarity float32 (n,), descending."""
+
+    found: tuple[tuple[Int64, Float32], ...]
+    failures: tuple[str, ...]
+
+
+class FanOut:
+    """Asks shards at the same time. Where some fail, the others' answers count, and say so; where all do, so does the search.
+    Thread-safe."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(16, "biodedup-shard")  # they wait for the scan's pool, or for other machines
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def nearest(self, shards: Sequence[Shard], probes: Float32, plan: Plan) -> Nearest:
+        """The k best of all shards."""
+        answers, failures = self._ask(shards, [(probes, plan)] * len(shards))
+        rows, similarity = _best(answers, len(probes), plan.k)
+        scanned, compared = sum(a.rows_scanned for a in answers.values()), sum(a.compared for a in answers.values())
+        again = {
+            i: np.flatnonzero(answer.complete_above > similarity[:, -1]) for i, answer in answers.items()
+        }  # rows between the two may lack
+        again = {i: which for i, which in again.items() if len(which)}
+        if again:
+            deeper = [(probes[which], replace(plan, at_least=similarity[which, -1])) for which in again.values()]
+            more, lost = self._ask([shards[i] for i in again], deeper)
+            failures += lost
+            for (i, which), answer in zip(again.items(), (more.get(j) for j in range(len(again))), strict=True):
+                if answer is not None:
+                    answers[i] = _replaced(answers[i], which, answer)
+                    compared += answer.compared
+            rows, similarity = _best(answers, len(probes), plan.k)
+        return Nearest(rows, similarity, scanned, compared, tuple(failures))
+
+    def reached(self, shards: Sequence[Shard], probes: Float32, plan: Plan) -> Reached:
+        """All rows from plan.at_least on."""
+        answers, failures = self._ask(shards, [(probes, plan)] * len(shards))
+        which = np.concatenate([np.zeros(0, np.int64), *(a.which for a in answers.values())])
+        rows = np.concatenate([np.zeros(0, np.int64), *(a.rows for a in answers.values())])
+        similarity = np.concatenate([np.zeros(0, np.float32), *(a.similarity for a in answers.values())])
+        order = np.lexsort((rows, -similarity, which))
+        cuts = np.searchsorted(which[order], np.arange(1, len(probes)))
+        found = zip(np.split(rows[order], cuts), np.split(similarity[order], cuts), strict=True)
+        return Reached(tuple(found), tuple(failures))
+
+    def _ask(
+        self, shards: Sequence[Shard], questions: Sequence[tuple[Float32, Plan]]
+    ) -> tuple[dict[int, Answer], list[str]]:
+        """Answers by the shard's place, and what the others said."""
+        if len(shards) == 1:
+            asked: list[Callable[[], Answer]] = [lambda: shards[0].search(*questions[0])]
+        else:
+            futures = [self._pool.submit(shard.search, *q) for shard, q in zip(shards, questions, strict=True)]
+            asked = [future.result for future in futures]
+        answers: dict[int, Answer] = {}
+        errors: dict[int, BiodedupError | OSError] = {}
+        for i, answer in enumerate(asked):
+            try:
+                answers[i] = answer()
+            except (BiodedupError, OSError) as error:
+                errors[i] = error
+        if errors and not answers:
+            raise next(iter(errors.values()))
+        for i, failed in errors.items():
+            _log.warning("a search is incomplete: shard %d: %s", i, failed)
+        return answers, [f"shard {i}: {failed}" for i, failed in errors.items()]
+
+
+def _best(answers: Mapping[int, Answer], count: int, k: int) -> tuple[Int64, Float32]:
+    which = np.concatenate([np.zeros(0, np.int64), *(a.which for a in answers.values())])
+    rows = np.concatenate([np.zeros(0, np.int64), *(a.rows for a in answers.values())])
+    similarity = np.concatenate([np.zeros(0, np.float32), *(a.similarity for a in answers.values())])
+    order, rank = _ranked(which, similarity, rows, count)
+    kept = order[rank < k]
+    best_rows, best = np.full((count, k), -1), np.full((count, k), -np.inf, np.float32)
+    best_rows[which[kept], rank[rank < k]] = rows[kept]
+    best[which[kept], rank[rank < k]] = similarity[kept]
+    return best_rows, best
+
+
+def _ranked(which: NDArray[Any], similarity: Float32, rows: Int64, count: int) -> tuple[Int64, Int64]:
+    """The order by probe, then by similarity, the lower row first where it is equal; and each one's rank of its probe."""
+    order = np.lexsort((rows, -similarity, which))
+    starts = np.searchsorted(which[order], np.arange(count))
+    return order, np.arange(len(order)) - starts[which[order]]
+
+
+def _replaced(answer: Answer, which: Int64, deeper: Answer) -> Answer:
+    """An answer with what a second round found for some of its probes."""
+    keep = ~np.isin(answer.which, which)
+    return replace(
+        answer,
+        which=np.concatenate([answer.which[keep], which[deeper.which]]),
+        rows=np.concatenate([answer.rows[keep], deeper.rows]),
+        similarity=np.concatenate([answer.similarity[keep], deeper.similarity]),
+    )
+
+
+class LocalShard:
+    """Some parts of a snapshot."""
+
+    def __init__(self, snapshot: Snapshot, parts: Sequence[Part], scanner: Scanner) -> None:
+        self._snapshot = snapshot
+        self._parts = parts
+        self._scanner = scanner
+
+    def search(self, probes: Float32, plan: Plan) -> Answer:
+        pieces = [_Piece(self._snapshot, part, plan) for part in self._parts if plan.column in part.columns]
+        pieces = [piece for piece in pieces if piece.first < piece.last]
+        exact = [piece for piece in pieces if piece.column.codec is None or piece.column.count <= EXACT_CELLS]
+        found = _Found(len(probes), self._snapshot.version)
+        by_codec: dict[str, list[_Piece]] = {}
+        for piece in pieces:
+            if piece not in exact and piece.column.codec is not None:
+                by_codec.setdefault(piece.column.codec.codec_id, []).append(piece)
+        for coded in by_codec.values():
+            if not self._search_coded(coded, probes, plan, found):
+                exact += coded
+        self._search_exact(exact, probes, plan, found)
+        found.scanned = sum(piece.last - piece.first for piece in pieces)
+        return found.answer()
+
+    def _search_exact(self, pieces: Sequence[_Piece], probes: Float32, plan: Plan, found: _Found) -> None:
+        tiles = [tile for piece in pieces for tile in piece.tiles()]
+        if plan.at_least is not None:
+            for which, rows, similarity in self._scanner.exact_above(tiles, probes, plan.at_least):
+                found.add(which, rows, similarity)
+        elif tiles:
+            rows, similarity = self._scanner.exact(tiles, probes, min(plan.k, sum(tile.count for tile in tiles)))
+            which, at = np.nonzero(rows >= 0)
+            found.add(which, rows[which, at], similarity[which, at])
+
+    def _search_coded(self, pieces: Sequence[_Piece], probes: Float32, plan: Plan, found: _Found) -> bool:
+        """False where the codes are of no help, and nothing was done."""
+        codec = pieces[0].column.codec
+        assert codec is not None, "pieces without a codec are compared exactly"
+        bounded = plan.miss_risk <= 0
+        if bounded and codec.scanned < codec.rotation.shape[0]:
+            return False
+        coded = Probes(codec, probes)
+        mean, sd = _nonmates(max(pieces, key=lambda piece: piece.column.count).column, coded)
+        if plan.at_least is None:
+            wanted = plan.k + 4 * np.sqrt(plan.k) + 8
+            if wanted > _SHARE_MAX * plan.among:
+                return False
+            z = float(norm.isf(wanted / plan.among))
+            z -= 4 * float(np.sqrt((1 + z * z / 2) / _SAMPLE_CELLS))  # four times what the sample leaves uncertain
+            least = mean + sd * np.float32(z)
+        else:
+            least = plan.at_least
+        z = 0.0 if bounded else float(norm.isf(plan.miss_risk))
+
+        def cut(similarity: Float32) -> Float32:
+            return similarity - coded.rounding if bounded else codec.law.cut(similarity, z)
+
+        cuts = cut(least)
+        passing = norm.sf((codec.law.cut(least, z) - codec.law.cut(mean, 0)) / np.maximum(sd, 1e-6))
+        if bounded:
+            reach = coded.slack * 16 * coded.scales / 500 + coded.rounding  # at a usual norm
+            passing = norm.sf((least - reach - mean) / np.maximum(sd, 1e-6))
+        if passing.max() > _SHARE_MAX:
+            return False
+        most = _RAGGED_MOST if plan.at_least is not None else 50 * plan.k + 20_000
+        units = [piece.unit(i) for i, piece in enumerate(pieces)]
+        hits = self._scanner.above(units, coded, cuts, bounded=bounded, most=most)
+        clipped = hits.cuts > cuts
+        if clipped.any() and bounded:
+            return False
+        if clipped.any():
+            least = np.where(clipped, np.maximum(least, codec.law.similarity_at(hits.cuts, z)), least)
+        if plan.at_least is None:
+            first = self._compare_best(pieces, coded, hits, plan.k, found)
+            kth = np.maximum(found.kth(plan.k), least)
+            rest = hits.estimate >= (kth - reach if bounded else cut(kth))[hits.which]
+            rest[first] = False
+        else:
+            rest = np.ones(len(hits.which), bool)
+        self._compare(pieces, coded, hits, np.flatnonzero(rest), found)
+        found.complete_above = np.maximum(found.complete_above, least)
+        return True
+
+    def _compare_best(self, pieces: Sequence[_Piece], probes: Probes, hits: Hits, k: int, found: _Found) -> Int64:
+        """Compares the k best of each probe by their estimates; returns which they were."""
+        order, rank = _ranked(hits.which, hits.estimate, hits.cell, len(probes.codes))
+        best = order[rank < k]
+        self._compare(pieces, probes, hits, best, found)
+        return best
+
+    def _compare(self, pieces: Sequence[_Piece], probes: Probes, hits: Hits, chosen: Int64, found: _Found) -> None:
+        """Compares some of the hits exactly, in the order of the disk."""
+        chosen = chosen[np.lexsort((hits.cell[chosen], hits.number[chosen]))]
+        work = []
+        for number, piece in enumerate(pieces):
+            mine = chosen[hits.number[chosen] == number]
+            for low in range(0, len(mine), PIECE_ROWS):
+                work.append(_comparing(piece, probes, hits, mine[low : low + PIECE_ROWS], found))
+        self._scanner.each(work)
+
+
+def _comparing(piece: _Piece, probes: Probes, hits: Hits, some: Int64, found: _Found) -> Callable[[], None]:
+    def compare() -> None:
+        cells, inverse = np.unique(hits.cell[some], return_inverse=True)
+        vectors = dequantise(*piece.column.codes_at(cells))
+        which = hits.which[some]
+        similarity = np.einsum("ij,ij->i", vectors[inverse], probes.turned[which])
+        found.add(which.astype(np.int64), piece.rows(hits.cell[some]), similarity, compared=len(some))
+
+    return compare
+
+
+class _Found:
+    """What a shard has found so far. Thread-safe."""
+
+    def __init__(self, probes: int, version: int) -> None:
+        self.complete_above = np.full(probes, -np.inf, np.float32)
+        self.scanned = 0
+        self._version = version
+        self._compared = 0
+        self._pieces: list[tuple[Int64, Int64, Float32]] = []
+        self._lock = threading.Lock()
+
+    def add(self, which: Int64, rows: Int64, similarity: Float32, compared: int = 0) -> None:
+        with self._lock:
+            self._pieces.append((which, rows, similarity))
+            self._compared += compared
+
+    def kth(self, k: int) -> Float32:
+        """The k-th similarity of each probe so far, -inf where there are fewer."""
+        answer = self.answer()
+        return _best({0: answer}, len(self.complete_above), k)[1][:, -1]
+
+    def answer(self) -> Answer:
+        nothing = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+        which, rows, similarity = (np.concatenate(arrays) for arrays in zip(nothing, *self._pieces, strict=True))
+        return Answer(which, rows, similarity, self.complete_above, self._version, self.scanned, self._compared)
+
+
+class _Piece:
+    """The cells of a part's column that a plan is about."""
+
+    def __init__(self, snapshot: Snapshot, part: Part, plan: Plan) -> None:
+        self.column = part.columns[plan.column]
+        self._snapshot, self._part, self._groups = snapshot, part, plan.groups
+        low, high = part.position_range(plan.from_row, part.end_row)
+        self.first, self.last = self.column.cell_range(low, high) if self.column.dimension is not None else (0, 0)
+
+    def rows(self, cells: Int64) -> Int64:
+        return self._part.rows(cells if self.column.full else self.column.positions(0, self.column.count)[cells])
+
+    def unit(self, number: int) -> Unit:
+        live = self._snapshot.live_bits(self._part, self.column, self._groups)
+        return Unit(self.column, number, self.first, self.last, live)
+
+    def tiles(self) -> Iterator[Tile]:
+        mask = self._snapshot.mask(self._part, self._groups)
+        for low in range(self.first, self.last, PIECE_ROWS):
+            high = min(low + PIECE_ROWS, self.last)
+            kept = None if mask is None else low + np.flatnonzero(mask[self.column.positions(low, high)])
+            if kept is None or len(kept) == high - low:
+                yield Tile(high - low, _reading(self.column, low, high), _rows_from(self, low))
+            elif len(kept):
+                yield Tile(len(kept), _taking(self.column, kept), _rows_of(self, kept))
+
+
+def _reading(column: Column, low: int, high: int) -> Callable[[], Float32]:
+    return lambda: column.vectors(low, high)
+
+
+def _taking(column: Column, cells: Int64) -> Callable[[], Float32]:
+    return lambda: column.vectors_at(cells)
+
+
+def _rows_from(piece: _Piece, low: int) -> Callable[[Int64], Int64]:
+    return lambda near: piece.rows(low + near)
+
+
+def _rows_of(piece: _Piece, cells: Int64) -> Callable[[Int64], Int64]:
+    return lambda near: piece.rows(cells[near])
+
+
+_samples: WeakKeyDictionary[Column, Float32] = WeakKeyDictionary()  # a column never changes
+
+
+def _nonmates(column: Column, probes: Probes) -> tuple[Float32, Float32]:
+    """Mean and standard deviation of each probe's similarity to a column's rows, float32 (q,) each, by a sample."""
+    sample = _samples.get(column)
+    if sample is None:
+        cells = np.linspace(0, column.count - 1, min(_SAMPLE_CELLS, column.count)).astype(np.int64)
+        sample = _samples[column] = dequantise(*column.codes_at(cells))
+    similarity = probes.turned @ sample.T
+    return similarity.mean(axis=1), similarity.std(axis=1)
+
+
+def local_shards(snapshot: Snapshot, scanner: Scanner, rows_min: int = 1 << 20) -> list[Shard]:
+    """A snapshot as shards: each large segment is one, the others are one together."""
+    large = [part for part in snapshot.parts if part.count >= rows_min]
+    small = [part for part in snapshot.parts if part.count < rows_min]
+    groups: Iterable[Sequence[Part]] = [*([part] for part in large), *([small] if small else [])]
+    return [LocalShard(snapshot, parts, scanner) for parts in groups]
+
+
+def as_set(groups: Collection[str] | None) -> frozenset[str] | None:
+    return None if groups is None else frozenset(groups)

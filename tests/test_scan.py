@@ -1,0 +1,351 @@
+"""The codes, the kernel and the search over shards, each against an obvious oracle in numpy."""
+
+import dataclasses
+from functools import partial
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import biodedup as bd
+from biodedup.config import SearchConfig
+from biodedup.errors import GalleryDamaged
+from biodedup.gallery import codes as coding
+from biodedup.gallery.codec import ErrorLaw, estimates, make_codec
+from biodedup.jobs.demo import mates_of
+from biodedup.search import kernel, rescore, shard
+from biodedup.search.scan import Probes, Scanner
+from biodedup.search.shard import Answer, FanOut, Plan
+
+NOTHING = np.zeros(0, np.uint64)
+
+
+def unit(count, dimension, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal((count, dimension), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+# codes -----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)  # the first one compiles
+@given(st.integers(1, 300), st.integers(1, 5), st.integers(0, 12), st.lists(st.integers(0, 300), max_size=5))
+def test_codes_come_back_from_their_halves_however_they_were_cut_into_pieces(count, steps, more, cuts):
+    scanned, width = 8 * steps, 8 * steps + more
+    codes = np.random.default_rng(count).integers(1, 256, (count, width)).astype(np.uint8)
+    plane = np.concatenate(list(coding.planes(np.split(codes, sorted(c for c in cuts if c <= count)), scanned)))
+    assert plane.shape == coding.plane_shape(count, scanned)
+    rest = coding.lower_halves(codes, scanned)
+    some = np.random.default_rng(1).integers(0, count, 20)
+    assert np.array_equal(coding.joined(plane, rest, some), codes[some])
+    assert np.array_equal(coding.joined(plane, rest[7:], np.arange(7, count), 7), codes[7:]) or count <= 7
+    assert np.array_equal(coding.uppers(plane, some), codes[some, :scanned] >> 4)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 140))
+def test_a_vector_and_its_code_are_the_same_but_for_rounding(dimension):
+    vectors = unit(50, dimension, dimension)
+    codec = make_codec(dimension, [vectors])
+    again = codec.decode(*codec.encode(vectors))
+    assert np.einsum("ij,ij->i", vectors, again).min() > 0.9995
+    assert np.allclose(codec.rotate(vectors) @ codec.rotate(vectors).T, vectors @ vectors.T, atol=1e-5)
+
+
+def test_vectors_whose_numbers_are_uneven_are_estimated_as_well_as_even_ones():
+    rng = np.random.default_rng(3)
+    sparse = np.maximum(rng.standard_normal((4_000, 128)) - 1, 0) * rng.lognormal(0, 1.5, 128)
+    sparse = (sparse / np.linalg.norm(sparse, axis=1, keepdims=True)).astype(np.float32)
+    codec = make_codec(128, [sparse])
+    assert codec.law.source == "sample"
+    assert max(codec.law.sd) < 0.0115  # 0.0093 for isotropic vectors
+    plain = estimates(np.eye(128, dtype=np.float32), 128, sparse[:2000], sparse[2000:])
+    true = np.einsum("ij,ij->i", sparse[:2000], sparse[2000:])
+    turned = estimates(codec.rotation, 128, sparse[:2000], sparse[2000:])
+    assert (turned - true).std() < (plain - true).std()
+
+
+def test_a_codec_for_many_numbers_scans_the_axes_that_vary():
+    rng = np.random.default_rng(4)
+    inner = rng.standard_normal((9_000, 70)) @ np.linalg.qr(rng.standard_normal((256, 70)))[0].T
+    vectors = inner + 0.02 * rng.standard_normal((9_000, 256))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    codec = make_codec(256, [vectors])
+    assert codec.training_rows == 9_000 and not codec.provisional
+    assert codec.scanned <= 96
+    assert make_codec(256, [vectors[:100]]).provisional
+
+
+def test_the_measured_error_holds_for_pairs_that_did_not_set_it():
+    codec = make_codec(128, [unit(4_000, 128)])
+    gallery = unit(20_000, 128, 8)
+    for similarity in (0.35, 0.6):
+        probes = mates_of(gallery, np.full(len(gallery), similarity), seed=9)
+        seen = estimates(codec.rotation, codec.scanned, probes, gallery)
+        missed = (seen < codec.law.cut(np.full(len(gallery), similarity, np.float32), 3.09)).mean()
+        assert missed < 0.002  # wanted 0.001; 20,000 pairs
+
+
+def test_a_law_and_its_inverse_agree():
+    law = ErrorLaw((0.0, 0.5, 1.0), (0.0, 0.45, 0.9), (0.02, 0.02, 0.01), 10, "sample")
+    wanted = np.linspace(-0.3, 0.95, 30, dtype=np.float32)
+    assert np.allclose(law.similarity_at(law.cut(wanted, 3), 3), wanted, atol=2e-3)
+
+
+# the kernel ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("instructions", ["plain", kernel.INSTRUCTIONS])
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 4), st.integers(1, 20), st.booleans(), st.data())
+def test_the_kernel_finds_what_numpy_finds(instructions, count, steps, probes, with_removed, data):
+    rng = np.random.default_rng(count)
+    codes = rng.integers(1, 256, (count, 8 * steps)).astype(np.uint8)
+    plane = np.concatenate(list(coding.planes([codes], 8 * steps)))
+    norms = np.zeros(64 * len(plane), np.float32)
+    norms[:count] = rng.uniform(100, 600, count)
+    probe = rng.integers(-127, 128, (probes, 8 * steps)).astype(np.int8)
+    offsets = rng.uniform(-500, 500, probes).astype(np.float32)
+    slopes = rng.uniform(-2, 2, probes).astype(np.float32)
+    first, last = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
+    live = rng.random(64 * len(plane)) < 0.7
+    bits = np.packbits(live, bitorder="little").view(np.uint64) if with_removed else NOTHING
+    room = 64 * probes
+    found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.int32))
+    ours, block = set(), 0
+    while block < len(plane):
+        number, block = SCANS[instructions](plane, norms, bits, first, last, block, probe, offsets, slopes, *found)
+        ours |= set(zip(*(array[:number].tolist() for array in found), strict=True))
+    dots = probe.astype(np.int64) @ (codes >> 4).astype(np.int64).T
+    passed = dots.astype(np.float32) >= offsets[:, None] + slopes[:, None] * norms[:count]
+    passed[:, :first] = passed[:, last:] = False
+    if with_removed:
+        passed &= live[:count]
+    assert ours == {(p, c, int(dots[p, c])) for p, c in zip(*np.nonzero(passed), strict=True)}
+
+
+SCANS = {name: kernel.make_scan(name) for name in {"plain", kernel.INSTRUCTIONS}}
+
+
+# searching -------------------------------------------------------------------------------------------------------
+
+
+class Column:
+    """A coded column in memory."""
+
+    full = True
+
+    def __init__(self, vectors, codec):
+        self.codec, self.count, self.dimension = codec, len(vectors), vectors.shape[1]
+        self.codes, norms = codec.encode(vectors)
+        self.whole = np.concatenate(list(coding.planes([self.codes], codec.scanned)))
+        self.norms = np.zeros(64 * len(self.whole), np.float32)
+        self.norms[: self.count] = norms
+        self.read = 0
+
+    def plane(self, low, high):
+        first, last = low // 64, -(-high // 64)
+        return self.whole[first:last], self.norms[64 * first : 64 * last]
+
+    def codes_at(self, cells):
+        self.read += len(cells)
+        return self.codes[cells], self.norms[cells]
+
+    def vectors(self, low, high):
+        return self.codec.decode(self.codes[low:high], self.norms[low:high])
+
+    def vectors_at(self, cells):
+        return self.codec.decode(self.codes[cells], self.norms[cells])
+
+    def cell_range(self, low, high):
+        return low, high
+
+    def positions(self, low, high):
+        return np.arange(low, high)
+
+
+class Part:
+    def __init__(self, vectors, codec, first_row):
+        self.columns = {"face": Column(vectors, codec)}
+        self.first_row, self.count, self.end_row = first_row, len(vectors), first_row + len(vectors)
+
+    def rows(self, positions):
+        return positions + self.first_row
+
+    def position_range(self, low, high):
+        low, high = np.clip((low - self.first_row, high - self.first_row), 0, self.count)
+        return int(low), int(high)
+
+
+class Snapshot:
+    version = 7
+
+    def mask(self, part, groups):
+        return None
+
+    def live_bits(self, part, column, groups):
+        return NOTHING
+
+
+@pytest.fixture(scope="module")
+def scanner():
+    scanner = Scanner(2)
+    yield scanner
+    scanner.close()
+
+
+@pytest.fixture
+def fan_out():
+    fan_out = FanOut()
+    yield fan_out
+    fan_out.close()
+
+
+def shards_of(vectors, scanner, pieces=2, codec=None):
+    codec = codec or make_codec(vectors.shape[1], [vectors])
+    found, first = [], 0
+    for piece in np.array_split(vectors, pieces):
+        found.append(shard.LocalShard(Snapshot(), [Part(piece, codec, first)], scanner))
+        first += len(piece)
+    return found
+
+
+def exact(probes, shards, k):
+    parts = [part for one in shards for part in one._parts]
+    stored = np.concatenate([part.columns["face"].vectors(0, part.count) for part in parts])
+    similarity, rows = faiss.knn(probes, stored, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return rows, similarity
+
+
+@pytest.mark.parametrize("dimension", [64, 128])
+@pytest.mark.parametrize("miss_risk", [1e-4, 0.0])
+def test_the_nearest_are_those_of_an_exact_search(scanner, fan_out, dimension, miss_risk):
+    vectors = unit(80_000, dimension)
+    shards = shards_of(vectors, scanner)
+    probes = np.concatenate([mates_of(vectors[:10], np.full(10, 0.5)), unit(10, dimension, 5)])
+    found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), miss_risk))
+    rows, similarity = exact(probes, shards, 10)
+    assert np.allclose(found.similarity, similarity, atol=1e-5)
+    assert (found.rows == rows).mean() > 0.99  # neighbours a rounding error apart may change places
+    assert found.rows_scanned == len(vectors)
+    assert found.compared < 0.1 * len(vectors) * len(probes)
+
+
+def test_a_gallery_that_is_not_normal_at_all_is_searched_as_exactly(scanner, fan_out):
+    """Ten thousand copies of nearly one vector: many more rows reach the cut than the normal law says."""
+    rng = np.random.default_rng(0)
+    vectors = unit(60_000, 128)
+    vectors[20_000:50_000] = vectors[0] + 0.02 * rng.standard_normal((30_000, 128), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    shards = shards_of(vectors, scanner)
+    probes = np.concatenate([vectors[:1], vectors[25_000:25_003], unit(4, 128, 6)])
+    found = fan_out.nearest(shards, probes, Plan("face", 20, len(vectors), 1e-4))
+    _, similarity = exact(probes, shards, 20)
+    assert np.allclose(found.similarity, similarity, atol=1e-5)
+
+
+def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_out, monkeypatch):
+    vectors = unit(50_000, 128)
+    shards = shards_of(vectors, scanner)
+    probes = unit(5, 128, 6)
+    monkeypatch.setattr(
+        shard, "_nonmates", lambda column, probes: (np.full(5, 0.3, np.float32), np.full(5, 0.1, np.float32))
+    )
+    found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), 1e-4))
+    _, similarity = exact(probes, shards, 10)
+    assert np.allclose(found.similarity, similarity, atol=1e-5)
+
+
+def test_all_rows_from_a_similarity_on_are_found(scanner, fan_out):
+    vectors = unit(60_000, 128)
+    shards = shards_of(vectors, scanner, 3)
+    probes = unit(6, 128, 6)
+    least = np.full(6, 0.3, np.float32)
+    found = fan_out.reached(shards, probes, Plan("face", 1, len(vectors), 1e-5, at_least=least)).found
+    rows, similarity = exact(probes, shards, 300)
+    for (ours, values), theirs, all_values in zip(found, rows, similarity, strict=True):
+        kept = values >= 0.3
+        assert set(ours[kept].tolist()) == set(theirs[all_values >= 0.3].tolist())
+        assert (np.diff(values) <= 0).all()
+
+
+def test_a_shard_that_fails_makes_the_search_incomplete_and_the_others_answer(scanner, fan_out):
+    class Broken:
+        def search(self, probes, plan):
+            raise GalleryDamaged("a disk died")
+
+    vectors = unit(40_000, 128)
+    good, _ = shards_of(vectors, scanner)
+    found = fan_out.nearest([good, Broken()], vectors[:3], Plan("face", 5, len(vectors), 1e-3))
+    assert found.failures == ("shard 1: a disk died",)
+    assert found.rows[:, 0].tolist() == [0, 1, 2]
+
+
+def test_a_shard_elsewhere_needs_no_more_than_search(fan_out):
+    class Elsewhere:
+        def search(self, probes, plan):
+            which = np.arange(len(probes))
+            return Answer(which, which + 100, np.ones(len(probes), np.float32), np.zeros(len(probes), np.float32), 3, 1)
+
+    found = fan_out.nearest([Elsewhere()], unit(2, 8), Plan("face", 1, 10, 0.1))
+    assert found.rows.tolist() == [[100], [101]]
+
+
+def test_a_decision_over_a_gallery_of_which_a_segment_cannot_be_read_is_never_unique(tmp_path, monkeypatch):
+    vectors = unit(300, 128)
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(seal_rows=64, background=False))) as engine:
+        engine.add_templates([f"s{i}" for i in range(300)], {"face": vectors})
+        engine.tidy()
+        real = shard.LocalShard.search
+
+        def failing(self, probes, plan):
+            if any(part.first_row == 0 for part in self._parts):
+                raise GalleryDamaged("unreadable")
+            return real(self, probes, plan)
+
+        monkeypatch.setattr(shard.LocalShard, "search", failing)
+        with pytest.raises(GalleryDamaged):  # all of it is one shard
+            engine.search({"face": vectors[:1]})
+        monkeypatch.setattr(rescore, "local_shards", partial(shard.local_shards, rows_min=64))
+        decision = engine.enroll(bd.Encounter("new", templates={"face": unit(1, 128, 77)[0]}))
+        assert decision.outcome == "review" and decision.incomplete
+        assert engine.search({"face": vectors[:1]}).incomplete
+
+
+def test_an_estimate_is_never_further_off_than_the_stated_bound():
+    vectors, codec = unit(5_000, 128), make_codec(128, [])
+    column = Column(vectors, codec)
+    probes = Probes(codec, unit(50, 128, 3))
+    dots = (probes.codes.astype(np.int64) @ (column.codes >> 4).astype(np.int64).T).astype(np.float64)
+    norms = column.norms[: column.count]
+    true = probes.turned @ coding.dequantise(column.codes, norms).T
+    at_most = 16 * probes.scales[:, None] * (dots - (probes.middle - probes.slack)[:, None]) / norms
+    assert (true <= at_most + probes.rounding[:, None]).all()
+
+
+def test_removed_rows_and_other_groups_are_left_out_inside_the_scan(tmp_path):
+    vectors = unit(40_000, 64)
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:
+        names = [f"s{i}" for i in range(len(vectors))]
+        groups = [["even" if i % 2 == 0 else "odd"] for i in range(len(vectors))]
+        engine.add_templates(names, {"face": vectors}, groups=groups)
+        assert engine.search({"face": vectors[:4]}, k=1).ids[:, 0].tolist() == ["s0", "s1", "s2", "s3"]
+        assert engine.search({"face": vectors[:4]}, k=1, groups=["odd"]).ids[[1, 3], 0].tolist() == ["s1", "s3"]
+        for group, parity in (("odd", 1), ("even", 0)):
+            ids, similarity = engine.search({"face": vectors[:20]}, k=5, groups=[group])
+            among = np.arange(parity, len(vectors), 2)
+            best, _ = faiss.knn(vectors[:20], vectors[among], 5, metric=faiss.METRIC_INNER_PRODUCT)
+            assert np.allclose(similarity, best, atol=0.004)
+            assert all(int(name[1:]) % 2 == parity for name in ids.reshape(-1))
+        engine.remove("s2")
+        assert engine.search({"face": vectors[2:3]}, k=1).ids[0, 0] != "s2"
+        engine.compact()
+        assert engine.search({"face": vectors[:4]}, k=1).ids[[0, 1, 3], 0].tolist() == ["s0", "s1", "s3"]
+
+
+def test_search_settings_are_checked():
+    with pytest.raises(bd.InvalidInput, match="miss_risk"):
+        SearchConfig(miss_risk=0.7)
+    assert dataclasses.replace(SearchConfig(), miss_risk=0.0).miss_risk == 0
