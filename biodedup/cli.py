@@ -163,7 +163,7 @@ def remove(
 @app.command()
 def dedup(
     source: Annotated[
-        Path, typer.Argument(help="Folder of images (a folder per subject), or a CSV or Parquet manifest.")
+        Path, typer.Argument(help="Folder of images (a folder per subject), a CSV or Parquet manifest, or a gallery.")
     ],
     result: Annotated[Path, typer.Option("--out", "-o", help="Result, .parquet or .csv.")] = Path("dedup.parquet"),
     threshold_db: Annotated[
@@ -172,23 +172,36 @@ def dedup(
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the images, or the subjects of a manifest, that are the same person. Interrupted, it goes on where it was."""
+    """Find the images, or the subjects of a manifest or of a gallery, that are the same person. Interrupted, it goes on where
+    it was."""
+    if jobs.is_gallery(source):
+        with _existing(source, Config(threads=threads)) as engine, _progress() as progress:
+            joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
+        _print_summary(joined.summary() | {"result": str(result)}, as_json)
+        for cluster in joined.clusters[:20] if not as_json else ():
+            names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
+            out.print(f"weakest link {cluster.weakest_db:6.1f} dB  {names}", soft_wrap=True)
+        raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
     with _progress() as progress:
         found = jobs.dedup(source, result, Config(threads=threads), threshold_db=threshold_db, progress=progress)
-    summary = found.summary() | {"result": str(result)}
-    if as_json:
-        _print_json(summary)
-    else:
-        table = Table(show_header=False)
-        for key, value in summary.items():
-            table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-        out.print(table)
+    _print_summary(found.summary() | {"result": str(result)}, as_json)
+    if not as_json:
         label_of = {unit.unit_id: unit.label for unit in found.units}
         links = [link for cluster in found.clusters for link in cluster.links]
         across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
         for link in sorted(across, key=lambda link: -link.score_db)[:20]:
             out.print(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}", soft_wrap=True)
     raise typer.Exit(Exit.DUPLICATE if found.clusters else Exit.DONE)
+
+
+def _print_summary(summary: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        _print_json(summary)
+        return
+    table = Table(show_header=False)
+    for key, value in summary.items():
+        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    out.print(table)
 
 
 @app.command()

@@ -62,7 +62,7 @@ from biodedup.match.compare import Comparer, InHand, compare_templates
 from biodedup.match.minutiae import Bozorth3
 from biodedup.match.policy import outcome
 from biodedup.search.clusters import clusters_of
-from biodedup.search.rescore import Found, Searcher
+from biodedup.search.rescore import JOIN_ROWS, Found, Searcher
 from biodedup.values import (
     COLUMNS,
     Candidate,
@@ -118,6 +118,16 @@ class Loaded:
     added: int
     present: int
     conflicting: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class JoinedTile:
+    """A piece of an N:N join. done: subjects compared with all behind them, of total; links: pairs that reached the
+    threshold."""
+
+    done: int
+    total: int
+    links: tuple[Link, ...]
 
 
 class Engine:
@@ -402,29 +412,36 @@ class Engine:
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Cluster]:
-        """N:N: clusters of enrolled subjects that score as one person.
+        """N:N: clusters of enrolled subjects that score as one person. `jobs.find_duplicates` can be interrupted.
 
         threshold_db: None takes the policy's duplicate threshold. progress: called with subjects done and their total.
+        """
+        found: list[Link] = []
+        for tile in self.join(threshold_db=threshold_db):
+            found += tile.links
+            progress(tile.done, tile.total)
+        return clusters_of(found)
+
+    def join(self, *, threshold_db: float | None = None, skip: int = 0) -> Iterator[JoinedTile]:
+        """N:N, tile by tile: each compares some subjects with all that were enrolled after them, as of now.
+
+        threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already.
         """
         self._check_open()
         if threshold_db is None:
             threshold_db, _ = self.config.policy.thresholds_db(len(self))
         snapshot = self._gallery.snapshot()
-        live = snapshot.live_rows().tolist()
-        links: dict[tuple[int, int], Link] = {}
-        for start in range(0, len(live), self.config.batch_size):
-            rows = live[start : start + self.config.batch_size]
-            probes = [snapshot.templates(row) for row in rows]
-            for row, found in zip(rows, self._searcher.search(snapshot, probes, floor_db=threshold_db), strict=True):
-                for comparison in found.comparisons:
-                    pair = (min(row, comparison.row), max(row, comparison.row))
-                    if comparison.row != row and comparison.score_db >= threshold_db and pair not in links:
-                        first, second = snapshot.subject_ids(pair)
-                        links[pair] = Link(
-                            (first, second), comparison.score_db, comparison.extrapolated, comparison.evidence
-                        )
-            progress(start + len(rows), len(live))
-        return clusters_of(links.values())
+        live = snapshot.live_rows()
+        for start in range(skip, len(live), JOIN_ROWS):
+            self._check_open()
+            rows = live[start : start + JOIN_ROWS].tolist()
+            found = self._searcher.pairs(snapshot, rows, threshold_db)
+            names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
+            links = [
+                Link((names[2 * i], names[2 * i + 1]), pair.score_db, pair.extrapolated, pair.evidence)
+                for i, (_, pair) in enumerate(found)
+            ]
+            yield JoinedTile(start + len(rows), len(live), tuple(links))
 
     # undecided changes ------------------------------------------------------------------------------------------
 

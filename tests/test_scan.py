@@ -250,9 +250,7 @@ def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_ou
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = unit(5, 128, 6)
-    monkeypatch.setattr(
-        shard, "_nonmates", lambda column, probes: (np.full(5, 0.3, np.float32), np.full(5, 0.1, np.float32))
-    )
+    monkeypatch.setattr(shard._Population, "reached_by", lambda self, probes, share: np.full(5, 0.5, np.float32))
     found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), 1e-4))
     _, similarity = exact(probes, shards, 10)
     assert np.allclose(found.similarity, similarity, atol=1e-5)

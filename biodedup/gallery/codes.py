@@ -93,6 +93,13 @@ def uppers(plane: Codes, cells: NDArray[np.int64]) -> Codes:
     return found
 
 
+def turned(vectors: Float32, rotation: Float32) -> Float32:
+    """vectors @ rotation.T, for a few vectors before a scan. Not by BLAS, whose threads go on spinning beside the scan's."""
+    found = np.zeros((len(vectors), len(rotation)), np.float32)
+    _turn(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(rotation.T, np.float32), found)
+    return found
+
+
 def _packed(codes: Codes, scanned: int) -> Codes:
     plane = np.zeros(plane_shape(len(codes), scanned), np.uint8)
     _pack(np.ascontiguousarray(codes), plane)
@@ -112,6 +119,14 @@ def _quantise(vectors: Any, codes: Any, norms: Any) -> None:
             total += int(value * value)
             codes[i, j] = np.uint8(value + 128)
         norms[i] = np.float32(np.sqrt(total))
+
+
+@_compiled
+def _turn(vectors: Any, axes: Any, found: Any) -> None:
+    for i in range(vectors.shape[0]):
+        for k in range(vectors.shape[1]):
+            for j in range(axes.shape[1]):
+                found[i, j] += vectors[i, k] * axes[k, j]
 
 
 @_compiled

@@ -3,7 +3,21 @@
 from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
+from biodedup.jobs.join import JoinResult, find_duplicates, is_gallery
 from biodedup.jobs.load import LoadResult, load
 from biodedup.jobs.progress import Progress
 
-__all__ = ["DedupResult", "DemoResult", "LoadResult", "Progress", "Report", "dedup", "demo", "examine", "load"]
+__all__ = [
+    "DedupResult",
+    "DemoResult",
+    "JoinResult",
+    "LoadResult",
+    "Progress",
+    "Report",
+    "dedup",
+    "demo",
+    "examine",
+    "find_duplicates",
+    "is_gallery",
+    "load",
+]

@@ -19,7 +19,8 @@ def clusters_of(links: Iterable[Link]) -> list[Cluster]:
 
     weakest_db is the bottleneck of the strongest tree that spans the cluster: cut there, and it falls apart.
     """
-    ordered = sorted(links, key=lambda link: (-link.score_db, link.subject_ids))
+    unique = {tuple(sorted(link.subject_ids)): link for link in links}  # a pair may have been found from both sides
+    ordered = sorted(unique.values(), key=lambda link: (-link.score_db, link.subject_ids))
     if not ordered:
         return []
     names = sorted({name for link in ordered for name in link.subject_ids})

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import SearchConfig
+from biodedup.errors import GalleryDamaged
 from biodedup.gallery.part import Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer, Comparison
@@ -27,6 +28,8 @@ Probe = Mapping[str, Template]
 
 PROBES = 256
 """Probes that are scanned together."""
+JOIN_ROWS = 1024
+"""Rows of a gallery that are compared together with all behind them."""
 _BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 _FINGER_BITS = sum(_BIT[position] for position in FINGER_POSITIONS)
 
@@ -98,6 +101,40 @@ class Searcher:
             chosen = np.concatenate([rows[worth], others[: self._config.finger_rows_max]])
             found.append(Found(tuple(self._comparer.compare(probe, source, chosen.tolist())), bool(incomplete)))
         return found
+
+    def pairs(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float) -> list[tuple[int, Comparison]]:
+        """Pairs of one of these live rows, ascending, and of a row behind it, that score threshold_db or more; each once."""
+        if any(bits != _BIT["face"] for part in snapshot.parts for bits in part.bits):
+            return self._pairs_of_several_columns(snapshot, rows, threshold_db)
+        faces = snapshot.embeddings(rows, "face")
+        model_id = snapshot.models["face"].model_id
+        probe = Template("face", model_id, faces[0])
+        least = np.full(len(rows), self._similarity_at({"face": probe}, threshold_db), np.float32)
+        plan = replace(_Scope(snapshot, rows[0], None).plan("face", 1, self._config.miss_risk), at_least=least)
+        reached = self._fan_out.reached(self._shards(snapshot), faces, plan)
+        if reached.failures:
+            raise GalleryDamaged(f"a join that cannot see everybody is no join: {reached.failures[0]}")
+        source, found = SnapshotRows(snapshot), []
+        for row, face, (others, _) in zip(rows, faces, reached.found, strict=True):
+            behind = others[others > row]
+            if len(behind):
+                compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, behind.tolist())
+                found += [(row, comparison) for comparison in compared if comparison.score_db >= threshold_db]
+        return found
+
+    def _pairs_of_several_columns(
+        self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float
+    ) -> list[tuple[int, Comparison]]:
+        found: dict[tuple[int, int], tuple[int, Comparison]] = {}
+        for start in range(0, len(rows), 32):
+            some = rows[start : start + 32]
+            probes = [snapshot.templates(row) for row in some]
+            for row, one in zip(some, self.search(snapshot, probes, floor_db=threshold_db), strict=True):
+                for comparison in one.comparisons:
+                    # the other side's candidates may lack this pair, so that it counts whoever finds it
+                    if comparison.row != row and comparison.score_db >= threshold_db:
+                        found.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
+        return list(found.values())
 
     def nearest(
         self,

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.codec import Codec
-from biodedup.gallery.codes import BLOCK_ROWS
+from biodedup.gallery.codes import BLOCK_ROWS, turned
 from biodedup.gallery.part import Column
 from biodedup.search import kernel
 from biodedup.values import Float32
@@ -73,7 +73,7 @@ class Probes:
 
     def __init__(self, codec: Codec, vectors: Float32) -> None:
         self.codec = codec
-        self.turned = codec.rotate(vectors)
+        self.turned = turned(vectors, codec.rotation)
         seen = self.turned[:, : codec.scanned]
         self.scales = np.maximum(np.abs(seen).max(axis=1), 1e-9).astype(np.float32) / np.float32(127)
         self.codes = np.ascontiguousarray(np.rint(seen / self.scales[:, None]).astype(np.int8))

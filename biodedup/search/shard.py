@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from biodedup.errors import BiodedupError
-from biodedup.gallery.codes import dequantise
+from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
 from biodedup.gallery.part import PIECE_ROWS, Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.scan import Hits, Int64, Probes, Scanner, Tile, Unit
@@ -35,7 +35,8 @@ from biodedup.values import Float32
 
 EXACT_CELLS = 1 << 14
 """A column of up to this many cells is compared exactly."""
-_SAMPLE_CELLS = 4_096  # of a column, that say what non-mates look like
+_SAMPLE_ROWS = 16_384  # of a column, that say what non-mates look like
+_USUAL_NORM = 450.0  # of a code of 128 numbers; only to foresee how many rows pass
 _SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
 _log = logging.getLogger("biodedup")
 _RAGGED_MOST = 1_000_000  # rows above a similarity, a probe, that a search collects
@@ -235,43 +236,36 @@ class LocalShard:
         if bounded and codec.scanned < codec.rotation.shape[0]:
             return False
         coded = Probes(codec, probes)
-        mean, sd = _nonmates(max(pieces, key=lambda piece: piece.column.count).column, coded)
+        population = _population_of(max((piece.column for piece in pieces), key=lambda column: column.count))
         if plan.at_least is None:
             wanted = plan.k + 4 * np.sqrt(plan.k) + 8
             if wanted > _SHARE_MAX * plan.among:
                 return False
-            z = float(norm.isf(wanted / plan.among))
-            z -= 4 * float(np.sqrt((1 + z * z / 2) / _SAMPLE_CELLS))  # four times what the sample leaves uncertain
-            least = mean + sd * np.float32(z)
+            least = population.reached_by(coded.turned, wanted / plan.among)
         else:
             least = plan.at_least
-        z = 0.0 if bounded else float(norm.isf(plan.miss_risk))
+        risk = 0.0 if bounded else float(norm.isf(plan.miss_risk))
 
         def cut(similarity: Float32) -> Float32:
-            return similarity - coded.rounding if bounded else codec.law.cut(similarity, z)
+            return similarity - coded.rounding if bounded else codec.law.cut(similarity, risk)
 
         cuts = cut(least)
-        passing = norm.sf((codec.law.cut(least, z) - codec.law.cut(mean, 0)) / np.maximum(sd, 1e-6))
-        if bounded:
-            reach = coded.slack * 16 * coded.scales / 500 + coded.rounding  # at a usual norm
-            passing = norm.sf((least - reach - mean) / np.maximum(sd, 1e-6))
-        if passing.max() > _SHARE_MAX:
+        usual = 16 * coded.scales * coded.slack / _USUAL_NORM if bounded else np.float32(0)
+        if population.share_reaching(cuts - usual, coded.turned[:, : codec.scanned]) > _SHARE_MAX:
             return False
         most = _RAGGED_MOST if plan.at_least is not None else 50 * plan.k + 20_000
         units = [piece.unit(i) for i, piece in enumerate(pieces)]
         hits = self._scanner.above(units, coded, cuts, bounded=bounded, most=most)
         clipped = hits.cuts > cuts
-        if clipped.any() and bounded:
+        if bounded and clipped.any():
             return False
         if clipped.any():
-            least = np.where(clipped, np.maximum(least, codec.law.similarity_at(hits.cuts, z)), least)
-        if plan.at_least is None:
+            least = np.where(clipped, np.maximum(least, codec.law.similarity_at(hits.cuts, risk)), least)
+        rest = np.ones(len(hits.which), bool)
+        if plan.at_least is None and not bounded:
             first = self._compare_best(pieces, coded, hits, plan.k, found)
-            kth = np.maximum(found.kth(plan.k), least)
-            rest = hits.estimate >= (kth - reach if bounded else cut(kth))[hits.which]
+            rest = hits.estimate >= cut(np.maximum(found.kth(plan.k), least))[hits.which]
             rest[first] = False
-        else:
-            rest = np.ones(len(hits.which), bool)
         self._compare(pieces, coded, hits, np.flatnonzero(rest), found)
         found.complete_above = np.maximum(found.complete_above, least)
         return True
@@ -375,17 +369,44 @@ def _rows_of(piece: _Piece, cells: Int64) -> Callable[[Int64], Int64]:
     return lambda near: piece.rows(cells[near])
 
 
-_samples: WeakKeyDictionary[Column, Float32] = WeakKeyDictionary()  # a column never changes
+@dataclass(frozen=True)
+class _Population:
+    """What a column's rows look like: the mean float32 (D,) and covariance float32 (D, D) of a sample, as its codec turns them."""
+
+    mean: Float32
+    covariance: Float32
+
+    def similarity(self, probes: Float32) -> tuple[Float32, Float32]:
+        """Mean and standard deviation of similarity to the column's rows, float32 (q,) each. probes: float32 (q, n), turned,
+        their first n numbers alone."""
+        size = probes.shape[1]
+        variance = np.einsum("ij,ij->i", turned(probes, self.covariance[:size, :size]), probes)
+        return turned(probes, self.mean[None, :size])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
+
+    def reached_by(self, probes: Float32, share: float) -> Float32:
+        """The similarity that a little more than this share of the rows reaches, float32 (q,)."""
+        mean, sd = self.similarity(probes)
+        z = float(norm.isf(share))
+        z -= 4 * float(np.sqrt((1 + z * z / 2) / _SAMPLE_ROWS))  # four times what the sample leaves uncertain
+        return mean + sd * np.float32(z)
+
+    def share_reaching(self, cuts: Float32, probes: Float32) -> float:
+        """The largest share of rows that reaches a probe's cut."""
+        mean, sd = self.similarity(probes)
+        return float(norm.sf(((cuts - mean) / sd).min()))
 
 
-def _nonmates(column: Column, probes: Probes) -> tuple[Float32, Float32]:
-    """Mean and standard deviation of each probe's similarity to a column's rows, float32 (q,) each, by a sample."""
-    sample = _samples.get(column)
-    if sample is None:
-        cells = np.linspace(0, column.count - 1, min(_SAMPLE_CELLS, column.count)).astype(np.int64)
-        sample = _samples[column] = dequantise(*column.codes_at(cells))
-    similarity = probes.turned @ sample.T
-    return similarity.mean(axis=1), similarity.std(axis=1)
+_populations: WeakKeyDictionary[Column, _Population] = WeakKeyDictionary()  # a column never changes
+
+
+def _population_of(column: Column) -> _Population:
+    if column not in _populations:
+        starts = np.unique(np.linspace(0, column.count - 1, _SAMPLE_ROWS // BLOCK_ROWS).astype(np.int64) // BLOCK_ROWS)
+        cells = (starts[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
+        sample = dequantise(*column.codes_at(cells[cells < column.count]))
+        covariance = np.cov(sample.T).reshape(sample.shape[1], -1)
+        _populations[column] = _Population(sample.mean(axis=0), covariance.astype(np.float32))
+    return _populations[column]
 
 
 def local_shards(snapshot: Snapshot, scanner: Scanner, rows_min: int = 1 << 20) -> list[Shard]:

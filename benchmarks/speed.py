@@ -1,0 +1,235 @@
+"""Searching, against peers in the same run: raw FAISS, usearch and hnswlib, each with the share of mates that it finds.
+
+    python benchmarks/speed.py                             1 and 10 million rows of 128 and of 512 numbers; hours, 20 GB of disk
+    python benchmarks/speed.py --rows 10e6 --dimension 128  one of the four
+    python benchmarks/speed.py --rows 30000 --dimension 128 --mates 64   the smoke size; keeps no result
+
+Isotropic embeddings; mates at given cosines in random directions. Ours and the FAISS index take turns, batch by batch, so that what
+else the machine does falls on both. `candidates`: share of mates among the 1,000 best; `in place`: of mates whose rank is the very
+one that exact float32 search gives them. usearch and hnswlib are asked for where they are installed (extra `bench`), hnswlib up to
+a million rows, since it takes hours to build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from report import record
+
+import biodedup as bd
+from biodedup.jobs.demo import mates_of
+
+SIZES = [(1_000_000, 128), (1_000_000, 512), (10_000_000, 128), (10_000_000, 512)]
+PIECE, COSINES, K, CANDIDATES = 1 << 16, (0.4, 0.5, 0.6, 0.7, 0.8), 10, 1_000
+BATCHES = (1, 16, 256)
+
+
+def piece(index: int, rows: int, dimension: int) -> np.ndarray:
+    """float32 (rows, dimension), unit rows, the same on every run."""
+    vectors = np.random.default_rng([7, index]).standard_normal((rows, dimension), np.float32)
+    return vectors / np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
+
+
+def pieces(rows: int) -> list[tuple[int, int, int]]:
+    """(number, first row, rows) of each."""
+    return [(index, low, min(PIECE, rows - low)) for index, low in enumerate(range(0, rows, PIECE))]
+
+
+def timed(call: Callable[[np.ndarray], Any], probes: np.ndarray, size: int, seconds: float) -> list[float]:
+    """Seconds of each batch, for about so long, three at least."""
+    took: list[float] = []
+    while len(took) < 3 or (sum(took) < seconds and len(took) < 200):
+        low = len(took) * size % (len(probes) - size + 1)
+        started = time.perf_counter()
+        call(probes[low : low + size])
+        took.append(time.perf_counter() - started)
+    return took
+
+
+def told(took: list[float], size: int, rows: int) -> dict[str, Any]:
+    rate = size / float(np.median(took))
+    return {
+        "probes/s": float(f"{rate:.4g}"),
+        "p50 ms": float(f"{1000 * np.median(took):.4g}"),
+        "p99 ms": float(f"{1000 * np.quantile(took, 0.99):.4g}"),
+        "1e9 rows/s/core": round(rate * rows / 1e9 / (os.cpu_count() or 1), 3),
+    }
+
+
+def exact_ranks(probes: np.ndarray, whose: np.ndarray, rows: int) -> np.ndarray:
+    """The rank of each probe's mate by exact float32 search, int64 (q,), 1 for the first. whose: rows of the first piece."""
+    dimension = probes.shape[1]
+    own = np.einsum("ij,ij->i", probes, piece(0, min(rows, PIECE), dimension)[whose])
+    ranks = np.ones(len(probes), np.int64)
+    for i, _, n in pieces(rows):
+        vectors = piece(i, n, dimension)
+        for start in range(0, len(probes), 512):
+            some = slice(start, start + 512)
+            above = probes[some] @ vectors.T > own[some, None]
+            if i == 0:
+                above[np.arange(len(above)), whose[some]] = False
+            ranks[some] += np.count_nonzero(above, axis=1)
+    return ranks
+
+
+def measure(rows: int, dimension: int, mates: int, seconds: float) -> dict[str, Any]:
+    whose = np.random.default_rng(1).permutation(min(rows, PIECE))[: mates * len(COSINES)]
+    whose = np.resize(whose, mates * len(COSINES))
+    cosines = np.tile(COSINES, mates)
+    probes = mates_of(piece(0, min(rows, PIECE), dimension)[whose], cosines)
+    figures: dict[str, Any] = {"rows": rows, "dimension": dimension}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, bd.Engine.open(Path(folder) / "g") as engine:
+        started = time.perf_counter()
+        for i, low, n in pieces(rows):
+            engine.add_templates([f"{row:09d}" for row in range(low, low + n)], {"face": piece(i, n, dimension)})
+        engine.tidy()
+        figures["built, rows a second"] = round(rows / (time.perf_counter() - started))
+        column = next(part.columns["face"] for part in engine._gallery.snapshot().parts if part.count)
+        codec = column.codec
+        figures["bytes a row: scanned in memory, in all"] = (
+            f"{codec.scanned // 2 + 4} + {codec.rest_bytes} = {codec.scanned // 2 + 4 + codec.rest_bytes}"
+            if codec
+            else "-"
+        )
+        figures |= _against_faiss(engine, rows, dimension, probes, whose, cosines, seconds)
+        figures |= _found(engine, probes, whose, cosines, rows)
+    figures |= _flat(rows, dimension, probes, seconds)
+    figures |= _usearch(rows, dimension, probes, whose, cosines, seconds)
+    figures |= _hnswlib(rows, dimension, probes, whose, cosines, seconds)
+    return figures
+
+
+def _shares(found: np.ndarray, whose: np.ndarray, cosines: np.ndarray) -> str:
+    """Of mates found, at each cosine. found: (q, k) row numbers."""
+    has = (found == whose[: len(found), None]).any(axis=1)
+    return " / ".join(f"{has[cosines[: len(found)] == cosine].mean():.4f}" for cosine in COSINES)
+
+
+def _against_faiss(
+    engine: bd.Engine,
+    rows: int,
+    dimension: int,
+    probes: np.ndarray,
+    whose: np.ndarray,
+    cosines: np.ndarray,
+    seconds: float,
+) -> dict[str, Any]:
+    lists = 2048 if rows >= 5_000_000 else 256
+    spec = f"IVF{lists},PQ64x4fs"
+    index = faiss.index_factory(dimension, spec, faiss.METRIC_INNER_PRODUCT)
+    index.train(piece(0, min(rows, PIECE), dimension))
+    for i, _, n in pieces(rows):
+        index.add(piece(i, n, dimension))
+    index.nprobe = lists
+    figures: dict[str, Any] = {}
+    for size in BATCHES:
+        ours: list[float] = []
+        theirs: list[float] = []
+        for _ in range(3):
+            ours += timed(lambda some: engine.search({"face": some}, k=K), probes, size, seconds)
+            theirs += timed(lambda some: index.search(some, K), probes, size, seconds)
+        figures[f"batch {size}"] = told(ours, size, rows)
+        figures[f"batch {size}, FAISS {spec}"] = told(theirs, size, rows)
+        figures[f"batch {size}, times FAISS {spec}"] = round(float(np.median(theirs) / np.median(ours)), 2)
+    some = probes[: 5 * 256]
+    names = np.array([[int(name or -1) for name in row] for row in engine.search({"face": some}, k=K).ids])
+    figures[f"mates in {K} at {COSINES}"] = _shares(names, whose, cosines)
+    figures[f"mates in {K}, FAISS {spec}"] = _shares(index.search(some, K)[1], whose, cosines)
+    return figures
+
+
+def _found(engine: bd.Engine, probes: np.ndarray, whose: np.ndarray, cosines: np.ndarray, rows: int) -> dict[str, Any]:
+    k = min(CANDIDATES, rows)
+    found = engine._searcher.nearest(engine._gallery.snapshot(), "face", probes, k).rows
+    hit = found == whose[:, None]
+    ranks = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
+    exact = exact_ranks(probes, whose, rows)
+    figures: dict[str, Any] = {"mates at each cosine": int(np.sum(cosines == COSINES[0]))}
+    for name, good in (("candidates", ranks > 0), ("in place", ranks == exact)):
+        figures[f"mates, {name}, at {COSINES}"] = " / ".join(f"{good[cosines == c].mean():.4f}" for c in COSINES)
+        figures[f"mates, {name}, at 0.5 and above"] = round(float(good[cosines >= 0.5].mean()), 5)
+    figures["mates of the exact first 1,000 that are lacking"] = int(np.sum((exact <= k) & (ranks == 0)))
+    return figures
+
+
+def _flat(rows: int, dimension: int, probes: np.ndarray, seconds: float) -> dict[str, Any]:
+    """FAISS flat, on a million rows; its time grows with the rows."""
+    some = min(rows, 1_000_000)
+    index = faiss.IndexFlatIP(dimension)
+    for i, _, n in pieces(some):
+        index.add(piece(i, n, dimension))
+    return {f"batch {size}, FAISS flat ({some} rows)": told(timed(lambda p: index.search(p, K), probes, size, seconds), size, some) for size in BATCHES}  # fmt: skip
+
+
+def _usearch(
+    rows: int, dimension: int, probes: np.ndarray, whose: np.ndarray, cosines: np.ndarray, seconds: float
+) -> dict[str, Any]:
+    try:
+        from usearch.index import search
+    except ImportError:
+        return {"usearch": "not installed"}
+    some = min(rows, 1_000_000)
+    vectors = np.concatenate([piece(i, n, dimension) for i, _, n in pieces(some)])
+    figures: dict[str, Any] = {}
+    for kind in ("i8", "f16"):
+        stored, asked = ((v * 127).round().astype(np.int8) if kind == "i8" else v.astype(np.float16) for v in (vectors, probes))  # fmt: skip
+        for size in (1, 16):
+            took = timed(lambda p, stored=stored: search(stored, p, K, exact=True, threads=os.cpu_count()), asked, size, seconds)  # fmt: skip
+            figures[f"batch {size}, usearch exact {kind} ({some} rows)"] = told(took, size, some)
+    return figures
+
+
+def _hnswlib(
+    rows: int, dimension: int, probes: np.ndarray, whose: np.ndarray, cosines: np.ndarray, seconds: float
+) -> dict[str, Any]:
+    try:
+        import hnswlib
+    except ImportError:
+        return {"hnswlib": "not installed"}
+    if rows > 1_000_000:
+        return {}
+    index = hnswlib.Index("ip", dimension)
+    index.init_index(rows, ef_construction=100, M=16)
+    started = time.perf_counter()
+    for i, low, n in pieces(rows):
+        index.add_items(piece(i, n, dimension), np.arange(low, low + n))
+    figures: dict[str, Any] = {"hnswlib, built in s": round(time.perf_counter() - started)}
+    for ef in (100, 1000):
+        index.set_ef(ef)
+        figures[f"batch 256, hnswlib ef {ef}"] = told(timed(lambda p: index.knn_query(p, K), probes, min(256, len(probes)), seconds), 256, rows)  # fmt: skip
+        found, _ = index.knn_query(probes[: 5 * 256], K)
+        figures[f"mates in {K}, hnswlib ef {ef}"] = _shares(found.astype(np.int64), whose, cosines)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=float)
+    parser.add_argument("--dimension", type=int, default=128)
+    parser.add_argument("--mates", type=int, default=1_000, help="at each cosine")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.here:
+        print(json.dumps(measure(int(arguments.rows), arguments.dimension, arguments.mates, arguments.seconds)))
+        return
+    for rows, dimension in [(int(arguments.rows), arguments.dimension)] if arguments.rows else SIZES:
+        command = [sys.executable, __file__, "--here", "--rows", str(rows), "--dimension", str(dimension)]
+        command += ["--mates", str(arguments.mates), "--seconds", str(arguments.seconds)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        record("speed", json.loads(done.stdout), keep=(rows, dimension) in SIZES)
+
+
+if __name__ == "__main__":
+    main()
