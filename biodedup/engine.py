@@ -62,6 +62,7 @@ from biodedup.match.compare import Comparer, InHand, compare_templates
 from biodedup.match.minutiae import Bozorth3
 from biodedup.match.policy import outcome
 from biodedup.search.clusters import clusters_of
+from biodedup.search.plan import SearchPlan, plan_of
 from biodedup.search.rescore import JOIN_ROWS, Found, Searcher
 from biodedup.values import (
     COLUMNS,
@@ -408,6 +409,14 @@ class Engine:
         names = np.full(there.shape, "", object)
         names[there] = snapshot.subject_ids(found.rows[there].tolist())
         return SearchResult(names, found.similarity, snapshot.version, bool(found.failures))
+
+    def plan(self, columns: Collection[str] = ("face",)) -> SearchPlan:
+        """How a search of these columns is done at present, and what it may miss; `plan.explain()` says it with its evidence."""
+        self._check_open()
+        for column in columns:
+            if column not in _COLUMN_SET:
+                raise InvalidInput(f"column {column!r} is not known; use face or a finger position")
+        return plan_of(self._gallery.snapshot(), tuple(columns), self.config.search.miss_risk)
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom, norm
 
 import biodedup as bd
 from biodedup.config import SearchConfig
@@ -80,16 +81,29 @@ def test_a_codec_for_many_numbers_scans_the_axes_that_vary():
 
 def test_the_measured_error_holds_for_pairs_that_did_not_set_it():
     codec = make_codec(128, [unit(4_000, 128)])
-    gallery = unit(20_000, 128, 8)
-    for similarity in (0.35, 0.6):
-        probes = mates_of(gallery, np.full(len(gallery), similarity), seed=9)
-        seen = estimates(codec.rotation, codec.scanned, probes, gallery)
-        missed = (seen < codec.law.cut(np.full(len(gallery), similarity, np.float32), 3.09)).mean()
-        assert missed < 0.002  # wanted 0.001; 20,000 pairs
+    gallery = unit(50_000, 128, 8)
+    for risk in (1e-2, 1e-3):
+        z, measured = codec.law.margin(risk)
+        assert measured
+        assert codec.law.risk_bound(sum(value < -z for value in codec.law.lowest)) <= risk
+        for similarity in (0.35, 0.6):
+            probes = mates_of(gallery, np.full(len(gallery), similarity), seed=9)
+            seen = estimates(codec.rotation, codec.scanned, probes, gallery)
+            missed = seen < codec.law.cut(np.full(len(gallery), similarity, np.float32), z)
+            assert missed.sum() <= binom.ppf(0.999, len(gallery), risk)
+    z, measured = codec.law.margin(1e-7)
+    assert not measured and z == norm.isf(1e-7)
+
+
+def test_no_miss_among_so_many_bounds_the_rate_at_three_in_so_many():
+    law = ErrorLaw((0.0, 1.0), (0.0, 1.0), (0.01, 0.01), 10_000, (-4.0, -3.0), "sample")
+    assert law.risk_bound(0) == pytest.approx(3 / 10_000, rel=0.01)
+    assert law.margin(3.1e-4) == (4.0, True)
+    assert law.margin(2.9e-4)[1] is False
 
 
 def test_a_law_and_its_inverse_agree():
-    law = ErrorLaw((0.0, 0.5, 1.0), (0.0, 0.45, 0.9), (0.02, 0.02, 0.01), 10, "sample")
+    law = ErrorLaw((0.0, 0.5, 1.0), (0.0, 0.45, 0.9), (0.02, 0.02, 0.01), 10, (), "sample")
     wanted = np.linspace(-0.3, 0.95, 30, dtype=np.float32)
     assert np.allclose(law.similarity_at(law.cut(wanted, 3), 3), wanted, atol=2e-3)
 
@@ -347,3 +361,23 @@ def test_search_settings_are_checked():
     with pytest.raises(bd.InvalidInput, match="miss_risk"):
         SearchConfig(miss_risk=0.7)
     assert dataclasses.replace(SearchConfig(), miss_risk=0.0).miss_risk == 0
+
+
+def test_a_plan_says_what_is_looked_at_and_what_may_be_missed_and_why(tmp_path):
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:
+        engine.add_templates([f"s{i}" for i in range(20_000)], {"face": unit(20_000, 128)})
+        engine.add_templates(["t"], {"face": unit(1, 128, 3)})
+        plan = engine.plan()
+        (face,) = plan.columns
+        assert (face.rows, face.coded_rows, face.scanned_bytes, face.share) == (20_001, 20_000, 68, 1.0)
+        assert 0 < face.miss_bound <= 1e-3
+        text = plan.explain()
+        assert "all of 20,001 rows are looked at, 1 of them exactly, 20,000 by 68 bytes" in text
+        assert f"{face.checked:,} pairs set aside" in text
+        assert "sample vectors" in text
+        with pytest.raises(bd.InvalidInput, match="toe"):
+            engine.plan(["toe"])
+    for miss_risk, words in ((0.0, "no row can be missed"), (1e-9, "too few to confirm")):
+        config = bd.Config(search=SearchConfig(miss_risk=miss_risk))
+        with bd.Engine.open(tmp_path / "g", config, read_only=True) as engine:
+            assert words in engine.plan().explain()

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.stats import beta, norm
 
 from biodedup.gallery.codes import BLOCK_ROWS, STEP, Codes, dequantise, quantise
 from biodedup.values import Float32
@@ -29,23 +29,42 @@ SCAN_WHOLE = 128
 """Vectors of up to this many numbers are scanned with all of them: their rotation needs no training."""
 TRAINING_ROWS_MIN, TRAINING_ROWS_MAX = 8_192, 32_768
 _LEVELS = tuple(round(0.1 * i, 1) for i in range(11))  # similarities at which the error is measured
-_PAIRS = 2_000  # pairs at each of them
+_PAIRS, _LOWEST = 8_000, 64  # pairs at each of them, half to fit and half to check; of these, how many are remembered
 _SEED = 20_261
 
 
 @dataclass(frozen=True)
 class ErrorLaw:
-    """What the scan's estimate is for pairs of a given similarity: normal, with this mean and standard deviation.
+    """What the scan's estimate is for pairs of a given similarity.
 
-    pairs: how many were measured at each similarity, half of them to fit, half of them to check. source: `sample` of the
-    column, or `isotropic` where there were too few vectors.
+    similarity, mean, sd: of one half of the pairs. checked, lowest: how many pairs the other half has, and the lowest of their
+    estimates, as standard deviations from the mean that the first half gave them, ascending. source: `sample` of the column, or
+    `isotropic` where there were too few vectors.
     """
 
     similarity: tuple[float, ...]
     mean: tuple[float, ...]
     sd: tuple[float, ...]
-    pairs: int
+    checked: int
+    lowest: tuple[float, ...]
     source: str
+
+    def margin(self, miss_risk: float) -> tuple[float, bool]:
+        """(z, measured): a pair's estimate is more than z deviations too low with at most this probability.
+
+        Measured: z is an order statistic of the pairs that were set aside, so that no law is assumed; with 95 % confidence
+        (Clopper and Pearson, 1934) the probability is below the risk. Where they are too few to say so, z is the normal law's.
+        """
+        allowed = -1
+        while allowed + 1 < len(self.lowest) and self.risk_bound(allowed + 1) <= miss_risk:
+            allowed += 1
+        if allowed < 0:
+            return float(norm.isf(miss_risk)), False
+        return -self.lowest[allowed], True
+
+    def risk_bound(self, misses: int) -> float:
+        """The upper end of the one-sided 95 % interval for the probability of a miss, of which so many were counted."""
+        return float(beta.ppf(0.95, misses + 1, self.checked - misses))
 
     def cut(self, similarity: Float32, z: float) -> Float32:
         """The estimate that all but a normal tail of z of the pairs at this similarity reach."""
@@ -108,7 +127,7 @@ class Codec:
     def from_card(cls, card: dict[str, Any], rotation: Float32) -> Codec:
         law = card["law"]
         similarity, mean, sd = tuple(law["similarity"]), tuple(law["mean"]), tuple(law["sd"])
-        measured = ErrorLaw(similarity, mean, sd, law["pairs"], law["source"])
+        measured = ErrorLaw(similarity, mean, sd, law["checked"], tuple(law["lowest"]), law["source"])
         return cls(np.array(rotation), card["scanned"], measured, card["training_rows"])
 
     def rotate(self, vectors: Float32) -> Float32:
@@ -147,10 +166,10 @@ def make_codec(dimension: int, samples: Sequence[Float32]) -> Codec:
         if scanned < padded:
             turn[scanned:, scanned:] = _random_rotation(padded - scanned, rng)
         rotation = (turn @ principal).astype(np.float32)
-        law = _law(rotation, scanned, measured, source, rng)
-        options.append((_cost(law, rotation, scanned, measured), scanned, rotation, law))
-    _, scanned, rotation, law = min(options, key=lambda option: option[:2])
-    return Codec(rotation, scanned, law, len(vectors))
+        law = _law(rotation, scanned, measured, source, rng, pairs=500)
+        options.append((_cost(law, rotation, scanned, measured), scanned, rotation))
+    _, scanned, rotation = min(options, key=lambda option: option[:2])
+    return Codec(rotation, scanned, _law(rotation, scanned, measured, source, rng), len(vectors))
 
 
 def _random_rotation(size: int, rng: np.random.Generator) -> Float32:
@@ -170,22 +189,28 @@ def _cost(law: ErrorLaw, rotation: Float32, scanned: int, vectors: Float32) -> f
     return scanned + _RESCORING * float(norm.sf((cut - others.mean()) / max(others.std(), 1e-6)))
 
 
-def _law(rotation: Float32, scanned: int, vectors: Float32, source: str, rng: np.random.Generator) -> ErrorLaw:
+def _law(
+    rotation: Float32, scanned: int, vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
+) -> ErrorLaw:
     """Measures the estimate on pairs at given similarities: one vector of the sample, and itself mixed with another one."""
-    means, sds = [], []
+    means, sds, residuals = [], [], []
     for level in _LEVELS:
-        which = rng.integers(0, len(vectors), (2, _PAIRS))
+        which = rng.integers(0, len(vectors), (2, pairs))
         one, other = vectors[which[0]].astype(np.float64), vectors[which[1]].astype(np.float64)
         other = other - np.einsum("ij,ij->i", one, other)[:, None] * one
         length = np.linalg.norm(other, axis=1)
         one, other = one[length > 1e-3], other[length > 1e-3] / length[length > 1e-3, None]
         mates = (level * one + sqrt(max(1 - level**2, 0)) * other).astype(np.float32)
-        if not len(mates):  # vectors of one number, or all the same
-            mates = one = vectors[:1].astype(np.float64)
+        if len(mates) < 4:  # vectors of one number, or all the same
+            mates = one = np.repeat(vectors[:1].astype(np.float64), 4, axis=0)
         errors = estimates(rotation, scanned, one.astype(np.float32), mates) - np.einsum("ij,ij->i", one, mates) + level
-        means.append(round(float(errors.mean()), 5))
-        sds.append(round(float(max(errors.std(), 1e-4)), 5))
-    return ErrorLaw(_LEVELS, tuple(means), tuple(sds), _PAIRS, source)
+        fitted, checked = errors[::2], errors[1::2]
+        means.append(round(float(fitted.mean()), 5))
+        sds.append(round(float(max(fitted.std(), 1e-4)), 5))
+        residuals.append((checked - means[-1]) / sds[-1])
+    together = np.sort(np.concatenate(residuals))
+    lowest = tuple(round(float(value), 3) for value in together[:_LOWEST])
+    return ErrorLaw(_LEVELS, tuple(means), tuple(sds), len(together), lowest, source)
 
 
 def estimates(rotation: Float32, scanned: int, probes: Float32, vectors: Float32) -> Float32:

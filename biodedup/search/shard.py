@@ -244,7 +244,7 @@ class LocalShard:
             least = population.reached_by(coded.turned, wanted / plan.among)
         else:
             least = plan.at_least
-        risk = 0.0 if bounded else float(norm.isf(plan.miss_risk))
+        risk = 0.0 if bounded else codec.law.margin(plan.miss_risk)[0]
 
         def cut(similarity: Float32) -> Float32:
             return similarity - coded.rounding if bounded else codec.law.cut(similarity, risk)
