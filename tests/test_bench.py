@@ -18,11 +18,18 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         (["captures.py", "--smoke"], "faces a second", False),
         (["scale.py", "--subjects", "5000"], "recall@10                                1.0", False),
         (["storage.py", "--subjects", "20000"], "open and first search, s", False),
+        (
+            ["speed.py", "--rows", "30000", "--mates", "26", "--seconds", "0.05"],
+            "mates, candidates, at 0.5 and above      1.0",
+            False,
+        ),
+        (["national.py", "--rows", "150000"], "mates at 0.8: first / in 100 / in 250", False),
+        (["selfjoin.py", "--rows", "20000"], "of those, found                          1.0", False),
         (["torture.py", "--kills", "2"], "unreadable                               0", False),
         (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
         (["accuracy.py", "chimeras", "--limit", "2", "--seeds", "1"], "second duplicate or review", True),
     ],
-    ids=["captures", "scale", "storage", "torture", "faces", "chimeras"],
+    ids=["captures", "scale", "storage", "speed", "national", "selfjoin", "torture", "faces", "chimeras"],
 )
 def test_a_benchmark_runs_at_smoke_size_and_tells_its_figure(request, tmp_path, arguments, told, real_data):
     if real_data:

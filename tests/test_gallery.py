@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -755,8 +757,9 @@ def test_a_column_file_gives_back_what_was_written_in_whatever_pieces(tmp_path, 
         assert np.array_equal(file.take(name, some), values[some])
 
 
-def test_the_golden_gallery_of_this_format_opens_and_answers(tmp_path):
-    shutil.copytree(GOLDEN / "format-2", tmp_path / "g")
+@pytest.mark.parametrize("number", [2, 3])
+def test_the_golden_gallery_of_this_format_and_the_one_before_opens_and_answers(tmp_path, number):
+    shutil.copytree(GOLDEN / f"format-{number}", tmp_path / "g")
     assert inspect(LocalStorage(), tmp_path / "g") == []
     with bd.Engine.open(tmp_path / "g", read_only=True) as engine:
         assert engine.subject_ids() == ["anna", "bella", "dora", "emil"]
@@ -770,6 +773,12 @@ def test_the_golden_gallery_of_this_format_opens_and_answers(tmp_path):
     with bd.Engine.open(tmp_path / "g") as engine:
         resent = bd.Encounter("dora", templates={"face": vectors[3]}, encounter_id="e-dora")
         assert engine.enroll(resent) == engine.decision("e-dora")
+        engine.compact()
+        assert list(engine.search({"face": vectors[[0, 1, 3, 4]]}, k=1).ids[:, 0]) == ["anna", "bella", "dora", "emil"]
+        assert engine.problems() == []
+    assert len(list((tmp_path / "g" / "segments").glob("*.face.rest"))) == 1  # of the present layout now
+    with closing(sqlite3.connect(tmp_path / "g" / "gallery.sqlite3")) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
 
 
 def test_the_golden_gallery_is_rewritten_byte_for_byte(tmp_path):
