@@ -1,6 +1,7 @@
 """The codes, the kernel and the search over shards, each against an obvious oracle in numpy."""
 
 import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import faiss
@@ -19,6 +20,7 @@ from biodedup.jobs.demo import mates_of
 from biodedup.search import kernel, rescore, shard
 from biodedup.search.scan import Probes, Scanner
 from biodedup.search.shard import Answer, FanOut, Plan
+from biodedup.search.signs import Signs
 
 NOTHING = np.zeros(0, np.uint64)
 
@@ -281,6 +283,42 @@ def test_all_rows_from_a_similarity_on_are_found(scanner, fan_out):
         kept = values >= 0.3
         assert set(ours[kept].tolist()) == set(theirs[all_values >= 0.3].tolist())
         assert (np.diff(values) <= 0).all()
+
+
+def test_a_join_by_signs_finds_the_same_pairs(scanner, fan_out, monkeypatch):
+    vectors = unit(50_000, 128)
+    shards = shards_of(vectors, scanner)
+    probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))
+    plan = Plan("face", 1, len(vectors), 1e-3, at_least=np.full(600, 0.6, np.float32))
+    calls = []
+    real = kernel.scan_signs
+    monkeypatch.setattr(kernel, "scan_signs", lambda *given: calls.append(1) or real(*given))
+    by_signs = fan_out.reached(shards, probes, plan).found
+    assert calls
+    calls.clear()
+    plain = [
+        fan_out.reached(shards, probes[i : i + 300], replace(plan, at_least=plan.at_least[:300])).found
+        for i in (0, 300)
+    ]
+    assert not calls
+    ours = {(i, row) for i, (rows, values) in enumerate(by_signs) for row in rows[values >= 0.6].tolist()}
+    theirs = {(i, row) for i, (rows, values) in enumerate(sum(plain, ())) for row in rows[values >= 0.6].tolist()}
+    assert {(i, i) for i in range(200, 600)} <= ours
+    assert ours == theirs
+    fan_out.reached(shards, probes, replace(plan, at_least=np.full(600, 0.3, np.float32)))
+    assert not calls  # too many strangers would pass
+
+
+def test_signs_differ_in_as_many_places_as_the_angle_says():
+    signs = Signs(unit(4_000, 128))
+    one = unit(2_000, 128, 9)
+    for cosine in (0.2, 0.7):
+        differing = np.bitwise_count(signs.of(one) ^ signs.of(mates_of(one, np.full(2_000, cosine)))).sum(axis=1)
+        assert differing.mean() == pytest.approx(256 * np.arccos(cosine) / np.pi, abs=1)
+    column = Column(unit(1_000, 128), make_codec(128, []))
+    planes = signs.of_column(column)
+    words = signs.of(coding.dequantise(column.codes, column.norms[:1_000]))
+    assert np.array_equal(planes.transpose(0, 2, 1).reshape(-1, 4)[:1_000], words)
 
 
 def test_a_shard_that_fails_makes_the_search_incomplete_and_the_others_answer(scanner, fan_out):

@@ -11,7 +11,7 @@ trained. Nothing is subtracted: the mean is the first of the principal axes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
@@ -192,7 +192,20 @@ def _cost(law: ErrorLaw, rotation: Float32, scanned: int, vectors: Float32) -> f
 def _law(
     rotation: Float32, scanned: int, vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
 ) -> ErrorLaw:
-    """Measures the estimate on pairs at given similarities: one vector of the sample, and itself mixed with another one."""
+    return measured_law(lambda one, other: estimates(rotation, scanned, one, other), vectors, source, rng, pairs)
+
+
+def measured_law(
+    estimate: Callable[[Float32, Float32], Float32],
+    vectors: Float32,
+    source: str,
+    rng: np.random.Generator,
+    pairs: int = _PAIRS,
+) -> ErrorLaw:
+    """Measures an estimate on pairs at given similarities: one vector of a sample, and itself mixed with another one.
+
+    estimate: of pairs, float32 (n, d) each -> float32 (n,). vectors: unit rows float32 (m, d).
+    """
     means, sds, residuals = [], [], []
     for level in _LEVELS:
         which = rng.integers(0, len(vectors), (2, pairs))
@@ -203,7 +216,7 @@ def _law(
         mates = (level * one + sqrt(max(1 - level**2, 0)) * other).astype(np.float32)
         if len(mates) < 4:  # vectors of one number, or all the same
             mates = one = np.repeat(vectors[:1].astype(np.float64), 4, axis=0)
-        errors = estimates(rotation, scanned, one.astype(np.float32), mates) - np.einsum("ij,ij->i", one, mates) + level
+        errors = estimate(one.astype(np.float32), mates) - np.einsum("ij,ij->i", one, mates) + level
         fitted, checked = errors[::2], errors[1::2]
         means.append(round(float(fitted.mean()), 5))
         sds.append(round(float(max(fitted.std(), 1e-4)), 5))

@@ -187,6 +187,156 @@ def _compare(
             bits[p] = builder.or_(bits[p], builder.shl(mask, ir.Constant(_I64, _LANES * group)))
 
 
+SIGN_WORDS = 4
+"""Words of 64 signs that stand for a row in a first pass."""
+
+
+def _set_bits_of(_: Any, word: Any) -> Any:
+    """An intrinsic for numba: how many bits of a uint64 are set."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), generate
+
+
+_set_bits: Any = intrinsic(_set_bits_of)
+
+
+def _least_distance_of(_: Any, rows: Any, probes: Any, limits: Any, masks: Any) -> Any:
+    """An intrinsic for numba, all addresses: rows uint64 *, (SIGN_WORDS, 64); probes uint64 *, (WIDE, SIGN_WORDS); limits
+    uint64 *, (WIDE,); masks uint64 *, (WIDE,): not 0 where some of the 64 rows differ from the probe in at most so many signs.
+
+    Only the least of the distances is compared: which row it was is asked again for the few blocks that have one.
+    """
+    signature = types.void(*[types.intp] * 4)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        rows, probes, limits, masks = (builder.inttoptr(arg, ir.PointerType(_I64)) for arg in args)
+        eight = ir.VectorType(_I64, 8)
+        count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(eight, [eight]), "llvm.ctpop.v8i64")
+        loaded = builder.bitcast(rows, eight.as_pointer())
+        words = [[_word(builder, probes, SIGN_WORDS * p + w) for w in range(SIGN_WORDS)] for p in range(WIDE)]
+        least: list[Any] = [None] * WIDE
+        for group in range(8):
+            some = []
+            for w in range(SIGN_WORDS):
+                one = builder.load(builder.gep(loaded, [ir.Constant(_I64, 8 * w + group)]))
+                one.align = 64
+                some.append(one)
+            for p in range(WIDE):
+                total = None
+                for one, word in zip(some, words[p], strict=True):
+                    differing = builder.call(count, [builder.xor(one, word)])
+                    total = differing if total is None else builder.add(total, differing)
+                if least[p] is None:
+                    least[p] = total
+                else:
+                    least[p] = builder.select(builder.icmp_unsigned("<", total, least[p]), total, least[p])
+        for p in range(WIDE):
+            near = builder.icmp_unsigned("<=", least[p], _word(builder, limits, p))
+            mask = builder.zext(builder.bitcast(near, _I8), _I64)
+            builder.store(mask, builder.gep(masks, [ir.Constant(_I64, p)]))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+_least_distance: Any = intrinsic(_least_distance_of)
+
+
+def _word(builder: Any, words: Any, index: int) -> Any:
+    return _splat(builder, builder.load(builder.gep(words, [ir.Constant(_I64, index)])), 8)
+
+
+def _sign_scan(
+    signs: Any,
+    plane: Any,
+    norms: Any,
+    live: Any,
+    first: int,
+    last: int,
+    block: int,
+    probe_signs: Any,
+    limits: Any,
+    probes: Any,
+    offsets: Any,
+    slopes: Any,
+    which: Any,
+    cells: Any,
+    dots: Any,
+) -> tuple[int, int]:
+    count = probes.shape[0]
+    halves = plane.shape[1]
+    masks = np.empty(32, np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
+    at_signs, at_probes, at_limits, at_masks = (
+        signs.ctypes.data,
+        probe_signs.ctypes.data,
+        limits.ctypes.data,
+        masks.ctypes.data,
+    )
+    found = 0
+    while block < plane.shape[0]:
+        if found + 64 * count > which.size:
+            return found, block
+        alive = live[block] if live.size else ~np.uint64(0)
+        for p in range(0, probe_signs.shape[0], WIDE):
+            _least_distance(
+                at_signs + 512 * SIGN_WORDS * block, at_probes + 8 * SIGN_WORDS * p, at_limits + 8 * p, at_masks
+            )
+            for i in range(WIDE):
+                if masks[i] and p + i < count:
+                    for r in range(64):
+                        distance = np.uint64(0)
+                        for w in range(SIGN_WORDS):
+                            distance += _set_bits(signs[block, w, r] ^ probe_signs[p + i, w])
+                        cell = 64 * block + r
+                        if distance > limits[p + i] or not first <= cell < last:
+                            continue
+                        if not (alive >> np.uint64(r)) & np.uint64(1):
+                            continue
+                        dot = 0
+                        for h in range(halves):
+                            for t in range(4):
+                                pair = plane[block, h, 4 * r + t]
+                                dot += int(pair & 15) * int(probes[p + i, 8 * h + t])
+                                dot += int(pair >> 4) * int(probes[p + i, 8 * h + 4 + t])
+                        if dot >= offsets[p + i] + slopes[p + i] * norms[cell]:
+                            which[found], cells[found], dots[found] = p + i, cell, dot
+                            found += 1
+        block += 1
+    return found, block
+
+
+_signs_compiled = numba.njit(_sign_scan, nogil=True, cache=True)
+
+
+def scan_signs(
+    signs: NDArray[np.uint64],
+    plane: NDArray[np.uint8],
+    norms: Float32,
+    live: NDArray[np.uint64],
+    cells: tuple[int, int],
+    start: int,
+    probe_signs: NDArray[np.uint64],
+    limits: NDArray[np.uint64],
+    probes: NDArray[np.int8],
+    offsets: Float32,
+    slopes: Float32,
+    found: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]],
+) -> tuple[int, int]:
+    """As `scan`, of those pairs alone whose signs differ in at most `limits` places.
+
+    signs: uint64 (b, SIGN_WORDS, 64), 64-byte aligned; probe_signs: uint64 (q', SIGN_WORDS), limits: uint64 (q',), where q' is
+    q rounded up to a multiple of WIDE.
+    """
+    first, last = cells
+    number, block = _signs_compiled(
+        signs, plane, norms, live, first, last, start, probe_signs, limits, probes, offsets, slopes, *found
+    )
+    return number, block
+
+
 def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
     """`scan` for a processor; see there."""
     tile_one, tile_wide = make_tile(1, instructions), make_tile(WIDE, instructions)

@@ -91,6 +91,15 @@ class Probes:
         return np.asarray(0.5 * self.scales * np.sqrt(self.codec.scanned), np.float32)
 
 
+@dataclass(frozen=True)
+class SignedProbes:
+    """What `kernel.scan_signs` takes. rows: of each column of a search; probes, limits: filled up to the kernel's width."""
+
+    rows: Sequence[NDArray[np.uint64]]
+    probes: NDArray[np.uint64]
+    limits: NDArray[np.uint64]
+
+
 @dataclass
 class Hits:
     """What reached the cuts: probe, number of the column, cell and estimate of each, in no order. cuts: as they ended, float32
@@ -136,9 +145,18 @@ class Scanner:
 
         return list(self._pool.map(scan, tiles))
 
-    def above(self, whole: Sequence[Unit], probes: Probes, cuts: Float32, *, bounded: bool, most: int) -> Hits:
+    def above(
+        self,
+        whole: Sequence[Unit],
+        probes: Probes,
+        cuts: Float32,
+        *,
+        bounded: bool = False,
+        most: int,
+        signs: SignedProbes | None = None,
+    ) -> Hits:
         """Every cell of some columns whose estimate reaches the probe's cut; bounded: whose similarity may, whatever its lower
-        half. most: of each probe, about; beyond it the cut rises."""
+        half. most: of each probe, about; beyond it the cut rises. signs: rule most cells out beforehand."""
         collected = _Collected(cuts, most)
         count = len(probes.codes)
         offsets = (probes.middle - probes.slack if bounded else probes.middle).astype(np.float32)
@@ -154,7 +172,24 @@ class Scanner:
             block = 0
             while block < len(plane):
                 slopes = (collected.cuts / scales).astype(np.float32)
-                number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
+                if signs is None:
+                    number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
+                else:
+                    mine = signs.rows[unit.number][base : base + len(plane)]
+                    number, block = kernel.scan_signs(
+                        mine,
+                        plane,
+                        norms,
+                        live,
+                        span,
+                        block,
+                        signs.probes,
+                        signs.limits,
+                        probes.codes,
+                        offsets,
+                        slopes,
+                        found,
+                    )
                 if number:
                     which, cells, dots = found[0][:number], found[1][:number], found[2][:number]
                     estimates = probes.estimates(which, dots, norms[cells])

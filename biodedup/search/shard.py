@@ -30,12 +30,15 @@ from biodedup.errors import BiodedupError
 from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
 from biodedup.gallery.part import PIECE_ROWS, Column, Part
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.search.scan import Hits, Int64, Probes, Scanner, Tile, Unit
+from biodedup.search.scan import Hits, Int64, Probes, Scanner, SignedProbes, Tile, Unit
+from biodedup.search.signs import BITS, Signs
 from biodedup.values import Float32
 
 EXACT_CELLS = 1 << 14
 """A column of up to this many cells is compared exactly."""
 _SAMPLE_ROWS = 16_384  # of a column, that say what non-mates look like
+_LAW_ROWS = 4_096  # of the sample, from which pairs are made
+_JOIN_PROBES = 512  # from so many on, computing the signs of all rows is worth it
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only to foresee how many rows pass
 _SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
 _log = logging.getLogger("biodedup")
@@ -255,7 +258,8 @@ class LocalShard:
             return False
         most = _RAGGED_MOST if plan.at_least is not None else 50 * plan.k + 20_000
         units = [piece.unit(i) for i, piece in enumerate(pieces)]
-        hits = self._scanner.above(units, coded, cuts, bounded=bounded, most=most)
+        signs = self._signs(pieces, coded, population, plan)
+        hits = self._scanner.above(units, coded, cuts, bounded=bounded, most=most, signs=signs)
         clipped = hits.cuts > cuts
         if bounded and clipped.any():
             return False
@@ -269,6 +273,25 @@ class LocalShard:
         self._compare(pieces, coded, hits, np.flatnonzero(rest), found)
         found.complete_above = np.maximum(found.complete_above, least)
         return True
+
+    def _signs(
+        self, pieces: Sequence[_Piece], probes: Probes, population: _Population, plan: Plan
+    ) -> SignedProbes | None:
+        """Where a join asks for pairs so similar that few others agree in so many signs."""
+        if plan.at_least is None or len(probes.codes) < _JOIN_PROBES or plan.miss_risk <= 0:
+            return None
+        signs = _signs_of(pieces[0].column, population)
+        if signs.law.margin(plan.miss_risk)[1] is False:
+            return None
+        limits = signs.limits(plan.at_least, plan.miss_risk)
+        strangers = signs.law.mean[0] + 4 * signs.law.sd[0]  # one in 30,000 of them passes
+        if limits.max() > (1 - strangers) / 2 * BITS:
+            return None
+        for piece in pieces:
+            if piece.column not in _sign_planes:
+                _sign_planes[piece.column] = signs.of_column(piece.column)
+        words, filled = signs.of_probes(probes.turned, limits)
+        return SignedProbes([_sign_planes[piece.column] for piece in pieces], words, filled)
 
     def _compare_best(self, pieces: Sequence[_Piece], probes: Probes, hits: Hits, k: int, found: _Found) -> Int64:
         """Compares the k best of each probe by their estimates; returns which they were."""
@@ -375,6 +398,7 @@ class _Population:
 
     mean: Float32
     covariance: Float32
+    sample: Float32
 
     def similarity(self, probes: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of similarity to the column's rows, float32 (q,) each. probes: float32 (q, n), turned,
@@ -405,8 +429,17 @@ def _population_of(column: Column) -> _Population:
         cells = (starts[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
         sample = dequantise(*column.codes_at(cells[cells < column.count]))
         covariance = np.cov(sample.T).reshape(sample.shape[1], -1)
-        _populations[column] = _Population(sample.mean(axis=0), covariance.astype(np.float32))
+        _populations[column] = _Population(sample.mean(axis=0), covariance.astype(np.float32), sample[:_LAW_ROWS])
     return _populations[column]
+
+
+_signs: dict[str, Signs] = {}  # of each codec
+_sign_planes: WeakKeyDictionary[Column, NDArray[np.uint64]] = WeakKeyDictionary()
+
+
+def _signs_of(column: Column, population: _Population) -> Signs:
+    assert column.codec is not None, "signs are of turned vectors"
+    return _signs.setdefault(column.codec.codec_id, Signs(population.sample))
 
 
 def local_shards(snapshot: Snapshot, scanner: Scanner, rows_min: int = 1 << 20) -> list[Shard]:
