@@ -452,3 +452,22 @@ def test_a_folder_may_be_given_as_text(tmp_path):
     with bd.Engine.open(str(tmp_path / "g")) as engine:
         assert len(engine) == 0
     assert Path(tmp_path / "g").is_dir()
+
+
+def test_a_finger_embedding_finds_a_mate_whose_face_does_not(tmp_path):
+    rng = np.random.default_rng(2)
+
+    def unit(count, dimension):
+        vectors = rng.standard_normal((count, dimension), np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    faces, fingers = unit(3_000, 128), unit(3_000, 128)
+    with bd.Engine.open(tmp_path / "g", bd.Config(search=bd.SearchConfig(candidates=5))) as engine:
+        engine.add_templates([f"s{i}" for i in range(3_000)], {"face": faces, "right_index": fingers})
+        probe = {"face": unit(1, 128)[0], "right_index": fingers[7]}
+        decision = engine.identify(bd.Encounter(None, templates=probe))
+        assert decision.best.subject_id == "s7"
+        assert {evidence.column for evidence in decision.best.evidence} == {"face", "right_index"}
+        assert not decision.incomplete  # three thousand fingers were scanned, not compared one by one
+        unknown = engine.identify(bd.Encounter(None, templates={"unknown": fingers[9]}))
+        assert unknown.best.subject_id == "s9"

@@ -2,9 +2,9 @@
 
 Owns the path from a probe to ranked candidates. Never writes and never decides.
 
-1. Rows with a face go through the scan when the probe has one; the best `candidates` are compared with everything.
-2. Rows that share only fingers with the probe are compared one by one, up to `finger_rows_max`; beyond it the result
-   says `incomplete`.
+1. Columns of embeddings are scanned; of each the best `candidates` are compared with everything that both sides have.
+2. Rows that share with the probe only columns of minutiae are compared one by one, up to `finger_rows_max`; beyond it the
+   result says `incomplete`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer, Comparison
 from biodedup.search.scan import Scanner
 from biodedup.search.shard import FanOut, Nearest, Plan, Shard, as_set, local_shards
-from biodedup.values import COLUMNS, FINGER_POSITIONS, Float32, Template
+from biodedup.values import COLUMNS, Float32, Template
 
 Probe = Mapping[str, Template]
 
@@ -31,7 +31,6 @@ PROBES = 256
 JOIN_ROWS = 1024
 """Rows of a gallery that are compared together with all behind them."""
 _BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
-_FINGER_BITS = sum(_BIT[position] for position in FINGER_POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -80,26 +79,32 @@ class Searcher:
     ) -> list[Found]:
         """Each probe against the live rows from from_row on; with groups, those that belong to one of them.
 
-        floor_db: 0 asks for the strongest; above it, for all whose face reaches it, and for none that has only a weaker face.
+        floor_db: 0 asks for the strongest; above it, for all that reach it by one column, and for none that has only this column
+        and is weaker.
         """
         if from_row >= snapshot.row_count or not probes:
             return [Found()] * len(probes)
         scope = _Scope(snapshot, from_row, as_set(groups))
         source = SnapshotRows(snapshot)
+        near, failed = self._near(scope, probes, floor_db)
         found = []
-        near, failures = self._near_faces(scope, probes, floor_db)
-        for probe, (rows, similarity) in zip(probes, near, strict=True):
-            fingers = _finger_bits(probe)
-            with_fingers = (snapshot.presence(rows.tolist()) & fingers) != 0
-            # The scan's order is final where the face is all there is: of these only the first can be returned.
-            if floor_db > 0 and len(rows):
-                worth = with_fingers | (self._comparer.score_db(probe["face"], similarity) >= floor_db)
-            else:
-                worth = with_fingers | (np.cumsum(~with_fingers) <= self._config.returned)
-            others = scope.rows_with(fingers, without=_BIT["face"] if "face" in probe else 0)
-            incomplete = len(others) > self._config.finger_rows_max or (failures and "face" in probe)
-            chosen = np.concatenate([rows[worth], others[: self._config.finger_rows_max]])
-            found.append(Found(tuple(self._comparer.compare(probe, source, chosen.tolist())), bool(incomplete)))
+        for probe, lists in zip(probes, near, strict=True):
+            comparable = _comparable_bits(probe)
+            chosen = [np.zeros(0, np.int64)]
+            for column, (rows, similarity) in lists.items():
+                others = (snapshot.presence(rows.tolist()) & (comparable & ~_BIT[column[1]])) != 0
+                # Where this column is all there is, the scan's order is final: of these only the first can be returned.
+                if floor_db > 0 and len(rows):
+                    worth = others | (self._comparer.score_db(probe[column[0]], similarity) >= floor_db)
+                else:
+                    worth = others | (np.cumsum(~others) <= self._config.returned)
+                chosen.append(rows[worth])
+            scanned = sum(_BIT[column] for column in {theirs for _, theirs in lists})
+            singly = sum(_BIT[c] for c, m in snapshot.models.items() if m.dimension is None) & comparable
+            left = scope.rows_with(singly, without=scanned)
+            incomplete = len(left) > self._config.finger_rows_max or (failed and bool(lists))
+            rows = np.unique(np.concatenate([*chosen, left[: self._config.finger_rows_max]]))
+            found.append(Found(tuple(self._comparer.compare(probe, source, rows.tolist())), incomplete))
         return found
 
     def pairs(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float) -> list[tuple[int, Comparison]]:
@@ -109,7 +114,7 @@ class Searcher:
         faces = snapshot.embeddings(rows, "face")
         model_id = snapshot.models["face"].model_id
         probe = Template("face", model_id, faces[0])
-        least = np.full(len(rows), self._similarity_at({"face": probe}, threshold_db), np.float32)
+        least = np.full(len(rows), self._similarity_at(probe, threshold_db), np.float32)
         plan = replace(_Scope(snapshot, rows[0], None).plan("face", 1, self._config.miss_risk), at_least=least)
         reached = self._fan_out.reached(self._shards(snapshot), faces, plan)
         if reached.failures:
@@ -173,41 +178,59 @@ class Searcher:
     def _shards(self, snapshot: Snapshot) -> Sequence[Shard]:
         return local_shards(snapshot, self._scanner)
 
-    def _near_faces(
+    def _near(
         self, scope: _Scope, probes: Sequence[Probe], floor_db: float
-    ) -> tuple[list[tuple[NDArray[np.int64], Float32]], bool]:
-        """Rows and similarity of each probe's nearest faces, `candidates` of them and all that reach floor_db; and whether a
-        shard failed."""
-        near = [(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(probes)
-        todo = [i for i, probe in enumerate(probes) if "face" in probe]
-        if not todo:
-            return near, False
-        faces = np.array([probes[i]["face"].embedding for i in todo], np.float32)
-        nearest = self.nearest(
-            scope.snapshot, "face", faces, self._config.candidates, from_row=scope.from_row, groups=scope.groups
-        )
-        failed = bool(nearest.failures)
-        for i, rows, similarity in zip(todo, nearest.rows, nearest.similarity, strict=True):
-            near[i] = (rows[rows >= 0], similarity[rows >= 0])
-        if floor_db > 0:
-            full = len(near[todo[0]][0]) == self._config.candidates  # there may be more
-            more = [i for i in todo if full and self._reaches(probes[i], near[i][1][-1:], floor_db)]
-            if more:
-                faces = np.array([probes[i]["face"].embedding for i in more], np.float32)
-                least = np.array([self._similarity_at(probes[i], floor_db) for i in more], np.float32)
-                plan = replace(scope.plan("face", 1, self._config.miss_risk), at_least=least)
-                reached = self._fan_out.reached(self._shards(scope.snapshot), faces, plan)
-                failed |= bool(reached.failures)
-                near = [dict(zip(more, reached.found, strict=True)).get(i, found) for i, found in enumerate(near)]
+    ) -> tuple[list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]], bool]:
+        """For each probe, of each (its column, the gallery's column) that is compared by embeddings: the most similar rows, as
+        many as `candidates` and all that reach floor_db. And whether a shard failed."""
+        near: list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]] = [{} for _ in probes]
+        failed = False
+        for theirs, model in scope.snapshot.models.items():
+            if model.dimension is None:
+                continue
+            for mine in sorted({column for probe in probes for column in probe if _comparable(column, theirs)}):
+                todo = [i for i, probe in enumerate(probes) if _is_embedded(probe.get(mine), model.model_id)]
+                if not todo:
+                    continue
+                failed |= self._near_in(scope, (mine, theirs), {i: probes[i][mine] for i in todo}, floor_db, near)
         return near, failed
 
-    def _reaches(self, probe: Probe, similarity: Float32, floor_db: float) -> bool:
-        return bool(len(similarity) and self._comparer.score_db(probe["face"], similarity)[0] >= floor_db)
+    def _near_in(
+        self,
+        scope: _Scope,
+        columns: tuple[str, str],
+        probes: Mapping[int, Template],
+        floor_db: float,
+        near: list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]],
+    ) -> bool:
+        vectors = np.array([probe.embedding for probe in probes.values()], np.float32)
+        k = self._config.candidates
+        nearest = self.nearest(scope.snapshot, columns[1], vectors, k, from_row=scope.from_row, groups=scope.groups)
+        failed = bool(nearest.failures)
+        for i, rows, similarity in zip(probes, nearest.rows, nearest.similarity, strict=True):
+            near[i][columns] = (rows[rows >= 0], similarity[rows >= 0])
+        # those whose list is full, and reaches so far, may have more
+        more = {
+            at: probe
+            for at, (i, probe) in enumerate(probes.items())
+            if floor_db > 0
+            and len(near[i][columns][0]) == k
+            and self._comparer.score_db(probe, near[i][columns][1][-1:])[0] >= floor_db
+        }
+        if more:
+            least = np.array([self._similarity_at(probe, floor_db) for probe in more.values()], np.float32)
+            plan = replace(scope.plan(columns[1], 1, self._config.miss_risk), at_least=least)
+            reached = self._fan_out.reached(self._shards(scope.snapshot), vectors[list(more)], plan)
+            failed |= bool(reached.failures)
+            numbers = list(probes)
+            for at, found in zip(more, reached.found, strict=True):
+                near[numbers[at]][columns] = found
+        return failed
 
-    def _similarity_at(self, probe: Probe, floor_db: float) -> float:
-        """The least similarity of a face that reaches floor_db."""
+    def _similarity_at(self, probe: Template, floor_db: float) -> float:
+        """The least similarity that reaches floor_db."""
         grid = np.linspace(-1, 1, 4001, dtype=np.float32)
-        return float(grid[np.searchsorted(self._comparer.score_db(probe["face"], grid), floor_db).clip(1, 4000) - 1])
+        return float(grid[np.searchsorted(self._comparer.score_db(probe, grid), floor_db).clip(1, 4000) - 1])
 
 
 class _Scope:
@@ -256,9 +279,15 @@ class _Scope:
         return (part for part in self.snapshot.parts if part.end_row > self.from_row and part.count)
 
 
-def _finger_bits(probe: Probe) -> int:
-    """The gallery's finger columns that compare with this probe, as a presence mask."""
-    fingers = sum(_BIT[column] for column in probe if column != "face")
-    if not fingers:
-        return 0
-    return _FINGER_BITS if fingers & _BIT["unknown"] else fingers | _BIT["unknown"]
+def _is_embedded(template: Template | None, model_id: str) -> bool:
+    return template is not None and template.embedding is not None and template.model_id == model_id
+
+
+def _comparable(mine: str, theirs: str) -> bool:
+    """Whether a capture of one column is compared with one of another: fingers of unknown position with every finger."""
+    return mine == theirs or ("unknown" in (mine, theirs) and "face" not in (mine, theirs))
+
+
+def _comparable_bits(probe: Probe) -> int:
+    """The gallery's columns that compare with this probe, as a presence mask."""
+    return sum(_BIT[theirs] for theirs in COLUMNS if any(_comparable(mine, theirs) for mine in probe))
