@@ -29,6 +29,7 @@ from biodedup.gallery.part import Column
 from biodedup.search import kernel
 from biodedup.values import Float32
 
+_READERS = 8
 _ROOM = 1 << 15  # hits that a thread collects before it hands them over
 
 Int64 = NDArray[np.int64]
@@ -118,6 +119,7 @@ class Scanner:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "biodedup-scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
+        self._readers = ThreadPoolExecutor(_READERS, "biodedup-read")  # they wait for the disk while others scan
 
     def exact(self, tiles: Iterable[Tile], probes: Float32, k: int) -> tuple[Int64, Float32]:
         """The k most similar rows of each probe.
@@ -200,15 +202,16 @@ class Scanner:
         return collected.hits()
 
     def each(self, work: Sequence[Callable[[], None]]) -> None:
-        """Runs on the pool, and waits."""
+        """Runs work that reads the disk, some of it at the same time, and waits."""
         if len(work) == 1:
             work[0]()
             return
-        for _ in self._pool.map(lambda one: one(), work):
+        for _ in self._readers.map(lambda one: one(), work):
             pass
 
     def close(self) -> None:
         self._pool.shutdown()
+        self._readers.shutdown()
 
 
 class _Collected:
