@@ -169,6 +169,9 @@ class Column:
         self.read += len(cells)
         return self.codes[cells], self.norms[cells]
 
+    def release(self):
+        pass
+
     def vectors(self, low, high):
         return self.codec.decode(self.codes[low:high], self.norms[low:high])
 

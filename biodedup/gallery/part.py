@@ -60,6 +60,9 @@ class Column(Protocol):
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
         """Codes and norms of some cells; ascending ones are read in the order of the disk. Only with a codec."""
 
+    def release(self) -> None:
+        """After `codes_at` of many cells: the memory that they took up is given back."""
+
     def quality(self, low: int, high: int) -> Float32:
         """NaN where it was not measured."""
 

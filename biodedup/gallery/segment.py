@@ -221,6 +221,10 @@ class SegmentColumn:
         codes = joined(self._file.unchecked("plane"), self._rest.unchecked("rest"), cells)
         return codes, self._file.take("norm", cells)
 
+    def release(self) -> None:
+        if self._rest is not None:
+            self._rest.release()
+
     def _codes(self, low: int, high: int) -> tuple[Codes, Float32]:
         assert self._rest is not None, "a column with a codec has a rest"
         first = low // BLOCK_ROWS * BLOCK_ROWS

@@ -276,6 +276,9 @@ class TailColumn:
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
         raise NotImplementedError("the tail is compared exactly")
 
+    def release(self) -> None:
+        pass
+
     def quality(self, low: int, high: int) -> Float32:
         return self._cells.quality.view(self.count)[low:high]
 

@@ -37,6 +37,7 @@ from biodedup.values import Float32
 EXACT_CELLS = 1 << 14
 """A column of up to this many cells is compared exactly."""
 _SAMPLE_ROWS = 16_384  # of a column, that say what non-mates look like
+_RELEASE_PAIRS = 10_000  # compared at a time, after which the memory of what was read is given back
 _LAW_ROWS = 4_096  # of the sample, from which pairs are made
 _JOIN_PROBES = 512  # from so many on, computing the signs of all rows is worth it
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only to foresee how many rows pass
@@ -309,6 +310,8 @@ class LocalShard:
             for low in range(0, len(mine), PIECE_ROWS):
                 work.append(_comparing(piece, probes, hits, mine[low : low + PIECE_ROWS], found))
         self._scanner.each(work)
+        for piece in pieces if len(chosen) > _RELEASE_PAIRS else ():
+            piece.column.release()
 
 
 def _comparing(piece: _Piece, probes: Probes, hits: Hits, some: Int64, found: _Found) -> Callable[[], None]:
