@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import sqrt
 from typing import Any
 
@@ -49,6 +49,7 @@ class ErrorLaw:
     lowest: tuple[float, ...]
     source: str
 
+    @cache  # noqa: B019 - a gallery has a handful of laws, and asks them with every search
     def margin(self, miss_risk: float) -> tuple[float, bool]:
         """(z, measured): a pair's estimate is more than z deviations too low with at most this probability.
 

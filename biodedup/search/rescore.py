@@ -28,7 +28,7 @@ Probe = Mapping[str, Template]
 
 PROBES = 256
 """Probes that are scanned together."""
-JOIN_ROWS = 1024
+JOIN_ROWS = 4096
 """Rows of a gallery that are compared together with all behind them."""
 _BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 
