@@ -265,14 +265,27 @@ def test_a_gallery_that_is_not_normal_at_all_is_searched_as_exactly(scanner, fan
     assert np.allclose(found.similarity, similarity, atol=1e-5)
 
 
-def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_out, monkeypatch):
+@pytest.mark.parametrize("guess", [0.5, 0.95])
+def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_out, monkeypatch, guess):
+    """At 0.5 some reach the guess, at 0.95 nobody does."""
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = unit(5, 128, 6)
-    monkeypatch.setattr(shard._Population, "reached_by", lambda self, probes, share: np.full(5, 0.5, np.float32))
+    monkeypatch.setattr(shard._Population, "reached_by", lambda self, probes, share: np.full(5, guess, np.float32))
+    monkeypatch.setattr(scanner, "exact_above", None)  # whose result nothing bounds
     found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), 1e-4))
     _, similarity = exact(probes, shards, 10)
     assert np.allclose(found.similarity, similarity, atol=1e-5)
+
+
+def test_more_rows_above_a_similarity_than_can_be_collected_are_found_all_the_same(scanner, fan_out, monkeypatch):
+    monkeypatch.setattr(shard, "_RAGGED_MOST", 20)
+    vectors = unit(50_000, 128)
+    shards = shards_of(vectors, scanner)
+    least = np.full(3, 0.2, np.float32)
+    found = fan_out.reached(shards, unit(3, 128, 6), Plan("face", 0, len(vectors), 1e-3, at_least=least)).found
+    _, similarity = exact(unit(3, 128, 6), shards, 1_500)
+    assert [len(rows) for rows, _ in found] == (similarity >= 0.2).sum(axis=1).tolist()
 
 
 def test_all_rows_from_a_similarity_on_are_found(scanner, fan_out):
@@ -280,7 +293,7 @@ def test_all_rows_from_a_similarity_on_are_found(scanner, fan_out):
     shards = shards_of(vectors, scanner, 3)
     probes = unit(6, 128, 6)
     least = np.full(6, 0.3, np.float32)
-    found = fan_out.reached(shards, probes, Plan("face", 1, len(vectors), 1e-5, at_least=least)).found
+    found = fan_out.reached(shards, probes, Plan("face", 0, len(vectors), 1e-5, at_least=least)).found
     rows, similarity = exact(probes, shards, 300)
     for (ours, values), theirs, all_values in zip(found, rows, similarity, strict=True):
         kept = values >= 0.3
@@ -292,7 +305,7 @@ def test_a_join_by_signs_finds_the_same_pairs(scanner, fan_out, monkeypatch):
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))
-    plan = Plan("face", 1, len(vectors), 1e-3, at_least=np.full(600, 0.6, np.float32))
+    plan = Plan("face", 0, len(vectors), 1e-3, at_least=np.full(600, 0.6, np.float32))
     calls = []
     real = kernel.scan_signs
     monkeypatch.setattr(kernel, "scan_signs", lambda *given: calls.append(1) or real(*given))

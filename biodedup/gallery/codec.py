@@ -179,7 +179,7 @@ def _random_rotation(size: int, rng: np.random.Generator) -> Float32:
 
 
 _REFERENCE, _KEPT = 0.5, 0.999  # the search whose cost decides: all but a thousandth of the mates at this similarity
-_RESCORING = 200_000  # what the exact comparison of one row costs, in scanned numbers (benchmarks/speed.py)
+_RESCORING = 200_000  # what the exact comparison of one row costs, in scanned numbers, to an order of magnitude
 
 
 def _cost(law: ErrorLaw, rotation: Float32, scanned: int, vectors: Float32) -> float:

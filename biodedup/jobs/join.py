@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
-from biodedup.gallery.gallery import DATABASE_NAME
+from biodedup.gallery.gallery import DATABASE_NAME, translated
 from biodedup.jobs.progress import Progress, silent
 from biodedup.search.clusters import clusters_of
 from biodedup.values import Cluster, Link
@@ -68,7 +68,7 @@ def find_duplicates(
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "threshold_db": threshold_db}
     notes = out.with_name(out.name + ".notes")
     done, links = _resumed(notes, key)
-    with notes.open("a") as file:
+    with translated(f"writing {notes}"), notes.open("a") as file:
         if not done:
             file.write(json.dumps(key) + "\n")
         for tile in engine.join(threshold_db=threshold_db, skip=done):
@@ -79,8 +79,9 @@ def find_duplicates(
             links += _links(found)
             progress("comparing", tile.done, tile.total)
     result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db)
-    _write(result, out)
-    notes.unlink()
+    with translated(f"writing {out}"):
+        _write(result, out)
+        notes.unlink()
     return result
 
 

@@ -115,7 +115,7 @@ class Searcher:
         model_id = snapshot.models["face"].model_id
         probe = Template("face", model_id, faces[0])
         least = np.full(len(rows), self._similarity_at(probe, threshold_db), np.float32)
-        plan = replace(_Scope(snapshot, rows[0], None).plan("face", 1, self._config.miss_risk), at_least=least)
+        plan = replace(_Scope(snapshot, rows[0], None).plan("face", 0, self._config.miss_risk), at_least=least)
         reached = self._fan_out.reached(self._shards(snapshot), faces, plan)
         if reached.failures:
             raise GalleryDamaged(f"a join that cannot see everybody is no join: {reached.failures[0]}")
@@ -219,7 +219,7 @@ class Searcher:
         }
         if more:
             least = np.array([self._similarity_at(probe, floor_db) for probe in more.values()], np.float32)
-            plan = replace(scope.plan(columns[1], 1, self._config.miss_risk), at_least=least)
+            plan = replace(scope.plan(columns[1], 0, self._config.miss_risk), at_least=least)
             reached = self._fan_out.reached(self._shards(scope.snapshot), vectors[list(more)], plan)
             failed |= bool(reached.failures)
             numbers = list(probes)

@@ -6,10 +6,10 @@ A shard is asked for the k most similar rows of each probe (or for all from a si
 have, and answers with candidates and with the similarity above which its answer is complete. Usually one round is enough;
 where the k-th best of all shards lies below what one of them was complete to, this one is asked again, from there on.
 
-How a local shard finds the k nearest of many without a heap: similarities of a probe to non-mates are normal (DESIGN of the
-search: README), so that mean and deviation over a sample say which similarity T some more than k of all rows reach; rows at T
-have a known distribution of estimates (`ErrorLaw`), whose lower tail of `miss_risk` is the cut. What reaches it is ranked by
-estimate, the best k are compared exactly, and then everybody whose estimate could still belong among them.
+How a local shard finds the k nearest of many without a heap: a probe's similarities to strangers are nearly normal, so that
+their mean and deviation over a sample say which similarity T some more than k of all rows reach; rows at T have a known
+distribution of estimates (`ErrorLaw`), whose lower tail of `miss_risk` is the cut. What reaches it is ranked by estimate, the best k
+are compared exactly, and then everybody whose estimate could still belong among them.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _RAGGED_MOST = 1_000_000  # rows above a similarity, a probe, that a search coll
 class Plan:
     """What a shard is asked for.
 
-    among: rows of all shards; at_least: float32 (q,), the similarity from which on all rows are wanted, or None for the k
-    best; miss_risk: the probability that a row which should be found is not; 0 leaves nothing to chance.
+    k: so many of the best are enough, 0 for all; among: rows of all shards; at_least: float32 (q,), the similarity from which
+    on rows are wanted, or None where the shard shall choose it so that the k best are among them; miss_risk: the probability that a row which should be found is not; 0 leaves nothing to chance.
     """
 
     column: str
@@ -224,7 +224,8 @@ class LocalShard:
 
     def _search_exact(self, pieces: Sequence[_Piece], probes: Float32, plan: Plan, found: _Found) -> None:
         tiles = [tile for piece in pieces for tile in piece.tiles()]
-        if plan.at_least is not None:
+        if not plan.k:
+            assert plan.at_least is not None, "all rows, from a similarity on"
             for which, rows, similarity in self._scanner.exact_above(tiles, probes, plan.at_least):
                 found.add(which, rows, similarity)
         elif tiles:
@@ -262,8 +263,8 @@ class LocalShard:
         signs = self._signs(pieces, coded, population, plan)
         hits = self._scanner.above(units, coded, cuts, bounded=bounded, most=most, signs=signs)
         clipped = hits.cuts > cuts
-        if bounded and clipped.any():
-            return False
+        if clipped.any() and (bounded or plan.at_least is not None):
+            return False  # too many to collect what was asked for
         if clipped.any():
             least = np.where(clipped, np.maximum(least, codec.law.similarity_at(hits.cuts, risk)), least)
         rest = np.ones(len(hits.which), bool)
@@ -447,7 +448,14 @@ _sign_planes: WeakKeyDictionary[Column, NDArray[np.uint64]] = WeakKeyDictionary(
 
 def _signs_of(column: Column, population: _Population) -> Signs:
     assert column.codec is not None, "signs are of turned vectors"
-    return _signs.setdefault(column.codec.codec_id, Signs(population.sample))
+    if column.codec.codec_id not in _signs:
+        _signs[column.codec.codec_id] = Signs(population.sample)
+    return _signs[column.codec.codec_id]
+
+
+def release_signs() -> None:
+    """After a join: gives back the memory of all rows' signs."""
+    _sign_planes.clear()
 
 
 def local_shards(snapshot: Snapshot, scanner: Scanner, rows_min: int = 1 << 20) -> list[Shard]:
