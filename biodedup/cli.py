@@ -175,7 +175,8 @@ def dedup(
     """Find the images, or the subjects of a manifest or of a gallery, that are the same person. Interrupted, it goes on where
     it was."""
     if jobs.is_gallery(source):
-        with _existing(source, Config(threads=threads)) as engine, _progress() as progress:
+        # reading only: enrolment goes on beside it, for hours
+        with Engine.open(source, Config(threads=threads), read_only=True) as engine, _progress() as progress:
             joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
         _print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
