@@ -20,7 +20,7 @@ from biodedup.jobs.demo import mates_of
 from biodedup.search import kernel, rescore, shard
 from biodedup.search.scan import Probes, Scanner
 from biodedup.search.shard import Answer, FanOut, Plan
-from biodedup.search.signs import Signs
+from biodedup.search.signs import Signs, aligned, filled
 
 NOTHING = np.zeros(0, np.uint64)
 
@@ -326,15 +326,45 @@ def test_a_join_by_signs_finds_the_same_pairs(scanner, fan_out, monkeypatch):
 
 
 def test_signs_differ_in_as_many_places_as_the_angle_says():
-    signs = Signs(unit(4_000, 128))
+    signs = Signs(unit(4_000, 128), 128)
     one = unit(2_000, 128, 9)
     for cosine in (0.2, 0.7):
         differing = np.bitwise_count(signs.of(one) ^ signs.of(mates_of(one, np.full(2_000, cosine)))).sum(axis=1)
         assert differing.mean() == pytest.approx(256 * np.arccos(cosine) / np.pi, abs=1)
-    column = Column(unit(1_000, 128), make_codec(128, []))
-    planes = signs.of_column(column)
-    words = signs.of(coding.dequantise(column.codes, column.norms[:1_000]))
-    assert np.array_equal(planes.transpose(0, 2, 1).reshape(-1, 4)[:1_000], words)
+
+
+@pytest.mark.parametrize(("dimension", "scanned"), [(128, 128), (64, 64), (96, 96), (256, 256)])
+def test_the_signs_of_a_column_are_those_of_what_the_scan_sees(dimension, scanned):
+    signs = Signs(unit(4_000, dimension), scanned)
+    column = Column(unit(1_000, dimension), make_codec(dimension, []))
+    seen = 2 * coding.uppers(column.plane(0, 1_000)[0], np.arange(1_000)).astype(np.float32) - 15
+    assert np.array_equal(signs.of_column(column)[:, :1_000].T, signs.of(seen))
+    some = np.sort(np.random.default_rng(0).choice(1_000, 300, replace=False))
+    assert np.array_equal(signs.of_column(column, some)[:, :300].T, signs.of(seen[some]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 11), st.integers(1, 20), st.booleans(), st.data())
+def test_pairs_that_differ_in_few_signs_are_those_that_numpy_counts(count, words, probes, with_removed, data):
+    rng = np.random.default_rng(count)
+    rows = aligned(words, -(-count // 64) * 64)
+    rows[:, :count] = rng.integers(0, 1 << 64, (words, count), np.uint64)
+    signs = rng.integers(0, 1 << 64, (probes, words), np.uint64)
+    limits = rng.integers(28 * words, 34 * words, probes).astype(np.uint64)
+    first, last = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
+    live = rng.random(rows.shape[1]) < 0.7
+    bits = np.packbits(live, bitorder="little").view(np.uint64) if with_removed else NOTHING
+    room = 64 * probes
+    found = (np.empty(room, np.int32), np.empty(room, np.int64))
+    ours, block = set(), 0
+    while block < rows.shape[1] // 64:
+        number, block = kernel.scan_signs(list(rows), bits, (first, last), block, *filled(signs, limits), probes, found)
+        ours |= set(zip(*(array[:number].tolist() for array in found), strict=True))
+    near = np.bitwise_count(signs[:, :, None] ^ rows[None]).sum(axis=1) <= limits[:, None]
+    near[:, :first] = near[:, last:] = False
+    if with_removed:
+        near &= live
+    assert ours == set(zip(*(array.tolist() for array in np.nonzero(near)), strict=True))
 
 
 def test_a_shard_that_fails_makes_the_search_incomplete_and_the_others_answer(scanner, fan_out):

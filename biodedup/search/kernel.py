@@ -11,6 +11,7 @@ reads half of these bytes in twice the time, with three times the error (benchma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding
@@ -187,122 +188,135 @@ def _compare(
             bits[p] = builder.or_(bits[p], builder.shl(mask, ir.Constant(_I64, _LANES * group)))
 
 
-SIGN_WORDS = 4
-"""Words of 64 signs that stand for a row in a first pass."""
+SIGN_PROBES = 8
+"""Probes whose signs are compared with a row's at the same time."""
 
 
-def _set_bits_of(_: Any, word: Any) -> Any:
-    """An intrinsic for numba: how many bits of a uint64 are set."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return types.uint64(types.uint64), generate
+def _set_bits(builder: Any, words: Any) -> Any:
+    kind = ir.VectorType(_I64, 8)
+    count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), "llvm.ctpop.v8i64")
+    return builder.call(count, [words])
 
 
-_set_bits: Any = intrinsic(_set_bits_of)
+def make_sign_tile(probes_wide: int, *, rows_told: bool) -> Any:
+    """An intrinsic for numba, tile(planes, offset, words, probes, stride, limits, masks), all integers or addresses:
 
+    planes: uint64 *, (words,), the addresses of the rows' words, each a plane of its own; offset: bytes into all of them, where
+    the 64 rows begin, a multiple of 64; probes: uint64 *, (probes_wide, stride); limits, masks: uint64 *, (probes_wide,): the
+    mask is not 0 where some row differs from the probe in at most so many signs; with rows_told, bit r says that row r does.
 
-def _least_distance_of(_: Any, rows: Any, probes: Any, limits: Any, masks: Any) -> Any:
-    """An intrinsic for numba, all addresses: rows uint64 *, (SIGN_WORDS, 64); probes uint64 *, (WIDE, SIGN_WORDS); limits
-    uint64 *, (WIDE,); masks uint64 *, (WIDE,): not 0 where some of the 64 rows differ from the probe in at most so many signs.
-
-    Only the least of the distances is compared: which row it was is asked again for the few blocks that have one.
+    Not to know which row saves a tenth, and hardly any of the blocks has one.
     """
-    signature = types.void(*[types.intp] * 4)
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        rows, probes, limits, masks = (builder.inttoptr(arg, ir.PointerType(_I64)) for arg in args)
-        eight = ir.VectorType(_I64, 8)
-        count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(eight, [eight]), "llvm.ctpop.v8i64")
-        loaded = builder.bitcast(rows, eight.as_pointer())
-        words = [[_word(builder, probes, SIGN_WORDS * p + w) for w in range(SIGN_WORDS)] for p in range(WIDE)]
-        least: list[Any] = [None] * WIDE
-        for group in range(8):
-            some = []
-            for w in range(SIGN_WORDS):
-                one = builder.load(builder.gep(loaded, [ir.Constant(_I64, 8 * w + group)]))
-                one.align = 64
-                some.append(one)
-            for p in range(WIDE):
-                total = None
-                for one, word in zip(some, words[p], strict=True):
-                    differing = builder.call(count, [builder.xor(one, word)])
-                    total = differing if total is None else builder.add(total, differing)
-                if least[p] is None:
-                    least[p] = total
+    @intrinsic
+    def tile(_: Any, planes: Any, offset: Any, words: Any, probes: Any, stride: Any, limits: Any, masks: Any) -> Any:
+        signature = types.void(*[types.intp] * 7)
+
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            planes, limits, masks = (builder.inttoptr(args[at], ir.PointerType(_I64)) for at in (0, 5, 6))
+            offset, words, probes, stride = args[1:5]
+            eight = ir.VectorType(_I64, 8)
+            before = builder.block
+            outer, inner, after, done = (builder.append_basic_block(n) for n in ("eight", "word", "least", "done"))
+            builder.branch(outer)
+
+            builder.position_at_end(outer)
+            group = builder.phi(_I64)
+            group.add_incoming(ir.Constant(_I64, 0), before)
+            kept = [builder.phi(_I64 if rows_told else eight) for _ in range(probes_wide)]
+            for one in kept:
+                start = ir.Constant(_I64, 0) if rows_told else ir.Constant(eight, [1 << 32] * 8)
+                one.add_incoming(start, before)
+            builder.branch(inner)
+
+            builder.position_at_end(inner)
+            word = builder.phi(_I64)
+            word.add_incoming(ir.Constant(_I64, 0), outer)
+            totals = [builder.phi(eight) for _ in range(probes_wide)]
+            at = builder.add(builder.load(builder.gep(planes, [word])), offset)
+            rows = builder.load(
+                builder.inttoptr(builder.add(at, builder.mul(group, ir.Constant(_I64, 64))), eight.as_pointer())
+            )
+            rows.align = 64
+            grown = []
+            for p, total in enumerate(totals):
+                total.add_incoming(ir.Constant(eight, [0] * 8), outer)
+                mine = builder.mul(builder.add(builder.mul(stride, ir.Constant(_I64, p)), word), ir.Constant(_I64, 8))
+                signs = builder.load(builder.inttoptr(builder.add(probes, mine), ir.PointerType(_I64)))
+                grown.append(builder.add(total, _set_bits(builder, builder.xor(rows, _splat(builder, signs, 8)))))
+                total.add_incoming(grown[-1], inner)
+            following = builder.add(word, ir.Constant(_I64, 1))
+            word.add_incoming(following, inner)
+            builder.cbranch(builder.icmp_signed("<", following, words), inner, after)
+
+            builder.position_at_end(after)
+            limit = [_splat(builder, builder.load(builder.gep(limits, [ir.Constant(_I64, p)])), 8) for p in range(probes_wide)]  # fmt: skip
+            ended = []
+            for p, (one, total) in enumerate(zip(kept, grown, strict=True)):
+                if rows_told:
+                    near = builder.icmp_unsigned("<=", total, limit[p])
+                    bits = builder.zext(builder.bitcast(near, _I8), _I64)
+                    ended.append(builder.or_(one, builder.shl(bits, builder.mul(group, ir.Constant(_I64, 8)))))
                 else:
-                    least[p] = builder.select(builder.icmp_unsigned("<", total, least[p]), total, least[p])
-        for p in range(WIDE):
-            near = builder.icmp_unsigned("<=", least[p], _word(builder, limits, p))
-            mask = builder.zext(builder.bitcast(near, _I8), _I64)
-            builder.store(mask, builder.gep(masks, [ir.Constant(_I64, p)]))
-        return context.get_dummy_value()
+                    ended.append(builder.select(builder.icmp_unsigned("<", total, one), total, one))
+                one.add_incoming(ended[-1], after)
+            next_group = builder.add(group, ir.Constant(_I64, 1))
+            group.add_incoming(next_group, after)
+            builder.cbranch(builder.icmp_signed("<", next_group, ir.Constant(_I64, 8)), outer, done)
 
-    return signature, generate
+            builder.position_at_end(done)
+            for p, one in enumerate(ended):
+                if not rows_told:
+                    near = builder.icmp_unsigned("<=", one, limit[p])
+                    one = builder.zext(builder.bitcast(near, _I8), _I64)
+                builder.store(one, builder.gep(masks, [ir.Constant(_I64, p)]))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return tile
 
 
-_least_distance: Any = intrinsic(_least_distance_of)
-
-
-def _word(builder: Any, words: Any, index: int) -> Any:
-    return _splat(builder, builder.load(builder.gep(words, [ir.Constant(_I64, index)])), 8)
+_some_row, _which_rows = make_sign_tile(SIGN_PROBES, rows_told=False), make_sign_tile(1, rows_told=True)
 
 
 def _sign_scan(
-    signs: Any,
-    plane: Any,
-    norms: Any,
+    planes: Any,
     live: Any,
     first: int,
     last: int,
     block: int,
-    probe_signs: Any,
-    limits: Any,
+    blocks: int,
     probes: Any,
-    offsets: Any,
-    slopes: Any,
+    limits: Any,
+    count: int,
     which: Any,
     cells: Any,
-    dots: Any,
 ) -> tuple[int, int]:
-    count = probes.shape[0]
-    halves = plane.shape[1]
-    masks = np.empty(32, np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
-    at_signs, at_probes, at_limits, at_masks = (
-        signs.ctypes.data,
-        probe_signs.ctypes.data,
+    words = probes.shape[1]
+    masks = np.empty(40, np.uint64)[8 : 8 + SIGN_PROBES]  # away from what another thread writes
+    at_planes, at_probes, at_limits, at_masks = (
+        planes.ctypes.data,
+        probes.ctypes.data,
         limits.ctypes.data,
         masks.ctypes.data,
     )
     found = 0
-    while block < plane.shape[0]:
+    while block < blocks:
         if found + 64 * count > which.size:
             return found, block
         alive = live[block] if live.size else ~np.uint64(0)
-        for p in range(0, probe_signs.shape[0], WIDE):
-            _least_distance(
-                at_signs + 512 * SIGN_WORDS * block, at_probes + 8 * SIGN_WORDS * p, at_limits + 8 * p, at_masks
-            )
-            for i in range(WIDE):
+        for p in range(0, probes.shape[0] if alive else 0, SIGN_PROBES):
+            _some_row(at_planes, 512 * block, words, at_probes + 8 * words * p, words, at_limits + 8 * p, at_masks)
+            for i in range(SIGN_PROBES):
                 if masks[i] and p + i < count:
+                    mine = at_probes + 8 * words * (p + i)
+                    _which_rows(at_planes, 512 * block, words, mine, words, at_limits + 8 * (p + i), at_masks + 8 * i)
+                    mask = masks[i] & alive
                     for r in range(64):
-                        distance = np.uint64(0)
-                        for w in range(SIGN_WORDS):
-                            distance += _set_bits(signs[block, w, r] ^ probe_signs[p + i, w])
                         cell = 64 * block + r
-                        if distance > limits[p + i] or not first <= cell < last:
-                            continue
-                        if not (alive >> np.uint64(r)) & np.uint64(1):
-                            continue
-                        dot = 0
-                        for h in range(halves):
-                            for t in range(4):
-                                pair = plane[block, h, 4 * r + t]
-                                dot += int(pair & 15) * int(probes[p + i, 8 * h + t])
-                                dot += int(pair >> 4) * int(probes[p + i, 8 * h + 4 + t])
-                        if dot >= offsets[p + i] + slopes[p + i] * norms[cell]:
-                            which[found], cells[found], dots[found] = p + i, cell, dot
+                        if (mask >> np.uint64(r)) & np.uint64(1) and first <= cell < last:
+                            which[found], cells[found] = p + i, cell
                             found += 1
         block += 1
     return found, block
@@ -312,29 +326,49 @@ _signs_compiled = numba.njit(_sign_scan, nogil=True, cache=True)
 
 
 def scan_signs(
-    signs: NDArray[np.uint64],
-    plane: NDArray[np.uint8],
-    norms: Float32,
+    planes: Sequence[NDArray[np.uint64]],
     live: NDArray[np.uint64],
     cells: tuple[int, int],
     start: int,
-    probe_signs: NDArray[np.uint64],
+    probes: NDArray[np.uint64],
     limits: NDArray[np.uint64],
-    probes: NDArray[np.int8],
-    offsets: Float32,
-    slopes: Float32,
-    found: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]],
+    count: int,
+    found: tuple[NDArray[np.int32], NDArray[np.int64]],
 ) -> tuple[int, int]:
-    """As `scan`, of those pairs alone whose signs differ in at most `limits` places.
+    """Pairs of a probe and a row whose signs differ in at most `limits` places.
 
-    signs: uint64 (b, SIGN_WORDS, 64), 64-byte aligned; probe_signs: uint64 (q', SIGN_WORDS), limits: uint64 (q',), where q' is
-    q rounded up to a multiple of WIDE.
+    planes: of each word uint64 (64 b,), 64-byte aligned; live, cells, start: as of `scan`; probes: uint64 (q', words), limits:
+    uint64 (q',), where q' is `count`, the number of probes, rounded up to a multiple of SIGN_PROBES. Writes probe and cell of
+    each pair into `found`, whose arrays have room for at least 64 count. Returns how many, and the block to go on with.
     """
+    addresses = np.array([plane.ctypes.data for plane in planes], np.uint64)
     first, last = cells
     number, block = _signs_compiled(
-        signs, plane, norms, live, first, last, start, probe_signs, limits, probes, offsets, slopes, *found
+        addresses, live, first, last, start, len(planes[0]) // 64, probes, limits, count, *found
     )
     return number, block
+
+
+@numba.njit(nogil=True, cache=True)
+def _dots(plane: Any, which: Any, cells: Any, probes: Any, found: Any) -> None:
+    for i in range(which.shape[0]):
+        block, lane = cells[i] // 64, cells[i] % 64 * 4
+        total = 0
+        for h in range(plane.shape[1]):
+            for t in range(4):
+                pair = plane[block, h, lane + t]
+                total += int(pair & 15) * int(probes[which[i], 8 * h + t])
+                total += int(pair >> 4) * int(probes[which[i], 8 * h + 4 + t])
+        found[i] = total
+
+
+def dots(
+    plane: NDArray[np.uint8], which: NDArray[np.int32], cells: NDArray[np.int64], probes: NDArray[np.int8]
+) -> NDArray[np.int32]:
+    """The dot products that `scan` compares, of some pairs: int32 (n,)."""
+    found = np.empty(len(which), np.int32)
+    _dots(plane, which, cells, probes, found)
+    return found
 
 
 def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:

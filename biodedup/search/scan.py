@@ -27,6 +27,7 @@ from biodedup.gallery.codec import Codec
 from biodedup.gallery.codes import BLOCK_ROWS, turned
 from biodedup.gallery.part import Column
 from biodedup.search import kernel
+from biodedup.search.signs import Words
 from biodedup.values import Float32
 
 _READERS = 8
@@ -96,7 +97,7 @@ class Probes:
 class SignedProbes:
     """What `kernel.scan_signs` takes. rows: of each column of a search; probes, limits: filled up to the kernel's width."""
 
-    rows: Sequence[NDArray[np.uint64]]
+    rows: Sequence[Words]
     probes: NDArray[np.uint64]
     limits: NDArray[np.uint64]
 
@@ -171,29 +172,26 @@ class Scanner:
             span = (unit.first - base * BLOCK_ROWS, unit.last - base * BLOCK_ROWS)
             room = max(_ROOM, BLOCK_ROWS * count)
             found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.int32))
+            mine = (
+                []
+                if signs is None
+                else [word[64 * base : 64 * (base + len(plane))] for word in signs.rows[unit.number]]
+            )
             block = 0
             while block < len(plane):
                 slopes = (collected.cuts / scales).astype(np.float32)
                 if signs is None:
                     number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
-                else:
-                    mine = signs.rows[unit.number][base : base + len(plane)]
-                    number, block = kernel.scan_signs(
-                        mine,
-                        plane,
-                        norms,
-                        live,
-                        span,
-                        block,
-                        signs.probes,
-                        signs.limits,
-                        probes.codes,
-                        offsets,
-                        slopes,
-                        found,
-                    )
-                if number:
                     which, cells, dots = found[0][:number], found[1][:number], found[2][:number]
+                else:
+                    number, block = kernel.scan_signs(
+                        mine, live, span, block, signs.probes, signs.limits, count, found[:2]
+                    )
+                    which, cells = found[0][:number], found[1][:number]
+                    dots = kernel.dots(plane, which, cells, probes.codes)
+                    passed = dots >= offsets[which] + slopes[which] * norms[cells]
+                    which, cells, dots = which[passed], cells[passed], dots[passed]
+                if len(which):
                     estimates = probes.estimates(which, dots, norms[cells])
                     collected.add(which.copy(), unit.number, cells + base * BLOCK_ROWS, estimates)
 

@@ -31,7 +31,7 @@ from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
 from biodedup.gallery.part import PIECE_ROWS, Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.scan import Hits, Int64, Probes, Scanner, SignedProbes, Tile, Unit
-from biodedup.search.signs import BITS, Signs
+from biodedup.search.signs import BITS, Signs, filled
 from biodedup.values import Float32
 
 EXACT_CELLS = 1 << 14
@@ -292,8 +292,7 @@ class LocalShard:
         for piece in pieces:
             if piece.column not in _sign_planes:
                 _sign_planes[piece.column] = signs.of_column(piece.column)
-        words, filled = signs.of_probes(probes.turned, limits)
-        return SignedProbes([_sign_planes[piece.column] for piece in pieces], words, filled)
+        return SignedProbes([_sign_planes[piece.column] for piece in pieces], *filled(signs.of(probes.turned), limits))
 
     def _compare_best(self, pieces: Sequence[_Piece], probes: Probes, hits: Hits, k: int, found: _Found) -> Int64:
         """Compares the k best of each probe by their estimates; returns which they were."""
@@ -449,7 +448,7 @@ _sign_planes: WeakKeyDictionary[Column, NDArray[np.uint64]] = WeakKeyDictionary(
 def _signs_of(column: Column, population: _Population) -> Signs:
     assert column.codec is not None, "signs are of turned vectors"
     if column.codec.codec_id not in _signs:
-        _signs[column.codec.codec_id] = Signs(population.sample)
+        _signs[column.codec.codec_id] = Signs(population.sample, column.codec.scanned)
     return _signs[column.codec.codec_id]
 
 
