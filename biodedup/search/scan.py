@@ -170,7 +170,7 @@ class Scanner:
             plane, norms = unit.column.plane(unit.first, unit.last)
             live = unit.live[base : base + len(plane)]
             span = (unit.first - base * BLOCK_ROWS, unit.last - base * BLOCK_ROWS)
-            room = max(_ROOM, BLOCK_ROWS * count)
+            room = max(_ROOM, 4 * BLOCK_ROWS * count)  # a block that might not find room ends the call
             found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.int32))
             mine = (
                 []
