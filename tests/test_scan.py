@@ -367,6 +367,24 @@ def test_pairs_that_differ_in_few_signs_are_those_that_numpy_counts(count, words
     assert ours == set(zip(*(array.tolist() for array in np.nonzero(near)), strict=True))
 
 
+@pytest.mark.parametrize("scanned", [8, 128, 200, 384])
+def test_pairs_checked_one_by_one_reach_the_cuts_that_the_scan_finds(scanned):
+    rng = np.random.default_rng(scanned)
+    codes = rng.integers(1, 256, (150, scanned)).astype(np.uint8)
+    plane = np.concatenate(list(coding.planes([codes], scanned)))
+    norms = rng.uniform(100, 600, 64 * len(plane)).astype(np.float32)
+    probes = rng.integers(-127, 128, (7, scanned)).astype(np.int8)
+    offsets, slopes = rng.uniform(-500, 500, 7).astype(np.float32), rng.uniform(-2, 2, 7).astype(np.float32)
+    which, cells = rng.integers(0, 7, 400).astype(np.int32), rng.integers(0, 150, 400)
+    dots = np.einsum("ij,ij->i", probes[which].astype(np.int64), (codes[cells] >> 4).astype(np.int64))
+    reached = dots.astype(np.float32) >= offsets[which] + slopes[which] * norms[cells]
+    wanted = list(zip(which[reached].tolist(), cells[reached].tolist(), dots[reached].tolist(), strict=True))
+    pairs = (which, cells, np.empty(400, np.int32))
+    number = kernel.keep_reaching(plane, norms, probes, offsets, slopes, pairs)
+    assert list(zip(*(array[:number].tolist() for array in pairs), strict=True)) == wanted
+    assert 0 < number < 400
+
+
 def test_a_shard_that_fails_makes_the_search_incomplete_and_the_others_answer(scanner, fan_out):
     class Broken:
         def search(self, probes, plan):

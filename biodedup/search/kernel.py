@@ -277,6 +277,16 @@ def make_sign_tile(probes_wide: int, *, rows_told: bool) -> Any:
     return tile
 
 
+def _lowest_bit_of(_: Any, mask: Any) -> Any:
+    """An intrinsic for numba: the place of the lowest bit of a uint64 that is set; the mask is not 0."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+_lowest_bit: Any = intrinsic(_lowest_bit_of)
 _some_row, _which_rows = make_sign_tile(SIGN_PROBES, rows_told=False), make_sign_tile(1, rows_told=True)
 
 
@@ -313,9 +323,10 @@ def _sign_scan(
                     mine = at_probes + 8 * words * (p + i)
                     _which_rows(at_planes, 512 * block, words, mine, words, at_limits + 8 * (p + i), at_masks + 8 * i)
                     mask = masks[i] & alive
-                    for r in range(64):
-                        cell = 64 * block + r
-                        if (mask >> np.uint64(r)) & np.uint64(1) and first <= cell < last:
+                    while mask:
+                        cell = 64 * block + np.int64(_lowest_bit(mask))
+                        mask &= mask - np.uint64(1)
+                        if first <= cell < last:
                             which[found], cells[found] = p + i, cell
                             found += 1
         block += 1
@@ -349,26 +360,75 @@ def scan_signs(
     return number, block
 
 
+_CHUNK = 16  # halves of a row that fit a vector
+
+
+def _chunk_dot_of(_: Any, rows: Any, probe: Any) -> Any:
+    """An intrinsic for numba, all addresses: the dot product of one row's next 16 x 8 numbers, four bytes of every 256 from rows on,
+    and int8 * probe."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        quads = ir.VectorType(_I32, _CHUNK)
+        octets = ir.VectorType(_I8, 4 * _CHUNK)
+        row: Any = ir.Constant(quads, ir.Undefined)
+        for h in range(_CHUNK):
+            at = builder.inttoptr(builder.add(args[0], ir.Constant(_I64, 256 * h)), ir.PointerType(_I32))
+            row = builder.insert_element(row, builder.load(at), ir.Constant(_I32, h))
+        both = builder.load(builder.inttoptr(args[1], ir.VectorType(_I32, 2 * _CHUNK).as_pointer()))
+        both.align = 4
+        total = ir.Constant(quads, [0] * _CHUNK)
+        for upper, shift in ((0, 0), (1, 4)):
+            places = ir.Constant(quads, [2 * h + upper for h in range(_CHUNK)])
+            probe = builder.bitcast(builder.shuffle_vector(both, both, places), octets)
+            bits = builder.lshr(row, ir.Constant(quads, [shift] * _CHUNK))
+            halves = builder.and_(bits, ir.Constant(quads, [0x0F0F0F0F] * _CHUNK))
+            total = _times(builder, INSTRUCTIONS, total, builder.bitcast(halves, octets), probe)
+        added = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_I32, [quads]), "llvm.vector.reduce.add.v16i32"
+        )
+        return builder.sext(builder.call(added, [total]), _I64)
+
+    return types.int64(types.intp, types.intp), generate
+
+
+_chunk_dot: Any = intrinsic(_chunk_dot_of)
+
+
 @numba.njit(nogil=True, cache=True)
-def _dots(plane: Any, which: Any, cells: Any, probes: Any, found: Any) -> None:
+def _dots(plane: Any, norms: Any, which: Any, cells: Any, probes: Any, offsets: Any, slopes: Any, found: Any) -> int:
+    kept = 0
+    halves = plane.shape[1]
     for i in range(which.shape[0]):
         block, lane = cells[i] // 64, cells[i] % 64 * 4
+        p = which[i]
+        at_rows = plane.ctypes.data + 256 * halves * block + lane
+        at_probe = probes.ctypes.data + probes.shape[1] * p
         total = 0
-        for h in range(plane.shape[1]):
+        whole = halves // _CHUNK * _CHUNK
+        for h in range(0, whole, _CHUNK):
+            total += _chunk_dot(at_rows + 256 * h, at_probe + 8 * h)
+        for h in range(whole, halves):
             for t in range(4):
                 pair = plane[block, h, lane + t]
-                total += int(pair & 15) * int(probes[which[i], 8 * h + t])
-                total += int(pair >> 4) * int(probes[which[i], 8 * h + 4 + t])
-        found[i] = total
+                total += int(pair & 15) * int(probes[p, 8 * h + t])
+                total += int(pair >> 4) * int(probes[p, 8 * h + 4 + t])
+        if total >= offsets[p] + slopes[p] * norms[cells[i]]:
+            which[kept], cells[kept], found[kept] = p, cells[i], total
+            kept += 1
+    return kept
 
 
-def dots(
-    plane: NDArray[np.uint8], which: NDArray[np.int32], cells: NDArray[np.int64], probes: NDArray[np.int8]
-) -> NDArray[np.int32]:
-    """The dot products that `scan` compares, of some pairs: int32 (n,)."""
-    found = np.empty(len(which), np.int32)
-    _dots(plane, which, cells, probes, found)
-    return found
+def keep_reaching(
+    plane: NDArray[np.uint8],
+    norms: Float32,
+    probes: NDArray[np.int8],
+    offsets: Float32,
+    slopes: Float32,
+    pairs: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]],
+) -> int:
+    """Of some pairs (probe, cell, room for the dot product), those that `scan` would find: moved to the front. Returns how many."""
+    which, cells, found = pairs
+    return int(_dots(plane, norms, which, cells, probes, offsets, slopes, found))
 
 
 def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:

@@ -182,15 +182,13 @@ class Scanner:
                 slopes = (collected.cuts / scales).astype(np.float32)
                 if signs is None:
                     number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
-                    which, cells, dots = found[0][:number], found[1][:number], found[2][:number]
                 else:
                     number, block = kernel.scan_signs(
                         mine, live, span, block, signs.probes, signs.limits, count, found[:2]
                     )
-                    which, cells = found[0][:number], found[1][:number]
-                    dots = kernel.dots(plane, which, cells, probes.codes)
-                    passed = dots >= offsets[which] + slopes[which] * norms[cells]
-                    which, cells, dots = which[passed], cells[passed], dots[passed]
+                    pairs = (found[0][:number], found[1][:number], found[2][:number])
+                    number = kernel.keep_reaching(plane, norms, probes.codes, offsets, slopes, pairs)
+                which, cells, dots = found[0][:number], found[1][:number], found[2][:number]
                 if len(which):
                     estimates = probes.estimates(which, dots, norms[cells])
                     collected.add(which.copy(), unit.number, cells + base * BLOCK_ROWS, estimates)
