@@ -61,8 +61,12 @@ def pairs(clusters):
     return {frozenset(link.subject_ids): link.score_db for cluster in clusters for link in cluster.links}
 
 
-def test_a_join_finds_every_pair_above_the_threshold_and_no_other(gallery):
+@pytest.mark.parametrize("sealed", [False, True], ids=["with a tail", "sealed"])
+def test_a_join_finds_every_pair_above_the_threshold_and_no_other(gallery, sealed):
     engine, vectors = gallery
+    if sealed:
+        engine.compact()
+    assert (engine._gallery.snapshot().parts[-1].count == 0) == sealed
     told = []
     clusters = engine.find_duplicates(threshold_db=THRESHOLD_DB, progress=lambda *done: told.append(done))
     ours, theirs = pairs(clusters), oracle(engine, vectors)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import replace
-from functools import partial
 
 import faiss
 import numpy as np
@@ -17,7 +16,7 @@ from biodedup.errors import GalleryDamaged
 from biodedup.gallery import codes as coding
 from biodedup.gallery.codec import ErrorLaw, estimates, make_codec
 from biodedup.jobs.demo import mates_of
-from biodedup.search import kernel, rescore, shard
+from biodedup.search import kernel, shard
 from biodedup.search.scan import Probes, Scanner
 from biodedup.search.shard import Answer, FanOut, Plan
 from biodedup.search.signs import Signs, aligned, filled
@@ -422,7 +421,7 @@ def test_a_decision_over_a_gallery_of_which_a_segment_cannot_be_read_is_never_un
         monkeypatch.setattr(shard.LocalShard, "search", failing)
         with pytest.raises(GalleryDamaged):  # all of it is one shard
             engine.search({"face": vectors[:1]})
-        monkeypatch.setattr(rescore, "local_shards", partial(shard.local_shards, rows_min=64))
+        monkeypatch.setattr(shard, "shares", lambda snapshot: [[part] for part in snapshot.parts])
         decision = engine.enroll(bd.Encounter("new", templates={"face": unit(1, 128, 77)[0]}))
         assert decision.outcome == "review" and decision.incomplete
         assert engine.search({"face": vectors[:1]}).incomplete

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from biodedup.gallery.part import Column
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.search.shard import EXACT_CELLS
+from biodedup.search.shard import by_codec, shares
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class SearchPlan:
         return f"{start}; {error}; {margin}: {evidence}"
 
 
+@dataclass(frozen=True)
+class _Of:
+    column: Column
+
+
 def plan_of(snapshot: Snapshot, columns: tuple[str, ...], miss_risk: float) -> SearchPlan:
     """The plan of a search of these columns of a snapshot, as it is."""
     return SearchPlan(miss_risk, tuple(_column(snapshot, column, miss_risk) for column in columns))
@@ -75,7 +81,8 @@ def plan_of(snapshot: Snapshot, columns: tuple[str, ...], miss_risk: float) -> S
 def _column(snapshot: Snapshot, name: str, miss_risk: float) -> ColumnPlan:
     columns = [part.columns[name] for part in snapshot.parts if name in part.columns]
     rows = sum(column.count for column in columns)
-    coded = [column for column in columns if column.codec is not None and column.count > EXACT_CELLS]
+    holding = [[_Of(part.columns[name]) for part in parts if name in part.columns] for parts in shares(snapshot)]
+    coded = [of.column for pieces in holding for group in by_codec(pieces)[1] for of in group]
     if not coded:
         return ColumnPlan(name, rows, 0, 0, 1.0, 0.0, 0.0, 0.0, 0, "sample")
     codec = max(coded, key=lambda column: column.count).codec

@@ -115,13 +115,17 @@ class Searcher:
         model_id = snapshot.models["face"].model_id
         probe = Template("face", model_id, faces[0])
         least = np.full(len(rows), self._similarity_at(probe, threshold_db), np.float32)
-        plan = replace(_Scope(snapshot, rows[0], None).plan("face", 0, self._config.miss_risk), at_least=least)
+        # The last part, the tail, has no codes and is compared exactly: once, when its rows have their turn, not with every tile.
+        tail = snapshot.parts[-1].first_row
+        in_tail = rows[-1] >= tail
+        scope = _Scope(snapshot, 0 if in_tail else rows[0], None)
+        plan = replace(scope.plan("face", 0, self._config.miss_risk), at_least=least, end_row=None if in_tail else tail)
         reached = self._fan_out.reached(self._shards(snapshot), faces, plan)
         if reached.failures:
             raise GalleryDamaged(f"a join that cannot see everybody is no join: {reached.failures[0]}")
         source, found = SnapshotRows(snapshot), []
         for row, face, (others, _) in zip(rows, faces, reached.found, strict=True):
-            behind = others[others > row]
+            behind = others[(others > row) & (others < tail) if row < tail else (others < tail) | (others > row)]
             if len(behind):
                 compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, behind.tolist())
                 found += [(row, comparison) for comparison in compared if comparison.score_db >= threshold_db]

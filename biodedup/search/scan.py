@@ -31,6 +31,7 @@ from biodedup.search.signs import Words
 from biodedup.values import Float32
 
 _READERS = 8
+_EXACT_PROBES = 256  # so many by a tile's rows of similarities stay in the cache
 _ROOM = 1 << 15  # hits that a thread collects before it hands them over
 
 Int64 = NDArray[np.int64]
@@ -141,12 +142,17 @@ class Scanner:
     def exact_above(self, tiles: Iterable[Tile], probes: Float32, least: Float32) -> list[tuple[Int64, Int64, Float32]]:
         """All pairs of at least this similarity, float32 (q,): (probe, row, similarity) in pieces."""
 
-        def scan(tile: Tile) -> tuple[Int64, Int64, Float32]:
-            similarity = probes @ tile.vectors().T
-            which, near = np.nonzero(similarity >= least[:, None])
-            return which, tile.rows(near), similarity[which, near]
+        def scan(tile: Tile) -> list[tuple[Int64, Int64, Float32]]:
+            vectors = tile.vectors()
+            found = []
+            for low in range(0, len(probes), _EXACT_PROBES):
+                similarity = probes[low : low + _EXACT_PROBES] @ vectors.T
+                which, near = np.nonzero(similarity >= least[low : low + _EXACT_PROBES, None])
+                if len(which):
+                    found.append((which + low, tile.rows(near), similarity[which, near]))
+            return found
 
-        return list(self._pool.map(scan, tiles))
+        return [piece for pieces in self._pool.map(scan, tiles) for piece in pieces]
 
     def above(
         self,

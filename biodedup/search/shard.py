@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,7 +35,7 @@ from biodedup.search.signs import BITS, Signs, filled
 from biodedup.values import Float32
 
 EXACT_CELLS = 1 << 14
-"""A column of up to this many cells is compared exactly."""
+"""Up to so many cells of one codec are compared exactly."""
 _SAMPLE_ROWS = 16_384  # of a column, that say what non-mates look like
 _RELEASE_PAIRS = 10_000  # compared at a time, after which the memory of what was read is given back
 _LAW_ROWS = 4_096  # of the sample, from which pairs are made
@@ -61,6 +61,7 @@ class Plan:
     at_least: Float32 | None = field(default=None, compare=False)
     groups: frozenset[str] | None = None
     from_row: int = 0
+    end_row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -209,15 +210,11 @@ class LocalShard:
     def search(self, probes: Float32, plan: Plan) -> Answer:
         pieces = [_Piece(self._snapshot, part, plan) for part in self._parts if plan.column in part.columns]
         pieces = [piece for piece in pieces if piece.first < piece.last]
-        exact = [piece for piece in pieces if piece.column.codec is None or piece.column.count <= EXACT_CELLS]
+        exact, coded = by_codec(pieces)
         found = _Found(len(probes), self._snapshot.version)
-        by_codec: dict[str, list[_Piece]] = {}
-        for piece in pieces:
-            if piece not in exact and piece.column.codec is not None:
-                by_codec.setdefault(piece.column.codec.codec_id, []).append(piece)
-        for coded in by_codec.values():
-            if not self._search_coded(coded, probes, plan, found):
-                exact += coded
+        for some in coded:
+            if not self._search_coded(some, probes, plan, found):
+                exact += some
         self._search_exact(exact, probes, plan, found)
         found.scanned = sum(piece.last - piece.first for piece in pieces)
         return found.answer()
@@ -325,6 +322,29 @@ def _comparing(piece: _Piece, probes: Probes, hits: Hits, some: Int64, found: _F
     return compare
 
 
+_HasColumn = TypeVar("_HasColumn", bound="_Coded")
+
+
+class _Coded(Protocol):
+    @property
+    def column(self) -> Column: ...
+
+
+def by_codec(pieces: Iterable[_HasColumn]) -> tuple[list[_HasColumn], list[list[_HasColumn]]]:
+    """A shard's pieces: those that are compared exactly, and the others by their codec."""
+    groups: dict[str, list[_HasColumn]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.column.codec.codec_id if piece.column.codec else "", []).append(piece)
+    exact = groups.pop("", [])
+    coded = []
+    for group in groups.values():
+        if sum(piece.column.count for piece in group) > EXACT_CELLS:
+            coded.append(group)
+        else:
+            exact += group
+    return exact, coded
+
+
 class _Found:
     """What a shard has found so far. Thread-safe."""
 
@@ -358,7 +378,8 @@ class _Piece:
     def __init__(self, snapshot: Snapshot, part: Part, plan: Plan) -> None:
         self.column = part.columns[plan.column]
         self._snapshot, self._part, self._groups = snapshot, part, plan.groups
-        low, high = part.position_range(plan.from_row, part.end_row)
+        end_row = part.end_row if plan.end_row is None else plan.end_row
+        low, high = part.position_range(plan.from_row, max(end_row, plan.from_row))
         self.first, self.last = self.column.cell_range(low, high) if self.column.dimension is not None else (0, 0)
 
     def rows(self, cells: Int64) -> Int64:
@@ -457,12 +478,16 @@ def release_signs() -> None:
     _sign_planes.clear()
 
 
-def local_shards(snapshot: Snapshot, scanner: Scanner, rows_min: int = 1 << 20) -> list[Shard]:
-    """A snapshot as shards: each large segment is one, the others are one together."""
+def local_shards(snapshot: Snapshot, scanner: Scanner) -> list[Shard]:
+    """A snapshot as shards."""
+    return [LocalShard(snapshot, parts, scanner) for parts in shares(snapshot)]
+
+
+def shares(snapshot: Snapshot, rows_min: int = 1 << 20) -> list[Sequence[Part]]:
+    """The parts of each shard: a large segment is one, the others are one together."""
     large = [part for part in snapshot.parts if part.count >= rows_min]
     small = [part for part in snapshot.parts if part.count < rows_min]
-    groups: Iterable[Sequence[Part]] = [*([part] for part in large), *([small] if small else [])]
-    return [LocalShard(snapshot, parts, scanner) for parts in groups]
+    return [*([part] for part in large), *([small] if small else [])]
 
 
 def as_set(groups: Collection[str] | None) -> frozenset[str] | None:
