@@ -143,7 +143,7 @@ class Engine:
         self._extractor = Extractor(config)
         known = calibrations.Calibrations(self._extractor.cards, self._sample)
         self._comparer = Comparer(known.of, Bozorth3())
-        self._searcher = Searcher(self._comparer, config.search, config.threads)
+        self._searcher = Searcher(self._comparer, config.search, config.threads, config.policy)
         self._waiting: list[_Request] = []
         self._waiting_lock = threading.Lock()
         self._closed = False
@@ -417,7 +417,9 @@ class Engine:
         for column in columns:
             if column not in _COLUMN_SET:
                 raise InvalidInput(f"column {column!r} is not known; use face or a finger position")
-        return plan_of(self._gallery.snapshot(), tuple(columns), self.config.search.miss_risk)
+        snapshot = self._gallery.snapshot()
+        together = self._searcher.together(snapshot, columns)
+        return plan_of(snapshot, tuple(columns), self.config.search.miss_risk, together)
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None

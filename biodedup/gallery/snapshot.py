@@ -32,8 +32,12 @@ class Snapshot:
     tombstones: Int64
     models: Mapping[str, ColumnModel]
     group_sets: Mapping[int, frozenset[str]]
-    _masks: dict[tuple[int, frozenset[str] | None], NDArray[np.bool_] | None] = field(default_factory=dict, repr=False)
-    _bits: dict[tuple[int, int, frozenset[str] | None], NDArray[np.uint64]] = field(default_factory=dict, repr=False)
+    _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
+        default_factory=dict, repr=False
+    )
+    _bits: dict[tuple[int, int, frozenset[str] | None, frozenset[int]], NDArray[np.uint64]] = field(
+        default_factory=dict, repr=False
+    )
 
     # counts -----------------------------------------------------------------------------------------------------
 
@@ -133,42 +137,56 @@ class Snapshot:
             found.append(part.rows(np.arange(part.count) if mask is None else np.flatnonzero(mask)))
         return np.concatenate(found)
 
-    def mask(self, part: Part, groups: Collection[str] | None = None) -> NDArray[np.bool_] | None:
-        """bool (count,): the rows of a part that live and, with groups, belong to one of them. None: all do."""
-        key = (id(part), None if groups is None else frozenset(groups))
+    def mask(
+        self, part: Part, groups: Collection[str] | None = None, hidden: frozenset[int] = frozenset()
+    ) -> NDArray[np.bool_] | None:
+        """bool (count,): the rows of a part that live and, with groups, belong to one of them. None: all do. hidden: presences of
+        rows that do not count."""
+        key = (id(part), None if groups is None else frozenset(groups), hidden)
         if key not in self._masks:
-            self._masks[key] = self._mask(part, key[1])
+            self._masks[key] = self._mask(part, *key[1:])
         return self._masks[key]
 
-    def _mask(self, part: Part, groups: frozenset[str] | None) -> NDArray[np.bool_] | None:
+    def _mask(self, part: Part, groups: frozenset[str] | None, hidden: frozenset[int]) -> NDArray[np.bool_] | None:
         low, high = np.searchsorted(self.tombstones, (part.first_row, part.end_row))
         removed = part.at(self.tombstones[low:high])
-        if not len(removed) and groups is None:
+        hides = any(bits in hidden for bits in part.bits)
+        if not len(removed) and groups is None and not hides:
             return None
         mask = np.ones(part.count, bool)
         mask[removed] = False
         if groups is not None:
             wanted = [number for number, names in self.group_sets.items() if names & groups]
             mask &= np.isin(part.group_sets(0, part.count), wanted)
+        if hides:
+            mask &= ~np.isin(part.presence(0, part.count), list(hidden))
         return mask
 
-    def live_bits(self, part: Part, column: Column, groups: frozenset[str] | None = None) -> NDArray[np.uint64]:
+    def live_bits(
+        self,
+        part: Part,
+        column: Column,
+        groups: frozenset[str] | None = None,
+        hidden: frozenset[int] = frozenset(),
+    ) -> NDArray[np.uint64]:
         """The mask over a column's cells, 64 of them in each number, the first in the lowest bit; empty where all live."""
-        key = (id(part), id(column), groups)
+        key = (id(part), id(column), groups, hidden)
         if key not in self._bits:
-            self._bits[key] = self._live_bits(part, column, groups)
+            self._bits[key] = self._live_bits(part, column, groups, hidden)
         return self._bits[key]
 
-    def _live_bits(self, part: Part, column: Column, groups: frozenset[str] | None) -> NDArray[np.uint64]:
+    def _live_bits(
+        self, part: Part, column: Column, groups: frozenset[str] | None, hidden: frozenset[int]
+    ) -> NDArray[np.uint64]:
         words = -(-column.count // 64)
-        if groups is None:  # a few holes in all: not a number for every row
+        if groups is None and not any(bits in hidden for bits in part.bits):  # a few holes: not a number for every row
             low, high = np.searchsorted(self.tombstones, (part.first_row, part.end_row))
             cells = column.cells_at(part.at(self.tombstones[low:high]))
             cells = cells[cells >= 0]
             bits = np.full(words if len(cells) else 0, ~np.uint64(0))
             np.bitwise_and.at(bits, cells // 64, ~(np.uint64(1) << (cells % 64).astype(np.uint64)))
             return bits
-        mask = self.mask(part, groups)
+        mask = self.mask(part, groups, hidden)
         if mask is None:
             return np.zeros(0, np.uint64)
         packed_bits = np.zeros(8 * words, np.uint8)

@@ -22,13 +22,15 @@ SCORE_DB_MAX = 300.0
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """score, llr_db, nonmated_db: float64 (m,), m >= 2. measured_db: beyond it no pairs were measured."""
+    """score, llr_db, nonmated_db: float64 (m,), m >= 2. measured_db: beyond it no pairs were measured. mates_measured: llr_db
+    comes from mated pairs of this model, and is not assumed."""
 
     score: NDArray[np.float64] = field(repr=False)
     llr_knots_db: NDArray[np.float64] = field(repr=False)
     nonmated_knots_db: NDArray[np.float64] = field(repr=False)
     measured_db: float
     source: str
+    mates_measured: bool = True
 
     @classmethod
     def from_card(cls, table: Mapping[str, Any]) -> Calibration:
@@ -45,7 +47,7 @@ class Calibration:
             raise ModelCardError(f"calibration arrays have shapes {shapes}; wanted one equal length, 2 or more")
         if (np.diff(score) <= 0).any() or (np.diff(llr) < 0).any() or (np.diff(nonmated) < 0).any():
             raise ModelCardError("calibration: score must ascend, llr_db and nonmated_db must not descend")
-        return cls(score, llr, nonmated, measured_db, source)
+        return cls(score, llr, nonmated, measured_db, source, bool(table.get("mates_measured", True)))
 
     def score_db(self, scores: ArrayLike) -> NDArray[np.float64]:
         """-10 log10(FMR) at each raw score; the last slope is continued beyond the table, up to SCORE_DB_MAX."""

@@ -39,6 +39,8 @@ class Calibrations:
         known = self._known.get(model_id)
         if known is not None:
             return known
+        if (model_id, SAMPLE_SIZE) in self._measured:  # it will not change any more
+            return self._measured[model_id, SAMPLE_SIZE]
         vectors = self._sample(model_id)
         # measured anew each time the gallery has doubled, so that a calibration depends on the gallery's rows alone
         size = 1 << (len(vectors).bit_length() - 1) if len(vectors) >= _SAMPLE_MIN else 0
@@ -62,6 +64,7 @@ def from_embeddings(vectors: Float32) -> Calibration:
         sd = max(float(cosines.std()), float(np.quantile(cosines, 0.999) - mean) / float(ndtri(0.999)))
     score = np.linspace(-1.0, 1.0, 201)
     llr = 10 / np.log(10) * (_log_normal(score, _MATED_MEAN, _MATED_SD) - _log_normal(score, mean, sd))
+    llr[: llr.argmin()] = llr.min()  # mates' law is the wider one: far on the strangers' side it would win again
     return Calibration.from_card(
         {
             "score": score.tolist(),
@@ -69,6 +72,7 @@ def from_embeddings(vectors: Float32) -> Calibration:
             "nonmated_db": (-10 / np.log(10) * log_ndtr((mean - score) / sd)).tolist(),
             "measured_db": float(10 * np.log10(pairs)),
             "source": f"{pairs} pairs of unlabelled embeddings",
+            "mates_measured": False,
         }
     )
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput, ModelMismatch
 from biodedup.match.calibration import Calibration
-from biodedup.match.fusion import fused_score_db
+from biodedup.match.fusion import fused_score_db, llr_reaching
 from biodedup.match.minutiae import MinutiaeMatcher
 from biodedup.values import Evidence, Float32, Score, Template
 
@@ -113,6 +113,13 @@ class Comparer:
     def score_db(self, probe: Template, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """score_db, float64 (n,), of raw scores of this probe's model."""
         return self._calibration_of(probe.model_id).score_db(values.astype(np.float64))
+
+    def calibration(self, model_id: str) -> Calibration:
+        return self._calibration_of(model_id)
+
+    def llr_reaching(self, score_db: float, model_ids: Sequence[str]) -> float:
+        """The least sum of llr_db over captures of these models that scores as much."""
+        return llr_reaching(score_db, tuple(map(self._calibration_of, model_ids)))
 
     def _evidence(self, probe: Template, pair: Pair, source: Candidates, rows: list[int]) -> dict[int, Evidence]:
         calibration = self._calibration_of(probe.model_id)

@@ -36,6 +36,12 @@ def fused_score_db(llr_sum_db: float, calibrations: Sequence[Calibration]) -> tu
     return value, value > max(calibration.measured_db for calibration in calibrations)
 
 
+def llr_reaching(score_db: float, calibrations: Sequence[Calibration]) -> float:
+    """The least sum of llr_db that scores as much."""
+    first, scores = _table(calibrations)
+    return float(first + np.searchsorted(scores, score_db)) * STEP_DB
+
+
 def _table(calibrations: Sequence[Calibration]) -> tuple[int, NDArray[np.float64]]:
     ordered = sorted(calibrations, key=id)
     key = tuple(map(id, ordered))

@@ -352,10 +352,9 @@ def scan_signs(
     uint64 (q',), where q' is `count`, the number of probes, rounded up to a multiple of SIGN_PROBES. Writes probe and cell of
     each pair into `found`, whose arrays have room for at least 64 count. Returns how many, and the block to go on with.
     """
-    addresses = np.array([plane.ctypes.data for plane in planes], np.uint64)
     first, last = cells
     number, block = _signs_compiled(
-        addresses, live, first, last, start, len(planes[0]) // 64, probes, limits, count, *found
+        _addresses(planes), live, first, last, start, len(planes[0]) // 64, probes, limits, count, *found
     )
     return number, block
 
@@ -395,25 +394,48 @@ _chunk_dot: Any = intrinsic(_chunk_dot_of)
 
 
 @numba.njit(nogil=True, cache=True)
-def _dots(plane: Any, norms: Any, which: Any, cells: Any, probes: Any, offsets: Any, slopes: Any, found: Any) -> int:
-    kept = 0
+def _dot(plane: Any, cell: Any, probes: Any, p: Any) -> int:
     halves = plane.shape[1]
+    block, lane = cell // 64, cell % 64 * 4
+    at_rows = plane.ctypes.data + 256 * halves * block + lane
+    at_probe = probes.ctypes.data + probes.shape[1] * p
+    total = 0
+    whole = halves // _CHUNK * _CHUNK
+    for h in range(0, whole, _CHUNK):
+        total += _chunk_dot(at_rows + 256 * h, at_probe + 8 * h)
+    for h in range(whole, halves):
+        for t in range(4):
+            pair = plane[block, h, lane + t]
+            total += int(pair & 15) * int(probes[p, 8 * h + t])
+            total += int(pair >> 4) * int(probes[p, 8 * h + 4 + t])
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _dots(plane: Any, which: Any, cells: Any, probes: Any, found: Any) -> None:
     for i in range(which.shape[0]):
-        block, lane = cells[i] // 64, cells[i] % 64 * 4
-        p = which[i]
-        at_rows = plane.ctypes.data + 256 * halves * block + lane
-        at_probe = probes.ctypes.data + probes.shape[1] * p
-        total = 0
-        whole = halves // _CHUNK * _CHUNK
-        for h in range(0, whole, _CHUNK):
-            total += _chunk_dot(at_rows + 256 * h, at_probe + 8 * h)
-        for h in range(whole, halves):
-            for t in range(4):
-                pair = plane[block, h, lane + t]
-                total += int(pair & 15) * int(probes[p, 8 * h + t])
-                total += int(pair >> 4) * int(probes[p, 8 * h + 4 + t])
-        if total >= offsets[p] + slopes[p] * norms[cells[i]]:
-            which[kept], cells[kept], found[kept] = p, cells[i], total
+        found[i] = _dot(plane, cells[i], probes, which[i])
+
+
+def dots(
+    plane: NDArray[np.uint8], which: NDArray[np.int32], cells: NDArray[np.int64], probes: NDArray[np.int8]
+) -> NDArray[np.int32]:
+    """The dot products that `scan` compares, of some pairs: int32 (n,)."""
+    found = np.empty(len(which), np.int32)
+    _dots(plane, which, cells, probes, found)
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep_reaching(
+    plane: Any, norms: Any, which: Any, cells: Any, probes: Any, offsets: Any, slopes: Any, found: Any
+) -> int:
+    kept = 0
+    for i in range(which.shape[0]):
+        p, cell = which[i], cells[i]
+        total = _dot(plane, cell, probes, p)
+        if total >= offsets[p] + slopes[p] * norms[cell]:
+            which[kept], cells[kept], found[kept] = p, cell, total
             kept += 1
     return kept
 
@@ -428,7 +450,83 @@ def keep_reaching(
 ) -> int:
     """Of some pairs (probe, cell, room for the dot product), those that `scan` would find: moved to the front. Returns how many."""
     which, cells, found = pairs
-    return int(_dots(plane, norms, which, cells, probes, offsets, slopes, found))
+    return int(_keep_reaching(plane, norms, which, cells, probes, offsets, slopes, found))
+
+
+def _bits_of(_: Any, word: Any) -> Any:
+    """An intrinsic for numba: how many bits of a uint64 are set."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), generate
+
+
+_bits: Any = intrinsic(_bits_of)
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep_near(planes: Any, probes: Any, limits: Any, which: Any, cells: Any) -> int:
+    kept = 0
+    for i in range(which.shape[0]):
+        p, cell = which[i], cells[i]
+        total = np.uint64(0)
+        for w in range(planes.shape[0]):
+            total += _bits(_word_at(planes[w] + 8 * cell) ^ probes[p, w])
+        if total <= limits[p]:
+            which[kept], cells[kept] = p, cell
+            kept += 1
+    return kept
+
+
+def _word_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the uint64 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I64)))
+
+    return types.uint64(types.int64), generate
+
+
+_word_at: Any = intrinsic(_word_at_of)
+
+
+def _addresses(planes: Sequence[NDArray[np.uint64]]) -> NDArray[np.int64]:
+    return np.array([plane.ctypes.data for plane in planes], np.int64)
+
+
+def keep_near(
+    planes: Sequence[NDArray[np.uint64]],
+    probes: NDArray[np.uint64],
+    limits: NDArray[np.uint64],
+    pairs: tuple[NDArray[np.int32], NDArray[np.int64]],
+) -> int:
+    """Of some pairs (probe, cell), those that differ in at most `limits` of all signs: moved to the front. Returns how many.
+
+    planes: of each word uint64 (n,); probes: uint64 (q, words); limits: uint64 (q,).
+    """
+    return int(_keep_near(_addresses(planes), probes, limits, *pairs))
+
+
+@numba.njit(nogil=True, cache=True)
+def _distances(planes: Any, cells: Any, probes: Any, sums: Any, squares: Any) -> None:
+    for p in range(probes.shape[0]):
+        for cell in cells:
+            total = np.uint64(0)
+            for w in range(planes.shape[0]):
+                total += _bits(_word_at(planes[w] + 8 * cell) ^ probes[p, w])
+            sums[p] += total
+            squares[p] += float(total) * float(total)
+
+
+def distances(
+    planes: Sequence[NDArray[np.uint64]], cells: NDArray[np.int64], probes: NDArray[np.uint64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """In how many signs probes differ from some cells: mean and standard deviation, float64 (q,) each."""
+    sums, squares = np.zeros(len(probes)), np.zeros(len(probes))
+    _distances(_addresses(planes), cells, probes, sums, squares)
+    mean = sums / len(cells)
+    return mean, np.sqrt(np.maximum(squares / len(cells) - mean**2, 0))
 
 
 def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:

@@ -1,20 +1,23 @@
 """The plan of a search: what is scanned, what that may miss, and on what evidence.
 
-Owns the statement. The search itself follows the same codecs (`shard.py`).
+Owns the statement. The search itself follows the same codecs (`shard.py`) and the same choices (`together.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from biodedup.gallery.part import Column
+from biodedup.gallery.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.shard import by_codec, shares
+from biodedup.search.together import Choice, TogetherPlan, classes_of, covered
+from biodedup.values import COLUMNS
 
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """How one column is searched.
+    """How one column is searched, but for the rows that are searched in several together.
 
     rows: that have it; coded_rows: of these, scanned by code (the others are compared exactly); scanned_bytes: of each;
     share: of the rows that is looked at; margin: standard deviations of the estimate's error that a cut leaves; error_sd: one of
@@ -36,19 +39,34 @@ class ColumnPlan:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What a search of these columns does. miss_risk: as it was asked for."""
+    """What a search of these columns does. miss_risk: as it was asked for; together: rows that are searched in several columns
+    at once, how many and how."""
 
     miss_risk: float
     columns: tuple[ColumnPlan, ...]
+    together: tuple[tuple[int, Choice], ...] = ()
 
     def explain(self) -> str:
-        """In words, with the evidence; a line a column."""
-        return "\n".join(self._line(plan) for plan in self.columns)
+        """In words, with the evidence; a line for rows that are searched together, and for each column."""
+        lines = [self._together(rows, choice) for rows, choice in self.together]
+        return "\n".join(lines + [self._line(plan) for plan in self.columns])
+
+    def _together(self, rows: int, choice: Choice) -> str:
+        names = " + ".join(choice.columns)
+        words = " + ".join(f"{64 * n}" for n in choice.words)
+        single = ", ".join(f"{missed:.2g}" for missed in choice.single)
+        return (
+            f"{names}: {rows:,} rows that have all of them are searched in all at once, for {choice.cost:.0%} of what a scan of "
+            f"one column's codes takes: {words} signs pass {choice.first:g} of the rows, all signs {choice.second:g}, whose codes "
+            f"are compared; of mates that reach the review threshold, {choice.missed} of {choice.drawn:,} drawn from the columns' "
+            f"calibrations were lost, so that one is missed with a probability below {choice.miss_bound:.2g} (asked for: "
+            f"{self.miss_risk:g}), 95 % confidence; this takes captures for independent. Of all mates {choice.joint:.2g} are lost; "
+            f"each column's signs alone would lose {single}, whose product is {prod(choice.single):.2g}"
+        )
 
     def _line(self, plan: ColumnPlan) -> str:
-        start = (
-            f"{plan.column}: all of {plan.rows:,} rows are looked at, {plan.rows - plan.coded_rows:,} of them exactly"
-        )
+        others = "other " if self.together else ""
+        start = f"{plan.column}: all of {plan.rows:,} {others}rows are looked at, {plan.rows - plan.coded_rows:,} of them exactly"
         if not plan.coded_rows:
             return f"{start}; no row can be missed"
         start += f", {plan.coded_rows:,} by {plan.scanned_bytes} bytes each"
@@ -69,28 +87,43 @@ class SearchPlan:
 
 
 @dataclass(frozen=True)
-class _Of:
+class _Held:
+    """A column of a part, and how many of its cells are left to it."""
+
     column: Column
+    cells: int
 
 
-def plan_of(snapshot: Snapshot, columns: tuple[str, ...], miss_risk: float) -> SearchPlan:
+def plan_of(
+    snapshot: Snapshot, columns: tuple[str, ...], miss_risk: float, together: TogetherPlan | None = None
+) -> SearchPlan:
     """The plan of a search of these columns of a snapshot, as it is."""
-    return SearchPlan(miss_risk, tuple(_column(snapshot, column, miss_risk) for column in columns))
+    rows: dict[frozenset[str], int] = {}
+    for part in snapshot.parts if together is not None else ():
+        for one in classes_of(part, together.columns) if together is not None else ():
+            rows[frozenset(one.columns)] = rows.get(frozenset(one.columns), 0) + one.count
+    chosen = tuple((rows[names], choice) for names, choice in together.choices.items()) if together else ()
+    return SearchPlan(miss_risk, tuple(_column(snapshot, c, miss_risk, together) for c in columns), chosen)
 
 
-def _column(snapshot: Snapshot, name: str, miss_risk: float) -> ColumnPlan:
-    columns = [part.columns[name] for part in snapshot.parts if name in part.columns]
-    rows = sum(column.count for column in columns)
-    holding = [[_Of(part.columns[name]) for part in parts if name in part.columns] for parts in shares(snapshot)]
-    coded = [of.column for pieces in holding for group in by_codec(pieces)[1] for of in group]
+def _column(snapshot: Snapshot, name: str, miss_risk: float, together: TogetherPlan | None) -> ColumnPlan:
+    holding = [[_held(part, name, together) for part in parts if name in part.columns] for parts in shares(snapshot)]
+    rows = sum(held.cells for pieces in holding for held in pieces)
+    coded = [held for pieces in holding for group in by_codec(h for h in pieces if h.cells)[1] for held in group]
     if not coded:
         return ColumnPlan(name, rows, 0, 0, 1.0, 0.0, 0.0, 0.0, 0, "sample")
-    codec = max(coded, key=lambda column: column.count).codec
+    codec = max(coded, key=lambda held: held.column.count).column.codec
     assert codec is not None, "these have one"
     law = codec.law
     z, measured = law.margin(miss_risk) if miss_risk > 0 else (0.0, True)
     bound = law.risk_bound(sum(value < -z for value in law.lowest)) if measured and miss_risk > 0 else None
     scanned_bytes = codec.scanned // 2 + 4
-    coded_rows = sum(column.count for column in coded)
+    coded_rows = sum(held.cells for held in coded)
     middle = law.similarity.index(0.5)
     return ColumnPlan(name, rows, coded_rows, scanned_bytes, 1.0, z, law.sd[middle], bound, law.checked, law.source)
+
+
+def _held(part: Part, name: str, together: TogetherPlan | None) -> _Held:
+    hidden = frozenset[int]() if together is None else covered(part, together)
+    mine = 1 << COLUMNS.index(name)
+    return _Held(part.columns[name], sum(n for bits, n in part.bits.items() if bits & mine and bits not in hidden))

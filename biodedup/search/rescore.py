@@ -2,7 +2,8 @@
 
 Owns the path from a probe to ranked candidates. Never writes and never decides.
 
-1. Columns of embeddings are scanned; of each the best `candidates` are compared with everything that both sides have.
+1. Rows that have several of the probe's columns of embeddings are searched in all of them together (`together.py`), others
+   column by column; the best `candidates` are compared with everything that both sides have.
 2. Rows that share with the probe only columns of minutiae are compared one by one, up to `finger_rows_max`; beyond it the
    result says `incomplete`.
 """
@@ -15,13 +16,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.config import SearchConfig
+from biodedup.config import Policy, SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.part import Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer, Comparison
 from biodedup.search.scan import Scanner
 from biodedup.search.shard import FanOut, Nearest, Plan, Shard, as_set, local_shards
+from biodedup.search.together import Choice, Evidence, TogetherPlan, choose, codec_id, sets_of
 from biodedup.values import COLUMNS, Float32, Template
 
 Probe = Mapping[str, Template]
@@ -58,9 +60,11 @@ class SnapshotRows:
 class Searcher:
     """Searches snapshots. Thread-safe."""
 
-    def __init__(self, comparer: Comparer, config: SearchConfig, threads: int) -> None:
+    def __init__(self, comparer: Comparer, config: SearchConfig, threads: int, policy: Policy | None = None) -> None:
         self._comparer = comparer
         self._config = config
+        self._policy = policy or Policy()
+        self._choices: dict[tuple[object, ...], Choice | None] = {}
         self._scanner = Scanner(threads)
         self._fan_out = FanOut()
 
@@ -86,11 +90,13 @@ class Searcher:
             return [Found()] * len(probes)
         scope = _Scope(snapshot, from_row, as_set(groups))
         source = SnapshotRows(snapshot)
-        near, failed = self._near(scope, probes, floor_db)
+        plans = self._plans(scope, probes, floor_db)
+        near, failed = self._near(scope, probes, plans, floor_db)
+        together, failed_too = self._near_together(scope, probes, plans)
+        failed |= failed_too
         found = []
-        for probe, lists in zip(probes, near, strict=True):
+        for probe, lists, chosen in zip(probes, near, together, strict=True):
             comparable = _comparable_bits(probe)
-            chosen = [np.zeros(0, np.int64)]
             for column, (rows, similarity) in lists.items():
                 others = (snapshot.presence(rows.tolist()) & (comparable & ~_BIT[column[1]])) != 0
                 # Where this column is all there is, the scan's order is final: of these only the first can be returned.
@@ -154,11 +160,13 @@ class Searcher:
         *,
         from_row: int = 0,
         groups: Collection[str] | None = None,
+        besides: TogetherPlan | None = None,
     ) -> Nearest:
-        """The live rows from from_row on that are most similar to each probe, float32 (q, d), unit rows; batch by batch."""
+        """The live rows from from_row on that are most similar to each probe, float32 (q, d), unit rows; batch by batch.
+        besides: the rows that this plan covers do not count."""
         scope = _Scope(snapshot, from_row, as_set(groups))
         shards = self._shards(snapshot)
-        plan = scope.plan(column, min(k, max(scope.count, 1)), self._config.miss_risk)
+        plan = replace(scope.plan(column, min(k, max(scope.count, 1)), self._config.miss_risk), besides=besides)
         pieces = [
             self._fan_out.nearest(shards, probes[low : low + PROBES], plan)
             for low in range(0, max(len(probes), 1), PROBES)
@@ -182,8 +190,78 @@ class Searcher:
     def _shards(self, snapshot: Snapshot) -> Sequence[Shard]:
         return local_shards(snapshot, self._scanner)
 
+    def together(self, snapshot: Snapshot, columns: Collection[str]) -> TogetherPlan | None:
+        """How rows that have several of these columns are searched; None where none are searched together."""
+        models = {name: snapshot.models[name] for name in sorted(columns) if name in snapshot.models}
+        calibrations = {n: self._comparer.calibration(m.model_id) for n, m in models.items() if m.dimension is not None}
+        # without mates to go by, nothing can be said of what is missed
+        calibrations = {name: calibration for name, calibration in calibrations.items() if calibration.mates_measured}
+        if len(calibrations) < 2 or self._config.miss_risk <= 0:
+            return None
+        _, review_db = self._policy.thresholds_db(snapshot.live_count)
+        review_db = 3.0 * (review_db // 3)  # so that a choice lasts until the gallery has doubled
+        choices = {}
+        for names, largest in sets_of(snapshot, calibrations).items():
+            mine = {name: calibrations[name] for name in sorted(names)}
+            key = (review_db, *(x for name in mine for x in (name, calibrations[name], codec_id(largest, name))))
+            if key not in self._choices:
+                least = self._comparer.llr_reaching(review_db, [models[name].model_id for name in mine])
+                self._choices[key] = choose(largest, mine, self._config.miss_risk, least)
+            choice = self._choices[key]
+            if choice is not None:
+                choices[names] = choice
+        if not choices:
+            return None
+        return TogetherPlan(choices, {n: Evidence.of(c) for n, c in calibrations.items()}, self._config.candidates)
+
+    def _plans(self, scope: _Scope, probes: Sequence[Probe], floor_db: float) -> list[TogetherPlan | None]:
+        """For each probe; the same object where they have the same columns."""
+        known: dict[tuple[str, ...], TogetherPlan | None] = {(): None}
+        plans = []
+        for probe in probes:
+            models = scope.snapshot.models
+            names = tuple(sorted(c for c in probe if c in models and _is_embedded(probe[c], models[c].model_id)))
+            if names not in known:
+                plan = self.together(scope.snapshot, names)
+                if plan is not None:
+                    floor = np.inf
+                    if floor_db > 0:
+                        ids = [[models[name].model_id for name in sorted(one)] for one in plan.choices]
+                        floor = min(self._comparer.llr_reaching(floor_db, some) for some in ids)
+                    plan = replace(plan, floor_llr_db=floor, groups=scope.groups, from_row=scope.from_row)
+                known[names] = plan
+            plans.append(known[names])
+        return plans
+
+    def _near_together(
+        self, scope: _Scope, probes: Sequence[Probe], plans: Sequence[TogetherPlan | None]
+    ) -> tuple[list[list[NDArray[np.int64]]], bool]:
+        """Rows to compare with each probe, as a list of arrays; and whether a shard failed."""
+        chosen: list[list[NDArray[np.int64]]] = [[np.zeros(0, np.int64)] for _ in probes]
+        failed = False
+        for plan in {id(plan): plan for plan in plans if plan is not None}.values():
+            mine = [i for i, other in enumerate(plans) if other is plan]
+            for low in range(0, len(mine), PROBES):
+                some = mine[low : low + PROBES]
+                vectors = {c: np.array([probes[i][c].embedding for i in some], np.float32) for c in plan.columns}
+                found, failures = self._fan_out.together(self._shards(scope.snapshot), vectors, plan)
+                failed |= bool(failures)
+                cuts = np.searchsorted(found.which, np.arange(1, len(some)))
+                parts = zip(some, np.split(found.rows, cuts), np.split(found.llr_db, cuts), strict=True)
+                for i, rows, llr_db in parts:
+                    besides = _comparable_bits(probes[i]) & ~sum(_BIT[column] for column in plan.columns)
+                    others = (scope.snapshot.presence(rows.tolist()) & besides) != 0
+                    # by the sum of evidence, which is their final order but for what else they have in common
+                    first = np.cumsum(~others) <= 2 * self._config.returned
+                    chosen[i].append(rows[others | first | (llr_db >= plan.floor_llr_db)])
+        return chosen, failed
+
     def _near(
-        self, scope: _Scope, probes: Sequence[Probe], floor_db: float
+        self,
+        scope: _Scope,
+        probes: Sequence[Probe],
+        plans: Sequence[TogetherPlan | None],
+        floor_db: float,
     ) -> tuple[list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]], bool]:
         """For each probe, of each (its column, the gallery's column) that is compared by embeddings: the most similar rows, as
         many as `candidates` and all that reach floor_db. And whether a shard failed."""
@@ -196,7 +274,10 @@ class Searcher:
                 todo = [i for i, probe in enumerate(probes) if _is_embedded(probe.get(mine), model.model_id)]
                 if not todo:
                     continue
-                failed |= self._near_in(scope, (mine, theirs), {i: probes[i][mine] for i in todo}, floor_db, near)
+                for plan in {id(plans[i]): plans[i] for i in todo}.values():
+                    besides = plan if plan is not None and mine == theirs and mine in plan.columns else None
+                    some = {i: probes[i][mine] for i in todo if plans[i] is plan}
+                    failed |= self._near_in(scope, (mine, theirs), some, floor_db, near, besides)
         return near, failed
 
     def _near_in(
@@ -206,10 +287,13 @@ class Searcher:
         probes: Mapping[int, Template],
         floor_db: float,
         near: list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]],
+        besides: TogetherPlan | None,
     ) -> bool:
         vectors = np.array([probe.embedding for probe in probes.values()], np.float32)
         k = self._config.candidates
-        nearest = self.nearest(scope.snapshot, columns[1], vectors, k, from_row=scope.from_row, groups=scope.groups)
+        nearest = self.nearest(
+            scope.snapshot, columns[1], vectors, k, from_row=scope.from_row, groups=scope.groups, besides=besides
+        )
         failed = bool(nearest.failures)
         for i, rows, similarity in zip(probes, nearest.rows, nearest.similarity, strict=True):
             near[i][columns] = (rows[rows >= 0], similarity[rows >= 0])
@@ -223,7 +307,7 @@ class Searcher:
         }
         if more:
             least = np.array([self._similarity_at(probe, floor_db) for probe in more.values()], np.float32)
-            plan = replace(scope.plan(columns[1], 0, self._config.miss_risk), at_least=least)
+            plan = replace(scope.plan(columns[1], 0, self._config.miss_risk), at_least=least, besides=besides)
             reached = self._fan_out.reached(self._shards(scope.snapshot), vectors[list(more)], plan)
             failed |= bool(reached.failures)
             numbers = list(probes)

@@ -203,6 +203,11 @@ class Scanner:
             pass
         return collected.hits()
 
+    def run(self, work: Sequence[Callable[[], None]]) -> None:
+        """Runs work that computes, one piece a thread at a time, and waits."""
+        for _ in self._pool.map(lambda one: one(), work):
+            pass
+
     def each(self, work: Sequence[Callable[[], None]]) -> None:
         """Runs work that reads the disk, some of it at the same time, and waits."""
         if len(work) == 1:

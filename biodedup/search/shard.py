@@ -19,26 +19,27 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, norm
 
 from biodedup.errors import BiodedupError
-from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
+from biodedup.gallery.codes import dequantise
 from biodedup.gallery.part import PIECE_ROWS, Column, Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.search import together
+from biodedup.search.population import Population, population_of, signs_of
 from biodedup.search.scan import Hits, Int64, Probes, Scanner, SignedProbes, Tile, Unit
-from biodedup.search.signs import BITS, Signs, filled
-from biodedup.values import Float32
+from biodedup.search.signs import BITS, filled
+from biodedup.search.together import Together, TogetherPlan
+from biodedup.values import COLUMNS, Float32
 
 EXACT_CELLS = 1 << 14
 """Up to so many cells of one codec are compared exactly."""
-_SAMPLE_ROWS = 16_384  # of a column, that say what non-mates look like
 _RELEASE_PAIRS = 10_000  # compared at a time, after which the memory of what was read is given back
-_LAW_ROWS = 4_096  # of the sample, from which pairs are made
 _JOIN_PROBES = 512  # from so many on, computing the signs of all rows is worth it
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only to foresee how many rows pass
 _SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
@@ -62,6 +63,8 @@ class Plan:
     groups: frozenset[str] | None = None
     from_row: int = 0
     end_row: int | None = None
+    besides: TogetherPlan | None = field(default=None, compare=False)
+    """Rows that this plan covers are left to it."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ class Shard(Protocol):
 
     def search(self, probes: Float32, plan: Plan) -> Answer:
         """probes: float32 (q, d), unit rows."""
+
+    def search_together(self, probes: Mapping[str, Float32], plan: TogetherPlan) -> Together:
+        """probes: of each of the plan's columns float32 (q, d), unit rows."""
 
 
 @dataclass(frozen=True)
@@ -146,16 +152,34 @@ class FanOut:
         found = zip(np.split(rows[order], cuts), np.split(similarity[order], cuts), strict=True)
         return Reached(tuple(found), tuple(failures))
 
+    def together(
+        self, shards: Sequence[Shard], probes: Mapping[str, Float32], plan: TogetherPlan
+    ) -> tuple[Together, tuple[str, ...]]:
+        """The candidates of all shards, by probe, most evidence first; and what the shards said that did not answer."""
+        answers, failures = self._all([partial(shard.search_together, probes, plan) for shard in shards])
+        which, rows, llr_db = (
+            np.concatenate([getattr(answer, name) for answer in answers.values()])
+            for name in ("which", "rows", "llr_db")
+        )
+        order, rank = _ranked(which, llr_db, rows, len(next(iter(probes.values()))))
+        kept = order[(rank < plan.k) | (llr_db[order] >= plan.floor_llr_db)]
+        passed = np.sum([answer.passed for answer in answers.values()], axis=0)
+        scanned = sum(answer.rows_scanned for answer in answers.values())
+        return Together(which[kept], rows[kept], llr_db[kept], scanned, (int(passed[0]), int(passed[1]))), tuple(
+            failures
+        )
+
     def _ask(
         self, shards: Sequence[Shard], questions: Sequence[tuple[Float32, Plan]]
     ) -> tuple[dict[int, Answer], list[str]]:
+        return self._all([partial(shard.search, *q) for shard, q in zip(shards, questions, strict=True)])
+
+    def _all(self, questions: Sequence[Callable[[], _Answer]]) -> tuple[dict[int, _Answer], list[str]]:
         """Answers by the shard's place, and what the others said."""
-        if len(shards) == 1:
-            asked: list[Callable[[], Answer]] = [lambda: shards[0].search(*questions[0])]
-        else:
-            futures = [self._pool.submit(shard.search, *q) for shard, q in zip(shards, questions, strict=True)]
-            asked = [future.result for future in futures]
-        answers: dict[int, Answer] = {}
+        asked = list(questions)
+        if len(asked) > 1:
+            asked = [self._pool.submit(question).result for question in questions]
+        answers: dict[int, _Answer] = {}
         errors: dict[int, BiodedupError | OSError] = {}
         for i, answer in enumerate(asked):
             try:
@@ -219,6 +243,9 @@ class LocalShard:
         found.scanned = sum(piece.last - piece.first for piece in pieces)
         return found.answer()
 
+    def search_together(self, probes: Mapping[str, Float32], plan: TogetherPlan) -> Together:
+        return together.search(self._scanner, self._snapshot, self._parts, probes, plan)
+
     def _search_exact(self, pieces: Sequence[_Piece], probes: Float32, plan: Plan, found: _Found) -> None:
         tiles = [tile for piece in pieces for tile in piece.tiles()]
         if not plan.k:
@@ -238,7 +265,7 @@ class LocalShard:
         if bounded and codec.scanned < codec.rotation.shape[0]:
             return False
         coded = Probes(codec, probes)
-        population = _population_of(max((piece.column for piece in pieces), key=lambda column: column.count))
+        population = population_of(max((piece.column for piece in pieces), key=lambda column: column.count))
         if plan.at_least is None:
             wanted = plan.k + 4 * np.sqrt(plan.k) + 8
             if wanted > _SHARE_MAX * plan.among:
@@ -274,12 +301,12 @@ class LocalShard:
         return True
 
     def _signs(
-        self, pieces: Sequence[_Piece], probes: Probes, population: _Population, plan: Plan
+        self, pieces: Sequence[_Piece], probes: Probes, population: Population, plan: Plan
     ) -> SignedProbes | None:
         """Where a join asks for pairs so similar that few others agree in so many signs."""
         if plan.at_least is None or len(probes.codes) < _JOIN_PROBES or plan.miss_risk <= 0:
             return None
-        signs = _signs_of(pieces[0].column, population)
+        signs = signs_of(pieces[0].column)
         if signs.law.margin(plan.miss_risk)[1] is False:
             return None
         limits = signs.limits(plan.at_least, plan.miss_risk)
@@ -287,9 +314,9 @@ class LocalShard:
         if limits.max() > (1 - strangers) / 2 * BITS:
             return None
         for piece in pieces:
-            if piece.column not in _sign_planes:
-                _sign_planes[piece.column] = signs.of_column(piece.column)
-        return SignedProbes([_sign_planes[piece.column] for piece in pieces], *filled(signs.of(probes.turned), limits))
+            if piece.column not in _planes:
+                _planes[piece.column] = signs.of_column(piece.column)
+        return SignedProbes([_planes[piece.column] for piece in pieces], *filled(signs.of(probes.turned), limits))
 
     def _compare_best(self, pieces: Sequence[_Piece], probes: Probes, hits: Hits, k: int, found: _Found) -> Int64:
         """Compares the k best of each probe by their estimates; returns which they were."""
@@ -322,6 +349,7 @@ def _comparing(piece: _Piece, probes: Probes, hits: Hits, some: Int64, found: _F
     return compare
 
 
+_Answer = TypeVar("_Answer")
 _HasColumn = TypeVar("_HasColumn", bound="_Coded")
 
 
@@ -378,19 +406,24 @@ class _Piece:
     def __init__(self, snapshot: Snapshot, part: Part, plan: Plan) -> None:
         self.column = part.columns[plan.column]
         self._snapshot, self._part, self._groups = snapshot, part, plan.groups
+        self._hidden = frozenset[int]() if plan.besides is None else together.covered(part, plan.besides)
         end_row = part.end_row if plan.end_row is None else plan.end_row
         low, high = part.position_range(plan.from_row, max(end_row, plan.from_row))
-        self.first, self.last = self.column.cell_range(low, high) if self.column.dimension is not None else (0, 0)
+        mine = 1 << COLUMNS.index(plan.column)
+        some = any(bits & mine and bits not in self._hidden for bits in part.bits)
+        self.first, self.last = (
+            self.column.cell_range(low, high) if some and self.column.dimension is not None else (0, 0)
+        )
 
     def rows(self, cells: Int64) -> Int64:
         return self._part.rows(cells if self.column.full else self.column.positions(0, self.column.count)[cells])
 
     def unit(self, number: int) -> Unit:
-        live = self._snapshot.live_bits(self._part, self.column, self._groups)
+        live = self._snapshot.live_bits(self._part, self.column, self._groups, self._hidden)
         return Unit(self.column, number, self.first, self.last, live)
 
     def tiles(self) -> Iterator[Tile]:
-        mask = self._snapshot.mask(self._part, self._groups)
+        mask = self._snapshot.mask(self._part, self._groups, self._hidden)
         for low in range(self.first, self.last, PIECE_ROWS):
             high = min(low + PIECE_ROWS, self.last)
             kept = None if mask is None else low + np.flatnonzero(mask[self.column.positions(low, high)])
@@ -416,66 +449,13 @@ def _rows_of(piece: _Piece, cells: Int64) -> Callable[[Int64], Int64]:
     return lambda near: piece.rows(cells[near])
 
 
-@dataclass(frozen=True)
-class _Population:
-    """What a column's rows look like: the mean float32 (D,) and covariance float32 (D, D) of a sample, as its codec turns them."""
-
-    mean: Float32
-    covariance: Float32
-    sample: Float32
-
-    def similarity(self, probes: Float32) -> tuple[Float32, Float32]:
-        """Mean and standard deviation of similarity to the column's rows, float32 (q,) each. probes: float32 (q, n), turned,
-        their first n numbers alone."""
-        size = probes.shape[1]
-        variance = np.einsum("ij,ij->i", turned(probes, self.covariance[:size, :size]), probes)
-        return turned(probes, self.mean[None, :size])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
-
-    def reached_by(self, probes: Float32, share: float) -> Float32:
-        """The similarity that a little more than this share of the rows reaches, float32 (q,).
-
-        By the law of directions on a sphere, whose tail is a little lighter than the normal one: at a share of 1e-6 and 128
-        numbers half as many rows reach a cut. Where the tail is heavier after all, more is compared than need be.
-        """
-        mean, sd = self.similarity(probes)
-        dimension = max(float(1 / np.median(sd)) ** 2, 3.0)  # in which directions at random would deviate as much
-        z = float(np.sqrt(dimension * beta.isf(min(2 * share, 1.0), 0.5, (dimension - 1) / 2)))
-        z -= 4 * float(np.sqrt((1 + z * z / 2) / _SAMPLE_ROWS))  # four times what the sample leaves uncertain
-        return mean + sd * np.float32(z)
-
-    def share_reaching(self, cuts: Float32, probes: Float32) -> float:
-        """The largest share of rows that reaches a probe's cut."""
-        mean, sd = self.similarity(probes)
-        return float(norm.sf(((cuts - mean) / sd).min()))
-
-
-_populations: WeakKeyDictionary[Column, _Population] = WeakKeyDictionary()  # a column never changes
-
-
-def _population_of(column: Column) -> _Population:
-    if column not in _populations:
-        starts = np.unique(np.linspace(0, column.count - 1, _SAMPLE_ROWS // BLOCK_ROWS).astype(np.int64) // BLOCK_ROWS)
-        cells = (starts[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
-        sample = dequantise(*column.codes_at(cells[cells < column.count]))
-        covariance = np.cov(sample.T).reshape(sample.shape[1], -1)
-        _populations[column] = _Population(sample.mean(axis=0), covariance.astype(np.float32), sample[:_LAW_ROWS])
-    return _populations[column]
-
-
-_signs: dict[str, Signs] = {}  # of each codec
-_sign_planes: WeakKeyDictionary[Column, NDArray[np.uint64]] = WeakKeyDictionary()
-
-
-def _signs_of(column: Column, population: _Population) -> Signs:
-    assert column.codec is not None, "signs are of turned vectors"
-    if column.codec.codec_id not in _signs:
-        _signs[column.codec.codec_id] = Signs(population.sample, column.codec.scanned)
-    return _signs[column.codec.codec_id]
+_planes: WeakKeyDictionary[Column, NDArray[np.uint64]] = WeakKeyDictionary()  # the signs of all cells
 
 
 def release_signs() -> None:
     """After a join: gives back the memory of all rows' signs."""
-    _sign_planes.clear()
+    _planes.clear()
+    together.release()
 
 
 def local_shards(snapshot: Snapshot, scanner: Scanner) -> list[Shard]:

@@ -49,9 +49,17 @@ class Signs:
         """Of 1 - 2 / BITS times the number of differing signs, as an estimate of similarity."""
         return measured_law(self._agreement, self._sample, "sample", np.random.default_rng(_SEED))
 
+    @cached_property
+    def words(self) -> WordLaw:
+        """Of each word's differing signs."""
+        return WordLaw(self, self._sample)
+
+    def seen(self, vectors: Float32) -> Words:
+        """The signs of rows as a column has them, uint64 (n, WORDS)."""
+        return self.of((quantise(vectors)[0] >> 4).astype(np.float32) * 2 - 15)
+
     def _agreement(self, one: Float32, other: Float32) -> Float32:
-        upper = (quantise(other)[0] >> 4).astype(np.float32) * 2 - 15
-        differing = np.bitwise_count(self.of(one) ^ self.of(upper)).sum(axis=1)
+        differing = np.bitwise_count(self.of(one) ^ self.seen(other)).sum(axis=1)
         return np.asarray(1 - 2 / BITS * differing, np.float32)
 
     def of(self, vectors: Float32) -> Words:
@@ -75,6 +83,40 @@ class Signs:
             plane, _ = column.plane(base, int(some[-1]) + 1)
             _sign(plane, some - base, self._flips, signs[:, low:])
         return signs
+
+
+class WordLaw:
+    """In how many signs of each word pairs differ: normal, the words of a set of orthogonal hyperplanes against each other.
+
+    strangers: float64 (WORDS + 1, 2), mean and variance in the first 0, 1, ... words, of pairs of the sample.
+    """
+
+    def __init__(self, signs: Signs, sample: Float32) -> None:
+        rng = np.random.default_rng(_SEED)
+        seen = signs.seen(sample)
+        which = rng.integers(0, len(sample), (2, 16_384))
+        which = which[:, which[0] != which[1]]
+        added = np.cumsum(np.bitwise_count(signs.of(sample)[which[0]] ^ seen[which[1]]), axis=1)
+        self.strangers = np.array([(0.0, 0.0), *zip(added.mean(axis=0), added.var(axis=0), strict=True)])
+        self._levels = np.round(np.arange(0, 1.01, 0.1), 1)
+        self._means: list[NDArray[np.float64]] = []
+        self._roots: list[NDArray[np.float64]] = []
+
+        def differing(one: Float32, other: Float32) -> Float32:
+            counts = np.bitwise_count(signs.of(one) ^ signs.seen(other)).astype(np.float64)
+            self._means.append(counts.mean(axis=0))
+            values, axes = np.linalg.eigh(np.cov(counts.T))
+            self._roots.append(axes * np.sqrt(np.maximum(values, 0)))
+            return np.zeros(len(one), np.float32)
+
+        measured_law(differing, sample, "sample", rng)
+
+    def mated(self, similarity: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+        """Draws for pairs at these similarities, float64 (WORDS, n)."""
+        means = np.array([np.interp(similarity, self._levels, mean) for mean in np.array(self._means).T])
+        roots = np.array(self._roots)[np.clip(np.rint(similarity * 10), 0, 10).astype(np.int64)]
+        noise = rng.standard_normal((len(similarity), WORDS))
+        return np.asarray(np.rint(means + np.einsum("nij,nj->in", roots, noise)))
 
 
 def aligned(words: int, rows: int) -> Words:

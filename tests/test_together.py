@@ -1,0 +1,169 @@
+"""Several columns searched together, against an exact sum of evidence in numpy."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+import biodedup as bd
+from biodedup.jobs.demo import mates_of
+from biodedup.match.calibration import Calibration
+from biodedup.match.calibrations import from_embeddings
+from biodedup.search import together
+from biodedup.search.rescore import Searcher
+
+COLUMNS = ("face", "left_index", "right_index")
+ROWS = 12_000
+SCORE = np.linspace(-1, 1, 201)
+
+
+def normal_law(mean, sd):
+    llr = 10 / np.log(10) * (norm.logpdf(SCORE, mean, sd) - norm.logpdf(SCORE, 0, 0.089))
+    llr[: llr.argmin()] = llr.min()
+    return Calibration.from_card(
+        {
+            "score": SCORE,
+            "llr_db": np.maximum.accumulate(llr.clip(-30)),
+            "nonmated_db": -10 / np.log(10) * norm.logsf(SCORE, 0, 0.089),
+            "measured_db": 60.0,
+            "source": "a test",
+        }
+    )
+
+
+FACE, FINGER = normal_law(0.66, 0.12), normal_law(0.475, 0.15)
+
+
+def unit(count, seed):
+    vectors = np.random.default_rng(seed).standard_normal((count, 128), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def everybody():
+    """Row 1,002 is row 1,001 once more."""
+    vectors = {column: unit(ROWS, i) for i, column in enumerate(COLUMNS)}
+    for one in vectors.values():
+        one[1_002] = mates_of(one[1_001:1_002], np.array([0.8]))[0]
+    return vectors
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch, everybody):
+    """Rows of three kinds: 8,000 have all columns, 2,400 no left index, 1,600 a face alone; some of each are removed."""
+    monkeypatch.setattr(together, "ROWS_MIN", 2_000)
+    policy = bd.Policy(duplicate_db=110, review_db=106)
+    config = bd.Config(gallery=bd.GalleryConfig(background=False), policy=policy)
+    with bd.Engine.open(tmp_path / "g", config) as engine:
+        kinds = {(0, 8_000): COLUMNS, (8_000, 10_400): ("face", "right_index"), (10_400, ROWS): ("face",)}
+        for (low, high), columns in kinds.items():
+            names = [f"s{row}" for row in range(low, high)]
+            engine.add_templates(names, {column: everybody[column][low:high] for column in columns})
+        engine.compact()
+        for row in range(0, ROWS, 1_000):
+            engine.remove(f"s{row}")
+        laws = {"external-128": FINGER}
+        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
+        yield engine
+
+
+def mates(everybody, rows, seed, columns=COLUMNS):
+    rng = np.random.default_rng(seed)
+    drawn = {c: rng.normal(0.66 if c == "face" else 0.475, 0.12, len(rows)).clip(-0.2, 0.97) for c in columns}
+    return {c: mates_of(everybody[c][rows], drawn[c], seed=seed + i) for i, c in enumerate(columns)}
+
+
+def evidence(everybody, probes):
+    """llr_db of every probe with every row that has all the columns, float64 (q, 8000)."""
+    laws = {column: FACE if column == "face" else FINGER for column in COLUMNS}
+    return sum(laws[c].llr_db((probes[c] @ everybody[c][:8_000].T).astype(np.float64)) for c in COLUMNS)
+
+
+def test_rows_are_searched_by_what_they_have_and_a_plan_says_how(engine):
+    plan = engine._searcher.together(engine._gallery.snapshot(), COLUMNS)
+    assert set(plan.choices) == {frozenset(COLUMNS), frozenset({"face", "right_index"})}
+    for choice in plan.choices.values():
+        assert choice.cost < len(choice.columns)
+        assert choice.miss_bound <= 1e-3
+    text = engine.plan(COLUMNS).explain()
+    assert "8,000 rows that have all of them are searched in all at once" in text
+    assert "face: all of 1,600 other rows are looked at" in text
+    assert "right_index: all of 0 other rows" in text
+
+
+def test_candidates_are_those_with_the_most_evidence_in_all_columns(engine, everybody):
+    snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+    rows = np.arange(1, 6_001, 10)
+    probes = mates(everybody, rows, 5)
+    plan = replace(searcher.together(snapshot, COLUMNS), k=5)
+    plan = replace(plan, choices={frozenset(COLUMNS): plan.choices[frozenset(COLUMNS)]})
+    found, failures = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
+    assert not failures and found.rows_scanned == 8_000
+    exact = evidence(everybody, probes)
+    theirs = exact[found.which, found.rows]
+    assert np.abs(found.llr_db - theirs).max() < 2  # eight bits of rounding, at some ten decibels each 0.01
+    best = {}
+    for probe, row in zip(found.which.tolist(), found.rows.tolist(), strict=True):
+        best.setdefault(probe, row)
+    strong = np.flatnonzero(exact[np.arange(len(rows)), rows] > 60)
+    assert len(strong) > 500
+    missed = [i for i in strong.tolist() if best.get(i) != rows[i]]
+    assert len(missed) <= 3  # of a risk of a thousandth
+
+
+def test_all_that_reach_a_floor_are_told_and_removed_or_foreign_rows_are_not(engine, everybody):
+    snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+    probes = {column: np.repeat(everybody[column][[1_000, 1_001]], 3, axis=0) for column in COLUMNS}
+    plan = replace(searcher.together(snapshot, COLUMNS), k=1, floor_llr_db=100.0)
+    found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
+    assert found.rows[found.which > 2].tolist() == [1_001, 1_002] * 3
+    assert 1_000 not in found.rows
+    late = replace(plan, from_row=5_000)
+    found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, late)
+    assert found.rows.min() >= 5_000
+
+
+def test_a_decision_is_the_same_as_from_every_column_by_itself(engine, everybody, monkeypatch):
+    rows = np.arange(7, 12_000, 397)
+    probes = mates(everybody, rows, 11)
+    encounters = [bd.Encounter(templates={c: probes[c][i] for c in COLUMNS}) for i in range(len(rows))]
+    ours = [engine.identify(encounter) for encounter in encounters]
+    monkeypatch.setattr(Searcher, "together", lambda *_: None)
+    theirs = [engine.identify(encounter) for encounter in encounters]
+    told = [[(c.subject_id, round(c.score_db, 2)) for c in d.candidates[:1] if c.score_db > 40] for d in ours]
+    assert told == [[(c.subject_id, round(c.score_db, 2)) for c in d.candidates[:1] if c.score_db > 40] for d in theirs]
+    assert [d.outcome for d in ours] == [d.outcome for d in theirs]
+    assert sum(bool(one) for one in told) > 20
+    assert not any(decision.incomplete for decision in ours)
+
+
+def test_rows_are_searched_together_only_where_mates_were_measured(engine, everybody, monkeypatch):
+    unlabelled = from_embeddings(everybody["face"][:2_048])
+    assert not unlabelled.mates_measured
+    monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: unlabelled)
+    assert engine._searcher.together(engine._gallery.snapshot(), COLUMNS) is None
+    assert "other rows" not in engine.plan(COLUMNS).explain()
+
+
+def test_groups_are_kept_apart_in_a_search_together(tmp_path, everybody, monkeypatch):
+    monkeypatch.setattr(together, "ROWS_MIN", 2_000)
+    with bd.Engine.open(tmp_path / "g") as engine:
+        for low, group in ((0, "north"), (4_000, "south")):
+            some = [bd.Encounter(f"s{row}", groups=(group,), templates={c: everybody[c][row] for c in COLUMNS}) for row in range(low, low + 200)]  # fmt: skip
+            engine.admit(some)
+            names = [f"s{row}" for row in range(low + 200, low + 4_000)]
+            engine.add_templates(names, {c: everybody[c][low + 200 : low + 4_000] for c in COLUMNS})
+        engine.compact()
+        laws = {"external-128": FINGER}
+        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
+        probe = bd.Encounter(templates={c: everybody[c][4_100] for c in COLUMNS})
+        assert engine._searcher.together(engine._gallery.snapshot(), COLUMNS) is not None
+        assert engine.identify(probe, groups={"south"}).best.subject_id == "s4100"
+        north = engine.identify(probe, groups={"north"})
+        assert north.best is None or north.best.score_db < 60
+
+
+def test_an_unlabelled_calibration_gives_strangers_no_evidence_for_being_mates():
+    llr_db = from_embeddings(unit(2_048, 3)).llr_db(np.array([-1.0, -0.3, 0.0, 0.3, 0.7]))
+    assert (llr_db[:3] < -20).all() and (np.diff(llr_db) >= 0).all() and llr_db[4] > 60
