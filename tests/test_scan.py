@@ -200,10 +200,10 @@ class Part:
 class Snapshot:
     version = 7
 
-    def mask(self, part, groups):
+    def mask(self, part, groups=None, hidden=frozenset()):
         return None
 
-    def live_bits(self, part, column, groups):
+    def live_bits(self, part, column, groups=None, hidden=frozenset()):
         return NOTHING
 
 

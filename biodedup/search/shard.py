@@ -410,10 +410,9 @@ class _Piece:
         end_row = part.end_row if plan.end_row is None else plan.end_row
         low, high = part.position_range(plan.from_row, max(end_row, plan.from_row))
         mine = 1 << COLUMNS.index(plan.column)
-        some = any(bits & mine and bits not in self._hidden for bits in part.bits)
-        self.first, self.last = (
-            self.column.cell_range(low, high) if some and self.column.dimension is not None else (0, 0)
-        )
+        covered = bool(self._hidden) and not any(bits & mine and bits not in self._hidden for bits in part.bits)
+        searched = self.column.dimension is not None and not covered
+        self.first, self.last = self.column.cell_range(low, high) if searched else (0, 0)
 
     def rows(self, cells: Int64) -> Int64:
         return self._part.rows(cells if self.column.full else self.column.positions(0, self.column.count)[cells])
