@@ -124,6 +124,8 @@ class SearchConfig:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
         if not 0 <= self.miss_risk < 0.5:
             raise InvalidInput(f"miss_risk is {self.miss_risk}, wanted a probability of at least 0 and less than 0.5")
+        if not 0 <= self.capture_correlation < 1:
+            raise InvalidInput(f"capture_correlation is {self.capture_correlation}, wanted at least 0 and less than 1")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from biodedup.errors import GalleryDamaged
 from biodedup.gallery import codes as coding
 from biodedup.gallery.codec import ErrorLaw, estimates, make_codec
 from biodedup.jobs.demo import mates_of
-from biodedup.search import kernel, shard
+from biodedup.search import kernel, population, shard
 from biodedup.search.scan import Probes, Scanner
 from biodedup.search.shard import Answer, FanOut, Plan
 from biodedup.search.signs import Signs, aligned, filled
@@ -270,7 +270,7 @@ def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_ou
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = unit(5, 128, 6)
-    monkeypatch.setattr(shard._Population, "reached_by", lambda self, probes, share: np.full(5, guess, np.float32))
+    monkeypatch.setattr(population.Population, "reached_by", lambda self, probes, share: np.full(5, guess, np.float32))
     monkeypatch.setattr(scanner, "exact_above", None)  # whose result nothing bounds
     found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), 1e-4))
     _, similarity = exact(probes, shards, 10)

@@ -60,8 +60,9 @@ class SearchPlan:
             f"one column's codes takes: {words} signs pass {choice.first:g} of the rows, all signs {choice.second:g}, whose codes "
             f"are compared; of mates that reach the review threshold, {choice.missed} of {choice.drawn:,} drawn from the columns' "
             f"calibrations were lost, so that one is missed with a probability below {choice.miss_bound:.2g} (asked for: "
-            f"{self.miss_risk:g}), 95 % confidence; this takes captures for independent. Of all mates {choice.joint:.2g} are lost; "
-            f"each column's signs alone would lose {single}, whose product is {prod(choice.single):.2g}"
+            f"{self.miss_risk:g}), 95 % confidence, where captures go together with a correlation of {choice.correlation:g}. Of all "
+            f"mates {choice.joint:.2g} are lost; each column's signs alone would lose {single}, whose product is "
+            f"{prod(choice.single):.2g}"
         )
 
     def _line(self, plan: ColumnPlan) -> str:

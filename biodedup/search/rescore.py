@@ -206,7 +206,9 @@ class Searcher:
             key = (review_db, *(x for name in mine for x in (name, calibrations[name], codec_id(largest, name))))
             if key not in self._choices:
                 least = self._comparer.llr_reaching(review_db, [models[name].model_id for name in mine])
-                self._choices[key] = choose(largest, mine, self._config.miss_risk, least)
+                self._choices[key] = choose(
+                    largest, mine, self._config.miss_risk, least, self._config.capture_correlation
+                )
             choice = self._choices[key]
             if choice is not None:
                 choices[names] = choice

@@ -21,11 +21,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from math import sqrt
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 from scipy.stats import beta, norm
 
 from biodedup.gallery.codec import Codec
@@ -73,7 +75,7 @@ class Choice:
     """How rows with these columns are searched. words: of each column, in the first pass; first, second: shares of strangers that
     pass. cost: as a share of a scan of the codes of the largest of the columns.
 
-    drawn: mates that would reach the threshold, set aside from those that were chosen by; missed: of them; single: of each column,
+    correlation: of captures that was assumed; drawn: mates that would reach the threshold, set aside from those that were chosen by; missed: of them; single: of each column,
     the share of all mates that its signs alone would lose at the same share of strangers; apart: of all mates, the share that all
     columns lose, each on its own.
     """
@@ -83,6 +85,7 @@ class Choice:
     first: float
     second: float
     cost: float
+    correlation: float
     drawn: int
     missed: int
     single: tuple[float, ...]
@@ -370,11 +373,16 @@ def codec_id(one: Class, column: str) -> str:
 
 
 def choose(
-    one: Class, calibrations: Mapping[str, Calibration], miss_risk: float, threshold_llr_db: float
+    one: Class,
+    calibrations: Mapping[str, Calibration],
+    miss_risk: float,
+    threshold_llr_db: float,
+    correlation: float,
 ) -> Choice | None:
     """The cheapest way to search rows like those of a class that loses at most this share of the mates that reach the
-    threshold. None where no way is cheaper than to scan each column by itself."""
-    draw = _Draw(one, calibrations, threshold_llr_db)
+    threshold. correlation: of how well two captures of a subject match, as ranks on a normal scale. None where no way is cheaper
+    than to scan each column by itself."""
+    draw = _Draw(one, calibrations, threshold_llr_db, correlation)
     numbers = [_codec(one.part.columns[name]).scanned for name in one.columns]
     found = []
     for first, second in product(_SHARES, _SECOND):
@@ -395,13 +403,16 @@ def choose(
 class _Draw:
     """Mates and strangers, drawn from what is known of each column."""
 
-    def __init__(self, one: Class, calibrations: Mapping[str, Calibration], threshold_llr_db: float) -> None:
-        self._columns = one.columns
+    def __init__(
+        self, one: Class, calibrations: Mapping[str, Calibration], threshold_llr_db: float, correlation: float
+    ) -> None:
+        self._columns, self._correlation = one.columns, correlation
         rng = np.random.default_rng(_SEED)
         llr_db = np.zeros(_MATES)
         mates, strangers = [], []
+        common = sqrt(correlation) * rng.standard_normal(_MATES)
         for name in one.columns:
-            similarity = _mated(calibrations[name], rng)
+            similarity = _mated(calibrations[name], ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES)))
             llr_db += calibrations[name].llr_db(similarity)
             law = signs_of(one.part.columns[name]).words
             mates.append(law.mated(similarity, rng))
@@ -435,13 +446,13 @@ class _Draw:
             for c in range(len(words))
         ]
         joint = float((self._missed(words, first) | self._missed((WORDS,) * len(words), second)).mean())
-        return Choice(self._columns, words, first, second, cost, drawn, lost, tuple(single), joint)
+        return Choice(self._columns, words, first, second, cost, self._correlation, drawn, lost, tuple(single), joint)
 
 
-def _mated(calibration: Calibration, rng: np.random.Generator) -> NDArray[np.float64]:
+def _mated(calibration: Calibration, quantiles: NDArray[np.float64]) -> NDArray[np.float64]:
     """Similarities of mates, as the calibration has them: the density of strangers times the likelihood ratio."""
     grid = np.linspace(-1, 1, 4001)
     survival = 10 ** (-calibration.score_db(grid) / 10)
     density = np.append(survival[:-1] - survival[1:], 0.0) * 10 ** (calibration.llr_db(grid) / 10)
     total = np.cumsum(density)
-    return np.asarray(np.interp(rng.random(_MATES) * total[-1], total, grid))
+    return np.asarray(np.interp(quantiles * total[-1], total, grid))
