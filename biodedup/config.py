@@ -117,6 +117,9 @@ class SearchConfig:
     miss_risk: float = 1e-3
     """The probability that the scan of a column loses a row that an exact comparison of everybody would find; 0 leaves nothing
     to chance, and takes longer."""
+    capture_correlation: float = 0.3
+    """Assumed between how well any two captures of a subject match their mates (ranks, on a normal scale): who has one poor finger
+    often has several. A plan over several columns is made for it."""
 
     def __post_init__(self) -> None:
         for name in ("candidates", "finger_rows_max", "returned"):

@@ -32,6 +32,7 @@ def normal_law(mean, sd):
     )
 
 
+POLICY = bd.Policy(duplicate_db=110, review_db=106)
 FACE, FINGER = normal_law(0.66, 0.12), normal_law(0.475, 0.15)
 
 
@@ -53,8 +54,7 @@ def everybody():
 def engine(tmp_path, monkeypatch, everybody):
     """Rows of three kinds: 8,000 have all columns, 2,400 no left index, 1,600 a face alone; some of each are removed."""
     monkeypatch.setattr(together, "ROWS_MIN", 2_000)
-    policy = bd.Policy(duplicate_db=110, review_db=106)
-    config = bd.Config(gallery=bd.GalleryConfig(background=False), policy=policy)
+    config = bd.Config(gallery=bd.GalleryConfig(background=False), policy=POLICY)
     with bd.Engine.open(tmp_path / "g", config) as engine:
         kinds = {(0, 8_000): COLUMNS, (8_000, 10_400): ("face", "right_index"), (10_400, ROWS): ("face",)}
         for (low, high), columns in kinds.items():
@@ -148,7 +148,7 @@ def test_rows_are_searched_together_only_where_mates_were_measured(engine, every
 
 def test_groups_are_kept_apart_in_a_search_together(tmp_path, everybody, monkeypatch):
     monkeypatch.setattr(together, "ROWS_MIN", 2_000)
-    with bd.Engine.open(tmp_path / "g") as engine:
+    with bd.Engine.open(tmp_path / "g", bd.Config(policy=POLICY)) as engine:
         for low, group in ((0, "north"), (4_000, "south")):
             some = [bd.Encounter(f"s{row}", groups=(group,), templates={c: everybody[c][row] for c in COLUMNS}) for row in range(low, low + 200)]  # fmt: skip
             engine.admit(some)
