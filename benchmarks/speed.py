@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from biodedup.jobs.demo import mates_of
 SIZES = [(1_000_000, 128), (1_000_000, 512), (10_000_000, 128), (10_000_000, 512)]
 PIECE, COSINES, K, CANDIDATES = 1 << 16, (0.4, 0.5, 0.6, 0.7, 0.8), 10, 1_000
 BATCHES = (1, 16, 256)
+LOADS = (0.25, 0.5, 0.75)
 
 
 def piece(index: int, rows: int, dimension: int) -> np.ndarray:
@@ -104,6 +106,8 @@ def measure(rows: int, dimension: int, mates: int, seconds: float) -> dict[str, 
         )
         figures |= _against_faiss(engine, rows, dimension, probes, whose, cosines, seconds)
         figures |= _found(engine, probes, whose, cosines, rows)
+        figures |= _under_load(engine, probes, figures["batch 256"]["probes/s"], seconds)
+        figures |= _by_threads(Path(folder) / "g", engine, probes, seconds)
     figures |= _flat(rows, dimension, probes, seconds)
     figures |= _usearch(rows, dimension, probes, whose, cosines, seconds)
     figures |= _hnswlib(rows, dimension, probes, whose, cosines, seconds)
@@ -161,6 +165,41 @@ def _found(engine: bd.Engine, probes: np.ndarray, whose: np.ndarray, cosines: np
         figures[f"mates, {name}, at 0.5 and above"] = round(float(good[cosines >= 0.5].mean()), 5)
     figures["mates of the exact first 1,000 that are lacking"] = int(np.sum((exact <= k) & (ranks == 0)))
     return figures
+
+
+def _under_load(engine: bd.Engine, probes: np.ndarray, capacity: float, seconds: float) -> dict[str, Any]:
+    """Callers with one probe each, who come at random moments; a probe's time counts from when it came."""
+    figures = {}
+    with ThreadPoolExecutor(256) as pool:
+        for share in LOADS:
+            rate = share * capacity
+            moments = np.cumsum(np.random.default_rng(2).exponential(1 / rate, max(int(rate * 4 * seconds), 50)))
+            started = time.perf_counter()
+
+            def ask(i: int, moments: np.ndarray = moments, started: float = started) -> float:
+                engine.search({"face": probes[i % len(probes)][None]}, k=K)
+                return time.perf_counter() - started - float(moments[i])
+
+            waiting = []
+            for i, moment in enumerate(moments):
+                time.sleep(max(started + moment - time.perf_counter(), 0))
+                waiting.append(pool.submit(ask, i))
+            took = np.array([one.result() for one in waiting])
+            served = len(took) / (time.perf_counter() - started)
+            figures[f"single probes at {share:.0%} of the rate of batches"] = (
+                f"{served:.4g} a second, p50 {1000 * np.median(took):.0f} ms, p99 {1000 * np.quantile(took, 0.99):.0f} ms"
+            )
+    return figures
+
+
+def _by_threads(folder: Path, engine: bd.Engine, probes: np.ndarray, seconds: float) -> dict[str, Any]:
+    """The rate of batches with each number of threads over that with one."""
+    rates = {}
+    for threads in range(1, (os.cpu_count() or 1) + 1):
+        with bd.Engine.open(folder, bd.Config(threads=threads), read_only=True) as other:
+            took = timed(lambda some, other=other: other.search({"face": some}, k=K), probes, BATCHES[-1], seconds)
+        rates[threads] = BATCHES[-1] / float(np.median(took))
+    return {f"batches of {BATCHES[-1]}, times one thread": {n: round(rate / rates[1], 2) for n, rate in rates.items()}}
 
 
 def _flat(rows: int, dimension: int, probes: np.ndarray, seconds: float) -> dict[str, Any]:

@@ -62,8 +62,9 @@ from biodedup.match.compare import Comparer, InHand, compare_templates
 from biodedup.match.minutiae import Bozorth3
 from biodedup.match.policy import outcome
 from biodedup.search.clusters import clusters_of
+from biodedup.search.gather import Gathering
 from biodedup.search.plan import SearchPlan, plan_of
-from biodedup.search.rescore import JOIN_ROWS, Found, Searcher
+from biodedup.search.rescore import JOIN_ROWS, PROBES, Found, Searcher
 from biodedup.search.shard import release_signs
 from biodedup.values import (
     COLUMNS,
@@ -144,6 +145,8 @@ class Engine:
         known = calibrations.Calibrations(self._extractor.cards, self._sample)
         self._comparer = Comparer(known.of, Bozorth3())
         self._searcher = Searcher(self._comparer, config.search, config.threads, config.policy)
+        self._seek = Gathering(self._found_now, PROBES)
+        self._seek_nearest = Gathering(self._nearest_each, PROBES)
         self._waiting: list[_Request] = []
         self._waiting_lock = threading.Lock()
         self._closed = False
@@ -267,9 +270,9 @@ class Engine:
             except CallerError as error:
                 answers[i] = error
         if probes:
-            snapshot = self._gallery.snapshot()
-            seen = self._searcher.search(snapshot, [probe.templates for probe in probes.values()])
-            request = _Request(list(probes.values()), seen, snapshot, [digests[i] for i in probes], replaces)
+            seen = self._seek(None, [probe.templates for probe in probes.values()])
+            found, snapshot = [one for one, _ in seen], seen[0][1]
+            request = _Request(list(probes.values()), found, snapshot, [digests[i] for i in probes], replaces)
             for i, answer in zip(probes, self._committed(request), strict=True):
                 answers[i] = answer
         return [answer for answer in answers if answer is not None]
@@ -361,9 +364,14 @@ class Engine:
         if isinstance(probe, CallerError):
             raise probe
         self._check_models(probe.templates)
-        snapshot = self._gallery.snapshot()
-        (found,) = self._searcher.search(snapshot, [probe.templates], groups=_checked(groups))
+        ((found, snapshot),) = self._seek(_checked(groups), [probe.templates])
         return self._decide(probe, found, snapshot, version=snapshot.version)
+
+    def _found_now(
+        self, groups: tuple[str, ...] | None, probes: list[Mapping[str, Template]]
+    ) -> list[tuple[Found, Snapshot]]:
+        snapshot = self._gallery.snapshot()
+        return [(found, snapshot) for found in self._searcher.search(snapshot, probes, groups=groups)]
 
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
         """1:1, at `policy.verify_fmr`. Raises UnknownSubject. Without a usable capture nothing is accepted."""
@@ -404,8 +412,21 @@ class Engine:
             raise InvalidInput(f"k is {k!r}, wanted a whole number of at least 1")
         ((column, vectors),) = probes.items()
         _, rows = self._embeddings(column, vectors)
+        key = (column, k, _checked(groups))
+        if len(rows) >= PROBES or not len(rows):  # a batch by itself
+            return self._nearest_now(key, rows)
+        found = self._seek_nearest(key, list(rows))
+        ids, similarity = np.stack([one.ids for one in found]), np.stack([one.similarity for one in found])
+        return SearchResult(ids, similarity, found[0].gallery_version, found[0].incomplete)
+
+    def _nearest_each(self, key: tuple[str, int, tuple[str, ...] | None], probes: list[Float32]) -> list[SearchResult]:
+        found = self._nearest_now(key, np.array(probes))
+        return [replace(found, ids=ids, similarity=near) for ids, near in zip(found.ids, found.similarity, strict=True)]
+
+    def _nearest_now(self, key: tuple[str, int, tuple[str, ...] | None], probes: Float32) -> SearchResult:
+        column, k, groups = key
         snapshot = self._gallery.snapshot()
-        found = self._searcher.nearest(snapshot, column, rows, k, groups=_checked(groups))
+        found = self._searcher.nearest(snapshot, column, probes, k, groups=groups)
         there = found.rows >= 0
         names = np.full(there.shape, "", object)
         names[there] = snapshot.subject_ids(found.rows[there].tolist())

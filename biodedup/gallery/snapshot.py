@@ -5,7 +5,7 @@ Owns reading across parts: look-ups by id, templates by row, which rows live. Ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -35,9 +35,7 @@ class Snapshot:
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
     )
-    _bits: dict[tuple[int, int, frozenset[str] | None, frozenset[int]], NDArray[np.uint64]] = field(
-        default_factory=dict, repr=False
-    )
+    _bits: dict[tuple[Hashable, ...], NDArray[np.uint64]] = field(default_factory=dict, repr=False)
 
     # counts -----------------------------------------------------------------------------------------------------
 
@@ -187,12 +185,17 @@ class Snapshot:
             np.bitwise_and.at(bits, cells // 64, ~(np.uint64(1) << (cells % 64).astype(np.uint64)))
             return bits
         mask = self.mask(part, groups, hidden)
-        if mask is None:
-            return np.zeros(0, np.uint64)
-        packed_bits = np.zeros(8 * words, np.uint8)
-        some = np.packbits(mask if column.full else mask[column.positions(0, column.count)], bitorder="little")
-        packed_bits[: len(some)] = some
-        return packed_bits.view("<u8")
+        return _as_bits(mask if mask is None or column.full else mask[column.positions(0, column.count)])
+
+    def live_members(
+        self, part: Part, presences: tuple[int, ...], positions: Int64 | None, groups: frozenset[str] | None
+    ) -> NDArray[np.uint64]:
+        """As `live_bits`, over the rows of a part that have one of some presences. positions: theirs, None for all."""
+        key = (id(part), presences, groups)
+        if key not in self._bits:
+            mask = self.mask(part, groups)
+            self._bits[key] = _as_bits(mask if mask is None or positions is None else mask[positions])
+        return self._bits[key]
 
     # templates --------------------------------------------------------------------------------------------------
 
@@ -262,3 +265,12 @@ class Snapshot:
 
 def _vectors(part: Part, column: str, positions: Int64) -> Float32:
     return part.columns[column].vectors_at(part.columns[column].cells_at(positions))
+
+
+def _as_bits(mask: NDArray[np.bool_] | None) -> NDArray[np.uint64]:
+    if mask is None:
+        return np.zeros(0, np.uint64)
+    bits = np.zeros(-(-len(mask) // 64) * 8, np.uint8)
+    some = np.packbits(mask, bitorder="little")
+    bits[: len(some)] = some
+    return bits.view("<u8")

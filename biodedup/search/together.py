@@ -151,16 +151,6 @@ class Class:
         low, _ = self.part.position_range(row, self.part.end_row)
         return low if self.positions is None else int(np.searchsorted(self.positions, low))
 
-    def live(self, snapshot: Snapshot, groups: frozenset[str] | None) -> Words:
-        """A bit for each member, or nothing where all live."""
-        mask = snapshot.mask(self.part, groups)
-        if mask is None:
-            return np.zeros(0, np.uint64)
-        some = np.packbits(mask if self.positions is None else mask[self.positions], bitorder="little")
-        bits = np.zeros(-(-self.count // BLOCK_ROWS) * 8, np.uint8)
-        bits[: len(some)] = some
-        return bits.view("<u8")
-
 
 _classes: WeakKeyDictionary[Part, dict[tuple[int, ...], Class]] = WeakKeyDictionary()
 _planes: WeakKeyDictionary[Part, dict[tuple[tuple[int, ...], str], Words]] = WeakKeyDictionary()
@@ -265,7 +255,7 @@ class _Run:
         self.one, self.plan, self.choice, self.count = one, plan, choice, count
         self.columns = {name: one.part.columns[name] for name in choice.columns}
         self.probes = {name: Probes(_codec(column), probes[name]) for name, column in self.columns.items()}
-        self.live = one.live(snapshot, plan.groups)
+        self.live = snapshot.live_members(one.part, one.bits, one.positions, plan.groups)
         order = [
             (name, word) for name, words in zip(choice.columns, choice.words, strict=True) for word in range(words)
         ]

@@ -1,0 +1,94 @@
+"""Callers who ask at the same time share a pass, and notice nothing of it."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import biodedup as bd
+from biodedup.search.gather import Gathering
+
+
+class Slow:
+    """Doubles numbers; the first calls wait until they are let go."""
+
+    def __init__(self, fails=()):
+        self.calls, self.fails, self.go = [], set(fails), threading.Event()
+
+    def __call__(self, key, items):
+        self.calls.append((key, list(items)))
+        assert self.go.wait(30)
+        if self.fails & set(items):
+            raise ValueError("a bad item")
+        return [2 * item for item in items]
+
+
+def asked(gathering, slow, questions, held=2):
+    """Asks all questions on threads of their own, the first `held` of which keep the others waiting."""
+    with ThreadPoolExecutor(len(questions)) as pool:
+        futures = []
+        for i, (key, items) in enumerate(questions):
+            futures.append(pool.submit(gathering, key, items))
+            while i < held and len(slow.calls) <= i:
+                pass
+        while len(gathering._waiting) < len(questions) - held:
+            pass
+        slow.go.set()
+        return futures
+
+
+def test_those_who_wait_are_run_together_and_each_gets_its_own():
+    slow = Slow()
+    gathering = Gathering(slow, most=100)
+    questions = [("a", [i, i + 100]) for i in range(8)]
+    answers = [future.result() for future in asked(gathering, slow, questions)]
+    assert answers == [[2 * item for item in items] for _, items in questions]
+    assert 3 <= len(slow.calls) <= 4
+    assert sorted(item for _, items in slow.calls for item in items) == sorted(item for _, items in questions for item in items)  # fmt: skip
+
+
+def test_keys_are_kept_apart_and_no_pass_grows_beyond_its_most():
+    slow = Slow()
+    gathering = Gathering(slow, most=4)
+    questions = [("ab"[i % 2], [i, -i]) for i in range(12)]
+    answers = [future.result() for future in asked(gathering, slow, questions)]
+    assert answers == [[2 * item for item in items] for _, items in questions]
+    assert all(len(items) <= 4 for _, items in slow.calls)
+    assert all(("a", "b")[abs(item) % 2] == key for key, items in slow.calls for item in items)
+
+
+def test_an_error_is_told_to_him_alone_whose_item_it_was():
+    slow = Slow(fails=[5])
+    gathering = Gathering(slow, most=100)
+    futures = asked(gathering, slow, [("a", [i]) for i in range(8)])
+    for i, future in enumerate(futures):
+        if i == 5:
+            with pytest.raises(ValueError, match="a bad item"):
+                future.result()
+        else:
+            assert future.result() == [2 * i]
+
+
+def test_searches_on_many_threads_answer_as_they_would_one_after_the_other(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((30_000, 64), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    with bd.Engine.open(tmp_path / "g") as engine:
+        engine.add_templates([f"s{i}" for i in range(len(vectors))], {"face": vectors})
+        real, passes = engine._searcher.nearest, []
+
+        def counting(*given, **named):
+            passes.append(len(given[2]))
+            return real(*given, **named)
+
+        engine._searcher.nearest = counting
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(lambda i: engine.search({"face": vectors[i : i + 1]}, k=3), range(160)))
+            decided = list(
+                pool.map(lambda i: engine.identify(bd.Encounter(templates={"face": vectors[i]})), range(160))
+            )
+        assert len(passes) < 320 and sum(passes) == 320
+        for i, (result, decision) in enumerate(zip(found, decided, strict=True)):
+            assert result.ids.shape == (1, 3) and result.ids[0, 0] == decision.best.subject_id == f"s{i}"
+            assert np.array_equal(result.similarity, engine.search({"face": vectors[i : i + 1]}, k=3).similarity)
