@@ -482,3 +482,37 @@ def test_a_plan_says_what_is_looked_at_and_what_may_be_missed_and_why(tmp_path):
         config = bd.Config(search=SearchConfig(miss_risk=miss_risk))
         with bd.Engine.open(tmp_path / "g", config, read_only=True) as engine:
             assert words in engine.plan().explain()
+
+
+def test_deletes_a_reopening_and_merges_change_no_answer(tmp_path):
+    vectors = unit(60_000, 128)
+    probes = mates_of(vectors[:300], np.linspace(0.35, 0.8, 300))
+    removed = set(range(0, 300, 7))
+    config = bd.Config(gallery=bd.GalleryConfig(seal_rows=8_192, background=False))
+    answers = []
+
+    def ask(engine):
+        result = engine.search({"face": probes}, k=20)
+        answers.append((result.ids.tolist(), result.similarity.tobytes()))
+
+    with bd.Engine.open(tmp_path / "g", config) as engine:
+        for low in range(0, 60_000, 20_000):
+            names = [f"s{row}" for row in range(low, low + 20_000)]
+            engine.add_templates(names, {"face": vectors[low : low + 20_000]})
+            engine.tidy()
+        for row in removed:
+            engine.remove(f"s{row}")
+        ask(engine)
+    with bd.Engine.open(tmp_path / "g", config) as engine:
+        ask(engine)
+        parts = len(engine._gallery.snapshot().parts)
+        engine.compact()
+        assert len(engine._gallery.snapshot().parts) < parts
+        assert not len(engine._gallery.snapshot().tombstones)
+        ask(engine)
+    assert answers[0] == answers[1] == answers[2]
+    similarity = probes @ vectors.T
+    similarity[:, sorted(removed)] = -1
+    best = [f"s{row}" for row in similarity.argmax(axis=1)]
+    ours = [ids[0] for ids in answers[0][0]]
+    assert [a for a, b in zip(ours, best, strict=True) if a != b] == []
