@@ -9,8 +9,9 @@ among the first hundred in 97 %, as a first fixed-length fingerprint embedding d
 drawn apart; `correlated`: their ranks have a normal copula of correlation 0.3, as where one person's captures are all poor.
 
 A plan is made for several miss risks, from calibrations that know these laws and take columns for independent. Batches of it take
-turns with batches of a scan of the face column's codes, whose time is the unit of `cost`. `missed`: mates that are not among the
-100 candidates with the most evidence. `reaching`: of the mates whose own evidence reaches the review threshold, FPIR 0.005.
+turns with batches of a scan of the face column's codes for its 100 nearest, whose time is the unit of `cost`. `missed`: mates that
+are not among the candidates, the 40 rows with the most evidence. `reaching`: of the mates whose own evidence reaches the review
+threshold, FPIR 0.005.
 """
 
 from __future__ import annotations

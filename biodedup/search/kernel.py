@@ -198,14 +198,12 @@ def _set_bits(builder: Any, words: Any) -> Any:
     return builder.call(count, [words])
 
 
-def make_sign_tile(probes_wide: int, *, rows_told: bool) -> Any:
+def make_sign_tile(probes_wide: int = SIGN_PROBES) -> Any:
     """An intrinsic for numba, tile(planes, offset, words, probes, stride, limits, masks), all integers or addresses:
 
     planes: uint64 *, (words,), the addresses of the rows' words, each a plane of its own; offset: bytes into all of them, where
-    the 64 rows begin, a multiple of 64; probes: uint64 *, (probes_wide, stride); limits, masks: uint64 *, (probes_wide,): the
-    mask is not 0 where some row differs from the probe in at most so many signs; with rows_told, bit r says that row r does.
-
-    Not to know which row saves a tenth, and hardly any of the blocks has one.
+    the 64 rows begin, a multiple of 64; probes: uint64 *, (probes_wide, stride); limits, masks: uint64 *, (probes_wide,): bit r
+    is set where row r differs from the probe in at most so many signs.
     """
 
     @intrinsic
@@ -217,16 +215,15 @@ def make_sign_tile(probes_wide: int, *, rows_told: bool) -> Any:
             offset, words, probes, stride = args[1:5]
             eight = ir.VectorType(_I64, 8)
             before = builder.block
-            outer, inner, after, done = (builder.append_basic_block(n) for n in ("eight", "word", "least", "done"))
+            outer, inner, after, done = (builder.append_basic_block(n) for n in ("eight", "word", "within", "done"))
             builder.branch(outer)
 
             builder.position_at_end(outer)
             group = builder.phi(_I64)
             group.add_incoming(ir.Constant(_I64, 0), before)
-            kept = [builder.phi(_I64 if rows_told else eight) for _ in range(probes_wide)]
-            for one in kept:
-                start = ir.Constant(_I64, 0) if rows_told else ir.Constant(eight, [1 << 32] * 8)
-                one.add_incoming(start, before)
+            bits = [builder.phi(_I64) for _ in range(probes_wide)]
+            for one in bits:
+                one.add_incoming(ir.Constant(_I64, 0), before)
             builder.branch(inner)
 
             builder.position_at_end(inner)
@@ -250,15 +247,11 @@ def make_sign_tile(probes_wide: int, *, rows_told: bool) -> Any:
             builder.cbranch(builder.icmp_signed("<", following, words), inner, after)
 
             builder.position_at_end(after)
-            limit = [_splat(builder, builder.load(builder.gep(limits, [ir.Constant(_I64, p)])), 8) for p in range(probes_wide)]  # fmt: skip
             ended = []
-            for p, (one, total) in enumerate(zip(kept, grown, strict=True)):
-                if rows_told:
-                    near = builder.icmp_unsigned("<=", total, limit[p])
-                    bits = builder.zext(builder.bitcast(near, _I8), _I64)
-                    ended.append(builder.or_(one, builder.shl(bits, builder.mul(group, ir.Constant(_I64, 8)))))
-                else:
-                    ended.append(builder.select(builder.icmp_unsigned("<", total, one), total, one))
+            for p, (one, total) in enumerate(zip(bits, grown, strict=True)):
+                limit = _splat(builder, builder.load(builder.gep(limits, [ir.Constant(_I64, p)])), 8)
+                near = builder.zext(builder.bitcast(builder.icmp_unsigned("<=", total, limit), _I8), _I64)
+                ended.append(builder.or_(one, builder.shl(near, builder.mul(group, ir.Constant(_I64, 8)))))
                 one.add_incoming(ended[-1], after)
             next_group = builder.add(group, ir.Constant(_I64, 1))
             group.add_incoming(next_group, after)
@@ -266,9 +259,6 @@ def make_sign_tile(probes_wide: int, *, rows_told: bool) -> Any:
 
             builder.position_at_end(done)
             for p, one in enumerate(ended):
-                if not rows_told:
-                    near = builder.icmp_unsigned("<=", one, limit[p])
-                    one = builder.zext(builder.bitcast(near, _I8), _I64)
                 builder.store(one, builder.gep(masks, [ir.Constant(_I64, p)]))
             return context.get_dummy_value()
 
@@ -287,7 +277,7 @@ def _lowest_bit_of(_: Any, mask: Any) -> Any:
 
 
 _lowest_bit: Any = intrinsic(_lowest_bit_of)
-_some_row, _which_rows = make_sign_tile(SIGN_PROBES, rows_told=False), make_sign_tile(1, rows_told=True)
+_sign_tile = make_sign_tile()
 
 
 def _sign_scan(
@@ -317,11 +307,9 @@ def _sign_scan(
             return found, block
         alive = live[block] if live.size else ~np.uint64(0)
         for p in range(0, probes.shape[0] if alive else 0, SIGN_PROBES):
-            _some_row(at_planes, 512 * block, words, at_probes + 8 * words * p, words, at_limits + 8 * p, at_masks)
+            _sign_tile(at_planes, 512 * block, words, at_probes + 8 * words * p, words, at_limits + 8 * p, at_masks)
             for i in range(SIGN_PROBES):
-                if masks[i] and p + i < count:
-                    mine = at_probes + 8 * words * (p + i)
-                    _which_rows(at_planes, 512 * block, words, mine, words, at_limits + 8 * (p + i), at_masks + 8 * i)
+                if p + i < count:
                     mask = masks[i] & alive
                     while mask:
                         cell = 64 * block + np.int64(_lowest_bit(mask))
@@ -357,6 +345,26 @@ def scan_signs(
         _addresses(planes), live, first, last, start, len(planes[0]) // 64, probes, limits, count, *found
     )
     return number, block
+
+
+_AHEAD = 24  # pairs whose memory is asked for beforehand
+
+
+def _prefetch_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the memory at an address is wanted soon."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place = ir.PointerType(_I8)
+        how = [ir.Constant(_I32, value) for value in (0, 3, 1)]  # to read, again and again, data
+        wanted = ir.FunctionType(ir.VoidType(), [place, _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(builder.module, wanted, "llvm.prefetch.p0i8")
+        builder.call(prefetch, [builder.inttoptr(args[0], place), *how])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+_prefetch: Any = intrinsic(_prefetch_of)
 
 
 _CHUNK = 16  # halves of a row that fit a vector
@@ -413,7 +421,13 @@ def _dot(plane: Any, cell: Any, probes: Any, p: Any) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def _dots(plane: Any, which: Any, cells: Any, probes: Any, found: Any) -> None:
+    halves = plane.shape[1]
     for i in range(which.shape[0]):
+        if i + _AHEAD < which.shape[0]:
+            ahead = cells[i + _AHEAD]
+            at = plane.ctypes.data + 256 * halves * (ahead // 64) + ahead % 64 * 4
+            for h in range(halves):
+                _prefetch(at + 256 * h)
         found[i] = _dot(plane, cells[i], probes, which[i])
 
 
@@ -469,6 +483,9 @@ _bits: Any = intrinsic(_bits_of)
 def _keep_near(planes: Any, probes: Any, limits: Any, which: Any, cells: Any) -> int:
     kept = 0
     for i in range(which.shape[0]):
+        if i + _AHEAD < which.shape[0]:
+            for w in range(planes.shape[0]):
+                _prefetch(planes[w] + 8 * cells[i + _AHEAD])
         p, cell = which[i], cells[i]
         total = np.uint64(0)
         for w in range(planes.shape[0]):
@@ -509,24 +526,29 @@ def keep_near(
 
 
 @numba.njit(nogil=True, cache=True)
-def _distances(planes: Any, cells: Any, probes: Any, sums: Any, squares: Any) -> None:
+def _distances(planes: Any, first: int, cells: Any, probes: Any, sums: Any) -> None:
     for p in range(probes.shape[0]):
         for cell in cells:
-            total = np.uint64(0)
+            some, total = np.uint64(0), np.uint64(0)
             for w in range(planes.shape[0]):
                 total += _bits(_word_at(planes[w] + 8 * cell) ^ probes[p, w])
-            sums[p] += total
-            squares[p] += float(total) * float(total)
+                if w == first - 1:
+                    some = total
+            sums[p, 0] += some
+            sums[p, 1] += total
+            sums[p, 2] += float(some) * float(some)
+            sums[p, 3] += float(total) * float(total)
 
 
 def distances(
-    planes: Sequence[NDArray[np.uint64]], cells: NDArray[np.int64], probes: NDArray[np.uint64]
+    planes: Sequence[NDArray[np.uint64]], first: int, cells: NDArray[np.int64], probes: NDArray[np.uint64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """In how many signs probes differ from some cells: mean and standard deviation, float64 (q,) each."""
-    sums, squares = np.zeros(len(probes)), np.zeros(len(probes))
-    _distances(_addresses(planes), cells, probes, sums, squares)
-    mean = sums / len(cells)
-    return mean, np.sqrt(np.maximum(squares / len(cells) - mean**2, 0))
+    """In how many signs probes differ from some cells: mean and standard deviation, float64 (q, 2) each, of the first words and
+    of all."""
+    sums = np.zeros((len(probes), 4))
+    _distances(_addresses(planes), first, cells, probes, sums)
+    mean = sums[:, :2] / len(cells)
+    return mean, np.sqrt(np.maximum(sums[:, 2:] / len(cells) - mean**2, 0))
 
 
 def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:

@@ -214,7 +214,10 @@ class Searcher:
                 choices[names] = choice
         if not choices:
             return None
-        return TogetherPlan(choices, {n: Evidence.of(c) for n, c in calibrations.items()}, self._config.candidates)
+        # The order by all embeddings is nearly final: more are of no use, unless rows have other captures to compare.
+        others = any(model.dimension is None for model in snapshot.models.values())
+        kept = self._config.candidates if others else min(4 * self._config.returned, self._config.candidates)
+        return TogetherPlan(choices, {n: Evidence.of(c) for n, c in calibrations.items()}, kept)
 
     def _plans(self, scope: _Scope, probes: Sequence[Probe], floor_db: float) -> list[TogetherPlan | None]:
         """For each probe; the same object where they have the same columns."""

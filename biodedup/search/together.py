@@ -44,13 +44,14 @@ from biodedup.values import COLUMNS, Float32
 ROWS_MIN = 1 << 16
 """A class of fewer rows is searched column by column."""
 _UNIT = 1 << 24  # pairs of a probe and a row that a thread takes on at once
-_SAMPLE = 4_096  # rows of a class, that say in how many signs strangers differ
+_SAMPLE = 1_024  # rows of a class, that say in how many signs strangers differ
+_RELEASE_PAIRS = 50_000  # compared, after which the memory of what was read is given back
 _MATES = 40_000  # drawn to choose by; half choose, half confirm
-_SHARES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-_SECOND = (3e-5, 1e-4, 3e-4, 1e-3)
+_SHARES = (3e-5, 1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 1e-2)
+_SECOND = (1e-5, 2e-5, 3e-5, 6e-5, 1e-4, 2e-4, 4e-4, 1e-3)
 _SEED = 2_011
 # Costs, in numbers of one row that a scan of codes reads in the same time; benchmarks/columns.py measures the sum.
-_WORD, _HIT, _CHECKED = 10.0, 12_000.0, 150_000.0
+_WORD, _HIT, _CHECKED = 10.3, 20_000.0, 180_000.0
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,12 @@ class Evidence:
 
     @classmethod
     def of(cls, calibration: Calibration) -> Evidence:
-        return cls(calibration.llr_db(np.linspace(-1, 1, 2001)).astype(np.float32))
+        return cls(calibration.llr_db(np.linspace(-1, 1, 20_001)).astype(np.float32))
 
     def at(self, similarity: Float32) -> Float32:
         last = len(self.llr_db) - 1
-        place = np.clip((similarity + 1) * (last / 2), 0, last)
-        low = np.minimum(place.astype(np.int64), last - 1)
-        return np.asarray(self.llr_db[low] + (place - low) * (self.llr_db[low + 1] - self.llr_db[low]), np.float32)
+        place = np.rint((similarity + 1) * np.float32(last / 2)).astype(np.int32)
+        return np.asarray(self.llr_db[np.clip(place, 0, last)])
 
 
 @dataclass(frozen=True)
@@ -266,19 +266,15 @@ class _Run:
         self.all_planes = self.planes + [planes[name][word] for name, word in others]
         self.all_signs = np.ascontiguousarray(np.stack([mine[name][:, word] for name, word in order + others], axis=1))
         signs = np.ascontiguousarray(self.all_signs[:, : len(order)])
-        self.limits = self._limit(self.planes, signs, choice.first)
-        self.all_limits = self._limit(self.all_planes, self.all_signs, choice.second)
-        self.filled = filled(signs, self.limits)
+        # in how many signs a share of strangers differs from each probe
+        members = np.linspace(0, one.count - 1, min(_SAMPLE, one.count)).astype(np.int64)
+        mean, sd = kernel.distances(self.all_planes, len(order), members, self.all_signs)
+        limits = np.floor(mean + norm.ppf((choice.first, choice.second)) * sd)
+        self.filled = filled(signs, np.maximum(limits[:, 0], 0).astype(np.uint64))
+        self.all_limits = np.maximum(limits[:, 1], 0).astype(np.uint64)
         self.found: list[tuple[NDArray[Any], NDArray[Any], Float32]] = []
         self.passed = np.zeros(2, np.int64)
         self._lock = threading.Lock()
-
-    def _limit(self, planes: Sequence[Words], signs: Words, share: float) -> Words:
-        """How many signs may differ so that a share of strangers passes, uint64 (q,)."""
-        members = np.linspace(0, self.one.count - 1, min(_SAMPLE, self.one.count)).astype(np.int64)
-        mean, sd = kernel.distances(planes, members, signs)
-        limits: Words = np.maximum(np.floor(mean + norm.ppf(share) * sd), 0).astype(np.uint64)
-        return limits
 
     def scan(self, scanner: Scanner, first: int) -> None:
         size = max(_UNIT // self.count // BLOCK_ROWS, 16) * BLOCK_ROWS
@@ -340,7 +336,7 @@ class _Run:
                 exact[low : low + PIECE_ROWS] += self.plan.evidence[name].at(similarity)
 
         scanner.each([lambda low=low: compare(low) for low in range(0, len(chosen), PIECE_ROWS)])  # type: ignore[misc]
-        for column in self.columns.values():
+        for column in self.columns.values() if len(chosen) > _RELEASE_PAIRS else ():
             column.release()
         return which[chosen].astype(np.int64), members[chosen], exact
 
