@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -34,7 +35,7 @@ from biodedup.match.calibration import Calibration
 
 ROWS, DIMENSION, BATCH, PROBES, K = 20_000_000, 128, 1 << 16, 256, 100
 COLUMNS = ("face", "left_index", "right_index", "right_middle")
-RISKS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+RISKS = (3e-2, 1e-2, 3e-3, 2e-3, 1e-3, 3e-4)
 FINGER = (0.475, 0.152)
 CORRELATION = 0.3
 STRANGERS_SD = DIMENSION**-0.5
@@ -109,7 +110,7 @@ def rate(missed: np.ndarray) -> str:
     return f"{k / n:.2e} [{low:.1e}, {beta.ppf(0.975, k + 1, n - k):.1e}]" if n else "-"
 
 
-def measure(gallery: Path, mates: int) -> dict[str, Any]:
+def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     with bd.Engine.open(gallery, read_only=True) as engine:
         snapshot, searcher = engine._gallery.snapshot(), engine._searcher
@@ -139,7 +140,7 @@ def measure(gallery: Path, mates: int) -> dict[str, Any]:
             figures[f"{kind}: the face's codes alone: probes/s; missed"] = (
                 f"{PROBES / scan:.1f}; {rate(face_missed)}; reaching: {rate(face_missed[reaching])}"
             )
-            for risk in RISKS:
+            for risk in risks:
                 searcher._choices.clear()
                 searcher._config = replace(searcher._config, miss_risk=risk)
                 plan = searcher.together(snapshot, COLUMNS)
@@ -179,13 +180,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=float, default=ROWS)
     parser.add_argument("--mates", type=int, default=10_240)
+    parser.add_argument("--risks", type=float, nargs="*", default=RISKS)
     parser.add_argument("--folder", type=Path, help="keep the gallery here, and use what is there")
     arguments = parser.parse_args()
     rows = int(arguments.rows)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
         gallery = (arguments.folder or Path(temporary)) / f"{rows}.columns"
         build(gallery, rows)
-        record("columns", measure(gallery, arguments.mates), keep=rows == ROWS)
+        record("columns", measure(gallery, arguments.mates, arguments.risks), keep=rows == ROWS)
 
 
 if __name__ == "__main__":

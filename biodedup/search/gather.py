@@ -1,6 +1,6 @@
 """Searches that wait together are made together: one pass over the gallery serves all who asked meanwhile.
 
-Owns the waiting. A pass for eight probes takes hardly longer than one for one, since it is bound by memory; so callers on many
+Owns the waiting. A pass takes hardly longer for eight probes than for one, since it is bound by memory; so callers on many
 threads, each with a probe of its own, get the throughput of batches without knowing of each other.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 _Key = TypeVar("_Key", bound=Hashable)
 _Item = TypeVar("_Item")
@@ -23,55 +23,58 @@ class Gathering(Generic[_Key, _Item, _Result]):
     def __init__(self, run: Callable[[_Key, list[_Item]], list[_Result]], most: int) -> None:
         self._run = run
         self._most = most
-        self._turn = threading.Semaphore(_AT_ONCE)
-        self._lock = threading.Lock()
-        self._waiting: list[_Asked[Any, Any, Any]] = []
+        self._changed = threading.Condition()
+        self._waiting: list[_Asked[_Key, _Item, _Result]] = []
+        self._running = 0
 
     def __call__(self, key: _Key, items: Sequence[_Item]) -> list[_Result]:
         """The results of these items, which are run in one go. Raises what `run` raises for them alone."""
         asked = _Asked[_Key, _Item, _Result](key, list(items))
-        with self._lock:
+        with self._changed:
             self._waiting.append(asked)
-        with self._turn:
-            group = self._taken(asked)
-            if len(group) == 1:
-                return self._run(key, asked.items)
-            if group:
-                self._run_all(key, group)
-        asked.done.wait()
-        return self._run(key, asked.items) if asked.alone else asked.results
+            while not asked.done and (asked.taken or self._running >= _AT_ONCE):
+                self._changed.wait()
+            group = [] if asked.done else self._taken(asked)
+            self._running += bool(group)
+        if group:
+            self._run_all(key, group)
+        if asked.results is None:  # alone, or among others of whom one was at fault, nobody knows which
+            return self._run(key, asked.items)
+        return asked.results
+
+    def _taken(self, asked: _Asked[_Key, _Item, _Result]) -> list[_Asked[_Key, _Item, _Result]]:
+        """Those who are run together with this one."""
+        group, room = [asked], self._most - len(asked.items)
+        for other in self._waiting:
+            if other is not asked and other.key == asked.key and len(other.items) <= room:
+                group.append(other)
+                room -= len(other.items)
+        for one in group:
+            one.taken = True
+        self._waiting = [other for other in self._waiting if not other.taken]
+        return group
 
     def _run_all(self, key: _Key, group: Sequence[_Asked[_Key, _Item, _Result]]) -> None:
         results: list[_Result] = []
         try:
             results = self._run(key, [item for one in group for item in one.items])
-        except Exception:  # whose fault it was is not known: each tries again by itself
-            for one in group:
-                one.alone = True
+        except Exception:
+            if len(group) == 1:
+                raise
         finally:
-            for one in group:
-                one.results, results = results[: len(one.items)], results[len(one.items) :]
-                one.alone |= len(one.results) < len(one.items)
-                one.done.set()
-
-    def _taken(self, asked: _Asked[_Key, _Item, _Result]) -> list[_Asked[_Key, _Item, _Result]]:
-        """Those who are run together with this one; nobody, where somebody has taken it already."""
-        with self._lock:
-            if asked not in self._waiting:
-                return []
-            group, room = [asked], self._most - len(asked.items)
-            for other in self._waiting:
-                if other is not asked and other.key == asked.key and len(other.items) <= room:
-                    group.append(other)
-                    room -= len(other.items)
-            self._waiting = [other for other in self._waiting if other not in group]
-            return group
+            with self._changed:
+                for one in group:
+                    mine, results = results[: len(one.items)], results[len(one.items) :]
+                    one.results = mine if len(mine) == len(one.items) else None
+                    one.done = True
+                self._running -= 1
+                self._changed.notify_all()
 
 
 class _Asked(Generic[_Key, _Item, _Result]):
     def __init__(self, key: _Key, items: list[_Item]) -> None:
         self.key = key
         self.items = items
-        self.results: list[_Result] = []
-        self.alone = False
-        self.done = threading.Event()
+        self.results: list[_Result] | None = None
+        self.taken = False
+        self.done = False
