@@ -107,7 +107,7 @@ def measure(rows: int, dimension: int, mates: int, seconds: float) -> dict[str, 
         figures |= _against_faiss(engine, rows, dimension, probes, whose, cosines, seconds)
         figures |= _found(engine, probes, whose, cosines, rows)
         figures |= _under_load(engine, probes, figures["batch 256"]["probes/s"], seconds)
-        figures |= _by_threads(Path(folder) / "g", engine, probes, seconds)
+        figures |= _by_threads(Path(folder) / "g", probes, seconds)
     figures |= _flat(rows, dimension, probes, seconds)
     figures |= _usearch(rows, dimension, probes, whose, cosines, seconds)
     figures |= _hnswlib(rows, dimension, probes, whose, cosines, seconds)
@@ -192,7 +192,7 @@ def _under_load(engine: bd.Engine, probes: np.ndarray, capacity: float, seconds:
     return figures
 
 
-def _by_threads(folder: Path, engine: bd.Engine, probes: np.ndarray, seconds: float) -> dict[str, Any]:
+def _by_threads(folder: Path, probes: np.ndarray, seconds: float) -> dict[str, Any]:
     """The rate of batches with each number of threads over that with one."""
     rates = {}
     for threads in range(1, (os.cpu_count() or 1) + 1):

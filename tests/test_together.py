@@ -1,5 +1,7 @@
 """Several columns searched together, against an exact sum of evidence in numpy."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +12,7 @@ import biodedup as bd
 from biodedup.jobs.demo import mates_of
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import from_embeddings
-from biodedup.search import together
+from biodedup.search import shard, together
 from biodedup.search.rescore import Searcher
 
 COLUMNS = ("face", "left_index", "right_index")
@@ -122,6 +124,72 @@ def test_all_that_reach_a_floor_are_told_and_removed_or_foreign_rows_are_not(eng
     late = replace(plan, from_row=5_000)
     found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, late)
     assert found.rows.min() >= 5_000
+
+
+def test_whatever_reaches_the_floor_is_found_though_its_estimate_is_lower(engine, everybody):
+    snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+    rows = np.arange(1, 8_000, 4)
+    rows = rows[rows % 1_000 != 0]
+    probes = mates(everybody, rows, 21)
+    exact = evidence(everybody, probes)[np.arange(len(rows)), rows]
+    found_share = []
+    for floor in (100.0, 140.0, 180.0, 220.0):
+        plan = replace(searcher.together(snapshot, COLUMNS), k=0, floor_llr_db=floor)
+        near = np.flatnonzero((exact > floor + 1) & (exact < floor + 25))
+        found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
+        pairs = set(zip(found.which.tolist(), found.rows.tolist(), strict=True))
+        found_share += [(i, int(rows[i])) in pairs for i in near.tolist()]
+    assert len(found_share) > 400
+    assert np.mean(found_share) > 0.99
+
+
+def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "ROWS_MIN", 2_000)
+    monkeypatch.setattr(together, "_HELD", 20_000)
+    held = []
+    real = together._Run._best
+    monkeypatch.setattr(together._Run, "_best", lambda run: held.append(sum(len(p[0]) for p in run.found)) or real(run))
+    one = {c: unit(1, 50 + i) for i, c in enumerate(COLUMNS)}
+    alike = {c: mates_of(np.repeat(one[c], 5_000, axis=0), np.full(5_000, 0.97), seed=i) for i, c in enumerate(COLUMNS)}
+    with bd.Engine.open(tmp_path / "g", bd.Config(policy=POLICY)) as engine:
+        engine.add_templates([f"s{i}" for i in range(5_000)], alike)
+        engine.compact()
+        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: FACE)
+        snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+        assert searcher.together(snapshot, COLUMNS) is None  # it would not choose so by itself
+        choice = together.Choice(COLUMNS, (2, 2, 2), 0.5, 0.5, 1.0, 0.0, 1_000, 0, (0.1, 0.1, 0.1), 0.1)
+        laws = {column: together.Evidence.of(FACE) for column in COLUMNS}
+        plan = together.TogetherPlan({frozenset(COLUMNS): choice}, laws, k=20)
+        probes = {c: alike[c][:32] for c in COLUMNS}
+        found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
+        first = found.rows[np.searchsorted(found.which, np.arange(32))]
+        assert first.tolist() == list(range(32))
+        assert np.bincount(found.which).max() <= plan.k
+    assert len(held) > 2 and max(held) < 40_000
+
+
+def test_a_shard_that_fails_makes_a_search_together_incomplete(engine, everybody, monkeypatch):
+    monkeypatch.setattr(shard, "shares", lambda snapshot: [[part] for part in snapshot.parts])
+    engine.add_templates(["late"], {c: unit(1, 70 + i) for i, c in enumerate(COLUMNS)})
+    real = shard.LocalShard.search_together
+
+    def failing(self, probes, plan):
+        if any(part.first_row == 0 for part in self._parts):
+            raise bd.GalleryDamaged("unreadable")
+        return real(self, probes, plan)
+
+    monkeypatch.setattr(shard.LocalShard, "search_together", failing)
+    decision = engine.enroll(bd.Encounter("new", templates={c: unit(1, 80 + i)[0] for i, c in enumerate(COLUMNS)}))
+    assert decision.outcome == "review" and decision.incomplete
+
+
+def test_a_part_that_is_merged_away_is_forgotten(engine, everybody):
+    engine.identify(bd.Encounter(templates={c: everybody[c][5] for c in COLUMNS}))
+    part = weakref.ref(max(engine._gallery.snapshot().parts, key=lambda part: part.count))
+    engine.remove("s77")
+    engine.compact()
+    gc.collect()
+    assert part() is None
 
 
 def test_a_decision_is_the_same_as_from_every_column_by_itself(engine, everybody, monkeypatch):

@@ -67,11 +67,12 @@ def population_of(column: Column) -> Population:
     return _populations[column]
 
 
-_signs: dict[str, Signs] = {}  # of each codec
+_signs: WeakKeyDictionary[Column, Signs] = WeakKeyDictionary()
 
 
 def signs_of(column: Column) -> Signs:
+    """The hyperplanes are those of every column with as many numbers; the law is this column's own."""
     assert column.codec is not None, "signs are of turned vectors"
-    if column.codec.codec_id not in _signs:
-        _signs[column.codec.codec_id] = Signs(population_of(column).sample, column.codec.scanned)
-    return _signs[column.codec.codec_id]
+    if column not in _signs:
+        _signs[column] = Signs(population_of(column).sample, column.codec.scanned)
+    return _signs[column]

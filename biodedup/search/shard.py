@@ -454,7 +454,6 @@ _planes: WeakKeyDictionary[Column, NDArray[np.uint64]] = WeakKeyDictionary()  # 
 def release_signs() -> None:
     """After a join: gives back the memory of all rows' signs."""
     _planes.clear()
-    together.release()
 
 
 def local_shards(snapshot: Snapshot, scanner: Scanner) -> list[Shard]:

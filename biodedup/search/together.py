@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from math import sqrt
@@ -46,6 +46,8 @@ ROWS_MIN = 1 << 16
 _UNIT = 1 << 24  # pairs of a probe and a row that a thread takes on at once
 _SAMPLE = 1_024  # rows of a class, that say in how many signs strangers differ
 _RELEASE_PAIRS = 50_000  # compared, after which the memory of what was read is given back
+_HELD = 4_000_000  # pairs in memory, before all but the best are let go
+_SLACK = 3.5  # standard deviations
 _MATES = 40_000  # drawn to choose by; half choose, half confirm
 _SHARES = (3e-5, 1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 1e-2)
 _SECOND = (1e-5, 2e-5, 3e-5, 6e-5, 1e-4, 2e-4, 4e-4, 1e-3)
@@ -75,9 +77,9 @@ class Choice:
     """How rows with these columns are searched. words: of each column, in the first pass; first, second: shares of strangers that
     pass. cost: as a share of a scan of the codes of the largest of the columns.
 
-    correlation: of captures that was assumed; drawn: mates that would reach the threshold, set aside from those that were chosen by; missed: of them; single: of each column,
-    the share of all mates that its signs alone would lose at the same share of strangers; apart: of all mates, the share that all
-    columns lose, each on its own.
+    correlation: of captures that was assumed; drawn: mates that would reach the threshold, set aside from those that were chosen
+    by; missed: of them. Of all mates, whatever they reach: joint, the share that is lost; single: of each column, the share that
+    all its signs alone would lose, where as many strangers pass.
     """
 
     columns: tuple[str, ...]
@@ -129,7 +131,7 @@ class Together:
 # rows by what they have --------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Class:
     """Rows of a part that have the same of a probe's columns. positions: ascending, or None for all rows of the part."""
 
@@ -152,7 +154,8 @@ class Class:
         return low if self.positions is None else int(np.searchsorted(self.positions, low))
 
 
-_classes: WeakKeyDictionary[Part, dict[tuple[int, ...], Class]] = WeakKeyDictionary()
+# Kept for as long as the part: what is kept must not hold the part itself.
+_positions: WeakKeyDictionary[Part, dict[tuple[int, ...], Int64 | None]] = WeakKeyDictionary()
 _planes: WeakKeyDictionary[Part, dict[tuple[tuple[int, ...], str], Words]] = WeakKeyDictionary()
 _making = threading.Lock()
 
@@ -169,13 +172,11 @@ def classes_of(part: Part, columns: Collection[str]) -> Iterator[Class]:
             continue
         key = tuple(sorted(several))
         with _making:
-            known = _classes.setdefault(part, {})
+            known = _positions.setdefault(part, {})
             if key not in known:
-                positions = None
-                if count < part.count:
-                    positions = np.flatnonzero(np.isin(part.presence(0, part.count), key))
-                known[key] = Class(part, names, positions, count, key)
-        yield replace(known[key], columns=names)
+                all_of_them = count == part.count
+                known[key] = None if all_of_them else np.flatnonzero(np.isin(part.presence(0, part.count), key))
+        yield Class(part, names, known[key], count, key)
 
 
 def covered(part: Part, plan: TogetherPlan) -> frozenset[int]:
@@ -205,11 +206,6 @@ def _signs(one: Class, column: str) -> Words:
         cells = None if whole else one.cells(column, np.arange(one.count))
         known[key] = signs_of(held).of_column(held, cells)
     return known[key]
-
-
-def release() -> None:
-    """Gives back the memory of all signs."""
-    _planes.clear()
 
 
 # a search ----------------------------------------------------------------------------------------------------------
@@ -272,7 +268,9 @@ class _Run:
         limits = np.floor(mean + norm.ppf((choice.first, choice.second)) * sd)
         self.filled = filled(signs, np.maximum(limits[:, 0], 0).astype(np.uint64))
         self.all_limits = np.maximum(limits[:, 1], 0).astype(np.uint64)
+        self.floor = plan.floor_llr_db - _slack_db(self.columns, plan.evidence)
         self.found: list[tuple[NDArray[Any], NDArray[Any], Float32]] = []
+        self.held = 0
         self.passed = np.zeros(2, np.int64)
         self._lock = threading.Lock()
 
@@ -316,34 +314,49 @@ class _Run:
             llr_db += self.plan.evidence[name].at(probe.estimates(which, dots, norms[cells - base]))
         with self._lock:
             self.found.append((which, members, llr_db))
+            self.held += len(which)
+            if self.held > _HELD:  # strangers that are not normal at all
+                self.found = [self._best()]
+                self.held = len(self.found[0][0])
 
-    def compare(self, scanner: Scanner) -> tuple[Int64, Int64, Float32]:
-        """Of each probe the k best by their estimates, and all that reach the floor, exactly: probe, member, llr_db."""
+    def _best(self) -> tuple[NDArray[np.int32], Int64, Float32]:
+        """Of each probe the k best by their estimates, and all that may reach the floor."""
         nothing = (np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))
         which, members, llr_db = (np.concatenate(arrays) for arrays in zip(nothing, *self.found, strict=True))
         order = np.lexsort((members, -llr_db, which))
         rank = np.arange(len(order)) - np.searchsorted(which[order], np.arange(self.count))[which[order]]
-        chosen = order[(rank < self.plan.k) | (llr_db[order] >= self.plan.floor_llr_db - _SLACK_DB)]
-        chosen = chosen[np.argsort(members[chosen], kind="stable")]
-        exact = np.zeros(len(chosen), np.float32)
+        kept = order[(rank < self.plan.k) | (llr_db[order] >= self.floor)]
+        return which[kept], members[kept], llr_db[kept]
+
+    def compare(self, scanner: Scanner) -> tuple[Int64, Int64, Float32]:
+        """The best, compared exactly: probe, member, llr_db."""
+        which, members, _ = self._best()
+        order = np.argsort(members, kind="stable")  # as the disk has them
+        which, members = which[order], members[order]
+        exact = np.zeros(len(members), np.float32)
 
         def compare(low: int) -> None:
-            some = chosen[low : low + PIECE_ROWS]
+            some = slice(low, low + PIECE_ROWS)
             for name, column in self.columns.items():
                 cells, inverse = np.unique(self.one.cells(name, members[some]), return_inverse=True)
                 vectors = dequantise(*column.codes_at(cells))[inverse]
                 similarity = np.einsum("ij,ij->i", vectors, self.probes[name].turned[which[some]])
-                exact[low : low + PIECE_ROWS] += self.plan.evidence[name].at(similarity)
+                exact[some] += self.plan.evidence[name].at(similarity)
 
-        scanner.each([lambda low=low: compare(low) for low in range(0, len(chosen), PIECE_ROWS)])  # type: ignore[misc]
-        for column in self.columns.values() if len(chosen) > _RELEASE_PAIRS else ():
+        scanner.each([lambda low=low: compare(low) for low in range(0, len(members), PIECE_ROWS)])  # type: ignore[misc]
+        for column in self.columns.values() if len(members) > _RELEASE_PAIRS else ():
             column.release()
-        return which[chosen].astype(np.int64), members[chosen], exact
+        return which.astype(np.int64), members, exact
 
 
-_SLACK_DB = (
-    6.0  # by which an estimate may be too low: four standard deviations of a similarity, at a decibel each 0.006
-)
+def _slack_db(columns: Mapping[str, Column], evidence: Mapping[str, Evidence]) -> float:
+    """By how much estimated evidence may be too low: similarities' errors at the steepest of each column, together."""
+    variance = 0.0
+    for name, column in columns.items():
+        llr_db = evidence[name].llr_db
+        steepest = float(np.diff(llr_db).max()) * (len(llr_db) - 1) / 2
+        variance += (steepest * max(_codec(column).law.sd)) ** 2
+    return _SLACK * sqrt(variance)
 
 
 def _codec(column: Column) -> Codec:
