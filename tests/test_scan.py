@@ -16,7 +16,7 @@ from biodedup.errors import GalleryDamaged
 from biodedup.gallery import codes as coding
 from biodedup.gallery.codec import ErrorLaw, estimates, make_codec
 from biodedup.jobs.demo import mates_of
-from biodedup.search import kernel, population, shard
+from biodedup.search import kernel, population, shard, sign_kernel
 from biodedup.search.scan import Probes, Scanner
 from biodedup.search.shard import Answer, FanOut, Plan
 from biodedup.search.signs import Signs, aligned, filled
@@ -306,8 +306,8 @@ def test_a_join_by_signs_finds_the_same_pairs(scanner, fan_out, monkeypatch):
     probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))
     plan = Plan("face", 0, len(vectors), 1e-3, at_least=np.full(600, 0.6, np.float32))
     calls = []
-    real = kernel.scan_signs
-    monkeypatch.setattr(kernel, "scan_signs", lambda *given: calls.append(1) or real(*given))
+    real = sign_kernel.scan
+    monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
     by_signs = fan_out.reached(shards, probes, plan).found
     assert calls
     calls.clear()
@@ -357,7 +357,7 @@ def test_pairs_that_differ_in_few_signs_are_those_that_numpy_counts(count, words
     found = (np.empty(room, np.int32), np.empty(room, np.int64))
     ours, block = set(), 0
     while block < rows.shape[1] // 64:
-        number, block = kernel.scan_signs(list(rows), bits, (first, last), block, *filled(signs, limits), probes, found)
+        number, block = sign_kernel.scan(list(rows), bits, (first, last), block, *filled(signs, limits), probes, found)
         ours |= set(zip(*(array[:number].tolist() for array in found), strict=True))
     near = np.bitwise_count(signs[:, :, None] ^ rows[None]).sum(axis=1) <= limits[:, None]
     near[:, :first] = near[:, last:] = False

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from biodedup.gallery.codec import Codec
 from biodedup.gallery.codes import BLOCK_ROWS, turned
 from biodedup.gallery.part import Column
-from biodedup.search import kernel
+from biodedup.search import kernel, sign_kernel
 from biodedup.search.signs import Words
 from biodedup.values import Float32
 
@@ -96,7 +96,7 @@ class Probes:
 
 @dataclass(frozen=True)
 class SignedProbes:
-    """What `kernel.scan_signs` takes. rows: of each column of a search; probes, limits: filled up to the kernel's width."""
+    """What `sign_kernel.scan` takes. rows: of each column of a search; probes, limits: filled up to the kernel's width."""
 
     rows: Sequence[Words]
     probes: NDArray[np.uint64]
@@ -189,7 +189,7 @@ class Scanner:
                 if signs is None:
                     number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
                 else:
-                    number, block = kernel.scan_signs(
+                    number, block = sign_kernel.scan(
                         mine, live, span, block, signs.probes, signs.limits, count, found[:2]
                     )
                     pairs = (found[0][:number], found[1][:number], found[2][:number])

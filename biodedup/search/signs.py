@@ -20,7 +20,7 @@ from scipy.linalg import hadamard
 from biodedup.gallery.codec import ErrorLaw, measured_law
 from biodedup.gallery.codes import BLOCK_ROWS, STEP, Codes, quantise
 from biodedup.gallery.part import PIECE_ROWS, Column, Int64
-from biodedup.search.kernel import SIGN_PROBES
+from biodedup.search.sign_kernel import WIDE
 from biodedup.values import Float32
 
 WORDS = 4
@@ -128,7 +128,7 @@ def aligned(words: int, rows: int) -> Words:
 
 def filled(signs: Words, limits: Words) -> tuple[Words, Words]:
     """Signs and limits, filled up to a multiple of the kernel's width with probes that nothing is near to."""
-    missing = -len(signs) % SIGN_PROBES
+    missing = -len(signs) % WIDE
     more = np.zeros((missing, signs.shape[1]), np.uint64)
     return np.ascontiguousarray(np.concatenate([signs, more])), np.concatenate([limits, np.zeros(missing, np.uint64)])
 

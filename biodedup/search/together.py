@@ -35,7 +35,7 @@ from biodedup.gallery.codes import BLOCK_ROWS, dequantise
 from biodedup.gallery.part import PIECE_ROWS, Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.calibration import Calibration
-from biodedup.search import kernel
+from biodedup.search import kernel, sign_kernel
 from biodedup.search.population import signs_of
 from biodedup.search.scan import Probes, Scanner
 from biodedup.search.signs import WORDS, Words, filled
@@ -264,7 +264,7 @@ class _Run:
         signs = np.ascontiguousarray(self.all_signs[:, : len(order)])
         # in how many signs a share of strangers differs from each probe
         members = np.linspace(0, one.count - 1, min(_SAMPLE, one.count)).astype(np.int64)
-        mean, sd = kernel.distances(self.all_planes, len(order), members, self.all_signs)
+        mean, sd = sign_kernel.distances(self.all_planes, len(order), members, self.all_signs)
         limits = np.floor(mean + norm.ppf((choice.first, choice.second)) * sd)
         self.filled = filled(signs, np.maximum(limits[:, 0], 0).astype(np.uint64))
         self.all_limits = np.maximum(limits[:, 1], 0).astype(np.uint64)
@@ -288,7 +288,7 @@ class _Run:
         which, cells = np.empty(room, np.int32), np.empty(room, np.int64)
         block = 0
         while block < blocks.stop - blocks.start:
-            number, block = kernel.scan_signs(
+            number, block = sign_kernel.scan(
                 planes,
                 self.live[blocks],
                 (max(first - low, 0), high - low),
@@ -298,7 +298,9 @@ class _Run:
                 (which, cells),
             )
             pairs = (which[:number], cells[:number])
-            kept = kernel.keep_near([plane[rows] for plane in self.all_planes], self.all_signs, self.all_limits, pairs)
+            kept = sign_kernel.keep_near(
+                [plane[rows] for plane in self.all_planes], self.all_signs, self.all_limits, pairs
+            )
             if kept:
                 self._estimate(which[:kept].copy(), cells[:kept] + low)
             with self._lock:
