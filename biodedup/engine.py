@@ -65,7 +65,6 @@ from biodedup.search.clusters import clusters_of
 from biodedup.search.gather import Gathering
 from biodedup.search.plan import SearchPlan, plan_of
 from biodedup.search.rescore import JOIN_ROWS, PROBES, Found, Searcher
-from biodedup.search.shard import release_signs
 from biodedup.values import (
     COLUMNS,
     Candidate,
@@ -465,19 +464,16 @@ class Engine:
             threshold_db, _ = self.config.policy.thresholds_db(len(self))
         snapshot = self._gallery.snapshot()
         live = snapshot.live_rows()
-        try:
-            for start in range(skip, len(live), JOIN_ROWS):
-                self._check_open()
-                rows = live[start : start + JOIN_ROWS].tolist()
-                found = self._searcher.pairs(snapshot, rows, threshold_db)
-                names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
-                links = [
-                    Link((names[2 * i], names[2 * i + 1]), pair.score_db, pair.extrapolated, pair.evidence)
-                    for i, (_, pair) in enumerate(found)
-                ]
-                yield JoinedTile(start + len(rows), len(live), tuple(links))
-        finally:
-            release_signs()
+        for start in range(skip, len(live), JOIN_ROWS):
+            self._check_open()
+            rows = live[start : start + JOIN_ROWS].tolist()
+            found = self._searcher.pairs(snapshot, rows, threshold_db)
+            names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
+            links = [
+                Link((names[2 * i], names[2 * i + 1]), pair.score_db, pair.extrapolated, pair.evidence)
+                for i, (_, pair) in enumerate(found)
+            ]
+            yield JoinedTile(start + len(rows), len(live), tuple(links))
 
     # undecided changes ------------------------------------------------------------------------------------------
 

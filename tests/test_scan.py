@@ -19,7 +19,8 @@ from biodedup.jobs.demo import mates_of
 from biodedup.search import kernel, population, shard, sign_kernel
 from biodedup.search.scan import Probes, Scanner
 from biodedup.search.shard import Answer, FanOut, Plan
-from biodedup.search.signs import Signs, aligned, filled
+from biodedup.search.sign_kernel import SignedProbes
+from biodedup.search.signs import Signs, filled, limits_of, paired, tables_of
 
 NOTHING = np.zeros(0, np.uint64)
 
@@ -300,7 +301,11 @@ def test_all_rows_from_a_similarity_on_are_found(scanner, fan_out):
         assert (np.diff(values) <= 0).all()
 
 
-def test_a_join_by_signs_finds_the_same_pairs(scanner, fan_out, monkeypatch):
+def told(found, least):
+    return {(i, row) for i, (rows, values) in enumerate(found) for row in rows[values >= least].tolist()}
+
+
+def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_out, monkeypatch):
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))
@@ -311,77 +316,134 @@ def test_a_join_by_signs_finds_the_same_pairs(scanner, fan_out, monkeypatch):
     by_signs = fan_out.reached(shards, probes, plan).found
     assert calls
     calls.clear()
-    plain = [
-        fan_out.reached(shards, probes[i : i + 300], replace(plan, at_least=plan.at_least[:300])).found
-        for i in (0, 300)
+    few = [
+        fan_out.reached(shards, probes[i : i + 10], replace(plan, at_least=plan.at_least[:10])).found
+        for i in range(0, 600, 10)
     ]
     assert not calls
-    ours = {(i, row) for i, (rows, values) in enumerate(by_signs) for row in rows[values >= 0.6].tolist()}
-    theirs = {(i, row) for i, (rows, values) in enumerate(sum(plain, ())) for row in rows[values >= 0.6].tolist()}
-    assert {(i, i) for i in range(200, 600)} <= ours
-    assert ours == theirs
+    assert {(i, i) for i in range(200, 600)} <= told(by_signs, 0.6)
+    assert told(by_signs, 0.6) == told(sum(few, ()), 0.6)
     fan_out.reached(shards, probes, replace(plan, at_least=np.full(600, 0.3, np.float32)))
     assert not calls  # too many strangers would pass
 
 
-def test_signs_differ_in_as_many_places_as_the_angle_says():
+@pytest.mark.parametrize("dimension", [96, 128])
+def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_out, monkeypatch, dimension):
+    vectors = unit(150_000, dimension)
+    shards = shards_of(vectors, scanner)
+    probes = np.concatenate([mates_of(vectors[:30], np.linspace(0.4, 0.9, 30)), unit(11, dimension, 5)])
+    calls = []
+    real = sign_kernel.scan
+    monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
+    monkeypatch.setattr(shard, "_SIGN_SHARE_MAX", 1.0)
+    found = fan_out.nearest(shards, probes, Plan("face", 2, len(vectors), 1e-3))
+    assert calls
+    rows, similarity = exact(probes, shards, 2)
+    assert np.isclose(found.similarity, similarity, atol=1e-5).mean() > 0.99
+    assert (found.rows[:30, 0] == rows[:30, 0]).all()
+
+
+def test_sums_of_tables_stand_for_dot_products_with_signs():
+    one, other = unit(400, 128, 1), unit(400, 128, 2)
     signs = Signs(unit(4_000, 128), 128)
-    one = unit(2_000, 128, 9)
-    for cosine in (0.2, 0.7):
-        differing = np.bitwise_count(signs.of(one) ^ signs.of(mates_of(one, np.full(2_000, cosine)))).sum(axis=1)
-        assert differing.mean() == pytest.approx(256 * np.arccos(cosine) / np.pi, abs=1)
+    exactly = np.einsum("ij,ij->i", one, signs.of(other)) / np.sqrt(128)
+    assert np.abs(signs.estimates(one, other) - exactly).max() < 0.04
+    assert (signs.estimates(one, other) - exactly).std() < 0.012
+    mean, sd = signs.strangers(one)
+    many = signs.of(unit(20_000, 128, 3))
+    seen = one[:20] @ many.T / np.float32(np.sqrt(128))
+    assert np.allclose(mean[:20], seen.mean(axis=1), atol=0.01)
+    assert np.allclose(sd[:20], seen.std(axis=1), rtol=0.06)
+    weights = [1.0, 0.3]
+    tables, steps, middles = tables_of([one, other], [32, 8], weights)
+    assert tables.shape == (400, 40, 16)
+    whole = tables.max(axis=2).astype(int).sum(axis=1)
+    assert whole.max() <= 255 and np.allclose(whole * steps, 2 * middles, rtol=0.05)
+    assert limits_of(middles * 2, steps, middles).min() == 255  # out of anybody's reach, and no wrap-around
 
 
-@pytest.mark.parametrize(("dimension", "scanned"), [(128, 128), (64, 64), (96, 96), (256, 256)])
-def test_the_signs_of_a_column_are_those_of_what_the_scan_sees(dimension, scanned):
-    signs = Signs(unit(4_000, dimension), scanned)
-    column = Column(unit(1_000, dimension), make_codec(dimension, []))
-    seen = 2 * coding.uppers(column.plane(0, 1_000)[0], np.arange(1_000)).astype(np.float32) - 15
-    assert np.array_equal(signs.of_column(column)[:, :1_000].T, signs.of(seen))
-    some = np.sort(np.random.default_rng(0).choice(1_000, 300, replace=False))
-    assert np.array_equal(signs.of_column(column, some)[:, :300].T, signs.of(seen[some]))
+def test_no_more_pairs_are_lost_to_signs_and_halves_together_than_the_risk():
+    signs = Signs(unit(4_000, 128), 128)
+    by_signs, by_halves = signs.laws
+    margin, measured = by_signs.margin(1e-3)
+    assert measured and by_halves.margin(1e-3) == (margin, True)
+    gallery = unit(50_000, 128, 8)
+    for similarity in (0.35, 0.6):
+        probes = mates_of(gallery, np.full(len(gallery), similarity), seed=9)
+        level = np.full(len(gallery), similarity, np.float32)
+        lost = signs.estimates(probes, gallery) < by_signs.cut(level, margin)
+        lost |= signs._by_halves(probes, gallery) < by_halves.cut(level, margin)
+        assert 0 < lost.sum() <= binom.ppf(0.999, len(gallery), 1e-3)
 
 
+SIGN_SCANS = {name: sign_kernel.make_scan(name) for name in {"plain", kernel.INSTRUCTIONS}}
+
+
+@pytest.mark.parametrize("instructions", ["plain", kernel.INSTRUCTIONS])
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 11), st.integers(1, 20), st.booleans(), st.data())
-def test_pairs_that_differ_in_few_signs_are_those_that_numpy_counts(count, words, probes, with_removed, data):
+@given(st.integers(1, 400), st.integers(1, 3), st.integers(1, 20), st.booleans(), st.booleans(), st.data())
+def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns, probes, mapped, summed, data):
     rng = np.random.default_rng(count)
-    rows = aligned(words, -(-count // 64) * 64)
-    rows[:, :count] = rng.integers(0, 1 << 64, (words, count), np.uint64)
-    signs = rng.integers(0, 1 << 64, (probes, words), np.uint64)
-    limits = rng.integers(28 * words, 34 * words, probes).astype(np.uint64)
+    scanned = [8 * data.draw(st.integers(1, 18)) for _ in range(columns)]
+    used = [data.draw(st.integers(0, some // 4)) for some in scanned]
+    if not sum(used):
+        used[0] = 1
+    cells = 2 * count if mapped else count
+    codes = [rng.integers(1, 256, (cells, some)).astype(np.uint8) for some in scanned]
+    planes = [np.concatenate(list(coding.planes([some], n))) for some, n in zip(codes, scanned, strict=True)]
+    norms = [rng.uniform(100, 600, 64 * len(plane)).astype(np.float32) for plane in planes]
+    members = np.stack([np.sort(rng.permutation(cells)[:count]) for _ in range(columns)]).astype(np.int32)
+    which = members if mapped else np.tile(np.arange(count), (columns, 1))
+    turned = [rng.standard_normal((probes, some), np.float32) for some in scanned]
+    asked = [rng.integers(-127, 128, (probes, some)).astype(np.int8) for some in scanned]
+    tables, steps, middles = tables_of(turned, used, [1.0] * columns)
+    limits = limits_of(rng.uniform(-1, 1, probes).astype(np.float32) * 2, steps, middles)
+    parameters = np.stack([rng.uniform(0, 0.02, (columns, probes)), rng.uniform(-50, 50, (columns, probes))], axis=2)
+    parameters = parameters.astype(np.float32)
+    evidence = rng.uniform(-30, 30, (columns, 201 if summed or columns > 1 else 0)).astype(np.float32)
+    cuts = rng.uniform(-5, 5, probes).astype(np.float32)
+    signed = SignedProbes(*filled(tables, limits), np.array(used), paired(asked), parameters, evidence)
     first, last = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
-    live = rng.random(rows.shape[1]) < 0.7
-    bits = np.packbits(live, bitorder="little").view(np.uint64) if with_removed else NOTHING
-    room = 64 * probes
-    found = (np.empty(room, np.int32), np.empty(room, np.int64))
-    ours, block = set(), 0
-    while block < rows.shape[1] // 64:
-        number, block = sign_kernel.scan(list(rows), bits, (first, last), block, *filled(signs, limits), probes, found)
-        ours |= set(zip(*(array[:number].tolist() for array in found), strict=True))
-    near = np.bitwise_count(signs[:, :, None] ^ rows[None]).sum(axis=1) <= limits[:, None]
-    near[:, :first] = near[:, last:] = False
-    if with_removed:
-        near &= live
-    assert ours == set(zip(*(array.tolist() for array in np.nonzero(near)), strict=True))
+    live = rng.random(-(-count // 64) * 64) < 0.7
+    bits = np.packbits(live, bitorder="little").view(np.uint64)
 
+    room = signed.room
+    found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32))
+    ours, block, passed = {}, 0, 0
+    arguments = (
+        np.array([plane.ctypes.data for plane in planes]),
+        np.array([one.ctypes.data for one in norms]),
+        np.array([plane.shape[1] for plane in planes]),
+        signed.used,
+        members if mapped else np.zeros((columns, 0), np.int32),
+    )
+    rest = (signed.tables, signed.limits, signed.codes, signed.parameters, signed.evidence, cuts)
+    while block < -(-last // 64):
+        number, block, some = SIGN_SCANS[instructions](*arguments, bits, first, last, block, *rest, *found)
+        passed += some
+        for p, row, value in zip(*(array[:number].tolist() for array in found), strict=True):
+            ours[p, row] = value
 
-@pytest.mark.parametrize("scanned", [8, 128, 200, 384])
-def test_pairs_checked_one_by_one_reach_the_cuts_that_the_scan_finds(scanned):
-    rng = np.random.default_rng(scanned)
-    codes = rng.integers(1, 256, (150, scanned)).astype(np.uint8)
-    plane = np.concatenate(list(coding.planes([codes], scanned)))
-    norms = rng.uniform(100, 600, 64 * len(plane)).astype(np.float32)
-    probes = rng.integers(-127, 128, (7, scanned)).astype(np.int8)
-    offsets, slopes = rng.uniform(-500, 500, 7).astype(np.float32), rng.uniform(-2, 2, 7).astype(np.float32)
-    which, cells = rng.integers(0, 7, 400).astype(np.int32), rng.integers(0, 150, 400)
-    dots = np.einsum("ij,ij->i", probes[which].astype(np.int64), (codes[cells] >> 4).astype(np.int64))
-    reached = dots.astype(np.float32) >= offsets[which] + slopes[which] * norms[cells]
-    wanted = list(zip(which[reached].tolist(), cells[reached].tolist(), dots[reached].tolist(), strict=True))
-    pairs = (which, cells, np.empty(400, np.int32))
-    number = kernel.keep_reaching(plane, norms, probes, offsets, slopes, pairs)
-    assert list(zip(*(array[:number].tolist() for array in pairs), strict=True)) == wanted
-    assert 0 < number < 400
+    sums = np.zeros((probes, count), np.int64)
+    totals = np.zeros((probes, count), np.float32)
+    begin = 0
+    for c in range(columns):
+        mine = codes[c][which[c]]
+        for t in range(used[c]):
+            entry = ((mine[:, 4 * t : 4 * t + 4] >= 128) * (1, 2, 4, 8)).sum(axis=1)
+            sums += tables[:, begin + t, entry]
+        begin += used[c]
+        dots = (asked[c].astype(np.int64) @ (mine >> 4).astype(np.int64).T).astype(np.float32)
+        value = parameters[c, :, :1] * (dots - parameters[c, :, 1:]) / norms[c][which[c]]
+        if evidence.shape[1]:
+            value = evidence[c][np.clip(np.rint((value + np.float32(1)) * np.float32(100)).astype(int), 0, 200)]
+        totals += value
+    reached = (sums >= limits[:, None]) & live[:count]
+    reached[:, :first] = reached[:, last:] = False
+    assert passed == reached.sum()
+    reached &= totals >= cuts[:, None]
+    assert set(ours) == set(zip(*(array.tolist() for array in np.nonzero(reached)), strict=True))
+    assert all(abs(totals[pair] - value) < 1e-4 for pair, value in ours.items())
 
 
 def test_a_shard_that_fails_makes_the_search_incomplete_and_the_others_answer(scanner, fan_out):

@@ -144,6 +144,10 @@ class Codec:
         return np.asarray(dequantise(codes, norms) @ self.rotation, np.float32)
 
 
+Estimate = Callable[[Float32, Float32], Float32]
+"""Of pairs, float32 (n, d) each -> float32 (n,)."""
+
+
 def make_codec(dimension: int, samples: Sequence[Float32]) -> Codec:
     """A codec for vectors of this dimension; samples: unit rows of the column, float32 (n, d), any number of them."""
     vectors = np.concatenate([np.zeros((0, dimension), np.float32), *samples])[:TRAINING_ROWS_MAX]
@@ -197,18 +201,23 @@ def _law(
 
 
 def measured_law(
-    estimate: Callable[[Float32, Float32], Float32],
-    vectors: Float32,
-    source: str,
-    rng: np.random.Generator,
-    pairs: int = _PAIRS,
+    estimate: Estimate, vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
 ) -> ErrorLaw:
     """Measures an estimate on pairs at given similarities: one vector of a sample, and itself mixed with another one.
 
-    estimate: of pairs, float32 (n, d) each -> float32 (n,). vectors: unit rows float32 (m, d).
+    vectors: unit rows float32 (m, d).
     """
-    means, sds, residuals = [], [], []
-    for level in _LEVELS:
+    return measured_laws((estimate,), vectors, source, rng, pairs)[0]
+
+
+def measured_laws(
+    several: Sequence[Estimate], vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
+) -> tuple[ErrorLaw, ...]:
+    """Of several estimates that a pair has to pass one after another: their margins are the same, and lose so many pairs in all."""
+    means = [[0.0] * len(_LEVELS) for _ in several]
+    sds = [[0.0] * len(_LEVELS) for _ in several]
+    residuals = []
+    for at, level in enumerate(_LEVELS):
         which = rng.integers(0, len(vectors), (2, pairs))
         one, other = vectors[which[0]].astype(np.float64), vectors[which[1]].astype(np.float64)
         other = other - np.einsum("ij,ij->i", one, other)[:, None] * one
@@ -217,14 +226,20 @@ def measured_law(
         mates = (level * one + sqrt(max(1 - level**2, 0)) * other).astype(np.float32)
         if len(mates) < 4:  # vectors of one number, or all the same
             mates = one = np.repeat(vectors[:1].astype(np.float64), 4, axis=0)
-        errors = estimate(one.astype(np.float32), mates) - np.einsum("ij,ij->i", one, mates) + level
-        fitted, checked = errors[::2], errors[1::2]
-        means.append(round(float(fitted.mean()), 5))
-        sds.append(round(float(max(fitted.std(), 1e-4)), 5))
-        residuals.append((checked - means[-1]) / sds[-1])
+        off = level - np.einsum("ij,ij->i", one, mates)
+        lowest = np.full(len(mates) // 2, np.inf)
+        for estimate, mean, sd in zip(several, means, sds, strict=True):
+            errors = estimate(one.astype(np.float32), mates) + off
+            mean[at] = round(float(errors[::2].mean()), 5)
+            sd[at] = round(float(max(errors[::2].std(), 1e-4)), 5)
+            lowest = np.minimum(lowest, (errors[1::2] - mean[at]) / sd[at])
+        residuals.append(lowest)
     together = np.sort(np.concatenate(residuals))
-    lowest = tuple(round(float(value), 3) for value in together[:_LOWEST])
-    return ErrorLaw(_LEVELS, tuple(means), tuple(sds), len(together), lowest, source)
+    lowest_of_all = tuple(round(float(value), 3) for value in together[:_LOWEST])
+    return tuple(
+        ErrorLaw(_LEVELS, tuple(mean), tuple(sd), len(together), lowest_of_all, source)
+        for mean, sd in zip(means, sds, strict=True)
+    )
 
 
 def estimates(rotation: Float32, scanned: int, probes: Float32, vectors: Float32) -> Float32:

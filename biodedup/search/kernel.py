@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from biodedup.values import Float32
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_LANES = 16  # rows whose sums share a vector of int32
 
 
 def _instructions() -> str:
@@ -40,46 +39,58 @@ INSTRUCTIONS = _instructions()
 """vnni, avx512, avx2 or plain: what this processor is asked for."""
 WIDE = 4
 """Probes in a tile: as many as leave registers for the rows; with six, two threads are no faster than one."""
+_PREFETCHED = 3
+"""Blocks beforehand for which memory is asked where few probes wait for it."""
 
 
-def _times(builder: Any, instructions: str, total: Any, rows: Any, probe: Any) -> Any:
-    """total <16 x i32> + the sum over four neighbours of rows <64 x u8> times probe <64 x i8>."""
-    module = builder.module
-    if instructions == "vnni":
-        vector = ir.VectorType(_I32, _LANES)
-        fused = cgutils.get_or_insert_function(
-            module, ir.FunctionType(vector, [vector] * 3), "llvm.x86.avx512.vpdpbusd.512"
+class _Arithmetic:
+    """How one kind of processor multiplies. lanes: rows in a vector; groups: vectors of rows in a wide tile; partial: the type of a sum
+    that grows by `steps_most` steps of four numbers, and then is widened to int32."""
+
+    def __init__(self, instructions: str) -> None:
+        self.lanes = 8 if instructions == "avx2" else 16
+        self.groups = 2 if instructions == "avx2" else 1 if instructions == "plain" else 4
+        self.octets, self.pairs, self.sums = (ir.VectorType(t, 32 * self.lanes // t.width) for t in (_I8, _I16, _I32))
+        # two products of 15 x 127 at most, eight times, stay within int16
+        self.partial, self.steps_most = (self.pairs, 8) if instructions in ("avx512", "avx2") else (self.sums, 1 << 30)
+        self._instructions = instructions
+
+    def grown(self, builder: Any, total: Any, rows: Any, probe: Any) -> Any:
+        """total, of type `partial`, + the products of rows <u8> times probe <i8>."""
+        if self._instructions == "vnni":
+            fused = self._function(builder, "avx512.vpdpbusd.512", self.sums, [self.sums] * 3)
+            return builder.call(fused, [total, builder.bitcast(rows, self.sums), builder.bitcast(probe, self.sums)])
+        if self.partial is self.pairs:
+            name = "avx512.pmaddubs.w.512" if self._instructions == "avx512" else "avx2.pmadd.ub.sw"
+            products = builder.call(self._function(builder, name, self.pairs, [self.octets] * 2), [rows, probe])
+            return builder.add(total, products)
+        wide = ir.VectorType(_I32, 4 * self.lanes)
+        products = builder.mul(builder.zext(rows, wide), builder.sext(probe, wide))
+        for part in range(4):
+            which = ir.Constant(self.sums, [4 * lane + part for lane in range(self.lanes)])
+            total = builder.add(total, builder.shuffle_vector(products, products, which))
+        return total
+
+    def widened(self, builder: Any, total: Any) -> Any:
+        """<i32>, a sum for each row."""
+        if self.partial is self.sums:
+            return total
+        name = "avx512.pmaddw.d.512" if self._instructions == "avx512" else "avx2.pmadd.wd"
+        ones = ir.Constant(self.pairs, [1] * self.pairs.count)
+        return builder.call(self._function(builder, name, self.sums, [self.pairs] * 2), [total, ones])
+
+    def halves(self, builder: Any, packed: Any) -> tuple[Any, Any]:
+        """The lower and the upper four bits of each byte, as bytes."""
+        words = builder.bitcast(packed, self.pairs)  # no processor shifts single bytes
+        shifted = builder.bitcast(
+            builder.lshr(words, splat(builder, ir.Constant(_I16, 4), self.pairs.count)), self.octets
         )
-        return builder.call(fused, [total, builder.bitcast(rows, vector), builder.bitcast(probe, vector)])
-    if instructions in ("avx512", "avx2"):
-        return _times_in_pairs(builder, instructions, total, rows, probe)
-    wide = ir.VectorType(_I32, 4 * _LANES)
-    products = builder.mul(builder.zext(rows, wide), builder.sext(probe, wide))
-    for part in range(4):
-        which = ir.Constant(ir.VectorType(_I32, _LANES), [4 * lane + part for lane in range(_LANES)])
-        total = builder.add(total, builder.shuffle_vector(products, products, which))
-    return total
+        low = splat(builder, ir.Constant(_I8, 15), self.octets.count)
+        return builder.and_(packed, low), builder.and_(shifted, low)
 
-
-def _times_in_pairs(builder: Any, instructions: str, total: Any, rows: Any, probe: Any) -> Any:
-    """As sums of two in int16, which four-bit rows cannot overflow (2 x 15 x 128), then sums of four in int32."""
-    bits = 512 if instructions == "avx512" else 256
-    names = ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512") if bits == 512 else ("avx2.pmadd.ub.sw", "avx2.pmadd.wd")
-    octets, pairs, sums = (ir.VectorType(t, bits // t.width) for t in (_I8, _I16, _I32))
-    first, second = (
-        cgutils.get_or_insert_function(builder.module, ir.FunctionType(out, [given] * 2), f"llvm.x86.{name}")
-        for name, given, out in zip(names, (octets, pairs), (pairs, sums), strict=True)
-    )
-    ones = ir.Constant(pairs, [1] * (bits // 16))
-    parts = []
-    for low in range(0, 512, bits):
-        which = ir.Constant(ir.VectorType(_I32, bits // 8), list(range(low // 8, (low + bits) // 8)))
-        some, mine = (builder.shuffle_vector(v, v, which) for v in (rows, probe))
-        parts.append(builder.call(second, [builder.call(first, [some, mine]), ones]))
-    if len(parts) == 1:
-        return builder.add(total, parts[0])
-    together = ir.Constant(ir.VectorType(_I32, _LANES), list(range(_LANES)))
-    return builder.add(total, builder.shuffle_vector(parts[0], parts[1], together))
+    @staticmethod
+    def _function(builder: Any, name: str, gives: Any, takes: list[Any]) -> Any:
+        return cgutils.get_or_insert_function(builder.module, ir.FunctionType(gives, takes), f"llvm.x86.{name}")
 
 
 def splat(builder: Any, value: Any, count: int) -> Any:
@@ -90,30 +101,34 @@ def splat(builder: Any, value: Any, count: int) -> Any:
 
 
 def make_tile(probes_wide: int, instructions: str = INSTRUCTIONS) -> Any:
-    """An intrinsic for numba, tile(rows, probes, stride, steps, norms, offsets, slopes, masks), all integers or addresses:
+    """An intrinsic for numba, tile(rows, probes, stride, halves, norms, offsets, slopes, masks), all integers or addresses:
 
-    rows: uint8 *, (steps, 64, 4); probes: int8 *, (probes_wide, stride); norms: float32 *, (64,); offsets, slopes: float32 *,
-    (probes_wide,); masks: uint64 *, (probes_wide,): bit r is set where dot >= offset + slope * norm of row r.
+    rows: uint8 *, (halves, 64, 4), as they lie in a plane; probes: int8 *, (probes_wide, stride); norms: float32 *, (64,);
+    offsets, slopes: float32 *, (probes_wide,); masks: uint64 *, (probes_wide,): bit r is set where dot >= offset + slope * norm
+    of row r.
     """
-    groups = 4 if instructions in ("vnni", "avx512") else 1  # of 16 rows, whose sums have registers at the same time
+    arithmetic = _Arithmetic(instructions)
+    vectors = 64 // arithmetic.lanes
+    together = arithmetic.groups if probes_wide > 1 else vectors
 
     @intrinsic
     def tile(
-        _: Any, rows: Any, probes: Any, stride: Any, steps: Any, norms: Any, offsets: Any, slopes: Any, masks: Any
+        _: Any, rows: Any, probes: Any, stride: Any, halves: Any, norms: Any, offsets: Any, slopes: Any, masks: Any
     ) -> Any:
         signature = types.void(*[types.intp] * 8)
 
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            stride, steps = args[2:4]
+            stride, halves = args[2:4]
             rows, probes, norms, offsets, slopes, masks = (
                 builder.inttoptr(args[at], ir.PointerType(kind))
                 for at, kind in ((0, _I8), (1, _I8), (4, _F32), (5, _F32), (6, _F32), (7, _I64))
             )
             bits: list[Any] = [ir.Constant(_I64, 0)] * probes_wide
-            for first in range(0, 4, groups):
-                span = range(first, first + groups)
-                totals = _totals(builder, instructions, probes_wide, span, rows, probes, stride, steps)
-                _compare(builder, totals, span, norms, offsets, slopes, bits)
+            for first in range(0, vectors, together):
+                span = range(first, first + together)
+                loop = _Loop(builder, arithmetic, probes_wide, span)
+                totals = loop.totals(rows, probes, stride, halves)
+                _compare(builder, arithmetic.lanes, totals, span, norms, offsets, slopes, bits)
             for p, mask in enumerate(bits):
                 builder.store(mask, builder.gep(masks, [ir.Constant(_I64, p)]))
             return context.get_dummy_value()
@@ -123,53 +138,97 @@ def make_tile(probes_wide: int, instructions: str = INSTRUCTIONS) -> Any:
     return tile
 
 
-def _totals(
-    builder: Any, instructions: str, wide: int, span: range, rows: Any, probes: Any, stride: Any, steps: Any
-) -> list[list[Any]]:
-    """The loop over steps. Returns <16 x i32> for each probe and group of rows."""
-    sums = ir.VectorType(_I32, _LANES)
-    octets = ir.VectorType(_I8, 4 * _LANES)
-    fours = builder.bitcast(rows, octets.as_pointer())
-    quads = [
-        builder.bitcast(builder.gep(probes, [builder.mul(stride, ir.Constant(_I64, p))]), _I32.as_pointer())
-        for p in range(wide)
-    ]
-    before = builder.block
-    loop, after = builder.append_basic_block("steps"), builder.append_basic_block("compare")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    step = builder.phi(_I64)
-    totals = [[builder.phi(sums) for _ in span] for _ in range(wide)]
-    loaded = []
-    for group in span:
-        at = builder.add(builder.mul(step, ir.Constant(_I64, 4)), ir.Constant(_I64, group))
-        some = builder.load(builder.gep(fours, [at]))
-        some.align = 64
-        loaded.append(some)
-    grown = []
-    for p in range(wide):
-        quad = builder.load(builder.gep(quads[p], [step]))
-        quad.align = 4
-        probe = builder.bitcast(splat(builder, quad, _LANES), octets)
-        grown.append(
-            [_times(builder, instructions, total, some, probe) for total, some in zip(totals[p], loaded, strict=True)]
-        )
-    following = builder.add(step, ir.Constant(_I64, 1))
-    step.add_incoming(ir.Constant(_I64, 0), before)
-    step.add_incoming(following, loop)
-    for row, new_row in zip(totals, grown, strict=True):
-        for total, new in zip(row, new_row, strict=True):
-            total.add_incoming(ir.Constant(sums, [0] * _LANES), before)
-            total.add_incoming(new, loop)
-    builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
-    builder.position_at_end(after)
-    return grown
+class _Loop:
+    """The loop over a row's numbers, for some probes and vectors of rows."""
+
+    def __init__(self, builder: Any, arithmetic: _Arithmetic, probes_wide: int, span: range) -> None:
+        self._builder, self._arithmetic, self._span, self._wide = builder, arithmetic, span, probes_wide
+
+    def totals(self, rows: Any, probes: Any, stride: Any, halves: Any) -> list[list[Any]]:
+        """int32 sums for each probe and vector of rows."""
+        builder, arithmetic = self._builder, self._arithmetic
+        rows = builder.bitcast(rows, arithmetic.octets.as_pointer())
+        quads = [
+            builder.bitcast(builder.gep(probes, [builder.mul(stride, ir.Constant(_I64, p))]), _I32.as_pointer())
+            for p in range(self._wide)
+        ]
+        before = builder.block
+        outer, inner, widen, after = (builder.append_basic_block(n) for n in ("some", "half", "widen", "compare"))
+        builder.branch(outer)
+        builder.position_at_end(outer)
+        start = builder.phi(_I64)
+        totals = self._phis(arithmetic.sums)
+        end = builder.add(start, ir.Constant(_I64, arithmetic.steps_most // 2))
+        end = builder.select(builder.icmp_signed("<", end, halves), end, halves)
+        builder.branch(inner)
+
+        builder.position_at_end(inner)
+        half = builder.phi(_I64)
+        partial = self._phis(arithmetic.partial)
+        grown = self._grown(partial, rows, quads, half)
+        following = builder.add(half, ir.Constant(_I64, 1))
+        half.add_incoming(start, outer)
+        half.add_incoming(following, inner)
+        self._feed(partial, [[ir.Constant(arithmetic.partial, None)] * len(self._span)] * self._wide, outer)
+        self._feed(partial, grown, inner)
+        builder.cbranch(builder.icmp_signed("<", following, end), inner, widen)
+
+        builder.position_at_end(widen)
+        ended = [
+            [builder.add(total, arithmetic.widened(builder, some)) for total, some in zip(*both, strict=True)]
+            for both in zip(totals, grown, strict=True)
+        ]
+        start.add_incoming(ir.Constant(_I64, 0), before)
+        start.add_incoming(end, widen)
+        self._feed(totals, [[ir.Constant(arithmetic.sums, None)] * len(self._span)] * self._wide, before)
+        self._feed(totals, ended, widen)
+        builder.cbranch(builder.icmp_signed("<", end, halves), outer, after)
+        builder.position_at_end(after)
+        return ended
+
+    def _phis(self, kind: Any) -> list[list[Any]]:
+        return [[self._builder.phi(kind) for _ in self._span] for _ in range(self._wide)]
+
+    @staticmethod
+    def _feed(phis: list[list[Any]], values: list[list[Any]], block: Any) -> None:
+        for some, given in zip(phis, values, strict=True):
+            for phi, value in zip(some, given, strict=True):
+                phi.add_incoming(value, block)
+
+    def _grown(self, totals: list[list[Any]], rows: Any, quads: list[Any], half: Any) -> list[list[Any]]:
+        """With the two steps of one half of the plane added."""
+        builder, arithmetic = self._builder, self._arithmetic
+        vectors = 64 // arithmetic.lanes
+        both: list[list[Any]] = [[], []]
+        for group in self._span:
+            at = builder.add(builder.mul(half, ir.Constant(_I64, vectors)), ir.Constant(_I64, group))
+            packed = builder.load(builder.gep(rows, [at]))
+            packed.align = 1
+            for step, some in enumerate(arithmetic.halves(builder, packed)):
+                both[step].append(some)
+        for step in range(2):
+            following = []
+            for p, row in enumerate(totals):
+                at = builder.add(builder.mul(half, ir.Constant(_I64, 2)), ir.Constant(_I64, step))
+                quad = builder.load(builder.gep(quads[p], [at]))
+                quad.align = 4
+                probe = builder.bitcast(splat(builder, quad, arithmetic.lanes), arithmetic.octets)
+                following.append([arithmetic.grown(builder, t, r, probe) for t, r in zip(row, both[step], strict=True)])
+            totals = following
+        return totals
 
 
 def _compare(
-    builder: Any, totals: list[list[Any]], span: range, norms: Any, offsets: Any, slopes: Any, bits: list[Any]
+    builder: Any,
+    lanes: int,
+    totals: list[list[Any]],
+    span: range,
+    norms: Any,
+    offsets: Any,
+    slopes: Any,
+    bits: list[Any],
 ) -> None:
-    floats = ir.VectorType(_F32, _LANES)
+    floats = ir.VectorType(_F32, lanes)
     lengths = builder.bitcast(norms, floats.as_pointer())
     known = []
     for group in span:
@@ -178,18 +237,14 @@ def _compare(
         known.append(length)
     for p, row in enumerate(totals):
         offset, slope = (
-            splat(builder, builder.load(builder.gep(values, [ir.Constant(_I64, p)])), _LANES)
+            splat(builder, builder.load(builder.gep(values, [ir.Constant(_I64, p)])), lanes)
             for values in (offsets, slopes)
         )
         for group, length, total in zip(span, known, row, strict=True):
             least = builder.fadd(offset, builder.fmul(slope, length))
             passed = builder.fcmp_ordered(">=", builder.sitofp(total, floats), least)
-            mask = builder.zext(builder.bitcast(passed, _I16), _I64)
-            bits[p] = builder.or_(bits[p], builder.shl(mask, ir.Constant(_I64, _LANES * group)))
-
-
-AHEAD = 24
-"""Pairs whose memory is asked for beforehand."""
+            mask = builder.zext(builder.bitcast(passed, ir.IntType(lanes)), _I64)
+            bits[p] = builder.or_(bits[p], builder.shl(mask, ir.Constant(_I64, lanes * group)))
 
 
 def _prefetch_of(_: Any, address: Any) -> Any:
@@ -209,104 +264,57 @@ def _prefetch_of(_: Any, address: Any) -> Any:
 prefetch: Any = intrinsic(_prefetch_of)
 
 
-_CHUNK = 16  # halves of a row that fit a vector
+def make_row_dot(instructions: str = INSTRUCTIONS) -> Any:
+    """An intrinsic for numba, row_dot(row, probe, octets) -> int64: the dot product of one row with one probe.
 
+    row: uint8 *, (octets,), two numbers a byte; probe: int8 *, (2, octets): what lower halves of bytes are multiplied with, then
+    what upper ones are. octets: a multiple of 64, filled up with 0.
+    """
+    arithmetic = _Arithmetic(instructions)
 
-def _chunk_dot_of(_: Any, rows: Any, probe: Any) -> Any:
-    """An intrinsic for numba, all addresses: the dot product of one row's next 16 x 8 numbers, four bytes of every 256 from rows on,
-    and int8 * probe."""
+    @intrinsic
+    def row_dot(_: Any, row: Any, probe: Any, octets: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            kind = arithmetic.octets.as_pointer()
+            row, probe = (builder.inttoptr(args[at], kind) for at in (0, 1))
+            steps = builder.udiv(args[2], ir.Constant(_I64, 4 * arithmetic.lanes))
+            before = builder.block
+            loop, after = builder.append_basic_block("some"), builder.append_basic_block("sum")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            step, total = builder.phi(_I64), builder.phi(arithmetic.sums)
+            packed = builder.load(builder.gep(row, [step]))
+            packed.align = 1
+            partial: Any = ir.Constant(arithmetic.partial, None)
+            for half, at in zip(arithmetic.halves(builder, packed), (step, builder.add(step, steps)), strict=True):
+                mine = builder.load(builder.gep(probe, [at]))
+                mine.align = 1
+                partial = arithmetic.grown(builder, partial, half, mine)
+            grown = builder.add(total, arithmetic.widened(builder, partial))
+            following = builder.add(step, ir.Constant(_I64, 1))
+            step.add_incoming(ir.Constant(_I64, 0), before)
+            step.add_incoming(following, loop)
+            total.add_incoming(ir.Constant(arithmetic.sums, None), before)
+            total.add_incoming(grown, loop)
+            builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
+            builder.position_at_end(after)
+            name = f"llvm.vector.reduce.add.v{arithmetic.lanes}i32"
+            added = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, [arithmetic.sums]), name)
+            return builder.sext(builder.call(added, [grown]), _I64)
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        quads = ir.VectorType(_I32, _CHUNK)
-        octets = ir.VectorType(_I8, 4 * _CHUNK)
-        row: Any = ir.Constant(quads, ir.Undefined)
-        for h in range(_CHUNK):
-            at = builder.inttoptr(builder.add(args[0], ir.Constant(_I64, 256 * h)), ir.PointerType(_I32))
-            row = builder.insert_element(row, builder.load(at), ir.Constant(_I32, h))
-        both = builder.load(builder.inttoptr(args[1], ir.VectorType(_I32, 2 * _CHUNK).as_pointer()))
-        both.align = 4
-        total = ir.Constant(quads, [0] * _CHUNK)
-        for upper, shift in ((0, 0), (1, 4)):
-            places = ir.Constant(quads, [2 * h + upper for h in range(_CHUNK)])
-            probe = builder.bitcast(builder.shuffle_vector(both, both, places), octets)
-            bits = builder.lshr(row, ir.Constant(quads, [shift] * _CHUNK))
-            halves = builder.and_(bits, ir.Constant(quads, [0x0F0F0F0F] * _CHUNK))
-            total = _times(builder, INSTRUCTIONS, total, builder.bitcast(halves, octets), probe)
-        added = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_I32, [quads]), "llvm.vector.reduce.add.v16i32"
-        )
-        return builder.sext(builder.call(added, [total]), _I64)
+        return types.int64(types.intp, types.intp, types.intp), generate
 
-    return types.int64(types.intp, types.intp), generate
-
-
-_chunk_dot: Any = intrinsic(_chunk_dot_of)
+    return row_dot
 
 
 @numba.njit(nogil=True, cache=True)
-def _dot(plane: Any, cell: Any, probes: Any, p: Any) -> int:
-    halves = plane.shape[1]
-    block, lane = cell // 64, cell % 64 * 4
-    at_rows = plane.ctypes.data + 256 * halves * block + lane
-    at_probe = probes.ctypes.data + probes.shape[1] * p
-    total = 0
-    whole = halves // _CHUNK * _CHUNK
-    for h in range(0, whole, _CHUNK):
-        total += _chunk_dot(at_rows + 256 * h, at_probe + 8 * h)
-    for h in range(whole, halves):
+def _dot(plane: Any, cell: int, probes: Any, p: int) -> int:
+    block, lane, total = cell // 64, cell % 64 * 4, 0
+    for h in range(plane.shape[1]):
         for t in range(4):
             pair = plane[block, h, lane + t]
-            total += int(pair & 15) * int(probes[p, 8 * h + t])
-            total += int(pair >> 4) * int(probes[p, 8 * h + 4 + t])
+            total += int(pair & 15) * int(probes[p, 8 * h + t]) + int(pair >> 4) * int(probes[p, 8 * h + 4 + t])
     return total
-
-
-@numba.njit(nogil=True, cache=True)
-def _dots(plane: Any, which: Any, cells: Any, probes: Any, found: Any) -> None:
-    halves = plane.shape[1]
-    for i in range(which.shape[0]):
-        if i + AHEAD < which.shape[0]:
-            ahead = cells[i + AHEAD]
-            at = plane.ctypes.data + 256 * halves * (ahead // 64) + ahead % 64 * 4
-            for h in range(halves):
-                prefetch(at + 256 * h)
-        found[i] = _dot(plane, cells[i], probes, which[i])
-
-
-def dots(
-    plane: NDArray[np.uint8], which: NDArray[np.int32], cells: NDArray[np.int64], probes: NDArray[np.int8]
-) -> NDArray[np.int32]:
-    """The dot products that `scan` compares, of some pairs: int32 (n,)."""
-    found = np.empty(len(which), np.int32)
-    _dots(plane, which, cells, probes, found)
-    return found
-
-
-@numba.njit(nogil=True, cache=True)
-def _keep_reaching(
-    plane: Any, norms: Any, which: Any, cells: Any, probes: Any, offsets: Any, slopes: Any, found: Any
-) -> int:
-    kept = 0
-    for i in range(which.shape[0]):
-        p, cell = which[i], cells[i]
-        total = _dot(plane, cell, probes, p)
-        if total >= offsets[p] + slopes[p] * norms[cell]:
-            which[kept], cells[kept], found[kept] = p, cell, total
-            kept += 1
-    return kept
-
-
-def keep_reaching(
-    plane: NDArray[np.uint8],
-    norms: Float32,
-    probes: NDArray[np.int8],
-    offsets: Float32,
-    slopes: Float32,
-    pairs: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]],
-) -> int:
-    """Of some pairs (probe, cell, room for the dot product), those that `scan` would find: moved to the front. Returns how many."""
-    which, cells, found = pairs
-    return int(_keep_reaching(plane, norms, which, cells, probes, offsets, slopes, found))
 
 
 def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
@@ -327,17 +335,16 @@ def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
         cells: Any,
         dots: Any,
     ) -> tuple[int, int]:
-        width = plane.shape[2]
-        halves = plane.shape[1]
-        steps = 2 * halves
-        stride = probes.shape[1]
-        count = probes.shape[0]
-        space = np.empty(steps * width + 64, np.uint8)
-        base = -space.ctypes.data % 64
-        rows = space[base : base + steps * width]
+        halves, width = plane.shape[1:]
+        count, stride = probes.shape
+        missing = -count % WIDE
+        mine = np.concatenate((probes, np.zeros((missing, stride), np.int8)))
+        my_offsets = np.concatenate((offsets, np.zeros(missing, np.float32)))
+        my_slopes = np.concatenate((slopes, np.zeros(missing, np.float32)))
+        wide = 1 if count == 1 else WIDE
         masks = np.empty(32, np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
-        at_rows, at_probes, at_norms = rows.ctypes.data, probes.ctypes.data, norms.ctypes.data
-        at_offsets, at_slopes, at_masks = offsets.ctypes.data, slopes.ctypes.data, masks.ctypes.data
+        at_probes, at_norms, at_masks = mine.ctypes.data, norms.ctypes.data, masks.ctypes.data
+        at_offsets, at_slopes = my_offsets.ctypes.data, my_slopes.ctypes.data
         found = 0
         while block < plane.shape[0]:
             if found + 64 * count > which.size:
@@ -346,49 +353,26 @@ def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
             if alive == 0:
                 block += 1
                 continue
-            for h in range(halves):
-                for j in range(width):
-                    pair = plane[block, h, j]
-                    rows[2 * h * width + j] = pair & 15
-                    rows[(2 * h + 1) * width + j] = pair >> 4
-            p = 0
-            while p < count:
-                wide = WIDE if count - p >= WIDE else 1
+            at_plane = plane.ctypes.data + halves * width * block
+            if block + _PREFETCHED < plane.shape[0]:
+                for line in range(halves * width // 64):
+                    prefetch(at_plane + halves * width * _PREFETCHED + 64 * line)
+            for p in range(0, count, wide):
+                at_probe, at_offset, at_slope = at_probes + p * stride, at_offsets + 4 * p, at_slopes + 4 * p
+                at_norm = at_norms + 256 * block
                 if wide > 1:
-                    tile_wide(
-                        at_rows,
-                        at_probes + p * stride,
-                        stride,
-                        steps,
-                        at_norms + 256 * block,
-                        at_offsets + 4 * p,
-                        at_slopes + 4 * p,
-                        at_masks,
-                    )
+                    tile_wide(at_plane, at_probe, stride, halves, at_norm, at_offset, at_slope, at_masks)
                 else:
-                    tile_one(
-                        at_rows,
-                        at_probes + p * stride,
-                        stride,
-                        steps,
-                        at_norms + 256 * block,
-                        at_offsets + 4 * p,
-                        at_slopes + 4 * p,
-                        at_masks,
-                    )
-                for i in range(wide):
+                    tile_one(at_plane, at_probe, stride, halves, at_norm, at_offset, at_slope, at_masks)
+                for i in range(min(wide, count - p)):
                     mask = masks[i] & alive
                     if mask:
                         for r in range(64):
                             cell = 64 * block + r
                             if (mask >> np.uint64(r)) & np.uint64(1) and first <= cell < last:
-                                dot = 0
-                                for s in range(steps):
-                                    for t in range(4):
-                                        dot += int(rows[s * width + 4 * r + t]) * int(probes[p + i, 4 * s + t])
-                                which[found], cells[found], dots[found] = p + i, cell, dot
+                                which[found], cells[found] = p + i, cell
+                                dots[found] = _dot(plane, cell, probes, p + i)
                                 found += 1
-                p += wide
             block += 1
         return found, block
 

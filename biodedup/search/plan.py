@@ -11,6 +11,7 @@ from math import prod
 from biodedup.gallery.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.shard import by_codec, shares
+from biodedup.search.signs import GROUP
 from biodedup.search.together import Choice, TogetherPlan, classes_of, covered
 from biodedup.values import COLUMNS
 
@@ -53,12 +54,11 @@ class SearchPlan:
 
     def _together(self, rows: int, choice: Choice) -> str:
         names = " + ".join(choice.columns)
-        words = " + ".join(f"{64 * n}" for n in choice.words)
+        signs = " + ".join(f"{4 * GROUP * n}" for n in choice.groups)
         single = ", ".join(f"{missed:.2g}" for missed in choice.single)
         return (
-            f"{names}: {rows:,} rows that have all of them are searched in all at once, for {choice.cost:.0%} of what a scan of "
-            f"one column's codes takes: {words} signs pass {choice.first:g} of the rows, all signs {choice.second:g}, whose codes "
-            f"are compared; of mates that reach the review threshold, {choice.missed} of {choice.drawn:,} drawn from the columns' "
+            f"{names}: {rows:,} rows that have all of them are searched in all at once, for {choice.cost:.0%} of what a search of "
+            f"one column takes: {signs} signs let {choice.share:g} of the rows pass, whose upper halves are compared; of mates that reach the review threshold, {choice.missed} of {choice.drawn:,} drawn from the columns' "
             f"calibrations were lost, so that one is missed with a probability below {choice.miss_bound:.2g} (asked for: "
             f"{self.miss_risk:g}), 95 % confidence, where captures go together with a correlation of {choice.correlation:g}. Of all "
             f"mates {choice.joint:.2g} are lost; each column's signs alone would lose {single}, whose product is "

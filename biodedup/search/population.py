@@ -71,7 +71,6 @@ _signs: WeakKeyDictionary[Column, Signs] = WeakKeyDictionary()
 
 
 def signs_of(column: Column) -> Signs:
-    """The hyperplanes are those of every column with as many numbers; the law is this column's own."""
     assert column.codec is not None, "signs are of turned vectors"
     if column not in _signs:
         _signs[column] = Signs(population_of(column).sample, column.codec.scanned)

@@ -125,12 +125,16 @@ class Searcher:
         tail = snapshot.parts[-1].first_row
         in_tail = rows[-1] >= tail
         scope = _Scope(snapshot, 0 if in_tail else rows[0], None)
-        plan = replace(scope.plan("face", 0, self._config.miss_risk), at_least=least, end_row=None if in_tail else tail)
-        reached = self._fan_out.reached(self._shards(snapshot), faces, plan)
-        if reached.failures:
-            raise GalleryDamaged(f"a join that cannot see everybody is no join: {reached.failures[0]}")
+        plan = replace(scope.plan("face", 0, self._config.miss_risk), end_row=None if in_tail else tail)
+        near: list[tuple[NDArray[np.int64], Float32]] = []
+        for low in range(0, len(rows), PROBES):
+            some = slice(low, low + PROBES)
+            reached = self._fan_out.reached(self._shards(snapshot), faces[some], replace(plan, at_least=least[some]))
+            if reached.failures:
+                raise GalleryDamaged(f"a join that cannot see everybody is no join: {reached.failures[0]}")
+            near += reached.found
         source, found = SnapshotRows(snapshot), []
-        for row, face, (others, _) in zip(rows, faces, reached.found, strict=True):
+        for row, face, (others, _) in zip(rows, faces, near, strict=True):
             behind = others[(others > row) & (others < tail) if row < tail else (others < tail) | (others > row)]
             if len(behind):
                 compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, behind.tolist())

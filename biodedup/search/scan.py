@@ -27,7 +27,7 @@ from biodedup.gallery.codec import Codec
 from biodedup.gallery.codes import BLOCK_ROWS, turned
 from biodedup.gallery.part import Column
 from biodedup.search import kernel, sign_kernel
-from biodedup.search.signs import Words
+from biodedup.search.sign_kernel import SignedProbes
 from biodedup.values import Float32
 
 _READERS = 8
@@ -89,18 +89,14 @@ class Probes:
         return np.asarray(16 * self.scales[which] * (dots - self.middle[which]) / norms, np.float32)
 
     @property
+    def parameters(self) -> Float32:
+        """A similarity as the scan knows it is the first times (dot product - the second) over the row's norm, float32 (q, 2)."""
+        return np.stack([16 * self.scales, self.middle], axis=1).astype(np.float32)
+
+    @property
     def rounding(self) -> Float32:
         """By how much a similarity can differ for the rounding of the probe, at most, float32 (q,)."""
         return np.asarray(0.5 * self.scales * np.sqrt(self.codec.scanned), np.float32)
-
-
-@dataclass(frozen=True)
-class SignedProbes:
-    """What `sign_kernel.scan` takes. rows: of each column of a search; probes, limits: filled up to the kernel's width."""
-
-    rows: Sequence[Words]
-    probes: NDArray[np.uint64]
-    limits: NDArray[np.uint64]
 
 
 @dataclass
@@ -166,7 +162,7 @@ class Scanner:
     ) -> Hits:
         """Every cell of some columns whose estimate reaches the probe's cut; bounded: whose similarity may, whatever its lower
         half. most: of each probe, about; beyond it the cut rises. signs: rule most cells out beforehand."""
-        collected = _Collected(cuts, most)
+        collected = Collected(cuts, most)
         count = len(probes.codes)
         offsets = (probes.middle - probes.slack if bounded else probes.middle).astype(np.float32)
         scales = 16 * probes.scales
@@ -176,28 +172,23 @@ class Scanner:
             plane, norms = unit.column.plane(unit.first, unit.last)
             live = unit.live[base : base + len(plane)]
             span = (unit.first - base * BLOCK_ROWS, unit.last - base * BLOCK_ROWS)
-            room = max(_ROOM, 4 * BLOCK_ROWS * count)  # a block that might not find room ends the call
-            found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.int32))
-            mine = (
-                []
-                if signs is None
-                else [word[64 * base : 64 * (base + len(plane))] for word in signs.rows[unit.number]]
-            )
+            room = max(_ROOM, 4 * BLOCK_ROWS * count, 0 if signs is None else 2 * signs.room)
+            which, cells, estimates = np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32)
+            dots = np.empty(room if signs is None else 0, np.int32)
             block = 0
             while block < len(plane):
-                slopes = (collected.cuts / scales).astype(np.float32)
                 if signs is None:
+                    slopes = (collected.cuts / scales).astype(np.float32)
+                    found = (which, cells, dots)
                     number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
+                    values = probes.estimates(which[:number], dots[:number], norms[cells[:number]])
                 else:
-                    number, block = sign_kernel.scan(
-                        mine, live, span, block, signs.probes, signs.limits, count, found[:2]
+                    number, block, _ = sign_kernel.scan(
+                        [(plane, norms)], None, live, span, block, signs, collected.cuts, (which, cells, estimates)
                     )
-                    pairs = (found[0][:number], found[1][:number], found[2][:number])
-                    number = kernel.keep_reaching(plane, norms, probes.codes, offsets, slopes, pairs)
-                which, cells, dots = found[0][:number], found[1][:number], found[2][:number]
-                if len(which):
-                    estimates = probes.estimates(which, dots, norms[cells])
-                    collected.add(which.copy(), unit.number, cells + base * BLOCK_ROWS, estimates)
+                    values = estimates[:number].copy()
+                if number:
+                    collected.add(which[:number].copy(), unit.number, cells[:number] + base * BLOCK_ROWS, values)
 
         for _ in self._pool.map(scan, units_of(whole, count, self.threads)):
             pass
@@ -221,12 +212,13 @@ class Scanner:
         self._readers.shutdown()
 
 
-class _Collected:
-    """Hits from all threads. A probe that has too many keeps its best, and its cut rises to the worst of them."""
+class Collected:
+    """Hits from all threads. A probe that has too many keeps its best, and its cut rises to the worst of them, but never above the
+    floor, from which on all are kept."""
 
-    def __init__(self, cuts: Float32, most: int) -> None:
+    def __init__(self, cuts: Float32, most: int, floor: float = np.inf) -> None:
         self.cuts = cuts.astype(np.float32)
-        self._most = most
+        self._most, self._floor = most, np.float32(floor)
         self._counts = np.zeros(len(cuts), np.int64)
         self._pieces: list[tuple[NDArray[np.int32], NDArray[np.int32], Int64, Float32]] = []
         self._lock = threading.Lock()
@@ -234,7 +226,8 @@ class _Collected:
     def add(self, which: NDArray[np.int32], number: int, cells: Int64, estimates: Float32) -> None:
         with self._lock:
             self._pieces.append((which, np.full(len(which), number, np.int32), cells, estimates))
-            self._counts += np.bincount(which, minlength=len(self._counts))
+            counted = which if np.isposinf(self._floor) else which[estimates < self._floor]
+            self._counts += np.bincount(counted, minlength=len(self._counts))
             if self._counts.max() > 2 * self._most:
                 self._thin()
 
@@ -244,10 +237,12 @@ class _Collected:
         starts = np.searchsorted(which[order], np.arange(len(self.cuts)))
         rank = np.arange(len(order)) - starts[which[order]]
         last = order[rank == self._most - 1]
-        self.cuts[which[last]] = np.maximum(self.cuts[which[last]], estimates[last])
-        kept = order[rank < self._most]
+        worst = np.minimum(estimates[last], self._floor)
+        self.cuts[which[last]] = np.maximum(self.cuts[which[last]], worst)
+        kept = order[(rank < self._most) | (estimates[order] >= self._floor)]
         self._pieces = [(which[kept], number[kept], cells[kept], estimates[kept])]
-        self._counts = np.bincount(which[kept], minlength=len(self.cuts))
+        below = which[kept][estimates[kept] < self._floor]
+        self._counts = np.bincount(below, minlength=len(self.cuts))
 
     def _joined(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Int64, Float32]:
         nothing = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))

@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,16 +30,16 @@ from biodedup.gallery.codes import dequantise
 from biodedup.gallery.part import PIECE_ROWS, Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search import together
-from biodedup.search.population import Population, population_of, signs_of
-from biodedup.search.scan import Hits, Int64, Probes, Scanner, SignedProbes, Tile, Unit
-from biodedup.search.signs import BITS, filled
+from biodedup.search.population import population_of, signs_of
+from biodedup.search.scan import Hits, Int64, Probes, Scanner, Tile, Unit
 from biodedup.search.together import Together, TogetherPlan
 from biodedup.values import COLUMNS, Float32
 
 EXACT_CELLS = 1 << 14
 """Up to so many cells of one codec are compared exactly."""
 _RELEASE_PAIRS = 10_000  # compared at a time, after which the memory of what was read is given back
-_JOIN_PROBES = 512  # from so many on, computing the signs of all rows is worth it
+_SIGN_PROBES = 16  # from so many on, taking the signs out of a block is worth it
+_SIGN_SHARE_MAX = 0.04  # above this share of rows that signs let through, looking at all upper halves is cheaper
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only to foresee how many rows pass
 _SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
 _log = logging.getLogger("biodedup")
@@ -163,11 +162,9 @@ class FanOut:
         )
         order, rank = _ranked(which, llr_db, rows, len(next(iter(probes.values()))))
         kept = order[(rank < plan.k) | (llr_db[order] >= plan.floor_llr_db)]
-        passed = np.sum([answer.passed for answer in answers.values()], axis=0)
+        passed = sum(answer.passed for answer in answers.values())
         scanned = sum(answer.rows_scanned for answer in answers.values())
-        return Together(which[kept], rows[kept], llr_db[kept], scanned, (int(passed[0]), int(passed[1]))), tuple(
-            failures
-        )
+        return Together(which[kept], rows[kept], llr_db[kept], scanned, passed), tuple(failures)
 
     def _ask(
         self, shards: Sequence[Shard], questions: Sequence[tuple[Float32, Plan]]
@@ -273,10 +270,18 @@ class LocalShard:
             least = population.reached_by(coded.turned, wanted / plan.among)
         else:
             least = plan.at_least
-        risk = 0.0 if bounded else codec.law.margin(plan.miss_risk)[0]
+        law, risk = codec.law, 0.0 if bounded else codec.law.margin(plan.miss_risk)[0]
+        signs = None
+        if not bounded and len(probes) >= _SIGN_PROBES:
+            signed = signs_of(max((piece.column for piece in pieces), key=lambda column: column.count))
+            margin, measured = signed.laws[0].margin(plan.miss_risk)
+            limits = signed.laws[0].cut(least, margin)
+            if measured and signed.share_passing(limits, coded.turned) <= _SIGN_SHARE_MAX:
+                law, risk = signed.laws[1], margin
+                signs = signed.probes(coded.turned, limits, coded.codes, coded.parameters)
 
         def cut(similarity: Float32) -> Float32:
-            return similarity - coded.rounding if bounded else codec.law.cut(similarity, risk)
+            return similarity - coded.rounding if bounded else law.cut(similarity, risk)
 
         cuts = cut(least)
         usual = 16 * coded.scales * coded.slack / _USUAL_NORM if bounded else np.float32(0)
@@ -284,13 +289,12 @@ class LocalShard:
             return False
         most = _RAGGED_MOST if plan.at_least is not None else 50 * plan.k + 20_000
         units = [piece.unit(i) for i, piece in enumerate(pieces)]
-        signs = self._signs(pieces, coded, population, plan)
         hits = self._scanner.above(units, coded, cuts, bounded=bounded, most=most, signs=signs)
         clipped = hits.cuts > cuts
         if clipped.any() and (bounded or plan.at_least is not None):
             return False  # too many to collect what was asked for
         if clipped.any():
-            least = np.where(clipped, np.maximum(least, codec.law.similarity_at(hits.cuts, risk)), least)
+            least = np.where(clipped, np.maximum(least, law.similarity_at(hits.cuts, risk)), least)
         rest = np.ones(len(hits.which), bool)
         if plan.at_least is None and not bounded:
             first = self._compare_best(pieces, coded, hits, plan.k, found)
@@ -299,24 +303,6 @@ class LocalShard:
         self._compare(pieces, coded, hits, np.flatnonzero(rest), found)
         found.complete_above = np.maximum(found.complete_above, least)
         return True
-
-    def _signs(
-        self, pieces: Sequence[_Piece], probes: Probes, population: Population, plan: Plan
-    ) -> SignedProbes | None:
-        """Where a join asks for pairs so similar that few others agree in so many signs."""
-        if plan.at_least is None or len(probes.codes) < _JOIN_PROBES or plan.miss_risk <= 0:
-            return None
-        signs = signs_of(pieces[0].column)
-        if signs.law.margin(plan.miss_risk)[1] is False:
-            return None
-        limits = signs.limits(plan.at_least, plan.miss_risk)
-        strangers = signs.law.mean[0] + 4 * signs.law.sd[0]  # one in 30,000 of them passes
-        if limits.max() > (1 - strangers) / 2 * BITS:
-            return None
-        for piece in pieces:
-            if piece.column not in _planes:
-                _planes[piece.column] = signs.of_column(piece.column)
-        return SignedProbes([_planes[piece.column] for piece in pieces], *filled(signs.of(probes.turned), limits))
 
     def _compare_best(self, pieces: Sequence[_Piece], probes: Probes, hits: Hits, k: int, found: _Found) -> Int64:
         """Compares the k best of each probe by their estimates; returns which they were."""
@@ -446,14 +432,6 @@ def _rows_from(piece: _Piece, low: int) -> Callable[[Int64], Int64]:
 
 def _rows_of(piece: _Piece, cells: Int64) -> Callable[[Int64], Int64]:
     return lambda near: piece.rows(cells[near])
-
-
-_planes: WeakKeyDictionary[Column, NDArray[np.uint64]] = WeakKeyDictionary()  # the signs of all cells
-
-
-def release_signs() -> None:
-    """After a join: gives back the memory of all rows' signs."""
-    _planes.clear()
 
 
 def local_shards(snapshot: Snapshot, scanner: Scanner) -> list[Shard]:

@@ -1,14 +1,18 @@
-"""The inner loop over signs: in how many bits probes and rows differ, of which only few enough leave it.
+"""The inner loop over signs: what the signs of rows' numbers say of them, and dot products with the few that this does not rule out.
 
-Owns the counting. Never knows what a bit or a limit stands for (`signs.py`). Its oracle in numpy is in tests/test_scan.py.
+Owns the arithmetic. Never knows what a sum, a limit or an evidence stands for (`signs.py`). Its oracles in numpy are in
+tests/test_scan.py.
 
-A row's words lie in planes, one of each word for all rows, so that any words of any columns can be counted together. A tile of 64
-rows by 8 probes takes an exclusive or, a count of set bits and an addition for each word of eight rows, and is bound by these.
+A block of 64 rows is taken out of its plane, of every column that counts. The signs of four numbers are four bits, which choose one of
+sixteen entries of a probe's table (the byte shuffle of FAISS's fast-scan kernel: André, Kermarrec and Le Scouarnec, VLDB 2015); tables
+are made so that no sum of them overflows a byte, so that 64 rows cost two instructions a table and vector. Rows whose sum reaches
+the probe's limit are collected, and compared by their four-bit numbers while the block is still in the first-level cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -19,87 +23,129 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from biodedup.search.kernel import AHEAD, prefetch, splat
+from biodedup.gallery.codes import Codes
+from biodedup.search.kernel import INSTRUCTIONS, make_row_dot, splat
+from biodedup.values import Float32
 
-_I8, _I64 = ir.IntType(8), ir.IntType(64)
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
-WIDE = 8
-"""Probes whose signs are compared with a row's at the same time."""
+WIDE = 4 if INSTRUCTIONS == "avx2" else 8
+"""Probes whose tables a block meets at the same time."""
+PADDED = 64
+"""A row's bytes, and a probe's, are filled up to a multiple of this."""
+_TOGETHER = 4  # blocks that a probe's tables meet while they are in the first-level cache
+_LAID_OUT_FROM = 24  # pairs a block to compare; from so many on all its rows are laid out one after another
+
+Int64 = NDArray[np.int64]
 
 
-def _set_bits(builder: Any, words: Any) -> Any:
-    kind = ir.VectorType(_I64, 8)
-    count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), "llvm.ctpop.v8i64")
-    return builder.call(count, [words])
+def _make_tile(instructions: str) -> Any:
+    """An intrinsic for numba, tile(signs, tables, count, limits, masks), all integers or addresses:
 
-
-def _make_tile(probes_wide: int = WIDE) -> Any:
-    """An intrinsic for numba, tile(planes, offset, words, probes, stride, limits, masks), all integers or addresses:
-
-    planes: uint64 *, (words,), the addresses of the rows' words, each a plane of its own; offset: bytes into all of them, where
-    the 64 rows begin, a multiple of 64; probes: uint64 *, (probes_wide, stride); limits, masks: uint64 *, (probes_wide,): bit r
-    is set where row r differs from the probe in at most so many signs.
+    signs: uint8 *, (count, 64), 64-byte aligned, 0 to 15; tables: uint8 *, (WIDE, count, 16); limits: uint8 *, (WIDE,); masks:
+    uint64 *, (WIDE,): bit r is set where the sum over i of tables[i, signs[i, r]] is at least the limit.
     """
+    lanes = 32 if instructions == "avx2" else 64
+    name = "avx2.pshuf.b" if instructions == "avx2" else "avx512.pshuf.b.512"
+    octets, sixteen = ir.VectorType(_I8, lanes), ir.VectorType(_I8, 16)
+    vectors = 64 // lanes
 
     @intrinsic
-    def tile(_: Any, planes: Any, offset: Any, words: Any, probes: Any, stride: Any, limits: Any, masks: Any) -> Any:
-        signature = types.void(*[types.intp] * 7)
+    def tile(_: Any, signs: Any, tables: Any, count: Any, limits: Any, masks: Any) -> Any:
+        signature = types.void(*[types.intp] * 5)
 
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            planes, limits, masks = (builder.inttoptr(args[at], ir.PointerType(_I64)) for at in (0, 5, 6))
-            offset, words, probes, stride = args[1:5]
-            eight = ir.VectorType(_I64, 8)
-            before = builder.block
-            outer, inner, after, done = (builder.append_basic_block(n) for n in ("eight", "word", "within", "done"))
-            builder.branch(outer)
-
-            builder.position_at_end(outer)
-            group = builder.phi(_I64)
-            group.add_incoming(ir.Constant(_I64, 0), before)
-            bits = [builder.phi(_I64) for _ in range(probes_wide)]
-            for one in bits:
-                one.add_incoming(ir.Constant(_I64, 0), before)
-            builder.branch(inner)
-
-            builder.position_at_end(inner)
-            word = builder.phi(_I64)
-            word.add_incoming(ir.Constant(_I64, 0), outer)
-            totals = [builder.phi(eight) for _ in range(probes_wide)]
-            at = builder.add(builder.load(builder.gep(planes, [word])), offset)
-            rows = builder.load(
-                builder.inttoptr(builder.add(at, builder.mul(group, ir.Constant(_I64, 64))), eight.as_pointer())
+            signs, tables, limits, masks = (
+                builder.inttoptr(args[at], kind.as_pointer())
+                for at, kind in ((0, octets), (1, sixteen), (3, _I8), (4, _I64))
             )
-            rows.align = 64
+            count = args[2]
+            shuffle = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(octets, [octets] * 2), f"llvm.x86.{name}"
+            )
+            before = builder.block
+            loop, after = builder.append_basic_block("table"), builder.append_basic_block("reached")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            number = builder.phi(_I64)
+            sums = [[builder.phi(octets) for _ in range(vectors)] for _ in range(WIDE)]
+            rows = []
+            for v in range(vectors):
+                at = builder.add(builder.mul(number, ir.Constant(_I64, vectors)), ir.Constant(_I64, v))
+                some = builder.load(builder.gep(signs, [at]))
+                some.align = lanes
+                rows.append(some)
             grown = []
-            for p, total in enumerate(totals):
-                total.add_incoming(ir.Constant(eight, [0] * 8), outer)
-                mine = builder.mul(builder.add(builder.mul(stride, ir.Constant(_I64, p)), word), ir.Constant(_I64, 8))
-                signs = builder.load(builder.inttoptr(builder.add(probes, mine), ir.PointerType(_I64)))
-                grown.append(builder.add(total, _set_bits(builder, builder.xor(rows, splat(builder, signs, 8)))))
-                total.add_incoming(grown[-1], inner)
-            following = builder.add(word, ir.Constant(_I64, 1))
-            word.add_incoming(following, inner)
-            builder.cbranch(builder.icmp_signed("<", following, words), inner, after)
+            for p, mine in enumerate(sums):
+                entry = builder.load(
+                    builder.gep(tables, [builder.add(builder.mul(count, ir.Constant(_I64, p)), number)])
+                )
+                entry.align = 16
+                places = ir.Constant(ir.VectorType(_I32, lanes), [i % 16 for i in range(lanes)])
+                entries = builder.shuffle_vector(entry, entry, places)
+                grown.append(
+                    [builder.add(s, builder.call(shuffle, [entries, r])) for s, r in zip(mine, rows, strict=True)]
+                )
+            following = builder.add(number, ir.Constant(_I64, 1))
+            number.add_incoming(ir.Constant(_I64, 0), before)
+            number.add_incoming(following, loop)
+            for mine, new in zip(sums, grown, strict=True):
+                for phi, value in zip(mine, new, strict=True):
+                    phi.add_incoming(ir.Constant(octets, None), before)
+                    phi.add_incoming(value, loop)
+            builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
 
             builder.position_at_end(after)
-            ended = []
-            for p, (one, total) in enumerate(zip(bits, grown, strict=True)):
-                limit = splat(builder, builder.load(builder.gep(limits, [ir.Constant(_I64, p)])), 8)
-                near = builder.zext(builder.bitcast(builder.icmp_unsigned("<=", total, limit), _I8), _I64)
-                ended.append(builder.or_(one, builder.shl(near, builder.mul(group, ir.Constant(_I64, 8)))))
-                one.add_incoming(ended[-1], after)
-            next_group = builder.add(group, ir.Constant(_I64, 1))
-            group.add_incoming(next_group, after)
-            builder.cbranch(builder.icmp_signed("<", next_group, ir.Constant(_I64, 8)), outer, done)
-
-            builder.position_at_end(done)
-            for p, one in enumerate(ended):
-                builder.store(one, builder.gep(masks, [ir.Constant(_I64, p)]))
+            for p, mine in enumerate(grown):
+                limit = splat(builder, builder.load(builder.gep(limits, [ir.Constant(_I64, p)])), lanes)
+                mask: Any = ir.Constant(_I64, 0)
+                for v, some in enumerate(mine):
+                    reached = builder.bitcast(builder.icmp_unsigned(">=", some, limit), ir.IntType(lanes))
+                    wide = reached if lanes == 64 else builder.zext(reached, _I64)
+                    mask = builder.or_(mask, builder.shl(wide, ir.Constant(_I64, lanes * v)))
+                builder.store(mask, builder.gep(masks, [ir.Constant(_I64, p)]))
             return context.get_dummy_value()
 
         return signature, generate
 
     return tile
+
+
+def _u32_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the uint32 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I32)))
+
+    return types.uint32(types.int64), generate
+
+
+def _u8_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the uint8 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I8)))
+
+    return types.uint8(types.int64), generate
+
+
+def _f32_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the float32 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(ir.FloatType())))
+
+    return types.float32(types.int64), generate
+
+
+def _set_u64_of(_: Any, address: Any, value: Any) -> Any:
+    """An intrinsic for numba: stores a uint64 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], ir.PointerType(_I64)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint64), generate
 
 
 def _lowest_bit_of(_: Any, mask: Any) -> Any:
@@ -111,156 +157,301 @@ def _lowest_bit_of(_: Any, mask: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
+_u32_at: Any = intrinsic(_u32_at_of)
+_u8_at: Any = intrinsic(_u8_at_of)
+_f32_at: Any = intrinsic(_f32_at_of)
+_set_u64: Any = intrinsic(_set_u64_of)
 _lowest_bit: Any = intrinsic(_lowest_bit_of)
-_tile = _make_tile()
 
 
-def _scan(
-    planes: Any,
-    live: Any,
-    first: int,
-    last: int,
-    block: int,
-    blocks: int,
-    probes: Any,
-    limits: Any,
-    count: int,
-    which: Any,
-    cells: Any,
-) -> tuple[int, int]:
-    words = probes.shape[1]
-    masks = np.empty(40, np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
-    at_planes, at_probes, at_limits, at_masks = (
-        planes.ctypes.data,
-        probes.ctypes.data,
-        limits.ctypes.data,
-        masks.ctypes.data,
-    )
-    found = 0
-    while block < blocks:
-        if found + 64 * count > which.size:
-            return found, block
-        alive = live[block] if live.size else ~np.uint64(0)
-        for p in range(0, probes.shape[0] if alive else 0, WIDE):
-            _tile(at_planes, 512 * block, words, at_probes + 8 * words * p, words, at_limits + 8 * p, at_masks)
-            for i in range(WIDE):
-                if p + i < count:
-                    mask = masks[i] & alive
+@numba.njit(nogil=True, cache=True)
+def _plain_tile(signs: int, tables: int, count: int, limits: int, masks: int) -> None:
+    for p in range(WIDE):
+        mask = np.uint64(0)
+        for r in range(64):
+            total = np.uint8(0)
+            for i in range(count):
+                total += _u8_at(tables + 16 * (count * p + i) + _u8_at(signs + 64 * i + r))
+            if total >= _u8_at(limits + p):
+                mask |= np.uint64(1) << np.uint64(r)
+        _set_u64(masks + 8 * p, mask)
+
+
+@numba.njit(nogil=True, cache=True)
+def _take(plane: int, cells: Any, taken: Any) -> None:
+    """Of 64 cells, or fewer, their four-bit numbers: taken uint32 (halves, 64). plane: its address."""
+    halves = taken.shape[0]
+    for h in range(halves):
+        for r in range(cells.shape[0]):
+            taken[h, r] = _u32_at(plane + 256 * (halves * (cells[r] >> 6) + h) + 4 * (cells[r] & 63))
+
+
+@numba.njit(nogil=True, cache=True)
+def _take_block(plane: int, taken: Any) -> None:
+    for h in range(taken.shape[0]):
+        for r in range(64):
+            taken[h, r] = _u32_at(plane + 256 * h + 4 * r)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sign(taken: Any, signs: Any) -> None:
+    """signs uint8 (tables, 64): of each four numbers, whether they are positive, the first one in the lowest bit."""
+    lowest, gathers = (
+        np.uint32(0x01010101),
+        np.uint32(0x01020408),
+    )  # the product has four bits, eight apart, in its top byte
+    for i in range(signs.shape[0]):
+        shift = np.uint32(3 + 4 * (i & 1))
+        for r in range(64):
+            signs[i, r] = np.uint8((((taken[i >> 1, r] >> shift) & lowest) * gathers) >> np.uint32(24))
+
+
+@numba.njit(nogil=True, cache=True)
+def _lay_out(taken: Any, rows: Any) -> None:
+    for r in range(64):
+        for h in range(taken.shape[0]):
+            rows[r, h] = taken[h, r]
+
+
+@numba.njit(nogil=True, cache=True)
+def _lay_out_some(taken: Any, column: int, lanes: Any, rows: Any) -> None:
+    for i in range(lanes.shape[0]):
+        b, r = lanes[i] >> 6, lanes[i] & 63
+        for h in range(rows.shape[1]):
+            rows[i, h] = taken[b, column, h, r]
+
+
+def _make_add_values(instructions: str) -> Any:
+    row_dot = make_row_dot(instructions)
+
+    def add_values(
+        some: Any,
+        lanes: Any,
+        rows: Any,
+        by_lane: bool,
+        lengths: Any,
+        probes: Any,
+        parameters: Any,
+        evidence: Any,
+        totals: Any,
+    ) -> None:
+        """Of one column, what pairs of a probe and a row are worth by its four-bit numbers."""
+        at_rows, at_probes = rows.ctypes.data, probes.ctypes.data
+        octets, last = probes.shape[2], evidence.shape[0] - 1
+        for i in range(some.shape[0]):
+            p, lane = some[i], lanes[i]
+            at_row = at_rows + octets * (lane if by_lane else i)
+            dot = np.float32(row_dot(at_row, at_probes + 2 * octets * p, octets))
+            value = parameters[p, 0] * (dot - parameters[p, 1]) / lengths[lane]
+            if last >= 0:
+                place = np.int64(np.rint((value + np.float32(1)) * np.float32(0.5 * last)))
+                value = evidence[min(max(place, 0), last)]
+            totals[i] += value
+
+    return numba.njit(add_values, nogil=True, error_model="numpy")
+
+
+@numba.njit(nogil=True, cache=True)
+def _aligned(octets: int) -> Any:
+    space = np.zeros(octets + 64, np.uint8)
+    start = -space.ctypes.data % 64
+    return space[start : start + octets]
+
+
+def _make_survivors(instructions: str) -> Any:
+    tile = _plain_tile if instructions == "plain" else _make_tile(instructions)
+
+    def survivors(
+        signs: Any, alive: Any, tables: Any, limits: Any, count: int, masks: Any, which: Any, lanes: Any
+    ) -> int:
+        """Probes and rows of some blocks that reach the limits, by probe. Returns how many."""
+        found = 0
+        number = tables.shape[1]
+        at_signs, at_tables = signs.ctypes.data, tables.ctypes.data
+        at_limits, at_masks = limits.ctypes.data, masks.ctypes.data
+        for p in range(0, tables.shape[0], WIDE):
+            for b in range(alive.shape[0]):
+                tile(at_signs + 64 * number * b, at_tables + 16 * number * p, number, at_limits + p, at_masks)
+                for i in range(min(WIDE, count - p)):
+                    mask = masks[i] & alive[b]
                     while mask:
-                        cell = 64 * block + np.int64(_lowest_bit(mask))
+                        which[found], lanes[found] = p + i, 64 * b + np.int32(_lowest_bit(mask))
                         mask &= mask - np.uint64(1)
-                        if first <= cell < last:
-                            which[found], cells[found] = p + i, cell
-                            found += 1
-        block += 1
-    return found, block
+                        found += 1
+        return found
+
+    return numba.njit(survivors, nogil=True)
 
 
-_compiled = numba.njit(_scan, nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True)
+def _alive(live: Any, block: int, first: int, last: int) -> Any:
+    """Which rows of a block count."""
+    alive = live[block] if live.size else ~np.uint64(0)
+    low, high = 64 * block, 64 * block + 64
+    if first > low:
+        alive &= ~np.uint64(0) << np.uint64(first - low) if first < high else np.uint64(0)
+    if last < high:
+        alive &= ~np.uint64(0) >> np.uint64(high - last) if last > low else np.uint64(0)
+    return alive
+
+
+def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
+    """`scan` for a processor; see there."""
+    survivors = _make_survivors(instructions)
+    add_values = _make_add_values(instructions)
+
+    def scan(
+        planes: Any,
+        norms: Any,
+        halves: Any,
+        used: Any,
+        members: Any,
+        live: Any,
+        first: int,
+        last: int,
+        block: int,
+        tables: Any,
+        limits: Any,
+        probes: Any,
+        parameters: Any,
+        evidence: Any,
+        cuts: Any,
+        which: Any,
+        cells: Any,
+        values: Any,
+    ) -> tuple[int, int, int]:
+        columns, count = probes.shape[:2]
+        number, octets = tables.shape[1], probes.shape[3]
+        mapped = members.shape[1] > 0
+        taken = _aligned(_TOGETHER * columns * 64 * octets).view(np.uint32).reshape(_TOGETHER, columns, octets // 4, 64)
+        signs = _aligned(_TOGETHER * 64 * number).reshape(_TOGETHER, number, 64)
+        rows = _aligned(_TOGETHER * 64 * octets).view(np.uint32).reshape(_TOGETHER * 64, octets // 4)
+        lengths = np.empty(_TOGETHER * 64, np.float32)
+        masks = _aligned(192).view(np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
+        alive = np.empty(_TOGETHER, np.uint64)
+        room = 64 * _TOGETHER * count
+        some, lanes, totals = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
+        found, passed, end = 0, 0, -(-last // 64)
+        while block < end:
+            if found + room > which.size:
+                return found, block, passed
+            blocks = min(_TOGETHER, end - block)
+            for b in range(blocks):
+                alive[b] = _alive(live, block + b, first, last)
+                begin = 0
+                for c in range(columns if alive[b] else 0):
+                    mine = taken[b, c, : halves[c]]
+                    if mapped:
+                        at = 64 * (block + b)
+                        _take(planes[c], members[c, at : min(at + 64, members.shape[1])], mine)
+                    else:
+                        _take_block(planes[c] + 256 * halves[c] * (block + b), mine)
+                    _sign(mine, signs[b, begin : begin + used[c]])
+                    begin += used[c]
+            reached = survivors(signs, alive[:blocks], tables, limits, count, masks, some, lanes)
+            passed += reached
+            laid_out = reached >= _LAID_OUT_FROM * blocks
+            totals[:reached] = 0
+            for c in range(columns):
+                if laid_out:
+                    for b in range(blocks):
+                        _lay_out(taken[b, c], rows[64 * b :])
+                else:
+                    _lay_out_some(taken, c, lanes[:reached], rows)
+                for r in range(64 * blocks):
+                    cell = 64 * block + r
+                    if mapped:
+                        cell = members[c, min(cell, members.shape[1] - 1)]
+                    lengths[r] = _f32_at(norms[c] + 4 * np.int64(cell))
+                add_values(
+                    some[:reached],
+                    lanes[:reached],
+                    rows,
+                    laid_out,
+                    lengths,
+                    probes[c],
+                    parameters[c],
+                    evidence[c],
+                    totals,
+                )
+            for i in range(reached):
+                if totals[i] >= cuts[some[i]]:
+                    which[found], cells[found], values[found] = some[i], 64 * block + lanes[i], totals[i]
+                    found += 1
+            block += blocks
+        return found, block, passed
+
+    return numba.njit(scan, nogil=True, cache=cache)
+
+
+_scan = make_scan(cache=True)
+
+
+@dataclass(frozen=True)
+class SignedProbes:
+    """Probes as the kernel takes them, of one column or several.
+
+    tables: uint8 (q', t, 16), of all columns' tables one after another; limits: uint8 (q',), where q' is q, the number of probes,
+    rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. codes: int8 (columns, q, 2, octets), as
+    `make_row_dot` wants them; parameters: float32 (columns, q, 2): a similarity is the first times (dot product - the second)
+    over the row's norm. evidence: float32 (columns, n), what a similarity from -1 to 1 counts for, whose sum is compared with a cut;
+    (columns, 0) for a single column whose similarity itself is.
+    """
+
+    tables: NDArray[np.uint8]
+    limits: NDArray[np.uint8]
+    used: Int64
+    codes: NDArray[np.int8]
+    parameters: Float32
+    evidence: Float32
+
+    def __len__(self) -> int:
+        return int(self.codes.shape[1])
+
+    @property
+    def room(self) -> int:
+        """That a call may fill."""
+        return 64 * _TOGETHER * len(self)
 
 
 def scan(
-    planes: Sequence[NDArray[np.uint64]],
+    columns: Sequence[tuple[Codes, Float32]],
+    members: NDArray[np.int32] | None,
     live: NDArray[np.uint64],
-    cells: tuple[int, int],
+    span: tuple[int, int],
     start: int,
-    probes: NDArray[np.uint64],
-    limits: NDArray[np.uint64],
-    count: int,
-    found: tuple[NDArray[np.int32], NDArray[np.int64]],
-) -> tuple[int, int]:
-    """Pairs of a probe and a row whose signs differ in at most `limits` places.
+    probes: SignedProbes,
+    cuts: Float32,
+    found: tuple[NDArray[np.int32], Int64, Float32],
+) -> tuple[int, int, int]:
+    """Pairs of a probe and a row whose signs reach the probe's limit and whose value, by its four-bit numbers, reaches its cut.
 
-    planes: of each word uint64 (64 b,), 64-byte aligned; live, cells, start: as of `kernel.scan`; probes: uint64 (q', words), limits:
-    uint64 (q',), where q' is `count`, the number of probes, rounded up to a multiple of WIDE. Writes probe and cell of
-    each pair into `found`, whose arrays have room for at least 64 count. Returns how many, and the block to go on with.
+    columns: of each its plane (b, d / 8, 256), as `codes.planes` lays it, and norms (64 b,); members: int32 (columns, n), the cells of
+    n rows in each column, or None where row and cell are the same; live: bit r of block b is set where row 64 b + r counts, or
+    empty where all do; span: [first, last) rows that count; start: the block to begin with; cuts: float32 (q,). Writes probe, row and
+    value of each pair into `found`, whose arrays have room for probes.room at least. Returns how many, the block to go on with,
+    all done when it is ceil(last / 64), and how many pairs the signs let through.
     """
-    first, last = cells
-    number, block = _compiled(
-        _addresses(planes), live, first, last, start, len(planes[0]) // 64, probes, limits, count, *found
+    planes = np.array([plane.ctypes.data for plane, _ in columns], np.int64)
+    norms = np.array([norms.ctypes.data for _, norms in columns], np.int64)
+    halves = np.array([plane.shape[1] for plane, _ in columns], np.int64)
+    if members is None:
+        members = np.zeros((len(columns), 0), np.int32)
+    number, block, passed = _scan(
+        planes,
+        norms,
+        halves,
+        probes.used,
+        members,
+        live,
+        *span,
+        start,
+        probes.tables,
+        probes.limits,
+        probes.codes,
+        probes.parameters,
+        probes.evidence,
+        cuts,
+        *found,
     )
-    return number, block
-
-
-def _bits_of(_: Any, word: Any) -> Any:
-    """An intrinsic for numba: how many bits of a uint64 are set."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return types.uint64(types.uint64), generate
-
-
-_bits: Any = intrinsic(_bits_of)
-
-
-@numba.njit(nogil=True, cache=True)
-def _keep_near(planes: Any, probes: Any, limits: Any, which: Any, cells: Any) -> int:
-    kept = 0
-    for i in range(which.shape[0]):
-        if i + AHEAD < which.shape[0]:
-            for w in range(planes.shape[0]):
-                prefetch(planes[w] + 8 * cells[i + AHEAD])
-        p, cell = which[i], cells[i]
-        total = np.uint64(0)
-        for w in range(planes.shape[0]):
-            total += _bits(_word_at(planes[w] + 8 * cell) ^ probes[p, w])
-        if total <= limits[p]:
-            which[kept], cells[kept] = p, cell
-            kept += 1
-    return kept
-
-
-def _word_at_of(_: Any, address: Any) -> Any:
-    """An intrinsic for numba: the uint64 at an address."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I64)))
-
-    return types.uint64(types.int64), generate
-
-
-_word_at: Any = intrinsic(_word_at_of)
-
-
-def _addresses(planes: Sequence[NDArray[np.uint64]]) -> NDArray[np.int64]:
-    return np.array([plane.ctypes.data for plane in planes], np.int64)
-
-
-def keep_near(
-    planes: Sequence[NDArray[np.uint64]],
-    probes: NDArray[np.uint64],
-    limits: NDArray[np.uint64],
-    pairs: tuple[NDArray[np.int32], NDArray[np.int64]],
-) -> int:
-    """Of some pairs (probe, cell), those that differ in at most `limits` of all signs: moved to the front. Returns how many.
-
-    planes: of each word uint64 (n,); probes: uint64 (q, words); limits: uint64 (q,).
-    """
-    return int(_keep_near(_addresses(planes), probes, limits, *pairs))
-
-
-@numba.njit(nogil=True, cache=True)
-def _distances(planes: Any, first: int, cells: Any, probes: Any, sums: Any) -> None:
-    for p in range(probes.shape[0]):
-        for cell in cells:
-            some, total = np.uint64(0), np.uint64(0)
-            for w in range(planes.shape[0]):
-                total += _bits(_word_at(planes[w] + 8 * cell) ^ probes[p, w])
-                if w == first - 1:
-                    some = total
-            sums[p, 0] += some
-            sums[p, 1] += total
-            sums[p, 2] += float(some) * float(some)
-            sums[p, 3] += float(total) * float(total)
-
-
-def distances(
-    planes: Sequence[NDArray[np.uint64]], first: int, cells: NDArray[np.int64], probes: NDArray[np.uint64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """In how many signs probes differ from some cells: mean and standard deviation, float64 (q, 2) each, of the first words and
-    of all."""
-    sums = np.zeros((len(probes), 4))
-    _distances(_addresses(planes), first, cells, probes, sums)
-    mean = sums[:, :2] / len(cells)
-    return mean, np.sqrt(np.maximum(sums[:, 2:] / len(cells) - mean**2, 0))
+    return number, block, passed

@@ -1,17 +1,17 @@
 """Several columns searched together: what the captures of a probe say adds up before anything is cut.
 
 Owns the search of rows that have two or more of a probe's columns, in one shard, and the choice of how far it goes. A mate whose face has
-aged and whose finger is dry is far down in either column, but hardly any stranger is as near in both; so one pass over the signs
-of all columns needs less arithmetic than one column's codes, and loses fewer mates.
+aged and whose finger is dry is far down in either column, but hardly any stranger is as near in both; so one pass over some signs
+of all columns needs less arithmetic than one column by itself, and loses fewer mates.
 
-1. Signs of all columns, some words of each (`signs.py`): pairs that differ in few of them, a share of about 1e-3.
-2. Of these, those that differ in few of all the signs, a share of about 1e-4.
-3. Of these, the upper halves of all columns estimate similarities; their evidence adds as log-likelihood ratios.
-4. The best are compared exactly, and so is whatever reaches a floor.
+1. Signs of all columns, some of each (`signs.py`): their sums, weighted by what a column is worth, let a share of about 1e-3 pass.
+2. Of these, while they are in the cache, the upper halves of all columns estimate similarities; their evidence adds as log-likelihood
+   ratios, and what is among a probe's best so far, or reaches a floor, is kept.
+3. The best are compared exactly, and so is whatever reaches the floor.
 
-How many words and which shares: `choose` draws mates from the columns' calibrations, sends them through the measured laws of 1 and
-2, and takes the cheapest that loses no more than the miss risk of those that would reach the decision threshold. Rows are kept apart
-by what they have, so that a missing capture is no evidence. Signs are made when they are first wanted, 32 bytes a cell, in memory.
+How many signs and which share: `choose` draws mates from the columns' calibrations, sends them through the measured law of 1, and
+takes the cheapest that loses no more than the miss risk of those that would reach the decision threshold. Rows are kept apart by
+what they have, so that a missing capture is no evidence.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from math import sqrt
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,29 +29,29 @@ from scipy.special import ndtr
 from scipy.stats import beta, norm
 
 from biodedup.gallery.codec import Codec
-from biodedup.gallery.codes import BLOCK_ROWS, dequantise
+from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
 from biodedup.gallery.part import PIECE_ROWS, Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.calibration import Calibration
-from biodedup.search import kernel, sign_kernel
+from biodedup.search import sign_kernel
 from biodedup.search.population import signs_of
-from biodedup.search.scan import Probes, Scanner
-from biodedup.search.signs import WORDS, Words, filled
+from biodedup.search.scan import Collected, Probes, Scanner
+from biodedup.search.sign_kernel import SignedProbes
+from biodedup.search.signs import GROUP, filled, limits_of, paired, tables_of
 from biodedup.values import COLUMNS, Float32
 
 ROWS_MIN = 1 << 16
 """A class of fewer rows is searched column by column."""
 _UNIT = 1 << 24  # pairs of a probe and a row that a thread takes on at once
-_SAMPLE = 1_024  # rows of a class, that say in how many signs strangers differ
+_SAMPLE_BLOCKS = 64  # of a class, that say what signs of strangers are
 _RELEASE_PAIRS = 50_000  # compared, after which the memory of what was read is given back
-_HELD = 4_000_000  # pairs in memory, before all but the best are let go
 _SLACK = 3.5  # standard deviations
 _MATES = 40_000  # drawn to choose by; half choose, half confirm
-_SHARES = (3e-5, 1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 1e-2)
-_SECOND = (1e-5, 2e-5, 3e-5, 6e-5, 1e-4, 2e-4, 4e-4, 1e-3)
+_SHARES = (1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 7e-3, 1e-2)
 _SEED = 2_011
-# Costs, in numbers of one row that a scan of codes reads in the same time; benchmarks/columns.py measures the sum.
-_WORD, _HIT, _CHECKED = 10.3, 20_000.0, 180_000.0
+# Costs, in tables that a row's signs are looked up in: of a comparison by upper halves, with what finding it takes; and of a whole
+# search of one column by itself. Measured with AVX2; benchmarks/columns.py measures the sum.
+_COMPARED, _ALONE = 900.0, 64.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,8 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Choice:
-    """How rows with these columns are searched. words: of each column, in the first pass; first, second: shares of strangers that
-    pass. cost: as a share of a scan of the codes of the largest of the columns.
+    """How rows with these columns are searched. groups: of GROUP tables of signs, of each column; weights: of each column's signs;
+    share: of strangers that they let through. cost: over that of searching one of the columns by itself.
 
     correlation: of captures that was assumed; drawn: mates that would reach the threshold, set aside from those that were chosen
     by; missed: of them. Of all mates, whatever they reach: joint, the share that is lost; single: of each column, the share that
@@ -83,9 +81,9 @@ class Choice:
     """
 
     columns: tuple[str, ...]
-    words: tuple[int, ...]
-    first: float
-    second: float
+    groups: tuple[int, ...]
+    weights: tuple[float, ...]
+    share: float
     cost: float
     correlation: float
     drawn: int
@@ -119,13 +117,13 @@ class TogetherPlan:
 @dataclass(frozen=True)
 class Together:
     """Candidates: which probe, its row, and the sum of llr_db. rows_scanned: pairs of probe and row are these times probes;
-    passed: pairs that each pass let through, the first one, the second one."""
+    passed: pairs that the signs let through."""
 
     which: Int64
     rows: Int64
     llr_db: Float32
     rows_scanned: int
-    passed: tuple[int, int]
+    passed: int
 
 
 # rows by what they have --------------------------------------------------------------------------------------------
@@ -156,7 +154,8 @@ class Class:
 
 # Kept for as long as the part: what is kept must not hold the part itself.
 _positions: WeakKeyDictionary[Part, dict[tuple[int, ...], Int64 | None]] = WeakKeyDictionary()
-_planes: WeakKeyDictionary[Part, dict[tuple[tuple[int, ...], str], Words]] = WeakKeyDictionary()
+_cells: WeakKeyDictionary[Part, dict[tuple[tuple[int, ...], str], NDArray[np.int32]]] = WeakKeyDictionary()
+_strangers: WeakKeyDictionary[Part, dict[tuple[object, ...], tuple[Float32, Float32]]] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
@@ -196,16 +195,41 @@ def sets_of(snapshot: Snapshot, columns: Collection[str]) -> dict[frozenset[str]
     return found
 
 
-def _signs(one: Class, column: str) -> Words:
-    """uint64 (WORDS, 64 b) of a class's cells of a column."""
-    known = _planes.setdefault(one.part, {})
-    key = (one.bits, column)
+def _members(one: Class, columns: Sequence[str]) -> NDArray[np.int32] | None:
+    """The cells of a class's members in each column, int32 (columns, n), or None where they are the members' own numbers."""
+    held = [one.part.columns[name] for name in columns]
+    if one.positions is None and all(column.full for column in held):
+        return None
+    known = _cells.setdefault(one.part, {})
+    for name in columns:
+        if (one.bits, name) not in known:
+            known[one.bits, name] = one.cells(name, np.arange(one.count)).astype(np.int32)
+    return np.stack([known[one.bits, name] for name in columns])
+
+
+def _signs_of_strangers(one: Class, choice: Choice) -> tuple[Float32, Float32]:
+    """Mean (n,) and covariance (n, n) of the signs that a choice looks at, of all its columns."""
+    known = _strangers.setdefault(one.part, {})
+    key = (one.bits, choice.columns, choice.groups)
     if key not in known:
-        held = one.part.columns[column]
-        whole = one.positions is None and held.full
-        cells = None if whole else one.cells(column, np.arange(one.count))
-        known[key] = signs_of(held).of_column(held, cells)
+        starts = np.unique(np.linspace(0, one.count - 1, _SAMPLE_BLOCKS).astype(np.int64) // BLOCK_ROWS)
+        members = (starts[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
+        members = members[members < one.count]
+        seen = []
+        for name, tables in zip(choice.columns, tables_by_column(one, choice), strict=True):
+            column = one.part.columns[name]
+            cells, inverse = np.unique(one.cells(name, members), return_inverse=True)
+            seen.append(np.where(column.codes_at(cells)[0][inverse, : 4 * tables] >= 128, 1.0, -1.0))
+        signs = np.concatenate(seen, axis=1)
+        covariance = np.cov(signs.T).reshape(signs.shape[1], -1)
+        known[key] = signs.mean(axis=0).astype(np.float32), covariance.astype(np.float32)
     return known[key]
+
+
+def tables_by_column(one: Class, choice: Choice) -> list[int]:
+    """Of each column, how many tables of signs the choice looks at."""
+    limits = [signs_of(one.part.columns[name]).tables for name in choice.columns]
+    return [min(GROUP * groups, limit) for groups, limit in zip(choice.groups, limits, strict=True)]
 
 
 # a search ----------------------------------------------------------------------------------------------------------
@@ -219,7 +243,7 @@ def search(
     pieces: list[tuple[Int64, Int64, Float32]] = [
         (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
     ]
-    scanned, passed = 0, np.zeros(2, np.int64)
+    scanned, passed = 0, 0
     for part in parts:
         for one in classes_of(part, plan.columns):
             choice = plan.choices.get(frozenset(one.columns))
@@ -233,7 +257,7 @@ def search(
             scanned += one.count - first
             passed += run.passed
     which, rows, llr_db = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    return Together(which, rows, llr_db, scanned, (int(passed[0]), int(passed[1])))
+    return Together(which, rows, llr_db, scanned, passed)
 
 
 class _Run:
@@ -248,93 +272,71 @@ class _Run:
         plan: TogetherPlan,
         count: int,
     ) -> None:
-        self.one, self.plan, self.choice, self.count = one, plan, choice, count
+        self.one, self.plan = one, plan
         self.columns = {name: one.part.columns[name] for name in choice.columns}
         self.probes = {name: Probes(_codec(column), probes[name]) for name, column in self.columns.items()}
         self.live = snapshot.live_members(one.part, one.bits, one.positions, plan.groups)
-        order = [
-            (name, word) for name, words in zip(choice.columns, choice.words, strict=True) for word in range(words)
-        ]
-        others = [(name, w) for name in choice.columns for w in range(WORDS) if (name, w) not in order]
-        planes = {name: _signs(one, name) for name in choice.columns}
-        mine = {name: signs_of(c).of(self.probes[name].turned) for name, c in self.columns.items()}
-        self.planes = [planes[name][word] for name, word in order]
-        self.all_planes = self.planes + [planes[name][word] for name, word in others]
-        self.all_signs = np.ascontiguousarray(np.stack([mine[name][:, word] for name, word in order + others], axis=1))
-        signs = np.ascontiguousarray(self.all_signs[:, : len(order)])
-        # in how many signs a share of strangers differs from each probe
-        members = np.linspace(0, one.count - 1, min(_SAMPLE, one.count)).astype(np.int64)
-        mean, sd = sign_kernel.distances(self.all_planes, len(order), members, self.all_signs)
-        limits = np.floor(mean + norm.ppf((choice.first, choice.second)) * sd)
-        self.filled = filled(signs, np.maximum(limits[:, 0], 0).astype(np.uint64))
-        self.all_limits = np.maximum(limits[:, 1], 0).astype(np.uint64)
-        self.floor = plan.floor_llr_db - _slack_db(self.columns, plan.evidence)
-        self.found: list[tuple[NDArray[Any], NDArray[Any], Float32]] = []
-        self.held = 0
-        self.passed = np.zeros(2, np.int64)
+        self.members = _members(one, choice.columns)
+        self.signed = self._signed(choice)
+        floor = plan.floor_llr_db - _slack_db(self.columns, plan.evidence)
+        self.collected = Collected(np.full(count, -np.inf, np.float32), 2 * plan.k, floor)
+        self.passed = 0
         self._lock = threading.Lock()
 
+    def _signed(self, choice: Choice) -> SignedProbes:
+        mine = list(self.probes.values())
+        tables, steps, middles = tables_of(
+            [probe.turned for probe in mine], used := tables_by_column(self.one, choice), choice.weights
+        )
+        numbers = np.concatenate(
+            [p.turned[:, : 4 * n] * np.float32(w) for p, n, w in zip(mine, used, choice.weights, strict=True)], axis=1
+        )
+        mean, covariance = _signs_of_strangers(self.one, choice)
+        variance = np.einsum("ij,ij->i", turned(numbers, covariance), numbers) + tables.shape[1] / 12 * steps**2
+        z = np.float32(norm.isf(choice.share))
+        limits = limits_of(turned(numbers, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
+        return SignedProbes(
+            *filled(tables, limits),
+            np.array(used, np.int64),
+            paired([probe.codes for probe in mine]),
+            np.stack([probe.parameters for probe in mine]),
+            np.stack([self.plan.evidence[name].llr_db for name in self.columns]),
+        )
+
     def scan(self, scanner: Scanner, first: int) -> None:
-        size = max(_UNIT // self.count // BLOCK_ROWS, 16) * BLOCK_ROWS
+        size = max(_UNIT // len(self.signed) // BLOCK_ROWS, 16) * BLOCK_ROWS
         size = min(size, max(-(-self.one.count // (4 * scanner.threads)) // BLOCK_ROWS, 1) * BLOCK_ROWS)
         scanner.run([lambda low=low: self._scan(low, first, size) for low in range(first // size * size, self.one.count, size)])  # type: ignore[misc]  # fmt: skip
 
     def _scan(self, low: int, first: int, size: int) -> None:
         high = min(low + size, self.one.count)
-        blocks = slice(low // BLOCK_ROWS, -(-high // BLOCK_ROWS))
-        rows = slice(BLOCK_ROWS * blocks.start, BLOCK_ROWS * blocks.stop)
-        planes = [plane[rows] for plane in self.planes]
-        room = max(1 << 15, 4 * BLOCK_ROWS * self.count)
-        which, cells = np.empty(room, np.int32), np.empty(room, np.int64)
-        block = 0
-        while block < blocks.stop - blocks.start:
-            number, block = sign_kernel.scan(
-                planes,
-                self.live[blocks],
-                (max(first - low, 0), high - low),
-                block,
-                *self.filled,
-                self.count,
-                (which, cells),
-            )
-            pairs = (which[:number], cells[:number])
-            kept = sign_kernel.keep_near(
-                [plane[rows] for plane in self.all_planes], self.all_signs, self.all_limits, pairs
-            )
-            if kept:
-                self._estimate(which[:kept].copy(), cells[:kept] + low)
+        members, planes = None, []
+        if self.members is None:
+            planes = [column.plane(low, high) for column in self.columns.values()]
+        else:
+            members = self.members[:, low:high]
+            bases = members[:, 0] // BLOCK_ROWS * BLOCK_ROWS
+            for column, mine, base in zip(self.columns.values(), members, bases.tolist(), strict=True):
+                planes.append(column.plane(base, int(mine[-1]) + 1))
+            members = np.ascontiguousarray(members - bases[:, None])
+        live = self.live[low // BLOCK_ROWS : -(-high // BLOCK_ROWS)]
+        room = 2 * self.signed.room
+        which, cells, llr_db = np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32)
+        block, span = 0, (max(first - low, 0), high - low)
+        while block < -(-(high - low) // BLOCK_ROWS):
+            cuts = self.collected.cuts
+            found = (which, cells, llr_db)
+            number, block, passed = sign_kernel.scan(planes, members, live, span, block, self.signed, cuts, found)
+            if number:
+                self.collected.add(which[:number].copy(), 0, cells[:number] + low, llr_db[:number].copy())
             with self._lock:
-                self.passed += (number, kept)
-
-    def _estimate(self, which: NDArray[np.int32], members: Int64) -> None:
-        llr_db = np.zeros(len(which), np.float32)
-        for name, column in self.columns.items():
-            probe, cells = self.probes[name], self.one.cells(name, members)
-            base = int(cells.min()) // BLOCK_ROWS * BLOCK_ROWS
-            plane, norms = column.plane(base, int(cells.max()) + 1)
-            dots = kernel.dots(plane, which, cells - base, probe.codes)
-            llr_db += self.plan.evidence[name].at(probe.estimates(which, dots, norms[cells - base]))
-        with self._lock:
-            self.found.append((which, members, llr_db))
-            self.held += len(which)
-            if self.held > _HELD:  # strangers that are not normal at all
-                self.found = [self._best()]
-                self.held = len(self.found[0][0])
-
-    def _best(self) -> tuple[NDArray[np.int32], Int64, Float32]:
-        """Of each probe the k best by their estimates, and all that may reach the floor."""
-        nothing = (np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))
-        which, members, llr_db = (np.concatenate(arrays) for arrays in zip(nothing, *self.found, strict=True))
-        order = np.lexsort((members, -llr_db, which))
-        rank = np.arange(len(order)) - np.searchsorted(which[order], np.arange(self.count))[which[order]]
-        kept = order[(rank < self.plan.k) | (llr_db[order] >= self.floor)]
-        return which[kept], members[kept], llr_db[kept]
+                self.passed += passed
 
     def compare(self, scanner: Scanner) -> tuple[Int64, Int64, Float32]:
         """The best, compared exactly: probe, member, llr_db."""
-        which, members, _ = self._best()
-        order = np.argsort(members, kind="stable")  # as the disk has them
-        which, members = which[order], members[order]
+        hits = self.collected.hits()
+        order = np.argsort(hits.cell, kind="stable")  # as the disk has them
+        which, members = hits.which[order], hits.cell[order]
         exact = np.zeros(len(members), np.float32)
 
         def compare(low: int) -> None:
@@ -384,20 +386,19 @@ def choose(
     threshold. correlation: of how well two captures of a subject match, as ranks on a normal scale. None where no way is cheaper
     than to scan each column by itself."""
     draw = _Draw(one, calibrations, threshold_llr_db, correlation)
-    numbers = [_codec(one.part.columns[name]).scanned for name in one.columns]
     found = []
-    for first, second in product(_SHARES, _SECOND):
-        words = (WORDS,) * len(numbers)
-        while second <= first and draw.bound(words, first, second, chosen=True) <= miss_risk:
-            cost = _WORD * sum(words) + _HIT * first + _CHECKED * second
-            found.append((cost, words, first, second))
-            fewer = [(*words[:c], n - 1, *words[c + 1 :]) for c, n in enumerate(words) if n and sum(words) > 2]
+    for share in _SHARES:
+        groups = draw.most
+        while draw.bound(groups, share, chosen=True) <= miss_risk:
+            cost = GROUP * sum(groups) + _COMPARED * len(groups) * share
+            found.append((cost, groups, share))
+            fewer = [(*groups[:c], n - 1, *groups[c + 1 :]) for c, n in enumerate(groups) if n and sum(groups) > 1]
             if not fewer:
                 break
-            words = min(fewer, key=lambda some: draw.bound(some, first, second, chosen=True))
-    for cost, words, first, second in sorted(found):
-        if cost < sum(numbers) and draw.bound(words, first, second, chosen=False) <= miss_risk:
-            return draw.choice(words, first, second, cost / max(numbers))
+            groups = min(fewer, key=lambda some: draw.bound(some, share, chosen=True))
+    for cost, groups, share in sorted(found):
+        if cost < _ALONE * len(groups) and draw.bound(groups, share, chosen=False) <= miss_risk:
+            return draw.choice(groups, share, cost / _ALONE)
     return None
 
 
@@ -415,39 +416,41 @@ class _Draw:
         for name in one.columns:
             similarity = _mated(calibrations[name], ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES)))
             llr_db += calibrations[name].llr_db(similarity)
-            law = signs_of(one.part.columns[name]).words
-            mates.append(law.mated(similarity, rng))
+            law = signs_of(one.part.columns[name]).groups
+            mates.append(np.cumsum(law.mated(similarity, rng), axis=0))
             strangers.append(law.strangers)
-        self._mates = np.array(mates)  # (columns, WORDS, mates): signs that differ in each word
-        self._strangers = np.array(strangers)  # (columns, WORDS + 1, 2): mean and variance in so many words
+        self.most = tuple(len(sums) for sums in mates)
+        # by Fisher's discriminant: what parts mates from strangers most, column by column
+        weights = [(m[-1].mean() - s[-1, 0]) / (m[-1].var() + s[-1, 1]) for m, s in zip(mates, strangers, strict=True)]
+        self._weights = tuple(float(max(w, 1e-6) / max(weights)) for w in weights)
+        self._mates = [np.concatenate([np.zeros((1, _MATES)), sums]) * w for sums, w in zip(mates, self._weights, strict=True)]  # fmt: skip
+        self._strangers = [s * (w, w * w) for s, w in zip(strangers, self._weights, strict=True)]
         self._reaching = llr_db >= threshold_llr_db
         self._missed = cache(self._missed_by)
 
-    def _limit(self, words: Sequence[int], share: float) -> float:
-        mean, variance = sum(self._strangers[c, n] for c, n in enumerate(words))
-        return float(np.floor(mean + norm.ppf(share) * np.sqrt(variance)))
+    def _missed_by(self, groups: tuple[int, ...], share: float) -> NDArray[np.bool_]:
+        mean, variance = sum(strangers[n] for strangers, n in zip(self._strangers, groups, strict=True))
+        sums = sum(mates[n] for mates, n in zip(self._mates, groups, strict=True))
+        return np.asarray(sums < mean + norm.isf(share) * np.sqrt(variance))
 
-    def _missed_by(self, words: tuple[int, ...], share: float) -> NDArray[np.bool_]:
-        differing = sum(self._mates[c, :n].sum(axis=0) for c, n in enumerate(words))
-        return np.asarray(differing > self._limit(words, share))
-
-    def bound(self, words: tuple[int, ...], first: float, second: float, *, chosen: bool) -> float:
-        lost, drawn = self._count(words, first, second, chosen=chosen)
+    def bound(self, groups: tuple[int, ...], share: float, *, chosen: bool) -> float:
+        lost, drawn = self._count(groups, share, chosen=chosen)
         return float(beta.ppf(0.95, lost + 1, max(drawn - lost, 1)))
 
-    def _count(self, words: tuple[int, ...], first: float, second: float, *, chosen: bool) -> tuple[int, int]:
-        missed = self._missed(words, first) | self._missed((WORDS,) * len(words), second)
+    def _count(self, groups: tuple[int, ...], share: float, *, chosen: bool) -> tuple[int, int]:
         half = slice(0, None, 2) if chosen else slice(1, None, 2)
-        return int((missed & self._reaching)[half].sum()), int(self._reaching[half].sum())
+        return int((self._missed(groups, share) & self._reaching)[half].sum()), int(self._reaching[half].sum())
 
-    def choice(self, words: tuple[int, ...], first: float, second: float, cost: float) -> Choice:
-        lost, drawn = self._count(words, first, second, chosen=False)
+    def choice(self, groups: tuple[int, ...], share: float, cost: float) -> Choice:
+        lost, drawn = self._count(groups, share, chosen=False)
         single = [
-            float(self._missed(tuple(WORDS if i == c else 0 for i in range(len(words))), second).mean())
-            for c in range(len(words))
+            float(self._missed(tuple(n if i == c else 0 for i, n in enumerate(self.most)), share).mean())
+            for c in range(len(groups))
         ]
-        joint = float((self._missed(words, first) | self._missed((WORDS,) * len(words), second)).mean())
-        return Choice(self._columns, words, first, second, cost, self._correlation, drawn, lost, tuple(single), joint)
+        joint = float(self._missed(groups, share).mean())
+        return Choice(
+            self._columns, groups, self._weights, share, cost, self._correlation, drawn, lost, tuple(single), joint
+        )
 
 
 def _mated(calibration: Calibration, quantiles: NDArray[np.float64]) -> NDArray[np.float64]:
