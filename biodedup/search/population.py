@@ -67,11 +67,12 @@ def population_of(column: Column) -> Population:
     return _populations[column]
 
 
-_signs: WeakKeyDictionary[Column, Signs] = WeakKeyDictionary()
+_signs: WeakKeyDictionary[Column, dict[int, Signs]] = WeakKeyDictionary()
 
 
-def signs_of(column: Column) -> Signs:
+def signs_of(column: Column, bits: int = 1) -> Signs:
     assert column.codec is not None, "signs are of turned vectors"
-    if column not in _signs:
-        _signs[column] = Signs(population_of(column).sample, column.codec.scanned)
-    return _signs[column]
+    known = _signs.setdefault(column, {})
+    if bits not in known:
+        known[bits] = Signs(population_of(column).sample, column.codec.scanned, bits)
+    return known[bits]

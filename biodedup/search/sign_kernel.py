@@ -3,10 +3,11 @@
 Owns the arithmetic. Never knows what a sum, a limit or an evidence stands for (`signs.py`). Its oracles in numpy are in
 tests/test_scan.py.
 
-A block of 64 rows is taken out of its plane, of every column that counts. The signs of four numbers are four bits, which choose one of
-sixteen entries of a probe's table (the byte shuffle of FAISS's fast-scan kernel: André, Kermarrec and Le Scouarnec, VLDB 2015); tables
-are made so that no sum of them overflows a byte, so that 64 rows cost two instructions a table and vector. Rows whose sum reaches
-the probe's limit are collected, and compared by their four-bit numbers while the block is still in the first-level cache.
+A block of 64 rows is taken out of its plane, of every column that counts. The signs of four numbers, or of two numbers which of four
+classes each is in, are four bits, which choose one of sixteen entries of a probe's table (the byte shuffle of FAISS's fast-scan kernel:
+André, Kermarrec and Le Scouarnec, VLDB 2015). Tables are made so that no sum of a quarter of them overflows a byte; thus 64 rows cost two
+instructions a table and vector, half of what sums of 16 bits take. Rows whose sum reaches the probe's limit are collected, and
+compared by their four-bit numbers while the block is still in the first-level cache.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 WIDE = 4 if INSTRUCTIONS == "avx2" else 8
 """Probes whose tables a block meets at the same time."""
+QUARTERS = 4
+"""Sums of a byte that are added up apart, and then averaged: the finer they are rounded."""
+UNROLLED = 2
+"""Tables of one turn of the innermost loop."""
+CLASSES = ((0, 5), (5, 8), (8, 11), (11, 16))
+"""Upper halves of each class, first and past the last."""
 PADDED = 64
 """A row's bytes, and a probe's, are filled up to a multiple of this."""
 _TOGETHER = 4  # blocks that a probe's tables meet while they are in the first-level cache
@@ -40,67 +47,95 @@ Int64 = NDArray[np.int64]
 
 
 def _make_tile(instructions: str) -> Any:
-    """An intrinsic for numba, tile(signs, tables, count, limits, masks), all integers or addresses:
+    """An intrinsic for numba, tile(signs, tables, count, seeds, limits, masks), all integers or addresses:
 
-    signs: uint8 *, (count, 64), 64-byte aligned, 0 to 15; tables: uint8 *, (WIDE, count, 16); limits: uint8 *, (WIDE,); masks:
-    uint64 *, (WIDE,): bit r is set where the sum over i of tables[i, signs[i, r]] is at least the limit.
+    signs: uint8 *, (count, 64), 64-byte aligned, 0 to 15; tables: uint8 *, (WIDE, count, 16); count: a multiple of QUARTERS * UNROLLED; seeds: uint8
+    *, (64,); limits: uint8 *, (WIDE,); masks: uint64 *, (WIDE,): bit r is set where row r's mean reaches the limit. Of each quarter of
+    the tables, the sum over i of tables[i, signs[i, r]], for the first one and seeds[r]; the mean, rounded up, of two means, rounded up.
     """
     lanes = 32 if instructions == "avx2" else 64
     name = "avx2.pshuf.b" if instructions == "avx2" else "avx512.pshuf.b.512"
-    octets, sixteen = ir.VectorType(_I8, lanes), ir.VectorType(_I8, 16)
+    octets, wider, sixteen = (ir.VectorType(kind, n) for kind, n in ((_I8, lanes), (ir.IntType(16), lanes), (_I8, 16)))
     vectors = 64 // lanes
 
-    @intrinsic
-    def tile(_: Any, signs: Any, tables: Any, count: Any, limits: Any, masks: Any) -> Any:
-        signature = types.void(*[types.intp] * 5)
+    def mean(builder: Any, one: Any, other: Any) -> Any:
+        """Rounded up; an instruction of its own where the processor has one."""
+        both = builder.add(builder.zext(one, wider), builder.zext(other, wider))
+        more = builder.add(both, splat(builder, ir.Constant(ir.IntType(16), 1), lanes))
+        return builder.trunc(builder.lshr(more, splat(builder, ir.Constant(ir.IntType(16), 1), lanes)), octets)
 
-        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            signs, tables, limits, masks = (
-                builder.inttoptr(args[at], kind.as_pointer())
-                for at, kind in ((0, octets), (1, sixteen), (3, _I8), (4, _I64))
-            )
-            count = args[2]
-            shuffle = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(octets, [octets] * 2), f"llvm.x86.{name}"
-            )
-            before = builder.block
-            loop, after = builder.append_basic_block("table"), builder.append_basic_block("reached")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            number = builder.phi(_I64)
-            sums = [[builder.phi(octets) for _ in range(vectors)] for _ in range(WIDE)]
+    def summed(
+        builder: Any, signs: Any, tables: Any, count: Any, first: Any, end: Any, begin: list[Any]
+    ) -> list[list[Any]]:
+        """The sums over tables [first, end), which begin with what is given for each vector."""
+        shuffle = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(octets, [octets] * 2), f"llvm.x86.{name}"
+        )
+        before = builder.block
+        loop, after = builder.append_basic_block("table"), builder.append_basic_block("quarter")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        number = builder.phi(_I64)
+        sums = [[builder.phi(octets) for _ in range(vectors)] for _ in range(WIDE)]
+        grown: list[list[Any]] = [list(mine) for mine in sums]
+        for step in range(UNROLLED):
+            at = builder.add(number, ir.Constant(_I64, step))
             rows = []
             for v in range(vectors):
-                at = builder.add(builder.mul(number, ir.Constant(_I64, vectors)), ir.Constant(_I64, v))
-                some = builder.load(builder.gep(signs, [at]))
+                some = builder.load(
+                    builder.gep(signs, [builder.add(builder.mul(at, ir.Constant(_I64, vectors)), ir.Constant(_I64, v))])
+                )
                 some.align = lanes
                 rows.append(some)
-            grown = []
-            for p, mine in enumerate(sums):
-                entry = builder.load(
-                    builder.gep(tables, [builder.add(builder.mul(count, ir.Constant(_I64, p)), number)])
-                )
+            for p, mine in enumerate(grown):
+                entry = builder.load(builder.gep(tables, [builder.add(builder.mul(count, ir.Constant(_I64, p)), at)]))
                 entry.align = 16
                 places = ir.Constant(ir.VectorType(_I32, lanes), [i % 16 for i in range(lanes)])
                 entries = builder.shuffle_vector(entry, entry, places)
-                grown.append(
-                    [builder.add(s, builder.call(shuffle, [entries, r])) for s, r in zip(mine, rows, strict=True)]
-                )
-            following = builder.add(number, ir.Constant(_I64, 1))
-            number.add_incoming(ir.Constant(_I64, 0), before)
-            number.add_incoming(following, loop)
-            for mine, new in zip(sums, grown, strict=True):
-                for phi, value in zip(mine, new, strict=True):
-                    phi.add_incoming(ir.Constant(octets, None), before)
-                    phi.add_incoming(value, loop)
-            builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+                grown[p] = [
+                    builder.add(s, builder.call(shuffle, [entries, r])) for s, r in zip(mine, rows, strict=True)
+                ]
+        following = builder.add(number, ir.Constant(_I64, UNROLLED))
+        number.add_incoming(first, before)
+        number.add_incoming(following, loop)
+        for mine, new in zip(sums, grown, strict=True):
+            for phi, start, value in zip(mine, begin, new, strict=True):
+                phi.add_incoming(start, before)
+                phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+        builder.position_at_end(after)
+        return grown
 
-            builder.position_at_end(after)
-            for p, mine in enumerate(grown):
+    @intrinsic
+    def tile(_: Any, signs: Any, tables: Any, count: Any, seeds: Any, limits: Any, masks: Any) -> Any:
+        signature = types.void(*[types.intp] * 6)
+
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            signs, tables, seeds, limits, masks = (
+                builder.inttoptr(args[at], kind.as_pointer())
+                for at, kind in ((0, octets), (1, sixteen), (3, octets), (4, _I8), (5, _I64))
+            )
+            count = args[2]
+            quarter = builder.udiv(count, ir.Constant(_I64, QUARTERS))
+            edges = [builder.mul(quarter, ir.Constant(_I64, i)) for i in range(QUARTERS + 1)]
+            begin = []
+            for v in range(vectors):
+                some = builder.load(builder.gep(seeds, [ir.Constant(_I64, v)]))
+                some.align = 1
+                begin.append(some)
+            pairs: list[list[list[Any]]] = []
+            for first in range(0, QUARTERS, 2):
+                both = []
+                for i in (first, first + 1):
+                    both.append(summed(builder, signs, tables, count, edges[i], edges[i + 1], begin))
+                    begin = [ir.Constant(octets, None)] * vectors
+                pairs.append([[mean(builder, *v) for v in zip(*p, strict=True)] for p in zip(*both, strict=True)])
+            for p, mine in enumerate(zip(*pairs, strict=True)):
                 limit = splat(builder, builder.load(builder.gep(limits, [ir.Constant(_I64, p)])), lanes)
                 mask: Any = ir.Constant(_I64, 0)
-                for v, some in enumerate(mine):
-                    reached = builder.bitcast(builder.icmp_unsigned(">=", some, limit), ir.IntType(lanes))
+                for v, two in enumerate(zip(*mine, strict=True)):
+                    near = builder.icmp_unsigned(">=", mean(builder, *two), limit)
+                    reached = builder.bitcast(near, ir.IntType(lanes))
                     wide = reached if lanes == 64 else builder.zext(reached, _I64)
                     mask = builder.or_(mask, builder.shl(wide, ir.Constant(_I64, lanes * v)))
                 builder.store(mask, builder.gep(masks, [ir.Constant(_I64, p)]))
@@ -165,14 +200,17 @@ _lowest_bit: Any = intrinsic(_lowest_bit_of)
 
 
 @numba.njit(nogil=True, cache=True)
-def _plain_tile(signs: int, tables: int, count: int, limits: int, masks: int) -> None:
+def _plain_tile(signs: int, tables: int, count: int, seeds: int, limits: int, masks: int) -> None:
+    quarter = count // QUARTERS
     for p in range(WIDE):
         mask = np.uint64(0)
         for r in range(64):
-            total = np.uint8(0)
+            sums = np.zeros(QUARTERS, np.int64)
+            sums[0] = _u8_at(seeds + r)
             for i in range(count):
-                total += _u8_at(tables + 16 * (count * p + i) + _u8_at(signs + 64 * i + r))
-            if total >= _u8_at(limits + p):
+                sums[i // quarter] += _u8_at(tables + 16 * (count * p + i) + _u8_at(signs + 64 * i + r))
+            mean = (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1
+            if mean >= _u8_at(limits + p):
                 mask |= np.uint64(1) << np.uint64(r)
         _set_u64(masks + 8 * p, mask)
 
@@ -195,7 +233,7 @@ def _take_block(plane: int, taken: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _sign(taken: Any, signs: Any) -> None:
-    """signs uint8 (tables, 64): of each four numbers, whether they are positive, the first one in the lowest bit."""
+    """signs uint8 (tables, 64): of four numbers in a row, whether they are positive, the first one in the lowest bit."""
     lowest, gathers = (
         np.uint32(0x01010101),
         np.uint32(0x01020408),
@@ -204,6 +242,26 @@ def _sign(taken: Any, signs: Any) -> None:
         shift = np.uint32(3 + 4 * (i & 1))
         for r in range(64):
             signs[i, r] = np.uint8((((taken[i >> 1, r] >> shift) & lowest) * gathers) >> np.uint32(24))
+
+
+@numba.njit(nogil=True, cache=True)
+def _class(taken: Any, classes: Any) -> None:
+    """classes uint8 (tables, 64), tables a multiple of 4: of two numbers that share a byte, in which of four classes they are (CLASSES),
+    the lower half's in the lower two bits. All four bytes of a word at once."""
+    low, one, three, four = np.uint32(0x0F0F0F0F), np.uint32(0x01010101), np.uint32(3), np.uint32(4)
+    above_4, above_10 = np.uint32(0x0B0B0B0B), np.uint32(0x05050505)  # added, they carry into the fifth bit
+    both = np.empty(64, np.uint32)
+    for i in range(0, classes.shape[0], 4):
+        for r in range(64):
+            word = taken[i >> 2, r]
+            lower, upper = word & low, (word >> four) & low
+            lower = ((lower + above_4 >> four) & one) + ((lower >> three) & one) + ((lower + above_10 >> four) & one)
+            upper = ((upper + above_4 >> four) & one) + ((upper >> three) & one) + ((upper + above_10 >> four) & one)
+            both[r] = lower | upper << np.uint32(2)
+        for t in range(4):
+            shift = np.uint32(8 * t)
+            for r in range(64):
+                classes[i + t, r] = np.uint8(both[r] >> shift & np.uint32(15))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -262,16 +320,17 @@ def _make_survivors(instructions: str) -> Any:
     tile = _plain_tile if instructions == "plain" else _make_tile(instructions)
 
     def survivors(
-        signs: Any, alive: Any, tables: Any, limits: Any, count: int, masks: Any, which: Any, lanes: Any
+        signs: Any, seeds: Any, alive: Any, tables: Any, limits: Any, count: int, masks: Any, which: Any, lanes: Any
     ) -> int:
         """Probes and rows of some blocks that reach the limits, by probe. Returns how many."""
         found = 0
         number = tables.shape[1]
-        at_signs, at_tables = signs.ctypes.data, tables.ctypes.data
+        at_signs, at_tables, at_seeds = signs.ctypes.data, tables.ctypes.data, seeds.ctypes.data
         at_limits, at_masks = limits.ctypes.data, masks.ctypes.data
         for p in range(0, tables.shape[0], WIDE):
             for b in range(alive.shape[0]):
-                tile(at_signs + 64 * number * b, at_tables + 16 * number * p, number, at_limits + p, at_masks)
+                at_table, at_limit = at_tables + 16 * number * p, at_limits + p
+                tile(at_signs + 64 * number * b, at_table, number, at_seeds + 64 * b, at_limit, at_masks)
                 for i in range(min(WIDE, count - p)):
                     mask = masks[i] & alive[b]
                     while mask:
@@ -312,6 +371,8 @@ def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
         block: int,
         tables: Any,
         limits: Any,
+        bits: int,
+        seeding: Any,
         probes: Any,
         parameters: Any,
         evidence: Any,
@@ -326,7 +387,7 @@ def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
         taken = _aligned(_TOGETHER * columns * 64 * octets).view(np.uint32).reshape(_TOGETHER, columns, octets // 4, 64)
         signs = _aligned(_TOGETHER * 64 * number).reshape(_TOGETHER, number, 64)
         rows = _aligned(_TOGETHER * 64 * octets).view(np.uint32).reshape(_TOGETHER * 64, octets // 4)
-        lengths = np.empty(_TOGETHER * 64, np.float32)
+        lengths, seeds = np.ones((columns, _TOGETHER * 64), np.float32), np.zeros(_TOGETHER * 64, np.uint8)
         masks = _aligned(192).view(np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
         alive = np.empty(_TOGETHER, np.uint64)
         room = 64 * _TOGETHER * count
@@ -340,15 +401,25 @@ def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
                 alive[b] = _alive(live, block + b, first, last)
                 begin = 0
                 for c in range(columns if alive[b] else 0):
-                    mine = taken[b, c, : halves[c]]
+                    mine, at = taken[b, c, : halves[c]], 64 * (block + b)
                     if mapped:
-                        at = 64 * (block + b)
                         _take(planes[c], members[c, at : min(at + 64, members.shape[1])], mine)
                     else:
                         _take_block(planes[c] + 256 * halves[c] * (block + b), mine)
-                    _sign(mine, signs[b, begin : begin + used[c]])
+                    if bits == 1:
+                        _sign(mine, signs[b, begin : begin + used[c]])
+                    else:
+                        _class(mine, signs[b, begin : begin + used[c]])
                     begin += used[c]
-            reached = survivors(signs, alive[:blocks], tables, limits, count, masks, some, lanes)
+                    for r in range(64):
+                        cell = at + r
+                        if mapped:
+                            cell = members[c, min(cell, members.shape[1] - 1)]
+                        lengths[c, 64 * b + r] = _f32_at(norms[c] + 4 * np.int64(cell))
+            if seeding[1] != 0:
+                for r in range(64 * blocks):
+                    seeds[r] = np.uint8(min(max(seeding[0] + seeding[1] * lengths[0, r], np.float32(0)), seeding[2]))
+            reached = survivors(signs, seeds, alive[:blocks], tables, limits, count, masks, some, lanes)
             passed += reached
             laid_out = reached >= _LAID_OUT_FROM * blocks
             totals[:reached] = 0
@@ -358,17 +429,12 @@ def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
                         _lay_out(taken[b, c], rows[64 * b :])
                 else:
                     _lay_out_some(taken, c, lanes[:reached], rows)
-                for r in range(64 * blocks):
-                    cell = 64 * block + r
-                    if mapped:
-                        cell = members[c, min(cell, members.shape[1] - 1)]
-                    lengths[r] = _f32_at(norms[c] + 4 * np.int64(cell))
                 add_values(
                     some[:reached],
                     lanes[:reached],
                     rows,
                     laid_out,
-                    lengths,
+                    lengths[c],
                     probes[c],
                     parameters[c],
                     evidence[c],
@@ -391,8 +457,10 @@ _scan = make_scan(cache=True)
 class SignedProbes:
     """Probes as the kernel takes them, of one column or several.
 
-    tables: uint8 (q', t, 16), of all columns' tables one after another; limits: uint8 (q',), where q' is q, the number of probes,
-    rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. codes: int8 (columns, q, 2, octets), as
+    tables: uint8 (q', t, 16), of all columns' tables one after another, t a multiple of QUARTERS * UNROLLED; limits: uint8 (q',), where q' is q,
+    the number of probes, rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. bits: 1, where a
+    table is of the signs of four numbers, or 2, of the classes of two; seeding: float32 (3,): a row's sums begin with seeding[0] +
+    seeding[1] times the norm of its first column, cut off at 0 and seeding[2]. codes: int8 (columns, q, 2, octets), as
     `make_row_dot` wants them; parameters: float32 (columns, q, 2): a similarity is the first times (dot product - the second)
     over the row's norm. evidence: float32 (columns, n), what a similarity from -1 to 1 counts for, whose sum is compared with a cut;
     (columns, 0) for a single column whose similarity itself is.
@@ -401,6 +469,8 @@ class SignedProbes:
     tables: NDArray[np.uint8]
     limits: NDArray[np.uint8]
     used: Int64
+    bits: int
+    seeding: Float32
     codes: NDArray[np.int8]
     parameters: Float32
     evidence: Float32
@@ -448,6 +518,8 @@ def scan(
         start,
         probes.tables,
         probes.limits,
+        probes.bits,
+        probes.seeding,
         probes.codes,
         probes.parameters,
         probes.evidence,

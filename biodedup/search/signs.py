@@ -1,11 +1,14 @@
-"""Signs: what one bit a number says of a row, and the measured law that turns a similarity into a limit.
+"""Signs: what one or two bits a number say of a row, and the measured laws that turn a similarity into a limit.
 
 Owns a probe's tables, and the laws. Never scans (`sign_kernel.py`).
 
-Of a turned vector's numbers the signs alone keep 80 % of the correlation with a probe (as in RaBitQ: Gao and Long, SIGMOD 2024). They
-are the highest bits of the upper halves that a scan has in memory, so that they are stored nowhere. Four signs choose one of
-sixteen sums of four of the probe's numbers, rounded so that all together fit a byte. What passes is compared by its upper
+Of a turned vector's numbers the signs alone keep 80 % of the correlation with a probe (as in RaBitQ: Gao and Long, SIGMOD 2024), four
+classes of them 94 %. They are read off the upper halves that a scan has in memory, so that they are stored nowhere. Four signs, or two
+classes, choose one of sixteen sums of a probe's numbers times what they stand for, rounded to a byte. What passes is compared by its upper
 halves; one margin serves both, from pairs of which neither step may lose more than the miss risk.
+
+What a class stands for depends on how long a code is, since the largest number of every vector is 127. So a row's sums begin with a
+seed that makes up for it, right at a similarity of 0.4.
 """
 
 from __future__ import annotations
@@ -22,32 +25,70 @@ from scipy.stats import norm
 
 from biodedup.gallery.codec import ErrorLaw, measured_laws
 from biodedup.gallery.codes import STEP, quantise, turned
-from biodedup.search.sign_kernel import PADDED, WIDE, SignedProbes
+from biodedup.search.sign_kernel import CLASSES, PADDED, QUARTERS, UNROLLED, WIDE, SignedProbes
 from biodedup.values import Float32
 
 TABLES_MOST = 128
 """Of more, not even the rounded sums would fit a byte well."""
 GROUP = 8
 """Tables that a plan over several columns takes or leaves together: 32 numbers."""
+SIGN = np.array([-1, 1], np.float32)
+"""What signs stand for."""
+NOT_SEEDED = np.zeros(3, np.float32)
+_SEED_SIMILARITY, _SEED_MIDDLE = 0.4, 28
+_QUICK_PAIRS = 500
 _SEED = 2_002
 _NO_EVIDENCE = np.zeros((1, 0), np.float32)
 
 
 class Signs:
     """Of a column's rows. sample: float32 (n, D), unit rows that its codec has turned; scanned: of D numbers, those whose upper
-    halves are in memory."""
+    halves are in memory; bits: of a number, 1 or 2."""
 
-    def __init__(self, sample: Float32, scanned: int) -> None:
-        self.tables = min(scanned // 4, TABLES_MOST)
-        self._scanned = scanned
-        self._sample = sample
-        signs = self.of(sample)
-        self._mean = signs.mean(axis=0)
-        self._covariance = np.asarray(np.cov(signs.T).reshape(signs.shape[1], -1), np.float32)
+    def __init__(self, sample: Float32, scanned: int, bits: int = 1) -> None:
+        self.bits = bits
+        self.tables = min(scanned * bits // 4, TABLES_MOST)
+        self.seeding, self._room, self._seed_sd = NOT_SEEDED, 0, 0.0
+        self._scanned, self._sample = scanned, sample
+        self._used = np.arange(4 * self.tables) if bits == 1 else paired_numbers(self.tables)
+        self._size = np.float32(sqrt(len(self._used)))
+        self._levels = SIGN
+        if bits == 2:
+            codes, norms = quantise(sample)
+            seen, length = codes[:, self._used], norms[:, None] / np.float32(sqrt(sample.shape[1]))
+            outer = (seen < 16 * CLASSES[1][0]) | (seen >= 16 * CLASSES[3][0])
+            far = np.abs(seen.astype(np.float32) - 128) / length
+            low, high = far[~outer].mean(), far[outer].mean() if outer.any() else 2.0
+            self._levels = np.array([-high, -low, low, high], np.float32)
+            self._seed()
+        values = self.of(sample)
+        self._mean = values.mean(axis=0)
+        self._covariance = np.asarray(np.cov(values.T).reshape(values.shape[1], -1), np.float32)
+
+    def _seed(self) -> None:
+        """Measures how what a row is worth to its mates varies with the length of its code."""
+        self._room = 2 * _SEED_MIDDLE
+        norms = quantise(self._sample)[1]
+        kept = np.einsum("ij,ij->i", self.of(self._sample), self._sample[:, self._used])
+        if norms.std() < 1e-3:
+            return
+        slope = np.cov(kept, norms)[0, 1] / norms.var() * _SEED_SIMILARITY
+        step = float(np.median(self._tables(self._sample[:256])[1]))
+        self.seeding = np.array([_SEED_MIDDLE + slope / step * norms.mean(), -slope / step, self._room], np.float32)
+        self._seed_sd = float(self._seeds(norms).std())
+
+    def _seeds(self, norms: Float32) -> NDArray[np.uint8]:
+        return np.asarray(np.clip(self.seeding[0] + self.seeding[1] * norms, 0, self.seeding[2]), np.uint8)
 
     def of(self, vectors: Float32) -> Float32:
-        """-1 or 1 for each of the numbers that count, float32 (n, 4 tables), as a column's upper halves have them."""
-        return np.where(quantise(vectors)[0][:, : 4 * self.tables] >= 128, np.float32(1), np.float32(-1))
+        """What the numbers that count stand for, float32 (n, m), in the order of the tables, by a column's upper halves."""
+        upper = quantise(vectors)[0][:, self._used] >> 4
+        if self.bits == 1:
+            return self._levels[(upper >= 8).astype(np.int64)]
+        return self._levels[np.searchsorted([first for first, _ in CLASSES[1:]], upper, side="right")]
+
+    def _tables(self, probes: Float32) -> tuple[NDArray[np.uint8], Float32, Float32]:
+        return tables_of([probes[:, self._used]], self._levels, self._room)
 
     @cached_property
     def laws(self) -> tuple[ErrorLaw, ErrorLaw]:
@@ -56,17 +97,25 @@ class Signs:
         signs, halves = measured_laws((self.estimates, self._by_halves), self._sample, "sample", rng)
         return signs, halves
 
-    def estimates(self, probes: Float32, vectors: Float32) -> Float32:
-        """What the kernel makes of pairs, float32 (n, D) each -> float32 (n,): the cosine of the probe's numbers that count and
-        a row's signs."""
-        tables, steps, middles = tables_of([probes], [self.tables], [1.0])
-        sums = np.empty(len(probes), np.float32)
-        _sums(tables, np.ascontiguousarray(self.of(vectors) > 0), sums)
-        return np.asarray((sums * steps - middles) / np.float32(sqrt(4 * self.tables)), np.float32)
+    @cached_property
+    def quick_law(self) -> ErrorLaw:
+        """To foresee with."""
+        rng = np.random.default_rng(_SEED)
+        return measured_laws((self.estimates,), self._sample, "sample", rng, _QUICK_PAIRS)[0]
 
     @cached_property
     def groups(self) -> GroupLaw:
         return GroupLaw(self, self._sample)
+
+    def estimates(self, probes: Float32, vectors: Float32) -> Float32:
+        """What the kernel makes of pairs, float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers that count
+        and what a row's stand for."""
+        tables, steps, middles = self._tables(probes)
+        codes, norms = quantise(vectors)
+        upper = np.ascontiguousarray(codes[:, self._used] >> 4)
+        means = np.empty(len(probes), np.float32)
+        _means(tables, upper.reshape(len(probes), self.tables, -1), self._seeds(norms), means)
+        return np.asarray(products_of(means, steps, middles) / self._size, np.float32)
 
     def _by_halves(self, probes: Float32, vectors: Float32) -> Float32:
         codes, norms = quantise(vectors)
@@ -75,10 +124,12 @@ class Signs:
 
     def strangers(self, probes: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the estimates that the column's rows get, float32 (q,) each. probes: turned."""
-        seen = np.ascontiguousarray(probes[:, : 4 * self.tables])
-        size = np.float32(sqrt(4 * self.tables))
+        seen = np.ascontiguousarray(probes[:, self._used])
+        tables, steps, _ = self._tables(probes)
         variance = np.einsum("ij,ij->i", turned(seen, self._covariance), seen)
-        return turned(seen, self._mean[None])[:, 0] / size, np.sqrt(np.maximum(variance, 1e-12)) / size
+        variance += rounding_variance(tables.shape[1], steps) + (self._seed_sd * steps) ** 2
+        mean = turned(seen, self._mean[None])[:, 0]
+        return np.asarray(mean / self._size, np.float32), np.sqrt(variance) / self._size
 
     def share_passing(self, cuts: Float32, probes: Float32) -> float:
         """Of strangers, on an average of the probes. cuts: estimates, float32 (q,)."""
@@ -88,10 +139,25 @@ class Signs:
     def probes(self, probes: Float32, cuts: Float32, codes: NDArray[np.int8], parameters: Float32) -> SignedProbes:
         """For the kernel. probes: turned; cuts: estimates that rows must reach; codes, parameters: of the upper halves' dot
         products, int8 (q, scanned), float32 (q, 2)."""
-        tables, steps, middles = tables_of([probes], [self.tables], [1.0])
-        limits = limits_of(cuts * np.float32(sqrt(4 * self.tables)), steps, middles)
+        tables, steps, middles = self._tables(probes)
+        limits = limits_of(cuts * self._size, steps, middles)
         used = np.array([self.tables])
-        return SignedProbes(*filled(tables, limits), used, paired([codes]), parameters[None], _NO_EVIDENCE)
+        return SignedProbes(
+            *filled(tables, limits),
+            used,
+            self.bits,
+            self.seeding,
+            paired([codes]),
+            parameters[None],
+            _NO_EVIDENCE,
+        )
+
+
+def paired_numbers(tables: int) -> NDArray[np.int64]:
+    """Which two numbers a table of classes looks at: those that share a byte of the plane."""
+    halves = np.arange(-(-tables // 4))[:, None, None]
+    numbers = STEP * halves + np.arange(4)[None, :, None] + np.array([0, STEP // 2])
+    return np.asarray(numbers.reshape(-1)[: 2 * tables])
 
 
 class GroupLaw:
@@ -133,28 +199,45 @@ class GroupLaw:
         return np.asarray(means + np.einsum("nij,nj->in", roots, noise))
 
 
-def tables_of(
-    probes: Sequence[Float32], used: Sequence[int], weights: Sequence[float]
-) -> tuple[NDArray[np.uint8], Float32, Float32]:
-    """Tables of the first 4 `used` numbers of probes in each column, float32 (q, D) each, times the columns' weights.
+def tables_of(numbers: Sequence[Float32], levels: Float32, room: int = 0) -> tuple[NDArray[np.uint8], Float32, Float32]:
+    """Tables of probes' numbers, float32 (q, m) of each column, in the order of its tables; levels: what each of 2 or 4 classes of
+    a row's number stands for; room: what the first quarter's sum begins with at most, half of it on an average.
 
-    Returns uint8 (q, t, 16), and steps and middles, float32 (q,) each: the weighted dot product of a probe's numbers with a row's
-    signs is the sum of the row's entries times the step, less the middle, but for rounding.
+    Returns uint8 (q, t, 16), t filled up to a multiple of QUARTERS * UNROLLED, and steps and middles, float32 (q,) each, for `products_of`.
     """
-    numbers = np.concatenate(
-        [p[:, : 4 * n] * np.float32(w) for p, n, w in zip(probes, used, weights, strict=True)], axis=1
-    )
-    middles = np.abs(numbers).sum(axis=1, dtype=np.float32)
-    count = numbers.shape[1] // 4
-    steps = np.maximum(2 * middles / np.float32(255 - count / 2), 1e-12).astype(np.float32)
-    tables = np.empty((len(numbers), count, 16), np.uint8)
-    _fill(np.ascontiguousarray(numbers, np.float32), steps, tables)
-    return tables, steps, middles
+    together = np.ascontiguousarray(np.concatenate(numbers, axis=1), np.float32)
+    each = 4 if len(levels) == 2 else 2
+    count = together.shape[1] // each
+    filled_up = -(-count // (QUARTERS * UNROLLED)) * QUARTERS * UNROLLED
+    most = np.zeros((len(together), filled_up), np.float32)
+    most[:, :count] = np.abs(together).reshape(len(together), count, each).sum(axis=2) * levels[-1]
+    middles = most.sum(axis=1)
+    quarter = filled_up // QUARTERS
+    largest = 2 * most.reshape(len(together), QUARTERS, quarter).sum(axis=2).max(axis=1)
+    steps = np.maximum(largest / np.float32(255 - room - quarter / 2), 1e-12).astype(np.float32)
+    tables = np.zeros((len(together), filled_up, 16), np.uint8)
+    _fill(together.reshape(len(together), count, each), np.ascontiguousarray(levels), steps, tables)
+    return tables, steps, middles + steps * np.float32(room / 2)
+
+
+_ROUNDED_UP = np.float32(
+    0.5
+)  # what rounding up adds on an average: a quarter to each mean of two, and again to the mean of both
+
+
+def rounding_variance(tables: int, steps: Float32) -> Float32:
+    """Of products, for the rounding of entries and of means."""
+    return np.asarray((tables / 12 + QUARTERS**2 / 6) * steps**2, np.float32)
+
+
+def products_of(means: Float32, steps: Float32, middles: Float32) -> Float32:
+    """The dot products that means of quarters stand for."""
+    return np.asarray((means - _ROUNDED_UP) * QUARTERS * steps - middles, np.float32)
 
 
 def limits_of(products: Float32, steps: Float32, middles: Float32) -> NDArray[np.uint8]:
-    """The least sums of entries that stand for weighted dot products of at least these, float32 (q,)."""
-    least = np.ceil((products + middles) / steps - 1e-3)  # sums are whole numbers, steps are not
+    """The least means of quarters that stand for dot products of at least these, float32 (q,)."""
+    least = np.ceil((products + middles) / (QUARTERS * steps) + _ROUNDED_UP - 1e-3)
     return np.asarray(np.clip(least, 0, 255), np.uint8)
 
 
@@ -180,25 +263,36 @@ def paired(codes: Sequence[NDArray[np.int8]]) -> NDArray[np.int8]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill(numbers: Any, steps: Any, tables: Any) -> None:
-    for p in range(tables.shape[0]):
-        for i in range(tables.shape[1]):
-            four = numbers[p, 4 * i : 4 * i + 4]
+def _fill(numbers: Any, levels: Any, steps: Any, tables: Any) -> None:
+    shift = 1 if levels.shape[0] == 2 else 2
+    for p in range(numbers.shape[0]):
+        for i in range(numbers.shape[1]):
             for entry in range(16):
                 total = np.float32(0)
-                for b in range(4):  # the absolute value is added, so that no entry is negative
-                    total += abs(four[b]) + (four[b] if entry >> b & 1 else -four[b])
+                for b in range(numbers.shape[2]):  # the most that it can be is added, so that no entry is negative
+                    level = levels[entry >> (shift * b) & levels.shape[0] - 1]
+                    total += abs(numbers[p, i, b]) * levels[-1] + numbers[p, i, b] * level
                 tables[p, i, entry] = np.uint8(np.rint(total / steps[p]))
 
 
 @numba.njit(nogil=True, cache=True)
-def _sums(tables: Any, positive: Any, sums: Any) -> None:
+def _means(tables: Any, upper: Any, seeds: Any, means: Any) -> None:
+    """Of pairs, what the kernel compares. upper: uint8 (n, tables, 4 or 2), 0 to 15."""
+    each = upper.shape[2]
+    quarter = tables.shape[1] // 4
     for i in range(tables.shape[0]):
-        total = 0
-        for t in range(tables.shape[1]):
-            entry = 0
-            for b in range(4):
-                if positive[i, 4 * t + b]:
-                    entry |= 1 << b
-            total += tables[i, t, entry]
-        sums[i] = total
+        sums = np.zeros(4, np.int64)
+        sums[0] = seeds[i]
+        for t in range(upper.shape[1]):
+            entry = np.int64(0)
+            for b in range(each):
+                number = np.int64(upper[i, t, b])
+                if each == 4:
+                    entry |= np.int64(number >> 3) << b
+                else:
+                    entry |= (np.int64(number > 4) + np.int64(number > 7) + np.int64(number > 10)) << 2 * b
+            sums[t // quarter] += tables[i, t, entry]
+        means[i] = (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1
+
+
+assert CLASSES == ((0, 5), (5, 8), (8, 11), (11, 16)) and QUARTERS == 4  # what `_means` takes for granted

@@ -37,7 +37,7 @@ from biodedup.search import sign_kernel
 from biodedup.search.population import signs_of
 from biodedup.search.scan import Collected, Probes, Scanner
 from biodedup.search.sign_kernel import SignedProbes
-from biodedup.search.signs import GROUP, filled, limits_of, paired, tables_of
+from biodedup.search.signs import GROUP, NOT_SEEDED, SIGN, filled, limits_of, paired, rounding_variance, tables_of
 from biodedup.values import COLUMNS, Float32
 
 ROWS_MIN = 1 << 16
@@ -285,19 +285,20 @@ class _Run:
 
     def _signed(self, choice: Choice) -> SignedProbes:
         mine = list(self.probes.values())
-        tables, steps, middles = tables_of(
-            [probe.turned for probe in mine], used := tables_by_column(self.one, choice), choice.weights
-        )
-        numbers = np.concatenate(
-            [p.turned[:, : 4 * n] * np.float32(w) for p, n, w in zip(mine, used, choice.weights, strict=True)], axis=1
-        )
+        used = tables_by_column(self.one, choice)
+        numbers = [p.turned[:, : 4 * n] * np.float32(w) for p, n, w in zip(mine, used, choice.weights, strict=True)]
+        tables, steps, middles = tables_of(numbers, SIGN)
+        together = np.concatenate(numbers, axis=1)
         mean, covariance = _signs_of_strangers(self.one, choice)
-        variance = np.einsum("ij,ij->i", turned(numbers, covariance), numbers) + tables.shape[1] / 12 * steps**2
+        variance = np.einsum("ij,ij->i", turned(together, covariance), together)
+        variance += rounding_variance(tables.shape[1], steps)
         z = np.float32(norm.isf(choice.share))
-        limits = limits_of(turned(numbers, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
+        limits = limits_of(turned(together, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
         return SignedProbes(
             *filled(tables, limits),
             np.array(used, np.int64),
+            1,
+            NOT_SEEDED,
             paired([probe.codes for probe in mine]),
             np.stack([probe.parameters for probe in mine]),
             np.stack([self.plan.evidence[name].llr_db for name in self.columns]),
