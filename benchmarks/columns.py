@@ -32,6 +32,7 @@ from scipy.stats import beta, norm
 import biodedup as bd
 from biodedup.jobs.demo import mates_of
 from biodedup.match.calibration import Calibration
+from biodedup.search.signs import GROUP
 
 ROWS, DIMENSION, BATCH, PROBES, K = 20_000_000, 128, 1 << 16, 256, 100
 COLUMNS = ("face", "left_index", "right_index", "right_middle")
@@ -148,8 +149,10 @@ def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]
                     figures[f"{kind}: miss risk {risk:g}"] = "no plan"
                     continue
                 (choice,) = plan.choices.values()
-                searcher._fan_out.together(shards, {n: p[:PROBES] for n, p in probes.items()}, plan)  # signs are made
-                missed, ours, theirs, passed = np.zeros(len(whose), bool), [], [], np.zeros(2)
+                searcher._fan_out.together(
+                    shards, {n: p[:PROBES] for n, p in probes.items()}, plan
+                )  # laws are measured
+                missed, ours, theirs, passed = np.zeros(len(whose), bool), [], [], 0
                 for low in range(0, len(whose), PROBES):
                     some = slice(low, low + PROBES)
                     started = time.perf_counter()
@@ -166,8 +169,8 @@ def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]
                 cost = float(np.median(ours) / np.median(theirs))
                 share = passed / len(whose) / rows
                 figures[f"{kind}: miss risk {risk:g}"] = (
-                    f"cost {cost:.2f} (foreseen {choice.cost:.2f}), {PROBES / np.median(ours):.1f} probes/s; words "
-                    f"{'+'.join(map(str, choice.words))}, shares {share[0]:.1e} and {share[1]:.1e}; missed {rate(missed)}; "
+                    f"cost {cost:.2f} (foreseen {choice.cost:.2f}), {PROBES / np.median(ours):.1f} probes/s; signs "
+                    f"{'+'.join(str(4 * GROUP * n) for n in choice.groups)}, share {share:.1e}; missed {rate(missed)}; "
                     f"reaching: {rate(missed[reaching])}; planned below {choice.miss_bound:.1e}; "
                     f"product of single columns' {prod(choice.single):.1e}"
                 )

@@ -335,7 +335,7 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
     calls = []
     real = sign_kernel.scan
     monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
-    monkeypatch.setattr(shard, "_cheapest_signs", lambda column, *_: population.signs_of(column, bits))
+    monkeypatch.setattr(shard, "_cheapest_signs", lambda column, *_: population.signs_of(column, bits, 24))
     found = fan_out.nearest(shards, probes, Plan("face", 2, len(vectors), 1e-3))
     assert calls
     rows, similarity = exact(probes, shards, 2)
@@ -369,8 +369,8 @@ def test_no_sum_of_tables_overflows_a_byte():
         assert tables.shape[1] == sum(some.shape[1] for some in numbers) * (1 if room == 0 else 2) // 4
         quarters = tables.max(axis=2).astype(int).reshape(400, 4, -1).sum(axis=2)
         assert 200 < quarters.max() + room <= 255
-        assert np.allclose(quarters.sum(axis=1) * steps, 2 * middles, rtol=0.05)
-        assert limits_of(middles * 2, steps, middles).min() == 255  # out of anybody's reach, and no wrap-around
+        assert np.allclose(quarters.sum(axis=1) * steps, 2 * middles - room * steps, rtol=0.05)
+        assert limits_of(middles * 5, steps, middles).min() == 255  # out of anybody's reach, and no wrap-around
 
 
 @pytest.mark.parametrize("bits", [1, 2])

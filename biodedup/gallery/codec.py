@@ -63,6 +63,11 @@ class ErrorLaw:
             return float(norm.isf(miss_risk)), False
         return -self.lowest[allowed], True
 
+    def bound(self, miss_risk: float) -> float | None:
+        """Below what the probability of a miss is, with the margin for this risk; None where that was not measured."""
+        z, measured = self.margin(miss_risk)
+        return self.risk_bound(sum(value < -z for value in self.lowest)) if measured else None
+
     def risk_bound(self, misses: int) -> float:
         """The upper end of the one-sided 95 % interval for the probability of a miss, of which so many were counted."""
         return float(beta.ppf(0.95, misses + 1, self.checked - misses))

@@ -1,12 +1,10 @@
-"""The scan's inner loop: dot products of eight-bit probes with four-bit rows, of which only those above a cut leave it.
+"""The scan's inner loop for a few probes: dot products of eight-bit probes with four-bit rows, of which those above a cut leave it.
 
 Owns the arithmetic. Never knows what a row or a similarity is. `scan` has an oracle in numpy in tests/test_scan.py.
 
-A tile of 64 rows by 4 probes stays in registers; one instruction multiplies and adds 64 pairs of numbers (VNNI), two or three
-where the processor has only AVX-512 or AVX2. All rows of a block, in all its four-bit numbers, are unpacked once into the
-first-level cache and meet every probe of the batch there. What a probe's cut does not let through costs a comparison and is
-forgotten: no heaps, no results to merge. FAISS's fast-scan kernel for 4-bit product quantisation (PQ64x4fs, as many probes)
-reads half of these bytes in twice the time, with three times the error (benchmarks/speed.py).
+Some rows by 4 probes stay in registers; one instruction multiplies and adds 64 pairs of numbers (VNNI), or two do 64 or 32, in sums of
+16 bits, where the processor has only AVX-512 or AVX2. What a probe's cut does not let through costs a comparison and is forgotten: no
+heaps, no results to merge. Many probes are served by `sign_kernel.py`, which uses these products for what it cannot rule out.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from math import prod
 
 from biodedup.gallery.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.search.population import signs_of
 from biodedup.search.shard import by_codec, shares
 from biodedup.search.signs import GROUP
 from biodedup.search.together import Choice, TogetherPlan, classes_of, covered
@@ -24,6 +25,7 @@ class ColumnPlan:
     share: of the rows that is looked at; margin: standard deviations of the estimate's error that a cut leaves; error_sd: one of
     these, in similarity at 0.5; miss_bound: the probability of a miss is below it with 95 % confidence, or None where the
     pairs set aside are too few to say so; checked: how many pairs these are; source: of the vectors they were made from.
+    by_signs: the same bound where a batch of probes rules rows out by their signs first, or None where it does not.
     """
 
     column: str
@@ -36,6 +38,7 @@ class ColumnPlan:
     miss_bound: float | None
     checked: int
     source: str
+    by_signs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class SearchPlan:
         single = ", ".join(f"{missed:.2g}" for missed in choice.single)
         return (
             f"{names}: {rows:,} rows that have all of them are searched in all at once, for {choice.cost:.0%} of what a search of "
-            f"one column takes: {signs} signs let {choice.share:g} of the rows pass, whose upper halves are compared; of mates that reach the review threshold, {choice.missed} of {choice.drawn:,} drawn from the columns' "
-            f"calibrations were lost, so that one is missed with a probability below {choice.miss_bound:.2g} (asked for: "
+            f"one column takes: {signs} signs let {choice.share:g} of the rows pass, whose upper halves are compared; of mates that "
+            f"reach the review threshold, {choice.missed} of {choice.drawn:,} drawn from the columns' calibrations were lost, so that one is missed with a probability below {choice.miss_bound:.2g} (asked for: "
             f"{self.miss_risk:g}), 95 % confidence, where captures go together with a correlation of {choice.correlation:g}. Of all "
             f"mates {choice.joint:.2g} are lost; each column's signs alone would lose {single}, whose product is "
             f"{prod(choice.single):.2g}"
@@ -84,7 +87,11 @@ class SearchPlan:
                 f"a row is missed with a probability below {plan.miss_bound:.2g} (asked for: {self.miss_risk:g}), 95 % "
                 f"confidence, from {plan.checked:,} pairs set aside (made from {plan.source} vectors)"
             )
-        return f"{start}; {error}; {margin}: {evidence}"
+        if plan.by_signs is None:
+            batches = "batches do not go by signs, whose pairs are too few to confirm the risk"
+        else:
+            batches = f"where a batch goes by signs first, by both steps together with a probability below {plan.by_signs:.2g}"
+        return f"{start}; {error}; {margin}: {evidence}; {batches}"
 
 
 @dataclass(frozen=True)
@@ -116,12 +123,27 @@ def _column(snapshot: Snapshot, name: str, miss_risk: float, together: TogetherP
     codec = max(coded, key=lambda held: held.column.count).column.codec
     assert codec is not None, "these have one"
     law = codec.law
-    z, measured = law.margin(miss_risk) if miss_risk > 0 else (0.0, True)
-    bound = law.risk_bound(sum(value < -z for value in law.lowest)) if measured and miss_risk > 0 else None
+    z = law.margin(miss_risk)[0] if miss_risk > 0 else 0.0
     scanned_bytes = codec.scanned // 2 + 4
     coded_rows = sum(held.cells for held in coded)
     middle = law.similarity.index(0.5)
-    return ColumnPlan(name, rows, coded_rows, scanned_bytes, 1.0, z, law.sd[middle], bound, law.checked, law.source)
+    by_signs = None
+    if miss_risk > 0:
+        largest = max((held.column for held in coded), key=lambda column: column.count)
+        by_signs = max((signs_of(largest, bits).laws[0].bound(miss_risk) or 1.0) for bits in (1, 2))
+    return ColumnPlan(
+        name,
+        rows,
+        coded_rows,
+        scanned_bytes,
+        1.0,
+        z,
+        law.sd[middle],
+        law.bound(miss_risk) if miss_risk > 0 else None,
+        law.checked,
+        law.source,
+        by_signs if by_signs is not None and by_signs < 1 else None,
+    )
 
 
 def _held(part: Part, name: str, together: TogetherPlan | None) -> _Held:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from scipy.stats import beta, norm
+from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond to say the same
 
 from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
 from biodedup.gallery.part import Column
-from biodedup.search.signs import Signs
+from biodedup.search.signs import TABLES_MOST, Signs
 from biodedup.values import Float32
 
 _SAMPLE_ROWS = 16_384  # of a column, that say what non-mates look like
@@ -44,14 +44,14 @@ class Population:
         """
         mean, sd = self.similarity(probes)
         dimension = max(float(1 / np.median(sd)) ** 2, 3.0)  # in which directions at random would deviate as much
-        z = float(np.sqrt(dimension * beta.isf(min(2 * share, 1.0), 0.5, (dimension - 1) / 2)))
+        z = float(np.sqrt(dimension * betainccinv(0.5, (dimension - 1) / 2, min(2 * share, 1.0))))
         z -= 4 * float(np.sqrt((1 + z * z / 2) / _SAMPLE_ROWS))  # four times what the sample leaves uncertain
         return mean + sd * np.float32(z)
 
     def share_reaching(self, cuts: Float32, probes: Float32) -> float:
         """The largest share of rows that reaches a probe's cut."""
         mean, sd = self.similarity(probes)
-        return float(norm.sf(((cuts - mean) / sd).min()))
+        return float(ndtr(-((cuts - mean) / sd).min()))
 
 
 _populations: WeakKeyDictionary[Column, Population] = WeakKeyDictionary()  # a column never changes
@@ -67,12 +67,12 @@ def population_of(column: Column) -> Population:
     return _populations[column]
 
 
-_signs: WeakKeyDictionary[Column, dict[int, Signs]] = WeakKeyDictionary()
+_signs: WeakKeyDictionary[Column, dict[tuple[int, int], Signs]] = WeakKeyDictionary()
 
 
-def signs_of(column: Column, bits: int = 1) -> Signs:
+def signs_of(column: Column, bits: int = 1, tables: int = TABLES_MOST) -> Signs:
     assert column.codec is not None, "signs are of turned vectors"
     known = _signs.setdefault(column, {})
-    if bits not in known:
-        known[bits] = Signs(population_of(column).sample, column.codec.scanned, bits)
-    return known[bits]
+    if (bits, tables) not in known:
+        known[bits, tables] = Signs(population_of(column).sample, column.codec.scanned, bits, tables)
+    return known[bits, tables]

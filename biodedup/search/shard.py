@@ -9,7 +9,8 @@ where the k-th best of all shards lies below what one of them was complete to, t
 How a local shard finds the k nearest of many without a heap: a probe's similarities to strangers are nearly normal, so that
 their mean and deviation over a sample say which similarity T some more than k of all rows reach; rows at T have a known
 distribution of estimates (`ErrorLaw`), whose lower tail of `miss_risk` is the cut. What reaches it is ranked by estimate, the best k
-are compared exactly, and then everybody whose estimate could still belong among them.
+are compared exactly, and then everybody whose estimate could still belong among them. For many probes signs rule most rows out
+beforehand (`signs.py`), where that is cheaper.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from biodedup.errors import BiodedupError
 from biodedup.gallery.codes import dequantise
@@ -34,7 +35,7 @@ from biodedup.search import together
 from biodedup.search.kernel import INSTRUCTIONS
 from biodedup.search.population import population_of, signs_of
 from biodedup.search.scan import Hits, Int64, Probes, Scanner, Tile, Unit
-from biodedup.search.signs import Signs
+from biodedup.search.signs import TABLES_MOST, Signs
 from biodedup.search.together import Together, TogetherPlan
 from biodedup.values import COLUMNS, Float32
 
@@ -331,15 +332,18 @@ class LocalShard:
 def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: float) -> Signs | None:
     """By which signs to search for rows of at least these similarities; None where all upper halves are compared sooner."""
     options = []
-    for bits in (1, 2):
-        signs = signs_of(column, bits)
+    all_signs = signs_of(column).tables
+    for bits, tables in ((1, all_signs // 16 * 8), (1, all_signs // 32 * 24), (1, TABLES_MOST), (2, TABLES_MOST)):
+        if not tables:
+            continue
+        signs = signs_of(column, bits, tables)
         law = signs.quick_law
-        share = signs.share_passing(law.cut(least, float(norm.isf(miss_risk / 2))), probes.turned)
-        options.append((signs.tables * _TABLE + share * _COMPARED, bits))
-    cost, bits = min(options)
+        share = signs.share_passing(law.cut(least, -float(ndtri(miss_risk / 2))), probes.turned)
+        options.append((signs.tables * _TABLE + share * _COMPARED, bits, tables))
+    cost, bits, tables = min(options)
     if cost >= probes.codec.scanned * _NUMBER.get(INSTRUCTIONS, 1.0):
         return None
-    signs = signs_of(column, bits)
+    signs = signs_of(column, bits, tables)
     return signs if signs.laws[0].margin(miss_risk)[1] else None
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numba
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from biodedup.gallery.codec import ErrorLaw, measured_laws
 from biodedup.gallery.codes import STEP, quantise, turned
@@ -43,11 +43,11 @@ _NO_EVIDENCE = np.zeros((1, 0), np.float32)
 
 class Signs:
     """Of a column's rows. sample: float32 (n, D), unit rows that its codec has turned; scanned: of D numbers, those whose upper
-    halves are in memory; bits: of a number, 1 or 2."""
+    halves are in memory; bits: of a number, 1 or 2; tables: how many at most."""
 
-    def __init__(self, sample: Float32, scanned: int, bits: int = 1) -> None:
+    def __init__(self, sample: Float32, scanned: int, bits: int = 1, tables: int = TABLES_MOST) -> None:
         self.bits = bits
-        self.tables = min(scanned * bits // 4, TABLES_MOST)
+        self.tables = min(scanned * bits // 4, tables)
         self.seeding, self._room, self._seed_sd = NOT_SEEDED, 0, 0.0
         self._scanned, self._sample = scanned, sample
         self._used = np.arange(4 * self.tables) if bits == 1 else paired_numbers(self.tables)
@@ -134,7 +134,7 @@ class Signs:
     def share_passing(self, cuts: Float32, probes: Float32) -> float:
         """Of strangers, on an average of the probes. cuts: estimates, float32 (q,)."""
         mean, sd = self.strangers(probes)
-        return float(norm.sf((cuts - mean) / sd).mean())
+        return float(ndtr((mean - cuts) / sd).mean())
 
     def probes(self, probes: Float32, cuts: Float32, codes: NDArray[np.int8], parameters: Float32) -> SignedProbes:
         """For the kernel. probes: turned; cuts: estimates that rows must reach; codes, parameters: of the upper halves' dot

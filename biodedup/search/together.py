@@ -25,8 +25,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
-from scipy.stats import beta, norm
+from scipy.special import ndtr, ndtri
+from scipy.stats import beta
 
 from biodedup.gallery.codec import Codec
 from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
@@ -292,7 +292,7 @@ class _Run:
         mean, covariance = _signs_of_strangers(self.one, choice)
         variance = np.einsum("ij,ij->i", turned(together, covariance), together)
         variance += rounding_variance(tables.shape[1], steps)
-        z = np.float32(norm.isf(choice.share))
+        z = np.float32(-ndtri(choice.share))
         limits = limits_of(turned(together, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
         return SignedProbes(
             *filled(tables, limits),
@@ -432,7 +432,7 @@ class _Draw:
     def _missed_by(self, groups: tuple[int, ...], share: float) -> NDArray[np.bool_]:
         mean, variance = sum(strangers[n] for strangers, n in zip(self._strangers, groups, strict=True))
         sums = sum(mates[n] for mates, n in zip(self._mates, groups, strict=True))
-        return np.asarray(sums < mean + norm.isf(share) * np.sqrt(variance))
+        return np.asarray(sums < mean + ndtri(1 - share) * np.sqrt(variance))
 
     def bound(self, groups: tuple[int, ...], share: float, *, chosen: bool) -> float:
         lost, drawn = self._count(groups, share, chosen=chosen)
