@@ -110,11 +110,13 @@ class Signs:
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
         """What the kernel makes of pairs, float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers that count
         and what a row's stand for."""
-        tables, steps, middles = self._tables(probes)
+        numbers = np.ascontiguousarray(probes[:, self._used])
+        steps, middles, quarter = scales_of(numbers, self._levels, self._room)
         codes, norms = quantise(vectors)
-        upper = np.ascontiguousarray(codes[:, self._used] >> 4)
+        upper = np.ascontiguousarray(codes[:, self._used] >> 4).reshape(len(probes), self.tables, -1)
         means = np.empty(len(probes), np.float32)
-        _means(tables, upper.reshape(len(probes), self.tables, -1), self._seeds(norms), means)
+        numbers = numbers.reshape(upper.shape)
+        _means(numbers, self._levels, steps, quarter, upper, self._seeds(norms), means)
         return np.asarray(products_of(means, steps, middles) / self._size, np.float32)
 
     def _by_halves(self, probes: Float32, vectors: Float32) -> Float32:
@@ -206,18 +208,26 @@ def tables_of(numbers: Sequence[Float32], levels: Float32, room: int = 0) -> tup
     Returns uint8 (q, t, 16), t filled up to a multiple of QUARTERS * UNROLLED, and steps and middles, float32 (q,) each, for `products_of`.
     """
     together = np.ascontiguousarray(np.concatenate(numbers, axis=1), np.float32)
-    each = 4 if len(levels) == 2 else 2
-    count = together.shape[1] // each
-    filled_up = -(-count // (QUARTERS * UNROLLED)) * QUARTERS * UNROLLED
-    most = np.zeros((len(together), filled_up), np.float32)
-    most[:, :count] = np.abs(together).reshape(len(together), count, each).sum(axis=2) * levels[-1]
-    middles = most.sum(axis=1)
-    quarter = filled_up // QUARTERS
-    largest = 2 * most.reshape(len(together), QUARTERS, quarter).sum(axis=2).max(axis=1)
+    steps, middles, quarter = scales_of(together, levels, room)
+    tables = np.zeros((len(together), QUARTERS * quarter, 16), np.uint8)
+    _fill(together.reshape(len(together), -1, _each(levels)), np.ascontiguousarray(levels), steps, tables)
+    return tables, steps, middles
+
+
+def _each(levels: Float32) -> int:
+    """Numbers that a table looks at."""
+    return 4 if len(levels) == 2 else 2
+
+
+def scales_of(numbers: Float32, levels: Float32, room: int) -> tuple[Float32, Float32, int]:
+    """Of probes' tables: steps, middles, and how many make a quarter."""
+    count = numbers.shape[1] // _each(levels)
+    quarter = -(-count // (QUARTERS * UNROLLED)) * UNROLLED
+    most = np.zeros((len(numbers), QUARTERS * quarter), np.float32)
+    most[:, :count] = np.abs(numbers).reshape(len(numbers), count, -1).sum(axis=2) * levels[-1]
+    largest = 2 * most.reshape(len(numbers), QUARTERS, quarter).sum(axis=2).max(axis=1)
     steps = np.maximum(largest / np.float32(255 - room - quarter / 2), 1e-12).astype(np.float32)
-    tables = np.zeros((len(together), filled_up, 16), np.uint8)
-    _fill(together.reshape(len(together), count, each), np.ascontiguousarray(levels), steps, tables)
-    return tables, steps, middles + steps * np.float32(room / 2)
+    return steps, most.sum(axis=1) + steps * np.float32(room / 2), quarter
 
 
 _ROUNDED_UP = np.float32(
@@ -263,24 +273,29 @@ def paired(codes: Sequence[NDArray[np.int8]]) -> NDArray[np.int8]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill(numbers: Any, levels: Any, steps: Any, tables: Any) -> None:
+def _entry(numbers: Any, levels: Any, step: float, entry: int) -> Any:
+    """What a table says of the rows whose numbers are in these classes."""
     shift = 1 if levels.shape[0] == 2 else 2
-    for p in range(numbers.shape[0]):
-        for i in range(numbers.shape[1]):
-            for entry in range(16):
-                total = np.float32(0)
-                for b in range(numbers.shape[2]):  # the most that it can be is added, so that no entry is negative
-                    level = levels[entry >> (shift * b) & levels.shape[0] - 1]
-                    total += abs(numbers[p, i, b]) * levels[-1] + numbers[p, i, b] * level
-                tables[p, i, entry] = np.uint8(np.rint(total / steps[p]))
+    total = np.float32(0)
+    for b in range(numbers.shape[0]):  # the most that it can be is added, so that no entry is negative
+        level = levels[entry >> (shift * b) & levels.shape[0] - 1]
+        total += abs(numbers[b]) * levels[-1] + numbers[b] * level
+    return np.uint8(np.rint(total / step))
 
 
 @numba.njit(nogil=True, cache=True)
-def _means(tables: Any, upper: Any, seeds: Any, means: Any) -> None:
+def _fill(numbers: Any, levels: Any, steps: Any, tables: Any) -> None:
+    for p in range(numbers.shape[0]):
+        for i in range(numbers.shape[1]):
+            for entry in range(16):
+                tables[p, i, entry] = _entry(numbers[p, i], levels, steps[p], entry)
+
+
+@numba.njit(nogil=True, cache=True)
+def _means(numbers: Any, levels: Any, steps: Any, quarter: int, upper: Any, seeds: Any, means: Any) -> None:
     """Of pairs, what the kernel compares. upper: uint8 (n, tables, 4 or 2), 0 to 15."""
     each = upper.shape[2]
-    quarter = tables.shape[1] // 4
-    for i in range(tables.shape[0]):
+    for i in range(upper.shape[0]):
         sums = np.zeros(4, np.int64)
         sums[0] = seeds[i]
         for t in range(upper.shape[1]):
@@ -291,7 +306,7 @@ def _means(tables: Any, upper: Any, seeds: Any, means: Any) -> None:
                     entry |= np.int64(number >> 3) << b
                 else:
                     entry |= (np.int64(number > 4) + np.int64(number > 7) + np.int64(number > 10)) << 2 * b
-            sums[t // quarter] += tables[i, t, entry]
+            sums[t // quarter] += _entry(numbers[i, t], levels, steps[i], int(entry))
         means[i] = (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1
 
 
