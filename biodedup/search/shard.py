@@ -43,8 +43,9 @@ EXACT_CELLS = 1 << 14
 """Up to so many cells of one codec are compared exactly."""
 _RELEASE_PAIRS = 10_000  # compared at a time, after which the memory of what was read is given back
 _SIGN_PROBES = 16  # from so many on, taking the signs out of a block is worth it
-# Costs of a row in nanoseconds, measured: a table of signs, the comparison of what they let through, a number of an upper half.
-_TABLE, _COMPARED, _NUMBER = 0.0105, 13.0, {"avx2": 0.0105, "avx512": 0.008, "vnni": 0.0055}
+# Costs of a row in nanoseconds, measured: a table of signs, the comparison of what they let through, taking a row's signs once for
+# all probes, a number of an upper half.
+_TABLE, _COMPARED, _TAKEN, _NUMBER = 0.0105, 13.0, 14.0, {"avx2": 0.0105, "avx512": 0.008, "vnni": 0.0055}
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only to foresee how many rows pass
 _SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
 _log = logging.getLogger("biodedup")
@@ -339,7 +340,7 @@ def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: f
         signs = signs_of(column, bits, tables)
         law = signs.quick_law
         share = signs.share_passing(law.cut(least, -float(ndtri(miss_risk / 2))), probes.turned)
-        options.append((signs.tables * _TABLE + share * _COMPARED, bits, tables))
+        options.append((signs.tables * _TABLE + share * _COMPARED + _TAKEN / len(probes.codes), bits, tables))
     cost, bits, tables = min(options)
     if cost >= probes.codec.scanned * _NUMBER.get(INSTRUCTIONS, 1.0):
         return None

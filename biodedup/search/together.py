@@ -154,7 +154,7 @@ class Class:
 
 # Kept for as long as the part: what is kept must not hold the part itself.
 _positions: WeakKeyDictionary[Part, dict[tuple[int, ...], Int64 | None]] = WeakKeyDictionary()
-_cells: WeakKeyDictionary[Part, dict[tuple[tuple[int, ...], str], NDArray[np.int32]]] = WeakKeyDictionary()
+_cells: WeakKeyDictionary[Part, dict[tuple[tuple[int, ...], tuple[str, ...]], NDArray[np.int32]]] = WeakKeyDictionary()
 _strangers: WeakKeyDictionary[Part, dict[tuple[object, ...], tuple[Float32, Float32]]] = WeakKeyDictionary()
 _making = threading.Lock()
 
@@ -201,10 +201,11 @@ def _members(one: Class, columns: Sequence[str]) -> NDArray[np.int32] | None:
     if one.positions is None and all(column.full for column in held):
         return None
     known = _cells.setdefault(one.part, {})
-    for name in columns:
-        if (one.bits, name) not in known:
-            known[one.bits, name] = one.cells(name, np.arange(one.count)).astype(np.int32)
-    return np.stack([known[one.bits, name] for name in columns])
+    key = (one.bits, tuple(columns))
+    if key not in known:
+        every = np.arange(one.count)
+        known[key] = np.stack([one.cells(name, every).astype(np.int32) for name in columns])
+    return known[key]
 
 
 def _signs_of_strangers(one: Class, choice: Choice) -> tuple[Float32, Float32]:
