@@ -150,7 +150,8 @@ def search(gallery: Path, rows: int) -> dict[str, Any]:
     return figures
 
 
-def peer(gallery: Path, rows: int) -> dict[str, Any]:
+def peer(rows: int, some: int) -> dict[str, Any]:
+    """FAISS's bare kernel on the first `some` of the rows; its time for all of them."""
     import faiss
 
     probes, whose = probes_of(rows)
@@ -158,16 +159,16 @@ def peer(gallery: Path, rows: int) -> dict[str, Any]:
     index.train(batch(0, min(BATCH, rows)))
     seconds = {64: 0.0, PROBES: 0.0}
     best, best_rows = np.zeros((PROBES, 0), np.float32), np.zeros((PROBES, 0), np.int64)
-    sizes = batches(rows)
+    sizes = batches(some)
     low = 0
     for number, count in enumerate(sizes):
         index.add(batch(number, count))
-        if index.ntotal >= min(PEER_PIECE, rows) or number == len(sizes) - 1:
+        if index.ntotal >= min(PEER_PIECE, some) or number == len(sizes) - 1:
             index.search(probes[:64], K)
             for size in seconds:
                 started = time.perf_counter()
                 similarity, near = index.search(probes[:size], K)
-                seconds[size] += (time.perf_counter() - started) / size
+                seconds[size] += (time.perf_counter() - started) / size * rows / some
             best = np.concatenate([best, similarity], axis=1)
             best_rows = np.concatenate([best_rows, near + low], axis=1)
             low += index.ntotal
@@ -177,7 +178,8 @@ def peer(gallery: Path, rows: int) -> dict[str, Any]:
     found = np.take_along_axis(best_rows, order, axis=1)
     cosines = np.repeat(COSINES, PROBES // len(COSINES))
     has = np.array([row in ours for ours, row in zip(found, whose, strict=True)])
-    figures = {f"FAISS PQ64x4fs, batches of {size}, probes a second": round(1 / s, 2) for size, s in seconds.items()}
+    figures: dict[str, Any] = {"rows of the peer": some}
+    figures |= {f"FAISS PQ64x4fs, batches of {size}, probes a second": round(1 / s, 2) for size, s in seconds.items()}
     shares = [f"{has[cosines == cosine].mean():.3f}" for cosine in COSINES]
     return figures | {f"FAISS, mates in {K} at {' / '.join(map(str, COSINES))}": " / ".join(shares)}
 
@@ -187,21 +189,24 @@ def main() -> None:
     parser.add_argument("--rows", type=float, default=ROWS)
     parser.add_argument("--folder", type=Path, help="keep the gallery here, and use what is there")
     parser.add_argument("--only", choices=["build", "search", "peer"], help="one stage")
+    parser.add_argument("--peer-rows", type=float, help="of them, that the peer searches; its time is multiplied")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rows = int(arguments.rows)
+    some = min(int(arguments.peer_rows or rows), rows)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         gallery, notes = folder / f"{rows}.gallery", folder / f"{rows}.progress.json"
         stages = {"build": lambda: build(gallery, rows, notes), "search": lambda: search(gallery, rows),
-                  "peer": lambda: peer(gallery, rows)}  # fmt: skip
+                  "peer": lambda: peer(rows, some)}  # fmt: skip
         if arguments.stage:
             print(json.dumps(stages[arguments.stage]()))
             return
         figures: dict[str, Any] = {"rows": rows, "dimension": DIMENSION}
         for stage in [arguments.only] if arguments.only else stages:
             command = [sys.executable, __file__, "--rows", str(rows), "--folder", str(folder), "--stage", stage]
+            command += ["--peer-rows", str(some)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             figures |= json.loads(done.stdout)
         ours, theirs = (figures.get(f"{who}batches of {PROBES}, probes a second") for who in ("", "FAISS PQ64x4fs, "))
