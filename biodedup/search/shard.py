@@ -42,6 +42,7 @@ from biodedup.values import COLUMNS, Float32
 EXACT_CELLS = 1 << 14
 """Up to so many cells of one codec are compared exactly."""
 _RELEASE_PAIRS = 10_000  # compared at a time, after which the memory of what was read is given back
+_FORESEEN_BY = 16  # probes of a batch, about
 _SIGN_PROBES = 16  # from so many on, taking the signs out of a block is worth it
 # Costs of a row in nanoseconds, measured: a table of signs, the comparison of what they let through, taking a row's signs once for
 # all probes, a number of an upper half.
@@ -333,13 +334,14 @@ class LocalShard:
 def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: float) -> Signs | None:
     """By which signs to search for rows of at least these similarities; None where all upper halves are compared sooner."""
     options = []
+    some = slice(None, None, max(len(least) // _FORESEEN_BY, 1))
     all_signs = signs_of(column).tables
     for bits, tables in ((1, all_signs // 16 * 8), (1, all_signs // 32 * 24), (1, TABLES_MOST), (2, TABLES_MOST)):
         if not tables:
             continue
         signs = signs_of(column, bits, tables)
         law = signs.quick_law
-        share = signs.share_passing(law.cut(least, -float(ndtri(miss_risk / 2))), probes.turned)
+        share = signs.share_passing(law.cut(least[some], -float(ndtri(miss_risk / 2))), probes.turned[some])
         options.append((signs.tables * _TABLE + share * _COMPARED + _TAKEN / len(probes.codes), bits, tables))
     cost, bits, tables = min(options)
     if cost >= probes.codec.scanned * _NUMBER.get(INSTRUCTIONS, 1.0):

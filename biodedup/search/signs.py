@@ -127,9 +127,9 @@ class Signs:
     def strangers(self, probes: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the estimates that the column's rows get, float32 (q,) each. probes: turned."""
         seen = np.ascontiguousarray(probes[:, self._used])
-        tables, steps, _ = self._tables(probes)
+        steps, _, quarter = scales_of(seen, self._levels, self._room)
         variance = np.einsum("ij,ij->i", turned(seen, self._covariance), seen)
-        variance += rounding_variance(tables.shape[1], steps) + (self._seed_sd * steps) ** 2
+        variance += rounding_variance(QUARTERS * quarter, steps) + (self._seed_sd * steps) ** 2
         mean = turned(seen, self._mean[None])[:, 0]
         return np.asarray(mean / self._size, np.float32), np.sqrt(variance) / self._size
 
