@@ -269,7 +269,8 @@ class LocalShard:
         if bounded and codec.scanned < codec.rotation.shape[0]:
             return False
         coded = Probes(codec, probes)
-        population = population_of(max((piece.column for piece in pieces), key=lambda column: column.count))
+        largest = max((piece.column for piece in pieces), key=lambda column: column.count)
+        population = population_of(largest)
         if plan.at_least is None:
             wanted = plan.k + 4 * np.sqrt(plan.k) + 8
             if wanted > _SHARE_MAX * plan.among:
@@ -280,7 +281,6 @@ class LocalShard:
         law, risk = codec.law, 0.0 if bounded else codec.law.margin(plan.miss_risk)[0]
         signs = None
         if not bounded and len(probes) >= _SIGN_PROBES:
-            largest = max((piece.column for piece in pieces), key=lambda column: column.count)
             signed = _cheapest_signs(largest, coded, least, plan.miss_risk)
             if signed is not None:
                 risk, _ = signed.laws[0].margin(plan.miss_risk)
@@ -332,7 +332,8 @@ class LocalShard:
 
 
 def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: float) -> Signs | None:
-    """By which signs to search for rows of at least these similarities; None where all upper halves are compared sooner."""
+    """By which signs to search for rows of at least these similarities; None where all upper halves are compared sooner, as they
+    are where no byte shuffles are to be had."""
     options = []
     some = slice(None, None, max(len(least) // _FORESEEN_BY, 1))
     all_signs = signs_of(column).tables
@@ -344,7 +345,7 @@ def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: f
         share = signs.share_passing(law.cut(least[some], -float(ndtri(miss_risk / 2))), probes.turned[some])
         options.append((signs.tables * _TABLE + share * _COMPARED + _TAKEN / len(probes.codes), bits, tables))
     cost, bits, tables = min(options)
-    if cost >= probes.codec.scanned * _NUMBER.get(INSTRUCTIONS, 1.0):
+    if cost >= probes.codec.scanned * _NUMBER.get(INSTRUCTIONS, 0.0):
         return None
     signs = signs_of(column, bits, tables)
     return signs if signs.laws[0].margin(miss_risk)[1] else None

@@ -49,9 +49,10 @@ Int64 = NDArray[np.int64]
 def _make_tile(instructions: str) -> Any:
     """An intrinsic for numba, tile(signs, tables, count, seeds, limits, masks), all integers or addresses:
 
-    signs: uint8 *, (count, 64), 64-byte aligned, 0 to 15; tables: uint8 *, (WIDE, count, 16); count: a multiple of QUARTERS * UNROLLED; seeds: uint8
-    *, (64,); limits: uint8 *, (WIDE,); masks: uint64 *, (WIDE,): bit r is set where row r's mean reaches the limit. Of each quarter of
-    the tables, the sum over i of tables[i, signs[i, r]], for the first one and seeds[r]; the mean, rounded up, of two means, rounded up.
+    signs: uint8 *, (count, 64), 64-byte aligned, 0 to 15; tables: uint8 *, (WIDE, count, 16); count: a multiple of QUARTERS *
+    UNROLLED; seeds: uint8 *, (64,); limits: uint8 *, (WIDE,); masks: uint64 *, (WIDE,): bit r is set where row r's mean reaches the
+    limit. Of each quarter of the tables the sum over i of tables[i, signs[i, r]] is taken, of the first one with seeds[r]; then the
+    mean, rounded up, of two means, rounded up.
     """
     lanes = 32 if instructions == "avx2" else 64
     name = "avx2.pshuf.b" if instructions == "avx2" else "avx512.pshuf.b.512"
@@ -234,10 +235,8 @@ def _take_block(plane: int, taken: Any) -> None:
 @numba.njit(nogil=True, cache=True)
 def _sign(taken: Any, signs: Any) -> None:
     """signs uint8 (tables, 64): of four numbers in a row, whether they are positive, the first one in the lowest bit."""
-    lowest, gathers = (
-        np.uint32(0x01010101),
-        np.uint32(0x01020408),
-    )  # the product has four bits, eight apart, in its top byte
+    # the product with the second has four bits that lie eight apart side by side in its top byte
+    lowest, gathers = np.uint32(0x01010101), np.uint32(0x01020408)
     for i in range(signs.shape[0]):
         shift = np.uint32(3 + 4 * (i & 1))
         for r in range(64):
@@ -310,7 +309,8 @@ def _make_add_values(instructions: str) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)
-def _aligned(octets: int) -> Any:
+def aligned(octets: int) -> Any:
+    """Zeros, uint8 (octets,), 64-byte aligned."""
     space = np.zeros(octets + 64, np.uint8)
     start = -space.ctypes.data % 64
     return space[start : start + octets]
@@ -384,11 +384,11 @@ def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
         columns, count = probes.shape[:2]
         number, octets = tables.shape[1], probes.shape[3]
         mapped = members.shape[1] > 0
-        taken = _aligned(_TOGETHER * columns * 64 * octets).view(np.uint32).reshape(_TOGETHER, columns, octets // 4, 64)
-        signs = _aligned(_TOGETHER * 64 * number).reshape(_TOGETHER, number, 64)
-        rows = _aligned(_TOGETHER * 64 * octets).view(np.uint32).reshape(_TOGETHER * 64, octets // 4)
+        taken = aligned(_TOGETHER * columns * 64 * octets).view(np.uint32).reshape(_TOGETHER, columns, octets // 4, 64)
+        signs = aligned(_TOGETHER * 64 * number).reshape(_TOGETHER, number, 64)
+        rows = aligned(_TOGETHER * 64 * octets).view(np.uint32).reshape(_TOGETHER * 64, octets // 4)
         lengths, seeds = np.ones((columns, _TOGETHER * 64), np.float32), np.zeros(_TOGETHER * 64, np.uint8)
-        masks = _aligned(192).view(np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
+        masks = aligned(192).view(np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
         alive = np.empty(_TOGETHER, np.uint64)
         room = 64 * _TOGETHER * count
         some, lanes, totals = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
@@ -457,8 +457,8 @@ _scan = make_scan(cache=True)
 class SignedProbes:
     """Probes as the kernel takes them, of one column or several.
 
-    tables: uint8 (q', t, 16), of all columns' tables one after another, t a multiple of QUARTERS * UNROLLED; limits: uint8 (q',), where q' is q,
-    the number of probes, rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. bits: 1, where a
+    tables: uint8 (q', t, 16), of all columns' tables one after another, t a multiple of QUARTERS * UNROLLED; limits: uint8 (q',),
+    where q' is q, the number of probes, rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. bits: 1, where a
     table is of the signs of four numbers, or 2, of the classes of two; seeding: float32 (3,): a row's sums begin with seeding[0] +
     seeding[1] times the norm of its first column, cut off at 0 and seeding[2]. codes: int8 (columns, q, 2, octets), as
     `make_row_dot` wants them; parameters: float32 (columns, q, 2): a similarity is the first times (dot product - the second)

@@ -25,7 +25,7 @@ from scipy.special import ndtr
 
 from biodedup.gallery.codec import ErrorLaw, measured_laws
 from biodedup.gallery.codes import STEP, quantise, turned
-from biodedup.search.sign_kernel import CLASSES, PADDED, QUARTERS, UNROLLED, WIDE, SignedProbes
+from biodedup.search.sign_kernel import CLASSES, PADDED, QUARTERS, UNROLLED, WIDE, SignedProbes, aligned
 from biodedup.values import Float32
 
 TABLES_MOST = 128
@@ -205,7 +205,8 @@ def tables_of(numbers: Sequence[Float32], levels: Float32, room: int = 0) -> tup
     """Tables of probes' numbers, float32 (q, m) of each column, in the order of its tables; levels: what each of 2 or 4 classes of
     a row's number stands for; room: what the first quarter's sum begins with at most, half of it on an average.
 
-    Returns uint8 (q, t, 16), t filled up to a multiple of QUARTERS * UNROLLED, and steps and middles, float32 (q,) each, for `products_of`.
+    Returns uint8 (q, t, 16), t filled up to a multiple of QUARTERS * UNROLLED, and steps and middles, float32 (q,) each, for
+    `products_of`.
     """
     together = np.ascontiguousarray(np.concatenate(numbers, axis=1), np.float32)
     steps, middles, quarter = scales_of(together, levels, room)
@@ -230,9 +231,8 @@ def scales_of(numbers: Float32, levels: Float32, room: int) -> tuple[Float32, Fl
     return steps, most.sum(axis=1) + steps * np.float32(room / 2), quarter
 
 
-_ROUNDED_UP = np.float32(
-    0.5
-)  # what rounding up adds on an average: a quarter to each mean of two, and again to the mean of both
+# What rounding up adds on an average: a quarter to each mean of two, and again to the mean of both.
+_ROUNDED_UP = np.float32(0.5)
 
 
 def rounding_variance(tables: int, steps: Float32) -> Float32:
@@ -255,9 +255,7 @@ def filled(tables: NDArray[np.uint8], limits: NDArray[np.uint8]) -> tuple[NDArra
     """64-byte aligned, and filled up to a multiple of the kernel's width with probes that nothing reaches."""
     missing = -len(tables) % WIDE
     shape = (len(tables) + missing, *tables.shape[1:])
-    room = np.zeros(int(np.prod(shape)) + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    whole = room[start : start + int(np.prod(shape))].reshape(shape)
+    whole = aligned(int(np.prod(shape))).reshape(shape)
     whole[: len(tables)] = tables
     return whole, np.concatenate([limits, np.full(missing, 255, np.uint8)])
 

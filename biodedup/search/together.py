@@ -280,7 +280,8 @@ class _Run:
         self.members = _members(one, choice.columns)
         self.signed = self._signed(choice)
         floor = plan.floor_llr_db - _slack_db(self.columns, plan.evidence)
-        self.collected = Collected(np.full(count, -np.inf, np.float32), 2 * plan.k, floor)
+        start = -np.inf if plan.k else floor  # nobody is wanted below it
+        self.collected = Collected(np.full(count, start, np.float32), 2 * plan.k, floor)
         self.passed = 0
         self._lock = threading.Lock()
 
