@@ -14,7 +14,7 @@ import biodedup as bd
 from biodedup.config import SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery import codes as coding
-from biodedup.gallery.codec import ErrorLaw, estimates, make_codec
+from biodedup.gallery.codec import ErrorLaw, estimates, make_codec, measured_laws
 from biodedup.jobs.demo import mates_of
 from biodedup.search import kernel, population, shard, sign_kernel
 from biodedup.search.scan import Probes, Scanner
@@ -387,6 +387,27 @@ def test_no_more_pairs_are_lost_to_signs_and_halves_together_than_the_risk(bits)
         lost = signs.estimates(probes, gallery) < by_signs.cut(level, margin)
         lost |= signs._by_halves(probes, gallery) < by_halves.cut(level, margin)
         assert 0 < lost.sum() <= binom.ppf(0.999, len(gallery), 1e-3)
+
+
+def test_a_margin_for_two_steps_counts_what_either_loses():
+    vectors = unit(2_000, 64)
+
+    def some(seed):
+        """An estimate that is far too low for one pair in two hundred, others each time."""
+        return lambda one, other: (
+            np.einsum("ij,ij->i", one, other)
+            - (np.random.default_rng([seed, int(1e6 * one[0, 0])]).random(len(one)) < 0.005)
+        )
+
+    def lowest(*estimates):
+        laws = measured_laws(estimates, vectors, "sample", np.random.default_rng(3))
+        assert len({law.lowest for law in laws}) == 1
+        return np.array(laws[0].lowest)
+
+    both = lowest(some(1), some(2))
+    assert np.array_equal(both, lowest(some(2), some(1)))
+    for alone in (lowest(some(1)), lowest(some(2))):
+        assert (both <= alone).all() and (both < alone).any()
 
 
 def test_two_bits_a_number_tell_more_than_one_whatever_a_row_s_length():
