@@ -396,7 +396,7 @@ def test_a_margin_for_two_steps_counts_what_either_loses():
         """An estimate that is far too low for one pair in two hundred, others each time."""
         return lambda one, other: (
             np.einsum("ij,ij->i", one, other)
-            - (np.random.default_rng([seed, int(1e6 * one[0, 0])]).random(len(one)) < 0.005)
+            - (np.random.default_rng([seed, int(abs(1e6 * one[0, 0]))]).random(len(one)) < 0.005)
         )
 
     def lowest(*estimates):
