@@ -1,4 +1,4 @@
-"""Embedding networks: aligned faces into unit vectors, through ONNX Runtime.
+"""The face network: aligned faces into unit vectors, through ONNX Runtime.
 
 Owns the session, batching and normalisation that a card prescribes. Never aligns and never compares.
 """
@@ -17,25 +17,28 @@ BATCH = 4
 """Images a call: the fastest of 1, 2, 4, 8, 16 for SFace (its activations stay in the cache; one core, 2026-11)."""
 
 
+def open_session(card: ModelCard, threads: int) -> onnxruntime.InferenceSession:
+    """The card's weights, checked and loaded. Raises ModelCardError."""
+    card.verify()
+    assert card.weights is not None and card.dimension is not None, "an embedding's card has both"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads take no cores
+    try:
+        return onnxruntime.InferenceSession(card.weights, sess_options=options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise ModelCardError(
+            f"{card.path.name}: ONNX Runtime cannot load the weights ({error}); convert them"
+        ) from error
+
+
 class EmbeddingNetwork:
     """One network in memory. Thread-safe. Raises ModelCardError where card and weights disagree."""
 
     def __init__(self, card: ModelCard, threads: int) -> None:
-        card.verify()
-        assert card.weights is not None and card.dimension is not None, "a face-embedding card has both"
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads take no cores
-        try:
-            self._session = onnxruntime.InferenceSession(
-                card.weights, sess_options=options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise ModelCardError(
-                f"{card.path.name}: ONNX Runtime cannot load the weights ({error}); convert them"
-            ) from error
+        self._session = open_session(card, threads)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1:
             raise ModelCardError(f"{card.path.name}: the network has {len(inputs)} inputs, wanted one image")
@@ -57,8 +60,8 @@ class EmbeddingNetwork:
         assert card.dimension is not None
         vectors = self._run(images)
         if card.mirror:
-            vectors = _unit(vectors + self._run(images[:, :, ::-1]))
-        return vectors if card.mean is None else _unit(vectors - card.mean)
+            vectors = unit(vectors + self._run(images[:, :, ::-1]))
+        return vectors if card.mean is None else unit(vectors - card.mean)
 
     def _run(self, images: NDArray[np.uint8]) -> Float32:
         card = self._card
@@ -75,8 +78,9 @@ class EmbeddingNetwork:
                 else pixels
             )
             out[start : start + len(block)] = self._session.run([self._output], {self._input: pixels})[0][: len(block)]
-        return _unit(out)
+        return unit(out)
 
 
-def _unit(vectors: Float32) -> Float32:
+def unit(vectors: Float32) -> Float32:
+    """Rows of unit length; a row of zeros stays one."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)

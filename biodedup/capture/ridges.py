@@ -1,0 +1,124 @@
+"""The ridge map of a finger: what its ridges look like once contrast, noise and blur are taken off.
+
+Owns the enhancement that captures and synthetic impressions share. Never decides whether a capture is good enough.
+
+Two passes of contextual filtering: directions of the picture and a typical period give a first map; directions and periods
+measured on that map, where noise is small, give the second. Directions: the structure tensor (Kass and Witkin, 1987;
+Bazen and Gerez, 2002). Period: of a wave with energy e and energy g of its gradient it is 2 pi sqrt(e / g).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.capture.oriented import RIDGE_DPI, OrientedFilter
+from biodedup.values import Float32
+
+PERIOD_PX = 6.0
+"""Of most ridges, at RIDGE_DPI: 9 pixels at 500 dpi."""
+
+_DERIVATIVE = np.array([[1, -8, 0, 8, -1]], np.float32) / 12
+_COARSE = 4  # smooth fields are computed on a grid this much coarser
+_MIRRORED_PX = 12
+
+
+@dataclass(frozen=True, eq=False)
+class RidgeMap:
+    """Arrays (h, w) at RIDGE_DPI. ridges: float32, 1 on a ridge (dark in the capture) to -1 in a valley; direction: float32, radians
+    0..pi of the ridges, x right and y down; period: float32, pixels; inside: uint8, 1 where there are ridges."""
+
+    ridges: Float32 = field(repr=False)
+    direction: Float32 = field(repr=False)
+    period: Float32 = field(repr=False)
+    inside: NDArray[np.uint8] = field(repr=False)
+
+
+def at_ridge_dpi(grey: NDArray[np.uint8], dpi: float) -> NDArray[np.uint8]:
+    """The capture at RIDGE_DPI."""
+    scale = RIDGE_DPI / dpi
+    if abs(scale - 1) < 0.01:
+        return grey
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(grey, None, fx=scale, fy=scale, interpolation=how), np.uint8)
+
+
+def ridge_map(grey: NDArray[np.uint8]) -> RidgeMap:
+    """grey: uint8 (h, w) at RIDGE_DPI, ridges dark. Every value is finite; `inside` may be empty."""
+    edge = _MIRRORED_PX  # so that ridges at the picture's edge keep their direction
+    grey = np.asarray(cv2.copyMakeBorder(grey, edge, edge, edge, edge, cv2.BORDER_REFLECT_101), np.uint8)
+    fine = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 0.8)
+    flat = np.asarray(cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 5.0) - fine, np.float32)
+    power = _smooth(flat * flat, 7.0)
+    strong = float(np.percentile(power[::_COARSE, ::_COARSE], 90))
+    flat = np.clip(flat / np.sqrt(power + np.float32(0.02 * strong + 4)), -2.5, 2.5)
+
+    direction, coherence, _ = _directions(flat, 6.0)
+    inside = _tidied((power > 0.06 * strong + 6) & (coherence > 0.12))
+    first = OrientedFilter(direction, np.full_like(flat, PERIOD_PX), inside)(flat)
+
+    direction, _, frequency = _directions(first, 4.0)
+    period = np.clip(2 * np.pi / frequency, 4.6, 8.4)
+    second = OrientedFilter(direction, period, inside)((flat + np.clip(2 * first, -1, 1)) / 2)
+
+    inside = _tidied((_smooth(first * first, 6.0) > 0.035) & (inside > 0))
+    ridges = np.tanh(1.2 * second / np.sqrt(_smooth(second * second, 5.0) + np.float32(0.01))) * inside
+    within = np.s_[edge:-edge, edge:-edge]
+    return RidgeMap(*(np.ascontiguousarray(a[within]) for a in (ridges, direction, period, inside)))
+
+
+def _smooth(values: Float32, sigma: float) -> Float32:
+    """Blurred on the coarse grid. float32 (h, w) in and out."""
+    height, width = values.shape
+    coarse = cv2.resize(values, _coarse_size(values), interpolation=cv2.INTER_AREA)
+    blurred = cv2.GaussianBlur(coarse, (0, 0), sigma / _COARSE)
+    return np.asarray(cv2.resize(blurred, (width, height), interpolation=cv2.INTER_LINEAR), np.float32)
+
+
+def _coarse_size(values: Float32) -> tuple[int, int]:
+    return -(-values.shape[1] // _COARSE), -(-values.shape[0] // _COARSE)
+
+
+def _directions(image: Float32, sigma: float) -> tuple[Float32, Float32, Float32]:
+    """(direction, coherence 0..1, radians a pixel) of the waves in an image."""
+    height, width = image.shape
+    dx = np.asarray(cv2.filter2D(image, -1, _DERIVATIVE), np.float32)
+    dy = np.asarray(cv2.filter2D(image, -1, _DERIVATIVE.T.copy()), np.float32)
+    xx, yy = dx * dx, dy * dy
+    moments = cv2.resize(
+        cv2.merge([xx - yy, dx * dy, xx + yy, image * image]), _coarse_size(image), interpolation=cv2.INTER_AREA
+    )
+    moments = np.asarray(cv2.GaussianBlur(moments, (0, 0), sigma / _COARSE), np.float32)
+    gradient = moments[..., 2] + np.float32(1e-6)
+    cosine, sine = -moments[..., 0] / gradient, -2 * moments[..., 1] / gradient  # ridges run across the gradient
+    frequency = np.sqrt(gradient / (moments[..., 3] + np.float32(1e-6)))
+    fields = np.dstack([cosine, sine, np.hypot(cosine, sine), frequency])
+    cosine, sine, coherence, frequency = cv2.split(
+        cv2.resize(np.ascontiguousarray(fields), (width, height), interpolation=cv2.INTER_LINEAR)
+    )
+    return (
+        np.asarray(cv2.phase(cosine, sine) / 2, np.float32),
+        np.asarray(coherence, np.float32),
+        np.asarray(frequency, np.float32),
+    )
+
+
+def _tidied(inside: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Without specks and holes; of several regions those of at least two fifths of the largest. uint8 (h, w)."""
+    height, width = inside.shape
+    half = (-(-width // 2), -(-height // 2))
+    region = cv2.resize(inside.astype(np.uint8), half, interpolation=cv2.INTER_NEAREST)
+    small, large = (cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)) for side in (5, 9))
+    region = cv2.morphologyEx(region, cv2.MORPH_OPEN, small)
+    margin = 10
+    region = cv2.copyMakeBorder(region, margin, margin, margin, margin, cv2.BORDER_CONSTANT)
+    region = cv2.morphologyEx(cv2.morphologyEx(region, cv2.MORPH_CLOSE, large), cv2.MORPH_OPEN, large)
+    region = np.asarray(region[margin:-margin, margin:-margin], np.uint8)
+    _, labels, statistics, _ = cv2.connectedComponentsWithStats(region)
+    areas = statistics[:, cv2.CC_STAT_AREA].astype(np.float64)
+    areas[0] = 0
+    region = ((areas > 0.4 * areas.max()) & (areas > 0))[labels].astype(np.uint8)
+    return np.asarray(cv2.resize(region, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)

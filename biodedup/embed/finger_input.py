@@ -1,0 +1,56 @@
+"""What the finger network sees: a coarse field of directions, and minutiae, centred on the print.
+
+Owns the layout of the network's two inputs. Never runs the network and never decides whether a print is good enough.
+
+The network finds the finger's pose itself and turns both into it: `models/finger_network.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from biodedup.capture.ridges import PERIOD_PX, RidgeMap
+from biodedup.capture.skeleton import skeleton_minutiae
+from biodedup.values import Float32
+
+CELLS, CELL_PX = 36, 8
+"""A field of 288 pixels at RIDGE_DPI: 22 mm."""
+MINUTIAE_MAX = 96
+
+
+@dataclass(frozen=True, eq=False)
+class FingerInput:
+    """directions: float32 (4, CELLS, CELLS): cosine and sine of twice the direction, share of ridges, 2 (PERIOD_PX / period - 1), the
+    others times that share. minutiae: float32 (MINUTIAE_MAX, 5): x, y in pixels from the centre, cosine, sine, 1; rows of zeros
+    fill up. centre: x, y of the field's centre in the ridge map."""
+
+    directions: Float32 = field(repr=False)
+    minutiae: Float32 = field(repr=False)
+    centre: tuple[float, float]
+
+
+def finger_input(ridges: RidgeMap) -> FingerInput:
+    """The inputs of one print; zeros where nothing is inside."""
+    rows, columns = np.nonzero(ridges.inside[::4, ::4])
+    height, width = ridges.inside.shape
+    x, y = (4 * round(float(v.mean())) if len(v) else side // 2 for v, side in ((columns, width), (rows, height)))
+    inside = ridges.inside.astype(np.float32)
+    turns = 2 * ridges.direction
+    layers = cv2.merge(
+        [np.cos(turns) * inside, np.sin(turns) * inside, inside, (PERIOD_PX / ridges.period - 1) * 2 * inside]
+    )
+    half = CELLS * CELL_PX // 2
+    framed = cv2.copyMakeBorder(layers, half, half, half, half, cv2.BORDER_CONSTANT)[y : y + 2 * half, x : x + 2 * half]
+    directions = cv2.resize(np.ascontiguousarray(framed), (CELLS, CELLS), interpolation=cv2.INTER_AREA)
+    found = skeleton_minutiae(ridges)
+    found[:, 0] -= x
+    found[:, 1] -= y
+    found = found[np.argsort(np.hypot(found[:, 0], found[:, 1]), kind="stable")][:MINUTIAE_MAX]
+    minutiae = np.zeros((MINUTIAE_MAX, 5), np.float32)
+    minutiae[: len(found)] = np.stack(
+        [found[:, 0], found[:, 1], np.cos(found[:, 2]), np.sin(found[:, 2]), np.ones(len(found))], 1
+    )
+    return FingerInput(np.ascontiguousarray(np.asarray(directions, np.float32).transpose(2, 0, 1)), minutiae, (x, y))

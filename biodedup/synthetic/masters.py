@@ -1,0 +1,123 @@
+"""Master fingerprints: a direction field with singular points, and ridges grown along it.
+
+Owns what is constant in a finger. Never draws how it is pressed onto a scanner (`impressions`).
+
+Directions: the zero-pole model of Sherlock and Monro, "A model for interpreting fingerprint topology", 1993, each singular
+point's angle bent by harmonics (after Vizcaya and Gerhardt, 1996); the arch is a travelling bump. Ridges: noise under
+oriented Gabor filters until it is all ridges, after Cappelli, Maio and Maltoni, "Synthetic fingerprint-image generation",
+2000. Shares of the classes: Wilson, Candela and Watson, 1993.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.capture.oriented import RIDGE_DPI, OrientedFilter
+from biodedup.values import Float32
+
+Pattern = Literal["arch", "tented arch", "left loop", "right loop", "whorl"]
+PATTERNS: dict[Pattern, float] = {
+    "arch": 0.037,
+    "tented arch": 0.029,
+    "left loop": 0.338,
+    "right loop": 0.317,
+    "whorl": 0.279,
+}
+
+SIDE_PX = 330
+"""24 mm at RIDGE_DPI: the whole first phalanx."""
+_CORE_Y = 0.44
+_TO_500 = 500 / RIDGE_DPI
+_BEND = 0.16  # radians, of the first harmonic
+
+
+@dataclass(frozen=True, eq=False)
+class Master:
+    """ridges: int8 (SIDE_PX, SIDE_PX) at RIDGE_DPI, 127 on a ridge and -127 in a valley. core: x, y of the upper core, or where
+    an arch has its bend. The finger is upright in it."""
+
+    ridges: NDArray[np.int8] = field(repr=False)
+    core: tuple[float, float]
+    pattern: Pattern
+
+
+def draw_master(rng: np.random.Generator, pattern: Pattern | None = None) -> Master:
+    """One finger. pattern None: drawn in natural shares."""
+    if pattern is None:
+        shares = np.array(list(PATTERNS.values()))
+        pattern = list(PATTERNS)[rng.choice(len(shares), p=shares / shares.sum())]
+    core = SIDE_PX / 2 + rng.normal(0, 4), SIDE_PX * _CORE_Y + rng.normal(0, 4)
+    y, x = np.mgrid[0:SIDE_PX, 0:SIDE_PX].astype(np.float32)
+    right, up = (x - core[0]) * _TO_500, (core[1] - y) * _TO_500  # 500-dpi pixels from the core
+    direction = np.asarray(-_direction(rng, pattern, right, up), np.float32)  # y down
+    period = float(np.clip(rng.normal(9.1, 0.95), 7.2, 11.6)) / _TO_500
+    wider_below = 0.10 * np.clip(-up / 150, -1, 1) * rng.uniform(0.3, 1.2)
+    periods = np.asarray((period * (1 + 0.05 * waves(rng, 5, SIDE_PX) + wider_below)).clip(4.5, 8.8), np.float32)
+    return Master(_grown(rng, direction, periods), core, pattern)
+
+
+def waves(rng: np.random.Generator, knots: int, side: int) -> Float32:
+    """Smooth noise of unit variance at knots x knots points, float32 (side, side)."""
+    noise = rng.standard_normal((knots, knots), np.float32)
+    return np.asarray(cv2.resize(noise, (side, side), interpolation=cv2.INTER_CUBIC), np.float32)
+
+
+def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: Float32) -> Float32:
+    """Ridge directions, radians anticlockwise from right, up to multiples of pi."""
+
+    def around(x: float, y: float) -> Float32:
+        """The angle of each pixel seen from a singular point, bent by harmonics."""
+        angle = np.arctan2(up - y, right - x)
+        bent = angle.copy()
+        for k in (1, 2, 3):
+            bent += rng.normal(0, _BEND / k) * np.sin(k * angle) + rng.normal(0, _BEND / k) * (np.cos(k * angle) - 1)
+        return np.asarray(bent, np.float32)
+
+    if pattern == "arch":
+        height, width = rng.uniform(75, 210), rng.uniform(50, 85)
+        place, reach = rng.uniform(-60, 10), rng.uniform(60, 110)
+        slope = (
+            -height
+            * right
+            / width**2
+            * np.exp(-((right / width) ** 2) / 2)
+            * np.exp(-(((up - place) / reach) ** 2) / 2)
+        )
+        field = np.arctan(slope)
+    elif pattern == "tented arch":
+        field = (around(0, 0) - around(rng.normal(0, 8), -rng.uniform(45, 110))) / 2
+    elif pattern == "whorl":
+        height = rng.gamma(2.2, 16) + 6  # two cores; far apart they are a double loop
+        cores = around(0, 0) + around(rng.normal(0, 0.35) * height, -height)
+        right_delta = around(rng.uniform(55, 150), -height / 2 - rng.uniform(50, 150))
+        left_delta = around(-rng.uniform(55, 150), -height / 2 - rng.uniform(50, 150))
+        field = (cores - right_delta - left_delta) / 2
+    else:
+        side = 1 if pattern == "left loop" else -1
+        field = (around(0, 0) - around(side * rng.uniform(40, 140), -rng.uniform(55, 170))) / 2
+    if pattern != "arch":  # ridges follow the round tip, and so fall off at the flanks above the core
+        above = 1 / (1 + np.exp(-(up + 20) / 40))
+        field = field - above * np.arctan(right / rng.uniform(140, 260)) * rng.uniform(0.5, 1.0)
+    return np.asarray(field + waves(rng, 4, SIDE_PX) * rng.uniform(0.03, 0.14), np.float32)
+
+
+def _grown(rng: np.random.Generator, direction: Float32, period: Float32) -> NDArray[np.int8]:
+    """Ridges from noise everywhere (many minutiae) or from scattered seeds (fewer)."""
+    if rng.random() < 0.5:
+        image = np.zeros((SIDE_PX, SIDE_PX), np.float32)
+        at = rng.integers(0, SIDE_PX, (2, rng.integers(60, 900)))
+        image[at[0], at[1]] = 1
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), 1.0) * 6, np.float32)
+        passes = 26  # until the fronts of far seeds have met
+    else:
+        image = rng.standard_normal((SIDE_PX, SIDE_PX), np.float32) * np.float32(0.5)
+        passes = int(rng.integers(7, 14))
+    grow = OrientedFilter(direction, period)
+    for _ in range(passes):
+        image = np.clip(grow(image) * 3, -1, 1)
+    return np.asarray(np.rint(image * 127), np.int8)

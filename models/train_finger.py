@@ -1,0 +1,263 @@
+"""Trains the finger network on generated fingers, and writes it as ONNX.
+
+    python models/finger_data.py FOLDER --masters 8000      what it is trained on: an hour and a half of two cores
+    python models/train_finger.py FOLDER pose --minutes 20
+    python models/train_finger.py FOLDER embedding --minutes 90
+    python models/train_finger.py FOLDER export
+
+Each step saves FOLDER/network.pt as it goes and starts from it where it exists, so that training can be cut in pieces. One
+finger in twenty is held out. `finger_curves.csv` keeps what was seen on them. Needs `pip install torch onnxscript`.
+
+Losses: InfoNCE over pairs of impressions (van den Oord, Li and Vinyals, 2018) at temperature 0.07, and additive-margin cosine
+softmax over master fingers (Wang et al., "CosFace", 2018), mirrored fingers as more of them. Half of the batches are of fingers
+that the classes' own vectors say are alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from finger_augment import Batch, harmed, mirrored, moved
+from finger_network import DIMENSION, FingerNetwork, pose_of, window
+from torch import Tensor, nn
+from torch.nn import functional
+
+SEED = 20261125
+HELD_OUT = 20
+FINGERS = 96  # in a batch, two impressions of each
+TEMPERATURE, SCALE, MARGIN, CLASS_SHARE = 0.07, 24.0, 0.25, 0.3
+LAST = torch.channels_last
+
+
+class Prints:
+    """Everything drawn so far, in memory as it was saved."""
+
+    def __init__(self, folder: Path) -> None:
+        chunks = [np.load(path) for path in sorted(folder.glob("[0-9]*.npz"))]
+        self.directions, self.minutiae, self.pose, master = (
+            torch.from_numpy(np.concatenate([chunk[name] for chunk in chunks]))
+            for name in ("directions", "minutiae", "pose", "master")
+        )
+        numbers, self.master = master.unique(return_inverse=True)
+        held = numbers % HELD_OUT == 0
+        self.held_out = torch.nonzero(held[self.master])[:, 0]
+        self.trained = torch.nonzero(~held[self.master])[:, 0]
+        self.masters = torch.nonzero(~held)[:, 0]
+        self.count = len(numbers)
+        order = torch.argsort(self.master, stable=True)
+        self.impressions = len(order) // self.count
+        self.of_master = order.reshape(self.count, self.impressions)
+
+    def batch(self, rows: Tensor) -> Batch:
+        pose = self.pose[rows]
+        return Batch(self.directions[rows].float() / 127, self.minutiae[rows].float(), pose[:, :2], pose[:, 2])
+
+
+class Curves:
+    """Appends to finger_curves.csv."""
+
+    def __init__(self, step: str) -> None:
+        self._path, self._step, self._started = Path(__file__).with_name("finger_curves.csv"), step, time.monotonic()
+
+    def add(self, **figures: float) -> None:
+        minutes = (time.monotonic() - self._started) / 60
+        rows = [(self._step, f"{minutes:.1f}", name, f"{value:.5g}") for name, value in figures.items()]
+        with self._path.open("a", newline="") as file:
+            csv.writer(file).writerows(rows)
+        print(self._step, f"{minutes:.1f} min", *(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+
+
+def schedule(optimizer: torch.optim.Optimizer, minutes: float, warm: int = 60) -> Iterator[float]:
+    """The share of the time that is over, until it is; sets learning rates: a short rise, then half a cosine."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    started, step = time.monotonic(), 0
+    while (share := (time.monotonic() - started) / 60 / minutes) < 1:
+        factor = min(1.0, step / warm + 0.02) * (0.5 * (1 + math.cos(math.pi * share)) + 0.005)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        yield share
+        step += 1
+
+
+def train_pose(network: FingerNetwork, prints: Prints, minutes: float, save: Path, rate: float) -> None:
+    curves = Curves("pose")
+    optimizer = torch.optim.AdamW(network.pose.parameters(), lr=rate, weight_decay=1e-3)
+    losses = []
+    for step, _ in enumerate(schedule(optimizer, minutes)):
+        batch = prints.batch(prints.trained[torch.randint(len(prints.trained), (256,))])
+        batch = harmed(moved(mirrored(batch, torch.rand(256) < 0.5), 25, 12))
+        network.pose.train()
+        found = network.pose(batch.directions.contiguous(memory_format=LAST))
+        loss = functional.smooth_l1_loss(found, pose_of(batch.core, batch.angle), beta=0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 200 == 0:
+            torch.save(network.state_dict(), save)
+            curves.add(step=step + 1, loss=float(np.mean(losses[-200:])), **pose_errors(network, prints))
+    torch.save(network.state_dict(), save)
+    curves.add(step=len(losses), **pose_errors(network, prints))
+
+
+@torch.no_grad()
+def pose_errors(network: FingerNetwork, prints: Prints) -> dict[str, float]:
+    network.eval()
+    batch = prints.batch(prints.held_out)
+    found = torch.cat([network.pose(part) for part in batch.directions.split(500)])
+    away, turned = pose_distance(found, pose_of(batch.core, batch.angle))
+    degrees = turned * 180 / math.pi
+    return {
+        "median px": away.median().item(), "p95 px": away.quantile(0.95).item(),
+        "median degrees": degrees.median().item(), "p95 degrees": degrees.quantile(0.95).item(),
+    }  # fmt: skip
+
+
+def pose_distance(found: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """(pixels, radians) between poses."""
+    a, b = functional.normalize(found[:, 2:]), functional.normalize(true[:, 2:])
+    return (found[:, :2] - true[:, :2]).norm(dim=1) * 50, torch.acos((a * b).sum(1).clamp(-1, 1))
+
+
+def train_embedding(network: FingerNetwork, prints: Prints, minutes: float, save: Path, rate: float) -> None:
+    curves = Curves("embedding")
+    classes_path = save.with_name("classes.pt")
+    classes = nn.Parameter(functional.normalize(torch.randn(2 * prints.count, DIMENSION)))
+    if classes_path.exists() and (kept := torch.load(classes_path)).shape == classes.shape:
+        classes.data = kept
+    groups = [
+        {"params": network.trunk.parameters(), "lr": rate, "weight_decay": 5e-4},
+        {"params": [classes], "lr": 4 * rate, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    losses, started, told = [], time.monotonic(), 0.0
+    resumed = classes_path.exists()
+    for step, share in enumerate(schedule(optimizer, minutes)):
+        rows, labels, flipped = choose(prints, classes.detach(), alike=torch.rand(()) < 0.5 * min(1.0, share / 0.1))
+        batch = harmed(moved(mirrored(prints.batch(rows), flipped), 10, 5))
+        network.trunk.train()
+        network.pose.eval()  # it stays as it is, so that its errors are what the rest learns to live with
+        true = pose_of(batch.core, batch.angle)
+        with torch.no_grad():
+            found = network.pose(batch.directions.contiguous(memory_format=LAST))
+        away, turned = pose_distance(found, true)
+        lost = (away > 24) | (turned > 0.4)
+        pose = nudged(torch.where(lost[:, None], true, found), 0.07, 3.5)
+        skew = torch.eye(2) + torch.randn(len(rows), 2, 2) * 0.028
+        seen = window(batch.directions, batch.minutiae, pose, skew)
+        vectors = network.trunk(seen.contiguous(memory_format=LAST))
+        pairs = vectors[0::2] @ vectors[1::2].T / TEMPERATURE
+        same = torch.arange(len(pairs))
+        contrast = (functional.cross_entropy(pairs, same) + functional.cross_entropy(pairs.T, same)) / 2
+        margin = MARGIN * (1.0 if resumed else min(1.0, share / 0.3))
+        logits = vectors @ functional.normalize(classes).T
+        logits = SCALE * (logits - margin * functional.one_hot(labels, len(classes)))
+        by_class = functional.cross_entropy(logits, labels)
+        loss = contrast + CLASS_SHARE * by_class
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append((contrast.item(), by_class.item(), lost.float().mean().item()))
+        if time.monotonic() - told > 180:
+            told = time.monotonic()
+            torch.save(network.state_dict(), save)
+            torch.save(classes.data, classes_path)
+            recent = np.mean(losses[-200:], axis=0)
+            rate_now = (step + 1) * len(rows) / (told - started)
+            curves.add(
+                prints=float((step + 1) * len(rows)), a_second=rate_now, contrast=recent[0], by_class=recent[1],
+                pose_lost=recent[2], **held_out_ranks(network, prints),
+            )  # fmt: skip
+    torch.save(network.state_dict(), save)
+    torch.save(classes.data, classes_path)
+    curves.add(
+        prints=float(len(losses) * 2 * FINGERS), **held_out_ranks(network, prints), **pose_errors(network, prints)
+    )
+
+
+def choose(prints: Prints, classes: Tensor, alike: bool | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, classes, mirrored) of FINGERS fingers, two impressions each. alike: of those whose classes lie near each other."""
+    if alike:
+        seeds = prints.masters[torch.randint(len(prints.masters), (12,))] * 2 + torch.randint(2, (12,))
+        unit = functional.normalize(classes)
+        near = (unit[seeds] @ unit.T).topk(24, dim=1).indices
+        chosen = torch.stack([seeds, *near[:, 1:].T]).T.flatten()  # each seed with those near it
+        chosen = chosen[torch.isin(chosen // 2, prints.masters)]
+        _, first = np.unique(chosen.numpy() // 2, return_index=True)
+        chosen = chosen[torch.from_numpy(np.sort(first))]
+        chosen = chosen[torch.randperm(len(chosen))[:FINGERS]]
+    else:
+        chosen = prints.masters[torch.randperm(len(prints.masters))[:FINGERS]] * 2 + torch.randint(2, (FINGERS,))
+    picks = torch.rand(len(chosen), prints.impressions).argsort(dim=1)[:, :2]
+    rows = prints.of_master[chosen // 2].gather(1, picks).flatten()
+    labels = chosen.repeat_interleave(2)
+    return rows, labels, labels % 2 == 1
+
+
+def nudged(pose: Tensor, radians: float, pixels: float) -> Tensor:
+    turn = torch.randn(len(pose)) * radians
+    cosine, sine = torch.cos(turn), torch.sin(turn)
+    up = torch.stack([pose[:, 2] * cosine - pose[:, 3] * sine, pose[:, 3] * cosine + pose[:, 2] * sine], 1)
+    return torch.cat([pose[:, :2] + torch.randn(len(pose), 2) * (pixels / 50), up], 1)
+
+
+@torch.no_grad()
+def embed(network: FingerNetwork, batch: Batch) -> Tensor:
+    network.eval()
+    parts = zip(batch.directions.split(200), batch.minutiae.split(200), strict=True)
+    return torch.cat([network(directions, minutiae)[0] for directions, minutiae in parts])
+
+
+def held_out_ranks(network: FingerNetwork, prints: Prints) -> dict[str, float]:
+    """Each impression but the first of held-out fingers searched among the first ones."""
+    vectors, master = embed(network, prints.batch(prints.held_out)), prints.master[prints.held_out]
+    first = torch.from_numpy(np.unique(master.numpy(), return_index=True)[1])
+    rest = torch.ones(len(master), dtype=torch.bool)
+    rest[first] = False
+    scores = vectors[rest] @ vectors[first].T
+    mine = scores.gather(1, torch.searchsorted(master[first], master[rest])[:, None])
+    before = (scores > mine).sum(1).float()
+    return {"rank 1": (before == 0).float().mean().item(), "mean before": before.mean().item(), "of": float(len(first))}
+
+
+def export(network: FingerNetwork, path: Path) -> None:
+    network.eval()
+    dynamic = torch.export.Dim("n", min=1, max=4096)
+    torch.onnx.export(
+        network, (torch.zeros(2, 4, 36, 36), torch.zeros(2, 96, 5)), path, dynamo=True, opset_version=20, external_data=False,
+        input_names=["directions", "minutiae"], output_names=["embedding", "pose"],
+        dynamic_shapes={"directions": {0: dynamic}, "minutiae": {0: dynamic}},
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("step", choices=("pose", "embedding", "export"))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=SEED)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    network = FingerNetwork().to(memory_format=LAST)
+    save = options.folder / "network.pt"
+    if save.exists():
+        network.load_state_dict(torch.load(save))
+    if options.step == "export":
+        export(network, Path(__file__).with_name("finger256.onnx"))
+        return
+    step = train_pose if options.step == "pose" else train_embedding
+    step(network, Prints(options.folder), options.minutes, save, options.rate)
+
+
+if __name__ == "__main__":
+    main()
