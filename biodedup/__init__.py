@@ -4,6 +4,7 @@ Captures become templates, templates a gallery, and every new encounter is compa
 the public interface; everything else may change.
 """
 
+from biodedup.capture.finger import read_minutiae, write_minutiae
 from biodedup.config import CaptureConfig, Config, FaceConfig, FingerConfig, GalleryConfig, Policy, SearchConfig
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine, compare
@@ -88,4 +89,6 @@ __all__ = [
     "Verification",
     "__version__",
     "compare",
+    "read_minutiae",
+    "write_minutiae",
 ]

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import biodedup
 from biodedup import jobs
-from biodedup.config import Config
+from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
 from biodedup.values import Capture, Decision, Encounter, Evidence, Face, Finger, Missing, Refusal
@@ -69,7 +69,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads for extraction and search.")]
 FaceOption = Annotated[list[Path] | None, typer.Option("--face", help="A face image.")]
 FingerOption = Annotated[
-    list[str] | None, typer.Option("--finger", metavar="[POSITION=]PATH", help="A finger image, as right_index=ri.wsq.")
+    list[str] | None,
+    typer.Option(
+        "--finger", metavar="[POSITION=]PATH", help="A finger image or minutiae record, as right_index=ri.wsq."
+    ),
 ]
 MissingOption = Annotated[
     list[str] | None, typer.Option("--missing", metavar="POSITION=REASON", help="A capture that cannot be had.")
@@ -231,17 +234,22 @@ def load(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="Parquet or Arrow with subject_id, face (lists of floats) and optionally groups; - for an Arrow stream; "
-            "or vectors.npy with --ids.",
+            help="Parquet or Arrow with subject_id, face (lists of floats), fingers by position (binary minutiae records, or "
+            "lists of floats) and optionally groups; - for an Arrow stream; or vectors.npy with --ids.",
         ),
     ],
     ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
     column: Annotated[str, typer.Option(help="Column of a .npy file.")] = "face",
+    record_model_id: Annotated[
+        str,
+        typer.Option(help="What extracted the minutiae records; mindtct-1 if captures are to be compared with them."),
+    ] = EXTERNAL_MINUTIAE,
     gallery: GalleryOption = DEFAULT_GALLERY,
     as_json: JsonOption = False,
 ) -> None:
     """Add ready templates without a search. Interrupted, it goes on where it was."""
-    with Engine.open(gallery) as engine, _progress() as progress:
+    config = Config(finger=FingerConfig(record_model_id=record_model_id))
+    with Engine.open(gallery, config) as engine, _progress() as progress:
         result = jobs.load(engine, source, ids=ids, column=column, progress=progress)
         size = len(engine)
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {size:,} subjects"

@@ -12,6 +12,9 @@ from typing import Any
 
 from biodedup.errors import InvalidInput
 
+EXTERNAL_MINUTIAE = "external-minutiae"
+"""The model_id of minutiae of an unknown extractor."""
+
 
 @dataclass(frozen=True)
 class FaceConfig:
@@ -48,6 +51,9 @@ class FingerConfig:
     """Name of the model card of extractor and matcher."""
     minutiae: str = "mindtct"
     """The minutiae extractor."""
+    record_model_id: str = EXTERNAL_MINUTIAE
+    """The model_id of minutiae records that come ready made, which do not say who extracted them. By default they compare with one
+    another alone; naming this extractor's model_id declares that they compare with its minutiae, too."""
     area_mm2_min: float = 20.0
     """Area covered by ridges."""
     ridge_share_min: float = 0.5

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.config import Config
+from biodedup.capture.minutiae_record import standard, view_of
+from biodedup.config import EXTERNAL_MINUTIAE, Config
 from biodedup.embed.cards import load_card, shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import (
@@ -67,8 +68,10 @@ from biodedup.search.plan import SearchPlan, plan_of
 from biodedup.search.rescore import JOIN_ROWS, PROBES, Found, Searcher
 from biodedup.values import (
     COLUMNS,
+    FINGER_POSITIONS,
     Candidate,
     Cluster,
+    Column,
     Decision,
     Encounter,
     Float32,
@@ -142,6 +145,7 @@ class Engine:
         self._new_id = new_id
         self._extractor = Extractor(config)
         known = calibrations.Calibrations(self._extractor.cards, self._sample)
+        self._calibrations = known
         self._comparer = Comparer(known.of, Bozorth3())
         self._searcher = Searcher(self._comparer, config.search, config.threads, config.policy)
         self._seek = Gathering(self._found_now, PROBES)
@@ -480,23 +484,23 @@ class Engine:
     def add_templates(
         self,
         subject_ids: Sequence[str],
-        templates: Mapping[str, NDArray[Any]],
+        templates: Mapping[str, NDArray[Any] | Sequence[bytes | None]],
         *,
         groups: Sequence[Sequence[str]] | None = None,
         encounter_id: str | None = None,
     ) -> int:
         """Adds subjects without a search, all or none. Returns how many were added.
 
-        templates: column -> float32 (n, d), unit rows. groups: of each subject. encounter_id names the whole call: sent
-        again, it adds nothing and returns 0. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict,
-        StorageUnavailable.
+        templates: column -> float32 (n, d), unit rows; or, of a finger, n minutiae records, None where a subject has none: they
+        are of `FingerConfig.record_model_id`. groups: of each subject. encounter_id names the whole call: sent again, it adds
+        nothing and returns 0. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
         """
         return self._add(subject_ids, templates, groups, encounter_id, keep_enrolled=False).added
 
     def load_templates(
         self,
         subject_ids: Sequence[str],
-        templates: Mapping[str, NDArray[Any]],
+        templates: Mapping[str, NDArray[Any] | Sequence[bytes | None]],
         *,
         groups: Sequence[Sequence[str]] | None = None,
         encounter_id: str | None = None,
@@ -512,7 +516,7 @@ class Engine:
     def _add(
         self,
         subject_ids: Sequence[str],
-        templates: Mapping[str, NDArray[Any]],
+        templates: Mapping[str, NDArray[Any] | Sequence[bytes | None]],
         groups: Sequence[Sequence[str]] | None,
         encounter_id: str | None,
         *,
@@ -527,10 +531,15 @@ class Engine:
         if not templates:
             raise InvalidInput("templates is empty; pass at least one column, as {'face': vectors}")
         named: list[tuple[str, ...]] = [()] * len(ids) if groups is None else [check_groups(some) for some in groups]
-        columns = {column: self._embeddings(column, vectors) for column, vectors in templates.items()}
+        columns = {column: self._column(column, cells) for column, cells in templates.items()}
         for what, count in [("groups", len(named)), *((f"column {c}", len(v)) for c, (_, v) in columns.items())]:
             if count != len(ids):
                 raise InvalidInput(f"{what} has {count} rows for {len(ids)} subject_ids; pass one row each")
+        if all(isinstance(cells, list) for _, cells in columns.values()):
+            for subject_id, *records in zip(ids, *(cells for _, cells in columns.values()), strict=True):
+                if not any(records):
+                    raise InvalidInput(f"subject {subject_id!r} has no template; leave it out")
+            columns = {column: (model_id, cells) for column, (model_id, cells) in columns.items() if any(cells)}
         digest = digest_of_batch(ids, columns, named)
         if encounter_id is not None:
             check_id(encounter_id, "encounter_id")
@@ -542,7 +551,7 @@ class Engine:
             present, conflicting = int(np.count_nonzero(same)), tuple(np.flatnonzero(enrolled & ~same).tolist())
             new = np.flatnonzero(~enrolled)
             ids, named = [ids[i] for i in new.tolist()], [named[i] for i in new.tolist()]
-            columns = {column: (model_id, vectors[new]) for column, (model_id, vectors) in columns.items()}
+            columns = {column: (model_id, _at(cells, new)) for column, (model_id, cells) in columns.items()}
         answer = Answer(digest, "loaded", json.dumps({"added": len(ids)}))
         if len(ids) < self.config.gallery.seal_rows:
             with self._gallery.transaction() as transaction:
@@ -556,7 +565,7 @@ class Engine:
         # Many rows: into a segment at once, written while others enrol, and attached if nobody was enrolled meanwhile.
         with self._gallery.transaction() as transaction:
             group_sets = transaction.group_sets_of(named)
-        entry = self._gallery.write_rows(ids, {column: vectors for column, (_, vectors) in columns.items()}, group_sets)
+        entry = self._gallery.write_rows(ids, {column: cells for column, (_, cells) in columns.items()}, group_sets)
         try:
             with self._gallery.transaction() as transaction:
                 if encounter_id is not None and batch_answered_before(
@@ -575,7 +584,7 @@ class Engine:
         return Loaded(len(ids), present, conflicting)
 
     def _compare_enrolled(
-        self, ids: Sequence[str], columns: Mapping[str, tuple[str, Float32]]
+        self, ids: Sequence[str], columns: Mapping[str, tuple[str, Column]]
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """(enrolled, enrolled with these very templates), bool (n,) each."""
         snapshot = self._gallery.snapshot()
@@ -583,11 +592,16 @@ class Engine:
         enrolled = rows >= 0
         same = enrolled.copy()
         at = np.flatnonzero(enrolled)
-        for column, (_, vectors) in columns.items():
+        for column, (_, cells) in columns.items():
+            if not isinstance(cells, np.ndarray):
+                records = snapshot.minutiae(rows[at].tolist(), column)
+                for i in at.tolist():
+                    same[i] &= records.get(int(rows[i]), b"") == cells[i]
+                continue
             has = (snapshot.presence(rows[at].tolist()) >> COLUMNS.index(column) & 1) == 1
             same[at[~has]] = False
             stored = snapshot.embeddings(rows[at[has]].tolist(), column)
-            cosines = np.einsum("ij,ij->i", stored, vectors[at[has]]) if len(stored) else np.zeros(0)
+            cosines = np.einsum("ij,ij->i", stored, cells[at[has]]) if len(stored) else np.zeros(0)
             same[at[has]] &= cosines > _SAME_COSINE
         return enrolled, same
 
@@ -744,9 +758,21 @@ class Engine:
                 raise InvalidInput(
                     f"the template under {column!r} is one of {given.column!r}; file it under its column"
                 )
-            return given
+            return _sound(given, self._calibrations)
         model, rows = self._embeddings(column, np.asarray(given)[None])
         return Template(column, model, rows[0])
+
+    def _column(self, column: str, cells: NDArray[Any] | Sequence[bytes | None]) -> tuple[str, Column]:
+        """(model_id, unit rows) of bare embeddings, or (model_id, records as galleries store them)."""
+        if isinstance(cells, np.ndarray) or not all(cell is None or isinstance(cell, bytes) for cell in cells):
+            return self._embeddings(column, np.asarray(cells))
+        if column not in FINGER_POSITIONS:
+            raise InvalidInput(f"column {column!r} cannot hold minutiae; use a finger position")
+        model_id = self.config.finger.record_model_id
+        return model_id, [
+            _sound(Template(column, model_id, minutiae=cell), self._calibrations).minutiae or b"" if cell else b""
+            for cell in cells
+        ]
 
     def _embeddings(self, column: str, vectors: NDArray[Any]) -> tuple[str, Float32]:
         """(model_id, unit rows) of bare embeddings: the column's model, if the dimension agrees."""
@@ -826,19 +852,37 @@ class Engine:
 def compare(a: Template, b: Template) -> Score:
     """1:1, without a gallery. score_db = -10 log10(FMR); similarity for embeddings, minutiae for fingers, else None.
 
-    Raises ModelMismatch for templates of two models, InvalidInput for a face against a finger.
+    Raises ModelMismatch for templates of two models, InvalidInput for a face against a finger and for an unsound record.
     """
-    return compare_templates(_pair_comparer(), a, b)
+    known, comparer = _pair_comparer()
+    return compare_templates(comparer, _sound(a, known), _sound(b, known))
 
 
 @cache
-def _pair_comparer() -> Comparer:
+def _pair_comparer() -> tuple[calibrations.Calibrations, Comparer]:
     known = calibrations.Calibrations(shipped_cards(), lambda model_id: np.zeros((0, 1), np.float32))
-    return Comparer(known.of, Bozorth3())
+    return known, Comparer(known.of, Bozorth3())
 
 
 _COLUMN_SET = frozenset(COLUMNS)
 _SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/test_gallery.py)
+
+
+def _sound(template: Template, known: calibrations.Calibrations) -> Template:
+    """The template, its record in the form that galleries store. Raises InvalidInput for an unsound record, and where nothing is
+    known of how its extractor's minutiae score."""
+    if template.minutiae is None:
+        return template
+    if not known.knows(template.model_id):
+        raise InvalidInput(
+            f"minutiae of {template.model_id!r} have no calibration here; name the configured extractor's model_id, or "
+            f"{EXTERNAL_MINUTIAE!r}"
+        )
+    return replace(template, minutiae=standard(view_of(template.minutiae, template.column)))
+
+
+def _at(cells: Column, rows: NDArray[np.int64]) -> Column:
+    return cells[rows] if isinstance(cells, np.ndarray) else [cells[row] for row in rows.tolist()]
 
 
 def _checked(groups: Collection[str] | None) -> tuple[str, ...] | None:

@@ -40,6 +40,8 @@ CaptureData: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
 Modality: TypeAlias = Literal["face", "finger"]
 Outcome: TypeAlias = Literal["unique", "duplicate", "review", "refused"]
 Float32: TypeAlias = NDArray[np.float32]
+Column: TypeAlias = Float32 | Sequence[bytes]
+"""A column of several subjects: one embedding each, float32 (n, d), or minutiae records, empty where a subject has none."""
 
 
 def _check_data(data: object) -> None:
@@ -71,8 +73,10 @@ class Face:
 
 @dataclass(frozen=True, eq=False)
 class Finger:
-    """A finger capture: path, encoded bytes, or an array as for `Face`.
+    """A finger capture: path, encoded bytes, or an array as for `Face`; or a minutiae record, as path or bytes.
 
+    A record of ISO/IEC 19794-2:2005 or 2011 or ANSI/INCITS 378-2004 is told by its content; its own position fills in where the
+    capture's is `unknown`.
     dpi: dots per inch of the image; None takes the file's own, and 500 where it states none.
     """
 
@@ -113,7 +117,7 @@ Capture: TypeAlias = Face | Finger | Missing
 class Template:
     """What is compared: a sample's embedding, or its minutiae, and the model that made it.
 
-    embedding: float32 (d,), unit length, or None. minutiae: an ISO/IEC 19794-2:2005 record, or None.
+    embedding: float32 (d,), unit length, or None. minutiae: a record as for `Finger`, or None.
     quality: face detector confidence in 0..1, or NFIQ 2 in 0..100; None where not measured.
     """
 

@@ -20,7 +20,7 @@ def test_the_public_names_are_pinned():
         Encounter EncounterConflict Engine EngineClosed Evidence Extractor Face FaceConfig Finger FingerConfig GalleryBusy GalleryConfig
         GalleryDamaged InvalidInput Link Missing ModelCardError ModelMismatch NotAGallery Policy Refusal RetryableError
         Score SearchConfig SearchResult StorageUnavailable SubjectExists Template UnknownSubject Verification __version__
-        compare
+        compare read_minutiae write_minutiae
         """.split()
     )
     assert all(hasattr(bd, name) for name in bd.__all__)

@@ -1,22 +1,30 @@
 """Finger captures into templates: 500 dpi, ridges, quality gate, minutiae.
 
-Owns resampling, the finger's gate and the seam to minutiae extractors. Never decodes files and never compares.
+Owns resampling, the finger's gate, the seam to minutiae extractors, and the way in for records that come ready made. Never decodes files and never compares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.formats import Pixels
-from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
+from biodedup.capture.minutiae_record import (
+    MinutiaeRecord,
+    best_views,
+    position_code,
+    standard,
+    view_of,
+    write_record,
+    write_views,
+)
 from biodedup.capture.nbis_parts import extract
-from biodedup.config import FingerConfig
+from biodedup.config import EXTERNAL_MINUTIAE, FingerConfig
 from biodedup.errors import InvalidInput
-from biodedup.values import FINGER_POSITIONS, Float32, Refusal, Template
+from biodedup.values import Float32, Refusal, Template
 
 DPI = 500
 MM_PER_PIXEL = 25.4 / DPI
@@ -75,10 +83,37 @@ class FingerReader:
             return Refusal(position, "few_minutiae", "minutiae", record.count, config.minutiae_min)
         if nfiq2 < config.nfiq2_min:
             return Refusal(position, "low_quality", "NFIQ 2", nfiq2, config.nfiq2_min)
-        code = 0 if position == "unknown" else FINGER_POSITIONS.index(position) + 1
-        return Template(
-            position, self._model_id, minutiae=write_record(record, code, int(min(max(nfiq2, 0), 100))), quality=nfiq2
-        )
+        minutiae = write_record(record, position_code(position), int(min(max(nfiq2, 0), 100)))
+        return Template(position, self._model_id, minutiae=minutiae, quality=nfiq2)
+
+    def take(self, content: bytes, position: str) -> Template | Refusal:
+        """The template from a minutiae record, or why there is none. position: `unknown` takes the record's."""
+        try:
+            view = view_of(content, position)
+        except InvalidInput as error:
+            return Refusal(position, "unsound_record", str(error))
+        if view.record.count < self._config.minutiae_min:
+            return Refusal(position, "few_minutiae", "minutiae", view.record.count, self._config.minutiae_min)
+        return Template(view.position, self._config.record_model_id, minutiae=standard(view), quality=view.quality)
+
+
+def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str, Template]:
+    """Position -> template, from a minutiae record of one finger or several; of several views of a finger, the best.
+
+    model_id: what extracted them; by default nobody knows. Raises InvalidInput for an unsound record.
+    """
+    return {
+        position: Template(position, model_id, minutiae=standard(view), quality=view.quality)
+        for position, view in best_views(content).items()
+    }
+
+
+def write_minutiae(templates: Iterable[Template], *, version: int = 2005) -> bytes:
+    """One record of ISO/IEC 19794-2 with a view a template. version: 2005 or 2011. Raises InvalidInput."""
+    given = [(template.column, template.minutiae) for template in templates]
+    if not given or not all(record for _, record in given):
+        raise InvalidInput("a minutiae record is made of templates that have minutiae; pass one or more of these")
+    return write_views([view_of(record, column) for column, record in given if record], version=version)
 
 
 def scanner_dpi(stated: float | None) -> float:

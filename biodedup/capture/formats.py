@@ -78,16 +78,22 @@ def decode(data: CaptureData, column: str, limits: CaptureConfig) -> Pixels | Re
         height, width = data.shape[:2]
         declined = _size_refusal(column, "array", width, height, limits)
         return declined or Pixels(_from_array(data))
-    content = data if isinstance(data, bytes) else _read(data, column, limits)
+    content = read(data, column, limits)
+    if isinstance(content, Refusal):
+        return content
+    if is_wsq(content):
+        return _decode_wsq(content, column, limits)
+    return _decode_pillow(content, column, limits)
+
+
+def read(data: str | os.PathLike[str] | bytes, column: str, limits: CaptureConfig) -> bytes | Refusal:
+    """The bytes of a capture, of whatever they are."""
+    content = data if isinstance(data, bytes) else _read_file(data, column, limits)
     if isinstance(content, Refusal):
         return content
     if not content:
         return Refusal(column, "empty_file", "0 bytes", 0, 1)
-    if len(content) > limits.bytes_max:
-        return _too_large(column, len(content), limits)
-    if is_wsq(content):
-        return _decode_wsq(content, column, limits)
-    return _decode_pillow(content, column, limits)
+    return _too_large(column, len(content), limits) if len(content) > limits.bytes_max else content
 
 
 def check_array(array: NDArray[Any]) -> None:
@@ -104,7 +110,7 @@ def check_array(array: NDArray[Any]) -> None:
         )
 
 
-def _read(path: str | os.PathLike[str], column: str, limits: CaptureConfig) -> bytes | Refusal:
+def _read_file(path: str | os.PathLike[str], column: str, limits: CaptureConfig) -> bytes | Refusal:
     try:
         # O_NONBLOCK: opening a pipe that nobody writes to must not wait for ever
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0))) as file:

@@ -1,27 +1,34 @@
-"""Minutiae as bytes: ISO/IEC 19794-2:2005 records of one finger view.
+"""Minutiae as biodedup compares and stores them: one view of one finger, 500 dpi, in a record of ISO/IEC 19794-2:2005.
 
-Owns the layout. Never extracts or compares.
+Owns the checks that make a record sound, and the way from any standard's record to ours. Never extracts or compares. The bytes:
+`minutiae_layouts`.
 
-Header (24 bytes), view header (4), six bytes a minutia (type and x, y, angle, quality), length of extended data (2).
-Everything is big-endian. Coordinates are pixels; angles count 360/256 degrees anticlockwise.
+1. Whatever the bytes hold, the answer is a sound record or InvalidInput, in bounded time.
+2. Coordinates are pixels at 500 dpi; angles count 360/256 degrees anticlockwise.
 """
 
 from __future__ import annotations
 
-import struct
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.capture.minutiae_layouts import QUALITY_MAX, RawView, packed, raw_views
 from biodedup.errors import InvalidInput
+from biodedup.values import FINGER_POSITIONS
 
 MINUTIA_BYTES = 6
-_HEADER = struct.Struct(
-    ">4s4sIHHHHHBB"
-)  # magic, version, length, device, width, height, resolution x, y, views, reserved
-_VIEW = struct.Struct(">BBBB")  # position, view and impression, quality, count
-_PIXELS_PER_CM = 197  # 500 dpi
+COUNT_MAX = 255
+PIXELS_PER_CM = 197
+"""500 dpi."""
+RESOLUTIONS = range(98, 1576)
+"""Pixels a cm of scanners: 250 to 4,000 dpi."""
+SIDE_PX_MAX = 0x3FFF
+"""A coordinate has 14 bits."""
 
 CROWD_PX, CROWD_MAX = 32, 40
 """No finger has more minutiae as close as this to one of them: at most 16 in FVC2002 DB1-4_B, UareU, SFinGe and SOCOFing,
@@ -49,46 +56,153 @@ class MinutiaeRecord:
         return MinutiaeRecord(self.width, self.height, rows[kept].tobytes())
 
 
-def write_record(record: MinutiaeRecord, position_code: int, quality: int) -> bytes:
-    """The record as bytes. position_code: ISO code 0 (unknown) to 10; quality: 0..100."""
-    length = _HEADER.size + _VIEW.size + len(record.body) + 2
-    header = _HEADER.pack(
-        b"FMR\0", b" 20\0", length, 0, record.width, record.height, _PIXELS_PER_CM, _PIXELS_PER_CM, 1, 0
-    )
-    return header + _VIEW.pack(position_code, 0, quality, record.count) + record.body + b"\0\0"
+class MinutiaeView(NamedTuple):
+    """One view of a record. position: as in FINGER_POSITIONS; number: of the view, from 0; quality: 0..100, None where none is
+    stated."""
+
+    position: str
+    number: int
+    record: MinutiaeRecord
+    quality: int | None
+
+
+def write_record(record: MinutiaeRecord, position_code: int, quality: int | None, *, version: int = 2005) -> bytes:
+    """The record as bytes. position_code: ISO code 0 (unknown) to 10; quality: 0..100; version: 2005 or 2011.
+
+    Raises InvalidInput for what such a record cannot hold.
+    """
+    return packed(version, [_raw(record, position_code, quality)])
+
+
+def write_views(views: Sequence[MinutiaeView], *, version: int = 2005) -> bytes:
+    """One record of several views; views of one finger are numbered in their order. Raises InvalidInput."""
+    counts: Counter[str] = Counter()
+    raws = []
+    for view in views:
+        raw = _raw(view.record, position_code(view.position), view.quality)
+        raws.append(raw._replace(number=counts[view.position]))
+        counts[view.position] += 1
+    if max(counts.values(), default=0) > 16:
+        raise InvalidInput(f"{max(counts.values())} views of one finger, a record holds 16; write several records")
+    return packed(version, raws)
+
+
+def read_views(content: bytes) -> list[MinutiaeView]:
+    """Every view of a record of ISO/IEC 19794-2:2005 or 2011 or ANSI/INCITS 378-2004, scaled to 500 dpi.
+
+    Raises InvalidInput unless the whole record is sound.
+    """
+    return [
+        MinutiaeView(_position(raw.position_code), raw.number, _record(raw), raw.quality) for raw in raw_views(content)
+    ]
 
 
 def read_record(content: bytes) -> MinutiaeRecord:
-    """The first view of a record. Raises InvalidInput unless the record is sound."""
-    least = _HEADER.size + _VIEW.size
-    if len(content) < least:
-        raise InvalidInput(f"a minutiae record has {len(content)} bytes, wanted {least} or more; send it whole")
-    magic, version, length, _, width, height, _, _, views, _ = _HEADER.unpack_from(content)
-    if (magic, version) != (b"FMR\0", b" 20\0"):
-        raise InvalidInput("a minutiae record is not ISO/IEC 19794-2:2005; convert it, or extract it again")
-    if length != len(content) or views < 1 or not (width and height):
+    """The first view of a record. Raises InvalidInput unless the whole record is sound."""
+    return read_views(content)[0].record
+
+
+def best_views(content: bytes) -> dict[str, MinutiaeView]:
+    """Of each finger of a record the view of the highest stated quality, the first among equals. Raises InvalidInput."""
+    best: dict[str, MinutiaeView] = {}
+    for view in read_views(content):
+        known = best.get(view.position)
+        if known is None or (view.quality or 0) > (known.quality or 0):
+            best[view.position] = view
+    return best
+
+
+def view_of(content: bytes, position: str) -> MinutiaeView:
+    """The view for a finger: the best of its position, or that of the only finger in the record, whatever this one is called.
+
+    A position of `unknown` takes the record's. Raises InvalidInput where it holds several fingers and none is the one.
+    """
+    best = best_views(content)
+    if position in best:
+        return best[position]
+    if len(best) > 1:
+        raise InvalidInput(f"a minutiae record holds {', '.join(best)}, wanted {position}; file its fingers one by one")
+    (view,) = best.values()
+    return view if position == "unknown" else view._replace(position=position)
+
+
+def standard(view: MinutiaeView) -> bytes:
+    """The view as a record of its own, as galleries store it."""
+    return write_views([view])
+
+
+def position_code(position: str) -> int:
+    """ISO/IEC 19794-2's code of a finger position: 0 for `unknown`, else 1 to 10."""
+    return (FINGER_POSITIONS.index(position) + 1) % len(FINGER_POSITIONS)
+
+
+def _raw(record: MinutiaeRecord, position_code: int, quality: int | None) -> RawView:
+    if record.count > COUNT_MAX:
+        raise InvalidInput(f"{record.count} minutiae, a record holds {COUNT_MAX}; pass record.strongest({COUNT_MAX})")
+    if not (0 < record.width <= SIDE_PX_MAX and 0 < record.height <= SIDE_PX_MAX):
         raise InvalidInput(
-            f"a minutiae record states {length} bytes, {views} views, {width} x {height} pixels and has {len(content)} "
-            "bytes; send it whole"
+            f"{record.width} x {record.height} pixels, a record holds 1 to {SIDE_PX_MAX}; crop the image"
         )
-    count = int(content[_HEADER.size + 3])
-    body = content[least : least + MINUTIA_BYTES * count]
-    if len(body) < MINUTIA_BYTES * count:
-        raise InvalidInput(f"a minutiae record states {count} minutiae and is too short for them; send it whole")
-    points = np.frombuffer(body, ">u2").reshape(count, 3) & 0x3FFF
-    if (points[:, 0] >= width).any() or (points[:, 1] >= height).any():
-        raise InvalidInput(f"a minutiae record has points outside its {width} x {height} pixels; extract it again")
-    crowd = _crowd(points[:, :2].astype(np.int32))
+    if not (0 <= position_code < len(FINGER_POSITIONS) and (quality is None or 0 <= quality <= QUALITY_MAX)):
+        raise InvalidInput(
+            f"position code {position_code}, quality {quality}; pass 0 to 10, and 0 to {QUALITY_MAX} or None"
+        )
+    minutiae = np.frombuffer(record.body, np.uint8).reshape(-1, MINUTIA_BYTES)
+    size, resolution = (record.width, record.height), (PIXELS_PER_CM, PIXELS_PER_CM)
+    return RawView(position_code, 0, quality, size, resolution, minutiae)
+
+
+def _position(code: int) -> str:
+    if code >= len(FINGER_POSITIONS):
+        raise InvalidInput(
+            f"a minutiae record has position code {code}, wanted 0 to 10, one finger; extract them one by one"
+        )
+    return FINGER_POSITIONS[code - 1]  # code 0: the last one, unknown
+
+
+def _record(raw: RawView) -> MinutiaeRecord:
+    """The view at 500 dpi, after all checks."""
+    (width, height), (x_per_cm, y_per_cm) = raw.size, raw.resolution
+    if not (width and height):
+        raise InvalidInput(f"a minutiae record states an image of {width} x {height} pixels; extract it again")
+    if x_per_cm not in RESOLUTIONS or y_per_cm not in RESOLUTIONS:
+        raise InvalidInput(
+            f"a minutiae record states {x_per_cm} x {y_per_cm} pixels a cm, wanted {RESOLUTIONS[0]} to {RESOLUTIONS[-1]}; "
+            "state the scanner's resolution"
+        )
+    minutiae = raw.minutiae
+    kinds = minutiae[:, 0] & 0xC0
+    points = minutiae[:, :4].copy().view(">u2").astype(np.int32) & 0x3FFF
+    if count_outside := np.count_nonzero(points >= np.array((width, height))):
+        raise InvalidInput(
+            f"a minutiae record has {count_outside} coordinates outside its {width} x {height} pixels; extract it again"
+        )
+    if max(abs(PIXELS_PER_CM - x_per_cm), abs(PIXELS_PER_CM - y_per_cm)) > 1:  # as with images: within 1 % they stay
+        scale = np.array([PIXELS_PER_CM / x_per_cm, PIXELS_PER_CM / y_per_cm])
+        width, height = (int(side) for side in np.ceil(np.multiply((width, height), scale)))
+        points = np.minimum((points * scale).round().astype(np.int32), (width - 1, height - 1))
+        if x_per_cm != y_per_cm:
+            turn = minutiae[:, 4] * (2 * np.pi / 256)
+            turn = np.arctan2(np.sin(turn) * scale[1], np.cos(turn) * scale[0])
+            minutiae[:, 4] = np.round(turn * (256 / (2 * np.pi))).astype(int) & 255
+    if max(width, height) > SIDE_PX_MAX:
+        raise InvalidInput(
+            f"a minutiae record states {width} x {height} pixels at 500 dpi, wanted {SIDE_PX_MAX} at most; is its resolution right?"
+        )
+    crowd = _crowd(points)
     if crowd > CROWD_MAX:
         raise InvalidInput(
             f"a minutiae record has {crowd} minutiae within {CROWD_PX} pixels, wanted {CROWD_MAX} at most; extract it again"
         )
-    return MinutiaeRecord(width, height, body)
+    minutiae[:, :4] = points.astype(">u2").view(np.uint8)
+    minutiae[:, 0] |= np.where(kinds == 0xC0, 0, kinds)  # 3 is reserved, 0 is any other kind
+    return MinutiaeRecord(width, height, minutiae.tobytes())
 
 
 def _crowd(points: NDArray[np.int32]) -> int:
-    """The most minutiae within CROWD_PX of one of them, itself included. points: int32 (n, 2)."""
-    if not len(points):
-        return 0
-    apart = np.abs(points[:, None] - points[None]).max(axis=2)
-    return int(np.count_nonzero(apart <= CROWD_PX, axis=1).max())
+    """The most minutiae within CROWD_PX of one of them, itself included; of few ones, all. points: int32 (n, 2)."""
+    if len(points) <= CROWD_MAX:
+        return len(points)
+    x, y = points.T.astype(np.int16)
+    near = (np.abs(x[:, None] - x) <= CROWD_PX) & (np.abs(y[:, None] - y) <= CROWD_PX)
+    return int(np.count_nonzero(near, axis=1).max())

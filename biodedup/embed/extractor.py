@@ -15,7 +15,8 @@ import numpy as np
 
 from biodedup.capture.face import AlignedFace, FaceDetector
 from biodedup.capture.finger import FingerReader
-from biodedup.capture.formats import check_array, decode
+from biodedup.capture.formats import check_array, decode, read
+from biodedup.capture.minutiae_layouts import is_record
 from biodedup.config import Config
 from biodedup.embed.cards import ModelCard, load_card
 from biodedup.embed.network import EmbeddingNetwork
@@ -84,7 +85,15 @@ class Extractor:
             return Refusal(capture.column, "failed", type(error).__name__)
 
     def _read(self, capture: Face | Finger) -> Template | Refusal | AlignedFace:
-        pixels = decode(capture.data, capture.column, self.config.capture)
+        data = capture.data
+        if isinstance(capture, Finger) and not isinstance(data, np.ndarray):
+            content = read(data, capture.column, self.config.capture)
+            if isinstance(content, Refusal):
+                return content
+            if is_record(content):
+                return self._reader.take(content, capture.position)
+            data = content
+        pixels = decode(data, capture.column, self.config.capture)
         if isinstance(pixels, Refusal):
             return pixels
         if isinstance(capture, Finger):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from biodedup.errors import EncounterConflict
-from biodedup.values import Candidate, CaptureData, Decision, Encounter, Evidence, Float32, Missing, Refusal, Template
+from biodedup.values import Candidate, CaptureData, Column, Decision, Encounter, Evidence, Missing, Refusal, Template
 
 
 def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
@@ -111,13 +111,16 @@ def _conflict(encounter_id: str) -> EncounterConflict:
 
 
 def digest_of_batch(
-    ids: Sequence[str], columns: Mapping[str, tuple[str, Float32]], groups: Sequence[tuple[str, ...]]
+    ids: Sequence[str], columns: Mapping[str, tuple[str, Column]], groups: Sequence[tuple[str, ...]]
 ) -> bytes:
-    """SHA-256 of a batch of templates. columns: column -> (model_id, vectors float32 (n, d))."""
+    """SHA-256 of a batch of templates. columns: column -> (model_id, embeddings or records)."""
     digest = hashlib.sha256("\n".join(ids).encode())
-    for column, (_, vectors) in sorted(columns.items()):
+    for column, (_, cells) in sorted(columns.items(), key=lambda item: item[0]):
         digest.update(column.encode())
-        digest.update(vectors.data)
+        if isinstance(cells, np.ndarray):
+            digest.update(cells.data)
+        else:
+            digest.update(repr([len(record) for record in cells]).encode() + b"".join(cells))
     if any(groups):
         digest.update(json.dumps(groups).encode())
     return digest.digest()

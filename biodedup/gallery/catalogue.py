@@ -32,7 +32,7 @@ import xxhash
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.segment import SegmentEntry
 from biodedup.gallery.tail import Answer
-from biodedup.values import COLUMNS, Float32, Template
+from biodedup.values import COLUMNS, Column, Template
 
 APPLICATION_ID = 0x62696F64  # "biod", so that `file` and a curious engineer recognise the database
 FORMAT_VERSION, BEFORE_CODECS = 3, 2
@@ -220,10 +220,13 @@ class Catalogue:
         """cells: (row, template)."""
         self.put("cell", ((row * _STRIDE + COLUMNS.index(t.column), *_blobs(t)) for row, t in cells))
 
-    def add_vectors(self, rows: Iterable[int], column: str, vectors: Float32) -> None:
+    def add_column(self, rows: Iterable[int], column: str, cells: Column) -> None:
         index = COLUMNS.index(column)
-        values = ((row * _STRIDE + index, v.tobytes(), None, None) for row, v in zip(rows, vectors, strict=True))
-        self.put("cell", values)
+        keys = (row * _STRIDE + index for row in rows)
+        if isinstance(cells, np.ndarray):
+            self.put("cell", ((key, vector.tobytes(), None, None) for key, vector in zip(keys, cells, strict=True)))
+        else:
+            self.put("cell", ((key, None, record, None) for key, record in zip(keys, cells, strict=True) if record))
 
     def answers(self) -> dict[str, Answer]:
         """encounter_id -> what was sent and answered."""

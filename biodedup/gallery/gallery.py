@@ -43,7 +43,7 @@ from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
 from biodedup.gallery.tail import Tail, TailPart
 from biodedup.gallery.transaction import Transaction
 from biodedup.gallery.upgrade import OLD_FORMAT, upgrade
-from biodedup.values import Float32
+from biodedup.values import Column, Float32
 
 DATABASE_NAME = "gallery.sqlite3"
 LOCK_NAME = "writer.lock"
@@ -225,11 +225,11 @@ class Gallery:
         self._broken = False
 
     def write_rows(
-        self, subject_ids: Sequence[str], columns: Mapping[str, Float32], group_sets: NDArray[np.uint32]
+        self, subject_ids: Sequence[str], columns: Mapping[str, Column], group_sets: NDArray[np.uint32]
     ) -> SegmentEntry:
         """Writes a segment of new rows, for `Transaction.attach`; until then nobody sees it."""
         tail = Tail(0)
-        tail.append_vectors(subject_ids, "", group_sets, columns)
+        tail.append_columns(subject_ids, "", group_sets, columns)
         number = self._take_number()
         try:
             with translated("writing a segment"):

@@ -24,7 +24,7 @@ from biodedup.gallery.codec import Codec
 from biodedup.gallery.codes import Codes
 from biodedup.gallery.packed import Packed, hashes, pack, pack_text, text
 from biodedup.gallery.part import PIECE_ROWS, Int64, sorted_lookup
-from biodedup.values import COLUMNS, Float32, Template
+from biodedup.values import COLUMNS, Column, Float32, Template
 
 
 @dataclass(frozen=True)
@@ -87,35 +87,36 @@ class Tail:
         self, subject_ids: Sequence[str], encounter_id: str, group_set: int, templates: Mapping[str, Sequence[Template]]
     ) -> None:
         """Adds rows; templates: column -> one for each row."""
-        vectors = {
-            name: None if cells[0].embedding is None else np.array([t.embedding for t in cells], np.float32)
+        columns: dict[str, Column] = {
+            name: [t.minutiae or b"" for t in cells]
+            if cells[0].embedding is None
+            else np.array([t.embedding for t in cells], np.float32)
             for name, cells in templates.items()
         }
-        self.append_vectors(subject_ids, encounter_id, np.full(len(subject_ids), group_set), vectors)
+        self.append_columns(subject_ids, encounter_id, np.full(len(subject_ids), group_set), columns)
         for name, cells in templates.items():
             self.columns[name].describe(cells)
 
-    def append_vectors(
-        self,
-        subject_ids: Sequence[str],
-        encounter_id: str,
-        group_sets: NDArray[Any],
-        columns: Mapping[str, Float32 | None],
+    def append_columns(
+        self, subject_ids: Sequence[str], encounter_id: str, group_sets: NDArray[Any], columns: Mapping[str, Column]
     ) -> None:
-        """Adds rows with one embedding (or, where it is None, something else) in each of the columns."""
+        """Adds rows without the quality of their templates."""
         first = self.count
-        positions = np.arange(first, first + len(subject_ids))
-        for name, vectors in columns.items():
+        presence = np.zeros(len(subject_ids), np.uint16)
+        for name, column in columns.items():
+            vectors = column if isinstance(column, np.ndarray) else None
+            has = np.ones(len(column), bool) if vectors is not None else np.array([bool(r) for r in column], bool)
             if name not in self.columns:
                 self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
-            self.columns[name].append(positions, vectors)
+            records = [b""] * len(column) if vectors is not None else [record for record in column if record]
+            self.columns[name].append(first + np.flatnonzero(has), vectors, records)
+            presence[has] |= np.uint16(1 << COLUMNS.index(name))
         self.subject_ids.extend(subject_ids)
         self.encounter_ids.extend([encounter_id] * len(subject_ids))
         for position, subject_id in enumerate(subject_ids, first):
             self.positions_of[subject_id] = (*self.positions_of.get(subject_id, ()), position)
         self.group_sets.append(group_sets)
-        bits = sum(1 << COLUMNS.index(name) for name in columns)
-        self.presence.append(np.full(len(subject_ids), bits, np.uint16))
+        self.presence.append(presence)
 
     def load(
         self,
@@ -132,8 +133,7 @@ class Tail:
         presence = np.zeros(len(subjects), np.uint16)
         for name, (positions, vectors, minutiae, quality) in cells.items():
             column = self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
-            column.append(np.array(positions, np.int64), vectors)
-            column.minutiae[:] = minutiae
+            column.append(np.array(positions, np.int64), vectors, minutiae)
             column.quality.view()[:] = quality
             presence[positions] |= 1 << COLUMNS.index(name)
         self.presence.append(presence)
@@ -158,10 +158,10 @@ class _Cells:
         self.quality = GrowingArray(np.float32)
         self.minutiae: list[bytes] = []
 
-    def append(self, positions: Int64, vectors: Float32 | None) -> None:
+    def append(self, positions: Int64, vectors: Float32 | None, minutiae: Sequence[bytes]) -> None:
         self.vectors.append(np.zeros((len(positions), 0), np.float32) if vectors is None else vectors)
         self.quality.append(np.full(len(positions), np.nan, np.float32))
-        self.minutiae += [b""] * len(positions)
+        self.minutiae += minutiae
         self.positions.append(positions)  # last: readers count cells by it
 
     def describe(self, templates: Sequence[Template]) -> None:

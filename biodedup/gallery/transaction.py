@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.errors import ModelMismatch, SubjectExists, UnknownSubject
 from biodedup.gallery.catalogue import Catalogue, ColumnModel, State
 from biodedup.gallery.packed import pack_text
@@ -21,7 +22,7 @@ from biodedup.gallery.segment import Segment, SegmentEntry, open_segment, write_
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import Storage
 from biodedup.gallery.tail import Answer, Tail, TailPart
-from biodedup.values import Float32, Template
+from biodedup.values import Column, Template
 
 
 class Transaction:
@@ -96,10 +97,10 @@ class Transaction:
         self.content_changed = True
 
     def add_many(
-        self, subject_ids: Sequence[str], columns: Mapping[str, tuple[str, Float32]], groups: Sequence[Iterable[str]]
+        self, subject_ids: Sequence[str], columns: Mapping[str, tuple[str, Column]], groups: Sequence[Iterable[str]]
     ) -> None:
-        """Stages subjects with one embedding a column, in the journal. columns: column -> (model_id, vectors float32 (n, d),
-        unit rows); groups: of each subject. Raises SubjectExists, ModelMismatch."""
+        """Stages subjects, in the journal. columns: column -> (model_id, embeddings or records); groups: of each subject.
+        Raises SubjectExists, ModelMismatch."""
         self.refuse_enrolled(subject_ids)
         self.settle_models(columns)
         first = self.tail.end_row
@@ -107,10 +108,10 @@ class Transaction:
         group_sets = self.group_sets_of(groups)
         subjects = zip(rows, subject_ids, [""] * len(rows), group_sets.tolist(), strict=True)
         self._catalogue.add_subjects(subjects)
-        for column, (_, vectors) in columns.items():
-            self._catalogue.add_vectors(rows, column, vectors)
-        vectors_of = {column: vectors for column, (_, vectors) in columns.items()}
-        self.tail.append_vectors(subject_ids, "", group_sets, vectors_of)
+        for column, (_, cells) in columns.items():
+            self._catalogue.add_column(rows, column, cells)
+        cells_of = {column: cells for column, (_, cells) in columns.items()}
+        self.tail.append_columns(subject_ids, "", group_sets, cells_of)
         self.content_changed = True
 
     def attach(self, entry: SegmentEntry) -> None:
@@ -151,9 +152,9 @@ class Transaction:
         if (rows >= 0).any():
             raise exists(subject_ids[int(np.argmax(rows >= 0))])
 
-    def settle_models(self, columns: Mapping[str, tuple[str, Float32]]) -> None:
-        for column, (model_id, vectors) in columns.items():
-            self._settle_model(column, ColumnModel(model_id, vectors.shape[1]))
+    def settle_models(self, columns: Mapping[str, tuple[str, Column]]) -> None:
+        for column, (model_id, cells) in columns.items():
+            self._settle_model(column, ColumnModel(model_id, cells.shape[1] if isinstance(cells, np.ndarray) else None))
 
     def group_sets_of(self, groups: Sequence[Iterable[str]]) -> NDArray[np.uint32]:
         """uint32 (n,): the number of each subject's combination of groups."""
@@ -229,9 +230,12 @@ class Transaction:
 
 def mismatch(column: str, known: ColumnModel, got: ColumnModel) -> ModelMismatch:
     """The error for a template that the column cannot hold."""
+    remedy = "extract again with the gallery's model, or use another gallery"
+    if EXTERNAL_MINUTIAE in (known.model_id, got.model_id):
+        remedy = f"{remedy}; records that are of one extractor are declared so by FingerConfig(record_model_id)"
     return ModelMismatch(
         f"column {column} holds templates of {known.model_id} (dimension {known.dimension}), got {got.model_id} "
-        f"(dimension {got.dimension}); extract again with the gallery's model, or use another gallery"
+        f"(dimension {got.dimension}); {remedy}"
     )
 
 

@@ -21,10 +21,11 @@ import pyarrow.parquet
 import xxhash
 from numpy.typing import NDArray
 
+from biodedup.capture.minutiae_record import best_views, standard, view_of
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput, StorageUnavailable
 from biodedup.jobs.progress import Progress, silent
-from biodedup.values import COLUMNS
+from biodedup.values import COLUMNS, Column
 
 BATCH_ROWS = 1 << 16
 ROWS_NAMED_MAX = 20
@@ -56,6 +57,9 @@ def load(
     """Adds the subjects of a table: a string column `subject_id`, `face` (or a finger position) as a list of d
     floating-point numbers, unit length, and optionally `groups`, a string or a list of strings.
 
+    A binary column holds minutiae records of the finger that it is named by, null where a subject has none. Fingers of records
+    in the column `unknown` are filed under the positions that the records state, unless the row has them already.
+
     source: a Parquet file, an Arrow file or stream (`-` reads a stream from standard input), an iterable of
     pyarrow.RecordBatch, or `vectors.npy`, float32 (n, d), which takes `ids` (`.npy`, or a text file with one id a line) and
     `column`. Rows that cannot be used are refused one by one, those among them whose subject_id is enrolled with other
@@ -75,16 +79,23 @@ def load(
                 f"{_name(source)} has the columns {batch.schema.names}; wanted subject_id, and at least one of "
                 f"{', '.join(COLUMNS)}"
             )
-        vectors = {name: _matrix(batch.column(name), name, position) for name in columns}
+        binary = {name for name in columns if name != "face" and _is_binary(batch.column(name).type)}
+        vectors = {name: _matrix(batch.column(name), name, position) for name in columns if name not in binary}
         subject_ids = _strings(batch.column("subject_id"), "subject_id")
         refusals = _refusals(subject_ids, vectors)
+        records = _records({name: batch.column(name).to_pylist() for name in columns if name in binary}, refusals)
+        if not vectors:
+            refusals[(refusals == "") & ~_any(records, len(batch))] = "no template"
         kept = np.flatnonzero(refusals == "")
         kept_ids = subject_ids.take(kept).to_pylist()
-        kept_vectors = vectors if len(kept) == len(batch) else {name: rows[kept] for name, rows in vectors.items()}
+        kept_columns: dict[str, Column] = {
+            **{name: rows if len(kept) == len(batch) else rows[kept] for name, rows in vectors.items()},
+            **{name: [cells[i] for i in kept.tolist()] for name, cells in records.items()},
+        }
         groups = None if "groups" not in batch.schema.names else _groups(batch.column("groups").take(pa.array(kept)))
         if len(kept):
             loaded = engine.load_templates(
-                kept_ids, kept_vectors, groups=groups, encounter_id=_batch_id(kept_ids, kept_vectors, groups)
+                kept_ids, kept_columns, groups=groups, encounter_id=_batch_id(kept_ids, kept_columns, groups)
             )
             added += loaded.added
             present += loaded.present
@@ -208,11 +219,47 @@ def _refusals(subject_ids: Any, vectors: dict[str, NDArray[np.float32]]) -> NDAr
     return reasons
 
 
+def _is_binary(kind: Any) -> bool:
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+def _records(columns: dict[str, list[bytes | None]], refusals: NDArray[Any]) -> dict[str, list[bytes]]:
+    """Column -> records as galleries store them, b'' where a row has none; refusals gets the rows whose records are unsound."""
+    found: dict[str, list[bytes]] = {name: [b""] * len(refusals) for name in columns}
+    for name in sorted(columns, key=lambda name: name == "unknown"):  # named fingers first
+        for i, content in enumerate(columns[name]):
+            if not content or refusals[i]:
+                continue
+            try:
+                views = best_views(content).values() if name == "unknown" else [view_of(content, name)]
+            except InvalidInput:
+                refusals[i] = f"{name} is not a sound minutiae record"
+                continue
+            for view in views:
+                cells = found.setdefault(view.position, [b""] * len(refusals))
+                cells[i] = cells[i] or standard(view)
+    return found
+
+
+def _any(columns: dict[str, list[bytes]], rows: int) -> NDArray[np.bool_]:
+    """bool (rows,): which rows have something in one of the columns."""
+    return (
+        np.array([any(cells) for cells in zip(*columns.values(), strict=True)], bool)
+        if columns
+        else np.zeros(rows, bool)
+    )
+
+
 def _matrix(cells: Any, column: str, position: int) -> NDArray[np.float32]:
     """float32 (n, d) of a list column; rows that are null become NaN."""
     kind = cells.type
     if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)):
-        raise InvalidInput(f"column {column} is of type {kind}; wanted a list of float32")
+        raise InvalidInput(f"column {column} is of type {kind}; wanted a list of float32, or binary minutiae records")
     if not pa.types.is_floating(kind.value_type):
         raise InvalidInput(f"column {column} holds lists of {kind.value_type}; wanted lists of float32")
     lengths = set(pa.compute.list_value_length(cells).drop_null().unique().to_pylist())
@@ -251,11 +298,14 @@ def _groups(cells: Any) -> list[list[str]]:
     return [[] if one is None else [one] for one in _strings(cells, "groups").to_pylist()]
 
 
-def _batch_id(subject_ids: list[str], vectors: dict[str, NDArray[np.float32]], groups: list[list[str]] | None) -> str:
+def _batch_id(subject_ids: list[str], columns: dict[str, Column], groups: list[list[str]] | None) -> str:
     digest = xxhash.xxh3_128("\n".join(subject_ids).encode())
-    for column, rows in vectors.items():
+    for column, cells in columns.items():
         digest.update(column.encode())
-        digest.update(np.ascontiguousarray(rows).data)
+        if isinstance(cells, np.ndarray):
+            digest.update(np.ascontiguousarray(cells).data)
+        else:
+            digest.update(repr([len(record) for record in cells]).encode() + b"".join(cells))
     if groups is not None:
         digest.update(repr(groups).encode())
     return f"load:{digest.hexdigest()}"

@@ -1,18 +1,22 @@
 """Which calibration belongs to which model.
 
 Owns the look-up from model_id to `Calibration`. A model with a card brings its own table; embeddings of a model that
-nobody described (bring your own) are calibrated on the gallery itself, where nearly all pairs are non-mated.
+nobody described (bring your own) are calibrated on the gallery itself, where nearly all pairs are non-mated. Minutiae of an unknown
+extractor take the table of the minutiae in use, since strangers' scores depend on the matcher first; no such score counts
+as measured.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtri
 
+from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.embed.cards import ModelCard
 from biodedup.match.calibration import Calibration
 from biodedup.values import Float32
@@ -29,11 +33,18 @@ _MATED_MEAN, _MATED_SD = 0.65, 0.15  # of mated cosines, as face models of this 
 class Calibrations:
     """Calibrations by model_id. sample: model_id -> up to SAMPLE_SIZE embeddings of the gallery, float32 (n, d)."""
 
-    def __init__(self, cards: Iterable[ModelCard], sample: Callable[[str], Float32]) -> None:
+    def __init__(self, cards: Sequence[ModelCard], sample: Callable[[str], Float32]) -> None:
         self._known = {card.model_id: Calibration.from_card(card.calibration) for card in cards if card.calibration}
+        for card in cards:
+            if card.kind == "minutiae" and card.model_id in self._known:
+                self._known[EXTERNAL_MINUTIAE] = replace(self._known[card.model_id], measured_db=0.0)
         self._sample = sample
         self._measured: dict[tuple[str, int], Calibration] = {}
         self._lock = threading.Lock()
+
+    def knows(self, model_id: str) -> bool:
+        """Whether a table came with the model."""
+        return model_id in self._known
 
     def of(self, model_id: str) -> Calibration:
         known = self._known.get(model_id)
