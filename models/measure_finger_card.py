@@ -17,12 +17,11 @@ from cardfile import data_folder, write_measured
 from numpy.typing import NDArray
 from scipy.stats import gaussian_kde
 
-from biodedup.capture.finger import FingerReader
+from biodedup.capture.finger import FingerReader, FingerSample
 from biodedup.capture.formats import Pixels, decode
 from biodedup.config import CaptureConfig, FingerConfig
 from biodedup.match.calibration import Calibration
 from biodedup.match.minutiae import Bozorth3
-from biodedup.values import Template
 
 SETS = {
     "fvc2002/DB1_B": 500, "fvc2002/DB2_B": 569, "fvc2002/DB3_B": 500, "fvc2002/DB4_B": 500,
@@ -37,7 +36,7 @@ KNOTS = np.array(
 
 def read_set(folder: Path, dpi: float) -> tuple[dict[str, list[bytes]], int, int]:
     """(finger -> minutiae records of its impressions, refused, all)."""
-    reader = FingerReader(FingerConfig(), "mindtct-1")
+    reader = FingerReader(FingerConfig())
     fingers: dict[str, list[bytes]] = {}
     refused = total = 0
     for path in sorted(folder.glob("*.png")):
@@ -45,8 +44,7 @@ def read_set(folder: Path, dpi: float) -> tuple[dict[str, list[bytes]], int, int
         assert isinstance(pixels, Pixels)
         result = reader.read(pixels, "unknown", dpi)
         total += 1
-        if isinstance(result, Template):
-            assert result.minutiae is not None
+        if isinstance(result, FingerSample):
             fingers.setdefault(path.stem.rpartition("_")[0], []).append(result.minutiae)
         else:
             refused += 1

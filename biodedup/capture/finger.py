@@ -1,4 +1,4 @@
-"""Finger captures into templates: 500 dpi, ridges, quality gate, minutiae.
+"""Finger captures into samples: 500 dpi, ridges, quality gate, minutiae.
 
 Owns resampling, the finger's gate, the seam to minutiae extractors, and the way in for records that come ready made. Never decodes files and never compares.
 """
@@ -6,6 +6,7 @@ Owns resampling, the finger's gate, the seam to minutiae extractors, and the way
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -41,20 +42,29 @@ MinutiaeExtractor = Callable[[NDArray[np.uint8]], tuple[MinutiaeRecord, float]]
 EXTRACTORS: dict[str, MinutiaeExtractor] = {"mindtct": extract}
 
 
+@dataclass(frozen=True, eq=False)
+class FingerSample:
+    """An accepted capture. grey: uint8 (h, w) at 500 dpi; minutiae: a record of ISO/IEC 19794-2:2005; quality: NFIQ 2."""
+
+    position: str
+    grey: NDArray[np.uint8] = field(repr=False)
+    minutiae: bytes = field(repr=False)
+    quality: float
+
+
 class FingerReader:
     """Reads finger samples. Thread-safe."""
 
-    def __init__(self, config: FingerConfig, model_id: str) -> None:
+    def __init__(self, config: FingerConfig) -> None:
         if config.minutiae not in EXTRACTORS:
             raise InvalidInput(
                 f"minutiae extractor {config.minutiae!r} is not known; use one of {', '.join(EXTRACTORS)}"
             )
         self._config = config
-        self._model_id = model_id
         self._extract = EXTRACTORS[config.minutiae]
 
-    def read(self, pixels: Pixels, position: str, dpi: float | None) -> Template | Refusal:
-        """The template, or why there is none. dpi: what the caller states; None believes the file, then 500."""
+    def read(self, pixels: Pixels, position: str, dpi: float | None) -> FingerSample | Refusal:
+        """The sample, or why there is none. dpi: what the caller states; None believes the file, then 500."""
         config = self._config
         grey, scan_dpi = pixels.grey, dpi or scanner_dpi(pixels.dpi)
         # before resampling: 7,000 pixels said to be 72 dpi would fill 2 GB
@@ -84,7 +94,7 @@ class FingerReader:
         if nfiq2 < config.nfiq2_min:
             return Refusal(position, "low_quality", "NFIQ 2", nfiq2, config.nfiq2_min)
         minutiae = write_record(record, position_code(position), int(min(max(nfiq2, 0), 100)))
-        return Template(position, self._model_id, minutiae=minutiae, quality=nfiq2)
+        return FingerSample(position, grey, minutiae, nfiq2)
 
     def take(self, content: bytes, position: str) -> Template | Refusal:
         """The template from a minutiae record, or why there is none. position: `unknown` takes the record's."""

@@ -21,7 +21,7 @@ import numpy as np
 from biodedup.errors import ModelCardError
 from biodedup.values import Float32
 
-KINDS = ("face-embedding", "face-detector", "minutiae")
+KINDS = ("face-embedding", "face-detector", "finger-embedding", "minutiae")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ def _check(card: ModelCard) -> None:
         raise ModelCardError(f"model card {card.path.name}: kind is {card.kind!r}, wanted one of {', '.join(KINDS)}")
     if card.channels not in ("rgb", "bgr"):
         raise ModelCardError(f"model card {card.path.name}: channels is {card.channels!r}, wanted rgb or bgr")
-    if card.kind == "face-embedding" and (card.dimension is None or card.weights is None):
+    if card.kind.endswith("-embedding") and (card.dimension is None or card.weights is None):
         raise ModelCardError(
             f"model card {card.path.name}: an embedding needs a dimension and weights; see models/sface.toml"
         )

@@ -9,19 +9,26 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 import cv2
 import numpy as np
 
 from biodedup.capture.face import AlignedFace, FaceDetector
-from biodedup.capture.finger import FingerReader
+from biodedup.capture.finger import DPI, FingerReader, FingerSample
 from biodedup.capture.formats import check_array, decode, read
 from biodedup.capture.minutiae_layouts import is_record
+from biodedup.capture.ridges import at_ridge_dpi, ridge_map
 from biodedup.config import Config
 from biodedup.embed.cards import ModelCard, load_card
+from biodedup.embed.finger_input import FingerInput, finger_input
+from biodedup.embed.finger_network import FingerNetwork
 from biodedup.embed.network import EmbeddingNetwork
 from biodedup.errors import InvalidInput
 from biodedup.values import Capture, Face, Finger, Missing, Refusal, Template
+
+Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[FingerSample, FingerInput | None]
+"""What is left of a capture before the networks run. A finger's input is None where no network is to see it."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +42,9 @@ class Extractor:
         self._finger_card = load_card(config.finger.model)
         self._lock = threading.Lock()
         self._network: EmbeddingNetwork | None = None
+        self._finger_network: FingerNetwork | None = None
         self._detector: FaceDetector | None = None
-        self._reader = FingerReader(config.finger, self._finger_card.model_id)
+        self._reader = FingerReader(config.finger)
 
     @property
     def cards(self) -> tuple[ModelCard, ...]:
@@ -62,16 +70,16 @@ class Extractor:
                 check_array(capture.data)
         if any(isinstance(capture, Face) for capture in captures):
             self._load_face_models()
+        if any(isinstance(capture, Finger) for capture in captures):
+            self._load_finger_network()
         if self.config.threads == 1 or len(captures) < 2:
             prepared = [self._prepare(capture) for capture in captures]
         else:
             with ThreadPoolExecutor(self.config.threads) as pool:
                 prepared = list(pool.map(self._prepare, captures))
-        faces = [item for item in prepared if isinstance(item, AlignedFace)]
-        embedded = iter(self._embed(faces) if faces else ())
-        return [next(embedded) if isinstance(item, AlignedFace) else item for item in prepared]
+        return self._embed(prepared)
 
-    def _prepare(self, capture: Capture) -> Template | Refusal | AlignedFace:
+    def _prepare(self, capture: Capture) -> Prepared:
         """Everything that concerns one capture alone."""
         if isinstance(capture, Missing):
             return Refusal(capture.position, "missing", capture.reason)
@@ -84,7 +92,7 @@ class Extractor:
             _log.error("a %s capture could not be processed: %s", capture.column, type(error).__name__)
             return Refusal(capture.column, "failed", type(error).__name__)
 
-    def _read(self, capture: Face | Finger) -> Template | Refusal | AlignedFace:
+    def _read(self, capture: Face | Finger) -> Prepared:
         data = capture.data
         if isinstance(capture, Finger) and not isinstance(data, np.ndarray):
             content = read(data, capture.column, self.config.capture)
@@ -97,18 +105,39 @@ class Extractor:
         if isinstance(pixels, Refusal):
             return pixels
         if isinstance(capture, Finger):
-            return self._reader.read(pixels, capture.position, capture.dpi)
+            sample = self._reader.read(pixels, capture.position, capture.dpi)
+            if isinstance(sample, Refusal):
+                return sample
+            wanted = self._finger_network is not None
+            return sample, finger_input(ridge_map(at_ridge_dpi(sample.grey, DPI))) if wanted else None
         assert self._detector is not None, "loaded before the first face"
         return self._detector.align(pixels)
 
-    def _embed(self, faces: Sequence[AlignedFace]) -> list[Template]:
-        assert self._network is not None, "loaded before the first face"
-        vectors = self._network.embed(np.stack([face.image for face in faces]))
-        model_id = self._face_card.model_id
-        return [
-            Template("face", model_id, vector, quality=round(face.quality, 4))
-            for vector, face in zip(vectors, faces, strict=True)
-        ]
+    def _embed(self, prepared: Sequence[Prepared]) -> list[Template | Refusal]:
+        """The networks' part: whatever waits for one, in batches."""
+        faces = [item for item in prepared if isinstance(item, AlignedFace)]
+        prints = [item[1] for item in prepared if isinstance(item, tuple) and item[1] is not None]
+        face_vectors = iter(self._network.embed(np.stack([f.image for f in faces])) if faces and self._network else ())
+        finger_vectors = iter(self._finger_network.embed(prints) if prints and self._finger_network else ())
+        results: list[Template | Refusal] = []
+        for item in prepared:
+            if isinstance(item, AlignedFace):
+                model_id = self._face_card.model_id
+                results.append(Template("face", model_id, next(face_vectors), quality=round(item.quality, 4)))
+            elif isinstance(item, tuple):
+                sample, given = item
+                vector = None if given is None else next(finger_vectors)
+                model_id = self._finger_card.model_id
+                results.append(Template(sample.position, model_id, vector, sample.minutiae, sample.quality))
+            else:
+                results.append(item)
+        return results
+
+    def _load_finger_network(self) -> None:
+        with self._lock:
+            if self._finger_network is None and self._finger_card.kind == "finger-embedding":
+                cv2.setNumThreads(1)
+                self._finger_network = FingerNetwork(self._finger_card, self.config.threads)
 
     def _load_face_models(self) -> None:
         with self._lock:

@@ -1,0 +1,166 @@
+"""How well fingers are told apart: embedding, minutiae and both, on real captures.
+
+    python benchmarks/fingers.py verify                   equal error rates, FVC protocol
+    python benchmarks/fingers.py identify --fillers 20000 where a finger's mates rank in a gallery
+    python benchmarks/fingers.py verify --limit 3         three fingers a set; keeps no result
+
+FVC protocol: mated, all pairs of a finger's 8 impressions; non-mated, the first impressions across the fingers of a set. Everything goes
+through `Extractor` with its quality gate; a refused capture counts as a mate that scores nothing. `identify` searches all later
+impressions of UareU among the first impressions of every set, SOCOFing and generated fingers that the network never saw.
+Needs the real data (BIODEDUP_DATA).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from report import data_folder, record
+
+import biodedup as bd
+from biodedup.capture.oriented import RIDGE_DPI
+from biodedup.capture.ridges import ridge_map
+from biodedup.embed.cards import load_card
+from biodedup.embed.finger_input import finger_input
+from biodedup.embed.finger_network import FingerNetwork
+from biodedup.synthetic import draw_impression, draw_master
+
+SETS = {
+    "fvc2002/DB1_B": 500, "fvc2002/DB2_B": 569, "fvc2002/DB3_B": 500, "fvc2002/DB4_B": 500, "uareu": 512, "sfinge_demo": 500,
+}  # fmt: skip
+FILLER_SEED = 77  # models/finger_data.py draws from other seeds
+BATCH = 32
+Float64 = NDArray[np.float64]
+
+
+def read_set(extractor: bd.Extractor, name: str, dpi: float, limit: int | None) -> dict[str, list[bd.Template | None]]:
+    """Finger -> templates of its impressions, None where refused."""
+    groups: dict[str, list[bd.Finger]] = {}
+    for path in sorted((data_folder() / "fingers" / name).glob("*.png")):
+        groups.setdefault(path.stem.rpartition("_")[0], []).append(bd.Finger(path, dpi=dpi))
+    kept = dict(list(groups.items())[:limit])
+    captures = [capture for group in kept.values() for capture in group]
+    results = [r for i in range(0, len(captures), BATCH) for r in extractor.extract(captures[i : i + BATCH])]
+    each = iter(r if isinstance(r, bd.Template) else None for r in results)
+    return {finger: [next(each) for _ in group] for finger, group in kept.items()}
+
+
+Pair = tuple[bd.Template | None, bd.Template | None]
+
+
+def pairs_of(fingers: dict[str, list[bd.Template | None]]) -> tuple[list[Pair], list[Pair]]:
+    """(mated, non-mated) of the FVC protocol."""
+    mated = [(a, b) for prints in fingers.values() for i, a in enumerate(prints) for b in prints[i + 1 :]]
+    firsts = [prints[0] for prints in fingers.values()]
+    return mated, [(a, b) for i, a in enumerate(firsts) for b in firsts[i + 1 :]]
+
+
+def scores(pairs: Sequence[Pair]) -> dict[str, Float64]:
+    """What is compared -> raw scores, -inf where a capture was refused."""
+    found: dict[str, list[float]] = {"embedding": [], "minutiae": [], "both": []}
+    for a, b in pairs:
+        result = None if a is None or b is None else bd.compare(a, b)
+        for name in found:
+            value: float | None
+            if result is None:
+                value = None
+            else:
+                value = {"embedding": result.similarity, "minutiae": result.minutiae, "both": result.llr_db}[name]
+            found[name].append(-np.inf if value is None else float(value))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def equal_error_rate(mated: Float64, nonmated: Float64) -> float:
+    """Where the share of mates below a threshold meets that of non-mates at or above it."""
+    thresholds = np.unique(np.concatenate([mated, nonmated]))
+    fnmr = np.searchsorted(np.sort(mated), thresholds) / len(mated)
+    fmr = 1 - np.searchsorted(np.sort(nonmated), thresholds) / len(nonmated)
+    at = int(np.argmin(np.abs(fnmr - fmr)))
+    return float(fnmr[at] + fmr[at]) / 2
+
+
+def verify(limit: int | None) -> dict[str, Any]:
+    extractor, figures, means = bd.Extractor(), {}, {}
+    for name, dpi in SETS.items():
+        fingers = read_set(extractor, name, dpi, limit)
+        mated, nonmated = map(scores, pairs_of(fingers))
+        refused = sum(template is None for prints in fingers.values() for template in prints)
+        figures[f"{name}: refused"] = f"{refused} of {sum(map(len, fingers.values()))}"
+        for what in mated:
+            rate = equal_error_rate(mated[what], nonmated[what])
+            means.setdefault(what, []).append(rate)
+            figures[f"{name}: EER {what}"] = f"{rate:.2%}"
+    for what, rates in means.items():
+        figures[f"FVC2002 mean: EER {what}"] = f"{np.mean(rates[:4]):.2%}"
+    return figures
+
+
+def fillers(count: int, folder: Path | None) -> NDArray[np.float32]:
+    """Embeddings of generated fingers, an impression each; saved in folder as they grow, and taken up from there."""
+    card = load_card("finger256")
+    network, path = FingerNetwork(card, 1), folder and folder / f"fillers-{card.model_id}.npy"
+    rows = list(np.load(path)) if path and path.exists() else []
+    while len(rows) < count:
+        rng = np.random.default_rng([FILLER_SEED, len(rows)])
+        prints = [finger_input(ridge_map(draw_impression(rng, draw_master(rng), RIDGE_DPI).image)) for _ in range(100)]
+        rows += list(network.embed(prints))
+        if path:
+            np.save(path, np.array(rows))
+    return np.array(rows[:count], np.float32)
+
+
+def identify(limit: int | None, count: int, folder: Path | None) -> dict[str, Any]:
+    extractor = bd.Extractor()
+    gallery, names, probes, owners = [], [], [], []
+    for name, dpi in SETS.items():
+        for finger, prints in read_set(extractor, name, dpi, limit).items():
+            if prints[0] is not None:
+                gallery.append(prints[0].embedding)
+                names.append(f"{name}/{finger}")
+                if name == "uareu":
+                    kept = [template.embedding for template in prints[1:] if template is not None]
+                    probes += kept
+                    owners += [len(names) - 1] * len(kept)
+    others = sorted((data_folder() / "fingers" / "socofing").glob("*.png"))[: limit and 10 * limit]
+    for i in range(0, len(others), BATCH):
+        # without its drawn frame
+        pictures = [
+            np.asarray(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE))[2:-4, 2:-4] for path in others[i : i + BATCH]
+        ]
+        found = extractor.extract([bd.Finger(picture, dpi=200) for picture in pictures])
+        gallery += [template.embedding for template in found if isinstance(template, bd.Template)]
+    everybody = np.concatenate([np.array(gallery, np.float32), fillers(count, folder)])
+    scored = np.array(probes) @ everybody.T
+    before = (scored > scored[np.arange(len(owners)), owners][:, None]).sum(axis=1)
+    share = before / len(everybody)
+    return {
+        "gallery": len(everybody),
+        "mated searches": len(before),
+        "mate first": f"{np.mean(before == 0):.2%}",
+        "mate in the first 100": f"{np.mean(before < 100):.2%}",
+        "mate in the first 1 %": f"{np.mean(share < 0.01):.2%}",
+        "share that holds 99 % of mates": f"{np.quantile(share, 0.99):.2%}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("verify", "identify"), nargs="?", default="verify")
+    parser.add_argument("--limit", type=int, help="fewer fingers a set")
+    parser.add_argument("--fillers", type=int, default=20_000, help="generated fingers in the gallery")
+    parser.add_argument("--folder", type=Path, help="where the fillers' embeddings are kept")
+    options = parser.parse_args()
+    if options.what == "verify":
+        record("fingers-verify", verify(options.limit), keep=options.limit is None)
+    else:
+        figures = identify(options.limit, options.fillers, options.folder)
+        record("fingers-identify", figures, keep=options.limit is None)
+
+
+if __name__ == "__main__":
+    main()
