@@ -30,6 +30,8 @@ class ModelCard:
 
     channels, scale, offset: the network's input is (pixel + offset) * scale, in this order of channels, float32 NCHW.
     mirror: the embedding is the sum of the image's and its mirror image's. mean: subtracted from the unit embedding.
+    calibration: of raw scores. minutiae, both: a finger embedding's card says which minutiae go with it (their model_id), and how
+    the sum of both llr_db, embedding's and minutiae's, is calibrated.
     """
 
     name: str
@@ -47,6 +49,8 @@ class ModelCard:
     mirror: bool = False
     mean: Float32 | None = field(default=None, repr=False)
     calibration: Mapping[str, Any] | None = field(default=None, repr=False)
+    minutiae: str | None = None
+    both: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def verify(self) -> None:
         """Raises ModelCardError unless the weights are those that the card describes."""
@@ -108,6 +112,8 @@ def _read(path: Path) -> ModelCard:
             mirror=bool(given.get("mirror", False)),
             mean=None if mean is None else np.array(mean, np.float32),
             calibration=table.get("calibration"),
+            minutiae=table.get("minutiae"),
+            both=table.get("both"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelCardError(f"model card {path.name} lacks or mistypes {error}; see models/sface.toml") from error

@@ -20,7 +20,7 @@ from biodedup.capture.formats import check_array, decode, read
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.ridges import at_ridge_dpi, ridge_map
 from biodedup.config import Config
-from biodedup.embed.cards import ModelCard, load_card
+from biodedup.embed.cards import ModelCard, load_card, shipped_cards
 from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork
 from biodedup.embed.network import EmbeddingNetwork
@@ -48,8 +48,9 @@ class Extractor:
 
     @property
     def cards(self) -> tuple[ModelCard, ...]:
-        """The cards of the models that make templates."""
-        return self._face_card, self._finger_card
+        """The cards of the models that make templates, and of the minutiae that finger embeddings go with."""
+        besides = [card for card in shipped_cards() if card.model_id == self._finger_card.minutiae]
+        return self._face_card, self._finger_card, *besides
 
     @property
     def model_ids(self) -> dict[str, str]:

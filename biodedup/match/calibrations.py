@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,14 @@ _DEFAULT_SD = 0.1  # of non-mated cosines, until there are enough rows: SFace's 
 _MATED_MEAN, _MATED_SD = 0.65, 0.15  # of mated cosines, as face models of this kind have them (LFW, 2026-11)
 
 
+@dataclass(frozen=True, eq=False)
+class WithMinutiae:
+    """What a finger's embedding and its minutiae say together: `both` is of the sum of both llr_db."""
+
+    minutiae: Calibration
+    both: Calibration
+
+
 class Calibrations:
     """Calibrations by model_id. sample: model_id -> up to SAMPLE_SIZE embeddings of the gallery, float32 (n, d)."""
 
@@ -38,6 +46,11 @@ class Calibrations:
         for card in cards:
             if card.kind == "minutiae" and card.model_id in self._known:
                 self._known[EXTERNAL_MINUTIAE] = replace(self._known[card.model_id], measured_db=0.0)
+        self._with_minutiae = {
+            card.model_id: WithMinutiae(self._known[card.minutiae], Calibration.from_card(card.both))
+            for card in cards
+            if card.both and card.minutiae in self._known
+        }
         self._sample = sample
         self._measured: dict[tuple[str, int], Calibration] = {}
         self._lock = threading.Lock()
@@ -45,6 +58,10 @@ class Calibrations:
     def knows(self, model_id: str) -> bool:
         """Whether a table came with the model."""
         return model_id in self._known
+
+    def with_minutiae(self, model_id: str) -> WithMinutiae | None:
+        """How minutiae add to this model's embeddings; None where no card says so, and embeddings are compared alone."""
+        return self._with_minutiae.get(model_id)
 
     def of(self, model_id: str) -> Calibration:
         known = self._known.get(model_id)
