@@ -159,38 +159,22 @@ class Comparer:
             tried = readings.get(some)
             for pair in dict.fromkeys((*(p for group in groups[some] for p in group), *(tried.pairs if tried else ()))):
                 wanted.setdefault(pair, []).extend(at_these)
+        # once for all rows: the calibration of a model without a card is measured on the gallery
+        laws = {model_id: self._calibration_of(model_id) for model_id in {one.model_id for one in probe.values()}}
+        of = {column: laws[template.model_id] for column, template in probe.items()}
         held = _Held(source, rows)
-        measured = {pair: self._measure(probe[pair[0]], pair, held, np.sort(ats)) for pair, ats in wanted.items()}
+        measured = {
+            pair: self._measure(probe[pair[0]], of[pair[0]], pair, held, np.sort(ats)) for pair, ats in wanted.items()
+        }
         results: dict[int, Comparison] = {}
         for at, (row, some) in enumerate(zip(rows, columns, strict=True)):
             parts = [part for group in groups[some] if (part := _best(at, group, measured)) is not None]
             if parts:
-                results[at] = self._fuse(row, parts, probe)
+                results[at] = _fused(row, parts, of)
         for some, tried in readings.items():
             if tried is not None:
-                self._across(probe, rows, members[some], tried, measured, results)
+                _read_across(rows, members[some], tried, measured, of, results)
         return sorted(results.values(), key=lambda result: (-result.score_db, -result.llr_db, result.row))
-
-    def _across(
-        self,
-        probe: Mapping[str, Template],
-        rows: Sequence[int],
-        members: Sequence[int],
-        readings: Readings,
-        measured: Mapping[Pair, _Measured],
-        results: dict[int, Comparison],
-    ) -> None:
-        """Replaces the results of these rows by the better of right labels and the strongest other reading."""
-        llr_db = np.stack([measured[pair].llr_db[members] for pair in readings.pairs], axis=1)
-        for at, paired, charge_db in zip(members, *readings.strongest(llr_db), strict=True):
-            labelled = results.get(at)
-            as_labelled = None if labelled is None else _charged(labelled, readings.as_labelled_db)
-            besides = [] if labelled is None else [part for part in labelled.evidence if part.column == "face"]
-            parts = besides + [measured[readings.pairs[i]].evidence(at) for i in np.flatnonzero(paired)]
-            other = _charged(self._fuse(rows[at], parts, probe), float(charge_db)) if parts else None
-            best = max((one for one in (as_labelled, other) if one is not None), key=_strength, default=None)
-            if best is not None:
-                results[at] = best
 
     def score_db(self, probe: Template, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """score_db, float64 (n,), of raw scores of this probe's model."""
@@ -203,7 +187,9 @@ class Comparer:
         """The least sum of llr_db over captures of these models that scores as much."""
         return llr_reaching(score_db, tuple(map(self._calibration_of, model_ids)))
 
-    def _measure(self, probe: Template, pair: Pair, held: _Held, ats: NDArray[np.int64]) -> _Measured:
+    def _measure(
+        self, probe: Template, calibration: Calibration, pair: Pair, held: _Held, ats: NDArray[np.int64]
+    ) -> _Measured:
         """ats: which of the rows have the candidate's column."""
         value = np.full(held.count, np.nan)
         if pair[0] == pair[1] or held.model_ids.get(pair[1]) == probe.model_id:
@@ -221,19 +207,9 @@ class Comparer:
                 there, records = held.minutiae(ats, pair[1])
                 value[there] = self._matcher.compare(probe.minutiae, records)
         there = np.flatnonzero(~np.isnan(value))
-        calibration = self._calibration_of(probe.model_id)
         score_db, llr_db = value.copy(), value.copy()
         score_db[there], llr_db[there] = calibration.score_db(value[there]), calibration.llr_db(value[there])
         return _Measured(pair, value, score_db, llr_db, probe.embedding is not None)
-
-    def _fuse(self, row: int, parts: list[Evidence], probe: Mapping[str, Template]) -> Comparison:
-        llr_db = sum(part.llr_db for part in parts)
-        calibrations = [self._calibration_of(probe[part.column].model_id) for part in parts]
-        if len(parts) == 1:
-            score_db, extrapolated = parts[0].score_db, parts[0].score_db > calibrations[0].measured_db
-        else:
-            score_db, extrapolated = fused_score_db(llr_db, tuple(calibrations))
-        return Comparison(row, score_db, llr_db, extrapolated, tuple(parts))
 
 
 def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:
@@ -271,6 +247,38 @@ def _best(at: int, group: list[Pair], measured: Mapping[Pair, _Measured]) -> Evi
         return best
     tries_db = 10 * log10(len(tried))
     return replace(best, score_db=max(best.score_db - tries_db, 0.0), llr_db=best.llr_db - tries_db)
+
+
+def _read_across(
+    rows: Sequence[int],
+    members: Sequence[int],
+    readings: Readings,
+    measured: Mapping[Pair, _Measured],
+    calibrations: Mapping[str, Calibration],
+    results: dict[int, Comparison],
+) -> None:
+    """Replaces the results of these rows by the better of right labels and the strongest other reading."""
+    llr_db = np.stack([measured[pair].llr_db[members] for pair in readings.pairs], axis=1)
+    for at, paired, charge_db in zip(members, *readings.strongest(llr_db), strict=True):
+        labelled = results.get(at)
+        as_labelled = None if labelled is None else _charged(labelled, readings.as_labelled_db)
+        besides = [] if labelled is None else [part for part in labelled.evidence if part.column == "face"]
+        parts = besides + [measured[readings.pairs[i]].evidence(at) for i in np.flatnonzero(paired)]
+        other = _charged(_fused(rows[at], parts, calibrations), float(charge_db)) if parts else None
+        best = max((one for one in (as_labelled, other) if one is not None), key=_strength, default=None)
+        if best is not None:
+            results[at] = best
+
+
+def _fused(row: int, parts: list[Evidence], of: Mapping[str, Calibration]) -> Comparison:
+    """of: the calibration of each of the probe's columns."""
+    llr_db = sum(part.llr_db for part in parts)
+    calibrations = tuple(of[part.column] for part in parts)
+    if len(parts) == 1:
+        score_db, extrapolated = parts[0].score_db, parts[0].score_db > calibrations[0].measured_db
+    else:
+        score_db, extrapolated = fused_score_db(llr_db, calibrations)
+    return Comparison(row, score_db, llr_db, extrapolated, tuple(parts))
 
 
 def _charged(result: Comparison, charge_db: float) -> Comparison:

@@ -128,10 +128,14 @@ class Searcher:
     ) -> NDArray[np.int64]:
         """Rows found under other labels than the probe's that are worth comparing."""
         found = [(np.zeros(0, np.int64), np.zeros(0))]
-        for (mine, _), (rows, similarity) in ((c, some) for c, some in lists.items() if _relabelled(c)):
-            evidence = self._comparer.calibration(probe[mine].model_id).llr_db(similarity)
+        others = {columns: some for columns, some in lists.items() if _relabelled(columns)}
+        models = {probe[mine].model_id for mine, _ in others}
+        calibrations = {model_id: self._comparer.calibration(model_id) for model_id in models}
+        for (mine, _), (rows, similarity) in others.items():
+            calibration = calibrations[probe[mine].model_id]
+            evidence = calibration.llr_db(similarity)
             if floor_db > 0:  # all that reach it by one finger
-                evidence[self._comparer.score_db(probe[mine], similarity) >= floor_db] = np.inf
+                evidence[calibration.score_db(similarity) >= floor_db] = np.inf
             found.append((rows, evidence))
         return strongest(found, self._config.candidates)
 
