@@ -39,8 +39,8 @@ def comparable_bits(probe: Mapping[str, Template], models: Mapping[str, ColumnMo
     )
 
 
-def strongest(lists: Iterable[tuple[Int64, NDArray[np.float64]]], most: int, floor_llr_db: float = np.inf) -> Int64:
-    """The rows with the most evidence, added up over all lists, ascending; and all with floor_llr_db in one of them.
+def strongest(lists: Iterable[tuple[Int64, NDArray[np.float64]]], most: int) -> Int64:
+    """The rows with the most evidence, added up over all lists, ascending; and all whose evidence is infinite.
 
     lists: rows int64 (n,) and their llr_db float64 (n,). Evidence against a row does not count: some other pair of fingers may
     still say who it is.
@@ -48,7 +48,6 @@ def strongest(lists: Iterable[tuple[Int64, NDArray[np.float64]]], most: int, flo
     rows, llr_db = (np.concatenate(arrays) for arrays in zip(*lists, strict=True))
     found, which = np.unique(rows, return_inverse=True)
     sums = np.bincount(which, np.maximum(llr_db, 0.0), len(found))
-    kept = np.zeros(len(found), bool)
+    kept = np.isposinf(sums)
     kept[np.argsort(-sums, kind="stable")[:most]] = True
-    kept[which[llr_db >= floor_llr_db]] = True
     return np.asarray(found[kept])
