@@ -24,7 +24,7 @@ from rich.table import Table
 
 import biodedup
 from biodedup import jobs
-from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig
+from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig, SearchConfig
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
 from biodedup.values import Capture, Decision, Encounter, Evidence, Face, Finger, Missing, Refusal
@@ -86,6 +86,10 @@ EncounterOption = Annotated[
 GroupOption = Annotated[
     list[str] | None, typer.Option("--group", help="A group: that the subject belongs to, or to search in. Repeatable.")
 ]
+AcrossOption = Annotated[
+    bool,
+    typer.Option("--across-positions", help="Compare each finger with fingers of all positions: labels may be wrong."),
+]
 DEFAULT_GALLERY = Path("gallery")
 
 
@@ -98,6 +102,7 @@ def enroll(
     dpi: DpiOption = None,
     encounter_id: EncounterOption = None,
     group: GroupOption = None,
+    across_positions: AcrossOption = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
@@ -106,7 +111,7 @@ def enroll(
     captures = _captures(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with Engine.open(gallery, Config(threads=threads)) as engine:
-        _finish_decision(engine.enroll(encounter), as_json)
+        _finish_decision(engine.enroll(encounter, across_positions=across_positions), as_json)
 
 
 @app.command()
@@ -115,6 +120,7 @@ def identify(
     finger: FingerOption = None,
     dpi: DpiOption = None,
     group: GroupOption = None,
+    across_positions: AcrossOption = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
@@ -122,7 +128,8 @@ def identify(
     """Search the gallery for the person of these captures; write nothing."""
     encounter = Encounter(None, _captures(face, finger, None, dpi))
     with Engine.open(gallery, Config(threads=threads), read_only=True) as engine:
-        _finish_decision(engine.identify(encounter, groups=group or None), as_json)
+        decision = engine.identify(encounter, groups=group or None, across_positions=across_positions)
+        _finish_decision(decision, as_json)
 
 
 @app.command()
@@ -172,14 +179,16 @@ def dedup(
     threshold_db: Annotated[
         float | None, typer.Option(help="Link pairs from this score on; default: the policy's.")
     ] = None,
+    across_positions: AcrossOption = False,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
 ) -> None:
     """Find the images, or the subjects of a manifest or of a gallery, that are the same person. Interrupted, it goes on where
     it was."""
+    config = Config(search=SearchConfig(across_positions=across_positions), threads=threads)
     if jobs.is_gallery(source):
         # reading only: enrolment goes on beside it, for hours
-        with Engine.open(source, Config(threads=threads), read_only=True) as engine, _progress() as progress:
+        with Engine.open(source, config, read_only=True) as engine, _progress() as progress:
             joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
         _print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
@@ -187,7 +196,7 @@ def dedup(
             out.print(f"weakest link {cluster.weakest_db:6.1f} dB  {names}", soft_wrap=True)
         raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
     with _progress() as progress:
-        found = jobs.dedup(source, result, Config(threads=threads), threshold_db=threshold_db, progress=progress)
+        found = jobs.dedup(source, result, config, threshold_db=threshold_db, progress=progress)
     _print_summary(found.summary() | {"result": str(result)}, as_json)
     if not as_json:
         label_of = {unit.unit_id: unit.label for unit in found.units}
@@ -217,6 +226,7 @@ def update(
     dpi: DpiOption = None,
     encounter_id: EncounterOption = None,
     group: GroupOption = None,
+    across_positions: AcrossOption = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
@@ -225,7 +235,7 @@ def update(
     captures = _captures(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with _existing(gallery, Config(threads=threads)) as engine:
-        _finish_decision(engine.update(encounter), as_json)
+        _finish_decision(engine.update(encounter, across_positions=across_positions), as_json)
 
 
 @app.command()
@@ -413,7 +423,10 @@ def _finish(facts: dict[str, Any], text: str, as_json: bool) -> None:
 
 def _finish_decision(decision: Decision, as_json: bool) -> None:
     if as_json:
-        _print_json(asdict(decision))
+        document = asdict(decision)
+        for shown, candidate in zip(document["candidates"], decision.candidates, strict=True):
+            shown["swaps"] = candidate.swaps
+        _print_json(document)
     else:
         best = (
             ""
@@ -438,7 +451,9 @@ def _print_evidence(evidence: tuple[Evidence, ...]) -> None:
             if part.similarity is not None
             else f"minutiae score {part.minutiae:.0f}"
         )
-        out.print(f"  {part.column}: {part.score_db:.1f} dB ({raw})")
+        other = "" if part.column == part.candidate_column else f", enrolled as {part.candidate_column}"
+        swapped = "; a swapped label" if part.swapped else ""
+        out.print(f"  {part.column}{other}: {part.score_db:.1f} dB ({raw}){swapped}", soft_wrap=True)
 
 
 def _print_refusals(refusals: tuple[Refusal, ...]) -> None:

@@ -127,6 +127,10 @@ class SearchConfig:
     """Assumed between how well any two captures of a subject match their mates (ranks, on a normal scale): who has one poor finger
     often has several. A plan over several columns is made for it."""
 
+    across_positions: bool = False
+    """Compare each finger with fingers of all positions, so that a wrong label hides nobody: m x n comparisons of each row for m
+    fingers of a probe and n of the gallery (see README). A call may say otherwise; a join goes by what is said here."""
+
     def __post_init__(self) -> None:
         for name in ("candidates", "finger_rows_max", "returned"):
             if getattr(self, name) < 1:

@@ -103,13 +103,15 @@ class _Probe:
 
 @dataclass(eq=False)
 class _Request:
-    """Probes of one caller that wait to be settled. replaces: an update, not a new subject."""
+    """Probes of one caller that wait to be settled. replaces: an update, not a new subject; across: positions are searched
+    across."""
 
     probes: Sequence[_Probe]
     seen: Sequence[Found]
     snapshot: Snapshot
     digests: Sequence[bytes]
     replaces: bool
+    across: bool
     answers: list[Decision | CallerError] = field(default_factory=list)
     error: BiodedupError | None = None
     done: bool = False
@@ -216,31 +218,35 @@ class Engine:
 
     # decided enrolment ------------------------------------------------------------------------------------------
 
-    def enroll(self, encounter: Encounter) -> Decision:
+    def enroll(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
         """Searches the whole gallery and enrols the subject if nobody in it is the same person.
 
         Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision.
+        across_positions: compare each finger with fingers of all positions; `Candidate.swaps` says which labels look wrong. None:
+        as `SearchConfig.across_positions` says, here and wherever it can be given.
         Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written.
         """
         self._check_open()
-        (answer,) = self._settled([encounter])
+        (answer,) = self._settled([encounter], self._across(across_positions))
         if isinstance(answer, CallerError):
             raise answer
         return answer
 
-    def update(self, encounter: Encounter) -> Decision:
+    def update(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
         """Replaces an enrolled subject's templates and groups by those of a new encounter, unless they are somebody else's.
 
         Everybody but the subject is searched. `unique` replaces; `duplicate`, `review` and `refused` leave the subject as
         it was. Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, StorageUnavailable.
         """
         self._check_open()
-        (answer,) = self._settled([encounter], replaces=True)
+        (answer,) = self._settled([encounter], self._across(across_positions), replaces=True)
         if isinstance(answer, CallerError):
             raise answer
         return answer
 
-    def enroll_many(self, encounters: Iterable[Encounter]) -> Iterator[Decision]:
+    def enroll_many(
+        self, encounters: Iterable[Encounter], *, across_positions: bool | None = None
+    ) -> Iterator[Decision]:
         """Enrols a stream; decisions come in its order. Captures are embedded, and decisions committed, in batches.
 
         An encounter that `enroll` would raise a CallerError for comes out `refused`, with the text as its detail.
@@ -249,10 +255,12 @@ class Engine:
         stream = iter(encounters)
         while batch := list(islice(stream, self.config.batch_size)):
             self._check_open()
-            for encounter, answer in zip(batch, self._settled(batch), strict=True):
+            for encounter, answer in zip(batch, self._settled(batch, self._across(across_positions)), strict=True):
                 yield self._as_refused(encounter, answer) if isinstance(answer, CallerError) else answer
 
-    def _settled(self, encounters: Sequence[Encounter], *, replaces: bool = False) -> list[Decision | CallerError]:
+    def _settled(
+        self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False
+    ) -> list[Decision | CallerError]:
         answers: list[Decision | CallerError | None] = [None] * len(encounters)
         digests = [digest_of(encounter, "update" if replaces else "enroll") for encounter in encounters]
         for i, encounter in enumerate(encounters):
@@ -273,9 +281,9 @@ class Engine:
             except CallerError as error:
                 answers[i] = error
         if probes:
-            seen = self._seek(None, [probe.templates for probe in probes.values()])
+            seen = self._seek((None, across), [probe.templates for probe in probes.values()])
             found, snapshot = [one for one, _ in seen], seen[0][1]
-            request = _Request(list(probes.values()), found, snapshot, [digests[i] for i in probes], replaces)
+            request = _Request(list(probes.values()), found, snapshot, [digests[i] for i in probes], replaces, across)
             for i, answer in zip(probes, self._committed(request), strict=True):
                 answers[i] = answer
         return [answer for answer in answers if answer is not None]
@@ -325,7 +333,9 @@ class Engine:
         if replaced is None and request.replaces:
             raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it, there is nothing to update")
         self._check_models(probe.templates, transaction.models)
-        (since,) = self._searcher.search(now, [probe.templates], from_row=request.snapshot.row_count)
+        (since,) = self._searcher.search(
+            now, [probe.templates], from_row=request.snapshot.row_count, across=request.across
+        )
         decision = self._decide(probe, _merged(found, since), now, version=transaction.version, besides=replaced)
         encounter_id = probe.encounter.encounter_id or self._new_id()
         decision = replace(decision, encounter_id=encounter_id)
@@ -357,24 +367,33 @@ class Engine:
 
     # searches that write nothing --------------------------------------------------------------------------------
 
-    def identify(self, encounter: Encounter, *, groups: Collection[str] | None = None) -> Decision:
+    def identify(
+        self,
+        encounter: Encounter,
+        *,
+        groups: Collection[str] | None = None,
+        across_positions: bool | None = None,
+    ) -> Decision:
         """1:N: the search and decision of `enroll`, with nothing written. subject_id may be None.
 
-        groups: search only subjects that belong to one of them.
+        groups: search only subjects that belong to one of them. across_positions: as for `enroll`.
         """
         self._check_open()
         (probe,) = self._prepare([encounter])
         if isinstance(probe, CallerError):
             raise probe
         self._check_models(probe.templates)
-        ((found, snapshot),) = self._seek(_checked(groups), [probe.templates])
+        ((found, snapshot),) = self._seek((_checked(groups), self._across(across_positions)), [probe.templates])
         return self._decide(probe, found, snapshot, version=snapshot.version)
 
     def _found_now(
-        self, groups: tuple[str, ...] | None, probes: list[Mapping[str, Template]]
+        self, key: tuple[tuple[str, ...] | None, bool], probes: list[Mapping[str, Template]]
     ) -> list[tuple[Found, Snapshot]]:
-        snapshot = self._gallery.snapshot()
-        return [(found, snapshot) for found in self._searcher.search(snapshot, probes, groups=groups)]
+        (groups, across), snapshot = key, self._gallery.snapshot()
+        return [(found, snapshot) for found in self._searcher.search(snapshot, probes, groups=groups, across=across)]
+
+    def _across(self, asked: bool | None) -> bool:
+        return self.config.search.across_positions if asked is None else asked
 
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
         """1:1, at `policy.verify_fmr`. Raises UnknownSubject. Without a usable capture nothing is accepted."""
@@ -805,7 +824,7 @@ class Engine:
             probe.encounter.subject_id,
             probe.encounter.encounter_id,
             tuple(
-                Candidate(name, rank, c.score_db, c.extrapolated, c.evidence)
+                Candidate(name, rank, c.score_db, c.extrapolated, c.evidence, c.charge_db)
                 for rank, (name, c) in enumerate(zip(names, returned, strict=True), start=1)
             ),
             probe.refusals,

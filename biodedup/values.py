@@ -198,7 +198,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one capture says about one candidate. candidate_column differs where an unknown finger was tried."""
+    """What one capture says about one candidate. candidate_column differs where an unknown finger was tried, and where a search
+    across positions says that a label is wrong."""
 
     column: str
     candidate_column: str
@@ -207,16 +208,30 @@ class Evidence:
     similarity: float | None = None
     minutiae: float | None = None
 
+    @property
+    def swapped(self) -> bool:
+        """Whether the two sides label this finger differently; a finger of unknown position has no label."""
+        return self.column != self.candidate_column and "unknown" not in (self.column, self.candidate_column)
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A gallery subject that a search returned; rank 1 is the strongest."""
+    """A gallery subject that a search returned; rank 1 is the strongest.
+
+    charge_db: what a search across positions has taken off score_db, for the readings of the fingers' labels that it tried.
+    """
 
     subject_id: str
     rank: int
     score_db: float
     extrapolated: bool
     evidence: tuple[Evidence, ...]
+    charge_db: float = 0.0
+
+    @property
+    def swaps(self) -> tuple[tuple[str, str], ...]:
+        """(position in the probe, position enrolled) of each finger that looks labelled wrongly on one of the sides."""
+        return tuple((part.column, part.candidate_column) for part in self.evidence if part.swapped)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Owns the notes of an interrupted join and the result files. Never compares itself.
 
 Each tile's links are appended to the notes, a line each, and synced before the next one begins; a join of the same gallery,
-version and threshold goes on behind the last whole line.
+version, threshold and way of comparing goes on behind the last whole line.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def find_duplicates(
     out.parent.mkdir(parents=True, exist_ok=True)
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "threshold_db": threshold_db}
+    if engine.config.search.across_positions:
+        key["across_positions"] = True
     notes = out.with_name(out.name + ".notes")
     done, links = _resumed(notes, key)
     with translated(f"writing {notes}"), notes.open("a") as file:

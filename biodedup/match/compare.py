@@ -4,13 +4,15 @@ Owns which captures are paired, and how their scores become one. Never searches 
 
 1. Captures of one column are paired. A finger of unknown position is tried against every finger left over on the other
    side; the best of m tries counts, less 10 log10(m) dB, since m tries have m chances to look alike.
-2. Every number that leaves here has a unit: `score_db`, `llr_db`.
+2. Across positions, when asked: other readings of the fingers' labels are tried as well (`labels.py`), and the better of right
+   labels and the strongest other reading counts, each less its charge.
+3. Every number that leaves here has a unit: `score_db`, `llr_db`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log10
 from typing import Any, Protocol
 
@@ -18,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput, ModelMismatch
-from biodedup.match.calibration import Calibration
+from biodedup.match.calibration import SCORE_DB_MAX, Calibration
 from biodedup.match.fusion import fused_score_db, llr_reaching
+from biodedup.match.labels import Pair, Readings, readings_of
 from biodedup.match.minutiae import MinutiaeMatcher
 from biodedup.values import Evidence, Float32, Score, Template
-
-Pair = tuple[str, str]  # (probe column, candidate column)
 
 
 class Candidates(Protocol):
@@ -37,6 +38,9 @@ class Candidates(Protocol):
 
     def minutiae(self, rows: Sequence[int], column: str) -> dict[int, bytes]:
         """Records of those of the rows that have one."""
+
+    def model_ids(self) -> Mapping[str, str]:
+        """The model of each column."""
 
 
 class InHand:
@@ -57,16 +61,64 @@ class InHand:
         records = {row: self._candidates[row][column].minutiae for row in rows}
         return {row: record for row, record in records.items() if record is not None}
 
+    def model_ids(self) -> Mapping[str, str]:
+        return {column: template.model_id for one in self._candidates for column, template in one.items()}
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One candidate's result. evidence: one entry a capture that could be compared."""
+    """One candidate's result. evidence: one entry a capture that could be compared; charge_db: what was taken off both sums,
+    for readings of the labels that were tried."""
 
     row: int
     score_db: float
     llr_db: float
     extrapolated: bool
     evidence: tuple[Evidence, ...]
+    charge_db: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """A pair of columns, compared. value, score_db, llr_db: float64 (n,), of every row; NaN where it cannot be compared."""
+
+    pair: Pair
+    value: NDArray[np.float64]
+    score_db: NDArray[np.float64]
+    llr_db: NDArray[np.float64]
+    is_vector: bool
+
+    def evidence(self, at: int) -> Evidence:
+        value = float(self.value[at])
+        return Evidence(
+            *self.pair,
+            score_db=float(self.score_db[at]),
+            llr_db=float(self.llr_db[at]),
+            similarity=value if self.is_vector else None,
+            minutiae=None if self.is_vector else value,
+        )
+
+
+class _Held:
+    """Candidates of one comparison; each column's embeddings are read once, whatever they are compared with."""
+
+    def __init__(self, source: Candidates, rows: Sequence[int]) -> None:
+        self.count = len(rows)
+        self.model_ids = source.model_ids()
+        self._source, self._rows = source, rows
+        self._read: dict[tuple[str, bytes], Float32] = {}
+
+    def embeddings(self, ats: NDArray[np.int64], column: str) -> Float32:
+        key = (column, ats.tobytes())
+        if key not in self._read:
+            self._read[key] = self._source.embeddings([self._rows[at] for at in ats.tolist()], column)
+        return self._read[key]
+
+    def minutiae(self, ats: NDArray[np.int64], column: str) -> tuple[NDArray[np.int64], list[bytes]]:
+        """Which of these have a record, and the records."""
+        records = self._source.minutiae([self._rows[at] for at in ats.tolist()], column)
+        there = [at for at in ats.tolist() if self._rows[at] in records]
+        return np.array(there, np.int64), [records[self._rows[at]] for at in there]
 
 
 def pairings(probe: Sequence[str], candidate: Sequence[str]) -> list[list[Pair]]:
@@ -88,27 +140,41 @@ class Comparer:
         self._calibration_of = calibration_of
         self._matcher = matcher
 
-    def compare(self, probe: Mapping[str, Template], source: Candidates, rows: Sequence[int]) -> list[Comparison]:
-        """The probe against each row, strongest first, equal ones by row. Rows with nothing comparable are left out."""
-        groups_of = {
-            row: pairings(tuple(probe), columns) for row, columns in zip(rows, source.columns(rows), strict=True)
+    def compare(
+        self, probe: Mapping[str, Template], source: Candidates, rows: Sequence[int], *, across: bool = False
+    ) -> list[Comparison]:
+        """The probe against each row, strongest first, equal ones by row. Rows with nothing comparable are left out.
+
+        across: fingers are compared with fingers of other labels, too.
+        """
+        columns = source.columns(rows)
+        members: dict[tuple[str, ...], list[int]] = {}
+        for at, some in enumerate(columns):
+            members.setdefault(some, []).append(at)
+        groups = {some: pairings(tuple(probe), some) for some in members}
+        models = source.model_ids()
+        readings = {some: _readings(probe, models, some, bool(groups[some])) for some in members if across}
+        wanted: dict[Pair, list[int]] = {}
+        for some, at_these in members.items():
+            tried = readings.get(some)
+            for pair in dict.fromkeys((*(p for group in groups[some] for p in group), *(tried.pairs if tried else ()))):
+                wanted.setdefault(pair, []).extend(at_these)
+        # once for all rows: the calibration of a model without a card is measured on the gallery
+        laws = {model_id: self._calibration_of(model_id) for model_id in {one.model_id for one in probe.values()}}
+        of = {column: laws[template.model_id] for column, template in probe.items()}
+        held = _Held(source, rows)
+        measured = {
+            pair: self._measure(probe[pair[0]], of[pair[0]], pair, held, np.sort(ats)) for pair, ats in wanted.items()
         }
-        rows_of: dict[Pair, list[int]] = {}
-        for row, groups in groups_of.items():
-            for group in groups:
-                for pair in group:
-                    rows_of.setdefault(pair, []).append(row)
-        found: dict[tuple[int, Pair], Evidence] = {}
-        for pair, at in rows_of.items():
-            for row, evidence in self._evidence(probe[pair[0]], pair, source, at).items():
-                found[row, pair] = evidence
-        results = []
-        for row, groups in groups_of.items():
-            parts = [part for group in groups if (part := _best(row, group, found)) is not None]
+        results: dict[int, Comparison] = {}
+        for at, (row, some) in enumerate(zip(rows, columns, strict=True)):
+            parts = [part for group in groups[some] if (part := _best(at, group, measured)) is not None]
             if parts:
-                results.append(self._fuse(row, parts, probe))
-        results.sort(key=lambda result: (-result.score_db, -result.llr_db, result.row))
-        return results
+                results[at] = _fused(row, parts, of)
+        for some, tried in readings.items():
+            if tried is not None:
+                _read_across(rows, members[some], tried, measured, of, results)
+        return sorted(results.values(), key=lambda result: (-result.score_db, -result.llr_db, result.row))
 
     def score_db(self, probe: Template, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """score_db, float64 (n,), of raw scores of this probe's model."""
@@ -121,45 +187,29 @@ class Comparer:
         """The least sum of llr_db over captures of these models that scores as much."""
         return llr_reaching(score_db, tuple(map(self._calibration_of, model_ids)))
 
-    def _evidence(self, probe: Template, pair: Pair, source: Candidates, rows: list[int]) -> dict[int, Evidence]:
-        calibration = self._calibration_of(probe.model_id)
-        if probe.embedding is not None:
-            vectors = source.embeddings(rows, pair[1])
-            if vectors.shape[1] == 0:
-                return {}
-            if vectors.shape[1] != len(probe.embedding):
-                raise ModelMismatch(
-                    f"the {pair[0]} probe has {len(probe.embedding)} numbers, the candidate's {vectors.shape[1]}; "
-                    "extract both with one model"
-                )
-            values = (vectors @ probe.embedding).astype(np.float64)
-            compared = rows
-        else:
-            records = source.minutiae(rows, pair[1])
-            compared = list(records)
-            assert probe.minutiae is not None, "a template has an embedding or minutiae"
-            values = self._matcher.compare(probe.minutiae, list(records.values())).astype(np.float64)
-        score_db, llr_db = calibration.score_db(values), calibration.llr_db(values)
-        is_vector = probe.embedding is not None
-        return {
-            row: Evidence(
-                *pair,
-                score_db=float(score_db[i]),
-                llr_db=float(llr_db[i]),
-                similarity=float(values[i]) if is_vector else None,
-                minutiae=None if is_vector else float(values[i]),
-            )
-            for i, row in enumerate(compared)
-        }
-
-    def _fuse(self, row: int, parts: list[Evidence], probe: Mapping[str, Template]) -> Comparison:
-        llr_db = sum(part.llr_db for part in parts)
-        calibrations = [self._calibration_of(probe[part.column].model_id) for part in parts]
-        if len(parts) == 1:
-            score_db, extrapolated = parts[0].score_db, parts[0].score_db > calibrations[0].measured_db
-        else:
-            score_db, extrapolated = fused_score_db(llr_db, tuple(calibrations))
-        return Comparison(row, score_db, llr_db, extrapolated, tuple(parts))
+    def _measure(
+        self, probe: Template, calibration: Calibration, pair: Pair, held: _Held, ats: NDArray[np.int64]
+    ) -> _Measured:
+        """ats: which of the rows have the candidate's column."""
+        value = np.full(held.count, np.nan)
+        if pair[0] == pair[1] or held.model_ids.get(pair[1]) == probe.model_id:
+            if probe.embedding is not None:
+                vectors = held.embeddings(ats, pair[1])
+                if vectors.shape[1] not in (0, len(probe.embedding)):
+                    raise ModelMismatch(
+                        f"the {pair[0]} probe has {len(probe.embedding)} numbers, the candidate's {vectors.shape[1]}; "
+                        "extract both with one model"
+                    )
+                if vectors.shape[1]:
+                    value[ats] = vectors @ probe.embedding
+            else:
+                assert probe.minutiae is not None, "a template has an embedding or minutiae"
+                there, records = held.minutiae(ats, pair[1])
+                value[there] = self._matcher.compare(probe.minutiae, records)
+        there = np.flatnonzero(~np.isnan(value))
+        score_db, llr_db = value.copy(), value.copy()
+        score_db[there], llr_db[there] = calibration.score_db(value[there]), calibration.llr_db(value[there])
+        return _Measured(pair, value, score_db, llr_db, probe.embedding is not None)
 
 
 def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:
@@ -178,19 +228,69 @@ def _relabelled(template: Template) -> Template:
     return Template("unknown", template.model_id, template.embedding, template.minutiae, template.quality)
 
 
-def _best(row: int, group: list[Pair], found: Mapping[tuple[int, Pair], Evidence]) -> Evidence | None:
-    tried = [found[row, pair] for pair in group if (row, pair) in found]
+def _readings(
+    probe: Mapping[str, Template], models: Mapping[str, str], columns: Sequence[str], labelled: bool
+) -> Readings | None:
+    """labelled: right labels pair something."""
+    mine = tuple(column for column in probe if column != "face")
+    known = {probe[column].model_id for column in mine}
+    theirs = tuple(column for column in columns if column != "face" and models.get(column) in known)
+    return readings_of(mine, theirs, labelled)
+
+
+def _best(at: int, group: list[Pair], measured: Mapping[Pair, _Measured]) -> Evidence | None:
+    tried = [measured[pair].evidence(at) for pair in group if not np.isnan(measured[pair].value[at])]
     if not tried:
         return None
     best = max(tried, key=lambda part: part.llr_db)
     if len(tried) == 1:
         return best
     tries_db = 10 * log10(len(tried))
-    return Evidence(
-        best.column,
-        best.candidate_column,
-        max(best.score_db - tries_db, 0.0),
-        best.llr_db - tries_db,
-        best.similarity,
-        best.minutiae,
+    return replace(best, score_db=max(best.score_db - tries_db, 0.0), llr_db=best.llr_db - tries_db)
+
+
+def _read_across(
+    rows: Sequence[int],
+    members: Sequence[int],
+    readings: Readings,
+    measured: Mapping[Pair, _Measured],
+    calibrations: Mapping[str, Calibration],
+    results: dict[int, Comparison],
+) -> None:
+    """Replaces the results of these rows by the better of right labels and the strongest other reading."""
+    llr_db = np.stack([measured[pair].llr_db[members] for pair in readings.pairs], axis=1)
+    for at, paired, charge_db in zip(members, *readings.strongest(llr_db), strict=True):
+        labelled = results.get(at)
+        as_labelled = None if labelled is None else _charged(labelled, readings.as_labelled_db)
+        besides = [] if labelled is None else [part for part in labelled.evidence if part.column == "face"]
+        parts = besides + [measured[readings.pairs[i]].evidence(at) for i in np.flatnonzero(paired)]
+        other = _charged(_fused(rows[at], parts, calibrations), float(charge_db)) if parts else None
+        best = max((one for one in (as_labelled, other) if one is not None), key=_strength, default=None)
+        if best is not None:
+            results[at] = best
+
+
+def _fused(row: int, parts: list[Evidence], of: Mapping[str, Calibration]) -> Comparison:
+    """of: the calibration of each of the probe's columns."""
+    llr_db = sum(part.llr_db for part in parts)
+    calibrations = tuple(of[part.column] for part in parts)
+    if len(parts) == 1:
+        score_db, extrapolated = parts[0].score_db, parts[0].score_db > calibrations[0].measured_db
+    else:
+        score_db, extrapolated = fused_score_db(llr_db, calibrations)
+    return Comparison(row, score_db, llr_db, extrapolated, tuple(parts))
+
+
+def _charged(result: Comparison, charge_db: float) -> Comparison:
+    return replace(
+        result,
+        score_db=max(result.score_db - charge_db, 0.0),
+        llr_db=result.llr_db - charge_db,
+        charge_db=charge_db,
     )
+
+
+def _strength(result: Comparison) -> tuple[float, float]:
+    """By score; but where scores end before the evidence does, by evidence."""
+    full = result.score_db + result.charge_db > SCORE_DB_MAX - 1e-6
+    return (np.inf if full else result.score_db, result.llr_db)

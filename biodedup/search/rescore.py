@@ -6,6 +6,7 @@ Owns the path from a probe to ranked candidates. Never writes and never decides.
    column by column; the best `candidates` are compared with everything that both sides have.
 2. Rows that share with the probe only columns of minutiae are compared one by one, up to `finger_rows_max`; beyond it the
    result says `incomplete`.
+3. Across positions, when asked, a finger is looked for in the columns of all fingers (`across.py`): a label may be wrong.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from biodedup.errors import GalleryDamaged
 from biodedup.gallery.part import Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer, Comparison
+from biodedup.search.across import BIT, comparable, comparable_bits, strongest
 from biodedup.search.scan import Scanner
 from biodedup.search.shard import FanOut, Nearest, Plan, Shard, as_set, local_shards
 from biodedup.search.together import Choice, Evidence, TogetherPlan, choose, codec_id, sets_of
 from biodedup.values import COLUMNS, Float32, Template
 
 Probe = Mapping[str, Template]
+_Capture = tuple[int, str]  # (number of the probe, its column)
 
 PROBES = 256
 """Probes that are scanned together."""
 JOIN_ROWS = 4096
 """Rows of a gallery that are compared together with all behind them."""
-_BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ class SnapshotRows:
 
     def columns(self, rows: Sequence[int]) -> list[tuple[str, ...]]:
         presence = self._snapshot.presence(rows).tolist()
-        names = {bits: tuple(column for column in COLUMNS if bits & _BIT[column]) for bits in set(presence)}
+        names = {bits: tuple(column for column in COLUMNS if bits & BIT[column]) for bits in set(presence)}
         return [names[bits] for bits in presence]
+
+    def model_ids(self) -> Mapping[str, str]:
+        return {column: model.model_id for column, model in self._snapshot.models.items()}
 
 
 class Searcher:
@@ -80,15 +85,16 @@ class Searcher:
         from_row: int = 0,
         groups: Collection[str] | None = None,
         floor_db: float = 0.0,
+        across: bool = False,
     ) -> list[Found]:
         """Each probe against the live rows from from_row on; with groups, those that belong to one of them.
 
         floor_db: 0 asks for the strongest; above it, for all that reach it by one column, and for none that has only this column
-        and is weaker.
+        and is weaker. across: fingers are compared with fingers of other labels, too.
         """
         if from_row >= snapshot.row_count or not probes:
             return [Found()] * len(probes)
-        scope = _Scope(snapshot, from_row, as_set(groups))
+        scope = _Scope(snapshot, from_row, as_set(groups), across)
         source = SnapshotRows(snapshot)
         plans = self._plans(scope, probes, floor_db)
         near, failed = self._near(scope, probes, plans, floor_db)
@@ -96,26 +102,46 @@ class Searcher:
         failed |= failed_too
         found = []
         for probe, lists, chosen in zip(probes, near, together, strict=True):
-            comparable = _comparable_bits(probe)
+            wanted = comparable_bits(probe, snapshot.models, across=across)
             for column, (rows, similarity) in lists.items():
-                others = (snapshot.presence(rows.tolist()) & (comparable & ~_BIT[column[1]])) != 0
+                if _relabelled(column):
+                    continue
+                others = (snapshot.presence(rows.tolist()) & (wanted & ~BIT[column[1]])) != 0
                 # Where this column is all there is, the scan's order is final: of these only the first can be returned.
                 if floor_db > 0 and len(rows):
                     worth = others | (self._comparer.score_db(probe[column[0]], similarity) >= floor_db)
                 else:
                     worth = others | (np.cumsum(~others) <= self._config.returned)
                 chosen.append(rows[worth])
-            scanned = sum(_BIT[column] for column in {theirs for _, theirs in lists})
-            singly = sum(_BIT[c] for c, m in snapshot.models.items() if m.dimension is None) & comparable
+            chosen.append(self._strongest(probe, lists, floor_db))
+            scanned = sum(BIT[column] for column in {theirs for _, theirs in lists})
+            singly = sum(BIT[c] for c, m in snapshot.models.items() if m.dimension is None) & wanted
             left = scope.rows_with(singly, without=scanned)
             incomplete = len(left) > self._config.finger_rows_max or (failed and bool(lists))
             rows = np.unique(np.concatenate([*chosen, left[: self._config.finger_rows_max]]))
-            found.append(Found(tuple(self._comparer.compare(probe, source, rows.tolist())), incomplete))
+            compared = self._comparer.compare(probe, source, rows.tolist(), across=across)
+            found.append(Found(tuple(compared), incomplete))
         return found
+
+    def _strongest(
+        self, probe: Probe, lists: Mapping[tuple[str, str], tuple[NDArray[np.int64], Float32]], floor_db: float
+    ) -> NDArray[np.int64]:
+        """Rows found under other labels than the probe's that are worth comparing."""
+        found = [(np.zeros(0, np.int64), np.zeros(0))]
+        others = {columns: some for columns, some in lists.items() if _relabelled(columns)}
+        models = {probe[mine].model_id for mine, _ in others}
+        calibrations = {model_id: self._comparer.calibration(model_id) for model_id in models}
+        for (mine, _), (rows, similarity) in others.items():
+            calibration = calibrations[probe[mine].model_id]
+            evidence = calibration.llr_db(similarity)
+            if floor_db > 0:  # all that reach it by one finger
+                evidence[calibration.score_db(similarity) >= floor_db] = np.inf
+            found.append((rows, evidence))
+        return strongest(found, self._config.candidates)
 
     def pairs(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float) -> list[tuple[int, Comparison]]:
         """Pairs of one of these live rows, ascending, and of a row behind it, that score threshold_db or more; each once."""
-        if any(bits != _BIT["face"] for part in snapshot.parts for bits in part.bits):
+        if any(bits != BIT["face"] for part in snapshot.parts for bits in part.bits):
             return self._pairs_of_several_columns(snapshot, rows, threshold_db)
         faces = snapshot.embeddings(rows, "face")
         model_id = snapshot.models["face"].model_id
@@ -148,7 +174,8 @@ class Searcher:
         for start in range(0, len(rows), 32):
             some = rows[start : start + 32]
             probes = [snapshot.templates(row) for row in some]
-            for row, one in zip(some, self.search(snapshot, probes, floor_db=threshold_db), strict=True):
+            results = self.search(snapshot, probes, floor_db=threshold_db, across=self._config.across_positions)
+            for row, one in zip(some, results, strict=True):
                 for comparison in one.comparisons:
                     # the other side's candidates may lack this pair, so that it counts whoever finds it
                     if comparison.row != row and comparison.score_db >= threshold_db:
@@ -257,8 +284,9 @@ class Searcher:
                 failed |= bool(failures)
                 cuts = np.searchsorted(found.which, np.arange(1, len(some)))
                 parts = zip(some, np.split(found.rows, cuts), np.split(found.llr_db, cuts), strict=True)
+                together = sum(BIT[column] for column in plan.columns)
                 for i, rows, llr_db in parts:
-                    besides = _comparable_bits(probes[i]) & ~sum(_BIT[column] for column in plan.columns)
+                    besides = comparable_bits(probes[i], scope.snapshot.models, across=scope.across) & ~together
                     others = (scope.snapshot.presence(rows.tolist()) & besides) != 0
                     # by the sum of evidence, which is their final order but for what else they have in common
                     first = np.cumsum(~others) <= 2 * self._config.returned
@@ -277,51 +305,52 @@ class Searcher:
         near: list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]] = [{} for _ in probes]
         failed = False
         for theirs, model in scope.snapshot.models.items():
-            if model.dimension is None:
-                continue
-            for mine in sorted({column for probe in probes for column in probe if _comparable(column, theirs)}):
-                todo = [i for i, probe in enumerate(probes) if _is_embedded(probe.get(mine), model.model_id)]
-                if not todo:
-                    continue
-                for plan in {id(plans[i]): plans[i] for i in todo}.values():
-                    besides = plan if plan is not None and mine == theirs and mine in plan.columns else None
-                    some = {i: probes[i][mine] for i in todo if plans[i] is plan}
-                    failed |= self._near_in(scope, (mine, theirs), some, floor_db, near, besides)
+            # captures of all labels share a pass, but for those whose rows are searched together already
+            asked: dict[int, tuple[TogetherPlan | None, dict[_Capture, Template]]] = {}
+            for i, (probe, plan) in enumerate(zip(probes, plans, strict=True)):
+                for mine, template in probe.items() if model.dimension is not None else ():
+                    if comparable(mine, theirs, across=scope.across) and _is_embedded(template, model.model_id):
+                        besides = plan if plan is not None and mine == theirs and mine in plan.columns else None
+                        asked.setdefault(id(besides), (besides, {}))[1][i, mine] = template
+            for besides, some in asked.values():
+                failed |= self._near_in(scope, theirs, some, floor_db, near, besides)
         return near, failed
 
     def _near_in(
         self,
         scope: _Scope,
-        columns: tuple[str, str],
-        probes: Mapping[int, Template],
+        column: str,
+        asked: Mapping[_Capture, Template],
         floor_db: float,
         near: list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]],
         besides: TogetherPlan | None,
     ) -> bool:
-        vectors = np.array([probe.embedding for probe in probes.values()], np.float32)
+        vectors = np.array([probe.embedding for probe in asked.values()], np.float32)
         k = self._config.candidates
         nearest = self.nearest(
-            scope.snapshot, columns[1], vectors, k, from_row=scope.from_row, groups=scope.groups, besides=besides
+            scope.snapshot, column, vectors, k, from_row=scope.from_row, groups=scope.groups, besides=besides
         )
         failed = bool(nearest.failures)
-        for i, rows, similarity in zip(probes, nearest.rows, nearest.similarity, strict=True):
-            near[i][columns] = (rows[rows >= 0], similarity[rows >= 0])
+        for (i, mine), rows, similarity in zip(asked, nearest.rows, nearest.similarity, strict=True):
+            near[i][mine, column] = (rows[rows >= 0], similarity[rows >= 0])
         # those whose list is full, and reaches so far, may have more
         more = {
             at: probe
-            for at, (i, probe) in enumerate(probes.items())
+            for at, ((i, mine), probe) in enumerate(asked.items())
             if floor_db > 0
-            and len(near[i][columns][0]) == k
-            and self._comparer.score_db(probe, near[i][columns][1][-1:])[0] >= floor_db
+            and len(near[i][mine, column][0]) == k
+            and self._comparer.score_db(probe, near[i][mine, column][1][-1:])[0] >= floor_db
         }
-        if more:
-            least = np.array([self._similarity_at(probe, floor_db) for probe in more.values()], np.float32)
-            plan = replace(scope.plan(columns[1], 0, self._config.miss_risk), at_least=least, besides=besides)
-            reached = self._fan_out.reached(self._shards(scope.snapshot), vectors[list(more)], plan)
+        captures = list(asked)
+        for low in range(0, len(more), PROBES):
+            some = list(more)[low : low + PROBES]
+            least = np.array([self._similarity_at(more[at], floor_db) for at in some], np.float32)
+            plan = replace(scope.plan(column, 0, self._config.miss_risk), at_least=least, besides=besides)
+            reached = self._fan_out.reached(self._shards(scope.snapshot), vectors[some], plan)
             failed |= bool(reached.failures)
-            numbers = list(probes)
-            for at, found in zip(more, reached.found, strict=True):
-                near[numbers[at]][columns] = found
+            for at, found in zip(some, reached.found, strict=True):
+                i, mine = captures[at]
+                near[i][mine, column] = found
         return failed
 
     def _similarity_at(self, probe: Template, floor_db: float) -> float:
@@ -331,12 +360,13 @@ class Searcher:
 
 
 class _Scope:
-    """The rows that a search sees."""
+    """The rows that a search sees, and whether captures are looked for under other labels."""
 
-    def __init__(self, snapshot: Snapshot, from_row: int, groups: frozenset[str] | None) -> None:
+    def __init__(self, snapshot: Snapshot, from_row: int, groups: frozenset[str] | None, across: bool = False) -> None:
         self.snapshot = snapshot
         self.from_row = from_row
         self.groups = groups
+        self.across = across
 
     @property
     def count(self) -> int:
@@ -380,11 +410,6 @@ def _is_embedded(template: Template | None, model_id: str) -> bool:
     return template is not None and template.embedding is not None and template.model_id == model_id
 
 
-def _comparable(mine: str, theirs: str) -> bool:
-    """Whether a capture of one column is compared with one of another: fingers of unknown position with every finger."""
-    return mine == theirs or ("unknown" in (mine, theirs) and "face" not in (mine, theirs))
-
-
-def _comparable_bits(probe: Probe) -> int:
-    """The gallery's columns that compare with this probe, as a presence mask."""
-    return sum(_BIT[theirs] for theirs in COLUMNS if any(_comparable(mine, theirs) for mine in probe))
+def _relabelled(columns: tuple[str, str]) -> bool:
+    """Whether a capture was looked for under another label than its own; one of unknown position has none."""
+    return columns[0] != columns[1] and "unknown" not in columns
