@@ -148,7 +148,7 @@ class Engine:
         self._extractor = Extractor(config)
         known = calibrations.Calibrations(self._extractor.cards, self._sample)
         self._calibrations = known
-        self._comparer = Comparer(known.of, Bozorth3())
+        self._comparer = Comparer(known.of, Bozorth3(), known.with_minutiae)
         self._searcher = Searcher(self._comparer, config.search, config.threads, config.policy)
         self._seek = Gathering(self._found_now, PROBES)
         self._seek_nearest = Gathering(self._nearest_each, PROBES)
@@ -880,7 +880,7 @@ def compare(a: Template, b: Template) -> Score:
 @cache
 def _pair_comparer() -> tuple[calibrations.Calibrations, Comparer]:
     known = calibrations.Calibrations(shipped_cards(), lambda model_id: np.zeros((0, 1), np.float32))
-    return known, Comparer(known.of, Bozorth3())
+    return known, Comparer(known.of, Bozorth3(), known.with_minutiae)
 
 
 _COLUMN_SET = frozenset(COLUMNS)

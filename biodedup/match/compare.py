@@ -6,7 +6,8 @@ Owns which captures are paired, and how their scores become one. Never searches 
    side; the best of m tries counts, less 10 log10(m) dB, since m tries have m chances to look alike.
 2. Across positions, when asked: other readings of the fingers' labels are tried as well (`labels.py`), and the better of right
    labels and the strongest other reading counts, each less its charge.
-3. Every number that leaves here has a unit: `score_db`, `llr_db`.
+3. A finger's embedding and its minutiae add their llr_db, and the sum is calibrated again; who has only one is compared by it.
+4. Every number that leaves here has a unit: `score_db`, `llr_db`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput, ModelMismatch
 from biodedup.match.calibration import SCORE_DB_MAX, Calibration
+from biodedup.match.calibrations import WithMinutiae
 from biodedup.match.fusion import fused_score_db, llr_reaching
 from biodedup.match.labels import Pair, Readings, readings_of
 from biodedup.match.minutiae import MinutiaeMatcher
@@ -79,23 +81,42 @@ class Comparison:
 
 
 @dataclass(frozen=True, eq=False)
+class _Law:
+    """How one model's templates score: by embedding or minutiae alone, and, where a card says how, by both."""
+
+    alone: Calibration
+    with_minutiae: WithMinutiae | None
+
+    def of(self, part: Evidence) -> Calibration:
+        if self.with_minutiae is not None and part.similarity is not None and part.minutiae is not None:
+            return self.with_minutiae.both
+        return self.alone
+
+
+@dataclass(frozen=True, eq=False)
 class _Measured:
-    """A pair of columns, compared. value, score_db, llr_db: float64 (n,), of every row; NaN where it cannot be compared."""
+    """A pair of columns, compared. similarity, minutiae, score_db, llr_db: float64 (n,), of every row; NaN where it cannot be
+    compared so."""
 
     pair: Pair
-    value: NDArray[np.float64]
+    similarity: NDArray[np.float64]
+    minutiae: NDArray[np.float64]
     score_db: NDArray[np.float64]
     llr_db: NDArray[np.float64]
-    is_vector: bool
+
+    def compared(self, at: int) -> bool:
+        return not np.isnan(self.llr_db[at])
 
     def evidence(self, at: int) -> Evidence:
-        value = float(self.value[at])
+        similarity, minutiae = (
+            None if np.isnan(value[at]) else float(value[at]) for value in (self.similarity, self.minutiae)
+        )
         return Evidence(
             *self.pair,
             score_db=float(self.score_db[at]),
             llr_db=float(self.llr_db[at]),
-            similarity=value if self.is_vector else None,
-            minutiae=None if self.is_vector else value,
+            similarity=similarity,
+            minutiae=minutiae,
         )
 
 
@@ -134,10 +155,17 @@ def pairings(probe: Sequence[str], candidate: Sequence[str]) -> list[list[Pair]]
 
 
 class Comparer:
-    """Compares templates with calibrated scores. calibration_of: model_id -> its calibration."""
+    """Compares templates with calibrated scores. calibration_of: model_id -> its calibration; with_minutiae: how minutiae add to
+    embeddings of a model."""
 
-    def __init__(self, calibration_of: Callable[[str], Calibration], matcher: MinutiaeMatcher) -> None:
+    def __init__(
+        self,
+        calibration_of: Callable[[str], Calibration],
+        matcher: MinutiaeMatcher,
+        with_minutiae: Callable[[str], WithMinutiae | None] = lambda model_id: None,
+    ) -> None:
         self._calibration_of = calibration_of
+        self._with_minutiae = with_minutiae
         self._matcher = matcher
 
     def compare(
@@ -160,7 +188,10 @@ class Comparer:
             for pair in dict.fromkeys((*(p for group in groups[some] for p in group), *(tried.pairs if tried else ()))):
                 wanted.setdefault(pair, []).extend(at_these)
         # once for all rows: the calibration of a model without a card is measured on the gallery
-        laws = {model_id: self._calibration_of(model_id) for model_id in {one.model_id for one in probe.values()}}
+        laws = {
+            model_id: _Law(self._calibration_of(model_id), self._with_minutiae(model_id))
+            for model_id in {one.model_id for one in probe.values()}
+        }
         of = {column: laws[template.model_id] for column, template in probe.items()}
         held = _Held(source, rows)
         measured = {
@@ -187,11 +218,9 @@ class Comparer:
         """The least sum of llr_db over captures of these models that scores as much."""
         return llr_reaching(score_db, tuple(map(self._calibration_of, model_ids)))
 
-    def _measure(
-        self, probe: Template, calibration: Calibration, pair: Pair, held: _Held, ats: NDArray[np.int64]
-    ) -> _Measured:
+    def _measure(self, probe: Template, law: _Law, pair: Pair, held: _Held, ats: NDArray[np.int64]) -> _Measured:
         """ats: which of the rows have the candidate's column."""
-        value = np.full(held.count, np.nan)
+        similarity, minutiae, score_db, llr_db = np.full((4, held.count), np.nan)
         if pair[0] == pair[1] or held.model_ids.get(pair[1]) == probe.model_id:
             if probe.embedding is not None:
                 vectors = held.embeddings(ats, pair[1])
@@ -201,15 +230,19 @@ class Comparer:
                         "extract both with one model"
                     )
                 if vectors.shape[1]:
-                    value[ats] = vectors @ probe.embedding
-            else:
-                assert probe.minutiae is not None, "a template has an embedding or minutiae"
+                    similarity[ats] = vectors @ probe.embedding
+            if probe.minutiae is not None and (probe.embedding is None or law.with_minutiae is not None):
                 there, records = held.minutiae(ats, pair[1])
-                value[there] = self._matcher.compare(probe.minutiae, records)
-        there = np.flatnonzero(~np.isnan(value))
-        score_db, llr_db = value.copy(), value.copy()
-        score_db[there], llr_db[there] = calibration.score_db(value[there]), calibration.llr_db(value[there])
-        return _Measured(pair, value, score_db, llr_db, probe.embedding is not None)
+                minutiae[there] = self._matcher.compare(probe.minutiae, records)
+        alone = similarity if probe.embedding is not None else minutiae
+        there = np.flatnonzero(~np.isnan(alone))
+        score_db[there], llr_db[there] = law.alone.score_db(alone[there]), law.alone.llr_db(alone[there])
+        if law.with_minutiae is not None:
+            there = np.flatnonzero(~np.isnan(similarity + minutiae))
+            summed = llr_db[there] + law.with_minutiae.minutiae.llr_db(minutiae[there])
+            score_db[there] = law.with_minutiae.both.score_db(summed)
+            llr_db[there] = law.with_minutiae.both.llr_db(summed)
+        return _Measured(pair, similarity, minutiae, score_db, llr_db)
 
 
 def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:
@@ -239,7 +272,7 @@ def _readings(
 
 
 def _best(at: int, group: list[Pair], measured: Mapping[Pair, _Measured]) -> Evidence | None:
-    tried = [measured[pair].evidence(at) for pair in group if not np.isnan(measured[pair].value[at])]
+    tried = [measured[pair].evidence(at) for pair in group if measured[pair].compared(at)]
     if not tried:
         return None
     best = max(tried, key=lambda part: part.llr_db)
@@ -254,7 +287,7 @@ def _read_across(
     members: Sequence[int],
     readings: Readings,
     measured: Mapping[Pair, _Measured],
-    calibrations: Mapping[str, Calibration],
+    laws: Mapping[str, _Law],
     results: dict[int, Comparison],
 ) -> None:
     """Replaces the results of these rows by the better of right labels and the strongest other reading."""
@@ -264,16 +297,16 @@ def _read_across(
         as_labelled = None if labelled is None else _charged(labelled, readings.as_labelled_db)
         besides = [] if labelled is None else [part for part in labelled.evidence if part.column == "face"]
         parts = besides + [measured[readings.pairs[i]].evidence(at) for i in np.flatnonzero(paired)]
-        other = _charged(_fused(rows[at], parts, calibrations), float(charge_db)) if parts else None
+        other = _charged(_fused(rows[at], parts, laws), float(charge_db)) if parts else None
         best = max((one for one in (as_labelled, other) if one is not None), key=_strength, default=None)
         if best is not None:
             results[at] = best
 
 
-def _fused(row: int, parts: list[Evidence], of: Mapping[str, Calibration]) -> Comparison:
-    """of: the calibration of each of the probe's columns."""
+def _fused(row: int, parts: list[Evidence], of: Mapping[str, _Law]) -> Comparison:
+    """of: the law of each of the probe's columns."""
     llr_db = sum(part.llr_db for part in parts)
-    calibrations = tuple(of[part.column] for part in parts)
+    calibrations = tuple(of[part.column].of(part) for part in parts)
     if len(parts) == 1:
         score_db, extrapolated = parts[0].score_db, parts[0].score_db > calibrations[0].measured_db
     else:
