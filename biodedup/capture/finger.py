@@ -6,12 +6,14 @@ Owns resampling, the finger's gate, the seam to minutiae extractors, and the way
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.formats import Pixels
+from biodedup.capture.leader import Leader
 from biodedup.capture.minutiae_record import (
     MinutiaeRecord,
     best_views,
@@ -38,20 +40,23 @@ _COHERENCE_MIN = 0.4  # of the gradient's direction within 3 x 3 blocks; FVC2002
 MinutiaeExtractor = Callable[[NDArray[np.uint8]], tuple[MinutiaeRecord, float]]
 """uint8 (h, w) at 500 dpi -> minutiae and NFIQ 2 score. Raises ValueError where it finds nothing to work on."""
 
-EXTRACTORS: dict[str, MinutiaeExtractor] = {"mindtct": extract}
+
+def minutiae_extractor(name: str, weights: Path | None) -> MinutiaeExtractor:
+    """The extractor of this name. weights: of those that have some, as the model card names them."""
+    if name == "leader" and weights is not None:
+        return Leader(weights)
+    if name == "mindtct":
+        return extract
+    raise InvalidInput(f"minutiae extractor {name!r} is not known; use mindtct, or leader with its weights")
 
 
 class FingerReader:
     """Reads finger samples. Thread-safe."""
 
-    def __init__(self, config: FingerConfig, model_id: str) -> None:
-        if config.minutiae not in EXTRACTORS:
-            raise InvalidInput(
-                f"minutiae extractor {config.minutiae!r} is not known; use one of {', '.join(EXTRACTORS)}"
-            )
+    def __init__(self, config: FingerConfig, model_id: str, weights: Path | None = None) -> None:
         self._config = config
         self._model_id = model_id
-        self._extract = EXTRACTORS[config.minutiae]
+        self._extract = minutiae_extractor(config.minutiae, weights)
 
     def read(self, pixels: Pixels, position: str, dpi: float | None) -> Template | Refusal:
         """The template, or why there is none. dpi: what the caller states; None believes the file, then 500."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from biodedup.errors import ModelCardError
+from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.values import Float32
 
 KINDS = ("face-embedding", "face-detector", "minutiae")
@@ -28,6 +28,7 @@ KINDS = ("face-embedding", "face-detector", "minutiae")
 class ModelCard:
     """One model. Fields as in the card; `weights` is None for a model that is code alone.
 
+    extractor: of a `minutiae` card the name that FingerConfig knows it by.
     channels, scale, offset: the network's input is (pixel + offset) * scale, in this order of channels, float32 NCHW.
     mirror: the embedding is the sum of the image's and its mirror image's. mean: subtracted from the unit embedding.
     """
@@ -41,6 +42,7 @@ class ModelCard:
     weights: Path | None = None
     sha256: str | None = None
     dimension: int | None = None
+    extractor: str | None = None
     channels: Literal["rgb", "bgr"] = "rgb"
     scale: float = 1.0
     offset: float = 0.0
@@ -82,6 +84,22 @@ def load_card(name: str, folder: Path | None = None) -> ModelCard:
     return _read(path.absolute())
 
 
+def minutiae_card(extractor: str, name: str | None = None) -> ModelCard:
+    """The card of a minutiae extractor: the shipped one, or that of this name or path. Raises ModelCardError, and InvalidInput
+    for an extractor that is not known."""
+    cards = {card.extractor: card for card in shipped_cards() if card.kind == "minutiae"}
+    if extractor not in cards:
+        raise InvalidInput(
+            f"minutiae extractor {extractor!r} is not known; use one of {', '.join(sorted(map(str, cards)))}"
+        )
+    card = cards[extractor] if name is None else load_card(name)
+    if card.extractor != extractor:
+        raise ModelCardError(
+            f"{card.path.name} is of the extractor {card.extractor!r}, the config names {extractor!r}; name the card's"
+        )
+    return card
+
+
 @cache
 def _read(path: Path) -> ModelCard:
     try:
@@ -102,6 +120,7 @@ def _read(path: Path) -> ModelCard:
             weights=None if weights is None else path.parent / weights["file"],
             sha256=None if weights is None else str(weights["sha256"]),
             dimension=table.get("dimension"),
+            extractor=table.get("extractor"),
             channels=given.get("channels", "rgb"),
             scale=float(given.get("scale", 1.0)),
             offset=float(given.get("offset", 0.0)),

@@ -18,7 +18,7 @@ from biodedup.capture.finger import FingerReader
 from biodedup.capture.formats import check_array, decode, read
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.config import Config
-from biodedup.embed.cards import ModelCard, load_card
+from biodedup.embed.cards import ModelCard, load_card, minutiae_card
 from biodedup.embed.network import EmbeddingNetwork
 from biodedup.errors import InvalidInput
 from biodedup.values import Capture, Face, Finger, Missing, Refusal, Template
@@ -32,11 +32,12 @@ class Extractor:
     def __init__(self, config: Config | None = None) -> None:
         self.config = config = config or Config()
         self._face_card = load_card(config.face.model, config.face.model_folder)
-        self._finger_card = load_card(config.finger.model)
+        self._finger_card = minutiae_card(config.finger.minutiae, config.finger.model)
+        self._finger_card.verify()
         self._lock = threading.Lock()
         self._network: EmbeddingNetwork | None = None
         self._detector: FaceDetector | None = None
-        self._reader = FingerReader(config.finger, self._finger_card.model_id)
+        self._reader = FingerReader(config.finger, self._finger_card.model_id, self._finger_card.weights)
 
     @property
     def cards(self) -> tuple[ModelCard, ...]:
