@@ -47,10 +47,12 @@ class FaceConfig:
 class FingerConfig:
     """Finger extraction and the limits of its quality gate."""
 
-    model: str = "mindtct_bozorth3"
-    """Name of the model card of extractor and matcher."""
     minutiae: str = "mindtct"
-    """The minutiae extractor."""
+    """The minutiae extractor: `mindtct`, or `leader`, a network that is more accurate and takes several times as long."""
+    minutiae_model: str | None = None
+    """Path of a model card (`*.toml`) of your own for this extractor, with another calibration; None: the shipped one."""
+    model: str | None = None
+    """The embedding: name of a shipped model card, or path of one of your own; None: templates hold minutiae alone."""
     record_model_id: str = EXTERNAL_MINUTIAE
     """The model_id of minutiae records that come ready made, which do not say who extracted them. By default they compare with one
     another alone; naming this extractor's model_id declares that they compare with its minutiae, too."""

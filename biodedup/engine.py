@@ -771,7 +771,9 @@ class Engine:
             return error
         return _Probe(encounter, templates, tuple(refusals))
 
-    def _given(self, column: str, given: Float32 | Template) -> Template:
+    def _given(self, column: str, given: Float32 | bytes | Template) -> Template:
+        if isinstance(given, bytes):
+            given = Template(column, self.config.finger.record_model_id, minutiae=given)
         if isinstance(given, Template):
             if given.column != column:
                 raise InvalidInput(

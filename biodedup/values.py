@@ -131,6 +131,8 @@ class Template:
         _check_position(self.column, COLUMNS)
         if self.embedding is None and self.minutiae is None:
             raise InvalidInput("a template needs an embedding or minutiae; it has neither")
+        if self.minutiae is not None and self.column == "face":
+            raise InvalidInput("a face template cannot hold minutiae; file them under a finger position")
         if self.embedding is not None:
             rows = unit_rows(np.asarray(self.embedding)[None], what=f"the {self.column} embedding")
             object.__setattr__(self, "embedding", rows[0])
@@ -155,14 +157,14 @@ class Refusal:
 class Encounter:
     """One visit of one subject: its captures, or ready templates, or both.
 
-    templates: column -> float32 (d,) unit vector, or `Template`.
+    templates: column -> float32 (d,) unit vector, or a minutiae record (bytes), or `Template`.
     encounter_id: makes the write idempotent; None gives each call an id of its own.
     groups: labels (OSIA calls them galleries) that a search can be restricted to.
     """
 
     subject_id: str | None = None
     captures: Sequence[Capture] = ()
-    templates: Mapping[str, Float32 | Template] = field(default_factory=dict, repr=False)
+    templates: Mapping[str, Float32 | bytes | Template] = field(default_factory=dict, repr=False)
     encounter_id: str | None = None
     groups: Sequence[str] = ()
 

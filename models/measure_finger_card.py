@@ -1,15 +1,16 @@
-"""Measures the calibration of MINDTCT + BOZORTH3 on real fingerprints, and writes it into its card.
+"""Measures the calibration of a minutiae extractor with BOZORTH3 on real fingerprints, and writes it into its card.
 
-    python models/measure_finger_card.py
+    python models/measure_finger_card.py [mindtct | leader]
 
 Fitted on FVC2002 DB1-4_B and UareU: mated, all 28 pairs of a finger's 8 impressions; non-mated, the first impressions of
 different fingers of one set (the first four where a set has ten fingers). Sensors differ, so the share of non-mated scores
 at or above a score is that of the worst set. SFinGe's demonstration set is kept apart, and the calibration is reported on
-it. Needs the fingers (BIODEDUP_DATA) and about four minutes.
+it. Needs the fingers (BIODEDUP_DATA) and about four minutes, with LEADER half an hour.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from scipy.stats import gaussian_kde
 from biodedup.capture.finger import FingerReader, FingerSample
 from biodedup.capture.formats import Pixels, decode
 from biodedup.config import CaptureConfig, FingerConfig
+from biodedup.embed.cards import minutiae_card
 from biodedup.match.calibration import Calibration
 from biodedup.match.minutiae import Bozorth3
 
@@ -34,9 +36,8 @@ KNOTS = np.array(
 )  # from 5 on: hardly any pair scores less
 
 
-def read_set(folder: Path, dpi: float) -> tuple[dict[str, list[bytes]], int, int]:
+def read_set(folder: Path, dpi: float, reader: FingerReader) -> tuple[dict[str, list[bytes]], int, int]:
     """(finger -> minutiae records of its impressions, refused, all)."""
-    reader = FingerReader(FingerConfig())
     fingers: dict[str, list[bytes]] = {}
     refused = total = 0
     for path in sorted(folder.glob("*.png")):
@@ -111,9 +112,12 @@ def calibration(mated: NDArray[np.float64], sets: list[NDArray[np.float64]]) -> 
 
 
 def main() -> None:
+    extractor = sys.argv[1] if len(sys.argv) > 1 else "mindtct"
+    card = minutiae_card(extractor)
+    reader = FingerReader(FingerConfig(minutiae=extractor), card.model_id, card.weights)
     mated, nonmated = {}, {}
     for name, dpi in SETS.items():
-        fingers, refused, total = read_set(data_folder() / "fingers" / name, dpi)
+        fingers, refused, total = read_set(data_folder() / "fingers" / name, dpi, reader)
         mated[name] = mated_scores(fingers)
         nonmated[name] = nonmated_scores(fingers, 4 if len(fingers) <= 10 else 1)
         first = nonmated_scores(fingers, 1)
@@ -130,7 +134,7 @@ def main() -> None:
         )
     fitted = [name for name in SETS if name != HELD_OUT]
     table = calibration(np.concatenate([mated[n] for n in fitted]), [nonmated[n] for n in fitted])
-    write_measured(Path(__file__).with_name("mindtct_bozorth3.toml"), {"calibration": table})
+    write_measured(card.path, {"calibration": table})
     for name in SETS:
         found = Calibration.from_card(table).score_db(nonmated[name])
         shares = ", ".join(f"{10 ** (-db / 10):.3g}: {np.mean(found >= db):.3g}" for db in (5, 10, 15, 20))

@@ -32,7 +32,7 @@ from torch.nn import functional
 SEED = 20261125
 HELD_OUT = 20
 FINGERS = 96  # in a batch, two impressions of each
-TEMPERATURE, SCALE, MARGIN, CLASS_SHARE = 0.07, 24.0, 0.25, 0.3
+TEMPERATURE, SCALE, MARGIN, CLASS_SHARE, POSE_SHARE = 0.07, 24.0, 0.25, 0.3, 0.5
 LAST = torch.channels_last
 
 
@@ -135,6 +135,7 @@ def train_embedding(network: FingerNetwork, prints: Prints, minutes: float, save
     groups = [
         {"params": network.trunk.parameters(), "lr": rate, "weight_decay": 5e-4},
         {"params": [classes], "lr": 4 * rate, "weight_decay": 0.0},
+        {"params": network.pose.parameters(), "lr": rate / 10, "weight_decay": 1e-3},
     ]
     optimizer = torch.optim.AdamW(groups)
     losses, started, told = [], time.monotonic(), 0.0
@@ -143,13 +144,15 @@ def train_embedding(network: FingerNetwork, prints: Prints, minutes: float, save
         rows, labels, flipped = choose(prints, classes.detach(), alike=torch.rand(()) < 0.5 * min(1.0, share / 0.1))
         batch = harmed(moved(mirrored(prints.batch(rows), flipped), 10, 5))
         network.trunk.train()
-        network.pose.eval()  # it stays as it is, so that its errors are what the rest learns to live with
+        network.pose.eval()  # its statistics stay those of all poses
         true = pose_of(batch.core, batch.angle)
-        with torch.no_grad():
+        # every other time the pose learns from the embedding's loss, so that it lies alike in all impressions of a finger
+        with torch.set_grad_enabled(step % 2 == 0):
             found = network.pose(batch.directions.contiguous(memory_format=LAST))
         away, turned = pose_distance(found, true)
         lost = (away > 24) | (turned > 0.4)
         pose = nudged(torch.where(lost[:, None], true, found), 0.07, 3.5)
+        posed = functional.smooth_l1_loss(found, true, beta=0.2)
         skew = torch.eye(2) + torch.randn(len(rows), 2, 2) * 0.028
         seen = window(batch.directions, batch.minutiae, pose, skew)
         vectors = network.trunk(seen.contiguous(memory_format=LAST))
@@ -160,9 +163,10 @@ def train_embedding(network: FingerNetwork, prints: Prints, minutes: float, save
         logits = vectors @ functional.normalize(classes).T
         logits = SCALE * (logits - margin * functional.one_hot(labels, len(classes)))
         by_class = functional.cross_entropy(logits, labels)
-        loss = contrast + CLASS_SHARE * by_class
+        loss = contrast + CLASS_SHARE * by_class + POSE_SHARE * posed
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(network.pose.parameters(), 1.0)
         optimizer.step()
         losses.append((contrast.item(), by_class.item(), lost.float().mean().item()))
         if time.monotonic() - told > 180:
@@ -202,10 +206,12 @@ def choose(prints: Prints, classes: Tensor, alike: bool | Tensor) -> tuple[Tenso
 
 
 def nudged(pose: Tensor, radians: float, pixels: float) -> Tensor:
-    turn = torch.randn(len(pose)) * radians
+    """Poses that are off by so much, some by twice as much, some by a third."""
+    much = 0.3 + 1.7 * torch.rand(len(pose), 1)
+    turn = torch.randn(len(pose)) * radians * much[:, 0]
     cosine, sine = torch.cos(turn), torch.sin(turn)
     up = torch.stack([pose[:, 2] * cosine - pose[:, 3] * sine, pose[:, 3] * cosine + pose[:, 2] * sine], 1)
-    return torch.cat([pose[:, :2] + torch.randn(len(pose), 2) * (pixels / 50), up], 1)
+    return torch.cat([pose[:, :2] + torch.randn(len(pose), 2) * much * (pixels / 50), up], 1)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.gallery import packed, segment
 from biodedup.gallery.codec import make_codec
 from biodedup.gallery.codes import dequantise, lower_halves, quantise
@@ -129,7 +130,7 @@ def test_sealed_and_merged_rows_answer_as_before(tmp_path):
 
 
 def test_fingers_and_quality_survive_sealing(tmp_path):
-    record = bytes(range(200))
+    record = write_record(MinutiaeRecord(100, 100, bytes([64, 10, 0, 20, 7, 50]) * 3), 2, 50)
     templates = {
         "face": bd.Template("face", "external-128", PEOPLE[0], quality=0.75),
         "right_index": bd.Template("right_index", bd.Extractor(bd.Config()).model_ids["finger"], minutiae=record),

@@ -313,11 +313,21 @@ def test_a_gallery_takes_records_and_one_bad_record_stops_nobody(tmp_path):
                 "bad", templates={"right_index": bd.Template("right_index", "external-minutiae", minutiae=b"?")}
             ),
             bd.Encounter("strange", templates={"right_index": bd.Template("right_index", "x", minutiae=PRINTS[1])}),
-            bd.Encounter("bella", [bd.Finger(AGAIN[0], "right_index")]),
+            bd.Encounter("bella", templates={"right_index": AGAIN[0]}),
+            bd.Encounter("faceless", templates={"face": AGAIN[0]}),
+            bd.Encounter("broken", templates={"right_index": AGAIN[0][:-1]}),
             bd.Encounter("photographed", [bd.Finger(finger(1), "right_index")]),
         ]
         decisions = list(engine.enroll_many(encounters))
-        assert [d.outcome for d in decisions] == ["unique", "refused", "refused", "duplicate", "refused"]
+        assert [d.outcome for d in decisions] == [
+            "unique",
+            "refused",
+            "refused",
+            "duplicate",
+            "refused",
+            "refused",
+            "refused",
+        ]
         assert "mindtct-1" in decisions[-1].refusals[0].detail
 
 

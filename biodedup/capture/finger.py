@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.formats import Pixels
+from biodedup.capture.leader import Leader
 from biodedup.capture.minutiae_record import (
     MinutiaeRecord,
     best_views,
@@ -39,7 +41,14 @@ _COHERENCE_MIN = 0.4  # of the gradient's direction within 3 x 3 blocks; FVC2002
 MinutiaeExtractor = Callable[[NDArray[np.uint8]], tuple[MinutiaeRecord, float]]
 """uint8 (h, w) at 500 dpi -> minutiae and NFIQ 2 score. Raises ValueError where it finds nothing to work on."""
 
-EXTRACTORS: dict[str, MinutiaeExtractor] = {"mindtct": extract}
+
+def minutiae_extractor(name: str, weights: Path | None) -> MinutiaeExtractor:
+    """The extractor of this name. weights: of those that have some, as the model card names them."""
+    if name == "leader" and weights is not None:
+        return Leader(weights)
+    if name == "mindtct":
+        return extract
+    raise InvalidInput(f"minutiae extractor {name!r} is not known; use mindtct, or leader with its weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +64,9 @@ class FingerSample:
 class FingerReader:
     """Reads finger samples. Thread-safe."""
 
-    def __init__(self, config: FingerConfig) -> None:
-        if config.minutiae not in EXTRACTORS:
-            raise InvalidInput(
-                f"minutiae extractor {config.minutiae!r} is not known; use one of {', '.join(EXTRACTORS)}"
-            )
+    def __init__(self, config: FingerConfig, weights: Path | None = None) -> None:
         self._config = config
-        self._extract = EXTRACTORS[config.minutiae]
+        self._extract = minutiae_extractor(config.minutiae, weights)
 
     def read(self, pixels: Pixels, position: str, dpi: float | None) -> FingerSample | Refusal:
         """The sample, or why there is none. dpi: what the caller states; None believes the file, then 500."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from biodedup.errors import ModelCardError
+from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.values import Float32
 
 KINDS = ("face-embedding", "face-detector", "finger-embedding", "minutiae")
@@ -28,10 +28,11 @@ KINDS = ("face-embedding", "face-detector", "finger-embedding", "minutiae")
 class ModelCard:
     """One model. Fields as in the card; `weights` is None for a model that is code alone.
 
+    extractor: of a `minutiae` card the name that FingerConfig knows it by.
     channels, scale, offset: the network's input is (pixel + offset) * scale, in this order of channels, float32 NCHW.
     mirror: the embedding is the sum of the image's and its mirror image's. mean: subtracted from the unit embedding.
-    calibration: of raw scores. minutiae, both: a finger embedding's card says which minutiae go with it (their model_id), and how
-    the sum of both llr_db, embedding's and minutiae's, is calibrated.
+    calibration: of raw scores. both: in a finger embedding's card, how the sum of two llr_db, its own and that of minutiae of one
+    model_id, is calibrated.
     """
 
     name: str
@@ -43,14 +44,14 @@ class ModelCard:
     weights: Path | None = None
     sha256: str | None = None
     dimension: int | None = None
+    extractor: str | None = None
     channels: Literal["rgb", "bgr"] = "rgb"
     scale: float = 1.0
     offset: float = 0.0
     mirror: bool = False
     mean: Float32 | None = field(default=None, repr=False)
     calibration: Mapping[str, Any] | None = field(default=None, repr=False)
-    minutiae: str | None = None
-    both: Mapping[str, Any] | None = field(default=None, repr=False)
+    both: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
     def verify(self) -> None:
         """Raises ModelCardError unless the weights are those that the card describes."""
@@ -86,6 +87,27 @@ def load_card(name: str, folder: Path | None = None) -> ModelCard:
     return _read(path.absolute())
 
 
+def minutiae_card(extractor: str, name: str | None = None) -> ModelCard:
+    """The card of a minutiae extractor: the shipped one, or that of this name or path. Raises ModelCardError, and InvalidInput
+    for an extractor that is not known."""
+    cards = {card.extractor: card for card in shipped_cards() if card.kind == "minutiae"}
+    if extractor not in cards:
+        raise InvalidInput(
+            f"minutiae extractor {extractor!r} is not known; use one of {', '.join(sorted(map(str, cards)))}"
+        )
+    card = cards[extractor] if name is None else load_card(name)
+    if card.extractor != extractor:
+        raise ModelCardError(
+            f"{card.path.name} is of the extractor {card.extractor!r}, the config names {extractor!r}; name the card's"
+        )
+    return card
+
+
+def joint_id(embedding: ModelCard, minutiae: ModelCard) -> str:
+    """The model_id of templates that hold an embedding and minutiae."""
+    return f"{embedding.model_id}+{minutiae.model_id}"
+
+
 @cache
 def _read(path: Path) -> ModelCard:
     try:
@@ -106,14 +128,14 @@ def _read(path: Path) -> ModelCard:
             weights=None if weights is None else path.parent / weights["file"],
             sha256=None if weights is None else str(weights["sha256"]),
             dimension=table.get("dimension"),
+            extractor=table.get("extractor"),
             channels=given.get("channels", "rgb"),
             scale=float(given.get("scale", 1.0)),
             offset=float(given.get("offset", 0.0)),
             mirror=bool(given.get("mirror", False)),
             mean=None if mean is None else np.array(mean, np.float32),
             calibration=table.get("calibration"),
-            minutiae=table.get("minutiae"),
-            both=table.get("both"),
+            both=table.get("both", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelCardError(f"model card {path.name} lacks or mistypes {error}; see models/sface.toml") from error

@@ -20,7 +20,7 @@ from biodedup.capture.formats import check_array, decode, read
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.ridges import at_ridge_dpi, ridge_map
 from biodedup.config import Config
-from biodedup.embed.cards import ModelCard, load_card, shipped_cards
+from biodedup.embed.cards import ModelCard, joint_id, load_card, minutiae_card
 from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork
 from biodedup.embed.network import EmbeddingNetwork
@@ -39,23 +39,28 @@ class Extractor:
     def __init__(self, config: Config | None = None) -> None:
         self.config = config = config or Config()
         self._face_card = load_card(config.face.model, config.face.model_folder)
-        self._finger_card = load_card(config.finger.model)
+        self._minutiae_card = minutiae_card(config.finger.minutiae, config.finger.minutiae_model)
+        self._minutiae_card.verify()
+        self._finger_card = None if config.finger.model is None else load_card(config.finger.model)
         self._lock = threading.Lock()
         self._network: EmbeddingNetwork | None = None
         self._finger_network: FingerNetwork | None = None
         self._detector: FaceDetector | None = None
-        self._reader = FingerReader(config.finger)
+        self._reader = FingerReader(config.finger, self._minutiae_card.weights)
 
     @property
     def cards(self) -> tuple[ModelCard, ...]:
-        """The cards of the models that make templates, and of the minutiae that finger embeddings go with."""
-        besides = [card for card in shipped_cards() if card.model_id == self._finger_card.minutiae]
-        return self._face_card, self._finger_card, *besides
+        """The cards of the models that make templates."""
+        fingers = [] if self._finger_card is None else [self._finger_card]
+        return self._face_card, *fingers, self._minutiae_card
 
     @property
     def model_ids(self) -> dict[str, str]:
         """Modality -> model_id."""
-        return {"face": self._face_card.model_id, "finger": self._finger_card.model_id}
+        finger = self._minutiae_card.model_id
+        if self._finger_card is not None:
+            finger = joint_id(self._finger_card, self._minutiae_card)
+        return {"face": self._face_card.model_id, "finger": finger}
 
     def extract(self, captures: Sequence[Capture]) -> list[Template | Refusal]:
         """A template or a refusal for each capture, in order. `Missing` gives a refusal of that name.
@@ -120,23 +125,22 @@ class Extractor:
         prints = [item[1] for item in prepared if isinstance(item, tuple) and item[1] is not None]
         face_vectors = iter(self._network.embed(np.stack([f.image for f in faces])) if faces and self._network else ())
         finger_vectors = iter(self._finger_network.embed(prints) if prints and self._finger_network else ())
+        models = self.model_ids
         results: list[Template | Refusal] = []
         for item in prepared:
             if isinstance(item, AlignedFace):
-                model_id = self._face_card.model_id
-                results.append(Template("face", model_id, next(face_vectors), quality=round(item.quality, 4)))
+                results.append(Template("face", models["face"], next(face_vectors), quality=round(item.quality, 4)))
             elif isinstance(item, tuple):
                 sample, given = item
                 vector = None if given is None else next(finger_vectors)
-                model_id = self._finger_card.model_id
-                results.append(Template(sample.position, model_id, vector, sample.minutiae, sample.quality))
+                results.append(Template(sample.position, models["finger"], vector, sample.minutiae, sample.quality))
             else:
                 results.append(item)
         return results
 
     def _load_finger_network(self) -> None:
         with self._lock:
-            if self._finger_network is None and self._finger_card.kind == "finger-embedding":
+            if self._finger_network is None and self._finger_card is not None:
                 cv2.setNumThreads(1)
                 self._finger_network = FingerNetwork(self._finger_card, self.config.threads)
 

@@ -45,7 +45,7 @@ def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
         if isinstance(given, Template):
             add(given.model_id.encode(), given.minutiae or b"")
             given = given.embedding if given.embedding is not None else np.zeros(0, np.float32)
-        add(*_content(np.asarray(given, np.float32)))
+        add(*_content(given if isinstance(given, bytes) else np.asarray(given, np.float32)))
     return digest.digest()
 
 
