@@ -27,23 +27,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         (["national.py", "--rows", "150000"], "mates at 0.8: first / in 10 / in 100", False),
         (["selfjoin.py", "--rows", "20000"], "of those, found                          1.0", False),
         (["columns.py", "--rows", "70000", "--mates", "256", "--risks", "1e-3"], "independent: miss risk 0.001", False),
+        (["swap.py", "--rows", "2000", "--probes", "4"], "labels told 0; 4; 4 of 4", False),
         (["torture.py", "--kills", "2"], "unreadable                               0", False),
         (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
         (["accuracy.py", "chimeras", "--limit", "2", "--seeds", "1"], "second duplicate or review", True),
     ],
-    ids=[
-        "captures",
-        "synthetic",
-        "scale",
-        "storage",
-        "speed",
-        "national",
-        "selfjoin",
-        "columns",
-        "torture",
-        "faces",
-        "chimeras",
-    ],
+    ids=lambda value: " ".join(value[:2]).removesuffix("--smoke") if isinstance(value, list) else None,
 )
 def test_a_benchmark_runs_at_smoke_size_and_tells_its_figure(request, tmp_path, arguments, told, real_data):
     if real_data:
