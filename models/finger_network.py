@@ -24,6 +24,7 @@ DIRECTIONS = 8
 SHARPNESS = 2.5  # of a minutia's share in the channels of directions, as a von Mises law's concentration
 SPREAD = 0.8  # of a minutia, in squared fine cells
 POSE_PX = 50.0
+REFINED_PX, REFINED_RADIANS = 10.0, 0.2
 DIMENSION = 256
 
 
@@ -46,6 +47,23 @@ class PoseNetwork(nn.Module):
 
     def forward(self, directions: Tensor) -> Tensor:
         found: Tensor = self.head(self.features(directions))
+        return found
+
+
+class RefiningNetwork(nn.Module):
+    """What lies in the window of a first pose -> (n, 3): how far that pose is off, along the window's x and y in REFINED_PX and
+    in REFINED_RADIANS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            _convolution(DIRECTIONS + 4, 32, 2), _convolution(32, 48, 2), _convolution(48, 64),
+            nn.Conv2d(64, 24, 1), nn.ReLU(inplace=True),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(24 * 11 * 9, 96), nn.ReLU(inplace=True), nn.Linear(96, 3))
+
+    def forward(self, seen: Tensor) -> Tensor:
+        found: Tensor = self.head(self.features(seen))
         return found
 
 
@@ -75,16 +93,32 @@ class FingerNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pose = PoseNetwork()
+        self.refine = RefiningNetwork()
         self.trunk = Trunk()
 
+    def posed(self, directions: Tensor, minutiae: Tensor) -> Tensor:
+        first: Tensor = self.pose(directions)
+        return corrected(first, self.refine(window(directions, minutiae, first)))
+
     def forward(self, directions: Tensor, minutiae: Tensor) -> tuple[Tensor, Tensor]:
-        pose = self.pose(directions)
+        pose = self.posed(directions, minutiae)
         return self.trunk(window(directions, minutiae, pose)), pose
 
 
 def pose_of(core: Tensor, angle: Tensor) -> Tensor:
     """What the pose network should say. core: (n, 2) pixels from the centre; angle: (n,) radians."""
     return torch.cat([core / POSE_PX, torch.cos(angle)[:, None], torch.sin(angle)[:, None]], 1)
+
+
+def corrected(pose: Tensor, off: Tensor) -> Tensor:
+    """The pose, moved and turned by what the refining network found."""
+    up = functional.normalize(pose[:, 2:])
+    cosine, sine = up[:, :1], up[:, 1:]
+    x, y = off[:, :1] * (REFINED_PX / POSE_PX), off[:, 1:2] * (REFINED_PX / POSE_PX)
+    turn = off[:, 2:] * REFINED_RADIANS
+    core = pose[:, :2] + torch.cat([cosine * x - sine * y, sine * x + cosine * y], 1)
+    c, s = torch.cos(turn), torch.sin(turn)
+    return torch.cat([core, cosine * c - sine * s, sine * c + cosine * s], 1)
 
 
 def window(directions: Tensor, minutiae: Tensor, pose: Tensor, skew: Tensor | None = None) -> Tensor:

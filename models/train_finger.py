@@ -2,6 +2,7 @@
 
     python models/finger_data.py FOLDER --masters 8000      what it is trained on: an hour and a half of two cores
     python models/train_finger.py FOLDER pose --minutes 20
+    python models/train_finger.py FOLDER refine --minutes 12
     python models/train_finger.py FOLDER embedding --minutes 90
     python models/train_finger.py FOLDER export
 
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from finger_augment import Batch, harmed, mirrored, moved
-from finger_network import DIMENSION, FingerNetwork, pose_of, window
+from finger_network import DIMENSION, FingerNetwork, corrected, pose_of, window
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -102,16 +103,43 @@ def train_pose(network: FingerNetwork, prints: Prints, minutes: float, save: Pat
         losses.append(loss.item())
         if (step + 1) % 200 == 0:
             torch.save(network.state_dict(), save)
+            curves.add(step=step + 1, loss=float(np.mean(losses[-200:])), **pose_errors(network, prints, refined=False))
+    torch.save(network.state_dict(), save)
+    curves.add(step=len(losses), **pose_errors(network, prints, refined=False))
+
+
+def train_refining(network: FingerNetwork, prints: Prints, minutes: float, save: Path, rate: float) -> None:
+    """From the poses that the first network finds, and worse ones, to the true ones."""
+    curves = Curves("refine")
+    optimizer = torch.optim.AdamW(network.refine.parameters(), lr=rate, weight_decay=1e-3)
+    losses = []
+    network.eval()
+    for step, _ in enumerate(schedule(optimizer, minutes)):
+        batch = prints.batch(prints.trained[torch.randint(len(prints.trained), (256,))])
+        batch = harmed(moved(mirrored(batch, torch.rand(256) < 0.5), 25, 12))
+        true = pose_of(batch.core, batch.angle)
+        network.refine.train()
+        with torch.no_grad():
+            first = nudged(network.pose(batch.directions.contiguous(memory_format=LAST)), 0.1, 6.0)
+            seen = window(batch.directions, batch.minutiae, first).contiguous(memory_format=LAST)
+        loss = functional.smooth_l1_loss(corrected(first, network.refine(seen)), true, beta=0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 200 == 0:
+            torch.save(network.state_dict(), save)
             curves.add(step=step + 1, loss=float(np.mean(losses[-200:])), **pose_errors(network, prints))
     torch.save(network.state_dict(), save)
     curves.add(step=len(losses), **pose_errors(network, prints))
 
 
 @torch.no_grad()
-def pose_errors(network: FingerNetwork, prints: Prints) -> dict[str, float]:
+def pose_errors(network: FingerNetwork, prints: Prints, refined: bool = True) -> dict[str, float]:
     network.eval()
     batch = prints.batch(prints.held_out)
-    found = torch.cat([network.pose(part) for part in batch.directions.split(500)])
+    parts = zip(batch.directions.split(500), batch.minutiae.split(500), strict=True)
+    found = torch.cat([network.posed(d, m) if refined else network.pose(d) for d, m in parts])
     away, turned = pose_distance(found, pose_of(batch.core, batch.angle))
     degrees = turned * 180 / math.pi
     return {
@@ -135,7 +163,7 @@ def train_embedding(network: FingerNetwork, prints: Prints, minutes: float, save
     groups = [
         {"params": network.trunk.parameters(), "lr": rate, "weight_decay": 5e-4},
         {"params": [classes], "lr": 4 * rate, "weight_decay": 0.0},
-        {"params": network.pose.parameters(), "lr": rate / 10, "weight_decay": 1e-3},
+        {"params": [*network.pose.parameters(), *network.refine.parameters()], "lr": rate / 10, "weight_decay": 1e-3},
     ]
     optimizer = torch.optim.AdamW(groups)
     losses, started, told = [], time.monotonic(), 0.0
@@ -144,11 +172,12 @@ def train_embedding(network: FingerNetwork, prints: Prints, minutes: float, save
         rows, labels, flipped = choose(prints, classes.detach(), alike=torch.rand(()) < 0.5 * min(1.0, share / 0.1))
         batch = harmed(moved(mirrored(prints.batch(rows), flipped), 10, 5))
         network.trunk.train()
-        network.pose.eval()  # its statistics stay those of all poses
+        network.pose.eval()  # their statistics stay those of all poses
+        network.refine.eval()
         true = pose_of(batch.core, batch.angle)
         # every other time the pose learns from the embedding's loss, so that it lies alike in all impressions of a finger
         with torch.set_grad_enabled(step % 2 == 0):
-            found = network.pose(batch.directions.contiguous(memory_format=LAST))
+            found = network.posed(batch.directions.contiguous(memory_format=LAST), batch.minutiae)
         away, turned = pose_distance(found, true)
         lost = (away > 24) | (turned > 0.4)
         pose = nudged(torch.where(lost[:, None], true, found), 0.07, 3.5)
@@ -166,7 +195,7 @@ def train_embedding(network: FingerNetwork, prints: Prints, minutes: float, save
         loss = contrast + CLASS_SHARE * by_class + POSE_SHARE * posed
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(network.pose.parameters(), 1.0)
+        nn.utils.clip_grad_norm_([*network.pose.parameters(), *network.refine.parameters()], 1.0)
         optimizer.step()
         losses.append((contrast.item(), by_class.item(), lost.float().mean().item()))
         if time.monotonic() - told > 180:
@@ -246,7 +275,7 @@ def export(network: FingerNetwork, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("step", choices=("pose", "embedding", "export"))
+    parser.add_argument("step", choices=("pose", "refine", "embedding", "export"))
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -257,11 +286,11 @@ def main() -> None:
     network = FingerNetwork().to(memory_format=LAST)
     save = options.folder / "network.pt"
     if save.exists():
-        network.load_state_dict(torch.load(save))
+        network.load_state_dict(torch.load(save), strict=False)
     if options.step == "export":
         export(network, Path(__file__).with_name("finger256.onnx"))
         return
-    step = train_pose if options.step == "pose" else train_embedding
+    step = {"pose": train_pose, "refine": train_refining, "embedding": train_embedding}[options.step]
     step(network, Prints(options.folder), options.minutes, save, options.rate)
 
 
