@@ -211,6 +211,14 @@ class Comparer:
         """score_db, float64 (n,), of raw scores of this probe's model."""
         return self._calibration_of(probe.model_id).score_db(values.astype(np.float64))
 
+    def adds_minutiae(self, model_id: str) -> bool:
+        """Whether minutiae add to the embeddings of this model."""
+        return self._with_minutiae(model_id) is not None
+
+    def has_more(self, probe: Template) -> bool:
+        """Whether comparing says more than the embedding alone does, so that an order by embeddings is not final."""
+        return probe.embedding is not None and probe.minutiae is not None and self.adds_minutiae(probe.model_id)
+
     def calibration(self, model_id: str) -> Calibration:
         return self._calibration_of(model_id)
 

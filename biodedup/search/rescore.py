@@ -107,6 +107,7 @@ class Searcher:
                 if _relabelled(column):
                     continue
                 others = (snapshot.presence(rows.tolist()) & (wanted & ~BIT[column[1]])) != 0
+                others |= self._comparer.has_more(probe[column[0]])
                 # Where this column is all there is, the scan's order is final: of these only the first can be returned.
                 if floor_db > 0 and len(rows):
                     worth = others | (self._comparer.score_db(probe[column[0]], similarity) >= floor_db)
@@ -246,7 +247,7 @@ class Searcher:
         if not choices:
             return None
         # The order by all embeddings is nearly final: more are of no use, unless rows have other captures to compare.
-        others = any(model.dimension is None for model in snapshot.models.values())
+        others = any(m.dimension is None or self._comparer.adds_minutiae(m.model_id) for m in snapshot.models.values())
         kept = self._config.candidates if others else min(4 * self._config.returned, self._config.candidates)
         return TogetherPlan(choices, {n: Evidence.of(c) for n, c in calibrations.items()}, kept)
 
@@ -288,6 +289,7 @@ class Searcher:
                 for i, rows, llr_db in parts:
                     besides = comparable_bits(probes[i], scope.snapshot.models, across=scope.across) & ~together
                     others = (scope.snapshot.presence(rows.tolist()) & besides) != 0
+                    others |= any(self._comparer.has_more(probes[i][column]) for column in plan.columns)
                     # by the sum of evidence, which is their final order but for what else they have in common
                     first = np.cumsum(~others) <= 2 * self._config.returned
                     chosen[i].append(rows[others | first | (llr_db >= plan.floor_llr_db)])
