@@ -44,7 +44,7 @@ class FaceConfig:
 class FingerConfig:
     """Finger extraction and the limits of its quality gate."""
 
-    model: str = "mindtct_bozorth3"
+    model: str = "mindtct_cylinders"
     """Name of the model card of extractor and matcher."""
     minutiae: str = "mindtct"
     """The minutiae extractor."""

@@ -26,7 +26,7 @@ NORMAL = Calibration.from_card(
         "source": "a test",
     }
 )
-SHIPPED = [Calibration.from_card(load_card(name).calibration) for name in ("sface", "mindtct_bozorth3")]
+SHIPPED = [Calibration.from_card(load_card(name).calibration) for name in ("sface", "mindtct_cylinders")]
 
 
 def test_score_db_is_minus_ten_log10_of_the_false_match_rate():
