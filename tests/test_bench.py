@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     ("arguments", "told", "real_data"),
     [
         (["captures.py", "--smoke"], "faces a second", False),
+        (["minutiae.py", "--smoke"], "made up: EER, %                          0.0", False),
         (["scale.py", "--subjects", "5000"], "recall@10                                1.0", False),
         (["storage.py", "--subjects", "20000"], "open and first search, s", False),
         (
@@ -30,7 +31,19 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
         (["accuracy.py", "chimeras", "--limit", "2", "--seeds", "1"], "second duplicate or review", True),
     ],
-    ids=["captures", "scale", "storage", "speed", "national", "selfjoin", "columns", "torture", "faces", "chimeras"],
+    ids=[
+        "captures",
+        "minutiae",
+        "scale",
+        "storage",
+        "speed",
+        "national",
+        "selfjoin",
+        "columns",
+        "torture",
+        "faces",
+        "chimeras",
+    ],
 )
 def test_a_benchmark_runs_at_smoke_size_and_tells_its_figure(request, tmp_path, arguments, told, real_data):
     if real_data:

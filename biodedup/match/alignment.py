@@ -35,7 +35,7 @@ _VOTE_STEPS = 20
 _NEAR_PX = 20.0
 """Partners of a rigid motion: distorted prints of one finger are this far apart."""
 _NEAR_STEPS = 16
-_LOCAL_PX = 12.0
+_LOCAL_PX = 14.0
 """Partners once distortion is followed."""
 _FIELD_PX = 60.0
 """How far a pair's displacement is felt."""

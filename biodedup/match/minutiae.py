@@ -83,7 +83,7 @@ def _bodies(records: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int
         lengths = np.array([len(body) for body in bodies], np.int64)
         starts[others] = len(content) + np.cumsum(lengths) - lengths
         counts[others] = lengths // MINUTIA_BYTES
-        content = np.concatenate([content, np.frombuffer(b"".join(bodies), np.uint8)])
+        content = np.frombuffer(b"".join([*records, *bodies]), np.uint8)
     return content, starts, counts
 
 
