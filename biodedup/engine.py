@@ -60,7 +60,7 @@ from biodedup.gallery.tail import Answer
 from biodedup.gallery.transaction import Transaction, exists, mismatch
 from biodedup.match import calibrations
 from biodedup.match.compare import Comparer, InHand, compare_templates
-from biodedup.match.minutiae import Bozorth3
+from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.policy import outcome
 from biodedup.search.clusters import clusters_of
 from biodedup.search.gather import Gathering
@@ -148,7 +148,8 @@ class Engine:
         self._extractor = Extractor(config)
         known = calibrations.Calibrations(self._extractor.cards, self._sample)
         self._calibrations = known
-        self._comparer = Comparer(known.of, Bozorth3(), known.with_minutiae)
+        self._matcher = CylinderMatcher(config.threads)
+        self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
         self._searcher = Searcher(self._comparer, config.search, config.threads, config.policy)
         self._seek = Gathering(self._found_now, PROBES)
         self._seek_nearest = Gathering(self._nearest_each, PROBES)
@@ -194,6 +195,7 @@ class Engine:
             self._closed = True
             self._gallery.close()
             self._searcher.close()
+            self._matcher.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -882,7 +884,7 @@ def compare(a: Template, b: Template) -> Score:
 @cache
 def _pair_comparer() -> tuple[calibrations.Calibrations, Comparer]:
     known = calibrations.Calibrations(shipped_cards(), lambda model_id: np.zeros((0, 1), np.float32))
-    return known, Comparer(known.of, Bozorth3(), known.with_minutiae)
+    return known, Comparer(known.of, CylinderMatcher(), known.with_minutiae)
 
 
 _COLUMN_SET = frozenset(COLUMNS)

@@ -27,7 +27,7 @@ NORMAL = Calibration.from_card(
     }
 )
 SHIPPED = [
-    Calibration.from_card(load_card(name).calibration) for name in ("sface", "mindtct_bozorth3", "leader_bozorth3")
+    Calibration.from_card(load_card(name).calibration) for name in ("sface", "mindtct_cylinders", "leader_cylinders")
 ]
 
 

@@ -1,0 +1,370 @@
+"""How much of two prints agrees: from similar neighbourhoods to one alignment, its pairs of minutiae, and a score.
+
+Owns the kernels from two prepared prints (`local_structures.py`) to a score. Never reads records.
+
+1. The most similar pairs of cylinders are candidates. Those vote for each other that one motion of the plane explains, as in
+   the relaxation of Cappelli, Ferrara and Maltoni (2010), but in one round; the strongest and whoever agrees with it are one
+   hypothesis, and leave the vote.
+2. A hypothesis is a rotation and a shift, fitted by least squares. Minutiae pair up greedily, nearest first, and the motion is
+   fitted again. Then each minutia is moved as the pairs around it are, which follows elastic distortion, and pairs count that
+   are still near.
+3. The score: similarity of the paired cylinders, times the share of the common area's minutiae that are paired, times the share of
+   distances that are kept; ten times the root of it, since chance then falls about exponentially. Prints that are the same score
+   ten times the root of their number of minutiae. It does not depend on which print comes first, nor on the order of minutiae.
+4. No kernel allocates or takes longer than a few milliseconds, whatever it is given. Sums are made in one order, and angles and
+   rotations come from tables, so that every machine gives the same score.
+"""
+
+from __future__ import annotations
+
+from math import atan, pi
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.match.local_structures import COSINE, MINUTIAE_MAX, SIMILAR, SINE, UNIT, Prepared, prepare, similarities
+
+# Tuned on UareU and SFinGe's demonstration set, and not contradicted by FVC2002 DB1-4_B, 2026-11. None is critical.
+_PAIRS = 48
+"""Pairs of cylinders that vote."""
+_HYPOTHESES = 4
+_VOTE_STEPS = 20
+"""Two pairs agree if their minutiae turn alike up to this, in 1/256 turns, and if moving one with the other brings it near."""
+_NEAR_PX = 20.0
+"""Partners of a rigid motion: distorted prints of one finger are this far apart."""
+_NEAR_STEPS = 16
+_LOCAL_PX = 14.0
+"""Partners once distortion is followed."""
+_FIELD_PX = 60.0
+"""How far a pair's displacement is felt."""
+_STIFF = 0.5
+"""Weight of no displacement, among the pairs around."""
+_AREA_PX = 40.0
+"""A print's area: all that is as near to one of its minutiae."""
+_FEW = 8.0
+"""Fewer minutiae than this in the common area say no more than so many."""
+_EDGE_PX = 120.0
+_EDGE_SLACK_PX = 4.0
+"""Pairs up to _EDGE_PX apart keep their distance, but for this."""
+
+_NEAR_MAX = 256
+_NONE = -1.0
+_STEPS = np.array([round(atan(i / 1024) * 128 / pi) for i in range(1025)], np.int64)
+
+
+class Workspace(NamedTuple):
+    """What one comparison needs besides its two prints; for one thread at a time."""
+
+    similar: NDArray[np.int64]
+    histogram: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+    votes: NDArray[np.int64]
+    agree: NDArray[np.bool_]
+    used: NDArray[np.bool_]
+    motion: NDArray[np.float64]
+    moved: NDArray[np.float64]
+    near: NDArray[np.int64]
+    near_cost: NDArray[np.float64]
+    mates: NDArray[np.int64]
+    mates_cost: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    taken: NDArray[np.bool_]
+
+
+def workspace() -> Workspace:
+    return Workspace(
+        np.zeros((MINUTIAE_MAX, MINUTIAE_MAX), np.int64),
+        np.zeros(SIMILAR + 1, np.int64),
+        np.zeros((_PAIRS, 2), np.int64),
+        np.zeros(_PAIRS, np.int64),
+        np.zeros((_PAIRS, _PAIRS), np.bool_),
+        np.zeros(_PAIRS, np.bool_),
+        np.zeros(4, np.float64),
+        np.zeros((2, MINUTIAE_MAX), np.float64),
+        np.zeros((_NEAR_MAX, 2), np.int64),
+        np.zeros(_NEAR_MAX, np.float64),
+        np.zeros((MINUTIAE_MAX, 2), np.int64),
+        np.zeros(MINUTIAE_MAX, np.float64),
+        np.zeros((2, MINUTIAE_MAX), np.float64),
+        np.zeros((2, MINUTIAE_MAX), np.bool_),
+    )
+
+
+@numba.njit(nogil=True, cache=True)
+def compare(
+    probe: Prepared, content: Any, starts: Any, counts: Any, candidate: Prepared, work: Any, scores: Any
+) -> None:
+    """Scores float32 (n,), at least 0, of a prepared probe with n bodies: content uint8, starts and counts int64 (n,).
+    candidate, work: room for one thread."""
+    for i in range(starts.shape[0]):
+        prepare(content, starts[i], counts[i], candidate)
+        if _first(probe, candidate):
+            scores[i] = _score(probe, candidate, work)
+        else:
+            scores[i] = _score(candidate, probe, work)
+
+
+@numba.njit(nogil=True, cache=True)
+def _first(a: Any, b: Any) -> bool:
+    """One order for any two prints, so that the score is symmetric."""
+    if a.size[0] != b.size[0]:
+        return bool(a.size[0] < b.size[0])
+    for i in range(a.size[0]):
+        if a.row[i] != b.row[i]:
+            return bool(a.row[i] < b.row[i])
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
+def _score(a: Any, b: Any, work: Any) -> float:
+    similarities(a, b, work.similar)
+    count = _most_similar(a.size[0], b.size[0], work)
+    _vote(a, b, count, work)
+    best = 0.0
+    for _ in range(_HYPOTHESES):
+        mates = _next_hypothesis(count, work)
+        if mates < 0:
+            break
+        if mates >= 2:
+            best = max(best, _judge(a, b, mates, work))
+    return best
+
+
+@numba.njit(nogil=True, cache=True)
+def _most_similar(rows: int, columns: int, work: Any) -> int:
+    """The pairs of cylinders that are most similar, _PAIRS at most; equal ones in order."""
+    similar, histogram = work.similar, work.histogram
+    histogram[:] = 0
+    for i in range(rows):
+        for k in range(columns):
+            histogram[similar[i, k]] += 1
+    cut, above = SIMILAR, 0
+    while cut > 1 and above + histogram[cut] < _PAIRS:
+        above += histogram[cut]
+        cut -= 1
+    at_cut, count = _PAIRS - above, 0
+    for i in range(rows):
+        for k in range(columns):
+            if similar[i, k] > cut or (similar[i, k] == cut and at_cut > 0):
+                at_cut -= similar[i, k] == cut
+                work.pairs[count, 0], work.pairs[count, 1] = i, k
+                count += 1
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _vote(a: Any, b: Any, count: int, work: Any) -> None:
+    for t in range(count):
+        i, k = work.pairs[t]
+        turn = (b.angle[k] - a.angle[i]) & 255
+        cosine, sine = COSINE[turn], SINE[turn]
+        votes = work.similar[i, k]
+        for u in range(count):
+            j, m = work.pairs[u]
+            work.agree[t, u] = t == u
+            if j == i or m == k or abs(_signed(b.angle[m] - a.angle[j] - turn)) > _VOTE_STEPS:
+                continue
+            ax, ay, bx, by = a.x[j] - a.x[i], a.y[j] - a.y[i], b.x[m] - b.x[k], b.y[m] - b.y[k]
+            length = np.sqrt(ax * ax + ay * ay)
+            if abs(length - np.sqrt(bx * bx + by * by)) > 5 + 0.06 * length:
+                continue
+            off_x, off_y = (ax * cosine + ay * sine) / UNIT - bx, (ay * cosine - ax * sine) / UNIT - by
+            slack = 8 + 0.2 * length
+            if off_x * off_x + off_y * off_y <= slack * slack:
+                work.agree[t, u] = True
+                votes += work.similar[j, m]
+        work.votes[t] = votes
+        work.used[t] = False
+
+
+@numba.njit(nogil=True, cache=True)
+def _next_hypothesis(count: int, work: Any) -> int:
+    """The strongest pair left and those that agree with it, as mates; how many, -1 if none is left."""
+    root = -1
+    for t in range(count):
+        if not work.used[t] and (root < 0 or work.votes[t] > work.votes[root]):
+            root = t
+    if root < 0:
+        return -1
+    mates = 0
+    for u in range(count):
+        if work.agree[root, u]:
+            work.used[u] = True
+            work.mates[mates, 0], work.mates[mates, 1] = work.pairs[u]
+            mates += 1
+    return mates
+
+
+@numba.njit(nogil=True, cache=True)
+def _judge(a: Any, b: Any, mates: int, work: Any) -> float:
+    """The score of a hypothesis."""
+    for _ in range(2):
+        if not _fit(a, b, mates, work):
+            return 0.0
+        _move(a, work)
+        mates = _pair(a, b, _NEAR_PX, work)
+        if mates < 2:
+            return 0.0
+    _distort(a, mates, work)
+    mates = _pair(a, b, _LOCAL_PX, work)
+    if mates < 2:
+        return 0.0
+    alike, near = 0, 0.0
+    for t in range(mates):
+        alike += work.similar[work.mates[t, 0], work.mates[t, 1]]
+        near += 2.0 - work.mates_cost[t]
+    kept, edges = 0, 0
+    for t in range(mates):
+        i, k = work.mates[t]
+        for u in range(t):
+            j, m = work.mates[u]
+            ax, ay, bx, by = a.x[j] - a.x[i], a.y[j] - a.y[i], b.x[m] - b.x[k], b.y[m] - b.y[k]
+            length = np.sqrt(ax * ax + ay * ay)
+            if length < _EDGE_PX:
+                edges += 1
+                kept += abs(length - np.sqrt(bx * bx + by * by)) <= _EDGE_SLACK_PX
+    in_a, in_b = _common(a, b, work)
+    rigid = (kept + 1.0) / (edges + 3.0)
+    share = near * near / (4.0 * max(float(in_a), _FEW) * max(float(in_b), _FEW))
+    return 10.0 * float(np.sqrt(alike / SIMILAR * share * rigid))
+
+
+@numba.njit(nogil=True, cache=True)
+def _fit(a: Any, b: Any, mates: int, work: Any) -> bool:
+    """The rotation and shift that bring a's mates nearest to b's: work.motion. False where they do not tell a rotation."""
+    ax, ay, bx, by = 0.0, 0.0, 0.0, 0.0
+    for t in range(mates):
+        i, k = work.mates[t]
+        ax += a.x[i]
+        ay += a.y[i]
+        bx += b.x[k]
+        by += b.y[k]
+    ax, ay, bx, by = ax / mates, ay / mates, bx / mates, by / mates
+    along, across = 0.0, 0.0
+    for t in range(mates):
+        i, k = work.mates[t]
+        along += (a.x[i] - ax) * (b.x[k] - bx) + (a.y[i] - ay) * (b.y[k] - by)
+        across += (a.y[i] - ay) * (b.x[k] - bx) - (a.x[i] - ax) * (b.y[k] - by)
+    length = np.sqrt(along * along + across * across)
+    if length < 1:
+        return False
+    cosine, sine = along / length, across / length
+    motion = work.motion
+    motion[0], motion[1] = cosine, sine
+    motion[2], motion[3] = bx - (ax * cosine + ay * sine), by - (ay * cosine - ax * sine)
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
+def _move(a: Any, work: Any) -> None:
+    cosine, sine, shift_x, shift_y = work.motion
+    for i in range(a.size[0]):
+        work.moved[0, i] = a.x[i] * cosine + a.y[i] * sine + shift_x
+        work.moved[1, i] = a.y[i] * cosine - a.x[i] * sine + shift_y
+
+
+@numba.njit(nogil=True, cache=True)
+def _distort(a: Any, mates: int, work: Any) -> None:
+    """Moves each minutia of a as the other pairs around it are displaced."""
+    for i in range(a.size[0]):
+        sum_x, sum_y, weights = 0.0, 0.0, _STIFF
+        for t in range(mates):
+            j = work.mates[t, 0]
+            if j != i:
+                dx, dy = a.x[j] - a.x[i], a.y[j] - a.y[i]
+                weight = 1.0 / (1.0 + (dx * dx + dy * dy) / (_FIELD_PX * _FIELD_PX))
+                weight *= weight
+                sum_x += weight * work.shift[0, t]
+                sum_y += weight * work.shift[1, t]
+                weights += weight
+        work.moved[0, i] += sum_x / weights
+        work.moved[1, i] += sum_y / weights
+
+
+@numba.njit(nogil=True, cache=True)
+def _pair(a: Any, b: Any, within: float, work: Any) -> int:
+    """Pairs moved minutiae of a with those of b within some pixels, cheapest first: work.mates, their cost 0..2, their shift."""
+    turn = _steps(work.motion[0], work.motion[1])
+    moved, near, cost, taken = work.moved, work.near, work.near_cost, work.taken
+    count, columns = 0, b.size[0]
+    for i in range(a.size[0]):
+        taken[0, i] = False
+        k = _from(b, moved[1, i] - within)
+        while k < columns and b.y[k] <= moved[1, i] + within:
+            dx, dy = b.x[k] - moved[0, i], b.y[k] - moved[1, i]
+            apart = dx * dx + dy * dy
+            if apart <= within * within and count < _NEAR_MAX:
+                turned = abs(_signed(b.angle[k] - a.angle[i] - turn))
+                if turned <= _NEAR_STEPS:
+                    near[count, 0], near[count, 1] = i, k
+                    cost[count] = apart / (within * within) + turned * turned / (_NEAR_STEPS * _NEAR_STEPS)
+                    count += 1
+            k += 1
+    taken[1, :columns] = False
+    mates = 0
+    while True:
+        best = -1
+        for t in range(count):
+            if not taken[0, near[t, 0]] and not taken[1, near[t, 1]] and (best < 0 or cost[t] < cost[best]):
+                best = t
+        if best < 0:
+            return mates
+        i, k = near[best]
+        taken[0, i] = taken[1, k] = True
+        work.mates[mates, 0], work.mates[mates, 1] = i, k
+        work.mates_cost[mates] = cost[best]
+        work.shift[0, mates], work.shift[1, mates] = b.x[k] - moved[0, i], b.y[k] - moved[1, i]
+        mates += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _common(a: Any, b: Any, work: Any) -> tuple[int, int]:
+    """How many minutiae of a lie in b's area, and how many of b in a's."""
+    moved, seen = work.moved, work.taken
+    seen[1, : b.size[0]] = False
+    in_a, in_b = 0, 0
+    for i in range(a.size[0]):
+        k, found = _from(b, moved[1, i] - _AREA_PX), False
+        while k < b.size[0] and b.y[k] <= moved[1, i] + _AREA_PX:
+            dx, dy = b.x[k] - moved[0, i], b.y[k] - moved[1, i]
+            if dx * dx + dy * dy < _AREA_PX * _AREA_PX:
+                found = seen[1, k] = True
+            k += 1
+        in_a += found
+    for k in range(b.size[0]):
+        in_b += seen[1, k]
+    return in_a, in_b
+
+
+@numba.njit(nogil=True, cache=True)
+def _from(b: Any, y: float) -> int:
+    """The first minutia of b that lies at y or below; they are in order."""
+    low, high = 0, b.size[0]
+    while low < high:
+        middle = (low + high) >> 1
+        if b.y[middle] < y:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@numba.njit(nogil=True, cache=True)
+def _steps(cosine: float, sine: float) -> int:
+    """The angle of a direction in 1/256 turns, from a table: libraries differ in the last digit of an arc tangent."""
+    along, across = abs(cosine), abs(sine)
+    if across <= along:
+        steps = _STEPS[int(across / along * 1024 + 0.5)]
+    else:
+        steps = 64 - _STEPS[int(along / across * 1024 + 0.5)]
+    if cosine < 0:
+        steps = 128 - steps
+    return int(steps if sine >= 0 else -steps)
+
+
+@numba.njit(nogil=True, cache=True)
+def _signed(steps: int) -> int:
+    """An angle's difference as -128 to 127."""
+    return ((steps + 128) & 255) - 128
