@@ -106,3 +106,9 @@ def test_a_broken_table_is_a_card_error(change, text):
     table = {"score": [0, 1], "llr_db": [0, 1], "nonmated_db": [0, 1], "measured_db": 1, "source": "x"} | change
     with pytest.raises(bd.ModelCardError, match=text):
         Calibration.from_card(table)
+
+
+@pytest.mark.parametrize("calibration", SHIPPED)
+def test_a_shipped_table_speaks_against_strangers_and_for_mates(calibration):
+    assert float(calibration.llr_db(calibration.score[0])) < -10
+    assert float(calibration.llr_db(calibration.score[-1])) > 100
