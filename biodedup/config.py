@@ -51,7 +51,7 @@ class FingerConfig:
     """The minutiae extractor: `mindtct`, or `leader`, a network that is more accurate and takes several times as long."""
     minutiae_model: str | None = None
     """Path of a model card (`*.toml`) of your own for this extractor, with another calibration; None: the shipped one."""
-    model: str | None = None
+    model: str | None = "finger256"
     """The embedding: name of a shipped model card, or path of one of your own; None: templates hold minutiae alone."""
     record_model_id: str = EXTERNAL_MINUTIAE
     """The model_id of minutiae records that come ready made, which do not say who extracted them. By default they compare with one

@@ -3,8 +3,7 @@
     python models/measure_finger_card.py [mindtct | leader]
 
 Fitted on FVC2002 DB1-4_B and UareU: mated, all 28 pairs of a finger's 8 impressions; non-mated, all impressions of different
-fingers of one set. Sensors differ, so the share of non-mated scores at or above a score is that of the worst set that has
-events enough there. SFinGe's demonstration set is kept apart, and the calibration is reported on it. Equal error rates: against
+fingers of one set. Sensors differ, so the share of non-mated scores at or above a score is that of the worst set. SFinGe's demonstration set is kept apart, and the calibration is reported on it. Equal error rates: against
 first impressions, as FVC does. Needs the fingers (BIODEDUP_DATA) and about four
 minutes, nearly all of it for extraction, with LEADER half an hour.
 """
@@ -32,7 +31,7 @@ SETS = {
     "uareu": 512, "sfinge_demo": 500,
 }  # fmt: skip
 HELD_OUT = "sfinge_demo"
-TAIL_EVENTS_MIN = 30
+TAIL_EVENTS_MIN = 10
 TAIL_FROM_DB = 10.0  # the tail is fitted from here on
 KNOTS = np.array([0, *np.arange(1.5, 8, 0.5), *range(8, 16), *range(16, 32, 2), *range(32, 81, 8)])
 """Hardly any pair scores less than 1.5; a print and itself score 80 at most."""
@@ -86,18 +85,12 @@ def calibration(
     knots: NDArray[np.float64] = KNOTS,
     even: Callable[[NDArray[np.float64]], NDArray[np.float64]] = np.sqrt,
 ) -> dict[str, float | str | list[float]]:
-    """The card's table. Non-mated: empirical while enough events remain, then an exponential tail through the upper part.
+    """The card's table. Non-mated: of the worst set, whose own tail goes on where its pairs end.
     Mated: a kernel density of the score, spread out by `even`, on a floor of 1e-4."""
-    events = np.array([[np.count_nonzero(nonmated >= knot) for knot in knots] for nonmated in sets])
-    shares = events / np.array([[len(nonmated)] for nonmated in sets])
-    survival = np.where(events >= TAIL_EVENTS_MIN, shares, 0.0).max(axis=0)
     pairs = sum(map(len, sets))
-    enough = survival > 0
-    last = int(np.flatnonzero(enough)[-1])
-    tail = enough & (survival <= 10 ** (-TAIL_FROM_DB / 10))
-    slope, start = np.polyfit(knots[tail], -10 * np.log10(survival[tail]), 1)
-    nonmated_db = np.where(enough, -10 * np.log10(np.maximum(survival, 1e-12)), start + slope * knots)
-    nonmated_db[last + 1 :] = np.maximum(nonmated_db[last + 1 :], nonmated_db[last])
+    tails = [_nonmated_db(nonmated, knots) for nonmated in sets]
+    nonmated_db = np.maximum.accumulate(np.min([tail for tail, _ in tails], axis=0))
+    last = max(last for _, last in tails)
     density = gaussian_kde(even(mated))
     # mass of each side between knots, as shares a point of score; compared knot by knot
     edges = np.append((knots[1:] + knots[:-1]) / 2, 2 * knots[-1])
@@ -108,6 +101,8 @@ def calibration(
     cumulative[0] = 1.0
     nonmated_mass = np.maximum(-np.diff(cumulative), 1e-300)
     llr_db = 10 * np.log10((mated_mass + 1e-4) / nonmated_mass)
+    common = int(np.flatnonzero(nonmated_mass > 1e-3)[0])  # lower scores are too rare to tell
+    llr_db[:common] = llr_db[common]
     # Past the measured tail the ratio may grow no faster than the tail falls.
     llr_db[last + 1 :] = np.minimum(llr_db[last + 1 :], llr_db[last] + nonmated_db[last + 1 :] - nonmated_db[last])
     return {
@@ -117,6 +112,18 @@ def calibration(
         "measured_db": float(10 * np.log10(pairs)),
         "source": f"FVC2002 DB1-4_B and UareU, {pairs} non-mated and {len(mated)} mated pairs",
     }
+
+
+def _nonmated_db(nonmated: NDArray[np.float64], knots: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
+    """-10 log10 of the share at or above each knot: counted while enough remain, then along a line through the upper part of
+    what was counted; and which knot was the last to be counted."""
+    events = np.array([np.count_nonzero(nonmated >= knot) for knot in knots])
+    found = -10 * np.log10(np.maximum(events, 1) / len(nonmated))
+    last = int(np.flatnonzero(events >= TAIL_EVENTS_MIN)[-1])
+    low = min(int(np.flatnonzero(found >= TAIL_FROM_DB)[0]), last - 2)  # three knots at least
+    slope, start = np.polyfit(knots[low : last + 1], found[low : last + 1], 1)
+    beyond = np.arange(len(knots)) > last
+    return np.where(beyond, np.maximum(start + slope * knots, found[last]), found), last
 
 
 def main() -> None:

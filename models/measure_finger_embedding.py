@@ -12,6 +12,7 @@ both llr_db, so the minutiae's card has to be measured first. The embedding alon
 from __future__ import annotations
 
 import sys
+import tomllib
 from pathlib import Path
 
 import cv2
@@ -26,7 +27,7 @@ from biodedup.match.calibration import Calibration
 
 CARD = Path(__file__).with_name("finger256.toml")
 COSINES = np.linspace(-0.2, 1.0, 61)
-SUMS_DB = np.array([*range(-30, 60, 3), *range(60, 160, 10), 160, 200, 250, 300])
+SUMS_DB = np.array([*range(-45, 60, 3), *range(60, 160, 10), 160, 200, 250, 300])
 BATCH = 32
 Scores = NDArray[np.float64]
 
@@ -58,24 +59,30 @@ def scores(templates: list[bd.Template], owners: NDArray[np.int64]) -> tuple[Sco
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "mindtct"
+    extractor = bd.Extractor(bd.Config(finger=bd.FingerConfig(model="finger256", minutiae=name)))
+    write({one: scores(*read_set(extractor, one)) for one in (*SETS, "socofing")}, name)
+
+
+def write(measured: dict[str, tuple[Scores, Scores, NDArray[np.bool_]]], name: str) -> None:
+    """Into the card: the tables of these pairs; those of other minutiae stay."""
     card = minutiae_card(name)
     assert card.calibration is not None, "measured by measure_finger_card.py"
-    extractor = bd.Extractor(bd.Config(finger=bd.FingerConfig(model="finger256", minutiae=name)))
-    measured = {one: scores(*read_set(extractor, one)) for one in (*SETS, "socofing")}
     fitted = [one for one in measured if one != HELD_OUT]
 
     def table(values: dict[str, Scores], knots: Scores) -> dict[str, float | str | list[float]]:
         mated = np.concatenate([values[one][measured[one][2]] for one in fitted])
         found = calibration(mated, [values[one][~measured[one][2]] for one in fitted], knots, lambda x: x)
-        return found | {"source": str(found["source"]).replace("UareU", "UareU and SOCOFing")}
+        sets = "FVC2002 DB1-4_B, UareU and SOCOFing" if "socofing" in fitted else "FVC2002 DB1-4_B and UareU"
+        return found | {"source": str(found["source"]).replace("FVC2002 DB1-4_B and UareU", sets)}
 
     cosines = {one: found[0] for one, found in measured.items()}
-    alone = table(cosines, COSINES)
+    kept = tomllib.loads(CARD.read_text())
+    alone = table(cosines, COSINES) if name == "mindtct" else kept["calibration"]
     by_minutiae, by_cosine = Calibration.from_card(card.calibration), Calibration.from_card(alone)
-    sums = {o: by_cosine.llr_db(c) + by_minutiae.llr_db(m) for o, (c, m, _) in measured.items()}
+    sums = {one: by_cosine.llr_db(c) + by_minutiae.llr_db(m) for one, (c, m, _) in measured.items()}
     both = table(sums, SUMS_DB.astype(np.float64))
-    tables = {f"both.{card.model_id}": both}
-    write_measured(CARD, ({"calibration": alone} if name == "mindtct" else {}) | tables)
+    tables = kept.get("both", {}) | {card.model_id: both}
+    write_measured(CARD, {"calibration": alone} | {f"both.{model_id}": one for model_id, one in tables.items()})
     for one, (_, minutiae, mated) in measured.items():
         if mated.any():
             rates = [equal_error_rate(v[mated], v[~mated]) for v in (cosines[one], minutiae, sums[one])]

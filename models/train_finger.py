@@ -6,8 +6,8 @@
     python models/train_finger.py FOLDER embedding --minutes 90
     python models/train_finger.py FOLDER export
 
-Each step saves FOLDER/network.pt as it goes and starts from it where it exists, so that training can be cut in pieces. One
-finger in twenty is held out. `finger_curves.csv` keeps what was seen on them. Needs `pip install torch onnxscript`.
+Each step saves FOLDER/network.pt as it goes and starts from it where it exists, so that training can be cut in pieces; with
+`--shipped` it starts from finger256.onnx. One finger in twenty is held out. `finger_curves.csv` keeps what was seen on them. Needs `pip install torch onnxscript`.
 
 Losses: InfoNCE over pairs of impressions (van den Oord, Li and Vinyals, 2018) at temperature 0.07, and additive-margin cosine
 softmax over master fingers (Wang et al., "CosFace", 2018), mirrored fingers as more of them. Half of the batches are of fingers
@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from finger_augment import Batch, harmed, mirrored, moved
 from finger_network import DIMENSION, FingerNetwork, corrected, pose_of, window
@@ -262,11 +263,20 @@ def held_out_ranks(network: FingerNetwork, prints: Prints) -> dict[str, float]:
     return {"rank 1": (before == 0).float().mean().item(), "mean before": before.mean().item(), "of": float(len(first))}
 
 
+def load_shipped(network: FingerNetwork, path: Path) -> None:
+    """The weights of an exported network; it was not optimized, so that they have their names."""
+    known = {
+        one.name: torch.from_numpy(onnx.numpy_helper.to_array(one).copy()) for one in onnx.load(path).graph.initializer
+    }
+    missing, _ = network.load_state_dict(known, strict=False)
+    assert all(name.endswith("num_batches_tracked") for name in missing), missing
+
+
 def export(network: FingerNetwork, path: Path) -> None:
     network.eval()
     dynamic = torch.export.Dim("n", min=1, max=4096)
     torch.onnx.export(
-        network, (torch.zeros(2, 4, 36, 36), torch.zeros(2, 96, 5)), path, dynamo=True, opset_version=20, external_data=False,
+        network, (torch.zeros(2, 4, 36, 36), torch.zeros(2, 96, 5)), path, dynamo=True, opset_version=20, external_data=False, optimize=False,
         input_names=["directions", "minutiae"], output_names=["embedding", "pose"],
         dynamic_shapes={"directions": {0: dynamic}, "minutiae": {0: dynamic}},
     )  # fmt: skip
@@ -280,15 +290,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--shipped", action="store_true", help="go on from the shipped weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     network = FingerNetwork().to(memory_format=LAST)
     save = options.folder / "network.pt"
-    if save.exists():
+    shipped = Path(__file__).with_name("finger256.onnx")
+    if options.shipped:
+        load_shipped(network, shipped)
+    elif save.exists():
         network.load_state_dict(torch.load(save), strict=False)
     if options.step == "export":
-        export(network, Path(__file__).with_name("finger256.onnx"))
+        export(network, shipped)
         return
     step = {"pose": train_pose, "refine": train_refining, "embedding": train_embedding}[options.step]
     step(network, Prints(options.folder), options.minutes, save, options.rate)

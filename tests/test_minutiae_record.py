@@ -332,7 +332,7 @@ def test_a_gallery_takes_records_and_one_bad_record_stops_nobody(tmp_path):
 
 
 def test_records_that_are_declared_to_be_of_the_extractor_compare_with_captures(tmp_path):
-    config = bd.Config(finger=bd.FingerConfig(record_model_id="mindtct-1"))
+    config = bd.Config(finger=bd.FingerConfig(model=None, record_model_id="mindtct-1"))
     with bd.Engine.open(tmp_path / "g", config) as engine:
         assert (
             engine.add_templates(["anna", "bella"], {"right_index": [legacy(0), None], "left_ring": [None, legacy(1)]})

@@ -1,6 +1,7 @@
 """`demo`: the main job on one page, with nothing from outside.
 
-Owns a seeded population of template-only subjects, one real portrait that scikit-image ships and re-captures of it.
+Owns a seeded population of template-only subjects, one real portrait that scikit-image ships, re-captures of it, and
+generated fingers.
 Every number that it prints is measured in the run.
 """
 
@@ -19,7 +20,8 @@ from skimage import data
 
 from biodedup.config import Config
 from biodedup.engine import Engine
-from biodedup.values import Decision, Encounter, Face, Float32
+from biodedup.synthetic import draw_impression, draw_master
+from biodedup.values import Decision, Encounter, Face, Finger, Float32
 
 DIMENSION = 128
 
@@ -101,6 +103,18 @@ def poor_captures(portrait: NDArray[np.uint8]) -> dict[str, bytes]:
     }
 
 
+def finger_captures() -> list[tuple[str, str, NDArray[np.uint8]]]:
+    """(what it is, subject_id, image at 500 dpi): two fingers, and another impression of the first."""
+    rng = np.random.default_rng(7)
+    first, second = draw_master(rng), draw_master(rng)
+    sent = (
+        ("a finger", "finger-1", first),
+        ("another finger", "finger-2", second),
+        ("the first, again", "impostor-finger", first),
+    )
+    return [(name, subject_id, draw_impression(rng, master).image) for name, subject_id, master in sent]
+
+
 def demo(
     folder: Path,
     config: Config | None = None,
@@ -122,19 +136,22 @@ def demo(
         portrait = np.asarray(data.astronaut(), np.uint8)  # type: ignore[no-untyped-call]
         decisions: list[tuple[str, Decision]] = []
 
-        def enroll(name: str, subject_id: str, image: bytes) -> None:
-            decision = engine.enroll(Encounter(subject_id, [Face(image)], encounter_id=f"demo/{subject_id}"))
+        def enroll(name: str, subject_id: str, capture: Face | Finger) -> None:
+            decision = engine.enroll(Encounter(subject_id, [capture], encounter_id=f"demo/{subject_id}"))
             decisions.append((name, decision))
             say(f"  {name:<28} {_told(decision)}")
 
         say("a portrait comes in for the first time")
-        enroll("portrait", "astronaut", _jpeg(portrait, 95))
+        enroll("portrait", "astronaut", Face(_jpeg(portrait, 95)))
         say("the same person tries again under other names")
         for number, (name, image) in enumerate(recaptures(portrait).items(), start=1):
-            enroll(f"portrait, {name}", f"impostor-{number}", image)
+            enroll(f"portrait, {name}", f"impostor-{number}", Face(image))
         say("poor captures")
         for number, (name, image) in enumerate(poor_captures(portrait).items(), start=1):
-            enroll(f"portrait, {name}", f"poor-{number}", image)
+            enroll(f"portrait, {name}", f"poor-{number}", Face(image))
+        say("fingers that a generator draws: one of them comes twice")
+        for name, subject_id, image in finger_captures():
+            enroll(name, subject_id, Finger(image, position="right_index"))
 
         rng = np.random.default_rng(2)
         chosen = rng.choice(subjects, min(probes, subjects), replace=False)
