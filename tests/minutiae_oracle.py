@@ -12,6 +12,7 @@ import numpy as np
 from biodedup.match import alignment as constants
 
 Minutia = tuple[int, int, int]  # x, y, angle
+Motion = tuple[float, float, float, float]  # cosine, sine, shift
 
 
 def score(a: bytes, b: bytes) -> np.float32:
@@ -21,7 +22,9 @@ def score(a: bytes, b: bytes) -> np.float32:
     )
     first, second = ([(x, y, angle) for x, y, angle, _ in rows] for rows in (first, second))
     similar = similarities(first, second)
-    best = max((judged(first, second, similar, mates) for mates in hypotheses(first, second, similar)), default=0.0)
+    settled = [settled_at(first, second, mates) for mates in hypotheses(first, second, similar)]
+    motions = sorted((one for one in settled if one), key=lambda one: -one[0])[: constants._JUDGED]
+    best = max((judged(first, second, similar, motion) for _, motion in motions), default=0.0)
     return np.float32(best)
 
 
@@ -112,28 +115,37 @@ def agrees(a: list[Minutia], b: list[Minutia], one: tuple[int, int], other: tupl
     return abs(length - sqrt(bx * bx + by * by)) <= 5 + 0.06 * length and off_x * off_x + off_y * off_y <= slack * slack
 
 
-def judged(a: list[Minutia], b: list[Minutia], similar: list[list[int]], mates: list[tuple[int, int]]) -> float:
-    if len(mates) < 2:
-        return 0.0
-    for _ in range(2):
-        motion = fitted([a[i] for i, _ in mates], [b[k] for _, k in mates])
-        if motion is None:
-            return 0.0
-        cosine, sine, shift_x, shift_y = motion
-        moved = [(x * cosine + y * sine + shift_x, y * cosine - x * sine + shift_y) for x, y, _ in a]
-        turn = direction(cosine, sine)
-        found = paired(a, b, moved, turn, constants._NEAR_PX)
-        mates = [pair for pair, _ in found]
-        if len(mates) < 2:
-            return 0.0
+def settled_at(a: list[Minutia], b: list[Minutia], mates: list[tuple[int, int]]) -> tuple[float, Motion] | None:
+    """How much a hypothesis pairs, and its motion."""
+    motion = fitted(a, b, mates)
+    if motion is None:
+        return None
+    found = paired(a, b, moved_by(motion, a), direction(*motion[:2]), constants._NEAR_PX)
+    motion = fitted(a, b, [pair for pair, _ in found])
+    return None if motion is None else (nearness(found), motion)
+
+
+def nearness(found: list[tuple[tuple[int, int], float]]) -> float:
+    near = 0.0
+    for _, cost in found:
+        near += 2 - cost
+    return near
+
+
+def moved_by(motion: Motion, a: list[Minutia]) -> list[tuple[float, float]]:
+    cosine, sine, shift_x, shift_y = motion
+    return [(x * cosine + y * sine + shift_x, y * cosine - x * sine + shift_y) for x, y, _ in a]
+
+
+def judged(a: list[Minutia], b: list[Minutia], similar: list[list[int]], motion: Motion) -> float:
+    moved, turn = moved_by(motion, a), direction(*motion[:2])
+    mates = [pair for pair, _ in paired(a, b, moved, turn, constants._NEAR_PX)]
     moved = [followed(a, b, moved, mates, i) for i in range(len(a))]
     found = paired(a, b, moved, turn, constants._LOCAL_PX)
     if len(found) < 2:
         return 0.0
     alike = sum(similar[i][k] for (i, k), _ in found)
-    near = 0.0
-    for _, cost in found:
-        near += 2 - cost
+    near = nearness(found)
     lengths = [
         (sqrt(sum((a[i][c] - a[j][c]) ** 2 for c in (0, 1))), sqrt(sum((b[k][c] - b[m][c]) ** 2 for c in (0, 1))))
         for t, ((i, k), _) in enumerate(found)
@@ -146,8 +158,10 @@ def judged(a: list[Minutia], b: list[Minutia], similar: list[list[int]], mates: 
     return 10.0 * sqrt(alike / 1000 * share * ((sum(short) + 1.0) / (len(short) + 3.0)))
 
 
-def fitted(a: list[Minutia], b: list[Minutia]) -> tuple[float, float, float, float] | None:
-    n = len(a)
+def fitted(a: list[Minutia], b: list[Minutia], mates: list[tuple[int, int]]) -> Motion | None:
+    a, b, n = [a[i] for i, _ in mates], [b[k] for _, k in mates], len(mates)
+    if n < 2:
+        return None
     ax, ay, bx, by = (
         sum(p[0] for p in a) / n,
         sum(p[1] for p in a) / n,
@@ -200,7 +214,7 @@ def followed(
     for j, k in mates:
         if j != i:
             dx, dy = a[j][0] - a[i][0], a[j][1] - a[i][1]
-            weight = 1.0 / (1.0 + (dx * dx + dy * dy) / (constants._FIELD_PX * constants._FIELD_PX))
+            weight = constants._FIELD_PX**2 / (constants._FIELD_PX**2 + (dx * dx + dy * dy))
             weight *= weight
             sum_x += weight * (b[k][0] - moved[j][0])
             sum_y += weight * (b[k][1] - moved[j][1])

@@ -6,7 +6,7 @@ Owns the kernels from two prepared prints (`local_structures.py`) to a score. Ne
    the relaxation of Cappelli, Ferrara and Maltoni (2010), but in one round; the strongest and whoever agrees with it are one
    hypothesis, and leave the vote.
 2. A hypothesis is a rotation and a shift, fitted by least squares. Minutiae pair up greedily, nearest first, and the motion is
-   fitted again. Then each minutia is moved as the pairs around it are, which follows elastic distortion, and pairs count that
+   fitted again. Of the hypotheses that pair most, each minutia is moved as the pairs around it are, which follows elastic distortion, and pairs count that
    are still near.
 3. The score: similarity of the paired cylinders, times the share of the common area's minutiae that are paired, times the share of
    distances that are kept; ten times the root of it, since chance then falls about exponentially. Prints that are the same score
@@ -30,6 +30,8 @@ from biodedup.match.local_structures import COSINE, MINUTIAE_MAX, SIMILAR, SINE,
 _PAIRS = 48
 """Pairs of cylinders that vote."""
 _HYPOTHESES = 4
+_JUDGED = 2
+"""Of the hypotheses, those that pair most."""
 _VOTE_STEPS = 20
 """Two pairs agree if their minutiae turn alike up to this, in 1/256 turns, and if moving one with the other brings it near."""
 _NEAR_PX = 20.0
@@ -63,7 +65,8 @@ class Workspace(NamedTuple):
     votes: NDArray[np.int64]
     agree: NDArray[np.bool_]
     used: NDArray[np.bool_]
-    motion: NDArray[np.float64]
+    motions: NDArray[np.float64]
+    promise: NDArray[np.float64]
     moved: NDArray[np.float64]
     near: NDArray[np.int64]
     near_cost: NDArray[np.float64]
@@ -81,7 +84,8 @@ def workspace() -> Workspace:
         np.zeros(_PAIRS, np.int64),
         np.zeros((_PAIRS, _PAIRS), np.bool_),
         np.zeros(_PAIRS, np.bool_),
-        np.zeros(4, np.float64),
+        np.zeros((_HYPOTHESES, 4), np.float64),
+        np.zeros(_HYPOTHESES, np.float64),
         np.zeros((2, MINUTIAE_MAX), np.float64),
         np.zeros((_NEAR_MAX, 2), np.int64),
         np.zeros(_NEAR_MAX, np.float64),
@@ -122,13 +126,18 @@ def _score(a: Any, b: Any, work: Any) -> float:
     similarities(a, b, work.similar)
     count = _most_similar(a.size[0], b.size[0], work)
     _vote(a, b, count, work)
+    for h in range(_HYPOTHESES):
+        work.promise[h] = _settle(a, b, _next_hypothesis(count, work), work.motions[h], work)
     best = 0.0
-    for _ in range(_HYPOTHESES):
-        mates = _next_hypothesis(count, work)
-        if mates < 0:
+    for _ in range(_JUDGED):
+        chosen = 0
+        for h in range(1, _HYPOTHESES):
+            if work.promise[h] > work.promise[chosen]:
+                chosen = h
+        if work.promise[chosen] <= 0:
             break
-        if mates >= 2:
-            best = max(best, _judge(a, b, mates, work))
+        work.promise[chosen] = 0.0
+        best = max(best, _judge(a, b, work.motions[chosen], work))
     return best
 
 
@@ -157,12 +166,12 @@ def _most_similar(rows: int, columns: int, work: Any) -> int:
 @numba.njit(nogil=True, cache=True)
 def _vote(a: Any, b: Any, count: int, work: Any) -> None:
     for t in range(count):
-        i, k = work.pairs[t]
+        i, k = work.pairs[t, 0], work.pairs[t, 1]
         turn = (b.angle[k] - a.angle[i]) & 255
         cosine, sine = COSINE[turn], SINE[turn]
         votes = work.similar[i, k]
         for u in range(count):
-            j, m = work.pairs[u]
+            j, m = work.pairs[u, 0], work.pairs[u, 1]
             work.agree[t, u] = t == u
             if j == i or m == k or abs(_signed(b.angle[m] - a.angle[j] - turn)) > _VOTE_STEPS:
                 continue
@@ -181,45 +190,56 @@ def _vote(a: Any, b: Any, count: int, work: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _next_hypothesis(count: int, work: Any) -> int:
-    """The strongest pair left and those that agree with it, as mates; how many, -1 if none is left."""
+    """The strongest pair left and those that agree with it, as mates; how many, 0 if none is left."""
     root = -1
     for t in range(count):
         if not work.used[t] and (root < 0 or work.votes[t] > work.votes[root]):
             root = t
-    if root < 0:
-        return -1
     mates = 0
     for u in range(count):
-        if work.agree[root, u]:
+        if root >= 0 and work.agree[root, u]:
             work.used[u] = True
-            work.mates[mates, 0], work.mates[mates, 1] = work.pairs[u]
+            work.mates[mates, 0], work.mates[mates, 1] = work.pairs[u, 0], work.pairs[u, 1]
             mates += 1
     return mates
 
 
 @numba.njit(nogil=True, cache=True)
-def _judge(a: Any, b: Any, mates: int, work: Any) -> float:
+def _settle(a: Any, b: Any, mates: int, motion: Any, work: Any) -> float:
+    """The motion of a hypothesis, fitted to all that it pairs; how much that is, 0 if too little."""
+    if mates < 2 or not _fit(a, b, mates, motion, work):
+        return 0.0
+    _move(a, motion, work)
+    mates = _pair(a, b, motion, _NEAR_PX, work)
+    if mates < 2 or not _fit(a, b, mates, motion, work):
+        return 0.0
+    return _nearness(mates, work)
+
+
+@numba.njit(nogil=True, cache=True)
+def _nearness(mates: int, work: Any) -> float:
+    near = 0.0
+    for t in range(mates):
+        near += 2.0 - work.mates_cost[t]
+    return near
+
+
+@numba.njit(nogil=True, cache=True)
+def _judge(a: Any, b: Any, motion: Any, work: Any) -> float:
     """The score of a hypothesis."""
-    for _ in range(2):
-        if not _fit(a, b, mates, work):
-            return 0.0
-        _move(a, work)
-        mates = _pair(a, b, _NEAR_PX, work)
-        if mates < 2:
-            return 0.0
-    _distort(a, mates, work)
-    mates = _pair(a, b, _LOCAL_PX, work)
+    _move(a, motion, work)
+    _distort(a, _pair(a, b, motion, _NEAR_PX, work), work)
+    mates = _pair(a, b, motion, _LOCAL_PX, work)
     if mates < 2:
         return 0.0
-    alike, near = 0, 0.0
+    alike, near = 0, _nearness(mates, work)
     for t in range(mates):
         alike += work.similar[work.mates[t, 0], work.mates[t, 1]]
-        near += 2.0 - work.mates_cost[t]
     kept, edges = 0, 0
     for t in range(mates):
-        i, k = work.mates[t]
+        i, k = work.mates[t, 0], work.mates[t, 1]
         for u in range(t):
-            j, m = work.mates[u]
+            j, m = work.mates[u, 0], work.mates[u, 1]
             ax, ay, bx, by = a.x[j] - a.x[i], a.y[j] - a.y[i], b.x[m] - b.x[k], b.y[m] - b.y[k]
             length = np.sqrt(ax * ax + ay * ay)
             if length < _EDGE_PX:
@@ -232,11 +252,11 @@ def _judge(a: Any, b: Any, mates: int, work: Any) -> float:
 
 
 @numba.njit(nogil=True, cache=True)
-def _fit(a: Any, b: Any, mates: int, work: Any) -> bool:
-    """The rotation and shift that bring a's mates nearest to b's: work.motion. False where they do not tell a rotation."""
+def _fit(a: Any, b: Any, mates: int, motion: Any, work: Any) -> bool:
+    """The rotation and shift that bring a's mates nearest to b's. motion: float64 (4,). False where they do not tell a rotation."""
     ax, ay, bx, by = 0.0, 0.0, 0.0, 0.0
     for t in range(mates):
-        i, k = work.mates[t]
+        i, k = work.mates[t, 0], work.mates[t, 1]
         ax += a.x[i]
         ay += a.y[i]
         bx += b.x[k]
@@ -244,22 +264,21 @@ def _fit(a: Any, b: Any, mates: int, work: Any) -> bool:
     ax, ay, bx, by = ax / mates, ay / mates, bx / mates, by / mates
     along, across = 0.0, 0.0
     for t in range(mates):
-        i, k = work.mates[t]
+        i, k = work.mates[t, 0], work.mates[t, 1]
         along += (a.x[i] - ax) * (b.x[k] - bx) + (a.y[i] - ay) * (b.y[k] - by)
         across += (a.y[i] - ay) * (b.x[k] - bx) - (a.x[i] - ax) * (b.y[k] - by)
     length = np.sqrt(along * along + across * across)
     if length < 1:
         return False
     cosine, sine = along / length, across / length
-    motion = work.motion
     motion[0], motion[1] = cosine, sine
     motion[2], motion[3] = bx - (ax * cosine + ay * sine), by - (ay * cosine - ax * sine)
     return True
 
 
 @numba.njit(nogil=True, cache=True)
-def _move(a: Any, work: Any) -> None:
-    cosine, sine, shift_x, shift_y = work.motion
+def _move(a: Any, motion: Any, work: Any) -> None:
+    cosine, sine, shift_x, shift_y = motion[0], motion[1], motion[2], motion[3]
     for i in range(a.size[0]):
         work.moved[0, i] = a.x[i] * cosine + a.y[i] * sine + shift_x
         work.moved[1, i] = a.y[i] * cosine - a.x[i] * sine + shift_y
@@ -274,7 +293,7 @@ def _distort(a: Any, mates: int, work: Any) -> None:
             j = work.mates[t, 0]
             if j != i:
                 dx, dy = a.x[j] - a.x[i], a.y[j] - a.y[i]
-                weight = 1.0 / (1.0 + (dx * dx + dy * dy) / (_FIELD_PX * _FIELD_PX))
+                weight = _FIELD_PX * _FIELD_PX / (_FIELD_PX * _FIELD_PX + (dx * dx + dy * dy))
                 weight *= weight
                 sum_x += weight * work.shift[0, t]
                 sum_y += weight * work.shift[1, t]
@@ -284,9 +303,9 @@ def _distort(a: Any, mates: int, work: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _pair(a: Any, b: Any, within: float, work: Any) -> int:
+def _pair(a: Any, b: Any, motion: Any, within: float, work: Any) -> int:
     """Pairs moved minutiae of a with those of b within some pixels, cheapest first: work.mates, their cost 0..2, their shift."""
-    turn = _steps(work.motion[0], work.motion[1])
+    turn = _steps(motion[0], motion[1])
     moved, near, cost, taken = work.moved, work.near, work.near_cost, work.taken
     count, columns = 0, b.size[0]
     for i in range(a.size[0]):
@@ -302,7 +321,8 @@ def _pair(a: Any, b: Any, within: float, work: Any) -> int:
                     cost[count] = apart / (within * within) + turned * turned / (_NEAR_STEPS * _NEAR_STEPS)
                     count += 1
             k += 1
-    taken[1, :columns] = False
+    for k in range(columns):
+        taken[1, k] = False
     mates = 0
     while True:
         best = -1
@@ -311,7 +331,7 @@ def _pair(a: Any, b: Any, within: float, work: Any) -> int:
                 best = t
         if best < 0:
             return mates
-        i, k = near[best]
+        i, k = near[best, 0], near[best, 1]
         taken[0, i] = taken[1, k] = True
         work.mates[mates, 0], work.mates[mates, 1] = i, k
         work.mates_cost[mates] = cost[best]
@@ -323,7 +343,8 @@ def _pair(a: Any, b: Any, within: float, work: Any) -> int:
 def _common(a: Any, b: Any, work: Any) -> tuple[int, int]:
     """How many minutiae of a lie in b's area, and how many of b in a's."""
     moved, seen = work.moved, work.taken
-    seen[1, : b.size[0]] = False
+    for k in range(b.size[0]):
+        seen[1, k] = False
     in_a, in_b = 0, 0
     for i in range(a.size[0]):
         k, found = _from(b, moved[1, i] - _AREA_PX), False

@@ -27,13 +27,13 @@ READ_MAX = 255
 """More minutiae than a record of 2005 can state are not read."""
 SECTIONS = 6
 _SIDE = 8  # cells along a cylinder's base
-_RADIUS = 70.0  # of the cylinder, pixels
-_CELL = 2 * _RADIUS / _SIDE
+_RADIUS = 70  # of the cylinder, pixels
 _SIGMA_PX, _SIGMA_RAD = 28 / 3, 2 * pi / 9
 _SET_FROM = 0.005  # a contribution that sets a cell
 _REACH = 86  # radius and the largest disc that a neighbour sets, pixels
 
 UNIT = 4096
+_CELL = 2 * _RADIUS * UNIT // _SIDE
 COSINE, SINE = (np.array([round(UNIT * f(2 * pi * step / 256)) for step in range(256)], np.int64) for f in (cos, sin))
 """By ISO's angles, 256 to the turn; UNIT is 1. Rounded to integers, on which all mathematical libraries agree."""
 
@@ -61,20 +61,33 @@ def room() -> Prepared:
     )
 
 
-def _disc_limits() -> NDArray[np.float64]:
-    """float64 (256, SECTIONS): by a neighbour's relative angle, the squared distance up to which it sets a section's cells."""
-    limits = np.full((256, SECTIONS), -1.0)
+def _disc_limits() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """By a neighbour's relative angle, the three sections whose cells it can set, and the squared distance, in 1 / UNIT pixels, up to
+    which it does: both int64 (256, 3)."""
+    sections, limits = np.zeros((256, 3), np.int64), np.full((256, 3), -1, np.int64)
     for step in range(256):
-        for section in range(SECTIONS):
+        for near in range(3):
+            section = (round(step * SECTIONS / 256) + near - 1) % SECTIONS
             apart = abs((2 * pi * step / 256 - 2 * pi * section / SECTIONS + pi) % (2 * pi) - pi)
             share = sum(s * erf((apart + s * pi / SECTIONS) / _SIGMA_RAD / sqrt(2)) / 2 for s in (1, -1))
             peak = share / (_SIGMA_PX * sqrt(2 * pi))
+            sections[step, near] = section
             if peak > _SET_FROM:
-                limits[step, section] = int(2 * _SIGMA_PX**2 * log(peak / _SET_FROM))
-    return limits
+                limits[step, near] = int(2 * _SIGMA_PX**2 * log(peak / _SET_FROM)) * UNIT**2
+    return sections, limits
 
 
-_LIMITS = _disc_limits()
+def _cell_bits() -> NDArray[np.uint64]:
+    """uint64 (_SIDE, _SIDE): the bit of each cell; 0 for those whose centre lies outside the cylinder."""
+    middle = (np.arange(_SIDE) - (_SIDE - 1) / 2) * _CELL
+    inside = middle[:, None] ** 2 + middle**2 <= (_RADIUS * UNIT) ** 2
+    return np.where(
+        inside, np.uint64(1) << np.arange(_SIDE * _SIDE, dtype=np.uint64).reshape(_SIDE, _SIDE), np.uint64(0)
+    )
+
+
+_NEAR, _LIMITS = _disc_limits()
+_BITS = _cell_bits()
 _ROOTS = np.sqrt(np.arange(64 * SECTIONS + 1, dtype=np.float64))
 SIMILAR = 1000
 """The similarity of two cylinders that are the same."""
@@ -143,8 +156,8 @@ def _describe(print_: Any) -> None:
                 break  # they are in order of y
             dx, dy = x[j] - x[i], y[j] - y[i]
             if dx * dx + dy * dy <= _REACH * _REACH:
-                _set_cells(dx, dy, angle[i], angle[j], cells[i])
-                _set_cells(-dx, -dy, angle[j], angle[i], cells[j])
+                _set_cells(dx, dy, angle[i], angle[j], cells, i)
+                _set_cells(-dx, -dy, angle[j], angle[i], cells, j)
     for i in range(count):
         total = np.uint64(0)
         for section in range(SECTIONS):
@@ -153,26 +166,25 @@ def _describe(print_: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _set_cells(dx: int, dy: int, own: int, other: int, cells: Any) -> None:
-    """What a neighbour sets in a cylinder: discs around its place, in the sections near its relative angle."""
+def _set_cells(dx: int, dy: int, own: int, other: int, cells: Any, i: int) -> None:
+    """What a neighbour sets in cylinder i: discs around its place, in the sections near its relative angle."""
     cosine, sine = COSINE[own], SINE[own]
-    # y points down, angles count anticlockwise
-    u = (dx * cosine - dy * sine) / UNIT
-    v = (-dx * sine - dy * cosine) / UNIT
-    limits = _LIMITS[(other - own) & 255]
+    # y points down, angles count anticlockwise; in 1 / UNIT pixels from the cylinder's corner
+    u = dx * cosine - dy * sine + _RADIUS * UNIT
+    v = -dx * sine - dy * cosine + _RADIUS * UNIT
+    turned = (other - own) & 255
     # no disc is wider than two cells: of each row and column of cells, only these two can lie in it
-    first_p = int(np.floor((u + _RADIUS) / _CELL - 0.5))
-    first_q = int(np.floor((v + _RADIUS) / _CELL - 0.5))
+    first_p = (u - _CELL // 2) // _CELL
+    first_q = (v - _CELL // 2) // _CELL
     for p in range(max(first_p, 0), min(first_p + 2, _SIDE)):
-        centre_u = (p + 0.5) * _CELL - _RADIUS
+        off_u = p * _CELL + _CELL // 2 - u
         for q in range(max(first_q, 0), min(first_q + 2, _SIDE)):
-            centre_v = (q + 0.5) * _CELL - _RADIUS
-            if centre_u * centre_u + centre_v * centre_v <= _RADIUS * _RADIUS:
-                apart = (centre_u - u) * (centre_u - u) + (centre_v - v) * (centre_v - v)
-                bit = np.uint64(1) << np.uint64(_SIDE * p + q)
-                for section in range(SECTIONS):
-                    if apart <= limits[section]:
-                        cells[section] |= bit
+            off_v = q * _CELL + _CELL // 2 - v
+            apart = off_u * off_u + off_v * off_v
+            bit = _BITS[p, q]
+            for near in range(3):
+                if apart <= _LIMITS[turned, near]:
+                    cells[i, _NEAR[turned, near]] |= bit
 
 
 @numba.njit(nogil=True, cache=True)
