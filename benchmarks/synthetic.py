@@ -1,7 +1,7 @@
 """Generated fingerprints beside real ones: how they look in numbers, and how fast they are drawn.
 
     python benchmarks/synthetic.py                     300 generated impressions beside FVC2002 DB1-4_B
-    python benchmarks/synthetic.py --sheet sheet.png   and a contact sheet: a finger a row
+    python benchmarks/synthetic.py --sheet sheet.jpg   and a contact sheet: a finger a row
     python benchmarks/synthetic.py --smoke             a few generated ones, no data needed
 
 Density: MINDTCT minutiae of quality 30 or more a square millimetre of ridges. Period: of ridges, in pixels at 500 dpi. Figures are
@@ -66,8 +66,8 @@ def sheet(path: Path) -> None:
     rows = []
     for _ in range(SHEET_FINGERS):
         master = draw_master(rng)
-        rows.append(np.hstack([draw_impression(rng, master, 250).image for _ in range(SHEET_IMPRESSIONS)]))
-    cv2.imwrite(str(path), np.vstack(rows))
+        rows.append(np.hstack([draw_impression(rng, master, 200).image for _ in range(SHEET_IMPRESSIONS)]))
+    cv2.imwrite(str(path), np.vstack(rows), [cv2.IMWRITE_JPEG_QUALITY, 80])
 
 
 def main() -> None:

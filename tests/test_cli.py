@@ -281,7 +281,9 @@ def test_the_demo_blocks_every_recapture_and_agrees_with_numpy(tmp_path):
     outcomes = dict(result.decisions)
     assert outcomes["portrait"].outcome == "unique"
     assert {d.outcome for name, d in result.decisions if name.startswith("portrait,")} == {"duplicate", "refused"}
-    assert [d.best.subject_id for d in outcomes.values() if d.outcome == "duplicate"] == ["astronaut"] * 7
+    blocked = [d.best.subject_id for d in outcomes.values() if d.outcome == "duplicate"]
+    assert blocked == ["astronaut"] * 7 + ["finger-1"]
+    assert outcomes["a finger"].outcome == outcomes["another finger"].outcome == "unique"
     assert result.agrees_with_numpy == 1.0
     assert result.mates_first > 0.95
     assert len(lines) > 10

@@ -81,3 +81,25 @@ def test_a_finger_template_carries_its_embedding_and_its_minutiae(prints):
 def test_a_card_whose_network_takes_something_else_is_refused():
     with pytest.raises(ModelCardError, match="the network takes"):
         FingerNetwork(load_card("sface"), 1)
+
+
+def test_a_finger_alone_finds_its_subject_by_both_kinds_of_evidence(tmp_path):
+    rng = np.random.default_rng(21)
+    masters = [draw_master(rng) for _ in range(5)]
+
+    def visit(finger: int) -> bd.Encounter:
+        captures = [bd.Finger(draw_impression(rng, masters[finger]).image, position="right_index")]
+        return bd.Encounter(f"s{finger}", captures=captures)
+
+    with bd.Engine.open(tmp_path / "g") as engine:
+        assert [engine.enroll(visit(finger)).outcome for finger in range(4)] == ["unique"] * 4
+        column = engine.info()["columns"]["right_index"]
+        assert column["dimension"] == 256 and column["subjects"] == 4
+        for finger in range(4):
+            found = engine.identify(visit(finger))
+            assert found.outcome == "duplicate" and found.best.subject_id == f"s{finger}"
+            (part,) = found.best.evidence
+            assert part.similarity > 0.4 and part.minutiae > 8
+        assert engine.identify(visit(4)).outcome == "unique"
+    with bd.Engine.open(tmp_path / "g") as engine:  # read from the journal, the minutiae are there as well
+        assert engine.identify(visit(2)).best.evidence[0].minutiae > 8

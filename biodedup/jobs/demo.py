@@ -150,8 +150,8 @@ def demo(
         for number, (name, image) in enumerate(poor_captures(portrait).items(), start=1):
             enroll(f"portrait, {name}", f"poor-{number}", Face(image))
         say("fingers that a generator draws: one of them comes twice")
-        for name, subject_id, image in finger_captures():
-            enroll(name, subject_id, Finger(image, position="right_index"))
+        for name, subject_id, print_ in finger_captures():
+            enroll(name, subject_id, Finger(print_, position="right_index"))
 
         rng = np.random.default_rng(2)
         chosen = rng.choice(subjects, min(probes, subjects), replace=False)
