@@ -17,7 +17,7 @@ from scipy.special import betainc
 from scipy.stats import norm
 from synthetic import finger
 from test_cli import run
-from test_minutiae import record
+from test_minutiae import moved, record, strewn
 from test_together import FACE as FACE_LAW
 from test_together import FINGER as FINGER_LAW
 
@@ -254,10 +254,15 @@ def test_a_search_that_could_not_see_everything_says_incomplete(gallery, fingers
 
 def test_minutiae_are_compared_across_positions_row_by_row_up_to_the_limit(tmp_path):
     def encounter(name: str, column: str, seed: int, shift: int = 0) -> bd.Encounter:
-        one = bd.Template(column, engine._extractor.model_ids["finger"], minutiae=record(40, seed, shift))
+        one = bd.Template(
+            column,
+            engine._extractor.model_ids["finger"],
+            minutiae=record(moved(strewn(40, seed), shift=(shift, shift))),
+        )
         return bd.Encounter(name, templates={column: one})
 
-    with bd.Engine.open(tmp_path / "g", bd.Config(search=bd.SearchConfig(finger_rows_max=2))) as engine:
+    config = bd.Config(finger=bd.FingerConfig(model=None), search=bd.SearchConfig(finger_rows_max=2))
+    with bd.Engine.open(tmp_path / "g", config) as engine:
         for i in range(2):
             assert engine.enroll(encounter(f"s{i}", "left_index", i)).outcome == "unique"
         probe = encounter("p", "right_index", 1, 20)
