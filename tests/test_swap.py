@@ -370,7 +370,10 @@ def every_reading(mine: Sequence[str], theirs: Sequence[str]) -> dict[frozenset[
     charges: dict[frozenset[tuple[str, str]], float] = {}
     for some in classes:
         for one in some:
-            charges.setdefault(one, 10 * log10(len(classes) * len(some)))
+            charge_db = 10 * log10(len(classes) * len(some))
+            charges[one] = min(
+                charge_db, charges.get(one, charge_db)
+            )  # in two classes: it has the chances of the wider share
     return charges
 
 
