@@ -52,7 +52,10 @@ def looks(images: Iterator[NDArray[np.uint8]]) -> dict[str, str]:
         area_mm2 = float(ridges.inside.sum()) * (MM_PER_PIXEL * DPI / RIDGE_DPI) ** 2
         if area_mm2 < 20:
             continue
-        minutiae, nfiq2 = extract(image)
+        try:
+            minutiae, nfiq2 = extract(image)
+        except ValueError:  # NFIQ 2 finds nothing to work on; as rare in real sets
+            continue
         sure = int(np.count_nonzero(np.frombuffer(minutiae.body, np.uint8).reshape(-1, 6)[:, 5] >= QUALITY_MIN))
         period = float(np.median(ridges.period[ridges.inside > 0])) * DPI / RIDGE_DPI
         found.append((sure / area_mm2, period, nfiq2, area_mm2))
