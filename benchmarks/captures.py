@@ -18,7 +18,9 @@ from report import data_folder, record
 from skimage import data
 
 import biodedup as bd
-from biodedup.capture.ridges import at_ridge_dpi, ridge_map
+from biodedup.capture.finger import resampled
+from biodedup.capture.oriented import RIDGE_DPI
+from biodedup.capture.ridges import ridge_map
 from biodedup.embed.cards import load_card
 from biodedup.embed.finger_input import finger_input
 from biodedup.embed.finger_network import FingerNetwork
@@ -41,7 +43,7 @@ def vector_ms(pictures: list[np.ndarray]) -> float:
     network = FingerNetwork(load_card("finger256"), 1)
 
     def embed(some: list[np.ndarray]) -> None:
-        network.embed([finger_input(ridge_map(at_ridge_dpi(picture, 500))) for picture in some])
+        network.embed([finger_input(ridge_map(resampled(picture, 500, RIDGE_DPI))) for picture in some])
 
     embed(pictures[:2])
     started = time.perf_counter()

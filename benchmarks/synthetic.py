@@ -24,7 +24,7 @@ from report import data_folder, record
 from biodedup.capture.finger import DPI, MM_PER_PIXEL, resampled
 from biodedup.capture.nbis_parts import extract
 from biodedup.capture.oriented import RIDGE_DPI
-from biodedup.capture.ridges import at_ridge_dpi, ridge_map
+from biodedup.capture.ridges import ridge_map
 from biodedup.synthetic import draw_impression, draw_master
 
 REAL = {"DB1_B": 500, "DB2_B": 569, "DB3_B": 500, "DB4_B": 500}
@@ -48,7 +48,7 @@ def looks(images: Iterator[NDArray[np.uint8]]) -> dict[str, str]:
     """Quantiles over a set of images at 500 dpi."""
     found: list[tuple[float, ...]] = []
     for image in images:
-        ridges = ridge_map(at_ridge_dpi(image, DPI))
+        ridges = ridge_map(resampled(image, DPI, RIDGE_DPI))
         area_mm2 = float(ridges.inside.sum()) * (MM_PER_PIXEL * DPI / RIDGE_DPI) ** 2
         if area_mm2 < 20:
             continue

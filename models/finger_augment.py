@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from finger_network import CELL_PX, CELLS
 from torch import Tensor
 from torch.nn import functional
+
+from biodedup.embed.finger_input import CELL_PX, CELLS
 
 HALF_PX = CELLS * CELL_PX / 2
 _FALSE_MOST = 28

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CELLS, CELL_PX = 36, 8
+from biodedup.embed.finger_input import CELL_PX, CELLS
+
 ROWS, COLUMNS, FINE_PX = 42, 36, 16 / 3
-"""The window in the finger's own pose: 19.7 mm high and 16.9 mm wide if it were at 288 x 336 pixels of 500 dpi."""
+"""The window in the finger's own pose: 17.1 mm high and 14.6 mm wide, in cells of 8 pixels at 500 dpi."""
 BELOW_CORE_PX = 8.0
 """The window's middle lies this far below the core."""
 DIRECTIONS = 8

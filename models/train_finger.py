@@ -27,7 +27,7 @@ import numpy as np
 import onnx
 import torch
 from finger_augment import Batch, harmed, mirrored, moved
-from finger_network import DIMENSION, FingerNetwork, corrected, pose_of, window
+from finger_network import DIMENSION, POSE_PX, FingerNetwork, corrected, pose_of, window
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -61,6 +61,11 @@ class Prints:
         pose = self.pose[rows]
         return Batch(self.directions[rows].float() / 127, self.minutiae[rows].float(), pose[:, :2], pose[:, 2])
 
+    def hard_batch(self, count: int) -> Batch:
+        """Prints that poses are learnt from: any of those to train on, mirrored or not, turned, moved and harmed."""
+        batch = self.batch(self.trained[torch.randint(len(self.trained), (count,))])
+        return harmed(moved(mirrored(batch, torch.rand(count) < 0.5), 25, 12))
+
 
 class Curves:
     """Appends to finger_curves.csv."""
@@ -93,8 +98,7 @@ def train_pose(network: FingerNetwork, prints: Prints, minutes: float, save: Pat
     optimizer = torch.optim.AdamW(network.pose.parameters(), lr=rate, weight_decay=1e-3)
     losses = []
     for step, _ in enumerate(schedule(optimizer, minutes)):
-        batch = prints.batch(prints.trained[torch.randint(len(prints.trained), (256,))])
-        batch = harmed(moved(mirrored(batch, torch.rand(256) < 0.5), 25, 12))
+        batch = prints.hard_batch(256)
         network.pose.train()
         found = network.pose(batch.directions.contiguous(memory_format=LAST))
         loss = functional.smooth_l1_loss(found, pose_of(batch.core, batch.angle), beta=0.2)
@@ -116,8 +120,7 @@ def train_refining(network: FingerNetwork, prints: Prints, minutes: float, save:
     losses = []
     network.eval()
     for step, _ in enumerate(schedule(optimizer, minutes)):
-        batch = prints.batch(prints.trained[torch.randint(len(prints.trained), (256,))])
-        batch = harmed(moved(mirrored(batch, torch.rand(256) < 0.5), 25, 12))
+        batch = prints.hard_batch(256)
         true = pose_of(batch.core, batch.angle)
         network.refine.train()
         with torch.no_grad():
@@ -152,7 +155,7 @@ def pose_errors(network: FingerNetwork, prints: Prints, refined: bool = True) ->
 def pose_distance(found: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
     """(pixels, radians) between poses."""
     a, b = functional.normalize(found[:, 2:]), functional.normalize(true[:, 2:])
-    return (found[:, :2] - true[:, :2]).norm(dim=1) * 50, torch.acos((a * b).sum(1).clamp(-1, 1))
+    return (found[:, :2] - true[:, :2]).norm(dim=1) * POSE_PX, torch.acos((a * b).sum(1).clamp(-1, 1))
 
 
 def train_embedding(network: FingerNetwork, prints: Prints, minutes: float, save: Path, rate: float) -> None:
@@ -241,7 +244,7 @@ def nudged(pose: Tensor, radians: float, pixels: float) -> Tensor:
     turn = torch.randn(len(pose)) * radians * much[:, 0]
     cosine, sine = torch.cos(turn), torch.sin(turn)
     up = torch.stack([pose[:, 2] * cosine - pose[:, 3] * sine, pose[:, 3] * cosine + pose[:, 2] * sine], 1)
-    return torch.cat([pose[:, :2] + torch.randn(len(pose), 2) * much * (pixels / 50), up], 1)
+    return torch.cat([pose[:, :2] + torch.randn(len(pose), 2) * much * (pixels / POSE_PX), up], 1)
 
 
 @torch.no_grad()

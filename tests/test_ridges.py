@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from biodedup.capture import oriented
-from biodedup.capture.oriented import OrientedFilter
-from biodedup.capture.ridges import RidgeMap, at_ridge_dpi, ridge_map
+from biodedup.capture.finger import resampled
+from biodedup.capture.oriented import RIDGE_DPI, OrientedFilter
+from biodedup.capture.ridges import RidgeMap, ridge_map
 from biodedup.capture.skeleton import skeleton_minutiae
 from biodedup.embed.finger_input import CELL_PX, CELLS, MINUTIAE_MAX, finger_input
 
@@ -121,6 +122,6 @@ def test_the_network_is_given_the_print_centred_and_bounded():
 
 
 def test_any_resolution_is_brought_to_one():
-    assert at_ridge_dpi(np.zeros((300, 150), np.uint8), 500).shape == (200, 100)
-    assert at_ridge_dpi(np.zeros((300, 150), np.uint8), 333.3).shape == (300, 150)
-    assert at_ridge_dpi(np.zeros((100, 50), np.uint8), 200).shape == (167, 83)
+    assert resampled(np.zeros((300, 150), np.uint8), 500, RIDGE_DPI).shape == (200, 100)
+    assert resampled(np.zeros((300, 150), np.uint8), 333.3, RIDGE_DPI).shape == (300, 150)
+    assert resampled(np.zeros((100, 50), np.uint8), 200, RIDGE_DPI).shape == (167, 83)

@@ -1,6 +1,7 @@
 """Finger captures into samples: 500 dpi, ridges, quality gate, minutiae.
 
-Owns resampling, the finger's gate, the seam to minutiae extractors, and the way in for records that come ready made. Never decodes files and never compares.
+Owns resampling, the finger's gate, the seam to minutiae extractors, and the way in for records that come ready made. Never
+decodes files and never compares.
 """
 
 from __future__ import annotations
@@ -136,9 +137,9 @@ def scanner_dpi(stated: float | None) -> float:
     return stated if stated is not None and stated >= SCANNER_DPI_MIN else float(DPI)
 
 
-def resampled(grey: NDArray[np.uint8], dpi: float) -> NDArray[np.uint8]:
-    """The image at 500 dpi. uint8 (h, w) in and out; within 1 % it stays as it is."""
-    factor = DPI / dpi
+def resampled(grey: NDArray[np.uint8], dpi: float, wanted_dpi: float = DPI) -> NDArray[np.uint8]:
+    """The image at another resolution. uint8 (h, w) in and out; within 1 % it stays as it is."""
+    factor = wanted_dpi / dpi
     if abs(factor - 1) < 0.01:
         return grey
     interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC

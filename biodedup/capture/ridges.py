@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.oriented import RIDGE_DPI, OrientedFilter
+from biodedup.capture.oriented import OrientedFilter
 from biodedup.values import Float32
 
 PERIOD_PX = 6.0
@@ -35,15 +35,6 @@ class RidgeMap:
     direction: Float32 = field(repr=False)
     period: Float32 = field(repr=False)
     inside: NDArray[np.uint8] = field(repr=False)
-
-
-def at_ridge_dpi(grey: NDArray[np.uint8], dpi: float) -> NDArray[np.uint8]:
-    """The capture at RIDGE_DPI."""
-    scale = RIDGE_DPI / dpi
-    if abs(scale - 1) < 0.01:
-        return grey
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(grey, None, fx=scale, fy=scale, interpolation=how), np.uint8)
 
 
 def ridge_map(grey: NDArray[np.uint8]) -> RidgeMap:

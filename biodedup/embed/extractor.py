@@ -15,10 +15,11 @@ import cv2
 import numpy as np
 
 from biodedup.capture.face import AlignedFace, FaceDetector
-from biodedup.capture.finger import DPI, FingerReader, FingerSample
+from biodedup.capture.finger import DPI, FingerReader, FingerSample, resampled
 from biodedup.capture.formats import check_array, decode, read
 from biodedup.capture.minutiae_layouts import is_record
-from biodedup.capture.ridges import at_ridge_dpi, ridge_map
+from biodedup.capture.oriented import RIDGE_DPI
+from biodedup.capture.ridges import ridge_map
 from biodedup.config import Config
 from biodedup.embed.cards import ModelCard, joint_id, load_card, minutiae_card
 from biodedup.embed.finger_input import FingerInput, finger_input
@@ -115,7 +116,7 @@ class Extractor:
             if isinstance(sample, Refusal):
                 return sample
             wanted = self._finger_network is not None
-            return sample, finger_input(ridge_map(at_ridge_dpi(sample.grey, DPI))) if wanted else None
+            return sample, finger_input(ridge_map(resampled(sample.grey, DPI, RIDGE_DPI))) if wanted else None
         assert self._detector is not None, "loaded before the first face"
         return self._detector.align(pixels)
 
