@@ -446,14 +446,11 @@ def _finish_decision(decision: Decision, as_json: bool) -> None:
 
 def _print_evidence(evidence: tuple[Evidence, ...]) -> None:
     for part in evidence:
-        raw = (
-            f"similarity {part.similarity:.3f}"
-            if part.similarity is not None
-            else f"minutiae score {part.minutiae:.0f}"
-        )
+        raw = [] if part.similarity is None else [f"similarity {part.similarity:.3f}"]
+        raw += [] if part.minutiae is None else [f"minutiae score {part.minutiae:.0f}"]
         other = "" if part.column == part.candidate_column else f", enrolled as {part.candidate_column}"
         swapped = "; a swapped label" if part.swapped else ""
-        out.print(f"  {part.column}{other}: {part.score_db:.1f} dB ({raw}){swapped}", soft_wrap=True)
+        out.print(f"  {part.column}{other}: {part.score_db:.1f} dB ({', '.join(raw)}){swapped}", soft_wrap=True)
 
 
 def _print_refusals(refusals: tuple[Refusal, ...]) -> None:
