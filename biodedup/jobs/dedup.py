@@ -11,7 +11,6 @@ result, so that an interrupted job goes on where it was, and asks the engine for
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,6 +28,7 @@ from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.jobs.progress import Progress, silent
+from biodedup.jobs.results import check_table_name, write_json, write_table
 from biodedup.values import Capture, Cluster, Encounter, Face, Finger, Refusal
 
 IMAGE_SUFFIXES = frozenset(
@@ -125,8 +125,7 @@ def dedup(
 
     Raises InvalidInput, GalleryBusy (another job has this result), StorageUnavailable.
     """
-    if out.suffix not in (".parquet", ".csv"):
-        raise InvalidInput(f"the result is named {out.name}; end it with .parquet or .csv")
+    check_table_name(out)
     config = config or Config()
     units = units_of(source)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -220,21 +219,9 @@ def _write(result: DedupResult, out: Path) -> None:
             "extrapolated": pa.array([link.extrapolated for _, link in links], pa.bool_()),
         }
     )
-    _replace_table(units, out)
-    _replace_table(pairs, out.with_name(f"{out.stem}.pairs{out.suffix}"))
-    summary = json.dumps(result.summary(), indent=2) + "\n"
-    temporary = out.with_name(f"{out.stem}.summary.json.tmp")
-    temporary.write_text(summary)
-    temporary.replace(out.with_name(f"{out.stem}.summary.json"))
-
-
-def _replace_table(table: pa.Table, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".csv":
-        pa.csv.write_csv(table, temporary)
-    else:
-        pa.parquet.write_table(table, temporary)
-    temporary.replace(path)
+    write_table(units, out)
+    write_table(pairs, out.with_name(f"{out.stem}.pairs{out.suffix}"))
+    write_json(result.summary(), out.with_name(f"{out.stem}.summary.json"))
 
 
 def _counted(items: Iterable[str | None]) -> dict[str | None, int]:

@@ -20,9 +20,9 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from biodedup.engine import Engine
-from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import DATABASE_NAME, translated
 from biodedup.jobs.progress import Progress, silent
+from biodedup.jobs.results import check_table_name, write_table
 from biodedup.search.clusters import clusters_of
 from biodedup.values import Cluster, Link
 
@@ -59,8 +59,7 @@ def find_duplicates(
 
     Raises InvalidInput, GalleryDamaged, StorageUnavailable.
     """
-    if out.suffix not in (".parquet", ".csv"):
-        raise InvalidInput(f"the result is named {out.name}; end it with .parquet or .csv")
+    check_table_name(out)
     if threshold_db is None:
         threshold_db, _ = engine.config.policy.thresholds_db(len(engine))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +80,8 @@ def find_duplicates(
             links += _links(found)
             progress("comparing", tile.done, tile.total)
     result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db)
-    with translated(f"writing {out}"):
-        _write(result, out)
+    _write(result, out)
+    with translated(f"removing {notes}"):
         notes.unlink()
     return result
 
@@ -134,9 +133,4 @@ def _write(result: JoinResult, out: Path) -> None:
             "weakest_db": pa.array([weakest for _, weakest, _ in rows], pa.float64()),
         }
     )
-    temporary = out.with_name(out.name + ".tmp")
-    if out.suffix == ".csv":
-        pa.csv.write_csv(table, temporary)
-    else:
-        pa.parquet.write_table(table, temporary)
-    temporary.replace(out)
+    write_table(table, out)

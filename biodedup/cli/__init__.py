@@ -1,0 +1,37 @@
+"""The command line: a thin mirror of the engine and the jobs.
+
+Owns the entry point. Never decides anything itself. What commands share is in `base.py`; each other module holds some commands.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import biodedup
+from biodedup.cli import gallery, subjects
+from biodedup.cli.base import app, err, exit_code, out, print_json
+from biodedup.errors import BiodedupError
+
+__all__ = ["app", "gallery", "main", "subjects"]
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(biodedup.__version__)
+        raise typer.Exit()
+
+
+def main() -> None:
+    """The entry point: runs a command and turns the error tree into exit codes."""
+    as_json = "--json" in sys.argv
+    try:
+        app()
+    except BiodedupError as error:
+        if as_json:
+            print_json({"error": {"type": type(error).__name__, "text": str(error)}})
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(exit_code(error))

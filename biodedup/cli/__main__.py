@@ -1,0 +1,5 @@
+"""`python -m biodedup.cli`."""
+
+from biodedup.cli import main
+
+main()

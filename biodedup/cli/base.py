@@ -1,0 +1,200 @@
+"""What every command shares: options, printing, exit codes.
+
+Owns how results and errors are shown. Never decides anything. Results go to standard output (`--json`: one JSON document),
+progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from biodedup import jobs
+from biodedup.config import Config
+from biodedup.engine import Engine
+from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
+from biodedup.values import Capture, Decision, Evidence, Face, Finger, Missing, Refusal
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Finds a person enrolled twice.\n\nExit codes: 0 done, unique or accepted; 1 unexpected failure; 2 your mistake; "
+    "3 try again later; 4 data damaged; 10 duplicate, or duplicates found; 11 review; 12 refused; 13 not accepted; "
+    "130 interrupted.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Exit(IntEnum):
+    """What the exit codes mean."""
+
+    DONE = 0
+    CALLER = 2
+    RETRY = 3
+    DAMAGED = 4
+    DUPLICATE = 10
+    REVIEW = 11
+    REFUSED = 12
+    NOT_ACCEPTED = 13
+    INTERRUPTED = 130
+
+
+_OUTCOME_EXIT = {
+    "unique": Exit.DONE,
+    "duplicate": Exit.DUPLICATE,
+    "review": Exit.REVIEW,
+    "refused": Exit.REFUSED,
+}
+
+GalleryOption = Annotated[
+    Path,
+    typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The gallery's folder; enroll and load create it."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads for extraction and search.")]
+FaceOption = Annotated[list[Path] | None, typer.Option("--face", help="A face image.")]
+FingerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--finger", metavar="[POSITION=]PATH", help="A finger image or minutiae record, as right_index=ri.wsq."
+    ),
+]
+MissingOption = Annotated[
+    list[str] | None, typer.Option("--missing", metavar="POSITION=REASON", help="A capture that cannot be had.")
+]
+DpiOption = Annotated[
+    float | None, typer.Option("--dpi", help="Resolution of the finger images, where the files state none.")
+]
+EncounterOption = Annotated[
+    str | None, typer.Option("--encounter-id", help="Sent again with the same content, it gets the same decision.")
+]
+GroupOption = Annotated[
+    list[str] | None, typer.Option("--group", help="A group: that the subject belongs to, or to search in. Repeatable.")
+]
+AcrossOption = Annotated[
+    bool,
+    typer.Option("--across-positions", help="Compare each finger with fingers of all positions: labels may be wrong."),
+]
+DEFAULT_GALLERY = Path("gallery")
+
+
+def print_summary(summary: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        print_json(summary)
+        return
+    table = Table(show_header=False)
+    for key, value in summary.items():
+        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    out.print(table)
+
+
+def exit_code(error: BiodedupError) -> int:
+    branches = ((CallerError, Exit.CALLER), (RetryableError, Exit.RETRY), (DataDamaged, Exit.DAMAGED))
+    return next((code for branch, code in branches if isinstance(error, branch)), 1)
+
+
+@contextmanager
+def existing(gallery: Path, config: Config | None = None) -> Iterator[Engine]:
+    """Opens for writing, but creates nothing: a mistyped path is not an empty gallery."""
+    Engine.open(gallery, read_only=True).close()
+    with Engine.open(gallery, config) as engine:
+        yield engine
+
+
+def captures_of(
+    faces: list[Path] | None, fingers: list[str] | None, missing: list[str] | None, dpi: float | None
+) -> list[Capture]:
+    captures: list[Capture] = [Face(path) for path in faces or ()]
+    for text in fingers or ():
+        position, separator, path = text.partition("=")
+        captures.append(Finger(path, position, dpi) if separator else Finger(text, dpi=dpi))
+    for text in missing or ():
+        position, _, reason = text.partition("=")
+        captures.append(Missing(position, reason or "not stated"))
+    if all(isinstance(capture, Missing) for capture in captures):
+        raise InvalidInput("no capture was given; pass --face PATH or --finger POSITION=PATH")
+    return captures
+
+
+@contextmanager
+def progress_bar() -> Iterator[jobs.Progress]:
+    """A progress bar on standard error, one a stage."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        try:
+            yield show
+        except KeyboardInterrupt:
+            err.print("interrupted; start the same command again to go on")
+            raise typer.Exit(Exit.INTERRUPTED) from None
+
+
+def finish(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+    else:
+        out.print(text, soft_wrap=True)
+
+
+def finish_decision(decision: Decision, as_json: bool) -> None:
+    if as_json:
+        document = asdict(decision)
+        for shown, candidate in zip(document["candidates"], decision.candidates, strict=True):
+            shown["swaps"] = candidate.swaps
+        print_json(document)
+    else:
+        best = (
+            ""
+            if decision.best is None
+            else f"; strongest {decision.best.subject_id} at {decision.best.score_db:.1f} dB"
+        )
+        out.print(
+            f"{decision.outcome}{best}; {decision.gallery_size:,} subjects, duplicate from {decision.duplicate_db:.1f} dB, "
+            f"review from {decision.review_db:.1f} dB",
+            soft_wrap=True,
+        )
+        if decision.best is not None and decision.outcome != "unique":
+            print_evidence(decision.best.evidence)
+        print_refusals(decision.refusals)
+    raise typer.Exit(_OUTCOME_EXIT[decision.outcome])
+
+
+def print_evidence(evidence: tuple[Evidence, ...]) -> None:
+    for part in evidence:
+        raw = [] if part.similarity is None else [f"similarity {part.similarity:.3f}"]
+        raw += [] if part.minutiae is None else [f"minutiae score {part.minutiae:.0f}"]
+        other = "" if part.column == part.candidate_column else f", enrolled as {part.candidate_column}"
+        swapped = "; a swapped label" if part.swapped else ""
+        out.print(f"  {part.column}{other}: {part.score_db:.1f} dB ({', '.join(raw)}){swapped}", soft_wrap=True)
+
+
+def print_refusals(refusals: tuple[Refusal, ...]) -> None:
+    for refusal in refusals:
+        measured = "" if refusal.measured is None else f", measured {refusal.measured:.4g}"
+        limit = "" if refusal.limit is None else f", limit {refusal.limit:.4g}"
+        detail = f" ({refusal.detail})" if refusal.detail else ""
+        out.print(
+            f"  refused {refusal.column}: {refusal.reason}{measured}{limit}{detail}", markup=False, soft_wrap=True
+        )
+
+
+def print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")

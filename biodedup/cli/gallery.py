@@ -1,0 +1,181 @@
+"""Commands about a whole gallery: dedup, load, compact, backup, info, doctor, demo.
+
+A thin mirror of the jobs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from biodedup import jobs
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    AcrossOption,
+    Exit,
+    GalleryOption,
+    JsonOption,
+    ThreadsOption,
+    app,
+    existing,
+    finish,
+    out,
+    print_json,
+    print_summary,
+    progress_bar,
+)
+from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig, SearchConfig
+from biodedup.engine import Engine
+from biodedup.errors import InvalidInput
+
+
+@app.command()
+def dedup(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of images (a folder per subject), a CSV or Parquet manifest, or a gallery.")
+    ],
+    result: Annotated[Path, typer.Option("--out", "-o", help="Result, .parquet or .csv.")] = Path("dedup.parquet"),
+    threshold_db: Annotated[
+        float | None, typer.Option(help="Link pairs from this score on; default: the policy's.")
+    ] = None,
+    across_positions: AcrossOption = False,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the images, or the subjects of a manifest or of a gallery, that are the same person. Interrupted, it goes on where
+    it was."""
+    config = Config(search=SearchConfig(across_positions=across_positions), threads=threads)
+    if jobs.is_gallery(source):
+        # reading only: enrolment goes on beside it, for hours
+        with Engine.open(source, config, read_only=True) as engine, progress_bar() as progress:
+            joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
+        print_summary(joined.summary() | {"result": str(result)}, as_json)
+        for cluster in joined.clusters[:20] if not as_json else ():
+            names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
+            out.print(f"weakest link {cluster.weakest_db:6.1f} dB  {names}", soft_wrap=True)
+        raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
+    with progress_bar() as progress:
+        found = jobs.dedup(source, result, config, threshold_db=threshold_db, progress=progress)
+    print_summary(found.summary() | {"result": str(result)}, as_json)
+    if not as_json:
+        label_of = {unit.unit_id: unit.label for unit in found.units}
+        links = [link for cluster in found.clusters for link in cluster.links]
+        across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
+        for link in sorted(across, key=lambda link: -link.score_db)[:20]:
+            out.print(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}", soft_wrap=True)
+    raise typer.Exit(Exit.DUPLICATE if found.clusters else Exit.DONE)
+
+
+@app.command()
+def load(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Parquet or Arrow with subject_id, face (lists of floats), fingers by position (binary minutiae records, or "
+            "lists of floats) and optionally groups; - for an Arrow stream; or vectors.npy with --ids.",
+        ),
+    ],
+    ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
+    column: Annotated[str, typer.Option(help="Column of a .npy file.")] = "face",
+    record_model_id: Annotated[
+        str,
+        typer.Option(help="What extracted the minutiae records; mindtct-1 if captures are to be compared with them."),
+    ] = EXTERNAL_MINUTIAE,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    as_json: JsonOption = False,
+) -> None:
+    """Add ready templates without a search. Interrupted, it goes on where it was."""
+    config = Config(finger=FingerConfig(record_model_id=record_model_id))
+    with Engine.open(gallery, config) as engine, progress_bar() as progress:
+        result = jobs.load(engine, source, ids=ids, column=column, progress=progress)
+        size = len(engine)
+    text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {size:,} subjects"
+    for reason, count in result.reasons.items():
+        text += f"; {reason}: {count:,}"
+    if result.refused_rows:
+        text += f"; refused rows: {', '.join(map(str, result.refused_rows))}"
+    finish(asdict(result) | {"subjects": size}, text, as_json)
+
+
+@app.command()
+def compact(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
+    """Merge what is stored into one segment; templates of removed subjects are erased. Needs free disk of the same size."""
+    with existing(gallery) as engine:
+        engine.compact()
+        size = len(engine)
+    finish({"subjects": size}, f"compacted; {size:,} subjects", as_json)
+
+
+@app.command()
+def backup(
+    target: Annotated[Path, typer.Argument(help="An empty folder, or an earlier backup, which is brought up to date.")],
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy the gallery, consistent, while it is in use; again, only new segments are copied. The copy is a gallery."""
+    with Engine.open(gallery, read_only=True) as engine:
+        copied = engine.backup(target)
+    text = (
+        f"version {copied.version} is in {target}: {copied.files_copied} files copied ({copied.byte_count:,} bytes), "
+        f"{copied.files_kept} were there"
+    )
+    finish(asdict(copied), text, as_json)
+
+
+@app.command()
+def info(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
+    """What a gallery holds."""
+    with Engine.open(gallery, read_only=True) as engine:
+        facts = engine.info()
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        for name, text in value.items() if isinstance(value, dict) else [("", value)]:
+            shown = ", ".join(f"{k} {v}" for k, v in text.items()) if isinstance(text, dict) else str(text)
+            table.add_row(key.replace("_", " "), name, shown)
+    out.print(table)
+
+
+@app.command()
+def doctor(
+    gallery: Annotated[Path | None, typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Rebuild derived files; take damaged exact ones from --backup.")
+    ] = False,
+    backup: Annotated[
+        Path | None, typer.Option("--backup", help="A backup of this gallery; with a lost database, restored whole.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the installation's models, and every checksum of a gallery; mend it if asked."""
+    if (repair or backup is not None) and gallery is None:
+        raise InvalidInput("nothing to repair; name the gallery, as --gallery FOLDER")
+    report = jobs.examine(gallery, mend=repair or backup is not None, backup=backup)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        for word, lines in (("mended", report.mended), ("sound", report.checked), ("damaged", report.problems)):
+            for line in lines:
+                out.print(f"{word:<8} {line}", markup=False, soft_wrap=True)
+    raise typer.Exit(Exit.DAMAGED if report.problems else Exit.DONE)
+
+
+@app.command()
+def demo(
+    subjects: Annotated[int, typer.Option(min=1000, help="Synthetic subjects.")] = 100_000,
+    as_json: JsonOption = False,
+) -> None:
+    """Enrol a population and a real portrait, block its re-captures, and measure searches."""
+    with tempfile.TemporaryDirectory() as folder:
+        say = (lambda text: None) if as_json else (lambda text: out.print(text, soft_wrap=True))
+        result = jobs.demo(Path(folder) / "gallery", subjects=subjects, say=say)
+    if as_json:
+        print_json(result.to_dict())

@@ -1,0 +1,136 @@
+"""Commands about one subject: enroll, identify, verify, update, remove.
+
+A thin mirror of the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    AcrossOption,
+    DpiOption,
+    EncounterOption,
+    Exit,
+    FaceOption,
+    FingerOption,
+    GalleryOption,
+    GroupOption,
+    JsonOption,
+    MissingOption,
+    ThreadsOption,
+    app,
+    captures_of,
+    existing,
+    finish,
+    finish_decision,
+    out,
+    print_evidence,
+    print_json,
+    print_refusals,
+)
+from biodedup.config import Config
+from biodedup.engine import Engine
+from biodedup.values import Encounter
+
+
+@app.command()
+def enroll(
+    subject_id: str,
+    face: FaceOption = None,
+    finger: FingerOption = None,
+    missing: MissingOption = None,
+    dpi: DpiOption = None,
+    encounter_id: EncounterOption = None,
+    group: GroupOption = None,
+    across_positions: AcrossOption = False,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Enrol a subject, unless somebody in the gallery is the same person."""
+    captures = captures_of(face, finger, missing, dpi)
+    encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
+    with Engine.open(gallery, Config(threads=threads)) as engine:
+        finish_decision(engine.enroll(encounter, across_positions=across_positions), as_json)
+
+
+@app.command()
+def identify(
+    face: FaceOption = None,
+    finger: FingerOption = None,
+    dpi: DpiOption = None,
+    group: GroupOption = None,
+    across_positions: AcrossOption = False,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Search the gallery for the person of these captures; write nothing."""
+    encounter = Encounter(None, captures_of(face, finger, None, dpi))
+    with Engine.open(gallery, Config(threads=threads), read_only=True) as engine:
+        decision = engine.identify(encounter, groups=group or None, across_positions=across_positions)
+        finish_decision(decision, as_json)
+
+
+@app.command()
+def verify(
+    subject_id: str,
+    face: FaceOption = None,
+    finger: FingerOption = None,
+    dpi: DpiOption = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare captures with one enrolled subject."""
+    encounter = Encounter(None, captures_of(face, finger, None, dpi))
+    with Engine.open(gallery, Config(threads=threads), read_only=True) as engine:
+        result = engine.verify(encounter, subject_id)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        word = "accepted" if result.accepted else "not accepted"
+        out.print(f"{word}: {result.score_db:.1f} dB, threshold {result.threshold_db:.1f} dB")
+        print_evidence(result.evidence)
+        print_refusals(result.refusals)
+    raise typer.Exit(Exit.DONE if result.accepted else Exit.NOT_ACCEPTED)
+
+
+@app.command()
+def update(
+    subject_id: str,
+    face: FaceOption = None,
+    finger: FingerOption = None,
+    missing: MissingOption = None,
+    dpi: DpiOption = None,
+    encounter_id: EncounterOption = None,
+    group: GroupOption = None,
+    across_positions: AcrossOption = False,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace an enrolled subject's templates, unless the new ones are somebody else's."""
+    captures = captures_of(face, finger, missing, dpi)
+    encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
+    with existing(gallery, Config(threads=threads)) as engine:
+        finish_decision(engine.update(encounter, across_positions=across_positions), as_json)
+
+
+@app.command()
+def remove(
+    subject_ids: Annotated[list[str], typer.Argument(metavar="SUBJECT_ID...")],
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove subjects; the next search does not see them."""
+    with existing(gallery) as engine:
+        for subject_id in subject_ids:
+            engine.remove(subject_id)
+        size = len(engine)
+    finish({"removed": subject_ids, "subjects": size}, f"removed {len(subject_ids)}, {size:,} remain", as_json)
