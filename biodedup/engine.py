@@ -79,6 +79,7 @@ from biodedup.values import (
     Float32,
     Link,
     Missing,
+    Outcome,
     Refusal,
     Score,
     SearchResult,
@@ -664,8 +665,9 @@ class Engine:
                 if now.row_of(subject_id) is not None:
                     transaction.remove(subject_id)
                 decision = self._decide(probe, Found(), now, version=transaction.version)
-                answers[i] = decision = replace(decision, encounter_id=encounter_id)
-                if decision.outcome == "unique":
+                outcome: Outcome = "unique" if probe.templates else "refused"  # nothing was searched, nothing is judged
+                answers[i] = decision = replace(decision, encounter_id=encounter_id, outcome=outcome, reasons=())
+                if outcome == "unique":
                     transaction.add(subject_id, probe.templates, encounter_id, encounters[i].groups)
                 transaction.record(encounter_id, Answer(digests[i], decision.outcome, to_json(decision)))
         return [answer for answer in answers.values() if answer is not None]

@@ -25,7 +25,7 @@ from biodedup.match.calibrations import WithMinutiae
 from biodedup.match.fusion import llr_reaching
 from biodedup.match.labels import Pair, Readings, readings_of
 from biodedup.match.minutiae import MinutiaeMatcher
-from biodedup.match.ranked import Board, Fused, Law, Measured, Ranked
+from biodedup.match.ranked import Board, Fused, Law, Measured, Ranked, calibrated
 from biodedup.values import BIT, Float32, Score, Template
 
 
@@ -143,7 +143,7 @@ class Comparer:
             for pair, ats in wanted.items()
         }
         board = Board(held.rows, measured)
-        fused = board.fuse(*_as_labelled(board, [(ats, groups[some]) for some, ats in members]))
+        fused = board.fuse(*as_labelled(board, [(ats, groups[some]) for some, ats in members]))
         for some, ats in members:
             reading = readings.get(some)
             if reading is not None:
@@ -180,7 +180,7 @@ class Comparer:
 
     def _measure(self, probe: Template, law: Law, pair: Pair, held: _Held, ats: NDArray[np.int64]) -> Measured:
         """ats: which of the rows have the candidate's column."""
-        similarity, minutiae, score_db, llr_db = np.full((4, len(held.rows)), np.nan)
+        similarity, minutiae = np.full((2, len(held.rows)), np.nan)
         if pair[0] == pair[1] or held.model_ids.get(pair[1]) == probe.model_id:
             if probe.embedding is not None:
                 vectors = held.embeddings(ats, pair[1])
@@ -194,15 +194,7 @@ class Comparer:
             if probe.minutiae is not None and (probe.embedding is None or law.with_minutiae is not None):
                 there, records = held.minutiae(ats, pair[1])
                 minutiae[there] = self._matcher.compare(probe.minutiae, records)
-        alone = similarity if probe.embedding is not None else minutiae
-        there = np.flatnonzero(~np.isnan(alone))
-        score_db[there], llr_db[there] = law.alone.score_db(alone[there]), law.alone.llr_db(alone[there])
-        if law.with_minutiae is not None:
-            there = np.flatnonzero(~np.isnan(similarity + minutiae))
-            summed = llr_db[there] + law.with_minutiae.minutiae.llr_db(minutiae[there])
-            score_db[there] = law.with_minutiae.both.score_db(summed)
-            llr_db[there] = law.with_minutiae.both.llr_db(summed)
-        return Measured(law, similarity, minutiae, score_db, llr_db)
+        return calibrated(law, similarity, minutiae, by_embedding=probe.embedding is not None)
 
 
 def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:
@@ -236,7 +228,7 @@ def _columns_of(mask: int) -> tuple[str, ...]:
     return tuple(column for column, bit in BIT.items() if mask & bit)
 
 
-def _as_labelled(
+def as_labelled(
     board: Board, members: Sequence[tuple[NDArray[np.int64], list[list[Pair]]]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """(used, tries_db) as `Board.fuse` takes them: of each group of pairs the best one counts, less the number of its rivals."""
@@ -244,13 +236,15 @@ def _as_labelled(
     for ats, groups in members:
         for group in groups:
             pairs = np.array([board.number[pair] for pair in group])
+            if len(group) == 1:
+                used[ats, pairs[0]] = ~np.isnan(board.llr_db[ats, pairs[0]])
+                continue
             llr_db = board.llr_db[np.ix_(ats, pairs)]
             tries = np.count_nonzero(~np.isnan(llr_db), axis=1)
             there = np.flatnonzero(tries)
             best = pairs[np.nanargmax(llr_db[there], axis=1)]
             used[ats[there], best] = True
-            if len(group) > 1:
-                tries_db[ats[there], best] = 10 * np.log10(tries[there])
+            tries_db[ats[there], best] = 10 * np.log10(tries[there])
     return used, tries_db
 
 

@@ -61,6 +61,23 @@ class Measured:
     llr_db: Float64
 
 
+def calibrated(law: Law, similarity: Float64, minutiae: Float64, *, by_embedding: bool) -> Measured:
+    """What raw scores say. similarity, minutiae: float64 (n,), NaN where absent; by_embedding: minutiae only add to it."""
+    score_db, llr_db = np.full((2, len(similarity)), np.nan)
+    raw = similarity if by_embedding else minutiae
+    both = ~np.isnan(similarity + minutiae) & (law.with_minutiae is not None)
+    there = np.flatnonzero(~np.isnan(raw))
+    llr_db[there] = law.alone.llr_db(raw[there])
+    alone = there[~both[there]]
+    score_db[alone] = law.alone.score_db(raw[alone])
+    if law.with_minutiae is not None:
+        there = np.flatnonzero(both)
+        summed = llr_db[there] + law.with_minutiae.minutiae.llr_db(minutiae[there])
+        score_db[there] = law.with_minutiae.both.score_db(summed)
+        llr_db[there] = law.with_minutiae.both.llr_db(summed)
+    return Measured(law, similarity, minutiae, score_db, llr_db)
+
+
 @dataclass(frozen=True, eq=False)
 class Fused:
     """Evidence of several captures as one score a row, float64 (n,) each; NaN where a row has none.
