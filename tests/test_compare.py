@@ -123,17 +123,19 @@ def test_a_ranking_is_what_adding_up_capture_by_capture_gives(seed, both):
             llr_db, score_db, used = max(tried, key=lambda part: part[0])
             less = 10 * np.log10(len(tried))
             parts.append((llr_db - less, max(score_db - less, 0.0), used))
+        sum_db = sum(llr_db for llr_db, *_ in parts)
         if len(parts) == 1:
-            wanted[row] = parts[0][1]
+            wanted[row] = parts[0][1], sum_db
         elif parts:
-            wanted[row] = float(fused_score_db(sum(llr for llr, *_ in parts), [used for *_, used in parts])[0])
+            wanted[row] = float(fused_score_db(sum_db, [used for *_, used in parts])[0]), sum_db
     found = comparer(both).compare(probe, InHand(*candidates), range(12))
     assert {one.row for one in found} == set(wanted)
     assert [(-one.score_db, -one.llr_db, one.row) for one in found] == sorted(
         (-o.score_db, -o.llr_db, o.row) for o in found
     )
     for one in found:  # a sum at the edge of a step of the table may fall on either side, as it is added up
-        assert one.score_db == pytest.approx(wanted[one.row], abs=1.0)
+        assert one.score_db == pytest.approx(wanted[one.row][0], abs=1.0)
+        assert one.llr_db == pytest.approx(wanted[one.row][1], rel=1e-6)
         assert one.llr_db == pytest.approx(sum(part.llr_db for part in one.evidence))
 
 
