@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +20,9 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.cli import main
 from biodedup.errors import BatchDamaged, UnknownKit
-from biodedup.jobs.kit_file import BatchReader, BatchWriter, Record, decode, encode, spans
+from biodedup.jobs.kit_file import BatchReader, BatchWriter, Record, decode, encode, gaps
 from biodedup.jobs.kit_keys import KitKey, load_key, load_trusted
 from biodedup.synthetic import draw_impression, draw_master
 
@@ -151,7 +150,7 @@ def test_a_file_cut_anywhere_yields_its_whole_records_and_says_that_it_is_cut(ke
     ends = [len(written(key, records[:n])) - len(written(key, [])) for n in range(5)]
     head = len(written(key, [])) - _end_bytes(key)
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, len(content) - 1) | st.sampled_from([head + end + d for end in ends for d in (-1, 0, 1)]))
     def cut(length: int) -> None:
         length = min(length, len(content) - 1)
@@ -174,7 +173,7 @@ def test_a_flipped_bit_is_never_accepted_and_the_record_is_told(key, tmp_path):
     first = len(written(key, [])) - _end_bytes(key)
     spans_of = [first + len(written(key, records[:n])) - len(written(key, [])) for n in range(4)]
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, len(content) * 8 - 1))
     def flip(bit: int) -> None:
         damaged = bytearray(content)
@@ -245,10 +244,9 @@ def test_other_files_are_refused_with_what_to_do(key, tmp_path):
             read(tmp_path / name, key)
 
 
-def test_spans_are_the_unbroken_runs():
-    assert spans([]) == []
-    assert spans([4]) == [(4, 4)]
-    assert spans([1, 2, 3, 7, 9, 10]) == [(1, 3), (7, 7), (9, 10)]
+def test_gaps_are_what_is_missing_below_the_largest():
+    assert gaps([]) == gaps([1, 2, 3]) == []
+    assert gaps([4, 5, 7, 2**62]) == [(1, 3), (6, 6), (8, 2**62 - 1)]
 
 
 # keys -------------------------------------------------------------------------------------------------------------
@@ -524,9 +522,11 @@ def test_one_person_under_two_encounters_is_found_by_id_or_by_biometrics(centre)
     vectors = people(2)
     mates = again(vectors, 0.95)
     a = packed(centre, "A", "a.kit", table(vectors, ["anna", "bella"]))
-    b = packed(centre, "B", "b.kit", table(mates, ["anna", "isabella"]))
+    others = np.concatenate([mates, people(1, 9)])
+    b = packed(centre, "B", "b.kit", table(others, ["anna", "isabella", "bella"]))
     result = ingested(centre, a, b)
-    assert outcomes(result) == ["enrolled", "enrolled", "subject_exists", "duplicate"]
+    assert outcomes(result) == ["enrolled", "enrolled", "subject_exists", "duplicate", "subject_exists"]
+    assert "the same person" in result.outcomes[2].reason and "not confirmed" in result.outcomes[4].reason
     assert result.outcomes[3].candidate == "bella"
     assert enrolled(centre) == ["anna", "bella"]
 
@@ -635,7 +635,7 @@ def test_killed_in_the_middle_and_run_again_the_result_is_the_same_byte_for_byte
     )
     whole = ingested(centre, a, b, out="whole.parquet", gallery="whole")
     assert {"enrolled", "duplicate", "subject_exists", "already_taken"} == set(outcomes(whole))
-    for kill in (1, 4, 14, 15, 17, 20, 32):
+    for kill in (1, 4, 15, 18, 32):
         gallery = f"g{kill}"
         with pytest.raises(Stop):
             ingested(centre, a, b, out=f"{kill}.parquet", gallery=gallery, progress=stop_at("enrolling", kill))
@@ -649,19 +649,26 @@ def test_killed_in_the_middle_and_run_again_the_result_is_the_same_byte_for_byte
 def test_with_its_ledger_lost_the_centre_still_doubles_nothing(centre):
     batch = packed(centre, "A", "b.kit", table(people(5)))
     ingested(centre, batch)
+    (centre / "g" / "kits.sqlite3").write_bytes(b"no database, 4,096 bytes of something else" * 100)
+    with pytest.raises(bd.GalleryDamaged, match="bookkeeping alone: move it away"):
+        ingested(centre, batch)
     (centre / "g" / "kits.sqlite3").unlink()
     result = ingested(centre, batch)
     assert outcomes(result) == ["already_taken"] * 5
     assert {outcome.first_from for outcome in result.outcomes} == {"enrolled directly"}
-    assert not list(bd.Engine.open(centre / "g", read_only=True).problems())
+    with bd.Engine.open(centre / "g", read_only=True) as engine:
+        assert engine.problems() == []
 
 
-def test_an_official_does_it_from_the_shell(tmp_path):
+def test_an_official_does_it_from_the_command_line(tmp_path, monkeypatch, capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
-        command = [sys.executable, "-m", "biodedup.cli", "kit", *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        return done.returncode, done.stdout, done.stderr
+        monkeypatch.setattr("sys.argv", ["biodedup", "kit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
 
+    monkeypatch.chdir(tmp_path)
     pa.parquet.write_table(table(people(3), ["<b>anna</b>", "bella", "carla"]), tmp_path / "m.parquet")
     assert run("keys", "--kit-id", "K7", "--out", "kit.key")[0] == 0
     (tmp_path / "trusted").mkdir()

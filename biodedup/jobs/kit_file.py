@@ -162,14 +162,14 @@ class BatchReader:
                 self._last = f"the record with sequence {sequence}"
                 yield self._parsed(decode, payload, sequence)
             elif kind == _MANIFEST:
-                if self._parsed(json.loads, payload).get("kit_id") != self.public.kit_id:
+                if self._parsed(_kit_of, payload) != self.public.kit_id:
                     self._damaged(f"it names another kit than its key, which is of {self.public.kit_id}")
                 self._last = "its manifest"
             else:
-                end = self._parsed(json.loads, payload)
-                if end["records"] != self.count:
-                    self._damaged(f"its end tells of {end['records']} records, {self.count} are there")
-                self.void = tuple(end["void"])
+                self._last = "its end"
+                count, self.void = self._parsed(_end_of, payload)
+                if count != self.count:
+                    self._damaged(f"its end tells of {count} records, {self.count} are there")
                 if self._read(1):
                     self._damaged("something was added behind its end")
                 self.whole = True
@@ -254,7 +254,7 @@ def decode(payload: bytes, sequence: int) -> Record:
     templates = {given["column"]: _template_of(given) for given in row["templates"]}
     encounter = Encounter(row["subject_id"], captures, templates, row["encounter_id"], row["groups"])
     refusals = tuple(Refusal(**refusal) for refusal in row["refusals"])
-    return Record(encounter, sequence, row["captured_at"], row["packed_at"], refusals)
+    return Record(encounter, _sequence(sequence), row["captured_at"], row["packed_at"], refusals)
 
 
 def _content(capture: Capture) -> bytes:
@@ -285,8 +285,21 @@ def _json(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
-def spans(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Sorted whole numbers as (first, last) of each unbroken run."""
-    ends = [i for i, (a, b) in enumerate(pairwise(numbers)) if b != a + 1]
-    starts = [0, *(i + 1 for i in ends)] if numbers else []
-    return [(numbers[low], numbers[high]) for low, high in zip(starts, [*ends, len(numbers) - 1], strict=False)]
+def _kit_of(payload: bytes) -> str:
+    return str(json.loads(payload)["kit_id"])
+
+
+def _end_of(payload: bytes) -> tuple[int, tuple[int, ...]]:
+    fields = json.loads(payload)
+    return int(fields["records"]), tuple(_sequence(number) for number in fields["void"])
+
+
+def _sequence(number: int) -> int:
+    if not (isinstance(number, int) and 1 <= number < 1 << 63):
+        raise InvalidInput(f"a sequence is {number!r}, wanted a whole number from 1")
+    return number
+
+
+def gaps(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, last) of each run of whole numbers from 1 that is missing below the largest of some sorted ones."""
+    return [(a + 1, b - 1) for a, b in pairwise([0, *numbers]) if b > a + 1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError
 from biodedup.gallery.gallery import translated
-from biodedup.jobs.kit_file import BatchReader, Record, spans
+from biodedup.jobs.kit_file import BatchReader, Record
 from biodedup.jobs.kit_keys import PublicKey, load_trusted
 from biodedup.jobs.kit_ledger import Ledger, Taker
 from biodedup.jobs.progress import Progress, silent
@@ -243,7 +243,7 @@ class _Ingest:
                 outcomes += self._taken(file, one)
             described.append(_described(one, first, self._received_at))
         kits = {one.public.fingerprint.hex(): one.public.kit_id for one in examined if one.public and one.entries}
-        gaps = [Gap(kit_id, key[:16], *span) for key, kit_id in kits.items() for span in spans(self._ledger.absent(key))]  # fmt: skip
+        gaps = [Gap(kit_id, key[:16], *span) for key, kit_id in kits.items() for span in self._ledger.absent(key)]  # fmt: skip
         return IngestResult(tuple(described), tuple(outcomes), tuple(gaps), tuple(reused), self._received_at)
 
     def _taken(self, file: int, one: Examined) -> Iterator[Outcome]:
@@ -268,10 +268,20 @@ class _Ingest:
             taker = self._ledger.taker(record.encounter.encounter_id or "")
             here = taker is not None and (taker.run, taker.file, taker.place) == (self._run, file, place)
             doubts = clock_doubts(record, one.public, previous, self._received_at)
-            yield _outcome(one.path.name, one.public.kit_id, record, decision, taker, here, self._received_at, doubts)
+            told = _outcome(one.path.name, one.public.kit_id, record, decision, taker, here, self._received_at, doubts)
+            yield replace(told, reason=self._same_person(record)) if told.outcome == "subject_exists" else told
             previous = record.captured_at if record.captured_at is not None else previous
             self._done += 1
             self._progress("enrolling", self._done, self._total)
+
+    def _same_person(self, record: Record) -> str:
+        """One subject_id in two encounters: a second visit, or another person's id?"""
+        encounter = record.encounter
+        try:
+            same = self._engine.verify(encounter, encounter.subject_id or "").accepted
+        except CallerError:
+            return "subject_exists: cannot be compared"
+        return f"subject_exists: {'the same person' if same else 'not confirmed to be the same person'}"
 
 
 def _outcome(

@@ -7,12 +7,15 @@ with the ledger lost nothing is enrolled twice; only the notes of what came when
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from biodedup.errors import GalleryDamaged
 from biodedup.gallery.gallery import translated
 from biodedup.gallery.storage import LocalStorage
+from biodedup.jobs.kit_file import gaps
 
 LEDGER_NAME = "kits.sqlite3"
 _TABLES = """
@@ -37,12 +40,12 @@ class Taker:
 
 
 class Ledger:
-    """One open ledger. Raises StorageUnavailable."""
+    """One open ledger. Raises GalleryDamaged, StorageUnavailable."""
 
     def __init__(self, gallery: Path) -> None:
-        self._doing = f"writing {gallery / LEDGER_NAME}"
-        with translated(self._doing):
-            self._sql = LocalStorage().connect(gallery / LEDGER_NAME, read_only=False)
+        self._path = gallery / LEDGER_NAME
+        with self._writing():
+            self._sql = LocalStorage().connect(self._path, read_only=False)
             self._sql.executescript(_TABLES)
 
     def close(self) -> None:
@@ -51,7 +54,7 @@ class Ledger:
     def run(self, digests: Sequence[str], now: float) -> tuple[int, float]:
         """(run, received_at): the run over these very batches that was interrupted, or a new one."""
         name = " ".join(digests)
-        with translated(self._doing):
+        with self._writing():
             found = self._sql.execute(
                 "SELECT run, received_at FROM runs WHERE batches = ? AND NOT finished", (name,)
             ).fetchone()
@@ -61,12 +64,12 @@ class Ledger:
         return int(found[0]), float(found[1])
 
     def finish(self, run: int) -> None:
-        with translated(self._doing):
+        with self._writing():
             self._sql.execute("UPDATE runs SET finished = 1 WHERE run = ?", (run,))
 
     def first_received(self, digest: str, kit_id: str, key: str, name: str, run: int, now: float) -> float | None:
         """When an earlier run had this batch, or None."""
-        with translated(self._doing):
+        with self._writing():
             self._sql.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", (digest, kit_id, key, name, run, now))  # fmt: skip
             first, received_at = self._sql.execute("SELECT run, received_at FROM batches WHERE digest = ?", (digest,)).fetchone()  # fmt: skip
         return None if first == run else float(received_at)
@@ -77,7 +80,7 @@ class Ledger:
         self._many("INSERT OR REPLACE INTO takers VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def taker(self, encounter_id: str) -> Taker | None:
-        with translated(self._doing):
+        with self._writing():
             row = self._sql.execute(
                 "SELECT run, file, place, kit_id, sequence FROM takers WHERE encounter_id = ?", (encounter_id,)
             ).fetchone()
@@ -93,17 +96,28 @@ class Ledger:
         stored = dict(self._rows("SELECT sequence, encounter_id FROM sequences WHERE key = ?", key))
         return {n: stored[n] for n, name in sequences.items() if stored[n] != name}
 
-    def absent(self, key: str) -> list[int]:
-        """Sequences below the highest that came, which neither came nor were voided."""
-        there = [n for n, _ in self._rows("SELECT sequence, encounter_id FROM sequences WHERE key = ?", key)]
-        return sorted(set(range(1, max(there, default=0))) - set(there))
+    def absent(self, key: str) -> list[tuple[int, int]]:
+        """(first, last) of sequences below the highest that came, which neither came nor were voided."""
+        return gaps([n for n, _ in self._rows("SELECT sequence, encounter_id FROM sequences WHERE key = ? ORDER BY sequence", key)])  # fmt: skip
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with translated(f"writing {self._path}"):
+            try:
+                yield
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+                    raise
+                raise GalleryDamaged(
+                    f"{self._path} is damaged; it is bookkeeping alone: move it away and start again"
+                ) from error
 
     def _rows(self, query: str, *values: object) -> list[tuple[int, str]]:
-        with translated(self._doing):
+        with self._writing():
             return self._sql.execute(query, values).fetchall()
 
     def _many(self, statement: str, rows: Iterable[tuple[object, ...]]) -> None:
-        with translated(self._doing):
+        with self._writing():
             self._sql.execute("BEGIN")
             try:
                 self._sql.executemany(statement, rows)

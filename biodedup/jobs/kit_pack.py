@@ -241,7 +241,7 @@ class _Judge:
 
 def _remembered(path: Path) -> tuple[tuple[Refusal, ...], Mapping[str, Template]] | None:
     try:
-        record = decode(path.read_bytes(), 0)
+        record = decode(path.read_bytes(), 1)
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
         return None  # never judged, or its file was lost to a power cut
     templates = {c: given for c, given in record.encounter.templates.items() if isinstance(given, Template)}
