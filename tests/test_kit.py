@@ -539,7 +539,7 @@ def test_of_a_batch_cut_in_the_middle_the_whole_records_are_taken_and_the_rest_i
     (one,) = result.batches
     assert one.state == "cut" and 0 < one.records < 9
     assert outcomes(result) == ["enrolled"] * one.records
-    assert f"{one.records} records were whole" in one.problem and f"behind sequence {one.records}" in one.problem
+    assert f"{one.records} records were whole" in one.problem and f"up to sequence {one.records};" in one.problem
     rest = ingested(centre, batch)
     assert outcomes(rest) == ["already_taken"] * one.records + ["enrolled"] * (9 - one.records)
     assert len(enrolled(centre)) == 9

@@ -354,8 +354,8 @@ def _cut(path: Path, public: PublicKey | None, entries: Sequence[tuple[int, str]
     if not entries:
         return f"{path} breaks off before its first record; copy it from {kit} again"
     return (
-        f"{path} breaks off: {len(entries)} records were whole, and are taken, of an unknown number; ask {kit} for the rest, behind "
-        f"sequence {entries[-1][0]}: copy the file again, what is here already will not be doubled"
+        f"{path} breaks off: {len(entries)} records were whole, of an unknown number, up to sequence {entries[-1][0]}; ask {kit} for the "
+        "rest: copy the file again, what was taken already will not be doubled"
     )
 
 
