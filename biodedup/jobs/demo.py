@@ -103,16 +103,29 @@ def poor_captures(portrait: NDArray[np.uint8]) -> dict[str, bytes]:
     }
 
 
-def finger_captures() -> list[tuple[str, str, NDArray[np.uint8]]]:
-    """(what it is, subject_id, image at 500 dpi): two fingers, and another impression of the first."""
+def with_fingers() -> list[tuple[str, Encounter]]:
+    """(what it is, encounter): two persons with a generated finger and a synthetic face, and the first of them again."""
     rng = np.random.default_rng(7)
     first, second = draw_master(rng), draw_master(rng)
+    faces = population(2, seed=3)
+    again = mates_of(faces[:1], np.array([0.6]))[0]
     sent = (
-        ("a finger", "finger-1", first),
-        ("another finger", "finger-2", second),
-        ("the first, again", "impostor-finger", first),
+        ("a face and a finger", "person-1", faces[0], first),
+        ("others", "person-2", faces[1], second),
+        ("the first ones, again", "impostor", again, first),
     )
-    return [(name, subject_id, draw_impression(rng, master).image) for name, subject_id, master in sent]
+    return [
+        (
+            name,
+            Encounter(
+                subject_id,
+                [Finger(draw_impression(rng, master).image, position="right_index")],
+                {"face": face},
+                encounter_id=f"demo/{subject_id}",
+            ),
+        )
+        for name, subject_id, face, master in sent
+    ]
 
 
 def demo(
@@ -136,22 +149,22 @@ def demo(
         portrait = np.asarray(data.astronaut(), np.uint8)  # type: ignore[no-untyped-call]
         decisions: list[tuple[str, Decision]] = []
 
-        def enroll(name: str, subject_id: str, capture: Face | Finger) -> None:
-            decision = engine.enroll(Encounter(subject_id, [capture], encounter_id=f"demo/{subject_id}"))
+        def enroll(name: str, encounter: Encounter) -> None:
+            decision = engine.enroll(encounter)
             decisions.append((name, decision))
             say(f"  {name:<28} {_told(decision)}")
 
         say("a portrait comes in for the first time")
-        enroll("portrait", "astronaut", Face(_jpeg(portrait, 95)))
+        enroll("portrait", _of_face("astronaut", _jpeg(portrait, 95)))
         say("the same person tries again under other names")
         for number, (name, image) in enumerate(recaptures(portrait).items(), start=1):
-            enroll(f"portrait, {name}", f"impostor-{number}", Face(image))
+            enroll(f"portrait, {name}", _of_face(f"impostor-{number}", image))
         say("poor captures")
         for number, (name, image) in enumerate(poor_captures(portrait).items(), start=1):
-            enroll(f"portrait, {name}", f"poor-{number}", Face(image))
-        say("fingers that a generator draws: one of them comes twice")
-        for name, subject_id, print_ in finger_captures():
-            enroll(name, subject_id, Finger(print_, position="right_index"))
+            enroll(f"portrait, {name}", _of_face(f"poor-{number}", image))
+        say("fingers that a generator draws, with synthetic faces")
+        for name, encounter in with_fingers():
+            enroll(name, encounter)
 
         rng = np.random.default_rng(2)
         chosen = rng.choice(subjects, min(probes, subjects), replace=False)
@@ -173,6 +186,10 @@ def demo(
         )
 
 
+def _of_face(subject_id: str, image: bytes) -> Encounter:
+    return Encounter(subject_id, [Face(image)], encounter_id=f"demo/{subject_id}")
+
+
 def _told(decision: Decision) -> str:
     if decision.outcome == "refused":
         refusal = decision.refusals[0]
@@ -180,6 +197,8 @@ def _told(decision: Decision) -> str:
         return f"refused: {refusal.reason}{measured}"
     if decision.best is None or decision.outcome == "unique":
         return decision.outcome
+    if decision.outcome == "review":
+        return f"review: {decision.best.kind.replace('_', ' ') or decision.reasons[0]}, {decision.best.subject_id}"
     return f"{decision.outcome} of {decision.best.subject_id} at {decision.best.score_db:.0f} dB"
 
 
