@@ -6,6 +6,8 @@ from biodedup.jobs.doctor import Report, examine
 from biodedup.jobs.join import JoinResult, find_duplicates, is_gallery
 from biodedup.jobs.load import LoadResult, load
 from biodedup.jobs.progress import Progress
+from biodedup.jobs.sentinel_report import Watch, Watched
+from biodedup.jobs.sentinels import forget_removed, watch
 
 __all__ = [
     "DedupResult",
@@ -14,10 +16,14 @@ __all__ = [
     "LoadResult",
     "Progress",
     "Report",
+    "Watch",
+    "Watched",
     "dedup",
     "demo",
     "examine",
     "find_duplicates",
+    "forget_removed",
     "is_gallery",
     "load",
+    "watch",
 ]
