@@ -100,19 +100,22 @@ class Standing:
 def standing(sentinels: Sentinels, snapshot: Snapshot) -> Standing:
     """Where the subjects of some sentinels are now."""
     found: dict[str, list[Sentinel]] = {name: [] for name in Standing.__dataclass_fields__}
-    untouched = snapshot.version == sentinels.version
+    there = [one for one in sentinels.each if one.row < snapshot.row_count and snapshot.is_live(one.row)]
+    rows = [one.row for one in there]
+    names = snapshot.subject_ids(rows)
+    leading = snapshot.rows_of(packed.pack_text([one.subject_id for one in there])).tolist()
+    for one, name, row in zip(there, names, leading, strict=True):
+        found["present" if (name, row) == (one.subject_id, one.row) else "misfiled"].append(one)
+    live, tombstones = set(rows), set(snapshot.tombstones.tolist())
     for one in sentinels.each:
+        if one.row in live:
+            continue
         if one.row >= snapshot.row_count:
-            kind = "ahead"
-        elif np.isin(one.row, snapshot.tombstones):
-            kind = "removed"
-        elif not snapshot.is_live(one.row):
-            kind = "lost" if untouched else "gone"
-        elif snapshot.subject_ids([one.row]) != [one.subject_id] or snapshot.row_of(one.subject_id) != one.row:
-            kind = "misfiled"
+            found["ahead"].append(one)
+        elif one.row in tombstones:
+            found["removed"].append(one)
         else:
-            kind = "present"
-        found[kind].append(one)
+            found["lost" if snapshot.version == sentinels.version else "gone"].append(one)
     return Standing(**{name: tuple(some) for name, some in found.items()})
 
 

@@ -95,9 +95,14 @@ def problems_of(one: Watched) -> list[str]:
     return found
 
 
-def vanished(now: Standing) -> list[str]:
-    """Of subjects that should be there."""
+def vanished(now: Standing, known: Sentinels | None, version: int) -> list[str]:
+    """Of subjects that should be there. version: of the gallery."""
     found = []
+    if known is not None and known.version > version:
+        found.append(
+            f"sentinels: they were looked through at version {known.version:,}, and the gallery is at {version:,}: it was taken back to an "
+            f"earlier state, in which {len(now.ahead)} of their subjects are not enrolled; if a backup was restored on purpose, {REMAKE}"
+        )
     if now.lost:
         found.append(
             f"sentinels: {len(now.lost)} subjects are in no segment any more, and nothing was removed since they were last seen; "
@@ -106,11 +111,6 @@ def vanished(now: Standing) -> list[str]:
     if now.misfiled:
         found.append(
             f"sentinels: {len(now.misfiled)} subjects' rows are there and not found by their ids; run `biodedup doctor --repair`"
-        )
-    if now.ahead:
-        found.append(
-            f"sentinels: {len(now.ahead)} subjects were enrolled after the state that the gallery is in: it was taken back, and has lost "
-            f"them; if an older backup was restored on purpose, {REMAKE}"
         )
     return found
 

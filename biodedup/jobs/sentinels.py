@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, bdtrc, ndtr, pdtr
+from scipy.special import bdtr, bdtrc, betainc, pdtr
 
 from biodedup.config import Config
 from biodedup.engine import Engine
@@ -96,7 +96,7 @@ def watch(
         now = standing(known or Sentinels(stored.gallery_id, snapshot.version, seed, ()), snapshot)
         kept = Sentinels(stored.gallery_id, snapshot.version, seed if known is None else known.seed, now.kept)
         searched = topped_up(kept, snapshot, count)
-        problems, is_kept, searched = vanished(now), True, kept
+        problems, is_kept, searched = vanished(now, known, snapshot.version), True, kept
         if not problems:
             searched = topped_up(kept, snapshot, count)
             if known is None or searched.version != known.version or searched.each != known.each:
@@ -312,15 +312,17 @@ def _expected(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The probability that each probe's mate is first, and among FIRST: so few strangers are more similar.
 
-    Similarities to strangers are taken as normal, with the mean and deviation over a sample of the column for each probe, its
-    most similar row left out: it may be the mate.
+    Similarities to strangers go by the law of directions on a sphere (as in `search.population`), with the mean and deviation over
+    a sample of the column for each probe, its most similar row left out: it may be the mate.
     """
     sample = snapshot.sample(name, _SAMPLE_ROWS)
     similarity = np.sort((probes @ sample.T).astype(np.float64), axis=1)[:, :-1]
     if similarity.shape[1] < 2:
         return np.ones(len(probes)), np.ones(len(probes))
-    mean, sd = similarity.mean(axis=1), np.maximum(similarity.std(axis=1), 1e-6)
-    strangers = max(rows - 1, 0) * ndtr((mean - cosine) / sd)
+    mean, sd = similarity.mean(axis=1), similarity.std(axis=1)
+    above = np.clip(cosine - mean, 0, 1)
+    freedom = np.maximum(1 / np.maximum(sd, 1e-6) ** 2, 3.0) - 1
+    strangers = max(rows - 1, 0) * betainc(freedom / 2, 0.5, 1 - above**2) / 2
     return np.exp(-strangers), pdtr(FIRST - 1, strangers)
 
 
