@@ -107,6 +107,7 @@ def load(
 def compact(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
     """Merge what is stored into one segment; templates of removed subjects are erased. Needs free disk of the same size."""
     with existing(gallery) as engine:
+        jobs.forget_removed(gallery)
         engine.compact()
         size = len(engine)
     finish({"subjects": size}, f"compacted; {size:,} subjects", as_json)
@@ -153,12 +154,23 @@ def doctor(
     backup: Annotated[
         Path | None, typer.Option("--backup", help="A backup of this gallery; with a lost database, restored whole.")
     ] = None,
+    sentinels: Annotated[
+        bool,
+        typer.Option(
+            "--sentinels",
+            help="Search for synthetic mates of some enrolled subjects, which are kept beside the gallery, and raise an alarm where "
+            "fewer are found than should be.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check the installation's models, and every checksum of a gallery; mend it if asked."""
-    if (repair or backup is not None) and gallery is None:
-        raise InvalidInput("nothing to repair; name the gallery, as --gallery FOLDER")
-    report = jobs.examine(gallery, mend=repair or backup is not None, backup=backup)
+    if (repair or backup is not None or sentinels) and gallery is None:
+        raise InvalidInput("nothing to repair or to search; name the gallery, as --gallery FOLDER")
+    with progress_bar() as progress:
+        report = jobs.examine(
+            gallery, mend=repair or backup is not None, backup=backup, sentinels=sentinels, progress=progress
+        )
     if as_json:
         print_json(asdict(report))
     else:

@@ -48,8 +48,19 @@ from biodedup.values import Column, Float32
 DATABASE_NAME = "gallery.sqlite3"
 LOCK_NAME = "writer.lock"
 SEGMENT_FOLDER = "segments"
+SENTINELS_NAME = "sentinels"
+"""Probes that `biodedup doctor --sentinels` keeps here (jobs/sentinel_file.py); no part of the gallery's content."""
 NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a gallery in the making: it gets its name when it is whole
-_OWN_NAMES = {DATABASE_NAME, DATABASE_NAME + "-journal", NEW_NAME, NEW_NAME + "-journal", LOCK_NAME, SEGMENT_FOLDER}
+_OWN_NAMES = {
+    DATABASE_NAME,
+    DATABASE_NAME + "-journal",
+    NEW_NAME,
+    NEW_NAME + "-journal",
+    LOCK_NAME,
+    SEGMENT_FOLDER,
+    SENTINELS_NAME,
+    SENTINELS_NAME + NEW_SUFFIX,
+}
 
 _DISK_TROUBLE = {
     sqlite3.SQLITE_BUSY,

@@ -29,6 +29,7 @@ from biodedup.gallery.gallery import (
     LOCK_NAME,
     NEW_NAME,
     SEGMENT_FOLDER,
+    SENTINELS_NAME,
     check_format,
     translated,
 )
@@ -147,7 +148,12 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
             storage.make_folder(target / SEGMENT_FOLDER)
         lock = storage.lock(target / LOCK_NAME)
         try:
-            return _copy(storage, folder, target, check_kept=False)
+            sentinels = _sentinels(storage, folder)  # opened first: they name no row that the copied database has not
+            copied = _copy(storage, folder, target, check_kept=False)
+            if sentinels is not None:
+                _copy_file(storage, sentinels, target / SENTINELS_NAME)
+                storage.sync_folder(target)
+            return copied
         finally:
             lock.release()
 
@@ -366,6 +372,17 @@ def _copy(storage: Storage, source: Path, target: Path, *, check_kept: bool, asi
         else:
             storage.replace(target / SEGMENT_FOLDER / name, aside / name)
     return Copied(manifest.version, copied, kept, byte_count)
+
+
+def _sentinels(storage: Storage, folder: Path) -> ColumnFile | None:
+    """The gallery's sentinels; None without any. Damaged ones are no reason to have no backup."""
+    if SENTINELS_NAME not in (storage.list_names(folder) or ()):
+        return None
+    try:
+        file = open_column_file(storage, folder / SENTINELS_NAME)
+    except (GalleryDamaged, ValueError, KeyError):
+        return None
+    return None if file.problems() else file
 
 
 def _is_same(storage: Storage, path: Path, file: ColumnFile, check: bool) -> bool:

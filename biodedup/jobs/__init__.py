@@ -9,6 +9,8 @@ from biodedup.jobs.kit_keys import load_trusted, make_keys
 from biodedup.jobs.kit_pack import PackResult, pack_batch
 from biodedup.jobs.load import LoadResult, load
 from biodedup.jobs.progress import Progress
+from biodedup.jobs.sentinel_report import Watch, Watched
+from biodedup.jobs.sentinels import forget_removed, watch
 
 __all__ = [
     "DedupResult",
@@ -19,6 +21,8 @@ __all__ = [
     "PackResult",
     "Progress",
     "Report",
+    "Watch",
+    "Watched",
     "dedup",
     "demo",
     "examine",
@@ -30,4 +34,8 @@ __all__ = [
     "load_trusted",
     "make_keys",
     "pack_batch",
+    "forget_removed",
+    "is_gallery",
+    "load",
+    "watch",
 ]

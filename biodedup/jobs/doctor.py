@@ -13,26 +13,39 @@ from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
 from biodedup.gallery.health import inspect, repair
 from biodedup.gallery.storage import LocalStorage
+from biodedup.jobs.progress import Progress, silent
+from biodedup.jobs.sentinel_report import Watch
+from biodedup.jobs.sentinels import watch
 
 
 @dataclass(frozen=True)
 class Report:
-    """checked: what was found sound; problems: what was not; mended: what was done about it."""
+    """checked: what was found sound; problems: what was not; mended: what was done about it; sentinels: None where they were
+    not searched for."""
 
     checked: tuple[str, ...]
     problems: tuple[str, ...]
     mended: tuple[str, ...] = ()
+    sentinels: Watch | None = None
 
 
-def examine(gallery: Path | None, *, mend: bool = False, backup: Path | None = None) -> Report:
+def examine(
+    gallery: Path | None,
+    *,
+    mend: bool = False,
+    backup: Path | None = None,
+    sentinels: bool = False,
+    progress: Progress = silent,
+) -> Report:
     """Verifies the digest of every shipped model and, with a gallery, every page, every checksum and every rule.
 
     mend: rebuild derived files, and take damaged exact ones (or, where the database is lost, everything) from a backup.
-    problems are those that remain. Raises what reading a gallery raises: NotAGallery, StorageUnavailable, GalleryBusy.
+    sentinels: search for the gallery's sentinels, too, unless it is damaged. problems are those that remain. Raises what reading a gallery raises: NotAGallery, StorageUnavailable, GalleryBusy.
     """
     checked: list[str] = []
     problems: list[str] = []
     mended: list[str] = []
+    watched: Watch | None = None
     for card in shipped_cards():
         try:
             card.verify()
@@ -48,4 +61,8 @@ def examine(gallery: Path | None, *, mend: bool = False, backup: Path | None = N
         else:
             with Engine.open(gallery, read_only=True) as engine:
                 checked.append(f"gallery {gallery}: {len(engine):,} subjects, version {engine.gallery_version}")
-    return Report(tuple(checked), tuple(problems), tuple(mended))
+            if sentinels:
+                watched = watch(gallery, progress=progress)
+                checked += watched.checked
+                problems += watched.problems
+    return Report(tuple(checked), tuple(problems), tuple(mended), watched)
