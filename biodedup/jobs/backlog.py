@@ -221,14 +221,21 @@ class Backlog:
         """Counts, ages and rates as of now, in seconds."""
         lines = {status: self._line(status, now) for status in STATUSES}
         waiting = sum(lines[status].count for status in WAITING)
-        intake_hour, intake_day = (
-            round(self._count("received_at", now - s, now) * _HOUR_S / s, 1) for s in (_HOUR_S, _DAY_S)
-        )
-        decided_hour, decided_day = (self._decided_per_hour(now, s) for s in (_HOUR_S, _DAY_S))
+        came = {window_s: self._count("received_at", now - window_s, now) for window_s in (_HOUR_S, _DAY_S)}
+        decided_hour, decided_day = self._decided_per_hour(now, _HOUR_S), self._decided_per_hour(now, _DAY_S)
         present = decided_hour or decided_day
         clear_s = 0.0 if not waiting else round(waiting / present * _HOUR_S) if present else None
-        warning = _warning(waiting, intake_day, present)
-        return QueueStatus(now, lines, waiting, intake_hour, intake_day, decided_hour, decided_day, clear_s, warning)
+        return QueueStatus(
+            now,
+            lines,
+            waiting,
+            float(came[_HOUR_S]),
+            round(came[_DAY_S] * _HOUR_S / _DAY_S, 1),
+            decided_hour,
+            decided_day,
+            clear_s,
+            _warning(waiting, came[_DAY_S], self._count("decided_at", now - _DAY_S, now), clear_s),
+        )
 
     def _line(self, status: str, now: float) -> StatusLine:
         (count,) = self._row("SELECT count(*) FROM backlog WHERE status = ?", status)
@@ -277,15 +284,15 @@ def write_status_page(path: Path, status: QueueStatus) -> None:
     write_page(path, "status.html", status=status, meanings=MEANINGS)
 
 
-def _warning(waiting: int, intake_day: float, present: float) -> str:
-    """intake_day: the last day's arrivals an hour; present: decisions an hour."""
+def _warning(waiting: int, came: int, decided: int, clear_s: float | None) -> str:
+    """came, decided: encounters of the last day. A manifest that is through within the hour is no queue."""
     if not waiting:
         return ""
-    if not present:
+    if clear_s is None:
         return f"{waiting:,} encounters wait, and nothing was decided within a day: start enroll-batch again"
-    if intake_day > present:
+    if came > decided and clear_s > _HOUR_S:
         return (
-            f"more comes in than is decided: in the last day {intake_day:,.0f} encounters an hour came, and {present:,.0f} an hour "
-            "are decided; the queue grows: add machines or hours"
+            f"more comes in than is decided: in the last day {came:,} encounters came, and {decided:,} were decided; while that is so "
+            "the queue grows: add hours or machines"
         )
     return ""

@@ -2,8 +2,8 @@
 
 Owns the pool and what the death of a worker costs. Never searches or stores.
 
-1. A worker that dies (out of memory, SIGKILL) costs what was in its hands one more try, alone in a process of its own; what
-   kills that one too is refused as `failed`. The job goes on.
+1. A worker that dies (out of memory, SIGKILL) costs what was in the pool's hands another try, each encounter alone in a process;
+   what ends two of these is refused as `failed`. The job goes on.
 2. Workers end with the process that started them, however that ends.
 """
 
@@ -84,16 +84,18 @@ class Workers:
 
     def _again(self, captures: Captures) -> list[Template | Refusal]:
         """One encounter in a process that does nothing else, so that nobody else is blamed for its death."""
-        if self._alone is None:
-            self._alone = self._started(1)
-        try:
-            (extracted,) = self._alone.submit(self._task, [captures]).result()
-            return extracted
-        except Exception as error:
-            self._alone.shutdown()
-            self._alone = None
-            detail = f"the process that extracted it ended twice ({type(error).__name__})"
-            return [Refusal(capture.column, "failed", detail) for capture in captures]
+        reason = ""
+        for _ in range(2):  # where it was first, another's death may have ended it
+            if self._alone is None:
+                self._alone = self._started(1)
+            try:
+                (extracted,) = self._alone.submit(self._task, [captures]).result()
+                return extracted
+            except Exception as error:
+                self._alone.shutdown()
+                self._alone, reason = None, type(error).__name__
+        detail = f"the process that extracted it ended, each time that it was tried ({reason})"
+        return [Refusal(capture.column, "failed", detail) for capture in captures]
 
     def _started(self, count: int) -> ProcessPoolExecutor:
         # spawn: a fork would copy the threads' locks, held or not
