@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -336,6 +336,8 @@ class _Job:
         for item in batch.items:
             if item.repeats is not None:
                 item.outcome = item.repeats.outcome
+            if item.content is not None:  # an owner of repeated records is kept, its captures need not be
+                item.content = replace(item.content, captures=(), templates={})
         if finished:
             self._backlog.finish(self._line(item) for item in finished)
         self.decided_now += len(finished)

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class Outcome:
     """Of the refusals, those that the job met before the gallery was asked: the gallery's journal does not have them."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return json.dumps(self, default=vars, separators=(",", ":"))  # asdict would copy every value
 
     @classmethod
     def from_json(cls, text: str) -> Outcome:
@@ -244,7 +244,7 @@ class OutcomeWriter:
         row |= {"row": record.row, "encounter_id": encounter_id, "subject_id": record.subject_id}
         at = outcome.decided_at
         row["decided_at"] = None if at is None else datetime.fromtimestamp(at, UTC)
-        row["refusals"] = json.dumps([asdict(one) for one in outcome.refusals]) if outcome.refusals else None
+        row["refusals"] = json.dumps(outcome.refusals, default=vars) if outcome.refusals else None
         row |= {_free(name): record.metadata.get(name) for name in self._metadata.names}
         self._rows.append(row)
         if len(self._rows) >= _GROUP_ROWS:
