@@ -174,6 +174,27 @@ def test_stopped_anywhere_it_goes_on_and_the_table_is_that_of_a_run_without_a_st
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "other.parquet").read_bytes()
 
 
+def test_a_declined_capture_is_told_even_if_the_job_stopped_right_behind_the_commit(tmp_path, monkeypatch):
+    face = people(1)[0]
+    write(
+        tmp_path / "m.parquet",
+        {"subject_id": ["a"], "encounter_id": ["e"], "face": [face.tolist()], "right_index": ["absent.wsq"]},
+    )
+
+    def stopping(self, finished):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.Backlog, "finish", stopping)
+        with pytest.raises(Stop):
+            run(tmp_path, tmp_path / "m.parquet")
+    assert jobs.queue_status(tmp_path / "gallery", NOW).lines["searching"].count == 1
+    result, got = run(tmp_path, tmp_path / "m.parquet")
+    assert [refusal["reason"] for refusal in json.loads(got[0]["refusals"])] == ["missing_file"]
+    assert (got[0]["status"], result.extracted) == ("enrolled", 0)
+    assert jobs.queue_status(tmp_path / "gallery", NOW).waiting == 0
+
+
 def test_killed_in_the_middle_the_command_goes_on(tmp_path):
     count = 400
     vectors = people(count, seed=3)
