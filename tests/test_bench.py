@@ -30,6 +30,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         (["selfjoin.py", "--rows", "20000"], "of those, found                          1.0", False),
         (["columns.py", "--rows", "70000", "--mates", "256", "--risks", "1e-3"], "independent: miss risk 0.001", False),
         (["swap.py", "--rows", "2000", "--probes", "4"], "labels told 0; 4; 4 of 4", False),
+        (["bulk.py", "--smoke"], "enrolled people found again   30 of 30", False),
         (["torture.py", "--kills", "2"], "unreadable                               0", False),
         (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
         (["fingers.py", "verify", "--limit", "2"], "FVC2002 mean: EER both", True),

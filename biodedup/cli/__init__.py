@@ -16,6 +16,11 @@ from biodedup.cli.base import app, err, exit_code, out, print_json
 from biodedup.errors import BiodedupError
 
 __all__ = ["app", "gallery", "kit", "main", "subjects"]
+from biodedup.cli import gallery, register, subjects
+from biodedup.cli.base import app, err, exit_code, out, print_json
+from biodedup.errors import BiodedupError
+
+__all__ = ["app", "gallery", "main", "register", "subjects"]
 
 
 @app.callback(invoke_without_command=True)

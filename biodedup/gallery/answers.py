@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def _content(data: CaptureData) -> tuple[bytes, ...]:
 
 def to_json(decision: Decision) -> str:
     """One line of JSON, as `from_json` reads it."""
-    return json.dumps(asdict(decision), separators=(",", ":"))
+    return json.dumps(decision, default=vars, separators=(",", ":"))  # as asdict, which would copy every value
 
 
 def from_json(text: str) -> Decision:

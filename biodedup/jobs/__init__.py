@@ -1,8 +1,10 @@
 """Long work over many records: resumable, with progress, built on the engine."""
 
+from biodedup.jobs.backlog import Backlog, QueueStatus, queue_status, write_status_page
 from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
+from biodedup.jobs.enroll_batch import BatchResult, announce, enroll_batch
 from biodedup.jobs.join import JoinResult, find_duplicates, is_gallery
 from biodedup.jobs.kit_ingest import IngestResult, examine_batch, ingest_batches
 from biodedup.jobs.kit_keys import load_trusted, make_keys
@@ -13,6 +15,8 @@ from biodedup.jobs.sentinel_report import Watch, Watched
 from biodedup.jobs.sentinels import forget_removed, watch
 
 __all__ = [
+    "Backlog",
+    "BatchResult",
     "DedupResult",
     "DemoResult",
     "IngestResult",
@@ -20,11 +24,14 @@ __all__ = [
     "LoadResult",
     "PackResult",
     "Progress",
+    "QueueStatus",
     "Report",
     "Watch",
     "Watched",
+    "announce",
     "dedup",
     "demo",
+    "enroll_batch",
     "examine",
     "examine_batch",
     "find_duplicates",
@@ -38,4 +45,6 @@ __all__ = [
     "is_gallery",
     "load",
     "watch",
+    "queue_status",
+    "write_status_page",
 ]

@@ -1,0 +1,397 @@
+"""`enroll_batch`: a manifest of encounters into a gallery, each decided against everybody, its batch included.
+
+Owns the flow and what happens to each record. Never extracts, compares or stores itself: worker processes extract while the engine
+searches and commits the batch before.
+
+    manifest -> read -> (workers) quality gate, templates -> engine: search, decide, commit -> outcome
+
+1. The gallery's journal is the truth: an encounter that it has decided is reported as it was decided, and not extracted again.
+2. What a batch holds depends on the manifest alone, so that a job that was killed ends with the same result.
+3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id.
+4. Within one manifest the first record of an encounter_id owns it; another with other content is refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from biodedup.engine import Engine
+from biodedup.errors import CallerError, InvalidInput
+from biodedup.jobs.backlog import Arrival, Backlog, Finished
+from biodedup.jobs.batch_manifest import Content, Manifest, Record, derived_id, name_hash, name_of
+from biodedup.jobs.outcomes import WORDS, Outcome, Tally, decided, enrolled_before, outcome_table, refused
+from biodedup.jobs.progress import Progress, silent
+from biodedup.jobs.results import check_table_name, write_page
+from biodedup.jobs.workers import Ticket, Workers
+from biodedup.values import Decision, Encounter, Refusal, Template
+
+Templates: TypeAlias = dict[str, Any]
+
+_AHEAD = 2  # batches in the workers' hands while one is searched
+_TASK_ENCOUNTERS = 8  # what a worker takes at once: the networks are quicker with several images
+_BATCH_BYTES_MAX = 64 << 20
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What became of a manifest. already: of the enrolled, those who had been; repeated: records that were in it before.
+
+    seconds: of the whole, and of its parts in the calling process: reading, waiting for extraction, searching and committing.
+    extracted: encounters that were extracted now, not decided before.
+    """
+
+    records: int
+    statuses: dict[str, int]
+    already: int
+    repeated: int
+    reasons: dict[str, int]
+    extracted: int
+    decided_now: int
+    seconds: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, JSON-ready."""
+        rate = self.decided_now / self.seconds["all"] if self.seconds["all"] else 0.0
+        return {
+            "records": self.records,
+            **self.statuses,
+            "of these enrolled before": self.already,
+            "repeated in the manifest": self.repeated,
+            "reasons": self.reasons,
+            "decided now": self.decided_now,
+            "decided now, a second": round(rate, 1),
+        }
+
+
+@dataclass(eq=False)
+class _Item:
+    """A record on its way. listed: it has a line in the backlog; stale: which does not say the outcome yet; repeats: the record of
+    this manifest that it is a copy of."""
+
+    record: Record
+    content: Content | None = None
+    encounter_id: str | None = None
+    outcome: Outcome | None = None
+    listed: bool = True
+    stale: bool = False
+    repeats: _Item | None = None
+
+    @property
+    def undecided(self) -> bool:
+        return self.outcome is None and self.repeats is None
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Records that are decided and committed together. tickets: of some of them, what the workers extract."""
+
+    items: list[_Item] = field(default_factory=list)
+    tickets: list[tuple[list[_Item], Ticket]] = field(default_factory=list)
+
+
+def announce(backlog: Backlog, manifest: Path, *, clock: Callable[[], float] = time.time) -> int:
+    """Lists the encounters of a manifest as captured, before their captures are here; returns how many.
+
+    Raises InvalidInput where the manifest is no table, or has no column encounter_id.
+    """
+    table = Manifest(manifest)
+    if not table.has_ids:
+        raise InvalidInput(f"{manifest} has no column encounter_id; what is announced has to be known again by it")
+    survey = table.survey()
+    backlog.announce(_arrivals(table), clock())
+    return survey.count
+
+
+def enroll_batch(
+    engine: Engine,
+    backlog: Backlog,
+    manifest: Path,
+    out: Path,
+    *,
+    report: Path | None = None,
+    workers: int = 2,
+    retry_failed: bool = False,
+    clock: Callable[[], float] = time.time,
+    stopwatch: Callable[[], float] = time.perf_counter,
+    progress: Progress = silent,
+    pool: Workers | None = None,
+) -> BatchResult:
+    """Enrols a manifest (.parquet or .csv) and writes `out` (.parquet or .csv), a row a record, and a page for an official.
+
+    Batches are of `engine.config.batch_size` records. Interrupted, it goes on where it was; run again, it changes nothing and
+    writes the same table. workers: processes that extract. retry_failed: try again what a worker died of.
+    Raises InvalidInput where the manifest is no table, StorageUnavailable.
+    """
+    check_table_name(out)
+    table = Manifest(manifest)
+    with ExitStack() as stack:
+        pool = pool or stack.enter_context(Workers(engine.config, workers))
+        job = _Job(engine, backlog, table, pool, retry_failed, clock, stopwatch)
+        started = stopwatch()
+        survey = table.survey()
+        job.suspected = survey.repeated
+        if table.has_ids:
+            backlog.enqueue(_arrivals(table), clock())
+        writer = stack.enter_context(outcome_table(out, table.metadata))
+        tally, done = Tally(), 0
+        for batch in job.settled():
+            for item in batch.items:
+                assert item.outcome is not None, "a settled batch has outcomes"
+                writer.add(item.record, item.encounter_id, item.outcome)
+                tally.add(item.record, item.encounter_id, item.outcome, repeated=item.repeats is not None)
+            done += len(batch.items)
+            progress("enrolling", done, max(survey.count, done))
+    job.seconds["all"] = stopwatch() - started
+    reasons = {reason: count for (_, reason), count in tally.reasons.most_common()}
+    result = BatchResult(
+        done,
+        {status: tally.statuses[status] for status in ("enrolled", "duplicate", "adjudicate", "refused")},
+        tally.already,
+        tally.repeated,
+        reasons,
+        job.extracted,
+        job.decided_now,
+        {name: round(seconds, 3) for name, seconds in job.seconds.items()},
+    )
+    if report is not None:
+        write_page(
+            report,
+            "batch.html",
+            manifest=manifest.name,
+            result=result,
+            tally=tally,
+            words=WORDS,
+            at=clock(),
+            size=len(engine),
+            table=out.name,
+        )
+    return result
+
+
+def _arrivals(table: Manifest) -> Iterator[Arrival]:
+    for record in table.keys():
+        if record.encounter_id is not None:
+            yield Arrival(record.encounter_id, record.subject_id, record.captured_at)
+
+
+class _Job:
+    """One run over a manifest."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        backlog: Backlog,
+        table: Manifest,
+        pool: Workers,
+        retry_failed: bool,
+        clock: Callable[[], float],
+        stopwatch: Callable[[], float],
+    ) -> None:
+        self.suspected: frozenset[int] = frozenset()
+        self.extracted = self.decided_now = 0
+        self.seconds = dict.fromkeys(("all", "reading", "waiting", "searching"), 0.0)
+        self._engine, self._backlog, self._table, self._pool = engine, backlog, table, pool
+        self._retry_failed, self._clock, self._stopwatch = retry_failed, clock, stopwatch
+        self._owners: dict[str, _Item] = {}
+
+    def settled(self) -> Iterator[_Batch]:
+        """Batches in the manifest's order, each with its outcomes, committed; the next ones are extracted meanwhile."""
+        ahead: deque[_Batch] = deque()
+        for batch in self._begun():
+            ahead.append(batch)
+            if len(ahead) > _AHEAD:
+                yield self._settle(ahead.popleft())
+        while ahead:
+            yield self._settle(ahead.popleft())
+
+    # reading ----------------------------------------------------------------------------------------------------
+
+    def _begun(self) -> Iterator[_Batch]:
+        """Batches whose files are read, and whose captures are with the workers."""
+        items: list[_Item] = []
+        byte_count, began = 0, self._stopwatch()
+        for record in self._table.records():
+            item = self._read(record)
+            items.append(item)
+            byte_count += item.content.byte_count if item.content else 0
+            if len(items) >= self._engine.config.batch_size or byte_count >= _BATCH_BYTES_MAX:
+                batch = self._handed_out(items)
+                self.seconds["reading"] += self._stopwatch() - began
+                yield batch
+                items, byte_count, began = [], 0, self._stopwatch()
+        if items:
+            yield self._handed_out(items)
+
+    def _read(self, record: Record) -> _Item:
+        """A record with its content, and with its outcome if that is known before anything is extracted."""
+        if record.problem is not None:
+            item = _Item(record, None, record.encounter_id, refused([record.problem]))
+            self._compare_with_owner(item)
+            item.listed = item.listed and item.encounter_id is not None
+            item.stale = item.listed and self._is_open(item)
+            return item
+        content = self._table.read(record, self._engine.config.capture)
+        item = _Item(record, content, record.encounter_id or derived_id(record, content))
+        self._compare_with_owner(item)
+        if item.undecided:
+            self._recall(item, content)
+        return item
+
+    def _compare_with_owner(self, item: _Item) -> None:
+        """Looks whether an earlier record of this manifest has the same encounter_id: it is repeated, or in conflict."""
+        if item.encounter_id is None or name_hash(name_of(item.record)) not in self.suspected:
+            return
+        owner = self._owners.setdefault(item.encounter_id, item)
+        if owner is item:
+            return
+        item.listed = False
+        if owner.content is not None and item.content is not None and owner.content.digest == item.content.digest:
+            item.repeats = owner
+        elif item.outcome is None:
+            item.outcome = _conflict(f"row {owner.record.row} of the manifest has it, too")
+
+    def _is_open(self, item: _Item) -> bool:
+        """Whether nothing is known of an encounter but that it was to come."""
+        assert item.encounter_id is not None, "listed"
+        entry = self._backlog.entry(item.encounter_id)
+        return (entry is None or entry.outcome is None) and self._engine.decision(item.encounter_id) is None
+
+    def _recall(self, item: _Item, content: Content) -> None:
+        """The outcome of an encounter that was decided, or refused with this very content, in an earlier run."""
+        assert item.encounter_id is not None, "read"
+        entry = self._backlog.entry(item.encounter_id)
+        decision = self._engine.decision(item.encounter_id)
+        noted = None if entry is None or entry.outcome is None else Outcome.from_json(entry.outcome)
+        same = entry is not None and entry.digest == content.digest
+        if decision is not None:
+            # without a digest, the encounter was decided by another command or the backlog was lost: nothing to compare
+            unknown = entry is None or entry.digest is None
+            if decision.subject_id != item.record.subject_id or not (same or unknown):
+                item.outcome, item.listed = _conflict("it was decided with other content before"), False
+                return
+            item.outcome = decided(decision, noted.before if noted else ())
+            item.stale = entry is None or entry.status != item.outcome.status
+        elif same and noted is not None and self._still_holds(item.record, noted):
+            item.outcome = noted
+
+    def _still_holds(self, record: Record, noted: Outcome) -> bool:
+        """Whether an outcome that the gallery's journal does not have is to be told again."""
+        if noted.reason in ("already_enrolled", "another_person"):
+            return record.subject_id in self._engine
+        return noted.status == "refused" and not (self._retry_failed and noted.reason == "failed")
+
+    def _handed_out(self, items: list[_Item]) -> _Batch:
+        batch = _Batch(items)
+        todo = [item for item in items if item.undecided]
+        self._list(item for item in items if item.undecided or item.stale)
+        with_captures = [item for item in todo if item.content and item.content.captures]
+        for first in range(0, len(with_captures), _TASK_ENCOUNTERS):
+            some = with_captures[first : first + _TASK_ENCOUNTERS]
+            batch.tickets.append((some, self._pool.submit([item.content.captures for item in some if item.content])))
+        self.extracted += len(with_captures)
+        return batch
+
+    def _list(self, items: Iterable[_Item]) -> None:
+        """Gives items their lines in the backlog."""
+        arrivals = [
+            Arrival(
+                item.encounter_id,
+                item.record.subject_id,
+                item.record.captured_at,
+                item.content.digest if item.content else None,
+            )
+            for item in items
+            if item.encounter_id is not None
+        ]
+        if arrivals:
+            self._backlog.receive(arrivals, self._clock())
+
+    # deciding ---------------------------------------------------------------------------------------------------
+
+    def _settle(self, batch: _Batch) -> _Batch:
+        began = self._stopwatch()
+        extracted: dict[_Item, Sequence[Template | Refusal]] = {}
+        for items, ticket in batch.tickets:
+            extracted |= zip(items, self._pool.result(ticket), strict=True)
+        self.seconds["waiting"] += self._stopwatch() - began
+        began = self._stopwatch()
+        ready: list[tuple[_Item, Templates, tuple[Refusal, ...]]] = []
+        finished = [item for item in batch.items if item.stale]
+        for item in batch.items:
+            if item.undecided:
+                finished.append(item)
+                assert item.content is not None, "undecided ones were read"
+                templates, refusals = _templates(item.content, extracted.get(item, ()))
+                if templates:
+                    ready.append((item, templates, refusals))
+                else:
+                    item.outcome = refused(refusals, self._clock())
+        self._decide(ready)
+        for item in batch.items:
+            if item.repeats is not None:
+                item.outcome = item.repeats.outcome
+            if item.content is not None:  # an owner of repeated records is kept, its captures need not be
+                item.content = replace(item.content, captures=(), templates={})
+        if finished:
+            self._backlog.finish(self._line(item) for item in finished)
+        self.decided_now += len(finished)
+        self.seconds["searching"] += self._stopwatch() - began
+        return batch
+
+    def _decide(self, ready: Sequence[tuple[_Item, Templates, tuple[Refusal, ...]]]) -> None:
+        if not ready:
+            return
+        notes = (
+            (item.encounter_id or "", Outcome("searching", before=refusals).to_json()) for item, _, refusals in ready
+        )
+        self._backlog.search(notes, self._clock())
+        encounters = [
+            Encounter(item.record.subject_id, item.record.missing, templates, item.encounter_id, item.record.groups)
+            for item, templates, _ in ready
+        ]
+        for (item, templates, refusals), decision in zip(ready, self._engine.enroll_many(encounters), strict=True):
+            if decision.outcome == "refused" and decision.refusals and decision.refusals[0].reason == "subject_exists":
+                item.outcome = self._enrolled_before(decision, templates, refusals)
+            else:
+                item.outcome = decided(decision, refusals)
+
+    def _enrolled_before(self, decision: Decision, templates: Templates, refusals: tuple[Refusal, ...]) -> Outcome:
+        """Of an encounter whose subject_id is enrolled: is it the same person?"""
+        assert decision.subject_id is not None, "enrolled under it"
+        try:
+            verified = self._engine.verify(Encounter(None, templates=templates), decision.subject_id)
+        except CallerError:
+            return decided(decision, refusals)
+        return enrolled_before(verified, refusals, decision.decided_at)
+
+    def _line(self, item: _Item) -> Finished:
+        assert item.outcome is not None and item.encounter_id is not None, "finished"
+        decided_at = self._clock() if item.outcome.decided_at is None else item.outcome.decided_at
+        return Finished(item.encounter_id, item.outcome.status, decided_at, item.outcome.to_json())
+
+
+def _conflict(detail: str) -> Outcome:
+    return refused([Refusal("encounter", "encounter_conflict", detail)])
+
+
+def _templates(content: Content, extracted: Sequence[Template | Refusal]) -> tuple[Templates, tuple[Refusal, ...]]:
+    """Column -> template, and the captures that were declined; of two captures of a finger the better one counts."""
+    templates: Templates = dict(content.templates)
+    refusals = list(content.refusals)
+    for result in extracted:
+        if isinstance(result, Refusal):
+            refusals.append(result)
+            continue
+        spare = templates.get(result.column)
+        if spare is not None and (spare.quality or 0.0) >= (result.quality or 0.0):
+            spare, result = result, spare
+        templates[result.column] = result
+        if spare is not None:
+            refusals.append(Refusal(spare.column, "superseded", "a better capture was kept", spare.quality))
+    return templates, tuple(refusals)
