@@ -11,16 +11,11 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import gallery, kit, subjects
+from biodedup.cli import gallery, kit, register, subjects
 from biodedup.cli.base import app, err, exit_code, out, print_json
 from biodedup.errors import BiodedupError
 
-__all__ = ["app", "gallery", "kit", "main", "subjects"]
-from biodedup.cli import gallery, register, subjects
-from biodedup.cli.base import app, err, exit_code, out, print_json
-from biodedup.errors import BiodedupError
-
-__all__ = ["app", "gallery", "main", "register", "subjects"]
+__all__ = ["app", "gallery", "kit", "main", "register", "subjects"]
 
 
 @app.callback(invoke_without_command=True)
