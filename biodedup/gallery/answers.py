@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from biodedup.errors import EncounterConflict
-from biodedup.values import Candidate, CaptureData, Column, Decision, Encounter, Evidence, Missing, Refusal, Template
+from biodedup.values import (
+    Candidate,
+    CaptureData,
+    Column,
+    Decision,
+    Encounter,
+    Evidence,
+    Missing,
+    Refusal,
+    Template,
+    Verdict,
+)
 
 
 def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
@@ -68,18 +80,24 @@ def to_json(decision: Decision) -> str:
 def from_json(text: str) -> Decision:
     """The decision that `to_json` wrote."""
     fields = json.loads(text)
-    candidates = tuple(
-        Candidate(**{**candidate, "evidence": tuple(Evidence(**part) for part in candidate["evidence"])})
-        for candidate in fields["candidates"]
-    )
+    verdict = fields.get("adjudicated")
     return Decision(
         **{
             **fields,
-            "candidates": candidates,
+            "candidates": _candidates(fields["candidates"]),
+            "cleared": _candidates(fields.get("cleared", ())),
+            "adjudicated": None if verdict is None else Verdict(**verdict),
             "refusals": tuple(Refusal(**refusal) for refusal in fields["refusals"]),
             "missing": tuple(Missing(**missing) for missing in fields["missing"]),
             "model_ids": tuple(fields["model_ids"]),
         }
+    )
+
+
+def _candidates(fields: Iterable[Mapping[str, Any]]) -> tuple[Candidate, ...]:
+    return tuple(
+        Candidate(**{**candidate, "evidence": tuple(Evidence(**part) for part in candidate["evidence"])})
+        for candidate in fields
     )
 
 
