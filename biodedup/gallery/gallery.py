@@ -193,7 +193,14 @@ class Gallery:
         with self.lock, translated(f"reading {self.folder}"):
             if self._broken:
                 self._recover()
-            yield
+            try:
+                self._catalogue.begin_reading()
+                yield
+            finally:
+                try:
+                    self._catalogue.rollback()
+                except sqlite3.Error:
+                    self._broken = True  # what was read is sound; the next one connects anew
 
     # writing ----------------------------------------------------------------------------------------------------
 
@@ -247,11 +254,11 @@ class Gallery:
             return False
 
     def _recover(self) -> None:
-        """After a commit of which the disk would not say whether it took place: sees what is there. Raises
-        StorageUnavailable while the disk still refuses."""
-        with translated("recovering from a failed commit"):
+        """After a commit, or the end of a reading, of which the disk would not say whether it took place: sees what is there.
+        Raises StorageUnavailable while the disk still refuses."""
+        with translated("connecting again after a failure"):
             self._catalogue.close()
-            self._catalogue = Catalogue(self.storage.connect(self.folder / DATABASE_NAME, read_only=False))
+            self._catalogue = Catalogue(self.storage.connect(self.folder / DATABASE_NAME, read_only=self.read_only))
         self._published, self._tail = self._load()
         self._broken = False
 
