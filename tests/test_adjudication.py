@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 from conftest import again, people
 from test_crash import Countdown, FailingStorage
+from typer.testing import CliRunner
 
 import biodedup as bd
+from biodedup import jobs
+from biodedup.cli import app
 
 CONFIG = bd.Config(
     policy=bd.Policy(duplicate_db=100, review_db=30),
@@ -199,10 +205,8 @@ def test_more_candidates_than_are_returned_are_all_asked_about_before_anybody_is
         engine.add_templates([f"c{i:02d}" for i in range(30)], {"face": crowd})
         engine.compact()
         assert engine.enroll(sent("bella", again(anna, 0.5, seed=2), "e1")).outcome == "review"
-        for rounds in itertools.count(1):
-            if engine.adjudicate("e1", "different", "A. Officer").outcome == "unique":
-                break
-        assert rounds == 15
+        outcomes = [engine.adjudicate("e1", "different", "A. Officer").outcome for _ in range(15)]
+        assert outcomes == ["review"] * 14 + ["unique"]
         assert len(engine.decision("e1").cleared) == 30
 
 
@@ -404,3 +408,102 @@ def test_damaged_verdicts_are_an_error_and_never_another_answer(tmp_path, damage
     connection.close()
     with pytest.raises(bd.GalleryDamaged), bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.decision("e1")
+
+
+# the jobs and the commands -----------------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["cases", *map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def three_cases(engine: bd.Engine) -> None:
+    """Of which one is judged the same, one different, and one waits."""
+    for number, encounter_id in enumerate(("e1", "e12", "e123")):
+        in_review(engine, f"bella{number}", encounter_id)
+    engine.adjudicate("e1", "same", "A. Officer")
+    engine.adjudicate("e12", "different", "B. Officer", "<b>other ears</b>")
+
+
+def test_the_list_is_a_table_and_a_page_oldest_first(engine, tmp_path):
+    three_cases(engine)
+    result = jobs.list_cases(
+        engine, tmp_path / "new" / "cases.parquet", page=tmp_path / "cases.html", clock=lambda: 87_406.0
+    )
+    assert result.summary() == {"open": 1, "closed": 0, "oldest_days": 1.0, "verdicts": 0}
+    (row,) = pq.read_table(tmp_path / "new" / "cases.parquet").to_pylist()
+    assert (row["encounter_id"], row["subject_id"], row["candidate"], row["ruling"]) == ("e123", "bella2", "anna", None)
+    assert row["age_days"] == 1.0 and row["opened_at"].timestamp() == 1006.0
+    assert row["review_db"] <= row["score_db"] < row["duplicate_db"]
+    jobs.list_cases(engine, tmp_path / "all.csv", page=tmp_path / "all.html", closed=True, clock=lambda: 87_404.0)
+    rows = pa_csv.read_csv(tmp_path / "all.csv").to_pylist()
+    assert [(row["encounter_id"], row["ruling"] or None, row["outcome"]) for row in rows] == [
+        ("e1", "same", "duplicate"),
+        ("e12", "different", "unique"),
+        ("e123", None, "review"),
+    ]
+    page = (tmp_path / "all.html").read_text()
+    assert "B. Officer" in page and "&lt;b&gt;other ears" in page and "<b>other ears" not in page
+    assert "<script" not in page and "http" not in page
+    before = (tmp_path / "all.csv").read_bytes(), page
+    jobs.list_cases(engine, tmp_path / "all.csv", page=tmp_path / "all.html", closed=True, clock=lambda: 87_404.0)
+    assert before == ((tmp_path / "all.csv").read_bytes(), (tmp_path / "all.html").read_text())
+
+
+def test_the_page_of_a_case_shows_its_evidence_and_links_what_explains_it(engine, tmp_path):
+    in_review(engine)
+    explained = []
+
+    def explain(probe, enrolled, *, out):
+        explained.append((probe.column, enrolled.column))
+        out.write_text("why")
+
+    jobs.show_case(engine, "e1", tmp_path / "case.html", explain=explain, clock=Clock())
+    page = (tmp_path / "case.html").read_text()
+    assert explained == [("face", "face")]
+    assert 'href="case.1.face.html"' in page and (tmp_path / "case.1.face.html").exists()
+    for text in ("anna", "bella", "70.6 dB", "0.500", "100.0 dB", "30.0 dB", "to be judged"):
+        assert text in page, text
+    engine.adjudicate("e1", "recapture", "A. Officer")
+    jobs.show_case(engine, "e1", tmp_path / "case.html", explain=explain, clock=Clock())
+    assert "recapture" in (tmp_path / "case.html").read_text()
+
+
+def test_outcomes_are_exported_as_pairs_with_what_was_ruled(engine, tmp_path):
+    three_cases(engine)
+    result = jobs.export_outcomes(engine, tmp_path / "pairs.parquet")
+    assert (result.pairs, result.same, result.different, result.without_evidence) == (2, 1, 1, 0)
+    table = pq.read_table(tmp_path / "pairs.parquet")
+    assert table.schema.names == ["similarity", "minutiae", "mated", "position", "subject_a", "subject_b"]
+    assert [(row["mated"], row["position"], row["subject_a"], row["subject_b"]) for row in table.to_pylist()] == [
+        (True, "face", "bella0", "anna"),
+        (False, "face", "bella1", "anna"),
+    ]
+    assert table["similarity"].to_pylist() == pytest.approx([0.5, 0.5], abs=1e-4)
+    assert table["minutiae"].null_count == 2
+
+
+def test_cases_from_the_shell(tmp_path):
+    folder = tmp_path / "g"
+    with bd.Engine.open(folder, CONFIG) as engine:
+        three_cases(engine)
+        in_review(engine, "dora", "e1234")
+    at = ("--gallery", folder)
+    assert command("list", *at)[1].count("waiting") == 3
+    code, text = command(
+        "list", "--json", "--all", "--out", tmp_path / "c.parquet", "--report", tmp_path / "c.html", *at
+    )
+    assert (code, [case["encounter_id"] for case in json.loads(text)["cases"]]) == (0, ["e1", "e12", "e123", "e1234"])
+    assert pq.read_table(tmp_path / "c.parquet").num_rows == 4
+    code, text = command("show", "e123", "--report", tmp_path / "one.html", *at)
+    assert (code, "to be judged: anna at 70.6 dB" in text) == (0, True)
+    code, text = command("decide", "e123", "same", "--by", "C. Officer", "--candidate", "anna", "--note", "twin", *at)
+    assert (code, "double of anna" in text) == (0, True)
+    code, text = command("decide", "e1234", "recapture", "--by", "C. Officer", "--json", *at)
+    assert (code, json.loads(text)["verdicts"][0]["by"]) == (0, "C. Officer")
+    code, text = command("export", "--out", tmp_path / "p.csv", *at)
+    assert code == 0 and len((tmp_path / "p.csv").read_text().splitlines()) == 4
+    done = CliRunner().invoke(app, ["cases", "decide", "e1234", "same", "--by", "D. Officer", "--gallery", str(folder)])
+    assert isinstance(done.exception, bd.EncounterConflict)

@@ -1,5 +1,6 @@
 """Long work over many records: resumable, with progress, built on the engine."""
 
+from biodedup.jobs.adjudication import CasesResult, ExportResult, export_outcomes, list_cases, reasons_of, show_case
 from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
@@ -8,8 +9,10 @@ from biodedup.jobs.load import LoadResult, load
 from biodedup.jobs.progress import Progress
 
 __all__ = [
+    "CasesResult",
     "DedupResult",
     "DemoResult",
+    "ExportResult",
     "JoinResult",
     "LoadResult",
     "Progress",
@@ -17,7 +20,11 @@ __all__ = [
     "dedup",
     "demo",
     "examine",
+    "export_outcomes",
     "find_duplicates",
     "is_gallery",
+    "list_cases",
     "load",
+    "reasons_of",
+    "show_case",
 ]
