@@ -785,6 +785,11 @@ class Engine:
         self._check_open()
         return list(self._gallery.snapshot().all_subject_ids())
 
+    def are_enrolled(self, subject_ids: Sequence[str]) -> NDArray[np.bool_]:
+        """bool (n,): which of these are enrolled."""
+        self._check_open()
+        return np.asarray(self._gallery.snapshot().rows_of(pack_text(subject_ids)) >= 0)
+
     def templates(self, subject_id: str) -> dict[str, Template]:
         """column -> the template enrolled there; embeddings of a sealed row in eight bits a number. Raises UnknownSubject."""
         self._check_open()

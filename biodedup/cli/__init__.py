@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import adjudicate, gallery, subjects
+from biodedup.cli import adjudicate, audit, gallery, subjects
 from biodedup.cli.base import app, err, exit_code, out, print_json
 from biodedup.errors import BiodedupError
 
-__all__ = ["adjudicate", "app", "gallery", "main", "subjects"]
+__all__ = ["adjudicate", "app", "audit", "gallery", "main", "subjects"]
 
 
 @app.callback(invoke_without_command=True)

@@ -1,6 +1,8 @@
 """Long work over many records: resumable, with progress, built on the engine."""
 
 from biodedup.jobs.adjudication import CasesResult, ExportResult, export_outcomes, list_cases, reasons_of, show_case
+from biodedup.jobs.audit import AUDIT_SCHEMA, AuditResult, audit
+from biodedup.jobs.audit import KINDS as AUDIT_KINDS
 from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
@@ -9,6 +11,9 @@ from biodedup.jobs.load import LoadResult, load
 from biodedup.jobs.progress import Progress
 
 __all__ = [
+    "AUDIT_KINDS",
+    "AUDIT_SCHEMA",
+    "AuditResult",
     "CasesResult",
     "DedupResult",
     "DemoResult",
@@ -17,6 +22,7 @@ __all__ = [
     "LoadResult",
     "Progress",
     "Report",
+    "audit",
     "dedup",
     "demo",
     "examine",
