@@ -90,7 +90,7 @@ def test_each_kind_of_finding_is_found_with_its_line_and_district(engine, tmp_pa
     ]
     assert [(f.line, f.detail) for f in result.findings if f.finding == "refused"] == [
         (10, "subject_id is empty"),
-        (11, "it has not 3 fields"),
+        (11, "it has 2 fields, wanted 3"),
     ]
     assert (result.lines, result.subjects, result.gallery_size) == (10, 5, 410)
     districts = result.districts()
@@ -104,7 +104,7 @@ def test_each_kind_of_finding_is_found_with_its_line_and_district(engine, tmp_pa
     assert table.schema.names == [*jobs.AUDIT_SCHEMA.names, "polling station"]
     assert table["polling station"].to_pylist()[:2] == ["1", "2"]
     page = (tmp_path / "report.html").read_text()
-    for text in ("South", "t5", "nobody", "70.0 dB", "it has not 3 fields"):
+    for text in ("South", "t5", "nobody", "70.0 dB", "it has 2 fields, wanted 3"):
         assert text in page
     assert "<script" not in page and "polling" not in page
 

@@ -10,14 +10,14 @@ Owns what a usable line is. Never looks into a gallery.
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
@@ -26,6 +26,10 @@ from biodedup.values import COLUMNS
 
 KNOWN = ("subject_id", "path", "district", "position", "dpi", "entry")
 _ROUNDED = r"^[0-9]+([.,][0-9]+)?[eE]\+?[0-9]+$"
+
+
+_Found: TypeAlias = tuple[dict[str, Any], NDArray[np.int64], list[tuple[int, str, str]]]
+"""column -> values; the number of each line; what was refused already."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,37 +54,34 @@ class Roll:
 def read_roll(path: Path) -> Roll:
     """A CSV file (comma, semicolon or tab; UTF-8) or a Parquet file with the column subject_id, or with path. Raises InvalidInput."""
     try:
-        table, lines, refused = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+        found, lines, refused = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist; name a CSV or Parquet file") from None
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(
             f"{path} is not a readable CSV or Parquet file ({type(error).__name__}); save it again"
         ) from error
-    table = _named(table, path)
-    with_districts = "district" in table.column_names
-    reasons = np.full(len(table), "", object)
-    columns = {}
-    for name in table.column_names:
-        columns[name], unreadable = _decoded(table[name])
+    reasons = np.full(len(lines), "", object)
+    columns: dict[str, Any] = {}
+    for name, values in zip(_named(list(found), path), found.values(), strict=True):
+        columns[name], unreadable = _texts(values)
         reasons[unreadable] = f"{name} is not UTF-8 text"
-    empty = np.ones(len(table), bool)
-    for cells in columns.values():
-        empty &= _mask(pc.equal(cells, "")) & (reasons == "")
+    with_districts = "district" in columns
     for reason, wrong in _checks(columns):
         reasons[wrong & (reasons == "")] = reason
     if not with_districts:
-        columns["district"] = pa.array([""] * len(table), pa.string())
-    kept = np.flatnonzero((reasons == "") & ~empty)
-    bad = np.flatnonzero((reasons != "") & ~empty)
+        columns["district"] = pa.array([""] * len(lines), pa.string())
+    kept = np.flatnonzero(reasons == "")
+    bad = np.flatnonzero(reasons != "")
     districts = columns["district"].take(pa.array(bad)).to_pylist()
     refused += list(zip(lines[bad].tolist(), districts, reasons[bad].tolist(), strict=True))
     others = tuple(name for name in columns if name not in KNOWN)
     return Roll(pa.table(columns).take(pa.array(kept)), lines[kept], tuple(sorted(refused)), others, with_districts)
 
 
-def _read_parquet(path: Path) -> tuple[pa.Table, NDArray[np.int64], list[tuple[int, str, str]]]:
+def _read_parquet(path: Path) -> _Found:
     table = pa.parquet.read_table(path)
+    _once(table.column_names, path)
     columns = {}
     for name in table.column_names:
         cells = table[name].combine_chunks()
@@ -93,68 +94,72 @@ def _read_parquet(path: Path) -> tuple[pa.Table, NDArray[np.int64], list[tuple[i
         if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             continue  # nothing that an office would read
         columns[name] = pc.fill_null(cells.cast(pa.string()), "")
-    if len(set(table.column_names)) != len(table.column_names):
-        raise InvalidInput(f"{path} has a column twice: {table.column_names}; give each its own name")
-    return pa.table(columns), np.arange(1, len(table) + 1), []
+    return columns, np.arange(1, len(table) + 1), []
 
 
-def _read_csv(path: Path) -> tuple[pa.Table, NDArray[np.int64], list[tuple[int, str, str]]]:
-    with path.open("rb") as file:
-        first = file.readline(1 << 20)
-    try:
-        header = first.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise InvalidInput(f"{path} is not UTF-8 text; save it as CSV UTF-8") from None
-    if "\0" in header or not header.strip():
+def _read_csv(path: Path) -> _Found:
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    refused: list[tuple[int, str, str]] = []
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        names, delimiter = _header(file.readline(1 << 20), path)
+        reader = csv.reader(file, delimiter=delimiter)
+        before = 0
+        try:
+            for row in reader:
+                line, before = before + 2, reader.line_num  # where it begins; a quoted value may hold several lines
+                if not any(value.strip() for value in row):
+                    continue  # an empty line
+                if len(row) == len(names):
+                    rows.append(row)
+                    lines.append(line)
+                else:
+                    refused.append((line, "", f"it has {len(row)} fields, wanted {len(names)}"))
+        except csv.Error as error:
+            raise InvalidInput(f"{path} breaks off behind line {before + 1} ({error}); save it again") from error
+    columns = zip(*rows, strict=True) if rows else ((),) * len(names)
+    return dict(zip(names, columns, strict=True)), np.array(lines, np.int64), refused
+
+
+def _header(first: str, path: Path) -> tuple[list[str], str]:
+    """(the names of the columns, what separates them)."""
+    if not _is_text(first):
+        raise InvalidInput(f"{path} is not UTF-8 text; save it as CSV UTF-8")
+    if "\0" in first or not first.strip():
         raise InvalidInput(f"{path} has no header line; the first line names the columns, as subject_id,district")
-    delimiter = max(",;\t", key=header.count)
-    names = next(csv.reader([header], delimiter=delimiter))
-    if len(set(names)) != len(names):
-        raise InvalidInput(f"{path} has a column twice: {names}; give each its own name")
-    short: list[int] = []
-
-    def skip(row: Any) -> str:
-        short.append(row.number)
-        return "skip"
-
-    table = pa.csv.read_csv(
-        path,
-        read_options=pa.csv.ReadOptions(use_threads=False),  # else rows that are skipped have no number
-        parse_options=pa.csv.ParseOptions(
-            delimiter=delimiter, invalid_row_handler=skip, ignore_empty_lines=False, newlines_in_values=True
-        ),
-        convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary())),
-    )
-    lines = np.setdiff1d(np.arange(2, len(table) + len(short) + 2), np.array(short, np.int64))
-    return table, lines, [(number, "", f"it has not {len(names)} fields") for number in short]
+    delimiter = max(",;\t", key=first.count)
+    names = next(csv.reader([first.rstrip("\r\n")], delimiter=delimiter))
+    return _once(names, path), delimiter
 
 
-def _named(table: pa.Table, path: Path) -> pa.Table:
+def _named(found: Sequence[str], path: Path) -> list[str]:
     """Known columns under their own names, however they are capitalised."""
-    names = [n.strip().lower() if n.strip().lower() in KNOWN else n.strip() for n in table.column_names]
-    if len(set(names)) != len(names):
-        raise InvalidInput(f"{path} has a column twice: {names}; give each its own name")
+    names = [n.strip().lower() if n.strip().lower() in KNOWN else n.strip() for n in found]
+    _once(names, path)
     if not {"subject_id", "path"} & set(names):
         raise InvalidInput(f"{path} has the columns {names}; wanted subject_id, or path for captures")
-    return table.rename_columns(names)
+    return names
 
 
-def _decoded(cells: Any) -> tuple[Any, NDArray[np.int64]]:
-    """(texts without spaces around them, which rows are no text)."""
-    cells = cells.combine_chunks()
-    unreadable: list[int] = []
+def _once(names: list[str], path: Path) -> list[str]:
+    if len(set(names)) != len(names):
+        raise InvalidInput(f"{path} has a column twice: {names}; give each its own name")
+    return names
+
+
+def _texts(values: Any) -> tuple[Any, NDArray[np.bool_]]:
+    """(texts without spaces around them, bool (n,): which are none)."""
+    unreadable = np.zeros(len(values), bool)
     try:
-        cells = cells.cast(pa.string())
-    except pa.ArrowInvalid:  # somewhere; find where
-        found = []
-        for row, value in enumerate(cells.to_pylist()):
-            try:
-                found.append(value.decode())
-            except UnicodeDecodeError:
-                found.append(value.decode(errors="replace"))
-                unreadable.append(row)
-        cells = pa.array(found, pa.string())
-    return pc.utf8_trim_whitespace(cells), np.array(unreadable, np.int64)
+        cells = pa.array(values, pa.string())
+    except UnicodeEncodeError:  # bytes that are no UTF-8, somewhere
+        unreadable[:] = [not _is_text(value) for value in values]
+        cells = pa.array([value if _is_text(value) else "\ufffd" for value in values], pa.string())
+    return pc.utf8_trim_whitespace(cells), unreadable
+
+
+def _is_text(value: str) -> bool:
+    return value.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in value)
 
 
 def _checks(columns: dict[str, Any]) -> list[tuple[str, NDArray[np.bool_]]]:
