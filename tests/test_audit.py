@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,20 +31,26 @@ SUBJECTS = 400
 CONFIG = bd.Config(policy=bd.Policy(duplicate_db=100, review_db=30))
 
 
-@pytest.fixture
-def gallery(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
     """s0 ... s399; of s0 to s9 also t0 ... t9, doubles; of s0 a third, u0. Partly sealed; s20 was removed."""
-    monkeypatch.setattr(engine_module, "JOIN_ROWS", 50)
+    folder = tmp_path_factory.mktemp("built") / "g"
     vectors = people(SUBJECTS)
     doubles = again(vectors[:10], 0.85)
     third = again(vectors[:1], 0.85, seed=3)
-    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+    with bd.Engine.open(folder, CONFIG) as engine:
         engine.add_templates([f"s{i}" for i in range(SUBJECTS)], {"face": vectors})
         engine.compact()
         names = [f"t{i}" for i in range(10)] + ["u0"]
         engine.add_templates(names, {"face": np.concatenate([doubles, third])})
         engine.remove("s20")
-    return tmp_path / "g"
+    return folder
+
+
+@pytest.fixture
+def gallery(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_module, "JOIN_ROWS", 50)
+    return shutil.copytree(built, tmp_path / "g")
 
 
 @pytest.fixture
