@@ -194,7 +194,9 @@ def test_a_double_enrolled_between_the_search_and_the_commit_keeps_the_case_open
         return found
 
     monkeypatch.setattr(engine, "_seek", slow)
-    assert names(engine.adjudicate("e1", "different", "A. Officer").candidates) == ["carla"]
+    decision = engine.adjudicate("e1", "different", "A. Officer")
+    assert (decision.outcome, names(decision.candidates)) == ("review", ["carla"])
+    assert "bella" not in engine
 
 
 def test_more_candidates_than_are_returned_are_all_asked_about_before_anybody_is_enrolled(tmp_path):

@@ -90,7 +90,7 @@ def test_each_kind_of_finding_is_found_with_its_line_and_district(engine, tmp_pa
     result = audited(engine, written(tmp_path / "roll.csv", ROLL), report=tmp_path / "report.html")
     assert of_kind(result, "two_ids") == [(2, "s1", "t1", 4)]
     assert of_kind(result, "listed_twice") == [(9, "s5", None, 3)]
-    assert of_kind(result, "enrolled_twice") == [(5, "s2", "t2", None), (3, "s5", "t5", None)]
+    assert of_kind(result, "enrolled_twice") == [(3, "s5", "t5", None), (5, "s2", "t2", None)]
     assert [(f.line, f.subject_id) for f in result.findings if f.finding == "not_enrolled"] == [
         (7, "s20"),
         (8, "nobody"),
@@ -136,6 +136,17 @@ def test_of_most_of_a_gallery_the_same_is_found_by_joining_it_whole(engine, tmp_
     expected |= {("enrolled_twice", frozenset((f"s{i}", f"t{i}"))) for i in (4, 6)}
     expected |= {("two_ids", frozenset(pair)) for pair in (("s0", "u0"), ("t0", "u0"))}
     assert found == expected
+
+
+def test_subjects_with_fingers_are_compared_by_all_their_captures(tmp_path):
+    faces, fingers = people(60), people(60, seed=9)
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        engine.add_templates([f"s{i}" for i in range(60)], {"face": faces, "right_index": fingers})
+        engine.add_templates(["t1"], {"right_index": again(fingers[1:2], 0.9)})
+        engine.add_templates(["t2"], {"face": again(faces[2:3], 0.9), "right_index": again(fingers[2:3], 0.9)})
+        result = audited(engine, written(tmp_path / "roll.csv", "subject_id\ns1\ns2\ns3\nt2\n"))
+    assert of_kind(result, "two_ids") == [(3, "s2", "t2", 5)]
+    assert of_kind(result, "enrolled_twice") == [(2, "s1", "t1", None)]
 
 
 def test_a_pair_judged_different_is_not_raised_and_a_case_that_waits_is_named(gallery, tmp_path):

@@ -79,14 +79,18 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
 
 
 def pairs_of(
-    verdicts: Iterable[Verdict], known: Mapping[str, frozenset[str]] | None = None
-) -> Mapping[str, frozenset[str]]:
+    verdicts: Iterable[Verdict], known: Mapping[str, tuple[str, ...]] | None = None
+) -> Mapping[str, tuple[str, ...]]:
     """subject_id -> who was judged to be somebody else, in both directions; added to those known."""
     pairs = dict(known or {})
     for verdict in verdicts:
         if verdict.ruling == "different" and verdict.candidate is not None:
             for one, other in ((verdict.subject_id, verdict.candidate), (verdict.candidate, verdict.subject_id)):
-                pairs[one] = pairs.get(one, frozenset()) | {other}
+                if other not in pairs.get(one, ()):
+                    pairs[one] = (
+                        *pairs.get(one, ()),
+                        other,
+                    )  # most have one: a set would take four times as much memory
     return pairs
 
 

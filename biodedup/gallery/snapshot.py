@@ -32,7 +32,7 @@ class Snapshot:
     tombstones: Int64
     models: Mapping[str, ColumnModel]
     group_sets: Mapping[int, frozenset[str]]
-    different: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
+    different: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     """subject_id -> subjects who were judged to be somebody else; in both directions."""
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False

@@ -208,9 +208,10 @@ def _of_subjects(
         detail = "" if case is None else f"in review: case {case}"
         findings.append(_finding(roll, "not_enrolled", at[subject_id], subject_id, detail=detail))
     links = _links(engine, present, threshold_db, notes, progress)
-    person_of = {
-        name: number for number, cluster in enumerate(clusters_of(links), start=1) for name in cluster.subject_ids
-    }
+    clusters = sorted(
+        clusters_of(links), key=lambda cluster: min(at.get(name, len(which)) for name in cluster.subject_ids)
+    )
+    person_of = {name: number for number, cluster in enumerate(clusters, start=1) for name in cluster.subject_ids}
     for link in links:
         mine, other = sorted(link.subject_ids, key=lambda name: (at.get(name, len(which)), name))
         about: dict[str, Any] = {

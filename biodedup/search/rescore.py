@@ -151,7 +151,7 @@ class Searcher:
     ) -> list[tuple[int, Comparison]]:
         """Pairs of one of these live rows, ascending, and of a row behind it, that score threshold_db or more; each once.
         with_all: of one of them, and any other row."""
-        if with_all or any(bits != BIT["face"] for part in snapshot.parts for bits in part.bits):
+        if any(bits != BIT["face"] for part in snapshot.parts for bits in part.bits):
             return self._pairs_with_all(snapshot, rows, threshold_db)
         faces = snapshot.embeddings(rows, "face")
         model_id = snapshot.models["face"].model_id
@@ -160,8 +160,9 @@ class Searcher:
         # The last part, the tail, has no codes and is compared exactly: once, when its rows have their turn, not with every tile.
         tail = snapshot.parts[-1].first_row
         in_tail = rows[-1] >= tail
-        scope = _Scope(snapshot, 0 if in_tail else rows[0], None)
-        plan = replace(scope.plan("face", 0, self._config.miss_risk), end_row=None if in_tail else tail)
+        everywhere = in_tail or with_all
+        scope = _Scope(snapshot, 0 if everywhere else rows[0], None)
+        plan = replace(scope.plan("face", 0, self._config.miss_risk), end_row=None if everywhere else tail)
         near: list[tuple[NDArray[np.int64], Float32]] = []
         for low in range(0, len(rows), PROBES):
             some = slice(low, low + PROBES)
@@ -171,9 +172,10 @@ class Searcher:
             near += reached.found
         source, found = SnapshotRows(snapshot), []
         for row, face, (others, _) in zip(rows, faces, near, strict=True):
-            behind = others[(others > row) & (others < tail) if row < tail else (others < tail) | (others > row)]
-            if len(behind):
-                compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, behind.tolist())
+            behind = (others > row) & (others < tail) if row < tail else (others < tail) | (others > row)
+            wanted = others[others != row if with_all else behind]
+            if len(wanted):
+                compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, wanted.tolist())
                 found += [(row, comparison) for comparison in compared if comparison.score_db >= threshold_db]
         return found
 
