@@ -21,8 +21,8 @@ from biodedup.embed.cards import joint_id, load_card, minutiae_card, shipped_car
 from biodedup.match.calibrations import Calibrations
 from biodedup.match.compare import as_labelled, pairings
 from biodedup.match.fusion import fused_score_db, mated_quantile_db, mated_share_below
+from biodedup.match.judgement import judge
 from biodedup.match.ranked import Board, Law, Measured, Ranked, calibrated
-from biodedup.match.verdict import judge
 
 COLUMNS = ("face", "right_index", "left_index")
 RETURNED, GALLERY = 10, 200_000_000

@@ -29,6 +29,7 @@ from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
     Candidate,
+    Case,
     Cluster,
     Decision,
     Encounter,
@@ -41,6 +42,7 @@ from biodedup.values import (
     Score,
     SearchResult,
     Template,
+    Verdict,
     Verification,
 )
 
@@ -53,6 +55,7 @@ __all__ = [
     "CallerError",
     "Candidate",
     "CaptureConfig",
+    "Case",
     "Cluster",
     "Config",
     "DataDamaged",
@@ -86,6 +89,7 @@ __all__ = [
     "SubjectExists",
     "Template",
     "UnknownSubject",
+    "Verdict",
     "Verification",
     "__version__",
     "compare",

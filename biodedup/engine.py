@@ -50,6 +50,7 @@ from biodedup.gallery.answers import (
     from_json,
     to_json,
 )
+from biodedup.gallery.cases import Request, closed, reconsidered, ruled
 from biodedup.gallery.catalogue import ColumnModel
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
@@ -61,8 +62,9 @@ from biodedup.gallery.transaction import Transaction, exists, mismatch
 from biodedup.match import calibrations
 from biodedup.match.compare import Comparer, InHand, compare_templates
 from biodedup.match.fusion import mated_quantile_db, mated_share_below
+from biodedup.match.judgement import BELIEVED, judge, kinds_of
 from biodedup.match.minutiae import CylinderMatcher
-from biodedup.match.verdict import BELIEVED, judge, kinds_of
+from biodedup.match.ranked import Comparison
 from biodedup.search.across import comparable_bits
 from biodedup.search.clusters import clusters_of
 from biodedup.search.gather import Gathering
@@ -72,18 +74,22 @@ from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
     Candidate,
+    Case,
     Cluster,
     Column,
     Decision,
     Encounter,
     Float32,
+    Kind,
     Link,
     Missing,
     Outcome,
     Refusal,
+    Ruling,
     Score,
     SearchResult,
     Template,
+    Verdict,
     Verification,
     check_groups,
     check_id,
@@ -116,7 +122,7 @@ class _Expected:
 @dataclass(eq=False)
 class _Request:
     """Probes of one caller that wait to be settled. replaces: an update, not a new subject; across: positions are searched
-    across."""
+    across; spare: so many more are looked at."""
 
     probes: Sequence[_Probe]
     seen: Sequence[Found]
@@ -124,6 +130,7 @@ class _Request:
     digests: Sequence[bytes]
     replaces: bool
     across: bool
+    spare: int
     answers: list[Decision | CallerError] = field(default_factory=list)
     error: BiodedupError | None = None
     done: bool = False
@@ -280,7 +287,7 @@ class Engine:
         for i, encounter in enumerate(encounters):
             try:
                 _require_subject(encounter)
-                answers[i] = answered_before(self._gallery.snapshot().answer, encounter, digests[i])
+                answers[i] = answered_before(self._gallery.answer, encounter, digests[i])
             except CallerError as error:
                 answers[i] = error
         todo = [i for i, answer in enumerate(answers) if answer is None]
@@ -295,9 +302,12 @@ class Engine:
             except CallerError as error:
                 answers[i] = error
         if probes:
-            seen = self._seek((None, across), [probe.templates for probe in probes.values()])
+            different = self._gallery.snapshot().different
+            spare = max(len(different.get(probe.encounter.subject_id or "", ())) for probe in probes.values())
+            seen = self._seek((None, across, spare), [probe.templates for probe in probes.values()])
             found, snapshot = [one for one, _ in seen], seen[0][1]
-            request = _Request(list(probes.values()), found, snapshot, [digests[i] for i in probes], replaces, across)
+            sent = [digests[i] for i in probes]
+            request = _Request(list(probes.values()), found, snapshot, sent, replaces, across, spare)
             for i, answer in zip(probes, self._committed(request), strict=True):
                 answers[i] = answer
         return [answer for answer in answers if answer is not None]
@@ -337,6 +347,17 @@ class Engine:
     def _settle(
         self, transaction: Transaction, probe: _Probe, found: Found, digest: bytes, request: _Request
     ) -> Decision:
+        encounter_id = probe.encounter.encounter_id or self._new_id()
+        decision = replace(self._decided(transaction, probe, found, request), encounter_id=encounter_id)
+        if decision.outcome == "unique":
+            self._write(transaction, probe, encounter_id)
+        elif decision.outcome == "review":
+            asked = Request(request.replaces, tuple(probe.encounter.groups), request.across)
+            transaction.hold(encounter_id, probe.templates.values(), asked)
+        transaction.record(encounter_id, Answer(digest, decision.outcome, to_json(decision)))
+        return decision
+
+    def _decided(self, transaction: Transaction, probe: _Probe, found: Found, request: _Request) -> Decision:
         """Decides inside the transaction, so that no row can slip in between the search and the commit."""
         subject_id = probe.encounter.subject_id
         assert subject_id is not None, "_require_subject has seen to it"
@@ -348,19 +369,22 @@ class Engine:
             raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it, there is nothing to update")
         self._check_models(probe.templates, transaction.models)
         (since,) = self._searcher.search(
-            now, [probe.templates], from_row=request.snapshot.row_count, across=request.across
+            now,
+            [probe.templates],
+            from_row=request.snapshot.row_count,
+            across=request.across,
+            spare=request.spare,
         )
-        decision = self._decide(probe, _merged(found, since), now, version=transaction.version, besides=replaced)
-        encounter_id = probe.encounter.encounter_id or self._new_id()
-        decision = replace(decision, encounter_id=encounter_id)
-        if decision.outcome == "unique":
-            if replaced is not None:
-                transaction.remove(subject_id)
-            transaction.add(subject_id, probe.templates, encounter_id, probe.encounter.groups)
-        elif decision.outcome == "review":
-            transaction.hold(encounter_id, probe.templates.values())
-        transaction.record(encounter_id, Answer(digest, decision.outcome, to_json(decision)))
-        return decision
+        return self._decide(probe, _merged(found, since), now, version=transaction.version, besides=replaced)
+
+    @staticmethod
+    def _write(transaction: Transaction, probe: _Probe, encounter_id: str) -> None:
+        """Enrols, or replaces who is enrolled."""
+        subject_id = probe.encounter.subject_id
+        assert subject_id is not None, "_require_subject has seen to it"
+        if transaction.snapshot().row_of(subject_id) is not None:
+            transaction.remove(subject_id)
+        transaction.add(subject_id, probe.templates, encounter_id, probe.encounter.groups)
 
     def _as_refused(self, encounter: Encounter, error: CallerError) -> Decision:
         refusal = Refusal("encounter", _snake_case(type(error).__name__), str(error))
@@ -378,6 +402,71 @@ class Engine:
             self.gallery_version,
             decided_at=self._clock(),
         )
+
+    # cases: what went to review -----------------------------------------------------------------------------------
+
+    def cases(self) -> Iterator[Case]:
+        """The open cases, in the order of their encounter_ids."""
+        self._check_open()
+        for encounter_id in self._gallery.open_cases():
+            case = self._gallery.case(encounter_id)
+            if case is not None and not case.closed:
+                yield case
+
+    def case(self, encounter_id: str) -> Case:
+        """One case, open or closed. Raises InvalidInput for an encounter that never went to review."""
+        self._check_open()
+        case = self._gallery.case(encounter_id)
+        if case is None:
+            raise InvalidInput(f"encounter {encounter_id!r} is no case: it is unknown, or was decided without review")
+        return case
+
+    def verdicts(self) -> list[Verdict]:
+        """All that were ever given, oldest first."""
+        self._check_open()
+        return self._gallery.verdicts()
+
+    def adjudicate(
+        self, encounter_id: str, ruling: Ruling, by: str, note: str = "", *, candidate: str | None = None
+    ) -> Decision:
+        """Takes a person's verdict on a case and returns the decision as it stands then.
+
+        `same`: the encounter is of that candidate; it is a duplicate, and not enrolled. `different`: it is not; once nobody is
+        left, among the candidates and in a search of all who are enrolled by now, the subject is enrolled or updated from the
+        templates that were kept; otherwise it stays in `review`. The pair is never raised again, in no search and no join.
+        `recapture`: refused; the templates are dropped. candidate: None means the only one, or with `different` all.
+
+        The same verdict again changes nothing. Raises EncounterConflict for another one on what was judged, SubjectExists or
+        UnknownSubject where the subject was enrolled or removed otherwise, InvalidInput, StorageUnavailable.
+        """
+        self._check_open()
+        case = self.case(encounter_id)
+        ruled(case, ruling, candidate, by, 0.0, note)  # raises before anybody is searched for
+        searches = ruling == "different" and not case.closed
+        probe = _Probe(
+            Encounter(case.subject_id, case.decision.missing, encounter_id=encounter_id, groups=case.groups),
+            case.templates,
+            case.decision.refusals,
+        )
+        spare = len(self._gallery.snapshot().different.get(case.subject_id, ())) + len(case.decision.candidates)
+        seen = self._seek((None, case.across_positions, spare), [case.templates]) if searches else []
+        with self._gallery.transaction() as transaction:
+            now = transaction.case(encounter_id)
+            assert now is not None, "a case stays one"
+            verdicts = ruled(now, ruling, candidate, by, self._clock(), note)
+            if not verdicts:
+                return now.decision
+            transaction.judge(verdicts)
+            if ruling != "different":
+                decision = closed(now, verdicts[-1])
+            else:
+                ((found, snapshot),) = seen
+                request = _Request([probe], [found], snapshot, [], case.replaces, case.across_positions, spare)
+                decision = reconsidered(now, verdicts, self._decided(transaction, probe, found, request))
+                if decision.outcome == "unique":
+                    self._write(transaction, probe, encounter_id)
+            transaction.revise(now, decision)
+        return decision
 
     # searches that write nothing --------------------------------------------------------------------------------
 
@@ -397,14 +486,16 @@ class Engine:
         if isinstance(probe, CallerError):
             raise probe
         self._check_models(probe.templates)
-        ((found, snapshot),) = self._seek((_checked(groups), self._across(across_positions)), [probe.templates])
+        spare = len(self._gallery.snapshot().different.get(encounter.subject_id or "", ()))
+        ((found, snapshot),) = self._seek((_checked(groups), self._across(across_positions), spare), [probe.templates])
         return self._decide(probe, found, snapshot, version=snapshot.version)
 
     def _found_now(
-        self, key: tuple[tuple[str, ...] | None, bool], probes: list[Mapping[str, Template]]
+        self, key: tuple[tuple[str, ...] | None, bool, int], probes: list[Mapping[str, Template]]
     ) -> list[tuple[Found, Snapshot]]:
-        (groups, across), snapshot = key, self._gallery.snapshot()
-        return [(found, snapshot) for found in self._searcher.search(snapshot, probes, groups=groups, across=across)]
+        (groups, across, spare), snapshot = key, self._gallery.snapshot()
+        results = self._searcher.search(snapshot, probes, groups=groups, across=across, spare=spare)
+        return [(found, snapshot) for found in results]
 
     def _across(self, asked: bool | None) -> bool:
         return self.config.search.across_positions if asked is None else asked
@@ -498,25 +589,31 @@ class Engine:
             progress(tile.done, tile.total)
         return clusters_of(found)
 
-    def join(self, *, threshold_db: float | None = None, skip: int = 0) -> Iterator[JoinedTile]:
-        """N:N, tile by tile: each compares some subjects with all that were enrolled after them, as of now.
+    def join(
+        self, *, threshold_db: float | None = None, skip: int = 0, among: Sequence[str] | None = None
+    ) -> Iterator[JoinedTile]:
+        """N:N, tile by tile: each compares some subjects with all that were enrolled after them, as of now. Pairs that were judged
+        different are left out.
 
-        threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already.
+        threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. among: only these subjects,
+        each with everybody, so that a pair of two of them comes up twice; those not enrolled are passed over.
         """
         self._check_open()
         if threshold_db is None:
             threshold_db, _ = self.config.policy.thresholds_db(len(self))
         snapshot = self._gallery.snapshot()
-        live = snapshot.live_rows()
+        live = snapshot.live_rows() if among is None else np.unique(snapshot.rows_of(pack_text(among)))
+        live = live[live >= 0]
         for start in range(skip, len(live), JOIN_ROWS):
             self._check_open()
             rows = live[start : start + JOIN_ROWS].tolist()
-            found = self._searcher.pairs(snapshot, rows, threshold_db)
+            found = self._searcher.pairs(snapshot, rows, threshold_db, with_all=among is not None)
             kinds = [kinds_of([pair], threshold_db, threshold_db)[0] for _, pair in found]
             names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
             links = [
                 Link((names[2 * i], names[2 * i + 1]), pair.score_db, pair.extrapolated, pair.evidence, kind)
                 for i, ((_, pair), kind) in enumerate(zip(found, kinds, strict=True))
+                if not snapshot.are_different(names[2 * i], names[2 * i + 1])
             ]
             yield JoinedTile(start + len(rows), len(live), tuple(links))
 
@@ -656,8 +753,7 @@ class Engine:
         for encounter in encounters:
             _require_subject(encounter)
         digests = [digest_of(encounter) for encounter in encounters]
-        answer = self._gallery.snapshot().answer
-        known = [answered_before(answer, *pair) for pair in zip(encounters, digests, strict=True)]
+        known = [answered_before(self._gallery.answer, *pair) for pair in zip(encounters, digests, strict=True)]
         answers = dict(enumerate(known))
         todo = [i for i, answer in answers.items() if answer is None]
         with_probe = dict(zip(todo, self._prepare([encounters[i] for i in todo]), strict=True))
@@ -712,10 +808,24 @@ class Engine:
         self._check_open()
         return list(self._gallery.snapshot().all_subject_ids())
 
-    def decision(self, encounter_id: str) -> Decision | None:
-        """The decision that an encounter got, or None for one never seen."""
+    def are_enrolled(self, subject_ids: Sequence[str]) -> NDArray[np.bool_]:
+        """bool (n,): which of these are enrolled."""
         self._check_open()
-        stored = self._gallery.snapshot().answer(encounter_id)
+        return np.asarray(self._gallery.snapshot().rows_of(pack_text(subject_ids)) >= 0)
+
+    def templates(self, subject_id: str) -> dict[str, Template]:
+        """column -> the template enrolled there; embeddings of a sealed row in eight bits a number. Raises UnknownSubject."""
+        self._check_open()
+        snapshot = self._gallery.snapshot()
+        row = snapshot.row_of(subject_id)
+        if row is None:
+            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
+        return snapshot.templates(row)
+
+    def decision(self, encounter_id: str) -> Decision | None:
+        """The decision that an encounter got, or None for one never seen; of a case, as it stands by now."""
+        self._check_open()
+        stored = self._gallery.answer(encounter_id)
         return None if stored is None or '"added"' in stored[1] else from_json(stored[1])
 
     def info(self) -> dict[str, Any]:
@@ -737,6 +847,7 @@ class Engine:
             "columns": models,
             "groups": sorted(set().union(*snapshot.group_sets.values())),
             "encounters": snapshot.outcomes(),
+            "open_cases": len(self._gallery.open_cases()),
             "duplicate_db": round(duplicate_db, 2),
             "review_db": round(review_db, 2),
         }
@@ -841,7 +952,7 @@ class Engine:
         policy = self.config.policy
         duplicate_db, band_db = policy.thresholds_db(now.live_count)
         alive = (c for c in found.comparisons if now.is_live(c.row) and c.row != besides)
-        returned = list(islice(alive, self.config.search.returned))
+        returned, cleared = _first(alive, self.config.search.returned, now.rows_different(probe.encounter.subject_id))
         compared = now.count_with(comparable_bits(probe.templates, now.models, across=found.across))
         expected = self._expected(probe.templates, now, band_db, across=found.across) if compared else None
         review_db = band_db if expected is None or policy.review_db is not None else expected.review_db
@@ -855,15 +966,12 @@ class Engine:
             nothing_in_common=not compared and now.live_count > 0,
             trust_extrapolation=policy.trust_extrapolation,
         )
-        names = now.subject_ids([c.row for c in returned])
+        names = now.subject_ids([c.row for c in (*returned, *cleared)])
         return Decision(
             verdict.outcome,
             probe.encounter.subject_id,
             probe.encounter.encounter_id,
-            tuple(
-                Candidate(name, rank, c.score_db, c.extrapolated, c.evidence, c.charge_db, kind, c.interval_db)
-                for rank, (name, c, kind) in enumerate(zip(names, returned, verdict.kinds, strict=True), start=1)
-            ),
+            _candidates(names, returned, verdict.kinds),
             probe.refusals,
             probe.missing,
             duplicate_db,
@@ -877,6 +985,7 @@ class Engine:
             None if expected is None else expected.attainable_db,
             None if expected is None else expected.fnir,
             compared,
+            _candidates(names[len(returned) :], cleared, kinds_of(cleared, duplicate_db, review_db)),
         )
 
     def _expected(self, templates: Mapping[str, Template], now: Snapshot, band_db: float, *, across: bool) -> _Expected:
@@ -973,6 +1082,28 @@ def _for_waiting(error: BaseException) -> BiodedupError:
 def _merged(first: Found, since: Found) -> Found:
     """Two searches of disjoint rows as one."""
     return Found(first.comparisons.with_others(since.comparisons), first.incomplete or since.incomplete, first.across)
+
+
+def _first(
+    ranked: Iterable[Comparison], count: int, different: Collection[int]
+) -> tuple[list[Comparison], list[Comparison]]:
+    """(the first so many, those before them that were judged to be somebody else)."""
+    first: list[Comparison] = []
+    cleared: list[Comparison] = []
+    for comparison in ranked:
+        (cleared if comparison.row in different else first).append(comparison)
+        if len(first) == count:
+            break
+    return first, cleared
+
+
+def _candidates(
+    names: Sequence[str], comparisons: Sequence[Comparison], kinds: Sequence[Kind]
+) -> tuple[Candidate, ...]:
+    return tuple(
+        Candidate(name, rank, c.score_db, c.extrapolated, c.evidence, c.charge_db, kind, c.interval_db)
+        for rank, (name, c, kind) in enumerate(zip(names, comparisons, kinds, strict=False), start=1)
+    )
 
 
 def _better(a: Template | None, b: Template) -> tuple[Template, Template | None]:

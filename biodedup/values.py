@@ -39,10 +39,14 @@ COLUMNS = ("face", *FINGER_POSITIONS)
 BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 """Of each column, in masks of columns."""
 
+RULINGS = ("same", "different", "recapture")
+"""What can be ruled on a case: one person, two people, or that new captures are to be taken."""
+
 CaptureData: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
 Modality: TypeAlias = Literal["face", "finger"]
 Outcome: TypeAlias = Literal["unique", "duplicate", "review", "refused"]
 Kind: TypeAlias = Literal["", "same_person", "look_alike", "shared_finger", "swapped_fingers", "mixed_record"]
+Ruling: TypeAlias = Literal["same", "different", "recapture"]
 Float32: TypeAlias = NDArray[np.float32]
 Column: TypeAlias = Float32 | Sequence[bytes]
 """A column of several subjects: one embedding each, float32 (n, d), or minutiae records, empty where a subject has none."""
@@ -247,6 +251,26 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What a person ruled on a case. candidate: the enrolled subject it is about, None for the case as a whole; by, at: who, when."""
+
+    encounter_id: str
+    subject_id: str
+    candidate: str | None
+    ruling: Ruling
+    by: str
+    at: float
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.ruling not in RULINGS:
+            raise InvalidInput(f"the ruling is {self.ruling!r}; use one of {', '.join(RULINGS)}")
+        check_id(self.by, "by")
+        if not isinstance(self.note, str) or len(self.note) > 4000:
+            raise InvalidInput("a note is a text of up to 4,000 characters; shorten it")
+
+
+@dataclass(frozen=True)
 class Decision:
     """What was decided about one encounter, on which evidence, at which thresholds and gallery version.
 
@@ -254,7 +278,8 @@ class Decision:
     a `Candidate.kind` but `same_person`, `between_thresholds`, `little_evidence` (mates with these captures may score below the review
     band), `extrapolated` (where the policy does not trust that), `incomplete`, `nothing_in_common` (nobody enrolled has a capture to
     compare). attainable_db: 19 of 20 mates with these captures score less; expected_fnir: the share of them that scores below
-    review_db; both None where nothing was to be compared. compared: enrolled subjects with a capture in common.
+    review_db; both None where nothing was to be compared. compared: enrolled subjects with a capture in common. cleared: who would be a
+    candidate, had nobody ruled that these are two people. adjudicated: the verdict by which a person closed the case that this was.
     """
 
     outcome: Outcome
@@ -274,11 +299,46 @@ class Decision:
     attainable_db: float | None = None
     expected_fnir: float | None = None
     compared: int | None = None
+    cleared: tuple[Candidate, ...] = ()
+    adjudicated: Verdict | None = None
 
     @property
     def best(self) -> Candidate | None:
         """The strongest candidate, or None."""
         return self.candidates[0] if self.candidates else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """An encounter that went to review. decision: as it stands, candidates who were removed since left out of an open case;
+    replaces: it asked to update an enrolled subject; templates: kept while the case is open."""
+
+    encounter_id: str
+    subject_id: str
+    opened_at: float
+    decision: Decision
+    verdicts: tuple[Verdict, ...] = ()
+    replaces: bool = False
+    across_positions: bool = False
+    groups: tuple[str, ...] = ()
+    templates: Mapping[str, Template] = field(default_factory=dict, repr=False)
+
+    @property
+    def closed(self) -> bool:
+        return self.decision.outcome != "review"
+
+    @property
+    def undecided(self) -> tuple[Candidate, ...]:
+        """Candidates that somebody has to rule on before the subject can be enrolled."""
+        ruled = {verdict.candidate for verdict in self.verdicts}
+        return () if self.closed else tuple(c for c in strong(self.decision) if c.subject_id not in ruled)
+
+
+def strong(decision: Decision) -> tuple[Candidate, ...]:
+    """The candidates that reach the review threshold, or look odd in another way that a person has to see."""
+    return tuple(
+        candidate for candidate in decision.candidates if candidate.kind or candidate.score_db >= decision.review_db
+    )
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from biodedup.errors import EncounterConflict
-from biodedup.values import Candidate, CaptureData, Column, Decision, Encounter, Evidence, Missing, Refusal, Template
+from biodedup.values import (
+    Candidate,
+    CaptureData,
+    Column,
+    Decision,
+    Encounter,
+    Evidence,
+    Missing,
+    Refusal,
+    Template,
+    Verdict,
+)
 
 
 def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
@@ -68,11 +79,13 @@ def to_json(decision: Decision) -> str:
 def from_json(text: str) -> Decision:
     """The decision that `to_json` wrote."""
     fields = json.loads(text)
-    candidates = tuple(_candidate(candidate) for candidate in fields["candidates"])
+    verdict = fields.get("adjudicated")
     return Decision(
         **{
             **fields,
-            "candidates": candidates,
+            "candidates": _candidates(fields["candidates"]),
+            "cleared": _candidates(fields.get("cleared", ())),
+            "adjudicated": None if verdict is None else Verdict(**verdict),
             "refusals": tuple(Refusal(**refusal) for refusal in fields["refusals"]),
             "missing": tuple(Missing(**missing) for missing in fields["missing"]),
             "model_ids": tuple(fields["model_ids"]),
@@ -81,7 +94,11 @@ def from_json(text: str) -> Decision:
     )
 
 
-def _candidate(fields: dict[str, Any]) -> Candidate:
+def _candidates(fields: Iterable[Mapping[str, Any]]) -> tuple[Candidate, ...]:
+    return tuple(map(_candidate, fields))
+
+
+def _candidate(fields: Mapping[str, Any]) -> Candidate:
     interval = fields.get("interval_db")
     evidence = tuple(Evidence(**part) for part in fields["evidence"])
     return Candidate(**{**fields, "evidence": evidence, "interval_db": None if interval is None else tuple(interval)})

@@ -13,6 +13,8 @@ Owns the schema and every SQL statement. Never decides, never searches, never ca
 | cell | journal: one template: row and column |
 | encounter | journal: one acknowledged write: what was sent (digest), what was answered |
 | held | the templates of an encounter that went to review, until somebody decides |
+| review_case | an encounter that went to review: what it asked for, and the decision as it stands once it has changed |
+| verdict | what somebody ruled on a case and one of its candidates; kept for ever |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
@@ -32,7 +34,7 @@ import xxhash
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.segment import SegmentEntry
 from biodedup.gallery.tail import Answer
-from biodedup.values import COLUMNS, Column, Template
+from biodedup.values import COLUMNS, Column, Template, Verdict
 
 APPLICATION_ID = 0x62696F64  # "biod", so that `file` and a curious engineer recognise the database
 FORMAT_VERSION, BEFORE_CODECS = 3, 2
@@ -48,7 +50,12 @@ _COLUMNS_OF = {
     "cell": "key INTEGER PRIMARY KEY, vector BLOB, minutiae BLOB, quality REAL",
     "encounter": "encounter_id TEXT PRIMARY KEY, digest BLOB, outcome TEXT, answer TEXT",
     "held": "key TEXT PRIMARY KEY, model_id TEXT, vector BLOB, minutiae BLOB, quality REAL",
+    "review_case": "encounter_id TEXT PRIMARY KEY, request TEXT, decision TEXT",
+    "verdict": "number INTEGER PRIMARY KEY, encounter_id TEXT, subject_id TEXT, candidate TEXT, ruling TEXT, judged_by TEXT, "
+    "judged_at REAL, note TEXT",
 }
+_ADDED = ("review_case", "verdict")
+"""Galleries of release 0.2.0 lack these until a writer opens them; from then on the setting `cases` says that they are there."""
 
 _STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
 
@@ -115,17 +122,35 @@ class Catalogue:
 
     def create(self, gallery_id: str, config: str) -> None:
         """Lays the schema, inside the caller's transaction."""
-        for table, columns in _COLUMNS_OF.items():
-            self._connection.execute(f"CREATE TABLE {table} ({columns}, checksum INTEGER NOT NULL)")
+        for table in _COLUMNS_OF:
+            self._create(table)
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
+        self.put("meta", [("cases", "1")])
         self.set_state(State())
 
-    def mark(self) -> None:
-        """A gallery of the format before is of this one from now on, inside the caller's transaction."""
+    def is_current(self) -> bool:
+        """Whether `renew` has nothing to do."""
+        return self.identify()[1] == FORMAT_VERSION and "cases" in self.meta()
+
+    def renew(self) -> None:
+        """A gallery of the format before, or of this one without tables that were added, is up to date from now on, inside the
+        caller's transaction."""
+        for table in _ADDED:
+            if not self._exists(table):
+                self._create(table)
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        self.put("meta", [("format", str(FORMAT_VERSION))])
+        self.put("meta", [("format", str(FORMAT_VERSION)), ("cases", "1")])
+
+    def _create(self, table: str) -> None:
+        self._connection.execute(f"CREATE TABLE {table} ({_COLUMNS_OF[table]}, checksum INTEGER NOT NULL)")
+        if table == "verdict":
+            self._connection.execute("CREATE INDEX verdict_encounter ON verdict (encounter_id)")
+
+    def _exists(self, table: str) -> bool:
+        query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return bool(self._connection.execute(query, (table,)).fetchone()[0])
 
     def identify(self) -> tuple[int, int, int]:
         """(application_id, user_version, number of tables): what kind of file this is."""
@@ -242,6 +267,49 @@ class Catalogue:
         """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
         self.put("held", ((f"{encounter_id}/{COLUMNS[index]}", *rest) for encounter_id, index, *rest in rows))
 
+    # cases ------------------------------------------------------------------------------------------------------
+
+    def open_cases(self) -> list[str]:
+        """The encounters whose templates are held, in the order of their ids."""
+        keys = self._connection.execute("SELECT key FROM held ORDER BY key")
+        return list(dict.fromkeys(key.rsplit("/", 1)[0] for (key,) in keys))
+
+    def held(self, encounter_id: str) -> dict[str, Template]:
+        """column -> the template that is held."""
+        templates = {}
+        names = {f"{encounter_id}/{column}": column for column in COLUMNS}
+        where = f"key IN ({','.join('?' * len(names))})"
+        for key, model_id, vector, minutiae, quality in self._all("held", "key", where, tuple(names)):
+            embedding = None if vector is None else np.frombuffer(vector, "<f4")
+            templates[names[key]] = Template(names[key], model_id, embedding, minutiae, quality)
+        return templates
+
+    def drop_held(self, encounter_id: str) -> None:
+        keys = ((f"{encounter_id}/{column}",) for column in COLUMNS)
+        self._connection.executemany("DELETE FROM held WHERE key = ?", keys)
+
+    def case(self, encounter_id: str) -> tuple[str, str | None] | None:
+        """(what was asked for, the decision as it stands or None while it is the answer's), JSON; None for no case, and for
+        one of a release that did not note it."""
+        for _, request, decision in self._all("review_case", None, "encounter_id = ?", (encounter_id,)):
+            return request, decision
+        return None
+
+    def put_case(self, encounter_id: str, request: str, decision: str | None) -> None:
+        self.put("review_case", [(encounter_id, request, decision)])
+
+    def verdicts(self, encounter_id: str | None = None) -> Iterator[Verdict]:
+        """In the order in which they were given; of one encounter, or all."""
+        where, values = ("", ()) if encounter_id is None else ("encounter_id = ?", (encounter_id,))
+        for _, *fields in self._all("verdict", "number", where, values):
+            yield Verdict(*fields)
+
+    def add_verdicts(self, verdicts: Iterable[Verdict]) -> None:
+        (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM verdict").fetchone()
+        for number, one in enumerate(verdicts, last + 1):
+            fields = (one.encounter_id, one.subject_id, one.candidate, one.ruling, one.by, float(one.at), one.note)
+            self.put("verdict", [(number, *fields)])
+
     def clear_journal(self) -> None:
         """After sealing: the segment has it all."""
         for table in ("subject", "cell", "encounter"):
@@ -250,14 +318,22 @@ class Catalogue:
     # rows with checksums ----------------------------------------------------------------------------------------
 
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Inserts rows with their checksums; in `meta`, replaces them."""
+        """Inserts rows with their checksums; in `meta` and `review_case`, replaces them."""
         marks = ",".join("?" * (_COLUMNS_OF[table].count(",") + 2))
-        verb = "REPLACE" if table == "meta" else "INSERT"
+        verb = "REPLACE" if table in ("meta", "review_case") else "INSERT"
         self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", ((*row, _checksum(row)) for row in rows))
 
-    def _all(self, table: str, order: str | None = None) -> Iterator[tuple[Any, ...]]:
-        query = f"SELECT * FROM {table}" + (f" ORDER BY {order}" if order else "")
-        for *values, checksum in self._connection.execute(query):
+    def _all(
+        self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
+    ) -> Iterator[tuple[Any, ...]]:
+        if table in _ADDED and not self._exists(table):
+            if "cases" in self.meta():
+                raise GalleryDamaged(f"table {table} is lost; run `biodedup doctor`")
+            return
+        query = (
+            f"SELECT * FROM {table}" + (f" WHERE {where}" if where else "") + (f" ORDER BY {order}" if order else "")
+        )
+        for *values, checksum in self._connection.execute(query, which):
             if _checksum(values) != checksum:
                 raise GalleryDamaged(f"a row of table {table} is damaged; run `biodedup doctor`")
             yield tuple(values)

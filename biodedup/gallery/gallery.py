@@ -34,6 +34,7 @@ from biodedup.errors import (
     NotAGallery,
     StorageUnavailable,
 )
+from biodedup.gallery.cases import is_review, pairs_of, read_case, standing
 from biodedup.gallery.catalogue import APPLICATION_ID, BEFORE_CODECS, FORMAT_VERSION, Catalogue, ColumnModel, State
 from biodedup.gallery.compaction import due, grouped
 from biodedup.gallery.part import Int64, Part
@@ -43,7 +44,7 @@ from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
 from biodedup.gallery.tail import Tail, TailPart
 from biodedup.gallery.transaction import Transaction
 from biodedup.gallery.upgrade import OLD_FORMAT, upgrade
-from biodedup.values import Column, Float32
+from biodedup.values import Case, Column, Float32, Verdict
 
 DATABASE_NAME = "gallery.sqlite3"
 LOCK_NAME = "writer.lock"
@@ -140,9 +141,9 @@ class Gallery:
                 catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
                 try:
                     check_format(storage, catalogue, folder)
-                    if lock is not None and catalogue.identify()[1] == BEFORE_CODECS:
+                    if lock is not None and not catalogue.is_current():
                         catalogue.begin()
-                        catalogue.mark()
+                        catalogue.renew()
                         catalogue.commit()
                     return cls(storage, folder, catalogue, lock, config)
                 except BaseException:
@@ -174,6 +175,43 @@ class Gallery:
         if self.read_only:
             with self.lock:
                 self._published, self._tail = self._load()
+
+    def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
+        """As `Snapshot.answer`; of a case, the decision as it stands."""
+        found = self._published.answer(encounter_id)
+        if found is None or not is_review(found[1]):
+            return found
+        with self._reading():
+            return found[0], standing(self._catalogue, encounter_id, found[1])
+
+    def case(self, encounter_id: str) -> Case | None:
+        """An encounter that went to review, open or closed."""
+        with self._reading():
+            return read_case(self._catalogue, self._published, encounter_id)
+
+    def open_cases(self) -> list[str]:
+        """The encounters in review, in the order of their ids."""
+        with self._reading():
+            return self._catalogue.open_cases()
+
+    def verdicts(self) -> list[Verdict]:
+        """All that were ever given, oldest first."""
+        with self._reading():
+            return list(self._catalogue.verdicts())
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self.lock, translated(f"reading {self.folder}"):
+            if self._broken:
+                self._recover()
+            try:
+                self._catalogue.begin_reading()
+                yield
+            finally:
+                try:
+                    self._catalogue.rollback()
+                except sqlite3.Error:
+                    self._broken = True  # what was read is sound; the next one connects anew
 
     # writing ----------------------------------------------------------------------------------------------------
 
@@ -227,11 +265,11 @@ class Gallery:
             return False
 
     def _recover(self) -> None:
-        """After a commit of which the disk would not say whether it took place: sees what is there. Raises
-        StorageUnavailable while the disk still refuses."""
-        with translated("recovering from a failed commit"):
+        """After a commit, or the end of a reading, of which the disk would not say whether it took place: sees what is there.
+        Raises StorageUnavailable while the disk still refuses."""
+        with translated("connecting again after a failure"):
             self._catalogue.close()
-            self._catalogue = Catalogue(self.storage.connect(self.folder / DATABASE_NAME, read_only=False))
+            self._catalogue = Catalogue(self.storage.connect(self.folder / DATABASE_NAME, read_only=self.read_only))
         self._published, self._tail = self._load()
         self._broken = False
 
@@ -399,7 +437,8 @@ class Gallery:
             raise GalleryDamaged(f"{self.folder}: the journal lacks templates; run `biodedup doctor`")
         parts: tuple[Part, ...] = (*segments, TailPart(tail, tail.count))
         group_sets = self._catalogue.group_sets()
-        return Snapshot(self._state.version, tail.end_row, parts, tombstones, models, group_sets), tail
+        different = pairs_of(self._catalogue.verdicts())
+        return Snapshot(self._state.version, tail.end_row, parts, tombstones, models, group_sets, different), tail
 
     def _fill(self, tail: Tail, models: Mapping[str, ColumnModel]) -> None:
         subjects = self._catalogue.subjects()

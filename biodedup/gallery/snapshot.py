@@ -33,6 +33,8 @@ class Snapshot:
     tombstones: Int64
     models: Mapping[str, ColumnModel]
     group_sets: Mapping[int, frozenset[str]]
+    different: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    """subject_id -> subjects who were judged to be somebody else; in both directions."""
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
     )
@@ -98,6 +100,15 @@ class Snapshot:
                 again = self.row_of(packed.text(subject_ids[i : i + 1])[0])
                 rows[i] = rows[i] if again is None else again
         return rows
+
+    def rows_different(self, subject_id: str | None) -> frozenset[int]:
+        """The rows of subjects who were judged to be somebody else than this one."""
+        rows = (self.row_of(other) for other in self.different.get(subject_id or "", ()))
+        return frozenset(row for row in rows if row is not None)
+
+    def are_different(self, subject_id: str, other_id: str) -> bool:
+        """Whether these two were judged to be two people."""
+        return other_id in self.different.get(subject_id, ())
 
     def is_live(self, row: int) -> bool:
         """Whether the row, which some snapshot had, is there and not removed."""

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.errors import ModelMismatch, SubjectExists, UnknownSubject
+from biodedup.gallery.answers import to_json
+from biodedup.gallery.cases import Request, is_review, pairs_of, read_case, standing
 from biodedup.gallery.catalogue import Catalogue, ColumnModel, State
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.part import Int64, Part
@@ -22,7 +24,7 @@ from biodedup.gallery.segment import Segment, SegmentEntry, open_segment, write_
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import Storage
 from biodedup.gallery.tail import Answer, Tail, TailPart
-from biodedup.values import Column, Template
+from biodedup.values import Case, Column, Decision, Template, Verdict
 
 
 class Transaction:
@@ -46,6 +48,7 @@ class Transaction:
         self.tombstones = before.tombstones
         self.models = dict(before.models)
         self.group_sets = dict(before.group_sets)
+        self.different = before.different
         self.answers: dict[str, Answer] = {}
         self.new_segments: list[int] = []
         self.retired: list[Segment] = []
@@ -73,11 +76,18 @@ class Transaction:
         """Everything, what is staged included."""
         parts: tuple[Part, ...] = (*self.segments, TailPart(self.tail, self.tail.count))
         version = self.state.version
-        return Snapshot(version, self.tail.end_row, parts, self.tombstones, self.models, self.group_sets)
+        return Snapshot(
+            version, self.tail.end_row, parts, self.tombstones, self.models, self.group_sets, self.different
+        )
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
         staged = self.answers.get(encounter_id)
-        return (staged.digest, staged.text) if staged is not None else self.snapshot().answer(encounter_id)
+        if staged is not None:
+            return staged.digest, staged.text
+        found = self.snapshot().answer(encounter_id)
+        if found is None or not is_review(found[1]):
+            return found
+        return found[0], standing(self._catalogue, encounter_id, found[1])
 
     # content ----------------------------------------------------------------------------------------------------
 
@@ -142,9 +152,27 @@ class Transaction:
         self.answers[encounter_id] = answer
         self.content_changed = True
 
-    def hold(self, encounter_id: str, templates: Iterable[Template]) -> None:
-        """Keeps the templates of an encounter in review."""
+    def hold(self, encounter_id: str, templates: Iterable[Template], request: Request) -> None:
+        """Opens a case: keeps the templates of an encounter in review, and what it asked for."""
         self._catalogue.hold(encounter_id, templates)
+        self._catalogue.put_case(encounter_id, request.to_json(), None)
+        self.content_changed = True
+
+    def case(self, encounter_id: str) -> Case | None:
+        return read_case(self._catalogue, self.snapshot(), encounter_id)
+
+    def judge(self, verdicts: Sequence[Verdict]) -> None:
+        """Records what was ruled; pairs judged different are so for every search from now on."""
+        self._catalogue.add_verdicts(verdicts)
+        self.different = pairs_of(verdicts, self.different)
+        self.content_changed = True
+
+    def revise(self, case: Case, decision: Decision) -> None:
+        """The decision of a case as it stands from now on. Closed, its templates are dropped."""
+        request = Request(case.replaces, case.groups, case.across_positions)
+        self._catalogue.put_case(case.encounter_id, request.to_json(), to_json(decision))
+        if decision.outcome != "review":
+            self._catalogue.drop_held(case.encounter_id)
         self.content_changed = True
 
     def refuse_enrolled(self, subject_ids: Sequence[str]) -> None:

@@ -1,5 +1,8 @@
 """Long work over many records: resumable, with progress, built on the engine."""
 
+from biodedup.jobs.adjudication import CasesResult, ExportResult, export_outcomes, list_cases, reasons_of, show_case
+from biodedup.jobs.audit import AUDIT_SCHEMA, AuditResult, audit
+from biodedup.jobs.audit import KINDS as AUDIT_KINDS
 from biodedup.jobs.backlog import Backlog, QueueStatus, queue_status, write_status_page
 from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
@@ -15,10 +18,15 @@ from biodedup.jobs.sentinel_report import Watch, Watched
 from biodedup.jobs.sentinels import forget_removed, watch
 
 __all__ = [
+    "AUDIT_KINDS",
+    "AUDIT_SCHEMA",
+    "AuditResult",
     "Backlog",
     "BatchResult",
+    "CasesResult",
     "DedupResult",
     "DemoResult",
+    "ExportResult",
     "IngestResult",
     "JoinResult",
     "LoadResult",
@@ -29,20 +37,25 @@ __all__ = [
     "Watch",
     "Watched",
     "announce",
+    "audit",
     "dedup",
     "demo",
     "enroll_batch",
     "examine",
     "examine_batch",
+    "export_outcomes",
     "find_duplicates",
     "forget_removed",
     "ingest_batches",
     "is_gallery",
+    "list_cases",
     "load",
     "load_trusted",
     "make_keys",
     "pack_batch",
     "queue_status",
+    "reasons_of",
+    "show_case",
     "watch",
     "write_status_page",
 ]

@@ -85,15 +85,17 @@ class Searcher:
         groups: Collection[str] | None = None,
         floor_db: float = 0.0,
         across: bool = False,
+        spare: int = 0,
     ) -> list[Found]:
         """Each probe against the live rows from from_row on; with groups, those that belong to one of them.
 
         floor_db: 0 asks for the strongest; above it, for all that reach it by one column, and for none that has only this column
-        and is weaker. across: fingers are compared with fingers of other labels, too.
+        and is weaker. across: fingers are compared with fingers of other labels, too. spare: how many more to look at, since so many may
+        turn out not to count.
         """
         if from_row >= snapshot.row_count or not probes:
             return [Found(across=across)] * len(probes)
-        scope = _Scope(snapshot, from_row, as_set(groups), across)
+        scope = _Scope(snapshot, from_row, as_set(groups), across, spare)
         source = SnapshotRows(snapshot)
         plans = self._plans(scope, probes, floor_db)
         near, failed = self._near(scope, probes, plans, floor_db)
@@ -111,9 +113,9 @@ class Searcher:
                 if floor_db > 0 and len(rows):
                     worth = others | (self._comparer.score_db(probe[column[0]], similarity) >= floor_db)
                 else:
-                    worth = others | (np.cumsum(~others) <= self._config.returned)
+                    worth = others | (np.cumsum(~others) <= self._config.returned + spare)
                 chosen.append(rows[worth])
-            chosen.append(self._strongest(probe, lists, floor_db))
+            chosen.append(self._strongest(probe, lists, floor_db, spare))
             scanned = sum(BIT[column] for column in {theirs for _, theirs in lists})
             singly = sum(BIT[c] for c, m in snapshot.models.items() if m.dimension is None) & wanted
             left = scope.rows_with(singly, without=scanned)
@@ -124,7 +126,11 @@ class Searcher:
         return found
 
     def _strongest(
-        self, probe: Probe, lists: Mapping[tuple[str, str], tuple[NDArray[np.int64], Float32]], floor_db: float
+        self,
+        probe: Probe,
+        lists: Mapping[tuple[str, str], tuple[NDArray[np.int64], Float32]],
+        floor_db: float,
+        spare: int,
     ) -> NDArray[np.int64]:
         """Rows found under other labels than the probe's that are worth comparing."""
         found = [(np.zeros(0, np.int64), np.zeros(0))]
@@ -137,12 +143,15 @@ class Searcher:
             if floor_db > 0:  # all that reach it by one finger
                 evidence[calibration.score_db(similarity) >= floor_db] = np.inf
             found.append((rows, evidence))
-        return strongest(found, self._config.candidates)
+        return strongest(found, self._config.candidates + spare)
 
-    def pairs(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float) -> list[tuple[int, Comparison]]:
-        """Pairs of one of these live rows, ascending, and of a row behind it, that score threshold_db or more; each once."""
+    def pairs(
+        self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float, *, with_all: bool = False
+    ) -> list[tuple[int, Comparison]]:
+        """Pairs of one of these live rows, ascending, and of a row behind it, that score threshold_db or more; each once.
+        with_all: of one of them, and any other row."""
         if any(bits != BIT["face"] for part in snapshot.parts for bits in part.bits):
-            return self._pairs_of_several_columns(snapshot, rows, threshold_db)
+            return self._pairs_with_all(snapshot, rows, threshold_db)
         faces = snapshot.embeddings(rows, "face")
         model_id = snapshot.models["face"].model_id
         probe = Template("face", model_id, faces[0])
@@ -150,8 +159,9 @@ class Searcher:
         # The last part, the tail, has no codes and is compared exactly: once, when its rows have their turn, not with every tile.
         tail = snapshot.parts[-1].first_row
         in_tail = rows[-1] >= tail
-        scope = _Scope(snapshot, 0 if in_tail else rows[0], None)
-        plan = replace(scope.plan("face", 0, self._config.miss_risk), end_row=None if in_tail else tail)
+        everywhere = in_tail or with_all
+        scope = _Scope(snapshot, 0 if everywhere else rows[0], None)
+        plan = replace(scope.plan("face", 0, self._config.miss_risk), end_row=None if everywhere else tail)
         near: list[tuple[NDArray[np.int64], Float32]] = []
         for low in range(0, len(rows), PROBES):
             some = slice(low, low + PROBES)
@@ -161,13 +171,14 @@ class Searcher:
             near += reached.found
         source, found = SnapshotRows(snapshot), []
         for row, face, (others, _) in zip(rows, faces, near, strict=True):
-            behind = others[(others > row) & (others < tail) if row < tail else (others < tail) | (others > row)]
-            if len(behind):
-                compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, behind.tolist())
+            behind = (others > row) & (others < tail) if row < tail else (others < tail) | (others > row)
+            wanted = others[others != row if with_all else behind]
+            if len(wanted):
+                compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, wanted.tolist())
                 found += [(row, comparison) for comparison in compared.reaching(threshold_db)]
         return found
 
-    def _pairs_of_several_columns(
+    def _pairs_with_all(
         self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float
     ) -> list[tuple[int, Comparison]]:
         found: dict[tuple[int, int], tuple[int, Comparison]] = {}
@@ -264,7 +275,13 @@ class Searcher:
                     if floor_db > 0:
                         ids = [[models[name].model_id for name in sorted(one)] for one in plan.choices]
                         floor = min(self._comparer.llr_reaching(floor_db, some) for some in ids)
-                    plan = replace(plan, floor_llr_db=floor, groups=scope.groups, from_row=scope.from_row)
+                    plan = replace(
+                        plan,
+                        k=plan.k + scope.spare,
+                        floor_llr_db=floor,
+                        groups=scope.groups,
+                        from_row=scope.from_row,
+                    )
                 known[names] = plan
             plans.append(known[names])
         return plans
@@ -290,7 +307,7 @@ class Searcher:
                     others = (scope.snapshot.presence(rows.tolist()) & besides) != 0
                     others |= any(self._comparer.has_more(probes[i][column]) for column in plan.columns)
                     # by the sum of evidence, which is their final order but for what else they have in common
-                    first = np.cumsum(~others) <= 2 * self._config.returned
+                    first = np.cumsum(~others) <= 2 * self._config.returned + scope.spare
                     chosen[i].append(rows[others | first | (llr_db >= plan.floor_llr_db)])
         return chosen, failed
 
@@ -327,7 +344,7 @@ class Searcher:
         besides: TogetherPlan | None,
     ) -> bool:
         vectors = np.array([probe.embedding for probe in asked.values()], np.float32)
-        k = self._config.candidates
+        k = self._config.candidates + scope.spare
         nearest = self.nearest(
             scope.snapshot, column, vectors, k, from_row=scope.from_row, groups=scope.groups, besides=besides
         )
@@ -361,13 +378,16 @@ class Searcher:
 
 
 class _Scope:
-    """The rows that a search sees, and whether captures are looked for under other labels."""
+    """The rows that a search sees, and whether captures are looked for under other labels. spare: rows to be found on top."""
 
-    def __init__(self, snapshot: Snapshot, from_row: int, groups: frozenset[str] | None, across: bool = False) -> None:
+    def __init__(
+        self, snapshot: Snapshot, from_row: int, groups: frozenset[str] | None, across: bool = False, spare: int = 0
+    ) -> None:
         self.snapshot = snapshot
         self.from_row = from_row
         self.groups = groups
         self.across = across
+        self.spare = spare
 
     @property
     def count(self) -> int:

@@ -26,7 +26,7 @@ BELIEVED: tuple[Kind, ...] = ("same_person", "swapped_fingers")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """kinds: of each candidate, "" below the review threshold. reasons: what sent the case to a person, most serious first."""
 
     outcome: Outcome
@@ -44,7 +44,7 @@ def judge(
     usable: bool = True,
     nothing_in_common: bool = False,
     trust_extrapolation: bool = True,
-) -> Verdict:
+) -> Judgement:
     """The outcome of a search.
 
     candidates: strongest first. band_db: where the review band of the policy begins; review_db lies below it where mates of these
@@ -53,7 +53,7 @@ def judge(
     """
     kinds = kinds_of(candidates, duplicate_db, review_db)
     if not usable:
-        return Verdict("refused", kinds, ())
+        return Judgement("refused", kinds, ())
     reasons: dict[str, None] = {}
     duplicate = False
     for candidate, kind in zip(candidates, kinds, strict=True):
@@ -72,7 +72,7 @@ def judge(
     if nothing_in_common:
         reasons["nothing_in_common"] = None
     outcome: Outcome = "duplicate" if duplicate else "review" if reasons else "unique"
-    return Verdict(outcome, kinds, tuple(sorted(reasons, key=_SERIOUS.index)))
+    return Judgement(outcome, kinds, tuple(sorted(reasons, key=_SERIOUS.index)))
 
 
 _SERIOUS = (

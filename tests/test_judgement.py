@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 from biodedup.gallery.answers import from_json, to_json
+from biodedup.match.judgement import judge, kinds_of
 from biodedup.match.ranked import Comparison
-from biodedup.match.verdict import judge, kinds_of
 from biodedup.values import Evidence
 
 DUPLICATE, REVIEW = 60.0, 50.0

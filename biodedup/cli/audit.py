@@ -1,0 +1,58 @@
+"""The command `audit`: a roll against a gallery. A thin mirror of `jobs.audit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from biodedup import jobs
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    AcrossOption,
+    Exit,
+    GalleryOption,
+    JsonOption,
+    ThreadsOption,
+    app,
+    out,
+    print_summary,
+    progress_bar,
+)
+from biodedup.config import Config, SearchConfig
+from biodedup.engine import Engine
+
+
+@app.command()
+def audit(
+    roll: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ROLL", help="CSV or Parquet with subject_id, or with path and position; optionally district."
+        ),
+    ],
+    result: Annotated[Path, typer.Option("--out", "-o", help="Findings, .parquet or .csv.")] = Path("audit.parquet"),
+    report: Annotated[Path | None, typer.Option("--report", help="The report, an HTML page.")] = None,
+    threshold_db: Annotated[
+        float | None, typer.Option(help="Two count as one person from this score on; default: the policy's.")
+    ] = None,
+    across_positions: AcrossOption = False,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a roll, as of voters: who is listed twice, not enrolled, or enrolled under two ids, by district. Interrupted, it goes
+    on where it was. Exit code 10: doubles were found."""
+    config = Config(search=SearchConfig(across_positions=across_positions), threads=threads)
+    with Engine.open(gallery, config, read_only=True) as engine, progress_bar() as progress:
+        found = jobs.audit(engine, roll, result, report=report, threshold_db=threshold_db, progress=progress)
+    summary = found.summary() | {"result": str(result)} | ({"report": str(report)} if report is not None else {})
+    if as_json:
+        print_summary(summary, as_json)
+    else:
+        print_summary({k: v for k, v in summary.items() if k not in ("findings", "districts")}, as_json)
+        for kind, text in jobs.AUDIT_KINDS.items():
+            out.print(f"{summary['findings'][kind]:>8,}  {text}")
+    doubles = sum(summary["findings"][kind] for kind in ("two_ids", "listed_twice", "enrolled_twice"))
+    raise typer.Exit(Exit.DUPLICATE if doubles else Exit.DONE)

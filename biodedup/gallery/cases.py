@@ -1,0 +1,171 @@
+"""Cases: encounters that went to review, and what people ruled on them.
+
+Owns what a case is in the tables, which verdicts may follow one another, and the decision that a verdict leads to. Never
+searches and never commits.
+
+1. A case is open while its templates are held. It lists candidates; each is ruled on by itself, or all at once.
+2. `same` closes it as a duplicate, `recapture` as refused. `different` closes it once nobody is left: not among its candidates,
+   and not among all who are enrolled by then. Until that it stays open, with whoever came up.
+3. The same ruling again changes nothing; another one on what was ruled already is a conflict.
+4. A pair judged different is so for ever, whichever side is the probe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+
+from biodedup.errors import EncounterConflict, InvalidInput
+from biodedup.gallery.answers import from_json
+from biodedup.gallery.catalogue import Catalogue
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.values import Candidate, Case, Decision, Refusal, Ruling, Verdict, strong
+
+RECAPTURE = Refusal("encounter", "recapture", "whoever judged the case asks for new captures")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an encounter in review asked for. replaces: to update an enrolled subject."""
+
+    replaces: bool
+    groups: tuple[str, ...]
+    across: bool
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+def is_review(answer: str) -> bool:
+    """Whether an answer, as JSON, is that of a case."""
+    return '"outcome":"review"' in answer  # quotes inside a value are escaped
+
+
+def standing(catalogue: Catalogue, encounter_id: str, answer: str) -> str:
+    """The decision as it stands, JSON. answer: the one that was given first."""
+    stored = catalogue.case(encounter_id)
+    return answer if stored is None or stored[1] is None else stored[1]
+
+
+def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Case | None:
+    """A case, open or closed; None for an encounter that never went to review."""
+    answer = snapshot.answer(encounter_id)
+    if answer is None or not is_review(answer[1]):
+        return None
+    first = from_json(answer[1])
+    assert first.subject_id is not None, "only enrolments and updates are kept"
+    stored = catalogue.case(encounter_id)
+    if stored is None:  # of a release that did not note what was asked for
+        request = Request(snapshot.row_of(first.subject_id) is not None, (), False)
+    else:
+        fields = json.loads(stored[0])
+        request = Request(fields["replaces"], tuple(fields["groups"]), fields["across"])
+    decision = first if stored is None or stored[1] is None else from_json(stored[1])
+    if decision.outcome == "review":
+        enrolled = (c for c in decision.candidates if snapshot.row_of(c.subject_id) is not None)
+        decision = replace(decision, candidates=tuple(enrolled))
+    return Case(
+        encounter_id,
+        first.subject_id,
+        first.decided_at,
+        decision,
+        tuple(catalogue.verdicts(encounter_id)),
+        request.replaces,
+        request.across,
+        request.groups,
+        catalogue.held(encounter_id),
+    )
+
+
+def pairs_of(
+    verdicts: Iterable[Verdict], known: Mapping[str, tuple[str, ...]] | None = None
+) -> Mapping[str, tuple[str, ...]]:
+    """subject_id -> who was judged to be somebody else, in both directions; added to those known."""
+    pairs = dict(known or {})
+    for verdict in verdicts:
+        if verdict.ruling == "different" and verdict.candidate is not None:
+            for one, other in ((verdict.subject_id, verdict.candidate), (verdict.candidate, verdict.subject_id)):
+                if other not in pairs.get(one, ()):
+                    pairs[one] = (
+                        *pairs.get(one, ()),
+                        other,
+                    )  # most have one: a set would take four times as much memory
+    return pairs
+
+
+def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float, note: str) -> tuple[Verdict, ...]:
+    """The verdicts to record; none where this was ruled before.
+
+    candidate: None means the only one, or with `different` all that are undecided. Raises EncounterConflict where something else
+    was ruled, InvalidInput for somebody who is no candidate, and where it is not clear who is meant.
+    """
+
+    def verdict(candidate: str | None) -> Verdict:
+        return Verdict(case.encounter_id, case.subject_id, candidate, ruling, by, at, note)
+
+    verdict(candidate)  # validates
+    if ruling == "recapture":
+        candidate = None
+    before = [v for v in case.verdicts if candidate is not None and v.candidate == candidate]
+    standing = before[-1] if before else case.decision.adjudicated
+    if standing is not None:
+        if standing.ruling == ruling and (before or candidate is None):
+            return ()
+        raise EncounterConflict(
+            f"encounter {case.encounter_id!r} was judged {standing.ruling} by {standing.by}; a verdict stands: enrol anew, with "
+            "another encounter_id"
+        )
+    names = [c.subject_id for c in case.decision.candidates]
+    if candidate is not None and candidate not in names:
+        raise InvalidInput(
+            f"subject {candidate!r} is no candidate of encounter {case.encounter_id!r}; its candidates are "
+            f"{', '.join(names) or 'nobody'}"
+        )
+    if ruling == "recapture":
+        return (verdict(None),)
+    undecided = [c.subject_id for c in case.undecided]
+    if ruling == "different":
+        names_now = [candidate] if candidate is not None else undecided
+        return tuple(map(verdict, names_now)) or (verdict(None),)
+    if candidate is None and len(undecided) != 1:
+        raise InvalidInput(
+            f"encounter {case.encounter_id!r} has {len(undecided)} candidates; say whose double it is, one of "
+            f"{', '.join(undecided or names) or 'nobody'}"
+        )
+    return (verdict(candidate or undecided[0]),)
+
+
+def closed(case: Case, verdict: Verdict) -> Decision:
+    """The decision after `same` or `recapture`."""
+    if verdict.ruling == "recapture":
+        refusals = (*case.decision.refusals, RECAPTURE)
+        return replace(case.decision, outcome="refused", refusals=refusals, adjudicated=verdict)
+    return replace(case.decision, outcome="duplicate", adjudicated=verdict)
+
+
+def reconsidered(case: Case, verdicts: tuple[Verdict, ...], fresh: Decision) -> Decision:
+    """The decision after `different`. fresh: made anew, with everybody enrolled by now but those judged different.
+
+    A person has looked, so that `unique` needs no more than that nobody is left and everybody was seen.
+    """
+    judged = {v.candidate for v in (*case.verdicts, *verdicts) if v.ruling == "different"}
+    now = {c.subject_id: c for c in (*fresh.candidates, *fresh.cleared)}
+    known = {c.subject_id: c for c in (*case.decision.cleared, *case.decision.candidates)} | now
+    cleared = _ranked(c for name, c in known.items() if name in judged)
+    waiting = {c.subject_id: known[c.subject_id] for c in case.undecided} | {c.subject_id: c for c in strong(fresh)}
+    left = _ranked(c for name, c in waiting.items() if name not in judged)
+    if not left and not fresh.incomplete:
+        return replace(fresh, outcome="unique", cleared=cleared, adjudicated=verdicts[-1])
+    return replace(
+        fresh,
+        outcome="review",
+        candidates=left or fresh.candidates,
+        cleared=cleared,
+        review_db=min(fresh.review_db, case.decision.review_db),  # whoever was to be judged still is
+    )
+
+
+def _ranked(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    ordered = sorted(candidates, key=lambda c: (-c.score_db, c.rank, c.subject_id))
+    return tuple(replace(c, rank=rank) for rank, c in enumerate(ordered, start=1))
