@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import again, people
+from test_crash import Countdown, FailingStorage
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import inspect
 from biodedup.gallery.storage import LocalStorage
+from biodedup.jobs.survivors import Member, survivor
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=64, merge_fan=2, background=False))
 FILES = ("m.parquet", "m.pairs.parquet", "m.collisions.parquet", "m.summary.json", "m.html")
 MIN_DB = 70.0
+NAMES = ("agam", "bantul", "cimahi")
 
 
 def register(folder: Path, vectors, names, *, compact=True, groups=None) -> Path:
@@ -34,20 +46,25 @@ def register(folder: Path, vectors, names, *, compact=True, groups=None) -> Path
     return folder
 
 
-@pytest.fixture
-def districts(tmp_path):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
     """Three districts of 150; five of the first are in the second again, one of them in the third, too; and `s7` is one person in
     the first two, `x9` two persons."""
+    folder = tmp_path_factory.mktemp("districts")
     a, b, c = (people(150, seed) for seed in (1, 2, 3))
     b[:5], c[0] = again(a[:5], 0.9), again(a[:1], 0.9, seed=9)[0]
     b[7] = again(a[7:8], 0.9)[0]
     names = [[f"{letter}{i}" for i in range(150)] for letter in "abc"]
     names[0][7] = names[1][7] = "s7"
     names[0][9] = names[1][9] = "x9"
-    return [
-        register(tmp_path / folder, vectors, ids, compact=folder != "bantul")
-        for folder, vectors, ids in zip(("agam", "bantul", "cimahi"), (a, b, c), names, strict=True)
-    ]
+    for name, vectors, ids in zip(NAMES, (a, b, c), names, strict=True):
+        register(folder / name, vectors, ids, compact=name != "bantul")
+    return folder
+
+
+@pytest.fixture
+def districts(built, tmp_path):
+    return [Path(shutil.copytree(built / name, tmp_path / name)) for name in NAMES]
 
 
 def contents(folder: Path) -> dict[str, tuple]:
@@ -74,7 +91,7 @@ def opened(folder: Path) -> Gallery:
     )
 
 
-def assert_same(one: dict, other: dict) -> None:
+def assert_same(one: dict, other: dict, atol: float = 1e-6) -> None:
     assert one.keys() == other.keys()
     for name, (groups, templates) in one.items():
         assert groups == other[name][0]
@@ -82,7 +99,7 @@ def assert_same(one: dict, other: dict) -> None:
         for column, (model_id, vector, *rest) in templates.items():
             theirs = other[name][1][column]
             assert (model_id, *rest) == (theirs[0], *theirs[2:])
-            assert vector is None or np.allclose(vector, theirs[1], atol=1e-6)
+            assert vector is None or np.allclose(vector, theirs[1], atol=atol)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -196,49 +213,231 @@ def test_apply_and_undo_killed_anywhere_go_on(districts, tmp_path):
     before = contents(first)
     out = tmp_path / "m.parquet"
     merged(others, out, into=first, prefer=["bantul"])
-    kills = 0
-    while True:
-        try:
-            result = merged(others, out, into=first, prefer=["bantul"], apply=True, storage=Dying(11 + 13 * kills))
-            break
-        except bd.StorageUnavailable:
-            kills += 1
-    assert kills > 3
+    result, kills = until_it_lives(
+        lambda storage: merged(others, out, into=first, prefer=["bantul"], apply=True, storage=storage)
+    )
+    assert kills > 8
     assert len(contents(first)) == 443
-    kills = 0
-    while True:
-        try:
-            jobs.undo(result.merge_id, first, CONFIG, storage=Dying(7 + 9 * kills))
-            break
-        except bd.StorageUnavailable:
-            kills += 1
-    assert kills > 1
+    undone, kills = until_it_lives(lambda storage: jobs.undo(result.merge_id, first, CONFIG, storage=storage))
+    assert kills > 4
+    assert (undone.restored, undone.withdrawn) == (6, 299)
     assert_same(before, contents(first))
+    assert not inspect(LocalStorage(), first)
 
 
-class Dying(LocalStorage):
-    """From the nth change of a file's name or folder on, the disk refuses everything."""
+def until_it_lives(work, step=17):
+    """The result, and how often the disk failed before: at its 5th call, the 22nd of the next run, ..."""
+    for kills in range(200):
+        try:
+            return work(FailingStorage(Countdown(5 + step * kills))), kills
+        except bd.StorageUnavailable:
+            pass
+    raise AssertionError("it never came through")
 
-    def __init__(self, n: int) -> None:
-        self._left = n
 
-    def _change(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise OSError(5, "input/output error")
+def test_a_staging_copy_on_a_failing_disk_goes_on(districts, tmp_path):
+    merged(districts, tmp_path / "m.parquet")
+    _, kills = until_it_lives(lambda storage: merged(districts, tmp_path / "k" / "m.parquet", storage=storage), 37)
+    assert kills > 4
+    assert bytes_of(tmp_path / "k") == bytes_of(tmp_path)
 
-    def create(self, path):
-        self._change()
-        return super().create(path)
 
-    def replace(self, source, target):
-        self._change()
-        super().replace(source, target)
+def test_a_central_gallery_that_changed_meanwhile_is_compared_again_first(districts, tmp_path):
+    first, *others = districts
 
-    def sync_folder(self, folder):
-        self._change()
-        super().sync_folder(folder)
+    def enrol_one_more(stage, done, total):
+        if stage == "comparing":
+            with bd.Engine.open(first, CONFIG) as engine:
+                engine.add_templates(["late"], {"face": people(1, 77)})
 
-    def connect(self, path, *, read_only):
-        self._change()
-        return super().connect(path, read_only=read_only)
+    with pytest.raises(bd.InvalidInput, match="has changed since"):
+        merged(others, tmp_path / "m.parquet", into=first, apply=True, progress=enrol_one_more)
+    assert len(contents(first)) == 151
+    assert merged(others, tmp_path / "m.parquet", into=first, apply=True).applied.subjects == 151 + 300 - 7
+
+
+def test_a_merge_that_was_interrupted_is_finished_or_taken_back_before_another(districts, tmp_path):
+    first, *others = districts
+
+    def kill(stage, done, total):
+        if stage == "applying" and done:
+            raise Killed
+
+    with pytest.raises(Killed):
+        merged(others, tmp_path / "m.parquet", into=first, apply=True, progress=kill)
+    with pytest.raises(bd.InvalidInput, match="was interrupted") as told:
+        merged(others[:1], tmp_path / "n.parquet", into=first)
+    merge_id = str(told.value).split("merge ")[1].split()[0]
+    assert jobs.undo(merge_id, first, CONFIG).subjects == 150
+    merged(others[:1], tmp_path / "n.parquet", into=first)
+
+
+def test_what_is_only_extrapolated_is_left_to_a_person(districts, tmp_path):
+    result = jobs.merge(districts, tmp_path / "m.parquet", into=tmp_path / "central", apply=True, config=CONFIG)
+    assert result.summary["clusters"] == result.summary["clusters_to_adjudicate"] == 6
+    assert result.applied.subjects == 450 and result.applied.left_out == 0
+    assert set(pq.read_table(tmp_path / "m.parquet")["decision"].to_pylist()) == {"adjudicate"}
+
+
+def test_a_new_central_gallery_is_empty_after_undo_and_can_be_filled_again(districts, tmp_path):
+    central, out = tmp_path / "central", tmp_path / "m.parquet"
+    one = merged(districts, out, into=central, apply=True)
+    assert one.applied.subjects == 450 - 7
+    assert jobs.undo(one.merge_id, central, CONFIG).subjects == 0
+    two = merged(districts, out, into=central, apply=True)
+    assert two.applied.subjects == 443 and two.merge_id != one.merge_id
+    assert two.summary == one.summary
+
+
+def test_what_cannot_be_merged_is_said_before_anything_is_copied(districts, tmp_path):
+    register(tmp_path / "other", people(20, dimension=64), [f"o{i}" for i in range(20)])
+    shutil.copytree(districts[0], tmp_path / "copy")
+    out = tmp_path / "m.parquet"
+    for sources, error, text in (
+        ([*districts, tmp_path / "other"], bd.ModelMismatch, "district 'other'"),
+        ([*districts, tmp_path / "copy"], bd.InvalidInput, "same gallery"),
+        ([districts[0], f"agam={districts[1]}"], bd.InvalidInput, "same name"),
+        ([f"a/b={districts[1]}"], bd.InvalidInput, "slash"),
+        ([], bd.InvalidInput, "no gallery"),
+        ([tmp_path / "absent"], bd.NotAGallery, "no gallery"),
+    ):
+        with pytest.raises(error, match=text):
+            merged(sources, out)
+    for more, text in (
+        ({"rule": "loudest"}, "most_captures"),
+        ({"prefer": ["nowhere"]}, "agam"),
+        ({"rule": "district"}, "--prefer"),
+        ({"apply": True}, "--into"),
+    ):
+        with pytest.raises(bd.InvalidInput, match=text):
+            merged(districts, out, **more)
+    with pytest.raises(bd.InvalidInput, match=r"m\.csv"):
+        merged(districts, tmp_path / "m.csv")
+    with pytest.raises(bd.InvalidInput, match="known are: none"):
+        jobs.undo("nothing", districts[0], CONFIG)
+    assert not (tmp_path / "m.parquet.work" / "gallery").exists()
+
+
+def test_a_prefixed_id_that_is_taken_is_refused(tmp_path):
+    register(tmp_path / "a", people(3, 1), ["5", "a/5", "6"])
+    register(tmp_path / "b", people(2, 2), ["5", "7"])
+    with pytest.raises(bd.InvalidInput, match="another name"):
+        merged([tmp_path / "a", tmp_path / "b"], tmp_path / "m.parquet")
+    register(tmp_path / "c", people(2, 3), ["b/5", "8"])
+    with pytest.raises(bd.SubjectExists, match="b/5"):
+        merged([f"x={tmp_path / 'a'}", tmp_path / "b", tmp_path / "c"], tmp_path / "n.parquet")
+
+
+def member(subject_id, district="a", **facts):
+    return Member(subject_id, district, subject_id, **({"captures": 1, "order": 0} | facts))
+
+
+@pytest.mark.parametrize(
+    ("rule", "prefer", "stays"),
+    [
+        ("most_captures", [], "two"),
+        ("most_captures", ["b"], "three"),
+        ("newest", [], "one"),
+        ("oldest", [], "three"),
+        ("best_quality", [], "four"),
+        ("district", ["c"], "four"),
+    ],
+)
+def test_a_rule_chooses_who_stays_and_ties_go_by_district_and_id(rule, prefer, stays):
+    members = [
+        member("one", captures=1, enrolled_at=30.0),
+        member("two", captures=5, quality=0.3),
+        member("three", "b", captures=5, enrolled_at=10.0),
+        member("four", "c", captures=2, quality=0.9),
+    ]
+    if (rule, prefer) == ("most_captures", []):
+        members[2] = replace(members[2], subject_id="two-and-a-half")
+    for order in (members, members[::-1]):
+        assert survivor(order, rule, prefer).subject_id == stays
+    tied = [member("b"), member("c", central=True), member("a")]
+    assert survivor(tied, "newest").subject_id == "c"
+
+
+def strewn(seed: int) -> bytes:
+    """A record of 40 minutiae of nobody."""
+    rng = np.random.default_rng(seed)
+    rows = zip(*(rng.integers(0, high, 40).tolist() for high in (400, 400, 256, 101)), strict=True)
+    return write_record(
+        MinutiaeRecord(400, 400, b"".join(struct.pack(">HHBB", 1 << 14 | x, y, t, q) for x, y, t, q in rows))
+    )
+
+
+def test_every_template_with_its_quality_and_time_comes_along(tmp_path):
+    """Faces, finger embeddings and minutiae, enrolled by encounters; the one enrolled last stays."""
+    faces, fingers = people(12, 5), people(12, 6)
+
+    def fill(folder, which, now, shift):
+        with bd.Engine.open(folder, CONFIG, clock=lambda: now) as engine:
+            for i in which:
+                templates = {
+                    "face": again(faces[i : i + 1], 0.8, seed=shift)[0],
+                    "left_ring": bd.Template("left_ring", "external-128", fingers[i], quality=40.0 + i),
+                }
+                if i % 7 == 0:
+                    templates["right_thumb"] = strewn(i)
+                engine.admit(
+                    [bd.Encounter(f"{folder.name}{i}", templates=templates, encounter_id=f"e{i}", groups=["g"])]
+                )
+
+    fill(tmp_path / "a", range(8), 1000.0, 1)
+    fill(tmp_path / "b", range(7, 12), 2000.0, 2)
+    result = merged(
+        [tmp_path / "a", tmp_path / "b"], tmp_path / "m.parquet", rule="newest", into=tmp_path / "c", apply=True
+    )
+    rows = pq.read_table(tmp_path / "m.parquet").to_pylist()
+    assert [(row["subject_id"], row["survivor"], row["enrolled_at"], row["captures"]) for row in rows] == [
+        ("a7", False, 1000.0, 3),
+        ("b7", True, 2000.0, 3),
+    ]
+    assert {row["quality"] for row in rows} == {0.47}
+    (pair,) = pq.read_table(tmp_path / "m.pairs.parquet").to_pylist()
+    assert {part["column_a"] for part in pair["evidence"]} == {"face", "left_ring", "right_thumb"}
+    source = {**contents(tmp_path / "a"), **contents(tmp_path / "b")}
+    source.pop("a7")
+    wanted = {name: (groups | {f"district:{name[0]}"}, parts) for name, (groups, parts) in source.items()}
+    assert_same(
+        wanted, contents(tmp_path / "c"), atol=0.01
+    )  # the journal's vectors are rounded to eight bits on the way
+    undone = jobs.undo(result.merge_id, tmp_path / "c", CONFIG)
+    assert (undone.subjects, undone.withdrawn) == (0, 11)
+
+
+def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "biodedup.cli", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_from_the_shell_killed_by_the_system_and_started_again(districts, tmp_path):
+    command = ("merge", *(path.name for path in districts), "--min-db", MIN_DB)
+    assert run(*command, "--out", "m.parquet", cwd=tmp_path)[0] == 10
+    killed = 0
+    for sign in ("registers.json", "gallery/gallery.sqlite3", "join.notes"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "biodedup.cli", *map(str, command), "--out", "k/m.parquet"],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not (tmp_path / "k" / "m.parquet.work" / sign).exists():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed
+    assert run(*command, "--out", "k/m.parquet", cwd=tmp_path)[0] == 10
+    assert bytes_of(tmp_path / "k") == bytes_of(tmp_path)
+    code, out, _ = run(*command, "--into", "central", "--apply", "--json", cwd=tmp_path)
+    told = json.loads(out)
+    assert (code, told["applied"]["subjects"]) == (0, 443)
+    code, out, _ = run("undo", told["merge_id"], "--gallery", "central", cwd=tmp_path)
+    assert (code, out.strip()) == (0, "undone: 0 restored, 443 withdrawn; 0 subjects")
