@@ -362,9 +362,8 @@ def strewn(seed: int) -> bytes:
     """A record of 40 minutiae of nobody."""
     rng = np.random.default_rng(seed)
     rows = zip(*(rng.integers(0, high, 40).tolist() for high in (400, 400, 256, 101)), strict=True)
-    return write_record(
-        MinutiaeRecord(400, 400, b"".join(struct.pack(">HHBB", 1 << 14 | x, y, t, q) for x, y, t, q in rows))
-    )
+    minutiae = b"".join(struct.pack(">HHBB", 1 << 14 | x, y, angle, quality) for x, y, angle, quality in rows)
+    return write_record(MinutiaeRecord(400, 400, minutiae), 1, 60)
 
 
 def test_every_template_with_its_quality_and_time_comes_along(tmp_path):
@@ -375,7 +374,7 @@ def test_every_template_with_its_quality_and_time_comes_along(tmp_path):
         with bd.Engine.open(folder, CONFIG, clock=lambda: now) as engine:
             for i in which:
                 templates = {
-                    "face": again(faces[i : i + 1], 0.8, seed=shift)[0],
+                    "face": again(faces[i : i + 1], 0.8, seed=100 * shift + i)[0],
                     "left_ring": bd.Template("left_ring", "external-128", fingers[i], quality=40.0 + i),
                 }
                 if i % 7 == 0:
@@ -419,25 +418,24 @@ def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
 
 
 def test_from_the_shell_killed_by_the_system_and_started_again(districts, tmp_path):
-    command = ("merge", *(path.name for path in districts), "--min-db", MIN_DB)
-    assert run(*command, "--out", "m.parquet", cwd=tmp_path)[0] == 10
+    jobs.merge(districts, tmp_path / "m.parquet", config=bd.Config(), min_db=MIN_DB)
+    folder = tmp_path / "k"
+    command = ("merge", *districts, "--min-db", MIN_DB, "--out", folder / "m.parquet")
     killed = 0
-    for sign in ("registers.json", "gallery/gallery.sqlite3", "join.notes"):
+    for sign in ("gallery/gallery.sqlite3", "join.notes"):
         process = subprocess.Popen(
-            [sys.executable, "-m", "biodedup.cli", *map(str, command), "--out", "k/m.parquet"],
-            cwd=tmp_path,
+            [sys.executable, "-m", "biodedup.cli", *map(str, command)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        while process.poll() is None and not (tmp_path / "k" / "m.parquet.work" / sign).exists():
+        while process.poll() is None and not (folder / "m.parquet.work" / sign).exists():
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
     assert killed
-    assert run(*command, "--out", "k/m.parquet", cwd=tmp_path)[0] == 10
-    assert bytes_of(tmp_path / "k") == bytes_of(tmp_path)
     code, out, _ = run(*command, "--into", "central", "--apply", "--json", cwd=tmp_path)
     told = json.loads(out)
     assert (code, told["applied"]["subjects"]) == (0, 443)
+    assert bytes_of(folder) == bytes_of(tmp_path)
     code, out, _ = run("undo", told["merge_id"], "--gallery", "central", cwd=tmp_path)
     assert (code, out.strip()) == (0, "undone: 0 restored, 443 withdrawn; 0 subjects")
