@@ -1,7 +1,7 @@
 """`merge`: registers of many districts brought together, everybody compared with everybody, and nothing changed until told.
 
-Owns the job from galleries to result files: a staging copy beside the result, the join, clusters with their survivors, ids that
-several districts gave. Never compares itself, and never writes to a district's gallery.
+Owns the job from galleries to what is found: a staging copy beside the result, the join, clusters with their survivors, ids that
+several districts gave. Never compares itself, never lays out a result (`merge_results.py`), and never writes to a district's gallery.
 
 1. What is in the results depends on the galleries, the settings and the rule alone: no clock, no chance, and not where the job was
    interrupted. The same inputs give the same bytes.
@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 
 from biodedup.config import Config
@@ -34,6 +31,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.jobs.applied import Applied, apply_merge, begun, refuse_unfinished, standing_id
 from biodedup.jobs.join import is_gallery, join_notes, linked
+from biodedup.jobs.merge_results import Checked, Group, Settings, beside, write_results
 from biodedup.jobs.notes import Notes
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.registers import (
@@ -48,14 +46,12 @@ from biodedup.jobs.registers import (
     shared_ids,
     stage,
 )
-from biodedup.jobs.results import write_json, write_page, write_table
+from biodedup.jobs.results import write_json
 from biodedup.jobs.survivors import Member, check_rule, survivor
 from biodedup.search.clusters import clusters_of
 from biodedup.values import Cluster, Encounter, Evidence, Link
 
 _CHECKED_TOGETHER = 200  # shared ids compared between two notes
-_SHOWN = 200  # clusters, pairs and ids on the page; the tables have all of them
-_MATRIX_MAX = 30  # districts of which the page shows a matrix
 
 
 @dataclass(frozen=True)
@@ -65,57 +61,6 @@ class MergeResult:
     merge_id: str
     summary: dict[str, Any]
     applied: Applied | None = None
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What decides the result, besides the registers. Scores in dB; links from joined_db on are listed, those from threshold_db
-    on make clusters."""
-
-    threshold_db: float
-    joined_db: float
-    verify_db: float
-    rule: str
-    prefer: tuple[str, ...]
-    min_db: float | None
-    across_positions: bool
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A cluster as a merge sees it. applies: links that the policy trusts hold all of it together."""
-
-    number: int
-    members: tuple[Member, ...]
-    links: tuple[Link, ...]
-    weakest_db: float
-    stays: Member
-    applies: bool
-
-    @property
-    def strongest_db(self) -> float:
-        return self.links[0].score_db
-
-    @cached_property
-    def links_of(self) -> Counter[str]:
-        return Counter(name for link in self.links for name in link.subject_ids)
-
-    @cached_property
-    def to_survivor_db(self) -> dict[str, float]:
-        """Of those that are linked with the survivor itself."""
-        stays = self.stays.subject_id
-        with_survivor = [link for link in self.links if stays in link.subject_ids]
-        return {a if b == stays else b: link.score_db for link in with_survivor for a, b in [link.subject_ids]}
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A subject whose id another district gave, too. against: the first district that has it; None for that one itself."""
-
-    shared: SharedId
-    against: int | None
-    score_db: float | None
-    verdict: str | None
 
 
 def merge(
@@ -150,16 +95,15 @@ def merge(
     work = out.with_name(out.name + ".work")
     with _locked(work, storage), opened(sources, storage, config) as districts:
         central = None if into is None else named(into)[1]
-        with opened([into] if central and is_gallery(central) else [], storage, config) as found:  # type: ignore[list-item]
+        existing = [into] if into is not None and central is not None and is_gallery(central) else []
+        with opened(existing, storage, config) as found:
             target = found[0] if found else None
             saved = _saved_registers(work)
             standing = _settings(saved, config, rule, prefer, min_db)
             if central and target and [r.key for r in districts] == [one for one in saved if not one["central"]]:
                 merge_id = standing_id(target.snapshot, _merge_id(saved, standing))
-                if begun(
-                    target.snapshot, merge_id
-                ):  # what was decided stands, whatever has become of the registers since
-                    summary = json.loads(_beside(out, "summary.json").read_text(encoding="utf-8"))
+                if begun(target.snapshot, merge_id):  # what was decided stands, whatever the registers are now
+                    summary = _summary_of(out, merge_id)
                     applied = _applied(central, merge_id, work, saved, (), config, storage, progress) if apply else None
                     return MergeResult(merge_id, summary, applied)
             if central and target:
@@ -204,7 +148,7 @@ def _found(
     registers: Sequence[Register],
     work: Path,
     out: Path,
-    settings: _Settings,
+    settings: Settings,
     config: Config,
     storage: Storage,
     progress: Progress,
@@ -225,13 +169,7 @@ def _found(
         district_of = _districts(registers, staged, links)
     finally:
         staging.close()
-    summary = _summary(registers, links, groups, checked, district_of, settings)
-    write_table(_members_table(groups, settings.rule), out)
-    write_table(_pairs_table(links, groups, district_of, settings), _beside(out, "pairs.parquet"))
-    write_table(_shared_table(registers, checked, groups), _beside(out, "collisions.parquet"))
-    write_json(summary, _beside(out, "summary.json"))
-    strong = len([link for link in links if link.score_db >= settings.threshold_db])
-    _write_page(registers, links[:strong], links[strong:], groups, checked, district_of, summary, _beside(out, "html"))
+    summary = write_results(out, registers, links, groups, checked, district_of, settings)
     folded = [
         (member, group.stays.subject_id)
         for group in groups
@@ -247,16 +185,27 @@ def _found(
 
 def _settings(
     keys: Sequence[Mapping[str, Any]], config: Config, rule: str, prefer: Sequence[str], min_db: float | None
-) -> _Settings:
+) -> Settings:
     duplicate_db, review_db = config.policy.thresholds_db(sum(one["subjects"] for one in keys))
     threshold_db = duplicate_db if min_db is None else min_db
     verify_db = -10 * float(np.log10(config.policy.verify_fmr))
     across = config.search.across_positions
-    return _Settings(threshold_db, min(review_db, threshold_db), verify_db, rule, tuple(prefer), min_db, across)
+    return Settings(threshold_db, min(review_db, threshold_db), verify_db, rule, tuple(prefer), min_db, across)
 
 
-def _merge_id(keys: Sequence[Mapping[str, Any]], settings: _Settings) -> str:
+def _merge_id(keys: Sequence[Mapping[str, Any]], settings: Settings) -> str:
     return str(xxhash.xxh3_64_hexdigest(json.dumps([list(keys), vars(settings)], sort_keys=True).encode()))
+
+
+def _summary_of(out: Path, merge_id: str) -> dict[str, Any]:
+    path = beside(out, "summary.json")
+    if not path.exists():
+        raise InvalidInput(
+            f"merge {merge_id} was begun, and its {path} is gone; restore that file, or `biodedup undo {merge_id}` and merge again"
+        )
+    with translated(f"reading {path}"):
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
 
 
 def _saved_registers(work: Path) -> list[dict[str, Any]]:
@@ -287,10 +236,6 @@ def _locked(work: Path, storage: Storage) -> Iterator[None]:
         lock.release()
 
 
-def _beside(out: Path, ending: str) -> Path:
-    return out.with_name(f"{out.stem}.{ending}")
-
-
 # what is found --------------------------------------------------------------------------------------------------------
 
 
@@ -310,9 +255,7 @@ def _turned(part: Evidence) -> Evidence:
     return replace(part, column=part.candidate_column, candidate_column=part.column)
 
 
-def _groups(
-    registers: Sequence[Register], staged: Snapshot, links: Sequence[Link], settings: _Settings
-) -> list[_Group]:
+def _groups(registers: Sequence[Register], staged: Snapshot, links: Sequence[Link], settings: Settings) -> list[Group]:
     strong = [link for link in links if link.score_db >= settings.threshold_db]
     clusters = clusters_of(strong)
     trusted = clusters_of(link for link in strong if settings.min_db is not None or not link.extrapolated)
@@ -321,10 +264,10 @@ def _groups(
     return [_group(number, cluster, members, cluster.subject_ids in whole, settings) for number, cluster in enumerate(clusters, start=1)]  # fmt: skip
 
 
-def _group(number: int, cluster: Cluster, members: Mapping[str, Member], applies: bool, settings: _Settings) -> _Group:
+def _group(number: int, cluster: Cluster, members: Mapping[str, Member], applies: bool, settings: Settings) -> Group:
     mine = tuple(members[name] for name in cluster.subject_ids)
     stays = survivor(mine, settings.rule, settings.prefer)
-    return _Group(number, mine, cluster.links, cluster.weakest_db, stays, applies)
+    return Group(number, mine, cluster.links, cluster.weakest_db, stays, applies)
 
 
 def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[str]) -> dict[str, Member]:
@@ -374,9 +317,9 @@ def _check_shared(
     staged: Snapshot,
     shared: Sequence[SharedId],
     notes_path: Path,
-    settings: _Settings,
+    settings: Settings,
     progress: Progress,
-) -> list[_Checked]:
+) -> list[Checked]:
     """Each subject with an id that an earlier district gave, compared with the one who has it there, 1:1."""
     first: dict[str, SharedId] = {}
     later = [one for one in shared if first.setdefault(one.subject_id, one) is not one]
@@ -400,12 +343,12 @@ def _check_shared(
     checked = []
     for one in shared:
         if id(one) not in score_of:
-            checked.append(_Checked(one, None, None, None))
+            checked.append(Checked(one, None, None, None))
             continue
         score_db = score_of[id(one)]
         verdict = "same_person" if score_db is not None and score_db >= settings.verify_db else "another_person"
         against = first[one.subject_id].owner
-        checked.append(_Checked(one, against, score_db, "not_comparable" if score_db is None else verdict))
+        checked.append(Checked(one, against, score_db, "not_comparable" if score_db is None else verdict))
     return checked
 
 
@@ -414,168 +357,3 @@ def _districts(registers: Sequence[Register], staged: Snapshot, links: Sequence[
     rows = staged.rows_of(pack_text(names))
     owners, _ = Origins(staged, [register.step for register in registers]).of(rows)
     return {name: registers[owner].name for name, owner in zip(names, owners.tolist(), strict=True)}
-
-
-# what is written ------------------------------------------------------------------------------------------------------
-
-
-def _summary(
-    registers: Sequence[Register],
-    links: Sequence[Link],
-    groups: Sequence[_Group],
-    checked: Sequence[_Checked],
-    district_of: Mapping[str, str],
-    settings: _Settings,
-) -> dict[str, Any]:
-    total = sum(register.snapshot.live_count for register in registers)
-    strong = [link for link in links if link.score_db >= settings.threshold_db]
-    across = sum(district_of[link.subject_ids[0]] != district_of[link.subject_ids[1]] for link in strong)
-    verdicts = Counter(one.verdict for one in checked if one.verdict)
-    applied = [group for group in groups if group.applies]
-    return {
-        "districts": [register.key for register in registers],
-        "subjects": total,
-        "threshold_db": round(settings.threshold_db, 4),
-        "listed_from_db": round(settings.joined_db, 4),
-        "rule": settings.rule,
-        "prefer": list(settings.prefer),
-        "min_db": settings.min_db,
-        "pairs": len(strong),
-        "pairs_between_districts": across,
-        "pairs_extrapolated": sum(link.extrapolated for link in strong),
-        "pairs_expected_by_chance": round(total * (total - 1) / 2 * 10 ** (-settings.threshold_db / 10), 3),
-        "pairs_for_review": len(links) - len(strong),
-        "clusters": len(groups),
-        "clusters_of_more_than_two": sum(len(group.members) > 2 for group in groups),
-        "subjects_in_clusters": sum(len(group.members) for group in groups),
-        "clusters_to_apply": len(applied),
-        "clusters_to_adjudicate": len(groups) - len(applied),
-        "subjects_after_apply": total - sum(len(group.members) - 1 for group in applied),
-        "ids_in_several_districts": sum(one.against is None for one in checked),
-        "of_the_same_person": verdicts["same_person"],
-        "of_another_person": verdicts["another_person"],
-        "not_comparable": verdicts["not_comparable"],
-    }
-
-
-def _members_table(groups: Sequence[_Group], rule: str) -> Any:
-    rows = [(group, member) for group in groups for member in group.members]
-
-    def column(kind: Any, value: Any) -> Any:
-        return pa.array([value(group, member) for group, member in rows], kind)
-
-    return pa.table(
-        {
-            "cluster": column(pa.int64(), lambda group, member: group.number),
-            "decision": column(pa.string(), lambda group, member: "apply" if group.applies else "adjudicate"),
-            "subject_id": column(pa.string(), lambda group, member: member.subject_id),
-            "district": column(pa.string(), lambda group, member: member.district),
-            "original_id": column(pa.string(), lambda group, member: member.original_id),
-            "survivor": column(pa.bool_(), lambda group, member: member is group.stays),
-            "rule": column(pa.string(), lambda group, member: rule),
-            "captures": column(pa.int64(), lambda group, member: member.captures),
-            "enrolled_order": column(pa.int64(), lambda group, member: member.order),
-            "encounter_id": column(pa.string(), lambda group, member: member.encounter_id or None),
-            "enrolled_at": column(pa.float64(), lambda group, member: member.enrolled_at),
-            "quality": column(pa.float64(), lambda group, member: member.quality),
-            "links": column(pa.int64(), lambda group, member: group.links_of[member.subject_id]),
-            "to_survivor_db": column(pa.float64(), lambda group, member: group.to_survivor_db.get(member.subject_id)),
-            "strongest_db": column(pa.float64(), lambda group, member: group.strongest_db),
-            "weakest_db": column(pa.float64(), lambda group, member: group.weakest_db),
-        }
-    )
-
-
-_EVIDENCE = pa.struct(
-    [
-        ("column_a", pa.string()),
-        ("column_b", pa.string()),
-        ("score_db", pa.float64()),
-        ("similarity", pa.float64()),
-        ("minutiae", pa.float64()),
-    ]
-)
-
-
-def _pairs_table(
-    links: Sequence[Link], groups: Sequence[_Group], district_of: Mapping[str, str], settings: _Settings
-) -> Any:
-    cluster_of = {link.subject_ids: group.number for group in groups for link in group.links}
-    strength = ["duplicate" if link.score_db >= settings.threshold_db else "review" for link in links]
-    evidence = [
-        [
-            {
-                "column_a": part.column,
-                "column_b": part.candidate_column,
-                "score_db": part.score_db,
-                "similarity": part.similarity,
-                "minutiae": part.minutiae,
-            }
-            for part in link.evidence
-        ]
-        for link in links
-    ]
-    return pa.table(
-        {
-            "cluster": pa.array([cluster_of.get(link.subject_ids) for link in links], pa.int64()),
-            "subject_id_a": pa.array([link.subject_ids[0] for link in links], pa.string()),
-            "subject_id_b": pa.array([link.subject_ids[1] for link in links], pa.string()),
-            "district_a": pa.array([district_of[link.subject_ids[0]] for link in links], pa.string()),
-            "district_b": pa.array([district_of[link.subject_ids[1]] for link in links], pa.string()),
-            "score_db": pa.array([link.score_db for link in links], pa.float64()),
-            "extrapolated": pa.array([link.extrapolated for link in links], pa.bool_()),
-            "strength": pa.array(strength, pa.string()),
-            "evidence": pa.array(evidence, pa.list_(_EVIDENCE)),
-        }
-    )
-
-
-def _shared_table(registers: Sequence[Register], checked: Sequence[_Checked], groups: Sequence[_Group]) -> Any:
-    cluster_of = {member.subject_id: group.number for group in groups for member in group.members}
-    against = [None if one.against is None else registers[one.against].name for one in checked]
-    return pa.table(
-        {
-            "original_id": pa.array([one.shared.subject_id for one in checked], pa.string()),
-            "district": pa.array([registers[one.shared.owner].name for one in checked], pa.string()),
-            "subject_id": pa.array([one.shared.merged_id for one in checked], pa.string()),
-            "compared_with": pa.array(against, pa.string()),
-            "score_db": pa.array([one.score_db for one in checked], pa.float64()),
-            "verdict": pa.array([one.verdict for one in checked], pa.string()),
-            "cluster": pa.array([cluster_of.get(one.shared.merged_id) for one in checked], pa.int64()),
-        }
-    )
-
-
-def _write_page(
-    registers: Sequence[Register],
-    strong: Sequence[Link],
-    weaker: Sequence[Link],
-    groups: Sequence[_Group],
-    checked: Sequence[_Checked],
-    district_of: Mapping[str, str],
-    summary: Mapping[str, Any],
-    path: Path,
-) -> None:
-    names = [register.name for register in registers]
-    between = Counter(tuple(sorted((district_of[a], district_of[b]), key=names.index)) for link in strong for a, b in [link.subject_ids])  # fmt: skip
-    larger = [group for group in groups if len(group.members) > 2]
-    twos = sorted((group for group in groups if len(group.members) == 2), key=lambda group: group.weakest_db)
-    same, others = ([one for one in checked if one.verdict == verdict] for verdict in ("same_person", "another_person"))
-    write_page(
-        path,
-        "merge.html",
-        summary=summary,
-        names=names,
-        registers=registers,
-        between=between,
-        with_matrix=len(names) <= _MATRIX_MAX,
-        busiest=between.most_common(_SHOWN),
-        larger=larger[:_SHOWN],
-        weakest=twos[: _SHOWN // 2],
-        strongest=twos[: _SHOWN // 2 - 1 : -1][: _SHOWN // 2] if len(twos) > _SHOWN // 2 else [],
-        review=weaker[:_SHOWN],
-        district_of=district_of,
-        same=same[:_SHOWN],
-        others=others[:_SHOWN],
-        shown=_SHOWN,
-    )
