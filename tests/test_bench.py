@@ -28,6 +28,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ),
         (["national.py", "--rows", "150000"], "mates at 0.8: first / in 10 / in 100", False),
         (["selfjoin.py", "--rows", "20000"], "of those, found                          1.0", False),
+        (
+            ["merge.py", "--districts", "3", "--rows", "1000", "--kills", "1"],
+            "same bytes after the kills               True",
+            False,
+        ),
         (["columns.py", "--rows", "70000", "--mates", "256", "--risks", "1e-3"], "independent: miss risk 0.001", False),
         (["swap.py", "--rows", "2000", "--probes", "4"], "labels told 0; 4; 4 of 4", False),
         (["bulk.py", "--smoke"], "enrolled people found again   30 of 30", False),

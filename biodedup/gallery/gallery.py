@@ -279,12 +279,15 @@ class Gallery:
         """Writes a segment of new rows, for `Transaction.attach`; until then nobody sees it."""
         tail = Tail(0)
         tail.append_columns(subject_ids, "", group_sets, columns)
+        return self.write_part(TailPart(tail, tail.count), None)
+
+    def write_part(self, part: Part, keep: NDArray[np.bool_] | None) -> SegmentEntry:
+        """As `write_rows`, of the rows of a part from anywhere. keep: which of them, bool (count,), None for all."""
         number = self._take_number()
         try:
             with translated("writing a segment"):
-                part = TailPart(tail, tail.count)
                 others = self.snapshot().parts
-                return write_segment(self.storage, self._segments, number, self.gallery_id, [part], [None], others)
+                return write_segment(self.storage, self._segments, number, self.gallery_id, [part], [keep], others)
         except BaseException:
             self._remove_files(number)
             raise

@@ -222,6 +222,25 @@ class Snapshot:
         """uint16 (n,): bit c is set where the row has a template in COLUMNS[c]. rows: ascending or not."""
         return self._gather(rows, np.zeros(len(rows), np.uint16), lambda part, at: part.presence(0, part.count)[at])
 
+    def encounter_ids(self, rows: Sequence[int]) -> list[str]:
+        """The encounter that enrolled each row, '' where it was added without one."""
+        found: dict[int, str] = {}
+        for part, positions in self._by_part(np.sort(np.array(rows, np.int64))):
+            for row, at in zip(part.rows(positions).tolist(), positions.tolist(), strict=True):
+                found[row] = packed.text(part.encounter_ids(at, at + 1))[0]
+        return [found[row] for row in rows]
+
+    def quality(self, rows: Sequence[int], column: str) -> Float32:
+        """float32 (n,): of the templates in a column; NaN where there is none, or it was not measured."""
+        return self._gather(rows, np.full(len(rows), np.nan, np.float32), lambda part, at: _quality(part, column, at))
+
+    def groups(self, rows: Sequence[int]) -> list[frozenset[str]]:
+        """The groups of each row."""
+        numbers = self._gather(
+            rows, np.zeros(len(rows), np.uint32), lambda part, at: part.group_sets(0, part.count)[at]
+        )
+        return [self.group_sets.get(number, frozenset()) for number in numbers.tolist()]
+
     def embeddings(self, rows: Sequence[int] | Int64, column: str) -> Float32:
         """float32 (n, d), for rows that have this column; d = 0 where it holds no embeddings."""
         model = self.models.get(column)
@@ -287,6 +306,15 @@ class Snapshot:
 
 def _vectors(part: Part, column: str, positions: Int64) -> Float32:
     return part.columns[column].vectors_at(part.columns[column].cells_at(positions))
+
+
+def _quality(part: Part, column: str, positions: Int64) -> Float32:
+    found = np.full(len(positions), np.nan, np.float32)
+    if column in part.columns:
+        cells = part.columns[column].cells_at(positions)
+        has = cells >= 0
+        found[has] = part.columns[column].quality(0, part.columns[column].count)[cells[has]]
+    return found
 
 
 def _as_bits(mask: NDArray[np.bool_] | None) -> NDArray[np.uint64]:

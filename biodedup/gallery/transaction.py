@@ -99,7 +99,7 @@ class Transaction:
             raise exists(subject_id)
         for template in templates.values():
             dimension = None if template.embedding is None else len(template.embedding)
-            self._settle_model(template.column, ColumnModel(template.model_id, dimension))
+            self.settle_model(template.column, ColumnModel(template.model_id, dimension))
         row, group_set = self.tail.end_row, self._group_set(frozenset(groups))
         self._catalogue.add_subjects([(row, subject_id, encounter_id, group_set)])
         self._catalogue.add_cells((row, template) for template in templates.values())
@@ -145,6 +145,13 @@ class Transaction:
         self.tombstones = np.insert(self.tombstones, np.searchsorted(self.tombstones, row), row)
         self.content_changed = True
 
+    def remove_rows(self, rows: Int64) -> None:
+        """Removes live rows, ascending."""
+        for row in rows.tolist():
+            self._catalogue.add_tombstone(row, self.version)
+        self.tombstones = np.union1d(self.tombstones, rows)
+        self.content_changed = self.content_changed or bool(len(rows))
+
     def record(self, encounter_id: str, answer: Answer) -> None:
         """Stores what was sent and answered, so that a resent encounter gets the same answer."""
         _ = answer.compressed  # now, so that sealing need not
@@ -182,7 +189,16 @@ class Transaction:
 
     def settle_models(self, columns: Mapping[str, tuple[str, Column]]) -> None:
         for column, (model_id, cells) in columns.items():
-            self._settle_model(column, ColumnModel(model_id, cells.shape[1] if isinstance(cells, np.ndarray) else None))
+            self.settle_model(column, ColumnModel(model_id, cells.shape[1] if isinstance(cells, np.ndarray) else None))
+
+    def settle_model(self, column: str, model: ColumnModel) -> None:
+        """Raises ModelMismatch where the column holds templates of another one."""
+        known = self.models.get(column)
+        if known is None:
+            self._catalogue.add_model(column, model)
+            self.models[column] = model
+        elif known != model:
+            raise mismatch(column, known, model)
 
     def group_sets_of(self, groups: Sequence[Iterable[str]]) -> NDArray[np.uint32]:
         """uint32 (n,): the number of each subject's combination of groups."""
@@ -246,14 +262,6 @@ class Transaction:
         self.group_sets[number] = names
         self.manifest_changed = True
         return number
-
-    def _settle_model(self, column: str, model: ColumnModel) -> None:
-        known = self.models.get(column)
-        if known is None:
-            self._catalogue.add_model(column, model)
-            self.models[column] = model
-        elif known != model:
-            raise mismatch(column, known, model)
 
 
 def mismatch(column: str, known: ColumnModel, got: ColumnModel) -> ModelMismatch:

@@ -1,6 +1,7 @@
 """Long work over many records: resumable, with progress, built on the engine."""
 
 from biodedup.jobs.adjudication import CasesResult, ExportResult, export_outcomes, list_cases, reasons_of, show_case
+from biodedup.jobs.applied import Applied, Undone, undo
 from biodedup.jobs.audit import AUDIT_SCHEMA, AuditResult, audit
 from biodedup.jobs.audit import KINDS as AUDIT_KINDS
 from biodedup.jobs.backlog import Backlog, QueueStatus, queue_status, write_status_page
@@ -13,6 +14,7 @@ from biodedup.jobs.kit_ingest import IngestResult, examine_batch, ingest_batches
 from biodedup.jobs.kit_keys import load_trusted, make_keys
 from biodedup.jobs.kit_pack import PackResult, pack_batch
 from biodedup.jobs.load import LoadResult, load
+from biodedup.jobs.merge import MergeResult, merge
 from biodedup.jobs.progress import Progress
 from biodedup.jobs.sentinel_report import Watch, Watched
 from biodedup.jobs.sentinels import forget_removed, watch
@@ -20,6 +22,7 @@ from biodedup.jobs.sentinels import forget_removed, watch
 __all__ = [
     "AUDIT_KINDS",
     "AUDIT_SCHEMA",
+    "Applied",
     "AuditResult",
     "Backlog",
     "BatchResult",
@@ -30,10 +33,12 @@ __all__ = [
     "IngestResult",
     "JoinResult",
     "LoadResult",
+    "MergeResult",
     "PackResult",
     "Progress",
     "QueueStatus",
     "Report",
+    "Undone",
     "Watch",
     "Watched",
     "announce",
@@ -52,10 +57,12 @@ __all__ = [
     "load",
     "load_trusted",
     "make_keys",
+    "merge",
     "pack_batch",
     "queue_status",
     "reasons_of",
     "show_case",
+    "undo",
     "watch",
     "write_status_page",
 ]

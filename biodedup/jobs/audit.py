@@ -173,7 +173,7 @@ def audit(
         write_table(_table(result, listed), out)
         if report is not None:
             _write_report(result, listed, roll, report)
-        notes.finish()
+        notes.remove()
     return result
 
 
@@ -234,7 +234,7 @@ def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: N
     among = present if 2 * len(present) <= len(engine) else None
     for tile in engine.join(threshold_db=threshold_db, skip=done, among=among):
         new = [[*link.subject_ids, link.score_db, link.extrapolated] for link in tile.links]
-        notes.add({"done": tile.done, "links": new})
+        notes.append({"done": tile.done, "links": new})
         found += new
         progress("comparing", tile.done, tile.total)
     listed = set(present)
@@ -267,7 +267,7 @@ def _of_captures(
     answers = [answer for entry in notes.entries for answer in entry["answers"]]
     for low in range(len(answers), len(entries), _ENTRIES_NOTED):
         new = [_identified(engine, roll, folder, lines) for lines in entries[low : low + _ENTRIES_NOTED]]
-        notes.add({"answers": new})
+        notes.append({"answers": new})
         answers += new
         progress("identifying", len(answers), len(entries))
     different = {

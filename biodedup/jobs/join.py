@@ -1,6 +1,6 @@
 """`dedup` of a gallery: everybody against everybody, for hours, and still to the end.
 
-Owns the notes of an interrupted join and the result files. Never compares itself.
+Owns what an interrupted join notes, and the result files. Never compares itself.
 
 Each tile's links are appended to the notes, a line each, and synced before the next one begins; a join of the same gallery,
 version, threshold and way of comparing goes on behind the last whole line.
@@ -8,10 +8,8 @@ version, threshold and way of comparing goes on behind the last whole line.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,12 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from biodedup.engine import Engine
-from biodedup.gallery.gallery import DATABASE_NAME, translated
+from biodedup.gallery.gallery import DATABASE_NAME
+from biodedup.jobs.notes import Notes
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_table
 from biodedup.search.clusters import clusters_of
-from biodedup.values import Cluster, Link
+from biodedup.values import Cluster, Evidence, Kind, Link
 
 
 @dataclass(frozen=True)
@@ -63,56 +62,41 @@ def find_duplicates(
     if threshold_db is None:
         threshold_db, _ = engine.config.policy.thresholds_db(len(engine))
     out.parent.mkdir(parents=True, exist_ok=True)
+    with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
+        links = linked(engine, notes, threshold_db, progress)
+        result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db)
+        _write(result, out)
+        notes.remove()
+    return result
+
+
+def join_notes(engine: Engine, path: Path, threshold_db: float) -> Notes:
+    """The notes of a join of this gallery, as it is now."""
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "threshold_db": threshold_db}
     if engine.config.search.across_positions:
         key["across_positions"] = True
-    notes = out.with_name(out.name + ".notes")
-    done, links = _resumed(notes, key)
-    with translated(f"writing {notes}"), notes.open("a") as file:
-        if not done:
-            file.write(json.dumps(key) + "\n")
-        for tile in engine.join(threshold_db=threshold_db, skip=done):
-            found = [[*link.subject_ids, link.score_db, link.extrapolated, link.kind] for link in tile.links]
-            file.write(json.dumps({"done": tile.done, "links": found}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            links += _links(found)
-            progress("comparing", tile.done, tile.total)
-    result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db)
-    _write(result, out)
-    with translated(f"removing {notes}"):
-        notes.unlink()
-    return result
+    return Notes(path, key)
 
 
-def _resumed(notes: Path, key: dict[str, Any]) -> tuple[int, list[Link]]:
-    """What was done and found before; notes of another join, and a line cut short, are dropped."""
-    done, links, sound = 0, list[Link](), 0
-    lines = notes.read_bytes().splitlines(keepends=True) if notes.exists() else []
-    if lines and _parsed(lines[0]) == key:
-        sound = len(lines[0])
-        for line in lines[1:]:
-            tile = _parsed(line)
-            if tile is None:
-                break
-            done, sound = tile["done"], sound + len(line)
-            links += _links(tile["links"])
-    if lines:
-        with notes.open("r+b") as file:
-            file.truncate(sound if done else 0)
-    return done, links
+def linked(engine: Engine, notes: Notes, threshold_db: float, progress: Progress) -> list[Link]:
+    """Every link of a gallery with itself, those of the notes included; a pair may be there from both sides."""
+    links = [_link(*one) for tile in notes.entries for one in tile["links"]]
+    done = notes.entries[-1]["done"] if notes.entries else 0
+    for tile in engine.join(threshold_db=threshold_db, skip=done):
+        evidence = [[asdict(part) for part in link.evidence] for link in tile.links]
+        found = [
+            [*link.subject_ids, link.score_db, link.extrapolated, parts, link.kind]
+            for link, parts in zip(tile.links, evidence, strict=True)
+        ]
+        notes.append({"done": tile.done, "links": found})
+        links += tile.links
+        progress("comparing", tile.done, tile.total)
+    return links
 
 
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-
-
-def _links(found: list[list[Any]]) -> list[Link]:
-    return [Link((a, b), score_db, extrapolated, (), kind) for a, b, score_db, extrapolated, kind in found]
+def _link(a: str, b: str, score_db: float, extrapolated: bool, evidence: list[dict[str, Any]], kind: Kind) -> Link:
+    return Link((a, b), score_db, extrapolated, tuple(Evidence(**part) for part in evidence), kind)
 
 
 def _rows(result: JoinResult) -> Iterator[tuple[int, float, Link]]:

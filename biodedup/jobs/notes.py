@@ -1,6 +1,6 @@
-"""The notes of a long job: what was done, a line each, so that it goes on there when it is started again.
+"""Notes of long work: what is done, a line each, synced before the next piece begins.
 
-Owns the file. A line counts once it is whole and synced; notes of another job, and a line cut short, are dropped.
+Owns the file of an interrupted job. Never knows what is in a line.
 """
 
 from __future__ import annotations
@@ -15,36 +15,35 @@ from biodedup.gallery.gallery import translated
 
 
 class Notes:
-    """Lines of JSON under a key that says which job they are of. entries: those of an earlier run of the same job."""
+    """The notes of the work that `key` (JSON-ready) describes; those of other work, and a line cut short, are dropped.
+
+    entries: what was noted before, in order. Raises StorageUnavailable.
+    """
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self._path = path
-        self.entries: list[Any] = []
-        with translated(f"writing {path}"):
+        with translated(f"reading {path}"):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            sound = 0
-            if lines and _parsed(lines[0]) == key:
-                sound = len(lines[0])
-                for line in lines[1:]:
-                    entry = _parsed(line)
-                    if entry is None:
-                        break
-                    self.entries.append(entry)
-                    sound += len(line)
-            self._file = path.open("r+b" if sound else "wb")
-            self._file.truncate(sound)
-            self._file.seek(sound)
+            sound = [_parsed(line) for line in lines]
+            if None in sound:
+                sound = sound[: sound.index(None)]
+            if sound[:1] != [key]:
+                sound = []
+            if lines:
+                with path.open("r+b") as file:
+                    file.truncate(sum(map(len, lines[: len(sound)])))
+            self._file = path.open("a")
+            self.entries: list[Any] = sound[1:]
             if not sound:
                 self._write(key)
 
-    def add(self, entry: Any) -> None:
-        """Durable when this returns. Raises StorageUnavailable."""
+    def append(self, entry: Any) -> None:
+        """Durable when it returns. Raises StorageUnavailable."""
         with translated(f"writing {self._path}"):
             self._write(entry)
 
-    def finish(self) -> None:
-        """The job is done: removes the file."""
-        self._file.close()
+    def remove(self) -> None:
+        """When the work is done and its result written."""
         with translated(f"removing {self._path}"):
             self._path.unlink(missing_ok=True)
 
@@ -57,7 +56,7 @@ class Notes:
         self._file.close()
 
     def _write(self, entry: Any) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -1,0 +1,106 @@
+"""Commands about several registers: merge, undo.
+
+A thin mirror of the jobs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from biodedup import jobs
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    AcrossOption,
+    Exit,
+    GalleryOption,
+    JsonOption,
+    ThreadsOption,
+    app,
+    finish,
+    out,
+    print_json,
+    print_summary,
+    progress_bar,
+)
+from biodedup.config import Config, SearchConfig
+
+
+@app.command()
+def merge(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Districts' galleries: FOLDER or NAME=FOLDER; only read.")
+    ],
+    result: Annotated[
+        Path, typer.Option("--out", "-o", help="Result, .parquet; four files more are written beside it.")
+    ] = Path("merge.parquet"),
+    into: Annotated[
+        str | None,
+        typer.Option(help="The central gallery, FOLDER or NAME=FOLDER; if it holds subjects, they are compared, too."),
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Bring the result into the central gallery.")] = False,
+    rule: Annotated[
+        str, typer.Option(help="Who stays: most_captures, best_quality, newest, oldest, or district (with --prefer).")
+    ] = "most_captures",
+    prefer: Annotated[
+        list[str] | None,
+        typer.Option(help="A district whose records stay where the rule ties, best first. Repeatable."),
+    ] = None,
+    min_db: Annotated[
+        float | None, typer.Option(help="Link from this score on, extrapolated or not; default: the policy's.")
+    ] = None,
+    across_positions: AcrossOption = False,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Find who is one person among the subjects of many galleries. Nothing is changed without --apply. Interrupted, it goes on
+    where it was."""
+    config = Config(search=SearchConfig(across_positions=across_positions), threads=threads)
+    with progress_bar() as progress:
+        found = jobs.merge(
+            sources,
+            result,
+            into=into,
+            apply=apply,
+            rule=rule,
+            prefer=prefer or (),
+            min_db=min_db,
+            config=config,
+            progress=progress,
+        )
+    applied = None if found.applied is None else asdict(found.applied)
+    if as_json:
+        print_json(found.summary | {"merge_id": found.merge_id, "result": str(result), "applied": applied})
+    else:
+        shown = {key: value for key, value in found.summary.items() if key != "districts"}
+        print_summary({"districts": len(found.summary["districts"])} | shown | {"result": str(result)}, as_json)
+        report = result.with_name(f"{result.stem}.html")
+        out.print(f"report: {report}", markup=False, soft_wrap=True)
+        if found.applied is not None:
+            one = found.applied
+            out.print(
+                f"applied: {one.added:,} added, {one.left_out:,} left out, {one.removed:,} removed; {one.subjects:,} subjects. "
+                f"To take it back: biodedup undo {one.merge_id} --gallery FOLDER",
+                soft_wrap=True,
+            )
+        elif found.summary["clusters"]:
+            out.print("nothing was changed; look at the report, then --into FOLDER --apply", soft_wrap=True)
+    raise typer.Exit(Exit.DUPLICATE if found.summary["clusters"] and found.applied is None else Exit.DONE)
+
+
+@app.command()
+def undo(
+    merge_id: Annotated[str, typer.Argument(metavar="MERGE", help="As `merge --apply` told it.")],
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a merge back: the gallery has the subjects and templates that it had before. Interrupted, it goes on."""
+    with progress_bar() as progress:
+        undone = jobs.undo(merge_id, gallery, progress=progress)
+    text = f"undone: {undone.restored:,} restored, {undone.withdrawn:,} withdrawn; {undone.subjects:,} subjects"
+    if undone.kept_changed:
+        text += f"; enrolled anew since, left as they are: {', '.join(undone.kept_changed[:20])}"
+    finish(asdict(undone), text, as_json)
