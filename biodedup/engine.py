@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import EXTERNAL_MINUTIAE, Config
-from biodedup.embed.cards import load_card, shipped_cards
+from biodedup.embed.cards import ModelCard, load_card, shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import (
     BiodedupError,
@@ -61,11 +61,13 @@ from biodedup.gallery.transaction import Transaction, exists, mismatch
 from biodedup.match import calibrations
 from biodedup.match.compare import Comparer, InHand, compare_templates
 from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.pairs import PairComparer, record_candidates, record_score, record_verification
 from biodedup.match.policy import outcome
 from biodedup.search.clusters import clusters_of
 from biodedup.search.gather import Gathering
 from biodedup.search.plan import SearchPlan, plan_of
 from biodedup.search.rescore import JOIN_ROWS, PROBES, Found, Searcher
+from biodedup.trace import tracing, untraced
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
@@ -150,6 +152,8 @@ class Engine:
         self._calibrations = known
         self._matcher = CylinderMatcher(config.threads)
         self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
+        self.pairs = PairComparer(known, self._comparer)
+        """Compares two sets of templates as searches of this gallery do."""
         self._searcher = Searcher(self._comparer, config.search, config.threads, config.policy)
         self._seek = Gathering(self._found_now, PROBES)
         self._seek_nearest = Gathering(self._nearest_each, PROBES)
@@ -288,6 +292,8 @@ class Engine:
             request = _Request(list(probes.values()), found, snapshot, [digests[i] for i in probes], replaces, across)
             for i, answer in zip(probes, self._committed(request), strict=True):
                 answers[i] = answer
+                if (steps := tracing()) is not None and isinstance(answer, Decision):
+                    record_candidates(steps, probes[i].templates, answer, self._templates)
         return [answer for answer in answers if answer is not None]
 
     def _committed(self, request: _Request) -> list[Decision | CallerError]:
@@ -299,7 +305,7 @@ class Engine:
                 with self._waiting_lock:
                     group, self._waiting = self._waiting, []
                 try:
-                    with self._gallery.transaction() as transaction:
+                    with untraced(), self._gallery.transaction() as transaction:  # probes of several callers
                         for one in group:
                             self._settle_request(transaction, one)
                 except BaseException as error:
@@ -386,13 +392,18 @@ class Engine:
             raise probe
         self._check_models(probe.templates)
         ((found, snapshot),) = self._seek((_checked(groups), self._across(across_positions)), [probe.templates])
-        return self._decide(probe, found, snapshot, version=snapshot.version)
+        decision = self._decide(probe, found, snapshot, version=snapshot.version)
+        if (steps := tracing()) is not None:
+            record_candidates(steps, probe.templates, decision, self._templates)
+        return decision
 
     def _found_now(
         self, key: tuple[tuple[str, ...] | None, bool], probes: list[Mapping[str, Template]]
     ) -> list[tuple[Found, Snapshot]]:
         (groups, across), snapshot = key, self._gallery.snapshot()
-        return [(found, snapshot) for found in self._searcher.search(snapshot, probes, groups=groups, across=across)]
+        with untraced():  # probes of several callers
+            found = self._searcher.search(snapshot, probes, groups=groups, across=across)
+        return [(one, snapshot) for one in found]
 
     def _across(self, asked: bool | None) -> bool:
         return self.config.search.across_positions if asked is None else asked
@@ -415,9 +426,12 @@ class Engine:
             return Verification(subject_id, False, 0.0, threshold_db, False, (), probe.refusals)
         best = compared[0]
         accepted = best.score_db >= threshold_db
-        return Verification(
+        result = Verification(
             subject_id, accepted, best.score_db, threshold_db, best.extrapolated, best.evidence, probe.refusals
         )
+        if (steps := tracing()) is not None:
+            record_verification(steps, probe.templates, templates, result)
+        return result
 
     def search(
         self, probes: Mapping[str, NDArray[Any]], k: int = 20, *, groups: Collection[str] | None = None
@@ -691,6 +705,19 @@ class Engine:
         self._check_open()
         return list(self._gallery.snapshot().all_subject_ids())
 
+    def templates(self, subject_id: str) -> dict[str, Template]:
+        """What is enrolled of a subject, by column. Raises UnknownSubject."""
+        self._check_open()
+        found = self._templates(subject_id)
+        if found is None:
+            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
+        return found
+
+    def _templates(self, subject_id: str) -> dict[str, Template] | None:
+        snapshot = self._gallery.snapshot()
+        row = snapshot.row_of(subject_id)
+        return None if row is None else snapshot.templates(row)
+
     def decision(self, encounter_id: str) -> Decision | None:
         """The decision that an encounter got, or None for one never seen."""
         self._check_open()
@@ -877,14 +904,23 @@ def compare(a: Template, b: Template) -> Score:
 
     Raises ModelMismatch for templates of two models, InvalidInput for a face against a finger and for an unsound record.
     """
-    known, comparer = _pair_comparer()
-    return compare_templates(comparer, _sound(a, known), _sound(b, known))
+    pairs = _shipped_pair_comparer()
+    a, b = _sound(a, pairs.calibrations), _sound(b, pairs.calibrations)
+    score = compare_templates(pairs.comparer, a, b)
+    if (steps := tracing()) is not None:
+        record_score(steps, a, b, score)
+    return score
+
+
+def pair_comparer(cards: Sequence[ModelCard]) -> PairComparer:
+    """Compares templates of these models without a gallery."""
+    known = calibrations.Calibrations(cards, lambda model_id: np.zeros((0, 1), np.float32))
+    return PairComparer(known, Comparer(known.of, CylinderMatcher(), known.with_minutiae))
 
 
 @cache
-def _pair_comparer() -> tuple[calibrations.Calibrations, Comparer]:
-    known = calibrations.Calibrations(shipped_cards(), lambda model_id: np.zeros((0, 1), np.float32))
-    return known, Comparer(known.of, CylinderMatcher(), known.with_minutiae)
+def _shipped_pair_comparer() -> PairComparer:
+    return pair_comparer(shipped_cards())
 
 
 _COLUMN_SET = frozenset(COLUMNS)
