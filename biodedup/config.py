@@ -78,27 +78,31 @@ class CaptureConfig:
 
 @dataclass(frozen=True)
 class Policy:
-    """Thresholds, from a target false positive identification rate (FPIR) at the present gallery size.
+    """Thresholds, from target error rates at the present gallery size N.
 
-    FMR = FPIR / N, independence assumed; in decibels 10 log10(N / FPIR). A fixed threshold in dB overrides.
-    `review_fpir` is the wider band: what lies between goes to a person.
+    fpir: the share of searches of strangers that may come out `duplicate`. FMR = FPIR / N, independence assumed; in decibels
+    10 log10(N / FPIR). review_fpir is the wider band: what lies between goes to a person. fnir_review: the share of mates that may score
+    below the review threshold. Where captures are too few to keep to it, as one face is among many millions, the threshold is lowered
+    for that search until they do; then somebody nearly always reaches it, and nobody is cleared who could not have been recognised. The
+    default asks only that a mate be rather found than missed. duplicate_db and review_db, where given, are fixed thresholds instead.
+    trust_extrapolation: False sends to review what would be `duplicate` by a score beyond the measured pairs.
     """
 
-    duplicate_fpir: float = 1e-3
+    fpir: float = 1e-3
     review_fpir: float = 5e-3
+    fnir_review: float = 0.5
     duplicate_db: float | None = None
     review_db: float | None = None
     verify_fmr: float = 1e-4
+    trust_extrapolation: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("duplicate_fpir", "review_fpir", "verify_fmr"):
+        for name in ("fpir", "review_fpir", "fnir_review", "verify_fmr"):
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise InvalidInput(f"{name} is {value}, wanted a rate between 0 and 1")
-        if self.review_fpir < self.duplicate_fpir:
-            raise InvalidInput(
-                f"review_fpir {self.review_fpir} is below duplicate_fpir {self.duplicate_fpir}; review is the wider band"
-            )
+        if self.review_fpir < self.fpir:
+            raise InvalidInput(f"review_fpir {self.review_fpir} is below fpir {self.fpir}; review is the wider band")
         if self.duplicate_db is not None and self.review_db is not None and self.review_db > self.duplicate_db:
             raise InvalidInput(
                 f"review_db {self.review_db} is above duplicate_db {self.duplicate_db}; review is the wider band"
@@ -107,7 +111,7 @@ class Policy:
     def thresholds_db(self, gallery_size: int) -> tuple[float, float]:
         """(duplicate, review) thresholds in dB for a gallery of this many subjects."""
         size = max(gallery_size, 1)
-        duplicate = self.duplicate_db if self.duplicate_db is not None else 10 * log10(size / self.duplicate_fpir)
+        duplicate = self.duplicate_db if self.duplicate_db is not None else 10 * log10(size / self.fpir)
         review = self.review_db if self.review_db is not None else 10 * log10(size / self.review_fpir)
         return duplicate, min(review, duplicate)
 

@@ -60,9 +60,11 @@ from biodedup.gallery.tail import Answer
 from biodedup.gallery.transaction import Transaction, exists, mismatch
 from biodedup.match import calibrations
 from biodedup.match.compare import Comparer, InHand, compare_templates
+from biodedup.match.fusion import mated_quantile_db, mated_share_below
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_score, record_verification
-from biodedup.match.policy import outcome
+from biodedup.match.verdict import judge
+from biodedup.search.across import comparable_bits
 from biodedup.search.clusters import clusters_of
 from biodedup.search.gather import Gathering
 from biodedup.search.plan import SearchPlan, plan_of
@@ -79,6 +81,7 @@ from biodedup.values import (
     Float32,
     Link,
     Missing,
+    Outcome,
     Refusal,
     Score,
     SearchResult,
@@ -101,6 +104,15 @@ class _Probe:
     @property
     def missing(self) -> tuple[Missing, ...]:
         return tuple(capture for capture in self.encounter.captures if isinstance(capture, Missing))
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """How a mate would score. attainable_db: nearly all of them score less; fnir: the share of them below review_db."""
+
+    attainable_db: float
+    review_db: float
+    fnir: float
 
 
 @dataclass(eq=False)
@@ -667,8 +679,9 @@ class Engine:
                 if now.row_of(subject_id) is not None:
                     transaction.remove(subject_id)
                 decision = self._decide(probe, Found(), now, version=transaction.version)
-                answers[i] = decision = replace(decision, encounter_id=encounter_id)
-                if decision.outcome == "unique":
+                outcome: Outcome = "unique" if probe.templates else "refused"  # nothing was searched, nothing is judged
+                answers[i] = decision = replace(decision, encounter_id=encounter_id, outcome=outcome, reasons=())
+                if outcome == "unique":
                     transaction.add(subject_id, probe.templates, encounter_id, encounters[i].groups)
                 transaction.record(encounter_id, Answer(digests[i], decision.outcome, to_json(decision)))
         return [answer for answer in answers.values() if answer is not None]
@@ -844,30 +857,57 @@ class Engine:
         self, probe: _Probe, found: Found, now: Snapshot, *, version: int, besides: int | None = None
     ) -> Decision:
         """besides: the row that is being replaced, no candidate for itself."""
-        size = now.live_count
-        duplicate_db, review_db = self.config.policy.thresholds_db(size)
-        alive = [c for c in found.comparisons if now.is_live(c.row) and c.row != besides]
-        best_db = alive[0].score_db if alive else None
-        returned = alive[: self.config.search.returned]
+        policy = self.config.policy
+        duplicate_db, band_db = policy.thresholds_db(now.live_count)
+        alive = (c for c in found.comparisons if now.is_live(c.row) and c.row != besides)
+        returned = list(islice(alive, self.config.search.returned))
+        compared = now.count_with(comparable_bits(probe.templates, now.models, across=found.across))
+        expected = self._expected(probe.templates, now, band_db, across=found.across) if compared else None
+        review_db = band_db if expected is None or policy.review_db is not None else expected.review_db
+        verdict = judge(
+            returned,
+            duplicate_db,
+            review_db,
+            band_db=band_db,
+            incomplete=found.incomplete,
+            usable=bool(probe.templates),
+            nothing_in_common=not compared and now.live_count > 0,
+            trust_extrapolation=policy.trust_extrapolation,
+        )
         names = now.subject_ids([c.row for c in returned])
         return Decision(
-            outcome(best_db, duplicate_db, review_db, incomplete=found.incomplete, comparable=bool(probe.templates)),
+            verdict.outcome,
             probe.encounter.subject_id,
             probe.encounter.encounter_id,
             tuple(
-                Candidate(name, rank, c.score_db, c.extrapolated, c.evidence, c.charge_db)
-                for rank, (name, c) in enumerate(zip(names, returned, strict=True), start=1)
+                Candidate(name, rank, c.score_db, c.extrapolated, c.evidence, c.charge_db, kind, c.interval_db)
+                for rank, (name, c, kind) in enumerate(zip(names, returned, verdict.kinds, strict=True), start=1)
             ),
             probe.refusals,
             probe.missing,
             duplicate_db,
             review_db,
-            size,
+            now.live_count,
             version,
             tuple(sorted({template.model_id for template in probe.templates.values()})),
             found.incomplete,
             self._clock(),
+            verdict.reasons,
+            None if expected is None else expected.attainable_db,
+            None if expected is None else expected.fnir,
+            compared,
         )
+
+    def _expected(self, templates: Mapping[str, Template], now: Snapshot, band_db: float, *, across: bool) -> _Expected:
+        """How a mate scores with these captures, those aside that nobody enrolled has; the review threshold follows from it."""
+        calibrations = tuple(
+            law.of(templates[column].embedding is not None and templates[column].minutiae is not None)
+            for column, law in sorted(self._comparer.laws(templates).items())
+            if now.count_with(comparable_bits({column: templates[column]}, now.models, across=across))
+        )
+        review_db = min(band_db, mated_quantile_db(self.config.policy.fnir_review, calibrations))
+        attainable_db = mated_quantile_db(_ATTAINED_SHARE, calibrations)
+        return _Expected(attainable_db, review_db, mated_share_below(review_db, calibrations))
 
     def _check_models(self, templates: Mapping[str, Template], models: Mapping[str, ColumnModel] | None = None) -> None:
         models = self._gallery.snapshot().models if models is None else models
@@ -924,6 +964,7 @@ def _shipped_pair_comparer() -> PairComparer:
 
 
 _COLUMN_SET = frozenset(COLUMNS)
+_ATTAINED_SHARE = 0.95
 _SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/test_gallery.py)
 
 
@@ -959,8 +1000,7 @@ def _for_waiting(error: BaseException) -> BiodedupError:
 
 def _merged(first: Found, since: Found) -> Found:
     """Two searches of disjoint rows as one."""
-    ranked = sorted((*first.comparisons, *since.comparisons), key=lambda c: (-c.score_db, -c.llr_db, c.row))
-    return Found(tuple(ranked), first.incomplete or since.incomplete)
+    return Found(first.comparisons.with_others(since.comparisons), first.incomplete or since.incomplete, first.across)
 
 
 def _better(a: Template | None, b: Template) -> tuple[Template, Template | None]:

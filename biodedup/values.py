@@ -36,9 +36,13 @@ FINGER_POSITIONS = (
 COLUMNS = ("face", *FINGER_POSITIONS)
 """Gallery columns: a row (a subject) has at most one template in each."""
 
+BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
+"""Of each column, in masks of columns."""
+
 CaptureData: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
 Modality: TypeAlias = Literal["face", "finger"]
 Outcome: TypeAlias = Literal["unique", "duplicate", "review", "refused"]
+Kind: TypeAlias = Literal["", "same_person", "look_alike", "shared_finger", "swapped_fingers", "mixed_record"]
 Float32: TypeAlias = NDArray[np.float32]
 Column: TypeAlias = Float32 | Sequence[bytes]
 """A column of several subjects: one embedding each, float32 (n, d), or minutiae records, empty where a subject has none."""
@@ -221,6 +225,10 @@ class Candidate:
     """A gallery subject that a search returned; rank 1 is the strongest.
 
     charge_db: what a search across positions has taken off score_db, for the readings of the fingers' labels that it tried.
+    kind: what the captures together look like, "" below the review threshold. `same_person`; `look_alike`: the face agrees and the
+    fingers do not, as twins' do; `shared_finger`: one finger agrees and nothing else does, perhaps an operator's own; `swapped_fingers`;
+    `mixed_record`: the probe's captures are of this candidate and of another. interval_db: where score_db lies, 95 %; None where the
+    calibration does not say.
     """
 
     subject_id: str
@@ -229,6 +237,8 @@ class Candidate:
     extrapolated: bool
     evidence: tuple[Evidence, ...]
     charge_db: float = 0.0
+    kind: Kind = ""
+    interval_db: tuple[float, float] | None = None
 
     @property
     def swaps(self) -> tuple[tuple[str, str], ...]:
@@ -240,7 +250,11 @@ class Candidate:
 class Decision:
     """What was decided about one encounter, on which evidence, at which thresholds and gallery version.
 
-    incomplete: part of the gallery could not be seen; such a decision is never `unique`.
+    incomplete: part of the gallery could not be seen; such a decision is never `unique`. reasons: why a person has to look:
+    a `Candidate.kind` but `same_person`, `between_thresholds`, `little_evidence` (mates with these captures may score below the review
+    band), `extrapolated` (where the policy does not trust that), `incomplete`, `nothing_in_common` (nobody enrolled has a capture to
+    compare). attainable_db: 19 of 20 mates with these captures score less; expected_fnir: the share of them that scores below
+    review_db; both None where nothing was to be compared. compared: enrolled subjects with a capture in common.
     """
 
     outcome: Outcome
@@ -256,6 +270,10 @@ class Decision:
     model_ids: tuple[str, ...] = ()
     incomplete: bool = False
     decided_at: float = 0.0
+    reasons: tuple[str, ...] = ()
+    attainable_db: float | None = None
+    expected_fnir: float | None = None
+    compared: int | None = None
 
     @property
     def best(self) -> Candidate | None:

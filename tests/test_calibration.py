@@ -12,7 +12,14 @@ import biodedup as bd
 from biodedup.embed.cards import load_card
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import from_embeddings
-from biodedup.match.fusion import STEP_DB, fused_score_db
+from biodedup.match.fusion import (
+    STEP_DB,
+    fused_interval_db,
+    fused_score_db,
+    llr_reaching,
+    mated_quantile_db,
+    mated_share_below,
+)
 
 SCORE = np.linspace(-0.5, 1, 151)
 NORMAL = Calibration.from_card(
@@ -22,6 +29,17 @@ NORMAL = Calibration.from_card(
             10 / np.log(10) * (norm.logpdf(SCORE, 0.6, 0.15) - norm.logpdf(SCORE, 0, 0.1)).clip(-10)
         ),
         "nonmated_db": -10 / np.log(10) * norm.logsf(SCORE, 0, 0.1),
+        "measured_db": 60.0,
+        "source": "a test",
+    }
+)
+WITH_INTERVAL = Calibration.from_card(
+    {
+        "score": SCORE,
+        "llr_db": NORMAL.llr_knots_db,
+        "nonmated_db": NORMAL.nonmated_knots_db,
+        "nonmated_low_db": NORMAL.nonmated_knots_db * 0.9,
+        "nonmated_high_db": NORMAL.nonmated_knots_db * 1.2,
         "measured_db": 60.0,
         "source": "a test",
     }
@@ -41,8 +59,7 @@ def test_score_db_is_minus_ten_log10_of_the_false_match_rate():
 def test_fused_scores_keep_the_false_match_rate_and_are_never_optimistic(parts):
     rng = np.random.default_rng(parts)
     sums = NORMAL.llr_db(rng.normal(0, 0.1, (400_000, parts))).sum(axis=1)
-    distinct, inverse = np.unique(np.floor(sums / STEP_DB) * STEP_DB, return_inverse=True)
-    score_db = np.array([fused_score_db(s, (NORMAL,) * parts)[0] for s in distinct])[inverse]
+    score_db, _ = fused_score_db(sums, (NORMAL,) * parts)
     for db in (10, 20, 30):
         measured = np.mean(score_db >= db)
         nominal = 10 ** (-db / 10)
@@ -65,8 +82,50 @@ def test_the_far_tail_is_exact_where_a_national_register_needs_it():
 
 @given(st.lists(st.floats(-60, 200), min_size=2, max_size=20))
 def test_more_evidence_is_never_a_lower_score(sums):
-    scores = [fused_score_db(value, SHIPPED)[0] for value in sorted(sums)]
-    assert scores == sorted(scores)
+    scores, extrapolated = fused_score_db(sorted(sums), SHIPPED)
+    assert (np.diff(scores) >= 0).all()
+    assert (extrapolated == (scores > max(calibration.measured_db for calibration in SHIPPED))).all()
+    assert float(fused_score_db(min(sums), SHIPPED)[0]) == scores[0]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_mates_stay_below_the_scores_that_the_likelihood_ratio_foretells(parts):
+    rng = np.random.default_rng(parts)
+    scores, _ = fused_score_db(NORMAL.llr_db(rng.normal(0.6, 0.15, (200_000, parts))).sum(axis=1), (NORMAL,) * parts)
+    for share in (0.01, 0.1, 0.5, 0.9):
+        foretold = mated_quantile_db(share, (NORMAL,) * parts)
+        assert foretold == pytest.approx(np.quantile(scores, share), rel=0.03, abs=1.5)
+    for score_db in (20, 60, 120):
+        foretold = mated_share_below(score_db, (NORMAL,) * parts)
+        assert foretold == pytest.approx(np.mean(scores < score_db), rel=0.1, abs=0.003)
+
+
+def test_everybody_stays_below_what_cannot_be_reached():
+    assert mated_share_below(1e4, (NORMAL,)) == 1.0
+    assert mated_share_below(0.0, (NORMAL,)) == 0.0
+
+
+def test_an_interval_is_told_where_a_table_has_one():
+    low, high = WITH_INTERVAL.interval_db([0.2, 0.6, 1.5])
+    middle = WITH_INTERVAL.score_db([0.2, 0.6, 1.5])
+    assert low == pytest.approx(np.minimum(middle * 0.9, 300), rel=0.2)
+    assert (low <= middle).all() and (middle <= high).all() and high[2] == 300
+    assert NORMAL.interval_db(0.5) is None
+
+
+def test_a_fused_interval_holds_the_fused_score_and_needs_every_table_to_have_one():
+    sums = np.linspace(-20, 150, 50)
+    low, high = fused_interval_db(sums, (WITH_INTERVAL, WITH_INTERVAL))
+    middle, _ = fused_score_db(sums, (WITH_INTERVAL, WITH_INTERVAL))
+    assert (low <= middle).all() and (middle <= high).all()
+    assert np.mean(high - low) > 5
+    assert fused_interval_db(sums, (WITH_INTERVAL, NORMAL)) is None
+
+
+def test_the_least_sum_that_scores_as_much_scores_as_much():
+    least = llr_reaching(90, (NORMAL, NORMAL))
+    assert float(fused_score_db(least, (NORMAL, NORMAL))[0]) >= 90
+    assert float(fused_score_db(least - 2 * STEP_DB, (NORMAL, NORMAL))[0]) < 90
 
 
 @pytest.mark.parametrize("calibration", [NORMAL, *SHIPPED])
@@ -100,6 +159,9 @@ def test_unlabelled_embeddings_calibrate_themselves():
         ({"llr_db": [0]}, "one equal length"),
         ({"measured_db": "x"}, "numeric"),
         ({"score": None}, "one equal length"),
+        ({"nonmated_low_db": [0, 1], "nonmated_high_db": [0]}, "interval"),
+        ({"nonmated_low_db": [0], "nonmated_high_db": [0]}, "as long as"),
+        ({"nonmated_low_db": [0, 2], "nonmated_high_db": [0, 3]}, "lie between"),
     ],
 )
 def test_a_broken_table_is_a_card_error(change, text):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import WithMinutiae
-from biodedup.match.compare import Comparer, InHand, compare_templates
+from biodedup.match.compare import Comparer, InHand, compare_templates, pairings
+from biodedup.match.fusion import fused_score_db
 from biodedup.values import Template
 
 
@@ -83,3 +86,63 @@ def test_fingers_add_up_with_the_law_that_each_was_compared_by():
     found = comparer().compare(probe, InHand(candidate), [0])[0]
     assert found.llr_db == pytest.approx(45.0 + 30.0, rel=1e-5)
     assert {part.column: part.minutiae for part in found.evidence} == {"left_index": 10.0, "left_thumb": None}
+
+
+COLUMNS = ("face", "left_index", "left_thumb", "unknown")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_a_ranking_is_what_adding_up_capture_by_capture_gives(seed, both):
+    rng = np.random.default_rng(seed)
+    vector = np.array([1.0, 0.0], np.float32)
+
+    def one(record: bool, cosine: float, column: str) -> Template:
+        minutiae = str(rng.integers(0, 40)).encode() if record and column != "face" else None
+        return Template(column, "m", np.array([cosine, np.sqrt(1 - cosine**2)], np.float32), minutiae)
+
+    def some() -> list[str]:
+        return [column for column in COLUMNS if rng.random() < 0.6] or ["face"]
+
+    probe = {
+        column: Template(column, "m", vector, b"0" if column != "face" and rng.random() < 0.7 else None)
+        for column in some()
+    }
+    candidates = [{c: one(rng.random() < 0.7, rng.uniform(-0.3, 0.9), c) for c in some()} for _ in range(12)]
+    law = {True: BOTH, False: COSINE}
+    wanted = {}
+    for row, candidate in enumerate(candidates):
+        parts = []
+        for group in pairings(tuple(probe), tuple(candidate)):
+            tried = []
+            for mine, theirs in group:
+                cosine = float(candidate[theirs].embedding @ vector)
+                adds = both and probe[mine].minutiae is not None and candidate[theirs].minutiae is not None
+                raw = COSINE.llr_db(cosine) + MINUTIAE.llr_db(float(candidate[theirs].minutiae)) if adds else cosine
+                tried.append((float(law[adds].llr_db(raw)), float(law[adds].score_db(raw)), law[adds]))
+            llr_db, score_db, used = max(tried, key=lambda part: part[0])
+            less = 10 * np.log10(len(tried))
+            parts.append((llr_db - less, max(score_db - less, 0.0), used))
+        sum_db = sum(llr_db for llr_db, *_ in parts)
+        if len(parts) == 1:
+            wanted[row] = parts[0][1], sum_db
+        elif parts:
+            wanted[row] = float(fused_score_db(sum_db, [used for *_, used in parts])[0]), sum_db
+    found = comparer(both).compare(probe, InHand(*candidates), range(12))
+    assert {one.row for one in found} == set(wanted)
+    assert [(-one.score_db, -one.llr_db, one.row) for one in found] == sorted(
+        (-o.score_db, -o.llr_db, o.row) for o in found
+    )
+    for one in found:  # a sum at the edge of a step of the table may fall on either side, as it is added up
+        assert one.score_db == pytest.approx(wanted[one.row][0], abs=1.0)
+        assert one.llr_db == pytest.approx(wanted[one.row][1], rel=1e-6)
+        assert one.llr_db == pytest.approx(sum(part.llr_db for part in one.evidence))
+
+
+def test_two_rankings_of_disjoint_rows_are_one():
+    candidates = [{"left_index": template(cosine, None)} for cosine in (0.3, 0.9, 0.5, 0.7)]
+    first, second = (comparer().compare(PROBE, InHand(*candidates), rows) for rows in ([0, 1], [2, 3]))
+    whole = first.with_others(second)
+    assert [one.row for one in whole] == [1, 3, 2, 0]
+    assert [one.row for one in whole.reaching(30)] == [1, 3]
+    assert [one.row for one in whole[1:3]] == [3, 2] and whole[-1].row == 0

@@ -37,7 +37,7 @@ def test_every_exception_lies_on_one_of_three_branches():
 def test_settings_are_frozen_and_checked():
     with pytest.raises(AttributeError):
         bd.Config().threads = 3
-    for wrong in ({"duplicate_fpir": 0}, {"review_fpir": 1e-4}, {"duplicate_db": 10, "review_db": 20}):
+    for wrong in ({"fpir": 0}, {"review_fpir": 1e-4}, {"duplicate_db": 10, "review_db": 20}):
         with pytest.raises(bd.InvalidInput):
             bd.Policy(**wrong)
     with pytest.raises(bd.InvalidInput):

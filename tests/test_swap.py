@@ -29,6 +29,7 @@ from biodedup.match.labels import AS_LABELLED, readings_of
 from biodedup.match.minutiae import Bozorth3
 from biodedup.search import shard, together
 from biodedup.search.across import strongest
+from biodedup.values import BIT
 
 KNOWN = bd.FINGER_POSITIONS[:10]
 DIMENSION = 64
@@ -138,7 +139,8 @@ def test_what_a_config_always_asks_for_a_call_may_leave_out(tmp_path, fingers, a
         engine.add_templates(["a"], {"left_index": fingers["left_index"][:1]})
         probe = wrong(anew, 0, {"right_index": "left_index"})
         assert engine.identify(probe).outcome == "duplicate"
-        assert engine.identify(probe, across_positions=False).outcome == "unique"
+        as_labelled = engine.identify(probe, across_positions=False)
+        assert as_labelled.candidates == () and as_labelled.reasons == ("nothing_in_common",)
         # a search that waits for another one's pass gets what it asked for itself
         assert engine.enroll(bd.Encounter("b", templates=probe.templates)).best.swaps == (
             ("right_index", "left_index"),
@@ -269,7 +271,7 @@ def test_minutiae_are_compared_across_positions_row_by_row_up_to_the_limit(tmp_p
         assert engine.identify(probe).best is None
         best = engine.identify(probe, across_positions=True).best
         assert (best.subject_id, best.swaps) == ("s1", (("right_index", "left_index"),))
-        assert engine.enroll(encounter("s2", "left_thumb", 2)).outcome == "unique"
+        engine.admit([encounter("s2", "left_thumb", 2)])
         assert not engine.identify(probe).incomplete
         assert engine.identify(probe, across_positions=True).incomplete
 
@@ -312,7 +314,7 @@ def test_the_command_line_shows_swaps(tmp_path):
     there = ("--gallery", "fingers")
     assert run("enroll", "anna", "--finger", "left_index=f.png", *there, cwd=tmp_path)[0] == 0
     probe = ("--finger", "right_index=again.png", *there)
-    assert run("identify", *probe, cwd=tmp_path)[0] == 0
+    assert run("identify", *probe, cwd=tmp_path)[0] == 11  # nobody has a right index
     code, out, _ = run("identify", *probe, "--across-positions", cwd=tmp_path)
     assert code == 10
     assert "right_index, enrolled as left_index" in out and "swapped" in out
@@ -461,8 +463,8 @@ class Crowd:
         self._columns = tuple(columns)
         self._vectors = {c: people(rows, seed=seed + i, dimension=DIMENSION) for i, c in enumerate(columns)}
 
-    def columns(self, rows):
-        return [self._columns] * len(rows)
+    def presence(self, rows):
+        return np.full(len(rows), sum(BIT[column] for column in self._columns), np.uint16)
 
     def embeddings(self, rows, column):
         return self._vectors[column][rows]

@@ -89,6 +89,18 @@ AcrossOption = Annotated[
 ]
 DEFAULT_GALLERY = Path("gallery")
 
+REASONS = {
+    "mixed_record": "a person has to look: captures of two subjects seem to be filed as one",
+    "shared_finger": "a person has to look: one finger agrees and nothing else does; is it an operator's own?",
+    "look_alike": "a person has to look: the face agrees and the fingers do not; twins?",
+    "extrapolated": "a person has to look: the score lies beyond the measured pairs, which the policy does not trust",
+    "incomplete": "a person has to look: part of the gallery was not compared",
+    "between_thresholds": "a person has to look: the score lies between the thresholds",
+    "little_evidence": "a person has to look: with so few captures a mate may score no more than strangers do",
+    "nothing_in_common": "a person has to look: nobody enrolled has a capture to compare with these",
+}
+"""What `Decision.reasons` say."""
+
 
 def print_summary(summary: dict[str, object], as_json: bool) -> None:
     if as_json:
@@ -161,16 +173,24 @@ def finish_decision(decision: Decision, as_json: bool) -> None:
             shown["swaps"] = candidate.swaps
         print_json(document)
     else:
-        best = (
-            ""
-            if decision.best is None
-            else f"; strongest {decision.best.subject_id} at {decision.best.score_db:.1f} dB"
-        )
+        best = ""
+        if decision.best is not None:
+            kind = f", {decision.best.kind.replace('_', ' ')}" if decision.best.kind else ""
+            marked = ", extrapolated" if decision.best.extrapolated else ""
+            best = f"; strongest {decision.best.subject_id} at {decision.best.score_db:.1f} dB{kind}{marked}"
         out.print(
             f"{decision.outcome}{best}; {decision.gallery_size:,} subjects, duplicate from {decision.duplicate_db:.1f} dB, "
             f"review from {decision.review_db:.1f} dB",
             soft_wrap=True,
         )
+        for reason in decision.reasons:
+            out.print(f"  {REASONS[reason]}", soft_wrap=True)
+        if decision.attainable_db is not None and decision.expected_fnir is not None:
+            out.print(
+                f"  these captures: at most {decision.attainable_db:.0f} dB; {decision.expected_fnir:.1%} of mates score below "
+                "the review threshold",
+                soft_wrap=True,
+            )
         if decision.best is not None and decision.outcome != "unique":
             print_evidence(decision.best.evidence)
         print_refusals(decision.refusals)

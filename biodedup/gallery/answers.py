@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,10 +69,7 @@ def to_json(decision: Decision) -> str:
 def from_json(text: str) -> Decision:
     """The decision that `to_json` wrote."""
     fields = json.loads(text)
-    candidates = tuple(
-        Candidate(**{**candidate, "evidence": tuple(Evidence(**part) for part in candidate["evidence"])})
-        for candidate in fields["candidates"]
-    )
+    candidates = tuple(_candidate(candidate) for candidate in fields["candidates"])
     return Decision(
         **{
             **fields,
@@ -79,8 +77,15 @@ def from_json(text: str) -> Decision:
             "refusals": tuple(Refusal(**refusal) for refusal in fields["refusals"]),
             "missing": tuple(Missing(**missing) for missing in fields["missing"]),
             "model_ids": tuple(fields["model_ids"]),
+            "reasons": tuple(fields.get("reasons", ())),
         }
     )
+
+
+def _candidate(fields: dict[str, Any]) -> Candidate:
+    interval = fields.get("interval_db")
+    evidence = tuple(Evidence(**part) for part in fields["evidence"])
+    return Candidate(**{**fields, "evidence": evidence, "interval_db": None if interval is None else tuple(interval)})
 
 
 def answered_before(

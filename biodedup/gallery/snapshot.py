@@ -5,6 +5,7 @@ Owns reading across parts: look-ups by id, templates by row, which rows live. Ne
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,16 +45,23 @@ class Snapshot:
         """Subjects enrolled."""
         return sum(part.count for part in self.parts) - len(self.tombstones)
 
+    @cached_property
+    def presences(self) -> Mapping[int, int]:
+        """How many subjects have each combination of columns, as a mask."""
+        counts: Counter[int] = Counter()
+        for part in self.parts:
+            counts.update(part.bits)
+        for part, positions in self._by_part(self.tombstones):
+            counts.subtract(part.presence(0, part.count)[positions].tolist())
+        return {bits: count for bits, count in counts.items() if count}
+
+    def count_with(self, bits: int) -> int:
+        """Subjects with a template in one of these columns, a mask."""
+        return sum(count for has, count in self.presences.items() if has & bits)
+
     def column_counts(self) -> dict[str, int]:
         """Subjects with a template in each column."""
-        counts = np.zeros(len(COLUMNS), np.int64)
-        for part in self.parts:
-            for bits, count in part.bits.items():
-                counts += count * (bits >> np.arange(len(COLUMNS)) & 1)
-        for part, positions in self._by_part(self.tombstones):
-            for bits in part.presence(0, part.count)[positions].tolist():
-                counts -= bits >> np.arange(len(COLUMNS)) & 1
-        return dict(zip(COLUMNS, counts.tolist(), strict=True))
+        return {column: self.count_with(1 << index) for index, column in enumerate(COLUMNS)}
 
     def outcomes(self) -> dict[str, int]:
         """Encounters answered with each outcome."""
@@ -199,18 +207,19 @@ class Snapshot:
 
     # templates --------------------------------------------------------------------------------------------------
 
-    def presence(self, rows: Sequence[int]) -> NDArray[np.uint16]:
+    def presence(self, rows: Sequence[int] | Int64) -> NDArray[np.uint16]:
         """uint16 (n,): bit c is set where the row has a template in COLUMNS[c]. rows: ascending or not."""
         return self._gather(rows, np.zeros(len(rows), np.uint16), lambda part, at: part.presence(0, part.count)[at])
 
-    def embeddings(self, rows: Sequence[int], column: str) -> Float32:
+    def embeddings(self, rows: Sequence[int] | Int64, column: str) -> Float32:
         """float32 (n, d), for rows that have this column; d = 0 where it holds no embeddings."""
         model = self.models.get(column)
         empty = np.zeros((len(rows), (model and model.dimension) or 0), np.float32)
         return self._gather(rows, empty, lambda part, at: _vectors(part, column, at))
 
-    def minutiae(self, rows: Sequence[int], column: str) -> dict[int, bytes]:
+    def minutiae(self, rows: Sequence[int] | Int64, column: str) -> dict[int, bytes]:
         """Records of those of the rows that have one in this column."""
+        rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
         records: dict[int, bytes] = {}
         for part, positions in self._by_part(np.sort(np.array(rows, np.int64))):
             if column in part.columns:
@@ -253,7 +262,9 @@ class Snapshot:
         for index in np.unique(which).tolist():
             yield self.parts[index], self.parts[index].at(rows[which == index])
 
-    def _gather(self, rows: Sequence[int], out: NDArray[_T], read: Callable[[Part, Int64], NDArray[_T]]) -> NDArray[_T]:
+    def _gather(
+        self, rows: Sequence[int] | Int64, out: NDArray[_T], read: Callable[[Part, Int64], NDArray[_T]]
+    ) -> NDArray[_T]:
         wanted = np.array(rows, np.int64)
         order = np.argsort(wanted, kind="stable")
         start = 0

@@ -3,14 +3,15 @@
 Owns the table that a model card carries. Never knows which captures are compared.
 
 A table gives, at ascending raw scores, `nonmated_db` = -10 log10 P(score or more | non-mated) and `llr_db` = 10 log10 of
-the likelihood ratio mated : non-mated, both non-decreasing; between them it is linear.
+the likelihood ratio mated : non-mated, both non-decreasing; between them it is linear. `nonmated_low_db` and `nonmated_high_db`
+bound nonmated_db, 95 %, where the table was fitted with an interval. How tables are fitted: `fitting.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,12 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 from biodedup.errors import ModelCardError
 
 SCORE_DB_MAX = 300.0
+Bound = Literal["low", "best", "high"]
+"""Which law of the non-mates: the most probable one, or an end of the interval. "low": scores in dB are lower than they may be."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """score, llr_db, nonmated_db: float64 (m,), m >= 2. measured_db: beyond it no pairs were measured. mates_measured: llr_db
-    comes from mated pairs of this model, and is not assumed."""
+    comes from mated pairs of this model, and is not assumed. bounds_db: float64 (2, m), the interval of nonmated_db; None: the
+    table does not say."""
 
     score: NDArray[np.float64] = field(repr=False)
     llr_knots_db: NDArray[np.float64] = field(repr=False)
@@ -31,6 +35,7 @@ class Calibration:
     measured_db: float
     source: str
     mates_measured: bool = True
+    bounds_db: NDArray[np.float64] | None = field(default=None, repr=False)
 
     @classmethod
     def from_card(cls, table: Mapping[str, Any]) -> Calibration:
@@ -47,7 +52,8 @@ class Calibration:
             raise ModelCardError(f"calibration arrays have shapes {shapes}; wanted one equal length, 2 or more")
         if (np.diff(score) <= 0).any() or (np.diff(llr) < 0).any() or (np.diff(nonmated) < 0).any():
             raise ModelCardError("calibration: score must ascend, llr_db and nonmated_db must not descend")
-        return cls(score, llr, nonmated, measured_db, source, bool(table.get("mates_measured", True)))
+        bounds = _bounds(table, nonmated)
+        return cls(score, llr, nonmated, measured_db, source, bool(table.get("mates_measured", True)), bounds)
 
     def score_db(self, scores: ArrayLike) -> NDArray[np.float64]:
         """-10 log10(FMR) at each raw score; the last slope is continued beyond the table, up to SCORE_DB_MAX."""
@@ -55,12 +61,20 @@ class Calibration:
             _interpolate(np.asarray(scores, np.float64), self.score, self.nonmated_knots_db), 0.0, SCORE_DB_MAX
         )
 
+    def interval_db(self, scores: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """(low, high) of score_db, 95 %; None where the table does not say."""
+        if self.bounds_db is None:
+            return None
+        x = np.asarray(scores, np.float64)
+        low, high = (np.clip(_interpolate(x, self.score, bound), 0.0, SCORE_DB_MAX) for bound in self.bounds_db)
+        return low, high
+
     def llr_db(self, scores: ArrayLike) -> NDArray[np.float64]:
         """10 log10 of the likelihood ratio at each raw score."""
         return np.minimum(_interpolate(np.asarray(scores, np.float64), self.score, self.llr_knots_db), SCORE_DB_MAX)
 
-    def nonmated_llr_pmf(self, step_db: float) -> tuple[int, NDArray[np.float64]]:
-        """The distribution of llr_db over non-mated comparisons.
+    def nonmated_llr_pmf(self, step_db: float, bound: Bound = "best") -> tuple[int, NDArray[np.float64]]:
+        """The distribution of llr_db over non-mated comparisons. bound: by which law of theirs; without an interval, all are one.
 
         Returns (first, p): p[i] is the probability of a value in ((first + i - 1), (first + i)] * step_db. Values are
         rounded up, so that sums of them are never optimistic.
@@ -68,13 +82,33 @@ class Calibration:
         # enough points between knots that no bin spans a jump, and beyond the table as far as scores are told apart
         last = self.score[-1] + 4 * (self.score[-1] - self.score[0])
         fine = np.unique(np.concatenate([np.linspace(self.score[0], last, 8001), self.score]))
-        survival = 10 ** (-_interpolate(fine, self.score, self.nonmated_knots_db) / 10)
+        knots_db = self.nonmated_knots_db
+        if self.bounds_db is not None and bound != "best":
+            knots_db = self.bounds_db[0 if bound == "low" else 1]
+        survival = 10 ** (-_interpolate(fine, self.score, knots_db) / 10)
         mass = survival - np.append(survival[1:], 0.0)
         mass[0] += 1.0 - survival[0]
         upper = np.minimum(_interpolate(np.append(fine[1:], fine[-1]), self.score, self.llr_knots_db), SCORE_DB_MAX)
         bins = np.ceil(upper / step_db - 1e-9).astype(np.int64)
         first = int(bins.min())
         return first, np.bincount(bins - first, weights=np.maximum(mass, 0.0)).astype(np.float64)
+
+
+def _bounds(table: Mapping[str, Any], nonmated: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """The interval's ends, float64 (2, m), if the table has them. Raises ModelCardError."""
+    if not {"nonmated_low_db", "nonmated_high_db"} <= table.keys():
+        return None
+    try:
+        bounds = np.array([table["nonmated_low_db"], table["nonmated_high_db"]], np.float64)
+    except (TypeError, ValueError) as error:
+        raise ModelCardError(f"the calibration's interval is not numeric ({error}); see models/sface.toml") from error
+    if bounds.shape != (2, *nonmated.shape) or (np.diff(bounds) < 0).any():
+        raise ModelCardError(
+            "calibration: nonmated_low_db and nonmated_high_db must be as long as score, and must not descend"
+        )
+    if (bounds[0] > nonmated + 1e-9).any() or (bounds[1] < nonmated - 1e-9).any():
+        raise ModelCardError("calibration: nonmated_db must lie between nonmated_low_db and nonmated_high_db")
+    return bounds
 
 
 def _interpolate(

@@ -1,6 +1,6 @@
 """Fusion: the evidence of several captures as one score.
 
-Owns the distribution of summed log-likelihood ratios. Never compares captures.
+Owns the distribution of summed log-likelihood ratios, of mates and of non-mates. Never compares captures.
 
 Captures add as log-likelihood ratios, and the sum is calibrated again: score_db = -10 log10 P(sum or more | all captures
 non-mated). Non-mated scores of different captures are taken as independent. The distribution of the sum is the
@@ -12,54 +12,100 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from biodedup.match.calibration import SCORE_DB_MAX, Calibration
 
 STEP_DB = 0.25
+Law = Literal["low", "best", "high", "mated"]
+"""Whose sums: non-mates' by one of their laws, or mates'."""
 
-_tables: dict[tuple[int, ...], tuple[tuple[Calibration, ...], int, NDArray[np.float64]]] = {}
+_tables: dict[tuple[Law, tuple[int, ...]], tuple[tuple[Calibration, ...], int, NDArray[np.float64]]] = {}
 _lock = threading.Lock()
 
 
-def fused_score_db(llr_sum_db: float, calibrations: Sequence[Calibration]) -> tuple[float, bool]:
-    """(score_db, extrapolated) of a sum of llr_db over captures with these calibrations.
+def fused_score_db(
+    llr_sums_db: ArrayLike, calibrations: Sequence[Calibration]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """(score_db, extrapolated), float64 and bool (n,), of sums of llr_db (n,) over captures with these calibrations; of one sum
+    they are 0-dimensional.
 
     extrapolated: the score lies beyond what the non-mated pairs of any capture among them could measure.
     """
-    first, score_db = _table(calibrations)
-    # The sum of exact values is below the sum of rounded-up ones: rounding it down keeps the score from being optimistic.
-    index = int(np.floor(llr_sum_db / STEP_DB)) - first
-    value = float(score_db[min(max(index, 0), len(score_db) - 1)])
-    return value, value > max(calibration.measured_db for calibration in calibrations)
+    scores = _score_db(llr_sums_db, calibrations, "best")
+    return scores, scores > max(calibration.measured_db for calibration in calibrations)
+
+
+def fused_interval_db(
+    llr_sums_db: ArrayLike, calibrations: Sequence[Calibration]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """(low, high) of the score_db of sums of llr_db, float64 (n,): as if all captures' laws were off in the same direction, so wider
+    than 95 %. None where one of the calibrations does not say."""
+    if any(calibration.bounds_db is None for calibration in calibrations):
+        return None
+    return _score_db(llr_sums_db, calibrations, "low"), _score_db(llr_sums_db, calibrations, "high")
 
 
 def llr_reaching(score_db: float, calibrations: Sequence[Calibration]) -> float:
     """The least sum of llr_db that scores as much."""
-    first, scores = _table(calibrations)
+    first, scores = _table(calibrations, "best")
     return float(first + np.searchsorted(scores, score_db)) * STEP_DB
 
 
-def _table(calibrations: Sequence[Calibration]) -> tuple[int, NDArray[np.float64]]:
+def mated_quantile_db(share: float, calibrations: Sequence[Calibration]) -> float:
+    """The score_db that this share of mates' sums stay below."""
+    first, below = _table(calibrations, "mated")
+    index = int(np.searchsorted(below, share, side="right")) - 1
+    return float(_score_db((first + max(index, 0)) * STEP_DB, calibrations, "best"))
+
+
+def mated_share_below(score_db: float, calibrations: Sequence[Calibration]) -> float:
+    """The share of mates whose sums score less."""
+    first, below = _table(calibrations, "mated")
+    index = round(llr_reaching(score_db, calibrations) / STEP_DB) - first
+    return float(below[index]) if index < len(below) else 1.0
+
+
+def _score_db(llr_sums_db: ArrayLike, calibrations: Sequence[Calibration], law: Law) -> NDArray[np.float64]:
+    first, score_db = _table(calibrations, law)
+    # The sum of exact values is below the sum of rounded-up ones: rounding it down keeps the score from being optimistic.
+    index = np.floor(np.asarray(llr_sums_db, np.float64) / STEP_DB) - first
+    return np.asarray(score_db[np.clip(index, 0, len(score_db) - 1).astype(np.int64)])
+
+
+def _table(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[np.float64]]:
+    """(first, values) by sums of llr_db in steps: of a law of the non-mates the score_db, of mates the share below."""
     ordered = sorted(calibrations, key=id)
-    key = tuple(map(id, ordered))
+    key = law, tuple(map(id, ordered))
     with _lock:
         if key not in _tables:
-            if len(_tables) >= 256:
+            if len(_tables) >= 1024:
                 _tables.clear()
             # the calibrations are kept with their table, so that no id is given away while it is a key
-            _tables[key] = (tuple(ordered), *_convolved(ordered))
+            _tables[key] = (tuple(ordered), *_convolved(ordered, law))
         return _tables[key][1:]
 
 
-def _convolved(calibrations: Sequence[Calibration]) -> tuple[int, NDArray[np.float64]]:
-    first, mass = calibrations[0].nonmated_llr_pmf(STEP_DB)
+def _convolved(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[np.float64]]:
+    first, mass = _pmf(calibrations[0], law)
     for calibration in calibrations[1:]:
-        start, more = calibration.nonmated_llr_pmf(STEP_DB)
+        start, more = _pmf(calibration, law)
         first += start
         mass = np.convolve(mass, more)
+    if law == "mated":
+        return first, np.append(0.0, np.minimum(np.cumsum(mass[:-1]), 1.0))
     survival = np.cumsum(mass[::-1])[::-1]  # smallest first: the tail is summed before the bulk drowns it
     with np.errstate(divide="ignore"):
         return first, np.clip(-10 * np.log10(survival), 0.0, SCORE_DB_MAX)
+
+
+def _pmf(calibration: Calibration, law: Law) -> tuple[int, NDArray[np.float64]]:
+    if law != "mated":
+        return calibration.nonmated_llr_pmf(STEP_DB, law)
+    first, mass = calibration.nonmated_llr_pmf(STEP_DB)
+    # A likelihood ratio turns one law into the other; what rounding and the table's ends leave over is shared out.
+    mates = mass * 10 ** ((first + np.arange(len(mass))) * STEP_DB / 10)
+    return first, mates / mates.sum()

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from biodedup.errors import ModelMismatch
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import Calibrations
-from biodedup.match.compare import Comparer, Comparison, InHand
+from biodedup.match.compare import Comparer, InHand
 from biodedup.match.minutiae import matched
+from biodedup.match.ranked import Comparison
 from biodedup.trace import Trace
 from biodedup.values import Decision, Evidence, Score, Template, Verification
 
@@ -38,23 +39,17 @@ class PairComparer:
 
     def law(self, template: Template, part: Evidence) -> Calibration:
         """The calibration that this template's evidence was judged by."""
-        both = self.calibrations.with_minutiae(template.model_id)
-        joint = both is not None and part.similarity is not None and part.minutiae is not None
-        return both.both if both is not None and joint else self.calibrations.of(template.model_id)
+        law = self.comparer.laws({template.column: template})[template.column]
+        return law.of(part.similarity is not None and part.minutiae is not None)
 
     def readings(self, template: Template, part: Evidence) -> list[tuple[str, float, float]]:
         """(what was compared, raw score, llr_db by itself): what a capture's evidence is made of."""
-        alone, both = (
-            self.calibrations.of(template.model_id),
-            self.calibrations.with_minutiae(template.model_id),
-        )
-        read: list[tuple[str, float, float]] = []
-        if part.similarity is not None:
-            read.append(("similarity", part.similarity, float(alone.llr_db([part.similarity])[0])))
+        law = self.comparer.laws({template.column: template})[template.column]
+        read = [] if part.similarity is None else [("similarity", part.similarity, law.alone)]
         if part.minutiae is not None:
-            law = both.minutiae if both is not None and part.similarity is not None else alone
-            read.append(("minutiae", part.minutiae, float(law.llr_db([part.minutiae])[0])))
-        return read
+            added = law.with_minutiae.minutiae if part.similarity is not None and law.with_minutiae else law.alone
+            read.append(("minutiae", part.minutiae, added))
+        return [(name, raw, float(calibration.llr_db([raw])[0])) for name, raw, calibration in read]
 
 
 def record_candidates(

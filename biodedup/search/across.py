@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.catalogue import ColumnModel
-from biodedup.values import COLUMNS, Template
+from biodedup.values import BIT, Template
 
 Int64 = NDArray[np.int64]
-BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 
 
 def comparable(mine: str, theirs: str, *, across: bool) -> bool:

@@ -12,7 +12,7 @@ Owns the path from a probe to ranked candidates. Never writes and never decides.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,13 @@ from biodedup.config import Policy, SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.part import Part
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.match.compare import Comparer, Comparison
-from biodedup.search.across import BIT, comparable, comparable_bits, strongest
+from biodedup.match.compare import Comparer
+from biodedup.match.ranked import Comparison, Ranked
+from biodedup.search.across import comparable, comparable_bits, strongest
 from biodedup.search.scan import Scanner
 from biodedup.search.shard import FanOut, Nearest, Plan, Shard, as_set, local_shards
 from biodedup.search.together import Choice, Evidence, TogetherPlan, choose, codec_id, sets_of
-from biodedup.values import COLUMNS, Float32, Template
+from biodedup.values import BIT, Float32, Template
 
 Probe = Mapping[str, Template]
 _Capture = tuple[int, str]  # (number of the probe, its column)
@@ -39,10 +40,12 @@ JOIN_ROWS = 4096
 
 @dataclass(frozen=True)
 class Found:
-    """What a probe met among the rows searched. incomplete: some comparable rows were not compared."""
+    """What a probe met among the rows searched. incomplete: some comparable rows were not compared; across: positions were
+    searched across."""
 
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: Ranked = field(default_factory=Ranked)
     incomplete: bool = False
+    across: bool = False
 
 
 class SnapshotRows:
@@ -50,13 +53,9 @@ class SnapshotRows:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        self.presence = snapshot.presence
         self.embeddings = snapshot.embeddings
         self.minutiae = snapshot.minutiae
-
-    def columns(self, rows: Sequence[int]) -> list[tuple[str, ...]]:
-        presence = self._snapshot.presence(rows).tolist()
-        names = {bits: tuple(column for column in COLUMNS if bits & BIT[column]) for bits in set(presence)}
-        return [names[bits] for bits in presence]
 
     def model_ids(self) -> Mapping[str, str]:
         return {column: model.model_id for column, model in self._snapshot.models.items()}
@@ -93,7 +92,7 @@ class Searcher:
         and is weaker. across: fingers are compared with fingers of other labels, too.
         """
         if from_row >= snapshot.row_count or not probes:
-            return [Found()] * len(probes)
+            return [Found(across=across)] * len(probes)
         scope = _Scope(snapshot, from_row, as_set(groups), across)
         source = SnapshotRows(snapshot)
         plans = self._plans(scope, probes, floor_db)
@@ -121,7 +120,7 @@ class Searcher:
             incomplete = len(left) > self._config.finger_rows_max or (failed and bool(lists))
             rows = np.unique(np.concatenate([*chosen, left[: self._config.finger_rows_max]]))
             compared = self._comparer.compare(probe, source, rows.tolist(), across=across)
-            found.append(Found(tuple(compared), incomplete))
+            found.append(Found(compared, incomplete, across))
         return found
 
     def _strongest(
@@ -165,7 +164,7 @@ class Searcher:
             behind = others[(others > row) & (others < tail) if row < tail else (others < tail) | (others > row)]
             if len(behind):
                 compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, behind.tolist())
-                found += [(row, comparison) for comparison in compared if comparison.score_db >= threshold_db]
+                found += [(row, comparison) for comparison in compared.reaching(threshold_db)]
         return found
 
     def _pairs_of_several_columns(
@@ -177,9 +176,9 @@ class Searcher:
             probes = [snapshot.templates(row) for row in some]
             results = self.search(snapshot, probes, floor_db=threshold_db, across=self._config.across_positions)
             for row, one in zip(some, results, strict=True):
-                for comparison in one.comparisons:
+                for comparison in one.comparisons.reaching(threshold_db):
                     # the other side's candidates may lack this pair, so that it counts whoever finds it
-                    if comparison.row != row and comparison.score_db >= threshold_db:
+                    if comparison.row != row:
                         found.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
         return list(found.values())
 

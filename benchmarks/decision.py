@@ -1,0 +1,92 @@
+"""What a decision costs once similarities are known: calibration, fusion, ranking, kinds, thresholds.
+
+    python benchmarks/decision.py
+
+A thousand candidates with a face and two fingers, embeddings and minutiae, some with captures missing, scores drawn from
+strangers' ranges. Beside it the same sums by a loop over candidates, which is the oracle: scores must agree. Time of one thread's processor, the
+median of many rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+from report import record
+
+from biodedup.config import Policy
+from biodedup.embed.cards import joint_id, load_card, minutiae_card, shipped_cards
+from biodedup.match.calibrations import Calibrations
+from biodedup.match.compare import as_labelled, pairings
+from biodedup.match.fusion import fused_score_db, mated_quantile_db, mated_share_below
+from biodedup.match.ranked import Board, Law, Measured, Ranked, calibrated
+from biodedup.match.verdict import judge
+
+COLUMNS = ("face", "right_index", "left_index")
+RETURNED, GALLERY = 10, 200_000_000
+
+
+def milliseconds(work: Callable[[], object], rounds: int) -> float:
+    taken = []
+    for _ in range(rounds):
+        start = time.thread_time()
+        work()
+        taken.append(time.thread_time() - start)
+    return float(np.median(taken)) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=200)
+    options = parser.parse_args()
+    n, rng = options.candidates, np.random.default_rng(0)
+    known = Calibrations(shipped_cards(), lambda model_id: np.zeros((0, 1), np.float32))
+    finger = joint_id(load_card("finger256"), minutiae_card("mindtct"))
+    laws = {
+        c: Law(known.of(m), known.with_minutiae(m))
+        for c, m in zip(COLUMNS, (load_card("sface").model_id, finger, finger), strict=True)
+    }
+    similarity = {c: rng.normal(0.0, 0.15, n) for c in COLUMNS}
+    minutiae = {c: np.full(n, np.nan) if c == "face" else rng.uniform(1, 9, n) for c in COLUMNS}
+    for c in COLUMNS[1:]:  # one in five has no record, one in ten no such finger
+        minutiae[c][rng.random(n) < 0.2] = np.nan
+        similarity[c][rng.random(n) < 0.1] = np.nan
+    rows, members = np.arange(n), [(np.arange(n), pairings(COLUMNS, COLUMNS))]
+    duplicate_db, band_db = Policy().thresholds_db(GALLERY)
+
+    def ranked() -> Ranked:
+        measured: dict[tuple[str, str], Measured] = {
+            (c, c): calibrated(laws[c], similarity[c], minutiae[c], by_embedding=True) for c in COLUMNS
+        }
+        board = Board(rows, measured)
+        return Ranked([(board, board.fuse(*as_labelled(board, members)))])
+
+    def decide() -> object:
+        calibrations = tuple(law.of(column != "face") for column, law in laws.items())
+        review_db = min(band_db, mated_quantile_db(0.5, calibrations))
+        mated_share_below(review_db, calibrations)
+        return judge(ranked()[:RETURNED], duplicate_db, review_db, band_db=band_db)
+
+    found = ranked()
+    for one in (found[int(i)] for i in rng.choice(n, min(n, 200), replace=False)):
+        used = [laws[p.column].of(p.minutiae is not None) for p in one.evidence]
+        sum_db = sum(part.llr_db for part in one.evidence)
+        wanted = one.evidence[0].score_db if len(used) == 1 else float(fused_score_db(sum_db, used)[0])
+        assert abs(one.score_db - wanted) < 0.26, (
+            "one step of the table, where the order of adding moves a sum over its edge"
+        )
+    decide()
+    figures = {
+        "candidates": n,
+        "captures": len(COLUMNS),
+        "decision, ms": round(milliseconds(decide, options.rounds), 3),
+        "of it ranking, ms": round(milliseconds(ranked, options.rounds), 3),
+    }
+    record("decision", figures, keep=options.candidates == 1000)
+
+
+if __name__ == "__main__":
+    main()

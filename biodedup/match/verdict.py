@@ -1,0 +1,135 @@
+"""From ranked evidence to an outcome, and what kind of resemblance it is.
+
+Owns the rules. Never compares, never stores, never looks at a biometric sample.
+
+A score that reaches a threshold says that two records are hardly strangers. It does not say that they are one person: twins share a
+face, an operator's finger can lie on many records, and two people's captures can be filed as one. Where captures contradict one
+another, the sum is not believed alone: the case goes to a person, with its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log10
+
+from biodedup.match.ranked import Comparison
+from biodedup.values import Evidence, Kind, Outcome
+
+SPEAKS_FOR_DB = 20.0
+"""llr_db from which a capture speaks for one person: a hundred to one."""
+SPEAKS_AGAINST_DB = -7.0
+"""llr_db to which captures together speak against: five to one. Strangers' fingers reach it two at a time."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """kinds: of each candidate, "" below the review threshold. reasons: what sent the case to a person, most serious first."""
+
+    outcome: Outcome
+    kinds: tuple[Kind, ...]
+    reasons: tuple[str, ...]
+
+
+def judge(
+    candidates: Sequence[Comparison],
+    duplicate_db: float,
+    review_db: float,
+    *,
+    band_db: float,
+    incomplete: bool = False,
+    usable: bool = True,
+    nothing_in_common: bool = False,
+    trust_extrapolation: bool = True,
+) -> Verdict:
+    """The outcome of a search.
+
+    candidates: strongest first. band_db: where the review band of the policy begins; review_db lies below it where mates of these
+    captures may score less. incomplete: part of the gallery was not seen. usable: the probe has a capture. nothing_in_common: nobody
+    enrolled has a capture of the same kind. A search that could not see everything never says unique.
+    """
+    kinds = kinds_of(candidates, duplicate_db, review_db)
+    if not usable:
+        return Verdict("refused", kinds, ())
+    reasons: dict[str, None] = {}
+    duplicate = False
+    for candidate, kind in zip(candidates, kinds, strict=True):
+        if not kind:
+            continue
+        if kind not in ("same_person", "swapped_fingers"):
+            reasons[kind] = None
+        elif candidate.score_db < duplicate_db:
+            reasons["between_thresholds" if candidate.score_db >= band_db else "little_evidence"] = None
+        elif candidate.extrapolated and not trust_extrapolation:
+            reasons["extrapolated"] = None
+        else:
+            duplicate = True
+    if incomplete:
+        reasons["incomplete"] = None
+    if nothing_in_common:
+        reasons["nothing_in_common"] = None
+    outcome: Outcome = "duplicate" if duplicate else "review" if reasons else "unique"
+    return Verdict(outcome, kinds, tuple(sorted(reasons, key=_SERIOUS.index)))
+
+
+_SERIOUS = (
+    "mixed_record", "shared_finger", "look_alike", "extrapolated", "incomplete", "between_thresholds", "little_evidence",
+    "nothing_in_common",
+)  # fmt: skip
+
+
+def kinds_of(candidates: Sequence[Comparison], duplicate_db: float, review_db: float) -> tuple[Kind, ...]:
+    """What kind of resemblance each candidate shows; "" where it is none to speak of.
+
+    `shared_finger`: one finger is the same, and all else says no; told from duplicate_db of that finger on, even if the sum is below
+    all thresholds. `look_alike`: the face says yes and the fingers together no, as twins' do. `mixed_record`: two
+    candidates reach the review threshold, each by captures that the other's contradict. `swapped_fingers`: labels differ.
+    """
+    found: list[Kind] = []
+    for candidate in candidates:
+        kind: Kind = ""
+        if _one_finger_against_all(
+            candidate.evidence, duplicate_db if candidate.score_db < review_db else SPEAKS_FOR_DB
+        ):
+            kind = "shared_finger"
+        elif candidate.score_db >= review_db:
+            kind = "same_person"
+            if _face_against_fingers(candidate.evidence):
+                kind = "look_alike"
+            elif any(part.swapped for part in candidate.evidence):
+                kind = "swapped_fingers"
+        found.append(kind)
+    strong = [i for i, candidate in enumerate(candidates) if candidate.score_db >= review_db]
+    for i in strong:
+        for j in strong:
+            if i < j and _contradict(candidates[i].evidence, candidates[j].evidence):
+                found[i] = found[j] = "mixed_record"
+    return tuple(found)
+
+
+def _one_finger_against_all(evidence: Sequence[Evidence], from_db: float) -> bool:
+    fingers = [part for part in evidence if part.column != "face"]
+    if not fingers or len(evidence) < 2:
+        return False
+    from_db += 10 * log10(len(fingers))  # so many had the chance
+    best = max(fingers, key=lambda part: part.llr_db)
+    rest_db = sum(part.llr_db for part in evidence if part is not best)
+    return min(best.score_db, best.llr_db) >= from_db and rest_db <= SPEAKS_AGAINST_DB
+
+
+def _face_against_fingers(evidence: Sequence[Evidence]) -> bool:
+    faces_db = [part.llr_db for part in evidence if part.column == "face"]
+    fingers_db = [part.llr_db for part in evidence if part.column != "face"]
+    return bool(fingers_db) and sum(faces_db) >= SPEAKS_FOR_DB and sum(fingers_db) <= SPEAKS_AGAINST_DB
+
+
+def _contradict(a: Sequence[Evidence], b: Sequence[Evidence]) -> bool:
+    """Whether two candidates are each supported by captures of the probe that speak against the other."""
+    in_a, in_b = ({part.column: part.llr_db for part in evidence} for evidence in (a, b))
+
+    def supports(mine: dict[str, float], theirs: dict[str, float]) -> bool:
+        return any(
+            llr >= SPEAKS_FOR_DB and theirs.get(column, 0.0) <= SPEAKS_AGAINST_DB for column, llr in mine.items()
+        )
+
+    return supports(in_a, in_b) and supports(in_b, in_a)
