@@ -20,7 +20,9 @@ from biodedup.errors import InvalidInput
 from biodedup.jobs.explain import Side, parse_side
 from biodedup.values import Face, Finger, Template
 
-_SIDE_HELP = "an image, a minutiae record, a folder of them, COLUMN=PATH with commas between, or with --gallery a subject_id."
+_SIDE_HELP = (
+    "an image, a minutiae record, a folder of them, COLUMN=PATH with commas between, or with --gallery a subject_id."
+)
 
 
 @app.command()

@@ -62,7 +62,9 @@ def record_candidates(
     for candidate in decision.candidates:
         steps.add("candidate", candidate=candidate)
         _record_minutiae(steps, probe, templates_of(candidate.subject_id) or {}, candidate.evidence)
-    steps.add("thresholds", duplicate_db=decision.duplicate_db, review_db=decision.review_db, size=decision.gallery_size)
+    steps.add(
+        "thresholds", duplicate_db=decision.duplicate_db, review_db=decision.review_db, size=decision.gallery_size
+    )
     steps.add("decision", decision=decision)
 
 
