@@ -63,7 +63,7 @@ from biodedup.match.compare import Comparer, InHand, compare_templates
 from biodedup.match.fusion import mated_quantile_db, mated_share_below
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_score, record_verification
-from biodedup.match.verdict import judge
+from biodedup.match.verdict import BELIEVED, judge, kinds_of
 from biodedup.search.across import comparable_bits
 from biodedup.search.clusters import clusters_of
 from biodedup.search.gather import Gathering
@@ -437,9 +437,16 @@ class Engine:
         if not compared:
             return Verification(subject_id, False, 0.0, threshold_db, False, (), probe.refusals)
         best = compared[0]
-        accepted = best.score_db >= threshold_db
+        (kind,) = kinds_of([best], threshold_db, threshold_db)
         result = Verification(
-            subject_id, accepted, best.score_db, threshold_db, best.extrapolated, best.evidence, probe.refusals
+            subject_id,
+            kind in BELIEVED,
+            best.score_db,
+            threshold_db,
+            best.extrapolated,
+            best.evidence,
+            probe.refusals,
+            kind,
         )
         if (steps := tracing()) is not None:
             record_verification(steps, probe.templates, templates, result)
@@ -519,10 +526,11 @@ class Engine:
             self._check_open()
             rows = live[start : start + JOIN_ROWS].tolist()
             found = self._searcher.pairs(snapshot, rows, threshold_db)
+            kinds = [kinds_of([pair], threshold_db, threshold_db)[0] for _, pair in found]
             names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
             links = [
-                Link((names[2 * i], names[2 * i + 1]), pair.score_db, pair.extrapolated, pair.evidence)
-                for i, (_, pair) in enumerate(found)
+                Link((names[2 * i], names[2 * i + 1]), pair.score_db, pair.extrapolated, pair.evidence, kind)
+                for i, ((_, pair), kind) in enumerate(zip(found, kinds, strict=True))
             ]
             yield JoinedTile(start + len(rows), len(live), tuple(links))
 

@@ -58,6 +58,10 @@ class EngineClosed(CallerError):
     """The engine was closed."""
 
 
+class UnknownKit(CallerError):
+    """A batch file is signed by a key that is not among the trusted ones."""
+
+
 class GalleryBusy(RetryableError):
     """Another process holds the gallery for writing."""
 
@@ -68,3 +72,7 @@ class StorageUnavailable(RetryableError):
 
 class GalleryDamaged(DataDamaged):
     """The gallery's files contradict themselves."""
+
+
+class BatchDamaged(DataDamaged):
+    """A field kit's batch file is not what the kit signed."""

@@ -283,7 +283,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Verification:
-    """A 1:1 comparison of an encounter with an enrolled subject. accepted: score_db reaches threshold_db."""
+    """A 1:1 comparison of an encounter with an enrolled subject. accepted: score_db reaches threshold_db, and no capture contradicts
+    the others. kind: as of `Candidate`, "" below the threshold."""
 
     subject_id: str
     accepted: bool
@@ -292,6 +293,7 @@ class Verification:
     extrapolated: bool
     evidence: tuple[Evidence, ...]
     refusals: tuple[Refusal, ...]
+    kind: Kind = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,12 +314,14 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Link:
-    """Two subjects that score as one person."""
+    """Two subjects that score as one person. kind: as of `Candidate`; what is not `same_person` or `swapped_fingers` is for a
+    person to look at."""
 
     subject_ids: tuple[str, str]
     score_db: float
     extrapolated: bool
     evidence: tuple[Evidence, ...]
+    kind: Kind = "same_person"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
 from biodedup.jobs.explain import Explained, explain, explain_templates
 from biodedup.jobs.join import JoinResult, find_duplicates, is_gallery
+from biodedup.jobs.kit_ingest import IngestResult, examine_batch, ingest_batches
+from biodedup.jobs.kit_keys import load_trusted, make_keys
+from biodedup.jobs.kit_pack import PackResult, pack_batch
 from biodedup.jobs.load import LoadResult, load
 from biodedup.jobs.progress import Progress
 
@@ -12,8 +15,10 @@ __all__ = [
     "DedupResult",
     "DemoResult",
     "Explained",
+    "IngestResult",
     "JoinResult",
     "LoadResult",
+    "PackResult",
     "Progress",
     "Report",
     "dedup",
@@ -21,7 +26,12 @@ __all__ = [
     "examine",
     "explain",
     "explain_templates",
+    "examine_batch",
     "find_duplicates",
+    "ingest_batches",
     "is_gallery",
     "load",
+    "load_trusted",
+    "make_keys",
+    "pack_batch",
 ]

@@ -217,6 +217,7 @@ def _write(result: DedupResult, out: Path) -> None:
             "label_b": pa.array([label_of[link.subject_ids[1]] for _, link in links], pa.string()),
             "score_db": pa.array([link.score_db for _, link in links], pa.float64()),
             "extrapolated": pa.array([link.extrapolated for _, link in links], pa.bool_()),
+            "kind": pa.array([link.kind for _, link in links], pa.string()),
         }
     )
     write_table(units, out)

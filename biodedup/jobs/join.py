@@ -73,7 +73,7 @@ def find_duplicates(
         if not done:
             file.write(json.dumps(key) + "\n")
         for tile in engine.join(threshold_db=threshold_db, skip=done):
-            found = [[*link.subject_ids, link.score_db, link.extrapolated] for link in tile.links]
+            found = [[*link.subject_ids, link.score_db, link.extrapolated, link.kind] for link in tile.links]
             file.write(json.dumps({"done": tile.done, "links": found}) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -112,7 +112,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _links(found: list[list[Any]]) -> list[Link]:
-    return [Link((a, b), score_db, extrapolated, ()) for a, b, score_db, extrapolated in found]
+    return [Link((a, b), score_db, extrapolated, (), kind) for a, b, score_db, extrapolated, kind in found]
 
 
 def _rows(result: JoinResult) -> Iterator[tuple[int, float, Link]]:
@@ -130,6 +130,7 @@ def _write(result: JoinResult, out: Path) -> None:
             "subject_id_b": pa.array([link.subject_ids[1] for _, _, link in rows], pa.string()),
             "score_db": pa.array([link.score_db for _, _, link in rows], pa.float64()),
             "extrapolated": pa.array([link.extrapolated for _, _, link in rows], pa.bool_()),
+            "kind": pa.array([link.kind for _, _, link in rows], pa.string()),
             "weakest_db": pa.array([weakest for _, weakest, _ in rows], pa.float64()),
         }
     )

@@ -21,6 +21,9 @@ SPEAKS_FOR_DB = 20.0
 SPEAKS_AGAINST_DB = -7.0
 """llr_db to which captures together speak against: five to one. Strangers' fingers reach it two at a time."""
 
+BELIEVED: tuple[Kind, ...] = ("same_person", "swapped_fingers")
+"""Kinds whose score is taken at its word."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -56,7 +59,7 @@ def judge(
     for candidate, kind in zip(candidates, kinds, strict=True):
         if not kind:
             continue
-        if kind not in ("same_person", "swapped_fingers"):
+        if kind not in BELIEVED:
             reasons[kind] = None
         elif candidate.score_db < duplicate_db:
             reasons["between_thresholds" if candidate.score_db >= band_db else "little_evidence"] = None
