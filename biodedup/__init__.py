@@ -25,6 +25,7 @@ from biodedup.errors import (
     SubjectExists,
     UnknownSubject,
 )
+from biodedup.trace import Trace, explain
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
@@ -88,11 +89,13 @@ __all__ = [
     "StorageUnavailable",
     "SubjectExists",
     "Template",
+    "Trace",
     "UnknownSubject",
     "Verdict",
     "Verification",
     "__version__",
     "compare",
+    "explain",
     "read_minutiae",
     "write_minutiae",
 ]

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import EXTERNAL_MINUTIAE, Config
-from biodedup.embed.cards import load_card, shipped_cards
+from biodedup.embed.cards import ModelCard, load_card, shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import (
     BiodedupError,
@@ -64,12 +64,14 @@ from biodedup.match.compare import Comparer, InHand, compare_templates
 from biodedup.match.fusion import mated_quantile_db, mated_share_below
 from biodedup.match.judgement import BELIEVED, judge, kinds_of
 from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.pairs import PairComparer, record_candidates, record_score, record_verification
 from biodedup.match.ranked import Comparison
 from biodedup.search.across import comparable_bits
 from biodedup.search.clusters import clusters_of
 from biodedup.search.gather import Gathering
 from biodedup.search.plan import SearchPlan, plan_of
 from biodedup.search.rescore import JOIN_ROWS, PROBES, Found, Searcher
+from biodedup.trace import tracing, untraced
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
@@ -169,6 +171,8 @@ class Engine:
         self._calibrations = known
         self._matcher = CylinderMatcher(config.threads)
         self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
+        self.pairs = PairComparer(known, self._comparer)
+        """Compares two sets of templates as searches of this gallery do."""
         self._searcher = Searcher(self._comparer, config.search, config.threads, config.policy)
         self._seek = Gathering(self._found_now, PROBES)
         self._seek_nearest = Gathering(self._nearest_each, PROBES)
@@ -310,6 +314,8 @@ class Engine:
             request = _Request(list(probes.values()), found, snapshot, sent, replaces, across, spare)
             for i, answer in zip(probes, self._committed(request), strict=True):
                 answers[i] = answer
+                if (steps := tracing()) is not None and isinstance(answer, Decision):
+                    record_candidates(steps, probes[i].templates, answer, self._templates)
         return [answer for answer in answers if answer is not None]
 
     def _committed(self, request: _Request) -> list[Decision | CallerError]:
@@ -321,7 +327,7 @@ class Engine:
                 with self._waiting_lock:
                     group, self._waiting = self._waiting, []
                 try:
-                    with self._gallery.transaction() as transaction:
+                    with untraced(), self._gallery.transaction() as transaction:  # probes of several callers
                         for one in group:
                             self._settle_request(transaction, one)
                 except BaseException as error:
@@ -488,13 +494,17 @@ class Engine:
         self._check_models(probe.templates)
         spare = len(self._gallery.snapshot().different.get(encounter.subject_id or "", ()))
         ((found, snapshot),) = self._seek((_checked(groups), self._across(across_positions), spare), [probe.templates])
-        return self._decide(probe, found, snapshot, version=snapshot.version)
+        decision = self._decide(probe, found, snapshot, version=snapshot.version)
+        if (steps := tracing()) is not None:
+            record_candidates(steps, probe.templates, decision, self._templates)
+        return decision
 
     def _found_now(
         self, key: tuple[tuple[str, ...] | None, bool, int], probes: list[Mapping[str, Template]]
     ) -> list[tuple[Found, Snapshot]]:
         (groups, across, spare), snapshot = key, self._gallery.snapshot()
-        results = self._searcher.search(snapshot, probes, groups=groups, across=across, spare=spare)
+        with untraced():  # probes of several callers
+            results = self._searcher.search(snapshot, probes, groups=groups, across=across, spare=spare)
         return [(found, snapshot) for found in results]
 
     def _across(self, asked: bool | None) -> bool:
@@ -518,7 +528,7 @@ class Engine:
             return Verification(subject_id, False, 0.0, threshold_db, False, (), probe.refusals)
         best = compared[0]
         (kind,) = kinds_of([best], threshold_db, threshold_db)
-        return Verification(
+        result = Verification(
             subject_id,
             kind in BELIEVED,
             best.score_db,
@@ -528,6 +538,9 @@ class Engine:
             probe.refusals,
             kind,
         )
+        if (steps := tracing()) is not None:
+            record_verification(steps, probe.templates, templates, result)
+        return result
 
     def search(
         self, probes: Mapping[str, NDArray[Any]], k: int = 20, *, groups: Collection[str] | None = None
@@ -816,11 +829,15 @@ class Engine:
     def templates(self, subject_id: str) -> dict[str, Template]:
         """column -> the template enrolled there; embeddings of a sealed row in eight bits a number. Raises UnknownSubject."""
         self._check_open()
+        found = self._templates(subject_id)
+        if found is None:
+            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
+        return found
+
+    def _templates(self, subject_id: str) -> dict[str, Template] | None:
         snapshot = self._gallery.snapshot()
         row = snapshot.row_of(subject_id)
-        if row is None:
-            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
-        return snapshot.templates(row)
+        return None if row is None else snapshot.templates(row)
 
     def decision(self, encounter_id: str) -> Decision | None:
         """The decision that an encounter got, or None for one never seen; of a case, as it stands by now."""
@@ -1034,14 +1051,23 @@ def compare(a: Template, b: Template) -> Score:
 
     Raises ModelMismatch for templates of two models, InvalidInput for a face against a finger and for an unsound record.
     """
-    known, comparer = _pair_comparer()
-    return compare_templates(comparer, _sound(a, known), _sound(b, known))
+    pairs = _shipped_pair_comparer()
+    a, b = _sound(a, pairs.calibrations), _sound(b, pairs.calibrations)
+    score = compare_templates(pairs.comparer, a, b)
+    if (steps := tracing()) is not None:
+        record_score(steps, a, b, score)
+    return score
+
+
+def pair_comparer(cards: Sequence[ModelCard]) -> PairComparer:
+    """Compares templates of these models without a gallery."""
+    known = calibrations.Calibrations(cards, lambda model_id: np.zeros((0, 1), np.float32))
+    return PairComparer(known, Comparer(known.of, CylinderMatcher(), known.with_minutiae))
 
 
 @cache
-def _pair_comparer() -> tuple[calibrations.Calibrations, Comparer]:
-    known = calibrations.Calibrations(shipped_cards(), lambda model_id: np.zeros((0, 1), np.float32))
-    return known, Comparer(known.of, CylinderMatcher(), known.with_minutiae)
+def _shipped_pair_comparer() -> PairComparer:
+    return pair_comparer(shipped_cards())
 
 
 _COLUMN_SET = frozenset(COLUMNS)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from biodedup.capture.formats import Pixels
 from biodedup.config import FaceConfig
 from biodedup.errors import ModelCardError
+from biodedup.trace import tracing
 from biodedup.values import Float32, Refusal
 
 SIDE_PX = 112
@@ -75,6 +76,8 @@ class FaceDetector:
     def align(self, pixels: Pixels) -> AlignedFace | Refusal:
         """The capture's face, or why there is none."""
         rgb, faces = self._upright(pixels.rgb)
+        if (steps := tracing()) is not None:
+            steps.add("faces", "face", image=rgb, found=faces)
         if not len(faces):
             return Refusal("face", "no_face", "detector confidence", 0.0, self._config.confidence_min)
         chosen, rival_share = choose(faces, rgb.shape[:2])
@@ -91,6 +94,8 @@ class FaceDetector:
         transform = similarity_transform(landmarks, _POINTS)
         image = cv2.warpAffine(rgb, transform, (SIDE_PX, SIDE_PX), flags=_interpolation(transform))
         aligned = AlignedFace(np.asarray(image, np.uint8), float(face[14]), landmarks)
+        if steps is not None:
+            steps.add("face", "face", image=rgb, box=face[:4], landmarks=landmarks, aligned=aligned.image)
         return judge(aligned, rgb.shape[:2], self._config) or aligned
 
     def _upright(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Float32]:
@@ -216,7 +221,7 @@ def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refu
     grey = cv2.cvtColor(face.image, cv2.COLOR_RGB2GRAY)[16:-8, 16:-16]  # the face without its surroundings
     brightness = float(grey.mean())
     sharpness = float(cv2.Laplacian(grey, cv2.CV_32F).std()) / max(float(grey.std()), 8.0)
-    for reason, detail, measured, limit, missed in (
+    checks = (
         ("turned_away", "degrees of yaw", yaw, config.yaw_deg_max, yaw > config.yaw_deg_max),
         ("turned_away", "degrees of roll", roll, config.roll_deg_max, roll > config.roll_deg_max),
         (
@@ -230,7 +235,10 @@ def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refu
         ("too_bright", "mean grey level", brightness, config.brightness_max, brightness > config.brightness_max),
         ("blurred", "Laplacian over contrast", sharpness, config.sharpness_min, sharpness < config.sharpness_min),
         ("no_face", "detector confidence", face.quality, config.confidence_min, face.quality < config.confidence_min),
-    ):
+    )
+    if (steps := tracing()) is not None:
+        steps.add("quality", "face", checks=checks)
+    for reason, detail, measured, limit, missed in checks:
         if missed:
             return Refusal("face", reason, detail, round(measured, 3), limit)
     return None

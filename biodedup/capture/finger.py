@@ -28,6 +28,7 @@ from biodedup.capture.minutiae_record import (
 from biodedup.capture.nbis_parts import extract
 from biodedup.config import EXTERNAL_MINUTIAE, FingerConfig
 from biodedup.errors import InvalidInput
+from biodedup.trace import tracing
 from biodedup.values import Float32, Refusal, Template
 
 DPI = 500
@@ -81,12 +82,16 @@ class FingerReader:
             )
         grey = resampled(grey, scan_dpi)
         ridges = ridge_blocks(grey)
+        if (steps := tracing()) is not None:
+            steps.add("ridges", position, image=grey, blocks=ridges)
         area_mm2 = float(np.count_nonzero(ridges)) * (_BLOCK_PX * MM_PER_PIXEL) ** 2
         if area_mm2 == 0:
             return Refusal(position, "no_ridges", "mm2 of ridges", 0.0, config.area_mm2_min)
         if area_mm2 < config.area_mm2_min:
             return Refusal(position, "too_small_area", "mm2 of ridges", round(area_mm2, 1), config.area_mm2_min)
         share = ridge_period_share(grey, ridges)
+        if steps is not None:
+            steps.add("quality", position, checks=_checks(config, area_mm2=area_mm2, ridge_share=share))
         if share < config.ridge_share_min:
             return Refusal(
                 position, "no_ridges", "share of energy at ridge periods", round(share, 3), config.ridge_share_min
@@ -95,6 +100,8 @@ class FingerReader:
             record, nfiq2 = self._extract(grey)
         except ValueError:
             return Refusal(position, "no_ridges", "the minutiae extractor found nothing to work on")
+        if steps is not None:
+            steps.add("quality", position, checks=_checks(config, minutiae=record.count, nfiq2=nfiq2))
         if record.count < config.minutiae_min:
             return Refusal(position, "few_minutiae", "minutiae", record.count, config.minutiae_min)
         if nfiq2 < config.nfiq2_min:
@@ -111,6 +118,18 @@ class FingerReader:
         if view.record.count < self._config.minutiae_min:
             return Refusal(position, "few_minutiae", "minutiae", view.record.count, self._config.minutiae_min)
         return Template(view.position, self._config.record_model_id, minutiae=standard(view), quality=view.quality)
+
+
+def _checks(config: FingerConfig, **measured: float) -> tuple[tuple[str, str, float, float, bool], ...]:
+    """(reason, detail, measured, limit, missed) of each figure, as a trace tells them."""
+    told = {
+        "area_mm2": ("too_small_area", "mm2 of ridges"),
+        "ridge_share": ("no_ridges", "share of energy at ridge periods"),
+        "minutiae": ("few_minutiae", "minutiae"),
+        "nfiq2": ("low_quality", "NFIQ 2"),
+    }
+    limits = {name: float(getattr(config, f"{name}_min")) for name in measured}
+    return tuple((*told[name], value, limits[name], value < limits[name]) for name, value in measured.items())
 
 
 def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str, Template]:

@@ -24,6 +24,7 @@ from biodedup import jobs
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
+from biodedup.match.judgement import REASONS
 from biodedup.values import Capture, Decision, Evidence, Face, Finger, Missing, Refusal
 
 app = typer.Typer(
@@ -88,18 +89,6 @@ AcrossOption = Annotated[
     typer.Option("--across-positions", help="Compare each finger with fingers of all positions: labels may be wrong."),
 ]
 DEFAULT_GALLERY = Path("gallery")
-
-REASONS = {
-    "mixed_record": "a person has to look: captures of two subjects seem to be filed as one",
-    "shared_finger": "a person has to look: one finger agrees and nothing else does; is it an operator's own?",
-    "look_alike": "a person has to look: the face agrees and the fingers do not; twins?",
-    "extrapolated": "a person has to look: the score lies beyond the measured pairs, which the policy does not trust",
-    "incomplete": "a person has to look: part of the gallery was not compared",
-    "between_thresholds": "a person has to look: the score lies between the thresholds",
-    "little_evidence": "a person has to look: with so few captures a mate may score no more than strangers do",
-    "nothing_in_common": "a person has to look: nobody enrolled has a capture to compare with these",
-}
-"""What `Decision.reasons` say."""
 
 
 def print_summary(summary: dict[str, object], as_json: bool) -> None:
@@ -184,7 +173,7 @@ def finish_decision(decision: Decision, as_json: bool) -> None:
             soft_wrap=True,
         )
         for reason in decision.reasons:
-            out.print(f"  {REASONS[reason]}", soft_wrap=True)
+            out.print(f"  a person has to look: {REASONS[reason]}", soft_wrap=True)
         if decision.attainable_db is not None and decision.expected_fnir is not None:
             out.print(
                 f"  these captures: at most {decision.attainable_db:.0f} dB; {decision.expected_fnir:.1%} of mates score below "

@@ -26,6 +26,7 @@ from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork
 from biodedup.embed.network import EmbeddingNetwork
 from biodedup.errors import InvalidInput
+from biodedup.trace import Trace, mapped, tracing
 from biodedup.values import Capture, Face, Finger, Missing, Refusal, Template
 
 Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[FingerSample, FingerInput | None]
@@ -80,10 +81,10 @@ class Extractor:
         if any(isinstance(capture, Finger) for capture in captures):
             self._load_finger_network()
         if self.config.threads == 1 or len(captures) < 2:
-            prepared = [self._prepare(capture) for capture in captures]
+            prepared = mapped(map, self._prepare, captures)
         else:
             with ThreadPoolExecutor(self.config.threads) as pool:
-                prepared = list(pool.map(self._prepare, captures))
+                prepared = mapped(pool.map, self._prepare, captures)
         return self._embed(prepared)
 
     def _prepare(self, capture: Capture) -> Prepared:
@@ -111,6 +112,8 @@ class Extractor:
         pixels = decode(data, capture.column, self.config.capture)
         if isinstance(pixels, Refusal):
             return pixels
+        if (steps := tracing()) is not None:
+            steps.add("pixels", capture.column, image=pixels.rgb_or_grey, dpi=pixels.dpi)
         if isinstance(capture, Finger):
             sample = self._reader.read(pixels, capture.position, capture.dpi)
             if isinstance(sample, Refusal):
@@ -137,7 +140,19 @@ class Extractor:
                 results.append(Template(sample.position, models["finger"], vector, sample.minutiae, sample.quality))
             else:
                 results.append(item)
+        if (steps := tracing()) is not None:
+            self._record(steps, prepared, results)
         return results
+
+    def _record(self, steps: Trace, prepared: Sequence[Prepared], results: Sequence[Template | Refusal]) -> None:
+        """What the networks found, capture by capture; where the finger network takes the core to be, in pixels at 500 dpi."""
+        for i, (item, result) in enumerate(zip(prepared, results, strict=True)):
+            if isinstance(item, tuple) and item[1] is not None and self._finger_network is not None:
+                (pose,) = self._finger_network.poses([item[1]])
+                if pose is not None:
+                    core = (pose[0] * DPI / RIDGE_DPI, pose[1] * DPI / RIDGE_DPI)
+                    steps.add("pose", result.column, i, core=core, angle=pose[2])
+            steps.add("refusal" if isinstance(result, Refusal) else "template", result.column, i, result=result)
 
     def _load_finger_network(self) -> None:
         with self._lock:

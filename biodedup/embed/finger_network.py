@@ -6,6 +6,7 @@ Owns batching and normalisation. Never enhances (`capture.ridges`), never lays i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import atan2
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from biodedup.errors import ModelCardError
 from biodedup.values import Float32
 
 BATCH = 8
+_POSE, _POSE_PX = "pose", 50.0
+"""The output that says where the network takes the core to be, and its unit: `models/finger_network.py`."""
 
 
 class FingerNetwork:
@@ -35,6 +38,18 @@ class FingerNetwork:
             )
         self._output = self._session.get_outputs()[0].name
         self._card = card
+
+    def poses(self, prints: Sequence[FingerInput]) -> list[tuple[float, float, float] | None]:
+        """Of each print: x and y of the core, in pixels of its ridge map, and the angle in radians by which the finger is turned,
+        clockwise as seen. None from a network that does not say. For a trace: it runs the network again."""
+        if _POSE not in {output.name for output in self._session.get_outputs()}:
+            return [None] * len(prints)
+        found: list[tuple[float, float, float] | None] = []
+        for one in prints:
+            given = {"directions": one.directions[None], "minutiae": one.minutiae[None]}
+            x, y, cosine, sine = np.asarray(self._session.run([_POSE], given)[0], np.float64)[0].tolist()
+            found.append((one.centre[0] + _POSE_PX * x, one.centre[1] + _POSE_PX * y, atan2(sine, cosine)))
+        return found
 
     def embed(self, prints: Sequence[FingerInput]) -> Float32:
         """Returns float32 (n, d), unit rows."""

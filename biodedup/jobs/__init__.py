@@ -9,6 +9,7 @@ from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
 from biodedup.jobs.enroll_batch import BatchResult, announce, enroll_batch
+from biodedup.jobs.explain import Explained, explain, explain_templates
 from biodedup.jobs.join import JoinResult, find_duplicates, is_gallery
 from biodedup.jobs.kit_ingest import IngestResult, examine_batch, ingest_batches
 from biodedup.jobs.kit_keys import load_trusted, make_keys
@@ -29,6 +30,7 @@ __all__ = [
     "CasesResult",
     "DedupResult",
     "DemoResult",
+    "Explained",
     "ExportResult",
     "IngestResult",
     "JoinResult",
@@ -48,6 +50,8 @@ __all__ = [
     "enroll_batch",
     "examine",
     "examine_batch",
+    "explain",
+    "explain_templates",
     "export_outcomes",
     "find_duplicates",
     "forget_removed",

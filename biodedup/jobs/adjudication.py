@@ -19,15 +19,14 @@ import pyarrow as pa
 
 from biodedup.engine import Engine
 from biodedup.gallery.gallery import translated
+from biodedup.jobs.explain import explain_templates
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_page, write_table
+from biodedup.match.judgement import REASONS
 from biodedup.values import Candidate, Case, Decision, Evidence, Verdict, strong
 
 CASES_ON_A_PAGE = 200
 _DAY_S = 86_400.0
-
-Explain = Callable[..., object]
-"""`explain(probe_template, enrolled_template, out=path)` writes a page on one pair of captures."""
 
 CASE_SCHEMA = pa.schema(
     [
@@ -130,17 +129,17 @@ def show_case(
     encounter_id: str,
     page: Path,
     *,
-    explain: Explain | None = None,
+    explained: bool = True,
     clock: Callable[[], float] = time.time,
 ) -> Case:
-    """Writes the page of one case. explain: writes a page beside it for each capture of each candidate, while the case is open.
+    """Writes the page of one case. explained: and beside it, while the case is open, a page that explains each candidate.
 
     Raises InvalidInput for an encounter that is no case, GalleryDamaged, StorageUnavailable.
     """
     case = engine.case(encounter_id)
     result = CasesResult((case,), clock())
     _made_for(page)
-    links = {} if explain is None else _explained(engine, case, page, explain)
+    links = _explained(engine, case, page) if explained else {}
     shown = _shown(case, result.now, links)
     write_page(page, "cases.html", title=f"Case {encounter_id}", cases=[shown], summary=result.summary(), more=0)
     return case
@@ -169,9 +168,8 @@ def export_outcomes(engine: Engine, out: Path, *, progress: Progress = silent) -
 
 def reasons_of(decision: Decision) -> tuple[str, ...]:
     """Why a person has to look, in words."""
-    given = tuple(getattr(decision, "reasons", ()))
-    if given:
-        return given
+    if decision.reasons:
+        return tuple(REASONS[reason] for reason in decision.reasons)
     found = []
     if any(candidate.score_db >= decision.review_db for candidate in strong(decision)):
         found.append("somebody enrolled looks alike, but not enough to be sure")
@@ -222,7 +220,7 @@ def _candidates(case: Case) -> list[tuple[Candidate | None, Verdict | None]]:
     return waiting + judged or [(None, None)]
 
 
-def _shown(case: Case, now: float, links: dict[tuple[str, str], str] | None = None) -> dict[str, Any]:
+def _shown(case: Case, now: float, links: dict[str, str] | None = None) -> dict[str, Any]:
     decision = case.decision
     listed = _candidates(case)
     names = {candidate.subject_id for candidate, _ in listed if candidate is not None}
@@ -236,7 +234,7 @@ def _shown(case: Case, now: float, links: dict[tuple[str, str], str] | None = No
             {
                 "name": candidate.subject_id if candidate is not None else verdict and verdict.candidate,
                 "candidate": candidate,
-                "kind": getattr(candidate, "kind", "").replace("_", " "),
+                "kind": candidate.kind.replace("_", " ") if candidate is not None else "",
                 "verdict": verdict,
             }
             for candidate, verdict in listed
@@ -257,16 +255,14 @@ def _microseconds(seconds: float) -> int:
     return round(seconds * 1e6)
 
 
-def _explained(engine: Engine, case: Case, page: Path, explain: Explain) -> dict[tuple[str, str], str]:
-    """(candidate, capture) -> the name of the page that explains this pair."""
+def _explained(engine: Engine, case: Case, page: Path) -> dict[str, str]:
+    """candidate -> the name of the page that explains it."""
     links = {}
     for number, candidate in enumerate(case.undecided, start=1):
-        enrolled = engine.templates(candidate.subject_id)
-        for part in candidate.evidence:
-            if part.column in case.templates and part.candidate_column in enrolled:
-                path = page.with_name(f"{page.stem}.{number}.{part.column}.html")
-                explain(case.templates[part.column], enrolled[part.candidate_column], out=path)
-                links[candidate.subject_id, part.column] = path.name
+        path = page.with_name(f"{page.stem}.{number}.html")
+        names = (case.subject_id, candidate.subject_id)
+        explain_templates(case.templates, engine.templates(candidate.subject_id), path, engine=engine, names=names)
+        links[candidate.subject_id] = path.name
     return links
 
 

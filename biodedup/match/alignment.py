@@ -110,6 +110,24 @@ def compare(
             scores[i] = _score(candidate, probe, work)
 
 
+def best_pairs(a: Prepared, b: Prepared) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """What the score of two prints rests on: the minutiae that are paired, int64 (k, 2), and the motion that takes a to b, float64 (4,):
+    cosine, sine, shift to the right and down. Scores them anew: for those who look at one pair of prints."""
+    if not _first(a, b):
+        pairs, (cosine, sine, x, y) = best_pairs(b, a)
+        return pairs[:, ::-1], np.array([cosine, -sine, y * sine - x * cosine, -y * cosine - x * sine])
+    work, best = workspace(), 0.0
+    pairs, motion = np.zeros((0, 2), np.int64), np.array([1.0, 0.0, 0.0, 0.0])
+    _score(a, b, work)
+    # hypotheses with promise left were not judged; those that came to nothing have no direction, or pair too little again
+    for h in np.flatnonzero((work.promise <= 0) & (np.hypot(work.motions[:, 0], work.motions[:, 1]) > 0.5)):
+        score = _judge(a, b, work.motions[h], work)
+        if score > best:
+            best, motion = score, work.motions[h].copy()
+            pairs = work.mates[: np.count_nonzero(work.taken[0, : a.size[0]])].copy()
+    return pairs, motion
+
+
 @numba.njit(nogil=True, cache=True)
 def _first(a: Any, b: Any) -> bool:
     """One order for any two prints, so that the score is symmetric."""

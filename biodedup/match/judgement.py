@@ -75,10 +75,18 @@ def judge(
     return Judgement(outcome, kinds, tuple(sorted(reasons, key=_SERIOUS.index)))
 
 
-_SERIOUS = (
-    "mixed_record", "shared_finger", "look_alike", "extrapolated", "incomplete", "between_thresholds", "little_evidence",
-    "nothing_in_common",
-)  # fmt: skip
+REASONS = {
+    "mixed_record": "captures of two subjects seem to be filed as one",
+    "shared_finger": "one finger agrees and nothing else does; is it an operator's own?",
+    "look_alike": "the face agrees and the fingers do not; twins?",
+    "extrapolated": "the score lies beyond the measured pairs, which the policy does not trust",
+    "incomplete": "part of the gallery was not compared",
+    "between_thresholds": "the score lies between the thresholds",
+    "little_evidence": "with so few captures a mate may score no more than strangers do",
+    "nothing_in_common": "nobody enrolled has a capture to compare with these",
+}
+"""What `Decision.reasons` say, most serious first."""
+_SERIOUS = tuple(REASONS)
 
 
 def kinds_of(candidates: Sequence[Comparison], duplicate_db: float, review_db: float) -> tuple[Kind, ...]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from biodedup.capture.minutiae_record import MINUTIA_BYTES, read_record
 from biodedup.capture.nbis_parts import bozorth3
-from biodedup.match.alignment import compare, workspace
-from biodedup.match.local_structures import prepare, room
+from biodedup.match.alignment import best_pairs, compare, workspace
+from biodedup.match.local_structures import Prepared, prepare, room
 
 _CHUNK = 32
 """Candidates that a thread takes at a time: some milliseconds."""
@@ -59,6 +59,33 @@ class CylinderMatcher:
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown()
+
+
+def matched(probe: bytes, candidate: bytes) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """What `CylinderMatcher` sees in two records: (pairs, motion), for those who want to be shown.
+
+    pairs: int64 (k, 2), numbers of the rows of minutiae in the probe's record and in the candidate's. motion: float64 (4,), what takes the
+    probe onto the candidate: cosine, sine, shift; x' = x cosine + y sine + shift[0], y' = y cosine - x sine + shift[1].
+    Raises InvalidInput for an unsound record.
+    """
+    content, starts, counts = _bodies([probe, candidate])
+    prints = room(), room()
+    for print_, start, count in zip(prints, starts.tolist(), counts.tolist(), strict=True):
+        prepare(content, start, count, print_)
+    pairs, motion = best_pairs(*prints)
+    for side, print_ in enumerate(prints):
+        pairs[:, side] = _rows(print_, content, starts[side], counts[side])[pairs[:, side]]
+    return pairs[np.argsort(pairs[:, 0], kind="stable")], motion
+
+
+def _rows(print_: Prepared, content: NDArray[np.uint8], start: int, count: int) -> NDArray[np.int64]:
+    """Where in a record's body each minutia of its print is: prints are in another order, and hold the strongest alone."""
+    body = content[start : start + MINUTIA_BYTES * count].reshape(-1, MINUTIA_BYTES).astype(np.int64)
+    x, y = (((body[:, at] & 63) << 8) | body[:, at + 1] for at in (0, 2))
+    value = (y << 30) | (x << 16) | (body[:, 4] << 8) | body[:, 5]
+    order, kept = np.argsort(value, kind="stable"), print_.row[: print_.size[0]]
+    among_equals = np.arange(len(kept)) - np.searchsorted(kept, kept)
+    return np.asarray(order[np.searchsorted(value[order], kept) + among_equals], np.int64)
 
 
 class Bozorth3:

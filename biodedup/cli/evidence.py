@@ -1,0 +1,103 @@
+"""Commands that show what a score rests on: explain.
+
+A thin mirror of the jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from biodedup import jobs
+from biodedup.cli.base import AcrossOption, Exit, JsonOption, ThreadsOption, app, finish, print_refusals
+from biodedup.config import Config
+from biodedup.engine import Engine
+from biodedup.errors import InvalidInput
+from biodedup.jobs.explain import Side, parse_side
+from biodedup.values import Face, Finger, Template
+
+_SIDE_HELP = (
+    "an image, a minutiae record, a folder of them, COLUMN=PATH with commas between, or with --gallery a subject_id."
+)
+
+
+@app.command()
+def explain(
+    a: Annotated[str | None, typer.Argument(help=f"One side: {_SIDE_HELP}")] = None,
+    b: Annotated[str | None, typer.Argument(help="The other side, likewise.")] = None,
+    more_a: Annotated[
+        list[str] | None,
+        typer.Option("--a", metavar="[COLUMN=]PATH", help="A capture of A, as face=a.jpg or right_index=ri.wsq."),
+    ] = None,
+    more_b: Annotated[list[str] | None, typer.Option("--b", metavar="[COLUMN=]PATH", help="A capture of B.")] = None,
+    result: Annotated[Path, typer.Option("--out", "-o", help="The page. It holds biometric data.")] = Path("pair.html"),
+    gallery: Annotated[
+        Path | None,
+        typer.Option("--gallery", "-g", help="Subjects' templates are from here, and its size sets the thresholds."),
+    ] = None,
+    encounter: Annotated[
+        str | None,
+        typer.Option(
+            "--encounter",
+            metavar="ENCOUNTER_ID",
+            help="With --gallery: the subject of this encounter against its strongest candidate.",
+        ),
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Subjects of the gallery whose thresholds count.")] = None,
+    across_positions: AcrossOption = False,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a page on one pair: both captures, what was found in them, what agrees, and what it is worth."""
+    config = Config(threads=threads)
+    with ExitStack() as opened:
+        engine = None if gallery is None else opened.enter_context(Engine.open(gallery, config, read_only=True))
+        if encounter is not None:
+            if engine is None or a is not None or b is not None:
+                raise InvalidInput("--encounter takes both sides from a gallery; pass --gallery, and no captures")
+            names = _sides_of(engine, encounter)
+            sides: list[Side] = [engine.templates(name) for name in names]
+        else:
+            given = [[*([] if one is None else [one]), *(more or ())] for one, more in ((a, more_a), (b, more_b))]
+            sides = [_side(texts, engine, config) for texts in given]
+            names = _name(given[0], "A"), _name(given[1], "B")
+        told = jobs.explain(
+            sides[0], sides[1], result, config, names=names, size=size, across_positions=across_positions, engine=engine
+        )
+    finish(told.to_dict() | {"page": str(result)}, f"{told.headline}\n{result}", as_json)
+    if not as_json:
+        print_refusals((*told.refusals[0], *told.refusals[1]))
+    raise typer.Exit(Exit.DONE if told.comparison is not None else Exit.REFUSED)
+
+
+def _side(
+    texts: Sequence[str], engine: Engine | None, config: Config
+) -> Sequence[Face | Finger] | Mapping[str, Template]:
+    if not texts:
+        raise InvalidInput("a side has no captures; pass A and B, or --a and --b")
+    if engine is not None and len(texts) == 1 and texts[0] in engine:
+        return engine.templates(texts[0])
+    return parse_side(texts, config)
+
+
+def _sides_of(engine: Engine, encounter_id: str) -> tuple[str, str]:
+    decision = engine.decision(encounter_id)
+    if decision is None or decision.best is None or decision.subject_id is None:
+        raise InvalidInput(f"encounter {encounter_id!r} has no candidate here; name the pair itself, as A and B")
+    if decision.subject_id not in engine:
+        raise InvalidInput(
+            f"subject {decision.subject_id!r} of encounter {encounter_id!r} is not enrolled ({decision.outcome}), and galleries keep no "
+            f"pictures; pass its captures as A and {decision.best.subject_id!r} as B"
+        )
+    return decision.subject_id, decision.best.subject_id
+
+
+def _name(texts: Sequence[str], default: str) -> str:
+    """What the page calls a side: the file, the folder or the subject, if it is one."""
+    if len(texts) != 1 or "=" in texts[0]:
+        return default
+    return Path(texts[0]).name or default

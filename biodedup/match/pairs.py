@@ -1,0 +1,95 @@
+"""Two sets of templates as one comparison, and what a trace tells of comparisons.
+
+Owns nothing of how captures compare (`compare.py`) or count (`calibration.py`): it puts the question for one pair, and shows the
+minutiae that an answer rests on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from biodedup.errors import ModelMismatch
+from biodedup.match.calibration import Calibration
+from biodedup.match.calibrations import Calibrations
+from biodedup.match.compare import Comparer, InHand
+from biodedup.match.minutiae import matched
+from biodedup.match.ranked import Comparison
+from biodedup.trace import Trace
+from biodedup.values import Decision, Evidence, Score, Template, Verification
+
+
+@dataclass(frozen=True, eq=False)
+class PairComparer:
+    """A comparer with the calibrations that it goes by. Thread-safe."""
+
+    calibrations: Calibrations
+    comparer: Comparer
+
+    def compare(
+        self, a: Mapping[str, Template], b: Mapping[str, Template], *, across: bool = False
+    ) -> Comparison | None:
+        """All captures of both sides; None where nothing is comparable. Raises ModelMismatch."""
+        for column in a.keys() & b.keys():
+            if a[column].model_id != b[column].model_id:
+                raise ModelMismatch(
+                    f"the {column} templates are of {a[column].model_id} and {b[column].model_id}; extract both with one model"
+                )
+        return next(iter(self.comparer.compare(a, InHand(b), [0], across=across)), None)
+
+    def law(self, template: Template, part: Evidence) -> Calibration:
+        """The calibration that this template's evidence was judged by."""
+        law = self.comparer.laws({template.column: template})[template.column]
+        return law.of(part.similarity is not None and part.minutiae is not None)
+
+    def readings(self, template: Template, part: Evidence) -> list[tuple[str, float, float]]:
+        """(what was compared, raw score, llr_db by itself): what a capture's evidence is made of."""
+        law = self.comparer.laws({template.column: template})[template.column]
+        read = [] if part.similarity is None else [("similarity", part.similarity, law.alone)]
+        if part.minutiae is not None:
+            added = law.with_minutiae.minutiae if part.similarity is not None and law.with_minutiae else law.alone
+            read.append(("minutiae", part.minutiae, added))
+        return [(name, raw, float(calibration.llr_db([raw])[0])) for name, raw, calibration in read]
+
+
+def record_candidates(
+    steps: Trace,
+    probe: Mapping[str, Template],
+    decision: Decision,
+    templates_of: Callable[[str], Mapping[str, Template] | None],
+) -> None:
+    """A decision and its candidates. templates_of: what is enrolled of a subject, None if nothing is."""
+    for candidate in decision.candidates:
+        steps.add("candidate", candidate=candidate)
+        _record_minutiae(steps, probe, templates_of(candidate.subject_id) or {}, candidate.evidence)
+    steps.add(
+        "thresholds", duplicate_db=decision.duplicate_db, review_db=decision.review_db, size=decision.gallery_size
+    )
+    steps.add("decision", decision=decision)
+
+
+def record_verification(
+    steps: Trace, probe: Mapping[str, Template], stored: Mapping[str, Template], result: Verification
+) -> None:
+    """A 1:1 comparison with an enrolled subject."""
+    _record_minutiae(steps, probe, stored, result.evidence)
+    steps.add("thresholds", threshold_db=result.threshold_db)
+    steps.add("verification", verification=result)
+
+
+def record_score(steps: Trace, a: Template, b: Template, score: Score) -> None:
+    """A comparison of two templates."""
+    if score.minutiae is not None and a.minutiae is not None and b.minutiae is not None:
+        pairs, motion = matched(a.minutiae, b.minutiae)
+        steps.add("matched_minutiae", a.column, candidate_column=b.column, pairs=pairs, motion=motion)
+    steps.add("score", a.column, score=score)
+
+
+def _record_minutiae(
+    steps: Trace, probe: Mapping[str, Template], stored: Mapping[str, Template], evidence: Sequence[Evidence]
+) -> None:
+    for part in evidence:
+        a, b = probe.get(part.column), stored.get(part.candidate_column)
+        if part.minutiae is not None and a and b and a.minutiae is not None and b.minutiae is not None:
+            pairs, motion = matched(a.minutiae, b.minutiae)
+            steps.add("matched_minutiae", a.column, candidate_column=b.column, pairs=pairs, motion=motion)

@@ -1,0 +1,138 @@
+"""The trace of one call: what every step saw and found, for whoever asked.
+
+Owns who is listening. Never decides, and never writes anything anywhere.
+
+1. A trace belongs to the call that it was opened around. Other threads do not see it; work that a call hands to threads of its own
+   goes through `mapped`, and what they find comes in the order of the work.
+2. It holds biometric data: pixels, minutiae, templates. No `repr` shows any; never log the values.
+3. Without a trace a step costs one look at a context variable:
+
+    if (steps := tracing()) is not None:
+        steps.add("face", "face", box=box)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, overload
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Step(Mapping[str, Any]):
+    """What one step saw and found, by name: `step["landmarks"]`. column: the capture's, or ""; item: which capture of a batch it
+    concerns, None if all."""
+
+    name: str
+    column: str
+    item: int | None
+    _values: Mapping[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        """Names and shapes, no data."""
+        shown = [f"{key}: {_shape(value)}" for key, value in self._values.items()]
+        return f"<Step {' '.join(filter(None, (self.name, self.column)))} {{{', '.join(shown)}}}>"
+
+
+class Trace(Sequence[Step]):
+    """The steps of a call, in order. Fills while the `with` block runs, and can be read afterwards."""
+
+    def __init__(self) -> None:
+        self._steps: list[Step] = []
+
+    def add(self, name: str, column: str = "", item: int | None = None, **values: Any) -> None:
+        self._steps.append(Step(name, column, item, values))
+
+    def of(self, name: str, item: int | None = None) -> list[Step]:
+        """The steps of this name; of this item alone, if one is given."""
+        return [step for step in self._steps if step.name == name and item in (None, step.item)]
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        return self._steps[index]
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __repr__(self) -> str:
+        return f"<Trace of {len(self._steps)} steps: {', '.join(step.name for step in self._steps)}>"
+
+    def _take(self, part: Trace, item: int) -> None:
+        self._steps += [step if step.item is not None else replace(step, item=item) for step in part]
+
+
+_listening: ContextVar[Trace | None] = ContextVar("biodedup_trace", default=None)
+
+tracing = _listening.get
+"""The trace of the call at hand, or None."""
+
+
+@contextmanager
+def explain() -> Iterator[Trace]:
+    """Collects the steps of every call in the block, made by this thread. The trace holds biometric data."""
+    trace = Trace()
+    token = _listening.set(trace)
+    try:
+        yield trace
+    finally:
+        _listening.reset(token)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """For work that is done for several callers at once: nobody's trace sees it."""
+    token = _listening.set(None)
+    try:
+        yield
+    finally:
+        _listening.reset(token)
+
+
+def mapped(
+    run: Callable[[Callable[[_Item], _Result], Sequence[_Item]], Iterable[_Result]],
+    work: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+) -> list[_Result]:
+    """list(run(work, items)), `run` being `map` or that of a pool; each step carries the number of its item."""
+    trace = tracing()
+    if trace is None:
+        return list(run(work, items))
+    parts = {i: Trace() for i in range(len(items))}
+
+    def work_heard(i: int) -> _Result:
+        token = _listening.set(parts[i])  # of the thread that runs it
+        try:
+            return work(items[i])
+        finally:
+            _listening.reset(token)
+
+    try:
+        return list(run(work_heard, range(len(items))))  # type: ignore[arg-type]
+    finally:
+        for i, part in parts.items():
+            trace._take(part, i)
+
+
+def _shape(value: object) -> str:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        return f"{dtype} {shape}"
+    sized = isinstance(value, (bytes, list, tuple, dict))
+    return f"{type(value).__name__} ({len(value)})" if sized else type(value).__name__  # type: ignore[arg-type]
