@@ -283,6 +283,7 @@ def _write(
         cards=extractor.cards,
         version=biodedup.__version__,
         label=label,
+        once_in=_once_in,
     )
     return told
 
