@@ -729,7 +729,7 @@ class Engine:
                 transaction.attach(entry)
                 if encounter_id is not None:
                     transaction.record(encounter_id, answer)
-        except BiodedupError:
+        except CallerError:  # anything else may have been committed all the same; what was not, the next writer sweeps
             self._gallery.discard_rows(entry)
             raise
         return Loaded(len(ids), present, conflicting)

@@ -59,14 +59,13 @@ def explain(
         if encounter is not None:
             if engine is None or a is not None or b is not None:
                 raise InvalidInput("--encounter takes both sides from a gallery; pass --gallery, and no captures")
-            names = _sides_of(engine, encounter)
-            sides: list[Side] = [engine.templates(name) for name in names]
+            names, sides = _sides_of(engine, encounter)
         else:
             given = [[*([] if one is None else [one]), *(more or ())] for one, more in ((a, more_a), (b, more_b))]
-            sides = [_side(texts, engine, config) for texts in given]
+            sides = _side(given[0], engine, config), _side(given[1], engine, config)
             names = _name(given[0], "A"), _name(given[1], "B")
         told = jobs.explain(
-            sides[0], sides[1], result, config, names=names, size=size, across_positions=across_positions, engine=engine
+            *sides, result, config, names=names, size=size, across_positions=across_positions, engine=engine
         )
     finish(told.to_dict() | {"page": str(result)}, f"{told.headline}\n{result}", as_json)
     if not as_json:
@@ -84,16 +83,20 @@ def _side(
     return parse_side(texts, config)
 
 
-def _sides_of(engine: Engine, encounter_id: str) -> tuple[str, str]:
+def _sides_of(engine: Engine, encounter_id: str) -> tuple[tuple[str, str], tuple[Side, Side]]:
+    """Whom an encounter and its strongest candidate are of, and their templates."""
     decision = engine.decision(encounter_id)
     if decision is None or decision.best is None or decision.subject_id is None:
         raise InvalidInput(f"encounter {encounter_id!r} has no candidate here; name the pair itself, as A and B")
-    if decision.subject_id not in engine:
+    mine, theirs = decision.subject_id, decision.best.subject_id
+    if decision.outcome == "review":
+        return (mine, theirs), (engine.case(encounter_id).templates, engine.templates(theirs))
+    if mine not in engine:
         raise InvalidInput(
-            f"subject {decision.subject_id!r} of encounter {encounter_id!r} is not enrolled ({decision.outcome}), and galleries keep no "
-            f"pictures; pass its captures as A and {decision.best.subject_id!r} as B"
+            f"subject {mine!r} of encounter {encounter_id!r} is not enrolled ({decision.outcome}), and galleries keep no pictures; "
+            f"pass its captures as A and {theirs!r} as B"
         )
-    return decision.subject_id, decision.best.subject_id
+    return (mine, theirs), (engine.templates(mine), engine.templates(theirs))
 
 
 def _name(texts: Sequence[str], default: str) -> str:
