@@ -3,6 +3,7 @@
 from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
+from biodedup.jobs.evaluate import Evaluation, evaluate
 from biodedup.jobs.join import JoinResult, find_duplicates, is_gallery
 from biodedup.jobs.load import LoadResult, load
 from biodedup.jobs.progress import Progress
@@ -10,12 +11,14 @@ from biodedup.jobs.progress import Progress
 __all__ = [
     "DedupResult",
     "DemoResult",
+    "Evaluation",
     "JoinResult",
     "LoadResult",
     "Progress",
     "Report",
     "dedup",
     "demo",
+    "evaluate",
     "examine",
     "find_duplicates",
     "is_gallery",

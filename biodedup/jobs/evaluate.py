@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 
 from biodedup.config import Config, Policy
 from biodedup.errors import InvalidInput
+from biodedup.jobs import plots
 from biodedup.jobs.comparisons import Comparisons, compare_all
+from biodedup.jobs.evaluation_page import write_report
 from biodedup.jobs.labelled import Labelled, extracted, read_labelled
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.rates import (
@@ -85,8 +87,6 @@ def evaluate(
     if out.suffix != ".json":
         raise InvalidInput(f"the result is named {out.name}; end it with .json")
     if report is not None:
-        from biodedup.jobs import plots
-
         plots.require()
     config = config or Config()
     found = read_labelled(source, config, finger=finger, dpi=dpi)
@@ -105,9 +105,7 @@ def evaluate(
     for name, table in _tables(result.comparisons).items():
         write_table(table, out.with_name(f"{out.stem}.{name}.parquet"))
     if report is not None:
-        from biodedup.jobs.evaluation_page import write_report
-
-        write_report(result, report, config, pictures)
+        write_report(result.document, result.comparisons.encounters, report, config, pictures)
     write_json(result.document, out)
     return result
 
