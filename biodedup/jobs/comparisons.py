@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,26 +238,25 @@ def _no_searches(probes: Int64, later: Bool, enrolled: Bool, searched: Bool) -> 
 
 
 def _joined(parts: Sequence[Pairs]) -> Pairs:
-    keys = list(dict.fromkeys(key for part in parts for key in part.raw))
-    nothing = np.zeros(0)
+    def all_of(name: str, kind: type) -> NDArray[Any]:
+        return np.concatenate([np.zeros(0, kind), *(getattr(part, name) for part in parts)])
+
+    raw = {}
+    for column in COLUMNS:
+        for kind in ("similarity", "minutiae"):
+            key = (column, kind)
+            each = [part.raw[key] if key in part.raw else np.full(len(part.a), np.nan) for part in parts]
+            values = np.concatenate([np.zeros(0), *each])
+            if not np.isnan(values).all():
+                raw[key] = values
     return Pairs(
-        *(
-            np.concatenate([empty, *(getattr(part, name) for part in parts)])
-            for name, empty in (
-                ("a", np.zeros(0, np.int64)),
-                ("b", np.zeros(0, np.int64)),
-                ("mated", np.zeros(0, bool)),
-                ("score_db", nothing),
-                ("llr_db", nothing),
-                ("extrapolated", np.zeros(0, bool)),
-            )
-        ),
-        raw={
-            key: np.concatenate(
-                [nothing, *(part.raw[key] if key in part.raw else np.full(len(part.a), np.nan) for part in parts)]
-            )
-            for key in sorted(keys, key=lambda key: (COLUMNS.index(key[0]), key[1] != "similarity"))
-        },
+        all_of("a", np.int64),
+        all_of("b", np.int64),
+        all_of("mated", bool),
+        all_of("score_db", float),
+        all_of("llr_db", float),
+        all_of("extrapolated", bool),
+        raw,
     )
 
 

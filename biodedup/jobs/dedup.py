@@ -28,6 +28,7 @@ from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_json, write_table
 from biodedup.values import Capture, Cluster, Encounter, Face, Refusal
 
+
 @dataclass(frozen=True)
 class Unit:
     """unit_id: unique; label: the subject it is filed under, None where unknown."""
@@ -125,9 +126,7 @@ def dedup(
 
 
 def _folder_units(folder: Path) -> list[Unit]:
-    return [
-        Unit(relative.as_posix(), label_of(relative), (Face(folder / relative),)) for relative in images_of(folder)
-    ]
+    return [Unit(relative.as_posix(), label_of(relative), (Face(folder / relative),)) for relative in images_of(folder)]
 
 
 def _manifest_units(manifest: Path) -> list[Unit]:

@@ -189,9 +189,7 @@ class _Counts:
     def failure_to_enrol(self) -> dict[str, Any]:
         """Encounters without any template; and, of captures, why they were declined."""
         failed = np.array([not one.enrolled for one in self._c.encounters], bool)
-        reasons = Counter(
-            (refusal.column, refusal.reason) for one in self._c.encounters for refusal in one.refusals
-        )
+        reasons = Counter((refusal.column, refusal.reason) for one in self._c.encounters for refusal in one.refusals)
         return {
             "rate": self._resampling.rate(failed, self._c.subject).to_dict(),
             "captures_declined": [
@@ -300,9 +298,7 @@ class _Counts:
                 "searches": len(ranks),
                 "searches_with_failures": later,
                 "rank_1": first.to_dict(),
-                "rank_1_with_failures": self._resampling.rate(
-                    all_ranks == 1, self._probe_subject[s.later]
-                ).to_dict(),
+                "rank_1_with_failures": self._resampling.rate(all_ranks == 1, self._probe_subject[s.later]).to_dict(),
             },
             "det": {"threshold_db": thresholds.tolist(), "fpir": fpir.tolist(), "fnir": fnir.tolist()},
         }
@@ -453,13 +449,16 @@ def _tables(compared: Comparisons) -> dict[str, pa.Table]:
         ]
     ).reshape(len(positions), len(pairs.a))
     single = counted.sum(axis=0) == 1
-    position = np.where(single, np.array([*positions, None], object)[counted.argmax(axis=0) if len(positions) else []], None)
+    position = np.full(len(pairs.a), None, object)
+    for number, column in enumerate(positions):
+        position[single & counted[number]] = column
     columns["position"] = pa.array(position, pa.string())
     for kind in ("similarity", "minutiae"):
         value = np.full(len(pairs.a), np.nan)
         for number, column in enumerate(positions):
-            mine = single & counted[number]
-            value[mine] = pairs.raw[column, kind][mine]
+            if (column, kind) in pairs.raw:
+                mine = single & counted[number]
+                value[mine] = pairs.raw[column, kind][mine]
         columns[kind] = pa.array(value, from_pandas=True)  # NaN: null
     if len(positions) > 1:
         columns |= {f"{column}_{kind}": pa.array(v, from_pandas=True) for (column, kind), v in pairs.raw.items()}

@@ -74,4 +74,3 @@ def _shown(encounter: Labelled, config: Config) -> list[Markup]:
         if not isinstance(pixels, Refusal):
             shown.append(picture(pixels.rgb_or_grey))
     return shown
-

@@ -51,13 +51,13 @@ class Labelled:
         return bool(self.templates)
 
 
-def read_labelled(
-    source: Path, config: Config, *, finger: bool = False, dpi: float | None = None
-) -> list[Labelled]:
+def read_labelled(source: Path, config: Config, *, finger: bool = False, dpi: float | None = None) -> list[Labelled]:
     """The encounters of a folder (a folder per subject, an image an encounter; finger: they are fingers), of a manifest, or of a
     Parquet file of templates. Raises InvalidInput."""
     if not source.exists():
-        raise InvalidInput(f"{source} does not exist; name a folder per subject, a manifest, or a Parquet file of templates")
+        raise InvalidInput(
+            f"{source} does not exist; name a folder per subject, a manifest, or a Parquet file of templates"
+        )
     if source.is_dir():
         found = _of_folder(source, finger, dpi)
     else:
@@ -200,9 +200,7 @@ def _with_results(batch: Sequence[Labelled], results: Iterable[Template | Refusa
                 refusals.append(result)
             elif result.column not in templates or (result.quality or 0.0) > (templates[result.column].quality or 0.0):
                 templates[result.column] = result  # of two captures of one position the better counts, as at enrolment
-        done.append(
-            Labelled(one.encounter_id, one.subject_id, one.captures, templates, tuple(refusals), one.groups)
-        )
+        done.append(Labelled(one.encounter_id, one.subject_id, one.captures, templates, tuple(refusals), one.groups))
     return done
 
 

@@ -75,9 +75,7 @@ def rows_of(table: pa.Table, manifest: Path) -> list[Row]:
         capture = Face(path) if position == "face" else Finger(path, position, row.get("dpi"))
         encounter_id = row.get("encounter_id")
         besides = {name: value for name, value in row.items() if name not in RESERVED}
-        rows.append(
-            Row(str(row["subject_id"]), capture, None if encounter_id is None else str(encounter_id), besides)
-        )
+        rows.append(Row(str(row["subject_id"]), capture, None if encounter_id is None else str(encounter_id), besides))
     return rows
 
 

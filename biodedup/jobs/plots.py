@@ -37,12 +37,8 @@ def histogram(found: dict[str, Any], thresholds_db: Sequence[tuple[str, float]])
         axes.stairs(counts, edges, color=colour, label=label, baseline=0.5)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)
-    for name, at in thresholds_db:
-        axes.axvline(at, color=MARK, linestyle="--", linewidth=1)
-        axes.annotate(
-            name, (at, 1), xycoords=("data", "axes fraction"), xytext=(3, -4), textcoords="offset points",
-            rotation=90, va="top", fontsize=7, color=MARK,
-        )  # fmt: skip
+    for (name, at), style in zip(thresholds_db, ("--", ":", "-.") * len(thresholds_db), strict=False):
+        axes.axvline(at, color=MARK, linestyle=style, linewidth=1, label=f"threshold, {name}: {at:.1f} dB")
     axes.legend(fontsize=8, frameon=False)
     return figure
 
@@ -97,8 +93,8 @@ def ranks(cmc: dict[str, Any]) -> Any:
 
 def _bars(rate: dict[str, Any]) -> Any:
     low, high = rate["interval"]
-    # a logarithmic axis has no zero: a bar that reaches it goes down to a hundredth
-    return [[rate["value"] - max(low, rate["value"] / 100)], [high - rate["value"]]]
+    low = min(max(low, 0.5 / rate["trials"]), rate["value"])  # a logarithmic axis has no zero
+    return [[rate["value"] - low], [high - rate["value"]]]
 
 
 def _figure(along: str, up: str) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -100,9 +101,7 @@ class Resampling:
         count = self._weights.shape[1]
         trials = np.bincount(subject, minlength=count).astype(np.float32)
         happened = np.bincount(subject[events], minlength=count).astype(np.float32)
-        return Rate(
-            int(events.sum()), len(events), _ratio(self._weights @ happened, self._weights @ trials)
-        )
+        return Rate(int(events.sum()), len(events), _ratio(self._weights @ happened, self._weights @ trials))
 
     def strangers(self, subject_a: Int64, subject_b: Int64) -> Strangers:
         return Strangers(self._weights, subject_a, subject_b)
@@ -174,19 +173,23 @@ def cmc(ranks: Int64, searches: int, depth: int) -> list[int]:
 
 def bands_of(values: Sequence[Any]) -> list[str]:
     """Group names from a column of a manifest: numbers of more than eight kinds become four bands of equal size."""
-    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    stated = [value for value in values if value is not None and value != ""]
+    stated = [value for value in values if _is_stated(value)]
+    numbers = [value for value in stated if isinstance(value, (int, float)) and not isinstance(value, bool)]
     if len(numbers) < len(stated) or len(set(numbers)) <= 8:
-        return ["not stated" if value is None or value == "" else str(value) for value in values]
+        return [str(value) if _is_stated(value) else "not stated" for value in values]
     given = np.array(numbers, np.float64)
     edges = np.unique(np.quantile(given, [0, 0.25, 0.5, 0.75, 1], method="nearest"))
     names = []
-    for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (low, high) in enumerate(pairwise(edges)):
         inside = given[(given >= low) & ((given < high) | (number == len(edges) - 2))]
         names.append(f"{inside.min():g} to {inside.max():g}")
     which = np.clip(np.searchsorted(edges, given, side="right") - 1, 0, len(names) - 1)
     banded = iter(which.tolist())
-    return ["not stated" if value is None or value == "" else names[next(banded)] for value in values]
+    return [names[next(banded)] if _is_stated(value) else "not stated" for value in values]
+
+
+def _is_stated(value: Any) -> bool:
+    return value is not None and value != "" and value == value  # NaN is unequal to itself
 
 
 def _reaching(ordered: Float64, thresholds: Float64) -> Float64:

@@ -209,7 +209,7 @@ class Ranked(Sequence[Comparison]):
         )
 
     def _gathered(self, values_of: Callable[[Board, Fused], NDArray[Any]], kind: type) -> NDArray[Any]:
-        found = np.zeros(len(self.rows), kind)
+        found: NDArray[Any] = np.zeros(len(self.rows), kind)
         for number, (board, fused) in enumerate(self._results):
             mine = self._which == number
             found[mine] = values_of(board, fused)[self._at[mine]]
