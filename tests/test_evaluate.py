@@ -304,3 +304,13 @@ def test_unsound_templates_count_as_failures_to_enrol(tmp_path):
     }
     assert found["verification"]["at_policy"] is None  # nobody came twice
     assert found["identification"]["nonmated_searches"] == 3
+
+
+def test_a_source_without_errors_is_drawn_too(tmp_path):
+    vectors = people(8)
+    table = pa.table(
+        {"subject_id": [f"s{i % 8}" for i in range(16)], "face": [*vectors.tolist(), *again(vectors, 0.95).tolist()]}
+    )
+    pa.parquet.write_table(table, tmp_path / "t.parquet")
+    jobs.evaluate(tmp_path / "t.parquet", tmp_path / "r.json", report=tmp_path / "r.html", replicates=20)
+    assert (tmp_path / "r.html").read_text().count("no threshold has errors of both kinds") == 2

@@ -52,10 +52,13 @@ def trade_off(
     """DET: one error rate against the other, both axes logarithmic. curves: (name, x, y); points: pairs of rates, with their
     intervals. A rate of zero cannot be drawn: the curve ends there."""
     figure, axes = _figure(along, up)
+    lowest = [1e-2, 1e-2]
     for (name, x, y), colour in zip(curves, _LINES * (1 + len(curves) // len(_LINES)), strict=False):
         across, over = np.array(x, float), np.array(y, float)
         drawn = (across > 0) & (over > 0)
         axes.plot(across[drawn], over[drawn], color=colour, label=name, linewidth=1.4, drawstyle="steps-post")
+        for side, values in enumerate((across[drawn], over[drawn])):
+            lowest[side] = min(lowest[side], np.min(values, initial=1.0) / 2)
     for x_rate, y_rate in points:
         if x_rate["value"] and y_rate["value"]:
             axes.errorbar(
@@ -64,8 +67,10 @@ def trade_off(
             )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(right=1)
-    axes.set_ylim(top=1)
+    axes.set_xlim(lowest[0], 1)
+    axes.set_ylim(lowest[1], 1)
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        axes.text(0.5, 0.5, "no threshold has errors of both kinds", transform=axes.transAxes, ha="center", color=MARK)
     axes.grid(True, which="both", color="#eef1f4", linewidth=0.6)
     if len(curves) > 1:
         axes.legend(fontsize=8, frameon=False)
