@@ -2,9 +2,11 @@
 
     python benchmarks/accuracy.py faces       LFW, all mated pairs, all non-mated pairs of first images
     python benchmarks/accuracy.py chimeras    LFW faces + FVC2002 and UareU fingers, first and second encounters
+    python benchmarks/accuracy.py fused       the same as an evaluation: FNIR at FPIR, each capture alone and all together
 
 A chimera is a face identity joined with fingers of other people; its figures say nothing of how the two go together in
-nature. Needs the real data (BIODEDUP_DATA). `--limit` takes fewer identities and keeps no result.
+nature. Needs the real data (BIODEDUP_DATA). `--limit` takes fewer identities and keeps no result. `fused` keeps templates in
+`--templates`, since fingers take long; each person has `--fingers` fingers of one set, so that no sensor is told by two.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,13 @@ from report import data_folder, record
 from scipy.stats import beta
 
 import biodedup as bd
+from biodedup.jobs.evaluate import evaluate_encounters
+from biodedup.jobs.labelled import Labelled, extracted
+from biodedup.jobs.progress import silent
 
 FINGER_SETS = {"fvc2002/DB1_B": 500, "fvc2002/DB2_B": 569, "fvc2002/DB3_B": 500, "fvc2002/DB4_B": 500, "uareu": 512}
 POSITIONS = ("right_index", "left_index")
+FUSED_POSITIONS = ("right_index", "left_index", "right_thumb", "left_thumb")
 BATCH = 64
 
 
@@ -128,13 +135,85 @@ def chimeras(limit: int | None, seeds: int) -> dict[str, Any]:
     }
 
 
+def fused(limit: int | None, seeds: int, per_person: int, folder: Path) -> dict[str, Any]:
+    """Chimeric subjects, as many as there are distinct fingers of one set for; as many encounters as the face has images, 8 at most."""
+    config = bd.Config()
+    pools: dict[str, dict[str, list[Labelled]]] = {}
+    for name, dpi in FINGER_SETS.items():
+        paths = sorted((data_folder() / "fingers" / name).glob("*.png"))
+        prints = by_subject([Labelled(p.stem, p.stem.rpartition("_")[0], (bd.Finger(p, dpi=dpi),)) for p in paths])
+        kept = [one for some in list(prints.values())[: limit and limit * per_person] for one in some]
+        pools[name] = by_subject(extracted(kept, config, folder, silent))
+    people = [f for f in sorted((data_folder() / "faces" / "lfw").iterdir()) if len(list(f.glob("*.jpg"))) >= 2]
+    count = min(sum(len(pool) // per_person for pool in pools.values()), len(people), limit or len(people))
+    figures: dict[str, Any] = {"chimeric subjects a gallery": count, "fingers a subject": per_person}
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        chosen = [people[i] for i in rng.choice(len(people), count, replace=False)]
+        images = [Labelled(p.stem, f.name, (bd.Face(p),)) for f in chosen for p in sorted(f.glob("*.jpg"))[:8]]
+        faces_of = by_subject(extracted(images, config, folder, silent))
+        hands = [
+            [pool[finger] for finger in order[low : low + per_person]]
+            for pool in pools.values()
+            for order in [rng.permutation(sorted(pool)).tolist()]
+            for low in range(0, len(order) - per_person + 1, per_person)
+        ]
+        hands = [hands[i] for i in rng.permutation(len(hands))]
+        made = [
+            chimera(f"{person.name}/{visit}", person.name, [face, *(prints[visit] for prints in hand)])
+            for person, hand in zip(chosen, hands, strict=False)
+            for visit, face in enumerate(faces_of[person.name])
+        ]
+        for kind, columns in {"face": ("face",), "fingers": FUSED_POSITIONS, "all": ("face", *FUSED_POSITIONS)}.items():
+            some = [replace(one, templates={c: t for c, t in one.templates.items() if c in columns}) for one in made]
+            found = evaluate_encounters(some, config, source="chimeric", made_at=0.0, seed=seed).document
+            figures |= {f"seed {seed}, {kind}: {name}": text for name, text in told(found["identification"])}
+    return figures
+
+
+def by_subject(encounters: list[Labelled]) -> dict[str, list[Labelled]]:
+    found: dict[str, list[Labelled]] = {}
+    for one in encounters:
+        found.setdefault(one.subject_id, []).append(one)
+    return found
+
+
+def chimera(encounter_id: str, subject_id: str, parts: list[Labelled]) -> Labelled:
+    """The face under its column, fingers under the positions in order."""
+    given = [
+        relabelled(t, c)
+        for c, one in zip(("face", *FUSED_POSITIONS), parts, strict=False)
+        for t in one.templates.values()
+    ]
+    return Labelled(encounter_id, subject_id, templates={one.column: one for one in given if one is not None})
+
+
+def told(found: dict[str, Any]) -> list[tuple[str, str]]:
+    def text(rate: dict[str, Any]) -> str:
+        low, high = rate["interval"]
+        return f"{rate['value']:.2%} [{low:.2%}, {high:.2%}], {rate['events']} of {rate['trials']}"
+
+    return [
+        (
+            f"FNIR at FPIR {row['target']:g}, N = {row['gallery_subjects']}",
+            f"{text(row['fnir'])}, {row['threshold_db']:.1f} dB",
+        )
+        for row in found["at_fpir"]
+    ] + [("mate first", text(found["cmc"]["rank_1"]) if found["cmc"] else "no searches")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("faces", "chimeras"), nargs="?", default="faces")
+    parser.add_argument("what", choices=("faces", "chimeras", "fused"), nargs="?", default="faces")
     parser.add_argument("--limit", type=int, help="fewer identities")
     parser.add_argument("--seeds", type=int, default=5, help="chimeric galleries")
+    parser.add_argument("--fingers", type=int, choices=(1, 2, 4), default=2, help="fingers of a fused chimera")
+    parser.add_argument("--templates", type=Path, default=Path("templates"), help="folder that keeps fused templates")
     options = parser.parse_args()
-    figures = faces(options.limit) if options.what == "faces" else chimeras(options.limit, options.seeds)
+    if options.what == "fused":
+        figures = fused(options.limit, options.seeds, options.fingers, options.templates)
+    else:
+        figures = faces(options.limit) if options.what == "faces" else chimeras(options.limit, options.seeds)
     record(options.what, figures, keep=options.limit is None)
 
 

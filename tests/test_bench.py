@@ -38,6 +38,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         (["bulk.py", "--smoke"], "enrolled people found again   30 of 30", False),
         (["torture.py", "--kills", "2"], "unreadable                               0", False),
         (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
+        (["accuracy.py", "fused", "--limit", "2", "--seeds", "1"], "seed 0, all: mate first", True),
         (["fingers.py", "verify", "--limit", "2"], "FVC2002 mean: EER both", True),
         (["fingers.py", "identify", "--limit", "2", "--fillers", "20"], "mate in the first 1 %", True),
         (["accuracy.py", "chimeras", "--limit", "2", "--seeds", "1"], "second duplicate or review", True),

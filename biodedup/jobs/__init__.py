@@ -9,6 +9,7 @@ from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
 from biodedup.jobs.enroll_batch import BatchResult, announce, enroll_batch
+from biodedup.jobs.evaluate import Evaluation, evaluate
 from biodedup.jobs.explain import Explained, explain, explain_templates
 from biodedup.jobs.join import JoinResult, find_duplicates, is_gallery
 from biodedup.jobs.kit_ingest import IngestResult, examine_batch, ingest_batches
@@ -30,6 +31,7 @@ __all__ = [
     "CasesResult",
     "DedupResult",
     "DemoResult",
+    "Evaluation",
     "Explained",
     "ExportResult",
     "IngestResult",
@@ -48,6 +50,7 @@ __all__ = [
     "dedup",
     "demo",
     "enroll_batch",
+    "evaluate",
     "examine",
     "examine_batch",
     "explain",

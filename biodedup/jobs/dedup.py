@@ -10,8 +10,6 @@ result, so that an interrupted job goes on where it was, and asks the engine for
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,19 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
+from biodedup.jobs.manifest import images_of, label_of, mark_of, no_images, read_table, rows_of
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_json, write_table
-from biodedup.values import Capture, Cluster, Encounter, Face, Finger, Refusal
-
-IMAGE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jp2", ".j2k", ".bmp", ".tif", ".tiff", ".wsq", ".pgm", ".ppm", ".webp", ".gif")
-)
+from biodedup.values import Capture, Cluster, Encounter, Face, Refusal
 
 
 @dataclass(frozen=True)
@@ -47,16 +40,7 @@ class Unit:
     @property
     def encounter_id(self) -> str:
         """Changes when a file's size or time does, so that a resumed job knows what is done already."""
-        digest = hashlib.sha256(self.unit_id.encode())
-        for capture in self.captures:
-            assert isinstance(capture, (Face, Finger)) and isinstance(capture.data, Path), "units are made of files"
-            digest.update(f"\0{capture.column}\0{getattr(capture, 'dpi', None)}\0{capture.data}".encode())
-            try:
-                status = capture.data.stat()
-                digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}".encode())
-            except OSError:
-                digest.update(b"\0absent")
-        return digest.hexdigest()
+        return mark_of(self.unit_id, self.captures)
 
 
 @dataclass(frozen=True)
@@ -106,7 +90,7 @@ def units_of(source: Path) -> list[Unit]:
     if source.is_dir():
         units = _folder_units(source)
         if not units:
-            raise InvalidInput(f"{source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another folder")
+            raise no_images(source)
         return units
     if not source.exists():
         raise InvalidInput(f"{source} does not exist; name a folder of images, or a CSV or Parquet manifest")
@@ -142,32 +126,13 @@ def dedup(
 
 
 def _folder_units(folder: Path) -> list[Unit]:
-    units = []
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(parent, name)
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                relative = path.relative_to(folder)
-                label = relative.parts[0] if len(relative.parts) > 1 else None
-                units.append(Unit(relative.as_posix(), label, (Face(path),)))
-    return units
+    return [Unit(relative.as_posix(), label_of(relative), (Face(folder / relative),)) for relative in images_of(folder)]
 
 
 def _manifest_units(manifest: Path) -> list[Unit]:
-    try:
-        table = pa.parquet.read_table(manifest) if manifest.suffix == ".parquet" else pa.csv.read_csv(manifest)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{manifest} is not a readable manifest ({error}); pass CSV or Parquet") from error
-    absent = {"subject_id", "path"} - set(table.column_names)
-    if absent:
-        raise InvalidInput(f"{manifest} lacks the columns {sorted(absent)}; it has {table.column_names}")
     captures: dict[str, list[Capture]] = {}
-    for row in table.to_pylist():
-        path = manifest.parent / str(row["path"])
-        position = row.get("position") or "face"
-        capture: Capture = Face(path) if position == "face" else Finger(path, position, row.get("dpi"))
-        captures.setdefault(str(row["subject_id"]), []).append(capture)
+    for row in rows_of(read_table(manifest), manifest):
+        captures.setdefault(row.subject_id, []).append(row.capture)
     return [Unit(subject_id, None, tuple(found)) for subject_id, found in captures.items()]
 
 

@@ -6,7 +6,7 @@ a `Comparison` is made only of those that somebody looks at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -164,6 +164,15 @@ class Board:
             int(self.rows[at]), score_db, llr_db, bool(fused.extrapolated[at]), evidence, charge_db, interval
         )
 
+    def raw(self, column: str, fused: Fused) -> tuple[Float64, Float64]:
+        """(similarity, minutiae) of the pair that counts of this column of the probe; NaN where none does."""
+        similarity, minutiae = np.full((2, len(self.rows)), np.nan)
+        for pair, one in enumerate(self._measured):
+            if self.pairs[pair][0] == column:
+                used = fused.used[:, pair]
+                similarity[used], minutiae[used] = one.similarity[used], one.minutiae[used]
+        return similarity, minutiae
+
     def _calibrations(self, pattern: NDArray[np.int8]) -> tuple[Calibration, ...]:
         return tuple(self._measured[pair].law.of(bool(pattern[pair] == 2)) for pair in np.flatnonzero(pattern))
 
@@ -204,6 +213,24 @@ class Ranked(Sequence[Comparison]):
     def reaching(self, threshold_db: float) -> list[Comparison]:
         """Those that score so much."""
         return list(self[: int(np.count_nonzero(self.score_db >= threshold_db))])
+
+    def extrapolated(self) -> Bool:
+        """bool (n,), in this order."""
+        return self._gathered(lambda board, fused: fused.extrapolated, bool)
+
+    def raw(self, column: str) -> tuple[Float64, Float64]:
+        """(similarity, minutiae), float64 (n,) each, in this order: what counts of the probe's column; NaN where nothing does."""
+        return (
+            self._gathered(lambda board, fused: board.raw(column, fused)[0], float),
+            self._gathered(lambda board, fused: board.raw(column, fused)[1], float),
+        )
+
+    def _gathered(self, values_of: Callable[[Board, Fused], NDArray[Any]], kind: type) -> NDArray[Any]:
+        found: NDArray[Any] = np.zeros(len(self.rows), kind)
+        for number, (board, fused) in enumerate(self._results):
+            mine = self._which == number
+            found[mine] = values_of(board, fused)[self._at[mine]]
+        return found
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,6 +1,6 @@
-"""Commands that show what a score rests on: explain.
+"""The command `explain`.
 
-A thin mirror of the jobs.
+A thin mirror of the job.
 """
 
 from __future__ import annotations

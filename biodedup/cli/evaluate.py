@@ -1,0 +1,102 @@
+"""The command `evaluate`.
+
+A thin mirror of the job.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from biodedup import jobs
+from biodedup.cli.base import DpiOption, JsonOption, ThreadsOption, app, out, print_json, progress_bar
+from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig, Policy
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of images (a folder per subject); CSV or Parquet manifest (subject_id, path, optionally position, dpi, "
+            "encounter_id, and columns to group by); or Parquet of templates (subject_id, face, right_index, ...)."
+        ),
+    ],
+    result: Annotated[Path, typer.Option("--out", "-o", help="Result, .json.")] = Path("evaluation.json"),
+    report: Annotated[
+        Path | None, typer.Option("--report", help="HTML report; default: beside the result. Holds captures.")
+    ] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Numbers only; needs no matplotlib.")] = False,
+    pictures: Annotated[int, typer.Option(min=0, help="Pairs shown of each kind of error.")] = 12,
+    finger: Annotated[bool, typer.Option("--finger", help="The folder's images are fingers.")] = False,
+    dpi: DpiOption = None,
+    minutiae: Annotated[str, typer.Option(help="Minutiae extractor: mindtct or leader.")] = FingerConfig.minutiae,
+    record_model_id: Annotated[
+        str, typer.Option(help="What extracted the minutiae records of the source.")
+    ] = EXTERNAL_MINUTIAE,
+    verify_fmr: Annotated[float, typer.Option(help="FMR that 1:1 decisions are made at.")] = Policy.verify_fmr,
+    nonmated_max: Annotated[
+        int, typer.Option(min=1, help="Pairs of strangers; of more than that, a random sample.")
+    ] = 2_000_000,
+    seed: Annotated[int, typer.Option(help="Of that sample and of the bootstrap.")] = 0,
+    threads: ThreadsOption = Config.threads,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure error rates on labelled captures or templates, in the terms of ISO/IEC 19795-1. Interrupted, it goes on where it was.
+
+    Writes the numbers (.json), what they were counted from (.pairs.parquet, .searches.parquet, .encounters.parquet) and a report.
+    Templates stay in RESULT.work for the next run; delete it when you are done.
+    """
+    config = Config(
+        finger=FingerConfig(minutiae=minutiae, record_model_id=record_model_id),
+        policy=Policy(verify_fmr=verify_fmr),
+        threads=threads,
+    )
+    page = None if no_report else report or result.with_suffix(".html")
+    with progress_bar() as progress:
+        found = jobs.evaluate(
+            source,
+            result,
+            config,
+            report=page,
+            finger=finger,
+            dpi=dpi,
+            seed=seed,
+            nonmated_max=nonmated_max,
+            pictures=pictures,
+            progress=progress,
+        ).document
+    if as_json:
+        print_json(found)
+        return
+    counts, searches = found["counts"], found["identification"]
+    out.print(
+        f"{counts['subjects']:,} subjects, {counts['encounters']:,} encounters, {counts['mated_pairs']:,} mated and "
+        f"{counts['nonmated_pairs']:,} non-mated pairs; {result}{'' if page is None else f', {page}'}",
+        soft_wrap=True,
+    )
+    table = Table("rate", "at", "value", "95 %", "events")
+    _row(table, "FTE", "", found["failure_to_enrol"]["rate"])
+    at_policy = found["verification"]["at_policy"]
+    for row in ([] if at_policy is None else [at_policy]) + found["verification"]["at_fmr"]:
+        at = f"FMR {row['target']:g}{' stated' if row is at_policy else ''}, {row['threshold_db']:.1f} dB"
+        if row is at_policy:
+            _row(table, "FMR", at, row["fmr"])
+        _row(table, "FNMR", at, row["fnmr"])
+    for row in searches["at_policy"] + searches["at_fpir"]:
+        at = row["outcome"] if "outcome" in row else f"FPIR {row['target']:g}"
+        at += f", N = {row['gallery_subjects']:,}, {row['threshold_db']:.1f} dB"
+        if "outcome" in row:
+            _row(table, "FPIR", at, row["fpir"])
+        _row(table, "FNIR", at, row["fnir"])
+    out.print(table)
+
+
+def _row(table: Table, name: str, at: str, rate: dict[str, Any]) -> None:
+    if rate["value"] is not None:
+        low, high = rate["interval"]
+        events = f"{rate['events']:,} of {rate['trials']:,}"
+        table.add_row(name, at, f"{rate['value']:.3%}", f"{low:.3%} to {high:.3%}", events)

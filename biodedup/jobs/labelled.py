@@ -1,0 +1,256 @@
+"""Labelled encounters and their templates: what an evaluation compares.
+
+Owns the reading of labelled sources, and extraction that goes on where it was: templates lie in a working folder, a file for some
+encounters at a time, named by what they were made of. Never compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+
+from biodedup.capture.minutiae_record import standard, view_of
+from biodedup.config import Config
+from biodedup.embed.cards import load_card
+from biodedup.embed.extractor import Extractor
+from biodedup.errors import InvalidInput
+from biodedup.gallery.gallery import translated
+from biodedup.jobs.manifest import RESERVED, images_of, label_of, mark_of, no_images, read_table, rows_of
+from biodedup.jobs.progress import Progress
+from biodedup.jobs.results import write_table
+from biodedup.match.calibrations import EXTERNAL
+from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template
+
+PART = 128
+"""Encounters of one file of templates: what an interruption costs at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """One encounter of a known subject. captures: files; templates: column -> template, given or extracted; groups: column of the
+    source -> value."""
+
+    encounter_id: str
+    subject_id: str
+    captures: tuple[Face | Finger, ...] = ()
+    templates: Mapping[str, Template] = field(default_factory=dict, repr=False)
+    refusals: tuple[Refusal, ...] = ()
+    groups: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def enrolled(self) -> bool:
+        return bool(self.templates)
+
+
+def read_labelled(source: Path, config: Config, *, finger: bool = False, dpi: float | None = None) -> list[Labelled]:
+    """The encounters of a folder (a folder per subject, an image an encounter; finger: they are fingers), of a manifest, or of a
+    Parquet file of templates. Raises InvalidInput."""
+    if not source.exists():
+        raise InvalidInput(
+            f"{source} does not exist; name a folder per subject, a manifest, or a Parquet file of templates"
+        )
+    if source.is_dir():
+        found = _of_folder(source, finger, dpi)
+    else:
+        table = read_table(source)
+        ready = [name for name in table.column_names if name in COLUMNS]
+        found = _of_templates(table, ready, source, config) if ready else _of_manifest(table, source)
+    subjects = {one.subject_id for one in found}
+    if len(subjects) < 2:
+        raise InvalidInput(f"{source} has {len(subjects)} subjects; errors are measured on two or more")
+    return found
+
+
+def extracted(found: Sequence[Labelled], config: Config, work: Path, progress: Progress) -> list[Labelled]:
+    """With the templates of their captures, or the reasons why there are none. work: a folder that keeps them; biometric data."""
+    extractor = Extractor(config)
+    settings = json.dumps(
+        [extractor.model_ids, asdict(config.face), asdict(config.finger), asdict(config.capture)], default=str
+    )
+    done: list[Labelled] = []
+    for low in range(0, len(found), PART):
+        batch = found[low : low + PART]
+        if any(one.captures for one in batch):
+            with translated(f"writing to {work}"):
+                work.mkdir(parents=True, exist_ok=True)
+            marks = "\n".join([settings, *(mark_of(one.encounter_id, one.captures) for one in batch)])
+            part = work / f"{hashlib.sha256(marks.encode()).hexdigest()[:32]}.parquet"
+            results = _read_part(part)
+            if results is None:
+                captures: list[Capture] = [capture for one in batch for capture in one.captures]
+                results = extractor.extract(captures)
+                write_table(_part_of(results), part)
+            batch = _with_results(batch, iter(results))
+        done += batch
+        progress("templates", len(done), len(found))
+    return done
+
+
+def _of_folder(folder: Path, finger: bool, dpi: float | None) -> list[Labelled]:
+    found = []
+    for relative in images_of(folder):
+        subject_id = label_of(relative)
+        if subject_id is None:
+            raise InvalidInput(f"{relative} lies in no subject's folder; move it into one, or write a manifest")
+        capture = Finger(folder / relative, "unknown", dpi) if finger else Face(folder / relative)
+        found.append(Labelled(relative.as_posix(), subject_id, (capture,)))
+    if not found:
+        raise no_images(folder)
+    return found
+
+
+def _of_manifest(table: pa.Table, manifest: Path) -> list[Labelled]:
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for number, row in enumerate(rows_of(table, manifest)):
+        # without an encounter_id every capture is an encounter of its own
+        name = row.encounter_id if row.encounter_id is not None else f"row {number + 1}"
+        rows.setdefault((row.subject_id, name), []).append(row)
+    names = [name for _, name in rows]
+    twice = len(set(names)) < len(names)  # encounters numbered within each subject
+    return [
+        Labelled(
+            f"{subject_id}/{name}" if twice else name,
+            subject_id,
+            tuple(row.capture for row in some),
+            groups={key: _joined([row.besides[key] for row in some]) for key in some[0].besides},
+        )
+        for (subject_id, name), some in rows.items()
+    ]
+
+
+def _of_templates(table: pa.Table, columns: Sequence[str], source: Path, config: Config) -> list[Labelled]:
+    if "subject_id" not in table.column_names:
+        raise InvalidInput(f"{source} has the columns {table.column_names}; wanted subject_id beside the templates")
+    cells = {name: _templates(table.column(name).combine_chunks(), name, config) for name in columns}
+    besides = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
+    given = {name: table.column(name).to_pylist() for name in besides}
+    ids = table.column("encounter_id").to_pylist() if "encounter_id" in table.column_names else [None] * len(table)
+    subject_ids = table.column("subject_id").to_pylist()
+    names = [f"row {i + 1}" if one is None else str(one) for i, one in enumerate(ids)]
+    twice = len(set(names)) < len(names)
+    found = []
+    for i, (subject_id, name) in enumerate(zip(subject_ids, names, strict=True)):
+        here = [(column, cells[column][i]) for column in columns]
+        found.append(
+            Labelled(
+                f"{subject_id}/{name}" if twice else name,
+                str(subject_id),
+                templates={column: one for column, one in here if isinstance(one, Template)},
+                refusals=tuple(one for _, one in here if isinstance(one, Refusal)),
+                groups={key: values[i] for key, values in given.items()},
+            )
+        )
+    if len({one.encounter_id for one in found}) < len(found):
+        raise InvalidInput(f"{source} repeats an encounter_id of a subject; give each row its own")
+    return found
+
+
+def _templates(cells: pa.Array, column: str, config: Config) -> list[Template | Refusal | None]:
+    """Of each row; None where there is none, a refusal where it is unsound."""
+    kind = cells.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return [None if not cell else _of_record(cell, column, config) for cell in cells.to_pylist()]
+    is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_floating(kind.value_type):
+        raise InvalidInput(f"column {column} is of type {kind}; wanted a list of float32, or binary minutiae records")
+    lengths = set(pa.compute.list_value_length(cells).drop_null().unique().to_pylist())
+    if len(lengths) > 1:
+        raise InvalidInput(f"column {column} holds vectors of {sorted(lengths)} numbers; one model has one dimension")
+    dimension = lengths.pop() if lengths else 1
+    card = load_card(config.face.model, config.face.model_folder) if column == "face" else None
+    model_id = card.model_id if card is not None and card.dimension == dimension else f"{EXTERNAL}{dimension}"
+    rows = iter(np.asarray(cells.drop_null().flatten(), np.float32).reshape(-1, dimension))
+    found: list[Template | Refusal | None] = []
+    for present in cells.is_valid().to_pylist():
+        if not present:
+            found.append(None)
+            continue
+        try:
+            found.append(Template(column, model_id, next(rows)))
+        except InvalidInput:
+            found.append(Refusal(column, "not_a_unit_vector"))
+    return found
+
+
+def _of_record(record: bytes, column: str, config: Config) -> Template | Refusal:
+    try:
+        sound = standard(view_of(record, column))
+    except InvalidInput:
+        return Refusal(column, "unsound_record")
+    return Template(column, config.finger.record_model_id, minutiae=sound)
+
+
+def _with_results(batch: Sequence[Labelled], results: Iterable[Template | Refusal]) -> list[Labelled]:
+    each = iter(results)
+    done = []
+    for one in batch:
+        templates: dict[str, Template] = dict(one.templates)
+        refusals = list(one.refusals)
+        for result in [next(each) for _ in one.captures]:
+            if isinstance(result, Refusal):
+                refusals.append(result)
+            elif result.column not in templates or (result.quality or 0.0) > (templates[result.column].quality or 0.0):
+                templates[result.column] = result  # of two captures of one position the better counts, as at enrolment
+        done.append(Labelled(one.encounter_id, one.subject_id, one.captures, templates, tuple(refusals), one.groups))
+    return done
+
+
+def _part_of(results: Sequence[Template | Refusal]) -> pa.Table:
+    nothing: dict[str, Any] = {"model_id": None, "embedding": None, "minutiae": None, "quality": None, "refusal": None}
+    rows = []
+    for one in results:
+        row = nothing | {"column": one.column}
+        if isinstance(one, Refusal):
+            row["refusal"] = json.dumps(asdict(one))
+        else:
+            row |= {"model_id": one.model_id, "minutiae": one.minutiae, "quality": one.quality}
+            row["embedding"] = None if one.embedding is None else one.embedding.tolist()
+        rows.append(row)
+    return pa.Table.from_pylist(rows, _PART_SCHEMA)
+
+
+_PART_SCHEMA = pa.schema(
+    {
+        "column": pa.string(),
+        "model_id": pa.string(),
+        "embedding": pa.list_(pa.float32()),
+        "minutiae": pa.binary(),
+        "quality": pa.float64(),
+        "refusal": pa.string(),
+    }
+)
+
+
+def _read_part(part: Path) -> list[Template | Refusal] | None:
+    """None where it is absent or cannot be read: it is made again."""
+    try:
+        rows = pa.parquet.read_table(part).to_pylist()
+    except (OSError, pa.ArrowException):
+        return None
+    return [
+        Refusal(**json.loads(row["refusal"]))
+        if row["refusal"] is not None
+        else Template(
+            row["column"],
+            row["model_id"],
+            None if row["embedding"] is None else np.array(row["embedding"], np.float32),
+            row["minutiae"],
+            row["quality"],
+        )
+        for row in rows
+    ]
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """One value of an encounter's several captures; different ones side by side."""
+    kinds = list(dict.fromkeys(value for value in values if value is not None))
+    return kinds[0] if len(kinds) == 1 else " + ".join(map(str, kinds)) if kinds else None

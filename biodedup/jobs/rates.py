@@ -1,0 +1,219 @@
+"""Error rates of labelled comparisons and searches, with their uncertainty: terms and definitions of ISO/IEC 19795-1.
+
+Owns the arithmetic alone: arrays in, numbers out. Never compares anything and never reads a file.
+
+1. A comparison is positive at a threshold when its score reaches it (>=).
+2. Two intervals are told. `exact` (Clopper and Pearson, 1934) takes trials as independent. `bootstrap` draws subjects with
+   replacement, since comparisons of one subject depend on one another; a pair of strangers counts as often as the product of both draws
+   (Bolle, Ratha and Pankanti, 2004). It says nothing where no event, or nothing but events, was seen. `interval` is the wider of both, end
+   by end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.stats import beta
+
+CONFIDENCE = 0.95
+
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """events of trials. drawn: the rate in each replicate of the bootstrap, NaN where a replicate had no trials."""
+
+    events: int
+    trials: int
+    drawn: Float64 | None = None
+
+    @property
+    def value(self) -> float | None:
+        return self.events / self.trials if self.trials else None
+
+    @property
+    def exact(self) -> Interval:
+        return exact_interval(self.events, self.trials)
+
+    @property
+    def bootstrap(self) -> Interval | None:
+        return None if self.drawn is None else _percentiles(self.drawn)
+
+    @property
+    def interval(self) -> Interval:
+        return _hull(self.exact, self.bootstrap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        found = {"events": self.events, "trials": self.trials, "value": self.value}
+        if not self.trials:
+            return found | {"interval": None, "exact": None, "bootstrap": None}
+        bootstrap = self.bootstrap
+        return found | {
+            "interval": list(self.interval),
+            "exact": list(self.exact),
+            "bootstrap": None if bootstrap is None else list(bootstrap),
+        }
+
+
+def exact_interval(events: int, trials: int, confidence: float = CONFIDENCE) -> Interval:
+    """Clopper and Pearson's interval of a share; (0, 1) without trials."""
+    tail = (1 - confidence) / 2
+    low = float(beta.ppf(tail, events, trials - events + 1)) if events else 0.0
+    high = float(beta.ppf(1 - tail, events + 1, trials - events)) if events < trials else 1.0
+    return low, high
+
+
+def difference(part: Rate, whole: Rate) -> dict[str, Any]:
+    """How a group's rate differs from everybody's: value, and an interval, the wider of the bootstrap's (both rates in the same
+    replicates) and the group's exact one less the whole's rate."""
+    if part.value is None or whole.value is None:
+        return {"value": None, "interval": None}
+    low, high = part.exact
+    drawn = None if part.drawn is None or whole.drawn is None else _percentiles(part.drawn - whole.drawn)
+    return {
+        "value": part.value - whole.value,
+        "interval": list(_hull((low - whole.value, high - whole.value), drawn)),
+    }
+
+
+class Resampling:
+    """Subjects drawn with replacement, the same draws for every rate. subjects: their number; rng: all randomness."""
+
+    def __init__(self, subjects: int, replicates: int, rng: np.random.Generator) -> None:
+        drawn = rng.integers(0, max(subjects, 1), (replicates, subjects))
+        self._weights = np.zeros((replicates, subjects), np.float32)
+        for weights, picks in zip(self._weights, drawn, strict=True):
+            weights += np.bincount(picks, minlength=subjects).astype(np.float32)
+
+    def rate(self, events: Bool, subject: Int64) -> Rate:
+        """Trials of one subject each: mated pairs, searches, enrolments. events: bool (n,); subject: int64 (n,)."""
+        count = self._weights.shape[1]
+        trials = np.bincount(subject, minlength=count).astype(np.float32)
+        happened = np.bincount(subject[events], minlength=count).astype(np.float32)
+        return Rate(int(events.sum()), len(events), _ratio(self._weights @ happened, self._weights @ trials))
+
+    def strangers(self, subject_a: Int64, subject_b: Int64) -> Strangers:
+        return Strangers(self._weights, subject_a, subject_b)
+
+
+class Strangers:
+    """Pairs of two subjects each, for which several rates are wanted. Trials are weighted once."""
+
+    def __init__(self, weights: NDArray[np.float32], subject_a: Int64, subject_b: Int64) -> None:
+        self._weights, self._a, self._b = weights, subject_a, subject_b
+        self._trials = self._weighted(slice(None))
+
+    def rate(self, events: Bool) -> Rate:
+        """events: bool (n,), of each pair."""
+        return Rate(int(events.sum()), len(events), _ratio(self._weighted(np.flatnonzero(events)), self._trials))
+
+    def _weighted(self, some: Any) -> Float64:
+        """The sum over these pairs of the product of both subjects' draws, in each replicate."""
+        count = self._weights.shape[1]
+        a, b = self._a[some], self._b[some]
+        pairs = csr_array((np.ones(len(a), np.float32), (a, b)), shape=(count, count))
+        found = np.zeros(len(self._weights))
+        for low in range(0, len(found), 100):  # bounds the memory
+            weights = self._weights[low : low + 100]
+            found[low : low + 100] = np.einsum("ij,ij->i", np.asarray(weights @ pairs), weights, dtype=np.float64)
+        return found
+
+
+def threshold_at(nonmated: Float64, rate: float) -> float | None:
+    """The least threshold that at most this share of the scores reach; None where not even one may: it cannot be measured."""
+    allowed = int(rate * len(nonmated) + 1e-9)
+    if allowed < 1:
+        return None
+    if allowed >= len(nonmated):
+        return float(nonmated.min())
+    return float(np.nextafter(np.partition(nonmated, -allowed - 1)[-allowed - 1], np.inf))
+
+
+def det(mated: Float64, nonmated: Float64, points: int = 500) -> tuple[Float64, Float64, Float64]:
+    """(threshold, FMR, FNMR) of a detection error trade-off, ascending thresholds: every score that occurs, or `points` of them, dense
+    in both tails."""
+    mated, nonmated = np.sort(mated), np.sort(nonmated)
+    threshold = np.unique(np.concatenate([mated, nonmated]))
+    fmr, fnmr = _reaching(nonmated, threshold), 1 - _reaching(mated, threshold)
+    if len(threshold) > points:
+        change = np.cumsum(_steps(fmr) + _steps(fnmr))
+        at = np.unique(np.searchsorted(change, np.linspace(0, change[-1], points)))
+        at = np.minimum(at, len(threshold) - 1)
+        threshold, fmr, fnmr = threshold[at], fmr[at], fnmr[at]
+    return threshold, fmr, fnmr
+
+
+def equal_error_rate(mated: Float64, nonmated: Float64) -> tuple[float, float]:
+    """(rate, threshold) where FMR and FNMR are nearest to one another: the mean of both there."""
+    mated, nonmated = np.sort(mated), np.sort(nonmated)
+    threshold = np.unique(np.concatenate([mated, nonmated]))
+    fmr, fnmr = _reaching(nonmated, threshold), 1 - _reaching(mated, threshold)
+    at = int(np.argmin(np.abs(fmr - fnmr)))
+    return float(fmr[at] + fnmr[at]) / 2, float(threshold[at])
+
+
+def cmc(ranks: Int64, searches: int, depth: int) -> list[int]:
+    """Searches whose mate is among the first 1, 2, ... depth. ranks: int64 (n,), 1 is the first, 0 where the mate was not compared;
+    searches of which the mate failed to enrol count in `searches`, which says of how many."""
+    assert searches >= len(ranks), "every rank is of a search"
+    found = np.bincount(ranks[(ranks > 0) & (ranks <= depth)], minlength=depth + 1)[1:]
+    return [int(n) for n in np.cumsum(found)]
+
+
+def bands_of(values: Sequence[Any]) -> list[str]:
+    """Group names from a column of a manifest: numbers of more than eight kinds become four bands of equal size."""
+    stated = [value for value in values if _is_stated(value)]
+    numbers = [value for value in stated if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) < len(stated) or len(set(numbers)) <= 8:
+        return [str(value) if _is_stated(value) else "not stated" for value in values]
+    given = np.array(numbers, np.float64)
+    edges = np.unique(np.quantile(given, [0, 0.25, 0.5, 0.75, 1], method="nearest"))
+    names = []
+    for number, (low, high) in enumerate(pairwise(edges)):
+        inside = given[(given >= low) & ((given < high) | (number == len(edges) - 2))]
+        names.append(f"{inside.min():g} to {inside.max():g}")
+    which = np.clip(np.searchsorted(edges, given, side="right") - 1, 0, len(names) - 1)
+    banded = iter(which.tolist())
+    return [names[next(banded)] if _is_stated(value) else "not stated" for value in values]
+
+
+def _is_stated(value: Any) -> bool:
+    return value is not None and value != "" and value == value  # NaN is unequal to itself
+
+
+def _reaching(ordered: Float64, thresholds: Float64) -> Float64:
+    return 1 - np.searchsorted(ordered, thresholds) / len(ordered)
+
+
+def _steps(rate: Float64) -> Float64:
+    """How far a rate moves between neighbours, on a scale that has room for both small and large rates."""
+    least = np.min(rate[rate > 0], initial=1.0) / 2
+    return np.abs(np.diff(np.log(np.maximum(rate, least)), prepend=np.log(max(float(rate[0]), least))))
+
+
+def _ratio(events: NDArray[Any], trials: NDArray[Any]) -> Float64:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(trials > 0, events.astype(np.float64) / trials, np.nan)
+
+
+def _percentiles(drawn: Float64) -> Interval | None:
+    kept = drawn[np.isfinite(drawn)]
+    if not len(kept):
+        return None
+    low, high = np.quantile(kept, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _hull(a: Interval, b: Interval | None) -> Interval:
+    return a if b is None else (min(a[0], b[0]), max(a[1], b[1]))
