@@ -11,11 +11,23 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import adjudicate, audit, gallery, kit, merge, register, subjects
+from biodedup.cli import adjudicate, audit, evaluate, explain, gallery, kit, merge, register, subjects
 from biodedup.cli.base import app, err, exit_code, out, print_json
 from biodedup.errors import BiodedupError
 
-__all__ = ["adjudicate", "app", "audit", "gallery", "kit", "main", "merge", "register", "subjects"]
+__all__ = [
+    "adjudicate",
+    "app",
+    "audit",
+    "evaluate",
+    "explain",
+    "gallery",
+    "kit",
+    "main",
+    "merge",
+    "register",
+    "subjects",
+]
 
 
 @app.callback(invoke_without_command=True)

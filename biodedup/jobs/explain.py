@@ -23,8 +23,8 @@ from biodedup.embed.cards import shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine, pair_comparer
 from biodedup.errors import InvalidInput
-from biodedup.jobs.dedup import IMAGE_SUFFIXES
 from biodedup.jobs.explain_page import Image, Shown, joined, label, panel, title, waterfall
+from biodedup.jobs.manifest import IMAGE_SUFFIXES
 from biodedup.jobs.results import write_page
 from biodedup.match.calibration import SCORE_DB_MAX
 from biodedup.match.judgement import Judgement, judge
