@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -169,3 +171,17 @@ def test_the_page_says_when_the_queue_will_be_empty(gallery, tmp_path):
     page = (tmp_path / "s.html").read_text()
     assert "20 encounters wait" in page and "the queue is empty in 20 min" in page
     assert "<script" not in page
+
+
+def test_a_verdict_takes_an_encounter_out_of_adjudication_and_touches_no_other(gallery):
+    with bd.Engine.open(gallery) as engine:
+        decision = engine.identify(bd.Encounter(templates={"face": np.eye(1, 64, dtype=np.float32)[0]}))
+    with Backlog.open(gallery) as backlog:
+        backlog.enqueue(arrivals(0, 3), NOW)
+        finish(backlog, 0, 2, NOW, "adjudicate")
+        finish(backlog, 2, 3, NOW, "refused")
+    for number, outcome in ((0, "duplicate"), (1, "review"), (2, "unique")):
+        jobs.note_verdict(gallery, replace(decision, encounter_id=f"e{number}", outcome=outcome), NOW + 5)
+    with Backlog.open(gallery) as backlog:
+        assert [backlog.entry(f"e{i}").status for i in range(3)] == ["duplicate", "adjudicate", "refused"]
+        assert backlog.status(NOW + 9).lines["duplicate"].oldest_s == 4

@@ -5,6 +5,7 @@ A thin mirror of the engine and of `jobs.adjudication`.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -112,6 +113,7 @@ def decide(
     with existing(gallery) as engine:
         decision = engine.adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
         case = engine.case(encounter_id)
+    jobs.note_verdict(gallery, decision, time.time())
     waiting = ", ".join(c.subject_id for c in case.undecided)
     text = {
         "unique": f"{case.subject_id} is enrolled",

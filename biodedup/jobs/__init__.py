@@ -4,7 +4,7 @@ from biodedup.jobs.adjudication import CasesResult, ExportResult, export_outcome
 from biodedup.jobs.applied import Applied, Undone, undo
 from biodedup.jobs.audit import AUDIT_SCHEMA, AuditResult, audit
 from biodedup.jobs.audit import KINDS as AUDIT_KINDS
-from biodedup.jobs.backlog import Backlog, QueueStatus, queue_status, write_status_page
+from biodedup.jobs.backlog import Backlog, QueueStatus, note_verdict, queue_status, write_status_page
 from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
@@ -65,6 +65,7 @@ __all__ = [
     "load_trusted",
     "make_keys",
     "merge",
+    "note_verdict",
     "pack_batch",
     "queue_status",
     "reasons_of",

@@ -21,7 +21,9 @@ from typing import Any
 from biodedup.errors import NotAGallery
 from biodedup.gallery.gallery import DATABASE_NAME, translated
 from biodedup.gallery.storage import LocalStorage, Storage
+from biodedup.jobs.outcomes import STATUS_OF
 from biodedup.jobs.results import write_page
+from biodedup.values import Decision
 
 BACKLOG_NAME = "backlog.sqlite3"
 STATUSES = ("captured", "received", "searching", "adjudicate", "duplicate", "enrolled", "refused")
@@ -199,6 +201,13 @@ class Backlog:
             ((one.status, one.decided_at, one.decided_at, one.outcome, one.encounter_id) for one in finished),
         )
 
+    def judge(self, encounter_id: str, status: str, now: float) -> None:
+        """A person has judged an encounter that was to be adjudicated."""
+        self._write(
+            "UPDATE backlog SET status = ?, since = ? WHERE encounter_id = ? AND status = 'adjudicate'",
+            [(status, now, encounter_id)],
+        )
+
     def _write(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
         with translated(f"writing {self._name}"):
             self._connection.execute("BEGIN IMMEDIATE")
@@ -277,6 +286,13 @@ def queue_status(gallery: Path, now: float) -> QueueStatus:
         return QueueStatus(now, dict.fromkeys(STATUSES, nothing), 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
     with Backlog.open(gallery, read_only=True) as backlog:
         return backlog.status(now)
+
+
+def note_verdict(gallery: Path, decision: Decision, now: float) -> None:
+    """Tells the backlog, where there is one, what became of a case. Raises StorageUnavailable."""
+    if (gallery / BACKLOG_NAME).is_file() and decision.outcome != "review" and decision.encounter_id is not None:
+        with Backlog.open(gallery) as backlog:
+            backlog.judge(decision.encounter_id, STATUS_OF[decision.outcome], now)
 
 
 def write_status_page(path: Path, status: QueueStatus) -> None:
