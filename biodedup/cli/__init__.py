@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import gallery, subjects
+from biodedup.cli import evidence, gallery, subjects
 from biodedup.cli.base import app, err, exit_code, out, print_json
 from biodedup.errors import BiodedupError
 
-__all__ = ["app", "gallery", "main", "subjects"]
+__all__ = ["app", "evidence", "gallery", "main", "subjects"]
 
 
 @app.callback(invoke_without_command=True)

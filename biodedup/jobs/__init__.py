@@ -1,5 +1,6 @@
 """Long work over many records: resumable, with progress, built on the engine."""
 
+from biodedup.jobs.calibrate import CalibrateResult, calibrate
 from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
@@ -8,12 +9,14 @@ from biodedup.jobs.load import LoadResult, load
 from biodedup.jobs.progress import Progress
 
 __all__ = [
+    "CalibrateResult",
     "DedupResult",
     "DemoResult",
     "JoinResult",
     "LoadResult",
     "Progress",
     "Report",
+    "calibrate",
     "dedup",
     "demo",
     "examine",

@@ -1,0 +1,192 @@
+"""Fitting: labelled pairs into the calibration table of a model card.
+
+Owns the laws of mated and non-mated scores. Never extracts, and never reads files.
+
+Non-mated: counted up to a threshold that some hundreds of pairs reach, and from there a generalised Pareto law of the excesses
+(Pickands, 1975; Coles, "An Introduction to Statistical Modeling of Extreme Values", 2001), which meets the count at the
+threshold, and which does not end before the table does. Several sets (sensors, populations) count alike, however many pairs
+each has. The interval, 95 %, comes from weighing sets and subjects anew (the Bayesian bootstrap: Rubin, 1981), not pairs, since
+pairs of one subject look alike together.
+
+Mated: the likelihood ratio is that of both laws' masses between knots, made non-decreasing by isotonic regression. That keeps the
+mated mass at one, so that the ratio never exceeds 1 / P(score or more | non-mated), measured or not.
+
+scikit-learn and scipy.stats are imported when a table is fitted: enrolment needs neither, and they take long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.errors import InvalidInput
+from biodedup.match.calibration import SCORE_DB_MAX
+
+MATED_MIN, NONMATED_MIN = 100, 1000
+OUTLIER_SHARE = 0.01
+"""One mated capture in a hundred shows something else (another finger, a profile): nothing speaks against a mate by more than 20 dB."""
+TAIL_SHARE, TAIL_MIN, TAIL_MAX = 0.01, 100, 2000
+"""How many of a set's pairs are its tail: this share, within these limits."""
+REPLICATES = 200
+SHAPES = np.concatenate([-np.geomspace(1, 1e-3, 60), np.geomspace(1e-3, 30, 120)])
+"""Where the law's one free parameter is looked for: as shares of what lets it end with the table; upwards, of one by the mean excess."""
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Nonmates:
+    """Non-mated scores of one set, float64 (n,). a, b: whose the two captures are, int64 (n,) from 0; None: all pairs are taken as
+    independent."""
+
+    name: str
+    scores: Float64 = field(repr=False)
+    a: NDArray[np.int64] | None = field(default=None, repr=False)
+    b: NDArray[np.int64] | None = field(default=None, repr=False)
+
+    def weights(self, count: int, rng: np.random.Generator) -> Iterator[Float64]:
+        """Of the pairs, float64 (n,): once all one, then count times anew."""
+        yield np.ones(len(self.scores))
+        for _ in range(count):
+            if self.a is None or self.b is None:
+                yield rng.standard_exponential(len(self.scores))
+            else:
+                of = rng.standard_exponential(1 + max(int(self.a.max()), int(self.b.max())))
+                yield of[self.a] * of[self.b]
+
+
+def fit(
+    mated: Sequence[Float64],
+    nonmated: Sequence[Nonmates],
+    knots: Float64,
+    *,
+    source: str,
+    power: float = 1.0,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The `[calibration]` table of a card, at these ascending scores. mated, nonmated: by set, each set counts alike. power: the tail's
+    law is one of score ** power. Cosines of many dimensions fall as a normal law does, whose square soon falls exponentially, as extreme
+    values do: for them 2.
+
+    Raises InvalidInput for too few pairs.
+    """
+    mates, pairs = sum(map(len, mated)), sum(len(one.scores) for one in nonmated)
+    if mates < MATED_MIN or pairs < NONMATED_MIN:
+        raise InvalidInput(
+            f"{mates} mated and {pairs} non-mated pairs; a calibration needs {MATED_MIN} and {NONMATED_MIN} at least"
+        )
+    rng = np.random.default_rng(seed)
+    laws_db = np.array([survival_db(one, knots, replicates, rng, power) for one in nonmated])
+    nonmated_db, *anew = pooled_db(laws_db, rng)
+    low, high = np.quantile(anew, (0.025, 0.975), axis=0)
+    return {
+        "score": knots.tolist(),
+        "llr_db": ratio_db(mated, knots, nonmated_db).tolist(),
+        "nonmated_db": nonmated_db.tolist(),
+        "nonmated_low_db": np.minimum(low, nonmated_db).tolist(),
+        "nonmated_high_db": np.maximum(high, nonmated_db).tolist(),
+        "measured_db": float(10 * np.log10(pairs)),
+        "mates_measured": True,
+        "source": source,
+    }
+
+
+def survival_db(
+    one: Nonmates, knots: Float64, replicates: int, rng: np.random.Generator, power: float = 1.0
+) -> Float64:
+    """-10 log10 P(score or more), float64 (1 + replicates, m): of one set, first as it is, then with its subjects weighed anew."""
+    tail = int(np.clip(TAIL_SHARE * len(one.scores), TAIL_MIN, TAIL_MAX))
+    threshold = float(np.partition(one.scores, -tail)[-tail])
+    beyond = np.flatnonzero(one.scores > threshold)
+    start = max(threshold, 0.0) ** power
+    excess = np.maximum(one.scores[beyond], 0.0) ** power - start
+    bins = np.searchsorted(knots, one.scores, side="right")
+    counted, weights, reaching = [], [], []
+    for weight in one.weights(replicates, rng):
+        total = weight.sum()
+        counted.append(np.bincount(bins, weight, len(knots) + 1)[::-1].cumsum()[::-1][1:] / total)
+        weights.append(weight[beyond])
+        reaching.append(weights[-1].sum() / total)
+    scale, shape = pareto(excess, np.array(weights), float(knots[-1]) ** power - start)
+    above = np.maximum(np.maximum(knots, 0.0) ** power - start, 0.0)
+    with np.errstate(divide="ignore"):
+        falls = np.log(np.maximum(1 + (shape / scale)[:, None] * above, 0)) / shape[:, None]
+        law = -10 * np.log10(np.array(reaching))[:, None] + 10 / np.log(10) * falls
+        found = np.where(knots > threshold, law, -10 * np.log10(np.array(counted)))
+    return np.asarray(np.maximum.accumulate(np.clip(found, 0.0, SCORE_DB_MAX), axis=1))
+
+
+def pareto(excess: Float64, weights: Float64, end: float) -> tuple[Float64, Float64]:
+    """(scale, shape) of the most likely generalised Pareto law of excesses (n,), for each row of weights (r, n).
+
+    It does not end before `end`. Given shape / scale, the best shape has a closed form (Grimshaw, 1993): what is left is one
+    parameter, tried on a grid, for all rows at once.
+    """
+    tried = np.where(SHAPES < 0, SHAPES / max(end, float(excess.max())), SHAPES / excess.mean())
+    total = weights.sum(axis=1, keepdims=True)
+    shape = weights @ np.log1p(np.maximum(excess[:, None] * tried, -1 + 1e-9)) / total
+    best = np.argmax(-np.log(shape / tried) - shape, axis=1)
+    rows = np.arange(len(weights))
+    return shape[rows, best] / tried[best], shape[rows, best]
+
+
+def pooled_db(laws_db: Float64, rng: np.random.Generator) -> Float64:
+    """Of laws of sets, float64 (sets, 1 + replicates, m), the law of all: first with all sets alike, then with sets weighed anew."""
+    count, rows, _ = laws_db.shape
+    weights = np.vstack([np.ones(count), rng.standard_exponential((rows - 1, count))])
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.asarray(-10 * np.log10(np.einsum("rk,krm->rm", weights, 10 ** (-laws_db / 10))))
+
+
+def ratio_db(mated: Sequence[Float64], knots: Float64, nonmated_db: Float64) -> Float64:
+    """10 log10 of the likelihood ratio at each knot, non-decreasing."""
+    from scipy.stats import gaussian_kde
+    from sklearn.isotonic import IsotonicRegression
+
+    edges = (knots[1:] + knots[:-1]) / 2
+    scores = np.concatenate(mated)
+    density = gaussian_kde(
+        scores, weights=np.concatenate([np.full(len(one), 1 / len(one)) for one in mated if len(one)])
+    )
+    below = np.array([density.integrate_box_1d(-np.inf, edge) for edge in edges])
+    mates = np.diff(np.concatenate([[0.0], below, [1.0]]))
+    survival = np.concatenate([[1.0], 10 ** (-np.interp(edges, knots, nonmated_db) / 10), [0.0]])
+    nonmates = np.maximum(-np.diff(survival), 1e-300)
+    ratio = IsotonicRegression().fit(knots, mates / nonmates, sample_weight=nonmates).predict(knots)
+    return np.asarray(10 * np.log10((1 - OUTLIER_SHARE) * ratio + OUTLIER_SHARE))
+
+
+@dataclass(frozen=True)
+class MeasuredFmr:
+    """A false match rate beside what was promised. low, high: exact for independent pairs (Clopper and Pearson, 1934)."""
+
+    nominal: float
+    measured: float
+    low: float
+    high: float
+    matches: int
+    pairs: int
+
+    @property
+    def ratio(self) -> float:
+        """1: as promised; 2: twice as many false matches."""
+        return self.measured / self.nominal
+
+    @property
+    def differs(self) -> bool:
+        """By more than a factor of two, and not by chance."""
+        return self.low > 2 * self.nominal or self.high < self.nominal / 2
+
+
+def measured_fmr(score_db: Float64, nominal_db: float) -> MeasuredFmr:
+    """Of non-mated pairs' score_db, float64 (n,)."""
+    from scipy.stats import beta
+
+    pairs, matches = len(score_db), int(np.count_nonzero(score_db >= nominal_db))
+    low = float(beta.ppf(0.025, matches, pairs - matches + 1)) if matches else 0.0
+    high = float(beta.ppf(0.975, matches + 1, pairs - matches)) if matches < pairs else 1.0
+    return MeasuredFmr(10 ** (-nominal_db / 10), matches / max(pairs, 1), low, high, matches, pairs)
