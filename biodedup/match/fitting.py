@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from biodedup.errors import InvalidInput
 from biodedup.match.calibration import SCORE_DB_MAX
@@ -102,8 +102,8 @@ def survival_db(
     tail = int(np.clip(TAIL_SHARE * len(one.scores), TAIL_MIN, TAIL_MAX))
     threshold = float(np.partition(one.scores, -tail)[-tail])
     beyond = np.flatnonzero(one.scores > threshold)
-    start = max(threshold, 0.0) ** power
-    excess = np.maximum(one.scores[beyond], 0.0) ** power - start
+    start = _raised(threshold, power)
+    excess = _raised(one.scores[beyond], power) - start
     bins = np.searchsorted(knots, one.scores, side="right")
     counted, weights, reaching = [], [], []
     for weight in one.weights(replicates, rng):
@@ -111,13 +111,17 @@ def survival_db(
         counted.append(np.bincount(bins, weight, len(knots) + 1)[::-1].cumsum()[::-1][1:] / total)
         weights.append(weight[beyond])
         reaching.append(weights[-1].sum() / total)
-    scale, shape = pareto(excess, np.array(weights), float(knots[-1]) ** power - start)
-    above = np.maximum(np.maximum(knots, 0.0) ** power - start, 0.0)
+    scale, shape = pareto(excess, np.array(weights), float(_raised(knots[-1], power) - start))
+    above = np.maximum(_raised(knots, power) - start, 0.0)
     with np.errstate(divide="ignore"):
         falls = np.log(np.maximum(1 + (shape / scale)[:, None] * above, 0)) / shape[:, None]
         law = -10 * np.log10(np.array(reaching))[:, None] + 10 / np.log(10) * falls
         found = np.where(knots > threshold, law, -10 * np.log10(np.array(counted)))
     return np.asarray(np.maximum.accumulate(np.clip(found, 0.0, SCORE_DB_MAX), axis=1))
+
+
+def _raised(scores: ArrayLike, power: float) -> Float64:
+    return np.asarray(np.sign(scores) * np.abs(scores) ** power, np.float64)
 
 
 def pareto(excess: Float64, weights: Float64, end: float) -> tuple[Float64, Float64]:
