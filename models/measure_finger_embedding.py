@@ -76,7 +76,7 @@ def scores(templates: list[bd.Template], owners: NDArray[np.int64]) -> Measured:
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "mindtct"
     extractor = bd.Extractor(bd.Config(finger=bd.FingerConfig(model="finger256", minutiae=name)))
-    write({one: scores(*read_set(extractor, one)) for one in (*SETS, "socofing")}, name)
+    write({one: scores(*read_set(extractor, one)) for one in SETS}, name)
 
 
 def write(measured: dict[str, Measured], name: str) -> None:

@@ -20,7 +20,7 @@ from biodedup.embed.cards import load_card
 from biodedup.jobs.calibrate import card_text
 from biodedup.jobs.results import write_table
 from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import Nonmates, fit, measured_fmr, pareto, pooled_db, ratio_db, survival_db
+from biodedup.match.fitting import Nonmates, fit, measured_fmr, pareto, ratio_db, survival_db
 
 KNOTS = np.round(np.arange(-0.4, 1.001, 0.02), 2)
 
@@ -79,14 +79,19 @@ def test_pairs_of_few_subjects_say_less_than_as_many_of_many():
     scores = np.einsum("nd,nd->n", captures[a], captures[b]).astype(np.float64)
     widths = []
     for one in (Nonmates("as many", scores, a, b), Nonmates("few", scores, a // 15, b // 15)):
-        laws = survival_db(one, KNOTS, 100, np.random.default_rng(0))
+        laws = survival_db([one], KNOTS, 100, np.random.default_rng(0))
         widths.append(np.ptp(np.quantile(laws[1:], (0.025, 0.975), axis=0)[:, KNOTS.searchsorted(0.15)]))
     assert widths[1] > 2 * widths[0]
 
 
 def test_sets_count_alike_however_large():
-    laws = np.array([[[10.0]], [[30.0]]])
-    assert pooled_db(laws, np.random.default_rng(0))[0, 0] == pytest.approx(-10 * np.log10((0.1 + 0.001) / 2))
+    rng = np.random.default_rng(0)
+    small, large = (
+        Nonmates("", rng.normal(mean, 0.1, count).clip(-1, 1)) for mean, count in ((0.2, 2000), (0, 200_000))
+    )
+    alike, _ = survival_db([small, large], KNOTS, 1, rng)
+    middle = KNOTS.searchsorted(0.2)
+    assert 10 ** (-alike[middle] / 10) == pytest.approx((0.5 + norm.sf(2)) / 2, rel=0.05)
 
 
 def test_the_likelihood_ratio_is_that_of_the_densities_never_falls_and_keeps_the_mass():

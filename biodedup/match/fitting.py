@@ -2,10 +2,10 @@
 
 Owns the laws of mated and non-mated scores. Never extracts, and never reads files.
 
-Non-mated: counted up to a threshold that some hundreds of pairs reach, and from there a generalised Pareto law of the excesses
+Non-mated: counted up to a threshold that one pair in a hundred reaches, and from there a generalised Pareto law of the excesses
 (Pickands, 1975; Coles, "An Introduction to Statistical Modeling of Extreme Values", 2001), which meets the count at the
 threshold, and which does not end before the table does. Several sets (sensors, populations) count alike, however many pairs
-each has. The interval, 95 %, comes from weighing sets and subjects anew (the Bayesian bootstrap: Rubin, 1981), not pairs, since
+each has: the law is that of a sensor drawn among them. The interval, 95 %, comes from weighing sets and subjects anew (the Bayesian bootstrap: Rubin, 1981), not pairs, since
 pairs of one subject look alike together.
 
 Mated: the likelihood ratio is that of both laws' masses between knots, made non-decreasing by isotonic regression. That keeps the
@@ -29,8 +29,8 @@ from biodedup.match.calibration import SCORE_DB_MAX
 MATED_MIN, NONMATED_MIN = 100, 1000
 OUTLIER_SHARE = 0.01
 """One mated capture in a hundred shows something else (another finger, a profile): nothing speaks against a mate by more than 20 dB."""
-TAIL_SHARE, TAIL_MIN, TAIL_MAX = 0.01, 100, 2000
-"""How many of a set's pairs are its tail: this share, within these limits."""
+TAIL_SHARE, TAIL_MIN, TAIL_MAX = 0.01, 100, 10_000
+"""How many pairs are the tail: this share, within these limits."""
 REPLICATES = 200
 SHAPES = np.concatenate([-np.geomspace(1, 1e-3, 60), np.geomspace(1e-3, 30, 120)])
 """Where the law's one free parameter is looked for: as shares of what lets it end with the table; upwards, of one by the mean excess."""
@@ -48,14 +48,15 @@ class Nonmates:
     b: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def weights(self, count: int, rng: np.random.Generator) -> Iterator[Float64]:
-        """Of the pairs, float64 (n,): once all one, then count times anew."""
-        yield np.ones(len(self.scores))
+        """Of the pairs, float64 (n,), one in all: first alike, then count times with subjects weighed anew."""
+        yield np.full(len(self.scores), 1 / len(self.scores))
         for _ in range(count):
             if self.a is None or self.b is None:
-                yield rng.standard_exponential(len(self.scores))
+                drawn = rng.standard_exponential(len(self.scores))
             else:
                 of = rng.standard_exponential(1 + max(int(self.a.max()), int(self.b.max())))
-                yield of[self.a] * of[self.b]
+                drawn = of[self.a] * of[self.b]
+            yield drawn / drawn.sum()
 
 
 def fit(
@@ -80,8 +81,7 @@ def fit(
             f"{mates} mated and {pairs} non-mated pairs; a calibration needs {MATED_MIN} and {NONMATED_MIN} at least"
         )
     rng = np.random.default_rng(seed)
-    laws_db = np.array([survival_db(one, knots, replicates, rng, power) for one in nonmated])
-    nonmated_db, *anew = pooled_db(laws_db, rng)
+    nonmated_db, *anew = survival_db(nonmated, knots, replicates, rng, power)
     low, high = np.quantile(anew, (0.025, 0.975), axis=0)
     return {
         "score": knots.tolist(),
@@ -96,28 +96,40 @@ def fit(
 
 
 def survival_db(
-    one: Nonmates, knots: Float64, replicates: int, rng: np.random.Generator, power: float = 1.0
+    sets: Sequence[Nonmates], knots: Float64, replicates: int, rng: np.random.Generator, power: float = 1.0
 ) -> Float64:
-    """-10 log10 P(score or more), float64 (1 + replicates, m): of one set, first as it is, then with its subjects weighed anew."""
-    tail = int(np.clip(TAIL_SHARE * len(one.scores), TAIL_MIN, TAIL_MAX))
-    threshold = float(np.partition(one.scores, -tail)[-tail])
-    beyond = np.flatnonzero(one.scores > threshold)
+    """-10 log10 P(score or more), float64 (1 + replicates, m): of all sets alike, then with sets and their subjects weighed anew."""
+    shares = np.vstack([np.ones(len(sets)), rng.standard_exponential((replicates, len(sets)))])
+    shares /= shares.sum(axis=1, keepdims=True)
+    threshold = _threshold(sets)
+    counted = np.zeros((1 + replicates, len(knots)))
+    excesses, weights = [], []
+    for one, share in zip(sets, shares.T, strict=True):
+        beyond = np.flatnonzero(one.scores > threshold)
+        excesses.append(_raised(one.scores[beyond], power) - _raised(threshold, power))
+        weights.append(np.zeros((1 + replicates, len(beyond))))
+        bins = np.searchsorted(knots, one.scores, side="right")
+        for row, weight in enumerate(one.weights(replicates, rng)):
+            weights[-1][row] = share[row] * weight[beyond]
+            counted[row] += share[row] * np.bincount(bins, weight, len(knots) + 1)[::-1].cumsum()[::-1][1:]
+    excess, weight = np.concatenate(excesses), np.concatenate(weights, axis=1)
+    reaching = weight.sum(axis=1)
     start = _raised(threshold, power)
-    excess = _raised(one.scores[beyond], power) - start
-    bins = np.searchsorted(knots, one.scores, side="right")
-    counted, weights, reaching = [], [], []
-    for weight in one.weights(replicates, rng):
-        total = weight.sum()
-        counted.append(np.bincount(bins, weight, len(knots) + 1)[::-1].cumsum()[::-1][1:] / total)
-        weights.append(weight[beyond])
-        reaching.append(weights[-1].sum() / total)
-    scale, shape = pareto(excess, np.array(weights), float(_raised(knots[-1], power) - start))
+    scale, shape = pareto(excess, weight, float(_raised(knots[-1], power) - start))
     above = np.maximum(_raised(knots, power) - start, 0.0)
     with np.errstate(divide="ignore"):
         falls = np.log(np.maximum(1 + (shape / scale)[:, None] * above, 0)) / shape[:, None]
-        law = -10 * np.log10(np.array(reaching))[:, None] + 10 / np.log(10) * falls
-        found = np.where(knots > threshold, law, -10 * np.log10(np.array(counted)))
+        law = -10 * np.log10(reaching)[:, None] + 10 / np.log(10) * falls
+        found = np.where(knots > threshold, law, -10 * np.log10(counted))
     return np.asarray(np.maximum.accumulate(np.clip(found, 0.0, SCORE_DB_MAX), axis=1))
+
+
+def _threshold(sets: Sequence[Nonmates]) -> float:
+    """Where the tail begins: that share of all sets alike, and not too few or too many pairs."""
+    scores = np.concatenate([one.scores for one in sets])
+    order = np.argsort(-scores)
+    mass = np.cumsum(np.concatenate([np.full(len(one.scores), 1 / len(one.scores)) for one in sets])[order]) / len(sets)
+    return float(scores[order[np.clip(np.searchsorted(mass, TAIL_SHARE), TAIL_MIN, TAIL_MAX)]])
 
 
 def _raised(scores: ArrayLike, power: float) -> Float64:
@@ -136,14 +148,6 @@ def pareto(excess: Float64, weights: Float64, end: float) -> tuple[Float64, Floa
     best = np.argmax(-np.log(shape / tried) - shape, axis=1)
     rows = np.arange(len(weights))
     return shape[rows, best] / tried[best], shape[rows, best]
-
-
-def pooled_db(laws_db: Float64, rng: np.random.Generator) -> Float64:
-    """Of laws of sets, float64 (sets, 1 + replicates, m), the law of all: first with all sets alike, then with sets weighed anew."""
-    count, rows, _ = laws_db.shape
-    weights = np.vstack([np.ones(count), rng.standard_exponential((rows - 1, count))])
-    weights /= weights.sum(axis=1, keepdims=True)
-    return np.asarray(-10 * np.log10(np.einsum("rk,krm->rm", weights, 10 ** (-laws_db / 10))))
 
 
 def ratio_db(mated: Sequence[Float64], knots: Float64, nonmated_db: Float64) -> Float64:
