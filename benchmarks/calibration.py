@@ -28,7 +28,7 @@ from report import data_folder, record
 import biodedup as bd
 from biodedup.embed.cards import load_card
 from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import Nonmates, fit, measured_fmr
+from biodedup.match.fitting import COSINE_POWER, Nonmates, fit, measured_fmr
 from biodedup.match.fusion import fused_score_db
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.synthetic import draw_impression, draw_master
@@ -123,7 +123,7 @@ def faces(folder: Path | None, config: bd.Config) -> tuple[dict[str, str], Calib
     first, second = halves
     mated = first.similarity[first.mated]
     table = Calibration.from_card(
-        fit([mated], [first.nonmates("LFW", first.similarity)], knots, source="LFW, one half", power=2)
+        fit([mated], [first.nonmates("LFW", first.similarity)], knots, source="LFW, one half", power=COSINE_POWER)
     )
     others = second.nonmates("LFW", second.similarity).scores
     figures |= rates("face, LFW, other half", table.score_db(others))
@@ -194,7 +194,7 @@ def fitted_tables(sets: Mapping[str, Scores]) -> Tables:
             fit(mated, nonmated, like.score, source=", ".join(sets), power=power, replicates=2)
         )
 
-    embedding = table({name: one.similarity for name, one in sets.items()}, shipped.embedding, 2.0)
+    embedding = table({name: one.similarity for name, one in sets.items()}, shipped.embedding, COSINE_POWER)
     minutiae = table({name: one.minutiae for name, one in sets.items()}, shipped.minutiae, 1.0)
     first = Tables(embedding, minutiae, shipped.both)
     return Tables(

@@ -24,7 +24,7 @@ from biodedup.config import CaptureConfig, FaceConfig
 from biodedup.embed.cards import load_card
 from biodedup.embed.network import EmbeddingNetwork
 from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import Nonmates, fit, measured_fmr
+from biodedup.match.fitting import COSINE_POWER, Nonmates, fit, measured_fmr
 
 DOUBLES = {  # photographs that stand under two names
     frozenset(pair)
@@ -80,7 +80,7 @@ def centred(vectors: NDArray[np.float32], mean: NDArray[np.float32]) -> NDArray[
 def calibration(mated: NDArray[np.float64], nonmated: Nonmates) -> dict[str, Any]:
     """The card's table."""
     source = f"LFW, {len(nonmated.scores)} non-mated and {len(mated)} mated pairs"
-    return fit([mated], [nonmated], KNOTS, source=source, power=2)
+    return fit([mated], [nonmated], KNOTS, source=source, power=COSINE_POWER)
 
 
 def main() -> None:

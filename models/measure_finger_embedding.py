@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 import biodedup as bd
 from biodedup.embed.cards import minutiae_card
 from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import Nonmates
+from biodedup.match.fitting import COSINE_POWER, Nonmates
 
 CARD = Path(__file__).with_name("finger256.toml")
 COSINES = np.linspace(-0.2, 1.0, 61)
@@ -85,13 +85,13 @@ def write(measured: dict[str, Measured], name: str) -> None:
     assert card.calibration is not None, "measured by measure_finger_card.py"
     kept = tomllib.loads(CARD.read_text())
     cosines = {one: found.cosines for one, found in measured.items()}
-    alone = table(measured, cosines, COSINES, 2.0) if name == "mindtct" else kept["calibration"]
+    alone = table(measured, cosines, COSINES, COSINE_POWER) if name == "mindtct" else kept["calibration"]
     by_minutiae, by_cosine = Calibration.from_card(card.calibration), Calibration.from_card(alone)
     sums = {one: by_cosine.llr_db(m.cosines) + by_minutiae.llr_db(m.minutiae) for one, m in measured.items()}
     both = table(measured, sums, SUMS_DB, 1.0)
     tables = kept.get("both", {}) | {card.model_id: both}
     mean = {"measured": kept["measured"]} if "measured" in kept else {}
-    write_measured(CARD, mean | {"calibration": alone} | {f"both.{model_id}": one for model_id, one in tables.items()})
+    write_measured(CARD, mean | {"calibration": alone, "both": tables})
     for one, found in measured.items():
         if found.mated.any():
             kinds = (cosines[one], found.minutiae, sums[one])

@@ -20,7 +20,7 @@ from biodedup.embed.cards import load_card
 from biodedup.jobs.calibrate import card_text
 from biodedup.jobs.results import write_table
 from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import Nonmates, fit, measured_fmr, pareto, ratio_db, survival_db
+from biodedup.match.fitting import COSINE_POWER, Nonmates, fit, measured_fmr, pareto, ratio_db, survival_db
 
 KNOTS = np.round(np.arange(-0.4, 1.001, 0.02), 2)
 
@@ -37,7 +37,7 @@ def mates(count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def table() -> dict:
-    return fit([mates(3000)], [strangers(700, 1)], KNOTS, source="a test", replicates=100, power=2)
+    return fit([mates(3000)], [strangers(700, 1)], KNOTS, source="a test", replicates=100, power=COSINE_POWER)
 
 
 def test_the_false_match_rate_of_others_is_as_promised(table):
@@ -105,7 +105,7 @@ def test_the_likelihood_ratio_is_that_of_the_densities_never_falls_and_keeps_the
 
 
 def test_fitting_twice_is_fitting_once(table):
-    again = fit([mates(3000)], [strangers(700, 1)], KNOTS, source="a test", replicates=100, power=2)
+    again = fit([mates(3000)], [strangers(700, 1)], KNOTS, source="a test", replicates=100, power=COSINE_POWER)
     assert again == table
 
 

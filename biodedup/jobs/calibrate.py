@@ -29,7 +29,7 @@ from biodedup.errors import InvalidInput
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import write_text
 from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import MATED_MIN, NONMATED_MIN, Nonmates, fit, measured_fmr
+from biodedup.match.fitting import COSINE_POWER, MATED_MIN, NONMATED_MIN, Nonmates, fit, measured_fmr
 
 NOMINAL_DB = (20, 30, 40)
 Float64 = NDArray[np.float64]
@@ -205,7 +205,8 @@ def _fitted(
         knots = np.linspace(raw.min(), raw.max(), 65) if old is None else np.array(old["score"], np.float64)
         source = f"{name}, {len(non)} non-mated and {len(pairs) - len(non)} mated pairs"
         nonmates = Nonmates(name, raw[~pairs.mated], non.a, non.b)
-        tables[what] = fit([raw[pairs.mated]], [nonmates], knots, source=source, seed=seed)
+        power = COSINE_POWER if what == "calibration" and card.kind != "minutiae" else 1.0
+        tables[what] = fit([raw[pairs.mated]], [nonmates], knots, source=source, power=power, seed=seed)
     return tables
 
 

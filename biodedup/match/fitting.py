@@ -31,6 +31,9 @@ OUTLIER_SHARE = 0.01
 """One mated capture in a hundred shows something else (another finger, a profile): nothing speaks against a mate by more than 20 dB."""
 TAIL_SHARE, TAIL_MIN, TAIL_MAX = 0.01, 100, 10_000
 """How many pairs are the tail: this share, within these limits."""
+COSINE_POWER = 2.0
+"""For cosines of many dimensions, which fall as a normal law does, whose square's tail soon is exponential: of random directions, whose
+law is known, the interval then holds the truth 40 dB beyond the pairs; of cosines themselves it does not."""
 REPLICATES = 200
 SHAPES = np.concatenate([-np.geomspace(1, 1e-3, 60), np.geomspace(1e-3, 30, 120)])
 """Where the law's one free parameter is looked for: as shares of what lets it end with the table; upwards, of one by the mean excess."""
@@ -70,8 +73,7 @@ def fit(
     seed: int = 0,
 ) -> dict[str, Any]:
     """The `[calibration]` table of a card, at these ascending scores. mated, nonmated: by set, each set counts alike. power: the tail's
-    law is one of score ** power. Cosines of many dimensions fall as a normal law does, whose square soon falls exponentially, as extreme
-    values do: for them 2.
+    law is one of score ** power.
 
     Raises InvalidInput for too few pairs.
     """
