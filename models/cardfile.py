@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from biodedup.jobs.calibrate import card_text
 
 MARKER = "# --- measured"
 
@@ -14,20 +17,9 @@ def data_folder() -> Path:
     return Path(os.environ.get("BIODEDUP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def write_measured(card: Path, tables: Mapping[str, Mapping[str, float | int | str | Sequence[float]]]) -> None:
+def write_measured(card: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
     """Replaces everything below the marker line of the card with these tables."""
     lines = card.read_text().splitlines()
     marker = next(i for i, line in enumerate(lines) if line.startswith(MARKER))
     lines = lines[: marker + 1]
-    for name, table in tables.items():
-        lines += ["", f"[{name}]"]
-        for key, value in table.items():
-            if isinstance(value, str):
-                lines.append(f'{key} = "{value}"')
-            elif isinstance(value, (int, float)):
-                lines.append(f"{key} = {value:.6g}" if isinstance(value, float) else f"{key} = {value}")
-            else:
-                numbers = [f"{number:.5g}" for number in value]
-                rows = [", ".join(numbers[i : i + 12]) for i in range(0, len(numbers), 12)]
-                lines += [f"{key} = [", *(f"    {row}," for row in rows), "]"]
-    card.write_text("\n".join(lines) + "\n")
+    card.write_text("\n".join(lines) + "\n" + card_text(tables))

@@ -2,8 +2,8 @@
 
     python models/measure_face_card.py [--half]
 
-Statistics of a population, no training: 128 means, a spread, and the law of mated similarities. `--half` fits on one half
-of the identities and reports on the other, so that what the fit flatters can be seen; it writes nothing.
+Statistics of a population, no training: 128 means, and the laws of mated and non-mated similarities (`biodedup.match.fitting`).
+`--half` fits on one half of the identities and reports on the other, so that what the fit flatters can be seen; it writes nothing.
 Needs the faces (BIODEDUP_DATA) and about two minutes.
 """
 
@@ -12,18 +12,19 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cardfile import data_folder, write_measured
 from numpy.typing import NDArray
-from scipy.stats import norm
-from sklearn.mixture import GaussianMixture
 
 from biodedup.capture.face import AlignedFace, FaceDetector
 from biodedup.capture.formats import Pixels, decode
 from biodedup.config import CaptureConfig, FaceConfig
 from biodedup.embed.cards import load_card
 from biodedup.embed.network import EmbeddingNetwork
+from biodedup.match.calibration import Calibration
+from biodedup.match.fitting import COSINE_POWER, Nonmates, fit, measured_fmr
 
 DOUBLES = {  # photographs that stand under two names
     frozenset(pair)
@@ -35,8 +36,7 @@ DOUBLES = {  # photographs that stand under two names
     )
 }
 
-OUTLIER_DB = -20.0
-"""One mated capture in a hundred shows something else (another face, a profile): no face speaks against a mate by more."""
+KNOTS = np.round(np.arange(-0.4, 1.001, 0.02), 2)
 
 
 def embeddings(folder: Path) -> tuple[list[Path], NDArray[np.float32]]:
@@ -56,7 +56,7 @@ def embeddings(folder: Path) -> tuple[list[Path], NDArray[np.float32]]:
     return paths, network.embed(np.stack(images))
 
 
-def pairs(paths: list[Path], vectors: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def pairs(paths: list[Path], vectors: NDArray[np.float32]) -> tuple[NDArray[np.float64], Nonmates]:
     """Cosines of all mated pairs, and of all non-mated pairs of first images; known doubles left out."""
     names = np.array([path.parent.name for path in paths])
     upper = np.triu_indices(len(names), 1)
@@ -69,7 +69,7 @@ def pairs(paths: list[Path], vectors: NDArray[np.float32]) -> tuple[NDArray[np.f
     doubled = np.zeros(len(cosines), bool)
     for one, other in map(sorted, DOUBLES):
         doubled |= ((a == one) & (b == other)) | ((a == other) & (b == one))
-    return mated, cosines[~doubled]
+    return mated, Nonmates("LFW", cosines[~doubled], upper[0][~doubled], upper[1][~doubled])
 
 
 def centred(vectors: NDArray[np.float32], mean: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -77,24 +77,10 @@ def centred(vectors: NDArray[np.float32], mean: NDArray[np.float32]) -> NDArray[
     return moved / np.linalg.norm(moved, axis=1, keepdims=True)
 
 
-def calibration(mated: NDArray[np.float64], nonmated: NDArray[np.float64]) -> dict[str, float | str | list[float]]:
-    """The card's table. Non-mated: a normal law with the spread that the measured tail at 1e-5 implies, wider than the
-    bulk's. Mated: two normal components."""
-    mean = float(nonmated.mean())
-    sd = float((np.quantile(nonmated, 1 - 1e-5) - mean) / norm.isf(1e-5))
-    mixture = GaussianMixture(2, random_state=0).fit(mated[:, None])
-    score = np.round(np.arange(-0.4, 1.001, 0.02), 2)
-    nonmated_db = -10 / np.log(10) * norm.logsf(score, mean, sd)
-    ratio = (mixture.score_samples(score[:, None]) - norm.logpdf(score, mean, sd)) * 10 / np.log(10)
-    # Below the crossing a wide mated component would speak for a mate again at very low scores: keep it falling.
-    llr_db = np.maximum.accumulate(np.clip(np.minimum.accumulate(ratio[::-1])[::-1], OUTLIER_DB, None))
-    return {
-        "score": score.tolist(),
-        "llr_db": llr_db.tolist(),
-        "nonmated_db": nonmated_db.tolist(),
-        "measured_db": float(10 * np.log10(len(nonmated))),
-        "source": f"LFW, {len(nonmated)} non-mated and {len(mated)} mated pairs; non-mated normal({mean:.4f}, {sd:.4f})",
-    }
+def calibration(mated: NDArray[np.float64], nonmated: Nonmates) -> dict[str, Any]:
+    """The card's table."""
+    source = f"LFW, {len(nonmated.scores)} non-mated and {len(mated)} mated pairs"
+    return fit([mated], [nonmated], KNOTS, source=source, power=COSINE_POWER)
 
 
 def main() -> None:
@@ -110,19 +96,27 @@ def main() -> None:
     fitted = np.array([not half or names.index(path.parent.name) % 2 == 0 for path in paths])
     mean = vectors[first & fitted].mean(axis=0)
     moved = centred(vectors, mean)
-    tested = ~fitted if half else fitted
-    mated, nonmated = pairs([path for path, use in zip(paths, tested, strict=True) if use], moved[tested])
-    threshold = np.quantile(nonmated, 1 - 1e-4)
+    mated, nonmated = pairs([path for path, use in zip(paths, fitted, strict=True) if use], moved[fitted])
+    table = calibration(mated, nonmated)
+    if half:
+        mated, nonmated = pairs([path for path, use in zip(paths, ~fitted, strict=True) if use], moved[~fitted])
+    scores = nonmated.scores
     print(
-        f"non-mated: mean {nonmated.mean():.4f}, sd {nonmated.std():.4f}, {len(nonmated)} pairs; mean's norm {np.linalg.norm(mean):.3f}"
+        f"non-mated: mean {scores.mean():.4f}, sd {scores.std():.4f}, {len(scores)} pairs; mean's norm {np.linalg.norm(mean):.3f}"
     )
     print("mated: 1, 5, 50 % at", np.quantile(mated, [0.01, 0.05, 0.5]).round(3), f"{len(mated)} pairs")
+    threshold = np.quantile(scores, 1 - 1e-4)
     print(f"FNMR at FMR 1e-4: {np.mean(mated < threshold):.2%}, threshold {threshold:.4f}")
-    if not half:
-        write_measured(
-            Path(__file__).with_name("sface.toml"),
-            {"measured": {"mean": mean.tolist()}, "calibration": calibration(mated, nonmated)},
+    score_db = Calibration.from_card(table).score_db(scores)
+    for nominal_db in (20, 30, 40, 50):
+        found = measured_fmr(score_db, nominal_db)
+        print(
+            f"nominal FMR {found.nominal:g}: measured {found.measured:.3g} [{found.low:.3g}, {found.high:.3g}]"
+            + (" (not fitted)" if half else "")
         )
+    if not half:
+        measured = {"measured": {"mean": mean.tolist()}, "calibration": table}
+        write_measured(Path(__file__).with_name("sface.toml"), measured)
 
 
 if __name__ == "__main__":

@@ -173,4 +173,4 @@ def test_a_broken_table_is_a_card_error(change, text):
 @pytest.mark.parametrize("calibration", SHIPPED)
 def test_a_shipped_table_speaks_against_strangers_and_for_mates(calibration):
     assert float(calibration.llr_db(calibration.score[0])) < -10
-    assert float(calibration.llr_db(calibration.score[-1])) > 100
+    assert float(calibration.llr_db(calibration.score[-1])) > 60

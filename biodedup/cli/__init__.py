@@ -28,6 +28,11 @@ __all__ = [
     "register",
     "subjects",
 ]
+from biodedup.cli import evidence, gallery, subjects
+from biodedup.cli.base import app, err, exit_code, out, print_json
+from biodedup.errors import BiodedupError
+
+__all__ = ["app", "evidence", "gallery", "main", "subjects"]
 
 
 @app.callback(invoke_without_command=True)

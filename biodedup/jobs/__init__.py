@@ -5,6 +5,7 @@ from biodedup.jobs.applied import Applied, Undone, undo
 from biodedup.jobs.audit import AUDIT_SCHEMA, AuditResult, audit
 from biodedup.jobs.audit import KINDS as AUDIT_KINDS
 from biodedup.jobs.backlog import Backlog, QueueStatus, note_verdict, queue_status, write_status_page
+from biodedup.jobs.calibrate import CalibrateResult, calibrate
 from biodedup.jobs.dedup import DedupResult, dedup
 from biodedup.jobs.demo import DemoResult, demo
 from biodedup.jobs.doctor import Report, examine
@@ -29,6 +30,7 @@ __all__ = [
     "Backlog",
     "BatchResult",
     "CasesResult",
+    "CalibrateResult",
     "DedupResult",
     "DemoResult",
     "Evaluation",
@@ -47,6 +49,7 @@ __all__ = [
     "Watched",
     "announce",
     "audit",
+    "calibrate",
     "dedup",
     "demo",
     "enroll_batch",

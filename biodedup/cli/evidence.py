@@ -1,0 +1,53 @@
+"""Commands about what scores mean: calibrate.
+
+A thin mirror of the jobs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from biodedup import jobs
+from biodedup.cli.base import JsonOption, app, out, print_json, progress_bar
+
+
+@app.command()
+def calibrate(
+    pairs: Annotated[
+        Path,
+        typer.Argument(
+            help="Parquet or CSV: similarity and/or minutiae, mated; if known subject_a, subject_b, position."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", help="Whose card: a model_id, finger256-1+mindtct-1 for both, or a path.")
+    ],
+    card: Annotated[Path, typer.Option("--out", help="Where to write the card (.toml).")],
+    seed: Annotated[int, typer.Option("--seed", help="Of the held-out half and of the interval.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a model's calibration anew on your own labelled pairs, and write its card."""
+    with progress_bar() as show:
+        result = jobs.calibrate(pairs, model, card, seed=seed, progress=show)
+    if as_json:
+        print_json(result.summary())
+        return
+    for name, rows in result.held_out.items():
+        table = Table(
+            "nominal FMR", "card before", "fitted", "95 %", title=f"{name}, measured on the half that was not fitted"
+        )
+        for row in rows:
+            before = "" if "fmr_before" not in row else f"{row['fmr_before']:.2g}"
+            bounds = f"{row['fmr_low']:.2g} to {row['fmr_high']:.2g}"
+            table.add_row(f"{row['nominal_fmr']:g}", before, f"{row['fmr']:.2g}", bounds)
+        out.print(table)
+    if not result.held_out:
+        out.print("too few pairs to hold half of them out: what the fit is worth was not measured")
+    for row in result.positions:
+        if row["differs"]:
+            out.print(f"{row['position']}: FMR {row['fmr']:.2g} where {row['nominal_fmr']:g} is nominal", markup=False)
+    out.print(f"{result.card}: fitted on {result.nonmated:,} non-mated and {result.mated:,} mated pairs", markup=False)
