@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import adjudicate, audit, evaluate, explain, gallery, kit, merge, register, subjects
+from biodedup.cli import adjudicate, audit, calibrate, evaluate, explain, gallery, kit, merge, register, subjects
 from biodedup.cli.base import app, err, exit_code, out, print_json
 from biodedup.errors import BiodedupError
 
@@ -19,6 +19,7 @@ __all__ = [
     "adjudicate",
     "app",
     "audit",
+    "calibrate",
     "evaluate",
     "explain",
     "gallery",
@@ -28,11 +29,6 @@ __all__ = [
     "register",
     "subjects",
 ]
-from biodedup.cli import evidence, gallery, subjects
-from biodedup.cli.base import app, err, exit_code, out, print_json
-from biodedup.errors import BiodedupError
-
-__all__ = ["app", "evidence", "gallery", "main", "subjects"]
 
 
 @app.callback(invoke_without_command=True)
