@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 
-STRICT = bd.Policy(duplicate_db=100, review_db=100)
+STRICT = bd.Policy(duplicate_db=85, review_db=85)
 """So that of many thousands of non-mated pairs none is a false match, as the default policy would have it now and then."""
 
 

@@ -191,7 +191,7 @@ def test_enrolments_searches_and_background_merges_go_on_together(tmp_path):
     vectors = people(400, seed=9)
     failures: list[str] = []
     sealing = bd.GalleryConfig(seal_rows=16, merge_fan=3)
-    strict = bd.Policy(duplicate_db=100, review_db=100)  # of 80,000 non-mated pairs none is a false match
+    strict = bd.Policy(duplicate_db=85, review_db=85)  # of 80,000 non-mated pairs none is a false match
     with bd.Engine.open(tmp_path / "g", bd.Config(gallery=sealing, policy=strict)) as engine:
         stop = threading.Event()
 
