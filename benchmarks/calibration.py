@@ -224,7 +224,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     config = bd.Config()
     if options.smoke:
-        record("calibration", shipped_tables().rates("generated fingers", generated(24, None, config)), keep=False)
+        record("calibration", shipped_tables().rates("generated fingers", generated(36, None, config)), keep=False)
         return
     figures: dict[str, Any] = {}
     told, face, strangers = faces(options.folder, config)
