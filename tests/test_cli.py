@@ -218,10 +218,10 @@ def test_dedup_started_again_extracts_only_what_changed(tmp_path, portrait, monk
 def test_dedup_interrupted_in_the_middle_goes_on_where_it_was(tmp_path, portrait):
     import cv2
 
-    for i in range(150):
+    for i in range(300):
         path = tmp_path / "album" / f"p{i:03d}" / "1.jpg"
         path.parent.mkdir(parents=True)
-        path.write_bytes(jpeg(cv2.convertScaleAbs(portrait, alpha=0.5 + i / 300)))
+        path.write_bytes(jpeg(cv2.convertScaleAbs(portrait, alpha=0.5 + i / 600)))
     command = [sys.executable, "-m", "biodedup.cli", "dedup", "album", "--out", "r.parquet", "--json"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     work = tmp_path / "r.parquet.work"
@@ -240,7 +240,7 @@ def test_dedup_interrupted_in_the_middle_goes_on_where_it_was(tmp_path, portrait
     assert "again to go on" in error
     with bd.Engine.open(work, read_only=True) as engine:
         kept = len(engine)
-    assert 32 <= kept < 150
+    assert 32 <= kept < 300
     assert not (tmp_path / "r.parquet").exists()
     code, out, _ = run(*command[3:], cwd=tmp_path)
     assert code == 10

@@ -74,7 +74,8 @@ def test_searches_on_many_threads_answer_as_they_would_one_after_the_other(tmp_p
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((30_000, 64), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    with bd.Engine.open(tmp_path / "g") as engine:
+    certain = bd.Config(search=bd.SearchConfig(miss_risk=0.0))  # what is lost by chance depends on who shares a pass
+    with bd.Engine.open(tmp_path / "g", certain) as engine:
         engine.add_templates([f"s{i}" for i in range(len(vectors))], {"face": vectors})
         real, passes = engine._searcher.nearest, []
 
@@ -91,4 +92,5 @@ def test_searches_on_many_threads_answer_as_they_would_one_after_the_other(tmp_p
         assert len(passes) < 320 and sum(passes) == 320
         for i, (result, decision) in enumerate(zip(found, decided, strict=True)):
             assert result.ids.shape == (1, 3) and result.ids[0, 0] == decision.best.subject_id == f"s{i}"
-            assert np.array_equal(result.similarity, engine.search({"face": vectors[i : i + 1]}, k=3).similarity)
+            alone = engine.search({"face": vectors[i : i + 1]}, k=3).similarity
+            assert np.allclose(result.similarity, alone, atol=1e-6)  # sums of a pass of many round elsewhere

@@ -246,8 +246,10 @@ def test_the_nearest_are_those_of_an_exact_search(scanner, fan_out, dimension, m
     probes = np.concatenate([mates_of(vectors[:10], np.full(10, 0.5)), unit(10, dimension, 5)])
     found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), miss_risk))
     rows, similarity = exact(probes, shards, 10)
-    assert np.allclose(found.similarity, similarity, atol=1e-5)
-    assert (found.rows == rows).mean() > 0.99  # neighbours a rounding error apart may change places
+    whole = np.isclose(found.similarity, similarity, atol=1e-5).all(axis=1)
+    # of 200 neighbours at a risk of 1e-4 one is lost in two runs of a hundred, and with it the places behind it of its probe
+    assert np.count_nonzero(~whole) <= (1 if miss_risk else 0)
+    assert (found.rows[whole] == rows[whole]).mean() > 0.99  # neighbours a rounding error apart may change places
     assert found.rows_scanned == len(vectors)
     assert found.compared < 0.1 * len(vectors) * len(probes)
 
