@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -686,3 +687,16 @@ def test_an_official_does_it_from_the_command_line(tmp_path, monkeypatch, capsys
     code, _, err = run("ingest", "b.kit", "--gallery", "g", "--out", "o.csv")
     assert code == 4 and "breaks off: 3 records were whole" in err
     assert run("ingest", "m.parquet", "--gallery", "g")[0] == 2
+
+
+def test_without_the_library_that_signs_everything_says_what_to_install(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    for call in (
+        lambda: jobs.make_keys("A", tmp_path / "A.key"),
+        lambda: load_key(tmp_path / "A.key"),
+        lambda: jobs.load_trusted(tmp_path),
+    ):
+        with pytest.raises(bd.InvalidInput, match=r"biodedup\[kit\]"):
+            call()

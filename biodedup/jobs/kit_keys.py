@@ -67,6 +67,7 @@ class KitKey:
 
 def make_keys(kit_id: str, out: Path, *, clock: Callable[[], float] = time.time) -> PublicKey:
     """Makes `out` (NAME.key), NAME.pub and NAME.state.json. Raises InvalidInput where one of them exists, StorageUnavailable."""
+    require_cryptography()
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -101,6 +102,7 @@ def state_of(key: Path) -> Path:
 
 def load_key(path: Path) -> KitKey:
     """A kit's private key. Raises InvalidInput."""
+    require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -119,6 +121,7 @@ def load_trusted(source: Path) -> dict[bytes, PublicKey]:
 
     Raises InvalidInput.
     """
+    require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -154,7 +157,6 @@ def _public(kit_id: str, made_at: float, key: Ed25519PublicKey) -> PublicKey:
 
 
 def _fields(path: Path, wanted: str, remedy: str) -> dict[str, Any]:
-    require_cryptography()
     try:
         fields = json.loads(path.read_text())
         sound = isinstance(fields[wanted], str) and isinstance(fields["made_at"], int | float)
