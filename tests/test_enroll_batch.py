@@ -478,3 +478,16 @@ def test_images_from_the_shell_to_a_page(tmp_path, portrait):
     status = json.loads(out)
     assert (code, status["waiting"], status["lines"]["refused"]["count"], status["warning"]) == (0, 0, 1, "")
     assert "Nobody waits" in (tmp_path / "s.html").read_text()
+
+
+def mask_in_disguise(encounters: Sequence[Sequence[bd.Face]]) -> list[list[bd.Refusal]]:
+    """A worker's task: which of its signals are blocked."""
+    blocked = signal.Signals.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return [[bd.Refusal("face", str(blocked)) for _ in captures] for captures in encounters]
+
+
+def test_workers_leave_ctrl_c_to_the_process_that_started_them():
+    with Workers(CONFIG, 1, mask_in_disguise) as pool:
+        ((refusal,),) = pool.result(pool.submit([[bd.Face(b"x")]]))
+    assert refusal.reason == "True"
+    assert signal.Signals.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

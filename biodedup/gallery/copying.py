@@ -136,7 +136,7 @@ def _all_if_none(mask: NDArray[np.bool_] | None, part: Part) -> NDArray[np.bool_
 
 
 class Adopted:
-    """A part of another gallery, as a `Part` to be written: under other ids and in other groups. Its answers stay behind.
+    """A part of another gallery, as `Rows` to be written: under other ids and in other groups. Its answers stay behind.
 
     group_sets: the number here of each combination of groups there.
     """
@@ -162,12 +162,6 @@ class Adopted:
     def rows(self, positions: Int64) -> Int64:
         return self._part.rows(positions)
 
-    def at(self, rows: Int64) -> Int64:
-        return self._part.at(rows)
-
-    def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
-        return self._part.position_range(low_row, high_row)
-
     def presence(self, low: int, high: int) -> NDArray[np.uint16]:
         return self._part.presence(low, high)
 
@@ -178,18 +172,8 @@ class Adopted:
         ids = self._part.subject_ids(low, high)
         return ids if self._rename is None else self._rename(ids)
 
-    def subject_ids_at(self, positions: Int64) -> list[str]:
-        ids = packed.pack_text(self._part.subject_ids_at(positions))
-        return packed.text(ids if self._rename is None else self._rename(ids))
-
     def encounter_ids(self, low: int, high: int) -> Packed:
         return self._part.encounter_ids(low, high)
-
-    def find(self, subject_id: str, hashed: np.uint64) -> list[int]:
-        raise NotImplementedError("a part to be written is not searched")
-
-    def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
-        raise NotImplementedError("a part to be written is not searched")
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         if self._rename is None:

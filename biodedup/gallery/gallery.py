@@ -37,7 +37,7 @@ from biodedup.errors import (
 from biodedup.gallery.cases import is_review, pairs_of, read_case, standing
 from biodedup.gallery.catalogue import APPLICATION_ID, BEFORE_CODECS, FORMAT_VERSION, Catalogue, ColumnModel, State
 from biodedup.gallery.compaction import due, grouped
-from biodedup.gallery.part import Int64, Part
+from biodedup.gallery.part import Int64, Part, Rows
 from biodedup.gallery.segment import Abandoned, Segment, SegmentEntry, file_name, open_segment, write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
@@ -281,7 +281,7 @@ class Gallery:
         tail.append_columns(subject_ids, "", group_sets, columns)
         return self.write_part(TailPart(tail, tail.count), None)
 
-    def write_part(self, part: Part, keep: NDArray[np.bool_] | None) -> SegmentEntry:
+    def write_part(self, part: Rows, keep: NDArray[np.bool_] | None) -> SegmentEntry:
         """As `write_rows`, of the rows of a part from anywhere. keep: which of them, bool (count,), None for all."""
         number = self._take_number()
         try:

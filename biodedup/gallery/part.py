@@ -94,8 +94,8 @@ class Answers(Protocol):
         """Hashes of ids, ascending, and the index of each."""
 
 
-class Part(Protocol):
-    """Rows [first_row, end_row) but for those that were dropped: `count` of them."""
+class Rows(Protocol):
+    """Rows [first_row, end_row) but for those that were dropped, `count` of them: what is read to write them into a segment."""
 
     first_row: int
     end_row: int
@@ -113,12 +113,6 @@ class Part(Protocol):
 
     def rows(self, positions: Int64) -> Int64: ...
 
-    def at(self, rows: Int64) -> Int64:
-        """The position of each row, -1 where it was dropped."""
-
-    def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
-        """The positions of rows [low_row, high_row)."""
-
     def presence(self, low: int, high: int) -> NDArray[np.uint16]:
         """Bit c is set where the row has a template in COLUMNS[c]."""
 
@@ -126,19 +120,29 @@ class Part(Protocol):
 
     def subject_ids(self, low: int, high: int) -> Packed: ...
 
-    def subject_ids_at(self, positions: Int64) -> list[str]: ...
-
     def encounter_ids(self, low: int, high: int) -> Packed:
         """The encounter that enrolled each row; empty for rows that were added without one."""
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        """Hashes of subject_ids, ascending, and the position of each."""
+
+
+class Part(Rows, Protocol):
+    """Rows that are searched."""
+
+    def at(self, rows: Int64) -> Int64:
+        """The position of each row, -1 where it was dropped."""
+
+    def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
+        """The positions of rows [low_row, high_row)."""
+
+    def subject_ids_at(self, positions: Int64) -> list[str]: ...
 
     def find(self, subject_id: str, hashed: np.uint64) -> list[int]:
         """Positions under this id; at most one of them is not removed."""
 
     def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
         """A position for each id, -1 where there is none."""
-
-    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-        """Hashes of subject_ids, ascending, and the position of each."""
 
 
 def sorted_lookup(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:

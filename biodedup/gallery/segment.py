@@ -29,7 +29,7 @@ from biodedup.gallery.codec import TRAINING_ROWS_MAX, TRAINING_ROWS_MIN, Codec, 
 from biodedup.gallery.codes import BLOCK_ROWS, Codes, joined, lower_halves, plane_shape, planes
 from biodedup.gallery.column_file import BLOCK_BYTES, ColumnFile, Stream, open_column_file, write_column_file
 from biodedup.gallery.packed import Packed
-from biodedup.gallery.part import PIECE_ROWS, Answers, Column, Int64, Part, sorted_lookup
+from biodedup.gallery.part import PIECE_ROWS, Answers, Column, Int64, Rows, sorted_lookup
 from biodedup.gallery.storage import Storage
 from biodedup.gallery.tail import cells_of
 from biodedup.values import COLUMNS, Float32
@@ -351,7 +351,7 @@ class Abandoned(EngineClosed):
 class _Source:
     """One part of what is written. keep: bool (count,), or None for all; base: rows kept of the parts before it."""
 
-    part: Part
+    part: Rows
     keep: NDArray[np.bool_] | None
     base: int
 
@@ -375,9 +375,9 @@ def write_segment(
     folder: Path,
     number: int,
     gallery_id: str,
-    parts: Sequence[Part],
+    parts: Sequence[Rows],
     keeps: Sequence[NDArray[np.bool_] | None],
-    others: Iterable[Part] = (),
+    others: Iterable[Rows] = (),
     go_on: Callable[[], bool] = lambda: True,
 ) -> SegmentEntry:
     """Writes adjacent parts as one segment, synced, and returns what the manifest shall say of it.
@@ -452,7 +452,7 @@ def _presence_counts(sources: Sequence[_Source]) -> dict[str, int]:
 
 
 def _subject_streams(sources: Sequence[_Source], count: int, first_row: int, end_row: int) -> list[Stream]:
-    def each(read: Callable[[Part, int, int], Any]) -> Callable[[], Iterator[Any]]:
+    def each(read: Callable[[Rows, int, int], Any]) -> Callable[[], Iterator[Any]]:
         def pieces() -> Iterator[Any]:
             for source in sources:
                 for low, high, keep in source.pieces():
@@ -475,7 +475,7 @@ def _subject_streams(sources: Sequence[_Source], count: int, first_row: int, end
     return streams
 
 
-def _codec_for(name: str, parts: Sequence[Part], known: Sequence[Part]) -> Codec | None:
+def _codec_for(name: str, parts: Sequence[Rows], known: Sequence[Rows]) -> Codec | None:
     """The codec that a column has where it has most cells; a new one where it has none, or one that was made from too little."""
     columns = [part.columns[name] for part in parts if name in part.columns]
     if columns[0].dimension is None:

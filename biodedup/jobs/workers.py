@@ -13,8 +13,9 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import connection, get_context, parent_process
 from types import TracebackType
@@ -69,7 +70,8 @@ class Workers:
             if self._pool is None:
                 self._pool = self._started(self._count)
             try:
-                return Ticket(encounters, self._pool.submit(self._task, encounters))
+                with _deaf_to_interrupts():
+                    return Ticket(encounters, self._pool.submit(self._task, encounters))
             except RuntimeError:  # broken by a worker's death since
                 self._pool = None
         raise AssertionError("a pool that was just made takes work")
@@ -89,7 +91,9 @@ class Workers:
             if self._alone is None:
                 self._alone = self._started(1)
             try:
-                (extracted,) = self._alone.submit(self._task, [captures]).result()
+                with _deaf_to_interrupts():
+                    future = self._alone.submit(self._task, [captures])
+                (extracted,) = future.result()
                 return extracted
             except Exception as error:
                 self._alone.shutdown()
@@ -102,10 +106,19 @@ class Workers:
         return ProcessPoolExecutor(count, get_context("spawn"), _begin, (self._config,))
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started here do not hear Ctrl-C, from their first instruction on: the parent does, and ends the pool."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(config: Config) -> None:
     """In a new worker: an extractor, and an eye on the parent."""
     global _extractor
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _extractor = Extractor(config)
 
