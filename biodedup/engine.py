@@ -65,7 +65,7 @@ from biodedup.match.fusion import mated_quantile_db, mated_share_below
 from biodedup.match.judgement import BELIEVED, judge, kinds_of
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_score, record_verification
-from biodedup.match.ranked import Comparison
+from biodedup.match.ranked import Comparison, Ranked
 from biodedup.search.across import comparable_bits
 from biodedup.search.clusters import clusters_of
 from biodedup.search.gather import Gathering
@@ -968,8 +968,12 @@ class Engine:
         """besides: the row that is being replaced, no candidate for itself."""
         policy = self.config.policy
         duplicate_db, band_db = policy.thresholds_db(now.live_count)
-        alive = (c for c in found.comparisons if now.is_live(c.row) and c.row != besides)
-        returned, cleared = _first(alive, self.config.search.returned, now.rows_different(probe.encounter.subject_id))
+        returned, cleared = _first(
+            found.comparisons,
+            self.config.search.returned,
+            lambda row: now.is_live(row) and row != besides,
+            now.rows_different(probe.encounter.subject_id),
+        )
         compared = now.count_with(comparable_bits(probe.templates, now.models, across=found.across))
         expected = self._expected(probe.templates, now, band_db, across=found.across) if compared else None
         review_db = band_db if expected is None or policy.review_db is not None else expected.review_db
@@ -1111,16 +1115,18 @@ def _merged(first: Found, since: Found) -> Found:
 
 
 def _first(
-    ranked: Iterable[Comparison], count: int, different: Collection[int]
+    ranked: Ranked, count: int, counts: Callable[[int], bool], different: Collection[int]
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(the first so many, those before them that were judged to be somebody else)."""
-    first: list[Comparison] = []
-    cleared: list[Comparison] = []
-    for comparison in ranked:
-        (cleared if comparison.row in different else first).append(comparison)
+    """(the first so many whose rows count, those before them that were judged to be somebody else)."""
+    first: list[int] = []
+    cleared: list[int] = []
+    for rank, row in enumerate(ranked.rows.tolist()):
         if len(first) == count:
             break
-    return first, cleared
+        if counts(row):
+            (cleared if row in different else first).append(rank)
+    comparisons = ranked.at(first + cleared)
+    return comparisons[: len(first)], comparisons[len(first) :]
 
 
 def _candidates(

@@ -14,11 +14,13 @@ from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import from_embeddings
 from biodedup.match.fusion import (
     STEP_DB,
-    fused_interval_db,
+    bounded,
     fused_score_db,
     llr_reaching,
     mated_quantile_db,
     mated_share_below,
+    score_db_of_steps,
+    steps_of,
 )
 
 SCORE = np.linspace(-0.5, 1, 151)
@@ -115,11 +117,12 @@ def test_an_interval_is_told_where_a_table_has_one():
 
 def test_a_fused_interval_holds_the_fused_score_and_needs_every_table_to_have_one():
     sums = np.linspace(-20, 150, 50)
-    low, high = fused_interval_db(sums, (WITH_INTERVAL, WITH_INTERVAL))
-    middle, _ = fused_score_db(sums, (WITH_INTERVAL, WITH_INTERVAL))
+    both = (WITH_INTERVAL, WITH_INTERVAL)
+    low, middle, high = (score_db_of_steps(steps_of(sums), both, bound) for bound in ("low", "best", "high"))
+    assert np.array_equal(middle, fused_score_db(sums, both)[0])
     assert (low <= middle).all() and (middle <= high).all()
     assert np.mean(high - low) > 5
-    assert fused_interval_db(sums, (WITH_INTERVAL, NORMAL)) is None
+    assert bounded(both) and not bounded((WITH_INTERVAL, NORMAL))
 
 
 def test_the_least_sum_that_scores_as_much_scores_as_much():

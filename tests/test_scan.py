@@ -1,6 +1,7 @@
 """The codes, the kernel and the search over shards, each against an obvious oracle in numpy."""
 
 import dataclasses
+import sys
 from dataclasses import replace
 
 import faiss
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.dispatcher import Dispatcher
 from scipy.stats import binom, norm
 
 import biodedup as bd
@@ -140,6 +142,13 @@ def test_the_kernel_finds_what_numpy_finds(instructions, count, steps, probes, w
     if with_removed:
         passed &= live[:count]
     assert ours == {(p, c, int(dots[p, c])) for p, c in zip(*np.nonzero(passed), strict=True)}
+
+
+def test_no_kernel_that_is_kept_on_disk_closes_over_compiled_functions():
+    modules = [module for name, module in sys.modules.items() if name.startswith("biodedup.")]
+    kernels = {one for module in modules for one in vars(module).values() if isinstance(one, Dispatcher)}
+    assert {kernel._scan, sign_kernel._scan} <= kernels
+    assert [one for one in kernels if one.py_func.__closure__] == []  # else each process would compile it anew
 
 
 SCANS = {name: kernel.make_scan(name) for name in {"plain", kernel.INSTRUCTIONS}}

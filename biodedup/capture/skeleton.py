@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-from skimage.morphology import skeletonize
 
 from biodedup.capture.ridges import RidgeMap
 from biodedup.values import Float32
@@ -30,6 +29,8 @@ def skeleton_minutiae(ridges: RidgeMap) -> Float32:
     The direction points into the ridge that ends, or into the valley between the two that fork, so that an end which
     touches the next ridge keeps it.
     """
+    from skimage.morphology import skeletonize  # takes a second, which who has no prints need not wait
+
     dark = (ridges.ridges > 0) & (ridges.inside > 0)
     dark[[0, -1]] = False
     dark[:, [0, -1]] = False

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from scipy.stats import beta, norm
+from scipy.special import betaincinv, ndtr, ndtri  # scipy.stats takes a second to import
 
 from biodedup.gallery.codes import BLOCK_ROWS, STEP, Codes, dequantise, quantise
 from biodedup.values import Float32
@@ -60,7 +60,7 @@ class ErrorLaw:
         while allowed + 1 < len(self.lowest) and self.risk_bound(allowed + 1) <= miss_risk:
             allowed += 1
         if allowed < 0:
-            return float(norm.isf(miss_risk)), False
+            return float(-ndtri(miss_risk)), False
         return -self.lowest[allowed], True
 
     def bound(self, miss_risk: float) -> float | None:
@@ -70,7 +70,7 @@ class ErrorLaw:
 
     def risk_bound(self, misses: int) -> float:
         """The upper end of the one-sided 95 % interval for the probability of a miss, of which so many were counted."""
-        return float(beta.ppf(0.95, misses + 1, self.checked - misses))
+        return float(betaincinv(misses + 1, self.checked - misses, 0.95))
 
     def cut(self, similarity: Float32, z: float) -> Float32:
         """The estimate that all but a normal tail of z of the pairs at this similarity reach."""
@@ -193,10 +193,10 @@ _RESCORING = 200_000  # what the exact comparison of one row costs, in scanned n
 
 def _cost(law: ErrorLaw, rotation: Float32, scanned: int, vectors: Float32) -> float:
     """Of a search, a row of the gallery: numbers scanned, and exact comparisons of the non-mates that survive."""
-    cut = float(law.cut(np.array([_REFERENCE], np.float32), norm.isf(1 - _KEPT))[0])
+    cut = float(law.cut(np.array([_REFERENCE], np.float32), -ndtri(1 - _KEPT))[0])
     turned = vectors[:2_000] @ rotation[:scanned].T
     others = (turned[:1_000] @ turned[1_000:2_000].T).reshape(-1)
-    return scanned + _RESCORING * float(norm.sf((cut - others.mean()) / max(others.std(), 1e-6)))
+    return scanned + _RESCORING * float(ndtr((others.mean() - cut) / max(others.std(), 1e-6)))
 
 
 def _law(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 CONFIDENCE = 0.95
 
@@ -69,8 +69,8 @@ class Rate:
 def exact_interval(events: int, trials: int, confidence: float = CONFIDENCE) -> Interval:
     """Clopper and Pearson's interval of a share; (0, 1) without trials."""
     tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, events, trials - events + 1)) if events else 0.0
-    high = float(beta.ppf(1 - tail, events + 1, trials - events)) if events < trials else 1.0
+    low = float(betaincinv(events, trials - events + 1, tail)) if events else 0.0
+    high = float(betaincinv(events + 1, trials - events, 1 - tail)) if events < trials else 1.0
     return low, high
 
 

@@ -232,7 +232,8 @@ def as_labelled(
     board: Board, members: Sequence[tuple[NDArray[np.int64], list[list[Pair]]]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """(used, tries_db) as `Board.fuse` takes them: of each group of pairs the best one counts, less the number of its rivals."""
-    used, tries_db = np.zeros(board.llr_db.shape, bool), np.zeros(board.llr_db.shape)
+    used = np.zeros(board.llr_db.shape, bool, order="F")  # as the board's arrays lie, so that they add up fast
+    tries_db = np.zeros(board.llr_db.shape, order="F")
     for ats, groups in members:
         for group in groups:
             pairs = np.array([board.number[pair] for pair in group])

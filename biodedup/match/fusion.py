@@ -17,10 +17,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biodedup.match.calibration import SCORE_DB_MAX, Calibration
+from biodedup.match.calibration import SCORE_DB_MAX, Bound, Calibration
 
 STEP_DB = 0.25
-Law = Literal["low", "best", "high", "mated"]
+Law = Bound | Literal["mated"]
 """Whose sums: non-mates' by one of their laws, or mates'."""
 
 _tables: dict[tuple[Law, tuple[int, ...]], tuple[tuple[Calibration, ...], int, NDArray[np.float64]]] = {}
@@ -35,18 +35,35 @@ def fused_score_db(
 
     extrapolated: the score lies beyond what the non-mated pairs of any capture among them could measure.
     """
-    scores = _score_db(llr_sums_db, calibrations, "best")
-    return scores, scores > max(calibration.measured_db for calibration in calibrations)
+    scores = score_db_of_steps(steps_of(llr_sums_db), calibrations)
+    return scores, scores > measured_db(calibrations)
 
 
-def fused_interval_db(
-    llr_sums_db: ArrayLike, calibrations: Sequence[Calibration]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """(low, high) of the score_db of sums of llr_db, float64 (n,): as if all captures' laws were off in the same direction, so wider
-    than 95 %. None where one of the calibrations does not say."""
-    if any(calibration.bounds_db is None for calibration in calibrations):
-        return None
-    return _score_db(llr_sums_db, calibrations, "low"), _score_db(llr_sums_db, calibrations, "high")
+def measured_db(calibrations: Sequence[Calibration]) -> float:
+    """The score_db beyond which nothing was measured."""
+    return max([calibration.measured_db for calibration in calibrations])
+
+
+def steps_of(llr_sums_db: ArrayLike) -> NDArray[np.int64]:
+    """Sums of llr_db in whole steps of STEP_DB, downwards.
+
+    The sum of exact values is below the sum of rounded-up ones: rounding it down keeps the score from being optimistic.
+    """
+    return np.floor(np.asarray(llr_sums_db, np.float64) * (1 / STEP_DB)).astype(np.int64)
+
+
+def score_db_of_steps(
+    steps: NDArray[np.int64] | np.int64, calibrations: Sequence[Calibration], bound: Bound = "best"
+) -> NDArray[np.float64]:
+    """score_db of sums in steps, over captures with these calibrations. bound: by which law of the non-mates; with "low" and
+    "high" as if all captures' laws were off in the same direction, so that the interval is wider than 95 %."""
+    first, score_db = _table(calibrations, bound)
+    return np.asarray(score_db.take(steps - first, mode="clip"))
+
+
+def bounded(calibrations: Sequence[Calibration]) -> bool:
+    """Whether all of these say how far off they may be."""
+    return all([calibration.bounds_db is not None for calibration in calibrations])
 
 
 def llr_reaching(score_db: float, calibrations: Sequence[Calibration]) -> float:
@@ -59,7 +76,7 @@ def mated_quantile_db(share: float, calibrations: Sequence[Calibration]) -> floa
     """The score_db that this share of mates' sums stay below."""
     first, below = _table(calibrations, "mated")
     index = int(np.searchsorted(below, share, side="right")) - 1
-    return float(_score_db((first + max(index, 0)) * STEP_DB, calibrations, "best"))
+    return float(score_db_of_steps(np.int64(first + max(index, 0)), calibrations))
 
 
 def mated_share_below(score_db: float, calibrations: Sequence[Calibration]) -> float:
@@ -69,24 +86,18 @@ def mated_share_below(score_db: float, calibrations: Sequence[Calibration]) -> f
     return float(below[index]) if index < len(below) else 1.0
 
 
-def _score_db(llr_sums_db: ArrayLike, calibrations: Sequence[Calibration], law: Law) -> NDArray[np.float64]:
-    first, score_db = _table(calibrations, law)
-    # The sum of exact values is below the sum of rounded-up ones: rounding it down keeps the score from being optimistic.
-    index = np.floor(np.asarray(llr_sums_db, np.float64) / STEP_DB) - first
-    return np.asarray(score_db[np.clip(index, 0, len(score_db) - 1).astype(np.int64)])
-
-
 def _table(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[np.float64]]:
     """(first, values) by sums of llr_db in steps: of a law of the non-mates the score_db, of mates the share below."""
-    ordered = sorted(calibrations, key=id)
-    key = law, tuple(map(id, ordered))
-    with _lock:
-        if key not in _tables:
+    key = law, tuple(map(id, calibrations))
+    if (known := _tables.get(key)) is None:
+        with _lock:
             if len(_tables) >= 1024:
                 _tables.clear()
-            # the calibrations are kept with their table, so that no id is given away while it is a key
-            _tables[key] = (tuple(ordered), *_convolved(ordered, law))
-        return _tables[key][1:]
+            # in one order, so that sums come out alike to the last bit; the calibrations are kept with their table, so that no
+            # id is given away while it is a key
+            ordered = sorted(calibrations, key=lambda calibration: (calibration.source, id(calibration)))
+            known = _tables[key] = (tuple(ordered), *_convolved(ordered, law))
+    return known[1:]
 
 
 def _convolved(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[np.float64]]:

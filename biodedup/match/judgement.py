@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import log10
 
 from biodedup.match.ranked import Comparison
@@ -110,18 +111,21 @@ def kinds_of(candidates: Sequence[Comparison], duplicate_db: float, review_db: f
             elif any(part.swapped for part in candidate.evidence):
                 kind = "swapped_fingers"
         found.append(kind)
-    strong = [i for i, candidate in enumerate(candidates) if candidate.score_db >= review_db]
-    for i in strong:
-        for j in strong:
-            if i < j and _contradict(candidates[i].evidence, candidates[j].evidence):
-                found[i] = found[j] = "mixed_record"
+    spoken = {
+        i: _for_and_against(candidate.evidence)
+        for i, candidate in enumerate(candidates)
+        if candidate.score_db >= review_db
+    }
+    for (i, (for_i, against_i)), (j, (for_j, against_j)) in combinations(spoken.items(), 2):
+        if for_i & against_j and for_j & against_i:  # each by captures that speak against the other
+            found[i] = found[j] = "mixed_record"
     return tuple(found)
 
 
 def _one_finger_against_all(evidence: Sequence[Evidence], from_db: float) -> bool:
+    if len(evidence) < 2 or not any([part.llr_db >= from_db and part.column != "face" for part in evidence]):
+        return False  # nearly always; the rest is slow
     fingers = [part for part in evidence if part.column != "face"]
-    if not fingers or len(evidence) < 2:
-        return False
     from_db += 10 * log10(len(fingers))  # so many had the chance
     best = max(fingers, key=lambda part: part.llr_db)
     rest_db = sum(part.llr_db for part in evidence if part is not best)
@@ -134,13 +138,9 @@ def _face_against_fingers(evidence: Sequence[Evidence]) -> bool:
     return bool(fingers_db) and sum(faces_db) >= SPEAKS_FOR_DB and sum(fingers_db) <= SPEAKS_AGAINST_DB
 
 
-def _contradict(a: Sequence[Evidence], b: Sequence[Evidence]) -> bool:
-    """Whether two candidates are each supported by captures of the probe that speak against the other."""
-    in_a, in_b = ({part.column: part.llr_db for part in evidence} for evidence in (a, b))
-
-    def supports(mine: dict[str, float], theirs: dict[str, float]) -> bool:
-        return any(
-            llr >= SPEAKS_FOR_DB and theirs.get(column, 0.0) <= SPEAKS_AGAINST_DB for column, llr in mine.items()
-        )
-
-    return supports(in_a, in_b) and supports(in_b, in_a)
+def _for_and_against(evidence: Sequence[Evidence]) -> tuple[set[str], set[str]]:
+    """The probe's captures that speak for a candidate, and those that speak against it."""
+    return (
+        {part.column for part in evidence if part.llr_db >= SPEAKS_FOR_DB},
+        {part.column for part in evidence if part.llr_db <= SPEAKS_AGAINST_DB},
+    )

@@ -22,7 +22,6 @@ from math import log10, perm
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from biodedup.values import FINGER_POSITIONS
 
@@ -77,6 +76,8 @@ class Readings:
             best = sums.argmax(axis=1)
             most, chosen, charges = sums.max(axis=1), self.paired[best], self.charges_db[best]
         if self.assignment_db is not None:
+            from scipy.optimize import linear_sum_assignment  # long to import, and seldom needed
+
             squares = known.reshape(-1, *self.shape)
             assigned = np.zeros(squares.shape, bool)
             for one, evidence in zip(assigned, squares, strict=True):

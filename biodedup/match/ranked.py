@@ -6,8 +6,10 @@ a `Comparison` is made only of those that somebody looks at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import isnan
 from typing import Any, overload
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from biodedup.match.calibration import SCORE_DB_MAX, Calibration
 from biodedup.match.calibrations import WithMinutiae
-from biodedup.match.fusion import fused_interval_db, fused_score_db
+from biodedup.match.fusion import bounded, measured_db, score_db_of_steps, steps_of
 from biodedup.match.labels import Pair
 from biodedup.values import Evidence
 
@@ -51,31 +53,33 @@ class Law:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A pair of columns, compared. similarity, minutiae, score_db, llr_db: float64 (n,), of every row; NaN where it cannot be
-    compared so."""
+    """A pair of columns, compared. float64 (n,) each, of every row; NaN where it cannot be compared so. raw: similarity or minutiae,
+    whichever the law's `alone` takes; summed_db: what its `both` takes."""
 
     law: Law
     similarity: Float64
     minutiae: Float64
-    score_db: Float64
+    raw: Float64
+    summed_db: Float64
     llr_db: Float64
+
+    def score_db(self, ats: Int64) -> Float64:
+        """Of these rows. Of most rows nobody asks: they are ranked by sums."""
+        found, summed_db = self.law.alone.score_db(self.raw[ats]), self.summed_db[ats]
+        both = ~np.isnan(summed_db)
+        if both.any():
+            found[both] = self.law.of(True).score_db(summed_db[both])
+        return found
 
 
 def calibrated(law: Law, similarity: Float64, minutiae: Float64, *, by_embedding: bool) -> Measured:
     """What raw scores say. similarity, minutiae: float64 (n,), NaN where absent; by_embedding: minutiae only add to it."""
-    score_db, llr_db = np.full((2, len(similarity)), np.nan)
     raw = similarity if by_embedding else minutiae
-    both = ~np.isnan(similarity + minutiae) & (law.with_minutiae is not None)
-    there = np.flatnonzero(~np.isnan(raw))
-    llr_db[there] = law.alone.llr_db(raw[there])
-    alone = there[~both[there]]
-    score_db[alone] = law.alone.score_db(raw[alone])
+    llr_db, summed_db = law.alone.llr_db(raw), np.full(len(raw), np.nan)
     if law.with_minutiae is not None:
-        there = np.flatnonzero(both)
-        summed = llr_db[there] + law.with_minutiae.minutiae.llr_db(minutiae[there])
-        score_db[there] = law.with_minutiae.both.score_db(summed)
-        llr_db[there] = law.with_minutiae.both.llr_db(summed)
-    return Measured(law, similarity, minutiae, score_db, llr_db)
+        summed_db = llr_db + law.with_minutiae.minutiae.llr_db(minutiae)
+        llr_db = np.where(np.isnan(summed_db), llr_db, law.with_minutiae.both.llr_db(summed_db))
+    return Measured(law, similarity, minutiae, raw, summed_db, llr_db)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,47 +126,57 @@ class Board:
         self._measured = tuple(measured.values())
         shape = (len(self._measured), len(self.rows))
         self.llr_db = np.array([one.llr_db for one in self._measured]).reshape(shape).T
-        self._score_db = np.array([one.score_db for one in self._measured]).reshape(shape).T
-        self._both = np.array(
-            [
-                ~np.isnan(one.similarity + one.minutiae) & (one.law.with_minutiae is not None)
-                for one in self._measured
-            ],
-            bool,
-        ).reshape(shape).T  # fmt: skip
+        self._both = ~np.isnan(np.array([one.summed_db for one in self._measured]).reshape(shape).T)
 
     def fuse(self, used: Bool, tries_db: Float64 | None = None, ats: Int64 | None = None) -> Fused:
         """used: bool (n, pairs), of these rows (None: all)."""
-        ats = np.arange(len(self.rows)) if ats is None else ats
+        llr_db, both = (self.llr_db, self._both) if ats is None else (self.llr_db[ats], self._both[ats])
         tries_db = np.zeros(used.shape) if tries_db is None else tries_db
-        llr_db = (np.where(used, self.llr_db[ats], 0.0) - tries_db).sum(axis=1)
-        score_db, extrapolated = np.full(len(ats), np.nan), np.zeros(len(ats), bool)
-        kinds = used.astype(np.int8) + (used & self._both[ats])
-        for some in _alike(kinds):
-            pattern = kinds[some[0]]
-            calibrations = self._calibrations(pattern)
-            if len(calibrations) == 1:
-                (pair,) = np.flatnonzero(pattern)
-                score_db[some] = np.maximum(self._score_db[ats[some], pair] - tries_db[some, pair], 0.0)
-                extrapolated[some] = score_db[some] > calibrations[0].measured_db
-            elif calibrations:
-                score_db[some], extrapolated[some] = fused_score_db(llr_db[some], calibrations)
-        return Fused(used, tries_db, score_db, llr_db, extrapolated, np.zeros(len(ats)))
+        llr_db = (np.where(used, llr_db, 0.0) - tries_db).sum(axis=1)
+        steps, (score_db, limit_db) = steps_of(llr_db), np.full((2, len(llr_db)), np.nan)
+        for some, pairs, calibrations in self._alike(used, both):
+            limit_db[some] = measured_db(calibrations)
+            if len(pairs) == 1:
+                mine = some if ats is None else ats[some]
+                score_db[some] = self._measured[pairs[0]].score_db(mine) - tries_db[some, pairs[0]]
+            else:
+                score_db[some] = score_db_of_steps(steps[some], calibrations)
+        score_db = np.maximum(score_db, 0.0)
+        return Fused(used, tries_db, score_db, llr_db, score_db > limit_db, np.zeros(len(llr_db)))
 
-    def comparison(self, at: int, fused: Fused) -> Comparison:
-        used, charge_db = fused.used[at], float(fused.charge_db[at])
-        score_db, llr_db = float(fused.score_db[at]), float(fused.llr_db[at])
-        evidence = tuple(
-            self._evidence(int(pair), at, float(fused.tries_db[at, pair])) for pair in np.flatnonzero(used)
-        )
-        calibrations = self._calibrations(used.astype(np.int8) + (used & self._both[at]))
-        interval, bounds = None, fused_interval_db(llr_db + charge_db, calibrations)
-        if bounds is not None:
-            low, high = (float(bound) - charge_db for bound in bounds)
-            interval = (max(min(low, score_db), 0.0), max(high, score_db))
-        return Comparison(
-            int(self.rows[at]), score_db, llr_db, bool(fused.extrapolated[at]), evidence, charge_db, interval
-        )
+    def comparisons(self, ats: Int64, fused: Fused) -> list[Comparison]:
+        """Those of these rows."""
+        used, charge_db = fused.used[ats], fused.charge_db[ats]
+        score_db, llr_db = fused.score_db[ats], fused.llr_db[ats]
+        low_db, high_db = np.full((2, len(ats)), np.nan)
+        steps = steps_of(llr_db + charge_db)
+        for some, _, calibrations in self._alike(used, self._both[ats]):
+            if bounded(calibrations):
+                low_db[some] = score_db_of_steps(steps[some], calibrations, "low")
+                high_db[some] = score_db_of_steps(steps[some], calibrations, "high")
+        low_db = np.maximum(np.minimum(low_db - charge_db, score_db), 0.0)
+        high_db = np.maximum(high_db - charge_db, score_db)
+        evidence: list[list[Evidence]] = [[] for _ in range(len(ats))]
+        tries_db = fused.tries_db[ats]
+        for pair, one, mine, tried_db in zip(self.pairs, self._measured, used.T, tries_db.T, strict=True):
+            if mine.any():
+                values = (
+                    np.maximum(one.score_db(ats) - tried_db, 0.0),
+                    one.llr_db[ats] - tried_db,
+                    one.similarity[ats],
+                    one.minutiae[ats],
+                )
+                lists = [value.tolist() for value in values]
+                for i in np.flatnonzero(mine).tolist():
+                    score, llr, *raw = [of_all[i] for of_all in lists]
+                    evidence[i].append(Evidence(*pair, score, llr, *[None if isnan(x) else x for x in raw]))
+        told = (self.rows[ats], score_db, llr_db, fused.extrapolated[ats], charge_db, low_db, high_db)
+        return [
+            Comparison(row, score, llr, beyond, tuple(parts), charge, None if isnan(low) else (low, high))
+            for parts, row, score, llr, beyond, charge, low, high in zip(
+                evidence, *(values.tolist() for values in told), strict=True
+            )
+        ]
 
     def raw(self, column: str, fused: Fused) -> tuple[Float64, Float64]:
         """(similarity, minutiae) of the pair that counts of this column of the probe; NaN where none does."""
@@ -173,21 +187,15 @@ class Board:
                 similarity[used], minutiae[used] = one.similarity[used], one.minutiae[used]
         return similarity, minutiae
 
-    def _calibrations(self, pattern: NDArray[np.int8]) -> tuple[Calibration, ...]:
-        return tuple(self._measured[pair].law.of(bool(pattern[pair] == 2)) for pair in np.flatnonzero(pattern))
-
-    def _evidence(self, pair: int, at: int, tries_db: float) -> Evidence:
-        one = self._measured[pair]
-        similarity, minutiae = (
-            None if np.isnan(value[at]) else float(value[at]) for value in (one.similarity, one.minutiae)
-        )
-        return Evidence(
-            *self.pairs[pair],
-            score_db=max(float(one.score_db[at]) - tries_db, 0.0) if tries_db else float(one.score_db[at]),
-            llr_db=float(one.llr_db[at]) - tries_db,
-            similarity=similarity,
-            minutiae=minutiae,
-        )
+    def _alike(self, used: Bool, both: Bool) -> Iterator[tuple[Int64, list[int], tuple[Calibration, ...]]]:
+        """(which of them, pairs, their calibrations) of each sort among some rows; rows without evidence are left out."""
+        kinds = used.astype(np.int8)
+        kinds += used & both
+        for some in _sorts(kinds):
+            kind = kinds[some[0]].tolist()
+            pairs = [pair for pair, value in enumerate(kind) if value]
+            if pairs:
+                yield some, pairs, tuple([self._measured[pair].law.of(kind[pair] == 2) for pair in pairs])
 
 
 class Ranked(Sequence[Comparison]):
@@ -202,7 +210,8 @@ class Ranked(Sequence[Comparison]):
         rows = np.concatenate([np.zeros(0, np.int64), *(self._results[n][0].rows[ats] for ats, n in parts)])
         score_db = np.concatenate(empty + [self._results[n][1].score_db[ats] for ats, n in parts])
         llr_db = np.concatenate(empty + [self._results[n][1].llr_db[ats] for ats, n in parts])
-        order = np.lexsort((rows, -llr_db, -score_db))
+        keys = (-llr_db, -score_db)
+        order = np.lexsort(keys if (rows[1:] > rows[:-1]).all() else (rows, *keys))
         self.rows, self.score_db, self.llr_db = rows[order], score_db[order], llr_db[order]
         self._at, self._which = at[order], which[order]
 
@@ -241,21 +250,34 @@ class Ranked(Sequence[Comparison]):
     def __getitem__(self, index: slice) -> Sequence[Comparison]: ...
     def __getitem__(self, index: int | slice) -> Comparison | Sequence[Comparison]:
         if isinstance(index, slice):
-            return [self._at_rank(i) for i in range(*index.indices(len(self)))]
-        return self._at_rank(range(len(self.rows))[index])
+            return self.at(range(*index.indices(len(self))))
+        return self.at([range(len(self))[index]])[0]
 
-    def _at_rank(self, index: int) -> Comparison:
-        board, fused = self._results[int(self._which[index])]
-        return board.comparison(int(self._at[index]), fused)
+    def __iter__(self) -> Iterator[Comparison]:
+        return iter(self[:])
+
+    def at(self, ranks: Sequence[int]) -> list[Comparison]:
+        """Those of these ranks, all at once."""
+        wanted = np.array(ranks, np.int64)
+        found: dict[int, Comparison] = {}
+        for number, (board, fused) in enumerate(self._results):
+            mine = wanted[self._which[wanted] == number]
+            found.update(zip(mine.tolist(), board.comparisons(self._at[mine], fused), strict=True))
+        return [found[rank] for rank in ranks]
 
 
-def _alike(kinds: NDArray[np.int8]) -> list[Int64]:
-    """Which rows are the same: of each sort of row where it is."""
-    if kinds.shape[1] <= 39:  # three values a pair, in 63 bits
-        _, which, counts = np.unique(kinds @ 3 ** np.arange(kinds.shape[1]), return_inverse=True, return_counts=True)
+def _sorts(kinds: NDArray[np.int8]) -> list[Int64]:
+    """Which rows are the same: of each sort of row where it is, ascending."""
+    if not len(kinds):
+        return []
+    if kinds.shape[1] <= 9:  # three values a pair, in 15 bits, which are sorted fastest
+        sort = kinds.astype(np.int16) @ 3 ** np.arange(kinds.shape[1], dtype=np.int16)
     else:
-        _, which, counts = np.unique(kinds, axis=0, return_inverse=True, return_counts=True)
-    return np.split(np.argsort(which.ravel(), kind="stable"), np.cumsum(counts)[:-1]) if len(counts) else []
+        _, sort = np.unique(kinds, axis=0, return_inverse=True)
+        sort = sort.ravel()
+    order = np.argsort(sort, kind="stable")
+    ends = [0, *(np.flatnonzero(np.diff(sort[order])) + 1).tolist(), len(order)]
+    return [order[start:end] for start, end in pairwise(ends)]
 
 
 def _strength(score_db: Float64, charge_db: Float64) -> Float64:

@@ -9,6 +9,7 @@ heaps, no results to merge. Many probes are served by `sign_kernel.py`, which us
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import llvmlite.binding
@@ -315,69 +316,80 @@ def _dot(plane: Any, cell: int, probes: Any, p: int) -> int:
     return total
 
 
-def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
-    """`scan` for a processor; see there."""
-    tile_one, tile_wide = make_tile(1, instructions), make_tile(WIDE, instructions)
+_tile_one, _tile_wide = make_tile(1), make_tile(WIDE)
 
-    def scan(
-        plane: Any,
-        norms: Any,
-        live: Any,
-        first: int,
-        last: int,
-        block: int,
-        probes: Any,
-        offsets: Any,
-        slopes: Any,
-        which: Any,
-        cells: Any,
-        dots: Any,
-    ) -> tuple[int, int]:
-        halves, width = plane.shape[1:]
-        count, stride = probes.shape
-        missing = -count % WIDE
-        mine = np.concatenate((probes, np.zeros((missing, stride), np.int8)))
-        my_offsets = np.concatenate((offsets, np.zeros(missing, np.float32)))
-        my_slopes = np.concatenate((slopes, np.zeros(missing, np.float32)))
-        wide = 1 if count == 1 else WIDE
-        masks = np.empty(32, np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
-        at_probes, at_norms, at_masks = mine.ctypes.data, norms.ctypes.data, masks.ctypes.data
-        at_offsets, at_slopes = my_offsets.ctypes.data, my_slopes.ctypes.data
-        found = 0
-        while block < plane.shape[0]:
-            if found + 64 * count > which.size:
-                return found, block
-            alive = live[block] if live.size else ~np.uint64(0)
-            if alive == 0:
-                block += 1
-                continue
-            at_plane = plane.ctypes.data + halves * width * block
-            if block + _PREFETCHED < plane.shape[0]:
-                for line in range(halves * width // 64):
-                    prefetch(at_plane + halves * width * _PREFETCHED + 64 * line)
-            for p in range(0, count, wide):
-                at_probe, at_offset, at_slope = at_probes + p * stride, at_offsets + 4 * p, at_slopes + 4 * p
-                at_norm = at_norms + 256 * block
-                if wide > 1:
-                    tile_wide(at_plane, at_probe, stride, halves, at_norm, at_offset, at_slope, at_masks)
-                else:
-                    tile_one(at_plane, at_probe, stride, halves, at_norm, at_offset, at_slope, at_masks)
-                for i in range(min(wide, count - p)):
-                    mask = masks[i] & alive
-                    if mask:
-                        for r in range(64):
-                            cell = 64 * block + r
-                            if (mask >> np.uint64(r)) & np.uint64(1) and first <= cell < last:
-                                which[found], cells[found] = p + i, cell
-                                dots[found] = _dot(plane, cell, probes, p + i)
-                                found += 1
+
+@numba.njit(nogil=True, cache=True)
+def _scan(
+    plane: Any,
+    norms: Any,
+    live: Any,
+    first: int,
+    last: int,
+    block: int,
+    probes: Any,
+    offsets: Any,
+    slopes: Any,
+    which: Any,
+    cells: Any,
+    dots: Any,
+) -> tuple[int, int]:
+    halves, width = plane.shape[1:]
+    count, stride = probes.shape
+    missing = -count % WIDE
+    mine = np.concatenate((probes, np.zeros((missing, stride), np.int8)))
+    my_offsets = np.concatenate((offsets, np.zeros(missing, np.float32)))
+    my_slopes = np.concatenate((slopes, np.zeros(missing, np.float32)))
+    wide = 1 if count == 1 else WIDE
+    masks = np.empty(32, np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
+    at_probes, at_norms, at_masks = mine.ctypes.data, norms.ctypes.data, masks.ctypes.data
+    at_offsets, at_slopes = my_offsets.ctypes.data, my_slopes.ctypes.data
+    found = 0
+    while block < plane.shape[0]:
+        if found + 64 * count > which.size:
+            return found, block
+        alive = live[block] if live.size else ~np.uint64(0)
+        if alive == 0:
             block += 1
-        return found, block
+            continue
+        at_plane = plane.ctypes.data + halves * width * block
+        if block + _PREFETCHED < plane.shape[0]:
+            for line in range(halves * width // 64):
+                prefetch(at_plane + halves * width * _PREFETCHED + 64 * line)
+        for p in range(0, count, wide):
+            at_probe, at_offset, at_slope = at_probes + p * stride, at_offsets + 4 * p, at_slopes + 4 * p
+            at_norm = at_norms + 256 * block
+            if wide > 1:
+                _tile_wide(at_plane, at_probe, stride, halves, at_norm, at_offset, at_slope, at_masks)
+            else:
+                _tile_one(at_plane, at_probe, stride, halves, at_norm, at_offset, at_slope, at_masks)
+            for i in range(min(wide, count - p)):
+                mask = masks[i] & alive
+                if mask:
+                    for r in range(64):
+                        cell = 64 * block + r
+                        if (mask >> np.uint64(r)) & np.uint64(1) and first <= cell < last:
+                            which[found], cells[found] = p + i, cell
+                            dots[found] = _dot(plane, cell, probes, p + i)
+                            found += 1
+        block += 1
+    return found, block
 
-    return numba.njit(scan, nogil=True, cache=cache)
+
+def rebound(function: Any, **names: Any) -> Any:
+    """A compiled function's Python function with other globals of these names.
+
+    Variants are made so, and not as closures: numba keys its cache by what a closure's cells pickle to, which no two processes
+    have in common where it is compiled functions, and so each of them would compile anew.
+    """
+    python = function.py_func
+    return FunctionType(python.__code__, {**python.__globals__, **names}, python.__name__)
 
 
-_scan = make_scan(cache=True)
+def make_scan(instructions: str) -> Any:
+    """`_scan` for another processor."""
+    tiles = {"_tile_one": make_tile(1, instructions), "_tile_wide": make_tile(WIDE, instructions)}
+    return numba.njit(rebound(_scan, **tiles), nogil=True)
 
 
 def scan(

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from biodedup.gallery.codes import Codes
-from biodedup.search.kernel import INSTRUCTIONS, make_row_dot, splat
+from biodedup.search.kernel import INSTRUCTIONS, make_row_dot, rebound, splat
 from biodedup.values import Float32
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -278,34 +278,33 @@ def _lay_out_some(taken: Any, column: int, lanes: Any, rows: Any) -> None:
             rows[i, h] = taken[b, column, h, r]
 
 
-def _make_add_values(instructions: str) -> Any:
-    row_dot = make_row_dot(instructions)
+_row_dot = make_row_dot()
 
-    def add_values(
-        some: Any,
-        lanes: Any,
-        rows: Any,
-        by_lane: bool,
-        lengths: Any,
-        probes: Any,
-        parameters: Any,
-        evidence: Any,
-        totals: Any,
-    ) -> None:
-        """Of one column, what pairs of a probe and a row are worth by its four-bit numbers."""
-        at_rows, at_probes = rows.ctypes.data, probes.ctypes.data
-        octets, last = probes.shape[2], evidence.shape[0] - 1
-        for i in range(some.shape[0]):
-            p, lane = some[i], lanes[i]
-            at_row = at_rows + octets * (lane if by_lane else i)
-            dot = np.float32(row_dot(at_row, at_probes + 2 * octets * p, octets))
-            value = parameters[p, 0] * (dot - parameters[p, 1]) / lengths[lane]
-            if last >= 0:
-                place = np.int64(np.rint((value + np.float32(1)) * np.float32(0.5 * last)))
-                value = evidence[min(max(place, 0), last)]
-            totals[i] += value
 
-    return numba.njit(add_values, nogil=True, error_model="numpy")
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _add_values(
+    some: Any,
+    lanes: Any,
+    rows: Any,
+    by_lane: bool,
+    lengths: Any,
+    probes: Any,
+    parameters: Any,
+    evidence: Any,
+    totals: Any,
+) -> None:
+    """Of one column, what pairs of a probe and a row are worth by its four-bit numbers."""
+    at_rows, at_probes = rows.ctypes.data, probes.ctypes.data
+    octets, last = probes.shape[2], evidence.shape[0] - 1
+    for i in range(some.shape[0]):
+        p, lane = some[i], lanes[i]
+        at_row = at_rows + octets * (lane if by_lane else i)
+        dot = np.float32(_row_dot(at_row, at_probes + 2 * octets * p, octets))
+        value = parameters[p, 0] * (dot - parameters[p, 1]) / lengths[lane]
+        if last >= 0:
+            place = np.int64(np.rint((value + np.float32(1)) * np.float32(0.5 * last)))
+            value = evidence[min(max(place, 0), last)]
+        totals[i] += value
 
 
 @numba.njit(nogil=True, cache=True)
@@ -316,30 +315,33 @@ def aligned(octets: int) -> Any:
     return space[start : start + octets]
 
 
-def _make_survivors(instructions: str) -> Any:
-    tile = _plain_tile if instructions == "plain" else _make_tile(instructions)
+def _tile_for(instructions: str) -> Any:
+    return _plain_tile if instructions == "plain" else _make_tile(instructions)
 
-    def survivors(
-        signs: Any, seeds: Any, alive: Any, tables: Any, limits: Any, count: int, masks: Any, which: Any, lanes: Any
-    ) -> int:
-        """Probes and rows of some blocks that reach the limits, by probe. Returns how many."""
-        found = 0
-        number = tables.shape[1]
-        at_signs, at_tables, at_seeds = signs.ctypes.data, tables.ctypes.data, seeds.ctypes.data
-        at_limits, at_masks = limits.ctypes.data, masks.ctypes.data
-        for p in range(0, tables.shape[0], WIDE):
-            for b in range(alive.shape[0]):
-                at_table, at_limit = at_tables + 16 * number * p, at_limits + p
-                tile(at_signs + 64 * number * b, at_table, number, at_seeds + 64 * b, at_limit, at_masks)
-                for i in range(min(WIDE, count - p)):
-                    mask = masks[i] & alive[b]
-                    while mask:
-                        which[found], lanes[found] = p + i, 64 * b + np.int32(_lowest_bit(mask))
-                        mask &= mask - np.uint64(1)
-                        found += 1
-        return found
 
-    return numba.njit(survivors, nogil=True)
+_tile = _tile_for(INSTRUCTIONS)
+
+
+@numba.njit(nogil=True, cache=True)
+def _survivors(
+    signs: Any, seeds: Any, alive: Any, tables: Any, limits: Any, count: int, masks: Any, which: Any, lanes: Any
+) -> int:
+    """Probes and rows of some blocks that reach the limits, by probe. Returns how many."""
+    found = 0
+    number = tables.shape[1]
+    at_signs, at_tables, at_seeds = signs.ctypes.data, tables.ctypes.data, seeds.ctypes.data
+    at_limits, at_masks = limits.ctypes.data, masks.ctypes.data
+    for p in range(0, tables.shape[0], WIDE):
+        for b in range(alive.shape[0]):
+            at_table, at_limit = at_tables + 16 * number * p, at_limits + p
+            _tile(at_signs + 64 * number * b, at_table, number, at_seeds + 64 * b, at_limit, at_masks)
+            for i in range(min(WIDE, count - p)):
+                mask = masks[i] & alive[b]
+                while mask:
+                    which[found], lanes[found] = p + i, 64 * b + np.int32(_lowest_bit(mask))
+                    mask &= mask - np.uint64(1)
+                    found += 1
+    return found
 
 
 @numba.njit(nogil=True, cache=True)
@@ -354,103 +356,101 @@ def _alive(live: Any, block: int, first: int, last: int) -> Any:
     return alive
 
 
-def make_scan(instructions: str = INSTRUCTIONS, *, cache: bool = False) -> Any:
-    """`scan` for a processor; see there."""
-    survivors = _make_survivors(instructions)
-    add_values = _make_add_values(instructions)
-
-    def scan(
-        planes: Any,
-        norms: Any,
-        halves: Any,
-        used: Any,
-        members: Any,
-        live: Any,
-        first: int,
-        last: int,
-        block: int,
-        tables: Any,
-        limits: Any,
-        bits: int,
-        seeding: Any,
-        probes: Any,
-        parameters: Any,
-        evidence: Any,
-        cuts: Any,
-        which: Any,
-        cells: Any,
-        values: Any,
-    ) -> tuple[int, int, int]:
-        columns, count = probes.shape[:2]
-        number, octets = tables.shape[1], probes.shape[3]
-        mapped = members.shape[1] > 0
-        taken = aligned(_TOGETHER * columns * 64 * octets).view(np.uint32).reshape(_TOGETHER, columns, octets // 4, 64)
-        signs = aligned(_TOGETHER * 64 * number).reshape(_TOGETHER, number, 64)
-        rows = aligned(_TOGETHER * 64 * octets).view(np.uint32).reshape(_TOGETHER * 64, octets // 4)
-        lengths, seeds = np.ones((columns, _TOGETHER * 64), np.float32), np.zeros(_TOGETHER * 64, np.uint8)
-        masks = aligned(192).view(np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
-        alive = np.empty(_TOGETHER, np.uint64)
-        room = 64 * _TOGETHER * count
-        some, lanes, totals = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
-        found, passed, end = 0, 0, -(-last // 64)
-        while block < end:
-            if found + room > which.size:
-                return found, block, passed
-            blocks = min(_TOGETHER, end - block)
-            for b in range(blocks):
-                alive[b] = _alive(live, block + b, first, last)
-                begin = 0
-                for c in range(columns if alive[b] else 0):
-                    mine, at = taken[b, c, : halves[c]], 64 * (block + b)
-                    if mapped:
-                        _take(planes[c], members[c, at : min(at + 64, members.shape[1])], mine)
-                    else:
-                        _take_block(planes[c] + 256 * halves[c] * (block + b), mine)
-                    if bits == 1:
-                        _sign(mine, signs[b, begin : begin + used[c]])
-                    else:
-                        _class(mine, signs[b, begin : begin + used[c]])
-                    begin += used[c]
-                    for r in range(64):
-                        cell = at + r
-                        if mapped:
-                            cell = members[c, min(cell, members.shape[1] - 1)]
-                        lengths[c, 64 * b + r] = _f32_at(norms[c] + 4 * np.int64(cell))
-            if seeding[1] != 0:
-                for r in range(64 * blocks):
-                    seeds[r] = np.uint8(min(max(seeding[0] + seeding[1] * lengths[0, r], np.float32(0)), seeding[2]))
-            reached = survivors(signs, seeds, alive[:blocks], tables, limits, count, masks, some, lanes)
-            passed += reached
-            laid_out = reached >= _LAID_OUT_FROM * blocks
-            totals[:reached] = 0
-            for c in range(columns):
-                if laid_out:
-                    for b in range(blocks):
-                        _lay_out(taken[b, c], rows[64 * b :])
+@numba.njit(nogil=True, cache=True)
+def _scan(
+    planes: Any,
+    norms: Any,
+    halves: Any,
+    used: Any,
+    members: Any,
+    live: Any,
+    first: int,
+    last: int,
+    block: int,
+    tables: Any,
+    limits: Any,
+    bits: int,
+    seeding: Any,
+    probes: Any,
+    parameters: Any,
+    evidence: Any,
+    cuts: Any,
+    which: Any,
+    cells: Any,
+    values: Any,
+) -> tuple[int, int, int]:
+    columns, count = probes.shape[:2]
+    number, octets = tables.shape[1], probes.shape[3]
+    mapped = members.shape[1] > 0
+    taken = aligned(_TOGETHER * columns * 64 * octets).view(np.uint32).reshape(_TOGETHER, columns, octets // 4, 64)
+    signs = aligned(_TOGETHER * 64 * number).reshape(_TOGETHER, number, 64)
+    rows = aligned(_TOGETHER * 64 * octets).view(np.uint32).reshape(_TOGETHER * 64, octets // 4)
+    lengths, seeds = np.ones((columns, _TOGETHER * 64), np.float32), np.zeros(_TOGETHER * 64, np.uint8)
+    masks = aligned(192).view(np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
+    alive = np.empty(_TOGETHER, np.uint64)
+    room = 64 * _TOGETHER * count
+    some, lanes, totals = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
+    found, passed, end = 0, 0, -(-last // 64)
+    while block < end:
+        if found + room > which.size:
+            return found, block, passed
+        blocks = min(_TOGETHER, end - block)
+        for b in range(blocks):
+            alive[b] = _alive(live, block + b, first, last)
+            begin = 0
+            for c in range(columns if alive[b] else 0):
+                mine, at = taken[b, c, : halves[c]], 64 * (block + b)
+                if mapped:
+                    _take(planes[c], members[c, at : min(at + 64, members.shape[1])], mine)
                 else:
-                    _lay_out_some(taken, c, lanes[:reached], rows)
-                add_values(
-                    some[:reached],
-                    lanes[:reached],
-                    rows,
-                    laid_out,
-                    lengths[c],
-                    probes[c],
-                    parameters[c],
-                    evidence[c],
-                    totals,
-                )
-            for i in range(reached):
-                if totals[i] >= cuts[some[i]]:
-                    which[found], cells[found], values[found] = some[i], 64 * block + lanes[i], totals[i]
-                    found += 1
-            block += blocks
-        return found, block, passed
+                    _take_block(planes[c] + 256 * halves[c] * (block + b), mine)
+                if bits == 1:
+                    _sign(mine, signs[b, begin : begin + used[c]])
+                else:
+                    _class(mine, signs[b, begin : begin + used[c]])
+                begin += used[c]
+                for r in range(64):
+                    cell = at + r
+                    if mapped:
+                        cell = members[c, min(cell, members.shape[1] - 1)]
+                    lengths[c, 64 * b + r] = _f32_at(norms[c] + 4 * np.int64(cell))
+        if seeding[1] != 0:
+            for r in range(64 * blocks):
+                seeds[r] = np.uint8(min(max(seeding[0] + seeding[1] * lengths[0, r], np.float32(0)), seeding[2]))
+        reached = _survivors(signs, seeds, alive[:blocks], tables, limits, count, masks, some, lanes)
+        passed += reached
+        laid_out = reached >= _LAID_OUT_FROM * blocks
+        totals[:reached] = 0
+        for c in range(columns):
+            if laid_out:
+                for b in range(blocks):
+                    _lay_out(taken[b, c], rows[64 * b :])
+            else:
+                _lay_out_some(taken, c, lanes[:reached], rows)
+            _add_values(
+                some[:reached],
+                lanes[:reached],
+                rows,
+                laid_out,
+                lengths[c],
+                probes[c],
+                parameters[c],
+                evidence[c],
+                totals,
+            )
+        for i in range(reached):
+            if totals[i] >= cuts[some[i]]:
+                which[found], cells[found], values[found] = some[i], 64 * block + lanes[i], totals[i]
+                found += 1
+        block += blocks
+    return found, block, passed
 
-    return numba.njit(scan, nogil=True, cache=cache)
 
-
-_scan = make_scan(cache=True)
+def make_scan(instructions: str) -> Any:
+    """`_scan` for another processor."""
+    survivors = numba.njit(rebound(_survivors, _tile=_tile_for(instructions)), nogil=True)
+    add_values = numba.njit(rebound(_add_values, _row_dot=make_row_dot(instructions)), nogil=True, error_model="numpy")
+    return numba.njit(rebound(_scan, _survivors=survivors, _add_values=add_values), nogil=True)
 
 
 @dataclass(frozen=True)

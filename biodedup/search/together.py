@@ -25,8 +25,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
-from scipy.stats import beta
+from scipy.special import betaincinv, ndtr, ndtri
 
 from biodedup.gallery.codec import Codec
 from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
@@ -94,7 +93,7 @@ class Choice:
     @property
     def miss_bound(self) -> float:
         """The upper end of the one-sided 95 % interval (Clopper and Pearson, 1934)."""
-        return float(beta.ppf(0.95, self.missed + 1, max(self.drawn - self.missed, 1)))
+        return float(betaincinv(self.missed + 1, max(self.drawn - self.missed, 1), 0.95))
 
 
 @dataclass(frozen=True)
@@ -438,7 +437,7 @@ class _Draw:
 
     def bound(self, groups: tuple[int, ...], share: float, *, chosen: bool) -> float:
         lost, drawn = self._count(groups, share, chosen=chosen)
-        return float(beta.ppf(0.95, lost + 1, max(drawn - lost, 1)))
+        return float(betaincinv(lost + 1, max(drawn - lost, 1), 0.95))
 
     def _count(self, groups: tuple[int, ...], share: float, *, chosen: bool) -> tuple[int, int]:
         half = slice(0, None, 2) if chosen else slice(1, None, 2)
