@@ -50,7 +50,7 @@ from biodedup.gallery.answers import (
     from_json,
     to_json,
 )
-from biodedup.gallery.cases import Request, closed, reconsidered, ruled
+from biodedup.gallery.cases import Request, closed, closes, reconsidered, ruled
 from biodedup.gallery.catalogue import ColumnModel
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
@@ -70,7 +70,7 @@ from biodedup.search.across import comparable_bits
 from biodedup.search.clusters import clusters_of
 from biodedup.search.gather import Gathering
 from biodedup.search.plan import SearchPlan, plan_of
-from biodedup.search.rescore import JOIN_ROWS, PROBES, Found, Searcher
+from biodedup.search.rescore import JOIN_ROWS, PROBES, Found, Searcher, SnapshotRows
 from biodedup.trace import tracing, untraced
 from biodedup.values import (
     COLUMNS,
@@ -353,12 +353,19 @@ class Engine:
     def _settle(
         self, transaction: Transaction, probe: _Probe, found: Found, digest: bytes, request: _Request
     ) -> Decision:
+        decision = self._decided(transaction, probe, found, request)
+        asked = Request(request.replaces, tuple(probe.encounter.groups), request.across)
+        return self._recorded(transaction, probe, decision, digest, asked)
+
+    def _recorded(
+        self, transaction: Transaction, probe: _Probe, decision: Decision, digest: bytes, asked: Request
+    ) -> Decision:
+        """Stages a new decision, and what follows from it."""
         encounter_id = probe.encounter.encounter_id or self._new_id()
-        decision = replace(self._decided(transaction, probe, found, request), encounter_id=encounter_id)
+        decision = replace(decision, encounter_id=encounter_id)
         if decision.outcome == "unique":
             self._write(transaction, probe, encounter_id)
         elif decision.outcome == "review":
-            asked = Request(request.replaces, tuple(probe.encounter.groups), request.across)
             transaction.hold(encounter_id, probe.templates.values(), asked)
         transaction.record(encounter_id, Answer(digest, decision.outcome, to_json(decision)))
         return decision
@@ -392,6 +399,21 @@ class Engine:
             transaction.remove(subject_id)
         transaction.add(subject_id, probe.templates, encounter_id, probe.encounter.groups)
 
+    @staticmethod
+    def _complete(transaction: Transaction, probe: _Probe) -> None:
+        """Gives an enrolled subject the templates of columns that it lacks. What it has stays: the verdict does not say which is better."""
+        subject_id = probe.encounter.subject_id
+        assert subject_id is not None, "of a case"
+        now = transaction.snapshot()
+        row = now.row_of(subject_id)
+        assert row is not None, "_decided has seen to it"
+        enrolled = now.templates(row)
+        if probe.templates.keys() <= enrolled.keys():
+            return
+        (encounter_id,), (groups,) = now.encounter_ids([row]), now.groups([row])
+        transaction.remove(subject_id)
+        transaction.add(subject_id, {**probe.templates, **enrolled}, encounter_id, groups)
+
     def _as_refused(self, encounter: Encounter, error: CallerError) -> Decision:
         refusal = Refusal("encounter", _snake_case(type(error).__name__), str(error))
         duplicate_db, review_db = self.config.policy.thresholds_db(len(self))
@@ -410,6 +432,48 @@ class Engine:
         )
 
     # cases: what went to review -----------------------------------------------------------------------------------
+
+    def dispute(self, encounter: Encounter) -> Decision:
+        """Opens a case for an encounter whose subject is enrolled and whose captures look like somebody else's, as `verify` said: a
+        person judges whether they are the subject's. The decision, `review`, has the subject as its candidate.
+
+        Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput (without a usable capture, too), StorageUnavailable.
+        """
+        self._check_open()
+        _require_subject(encounter)
+        digest = digest_of(encounter)
+        (probe,) = self._prepare([encounter])
+        if isinstance(probe, CallerError):
+            raise probe
+        if not probe.templates:
+            raise InvalidInput("no capture of the encounter can be used; a case needs one to judge")
+        with self._gallery.transaction() as transaction:
+            answer = answered_before(transaction.answer, encounter, digest)
+            if answer is not None:
+                return answer
+            decision = self._disputed(transaction, probe)
+            asked = Request(False, tuple(encounter.groups), False)
+            return self._recorded(transaction, probe, decision, digest, asked)
+
+    def _disputed(self, transaction: Transaction, probe: _Probe) -> Decision:
+        subject_id = probe.encounter.subject_id
+        assert subject_id is not None, "_require_subject has seen to it"
+        now = transaction.snapshot()
+        row = now.row_of(subject_id)
+        if row is None:
+            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it, there is nothing to dispute")
+        self._check_models(probe.templates, transaction.models)
+        compared = self._comparer.compare(probe.templates, SnapshotRows(now), [row])
+        decision = self._decide(probe, Found(compared), now, version=transaction.version)
+        (own,) = decision.candidates or (Candidate(subject_id, 1, 0.0, False, ()),)
+        kind: Kind = "another_person" if own.kind in ("", *BELIEVED) else own.kind
+        return replace(
+            decision,
+            outcome="review",
+            candidates=(replace(own, kind=kind),),
+            compared=len(decision.candidates),
+            reasons=tuple(dict.fromkeys(("another_person", kind))),
+        )
 
     def cases(self) -> Iterator[Case]:
         """The open cases, in the order of their encounter_ids."""
@@ -442,13 +506,16 @@ class Engine:
         templates that were kept; otherwise it stays in `review`. The pair is never raised again, in no search and no join.
         `recapture`: refused; the templates are dropped. candidate: None means the only one, or with `different` all.
 
+        Where the subject itself is the candidate (`dispute`), `different` refuses the encounter; `same` accepts it, once nobody else is
+        left as above, and adds the templates of columns that the subject lacks.
+
         The same verdict again changes nothing. Raises EncounterConflict for another one on what was judged, SubjectExists or
         UnknownSubject where the subject was enrolled or removed otherwise, InvalidInput, StorageUnavailable.
         """
         self._check_open()
         case = self.case(encounter_id)
-        ruled(case, ruling, candidate, by, 0.0, note)  # raises before anybody is searched for
-        searches = ruling == "different" and not case.closed
+        wanted = ruled(case, ruling, candidate, by, 0.0, note)  # raises before anybody is searched for
+        searches = any(verdict.ruling == "different" or not closes(verdict) for verdict in wanted)
         probe = _Probe(
             Encounter(case.subject_id, case.decision.missing, encounter_id=encounter_id, groups=case.groups),
             case.templates,
@@ -463,13 +530,19 @@ class Engine:
             if not verdicts:
                 return now.decision
             transaction.judge(verdicts)
-            if ruling != "different":
+            if closes(verdicts[-1]):
                 decision = closed(now, verdicts[-1])
             else:
                 ((found, snapshot),) = seen
-                request = _Request([probe], [found], snapshot, [], case.replaces, case.across_positions, spare)
+                own = any(
+                    verdict.own for verdict in (*now.verdicts, *verdicts)
+                )  # the subject is enrolled, and it is theirs
+                replaces = own or case.replaces
+                request = _Request([probe], [found], snapshot, [], replaces, case.across_positions, spare)
                 decision = reconsidered(now, verdicts, self._decided(transaction, probe, found, request))
-                if decision.outcome == "unique":
+                if decision.outcome == "unique" and own:
+                    self._complete(transaction, probe)
+                elif decision.outcome == "unique":
                     self._write(transaction, probe, encounter_id)
             transaction.revise(now, decision)
         return decision

@@ -45,7 +45,9 @@ RULINGS = ("same", "different", "recapture")
 CaptureData: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
 Modality: TypeAlias = Literal["face", "finger"]
 Outcome: TypeAlias = Literal["unique", "duplicate", "review", "refused"]
-Kind: TypeAlias = Literal["", "same_person", "look_alike", "shared_finger", "swapped_fingers", "mixed_record"]
+Kind: TypeAlias = Literal[
+    "", "same_person", "look_alike", "shared_finger", "swapped_fingers", "mixed_record", "another_person"
+]
 Ruling: TypeAlias = Literal["same", "different", "recapture"]
 Float32: TypeAlias = NDArray[np.float32]
 Column: TypeAlias = Float32 | Sequence[bytes]
@@ -231,8 +233,8 @@ class Candidate:
     charge_db: what a search across positions has taken off score_db, for the readings of the fingers' labels that it tried.
     kind: what the captures together look like, "" below the review threshold. `same_person`; `look_alike`: the face agrees and the
     fingers do not, as twins' do; `shared_finger`: one finger agrees and nothing else does, perhaps an operator's own; `swapped_fingers`;
-    `mixed_record`: the probe's captures are of this candidate and of another. interval_db: where score_db lies, 95 %; None where the
-    calibration does not say.
+    `mixed_record`: the probe's captures are of this candidate and of another; `another_person`: the candidate is the subject whose id the
+    encounter has, and was not verified. interval_db: where score_db lies, 95 %; None where the calibration does not say.
     """
 
     subject_id: str
@@ -269,6 +271,11 @@ class Verdict:
         if not isinstance(self.note, str) or len(self.note) > 4000:
             raise InvalidInput("a note is a text of up to 4,000 characters; shorten it")
 
+    @property
+    def own(self) -> bool:
+        """Whether it is about the subject whose id the encounter has: `same`, the captures are theirs; `different`, they are not."""
+        return self.candidate == self.subject_id
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -279,7 +286,8 @@ class Decision:
     band), `extrapolated` (where the policy does not trust that), `incomplete`, `nothing_in_common` (nobody enrolled has a capture to
     compare). attainable_db: 19 of 20 mates with these captures score less; expected_fnir: the share of them that scores below
     review_db; both None where nothing was to be compared. compared: enrolled subjects with a capture in common. cleared: who would be a
-    candidate, had nobody ruled that these are two people. adjudicated: the verdict by which a person closed the case that this was.
+    candidate, had nobody ruled that these are two people, or, of the subject itself, one. adjudicated: the verdict by which a person
+    closed the case that this was.
     """
 
     outcome: Outcome
@@ -310,8 +318,9 @@ class Decision:
 
 @dataclass(frozen=True)
 class Case:
-    """An encounter that went to review. decision: as it stands, candidates who were removed since left out of an open case;
-    replaces: it asked to update an enrolled subject; templates: kept while the case is open."""
+    """An encounter that went to review. decision: as it stands, other candidates who were removed since left out of an open case;
+    replaces: it asked to update an enrolled subject; templates: kept while the case is open. Where the subject itself is the candidate,
+    it has to be judged whether the captures are theirs."""
 
     encounter_id: str
     subject_id: str

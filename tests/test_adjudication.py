@@ -311,6 +311,130 @@ def test_held_minutiae_embeddings_and_quality_come_back_as_they_were(tmp_path):
         assert engine.templates("bella")["right_index"].minutiae == record.minutiae
 
 
+# whose captures are they: an encounter under the id of somebody who is enrolled ------------------------------------
+
+
+def in_dispute(engine: bd.Engine, cosine: float = 0.0, **more: object) -> bd.Encounter:
+    """anna, enrolled with a face, and an encounter under her id with another face."""
+    (anna,) = people(1)
+    if "anna" not in engine:
+        engine.enroll(sent("anna", anna, "e-anna", groups=["north"]))
+    encounter = sent("anna", again(anna, cosine, seed=3), "e1", **more)
+    assert not engine.verify(encounter, "anna").accepted
+    assert engine.dispute(encounter).outcome == "review"
+    return encounter
+
+
+def with_finger(encounter: bd.Encounter, vector: np.ndarray) -> bd.Encounter:
+    finger = bd.Template("right_index", "external-128", vector)
+    return replace(encounter, templates={**encounter.templates, "right_index": finger})
+
+
+def test_a_disputed_encounter_is_a_case_about_the_subject_itself(engine, tmp_path):
+    encounter = in_dispute(engine)
+    (case,) = engine.cases()
+    assert (case.encounter_id, case.subject_id, names(case.undecided), case.replaces) == ("e1", "anna", ["anna"], False)
+    assert case.decision.best.kind == case.decision.reasons[0] == "another_person"
+    assert engine.dispute(encounter) == engine.enroll(encounter) == case.decision
+    assert len(list(engine.cases())) == 1
+    jobs.show_case(engine, "e1", tmp_path / "case.html", clock=Clock())
+    page = (tmp_path / "case.html").read_text()
+    assert "has the number of a subject who is enrolled" in page and "do not verify as theirs" in page
+
+
+@pytest.mark.parametrize(
+    "ruling, outcome, sealed",
+    [("same", "unique", True), ("different", "refused", False), ("recapture", "refused", False)],
+)
+def test_a_verdict_on_a_disputed_encounter_stands_after_a_restart_and_raises_it_never_again(
+    tmp_path, ruling, outcome, sealed
+):
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        encounter = in_dispute(engine)
+        if sealed:
+            engine.compact()
+        before = engine.templates("anna")["face"].embedding
+        decision = engine.adjudicate("e1", ruling, "A. Officer")
+        assert decision.outcome == outcome
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        version = engine.gallery_version
+        assert engine.adjudicate("e1", ruling, "B. Officer") == decision
+        assert engine.dispute(encounter) == engine.enroll(encounter) == engine.decision("e1") == decision
+        assert (engine.gallery_version, list(engine.cases()), engine.info()["open_cases"]) == (version, [], 0)
+        for other in {"same", "different", "recapture"} - {ruling}:
+            with pytest.raises(bd.EncounterConflict):
+                engine.adjudicate("e1", other, "B. Officer", candidate=None if other == "recapture" else "anna")
+        assert np.array_equal(engine.templates("anna")["face"].embedding, before)
+        assert engine.problems() == []
+
+
+def test_refused_for_being_another_person_the_subject_is_still_found(engine):
+    in_dispute(engine)
+    decision = engine.adjudicate("e1", "different", "A. Officer")
+    assert decision.refusals[-1].reason == "another_person"
+    (anna,) = people(1)
+    for subject_id in ("anna", None):  # nobody is somebody else than themselves
+        found = engine.identify(bd.Encounter(subject_id, templates={"face": anna}))
+        assert (found.outcome, names(found.candidates), found.cleared) == ("duplicate", ["anna"], ())
+
+
+def test_judged_the_same_the_subject_gets_the_captures_that_it_lacks_and_keeps_the_others(engine):
+    (anna,) = people(1)
+    engine.enroll(sent("anna", anna, "e-anna", groups=["north"]))
+    disputed = with_finger(sent("anna", again(anna, 0.0, seed=3), "e1", groups=["south"]), people(1, seed=9)[0])
+    engine.dispute(disputed)
+    decision = engine.adjudicate("e1", "same", "A. Officer")
+    assert (decision.outcome, names(decision.cleared), decision.adjudicated.own) == ("unique", ["anna"], True)
+    templates = engine.templates("anna")
+    assert templates.keys() == {"face", "right_index"} and len(engine) == 1
+    assert np.allclose(templates["face"].embedding, anna, atol=1e-6)
+    ids, _ = engine.search({"right_index": people(1, seed=9)}, k=1, groups=["north"])
+    assert ids[0, 0] == "anna"
+
+
+def test_judged_the_same_but_like_somebody_else_it_stays_open_until_that_one_is_judged(engine):
+    (anna, bella), finger = orthogonal(2), people(1, seed=9)[0]
+    engine.enroll(sent("anna", anna, "e-anna"))
+    engine.enroll(with_finger(sent("bella", bella, "e-bella"), finger))
+    engine.dispute(with_finger(sent("anna", orthogonal(3)[2], "e1"), again(finger, 0.9)))
+    assert names(engine.case("e1").undecided) == ["anna"]
+    for _ in range(2):  # sent again, it is not taken for a verdict on bella
+        decision = engine.adjudicate("e1", "same", "A. Officer")
+        assert (decision.outcome, names(engine.case("e1").undecided)) == ("review", ["bella"])
+    assert engine.templates("anna").keys() == {"face"}
+    assert engine.adjudicate("e1", "different", "A. Officer").outcome == "unique"
+    assert engine.templates("anna").keys() == {"face", "right_index"}
+    assert engine.find_duplicates(threshold_db=20) == []
+
+
+def test_a_dispute_is_about_somebody_who_is_enrolled_and_needs_a_capture(engine):
+    in_dispute(engine)
+    with pytest.raises(bd.UnknownSubject, match="'bella'"):
+        engine.dispute(sent("bella", people(1)[0], "e2"))
+    with pytest.raises(bd.InvalidInput, match="needs one to judge"):
+        engine.dispute(bd.Encounter("anna", [bd.Missing("face", "veil")], encounter_id="e3"))
+
+
+def test_of_a_subject_removed_meanwhile_a_disputed_encounter_can_only_be_refused(engine, tmp_path):
+    in_dispute(engine)
+    engine.remove("anna")
+    with pytest.raises(bd.UnknownSubject):
+        engine.adjudicate("e1", "same", "A. Officer")
+    jobs.show_case(engine, "e1", tmp_path / "case.html", clock=Clock())
+    assert engine.adjudicate("e1", "different", "A. Officer").outcome == "refused"
+    assert "anna" not in engine
+
+
+@pytest.mark.parametrize("ruling, pair", [("same", (True, "anna", "anna")), ("different", (False, "e1", "anna"))])
+def test_what_was_ruled_on_a_disputed_encounter_is_a_pair_too(engine, tmp_path, ruling, pair):
+    in_dispute(engine, 0.2)
+    engine.adjudicate("e1", ruling, "A. Officer")
+    jobs.export_outcomes(engine, tmp_path / "pairs.parquet")
+    (row,) = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    assert (row["mated"], row["subject_a"], row["subject_b"]) == pair
+    assert row["similarity"] == pytest.approx(0.2, abs=1e-4)
+
+
 def visible(folder: Path) -> tuple[object, ...]:
     with bd.Engine.open(folder, CONFIG, clock=lambda: 0.0) as engine:
         assert engine.problems() == []

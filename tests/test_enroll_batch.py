@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,11 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from conftest import again, jpeg, people
+from typer.testing import CliRunner
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.cli import app
 from biodedup.jobs import workers
 from biodedup.jobs.backlog import BACKLOG_NAME
 from biodedup.jobs.batch_manifest import Manifest
@@ -33,6 +38,11 @@ def told(content: bytes) -> bd.Template | bd.Refusal:
     """A template from content that is a vector in disguise, or what the content asks for."""
     if content.startswith(b"KILL"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if content.startswith(b"HANG"):
+        Path(os.fsdecode(content[4:])).touch()
+        time.sleep(30)
+    if content.startswith(b"MASK"):
+        return bd.Refusal("face", str(signal.Signals.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())))
     if len(content) != 512:
         return bd.Refusal("face", "blurred", "Laplacian over contrast", 0.01, 0.2)
     return bd.Template("face", "external-128", np.frombuffer(content, np.float32))
@@ -47,10 +57,9 @@ class InProcess(Workers):
     """A pool without processes."""
 
     def submit(self, encounters):
-        return encounters
-
-    def result(self, ticket):
-        return vectors_in_disguise(ticket)
+        future = Future()
+        future.set_result(vectors_in_disguise(encounters))
+        return future
 
 
 def rows(path: Path) -> list[dict]:
@@ -346,6 +355,58 @@ def test_an_enrolled_subject_who_comes_again_is_verified(tmp_path):
         assert engine.subject_ids() == ["anna", "bella"]
 
 
+def anna_and_somebody_else(folder: Path) -> Path:
+    vectors = people(2)
+    columns = {"subject_id": ["anna", "anna"], "encounter_id": ["e0", "e1"], "face": vectors.tolist()}
+    return write(folder / "m.parquet", columns)
+
+
+@pytest.mark.parametrize(
+    "ruling, status, reason",
+    [
+        ("same", "enrolled", "already_enrolled"),
+        ("different", "refused", "another_person"),
+        ("recapture", "refused", "recapture"),
+    ],
+)
+def test_somebody_else_under_an_enrolled_number_is_a_case_until_it_is_judged(tmp_path, ruling, status, reason):
+    manifest, gallery = anna_and_somebody_else(tmp_path), tmp_path / "gallery"
+
+    def standing() -> dict[str, int]:
+        with bd.Engine.open(gallery, CONFIG, read_only=True) as engine:
+            waiting = [case.encounter_id for case in engine.cases()]
+            assert len(waiting) == engine.info()["open_cases"]
+        lines = jobs.queue_status(gallery, NOW).lines
+        assert waiting == ["e1"] * lines["adjudicate"].count, "status and the queue of cases agree"
+        return {name: line.count for name, line in lines.items() if line.count}
+
+    _, before = run(tmp_path, manifest)
+    assert (before[1]["status"], before[1]["reason"]) == ("adjudicate", "another_person")
+    assert standing() == {"enrolled": 1, "adjudicate": 1}
+    decide = ["cases", "decide", "e1", ruling, "--by", "A. Officer", "--gallery", str(gallery)]
+    for _ in range(2):
+        assert CliRunner().invoke(app, decide).exit_code == 0
+        assert standing() == ({"enrolled": 2} if status == "enrolled" else {"enrolled": 1, status: 1})
+    result, after = run(tmp_path, manifest)
+    assert [(row["status"], row["reason"]) for row in after] == [("enrolled", None), (status, reason)]
+    assert (result.extracted, result.decided_now, result.already) == (0, 0, ruling == "same")
+    (gallery / BACKLOG_NAME).unlink()
+    assert run(tmp_path, manifest)[1] == after
+    assert "adjudicate" not in standing()
+
+
+def test_another_person_whom_only_the_backlog_knows_of_becomes_a_case(tmp_path):
+    manifest = anna_and_somebody_else(tmp_path)
+    with bd.Engine.open(tmp_path / "older", CONFIG) as engine:
+        engine.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}))
+    shutil.copytree(tmp_path / "older", tmp_path / "gallery")
+    run(tmp_path, manifest)
+    shutil.copy(tmp_path / "gallery" / BACKLOG_NAME, tmp_path / "older")  # as the release before left it
+    run(tmp_path, manifest, gallery="older")
+    with bd.Engine.open(tmp_path / "older", CONFIG, read_only=True) as engine:
+        assert [case.encounter_id for case in engine.cases()] == ["e1"]
+
+
 def test_a_record_that_is_repeated_gets_the_same_outcome_and_counts_once(tmp_path):
     face = people(1)[0].tolist()
     columns = {"subject_id": ["a", "a", "a"], "encounter_id": ["e", "e", "e"], "face": [face] * 3}
@@ -394,31 +455,100 @@ def test_announced_encounters_are_captured_until_they_come(tmp_path, population)
     assert jobs.queue_status(tmp_path / "gallery", NOW).lines["captured"].count == 0
 
 
-def test_a_worker_that_dies_costs_its_record_a_try_and_then_a_refusal(tmp_path):
-    vectors = people(30)
-    content = [vector.tobytes() for vector in vectors]
-    content[-1] = b"KILL"
-    write(
-        tmp_path / "m.parquet",
-        {"subject_id": [f"s{i}" for i in range(30)], "encounter_id": [f"e{i}" for i in range(30)], "face": content},
-    )
-    with Workers(CONFIG, 1, vectors_in_disguise) as pool:
-        result, got = run(tmp_path, tmp_path / "m.parquet", pool=pool)
-    assert result.statuses == {"enrolled": 29, "duplicate": 0, "adjudicate": 0, "refused": 1}
-    assert (got[-1]["status"], got[-1]["reason"]) == ("refused", "failed")
+class Patience:
+    """An alarm whose time is over when a worker says that it hangs, however long that takes."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+        self.limits_s: list[float] = []
+
+    def __call__(self, limit_s: float, ring: Callable[[], None]) -> Patience.Alarm:
+        self.limits_s.append(limit_s)
+        return Patience.Alarm(self.sign, ring)
+
+    class Alarm(threading.Thread):
+        def __init__(self, sign: Path, ring: Callable[[], None]) -> None:
+            super().__init__()
+            self.sign, self.ring, self.cancelled = sign, ring, threading.Event()
+
+        def run(self) -> None:
+            while not self.cancelled.wait(0.02):
+                if self.sign.exists():
+                    self.sign.unlink()
+                    self.ring()
+                    return
+
+        def cancel(self) -> None:
+            self.cancelled.set()
+
+
+@pytest.fixture(scope="module")
+def patience(tmp_path_factory) -> Patience:
+    return Patience(tmp_path_factory.mktemp("patience") / "hangs")
+
+
+@pytest.fixture(scope="module")
+def pool(patience):
+    """One real worker; to start one takes seconds."""
+    with Workers(CONFIG, 1, vectors_in_disguise, record_s_max=7, alarm=patience) as pool:
+        yield pool
+
+
+def test_workers_leave_ctrl_c_to_the_process_that_started_them(pool):
+    ((refusal,),) = pool.submit([[bd.Face(b"MASK")]]).result()
+    assert refusal.reason == "True"
+    assert signal.Signals.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_worker_that_hangs_or_dies_costs_its_record_two_tries_and_then_a_refusal(tmp_path, pool, patience):
+    vectors = people(6)
+    content = [*(vector.tobytes() for vector in vectors), b"HANG" + os.fsencode(patience.sign), b"KILL"]
+    names = [f"e{i}" for i in range(8)]
+    write(tmp_path / "m.parquet", {"subject_id": names, "encounter_id": names, "face": content})
+    patience.limits_s.clear()
+    result, got = run(tmp_path, tmp_path / "m.parquet", pool=pool)
+    assert result.statuses == {"enrolled": 6, "duplicate": 0, "adjudicate": 0, "refused": 2}
+    each = "face: each time that it was tried"
+    assert [(row["encounter_id"], row["reason"], row["detail"]) for row in got[6:]] == [
+        ("e6", "timed_out", f"{each}, extraction took longer than 7 s"),
+        ("e7", "failed", f"{each}, the process that extracted it ended (exit code -9)"),
+    ]
+    assert patience.limits_s == [8 * 7.0, *[7.0] * (6 + 2 + 2)]  # all in one hand, then each alone, these two twice
     assert run(tmp_path, tmp_path / "m.parquet")[0].extracted == 0
+
+
+def test_a_limit_in_time_is_above_nothing_and_at_most_a_day():
+    for wrong in (0, -1, float("nan"), float("inf"), 86_401):
+        with pytest.raises(bd.InvalidInput, match="record_s_max"):
+            Workers(CONFIG, 1, record_s_max=wrong)
+
+
+def test_what_failed_or_took_too_long_is_tried_again_when_asked_to(tmp_path):
+    class Failing(InProcess):
+        def submit(self, encounters):
+            future = Future()
+            reasons = iter(["timed_out", "failed", "blurred"])
+            future.set_result([[bd.Refusal("face", next(reasons), "")] for _ in encounters])
+            return future
+
+    content = [vector.tobytes() for vector in people(3)]
+    write(tmp_path / "m.parquet", {"subject_id": ["a", "b", "c"], "encounter_id": ["a", "b", "c"], "face": content})
+    run(tmp_path, tmp_path / "m.parquet", pool=Failing(CONFIG, 1))
+    assert run(tmp_path, tmp_path / "m.parquet")[0].extracted == 0
+    result, got = run(tmp_path, tmp_path / "m.parquet", retry_failed=True)
+    assert (result.extracted, [row["status"] for row in got]) == (2, ["enrolled", "enrolled", "refused"])
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     script = (
         "import sys, time\n"
-        "from concurrent.futures import wait\n"
+        "from multiprocessing import active_children\n"
         "import biodedup as bd\n"
         "from biodedup.jobs.workers import Workers\n"
         "if __name__ == '__main__':\n"
         "    pool = Workers(bd.Config(), 1)\n"
-        "    ticket = pool.submit([[bd.Face(b'no image')]])\n"
-        "    print(pool.result(ticket)[0][0].reason, *pool._pool._processes, flush=True)\n"
+        "    ((refusal,),) = pool.submit([[bd.Face(b'no image')]]).result()\n"
+        "    print(refusal.reason, *(child.pid for child in active_children()), flush=True)\n"
         "    time.sleep(100)\n"
     )
     (tmp_path / "script.py").write_text(script)
@@ -478,16 +608,3 @@ def test_images_from_the_shell_to_a_page(tmp_path, portrait):
     status = json.loads(out)
     assert (code, status["waiting"], status["lines"]["refused"]["count"], status["warning"]) == (0, 0, 1, "")
     assert "Nobody waits" in (tmp_path / "s.html").read_text()
-
-
-def mask_in_disguise(encounters: Sequence[Sequence[bd.Face]]) -> list[list[bd.Refusal]]:
-    """A worker's task: which of its signals are blocked."""
-    blocked = signal.Signals.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    return [[bd.Refusal("face", str(blocked)) for _ in captures] for captures in encounters]
-
-
-def test_workers_leave_ctrl_c_to_the_process_that_started_them():
-    with Workers(CONFIG, 1, mask_in_disguise) as pool:
-        ((refusal,),) = pool.result(pool.submit([[bd.Face(b"x")]]))
-    assert refusal.reason == "True"
-    assert signal.Signals.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

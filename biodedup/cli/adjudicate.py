@@ -118,7 +118,7 @@ def decide(
     text = {
         "unique": f"{case.subject_id} is enrolled",
         "duplicate": f"{case.subject_id} is a double of {case.verdicts[-1].candidate}; not enrolled",
-        "refused": f"{case.subject_id} is not enrolled; take new captures",
+        "refused": f"refused: {''.join(refusal.detail for refusal in decision.refusals[-1:])}",
         "review": f"still open; to be judged: {waiting or 'the search was incomplete, try again'}",
     }[decision.outcome]
     finish(_document(case), text, as_json)

@@ -45,10 +45,14 @@ def enroll_batch(
         bool, typer.Option("--announce", help="Only list the encounters as captured; their captures come later.")
     ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try captures again that the program failed on.")
+        bool,
+        typer.Option("--retry-failed", help="Try captures again that the program failed on, or took too long for."),
     ] = False,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Records decided and committed together.")] = 256,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that extract.")] = 2,
+    record_s_max: Annotated[
+        float, typer.Option("--record-seconds", min=1, help="A worker that takes longer for a record is killed.")
+    ] = jobs.RECORD_S_MAX,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
@@ -70,6 +74,7 @@ def enroll_batch(
                 result,
                 report=report,
                 workers=workers,
+                record_s_max=record_s_max,
                 retry_failed=retry_failed,
                 progress=progress,
             )

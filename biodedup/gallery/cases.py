@@ -5,7 +5,8 @@ searches and never commits.
 
 1. A case is open while its templates are held. It lists candidates; each is ruled on by itself, or all at once.
 2. `same` closes it as a duplicate, `recapture` as refused. `different` closes it once nobody is left: not among its candidates,
-   and not among all who are enrolled by then. Until that it stays open, with whoever came up.
+   and not among all who are enrolled by then. Until that it stays open, with whoever came up. Where the candidate is the very subject
+   whose id the encounter has, `different` closes it as refused, and `same` is what `different` is of others.
 3. The same ruling again changes nothing; another one on what was ruled already is a conflict.
 4. A pair judged different is so for ever, whichever side is the probe.
 """
@@ -23,6 +24,9 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.values import Candidate, Case, Decision, Refusal, Ruling, Verdict, strong
 
 RECAPTURE = Refusal("encounter", "recapture", "whoever judged the case asks for new captures")
+ANOTHER_PERSON = Refusal(
+    "encounter", "another_person", "whoever judged the case says that the captures are not the subject's"
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,13 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
         request = Request(fields["replaces"], tuple(fields["groups"]), fields["across"])
     decision = first if stored is None or stored[1] is None else from_json(stored[1])
     if decision.outcome == "review":
-        enrolled = (c for c in decision.candidates if snapshot.row_of(c.subject_id) is not None)
-        decision = replace(decision, candidates=tuple(enrolled))
+        # whether captures are the subject's own can be told of a removed one, too
+        asked = (
+            c
+            for c in decision.candidates
+            if c.subject_id == first.subject_id or snapshot.row_of(c.subject_id) is not None
+        )
+        decision = replace(decision, candidates=tuple(asked))
     return Case(
         encounter_id,
         first.subject_id,
@@ -84,7 +93,7 @@ def pairs_of(
     """subject_id -> who was judged to be somebody else, in both directions; added to those known."""
     pairs = dict(known or {})
     for verdict in verdicts:
-        if verdict.ruling == "different" and verdict.candidate is not None:
+        if verdict.ruling == "different" and verdict.candidate is not None and not verdict.own:
             for one, other in ((verdict.subject_id, verdict.candidate), (verdict.candidate, verdict.subject_id)):
                 if other not in pairs.get(one, ()):
                     pairs[one] = (
@@ -97,8 +106,9 @@ def pairs_of(
 def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float, note: str) -> tuple[Verdict, ...]:
     """The verdicts to record; none where this was ruled before.
 
-    candidate: None means the only one, or with `different` all that are undecided. Raises EncounterConflict where something else
-    was ruled, InvalidInput for somebody who is no candidate, and where it is not clear who is meant.
+    candidate: None means the only one, or with `different` all that are undecided; `same`, sent again without one, is about the same one
+    as before. Raises EncounterConflict where something else was ruled, InvalidInput for somebody who is no candidate, and where it is
+    not clear who is meant.
     """
 
     def verdict(candidate: str | None) -> Verdict:
@@ -107,7 +117,9 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
     verdict(candidate)  # validates
     if ruling == "recapture":
         candidate = None
-    before = [v for v in case.verdicts if candidate is not None and v.candidate == candidate]
+    before = [
+        v for v in case.verdicts if (v.ruling == ruling == "same" if candidate is None else v.candidate == candidate)
+    ]
     standing = before[-1] if before else case.decision.adjudicated
     if standing is not None:
         if standing.ruling == ruling and (before or candidate is None):
@@ -136,20 +148,26 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
     return (verdict(candidate or undecided[0]),)
 
 
+def closes(verdict: Verdict) -> bool:
+    """Whether nobody else need be looked at after this verdict."""
+    return verdict.ruling == "recapture" or (verdict.ruling == "same") != verdict.own
+
+
 def closed(case: Case, verdict: Verdict) -> Decision:
-    """The decision after `same` or `recapture`."""
-    if verdict.ruling == "recapture":
-        refusals = (*case.decision.refusals, RECAPTURE)
-        return replace(case.decision, outcome="refused", refusals=refusals, adjudicated=verdict)
-    return replace(case.decision, outcome="duplicate", adjudicated=verdict)
+    """The decision after a verdict that closes a case."""
+    if verdict.ruling == "same":
+        return replace(case.decision, outcome="duplicate", adjudicated=verdict)
+    refusals = (*case.decision.refusals, RECAPTURE if verdict.ruling == "recapture" else ANOTHER_PERSON)
+    return replace(case.decision, outcome="refused", refusals=refusals, adjudicated=verdict)
 
 
 def reconsidered(case: Case, verdicts: tuple[Verdict, ...], fresh: Decision) -> Decision:
-    """The decision after `different`. fresh: made anew, with everybody enrolled by now but those judged different.
+    """The decision after a verdict that does not close a case by itself. fresh: made anew, with everybody enrolled by now but those
+    judged different, and the subject itself.
 
     A person has looked, so that `unique` needs no more than that nobody is left and everybody was seen.
     """
-    judged = {v.candidate for v in (*case.verdicts, *verdicts) if v.ruling == "different"}
+    judged = {v.candidate for v in (*case.verdicts, *verdicts) if not closes(v)}
     now = {c.subject_id: c for c in (*fresh.candidates, *fresh.cleared)}
     known = {c.subject_id: c for c in (*case.decision.cleared, *case.decision.candidates)} | now
     cleared = _ranked(c for name, c in known.items() if name in judged)

@@ -228,6 +228,7 @@ def _shown(case: Case, now: float, links: dict[str, str] | None = None) -> dict[
         "case": case,
         "decision": decision,
         "asks": _asks(case),
+        "disputed": any(verdict.own for verdict in case.verdicts) or case.subject_id in names,
         "age_days": (now - case.opened_at) / _DAY_S,
         "reasons": reasons_of(decision),
         "candidates": [
@@ -258,7 +259,8 @@ def _microseconds(seconds: float) -> int:
 def _explained(engine: Engine, case: Case, page: Path) -> dict[str, str]:
     """candidate -> the name of the page that explains it."""
     links = {}
-    for number, candidate in enumerate(case.undecided, start=1):
+    there = [candidate for candidate in case.undecided if candidate.subject_id in engine]
+    for number, candidate in enumerate(there, start=1):
         path = page.with_name(f"{page.stem}.{number}.html")
         names = (case.subject_id, candidate.subject_id)
         explain_templates(case.templates, engine.templates(candidate.subject_id), path, engine=engine, names=names)
@@ -277,7 +279,8 @@ def _pair(verdict: Verdict, part: Evidence) -> dict[str, Any]:
         "minutiae": part.minutiae,
         "mated": verdict.ruling == "same",
         "position": part.column,
-        "subject_a": verdict.subject_id,
+        # of whom a disputed encounter is, if it is not the subject's, nobody knows
+        "subject_a": verdict.encounter_id if verdict.own and verdict.ruling == "different" else verdict.subject_id,
         "subject_b": verdict.candidate,
     }
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,10 +26,10 @@ from biodedup.engine import Engine
 from biodedup.errors import CallerError, InvalidInput
 from biodedup.jobs.backlog import Arrival, Backlog, Finished
 from biodedup.jobs.batch_manifest import Content, Manifest, Record, derived_id, name_hash, name_of
-from biodedup.jobs.outcomes import WORDS, Outcome, Tally, decided, enrolled_before, outcome_table, refused
+from biodedup.jobs.outcomes import WORDS, Outcome, Tally, already_enrolled, decided, outcome_table, refused
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_page
-from biodedup.jobs.workers import Ticket, Workers
+from biodedup.jobs.workers import RECORD_S_MAX, Extracted, Workers
 from biodedup.values import Decision, Encounter, Refusal, Template
 
 Templates: TypeAlias = dict[str, Any]
@@ -89,10 +90,10 @@ class _Item:
 
 @dataclass(eq=False)
 class _Batch:
-    """Records that are decided and committed together. tickets: of some of them, what the workers extract."""
+    """Records that are decided and committed together. extracts: of some of them, what the workers will have extracted."""
 
     items: list[_Item] = field(default_factory=list)
-    tickets: list[tuple[list[_Item], Ticket]] = field(default_factory=list)
+    extracts: list[tuple[list[_Item], Future[Extracted]]] = field(default_factory=list)
 
 
 def announce(backlog: Backlog, manifest: Path, *, clock: Callable[[], float] = time.time) -> int:
@@ -116,6 +117,7 @@ def enroll_batch(
     *,
     report: Path | None = None,
     workers: int = 2,
+    record_s_max: float = RECORD_S_MAX,
     retry_failed: bool = False,
     clock: Callable[[], float] = time.time,
     stopwatch: Callable[[], float] = time.perf_counter,
@@ -125,13 +127,14 @@ def enroll_batch(
     """Enrols a manifest (.parquet or .csv) and writes `out` (.parquet or .csv), a row a record, and a page for an official.
 
     Batches are of `engine.config.batch_size` records. Interrupted, it goes on where it was; run again, it changes nothing and
-    writes the same table. workers: processes that extract. retry_failed: try again what a worker died of.
+    writes the same table. workers: processes that extract. record_s_max: seconds that one may take for a record before it is killed.
+    retry_failed: try again what workers died of, or took too long for.
     Raises InvalidInput where the manifest is no table, StorageUnavailable.
     """
     check_table_name(out)
     table = Manifest(manifest)
     with ExitStack() as stack:
-        pool = pool or stack.enter_context(Workers(engine.config, workers))
+        pool = pool or stack.enter_context(Workers(engine.config, workers, record_s_max=record_s_max))
         job = _Job(engine, backlog, table, pool, retry_failed, clock, stopwatch)
         started = stopwatch()
         survey = table.survey()
@@ -282,9 +285,9 @@ class _Job:
 
     def _still_holds(self, record: Record, noted: Outcome) -> bool:
         """Whether an outcome that the gallery's journal does not have is to be told again."""
-        if noted.reason in ("already_enrolled", "another_person"):
+        if noted.reason == "already_enrolled":
             return record.subject_id in self._engine
-        return noted.status == "refused" and not (self._retry_failed and noted.reason == "failed")
+        return noted.status == "refused" and not (self._retry_failed and noted.reason in ("failed", "timed_out"))
 
     def _handed_out(self, items: list[_Item]) -> _Batch:
         batch = _Batch(items)
@@ -293,7 +296,7 @@ class _Job:
         with_captures = [item for item in todo if item.content and item.content.captures]
         for first in range(0, len(with_captures), _TASK_ENCOUNTERS):
             some = with_captures[first : first + _TASK_ENCOUNTERS]
-            batch.tickets.append((some, self._pool.submit([item.content.captures for item in some if item.content])))
+            batch.extracts.append((some, self._pool.submit([item.content.captures for item in some if item.content])))
         self.extracted += len(with_captures)
         return batch
 
@@ -317,8 +320,8 @@ class _Job:
     def _settle(self, batch: _Batch) -> _Batch:
         began = self._stopwatch()
         extracted: dict[_Item, Sequence[Template | Refusal]] = {}
-        for items, ticket in batch.tickets:
-            extracted |= zip(items, self._pool.result(ticket), strict=True)
+        for items, future in batch.extracts:
+            extracted |= zip(items, future.result(), strict=True)
         self.seconds["waiting"] += self._stopwatch() - began
         began = self._stopwatch()
         ready: list[tuple[_Item, Templates, tuple[Refusal, ...]]] = []
@@ -355,20 +358,23 @@ class _Job:
             Encounter(item.record.subject_id, item.record.missing, templates, item.encounter_id, item.record.groups)
             for item, templates, _ in ready
         ]
-        for (item, templates, refusals), decision in zip(ready, self._engine.enroll_many(encounters), strict=True):
+        decisions = self._engine.enroll_many(encounters)
+        for (item, _, refusals), encounter, decision in zip(ready, encounters, decisions, strict=True):
             if decision.outcome == "refused" and decision.refusals and decision.refusals[0].reason == "subject_exists":
-                item.outcome = self._enrolled_before(decision, templates, refusals)
+                item.outcome = self._enrolled_before(encounter, decision, refusals)
             else:
                 item.outcome = decided(decision, refusals)
 
-    def _enrolled_before(self, decision: Decision, templates: Templates, refusals: tuple[Refusal, ...]) -> Outcome:
-        """Of an encounter whose subject_id is enrolled: is it the same person?"""
+    def _enrolled_before(self, encounter: Encounter, decision: Decision, refusals: tuple[Refusal, ...]) -> Outcome:
+        """Of an encounter whose subject_id is enrolled: the same person, or a case for somebody who judges that."""
         assert decision.subject_id is not None, "enrolled under it"
         try:
-            verified = self._engine.verify(Encounter(None, templates=templates), decision.subject_id)
+            verified = self._engine.verify(encounter, decision.subject_id)
+            if verified.accepted:
+                return already_enrolled(verified, refusals, decision.decided_at)
+            return decided(self._engine.dispute(encounter), refusals)
         except CallerError:
             return decided(decision, refusals)
-        return enrolled_before(verified, refusals, decision.decided_at)
 
     def _line(self, item: _Item) -> Finished:
         assert item.outcome is not None and item.encounter_id is not None, "finished"

@@ -66,6 +66,11 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "give the later encounter a number of its own",
     ),
     "failed": ("the program failed on this capture, twice", "look at the file; then run again with --retry-failed"),
+    "timed_out": (
+        "the program took too long for this record, twice",
+        "look at the file; then run again with --retry-failed, and a longer --record-seconds",
+    ),
+    "recapture": ("whoever judged the case asks for new captures", "recapture, as another encounter"),
     "missing_file": ("the file is not where the manifest says", "supply it and run the same command again"),
     "unreadable": ("the file cannot be read", "check the disk and the permissions, and run the same command again"),
     "empty_file": ("the file is empty", "copy it again from where it was captured, and run the same command again"),
@@ -154,16 +159,15 @@ def decided(decision: Decision, refusals: Sequence[Refusal] = ()) -> Outcome:
     if decision.outcome == "refused":
         return refused(decision.refusals or refusals, decision.decided_at)
     best = decision.best
-    reason = None
-    if decision.outcome == "review":
-        reason = "incomplete_search" if decision.incomplete else "between_thresholds"
+    compared = best is not None and bool(best.evidence)  # else it is a candidate by its number alone
     return Outcome(
         STATUS_OF[decision.outcome],
-        reason,
+        _why(decision),
+        None if compared or best is None else "no capture in common with the enrolled ones",
         duplicate_of=best.subject_id if best and decision.outcome == "duplicate" else None,
         strongest=best.subject_id if best else None,
-        score_db=round(best.score_db, 3) if best else None,
-        extrapolated=best.extrapolated if best else None,
+        score_db=round(best.score_db, 3) if best and compared else None,
+        extrapolated=best.extrapolated if best and compared else None,
         candidates=len(decision.candidates),
         duplicate_db=round(decision.duplicate_db, 3),
         review_db=round(decision.review_db, 3),
@@ -175,27 +179,32 @@ def decided(decision: Decision, refusals: Sequence[Refusal] = ()) -> Outcome:
     )
 
 
-def enrolled_before(verified: Verification, refusals: Sequence[Refusal], decided_at: float) -> Outcome:
-    """Of another encounter of somebody whose subject_id is enrolled: the same person, or a case for an official."""
-    compared = bool(verified.evidence)
-    detail = (
-        f"verified at {verified.score_db:.1f} dB, threshold {verified.threshold_db:.1f} dB"
-        if compared
-        else "no capture in common with the enrolled ones"
-    )
-    status, reason = ("enrolled", "already_enrolled") if verified.accepted else ("adjudicate", "another_person")
+def already_enrolled(verified: Verification, refusals: Sequence[Refusal], decided_at: float) -> Outcome:
+    """Of another encounter of somebody whose subject_id is enrolled, and who is the same person."""
     return Outcome(
-        status,
-        reason,
-        detail,
-        verified.score_db if compared else None,
+        "enrolled",
+        "already_enrolled",
+        f"verified at {verified.score_db:.1f} dB, threshold {verified.threshold_db:.1f} dB",
+        verified.score_db,
         verified.threshold_db,
         strongest=verified.subject_id,
-        score_db=round(verified.score_db, 3) if compared else None,
-        extrapolated=verified.extrapolated if compared else None,
+        score_db=round(verified.score_db, 3),
+        extrapolated=verified.extrapolated,
         decided_at=decided_at,
         refusals=tuple(refusals),
     )
+
+
+def _why(decision: Decision) -> str | None:
+    """The reason of an encounter that was not refused."""
+    if decision.outcome == "unique":
+        own = any(candidate.subject_id == decision.subject_id for candidate in decision.cleared)
+        return "already_enrolled" if own else None
+    if decision.outcome != "review":
+        return None
+    if "another_person" in decision.reasons:
+        return "another_person"
+    return "incomplete_search" if decision.incomplete else "between_thresholds"
 
 
 @dataclass

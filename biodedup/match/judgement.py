@@ -77,6 +77,7 @@ def judge(
 
 
 REASONS = {
+    "another_person": "the subject is enrolled, and these captures do not verify as theirs",
     "mixed_record": "captures of two subjects seem to be filed as one",
     "shared_finger": "one finger agrees and nothing else does; is it an operator's own?",
     "look_alike": "the face agrees and the fingers do not; twins?",
