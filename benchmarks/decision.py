@@ -31,7 +31,7 @@ TOGETHER = 20  # in one reading of the clock, which itself may take most of a mi
 
 def milliseconds(work: Callable[[], object], rounds: int) -> float:
     taken = []
-    for _ in range(rounds // TOGETHER):
+    for _ in range(max(rounds // TOGETHER, 1)):
         start = time.thread_time()
         for _ in range(TOGETHER):
             work()

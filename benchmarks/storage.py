@@ -175,19 +175,24 @@ def care(gallery: Path, count: int) -> dict[str, Any]:
     }
 
 
-def enrolments() -> dict[str, Any]:
-    """Single durable enrolments into a small gallery, so that next to nothing is the search's."""
-    vectors = population(THREADS * ENROLMENTS, seed=7)
+def enrolments(count: int) -> dict[str, Any]:
+    """Single durable enrolments into a small gallery, so that next to nothing is the search's. Fewer at a smoke size."""
+    single = min(ENROLMENTS, count // 100)
+    gallery = bd.GalleryConfig(seal_rows=min(bd.GalleryConfig().seal_rows, count // 5))
+    vectors = population(THREADS * single, seed=7)
     took: list[float] = []
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, bd.Engine.open(Path(folder) / "g") as engine:
+    with (
+        tempfile.TemporaryDirectory(dir=Path.cwd()) as folder,
+        bd.Engine.open(Path(folder) / "g", bd.Config(gallery=gallery)) as engine,
+    ):
 
         def encounter(row: int) -> bd.Encounter:
             return bd.Encounter(f"s{row}", templates={"face": vectors[row]}, encounter_id=f"e{row}")
 
         def work(thread: int) -> None:
-            for i in range(ENROLMENTS // THREADS):
+            for i in range(single // THREADS):
                 started = time.perf_counter()
-                engine.enroll(encounter(thread * ENROLMENTS + i))
+                engine.enroll(encounter(thread * single + i))
                 took.append(1000 * (time.perf_counter() - started))
 
         threads = [threading.Thread(target=work, args=(t,)) for t in range(THREADS)]
@@ -197,7 +202,7 @@ def enrolments() -> dict[str, Any]:
         for thread in threads:
             thread.join()
         rate = len(took) / (time.perf_counter() - started)
-        alone = [encounter(ENROLMENTS // 2 + i) for i in range(500)]
+        alone = [encounter(single // 2 + i) for i in range(single // 4)]
         searched = timed(lambda i: engine.identify(alone[i]), len(alone))
         enrolled = timed(lambda i: engine.enroll(alone[i]), len(alone))
         overhead = np.array(enrolled) - np.median(searched)
@@ -235,7 +240,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         source, gallery = folder / f"{count}.parquet", folder / f"{count}.gallery"
         stages = {"load": lambda: load(source, gallery, count), "read": lambda: read(gallery, count),
-                  "recall": lambda: recall(gallery, count), "care": lambda: care(gallery, count), "enrolments": enrolments}  # fmt: skip
+                  "recall": lambda: recall(gallery, count), "care": lambda: care(gallery, count), "enrolments": lambda: enrolments(count)}  # fmt: skip
         if arguments.stage:
             print(json.dumps(stages[arguments.stage]()))
             return

@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         (["synthetic.py", "--smoke"], "generated: ridge period", False),
         (["calibration.py", "--smoke"], "generated fingers, both: FMR at 20 dB", False),
         (["minutiae.py", "--smoke"], "made up: EER, %                          0.0", False),
-        (["decision.py", "--candidates", "300", "--rounds", "3"], "decision, ms", False),
+        (["decision.py", "--candidates", "300", "--rounds", "20"], "decision, ms", False),
         (["scale.py", "--subjects", "5000"], "recall@10                                1.0", False),
         (["storage.py", "--subjects", "20000"], "open and first search, s", False),
         (
