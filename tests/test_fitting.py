@@ -8,15 +8,16 @@ import tomllib
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import again, people
+from conftest import again, people, unit
 from scipy.special import betainc
 from scipy.stats import genpareto, norm
 from typer.testing import CliRunner
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.cli import app
-from biodedup.embed.cards import load_card
+from biodedup.embed.cards import joint_id, load_card
 from biodedup.jobs.calibrate import card_text
 from biodedup.jobs.results import write_table
 from biodedup.match.calibration import Calibration
@@ -170,6 +171,54 @@ def test_a_card_fitted_on_ones_own_pairs_is_a_working_card_with_their_rates(tmp_
     )
 
 
+def alike(count: int, seed: int) -> np.ndarray:
+    """People who look more alike than those of the shipped table: all have something in common."""
+    return unit(people(count, seed) + 0.45 * people(1, 99))
+
+
+def test_a_gallery_calibrates_a_card_on_its_own_strangers(tmp_path):
+    with bd.Engine.open(tmp_path / "g") as engine:
+        engine.add_templates([f"s{i}" for i in range(600)], {"face": alike(600, 20)})
+    others = alike(600, 21)
+    cosines = (others @ others.T)[np.triu_indices(600, 1)]
+    shipped = Calibration.from_card(load_card("sface").calibration)
+    assert measured_fmr(shipped.score_db(cosines), 20).ratio > 4
+    told = jobs.calibrate(tmp_path / "g", "sface", tmp_path / "my.toml")
+    fitted = Calibration.from_card(load_card(str(tmp_path / "my.toml")).calibration)
+    for nominal_db in (20, 30):
+        assert measured_fmr(fitted.score_db(cosines), nominal_db).ratio == pytest.approx(1, abs=0.6)
+    assert (told.mated, told.nonmated, told.subjects) == (0, 600 * 599 // 2, 600)
+    assert told.held_out["calibration"][0]["fmr_before"] > 0.04
+    # what is as rare has the likelihood ratio that it had
+    scores = np.linspace(0.3, 0.5, 5)
+    same = np.interp(fitted.score_db(scores), shipped.nonmated_knots_db, shipped.llr_knots_db)
+    assert fitted.llr_db(scores) == pytest.approx(same, abs=0.5)
+    assert (fitted.llr_db(scores) < shipped.llr_db(scores)).all()
+
+
+def test_a_gallery_calibrates_a_finger_with_its_minutiae(tmp_path):
+    config = bd.Config()
+    rng = np.random.default_rng(3)
+    with bd.Engine.open(tmp_path / "g", config) as engine:
+        model = joint_id(load_card("finger256"), load_card("mindtct_cylinders"))
+        vectors = people(60, 22, 256)
+        for i, vector in enumerate(vectors):
+            body = b"".join(
+                bytes([0x40 | x >> 8, x & 255, y >> 8, y & 255, way, 50])
+                for x, y, way in rng.integers(0, 256, (30, 3)).tolist()
+            )
+            record = write_record(MinutiaeRecord(300, 300, body), 0, 50)
+            engine.enroll(
+                bd.Encounter(f"s{i}", templates={"right_index": bd.Template("right_index", model, vector, record)})
+            )
+    told = jobs.calibrate(tmp_path / "g", "finger256-1+mindtct-1", tmp_path / "my.toml")
+    card, shipped = load_card(str(tmp_path / "my.toml")), load_card("finger256")
+    assert told.nonmated == 60 * 59 // 2 and set(told.held_out) == set()  # too few for halves
+    assert card.both["mindtct-1"]["nonmated_db"] != shipped.both["mindtct-1"]["nonmated_db"]
+    with pytest.raises(bd.InvalidInput, match="has no template of sface"):
+        jobs.calibrate(tmp_path / "g", "sface", tmp_path / "other.toml")
+
+
 def test_both_tables_of_a_finger_are_fitted_from_similarity_and_minutiae(tmp_path):
     pairs = pairs_table()
     minutiae = np.where(pairs["mated"], 12.0, 2.0) + np.random.default_rng(0).exponential(0.8, len(pairs))
@@ -183,7 +232,8 @@ def test_both_tables_of_a_finger_are_fitted_from_similarity_and_minutiae(tmp_pat
 @pytest.mark.parametrize(
     ("change", "model", "text"),
     [
-        (lambda t: t.slice(0, 40), "sface", "needs 100"),
+        (lambda t: t.slice(0, 40), "sface", "needs 1000"),
+        (lambda t: t.slice(0, len(t) - 700), "sface", "no mated ones or 100"),
         (lambda t: t.drop_columns(["mated"]), "sface", "wanted also mated"),
         (lambda t: t, "mindtct-1", "wanted also minutiae"),
         (lambda t: t, "nobody", "not known"),

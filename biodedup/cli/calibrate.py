@@ -20,7 +20,8 @@ def calibrate(
     pairs: Annotated[
         Path,
         typer.Argument(
-            help="Parquet or CSV: similarity and/or minutiae, mated; if known subject_a, subject_b, position."
+            help="Parquet or CSV: similarity and/or minutiae, mated; if known subject_a, subject_b, position. Or a gallery, whose subjects are "
+            "taken for strangers to each other."
         ),
     ],
     model: Annotated[
@@ -30,7 +31,7 @@ def calibrate(
     seed: Annotated[int, typer.Option("--seed", help="Of the held-out half and of the interval.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a model's calibration anew on your own labelled pairs, and write its card."""
+    """Fit a model's calibration anew on your own labelled pairs, or on a gallery's strangers, and write its card."""
     with progress_bar() as show:
         result = jobs.calibrate(pairs, model, card, seed=seed, progress=show)
     if as_json:

@@ -1,10 +1,12 @@
-"""`calibrate`: a shipped model card, fitted anew on a customer's labelled pairs.
+"""`calibrate`: a shipped model card, fitted anew on a customer's pairs, or on the strangers of a gallery.
 
 Owns the pairs table that is read and the card that is written. Never extracts: `evaluate` writes such a table.
 
 Pairs, Parquet or CSV, a row each: `similarity`, `minutiae` or both (raw scores), `mated`; if known `subject_a` and `subject_b`,
 so that the interval minds that pairs of one subject look alike together, and that the held-out half holds other people; and
 `position`. What is reported of the fit is measured on subjects that were not fitted; the card then is fitted on all.
+
+Without mated pairs, as in a gallery, of which nobody says who is enrolled twice, only the non-mated law is fitted, and the ratio follows.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from biodedup.embed.cards import ModelCard, load_card, shipped_cards
+from biodedup.embed.cards import ModelCard, joint_id, load_card, shipped_cards
 from biodedup.errors import InvalidInput
+from biodedup.jobs.join import is_gallery
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import write_text
+from biodedup.jobs.strangers import strangers
 from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import COSINE_POWER, MATED_MIN, NONMATED_MIN, Nonmates, fit, measured_fmr
+from biodedup.match.fitting import COSINE_POWER, MATED_MIN, NONMATED_MIN, Nonmates, fit, measured_fmr, refit
 
 NOMINAL_DB = (20, 30, 40)
 Float64 = NDArray[np.float64]
@@ -88,27 +92,37 @@ class CalibrateResult:
 
 def calibrate(pairs: Path, model_id: str, out: Path, *, seed: int = 0, progress: Progress = silent) -> CalibrateResult:
     """Writes `out` (.toml): the card of this model with the tables fitted on these pairs, for
-    `FaceConfig(model=...)`, `FingerConfig(model=...)` or `FingerConfig(minutiae_model=...)`. model_id: a shipped model's, its
-    card's name, or the path of a card; `finger256-1+mindtct-1` fits the embedding and what it says with minutiae.
+    `FaceConfig(model=...)`, `FingerConfig(model=...)` or `FingerConfig(minutiae_model=...)`. pairs: a table, or a gallery's folder;
+    model_id: a shipped model's, its card's name, or the path of a card; `finger256-1+mindtct-1` fits the embedding and what it
+    says with minutiae.
 
     Raises InvalidInput for a table that lacks columns or pairs, ModelCardError, StorageUnavailable.
     """
     if out.suffix != ".toml":
         raise InvalidInput(f"the card is named {out.name}; end it with .toml")
     card, minutiae = _cards(model_id)
-    found = read_pairs(pairs, _columns(card, minutiae))
+    found = (
+        pairs_of_gallery(pairs, card, minutiae, seed, progress)
+        if is_gallery(pairs)
+        else read_pairs(pairs, _columns(card, minutiae))
+    )
     mates = int(found.mated.sum())
-    if mates < MATED_MIN or len(found) - mates < NONMATED_MIN:
+    if 0 < mates < MATED_MIN or len(found) - mates < NONMATED_MIN:
         raise InvalidInput(
-            f"{pairs.name} has {mates} mated and {len(found) - mates} non-mated pairs with a score; a calibration needs {MATED_MIN} "
-            f"and {NONMATED_MIN} at least, and 10 / FMR non-mated ones to measure an FMR: 1,000,000 for 1e-5"
+            f"{pairs.name} has {mates} mated and {len(found) - mates} non-mated pairs with a score; a calibration needs {NONMATED_MIN} non-mated "
+            f"ones at least, 10 / FMR to measure an FMR (1,000,000 for 1e-5), and no mated ones or {MATED_MIN}"
+        )
+    if not mates and not (card.calibration and (minutiae is None or minutiae.model_id in card.both)):
+        raise InvalidInput(
+            f"{pairs.name} has no mated pairs, and {card.path.name} no calibration to begin with; pass mated pairs"
         )
     rng = np.random.default_rng(seed)
     fitted, tested = found.halves(rng)
     held_out: dict[str, list[dict[str, Any]]] = {}
     before = {"calibration": card.calibration, "both": card.both.get(minutiae.model_id) if minutiae else None}
     before = {name: table for name, table in before.items() if table}
-    if fitted.mated.sum() >= MATED_MIN and (~fitted.mated).sum() >= NONMATED_MIN and not tested.mated.all():
+    enough = not mates or fitted.mated.sum() >= MATED_MIN
+    if enough and (~fitted.mated).sum() >= NONMATED_MIN and not tested.mated.all():
         progress("fitting", 0, 2)
         after = _fitted(fitted, card, minutiae, pairs.name, seed)
         for name in after:
@@ -127,6 +141,26 @@ def calibrate(pairs: Path, model_id: str, out: Path, *, seed: int = 0, progress:
     subjects = None if found.a is None or found.b is None else len(np.union1d(found.a, found.b))
     positions = _positions(found, tables, minutiae)
     return CalibrateResult(out.name, mates, len(found) - mates, subjects, held_out, positions)
+
+
+def pairs_of_gallery(
+    gallery: Path, card: ModelCard, minutiae: ModelCard | None, seed: int, progress: Progress = silent
+) -> Pairs:
+    """Of strangers, as far as one may take them for such: `strangers.py`. Raises InvalidInput."""
+    models = {card.model_id}
+    if card.kind == "minutiae":  # with whatever embedding they came
+        models |= {joint_id(one, card) for one in shipped_cards() if one.kind == "finger-embedding"}
+    elif card.kind == "finger-embedding":
+        models = {joint_id(card, one) for one in shipped_cards() if one.kind == "minutiae" and minutiae in (None, one)}
+        models |= {card.model_id} if minutiae is None else set()
+    columns = _columns(card, minutiae)
+    scores, a, b, position = strangers(
+        gallery, frozenset(models), minutiae="minutiae" in columns, seed=seed, progress=progress
+    )
+    scores = {name: scores[name] for name in columns}
+    whole = np.isfinite(np.array(list(scores.values()))).all(axis=0)
+    a, b = np.unique(np.stack([a, b]), return_inverse=True)[1].reshape(2, -1)  # numbered from 0, as people
+    return Pairs(scores, np.zeros(len(a), bool), a, b, position).of(whole)
 
 
 def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
@@ -206,7 +240,11 @@ def _fitted(
         source = f"{name}, {len(non)} non-mated and {len(pairs) - len(non)} mated pairs"
         nonmates = Nonmates(name, raw[~pairs.mated], non.a, non.b)
         power = COSINE_POWER if what == "calibration" and card.kind != "minutiae" else 1.0
-        tables[what] = fit([raw[pairs.mated]], [nonmates], knots, source=source, power=power, seed=seed)
+        if pairs.mated.any():
+            tables[what] = fit([raw[pairs.mated]], [nonmates], knots, source=source, power=power, seed=seed)
+        else:
+            assert old is not None, "calibrate has seen to it"
+            tables[what] = refit(old, [nonmates], source=source, power=power, seed=seed)
     return tables
 
 

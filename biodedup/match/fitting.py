@@ -16,7 +16,7 @@ scikit-learn and scipy.stats are imported when a table is fitted: enrolment need
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,18 +82,46 @@ def fit(
         raise InvalidInput(
             f"{mates} mated and {pairs} non-mated pairs; a calibration needs {MATED_MIN} and {NONMATED_MIN} at least"
         )
-    rng = np.random.default_rng(seed)
-    nonmated_db, *anew = survival_db(nonmated, knots, replicates, rng, power)
+    table = _nonmated(nonmated, knots, power, replicates, seed)
+    llr_db = ratio_db(mated, knots, np.array(table["nonmated_db"]))
+    return table | {"llr_db": llr_db.tolist(), "mates_measured": True, "source": source}
+
+
+def refit(
+    old: Mapping[str, Any],
+    nonmated: Sequence[Nonmates],
+    *,
+    source: str,
+    power: float = 1.0,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The `[calibration]` table of a card for other strangers, with nobody's mates: nonmated by set, as in `fit`.
+
+    What is as rare among them as a score was among those of the old table has the likelihood ratio that it had: whatever makes these
+    strangers more alike (one camera, one people) makes mates so, too.
+
+    Raises InvalidInput for too few pairs.
+    """
+    pairs = sum(len(one.scores) for one in nonmated)
+    if pairs < NONMATED_MIN:
+        raise InvalidInput(f"{pairs} non-mated pairs; a calibration needs {NONMATED_MIN} at least")
+    knots, old_db, old_llr_db = (np.array(old[name], np.float64) for name in ("score", "nonmated_db", "llr_db"))
+    table = _nonmated(nonmated, knots, power, replicates, seed)
+    llr_db = np.interp(table["nonmated_db"], old_db, old_llr_db)
+    return table | {"llr_db": llr_db.tolist(), "mates_measured": old.get("mates_measured", True), "source": source}
+
+
+def _nonmated(sets: Sequence[Nonmates], knots: Float64, power: float, replicates: int, seed: int) -> dict[str, Any]:
+    """What a table says of strangers."""
+    nonmated_db, *anew = survival_db(sets, knots, replicates, np.random.default_rng(seed), power)
     low, high = np.quantile(anew, (0.025, 0.975), axis=0)
     return {
         "score": knots.tolist(),
-        "llr_db": ratio_db(mated, knots, nonmated_db).tolist(),
         "nonmated_db": nonmated_db.tolist(),
         "nonmated_low_db": np.minimum(low, nonmated_db).tolist(),
         "nonmated_high_db": np.maximum(high, nonmated_db).tolist(),
-        "measured_db": float(10 * np.log10(pairs)),
-        "mates_measured": True,
-        "source": source,
+        "measured_db": float(10 * np.log10(sum(len(one.scores) for one in sets))),
     }
 
 
