@@ -9,13 +9,15 @@ few pairs for is left out: below ten expected matches.
 
 Faces: fitted on one half of LFW's identities, measured on the other; then the shipped table on sets that it never saw. Fingers: each set by
 tables fitted on the others (embedding, minutiae, both), and generated fingers by the shipped tables. Fused: faces of the second
-half joined with fingers of a set that was left out, by chance; so chimeric. `folder` keeps all scores; needs the real data (BIODEDUP_DATA).
+half joined with fingers of a set that was left out, by chance; so chimeric. Own strangers: the shipped table, fitted anew without labels on
+half of the people of a set (as `calibrate GALLERY` does), measured on the other half, the mean and the range of twenty such
+halvings. `folder` keeps all scores; needs the real data (BIODEDUP_DATA).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from report import data_folder, record
 import biodedup as bd
 from biodedup.embed.cards import load_card
 from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import COSINE_POWER, Nonmates, fit, measured_fmr
+from biodedup.match.fitting import COSINE_POWER, NONMATED_MIN, Nonmates, fit, measured_fmr, refit
 from biodedup.match.fusion import fused_score_db
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.synthetic import draw_impression, draw_master
@@ -45,6 +47,7 @@ DOUBLES = (
 )
 NOMINAL_DB = (20, 30, 40)
 EXPECTED_MIN = 10
+HALVINGS, PEOPLE_MIN = 20, 30
 GENERATED_SEED, JOIN_SEED = 4711, 1
 JOINED = 2_000_000
 BATCH = 32
@@ -63,6 +66,11 @@ class Scores:
     @property
     def mated(self) -> NDArray[np.bool_]:
         return self.a == self.b
+
+    def of(self, people: NDArray[np.bool_]) -> Scores:
+        """Pairs of these people. people: bool, by number."""
+        kept = people[self.a] & people[self.b]
+        return Scores(self.similarity[kept], self.minutiae[kept], self.a[kept], self.b[kept])
 
     def nonmates(self, name: str, values: Float64) -> Nonmates:
         apart = ~self.mated
@@ -105,6 +113,28 @@ def rates(name: str, score_db: Float64) -> dict[str, str]:
     return figures
 
 
+def of_own_strangers(name: str, one: Scores, score_db_by: Callable[[Scores, Scores], Float64]) -> dict[str, str]:
+    """score_db_by: (people to fit on, others) -> score_db of the others' non-mated pairs."""
+    people, found = 1 + int(max(one.a.max(), one.b.max())), []
+    for seed in range(HALVINGS):
+        half = np.random.default_rng(seed).permutation(people) < people // 2
+        fitted, others = one.of(half), one.of(~half)
+        if np.count_nonzero(~fitted.mated) < NONMATED_MIN:
+            continue
+        score_db = score_db_by(fitted, others)
+        found.append([measured_fmr(score_db, nominal_db).ratio for nominal_db in NOMINAL_DB])
+    pairs = len(score_db) if found else 0
+    return {
+        f"{name}, own strangers: FMR at {nominal_db} dB": f"{np.mean(ratios):.2f} times nominal, {min(ratios):.2f} to {max(ratios):.2f}"
+        for nominal_db, ratios in zip(NOMINAL_DB, zip(*found, strict=True), strict=True)
+        if pairs * 10 ** (-nominal_db / 10) >= EXPECTED_MIN
+    }
+
+
+def refitted(table: Mapping[str, Any], one: Scores, values: Float64, power: float) -> Calibration:
+    return Calibration.from_card(refit(table, [one.nonmates("", values)], source="", power=power, replicates=2))
+
+
 def faces(folder: Path | None, config: bd.Config) -> tuple[dict[str, str], Calibration, Float64]:
     """(figures, the table of the first half of LFW, non-mated similarities of the second)."""
     paths = sorted((data_folder() / "faces" / "lfw").glob("*/*.jpg"))
@@ -133,6 +163,12 @@ def faces(folder: Path | None, config: bd.Config) -> tuple[dict[str, str], Calib
         found = scored([bd.Face(path) for path in paths], owners, config, folder and folder / f"{name}.npz")
         score_db = Calibration.from_card(shipped).score_db(found.similarity[~found.mated])
         figures |= rates(f"face, {name}, shipped table", score_db)
+
+        def by_own(fitted: Scores, others: Scores) -> Float64:
+            own = refitted(shipped, fitted, fitted.similarity, COSINE_POWER)
+            return own.score_db(others.similarity[~others.mated])
+
+        figures |= of_own_strangers(f"face, {name}", found, by_own)
     return figures, table, others
 
 
@@ -202,6 +238,27 @@ def fitted_tables(sets: Mapping[str, Scores]) -> Tables:
     )
 
 
+def fingers_of_own_strangers(name: str, one: Scores) -> dict[str, str]:
+    embedding, minutiae = load_card("finger256"), load_card("mindtct_cylinders")
+    added, both = Calibration.from_card(minutiae.calibration), embedding.both[minutiae.model_id]
+
+    def by_minutiae(fitted: Scores, others: Scores) -> Float64:
+        own = refitted(minutiae.calibration, fitted, fitted.minutiae, 1.0)
+        return own.score_db(others.minutiae[~others.mated])
+
+    def by_both(fitted: Scores, others: Scores) -> Float64:
+        alone = refitted(embedding.calibration, fitted, fitted.similarity, COSINE_POWER)
+
+        def summed(some: Scores) -> Float64:
+            return alone.llr_db(some.similarity) + added.llr_db(some.minutiae)
+
+        return refitted(both, fitted, summed(fitted), 1.0).score_db(summed(others)[~others.mated])
+
+    return of_own_strangers(f"finger, {name}, minutiae", one, by_minutiae) | of_own_strangers(
+        f"finger, {name}, both", one, by_both
+    )
+
+
 def fused(name: str, face: Calibration, faces: Float64, tables: Tables, finger: Scores) -> dict[str, str]:
     """A face and one or two fingers, of pairs of strangers joined by chance."""
     rng = np.random.default_rng(JOIN_SEED)
@@ -234,6 +291,8 @@ def main() -> None:
         tables = fitted_tables({other: sets[other] for other in sets if other != name})
         figures |= tables.rates(f"finger, {name} left out", one)
         figures |= fused(name, face, strangers, tables, one)
+        if len(np.unique(one.a)) >= PEOPLE_MIN:
+            figures |= fingers_of_own_strangers(name, one)
     figures |= shipped_tables().rates("generated fingers", generated(options.fingers, options.folder, config))
     record("calibration", figures, keep=True)
 
