@@ -1044,7 +1044,7 @@ class Engine:
         returned, cleared = _first(
             found.comparisons,
             self.config.search.returned,
-            lambda row: now.is_live(row) and row != besides,
+            lambda rows: now.are_live(rows) & (rows != (-1 if besides is None else besides)),
             now.rows_different(probe.encounter.subject_id),
         )
         compared = now.count_with(comparable_bits(probe.templates, now.models, across=found.across))
@@ -1149,6 +1149,7 @@ def _shipped_pair_comparer() -> PairComparer:
 
 _COLUMN_SET = frozenset(COLUMNS)
 _ATTAINED_SHARE = 0.95
+_FIRST_ROWS = 64  # looked at together; the tenth that counts is nearly always among them
 _SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/test_gallery.py)
 
 
@@ -1188,16 +1189,21 @@ def _merged(first: Found, since: Found) -> Found:
 
 
 def _first(
-    ranked: Ranked, count: int, counts: Callable[[int], bool], different: Collection[int]
+    ranked: Ranked,
+    count: int,
+    which_count: Callable[[NDArray[np.int64]], NDArray[np.bool_]],
+    different: Collection[int],
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(the first so many whose rows count, those before them that were judged to be somebody else)."""
+    """(the first so many of the rows that count, those before them that were judged to be somebody else)."""
     first: list[int] = []
     cleared: list[int] = []
-    for rank, row in enumerate(ranked.rows.tolist()):
+    for low in range(0, len(ranked), _FIRST_ROWS):
+        rows = ranked.rows[low : low + _FIRST_ROWS]
+        for at in np.flatnonzero(which_count(rows)).tolist():
+            if len(first) < count:
+                (cleared if int(rows[at]) in different else first).append(low + at)
         if len(first) == count:
             break
-        if counts(row):
-            (cleared if row in different else first).append(rank)
     comparisons = ranked.at(first + cleared)
     return comparisons[: len(first)], comparisons[len(first) :]
 

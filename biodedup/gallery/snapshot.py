@@ -5,6 +5,7 @@ Owns reading across parts: look-ups by id, templates by row, which rows live. Ne
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,11 +113,15 @@ class Snapshot:
 
     def is_live(self, row: int) -> bool:
         """Whether the row, which some snapshot had, is there and not removed."""
-        at = int(np.searchsorted(self.tombstones, row))
-        if at < len(self.tombstones) and int(self.tombstones[at]) == row:
-            return False
-        ((_, position),) = self._by_part(np.array([row]))
-        return int(position[0]) >= 0
+        return bool(self.are_live(np.array([row]))[0])
+
+    def are_live(self, rows: Int64) -> NDArray[np.bool_]:
+        """bool (n,): which of these rows, which some snapshot had, are there and not removed."""
+        live = self._gather(rows, np.zeros(len(rows), bool), lambda part, at: at >= 0)
+        if len(self.tombstones):
+            at = np.minimum(np.searchsorted(self.tombstones, rows), len(self.tombstones) - 1)
+            live &= self.tombstones[at] != rows
+        return live
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
         """(digest of what was sent, answer as JSON), or None for an encounter never seen."""
@@ -287,15 +292,23 @@ class Snapshot:
 
     def _by_part(self, rows: Int64) -> Iterator[tuple[Part, Int64]]:
         """Ascending rows as (part, positions)."""
-        starts = np.array([part.first_row for part in self.parts])
-        which = np.searchsorted(starts, rows, "right") - 1
-        for index in np.unique(which).tolist():
-            yield self.parts[index], self.parts[index].at(rows[which == index])
+        low = 0
+        while low < len(rows):
+            index = bisect_right(self._starts, int(rows[low])) - 1
+            high = len(rows)
+            if index + 1 < len(self.parts) and rows[-1] >= self._starts[index + 1]:
+                high = int(np.searchsorted(rows, self._starts[index + 1]))
+            yield self.parts[index], self.parts[index].at(rows[low:high])
+            low = high
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [part.first_row for part in self.parts]
 
     def _gather(
         self, rows: Sequence[int] | Int64, out: NDArray[_T], read: Callable[[Part, Int64], NDArray[_T]]
     ) -> NDArray[_T]:
-        wanted = np.array(rows, np.int64)
+        wanted = np.asarray(rows, np.int64)
         order = np.argsort(wanted, kind="stable")
         start = 0
         for part, positions in self._by_part(wanted[order]):

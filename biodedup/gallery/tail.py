@@ -195,7 +195,8 @@ class TailPart:
 
     @property
     def bits(self) -> Mapping[int, int]:
-        return dict(Counter(self.presence(0, self.count).tolist()))
+        counts = np.bincount(self.presence(0, self.count))  # at each enrolment, and the tail may be long
+        return {bits: int(counts[bits]) for bits in np.flatnonzero(counts).tolist()}
 
     def rows(self, positions: Int64) -> Int64:
         return positions + self.first_row

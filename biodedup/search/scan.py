@@ -14,8 +14,9 @@ Each thread of the pool computes alone, so that callers who search together neve
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -32,6 +33,7 @@ from biodedup.values import Float32
 
 _READERS = 8
 _EXACT_PROBES = 256  # so many by a tile's rows of similarities stay in the cache
+_AT_ONCE = 1 << 18  # pairs that take no longer than another thread takes to hear of them
 _ROOM = 1 << 15  # hits that a thread collects before it hands them over
 
 Int64 = NDArray[np.int64]
@@ -111,6 +113,17 @@ class Hits:
     cuts: Float32
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """FAISS computes alone in this thread, too."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 class Scanner:
     """A pool of threads that scan. One for each engine."""
 
@@ -131,7 +144,12 @@ class Scanner:
             similarity, near = faiss.knn(probes, tile.vectors(), min(k, tile.count), metric=faiss.METRIC_INNER_PRODUCT)
             best.add(tile, near, similarity)
 
-        for _ in self._pool.map(scan, tiles):
+        pieces = list(tiles)
+        if len(pieces) == 1 and len(probes) * pieces[0].count <= _AT_ONCE:
+            with _one_thread():
+                scan(pieces[0])
+            return best.rows, best.similarity
+        for _ in self._pool.map(scan, pieces):
             pass
         return best.rows, best.similarity
 
