@@ -950,7 +950,8 @@ class Engine:
     def backup(self, target: str | Path) -> Copied:
         """Copies the gallery as of now to a folder, while others go on; again, it copies only segments that are new.
 
-        The copy is a gallery. Raises InvalidInput where the folder holds something else, GalleryDamaged, StorageUnavailable.
+        The copy is a gallery, with what jobs keep beside it. Raises InvalidInput where the folder holds something else,
+        GalleryDamaged, StorageUnavailable.
         """
         self._check_open()
         return backup(self._gallery.storage, self._gallery.folder, Path(target))
