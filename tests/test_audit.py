@@ -239,7 +239,9 @@ def test_an_audit_goes_on_with_a_gallery_that_has_gone_on_and_ends_as_one_of_its
         (tmp_path / "anew").mkdir()
         anew = audited(engine, Path(shutil.copy(roll, tmp_path / "anew")))
     assert [without_score(f) for f in result.findings] == [without_score(f) for f in anew.findings]
-    assert [f.score_db for f in result.findings] == pytest.approx([f.score_db for f in anew.findings], abs=0.1)  # rounded when they were sealed
+    assert [f.score_db for f in result.findings] == pytest.approx(
+        [f.score_db for f in anew.findings], abs=0.1
+    )  # rounded when they were sealed
     assert result.summary() == anew.summary() and result.versions == (engine_version(gallery),) * 2
     found = {frozenset((f.subject_id, f.other_id)) for f in result.findings if f.other_id}
     assert found >= {frozenset(p) for p in (("s3", "n3"), ("s3", "m3"), ("s7", "late"), ("s140", "n140"), ("s6", "s9"))}

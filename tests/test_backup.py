@@ -144,6 +144,26 @@ def test_a_disk_that_fails_leaves_each_file_of_a_backup_as_it_was_or_as_it_is_no
     assert not list((tmp_path / "try").glob("**/*.new*"))
 
 
+def test_what_a_backup_writes_gets_its_name_when_it_is_whole(gallery, tmp_path):
+    begun: list[str] = []
+
+    class Watched(LocalStorage):
+        def create(self, path):
+            begun.append(path.name)
+            return super().create(path)
+
+        def connect(self, path, *, read_only):
+            begun.extend([] if read_only else [path.name])
+            return super().connect(path, read_only=read_only)
+
+    (gallery / MERGES_FOLDER).mkdir()
+    (gallery / MERGES_FOLDER / "1.parquet").write_bytes(b"a log")
+    backup(Watched(), gallery, tmp_path / "copy")
+    wanted = {BACKLOG_NAME, LEDGER_NAME, "gallery.sqlite3", "1.parquet"}
+    assert {name.removesuffix(".new") for name in begun} == wanted
+    assert all(name.endswith(".new") for name in begun)
+
+
 def test_a_damaged_ledger_does_not_stop_a_backup_and_is_not_copied_over_a_good_one(gallery, tmp_path):
     copy = copied(gallery, tmp_path / "copy")
     (gallery / LEDGER_NAME).write_bytes(b"no database" * 100)
