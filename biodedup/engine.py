@@ -151,11 +151,12 @@ class Loaded:
 @dataclass(frozen=True)
 class JoinedTile:
     """A piece of an N:N join. done: subjects compared with all behind them, of total; links: pairs that reached the
-    threshold."""
+    threshold; reached: (row behind the last one compared, rows of the gallery), for another join to go on from."""
 
     done: int
     total: int
     links: tuple[Link, ...]
+    reached: tuple[int, int]
 
 
 class Engine:
@@ -676,13 +677,19 @@ class Engine:
         return clusters_of(found)
 
     def join(
-        self, *, threshold_db: float | None = None, skip: int = 0, among: Sequence[str] | None = None
+        self,
+        *,
+        threshold_db: float | None = None,
+        skip: int = 0,
+        among: Sequence[str] | None = None,
+        since: tuple[int, int] | None = None,
     ) -> Iterator[JoinedTile]:
         """N:N, tile by tile: each compares some subjects with all that were enrolled after them, as of now. Pairs that were judged
         different are left out.
 
         threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. among: only these subjects,
-        each with everybody, so that a pair of two of them comes up twice; those not enrolled are passed over.
+        each with everybody, so that a pair of two of them comes up twice; those not enrolled are passed over. since: (row, rows):
+        of `among`, only those from this row on, and besides everybody who was enrolled or updated since there were so many rows.
         """
         self._check_open()
         if threshold_db is None:
@@ -690,6 +697,9 @@ class Engine:
         snapshot = self._gallery.snapshot()
         live = snapshot.live_rows() if among is None else np.unique(snapshot.rows_of(pack_text(among)))
         live = live[live >= 0]
+        if since is not None:
+            everybody = snapshot.live_rows()
+            live = np.union1d(live[live >= since[0]], everybody[everybody >= since[1]])
         for start in range(skip, len(live), JOIN_ROWS):
             self._check_open()
             rows = live[start : start + JOIN_ROWS].tolist()
@@ -701,7 +711,7 @@ class Engine:
                 for i, ((_, pair), kind) in enumerate(zip(found, kinds, strict=True))
                 if not snapshot.are_different(names[2 * i], names[2 * i + 1])
             ]
-            yield JoinedTile(start + len(rows), len(live), tuple(links))
+            yield JoinedTile(start + len(rows), len(live), tuple(links), (rows[-1] + 1, snapshot.row_count))
 
     # undecided changes ------------------------------------------------------------------------------------------
 
@@ -896,8 +906,12 @@ class Engine:
 
     def are_enrolled(self, subject_ids: Sequence[str]) -> NDArray[np.bool_]:
         """bool (n,): which of these are enrolled."""
+        return np.asarray(self.rows_of(subject_ids) >= 0)
+
+    def rows_of(self, subject_ids: Sequence[str]) -> NDArray[np.int64]:
+        """int64 (n,): the row of each, -1 where it is not enrolled. Rows only grow; who is updated gets another one."""
         self._check_open()
-        return np.asarray(self._gallery.snapshot().rows_of(pack_text(subject_ids)) >= 0)
+        return self._gallery.snapshot().rows_of(pack_text(subject_ids))
 
     def templates(self, subject_id: str) -> dict[str, Template]:
         """column -> the template enrolled there; embeddings of a sealed row in eight bits a number. Raises UnknownSubject."""
@@ -934,6 +948,7 @@ class Engine:
             "subjects": snapshot.live_count,
             "removed_not_erased": len(snapshot.tombstones),
             "segments": len(snapshot.parts) - 1,
+            "sealed_rows": snapshot.parts[-1].first_row,
             "columns": models,
             "groups": sorted(set().union(*snapshot.group_sets.values())),
             "encounters": snapshot.outcomes(),
@@ -950,7 +965,8 @@ class Engine:
     def backup(self, target: str | Path) -> Copied:
         """Copies the gallery as of now to a folder, while others go on; again, it copies only segments that are new.
 
-        The copy is a gallery. Raises InvalidInput where the folder holds something else, GalleryDamaged, StorageUnavailable.
+        The copy is a gallery, with what jobs keep beside it. Raises InvalidInput where the folder holds something else,
+        GalleryDamaged, StorageUnavailable.
         """
         self._check_open()
         return backup(self._gallery.storage, self._gallery.folder, Path(target))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -168,9 +169,6 @@ def test_an_interrupted_audit_goes_on_and_ends_as_if_it_had_not_been(engine, tmp
     whole = (tmp_path / "roll.parquet").read_bytes(), (tmp_path / "whole.html").read_bytes()
     (tmp_path / "roll.parquet").unlink()
 
-    class Cut(Exception):
-        pass
-
     seen: list[int] = []
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -192,6 +190,71 @@ def test_an_interrupted_audit_goes_on_and_ends_as_if_it_had_not_been(engine, tmp
     assert seen == [150, 159]  # s20 is not enrolled
     assert ((tmp_path / "roll.parquet").read_bytes(), (tmp_path / "again.html").read_bytes()) == whole
     assert not notes.exists()
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("listed", [160, 300], ids=["some of the gallery", "most of it"])
+def test_an_audit_goes_on_with_a_gallery_that_has_gone_on_and_ends_as_one_of_its_last_version(
+    gallery, tmp_path, listed
+):
+    names = [f"s{i}" for i in range(listed)] + ["late"]
+    roll = written(tmp_path / "roll.csv", "subject_id\n" + "\n".join(names))
+    seen: list[int] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        seen.append(done)
+        if done == 100:
+            raise Cut
+
+    with bd.Engine.open(gallery, CONFIG) as engine, pytest.raises(Cut):
+        audited(engine, roll, progress=progress)
+    vectors = people(SUBJECTS)
+    with bd.Engine.open(gallery, CONFIG) as engine:
+        doubles = again(vectors[[3, 7, 140]], 0.85, seed=8)
+        engine.add_templates(
+            ["n3", "late", "n140"], {"face": doubles}
+        )  # of one who was compared, and of one who was not
+        engine.remove("t5")
+        for name in ("s6", "s150"):  # other people under their ids
+            engine.remove(name)
+            engine.add_templates([name], {"face": again(vectors[[9 if name == "s6" else 8]], 0.85, seed=5)})
+        near = again(vectors[:1], 0.58, seed=4)[0]
+        assert engine.update(bd.Encounter("s0", templates={"face": near}, encounter_id="e")).outcome == "review"
+        engine.adjudicate("e", "different", "A. Officer", candidate="t0")  # u0 is still to be judged: s0 is not updated
+        engine._gallery.seal()
+    seen.clear()
+    with bd.Engine.open(gallery, CONFIG, read_only=True) as engine:
+        with pytest.raises(Cut):
+            audited(engine, roll, progress=lambda stage, done, total: progress(stage, done - 50, total))
+        assert seen == [100]
+    with bd.Engine.open(gallery, CONFIG) as engine:
+        engine.add_templates(["m3", "m149"], {"face": again(vectors[[3, 149]], 0.85, seed=9)})
+    seen.clear()
+    with bd.Engine.open(gallery, CONFIG, read_only=True) as engine:
+        result = audited(engine, roll, progress=lambda stage, done, total: seen.append(done))
+        assert seen[0] > 150
+        (tmp_path / "anew").mkdir()
+        anew = audited(engine, Path(shutil.copy(roll, tmp_path / "anew")))
+    assert [without_score(f) for f in result.findings] == [without_score(f) for f in anew.findings]
+    assert [f.score_db for f in result.findings] == pytest.approx(
+        [f.score_db for f in anew.findings], abs=0.1
+    )  # rounded when they were sealed
+    assert result.summary() == anew.summary() and result.versions == (engine_version(gallery),) * 2
+    found = {frozenset((f.subject_id, f.other_id)) for f in result.findings if f.other_id}
+    assert found >= {frozenset(p) for p in (("s3", "n3"), ("s3", "m3"), ("s7", "late"), ("s140", "n140"), ("s6", "s9"))}
+    assert not found & {frozenset(pair) for pair in (("s5", "t5"), ("s6", "t6"), ("s0", "t0"))}
+
+
+def without_score(finding: object) -> object:
+    return replace(finding, score_db=None)
+
+
+def engine_version(gallery: Path) -> int:
+    with bd.Engine.open(gallery, CONFIG, read_only=True) as engine:
+        return engine.gallery_version
 
 
 def test_notes_of_another_roll_or_threshold_are_not_gone_on_with(engine, tmp_path):
@@ -262,6 +325,27 @@ def test_a_roll_of_captures_is_identified_entry_by_entry(tmp_path, portrait):
     assert of_kind(result, "listed_twice") == [(4, "anna", None, 2)]
     assert result.districts()["South"]["listed_twice"] == 1
     assert "by its captures" in (tmp_path / "report.html").read_text()
+
+
+def test_entries_of_captures_stand_as_of_their_versions_which_the_report_states(tmp_path, portrait, monkeypatch):
+    monkeypatch.setattr(sys.modules["biodedup.jobs.audit"], "_ENTRIES_NOTED", 1)
+    for name, image in (("a.jpg", portrait), ("b.jpg", portrait[:, ::-1])):
+        (tmp_path / name).write_bytes(jpeg(image))
+    roll = written(tmp_path / "roll.csv", "path\na.jpg\nb.jpg\n")
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise Cut
+
+    with bd.Engine.open(tmp_path / "g") as engine:
+        engine.add_templates([f"s{i}" for i in range(20)], {"face": people(20)})
+        threshold_db, _ = engine.config.policy.thresholds_db(20)
+        with pytest.raises(Cut):
+            jobs.audit(engine, roll, tmp_path / "out.csv", progress=stop)
+        engine.enroll(bd.Encounter("anna", captures=[bd.Face(portrait)]))
+        result = jobs.audit(engine, roll, tmp_path / "out.csv", report=tmp_path / "report.html")
+    assert [(f.finding, f.line, f.detail) for f in result.findings] == [("not_enrolled", 2, "as of version 1")]
+    assert (result.versions, result.threshold_db) == ((1, 2), threshold_db)
+    assert "Gallery versions 1 to 2" in (tmp_path / "report.html").read_text()
 
 
 # broken rolls ------------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
+from biodedup.gallery.gallery import BACKLOG_NAME
 from biodedup.jobs import workers
-from biodedup.jobs.backlog import BACKLOG_NAME
 from biodedup.jobs.batch_manifest import Manifest
 from biodedup.jobs.workers import Workers
 

@@ -124,6 +124,23 @@ def test_notes_of_another_version_or_threshold_are_not_gone_on_with(gallery, tmp
     assert out.read_text().startswith('"cluster","subject_id_a"')
 
 
+def test_a_join_that_goes_on_after_the_journal_was_sealed_misses_no_pair_with_it(gallery, tmp_path):
+    engine, _ = gallery
+    out = tmp_path / "out.parquet"
+    whole = jobs.find_duplicates(engine, tmp_path / "whole.parquet", threshold_db=THRESHOLD_DB)
+    assert engine.info()["sealed_rows"] < 2_541
+
+    def stop(stage, done, total):
+        if done == 1_200:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.find_duplicates(engine, out, threshold_db=THRESHOLD_DB, progress=stop)
+    engine._gallery.seal()
+    resumed = jobs.find_duplicates(engine, out, threshold_db=THRESHOLD_DB)
+    assert pairs(resumed.clusters).keys() == pairs(whole.clusters).keys()
+
+
 def test_a_cluster_tells_the_link_that_holds_it_together_worst(gallery, tmp_path):
     engine, _ = gallery
     result = jobs.find_duplicates(engine, tmp_path / "out.parquet", threshold_db=THRESHOLD_DB)

@@ -595,7 +595,9 @@ def test_records_out_of_order_and_unreadable_times_are_taken_like_any_other(cent
     assert result.batches[0].out_of_order == 2 and result.gaps == ()
     doubts = {outcome.sequence: outcome.clock for outcome in result.outcomes}
     assert doubts[3] == doubts[1] == ""
-    assert "no time" in doubts[2] and "future" in doubts[4] and "precedes" in doubts[5]
+    assert "future" in doubts[4] and "precedes" in doubts[5]
+    assert doubts[2] == "" and (result.summary()["clock_doubtful"], result.summary()["clock_not_checked"]) == (2, 1)
+    assert "1 record came without a time of capture" in (centre / "o.html").read_text()
     assert len(pa.parquet.read_table(centre / "o.parquet")) == 5
 
 

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from test_crash import Countdown, FailingStorage
 import biodedup as bd
 from biodedup import jobs
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
+from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import inspect
 from biodedup.gallery.storage import LocalStorage
-from biodedup.jobs.survivors import Member, survivor
+from biodedup.jobs.survivors import Member, folded, survivor
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=64, merge_fan=2, background=False))
 FILES = ("m.parquet", "m.pairs.parquet", "m.collisions.parquet", "m.summary.json", "m.html")
@@ -398,12 +400,170 @@ def test_every_template_with_its_quality_and_time_comes_along(tmp_path):
     assert {part["column_a"] for part in pair["evidence"]} == {"face", "left_ring", "right_thumb"}
     source = {**contents(tmp_path / "a"), **contents(tmp_path / "b")}
     source.pop("a7")
+    source["b7"] = (source["b7"][0] | {"district:a"}, source["b7"][1])  # it stands for a7
     wanted = {name: (groups | {f"district:{name[0]}"}, parts) for name, (groups, parts) in source.items()}
     assert_same(
         wanted, contents(tmp_path / "c"), atol=0.01
     )  # vectors of a journal are rounded to eight bits on the way
     undone = jobs.undo(result.merge_id, tmp_path / "c", CONFIG)
     assert (undone.subjects, undone.withdrawn) == (0, 12)
+
+
+# what a survivor gets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def visited(tmp_path_factory):
+    """A central gallery with c0 (face), c1 (face, enrolled last of all) and c9; a0 and b0 of two districts are c0, with fingers; a1 is
+    c1; a2 and b2 are one person, whose record is newer in b; b7 is nobody else."""
+    folder = tmp_path_factory.mktemp("visited")
+    faces = people(10, 15)
+
+    def fill(name: str, subjects: dict[str, tuple[int, dict[str, object]]], now: float) -> None:
+        with bd.Engine.open(folder / name, CONFIG, clock=lambda: now) as engine:
+            for i, (subject_id, (who, more)) in enumerate(subjects.items()):
+                face = bd.Template("face", "external-128", again(faces[who : who + 1], 0.9, seed=int(now) + i)[0])
+                encounter = bd.Encounter(subject_id, (), {"face": face} | more, f"e-{subject_id}", [f"office-{name}"])
+                engine.admit([encounter])
+            engine.compact()
+
+    def ring(who: int, quality: float) -> bd.Template:
+        return bd.Template("left_ring", EXTERNAL_MINUTIAE, None, strewn(who), quality)
+
+    fill("central", {"c0": (0, {}), "c1": (1, {"left_ring": ring(1, 20.0)}), "c9": (9, {})}, 3000.0)
+    fill("a", {"a0": (0, {"left_ring": ring(0, 40.0)}), "a1": (1, {"left_ring": ring(1, 90.0)}), "a2": (2, {})}, 1000.0)  # fmt: skip
+    fill(
+        "b",
+        {
+            "b0": (0, {"left_ring": ring(0, 70.0), "right_thumb": strewn(1)}),
+            "b2": (2, {"right_thumb": strewn(2)}),
+            "b7": (7, {}),
+        },
+        2000.0,
+    )
+    return folder
+
+
+@pytest.fixture
+def visits(visited, tmp_path):
+    for name in ("central", "a", "b"):
+        shutil.copytree(visited / name, tmp_path / name)
+    return tmp_path
+
+
+def brought(visits: Path, *names: str, out: str = "m.parquet", **more):
+    return merged([visits / n for n in names], visits / out, into=visits / "central", apply=True, rule="newest", **more)
+
+
+def test_a_survivor_keeps_its_templates_and_gets_those_it_lacks_and_the_groups_of_the_others(visits):
+    before = {name: contents(visits / name) for name in ("central", "a", "b")}
+    result = brought(visits, "a", "b")
+    assert (result.applied.completed, result.summary["templates_to_survivors"]) == (3, 2)
+    after = contents(visits / "central")
+    assert set(after) == {"c0", "c1", "c9", "b2", "b7"}
+    groups, templates = after["c0"]
+    assert groups == {"office-central", "office-a", "office-b", "district:a", "district:b"}
+    assert_same(
+        {"c0": ((), templates)},
+        {"c0": ((), before["central"]["c0"][1] | {column: before["b"]["b0"][1][column] for column in ("left_ring", "right_thumb")})},
+        atol=0.01,
+    )  # fmt: skip
+    assert np.array_equal(templates["face"][1], before["central"]["c0"][1]["face"][1])
+    assert after["c1"][1]["left_ring"][3] == 20.0  # its own, however good the other is
+    assert after["b2"][0] == {"office-a", "office-b", "district:a", "district:b"}  # added, and stands for a2
+    assert_same({"c9": after["c9"]}, {"c9": before["central"]["c9"]})
+    with bd.Engine.open(visits / "central", CONFIG, read_only=True) as engine:
+        mate = before["a"]["a0"][1]["face"][1]
+        assert engine.search({"face": mate[None]}, k=1, groups=["district:a"]).ids.tolist() == [["c0"]]
+        assert engine.problems() == []
+
+
+def test_who_gave_what_is_in_the_result_and_in_the_log(visits):
+    result = brought(visits, "a", "b")
+    rows = pq.read_table(visits / "m.parquet").to_pylist()
+    gives = {row["subject_id"]: row["gives"] for row in rows}
+    assert gives == {"a0": [], "b0": ["right_thumb", "left_ring"], "c0": [], "a1": [], "c1": [], "a2": [], "b2": []}
+    assert "gives right thumb, left ring" in (visits / "m.html").read_text()
+    log = pq.read_table(visits / "central" / "merges" / f"{result.merge_id}.parquet").to_pylist()
+    (told,) = [row for row in log if row["subject_id"] == "c0"]
+    assert {(one["column"], one["subject_id"]) for one in told["gets"]} == {("left_ring", "b0"), ("right_thumb", "b0")}
+    assert told["joins"] == ["district:a", "district:b", "office-a", "office-b"]
+    assert [row["survivor"] for row in log if row["subject_id"] in ("a0", "b0")] == ["c0", "c0"]
+
+
+def test_two_merges_taken_back_one_after_the_other_leave_what_was_there(visits):
+    before = contents(visits / "central")
+    first = brought(visits, "a")
+    between = contents(visits / "central")
+    second = brought(visits, "b", out="n.parquet")
+    after = contents(visits / "central")
+    assert "a2" in between and "a2" not in after  # b2 stands for it
+    assert after["c0"][0] == {"office-central", "office-a", "office-b", "district:a", "district:b"}
+    undone = jobs.undo(second.merge_id, visits / "central", CONFIG)
+    assert (undone.restored, undone.reverted, undone.withdrawn) == (1, 1, 2)
+    assert_same(between, contents(visits / "central"))
+    with bd.Engine.open(visits / "central", CONFIG) as engine:
+        engine.compact()
+    undone = jobs.undo(first.merge_id, visits / "central", CONFIG)
+    assert (undone.restored, undone.reverted, undone.withdrawn, undone.kept_changed) == (0, 2, 1, ())
+    assert_same(before, contents(visits / "central"))
+
+
+def test_a_survivor_that_was_updated_or_removed_since_is_left_as_it_is(visits):
+    result = brought(visits, "a", "b")
+    with bd.Engine.open(visits / "central", CONFIG) as engine:
+        engine.update(bd.Encounter("c0", (), {"face": people(1, 99)[0]}, "later", ["moved"]))
+        engine.remove("c1")
+    undone = jobs.undo(result.merge_id, visits / "central", CONFIG)
+    assert (undone.reverted, undone.kept_changed) == (0, ("c0",))
+    left = contents(visits / "central")
+    assert set(left) == {"c0", "c9"} and left["c0"][0] == {"moved"} and set(left["c0"][1]) == {"face"}
+
+
+def test_a_merge_killed_at_any_stage_is_taken_back_whole_or_finished(visits):
+    central, kept = visits / "central", visits / "kept"
+    before = contents(central)
+    merged([visits / "a", visits / "b"], visits / "m.parquet", into=central, rule="newest")
+    shutil.copytree(central, kept)
+    result = brought(visits, "a", "b")
+    done = contents(central)
+    stages = []
+    for call in range(1, 5):
+        shutil.rmtree(central)
+        shutil.copytree(kept, central)
+        with suppress(Killed):
+            brought(visits, "a", "b", progress=killed_at(call))
+        stages.append(stage_of(central, result.merge_id))
+        shutil.copytree(central, visits / "other")
+        assert jobs.undo(result.merge_id, central, CONFIG).kept_changed == ()
+        assert_same(before, contents(central))
+        shutil.rmtree(central)
+        (visits / "other").rename(central)
+        assert brought(visits, "a", "b").applied == result.applied
+        assert_same(done, contents(central))
+    assert stages == ["begun", "begun", "completed:0", "applied"]
+
+
+def stage_of(folder: Path, merge_id: str) -> str:
+    gallery = opened(folder)
+    try:
+        found = [""]
+        for stage in ("begun", "completed:0", "removed", "applied"):
+            found += [stage] * (gallery.snapshot().answer(f"merge:{merge_id}:{stage}") is not None)
+        return found[-1]
+    finally:
+        gallery.close()
+
+
+def test_a_position_is_filled_by_the_best_quality_and_ties_go_to_the_smaller_id():
+    stays = member("s", templates={"face": 0.1})
+    others = [
+        member("d", templates={"face": 0.9, "left_ring": None}),
+        member("c", templates={"left_ring": 0.0, "left_thumb": 0.5}),
+        member("b", templates={"left_thumb": 0.5}),
+    ]
+    found = {one.member.subject_id: one.gives for one in folded([*others, stays], stays)}
+    assert found == {"d": (), "c": ("left_ring",), "b": ("left_thumb",)}
 
 
 def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
@@ -438,4 +598,4 @@ def test_from_the_shell_killed_by_the_system_and_started_again(districts, tmp_pa
     assert (code, told["applied"]["subjects"]) == (0, 442)
     assert bytes_of(folder) == bytes_of(tmp_path)
     code, out, _ = run("undo", told["merge_id"], "--gallery", "central", cwd=tmp_path)
-    assert (code, out.strip()) == (0, "undone: 0 restored, 442 withdrawn; 0 subjects")
+    assert (code, out.strip()) == (0, "undone: 0 restored, 0 survivors reverted, 442 withdrawn; 0 subjects")

@@ -119,13 +119,16 @@ def backup(
     gallery: GalleryOption = DEFAULT_GALLERY,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy the gallery, consistent, while it is in use; again, only new segments are copied. The copy is a gallery."""
+    """Copy the gallery, consistent, while it is in use, and what jobs keep beside it; again, only new segments are copied. The copy
+    is a gallery."""
     with Engine.open(gallery, read_only=True) as engine:
         copied = engine.backup(target)
     text = (
         f"version {copied.version} is in {target}: {copied.files_copied} files copied ({copied.byte_count:,} bytes), "
         f"{copied.files_kept} were there"
     )
+    if copied.left_out:
+        text += f"; damaged, and not copied: {', '.join(copied.left_out)}"
     finish(asdict(copied), text, as_json)
 
 

@@ -82,7 +82,8 @@ def merge(
         if found.applied is not None:
             one = found.applied
             out.print(
-                f"applied: {one.added:,} added, {one.left_out:,} left out, {one.removed:,} removed; {one.subjects:,} subjects. "
+                f"applied: {one.added:,} added, {one.left_out:,} left out, {one.removed:,} removed, {one.completed:,} survivors "
+                f"completed; {one.subjects:,} subjects. "
                 f"To take it back: biodedup undo {one.merge_id} --gallery FOLDER",
                 soft_wrap=True,
             )
@@ -100,7 +101,10 @@ def undo(
     """Take a merge back: the gallery has the subjects and templates that it had before. Interrupted, it goes on."""
     with progress_bar() as progress:
         undone = jobs.undo(merge_id, gallery, progress=progress)
-    text = f"undone: {undone.restored:,} restored, {undone.withdrawn:,} withdrawn; {undone.subjects:,} subjects"
+    text = (
+        f"undone: {undone.restored:,} restored, {undone.reverted:,} survivors reverted, {undone.withdrawn:,} withdrawn; "
+        f"{undone.subjects:,} subjects"
+    )
     if undone.kept_changed:
         text += f"; enrolled anew since, left as they are: {', '.join(undone.kept_changed[:20])}"
     finish(asdict(undone), text, as_json)

@@ -51,6 +51,8 @@ LOCK_NAME = "writer.lock"
 SEGMENT_FOLDER = "segments"
 SENTINELS_NAME = "sentinels"
 """Probes that `biodedup doctor --sentinels` keeps here (jobs/sentinel_file.py); no part of the gallery's content."""
+BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER = "backlog.sqlite3", "kits.sqlite3", "merges"
+"""What other jobs keep here (jobs/backlog.py, jobs/kit_ledger.py, jobs/applied.py); no part of the content, but of a backup."""
 NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a gallery in the making: it gets its name when it is whole
 _OWN_NAMES = {
     DATABASE_NAME,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -250,18 +251,23 @@ class Transaction:
 
     # shared -----------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _numbers(self) -> dict[frozenset[str], int]:
+        """The number of each combination of groups."""
+        return {names: number for number, names in self.group_sets.items()}
+
     def _group_set(self, names: frozenset[str]) -> int:
         """Number 0 is no group at all."""
         if not names:
             return 0
-        for number, known in self.group_sets.items():
-            if known == names:
-                return number
-        number = len(self.group_sets) + 1
-        self._catalogue.add_group_set(number, names)
-        self.group_sets[number] = names
-        self.manifest_changed = True
-        return number
+        if (
+            names not in self._numbers
+        ):  # looked up: a national register has a hundred thousand combinations of districts
+            number = len(self.group_sets) + 1
+            self._catalogue.add_group_set(number, names)
+            self.group_sets[number], self._numbers[names] = names, number
+            self.manifest_changed = True
+        return self._numbers[names]
 
 
 def mismatch(column: str, known: ColumnModel, got: ColumnModel) -> ModelMismatch:

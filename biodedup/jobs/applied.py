@@ -2,11 +2,15 @@
 
 Owns the order of the steps and the log that an undo needs (`GALLERY/merges/ID.parquet`). Never decides who is one person.
 
-    log -> begun -> additions, a part at a time -> removals -> applied          undo: restore -> withdraw additions -> undone
+    log -> begun -> additions, a part at a time -> completions, a batch at a time -> removals -> applied
+    undo: restore, a batch at a time -> withdraw additions -> undone
 
 1. Every step is one durable transaction that is noted in the gallery, so that what was killed goes on, and nothing is done twice.
-2. The log is on the disk before anything changes: complete templates of the central gallery's subjects that will be removed.
+2. The log is on the disk before anything changes: complete templates of the central gallery's subjects that will be removed or
+   completed, and from whom a survivor gets what.
 3. At no time is a person in the gallery under no id: additions come before removals, restorations before withdrawals.
+4. A survivor keeps its templates. It gets those that it lacks, and the groups, of the records that it stands for.
+5. A row is what tells whether a subject is as a merge has left it. An undo enrols anew, under other rows, and notes whose they are.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +31,16 @@ from numpy.typing import NDArray
 from biodedup.config import Config
 from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.copying import copy_rows, note, record, steps_done
-from biodedup.gallery.gallery import Gallery, translated
+from biodedup.gallery.gallery import MERGES_FOLDER, Gallery, translated
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.part import Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.registers import Origins, step_of
-from biodedup.jobs.survivors import Member
+from biodedup.jobs.survivors import Folded, Member
 from biodedup.values import Template
 
-LOG_FOLDER = "merges"
 _BATCH_ROWS = 1_000
 
 _TEMPLATE = pa.struct(
@@ -51,12 +55,16 @@ _TEMPLATE = pa.struct(
 LOG_SCHEMA = pa.schema(
     [
         ("subject_id", pa.string()),
-        ("action", pa.string()),  # removed from the central gallery, or left_out: of a district, and not added
+        # removed from the central gallery; left_out: of a district, and not added; completed: a survivor
+        ("action", pa.string()),
         ("district", pa.string()),
         ("original_id", pa.string()),
         ("survivor", pa.string()),
         ("encounter_id", pa.string()),
-        ("groups", pa.list_(pa.string())),
+        ("groups", pa.list_(pa.string())),  # before
+        ("gets", pa.list_(pa.struct([("column", pa.string()), ("subject_id", pa.string())]))),  # a survivor, from whom
+        ("joins", pa.list_(pa.string())),  # groups that a survivor comes into
+        ("row", pa.int64()),  # this, and templates: in the central gallery, before
         ("templates", pa.list_(_TEMPLATE)),
     ]
 )
@@ -65,22 +73,25 @@ LOG_SCHEMA = pa.schema(
 @dataclass(frozen=True)
 class Applied:
     """added: subjects new to the gallery; removed: those of it that another record stands for now; left_out: records of districts
-    that were not added, since another stands for them; subjects: the gallery's afterwards."""
+    that were not added, since another stands for them; completed: survivors that got templates or groups of these; subjects: the
+    gallery's afterwards."""
 
     merge_id: str
     added: int
     removed: int
     left_out: int
+    completed: int
     subjects: int
 
 
 @dataclass(frozen=True)
 class Undone:
-    """restored: subjects back under their ids; withdrawn: additions taken away; kept_changed: ids that were enrolled anew since, and
-    were left as they are."""
+    """restored: subjects back under their ids; reverted: survivors that have only their own templates and groups again; withdrawn:
+    additions taken away; kept_changed: ids that were enrolled anew since, and were left as they are."""
 
     merge_id: str
     restored: int
+    reverted: int
     withdrawn: int
     kept_changed: tuple[str, ...]
     subjects: int
@@ -101,7 +112,7 @@ def begun(target: Snapshot, merge_id: str) -> bool:
 
 def refuse_unfinished(folder: Path, target: Snapshot, storage: Storage) -> None:
     """Raises InvalidInput where another merge was interrupted while it was brought into this gallery."""
-    for name in sorted(storage.list_names(folder / LOG_FOLDER) or ()):
+    for name in sorted(storage.list_names(folder / MERGES_FOLDER) or ()):
         merge_id = name.removesuffix(".parquet")
         finished = any(target.answer(f"merge:{merge_id}:{stage}") is not None for stage in ("applied", "undone"))
         if begun(target, merge_id) and not finished:
@@ -116,46 +127,49 @@ def apply_merge(
     merge_id: str,
     staged: Snapshot,
     registers: Sequence[dict[str, Any]],
-    folded: Sequence[tuple[Member, str]],
+    folded: Sequence[Folded],
     config: Config,
     storage: Storage,
     *,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     progress: Progress = silent,
 ) -> Applied:
-    """Adds everybody of the districts but those who are folded, and removes the folded ones of the central gallery.
+    """Adds everybody of the districts but those who are folded, completes survivors, and removes the folded ones of the central
+    gallery.
 
-    registers: `Register.key` of each; folded: records that do not stay, and the subject_id that stands for each. Both count only when
-    it begins; interrupted, it goes on with the log. Raises InvalidInput where the gallery has changed since it was compared.
+    registers: `Register.key` of each; folded: records that do not stay, those of one survivor side by side. Both count only when it
+    begins; interrupted, it goes on with the log. Raises InvalidInput where the gallery has changed since it was compared.
     """
     target = _opened(folder, storage, config, new_id)
     try:
         name = f"merge:{merge_id}"
-        log = folder / LOG_FOLDER / f"{merge_id}.parquet"
+        log = folder / MERGES_FOLDER / f"{merge_id}.parquet"
         if not begun(target.snapshot(), merge_id):
             refuse_unfinished(folder, target.snapshot(), storage)
             _refuse_changed(folder, target, registers)
-            _write_log(log, _logged(target.snapshot(), folded), storage)
+            _write_log(log, _logged(target.snapshot(), staged, folded), storage)
             record(target, f"{name}:begun")
         progress("applying", 0, staged.live_count)
-        table = _read_log(log, ["subject_id", "action"])
-        actions = np.array(table["action"].to_pylist(), object)
-        ids = np.array(table["subject_id"].to_pylist(), object)
-        removed, left_out = ids[actions == "removed"].tolist(), ids[actions == "left_out"].tolist()
+        ids: dict[str, list[str]] = {"removed": [], "left_out": [], "completed": []}
+        for rows in _read_log(log, ["subject_id", "action"]):
+            for row in rows:
+                ids[row["action"]].append(row["subject_id"])
+        removed, left_out = ids["removed"], ids["left_out"]
         added = 0
         for step in copy_rows(staged, target, name, _to_be_added(staged, registers, left_out)):
             added += step.added
             progress("applying", added, staged.live_count)
+        completed = _complete(target, log, name, staged, len(ids["completed"]), progress)
         if target.snapshot().answer(f"{name}:removed") is None:
             with target.transaction() as transaction:
-                rows = transaction.snapshot().rows_of(pack_text(removed))
-                transaction.remove_rows(np.sort(rows[rows >= 0]))
+                gone = transaction.snapshot().rows_of(pack_text(removed))
+                transaction.remove_rows(np.sort(gone[gone >= 0]))
                 transaction.record(f"{name}:removed", note({"removed": len(removed)}))
         record(target, f"{name}:applied")
         target.maintain()
         progress("applying", staged.live_count, staged.live_count)
         added = sum(step.added for step in steps_done(target.snapshot(), name))
-        return Applied(merge_id, added, len(removed), len(left_out), target.snapshot().live_count)
+        return Applied(merge_id, added, len(removed), len(left_out), completed, target.snapshot().live_count)
     finally:
         target.close()
 
@@ -174,22 +188,22 @@ def undo(
     InvalidInput for a merge that was not applied here.
     """
     storage = storage or LocalStorage()
-    log = folder / LOG_FOLDER / f"{merge_id}.parquet"
+    log = folder / MERGES_FOLDER / f"{merge_id}.parquet"
     _opened(folder, storage, config or Config(), None).close()  # a mistyped folder is no new gallery
     target = _opened(folder, storage, config or Config(), lambda: "")
     try:
         name = f"merge:{merge_id}"
         if not begun(target.snapshot(), merge_id):
-            known = sorted(one.removesuffix(".parquet") for one in storage.list_names(folder / LOG_FOLDER) or ())
+            known = sorted(one.removesuffix(".parquet") for one in storage.list_names(folder / MERGES_FOLDER) or ())
             raise InvalidInput(
                 f"merge {merge_id!r} was not applied to {folder}; known are: {', '.join(known) or 'none'}"
             )
-        removals = target.snapshot().answer(f"{name}:removed") is not None
-        restored, kept = _restore(target, log, name, progress) if removals else (0, [])
-        withdrawn = _withdraw(target, name, progress)
+        stands_for = _stands_for(target.snapshot(), folder, storage)
+        restored, reverted, kept = _restore(target, log, name, stands_for, progress)
+        withdrawn = _withdraw(target, name, stands_for, progress)
         record(target, f"{name}:undone")
         target.maintain()
-        return Undone(merge_id, restored, withdrawn, tuple(kept), target.snapshot().live_count)
+        return Undone(merge_id, restored, reverted, withdrawn, tuple(kept), target.snapshot().live_count)
     finally:
         target.close()
 
@@ -234,27 +248,44 @@ def _to_be_added(
 # the log --------------------------------------------------------------------------------------------------------------
 
 
-def _logged(before: Snapshot, folded: Sequence[tuple[Member, str]]) -> Iterator[Any]:
+def _logged(before: Snapshot, staged: Snapshot, folded: Sequence[Folded]) -> Iterator[Any]:
     """Record batches of LOG_SCHEMA."""
-    for low in range(0, len(folded), _BATCH_ROWS):
-        some = folded[low : low + _BATCH_ROWS]
-        rows = before.rows_of(pack_text([member.subject_id for member, _ in some])).tolist()
-        central = [row for row, (member, _) in zip(rows, some, strict=True) if member.central]
-        groups = dict(zip(central, before.groups(central), strict=True))
-        entries = [
-            {
-                "subject_id": member.subject_id,
-                "action": "removed" if member.central else "left_out",
-                "district": member.district,
-                "original_id": member.original_id,
-                "survivor": stays,
-                "encounter_id": member.encounter_id,
-                "groups": sorted(groups[row]) if member.central else None,
-                "templates": [vars(one) for one in before.templates(row).values()] if member.central else None,
-            }
-            for row, (member, stays) in zip(rows, some, strict=True)
-        ]
+    clusters = [list(some) for _, some in groupby(folded, lambda one: one.stays.subject_id)]
+    for low in range(0, len(clusters), _BATCH_ROWS):
+        some = clusters[low : low + _BATCH_ROWS]
+        members = [member for cluster in some for member in (cluster[0].stays, *(one.member for one in cluster))]
+        entry_of = _entries(before, [member for member in members if member.central])
+        entry_of |= _entries(staged, [member for member in members if not member.central])
+        entries: list[dict[str, Any]] = []
+        for cluster in some:
+            stays, joins = entry_of[cluster[0].stays.subject_id], set[str]()
+            for one in cluster:
+                entry = entry_of[one.member.subject_id]
+                action = "removed" if one.member.central else "left_out"
+                entries.append(entry | {"action": action, "survivor": stays["subject_id"]})
+                joins.update(entry["groups"])
+            gets = [{"column": column, "subject_id": one.member.subject_id} for one in cluster for column in one.gives]
+            joins.difference_update(stays["groups"])
+            if gets or joins:
+                entries.append(stays | {"action": "completed", "gets": gets, "joins": sorted(joins)})
         yield pa.RecordBatch.from_pylist(entries, LOG_SCHEMA)
+
+
+def _entries(snapshot: Snapshot, members: Sequence[Member]) -> dict[str, dict[str, Any]]:
+    """subject_id -> what the log says of a record, but for what becomes of it."""
+    rows = snapshot.rows_of(pack_text([member.subject_id for member in members])).tolist()
+    return {
+        member.subject_id: {
+            "subject_id": member.subject_id,
+            "district": member.district,
+            "original_id": member.original_id,
+            "encounter_id": member.encounter_id,
+            "groups": sorted(groups),
+            "row": row if member.central else None,
+            "templates": [vars(one) for one in snapshot.templates(row).values()] if member.central else None,
+        }
+        for member, row, groups in zip(members, rows, snapshot.groups(rows), strict=True)
+    }
 
 
 def _write_log(log: Path, batches: Iterator[Any], storage: Storage) -> None:
@@ -276,47 +307,142 @@ def _write_log(log: Path, batches: Iterator[Any], storage: Storage) -> None:
         storage.sync_folder(log.parent)
 
 
-def _read_log(log: Path, columns: Sequence[str]) -> Any:
+def _read_log(log: Path, columns: Sequence[str] | None = None) -> Iterator[list[dict[str, Any]]]:
+    """Its rows, so many at a time as are one step."""
     try:
-        return pa.parquet.read_table(log, columns=list(columns))
+        with pa.parquet.ParquetFile(log) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                yield batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise GalleryDamaged(f"{log} is not readable ({type(error).__name__}); restore it from a backup") from error
+
+
+# completing -----------------------------------------------------------------------------------------------------------
+
+
+def _complete(target: Gallery, log: Path, name: str, staged: Snapshot, total: int, progress: Progress) -> int:
+    """How many survivors have what they lacked now. total: how many are in the log."""
+    completed = 0
+    for number, rows in enumerate(_read_log(log, ["subject_id", "action", "gets", "joins"])):
+        step = f"{name}:completed:{number}"
+        answer = target.snapshot().answer(step)
+        if answer is None:
+            facts = _complete_some(target, step, staged, [row for row in rows if row["action"] == "completed"])
+        else:
+            facts = json.loads(answer[1])
+        completed += facts["end_row"] - facts["first_row"]
+        progress("completing", completed, total)
+    return completed
+
+
+def _complete_some(target: Gallery, step: str, staged: Snapshot, survivors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    with target.transaction() as transaction:
+        before = transaction.snapshot()
+        rows = before.rows_of(pack_text([one["subject_id"] for one in survivors]))
+        found = [(one, row) for one, row in zip(survivors, rows.tolist(), strict=True) if row >= 0]
+        rows = rows[rows >= 0]
+        first_row = transaction.tail.end_row
+        transaction.remove_rows(np.sort(rows))
+        groups, encounter_ids = before.groups(rows.tolist()), before.encounter_ids(rows.tolist())
+        for (one, row), own, encounter_id in zip(found, groups, encounter_ids, strict=True):
+            templates = {get["column"]: _staged(staged, get["subject_id"], get["column"]) for get in one["gets"]}
+            templates |= before.templates(row)
+            transaction.add(one["subject_id"], templates, encounter_id, own.union(one["joins"]))
+        facts = {"first_row": first_row, "end_row": transaction.tail.end_row}
+        transaction.record(step, note(facts))
+    return facts
+
+
+def _staged(staged: Snapshot, subject_id: str, column: str) -> Template:
+    row = staged.row_of(subject_id)
+    assert row is not None, "the staging gallery holds everybody who was compared"
+    return staged.templates(row)[column]
 
 
 # taking back ----------------------------------------------------------------------------------------------------------
 
 
-def _restore(target: Gallery, log: Path, name: str, progress: Progress) -> tuple[int, list[str]]:
-    """(how many, ids that were taken meanwhile)."""
-    restored, kept = 0, list[str]()
-    try:
-        file = pa.parquet.ParquetFile(log)
-    except (OSError, pa.ArrowException) as error:
-        raise GalleryDamaged(f"{log} is not readable ({type(error).__name__}); restore it from a backup") from error
-    with file:
-        for number, batch in enumerate(file.iter_batches(_BATCH_ROWS)):
-            step = f"{name}:restored:{number}"
-            answer = target.snapshot().answer(step)
-            if answer is None:
-                facts = _restore_some(target, step, [row for row in batch.to_pylist() if row["action"] == "removed"])
-            else:
-                facts = json.loads(answer[1])
-            restored += facts["restored"]
-            kept += facts["kept"]
-            progress("restoring", (number + 1) * _BATCH_ROWS, file.metadata.num_rows)
-    return restored, kept
+def _completed_rows(target: Snapshot, name: str) -> list[tuple[int, int]]:
+    """Ranges of the rows that survivors got as they were completed; of neighbouring ones, one."""
+    ranges: list[tuple[int, int]] = []
+    for facts in _noted(target, f"{name}:completed"):
+        first_row = ranges.pop()[0] if ranges and ranges[-1][1] == facts["first_row"] else facts["first_row"]
+        ranges.append((first_row, facts["end_row"]))
+    return ranges
 
 
-def _restore_some(target: Gallery, step: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    kept = []
+def _noted(target: Snapshot, steps: str) -> Iterator[dict[str, Any]]:
+    """What was noted of steps that have numbers."""
+    number = 0
+    while (answer := target.answer(f"{steps}:{number}")) is not None:
+        yield json.loads(answer[1])
+        number += 1
+
+
+def _stands_for(target: Snapshot, folder: Path, storage: Storage) -> dict[int, int]:
+    """Row that an undo gave to a subject -> the row that it had before that merge. Merges are undone in reverse order: to the ones
+    before, a restored subject is still what they have left."""
+    before: dict[int, int] = {}
+    for log in storage.list_names(folder / MERGES_FOLDER) or ():
+        for facts in _noted(target, f"merge:{log.removesuffix('.parquet')}:restored"):
+            before |= dict(facts["rows"])
+    for row in sorted(before):  # a row is behind the one that it stands for
+        before[row] = before.get(before[row], before[row])
+    return before
+
+
+def _restore(
+    target: Gallery, log: Path, name: str, stands_for: dict[int, int], progress: Progress
+) -> tuple[int, int, list[str]]:
+    """(how many removed subjects are back, how many survivors were reverted, ids that were taken meanwhile)."""
+    restored, reverted, kept = 0, 0, list[str]()
+    removals = target.snapshot().answer(f"{name}:removed") is not None
+    completed = _completed_rows(target.snapshot(), name)
+    done, total = 0, sum(len(rows) for rows in _read_log(log, ["action"]))
+    for number, rows in enumerate(_read_log(log)):
+        step = f"{name}:restored:{number}"
+        answer = target.snapshot().answer(step)
+        if answer is None:
+            changed = [row for row in rows if row["action"] == "completed" or (removals and row["action"] == "removed")]
+            facts = _restore_some(target, step, changed, completed, stands_for)
+        else:
+            facts = json.loads(answer[1])
+        restored += facts["restored"]
+        reverted += facts["reverted"]
+        kept += facts["kept"]
+        done += len(rows)
+        progress("restoring", done, total)
+    return restored, reverted, kept
+
+
+def _restore_some(
+    target: Gallery,
+    step: str,
+    changed: Sequence[dict[str, Any]],
+    completed: Sequence[tuple[int, int]],
+    stands_for: dict[int, int],
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {"restored": 0, "reverted": 0, "kept": [], "rows": []}
     with target.transaction() as transaction:
-        for row in rows:
-            if transaction.snapshot().row_of(row["subject_id"]) is not None:
-                kept.append(row["subject_id"])
-                continue
-            templates = {one["column"]: _template(one) for one in row["templates"]}
-            transaction.add(row["subject_id"], templates, row["encounter_id"], row["groups"])
-        facts = {"restored": len(rows) - len(kept), "kept": kept}
+        now = transaction.snapshot().rows_of(pack_text([before["subject_id"] for before in changed])).tolist()
+        again, leave = [], []
+        for before, row in zip(changed, now, strict=True):
+            if before["action"] == "completed":
+                if row in (-1, before["row"]) or before["row"] is None:
+                    continue  # removed since; not completed yet; or added by this merge, and to be withdrawn
+                if any(low <= stands_for.get(row, row) < high for low, high in completed):
+                    leave.append(row)
+                    row = -1
+            if row >= 0:
+                facts["kept"].append(before["subject_id"])
+            else:
+                again.append(before)
+        transaction.remove_rows(np.array(sorted(leave), np.int64))
+        for before in again:
+            facts["restored" if before["action"] == "removed" else "reverted"] += 1
+            facts["rows"].append((transaction.tail.end_row, before["row"]))
+            templates = {one["column"]: _template(one) for one in before["templates"]}
+            transaction.add(before["subject_id"], templates, before["encounter_id"], before["groups"])
         transaction.record(step, note(facts))
     return facts
 
@@ -326,21 +452,24 @@ def _template(one: dict[str, Any]) -> Template:
     return Template(one["column"], one["model_id"], embedding, one["minutiae"], one["quality"])
 
 
-def _withdraw(target: Gallery, name: str, progress: Progress) -> int:
-    steps = steps_done(target.snapshot(), name)
+def _withdraw(target: Gallery, name: str, stands_for: dict[int, int], progress: Progress) -> int:
+    now = target.snapshot()
+    ranges = [step.rows for step in steps_done(now, name)] + _completed_rows(now, name)
     withdrawn = 0
-    for number, step in enumerate(steps):
+    for number, (low, high) in enumerate(ranges):
         noted = f"{name}:withdrawn:{number}"
         answer = target.snapshot().answer(noted)
         if answer is None:
             with target.transaction() as transaction:
                 live = transaction.snapshot().live_rows()
-                low, high = np.searchsorted(live, step.rows)
-                transaction.remove_rows(live[low:high])
-                facts = {"withdrawn": int(high - low)}
+                first, end = np.searchsorted(live, (low, high))
+                moved = [row for row, before in stands_for.items() if low <= before < high and now.is_live(row)]
+                rows = np.union1d(live[first:end], np.array(moved, np.int64))
+                transaction.remove_rows(rows)
+                facts = {"withdrawn": len(rows)}
                 transaction.record(noted, note(facts))
         else:
             facts = json.loads(answer[1])
         withdrawn += facts["withdrawn"]
-        progress("withdrawing", number + 1, len(steps))
+        progress("withdrawing", number + 1, len(ranges))
     return withdrawn

@@ -4,8 +4,10 @@ Owns what a finding is, and the report by district. Never compares itself: the e
 
 1. A roll of subjects is compared with everybody by the templates that are enrolled; a roll of captures is identified, entry by entry.
 2. A pair that a person judged different is not raised.
-3. Interrupted, it goes on where it was (`out`.notes) while roll, gallery, version and threshold are the same; the result of the
-   same ones is the same, byte for byte.
+3. Interrupted, it goes on where it was (`out`.notes), with the threshold that it began with, also when the gallery has gone on. Of a
+   roll of subjects it then compares those who were enrolled or updated since, too, and drops what it had found of those who
+   were updated or removed: the result is that of the last version alone. An entry of captures stands as of its version.
+4. The same roll, gallery, version and threshold give the same result, byte for byte.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +82,14 @@ class Finding:
 @dataclass(frozen=True)
 class AuditResult:
     """What was found. lines: of the roll, those refused included; subjects: compared with gallery_size others; expected_false: findings
-    of doubles to be expected of different people alike, were all of these independent."""
+    of doubles to be expected of different people alike, were all of these independent; versions: the oldest that an entry of
+    captures was compared with, and the newest; of a roll of subjects one and the same."""
 
     findings: tuple[Finding, ...]
     lines: int
     subjects: int
     gallery_size: int
-    gallery_version: int
+    versions: tuple[int, int]
     threshold_db: float
     expected_false: float
     lines_of: dict[str, int]
@@ -98,7 +101,8 @@ class AuditResult:
             "lines": self.lines,
             "subjects_compared": self.subjects,
             "gallery_size": self.gallery_size,
-            "gallery_version": self.gallery_version,
+            "gallery_version_from": self.versions[0],
+            "gallery_version": self.versions[1],
             "threshold_db": round(self.threshold_db, 2),
             "expected_false": float(f"{self.expected_false:.3g}"),
             "beyond_what_was_measured": sum(bool(finding.extrapolated) for finding in self.findings),
@@ -133,18 +137,15 @@ def audit(
 ) -> AuditResult:
     """Checks a roll (`read_roll`) and writes `out` (.parquet or .csv), a row a finding, and a page for people.
 
-    threshold_db: None takes the policy's duplicate threshold. Raises InvalidInput for a roll that cannot be read at all,
-    GalleryDamaged, StorageUnavailable.
+    threshold_db: None takes the policy's duplicate threshold at the size of the gallery when the audit begins. Raises InvalidInput
+    for a roll that cannot be read at all, GalleryDamaged, StorageUnavailable.
     """
     check_table_name(out)
     listed = read_roll(roll)
-    if threshold_db is None:
-        threshold_db, _ = engine.config.policy.thresholds_db(len(engine))
-    info = engine.info()
     key = {
         "roll": hashlib.sha256(roll.read_bytes()).hexdigest(),
-        "gallery": info["gallery_id"],
-        "version": info["gallery_version"],
+        "gallery": engine.info()["gallery_id"],
+        "policy": asdict(engine.config.policy),
         "threshold_db": threshold_db,
         "across_positions": engine.config.search.across_positions,
     }
@@ -153,7 +154,13 @@ def audit(
             with translated(f"making {path.parent}"):
                 path.parent.mkdir(parents=True, exist_ok=True)
     with Notes(out.with_name(out.name + ".notes"), key) as notes:
+        if notes.entries:
+            threshold_db = notes.entries[0]["threshold_db"]
+        elif threshold_db is None:
+            threshold_db, _ = engine.config.policy.thresholds_db(len(engine))
+        versions = engine.gallery_version, engine.gallery_version
         if listed.of_captures:
+            versions = min([versions[0], *(entry["version"] for entry in notes.entries)]), versions[1]
             found, subjects = _of_captures(engine, listed, roll.parent, threshold_db, notes, progress)
             pairs = subjects * len(engine)
         else:
@@ -165,7 +172,7 @@ def audit(
             len(listed.lines) + len(listed.refused),
             subjects,
             len(engine),
-            info["gallery_version"],
+            versions,
             threshold_db,
             max(pairs, 0) * 10 ** (-threshold_db / 10),
             dict(Counter([*listed.texts("district"), *(district for _, district, _ in listed.refused)])),
@@ -228,21 +235,49 @@ def _of_subjects(
 
 def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: Notes, progress: Progress) -> list[Link]:
     """Pairs of a listed subject and anybody that reach the threshold, each once."""
-    found = [link for entry in notes.entries for link in entry["links"]]
-    done = notes.entries[-1]["done"] if notes.entries else 0
+    info = engine.info()
+    state = {"version": info["gallery_version"], "sealed_rows": info["sealed_rows"]}
     # of most of a gallery, everybody with everybody behind takes less than each with everybody
-    among = present if 2 * len(present) <= len(engine) else None
-    for tile in engine.join(threshold_db=threshold_db, skip=done, among=among):
-        new = [[*link.subject_ids, link.score_db, link.extrapolated] for link in tile.links]
-        notes.append({"done": tile.done, "links": new})
-        found += new
-        progress("comparing", tile.done, tile.total)
-    listed = set(present)
+    begun = notes.entries[0] if notes.entries else state | {"whole": 2 * len(present) > len(engine)}
+    done = notes.entries[-1]["done"] if notes.entries else 0
+    if begun["whole"] and all(begun[name] == value for name, value in state.items()):
+        tiles, before = engine.join(threshold_db=threshold_db, skip=done), 0
+    elif notes.entries:
+        row, rows = notes.entries[-1]["reached"][0], begun["reached"][1]
+        # a join of the whole has compared those before `row` with one another, one of the listed with everybody there was
+        since = (row, row) if begun["whole"] else (row, max(row, rows))
+        tiles, before = engine.join(threshold_db=threshold_db, among=present, since=since), done
+    else:
+        tiles, before = engine.join(threshold_db=threshold_db, among=present), 0
+    entries = list(notes.entries)
+    for tile in tiles:
+        links = [[*link.subject_ids, link.score_db, link.extrapolated] for link in tile.links]
+        entry = {"done": before + tile.done, "reached": tile.reached, "links": links}
+        entries.append(state | {"whole": begun["whole"], "threshold_db": threshold_db} | entry)
+        notes.append(entries[-1])
+        progress("comparing", before + tile.done, before + tile.total)
+    return _standing(engine, set(present), entries)
+
+
+def _standing(engine: Engine, listed: set[str], entries: Sequence[dict[str, Any]]) -> list[Link]:
+    """What was found of listed subjects, but not of who was updated or removed since, nor of pairs that were judged different since."""
+    names = list(dict.fromkeys(name for entry in entries for link in entry["links"] for name in link[:2]))
+    row_of = dict(zip(names, engine.rows_of(names).tolist(), strict=True))
+    different = _different(engine)
     pairs: dict[tuple[str, str], Link] = {}
-    for a, b, score_db, extrapolated in found:
-        if a in listed or b in listed:
-            pairs.setdefault((min(a, b), max(a, b)), Link((min(a, b), max(a, b)), score_db, extrapolated, ()))
+    for entry in entries:
+        for a, b, score_db, extrapolated in entry["links"]:
+            there = all(0 <= row_of[name] < entry["reached"][1] for name in (a, b))
+            if there and not listed.isdisjoint((a, b)) and frozenset((a, b)) not in different:
+                pairs.setdefault((min(a, b), max(a, b)), Link((min(a, b), max(a, b)), score_db, extrapolated, ()))
     return [pairs[names] for names in sorted(pairs)]
+
+
+def _different(engine: Engine) -> set[frozenset[str]]:
+    """Pairs that were judged different."""
+    return {
+        frozenset((v.subject_id, v.candidate)) for v in engine.verdicts() if v.ruling == "different" and v.candidate
+    }
 
 
 def _finding(
@@ -264,20 +299,20 @@ def _of_captures(
     """(findings, entries that could be compared)."""
     entries = _entries(roll)
     # an entry's answer: [reason of refusal or None, [[subject_id, score_db, extrapolated], ...], gallery's review threshold]
-    answers = [answer for entry in notes.entries for answer in entry["answers"]]
+    version = engine.gallery_version
+    answers = [(entry["version"], answer) for entry in notes.entries for answer in entry["answers"]]
     for low in range(len(answers), len(entries), _ENTRIES_NOTED):
         new = [_identified(engine, roll, folder, lines) for lines in entries[low : low + _ENTRIES_NOTED]]
-        notes.append({"answers": new})
-        answers += new
+        notes.append({"version": version, "threshold_db": threshold_db, "answers": new})
+        answers += [(version, answer) for answer in new]
         progress("identifying", len(answers), len(entries))
-    different = {
-        frozenset((v.subject_id, v.candidate)) for v in engine.verdicts() if v.ruling == "different" and v.candidate
-    }
+    different = _different(engine)
     findings: list[Finding] = []
     seen: dict[str, int] = {}
     compared = 0
-    for lines, (refusal, candidates, review_db) in zip(entries, answers, strict=True):
+    for lines, (as_of, (refusal, candidates, review_db)) in zip(entries, answers, strict=True):
         index = lines[0]
+        detail = "" if as_of == version else f"as of version {as_of}"
         if refusal is not None:
             findings.append(_finding(roll, "refused", index, None, detail=refusal))
             continue
@@ -286,18 +321,18 @@ def _of_captures(
         if not reached:
             near = [one for one in candidates if one[1] >= review_db][:1]
             for name, score_db, extrapolated in near:
-                findings.append(_finding(roll, "unclear", index, None, other_id=name, score_db=score_db, extrapolated=extrapolated))  # fmt: skip
+                findings.append(_finding(roll, "unclear", index, None, other_id=name, score_db=score_db, extrapolated=extrapolated, detail=detail))  # fmt: skip
             if not near:
-                findings.append(_finding(roll, "not_enrolled", index, None))
+                findings.append(_finding(roll, "not_enrolled", index, None, detail=detail))
             continue
         (mine, score_db, extrapolated), *others = reached
         if mine in seen:
-            about: dict[str, Any] = {"score_db": score_db, "extrapolated": extrapolated}
+            about: dict[str, Any] = {"score_db": score_db, "extrapolated": extrapolated, "detail": detail}
             findings.append(_finding(roll, "listed_twice", index, mine, other=seen[mine], **about))
         seen.setdefault(mine, index)
         for name, other_db, beyond in others:
             if frozenset((mine, name)) not in different:
-                findings.append(_finding(roll, "enrolled_twice", index, mine, other_id=name, score_db=other_db, extrapolated=beyond))  # fmt: skip
+                findings.append(_finding(roll, "enrolled_twice", index, mine, other_id=name, score_db=other_db, extrapolated=beyond, detail=detail))  # fmt: skip
     return findings, compared
 
 

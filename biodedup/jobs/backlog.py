@@ -19,13 +19,12 @@ from types import TracebackType
 from typing import Any
 
 from biodedup.errors import NotAGallery
-from biodedup.gallery.gallery import DATABASE_NAME, translated
+from biodedup.gallery.gallery import BACKLOG_NAME, DATABASE_NAME, translated
 from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.jobs.outcomes import STATUS_OF
 from biodedup.jobs.results import write_page
 from biodedup.values import Decision
 
-BACKLOG_NAME = "backlog.sqlite3"
 STATUSES = ("captured", "received", "searching", "adjudicate", "duplicate", "enrolled", "refused")
 WAITING = ("received", "searching")
 """Statuses of encounters that wait for a decision: the queue."""

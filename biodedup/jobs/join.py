@@ -3,7 +3,8 @@
 Owns what an interrupted join notes, and the result files. Never compares itself.
 
 Each tile's links are appended to the notes, a line each, and synced before the next one begins; a join of the same gallery,
-version, threshold and way of comparing goes on behind the last whole line.
+version, threshold and way of comparing goes on behind the last whole line. Sealed meanwhile, it begins anew: a tile leaves the
+journal's rows to their own turn, which would not come.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def join_notes(engine: Engine, path: Path, threshold_db: float) -> Notes:
     """The notes of a join of this gallery, as it is now."""
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "threshold_db": threshold_db}
+    key["sealed_rows"] = info["sealed_rows"]
     if engine.config.search.across_positions:
         key["across_positions"] = True
     return Notes(path, key)

@@ -135,6 +135,7 @@ class IngestResult:
             "records": len(self.outcomes),
             **{name: counts[name] for name in (*_OF_DECISION.values(), "already_taken", "conflict", "subject_exists")},
             "clock_doubtful": sum(bool(outcome.clock) for outcome in self.outcomes),
+            "clock_not_checked": sum(outcome.captured_at is None for outcome in self.outcomes),
             "sequences_missing": sum(gap.last - gap.first + 1 for gap in self.gaps),
             "sequences_reused": len(self.reused),
             "problems": [batch.problem for batch in self.batches if batch.problem],
@@ -326,10 +327,11 @@ def _outcome(
 
 
 def clock_doubts(record: Record, public: PublicKey, previous: float | None, received_at: float) -> list[str]:
-    """What speaks against the kit's clock. previous: captured_at of the record before this one in its batch."""
-    captured_at, doubts = record.captured_at, []
+    """What speaks against the kit's clock; nothing where a record has no time to check. previous: captured_at of the record before
+    this one in its batch."""
+    captured_at, doubts = record.captured_at, list[str]()
     if captured_at is None:
-        return ["no time of capture that can be read"]
+        return doubts
     if captured_at > received_at + CLOCK_TOLERANCE_S:
         doubts.append(f"captured {_days(captured_at - received_at)} in the future")
     if captured_at < public.made_at - CLOCK_TOLERANCE_S:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from biodedup.errors import GalleryDamaged
-from biodedup.gallery.gallery import translated
+from biodedup.gallery.gallery import LEDGER_NAME, translated
 from biodedup.gallery.storage import LocalStorage
 from biodedup.jobs.kit_file import gaps
 
-LEDGER_NAME = "kits.sqlite3"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (run INTEGER PRIMARY KEY, batches TEXT, received_at REAL, finished INTEGER);
 CREATE TABLE IF NOT EXISTS batches (digest TEXT PRIMARY KEY, kit_id TEXT, key TEXT, name TEXT, run INTEGER, received_at REAL);

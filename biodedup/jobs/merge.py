@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,10 +47,10 @@ from biodedup.jobs.registers import (
     stage,
 )
 from biodedup.jobs.results import write_json
-from biodedup.jobs.survivors import Member, check_rule, survivor
+from biodedup.jobs.survivors import Folded, Member, check_rule, survivor
 from biodedup.match.judgement import BELIEVED
 from biodedup.search.clusters import clusters_of
-from biodedup.values import Cluster, Encounter, Evidence, Link
+from biodedup.values import COLUMNS, Cluster, Encounter, Evidence, Link
 
 _CHECKED_TOGETHER = 200  # shared ids compared between two notes
 
@@ -133,7 +133,7 @@ def _applied(
     merge_id: str,
     work: Path,
     registers: Sequence[dict[str, Any]],
-    folded: Sequence[tuple[Member, str]],
+    folded: Sequence[Folded],
     config: Config,
     storage: Storage,
     progress: Progress,
@@ -153,8 +153,8 @@ def _found(
     config: Config,
     storage: Storage,
     progress: Progress,
-) -> tuple[list[tuple[Member, str]], dict[str, Any]]:
-    """(who does not stay and who stands for them, the summary); the result files are written."""
+) -> tuple[list[Folded], dict[str, Any]]:
+    """(who does not stay, the summary); the result files are written."""
     colliding = colliding_hashes(registers)
     stage(registers, colliding, work / "gallery", config, storage, progress)
     shared = shared_ids(registers, colliding)
@@ -171,14 +171,7 @@ def _found(
     finally:
         staging.close()
     summary = write_results(out, registers, links, groups, checked, district_of, settings)
-    folded = [
-        (member, group.stays.subject_id)
-        for group in groups
-        if group.applies
-        for member in group.members
-        if member is not group.stays
-    ]
-    return folded, summary
+    return [one for group in groups if group.applies for one in group.folded], summary
 
 
 # what was asked for ---------------------------------------------------------------------------------------------------
@@ -276,8 +269,7 @@ def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[st
     """The facts about each of these subjects."""
     rows = staged.rows_of(pack_text(names))
     owners, own_rows = Origins(staged, [register.step for register in registers]).of(rows)
-    captures = np.bitwise_count(staged.presence(rows.tolist())).tolist()
-    quality = _quality(staged, rows.tolist())
+    templates = _templates(staged, rows.tolist())
     members: dict[str, Member] = {}
     for owner, register in enumerate(registers):
         at = np.flatnonzero(owners == owner).tolist()
@@ -289,24 +281,31 @@ def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[st
                 names[i],
                 register.name,
                 own_id,
-                captures[i],
+                len(templates[i]),
                 row,
                 encounter_id,
                 _decided_at(register.snapshot, encounter_id),
-                quality[i],
+                _mean(templates[i].values()),
                 register.central,
+                templates[i],
             )
     return members
 
 
-def _quality(staged: Snapshot, rows: Sequence[int]) -> list[float | None]:
-    """0 to 1, of each row."""
-    total, count = np.zeros(len(rows)), np.zeros(len(rows))
+def _templates(staged: Snapshot, rows: Sequence[int]) -> list[dict[str, float | None]]:
+    """Of each row, column -> quality of its template, 0 to 1."""
+    presence = staged.presence(rows)
+    found: list[dict[str, float | None]] = [{} for _ in rows]
     for column in staged.models:
-        found = staged.quality(rows, column) / (1.0 if column == "face" else 100.0)
-        total += np.nan_to_num(found)
-        count += ~np.isnan(found)
-    return [round(t / n, 6) if n else None for t, n in zip(total.tolist(), count.tolist(), strict=True)]
+        quality = (staged.quality(rows, column) / (1.0 if column == "face" else 100.0)).tolist()
+        for i in np.flatnonzero(presence >> COLUMNS.index(column) & 1).tolist():
+            found[i][column] = None if np.isnan(quality[i]) else quality[i]
+    return found
+
+
+def _mean(qualities: Iterable[float | None]) -> float | None:
+    measured = [quality for quality in qualities if quality is not None]
+    return round(sum(measured) / len(measured), 6) if measured else None
 
 
 def _decided_at(snapshot: Snapshot, encounter_id: str) -> float | None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from biodedup.jobs.registers import Register, SharedId
 from biodedup.jobs.results import write_json, write_page, write_table
-from biodedup.jobs.survivors import Member
+from biodedup.jobs.survivors import Folded, Member, folded
 from biodedup.values import Link
 
 _SHOWN = 200  # clusters, pairs and ids on the page; the tables have all of them
@@ -47,6 +47,16 @@ class Group:
     weakest_db: float
     stays: Member
     applies: bool
+
+    @cached_property
+    def folded(self) -> list[Folded]:
+        """Those who do not stay."""
+        return folded(self.members, self.stays)
+
+    @cached_property
+    def gives(self) -> dict[str, tuple[str, ...]]:
+        """subject_id -> columns of which the survivor gets this record's template."""
+        return {self.stays.subject_id: ()} | {one.member.subject_id: one.gives for one in self.folded}
 
     @property
     def strongest_db(self) -> float:
@@ -132,6 +142,7 @@ def _summary(
         "subjects_in_clusters": sum(len(group.members) for group in groups),
         "clusters_to_apply": len(applied),
         "clusters_to_adjudicate": len(groups) - len(applied),
+        "templates_to_survivors": sum(len(one.gives) for group in applied for one in group.folded),
         "subjects_after_apply": total - sum(len(group.members) - 1 for group in applied),
         "ids_in_several_districts": sum(one.against is None for one in checked),
         "of_the_same_person": verdicts["same_person"],
@@ -155,6 +166,7 @@ def _members_table(groups: Sequence[Group], rule: str) -> Any:
             "original_id": column(pa.string(), lambda group, member: member.original_id),
             "survivor": column(pa.bool_(), lambda group, member: member is group.stays),
             "rule": column(pa.string(), lambda group, member: rule),
+            "gives": column(pa.list_(pa.string()), lambda group, member: group.gives[member.subject_id]),
             "captures": column(pa.int64(), lambda group, member: member.captures),
             "enrolled_order": column(pa.int64(), lambda group, member: member.order),
             "encounter_id": column(pa.string(), lambda group, member: member.encounter_id or None),

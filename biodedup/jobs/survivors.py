@@ -1,15 +1,16 @@
-"""Which of the records of one person stays.
+"""Which of the records of one person stays, and what it gets from the others.
 
 Owns the rules and the facts about a record that they go by. Never removes anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from biodedup.errors import InvalidInput
+from biodedup.values import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Member:
 
     enrolled_at: seconds, when its encounter was decided; None where that was not recorded, as of what was loaded in bulk.
     quality: 0 to 1, the mean over its templates; None where it was not measured. central: of the register that others join.
+    templates: column -> quality of its template, 0 to 1 or None.
     """
 
     subject_id: str
@@ -29,6 +31,16 @@ class Member:
     enrolled_at: float | None = None
     quality: float | None = None
     central: bool = False
+    templates: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A record that does not stay. gives: columns in which the one that stays has its template from now on."""
+
+    member: Member
+    stays: Member
+    gives: tuple[str, ...] = ()
 
 
 _Key: TypeAlias = Callable[[Member], tuple[float, ...]]
@@ -44,7 +56,7 @@ def _oldest(member: Member) -> tuple[float, ...]:
 
 RULES: dict[str, _Key] = {
     "most_captures": lambda member: (-member.captures,),
-    "best_quality": lambda member: (1, 0) if member.quality is None else (0, -member.quality),
+    "best_quality": lambda member: _worse(member.quality),
     "newest": _newest,
     "oldest": _oldest,
     "district": lambda member: (),
@@ -72,3 +84,19 @@ def survivor(members: Sequence[Member], rule: str, prefer: Sequence[str] = ()) -
         members,
         key=lambda member: (*key(member), rank.get(member.district, len(rank)), not member.central, member.subject_id),
     )
+
+
+def folded(members: Sequence[Member], stays: Member) -> list[Folded]:
+    """All but the one that stays. In each column that it lacks it gets the template of best quality; one that was not measured comes
+    last, and what ties goes to the smaller subject_id."""
+    giver_of: dict[str, Member] = {}
+    for column in COLUMNS:
+        having = [member for member in members if column in member.templates]
+        if having and column not in stays.templates:
+            giver_of[column] = min(having, key=lambda member: (_worse(member.templates[column]), member.subject_id))
+    others = [member for member in members if member is not stays]
+    return [Folded(one, stays, tuple(column for column, giver in giver_of.items() if giver is one)) for one in others]
+
+
+def _worse(quality: float | None) -> tuple[float, ...]:
+    return (1, 0) if quality is None else (0, -quality)
