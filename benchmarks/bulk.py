@@ -6,7 +6,7 @@
     python benchmarks/bulk.py --gallery FOLDER                a gallery that is kept for further runs (made if absent)
 
 A tenth of the templates are of people in the gallery, at cosines of the mated distribution that any threshold tells (0.75 and
-above); they have to come out as duplicates. Processor use: time of this process and its workers over wall time and cores.
+above); they have to come out as duplicates or for a person to judge. Processor use: time of this process and its workers over wall time and cores.
 """
 
 from __future__ import annotations
@@ -41,30 +41,35 @@ def processor_s() -> float:
     )
 
 
-def make_gallery(folder: Path, rows: int) -> None:
+def make_gallery(folder: Path, rows: int) -> int:
+    """Returns how many it holds: more than rows, where it was kept from an earlier run."""
     with bd.Engine.open(folder) as engine:
         for number, first in enumerate(range(len(engine), rows, BATCH_ROWS)):
             count = min(BATCH_ROWS, rows - first)
             names = [f"synthetic-{i:08d}" for i in range(first, first + count)]
             engine.add_templates(names, {"face": population(count, seed=number)})
         engine.tidy()
+        return len(engine)
 
 
-def template_manifest(path: Path, count: int, rows: int) -> int:
-    """Writes embeddings of strangers and of enrolled people; returns how many are of the latter."""
-    vectors = population(count, seed=987_654)
+def template_manifest(path: Path, count: int, rows: int, run: int) -> int:
+    """Writes embeddings of strangers and of enrolled people; returns how many are of the latter. run: new ids for each."""
+    vectors = population(count, seed=987_654 + run)
     mates = min(count // 10, BATCH_ROWS, rows)
     chosen = np.linspace(0, count - 1, mates).astype(np.int64)
     enrolled = population(min(BATCH_ROWS, rows), seed=0)[:mates]
     cosines = np.random.default_rng(5).uniform(0.75, 0.95, mates)
     vectors[chosen] = mates_of(enrolled, cosines)
     cells = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    table = {"subject_id": [f"new-{i}" for i in range(count)], "encounter_id": [f"t{i}" for i in range(count)]}
+    table = {
+        "subject_id": [f"new-{run}-{i}" for i in range(count)],
+        "encounter_id": [f"t{run}-{i}" for i in range(count)],
+    }
     pa.parquet.write_table(pa.table(table | {"face": cells}), path)
     return mates
 
 
-def image_manifest(path: Path, folder: Path | None, limit: int) -> int:
+def image_manifest(path: Path, folder: Path | None, limit: int, run: int) -> int:
     """Writes paths of a folder's images, or re-captures of the portrait that scikit-image ships; returns how many."""
     if folder is None:
         folder = path.parent / "portraits"
@@ -73,8 +78,8 @@ def image_manifest(path: Path, folder: Path | None, limit: int) -> int:
             (folder / f"{name}.jpg").write_bytes(content)
     images = sorted(found for found in folder.rglob("*") if found.suffix.lower() in (".jpg", ".jpeg", ".png"))[:limit]
     columns = {
-        "subject_id": [f"image-{i}" for i in range(len(images))],
-        "encounter_id": [f"i{i}" for i in range(len(images))],
+        "subject_id": [f"image-{run}-{i}" for i in range(len(images))],
+        "encounter_id": [f"i{run}-{i}" for i in range(len(images))],
         "path": [str(image.absolute()) for image in images],
     }
     pa.parquet.write_table(pa.table(columns), path)
@@ -122,16 +127,17 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         gallery = options.gallery or Path(folder) / "gallery"
-        make_gallery(gallery, options.rows)
+        run = make_gallery(gallery, options.rows)
         work = Path(folder) / "work"
         work.mkdir()
         if options.templates:
-            mates = template_manifest(work / "templates.parquet", options.templates, options.rows)
+            mates = template_manifest(work / "templates.parquet", options.templates, options.rows, run)
             result, told = enroll(gallery, work / "templates.parquet", options)
             figures |= {f"templates: {name}": value for name, value in told.items()}
-            figures["templates: enrolled people found again"] = f"{result.statuses['duplicate']} of {mates}"
+            found = result.statuses["duplicate"] + result.statuses["adjudicate"]
+            figures["templates: enrolled people found again"] = f"{found} of {mates}"
         if options.smoke or options.images:
-            count = image_manifest(work / "images.parquet", options.images, options.limit)
+            count = image_manifest(work / "images.parquet", options.images, options.limit, run)
             _, told = enroll(gallery, work / "images.parquet", options)
             figures |= {"images": count} | {f"images: {name}": value for name, value in told.items()}
         shutil.rmtree(work)

@@ -18,9 +18,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -136,6 +137,15 @@ class _Request:
     answers: list[Decision | CallerError] = field(default_factory=list)
     error: BiodedupError | None = None
     done: bool = False
+
+
+@dataclass(eq=False)
+class _Sought:
+    """Encounters with the answers known so far. request: those that are to be settled, places: where they stand; None: nobody is."""
+
+    answers: list[Decision | CallerError | None]
+    places: tuple[int, ...] = ()
+    request: _Request | None = None
 
 
 @dataclass(frozen=True)
@@ -275,18 +285,40 @@ class Engine:
     ) -> Iterator[Decision]:
         """Enrols a stream; decisions come in its order. Captures are embedded, and decisions committed, in batches.
 
+        The next batch is read and searched while one is committed; what the one before it added is searched for at the commit.
+
         An encounter that `enroll` would raise a CallerError for comes out `refused`, with the text as its detail.
         """
         self._check_open()
-        stream = iter(encounters)
-        while batch := list(islice(stream, self.config.batch_size)):
+        across, stream = self._across(across_positions), iter(encounters)
+        batches = iter(lambda: list(islice(stream, self.config.batch_size)), [])
+        for batch, sought in self._sought_ahead(batches, across):
             self._check_open()
-            for encounter, answer in zip(batch, self._settled(batch, self._across(across_positions)), strict=True):
+            for encounter, answer in zip(batch, self._answered(sought), strict=True):
                 yield self._as_refused(encounter, answer) if isinstance(answer, CallerError) else answer
+
+    def _sought_ahead(
+        self, batches: Iterator[list[Encounter]], across: bool
+    ) -> Iterator[tuple[list[Encounter], _Sought]]:
+        """Each batch with what was found; the next one is searched while the caller has this one."""
+        if tracing() is not None:  # a trace tells one thing after the other
+            yield from ((batch, self._sought(batch, across)) for batch in batches)
+            return
+        with ThreadPoolExecutor(1, "biodedup-ahead") as pool:
+            before: tuple[list[Encounter], Future[_Sought]] | None = None
+            for batch in chain(batches, [None]):
+                following = None if batch is None else (batch, pool.submit(self._sought, batch, across))
+                if before is not None:
+                    yield before[0], before[1].result()
+                before = following
 
     def _settled(
         self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False
     ) -> list[Decision | CallerError]:
+        return self._answered(self._sought(encounters, across, replaces=replaces))
+
+    def _sought(self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False) -> _Sought:
+        """Prepares encounters, and searches the gallery as it is."""
         answers: list[Decision | CallerError | None] = [None] * len(encounters)
         digests = [digest_of(encounter, "update" if replaces else "enroll") for encounter in encounters]
         for i, encounter in enumerate(encounters):
@@ -306,18 +338,25 @@ class Engine:
                 probes[i] = probe
             except CallerError as error:
                 answers[i] = error
-        if probes:
-            different = self._gallery.snapshot().different
-            spare = max(len(different.get(probe.encounter.subject_id or "", ())) for probe in probes.values())
-            seen = self._seek((None, across, spare), [probe.templates for probe in probes.values()])
-            found, snapshot = [one for one, _ in seen], seen[0][1]
-            sent = [digests[i] for i in probes]
-            request = _Request(list(probes.values()), found, snapshot, sent, replaces, across, spare)
-            for i, answer in zip(probes, self._committed(request), strict=True):
-                answers[i] = answer
+        if not probes:
+            return _Sought(answers)
+        different = self._gallery.snapshot().different
+        spare = max(len(different.get(probe.encounter.subject_id or "", ())) for probe in probes.values())
+        seen = self._seek((None, across, spare), [probe.templates for probe in probes.values()])
+        found, snapshot = [one for one, _ in seen], seen[0][1]
+        sent = [digests[i] for i in probes]
+        request = _Request(list(probes.values()), found, snapshot, sent, replaces, across, spare)
+        return _Sought(answers, tuple(probes), request)
+
+    def _answered(self, sought: _Sought) -> list[Decision | CallerError]:
+        """Settles and commits what was searched for."""
+        if sought.request is not None:
+            answers = self._committed(sought.request)
+            for i, probe, answer in zip(sought.places, sought.request.probes, answers, strict=True):
+                sought.answers[i] = answer
                 if (steps := tracing()) is not None and isinstance(answer, Decision):
-                    record_candidates(steps, probes[i].templates, answer, self._templates)
-        return [answer for answer in answers if answer is not None]
+                    record_candidates(steps, probe.templates, answer, self._templates)
+        return [answer for answer in sought.answers if answer is not None]
 
     def _committed(self, request: _Request) -> list[Decision | CallerError]:
         """Whoever gets the lock first settles and commits for all who wait."""

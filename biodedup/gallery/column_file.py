@@ -227,13 +227,16 @@ class ColumnFile:
 
     def _check_at(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
         first, last = starts // self._block_bytes, (ends - 1) // self._block_bytes
-        self._check(np.unique(np.concatenate([first, last[last != first]])))
+        if self._singly or not (self._checked[first].all() and self._checked[last].all()):
+            self._check(np.unique(np.concatenate([first, last[last != first]])))
 
     def check_spans(self, name: str, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
         """Checks the spans [start, end) of a one-dimensional array of bytes, before `unchecked` reads them."""
         some = ends > starts
         first = (self._offsets[name] + starts[some]) // self._block_bytes
         last = (self._offsets[name] + ends[some] - 1) // self._block_bytes
+        if not self._singly and (last - first < 2).all() and self._checked[first].all() and self._checked[last].all():
+            return
         blocks = [first, last]
         while (first := first + 1)[inner := first < last].size:  # strings longer than a block
             first, last = first[inner], last[inner]

@@ -6,7 +6,8 @@ searches and commits the batch before.
     manifest -> read -> (workers) quality gate, templates -> engine: search, decide, commit -> outcome
 
 1. The gallery's journal is the truth: an encounter that it has decided is reported as it was decided, and not extracted again.
-2. What a batch holds depends on the manifest alone, so that a job that was killed ends with the same result.
+2. Each encounter is decided against all before it, whatever they were read or committed with, so that a job that was killed ends with the
+   same result.
 3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id.
 4. Within one manifest the first record of an encounter_id owns it; another with other content is refused.
 """
@@ -19,8 +20,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from biodedup.engine import Engine
 from biodedup.errors import CallerError, InvalidInput
@@ -33,6 +36,7 @@ from biodedup.jobs.workers import RECORD_S_MAX, Extracted, Workers
 from biodedup.values import Decision, Encounter, Refusal, Template
 
 Templates: TypeAlias = dict[str, Any]
+_T = TypeVar("_T")
 
 _AHEAD = 2  # batches in the workers' hands while one is searched
 _TASK_ENCOUNTERS = 8  # what a worker takes at once: the networks are quicker with several images
@@ -90,10 +94,13 @@ class _Item:
 
 @dataclass(eq=False)
 class _Batch:
-    """Records that are decided and committed together. extracts: of some of them, what the workers will have extracted."""
+    """Records that are read and noted together. extracts: of some of them, what the workers will have extracted; waiting: those that
+    the engine is to decide, with what was refused before; finished: those whose outcome is to be noted."""
 
     items: list[_Item] = field(default_factory=list)
     extracts: list[tuple[list[_Item], Future[Extracted]]] = field(default_factory=list)
+    waiting: deque[tuple[_Item, Encounter, tuple[Refusal, ...]]] = field(default_factory=deque)
+    finished: list[_Item] = field(default_factory=list)
 
 
 def announce(backlog: Backlog, manifest: Path, *, clock: Callable[[], float] = time.time) -> int:
@@ -204,16 +211,37 @@ class _Job:
         self._owners: dict[str, _Item] = {}
 
     def settled(self) -> Iterator[_Batch]:
-        """Batches in the manifest's order, each with its outcomes, committed; the next ones are extracted meanwhile."""
-        ahead: deque[_Batch] = deque()
-        for batch in self._begun():
-            ahead.append(batch)
-            if len(ahead) > _AHEAD:
-                yield self._settle(ahead.popleft())
-        while ahead:
-            yield self._settle(ahead.popleft())
+        """Batches in the manifest's order, each with its outcomes, committed; the next ones are extracted and searched meanwhile."""
+        given: deque[_Batch] = deque()  # to the engine, and not yet all decided
+        decisions = self._engine.enroll_many(self._encounters(given))
+        while True:
+            decision = self._timed(lambda: next(decisions, None))
+            while given and not given[0].waiting:
+                yield self._timed(lambda: self._finished(given.popleft()))
+            if decision is None:
+                return
+            self._timed(partial(self._decide, *given[0].waiting.popleft(), decision))
+
+    def _timed(self, work: Callable[[], _T]) -> _T:
+        """Does it, and takes what was neither reading nor waiting for searching."""
+        began, aside = self._stopwatch(), self.seconds["reading"] + self.seconds["waiting"]
+        done = work()
+        aside = self.seconds["reading"] + self.seconds["waiting"] - aside
+        self.seconds["searching"] += self._stopwatch() - began - aside
+        return done
 
     # reading ----------------------------------------------------------------------------------------------------
+
+    def _encounters(self, given: deque[_Batch]) -> Iterator[Encounter]:
+        """What the engine is to decide, as it asks for it."""
+        ahead: deque[_Batch] = deque()
+        for batch in chain(self._begun(), [None] * _AHEAD):
+            if batch is not None:
+                ahead.append(batch)
+            if ahead and (batch is None or len(ahead) > _AHEAD):
+                ready = self._extracted(ahead.popleft())
+                given.append(ready)
+                yield from [encounter for _, encounter, _ in ready.waiting]
 
     def _begun(self) -> Iterator[_Batch]:
         """Batches whose files are read, and whose captures are with the workers."""
@@ -317,53 +345,52 @@ class _Job:
 
     # deciding ---------------------------------------------------------------------------------------------------
 
-    def _settle(self, batch: _Batch) -> _Batch:
+    def _extracted(self, batch: _Batch) -> _Batch:
+        """With what the workers made of its captures: refused, or waiting for a decision."""
         began = self._stopwatch()
         extracted: dict[_Item, Sequence[Template | Refusal]] = {}
         for items, future in batch.extracts:
             extracted |= zip(items, future.result(), strict=True)
         self.seconds["waiting"] += self._stopwatch() - began
-        began = self._stopwatch()
-        ready: list[tuple[_Item, Templates, tuple[Refusal, ...]]] = []
-        finished = [item for item in batch.items if item.stale]
+        batch.finished = [item for item in batch.items if item.stale]
         for item in batch.items:
             if item.undecided:
-                finished.append(item)
+                batch.finished.append(item)
                 assert item.content is not None, "undecided ones were read"
                 templates, refusals = _templates(item.content, extracted.get(item, ()))
                 if templates:
-                    ready.append((item, templates, refusals))
+                    record = item.record
+                    encounter = Encounter(
+                        record.subject_id, record.missing, templates, item.encounter_id, record.groups
+                    )
+                    batch.waiting.append((item, encounter, refusals))
                 else:
                     item.outcome = refused(refusals, self._clock())
-        self._decide(ready)
+        if batch.waiting:
+            notes = (
+                (item.encounter_id or "", Outcome("searching", before=refusals).to_json())
+                for item, _, refusals in batch.waiting
+            )
+            self._backlog.search(notes, self._clock())
+        return batch
+
+    def _decide(self, item: _Item, encounter: Encounter, refusals: tuple[Refusal, ...], decision: Decision) -> None:
+        if decision.outcome == "refused" and decision.refusals and decision.refusals[0].reason == "subject_exists":
+            item.outcome = self._enrolled_before(encounter, decision, refusals)
+        else:
+            item.outcome = decided(decision, refusals)
+
+    def _finished(self, batch: _Batch) -> _Batch:
+        """Every record has its outcome."""
         for item in batch.items:
             if item.repeats is not None:
                 item.outcome = item.repeats.outcome
             if item.content is not None:  # an owner of repeated records is kept, its captures need not be
                 item.content = replace(item.content, captures=(), templates={})
-        if finished:
-            self._backlog.finish(self._line(item) for item in finished)
-        self.decided_now += len(finished)
-        self.seconds["searching"] += self._stopwatch() - began
+        if batch.finished:
+            self._backlog.finish(self._line(item) for item in batch.finished)
+        self.decided_now += len(batch.finished)
         return batch
-
-    def _decide(self, ready: Sequence[tuple[_Item, Templates, tuple[Refusal, ...]]]) -> None:
-        if not ready:
-            return
-        notes = (
-            (item.encounter_id or "", Outcome("searching", before=refusals).to_json()) for item, _, refusals in ready
-        )
-        self._backlog.search(notes, self._clock())
-        encounters = [
-            Encounter(item.record.subject_id, item.record.missing, templates, item.encounter_id, item.record.groups)
-            for item, templates, _ in ready
-        ]
-        decisions = self._engine.enroll_many(encounters)
-        for (item, _, refusals), encounter, decision in zip(ready, encounters, decisions, strict=True):
-            if decision.outcome == "refused" and decision.refusals and decision.refusals[0].reason == "subject_exists":
-                item.outcome = self._enrolled_before(encounter, decision, refusals)
-            else:
-                item.outcome = decided(decision, refusals)
 
     def _enrolled_before(self, encounter: Encounter, decision: Decision, refusals: tuple[Refusal, ...]) -> Outcome:
         """Of an encounter whose subject_id is enrolled: the same person, or a case for somebody who judges that."""
