@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
@@ -136,6 +136,18 @@ def test_the_nonmated_distribution_sums_to_one(calibration):
     _, mass = calibration.nonmated_llr_pmf(STEP_DB)
     assert mass.sum() == pytest.approx(1, abs=1e-9)
     assert (mass >= 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40))
+def test_tables_are_read_as_numpy_reads_them_however_their_knots_lie(seed, count):
+    rng = np.random.default_rng(seed)
+    knots, values = np.cumsum(rng.exponential(size=count) ** 3 + 1e-6), np.cumsum(rng.random(count))
+    table = {"score": knots, "llr_db": values, "nonmated_db": values, "measured_db": 60, "source": "a test"}
+    places = np.concatenate([knots, rng.uniform(knots[0] - 5, knots[-1], 50)])
+    found = Calibration.from_card(table).llr_db(places)
+    assert found == pytest.approx(np.interp(places, knots, values), abs=1e-9)
+    assert np.isnan(Calibration.from_card(table).llr_db([np.nan])[0])
 
 
 def test_beyond_the_table_the_last_slope_goes_on_up_to_the_cap():

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from biodedup.errors import ModelCardError
@@ -112,12 +113,28 @@ def _bounds(table: Mapping[str, Any], nonmated: NDArray[np.float64]) -> NDArray[
 def _interpolate(
     x: NDArray[np.float64], knots: NDArray[np.float64], values: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    found = np.asarray(np.interp(x, knots, values))
-    beyond = x > knots[-1]
-    if beyond.any():
-        slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
-        found = np.where(beyond, values[-1] + slope * (x - knots[-1]), found)
+    """Linear between the knots, constant below them, beyond them with the last slope; NaN stays NaN."""
+    found = np.empty(x.shape)
+    _fill(np.ascontiguousarray(x).reshape(-1), knots, values, found.reshape(-1))
     return found
+
+
+@njit(nogil=True, cache=True)
+def _fill(x: Any, knots: Any, values: Any, found: Any) -> None:
+    # np.interp searches for each place; knots lie evenly, or nearly so, and so nearly each first guess is right
+    last = knots.shape[0] - 2
+    scale = (last + 1) / (knots[last + 1] - knots[0])
+    for i in range(x.shape[0]):
+        if np.isnan(x[i]) or x[i] <= knots[0]:
+            found[i] = values[0] if x[i] <= knots[0] else np.nan
+            continue
+        at = min(int(min((x[i] - knots[0]) * scale, 1e9)), last)
+        while at > 0 and x[i] < knots[at]:
+            at -= 1
+        while at < last and x[i] >= knots[at + 1]:
+            at += 1
+        slope = (values[at + 1] - values[at]) / (knots[at + 1] - knots[at])
+        found[i] = values[at] + slope * (x[i] - knots[at])
 
 
 def _within(score_db: NDArray[np.float64]) -> NDArray[np.float64]:
