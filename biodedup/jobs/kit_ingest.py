@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -249,6 +250,7 @@ class _Ingest:
 
     def _taken(self, file: int, one: Examined) -> Iterator[Outcome]:
         assert one.public is not None, "a batch with records has a key"
+        kit_id = one.public.kit_id
         takers: dict[str, Taker] = {}
         for place, (sequence, encounter_id) in enumerate(one.entries):
             if encounter_id not in takers and self._engine.decision(encounter_id) is None:
@@ -269,31 +271,34 @@ class _Ingest:
             taker = self._ledger.taker(record.encounter.encounter_id or "")
             here = taker is not None and (taker.run, taker.file, taker.place) == (self._run, file, place)
             doubts = clock_doubts(record, one.public, previous, self._received_at)
-            told = _outcome(one.path.name, one.public.kit_id, record, decision, taker, here, self._received_at, doubts)
-            yield replace(told, reason=self._same_person(record)) if told.outcome == "subject_exists" else told
+            told = partial(_outcome, one.path.name, kit_id, record, taker, here, self._received_at, doubts)
+            yield self._with_subject(record, told(decision), told)
             previous = record.captured_at if record.captured_at is not None else previous
             self._done += 1
             self._progress("enrolling", self._done, self._total)
 
-    def _same_person(self, record: Record) -> str:
-        """One subject_id in two encounters: a second visit, or another person's id?"""
+    def _with_subject(self, record: Record, outcome: Outcome, told: Callable[[Decision], Outcome]) -> Outcome:
+        """One subject_id in two encounters: a second visit, or another person's id, which somebody has to judge?"""
+        if outcome.outcome != "subject_exists":
+            return outcome
         encounter = record.encounter
         try:
-            same = self._engine.verify(encounter, encounter.subject_id or "").accepted
+            if self._engine.verify(encounter, encounter.subject_id or "").accepted:
+                return replace(outcome, reason="subject_exists: the same person")
+            return told(self._engine.dispute(encounter))
         except CallerError:
-            return "subject_exists: cannot be compared"
-        return f"subject_exists: {'the same person' if same else 'not confirmed to be the same person'}"
+            return replace(outcome, reason="subject_exists: cannot be compared")
 
 
 def _outcome(
     batch: str,
     kit_id: str,
     record: Record,
-    decision: Decision,
     taker: Taker | None,
     here: bool,
     received_at: float,
     doubts: Sequence[str],
+    decision: Decision,
 ) -> Outcome:
     """here: this very record is the one that was taken, now or before this run was interrupted."""
     # what a caller's mistake refuses is not in the journal, and is refused again each time
@@ -316,7 +321,10 @@ def _outcome(
         decision.outcome if journalled else "",
         None if best is None else best.subject_id,
         None if best is None else round(best.score_db, 3),
-        "; ".join(_reason(refusal.column, refusal.reason) for refusal in decision.refusals),
+        "; ".join(
+            [_reason(refusal.column, refusal.reason) for refusal in decision.refusals]
+            + [reason for reason in decision.reasons if reason == "another_person"]
+        ),
         first_from,
         record.captured_at,
         record.packed_at,
