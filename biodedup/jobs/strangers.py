@@ -45,7 +45,7 @@ def strangers(
         if not columns:
             known = sorted({model.model_id for model in now.models.values()})
             raise InvalidInput(
-                f"{gallery.name} has no template of {' or '.join(sorted(models))}, but of {', '.join(known) or 'nothing'}; pass --model"
+                f"{gallery.name} has no template of {' or '.join(sorted(models))}, but of {', '.join(known) or 'nothing'}; name one of these models"
             )
         parts = []
         for number, column in enumerate(columns):
