@@ -239,7 +239,7 @@ def test_a_batch_is_one_commit_and_waiting_threads_share_one(tmp_path):
         with engine._gallery.lock:  # all of them come to the lock before one gets it
             for thread in threads:
                 thread.start()
-            while len(engine._waiting) < 16:
+            while len(engine._enrolment._waiting) < 16:
                 pass
         for thread in threads:
             thread.join()

@@ -44,7 +44,7 @@ from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
 from biodedup.gallery.tail import Tail, TailPart
 from biodedup.gallery.transaction import Transaction
 from biodedup.gallery.upgrade import OLD_FORMAT, upgrade
-from biodedup.values import Case, Column, Float32, Verdict
+from biodedup.values import Case, Column, Float32, Template, Verdict
 
 DATABASE_NAME = "gallery.sqlite3"
 LOCK_NAME = "writer.lock"
@@ -177,6 +177,12 @@ class Gallery:
         if self.read_only:
             with self.lock:
                 self._published, self._tail = self._load()
+
+    def templates_of(self, subject_id: str) -> dict[str, Template] | None:
+        """column -> the template enrolled there; None where the subject is not enrolled."""
+        snapshot = self.snapshot()
+        row = snapshot.row_of(subject_id)
+        return None if row is None else snapshot.templates(row)
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
         """As `Snapshot.answer`; of a case, the decision as it stands."""

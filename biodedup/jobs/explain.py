@@ -21,13 +21,14 @@ from biodedup.capture.wsq import is_wsq
 from biodedup.config import Config
 from biodedup.embed.cards import shipped_cards
 from biodedup.embed.extractor import Extractor
-from biodedup.engine import Engine, pair_comparer
+from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.jobs.explain_page import Image, Shown, joined, label, panel, title, waterfall
 from biodedup.jobs.manifest import IMAGE_SUFFIXES
 from biodedup.jobs.results import write_page
 from biodedup.match.calibration import SCORE_DB_MAX
 from biodedup.match.judgement import Judgement, judge
+from biodedup.match.pairs import pair_comparer
 from biodedup.match.ranked import Comparison
 from biodedup.trace import Step, Trace
 from biodedup.trace import explain as traced

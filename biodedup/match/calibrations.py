@@ -1,10 +1,10 @@
 """Which calibration belongs to which model.
 
-Owns the look-up from model_id to `Calibration`. A model with a card brings its own table; embeddings of a model that
-nobody described (bring your own) are calibrated on the gallery itself, where nearly all pairs are non-mated. Minutiae of an unknown
-extractor take the table of the minutiae in use, and no such score counts as measured. (LEADER's minutiae, read by MINDTCT's table,
-as if nobody knew who found them: strangers reach a nominal FMR of 0.1 in at most 0.031, 0.01 in at most 0.0028 of the pairs
-of FVC2002 DB1-4_B and UareU, 2026-11.)
+Owns the look-up from model_id to `Calibration`, and declines minutiae for which there is none. A model with a card brings its own
+table; embeddings of a model that nobody described (bring your own) are calibrated on the gallery itself, where nearly all pairs
+are non-mated. Minutiae of an unknown extractor take the table of the minutiae in use, and no such score counts as measured.
+(LEADER's minutiae, read by MINDTCT's table, as if nobody knew who found them: strangers reach a nominal FMR of 0.1 in at most
+0.031, 0.01 in at most 0.0028 of the pairs of FVC2002 DB1-4_B and UareU, 2026-11.)
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtri
 
+from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.embed.cards import ModelCard, joint_id
+from biodedup.errors import InvalidInput
 from biodedup.match.calibration import Calibration
-from biodedup.values import Float32
+from biodedup.values import Float32, Template
 
 EXTERNAL = "external-"
 """Prefix of the model_id of embeddings that came without a model."""
@@ -61,9 +63,17 @@ class Calibrations:
         self._measured: dict[tuple[str, int], Calibration] = {}
         self._lock = threading.Lock()
 
-    def knows(self, model_id: str) -> bool:
-        """Whether a table came with the model."""
-        return model_id in self._known
+    def sound(self, template: Template) -> Template:
+        """The template, its record in the form that galleries store. Raises InvalidInput for an unsound record, and where nothing is
+        known of how its extractor's minutiae score."""
+        if template.minutiae is None:
+            return template
+        if template.model_id not in self._known:
+            raise InvalidInput(
+                f"minutiae of {template.model_id!r} have no calibration here; name the configured extractor's model_id, or "
+                f"{EXTERNAL_MINUTIAE!r}"
+            )
+        return replace(template, minutiae=standard(view_of(template.minutiae, template.column)))
 
     def with_minutiae(self, model_id: str) -> WithMinutiae | None:
         """How minutiae add to this model's embeddings; None where no card says so, and embeddings are compared alone."""

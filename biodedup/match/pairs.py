@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
+
+from biodedup.embed.cards import ModelCard, shipped_cards
 from biodedup.errors import ModelMismatch
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import Calibrations
-from biodedup.match.compare import Comparer, InHand
-from biodedup.match.minutiae import matched
+from biodedup.match.compare import Comparer, InHand, compare_templates
+from biodedup.match.minutiae import CylinderMatcher, matched
 from biodedup.match.ranked import Comparison
-from biodedup.trace import Trace
+from biodedup.trace import Trace, tracing
 from biodedup.values import Decision, Evidence, Score, Template, Verification
 
 
@@ -37,6 +41,14 @@ class PairComparer:
                 )
         return next(iter(self.comparer.compare(a, InHand(b), [0], across=across)), None)
 
+    def score(self, a: Template, b: Template) -> Score:
+        """One capture of each side. Raises ModelMismatch, InvalidInput for a face against a finger and for an unsound record."""
+        a, b = self.calibrations.sound(a), self.calibrations.sound(b)
+        score = compare_templates(self.comparer, a, b)
+        if (steps := tracing()) is not None:
+            _record_score(steps, a, b, score)
+        return score
+
     def law(self, template: Template, part: Evidence) -> Calibration:
         """The calibration that this template's evidence was judged by."""
         law = self.comparer.laws({template.column: template})[template.column]
@@ -50,6 +62,18 @@ class PairComparer:
             added = law.with_minutiae.minutiae if part.similarity is not None and law.with_minutiae else law.alone
             read.append(("minutiae", part.minutiae, added))
         return [(name, raw, float(calibration.llr_db([raw])[0])) for name, raw, calibration in read]
+
+
+def pair_comparer(cards: Sequence[ModelCard]) -> PairComparer:
+    """Compares templates of these models without a gallery."""
+    known = Calibrations(cards, lambda model_id: np.zeros((0, 1), np.float32))
+    return PairComparer(known, Comparer(known.of, CylinderMatcher(), known.with_minutiae))
+
+
+@cache
+def shipped_pair_comparer() -> PairComparer:
+    """Compares templates of the models that come with the package."""
+    return pair_comparer(shipped_cards())
 
 
 def record_candidates(
@@ -77,7 +101,7 @@ def record_verification(
     steps.add("verification", verification=result)
 
 
-def record_score(steps: Trace, a: Template, b: Template, score: Score) -> None:
+def _record_score(steps: Trace, a: Template, b: Template, score: Score) -> None:
     """A comparison of two templates."""
     if score.minutiae is not None and a.minutiae is not None and b.minutiae is not None:
         pairs, motion = matched(a.minutiae, b.minutiae)
