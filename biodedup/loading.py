@@ -204,13 +204,12 @@ class Loader:
                     continue
                 check_models(probe.templates, transaction.models)
                 encounter_id = probe.encounter.encounter_id or self.new_id()
-                now = transaction.snapshot()
-                if now.row_of(probe.subject_id) is not None:
-                    transaction.remove(probe.subject_id)
-                decision = self.decider.decide(probe, Found(), now, version=transaction.version)
+                decision = self.decider.decide(probe, Found(), transaction.snapshot(), version=transaction.version)
                 outcome: Outcome = "unique" if probe.templates else "refused"  # nothing was searched, nothing is judged
                 answers[i] = decision = replace(decision, encounter_id=encounter_id, outcome=outcome, reasons=())
                 if outcome == "unique":
+                    if transaction.snapshot().row_of(probe.subject_id) is not None:
+                        transaction.remove(probe.subject_id)
                     transaction.add(probe.subject_id, probe.templates, encounter_id, probe.encounter.groups)
                 transaction.record(encounter_id, Answer(digests[i], decision.outcome, to_json(decision)))
         return [answer for answer in answers.values() if answer is not None]

@@ -428,6 +428,14 @@ def test_the_better_of_two_captures_is_kept_and_the_other_named(engine):
     assert decision.outcome == "unique"
 
 
+def test_admitting_somebody_without_a_usable_capture_leaves_who_is_enrolled(engine):
+    enroll(engine, "anna", people(1)[0])
+    (answer,) = engine.admit([bd.Encounter("anna", captures=[bd.Face(np.full((200, 200, 3), 127, np.uint8))])])
+    assert answer.outcome == "refused" and "anna" in engine
+    (answer,) = engine.admit([bd.Encounter("anna", templates={"face": people(2)[1]})])
+    assert answer.outcome == "unique" and len(engine) == 1
+
+
 def test_missing_captures_stay_on_record(engine):
     missing = bd.Missing("left_thumb", "amputated")
     decision = engine.enroll(bd.Encounter("a", [missing], templates={"face": people(1)[0]}, encounter_id="e"))
