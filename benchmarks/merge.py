@@ -146,7 +146,7 @@ def measure(folder: Path, districts: int, rows: int, kills: int, seed: int, samp
     false = len(ours - planted)
     begun = time.perf_counter()
     rng = random.Random(seed)
-    done = killed(folders, folder / "killed", kills, seconds / max(kills / 2, 1), rng)
+    done = killed(folders, folder / "killed", kills, seconds / (2 * max(kills, 1)), rng)
     same = all(filecmp.cmp(folder / "whole" / one, folder / "killed" / one, shallow=False) for one in FILES)
     return {
         "districts x subjects": f"{districts} x {rows}",
