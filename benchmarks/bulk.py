@@ -1,6 +1,6 @@
 """Bulk enrolment: `enroll_batch` against a large gallery, every row of it searched, from templates and from face images.
 
-    python benchmarks/bulk.py                                 ten million rows, 6,000 templates
+    python benchmarks/bulk.py                                 ten million rows, 12,000 templates
     python benchmarks/bulk.py --images FOLDER --limit 2000    and face images of a folder, LFW for example
     python benchmarks/bulk.py --smoke                         small, with re-captures of a portrait; keeps no result
     python benchmarks/bulk.py --gallery FOLDER                a gallery that is kept for further runs (made if absent)
@@ -30,7 +30,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.jobs.demo import mates_of, population, recaptures
 
-ROWS, TEMPLATES, BATCH_ROWS = 10_000_000, 6_000, 250_000
+ROWS, TEMPLATES, BATCH_ROWS = 10_000_000, 12_000, 250_000
 
 
 def processor_s() -> float:
