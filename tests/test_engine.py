@@ -87,6 +87,16 @@ def test_a_batch_finds_the_duplicates_inside_itself_and_keeps_its_order(engine):
     assert [d.best.subject_id for d in decisions[100:]] == [f"a{i}" for i in range(100)]
 
 
+def test_who_the_batch_before_added_is_found_though_the_next_was_searched_already(tmp_path):
+    vectors = people(6)
+    stream = np.concatenate([vectors[:3], again(vectors[:3], 0.95), vectors[3:]])
+    encounters = [bd.Encounter(f"s{i}", templates={"face": vector}) for i, vector in enumerate(stream)]
+    with bd.Engine.open(tmp_path / "g", bd.Config(batch_size=3, policy=STRICT)) as engine:
+        found = list(engine.enroll_many(encounters))
+    assert [one.outcome for one in found] == ["unique"] * 3 + ["duplicate"] * 3 + ["unique"] * 3
+    assert [one.best.subject_id for one in found[3:6]] == ["s0", "s1", "s2"]
+
+
 def test_one_bad_record_never_stops_a_batch(engine, tmp_path):
     anna, bella, carla = people(3)
     enroll(engine, "known", carla)

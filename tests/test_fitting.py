@@ -215,6 +215,7 @@ def test_a_gallery_calibrates_a_finger_with_its_minutiae(tmp_path):
     card, shipped = load_card(str(tmp_path / "my.toml")), load_card("finger256")
     assert told.nonmated == 60 * 59 // 2 and set(told.held_out) == set()  # too few for halves
     assert card.both["mindtct-1"]["nonmated_db"] != shipped.both["mindtct-1"]["nonmated_db"]
+    assert jobs.calibrate(tmp_path / "g", "mindtct-1", tmp_path / "minutiae.toml").nonmated == 60 * 59 // 2
     with pytest.raises(bd.InvalidInput, match="has no template of sface"):
         jobs.calibrate(tmp_path / "g", "sface", tmp_path / "other.toml")
 

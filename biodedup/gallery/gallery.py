@@ -156,6 +156,11 @@ class Gallery:
                     lock.release()
                 raise
 
+    @classmethod
+    def open_to_read(cls, folder: Path, storage: Storage, config: GalleryConfig) -> Gallery:
+        """A gallery that is there, while another process may write it. Raises as `open`."""
+        return cls.open(folder, storage=storage, config=config, settings={}, gallery_id="", read_only=True)
+
     def close(self) -> None:
         """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time."""
         self._closing = True

@@ -369,9 +369,9 @@ def _copy(storage: Storage, source: Path, target: Path, *, check_kept: bool, asi
         copied, byte_count = copied + 1, byte_count + file.byte_count
     storage.sync_folder(target / SEGMENT_FOLDER)
     databases = [DATABASE_NAME, *ledgers]
-    for name in (
-        databases if aside is None else reversed(databases)
-    ):  # where nothing was the gallery makes it whole: last
+    if aside is not None:  # where nothing was, the gallery makes it whole: last
+        databases.reverse()
+    for name in databases:
         _put_in_place(storage, target, name, aside)
     for name in sorted(present - {file.name for file in manifest.files.values()}):
         if aside is None:

@@ -253,16 +253,14 @@ class Transaction:
 
     @cached_property
     def _numbers(self) -> dict[frozenset[str], int]:
-        """The number of each combination of groups."""
+        """The number of each combination of groups, of which a national register has a hundred thousand."""
         return {names: number for number, names in self.group_sets.items()}
 
     def _group_set(self, names: frozenset[str]) -> int:
         """Number 0 is no group at all."""
         if not names:
             return 0
-        if (
-            names not in self._numbers
-        ):  # looked up: a national register has a hundred thousand combinations of districts
+        if names not in self._numbers:
             number = len(self.group_sets) + 1
             self._catalogue.add_group_set(number, names)
             self.group_sets[number], self._numbers[names] = names, number

@@ -189,7 +189,7 @@ def undo(
     """
     storage = storage or LocalStorage()
     log = folder / MERGES_FOLDER / f"{merge_id}.parquet"
-    _opened(folder, storage, config or Config(), None).close()  # a mistyped folder is no new gallery
+    Gallery.open_to_read(folder, storage, (config or Config()).gallery).close()  # a mistyped folder is no new gallery
     target = _opened(folder, storage, config or Config(), lambda: "")
     try:
         name = f"merge:{merge_id}"
@@ -208,16 +208,8 @@ def undo(
         target.close()
 
 
-def _opened(folder: Path, storage: Storage, config: Config, new_id: Callable[[], str] | None) -> Gallery:
-    """new_id: None to read only."""
-    return Gallery.open(
-        folder,
-        storage=storage,
-        config=config.gallery,
-        settings=config.to_dict(),
-        gallery_id="" if new_id is None else new_id(),
-        read_only=new_id is None,
-    )
+def _opened(folder: Path, storage: Storage, config: Config, new_id: Callable[[], str]) -> Gallery:
+    return Gallery.open(folder, storage=storage, config=config.gallery, settings=config.to_dict(), gallery_id=new_id())
 
 
 def _refuse_changed(folder: Path, target: Gallery, registers: Sequence[dict[str, Any]]) -> None:

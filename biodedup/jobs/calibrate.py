@@ -169,7 +169,7 @@ def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
         table = pa.csv.read_csv(path) if path.suffix == ".csv" else pa.parquet.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise InvalidInput(
-            f"pairs cannot be read from {path.name} ({type(error).__name__}); pass Parquet or CSV"
+            f"pairs cannot be read from {path} ({type(error).__name__}); pass Parquet, CSV, or the folder of a gallery"
         ) from None
     lacking = [name for name in (*columns, "mated") if name not in table.column_names]
     if lacking:

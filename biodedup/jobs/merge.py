@@ -25,7 +25,7 @@ import xxhash
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
-from biodedup.gallery.gallery import translated
+from biodedup.gallery.gallery import Gallery, translated
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import LocalStorage, Storage
@@ -42,7 +42,6 @@ from biodedup.jobs.registers import (
     colliding_hashes,
     named,
     opened,
-    read_only,
     shared_ids,
     stage,
 )
@@ -138,7 +137,7 @@ def _applied(
     storage: Storage,
     progress: Progress,
 ) -> Applied:
-    staging = read_only(work / "gallery", storage, config)
+    staging = Gallery.open_to_read(work / "gallery", storage, config.gallery)
     try:
         return apply_merge(central, merge_id, staging.snapshot(), registers, folded, config, storage, progress=progress)
     finally:
@@ -158,7 +157,7 @@ def _found(
     colliding = colliding_hashes(registers)
     stage(registers, colliding, work / "gallery", config, storage, progress)
     shared = shared_ids(registers, colliding)
-    staging = read_only(work / "gallery", storage, config)
+    staging = Gallery.open_to_read(work / "gallery", storage, config.gallery)
     try:
         staged = staging.snapshot()
         with Engine.open(work / "gallery", config, read_only=True, storage=storage) as engine:

@@ -86,17 +86,11 @@ def opened(sources: Sequence[str | Path], storage: Storage, config: Config) -> I
         registers: list[Register] = []
         for source in sources:
             name, folder = named(source)
-            gallery = read_only(folder, storage, config)
+            gallery = Gallery.open_to_read(folder, storage, config.gallery)
             stack.callback(gallery.close)
             registers.append(Register(name, gallery.gallery_id, gallery.snapshot()))
         check_registers(registers)
         yield registers
-
-
-def read_only(folder: Path, storage: Storage, config: Config) -> Gallery:
-    return Gallery.open(
-        folder, storage=storage, config=config.gallery, settings=config.to_dict(), gallery_id="", read_only=True
-    )
 
 
 def check_registers(registers: Sequence[Register]) -> None:

@@ -83,7 +83,7 @@ def watch(
     """
     config, storage = config or Config(), storage or LocalStorage()
     with (
-        closing(_opened(gallery, config, storage)) as stored,
+        closing(Gallery.open_to_read(gallery, storage, config.gallery)) as stored,
         Engine.open(gallery, config, read_only=True, storage=storage) as engine,
     ):
         try:
@@ -119,7 +119,7 @@ def forget_removed(gallery: Path, *, storage: Storage | None = None) -> int:
     Leaves a damaged file, and one of another gallery, alone. Raises what opening a gallery raises.
     """
     storage = storage or LocalStorage()
-    with closing(_opened(gallery, Config(), storage)) as stored:
+    with closing(Gallery.open_to_read(gallery, storage, Config().gallery)) as stored:
         try:
             known = load(storage, gallery)
         except GalleryDamaged:
@@ -131,10 +131,6 @@ def forget_removed(gallery: Path, *, storage: Storage | None = None) -> int:
         if removed:
             save(storage, gallery, replace(known, each=tuple(one for one in known.each if one not in removed)))
         return len(removed)
-
-
-def _opened(gallery: Path, config: Config, storage: Storage) -> Gallery:
-    return Gallery.open(gallery, storage=storage, config=config.gallery, settings={}, gallery_id="", read_only=True)
 
 
 def _saved(storage: Storage, gallery: Path, sentinels: Sentinels) -> bool:

@@ -36,10 +36,7 @@ def strangers(
     models: the model_ids that count. minutiae: compare them, too. Raises InvalidInput where the gallery has no template of these.
     """
     rng = np.random.default_rng(seed)
-    opened = Gallery.open(
-        gallery, storage=LocalStorage(), config=Config().gallery, settings={}, gallery_id="", read_only=True
-    )
-    with closing(opened):
+    with closing(Gallery.open_to_read(gallery, LocalStorage(), Config().gallery)) as opened:
         now = opened.snapshot()
         columns = [column for column, model in now.models.items() if model.model_id in models]
         if not columns:

@@ -125,8 +125,8 @@ def _fill(x: Any, knots: Any, values: Any, found: Any) -> None:
     last = knots.shape[0] - 2
     scale = (last + 1) / (knots[last + 1] - knots[0])
     for i in range(x.shape[0]):
-        if np.isnan(x[i]) or x[i] <= knots[0]:
-            found[i] = values[0] if x[i] <= knots[0] else np.nan
+        if not x[i] > knots[0]:
+            found[i] = x[i] if np.isnan(x[i]) else values[0]
             continue
         at = min(int(min((x[i] - knots[0]) * scale, 1e9)), last)
         while at > 0 and x[i] < knots[at]:
