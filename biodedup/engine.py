@@ -54,8 +54,8 @@ from biodedup.match.pairs import PairComparer, record_candidates, record_verific
 from biodedup.probes import Preparer, Probe, check_column, check_models, refuse_other_models
 from biodedup.review import Review
 from biodedup.search.clusters import clusters_of
-from biodedup.search.plan import SearchPlan, plan_of
-from biodedup.search.rescore import JOIN_ROWS, Searcher
+from biodedup.search.plan import JoinPlan, SearchPlan, plan_of
+from biodedup.search.rescore import Searcher
 from biodedup.searches import Searches
 from biodedup.trace import tracing
 from biodedup.values import (
@@ -77,8 +77,8 @@ from biodedup.values import (
 
 @dataclass(frozen=True)
 class JoinedTile:
-    """A piece of an N:N join. done: subjects compared with all behind them, of total; links: pairs that reached the
-    threshold; reached: (row behind the last one compared, rows of the gallery), for another join to go on from."""
+    """A piece of an N:N join. done: subjects compared with all behind them, of total, or as much of the work; links: pairs that reached
+    the threshold; reached: (row behind the last one compared, rows of the gallery), for another join to go on from."""
 
     done: int
     total: int
@@ -321,6 +321,14 @@ class Engine:
         together = self._searcher.together(snapshot, columns)
         return plan_of(snapshot, tuple(columns), self.config.search.miss_risk, together)
 
+    def plan_join(self, threshold_db: float | None = None) -> JoinPlan:
+        """How a join of everybody with everybody is done at present, for pairs that reach a threshold, and what it may miss. Takes some
+        seconds for a large gallery, of which the join itself is spared those."""
+        self._check_open()
+        if threshold_db is None:
+            threshold_db, _ = self.config.policy.thresholds_db(len(self))
+        return JoinPlan(self._searcher.caps(self._gallery.snapshot(), threshold_db), self.config.search.miss_risk)
+
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Cluster]:
@@ -343,7 +351,8 @@ class Engine:
         since: tuple[int, int] | None = None,
     ) -> Iterator[JoinedTile]:
         """N:N, tile by tile: each compares some subjects with all that were enrolled after them, as of now. Pairs that were judged
-        different are left out.
+        different are left out. Of a large gallery of faces each compares those that meet in some caps (search/caps.py), so that a pair may
+        come up more than once; that a mate is missed has at most the probability `SearchConfig.miss_risk`.
 
         threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. among: only these subjects,
         each with everybody, so that a pair of two of them comes up twice; those not enrolled are passed over. since: (row, rows):
@@ -358,11 +367,11 @@ class Engine:
         if since is not None:
             everybody = snapshot.live_rows()
             live = np.union1d(live[live >= since[0]], everybody[everybody >= since[1]])
-        for start in range(skip, len(live), JOIN_ROWS):
+        for done, row, links in self._searches.join(
+            snapshot, live, threshold_db, with_all=among is not None, skip=skip
+        ):
+            yield JoinedTile(done, len(live), tuple(links), (row, snapshot.row_count))
             self._check_open()
-            rows = live[start : start + JOIN_ROWS].tolist()
-            links = self._searches.links(snapshot, rows, threshold_db, with_all=among is not None)
-            yield JoinedTile(start + len(rows), len(live), tuple(links), (rows[-1] + 1, snapshot.row_count))
 
     # undecided changes ------------------------------------------------------------------------------------------
 

@@ -6,17 +6,20 @@ decides or writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.judgement import kinds_of
+from biodedup.match.ranked import Comparison
 from biodedup.probes import Probe
 from biodedup.search.gather import Gathering
-from biodedup.search.rescore import PROBES, Found, Searcher
+from biodedup.search.meeting import rows_outside
+from biodedup.search.rescore import JOIN_ROWS, PROBES, Found, Searcher
 from biodedup.trace import untraced
 from biodedup.values import Float32, Link, SearchResult, Template
 
@@ -73,9 +76,32 @@ class Searches:
         ids, similarity = np.stack([one.ids for one in found]), np.stack([one.similarity for one in found])
         return SearchResult(ids, similarity, found[0].gallery_version, found[0].incomplete)
 
-    def links(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float, *, with_all: bool) -> list[Link]:
-        """Pairs of these rows with those behind them, or with_all, that reach the threshold and were not judged different."""
-        found = self._searcher.pairs(snapshot, rows, threshold_db, with_all=with_all)
+    def join(
+        self, snapshot: Snapshot, rows: NDArray[np.int64], threshold_db: float, *, with_all: bool, skip: int
+    ) -> Iterator[tuple[int, int, list[Link]]]:
+        """Pairs that reach the threshold and were not judged different, of these live rows with those behind them, or with_all: step by
+        step (how many rows are done, the row before which all have been compared, links). skip: rows that are done already."""
+        caps = None if with_all else self._searcher.caps(snapshot, threshold_db)
+        rest = rows if caps is None else rows_outside(snapshot, "face", caps, rows)
+        for start in range(min(skip, len(rest)), len(rest), JOIN_ROWS):
+            some = rest[start : start + JOIN_ROWS].tolist()
+            found = self._searcher.pairs(snapshot, some, threshold_db, with_all=with_all or caps is not None)
+            done = start + len(some)
+            yield (
+                done,
+                some[-1] + 1 if caps is None or done == len(rows) else 0,
+                self._links(snapshot, found, threshold_db),
+            )
+        if caps is None:
+            return
+        for members, done in caps.steps(len(rest), len(rows)):
+            if done > skip:
+                found = self._searcher.pairs_in(snapshot, caps, members, threshold_db)
+                # whom somebody may still meet is known at the end
+                yield done, int(rows[-1]) + 1 if done == len(rows) else 0, self._links(snapshot, found, threshold_db)
+
+    @staticmethod
+    def _links(snapshot: Snapshot, found: Sequence[tuple[int, Comparison]], threshold_db: float) -> list[Link]:
         kinds = [kinds_of([pair], threshold_db, threshold_db)[0] for _, pair in found]
         names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
         return [

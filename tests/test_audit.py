@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import biodedup as bd
-from biodedup import engine as engine_module
-from biodedup import jobs
+from biodedup import jobs, searches
 from biodedup.cli import app
 from biodedup.jobs.roll import read_roll
 
@@ -50,7 +49,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def gallery(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_module, "JOIN_ROWS", 50)
+    monkeypatch.setattr(searches, "JOIN_ROWS", 50)
     return shutil.copytree(built, tmp_path / "g")
 
 
@@ -275,8 +274,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import biodedup as bd
-from biodedup import engine, jobs
-engine.JOIN_ROWS = 50
+from biodedup import jobs, searches
+searches.JOIN_ROWS = 50
 def progress(stage, done, total):
     if done == 100:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import biodedup as bd
-from biodedup import engine as engine_module
-from biodedup import jobs
+from biodedup import jobs, searches
 from biodedup.jobs.demo import mates_of
 from biodedup.search import rescore
 
@@ -19,7 +18,7 @@ THRESHOLD_DB = 60.0
 @pytest.fixture
 def gallery(tmp_path, monkeypatch):
     """2,500 subjects, 40 of them enrolled again at falling cosines, one of these a third time; removed ones among them."""
-    for module in (engine_module, rescore):
+    for module in (searches, rescore):
         monkeypatch.setattr(module, "JOIN_ROWS", 300)
     rng = np.random.default_rng(5)
     vectors = rng.standard_normal((2_500, 128), np.float32)

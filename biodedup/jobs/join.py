@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from biodedup.config import SearchConfig
 from biodedup.engine import Engine
 from biodedup.gallery.gallery import DATABASE_NAME
 from biodedup.jobs.notes import Notes
@@ -29,11 +30,12 @@ from biodedup.values import Cluster, Evidence, Kind, Link
 
 @dataclass(frozen=True)
 class JoinResult:
-    """Who of a gallery is one person. subjects: how many were compared."""
+    """Who of a gallery is one person. subjects: how many were compared; plan: how, and what that may miss, in words."""
 
     clusters: tuple[Cluster, ...]
     subjects: int
     threshold_db: float
+    plan: str
 
     def summary(self) -> dict[str, Any]:
         """Counts, JSON-ready."""
@@ -44,6 +46,7 @@ class JoinResult:
             "clusters": len(self.clusters),
             "subjects_in_clusters": sum(len(cluster.subject_ids) for cluster in self.clusters),
             "clusters_of_more_than_two": sum(len(cluster.subject_ids) > 2 for cluster in self.clusters),
+            "plan": self.plan,
         }
 
 
@@ -65,7 +68,8 @@ def find_duplicates(
     out.parent.mkdir(parents=True, exist_ok=True)
     with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
         links = linked(engine, notes, threshold_db, progress)
-        result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db)
+        plan = engine.plan_join(threshold_db).explain()
+        result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db, plan)
         _write(result, out)
         notes.remove()
     return result
@@ -78,6 +82,8 @@ def join_notes(engine: Engine, path: Path, threshold_db: float) -> Notes:
     key["sealed_rows"] = info["sealed_rows"]
     if engine.config.search.across_positions:
         key["across_positions"] = True
+    if engine.config.search.miss_risk != SearchConfig.miss_risk:
+        key["miss_risk"] = engine.config.search.miss_risk
     return Notes(path, key)
 
 

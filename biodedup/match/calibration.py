@@ -72,6 +72,15 @@ class Calibration:
         """10 log10 of the likelihood ratio at each raw score."""
         return np.minimum(_interpolate(np.asarray(scores, np.float64), self.score, self.llr_knots_db), SCORE_DB_MAX)
 
+    def mated_similarities(self, quantiles: NDArray[np.float64], least: float = -1.0) -> NDArray[np.float64]:
+        """Similarities of mates, as the table has them: the density of non-mates times the likelihood ratio. least: of those mates
+        alone that are as similar."""
+        grid = np.linspace(-1, 1, 4001)
+        survival = 10 ** (-self.score_db(grid) / 10)
+        density = np.append(survival[:-1] - survival[1:], 0.0) * 10 ** (self.llr_db(grid) / 10)
+        total = np.cumsum(density * (grid >= least))
+        return np.asarray(np.interp(quantiles * total[-1], total, grid))
+
     def nonmated_llr_pmf(self, step_db: float, bound: Bound = "best") -> tuple[int, NDArray[np.float64]]:
         """The distribution of llr_db over non-mated comparisons. bound: by which law of theirs; without an interval, all are one.
 

@@ -10,6 +10,7 @@ from math import prod
 
 from biodedup.gallery.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.search.caps import Caps
 from biodedup.search.population import signs_of
 from biodedup.search.shard import by_codec, shares
 from biodedup.search.signs import GROUP
@@ -92,6 +93,25 @@ class SearchPlan:
         else:
             batches = f"where a batch goes by signs first, by both steps together with a probability below {plan.by_signs:.2g}"
         return f"{start}; {error}; {margin}: {evidence}; {batches}"
+
+
+@dataclass(frozen=True)
+class JoinPlan:
+    """What a join of everybody with everybody does. caps: None where it compares all pairs."""
+
+    caps: Caps | None
+    miss_risk: float
+
+    def explain(self) -> str:
+        """In words, with the evidence."""
+        if self.caps is None:
+            return "everybody is compared with everybody"
+        caps = self.caps
+        return (
+            f"those are compared who meet in one of {len(caps):,} caps, {caps.share:.1%} of all pairs; of {caps.drawn:,} mates that "
+            f"reach the threshold, as the calibration has them, {caps.missed} were missed, so that one is missed with a probability "
+            f"below {caps.miss_bound:.2g} (asked for: {self.miss_risk:g}), 95 % confidence"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 
 from biodedup.config import Policy, SearchConfig
 from biodedup.errors import GalleryDamaged
-from biodedup.gallery.part import Part
+from biodedup.gallery.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Comparison, Ranked
 from biodedup.search.across import comparable, comparable_bits, strongest
+from biodedup.search.caps import Caps
+from biodedup.search.caps import choose as choose_caps
+from biodedup.search.meeting import meet
 from biodedup.search.scan import Scanner
 from biodedup.search.shard import FanOut, Nearest, Plan, Shard, as_set, local_shards
 from biodedup.search.together import Choice, Evidence, TogetherPlan, choose, codec_id, sets_of
@@ -69,6 +72,7 @@ class Searcher:
         self._config = config
         self._policy = policy or Policy()
         self._choices: dict[tuple[object, ...], Choice | None] = {}
+        self._caps: tuple[tuple[Column, int, float], Caps | None] | None = None  # of the last join
         self._scanner = Scanner(threads)
         self._fan_out = FanOut()
 
@@ -145,17 +149,30 @@ class Searcher:
             found.append((rows, evidence))
         return strongest(found, self._config.candidates + spare)
 
+    def caps(self, snapshot: Snapshot, threshold_db: float) -> Caps | None:
+        """How a gallery of faces is joined by caps, for pairs that score threshold_db or more; None where it is not."""
+        columns = [part.columns["face"] for part in snapshot.parts if "face" in part.columns]
+        if not _of_faces_alone(snapshot) or not columns:
+            return None
+        model_id = snapshot.models["face"].model_id
+        largest = max(columns, key=lambda column: column.count)
+        least = self._similarity_at(model_id, threshold_db)
+        key = (largest, sum(column.count for column in columns), least)
+        if self._caps is None or self._caps[0] != key:
+            calibration = self._comparer.calibration(model_id)
+            self._caps = key, choose_caps(*key[:2], calibration, least, self._config.miss_risk)
+        return self._caps[1]
+
     def pairs(
         self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float, *, with_all: bool = False
     ) -> list[tuple[int, Comparison]]:
         """Pairs of one of these live rows, ascending, and of a row behind it, that score threshold_db or more; each once.
         with_all: of one of them, and any other row."""
-        if any(bits != BIT["face"] for part in snapshot.parts for bits in part.bits):
+        if not _of_faces_alone(snapshot):
             return self._pairs_with_all(snapshot, rows, threshold_db)
         faces = snapshot.embeddings(rows, "face")
         model_id = snapshot.models["face"].model_id
-        probe = Template("face", model_id, faces[0])
-        least = np.full(len(rows), self._similarity_at(probe, threshold_db), np.float32)
+        least = np.full(len(rows), self._similarity_at(model_id, threshold_db), np.float32)
         # The last part, the tail, has no codes and is compared exactly: once, when its rows have their turn, not with every tile.
         tail = snapshot.parts[-1].first_row
         in_tail = rows[-1] >= tail
@@ -169,12 +186,34 @@ class Searcher:
             if reached.failures:
                 raise GalleryDamaged(f"a join that cannot see everybody is no join: {reached.failures[0]}")
             near += reached.found
-        source, found = SnapshotRows(snapshot), []
-        for row, face, (others, _) in zip(rows, faces, near, strict=True):
+        wanted = []
+        for row, (others, _) in zip(rows, near, strict=True):
             behind = (others > row) & (others < tail) if row < tail else (others < tail) | (others > row)
-            wanted = others[others != row if with_all else behind]
-            if len(wanted):
-                compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, wanted.tolist())
+            wanted.append(others[others != row if with_all else behind])
+        return self._reaching(snapshot, rows, faces, wanted, threshold_db)
+
+    def pairs_in(
+        self, snapshot: Snapshot, caps: Caps, some: slice, threshold_db: float
+    ) -> list[tuple[int, Comparison]]:
+        """Pairs of live rows, the lower one first, that lie in one of some caps and score threshold_db or more; each once."""
+        low, high = meet(self._scanner, snapshot, "face", caps, some)
+        rows, starts = np.unique(low, return_index=True)
+        faces = snapshot.embeddings(rows.tolist(), "face")
+        return self._reaching(snapshot, rows.tolist(), faces, np.split(high, starts)[1:], threshold_db)
+
+    def _reaching(
+        self,
+        snapshot: Snapshot,
+        rows: Sequence[int],
+        faces: Float32,
+        wanted: Sequence[NDArray[np.int64]],
+        threshold_db: float,
+    ) -> list[tuple[int, Comparison]]:
+        """Of each row, with its face, and the others that are wanted: pairs that score threshold_db or more."""
+        source, model_id, found = SnapshotRows(snapshot), snapshot.models["face"].model_id, []
+        for row, face, others in zip(rows, faces, wanted, strict=True):
+            if len(others):
+                compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, others.tolist())
                 found += [(row, comparison) for comparison in compared.reaching(threshold_db)]
         return found
 
@@ -362,7 +401,7 @@ class Searcher:
         captures = list(asked)
         for low in range(0, len(more), PROBES):
             some = list(more)[low : low + PROBES]
-            least = np.array([self._similarity_at(more[at], floor_db) for at in some], np.float32)
+            least = np.array([self._similarity_at(more[at].model_id, floor_db) for at in some], np.float32)
             plan = replace(scope.plan(column, 0, self._config.miss_risk), at_least=least, besides=besides)
             reached = self._fan_out.reached(self._shards(scope.snapshot), vectors[some], plan)
             failed |= bool(reached.failures)
@@ -371,10 +410,16 @@ class Searcher:
                 near[i][mine, column] = found
         return failed
 
-    def _similarity_at(self, probe: Template, floor_db: float) -> float:
+    def _similarity_at(self, model_id: str, floor_db: float) -> float:
         """The least similarity that reaches floor_db."""
         grid = np.linspace(-1, 1, 4001, dtype=np.float32)
-        return float(grid[np.searchsorted(self._comparer.score_db(probe, grid), floor_db).clip(1, 4000) - 1])
+        score_db = self._comparer.calibration(model_id).score_db(grid)
+        return float(grid[np.searchsorted(score_db, floor_db).clip(1, 4000) - 1])
+
+
+def _of_faces_alone(snapshot: Snapshot) -> bool:
+    removed = 0  # the presence of a removed subject that is still in the journal
+    return all(bits in (BIT["face"], removed) for part in snapshot.parts for bits in part.bits)
 
 
 class _Scope:

@@ -416,7 +416,8 @@ class _Draw:
         mates, strangers = [], []
         common = sqrt(correlation) * rng.standard_normal(_MATES)
         for name in one.columns:
-            similarity = _mated(calibrations[name], ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES)))
+            quantiles = ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES))
+            similarity = calibrations[name].mated_similarities(quantiles)
             llr_db += calibrations[name].llr_db(similarity)
             law = signs_of(one.part.columns[name]).groups
             mates.append(np.cumsum(law.mated(similarity, rng), axis=0))
@@ -453,12 +454,3 @@ class _Draw:
         return Choice(
             self._columns, groups, self._weights, share, cost, self._correlation, drawn, lost, tuple(single), joint
         )
-
-
-def _mated(calibration: Calibration, quantiles: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Similarities of mates, as the calibration has them: the density of strangers times the likelihood ratio."""
-    grid = np.linspace(-1, 1, 4001)
-    survival = 10 ** (-calibration.score_db(grid) / 10)
-    density = np.append(survival[:-1] - survival[1:], 0.0) * 10 ** (calibration.llr_db(grid) / 10)
-    total = np.cumsum(density)
-    return np.asarray(np.interp(quantiles * total[-1], total, grid))
