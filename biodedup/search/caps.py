@@ -99,9 +99,8 @@ def choose(column: Column, rows: int, calibration: Calibration, least: float, mi
     one, other = (codec.rotate(some) for some in pairs)
     signs = signs_of(column)
     laws = _laws(signs, codec.rotate(sample))
-    z = laws[0].margin(miss_risk)[
-        0
-    ]  # of mates at the least similarity; of all that are more similar far fewer are lost
+    # the margin is for mates at the least similarity; of all that are more similar far fewer are lost
+    z, _ = laws[0].margin(miss_risk)
     sign_cut, cut = (float(law.cut(np.array([least], np.float32), z)[0]) for law in laws)
     lost = (signs.estimates(seen(one), other) < sign_cut) | (_by_halves(one, other) < cut)
     meeting = _Meeting(column, directions, (one, other), lost)
