@@ -317,7 +317,7 @@ def told(found, least):
 
 
 def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_out, monkeypatch):
-    monkeypatch.setattr(shard, "_NUMBER", {kernel.INSTRUCTIONS: 0.0105})  # whatever the processor
+    monkeypatch.setattr(shard, "_COSTS", {kernel.INSTRUCTIONS: shard._COSTS["avx2"]})  # whatever the processor
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr
 
-from biodedup.gallery.codec import Codec, ErrorLaw, measured_laws
+from biodedup.gallery.codec import Codec, measured_laws
 from biodedup.gallery.codes import dequantise, quantise
 from biodedup.gallery.part import Column
 from biodedup.match.calibration import Calibration
@@ -98,19 +98,27 @@ def choose(column: Column, rows: int, calibration: Calibration, least: float, mi
     pairs = _mates(sample, calibration, least, rng)
     one, other = (codec.rotate(some) for some in pairs)
     signs = signs_of(column)
-    laws = _laws(signs, codec.rotate(sample))
+
+    def by_signs(a: Float32, b: Float32) -> Float32:
+        return signs.estimates(seen(a), b)
+
+    def by_halves(a: Float32, b: Float32) -> Float32:
+        known = (seen(some)[:, : codec.scanned] for some in (a, b))
+        return np.asarray(np.einsum("ij,ij->i", *known), np.float32)
+
+    laws = measured_laws((by_signs, by_halves), codec.rotate(sample), "sample", rng)
     # the margin is for mates at the least similarity; of all that are more similar far fewer are lost
     z, _ = laws[0].margin(miss_risk)
     sign_cut, cut = (float(law.cut(np.array([least], np.float32), z)[0]) for law in laws)
-    lost = (signs.estimates(seen(one), other) < sign_cut) | (_by_halves(one, other) < cut)
-    meeting = _Meeting(column, directions, (one, other), lost)
+    lost = (by_signs(one, other) < sign_cut) | (by_halves(one, other) < cut)
+    trial = _Trial(column, directions, (one, other), lost)
     best = None
     dearest, open_heights = _WORTH * rows / 2 * _PAIR, list(range(len(_HEIGHTS)))
-    while open_heights and meeting.tried < len(directions):
-        meeting.try_more(open_heights)
+    while open_heights and trial.tried < len(directions):
+        trial.try_more(open_heights)
         for h in open_heights.copy():
-            count, missed = _count(meeting.first[h], meeting.tried, miss_risk)
-            cost = _cost(count or meeting.at_least(h, miss_risk), _HEIGHTS[h], rows)
+            count, missed = _count(trial.first[h], trial.tried, miss_risk)
+            cost = _cost(count or trial.at_least(h, miss_risk), _HEIGHTS[h], rows)
             if count and cost < dearest:
                 best, dearest = (h, count, missed), cost
             if count or cost >= dearest:
@@ -118,7 +126,7 @@ def choose(column: Column, rows: int, calibration: Calibration, least: float, mi
     if best is None:
         return None
     h, count, missed = best
-    least_of = meeting.mean[:count] + np.float32(_HEIGHTS[h]) * meeting.sd[:count]
+    least_of = trial.mean[:count] + np.float32(_HEIGHTS[h]) * trial.sd[:count]
     share = float(count * ndtr(-_HEIGHTS[h]) ** 2)
     return Caps(codec, directions[:count], least_of, signs, sign_cut, cut, share, _PAIRS // 2, missed)
 
@@ -127,16 +135,6 @@ def seen(turned: Float32) -> Float32:
     """What upper halves say of turned vectors, float32 (n, D)."""
     codes, norms = quantise(turned)
     return dequantise(codes & np.uint8(240) | np.uint8(8), norms)
-
-
-def _by_halves(one: Float32, other: Float32) -> Float32:
-    return np.asarray(np.einsum("ij,ij->i", seen(one), seen(other)), np.float32)
-
-
-def _laws(signs: Signs, turned: Float32) -> tuple[ErrorLaw, ...]:
-    """Of the estimates by signs and by upper halves, where both of a pair are known by their upper halves."""
-    rng = np.random.default_rng(_SEED)
-    return measured_laws((lambda a, b: signs.estimates(seen(a), b), _by_halves), turned, "sample", rng)
 
 
 def _bound(missed: int, drawn: int) -> float:
@@ -163,7 +161,7 @@ def _cost(count: int, height: float, rows: int) -> float:
     return count * (_DIRECTION + share * _MEMBER + share**2 * rows / 2 * _PAIR)
 
 
-class _Meeting:
+class _Trial:
     """Pairs tried with one cap after another. pairs: turned, float32 (n, D) each; lost: those that another step loses anyway. first:
     int32 (heights, n), of each pair the first cap that holds both, NEVER before it is found."""
 
@@ -194,13 +192,13 @@ class _Meeting:
             mine = waiting[low : low + _AT_ONCE]
             one, other = (pairs[mine] @ self._towards[some].T for pairs in self._pairs)
             first = self.first[:, mine]
-            _meet(one, other, self.mean[some], 1 / self.sd[some], np.array(_HEIGHTS, np.float32), self.tried, first)
+            _try(one, other, self.mean[some], 1 / self.sd[some], np.array(_HEIGHTS, np.float32), self.tried, first)
             self.first[:, mine] = first
         self.tried = min(self.tried + _TRIED, len(self._towards))
 
 
 @numba.njit(nogil=True, cache=True)
-def _meet(one: Any, other: Any, mean: Any, scale: Any, heights: Any, tried: int, first: Any) -> None:
+def _try(one: Any, other: Any, mean: Any, scale: Any, heights: Any, tried: int, first: Any) -> None:
     for i in range(one.shape[0]):
         met = 0
         for g in range(one.shape[1]):

@@ -46,7 +46,11 @@ _FORESEEN_BY = 16  # probes of a batch, about
 _SIGN_PROBES = 16  # from so many on, taking the signs out of a block is worth it
 # Costs of a row in nanoseconds, measured: a table of signs, the comparison of what they let through, taking a row's signs once for
 # all probes, a number of an upper half.
-_TABLE, _COMPARED, _TAKEN, _NUMBER = 0.0105, 13.0, 14.0, {"avx2": 0.0105, "avx512": 0.008, "vnni": 0.0055}
+_COSTS = {
+    "avx2": (0.0105, 13.0, 14.0, 0.0105),
+    "avx512": (0.0086, 21.0, 14.0, 0.008),
+    "vnni": (0.0086, 21.0, 14.0, 0.0055),
+}
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only to foresee how many rows pass
 _SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
 _log = logging.getLogger("biodedup")
@@ -334,6 +338,9 @@ class LocalShard:
 def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: float) -> Signs | None:
     """By which signs to search for rows of at least these similarities; None where all upper halves are compared sooner, as they
     are where no byte shuffles are to be had."""
+    if INSTRUCTIONS not in _COSTS:
+        return None
+    table, compared, taken, number = _COSTS[INSTRUCTIONS]
     options = []
     some = slice(None, None, max(len(least) // _FORESEEN_BY, 1))
     all_signs = signs_of(column).tables
@@ -343,9 +350,9 @@ def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: f
         signs = signs_of(column, bits, tables)
         law = signs.quick_law
         share = signs.share_passing(law.cut(least[some], -float(ndtri(miss_risk / 2))), probes.turned[some])
-        options.append((signs.tables * _TABLE + share * _COMPARED + _TAKEN / len(probes.codes), bits, tables))
+        options.append((signs.tables * table + share * compared + taken / len(probes.codes), bits, tables))
     cost, bits, tables = min(options)
-    if cost >= probes.codec.scanned * _NUMBER.get(INSTRUCTIONS, 0.0):
+    if cost >= probes.codec.scanned * number:
         return None
     signs = signs_of(column, bits, tables)
     return signs if signs.laws[0].margin(miss_risk)[1] else None
