@@ -215,6 +215,7 @@ def test_dedup_started_again_extracts_only_what_changed(tmp_path, portrait, monk
 
 INTERRUPTED = """
 import os, runpy, signal, biodedup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
 admit = biodedup.Engine.admit
 def admit_and_interrupt(engine, encounters):
     answers = admit(engine, encounters)
