@@ -1,5 +1,7 @@
 """A join by caps: whom it compares, what it misses, and that it says the truth about that."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from conftest import again, people
@@ -11,6 +13,7 @@ import biodedup as bd
 from biodedup import jobs, searches
 from biodedup.config import SearchConfig
 from biodedup.gallery import codes as coding
+from biodedup.gallery.codec import measured_laws
 from biodedup.match.calibration import Calibration
 from biodedup.search import caps as caps_module
 from biodedup.search import sign_kernel
@@ -72,6 +75,7 @@ def small(monkeypatch):
     monkeypatch.setattr(caps_module, "_PAIRS", 16_000)
     monkeypatch.setattr(caps_module, "_TRIED", 1_024)
     monkeypatch.setattr(caps_module, "_HEIGHTS", (2.0, 2.4))
+    monkeypatch.setattr(caps_module, "measured_laws", partial(measured_laws, pairs=1_000))
 
 
 @pytest.fixture(scope="module")
