@@ -58,9 +58,8 @@ def build(gallery: Path, rows: int) -> None:
         for low in range(max(len(engine) - rows, 0), len(vectors), BATCH):
             names = [f"d{row}" for row in whose[low : low + BATCH]]
             engine.add_templates(names, {"face": vectors[low : low + BATCH]})
-        if engine.info()["sealed_rows"] < len(
-            engine
-        ):  # what is in the journal is compared with everybody, whatever else a join does
+        # what is in the journal is compared with everybody, whatever else a join does
+        if engine.info()["sealed_rows"] < len(engine):
             engine.compact()
 
 
@@ -88,6 +87,7 @@ def join(gallery: Path, rows: int, folder: Path, similarity: float) -> dict[str,
         "rows": rows,
         "planted duplicates": len(whose),
         "threshold, similarity": similarity,
+        "plan": result.plan,
         "minutes": round(seconds / 60, 2),
         "1e9 pairs a second": round(pairs / seconds / 1e9, 2),
         "found of all planted": round(len(links & everybody) / len(everybody), 4),

@@ -1,5 +1,6 @@
 """A join by caps: whom it compares, what it misses, and that it says the truth about that."""
 
+import shutil
 from functools import partial
 
 import numpy as np
@@ -165,6 +166,28 @@ def test_an_interrupted_join_by_caps_ends_as_if_it_had_not_been(gallery, small, 
     assert steps == sorted(set(steps)), "no step twice"
     assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert len(links(whole.clusters)) > 100
+
+
+def test_an_audit_by_caps_goes_on_with_a_changed_gallery_and_misses_nobody(gallery, small, tmp_path):
+    folder, cosines = gallery
+    shutil.copytree(folder, tmp_path / "g")
+    listed = [f"a{i}" for i in range(ROWS) if i != 390]
+    (tmp_path / "roll.csv").write_text("subject_id\n" + "\n".join(listed))
+    steps = []
+
+    def stop(stage, done, total):
+        steps.append(done)
+        if stage == "comparing" and len(steps) > 3:
+            raise KeyboardInterrupt
+
+    with bd.Engine.open(tmp_path / "g") as engine:
+        given = (engine, tmp_path / "roll.csv", tmp_path / "out.parquet")
+        with pytest.raises(KeyboardInterrupt):
+            jobs.audit(*given, threshold_db=threshold_db(engine), progress=stop)
+        engine.remove("a0")
+        result = jobs.audit(*given, threshold_db=threshold_db(engine))
+    found = {(finding.subject_id, finding.other_id) for finding in result.findings}
+    assert {(f"a{i}", f"b{i}") for i, c in enumerate(cosines) if c > 0.77 and i not in (390, 391)} <= found
 
 
 @pytest.fixture(scope="module")

@@ -67,8 +67,8 @@ def find_duplicates(
         threshold_db, _ = engine.config.policy.thresholds_db(len(engine))
     out.parent.mkdir(parents=True, exist_ok=True)
     with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
-        links = linked(engine, notes, threshold_db, progress)
         plan = engine.plan_join(threshold_db).explain()
+        links = linked(engine, notes, threshold_db, progress)
         result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db, plan)
         _write(result, out)
         notes.remove()

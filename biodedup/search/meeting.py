@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from biodedup.gallery.codec import Codec
 from biodedup.gallery.part import Int64, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search import sign_kernel
@@ -20,17 +21,17 @@ from biodedup.search.scan import Probes, Scanner, Unit
 def rows_outside(snapshot: Snapshot, column: str, caps: Caps, rows: Int64) -> Int64:
     """Rows of other parts than those that caps divide. They have to be compared with everybody."""
     inside = np.zeros(len(rows), bool)
-    for part in _divided(snapshot, column, caps):
+    for part in divided(snapshot, column, caps.codec):
         inside |= (rows >= part.first_row) & (rows < part.end_row)
     return rows[~inside]
 
 
-def _divided(snapshot: Snapshot, column: str, caps: Caps) -> list[Part]:
-    """Parts of the caps' codec."""
+def divided(snapshot: Snapshot, column: str, codec: Codec) -> list[Part]:
+    """Parts whose column is of a codec: caps divide them together."""
     found = []
     for part in snapshot.parts:
-        codec = part.columns[column].codec if column in part.columns else None
-        if codec is not None and codec.codec_id == caps.codec.codec_id:
+        mine = part.columns[column].codec if column in part.columns else None
+        if mine is not None and mine.codec_id == codec.codec_id:
             found.append(part)
     return found
 
@@ -38,7 +39,7 @@ def _divided(snapshot: Snapshot, column: str, caps: Caps) -> list[Part]:
 def meet(scanner: Scanner, snapshot: Snapshot, column: str, caps: Caps, some: slice) -> tuple[Int64, Int64]:
     """Pairs of live rows that share one of some caps, and may be as similar as the caps are made for: (the lower, the higher row) of
     each, ascending; each once."""
-    parts = _divided(snapshot, column, caps)
+    parts = divided(snapshot, column, caps.codec)
     columns = [part.columns[column] for part in parts]
     units = [
         Unit(c, i, 0, c.count, snapshot.live_bits(part, c))

@@ -26,7 +26,7 @@ from biodedup.match.ranked import Comparison, Ranked
 from biodedup.search.across import comparable, comparable_bits, strongest
 from biodedup.search.caps import Caps
 from biodedup.search.caps import choose as choose_caps
-from biodedup.search.meeting import meet
+from biodedup.search.meeting import divided, meet
 from biodedup.search.scan import Scanner
 from biodedup.search.shard import FanOut, Nearest, Plan, Shard, as_set, local_shards
 from biodedup.search.together import Choice, Evidence, TogetherPlan, choose, codec_id, sets_of
@@ -152,16 +152,18 @@ class Searcher:
     def caps(self, snapshot: Snapshot, threshold_db: float) -> Caps | None:
         """How a gallery of faces is joined by caps, for pairs that score threshold_db or more; None where it is not."""
         columns = [part.columns["face"] for part in snapshot.parts if "face" in part.columns]
-        if not _of_faces_alone(snapshot) or not columns:
+        largest = max(columns, key=lambda column: column.count, default=None)
+        if not _of_faces_alone(snapshot) or largest is None or largest.codec is None:
             return None
         model_id = snapshot.models["face"].model_id
-        largest = max(columns, key=lambda column: column.count)
-        least = self._similarity_at(model_id, threshold_db)
-        key = (largest, sum(column.count for column in columns), least)
-        if self._caps is None or self._caps[0] != key:
-            calibration = self._comparer.calibration(model_id)
-            self._caps = key, choose_caps(*key[:2], calibration, least, self._config.miss_risk)
-        return self._caps[1]
+        inside = {id(part) for part in divided(snapshot, "face", largest.codec)}
+        rows = snapshot.live_count - sum(part.count for part in snapshot.parts if id(part) not in inside)
+        key = (largest, rows, self._similarity_at(model_id, threshold_db))
+        known = self._caps
+        if known is None or known[0] != key:
+            known = key, choose_caps(*key[:2], self._comparer.calibration(model_id), key[2], self._config.miss_risk)
+            self._caps = known
+        return known[1]
 
     def pairs(
         self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float, *, with_all: bool = False
