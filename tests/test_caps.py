@@ -17,7 +17,7 @@ from biodedup.gallery import codes as coding
 from biodedup.gallery.codec import measured_laws
 from biodedup.match.calibration import Calibration
 from biodedup.search import caps as caps_module
-from biodedup.search import sign_kernel
+from biodedup.search import member_kernel
 from biodedup.search.caps import choose, seen
 from biodedup.search.signs import SIGN, limits_of, tables_of
 
@@ -40,7 +40,7 @@ def test_the_kernel_compares_members_as_numpy_does(members, steps, planes, data)
     tables = data.draw(st.integers(1, scanned // 4))
     cut = data.draw(st.floats(-0.2, 0.3))
     sign_cut = data.draw(st.floats(-0.2, 0.3))
-    one, other, passed = sign_kernel.meet(columns, numbers, cells, tables, sign_cut, cut)
+    one, other, passed = member_kernel.meet(columns, numbers, cells, tables, sign_cut, cut)
 
     mine = np.array([codes[n][c] for n, c in zip(numbers, cells, strict=True)], np.uint8).reshape(-1, scanned)
     norms = np.array([columns[n][1][c] for n, c in zip(numbers, cells, strict=True)], np.float32)
@@ -117,8 +117,8 @@ def joined(folder, config=None, **changed):
 def test_a_join_by_caps_finds_what_one_of_everybody_with_everybody_finds(gallery, small, monkeypatch):
     folder, cosines = gallery
     called = []
-    real = sign_kernel.meet
-    monkeypatch.setattr(sign_kernel, "meet", lambda *given: called.append(1) or real(*given))
+    real = member_kernel.meet
+    monkeypatch.setattr(member_kernel, "meet", lambda *given: called.append(1) or real(*given))
     by_caps = joined(folder)
     assert called
     called.clear()

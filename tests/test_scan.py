@@ -22,7 +22,8 @@ from biodedup.search import kernel, population, shard, sign_kernel
 from biodedup.search.scan import Probes, Scanner
 from biodedup.search.shard import Answer, FanOut, Plan
 from biodedup.search.sign_kernel import SignedProbes
-from biodedup.search.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, paired_numbers, tables_of
+from biodedup.search.sign_tile import SIGNS, THREE, TWO, numbers_of, tables_most
+from biodedup.search.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, tables_of
 
 NOTHING = np.zeros(0, np.uint64)
 
@@ -339,15 +340,17 @@ def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_
     assert not calls  # too many strangers would pass
 
 
-@pytest.mark.parametrize(("dimension", "bits"), [(96, 1), (96, 2), (128, 1), (128, 2)])
-def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_out, monkeypatch, dimension, bits):
+@pytest.mark.parametrize(
+    ("dimension", "each"), [(96, SIGNS), (96, TWO), (96, THREE), (128, SIGNS), (128, TWO), (128, THREE)]
+)
+def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_out, monkeypatch, dimension, each):
     vectors = unit(150_000, dimension)
     shards = shards_of(vectors, scanner)
     probes = np.concatenate([mates_of(vectors[:30], np.linspace(0.4, 0.9, 30)), unit(11, dimension, 5)])
     calls = []
     real = sign_kernel.scan
     monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
-    monkeypatch.setattr(shard, "_cheapest_signs", lambda column, *_: population.signs_of(column, bits, 24))
+    monkeypatch.setattr(shard, "_cheapest_signs", lambda column, *_: population.signs_of(column, each, 24))
     found = fan_out.nearest(shards, probes, Plan("face", 2, len(vectors), 1e-3))
     assert calls
     rows, similarity = exact(probes, shards, 2)
@@ -355,14 +358,14 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
     assert (found.rows[:30, 0] == rows[:30, 0]).all()
 
 
-@pytest.mark.parametrize(("bits", "kept", "near"), [(1, 0.797, 0.01), (2, 0.875, 0.01)])
-def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(bits, kept, near):
+@pytest.mark.parametrize(("each", "kept", "near"), [(SIGNS, 0.797, 0.01), (TWO, 0.875, 0.01), (THREE, 0.875, 0.01)])
+def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each, kept, near):
     one, other = unit(400, 128, 1), unit(400, 128, 2)
-    signs = Signs(unit(4_000, 128), 128, bits)
+    signs = Signs(unit(4_000, 128), 128, each)
     assert signs.laws[0].mean[10] == pytest.approx(kept, abs=0.03)  # of a dot product
-    exactly = np.einsum("ij,ij->i", one[:, signs._used], signs.of(other)) / np.sqrt(128)
+    exactly = np.einsum("ij,ij->i", signs._numbers(one), signs.of(other)) / np.sqrt(128)
     off = signs.estimates(one, other) - exactly
-    assert (off - off.mean()).std() < (0.04 if bits == 2 else 0.01)  # bits == 2: seeds make up for a row's length
+    assert (off - off.mean()).std() < (0.01 if each == SIGNS else 0.04)  # of classes: seeds make up for a row's length
     mean, sd = signs.strangers(one[:20])
     seen = np.array(
         [signs.estimates(np.repeat(one[i : i + 1], 20_000, axis=0), unit(20_000, 128, 3)) for i in range(20)]
@@ -373,21 +376,22 @@ def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(bits
 
 def test_no_sum_of_tables_overflows_a_byte():
     one, other = unit(400, 128, 1), unit(400, 128, 2)
-    for numbers, levels, room in (
-        ([one, other[:, :32]], SIGN, 0),
-        ([one], np.array([-2, -0.5, 0.5, 2], np.float32), 40),
+    for numbers, levels, each, room in (
+        ([one, other[:, :32]], SIGN, SIGNS, 0),
+        ([one], np.array([-2, -0.5, 0.5, 2], np.float32), TWO, 40),
+        ([one[:, :120]], np.array([-2, -0.5, 0.5, 2], np.float32), THREE, 40),
     ):
-        tables, steps, middles = tables_of(numbers, levels, room)
-        assert tables.shape[1] == sum(some.shape[1] for some in numbers) * (1 if room == 0 else 2) // 4
+        tables, steps, middles = tables_of(numbers, levels, each, room)
+        assert tables.shape[1:] == (sum(some.shape[1] for some in numbers) // each, len(levels) ** each)
         quarters = tables.max(axis=2).astype(int).reshape(400, 4, -1).sum(axis=2)
         assert 200 < quarters.max() + room <= 255
         assert np.allclose(quarters.sum(axis=1) * steps, 2 * middles - room * steps, rtol=0.05)
         assert limits_of(middles * 5, steps, middles).min() == 255  # out of anybody's reach, and no wrap-around
 
 
-@pytest.mark.parametrize("bits", [1, 2])
-def test_no_more_pairs_are_lost_to_signs_and_halves_together_than_the_risk(bits):
-    signs = Signs(unit(4_000, 128), 128, bits)
+@pytest.mark.parametrize("each", [SIGNS, TWO, THREE])
+def test_no_more_pairs_are_lost_to_signs_and_halves_together_than_the_risk(each):
+    signs = Signs(unit(4_000, 128), 128, each)
     by_signs, by_halves = signs.laws
     margin, measured = by_signs.margin(1e-3)
     assert measured and by_halves.margin(1e-3) == (margin, True)
@@ -422,9 +426,9 @@ def test_a_margin_for_two_steps_counts_what_either_loses():
 
 
 def test_two_bits_a_number_tell_more_than_one_whatever_a_row_s_length():
-    one, two = (Signs(unit(4_000, 128), 128, bits).laws[0] for bits in (1, 2))
+    one, two, three = (Signs(unit(4_000, 128), 128, each).laws[0] for each in (SIGNS, TWO, THREE))
     assert one.sd[4] / one.mean[10] > 0.059
-    assert two.sd[4] / two.mean[10] < 0.04
+    assert max(two.sd[4] / two.mean[10], three.sd[4] / three.mean[10]) < 0.04
 
 
 SIGN_SCANS = {name: sign_kernel.make_scan(name) for name in {"plain", kernel.INSTRUCTIONS}}
@@ -436,14 +440,11 @@ SIGN_SCANS = {name: sign_kernel.make_scan(name) for name in {"plain", kernel.INS
 def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns, probes, mapped, summed, data):
     rng = np.random.default_rng(count)
     scanned = [8 * data.draw(st.integers(1, 18)) for _ in range(columns)]
-    bits = 1 if columns > 1 else data.draw(st.sampled_from([1, 2]))
-    used = (
-        [data.draw(st.integers(0, some // 4)) * (1 if bits == 1 else 2) // 4 * 4 for some in scanned]
-        if bits == 2
-        else [data.draw(st.integers(0, some // 4)) for some in scanned]
-    )
+    each = SIGNS if columns > 1 else data.draw(st.sampled_from([SIGNS, TWO, THREE]))
+    fours = 1 if each == SIGNS else 4  # classes are made for four tables at once
+    used = [fours * data.draw(st.integers(0, tables_most(some, each) // fours)) for some in scanned]
     if not sum(used):
-        used[0] = 4 if bits == 2 else 1
+        used[0] = fours
     cells = 2 * count if mapped else count
     codes = [rng.integers(1, 256, (cells, some)).astype(np.uint8) for some in scanned]
     planes = [np.concatenate(list(coding.planes([some], n))) for some, n in zip(codes, scanned, strict=True)]
@@ -452,16 +453,19 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
     which = members if mapped else np.tile(np.arange(count), (columns, 1))
     turned = [rng.standard_normal((probes, some), np.float32) for some in scanned]
     asked = [rng.integers(-127, 128, (probes, some)).astype(np.int8) for some in scanned]
-    order = paired_numbers(used[0]) if bits == 2 else None
-    numbers = [some[:, : 4 * n] if bits == 1 else some[:, order] for some, n in zip(turned, used, strict=True)]
-    tables, steps, middles = tables_of(numbers, SIGN if bits == 1 else np.array([-2, -0.6, 0.6, 2], np.float32), 40)
+    looked_at = [numbers_of(n, some, each) for n, some in zip(used, scanned, strict=True)]
+    numbers = [
+        np.where(at >= 0, some[:, at], 0).reshape(probes, -1) for some, at in zip(turned, looked_at, strict=True)
+    ]
+    levels = SIGN if each == SIGNS else np.array([-2, -0.6, 0.6, 2], np.float32)
+    tables, steps, middles = tables_of(numbers, levels, each, 40)
     limits = limits_of(rng.uniform(-1, 1, probes).astype(np.float32) * 2, steps, middles)
-    seeding = np.array([10.3, 0.06, 40], np.float32) if bits == 2 else NOT_SEEDED
+    seeding = np.array([10.3, 0.06, 40], np.float32) if each != SIGNS else NOT_SEEDED
     parameters = np.stack([rng.uniform(0, 0.02, (columns, probes)), rng.uniform(-50, 50, (columns, probes))], axis=2)
     parameters = parameters.astype(np.float32)
     evidence = rng.uniform(-30, 30, (columns, 201 if summed or columns > 1 else 0)).astype(np.float32)
     cuts = rng.uniform(-5, 5, probes).astype(np.float32)
-    signed = SignedProbes(*filled(tables, limits), np.array(used), bits, seeding, paired(asked), parameters, evidence)
+    signed = SignedProbes(*filled(tables, limits), np.array(used), each, seeding, paired(asked), parameters, evidence)
     first, last = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
     live = rng.random(-(-count // 64) * 64) < 0.7
     alive = np.packbits(live, bitorder="little").view(np.uint64)
@@ -476,7 +480,7 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
         signed.used,
         members if mapped else np.zeros((columns, 0), np.int32),
     )
-    rest = (signed.tables, signed.limits, bits, seeding, signed.codes, signed.parameters, signed.evidence, cuts)
+    rest = (signed.tables, signed.limits, each, seeding, signed.codes, signed.parameters, signed.evidence, cuts)
     while block < -(-last // 64):
         number, block, some = SIGN_SCANS[instructions](*arguments, alive, first, last, block, *rest, *found)
         passed += some
@@ -484,18 +488,19 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
             ours[p, row] = value
 
     sums = np.zeros((4, probes, count), np.int64)
-    if bits == 2:
+    if each != SIGNS:
         sums[0] += np.clip(seeding[0] + seeding[1] * norms[0][which[0]], 0, seeding[2]).astype(np.uint8)
     totals = np.zeros((probes, count), np.float32)
     begin = 0
     for c in range(columns):
         mine = codes[c][which[c]]
         for t in range(used[c]):
-            if bits == 1:
-                entry = ((mine[:, 4 * t : 4 * t + 4] >= 128) * (1, 2, 4, 8)).sum(axis=1)
+            there = mine[:, looked_at[c][t][looked_at[c][t] >= 0]]
+            if each == SIGNS:
+                entry = ((there >= 128) * (1, 2, 4, 8)).sum(axis=1)
             else:
-                classes = np.searchsorted([5, 8, 11], mine[:, order[2 * t : 2 * t + 2]] >> 4, side="right")
-                entry = classes[:, 0] + 4 * classes[:, 1]
+                classes = np.searchsorted([5, 8, 11], there >> 4, side="right")
+                entry = (classes * (1, 4, 16)[: there.shape[1]]).sum(axis=1)
             sums[(begin + t) // (tables.shape[1] // 4)] += tables[:, begin + t, entry]
         begin += used[c]
         dots = (asked[c].astype(np.int64) @ (mine >> 4).astype(np.int64).T).astype(np.float32)

@@ -28,14 +28,19 @@ _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.
 
 def _instructions() -> str:
     features = llvmlite.binding.get_host_cpu_features()
-    for name, needed in (("vnni", "avx512vnni"), ("avx512", "avx512bw"), ("avx2", "avx2")):
-        if features.get(needed):
+    for name, *needed in (
+        ("vbmi", "avx512vbmi", "avx512vnni"),
+        ("vnni", "avx512vnni"),
+        ("avx512", "avx512bw"),
+        ("avx2", "avx2"),
+    ):
+        if all(features.get(one) for one in needed):
             return name
     return "plain"
 
 
 INSTRUCTIONS = _instructions()
-"""vnni, avx512, avx2 or plain: what this processor is asked for."""
+"""vbmi, vnni, avx512, avx2 or plain: what this processor is asked for."""
 WIDE = 4
 """Probes in a tile: as many as leave registers for the rows; with six, two threads are no faster than one."""
 _PREFETCHED = 3
@@ -56,7 +61,7 @@ class _Arithmetic:
 
     def grown(self, builder: Any, total: Any, rows: Any, probe: Any) -> Any:
         """total, of type `partial`, + the products of rows <u8> times probe <i8>."""
-        if self._instructions == "vnni":
+        if self._instructions in ("vbmi", "vnni"):
             fused = self._function(builder, "avx512.vpdpbusd.512", self.sums, [self.sums] * 3)
             return builder.call(fused, [total, builder.bitcast(rows, self.sums), builder.bitcast(probe, self.sums)])
         if self.partial is self.pairs:

@@ -13,7 +13,7 @@ import numpy as np
 from biodedup.gallery.codec import Codec
 from biodedup.gallery.part import Int64, Part
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.search import sign_kernel
+from biodedup.search import member_kernel
 from biodedup.search.caps import Caps
 from biodedup.search.scan import Probes, Scanner, Unit
 
@@ -55,7 +55,7 @@ def meet(scanner: Scanner, snapshot: Snapshot, column: str, caps: Caps, some: sl
     pairs = [np.zeros((2, 0), np.int64)]
 
     def compare(low: int, high: int) -> None:
-        one, other = sign_kernel.meet(
+        one, other = member_kernel.meet(
             planes, numbers[low:high], cells[low:high], caps.signs.tables, caps.sign_cut, caps.cut
         )[:2]
         pairs.append(members[low:high][np.stack([one, other])] & 0xFFFF_FFFF_FFFF)

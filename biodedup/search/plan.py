@@ -13,6 +13,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.caps import Caps
 from biodedup.search.population import signs_of
 from biodedup.search.shard import by_codec, shares
+from biodedup.search.sign_tile import CLASSED, SIGNS
 from biodedup.search.signs import GROUP
 from biodedup.search.together import Choice, TogetherPlan, classes_of, covered
 from biodedup.values import COLUMNS
@@ -150,7 +151,7 @@ def _column(snapshot: Snapshot, name: str, miss_risk: float, together: TogetherP
     by_signs = None
     if miss_risk > 0:
         largest = max((held.column for held in coded), key=lambda column: column.count)
-        by_signs = max((signs_of(largest, bits).laws[0].bound(miss_risk) or 1.0) for bits in (1, 2))
+        by_signs = max((signs_of(largest, each).laws[0].bound(miss_risk) or 1.0) for each in (SIGNS, CLASSED))
     return ColumnPlan(
         name,
         rows,

@@ -35,6 +35,7 @@ from biodedup.search import together
 from biodedup.search.kernel import INSTRUCTIONS
 from biodedup.search.population import population_of, signs_of
 from biodedup.search.scan import Hits, Int64, Probes, Scanner, Tile, Unit
+from biodedup.search.sign_tile import CLASSED, SIGNS
 from biodedup.search.signs import TABLES_MOST, Signs
 from biodedup.search.together import Together, TogetherPlan
 from biodedup.values import COLUMNS, Float32
@@ -44,12 +45,13 @@ EXACT_CELLS = 1 << 14
 _RELEASE_PAIRS = 10_000  # compared at a time, after which the memory of what was read is given back
 _FORESEEN_BY = 16  # probes of a batch, about
 _SIGN_PROBES = 16  # from so many on, taking the signs out of a block is worth it
-# Costs of a row in nanoseconds, measured: a table of signs, the comparison of what they let through, taking a row's signs once for
-# all probes, a number of an upper half.
+# Costs of a row in nanoseconds, measured: a table, the comparison of what tables let through, taking a row's signs once for all
+# probes, a number of an upper half.
 _COSTS = {
     "avx2": (0.0105, 13.0, 14.0, 0.0105),
-    "avx512": (0.0086, 21.0, 14.0, 0.008),
-    "vnni": (0.0086, 21.0, 14.0, 0.0055),
+    "avx512": (0.0062, 21.0, 14.0, 0.008),
+    "vnni": (0.0062, 21.0, 14.0, 0.0055),
+    "vbmi": (0.0062, 21.0, 14.0, 0.0055),
 }
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only to foresee how many rows pass
 _SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
@@ -344,17 +346,22 @@ def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: f
     options = []
     some = slice(None, None, max(len(least) // _FORESEEN_BY, 1))
     all_signs = signs_of(column).tables
-    for bits, tables in ((1, all_signs // 16 * 8), (1, all_signs // 32 * 24), (1, TABLES_MOST), (2, TABLES_MOST)):
+    for each, tables in (
+        (SIGNS, all_signs // 16 * 8),
+        (SIGNS, all_signs // 32 * 24),
+        (SIGNS, TABLES_MOST),
+        (CLASSED, TABLES_MOST),
+    ):
         if not tables:
             continue
-        signs = signs_of(column, bits, tables)
+        signs = signs_of(column, each, tables)
         law = signs.quick_law
         share = signs.share_passing(law.cut(least[some], -float(ndtri(miss_risk / 2))), probes.turned[some])
-        options.append((signs.tables * table + share * compared + taken / len(probes.codes), bits, tables))
-    cost, bits, tables = min(options)
+        options.append((signs.tables * table + share * compared + taken / len(probes.codes), each, tables))
+    cost, each, tables = min(options)
     if cost >= probes.codec.scanned * number:
         return None
-    signs = signs_of(column, bits, tables)
+    signs = signs_of(column, each, tables)
     return signs if signs.laws[0].margin(miss_risk)[1] else None
 
 

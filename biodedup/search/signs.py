@@ -4,7 +4,7 @@ Owns a probe's tables, and the laws. Never scans (`sign_kernel.py`).
 
 Of a turned vector's numbers the signs alone keep 80 % of the correlation with a probe (as in RaBitQ: Gao and Long, SIGMOD 2024), four
 classes of them 94 %. They are read off the upper halves that a scan has in memory, so that they are stored nowhere. Four signs, or two
-classes, choose one of sixteen sums of a probe's numbers times what they stand for, rounded to a byte. What passes is compared by its upper
+or three classes, choose one of a table's sums of a probe's numbers times what they stand for, rounded to a byte. What passes is compared by its upper
 halves; one margin serves both, from pairs of which neither step may lose more than the miss risk.
 
 What a class stands for depends on how long a code is, since the largest number of every vector is 127. So a row's sums begin with a
@@ -25,7 +25,18 @@ from scipy.special import ndtr
 
 from biodedup.gallery.codec import ErrorLaw, measured_laws
 from biodedup.gallery.codes import STEP, quantise, turned
-from biodedup.search.sign_kernel import CLASSES, PADDED, QUARTERS, UNROLLED, WIDE, SignedProbes, aligned
+from biodedup.search.sign_kernel import SignedProbes
+from biodedup.search.sign_tile import (
+    CLASSES,
+    PADDED,
+    QUARTERS,
+    SIGNS,
+    UNROLLED,
+    WIDE,
+    aligned,
+    numbers_of,
+    tables_most,
+)
 from biodedup.values import Float32
 
 TABLES_MOST = 128
@@ -43,19 +54,19 @@ _NO_EVIDENCE = np.zeros((1, 0), np.float32)
 
 class Signs:
     """Of a column's rows. sample: float32 (n, D), unit rows that its codec has turned; scanned: of D numbers, those whose upper
-    halves are in memory; bits: of a number, 1 or 2; tables: how many at most."""
+    halves are in memory; each: numbers that a table looks at, SIGNS, TWO or THREE; tables: how many at most."""
 
-    def __init__(self, sample: Float32, scanned: int, bits: int = 1, tables: int = TABLES_MOST) -> None:
-        self.bits = bits
-        self.tables = min(scanned * bits // 4, tables)
+    def __init__(self, sample: Float32, scanned: int, each: int = SIGNS, tables: int = TABLES_MOST) -> None:
+        self.each = each
+        self.tables = min(tables_most(scanned, each), tables)
         self.seeding, self._room, self._seed_sd = NOT_SEEDED, 0, 0.0
         self._scanned, self._sample = scanned, sample
-        self._used = np.arange(4 * self.tables) if bits == 1 else paired_numbers(self.tables)
-        self._size = np.float32(sqrt(len(self._used)))
+        self._used = numbers_of(self.tables, scanned, each).reshape(-1)
+        self._size = np.float32(sqrt(np.count_nonzero(self._used >= 0)))
         self._levels = SIGN
-        if bits == 2:
+        if each != SIGNS:
             codes, norms = quantise(sample)
-            seen, length = codes[:, self._used], norms[:, None] / np.float32(sqrt(sample.shape[1]))
+            seen, length = codes[:, self._used[self._used >= 0]], norms[:, None] / np.float32(sqrt(sample.shape[1]))
             outer = (seen < 16 * CLASSES[1][0]) | (seen >= 16 * CLASSES[3][0])
             far = np.abs(seen.astype(np.float32) - 128) / length
             low, high = far[~outer].mean(), far[outer].mean() if outer.any() else 2.0
@@ -69,7 +80,7 @@ class Signs:
         """Measures how what a row is worth to its mates varies with the length of its code."""
         self._room = 2 * _SEED_MIDDLE
         norms = quantise(self._sample)[1]
-        kept = np.einsum("ij,ij->i", self.of(self._sample), self._sample[:, self._used])
+        kept = np.einsum("ij,ij->i", self.of(self._sample), self._numbers(self._sample))
         if norms.std() < 1e-3:
             return
         slope = np.cov(kept, norms)[0, 1] / norms.var() * _SEED_SIMILARITY
@@ -81,14 +92,19 @@ class Signs:
         return np.asarray(np.clip(self.seeding[0] + self.seeding[1] * norms, 0, self.seeding[2]), np.uint8)
 
     def of(self, vectors: Float32) -> Float32:
-        """What the numbers that count stand for, float32 (n, m), in the order of the tables, by a column's upper halves."""
+        """What the numbers that count stand for, float32 (n, m), in the order of the tables, by a column's upper halves; 0 where a table
+        looks at fewer numbers than others."""
         upper = quantise(vectors)[0][:, self._used] >> 4
-        if self.bits == 1:
-            return self._levels[(upper >= 8).astype(np.int64)]
-        return self._levels[np.searchsorted([first for first, _ in CLASSES[1:]], upper, side="right")]
+        edges = [8] if self.each == SIGNS else [first for first, _ in CLASSES[1:]]
+        levels = self._levels[np.searchsorted(edges, upper, side="right")]
+        return np.where(self._used >= 0, levels, np.float32(0))
+
+    def _numbers(self, vectors: Float32) -> Float32:
+        """The numbers that count, float32 (n, m), in the order of the tables."""
+        return np.where(self._used >= 0, vectors[:, self._used], np.float32(0))
 
     def _tables(self, probes: Float32) -> tuple[NDArray[np.uint8], Float32, Float32]:
-        return tables_of([probes[:, self._used]], self._levels, self._room)
+        return tables_of([self._numbers(probes)], self._levels, self.each, self._room)
 
     @cached_property
     def laws(self) -> tuple[ErrorLaw, ErrorLaw]:
@@ -110,8 +126,8 @@ class Signs:
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
         """What the kernel makes of pairs, float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers that count
         and what a row's stand for."""
-        numbers = np.ascontiguousarray(probes[:, self._used])
-        steps, middles, quarter = scales_of(numbers, self._levels, self._room)
+        numbers = self._numbers(probes)
+        steps, middles, quarter = scales_of(numbers, self._levels, self.each, self._room)
         codes, norms = quantise(vectors)
         upper = np.ascontiguousarray(codes[:, self._used] >> 4).reshape(len(probes), self.tables, -1)
         means = np.empty(len(probes), np.float32)
@@ -126,8 +142,8 @@ class Signs:
 
     def strangers(self, probes: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the estimates that the column's rows get, float32 (q,) each. probes: turned."""
-        seen = np.ascontiguousarray(probes[:, self._used])
-        steps, _, quarter = scales_of(seen, self._levels, self._room)
+        seen = self._numbers(probes)
+        steps, _, quarter = scales_of(seen, self._levels, self.each, self._room)
         variance = np.einsum("ij,ij->i", turned(seen, self._covariance), seen)
         variance += rounding_variance(QUARTERS * quarter, steps) + (self._seed_sd * steps) ** 2
         mean = turned(seen, self._mean[None])[:, 0]
@@ -147,19 +163,12 @@ class Signs:
         return SignedProbes(
             *filled(tables, limits),
             used,
-            self.bits,
+            self.each,
             self.seeding,
             paired([codes]),
             parameters[None],
             _NO_EVIDENCE,
         )
-
-
-def paired_numbers(tables: int) -> NDArray[np.int64]:
-    """Which two numbers a table of classes looks at: those that share a byte of the plane."""
-    halves = np.arange(-(-tables // 4))[:, None, None]
-    numbers = STEP * halves + np.arange(4)[None, :, None] + np.array([0, STEP // 2])
-    return np.asarray(numbers.reshape(-1)[: 2 * tables])
 
 
 class GroupLaw:
@@ -201,28 +210,25 @@ class GroupLaw:
         return np.asarray(means + np.einsum("nij,nj->in", roots, noise))
 
 
-def tables_of(numbers: Sequence[Float32], levels: Float32, room: int = 0) -> tuple[NDArray[np.uint8], Float32, Float32]:
+def tables_of(
+    numbers: Sequence[Float32], levels: Float32, each: int = SIGNS, room: int = 0
+) -> tuple[NDArray[np.uint8], Float32, Float32]:
     """Tables of probes' numbers, float32 (q, m) of each column, in the order of its tables; levels: what each of 2 or 4 classes of
-    a row's number stands for; room: what the first quarter's sum begins with at most, half of it on an average.
+    a row's number stands for; each: numbers of a table; room: what the first quarter's sum begins with at most, half of it on an average.
 
-    Returns uint8 (q, t, 16), t filled up to a multiple of QUARTERS * UNROLLED, and steps and middles, float32 (q,) each, for
-    `products_of`.
+    Returns uint8 (q, t, len(levels) ** each), t filled up to a multiple of QUARTERS * UNROLLED, and steps and middles, float32 (q,)
+    each, for `products_of`.
     """
     together = np.ascontiguousarray(np.concatenate(numbers, axis=1), np.float32)
-    steps, middles, quarter = scales_of(together, levels, room)
-    tables = np.zeros((len(together), QUARTERS * quarter, 16), np.uint8)
-    _fill(together.reshape(len(together), -1, _each(levels)), np.ascontiguousarray(levels), steps, tables)
+    steps, middles, quarter = scales_of(together, levels, each, room)
+    tables = np.zeros((len(together), QUARTERS * quarter, len(levels) ** each), np.uint8)
+    _fill(together.reshape(len(together), -1, each), np.ascontiguousarray(levels), steps, tables)
     return tables, steps, middles
 
 
-def _each(levels: Float32) -> int:
-    """Numbers that a table looks at."""
-    return 4 if len(levels) == 2 else 2
-
-
-def scales_of(numbers: Float32, levels: Float32, room: int) -> tuple[Float32, Float32, int]:
+def scales_of(numbers: Float32, levels: Float32, each: int, room: int) -> tuple[Float32, Float32, int]:
     """Of probes' tables: steps, middles, and how many make a quarter."""
-    count = numbers.shape[1] // _each(levels)
+    count = numbers.shape[1] // each
     quarter = -(-count // (QUARTERS * UNROLLED)) * UNROLLED
     most = np.zeros((len(numbers), QUARTERS * quarter), np.float32)
     most[:, :count] = np.abs(numbers).reshape(len(numbers), count, -1).sum(axis=2) * levels[-1]
@@ -285,13 +291,13 @@ def _entry(numbers: Any, levels: Any, step: float, entry: int) -> Any:
 def _fill(numbers: Any, levels: Any, steps: Any, tables: Any) -> None:
     for p in range(numbers.shape[0]):
         for i in range(numbers.shape[1]):
-            for entry in range(16):
+            for entry in range(tables.shape[2]):
                 tables[p, i, entry] = _entry(numbers[p, i], levels, steps[p], entry)
 
 
 @numba.njit(nogil=True, cache=True)
 def _means(numbers: Any, levels: Any, steps: Any, quarter: int, upper: Any, seeds: Any, means: Any) -> None:
-    """Of pairs, what the kernel compares. upper: uint8 (n, tables, 4 or 2), 0 to 15."""
+    """Of pairs, what the kernel compares. upper: uint8 (n, tables, each), 0 to 15."""
     each = upper.shape[2]
     for i in range(upper.shape[0]):
         sums = np.zeros(4, np.int64)
@@ -300,7 +306,7 @@ def _means(numbers: Any, levels: Any, steps: Any, quarter: int, upper: Any, seed
             entry = np.int64(0)
             for b in range(each):
                 number = np.int64(upper[i, t, b])
-                if each == 4:
+                if each == SIGNS:
                     entry |= np.int64(number >> 3) << b
                 else:
                     entry |= (np.int64(number > 4) + np.int64(number > 7) + np.int64(number > 10)) << 2 * b

@@ -36,6 +36,7 @@ from biodedup.search import sign_kernel
 from biodedup.search.population import signs_of
 from biodedup.search.scan import Collected, Probes, Scanner
 from biodedup.search.sign_kernel import SignedProbes
+from biodedup.search.sign_tile import SIGNS
 from biodedup.search.signs import GROUP, NOT_SEEDED, SIGN, filled, limits_of, paired, rounding_variance, tables_of
 from biodedup.values import COLUMNS, Float32
 
@@ -298,7 +299,7 @@ class _Run:
         return SignedProbes(
             *filled(tables, limits),
             np.array(used, np.int64),
-            1,
+            SIGNS,
             NOT_SEEDED,
             paired([probe.codes for probe in mine]),
             np.stack([probe.parameters for probe in mine]),

@@ -1,0 +1,356 @@
+"""What classes of rows' numbers say of them, looked up in probes' tables: the arithmetic that both kernels share.
+
+Owns how a block of rows is taken out of its plane, the classes of its numbers, and the sums of what tables say of them. Never compares
+(`sign_kernel.py`, `member_kernel.py`), and never knows what a sum or a limit stands for (`signs.py`).
+
+The signs of four numbers, or which of four classes each of two or three numbers is in, are four or six bits, which choose one of sixteen
+or sixty-four entries of a probe's table: by the byte shuffle of FAISS's fast-scan kernel (André, Kermarrec and Le Scouarnec, VLDB 2015), or,
+where the processor has it, by the byte permutation of AVX-512 VBMI, which takes no longer. Tables are made so that no sum of a
+quarter of them overflows a byte; thus 64 rows cost two instructions a table, half of what sums of 16 bits take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from biodedup.gallery.codes import STEP
+from biodedup.search.kernel import INSTRUCTIONS, splat
+
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+SIGNS, TWO, THREE = 4, 2, 3
+"""Numbers that a table looks at: four, of which it knows the signs, or two or three, of which it knows the classes."""
+CLASSED = THREE if INSTRUCTIONS == "vbmi" else TWO
+"""Numbers whose classes a table knows on this processor."""
+CLASSES = ((0, 5), (5, 8), (8, 11), (11, 16))
+"""Upper halves of each class, first and past the last."""
+WIDE = 4
+"""Probes whose tables meet rows at the same time."""
+DEEP = 1 if INSTRUCTIONS == "avx2" else 4
+"""Blocks that they meet: 16 sums stay in registers where there are 32 of these, and what is loaded serves four of them."""
+QUARTERS = 4
+"""Sums of a byte that are added up apart, and then averaged: the finer they are rounded."""
+UNROLLED = 2 if INSTRUCTIONS == "avx2" else 1
+"""Tables of one turn of the innermost loop."""
+PADDED = 64
+"""A row's bytes, and a probe's, are filled up to a multiple of this."""
+TOGETHER = 4
+"""Blocks that a probe's tables meet while they are in the first-level cache."""
+
+
+def _make_tile(instructions: str, entries: int) -> Any:
+    """An intrinsic for numba, tile(signs, tables, count, seeds, limits, masks), all integers or addresses:
+
+    signs: uint8 *, (DEEP, count, 64), 64-byte aligned, below `entries`, which is 16 or, with VBMI, 64; tables: uint8 *, (WIDE, count,
+    entries), aligned to as many bytes; count: a multiple of QUARTERS * UNROLLED; seeds: uint8 *, (DEEP, 64); limits: uint8 *,
+    (WIDE,); masks: uint64 *, (WIDE, DEEP): bit r is set where the mean of row r of a block reaches the limit. Of each quarter of the
+    tables the sum over i of tables[i, signs[i, r]] is taken, of the first one with seeds[r]; then the mean, rounded up, of two means,
+    rounded up.
+    """
+    lanes = 32 if instructions == "avx2" else 64
+    name = "avx2.pshuf.b" if lanes == 32 else "avx512.pshuf.b.512" if entries == 16 else "avx512.permvar.qi.512"
+    octets, wider, table = (
+        ir.VectorType(kind, n) for kind, n in ((_I8, lanes), (ir.IntType(16), lanes), (_I8, entries))
+    )
+    parts = 64 // lanes
+    vectors = DEEP * parts
+
+    def mean(builder: Any, one: Any, other: Any) -> Any:
+        """Rounded up; an instruction of its own where the processor has one."""
+        both = builder.add(builder.zext(one, wider), builder.zext(other, wider))
+        more = builder.add(both, splat(builder, ir.Constant(ir.IntType(16), 1), lanes))
+        return builder.trunc(builder.lshr(more, splat(builder, ir.Constant(ir.IntType(16), 1), lanes)), octets)
+
+    def summed(
+        builder: Any, signs: Any, tables: Any, count: Any, first: Any, end: Any, begin: list[Any]
+    ) -> list[list[Any]]:
+        """The sums over tables [first, end), which begin with what is given for each vector."""
+        shuffle = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(octets, [octets] * 2), f"llvm.x86.{name}"
+        )
+        before = builder.block
+        loop, after = builder.append_basic_block("table"), builder.append_basic_block("quarter")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        number = builder.phi(_I64)
+        sums = [[builder.phi(octets) for _ in range(vectors)] for _ in range(WIDE)]
+        grown: list[list[Any]] = [list(mine) for mine in sums]
+        for step in range(UNROLLED):
+            at = builder.add(number, ir.Constant(_I64, step))
+            rows = []
+            for v in range(vectors):
+                block = builder.add(builder.mul(count, ir.Constant(_I64, v // parts)), at)
+                place = builder.add(builder.mul(block, ir.Constant(_I64, parts)), ir.Constant(_I64, v % parts))
+                some = builder.load(builder.gep(signs, [place]))
+                some.align = lanes
+                rows.append(some)
+            for p, mine in enumerate(grown):
+                entry = builder.load(builder.gep(tables, [builder.add(builder.mul(count, ir.Constant(_I64, p)), at)]))
+                entry.align = entries
+                if entries < lanes:
+                    places = ir.Constant(ir.VectorType(_I32, lanes), [i % entries for i in range(lanes)])
+                    entry = builder.shuffle_vector(entry, entry, places)
+                grown[p] = [builder.add(s, builder.call(shuffle, [entry, r])) for s, r in zip(mine, rows, strict=True)]
+        following = builder.add(number, ir.Constant(_I64, UNROLLED))
+        number.add_incoming(first, before)
+        number.add_incoming(following, loop)
+        for mine, new in zip(sums, grown, strict=True):
+            for phi, start, value in zip(mine, begin, new, strict=True):
+                phi.add_incoming(start, before)
+                phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+        builder.position_at_end(after)
+        return grown
+
+    @intrinsic
+    def tile(_: Any, signs: Any, tables: Any, count: Any, seeds: Any, limits: Any, masks: Any) -> Any:
+        signature = types.void(*[types.intp] * 6)
+
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            signs, tables, seeds, limits, masks = (
+                builder.inttoptr(args[at], kind.as_pointer())
+                for at, kind in ((0, octets), (1, table), (3, octets), (4, _I8), (5, _I64))
+            )
+            count = args[2]
+            quarter = builder.udiv(count, ir.Constant(_I64, QUARTERS))
+            edges = [builder.mul(quarter, ir.Constant(_I64, i)) for i in range(QUARTERS + 1)]
+            begin = []
+            for v in range(vectors):
+                some = builder.load(builder.gep(seeds, [ir.Constant(_I64, v)]))
+                some.align = 1
+                begin.append(some)
+            pairs: list[list[list[Any]]] = []
+            for first in range(0, QUARTERS, 2):
+                both = []
+                for i in (first, first + 1):
+                    both.append(summed(builder, signs, tables, count, edges[i], edges[i + 1], begin))
+                    begin = [ir.Constant(octets, None)] * vectors
+                pairs.append([[mean(builder, *v) for v in zip(*p, strict=True)] for p in zip(*both, strict=True)])
+            for p, mine in enumerate(zip(*pairs, strict=True)):
+                limit = splat(builder, builder.load(builder.gep(limits, [ir.Constant(_I64, p)])), lanes)
+                masked: list[Any] = [ir.Constant(_I64, 0)] * DEEP
+                for v, two in enumerate(zip(*mine, strict=True)):
+                    near = builder.icmp_unsigned(">=", mean(builder, *two), limit)
+                    reached = builder.bitcast(near, ir.IntType(lanes))
+                    wide = reached if lanes == 64 else builder.zext(reached, _I64)
+                    shifted = builder.shl(wide, ir.Constant(_I64, lanes * (v % parts)))
+                    masked[v // parts] = builder.or_(masked[v // parts], shifted)
+                for b, mask in enumerate(masked):
+                    builder.store(mask, builder.gep(masks, [ir.Constant(_I64, DEEP * p + b)]))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return tile
+
+
+def u32_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the uint32 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I32)))
+
+    return types.uint32(types.int64), generate
+
+
+def _u8_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the uint8 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I8)))
+
+    return types.uint8(types.int64), generate
+
+
+def f32_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the float32 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(ir.FloatType())))
+
+    return types.float32(types.int64), generate
+
+
+def _set_u64_of(_: Any, address: Any, value: Any) -> Any:
+    """An intrinsic for numba: stores a uint64 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], ir.PointerType(_I64)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint64), generate
+
+
+def _lowest_bit_of(_: Any, mask: Any) -> Any:
+    """An intrinsic for numba: the place of the lowest bit of a uint64 that is set; the mask is not 0."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+u32_at: Any = intrinsic(u32_at_of)
+_u8_at: Any = intrinsic(_u8_at_of)
+f32_at: Any = intrinsic(f32_at_of)
+_set_u64: Any = intrinsic(_set_u64_of)
+_lowest_bit: Any = intrinsic(_lowest_bit_of)
+
+
+@numba.njit(nogil=True, cache=True)
+def _plain(signs: int, tables: int, entries: int, count: int, seeds: int, limits: int, masks: int) -> None:
+    quarter = count // QUARTERS
+    for p in range(WIDE):
+        for b in range(DEEP):
+            mask = np.uint64(0)
+            for r in range(64):
+                sums = np.zeros(QUARTERS, np.int64)
+                sums[0] = _u8_at(seeds + 64 * b + r)
+                for i in range(count):
+                    entry = _u8_at(signs + 64 * (count * b + i) + r)
+                    sums[i // quarter] += _u8_at(tables + entries * (count * p + i) + entry)
+                mean = (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1
+                if mean >= _u8_at(limits + p):
+                    mask |= np.uint64(1) << np.uint64(r)
+            _set_u64(masks + 8 * (DEEP * p + b), mask)
+
+
+@numba.njit(nogil=True, cache=True)
+def _plain_16(signs: int, tables: int, count: int, seeds: int, limits: int, masks: int) -> None:
+    _plain(signs, tables, 16, count, seeds, limits, masks)
+
+
+@numba.njit(nogil=True, cache=True)
+def _plain_64(signs: int, tables: int, count: int, seeds: int, limits: int, masks: int) -> None:
+    _plain(signs, tables, 64, count, seeds, limits, masks)
+
+
+@numba.njit(nogil=True, cache=True)
+def sign(taken: Any, signs: Any) -> None:
+    """signs uint8 (tables, 64): of four numbers in a row, whether they are positive, the first one in the lowest bit. taken: rows' upper
+    halves, uint32 (halves, 64)."""
+    # the product with the second has four bits that lie eight apart side by side in its top byte
+    lowest, gathers = np.uint32(0x01010101), np.uint32(0x01020408)
+    for i in range(signs.shape[0]):
+        shift = np.uint32(3 + 4 * (i & 1))
+        for r in range(64):
+            signs[i, r] = np.uint8((((taken[i >> 1, r] >> shift) & lowest) * gathers) >> np.uint32(24))
+
+
+@numba.njit(nogil=True, cache=True)
+def _class(numbers: Any) -> Any:
+    """In which of four classes (CLASSES) the four numbers of a uint32 are, of which each byte has one."""
+    one, three, four = np.uint32(0x01010101), np.uint32(3), np.uint32(4)
+    above_4, above_10 = np.uint32(0x0B0B0B0B), np.uint32(0x05050505)  # added, they carry into the fifth bit
+    first, last = (numbers + above_4) >> four & one, (numbers + above_10) >> four & one
+    return first + (numbers >> three & one) + last
+
+
+@numba.njit(nogil=True, cache=True)
+def classify(taken: Any, each: int, classes: Any) -> None:
+    """classes uint8 (tables, 64), tables a multiple of 4: in which classes TWO or THREE numbers are, the first one's in the lowest two
+    bits; which numbers: `numbers_of`."""
+    low, two, four = np.uint32(0x0F0F0F0F), np.uint32(2), np.uint32(4)
+    some = np.empty(64, np.uint32)
+    for i in range(0, classes.shape[0], 4):
+        half = i >> 2 if each == TWO else 3 * (i >> 3) + (i >> 2 & 1)
+        shared = 3 * (i >> 3) + 2
+        if each == TWO or shared >= taken.shape[0]:
+            for r in range(64):
+                word = taken[half, r]
+                some[r] = _class(word & low) | _class(word >> four & low) << two
+        else:
+            third = four * np.uint32(i >> 2 & 1)
+            for r in range(64):
+                word = taken[half, r]
+                both = _class(word & low) | _class(word >> four & low) << two
+                some[r] = both | _class(taken[shared, r] >> third & low) << four
+        for t in range(4):
+            shift = np.uint32(8 * t)
+            for r in range(64):
+                classes[i + t, r] = np.uint8(some[r] >> shift)
+
+
+def tables_most(scanned: int, each: int) -> int:
+    """How many tables look at so many numbers, a multiple of STEP."""
+    halves = scanned // STEP
+    return {SIGNS: 2 * halves, TWO: 4 * halves, THREE: 8 * (halves // 3) + 4 * (halves % 3)}[each]
+
+
+def numbers_of(tables: int, scanned: int, each: int) -> NDArray[np.int64]:
+    """Which numbers each table looks at, (tables, each), -1 where there is none: four in a row; two that share a byte of the plane;
+    or two and one of those that share the bytes of the third half, which serves two others."""
+    if each == SIGNS:
+        return np.arange(SIGNS * tables).reshape(-1, SIGNS)
+    group = np.arange(tables) >> 2
+    half = group if each == TWO else 3 * (group >> 1) + (group & 1)
+    first = STEP * half + np.arange(tables) % 4
+    numbers = [first, first + STEP // 2]
+    if each == THREE:
+        third = STEP * (3 * (group >> 1) + 2)
+        numbers.append(np.where(third < scanned, third + np.arange(tables) % 4 + STEP // 2 * (group & 1), -1))
+    return np.stack(numbers, axis=1)
+
+
+@numba.njit(nogil=True, cache=True)
+def aligned(octets: int) -> Any:
+    """Zeros, uint8 (octets,), 64-byte aligned."""
+    space = np.zeros(octets + 64, np.uint8)
+    start = -space.ctypes.data % 64
+    return space[start : start + octets]
+
+
+@numba.njit(nogil=True, cache=True)
+def masks_apart() -> Any:
+    """For a tile, away from what another thread writes."""
+    return aligned(64 + 8 * WIDE * DEEP + 64).view(np.uint64)[8 : 8 + WIDE * DEEP]
+
+
+def tiles_for(instructions: str) -> dict[str, Any]:
+    """What `survivors` calls, on another processor."""
+    of_16 = _plain_16 if instructions == "plain" else _make_tile(instructions, 16)
+    return {"_tile_16": of_16, "_tile_64": _make_tile(instructions, 64) if instructions == "vbmi" else _plain_64}
+
+
+_tile_16, _tile_64 = tiles_for(INSTRUCTIONS).values()
+
+
+@numba.njit(nogil=True, cache=True)
+def survivors(
+    signs: Any, seeds: Any, alive: Any, tables: Any, limits: Any, count: int, masks: Any, which: Any, lanes: Any
+) -> int:
+    """Probes and rows of TOGETHER blocks that reach the limits, by DEEP blocks and by probe. signs: uint8 (TOGETHER, t, 64); seeds: uint8
+    (64 TOGETHER,); alive: uint64 (TOGETHER,); tables: uint8 (q, t, 16 or 64), q a multiple of WIDE. Returns how many."""
+    found = 0
+    number, entries = tables.shape[1], tables.shape[2]
+    at_signs, at_tables, at_seeds = signs.ctypes.data, tables.ctypes.data, seeds.ctypes.data
+    at_limits, at_masks = limits.ctypes.data, masks.ctypes.data
+    for p in range(0, tables.shape[0], WIDE):
+        for b in range(0, TOGETHER, DEEP):
+            living = np.uint64(0)
+            for d in range(DEEP):
+                living |= alive[b + d]
+            if living == 0:
+                continue
+            at_sign, at_table = at_signs + 64 * number * b, at_tables + entries * number * p
+            at_seed, at_limit = at_seeds + 64 * b, at_limits + p
+            if entries == 16:
+                _tile_16(at_sign, at_table, number, at_seed, at_limit, at_masks)
+            else:
+                _tile_64(at_sign, at_table, number, at_seed, at_limit, at_masks)
+            for i in range(min(WIDE, count - p)):
+                for d in range(DEEP):
+                    mask = masks[DEEP * i + d] & alive[b + d]
+                    while mask:
+                        which[found], lanes[found] = p + i, 64 * (b + d) + np.int32(_lowest_bit(mask))
+                        mask &= mask - np.uint64(1)
+                        found += 1
+    return found
