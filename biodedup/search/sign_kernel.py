@@ -23,7 +23,9 @@ from biodedup.search.sign_tile import (
     SIGNS,
     TOGETHER,
     aligned,
+    classed_for,
     classify,
+    copy,
     f32_at,
     masks_apart,
     sign,
@@ -45,13 +47,6 @@ def _take(plane: int, cells: Any, taken: Any) -> None:
     for h in range(halves):
         for r in range(cells.shape[0]):
             taken[h, r] = u32_at(plane + 256 * (halves * (cells[r] >> 6) + h) + 4 * (cells[r] & 63))
-
-
-@numba.njit(nogil=True, cache=True)
-def _take_block(plane: int, taken: Any) -> None:
-    for h in range(taken.shape[0]):
-        for r in range(64):
-            taken[h, r] = u32_at(plane + 256 * h + 4 * r)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -158,17 +153,18 @@ def _scan(
                 if mapped:
                     _take(planes[c], members[c, at : min(at + 64, members.shape[1])], mine)
                 else:
-                    _take_block(planes[c] + 256 * halves[c] * (block + b), mine)
+                    copy(planes[c] + 256 * halves[c] * (block + b), mine.ctypes.data, 256 * halves[c])
                 if each == SIGNS:
                     sign(mine, signs[b, begin : begin + used[c]])
                 else:
                     classify(mine, each, signs[b, begin : begin + used[c]])
                 begin += used[c]
-                for r in range(64):
-                    cell = at + r
-                    if mapped:
-                        cell = members[c, min(cell, members.shape[1] - 1)]
-                    lengths[c, 64 * b + r] = f32_at(norms[c] + 4 * np.int64(cell))
+                if mapped:
+                    for r in range(64):
+                        cell = members[c, min(at + r, members.shape[1] - 1)]
+                        lengths[c, 64 * b + r] = f32_at(norms[c] + 4 * np.int64(cell))
+                else:
+                    copy(norms[c] + 4 * at, lengths[c, 64 * b :].ctypes.data, 256)
         if seeding[1] != 0:
             for r in range(64 * blocks):
                 seeds[r] = np.uint8(min(max(seeding[0] + seeding[1] * lengths[0, r], np.float32(0)), seeding[2]))
@@ -203,9 +199,10 @@ def _scan(
 
 def make_scan(instructions: str) -> Any:
     """`_scan` for another processor."""
+    classes = numba.njit(rebound(classify, **classed_for(instructions)), nogil=True)
     mine = numba.njit(rebound(survivors, **tiles_for(instructions)), nogil=True)
     add_values = numba.njit(rebound(_add_values, _row_dot=make_row_dot(instructions)), nogil=True, error_model="numpy")
-    return numba.njit(rebound(_scan, survivors=mine, _add_values=add_values), nogil=True)
+    return numba.njit(rebound(_scan, survivors=mine, classify=classes, _add_values=add_values), nogil=True)
 
 
 @dataclass(frozen=True)

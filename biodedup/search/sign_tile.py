@@ -179,6 +179,27 @@ def f32_at_of(_: Any, address: Any) -> Any:
     return types.float32(types.int64), generate
 
 
+def _set_u8_of(_: Any, address: Any, value: Any) -> Any:
+    """An intrinsic for numba: stores a uint8 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], ir.PointerType(_I8)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint8), generate
+
+
+def _copy_of(_: Any, source: Any, target: Any, octets: Any) -> Any:
+    """An intrinsic for numba: so many bytes from one address to another."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        source, target = (builder.inttoptr(args[at], ir.PointerType(_I8)) for at in (0, 1))
+        cgutils.raw_memcpy(builder, target, source, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
 def _set_u64_of(_: Any, address: Any, value: Any) -> Any:
     """An intrinsic for numba: stores a uint64 at an address."""
 
@@ -201,7 +222,9 @@ def _lowest_bit_of(_: Any, mask: Any) -> Any:
 u32_at: Any = intrinsic(u32_at_of)
 _u8_at: Any = intrinsic(_u8_at_of)
 f32_at: Any = intrinsic(f32_at_of)
+_set_u8: Any = intrinsic(_set_u8_of)
 _set_u64: Any = intrinsic(_set_u64_of)
+copy: Any = intrinsic(_copy_of)
 _lowest_bit: Any = intrinsic(_lowest_bit_of)
 
 
@@ -255,28 +278,99 @@ def _class(numbers: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)
-def classify(taken: Any, each: int, classes: Any) -> None:
-    """classes uint8 (tables, 64), tables a multiple of 4: in which classes TWO or THREE numbers are, the first one's in the lowest two
-    bits; which numbers: `numbers_of`."""
+def _plain_three(half: int, third: int, shift: int, classes: int) -> None:
     low, two, four = np.uint32(0x0F0F0F0F), np.uint32(2), np.uint32(4)
-    some = np.empty(64, np.uint32)
+    for r in range(64):
+        word = u32_at(half + 4 * r)
+        some = _class(word & low) | _class(word >> four & low) << two
+        if third:
+            some |= _class(u32_at(third + 4 * r) >> np.uint32(shift) & low) << four
+        for t in range(4):
+            _set_u8(classes + 64 * t + r, np.uint8(some >> np.uint32(8 * t)))
+
+
+@numba.njit(nogil=True, cache=True)
+def _plain_two(half: int, classes: int) -> None:
+    _plain_three(half, 0, 0, classes)
+
+
+def _make_classed(instructions: str, each: int) -> Any:
+    """An intrinsic for numba, classed(half, classes) or classed(half, third, shift, classes), all integers or addresses:
+
+    half, third: uint32 *, (64,), of 64 rows eight four-bit numbers each; shift: 0 or 4, whether the lower or the upper ones of the
+    third count; classes: uint8 *, (4, 64), 64-byte aligned: of byte t the class of its lower number, of its upper one, and of byte t of the
+    third, two bits each, the first in the lowest ones.
+    """
+    lanes = 32 if instructions == "avx2" else 64
+    octets, words = ir.VectorType(_I8, lanes), ir.VectorType(_I32, lanes // 4)
+    classes = [number for number, (first, end) in enumerate(CLASSES) for _ in range(first, end)]
+    name = "llvm.x86.avx2.pshuf.b" if lanes == 32 else "llvm.x86.avx512.pshuf.b.512"
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        shuffle = cgutils.get_or_insert_function(builder.module, ir.FunctionType(octets, [octets] * 2), name)
+        half, third = (builder.inttoptr(args[at], words.as_pointer()) for at in (0, 1))
+
+        def looked_up(word: Any, shift: Any, place: int) -> Any:
+            shifted = builder.lshr(word, splat(builder, shift, lanes // 4))
+            number = builder.and_(builder.bitcast(shifted, octets), splat(builder, ir.Constant(_I8, 15), lanes))
+            return builder.call(shuffle, [ir.Constant(octets, [c << place for c in classes] * (lanes // 16)), number])
+
+        pieces = []
+        for v in range(256 // lanes):
+            word = builder.load(builder.gep(half, [ir.Constant(_I64, v)]))
+            word.align = 4
+            some = builder.or_(*(looked_up(word, ir.Constant(_I32, shift), shift // 2) for shift in (0, 4)))
+            if each == THREE:
+                more = builder.load(builder.gep(third, [ir.Constant(_I64, v)]))
+                more.align = 4
+                some = builder.or_(some, looked_up(more, builder.trunc(args[2], _I32), 4))
+            pieces.append(some)
+        while len(pieces) > 1:
+            both = ir.Constant(ir.VectorType(_I32, 2 * pieces[0].type.count), list(range(2 * pieces[0].type.count)))
+            pieces = [builder.shuffle_vector(*two, both) for two in zip(pieces[::2], pieces[1::2], strict=True)]
+        whole = builder.bitcast(pieces[0], ir.VectorType(_I32, 64))
+        found = builder.inttoptr(args[-1], ir.VectorType(_I8, 64).as_pointer())
+        for t in range(4):
+            shifted = builder.lshr(whole, splat(builder, ir.Constant(_I32, 8 * t), 64))
+            stored = builder.store(
+                builder.trunc(shifted, ir.VectorType(_I8, 64)), builder.gep(found, [ir.Constant(_I64, t)])
+            )
+            stored.align = 64
+        return context.get_dummy_value()
+
+    @intrinsic
+    def two(_: Any, half: Any, classes: Any) -> Any:
+        return types.void(*[types.intp] * 2), generate
+
+    @intrinsic
+    def three(_: Any, half: Any, third: Any, shift: Any, classes: Any) -> Any:
+        return types.void(*[types.intp] * 4), generate
+
+    return two if each == TWO else three
+
+
+def classed_for(instructions: str) -> dict[str, Any]:
+    """What `classify` calls, on another processor."""
+    if instructions == "plain":
+        return {"_two": _plain_two, "_three": _plain_three}
+    return {"_two": _make_classed(instructions, TWO), "_three": _make_classed(instructions, THREE)}
+
+
+_two, _three = classed_for(INSTRUCTIONS).values()
+
+
+@numba.njit(nogil=True, cache=True)
+def classify(taken: Any, each: int, classes: Any) -> None:
+    """classes uint8 (tables, 64), 64-byte aligned, tables a multiple of 4: in which classes TWO or THREE numbers are, the first one's in
+    the lowest two bits; which numbers: `numbers_of`. taken: rows' upper halves, uint32 (halves, 64)."""
+    at_taken, at_classes = taken.ctypes.data, classes.ctypes.data
     for i in range(0, classes.shape[0], 4):
         half = i >> 2 if each == TWO else 3 * (i >> 3) + (i >> 2 & 1)
-        shared = 3 * (i >> 3) + 2
-        if each == TWO or shared >= taken.shape[0]:
-            for r in range(64):
-                word = taken[half, r]
-                some[r] = _class(word & low) | _class(word >> four & low) << two
+        third = 3 * (i >> 3) + 2
+        if each == TWO or third >= taken.shape[0]:
+            _two(at_taken + 256 * half, at_classes + 64 * i)
         else:
-            third = four * np.uint32(i >> 2 & 1)
-            for r in range(64):
-                word = taken[half, r]
-                both = _class(word & low) | _class(word >> four & low) << two
-                some[r] = both | _class(taken[shared, r] >> third & low) << four
-        for t in range(4):
-            shift = np.uint32(8 * t)
-            for r in range(64):
-                classes[i + t, r] = np.uint8(some[r] >> shift)
+            _three(at_taken + 256 * half, at_taken + 256 * third, i & 4, at_classes + 64 * i)
 
 
 def tables_most(scanned: int, each: int) -> int:
