@@ -33,13 +33,15 @@ SIDE_PX = 330
 """24 mm at RIDGE_DPI: the whole first phalanx."""
 _CORE_Y = 0.44
 _TO_500 = 500 / RIDGE_DPI
+_BEND_Y = -25.0
+"""Of an arch, 500-dpi pixels above what counts as its core."""
 _CORE_BEND, _DELTA_BEND = 0.08, 0.12  # radians, of the first harmonic
 
 
 @dataclass(frozen=True, eq=False)
 class Master:
-    """ridges: int8 (SIDE_PX, SIDE_PX) at RIDGE_DPI, 127 on a ridge and -127 in a valley. core: x, y of the upper core, or where
-    an arch has its bend. The finger is upright in it."""
+    """ridges: int8 (SIDE_PX, SIDE_PX) at RIDGE_DPI, 127 on a ridge and -127 in a valley. core: x, y of the upper core, or of
+    an arch a little above where it is steepest. The finger is upright in it."""
 
     ridges: NDArray[np.int8] = field(repr=False)
     core: tuple[float, float]
@@ -88,15 +90,12 @@ def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: F
         return core(0, 0, steeper=rng.normal(0.4, 0.18))
 
     if pattern == "arch":
-        height, width = rng.uniform(75, 210), rng.uniform(50, 85)
-        place, reach = rng.uniform(-60, 10), rng.uniform(60, 110)
-        slope = (
-            -height
-            * right
-            / width**2
-            * np.exp(-((right / width) ** 2) / 2)
-            * np.exp(-(((up - place) / reach) ** 2) / 2)
-        )
+        # steepest at one height, which is all that tells where such a finger lies; flatter above, and nearly as steep below
+        steepest, width, skew = rng.uniform(0.5, 2.0), rng.uniform(50, 120), rng.normal(0, 0.15)
+        reach = np.where(up > _BEND_Y, rng.uniform(60, 150), rng.uniform(70, 260))
+        aside = right / (width * np.where(right > 0, np.exp(skew), np.exp(-skew)))
+        bump = np.exp((1 - aside**2 - ((up - _BEND_Y) / reach) ** 2) / 2)
+        slope = -steepest * aside * bump
         field = np.arctan(slope)
     elif pattern == "tented arch":
         field = (upper_core() - delta(rng.normal(0, 8), -rng.uniform(45, 110))) / 2
@@ -109,9 +108,9 @@ def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: F
     else:
         side = 1 if pattern == "left loop" else -1
         field = (upper_core() - delta(side * rng.uniform(40, 140), -rng.uniform(80, 220))) / 2
-    if pattern != "arch":  # ridges follow the round tip, and so fall off at the flanks above the core
-        above = 1 / (1 + np.exp(-(up + 20) / 40))
-        field = field - above * np.arctan(right / rng.uniform(140, 260)) * rng.uniform(0.5, 1.0)
+    # ridges follow the round tip, and so fall off at the flanks above the core
+    above = 1 / (1 + np.exp(-(up + 20) / 40))
+    field = field - above * np.arctan(right / rng.uniform(140, 260)) * rng.uniform(0.5, 1.0)
     return np.asarray(field + waves(rng, 4, SIDE_PX) * rng.uniform(0.03, 0.11), np.float32)
 
 
