@@ -179,7 +179,7 @@ class Column:
         self.read += len(cells)
         return self.codes[cells], self.norms[cells]
 
-    def release(self):
+    def release(self, *, forget):
         pass
 
     def vectors(self, low, high):
@@ -210,6 +210,7 @@ class Part:
 
 class Snapshot:
     version = 7
+    streamed = frozenset()
 
     def mask(self, part, groups=None, hidden=frozenset()):
         return None

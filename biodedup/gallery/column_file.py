@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ MAGIC = b"BIODEDUP"
 VERSION, VERSION_OF_SMALL_BLOCKS = 1, 2
 BLOCK_BYTES = 1 << 16
 """What a checksum covers, and what a first read verifies; a file whose rows are read singly has smaller ones."""
-_ALIGN_BYTES = 64
+_READ_OVER_BYTES = 1 << 16
+"""Between single rows that are wanted so much is read, too, sooner than the disk is asked once more: that takes a slow one as long."""
+_ALIGN_BYTES, _PAGE = 64, mmap.PAGESIZE
 _HEADER_BYTES = 4096  # the header is padded to a multiple of this, so that arrays begin on a page
 _FIXED = struct.Struct(
     "<8sIIQQ"
@@ -145,16 +148,28 @@ def _advise_each(address: int, starts: Any, sizes: Any, advice: int) -> None:
         _madvise(address + starts[i], sizes[i], advice)
 
 
+def _touch_each(content: Any, starts: Any, size: int) -> int:
+    """Waits until pages are there, while other threads go on: a checksum would hold them up."""
+    total = 0
+    for i in range(starts.shape[0]):
+        for at in range(starts[i], min(starts[i] + size, content.shape[0]), _PAGE):
+            total += content[at]
+    return total
+
+
 _advise: Any = numba.njit(_advise_each, nogil=True, cache=True)
+_touch: Any = numba.njit(_touch_each, nogil=True, cache=True)
 
 
 class ColumnFile:
     """An open column file. Thread-safe. Raises GalleryDamaged, naming the file and the array, for what is not as written."""
 
-    def __init__(self, content: mmap.mmap, name: str) -> None:
+    def __init__(self, content: mmap.mmap, name: str, forget: Callable[[], None]) -> None:
         self.name = name
+        self._forget = forget
         self._content = content
-        self._address = np.frombuffer(content, np.uint8).ctypes.data
+        self._octets = np.frombuffer(content, np.uint8)
+        self._address = self._octets.ctypes.data
         try:
             magic, version, header_bytes, file_bytes, checksum = _FIXED.unpack_from(content)
         except struct.error:
@@ -207,6 +222,14 @@ class ColumnFile:
             first, last = start // self._block_bytes, (start + part.nbytes - 1) // self._block_bytes
             if self._singly or not self._checked[first : last + 1].all():
                 self._check(np.arange(first, last + 1))
+            elif part.nbytes >= _READ_OVER_BYTES:  # asked for as a whole, not page by page as it is touched
+                at = (self._start + start) // _PAGE * _PAGE
+                _advise(
+                    self._address,
+                    np.array([at]),
+                    np.array([self._start + start + part.nbytes - at]),
+                    mmap.MADV_WILLNEED,
+                )
         return part
 
     def take(self, name: str, indices: NDArray[Any]) -> NDArray[Any]:
@@ -247,9 +270,12 @@ class ColumnFile:
         """A whole array as it is mapped; for callers who check what they read."""
         return self._arrays[name]
 
-    def release(self) -> None:
-        """Gives back the memory that single rows have taken up so far; they stay in the system's cache while there is room."""
+    def release(self, *, forget: bool) -> None:
+        """Gives back the memory that single rows have taken up so far; they stay in the system's cache while there is room, unless
+        it shall forget them."""
         self._content.madvise(mmap.MADV_DONTNEED)
+        if forget:
+            self._forget()
 
     def content(self, piece_bytes: int) -> Iterator[bytes]:
         """The whole file, unchecked."""
@@ -269,12 +295,14 @@ class ColumnFile:
         todo = blocks[~self._checked[blocks]]
         wanted = blocks if self._singly else todo
         if len(wanted) > 1:  # let the disk work on all of them at once
-            breaks = np.flatnonzero(np.diff(wanted) > 1)
+            gap = _READ_OVER_BYTES // self._block_bytes if self._singly else 0
+            breaks = np.flatnonzero(np.diff(wanted) > 1 + gap)
             starts = self._start + wanted[np.concatenate([[0], breaks + 1])] * self._block_bytes
             ends = self._start + (wanted[np.concatenate([breaks, [-1]])] + 1) * self._block_bytes
-            starts = starts // mmap.PAGESIZE * mmap.PAGESIZE
+            starts = starts // _PAGE * _PAGE
             ends = np.minimum(ends, len(self._content))
             _advise(self._address, starts, ends - starts, mmap.MADV_WILLNEED)
+        _touch(self._octets, self._start + todo * self._block_bytes, self._block_bytes)
         for block in todo.tolist():
             if not self._is_sound(block):
                 raise self.damaged(f"block {block}, in {', '.join(self._arrays_in(block))}")
@@ -303,4 +331,4 @@ def open_column_file(storage: Storage, path: Path) -> ColumnFile:
         raise GalleryDamaged(f"segment file {path.name} is missing; run `biodedup doctor`") from None
     except ValueError:  # an empty file cannot be mapped
         raise GalleryDamaged(f"segment file {path.name} is damaged: it is empty; run `biodedup doctor`") from None
-    return ColumnFile(content, path.name)
+    return ColumnFile(content, path.name, partial(storage.forget, path))

@@ -60,8 +60,12 @@ class Column(Protocol):
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
         """Codes and norms of some cells; ascending ones are read in the order of the disk. Only with a codec."""
 
-    def release(self) -> None:
-        """After `codes_at` of many cells: the memory that they took up is given back."""
+    @property
+    def byte_counts(self) -> tuple[int, int]:
+        """Of the files: what a scan reads, and what is read of single cells."""
+
+    def release(self, *, forget: bool) -> None:
+        """After `codes_at` of many cells: the memory that they took up is given back; forget: by the system, too."""
 
     def quality(self, low: int, high: int) -> Float32:
         """NaN where it was not measured."""

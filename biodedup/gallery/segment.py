@@ -221,9 +221,13 @@ class SegmentColumn:
         codes = joined(self._file.unchecked("plane"), self._rest.unchecked("rest"), cells)
         return codes, self._file.take("norm", cells)
 
-    def release(self) -> None:
+    @property
+    def byte_counts(self) -> tuple[int, int]:
+        return self._file.byte_count, 0 if self._rest is None else self._rest.byte_count
+
+    def release(self, *, forget: bool) -> None:
         if self._rest is not None:
-            self._rest.release()
+            self._rest.release(forget=forget)
 
     def _codes(self, low: int, high: int) -> tuple[Codes, Float32]:
         assert self._rest is not None, "a column with a codec has a rest"

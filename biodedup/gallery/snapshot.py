@@ -19,9 +19,11 @@ from biodedup.gallery import packed
 from biodedup.gallery.catalogue import ColumnModel
 from biodedup.gallery.packed import Packed
 from biodedup.gallery.part import Column, Int64, Part
+from biodedup.gallery.storage import memory_bytes
 from biodedup.values import COLUMNS, Float32, Template
 
 _T = TypeVar("_T", bound=np.generic)
+_MEMORY_SHARE = 0.75  # that a gallery may fill; of the rest everything else lives
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,19 @@ class Snapshot:
             for outcome, count in part.answers.outcomes.items():
                 counts[outcome] = counts.get(outcome, 0) + count
         return dict(sorted(counts.items()))
+
+    @cached_property
+    def streamed(self) -> frozenset[Column]:
+        """Columns whose single cells no memory can hold beside all that is scanned. A large search reads through them, and the system
+        is to forget them at once, or else it would forget what every search scans."""
+        columns = [column for part in self.parts for column in part.columns.values()]
+        room = _MEMORY_SHARE * memory_bytes() - sum(column.byte_counts[0] for column in columns)
+        found = set()
+        for column in columns:
+            room -= column.byte_counts[1]
+            if room < 0:
+                found.add(column)
+        return frozenset(found)
 
     # look-ups ---------------------------------------------------------------------------------------------------
 

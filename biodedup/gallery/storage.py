@@ -17,6 +17,7 @@ import fcntl
 import mmap
 import os
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -60,6 +61,9 @@ class Storage(Protocol):
 
     def map(self, path: Path) -> mmap.mmap:
         """The content of a file, read-only, in memory as far as it is touched."""
+
+    def forget(self, path: Path) -> None:
+        """The system need not keep a file in memory; nothing where it is not there any more."""
 
     def replace(self, source: Path, target: Path) -> None:
         """Renames a file over another."""
@@ -157,6 +161,10 @@ class LocalStorage:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
+    def forget(self, path: Path) -> None:
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def replace(self, source: Path, target: Path) -> None:
         source.replace(target)
 
@@ -169,6 +177,16 @@ class LocalStorage:
 
     def remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
+
+
+def memory_bytes() -> int:
+    """Of this machine, or as much as its control group grants."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        granted = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return physical
+    return min(physical, int(granted)) if granted.isdecimal() else physical
 
 
 def unavailable(error: Exception, doing: str) -> StorageUnavailable:

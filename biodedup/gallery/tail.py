@@ -277,7 +277,11 @@ class TailColumn:
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
         raise NotImplementedError("the tail is compared exactly")
 
-    def release(self) -> None:
+    @property
+    def byte_counts(self) -> tuple[int, int]:
+        return 0, 0
+
+    def release(self, *, forget: bool) -> None:
         pass
 
     def quality(self, low: int, high: int) -> Float32:

@@ -37,6 +37,8 @@ _Capture = tuple[int, str]  # (number of the probe, its column)
 
 PROBES = 256
 """Probes that are scanned together."""
+_MANY = 1024
+"""Probes of one column alone: what is compared exactly is read from the disk once for all of them."""
 JOIN_ROWS = 4096
 """Rows of a gallery that are compared together with all behind them."""
 
@@ -251,8 +253,8 @@ class Searcher:
         shards = self._shards(snapshot)
         plan = replace(scope.plan(column, min(k, max(scope.count, 1)), self._config.miss_risk), besides=besides)
         pieces = [
-            self._fan_out.nearest(shards, probes[low : low + PROBES], plan)
-            for low in range(0, max(len(probes), 1), PROBES)
+            self._fan_out.nearest(shards, probes[low : low + _MANY], plan)
+            for low in range(0, max(len(probes), 1), _MANY)
         ]
         found = Nearest(
             np.concatenate([piece.rows for piece in pieces]),

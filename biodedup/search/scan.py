@@ -34,6 +34,8 @@ from biodedup.values import Float32
 _READERS = 8
 _EXACT_PROBES = 256  # so many by a tile's rows of similarities stay in the cache
 _AT_ONCE = 1 << 18  # pairs that take no longer than another thread takes to hear of them
+SIGNED = 256
+"""Probes whose tables lie in the second-level cache."""
 _ROOM = 1 << 15  # hits that a thread collects before it hands them over
 
 Int64 = NDArray[np.int64]
@@ -184,29 +186,41 @@ class Scanner:
         count = len(probes.codes)
         offsets = (probes.middle - probes.slack if bounded else probes.middle).astype(np.float32)
         scales = 16 * probes.scales
+        signed = [] if signs is None else list(signs.pieces(SIGNED))
 
         def scan(unit: Unit) -> None:
             base = unit.first // BLOCK_ROWS
             plane, norms = unit.column.plane(unit.first, unit.last)
             live = unit.live[base : base + len(plane)]
             span = (unit.first - base * BLOCK_ROWS, unit.last - base * BLOCK_ROWS)
-            room = max(_ROOM, 4 * BLOCK_ROWS * count, 0 if signs is None else 2 * signs.room)
+            room = max(_ROOM, 4 * BLOCK_ROWS * count, *(2 * mine.room for _, mine in signed))
             which, cells, estimates = np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32)
             dots = np.empty(room if signs is None else 0, np.int32)
-            block = 0
-            while block < len(plane):
-                if signs is None:
-                    slopes = (collected.cuts / scales).astype(np.float32)
-                    found = (which, cells, dots)
-                    number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
-                    values = probes.estimates(which[:number], dots[:number], norms[cells[:number]])
-                else:
-                    number, block, _ = sign_kernel.scan(
-                        [(plane, norms)], None, live, span, block, signs, collected.cuts, (which, cells, estimates)
-                    )
-                    values = estimates[:number].copy()
+
+            def collect(number: int, first: int, values: Float32) -> None:
                 if number:
-                    collected.add(which[:number].copy(), unit.number, cells[:number] + base * BLOCK_ROWS, values)
+                    collected.add(which[:number] + first, unit.number, cells[:number] + base * BLOCK_ROWS, values)
+
+            block = 0
+            while signs is None and block < len(plane):
+                slopes = (collected.cuts / scales).astype(np.float32)
+                found = (which, cells, dots)
+                number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
+                collect(number, 0, probes.estimates(which[:number], dots[:number], norms[cells[:number]]))
+            for some, mine in signed:
+                block = 0
+                while block < len(plane):
+                    number, block, _ = sign_kernel.scan(
+                        [(plane, norms)],
+                        None,
+                        live,
+                        span,
+                        block,
+                        mine,
+                        collected.cuts[some],
+                        (which, cells, estimates),
+                    )
+                    collect(number, some.start, estimates[:number].copy())
 
         for _ in self._pool.map(scan, units_of(whole, count, self.threads)):
             pass

@@ -334,7 +334,7 @@ class LocalShard:
                 work.append(_comparing(piece, probes, hits, mine[low : low + PIECE_ROWS], found))
         self._scanner.each(work)
         for piece in pieces if len(chosen) > _RELEASE_PAIRS else ():
-            piece.column.release()
+            piece.column.release(forget=piece.column in self._snapshot.streamed)
 
 
 def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: float) -> Signs | None:

@@ -9,8 +9,8 @@ sum reaches the probe's limit are collected, and compared by their four-bit numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -229,6 +229,17 @@ class SignedProbes:
 
     def __len__(self) -> int:
         return int(self.codes.shape[1])
+
+    def pieces(self, most: int) -> Iterator[tuple[slice, SignedProbes]]:
+        """So many at a time, a multiple of WIDE."""
+        for low in range(0, len(self), most):
+            some = slice(low, min(low + most, len(self)))
+            codes, parameters = (
+                np.ascontiguousarray(self.codes[:, some]),
+                np.ascontiguousarray(self.parameters[:, some]),
+            )
+            tables, limits = self.tables[low : low + most], self.limits[low : low + most]
+            yield some, replace(self, tables=tables, limits=limits, codes=codes, parameters=parameters)
 
     @property
     def room(self) -> int:

@@ -273,7 +273,7 @@ class _Run:
         plan: TogetherPlan,
         count: int,
     ) -> None:
-        self.one, self.plan = one, plan
+        self.one, self.plan, self.streamed = one, plan, snapshot.streamed
         self.columns = {name: one.part.columns[name] for name in choice.columns}
         self.probes = {name: Probes(_codec(column), probes[name]) for name, column in self.columns.items()}
         self.live = snapshot.live_members(one.part, one.bits, one.positions, plan.groups)
@@ -352,7 +352,7 @@ class _Run:
 
         scanner.each([lambda low=low: compare(low) for low in range(0, len(members), PIECE_ROWS)])  # type: ignore[misc]
         for column in self.columns.values() if len(members) > _RELEASE_PAIRS else ():
-            column.release()
+            column.release(forget=column in self.streamed)
         return which.astype(np.int64), members, exact
 
 

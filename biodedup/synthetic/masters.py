@@ -92,8 +92,9 @@ def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: F
     if pattern == "arch":
         # steepest at one height, which is all that tells where such a finger lies; flatter above, and nearly as steep below
         steepest, width, skew = rng.uniform(0.5, 2.0), rng.uniform(50, 120), rng.normal(0, 0.15)
-        reach = np.where(up > _BEND_Y, rng.uniform(60, 150), rng.uniform(70, 260))
-        aside = right / (width * np.where(right > 0, np.exp(skew), np.exp(-skew)))
+        upwards, downwards = rng.uniform(60, 150), rng.uniform(70, 260)
+        reach = np.where(up > _BEND_Y, np.float32(upwards), np.float32(downwards))
+        aside = right / np.where(right > 0, np.float32(width * np.exp(skew)), np.float32(width / np.exp(skew)))
         bump = np.exp((1 - aside**2 - ((up - _BEND_Y) / reach) ** 2) / 2)
         slope = -steepest * aside * bump
         field = np.arctan(slope)
