@@ -63,7 +63,7 @@ class Storage(Protocol):
         """The content of a file, read-only, in memory as far as it is touched."""
 
     def forget(self, path: Path) -> None:
-        """The system need not keep a file in memory; nothing where it is not there any more."""
+        """The system need not keep a file in memory. Never raises."""
 
     def replace(self, source: Path, target: Path) -> None:
         """Renames a file over another."""
@@ -162,7 +162,7 @@ class LocalStorage:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def forget(self, path: Path) -> None:
-        with suppress(FileNotFoundError), path.open("rb") as file:
+        with suppress(OSError), path.open("rb") as file:  # it was only a hint
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def replace(self, source: Path, target: Path) -> None:

@@ -42,16 +42,17 @@ from biodedup.values import COLUMNS, Float32
 
 EXACT_CELLS = 1 << 14
 """Up to so many cells of one codec are compared exactly."""
-_RELEASE_PAIRS = 10_000  # compared at a time, after which the memory of what was read is given back
+_RELEASE_PAIRS = 1_000  # compared at a time, after which the memory of what was read is given back
+_READ_THROUGH_PAIRS = 10_000  # of a column, which a disk reads from end to end
 _FORESEEN_BY = 16  # probes of a batch, about
 _SIGN_PROBES = 16  # from so many on, taking the signs out of a block is worth it
 # Costs of a row in nanoseconds, measured: a table, the comparison of what tables let through, taking a row's signs once for all
 # probes, a number of an upper half.
 _COSTS = {
     "avx2": (0.0105, 13.0, 14.0, 0.0105),
-    "avx512": (0.0062, 21.0, 14.0, 0.008),
-    "vnni": (0.0062, 21.0, 14.0, 0.0055),
-    "vbmi": (0.0062, 21.0, 14.0, 0.0055),
+    "avx512": (0.0064, 17.0, 7.0, 0.008),
+    "vnni": (0.0064, 17.0, 7.0, 0.0052),
+    "vbmi": (0.0063, 17.0, 6.5, 0.0052),
 }
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only to foresee how many rows pass
 _SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
@@ -333,8 +334,9 @@ class LocalShard:
             for low in range(0, len(mine), PIECE_ROWS):
                 work.append(_comparing(piece, probes, hits, mine[low : low + PIECE_ROWS], found))
         self._scanner.each(work)
-        for piece in pieces if len(chosen) > _RELEASE_PAIRS else ():
-            piece.column.release(forget=piece.column in self._snapshot.streamed)
+        for number, piece in enumerate(pieces if self._snapshot.streamed else ()):
+            if piece.column in self._snapshot.streamed and np.sum(hits.number[chosen] == number) > _READ_THROUGH_PAIRS:
+                piece.column.release(forget=True)
 
 
 def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: float) -> Signs | None:
@@ -372,6 +374,8 @@ def _comparing(piece: _Piece, probes: Probes, hits: Hits, some: Int64, found: _F
         which = hits.which[some]
         similarity = np.einsum("ij,ij->i", vectors[inverse], probes.turned[which])
         found.add(which.astype(np.int64), piece.rows(hits.cell[some]), similarity, compared=len(some))
+        if len(some) > _RELEASE_PAIRS:
+            piece.column.release(forget=False)
 
     return compare
 
