@@ -1,8 +1,10 @@
 """The codes, the kernel and the search over shards, each against an obvious oracle in numpy."""
 
+import ast
 import dataclasses
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -143,6 +145,32 @@ def test_the_kernel_finds_what_numpy_finds(instructions, count, steps, probes, w
     if with_removed:
         passed &= live[:count]
     assert ours == {(p, c, int(dots[p, c])) for p, c in zip(*np.nonzero(passed), strict=True)}
+
+
+def test_no_kernel_keeps_an_array_s_address_longer_than_the_array():
+    """numba frees an array after its last use by name; who reads there by address then reads what another thread has written."""
+    root = Path(bd.__file__).parent
+    functions = [
+        (path.name, node)
+        for path in sorted(root.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and any("njit" in ast.unparse(one) for one in node.decorator_list)
+    ]
+    assert len(functions) > 40
+    for file, function in functions:
+        given_names = {argument.arg for argument in function.args.args}
+        for node in ast.walk(function):
+            if not (isinstance(node, ast.Attribute) and ast.unparse(node).endswith(".ctypes.data")):
+                continue
+            array = node.value.value
+            while not isinstance(array, ast.Name):
+                array = array.value
+            later = [
+                use.lineno
+                for use in ast.walk(function)
+                if isinstance(use, ast.Name) and use.id == array.id and use.lineno > node.lineno
+            ]
+            assert array.id in given_names or later, f"{file}, {function.name}: {array.id}"
 
 
 def test_no_kernel_that_is_kept_on_disk_closes_over_compiled_functions():

@@ -325,7 +325,7 @@ _tile_one, _tile_wide = make_tile(1), make_tile(WIDE)
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan(
+def _scan_filled(
     plane: Any,
     norms: Any,
     live: Any,
@@ -333,6 +333,7 @@ def _scan(
     last: int,
     block: int,
     probes: Any,
+    filled: Any,
     offsets: Any,
     slopes: Any,
     which: Any,
@@ -341,14 +342,10 @@ def _scan(
 ) -> tuple[int, int]:
     halves, width = plane.shape[1:]
     count, stride = probes.shape
-    missing = -count % WIDE
-    mine = np.concatenate((probes, np.zeros((missing, stride), np.int8)))
-    my_offsets = np.concatenate((offsets, np.zeros(missing, np.float32)))
-    my_slopes = np.concatenate((slopes, np.zeros(missing, np.float32)))
     wide = 1 if count == 1 else WIDE
     masks = np.empty(32, np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
-    at_probes, at_norms, at_masks = mine.ctypes.data, norms.ctypes.data, masks.ctypes.data
-    at_offsets, at_slopes = my_offsets.ctypes.data, my_slopes.ctypes.data
+    at_probes, at_norms, at_masks = filled.ctypes.data, norms.ctypes.data, masks.ctypes.data
+    at_offsets, at_slopes = offsets.ctypes.data, slopes.ctypes.data
     found = 0
     while block < plane.shape[0]:
         if found + 64 * count > which.size:
@@ -381,6 +378,32 @@ def _scan(
     return found, block
 
 
+@numba.njit(nogil=True, cache=True)
+def _scan(
+    plane: Any,
+    norms: Any,
+    live: Any,
+    first: int,
+    last: int,
+    block: int,
+    probes: Any,
+    offsets: Any,
+    slopes: Any,
+    which: Any,
+    cells: Any,
+    dots: Any,
+) -> tuple[int, int]:
+    """Fills the probes up to whole tiles. What it makes for that lives until the call ends: an array of which nothing but the address is
+    used any more is freed, and other threads write there."""
+    missing = -len(probes) % WIDE
+    filled = np.concatenate((probes, np.zeros((missing, probes.shape[1]), np.int8)))
+    filled_offsets = np.concatenate((offsets, np.zeros(missing, np.float32)))
+    filled_slopes = np.concatenate((slopes, np.zeros(missing, np.float32)))
+    return _scan_filled(
+        plane, norms, live, first, last, block, probes, filled, filled_offsets, filled_slopes, which, cells, dots
+    )
+
+
 def rebound(function: Any, **names: Any) -> Any:
     """A compiled function's Python function with other globals of these names.
 
@@ -394,7 +417,8 @@ def rebound(function: Any, **names: Any) -> Any:
 def make_scan(instructions: str) -> Any:
     """`_scan` for another processor."""
     tiles = {"_tile_one": make_tile(1, instructions), "_tile_wide": make_tile(WIDE, instructions)}
-    return numba.njit(rebound(_scan, **tiles), nogil=True)
+    filled = numba.njit(rebound(_scan_filled, **tiles), nogil=True)
+    return numba.njit(rebound(_scan, _scan_filled=filled), nogil=True)
 
 
 def scan(
