@@ -130,6 +130,7 @@ def test_the_kernel_finds_what_numpy_finds(instructions, count, steps, probes, w
     probe = rng.integers(-127, 128, (probes, 8 * steps)).astype(np.int8)
     offsets = rng.uniform(-500, 500, probes).astype(np.float32)
     slopes = rng.uniform(-2, 2, probes).astype(np.float32)
+    asked = kernel.filled(probe, offsets, slopes)
     first, last = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
     live = rng.random(64 * len(plane)) < 0.7
     bits = np.packbits(live, bitorder="little").view(np.uint64) if with_removed else NOTHING
@@ -137,7 +138,7 @@ def test_the_kernel_finds_what_numpy_finds(instructions, count, steps, probes, w
     found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.int32))
     ours, block = set(), 0
     while block < len(plane):
-        number, block = SCANS[instructions](plane, norms, bits, first, last, block, probe, offsets, slopes, *found)
+        number, block = SCANS[instructions](plane, norms, bits, first, last, block, *asked, *found)
         ours |= set(zip(*(array[:number].tolist() for array in found), strict=True))
     dots = probe.astype(np.int64) @ (codes >> 4).astype(np.int64).T
     passed = dots.astype(np.float32) >= offsets[:, None] + slopes[:, None] * norms[:count]

@@ -325,15 +325,15 @@ _tile_one, _tile_wide = make_tile(1), make_tile(WIDE)
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan_filled(
+def _scan(
     plane: Any,
     norms: Any,
     live: Any,
     first: int,
     last: int,
     block: int,
+    count: int,
     probes: Any,
-    filled: Any,
     offsets: Any,
     slopes: Any,
     which: Any,
@@ -341,10 +341,10 @@ def _scan_filled(
     dots: Any,
 ) -> tuple[int, int]:
     halves, width = plane.shape[1:]
-    count, stride = probes.shape
+    stride = probes.shape[1]
     wide = 1 if count == 1 else WIDE
     masks = np.empty(32, np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
-    at_probes, at_norms, at_masks = filled.ctypes.data, norms.ctypes.data, masks.ctypes.data
+    at_probes, at_norms, at_masks = probes.ctypes.data, norms.ctypes.data, masks.ctypes.data
     at_offsets, at_slopes = offsets.ctypes.data, slopes.ctypes.data
     found = 0
     while block < plane.shape[0]:
@@ -378,30 +378,16 @@ def _scan_filled(
     return found, block
 
 
-@numba.njit(nogil=True, cache=True)
-def _scan(
-    plane: Any,
-    norms: Any,
-    live: Any,
-    first: int,
-    last: int,
-    block: int,
-    probes: Any,
-    offsets: Any,
-    slopes: Any,
-    which: Any,
-    cells: Any,
-    dots: Any,
-) -> tuple[int, int]:
-    """Fills the probes up to whole tiles. What it makes for that lives until the call ends: an array of which nothing but the address is
-    used any more is freed, and other threads write there."""
-    missing = -len(probes) % WIDE
-    filled = np.concatenate((probes, np.zeros((missing, probes.shape[1]), np.int8)))
-    filled_offsets = np.concatenate((offsets, np.zeros(missing, np.float32)))
-    filled_slopes = np.concatenate((slopes, np.zeros(missing, np.float32)))
-    return _scan_filled(
-        plane, norms, live, first, last, block, probes, filled, filled_offsets, filled_slopes, which, cells, dots
-    )
+def filled(
+    probes: NDArray[np.int8], offsets: Float32, slopes: Float32
+) -> tuple[int, NDArray[np.int8], Float32, Float32]:
+    """How many probes there are, and all of theirs filled up to whole tiles. Made outside of the kernel, which knows their addresses alone:
+    numba frees an array of which nothing but the address is used any more, and other threads write there."""
+    missing = -len(probes) % WIDE if len(probes) > 1 else 0  # one has a tile of its own
+    if missing:
+        probes = np.pad(probes, ((0, missing), (0, 0)))
+        offsets, slopes = np.pad(offsets, (0, missing)), np.pad(slopes, (0, missing))
+    return len(probes) - missing, probes, offsets, slopes
 
 
 def rebound(function: Any, **names: Any) -> Any:
@@ -417,8 +403,7 @@ def rebound(function: Any, **names: Any) -> Any:
 def make_scan(instructions: str) -> Any:
     """`_scan` for another processor."""
     tiles = {"_tile_one": make_tile(1, instructions), "_tile_wide": make_tile(WIDE, instructions)}
-    filled = numba.njit(rebound(_scan_filled, **tiles), nogil=True)
-    return numba.njit(rebound(_scan, _scan_filled=filled), nogil=True)
+    return numba.njit(rebound(_scan, **tiles), nogil=True)
 
 
 def scan(
@@ -440,5 +425,5 @@ def scan(
     Returns how many, and the block to go on with when the room is spent; all is done when that is b.
     """
     first, last = cells
-    number, block = _scan(plane, norms, live, first, last, start, probes, offsets, slopes, *found)
+    number, block = _scan(plane, norms, live, first, last, start, *filled(probes, offsets, slopes), *found)
     return number, block
