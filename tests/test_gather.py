@@ -8,6 +8,7 @@ import pytest
 
 import biodedup as bd
 from biodedup.search.gather import Gathering
+from biodedup.search.scan import in_turn
 
 
 class Slow:
@@ -94,3 +95,39 @@ def test_searches_on_many_threads_answer_as_they_would_one_after_the_other(tmp_p
             assert result.ids.shape == (1, 3) and result.ids[0, 0] == decision.best.subject_id == f"s{i}"
             alone = engine.search({"face": vectors[i : i + 1]}, k=3).similarity
             assert np.allclose(result.similarity, alone, atol=1e-6)  # sums of a pass of many round elsewhere
+
+
+def test_one_piece_of_work_has_its_turn_among_the_hundred_that_came_before():
+    order, started, go = [], threading.Event(), threading.Event()
+
+    def work(piece):
+        order.append(piece)
+        started.set()
+        assert go.wait(30)
+
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(2) as callers:
+        many = callers.submit(lambda: list(in_turn(pool, 1, work, range(100))))
+        assert started.wait(30)
+        while pool._work_queue.qsize() < 1:
+            pass
+        one = callers.submit(lambda: list(in_turn(pool, 1, work, ["late"])))
+        while pool._work_queue.qsize() < 2:
+            pass
+        go.set()
+        assert one.result(30) == [None]
+        assert len(many.result(30)) == 100
+    assert order.index("late") == 2
+    assert sorted(piece for piece in order if piece != "late") == list(range(100))
+
+
+def test_a_piece_of_work_that_fails_ends_the_others_before_they_are_done():
+    done = []
+
+    def work(piece):
+        if piece == 3:
+            raise ValueError("a bad piece")
+        done.append(piece)
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="a bad piece"):
+        list(in_turn(pool, 1, work, range(100)))
+    assert len(done) < 8

@@ -8,17 +8,19 @@ much is enough (`shard.py`).
 * `above`: every row's upper halves (gallery/codes.py) by the project's own kernel; what reaches the cut is kept, with its
   estimate. A cut is known beforehand, so that there is no heap; should it let too many through, it rises.
 
-Each thread of the pool computes alone, so that callers who search together never take the cores from each other.
+Each thread of the pool computes alone, so that callers who search together never take the cores from each other. A caller has
+a few units in the pool at a time, so that one probe does not wait for the whole pass of a thousand that came before.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import faiss
 import numpy as np
@@ -39,6 +41,8 @@ SIGNED = 256
 _ROOM = 1 << 15  # hits that a thread collects before it hands them over
 
 Int64 = NDArray[np.int64]
+_Piece = TypeVar("_Piece")
+_Done = TypeVar("_Done")
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,23 @@ def _one_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
+def in_turn(pool: Executor, threads: int, work: Callable[[_Piece], _Done], pieces: Iterable[_Piece]) -> Iterator[_Done]:
+    """Work on each piece, done by the pool's threads, as it is done. No more than keeps these busy is handed over at once: pieces
+    of callers who come later have their turn between."""
+    waiting: set[Future[_Done]] = set()
+    try:
+        for piece in pieces:
+            while len(waiting) >= 2 * threads:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (one.result() for one in done)
+            waiting.add(pool.submit(work, piece))
+        for one in as_completed(waiting):
+            yield one.result()
+    finally:
+        for one in waiting:
+            one.cancel()
+
+
 class Scanner:
     """A pool of threads that scan. One for each engine."""
 
@@ -151,8 +172,7 @@ class Scanner:
             with _one_thread():
                 scan(pieces[0])
             return best.rows, best.similarity
-        for _ in self._pool.map(scan, pieces):
-            pass
+        self._all(scan, pieces)
         return best.rows, best.similarity
 
     def exact_above(self, tiles: Iterable[Tile], probes: Float32, least: Float32) -> list[tuple[Int64, Int64, Float32]]:
@@ -168,7 +188,7 @@ class Scanner:
                     found.append((which + low, tile.rows(near), similarity[which, near]))
             return found
 
-        return [piece for pieces in self._pool.map(scan, tiles) for piece in pieces]
+        return [piece for pieces in in_turn(self._pool, self.threads, scan, tiles) for piece in pieces]
 
     def above(
         self,
@@ -222,21 +242,23 @@ class Scanner:
                     )
                     collect(number, some.start, estimates[:number].copy())
 
-        for _ in self._pool.map(scan, units_of(whole, count, self.threads)):
-            pass
+        self._all(scan, units_of(whole, count, self.threads))
         return collected.hits()
 
     def run(self, work: Sequence[Callable[[], None]]) -> None:
         """Runs work that computes, one piece a thread at a time, and waits."""
-        for _ in self._pool.map(lambda one: one(), work):
-            pass
+        self._all(lambda one: one(), work)
 
     def each(self, work: Sequence[Callable[[], None]]) -> None:
         """Runs work that reads the disk, some of it at the same time, and waits."""
         if len(work) == 1:
             work[0]()
             return
-        for _ in self._readers.map(lambda one: one(), work):
+        for _ in in_turn(self._readers, _READERS, lambda one: one(), work):
+            pass
+
+    def _all(self, work: Callable[[_Piece], None], pieces: Iterable[_Piece]) -> None:
+        for _ in in_turn(self._pool, self.threads, work, pieces):
             pass
 
     def close(self) -> None:
