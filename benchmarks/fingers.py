@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,14 @@ import biodedup as bd
 from biodedup.capture.oriented import RIDGE_DPI
 from biodedup.capture.ridges import ridge_map
 from biodedup.embed.cards import load_card
-from biodedup.embed.finger_input import finger_input
+from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork
 from biodedup.synthetic import draw_impression, draw_master
 
 SETS = {
     "fvc2002/DB1_B": 500, "fvc2002/DB2_B": 569, "fvc2002/DB3_B": 500, "fvc2002/DB4_B": 500, "uareu": 512, "sfinge_demo": 500,
 }  # fmt: skip
-FILLER_SEED = 77  # models/finger_data.py draws from other seeds
+FILLER_SEED, DRAWN = 77, 100  # models/finger_data.py draws from other seeds
 BATCH = 32
 Float64 = NDArray[np.float64]
 
@@ -105,18 +108,35 @@ def verify(limit: int | None, minutiae: str) -> dict[str, Any]:
     return figures
 
 
+def drawn(number: int, folder: Path | None) -> list[FingerInput]:
+    """What the network sees of DRAWN generated fingers, an impression each; kept in folder, for networks to come."""
+    path = folder and folder / f"fillers-{number:04}.npz"
+    if path and path.exists():
+        with np.load(path) as kept:
+            return [FingerInput(d, m, (0, 0)) for d, m in zip(kept["directions"], kept["minutiae"], strict=True)]
+    rng = np.random.default_rng([FILLER_SEED, number])
+    prints = [finger_input(ridge_map(draw_impression(rng, draw_master(rng), RIDGE_DPI).image)) for _ in range(DRAWN)]
+    if path:
+        directions, minutiae = np.stack([one.directions for one in prints]), np.stack([one.minutiae for one in prints])
+        unfinished = path.with_suffix(".tmp")
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, directions=directions, minutiae=minutiae)
+        unfinished.rename(path)
+    return prints
+
+
+def embedded(number: int, folder: Path | None) -> NDArray[np.float32]:
+    cv2.setNumThreads(1)
+    return FingerNetwork(load_card("finger256"), 1).embed(drawn(number, folder))
+
+
 def fillers(count: int, folder: Path | None) -> NDArray[np.float32]:
-    """Embeddings of generated fingers, an impression each; saved in folder as they grow, and taken up from there."""
-    card = load_card("finger256")
-    network, path = FingerNetwork(card, 1), folder and folder / f"fillers-{card.model_id}.npy"
-    rows = list(np.load(path)) if path and path.exists() else []
-    while len(rows) < count:
-        rng = np.random.default_rng([FILLER_SEED, len(rows)])
-        prints = [finger_input(ridge_map(draw_impression(rng, draw_master(rng), RIDGE_DPI).image)) for _ in range(20)]
-        rows += list(network.embed(prints))
-        if path:
-            np.save(path, np.array(rows))
-    return np.array(rows[:count], np.float32)
+    """Embeddings of generated fingers."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        rows = pool.map(embedded, range(-(-count // DRAWN)), repeat(folder))
+        return np.concatenate([np.zeros((0, 256), np.float32), *rows])[:count]
 
 
 def identify(limit: int | None, count: int, folder: Path | None) -> dict[str, Any]:
@@ -159,7 +179,7 @@ def main() -> None:
     parser.add_argument("--minutiae", choices=("mindtct", "leader"), default="mindtct")
     parser.add_argument("--limit", type=int, help="fewer fingers a set")
     parser.add_argument("--fillers", type=int, default=20_000, help="generated fingers in the gallery")
-    parser.add_argument("--folder", type=Path, help="where the fillers' embeddings are kept")
+    parser.add_argument("--folder", type=Path, help="where the generated fingers are kept")
     options = parser.parse_args()
     if options.what == "verify":
         record("fingers-verify", verify(options.limit, options.minutiae), keep=options.limit is None)
