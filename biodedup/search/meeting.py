@@ -5,7 +5,6 @@ Owns the path from some caps to pairs of rows that are worth an exact comparison
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -54,13 +53,14 @@ def meet(scanner: Scanner, snapshot: Snapshot, column: str, caps: Caps, some: sl
     planes = [c.plane(0, c.count) for c in columns]
     pairs = [np.zeros((2, 0), np.int64)]
 
-    def compare(low: int, high: int) -> None:
+    def compare(cap: tuple[int, int]) -> None:
+        low, high = cap
         one, other = member_kernel.meet(
             planes, numbers[low:high], cells[low:high], caps.signs.tables, caps.sign_cut, caps.cut
         )[:2]
         pairs.append(members[low:high][np.stack([one, other])] & 0xFFFF_FFFF_FFFF)
 
-    scanner.run([partial(compare, low, high) for low, high in pairwise(edges.tolist()) if high - low > 1])
+    scanner.run(compare, [(low, high) for low, high in pairwise(edges.tolist()) if high - low > 1])
     ends, inverse = np.unique(np.concatenate(pairs, axis=1), return_inverse=True)
     rows = np.empty(len(ends), np.int64)
     for number, (part, c) in enumerate(zip(parts, columns, strict=True)):

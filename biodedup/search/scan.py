@@ -172,7 +172,7 @@ class Scanner:
             with _one_thread():
                 scan(pieces[0])
             return best.rows, best.similarity
-        self._all(scan, pieces)
+        self.run(scan, pieces)
         return best.rows, best.similarity
 
     def exact_above(self, tiles: Iterable[Tile], probes: Float32, least: Float32) -> list[tuple[Int64, Int64, Float32]]:
@@ -242,23 +242,20 @@ class Scanner:
                     )
                     collect(number, some.start, estimates[:number].copy())
 
-        self._all(scan, units_of(whole, count, self.threads))
+        self.run(scan, units_of(whole, count, self.threads))
         return collected.hits()
 
-    def run(self, work: Sequence[Callable[[], None]]) -> None:
-        """Runs work that computes, one piece a thread at a time, and waits."""
-        self._all(lambda one: one(), work)
-
-    def each(self, work: Sequence[Callable[[], None]]) -> None:
-        """Runs work that reads the disk, some of it at the same time, and waits."""
-        if len(work) == 1:
-            work[0]()
-            return
-        for _ in in_turn(self._readers, _READERS, lambda one: one(), work):
+    def run(self, work: Callable[[_Piece], None], pieces: Iterable[_Piece]) -> None:
+        """Does work that computes on each piece, and waits."""
+        for _ in in_turn(self._pool, self.threads, work, pieces):
             pass
 
-    def _all(self, work: Callable[[_Piece], None], pieces: Iterable[_Piece]) -> None:
-        for _ in in_turn(self._pool, self.threads, work, pieces):
+    def each(self, work: Callable[[_Piece], None], pieces: Sequence[_Piece]) -> None:
+        """Does work that reads the disk on each piece, some at the same time, and waits."""
+        if len(pieces) == 1:
+            work(pieces[0])
+            return
+        for _ in in_turn(self._readers, _READERS, work, pieces):
             pass
 
     def close(self) -> None:

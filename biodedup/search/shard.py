@@ -328,14 +328,23 @@ class LocalShard:
     def _compare(self, pieces: Sequence[_Piece], probes: Probes, hits: Hits, chosen: Int64, found: _Found) -> None:
         """Compares some of the hits exactly, in the order of the disk."""
         chosen = chosen[np.lexsort((hits.cell[chosen], hits.number[chosen]))]
-        work = []
-        for number, piece in enumerate(pieces):
-            mine = chosen[hits.number[chosen] == number]
-            for low in range(0, len(mine), PIECE_ROWS):
-                work.append(_comparing(piece, probes, hits, mine[low : low + PIECE_ROWS], found))
-        self._scanner.each(work)
-        for number, piece in enumerate(pieces if self._snapshot.streamed else ()):
-            if piece.column in self._snapshot.streamed and np.sum(hits.number[chosen] == number) > _READ_THROUGH_PAIRS:
+        mine = [(piece, chosen[hits.number[chosen] == number]) for number, piece in enumerate(pieces)]
+
+        def compare(one: tuple[_Piece, Int64]) -> None:
+            piece, some = one
+            cells, inverse = np.unique(hits.cell[some], return_inverse=True)
+            vectors = dequantise(*piece.column.codes_at(cells))
+            which = hits.which[some]
+            similarity = np.einsum("ij,ij->i", vectors[inverse], probes.turned[which])
+            found.add(which.astype(np.int64), piece.rows(hits.cell[some]), similarity, compared=len(some))
+            if len(some) > _RELEASE_PAIRS:
+                piece.column.release(forget=False)
+
+        self._scanner.each(
+            compare, [(p, some[low : low + PIECE_ROWS]) for p, some in mine for low in range(0, len(some), PIECE_ROWS)]
+        )
+        for piece, some in mine if self._snapshot.streamed else ():
+            if piece.column in self._snapshot.streamed and len(some) > _READ_THROUGH_PAIRS:
                 piece.column.release(forget=True)
 
 
@@ -365,19 +374,6 @@ def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: f
         return None
     signs = signs_of(column, each, tables)
     return signs if signs.laws[0].margin(miss_risk)[1] else None
-
-
-def _comparing(piece: _Piece, probes: Probes, hits: Hits, some: Int64, found: _Found) -> Callable[[], None]:
-    def compare() -> None:
-        cells, inverse = np.unique(hits.cell[some], return_inverse=True)
-        vectors = dequantise(*piece.column.codes_at(cells))
-        which = hits.which[some]
-        similarity = np.einsum("ij,ij->i", vectors[inverse], probes.turned[which])
-        found.add(which.astype(np.int64), piece.rows(hits.cell[some]), similarity, compared=len(some))
-        if len(some) > _RELEASE_PAIRS:
-            piece.column.release(forget=False)
-
-    return compare
 
 
 _Answer = TypeVar("_Answer")

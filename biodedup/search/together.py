@@ -309,7 +309,7 @@ class _Run:
     def scan(self, scanner: Scanner, first: int) -> None:
         size = max(_UNIT // len(self.signed) // BLOCK_ROWS, 16) * BLOCK_ROWS
         size = min(size, max(-(-self.one.count // (4 * scanner.threads)) // BLOCK_ROWS, 1) * BLOCK_ROWS)
-        scanner.run([lambda low=low: self._scan(low, first, size) for low in range(first // size * size, self.one.count, size)])  # type: ignore[misc]  # fmt: skip
+        scanner.run(lambda low: self._scan(low, first, size), range(first // size * size, self.one.count, size))
 
     def _scan(self, low: int, first: int, size: int) -> None:
         high = min(low + size, self.one.count)
@@ -350,7 +350,7 @@ class _Run:
                 similarity = np.einsum("ij,ij->i", vectors, self.probes[name].turned[which[some]])
                 exact[some] += self.plan.evidence[name].at(similarity)
 
-        scanner.each([lambda low=low: compare(low) for low in range(0, len(members), PIECE_ROWS)])  # type: ignore[misc]
+        scanner.each(compare, range(0, len(members), PIECE_ROWS))
         for column in self.columns.values() if len(members) > _RELEASE_PAIRS else ():
             column.release(forget=column in self.streamed)
         return which.astype(np.int64), members, exact
