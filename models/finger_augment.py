@@ -41,8 +41,34 @@ def mirrored(batch: Batch, which: Tensor) -> Batch:
 def moved(batch: Batch, degrees: float, pixels: float) -> Batch:
     """Turned by up to `degrees` about the centre and moved by a normal `pixels`."""
     n = len(batch.angle)
-    turn = (torch.rand(n) * 2 - 1) * math.radians(degrees)
-    shift = torch.randn(n, 2) * pixels
+    return _placed(batch, (torch.rand(n) * 2 - 1) * math.radians(degrees), torch.randn(n, 2) * pixels)
+
+
+def tips(batch: Batch, share: float) -> Batch:
+    """Of a share of the prints what lies below the core, or a little above it, is cut off, and the rest is centred anew: tips of
+    fingers, whose pose is to be told from the ridges above the core."""
+    line = 95 * torch.rand(len(batch.angle), 1) - 50  # pixels below the core
+
+    def above(x: Tensor, y: Tensor) -> Tensor:
+        down = (y - batch.core[:, 1:]) * torch.cos(batch.angle)[:, None]
+        return down - (x - batch.core[:, :1]) * torch.sin(batch.angle)[:, None] < line
+
+    centres = (torch.arange(CELLS) + 0.5) * CELL_PX - HALF_PX
+    x, y = centres.repeat(CELLS), centres.repeat_interleave(CELLS)
+    inside = batch.directions[:, 2].flatten(1)
+    left = inside * above(x[None], y[None])
+    chosen = (torch.rand(len(line)) < share) & (left.sum(1) > 0.4 * inside.sum(1))
+    kept = above(x[None], y[None]) | ~chosen[:, None]
+    directions = batch.directions * kept.reshape(-1, 1, CELLS, CELLS)
+    minutiae = batch.minutiae.clone()
+    minutiae[:, :, 4] *= above(minutiae[:, :, 0], minutiae[:, :, 1]) | ~chosen[:, None]
+    middle = torch.stack([(left * x).sum(1), (left * y).sum(1)], 1) / left.sum(1, keepdim=True).clamp_min(1)
+    cut = Batch(directions, minutiae, batch.core, batch.angle)
+    return _placed(cut, torch.zeros(len(line)), -middle * chosen[:, None])
+
+
+def _placed(batch: Batch, turn: Tensor, shift: Tensor) -> Batch:
+    """Turned by radians (n,) about the centre, then moved by pixels (n, 2)."""
     cosine, sine = torch.cos(turn), torch.sin(turn)
     rotation = torch.stack([torch.stack([cosine, -sine], 1), torch.stack([sine, cosine], 1)], 1)
     back = torch.cat([rotation.transpose(1, 2), -(rotation.transpose(1, 2) @ shift[:, :, None]) / HALF_PX], 2)
