@@ -21,18 +21,20 @@ from biodedup.capture.oriented import RIDGE_DPI
 from biodedup.capture.ridges import ridge_map
 from biodedup.embed.finger_input import finger_input
 from biodedup.synthetic import draw_impression, draw_master
-from biodedup.synthetic.masters import PATTERNS
+from biodedup.synthetic.masters import PATTERNS, TIP_PX, Pattern
 
 CHUNK, IMPRESSIONS = 50, 8
 SEED = 20261126
 _ARCHES = 0.1  # beside those that nature draws: their pose is hard to find, and one finger in thirty does not teach it
+_LONG_TIPS = 0.12  # the core at the picture's lower edge, or below it
 
 
 def chunk(number: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([SEED, number])
     rows = []
     for i in range(CHUNK):
-        master = draw_master(rng, "arch" if rng.random() < _ARCHES else None)
+        pattern: Pattern | None = "arch" if rng.random() < _ARCHES else None
+        master = draw_master(rng, pattern, rng.uniform(170, 250) if rng.random() < _LONG_TIPS else TIP_PX)
         for _ in range(IMPRESSIONS):
             impression = draw_impression(rng, master, RIDGE_DPI)
             given = finger_input(ridge_map(impression.image))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.oriented import RIDGE_DPI
-from biodedup.synthetic.masters import Master, waves
+from biodedup.synthetic.masters import TIP_PX, Master, waves
 from biodedup.values import Float32
 
 SIDE_MM = 21.9
@@ -46,6 +46,8 @@ def draw_impression(rng: np.random.Generator, master: Master, dpi: float = 500.0
     reach = 1.5 if rng.random() < 0.2 else 1.0
     touch_x = float(np.clip(rng.normal(0, 25 * reach), -75, 75))
     touch_y = float(np.clip(rng.normal(2, 34 * reach), -100, 95))
+    if (longer := master.core[1] - TIP_PX) > 20:  # of a long tip some prints show no more
+        touch_y -= rng.uniform(0, 1) * longer
     shift_x, shift_y = rng.normal(0, 5, 2).tolist()
     core_x = side / grain / 2 + shift_x - (cos(angle) * touch_x - sin(angle) * touch_y)
     core_y = side / grain / 2 + shift_y - (sin(angle) * touch_x + cos(angle) * touch_y)

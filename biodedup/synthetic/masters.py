@@ -31,7 +31,8 @@ PATTERNS: dict[Pattern, float] = {
 
 SIDE_PX = 330
 """24 mm at RIDGE_DPI: the whole first phalanx."""
-_CORE_Y = 0.44
+TIP_PX = 145.2
+"""11 mm at RIDGE_DPI: how far ridges reach above the core."""
 _TO_500 = 500 / RIDGE_DPI
 _BEND_Y = -25.0
 """Of an arch, 500-dpi pixels above what counts as its core."""
@@ -48,12 +49,12 @@ class Master:
     pattern: Pattern
 
 
-def draw_master(rng: np.random.Generator, pattern: Pattern | None = None) -> Master:
-    """One finger. pattern None: drawn in natural shares."""
+def draw_master(rng: np.random.Generator, pattern: Pattern | None = None, tip_px: float = TIP_PX) -> Master:
+    """One finger. pattern None: drawn in natural shares. tip_px: how far its ridges reach above the core, at RIDGE_DPI."""
     if pattern is None:
         shares = np.array(list(PATTERNS.values()))
         pattern = list(PATTERNS)[rng.choice(len(shares), p=shares / shares.sum())]
-    core = SIDE_PX / 2 + rng.normal(0, 4), SIDE_PX * _CORE_Y + rng.normal(0, 4)
+    core = SIDE_PX / 2 + rng.normal(0, 4), tip_px + rng.normal(0, 4)
     y, x = np.mgrid[0:SIDE_PX, 0:SIDE_PX].astype(np.float32)
     right, up = (x - core[0]) * _TO_500, (core[1] - y) * _TO_500  # 500-dpi pixels from the core
     direction = np.asarray(-_direction(rng, pattern, right, up), np.float32)  # y down
