@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -109,13 +110,18 @@ def verify(limit: int | None, minutiae: str) -> dict[str, Any]:
 
 
 def drawn(number: int, folder: Path | None) -> list[FingerInput]:
-    """What the network sees of DRAWN generated fingers, an impression each; kept in folder, for networks to come."""
+    """What the network sees of DRAWN generated fingers, half of them the others' mirror images, an impression each; kept in folder,
+    for networks to come."""
     path = folder and folder / f"fillers-{number:04}.npz"
     if path and path.exists():
         with np.load(path) as kept:
             return [FingerInput(d, m, (0, 0)) for d, m in zip(kept["directions"], kept["minutiae"], strict=True)]
     rng = np.random.default_rng([FILLER_SEED, number])
-    prints = [finger_input(ridge_map(draw_impression(rng, draw_master(rng), RIDGE_DPI).image)) for _ in range(DRAWN)]
+    masters = [draw_master(rng) for _ in range(DRAWN // 2)]
+    masters += [
+        replace(m, ridges=m.ridges[:, ::-1], core=(m.ridges.shape[1] - 1 - m.core[0], m.core[1])) for m in masters
+    ]
+    prints = [finger_input(ridge_map(draw_impression(rng, master, RIDGE_DPI).image)) for master in masters]
     if path:
         directions, minutiae = np.stack([one.directions for one in prints]), np.stack([one.minutiae for one in prints])
         unfinished = path.with_suffix(".tmp")
