@@ -75,3 +75,19 @@ def test_an_impression_at_another_resolution_is_the_same_size_in_millimetres(mas
     coarse = draw_impression(np.random.default_rng(4), masters[0], 500)
     assert coarse.image.shape == (431, 431) and fine.image.shape == (862, 862)
     assert np.allclose(np.divide(fine.core, coarse.core), 2, atol=0.02)
+
+
+def test_of_a_long_tip_some_prints_show_the_core_at_the_lower_edge_or_not_at_all():
+    rng = np.random.default_rng(4)
+    long, usual = draw_master(rng, tip_px=240), draw_master(rng)
+    seen = {}
+    for name, master in (("long", long), ("usual", usual)):
+        ridges = []
+        for _ in range(8):
+            impression = draw_impression(rng, master, RIDGE_DPI)
+            inside = ridge_map(impression.image).inside
+            rows = np.nonzero(inside)[0]
+            ridges.append(float(np.mean(rows > impression.core[1])))
+        seen[name] = ridges
+    assert min(seen["long"]) < 0.05 < max(seen["long"])
+    assert np.median(seen["long"]) < 0.3 < np.median(seen["usual"])
