@@ -59,6 +59,22 @@ def test_keys_are_kept_apart_and_no_pass_grows_beyond_its_most():
     assert all(("a", "b")[abs(item) % 2] == key for key, items in slow.calls for item in items)
 
 
+def test_who_asks_for_one_does_not_wait_for_those_who_ask_for_a_hundred():
+    slow = Slow()
+    gathering = Gathering(slow, most=100)
+    with ThreadPoolExecutor(4) as pool:
+        many = [pool.submit(gathering, "a", list(range(100))) for _ in range(2)]
+        while len(slow.calls) < 2:
+            pass
+        few = [pool.submit(gathering, "a", [i]) for i in range(2)]
+        while len(slow.calls) < 4:
+            pass
+        assert [len(items) for _, items in slow.calls] == [100, 100, 1, 1]
+        slow.go.set()
+    assert [one.result() for one in few] == [[0], [2]]
+    assert all(len(one.result()) == 100 for one in many)
+
+
 def test_an_error_is_told_to_him_alone_whose_item_it_was():
     slow = Slow(fails=[5])
     gathering = Gathering(slow, most=100)

@@ -1,7 +1,8 @@
 """Searches that wait together are made together: one pass over the gallery serves all who asked meanwhile.
 
 Owns the waiting. A pass takes hardly longer for eight probes than for one, since it is bound by memory; so callers on many
-threads, each with a probe of its own, get the throughput of batches without knowing of each other.
+threads, each with a probe of its own, get the throughput of batches without knowing of each other. Who asks for a few does not
+wait for those who ask for hundreds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _AT_ONCE = 2  # one scans while the other's candidates are compared
+_FAR_LARGER = 16  # passes by this factor are not waited for
 
 
 class Gathering(Generic[_Key, _Item, _Result]):
@@ -25,22 +27,27 @@ class Gathering(Generic[_Key, _Item, _Result]):
         self._most = most
         self._changed = threading.Condition()
         self._waiting: list[_Asked[_Key, _Item, _Result]] = []
-        self._running = 0
+        self._running: list[int] = []
+        """How many items each pass that goes on has."""
 
     def __call__(self, key: _Key, items: Sequence[_Item]) -> list[_Result]:
         """The results of these items, which are run in one go. Raises what `run` raises for them alone."""
         asked = _Asked[_Key, _Item, _Result](key, list(items))
         with self._changed:
             self._waiting.append(asked)
-            while not asked.done and (asked.taken or self._running >= _AT_ONCE):
+            while not asked.done and (asked.taken or self._must_wait(len(asked.items))):
                 self._changed.wait()
             group = [] if asked.done else self._taken(asked)
-            self._running += bool(group)
+            if group:
+                self._running.append(sum(len(one.items) for one in group))
         if group:
             self._run_all(key, group)
         if asked.results is None:  # alone, or among others of whom one was at fault, nobody knows which
             return self._run(key, asked.items)
         return asked.results
+
+    def _must_wait(self, count: int) -> bool:
+        return sum(items < _FAR_LARGER * count for items in self._running) >= _AT_ONCE
 
     def _taken(self, asked: _Asked[_Key, _Item, _Result]) -> list[_Asked[_Key, _Item, _Result]]:
         """Those who are run together with this one."""
@@ -67,7 +74,7 @@ class Gathering(Generic[_Key, _Item, _Result]):
                     mine, results = results[: len(one.items)], results[len(one.items) :]
                     one.results = mine if len(mine) == len(one.items) else None
                     one.done = True
-                self._running -= 1
+                self._running.remove(sum(len(one.items) for one in group))
                 self._changed.notify_all()
 
 
