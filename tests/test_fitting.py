@@ -211,7 +211,7 @@ def test_a_gallery_calibrates_a_finger_with_its_minutiae(tmp_path):
             engine.enroll(
                 bd.Encounter(f"s{i}", templates={"right_index": bd.Template("right_index", model, vector, record)})
             )
-    told = jobs.calibrate(tmp_path / "g", "finger256-2+mindtct-1", tmp_path / "my.toml")
+    told = jobs.calibrate(tmp_path / "g", "finger256-3+mindtct-1", tmp_path / "my.toml")
     card, shipped = load_card(str(tmp_path / "my.toml")), load_card("finger256")
     assert told.nonmated == 60 * 59 // 2 and set(told.held_out) == set()  # too few for halves
     assert card.both["mindtct-1"]["nonmated_db"] != shipped.both["mindtct-1"]["nonmated_db"]
@@ -224,7 +224,7 @@ def test_both_tables_of_a_finger_are_fitted_from_similarity_and_minutiae(tmp_pat
     pairs = pairs_table()
     minutiae = np.where(pairs["mated"], 12.0, 2.0) + np.random.default_rng(0).exponential(0.8, len(pairs))
     write_table(pairs.append_column("minutiae", pa.array(minutiae)), tmp_path / "pairs.parquet")
-    jobs.calibrate(tmp_path / "pairs.parquet", "finger256-2+mindtct-1", tmp_path / "my.toml")
+    jobs.calibrate(tmp_path / "pairs.parquet", "finger256-3+mindtct-1", tmp_path / "my.toml")
     card, shipped = load_card(str(tmp_path / "my.toml")), load_card("finger256")
     assert card.both["leader-1"] == shipped.both["leader-1"]
     assert "pairs.parquet" in card.calibration["source"] and "pairs.parquet" in card.both["mindtct-1"]["source"]

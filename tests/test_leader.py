@@ -55,7 +55,7 @@ def test_impressions_of_one_finger_score_far_above_those_of_two():
     a, again, other = EXTRACTOR.extract(
         [bd.Finger(finger(1)), bd.Finger(finger(1, shift=(9, -6), degrees=7, noise_seed=1)), bd.Finger(finger(2))]
     )
-    assert a.model_id == "finger256-2+leader-1"
+    assert a.model_id == "finger256-3+leader-1"
     assert read_record(a.minutiae).count >= 8
     assert a.quality == bd.Extractor().extract([bd.Finger(finger(1))])[0].quality  # NFIQ 2 is NBIS's
     mated, nonmated = bd.compare(a, again), bd.compare(a, other)

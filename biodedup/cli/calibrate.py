@@ -25,7 +25,7 @@ def calibrate(
         ),
     ],
     model: Annotated[
-        str, typer.Option("--model", help="Whose card: a model_id, finger256-2+mindtct-1 for both, or a path.")
+        str, typer.Option("--model", help="Whose card: a model_id, finger256-3+mindtct-1 for both, or a path.")
     ],
     card: Annotated[Path, typer.Option("--out", help="Where to write the card (.toml).")],
     seed: Annotated[int, typer.Option("--seed", help="Of the held-out half and of the interval.")] = 0,

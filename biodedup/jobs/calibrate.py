@@ -93,7 +93,7 @@ class CalibrateResult:
 def calibrate(pairs: Path, model_id: str, out: Path, *, seed: int = 0, progress: Progress = silent) -> CalibrateResult:
     """Writes `out` (.toml): the card of this model with the tables fitted on these pairs, for
     `FaceConfig(model=...)`, `FingerConfig(model=...)` or `FingerConfig(minutiae_model=...)`. pairs: a table, or a gallery's folder;
-    model_id: a shipped model's, its card's name, or the path of a card; `finger256-2+mindtct-1` fits the embedding and what it
+    model_id: a shipped model's, its card's name, or the path of a card; `finger256-3+mindtct-1` fits the embedding and what it
     says with minutiae.
 
     Raises InvalidInput for a table that lacks columns or pairs, ModelCardError, StorageUnavailable.
