@@ -136,7 +136,7 @@ def in_turn(pool: Executor, threads: int, work: Callable[[_Piece], _Done], piece
     waiting: set[Future[_Done]] = set()
     try:
         for piece in pieces:
-            while len(waiting) >= 2 * threads:
+            while len(waiting) > threads:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 yield from (one.result() for one in done)
             waiting.add(pool.submit(work, piece))
