@@ -1,6 +1,7 @@
 """Callers who ask at the same time share a pass, and notice nothing of it."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,6 +24,14 @@ class Slow:
         if self.fails & set(items):
             raise ValueError("a bad item")
         return [2 * item for item in items]
+
+
+def until(holds):
+    """Waits for what other threads do; fails where it does not come."""
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
 
 
 def asked(gathering, slow, questions, held=2):
@@ -64,13 +73,13 @@ def test_who_asks_for_one_does_not_wait_for_those_who_ask_for_a_hundred():
     gathering = Gathering(slow, most=100)
     with ThreadPoolExecutor(4) as pool:
         many = [pool.submit(gathering, "a", list(range(100))) for _ in range(2)]
-        while len(slow.calls) < 2:
-            pass
+        until(lambda: len(slow.calls) == 2)
         few = [pool.submit(gathering, "a", [i]) for i in range(2)]
-        while len(slow.calls) < 4:
-            pass
+        try:
+            until(lambda: len(slow.calls) == 4)
+        finally:
+            slow.go.set()
         assert [len(items) for _, items in slow.calls] == [100, 100, 1, 1]
-        slow.go.set()
     assert [one.result() for one in few] == [[0], [2]]
     assert all(len(one.result()) == 100 for one in many)
 
@@ -124,11 +133,9 @@ def test_one_piece_of_work_has_its_turn_among_the_hundred_that_came_before():
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(2) as callers:
         many = callers.submit(lambda: list(in_turn(pool, 1, work, range(100))))
         assert started.wait(30)
-        while pool._work_queue.qsize() < 1:
-            pass
+        until(lambda: pool._work_queue.qsize() >= 1)
         one = callers.submit(lambda: list(in_turn(pool, 1, work, ["late"])))
-        while pool._work_queue.qsize() < 2:
-            pass
+        until(lambda: pool._work_queue.qsize() >= 2)
         go.set()
         assert one.result(30) == [None]
         assert len(many.result(30)) == 100
