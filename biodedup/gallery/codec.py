@@ -166,7 +166,8 @@ def make_codec(dimension: int, samples: Sequence[Float32]) -> Codec:
     if dimension <= SCAN_WHOLE or len(vectors) < TRAINING_ROWS_MIN:
         rotation = _random_rotation(padded, rng)[:, :dimension]
         return Codec(rotation, padded, _law(rotation, padded, measured, source, rng))
-    _, axes = np.linalg.eigh(vectors.T.astype(np.float64) @ vectors)
+    trained, measured = vectors[::2], vectors[1::2]  # what axes say of the vectors that they were made of flatters them
+    _, axes = np.linalg.eigh(trained.T.astype(np.float64) @ trained)
     principal = np.zeros((padded, dimension))
     principal[:dimension] = axes.T[::-1]
     options = []
@@ -179,7 +180,7 @@ def make_codec(dimension: int, samples: Sequence[Float32]) -> Codec:
         law = _law(rotation, scanned, measured, source, rng, pairs=500)
         options.append((_cost(law, rotation, scanned, measured), scanned, rotation))
     _, scanned, rotation = min(options, key=lambda option: option[:2])
-    return Codec(rotation, scanned, _law(rotation, scanned, measured, source, rng), len(vectors))
+    return Codec(rotation, scanned, _law(rotation, scanned, measured, source, rng), len(trained))
 
 
 def _random_rotation(size: int, rng: np.random.Generator) -> Float32:
@@ -187,15 +188,20 @@ def _random_rotation(size: int, rng: np.random.Generator) -> Float32:
     return np.asarray(q * np.sign(np.diag(r)), np.float32)
 
 
-_REFERENCE, _KEPT = 0.5, 0.999  # the search whose cost decides: all but a thousandth of the mates at this similarity
+_REFERENCE, _NEAREST, _KEPT = 0.5, 1e-5, 0.999
+"""The search whose cost decides: all but a thousandth of the mates at this similarity; and of the nearest strangers, this share of
+all, where these are less alike than that, as in many dimensions they are."""
 _RESCORING = 200_000  # what the exact comparison of one row costs, in scanned numbers, to an order of magnitude
 
 
 def _cost(law: ErrorLaw, rotation: Float32, scanned: int, vectors: Float32) -> float:
     """Of a search, a row of the gallery: numbers scanned, and exact comparisons of the non-mates that survive."""
-    cut = float(law.cut(np.array([_REFERENCE], np.float32), -ndtri(1 - _KEPT))[0])
-    turned = vectors[:2_000] @ rotation[:scanned].T
-    others = (turned[:1_000] @ turned[1_000:2_000].T).reshape(-1)
+    half = len(vectors[:2_000]) // 2
+    one, other = vectors[:half], vectors[half : 2 * half]
+    similarity = one @ other.T
+    reached = min(_REFERENCE, float(similarity.mean() + ndtri(1 - _NEAREST) * similarity.std()))
+    cut = float(law.cut(np.array([reached], np.float32), float(ndtri(_KEPT)))[0])
+    others = (one @ rotation[:scanned].T) @ (other @ rotation[:scanned].T).T
     return scanned + _RESCORING * float(ndtr((others.mean() - cut) / max(others.std(), 1e-6)))
 
 

@@ -47,9 +47,8 @@ def quantise(vectors: Float32) -> tuple[Codes, Float32]:
 
 def dequantise(codes: Codes, norms: Float32) -> Float32:
     """float32 (n, d), unit rows."""
-    vectors = codes.astype(np.float32)
-    vectors -= 128
-    vectors /= norms[:, None]
+    vectors = np.empty(codes.shape, np.float32)
+    _dequantise(np.ascontiguousarray(codes), np.ascontiguousarray(norms), vectors)
     return vectors
 
 
@@ -119,6 +118,14 @@ def _quantise(vectors: Any, codes: Any, norms: Any) -> None:
             total += int(value * value)
             codes[i, j] = np.uint8(value + 128)
         norms[i] = np.float32(np.sqrt(total))
+
+
+@_compiled
+def _dequantise(codes: Any, norms: Any, vectors: Any) -> None:
+    for i in range(codes.shape[0]):
+        norm = norms[i]
+        for j in range(codes.shape[1]):
+            vectors[i, j] = (np.float32(codes[i, j]) - np.float32(128)) / norm
 
 
 @_compiled

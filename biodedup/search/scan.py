@@ -47,11 +47,13 @@ _Done = TypeVar("_Done")
 
 @dataclass(frozen=True)
 class Tile:
-    """Some embeddings of one column. vectors(): float32 (n, d); rows(indices): the gallery's row of each, int64."""
+    """Some embeddings of one column. vectors(): float32 (n, D), as the codec turns them, or None: as they are; rows(indices): the
+    gallery's row of each, int64."""
 
     count: int
     vectors: Callable[[], Float32]
     rows: Callable[[Int64], Int64]
+    codec: Codec | None = None
 
 
 @dataclass(frozen=True)
@@ -155,34 +157,37 @@ class Scanner:
         self._pool = ThreadPoolExecutor(threads, "biodedup-scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
         self._readers = ThreadPoolExecutor(_READERS, "biodedup-read")  # they wait for the disk while others scan
 
-    def exact(self, tiles: Iterable[Tile], probes: Float32, k: int) -> tuple[Int64, Float32]:
+    def exact(self, tiles: Sequence[Tile], probes: Float32, k: int) -> tuple[Int64, Float32]:
         """The k most similar rows of each probe.
 
         probes: float32 (q, d), unit rows. Returns rows int64 (q, k), -1 pads; similarity float32 (q, k), descending, -inf
         pads. Ties: the lower row first.
         """
         best = Best(len(probes), k)
+        turned_by = _turned_by(tiles, probes)
 
         def scan(tile: Tile) -> None:
-            similarity, near = faiss.knn(probes, tile.vectors(), min(k, tile.count), metric=faiss.METRIC_INNER_PRODUCT)
+            mine = turned_by[tile.codec]
+            similarity, near = faiss.knn(mine, tile.vectors(), min(k, tile.count), metric=faiss.METRIC_INNER_PRODUCT)
             best.add(tile, near, similarity)
 
-        pieces = list(tiles)
-        if len(pieces) == 1 and len(probes) * pieces[0].count <= _AT_ONCE:
+        if len(tiles) == 1 and len(probes) * tiles[0].count <= _AT_ONCE:
             with _one_thread():
-                scan(pieces[0])
+                scan(tiles[0])
             return best.rows, best.similarity
-        self.run(scan, pieces)
+        self.run(scan, tiles)
         return best.rows, best.similarity
 
-    def exact_above(self, tiles: Iterable[Tile], probes: Float32, least: Float32) -> list[tuple[Int64, Int64, Float32]]:
+    def exact_above(self, tiles: Sequence[Tile], probes: Float32, least: Float32) -> list[tuple[Int64, Int64, Float32]]:
         """All pairs of at least this similarity, float32 (q,): (probe, row, similarity) in pieces."""
 
+        turned_by = _turned_by(tiles, probes)
+
         def scan(tile: Tile) -> list[tuple[Int64, Int64, Float32]]:
-            vectors = tile.vectors()
+            mine, vectors = turned_by[tile.codec], tile.vectors()
             found = []
             for low in range(0, len(probes), _EXACT_PROBES):
-                similarity = probes[low : low + _EXACT_PROBES] @ vectors.T
+                similarity = mine[low : low + _EXACT_PROBES] @ vectors.T
                 which, near = np.nonzero(similarity >= least[low : low + _EXACT_PROBES, None])
                 if len(which):
                     found.append((which + low, tile.rows(near), similarity[which, near]))
@@ -261,6 +266,12 @@ class Scanner:
     def close(self) -> None:
         self._pool.shutdown()
         self._readers.shutdown()
+
+
+def _turned_by(tiles: Sequence[Tile], probes: Float32) -> dict[Codec | None, Float32]:
+    """The probes as each codec turns them: turning the few spares turning the many back."""
+    codecs = {tile.codec for tile in tiles}
+    return {codec: probes if codec is None else turned(probes, codec.rotation) for codec in codecs}
 
 
 class Collected:

@@ -454,17 +454,18 @@ class _Piece:
             high = min(low + PIECE_ROWS, self.last)
             kept = None if mask is None else low + np.flatnonzero(mask[self.column.positions(low, high)])
             if kept is None or len(kept) == high - low:
-                yield Tile(high - low, _reading(self.column, low, high), _rows_from(self, low))
+                yield Tile(high - low, _reading(self.column, low, high), _rows_from(self, low), self.column.codec)
             elif len(kept):
-                yield Tile(len(kept), _taking(self.column, kept), _rows_of(self, kept))
+                yield Tile(len(kept), _taking(self.column, kept), _rows_of(self, kept), self.column.codec)
 
 
 def _reading(column: Column, low: int, high: int) -> Callable[[], Float32]:
-    return lambda: column.vectors(low, high)
+    codec = column.codec
+    return lambda: column.vectors(low, high) if codec is None else dequantise(*column.coded(codec, low, high))
 
 
 def _taking(column: Column, cells: Int64) -> Callable[[], Float32]:
-    return lambda: column.vectors_at(cells)
+    return lambda: column.vectors_at(cells) if column.codec is None else dequantise(*column.codes_at(cells))
 
 
 def _rows_from(piece: _Piece, low: int) -> Callable[[Int64], Int64]:
