@@ -85,7 +85,9 @@ class Policy:
     below the review threshold. Where captures are too few to keep to it, as one face is among many millions, the threshold is lowered
     for that search until they do; then somebody nearly always reaches it, and nobody is cleared who could not have been recognised. The
     default asks only that a mate be rather found than missed. duplicate_db and review_db, where given, are fixed thresholds instead.
-    trust_extrapolation: False sends to review what would be `duplicate` by a score beyond the measured pairs.
+    trust_extrapolation: False sends to review what would be `duplicate` by a score beyond the measured pairs. own_strangers: from 32
+    people on, a face's or a finger's embeddings are calibrated by how alike this gallery's strangers are, and not those that the model's
+    card was measured on; False: scores are those of `biodedup.compare`.
     """
 
     fpir: float = 1e-3
@@ -95,6 +97,7 @@ class Policy:
     review_db: float | None = None
     verify_fmr: float = 1e-4
     trust_extrapolation: bool = True
+    own_strangers: bool = True
 
     def __post_init__(self) -> None:
         for name in ("fpir", "review_fpir", "fnir_review", "verify_fmr"):

@@ -47,7 +47,7 @@ from biodedup.gallery.health import Copied, backup, inspect
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.loading import Cells, Loaded, Loader
-from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations
+from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations, Drawn
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
@@ -63,7 +63,6 @@ from biodedup.values import (
     Cluster,
     Decision,
     Encounter,
-    Float32,
     Link,
     Ruling,
     Score,
@@ -93,7 +92,8 @@ class Engine:
         self.config = config
         self._gallery = gallery
         self._extractor = Extractor(config)
-        known = Calibrations(self._extractor.cards, self._sample)
+        self._drawn_of: dict[str, tuple[int, str, NDArray[np.int64]]] = {}
+        known = Calibrations(self._extractor.cards, self._drawn, own_strangers=config.policy.own_strangers)
         self._matcher = CylinderMatcher(config.threads)
         self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
         self.pairs = PairComparer(known, self._comparer)
@@ -525,13 +525,15 @@ class Engine:
             raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
         return templates
 
-    def _sample(self, model_id: str) -> Float32:
-        """Embeddings of a model that has no card, for its calibration."""
+    def _drawn(self, model_id: str) -> Drawn:
+        """Some of the enrolled, for calibrations."""
         snapshot = self._gallery.snapshot()
-        for column, model in snapshot.models.items():
-            if model.model_id == model_id and model.dimension is not None:
-                return snapshot.sample(column, SAMPLE_SIZE)
-        return np.zeros((0, 1), np.float32)
+        version, column, rows = self._drawn_of.get(model_id, (-1, "", np.zeros(0, np.int64)))
+        if version != snapshot.version:
+            column, rows = snapshot.drawn(model_id, SAMPLE_SIZE)
+            self._drawn_of[model_id] = snapshot.version, column, rows
+        key = column, rows.tobytes(), snapshot.sealed_before(rows)  # sealing rounds vectors
+        return Drawn(key, len(rows), lambda: snapshot.embeddings(rows, column))
 
     def _check_open(self) -> None:
         if self._closed:

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -20,9 +20,10 @@ from biodedup.gallery.catalogue import ColumnModel
 from biodedup.gallery.packed import Packed
 from biodedup.gallery.part import Column, Int64, Part
 from biodedup.gallery.storage import memory_bytes
-from biodedup.values import COLUMNS, Float32, Template
+from biodedup.values import BIT, COLUMNS, Float32, Template
 
 _T = TypeVar("_T", bound=np.generic)
+_DRAWN_SEED = 7
 _MEMORY_SHARE = 0.75  # that a gallery may fill; of the rest everything else lives
 
 
@@ -305,6 +306,27 @@ class Snapshot:
                 count -= len(vectors)
         return np.concatenate(found) if found else np.zeros((0, 1), np.float32)
 
+    def drawn(self, model_id: str, count: int) -> tuple[str, Int64]:
+        """(column, rows) of up to count people with an embedding of this model, by chance; ('', none) without such a column.
+
+        They are drawn among the first 2^n rows of all time, whatever has been sealed or merged: the same ones until one of them is
+        removed, or there are twice as many rows.
+        """
+        columns = [name for name, one in self.models.items() if one.model_id == model_id and one.dimension]
+        rows = _drawn((1 << self.row_count.bit_length()) // 2, count)
+        rows = rows[self.are_live(rows)]
+        presence = self.presence(rows)
+        for column in columns:
+            found = rows[(presence & BIT[column]) > 0][:count]
+            if len(found) or column == columns[-1]:
+                return column, np.sort(found)
+        return "", np.zeros(0, np.int64)
+
+    def sealed_before(self, rows: Int64) -> int:
+        """How many of these rows, ascending, are sealed."""
+        sealed = [part.end_row for part in self.parts if any(column.codec for column in part.columns.values())]
+        return int(np.searchsorted(rows, sealed[-1] if sealed else 0))
+
     def _by_part(self, rows: Int64) -> Iterator[tuple[Part, Int64]]:
         """Ascending rows as (part, positions)."""
         low = 0
@@ -330,6 +352,13 @@ class Snapshot:
             out[order[start : start + len(positions)]] = read(part, positions)
             start += len(positions)
         return out
+
+
+@cache
+def _drawn(below: int, count: int) -> Int64:
+    """Four times so many rows below a number, or all of them, in an order of chance."""
+    rng = np.random.default_rng([_DRAWN_SEED, below])
+    return rng.permutation(below) if below <= 4 * count else rng.choice(below, 4 * count, replace=False)
 
 
 def _vectors(part: Part, column: str, positions: Int64) -> Float32:

@@ -21,7 +21,7 @@ from biodedup.config import Config
 from biodedup.embed.extractor import Extractor
 from biodedup.jobs.labelled import Labelled
 from biodedup.jobs.progress import Progress
-from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations
+from biodedup.match.calibrations import NOBODY, SAMPLE_SIZE, Calibrations, Drawn
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.ranked import Ranked
@@ -163,7 +163,9 @@ def compare_all(
     share = nonmated_max / possible if sampled else 1.0
 
     held = _Held(encounters)
-    known = Calibrations(Extractor(config).cards, lambda model_id: _sample(encounters, gallery, model_id))
+    drawn = {name: _drawn(encounters, gallery, name) for name in set(_Held(encounters).model_ids().values())}
+    own = config.policy.own_strangers
+    known = Calibrations(Extractor(config).cards, lambda model_id: drawn.get(model_id, NOBODY), own_strangers=own)
     matcher = CylinderMatcher(config.threads)
     comparer = Comparer(known.of, matcher, known.with_minutiae)
     rows = np.arange(len(encounters))
@@ -260,9 +262,9 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
     )
 
 
-def _sample(encounters: Sequence[Labelled], gallery: Bool, model_id: str) -> Float32:
-    """Embeddings of a model without a card, one a subject, as a gallery would sample them."""
+def _drawn(encounters: Sequence[Labelled], gallery: Bool, model_id: str) -> Drawn:
+    """Embeddings of a model, one a subject, as a gallery would draw them."""
     of = (encounters[row].templates for row in np.flatnonzero(gallery).tolist())
     each = (next((t.embedding for t in some.values() if t.model_id == model_id), None) for some in of)
-    vectors = [vector for vector in each if vector is not None]
-    return np.array(vectors[:SAMPLE_SIZE], np.float32) if vectors else np.zeros((0, 1), np.float32)
+    vectors = [vector for vector in each if vector is not None][:SAMPLE_SIZE]
+    return Drawn(model_id, len(vectors), lambda: np.array(vectors, np.float32)) if vectors else NOBODY

@@ -10,7 +10,8 @@ bound nonmated_db, 95 %, where the table was fitted with an interval. How tables
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -71,6 +72,22 @@ class Calibration:
     def llr_db(self, scores: ArrayLike) -> NDArray[np.float64]:
         """10 log10 of the likelihood ratio at each raw score."""
         return np.minimum(_interpolate(np.asarray(scores, np.float64), self.score, self.llr_knots_db), SCORE_DB_MAX)
+
+    @cached_property
+    def nonmated_law(self) -> tuple[float, float]:
+        """(mean, standard deviation) of non-mated scores."""
+        fine = np.linspace(self.score[0], self.score[-1], 8001)
+        survival = 10 ** (-_interpolate(fine, self.score, self.nonmated_knots_db) / 10)
+        mass = survival - np.append(survival[1:], 0.0)
+        mass[0] += 1.0 - survival[0]
+        mean = float(mass @ fine)
+        return mean, float(np.sqrt(mass @ (fine - mean) ** 2))
+
+    def among(self, mean: float, sd: float, source: str) -> Calibration:
+        """The same table for strangers whose scores have this mean and standard deviation. What is as rare among them as a score was
+        has the likelihood ratio that it had: whatever makes these strangers more alike (one camera, one people) makes mates so, too."""
+        own_mean, own_sd = self.nonmated_law
+        return replace(self, score=mean + (self.score - own_mean) * (sd / own_sd), source=source)
 
     def mated_similarities(self, quantiles: NDArray[np.float64], least: float = -1.0) -> NDArray[np.float64]:
         """Similarities of mates, as the table has them: the density of non-mates times the likelihood ratio. least: of those mates

@@ -1,8 +1,10 @@
-"""Which calibration belongs to which model.
+"""Which calibration belongs to which model, in which gallery.
 
 Owns the look-up from model_id to `Calibration`, and declines minutiae for which there is none. A model with a card brings its own
-table; embeddings of a model that nobody described (bring your own) are calibrated on the gallery itself, where nearly all pairs
-are non-mated. Minutiae of an unknown extractor take the table of the minutiae in use, and no such score counts as measured.
+table, which is moved to where the strangers of the gallery at hand lie: what two people look like depends on the camera, the scanner
+and the people, and a register has strangers without end. Embeddings of a model that nobody described (bring your own) are calibrated on
+the gallery altogether. In both cases nearly all pairs are non-mated, and mates are far out, where they are left out of account.
+Minutiae of an unknown extractor take the table of the minutiae in use, and no such score counts as measured.
 (LEADER's minutiae, read by MINDTCT's table, as if nobody knew who found them: strangers reach a nominal FMR of 0.1 in at most
 0.031, 0.01 in at most 0.0028 of the pairs of FVC2002 DB1-4_B and UareU, 2026-11.)
 """
@@ -10,12 +12,12 @@ are non-mated. Minutiae of an unknown extractor take the table of the minutiae i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.special import log_ndtr, ndtri
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import log_ndtr, ndtr, ndtri
 
 from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import EXTERNAL_MINUTIAE
@@ -27,8 +29,13 @@ from biodedup.values import Float32, Template
 EXTERNAL = "external-"
 """Prefix of the model_id of embeddings that came without a model."""
 
-SAMPLE_SIZE = 2048
-_SAMPLE_MIN = 256
+SAMPLE_SIZE = 1024
+_SAMPLE_MIN, _OWN_MIN = 256, 32
+"""People from whom a table is measured, or moved: below, a card's strangers are the better guess."""
+_CARD_PAIRS = (
+    400  # as if the deviation on the card had been seen in so many pairs: from set to set it differs by some percent
+)
+_FAR_OUT = 4.0  # so many deviations from the mean a pair of strangers hardly is, and a pair of mates is further
 _DEFAULT_SD = 0.1  # of non-mated cosines, until there are enough rows: SFace's 0.096 rounded up (LFW, 2026-11)
 _MATED_MEAN, _MATED_SD = 0.65, 0.15  # of mated cosines, as face models of this kind have them (LFW, 2026-11)
 
@@ -41,11 +48,29 @@ class WithMinutiae:
     both: Calibration
 
 
-class Calibrations:
-    """Calibrations by model_id. sample: model_id -> up to SAMPLE_SIZE embeddings of the gallery, float32 (n, d). Of several cards of
-    minutiae the last one lends its table to unknown extractors."""
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Some people of a gallery, by chance. key: changes with who they are; vectors(): their embeddings, float32 (count, d)."""
 
-    def __init__(self, cards: Sequence[ModelCard], sample: Callable[[str], Float32]) -> None:
+    key: Hashable
+    count: int
+    vectors: Callable[[], Float32]
+
+
+NOBODY = Drawn(None, 0, lambda: np.zeros((0, 1), np.float32))
+
+
+class Calibrations:
+    """Calibrations by model_id. drawn: model_id -> up to SAMPLE_SIZE people with embeddings of this model; own_strangers: tables
+    of cards are moved to where their similarities lie. Of several cards of minutiae the last one lends its table to unknown extractors."""
+
+    def __init__(
+        self,
+        cards: Sequence[ModelCard],
+        drawn: Callable[[str], Drawn] = lambda model_id: NOBODY,
+        *,
+        own_strangers: bool = True,
+    ) -> None:
         self._known = {card.model_id: Calibration.from_card(card.calibration) for card in cards if card.calibration}
         for card in cards:
             if card.kind == "minutiae" and card.model_id in self._known:
@@ -59,8 +84,10 @@ class Calibrations:
                     if minutiae.model_id in card.both:
                         both = Calibration.from_card(card.both[minutiae.model_id])
                         self._with_minutiae[known] = WithMinutiae(self._known[minutiae.model_id], both)
-        self._sample = sample
-        self._measured: dict[tuple[str, int], Calibration] = {}
+        self._drawn = drawn
+        of_minutiae = {EXTERNAL_MINUTIAE, *(card.model_id for card in cards if card.kind == "minutiae")}
+        self._moved = self._known.keys() - of_minutiae if own_strangers else set()
+        self._measured: dict[str, tuple[Hashable, Calibration]] = {}
         self._lock = threading.Lock()
 
     def sound(self, template: Template) -> Template:
@@ -81,17 +108,44 @@ class Calibrations:
 
     def of(self, model_id: str) -> Calibration:
         known = self._known.get(model_id)
-        if known is not None:
+        if known is not None and model_id not in self._moved:
             return known
-        if (model_id, SAMPLE_SIZE) in self._measured:  # it will not change any more
-            return self._measured[model_id, SAMPLE_SIZE]
-        vectors = self._sample(model_id)
-        # measured anew each time the gallery has doubled, so that a calibration depends on the gallery's rows alone
-        size = 1 << (len(vectors).bit_length() - 1) if len(vectors) >= _SAMPLE_MIN else 0
+        drawn = self._drawn(model_id)
+        if drawn.count < (_SAMPLE_MIN if known is None else _OWN_MIN):
+            drawn = NOBODY
         with self._lock:
-            if (model_id, size) not in self._measured:
-                self._measured[model_id, size] = from_embeddings(vectors[:size])
-            return self._measured[model_id, size]
+            key, found = self._measured.get(model_id, (None, None))
+            if found is None or key != drawn.key:
+                found = self._made(known, drawn)
+                self._measured[model_id] = drawn.key, found
+            return found
+
+    @staticmethod
+    def _made(known: Calibration | None, drawn: Drawn) -> Calibration:
+        vectors = drawn.vectors()
+        if known is None or not drawn.count:
+            return known or from_embeddings(vectors)
+        similarity = (vectors @ vectors.T)[np.triu_indices(drawn.count, 1)]
+        return moved(known, similarity, f"{known.source}; moved to {drawn.count} of the gallery's own people")
+
+
+def moved(known: Calibration, similarity: ArrayLike, source: str) -> Calibration:
+    """A card's table, moved and stretched to where the strangers of a gallery lie. similarity: float (n,), of pairs of its people."""
+    mean, sd = law_of_strangers(similarity)
+    own = np.size(similarity) / (np.size(similarity) + _CARD_PAIRS)
+    sd = float(np.sqrt(own * sd**2 + (1 - own) * known.nonmated_law[1] ** 2))
+    return known.among(mean, sd, source)
+
+
+def law_of_strangers(similarity: ArrayLike) -> tuple[float, float]:
+    """(mean, standard deviation) of strangers' similarities, float (n,), among which there are a few of mates."""
+    cosines = np.asarray(similarity, np.float64)
+    low, mean, high = np.quantile(cosines, ndtr([-1.0, 0.0, 1.0]))
+    sd = max((high - low) / 2, 1e-3)
+    for _ in range(3):
+        near = cosines[np.abs(cosines - mean) <= _FAR_OUT * sd]
+        mean, sd = near.mean(), max(near.std(), 1e-3)
+    return float(mean), float(sd)
 
 
 def from_embeddings(vectors: Float32) -> Calibration:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
-
 from biodedup.embed.cards import ModelCard, shipped_cards
 from biodedup.errors import ModelMismatch
 from biodedup.match.calibration import Calibration
@@ -66,7 +64,7 @@ class PairComparer:
 
 def pair_comparer(cards: Sequence[ModelCard]) -> PairComparer:
     """Compares templates of these models without a gallery."""
-    known = Calibrations(cards, lambda model_id: np.zeros((0, 1), np.float32))
+    known = Calibrations(cards)
     return PairComparer(known, Comparer(known.of, CylinderMatcher(), known.with_minutiae))
 
 
