@@ -69,6 +69,11 @@ class Scores:
     def mated(self) -> NDArray[np.bool_]:
         return self.a == self.b
 
+    @property
+    def strangers(self) -> Float64:
+        """Their similarities."""
+        return self.similarity[~self.mated]
+
     def of(self, people: NDArray[np.bool_]) -> Scores:
         """Pairs of these people. people: bool, by number."""
         kept = people[self.a] & people[self.b]
@@ -117,7 +122,7 @@ def rates(name: str, score_db: Float64) -> dict[str, str]:
 
 def in_halves(name: str, one: Scores, score_db_by: Callable[[Scores, Scores], Float64]) -> dict[str, str]:
     """score_db_by: (people to go by, others) -> score_db of the others' non-mated pairs."""
-    people, found = 1 + int(max(one.a.max(), one.b.max())), []
+    people, found, pairs = 1 + int(max(one.a.max(), one.b.max())), [], []
     for seed in range(HALVINGS):
         half = np.random.default_rng(seed).permutation(people) < people // 2
         fitted, others = one.of(half), one.of(~half)
@@ -125,11 +130,11 @@ def in_halves(name: str, one: Scores, score_db_by: Callable[[Scores, Scores], Fl
             continue
         score_db = score_db_by(fitted, others)
         found.append([measured_fmr(score_db, nominal_db).ratio for nominal_db in NOMINAL_DB])
-    pairs = len(score_db) if found else 0
+        pairs.append(len(score_db))
     return {
         f"{name}: FMR at {nominal_db} dB": f"{np.mean(ratios):.2f} times nominal, {min(ratios):.2f} to {max(ratios):.2f}"
-        for nominal_db, ratios in zip(NOMINAL_DB, zip(*found, strict=True), strict=True)
-        if pairs * 10 ** (-nominal_db / 10) >= EXPECTED_MIN
+        for nominal_db, ratios in zip(NOMINAL_DB if found else (), zip(*found, strict=True), strict=True)
+        if np.mean(pairs) * 10 ** (-nominal_db / 10) >= EXPECTED_MIN
     }
 
 
@@ -168,11 +173,11 @@ def faces(folder: Path | None, config: bd.Config) -> tuple[dict[str, str], Calib
 
         def by_own(fitted: Scores, others: Scores) -> Float64:
             own = refitted(shipped, fitted, fitted.similarity, COSINE_POWER)
-            return own.score_db(others.similarity[~others.mated])
+            return own.score_db(others.strangers)
 
         def by_moving(half: Scores, others: Scores) -> Float64:
-            there = moved(Calibration.from_card(shipped), half.similarity[~half.mated], "")
-            return there.score_db(others.similarity[~others.mated])
+            there = moved(Calibration.from_card(shipped), half.strangers, "")
+            return there.score_db(others.strangers)
 
         figures |= in_halves(f"face, {name}, moved", found, by_moving)
         figures |= in_halves(f"face, {name}, own strangers", found, by_own)
@@ -249,10 +254,10 @@ def fingers_moved(name: str, one: Scores, tables: Tables) -> dict[str, str]:
     """tables: of other sets."""
 
     def there(half: Scores) -> Tables:
-        return replace(tables, embedding=moved(tables.embedding, half.similarity[~half.mated], ""))
+        return replace(tables, embedding=moved(tables.embedding, half.strangers, ""))
 
     def by_embedding(half: Scores, others: Scores) -> Float64:
-        return there(half).embedding.score_db(others.similarity[~others.mated])
+        return there(half).embedding.score_db(others.strangers)
 
     def by_both(half: Scores, others: Scores) -> Float64:
         return tables.both.score_db(there(half).summed(others)[~others.mated])
@@ -317,6 +322,9 @@ def main() -> None:
         figures |= fused(name, face, strangers, tables, one)
         if len(np.unique(one.a)) >= PEOPLE_MIN:
             figures |= fingers_moved(name, one, tables)
+            half = np.random.default_rng(0).permutation(1 + int(one.b.max())) % 2 > 0
+            there = replace(tables, embedding=moved(tables.embedding, one.of(half).strangers, ""))
+            figures |= fused(f"{name}, moved", face, strangers, there, one.of(~half))
             figures |= fingers_of_own_strangers(name, one)
     figures |= shipped_tables().rates("generated fingers", generated(options.fingers, options.folder, config))
     record("calibration", figures, keep=True)
