@@ -84,6 +84,35 @@ def test_who_asks_for_one_does_not_wait_for_those_who_ask_for_a_hundred():
     assert all(len(one.result()) == 100 for one in many)
 
 
+def test_who_asks_for_one_waits_for_a_hundred_who_ask_for_one_each():
+    """Or else each would make a pass of his own beside theirs, and none would be shared."""
+    calls, gates = [], [threading.Event() for _ in range(8)]
+
+    def run(key, items):
+        calls.append(list(items))
+        assert gates[len(calls) - 1].wait(30)
+        return items
+
+    gathering = Gathering(run, most=1_000)
+    with ThreadPoolExecutor(64) as pool:
+        try:
+            first = [pool.submit(gathering, "a", [i]) for i in range(2)]
+            until(lambda: len(calls) == 2)
+            many = [pool.submit(gathering, "a", [i]) for i in range(2, 42)]
+            until(lambda: len(gathering._waiting) == 40)
+            gates[0].set()
+            until(lambda: len(calls) == 3)
+            assert len(calls[2]) == 40
+            late = [pool.submit(gathering, "a", [i]) for i in range(42, 50)]
+            until(lambda: len(gathering._waiting) == 8 or len(calls) > 3)
+            assert len(calls) == 3
+        finally:
+            for gate in gates:
+                gate.set()
+        assert [one.result() for one in (*first, *many, *late)] == [[i] for i in range(50)]
+    assert [len(items) for items in calls] == [1, 1, 40, 8]
+
+
 def test_an_error_is_told_to_him_alone_whose_item_it_was():
     slow = Slow(fails=[5])
     gathering = Gathering(slow, most=100)

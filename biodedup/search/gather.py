@@ -2,7 +2,7 @@
 
 Owns the waiting. A pass takes hardly longer for eight probes than for one, since it is bound by memory; so callers on many
 threads, each with a probe of its own, get the throughput of batches without knowing of each other. Who asks for a few does not
-wait for those who ask for hundreds.
+wait for somebody who asks for hundreds; but for hundreds who ask for one each he waits, or else small passes would be in their way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _AT_ONCE = 2  # one scans while the other's candidates are compared
-_FAR_LARGER = 16  # passes by this factor are not waited for
+_FAR_LARGER = 16  # who asks for more than others by this factor is not waited for
 
 
 class Gathering(Generic[_Key, _Item, _Result]):
@@ -28,7 +28,7 @@ class Gathering(Generic[_Key, _Item, _Result]):
         self._changed = threading.Condition()
         self._waiting: list[_Asked[_Key, _Item, _Result]] = []
         self._running: list[int] = []
-        """How many items each pass that goes on has."""
+        """Of each pass that goes on, how many items one caller asked for at most."""
 
     def __call__(self, key: _Key, items: Sequence[_Item]) -> list[_Result]:
         """The results of these items, which are run in one go. Raises what `run` raises for them alone."""
@@ -39,7 +39,7 @@ class Gathering(Generic[_Key, _Item, _Result]):
                 self._changed.wait()
             group = [] if asked.done else self._taken(asked)
             if group:
-                self._running.append(sum(len(one.items) for one in group))
+                self._running.append(max(len(one.items) for one in group))
         if group:
             self._run_all(key, group)
         if asked.results is None:  # alone, or among others of whom one was at fault, nobody knows which
@@ -74,7 +74,7 @@ class Gathering(Generic[_Key, _Item, _Result]):
                     mine, results = results[: len(one.items)], results[len(one.items) :]
                     one.results = mine if len(mine) == len(one.items) else None
                     one.done = True
-                self._running.remove(sum(len(one.items) for one in group))
+                self._running.remove(max(len(one.items) for one in group))
                 self._changed.notify_all()
 
 
