@@ -33,6 +33,7 @@ from biodedup.gallery.part import PIECE_ROWS, Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.calibration import Calibration
 from biodedup.search import sign_kernel
+from biodedup.search.kernel import INSTRUCTIONS
 from biodedup.search.population import signs_of
 from biodedup.search.scan import Collected, Probes, Scanner
 from biodedup.search.sign_kernel import SignedProbes
@@ -49,9 +50,10 @@ _SLACK = 3.5  # standard deviations
 _MATES = 40_000  # drawn to choose by; half choose, half confirm
 _SHARES = (1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 7e-3, 1e-2)
 _SEED = 2_011
-# Costs, in tables that a row's signs are looked up in: of a comparison by upper halves, with what finding it takes; and of a whole
-# search of one column by itself. Measured with AVX2; benchmarks/columns.py measures the sum.
-_COMPARED, _ALONE = 900.0, 64.0
+# Costs of a row, in tables that its signs are looked up in: taking a column's out of a block, once for all probes; a comparison by
+# upper halves of one column; and a whole search of one column by itself. Measured; benchmarks/columns.py measures the sum. Wider
+# registers make look-ups cheaper, not comparisons, whose rows come from all over the cache.
+_TAKEN, _COMPARED, _ALONE = (0.0, 900.0, 64.0) if INSTRUCTIONS == "avx2" else (8.0, 5_900.0, 98.0)
 
 
 @dataclass(frozen=True)
@@ -393,7 +395,7 @@ def choose(
     for share in _SHARES:
         groups = draw.most
         while draw.bound(groups, share, chosen=True) <= miss_risk:
-            cost = GROUP * sum(groups) + _COMPARED * len(groups) * share
+            cost = GROUP * sum(groups) + len(groups) * (_TAKEN + _COMPARED * share)
             found.append((cost, groups, share))
             fewer = [(*groups[:c], n - 1, *groups[c + 1 :]) for c, n in enumerate(groups) if n and sum(groups) > 1]
             if not fewer:
