@@ -102,6 +102,16 @@ def test_a_few_who_are_enrolled_twice_do_not_make_all_strangers_alike():
     assert several_sd == pytest.approx(sd, rel=0.1)
 
 
+def test_where_most_pairs_are_mates_nobody_takes_them_for_strangers(tmp_path):
+    """As in a folder of many pictures of a few."""
+    few = alike(4, 20)
+    pictures = np.concatenate([again(few, 0.75, seed) for seed in range(20)])
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        engine.add_templates([f"s{i}" for i in range(80)], {"face": pictures})
+    cosines = np.linspace(0.2, 0.8, 5)
+    assert scores_db(tmp_path / "g", cosines) == pytest.approx(CARD.score_db(cosines))
+
+
 def test_a_table_among_other_strangers_says_of_what_is_as_rare_the_same():
     score = np.linspace(-0.5, 1, 151)
     table = {"score": score, "llr_db": 40 * score, "nonmated_db": -10 / np.log(10) * norm.logsf(score, 0.02, 0.1)}

@@ -35,6 +35,7 @@ _SAMPLE_MIN, _OWN_MIN = 256, 32
 _CARD_PAIRS = (
     400  # as if the deviation on the card had been seen in so many pairs: from set to set it differs by some percent
 )
+_MATES_DB, _MATES_MOST = 40.0, 0.05  # pairs that may be mates by the card, and the share of them that may be left out
 _FAR_OUT = 4.0  # so many deviations from the mean a pair of strangers hardly is, and a pair of mates is further
 _DEFAULT_SD = 0.1  # of non-mated cosines, until there are enough rows: SFace's 0.096 rounded up (LFW, 2026-11)
 _MATED_MEAN, _MATED_SD = 0.65, 0.15  # of mated cosines, as face models of this kind have them (LFW, 2026-11)
@@ -130,9 +131,14 @@ class Calibrations:
 
 
 def moved(known: Calibration, similarity: ArrayLike, source: str) -> Calibration:
-    """A card's table, moved and stretched to where the strangers of a gallery lie. similarity: float (n,), of pairs of its people."""
-    mean, sd = law_of_strangers(similarity)
-    own = np.size(similarity) / (np.size(similarity) + _CARD_PAIRS)
+    """A card's table, moved and stretched to where the strangers of a gallery lie. similarity: float (n,), of pairs of its people. The
+    table as it is, where too many of these look like mates, as in a folder with few people and many pictures of each."""
+    cosines = np.asarray(similarity, np.float64)
+    strangers = cosines[known.score_db(cosines) < _MATES_DB]
+    if len(strangers) < (1 - _MATES_MOST) * len(cosines):
+        return known
+    mean, sd = law_of_strangers(strangers)
+    own = len(strangers) / (len(strangers) + _CARD_PAIRS)
     sd = float(np.sqrt(own * sd**2 + (1 - own) * known.nonmated_law[1] ** 2))
     return known.among(mean, sd, source)
 
