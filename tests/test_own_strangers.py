@@ -11,8 +11,10 @@ from scipy.stats import norm
 
 import biodedup as bd
 from biodedup.embed.cards import load_card
+from biodedup.jobs.evaluate import evaluate_encounters
+from biodedup.jobs.labelled import Labelled
 from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import law_of_strangers
+from biodedup.match.calibrations import moved
 from biodedup.match.fitting import measured_fmr
 
 CARD = Calibration.from_card(load_card("sface").calibration)
@@ -94,12 +96,11 @@ def test_removals_sealing_merging_and_reopening_move_no_score(tmp_path):
 def test_a_few_who_are_enrolled_twice_do_not_make_all_strangers_alike():
     once = alike(300, 20)
     cosines = (once @ once.T)[np.triu_indices(300, 1)]
-    mean, sd = law_of_strangers(cosines)
-    assert (mean, sd) == (pytest.approx(cosines.mean(), abs=1e-3), pytest.approx(cosines.std(), rel=0.01))
     mates = np.sum(once * again(once, 0.75), axis=1)
-    several_mean, several_sd = law_of_strangers(np.concatenate([cosines, *[mates] * 4]))  # 3 % of the pairs
-    assert several_mean == pytest.approx(mean, abs=0.1 * sd)
-    assert several_sd == pytest.approx(sd, rel=0.1)
+    some = np.concatenate([cosines, *[mates] * 4])  # 3 % of the pairs
+    grid = np.linspace(0.2, 0.6, 5)
+    assert moved(CARD, some, "").score_db(grid) == pytest.approx(moved(CARD, cosines, "").score_db(grid), abs=0.1)
+    assert (moved(CARD, cosines, "").score_db(grid) < CARD.score_db(grid) - 2).all()
 
 
 def test_where_most_pairs_are_mates_nobody_takes_them_for_strangers(tmp_path):
@@ -122,6 +123,18 @@ def test_a_table_among_other_strangers_says_of_what_is_as_rare_the_same():
         here = known.nonmated_law[0] + known.nonmated_law[1] * z
         assert there.score_db([0.1 + 0.2 * z]) == pytest.approx(known.score_db([here]))
         assert there.llr_db([0.1 + 0.2 * z]) == pytest.approx(known.llr_db([here]))
+
+
+def test_an_evaluation_scores_as_a_gallery_of_its_people_would():
+    faces = alike(40, 20)
+    made = [
+        Labelled(f"e{i}", f"s{i}", templates={"face": bd.Template("face", load_card("sface").model_id, face)})
+        for i, face in enumerate(faces)
+    ]
+    for own in (True, False):
+        config = bd.Config(policy=bd.Policy(own_strangers=own))
+        found = evaluate_encounters(made, config, source="a test", made_at=0.0).comparisons.calibrations
+        assert ("own people" in found.of(load_card("sface").model_id).source) == own
 
 
 def test_people_are_drawn_among_the_first_and_only_those_who_live(tmp_path):

@@ -163,7 +163,7 @@ def compare_all(
     share = nonmated_max / possible if sampled else 1.0
 
     held = _Held(encounters)
-    drawn = {name: _drawn(encounters, gallery, name) for name in set(_Held(encounters).model_ids().values())}
+    drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
     own = config.policy.own_strangers
     known = Calibrations(Extractor(config).cards, lambda model_id: drawn.get(model_id, NOBODY), own_strangers=own)
     matcher = CylinderMatcher(config.threads)

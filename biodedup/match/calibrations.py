@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_ndtr, ndtr, ndtri
+from scipy.special import log_ndtr, ndtri
 
 from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import EXTERNAL_MINUTIAE
@@ -32,11 +32,8 @@ EXTERNAL = "external-"
 SAMPLE_SIZE = 1024
 _SAMPLE_MIN, _OWN_MIN = 256, 32
 """People from whom a table is measured, or moved: below, a card's strangers are the better guess."""
-_CARD_PAIRS = (
-    400  # as if the deviation on the card had been seen in so many pairs: from set to set it differs by some percent
-)
+_CARD_PAIRS = 400  # that the card's deviation counts for: from set to set it differs by some percent
 _MATES_DB, _MATES_MOST = 40.0, 0.05  # pairs that may be mates by the card, and the share of them that may be left out
-_FAR_OUT = 4.0  # so many deviations from the mean a pair of strangers hardly is, and a pair of mates is further
 _DEFAULT_SD = 0.1  # of non-mated cosines, until there are enough rows: SFace's 0.096 rounded up (LFW, 2026-11)
 _MATED_MEAN, _MATED_SD = 0.65, 0.15  # of mated cosines, as face models of this kind have them (LFW, 2026-11)
 
@@ -137,21 +134,9 @@ def moved(known: Calibration, similarity: ArrayLike, source: str) -> Calibration
     strangers = cosines[known.score_db(cosines) < _MATES_DB]
     if len(strangers) < (1 - _MATES_MOST) * len(cosines):
         return known
-    mean, sd = law_of_strangers(strangers)
     own = len(strangers) / (len(strangers) + _CARD_PAIRS)
-    sd = float(np.sqrt(own * sd**2 + (1 - own) * known.nonmated_law[1] ** 2))
-    return known.among(mean, sd, source)
-
-
-def law_of_strangers(similarity: ArrayLike) -> tuple[float, float]:
-    """(mean, standard deviation) of strangers' similarities, float (n,), among which there are a few of mates."""
-    cosines = np.asarray(similarity, np.float64)
-    low, mean, high = np.quantile(cosines, ndtr([-1.0, 0.0, 1.0]))
-    sd = max((high - low) / 2, 1e-3)
-    for _ in range(3):
-        near = cosines[np.abs(cosines - mean) <= _FAR_OUT * sd]
-        mean, sd = near.mean(), max(near.std(), 1e-3)
-    return float(mean), float(sd)
+    sd = np.sqrt(own * strangers.var() + (1 - own) * known.nonmated_law[1] ** 2)
+    return known.among(float(strangers.mean()), float(sd), source)
 
 
 def from_embeddings(vectors: Float32) -> Calibration:
