@@ -36,7 +36,6 @@ import biodedup as bd
 from biodedup.jobs.demo import mates_of
 from biodedup.match.calibration import Calibration
 from biodedup.search import shard
-from biodedup.search.signs import GROUP
 
 ROWS, DIMENSION, BATCH, PROBES, K = 20_000_000, 128, 1 << 16, 256, 100
 COLUMNS = ("face", "left_index", "right_index", "right_middle")
@@ -194,7 +193,7 @@ def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]
                 figures[f"{kind}: miss risk {risk:g}"] = (
                     f"cost {cost:.2f} (foreseen {choice.cost:.2f}; {np.median(ours) / np.median(plain):.2f} of a scan "
                     f"without signs, {np.median(ours) / np.median(raw):.2f} of FAISS's), {PROBES / np.median(ours):.1f} probes/s; signs "
-                    f"{'+'.join(str(4 * GROUP * n) for n in choice.groups)}, share {share:.1e}; missed {rate(missed)}; "
+                    f"{'+'.join(map(str, choice.signs))}, share {share:.1e}; missed {rate(missed)}; "
                     f"reaching: {rate(missed[reaching])}; planned below {choice.miss_bound:.1e}; "
                     f"product of single columns' {prod(choice.single):.1e}"
                 )

@@ -24,7 +24,7 @@ from biodedup.search import kernel, population, shard, sign_kernel
 from biodedup.search.scan import Probes, Scanner
 from biodedup.search.shard import Answer, FanOut, Plan
 from biodedup.search.sign_kernel import SignedProbes
-from biodedup.search.sign_tile import SIGNS, THREE, TWO, numbers_of, tables_most
+from biodedup.search.sign_tile import FOUR, SIX, THREE, TWO, numbers_of, tables_most
 from biodedup.search.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, tables_of
 
 NOTHING = np.zeros(0, np.uint64)
@@ -403,9 +403,7 @@ def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_
     assert not calls  # too many strangers would pass
 
 
-@pytest.mark.parametrize(
-    ("dimension", "each"), [(96, SIGNS), (96, TWO), (96, THREE), (128, SIGNS), (128, TWO), (128, THREE)]
-)
+@pytest.mark.parametrize(("dimension", "each"), [(d, each) for d in (96, 128) for each in (FOUR, SIX, TWO, THREE)])
 def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_out, monkeypatch, dimension, each):
     vectors = unit(150_000, dimension)
     shards = shards_of(vectors, scanner)
@@ -421,14 +419,16 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
     assert (found.rows[:30, 0] == rows[:30, 0]).all()
 
 
-@pytest.mark.parametrize(("each", "kept", "near"), [(SIGNS, 0.797, 0.01), (TWO, 0.875, 0.01), (THREE, 0.875, 0.01)])
+@pytest.mark.parametrize(
+    ("each", "kept", "near"), [(FOUR, 0.797, 0.01), (SIX, 0.797, 0.01), (TWO, 0.875, 0.01), (THREE, 0.875, 0.01)]
+)
 def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each, kept, near):
     one, other = unit(400, 128, 1), unit(400, 128, 2)
     signs = Signs(unit(4_000, 128), 128, each)
     assert signs.laws[0].mean[10] == pytest.approx(kept, abs=0.03)  # of a dot product
-    exactly = np.einsum("ij,ij->i", signs._numbers(one), signs.of(other)) / np.sqrt(128)
+    exactly = np.einsum("ij,ij->i", signs.numbers(one), signs.of(other)) / np.sqrt(128)
     off = signs.estimates(one, other) - exactly
-    assert (off - off.mean()).std() < (0.01 if each == SIGNS else 0.04)  # of classes: seeds make up for a row's length
+    assert (off - off.mean()).std() < (0.01 if each >= FOUR else 0.04)  # of classes: seeds make up for a row's length
     mean, sd = signs.strangers(one[:20])
     seen = np.array(
         [signs.estimates(np.repeat(one[i : i + 1], 20_000, axis=0), unit(20_000, 128, 3)) for i in range(20)]
@@ -440,7 +440,8 @@ def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each
 def test_no_sum_of_tables_overflows_a_byte():
     one, other = unit(400, 128, 1), unit(400, 128, 2)
     for numbers, levels, each, room in (
-        ([one, other[:, :32]], SIGN, SIGNS, 0),
+        ([one, other[:, :32]], SIGN, FOUR, 0),
+        ([one[:, :120], other[:, :24]], SIGN, SIX, 0),
         ([one], np.array([-2, -0.5, 0.5, 2], np.float32), TWO, 40),
         ([one[:, :120]], np.array([-2, -0.5, 0.5, 2], np.float32), THREE, 40),
     ):
@@ -452,7 +453,20 @@ def test_no_sum_of_tables_overflows_a_byte():
         assert limits_of(middles * 5, steps, middles).min() == 255  # out of anybody's reach, and no wrap-around
 
 
-@pytest.mark.parametrize("each", [SIGNS, TWO, THREE])
+@pytest.mark.parametrize("each", [FOUR, SIX, TWO, THREE])
+def test_a_table_knows_every_combination_of_classes(each):
+    levels = SIGN if each >= FOUR else np.array([-2, -0.5, 0.5, 2], np.float32)
+    numbers = unit(20, 8 * each, 3)
+    tables, steps, _ = tables_of([numbers], levels, each)
+    entries = np.arange(len(levels) ** each)
+    expected = np.zeros((20, 8, len(entries)), np.float32)
+    for b in range(each):
+        mine = numbers.reshape(20, 8, each)[:, :, b, None]
+        expected += np.abs(mine) * levels[-1] + mine * levels[entries // len(levels) ** b % len(levels)]
+    assert np.array_equal(tables, np.rint(expected / steps[:, None, None]))
+
+
+@pytest.mark.parametrize("each", [FOUR, SIX, TWO, THREE])
 def test_no_more_pairs_are_lost_to_signs_and_halves_together_than_the_risk(each):
     signs = Signs(unit(4_000, 128), 128, each)
     by_signs, by_halves = signs.laws
@@ -489,7 +503,7 @@ def test_a_margin_for_two_steps_counts_what_either_loses():
 
 
 def test_two_bits_a_number_tell_more_than_one_whatever_a_row_s_length():
-    one, two, three = (Signs(unit(4_000, 128), 128, each).laws[0] for each in (SIGNS, TWO, THREE))
+    one, two, three = (Signs(unit(4_000, 128), 128, each).laws[0] for each in (FOUR, TWO, THREE))
     assert one.sd[4] / one.mean[10] > 0.059
     assert max(two.sd[4] / two.mean[10], three.sd[4] / three.mean[10]) < 0.04
 
@@ -503,8 +517,8 @@ SIGN_SCANS = {name: sign_kernel.make_scan(name) for name in {"plain", kernel.INS
 def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns, probes, mapped, summed, data):
     rng = np.random.default_rng(count)
     scanned = [8 * data.draw(st.integers(1, 18)) for _ in range(columns)]
-    each = SIGNS if columns > 1 else data.draw(st.sampled_from([SIGNS, TWO, THREE]))
-    fours = 1 if each == SIGNS else 4  # classes are made for four tables at once
+    each = data.draw(st.sampled_from([FOUR, SIX] if columns > 1 else [FOUR, SIX, TWO, THREE]))
+    fours = 1 if each == FOUR else 4  # others are made for four tables at once
     used = [fours * data.draw(st.integers(0, tables_most(some, each) // fours)) for some in scanned]
     if not sum(used):
         used[0] = fours
@@ -520,10 +534,10 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
     numbers = [
         np.where(at >= 0, some[:, at], 0).reshape(probes, -1) for some, at in zip(turned, looked_at, strict=True)
     ]
-    levels = SIGN if each == SIGNS else np.array([-2, -0.6, 0.6, 2], np.float32)
+    levels = SIGN if each >= FOUR else np.array([-2, -0.6, 0.6, 2], np.float32)
     tables, steps, middles = tables_of(numbers, levels, each, 40)
     limits = limits_of(rng.uniform(-1, 1, probes).astype(np.float32) * 2, steps, middles)
-    seeding = np.array([10.3, 0.06, 40], np.float32) if each != SIGNS else NOT_SEEDED
+    seeding = np.array([10.3, 0.06, 40], np.float32) if each < FOUR else NOT_SEEDED
     parameters = np.stack([rng.uniform(0, 0.02, (columns, probes)), rng.uniform(-50, 50, (columns, probes))], axis=2)
     parameters = parameters.astype(np.float32)
     evidence = rng.uniform(-30, 30, (columns, 201 if summed or columns > 1 else 0)).astype(np.float32)
@@ -551,7 +565,7 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
             ours[p, row] = value
 
     sums = np.zeros((4, probes, count), np.int64)
-    if each != SIGNS:
+    if each < FOUR:
         sums[0] += np.clip(seeding[0] + seeding[1] * norms[0][which[0]], 0, seeding[2]).astype(np.uint8)
     totals = np.zeros((probes, count), np.float32)
     begin = 0
@@ -559,8 +573,8 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
         mine = codes[c][which[c]]
         for t in range(used[c]):
             there = mine[:, looked_at[c][t][looked_at[c][t] >= 0]]
-            if each == SIGNS:
-                entry = ((there >= 128) * (1, 2, 4, 8)).sum(axis=1)
+            if each >= FOUR:
+                entry = ((there >= 128) << np.flatnonzero(looked_at[c][t] >= 0)).sum(axis=1)
             else:
                 classes = np.searchsorted([5, 8, 11], there >> 4, side="right")
                 entry = (classes * (1, 4, 16)[: there.shape[1]]).sum(axis=1)

@@ -30,6 +30,7 @@ from biodedup.gallery.codes import dequantise, quantise
 from biodedup.gallery.part import Column
 from biodedup.match.calibration import Calibration
 from biodedup.search.population import population_of, signs_of
+from biodedup.search.sign_tile import FOUR
 from biodedup.search.signs import Signs
 from biodedup.values import Float32
 
@@ -97,7 +98,7 @@ def choose(column: Column, rows: int, calibration: Calibration, least: float, mi
     sample, directions = vectors[:sampled], vectors[sampled:]
     pairs = _mates(sample, calibration, least, rng)
     one, other = (codec.rotate(some) for some in pairs)
-    signs = signs_of(column)
+    signs = signs_of(column, FOUR)
 
     def by_signs(a: Float32, b: Float32) -> Float32:
         return signs.estimates(seen(a), b)

@@ -13,8 +13,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.caps import Caps
 from biodedup.search.population import signs_of
 from biodedup.search.shard import by_codec, shares
-from biodedup.search.sign_tile import CLASSED, SIGNS
-from biodedup.search.signs import GROUP
+from biodedup.search.sign_tile import CLASSED, SIGNED
 from biodedup.search.together import Choice, TogetherPlan, classes_of, covered
 from biodedup.values import COLUMNS
 
@@ -59,11 +58,11 @@ class SearchPlan:
 
     def _together(self, rows: int, choice: Choice) -> str:
         names = " + ".join(choice.columns)
-        signs = " + ".join(f"{4 * GROUP * n}" for n in choice.groups)
+        signs = " + ".join(map(str, choice.signs))
         single = ", ".join(f"{missed:.2g}" for missed in choice.single)
         return (
             f"{names}: {rows:,} rows that have all of them are searched in all at once, for {choice.cost:.0%} of what a search of "
-            f"one column takes: {signs} signs let {choice.share:g} of the rows pass, whose upper halves are compared; of mates that "
+            f"one column takes: {signs} signs let {choice.share:.2g} of the rows pass, whose upper halves are compared; of mates that "
             f"reach the review threshold, {choice.missed} of {choice.drawn:,} drawn from the columns' calibrations were lost, so that one is missed with a probability below {choice.miss_bound:.2g} (asked for: "
             f"{self.miss_risk:g}), 95 % confidence, where captures go together with a correlation of {choice.correlation:g}. Of all "
             f"mates {choice.joint:.2g} are lost; each column's signs alone would lose {single}, whose product is "
@@ -151,7 +150,7 @@ def _column(snapshot: Snapshot, name: str, miss_risk: float, together: TogetherP
     by_signs = None
     if miss_risk > 0:
         largest = max((held.column for held in coded), key=lambda column: column.count)
-        by_signs = max((signs_of(largest, each).laws[0].bound(miss_risk) or 1.0) for each in (SIGNS, CLASSED))
+        by_signs = max((signs_of(largest, each).laws[0].bound(miss_risk) or 1.0) for each in (SIGNED, CLASSED))
     return ColumnPlan(
         name,
         rows,

@@ -14,7 +14,6 @@ from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond t
 
 from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
 from biodedup.gallery.part import Column
-from biodedup.search.sign_tile import SIGNS
 from biodedup.search.signs import TABLES_MOST, Signs
 from biodedup.values import Float32
 
@@ -71,7 +70,7 @@ def population_of(column: Column) -> Population:
 _signs: WeakKeyDictionary[Column, dict[tuple[int, int], Signs]] = WeakKeyDictionary()
 
 
-def signs_of(column: Column, each: int = SIGNS, tables: int = TABLES_MOST) -> Signs:
+def signs_of(column: Column, each: int, tables: int = TABLES_MOST) -> Signs:
     assert column.codec is not None, "signs are of turned vectors"
     known = _signs.setdefault(column, {})
     if (each, tables) not in known:

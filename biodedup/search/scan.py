@@ -30,13 +30,14 @@ from biodedup.gallery.codec import Codec
 from biodedup.gallery.codes import BLOCK_ROWS, turned
 from biodedup.gallery.part import Column
 from biodedup.search import kernel, sign_kernel
+from biodedup.search.pairs import ranked
 from biodedup.search.sign_kernel import SignedProbes
 from biodedup.values import Float32
 
 _READERS = 8
 _EXACT_PROBES = 256  # so many by a tile's rows of similarities stay in the cache
 _AT_ONCE = 1 << 18  # pairs that take no longer than another thread takes to hear of them
-SIGNED = 256
+_SIGNED_PROBES = 256
 """Probes whose tables lie in the second-level cache."""
 _ROOM = 1 << 15  # hits that a thread collects before it hands them over
 
@@ -211,7 +212,7 @@ class Scanner:
         count = len(probes.codes)
         offsets = (probes.middle - probes.slack if bounded else probes.middle).astype(np.float32)
         scales = 16 * probes.scales
-        signed = [] if signs is None else list(signs.pieces(SIGNED))
+        signed = [] if signs is None else list(signs.pieces(_SIGNED_PROBES))
 
         def scan(unit: Unit) -> None:
             base = unit.first // BLOCK_ROWS
@@ -295,9 +296,7 @@ class Collected:
 
     def _thin(self) -> None:
         which, number, cells, estimates = self._joined()
-        order = np.lexsort((-estimates, which))
-        starts = np.searchsorted(which[order], np.arange(len(self.cuts)))
-        rank = np.arange(len(order)) - starts[which[order]]
+        order, rank = ranked(which, estimates, number.astype(np.int64) << 40 | cells, len(self.cuts))
         last = order[rank == self._most - 1]
         worst = np.minimum(estimates[last], self._floor)
         self.cuts[which[last]] = np.maximum(self.cuts[which[last]], worst)
@@ -313,6 +312,11 @@ class Collected:
 
     def hits(self) -> Hits:
         return Hits(*self._joined(), self.cuts)
+
+    def best(self) -> Hits:
+        """Of each probe no more than `most` below the floor."""
+        self._thin()
+        return self.hits()
 
 
 class Best:

@@ -21,10 +21,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from biodedup.errors import BiodedupError
@@ -33,9 +32,10 @@ from biodedup.gallery.part import PIECE_ROWS, Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search import together
 from biodedup.search.kernel import INSTRUCTIONS
+from biodedup.search.pairs import compared, ranked
 from biodedup.search.population import population_of, signs_of
 from biodedup.search.scan import Hits, Int64, Probes, Scanner, Tile, Unit
-from biodedup.search.sign_tile import CLASSED, SIGNS
+from biodedup.search.sign_tile import CLASSED, SIGNED
 from biodedup.search.signs import TABLES_MOST, Signs
 from biodedup.search.together import Together, TogetherPlan
 from biodedup.values import COLUMNS, Float32
@@ -160,7 +160,7 @@ class FanOut:
         which = np.concatenate([np.zeros(0, np.int64), *(a.which for a in answers.values())])
         rows = np.concatenate([np.zeros(0, np.int64), *(a.rows for a in answers.values())])
         similarity = np.concatenate([np.zeros(0, np.float32), *(a.similarity for a in answers.values())])
-        order = np.lexsort((rows, -similarity, which))
+        order, _ = ranked(which, similarity, rows, len(probes))
         cuts = np.searchsorted(which[order], np.arange(1, len(probes)))
         found = zip(np.split(rows[order], cuts), np.split(similarity[order], cuts), strict=True)
         return Reached(tuple(found), tuple(failures))
@@ -174,7 +174,7 @@ class FanOut:
             np.concatenate([getattr(answer, name) for answer in answers.values()])
             for name in ("which", "rows", "llr_db")
         )
-        order, rank = _ranked(which, llr_db, rows, len(next(iter(probes.values()))))
+        order, rank = ranked(which, llr_db, rows, len(next(iter(probes.values()))))
         kept = order[(rank < plan.k) | (llr_db[order] >= plan.floor_llr_db)]
         passed = sum(answer.passed for answer in answers.values())
         scanned = sum(answer.rows_scanned for answer in answers.values())
@@ -208,19 +208,12 @@ def _best(answers: Mapping[int, Answer], count: int, k: int) -> tuple[Int64, Flo
     which = np.concatenate([np.zeros(0, np.int64), *(a.which for a in answers.values())])
     rows = np.concatenate([np.zeros(0, np.int64), *(a.rows for a in answers.values())])
     similarity = np.concatenate([np.zeros(0, np.float32), *(a.similarity for a in answers.values())])
-    order, rank = _ranked(which, similarity, rows, count)
+    order, rank = ranked(which, similarity, rows, count)
     kept = order[rank < k]
     best_rows, best = np.full((count, k), -1), np.full((count, k), -np.inf, np.float32)
     best_rows[which[kept], rank[rank < k]] = rows[kept]
     best[which[kept], rank[rank < k]] = similarity[kept]
     return best_rows, best
-
-
-def _ranked(which: NDArray[Any], similarity: Float32, rows: Int64, count: int) -> tuple[Int64, Int64]:
-    """The order by probe, then by similarity, the lower row first where it is equal; and each one's rank of its probe."""
-    order = np.lexsort((rows, -similarity, which))
-    starts = np.searchsorted(which[order], np.arange(count))
-    return order, np.arange(len(order)) - starts[which[order]]
 
 
 def _replaced(answer: Answer, which: Int64, deeper: Answer) -> Answer:
@@ -320,23 +313,21 @@ class LocalShard:
 
     def _compare_best(self, pieces: Sequence[_Piece], probes: Probes, hits: Hits, k: int, found: _Found) -> Int64:
         """Compares the k best of each probe by their estimates; returns which they were."""
-        order, rank = _ranked(hits.which, hits.estimate, hits.cell, len(probes.codes))
+        order, rank = ranked(hits.which, hits.estimate, hits.cell, len(probes.codes))
         best = order[rank < k]
         self._compare(pieces, probes, hits, best, found)
         return best
 
     def _compare(self, pieces: Sequence[_Piece], probes: Probes, hits: Hits, chosen: Int64, found: _Found) -> None:
         """Compares some of the hits exactly, in the order of the disk."""
-        chosen = chosen[np.lexsort((hits.cell[chosen], hits.number[chosen]))]
+        chosen = chosen[np.argsort(hits.number[chosen].astype(np.int64) << 40 | hits.cell[chosen])]
         mine = [(piece, chosen[hits.number[chosen] == number]) for number, piece in enumerate(pieces)]
 
         def compare(one: tuple[_Piece, Int64]) -> None:
             piece, some = one
-            cells, inverse = np.unique(hits.cell[some], return_inverse=True)
-            vectors = dequantise(*piece.column.codes_at(cells))
-            which = hits.which[some]
-            similarity = np.einsum("ij,ij->i", vectors[inverse], probes.turned[which])
-            found.add(which.astype(np.int64), piece.rows(hits.cell[some]), similarity, compared=len(some))
+            which, cells = hits.which[some], hits.cell[some]
+            similarity = compared(piece.column, cells, probes.turned, which)
+            found.add(which.astype(np.int64), piece.rows(cells), similarity, compared=len(some))
             if len(some) > _RELEASE_PAIRS:
                 piece.column.release(forget=False)
 
@@ -356,11 +347,11 @@ def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: f
     table, compared, taken, number = _COSTS[INSTRUCTIONS]
     options = []
     some = slice(None, None, max(len(least) // _FORESEEN_BY, 1))
-    all_signs = signs_of(column).tables
+    all_signs = signs_of(column, SIGNED).tables
     for each, tables in (
-        (SIGNS, all_signs // 16 * 8),
-        (SIGNS, all_signs // 32 * 24),
-        (SIGNS, TABLES_MOST),
+        (SIGNED, all_signs // 8 * 4),
+        (SIGNED, all_signs * 3 // 16 * 4),
+        (SIGNED, TABLES_MOST),
         (CLASSED, TABLES_MOST),
     ):
         if not tables:

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.codes import Codes
-from biodedup.search.kernel import make_row_dot, rebound
+from biodedup.search.kernel import make_row_dot, prefetch, rebound
 from biodedup.search.sign_tile import (
-    SIGNS,
+    FOUR,
     TOGETHER,
     aligned,
     classed_for,
@@ -35,6 +35,7 @@ from biodedup.search.sign_tile import (
 )
 from biodedup.values import Float32
 
+_PROBES_APART = 32  # after which some more memory is asked for
 _LAID_OUT_FROM = 24  # pairs a block to compare; from so many on all its rows are laid out one after another
 
 Int64 = NDArray[np.int64]
@@ -154,7 +155,7 @@ def _scan(
                     _take(planes[c], members[c, at : min(at + 64, members.shape[1])], mine)
                 else:
                     copy(planes[c] + 256 * halves[c] * (block + b), mine.ctypes.data, 256 * halves[c])
-                if each == SIGNS:
+                if each == FOUR:
                     sign(mine, signs[b, begin : begin + used[c]])
                 else:
                     classify(mine, each, signs[b, begin : begin + used[c]])
@@ -168,7 +169,21 @@ def _scan(
         if seeding[1] != 0:
             for r in range(64 * blocks):
                 seeds[r] = np.uint8(min(max(seeding[0] + seeding[1] * lengths[0, r], np.float32(0)), seeding[2]))
-        reached = survivors(signs, seeds, alive, tables, limits, count, masks, some, lanes)
+        reached, next_blocks = 0, 0 if mapped else min(TOGETHER, end - block - blocks)
+        for p in range(0, count, _PROBES_APART):
+            for c in range(columns):  # what comes next, a share at a time, so that look-ups do not wait for it
+                octets_next = 256 * halves[c] * next_blocks
+                share = -(-octets_next * _PROBES_APART // (64 * count)) * 64
+                begin = p // _PROBES_APART * share
+                for at in range(begin, min(begin + share, octets_next), 64):
+                    prefetch(planes[c] + 256 * halves[c] * (block + blocks) + at)
+            apart = slice(p, p + _PROBES_APART)
+            number_of = min(count - p, _PROBES_APART)
+            more = survivors(
+                signs, seeds, alive, tables[apart], limits[apart], number_of, masks, some[reached:], lanes[reached:]
+            )
+            some[reached : reached + more] += np.int32(p)
+            reached += more
         passed += reached
         laid_out = reached >= _LAID_OUT_FROM * blocks
         totals[:reached] = 0
@@ -210,7 +225,7 @@ class SignedProbes:
     """Probes as the kernel takes them, of one column or several.
 
     tables: uint8 (q', t, 16 or 64), of all columns' tables one after another, t a multiple of QUARTERS * UNROLLED; limits: uint8 (q',),
-    where q' is q, the number of probes, rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. each: SIGNS, TWO or
+    where q' is q, the number of probes, rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. each: FOUR, SIX, TWO or
     THREE; seeding: float32 (3,): a row's sums begin with seeding[0] +
     seeding[1] times the norm of its first column, cut off at 0 and seeding[2]. codes: int8 (columns, q, 2, octets), as
     `make_row_dot` wants them; parameters: float32 (columns, q, 2): a similarity is the first times (dot product - the second)

@@ -3,14 +3,15 @@
 Owns how a block of rows is taken out of its plane, the classes of its numbers, and the sums of what tables say of them. Never compares
 (`sign_kernel.py`, `member_kernel.py`), and never knows what a sum or a limit stands for (`signs.py`).
 
-The signs of four numbers, or which of four classes each of two or three numbers is in, are four or six bits, which choose one of sixteen
-or sixty-four entries of a probe's table: by the byte shuffle of FAISS's fast-scan kernel (André, Kermarrec and Le Scouarnec, VLDB 2015), or,
+The signs of four or six numbers, or which of four classes each of two or three numbers is in, are four or six bits, which choose one of
+sixteen or sixty-four entries of a probe's table: by the byte shuffle of FAISS's fast-scan kernel (André, Kermarrec and Le Scouarnec, VLDB 2015), or,
 where the processor has it, by the byte permutation of AVX-512 VBMI, which takes no longer. Tables are made so that no sum of a
 quarter of them overflows a byte; thus 64 rows cost two instructions a table, half of what sums of 16 bits take.
 """
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import numba
@@ -26,12 +27,13 @@ from biodedup.search.kernel import INSTRUCTIONS, splat
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
-SIGNS, TWO, THREE = 4, 2, 3
-"""Numbers that a table looks at: four, of which it knows the signs, or two or three, of which it knows the classes."""
-CLASSED = THREE if INSTRUCTIONS == "vbmi" else TWO
-"""Numbers whose classes a table knows on this processor."""
+FOUR, SIX, TWO, THREE = 4, 6, 2, 3
+"""Numbers that a table looks at: four or six, of which it knows the signs, or two or three, of which it knows the classes."""
+SIGNED, CLASSED = (SIX, THREE) if INSTRUCTIONS == "vbmi" else (FOUR, TWO)
+"""Numbers whose signs, and whose classes, a table knows on this processor."""
 CLASSES = ((0, 5), (5, 8), (8, 11), (11, 16))
 """Upper halves of each class, first and past the last."""
+_LOWEST, _LOWER, _UPPER = 0x11111111, 0x07070707, 0x38383838  # the lowest bits of numbers; three bits of bytes
 WIDE = 4
 """Probes whose tables meet rows at the same time."""
 DEEP = 1 if INSTRUCTIONS == "avx2" else 4
@@ -294,12 +296,37 @@ def _plain_two(half: int, classes: int) -> None:
     _plain_three(half, 0, 0, classes)
 
 
-def _make_classed(instructions: str, each: int) -> Any:
-    """An intrinsic for numba, classed(half, classes) or classed(half, third, shift, classes), all integers or addresses:
+@numba.njit(nogil=True, cache=True)
+def _plain_six(half: int, signs: int) -> None:
+    for r in range(64):
+        word = (u32_at(half + 4 * r) >> np.uint32(3)) & np.uint32(_LOWEST)
+        word |= (u32_at(half + 256 + 4 * r) >> np.uint32(2)) & np.uint32(2 * _LOWEST)
+        word |= (u32_at(half + 512 + 4 * r) >> np.uint32(1)) & np.uint32(4 * _LOWEST)
+        word = (word & np.uint32(_LOWER)) | ((word >> np.uint32(1)) & np.uint32(_UPPER))
+        for t in range(4):
+            _set_u8(signs + 64 * t + r, np.uint8(word >> np.uint32(8 * t)))
 
-    half, third: uint32 *, (64,), of 64 rows eight four-bit numbers each; shift: 0 or 4, whether the lower or the upper ones of the
-    third count; classes: uint8 *, (4, 64), 64-byte aligned: of byte t the class of its lower number, of its upper one, and of byte t of the
-    third, two bits each, the first in the lowest ones.
+
+@numba.njit(nogil=True, cache=True)
+def _signs_left(taken: Any, half: int, signs: Any) -> None:
+    """Of a half, and of the next one where there is one, as `_plain_six` of three."""
+    both = half + 1 < taken.shape[0]
+    for r in range(64):
+        word = (taken[half, r] >> np.uint32(3)) & np.uint32(_LOWEST)
+        if both:
+            word |= (taken[half + 1, r] >> np.uint32(2)) & np.uint32(2 * _LOWEST)
+        word = (word & np.uint32(_LOWER)) | ((word >> np.uint32(1)) & np.uint32(_UPPER))
+        for t in range(4):
+            signs[t, r] = np.uint8(word >> np.uint32(8 * t))
+
+
+def _make_classed(instructions: str, each: int) -> Any:
+    """An intrinsic for numba, classed(half, classes), of TWO or SIX, or classed(half, third, shift, classes), all integers or addresses:
+
+    half, third: uint32 *, (64,), of 64 rows eight four-bit numbers each, or (3, 64) of SIX; shift: 0 or 4, whether the lower or the upper
+    ones of the third count; classes: uint8 *, (4, 64), 64-byte aligned: of byte t the class of its lower number, of its upper one, and of byte
+    t of the third, two bits each, the first in the lowest ones; of SIX the signs of the lower numbers of byte t in three halves, then
+    those of the upper ones.
     """
     lanes = 32 if instructions == "avx2" else 64
     octets, words = ir.VectorType(_I8, lanes), ir.VectorType(_I32, lanes // 4)
@@ -315,25 +342,35 @@ def _make_classed(instructions: str, each: int) -> Any:
             number = builder.and_(builder.bitcast(shifted, octets), splat(builder, ir.Constant(_I8, 15), lanes))
             return builder.call(shuffle, [ir.Constant(octets, [c << place for c in classes] * (lanes // 16)), number])
 
-        pieces = []
-        for v in range(256 // lanes):
-            word = builder.load(builder.gep(half, [ir.Constant(_I64, v)]))
-            word.align = 4
-            some = builder.or_(*(looked_up(word, ir.Constant(_I32, shift), shift // 2) for shift in (0, 4)))
+        def word(start: Any, v: int) -> Any:
+            loaded = builder.load(builder.gep(start, [ir.Constant(_I64, v)]))
+            loaded.align = 4
+            return loaded
+
+        def bits(some: Any, shift: int, mask: int) -> Any:
+            shifted = builder.lshr(some, splat(builder, ir.Constant(_I32, shift), lanes // 4))
+            return builder.and_(shifted, splat(builder, ir.Constant(_I32, mask), lanes // 4))
+
+        pieces, vectors = [], 256 // lanes
+        for v in range(vectors):
+            if each == SIX:
+                signs = [bits(word(half, v + vectors * h), 3 - h, _LOWEST << h) for h in range(3)]
+                some = reduce(builder.or_, signs)
+                pieces.append(builder.or_(bits(some, 0, _LOWER), bits(some, 1, _UPPER)))
+                continue
+            found = [looked_up(word(half, v), ir.Constant(_I32, shift), shift // 2) for shift in (0, 4)]
             if each == THREE:
-                more = builder.load(builder.gep(third, [ir.Constant(_I64, v)]))
-                more.align = 4
-                some = builder.or_(some, looked_up(more, builder.trunc(args[2], _I32), 4))
-            pieces.append(some)
+                found.append(looked_up(word(third, v), builder.trunc(args[2], _I32), 4))
+            pieces.append(builder.bitcast(reduce(builder.or_, found), words))
         while len(pieces) > 1:
             both = ir.Constant(ir.VectorType(_I32, 2 * pieces[0].type.count), list(range(2 * pieces[0].type.count)))
             pieces = [builder.shuffle_vector(*two, both) for two in zip(pieces[::2], pieces[1::2], strict=True)]
         whole = builder.bitcast(pieces[0], ir.VectorType(_I32, 64))
-        found = builder.inttoptr(args[-1], ir.VectorType(_I8, 64).as_pointer())
+        to = builder.inttoptr(args[-1], ir.VectorType(_I8, 64).as_pointer())
         for t in range(4):
             shifted = builder.lshr(whole, splat(builder, ir.Constant(_I32, 8 * t), 64))
             stored = builder.store(
-                builder.trunc(shifted, ir.VectorType(_I8, 64)), builder.gep(found, [ir.Constant(_I64, t)])
+                builder.trunc(shifted, ir.VectorType(_I8, 64)), builder.gep(to, [ir.Constant(_I64, t)])
             )
             stored.align = 64
         return context.get_dummy_value()
@@ -346,25 +383,34 @@ def _make_classed(instructions: str, each: int) -> Any:
     def three(_: Any, half: Any, third: Any, shift: Any, classes: Any) -> Any:
         return types.void(*[types.intp] * 4), generate
 
-    return two if each == TWO else three
+    return three if each == THREE else two
 
 
 def classed_for(instructions: str) -> dict[str, Any]:
     """What `classify` calls, on another processor."""
     if instructions == "plain":
-        return {"_two": _plain_two, "_three": _plain_three}
-    return {"_two": _make_classed(instructions, TWO), "_three": _make_classed(instructions, THREE)}
+        return {"_two": _plain_two, "_three": _plain_three, "_six": _plain_six}
+    return {
+        f"_{name}": _make_classed(instructions, each) for name, each in (("two", TWO), ("three", THREE), ("six", SIX))
+    }
 
 
-_two, _three = classed_for(INSTRUCTIONS).values()
+_two, _three, _six = classed_for(INSTRUCTIONS).values()
 
 
 @numba.njit(nogil=True, cache=True)
 def classify(taken: Any, each: int, classes: Any) -> None:
     """classes uint8 (tables, 64), 64-byte aligned, tables a multiple of 4: in which classes TWO or THREE numbers are, the first one's in
-    the lowest two bits; which numbers: `numbers_of`. taken: rows' upper halves, uint32 (halves, 64)."""
+    the lowest two bits, or which of SIX are positive; which numbers: `numbers_of`. taken: rows' upper halves, uint32 (halves, 64)."""
     at_taken, at_classes = taken.ctypes.data, classes.ctypes.data
     for i in range(0, classes.shape[0], 4):
+        if each == SIX:
+            half = 3 * (i >> 2)
+            if half + 2 < taken.shape[0]:
+                _six(at_taken + 256 * half, at_classes + 64 * i)
+            else:
+                _signs_left(taken, half, classes[i : i + 4])
+            continue
         half = i >> 2 if each == TWO else 3 * (i >> 3) + (i >> 2 & 1)
         third = 3 * (i >> 3) + 2
         if each == TWO or third >= taken.shape[0]:
@@ -376,15 +422,20 @@ def classify(taken: Any, each: int, classes: Any) -> None:
 def tables_most(scanned: int, each: int) -> int:
     """How many tables look at so many numbers, a multiple of STEP."""
     halves = scanned // STEP
-    return {SIGNS: 2 * halves, TWO: 4 * halves, THREE: 8 * (halves // 3) + 4 * (halves % 3)}[each]
+    threes, left = divmod(halves, 3)
+    return {FOUR: 2 * halves, SIX: 4 * (threes + (left > 0)), TWO: 4 * halves, THREE: 8 * threes + 4 * left}[each]
 
 
 def numbers_of(tables: int, scanned: int, each: int) -> NDArray[np.int64]:
-    """Which numbers each table looks at, (tables, each), -1 where there is none: four in a row; two that share a byte of the plane;
-    or two and one of those that share the bytes of the third half, which serves two others."""
-    if each == SIGNS:
-        return np.arange(SIGNS * tables).reshape(-1, SIGNS)
+    """Which numbers each table looks at, (tables, each), -1 where there is none: four in a row; two that share a byte of the plane; two
+    and one of those that share the bytes of the third half, which serves two others; or those in the same bytes of three halves."""
+    if each == FOUR:
+        return np.arange(FOUR * tables).reshape(-1, FOUR)
     group = np.arange(tables) >> 2
+    if each == SIX:
+        lower = STEP * (3 * group[:, None] + np.arange(3)) + np.arange(tables)[:, None] % 4
+        lower = np.where(lower < scanned, lower, -1)
+        return np.concatenate([lower, np.where(lower >= 0, lower + STEP // 2, -1)], axis=1)
     half = group if each == TWO else 3 * (group >> 1) + (group & 1)
     first = STEP * half + np.arange(tables) % 4
     numbers = [first, first + STEP // 2]

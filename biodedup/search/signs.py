@@ -3,7 +3,7 @@
 Owns a probe's tables, and the laws. Never scans (`sign_kernel.py`).
 
 Of a turned vector's numbers the signs alone keep 80 % of the correlation with a probe (as in RaBitQ: Gao and Long, SIGMOD 2024), four
-classes of them 94 %. They are read off the upper halves that a scan has in memory, so that they are stored nowhere. Four signs, or two
+classes of them 94 %. They are read off the upper halves that a scan has in memory, so that they are stored nowhere. Four or six signs, or two
 or three classes, choose one of a table's sums of a probe's numbers times what they stand for, rounded to a byte. What passes is compared by its upper
 halves; one margin serves both, from pairs of which neither step may lose more than the miss risk.
 
@@ -28,9 +28,9 @@ from biodedup.gallery.codes import STEP, quantise, turned
 from biodedup.search.sign_kernel import SignedProbes
 from biodedup.search.sign_tile import (
     CLASSES,
+    FOUR,
     PADDED,
     QUARTERS,
-    SIGNS,
     UNROLLED,
     WIDE,
     aligned,
@@ -41,8 +41,8 @@ from biodedup.values import Float32
 
 TABLES_MOST = 128
 """Of more, not even the rounded sums would fit a byte well."""
-GROUP = 8
-"""Tables that a plan over several columns takes or leaves together: 32 numbers."""
+GROUP = 4
+"""Tables that a plan over several columns takes or leaves together: 16 or 24 numbers."""
 SIGN = np.array([-1, 1], np.float32)
 """What signs stand for."""
 NOT_SEEDED = np.zeros(3, np.float32)
@@ -54,17 +54,17 @@ _NO_EVIDENCE = np.zeros((1, 0), np.float32)
 
 class Signs:
     """Of a column's rows. sample: float32 (n, D), unit rows that its codec has turned; scanned: of D numbers, those whose upper
-    halves are in memory; each: numbers that a table looks at, SIGNS, TWO or THREE; tables: how many at most."""
+    halves are in memory; each: numbers that a table looks at, FOUR, SIX, TWO or THREE; tables: how many at most."""
 
-    def __init__(self, sample: Float32, scanned: int, each: int = SIGNS, tables: int = TABLES_MOST) -> None:
+    def __init__(self, sample: Float32, scanned: int, each: int = FOUR, tables: int = TABLES_MOST) -> None:
         self.each = each
         self.tables = min(tables_most(scanned, each), tables)
         self.seeding, self._room, self._seed_sd = NOT_SEEDED, 0, 0.0
         self._scanned, self._sample = scanned, sample
         self._used = numbers_of(self.tables, scanned, each).reshape(-1)
-        self._size = np.float32(sqrt(np.count_nonzero(self._used >= 0)))
+        self._size = np.float32(sqrt(self.count(self.tables)))
         self._levels = SIGN
-        if each != SIGNS:
+        if each < FOUR:
             codes, norms = quantise(sample)
             seen, length = codes[:, self._used[self._used >= 0]], norms[:, None] / np.float32(sqrt(sample.shape[1]))
             outer = (seen < 16 * CLASSES[1][0]) | (seen >= 16 * CLASSES[3][0])
@@ -80,7 +80,7 @@ class Signs:
         """Measures how what a row is worth to its mates varies with the length of its code."""
         self._room = 2 * _SEED_MIDDLE
         norms = quantise(self._sample)[1]
-        kept = np.einsum("ij,ij->i", self.of(self._sample), self._numbers(self._sample))
+        kept = np.einsum("ij,ij->i", self.of(self._sample), self.numbers(self._sample))
         if norms.std() < 1e-3:
             return
         slope = np.cov(kept, norms)[0, 1] / norms.var() * _SEED_SIMILARITY
@@ -94,17 +94,29 @@ class Signs:
     def of(self, vectors: Float32) -> Float32:
         """What the numbers that count stand for, float32 (n, m), in the order of the tables, by a column's upper halves; 0 where a table
         looks at fewer numbers than others."""
-        upper = quantise(vectors)[0][:, self._used] >> 4
-        edges = [8] if self.each == SIGNS else [first for first, _ in CLASSES[1:]]
-        levels = self._levels[np.searchsorted(edges, upper, side="right")]
-        return np.where(self._used >= 0, levels, np.float32(0))
+        return self.of_codes(quantise(vectors)[0])
 
-    def _numbers(self, vectors: Float32) -> Float32:
-        """The numbers that count, float32 (n, m), in the order of the tables."""
-        return np.where(self._used >= 0, vectors[:, self._used], np.float32(0))
+    def of_codes(self, codes: NDArray[np.uint8], tables: int | None = None) -> Float32:
+        """As `of`; tables: the first so many alone."""
+        used = self._of_tables(tables)
+        edges = [8] if self.each >= FOUR else [first for first, _ in CLASSES[1:]]
+        levels = self._levels[np.searchsorted(edges, codes[:, used] >> 4, side="right")]
+        return np.where(used >= 0, levels, np.float32(0))
+
+    def numbers(self, vectors: Float32, tables: int | None = None) -> Float32:
+        """The numbers that count, float32 (n, m), in the order of the tables; tables: of the first so many alone."""
+        used = self._of_tables(tables)
+        return np.where(used >= 0, vectors[:, used], np.float32(0))
+
+    def count(self, tables: int) -> int:
+        """Of numbers that the first so many tables look at."""
+        return int(np.count_nonzero(self._of_tables(tables) >= 0))
+
+    def _of_tables(self, tables: int | None) -> NDArray[np.int64]:
+        return self._used if tables is None else self._used[: self.each * tables]
 
     def _tables(self, probes: Float32) -> tuple[NDArray[np.uint8], Float32, Float32]:
-        return tables_of([self._numbers(probes)], self._levels, self.each, self._room)
+        return tables_of([self.numbers(probes)], self._levels, self.each, self._room)
 
     @cached_property
     def laws(self) -> tuple[ErrorLaw, ErrorLaw]:
@@ -126,7 +138,7 @@ class Signs:
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
         """What the kernel makes of pairs, float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers that count
         and what a row's stand for."""
-        numbers = self._numbers(probes)
+        numbers = self.numbers(probes)
         steps, middles, quarter = scales_of(numbers, self._levels, self.each, self._room)
         codes, norms = quantise(vectors)
         upper = np.ascontiguousarray(codes[:, self._used] >> 4).reshape(len(probes), self.tables, -1)
@@ -142,7 +154,7 @@ class Signs:
 
     def strangers(self, probes: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the estimates that the column's rows get, float32 (q,) each. probes: turned."""
-        seen = self._numbers(probes)
+        seen = self.numbers(probes)
         steps, _, quarter = scales_of(seen, self._levels, self.each, self._room)
         variance = np.einsum("ij,ij->i", turned(seen, self._covariance), seen)
         variance += rounding_variance(QUARTERS * quarter, steps) + (self._seed_sd * steps) ** 2
@@ -180,10 +192,10 @@ class GroupLaw:
     def __init__(self, signs: Signs, sample: Float32) -> None:
         self.count = -(-signs.tables // GROUP)
         rng = np.random.default_rng(_SEED)
-        edges = np.arange(0, 4 * signs.tables, 4 * GROUP)
+        edges = np.arange(0, signs.each * signs.tables, signs.each * GROUP)
 
         def products(one: Float32, other: Float32) -> NDArray[np.float64]:
-            return np.add.reduceat((one[:, : 4 * signs.tables] * signs.of(other)).astype(np.float64), edges, axis=1)
+            return np.add.reduceat((signs.numbers(one) * signs.of(other)).astype(np.float64), edges, axis=1)
 
         which = rng.integers(0, len(sample), (2, 16_384))
         which = which[:, which[0] != which[1]]
@@ -211,7 +223,7 @@ class GroupLaw:
 
 
 def tables_of(
-    numbers: Sequence[Float32], levels: Float32, each: int = SIGNS, room: int = 0
+    numbers: Sequence[Float32], levels: Float32, each: int = FOUR, room: int = 0
 ) -> tuple[NDArray[np.uint8], Float32, Float32]:
     """Tables of probes' numbers, float32 (q, m) of each column, in the order of its tables; levels: what each of 2 or 4 classes of
     a row's number stands for; each: numbers of a table; room: what the first quarter's sum begins with at most, half of it on an average.
@@ -289,10 +301,20 @@ def _entry(numbers: Any, levels: Any, step: float, entry: int) -> Any:
 
 @numba.njit(nogil=True, cache=True)
 def _fill(numbers: Any, levels: Any, steps: Any, tables: Any) -> None:
+    """Every `_entry` of every table, from those that know one number less."""
+    totals = np.empty(tables.shape[2], np.float32)
     for p in range(numbers.shape[0]):
         for i in range(numbers.shape[1]):
-            for entry in range(tables.shape[2]):
-                tables[p, i, entry] = _entry(numbers[p, i], levels, steps[p], entry)
+            totals[0], size = np.float32(0), 1
+            for b in range(numbers.shape[2]):
+                most = abs(numbers[p, i, b]) * levels[-1]
+                for d in range(levels.shape[0] - 1, -1, -1):
+                    value = most + numbers[p, i, b] * levels[d]
+                    for entry in range(size):
+                        totals[d * size + entry] = totals[entry] + value
+                size *= levels.shape[0]
+            for entry in range(size):
+                tables[p, i, entry] = np.uint8(np.rint(totals[entry] / steps[p]))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -306,7 +328,7 @@ def _means(numbers: Any, levels: Any, steps: Any, quarter: int, upper: Any, seed
             entry = np.int64(0)
             for b in range(each):
                 number = np.int64(upper[i, t, b])
-                if each == SIGNS:
+                if levels.shape[0] == 2:
                     entry |= np.int64(number >> 3) << b
                 else:
                     entry |= (np.int64(number > 4) + np.int64(number > 7) + np.int64(number > 10)) << 2 * b

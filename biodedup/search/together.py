@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import sqrt
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,16 +29,17 @@ from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr, ndtri
 
 from biodedup.gallery.codec import Codec
-from biodedup.gallery.codes import BLOCK_ROWS, dequantise, turned
+from biodedup.gallery.codes import BLOCK_ROWS, turned
 from biodedup.gallery.part import PIECE_ROWS, Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.calibration import Calibration
 from biodedup.search import sign_kernel
 from biodedup.search.kernel import INSTRUCTIONS
+from biodedup.search.pairs import compared
 from biodedup.search.population import signs_of
 from biodedup.search.scan import Collected, Probes, Scanner
 from biodedup.search.sign_kernel import SignedProbes
-from biodedup.search.sign_tile import SIGNS
+from biodedup.search.sign_tile import SIGNED
 from biodedup.search.signs import GROUP, NOT_SEEDED, SIGN, filled, limits_of, paired, rounding_variance, tables_of
 from biodedup.values import COLUMNS, Float32
 
@@ -47,8 +49,8 @@ _UNIT = 1 << 24  # pairs of a probe and a row that a thread takes on at once
 _SAMPLE_BLOCKS = 64  # of a class, that say what signs of strangers are
 _RELEASE_PAIRS = 50_000  # compared, after which the memory of what was read is given back
 _SLACK = 3.5  # standard deviations
-_MATES = 40_000  # drawn to choose by; half choose, half confirm
-_SHARES = (1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 7e-3, 1e-2)
+_MATES = 160_000  # drawn to choose by; half choose, half confirm
+_SHARE_LEAST = 1e-5
 _SEED = 2_011
 # Costs of a row, in tables that its signs are looked up in: taking a column's out of a block, once for all probes; a comparison by
 # upper halves of one column; and a whole search of one column by itself. Measured; benchmarks/columns.py measures the sum. Wider
@@ -74,8 +76,8 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Choice:
-    """How rows with these columns are searched. groups: of GROUP tables of signs, of each column; weights: of each column's signs;
-    share: of strangers that they let through. cost: over that of searching one of the columns by itself.
+    """How rows with these columns are searched. groups: of GROUP tables of signs, of each column; signs: that these
+    know; weights: of each column's signs; share: of strangers that they let through. cost: over that of searching one of the columns by itself.
 
     correlation: of captures that was assumed; drawn: mates that would reach the threshold, set aside from those that were chosen
     by; missed: of them. Of all mates, whatever they reach: joint, the share that is lost; single: of each column, the share that
@@ -84,6 +86,7 @@ class Choice:
 
     columns: tuple[str, ...]
     groups: tuple[int, ...]
+    signs: tuple[int, ...]
     weights: tuple[float, ...]
     share: float
     cost: float
@@ -95,8 +98,8 @@ class Choice:
 
     @property
     def miss_bound(self) -> float:
-        """The upper end of the one-sided 95 % interval (Clopper and Pearson, 1934)."""
-        return float(betaincinv(self.missed + 1, max(self.drawn - self.missed, 1), 0.95))
+        """The upper end of the one-sided 95 % interval."""
+        return float(_bound(self.missed, self.drawn))
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ def _signs_of_strangers(one: Class, choice: Choice) -> tuple[Float32, Float32]:
         for name, tables in zip(choice.columns, tables_by_column(one, choice), strict=True):
             column = one.part.columns[name]
             cells, inverse = np.unique(one.cells(name, members), return_inverse=True)
-            seen.append(np.where(column.codes_at(cells)[0][inverse, : 4 * tables] >= 128, 1.0, -1.0))
+            seen.append(signs_of(column, SIGNED).of_codes(column.codes_at(cells)[0], tables)[inverse])
         signs = np.concatenate(seen, axis=1)
         covariance = np.cov(signs.T).reshape(signs.shape[1], -1)
         known[key] = signs.mean(axis=0).astype(np.float32), covariance.astype(np.float32)
@@ -231,7 +234,7 @@ def _signs_of_strangers(one: Class, choice: Choice) -> tuple[Float32, Float32]:
 
 def tables_by_column(one: Class, choice: Choice) -> list[int]:
     """Of each column, how many tables of signs the choice looks at."""
-    limits = [signs_of(one.part.columns[name]).tables for name in choice.columns]
+    limits = [signs_of(one.part.columns[name], SIGNED).tables for name in choice.columns]
     return [min(GROUP * groups, limit) for groups, limit in zip(choice.groups, limits, strict=True)]
 
 
@@ -290,8 +293,11 @@ class _Run:
     def _signed(self, choice: Choice) -> SignedProbes:
         mine = list(self.probes.values())
         used = tables_by_column(self.one, choice)
-        numbers = [p.turned[:, : 4 * n] * np.float32(w) for p, n, w in zip(mine, used, choice.weights, strict=True)]
-        tables, steps, middles = tables_of(numbers, SIGN)
+        numbers = [
+            signs_of(column, SIGNED).numbers(probe.turned, tables) * np.float32(weight)
+            for column, probe, tables, weight in zip(self.columns.values(), mine, used, choice.weights, strict=True)
+        ]
+        tables, steps, middles = tables_of(numbers, SIGN, SIGNED)
         together = np.concatenate(numbers, axis=1)
         mean, covariance = _signs_of_strangers(self.one, choice)
         variance = np.einsum("ij,ij->i", turned(together, covariance), together)
@@ -301,7 +307,7 @@ class _Run:
         return SignedProbes(
             *filled(tables, limits),
             np.array(used, np.int64),
-            SIGNS,
+            SIGNED,
             NOT_SEEDED,
             paired([probe.codes for probe in mine]),
             np.stack([probe.parameters for probe in mine]),
@@ -339,7 +345,7 @@ class _Run:
 
     def compare(self, scanner: Scanner) -> tuple[Int64, Int64, Float32]:
         """The best, compared exactly: probe, member, llr_db."""
-        hits = self.collected.hits()
+        hits = self.collected.best()
         order = np.argsort(hits.cell, kind="stable")  # as the disk has them
         which, members = hits.which[order], hits.cell[order]
         exact = np.zeros(len(members), np.float32)
@@ -347,9 +353,8 @@ class _Run:
         def compare(low: int) -> None:
             some = slice(low, low + PIECE_ROWS)
             for name, column in self.columns.items():
-                cells, inverse = np.unique(self.one.cells(name, members[some]), return_inverse=True)
-                vectors = dequantise(*column.codes_at(cells))[inverse]
-                similarity = np.einsum("ij,ij->i", vectors, self.probes[name].turned[which[some]])
+                cells = self.one.cells(name, members[some])
+                similarity = compared(column, cells, self.probes[name].turned, which[some])
                 exact[some] += self.plan.evidence[name].at(similarity)
 
         scanner.each(compare, range(0, len(members), PIECE_ROWS))
@@ -391,18 +396,17 @@ def choose(
     threshold. correlation: of how well two captures of a subject match, as ranks on a normal scale. None where no way is cheaper
     than to scan each column by itself."""
     draw = _Draw(one, calibrations, threshold_llr_db, correlation)
-    found = []
-    for share in _SHARES:
-        groups = draw.most
-        while draw.bound(groups, share, chosen=True) <= miss_risk:
+    found, groups = [], draw.most
+    while True:
+        for share in draw.shares(groups, miss_risk):
             cost = GROUP * sum(groups) + len(groups) * (_TAKEN + _COMPARED * share)
             found.append((cost, groups, share))
-            fewer = [(*groups[:c], n - 1, *groups[c + 1 :]) for c, n in enumerate(groups) if n and sum(groups) > 1]
-            if not fewer:
-                break
-            groups = min(fewer, key=lambda some: draw.bound(some, share, chosen=True))
+        fewer = [(*groups[:c], n - 1, *groups[c + 1 :]) for c, n in enumerate(groups) if n and sum(groups) > 1]
+        if not found or not fewer:
+            break
+        groups = min(fewer, key=lambda some: draw.shares(some, miss_risk)[0])
     for cost, groups, share in sorted(found):
-        if cost < _ALONE * len(groups) and draw.bound(groups, share, chosen=False) <= miss_risk:
+        if cost < _ALONE * len(groups) and draw.bound(groups, share) <= miss_risk:
             return draw.choice(groups, share, cost / _ALONE)
     return None
 
@@ -413,16 +417,16 @@ class _Draw:
     def __init__(
         self, one: Class, calibrations: Mapping[str, Calibration], threshold_llr_db: float, correlation: float
     ) -> None:
-        self._columns, self._correlation = one.columns, correlation
+        self._columns, self._correlation = {name: one.part.columns[name] for name in one.columns}, correlation
         rng = np.random.default_rng(_SEED)
         llr_db = np.zeros(_MATES)
         mates, strangers = [], []
         common = sqrt(correlation) * rng.standard_normal(_MATES)
-        for name in one.columns:
+        for name, column in self._columns.items():
             quantiles = ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES))
             similarity = calibrations[name].mated_similarities(quantiles)
             llr_db += calibrations[name].llr_db(similarity)
-            law = signs_of(one.part.columns[name]).groups
+            law = signs_of(column, SIGNED).groups
             mates.append(np.cumsum(law.mated(similarity, rng), axis=0))
             strangers.append(law.strangers)
         self.most = tuple(len(sums) for sums in mates)
@@ -431,29 +435,57 @@ class _Draw:
         self._weights = tuple(float(max(w, 1e-6) / max(weights)) for w in weights)
         self._mates = [np.concatenate([np.zeros((1, _MATES)), sums]) * w for sums, w in zip(mates, self._weights, strict=True)]  # fmt: skip
         self._strangers = [s * (w, w * w) for s, w in zip(strangers, self._weights, strict=True)]
-        self._reaching = llr_db >= threshold_llr_db
-        self._missed = cache(self._missed_by)
+        reaching = llr_db >= threshold_llr_db
+        self._to_choose, self._to_confirm = (np.flatnonzero(reaching[half::2]) * 2 + half for half in (0, 1))
+        self._above = cache(self._above_strangers)
 
-    def _missed_by(self, groups: tuple[int, ...], share: float) -> NDArray[np.bool_]:
+    def _above_strangers(self, groups: tuple[int, ...]) -> NDArray[np.float64]:
+        """Of mates, by how many of the strangers' standard deviations their sums are above the strangers' mean."""
         mean, variance = sum(strangers[n] for strangers, n in zip(self._strangers, groups, strict=True))
         sums = sum(mates[n] for mates, n in zip(self._mates, groups, strict=True))
-        return np.asarray(sums < mean + ndtri(1 - share) * np.sqrt(variance))
+        return np.asarray((sums - mean) / np.sqrt(variance))
 
-    def bound(self, groups: tuple[int, ...], share: float, *, chosen: bool) -> float:
-        lost, drawn = self._count(groups, share, chosen=chosen)
-        return float(betaincinv(lost + 1, max(drawn - lost, 1), 0.95))
+    def shares(self, groups: tuple[int, ...], miss_risk: float) -> list[float]:
+        """Of strangers, how many have to pass for no more of the mates to be lost than the risk, and on the safe side; ascending,
+        none where there are too few mates to tell."""
+        mates = np.sort(self._above(groups)[self._to_choose])
+        lost = np.arange(int(miss_risk * len(mates)) + 1)
+        most = int(np.searchsorted(_bound(lost, len(mates)), miss_risk, side="right"))
+        return [
+            max(float(ndtr(-mates[n])), _SHARE_LEAST)
+            for n in sorted({most - 1, most * 2 // 3, most // 3}, reverse=True)
+            if 0 <= n < most
+        ]
 
-    def _count(self, groups: tuple[int, ...], share: float, *, chosen: bool) -> tuple[int, int]:
-        half = slice(0, None, 2) if chosen else slice(1, None, 2)
-        return int((self._missed(groups, share) & self._reaching)[half].sum()), int(self._reaching[half].sum())
+    def bound(self, groups: tuple[int, ...], share: float) -> float:
+        """Of the mates that were set aside, how many may be lost (Choice.miss_bound)."""
+        return float(_bound(self._lost(groups, share), len(self._to_confirm)))
+
+    def _lost(self, groups: tuple[int, ...], share: float) -> int:
+        return int((self._above(groups)[self._to_confirm] < -ndtri(share)).sum())
 
     def choice(self, groups: tuple[int, ...], share: float, cost: float) -> Choice:
-        lost, drawn = self._count(groups, share, chosen=False)
+        least = -ndtri(share)
         single = [
-            float(self._missed(tuple(n if i == c else 0 for i, n in enumerate(self.most)), share).mean())
+            float((self._above(tuple(n if i == c else 0 for i, n in enumerate(self.most))) < least).mean())
             for c in range(len(groups))
         ]
-        joint = float(self._missed(groups, share).mean())
+        mine = zip(self._columns.values(), groups, strict=True)
         return Choice(
-            self._columns, groups, self._weights, share, cost, self._correlation, drawn, lost, tuple(single), joint
+            tuple(self._columns),
+            groups,
+            tuple(signs_of(column, SIGNED).count(GROUP * n) for column, n in mine),
+            self._weights,
+            share,
+            cost,
+            self._correlation,
+            len(self._to_confirm),
+            self._lost(groups, share),
+            tuple(single),
+            float((self._above(groups) < least).mean()),
         )
+
+
+def _bound(lost: Any, of: int) -> Any:
+    """The upper end of the one-sided 95 % interval of a rate (Clopper and Pearson, 1934)."""
+    return betaincinv(np.asarray(lost) + 1, np.maximum(of - np.asarray(lost), 1), 0.95)
