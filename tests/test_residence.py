@@ -1,5 +1,7 @@
 """What a gallery keeps in memory, and what it lets the system forget."""
 
+import mmap
+
 import numpy as np
 import pytest
 
@@ -82,3 +84,14 @@ def test_single_rows_near_each_other_are_asked_for_together(opened, monkeypatch)
 
 def test_a_machine_s_memory_is_known():
     assert 1 << 28 < snapshot.memory_bytes() < 1 << 50
+
+
+def test_a_long_span_is_asked_for_in_pieces_since_the_system_reads_no_more_of_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(column_file, "_madvise", lambda *given: asked.append(given))
+    column_file._advise_each(1 << 30, np.array([0, 1 << 20]), np.array([300_000, 4096]), mmap.MADV_WILLNEED)
+    (*long, short) = asked
+    assert max(size for _, size, _ in long) <= 1 << 17
+    ends = [start + size for start, size, _ in long]
+    assert [start for start, _, _ in long] == [1 << 30, *ends[:-1]] and ends[-1] == (1 << 30) + 300_000
+    assert short[:2] == ((1 << 30) + (1 << 20), 4096)
