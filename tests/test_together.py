@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import ndtri
 from scipy.stats import norm
 
 import biodedup as bd
@@ -238,3 +239,22 @@ def test_groups_are_kept_apart_in_a_search_together(tmp_path, everybody, monkeyp
 def test_an_unlabelled_calibration_gives_strangers_no_evidence_for_being_mates():
     llr_db = from_embeddings(unit(2_048, 3)).llr_db(np.array([-1.0, -0.3, 0.0, 0.3, 0.7]))
     assert (llr_db[:3] < -20).all() and (np.diff(llr_db) >= 0).all() and llr_db[4] > 60
+
+
+def test_a_plan_leaves_out_what_costs_least_and_loses_no_more_mates_than_the_risk(engine):
+    one = max(together.sets_of(engine._gallery.snapshot(), COLUMNS).values(), key=lambda some: some.count)
+    laws = {column: FACE if column == "face" else FINGER for column in COLUMNS}
+    draw = together._Draw(one, laws, 2e-3, 60.0, 0.3)
+    some, every = (2,) * len(COLUMNS), draw.most
+    fewer = {c: tuple(n - (i == c) for i, n in enumerate(some)) for c in range(len(COLUMNS))}
+    for groups in (every, some, *fewer.values()):
+        reaching = draw._above(groups)[draw._to_choose]
+        shares = draw.shares(groups)
+        assert 0 < shares[0] < shares[1] < shares[2]
+        lost = (reaching < -ndtri(shares[0]) - 1e-6).sum()
+        assert draw._may_lose - 1 <= lost <= draw._may_lose < 2e-3 * len(reaching)
+        assert draw.bound(groups, shares[2]) < draw.bound(groups, shares[0])
+    without = {c: draw.shares(groups)[0] for c, groups in fewer.items()}
+    assert max(without, key=without.get) == COLUMNS.index("face"), "a face says most"
+    assert min(without.values()) > draw.shares(some)[0] > draw.shares(every)[0]
+    assert together._Draw(one, laws, 1e-6, 60.0, 0.3).shares(some) == [], "too few mates to tell"

@@ -306,7 +306,7 @@ class ColumnFile:
             ends = np.minimum(ends, len(self._content))
             _advise(self._address, starts, ends - starts, mmap.MADV_WILLNEED)
         _touch(self._octets, self._start + todo * self._block_bytes, self._block_bytes)
-        for block in self._damaged_of(todo):
+        if (block := next(self._damaged_of(todo), None)) is not None:
             raise self.damaged(f"block {block}, in {', '.join(self._arrays_in(block))}")
         self._checked[todo] = True
 

@@ -4,7 +4,7 @@ Owns the search of rows that have two or more of a probe's columns, in one shard
 aged and whose finger is dry is far down in either column, but hardly any stranger is as near in both; so one pass over some signs
 of all columns needs less arithmetic than one column by itself, and loses fewer mates.
 
-1. Signs of all columns, some of each (`signs.py`): their sums, weighted by what a column is worth, let a share of about 1e-3 pass.
+1. Signs of all columns, some of each (`signs.py`): their sums, weighted by what a column is worth, let a share of about 3e-4 pass.
 2. Of these, while they are in the cache, the upper halves of all columns estimate similarities; their evidence adds as log-likelihood
    ratios, and what is among a probe's best so far, or reaches a floor, is kept.
 3. The best are compared exactly, and so is whatever reaches the floor.
@@ -395,16 +395,16 @@ def choose(
     """The cheapest way to search rows like those of a class that loses at most this share of the mates that reach the
     threshold. correlation: of how well two captures of a subject match, as ranks on a normal scale. None where no way is cheaper
     than to scan each column by itself."""
-    draw = _Draw(one, calibrations, threshold_llr_db, correlation)
+    draw = _Draw(one, calibrations, miss_risk, threshold_llr_db, correlation)
     found, groups = [], draw.most
     while True:
-        for share in draw.shares(groups, miss_risk):
+        for share in (max(least, _SHARE_LEAST) for least in draw.shares(groups)):
             cost = GROUP * sum(groups) + len(groups) * (_TAKEN + _COMPARED * share)
             found.append((cost, groups, share))
         fewer = [(*groups[:c], n - 1, *groups[c + 1 :]) for c, n in enumerate(groups) if n and sum(groups) > 1]
         if not found or not fewer:
             break
-        groups = min(fewer, key=lambda some: draw.shares(some, miss_risk)[0])
+        groups = min(fewer, key=lambda some: draw.shares(some)[0])
     for cost, groups, share in sorted(found):
         if cost < _ALONE * len(groups) and draw.bound(groups, share) <= miss_risk:
             return draw.choice(groups, share, cost / _ALONE)
@@ -415,7 +415,12 @@ class _Draw:
     """Mates and strangers, drawn from what is known of each column."""
 
     def __init__(
-        self, one: Class, calibrations: Mapping[str, Calibration], threshold_llr_db: float, correlation: float
+        self,
+        one: Class,
+        calibrations: Mapping[str, Calibration],
+        miss_risk: float,
+        threshold_llr_db: float,
+        correlation: float,
     ) -> None:
         self._columns, self._correlation = {name: one.part.columns[name] for name in one.columns}, correlation
         rng = np.random.default_rng(_SEED)
@@ -427,35 +432,36 @@ class _Draw:
             similarity = calibrations[name].mated_similarities(quantiles)
             llr_db += calibrations[name].llr_db(similarity)
             law = signs_of(column, SIGNED).groups
-            mates.append(np.cumsum(law.mated(similarity, rng), axis=0))
+            mates.append(np.cumsum(law.mated(similarity, rng), axis=0).astype(np.float32))
             strangers.append(law.strangers)
         self.most = tuple(len(sums) for sums in mates)
         # by Fisher's discriminant: what parts mates from strangers most, column by column
         weights = [(m[-1].mean() - s[-1, 0]) / (m[-1].var() + s[-1, 1]) for m, s in zip(mates, strangers, strict=True)]
         self._weights = tuple(float(max(w, 1e-6) / max(weights)) for w in weights)
-        self._mates = [np.concatenate([np.zeros((1, _MATES)), sums]) * w for sums, w in zip(mates, self._weights, strict=True)]  # fmt: skip
+        self._mates = [
+            np.pad(sums, ((1, 0), (0, 0))) * np.float32(w) for sums, w in zip(mates, self._weights, strict=True)
+        ]
         self._strangers = [s * (w, w * w) for s, w in zip(strangers, self._weights, strict=True)]
         reaching = llr_db >= threshold_llr_db
         self._to_choose, self._to_confirm = (np.flatnonzero(reaching[half::2]) * 2 + half for half in (0, 1))
-        self._above = cache(self._above_strangers)
+        lost = np.arange(int(miss_risk * len(self._to_choose)) + 1)
+        self._may_lose = int(np.searchsorted(_bound(lost, len(self._to_choose)), miss_risk, side="right")) - 1
+        self.shares = cache(self._shares)
 
-    def _above_strangers(self, groups: tuple[int, ...]) -> NDArray[np.float64]:
+    def _above(self, groups: tuple[int, ...]) -> Float32:
         """Of mates, by how many of the strangers' standard deviations their sums are above the strangers' mean."""
         mean, variance = sum(strangers[n] for strangers, n in zip(self._strangers, groups, strict=True))
         sums = sum(mates[n] for mates, n in zip(self._mates, groups, strict=True))
-        return np.asarray((sums - mean) / np.sqrt(variance))
+        return np.asarray((sums - mean) / np.sqrt(variance), np.float32)
 
-    def shares(self, groups: tuple[int, ...], miss_risk: float) -> list[float]:
+    def _shares(self, groups: tuple[int, ...]) -> list[float]:
         """Of strangers, how many have to pass for no more of the mates to be lost than the risk, and on the safe side; ascending,
         none where there are too few mates to tell."""
-        mates = np.sort(self._above(groups)[self._to_choose])
-        lost = np.arange(int(miss_risk * len(mates)) + 1)
-        most = int(np.searchsorted(_bound(lost, len(mates)), miss_risk, side="right"))
-        return [
-            max(float(ndtr(-mates[n])), _SHARE_LEAST)
-            for n in sorted({most - 1, most * 2 // 3, most // 3}, reverse=True)
-            if 0 <= n < most
-        ]
+        if self._may_lose < 0:
+            return []
+        lost = sorted({self._may_lose, self._may_lose * 2 // 3, self._may_lose // 3}, reverse=True)
+        mates = np.partition(self._above(groups)[self._to_choose], lost)
+        return [float(ndtr(-mates[n])) for n in lost]
 
     def bound(self, groups: tuple[int, ...], share: float) -> float:
         """Of the mates that were set aside, how many may be lost (Choice.miss_bound)."""
