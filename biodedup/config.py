@@ -162,9 +162,11 @@ class GalleryConfig:
     """Seal and merge on a thread of the engine's own; otherwise only when `compact` or a bulk load asks for it."""
     segment_rows: int = 1 << 24
     """Rows of a segment that is not merged further: bounds the disk and the time that a merge needs."""
+    encounters_max: int = 3
+    """Rows (encounters) that a subject keeps, chosen by quality and spread over time; more where each has a column of its own."""
 
     def __post_init__(self) -> None:
-        for name, least in (("seal_rows", 1), ("merge_fan", 2), ("segment_rows", 1)):
+        for name, least in (("seal_rows", 1), ("merge_fan", 2), ("segment_rows", 1), ("encounters_max", 1)):
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least {least}")
 

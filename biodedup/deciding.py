@@ -1,13 +1,13 @@
 """From what a search found to a decision, and from one comparison to a verification.
 
-Owns which rows count as candidates, and what a mate would score with the captures at hand, from which the review threshold follows.
+Owns which rows count as candidates, how an update is checked against the subject itself, and what a mate would score with the captures at hand, from which the review threshold follows.
 Never searches and never writes; the rules are those of `match/judgement.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from biodedup.config import Config
 from biodedup.errors import CallerError
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.match.compare import Comparer, InHand
+from biodedup.match.compare import Comparer
 from biodedup.match.fusion import mated_quantile_db, mated_share_below
 from biodedup.match.judgement import BELIEVED, judge, kinds_of
 from biodedup.match.ranked import Comparison, Ranked
 from biodedup.probes import Probe
 from biodedup.search.across import comparable_bits
-from biodedup.search.rescore import Found
+from biodedup.search.rescore import Found, SnapshotRows
 from biodedup.values import Candidate, Decision, Encounter, Kind, Refusal, Template, Verification
 
 _ATTAINED_SHARE = 0.95
@@ -46,18 +46,27 @@ class Decider:
     clock: Callable[[], float]
 
     def decide(
-        self, probe: Probe, found: Found, now: Snapshot, *, version: int, besides: int | None = None
+        self,
+        probe: Probe,
+        found: Found,
+        now: Snapshot,
+        *,
+        version: int,
+        own: Sequence[int] = (),
+        different: Collection[int] = (),
     ) -> Decision:
-        """version: of the gallery, once the decision stands. besides: the row that is being replaced, no candidate for itself."""
+        """version: of the gallery, once the decision stands. own: rows that are no candidates: of the case that is decided, and of the
+        subject that it is to update; different: rows that were judged to be of somebody else."""
         policy = self.config.policy
-        duplicate_db, band_db = policy.thresholds_db(now.live_count)
+        duplicate_db, band_db = policy.thresholds_db(now.searched_count)
         returned, cleared = _first(
             found.comparisons,
             self.config.search.returned,
-            lambda rows: now.are_live(rows) & (rows != (-1 if besides is None else besides)),
-            now.rows_different(probe.encounter.subject_id),
+            lambda rows: now.are_present(rows) & ~np.isin(rows, own),
+            lambda row: bool(different) and set(different).issuperset(now.siblings(row)),
         )
-        compared = now.count_with(comparable_bits(probe.templates, now.models, across=found.across))
+        bits = comparable_bits(probe.templates, now.models, across=found.across)
+        compared = now.count_with(bits) - int(np.count_nonzero(now.presence(own) & bits) if own else 0)
         expected = self._expected(probe.templates, now, band_db, across=found.across) if compared else None
         review_db = band_db if expected is None or policy.review_db is not None else expected.review_db
         verdict = judge(
@@ -67,20 +76,20 @@ class Decider:
             band_db=band_db,
             incomplete=found.incomplete,
             usable=bool(probe.templates),
-            nothing_in_common=not compared and now.live_count > 0,
+            nothing_in_common=not compared and now.present_count > len(own),
             trust_extrapolation=policy.trust_extrapolation,
+            waiting=[c.row in now.pending for c in returned],
         )
-        names = now.subject_ids([c.row for c in (*returned, *cleared)])
         return Decision(
             verdict.outcome,
             probe.encounter.subject_id,
             probe.encounter.encounter_id,
-            _candidates(names, returned, verdict.kinds),
+            _candidates(now, returned, verdict.kinds),
             probe.refusals,
             probe.missing,
             duplicate_db,
             review_db,
-            now.live_count,
+            now.searched_count,
             version,
             tuple(sorted({template.model_id for template in probe.templates.values()})),
             found.incomplete,
@@ -89,13 +98,49 @@ class Decider:
             None if expected is None else expected.attainable_db,
             None if expected is None else expected.fnir,
             compared,
-            _candidates(names[len(returned) :], cleared, kinds_of(cleared, duplicate_db, review_db)),
+            _candidates(now, cleared, kinds_of(cleared, duplicate_db, review_db)),
         )
+
+    def confirmed(self, decision: Decision, probe: Probe, now: Snapshot, own: Sequence[int]) -> Decision:
+        """The decision on an update: with captures that do not verify as the subject's, a person has to look. own: its rows."""
+        if decision.outcome not in ("unique", "review"):
+            return decision
+        compared = self._with_subject(probe, now, own)
+        threshold_db = self._verify_db()
+        (kind,) = kinds_of(compared, threshold_db, threshold_db) or ("",)
+        if kind in BELIEVED:
+            return decision
+        return self.disputed(decision, probe, now, own)
+
+    def disputed(self, decision: Decision, probe: Probe, now: Snapshot, own: Sequence[int]) -> Decision:
+        """The decision `review`, with the subject itself as the first candidate: are these captures theirs?"""
+        compared = self._with_subject(probe, now, own)
+        kinds = kinds_of(compared, decision.duplicate_db, decision.review_db)
+        told: Kind = kinds[0] if kinds and kinds[0] not in ("", *BELIEVED) else "another_person"
+        nothing = Candidate(probe.subject_id, 1, 0.0, False, (), kind=told, rows=tuple(own))
+        (mine,) = _candidates(now, compared, [told]) if compared else (nothing,)
+        others = (replace(other, rank=rank) for rank, other in enumerate(decision.candidates, start=2))
+        return replace(
+            decision,
+            outcome="review",
+            candidates=(mine, *others),
+            reasons=tuple(dict.fromkeys(("another_person", told, *decision.reasons))),
+        )
+
+    def _with_subject(self, probe: Probe, now: Snapshot, own: Sequence[int]) -> Sequence[Comparison]:
+        """The probe compared with all rows of the subject: one comparison, or none where nothing is comparable."""
+        rows = np.array(own, np.int64)
+        return self.comparer.compare(probe.templates, SnapshotRows(now), rows, subjects=np.zeros(len(rows), np.int64))[
+            :
+        ]
+
+    def _verify_db(self) -> float:
+        return -10 * float(np.log10(self.config.policy.verify_fmr))
 
     def refused(self, encounter: Encounter, error: CallerError, now: Snapshot) -> Decision:
         """What an encounter of a stream gets where by itself it would raise the error."""
         refusal = Refusal("encounter", _snake_case(type(error).__name__), str(error))
-        duplicate_db, review_db = self.config.policy.thresholds_db(now.live_count)
+        duplicate_db, review_db = self.config.policy.thresholds_db(now.searched_count)
         return Decision(
             "refused",
             encounter.subject_id,
@@ -105,15 +150,15 @@ class Decider:
             (),
             duplicate_db,
             review_db,
-            now.live_count,
+            now.searched_count,
             now.version,
             decided_at=self.clock(),
         )
 
-    def verify(self, probe: Probe, subject_id: str, enrolled: Mapping[str, Template]) -> Verification:
-        """1:1 with a subject's templates."""
-        threshold_db = -10 * float(np.log10(self.config.policy.verify_fmr))
-        compared = self.comparer.compare(probe.templates, InHand(enrolled), [0])
+    def verify(self, probe: Probe, subject_id: str, now: Snapshot, own: Sequence[int]) -> Verification:
+        """1:1 with all rows of a subject."""
+        threshold_db = self._verify_db()
+        compared = self._with_subject(probe, now, own)
         if not compared:
             return Verification(subject_id, False, 0.0, threshold_db, False, (), probe.refusals)
         best = compared[0]
@@ -145,7 +190,7 @@ def _first(
     ranked: Ranked,
     count: int,
     which_count: Callable[[NDArray[np.int64]], NDArray[np.bool_]],
-    different: Collection[int],
+    is_different: Callable[[int], bool],
 ) -> tuple[list[Comparison], list[Comparison]]:
     """(the first so many of the rows that count, those before them that were judged to be somebody else)."""
     first: list[int] = []
@@ -154,19 +199,29 @@ def _first(
         rows = ranked.rows[low : low + _FIRST_ROWS]
         for at in np.flatnonzero(which_count(rows)).tolist():
             if len(first) < count:
-                (cleared if int(rows[at]) in different else first).append(low + at)
+                (cleared if is_different(int(rows[at])) else first).append(low + at)
         if len(first) == count:
             break
     comparisons = ranked.at(first + cleared)
     return comparisons[: len(first)], comparisons[len(first) :]
 
 
-def _candidates(
-    names: Sequence[str], comparisons: Sequence[Comparison], kinds: Sequence[Kind]
-) -> tuple[Candidate, ...]:
+def _candidates(now: Snapshot, comparisons: Sequence[Comparison], kinds: Sequence[Kind]) -> tuple[Candidate, ...]:
+    names = now.subject_ids([c.row for c in comparisons])
     return tuple(
-        Candidate(name, rank, c.score_db, c.extrapolated, c.evidence, c.charge_db, kind, c.interval_db)
-        for rank, (name, c, kind) in enumerate(zip(names, comparisons, kinds, strict=False), start=1)
+        Candidate(
+            name,
+            rank,
+            c.score_db,
+            c.extrapolated,
+            c.evidence,
+            c.charge_db,
+            kind,
+            c.interval_db,
+            now.siblings(c.row),
+            now.pending.get(c.row, ""),
+        )
+        for rank, (name, c, kind) in enumerate(zip(names, comparisons, kinds, strict=True), start=1)
     )
 
 

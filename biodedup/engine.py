@@ -63,6 +63,7 @@ from biodedup.values import (
     Cluster,
     Decision,
     Encounter,
+    EnrolledEncounter,
     Link,
     Ruling,
     Score,
@@ -71,6 +72,7 @@ from biodedup.values import (
     Verdict,
     Verification,
     check_groups,
+    check_note,
 )
 
 
@@ -102,10 +104,10 @@ class Engine:
         self._preparer = Preparer(gallery, self._extractor, known, config)
         self._searches = Searches(gallery, self._searcher)
         self._decider = Decider(config, self._comparer, clock)
-        self._enrolment = Enrolment(gallery, self._preparer, self._searches, self._decider, new_id)
-        self._review = Review(
-            gallery, self._preparer, self._comparer, self._searches, self._decider, self._enrolment, clock
+        self._enrolment = Enrolment(
+            gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max
         )
+        self._review = Review(gallery, self._preparer, self._searches, self._decider, self._enrolment, clock)
         self._loader = Loader(gallery, self._preparer, self._decider, new_id, config.gallery.seal_rows)
         self._closed = False
         refuse_other_models(gallery, self._extractor)
@@ -182,17 +184,33 @@ class Engine:
         """
         return self._enrol(encounter, across_positions, replaces=False)
 
-    def update(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
-        """Replaces an enrolled subject's templates and groups by those of a new encounter, unless they are somebody else's.
+    def update(
+        self,
+        encounter: Encounter,
+        *,
+        across_positions: bool | None = None,
+        replace: bool = False,
+        reason: str = "",
+    ) -> Decision:
+        """Adds an encounter to an enrolled subject, if its captures verify as the subject's and nobody else's.
 
-        Everybody but the subject is searched. `unique` replaces; `duplicate`, `review` and `refused` leave the subject as
-        it was. Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, StorageUnavailable.
+        The captures are compared 1:1 with what is enrolled, at `policy.verify_fmr`, and with everything else. `unique`: the encounter
+        is a further row of the subject; columns that were not sent stay. Of too many rows the best are kept
+        (`GalleryConfig.encounters_max`). `review`: a case; with the reason `another_person` the captures were not confirmed as the
+        subject's. `duplicate`: they are somebody else's. All but `unique` leave the subject as it was.
+        replace: all that was enrolled of the subject is replaced, without being verified against; reason, which is needed then, stands
+        in the decision. Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, StorageUnavailable.
         """
-        return self._enrol(encounter, across_positions, replaces=True)
+        if replace != bool(reason):
+            raise InvalidInput("replace=True and a reason go together: say why all that is enrolled is to be replaced")
+        check_note(reason, "the reason")
+        return self._enrol(encounter, across_positions, replaces=True, reason=reason)
 
-    def _enrol(self, encounter: Encounter, across_positions: bool | None, *, replaces: bool) -> Decision:
+    def _enrol(
+        self, encounter: Encounter, across_positions: bool | None, *, replaces: bool, reason: str = ""
+    ) -> Decision:
         self._check_open()
-        sought = self._enrolment.seek([encounter], self._across(across_positions), replaces=replaces)
+        sought = self._enrolment.seek([encounter], self._across(across_positions), replaces=replaces, reason=reason)
         (answer,) = self._enrolment.commit(sought)
         if isinstance(answer, CallerError):
             raise answer
@@ -248,13 +266,15 @@ class Engine:
     ) -> Decision:
         """Takes a person's verdict on a case and returns the decision as it stands then.
 
-        `same`: the encounter is of that candidate; it is a duplicate, and not enrolled. `different`: it is not; once nobody is
-        left, among the candidates and in a search of all who are enrolled by now, the subject is enrolled or updated from the
-        templates that were kept; otherwise it stays in `review`. The pair is never raised again, in no search and no join.
-        `recapture`: refused; the templates are dropped. candidate: None means the only one, or with `different` all.
+        `same`: the encounter is of that candidate; it is a duplicate, and not enrolled. `different`: it is not; once no candidate is
+        left, in the list and in a search of all that is enrolled or waits by now, the subject is enrolled or updated; otherwise the case
+        stays in `review`. The verdict is about the rows that were compared: these pairs are raised in no search of the case and in no
+        join again, but a subject that gets another row is asked about anew. `recapture`: refused; the templates are dropped.
+        candidate: the subject_id of one, or the encounter_id of one that is an open case (`Candidate.key`); None means the only one, or
+        with `different` all. Open cases that are linked with this one are decided again; one that has no candidate left is enrolled.
 
-        Where the subject itself is the candidate (`dispute`), `different` refuses the encounter; `same` accepts it, once nobody else is
-        left as above, and adds the templates of columns that the subject lacks.
+        Where the subject itself is the candidate (`dispute`, an update that was not confirmed), `different` refuses the encounter;
+        `same` accepts it, once no other is left as above, as a further row of the subject.
 
         The same verdict again changes nothing. Raises EncounterConflict for another one on what was judged, SubjectExists or
         UnknownSubject where the subject was enrolled or removed otherwise, InvalidInput, StorageUnavailable.
@@ -287,8 +307,8 @@ class Engine:
         """1:1, at `policy.verify_fmr`. Raises UnknownSubject. Without a usable capture nothing is accepted."""
         self._check_open()
         probe = self._prepared(encounter)
-        templates = self._enrolled(subject_id)
-        result = self._decider.verify(probe, subject_id, templates)
+        templates, snapshot = self._enrolled(subject_id), self._gallery.snapshot()
+        result = self._decider.verify(probe, subject_id, snapshot, snapshot.rows_under(subject_id))
         if (steps := tracing()) is not None:
             record_verification(steps, probe.templates, templates, result)
         return result
@@ -362,8 +382,8 @@ class Engine:
         if threshold_db is None:
             threshold_db, _ = self.config.policy.thresholds_db(len(self))
         snapshot = self._gallery.snapshot()
-        live = snapshot.live_rows() if among is None else np.unique(snapshot.rows_of(pack_text(among)))
-        live = live[live >= 0]
+        snapshot = snapshot.enrolled
+        live = snapshot.live_rows() if among is None else np.unique(snapshot.all_rows_of(pack_text(among))[1])
         if since is not None:
             everybody = snapshot.live_rows()
             live = np.union1d(live[live >= since[0]], everybody[everybody >= since[1]])
@@ -455,14 +475,20 @@ class Engine:
         return np.asarray(self.rows_of(subject_ids) >= 0)
 
     def rows_of(self, subject_ids: Sequence[str]) -> NDArray[np.int64]:
-        """int64 (n,): the row of each, -1 where it is not enrolled. Rows only grow; who is updated gets another one."""
+        """int64 (n,): the newest row of each, -1 where it is not enrolled. Rows only grow; a subject that is updated gets another one."""
         self._check_open()
         return self._gallery.snapshot().rows_of(pack_text(subject_ids))
 
     def templates(self, subject_id: str) -> dict[str, Template]:
-        """column -> the template enrolled there; embeddings of a sealed row in eight bits a number. Raises UnknownSubject."""
+        """column -> the best template enrolled there, by quality, then the newest; embeddings of a sealed row in eight bits a number.
+        Raises UnknownSubject."""
         self._check_open()
         return self._enrolled(subject_id)
+
+    def encounters(self, subject_id: str) -> list[EnrolledEncounter]:
+        """The encounters that an enrolled subject owns, oldest first. Raises UnknownSubject."""
+        self._enrolled(subject_id)
+        return self._gallery.snapshot().encounters_of(subject_id)
 
     def decision(self, encounter_id: str) -> Decision | None:
         """The decision that an encounter got, or None for one never seen; of a case, as it stands by now."""
@@ -474,7 +500,7 @@ class Engine:
         """Counts, models and thresholds, JSON-ready."""
         self._check_open()
         snapshot = self._gallery.snapshot()
-        duplicate_db, review_db = self.config.policy.thresholds_db(snapshot.live_count)
+        duplicate_db, review_db = self.config.policy.thresholds_db(snapshot.searched_count)
         counts = snapshot.column_counts()
         models = {
             column: {"model_id": model.model_id, "dimension": model.dimension, "subjects": counts[column]}
@@ -484,6 +510,7 @@ class Engine:
             "gallery_id": self._gallery.gallery_id,
             "gallery_version": snapshot.version,
             "subjects": snapshot.live_count,
+            "rows": snapshot.live_count + snapshot.extra_rows,
             "removed_not_erased": len(snapshot.tombstones),
             "segments": len(snapshot.parts) - 1,
             "sealed_rows": snapshot.parts[-1].first_row,

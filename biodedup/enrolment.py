@@ -2,11 +2,12 @@
 
 Owns what lies between a search and its durable answer, and the queue of those who wait to commit. Never compares, never judges.
 
-    seek (no lock) -> wait for the lock -> search what came since -> decide -> stage -> commit -> answer
+    seek (no lock) -> wait for the lock -> search what came since -> decide -> verify updates -> stage -> commit -> answer
 
 1. The commit compares a probe with every row that its search had not seen, those of the same batch included.
-2. Whoever gets the lock commits for all who wait: one sync of the disk acknowledges them all, or none.
+2. The thread that gets the lock commits for all that wait: one sync of the disk acknowledges them all, or none.
 3. A mistake of one caller is answered to that one; the others of the batch are settled all the same.
+4. An update is verified against what is enrolled, and adds a row. Only one that says why replaces what was there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from biodedup.deciding import Decider
 from biodedup.errors import BiodedupError, CallerError, StorageUnavailable, UnknownSubject
 from biodedup.gallery.answers import answered_before, digest_of, to_json
 from biodedup.gallery.cases import Request
+from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.tail import Answer
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
@@ -29,17 +32,18 @@ from biodedup.probes import Preparer, Probe, check_models, require_subject
 from biodedup.search.rescore import Found
 from biodedup.searches import Searches, Seen
 from biodedup.trace import tracing, untraced
-from biodedup.values import Decision, Encounter
+from biodedup.values import Case, Decision, Encounter
 
 
 @dataclass(eq=False)
 class _Waiting:
-    """Probes of one caller that wait to be settled. replaces: updates, not new subjects."""
+    """Probes of one caller that wait to be settled. replaces: updates, not new subjects; reason: why all is replaced, or ""."""
 
     probes: Sequence[Probe]
     digests: Sequence[bytes]
     seen: Seen
     replaces: bool
+    reason: str
     answers: list[Decision | CallerError] = field(default_factory=list)
     error: BiodedupError | None = None
     done: bool = False
@@ -55,7 +59,8 @@ class Sought:
 
 
 class Enrolment:
-    """Enrols and updates subjects of one gallery. new_id: fresh identifiers, for encounters that have none. Thread-safe."""
+    """Enrols and updates subjects of one gallery. new_id: fresh identifiers, for encounters that have none; encounters_max: rows that a
+    subject keeps. Thread-safe."""
 
     def __init__(
         self,
@@ -64,25 +69,30 @@ class Enrolment:
         searches: Searches,
         decider: Decider,
         new_id: Callable[[], str],
+        encounters_max: int,
     ) -> None:
         self._gallery = gallery
         self._preparer = preparer
         self._searches = searches
         self._decider = decider
         self._new_id = new_id
+        self._encounters_max = encounters_max
         self._waiting: list[_Waiting] = []
         self._waiting_lock = threading.Lock()
 
     # before the lock --------------------------------------------------------------------------------------------
 
-    def seek(self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False) -> Sought:
+    def seek(
+        self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False, reason: str = ""
+    ) -> Sought:
         """Prepares encounters, and searches the gallery as it is."""
         answers: list[Decision | CallerError | None] = [None] * len(encounters)
-        digests = [digest_of(encounter, "update" if replaces else "enroll") for encounter in encounters]
+        operation = "enroll" if not replaces else f"replace: {reason}" if reason else "update"
+        digests = [digest_of(encounter, operation) for encounter in encounters]
         for i, encounter in enumerate(encounters):
             try:
                 require_subject(encounter)
-                answers[i] = answered_before(self._gallery.answer, encounter, digests[i])
+                answers[i] = self.answered(self._gallery.answer, encounter, digests[i], self._gallery.snapshot())
             except CallerError as error:
                 answers[i] = error
         todo = [i for i, answer in enumerate(answers) if answer is None]
@@ -100,7 +110,7 @@ class Enrolment:
             return Sought(answers)
         mine = list(probes.values())
         seen = self._searches.seek(mine, across=across)
-        return Sought(answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces))
+        return Sought(answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces, reason))
 
     def ahead(self, batches: Iterator[list[Encounter]], across: bool) -> Iterator[tuple[list[Encounter], Sought]]:
         """Each batch with what was found; the next one is searched while the caller has this one."""
@@ -153,26 +163,50 @@ class Enrolment:
     def _settle(self, transaction: Transaction, one: _Waiting) -> None:
         for probe, found, digest in zip(one.probes, one.seen.found, one.digests, strict=True):
             try:
-                answer = answered_before(transaction.answer, probe.encounter, digest)
+                answer = self.answered(transaction.answer, probe.encounter, digest, transaction.snapshot())
                 if answer is None:
-                    decision = self.decide(transaction, probe, found, one.seen, replaces=one.replaces)
-                    asked = Request(one.replaces, tuple(probe.encounter.groups), one.seen.across)
+                    asked = Request(one.replaces, tuple(probe.encounter.groups), one.seen.across, one.reason)
+                    decision = self.decide(transaction, probe, found, one.seen, asked)
                     answer = self.record(transaction, probe, decision, digest, asked)
                 one.answers.append(answer)
             except CallerError as error:
                 one.answers.append(error)
 
-    def decide(self, transaction: Transaction, probe: Probe, found: Found, seen: Seen, *, replaces: bool) -> Decision:
-        """Decides inside the transaction, so that no row can slip in between the search and the commit."""
+    def decide(
+        self, transaction: Transaction, probe: Probe, found: Found, seen: Seen, asked: Request, case: Case | None = None
+    ) -> Decision:
+        """Decides inside the transaction, so that no row can slip in between the search and the commit. case: the one that is decided
+        again; whether its captures are the subject's is for its verdicts to say."""
         now = transaction.snapshot()
-        replaced = now.row_of(probe.subject_id)
-        if replaced is not None and not replaces:
+        own = now.rows_under(probe.subject_id)
+        if own and not asked.replaces:
             raise exists(probe.subject_id)
-        if replaced is None and replaces:
+        if not own and asked.replaces:
             raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to update")
         check_models(probe.templates, transaction.models)
         found = self._searches.completed(probe, found, seen, now)
-        return self._decider.decide(probe, found, now, version=transaction.version, besides=replaced)
+        own += now.pending_under(probe.subject_id)  # under the same name no second identity slips past
+        if case is not None and case.row is not None:
+            different = now.different.get(case.row, ())
+            return self._decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
+        decision = self._decider.decide(probe, found, now, version=transaction.version, own=own)
+        if not asked.replaces:
+            return decision
+        return (
+            replace(decision, replacement=asked.reason)
+            if asked.reason
+            else self._decider.confirmed(decision, probe, now, now.rows_under(probe.subject_id))
+        )
+
+    @staticmethod
+    def answered(
+        answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes, now: Snapshot
+    ) -> Decision | None:
+        """The answer that this encounter got before; it says `removed` where its subject has been removed since."""
+        answer = answered_before(answer_of, encounter, digest)
+        if answer is None or answer.outcome != "unique" or answer.subject_id is None:
+            return answer
+        return answer if now.rows_under(answer.subject_id) else replace(answer, reasons=(*answer.reasons, "removed"))
 
     def record(
         self, transaction: Transaction, probe: Probe, decision: Decision, digest: bytes, asked: Request
@@ -181,18 +215,25 @@ class Enrolment:
         encounter_id = probe.encounter.encounter_id or self._new_id()
         decision = replace(decision, encounter_id=encounter_id)
         if decision.outcome == "unique":
-            write(transaction, probe, encounter_id)
+            if asked.reason:
+                transaction.remove(probe.subject_id)
+            if asked.replaces and not asked.reason:
+                transaction.add_encounter(probe.subject_id, probe.templates, encounter_id, asked.groups)
+                self.thin_out(transaction, probe.subject_id)
+            else:
+                transaction.add(probe.subject_id, probe.templates, encounter_id, asked.groups)
         elif decision.outcome == "review":
-            transaction.hold(encounter_id, probe.templates.values(), asked)
+            transaction.hold(probe.subject_id, probe.templates, encounter_id, asked)
         transaction.record(encounter_id, Answer(digest, decision.outcome, to_json(decision)))
         return decision
 
-
-def write(transaction: Transaction, probe: Probe, encounter_id: str) -> None:
-    """Stages a subject, or replaces who is enrolled."""
-    if transaction.snapshot().row_of(probe.subject_id) is not None:
-        transaction.remove(probe.subject_id)
-    transaction.add(probe.subject_id, probe.templates, encounter_id, probe.encounter.groups)
+    def thin_out(self, transaction: Transaction, subject_id: str) -> None:
+        """Stages the removal of rows that a subject has too many of."""
+        now = transaction.snapshot()
+        rows = now.rows_under(subject_id)
+        if len(rows) > self._encounters_max:
+            kept = kept_rows(now, rows, self._encounters_max)
+            transaction.remove_rows(sorted(set(rows) - set(kept)))
 
 
 def _for_waiting(error: BaseException) -> BiodedupError:

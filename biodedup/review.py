@@ -5,22 +5,20 @@ Owns the order of the steps. What a verdict means is `gallery/cases.py`; how the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from biodedup.deciding import Decider
-from biodedup.enrolment import Enrolment, write
-from biodedup.errors import InvalidInput, UnknownSubject
-from biodedup.gallery.answers import answered_before, digest_of
-from biodedup.gallery.cases import Request, closed, closes, reconsidered, ruled
+from biodedup.enrolment import Enrolment
+from biodedup.errors import CallerError, InvalidInput, UnknownSubject
+from biodedup.gallery.answers import digest_of
+from biodedup.gallery.cases import Request, closed, closes, different_rows, reconsidered, request_of, ruled
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
-from biodedup.match.compare import Comparer
-from biodedup.match.judgement import BELIEVED
 from biodedup.probes import Preparer, Probe, check_models, require_subject
-from biodedup.search.rescore import Found, SnapshotRows
-from biodedup.searches import Searches
-from biodedup.values import Candidate, Case, Decision, Encounter, Kind, Ruling
+from biodedup.search.rescore import Found
+from biodedup.searches import Searches, Seen
+from biodedup.values import Case, Decision, Encounter, Ruling, Verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +27,6 @@ class Review:
 
     gallery: Gallery
     preparer: Preparer
-    comparer: Comparer
     searches: Searches
     decider: Decider
     enrolment: Enrolment
@@ -57,7 +54,7 @@ class Review:
         if not probe.templates:
             raise InvalidInput("no capture of the encounter can be used; a case needs one to judge")
         with self.gallery.transaction() as transaction:
-            answer = answered_before(transaction.answer, encounter, digest)
+            answer = self.enrolment.answered(transaction.answer, encounter, digest, transaction.snapshot())
             if answer is not None:
                 return answer
             decision = self._disputed(transaction, probe)
@@ -67,66 +64,90 @@ class Review:
     def _disputed(self, transaction: Transaction, probe: Probe) -> Decision:
         """The decision `review`, with the subject alone as its candidate."""
         now = transaction.snapshot()
-        row = now.row_of(probe.subject_id)
-        if row is None:
+        own = now.rows_under(probe.subject_id)
+        if not own:
             raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to dispute")
         check_models(probe.templates, transaction.models)
-        compared = self.comparer.compare(probe.templates, SnapshotRows(now), [row])
-        decision = self.decider.decide(probe, Found(compared), now, version=transaction.version)
-        (own,) = decision.candidates or (Candidate(probe.subject_id, 1, 0.0, False, ()),)
-        kind: Kind = "another_person" if own.kind in ("", *BELIEVED) else own.kind
-        return replace(
-            decision,
-            outcome="review",
-            candidates=(replace(own, kind=kind),),
-            compared=len(decision.candidates),
-            reasons=tuple(dict.fromkeys(("another_person", kind))),
-        )
+        decision = self.decider.decide(probe, Found(), now, version=transaction.version)
+        return self.decider.disputed(replace(decision, reasons=()), probe, now, own)
 
     def adjudicate(self, encounter_id: str, ruling: Ruling, by: str, note: str, candidate: str | None) -> Decision:
-        """Records a verdict. Where it may close the case by enrolling the subject, everybody enrolled by now is searched first."""
+        """Records a verdict. What it may enrol is compared first with all that is enrolled or waits by now; open cases that are linked
+        with this one are decided again."""
         case = self.case(encounter_id)
-        wanted = ruled(case, ruling, candidate, by, 0.0, note)  # raises before anybody is searched for
-        probe = Probe(
-            Encounter(case.subject_id, case.decision.missing, encounter_id=encounter_id, groups=case.groups),
-            case.templates,
-            case.decision.refusals,
-        )
-        seen = None
-        if any(verdict.ruling == "different" or not closes(verdict) for verdict in wanted):
-            seen = self.searches.seek([probe], across=case.across_positions, besides=len(case.decision.candidates))
+        wanted = ruled(case, ruling, candidate, by, 0.0, note)  # raises before anything is searched
+        sought = self._sought([case] if any(not closes(verdict) for verdict in wanted) else [])
+        if wanted:
+            sought |= self._sought(self._open(self.gallery.case, case.linked))
         with self.gallery.transaction() as transaction:
             now = transaction.case(encounter_id)
             assert now is not None, "a case stays one"
             verdicts = ruled(now, ruling, candidate, by, self.clock(), note)
             if not verdicts:
                 return now.decision
-            transaction.judge(verdicts)
+            transaction.judge(verdicts, different_rows(now, verdicts))
             if closes(verdicts[-1]):
                 decision = closed(now, verdicts[-1])
             else:
-                assert seen is not None, "a verdict that does not close a case is searched for"
-                own = any(v.own for v in (*now.verdicts, *verdicts))  # the subject is enrolled, and it is theirs
-                replaces = own or case.replaces
-                fresh = self.enrolment.decide(transaction, probe, seen.found[0], seen, replaces=replaces)
-                decision = reconsidered(now, verdicts, fresh)
-                if decision.outcome == "unique":
-                    if own:
-                        _complete(transaction, probe)
-                    else:
-                        write(transaction, probe, encounter_id)
-            transaction.revise(now, decision)
+                decision = self._decided_again(transaction, now, verdicts, sought)
+            self._settle(transaction, now, decision, own=any(v.own for v in (*now.verdicts, *verdicts)))
+            for other in self._open(transaction.case, now.linked):
+                self._recheck(transaction, other, sought)
         return decision
 
+    def _recheck(self, transaction: Transaction, case: Case, sought: dict[str, tuple[Probe, Seen]]) -> None:
+        """A case that is linked with one that was decided: its candidates as they are by now. Where none is left it is settled."""
+        try:
+            decision = self._decided_again(transaction, case, (), sought)
+        except CallerError:
+            return  # it cannot be enrolled, which is told when a person decides it
+        own = any(verdict.own for verdict in case.verdicts)
+        if case.replaces and not own and not case.replacement:
+            decision = replace(
+                decision, outcome="review"
+            )  # whether the captures are the subject's is for a person to say
+        self._settle(transaction, case, decision, own=own)
 
-def _complete(transaction: Transaction, probe: Probe) -> None:
-    """Gives an enrolled subject the templates of columns that it lacks. What it has stays: the verdict does not say which is better."""
-    now = transaction.snapshot()
-    row = now.row_of(probe.subject_id)
-    assert row is not None, "`Enrolment.decide` has seen to it"
-    enrolled = now.templates(row)
-    if probe.templates.keys() <= enrolled.keys():
-        return
-    (encounter_id,), (groups,) = now.encounter_ids([row]), now.groups([row])
-    transaction.remove(probe.subject_id)
-    transaction.add(probe.subject_id, {**probe.templates, **enrolled}, encounter_id, groups)
+    def _decided_again(
+        self,
+        transaction: Transaction,
+        case: Case,
+        verdicts: tuple[Verdict, ...],
+        sought: dict[str, tuple[Probe, Seen]],
+    ) -> Decision:
+        if case.encounter_id not in sought:  # linked since; rare
+            sought |= self._sought([case])
+        probe, seen = sought[case.encounter_id]
+        own = any(verdict.own for verdict in (*case.verdicts, *verdicts))
+        asked = replace(request_of(case), replaces=own or case.replaces)  # the subject is enrolled, and it is theirs
+        fresh = self.enrolment.decide(transaction, probe, seen.found[0], seen, asked, case)
+        return reconsidered(case, verdicts, fresh)
+
+    def _sought(self, cases: Iterable[Case]) -> dict[str, tuple[Probe, Seen]]:
+        """encounter_id -> what a search of the gallery as it is finds for a case."""
+        found = {}
+        for case in cases:
+            encounter = Encounter(
+                case.subject_id, case.decision.missing, encounter_id=case.encounter_id, groups=case.groups
+            )
+            probe = Probe(encounter, case.templates, case.decision.refusals)
+            besides = len(case.decision.candidates) + len(case.judged) + 1  # and the case itself
+            found[case.encounter_id] = probe, self.searches.seek([probe], across=case.across_positions, besides=besides)
+        return found
+
+    @staticmethod
+    def _open(case_of: Callable[[str], Case | None], encounter_ids: Iterable[str]) -> list[Case]:
+        cases = [case_of(encounter_id) for encounter_id in encounter_ids]
+        return [case for case in cases if case is not None and not case.closed]
+
+    def _settle(self, transaction: Transaction, case: Case, decision: Decision, *, own: bool) -> None:
+        """Stages what follows from the decision on a case. own: its captures are the subject's, who is enrolled."""
+        if decision.outcome == "unique":
+            if case.replacement:
+                transaction.remove(case.subject_id)
+            transaction.release(case.encounter_id)
+            if own or case.replaces:
+                self.enrolment.thin_out(transaction, case.subject_id)
+        elif decision.outcome != "review":
+            transaction.withdraw(case.encounter_id)
+        transaction.revise(case, decision)

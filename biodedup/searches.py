@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import log10
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +48,10 @@ class Searches:
         self._vectors = Gathering(self._nearest_each, PROBES)
 
     def seek(self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, besides: int = 0) -> Seen:
-        """Everybody who may be the same person. groups: only subjects that belong to one of them. besides: so many more are looked at;
-        as many as were judged to be somebody else than a probe's subject are so anyway."""
-        different = self._gallery.snapshot().different
-        spare = besides + max(len(different.get(probe.encounter.subject_id or "", ())) for probe in probes)
-        seen = self._probes((groups, across, spare), [probe.templates for probe in probes])
-        return Seen([found for found, _ in seen], seen[0][1], across, spare)
+        """Subjects and open cases that may be the same person. groups: only those that belong to one of them. besides: so many more are
+        looked at, since so many may turn out not to count."""
+        seen = self._probes((groups, across, besides), [probe.templates for probe in probes])
+        return Seen([found for found, _ in seen], seen[0][1], across, besides)
 
     def completed(self, probe: Probe, found: Found, seen: Seen, now: Snapshot) -> Found:
         """What `seek` found for a probe, with what it would find in the rows that came since."""
@@ -63,9 +62,11 @@ class Searches:
             across=seen.across,
             spare=seen.spare,
         )
-        return Found(
-            found.comparisons.with_others(since.comparisons), found.incomplete or since.incomplete, found.across
-        )
+        before = found.comparisons
+        if now.extra_rows and len(since.comparisons):  # a subject that got a row since was compared with all its rows
+            again, _ = now.with_siblings(np.sort(since.comparisons.rows))
+            before = before.without(again)
+        return Found(before.with_others(since.comparisons), found.incomplete or since.incomplete, found.across)
 
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
         """The k nearest of each in one column. probes: float32 (q, d), unit rows."""
@@ -102,13 +103,16 @@ class Searches:
 
     @staticmethod
     def _links(snapshot: Snapshot, found: Sequence[tuple[int, Comparison]], threshold_db: float) -> list[Link]:
-        kinds = [kinds_of([pair], threshold_db, threshold_db)[0] for _, pair in found]
         names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
-        return [
-            Link((names[2 * i], names[2 * i + 1]), pair.score_db, pair.extrapolated, pair.evidence, kind)
-            for i, ((_, pair), kind) in enumerate(zip(found, kinds, strict=True))
-            if not snapshot.are_different(names[2 * i], names[2 * i + 1])
-        ]
+        links = []
+        for i, (row, pair) in enumerate(found):
+            charge_db = 10 * log10(len(snapshot.siblings(row)))  # each of its rows is tried
+            if pair.score_db - charge_db >= threshold_db:
+                pair = replace(pair, score_db=pair.score_db - charge_db) if charge_db else pair
+                (kind,) = kinds_of([pair], threshold_db, threshold_db)
+                two = (names[2 * i], names[2 * i + 1])
+                links.append(Link(two, pair.score_db, pair.extrapolated, pair.evidence, kind))
+        return links
 
     def _seek(
         self, key: tuple[_Groups, bool, int], probes: list[Mapping[str, Template]]
@@ -124,9 +128,27 @@ class Searches:
 
     def _nearest(self, key: tuple[str, int, _Groups], probes: Float32) -> SearchResult:
         column, k, groups = key
-        snapshot = self._gallery.snapshot()
-        found = self._searcher.nearest(snapshot, column, probes, k, groups=groups)
-        there = found.rows >= 0
-        names = np.full(there.shape, "", object)
-        names[there] = snapshot.subject_ids(found.rows[there].tolist())
-        return SearchResult(names, found.similarity, snapshot.version, bool(found.failures))
+        snapshot = self._gallery.snapshot().enrolled
+        asked = k
+        while True:
+            found = self._searcher.nearest(snapshot, column, probes, asked, groups=groups)
+            there = found.rows >= 0
+            names = np.full(there.shape, "", object)
+            names[there] = snapshot.subject_ids(found.rows[there].tolist())
+            if not snapshot.extra_rows:
+                return SearchResult(names, found.similarity, snapshot.version, bool(found.failures))
+            ids, similarity = _first_of_each(names, found.similarity, k)
+            # of a subject with several rows the nearest counts: there may be too few subjects among so many rows
+            if not (there[:, -1] & (ids[:, -1] == "")).any():
+                return SearchResult(ids, similarity, snapshot.version, bool(found.failures))
+            asked *= 2
+
+
+def _first_of_each(names: NDArray[np.object_], similarity: Float32, k: int) -> tuple[NDArray[np.object_], Float32]:
+    """The k nearest subjects of each probe, of rows in descending order."""
+    ids, nearest = np.full((len(names), k), "", object), np.full((len(names), k), -np.inf, np.float32)
+    for i, of_probe in enumerate(names.tolist()):
+        first = {name: at for at, name in reversed(list(enumerate(of_probe))) if name}
+        kept = sorted(first.values())[:k]
+        ids[i, : len(kept)], nearest[i, : len(kept)] = names[i, kept], similarity[i, kept]
+    return ids, nearest

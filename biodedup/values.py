@@ -34,7 +34,7 @@ FINGER_POSITIONS = (
 """Ten positions in the order of ISO/IEC 19794-2 codes 1 to 10, and `unknown`."""
 
 COLUMNS = ("face", *FINGER_POSITIONS)
-"""Gallery columns: a row (a subject) has at most one template in each."""
+"""Gallery columns: a row (an encounter) has at most one template in each."""
 
 BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 """Of each column, in masks of columns."""
@@ -198,6 +198,17 @@ class Encounter:
 
 
 @dataclass(frozen=True)
+class EnrolledEncounter:
+    """One row of the gallery: an encounter that an enrolled subject owns. row: its number, for ever; encounter_id: "" where it was
+    loaded without one; templates: column -> template."""
+
+    row: int
+    encounter_id: str
+    groups: tuple[str, ...]
+    templates: Mapping[str, Template] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Score:
     """One comparison. score_db = -10 log10(FMR); llr_db = 10 log10 of the likelihood ratio mated : non-mated."""
 
@@ -230,11 +241,13 @@ class Evidence:
 class Candidate:
     """A gallery subject that a search returned; rank 1 is the strongest.
 
-    charge_db: what a search across positions has taken off score_db, for the readings of the fingers' labels that it tried.
+    charge_db: what was taken off score_db for the readings that were tried: of a subject's several rows, and of the fingers' labels in a
+    search across positions.
     kind: what the captures together look like, "" below the review threshold. `same_person`; `look_alike`: the face agrees and the
     fingers do not, as twins' do; `shared_finger`: one finger agrees and nothing else does, perhaps an operator's own; `swapped_fingers`;
     `mixed_record`: the probe's captures are of this candidate and of another; `another_person`: the candidate is the subject whose id the
-    encounter has, and was not verified. interval_db: where score_db lies, 95 %; None where the calibration does not say.
+    encounter has, and was not verified. interval_db: where score_db lies, 95 %; None where the calibration does not say. rows: the
+    gallery rows that were compared. case: the encounter_id of the open case that this candidate is, "" for an enrolled subject.
     """
 
     subject_id: str
@@ -245,6 +258,13 @@ class Candidate:
     charge_db: float = 0.0
     kind: Kind = ""
     interval_db: tuple[float, float] | None = None
+    rows: tuple[int, ...] = ()
+    case: str = ""
+
+    @property
+    def key(self) -> str:
+        """What a verdict names: the encounter_id of an open case, or the subject_id."""
+        return self.case or self.subject_id
 
     @property
     def swaps(self) -> tuple[tuple[str, str], ...]:
@@ -254,7 +274,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a person ruled on a case. candidate: the enrolled subject it is about, None for the case as a whole; by, at: who, when."""
+    """What a person ruled on a case. candidate: the enrolled subject, or the encounter of the open case, that it is about; None for the
+    case as a whole; by, at: who, when."""
 
     encounter_id: str
     subject_id: str
@@ -268,8 +289,7 @@ class Verdict:
         if self.ruling not in RULINGS:
             raise InvalidInput(f"the ruling is {self.ruling!r}; use one of {', '.join(RULINGS)}")
         check_id(self.by, "by")
-        if not isinstance(self.note, str) or len(self.note) > 4000:
-            raise InvalidInput("a note is a text of up to 4,000 characters; shorten it")
+        check_note(self.note, "a note")
 
     @property
     def own(self) -> bool:
@@ -285,9 +305,10 @@ class Decision:
     a `Candidate.kind` but `same_person`, `between_thresholds`, `little_evidence` (mates with these captures may score below the review
     band), `extrapolated` (where the policy does not trust that), `incomplete`, `nothing_in_common` (nobody enrolled has a capture to
     compare). attainable_db: 19 of 20 mates with these captures score less; expected_fnir: the share of them that scores below
-    review_db; both None where nothing was to be compared. compared: enrolled subjects with a capture in common. cleared: who would be a
+    review_db; both None where nothing was to be compared. compared: rows with a capture in common. cleared: who would be a
     candidate, had nobody ruled that these are two people, or, of the subject itself, one. adjudicated: the verdict by which a person
-    closed the case that this was.
+    closed the case that this was. replacement: the reason that an update gave for replacing all that was enrolled.
+    gallery_size: subjects enrolled and cases open, which the thresholds are for.
     """
 
     outcome: Outcome
@@ -309,6 +330,7 @@ class Decision:
     compared: int | None = None
     cleared: tuple[Candidate, ...] = ()
     adjudicated: Verdict | None = None
+    replacement: str = ""
 
     @property
     def best(self) -> Candidate | None:
@@ -319,8 +341,9 @@ class Decision:
 @dataclass(frozen=True)
 class Case:
     """An encounter that went to review. decision: as it stands, other candidates who were removed since left out of an open case;
-    replaces: it asked to update an enrolled subject; templates: kept while the case is open. Where the subject itself is the candidate,
-    it has to be judged whether the captures are theirs."""
+    replaces: it asked to update an enrolled subject, replacement: by these captures alone, for this reason; templates: kept while the
+    case is open. row: in the gallery, while it is open; judged: rows that a verdict says are of another person. linked: other open cases
+    that resemble it. Where the subject itself is the candidate, it has to be judged whether the captures are theirs."""
 
     encounter_id: str
     subject_id: str
@@ -331,6 +354,10 @@ class Case:
     across_positions: bool = False
     groups: tuple[str, ...] = ()
     templates: Mapping[str, Template] = field(default_factory=dict, repr=False)
+    row: int | None = None
+    linked: tuple[str, ...] = ()
+    replacement: str = ""
+    judged: frozenset[int] = field(default=frozenset(), repr=False)
 
     @property
     def closed(self) -> bool:
@@ -338,9 +365,17 @@ class Case:
 
     @property
     def undecided(self) -> tuple[Candidate, ...]:
-        """Candidates that somebody has to rule on before the subject can be enrolled."""
-        ruled = {verdict.candidate for verdict in self.verdicts}
-        return () if self.closed else tuple(c for c in strong(self.decision) if c.subject_id not in ruled)
+        """Candidates that a person has to rule on before the subject can be enrolled."""
+        return () if self.closed else tuple(c for c in strong(self.decision) if not self._is_decided(c))
+
+    def is_own(self, candidate: Candidate) -> bool:
+        """Whether the candidate is the enrolled subject whose id the encounter has."""
+        return candidate.subject_id == self.subject_id and not candidate.case
+
+    def _is_decided(self, candidate: Candidate) -> bool:
+        if candidate.rows and not self.is_own(candidate):
+            return self.judged.issuperset(candidate.rows)
+        return candidate.key in {verdict.candidate for verdict in self.verdicts}
 
 
 def strong(decision: Decision) -> tuple[Candidate, ...]:
@@ -408,6 +443,12 @@ def check_id(value: object, name: str) -> None:
         raise InvalidInput(f"{name} is a str, got {type(value).__name__}; convert it, as str(value)")
     if not 1 <= len(value) <= 256 or not value.isprintable():
         raise InvalidInput(f"{name} has {len(value)} characters; wanted 1 to 256, all of them printable")
+
+
+def check_note(text: object, name: str) -> None:
+    """Raises InvalidInput unless it is a text that fits beside a decision."""
+    if not isinstance(text, str) or len(text) > 4000:
+        raise InvalidInput(f"{name} is a text of up to 4,000 characters; shorten it")
 
 
 def check_groups(groups: object) -> tuple[str, ...]:

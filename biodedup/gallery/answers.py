@@ -101,7 +101,8 @@ def _candidates(fields: Iterable[Mapping[str, Any]]) -> tuple[Candidate, ...]:
 def _candidate(fields: Mapping[str, Any]) -> Candidate:
     interval = fields.get("interval_db")
     evidence = tuple(Evidence(**part) for part in fields["evidence"])
-    return Candidate(**{**fields, "evidence": evidence, "interval_db": None if interval is None else tuple(interval)})
+    told = {"evidence": evidence, "rows": tuple(fields.get("rows", ()))}
+    return Candidate(**{**fields, **told, "interval_db": None if interval is None else tuple(interval)})
 
 
 def answered_before(

@@ -3,18 +3,20 @@
 Owns what a case is in the tables, which verdicts may follow one another, and the decision that a verdict leads to. Never
 searches and never commits.
 
-1. A case is open while its templates are held. It lists candidates; each is ruled on by itself, or all at once.
-2. `same` closes it as a duplicate, `recapture` as refused. `different` closes it once nobody is left: not among its candidates,
-   and not among all who are enrolled by then. Until that it stays open, with whoever came up. Where the candidate is the very subject
-   whose id the encounter has, `different` closes it as refused, and `same` is what `different` is of others.
+1. A case is open while it owns a pending row, which searches see. It lists candidates; each is ruled on by itself, or all at once.
+2. `same` closes it as a duplicate, `recapture` as refused. `different` closes it once no candidate is left: not in its list, and not
+   in a search of everything that is enrolled or waits by then. Until that it stays open, with the candidates of that search. Where the
+   candidate is the very subject whose id the encounter has, `different` closes it as refused, and `same` is what `different` is of others.
 3. The same ruling again changes nothing; another one on what was ruled already is a conflict.
-4. A pair judged different is so for ever, whichever side is the probe.
+4. A verdict is about rows: the case's own and those of the candidate that were compared. A subject that gets another row is asked
+   about again.
+5. Two open cases that resemble each other are linked: each has the other as a candidate, or is one of its candidates.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from biodedup.errors import EncounterConflict, InvalidInput
@@ -23,22 +25,29 @@ from biodedup.gallery.catalogue import Catalogue
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.values import Candidate, Case, Decision, Refusal, Ruling, Verdict, strong
 
-RECAPTURE = Refusal("encounter", "recapture", "whoever judged the case asks for new captures")
+RECAPTURE = Refusal("encounter", "recapture", "the verdict on the case asks for new captures")
 ANOTHER_PERSON = Refusal(
-    "encounter", "another_person", "whoever judged the case says that the captures are not the subject's"
+    "encounter", "another_person", "the verdict on the case is that the captures are not the subject's"
 )
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an encounter in review asked for. replaces: to update an enrolled subject."""
+    """What an encounter in review asked for. replaces: to update an enrolled subject; reason: why all that it has is to be replaced,
+    "" where a row is to be added."""
 
     replaces: bool
     groups: tuple[str, ...]
     across: bool
+    reason: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
+
+
+def request_of(case: Case) -> Request:
+    """What the encounter of a case asked for."""
+    return Request(case.replaces, case.groups, case.across_positions, case.replacement)
 
 
 def is_review(answer: str) -> bool:
@@ -64,16 +73,14 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
         request = Request(snapshot.row_of(first.subject_id) is not None, (), False)
     else:
         fields = json.loads(stored[0])
-        request = Request(fields["replaces"], tuple(fields["groups"]), fields["across"])
+        request = Request(**(fields | {"groups": tuple(fields["groups"])}))
     decision = first if stored is None or stored[1] is None else from_json(stored[1])
+    row = _pending_row(snapshot, encounter_id)
+    linked: tuple[str, ...] = ()
     if decision.outcome == "review":
-        # whether captures are the subject's own can be told of a removed one, too
-        asked = (
-            c
-            for c in decision.candidates
-            if c.subject_id == first.subject_id or snapshot.row_of(c.subject_id) is not None
-        )
-        decision = replace(decision, candidates=tuple(asked))
+        asked = (_as_it_stands(c, snapshot, own=c.subject_id == first.subject_id) for c in decision.candidates)
+        decision = replace(decision, candidates=tuple(c for c in asked if c is not None))
+        linked = _linked(catalogue, snapshot, encounter_id, decision)
     return Case(
         encounter_id,
         first.subject_id,
@@ -83,32 +90,78 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
         request.replaces,
         request.across,
         request.groups,
-        catalogue.held(encounter_id),
+        catalogue.held(encounter_id) if row is None else snapshot.templates(row),
+        row,
+        linked,
+        request.reason,
+        frozenset() if row is None else frozenset(snapshot.different.get(row, ())),
     )
 
 
-def pairs_of(
-    verdicts: Iterable[Verdict], known: Mapping[str, tuple[str, ...]] | None = None
-) -> Mapping[str, tuple[str, ...]]:
-    """subject_id -> who was judged to be somebody else, in both directions; added to those known."""
-    pairs = dict(known or {})
+def _as_it_stands(candidate: Candidate, snapshot: Snapshot, *, own: bool) -> Candidate | None:
+    """A candidate of an open case by now: an open case may have been enrolled since; None for one that was removed."""
+    if not candidate.rows:  # of an older format
+        candidate = replace(candidate, rows=tuple(snapshot.rows_under(candidate.subject_id)))
+    cases = [snapshot.pending.get(row, "") for row in candidate.rows if snapshot.is_present(row)]
+    if not cases:  # whether captures are the subject's own can be told of a removed one, too
+        return candidate if own and not candidate.case else None
+    return candidate if cases[0] == candidate.case else replace(candidate, case=cases[0])
+
+
+def _linked(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str, decision: Decision) -> tuple[str, ...]:
+    """The open cases that this one has as candidates, and those that have it as one."""
+    found = {candidate.case for candidate in decision.candidates if candidate.case}
+    mark = json.dumps({"case": encounter_id}, separators=(",", ":"))[1:-1]  # as it stands in a decision
+    for other in set(snapshot.pending.values()) - found - {encounter_id}:
+        answer = snapshot.answer(other)
+        if answer is not None and mark in standing(catalogue, other, answer[1]):
+            found.add(other)
+    return tuple(sorted(found))
+
+
+def judged_before(verdicts: Iterable[Verdict], snapshot: Snapshot) -> list[tuple[int, int]]:
+    """Pairs of rows that verdicts of an older format, which name subjects, were given on: rows that are still there, of the case itself
+    and of a candidate that was enrolled before the verdict. A candidate updated since is asked about again."""
+    pairs = []
     for verdict in verdicts:
-        if verdict.ruling == "different" and verdict.candidate is not None and not verdict.own:
-            for one, other in ((verdict.subject_id, verdict.candidate), (verdict.candidate, verdict.subject_id)):
-                if other not in pairs.get(one, ()):
-                    pairs[one] = (
-                        *pairs.get(one, ()),
-                        other,
-                    )  # most have one: a set would take four times as much memory
+        if verdict.ruling != "different" or verdict.candidate is None or verdict.own:
+            continue
+        mine = [
+            row
+            for row in (snapshot.row_of(verdict.subject_id), _pending_row(snapshot, verdict.encounter_id))
+            if row is not None and snapshot.encounter_ids([row]) == [verdict.encounter_id]
+        ]
+        theirs = snapshot.row_of(verdict.candidate)
+        if theirs is not None and _enrolled_at(snapshot, theirs) <= verdict.at:
+            pairs += [(row, theirs) for row in mine]
     return pairs
+
+
+def _pending_row(snapshot: Snapshot, encounter_id: str) -> int | None:
+    return next((row for row, other in snapshot.pending.items() if other == encounter_id), None)
+
+
+def _enrolled_at(snapshot: Snapshot, row: int) -> float:
+    """When the encounter of a row was decided; 0 where it was loaded without one."""
+    (encounter_id,) = snapshot.encounter_ids([row])
+    answer = snapshot.answer(encounter_id) if encounter_id else None
+    return 0.0 if answer is None else float(json.loads(answer[1]).get("decided_at", 0.0))
+
+
+def different_rows(case: Case, verdicts: Iterable[Verdict]) -> list[tuple[int, int]]:
+    """Pairs of rows that these verdicts on a case say are of two people."""
+    judged = {v.candidate for v in verdicts if v.ruling == "different" and not v.own}
+    if case.row is None:
+        return []
+    return [(case.row, row) for c in case.decision.candidates if c.key in judged for row in c.rows]
 
 
 def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float, note: str) -> tuple[Verdict, ...]:
     """The verdicts to record; none where this was ruled before.
 
-    candidate: None means the only one, or with `different` all that are undecided; `same`, sent again without one, is about the same one
-    as before. Raises EncounterConflict where something else was ruled, InvalidInput for somebody who is no candidate, and where it is
-    not clear who is meant.
+    candidate: the subject_id of an enrolled candidate, or the encounter_id of one that is an open case itself. None means the only
+    one, or with `different` all that are undecided; `same`, sent again without one, is about the same one as before. Raises
+    EncounterConflict where something else was ruled, InvalidInput for what is no candidate, and where it is not clear which is meant.
     """
 
     def verdict(candidate: str | None) -> Verdict:
@@ -117,8 +170,15 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
     verdict(candidate)  # validates
     if ruling == "recapture":
         candidate = None
+    undecided = [c.key for c in case.undecided]
     before = [
-        v for v in case.verdicts if (v.ruling == ruling == "same" if candidate is None else v.candidate == candidate)
+        v
+        for v in case.verdicts
+        if (
+            v.ruling == ruling == "same"
+            if candidate is None
+            else v.candidate == candidate and candidate not in undecided
+        )
     ]
     standing = before[-1] if before else case.decision.adjudicated
     if standing is not None:
@@ -128,7 +188,7 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
             f"encounter {case.encounter_id!r} was judged {standing.ruling} by {standing.by}; a verdict stands: enrol anew, with "
             "another encounter_id"
         )
-    names = [c.subject_id for c in case.decision.candidates]
+    names = [c.key for c in case.decision.candidates]
     if candidate is not None and candidate not in names:
         raise InvalidInput(
             f"subject {candidate!r} is no candidate of encounter {case.encounter_id!r}; its candidates are "
@@ -136,7 +196,6 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
         )
     if ruling == "recapture":
         return (verdict(None),)
-    undecided = [c.subject_id for c in case.undecided]
     if ruling == "different":
         names_now = [candidate] if candidate is not None else undecided
         return tuple(map(verdict, names_now)) or (verdict(None),)
@@ -162,25 +221,28 @@ def closed(case: Case, verdict: Verdict) -> Decision:
 
 
 def reconsidered(case: Case, verdicts: tuple[Verdict, ...], fresh: Decision) -> Decision:
-    """The decision after a verdict that does not close a case by itself. fresh: made anew, with everybody enrolled by now but those
-    judged different, and the subject itself.
+    """The decision after a verdict that does not close a case by itself. fresh: made anew, of all rows by now but those that were
+    judged different, and the subject's own.
 
-    A person has looked, so that `unique` needs no more than that nobody is left and everybody was seen.
+    A person has looked, so that `unique` needs no more than that no candidate is left and everything was seen.
     """
     judged = {v.candidate for v in (*case.verdicts, *verdicts) if not closes(v)}
-    now = {c.subject_id: c for c in (*fresh.candidates, *fresh.cleared)}
-    known = {c.subject_id: c for c in (*case.decision.cleared, *case.decision.candidates)} | now
-    cleared = _ranked(c for name, c in known.items() if name in judged)
-    waiting = {c.subject_id: known[c.subject_id] for c in case.undecided} | {c.subject_id: c for c in strong(fresh)}
-    left = _ranked(c for name, c in waiting.items() if name not in judged)
+    now = {c.key: c for c in (*fresh.candidates, *fresh.cleared)}
+    known = {c.key: c for c in (*case.decision.cleared, *case.decision.candidates)} | now
+    just = {v.candidate for v in verdicts}
+    waiting = {c.key: known[c.key] for c in case.undecided if c.key not in just}
+    waiting |= {c.key: c for c in strong(fresh) if not (case.is_own(c) and c.key in judged)}
+    by_rows = {c.key for c in fresh.cleared}
+    cleared = _ranked(c for key, c in known.items() if key in judged | by_rows and key not in waiting)
+    left = _ranked(waiting.values())
     if not left and not fresh.incomplete:
-        return replace(fresh, outcome="unique", cleared=cleared, adjudicated=verdicts[-1])
+        return replace(fresh, outcome="unique", cleared=cleared, adjudicated=verdicts[-1] if verdicts else None)
     return replace(
         fresh,
         outcome="review",
         candidates=left or fresh.candidates,
         cleared=cleared,
-        review_db=min(fresh.review_db, case.decision.review_db),  # whoever was to be judged still is
+        review_db=min(fresh.review_db, case.decision.review_db),  # what was to be judged still is
     )
 
 

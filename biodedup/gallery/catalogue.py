@@ -12,9 +12,11 @@ Owns the schema and every SQL statement. Never decides, never searches, never ca
 | subject | journal: one row |
 | cell | journal: one template: row and column |
 | encounter | journal: one acknowledged write: what was sent (digest), what was answered |
-| held | the templates of an encounter that went to review, until somebody decides |
+| pending | one row that belongs to an open case, and the encounter of that case |
+| held | templates of an open case, in galleries of formats 1 to 3; a writer turns them into a pending row |
 | review_case | an encounter that went to review: what it asked for, and the decision as it stands once it has changed |
-| verdict | what somebody ruled on a case and one of its candidates; kept for ever |
+| verdict | what a person ruled on a case and one of its candidates; kept for ever |
+| judged | one pair of rows that a verdict says are of two people |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
@@ -24,7 +26,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +39,10 @@ from biodedup.gallery.tail import Answer
 from biodedup.values import COLUMNS, Column, Template, Verdict
 
 APPLICATION_ID = 0x62696F64  # "biod", so that `file` and a curious engineer recognise the database
-FORMAT_VERSION, BEFORE_CODECS = 3, 2
-"""A gallery of the format before has the same tables; its segments keep vectors in another way, until they are merged."""
+FORMAT_VERSION = 4
+READABLE = (2, 3, 4)
+"""Formats that are read as they are. 2: segments keep vectors in another way, until they are merged. 3: a subject has one row, and the
+templates of open cases lie in `held`. A writer brings the tables up to date; what older releases wrote they can read no more."""
 
 _COLUMNS_OF = {
     "meta": "key TEXT PRIMARY KEY, value TEXT",
@@ -53,9 +57,11 @@ _COLUMNS_OF = {
     "review_case": "encounter_id TEXT PRIMARY KEY, request TEXT, decision TEXT",
     "verdict": "number INTEGER PRIMARY KEY, encounter_id TEXT, subject_id TEXT, candidate TEXT, ruling TEXT, judged_by TEXT, "
     "judged_at REAL, note TEXT",
+    "pending": "row INTEGER PRIMARY KEY, encounter_id TEXT",
+    "judged": "number INTEGER PRIMARY KEY, row INTEGER, other INTEGER",
 }
-_ADDED = ("review_case", "verdict")
-"""Galleries of release 0.2.0 lack these until a writer opens them; from then on the setting `cases` says that they are there."""
+_ADDED = {"review_case": "cases", "verdict": "cases", "pending": "encounters", "judged": "encounters"}
+"""Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
 _STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
 
@@ -70,13 +76,15 @@ class ColumnModel:
 
 @dataclass(frozen=True)
 class State:
-    """Counters that only grow. version: of the content, as searches name it; commits: of every transaction, sealing and
-    merging included; row_count: rows ever given out; next_segment: the number of the next segment."""
+    """Counters. version: of the content, as searches name it; commits: of every transaction, sealing and merging included;
+    row_count: rows ever given out; next_segment: the number of the next segment; extra_rows: live rows beyond the first of their
+    subject. All but the last only grow."""
 
     version: int = 0
     commits: int = 0
     row_count: int = 0
     next_segment: int = 1
+    extra_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,21 +135,23 @@ class Catalogue:
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
-        self.put("meta", [("cases", "1")])
+        self.put("meta", [("cases", "1"), ("encounters", "1")])
         self.set_state(State())
 
     def is_current(self) -> bool:
         """Whether `renew` has nothing to do."""
-        return self.identify()[1] == FORMAT_VERSION and "cases" in self.meta()
+        return self.identify()[1] == FORMAT_VERSION
 
     def renew(self) -> None:
-        """A gallery of the format before, or of this one without tables that were added, is up to date from now on, inside the
-        caller's transaction."""
-        for table in _ADDED:
-            if not self._exists(table):
+        """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
+        settings = self.meta()
+        for table, setting in _ADDED.items():
+            if setting not in settings and not self._exists(table):
                 self._create(table)
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        self.put("meta", [("format", str(FORMAT_VERSION)), ("cases", "1")])
+        self.put(
+            "meta", [("format", str(FORMAT_VERSION)), ("cases", "1")]
+        )  # `encounters` comes with the rows of open cases
 
     def _create(self, table: str) -> None:
         self._connection.execute(f"CREATE TABLE {table} ({_COLUMNS_OF[table]}, checksum INTEGER NOT NULL)")
@@ -198,6 +208,13 @@ class Catalogue:
         if bare := len(rows - with_cells - removed):
             problems.append(f"{bare} enrolled subjects of the journal have no template")
         return problems
+
+    def has_encounters(self) -> bool:
+        """Whether open cases have rows, and verdicts are about rows: in galleries of formats 1 to 3 they do not until `Transaction.adopt_cases`."""
+        return "encounters" in self.meta()
+
+    def set_encounters(self) -> None:
+        self.put("meta", [("encounters", "1")])
 
     # the manifest -----------------------------------------------------------------------------------------------
 
@@ -260,16 +277,31 @@ class Catalogue:
     def add_answer(self, encounter_id: str, answer: Answer) -> None:
         self.put("encounter", [(encounter_id, answer.digest, answer.outcome, answer.text)])
 
-    def hold(self, encounter_id: str, templates: Iterable[Template]) -> None:
-        self.put("held", ((f"{encounter_id}/{t.column}", t.model_id, *_blobs(t)) for t in templates))
-
     def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
         """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
         self.put("held", ((f"{encounter_id}/{COLUMNS[index]}", *rest) for encounter_id, index, *rest in rows))
 
     # cases ------------------------------------------------------------------------------------------------------
 
-    def open_cases(self) -> list[str]:
+    def pending(self) -> dict[int, str]:
+        """row -> the encounter of the open case that it belongs to."""
+        return {row: encounter_id for row, encounter_id in self._all("pending", "row")}
+
+    def add_pending(self, row: int, encounter_id: str) -> None:
+        self.put("pending", [(row, encounter_id)])
+
+    def drop_pending(self, row: int) -> None:
+        self._connection.execute("DELETE FROM pending WHERE row = ?", (row,))
+
+    def judged(self) -> dict[int, tuple[int, ...]]:
+        """row -> the rows that were judged to be of another person, in both directions."""
+        return paired((row, other) for _, row, other in self._all("judged", "number"))
+
+    def add_judged(self, pairs: Iterable[tuple[int, int]]) -> None:
+        (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM judged").fetchone()
+        self.put("judged", ((number, row, other) for number, (row, other) in enumerate(pairs, last + 1)))
+
+    def held_cases(self) -> list[str]:
         """The encounters whose templates are held, in the order of their ids."""
         keys = self._connection.execute("SELECT key FROM held ORDER BY key")
         return list(dict.fromkeys(key.rsplit("/", 1)[0] for (key,) in keys))
@@ -327,7 +359,7 @@ class Catalogue:
         self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
         if table in _ADDED and not self._exists(table):
-            if "cases" in self.meta():
+            if _ADDED[table] in self.meta():
                 raise GalleryDamaged(f"table {table} is lost; run `biodedup doctor`")
             return
         query = (
@@ -337,6 +369,18 @@ class Catalogue:
             if _checksum(values) != checksum:
                 raise GalleryDamaged(f"a row of table {table} is damaged; run `biodedup doctor`")
             yield tuple(values)
+
+
+def paired(
+    pairs: Iterable[tuple[int, int]], known: Mapping[int, tuple[int, ...]] | None = None
+) -> dict[int, tuple[int, ...]]:
+    """row -> its partners, in both directions; added to those known."""
+    found = dict(known or {})
+    for pair in pairs:
+        for row, other in (pair, pair[::-1]):
+            if other not in found.get(row, ()):
+                found[row] = (*found.get(row, ()), other)  # most have one: a set would take four times as much memory
+    return found
 
 
 def _checksum(values: Sequence[Any]) -> int:

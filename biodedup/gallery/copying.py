@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,7 @@ def copy_rows(
     keep: which rows of a part, bool (count,), None for all live ones. groups: that every subject gets besides its own. Raises
     SubjectExists, ModelMismatch, StorageUnavailable.
     """
+    source = source.enrolled  # an open case stays with its gallery
     done = steps_done(target.snapshot(), name)
     number, from_row = len(done), done[-1].end_row if done else 0
     for part in source.parts:
@@ -102,15 +104,16 @@ def _copied(
         numbers = transaction.group_sets_of(
             [known.get(i, frozenset()) | groups for i in range(max(known, default=0) + 1)]
         )
-    renamed = Adopted(part, numbers, rename)
+    several = np.concatenate([other.again for other in source.parts]) if source.extra_rows else np.zeros(0, np.uint64)
+    renamed = Adopted(part, numbers, rename, several)
     entry = target.write_part(renamed, kept)
     try:
         with target.transaction() as transaction:
-            _refuse_enrolled(transaction.snapshot(), renamed, kept)
+            extra_rows = _extra_rows(transaction.snapshot(), renamed, kept)
             for column in part.columns:
                 transaction.settle_model(column, source.models[column])
             step = Step(int(kept.sum()), transaction.tail.end_row, part.first_row, part.end_row)
-            transaction.attach(entry)
+            transaction.attach(entry, extra_rows)
             transaction.record(name, note(vars(step)))
     except CallerError:  # before it was attached; after any other failure the gallery itself knows what to keep
         target.discard_rows(entry)
@@ -118,17 +121,26 @@ def _copied(
     return step
 
 
-def _refuse_enrolled(now: Snapshot, part: Adopted, kept: NDArray[np.bool_]) -> None:
+def _extra_rows(now: Snapshot, part: Adopted, kept: NDArray[np.bool_]) -> int:
+    """How many of the rows that are kept are not the first of their subject. Raises SubjectExists for the id of a subject that is
+    enrolled, unless the source has several rows of it: earlier ones were copied before."""
+    extra, seen = 0, set[str]()
     for low in range(0, part.count, PIECE_ROWS):
         high = min(low + PIECE_ROWS, part.count)
         ids = part.subject_ids(low, high).filter(kept[low:high])
-        taken = np.flatnonzero(now.rows_of(ids) >= 0)
+        enrolled, several = now.rows_of(ids) >= 0, np.isin(packed.hashes(ids), part.again)
+        for i in np.flatnonzero(several).tolist():
+            subject_id = packed.text(ids[i : i + 1])[0]
+            extra += bool(enrolled[i]) or subject_id in seen
+            seen.add(subject_id)
+        taken = np.flatnonzero(enrolled & ~several)
         if len(taken):
             subject_id = packed.text(ids[int(taken[0]) : int(taken[0]) + 1])[0]
             raise SubjectExists(
                 f"subject {subject_id!r} is enrolled already ({len(taken)} such among {len(ids)}); remove it, or give the "
                 "district another name"
             )
+    return extra
 
 
 def _all_if_none(mask: NDArray[np.bool_] | None, part: Part) -> NDArray[np.bool_]:
@@ -138,14 +150,17 @@ def _all_if_none(mask: NDArray[np.bool_] | None, part: Part) -> NDArray[np.bool_
 class Adopted:
     """A part of another gallery, as `Rows` to be written: under other ids and in other groups. Its answers stay behind.
 
-    group_sets: the number here of each combination of groups there.
+    group_sets: the number here of each combination of groups there; several: hashes of the ids there of subjects with several rows.
     """
 
-    def __init__(self, part: Part, group_sets: NDArray[np.uint32], rename: Rename | None) -> None:
+    def __init__(
+        self, part: Part, group_sets: NDArray[np.uint32], rename: Rename | None, several: NDArray[np.uint64]
+    ) -> None:
         self.first_row, self.end_row, self.count = part.first_row, part.end_row, part.count
         self._part = part
         self._group_sets = group_sets
         self._rename = rename
+        self._several = several
 
     @property
     def columns(self) -> Mapping[str, Column]:
@@ -174,6 +189,15 @@ class Adopted:
 
     def encounter_ids(self, low: int, high: int) -> Packed:
         return self._part.encounter_ids(low, high)
+
+    @cached_property
+    def again(self) -> NDArray[np.uint64]:
+        found = [np.zeros(0, np.uint64)]
+        for low in range(0, self.count if len(self._several) else 0, PIECE_ROWS):
+            high = min(low + PIECE_ROWS, self.count)
+            at = np.isin(packed.hashes(self._part.subject_ids(low, high)), self._several)
+            found.append(packed.hashes(self.subject_ids(low, high).filter(at)))
+        return np.unique(np.concatenate(found))
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         if self._rename is None:

@@ -34,9 +34,18 @@ from biodedup.errors import (
     NotAGallery,
     StorageUnavailable,
 )
-from biodedup.gallery.cases import is_review, pairs_of, read_case, standing
-from biodedup.gallery.catalogue import APPLICATION_ID, BEFORE_CODECS, FORMAT_VERSION, Catalogue, ColumnModel, State
+from biodedup.gallery.cases import is_review, judged_before, read_case, standing
+from biodedup.gallery.catalogue import (
+    APPLICATION_ID,
+    FORMAT_VERSION,
+    READABLE,
+    Catalogue,
+    ColumnModel,
+    State,
+    paired,
+)
 from biodedup.gallery.compaction import due, grouped
+from biodedup.gallery.packed import hashes, pack_text
 from biodedup.gallery.part import Int64, Part, Rows
 from biodedup.gallery.segment import Abandoned, Segment, SegmentEntry, file_name, open_segment, write_segment
 from biodedup.gallery.snapshot import Snapshot
@@ -101,6 +110,9 @@ class Gallery:
         self._published, self._tail = self._load()
         if lock is not None:
             self._sweep()
+            if not catalogue.has_encounters():
+                with self.transaction() as transaction:
+                    transaction.adopt_cases()
             self._wake_if_due()
 
     @classmethod
@@ -184,10 +196,8 @@ class Gallery:
                 self._published, self._tail = self._load()
 
     def templates_of(self, subject_id: str) -> dict[str, Template] | None:
-        """column -> the template enrolled there; None where the subject is not enrolled."""
-        snapshot = self.snapshot()
-        row = snapshot.row_of(subject_id)
-        return None if row is None else snapshot.templates(row)
+        """column -> the best template enrolled there; None where the subject is not enrolled."""
+        return self.snapshot().best_templates(subject_id)
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
         """As `Snapshot.answer`; of a case, the decision as it stands."""
@@ -204,8 +214,9 @@ class Gallery:
 
     def open_cases(self) -> list[str]:
         """The encounters in review, in the order of their ids."""
+        waiting = self._published.pending.values()
         with self._reading():
-            return self._catalogue.open_cases()
+            return sorted({*waiting, *self._catalogue.held_cases()})
 
     def verdicts(self) -> list[Verdict]:
         """All that were ever given, oldest first."""
@@ -440,6 +451,7 @@ class Gallery:
         segments = [open_segment(self.storage, self._segments, entry) for entry in self._catalogue.segments()]
         tail = Tail(segments[-1].end_row if segments else 0)
         self._fill(tail, models)
+        tail.mark_again(_again(tail, segments))
         for one, following in pairwise(segments):
             if one.end_row != following.first_row:
                 raise GalleryDamaged(f"{self.folder}: rows {one.end_row} to {following.first_row} are in no segment")
@@ -452,9 +464,20 @@ class Gallery:
         if len(np.setdiff1d(bare, tombstones)):
             raise GalleryDamaged(f"{self.folder}: the journal lacks templates; run `biodedup doctor`")
         parts: tuple[Part, ...] = (*segments, TailPart(tail, tail.count))
-        group_sets = self._catalogue.group_sets()
-        different = pairs_of(self._catalogue.verdicts())
-        return Snapshot(self._state.version, tail.end_row, parts, tombstones, models, group_sets, different), tail
+        snapshot = Snapshot(
+            self._state.version,
+            tail.end_row,
+            parts,
+            tombstones,
+            models,
+            self._catalogue.group_sets(),
+            self._catalogue.pending(),
+            self._state.extra_rows,
+            self._catalogue.judged(),
+        )
+        if not self._catalogue.has_encounters():  # and no writer has opened it
+            return replace(snapshot, different=paired(judged_before(self._catalogue.verdicts(), snapshot))), tail
+        return snapshot, tail
 
     def _fill(self, tail: Tail, models: Mapping[str, ColumnModel]) -> None:
         subjects = self._catalogue.subjects()
@@ -498,6 +521,15 @@ class Gallery:
 
 def _segments_of(snapshot: Snapshot) -> list[Segment]:
     return [part for part in snapshot.parts if isinstance(part, Segment)]
+
+
+def _again(tail: Tail, segments: Sequence[Segment]) -> Int64:
+    """The positions of a tail whose rows are not the first under their id."""
+    ids = pack_text(tail.subject_ids)
+    known = hashes(ids)
+    found = [np.unique(segment.find_all(ids, known)[0]) for segment in segments]
+    found += [np.array([at for several in tail.positions_of.values() for at in several[1:]], np.int64)]
+    return np.unique(np.concatenate(found))
 
 
 def _removed(snapshot: Snapshot, segments: Sequence[Segment]) -> Int64:
@@ -565,12 +597,11 @@ def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
         raise
     if application_id == 0 and tables == 0:
         raise GalleryDamaged(f"{name} is empty: a gallery was lost here; restore it from a backup")
-    readable = (BEFORE_CODECS, FORMAT_VERSION)
-    if format_stored in [str(number) for number in readable] and (not ours or str(format_version) != format_stored):
+    if format_stored in [str(number) for number in READABLE] and (not ours or str(format_version) != format_stored):
         raise GalleryDamaged(f"{name} is damaged: its header; restore it from a backup")
     if not ours:
         raise NotAGallery(f"{name} is a database of another program; name an empty folder or a gallery")
-    if format_version not in readable:
+    if format_version not in READABLE:
         raise NotAGallery(
             f"{folder} has format {format_version}, this version reads {FORMAT_VERSION}; "
             + ("open it for writing once" if format_version == OLD_FORMAT else "open it with the version that wrote it")

@@ -13,8 +13,7 @@ Owns verification, repair and backup. Never searches, and never changes what is 
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -95,6 +94,8 @@ class _Manifest:
     problems: list[Problem]
     tombstones: NDArray[np.int64]
     journal_ids: list[str]
+    pending: Mapping[int, str]
+    extra_rows: int
 
 
 def inspect(storage: Storage, folder: Path) -> list[Problem]:
@@ -120,7 +121,7 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
         if entry.number not in damaged:
             files = {kind: manifest.files[entry.number, kind] for kind in entry.files}
             problems += _contradictions(Segment(entry, files))
-    return problems or _doubles(manifest)
+    return problems or _several_rows(manifest)
 
 
 def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[str]:
@@ -204,16 +205,19 @@ def _manifest(
         if copy is not None:
             catalogue.copy_to(copy)
         removed = catalogue.tombstones()
-        gone = set(removed)
+        pending, state = catalogue.pending(), catalogue.state()
+        gone = {*removed, *pending}
         journal = [subject_id for row, subject_id, *_ in catalogue.subjects() if row not in gone]
         return _Manifest(
             catalogue.meta()["gallery_id"],
-            catalogue.state().version,
+            state.version,
             entries,
             files,
             problems,
             np.array(removed, np.int64),
             journal,
+            pending,
+            state.extra_rows,
         )
     finally:
         catalogue.rollback()
@@ -249,30 +253,38 @@ def _contradictions(segment: Segment) -> Iterator[Problem]:
             yield Problem(number, kind + LOOKUP, "it is not the order of its ids")
 
 
-def _doubles(manifest: _Manifest) -> list[Problem]:
-    """Subjects that are enrolled twice. Works range by range of the hash, so that memory is bounded by the range."""
-    live: list[tuple[int | None, NDArray[np.uint64]]] = []
+def _several_rows(manifest: _Manifest) -> list[Problem]:
+    """Rows beyond the first of their subject: are they counted, and marked as such? Works range by range of the hash, so that memory is
+    bounded by the range."""
+    live: list[NDArray[np.uint64]] = []
+    marked = [np.zeros(0, np.uint64)]
+    hidden = np.union1d(manifest.tombstones, np.array(sorted(manifest.pending), np.int64))
     for entry in manifest.entries:
         segment = Segment(entry, {kind: manifest.files[entry.number, kind] for kind in entry.files})
-        low, high = np.searchsorted(manifest.tombstones, (segment.first_row, segment.end_row))
-        removed = segment.at(manifest.tombstones[low:high])
+        low, high = np.searchsorted(hidden, (segment.first_row, segment.end_row))
+        left_out = segment.at(hidden[low:high])
         hashes, positions = segment.lookup()
-        live.append((entry.number, hashes[~np.isin(positions, removed)] if len(removed) else hashes))
-    live.append((None, np.sort(packed.hashes(packed.pack_text(manifest.journal_ids)))))
-    found: Counter[int | None] = Counter()
+        live.append(hashes[~np.isin(positions, left_out)] if len(left_out) else hashes)
+        marked.append(segment.again)
+    live.append(np.sort(packed.hashes(packed.pack_text(manifest.journal_ids))))
+    marked.append(live[-1])  # those of the journal are found out when it is read
+    known, extra, unmarked = np.unique(np.concatenate(marked)), 0, 0
     bounds = np.linspace(0, 2.0**64, 257)[1:-1].astype(np.uint64)
-    cuts = [[0, *np.searchsorted(hashes, bounds).tolist(), len(hashes)] for _, hashes in live]
+    cuts = [[0, *np.searchsorted(hashes, bounds).tolist(), len(hashes)] for hashes in live]
     for i in range(len(bounds) + 1):
-        pieces = [hashes[cut[i] : cut[i + 1]] for (_, hashes), cut in zip(live, cuts, strict=True)]
-        together = np.sort(np.concatenate(pieces))
-        doubles = together[1:][together[1:] == together[:-1]]
-        for (number, _), piece in zip(live, pieces, strict=True):
-            found[number] += int(np.isin(piece, doubles).sum()) if len(doubles) else 0
-    return [
-        Problem(number, SUBJECT, f"{count} of its subjects are enrolled twice")
-        for number, count in found.items()
-        if count
-    ]
+        together = np.sort(
+            np.concatenate([hashes[cut[i] : cut[i + 1]] for hashes, cut in zip(live, cuts, strict=True)])
+        )
+        several = together[1:][together[1:] == together[:-1]]
+        extra += len(several)
+        unmarked += int(np.count_nonzero(~np.isin(several, known))) if len(several) else 0
+    problems = []
+    if unmarked:
+        problems.append(Problem(None, SUBJECT, f"{unmarked} subjects are enrolled twice"))
+    if extra != manifest.extra_rows:
+        text = f"{extra} rows are not the first of their subject, {manifest.extra_rows} are counted"
+        problems.append(Problem(None, SUBJECT, text))
+    return problems
 
 
 # mending ---------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 Owns the interface that both have in common. Searches and merges are written against it, and do not know which kind they read.
 
-Words: a *row* is a subject's number in the whole gallery, for ever; a *position* is its place within one part; a *cell* is
-a template's place within one column of one part. All three ascend together.
+Words: a *row* is an encounter's number in the whole gallery, for ever; a *position* is its place within one part; a *cell* is
+a template's place within one column of one part. All three ascend together. A subject owns one row or several.
 """
 
 from __future__ import annotations
@@ -130,6 +130,10 @@ class Rows(Protocol):
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         """Hashes of subject_ids, ascending, and the position of each."""
 
+    @property
+    def again(self) -> NDArray[np.uint64]:
+        """Hashes of the subject_ids of rows that were not the first under their id; some may have been removed since."""
+
 
 class Part(Rows, Protocol):
     """Rows that are searched."""
@@ -143,10 +147,10 @@ class Part(Rows, Protocol):
     def subject_ids_at(self, positions: Int64) -> list[str]: ...
 
     def find(self, subject_id: str, hashed: np.uint64) -> list[int]:
-        """Positions under this id; at most one of them is not removed."""
+        """Positions under this id, ascending."""
 
-    def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
-        """A position for each id, -1 where there is none."""
+    def find_all(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> tuple[Int64, Int64]:
+        """(index of the id, position) of every row under one of these ids; of one id, positions ascend."""
 
 
 def sorted_lookup(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:

@@ -137,24 +137,26 @@ class Segment:
     def find(self, subject_id: str, hashed: np.uint64) -> list[int]:
         return _find(self.files[SUBJECT + LOOKUP], self._ids, subject_id, hashed)
 
-    def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
+    def find_all(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> tuple[Int64, Int64]:
         file = self.files[SUBJECT + LOOKUP]
         known = file.read("hash")
-        if not len(known):
-            return np.full(len(subject_ids), -1)
-        order = np.argsort(hashes)  # ascending probes walk through the look-up once
-        places = np.minimum(np.searchsorted(known, hashes[order]), len(known) - 1)
-        hit = order[known[places] == hashes[order]]
-        found = np.full(len(subject_ids), -1)
-        if len(hit):
-            positions = file.take("position", places[known[places] == hashes[order]]).astype(np.int64)
-            same = pyarrow.compute.equal(self._ids.take(positions), subject_ids.take(hit)).to_numpy(
-                zero_copy_only=False
-            )
-            found[hit[same]] = positions[same]
-            for i in hit[~same].tolist():  # another string with this hash: once in 2^64 pairs
-                found[i] = max(self.find(packed.text(subject_ids[i : i + 1])[0], hashes[i]), default=-1)
-        return found
+        order = np.argsort(hashes, kind="stable")  # ascending probes walk through the look-up once
+        first = np.searchsorted(known, hashes[order])
+        there = np.flatnonzero(known[np.minimum(first, len(known) - 1)] == hashes[order]) if len(known) else first[:0]
+        first, which = first[there], order[there]
+        counts = np.searchsorted(known, hashes[which], "right") - first
+        which, places = np.repeat(which, counts), np.repeat(first, counts)
+        places += np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
+        positions = file.take("position", places).astype(np.int64)
+        if len(which):  # two strings share a hash once in 2^64 pairs
+            same = pyarrow.compute.equal(self._ids.take(positions), subject_ids.take(which))
+            same = same.to_numpy(zero_copy_only=False)
+            which, positions = which[same], positions[same]
+        return which, positions
+
+    @property
+    def again(self) -> NDArray[np.uint64]:
+        return self._subject.read("again") if "again" in self._subject else np.zeros(0, np.uint64)
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         file = self.files[SUBJECT + LOOKUP]
@@ -487,6 +489,9 @@ def _subject_streams(sources: Sequence[_Source], count: int, first_row: int, end
     encounters = _string_streams("encounter_id", count, each(lambda part, low, high: part.encounter_ids(low, high)))
     if encounters[1].shape[0]:
         streams += encounters
+    again = np.unique(np.concatenate([np.zeros(0, np.uint64), *(source.part.again for source in sources)]))
+    if len(again):
+        streams.append(Stream("again", "<u8", (len(again),), [again]))
     return streams
 
 

@@ -1,6 +1,9 @@
 """A snapshot: the rows that a reader sees, as of one version, whatever the writer does meanwhile.
 
-Owns reading across parts: look-ups by id, templates by row, which rows live. Never changes anything.
+Owns reading across parts: look-ups by id, templates by row, the state of each row. Never changes anything.
+
+A row is an encounter, in one of three states. A *live* row belongs to an enrolled subject, which owns one or several. A *pending*
+row belongs to an open case: searches see it, look-ups by subject do not. A *removed* row is a tombstone until a merge drops it.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import TypeVar
 
@@ -20,7 +23,7 @@ from biodedup.gallery.catalogue import ColumnModel
 from biodedup.gallery.packed import Packed
 from biodedup.gallery.part import Column, Int64, Part
 from biodedup.gallery.storage import memory_bytes
-from biodedup.values import BIT, COLUMNS, Float32, Template
+from biodedup.values import BIT, COLUMNS, EnrolledEncounter, Float32, Template
 
 _T = TypeVar("_T", bound=np.generic)
 _DRAWN_SEED = 7
@@ -29,7 +32,9 @@ _MEMORY_SHARE = 0.75  # that a gallery may fill; of the rest everything else liv
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending."""
+    """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending; pending: row of an open
+    case -> its encounter_id; extra_rows: live rows beyond the first of their subject; different: row -> rows that were judged to be
+    of somebody else, in both directions."""
 
     version: int
     row_count: int
@@ -37,8 +42,9 @@ class Snapshot:
     tombstones: Int64
     models: Mapping[str, ColumnModel]
     group_sets: Mapping[int, frozenset[str]]
-    different: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
-    """subject_id -> subjects who were judged to be somebody else; in both directions."""
+    pending: Mapping[int, str] = field(default_factory=dict, repr=False)
+    extra_rows: int = 0
+    different: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
     )
@@ -49,11 +55,34 @@ class Snapshot:
     @cached_property
     def live_count(self) -> int:
         """Subjects enrolled."""
+        return self.present_count - len(self.pending) - self.extra_rows
+
+    @property
+    def present_count(self) -> int:
+        """Rows that are not removed: live or pending."""
         return sum(part.count for part in self.parts) - len(self.tombstones)
+
+    @property
+    def searched_count(self) -> int:
+        """Subjects enrolled and cases open: how many people a search compares a probe with."""
+        return self.live_count + len(self.pending)
+
+    @cached_property
+    def pending_rows(self) -> Int64:
+        """Ascending."""
+        return np.array(sorted(self.pending), np.int64)
+
+    @cached_property
+    def enrolled(self) -> Snapshot:
+        """The same without the open cases."""
+        if not self.pending:
+            return self
+        without = np.union1d(self.tombstones, self.pending_rows)
+        return replace(self, tombstones=without, pending={}, _masks={}, _bits={})
 
     @cached_property
     def presences(self) -> Mapping[int, int]:
-        """How many subjects have each combination of columns, as a mask."""
+        """How many rows have each combination of columns, as a mask."""
         counts: Counter[int] = Counter()
         for part in self.parts:
             counts.update(part.bits)
@@ -62,12 +91,12 @@ class Snapshot:
         return {bits: count for bits, count in counts.items() if count}
 
     def count_with(self, bits: int) -> int:
-        """Subjects with a template in one of these columns, a mask."""
+        """Rows with a template in one of these columns, a mask."""
         return sum(count for has, count in self.presences.items() if has & bits)
 
     def column_counts(self) -> dict[str, int]:
-        """Subjects with a template in each column."""
-        return {column: self.count_with(1 << index) for index, column in enumerate(COLUMNS)}
+        """Live rows with a template in each column."""
+        return {column: self.enrolled.count_with(1 << index) for index, column in enumerate(COLUMNS)}
 
     def outcomes(self) -> dict[str, int]:
         """Encounters answered with each outcome."""
@@ -93,51 +122,91 @@ class Snapshot:
     # look-ups ---------------------------------------------------------------------------------------------------
 
     def row_of(self, subject_id: str) -> int | None:
-        """The row of an enrolled subject."""
+        """The newest row of an enrolled subject."""
+        rows = self.rows_under(subject_id)
+        return rows[-1] if rows else None
+
+    def rows_under(self, subject_id: str) -> list[int]:
+        """The rows of an enrolled subject, ascending; none where it is not enrolled."""
+        return [row for row in self._present(subject_id) if row not in self.pending]
+
+    def pending_under(self, subject_id: str) -> list[int]:
+        """The rows of open cases that ask to enrol or update this subject, ascending."""
+        return [row for row in self._present(subject_id) if row in self.pending]
+
+    def is_known(self, subject_id: str) -> bool:
+        """Whether a row that is not removed has this id: of an enrolled subject or of an open case."""
+        return bool(self._present(subject_id))
+
+    def _present(self, subject_id: str) -> list[int]:
+        """Rows under an id that are not removed, ascending."""
         hashed = packed.hash_of(subject_id)
-        for part in reversed(self.parts):
+        rows: list[int] = []
+        for part in self.parts:
             positions = part.find(subject_id, hashed)
             if positions:
-                for row in part.rows(np.array(positions, np.int64)).tolist():
-                    if self.is_live(row):
-                        return int(row)
-        return None
-
-    def rows_of(self, subject_ids: Packed) -> Int64:
-        """The row of each subject, -1 where it is not enrolled."""
-        hashes = packed.hashes(subject_ids)
-        rows = np.full(len(subject_ids), -1)
-        for part in self.parts:
-            found = part.find_many(subject_ids, hashes)
-            at = np.flatnonzero(found >= 0)
-            there = part.rows(found[at])
-            live = ~np.isin(there, self.tombstones)
-            rows[at[live]] = there[live]
-            for i in at[~live].tolist():  # removed; another row of the part may have the id
-                again = self.row_of(packed.text(subject_ids[i : i + 1])[0])
-                rows[i] = rows[i] if again is None else again
+                found = part.rows(np.array(positions, np.int64))
+                rows += found[self.are_present(found)].tolist()
         return rows
 
-    def rows_different(self, subject_id: str | None) -> frozenset[int]:
-        """The rows of subjects who were judged to be somebody else than this one."""
-        rows = (self.row_of(other) for other in self.different.get(subject_id or "", ()))
-        return frozenset(row for row in rows if row is not None)
+    def rows_of(self, subject_ids: Packed) -> Int64:
+        """The newest row of each subject, -1 where it is not enrolled."""
+        rows = np.full(len(subject_ids), -1)
+        which, found = self.all_rows_of(subject_ids)
+        rows[which] = found  # of several rows the last one stays
+        return rows
 
-    def are_different(self, subject_id: str, other_id: str) -> bool:
-        """Whether these two were judged to be two people."""
-        return other_id in self.different.get(subject_id, ())
+    def all_rows_of(self, subject_ids: Packed) -> tuple[Int64, Int64]:
+        """(index of the id, row) of every row of these subjects; of one subject, rows ascend."""
+        hashes = packed.hashes(subject_ids)
+        which, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for part in self.parts:
+            some, positions = part.find_all(subject_ids, hashes)
+            there = part.rows(positions)
+            live = ~np.isin(there, self.enrolled.tombstones)
+            which.append(some[live])
+            rows.append(there[live])
+        return np.concatenate(which), np.concatenate(rows)
 
-    def is_live(self, row: int) -> bool:
+    def with_siblings(self, rows: Int64) -> tuple[Int64, Int64 | None]:
+        """(these rows, ascending, with all other rows of their subjects; the number of the subject of each). No numbers where every
+        subject has one row. An open case is a subject of its own."""
+        if not self.extra_rows or not len(rows):
+            return rows, None
+        ids = packed.pack_text(self.subject_ids(rows.tolist()))
+        hashes = packed.hashes(ids)
+        several = np.zeros(len(rows), bool)
+        for part in self.parts:
+            several |= np.isin(hashes, part.again) if len(part.again) else False
+        several &= ~np.isin(rows, self.pending_rows)
+        at = np.flatnonzero(several)
+        if not len(at):
+            return rows, None
+        order = np.argsort(hashes[at], kind="stable")
+        at = at[order][np.append(True, np.diff(hashes[at][order]) != 0)]  # each subject once
+        which, found = self.all_rows_of(ids.take(at))
+        together = np.union1d(rows, found)
+        subjects = len(ids) + np.arange(len(together))
+        subjects[np.searchsorted(together, found)] = which
+        return together, subjects
+
+    def siblings(self, row: int) -> tuple[int, ...]:
+        """All rows of the subject that has this one, ascending."""
+        if not self.extra_rows:
+            return (row,)
+        return tuple(self.with_siblings(np.array([row]))[0].tolist())
+
+    def is_present(self, row: int) -> bool:
         """Whether the row, which some snapshot had, is there and not removed."""
-        return bool(self.are_live(np.array([row]))[0])
+        return bool(self.are_present(np.array([row]))[0])
 
-    def are_live(self, rows: Int64) -> NDArray[np.bool_]:
-        """bool (n,): which of these rows, which some snapshot had, are there and not removed."""
-        live = self._gather(rows, np.zeros(len(rows), bool), lambda part, at: at >= 0)
+    def are_present(self, rows: Int64) -> NDArray[np.bool_]:
+        """bool (n,): which of these rows, which some snapshot had, are there and not removed: live or pending."""
+        present = self._gather(rows, np.zeros(len(rows), bool), lambda part, at: at >= 0)
         if len(self.tombstones):
             at = np.minimum(np.searchsorted(self.tombstones, rows), len(self.tombstones) - 1)
-            live &= self.tombstones[at] != rows
-        return live
+            present &= self.tombstones[at] != rows
+        return present
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
         """(digest of what was sent, answer as JSON), or None for an encounter never seen."""
@@ -160,26 +229,37 @@ class Snapshot:
         return ids
 
     def all_subject_ids(self) -> Iterator[str]:
-        """The enrolled, in order of enrolment."""
+        """The enrolled, in order of enrolment, each once."""
+        several = {int(hashed) for part in self.parts for hashed in part.again.tolist()} if self.extra_rows else set()
+        seen: set[str] = set()
         for part in self.parts:
-            mask = self.mask(part)
+            mask = self.enrolled.mask(part)
             for low in range(0, part.count, 1 << 16):
                 ids = part.subject_ids(low, min(low + (1 << 16), part.count))
-                yield from packed.text(ids if mask is None else ids.filter(mask[low : low + len(ids)]))
+                names = packed.text(ids if mask is None else ids.filter(mask[low : low + len(ids)]))
+                if not several:
+                    yield from names
+                    continue
+                for name in names:
+                    if int(packed.hash_of(name)) not in several:
+                        yield name
+                    elif name not in seen:
+                        seen.add(name)
+                        yield name
 
     def live_rows(self) -> Int64:
         """Of every enrolled subject, ascending."""
         found = [np.zeros(0, np.int64)]
         for part in self.parts:
-            mask = self.mask(part)
+            mask = self.enrolled.mask(part)
             found.append(part.rows(np.arange(part.count) if mask is None else np.flatnonzero(mask)))
         return np.concatenate(found)
 
     def mask(
         self, part: Part, groups: Collection[str] | None = None, hidden: frozenset[int] = frozenset()
     ) -> NDArray[np.bool_] | None:
-        """bool (count,): the rows of a part that live and, with groups, belong to one of them. None: all do. hidden: presences of
-        rows that do not count."""
+        """bool (count,): the rows of a part that are not removed and, with groups, belong to one of them. None: all do. hidden:
+        presences of rows that do not count."""
         key = (id(part), None if groups is None else frozenset(groups), hidden)
         if key not in self._masks:
             self._masks[key] = self._mask(part, *key[1:])
@@ -296,6 +376,23 @@ class Snapshot:
             )
         return templates
 
+    def encounters_of(self, subject_id: str) -> list[EnrolledEncounter]:
+        """What an enrolled subject owns, oldest first."""
+        rows = self.rows_under(subject_id)
+        told = zip(rows, self.encounter_ids(rows), self.groups(rows), strict=True)
+        return [EnrolledEncounter(row, eid, tuple(sorted(groups)), self.templates(row)) for row, eid, groups in told]
+
+    def best_templates(self, subject_id: str) -> dict[str, Template] | None:
+        """column -> of all rows of a subject the template of the best quality, then the newest; None where it is not enrolled."""
+        rows = self.rows_under(subject_id)
+        best: dict[str, Template] = {}
+        for row in rows:
+            for column, template in self.templates(row).items():
+                known = best.get(column)
+                if known is None or (template.quality or 0.0) >= (known.quality or 0.0):
+                    best[column] = template
+        return best if rows else None
+
     def sample(self, column: str, count: int) -> Float32:
         """Up to count embeddings of a column, the oldest, float32 (n, d)."""
         found: list[Float32] = []
@@ -310,11 +407,14 @@ class Snapshot:
         """(column, rows) of up to count people with an embedding of this model, by chance; ('', none) without such a column.
 
         They are drawn among the first 2^n rows of all time, whatever has been sealed or merged: the same ones until one of them is
-        removed, or there are twice as many rows.
+        removed, or there are twice as many rows. Open cases are left out, and of each subject all rows but one: they may be mates.
         """
         columns = [name for name, one in self.models.items() if one.model_id == model_id and one.dimension]
         rows = _drawn((1 << self.row_count.bit_length()) // 2, count)
-        rows = rows[self.are_live(rows)]
+        rows = rows[self.enrolled.are_present(rows)]
+        if self.extra_rows:
+            ids = self.subject_ids(rows.tolist())
+            rows = rows[np.sort(np.unique(packed.hashes(packed.pack_text(ids)), return_index=True)[1])]
         presence = self.presence(rows)
         for column in columns:
             found = rows[(presence & BIT[column]) > 0][:count]

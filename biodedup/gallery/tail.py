@@ -11,6 +11,7 @@ grown large it is sealed into a segment, and a new one begins.
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from biodedup.gallery.codec import Codec
 from biodedup.gallery.codes import Codes
-from biodedup.gallery.packed import Packed, hashes, pack, pack_text, text
+from biodedup.gallery.packed import Packed, hash_of, hashes, pack, pack_text, text
 from biodedup.gallery.part import PIECE_ROWS, Int64, sorted_lookup
 from biodedup.values import COLUMNS, Column, Float32, Template
 
@@ -73,6 +74,8 @@ class Tail:
         self.group_sets = GrowingArray(np.uint32)
         self.columns: dict[str, _Cells] = {}
         self.positions_of: dict[str, tuple[int, ...]] = {}
+        self.again: list[tuple[int, int]] = []
+        """(position, hash of the subject_id) of each row that was not the first under its id."""
         self.answers: dict[str, Answer] = {}
 
     @property
@@ -84,18 +87,24 @@ class Tail:
         return self.first_row + self.count
 
     def append(
-        self, subject_ids: Sequence[str], encounter_id: str, group_set: int, templates: Mapping[str, Sequence[Template]]
+        self,
+        subject_id: str,
+        encounter_id: str,
+        group_set: int,
+        templates: Mapping[str, Template],
+        *,
+        again: bool = False,
     ) -> None:
-        """Adds rows; templates: column -> one for each row."""
+        """Adds a row. again: it is not the first under its id."""
         columns: dict[str, Column] = {
-            name: [t.minutiae or b"" for t in cells]
-            if cells[0].embedding is None
-            else np.array([t.embedding for t in cells], np.float32)
-            for name, cells in templates.items()
+            name: [t.minutiae or b""] if t.embedding is None else np.array([t.embedding], np.float32)
+            for name, t in templates.items()
         }
-        self.append_columns(subject_ids, encounter_id, np.full(len(subject_ids), group_set), columns)
-        for name, cells in templates.items():
-            self.columns[name].describe(cells)
+        self.append_columns([subject_id], encounter_id, np.array([group_set]), columns)
+        for name, template in templates.items():
+            self.columns[name].describe([template])
+        if again:
+            self.again.append((self.count - 1, int(hash_of(subject_id))))
 
     def append_columns(
         self, subject_ids: Sequence[str], encounter_id: str, group_sets: NDArray[Any], columns: Mapping[str, Column]
@@ -138,6 +147,11 @@ class Tail:
             presence[positions] |= 1 << COLUMNS.index(name)
         self.presence.append(presence)
 
+    def mark_again(self, positions: Int64) -> None:
+        """After `load`: the rows that were not the first under their id."""
+        ids = pack_text([self.subject_ids[position] for position in positions.tolist()])
+        self.again = list(zip(positions.tolist(), hashes(ids).tolist(), strict=True))
+
     def truncate(self, count: int) -> None:
         """Forgets the rows from position count on."""
         for subject_id in self.subject_ids[count:]:
@@ -145,6 +159,8 @@ class Tail:
             if kept:
                 self.positions_of[subject_id] = kept
         del self.subject_ids[count:], self.encounter_ids[count:]
+        while self.again and self.again[-1][0] >= count:
+            self.again.pop()
         self.presence.count = self.group_sets.count = count
         for column in self.columns.values():
             column.truncate(count)
@@ -226,10 +242,16 @@ class TailPart:
     def find(self, subject_id: str, hashed: np.uint64 | None = None) -> list[int]:
         return [p for p in self._tail.positions_of.get(subject_id, ()) if p < self.count]
 
-    def find_many(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> Int64:
-        if not self.count:
-            return np.full(len(subject_ids), -1)
-        return np.array([max(self.find(subject_id), default=-1) for subject_id in text(subject_ids)], np.int64)
+    def find_all(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> tuple[Int64, Int64]:
+        found = [self.find(subject_id) for subject_id in text(subject_ids)] if self.count else []
+        which = np.repeat(np.arange(len(found)), np.array([len(positions) for positions in found], np.int64))
+        return which, np.array([position for positions in found for position in positions], np.int64)
+
+    @cached_property
+    def again(self) -> NDArray[np.uint64]:
+        """In no order: the tail may grow by one such row at each commit."""
+        marked = self._tail.again
+        return np.array([hashed for _, hashed in marked[: bisect_left(marked, (self.count, 0))]], np.uint64)
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         return sorted_lookup(hashes(self.subject_ids(0, self.count)))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.errors import ModelMismatch, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import to_json
-from biodedup.gallery.cases import Request, is_review, pairs_of, read_case, standing
-from biodedup.gallery.catalogue import Catalogue, ColumnModel, State
+from biodedup.gallery.cases import RECAPTURE, Request, is_review, judged_before, read_case, request_of, standing
+from biodedup.gallery.catalogue import Catalogue, ColumnModel, State, paired
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.part import Int64, Part
 from biodedup.gallery.segment import Segment, SegmentEntry, open_segment, write_segment
@@ -46,9 +46,10 @@ class Transaction:
         self.manifest_changed = False
         self.segments: list[Part] = [part for part in before.parts if isinstance(part, Segment)]
         self.tail = tail
-        self.tombstones = before.tombstones
+        self.tombstones: Int64 = before.tombstones
         self.models = dict(before.models)
         self.group_sets = dict(before.group_sets)
+        self.pending = before.pending
         self.different = before.different
         self.answers: dict[str, Answer] = {}
         self.new_segments: list[int] = []
@@ -76,9 +77,17 @@ class Transaction:
     def snapshot(self) -> Snapshot:
         """Everything, what is staged included."""
         parts: tuple[Part, ...] = (*self.segments, TailPart(self.tail, self.tail.count))
-        version = self.state.version
+        state = self.state
         return Snapshot(
-            version, self.tail.end_row, parts, self.tombstones, self.models, self.group_sets, self.different
+            state.version,
+            self.tail.end_row,
+            parts,
+            self.tombstones,
+            self.models,
+            self.group_sets,
+            self.pending,
+            state.extra_rows,
+            self.different,
         )
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
@@ -95,17 +104,70 @@ class Transaction:
     def add(
         self, subject_id: str, templates: Mapping[str, Template], encounter_id: str = "", groups: Iterable[str] = ()
     ) -> None:
-        """Stages one subject. Raises SubjectExists, ModelMismatch."""
+        """Stages a new subject. Raises SubjectExists, ModelMismatch."""
         if self.snapshot().row_of(subject_id) is not None:
             raise exists(subject_id)
+        self._append(subject_id, templates, encounter_id, groups)
+
+    def add_encounter(
+        self, subject_id: str, templates: Mapping[str, Template], encounter_id: str = "", groups: Iterable[str] = ()
+    ) -> None:
+        """Stages a further row of an enrolled subject. Raises ModelMismatch."""
+        self._append(subject_id, templates, encounter_id, groups)
+        self._count_extra(1)
+
+    def hold(
+        self,
+        subject_id: str,
+        templates: Mapping[str, Template],
+        encounter_id: str,
+        request: Request,
+    ) -> int:
+        """Opens a case: a pending row with the templates of an encounter in review, and what it asked for. Returns the row."""
+        row = self._append(subject_id, templates, encounter_id, request.groups)
+        self._catalogue.add_pending(row, encounter_id)
+        self._catalogue.put_case(encounter_id, request.to_json(), None)
+        self.pending = {**self.pending, row: encounter_id}
+        return row
+
+    def release(self, encounter_id: str) -> None:
+        """The pending row of a case becomes a row of its subject, which is enrolled by that if it was not."""
+        row, subject_id = self._pending_row(encounter_id)
+        enrolled = self.snapshot().row_of(subject_id) is not None
+        self._drop_pending(row)
+        self._count_extra(int(enrolled))
+        self.content_changed = True
+
+    def withdraw(self, encounter_id: str) -> None:
+        """The pending row of a case is removed."""
+        row, _ = self._pending_row(encounter_id)
+        self._drop_pending(row)
+        self._bury([row])
+
+    def _pending_row(self, encounter_id: str) -> tuple[int, str]:
+        row = next(row for row, other in self.pending.items() if other == encounter_id)
+        return row, self.snapshot().subject_ids([row])[0]
+
+    def _drop_pending(self, row: int) -> None:
+        self._catalogue.drop_pending(row)
+        self.pending = {other: encounter_id for other, encounter_id in self.pending.items() if other != row}
+
+    def _count_extra(self, change: int) -> None:
+        self._state = replace(self._state, extra_rows=self._state.extra_rows + change)
+
+    def _append(
+        self, subject_id: str, templates: Mapping[str, Template], encounter_id: str, groups: Iterable[str]
+    ) -> int:
+        again = self.snapshot().is_known(subject_id)
         for template in templates.values():
             dimension = None if template.embedding is None else len(template.embedding)
             self.settle_model(template.column, ColumnModel(template.model_id, dimension))
         row, group_set = self.tail.end_row, self._group_set(frozenset(groups))
         self._catalogue.add_subjects([(row, subject_id, encounter_id, group_set)])
         self._catalogue.add_cells((row, template) for template in templates.values())
-        self.tail.append([subject_id], encounter_id, group_set, {name: [t] for name, t in templates.items()})
+        self.tail.append(subject_id, encounter_id, group_set, templates, again=again)
         self.content_changed = True
+        return row
 
     def add_many(
         self, subject_ids: Sequence[str], columns: Mapping[str, tuple[str, Column]], groups: Sequence[Iterable[str]]
@@ -125,8 +187,9 @@ class Transaction:
         self.tail.append_columns(subject_ids, "", group_sets, cells_of)
         self.content_changed = True
 
-    def attach(self, entry: SegmentEntry) -> None:
-        """Stages the rows of a segment that was written before; its range is settled here, behind all rows given out."""
+    def attach(self, entry: SegmentEntry, extra_rows: int = 0) -> None:
+        """Stages the rows of a segment that was written before; its range is settled here, behind all rows given out. extra_rows: how
+        many of them are not the first of their subject."""
         if self.tail.count:
             self.seal()
         count = entry.end_row - entry.first_row
@@ -135,22 +198,32 @@ class Transaction:
         answers = self.tail.answers
         self.tail = Tail(entry.end_row)
         self.tail.answers = answers
+        self._count_extra(extra_rows)
         self.content_changed = True
 
     def remove(self, subject_id: str) -> None:
-        """Removes a subject. Raises UnknownSubject."""
-        row = self.snapshot().row_of(subject_id)
-        if row is None:
+        """Removes all rows of a subject. Raises UnknownSubject."""
+        rows = self.snapshot().rows_under(subject_id)
+        if not rows:
             raise UnknownSubject(f"subject {subject_id!r} is not enrolled; there is nothing to remove")
-        self._catalogue.add_tombstone(row, self.version)
-        self.tombstones = np.insert(self.tombstones, np.searchsorted(self.tombstones, row), row)
-        self.content_changed = True
+        self._bury(rows)
+        self._count_extra(1 - len(rows))
 
-    def remove_rows(self, rows: Int64) -> None:
-        """Removes live rows, ascending."""
-        for row in rows.tolist():
+    def remove_rows(self, rows: Sequence[int] | Int64) -> None:
+        """Removes live rows, ascending; a subject without further rows is enrolled no more."""
+        now = self.snapshot()
+        fewer = 0
+        if now.extra_rows and len(rows):
+            ids, counts = np.unique(now.subject_ids(np.asarray(rows).tolist()), return_counts=True)
+            which, _ = now.all_rows_of(pack_text(ids.tolist()))
+            fewer = int(np.minimum(counts, np.bincount(which, minlength=len(ids)) - 1).sum())
+        self._bury(rows)
+        self._count_extra(-fewer)
+
+    def _bury(self, rows: Sequence[int] | Int64) -> None:
+        for row in np.asarray(rows).tolist():
             self._catalogue.add_tombstone(row, self.version)
-        self.tombstones = np.union1d(self.tombstones, rows)
+        self.tombstones = np.union1d(self.tombstones, np.asarray(rows, np.int64))
         self.content_changed = self.content_changed or bool(len(rows))
 
     def record(self, encounter_id: str, answer: Answer) -> None:
@@ -160,28 +233,42 @@ class Transaction:
         self.answers[encounter_id] = answer
         self.content_changed = True
 
-    def hold(self, encounter_id: str, templates: Iterable[Template], request: Request) -> None:
-        """Opens a case: keeps the templates of an encounter in review, and what it asked for."""
-        self._catalogue.hold(encounter_id, templates)
-        self._catalogue.put_case(encounter_id, request.to_json(), None)
-        self.content_changed = True
-
     def case(self, encounter_id: str) -> Case | None:
         return read_case(self._catalogue, self.snapshot(), encounter_id)
 
-    def judge(self, verdicts: Sequence[Verdict]) -> None:
-        """Records what was ruled; pairs judged different are so for every search from now on."""
+    def judge(self, verdicts: Sequence[Verdict], different: Sequence[tuple[int, int]]) -> None:
+        """Records what was ruled. different: pairs of rows that are of two people by it."""
         self._catalogue.add_verdicts(verdicts)
-        self.different = pairs_of(verdicts, self.different)
+        self._catalogue.add_judged(different)
+        self.different = paired(different, self.different)
         self.content_changed = True
 
     def revise(self, case: Case, decision: Decision) -> None:
-        """The decision of a case as it stands from now on. Closed, its templates are dropped."""
-        request = Request(case.replaces, case.groups, case.across_positions)
-        self._catalogue.put_case(case.encounter_id, request.to_json(), to_json(decision))
-        if decision.outcome != "review":
-            self._catalogue.drop_held(case.encounter_id)
+        """The decision of a case as it stands from now on."""
+        self._catalogue.put_case(case.encounter_id, request_of(case).to_json(), to_json(decision))
         self.content_changed = True
+
+    def adopt_cases(self) -> None:
+        """In a gallery of an older format: open cases get their rows, and verdicts are about the rows that they were given on.
+
+        A case whose templates are of another model than the gallery's by now cannot be compared any more: it asks for a recapture.
+        """
+        for encounter_id in self._catalogue.held_cases():
+            case, stored = self.case(encounter_id), self._catalogue.case(encounter_id)
+            assert case is not None, "what is held went to review"
+            try:
+                self.hold(case.subject_id, case.templates, encounter_id, request_of(case))
+                if stored is not None:
+                    self._catalogue.put_case(encounter_id, *stored)
+            except ModelMismatch:
+                refusals = (*case.decision.refusals, RECAPTURE)
+                self.revise(case, replace(case.decision, outcome="refused", refusals=refusals))
+            self._catalogue.drop_held(encounter_id)
+        pairs = judged_before(self._catalogue.verdicts(), self.snapshot())
+        self._catalogue.add_judged(pairs)
+        self.different = paired(pairs, self.different)
+        self._catalogue.set_encounters()
+        self.manifest_changed = True
 
     def refuse_enrolled(self, subject_ids: Sequence[str]) -> None:
         rows = self.snapshot().rows_of(pack_text(subject_ids))

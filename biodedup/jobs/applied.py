@@ -455,7 +455,7 @@ def _withdraw(target: Gallery, name: str, stands_for: dict[int, int], progress: 
             with target.transaction() as transaction:
                 live = transaction.snapshot().live_rows()
                 first, end = np.searchsorted(live, (low, high))
-                moved = [row for row, before in stands_for.items() if low <= before < high and now.is_live(row)]
+                moved = [row for row, before in stands_for.items() if low <= before < high and now.is_present(row)]
                 rows = np.union1d(live[first:end], np.array(moved, np.int64))
                 transaction.remove_rows(rows)
                 facts = {"withdrawn": len(rows)}

@@ -100,7 +100,7 @@ class Standing:
 def standing(sentinels: Sentinels, snapshot: Snapshot) -> Standing:
     """Where the subjects of some sentinels are now."""
     found: dict[str, list[Sentinel]] = {name: [] for name in Standing.__dataclass_fields__}
-    there = [one for one in sentinels.each if one.row < snapshot.row_count and snapshot.is_live(one.row)]
+    there = [one for one in sentinels.each if one.row < snapshot.row_count and snapshot.is_present(one.row)]
     rows = [one.row for one in there]
     names = snapshot.subject_ids(rows)
     leading = snapshot.rows_of(packed.pack_text([one.subject_id for one in there])).tolist()

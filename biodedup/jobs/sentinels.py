@@ -228,7 +228,7 @@ class _Run:
             place = _places(engine.search({name: probes}, k=FIRST).ids, lost)
         self.stored.refresh()  # some may have been removed since
         snapshot = self.stored.snapshot()
-        return sum(at >= FIRST and snapshot.is_live(one.row) for one, at in zip(lost, place.tolist(), strict=True))
+        return sum(at >= FIRST and snapshot.is_present(one.row) for one, at in zip(lost, place.tolist(), strict=True))
 
     def _identified(self, present: Sequence[Sentinel], alpha: float) -> Watched:
         """Those whose evidence 1:1 reaches the review threshold, and whose strongest column brings them among the candidates."""

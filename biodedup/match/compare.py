@@ -6,8 +6,9 @@ Owns which captures are paired, and how their scores become one. Never searches 
    side; the best of m tries counts, less 10 log10(m) dB, since m tries have m chances to look alike.
 2. Across positions, when asked: other readings of the fingers' labels are tried as well (`labels.py`), and the better of right
    labels and the strongest other reading counts, each less its charge.
-3. A finger's embedding and its minutiae add their llr_db, and the sum is calibrated again; who has only one is compared by it.
-4. Every number that leaves here has a unit: `score_db`, `llr_db`.
+3. A finger's embedding and its minutiae add their llr_db, and the sum is calibrated again; with only one, that one counts.
+4. A subject with several rows is one candidate (`encounters.py`).
+5. Every number that leaves here has a unit: `score_db`, `llr_db`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from biodedup.errors import InvalidInput, ModelMismatch
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import WithMinutiae
+from biodedup.match.encounters import Joint, of_all_rows
 from biodedup.match.fusion import llr_reaching
 from biodedup.match.labels import Pair, Readings, readings_of
 from biodedup.match.minutiae import MinutiaeMatcher
@@ -122,13 +124,16 @@ class Comparer:
         rows: Sequence[int] | NDArray[np.int64],
         *,
         across: bool = False,
+        subjects: NDArray[np.int64] | None = None,
     ) -> Ranked:
         """The probe against each row, strongest first, equal ones by row. Rows with nothing comparable are left out.
 
-        across: fingers are compared with fingers of other labels, too.
+        across: fingers are compared with fingers of other labels, too. subjects: int64 (n,), rows with the same number are of one
+        subject, which comes out as one comparison, of its strongest row; None: each row is a subject of its own.
         """
         held = _Held(source, np.asarray(rows, np.int64))
-        masks, which = np.unique(source.presence(held.rows), return_inverse=True)
+        own = source.presence(held.rows)
+        masks, which = np.unique(own if subjects is None else of_all_rows(own, subjects), return_inverse=True)
         members = [(_columns_of(mask), np.flatnonzero(which == number)) for number, mask in enumerate(masks.tolist())]
         groups = {some: pairings(tuple(probe), some) for some, _ in members}
         readings = {some: _readings(probe, held.model_ids, some, bool(groups[some])) for some, _ in members if across}
@@ -138,17 +143,19 @@ class Comparer:
             for pair in dict.fromkeys((*(p for group in groups[some] for p in group), *(tried.pairs if tried else ()))):
                 wanted.setdefault(pair, []).append(ats)
         laws = self.laws(probe)
-        measured = {
-            pair: self._measure(probe[pair[0]], laws[pair[0]], pair, held, np.sort(np.concatenate(ats)))
-            for pair, ats in wanted.items()
-        }
-        board = Board(held.rows, measured)
+        measured = {}
+        for pair, lists in wanted.items():
+            ats = np.sort(np.concatenate(lists))
+            ats = ats if subjects is None else ats[(own[ats] & BIT[pair[1]]) != 0]
+            measured[pair] = self._measure(probe[pair[0]], laws[pair[0]], pair, held, ats)
+        joint = None if subjects is None else Joint(measured, subjects)
+        board = Board(held.rows, measured) if joint is None else Board(held.rows, joint.measured, joint.borrowed_db)
         fused = board.fuse(*as_labelled(board, [(ats, groups[some]) for some, ats in members]))
         for some, ats in members:
             reading = readings.get(some)
             if reading is not None:
                 fused = _read_across(board, fused, ats, reading)
-        return Ranked([(board, fused)])
+        return Ranked([(board, fused if joint is None else joint.best_of_each(fused))])
 
     def laws(self, probe: Mapping[str, Template]) -> dict[str, Law]:
         """How the templates in each of the probe's columns score."""
@@ -261,4 +268,4 @@ def _read_across(board: Board, fused: Fused, ats: NDArray[np.int64], readings: R
     charge_db = np.zeros(len(board.rows))
     charge_db[ats] = readings.as_labelled_db
     other = board.fuse(used, ats=ats).charged(charges_db)
-    return fused.charged(fused.charge_db + charge_db).or_better(other, ats)
+    return fused.charged(charge_db).or_better(other, ats)

@@ -45,22 +45,26 @@ def judge(
     usable: bool = True,
     nothing_in_common: bool = False,
     trust_extrapolation: bool = True,
+    waiting: Sequence[bool] = (),
 ) -> Judgement:
     """The outcome of a search.
 
     candidates: strongest first. band_db: where the review band of the policy begins; review_db lies below it where mates of these
     captures may score less. incomplete: part of the gallery was not seen. usable: the probe has a capture. nothing_in_common: nobody
-    enrolled has a capture of the same kind. A search that could not see everything never says unique.
+    enrolled has a capture of the same kind. waiting: of each candidate, whether it is an open case: what resembles one waits, too. A
+    search that could not see everything never says unique.
     """
     kinds = kinds_of(candidates, duplicate_db, review_db)
     if not usable:
         return Judgement("refused", kinds, ())
     reasons: dict[str, None] = {}
     duplicate = False
-    for candidate, kind in zip(candidates, kinds, strict=True):
+    for candidate, kind, waits in zip(candidates, kinds, waiting or [False] * len(candidates), strict=True):
         if not kind:
             continue
-        if kind not in BELIEVED:
+        if waits:
+            reasons["open_case"] = None
+        elif kind not in BELIEVED:
             reasons[kind] = None
         elif candidate.score_db < duplicate_db:
             reasons["between_thresholds" if candidate.score_db >= band_db else "little_evidence"] = None
@@ -78,6 +82,7 @@ def judge(
 
 REASONS = {
     "another_person": "the subject is enrolled, and these captures do not verify as theirs",
+    "open_case": "another case is open that resembles this one",
     "mixed_record": "captures of two subjects seem to be filed as one",
     "shared_finger": "one finger agrees and nothing else does; is it an operator's own?",
     "look_alike": "the face agrees and the fingers do not; twins?",

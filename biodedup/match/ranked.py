@@ -7,7 +7,7 @@ a `Comparison` is made only of those that somebody looks at.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isnan
 from typing import Any, overload
@@ -63,6 +63,11 @@ class Measured:
     summed_db: Float64
     llr_db: Float64
 
+    def taken(self, ats: Int64) -> Measured:
+        """What was measured of these rows, in this order."""
+        arrays = (self.similarity, self.minutiae, self.raw, self.summed_db, self.llr_db)
+        return Measured(self.law, *(array[ats] for array in arrays))
+
     def score_db(self, ats: Int64) -> Float64:
         """Of these rows. Of most rows nobody asks: they are ranked by sums."""
         found, summed_db = self.law.alone.score_db(self.raw[ats]), self.summed_db[ats]
@@ -87,7 +92,7 @@ class Fused:
     """Evidence of several captures as one score a row, float64 (n,) each; NaN where a row has none.
 
     used: bool (n, pairs), the pairs that count; tries_db: float64 (n, pairs), what is off the evidence of a pair that is the best
-    of several; charge_db: what is off the sums, for readings of the labels.
+    of several; charge_db: what is off the sums, for the readings that were tried.
     """
 
     used: Bool
@@ -97,10 +102,10 @@ class Fused:
     extrapolated: Bool
     charge_db: Float64
 
-    def charged(self, charge_db: Float64 | float) -> Fused:
+    def charged(self, charge_db: Float64) -> Fused:
+        """With so much more taken off the sums, float64 (n,)."""
         score_db, llr_db = np.maximum(self.score_db - charge_db, 0.0), self.llr_db - charge_db
-        charge = np.broadcast_to(np.asarray(charge_db, np.float64), score_db.shape)
-        return Fused(self.used, self.tries_db, score_db, llr_db, self.extrapolated, charge)
+        return replace(self, score_db=score_db, llr_db=llr_db, charge_db=self.charge_db + charge_db)
 
     def or_better(self, other: Fused, ats: Int64) -> Fused:
         """The stronger of both in each row; other: of the rows `ats` alone. By score; but where scores end before the evidence
@@ -117,10 +122,12 @@ class Fused:
 
 
 class Board:
-    """All pairs of columns of a probe with some rows. pairs -> what was measured; rows: int64 (n,)."""
+    """All pairs of columns of a probe with some rows. pairs -> what was measured; rows: int64 (n,); borrowed_db: float64 (n, pairs),
+    what is off the evidence of a pair that was measured on another row of the same subject; None: none was."""
 
-    def __init__(self, rows: Int64, measured: Mapping[Pair, Measured]) -> None:
+    def __init__(self, rows: Int64, measured: Mapping[Pair, Measured], borrowed_db: Float64 | None = None) -> None:
         self.rows = rows
+        self._borrowed_db = borrowed_db
         self.pairs = tuple(measured)
         self.number = {pair: i for i, pair in enumerate(self.pairs)}
         self._measured = tuple(measured.values())
@@ -132,6 +139,8 @@ class Board:
         """used: bool (n, pairs), of these rows (None: all)."""
         llr_db, both = (self.llr_db, self._both) if ats is None else (self.llr_db[ats], self._both[ats])
         tries_db = np.zeros(used.shape) if tries_db is None else tries_db
+        if self._borrowed_db is not None:
+            tries_db = tries_db + np.where(used, self._borrowed_db if ats is None else self._borrowed_db[ats], 0.0)
         llr_db = (np.where(used, llr_db, 0.0) - tries_db).sum(axis=1)
         steps, (score_db, limit_db) = steps_of(llr_db), np.full((2, len(llr_db)), np.nan)
         for some, pairs, calibrations in self._alike(used, both):
@@ -218,6 +227,14 @@ class Ranked(Sequence[Comparison]):
     def with_others(self, others: Ranked) -> Ranked:
         """Two comparisons of disjoint rows as one."""
         return Ranked((*self._results, *others._results))
+
+    def without(self, rows: Int64) -> Ranked:
+        """The comparisons of all other rows."""
+        kept = []
+        for board, fused in self._results:
+            gone = np.isin(board.rows, rows)
+            kept.append((board, replace(fused, score_db=np.where(gone, np.nan, fused.score_db))))
+        return Ranked(kept)
 
     def reaching(self, threshold_db: float) -> list[Comparison]:
         """Those that score so much."""

@@ -57,13 +57,13 @@ class SnapshotRows:
     """A snapshot's rows, as the comparer reads candidates."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
+        self.snapshot = snapshot
         self.presence = snapshot.presence
         self.embeddings = snapshot.embeddings
         self.minutiae = snapshot.minutiae
 
     def model_ids(self) -> Mapping[str, str]:
-        return {column: model.model_id for column, model in self._snapshot.models.items()}
+        return {column: model.model_id for column, model in self.snapshot.models.items()}
 
 
 class Searcher:
@@ -92,12 +92,13 @@ class Searcher:
         floor_db: float = 0.0,
         across: bool = False,
         spare: int = 0,
+        excluded: Sequence[Collection[int]] = (),
     ) -> list[Found]:
         """Each probe against the live rows from from_row on; with groups, those that belong to one of them.
 
         floor_db: 0 asks for the strongest; above it, for all that reach it by one column, and for none that has only this column
         and is weaker. across: fingers are compared with fingers of other labels, too. spare: how many more to look at, since so many may
-        turn out not to count.
+        turn out not to count. excluded: for each probe rows that it is not compared with.
         """
         if from_row >= snapshot.row_count or not probes:
             return [Found(across=across)] * len(probes)
@@ -108,7 +109,7 @@ class Searcher:
         together, failed_too = self._near_together(scope, probes, plans)
         failed |= failed_too
         found = []
-        for probe, lists, chosen in zip(probes, near, together, strict=True):
+        for probe, lists, chosen, left_out in zip(probes, near, together, excluded or [()] * len(probes), strict=True):
             wanted = comparable_bits(probe, snapshot.models, across=across)
             for column, (rows, similarity) in lists.items():
                 if _relabelled(column):
@@ -127,9 +128,24 @@ class Searcher:
             left = scope.rows_with(singly, without=scanned)
             incomplete = len(left) > self._config.finger_rows_max or (failed and bool(lists))
             rows = np.unique(np.concatenate([*chosen, left[: self._config.finger_rows_max]]))
-            compared = self._comparer.compare(probe, source, rows.tolist(), across=across)
+            compared = self._compared(probe, source, rows, left_out, across)
             found.append(Found(compared, incomplete, across))
         return found
+
+    def _compared(
+        self,
+        probe: Probe,
+        source: SnapshotRows,
+        rows: NDArray[np.int64],
+        left_out: Collection[int],
+        across: bool = False,
+    ) -> Ranked:
+        """The probe compared with the subjects that have these rows, with all rows of each but those left out."""
+        rows, subjects = source.snapshot.with_siblings(rows)
+        if left_out:
+            kept = ~np.isin(rows, list(left_out))
+            rows, subjects = rows[kept], None if subjects is None else subjects[kept]
+        return self._comparer.compare(probe, source, rows, across=across, subjects=subjects)
 
     def _strongest(
         self,
@@ -217,7 +233,8 @@ class Searcher:
         source, model_id, found = SnapshotRows(snapshot), snapshot.models["face"].model_id, []
         for row, face, others in zip(rows, faces, wanted, strict=True):
             if len(others):
-                compared = self._comparer.compare({"face": Template("face", model_id, face)}, source, others.tolist())
+                probe = {"face": Template("face", model_id, face)}
+                compared = self._compared(probe, source, others, _left_out(snapshot, row))
                 found += [(row, comparison) for comparison in compared.reaching(threshold_db)]
         return found
 
@@ -228,12 +245,13 @@ class Searcher:
         for start in range(0, len(rows), 32):
             some = rows[start : start + 32]
             probes = [snapshot.templates(row) for row in some]
-            results = self.search(snapshot, probes, floor_db=threshold_db, across=self._config.across_positions)
+            excluded = [_left_out(snapshot, row) for row in some]
+            across = self._config.across_positions
+            results = self.search(snapshot, probes, floor_db=threshold_db, across=across, excluded=excluded)
             for row, one in zip(some, results, strict=True):
                 for comparison in one.comparisons.reaching(threshold_db):
-                    # the other side's candidates may lack this pair, so that it counts whoever finds it
-                    if comparison.row != row:
-                        found.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
+                    # the other side's candidates may lack this pair, so that it counts from either side
+                    found.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
         return list(found.values())
 
     def nearest(
@@ -424,6 +442,11 @@ class Searcher:
 def _of_faces_alone(snapshot: Snapshot) -> bool:
     removed = 0  # the presence of a removed subject that is still in the journal
     return all(bits in (BIT["face"], removed) for part in snapshot.parts for bits in part.bits)
+
+
+def _left_out(snapshot: Snapshot, row: int) -> Collection[int]:
+    """Rows that a row is not joined with: of the same subject, and those that were judged to be of another."""
+    return {*snapshot.siblings(row), *snapshot.different.get(row, ())}
 
 
 class _Scope:

@@ -1,0 +1,72 @@
+"""Evidence of a subject with several rows (encounters) as one comparison.
+
+Owns how rows of one subject stand in for one another, and what is taken off for having several. Never measures a similarity.
+
+1. Each row is one reading of the subject. A column that the row lacks is borrowed from the subject's other rows: of m of them that
+   have it the strongest, less 10 log10(m) dB. Rows of different positions are thus compared jointly.
+2. The strongest of k different readings counts, less 10 log10(k) dB: k tries have k chances to look alike (Bonferroni's bound).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.match.labels import Pair
+from biodedup.match.ranked import Fused, Measured
+
+Int64 = NDArray[np.int64]
+
+
+def of_all_rows(presence: NDArray[np.uint16], subjects: Int64) -> NDArray[np.uint16]:
+    """The columns that the rows of each row's subject have together, as masks, uint16 (n,)."""
+    _, which = np.unique(subjects, return_inverse=True)
+    together = np.zeros(which.max() + 1 if len(which) else 0, np.uint16)
+    np.bitwise_or.at(together, which, presence)
+    return together[which]
+
+
+class Joint:
+    """What was measured of some rows, each with what it borrows. subjects: int64 (n,), the number of each row's subject.
+
+    measured: by pair of columns, of every row; borrowed_db: float64 (n, pairs), what is off a borrowed pair's evidence.
+    """
+
+    def __init__(self, measured: Mapping[Pair, Measured], subjects: Int64) -> None:
+        self._subjects = subjects
+        _, which, counts = np.unique(subjects, return_inverse=True, return_counts=True)
+        self._several = np.flatnonzero(counts[which] > 1)
+        self.borrowed_db = np.zeros((len(subjects), len(measured)))
+        self._source = np.tile(np.arange(len(subjects)), (len(measured), 1)).T
+        for number, one in enumerate(measured.values()):
+            self._borrow(number, one.llr_db)
+        self.measured = {pair: one.taken(self._source[:, at]) for at, (pair, one) in enumerate(measured.items())}
+
+    def _borrow(self, number: int, llr_db: NDArray[np.float64]) -> None:
+        some = self._several
+        has = some[~np.isnan(llr_db[some])]
+        lacks = some[np.isnan(llr_db[some])]
+        ordered = has[np.lexsort((has, -llr_db[has], self._subjects[has]))]  # of each subject the strongest first
+        owners, first, offers = np.unique(self._subjects[ordered], return_index=True, return_counts=True)
+        lacks = lacks[np.isin(self._subjects[lacks], owners)]
+        at = np.searchsorted(owners, self._subjects[lacks])
+        self._source[lacks, number] = ordered[first[at]]
+        self.borrowed_db[lacks, number] = 10 * np.log10(offers[at])
+
+    def best_of_each(self, fused: Fused) -> Fused:
+        """The strongest row of each subject, less what its readings cost; the others have no score any more."""
+        some = self._several[~np.isnan(fused.score_db[self._several])]
+        used = np.where(fused.used[some], self._source[some], -1)
+        readings = np.unique(np.column_stack([self._subjects[some], used]), axis=0)
+        owners, counts = np.unique(readings[:, 0], return_counts=True)
+        charge_db = np.zeros(len(fused.score_db))
+        charge_db[some] = 10 * np.log10(counts[np.searchsorted(owners, self._subjects[some])])
+        fused = fused.charged(charge_db)
+        ordered = some[np.lexsort((some, -fused.score_db[some], -fused.llr_db[some], self._subjects[some]))]
+        later = ordered[1:][np.diff(self._subjects[ordered]) == 0]
+        score_db = fused.score_db.copy()
+        score_db[later] = np.nan
+        return replace(fused, score_db=score_db)

@@ -1,0 +1,377 @@
+"""Rows are encounters: subjects with several, open cases that searches see, updates that are verified."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import again, people
+from test_adjudication import CONFIG, Clock, between, names, orthogonal, sent
+from test_crash import Countdown, FailingStorage
+
+import biodedup as bd
+from biodedup.gallery.encounters import kept_rows
+from biodedup.match.encounters import Joint, of_all_rows
+
+
+@pytest.fixture
+def engine(tmp_path):
+    with bd.Engine.open(tmp_path / "g", CONFIG, clock=Clock()) as engine:
+        yield engine
+
+
+def face_and(finger: np.ndarray, face: np.ndarray) -> dict[str, np.ndarray]:
+    return {"face": face, "right_index": finger}
+
+
+# updates -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_with_another_persons_face_opens_a_case_and_takes_nothing_away(engine):
+    anna, other = people(2)
+    finger = people(1, seed=9)[0]
+    engine.enroll(bd.Encounter("anna", templates=face_and(finger, anna), encounter_id="e1"))
+    decision = engine.update(sent("anna", other, "e2"))
+    assert (decision.outcome, decision.reasons[0], names(decision.candidates)) == ("review", "another_person", ["anna"])
+    assert engine.templates("anna").keys() == {"face", "right_index"}
+    assert np.allclose(engine.templates("anna")["face"].embedding, anna, atol=1e-6)
+    assert engine.adjudicate("e2", "different", "A. Officer").outcome == "refused"
+
+
+def test_an_update_with_somebody_elses_face_is_a_duplicate_of_that_one(engine):
+    anna, bella = people(2)
+    engine.enroll(sent("anna", anna, "e1"))
+    engine.enroll(sent("bella", bella, "e2"))
+    decision = engine.update(sent("anna", again(bella, 0.9), "e3"))
+    assert (decision.outcome, decision.best.subject_id) == ("duplicate", "bella")
+    assert len(engine.encounters("anna")) == 1
+
+
+def test_an_update_that_shares_no_column_with_what_is_enrolled_is_for_a_person_to_judge(engine):
+    (anna,), finger = people(1), people(1, seed=9)[0]
+    engine.enroll(sent("anna", anna, "e1"))
+    decision = engine.update(bd.Encounter("anna", templates={"right_index": finger}, encounter_id="e2"))
+    assert (decision.outcome, decision.reasons[0]) == ("review", "another_person")
+    assert engine.adjudicate("e2", "same", "A. Officer").outcome == "unique"
+    assert engine.templates("anna").keys() == {"face", "right_index"}
+
+
+def test_a_confirmed_update_adds_a_row_and_columns_that_were_not_sent_stay(engine):
+    (anna,), finger = people(1), people(1, seed=9)[0]
+    engine.enroll(bd.Encounter("anna", templates=face_and(finger, anna), encounter_id="e1"))
+    older = again(anna, 0.9)
+    assert engine.update(sent("anna", older, "e2")).outcome == "unique"
+    assert [sorted(e.templates) for e in engine.encounters("anna")] == [["face", "right_index"], ["face"]]
+    assert [e.encounter_id for e in engine.encounters("anna")] == ["e1", "e2"]
+    assert (len(engine), engine.subject_ids(), engine.info()["rows"]) == (1, ["anna"], 2)
+    for face in (anna, older):
+        found = engine.identify(bd.Encounter(templates={"face": face}))
+        assert (found.outcome, names(found.candidates)) == ("duplicate", ["anna"])
+        assert engine.verify(bd.Encounter(templates={"face": face}), "anna").accepted
+
+
+def test_only_an_explicit_replacement_with_a_reason_replaces_what_is_enrolled(engine):
+    anna, other = people(2)
+    engine.enroll(bd.Encounter("anna", templates=face_and(people(1, seed=9)[0], anna), encounter_id="e1"))
+    for arguments in ({"replace": True}, {"reason": "no reason to replace"}):
+        with pytest.raises(bd.InvalidInput, match="go together"):
+            engine.update(sent("anna", other, "e2"), **arguments)
+    decision = engine.update(sent("anna", other, "e2"), replace=True, reason="enrolled with a wrong face")
+    assert (decision.outcome, decision.replacement) == ("unique", "enrolled with a wrong face")
+    assert engine.decision("e2") == decision
+    assert [e.encounter_id for e in engine.encounters("anna")] == ["e2"]
+    assert engine.identify(bd.Encounter(templates={"face": anna})).outcome == "unique"
+
+
+def test_a_replacement_in_review_replaces_once_it_is_judged(engine):
+    anna, bella = orthogonal(2)
+    engine.enroll(sent("anna", anna, "e1"))
+    engine.enroll(sent("bella", bella, "e2"))
+    new = between(bella, orthogonal(3)[2])
+    assert engine.update(sent("anna", new, "e3"), replace=True, reason="wrong face").outcome == "review"
+    assert engine.case("e3").replacement == "wrong face"
+    assert engine.adjudicate("e3", "different", "A. Officer").outcome == "unique"
+    assert [e.encounter_id for e in engine.encounters("anna")] == ["e3"]
+
+
+# several rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_subjects_with_several_rows_are_one_candidate_after_sealing_merging_and_reopening(tmp_path, sealed):
+    faces = orthogonal(30)
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        for i, face in enumerate(faces):
+            engine.enroll(sent(f"s{i}", face, f"e{i}"))
+        for i, face in enumerate(faces[:20]):
+            assert engine.update(sent(f"s{i}", again(face, 0.9, seed=i), f"u{i}")).outcome == "unique"
+            if sealed and i % 7 == 0:
+                engine.tidy()
+        if sealed:
+            engine.compact()
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        assert (len(engine), len(engine.subject_ids()), engine.info()["rows"]) == (30, 30, 50)
+        assert engine.problems() == []
+        for i in (0, 7, 19, 25):
+            found = engine.identify(bd.Encounter(templates={"face": again(faces[i], 0.95, seed=99)}))
+            assert names(found.candidates).count(f"s{i}") == 1 and found.best.subject_id == f"s{i}"
+            assert len(found.best.rows) == (2 if i < 20 else 1)
+        ids, similarity = engine.search({"face": faces}, k=5)
+        assert (ids[:, 0] == [f"s{i}" for i in range(30)]).all()
+        assert all(len(set(row)) == 5 for row in ids.tolist())
+        assert (np.diff(similarity, axis=1) <= 0).all()
+        engine.remove("s3")
+        assert (len(engine), engine.info()["rows"]) == (29, 48)
+        assert engine.identify(bd.Encounter(templates={"face": faces[3]})).outcome == "unique"
+        assert engine.find_duplicates() == []
+
+
+def test_the_rows_of_a_subject_are_compared_jointly_and_charged_for_being_several(engine):
+    (anna,), (index, thumb) = people(1), people(2, seed=9)
+    face, finger = again(anna, 0.6, seed=4), again(index, 0.6, seed=5)
+    probe = bd.Encounter(templates=face_and(finger, face))
+    engine.enroll(bd.Encounter("anna", templates=face_and(index, anna), encounter_id="e1"))
+    together = engine.identify(probe).best
+    engine.remove("anna")
+    engine.enroll(bd.Encounter("anna", templates={"face": anna, "right_thumb": thumb}, encounter_id="e2"))
+    second = {"right_thumb": again(thumb, 0.95), "right_index": index}
+    assert engine.update(bd.Encounter("anna", templates=second, encounter_id="e3")).outcome == "unique"
+    joint = engine.identify(probe).best
+    assert {part.column for part in joint.evidence} == {"face", "right_index"}
+    assert joint.score_db == pytest.approx(together.score_db, abs=0.3)  # each column in one row: one reading, no charge
+    assert (
+        engine.update(bd.Encounter("anna", templates={"face": again(anna, 0.99)}, encounter_id="e4")).outcome
+        == "unique"
+    )
+    several = engine.identify(probe).best
+    assert several.charge_db > 0 and several.rows == tuple(e.row for e in engine.encounters("anna"))
+
+
+def test_joint_readings_agree_with_a_loop_over_rows():
+    rng = np.random.default_rng(5)
+    from biodedup.match.calibration import Calibration
+    from biodedup.match.ranked import Law, Measured
+
+    card = {"score": [-1.0, 1.0], "llr_db": [-20, 60], "nonmated_db": [0, 90], "measured_db": 50, "source": "x"}
+    law = Law(Calibration.from_card(card), None)
+    subjects = np.array([4, 4, 4, 1, 7, 7, 2])
+    measured = {}
+    for name in ("face", "right_index"):
+        llr = rng.normal(0, 20, len(subjects))
+        llr[rng.random(len(subjects)) < 0.4] = np.nan
+        measured[name, name] = Measured(law, llr, llr, llr, np.full(len(llr), np.nan), llr)
+    joint = Joint(measured, subjects)
+    for number, (pair, one) in enumerate(measured.items()):
+        for row, subject in enumerate(subjects):
+            mine, offers = one.llr_db[row], one.llr_db[(subjects == subject) & ~np.isnan(one.llr_db)]
+            best = mine if not np.isnan(mine) or not len(offers) else offers.max()
+            assert np.array_equal(joint.measured[pair].llr_db[row], best, equal_nan=True)
+            charged = 10 * np.log10(len(offers)) if np.isnan(mine) and len(offers) else 0.0
+            assert joint.borrowed_db[row, number] == pytest.approx(charged)
+    presence = np.array([1, 2, 1, 2, 4, 1, 2], np.uint16)
+    assert of_all_rows(presence, subjects).tolist() == [3, 3, 3, 2, 5, 5, 2]
+
+
+def test_a_stranger_reaches_a_subject_with_several_rows_no_more_often_than_the_score_says(tmp_path):
+    """Without the charge three rows would reach a score three times as often as one."""
+    faces = people(60, seed=3)
+    config = replace(CONFIG, policy=bd.Policy(duplicate_db=300, review_db=290, own_strangers=False))
+    with bd.Engine.open(tmp_path / "g", config) as engine:
+        engine.admit([sent(f"s{i}", face, f"e{i}") for i, face in enumerate(faces)])
+        with engine._gallery.transaction() as transaction:
+            template = engine.templates("s0")["face"]
+            for i in range(60):
+                for n in (1, 2):
+                    other = bd.Template("face", template.model_id, again(faces[i], 0.3, seed=100 * n + i))
+                    transaction.add_encounter(f"s{i}", {"face": other}, f"u{i} {n}")
+        probes = people(200, seed=8)
+        scores = [
+            c.score_db for probe in probes for c in engine.identify(bd.Encounter(templates={"face": probe})).candidates
+        ]
+    assert np.mean(np.array(scores) >= 20) * len(scores) / (200 * 60) < 0.01
+
+
+def test_of_too_many_rows_the_poor_and_the_close_go_and_no_column_is_lost(tmp_path):
+    (anna,), (index,) = people(1), people(1, seed=9)
+    config = replace(CONFIG, gallery=replace(CONFIG.gallery, encounters_max=2))
+    with bd.Engine.open(tmp_path / "g", config, clock=Clock()) as engine:
+        engine.enroll(bd.Encounter("anna", templates=face_and(index, anna), encounter_id="e1"))
+        for n in (2, 3, 4):
+            assert engine.update(sent("anna", again(anna, 0.95, seed=n), f"e{n}")).outcome == "unique"
+        assert [e.encounter_id for e in engine.encounters("anna")] == ["e1", "e4"]
+        assert engine.templates("anna").keys() == {"face", "right_index"}
+        assert (len(engine), engine.info()["rows"], engine.problems()) == (1, 2, [])
+
+
+def test_which_rows_are_kept_goes_by_quality_and_then_by_time(tmp_path):
+    (anna,) = people(1)
+    qualities, times = [0.9, 0.3, 0.9, 0.9, 0.5], [0.0, 10.0, 500.0, 510.0, 900.0]
+    clock = iter(times)
+    with bd.Engine.open(tmp_path / "g", CONFIG, clock=lambda: next(clock, 1e9)) as engine:
+        model = bd.Config().face.model
+        engine.enroll(bd.Encounter("anna", templates={"face": anna}, encounter_id="e0"))
+        template = engine.templates("anna")["face"]
+        engine.remove("anna")
+        clock = iter(times)
+        decisions = [engine.identify(bd.Encounter("anna", templates={"face": anna})) for _ in times]
+        from biodedup.gallery.answers import to_json
+        from biodedup.gallery.tail import Answer
+
+        with engine._gallery.transaction() as transaction:
+            for i, (quality, decision) in enumerate(zip(qualities, decisions, strict=True)):
+                one = {"face": bd.Template("face", template.model_id, anna, quality=quality)}
+                (transaction.add if i == 0 else transaction.add_encounter)("anna", one, f"e{i + 1}")
+                transaction.record(f"e{i + 1}", Answer(b"", "unique", to_json(decision)))
+        snapshot = engine._gallery.snapshot()
+        rows = snapshot.rows_under("anna")
+        first = rows[0]
+        assert [row - first for row in kept_rows(snapshot, rows, 4)] == [0, 2, 3, 4]  # the poorest goes
+        assert [row - first for row in kept_rows(snapshot, rows, 3)] == [
+            0,
+            3,
+            4,
+        ]  # two are close in time: the older goes
+        assert model
+
+
+# open cases ----------------------------------------------------------------------------------------------------------
+
+
+def waiting(engine: bd.Engine) -> np.ndarray:
+    """anna, enrolled; bella waits, since she may be anna."""
+    anna = orthogonal(1)[0]
+    engine.enroll(sent("anna", anna, "e-anna"))
+    bella = between(anna, orthogonal(2)[1])
+    assert engine.enroll(sent("bella", bella, "e1")).outcome == "review"
+    return bella
+
+
+def test_the_same_images_under_a_second_name_wait_with_the_first(engine):
+    bella = waiting(engine)
+    decision = engine.enroll(sent("carla", bella, "e2"))
+    assert (decision.outcome, decision.best.case, decision.reasons[0]) == ("review", "e1", "open_case")
+    assert engine.case("e1").linked == ("e2",) and engine.case("e2").linked == ("e1",)
+    assert engine.subject_ids() == ["anna"] and engine.rows_of(["bella"]).tolist() == [-1]
+    assert (engine.search({"face": bella[None]}, k=3).ids[0] == ["anna", "", ""]).all()
+
+
+def test_deciding_one_case_decides_the_linked_one_again(engine):
+    bella = waiting(engine)
+    engine.enroll(sent("carla", bella, "e2"))
+    assert engine.adjudicate("e1", "different", "A", candidate="anna").outcome == "review"
+    assert engine.adjudicate("e1", "different", "A", candidate="e2").outcome == "unique"
+    case = engine.case("e2")  # judged not to be bella's; anna is left
+    assert (names(case.undecided), names(case.decision.cleared)) == (["anna"], ["bella"])
+    assert "bella" in engine and engine.adjudicate("e2", "same", "A").outcome == "duplicate"
+
+
+def test_a_case_that_waited_for_another_alone_is_enrolled_when_that_is_closed(engine):
+    bella = waiting(engine)
+    engine.enroll(sent("carla", bella, "e2"))
+    engine.adjudicate("e2", "different", "A", candidate="anna")
+    assert names(engine.case("e2").undecided) == ["bella"]
+    assert engine.adjudicate("e1", "same", "A", candidate="e2").outcome == "duplicate"
+    assert engine.decision("e2").outcome == "unique" and "carla" in engine
+    assert (list(engine.cases()), engine.problems()) == ([], [])
+
+
+def test_a_case_whose_linked_case_was_enrolled_shows_the_subject(engine):
+    bella = waiting(engine)
+    engine.enroll(sent("carla", again(bella, 0.9), "e2"))
+    with engine._gallery.transaction() as transaction:  # as if nobody had linked them
+        transaction.release("e1")
+    (candidate,) = [c for c in engine.case("e2").undecided if c.subject_id == "bella"]
+    assert candidate.case == ""
+    assert engine.adjudicate("e2", "same", "A", candidate="bella").outcome == "duplicate"
+
+
+def test_an_open_case_survives_sealing_merging_reopening_and_is_erased_when_it_is_refused(tmp_path):
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        bella = waiting(engine)
+        for i, face in enumerate(people(20, seed=6)):
+            engine.enroll(sent(f"s{i}", face, f"s{i}"))
+        engine.compact()
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        assert len(engine) == 21 and engine.info()["open_cases"] == 1
+        assert engine.enroll(sent("carla", bella, "e2")).best.case == "e1"
+        assert engine.adjudicate("e1", "recapture", "A").outcome == "refused"
+        assert engine._gallery.snapshot().pending.keys() == {engine.case("e2").row}
+        engine.compact()
+        assert engine.problems() == []
+
+
+def test_open_cases_do_not_come_up_in_joins(engine):
+    waiting(engine)
+    assert engine.find_duplicates(threshold_db=10) == []
+
+
+def test_a_resent_encounter_whose_subject_was_removed_says_so(engine):
+    (anna,) = people(1)
+    encounter = sent("anna", anna, "e1")
+    engine.enroll(encounter)
+    engine.remove("anna")
+    again_sent = engine.enroll(encounter)
+    assert (again_sent.outcome, again_sent.reasons, len(engine)) == ("unique", ("removed",), 0)
+
+
+def test_of_eight_threads_with_weak_captures_of_one_person_nobody_slips_past_an_open_case(tmp_path):
+    """Each round: eight names at once with captures that score between the thresholds."""
+    rounds, threads = 60, 8
+    with bd.Engine.open(tmp_path / "g", replace(CONFIG, gallery=bd.GalleryConfig(seal_rows=64))) as engine:
+        faces = people(rounds, seed=11)
+        barrier = threading.Barrier(threads)
+        outcomes: list[list[str]] = [[""] * threads for _ in range(rounds)]
+
+        def work(number: int) -> None:
+            for i, face in enumerate(faces):
+                capture = again(face, 0.75, seed=1000 * i + number)  # of two such captures the cosine is some 0.56
+                barrier.wait()
+                outcomes[i][number] = engine.enroll(sent(f"p{i} {number}", capture, f"e{i} {number}")).outcome
+
+        workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert all(row.count("unique") <= 1 for row in outcomes)
+        assert engine.problems() == []
+
+
+@pytest.mark.parametrize("operation", ["update", "review", "release"])
+def test_after_any_single_fault_the_rows_are_those_before_or_after(tmp_path, operation):
+    anna = orthogonal(1)[0]
+    bella = between(anna, orthogonal(2)[1])
+    for n in itertools.count(1):
+        folder = tmp_path / f"g{n}"
+        with bd.Engine.open(folder, CONFIG) as engine:
+            engine.enroll(sent("anna", anna, "e-anna"))
+            if operation == "release":
+                engine.enroll(sent("bella", bella, "e1"))
+        countdown = Countdown(n)
+        done = False
+        try:
+            with bd.Engine.open(folder, CONFIG, storage=FailingStorage(countdown)) as engine:
+                if operation == "update":
+                    engine.update(sent("anna", again(anna, 0.9), "e2"))
+                elif operation == "review":
+                    engine.enroll(sent("bella", bella, "e1"))
+                else:
+                    engine.adjudicate("e1", "different", "A")
+                done = True
+        except bd.StorageUnavailable:
+            pass
+        with bd.Engine.open(folder, CONFIG) as engine:
+            assert engine.problems() == []
+            state = (len(engine), engine.info()["rows"], engine.info()["open_cases"])
+            before, after = {
+                "update": ((1, 1, 0), (1, 2, 0)),
+                "review": ((1, 1, 0), (1, 1, 1)),
+                "release": ((1, 1, 1), (2, 2, 0)),
+            }[operation]
+            assert state == after if done else state in (before, after)
+        if countdown.left > 0:
+            break
+    assert n > 3
