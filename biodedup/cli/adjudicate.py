@@ -83,7 +83,8 @@ def show(
     out.print(f"case {case.encounter_id}, subject {case.subject_id}: {'; '.join(jobs.reasons_of(decision)) or decision.outcome}", markup=False, soft_wrap=True)  # fmt: skip
     out.print(f"duplicate from {decision.duplicate_db:.1f} dB, review from {decision.review_db:.1f} dB")
     for candidate in case.undecided:
-        out.print(f"to be judged: {candidate.subject_id} at {candidate.score_db:.1f} dB", markup=False)
+        which = f"{candidate.subject_id} (open case {candidate.case})" if candidate.case else candidate.subject_id
+        out.print(f"to be judged: {which} at {candidate.score_db:.1f} dB", markup=False)
         print_evidence(candidate.evidence)
     for verdict in case.verdicts:
         about = "" if verdict.candidate is None else f" {verdict.candidate}"
@@ -100,7 +101,10 @@ def decide(
     by: Annotated[str, typer.Option("--by", help="Who decides.")],
     candidate: Annotated[
         str | None,
-        typer.Option("--candidate", help="The enrolled subject it is about; needed where `same` could mean several."),
+        typer.Option(
+            "--candidate",
+            help="The enrolled subject, or the encounter of the open case, that it is about; needed where `same` could mean several.",
+        ),
     ] = None,
     note: Annotated[str, typer.Option("--note", help="Kept with the verdict.")] = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
@@ -111,16 +115,23 @@ def decide(
     Exit code 11: the case stays open, somebody else has to be judged.
     """
     with existing(gallery) as engine:
+        linked = engine.case(encounter_id).linked
         decision = engine.adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
         case = engine.case(encounter_id)
-    jobs.note_verdict(gallery, decision, time.time())
-    waiting = ", ".join(c.subject_id for c in case.undecided)
+        others = [engine.case(other) for other in linked]
+    for decided in (decision, *(other.decision for other in others)):
+        jobs.note_verdict(gallery, decided, time.time())
+    waiting = ", ".join(c.key for c in case.undecided)
     text = {
         "unique": f"{case.subject_id} is enrolled",
         "duplicate": f"{case.subject_id} is a double of {case.verdicts[-1].candidate}; not enrolled",
         "refused": f"refused: {''.join(refusal.detail for refusal in decision.refusals[-1:])}",
         "review": f"still open; to be judged: {waiting or 'the search was incomplete, try again'}",
     }[decision.outcome]
+    if others:
+        text += "; linked cases: " + ", ".join(
+            f"{other.encounter_id} {other.decision.outcome if other.closed else 'still open'}" for other in others
+        )
     finish(_document(case), text, as_json)
     raise typer.Exit(Exit.REVIEW if decision.outcome == "review" else Exit.DONE)
 
@@ -147,7 +158,8 @@ def _document(case: Case) -> dict[str, Any]:
         "opened_at": case.opened_at,
         "asks": "update" if case.replaces else "enrol",
         "reasons": list(jobs.reasons_of(case.decision)),
-        "undecided": [candidate.subject_id for candidate in case.undecided],
+        "undecided": [candidate.key for candidate in case.undecided],
+        "linked": list(case.linked),
         "verdicts": [asdict(verdict) for verdict in case.verdicts],
         "decision": asdict(case.decision),
     }

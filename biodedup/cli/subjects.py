@@ -111,15 +111,21 @@ def update(
     encounter_id: EncounterOption = None,
     group: GroupOption = None,
     across_positions: AcrossOption = False,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace all that is enrolled of the subject, without verifying against it."),
+    ] = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why, with --replace; kept with the decision.")] = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace an enrolled subject's templates, unless the new ones are somebody else's."""
+    """Add an encounter to an enrolled subject, if it verifies as theirs; otherwise a person has to look (exit code 11)."""
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with existing(gallery, Config(threads=threads)) as engine:
-        finish_decision(engine.update(encounter, across_positions=across_positions), as_json)
+        decision = engine.update(encounter, across_positions=across_positions, replace=replace, reason=reason)
+        finish_decision(decision, as_json)
 
 
 @app.command()

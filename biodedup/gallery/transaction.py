@@ -112,9 +112,10 @@ class Transaction:
     def add_encounter(
         self, subject_id: str, templates: Mapping[str, Template], encounter_id: str = "", groups: Iterable[str] = ()
     ) -> None:
-        """Stages a further row of an enrolled subject. Raises ModelMismatch."""
+        """Stages a row of a subject, enrolled or not. Raises ModelMismatch."""
+        enrolled = self.snapshot().row_of(subject_id) is not None
         self._append(subject_id, templates, encounter_id, groups)
-        self._count_extra(1)
+        self._count_extra(int(enrolled))
 
     def hold(
         self,

@@ -40,6 +40,7 @@ CASE_SCHEMA = pa.schema(
         ("duplicate_db", pa.float64()),
         ("review_db", pa.float64()),
         ("candidate", pa.string()),
+        ("candidate_case", pa.string()),
         ("score_db", pa.float64()),
         ("extrapolated", pa.bool_()),
         ("kind", pa.string()),
@@ -197,6 +198,7 @@ def _rows(result: CasesResult) -> Iterator[dict[str, Any]]:
             if candidate is not None:
                 row |= {
                     "candidate": candidate.subject_id,
+                    "candidate_case": candidate.case or None,
                     "score_db": candidate.score_db,
                     "extrapolated": candidate.extrapolated,
                     "kind": getattr(candidate, "kind", ""),
@@ -213,8 +215,8 @@ def _rows(result: CasesResult) -> Iterator[dict[str, Any]]:
 
 
 def _candidates(case: Case) -> list[tuple[Candidate | None, Verdict | None]]:
-    """Who is to be judged, then who was; one of each pair may be lacking."""
-    known = {candidate.subject_id: candidate for candidate in (*case.decision.candidates, *case.decision.cleared)}
+    """Candidates to be judged, then those that were; one of each pair may be lacking."""
+    known = {candidate.key: candidate for candidate in (*case.decision.candidates, *case.decision.cleared)}
     waiting: list[tuple[Candidate | None, Verdict | None]] = [(candidate, None) for candidate in case.undecided]
     judged = [(known.get(verdict.candidate or ""), verdict) for verdict in case.verdicts]
     return waiting + judged or [(None, None)]
@@ -223,7 +225,7 @@ def _candidates(case: Case) -> list[tuple[Candidate | None, Verdict | None]]:
 def _shown(case: Case, now: float, links: dict[str, str] | None = None) -> dict[str, Any]:
     decision = case.decision
     listed = _candidates(case)
-    names = {candidate.subject_id for candidate, _ in listed if candidate is not None}
+    names = {candidate.key for candidate, _ in listed if candidate is not None}
     return {
         "case": case,
         "decision": decision,
@@ -233,7 +235,7 @@ def _shown(case: Case, now: float, links: dict[str, str] | None = None) -> dict[
         "reasons": reasons_of(decision),
         "candidates": [
             {
-                "name": candidate.subject_id if candidate is not None else verdict and verdict.candidate,
+                "name": candidate.key if candidate is not None else verdict and verdict.candidate,
                 "candidate": candidate,
                 "kind": candidate.kind.replace("_", " ") if candidate is not None else "",
                 "verdict": verdict,
@@ -242,7 +244,7 @@ def _shown(case: Case, now: float, links: dict[str, str] | None = None) -> dict[
             if candidate is not None or verdict is not None
         ],
         "strongest_db": max((c.score_db for c, _ in listed if c is not None), default=None),
-        "weaker": [candidate for candidate in decision.candidates if candidate.subject_id not in names],
+        "weaker": [candidate for candidate in decision.candidates if candidate.key not in names],
         "templates": [case.templates[column] for column in sorted(case.templates)],
         "links": links or {},
     }
@@ -259,18 +261,19 @@ def _microseconds(seconds: float) -> int:
 def _explained(engine: Engine, case: Case, page: Path) -> dict[str, str]:
     """candidate -> the name of the page that explains it."""
     links = {}
-    there = [candidate for candidate in case.undecided if candidate.subject_id in engine]
+    there = [candidate for candidate in case.undecided if candidate.case or candidate.subject_id in engine]
     for number, candidate in enumerate(there, start=1):
         path = page.with_name(f"{page.stem}.{number}.html")
         names = (case.subject_id, candidate.subject_id)
-        explain_templates(case.templates, engine.templates(candidate.subject_id), path, engine=engine, names=names)
-        links[candidate.subject_id] = path.name
+        templates = engine.case(candidate.case).templates if candidate.case else engine.templates(candidate.subject_id)
+        explain_templates(case.templates, templates, path, engine=engine, names=names)
+        links[candidate.key] = path.name
     return links
 
 
 def _evidence(case: Case, verdict: Verdict) -> Sequence[Evidence]:
     known = (*case.decision.candidates, *case.decision.cleared)
-    return next((c.evidence for c in known if c.subject_id == verdict.candidate), ())
+    return next((c.evidence for c in known if verdict.candidate in (c.key, c.subject_id)), ())
 
 
 def _pair(verdict: Verdict, part: Evidence) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.registers import Origins, step_of
 from biodedup.jobs.survivors import Folded, Member
-from biodedup.values import Template
+from biodedup.values import EnrolledEncounter, Template
 
 _BATCH_ROWS = 1_000
 
@@ -51,6 +51,9 @@ _TEMPLATE = pa.struct(
         ("minutiae", pa.binary()),
         ("quality", pa.float32()),
     ]
+)
+_ENCOUNTER = pa.struct(
+    [("encounter_id", pa.string()), ("groups", pa.list_(pa.string())), ("templates", pa.list_(_TEMPLATE))]
 )
 LOG_SCHEMA = pa.schema(
     [
@@ -64,8 +67,9 @@ LOG_SCHEMA = pa.schema(
         ("groups", pa.list_(pa.string())),  # before
         ("gets", pa.list_(pa.struct([("column", pa.string()), ("subject_id", pa.string())]))),  # a survivor, from whom
         ("joins", pa.list_(pa.string())),  # groups that a survivor comes into
-        ("row", pa.int64()),  # this, and templates: in the central gallery, before
+        ("row", pa.int64()),  # the newest one; this, templates and older: in the central gallery, before
         ("templates", pa.list_(_TEMPLATE)),
+        ("older", pa.list_(_ENCOUNTER)),  # the other rows, oldest first
     ]
 )
 
@@ -162,8 +166,8 @@ def apply_merge(
         completed = _complete(target, log, name, staged, len(ids["completed"]), progress)
         if target.snapshot().answer(f"{name}:removed") is None:
             with target.transaction() as transaction:
-                gone = transaction.snapshot().rows_of(pack_text(removed))
-                transaction.remove_rows(np.sort(gone[gone >= 0]))
+                _, gone = transaction.snapshot().all_rows_of(pack_text(removed))
+                transaction.remove_rows(np.sort(gone))
                 transaction.record(f"{name}:removed", note({"removed": len(removed)}))
         record(target, f"{name}:applied")
         target.maintain()
@@ -227,7 +231,7 @@ def _to_be_added(
 ) -> Callable[[Part], NDArray[np.bool_]]:
     origins = Origins(staged, [step_of(one) for one in registers])
     central = [owner for owner, one in enumerate(registers) if one["central"]]
-    folded = np.sort(staged.rows_of(pack_text(left_out)))
+    folded = np.sort(staged.all_rows_of(pack_text(left_out))[1])
 
     def keep(part: Part) -> NDArray[np.bool_]:
         rows = part.rows(np.arange(part.count))
@@ -275,9 +279,17 @@ def _entries(snapshot: Snapshot, members: Sequence[Member]) -> dict[str, dict[st
             "groups": sorted(groups),
             "row": row if member.central else None,
             "templates": [vars(one) for one in snapshot.templates(row).values()] if member.central else None,
+            "older": [_encounter(one) for one in snapshot.encounters_of(member.subject_id)[:-1]]
+            if member.central
+            else None,
         }
         for member, row, groups in zip(members, rows, snapshot.groups(rows), strict=True)
     }
+
+
+def _encounter(one: EnrolledEncounter) -> dict[str, Any]:
+    templates = [vars(template) for template in one.templates.values()]
+    return {"encounter_id": one.encounter_id, "groups": list(one.groups), "templates": templates}
 
 
 def _write_log(log: Path, batches: Iterator[Any], storage: Storage) -> None:
@@ -339,16 +351,16 @@ def _complete_some(target: Gallery, step: str, staged: Snapshot, survivors: Sequ
         for (one, row), own, encounter_id in zip(found, groups, encounter_ids, strict=True):
             templates = {get["column"]: _staged(staged, get["subject_id"], get["column"]) for get in one["gets"]}
             templates |= before.templates(row)
-            transaction.add(one["subject_id"], templates, encounter_id, own.union(one["joins"]))
+            transaction.add_encounter(one["subject_id"], templates, encounter_id, own.union(one["joins"]))
         facts = {"first_row": first_row, "end_row": transaction.tail.end_row}
         transaction.record(step, note(facts))
     return facts
 
 
 def _staged(staged: Snapshot, subject_id: str, column: str) -> Template:
-    row = staged.row_of(subject_id)
-    assert row is not None, "the staging gallery holds everybody who was compared"
-    return staged.templates(row)[column]
+    templates = staged.best_templates(subject_id)
+    assert templates is not None, "the staging gallery holds every subject that was compared"
+    return templates[column]
 
 
 # taking back ----------------------------------------------------------------------------------------------------------
@@ -432,11 +444,21 @@ def _restore_some(
         transaction.remove_rows(np.array(sorted(leave), np.int64))
         for before in again:
             facts["restored" if before["action"] == "removed" else "reverted"] += 1
+            if before["action"] == "removed":
+                for older in before.get("older") or ():  # a log of an older release has none
+                    transaction.add_encounter(
+                        before["subject_id"], _templates(older), older["encounter_id"], older["groups"]
+                    )
             facts["rows"].append((transaction.tail.end_row, before["row"]))
-            templates = {one["column"]: _template(one) for one in before["templates"]}
-            transaction.add(before["subject_id"], templates, before["encounter_id"], before["groups"])
+            transaction.add_encounter(
+                before["subject_id"], _templates(before), before["encounter_id"], before["groups"]
+            )
         transaction.record(step, note(facts))
     return facts
+
+
+def _templates(logged: dict[str, Any]) -> dict[str, Template]:
+    return {one["column"]: _template(one) for one in logged["templates"]}
 
 
 def _template(one: dict[str, Any]) -> Template:

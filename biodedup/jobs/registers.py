@@ -88,7 +88,7 @@ def opened(sources: Sequence[str | Path], storage: Storage, config: Config) -> I
             name, folder = named(source)
             gallery = Gallery.open_to_read(folder, storage, config.gallery)
             stack.callback(gallery.close)
-            registers.append(Register(name, gallery.gallery_id, gallery.snapshot()))
+            registers.append(Register(name, gallery.gallery_id, gallery.snapshot().enrolled))
         check_registers(registers)
         yield registers
 
@@ -163,6 +163,7 @@ def colliding_hashes(registers: Sequence[Register]) -> NDArray[np.uint64]:
 def shared_ids(registers: Sequence[Register], colliding: NDArray[np.uint64]) -> list[SharedId]:
     """Who has these ids, by id, then in the order of the registers."""
     found: list[SharedId] = []
+    known: set[tuple[str, int]] = set()
     for owner, register in enumerate(registers):
         rename = renaming(register, colliding)
         for part in register.snapshot.parts:
@@ -172,7 +173,9 @@ def shared_ids(registers: Sequence[Register], colliding: NDArray[np.uint64]) -> 
             at = at if mask is None else at[mask[at]]
             ids = part.subject_ids_at(at)
             merged = ids if rename is None else packed.text(rename(packed.pack_text(ids)))
-            found += [SharedId(one, owner, other) for one, other in zip(ids, merged, strict=True)]
+            each = dict(zip(ids, merged, strict=True))  # a subject may have several rows
+            found += [SharedId(one, owner, other) for one, other in each.items() if (one, owner) not in known]
+            known.update((one, owner) for one in each)
     found.sort(key=lambda shared: (shared.subject_id, shared.owner))
     times: dict[str, int] = {}
     for shared in found:

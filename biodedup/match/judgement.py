@@ -90,6 +90,7 @@ REASONS = {
     "incomplete": "part of the gallery was not compared",
     "between_thresholds": "the score lies between the thresholds",
     "little_evidence": "with so few captures a mate may score no more than strangers do",
+    "removed": "the subject was enrolled, and has been removed since",
     "nothing_in_common": "nobody enrolled has a capture to compare with these",
 }
 """What `Decision.reasons` say, most serious first."""
