@@ -49,7 +49,7 @@ CONFIG = bd.Config(
 HOLD_S = 2.0
 OPERATIONS_A_KILL = 150
 OPERATIONS = ("enrol", "update", "remove", "dispute", "judge", "resend", "fork")
-WEIGHTS = (42, 22, 6, 4, 16, 9, 0)
+WEIGHTS = (42, 22, 6, 4, 16, 9, 1)
 
 
 def capture(person: int, number: int, cosine: float) -> np.ndarray:

@@ -59,7 +59,8 @@ def test_whatever_is_done_in_whatever_order_the_gallery_holds_what_a_dictionary_
                     del model[name]
                 case "update" if name in model:
                     person = 16 + step
-                    engine.update(bd.Encounter(name, templates={"face": PEOPLE[person]}, groups=groups))
+                    encounter = bd.Encounter(name, templates={"face": PEOPLE[person]}, groups=groups)
+                    engine.update(encounter, replace=True, reason="a test")
                     model[name] = (person, groups)
                 case "seal":
                     engine.tidy()
@@ -307,19 +308,21 @@ def test_a_search_restricted_to_groups_sees_only_their_subjects(tmp_path):
             engine.search({"face": PEOPLE[:1]}, groups="a")
 
 
-def test_an_update_replaces_the_subjects_templates(tmp_path):
+def test_an_update_that_says_why_replaces_the_subjects_templates(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         engine.add_templates([f"s{i}" for i in range(6)], {"face": PEOPLE[:6]})
         encounter = bd.Encounter("s2", templates={"face": PEOPLE[20]}, encounter_id="u", groups=["moved"])
-        decision = engine.update(encounter)
+        decision = engine.update(encounter, replace=True, reason="a wrong face")
         assert decision.outcome == "unique"
         assert all(candidate.subject_id != "s2" for candidate in decision.candidates)
         assert (len(engine), nearest(engine, 20)) == (6, "s2")
         assert engine.search({"face": PEOPLE[2:3]}, k=1).similarity[0, 0] < 0.5
         assert nearest(engine, 20, groups=["moved"]) == "s2"
         version = engine.gallery_version
-        assert engine.update(encounter) == decision
+        assert engine.update(encounter, replace=True, reason="a wrong face") == decision
         assert engine.gallery_version == version
+        with pytest.raises(bd.EncounterConflict):
+            engine.update(encounter)
         with pytest.raises(bd.EncounterConflict):
             engine.enroll(encounter)
 

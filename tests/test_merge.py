@@ -227,8 +227,8 @@ def test_apply_and_undo_killed_anywhere_go_on(districts, tmp_path):
     assert not inspect(LocalStorage(), first)
 
 
-def until_it_lives(work, step=17):
-    """The result, and how often the disk failed before: at its 5th call, the 22nd of the next run, ..."""
+def until_it_lives(work, step=7):
+    """The result, and how often the disk failed before: at its 5th call, the 12th of the next run, ..."""
     for kills in range(200):
         try:
             return work(FailingStorage(Countdown(5 + step * kills))), kills
@@ -239,7 +239,7 @@ def until_it_lives(work, step=17):
 
 def test_a_staging_copy_on_a_failing_disk_goes_on(districts, tmp_path):
     merged(districts, tmp_path / "m.parquet")
-    _, kills = until_it_lives(lambda storage: merged(districts, tmp_path / "k" / "m.parquet", storage=storage), 37)
+    _, kills = until_it_lives(lambda storage: merged(districts, tmp_path / "k" / "m.parquet", storage=storage), 23)
     assert kills > 4
     assert bytes_of(tmp_path / "k") == bytes_of(tmp_path)
 
@@ -512,7 +512,8 @@ def test_two_merges_taken_back_one_after_the_other_leave_what_was_there(visits):
 def test_a_survivor_that_was_updated_or_removed_since_is_left_as_it_is(visits):
     result = brought(visits, "a", "b")
     with bd.Engine.open(visits / "central", CONFIG) as engine:
-        engine.update(bd.Encounter("c0", (), {"face": people(1, 99)[0]}, "later", ["moved"]))
+        moved = bd.Encounter("c0", (), {"face": people(1, 99)[0]}, "later", ["moved"])
+        engine.update(moved, replace=True, reason="a test")
         engine.remove("c1")
     undone = jobs.undo(result.merge_id, visits / "central", CONFIG)
     assert (undone.reverted, undone.kept_changed) == (0, ("c0",))

@@ -257,7 +257,8 @@ def test_an_updated_subject_is_no_loss(gallery):
     one = kept(gallery).each[0]
     with bd.Engine.open(gallery, CONFIG) as engine:
         new = people(1, 77, DIMENSION)[0]
-        assert engine.update(bd.Encounter(one.subject_id, templates={"face": new})).outcome == "unique"
+        encounter = bd.Encounter(one.subject_id, templates={"face": new})
+        assert engine.update(encounter, replace=True, reason="a test").outcome == "unique"
     watch = jobs.watch(gallery)
     assert (watch.problems, watch.removed) == ((), 1)
 

@@ -525,6 +525,8 @@ def _segments_of(snapshot: Snapshot) -> list[Segment]:
 
 def _again(tail: Tail, segments: Sequence[Segment]) -> Int64:
     """The positions of a tail whose rows are not the first under their id."""
+    if not tail.count:
+        return np.zeros(0, np.int64)
     ids = pack_text(tail.subject_ids)
     known = hashes(ids)
     found = [np.unique(segment.find_all(ids, known)[0]) for segment in segments]
