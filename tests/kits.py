@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import people
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import biodedup as bd
@@ -111,6 +110,8 @@ def enrolled(centre: Path, gallery: str = "g") -> list[str]:
 
 
 def records_of(count: int, start: int = 1) -> list[Record]:
+    from conftest import people  # which takes its fixtures from here
+
     rng = np.random.default_rng(start)
     return [
         Record(
