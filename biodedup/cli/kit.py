@@ -39,7 +39,7 @@ CentreKeyOption = Annotated[
     ),
 ]
 UnencryptedOption = Annotated[
-    bool, typer.Option("--allow-unencrypted", help="Read batch files of releases before 0.3, which are not encrypted.")
+    bool, typer.Option("--allow-unencrypted", help="Read batch files of earlier versions, which are not encrypted.")
 ]
 
 
