@@ -41,7 +41,7 @@ from biodedup.deciding import Decider
 from biodedup.embed.extractor import Extractor
 from biodedup.enrolment import Enrolment
 from biodedup.errors import CallerError, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
-from biodedup.gallery.answers import from_json
+from biodedup.gallery.answers import answered_before, digest_of, from_json
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
 from biodedup.gallery.packed import pack_text
@@ -495,6 +495,12 @@ class Engine:
         self._check_open()
         stored = self._gallery.answer(encounter_id)
         return None if stored is None or '"added"' in stored[1] else from_json(stored[1])
+
+    def recall(self, encounter: Encounter) -> Decision | None:
+        """The decision that this very encounter got, or None for one never seen. Writes nothing. Raises EncounterConflict where its id was
+        sent with other content."""
+        self._check_open()
+        return answered_before(self._gallery.answer, encounter, digest_of(encounter))
 
     def info(self) -> dict[str, Any]:
         """Counts, models and thresholds, JSON-ready."""

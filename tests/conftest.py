@@ -55,3 +55,6 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data is absent; set BIODEDUP_DATA to its folder")
     return folder
+
+
+from kits import centre, kit_keys  # noqa: E402, F401  fixtures of field kits, which need what is above

@@ -69,6 +69,8 @@ def test_the_backlog_of_a_copy_says_who_waits(gallery, tmp_path):
 
 def test_a_kits_batch_that_was_taken_is_known_after_a_restoration(tmp_path):
     jobs.make_keys("K", tmp_path / "K.key", clock=lambda: NOW)
+    jobs.make_centre_key(tmp_path / "centre.key")
+    centre = [jobs.load_centre_key(tmp_path / "centre.key")]
     (tmp_path / "trusted").mkdir()
     shutil.copy(tmp_path / "K.pub", tmp_path / "trusted")
     table = pa.table({"subject_id": ["s0", "s1"], "face": people(2).tolist()})
@@ -77,7 +79,13 @@ def test_a_kits_batch_that_was_taken_is_known_after_a_restoration(tmp_path):
 
     def ingested(folder: Path, now: float) -> jobs.IngestResult:
         return jobs.ingest_batches(
-            [tmp_path / "b.kit"], folder, tmp_path / "trusted", tmp_path / "o.parquet", CONFIG, clock=lambda: now
+            [tmp_path / "b.kit"],
+            folder,
+            tmp_path / "trusted",
+            tmp_path / "o.parquet",
+            CONFIG,
+            centre=centre,
+            clock=lambda: now,
         )
 
     assert ingested(tmp_path / "g", NOW + 2).batches[0].state == "whole"

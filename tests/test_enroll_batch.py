@@ -138,6 +138,11 @@ def test_run_again_nothing_changes_and_the_table_is_the_same_to_the_byte(tmp_pat
         assert engine.gallery_version == version
 
 
+def test_the_backlog_is_for_its_owner_alone(tmp_path, population):
+    run(tmp_path, population)
+    assert (tmp_path / "gallery" / BACKLOG_NAME).stat().st_mode & 0o777 == 0o600
+
+
 def test_a_lost_backlog_costs_no_decision(tmp_path, population):
     run(tmp_path, population)
     first = rows(tmp_path / "out.parquet")

@@ -1,10 +1,11 @@
-"""Commands of field kits: kit keys, pack, ingest, inspect.
+"""Commands of field kits: kit pack, ingest, inspect. Those about keys: `kit_keys.py`.
 
 A thin mirror of the jobs.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -18,40 +19,28 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     ThreadsOption,
-    app,
     err,
     finish,
     out,
     print_summary,
     progress_bar,
 )
+from biodedup.cli.kit_keys import TrustedOption, kit
+from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
 from biodedup.config import Config
-from biodedup.jobs.kit_ingest import BatchOutcome, Examined
+from biodedup.jobs.kit_keys import CentreKey
+from biodedup.jobs.kit_outcomes import BatchOutcome, Examined
 
-kit = typer.Typer(no_args_is_help=True, help="Field kits: batches from teams that work without a network.")
-app.add_typer(kit, name="kit")
-
-TrustedOption = Annotated[Path, typer.Option("--trusted", help="Folder of the .pub files of the kits that may send.")]
 ReportOption = Annotated[Path | None, typer.Option("--report", help="HTML report; default: beside the result.")]
-
-
-@kit.command()
-def keys(
-    kit_id: Annotated[str, typer.Option("--kit-id", help="The kit's name: letters, digits, dots, hyphens.")],
-    result: Annotated[Path, typer.Option("--out", "-o", help="Private key, .key; .pub goes beside it.")] = Path(
-        "kit.key"
+CentreKeyOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--centre-key", help="The centre's private key; repeatable, old and new. Default: centre.key, if it is there."
     ),
-    as_json: JsonOption = False,
-) -> None:
-    """Make a kit's keys, once, on the kit. The .pub file goes to the centre."""
-    public = jobs.make_keys(kit_id, result)
-    fingerprint = public.fingerprint.hex()[:16]
-    finish(
-        {"kit_id": kit_id, "key": str(result), "public": str(result.with_suffix(".pub")), "fingerprint": fingerprint},
-        f"{result} is private and stays on this kit; copy {result.with_suffix('.pub')} into the centre's trusted folder, "
-        f"fingerprint {fingerprint}",
-        as_json,
-    )
+]
+UnencryptedOption = Annotated[
+    bool, typer.Option("--allow-unencrypted", help="Read batch files of earlier versions, which are not encrypted.")
+]
 
 
 @kit.command()
@@ -61,6 +50,10 @@ def pack(
     ],
     result: Annotated[Path, typer.Option("--out", "-o", help="The batch file.")] = Path("batch.kit"),
     key: Annotated[Path, typer.Option("--key", help="The kit's private key.")] = Path("kit.key"),
+    centre: Annotated[
+        Path | None, typer.Option("--centre", help="The centre's .pub file. Default: centre.pub beside the kit's key.")
+    ] = None,
+    passphrase_fd: PassphraseFd = None,
     only_good: Annotated[
         bool, typer.Option("--only-good", help="Leave out captures that the quality gate refuses.")
     ] = False,
@@ -69,13 +62,16 @@ def pack(
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
 ) -> None:
-    """Check captures, search them for doubles, and pack and sign them. The same manifest again makes the same file."""
+    """Check captures, search them for doubles, and pack, sign and encrypt them. The same manifest again changes nothing."""
+    secret = passphrase(str(key), KIT_VARIABLE, passphrase_fd) if jobs.needs_passphrase(key) else None
     with progress_bar() as progress:
         packed = jobs.pack_batch(
             manifest,
             result,
             key,
             Config(threads=threads),
+            centre=centre,
+            passphrase=secret,
             only_good=only_good,
             as_templates=templates,
             report=report,
@@ -91,6 +87,8 @@ def pack(
         for pair in packed.doubles[:20]:
             score = "same subject_id" if pair.score_db is None else f"{pair.score_db:.1f} dB"
             out.print(f"{score}: {pair.subject_ids[0]}  =  {pair.subject_ids[1]}", markup=False, soft_wrap=True)
+    if packed.key_expires_at < time.time():
+        err.print("the kit's key has expired by this machine's clock: the centre may refuse the batch", markup=False)
     if packed.doubles:
         raise typer.Exit(Exit.DUPLICATE)
     raise typer.Exit(Exit.REFUSED if packed.recaptures or packed.broken else Exit.DONE)
@@ -103,13 +101,25 @@ def ingest(
     trusted: TrustedOption = Path("trusted"),
     result: Annotated[Path, typer.Option("--out", "-o", help="Outcomes, .parquet or .csv.")] = Path("outcome.parquet"),
     report: ReportOption = None,
+    centre_key: CentreKeyOption = None,
+    passphrase_fd: PassphraseFd = None,
+    allow_unencrypted: UnencryptedOption = False,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
 ) -> None:
     """Take batches into the gallery, each record once. Interrupted, it goes on where it was."""
+    centre = _centre(centre_key, passphrase_fd)
     with progress_bar() as progress:
         taken = jobs.ingest_batches(
-            batches, gallery, trusted, result, Config(threads=threads), report=report, progress=progress
+            batches,
+            gallery,
+            trusted,
+            result,
+            Config(threads=threads),
+            centre=centre,
+            allow_unencrypted=allow_unencrypted,
+            report=report,
+            progress=progress,
         )
     summary = taken.summary()
     problems = summary["problems"] if as_json else summary.pop("problems")
@@ -132,19 +142,25 @@ def ingest(
 def inspect(
     batches: Annotated[list[Path], typer.Argument(metavar="BATCH...", help="Batch files of kits.")],
     trusted: TrustedOption = Path("trusted"),
+    centre_key: CentreKeyOption = None,
+    passphrase_fd: PassphraseFd = None,
+    allow_unencrypted: UnencryptedOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every signature of batch files; take nothing. --trusted may be one .pub file."""
-    keys_by_fingerprint = jobs.load_trusted(trusted)
-    examined = [jobs.examine_batch(path, keys_by_fingerprint) for path in batches]
+    """Check every signature of batch files, and what their keys may bring; take nothing. --trusted may be one .pub file."""
+    known, centre = jobs.load_trusted(trusted), _centre(centre_key, passphrase_fd)
+    examined = [jobs.examine_batch(path, known, centre, allow_unencrypted=allow_unencrypted) for path in batches]
+    for problem in known.problems:
+        err.print(problem, markup=False, soft_wrap=True)
     facts = [
         {
             "batch": str(one.path),
             "state": one.state,
             "kit_id": one.public.kit_id if one.public else None,
             "records": len(one.entries),
-            "first_sequence": min((sequence for sequence, _ in one.entries), default=None),
-            "last_sequence": max((sequence for sequence, _ in one.entries), default=None),
+            "records_not_allowed": sum(bool(entry.refused) for entry in one.entries),
+            "first_sequence": min((entry.sequence for entry in one.entries), default=None),
+            "last_sequence": max((entry.sequence for entry in one.entries), default=None),
             "void_sequences": len(one.void),
             "digest": one.digest,
             "problem": one.problem,
@@ -154,6 +170,18 @@ def inspect(
     text = "\n".join(one.problem or f"{one.path}: whole, {len(one.entries):,} records of kit {f['kit_id']}, sequences {f['first_sequence']} to {f['last_sequence']}" for one, f in zip(examined, facts, strict=True))  # fmt: skip
     finish({"batches": facts}, text, as_json)
     raise typer.Exit(_trouble(examined) or Exit.DONE)
+
+
+def _centre(paths: list[Path] | None, passphrase_fd: int | None) -> list[CentreKey]:
+    """The keys that are named; the default one where it is there."""
+    paths = paths if paths is not None else [path for path in [Path("centre.key")] if path.exists()]
+    secret: str | None = None
+    loaded = []
+    for path in paths:
+        if jobs.needs_passphrase(path) and secret is None:
+            secret = passphrase("the centre's key", CENTRE_VARIABLE, passphrase_fd)
+        loaded.append(jobs.load_centre_key(path, secret))
+    return loaded
 
 
 def _trouble(batches: Sequence[BatchOutcome | Examined]) -> Exit | None:

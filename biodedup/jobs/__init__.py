@@ -13,9 +13,11 @@ from biodedup.jobs.enroll_batch import BatchResult, announce, enroll_batch
 from biodedup.jobs.evaluate import Evaluation, evaluate
 from biodedup.jobs.explain import Explained, explain, explain_templates
 from biodedup.jobs.join import JoinResult, find_duplicates, is_gallery
-from biodedup.jobs.kit_ingest import IngestResult, examine_batch, ingest_batches
-from biodedup.jobs.kit_keys import load_trusted, make_keys
+from biodedup.jobs.kit_ingest import examine_batch, ingest_batches
+from biodedup.jobs.kit_keys import load_centre_key, make_centre_key, make_keys, needs_passphrase
+from biodedup.jobs.kit_outcomes import IngestResult
 from biodedup.jobs.kit_pack import PackResult, pack_batch
+from biodedup.jobs.kit_trust import load_trusted, revoke, set_trust
 from biodedup.jobs.load import LoadResult, load
 from biodedup.jobs.merge import MergeResult, merge
 from biodedup.jobs.progress import Progress
@@ -67,13 +69,18 @@ __all__ = [
     "is_gallery",
     "list_cases",
     "load",
+    "load_centre_key",
     "load_trusted",
+    "make_centre_key",
     "make_keys",
     "merge",
+    "needs_passphrase",
     "note_verdict",
     "pack_batch",
     "queue_status",
     "reasons_of",
+    "revoke",
+    "set_trust",
     "show_case",
     "undo",
     "watch",

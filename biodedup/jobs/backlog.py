@@ -22,6 +22,7 @@ from biodedup.errors import NotAGallery
 from biodedup.gallery.gallery import BACKLOG_NAME, DATABASE_NAME, translated
 from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.jobs.outcomes import STATUS_OF
+from biodedup.jobs.private import make_private
 from biodedup.jobs.results import write_page
 from biodedup.values import Decision
 
@@ -131,6 +132,8 @@ class Backlog:
         if not (gallery / DATABASE_NAME).is_file():
             raise NotAGallery(f"{gallery} holds no gallery; name the folder that enroll-batch was given")
         with translated(f"opening {path}"):
+            if not read_only:
+                make_private(path)
             connection = (storage or LocalStorage()).connect(path, read_only=read_only)
             if not read_only:
                 for statement in _SCHEMA.split(";\n"):

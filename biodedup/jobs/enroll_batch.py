@@ -6,8 +6,9 @@ searches and commits the batch before.
     manifest -> read -> (workers) quality gate, templates -> engine: search, decide, commit -> outcome
 
 1. The gallery's journal is the truth: an encounter that it has decided is reported as it was decided, and not extracted again.
-2. Each encounter is decided against all before it, whatever they were read or committed with, so that a job that was killed ends with the
-   same result.
+2. Each encounter is decided against all before it, in batches that depend on the manifest alone, so that a job that was killed and
+   started again ends with the same result. What may differ: `decided_at`; and a row's embedding is rounded to eight bits when it is
+   sealed, in the background, which can move a score by hundredths of a decibel. An encounter that was decided keeps its first answer.
 3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id.
 4. Within one manifest the first record of an encounter_id owns it; another with other content is refused.
 """
@@ -211,37 +212,36 @@ class _Job:
         self._owners: dict[str, _Item] = {}
 
     def settled(self) -> Iterator[_Batch]:
-        """Batches in the manifest's order, each with its outcomes, committed; the next ones are extracted and searched meanwhile."""
-        given: deque[_Batch] = deque()  # to the engine, and not yet all decided
-        decisions = self._engine.enroll_many(self._encounters(given))
-        while True:
-            decision = self._timed(lambda: next(decisions, None))
-            while given and not given[0].waiting:
-                yield self._timed(lambda: self._finished(given.popleft()))
-            if decision is None:
-                return
-            self._timed(partial(self._decide, *given[0].waiting.popleft(), decision))
+        """Batches in the manifest's order, each with its outcomes, committed; the next ones are extracted meanwhile."""
+        for batch in self._ready():
+            yield self._timed(partial(self._settled, batch))
+
+    def _settled(self, batch: _Batch) -> _Batch:
+        """Has a batch decided and committed. Batches depend on the manifest alone, and each is searched after the commit of the one before:
+        so a score, which moves with the gallery, does not depend on where an earlier run was killed."""
+        decisions = self._engine.enroll_many([encounter for _, encounter, _ in batch.waiting])
+        for (item, encounter, refusals), decision in zip(batch.waiting, decisions, strict=True):
+            self._decide(item, encounter, refusals, decision)
+        batch.waiting.clear()
+        return self._finished(batch)
 
     def _timed(self, work: Callable[[], _T]) -> _T:
-        """Does it, and takes what was neither reading nor waiting for searching."""
-        began, aside = self._stopwatch(), self.seconds["reading"] + self.seconds["waiting"]
+        """Does it, and counts it as searching and committing."""
+        began = self._stopwatch()
         done = work()
-        aside = self.seconds["reading"] + self.seconds["waiting"] - aside
-        self.seconds["searching"] += self._stopwatch() - began - aside
+        self.seconds["searching"] += self._stopwatch() - began
         return done
 
     # reading ----------------------------------------------------------------------------------------------------
 
-    def _encounters(self, given: deque[_Batch]) -> Iterator[Encounter]:
-        """What the engine is to decide, as it asks for it."""
+    def _ready(self) -> Iterator[_Batch]:
+        """Batches whose captures are extracted; the next ones are in the workers' hands."""
         ahead: deque[_Batch] = deque()
         for batch in chain(self._begun(), [None] * _AHEAD):
             if batch is not None:
                 ahead.append(batch)
             if ahead and (batch is None or len(ahead) > _AHEAD):
-                ready = self._extracted(ahead.popleft())
-                given.append(ready)
-                yield from [encounter for _, encounter, _ in ready.waiting]
+                yield self._extracted(ahead.popleft())
 
     def _begun(self) -> Iterator[_Batch]:
         """Batches whose files are read, and whose captures are with the workers."""

@@ -1,12 +1,13 @@
-"""The batch file of a field kit: records that are signed one by one, so that a file cut off yields its whole prefix.
+"""The batch file of a field kit: records that are signed one by one and encrypted to the centre, so that a file cut off yields its whole
+prefix.
 
 Owns the bytes (`KIT.md` describes them): writing, reading, and the proof that each record is what the kit signed. Never decides
-what becomes of a record.
+what becomes of a record, or what a kit may send.
 
-1. Nothing of a file is parsed before its signature was checked.
+1. Nothing of a file is parsed before its signature was checked, and no length is believed before it was compared with a limit.
 2. Each signature covers everything before it: a record cannot be changed, moved, left out or carried to another file.
 3. Only the last frame says that a file is whole. A file without it is *cut*; every record before the cut is sound.
-4. The same records make the same bytes.
+4. The same records have the same digest and signatures. Their encryption differs: each file has a key of its own.
 """
 
 from __future__ import annotations
@@ -17,72 +18,73 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.ipc
 
 from biodedup.errors import BatchDamaged, InvalidInput, StorageUnavailable, UnknownKit
-from biodedup.jobs.kit_keys import FINGERPRINT_BYTES, SIGNATURE_BYTES, KitKey, PublicKey
-from biodedup.values import Capture, Encounter, Face, Finger, Float32, Missing, Refusal, Template
+from biodedup.jobs.kit_cipher import EPHEMERAL_BYTES, TAG_BYTES, Chunks, opening, sealing
+from biodedup.jobs.kit_keys import FINGERPRINT_BYTES, SIGNATURE_BYTES, CentreKey, CentrePublic, KitKey, PublicKey
+from biodedup.jobs.kit_record import RECORD_BYTES_MAX, Record, checked_sequence, decode, encode
+from biodedup.jobs.private import open_regular
 
-MAGIC, VERSION = b"\x89BDKIT\n", 1
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+MAGIC, UNENCRYPTED, VERSION = b"\x89BDKIT\n", 1, 2
+RECORDS_MAX = 100_000
+"""Of a file: what a team captures in months."""
 _PREAMBLE = struct.Struct(f"<{len(MAGIC)}sB{FINGERPRINT_BYTES}s")
+_TO_CENTRE = FINGERPRINT_BYTES + EPHEMERAL_BYTES  # behind the preamble of an encrypted file
 _HEADER = struct.Struct("<cQI")  # kind, sequence, bytes of the payload
 _CHECK = struct.Struct("<I")  # CRC-32 of the header: a damaged length is no cut
 _HEAD_BYTES = _HEADER.size + _CHECK.size
 _MANIFEST, _RECORD, _END = b"M", b"R", b"E"
-_DOMAIN = b"biodedup kit batch 1\0"
-
-_TEMPLATE = [("column", pa.string()), ("model_id", pa.string()), ("embedding", pa.list_(pa.float32())), ("minutiae", pa.binary()), ("quality", pa.float64())]  # fmt: skip
-_REFUSAL = [("column", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("measured", pa.float64()), ("limit", pa.float64())]  # fmt: skip
-_SCHEMA = pa.schema(
-    [
-        ("subject_id", pa.string()),
-        ("encounter_id", pa.string()),
-        ("captured_at", pa.float64()),
-        ("packed_at", pa.float64()),
-        ("groups", pa.list_(pa.string())),
-        ("captures", pa.list_(pa.struct([("position", pa.string()), ("data", pa.binary()), ("dpi", pa.float64())]))),
-        ("templates", pa.list_(pa.struct(_TEMPLATE))),
-        ("missing", pa.list_(pa.struct([("position", pa.string()), ("reason", pa.string())]))),
-        ("refusals", pa.list_(pa.struct(_REFUSAL))),
-    ]
-)
+_BYTES_MAX = {_MANIFEST: 4 << 10, _RECORD: RECORD_BYTES_MAX, _END: 4 << 20}
 
 
-@dataclass(frozen=True, eq=False)
-class Record:
-    """One encounter on its way. sequence: the kit's number of it; captured_at, packed_at: seconds by the kit's clock, which may be
-    wrong; refusals: what the kit's quality gate said of captures that are in it all the same."""
-
-    encounter: Encounter
-    sequence: int
-    captured_at: float | None
-    packed_at: float
-    refusals: tuple[Refusal, ...] = ()
+def _domain(version: int) -> bytes:
+    return b"biodedup kit batch %d\0" % version
 
 
 class BatchWriter:
-    """Writes a batch file, from its manifest to its end, into an open file."""
+    """Writes a batch file, from its manifest to its end, into an open file.
 
-    def __init__(self, file: BinaryIO, key: KitKey) -> None:
+    centre: to whom it is encrypted; None writes version 1, as earlier versions did. ephemeral: the batch's own key, a fresh one.
+    """
+
+    def __init__(
+        self, file: BinaryIO, key: KitKey, centre: CentrePublic | None = None, ephemeral: X25519PrivateKey | None = None
+    ) -> None:
         self._file = file
         self._key = key
         self._count = 0
-        preamble = _PREAMBLE.pack(MAGIC, VERSION, key.public.fingerprint)
-        file.write(preamble)
-        self.digest = hashlib.sha256(preamble).digest()
+        self._chunks: Chunks | None = None
+        fingerprint = key.public.fingerprint
+        self._version = UNENCRYPTED if centre is None else VERSION
+        start = _PREAMBLE.pack(MAGIC, self._version, fingerprint) + (b"" if centre is None else centre.fingerprint)
+        file.write(start)
+        if centre is not None:
+            from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+            ephemeral = ephemeral or X25519PrivateKey.generate()
+            file.write(ephemeral.public_key().public_bytes_raw())
+            self._chunks = sealing(fingerprint, centre, ephemeral)
+        self.digest = hashlib.sha256(start).digest()
         self._add(_MANIFEST, 0, _json({"kit_id": key.public.kit_id}))
 
     def add(self, record: Record) -> None:
+        """Raises InvalidInput for a record that is larger than any reader takes."""
+        self.add_encoded(record.sequence, encode(record))
+
+    def add_encoded(self, sequence: int, payload: bytes) -> None:
+        if len(payload) > RECORD_BYTES_MAX:
+            raise InvalidInput(f"a record has {len(payload):,} bytes, wanted at most {RECORD_BYTES_MAX:,}")
         self._count += 1
-        self._add(_RECORD, record.sequence, encode(record))
+        self._add(_RECORD, sequence, payload)
 
     def finish(self, void: Iterable[int] = ()) -> None:
         """void: sequences that no batch will bring, because this file replaces the one that held them."""
@@ -92,56 +94,91 @@ class BatchWriter:
         head = _HEADER.pack(kind, sequence, len(payload))
         head += _CHECK.pack(zlib.crc32(head))
         self.digest = hashlib.sha256(self.digest + head + payload).digest()
-        self._file.write(head + payload + self._key.sign(_DOMAIN + self.digest))
+        signed = payload + self._key.sign(_domain(self._version) + self.digest)
+        if self._chunks is not None:
+            signed = self._chunks.seal(signed, head, last=kind == _END)
+        self._file.write(head + signed)
 
 
 class BatchReader:
     """Reads a batch file; iterate it once for its records, in the order of the file.
 
     Afterwards `whole` says whether the end was there, `void` what it told, and `digest` names what was read. `public` is the kit's key,
-    None where the file is cut so early that it names none.
+    None where the file is cut so early that it names none. centre: the keys that open encrypted files. allow_unencrypted: read files of
+    version 1, too. records_max: a file with more is refused.
 
-    Raises InvalidInput (no batch file, or of another version), UnknownKit, BatchDamaged (from iterating, too), StorageUnavailable.
+    Raises InvalidInput (no batch file, or one that may not be read so), UnknownKit, BatchDamaged (from iterating, too),
+    StorageUnavailable.
     """
 
-    def __init__(self, path: Path, trusted: Mapping[bytes, PublicKey]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        trusted: Mapping[bytes, PublicKey],
+        centre: Sequence[CentreKey] = (),
+        *,
+        allow_unencrypted: bool = False,
+        records_max: int = RECORDS_MAX,
+    ) -> None:
         self.path = path
         self.public: PublicKey | None = None
         self.whole = False
         self.void: tuple[int, ...] = ()
         self.count = 0
+        self.records_max = records_max
         self._last = "its start"
-        try:
-            self._file = path.open("rb")
-        except FileNotFoundError:
-            raise InvalidInput(f"{path} does not exist; name a kit's batch file") from None
-        except IsADirectoryError:
-            raise InvalidInput(f"{path} is a folder; name a kit's batch file") from None
-        except OSError as error:
-            raise StorageUnavailable(f"{path} cannot be read ({error.strerror}); mend that and try again") from error
+        self._chunks: Chunks | None = None
+        self._file = _opened(path)
         try:
             self._size = os.fstat(self._file.fileno()).st_size
-            preamble = self._read(_PREAMBLE.size)
-            self.digest = hashlib.sha256(preamble).digest()
-            if not (MAGIC.startswith(preamble) or preamble.startswith(MAGIC)):
-                raise InvalidInput(f"{path} is not a batch file; name one that `biodedup kit pack` wrote")
-            if len(preamble) > len(MAGIC) and preamble[len(MAGIC)] != VERSION:
-                raise InvalidInput(
-                    f"{path} is a batch file of version {preamble[len(MAGIC)]}, wanted {VERSION}; update biodedup here, or copy "
-                    "the file from the kit again"
-                )
-            if len(preamble) == _PREAMBLE.size:
-                fingerprint = preamble[-FINGERPRINT_BYTES:]
-                self.public = trusted.get(fingerprint)
-                if self.public is None:
-                    raise UnknownKit(
-                        f"{path} is signed by a key that is not trusted here, fingerprint {fingerprint.hex()[:16]}; nothing of it "
-                        "was taken. Ask the team to read out the fingerprint of their key, and only if it is this one put their "
-                        ".pub file into the trusted folder"
-                    )
+            self._version = self._start(trusted, centre, allow_unencrypted)
         except BaseException:
             self._file.close()
             raise
+
+    def _start(self, trusted: Mapping[bytes, PublicKey], centre: Sequence[CentreKey], allow_unencrypted: bool) -> int:
+        """Reads what stands before the frames, and returns the version."""
+        start = self._read(_PREAMBLE.size)
+        if not (MAGIC.startswith(start) or start.startswith(MAGIC)):
+            raise InvalidInput(f"{self.path} is not a batch file; name one that `biodedup kit pack` wrote")
+        version = start[len(MAGIC)] if len(start) > len(MAGIC) else VERSION
+        if version not in (UNENCRYPTED, VERSION):
+            raise InvalidInput(
+                f"{self.path} is a batch file of version {version}, wanted {VERSION}; update biodedup here, or copy the file from "
+                "the kit again"
+            )
+        if version == UNENCRYPTED and not allow_unencrypted:
+            raise InvalidInput(
+                f"{self.path} is not encrypted (version 1); nothing of it was taken. Pack it again with the centre's key, or allow it "
+                "with --allow-unencrypted"
+            )
+        rest = self._read(_TO_CENTRE) if version == VERSION and len(start) == _PREAMBLE.size else b""
+        self.digest = hashlib.sha256(start + rest[:FINGERPRINT_BYTES]).digest()
+        whole = len(start) == _PREAMBLE.size and (version == UNENCRYPTED or len(rest) == _TO_CENTRE)
+        if whole:
+            fingerprint = start[-FINGERPRINT_BYTES:]
+            public = trusted.get(fingerprint)
+            if public is None:
+                raise UnknownKit(
+                    f"{self.path} is signed by a key that is not trusted here, fingerprint {fingerprint.hex()[:16]}; nothing of it "
+                    "was taken. Ask the team to read out the fingerprint of their key, and only if it is this one put their "
+                    ".pub file into the trusted folder"
+                )
+            if version == VERSION:
+                self._chunks = self._opening(fingerprint, rest, centre)
+            self.public = public
+        return version
+
+    def _opening(self, kit: bytes, rest: bytes, centre: Sequence[CentreKey]) -> Chunks:
+        wanted = rest[:FINGERPRINT_BYTES]
+        key = next((one for one in centre if one.public.fingerprint == wanted), None)
+        if key is None:
+            raise InvalidInput(
+                f"{self.path} is encrypted to a centre's key that was not given, fingerprint {wanted.hex()[:16]}; nothing of it was "
+                "taken. Name that key with --centre-key, or pack again for this centre"
+            )
+        chunks = opening(kit, key, rest[FINGERPRINT_BYTES:])
+        return chunks or self._damaged("its key agreement is forged")
 
     def __enter__(self) -> BatchReader:
         return self
@@ -154,9 +191,7 @@ class BatchReader:
     def __iter__(self) -> Iterator[Record]:
         if self.public is None:
             return
-        for place, (kind, sequence, payload) in enumerate(self._frames()):
-            if (kind == _MANIFEST) != (place == 0) or kind not in (_MANIFEST, _RECORD, _END):
-                self._damaged(f"what comes after {self._last} is out of place")
+        for kind, sequence, payload in self._frames():
             if kind == _RECORD:
                 self.count += 1
                 self._last = f"the record with sequence {sequence}"
@@ -178,19 +213,39 @@ class BatchReader:
     def _frames(self) -> Iterator[tuple[bytes, int, bytes]]:
         """(kind, sequence, payload) of each frame that is wholly there, its signature checked."""
         assert self.public is not None, "frames are read with a key"
+        first = True
         while len(head := self._read(_HEAD_BYTES)) == _HEAD_BYTES:
-            kind, sequence, length = _HEADER.unpack_from(head)
-            if _CHECK.unpack_from(head, _HEADER.size)[0] != zlib.crc32(head[: _HEADER.size]):
-                self._damaged(f"what comes after {self._last} was changed")
-            if self._file.tell() + length + SIGNATURE_BYTES > self._size:
+            kind, sequence, length = self._checked(head, first)
+            on_disk = length + SIGNATURE_BYTES + (TAG_BYTES if self._chunks else 0)
+            if self._file.tell() + on_disk > self._size:
                 return
-            payload, signature = self._read(length), self._read(SIGNATURE_BYTES)
+            content = self._read(on_disk)
+            signed = self._chunks.open(content, head, last=kind == _END) if self._chunks else content
+            if signed is None:
+                self._changed(kind, sequence)
+            payload, signature = signed[:length], signed[length:]
             digest = hashlib.sha256(self.digest + head + payload).digest()
-            if not self.public.signed(signature, _DOMAIN + digest):
-                what = {_RECORD: f"the record with sequence {sequence}", _MANIFEST: "its manifest"}.get(kind, "its end")
-                self._damaged(f"{what} (record {self.count + (kind == _RECORD)} of the file) was changed")
+            if not self.public.signed(signature, _domain(self._version) + digest):
+                self._changed(kind, sequence)
             self.digest = digest
             yield kind, sequence, payload
+            first = False
+
+    def _checked(self, head: bytes, first: bool) -> tuple[bytes, int, int]:
+        """What a frame's header says, once it can be a header at this place. The payload is not read before."""
+        kind, sequence, length = _HEADER.unpack_from(head)
+        if _CHECK.unpack_from(head, _HEADER.size)[0] != zlib.crc32(head[: _HEADER.size]):
+            self._damaged(f"what comes after {self._last} was changed")
+        if (kind == _MANIFEST) != first or kind not in _BYTES_MAX:
+            self._damaged(f"what comes after {self._last} is out of place")
+        if length > _BYTES_MAX[kind]:
+            self._damaged(f"what comes after {self._last} has {length:,} bytes, wanted at most {_BYTES_MAX[kind]:,}")
+        if kind == _RECORD and self.count >= self.records_max:
+            raise InvalidInput(
+                f"{self.path} has more than {self.records_max:,} records, which is all that a batch of this key may bring; nothing of "
+                "it was taken. Pack smaller batches, or raise the limit with `biodedup kit trust`"
+            )
+        return kind, sequence, length
 
     def _read(self, count: int) -> bytes:
         try:
@@ -204,8 +259,12 @@ class BatchReader:
         """What was signed and cannot be understood is as bad as what was not signed."""
         try:
             return parse(*content)
-        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, struct.error, RecursionError) as error:  # fmt: skip
             self._damaged(f"{self._last} is signed and cannot be read ({type(error).__name__})")
+
+    def _changed(self, kind: bytes, sequence: int) -> NoReturn:
+        what = {_RECORD: f"the record with sequence {sequence}", _MANIFEST: "its manifest"}.get(kind, "its end")
+        self._damaged(f"{what} (record {self.count + (kind == _RECORD)} of the file) was changed")
 
     def _damaged(self, what: str) -> NoReturn:
         kit = "the kit" if self.public is None else f"kit {self.public.kit_id}"
@@ -214,71 +273,13 @@ class BatchReader:
         )
 
 
-def encode(record: Record) -> bytes:
-    """One row as an Arrow IPC stream, the same for the same record. Captures are bytes or paths, which are read."""
-    encounter = record.encounter
-    row = {
-        "subject_id": encounter.subject_id,
-        "encounter_id": encounter.encounter_id,
-        "captured_at": record.captured_at,
-        "packed_at": record.packed_at,
-        "groups": list(encounter.groups),
-        "captures": [
-            {"position": capture.column, "data": _content(capture), "dpi": getattr(capture, "dpi", None)}
-            for capture in encounter.captures
-            if not isinstance(capture, Missing)
-        ],
-        "templates": [_template_row(column, given) for column, given in sorted(encounter.templates.items())],
-        "missing": [{"position": c.position, "reason": c.reason} for c in encounter.captures if isinstance(c, Missing)],
-        "refusals": [vars(refusal) for refusal in record.refusals],
-    }
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, _SCHEMA) as stream:
-        stream.write_batch(pa.RecordBatch.from_pylist([row], schema=_SCHEMA))
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def decode(payload: bytes, sequence: int) -> Record:
-    """Raises what Arrow raises, and InvalidInput."""
-    with pa.ipc.open_stream(payload) as stream:
-        if stream.schema != _SCHEMA:
-            raise InvalidInput(f"a record has the columns {stream.schema.names}; wanted {_SCHEMA.names}")
-        table = stream.read_all()
-    table.validate(full=True)
-    (row,) = table.to_pylist()
-    captures: list[Capture] = [
-        Face(c["data"]) if c["position"] == "face" else Finger(c["data"], c["position"], c["dpi"])
-        for c in row["captures"]
-    ]
-    captures += [Missing(**missing) for missing in row["missing"]]
-    templates = {given["column"]: _template_of(given) for given in row["templates"]}
-    encounter = Encounter(row["subject_id"], captures, templates, row["encounter_id"], row["groups"])
-    refusals = tuple(Refusal(**refusal) for refusal in row["refusals"])
-    return Record(encounter, _sequence(sequence), row["captured_at"], row["packed_at"], refusals)
-
-
-def _content(capture: Capture) -> bytes:
-    assert isinstance(capture, Face | Finger) and not isinstance(capture.data, np.ndarray), "files alone are packed"
-    return capture.data if isinstance(capture.data, bytes) else Path(capture.data).read_bytes()
-
-
-def _template_row(column: str, given: Float32 | bytes | Template) -> dict[str, Any]:
-    """A bare vector or record has no model_id: the centre takes it to be of the column's model, as the engine does."""
-    if isinstance(given, Template):
-        vector = None if given.embedding is None else given.embedding.tolist()
-        return {"column": column, "model_id": given.model_id, "embedding": vector, "minutiae": given.minutiae, "quality": given.quality}  # fmt: skip
-    return {"column": column, "minutiae": given} if isinstance(given, bytes) else {"column": column, "embedding": given.tolist()}  # fmt: skip
-
-
-def _template_of(row: dict[str, Any]) -> Float32 | bytes | Template:
-    vector = None if row["embedding"] is None else np.array(row["embedding"], np.float32)
-    if row["model_id"] is not None:
-        return Template(row["column"], row["model_id"], vector, row["minutiae"], row["quality"])
-    if vector is not None:
-        return vector
-    if not isinstance(row["minutiae"], bytes):
-        raise InvalidInput(f"the {row['column']} template is empty; it needs an embedding or minutiae")
-    return row["minutiae"]
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except FileNotFoundError:
+        raise InvalidInput(f"{path} does not exist; name a kit's batch file") from None
+    except OSError as error:
+        raise StorageUnavailable(f"{path} cannot be read ({error.strerror}); mend that and try again") from error
 
 
 def _json(fields: Mapping[str, Any]) -> bytes:
@@ -291,13 +292,7 @@ def _kit_of(payload: bytes) -> str:
 
 def _end_of(payload: bytes) -> tuple[int, tuple[int, ...]]:
     fields = json.loads(payload)
-    return int(fields["records"]), tuple(_sequence(number) for number in fields["void"])
-
-
-def _sequence(number: int) -> int:
-    if not (isinstance(number, int) and 1 <= number < 1 << 63):
-        raise InvalidInput(f"a sequence is {number!r}, wanted a whole number from 1")
-    return number
+    return int(fields["records"]), tuple(checked_sequence(number) for number in fields["void"])
 
 
 def gaps(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,10 +1,11 @@
-"""Keys of field kits: who may sign a batch file, and whom the centre trusts.
+"""Key files: a kit's signing key, and the centre's key to which batches are encrypted.
 
-Owns the two key files and the trusted folder. Never reads a batch file. A private key never leaves its file but in memory, and
-never reaches a log or an error.
+Owns the key files: making, reading, passphrases. Whom the centre trusts, and with what, is `kit_trust`'s. Never reads a batch file. A
+private key or a passphrase never reaches a log or an error.
 
-A kit has `NAME.key` (private, mode 600), `NAME.pub`, which goes to the centre, and `NAME.state.json`, in which its sequence
-numbers continue. Both key files are JSON around a PEM that other tools read, too.
+A kit has `NAME.key` (private), `NAME.pub`, which goes to the centre, and `NAME.state.json`, in which its sequence numbers continue. The
+centre has `NAME.key` (private) and `NAME.pub`, which goes to every kit. A key file is JSON around a PEM (PKCS#8) that other tools read; with
+a passphrase the PEM is encrypted (`BestAvailableEncryption` of the library `cryptography`: PBES2).
 """
 
 from __future__ import annotations
@@ -21,25 +22,36 @@ from typing import TYPE_CHECKING, Any
 
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
+from biodedup.jobs.private import create_private, read_bounded, replace_private
 from biodedup.jobs.results import write_json
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 SIGNATURE_BYTES = 64
 FINGERPRINT_BYTES = 32
+LIFETIME_DAYS = 730
+"""After so many days a key expires, unless its maker or the centre said otherwise."""
+PASSPHRASE_CHARACTERS_MIN = 10
+_DAY_S = 86_400.0
+_DAYS_MAX = 3_650
+_KEY_FILE_BYTES_MAX = 16 << 10
+_LATEST = 1e11  # seconds: beyond it there is no calendar
 _KIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ENCRYPTED = "-----BEGIN ENCRYPTED PRIVATE KEY-----"
 
 
 @dataclass(frozen=True, eq=False)
 class PublicKey:
-    """What the centre knows of a kit. made_at: seconds, by the clock of the machine that made the key."""
+    """The public half of a kit's key. made_at, expires_at: seconds, by the clock of the machine that made the key."""
 
     kit_id: str
     made_at: float
     fingerprint: bytes
     """SHA-256 of the raw key."""
     key: Ed25519PublicKey = field(repr=False)
+    expires_at: float
 
     def signed(self, signature: bytes, content: bytes) -> bool:
         from cryptography.exceptions import InvalidSignature
@@ -65,81 +77,155 @@ class KitKey:
         return self.key.sign(content)
 
 
-def make_keys(kit_id: str, out: Path, *, clock: Callable[[], float] = time.time) -> PublicKey:
-    """Makes `out` (NAME.key), NAME.pub and NAME.state.json. Raises InvalidInput where one of them exists, StorageUnavailable."""
+@dataclass(frozen=True, eq=False)
+class CentrePublic:
+    """The public half of a centre's key: batches are encrypted to it. fingerprint: SHA-256 of the raw key."""
+
+    fingerprint: bytes
+    key: X25519PublicKey = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class CentreKey:
+    """A centre's private key, with its public half."""
+
+    public: CentrePublic
+    key: X25519PrivateKey = field(repr=False)
+
+
+# making -----------------------------------------------------------------------------------------------------------
+
+
+def make_keys(
+    kit_id: str,
+    out: Path,
+    *,
+    passphrase: str | None = None,
+    days: int = LIFETIME_DAYS,
+    clock: Callable[[], float] = time.time,
+) -> PublicKey:
+    """Makes `out` (NAME.key), NAME.pub and NAME.state.json. passphrase: encrypts NAME.key; None leaves it to the disk's encryption. days:
+    until the key expires. Raises InvalidInput where one of the files exists, StorageUnavailable."""
     require_cryptography()
-    from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     if not _KIT_ID.fullmatch(kit_id):
         raise InvalidInput(
             f"kit id {kit_id!r} is not usable; wanted 1 to 64 letters, digits, dots, hyphens, underscores"
         )
+    if not 1 <= days <= _DAYS_MAX:
+        raise InvalidInput(f"a key of {days} days was asked for; wanted 1 to {_DAYS_MAX:,}")
+    state = state_of(out)
+    _check_new(out, state)
+    made, made_at = Ed25519PrivateKey.generate(), round(clock(), 3)
+    about = {"kit_id": kit_id, "made_at": made_at, "expires_at": made_at + days * _DAY_S}
+    _write_pair(out, about, made, passphrase)
+    replace_private(state, json.dumps({"kit_id": kit_id, "next_sequence": 1, "records": {}}).encode())
+    return _public(about, made.public_key())
+
+
+def make_centre_key(
+    out: Path, *, passphrase: str | None = None, clock: Callable[[], float] = time.time
+) -> CentrePublic:
+    """Makes the centre's `out` (NAME.key) and NAME.pub, which goes to every kit. Without NAME.key and its passphrase no batch can be read:
+    keep a copy. Raises InvalidInput where one of the files exists, StorageUnavailable."""
+    require_cryptography()
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    _check_new(out)
+    made = X25519PrivateKey.generate()
+    _write_pair(out, {"centre": True, "made_at": round(clock(), 3)}, made, passphrase)
+    return _centre(made.public_key())
+
+
+def _check_new(out: Path, *others: Path) -> None:
     if out.suffix != ".key":
         raise InvalidInput(f"the private key is named {out.name}; end it with .key, as kit.key")
-    public_path, state = out.with_suffix(".pub"), state_of(out)
-    for path in (out, public_path, state):
+    for path in (out, out.with_suffix(".pub"), *others):
         if path.exists():
             raise InvalidInput(f"{path} exists already; keys are never overwritten: name another file")
-    made = Ed25519PrivateKey.generate()
-    made_at = round(clock(), 3)
-    private = made.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()).decode()
+
+
+def _write_pair(out: Path, about: dict[str, Any], made: Any, passphrase: str | None) -> None:
+    """The private key's file, mode 600, and the public one's."""
+    from cryptography.hazmat.primitives import serialization as form
+
+    if passphrase is not None and len(passphrase) < PASSPHRASE_CHARACTERS_MIN:
+        raise InvalidInput(
+            f"the passphrase has {len(passphrase)} characters, wanted at least {PASSPHRASE_CHARACTERS_MIN}; use several words"
+        )
+    hidden = form.NoEncryption() if passphrase is None else form.BestAvailableEncryption(passphrase.encode())
+    private = made.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, hidden).decode()
     public = made.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo).decode()
     with translated(f"writing {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump({"kit_id": kit_id, "made_at": made_at, "private_key": private}, file, indent=2)
+        with create_private(out, exclusive=True) as file:
+            file.write(json.dumps(about | {"private_key": private}, indent=2).encode())
             file.flush()
             os.fsync(file.fileno())
-    write_json({"kit_id": kit_id, "made_at": made_at, "public_key": public}, public_path)
-    write_json({"kit_id": kit_id, "next_sequence": 1, "records": {}}, state)
-    return _public(kit_id, made_at, made.public_key())
+    write_json(about | {"public_key": public}, out.with_suffix(".pub"))
+
+
+# reading ----------------------------------------------------------------------------------------------------------
 
 
 def state_of(key: Path) -> Path:
     return key.with_suffix(".state.json")
 
 
-def load_key(path: Path) -> KitKey:
+def needs_passphrase(path: Path) -> bool:
+    """Whether the private key in this file is encrypted. Raises InvalidInput where it is no key file."""
+    return str(_fields(path, "private_key", "name a .key file")["private_key"]).startswith(_ENCRYPTED)
+
+
+def load_key(path: Path, passphrase: str | None = None) -> KitKey:
     """A kit's private key. Raises InvalidInput."""
     require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    fields = _fields(path, "private_key", "make one with `biodedup kit keys`")
-    try:
-        key = load_pem_private_key(fields["private_key"].encode(), None)
-    except Exception:  # its text may quote what it was given
-        key = None
+    remedy = "make one with `biodedup kit keys`"
+    fields = _kit_fields(path, "private_key", remedy)
+    key = _private(path, fields, passphrase)
     if not isinstance(key, Ed25519PrivateKey):
-        raise InvalidInput(f"{path} holds no Ed25519 private key; restore it, or make another with `biodedup kit keys`")
-    return KitKey(_public(fields["kit_id"], fields["made_at"], key.public_key()), state_of(path), key)
+        raise InvalidInput(f"{path} holds no Ed25519 private key; restore it, or {remedy}")
+    return KitKey(_public(fields, key.public_key()), state_of(path), key)
 
 
-def load_trusted(source: Path) -> dict[bytes, PublicKey]:
-    """Fingerprint -> key, of a folder's `*.pub` files, or of one such file. A kit may have several keys, old and new.
-
-    Raises InvalidInput.
-    """
+def load_public(path: Path) -> PublicKey:
+    """The public half of a kit's key. Raises InvalidInput."""
     require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    paths = sorted(source.glob("*.pub")) if source.is_dir() else [source]
-    trusted = {}
-    for path in paths:
-        fields = _fields(path, "public_key", "copy the kit's .pub file again")
-        try:
-            key = load_pem_public_key(fields["public_key"].encode())
-        except Exception:
-            key = None
-        if not isinstance(key, Ed25519PublicKey):
-            raise InvalidInput(f"{path} holds no Ed25519 public key; copy the kit's .pub file again")
-        public = _public(fields["kit_id"], fields["made_at"], key)
-        trusted[public.fingerprint] = public
-    if not trusted:
-        raise InvalidInput(f"{source} holds no .pub files; copy there the .pub file of every kit that may send batches")
-    return trusted
+    remedy = "copy the kit's .pub file again"
+    fields = _kit_fields(path, "public_key", remedy)
+    key = _public_of(fields)
+    if not isinstance(key, Ed25519PublicKey):
+        raise InvalidInput(f"{path} holds no Ed25519 public key; {remedy}")
+    return _public(fields, key)
+
+
+def load_centre_key(path: Path, passphrase: str | None = None) -> CentreKey:
+    """The centre's private key. Raises InvalidInput."""
+    require_cryptography()
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    remedy = "restore the centre's key, or make one with `biodedup kit centre-key`"
+    key = _private(path, _fields(path, "private_key", remedy), passphrase)
+    if not isinstance(key, X25519PrivateKey):
+        raise InvalidInput(f"{path} holds no X25519 private key of a centre; {remedy}")
+    return CentreKey(_centre(key.public_key()), key)
+
+
+def load_centre_public(path: Path) -> CentrePublic:
+    """The public half of the centre's key, as kits have it. Raises InvalidInput."""
+    require_cryptography()
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+
+    remedy = "copy the .pub file that the centre made with `biodedup kit centre-key`"
+    key = _public_of(_fields(path, "public_key", remedy))
+    if not isinstance(key, X25519PublicKey):
+        raise InvalidInput(f"{path} holds no X25519 public key of a centre; {remedy}")
+    return _centre(key)
 
 
 def require_cryptography() -> None:
@@ -152,19 +238,60 @@ def require_cryptography() -> None:
         ) from None
 
 
-def _public(kit_id: str, made_at: float, key: Ed25519PublicKey) -> PublicKey:
-    return PublicKey(kit_id, made_at, hashlib.sha256(key.public_bytes_raw()).digest(), key)
+def _private(path: Path, fields: dict[str, Any], passphrase: str | None) -> object:
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    encrypted = fields["private_key"].startswith(_ENCRYPTED)
+    if encrypted and passphrase is None:
+        raise InvalidInput(f"{path} is encrypted, and no passphrase was given; give its passphrase")
+    try:
+        return load_pem_private_key(
+            fields["private_key"].encode(), passphrase.encode() if encrypted and passphrase else None
+        )
+    except Exception:  # its text may quote what it was given
+        if encrypted:
+            raise InvalidInput(f"{path} does not open with this passphrase; give the right one") from None
+        return None
+
+
+def _public_of(fields: dict[str, Any]) -> object:
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        return load_pem_public_key(fields["public_key"].encode())
+    except Exception:
+        return None
+
+
+def _public(about: dict[str, Any], key: Ed25519PublicKey) -> PublicKey:
+    made_at = float(about["made_at"])
+    expires_at = float(about.get("expires_at", made_at + LIFETIME_DAYS * _DAY_S))
+    expires_at = min(expires_at, made_at + _DAYS_MAX * _DAY_S)  # the kit's own word
+    return PublicKey(about["kit_id"], made_at, hashlib.sha256(key.public_bytes_raw()).digest(), key, expires_at)
+
+
+def _centre(key: X25519PublicKey) -> CentrePublic:
+    return CentrePublic(hashlib.sha256(key.public_bytes_raw()).digest(), key)
 
 
 def _fields(path: Path, wanted: str, remedy: str) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text())
-        sound = isinstance(fields[wanted], str) and isinstance(fields["made_at"], int | float)
-        sound = sound and isinstance(fields["kit_id"], str) and bool(_KIT_ID.fullmatch(fields["kit_id"]))
+        fields = json.loads(read_bounded(path, _KEY_FILE_BYTES_MAX))
+        times = [fields["made_at"], fields.get("expires_at", 0)]
+        sound = isinstance(fields[wanted], str) and all(
+            isinstance(at, int | float) and 0 <= at <= _LATEST for at in times
+        )
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist; {remedy}") from None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise InvalidInput(f"{path} is not a key file of a kit (kit_id, made_at, {wanted}); {remedy}")
+        raise InvalidInput(f"{path} is not a key file (made_at, {wanted}); {remedy}")
     return dict(fields)
+
+
+def _kit_fields(path: Path, wanted: str, remedy: str) -> dict[str, Any]:
+    fields = _fields(path, wanted, remedy)
+    if not (isinstance(fields.get("kit_id"), str) and _KIT_ID.fullmatch(fields["kit_id"])):
+        raise InvalidInput(f"{path} is not a key file of a kit (kit_id, made_at, {wanted}); {remedy}")
+    return fields

@@ -1,7 +1,8 @@
 """The centre's ledger of field kits: which sequences came, which batch was here before, who brought a record first.
 
-Owns `kits.sqlite3` in the gallery's folder. Never holds biometric data. It is bookkeeping: the gallery's journal is the truth, and
-with the ledger lost nothing is enrolled twice; only the notes of what came when begin anew.
+Owns `kits.sqlite3` in the gallery's folder, mode 600. Never holds biometric data. It is bookkeeping: the gallery's journal is the truth, and
+with the ledger lost nothing is enrolled twice; only the notes of what came when begin anew, and with them the counts of a day and of void
+sequences.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from biodedup.errors import GalleryDamaged
 from biodedup.gallery.gallery import LEDGER_NAME, translated
 from biodedup.gallery.storage import LocalStorage
 from biodedup.jobs.kit_file import gaps
+from biodedup.jobs.private import make_private
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (run INTEGER PRIMARY KEY, batches TEXT, received_at REAL, finished INTEGER);
@@ -24,6 +26,7 @@ CREATE TABLE IF NOT EXISTS sequences (key TEXT, sequence INTEGER, kit_id TEXT, e
     WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS takers (encounter_id TEXT PRIMARY KEY, run INTEGER, file INTEGER, place INTEGER, kit_id TEXT,
     sequence INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS contents (encounter_id TEXT, digest BLOB, name TEXT, PRIMARY KEY (encounter_id, digest)) WITHOUT ROWID;
 """
 
 
@@ -44,6 +47,7 @@ class Ledger:
     def __init__(self, gallery: Path) -> None:
         self._path = gallery / LEDGER_NAME
         with self._writing():
+            make_private(self._path)
             self._sql = LocalStorage().connect(self._path, read_only=False)
             self._sql.executescript(_TABLES)
 
@@ -77,6 +81,25 @@ class Ledger:
         """Encounter_id -> from where it is about to be taken; what stood there before is replaced."""
         rows = [(name, t.run, t.file, t.place, t.kit_id, t.sequence) for name, t in takers.items()]
         self._many("INSERT OR REPLACE INTO takers VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def names_of(self, wanted: Sequence[tuple[str, bytes, str]]) -> dict[tuple[str, bytes], str]:
+        """Of each (the kit's encounter_id, digest of the content, id bound to its key): the id under which that content came first."""
+        self._many("INSERT OR IGNORE INTO contents VALUES (?, ?, ?)", wanted)
+        query = "SELECT name FROM contents WHERE encounter_id = ? AND digest = ?"
+        with self._writing():
+            return {(own, digest): self._sql.execute(query, (own, digest)).fetchone()[0] for own, digest, _ in wanted}
+
+    def taken_since(self, prefix: str, since: float) -> int:
+        """How many encounters whose ids begin so were taken by runs after a moment, in seconds."""
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        query = "SELECT count(*) FROM takers JOIN runs USING (run) WHERE encounter_id >= ? AND encounter_id < ? AND received_at > ?"
+        with self._writing():
+            return int(self._sql.execute(query, (prefix, end, since)).fetchone()[0])
+
+    def void_with(self, key: str, void: Iterable[int]) -> int:
+        """How many sequences of a key are void, once these are, too."""
+        known = dict(self._rows("SELECT sequence, encounter_id FROM sequences WHERE key = ?", key))
+        return len({n for n, name in known.items() if not name} | (set(void) - known.keys()))
 
     def taker(self, encounter_id: str) -> Taker | None:
         with self._writing():

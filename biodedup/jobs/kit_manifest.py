@@ -1,9 +1,10 @@
 """The manifest of a field kit's batch: rows of captures into planned records, and what is broken, told row by row.
 
-Owns the reading of the table. Never opens a capture.
+Owns the reading of the table, and which files it may name. Never opens a capture.
 
-A record is everything of one encounter_id or, where rows name none, of one subject_id. A mistake in one row leaves that record
-out and no other.
+1. A record is everything of one encounter_id or, where rows name none, of one subject_id. A mistake in one row leaves that record
+   out and no other.
+2. A manifest names files below its own folder alone: no absolute path, no `..`, and no symbolic link that leads out.
 """
 
 from __future__ import annotations
@@ -20,19 +21,25 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from biodedup.capture.minutiae_layouts import is_record
 from biodedup.errors import InvalidInput
+from biodedup.jobs.kit_names import unusable_id
 from biodedup.values import COLUMNS, Capture, Encounter, Face, Finger, Float32, Missing, check_id
 
 TEXTS = ("subject_id", "path", "position", "dpi", "encounter_id", "captured_at", "groups", "missing")
 
+_ROWS_MAX, _BYTES_MAX = 1_000_000, 1 << 30
+
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """encounter: captures are paths; encounter_id None where the manifest names none. rows: of the manifest, from 1."""
+    """encounter: captures are paths; encounter_id None where the manifest names none. rows: of the manifest, from 1; capture_rows: the row
+    of each of the encounter's captures."""
 
     encounter: Encounter
     captured_at: float | None
     rows: tuple[int, ...]
+    capture_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Broken:
 class _Draft:
     subject_ids: dict[str, None] = field(default_factory=dict)
     encounter_id: str | None = None
-    captures: dict[tuple[object, ...], Capture] = field(default_factory=dict)
+    captures: dict[tuple[object, ...], tuple[Capture, int]] = field(default_factory=dict)
     templates: dict[str, Float32 | bytes] = field(default_factory=dict)
     groups: set[str] = field(default_factory=set)
     times: list[float] = field(default_factory=list)
@@ -93,16 +100,33 @@ def _table(manifest: Path) -> Any:
         raise InvalidInput(f"{manifest} does not exist; name a CSV or Parquet manifest")
     try:
         if manifest.suffix == ".parquet":
-            return pa.parquet.read_table(manifest)
+            with pa.parquet.ParquetFile(manifest) as file:
+                groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+                _check_size(manifest, file.metadata.num_rows, sum(group.total_byte_size for group in groups))
+                return file.read()
+        _check_size(manifest, 0, manifest.stat().st_size)
         # ids with leading zeros are text; a number would lose them
         options = pa.csv.ConvertOptions(column_types=dict.fromkeys(TEXTS, pa.string()), strings_can_be_null=False)
-        return pa.csv.read_csv(manifest, convert_options=options)
+        table = pa.csv.read_csv(manifest, convert_options=options)
+        _check_size(manifest, len(table), 0)
+        return table
+    except InvalidInput:
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{manifest} is not a readable manifest ({error}); pass CSV or Parquet") from error
 
 
+def _check_size(manifest: Path, rows: int, byte_count: int) -> None:
+    if rows > _ROWS_MAX or byte_count > _BYTES_MAX:
+        raise InvalidInput(
+            f"{manifest} has {rows:,} rows, {byte_count:,} bytes; wanted at most {_ROWS_MAX:,} and {_BYTES_MAX:,}: pack several batches"
+        )
+
+
 def _fill(draft: _Draft, row: dict[str, Any], ready: Sequence[str], folder: Path, bytes_max: int) -> None:
     check_id(_text(row["subject_id"]), "subject_id")
+    if problem := unusable_id(draft.encounter_id or ""):
+        raise InvalidInput(problem)
     groups = row.get("groups") or ()
     draft.groups.update(g.strip() for g in (groups.split(";") if isinstance(groups, str) else groups) if g.strip())
     captured_at = _seconds(row.get("captured_at"))
@@ -113,23 +137,42 @@ def _fill(draft: _Draft, row: dict[str, Any], ready: Sequence[str], folder: Path
     for column in ready:
         if row[column] is not None:
             cell = row[column]
+            if isinstance(cell, bytes) and not is_record(cell):
+                raise InvalidInput(f"{column} holds {len(cell):,} bytes that are no minutiae record; leave it empty")
             draft.templates[column] = cell if isinstance(cell, bytes) else np.asarray(cell, np.float32)
     if path and reason:
         raise InvalidInput(f"it has both a path and a reason why {position} is missing; leave one of them empty")
     if reason:
-        draft.captures["missing", position] = Missing(position, reason)
+        draft.captures["missing", position] = Missing(position, reason), draft.rows[-1]
     elif path:
-        file = folder / path
-        if not file.is_file():
-            raise InvalidInput(f"{path} {'is not a file' if file.exists() else 'does not exist'}; correct the path")
+        file = _below(folder, path)
         if file.stat().st_size > bytes_max:
             raise InvalidInput(
                 f"{path} has {file.stat().st_size:,} bytes, wanted at most {bytes_max:,}; save it smaller"
             )
         dpi = _number(row.get("dpi"))
-        draft.captures[path, position, dpi] = Face(file) if position == "face" else Finger(file, position, dpi)
+        capture = Face(file) if position == "face" else Finger(file, position, dpi)
+        draft.captures.setdefault((path, position, dpi), (capture, draft.rows[-1]))
     elif not any(row[column] is not None for column in ready):
         raise InvalidInput("it has no path; name the capture's file, or say in `missing` why there is none")
+
+
+def _below(folder: Path, path: str) -> Path:
+    """The file of a path, links resolved. Raises InvalidInput unless it lies below the folder."""
+    if "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise InvalidInput(
+            f"{path!r} leads out of the manifest's folder; name files below it, by their path from there"
+        )
+    try:
+        file = (folder / path).resolve()
+        inside = file.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        file, inside = folder / path, False
+    if not inside:
+        raise InvalidInput(f"{path} is a link that leads out of the manifest's folder; put the file itself there")
+    if not file.is_file():
+        raise InvalidInput(f"{path} {'is not a file' if file.exists() else 'does not exist'}; correct the path")
+    return file
 
 
 def _planned(draft: _Draft) -> Planned | Broken:
@@ -139,13 +182,19 @@ def _planned(draft: _Draft) -> Planned | Broken:
         draft.problems.append(f"encounter_id {draft.encounter_id!r} is given to subjects {named}; give each its own")
     if not draft.problems:
         # in the order of positions: what two kits pack of one encounter is the same, however their manifests are sorted
-        captures = sorted(draft.captures.values(), key=lambda c: (isinstance(c, Missing), COLUMNS.index(c.column)))
+        captures = sorted(draft.captures.values(), key=_place)
         try:
-            encounter = Encounter(subject_ids[0], captures, draft.templates, draft.encounter_id, sorted(draft.groups))
-            return Planned(encounter, min(draft.times, default=None), rows)
+            encounter = Encounter(
+                subject_ids[0], [one for one, _ in captures], draft.templates, draft.encounter_id, sorted(draft.groups)
+            )
+            return Planned(encounter, min(draft.times, default=None), rows, tuple(row for _, row in captures))
         except InvalidInput as error:
             draft.problems.append(str(error))
     return Broken(rows, ", ".join(subject_ids[:3]), "; ".join(dict.fromkeys(draft.problems)))
+
+
+def _place(capture: tuple[Capture, int]) -> tuple[bool, int]:
+    return isinstance(capture[0], Missing), COLUMNS.index(capture[0].column)
 
 
 def _text(cell: Any) -> str:

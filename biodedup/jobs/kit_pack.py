@@ -1,44 +1,51 @@
-"""`kit pack`: what a team captured offline, as one signed batch file that the centre can take.
+"""`kit pack`: what a team captured offline, as one batch file, signed by the kit and encrypted to the centre.
 
-Owns the job from a manifest to the batch file, its report, and the kit's sequence numbers. Bytes are `kit_file`'s, rows of the
-manifest `kit_manifest`'s, comparisons the engine's.
+Owns the job from a manifest to the batch file and its report. Bytes are `kit_file`'s, rows of the manifest `kit_manifest`'s, captures
+`kit_judge`'s, sequence numbers `kit_state`'s, comparisons the engine's.
 
 1. A record keeps its sequence and its encounter_id in whichever batch it is packed again; no two records share one.
-2. The state file is replaced before the batch file appears, so that a kit killed between them makes the same bytes again.
+2. The state file is replaced before the batch file appears, so that a kit killed between them gives out the same numbers again.
 3. A batch file is never replaced by one that lacks its records.
-4. What the extractor said of a record is kept beside the output: packing again after a recapture extracts the recapture alone.
+4. Only what the decoders open as an image or a minutiae record is packed, whatever files the manifest names.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from biodedup.config import Config
-from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine
-from biodedup.errors import BiodedupError, CallerError, InvalidInput
-from biodedup.gallery.answers import digest_of
+from biodedup.errors import CallerError, InvalidInput
 from biodedup.gallery.gallery import translated
 from biodedup.gallery.storage import LocalStorage
-from biodedup.jobs.kit_file import BatchReader, BatchWriter, Record, decode, encode
-from biodedup.jobs.kit_keys import KitKey, load_key
+from biodedup.jobs.kit_file import RECORDS_MAX, BatchWriter
+from biodedup.jobs.kit_judge import PASSED, Judge, Judged, no_record
+from biodedup.jobs.kit_keys import CentrePublic, KitKey, load_centre_public, load_key
 from biodedup.jobs.kit_manifest import Broken, Planned, read_manifest
+from biodedup.jobs.kit_record import Record
+from biodedup.jobs.kit_state import (
+    Packed,
+    load_state,
+    note_packed,
+    numbered,
+    packed_before,
+    replaced_sequences,
+    save_state,
+)
+from biodedup.jobs.private import create_private, private_folder
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import write_json, write_page, write_table
 from biodedup.values import Capture, Encounter, Face, Finger, Float32, Missing, Refusal, Template
-
-_PASSED = ""  # the reason of a capture's verdict that is no refusal
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class PackResult:
     unsearched: int
     void: tuple[int, ...]
     threshold_db: float
+    key_expires_at: float
 
     @property
     def packed(self) -> tuple[PackedRecord, ...]:
@@ -102,6 +110,7 @@ class PackResult:
             "not_searched": self.unsearched,
             "void_sequences": len(self.void),
             "threshold_db": round(self.threshold_db, 2),
+            "key_expires": datetime.fromtimestamp(self.key_expires_at, UTC).date().isoformat(),
         }
 
 
@@ -111,153 +120,145 @@ def pack_batch(
     key: Path,
     config: Config | None = None,
     *,
+    centre: Path | None = None,
+    passphrase: str | None = None,
     only_good: bool = False,
     as_templates: bool = False,
     report: Path | None = None,
     clock: Callable[[], float] = time.time,
     progress: Progress = silent,
 ) -> PackResult:
-    """Packs a manifest's records into `out`, with a table, a summary and an HTML report (`report`) beside it.
+    """Packs a manifest's records into `out`, encrypted to a centre, with a table, a summary and an HTML report (`report`) beside it.
 
-    only_good: leave out refused captures, and records of which nothing is left; otherwise they are packed with the refusal noted.
-    as_templates: pack what the extractor made of the captures, and no images. The same manifest into the same output makes the same
-    bytes. Raises InvalidInput, GalleryBusy (this kit packs already), StorageUnavailable.
+    centre: the centre's .pub file; None: `centre.pub` beside the kit's key. passphrase: of the kit's key, where it has one. only_good:
+    leave out refused captures, and records of which nothing is left; otherwise they are packed with the refusal noted. as_templates:
+    pack what the extractor made of the captures, and no images. A file that is no capture breaks its record. The same manifest again
+    leaves the same output as it is. Raises InvalidInput, GalleryBusy (this kit packs already), StorageUnavailable.
     """
     config = config or Config()
-    kit = load_key(key)
+    kit = load_key(key, passphrase)
+    to = load_centre_public(key.with_name("centre.pub") if centre is None else centre)
     planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max)
+    if len(planned) > RECORDS_MAX:
+        raise InvalidInput(
+            f"{manifest} has {len(planned):,} records, a batch at most {RECORDS_MAX:,}; make several batches"
+        )
     with translated(f"writing beside {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
     lock = LocalStorage().lock(key.with_suffix(".lock"))
     try:
-        state = _state(kit)
-        replaced = _replaced(out, kit, planned)
-        work = out.with_name(out.name + ".work")
-        judge = _Judge(config, work / "records")
-        shutil.rmtree(work / "gallery", ignore_errors=True)
-        temporary = out.with_name(out.name + ".tmp")
-        records: list[PackedRecord] = []
-        unsearched = 0
-        with (
-            Engine.open(work / "gallery", config) as engine,
-            translated(f"writing {out}"),
-            temporary.open("wb") as file,
-        ):
-            writer = BatchWriter(file, kit)
-            for low in range(0, len(planned), config.batch_size):
-                chunk = planned[low : low + config.batch_size]
-                searched: list[Encounter] = []
-                for one, captures, verdicts, templates in judge.judged(chunk):
-                    refusals = tuple(refusal for refusal in verdicts if refusal.reason != _PASSED)
-                    content = _content(one, captures, verdicts, templates, only_good, as_templates)
-                    if not (content.templates or any(not isinstance(c, Missing) for c in content.captures)):
-                        records.append(PackedRecord(one.rows, content.subject_id or "", None, None, refusals))
-                        continue
-                    sequence, packed_at = _numbered(state, content, clock)
-                    encounter_id = content.encounter_id or f"{kit.public.kit_id}-{kit.public.fingerprint.hex()[:6]}-{sequence:06d}"  # fmt: skip
-                    content = replace(content, encounter_id=encounter_id)
-                    writer.add(Record(content, sequence, one.captured_at, packed_at, refusals))
-                    records.append(PackedRecord(one.rows, content.subject_id or "", sequence, encounter_id, refusals))
-                    searched.append(Encounter(encounter_id, templates={**templates, **one.encounter.templates}))
-                unsearched += _admit(engine, searched)
-                progress("packing", len(records), len(planned))
-            void = sorted(replaced - {record.sequence for record in records})
-            writer.finish(void)
-            file.flush()
-            os.fsync(file.fileno())
-            subject_of = {record.encounter_id: record.subject_id for record in records if record.encounter_id}
-            _, threshold_db = config.policy.thresholds_db(len(engine))
-            doubles = _doubles(engine, threshold_db, subject_of, progress)
-        write_json(state, kit.state)
-        with translated(f"writing {out}"):
-            temporary.replace(out)
-            LocalStorage().sync_folder(out.parent)
-        result = PackResult(
-            kit.public.kit_id,
-            out,
-            writer.digest.hex(),
-            tuple(records),
-            tuple(broken),
-            doubles,
-            unsearched,
-            tuple(void),
-            threshold_db,
-        )
+        packing = _Packing(config, kit, out, only_good, as_templates, clock)
+        packing.broken = broken
+        result = packing.packed(planned, to, progress)
         _write(result, report or out.with_name(f"{out.stem}.html"))
         return result
     finally:
         lock.release()
 
 
-class _Judge:
-    """What the extractor says of captures, remembered in a folder under their content and the gate's settings."""
+class _Packing:
+    """One run over some planned records."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        self._config = config
-        self._folder = folder
-        self._extractor: Extractor | None = None
-        settings = {name: config.to_dict()[name] for name in ("face", "finger", "capture")}
-        self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
-        with translated(f"writing {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self,
+        config: Config,
+        kit: KitKey,
+        out: Path,
+        only_good: bool,
+        as_templates: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self.broken: list[Broken] = []
+        self._config, self._kit, self._out, self._clock = config, kit, out, clock
+        self._only_good, self._as_templates = only_good, as_templates
+        self._work = out.with_name(out.name + ".work")
+        self._state = load_state(kit)
+        self._records: list[PackedRecord] = []
+        self._sent: list[Planned] = []
 
-    def judged(
-        self, chunk: Sequence[Planned]
-    ) -> Iterator[tuple[Planned, tuple[Capture, ...], tuple[Refusal, ...], Mapping[str, Template]]]:
-        """(planned, captures as bytes, a verdict for each that is not missing, its best templates), in order."""
-        captures = [tuple(_in_memory(capture) for capture in one.encounter.captures) for one in chunk]
-        paths = [self._path(one) for one in captures]
-        known = [_remembered(path) for path in paths]
-        fresh = [i for i, one in enumerate(known) if one is None]
-        todo = [[c for c in captures[i] if not isinstance(c, Missing)] for i in fresh]
-        if any(todo) and self._extractor is None:
-            self._extractor = Extractor(self._config)
-        flat = [c for some in todo for c in some]
-        results = iter(self._extractor.extract(flat) if self._extractor is not None and flat else ())
-        for i, some in zip(fresh, todo, strict=True):
-            mine = [next(results) for _ in some]
-            verdicts = tuple(one if isinstance(one, Refusal) else Refusal(one.column, _PASSED) for one in mine)
-            best: dict[str, Template] = {}
-            for one in mine:
-                if isinstance(one, Template) and (
-                    one.column not in best or (one.quality or 0) > (best[one.column].quality or 0)
-                ):
-                    best[one.column] = one
-            known[i] = verdicts, best
-            if some:
-                remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
-                with translated(f"writing {paths[i]}"):
-                    temporary = paths[i].with_suffix(".tmp")
-                    temporary.write_bytes(encode(remembered))
-                    temporary.replace(paths[i])
-        for planned, own, judged in zip(chunk, captures, known, strict=True):
-            assert judged is not None, "every one was judged"
-            yield planned, own, *judged
+    def packed(self, planned: Sequence[Planned], centre: CentrePublic, progress: Progress) -> PackResult:
+        private_folder(self._work)
+        before = packed_before(self._out, self._work, self._kit)
+        if before is not None:  # before anything is extracted
+            replaced_sequences(before, self._out, self._kit, planned)
+        shutil.rmtree(self._work / "gallery", ignore_errors=True)
+        temporary = self._out.with_name(self._out.name + ".tmp")
+        unsearched = 0
+        with (
+            Engine.open(self._work / "gallery", self._config) as engine,
+            translated(f"writing {self._out}"),
+            create_private(temporary) as file,
+        ):
+            writer = BatchWriter(file, self._kit, centre)
+            judge = Judge(self._config, self._work / "records")
+            for low in range(0, len(planned), self._config.batch_size):
+                searched = self._added(writer, judge.judged(planned[low : low + self._config.batch_size]))
+                unsearched += _admit(engine, searched)
+                progress("packing", len(self._records), len(planned))
+            void = self._void(before)
+            writer.finish(void)
+            file.flush()
+            os.fsync(file.fileno())
+            subject_of = {record.encounter_id: record.subject_id for record in self._records if record.encounter_id}
+            _, threshold_db = self._config.policy.thresholds_db(len(engine))
+            doubles = _doubles(engine, threshold_db, subject_of, progress)
+        save_state(self._state, self._kit)
+        self._put(temporary, before, Packed(writer.digest.hex(), self._entries(), tuple(void)))
+        return PackResult(
+            self._kit.public.kit_id,
+            self._out,
+            writer.digest.hex(),
+            tuple(self._records),
+            tuple(self.broken),
+            doubles,
+            unsearched,
+            tuple(void),
+            threshold_db,
+            self._kit.public.expires_at,
+        )
 
-    def _path(self, captures: Sequence[Capture]) -> Path:
-        digest = digest_of(Encounter("-", captures, encounter_id="-"))
-        return self._folder / f"{hashlib.sha256(self._settings + digest).hexdigest()}.record"
+    def _added(self, writer: BatchWriter, judged: Iterable[Judged]) -> list[Encounter]:
+        """Writes some records; returns what is to be searched for doubles."""
+        searched: list[Encounter] = []
+        for one, captures, verdicts, templates in judged:
+            unusable = no_record(one, captures, verdicts)
+            if unusable is not None:
+                self.broken.append(unusable)
+                continue
+            self._sent.append(one)
+            refusals = tuple(refusal for refusal in verdicts if refusal.reason != PASSED)
+            content = _content(one, captures, verdicts, templates, self._only_good, self._as_templates)
+            if not (content.templates or any(not isinstance(c, Missing) for c in content.captures)):
+                self._records.append(PackedRecord(one.rows, content.subject_id or "", None, None, refusals))
+                continue
+            sequence, packed_at = numbered(self._state, content, self._clock)
+            public = self._kit.public
+            encounter_id = content.encounter_id or f"{public.kit_id}-{public.fingerprint.hex()[:6]}-{sequence:06d}"
+            content = replace(content, encounter_id=encounter_id)
+            writer.add(Record(content, sequence, one.captured_at, packed_at, refusals))
+            self._records.append(PackedRecord(one.rows, content.subject_id or "", sequence, encounter_id, refusals))
+            searched.append(Encounter(encounter_id, templates={**templates, **one.encounter.templates}))
+        return searched
 
+    def _entries(self) -> tuple[tuple[int, str, str], ...]:
+        return tuple((r.sequence, r.encounter_id or "", r.subject_id) for r in self._records if r.sequence is not None)
 
-def _remembered(path: Path) -> tuple[tuple[Refusal, ...], Mapping[str, Template]] | None:
-    try:
-        record = decode(path.read_bytes(), 1)
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
-        return None  # never judged, or its file was lost to a power cut
-    templates = {c: given for c, given in record.encounter.templates.items() if isinstance(given, Template)}
-    return record.refusals, templates
+    def _void(self, before: Packed | None) -> list[int]:
+        """Sequences of the file that is replaced, which this one does not bring."""
+        if before is None:
+            return []
+        sequences = replaced_sequences(before, self._out, self._kit, self._sent)
+        return sorted(sequences - {record.sequence for record in self._records})
 
-
-def _in_memory(capture: Capture) -> Capture:
-    """A capture that is judged and packed from the very same bytes. A file that cannot be read is empty, which the gate refuses."""
-    if isinstance(capture, Missing):
-        return capture
-    assert isinstance(capture.data, Path), "the manifest names files"
-    try:
-        content = capture.data.read_bytes()
-    except OSError:
-        content = b""
-    return replace(capture, data=content)
+    def _put(self, temporary: Path, before: Packed | None, packed: Packed) -> None:
+        """Replaces the output, unless it holds the very same records."""
+        with translated(f"writing {self._out}"):
+            if before is not None and before.digest == packed.digest:
+                temporary.unlink()
+                return
+            note_packed(temporary, self._out, self._work, self._kit, packed)
+            temporary.replace(self._out)
+            LocalStorage().sync_folder(self._out.parent)
 
 
 def _content(
@@ -275,60 +276,8 @@ def _content(
     if as_templates:
         images, given = [], {**templates, **given}
     elif only_good:
-        images = [image for image, verdict in zip(images, verdicts, strict=True) if verdict.reason == _PASSED]
+        images = [image for image, verdict in zip(images, verdicts, strict=True) if verdict.reason == PASSED]
     return replace(planned.encounter, captures=[*images, *missing], templates=given)
-
-
-def _numbered(state: dict[str, Any], content: Encounter, clock: Callable[[], float]) -> tuple[int, float]:
-    """(sequence, packed_at) of a record: what it had before, or the next."""
-    digest = digest_of(replace(content, encounter_id=content.encounter_id or "-"))
-    name = hashlib.sha256(digest + (content.encounter_id or "").encode()).hexdigest()
-    if name not in state["records"]:
-        state["records"][name] = [state["next_sequence"], round(clock(), 3)]
-        state["next_sequence"] += 1
-    sequence, packed_at = state["records"][name]
-    return sequence, packed_at
-
-
-def _state(kit: KitKey) -> dict[str, Any]:
-    try:
-        state = json.loads(kit.state.read_text())
-        if state["kit_id"] == kit.public.kit_id and state["next_sequence"] > max(
-            (sequence for sequence, _ in state["records"].values()), default=0
-        ):
-            return dict(state)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    raise InvalidInput(
-        f"{kit.state} is missing or is not the state of kit {kit.public.kit_id}, and sequence numbers must not be given out twice; "
-        "restore it, or make new keys with `biodedup kit keys` and send the new .pub file to the centre"
-    )
-
-
-def _replaced(out: Path, kit: KitKey, planned: Sequence[Planned]) -> set[int]:
-    """Sequences of the batch file that is to be replaced, and those that it had voided itself."""
-    if not out.exists():
-        return set()
-    own = f"{kit.public.kit_id}-{kit.public.fingerprint.hex()[:6]}-"
-    subjects = {one.encounter.subject_id for one in planned if one.encounter.encounter_id is None}
-    encounters = {one.encounter.encounter_id for one in planned}
-    sequences, lost = set[int](), 0
-    try:
-        with BatchReader(out, {kit.public.fingerprint: kit.public}) as batch:
-            for record in batch:
-                sequences.add(record.sequence)
-                name = record.encounter.encounter_id or ""
-                lost += name not in encounters and not (
-                    name.startswith(own) and record.encounter.subject_id in subjects
-                )
-            sequences.update(batch.void)
-    except BiodedupError:
-        raise InvalidInput(f"{out} exists and is not a sound batch of this kit; name another file") from None
-    if lost:
-        raise InvalidInput(
-            f"{out} holds {lost} records that this manifest does not name, or names in broken rows; they would be lost: name another file"
-        )
-    return sequences
 
 
 def _admit(engine: Engine, encounters: Sequence[Encounter]) -> int:

@@ -1,0 +1,159 @@
+"""Commands about the keys of field kits: kit keys, centre-key, trust, revoke.
+
+A thin mirror of the jobs.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from biodedup import jobs
+from biodedup.cli.base import JsonOption, app, finish
+from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
+from biodedup.jobs.kit_keys import LIFETIME_DAYS
+from biodedup.jobs.kit_trust import TrustedKey
+
+kit = typer.Typer(no_args_is_help=True, help="Field kits: batches from teams that work without a network.")
+app.add_typer(kit, name="kit")
+
+TrustedOption = Annotated[
+    Path, typer.Option("--trusted", help="Folder of the .pub files of the kits that may send, and of what each may.")
+]
+NoPassphrase = Annotated[
+    bool, typer.Option("--no-passphrase", help="Leave the private key unencrypted; its disk has to be.")
+]
+KeyArgument = Annotated[
+    str, typer.Argument(metavar="KEY", help="A .pub file; or the kit id, or fingerprint, of a key in the folder.")
+]
+DateOption = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], metavar="DATE")]
+
+
+@kit.command()
+def keys(
+    kit_id: Annotated[str, typer.Option("--kit-id", help="The kit's name: letters, digits, dots, hyphens.")],
+    result: Annotated[Path, typer.Option("--out", "-o", help="Private key, .key; .pub goes beside it.")] = Path(
+        "kit.key"
+    ),
+    days: Annotated[int, typer.Option("--days", help="Days until the key expires.")] = LIFETIME_DAYS,
+    no_passphrase: NoPassphrase = False,
+    passphrase_fd: PassphraseFd = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a kit's keys, once, on the kit. The .pub file goes to the centre."""
+    secret = None if no_passphrase else passphrase(f"kit {kit_id}", KIT_VARIABLE, passphrase_fd, confirm=True)
+    public = jobs.make_keys(kit_id, result, passphrase=secret, days=days)
+    fingerprint = public.fingerprint.hex()[:16]
+    finish(
+        {
+            "kit_id": kit_id,
+            "key": str(result),
+            "public": str(result.with_suffix(".pub")),
+            "fingerprint": fingerprint,
+            "encrypted": secret is not None,
+            "expires": _date(public.expires_at),
+        },
+        f"{result} is private and stays on this kit; take {result.with_suffix('.pub')} to the centre, which trusts it with "
+        f"`biodedup kit trust`, fingerprint {fingerprint}; it expires on {_date(public.expires_at)}",
+        as_json,
+    )
+
+
+@kit.command()
+def centre_key(
+    result: Annotated[Path, typer.Option("--out", "-o", help="Private key, .key; .pub goes beside it.")] = Path(
+        "centre.key"
+    ),
+    no_passphrase: NoPassphrase = False,
+    passphrase_fd: PassphraseFd = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the centre's key, once, at the centre. The .pub file goes to every kit: batches are encrypted to it."""
+    secret = None if no_passphrase else passphrase("the centre's key", CENTRE_VARIABLE, passphrase_fd, confirm=True)
+    public = jobs.make_centre_key(result, passphrase=secret)
+    fingerprint = public.fingerprint.hex()[:16]
+    finish(
+        {
+            "key": str(result),
+            "public": str(result.with_suffix(".pub")),
+            "fingerprint": fingerprint,
+            "encrypted": secret is not None,
+        },
+        f"{result} is private: without it and its passphrase no batch can be read, so keep a copy in a safe. Copy "
+        f"{result.with_suffix('.pub')} beside each kit's key, as centre.pub, fingerprint {fingerprint}",
+        as_json,
+    )
+
+
+@kit.command()
+def trust(
+    key: KeyArgument,
+    trusted: TrustedOption = Path("trusted"),
+    group: Annotated[
+        list[str] | None,
+        typer.Option("--group", help="A group that it may write; repeatable. '*': any. Replaces the list."),
+    ] = None,
+    batch_max: Annotated[int | None, typer.Option("--batch-max", min=0, help="Most encounters of a batch.")] = None,
+    day_max: Annotated[int | None, typer.Option("--day-max", min=0, help="Most new encounters of 24 hours.")] = None,
+    void_max: Annotated[int | None, typer.Option("--void-max", min=0, help="Most void sequences, in all.")] = None,
+    since: DateOption = None,
+    until: DateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Trust a kit's key, and state what it may send: groups, how much, from when (--since) and until the end of which day (--until)."""
+    changes: dict[str, Any] = {
+        "groups": None if group is None else tuple(group),
+        "encounters_batch_max": batch_max,
+        "encounters_day_max": day_max,
+        "void_max": void_max,
+        "not_before": None if since is None else since.replace(tzinfo=UTC).timestamp(),
+        "not_after": None if until is None else until.replace(tzinfo=UTC, hour=23, minute=59, second=59).timestamp(),
+    }
+    known = jobs.set_trust(key, trusted, **{name: value for name, value in changes.items() if value is not None})
+    _told(known, as_json)
+
+
+@kit.command()
+def revoke(
+    key: KeyArgument,
+    by: Annotated[str, typer.Option("--by", help="Who revokes it.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why.")],
+    trusted: TrustedOption = Path("trusted"),
+    as_json: JsonOption = False,
+) -> None:
+    """Bar a kit's key for good: nothing that it signs is taken any more. What was taken stays."""
+    _told(jobs.revoke(key, trusted, by=by, reason=reason), as_json)
+
+
+def _told(known: TrustedKey, as_json: bool) -> None:
+    trust, fingerprint = known.trust, known.fingerprint.hex()[:16]
+    until = known.expires_at if trust.not_after is None else trust.not_after
+    facts = {
+        "kit_id": known.kit_id,
+        "fingerprint": fingerprint,
+        "groups": list(trust.groups),
+        "encounters_batch_max": trust.encounters_batch_max,
+        "encounters_day_max": trust.encounters_day_max,
+        "void_max": trust.void_max,
+        "not_before": None if trust.not_before is None else _date(trust.not_before),
+        "not_after": _date(until),
+        "revoked_at": None if trust.revoked_at is None else _date(trust.revoked_at),
+        "revoked_by": trust.revoked_by,
+        "revoked_reason": trust.revoked_reason,
+    }
+    text = f"kit {known.kit_id}, key {fingerprint}: "
+    if trust.revoked_at is not None:
+        text += f"revoked on {_date(trust.revoked_at)} by {trust.revoked_by} ({trust.revoked_reason})"
+    else:
+        text += (
+            f"groups {', '.join(trust.groups) or 'none'}; at most {trust.encounters_batch_max:,} encounters a batch, "
+            f"{trust.encounters_day_max:,} a day, {trust.void_max:,} void sequences; until {_date(until)}"
+        )
+    finish(facts, text, as_json)
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
