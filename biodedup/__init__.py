@@ -11,6 +11,7 @@ from biodedup.engine import Engine, compare
 from biodedup.errors import (
     BiodedupError,
     CallerError,
+    CaptureUnavailable,
     DataDamaged,
     EncounterConflict,
     EngineClosed,
@@ -56,6 +57,7 @@ __all__ = [
     "CallerError",
     "Candidate",
     "CaptureConfig",
+    "CaptureUnavailable",
     "Case",
     "Cluster",
     "Config",

@@ -40,7 +40,7 @@ from biodedup.config import Config
 from biodedup.deciding import Decider
 from biodedup.embed.extractor import Extractor
 from biodedup.enrolment import Enrolment
-from biodedup.errors import CallerError, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
+from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import from_json
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
@@ -178,7 +178,8 @@ class Engine:
         Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision.
         across_positions: compare each finger with fingers of all positions; `Candidate.swaps` says which labels look wrong. None:
         as `SearchConfig.across_positions` says, here and wherever it can be given.
-        Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written.
+        Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written;
+        CaptureUnavailable if a capture's file is absent or cannot be read: nothing is recorded, send the encounter again with it.
         """
         return self._enrol(encounter, across_positions, replaces=False)
 
@@ -186,7 +187,7 @@ class Engine:
         """Replaces an enrolled subject's templates and groups by those of a new encounter, unless they are somebody else's.
 
         Everybody but the subject is searched. `unique` replaces; `duplicate`, `review` and `refused` leave the subject as
-        it was. Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, StorageUnavailable.
+        it was. Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, CaptureUnavailable, StorageUnavailable.
         """
         return self._enrol(encounter, across_positions, replaces=True)
 
@@ -194,7 +195,7 @@ class Engine:
         self._check_open()
         sought = self._enrolment.seek([encounter], self._across(across_positions), replaces=replaces)
         (answer,) = self._enrolment.commit(sought)
-        if isinstance(answer, CallerError):
+        if isinstance(answer, NOT_TAKEN):
             raise answer
         return answer
 
@@ -205,7 +206,8 @@ class Engine:
 
         The next batch is read and searched while one is committed; what the one before it added is searched for at the commit.
 
-        An encounter that `enroll` would raise a CallerError for comes out `refused`, with the text as its detail.
+        An encounter that `enroll` would raise a CallerError or CaptureUnavailable for comes out `refused`, with the text as its detail;
+        nothing is recorded of it, and it may be sent again.
         """
         self._check_open()
         across, stream = self._across(across_positions), iter(encounters)
@@ -213,7 +215,7 @@ class Engine:
         for batch, sought in self._enrolment.ahead(batches, across):
             self._check_open()
             for encounter, answer in zip(batch, self._enrolment.commit(sought), strict=True):
-                if isinstance(answer, CallerError):
+                if isinstance(answer, NOT_TAKEN):
                     answer = self._decider.refused(encounter, answer, self._gallery.snapshot())
                 yield answer
 
@@ -223,7 +225,8 @@ class Engine:
         """Opens a case for an encounter whose subject is enrolled and whose captures look like somebody else's, as `verify` said: a
         person judges whether they are the subject's. The decision, `review`, has the subject as its candidate.
 
-        Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput (without a usable capture, too), StorageUnavailable.
+        Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput (without a usable capture, too), CaptureUnavailable,
+        StorageUnavailable.
         """
         self._check_open()
         return self._review.dispute(encounter)

@@ -17,7 +17,7 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
 from biodedup.match.compare import Comparer
 from biodedup.match.judgement import BELIEVED
-from biodedup.probes import Preparer, Probe, check_models, require_subject
+from biodedup.probes import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found, SnapshotRows
 from biodedup.searches import Searches
 from biodedup.values import Candidate, Case, Decision, Encounter, Kind, Ruling
@@ -52,6 +52,7 @@ class Review:
     def dispute(self, encounter: Encounter) -> Decision:
         """Opens a case for captures that look like somebody else's than the subject's."""
         require_subject(encounter)
+        encounter = in_memory(encounter, self.preparer.config.capture)
         digest = digest_of(encounter)
         probe = self.preparer.probe(encounter)
         if not probe.templates:

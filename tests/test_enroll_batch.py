@@ -187,8 +187,9 @@ def test_a_declined_capture_is_told_even_if_the_job_stopped_right_behind_the_com
     face = people(1)[0]
     write(
         tmp_path / "m.parquet",
-        {"subject_id": ["a"], "encounter_id": ["e"], "face": [face.tolist()], "right_index": ["absent.wsq"]},
+        {"subject_id": ["a"], "encounter_id": ["e"], "face": [face.tolist()], "right_index": ["empty.wsq"]},
     )
+    (tmp_path / "empty.wsq").touch()
 
     def stopping(self, finished):
         raise Stop
@@ -199,7 +200,7 @@ def test_a_declined_capture_is_told_even_if_the_job_stopped_right_behind_the_com
             run(tmp_path, tmp_path / "m.parquet")
     assert jobs.queue_status(tmp_path / "gallery", NOW).lines["searching"].count == 1
     result, got = run(tmp_path, tmp_path / "m.parquet")
-    assert [refusal["reason"] for refusal in json.loads(got[0]["refusals"])] == ["missing_file"]
+    assert [refusal["reason"] for refusal in json.loads(got[0]["refusals"])] == ["empty_file"]
     assert (got[0]["status"], result.extracted) == ("enrolled", 0)
     assert jobs.queue_status(tmp_path / "gallery", NOW).waiting == 0
 
@@ -429,18 +430,19 @@ def test_rows_of_an_encounter_that_lie_apart_are_one_encounter(tmp_path):
         {
             "subject_id": ["a", "b", "a", "b"],
             "encounter_id": ["e", "f", "e", "f"],
-            "path": ["0.bin", "1.bin", None, "absent.bin"],
+            "path": ["0.bin", "1.bin", None, "empty.bin"],
             "position": ["face", "face", "left_thumb", "right_index"],
             "missing": [None, None, "amputated", None],
         },
     )
+    (tmp_path / "empty.bin").touch()
     manifest = Manifest(tmp_path / "m.parquet")
     assert manifest.survey().count == 2
     first, second = manifest.records()
     assert (len(first.cells), first.missing[0].reason, len(second.cells)) == (1, "amputated", 2)
     _, got = run(tmp_path, tmp_path / "m.parquet")
     assert [row["status"] for row in got] == ["enrolled", "enrolled"]
-    assert json.loads(got[1]["refusals"])[0]["reason"] == "missing_file"
+    assert json.loads(got[1]["refusals"])[0]["reason"] == "empty_file"
     with bd.Engine.open(tmp_path / "gallery", read_only=True) as engine:
         decision = engine.decision("e")
         assert decision is not None

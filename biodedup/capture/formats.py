@@ -1,6 +1,6 @@
 """Captures into pixels: files, bytes and arrays of every accepted format.
 
-Owns reading and decoding, and the limits on both. Never judges what the picture shows, and never logs or reports a path
+Owns decoding, and the limits on it; `capture.reading` reads files. Never judges what the picture shows, and never logs or reports a path
 or a pixel.
 
 1. Whatever the bytes hold, the answer is `Pixels` or a `Refusal`; only an array of the wrong type or shape raises.
@@ -12,8 +12,6 @@ or a pixel.
 from __future__ import annotations
 
 import io
-import os
-import stat
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -35,6 +33,7 @@ from PIL import (  # noqa: F401  the plugins register themselves
     WebPImagePlugin,
 )
 
+from biodedup.capture.reading import read
 from biodedup.capture.wsq import decode_wsq, is_wsq, read_size
 from biodedup.config import CaptureConfig
 from biodedup.errors import InvalidInput
@@ -86,16 +85,6 @@ def decode(data: CaptureData, column: str, limits: CaptureConfig) -> Pixels | Re
     return _decode_pillow(content, column, limits)
 
 
-def read(data: str | os.PathLike[str] | bytes, column: str, limits: CaptureConfig) -> bytes | Refusal:
-    """The bytes of a capture, of whatever they are."""
-    content = data if isinstance(data, bytes) else _read_file(data, column, limits)
-    if isinstance(content, Refusal):
-        return content
-    if not content:
-        return Refusal(column, "empty_file", "0 bytes", 0, 1)
-    return _too_large(column, len(content), limits) if len(content) > limits.bytes_max else content
-
-
 def check_array(array: NDArray[Any]) -> None:
     """Raises InvalidInput unless uint8 or uint16 (h, w), (h, w, 3) RGB or (h, w, 4) RGBA."""
     if array.dtype.kind != "u" or array.dtype.itemsize > 2:
@@ -108,26 +97,6 @@ def check_array(array: NDArray[Any]) -> None:
             f"an image array has shape {array.shape}, wanted (h, w), (h, w, 3) RGB or (h, w, 4) RGBA; "
             "pass one image at a time, channels last"
         )
-
-
-def _read_file(path: str | os.PathLike[str], column: str, limits: CaptureConfig) -> bytes | Refusal:
-    try:
-        # O_NONBLOCK: opening a pipe that nobody writes to must not wait for ever
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                return Refusal(column, "unreadable", "not a regular file")
-            if status.st_size > limits.bytes_max:
-                return _too_large(column, status.st_size, limits)
-            return file.read(limits.bytes_max + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return Refusal(column, "missing_file", "no file at this path")
-    except IsADirectoryError:
-        return Refusal(column, "unreadable", "a folder, not a file")
-    except OSError as error:
-        return Refusal(column, "unreadable", os.strerror(error.errno) if error.errno else type(error).__name__)
-    except ValueError:
-        return Refusal(column, "unreadable", "the path holds a null character")
 
 
 def _decode_wsq(content: bytes, column: str, limits: CaptureConfig) -> Pixels | Refusal:
@@ -221,10 +190,6 @@ def _size_refusal(column: str, name: str, width: int, height: int, limits: Captu
     if min(width, height) < limits.side_px_min:
         return Refusal(column, "too_small", detail, min(width, height), limits.side_px_min)
     return None
-
-
-def _too_large(column: str, size: int, limits: CaptureConfig) -> Refusal:
-    return Refusal(column, "too_large_file", f"{size} bytes", size, limits.bytes_max)
 
 
 def _broken(column: str, name: str) -> Refusal:

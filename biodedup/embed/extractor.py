@@ -16,9 +16,10 @@ import numpy as np
 
 from biodedup.capture.face import AlignedFace, FaceDetector
 from biodedup.capture.finger import DPI, FingerReader, FingerSample, resampled
-from biodedup.capture.formats import check_array, decode, read
+from biodedup.capture.formats import check_array, decode
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.oriented import RIDGE_DPI
+from biodedup.capture.reading import read
 from biodedup.capture.ridges import ridge_map
 from biodedup.config import Config
 from biodedup.embed.cards import ModelCard, joint_id, load_card, minutiae_card

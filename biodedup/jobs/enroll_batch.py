@@ -8,7 +8,8 @@ searches and commits the batch before.
 1. The gallery's journal is the truth: an encounter that it has decided is reported as it was decided, and not extracted again.
 2. Each encounter is decided against all before it, whatever they were read or committed with, so that a job that was killed ends with the
    same result.
-3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id.
+3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id; a record
+   whose file is absent or cannot be read is not decided before it comes, and is tried again by every run.
 4. Within one manifest the first record of an encounter_id owns it; another with other content is refused.
 """
 
@@ -302,7 +303,7 @@ class _Job:
         same = entry is not None and entry.digest == content.digest
         if decision is not None:
             # without a digest, the encounter was decided by another command or the backlog was lost: nothing to compare
-            unknown = entry is None or entry.digest is None
+            unknown = entry is None or entry.digest is None or content.late
             if decision.subject_id != item.record.subject_id or not (same or unknown):
                 item.outcome, item.listed = _conflict("it was decided with other content before"), False
                 return

@@ -15,8 +15,9 @@ import numpy as np
 
 import biodedup
 from biodedup.capture.finger import DPI, MM_PER_PIXEL, resampled, ridge_blocks, ridge_period_share, scanner_dpi
-from biodedup.capture.formats import decode, read
+from biodedup.capture.formats import decode
 from biodedup.capture.minutiae_layouts import is_record
+from biodedup.capture.reading import read
 from biodedup.capture.wsq import is_wsq
 from biodedup.config import Config
 from biodedup.embed.cards import shipped_cards

@@ -215,7 +215,7 @@ class BatchReader:
 
 
 def encode(record: Record) -> bytes:
-    """One row as an Arrow IPC stream, the same for the same record. Captures are bytes or paths, which are read."""
+    """One row as an Arrow IPC stream, the same for the same record. Captures are bytes."""
     encounter = record.encounter
     row = {
         "subject_id": encounter.subject_id,
@@ -258,8 +258,10 @@ def decode(payload: bytes, sequence: int) -> Record:
 
 
 def _content(capture: Capture) -> bytes:
-    assert isinstance(capture, Face | Finger) and not isinstance(capture.data, np.ndarray), "files alone are packed"
-    return capture.data if isinstance(capture.data, bytes) else Path(capture.data).read_bytes()
+    assert isinstance(capture, Face | Finger) and isinstance(capture.data, bytes), (
+        "files are read before they are packed"
+    )
+    return capture.data
 
 
 def _template_row(column: str, given: Float32 | bytes | Template) -> dict[str, Any]:

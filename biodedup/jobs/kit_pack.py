@@ -24,10 +24,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from biodedup.config import Config
+from biodedup.capture.reading import Unread, held
+from biodedup.config import CaptureConfig, Config
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine
-from biodedup.errors import BiodedupError, CallerError, InvalidInput
+from biodedup.errors import BiodedupError, CallerError, CaptureUnavailable, InvalidInput
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.gallery import translated
 from biodedup.gallery.storage import LocalStorage
@@ -145,7 +146,10 @@ def pack_batch(
         ):
             writer = BatchWriter(file, kit)
             for low in range(0, len(planned), config.batch_size):
-                chunk = planned[low : low + config.batch_size]
+                chunk, unread = _held(planned[low : low + config.batch_size], config.capture)
+                if unread and replaced:  # which may have these very records
+                    raise CaptureUnavailable(f"{unread[0].problem}; {out} was left as it is")
+                broken += unread
                 searched: list[Encounter] = []
                 for one, captures, verdicts, templates in judge.judged(chunk):
                     refusals = tuple(refusal for refusal in verdicts if refusal.reason != _PASSED)
@@ -204,8 +208,8 @@ class _Judge:
     def judged(
         self, chunk: Sequence[Planned]
     ) -> Iterator[tuple[Planned, tuple[Capture, ...], tuple[Refusal, ...], Mapping[str, Template]]]:
-        """(planned, captures as bytes, a verdict for each that is not missing, its best templates), in order."""
-        captures = [tuple(_in_memory(capture) for capture in one.encounter.captures) for one in chunk]
+        """(planned, its captures, a verdict for each that is not missing, its best templates), in order. chunk: as `_held` gives it."""
+        captures = [tuple(one.encounter.captures) for one in chunk]
         paths = [self._path(one) for one in captures]
         known = [_remembered(path) for path in paths]
         fresh = [i for i, one in enumerate(known) if one is None]
@@ -248,16 +252,18 @@ def _remembered(path: Path) -> tuple[tuple[Refusal, ...], Mapping[str, Template]
     return record.refusals, templates
 
 
-def _in_memory(capture: Capture) -> Capture:
-    """A capture that is judged and packed from the very same bytes. A file that cannot be read is empty, which the gate refuses."""
-    if isinstance(capture, Missing):
-        return capture
-    assert isinstance(capture.data, Path), "the manifest names files"
-    try:
-        content = capture.data.read_bytes()
-    except OSError:
-        content = b""
-    return replace(capture, data=content)
+def _held(planned: Sequence[Planned], limits: CaptureConfig) -> tuple[list[Planned], list[Broken]]:
+    """Records with the bytes of their files, which are judged and packed, and those with a file that cannot be read."""
+    read, broken = [], []
+    for one in planned:
+        captures = held(one.encounter.captures, limits)
+        lost = next((c.data for c in captures if not isinstance(c, Missing) and isinstance(c.data, Unread)), None)
+        if lost is None:
+            read.append(replace(one, encounter=replace(one.encounter, captures=captures)))
+        else:
+            problem = f"{lost.path} cannot be read ({lost.refusal.detail}); copy it again, and pack again"
+            broken.append(Broken(one.rows, one.encounter.subject_id or "", problem))
+    return read, broken
 
 
 def _content(

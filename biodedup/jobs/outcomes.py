@@ -73,6 +73,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "recapture": ("whoever judged the case asks for new captures", "recapture, as another encounter"),
     "missing_file": ("the file is not where the manifest says", "supply it and run the same command again"),
     "unreadable": ("the file cannot be read", "check the disk and the permissions, and run the same command again"),
+    "not_a_file": ("the path names a folder, a pipe or a device", "repair the manifest and run again"),
     "empty_file": ("the file is empty", "copy it again from where it was captured, and run the same command again"),
     "truncated": ("the image breaks off or is damaged", "copy it again from where it was captured, or recapture"),
     "not_an_image": ("the file is no image", "check the path in the manifest"),
