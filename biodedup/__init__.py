@@ -5,7 +5,16 @@ the public interface; everything else may change.
 """
 
 from biodedup.capture.finger import read_minutiae, write_minutiae
-from biodedup.config import CaptureConfig, Config, FaceConfig, FingerConfig, GalleryConfig, Policy, SearchConfig
+from biodedup.config import (
+    CaptureConfig,
+    Config,
+    FaceConfig,
+    FingerConfig,
+    GalleryConfig,
+    IsolationConfig,
+    Policy,
+    SearchConfig,
+)
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine, compare
 from biodedup.errors import (
@@ -77,6 +86,7 @@ __all__ = [
     "GalleryConfig",
     "GalleryDamaged",
     "InvalidInput",
+    "IsolationConfig",
     "Link",
     "Missing",
     "ModelCardError",

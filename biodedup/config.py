@@ -77,6 +77,22 @@ class CaptureConfig:
 
 
 @dataclass(frozen=True)
+class IsolationConfig:
+    """Limits of the worker processes that decode and extract, so that a hostile capture costs itself alone."""
+
+    capture_s_max: float = 10.0
+    """Seconds that a capture may take; a face takes 0.05, a finger 0.3, with `leader` 3."""
+    memory_bytes_max: int = 1 << 30
+    """Memory of a worker beyond what its libraries take, models included: those take 150 MB, a picture of `pixels_max` up to 500."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.capture_s_max <= 86_400:
+            raise InvalidInput(f"capture_s_max is {self.capture_s_max!r}, wanted seconds, above 0 and at most a day")
+        if self.memory_bytes_max < 1 << 28:
+            raise InvalidInput(f"memory_bytes_max is {self.memory_bytes_max}, wanted at least {1 << 28}")
+
+
+@dataclass(frozen=True)
 class Policy:
     """Thresholds, from target error rates at the present gallery size N.
 
@@ -182,6 +198,9 @@ class Config:
     threads: int = 2
     batch_size: int = 32
     """Captures embedded, and encounters committed, together."""
+    isolation: IsolationConfig | None = None
+    """None: captures are decoded in this process, within the limits of `capture`. Otherwise in `threads` worker processes with limits of
+    their own, as jobs and the command line do; a program that asks for it guards its main module by `if __name__ == "__main__"`."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "batch_size"):

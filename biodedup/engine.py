@@ -145,6 +145,7 @@ class Engine:
         """Releases the gallery. Closing twice does nothing."""
         if not self._closed:
             self._closed = True
+            self._extractor.close()
             self._gallery.close()
             self._searcher.close()
             self._matcher.close()

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from io import BufferedReader
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def read_path(path: str | os.PathLike[str], column: str, bytes_max: int) -> byte
     return _too_large(column, size, bytes_max) if size > bytes_max else content
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     """A regular file, opened to read; nothing else is opened or waited for. Raises OSError, and NotAFile."""
     _check_regular(os.stat(path))
     # O_NONBLOCK: the path may have become a pipe since; opening one that has no writer would wait for ever

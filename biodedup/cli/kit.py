@@ -21,6 +21,7 @@ from biodedup.cli.base import (
     app,
     err,
     finish,
+    isolated,
     out,
     print_summary,
     progress_bar,
@@ -75,7 +76,7 @@ def pack(
             manifest,
             result,
             key,
-            Config(threads=threads),
+            isolated(threads=threads),
             only_good=only_good,
             as_templates=templates,
             report=report,
@@ -109,7 +110,7 @@ def ingest(
     """Take batches into the gallery, each record once. Interrupted, it goes on where it was."""
     with progress_bar() as progress:
         taken = jobs.ingest_batches(
-            batches, gallery, trusted, result, Config(threads=threads), report=report, progress=progress
+            batches, gallery, trusted, result, isolated(threads=threads), report=report, progress=progress
         )
     summary = taken.summary()
     problems = summary["problems"] if as_json else summary.pop("problems")

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from typing import Any
 import pyarrow as pa
 
 from biodedup.capture.reading import Unread, held
-from biodedup.config import CaptureConfig, Config
+from biodedup.config import CaptureConfig, Config, IsolationConfig
+from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, CaptureUnavailable, InvalidInput
@@ -124,17 +126,18 @@ def pack_batch(
     as_templates: pack what the extractor made of the captures, and no images. The same manifest into the same output makes the same
     bytes. Raises InvalidInput, GalleryBusy (this kit packs already), StorageUnavailable.
     """
-    config = config or Config()
+    config = config or Config(isolation=IsolationConfig())
     kit = load_key(key)
     planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max)
     with translated(f"writing beside {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
     lock = LocalStorage().lock(key.with_suffix(".lock"))
+    opened = ExitStack()
     try:
         state = _state(kit)
         replaced = _replaced(out, kit, planned)
         work = out.with_name(out.name + ".work")
-        judge = _Judge(config, work / "records")
+        judge = opened.enter_context(_Judge(config, work / "records"))
         shutil.rmtree(work / "gallery", ignore_errors=True)
         temporary = out.with_name(out.name + ".tmp")
         records: list[PackedRecord] = []
@@ -190,6 +193,7 @@ def pack_batch(
         _write(result, report or out.with_name(f"{out.stem}.html"))
         return result
     finally:
+        opened.close()
         lock.release()
 
 
@@ -204,6 +208,13 @@ class _Judge:
         self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
         with translated(f"writing {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> _Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._extractor is not None:
+            self._extractor.close()
 
     def judged(
         self, chunk: Sequence[Planned]
@@ -228,7 +239,9 @@ class _Judge:
                 ):
                     best[one.column] = one
             known[i] = verdicts, best
-            if some:
+            if some and not any(
+                verdict.reason in FAILURES for verdict in verdicts
+            ):  # those say nothing of the captures
                 remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
                 with translated(f"writing {paths[i]}"):
                     temporary = paths[i].with_suffix(".tmp")

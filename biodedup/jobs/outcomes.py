@@ -65,10 +65,22 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "the encounter number was used before, with other content",
         "give the later encounter a number of its own",
     ),
-    "failed": ("the program failed on this capture, twice", "look at the file; then run again with --retry-failed"),
+    "failed": ("the program failed on this capture", "look at the file; then run again with --retry-failed"),
+    "decoder_failed": (
+        "the program crashed on this capture, twice",
+        "look at the file; then run again with --retry-failed",
+    ),
+    "too_slow": (
+        "the program took too long for this capture, twice",
+        "look at the file; then run again with --retry-failed, and a longer --capture-seconds",
+    ),
+    "too_much_memory": (
+        "the program needed too much memory for this capture, twice",
+        "look at the file; then run again with --retry-failed",
+    ),
     "timed_out": (
         "the program took too long for this record, twice",
-        "look at the file; then run again with --retry-failed, and a longer --record-seconds",
+        "look at the file; then run again with --retry-failed, and a longer --capture-seconds",
     ),
     "recapture": ("whoever judged the case asks for new captures", "recapture, as another encounter"),
     "missing_file": ("the file is not where the manifest says", "supply it and run the same command again"),
