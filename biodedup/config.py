@@ -63,6 +63,9 @@ class FingerConfig:
     minutiae_min: int = 8
     side_px_max: int = 2500
     """At 500 dpi, 127 mm: longer than any finger, or a slap of four."""
+    area_mm2_max: float = 3000.0
+    """Area of the rectangle around the ridges. A finger rolled from nail to nail takes 40 x 38 mm, 1,520. Minutiae take about 0.9 s for
+    1,000 mm2 and more than in proportion for larger ones: 20 s for 127 x 127 mm (2026-11)."""
     nfiq2_min: float = 2.0
 
 
@@ -70,8 +73,10 @@ class FingerConfig:
 class CaptureConfig:
     """Limits on what is decoded at all."""
 
-    pixels_max: int = 50_000_000
-    """More pixels than this are refused before decoding: no scanner sends them, a decompression bomb does."""
+    pixels_max: int = 16_000_000
+    """More pixels than this are refused before decoding. A slap of four fingers at 1000 dpi has 10 million, a whole ten-print card at 500
+    dpi 16, a passport photograph one. JPEGs of faces may have eight times as many, as telephones make: they are decoded at a half or a
+    quarter of their size, which leaves a face more pixels than the network takes."""
     side_px_min: int = 40
     bytes_max: int = 100_000_000
 

@@ -4,9 +4,10 @@ Owns decoding, and the limits on it; `capture.reading` reads files. Never judges
 or a pixel.
 
 1. Whatever the bytes hold, the answer is `Pixels` or a `Refusal`; only an array of the wrong type or shape raises.
-2. Size limits are checked from the file's header, before a pixel is decoded.
+2. What a file asks for is checked from its header, before a pixel is decoded: `capture.headers`.
 3. Only the formats in `FORMATS`, and WSQ, are tried: nothing that starts another program or follows a reference.
 4. An image that breaks off is refused, never filled up.
+5. Of several frames the first counts. A JPEG of a face that is larger than any scanner's picture is decoded at a fraction of its size.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import (  # noqa: F401  the plugins register themselves
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
-    ImageOps,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
@@ -33,6 +34,7 @@ from PIL import (  # noqa: F401  the plugins register themselves
     WebPImagePlugin,
 )
 
+from biodedup.capture.headers import excess_of, implausible
 from biodedup.capture.reading import read
 from biodedup.capture.wsq import decode_wsq, is_wsq, read_size
 from biodedup.config import CaptureConfig
@@ -103,7 +105,8 @@ def _decode_wsq(content: bytes, column: str, limits: CaptureConfig) -> Pixels | 
     size = read_size(content)
     if size is None:
         return _broken(column, "WSQ")
-    declined = _size_refusal(column, "WSQ", *size, limits)
+    excess = implausible("WSQ", size[0] * size[1], len(content))
+    declined = _size_refusal(column, "WSQ", *size, limits) or (excess and Refusal(column, *excess))
     if declined:
         return declined
     image = decode_wsq(content)
@@ -116,16 +119,24 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
     name = _sniff(content)
     if name is None:
         return Refusal(column, "not_an_image", f"none of {', '.join(FORMATS)}, WSQ")
+    shrinks = column == "face"
+    excess = excess_of(name, content, limits.pixels_max, shrinks=shrinks)
+    if excess is not None:
+        return Refusal(column, *excess)
     with _quiet_pillow:
         try:
             # Image.open would first warn of, or reject, large images by a limit of its own
             with Image.OPEN[name][0](io.BytesIO(content), "") as image:
+                if shrinks and name == "JPEG":
+                    _shrink(image, limits.pixels_max)
                 declined = _size_refusal(column, name, *image.size, limits)
                 if declined:
                     return declined
                 image.load()
                 dpi = image.info.get("dpi")
                 pixels = _from_pillow(_upright(image))
+        except MemoryError:
+            raise  # says nothing of the bytes
         except Exception:  # plugins raise almost anything for damaged bytes: SyntaxError, struct.error, KeyError, ...
             return _broken(column, name)
     if pixels is None:
@@ -142,12 +153,39 @@ def _sniff(content: bytes) -> str | None:
     return None
 
 
+def _shrink(image: Image.Image, pixels_max: int) -> None:
+    """Has a JPEG decoded at a half or a quarter of its size, where it is too large."""
+    width, height = image.size
+    for part in (1, 2, 4):
+        if -(-width // part) * -(-height // part) <= pixels_max:
+            break
+    if part > 1:
+        image.draft(None, (width // part, height // part))
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """The image with its EXIF orientation applied."""
     try:
-        return ImageOps.exif_transpose(image) or image
+        if any(len(image.info.get(key, b"")) > _EXIF_BYTES_MAX for key in ("exif", "Raw profile type exif", "xmp")):
+            return image
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image if turn is None else image.transpose(turn)
+    except MemoryError:
+        raise
     except Exception:
         return image  # damaged EXIF data says nothing about the pixels
+
+
+_EXIF_BYTES_MAX = 1 << 20
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _from_pillow(image: Image.Image) -> NDArray[np.uint8] | None:

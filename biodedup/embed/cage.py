@@ -50,6 +50,7 @@ FAILURES = frozenset(("failed", "timed_out", "decoder_failed", "too_slow", "too_
 _TRIES = 2
 _POOLS = 5
 """A pool breaks when its last idle process dies; one that breaks this often cannot be kept running."""
+_READY_S_MAX = 300.0  # to load models, and to compile code where nobody has run it before
 _AHEAD = 4  # captures in the hands of a process, or waiting for it
 _NO_MEMORY = 77
 """Exit code of a worker that ran out of memory: what is left of its heap is not used again."""
@@ -135,7 +136,7 @@ class Cage:
                     self._pool = _started(self._count, self._config)
                 try:
                     future: Future[tuple[Extracted, list[_Step]]] = self._pool.schedule(
-                        _worked, (self._work, capture, traced), timeout=self.limits.capture_s_max
+                        _worked, (self._work, capture, traced), timeout=self.limits.capture_s_max + _READY_S_MAX
                     )
                     return future
                 except RuntimeError:  # it broke since
@@ -173,7 +174,7 @@ class Pending:
 
     def _refused(self, error: TimeoutError | ProcessExpired) -> Refusal:
         column, limits = self._capture.column, self._cage.limits
-        if isinstance(error, TimeoutError) or error.exitcode == -signal.SIGXCPU:
+        if isinstance(error, TimeoutError) or error.exitcode in (-signal.SIGALRM, -signal.SIGXCPU):
             detail = f"not done after {limits.capture_s_max:g} s, each time that it was tried"
             return Refusal(column, "too_slow", detail, None, limits.capture_s_max)
         if error.exitcode == _NO_MEMORY:
@@ -236,7 +237,8 @@ def _begin(config: Config) -> None:
     global _extractor, _limits
     assert config.isolation is not None, "a cage has limits"
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of one that replaces another, too
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends native code, which would not return to Python's handler
+    for ends in (signal.SIGTERM, signal.SIGALRM):  # native code, too, which would not return to a handler of Python's
+        signal.signal(ends, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _limits = config.isolation
     _extractor = Extractor(replace(config, isolation=None))
@@ -270,8 +272,10 @@ def _end_with_parent() -> None:
 
 def _worked(work: Work, capture: Face | Finger, traced: bool) -> tuple[Extracted, list[_Step]]:
     """A task: a capture, and the steps of its trace if it is asked for."""
-    _wind_clock()
     try:
+        if work is _extract and _extractor is not None:
+            _extractor.load(capture)
+        _wind_clock()
         if not traced:
             return work(capture), []
         with explain() as steps:
@@ -283,10 +287,13 @@ def _worked(work: Work, capture: Face | Finger, traced: bool) -> tuple[Extracted
         return Refusal(capture.column, "invalid_input", str(error)), []
     except Exception as error:  # the type alone: a text may quote what a library was given
         return Refusal(capture.column, "failed", type(error).__name__), []
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # the answer is on its way, and others wait for the pipe
 
 
 def _wind_clock() -> None:
-    """Processor time for one more capture: ends a worker that loops when nobody is left to end it."""
+    """The time of one capture; both clocks end the process, also when nobody is left to end it."""
+    signal.setitimer(signal.ITIMER_REAL, _limits.capture_s_max)
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = math.ceil(used.ru_utime + used.ru_stime + 2 * _limits.capture_s_max) + 1
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)

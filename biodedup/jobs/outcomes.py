@@ -90,6 +90,12 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "truncated": ("the image breaks off or is damaged", "copy it again from where it was captured, or recapture"),
     "not_an_image": ("the file is no image", "check the path in the manifest"),
     "too_many_pixels": ("the image is larger than any scanner makes", "check the file"),
+    "too_many_scans": (
+        "the image goes over its pixels more often than any camera makes it",
+        "save it again, or recapture",
+    ),
+    "too_complex": ("the file asks for more work than any capture needs", "save it again, or recapture"),
+    "too_large_area": ("there are more ridges than one finger has", "cut the picture into single fingers"),
     "too_large_file": ("the file is larger than any capture", "check the file"),
     "too_large": ("the finger would be longer than any finger", "state the right dpi"),
     "malformed_row": ("the line does not fit the table's columns", "repair the manifest and run again"),
