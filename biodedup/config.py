@@ -86,7 +86,8 @@ class IsolationConfig:
     """Limits of the worker processes that decode and extract, so that a hostile capture costs itself alone."""
 
     capture_s_max: float = 10.0
-    """Seconds that a capture may take; a face takes 0.05, a finger 0.3, with `leader` 3."""
+    """Seconds of the processor that a capture may take, and six times as many by the clock, so that a busy machine refuses nobody. A face
+    takes 0.06, a finger 0.2, with `leader` 1."""
     memory_bytes_max: int = 1 << 30
     """Memory of a worker beyond what its libraries take, models included: those take 150 MB, a picture of `pixels_max` up to 500."""
 

@@ -20,7 +20,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.embed.cage import Cage
 
-LIMITS = bd.IsolationConfig(capture_s_max=2.0, memory_bytes_max=1 << 28)
+LIMITS = bd.IsolationConfig(capture_s_max=0.5, memory_bytes_max=1 << 28)
 CONFIG = bd.Config(isolation=LIMITS)
 
 
@@ -53,7 +53,7 @@ def test_it_costs_its_own_capture_and_the_others_are_answered_in_order(cage, ord
     assert [one.reason for one in got] == ["one", reason, "two", "three", reason, "four"]
     assert "secret" not in got[1].detail
     if reason.startswith("too_"):
-        assert got[1].limit == (2.0 if reason == "too_slow" else 1 << 28)
+        assert got[1].limit == (0.5 if reason == "too_slow" else 1 << 28)
 
 
 def test_a_worker_fills_no_disk(cage, tmp_path):

@@ -451,12 +451,12 @@ def test_a_worker_that_hangs_or_dies_costs_its_capture_two_tries_and_then_a_refu
     content = [*(vector.tobytes() for vector in people(6)), b"HANG", b"KILL"]
     names = [f"e{i}" for i in range(8)]
     write(tmp_path / "m.parquet", {"subject_id": names, "encounter_id": names, "face": content})
-    with Workers(CONFIG, 1, told, capture_s_max=2) as pool:
+    with Workers(CONFIG, 1, told, capture_s_max=0.5) as pool:
         result, got = run(tmp_path, tmp_path / "m.parquet", pool=pool)
     assert result.statuses == {"enrolled": 6, "duplicate": 0, "adjudicate": 0, "refused": 2}
     each = "each time that it was tried"
     assert [(row["encounter_id"], row["reason"], row["detail"]) for row in got[6:]] == [
-        ("e6", "too_slow", f"face: not done after 2 s, {each}"),
+        ("e6", "too_slow", f"face: not done after 0.5 s of the processor, {each}"),
         ("e7", "decoder_failed", f"face: the process that read it ended (exit code -9), {each}"),
     ]
     assert run(tmp_path, tmp_path / "m.parquet")[0].extracted == 0

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-DECODE_S_MAX = 8.0
-"""A 16-megapixel image takes 1 s; a decoder that runs longer is caught in a loop."""
+DECODE_S_MAX, DECODE_CLOCK_S_MAX = 5.0, 30.0
+"""Of the processor, and by the clock. A 16-megapixel image takes 1 s; a decoder that runs longer is caught in a loop."""
 
 MEMORY_BYTES_MAX = 1 << 30
 _MARKERS_MAX = 100
@@ -49,7 +49,7 @@ os.dup2(null, 0)
 os.dup2(null, 1)
 while head := source.read({_LENGTH.size}):
     used = resource.getrusage(resource.RUSAGE_SELF)
-    hard, most = resource.getrlimit(resource.RLIMIT_CPU)[1], int(used.ru_utime + used.ru_stime + {2 * DECODE_S_MAX})
+    hard, most = resource.getrlimit(resource.RLIMIT_CPU)[1], int(used.ru_utime + used.ru_stime + {1 + DECODE_S_MAX})
     resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     try:
         pixels, width, height, dpi = _wsq.decompress(source.read(*struct.unpack("{_LENGTH.format}", head)))
@@ -119,7 +119,7 @@ def _start() -> subprocess.Popen[bytes]:
 def _ask(child: subprocess.Popen[bytes], content: bytes) -> WsqImage | None:
     """One exchange with a child, which afterwards is idle or dead."""
     image = None
-    alarm = threading.Timer(DECODE_S_MAX, child.kill)
+    alarm = threading.Timer(DECODE_CLOCK_S_MAX, child.kill)
     alarm.daemon = True
     alarm.start()
     try:

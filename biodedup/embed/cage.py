@@ -11,7 +11,6 @@ a path, searches or stores.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import resource
@@ -50,12 +49,16 @@ FAILURES = frozenset(("failed", "timed_out", "decoder_failed", "too_slow", "too_
 _TRIES = 2
 _POOLS = 5
 """A pool breaks when its last idle process dies; one that breaks this often cannot be kept running."""
+_WALL = 6
+"""Times the limit of the processor's time that a capture may take by the clock: others may keep the machine busy."""
 _READY_S_MAX = 300.0  # to load models, and to compile code where nobody has run it before
 _AHEAD = 4  # captures in the hands of a process, or waiting for it
 _NO_MEMORY = 77
 """Exit code of a worker that ran out of memory: what is left of its heap is not used again."""
 _FILE_BYTES_MAX = 64 << 20  # the caches of compiled code
 _FILES_MAX = 256
+
+_LATE = (-signal.SIGPROF, -signal.SIGALRM)
 
 _extractor: Extractor | None = None  # a worker's own: models are loaded once a process
 _limits = IsolationConfig()
@@ -136,7 +139,7 @@ class Cage:
                     self._pool = _started(self._count, self._config)
                 try:
                     future: Future[tuple[Extracted, list[_Step]]] = self._pool.schedule(
-                        _worked, (self._work, capture, traced), timeout=self.limits.capture_s_max + _READY_S_MAX
+                        _worked, (self._work, capture, traced), timeout=_WALL * self.limits.capture_s_max + _READY_S_MAX
                     )
                     return future
                 except RuntimeError:  # it broke since
@@ -174,8 +177,8 @@ class Pending:
 
     def _refused(self, error: TimeoutError | ProcessExpired) -> Refusal:
         column, limits = self._capture.column, self._cage.limits
-        if isinstance(error, TimeoutError) or error.exitcode in (-signal.SIGALRM, -signal.SIGXCPU):
-            detail = f"not done after {limits.capture_s_max:g} s, each time that it was tried"
+        if isinstance(error, TimeoutError) or error.exitcode in _LATE:
+            detail = f"not done after {limits.capture_s_max:g} s of the processor, each time that it was tried"
             return Refusal(column, "too_slow", detail, None, limits.capture_s_max)
         if error.exitcode == _NO_MEMORY:
             detail = f"more than {limits.memory_bytes_max >> 20} MB"
@@ -237,7 +240,11 @@ def _begin(config: Config) -> None:
     global _extractor, _limits
     assert config.isolation is not None, "a cage has limits"
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of one that replaces another, too
-    for ends in (signal.SIGTERM, signal.SIGALRM):  # native code, too, which would not return to a handler of Python's
+    for ends in (
+        signal.SIGTERM,
+        signal.SIGALRM,
+        signal.SIGPROF,
+    ):  # native code, too, which would not return to a handler of Python's
         signal.signal(ends, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _limits = config.isolation
@@ -275,7 +282,7 @@ def _worked(work: Work, capture: Face | Finger, traced: bool) -> tuple[Extracted
     try:
         if work is _extract and _extractor is not None:
             _extractor.load(capture)
-        _wind_clock()
+        _wind_clocks(_limits.capture_s_max)
         if not traced:
             return work(capture), []
         with explain() as steps:
@@ -288,16 +295,13 @@ def _worked(work: Work, capture: Face | Finger, traced: bool) -> tuple[Extracted
     except Exception as error:  # the type alone: a text may quote what a library was given
         return Refusal(capture.column, "failed", type(error).__name__), []
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # the answer is on its way, and others wait for the pipe
+        _wind_clocks(0)  # the answer is on its way, and others wait for the pipe
 
 
-def _wind_clock() -> None:
-    """The time of one capture; both clocks end the process, also when nobody is left to end it."""
-    signal.setitimer(signal.ITIMER_REAL, _limits.capture_s_max)
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = math.ceil(used.ru_utime + used.ru_stime + 2 * _limits.capture_s_max) + 1
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds if hard == resource.RLIM_INFINITY else min(seconds, hard), hard))
+def _wind_clocks(seconds: float) -> None:
+    """The time of one capture, 0 for none; the clocks end the process, also when no other is left to end it."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, _WALL * seconds)
 
 
 def _extract(capture: Face | Finger) -> Extracted:

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from biodedup.config import Config
+from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError
 from biodedup.gallery.gallery import translated
@@ -192,7 +192,7 @@ def ingest_batches(
         result = IngestResult(tuple(_described(one, None, 0.0) for one in examined), (), (), (), clock())
         _write(result, out, report)
         return result
-    with Engine.open(gallery, config, clock=clock) as engine:
+    with Engine.open(gallery, config or Config(isolation=IsolationConfig()), clock=clock) as engine:
         ledger = Ledger(gallery)
         try:
             run, received_at = ledger.run([one.digest for one in usable], clock())
