@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,9 @@ def hostile(capture: bd.Face) -> bd.Refusal:
             for _ in range(100):
                 file.write(bytes(1 << 20))
     if order == "files":
-        opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1000)]
-        return bd.Refusal("face", str(len(opened)))
+        with ExitStack() as opened:
+            files = [opened.enter_context(Path(os.devnull).open("rb")) for _ in range(1000)]
+            return bd.Refusal("face", str(len(files)))
     if order == "limits":
         core, hears = resource.getrlimit(resource.RLIMIT_CORE), signal.pthread_sigmask(signal.SIG_BLOCK, ())
         return bd.Refusal("face", f"core {core[1]}, deaf {signal.SIGINT in hears}")
