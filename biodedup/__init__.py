@@ -5,12 +5,22 @@ the public interface; everything else may change.
 """
 
 from biodedup.capture.finger import read_minutiae, write_minutiae
-from biodedup.config import CaptureConfig, Config, FaceConfig, FingerConfig, GalleryConfig, Policy, SearchConfig
+from biodedup.config import (
+    CaptureConfig,
+    Config,
+    FaceConfig,
+    FingerConfig,
+    GalleryConfig,
+    IsolationConfig,
+    Policy,
+    SearchConfig,
+)
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine, compare
 from biodedup.errors import (
     BiodedupError,
     CallerError,
+    CaptureUnavailable,
     DataDamaged,
     EncounterConflict,
     EngineClosed,
@@ -57,6 +67,7 @@ __all__ = [
     "CallerError",
     "Candidate",
     "CaptureConfig",
+    "CaptureUnavailable",
     "Case",
     "Cluster",
     "Config",
@@ -77,6 +88,7 @@ __all__ = [
     "GalleryConfig",
     "GalleryDamaged",
     "InvalidInput",
+    "IsolationConfig",
     "Link",
     "Missing",
     "ModelCardError",

@@ -63,6 +63,9 @@ class FingerConfig:
     minutiae_min: int = 8
     side_px_max: int = 2500
     """At 500 dpi, 127 mm: longer than any finger, or a slap of four."""
+    area_mm2_max: float = 3000.0
+    """Area of the rectangle around the ridges. A finger rolled from nail to nail takes 40 x 38 mm, 1,520. Minutiae take about 0.9 s for
+    1,000 mm2 and more than in proportion for larger ones: 20 s for 127 x 127 mm (2026-11)."""
     nfiq2_min: float = 2.0
 
 
@@ -70,10 +73,29 @@ class FingerConfig:
 class CaptureConfig:
     """Limits on what is decoded at all."""
 
-    pixels_max: int = 50_000_000
-    """More pixels than this are refused before decoding: no scanner sends them, a decompression bomb does."""
+    pixels_max: int = 16_000_000
+    """More pixels than this are refused before decoding. A slap of four fingers at 1000 dpi has 10 million, a whole ten-print card at 500
+    dpi 16, a passport photograph one. JPEGs of faces may have eight times as many, as telephones make: they are decoded at a half or a
+    quarter of their size, which leaves a face more pixels than the network takes."""
     side_px_min: int = 40
     bytes_max: int = 100_000_000
+
+
+@dataclass(frozen=True)
+class IsolationConfig:
+    """Limits of the worker processes that decode and extract, so that a hostile capture costs itself alone."""
+
+    capture_s_max: float = 10.0
+    """Seconds of the processor that a capture may take, and six times as many by the clock, so that a busy machine refuses nobody. A face
+    takes 0.06, a finger 0.2, with `leader` 1."""
+    memory_bytes_max: int = 1 << 30
+    """Memory of a worker beyond what its libraries take, models included: those take 150 MB, a picture of `pixels_max` up to 500."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.capture_s_max <= 86_400:
+            raise InvalidInput(f"capture_s_max is {self.capture_s_max!r}, wanted seconds, above 0 and at most a day")
+        if self.memory_bytes_max < 1 << 28:
+            raise InvalidInput(f"memory_bytes_max is {self.memory_bytes_max}, wanted at least {1 << 28}")
 
 
 @dataclass(frozen=True)
@@ -184,6 +206,9 @@ class Config:
     threads: int = 2
     batch_size: int = 32
     """Captures embedded, and encounters committed, together."""
+    isolation: IsolationConfig | None = None
+    """None: captures are decoded in this process, within the limits of `capture`. Otherwise in `threads` worker processes with limits of
+    their own, as jobs and the command line do; a program that asks for it guards its main module by `if __name__ == "__main__"`."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "batch_size"):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import Config
-from biodedup.errors import CallerError
+from biodedup.errors import BiodedupError, CaptureUnavailable
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
 from biodedup.match.fusion import mated_quantile_db, mated_share_below
@@ -137,9 +137,10 @@ class Decider:
     def _verify_db(self) -> float:
         return -10 * float(np.log10(self.config.policy.verify_fmr))
 
-    def refused(self, encounter: Encounter, error: CallerError, now: Snapshot) -> Decision:
-        """What an encounter of a stream gets where by itself it would raise the error."""
-        refusal = Refusal("encounter", _snake_case(type(error).__name__), str(error))
+    def refused(self, encounter: Encounter, error: BiodedupError, now: Snapshot) -> Decision:
+        """What an encounter of a stream gets where by itself it would raise the error. It is not recorded."""
+        reason = error.reason if isinstance(error, CaptureUnavailable) else _snake_case(type(error).__name__)
+        refusal = Refusal("encounter", reason, str(error))
         duplicate_db, review_db = self.config.policy.thresholds_db(now.searched_count)
         return Decision(
             "refused",

@@ -40,7 +40,7 @@ from biodedup.config import Config
 from biodedup.deciding import Decider
 from biodedup.embed.extractor import Extractor
 from biodedup.enrolment import Enrolment
-from biodedup.errors import CallerError, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
+from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import answered_before, digest_of, from_json
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
@@ -147,6 +147,7 @@ class Engine:
         """Releases the gallery. Closing twice does nothing."""
         if not self._closed:
             self._closed = True
+            self._extractor.close()
             self._gallery.close()
             self._searcher.close()
             self._matcher.close()
@@ -180,7 +181,8 @@ class Engine:
         Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision.
         across_positions: compare each finger with fingers of all positions; `Candidate.swaps` says which labels look wrong. None:
         as `SearchConfig.across_positions` says, here and wherever it can be given.
-        Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written.
+        Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written;
+        CaptureUnavailable if a capture's file is absent or cannot be read: nothing is recorded, send the encounter again with it.
         """
         return self._enrol(encounter, across_positions, replaces=False)
 
@@ -199,7 +201,7 @@ class Engine:
         (`GalleryConfig.encounters_max`). `review`: a case; with the reason `another_person` the captures were not confirmed as the
         subject's. `duplicate`: they are somebody else's. All but `unique` leave the subject as it was.
         replace: all that was enrolled of the subject is replaced, without being verified against; reason, which is needed then, stands
-        in the decision. Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, StorageUnavailable.
+        in the decision. Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, CaptureUnavailable, StorageUnavailable.
         """
         if replace != bool(reason):
             raise InvalidInput("replace=True and a reason go together: say why all that is enrolled is to be replaced")
@@ -212,7 +214,7 @@ class Engine:
         self._check_open()
         sought = self._enrolment.seek([encounter], self._across(across_positions), replaces=replaces, reason=reason)
         (answer,) = self._enrolment.commit(sought)
-        if isinstance(answer, CallerError):
+        if isinstance(answer, NOT_TAKEN):
             raise answer
         return answer
 
@@ -223,7 +225,8 @@ class Engine:
 
         The next batch is read and searched while one is committed; what the one before it added is searched for at the commit.
 
-        An encounter that `enroll` would raise a CallerError for comes out `refused`, with the text as its detail.
+        An encounter that `enroll` would raise a CallerError or CaptureUnavailable for comes out `refused`, with the text as its detail;
+        nothing is recorded of it, and it may be sent again.
         """
         self._check_open()
         across, stream = self._across(across_positions), iter(encounters)
@@ -231,7 +234,7 @@ class Engine:
         for batch, sought in self._enrolment.ahead(batches, across):
             self._check_open()
             for encounter, answer in zip(batch, self._enrolment.commit(sought), strict=True):
-                if isinstance(answer, CallerError):
+                if isinstance(answer, NOT_TAKEN):
                     answer = self._decider.refused(encounter, answer, self._gallery.snapshot())
                 yield answer
 
@@ -241,7 +244,8 @@ class Engine:
         """Opens a case for an encounter whose subject is enrolled and whose captures look like somebody else's, as `verify` said: a
         person judges whether they are the subject's. The decision, `review`, has the subject as its candidate.
 
-        Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput (without a usable capture, too), StorageUnavailable.
+        Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput (without a usable capture, too), CaptureUnavailable,
+        StorageUnavailable.
         """
         self._check_open()
         return self._review.dispute(encounter)

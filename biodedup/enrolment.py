@@ -19,7 +19,14 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from biodedup.deciding import Decider
-from biodedup.errors import BiodedupError, CallerError, StorageUnavailable, UnknownSubject
+from biodedup.errors import (
+    NOT_TAKEN,
+    BiodedupError,
+    CallerError,
+    CaptureUnavailable,
+    StorageUnavailable,
+    UnknownSubject,
+)
 from biodedup.gallery.answers import answered_before, digest_of, to_json
 from biodedup.gallery.cases import Request
 from biodedup.gallery.encounters import kept_rows
@@ -28,7 +35,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.tail import Answer
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
-from biodedup.probes import Preparer, Probe, check_models, require_subject
+from biodedup.probes import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found
 from biodedup.searches import Searches, Seen
 from biodedup.trace import tracing, untraced
@@ -53,7 +60,7 @@ class _Waiting:
 class Sought:
     """Encounters with the answers known so far. waiting: those that are to be settled, places: where they stand; None: nobody is."""
 
-    answers: list[Decision | CallerError | None]
+    answers: list[Decision | CallerError | CaptureUnavailable | None]
     places: tuple[int, ...] = ()
     waiting: _Waiting | None = None
 
@@ -86,14 +93,16 @@ class Enrolment:
         self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False, reason: str = ""
     ) -> Sought:
         """Prepares encounters, and searches the gallery as it is."""
-        answers: list[Decision | CallerError | None] = [None] * len(encounters)
+        answers: list[Decision | CallerError | CaptureUnavailable | None] = [None] * len(encounters)
         operation = "enroll" if not replaces else f"replace: {reason}" if reason else "update"
-        digests = [digest_of(encounter, operation) for encounter in encounters]
+        encounters, digests = list(encounters), [b""] * len(encounters)
         for i, encounter in enumerate(encounters):
             try:
                 require_subject(encounter)
+                encounters[i] = in_memory(encounter, self._preparer.config.capture)
+                digests[i] = digest_of(encounters[i], operation)
                 answers[i] = self.answered(self._gallery.answer, encounter, digests[i], self._gallery.snapshot())
-            except CallerError as error:
+            except NOT_TAKEN as error:
                 answers[i] = error
         todo = [i for i, answer in enumerate(answers) if answer is None]
         probes: dict[int, Probe] = {}
@@ -127,7 +136,7 @@ class Enrolment:
 
     # the commit -------------------------------------------------------------------------------------------------
 
-    def commit(self, sought: Sought) -> list[Decision | CallerError]:
+    def commit(self, sought: Sought) -> list[Decision | CallerError | CaptureUnavailable]:
         """Settles and commits what was searched for. One answer for each encounter."""
         if sought.waiting is not None:
             self._commit(sought.waiting)

@@ -70,6 +70,18 @@ class StorageUnavailable(RetryableError):
     """The disk refused a read or a write: full, read-only, or failing. Nothing was acknowledged."""
 
 
+class CaptureUnavailable(RetryableError):
+    """A capture's file is absent or cannot be read. Nothing was recorded of its encounter. reason: as of a refusal."""
+
+    def __init__(self, text: str, reason: str = "unreadable") -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+NOT_TAKEN = (CallerError, CaptureUnavailable)
+"""What costs one encounter of a batch, and is not recorded."""
+
+
 class GalleryDamaged(DataDamaged):
     """The gallery's files contradict themselves."""
 

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.deciding import Decider
-from biodedup.errors import CallerError, InvalidInput
+from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput
 from biodedup.gallery.answers import answered_before, batch_answered_before, digest_of, digest_of_batch, to_json
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.tail import Answer
 from biodedup.gallery.transaction import Transaction
-from biodedup.probes import Preparer, check_models, require_subject
+from biodedup.probes import Preparer, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found
 from biodedup.values import COLUMNS, Column, Decision, Encounter, Outcome, check_groups, check_id
 
@@ -189,12 +189,21 @@ class Loader:
         return True
 
     def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
-        """Adds subjects from their captures, or replaces those who are enrolled. `unique` means added."""
+        """Adds subjects from their captures, or replaces those who are enrolled. `unique` means added.
+
+        One whose file is absent or cannot be read is `refused`, and not recorded.
+        """
         for encounter in encounters:
             require_subject(encounter)
-        digests = [digest_of(encounter) for encounter in encounters]
-        known = [answered_before(self.gallery.answer, *pair) for pair in zip(encounters, digests, strict=True)]
-        answers = dict(enumerate(known))
+        encounters, digests = list(encounters), [b""] * len(encounters)
+        answers: dict[int, Decision | None] = {}
+        for i, encounter in enumerate(encounters):
+            try:
+                encounters[i] = in_memory(encounter, self.preparer.config.capture)
+                digests[i] = digest_of(encounters[i])
+                answers[i] = answered_before(self.gallery.answer, encounter, digests[i])
+            except CaptureUnavailable as error:
+                answers[i] = self.decider.refused(encounter, error, self.gallery.snapshot())
         todo = [i for i, answer in answers.items() if answer is None]
         with_probe = dict(zip(todo, self.preparer.probes([encounters[i] for i in todo]), strict=True))
         with self.gallery.transaction() as transaction:

@@ -11,16 +11,17 @@ stores.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.config import Config
+from biodedup.capture.reading import absent, held
+from biodedup.config import CaptureConfig, Config
 from biodedup.embed.cards import load_card
 from biodedup.embed.extractor import Extractor
-from biodedup.errors import CallerError, InvalidInput, ModelMismatch
+from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput, ModelMismatch
 from biodedup.gallery.catalogue import ColumnModel
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import mismatch
@@ -40,7 +41,7 @@ from biodedup.values import (
 
 @dataclass(frozen=True)
 class Probe:
-    """An encounter after extraction. refusals: captures that were declined."""
+    """An encounter after extraction, without its images. refusals: captures that were declined."""
 
     encounter: Encounter
     templates: Mapping[str, Template]
@@ -109,7 +110,8 @@ class Preparer:
                     refusals.append(Refusal(spare.column, "superseded", "a better capture was kept", spare.quality))
         except CallerError as error:
             return error
-        return Probe(encounter, templates, tuple(refusals))
+        missing = tuple(capture for capture in encounter.captures if isinstance(capture, Missing))
+        return Probe(replace(encounter, captures=missing), templates, tuple(refusals))
 
     def _given(self, column: str, given: Float32 | bytes | Template) -> Template:
         if isinstance(given, bytes):
@@ -149,6 +151,21 @@ class Preparer:
             if card.dimension == rows.shape[1]:
                 return card.model_id, rows
         return f"{EXTERNAL}{rows.shape[1]}", rows
+
+
+def in_memory(encounter: Encounter, limits: CaptureConfig) -> Encounter:
+    """The encounter with its files' bytes in place of paths, so that its digest and its templates are of the same bytes.
+
+    Raises CaptureUnavailable for a file that may come later: to record the encounter without it would refuse it for ever.
+    """
+    captures = held(encounter.captures, limits)
+    late = absent(captures)
+    if late is not None:
+        raise CaptureUnavailable(
+            f"{late.path} cannot be read ({late.refusal.detail}); nothing was recorded: supply the file, and send the encounter again",
+            late.refusal.reason,
+        )
+    return replace(encounter, captures=captures)
 
 
 def require_subject(encounter: Encounter) -> None:

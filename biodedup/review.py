@@ -15,7 +15,7 @@ from biodedup.gallery.answers import digest_of
 from biodedup.gallery.cases import Request, closed, closes, different_rows, reconsidered, request_of, ruled
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
-from biodedup.probes import Preparer, Probe, check_models, require_subject
+from biodedup.probes import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found
 from biodedup.searches import Searches, Seen
 from biodedup.values import Case, Decision, Encounter, Ruling, Verdict
@@ -49,6 +49,7 @@ class Review:
     def dispute(self, encounter: Encounter) -> Decision:
         """Opens a case for captures that look like somebody else's than the subject's."""
         require_subject(encounter)
+        encounter = in_memory(encounter, self.preparer.config.capture)
         digest = digest_of(encounter)
         probe = self.preparer.probe(encounter)
         if not probe.templates:

@@ -80,7 +80,7 @@ def test_sixteen_bits_cmyk_palette_alpha_and_orientation_come_out_as_eight_bit_c
 
 def test_what_is_no_capture_is_refused_with_its_reason(tmp_path, portrait):
     assert reason(tmp_path / "absent.jpg") == "missing_file"
-    assert reason(tmp_path) == "unreadable"
+    assert reason(tmp_path) == "not_a_file"
     assert reason(b"") == "empty_file"
     text = tmp_path / "text.png"
     text.write_text("this is a text file")

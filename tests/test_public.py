@@ -18,9 +18,9 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_the_public_names_are_pinned():
     assert sorted(bd.__all__) == sorted(
         """
-        COLUMNS FINGER_POSITIONS BiodedupError CallerError Candidate CaptureConfig Case Cluster Config DataDamaged Decision
+        COLUMNS FINGER_POSITIONS BiodedupError CallerError Candidate CaptureConfig CaptureUnavailable Case Cluster Config DataDamaged Decision
         Encounter EncounterConflict Engine EngineClosed Evidence Extractor Face FaceConfig Finger FingerConfig GalleryBusy GalleryConfig
-        GalleryDamaged InvalidInput Link Missing ModelCardError ModelMismatch NotAGallery Policy Refusal RetryableError
+        GalleryDamaged InvalidInput IsolationConfig Link Missing ModelCardError ModelMismatch NotAGallery Policy Refusal RetryableError
         Score SearchConfig SearchResult StorageUnavailable SubjectExists Template Trace UnknownSubject Verdict Verification __version__
         compare explain read_minutiae write_minutiae
         """.split()

@@ -82,6 +82,14 @@ class FingerReader:
             )
         grey = resampled(grey, scan_dpi)
         ridges = ridge_blocks(grey)
+        if (
+            grey.size * MM_PER_PIXEL**2 > config.area_mm2_max
+        ):  # as captures of one finger are not: they stay as they are
+            grey, ridges = around_ridges(grey, ridges)
+            whole_mm2 = grey.size * MM_PER_PIXEL**2
+            if whole_mm2 > config.area_mm2_max:
+                detail = "mm2 around the ridges; is the stated dpi right, and is it one finger?"
+                return Refusal(position, "too_large_area", detail, round(whole_mm2, 1), config.area_mm2_max)
         if (steps := tracing()) is not None:
             steps.add("ridges", position, image=grey, blocks=ridges)
         area_mm2 = float(np.count_nonzero(ridges)) * (_BLOCK_PX * MM_PER_PIXEL) ** 2
@@ -188,6 +196,16 @@ def ridge_blocks(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
     coherence = np.sqrt((xx - yy) ** 2 + 4 * xy**2) / np.maximum(xx + yy, 1e-6)
     deviation = np.sqrt(np.maximum(per_block(image * image) - np.square(per_block(image)), 0))
     return np.asarray((deviation >= _CONTRAST_MIN) & (coherence >= _COHERENCE_MIN), np.bool_)
+
+
+def around_ridges(grey: NDArray[np.uint8], ridges: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The picture, and its blocks, without the margins that show no ridges; two blocks of them are kept."""
+    bounds = []
+    for axis in (1, 0):
+        at = np.flatnonzero(ridges.any(axis=axis))
+        bounds.append(slice(max(at[0] - 2, 0), at[-1] + 3) if at.size else slice(0, 0))
+    rows, columns = (slice(_BLOCK_PX * b.start, _BLOCK_PX * b.stop) for b in bounds)
+    return np.ascontiguousarray(grey[rows, columns]), ridges[bounds[0], bounds[1]]
 
 
 def ridge_period_share(grey: NDArray[np.uint8], ridges: NDArray[np.bool_]) -> float:

@@ -1,19 +1,18 @@
 """Captures into pixels: files, bytes and arrays of every accepted format.
 
-Owns reading and decoding, and the limits on both. Never judges what the picture shows, and never logs or reports a path
+Owns decoding, and the limits on it; `capture.reading` reads files. Never judges what the picture shows, and never logs or reports a path
 or a pixel.
 
 1. Whatever the bytes hold, the answer is `Pixels` or a `Refusal`; only an array of the wrong type or shape raises.
-2. Size limits are checked from the file's header, before a pixel is decoded.
+2. What a file asks for is checked from its header, before a pixel is decoded: `capture.headers`.
 3. Only the formats in `FORMATS`, and WSQ, are tried: nothing that starts another program or follows a reference.
 4. An image that breaks off is refused, never filled up.
+5. Of several frames the first counts. A JPEG of a face that is larger than any scanner's picture is decoded at a fraction of its size.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import stat
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -24,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import (  # noqa: F401  the plugins register themselves
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
-    ImageOps,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
@@ -35,6 +34,8 @@ from PIL import (  # noqa: F401  the plugins register themselves
     WebPImagePlugin,
 )
 
+from biodedup.capture.headers import excess_of, implausible
+from biodedup.capture.reading import read
 from biodedup.capture.wsq import decode_wsq, is_wsq, read_size
 from biodedup.config import CaptureConfig
 from biodedup.errors import InvalidInput
@@ -86,16 +87,6 @@ def decode(data: CaptureData, column: str, limits: CaptureConfig) -> Pixels | Re
     return _decode_pillow(content, column, limits)
 
 
-def read(data: str | os.PathLike[str] | bytes, column: str, limits: CaptureConfig) -> bytes | Refusal:
-    """The bytes of a capture, of whatever they are."""
-    content = data if isinstance(data, bytes) else _read_file(data, column, limits)
-    if isinstance(content, Refusal):
-        return content
-    if not content:
-        return Refusal(column, "empty_file", "0 bytes", 0, 1)
-    return _too_large(column, len(content), limits) if len(content) > limits.bytes_max else content
-
-
 def check_array(array: NDArray[Any]) -> None:
     """Raises InvalidInput unless uint8 or uint16 (h, w), (h, w, 3) RGB or (h, w, 4) RGBA."""
     if array.dtype.kind != "u" or array.dtype.itemsize > 2:
@@ -110,31 +101,12 @@ def check_array(array: NDArray[Any]) -> None:
         )
 
 
-def _read_file(path: str | os.PathLike[str], column: str, limits: CaptureConfig) -> bytes | Refusal:
-    try:
-        # O_NONBLOCK: opening a pipe that nobody writes to must not wait for ever
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                return Refusal(column, "unreadable", "not a regular file")
-            if status.st_size > limits.bytes_max:
-                return _too_large(column, status.st_size, limits)
-            return file.read(limits.bytes_max + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return Refusal(column, "missing_file", "no file at this path")
-    except IsADirectoryError:
-        return Refusal(column, "unreadable", "a folder, not a file")
-    except OSError as error:
-        return Refusal(column, "unreadable", os.strerror(error.errno) if error.errno else type(error).__name__)
-    except ValueError:
-        return Refusal(column, "unreadable", "the path holds a null character")
-
-
 def _decode_wsq(content: bytes, column: str, limits: CaptureConfig) -> Pixels | Refusal:
     size = read_size(content)
     if size is None:
         return _broken(column, "WSQ")
-    declined = _size_refusal(column, "WSQ", *size, limits)
+    excess = implausible("WSQ", size[0] * size[1], len(content))
+    declined = _size_refusal(column, "WSQ", *size, limits) or (excess and Refusal(column, *excess))
     if declined:
         return declined
     image = decode_wsq(content)
@@ -147,16 +119,24 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
     name = _sniff(content)
     if name is None:
         return Refusal(column, "not_an_image", f"none of {', '.join(FORMATS)}, WSQ")
+    shrinks = column == "face"
+    excess = excess_of(name, content, limits.pixels_max, shrinks=shrinks)
+    if excess is not None:
+        return Refusal(column, *excess)
     with _quiet_pillow:
         try:
             # Image.open would first warn of, or reject, large images by a limit of its own
             with Image.OPEN[name][0](io.BytesIO(content), "") as image:
+                if shrinks and name == "JPEG":
+                    _shrink(image, limits.pixels_max)
                 declined = _size_refusal(column, name, *image.size, limits)
                 if declined:
                     return declined
                 image.load()
                 dpi = image.info.get("dpi")
                 pixels = _from_pillow(_upright(image))
+        except MemoryError:
+            raise  # says nothing of the bytes
         except Exception:  # plugins raise almost anything for damaged bytes: SyntaxError, struct.error, KeyError, ...
             return _broken(column, name)
     if pixels is None:
@@ -173,12 +153,39 @@ def _sniff(content: bytes) -> str | None:
     return None
 
 
+def _shrink(image: Image.Image, pixels_max: int) -> None:
+    """Has a JPEG decoded at a half or a quarter of its size, where it is too large."""
+    width, height = image.size
+    for part in (1, 2, 4):
+        if -(-width // part) * -(-height // part) <= pixels_max:
+            break
+    if part > 1:
+        image.draft(None, (width // part, height // part))
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """The image with its EXIF orientation applied."""
     try:
-        return ImageOps.exif_transpose(image) or image
+        if any(len(image.info.get(key, b"")) > _EXIF_BYTES_MAX for key in ("exif", "Raw profile type exif", "xmp")):
+            return image
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image if turn is None else image.transpose(turn)
+    except MemoryError:
+        raise
     except Exception:
         return image  # damaged EXIF data says nothing about the pixels
+
+
+_EXIF_BYTES_MAX = 1 << 20
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _from_pillow(image: Image.Image) -> NDArray[np.uint8] | None:
@@ -221,10 +228,6 @@ def _size_refusal(column: str, name: str, width: int, height: int, limits: Captu
     if min(width, height) < limits.side_px_min:
         return Refusal(column, "too_small", detail, min(width, height), limits.side_px_min)
     return None
-
-
-def _too_large(column: str, size: int, limits: CaptureConfig) -> Refusal:
-    return Refusal(column, "too_large_file", f"{size} bytes", size, limits.bytes_max)
 
 
 def _broken(column: str, name: str) -> Refusal:

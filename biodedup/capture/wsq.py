@@ -6,7 +6,8 @@ runs in; a hostile upload would take the whole enrolment service with it.
 
 1. A child that fails, crashes or takes too long is killed and not used again.
 2. A child that was used before may carry damage from an earlier file, so its failure is tried again in a fresh one.
-3. Children end with this process: their standard input closes.
+3. Children end with this process: their standard input closes, and their processor time has a limit.
+4. A child has limits on memory and files.
 """
 
 from __future__ import annotations
@@ -23,15 +24,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-DECODE_S_MAX = 20.0
-"""A 50-megapixel image takes 3 s; a decoder that runs longer is caught in a loop."""
+DECODE_S_MAX, DECODE_CLOCK_S_MAX = 5.0, 30.0
+"""Of the processor, and by the clock. A 16-megapixel image takes 1 s; a decoder that runs longer is caught in a loop."""
+
+MEMORY_BYTES_MAX = 1 << 30
+_MARKERS_MAX = 100
 
 _LENGTH = struct.Struct("<Q")
 _HEADER = struct.Struct("<QQd")
 
 # The child keeps its pipe to itself: whatever the C code prints goes elsewhere.
 _CHILD = f"""
-import os, struct, sys
+import os, resource, struct, sys
+for kind, most in ((resource.RLIMIT_DATA, {MEMORY_BYTES_MAX}), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
 sys.path.insert(0, sys.argv[1])
 import _wsq
 source = os.fdopen(os.dup(0), "rb")
@@ -40,6 +48,9 @@ null = os.open(os.devnull, os.O_RDWR)
 os.dup2(null, 0)
 os.dup2(null, 1)
 while head := source.read({_LENGTH.size}):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    hard, most = resource.getrlimit(resource.RLIMIT_CPU)[1], int(used.ru_utime + used.ru_stime + {1 + DECODE_S_MAX})
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     try:
         pixels, width, height, dpi = _wsq.decompress(source.read(*struct.unpack("{_LENGTH.format}", head)))
     except Exception:
@@ -68,7 +79,9 @@ def is_wsq(content: bytes) -> bool:
 def read_size(content: bytes) -> tuple[int, int] | None:
     """(width, height) from the frame header, or None where it cannot be found."""
     at = 2
-    while at + 10 <= len(content) and content[at] == 0xFF:
+    for _ in range(_MARKERS_MAX):
+        if at + 10 > len(content) or content[at] != 0xFF:
+            break
         if content[at + 1] == 0xA2:
             height, width = struct.unpack_from(">HH", content, at + 6)
             return width, height
@@ -106,7 +119,7 @@ def _start() -> subprocess.Popen[bytes]:
 def _ask(child: subprocess.Popen[bytes], content: bytes) -> WsqImage | None:
     """One exchange with a child, which afterwards is idle or dead."""
     image = None
-    alarm = threading.Timer(DECODE_S_MAX, child.kill)
+    alarm = threading.Timer(DECODE_CLOCK_S_MAX, child.kill)
     alarm.daemon = True
     alarm.start()
     try:

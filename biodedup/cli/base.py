@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from biodedup import jobs
-from biodedup.config import Config
+from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
 from biodedup.match.judgement import REASONS
@@ -89,6 +89,11 @@ AcrossOption = Annotated[
     typer.Option("--across-positions", help="Compare each finger with fingers of all positions: labels may be wrong."),
 ]
 DEFAULT_GALLERY = Path("gallery")
+
+
+def isolated(**given: Any) -> Config:
+    """Settings of a command: captures are decoded in worker processes, since files come from anywhere."""
+    return Config(isolation=IsolationConfig(), **given)
 
 
 def print_summary(summary: dict[str, object], as_json: bool) -> None:

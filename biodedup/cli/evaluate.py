@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from biodedup import jobs
-from biodedup.cli.base import DpiOption, JsonOption, ThreadsOption, app, out, print_json, progress_bar
+from biodedup.cli.base import DpiOption, JsonOption, ThreadsOption, app, isolated, out, print_json, progress_bar
 from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig, Policy
 
 
@@ -50,7 +50,7 @@ def evaluate(
     Writes the numbers (.json), what they were counted from (.pairs.parquet, .searches.parquet, .encounters.parquet) and a report.
     Templates stay in RESULT.work for the next run; delete it when you are done.
     """
-    config = Config(
+    config = isolated(
         finger=FingerConfig(minutiae=minutiae, record_model_id=record_model_id),
         policy=Policy(verify_fmr=verify_fmr),
         threads=threads,

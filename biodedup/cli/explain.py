@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import AcrossOption, Exit, JsonOption, ThreadsOption, app, finish, print_refusals
+from biodedup.cli.base import AcrossOption, Exit, JsonOption, ThreadsOption, app, finish, isolated, print_refusals
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
@@ -53,7 +53,7 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Write a page on one pair: both captures, what was found in them, what agrees, and what it is worth."""
-    config = Config(threads=threads)
+    config = isolated(threads=threads)
     with ExitStack() as opened:
         engine = None if gallery is None else opened.enter_context(Engine.open(gallery, config, read_only=True))
         if encounter is not None:

@@ -24,6 +24,7 @@ from biodedup.cli.base import (
     app,
     existing,
     finish,
+    isolated,
     out,
     print_json,
     print_summary,
@@ -49,7 +50,7 @@ def dedup(
 ) -> None:
     """Find the images, or the subjects of a manifest or of a gallery, that are the same person. Interrupted, it goes on where
     it was."""
-    config = Config(search=SearchConfig(across_positions=across_positions), threads=threads)
+    config = isolated(search=SearchConfig(across_positions=across_positions), threads=threads)
     if jobs.is_gallery(source):
         # reading only: enrolment goes on beside it, for hours
         with Engine.open(source, config, read_only=True) as engine, progress_bar() as progress:

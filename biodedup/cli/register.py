@@ -21,12 +21,13 @@ from biodedup.cli.base import (
     ThreadsOption,
     app,
     finish,
+    isolated,
     out,
     print_json,
     print_summary,
     progress_bar,
 )
-from biodedup.config import Config
+from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 
 
@@ -50,16 +51,16 @@ def enroll_batch(
     ] = False,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Records decided and committed together.")] = 256,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that extract.")] = 2,
-    record_s_max: Annotated[
-        float, typer.Option("--record-seconds", min=1, help="A worker that takes longer for a record is killed.")
-    ] = jobs.RECORD_S_MAX,
+    capture_s_max: Annotated[
+        float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
+    ] = IsolationConfig.capture_s_max,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = Config.threads,
     as_json: JsonOption = False,
 ) -> None:
     """Enrol everybody in a manifest who is not enrolled yet. Interrupted, it goes on where it was; run again, it changes nothing."""
     with (
-        Engine.open(gallery, Config(threads=threads, batch_size=batch)) as engine,
+        Engine.open(gallery, isolated(threads=threads, batch_size=batch)) as engine,
         jobs.Backlog.open(gallery) as backlog,
     ):
         if announce:
@@ -74,7 +75,7 @@ def enroll_batch(
                 result,
                 report=report,
                 workers=workers,
-                record_s_max=record_s_max,
+                capture_s_max=capture_s_max,
                 retry_failed=retry_failed,
                 progress=progress,
             )

@@ -28,6 +28,7 @@ from biodedup.cli.base import (
     existing,
     finish,
     finish_decision,
+    isolated,
     out,
     print_evidence,
     print_json,
@@ -55,7 +56,7 @@ def enroll(
     """Enrol a subject, unless somebody in the gallery is the same person."""
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
-    with Engine.open(gallery, Config(threads=threads)) as engine:
+    with Engine.open(gallery, isolated(threads=threads)) as engine:
         finish_decision(engine.enroll(encounter, across_positions=across_positions), as_json)
 
 
@@ -72,7 +73,7 @@ def identify(
 ) -> None:
     """Search the gallery for the person of these captures; write nothing."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
-    with Engine.open(gallery, Config(threads=threads), read_only=True) as engine:
+    with Engine.open(gallery, isolated(threads=threads), read_only=True) as engine:
         decision = engine.identify(encounter, groups=group or None, across_positions=across_positions)
         finish_decision(decision, as_json)
 
@@ -89,7 +90,7 @@ def verify(
 ) -> None:
     """Compare captures with one enrolled subject."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
-    with Engine.open(gallery, Config(threads=threads), read_only=True) as engine:
+    with Engine.open(gallery, isolated(threads=threads), read_only=True) as engine:
         result = engine.verify(encounter, subject_id)
     if as_json:
         print_json(asdict(result))
@@ -123,7 +124,7 @@ def update(
     """Add an encounter to an enrolled subject, if it verifies as theirs; otherwise a person has to look (exit code 11)."""
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
-    with existing(gallery, Config(threads=threads)) as engine:
+    with existing(gallery, isolated(threads=threads)) as engine:
         decision = engine.update(encounter, across_positions=across_positions, replace=replace, reason=reason)
         finish_decision(decision, as_json)
 

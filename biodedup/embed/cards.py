@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from biodedup.capture.reading import open_file
 from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.values import Float32
 
@@ -58,7 +59,7 @@ class ModelCard:
         if self.weights is None:
             return
         try:
-            with self.weights.open("rb") as file:
+            with open_file(self.weights) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise ModelCardError(
@@ -111,7 +112,7 @@ def joint_id(embedding: ModelCard, minutiae: ModelCard) -> str:
 @cache
 def _read(path: Path) -> ModelCard:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             table = tomllib.load(file)
     except OSError as error:
         raise ModelCardError(

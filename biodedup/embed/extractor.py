@@ -1,6 +1,7 @@
 """The extractor: captures into templates, in order, a refusal in place of each that will not do.
 
-Owns batching over captures and the loading of models on first use. Never searches, stores or compares.
+Owns batching over captures and the loading of models on first use; with `Config.isolation` it hands captures to the processes of
+`embed.cage`. Never searches, stores or compares.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import TypeAlias
 
 import cv2
@@ -16,11 +18,13 @@ import numpy as np
 
 from biodedup.capture.face import AlignedFace, FaceDetector
 from biodedup.capture.finger import DPI, FingerReader, FingerSample, resampled
-from biodedup.capture.formats import check_array, decode, read
+from biodedup.capture.formats import Pixels, check_array, decode
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.oriented import RIDGE_DPI
+from biodedup.capture.reading import read
 from biodedup.capture.ridges import ridge_map
 from biodedup.config import Config
+from biodedup.embed.cage import Cage
 from biodedup.embed.cards import ModelCard, joint_id, load_card, minutiae_card
 from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork
@@ -36,7 +40,10 @@ _log = logging.getLogger(__name__)
 
 
 class Extractor:
-    """Templates from captures. Thread-safe; models are loaded when a capture first needs them."""
+    """Templates from captures. Thread-safe; models are loaded, or processes started, when a capture first needs them.
+
+    Close it, or use it as a context manager, where the config asks for isolation.
+    """
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config = config or Config()
@@ -48,7 +55,22 @@ class Extractor:
         self._network: EmbeddingNetwork | None = None
         self._finger_network: FingerNetwork | None = None
         self._detector: FaceDetector | None = None
+        self._finger_ready = False
         self._reader = FingerReader(config.finger, self._minutiae_card.weights)
+        self._cage = None if config.isolation is None else Cage(config, config.threads)
+
+    def __enter__(self) -> Extractor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes, if there are any."""
+        if self._cage is not None:
+            self._cage.close()
 
     @property
     def cards(self) -> tuple[ModelCard, ...]:
@@ -67,7 +89,8 @@ class Extractor:
     def extract(self, captures: Sequence[Capture]) -> list[Template | Refusal]:
         """A template or a refusal for each capture, in order. `Missing` gives a refusal of that name.
 
-        Raises InvalidInput, before any work, for something that is no capture or an array that is no image.
+        Raises InvalidInput, before any work, for something that is no capture or an array that is no image; RetryableError where worker
+        processes are asked for and cannot be kept running.
         """
         for capture in captures:
             if not isinstance(capture, (Face, Finger, Missing)):
@@ -76,6 +99,8 @@ class Extractor:
                 )
             if not isinstance(capture, Missing) and isinstance(capture.data, np.ndarray):
                 check_array(capture.data)
+        if self._cage is not None:
+            return self._cage.extract(captures)
         if any(isinstance(capture, Face) for capture in captures):
             self._load_face_models()
         if any(isinstance(capture, Finger) for capture in captures):
@@ -87,6 +112,19 @@ class Extractor:
                 prepared = mapped(pool.map, self._prepare, captures)
         return self._embed(prepared)
 
+    def load(self, capture: Face | Finger) -> None:
+        """Loads, and compiles where this machine never did, what captures of this kind need: no capture's own time."""
+        if isinstance(capture, Face):
+            self._load_face_models()
+        elif not self._finger_ready:
+            self._load_finger_network()
+            y, x = np.mgrid[0:160, 0:160]
+            grey = np.asarray(128 + 95 * np.cos(np.hypot(x - 60, y + 40) * (2 * np.pi / 9)), np.uint8)
+            self._reader.read(Pixels(grey), "unknown", DPI)
+            if self._finger_network is not None:
+                finger_input(ridge_map(resampled(grey, DPI, RIDGE_DPI)))
+            self._finger_ready = True
+
     def _prepare(self, capture: Capture) -> Prepared:
         """Everything that concerns one capture alone."""
         if isinstance(capture, Missing):
@@ -96,6 +134,8 @@ class Extractor:
         except MemoryError:
             raise  # says nothing of the capture, and may pass
         except Exception as error:  # ours or a library's defect: it costs one capture, not the batch
+            if isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem:
+                raise MemoryError from None
             # the type alone: a library's text may quote what it was given
             _log.error("a %s capture could not be processed: %s", capture.column, type(error).__name__)
             return Refusal(capture.column, "failed", type(error).__name__)

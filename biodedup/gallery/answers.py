@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from biodedup.capture.reading import Unread
 from biodedup.errors import EncounterConflict
 from biodedup.values import (
     Candidate,
@@ -29,7 +30,10 @@ from biodedup.values import (
 
 
 def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
-    """SHA-256 of what was sent: the operation, the id of the subject, and the content of every capture and template."""
+    """SHA-256 of what was sent: the operation, the id of the subject, and the content of every capture and template.
+
+    The captures are as `capture.reading.held` gives them: what is digested is what is extracted.
+    """
     if encounter.encounter_id is None:
         return b""  # nobody can send it again
     digest = hashlib.sha256()
@@ -65,10 +69,9 @@ def _content(data: CaptureData) -> tuple[bytes, ...]:
         return str((data.shape, data.dtype.str)).encode(), np.ascontiguousarray(data).tobytes()
     if isinstance(data, bytes):
         return (data,)
-    try:
-        return (Path(data).read_bytes(),)
-    except OSError:
-        return b"unreadable", str(data).encode()  # extraction will refuse it, with the reason
+    # a path that gave no bytes; releases before digested a file above the limit whole
+    assert isinstance(data, Unread), "captures are held before they are digested"
+    return b"unreadable", os.fsencode(data.path)
 
 
 def to_json(decision: Decision) -> str:

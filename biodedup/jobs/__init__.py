@@ -23,12 +23,10 @@ from biodedup.jobs.merge import MergeResult, merge
 from biodedup.jobs.progress import Progress
 from biodedup.jobs.sentinel_report import Watch, Watched
 from biodedup.jobs.sentinels import forget_removed, watch
-from biodedup.jobs.workers import RECORD_S_MAX
 
 __all__ = [
     "AUDIT_KINDS",
     "AUDIT_SCHEMA",
-    "RECORD_S_MAX",
     "Applied",
     "AuditResult",
     "Backlog",

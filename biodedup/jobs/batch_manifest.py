@@ -26,7 +26,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import xxhash
 
-from biodedup.capture.formats import read
+from biodedup.capture.reading import MAY_COME, read
 from biodedup.config import CaptureConfig
 from biodedup.errors import InvalidInput
 from biodedup.values import COLUMNS, Face, Finger, Float32, Missing, Refusal, check_groups, check_id
@@ -67,13 +67,17 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What a record's cells point to, read. digest: SHA-256 of all that matters to a decision."""
+    """What a record's cells point to, read. digest: SHA-256 of all that matters to a decision.
+
+    late: a file is absent or cannot be read, and may come. Then nothing else of the record is kept: it is not decided without the file.
+    """
 
     captures: tuple[Face | Finger, ...]
     templates: Mapping[str, Float32]
     refusals: tuple[Refusal, ...]
     digest: bytes
     byte_count: int
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,9 @@ class Manifest:
             add("content", found)
             byte_count += len(found)
             captures.append(Face(found) if cell.column == "face" else Finger(found, cell.column, cell.dpi))
+        late = [refusal for refusal in refusals if refusal.reason in MAY_COME]
+        if late:
+            return Content((), {}, tuple(late), digest.digest(), 0, late=True)
         return Content(tuple(captures), templates, tuple(refusals), digest.digest(), byte_count)
 
     def _record(self, rows: Sequence[Row]) -> Record:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from biodedup.config import Config
+from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifest import images_of, label_of, mark_of, no_images, read_table, rows_of
@@ -110,7 +110,7 @@ def dedup(
     Raises InvalidInput, GalleryBusy (another job has this result), StorageUnavailable.
     """
     check_table_name(out)
-    config = config or Config()
+    config = config or Config(isolation=IsolationConfig())
     units = units_of(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     with Engine.open(out.with_name(out.name + ".work"), config) as engine:

@@ -9,7 +9,8 @@ searches and commits the batch before.
 2. Each encounter is decided against all before it, in batches that depend on the manifest alone, so that a job that was killed and
    started again ends with the same result. What may differ: `decided_at`; and a row's embedding is rounded to eight bits when it is
    sealed, in the background, which can move a score by hundredths of a decibel. An encounter that was decided keeps its first answer.
-3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id.
+3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id; a record
+   whose file is absent or cannot be read is not decided before it comes, and is tried again by every run.
 4. Within one manifest the first record of an encounter_id owns it; another with other content is refused.
 """
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from biodedup.embed.cage import FAILURES
 from biodedup.engine import Engine
 from biodedup.errors import CallerError, InvalidInput
 from biodedup.jobs.backlog import Arrival, Backlog, Finished
@@ -33,7 +34,7 @@ from biodedup.jobs.batch_manifest import Content, Manifest, Record, derived_id, 
 from biodedup.jobs.outcomes import WORDS, Outcome, Tally, already_enrolled, decided, outcome_table, refused
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_page
-from biodedup.jobs.workers import RECORD_S_MAX, Extracted, Workers
+from biodedup.jobs.workers import Extraction, Workers
 from biodedup.values import Decision, Encounter, Refusal, Template
 
 Templates: TypeAlias = dict[str, Any]
@@ -99,7 +100,7 @@ class _Batch:
     the engine is to decide, with what was refused before; finished: those whose outcome is to be noted."""
 
     items: list[_Item] = field(default_factory=list)
-    extracts: list[tuple[list[_Item], Future[Extracted]]] = field(default_factory=list)
+    extracts: list[tuple[list[_Item], Extraction]] = field(default_factory=list)
     waiting: deque[tuple[_Item, Encounter, tuple[Refusal, ...]]] = field(default_factory=deque)
     finished: list[_Item] = field(default_factory=list)
 
@@ -125,7 +126,7 @@ def enroll_batch(
     *,
     report: Path | None = None,
     workers: int = 2,
-    record_s_max: float = RECORD_S_MAX,
+    capture_s_max: float | None = None,
     retry_failed: bool = False,
     clock: Callable[[], float] = time.time,
     stopwatch: Callable[[], float] = time.perf_counter,
@@ -135,14 +136,15 @@ def enroll_batch(
     """Enrols a manifest (.parquet or .csv) and writes `out` (.parquet or .csv), a row a record, and a page for an official.
 
     Batches are of `engine.config.batch_size` records. Interrupted, it goes on where it was; run again, it changes nothing and
-    writes the same table. workers: processes that extract. record_s_max: seconds that one may take for a record before it is killed.
+    writes the same table. workers: processes that extract. capture_s_max: seconds that one may take for a capture before it is killed;
+    None: as the config's `isolation` says.
     retry_failed: try again what workers died of, or took too long for.
     Raises InvalidInput where the manifest is no table, StorageUnavailable.
     """
     check_table_name(out)
     table = Manifest(manifest)
     with ExitStack() as stack:
-        pool = pool or stack.enter_context(Workers(engine.config, workers, record_s_max=record_s_max))
+        pool = pool or stack.enter_context(Workers(engine.config, workers, capture_s_max=capture_s_max))
         job = _Job(engine, backlog, table, pool, retry_failed, clock, stopwatch)
         started = stopwatch()
         survey = table.survey()
@@ -302,7 +304,7 @@ class _Job:
         same = entry is not None and entry.digest == content.digest
         if decision is not None:
             # without a digest, the encounter was decided by another command or the backlog was lost: nothing to compare
-            unknown = entry is None or entry.digest is None
+            unknown = entry is None or entry.digest is None or content.late
             if decision.subject_id != item.record.subject_id or not (same or unknown):
                 item.outcome, item.listed = _conflict("it was decided with other content before"), False
                 return
@@ -315,7 +317,7 @@ class _Job:
         """Whether an outcome that the gallery's journal does not have is to be told again."""
         if noted.reason == "already_enrolled":
             return record.subject_id in self._engine
-        return noted.status == "refused" and not (self._retry_failed and noted.reason in ("failed", "timed_out"))
+        return noted.status == "refused" and not (self._retry_failed and noted.reason in FAILURES)
 
     def _handed_out(self, items: list[_Item]) -> _Batch:
         batch = _Batch(items)
@@ -349,8 +351,8 @@ class _Job:
         """With what the workers made of its captures: refused, or waiting for a decision."""
         began = self._stopwatch()
         extracted: dict[_Item, Sequence[Template | Refusal]] = {}
-        for items, future in batch.extracts:
-            extracted |= zip(items, future.result(), strict=True)
+        for items, extraction in batch.extracts:
+            extracted |= zip(items, extraction.result(), strict=True)
         self.seconds["waiting"] += self._stopwatch() - began
         batch.finished = [item for item in batch.items if item.stale]
         for item in batch.items:

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from biodedup.config import Config, Policy
+from biodedup.config import Config, IsolationConfig, Policy
 from biodedup.errors import InvalidInput
 from biodedup.jobs import plots
 from biodedup.jobs.comparisons import Comparisons, compare_all
@@ -88,7 +88,7 @@ def evaluate(
         raise InvalidInput(f"the result is named {out.name}; end it with .json")
     if report is not None:
         plots.require()
-    config = config or Config()
+    config = config or Config(isolation=IsolationConfig())
     found = read_labelled(source, config, finger=finger, dpi=dpi)
     out.parent.mkdir(parents=True, exist_ok=True)
     found = extracted(found, config, out.with_name(out.name + ".work"), progress)

@@ -15,10 +15,11 @@ import numpy as np
 
 import biodedup
 from biodedup.capture.finger import DPI, MM_PER_PIXEL, resampled, ridge_blocks, ridge_period_share, scanner_dpi
-from biodedup.capture.formats import decode, read
+from biodedup.capture.formats import decode
 from biodedup.capture.minutiae_layouts import is_record
+from biodedup.capture.reading import read
 from biodedup.capture.wsq import is_wsq
-from biodedup.config import Config
+from biodedup.config import Config, IsolationConfig
 from biodedup.embed.cards import shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine
@@ -86,9 +87,9 @@ def explain(
     size: subjects of the gallery whose thresholds count; None takes the engine's, and without one those of a 1:1 comparison. engine: whose
     calibrations count. Raises InvalidInput, ModelMismatch, StorageUnavailable.
     """
-    extractor = Extractor(config or Config())
-    sides = _shown(a, extractor), _shown(b, extractor)
-    return _write(out, sides, extractor, names, size, across_positions, engine)
+    with Extractor(config or Config(isolation=IsolationConfig())) as extractor:
+        sides = _shown(a, extractor), _shown(b, extractor)
+        return _write(out, sides, extractor, names, size, across_positions, engine)
 
 
 def explain_templates(

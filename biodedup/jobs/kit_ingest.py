@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from biodedup.config import Config
+from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError, EncounterConflict
 from biodedup.gallery.answers import digest_of
@@ -141,7 +141,7 @@ def ingest_batches(
         result = IngestResult(files, (), (), (), now, keys.problems)
         write_result(result, out, report)
         return result
-    with Engine.open(gallery, config, clock=clock) as engine:
+    with Engine.open(gallery, config or Config(isolation=IsolationConfig()), clock=clock) as engine:
         ledger = Ledger(gallery)
         try:
             run, received_at = ledger.run([one.digest for one in usable], now)

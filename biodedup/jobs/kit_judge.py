@@ -17,6 +17,7 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from biodedup.config import Config
+from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import digest_of
@@ -28,7 +29,7 @@ from biodedup.values import Capture, Encounter, Face, Finger, Missing, Refusal, 
 PASSED = ""
 """The reason of a capture's verdict that is no refusal."""
 _NO_CAPTURE = frozenset(
-    ("not_an_image", "truncated", "too_many_pixels", "too_large_file", "empty_file", "unreadable", "missing_file", "unsound_record", "failed")
+    ("not_an_image", "truncated", "too_many_pixels", "too_large_file", "empty_file", "unreadable", "not_a_file", "missing_file", "unsound_record", "too_many_scans", "too_complex", *FAILURES)
 )  # fmt: skip
 """Verdicts on a file that the decoders could not open: an image that breaks off, or a file that is something else."""
 Judged: TypeAlias = tuple[Planned, tuple[Capture, ...], tuple[Refusal, ...], Mapping[str, Template]]
@@ -45,6 +46,11 @@ class Judge:
         settings = {name: config.to_dict()[name] for name in ("face", "finger", "capture")}
         self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
         private_folder(folder)
+
+    def close(self) -> None:
+        """Ends the extractor's processes."""
+        if self._extractor is not None:
+            self._extractor.close()
 
     def judged(self, chunk: Sequence[Planned]) -> Iterator[Judged]:
         """(planned, captures as bytes, a verdict for each that is not missing, its best templates), in order."""
@@ -68,7 +74,7 @@ class Judge:
                 ):
                     best[one.column] = one
             known[i] = verdicts, best
-            if some:
+            if some and not any(verdict.reason in FAILURES for verdict in verdicts):  # those say nothing of the captures
                 remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
                 replace_private(paths[i], encode(remembered))
         for planned, own, judged in zip(chunk, captures, known, strict=True):

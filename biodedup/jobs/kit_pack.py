@@ -16,6 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from biodedup.config import Config
+from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import CallerError, InvalidInput
 from biodedup.gallery.gallery import translated
@@ -135,7 +136,7 @@ def pack_batch(
     pack what the extractor made of the captures, and no images. A file that is no capture breaks its record. The same manifest again
     leaves the same output as it is. Raises InvalidInput, GalleryBusy (this kit packs already), StorageUnavailable.
     """
-    config = config or Config()
+    config = config or Config(isolation=IsolationConfig())
     kit = load_key(key, passphrase)
     to = load_centre_public(key.with_name("centre.pub") if centre is None else centre)
     planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max)
@@ -188,9 +189,9 @@ class _Packing:
             Engine.open(self._work / "gallery", self._config) as engine,
             translated(f"writing {self._out}"),
             create_private(temporary) as file,
+            closing(Judge(self._config, self._work / "records")) as judge,
         ):
             writer = BatchWriter(file, self._kit, centre)
-            judge = Judge(self._config, self._work / "records")
             for low in range(0, len(planned), self._config.batch_size):
                 searched = self._added(writer, judge.judged(planned[low : low + self._config.batch_size]))
                 unsearched += _admit(engine, searched)

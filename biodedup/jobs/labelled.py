@@ -20,6 +20,7 @@ import pyarrow.parquet
 
 from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import Config
+from biodedup.embed.cage import FAILURES
 from biodedup.embed.cards import load_card
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
@@ -30,6 +31,7 @@ from biodedup.jobs.results import write_table
 from biodedup.match.calibrations import EXTERNAL
 from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template
 
+_PASSING = FAILURES | {"unreadable"}  # a missing file that comes has another mark
 PART = 128
 """Encounters of one file of templates: what an interruption costs at most."""
 
@@ -72,7 +74,13 @@ def read_labelled(source: Path, config: Config, *, finger: bool = False, dpi: fl
 
 def extracted(found: Sequence[Labelled], config: Config, work: Path, progress: Progress) -> list[Labelled]:
     """With the templates of their captures, or the reasons why there are none. work: a folder that keeps them; biometric data."""
-    extractor = Extractor(config)
+    with Extractor(config) as extractor:
+        return _extracted(found, config, extractor, work, progress)
+
+
+def _extracted(
+    found: Sequence[Labelled], config: Config, extractor: Extractor, work: Path, progress: Progress
+) -> list[Labelled]:
     settings = json.dumps(
         [extractor.model_ids, asdict(config.face), asdict(config.finger), asdict(config.capture)], default=str
     )
@@ -88,7 +96,9 @@ def extracted(found: Sequence[Labelled], config: Config, work: Path, progress: P
             if results is None:
                 captures: list[Capture] = [capture for one in batch for capture in one.captures]
                 results = extractor.extract(captures)
-                write_table(_part_of(results), part)
+                # what failed, or was not there, is tried again by the next run
+                if not any(isinstance(one, Refusal) and one.reason in _PASSING for one in results):
+                    write_table(_part_of(results), part)
             batch = _with_results(batch, iter(results))
         done += batch
         progress("templates", len(done), len(found))

@@ -1,0 +1,124 @@
+"""Captures into bytes: reads a path that a caller named, once and within limits.
+
+Owns the opening of such paths, model cards' included, and what is told of one that cannot be read. Never decodes, and never logs a path.
+
+1. A path is opened once. The digest of an encounter and its templates are made of the same bytes.
+2. Only regular files are read, and at most `bytes_max` bytes of them. A folder, pipe, device or socket is refused without being opened.
+3. A file that may be there later (`MAY_COME`: absent, denied, an I/O error) is told apart from what never is a capture.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from io import BufferedReader
+
+import numpy as np
+
+from biodedup.config import CaptureConfig
+from biodedup.values import Capture, Missing, Refusal
+
+MAY_COME = frozenset(("missing_file", "unreadable"))
+"""Reasons that say nothing of the capture: the same call may succeed later."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_NO_PATH = (errno.ELOOP, errno.ENAMETOOLONG)
+
+
+class NotAFile(OSError):
+    """The path names a folder, a pipe, a device or a socket."""
+
+
+@dataclass(frozen=True)
+class Unread(os.PathLike[str]):
+    """A capture's path that was tried, and will not be opened again. refusal: why it gave nothing."""
+
+    path: str
+    refusal: Refusal
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
+def read(data: str | os.PathLike[str] | bytes, column: str, limits: CaptureConfig) -> bytes | Refusal:
+    """The bytes of a capture: of a path, its file's. Never empty."""
+    content = data if isinstance(data, bytes) else read_path(data, column, limits.bytes_max)
+    if isinstance(content, Refusal):
+        return content
+    if not content:
+        return Refusal(column, "empty_file", "0 bytes", 0, 1)
+    return _too_large(column, len(content), limits.bytes_max) if len(content) > limits.bytes_max else content
+
+
+def read_path(path: str | os.PathLike[str], column: str, bytes_max: int) -> bytes | Refusal:
+    """The bytes of a regular file, or why there are none."""
+    if isinstance(path, Unread):
+        return replace(path.refusal, column=column)
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = b"" if size > bytes_max else file.read(size + 1)
+    except NotAFile as error:
+        return Refusal(column, "not_a_file", str(error.strerror))
+    except (FileNotFoundError, NotADirectoryError):
+        return Refusal(column, "missing_file", "no file at this path")
+    except OSError as error:
+        reason = "not_a_file" if error.errno in _NO_PATH else "unreadable"
+        return Refusal(column, reason, os.strerror(error.errno) if error.errno else type(error).__name__)
+    except ValueError:
+        return Refusal(column, "not_a_file", "the path holds a null character")
+    size = max(size, len(content))
+    return _too_large(column, size, bytes_max) if size > bytes_max else content
+
+
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
+    """A regular file, opened to read; nothing else is opened or waited for. Raises OSError, and NotAFile."""
+    _check_regular(os.stat(path))
+    # O_NONBLOCK: the path may have become a pipe since; opening one that has no writer would wait for ever
+    file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb")
+    try:
+        _check_regular(os.fstat(file.fileno()))
+    except NotAFile:
+        file.close()
+        raise
+    return file
+
+
+def held(captures: Iterable[Capture], limits: CaptureConfig) -> tuple[Capture, ...]:
+    """The captures with bytes in place of paths; a path that gives none becomes `Unread`."""
+    return tuple(_held(capture, limits.bytes_max) for capture in captures)
+
+
+def _held(capture: Capture, bytes_max: int) -> Capture:
+    if isinstance(capture, Missing) or isinstance(capture.data, (bytes, np.ndarray, Unread)):
+        return capture
+    content = read_path(capture.data, capture.column, bytes_max)
+    return replace(capture, data=Unread(os.fspath(capture.data), content) if isinstance(content, Refusal) else content)
+
+
+def absent(captures: Iterable[Capture]) -> Unread | None:
+    """The first of some held captures whose file may come later."""
+    for capture in captures:
+        data = None if isinstance(capture, Missing) else capture.data
+        if isinstance(data, Unread) and data.refusal.reason in MAY_COME:
+            return data
+    return None
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
+        raise NotAFile(errno.EINVAL, f"{kind}, not a file")
+
+
+def _too_large(column: str, size: int, bytes_max: int) -> Refusal:
+    return Refusal(column, "too_large_file", f"{size} bytes", size, bytes_max)
