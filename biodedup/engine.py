@@ -51,7 +51,7 @@ from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations, Drawn
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
-from biodedup.probes import Preparer, Probe, check_column, check_models, refuse_other_models
+from biodedup.probes import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
 from biodedup.review import Review
 from biodedup.search.clusters import clusters_of
 from biodedup.search.plan import JoinPlan, SearchPlan, plan_of
@@ -504,6 +504,7 @@ class Engine:
         """The decision that this very encounter got, or None for one never seen. Writes nothing. Raises EncounterConflict where its id was
         sent with other content."""
         self._check_open()
+        encounter = in_memory(encounter, self.config.capture)
         return answered_before(self._gallery.answer, encounter, digest_of(encounter))
 
     def info(self) -> dict[str, Any]:
