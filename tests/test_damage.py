@@ -310,7 +310,7 @@ def test_a_column_file_gives_back_what_was_written_in_whatever_pieces(tmp_path, 
         )
         for name, values in written.items()
     ]
-    digest = write_column_file(LocalStorage(), tmp_path / "f", {"kind": "x"}, streams)
+    digest = write_column_file(LocalStorage(), tmp_path / "f", {"kind": "x"}, streams, replaces=True)
     file = open_column_file(LocalStorage(), tmp_path / "f")
     assert (file.digest, file.about, list(file.problems())) == (digest, {"kind": "x"}, [])
     for name, values in written.items():

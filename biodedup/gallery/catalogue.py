@@ -71,12 +71,14 @@ class ColumnModel:
 @dataclass(frozen=True)
 class State:
     """Counters that only grow. version: of the content, as searches name it; commits: of every transaction, sealing and
-    merging included; row_count: rows ever given out; next_segment: the number of the next segment."""
+    merging included; row_count: rows ever given out; next_segment: the number of the next segment. commit_id: drawn for the last
+    commit, so that its writer knows it from another's of the same number."""
 
     version: int = 0
     commits: int = 0
     row_count: int = 0
     next_segment: int = 1
+    commit_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Catalogue:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self.erased = False
+        """Whether something was deleted that the rollback journal may still hold; the gallery clears it."""
 
     # transactions ---------------------------------------------------------------------------------------------
 
@@ -162,7 +166,9 @@ class Catalogue:
         return {key: value for key, value, *_ in self._all("meta")}
 
     def state(self) -> State:
-        return State(**json.loads(self.meta()["state"]))
+        return State(
+            **json.loads({key: value for key, value in self._all("meta", None, "key = ?", ("state",))}["state"])
+        )
 
     def set_state(self, state: State) -> None:
         self.put("meta", [("state", json.dumps(vars(state)))])
@@ -211,20 +217,22 @@ class Catalogue:
         self.put("segment", [values])
 
     def drop_segments(self, numbers: Iterable[int]) -> None:
-        self._connection.executemany("DELETE FROM segment WHERE number = ?", ((number,) for number in numbers))
+        self._delete("segment WHERE number = ?", ((number,) for number in numbers))
 
     def tombstones(self) -> list[int]:
         return sorted(row for row, _ in self._all("tombstone"))
 
+    def removal_versions(self) -> list[int]:
+        """Of the content, each of a removal that is still noted."""
+        return [version for _, version in self._all("tombstone")]
+
     def add_tombstone(self, row: int, version: int) -> None:
         """Removes a row; its templates are erased from the journal."""
         self.put("tombstone", [(row, version)])
-        self._connection.execute(
-            "DELETE FROM cell WHERE key BETWEEN ? AND ?", (row * _STRIDE, row * _STRIDE + _STRIDE - 1)
-        )
+        self._delete("cell WHERE key BETWEEN ? AND ?", [(row * _STRIDE, row * _STRIDE + _STRIDE - 1)])
 
     def drop_tombstones(self, rows: Iterable[int]) -> None:
-        self._connection.executemany("DELETE FROM tombstone WHERE row = ?", ((row,) for row in rows))
+        self._delete("tombstone WHERE row = ?", ((row,) for row in rows))
 
     # the journal ------------------------------------------------------------------------------------------------
 
@@ -285,8 +293,7 @@ class Catalogue:
         return templates
 
     def drop_held(self, encounter_id: str) -> None:
-        keys = ((f"{encounter_id}/{column}",) for column in COLUMNS)
-        self._connection.executemany("DELETE FROM held WHERE key = ?", keys)
+        self._delete("held WHERE key = ?", ((f"{encounter_id}/{column}",) for column in COLUMNS))
 
     def case(self, encounter_id: str) -> tuple[str, str | None] | None:
         """(what was asked for, the decision as it stands or None while it is the answer's), JSON; None for no case, and for
@@ -313,7 +320,12 @@ class Catalogue:
     def clear_journal(self) -> None:
         """After sealing: the segment has it all."""
         for table in ("subject", "cell", "encounter"):
-            self._connection.execute(f"DELETE FROM {table}")
+            self._delete(table)
+
+    def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
+        """Every deletion goes this way, so that the journal is wiped afterwards."""
+        self._connection.executemany(f"DELETE FROM {which}", values)
+        self.erased = True
 
     # rows with checksums ----------------------------------------------------------------------------------------
 

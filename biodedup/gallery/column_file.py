@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from biodedup.errors import GalleryDamaged
+from biodedup.errors import GalleryBusy, GalleryDamaged
 from biodedup.gallery.storage import NEW_SUFFIX, NewFile, Storage
 
 MAGIC = b"BIODEDUP"
@@ -58,9 +58,18 @@ class Stream:
 
 
 def write_column_file(
-    storage: Storage, path: Path, about: dict[str, Any], streams: Sequence[Stream], block_bytes: int = BLOCK_BYTES
+    storage: Storage,
+    path: Path,
+    about: dict[str, Any],
+    streams: Sequence[Stream],
+    block_bytes: int = BLOCK_BYTES,
+    *,
+    replaces: bool = False,
 ) -> str:
-    """Writes a file under its final name, synced (the folder is the caller's to sync). Returns the file's digest."""
+    """Writes a file under its final name, synced (the folder is the caller's to sync). Returns the file's digest.
+
+    replaces: what has the name loses it; otherwise raises GalleryBusy where it is taken.
+    """
     arrays, offset = {}, 0
     for stream in streams:
         offset += -offset % _ALIGN_BYTES
@@ -87,7 +96,16 @@ def write_column_file(
     except BaseException:
         file.discard()
         raise
-    storage.replace(new, path)
+    if replaces:
+        storage.replace(new, path)
+        return _digest(header, table)
+    try:
+        storage.claim(new, path)
+    except FileExistsError:
+        raise GalleryBusy(
+            f"{path.name} is there already: another process writes segments here; try again, or close this engine and open the "
+            "gallery again"
+        ) from None
     return _digest(header, table)
 
 

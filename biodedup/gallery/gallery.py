@@ -7,7 +7,9 @@ decides.
    the state before it, on disk and in memory.
 2. A `Snapshot` is what a reader sees; it stays whole while the writer seals, merges and removes.
 3. Files that a manifest names are never changed. They are written and synced before the commit that names them, and
-   removed after the commit that does not; files that no manifest names are swept up by the next writer.
+   removed after the commit that does not; files that no manifest names are swept up by the next writer. Files that do not
+   have our names are never removed.
+4. A writer whose lock file was removed, or who finds another one's commit, stops: GalleryBusy. It removes nothing from then on.
 """
 
 from __future__ import annotations
@@ -29,16 +31,28 @@ from numpy.typing import NDArray
 from biodedup.config import GalleryConfig
 from biodedup.errors import (
     BiodedupError,
+    GalleryBusy,
     GalleryDamaged,
     InvalidInput,
     NotAGallery,
     StorageUnavailable,
 )
+from biodedup.gallery import forks
 from biodedup.gallery.cases import is_review, pairs_of, read_case, standing
 from biodedup.gallery.catalogue import APPLICATION_ID, BEFORE_CODECS, FORMAT_VERSION, Catalogue, ColumnModel, State
 from biodedup.gallery.compaction import due, grouped
 from biodedup.gallery.part import Int64, Part, Rows
-from biodedup.gallery.segment import Abandoned, Segment, SegmentEntry, file_name, open_segment, write_segment
+from biodedup.gallery.private import refuse_link
+from biodedup.gallery.segment import (
+    Abandoned,
+    Segment,
+    SegmentEntry,
+    file_name,
+    number_of,
+    open_segment,
+    unused_number,
+    write_segment,
+)
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
 from biodedup.gallery.tail import Tail, TailPart
@@ -93,6 +107,11 @@ class Gallery:
         self._lock_file = lock
         self._config = config
         self._broken = False
+        self._uncertain: State | None = None
+        """After a commit of which the disk did not say whether it took place: the state that it would have left."""
+        self._unwiped = lock is not None
+        self._process = forks.Process()
+        forks.hold(self.lock)
         self._state = State()
         self._merging = threading.Lock()
         self._wake = threading.Event()
@@ -134,6 +153,7 @@ class Gallery:
             else:
                 if names is None:
                     storage.make_folder(folder)
+                refuse_link(folder / SEGMENT_FOLDER)
                 lock = storage.lock(folder / LOCK_NAME)
             try:
                 if not names or DATABASE_NAME not in names:
@@ -162,8 +182,11 @@ class Gallery:
         return cls.open(folder, storage=storage, config=config, settings={}, gallery_id="", read_only=True)
 
     def close(self) -> None:
-        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time."""
+        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time. In a child of a fork
+        it does nothing."""
         self._closing = True
+        if not self._process.is_this:
+            return
         self._wake.set()
         if self._maintenance is not None:
             self._maintenance.join()
@@ -174,11 +197,22 @@ class Gallery:
 
     # reading ----------------------------------------------------------------------------------------------------
 
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a child of a fork."""
+        return self._process.is_this
+
+    def check_process(self) -> None:
+        """Raises EngineClosed in a process that was forked since the gallery was opened."""
+        self._process.check()
+
     def snapshot(self) -> Snapshot:
+        self._process.check()
         return self._published
 
     def refresh(self) -> None:
         """In a reader: sees what the writer has committed since."""
+        self._process.check()
         if self.read_only:
             with self.lock:
                 self._published, self._tail = self._load()
@@ -191,7 +225,7 @@ class Gallery:
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
         """As `Snapshot.answer`; of a case, the decision as it stands."""
-        found = self._published.answer(encounter_id)
+        found = self.snapshot().answer(encounter_id)
         if found is None or not is_review(found[1]):
             return found
         with self._reading():
@@ -214,6 +248,7 @@ class Gallery:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
+        self._process.check()
         with self.lock, translated(f"reading {self.folder}"):
             if self._broken:
                 self._recover()
@@ -230,7 +265,9 @@ class Gallery:
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Holds the lock; commits at the end. Raises what the body raises, and StorageUnavailable; then nothing changed."""
+        """Holds the lock; commits at the end. Raises what the body raises, StorageUnavailable, and GalleryBusy where another
+        process wrote; then nothing changed."""
+        self._process.check()
         if self.read_only:
             raise InvalidInput(f"{self.folder} was opened read_only; open it for writing to change it")
         with self.lock:
@@ -243,6 +280,7 @@ class Gallery:
             try:
                 with translated("writing"):
                     self._catalogue.begin()
+                    self._refuse_other_writer()
                     yield transaction
                     if transaction.changed:
                         self._catalogue.set_state(transaction.state)
@@ -258,6 +296,45 @@ class Gallery:
                     raise
             if transaction.changed:
                 self._adopt(transaction)
+            self._wipe_if_erased()
+
+    def _refuse_other_writer(self) -> None:
+        """Inside a transaction, which no other process can enter. Raises GalleryBusy."""
+        found = self._catalogue.state()
+        if found.commit_id != self._state.commit_id or found.commits != self._state.commits:
+            raise GalleryBusy(
+                f"another process wrote to {self.folder}: commit {found.commits} is there, wanted {self._state.commits} of this "
+                "process; close this engine and open the gallery again. Nothing of this call was written"
+            )
+        self._refuse_lost_lock()
+
+    def _refuse_lost_lock(self) -> None:
+        if not self._holds_lock():
+            raise GalleryBusy(
+                f"{self.folder / LOCK_NAME} was removed or replaced, so that another process may write; close this engine and "
+                "open the gallery again. Nothing of this call was written"
+            )
+
+    def _holds_lock(self) -> bool:
+        return self._lock_file is not None and self._lock_file.is_held()
+
+    def _wipe_if_erased(self) -> None:
+        """Overwrites what the rollback journal still holds of erased templates. Put off to the next time where the disk refuses:
+        the commit itself is durable."""
+        self._unwiped = self._unwiped or self._catalogue.erased
+        if not self._unwiped or self._broken:
+            return
+        try:
+            self._catalogue.begin()  # nobody else writes meanwhile
+            self.storage.wipe(self.folder / f"{DATABASE_NAME}-journal")
+            self._unwiped = self._catalogue.erased = False
+        except (OSError, sqlite3.Error) as error:
+            _log.warning("overwriting the journal was put off: %s", error)
+        finally:
+            try:
+                self._catalogue.rollback()
+            except sqlite3.Error:
+                self._broken = True
 
     def _adopt(self, transaction: Transaction) -> None:
         self._state = transaction.state
@@ -272,9 +349,9 @@ class Gallery:
         """After a failed transaction: rolls back, and asks the disk whether the commit took place all the same."""
         try:
             self._catalogue.rollback()
-            return self._catalogue.state().commits == transaction.state.commits
+            return self._catalogue.state().commit_id == transaction.state.commit_id
         except (sqlite3.Error, GalleryDamaged):
-            self._broken = True
+            self._broken, self._uncertain = True, transaction.state
             return False
 
     def _recover(self) -> None:
@@ -283,8 +360,12 @@ class Gallery:
         with translated("connecting again after a failure"):
             self._catalogue.close()
             self._catalogue = Catalogue(self.storage.connect(self.folder / DATABASE_NAME, read_only=self.read_only))
+        mine = self._state
         self._published, self._tail = self._load()
-        self._broken = False
+        ours = [state.commit_id for state in (mine, self._uncertain) if state is not None]
+        if not self.read_only and self._state.commit_id not in ours:
+            self._state = mine  # so that every later transaction is refused
+        self._broken, self._uncertain, self._unwiped = False, None, True
 
     def write_rows(
         self, subject_ids: Sequence[str], columns: Mapping[str, Column], group_sets: NDArray[np.uint32]
@@ -299,6 +380,7 @@ class Gallery:
         number = self._take_number()
         try:
             with translated("writing a segment"):
+                self._refuse_lost_lock()
                 others = self.snapshot().parts
                 return write_segment(self.storage, self._segments, number, self.gallery_id, [part], [keep], others)
         except BaseException:
@@ -353,6 +435,11 @@ class Gallery:
         dropped = _removed(snapshot, segments)
         number = self._take_number()
         rows = sum(segment.count for segment in segments)
+
+        def go_on() -> bool:
+            self._refuse_lost_lock()
+            return not self._closing or rows <= _FINISH_ROWS_MAX
+
         try:
             with translated("merging segments"):
                 entry = write_segment(
@@ -363,7 +450,7 @@ class Gallery:
                     segments,
                     [snapshot.mask(segment) for segment in segments],
                     snapshot.parts,
-                    lambda: not self._closing or rows <= _FINISH_ROWS_MAX,
+                    go_on,
                 )
             with self.transaction() as transaction:
                 transaction.swap(segments, entry, dropped)
@@ -396,16 +483,17 @@ class Gallery:
                 _log.warning("sealing or merging was put off: %s", error)
 
     def _take_number(self) -> int:
+        self._process.check()
         with self.lock:
-            number = self._state.next_segment
+            number = unused_number(self.storage, self._segments, self._state.next_segment)
             self._state = replace(self._state, next_segment=number + 1)
             return number
 
     def _remove_files(self, number: int) -> None:
-        """What stays behind is swept up by the next writer."""
+        """What stays behind is swept up by the next writer. Another writer may have taken the same number."""
         try:
             for name in self.storage.list_names(self._segments) or ():
-                if name.startswith(f"{number}."):
+                if number_of(name) == number and self._holds_lock():
                     self.storage.remove(self._segments / name)
         except (OSError, sqlite3.Error):
             pass
@@ -484,16 +572,18 @@ class Gallery:
         tail.answers.update(self._catalogue.answers())
 
     def _sweep(self) -> None:
-        """Removes what a killed writer left: files that no manifest names."""
+        """Removes what a killed writer left: files that no manifest names. In a transaction, lest another writer name them."""
         with translated(f"sweeping {self.folder}"):
-            named = {
-                file_name(segment.entry.number, kind)
-                for segment in _segments_of(self._published)
-                for kind in segment.entry.files
-            }
-            for name in self.storage.list_names(self._segments) or ():
-                if name not in named:
-                    self.storage.remove(self._segments / name)
+            self._catalogue.begin()
+            try:
+                entries = self._catalogue.segments()
+                named = {file_name(entry.number, kind) for entry in entries for kind in entry.files}
+                for name in self.storage.list_names(self._segments) or ():
+                    if number_of(name) is not None and name not in named:
+                        self.storage.remove(self._segments / name)
+            finally:
+                self._catalogue.rollback()
+        self._wipe_if_erased()
 
 
 def _segments_of(snapshot: Snapshot) -> list[Segment]:

@@ -6,7 +6,8 @@ Owns verification, repair and backup. Never searches, and never changes what is 
    only segments that are new.
    What jobs keep beside the gallery comes along, so that they go on with the copy.
 2. Repair never guesses. A derived file is written anew from its exact one and must come out byte for byte; an exact file is
-   taken from a backup that holds the very file; a database only together with the backup's whole state.
+   taken from a backup that holds the very file; a database only together with the backup's whole state. Counters are computed
+   from the rows.
 3. Nothing half-written has a name that is read: files get theirs when they are whole and synced.
 """
 
@@ -25,8 +26,9 @@ from numpy.typing import NDArray
 
 from biodedup.errors import CallerError, GalleryDamaged, InvalidInput, NotAGallery
 from biodedup.gallery import packed
-from biodedup.gallery.catalogue import Catalogue
+from biodedup.gallery.catalogue import Catalogue, State
 from biodedup.gallery.column_file import ColumnFile, open_column_file
+from biodedup.gallery.counters import Held, recomputed
 from biodedup.gallery.gallery import (
     BACKLOG_NAME,
     DATABASE_NAME,
@@ -53,6 +55,8 @@ from biodedup.gallery.segment import (
 from biodedup.gallery.storage import NEW_SUFFIX, Storage
 from biodedup.values import COLUMNS
 
+COUNTERS = "counters"
+"""Kind of a problem with these."""
 ASIDE_FOLDER = "damaged"
 """Where a restored gallery keeps what it replaced."""
 
@@ -95,6 +99,8 @@ class _Manifest:
     problems: list[Problem]
     tombstones: NDArray[np.int64]
     journal_ids: list[str]
+    counters: State
+    held: Held
 
 
 def inspect(storage: Storage, folder: Path) -> list[Problem]:
@@ -104,6 +110,12 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
     """
     try:
         with _connected(storage, folder) as catalogue:
+            if _counters(catalogue) is None:
+                return [
+                    Problem(
+                        None, COUNTERS, "its counters are lost; `biodedup doctor --repair` computes them from the rows"
+                    )
+                ]
             database = [Problem(None, "journal", text) for text in catalogue.problems()]
             if database:
                 return database
@@ -113,6 +125,10 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
             raise
         return [Problem(None, "journal", str(error))]
     problems = list(manifest.problems)
+    if (counted := recomputed(manifest.counters, manifest.held)) != manifest.counters:
+        problems.append(
+            Problem(None, COUNTERS, f"its counters say {_told(manifest.counters)}, its rows {_told(counted)}")
+        )
     for (number, kind), file in manifest.files.items():
         problems += [Problem(number, kind, text) for text in file.problems()]
     damaged = {problem.segment for problem in problems}
@@ -131,10 +147,14 @@ def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[s
     with translated(f"repairing {folder}"):
         lock = storage.lock(folder / LOCK_NAME)
         try:
+            done: list[str] = []
             found = _inspect_or_lost(storage, folder)
+            if any(problem.kind == COUNTERS for problem in found):
+                done = _recount(storage, folder)
+                found = _inspect_or_lost(storage, folder)
             if any(problem.segment is None for problem in found):
-                return _restore(storage, folder, backup)
-            return _mend(storage, folder, found, backup)
+                return done + _restore(storage, folder, backup)
+            return done + _mend(storage, folder, found, backup)
         finally:
             lock.release()
 
@@ -170,13 +190,13 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
 
 
 @contextmanager
-def _connected(storage: Storage, folder: Path) -> Iterator[Catalogue]:
+def _connected(storage: Storage, folder: Path, *, read_only: bool = True) -> Iterator[Catalogue]:
     with translated(f"reading {folder}"):
         if DATABASE_NAME not in (storage.list_names(folder) or ()):
             if storage.list_names(folder / SEGMENT_FOLDER):
                 raise GalleryDamaged(f"{folder} holds segments and no {DATABASE_NAME}; restore it from a backup")
             raise NotAGallery(f"{folder} holds no gallery")
-        catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=True))
+        catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
         try:
             check_format(storage, catalogue, folder)
             yield catalogue
@@ -190,7 +210,7 @@ def _manifest(
     """copy: gets the database as of the same version."""
     catalogue.begin_reading()  # while this lasts no writer can retire a file that is not open here yet
     try:
-        entries = catalogue.segments()
+        entries, state = catalogue.segments(), catalogue.state()
         files, problems = {}, []
         for entry in entries:
             for kind, digest in entry.files.items():
@@ -208,12 +228,14 @@ def _manifest(
         journal = [subject_id for row, subject_id, *_ in catalogue.subjects() if row not in gone]
         return _Manifest(
             catalogue.meta()["gallery_id"],
-            catalogue.state().version,
+            state.version,
             entries,
             files,
             problems,
             np.array(removed, np.int64),
             journal,
+            state,
+            _held(catalogue, entries),
         )
     finally:
         catalogue.rollback()
@@ -275,6 +297,25 @@ def _doubles(manifest: _Manifest) -> list[Problem]:
     ]
 
 
+def _counters(catalogue: Catalogue) -> State | None:
+    """None where they are lost or damaged."""
+    try:
+        return catalogue.state()
+    except (GalleryDamaged, KeyError, TypeError, ValueError):
+        return None
+
+
+def _held(catalogue: Catalogue, entries: Sequence[SegmentEntry]) -> Held:
+    changes = len(catalogue.answers()) + sum(1 for _ in catalogue.verdicts())
+    return Held(entries, [row for row, *_ in catalogue.subjects()], catalogue.removal_versions(), changes)
+
+
+def _told(state: State) -> str:
+    return (
+        f"rows {state.row_count}, next segment {state.next_segment}, version {state.version}, commits {state.commits}"
+    )
+
+
 # mending ---------------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +324,19 @@ def _inspect_or_lost(storage: Storage, folder: Path) -> list[Problem]:
         return inspect(storage, folder)
     except (GalleryDamaged, NotAGallery) as error:
         return [Problem(None, "journal", str(error))]
+
+
+def _recount(storage: Storage, folder: Path) -> list[str]:
+    """Another writer, if there is one, finds a commit that is not its own, and stops."""
+    with _connected(storage, folder, read_only=False) as catalogue:
+        catalogue.begin()
+        try:
+            counted = recomputed(_counters(catalogue), _held(catalogue, catalogue.segments()))
+            catalogue.set_state(counted)
+            catalogue.commit()
+        finally:
+            catalogue.rollback()
+    return [f"database: counters computed from the rows: {_told(counted)}"]
 
 
 def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path | None) -> list[str]:

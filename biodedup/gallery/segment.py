@@ -9,6 +9,7 @@ the lower halves of its codes), and two that are derived and can be rebuilt: `12
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from biodedup.gallery.codes import BLOCK_ROWS, Codes, joined, lower_halves, plan
 from biodedup.gallery.column_file import BLOCK_BYTES, ColumnFile, Stream, open_column_file, write_column_file
 from biodedup.gallery.packed import Packed
 from biodedup.gallery.part import PIECE_ROWS, Answers, Column, Int64, Rows, sorted_lookup
-from biodedup.gallery.storage import Storage
+from biodedup.gallery.storage import NEW_SUFFIX, Storage
 from biodedup.gallery.tail import cells_of
 from biodedup.values import COLUMNS, Float32
 
@@ -41,9 +42,27 @@ _REST_BLOCK_BYTES = 1 << 12  # the rests of single rows are read, from anywhere
 _LOOKUP_ROWS = 1 << 20  # entries of a look-up sorted at once
 
 
+_KINDS = (SUBJECT, ENCOUNTER, *DERIVED, *COLUMNS, *(column + REST for column in COLUMNS))
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
+
+
 def file_name(number: int, kind: str) -> str:
     """kind: `subject`, `encounter`, a column, or one of DERIVED."""
     return f"{number}.{kind}"
+
+
+def number_of(name: str) -> int | None:
+    """The segment that a file is of, by its name, finished or in the making; None for a file that is not ours."""
+    number, _, kind = name.removesuffix(NEW_SUFFIX).partition(".")
+    return int(number) if _NUMBER.fullmatch(number) and kind in _KINDS else None
+
+
+def unused_number(storage: Storage, folder: Path, number: int) -> int:
+    """The first one from `number` on of which no file is there."""
+    taken = {number_of(name) for name in storage.list_names(folder) or ()}
+    while number in taken:
+        number += 1
+    return number
 
 
 @dataclass(frozen=True)
@@ -448,7 +467,7 @@ def rebuild_lookup(storage: Storage, folder: Path, number: int, gallery_id: str,
     entries = sorted_lookup(np.concatenate([np.zeros(0, np.uint64), *hashes]))
     about = {"gallery": gallery_id, "segment": number, "kind": kind}
     streams = _lookup_streams([(entries, _Shift(0))], count)
-    return write_column_file(storage, folder / file_name(number, kind), about, streams)
+    return write_column_file(storage, folder / file_name(number, kind), about, streams, replaces=True)
 
 
 def _watched(pieces: Iterable[NDArray[Any]], go_on: Callable[[], bool]) -> Iterator[NDArray[Any]]:
