@@ -484,7 +484,7 @@ class Gallery:
 
     def _take_number(self) -> int:
         self._process.check()
-        with self.lock:
+        with self.lock, translated("choosing a segment's number"):
             number = unused_number(self.storage, self._segments, self._state.next_segment)
             self._state = replace(self._state, next_segment=number + 1)
             return number

@@ -29,6 +29,7 @@ from biodedup.gallery import packed
 from biodedup.gallery.catalogue import Catalogue, State
 from biodedup.gallery.column_file import ColumnFile, open_column_file
 from biodedup.gallery.counters import Held, recomputed
+from biodedup.gallery.exposure import ASIDE_FOLDER
 from biodedup.gallery.gallery import (
     BACKLOG_NAME,
     DATABASE_NAME,
@@ -42,6 +43,8 @@ from biodedup.gallery.gallery import (
     translated,
 )
 from biodedup.gallery.part import PIECE_ROWS
+from biodedup.gallery.private import refuse_link
+from biodedup.gallery.removal import refuse_foreign
 from biodedup.gallery.segment import (
     DERIVED,
     ENCOUNTER,
@@ -50,6 +53,7 @@ from biodedup.gallery.segment import (
     Segment,
     SegmentEntry,
     file_name,
+    number_of,
     rebuild_lookup,
 )
 from biodedup.gallery.storage import NEW_SUFFIX, Storage
@@ -57,9 +61,6 @@ from biodedup.values import COLUMNS
 
 COUNTERS = "counters"
 """Kind of a problem with these."""
-ASIDE_FOLDER = "damaged"
-"""Where a restored gallery keeps what it replaced."""
-
 _COPY_BYTES = 1 << 20
 
 
@@ -145,6 +146,7 @@ def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[s
     Raises GalleryBusy where a writer is at work, InvalidInput where the backup is of another gallery or damaged itself.
     """
     with translated(f"repairing {folder}"):
+        refuse_link(folder / SEGMENT_FOLDER)
         lock = storage.lock(folder / LOCK_NAME)
         try:
             done: list[str] = []
@@ -166,13 +168,10 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
     GalleryDamaged where the source is damaged, StorageUnavailable; the target's earlier state is whole until the new one is.
     """
     with translated(f"backing up to {target}"):
-        if storage.list_names(target / SEGMENT_FOLDER) is None:
-            names = storage.list_names(target)
-            if names:
-                raise InvalidInput(
-                    f"{target} holds {len(names)} other files; name an empty folder or an earlier backup"
-                )
+        _refuse_target(storage, folder, target)
+        if storage.list_names(target) is None:
             storage.make_folder(target)
+        if storage.list_names(target / SEGMENT_FOLDER) is None:
             storage.make_folder(target / SEGMENT_FOLDER)
         lock = storage.lock(target / LOCK_NAME)
         try:
@@ -184,6 +183,17 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
             return copied
         finally:
             lock.release()
+
+
+def _refuse_target(storage: Storage, folder: Path, target: Path) -> None:
+    """Raises InvalidInput or NotAGallery for a folder that is not for a backup of this gallery."""
+    source, resolved = folder.resolve(), target.resolve()
+    if resolved == source or (source / SEGMENT_FOLDER) in (resolved, *resolved.parents):
+        raise InvalidInput(f"{target} is in the gallery itself; name an empty folder or an earlier backup")
+    refuse_foreign(storage, target)
+    if DATABASE_NAME in (storage.list_names(target) or ()):
+        with _connected(storage, target):
+            pass  # a database of ours
 
 
 # verifying -------------------------------------------------------------------------------------------------------
@@ -379,7 +389,8 @@ def _restore(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
         raise InvalidInput(f"{backup} is damaged itself ({found[0]}); name another backup")
     with _connected(storage, backup) as catalogue:
         gallery_id = catalogue.meta()["gallery_id"]
-    for name in storage.list_names(folder / SEGMENT_FOLDER) or ():
+    refuse_link(folder / SEGMENT_FOLDER)
+    for name in filter(number_of, storage.list_names(folder / SEGMENT_FOLDER) or ()):
         try:
             about = open_column_file(storage, folder / SEGMENT_FOLDER / name).about
         except GalleryDamaged:
@@ -407,7 +418,7 @@ def _copy(storage: Storage, source: Path, target: Path, *, check_kept: bool, asi
         manifest = _manifest(storage, source, catalogue, copy)
     if manifest.problems:
         raise GalleryDamaged(f"{source}: {manifest.problems[0]}; run `biodedup doctor`")
-    present = set(storage.list_names(target / SEGMENT_FOLDER) or ())
+    present = {name for name in storage.list_names(target / SEGMENT_FOLDER) or () if number_of(name) is not None}
     if DATABASE_NAME in (storage.list_names(target) or ()):
         with _connected(storage, target) as catalogue:
             if catalogue.meta()["gallery_id"] != manifest.gallery_id:

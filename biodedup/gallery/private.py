@@ -13,6 +13,7 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from biodedup.errors import NotAGallery
 
@@ -30,9 +31,16 @@ def create_private(path: Path) -> int:
     return file
 
 
+def open_private(path: Path) -> BinaryIO:
+    """As `create_private`, buffered."""
+    return os.fdopen(create_private(path), "wb")
+
+
 def make_private_folder(folder: Path) -> None:
     """With the folders above it. One that is there stays as it is. Raises FileExistsError where it is a file."""
-    folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+    if not folder.parent.exists():
+        make_private_folder(folder.parent)
+    folder.mkdir(FOLDER_MODE, exist_ok=True)
 
 
 def refuse_link(path: Path) -> None:

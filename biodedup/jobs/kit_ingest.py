@@ -26,6 +26,7 @@ from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.kit_file import BatchReader, Record
 from biodedup.jobs.kit_keys import PublicKey, load_trusted
 from biodedup.jobs.kit_ledger import Ledger, Taker
@@ -182,7 +183,7 @@ def ingest_batches(
     check_table_name(out)
     keys = load_trusted(trusted)
     with translated(f"writing beside {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(out.parent)
     examined = []
     for number, path in enumerate(batches, start=1):
         examined.append(examine_batch(path, keys))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.results import write_json
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def make_keys(kit_id: str, out: Path, *, clock: Callable[[], float] = time.time)
     private = made.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()).decode()
     public = made.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo).decode()
     with translated(f"writing {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(out.parent)
         with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump({"kit_id": kit_id, "made_at": made_at, "private_key": private}, file, indent=2)
             file.flush()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,8 @@ from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, InvalidInput
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder, open_private
+from biodedup.gallery.removal import remove_gallery
 from biodedup.gallery.storage import LocalStorage
 from biodedup.jobs.kit_file import BatchReader, BatchWriter, Record, decode, encode
 from biodedup.jobs.kit_keys import KitKey, load_key
@@ -127,21 +128,22 @@ def pack_batch(
     kit = load_key(key)
     planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max)
     with translated(f"writing beside {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(out.parent)
     lock = LocalStorage().lock(key.with_suffix(".lock"))
     try:
         state = _state(kit)
         replaced = _replaced(out, kit, planned)
         work = out.with_name(out.name + ".work")
         judge = _Judge(config, work / "records")
-        shutil.rmtree(work / "gallery", ignore_errors=True)
-        temporary = out.with_name(out.name + ".tmp")
+        with translated(f"clearing {work}"):
+            remove_gallery(LocalStorage(), work / "gallery")
+        temporary = out.with_name(f".{out.name}.new")
         records: list[PackedRecord] = []
         unsearched = 0
         with (
             Engine.open(work / "gallery", config) as engine,
             translated(f"writing {out}"),
-            temporary.open("wb") as file,
+            open_private(temporary) as file,
         ):
             writer = BatchWriter(file, kit)
             for low in range(0, len(planned), config.batch_size):
@@ -199,7 +201,7 @@ class _Judge:
         settings = {name: config.to_dict()[name] for name in ("face", "finger", "capture")}
         self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
         with translated(f"writing {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(folder)
 
     def judged(
         self, chunk: Sequence[Planned]
@@ -228,7 +230,8 @@ class _Judge:
                 remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
                 with translated(f"writing {paths[i]}"):
                     temporary = paths[i].with_suffix(".tmp")
-                    temporary.write_bytes(encode(remembered))
+                    with open_private(temporary) as file:
+                        file.write(encode(remembered))
                     temporary.replace(paths[i])
         for planned, own, judged in zip(chunk, captures, known, strict=True):
             assert judged is not None, "every one was judged"
