@@ -54,7 +54,7 @@ from biodedup.gallery.segment import (
     write_segment,
 )
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
+from biodedup.gallery.storage import NEW_SUFFIX, ODD_CONTENT, Lock, Storage, unavailable
 from biodedup.gallery.tail import Tail, TailPart
 from biodedup.gallery.transaction import Transaction
 from biodedup.gallery.upgrade import OLD_FORMAT, upgrade
@@ -255,6 +255,8 @@ class Gallery:
             try:
                 self._catalogue.begin_reading()
                 yield
+            except ODD_CONTENT as error:
+                raise _never_written(self.folder, error) from error
             finally:
                 try:
                     self._catalogue.rollback()
@@ -512,12 +514,8 @@ class Gallery:
                     return self._read()
                 finally:
                     self._catalogue.rollback()
-        except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:  # what no page check sees
-            if isinstance(error, BiodedupError):
-                raise
-            raise GalleryDamaged(
-                f"{self.folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
-            ) from error
+        except ODD_CONTENT as error:  # what no page check sees
+            raise _never_written(self.folder, error) from error
 
     def _read(self) -> tuple[Snapshot, Tail]:
         meta = self._catalogue.meta()
@@ -536,6 +534,12 @@ class Gallery:
                 f"{self.folder}: {tail.end_row} rows, wanted {self._state.row_count}; run `biodedup doctor`"
             )
         tombstones = np.array(self._catalogue.tombstones(), np.int64)
+        if len(tombstones) and not 0 <= tombstones[0] <= tombstones[-1] < tail.end_row:
+            raise GalleryDamaged(f"{self.folder}: rows are removed that were never given out; run `biodedup doctor`")
+        for segment in segments:
+            for name, column in segment.columns.items():
+                if name not in models or models[name].dimension != column.dimension:
+                    raise segment.files[name].damaged("its vectors are of another model than the gallery's")
         bare = tail.first_row + np.flatnonzero(tail.presence.view() == 0)
         if len(np.setdiff1d(bare, tombstones)):
             raise GalleryDamaged(f"{self.folder}: the journal lacks templates; run `biodedup doctor`")
@@ -565,6 +569,10 @@ class Gallery:
         for name, (positions, vectors, minutiae, quality) in cells.items():
             dimension = models[name].dimension
             matrix = None if dimension is None else np.frombuffer(b"".join(vectors), "<f4").reshape(-1, dimension)
+            if matrix is not None and not np.isfinite(matrix).all():
+                raise GalleryDamaged(
+                    f"{self.folder}: column {name} of the journal holds no numbers; run `biodedup doctor`"
+                )
             loaded[name] = (positions, matrix, minutiae, quality)
         tail.load(
             [(subject_id, encounter_id, group_set) for _, subject_id, encounter_id, group_set in subjects], loaded
@@ -584,6 +592,15 @@ class Gallery:
             finally:
                 self._catalogue.rollback()
         self._wipe_if_erased()
+
+
+def _never_written(folder: Path, error: Exception) -> BiodedupError:
+    """The error for content that contradicts itself; those of the tree stay."""
+    if isinstance(error, BiodedupError):
+        return error
+    return GalleryDamaged(
+        f"{folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
+    )
 
 
 def _segments_of(snapshot: Snapshot) -> list[Segment]:
@@ -635,6 +652,8 @@ def _upgrade(storage: Storage, folder: Path) -> None:
 
 def _format_stored(catalogue: Catalogue) -> str | None:
     """What the settings say the format is; None where they are damaged, or another program's."""
+    if not catalogue.has_own("meta"):
+        return None
     try:
         return catalogue.meta().get("format")
     except (GalleryDamaged, sqlite3.DatabaseError, ValueError):
@@ -665,6 +684,7 @@ def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
             f"{folder} has format {format_version}, this version reads {FORMAT_VERSION}; "
             + ("open it for writing once" if format_version == OLD_FORMAT else "open it with the version that wrote it")
         )
+    catalogue.check_schema()
 
 
 @contextmanager

@@ -56,7 +56,7 @@ from biodedup.gallery.segment import (
     number_of,
     rebuild_lookup,
 )
-from biodedup.gallery.storage import NEW_SUFFIX, Storage
+from biodedup.gallery.storage import NEW_SUFFIX, ODD_CONTENT, Storage
 from biodedup.values import COLUMNS
 
 COUNTERS = "counters"
@@ -110,21 +110,25 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
     Raises NotAGallery, StorageUnavailable.
     """
     try:
-        with _connected(storage, folder) as catalogue:
-            if _counters(catalogue) is None:
-                return [
-                    Problem(
-                        None, COUNTERS, "its counters are lost; `biodedup doctor --repair` computes them from the rows"
-                    )
-                ]
-            database = [Problem(None, "journal", text) for text in catalogue.problems()]
-            if database:
-                return database
-            manifest = _manifest(storage, folder, catalogue)
-    except (GalleryDamaged, ValueError, KeyError, IndexError) as error:
+        return _inspected(storage, folder)
+    except ODD_CONTENT as error:
         if isinstance(error, CallerError):
             raise
+        return [Problem(None, "journal", f"{type(error).__name__}: {error}")]
+    except GalleryDamaged as error:
         return [Problem(None, "journal", str(error))]
+
+
+def _inspected(storage: Storage, folder: Path) -> list[Problem]:
+    with _connected(storage, folder) as catalogue:
+        if _counters(catalogue) is None:
+            return [
+                Problem(None, COUNTERS, "its counters are lost; `biodedup doctor --repair` computes them from the rows")
+            ]
+        database = [Problem(None, "journal", text) for text in catalogue.problems()]
+        if database:
+            return database
+        manifest = _manifest(storage, folder, catalogue)
     problems = list(manifest.problems)
     if (counted := recomputed(manifest.counters, manifest.held)) != manifest.counters:
         problems.append(
@@ -136,7 +140,10 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
     for entry in manifest.entries:
         if entry.number not in damaged:
             files = {kind: manifest.files[entry.number, kind] for kind in entry.files}
-            problems += _contradictions(Segment(entry, files))
+            try:
+                problems += _contradictions(Segment(entry, files))
+            except GalleryDamaged as error:
+                problems.append(Problem(entry.number, SUBJECT, str(error)))
     return problems or _doubles(manifest)
 
 
@@ -311,7 +318,7 @@ def _counters(catalogue: Catalogue) -> State | None:
     """None where they are lost or damaged."""
     try:
         return catalogue.state()
-    except (GalleryDamaged, KeyError, TypeError, ValueError):
+    except (GalleryDamaged, *ODD_CONTENT):
         return None
 
 

@@ -20,6 +20,8 @@ import fcntl
 import mmap
 import os
 import sqlite3
+import struct
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +37,19 @@ NEW_SUFFIX = ".new"
 _BUFFER_BYTES = 1 << 20
 _WIPED_BYTES_KEPT = 1 << 22
 """A wiped journal keeps its space up to this size: the next commit then needs no new blocks of the disk."""
+ODD_CONTENT = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Python raises for stored content that no writer of ours wrote; to be reported as GalleryDamaged where it is read."""
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
 
