@@ -95,9 +95,9 @@ def test_doctor_counts_subjects_that_are_enrolled_twice_and_no_removed_ones(tmp_
         assert engine.problems() == []
         with engine._gallery.transaction() as transaction:  # what `add` would refuse
             template = bd.Template("face", transaction.models["face"].model_id, PEOPLE[5])
-            transaction.tail.subject_ids.append("s4")
             transaction._catalogue.add_subjects([(transaction.tail.end_row, "s4", "", 0)])
             transaction._catalogue.add_cells([(transaction.tail.end_row, template)])
+            transaction.tail.append(["s4"], "", 0, {"face": [template]})
             transaction.content_changed = True
         assert engine.problems() == ["database, subject: 2 of its subjects are enrolled twice"]
 

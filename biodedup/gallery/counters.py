@@ -33,12 +33,11 @@ def recomputed(known: State | None, held: Held) -> State:
     row_count = max(ends, default=0)
     least = max(held.versions, default=0)
     if known is None:  # no content has had more versions than that
-        known = State(version=row_count + len(held.versions) + held.changes)
-    version = max(known.version, least)
+        most = row_count + len(held.versions) + held.changes
+        known = State(version=most, commits=most)
     counted = replace(
         known,
-        version=version,
-        commits=max(known.commits, version),
+        version=max(known.version, least),
         row_count=row_count,
         next_segment=max(known.next_segment, *(entry.number + 1 for entry in held.entries), 1),
     )

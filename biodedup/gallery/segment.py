@@ -236,18 +236,24 @@ class SegmentColumn:
         self._check_vectors()
 
     def _check_vectors(self) -> None:
-        file, count, dimension = self._file, self.count, self.dimension
-        if dimension is None or self.codec is None:
+        file, count, dimension, card = self._file, self.count, self.dimension, self._file.about.get("codec")
+        if dimension is None or card is None:
             if dimension is not None:  # of format 2
                 file.expect("code", "|i1", (count, dimension))
                 file.expect("scale", "<f4", (count,))
+            elif card is not None:
+                raise file.damaged("a codec without vectors")
             return
-        shape = plane_shape(count, self.codec.scanned)
+        padded, scanned = -(-dimension // STEP) * STEP, card.get("scanned") if type(card) is dict else None
+        if type(scanned) is not int or not STEP <= scanned <= padded or scanned % STEP:
+            raise file.damaged("what it says of its codec")
+        shape = plane_shape(count, scanned)
+        file.expect("rotation", "<f4", (padded, dimension))
         file.expect("plane", "|u1", shape)
         file.expect("norm", "<f4", (shape[0] * BLOCK_ROWS,))
         if self._rest is None:
             raise file.damaged("its rest is missing")
-        self._rest.expect("rest", "|u1", (count, self.codec.rest_bytes))
+        self._rest.expect("rest", "|u1", (count, padded - scanned // 2))
 
     def _all_positions(self) -> NDArray[np.uint32]:
         positions = self._file.read("position")
@@ -275,9 +281,6 @@ class SegmentColumn:
         card = self._file.about.get("codec")
         if card is None:
             return None
-        if self.dimension is None:
-            raise self._file.damaged("a codec without vectors")
-        self._file.expect("rotation", "<f4", (-(-self.dimension // STEP) * STEP, self.dimension))
         try:
             return Codec.from_card(card, self._file.read("rotation"))
         except ODD_CONTENT as error:
@@ -629,7 +632,10 @@ def _presence_counts(sources: Sequence[_Source]) -> dict[str, int]:
     counts = np.zeros(1 << len(COLUMNS), np.int64)
     for source in sources:
         for low, high, keep in source.pieces():
-            counts += np.bincount(_kept(source.part.presence(low, high), keep), minlength=len(counts))
+            bits = _kept(source.part.presence(low, high), keep)
+            if len(bits) and bits.max() >= len(counts):
+                raise GalleryDamaged("a row has templates in columns that there are not; run `biodedup doctor`")
+            counts += np.bincount(bits, minlength=len(counts))
     return {str(bits): int(counts[bits]) for bits in np.flatnonzero(counts)}
 
 
