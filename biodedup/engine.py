@@ -98,8 +98,7 @@ class Engine:
         known = Calibrations(self._extractor.cards, self._drawn, own_strangers=config.policy.own_strangers)
         self._matcher = CylinderMatcher(config.threads)
         self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
-        self.pairs = PairComparer(known, self._comparer)
-        """Compares two sets of templates as searches of this gallery do."""
+        self._pairs = PairComparer(known, self._comparer)
         self._searcher = Searcher(self._comparer, config.search, config.threads, config.policy)
         self._preparer = Preparer(gallery, self._extractor, known, config)
         self._searches = Searches(gallery, self._searcher)
@@ -144,13 +143,14 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Releases the gallery. Closing twice does nothing."""
+        """Releases the gallery. Closing twice does nothing, nor does closing in a child of a fork: it is the parent's."""
         if not self._closed:
             self._closed = True
             self._extractor.close()
             self._gallery.close()
-            self._searcher.close()
-            self._matcher.close()
+            if self._gallery.is_of_this_process:
+                self._searcher.close()
+                self._matcher.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -172,6 +172,12 @@ class Engine:
     def gallery_version(self) -> int:
         """Grows by one with every durable change."""
         return self._gallery.snapshot().version
+
+    @property
+    def pairs(self) -> PairComparer:
+        """Compares two sets of templates as searches of this gallery do."""
+        self._gallery.check_process()
+        return self._pairs
 
     # decided enrolment ------------------------------------------------------------------------------------------
 
@@ -574,6 +580,7 @@ class Engine:
         return Drawn(key, len(rows), lambda: snapshot.embeddings(rows, column))
 
     def _check_open(self) -> None:
+        self._gallery.check_process()
         if self._closed:
             raise EngineClosed("the engine was closed; open it again")
 

@@ -104,6 +104,12 @@ class FailingStorage(LocalStorage):
     def replace(self, source, target):
         return self._call("replace", source, target)
 
+    def claim(self, source, target):
+        return self._call("claim", source, target)
+
+    def wipe(self, path):
+        return self._call("wipe", path)
+
     def remove(self, path):
         return self._call("remove", path)
 
@@ -321,6 +327,11 @@ class OrderedStorage(LocalStorage):
     def replace(self, source, target):
         assert source.name not in self.unsynced, f"{source.name} gets its name before it is synced"
         super().replace(source, target)
+        self.unsynced.add(target.name)
+
+    def claim(self, source, target):
+        assert source.name not in self.unsynced, f"{source.name} gets its name before it is synced"
+        super().claim(source, target)
         self.unsynced.add(target.name)
 
     def sync_folder(self, folder):

@@ -96,9 +96,9 @@ def test_doctor_counts_subjects_that_are_enrolled_twice_and_no_removed_ones(tmp_
         assert engine.problems() == []
         with engine._gallery.transaction() as transaction:  # what `add` would refuse
             template = bd.Template("face", transaction.models["face"].model_id, PEOPLE[5])
-            transaction.tail.subject_ids.append("s4")
             transaction._catalogue.add_subjects([(transaction.tail.end_row, "s4", "", 0)])
             transaction._catalogue.add_cells([(transaction.tail.end_row, template)])
+            transaction.tail.append(["s4"], "", 0, {"face": [template]})
             transaction.content_changed = True
         assert engine.problems() == ["database, subject: 1 rows are not the first of their subject, 0 are counted"]
 
@@ -311,7 +311,7 @@ def test_a_column_file_gives_back_what_was_written_in_whatever_pieces(tmp_path, 
         )
         for name, values in written.items()
     ]
-    digest = write_column_file(LocalStorage(), tmp_path / "f", {"kind": "x"}, streams)
+    digest = write_column_file(LocalStorage(), tmp_path / "f", {"kind": "x"}, streams, replaces=True)
     file = open_column_file(LocalStorage(), tmp_path / "f")
     assert (file.digest, file.about, list(file.problems())) == (digest, {"kind": "x"}, [])
     for name, values in written.items():

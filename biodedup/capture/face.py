@@ -10,7 +10,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from biodedup.capture.formats import Pixels
@@ -61,6 +60,8 @@ class FaceDetector:
 
     def __init__(self, config: FaceConfig, weights: Path) -> None:
         self._config = config
+        import onnxruntime  # only where it is used: its threads keep a forked child from ending
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # 2 ms an image: captures run side by side instead
         options.inter_op_num_threads = 1

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from biodedup.capture.minutiae_record import MinutiaeRecord
 from biodedup.capture.nbis_parts import MINUTIAE_MAX, extract
 from biodedup.values import Float32
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 CONFIDENCE_MIN = 0.2
 """BOZORTH3's equal error rates at 0.2, 0.3, 0.4 and 0.6, the authors' choice, are 2.7, 4.9, 4.9, 5.1 % on FVC2002 DB1_B, 0.9, 2.0, 1.8,
@@ -54,6 +57,8 @@ class Leader:
     def _loaded(self) -> onnxruntime.InferenceSession:
         with self._lock:
             if self._session is None:
+                import onnxruntime  # only where it is used: its threads keep a forked child from ending
+
                 options = onnxruntime.SessionOptions()
                 options.intra_op_num_threads = options.inter_op_num_threads = 1
                 options.log_severity_level = 3

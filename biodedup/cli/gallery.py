@@ -178,7 +178,12 @@ def doctor(
     if as_json:
         print_json(asdict(report))
     else:
-        for word, lines in (("mended", report.mended), ("sound", report.checked), ("damaged", report.problems)):
+        for word, lines in (
+            ("mended", report.mended),
+            ("sound", report.checked),
+            ("exposed", report.exposed),
+            ("damaged", report.problems),
+        ):
             for line in lines:
                 out.print(f"{word:<8} {line}", markup=False, soft_wrap=True)
     raise typer.Exit(Exit.DAMAGED if report.problems else Exit.DONE)

@@ -5,13 +5,17 @@ Owns the session, batching and normalisation that a card prescribes. Never align
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from biodedup.embed.cards import ModelCard
 from biodedup.errors import ModelCardError
 from biodedup.values import Float32
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 BATCH = 4
 """Images a call: the fastest of 1, 2, 4, 8, 16 for SFace (its activations stay in the cache; one core, 2026-11)."""
@@ -21,6 +25,8 @@ def open_session(card: ModelCard, threads: int) -> onnxruntime.InferenceSession:
     """The card's weights, checked and loaded. Raises ModelCardError."""
     card.verify()
     assert card.weights is not None and card.dimension is not None, "an embedding's card has both"
+    import onnxruntime  # only where it is used: its threads keep a forked child from ending
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

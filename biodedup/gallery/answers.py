@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from biodedup.capture.reading import Unread
-from biodedup.errors import EncounterConflict
+from biodedup.errors import EncounterConflict, GalleryDamaged
 from biodedup.values import (
     Candidate,
     CaptureData,
@@ -80,8 +80,14 @@ def to_json(decision: Decision) -> str:
 
 
 def from_json(text: str) -> Decision:
-    """The decision that `to_json` wrote."""
-    fields = json.loads(text)
+    """The decision that `to_json` wrote. Raises GalleryDamaged for anything else."""
+    try:
+        return _decision(json.loads(text))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise GalleryDamaged(f"an answer is no decision ({type(error).__name__}); run `biodedup doctor`") from error
+
+
+def _decision(fields: Mapping[str, Any]) -> Decision:
     verdict = fields.get("adjudicated")
     return Decision(
         **{

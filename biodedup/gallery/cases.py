@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
-from biodedup.errors import EncounterConflict, InvalidInput
+from biodedup.errors import EncounterConflict, GalleryDamaged, InvalidInput
 from biodedup.gallery.answers import from_json
 from biodedup.gallery.catalogue import Catalogue
 from biodedup.gallery.snapshot import Snapshot
@@ -67,7 +67,8 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
     if answer is None or not is_review(answer[1]):
         return None
     first = from_json(answer[1])
-    assert first.subject_id is not None, "only enrolments and updates are kept"
+    if first.subject_id is None:
+        raise GalleryDamaged("a case is of no subject; run `biodedup doctor`")
     stored = catalogue.case(encounter_id)
     if stored is None:  # of a release that did not note what was asked for
         request = Request(snapshot.row_of(first.subject_id) is not None, (), False)

@@ -78,13 +78,15 @@ class ColumnModel:
 class State:
     """Counters. version: of the content, as searches name it; commits: of every transaction, sealing and merging included;
     row_count: rows ever given out; next_segment: the number of the next segment; extra_rows: live rows beyond the first of their
-    subject. All but the last only grow."""
+    subject; all but the last only grow. commit_id: drawn for the last commit, so that its writer knows it from another's of the same
+    number."""
 
     version: int = 0
     commits: int = 0
     row_count: int = 0
     next_segment: int = 1
     extra_rows: int = 0
+    commit_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Catalogue:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self.erased = False
+        """Whether something was deleted that the rollback journal may still hold; the gallery clears it."""
 
     # transactions ---------------------------------------------------------------------------------------------
 
@@ -154,9 +158,8 @@ class Catalogue:
         )  # `encounters` comes with the rows of open cases
 
     def _create(self, table: str) -> None:
-        self._connection.execute(f"CREATE TABLE {table} ({_COLUMNS_OF[table]}, checksum INTEGER NOT NULL)")
-        if table == "verdict":
-            self._connection.execute("CREATE INDEX verdict_encounter ON verdict (encounter_id)")
+        for statement in _schema([table]).values():
+            self._connection.execute(statement)
 
     def _exists(self, table: str) -> bool:
         query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
@@ -168,23 +171,59 @@ class Catalogue:
         first, second, third = (int(self._connection.execute(query).fetchone()[0]) for query in queries)
         return first, second, third
 
+    def check_schema(self) -> None:
+        """Before any table is read. Raises GalleryDamaged where the database holds other things than ours: a trigger or a view
+        would run what its author wrote."""
+        expected, found = _schema(_COLUMNS_OF), set()
+        for kind, name, table, sql in self._connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"):
+            if (kind, name, sql) == ("index", f"sqlite_autoindex_{table}_1", None) and ("table", table) in expected:
+                continue  # of a key that is a text
+            if sql is None or expected.get((kind, name)) != sql:
+                raise GalleryDamaged(
+                    f"the database holds a {kind} {name!r:.60} that is not as this program makes it; restore it from a backup"
+                )
+            found.add((kind, name))
+        if lacking := [name for kind, name in expected if (kind, name) not in found | set(_schema(_ADDED))]:
+            raise GalleryDamaged(f"table {lacking[0]} is lost; restore the database from a backup")
+
+    def has_own(self, table: str) -> bool:
+        """Whether a table is there as we make it."""
+        query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return bool(self._connection.execute(query, (table,)).fetchone() == (_schema([table])["table", table],))
+
     def meta(self) -> dict[str, str]:
         return {key: value for key, value, *_ in self._all("meta")}
 
     def state(self) -> State:
-        return State(**json.loads(self.meta()["state"]))
+        for _, text in self._all("meta", None, "key = ?", ("state",)):
+            try:
+                state = State(**json.loads(text))
+            except (TypeError, ValueError, RecursionError):
+                break
+            values = [(getattr(state, name), default) for name, default in vars(State()).items()]
+            if all(_is_counter(value, default) for value, default in values):
+                return state
+        raise GalleryDamaged("the counters are lost; `biodedup doctor --repair` computes them from the rows")
 
     def set_state(self, state: State) -> None:
         self.put("meta", [("state", json.dumps(vars(state)))])
 
     def models(self) -> dict[str, ColumnModel]:
-        return {COLUMNS[index]: ColumnModel(model_id, dimension) for index, model_id, dimension in self._all("model")}
+        known = list(self._all("model"))
+        if not all(0 <= index < len(COLUMNS) and (size is None or 0 < size <= 1 << 16) for index, _, size in known):
+            raise GalleryDamaged("a row of table model is of no column; run `biodedup doctor`")
+        return {COLUMNS[index]: ColumnModel(model_id, dimension) for index, model_id, dimension in known}
 
     def add_model(self, column: str, model: ColumnModel) -> None:
         self.put("model", [(COLUMNS.index(column), model.model_id, model.dimension)])
 
     def group_sets(self) -> dict[int, frozenset[str]]:
-        return {number: frozenset(json.loads(names)) for number, names in self._all("group_set")}
+        sets = {number: frozenset(json.loads(names)) for number, names in self._all("group_set")}
+        if sorted(sets) != list(range(1, len(sets) + 1)) or not all(
+            type(n) is str for some in sets.values() for n in some
+        ):
+            raise GalleryDamaged("a row of table group_set was never written; run `biodedup doctor`")
+        return sets
 
     def add_group_set(self, number: int, names: Iterable[str]) -> None:
         self.put("group_set", [(number, json.dumps(sorted(names)))])
@@ -228,20 +267,22 @@ class Catalogue:
         self.put("segment", [values])
 
     def drop_segments(self, numbers: Iterable[int]) -> None:
-        self._connection.executemany("DELETE FROM segment WHERE number = ?", ((number,) for number in numbers))
+        self._delete("segment WHERE number = ?", ((number,) for number in numbers))
 
     def tombstones(self) -> list[int]:
         return sorted(row for row, _ in self._all("tombstone"))
 
+    def removal_versions(self) -> list[int]:
+        """Of the content, each of a removal that is still noted."""
+        return [version for _, version in self._all("tombstone")]
+
     def add_tombstone(self, row: int, version: int) -> None:
         """Removes a row; its templates are erased from the journal."""
         self.put("tombstone", [(row, version)])
-        self._connection.execute(
-            "DELETE FROM cell WHERE key BETWEEN ? AND ?", (row * _STRIDE, row * _STRIDE + _STRIDE - 1)
-        )
+        self._delete("cell WHERE key BETWEEN ? AND ?", [(row * _STRIDE, row * _STRIDE + _STRIDE - 1)])
 
     def drop_tombstones(self, rows: Iterable[int]) -> None:
-        self._connection.executemany("DELETE FROM tombstone WHERE row = ?", ((row,) for row in rows))
+        self._delete("tombstone WHERE row = ?", ((row,) for row in rows))
 
     # the journal ------------------------------------------------------------------------------------------------
 
@@ -291,7 +332,7 @@ class Catalogue:
         self.put("pending", [(row, encounter_id)])
 
     def drop_pending(self, row: int) -> None:
-        self._connection.execute("DELETE FROM pending WHERE row = ?", (row,))
+        self._delete("pending WHERE row = ?", [(row,)])
 
     def judged(self) -> dict[int, tuple[int, ...]]:
         """row -> the rows that were judged to be of another person, in both directions."""
@@ -317,8 +358,7 @@ class Catalogue:
         return templates
 
     def drop_held(self, encounter_id: str) -> None:
-        keys = ((f"{encounter_id}/{column}",) for column in COLUMNS)
-        self._connection.executemany("DELETE FROM held WHERE key = ?", keys)
+        self._delete("held WHERE key = ?", ((f"{encounter_id}/{column}",) for column in COLUMNS))
 
     def case(self, encounter_id: str) -> tuple[str, str | None] | None:
         """(what was asked for, the decision as it stands or None while it is the answer's), JSON; None for no case, and for
@@ -345,7 +385,12 @@ class Catalogue:
     def clear_journal(self) -> None:
         """After sealing: the segment has it all."""
         for table in ("subject", "cell", "encounter"):
-            self._connection.execute(f"DELETE FROM {table}")
+            self._delete(table)
+
+    def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
+        """Every deletion goes this way, so that the journal is wiped afterwards."""
+        self._connection.executemany(f"DELETE FROM {which}", values)
+        self.erased = True
 
     # rows with checksums ----------------------------------------------------------------------------------------
 
@@ -366,7 +411,7 @@ class Catalogue:
             f"SELECT * FROM {table}" + (f" WHERE {where}" if where else "") + (f" ORDER BY {order}" if order else "")
         )
         for *values, checksum in self._connection.execute(query, which):
-            if _checksum(values) != checksum:
+            if not _are_of(table, values) or _checksum(values) != checksum:
                 raise GalleryDamaged(f"a row of table {table} is damaged; run `biodedup doctor`")
             yield tuple(values)
 
@@ -381,6 +426,37 @@ def paired(
             if other not in found.get(row, ()):
                 found[row] = (*found.get(row, ()), other)  # most have one: a set would take four times as much memory
     return found
+
+
+def _is_counter(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and (type(value) is str or 0 <= value < 1 << 62)
+
+
+def _schema(tables: Iterable[str]) -> dict[tuple[str, str], str]:
+    """(type, name) -> how it is made."""
+    made = {}
+    for table in tables:
+        made["table", table] = f"CREATE TABLE {table} ({_COLUMNS_OF[table]}, checksum INTEGER NOT NULL)"
+        if table == "verdict":
+            made["index", "verdict_encounter"] = "CREATE INDEX verdict_encounter ON verdict (encounter_id)"
+    return made
+
+
+_NULLABLE = {"dimension", "vector", "minutiae", "quality", "decision", "candidate"}
+_PYTHON_TYPES = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
+_TYPES_OF = {
+    table: [(_PYTHON_TYPES[spec.split()[1]], spec.split()[0] in _NULLABLE) for spec in columns.split(", ")]
+    for table, columns in _COLUMNS_OF.items()
+}
+
+
+def _are_of(table: str, values: Sequence[Any]) -> bool:
+    """Whether values are of the types of the table's columns, which SQLite does not see to."""
+    types = _TYPES_OF[table]
+    return len(values) == len(types) and all(
+        type(value) is kind or (value is None and nullable)
+        for value, (kind, nullable) in zip(values, types, strict=True)
+    )
 
 
 def _checksum(values: Sequence[Any]) -> int:

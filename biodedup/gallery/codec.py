@@ -134,7 +134,21 @@ class Codec:
         law = card["law"]
         similarity, mean, sd = tuple(law["similarity"]), tuple(law["mean"]), tuple(law["sd"])
         measured = ErrorLaw(similarity, mean, sd, law["checked"], tuple(law["lowest"]), law["source"])
-        return cls(np.array(rotation), card["scanned"], measured, card["training_rows"])
+        scanned, counts = card["scanned"], (card["scanned"], card["training_rows"], measured.checked)
+        numbers = np.array([*similarity, *mean, *sd, *measured.lowest], np.float64)
+        if not (
+            all(type(count) is int and count >= 0 for count in counts)
+            and scanned % STEP == 0
+            and STEP <= scanned <= len(rotation)
+            and len(similarity) == len(mean) == len(sd) >= 2
+            and len(measured.lowest) <= measured.checked
+            and np.diff(similarity).min() > 0
+            and min(sd) > 0
+            and np.isfinite(numbers).all()
+            and np.isfinite(rotation).all()
+        ):
+            raise ValueError("a codec that was never made")
+        return cls(np.array(rotation), scanned, measured, card["training_rows"])
 
     def rotate(self, vectors: Float32) -> Float32:
         """float32 (n, D): what the codes stand for; lengths and similarities stay."""

@@ -3,14 +3,18 @@
 Owns this container (FORMAT.md describes it byte by byte). Never knows what the arrays mean.
 
 1. Every byte of a file is covered by a checksum, and every read is checked the first time it touches a block.
-2. Headers and arrays are little-endian; the table of contents is JSON; nothing is pickled.
-3. The digest of a file covers its content; the manifest keeps it, so that a file cannot be taken for another.
+2. Headers and arrays are little-endian; the table of contents is JSON; nothing is pickled. Checksums do not keep out someone who
+   computes them anew: sizes, offsets and counts are checked against the file before they are used.
+3. A file that was cut short while it is open is found before it is read, which would end the process (SIGBUS). What is cut
+   between this check and the read is not.
+4. The digest of a file covers its content; the manifest keeps it, so that a file cannot be taken for another.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +28,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from biodedup.errors import GalleryDamaged
-from biodedup.gallery.storage import NEW_SUFFIX, NewFile, Storage
+from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged
+from biodedup.gallery.storage import NEW_SUFFIX, ODD_CONTENT, NewFile, Storage
 
 MAGIC = b"BIODEDUP"
 VERSION, VERSION_OF_SMALL_BLOCKS = 1, 2
@@ -41,6 +45,8 @@ _FIXED = struct.Struct(
     "<8sIIQQ"
 )  # magic, version, header bytes, file bytes, checksum of the header with this field zero
 _CHECKSUM_AT = _FIXED.size - 8
+_HEADER_BYTES_MAX = 1 << 26
+_DTYPE = re.compile(r"\|[iu]1|<[iu][248]|<f[48]")
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,18 @@ class Stream:
 
 
 def write_column_file(
-    storage: Storage, path: Path, about: dict[str, Any], streams: Sequence[Stream], block_bytes: int = BLOCK_BYTES
+    storage: Storage,
+    path: Path,
+    about: dict[str, Any],
+    streams: Sequence[Stream],
+    block_bytes: int = BLOCK_BYTES,
+    *,
+    replaces: bool = False,
 ) -> str:
-    """Writes a file under its final name, synced (the folder is the caller's to sync). Returns the file's digest."""
+    """Writes a file under its final name, synced (the folder is the caller's to sync). Returns the file's digest.
+
+    replaces: what has the name loses it; otherwise raises GalleryBusy where it is taken.
+    """
     arrays, offset = {}, 0
     for stream in streams:
         offset += -offset % _ALIGN_BYTES
@@ -87,7 +102,16 @@ def write_column_file(
     except BaseException:
         file.discard()
         raise
-    storage.replace(new, path)
+    if replaces:
+        storage.replace(new, path)
+        return _digest(header, table)
+    try:
+        storage.claim(new, path)
+    except FileExistsError:
+        raise GalleryBusy(
+            f"{path.name} is there already: another process writes segments here; try again, or close this engine and open the "
+            "gallery again"
+        ) from None
     return _digest(header, table)
 
 
@@ -181,14 +205,22 @@ class ColumnFile:
             raise self.damaged(f"magic {magic!r}, format {version}, wanted {MAGIC!r} and {VERSION_OF_SMALL_BLOCKS}")
         if file_bytes != len(content):
             raise self.damaged(f"{len(content)} bytes, wanted {file_bytes}")
+        if not _FIXED.size <= header_bytes <= min(_HEADER_BYTES_MAX, file_bytes - 8):
+            raise self.damaged(f"a header of {header_bytes} bytes")
         header = bytearray(content[:header_bytes])
         header[_CHECKSUM_AT : _FIXED.size] = bytes(8)
         if xxhash.xxh3_64_intdigest(header) != checksum:
             raise self.damaged("its header")
-        contents = json.loads(header[_FIXED.size :].rstrip(b"\0"))
-        self.about: dict[str, Any] = contents["about"]
+        try:
+            contents = json.loads(header[_FIXED.size :].rstrip(b"\0"))
+            self.about: dict[str, Any] = contents["about"]
+            self._block_bytes: int = contents.get("block_bytes", BLOCK_BYTES)
+            arrays: dict[str, Any] = dict(contents["arrays"])
+        except ODD_CONTENT:
+            raise self.damaged("its table of contents") from None
         self._start = header_bytes
-        self._block_bytes: int = contents.get("block_bytes", BLOCK_BYTES)
+        if type(self.about) is not dict or self._block_bytes not in {1 << n for n in range(9, 17)}:
+            raise self.damaged("its table of contents")
         self._singly = self._block_bytes < BLOCK_BYTES
         if self._singly:
             content.madvise(mmap.MADV_RANDOM)  # reading ahead would read sixteen times as much as is wanted
@@ -200,15 +232,43 @@ class ColumnFile:
         self.byte_count = file_bytes
         self._checksums = np.frombuffer(table, "<u8")
         self._end = file_bytes - 8 - 8 * blocks
+        if blocks != -(-(self._end - header_bytes) // self._block_bytes):
+            raise self.damaged("its table of checksums")
         self._checked = np.zeros(blocks, bool)
         self._arrays: dict[str, NDArray[Any]] = {}
         self._offsets: dict[str, int] = {}
-        for key, spec in contents["arrays"].items():
-            shape = tuple(spec["shape"])
-            self._offsets[key] = spec["offset"]
-            self._arrays[key] = np.frombuffer(
-                content, spec["dtype"], prod(shape), header_bytes + spec["offset"]
-            ).reshape(shape)
+        for key, spec in arrays.items():
+            dtype, shape, offset = self._specified(key, spec)
+            self._offsets[key] = offset
+            self._arrays[key] = np.frombuffer(content, dtype, prod(shape), header_bytes + offset).reshape(shape)
+
+    def _specified(self, name: str, spec: Any) -> tuple[str, tuple[int, ...], int]:
+        """(dtype, shape, offset) of an array that lies within the file."""
+        try:
+            dtype, shape, offset = spec["dtype"], tuple(spec["shape"]), spec["offset"]
+            whole = all(type(number) is int and number >= 0 for number in (*shape, offset))
+            if whole and 1 <= len(shape) <= 3 and _DTYPE.fullmatch(dtype) and offset % _ALIGN_BYTES == 0:
+                if offset + np.dtype(dtype).itemsize * prod(shape) <= self._end - self._start:
+                    return dtype, shape, offset
+        except ODD_CONTENT:
+            pass
+        raise self.damaged(f"the place of its array {name!r:.40}")
+
+    def expect(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """Raises GalleryDamaged where an array is absent, or of another type or shape."""
+        array = self._arrays.get(name)
+        if array is None or array.dtype.str != dtype or array.shape != shape:
+            raise self.damaged(f"its array {name}, wanted {dtype} {shape}")
+
+    def check_size(self) -> None:
+        """Raises GalleryDamaged where the file was cut short since it was opened."""
+        if self._content.size() < self.byte_count:
+            raise self.damaged("it was cut short while it was open")
+
+    def _check_inside(self, name: str, indices: NDArray[Any]) -> None:
+        self.check_size()
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self._arrays[name]):
+            raise self.damaged(f"its array {name} is asked for what it has not; another file points outside")
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -218,6 +278,7 @@ class ColumnFile:
 
     def read(self, name: str, low: int = 0, high: int | None = None) -> NDArray[Any]:
         """Elements [low, high) along the first axis: a view of the map, checked."""
+        self.check_size()
         array = self._arrays[name]
         part = array[low:high]
         if len(part):
@@ -238,6 +299,7 @@ class ColumnFile:
     def take(self, name: str, indices: NDArray[Any]) -> NDArray[Any]:
         """Some elements along the first axis: a copy, checked. Ascending indices read the disk in order."""
         array = self._arrays[name]
+        self._check_inside(name, indices)
         if len(indices):
             starts = self._offsets[name] + np.asarray(indices, np.int64) * array.strides[0]
             self._check_at(starts, starts + array.strides[0])
@@ -246,6 +308,7 @@ class ColumnFile:
 
     def check_rows(self, name: str, indices: NDArray[np.int64]) -> None:
         """Checks some elements along the first axis, before `unchecked` reads them; the disk is asked for all of them at once."""
+        self._check_inside(name, indices)
         if len(indices):
             array = self._arrays[name]
             starts = self._offsets[name] + indices * array.strides[0]
@@ -258,6 +321,9 @@ class ColumnFile:
 
     def check_spans(self, name: str, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
         """Checks the spans [start, end) of a one-dimensional array of bytes, before `unchecked` reads them."""
+        self.check_size()
+        if not ((starts >= 0) & (starts <= ends) & (ends <= len(self._arrays[name]))).all():
+            raise self.damaged(f"places in its array {name} that are not there")
         some = ends > starts
         first = (self._offsets[name] + starts[some]) // self._block_bytes
         last = (self._offsets[name] + ends[some] - 1) // self._block_bytes
@@ -283,10 +349,15 @@ class ColumnFile:
     def content(self, piece_bytes: int) -> Iterator[bytes]:
         """The whole file, unchecked."""
         for start in range(0, self.byte_count, piece_bytes):
+            self.check_size()
             yield self._content[start : start + piece_bytes]
 
     def problems(self) -> list[str]:
         """What a check of every block finds: nothing, or one line."""
+        try:
+            self.check_size()
+        except GalleryDamaged as error:
+            return [str(error)]
         wrong = list(self._damaged_of(np.arange(len(self._checksums))))
         if not wrong:
             return []
@@ -340,4 +411,11 @@ def open_column_file(storage: Storage, path: Path) -> ColumnFile:
         raise GalleryDamaged(f"segment file {path.name} is missing; run `biodedup doctor`") from None
     except ValueError:  # an empty file cannot be mapped
         raise GalleryDamaged(f"segment file {path.name} is damaged: it is empty; run `biodedup doctor`") from None
-    return ColumnFile(content, path.name, partial(storage.forget, path))
+    try:
+        return ColumnFile(content, path.name, partial(storage.forget, path))
+    except ODD_CONTENT as error:
+        if isinstance(error, BiodedupError):
+            raise
+        raise GalleryDamaged(
+            f"segment file {path.name} is damaged: {type(error).__name__}; run `biodedup doctor`"
+        ) from error

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.errors import CallerError, SubjectExists
+from biodedup.errors import CallerError, GalleryDamaged, SubjectExists
 from biodedup.gallery import packed
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.packed import Packed
@@ -181,7 +181,10 @@ class Adopted:
         return self._part.presence(low, high)
 
     def group_sets(self, low: int, high: int) -> NDArray[np.uint32]:
-        return self._group_sets[self._part.group_sets(low, high)]
+        numbers = self._part.group_sets(low, high)
+        if len(numbers) and int(numbers.max()) >= len(self._group_sets):
+            raise GalleryDamaged("a row belongs to groups that its gallery does not name; run `biodedup doctor`")
+        return self._group_sets[numbers]
 
     def subject_ids(self, low: int, high: int) -> Packed:
         ids = self._part.subject_ids(low, high)

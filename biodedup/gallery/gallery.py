@@ -7,7 +7,9 @@ decides.
    the state before it, on disk and in memory.
 2. A `Snapshot` is what a reader sees; it stays whole while the writer seals, merges and removes.
 3. Files that a manifest names are never changed. They are written and synced before the commit that names them, and
-   removed after the commit that does not; files that no manifest names are swept up by the next writer.
+   removed after the commit that does not; files that no manifest names are swept up by the next writer. Files that do not
+   have our names are never removed.
+4. A writer whose lock file was removed, or who finds another one's commit, stops: GalleryBusy. It removes nothing from then on.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from numpy.typing import NDArray
 from biodedup.config import GalleryConfig
 from biodedup.errors import (
     BiodedupError,
+    GalleryBusy,
     GalleryDamaged,
     InvalidInput,
     NotAGallery,
     StorageUnavailable,
 )
+from biodedup.gallery import forks
 from biodedup.gallery.cases import is_review, judged_before, read_case, standing
 from biodedup.gallery.catalogue import (
     APPLICATION_ID,
@@ -47,9 +51,19 @@ from biodedup.gallery.catalogue import (
 from biodedup.gallery.compaction import due, grouped
 from biodedup.gallery.packed import hashes, pack_text
 from biodedup.gallery.part import Int64, Part, Rows
-from biodedup.gallery.segment import Abandoned, Segment, SegmentEntry, file_name, open_segment, write_segment
+from biodedup.gallery.private import refuse_link
+from biodedup.gallery.segment import (
+    Abandoned,
+    Segment,
+    SegmentEntry,
+    file_name,
+    number_of,
+    open_segment,
+    unused_number,
+    write_segment,
+)
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
+from biodedup.gallery.storage import NEW_SUFFIX, ODD_CONTENT, Lock, Storage, unavailable
 from biodedup.gallery.tail import Tail, TailPart
 from biodedup.gallery.transaction import Transaction
 from biodedup.gallery.upgrade import OLD_FORMAT, upgrade
@@ -102,6 +116,11 @@ class Gallery:
         self._lock_file = lock
         self._config = config
         self._broken = False
+        self._uncertain: State | None = None
+        """After a commit of which the disk did not say whether it took place: the state that it would have left."""
+        self._unwiped = lock is not None
+        self._process = forks.Process()
+        forks.hold(self.lock)
         self._state = State()
         self._merging = threading.Lock()
         self._wake = threading.Event()
@@ -146,6 +165,7 @@ class Gallery:
             else:
                 if names is None:
                     storage.make_folder(folder)
+                refuse_link(folder / SEGMENT_FOLDER)
                 lock = storage.lock(folder / LOCK_NAME)
             try:
                 if not names or DATABASE_NAME not in names:
@@ -174,8 +194,11 @@ class Gallery:
         return cls.open(folder, storage=storage, config=config, settings={}, gallery_id="", read_only=True)
 
     def close(self) -> None:
-        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time."""
+        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time. In a child of a fork
+        it does nothing."""
         self._closing = True
+        if not self._process.is_this:
+            return
         self._wake.set()
         if self._maintenance is not None:
             self._maintenance.join()
@@ -186,11 +209,22 @@ class Gallery:
 
     # reading ----------------------------------------------------------------------------------------------------
 
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a child of a fork."""
+        return self._process.is_this
+
+    def check_process(self) -> None:
+        """Raises EngineClosed in a process that was forked since the gallery was opened."""
+        self._process.check()
+
     def snapshot(self) -> Snapshot:
+        self._process.check()
         return self._published
 
     def refresh(self) -> None:
         """In a reader: sees what the writer has committed since."""
+        self._process.check()
         if self.read_only:
             with self.lock:
                 self._published, self._tail = self._load()
@@ -201,7 +235,7 @@ class Gallery:
 
     def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
         """As `Snapshot.answer`; of a case, the decision as it stands."""
-        found = self._published.answer(encounter_id)
+        found = self.snapshot().answer(encounter_id)
         if found is None or not is_review(found[1]):
             return found
         with self._reading():
@@ -225,12 +259,15 @@ class Gallery:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
+        self._process.check()
         with self.lock, translated(f"reading {self.folder}"):
             if self._broken:
                 self._recover()
             try:
                 self._catalogue.begin_reading()
                 yield
+            except ODD_CONTENT as error:
+                raise _never_written(self.folder, error) from error
             finally:
                 try:
                     self._catalogue.rollback()
@@ -241,7 +278,9 @@ class Gallery:
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Holds the lock; commits at the end. Raises what the body raises, and StorageUnavailable; then nothing changed."""
+        """Holds the lock; commits at the end. Raises what the body raises, StorageUnavailable, and GalleryBusy where another
+        process wrote; then nothing changed."""
+        self._process.check()
         if self.read_only:
             raise InvalidInput(f"{self.folder} was opened read_only; open it for writing to change it")
         with self.lock:
@@ -254,6 +293,7 @@ class Gallery:
             try:
                 with translated("writing"):
                     self._catalogue.begin()
+                    self._refuse_other_writer()
                     yield transaction
                     if transaction.changed:
                         self._catalogue.set_state(transaction.state)
@@ -269,6 +309,45 @@ class Gallery:
                     raise
             if transaction.changed:
                 self._adopt(transaction)
+            self._wipe_if_erased()
+
+    def _refuse_other_writer(self) -> None:
+        """Inside a transaction, which no other process can enter. Raises GalleryBusy."""
+        found = self._catalogue.state()
+        if found.commit_id != self._state.commit_id or found.commits != self._state.commits:
+            raise GalleryBusy(
+                f"another process wrote to {self.folder}: commit {found.commits} is there, wanted {self._state.commits} of this "
+                "process; close this engine and open the gallery again. Nothing of this call was written"
+            )
+        self._refuse_lost_lock()
+
+    def _refuse_lost_lock(self) -> None:
+        if not self._holds_lock():
+            raise GalleryBusy(
+                f"{self.folder / LOCK_NAME} was removed or replaced, so that another process may write; close this engine and "
+                "open the gallery again. Nothing of this call was written"
+            )
+
+    def _holds_lock(self) -> bool:
+        return self._lock_file is not None and self._lock_file.is_held()
+
+    def _wipe_if_erased(self) -> None:
+        """Overwrites what the rollback journal still holds of erased templates. Put off to the next time where the disk refuses:
+        the commit itself is durable."""
+        self._unwiped = self._unwiped or self._catalogue.erased
+        if not self._unwiped or self._broken:
+            return
+        try:
+            self._catalogue.begin()  # nobody else writes meanwhile
+            self.storage.wipe(self.folder / f"{DATABASE_NAME}-journal")
+            self._unwiped = self._catalogue.erased = False
+        except (OSError, sqlite3.Error) as error:
+            _log.warning("overwriting the journal was put off: %s", error)
+        finally:
+            try:
+                self._catalogue.rollback()
+            except sqlite3.Error:
+                self._broken = True
 
     def _adopt(self, transaction: Transaction) -> None:
         self._state = transaction.state
@@ -283,9 +362,9 @@ class Gallery:
         """After a failed transaction: rolls back, and asks the disk whether the commit took place all the same."""
         try:
             self._catalogue.rollback()
-            return self._catalogue.state().commits == transaction.state.commits
+            return self._catalogue.state().commit_id == transaction.state.commit_id
         except (sqlite3.Error, GalleryDamaged):
-            self._broken = True
+            self._broken, self._uncertain = True, transaction.state
             return False
 
     def _recover(self) -> None:
@@ -294,8 +373,12 @@ class Gallery:
         with translated("connecting again after a failure"):
             self._catalogue.close()
             self._catalogue = Catalogue(self.storage.connect(self.folder / DATABASE_NAME, read_only=self.read_only))
+        mine = self._state
         self._published, self._tail = self._load()
-        self._broken = False
+        ours = [state.commit_id for state in (mine, self._uncertain) if state is not None]
+        if not self.read_only and self._state.commit_id not in ours:
+            self._state = mine  # so that every later transaction is refused
+        self._broken, self._uncertain, self._unwiped = False, None, True
 
     def write_rows(
         self, subject_ids: Sequence[str], columns: Mapping[str, Column], group_sets: NDArray[np.uint32]
@@ -310,6 +393,7 @@ class Gallery:
         number = self._take_number()
         try:
             with translated("writing a segment"):
+                self._refuse_lost_lock()
                 others = self.snapshot().parts
                 return write_segment(self.storage, self._segments, number, self.gallery_id, [part], [keep], others)
         except BaseException:
@@ -364,6 +448,11 @@ class Gallery:
         dropped = _removed(snapshot, segments)
         number = self._take_number()
         rows = sum(segment.count for segment in segments)
+
+        def go_on() -> bool:
+            self._refuse_lost_lock()
+            return not self._closing or rows <= _FINISH_ROWS_MAX
+
         try:
             with translated("merging segments"):
                 entry = write_segment(
@@ -374,7 +463,7 @@ class Gallery:
                     segments,
                     [snapshot.mask(segment) for segment in segments],
                     snapshot.parts,
-                    lambda: not self._closing or rows <= _FINISH_ROWS_MAX,
+                    go_on,
                 )
             with self.transaction() as transaction:
                 transaction.swap(segments, entry, dropped)
@@ -407,16 +496,17 @@ class Gallery:
                 _log.warning("sealing or merging was put off: %s", error)
 
     def _take_number(self) -> int:
-        with self.lock:
-            number = self._state.next_segment
+        self._process.check()
+        with self.lock, translated("choosing a segment's number"):
+            number = unused_number(self.storage, self._segments, self._state.next_segment)
             self._state = replace(self._state, next_segment=number + 1)
             return number
 
     def _remove_files(self, number: int) -> None:
-        """What stays behind is swept up by the next writer."""
+        """What stays behind is swept up by the next writer. Another writer may have taken the same number."""
         try:
             for name in self.storage.list_names(self._segments) or ():
-                if name.startswith(f"{number}."):
+                if number_of(name) == number and self._holds_lock():
                     self.storage.remove(self._segments / name)
         except (OSError, sqlite3.Error):
             pass
@@ -435,12 +525,8 @@ class Gallery:
                     return self._read()
                 finally:
                     self._catalogue.rollback()
-        except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:  # what no page check sees
-            if isinstance(error, BiodedupError):
-                raise
-            raise GalleryDamaged(
-                f"{self.folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
-            ) from error
+        except ODD_CONTENT as error:  # what no page check sees
+            raise _never_written(self.folder, error) from error
 
     def _read(self) -> tuple[Snapshot, Tail]:
         meta = self._catalogue.meta()
@@ -460,6 +546,12 @@ class Gallery:
                 f"{self.folder}: {tail.end_row} rows, wanted {self._state.row_count}; run `biodedup doctor`"
             )
         tombstones = np.array(self._catalogue.tombstones(), np.int64)
+        if len(tombstones) and not 0 <= tombstones[0] <= tombstones[-1] < tail.end_row:
+            raise GalleryDamaged(f"{self.folder}: rows are removed that were never given out; run `biodedup doctor`")
+        for segment in segments:
+            for name, column in segment.columns.items():
+                if name not in models or models[name].dimension != column.dimension:
+                    raise segment.files[name].damaged("its vectors are of another model than the gallery's")
         bare = tail.first_row + np.flatnonzero(tail.presence.view() == 0)
         if len(np.setdiff1d(bare, tombstones)):
             raise GalleryDamaged(f"{self.folder}: the journal lacks templates; run `biodedup doctor`")
@@ -500,6 +592,10 @@ class Gallery:
         for name, (positions, vectors, minutiae, quality) in cells.items():
             dimension = models[name].dimension
             matrix = None if dimension is None else np.frombuffer(b"".join(vectors), "<f4").reshape(-1, dimension)
+            if matrix is not None and not np.isfinite(matrix).all():
+                raise GalleryDamaged(
+                    f"{self.folder}: column {name} of the journal holds no numbers; run `biodedup doctor`"
+                )
             loaded[name] = (positions, matrix, minutiae, quality)
         tail.load(
             [(subject_id, encounter_id, group_set) for _, subject_id, encounter_id, group_set in subjects], loaded
@@ -507,16 +603,27 @@ class Gallery:
         tail.answers.update(self._catalogue.answers())
 
     def _sweep(self) -> None:
-        """Removes what a killed writer left: files that no manifest names."""
+        """Removes what a killed writer left: files that no manifest names. In a transaction, lest another writer name them."""
         with translated(f"sweeping {self.folder}"):
-            named = {
-                file_name(segment.entry.number, kind)
-                for segment in _segments_of(self._published)
-                for kind in segment.entry.files
-            }
-            for name in self.storage.list_names(self._segments) or ():
-                if name not in named:
-                    self.storage.remove(self._segments / name)
+            self._catalogue.begin()
+            try:
+                entries = self._catalogue.segments()
+                named = {file_name(entry.number, kind) for entry in entries for kind in entry.files}
+                for name in self.storage.list_names(self._segments) or ():
+                    if number_of(name) is not None and name not in named:
+                        self.storage.remove(self._segments / name)
+            finally:
+                self._catalogue.rollback()
+        self._wipe_if_erased()
+
+
+def _never_written(folder: Path, error: Exception) -> BiodedupError:
+    """The error for content that contradicts itself; those of the tree stay."""
+    if isinstance(error, BiodedupError):
+        return error
+    return GalleryDamaged(
+        f"{folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
+    )
 
 
 def _segments_of(snapshot: Snapshot) -> list[Segment]:
@@ -579,6 +686,8 @@ def _upgrade(storage: Storage, folder: Path) -> None:
 
 def _format_stored(catalogue: Catalogue) -> str | None:
     """What the settings say the format is; None where they are damaged, or another program's."""
+    if not catalogue.has_own("meta"):
+        return None
     try:
         return catalogue.meta().get("format")
     except (GalleryDamaged, sqlite3.DatabaseError, ValueError):
@@ -608,6 +717,7 @@ def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
             f"{folder} has format {format_version}, this version reads {FORMAT_VERSION}; "
             + ("open it for writing once" if format_version == OLD_FORMAT else "open it with the version that wrote it")
         )
+    catalogue.check_schema()
 
 
 @contextmanager

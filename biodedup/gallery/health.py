@@ -6,7 +6,8 @@ Owns verification, repair and backup. Never searches, and never changes what is 
    only segments that are new.
    What jobs keep beside the gallery comes along, so that they go on with the copy.
 2. Repair never guesses. A derived file is written anew from its exact one and must come out byte for byte; an exact file is
-   taken from a backup that holds the very file; a database only together with the backup's whole state.
+   taken from a backup that holds the very file; a database only together with the backup's whole state. Counters are computed
+   from the rows.
 3. Nothing half-written has a name that is read: files get theirs when they are whole and synced.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from numpy.typing import NDArray
 
 from biodedup.errors import CallerError, GalleryDamaged, InvalidInput, NotAGallery
 from biodedup.gallery import packed
-from biodedup.gallery.catalogue import Catalogue
+from biodedup.gallery.catalogue import Catalogue, State
 from biodedup.gallery.column_file import ColumnFile, open_column_file
+from biodedup.gallery.counters import Held, recomputed
+from biodedup.gallery.exposure import ASIDE_FOLDER
 from biodedup.gallery.gallery import (
     BACKLOG_NAME,
     DATABASE_NAME,
@@ -39,6 +42,8 @@ from biodedup.gallery.gallery import (
     translated,
 )
 from biodedup.gallery.part import PIECE_ROWS
+from biodedup.gallery.private import refuse_link
+from biodedup.gallery.removal import refuse_foreign
 from biodedup.gallery.segment import (
     DERIVED,
     ENCOUNTER,
@@ -47,14 +52,14 @@ from biodedup.gallery.segment import (
     Segment,
     SegmentEntry,
     file_name,
+    number_of,
     rebuild_lookup,
 )
-from biodedup.gallery.storage import NEW_SUFFIX, Storage
+from biodedup.gallery.storage import NEW_SUFFIX, ODD_CONTENT, Storage
 from biodedup.values import COLUMNS
 
-ASIDE_FOLDER = "damaged"
-"""Where a restored gallery keeps what it replaced."""
-
+COUNTERS = "counters"
+"""Kind of a problem with these."""
 _COPY_BYTES = 1 << 20
 
 
@@ -95,7 +100,8 @@ class _Manifest:
     tombstones: NDArray[np.int64]
     journal_ids: list[str]
     pending: Mapping[int, str]
-    extra_rows: int
+    counters: State
+    held: Held
 
 
 def inspect(storage: Storage, folder: Path) -> list[Problem]:
@@ -104,24 +110,41 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
     Raises NotAGallery, StorageUnavailable.
     """
     try:
-        with _connected(storage, folder) as catalogue:
-            database = [Problem(None, "journal", text) for text in catalogue.problems()]
-            if database:
-                return database
-            manifest = _manifest(storage, folder, catalogue)
-    except (GalleryDamaged, ValueError, KeyError, IndexError) as error:
+        return _inspected(storage, folder)
+    except ODD_CONTENT as error:
         if isinstance(error, CallerError):
             raise
+        return [Problem(None, "journal", f"{type(error).__name__}: {error}")]
+    except GalleryDamaged as error:
         return [Problem(None, "journal", str(error))]
+
+
+def _inspected(storage: Storage, folder: Path) -> list[Problem]:
+    with _connected(storage, folder) as catalogue:
+        if _counters(catalogue) is None:
+            return [
+                Problem(None, COUNTERS, "its counters are lost; `biodedup doctor --repair` computes them from the rows")
+            ]
+        database = [Problem(None, "journal", text) for text in catalogue.problems()]
+        if database:
+            return database
+        manifest = _manifest(storage, folder, catalogue)
     problems = list(manifest.problems)
+    if (counted := recomputed(manifest.counters, manifest.held)) != manifest.counters:
+        problems.append(
+            Problem(None, COUNTERS, f"its counters say {_told(manifest.counters)}, its rows {_told(counted)}")
+        )
     for (number, kind), file in manifest.files.items():
         problems += [Problem(number, kind, text) for text in file.problems()]
     damaged = {problem.segment for problem in problems}
     for entry in manifest.entries:
         if entry.number not in damaged:
             files = {kind: manifest.files[entry.number, kind] for kind in entry.files}
-            problems += _contradictions(Segment(entry, files))
-    return problems or _several_rows(manifest)
+            try:
+                problems += _contradictions(Segment(entry, files))
+            except GalleryDamaged as error:
+                problems.append(Problem(entry.number, SUBJECT, str(error)))
+    return problems or _twice(manifest)
 
 
 def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[str]:
@@ -130,12 +153,17 @@ def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[s
     Raises GalleryBusy where a writer is at work, InvalidInput where the backup is of another gallery or damaged itself.
     """
     with translated(f"repairing {folder}"):
+        refuse_link(folder / SEGMENT_FOLDER)
         lock = storage.lock(folder / LOCK_NAME)
         try:
+            done: list[str] = []
             found = _inspect_or_lost(storage, folder)
+            if any(problem.kind == COUNTERS for problem in found):
+                done = _recount(storage, folder)
+                found = _inspect_or_lost(storage, folder)
             if any(problem.segment is None for problem in found):
-                return _restore(storage, folder, backup)
-            return _mend(storage, folder, found, backup)
+                return done + _restore(storage, folder, backup)
+            return done + _mend(storage, folder, found, backup)
         finally:
             lock.release()
 
@@ -147,13 +175,10 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
     GalleryDamaged where the source is damaged, StorageUnavailable; the target's earlier state is whole until the new one is.
     """
     with translated(f"backing up to {target}"):
-        if storage.list_names(target / SEGMENT_FOLDER) is None:
-            names = storage.list_names(target)
-            if names:
-                raise InvalidInput(
-                    f"{target} holds {len(names)} other files; name an empty folder or an earlier backup"
-                )
+        _refuse_target(storage, folder, target)
+        if storage.list_names(target) is None:
             storage.make_folder(target)
+        if storage.list_names(target / SEGMENT_FOLDER) is None:
             storage.make_folder(target / SEGMENT_FOLDER)
         lock = storage.lock(target / LOCK_NAME)
         try:
@@ -167,17 +192,28 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
             lock.release()
 
 
+def _refuse_target(storage: Storage, folder: Path, target: Path) -> None:
+    """Raises InvalidInput or NotAGallery for a folder that is not for a backup of this gallery."""
+    source, resolved = folder.resolve(), target.resolve()
+    if resolved == source or (source / SEGMENT_FOLDER) in (resolved, *resolved.parents):
+        raise InvalidInput(f"{target} is in the gallery itself; name an empty folder or an earlier backup")
+    refuse_foreign(storage, target)
+    if DATABASE_NAME in (storage.list_names(target) or ()):
+        with _connected(storage, target):
+            pass  # a database of ours
+
+
 # verifying -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _connected(storage: Storage, folder: Path) -> Iterator[Catalogue]:
+def _connected(storage: Storage, folder: Path, *, read_only: bool = True) -> Iterator[Catalogue]:
     with translated(f"reading {folder}"):
         if DATABASE_NAME not in (storage.list_names(folder) or ()):
             if storage.list_names(folder / SEGMENT_FOLDER):
                 raise GalleryDamaged(f"{folder} holds segments and no {DATABASE_NAME}; restore it from a backup")
             raise NotAGallery(f"{folder} holds no gallery")
-        catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=True))
+        catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
         try:
             check_format(storage, catalogue, folder)
             yield catalogue
@@ -191,7 +227,7 @@ def _manifest(
     """copy: gets the database as of the same version."""
     catalogue.begin_reading()  # while this lasts no writer can retire a file that is not open here yet
     try:
-        entries = catalogue.segments()
+        entries, state = catalogue.segments(), catalogue.state()
         files, problems = {}, []
         for entry in entries:
             for kind, digest in entry.files.items():
@@ -217,7 +253,8 @@ def _manifest(
             np.array(removed, np.int64),
             journal,
             pending,
-            state.extra_rows,
+            state,
+            _held(catalogue, entries),
         )
     finally:
         catalogue.rollback()
@@ -253,9 +290,9 @@ def _contradictions(segment: Segment) -> Iterator[Problem]:
             yield Problem(number, kind + LOOKUP, "it is not the order of its ids")
 
 
-def _several_rows(manifest: _Manifest) -> list[Problem]:
-    """Rows beyond the first of their subject: are they counted, and marked as such? Works range by range of the hash, so that memory is
-    bounded by the range."""
+def _extra_rows(manifest: _Manifest) -> tuple[int, int]:
+    """(live rows beyond the first of their subject, those of them that nothing marks as such). Works range by range of the hash, so
+    that memory is bounded by the range."""
     live: list[NDArray[np.uint64]] = []
     marked = [np.zeros(0, np.uint64)]
     hidden = np.union1d(manifest.tombstones, np.array(sorted(manifest.pending), np.int64))
@@ -272,19 +309,41 @@ def _several_rows(manifest: _Manifest) -> list[Problem]:
     bounds = np.linspace(0, 2.0**64, 257)[1:-1].astype(np.uint64)
     cuts = [[0, *np.searchsorted(hashes, bounds).tolist(), len(hashes)] for hashes in live]
     for i in range(len(bounds) + 1):
-        together = np.sort(
-            np.concatenate([hashes[cut[i] : cut[i + 1]] for hashes, cut in zip(live, cuts, strict=True)])
-        )
+        together = np.sort(np.concatenate([h[cut[i] : cut[i + 1]] for h, cut in zip(live, cuts, strict=True)]))
         several = together[1:][together[1:] == together[:-1]]
         extra += len(several)
         unmarked += int(np.count_nonzero(~np.isin(several, known))) if len(several) else 0
+    return extra, unmarked
+
+
+def _twice(manifest: _Manifest) -> list[Problem]:
+    extra, unmarked = _extra_rows(manifest)
     problems = []
     if unmarked:
         problems.append(Problem(None, SUBJECT, f"{unmarked} subjects are enrolled twice"))
-    if extra != manifest.extra_rows:
-        text = f"{extra} rows are not the first of their subject, {manifest.extra_rows} are counted"
-        problems.append(Problem(None, SUBJECT, text))
+    if extra != manifest.counters.extra_rows:
+        text = f"its counters say that {manifest.counters.extra_rows} rows are not the first of their subject, its rows {extra}"
+        problems.append(Problem(None, COUNTERS, text))
     return problems
+
+
+def _counters(catalogue: Catalogue) -> State | None:
+    """None where they are lost or damaged."""
+    try:
+        return catalogue.state()
+    except (GalleryDamaged, *ODD_CONTENT):
+        return None
+
+
+def _held(catalogue: Catalogue, entries: Sequence[SegmentEntry]) -> Held:
+    changes = len(catalogue.answers()) + sum(1 for _ in catalogue.verdicts())
+    return Held(entries, [row for row, *_ in catalogue.subjects()], catalogue.removal_versions(), changes)
+
+
+def _told(state: State) -> str:
+    return (
+        f"rows {state.row_count}, next segment {state.next_segment}, version {state.version}, commits {state.commits}"
+    )
 
 
 # mending ---------------------------------------------------------------------------------------------------------
@@ -295,6 +354,25 @@ def _inspect_or_lost(storage: Storage, folder: Path) -> list[Problem]:
         return inspect(storage, folder)
     except (GalleryDamaged, NotAGallery) as error:
         return [Problem(None, "journal", str(error))]
+
+
+def _recount(storage: Storage, folder: Path) -> list[str]:
+    """Another writer, if there is one, finds a commit that is not its own, and stops."""
+    with _connected(storage, folder, read_only=False) as catalogue:
+        catalogue.begin()
+        try:
+            counted = recomputed(_counters(catalogue), _held(catalogue, catalogue.segments()))
+            catalogue.set_state(counted)
+            catalogue.commit()
+        finally:
+            catalogue.rollback()
+        manifest = _manifest(storage, folder, catalogue)
+        if not manifest.problems:  # which are mended first; then this is counted again
+            counted = replace(counted, extra_rows=_extra_rows(manifest)[0])
+            catalogue.begin()
+            catalogue.set_state(counted)
+            catalogue.commit()
+    return [f"database: counters computed from the rows: {_told(counted)}"]
 
 
 def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path | None) -> list[str]:
@@ -337,7 +415,8 @@ def _restore(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
         raise InvalidInput(f"{backup} is damaged itself ({found[0]}); name another backup")
     with _connected(storage, backup) as catalogue:
         gallery_id = catalogue.meta()["gallery_id"]
-    for name in storage.list_names(folder / SEGMENT_FOLDER) or ():
+    refuse_link(folder / SEGMENT_FOLDER)
+    for name in filter(number_of, storage.list_names(folder / SEGMENT_FOLDER) or ()):
         try:
             about = open_column_file(storage, folder / SEGMENT_FOLDER / name).about
         except GalleryDamaged:
@@ -365,7 +444,7 @@ def _copy(storage: Storage, source: Path, target: Path, *, check_kept: bool, asi
         manifest = _manifest(storage, source, catalogue, copy)
     if manifest.problems:
         raise GalleryDamaged(f"{source}: {manifest.problems[0]}; run `biodedup doctor`")
-    present = set(storage.list_names(target / SEGMENT_FOLDER) or ())
+    present = {name for name in storage.list_names(target / SEGMENT_FOLDER) or () if number_of(name) is not None}
     if DATABASE_NAME in (storage.list_names(target) or ()):
         with _connected(storage, target) as catalogue:
             if catalogue.meta()["gallery_id"] != manifest.gallery_id:

@@ -38,6 +38,15 @@ def text(packed: Packed) -> list[str]:
     return strings
 
 
+def is_text(packed: Packed) -> bool:
+    """Whether all of it is UTF-8."""
+    try:
+        packed.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
 def to_arrays(packed: Packed) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """(offsets int64 (n + 1,) from 0, bytes uint8)."""
     count = len(packed)

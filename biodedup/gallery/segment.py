@@ -9,6 +9,7 @@ the lower halves of its codes), and two that are derived and can be rebuilt: `12
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,27 +24,48 @@ import numpy as np
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from biodedup.errors import EngineClosed
+from biodedup.errors import BiodedupError, EngineClosed, GalleryDamaged
 from biodedup.gallery import packed
 from biodedup.gallery.codec import TRAINING_ROWS_MAX, TRAINING_ROWS_MIN, Codec, make_codec
-from biodedup.gallery.codes import BLOCK_ROWS, Codes, joined, lower_halves, plane_shape, planes
+from biodedup.gallery.codes import BLOCK_ROWS, STEP, Codes, joined, lower_halves, plane_shape, planes
 from biodedup.gallery.column_file import BLOCK_BYTES, ColumnFile, Stream, open_column_file, write_column_file
 from biodedup.gallery.packed import Packed
 from biodedup.gallery.part import PIECE_ROWS, Answers, Column, Int64, Rows, sorted_lookup
-from biodedup.gallery.storage import Storage
+from biodedup.gallery.storage import NEW_SUFFIX, ODD_CONTENT, Storage
 from biodedup.gallery.tail import cells_of
 from biodedup.values import COLUMNS, Float32
 
 SUBJECT, ENCOUNTER, LOOKUP, REST = "subject", "encounter", ".lookup", ".rest"
 DERIVED = (SUBJECT + LOOKUP, ENCOUNTER + LOOKUP)
 
+_DIMENSION_MAX = 1 << 16
+_ANSWER_BYTES_MAX = 1 << 26
+"""Of one answer's JSON: a decision has some kilobytes."""
 _REST_BLOCK_BYTES = 1 << 12  # the rests of single rows are read, from anywhere
 _LOOKUP_ROWS = 1 << 20  # entries of a look-up sorted at once
+
+
+_KINDS = (SUBJECT, ENCOUNTER, *DERIVED, *COLUMNS, *(column + REST for column in COLUMNS))
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 
 def file_name(number: int, kind: str) -> str:
     """kind: `subject`, `encounter`, a column, or one of DERIVED."""
     return f"{number}.{kind}"
+
+
+def number_of(name: str) -> int | None:
+    """The segment that a file is of, by its name, finished or in the making; None for a file that is not ours."""
+    number, _, kind = name.removesuffix(NEW_SUFFIX).partition(".")
+    return int(number) if _NUMBER.fullmatch(number) and kind in _KINDS else None
+
+
+def unused_number(storage: Storage, folder: Path, number: int) -> int:
+    """The first one from `number` on of which no file is there."""
+    taken = {number_of(name) for name in storage.list_names(folder) or ()}
+    while number in taken:
+        number += 1
+    return number
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,20 @@ class SegmentEntry:
     first_row: int
     end_row: int
     files: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Raises GalleryDamaged for what no writer of ours wrote: names of files are made of it."""
+        whole = all(type(number) is int for number in (self.number, self.first_row, self.end_row))
+        named = isinstance(self.files, Mapping) and all(type(digest) is str for digest in self.files.values())
+        if not (whole and named and self.number >= 1 and 0 <= self.first_row <= self.end_row):
+            raise GalleryDamaged("the manifest names a segment that cannot be; run `biodedup doctor`")
+        lacking = {SUBJECT, SUBJECT + LOOKUP} - set(self.files)
+        if ENCOUNTER in self.files:
+            lacking |= {ENCOUNTER + LOOKUP} - set(self.files)
+        if lacking or not set(self.files) <= set(_KINDS):
+            raise GalleryDamaged(
+                f"the manifest names other files of segment {self.number} than it has; run `biodedup doctor`"
+            )
 
 
 def open_segment(storage: Storage, folder: Path, entry: SegmentEntry) -> Segment:
@@ -73,11 +109,24 @@ class Segment:
         self.entry = entry
         self.first_row, self.end_row = entry.first_row, entry.end_row
         self.files = files
-        self._subject = files[SUBJECT]
-        self.count = self._subject.shape("presence")[0]
-        self._ids = _Strings(self._subject, "subject_id")
-        with_encounters = "encounter_id.offset" in self._subject
-        self._encounter_ids = _Strings(self._subject, "encounter_id") if with_encounters else None
+        self._subject = subject = files[SUBJECT]
+        self.count = subject.shape("presence")[0] if "presence" in subject else -1
+        subject.expect("presence", "<u2", (self.count,))
+        if self._dense and self.count != self.end_row - self.first_row:
+            raise subject.damaged(f"{self.count} rows, wanted {self.end_row - self.first_row}")
+        for name in ("row", "group_set"):
+            if name in subject:
+                subject.expect(name, "<u4", (self.count,))
+        self.bits: Mapping[int, int] = _presences(subject, self.count)
+        self._ids = _Strings(subject, "subject_id", self.count, text=True)
+        with_encounters = "encounter_id.offset" in subject
+        self._encounter_ids = _Strings(subject, "encounter_id", self.count, text=True) if with_encounters else None
+        _check_lookup(files[SUBJECT + LOOKUP], self.count)
+        self._rows_sound = False
+        for name, column in self.columns.items():
+            if column.count != sum(count for bits, count in self.bits.items() if bits >> COLUMNS.index(name) & 1):
+                raise files[name].damaged("it has another number of templates than its segment says")
+        _ = self.answers
 
     @cached_property
     def columns(self) -> Mapping[str, SegmentColumn]:
@@ -87,10 +136,6 @@ class Segment:
     @cached_property
     def answers(self) -> SegmentAnswers:
         return SegmentAnswers(self.files)
-
-    @cached_property
-    def bits(self) -> Mapping[int, int]:
-        return {int(bits): count for bits, count in self._subject.about["presence"].items()}
 
     @property
     def byte_count(self) -> int:
@@ -105,14 +150,22 @@ class Segment:
             return positions + self.first_row
         return self._subject.take("row", positions).astype(np.int64) + self.first_row
 
+    def _all_rows(self) -> NDArray[np.uint32]:
+        rows = self._subject.read("row")
+        if not self._rows_sound:
+            if not _ascending_below(rows, self.end_row - self.first_row):
+                raise self._subject.damaged("its rows are out of order")
+            self._rows_sound = True
+        return rows
+
     def at(self, rows: Int64) -> Int64:
         if self._dense:
             return rows - self.first_row
-        return cells_of(self._subject.read("row"), rows - self.first_row)
+        return cells_of(self._all_rows(), rows - self.first_row)
 
     def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
         inside = np.clip((low_row - self.first_row, high_row - self.first_row), 0, self.end_row - self.first_row)
-        low, high = inside if self._dense else _range(self._subject.read("row"), inside)
+        low, high = inside if self._dense else _range(self._all_rows(), inside)
         return int(low), int(high)
 
     def presence(self, low: int, high: int) -> NDArray[np.uint16]:
@@ -159,8 +212,7 @@ class Segment:
         return self._subject.read("again") if "again" in self._subject else np.zeros(0, np.uint64)
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-        file = self.files[SUBJECT + LOOKUP]
-        return file.read("hash"), file.read("position")
+        return _read_lookup(self.files[SUBJECT + LOOKUP], self.count)
 
 
 class SegmentColumn:
@@ -169,28 +221,74 @@ class SegmentColumn:
     def __init__(self, file: ColumnFile, rest: ColumnFile | None, row_count: int) -> None:
         self._file = file
         self._rest = rest
-        self.count: int = file.about["cells"]
-        self.dimension: int | None = file.about["dimension"]
+        self._row_count = row_count
+        self.count: int = _number(file, "cells", row_count)
+        self.dimension: int | None = None
+        if file.about.get("dimension") is not None:
+            self.dimension = _number(file, "dimension", _DIMENSION_MAX)
         self.full = "position" not in file
-        self._minutiae = _Strings(file, "minutiae") if "minutiae.offset" in file else None
+        self._positions_sound = False
+        if self.full and self.count != row_count:
+            raise file.damaged(f"{self.count} templates, wanted {row_count}")
+        if not self.full:
+            file.expect("position", "<u4", (self.count,))
+        if "quality" in file:
+            file.expect("quality", "<f4", (self.count,))
+        self._minutiae = _Strings(file, "minutiae", self.count) if "minutiae.offset" in file else None
+        self._check_vectors()
+
+    def _check_vectors(self) -> None:
+        file, count, dimension, card = self._file, self.count, self.dimension, self._file.about.get("codec")
+        if dimension is None or card is None:
+            if dimension is not None:  # of format 2
+                file.expect("code", "|i1", (count, dimension))
+                file.expect("scale", "<f4", (count,))
+            elif card is not None:
+                raise file.damaged("a codec without vectors")
+            return
+        padded, scanned = -(-dimension // STEP) * STEP, card.get("scanned") if type(card) is dict else None
+        if type(scanned) is not int or not STEP <= scanned <= padded or scanned % STEP:
+            raise file.damaged("what it says of its codec")
+        shape = plane_shape(count, scanned)
+        file.expect("rotation", "<f4", (padded, dimension))
+        file.expect("plane", "|u1", shape)
+        file.expect("norm", "<f4", (shape[0] * BLOCK_ROWS,))
+        if self._rest is None:
+            raise file.damaged("its rest is missing")
+        self._rest.expect("rest", "|u1", (count, padded - scanned // 2))
+
+    def _all_positions(self) -> NDArray[np.uint32]:
+        positions = self._file.read("position")
+        if not self._positions_sound:
+            if not _ascending_below(positions, self._row_count):
+                raise self._file.damaged("its templates are out of order")
+            self._positions_sound = True
+        return positions
 
     def cell_range(self, low: int, high: int) -> tuple[int, int]:
         if self.full:
             return low, high
-        first, last = _range(self._file.read("position"), np.array((low, high)))
+        first, last = _range(self._all_positions(), np.array((low, high)))
         return int(first), int(last)
 
     def cells_at(self, positions: Int64) -> Int64:
-        return positions if self.full else cells_of(self._file.read("position"), positions)
+        return positions if self.full else cells_of(self._all_positions(), positions)
 
     def positions(self, low: int, high: int) -> Int64:
-        return np.arange(low, high) if self.full else self._file.read("position", low, high).astype(np.int64)
+        return np.arange(low, high) if self.full else self._all_positions()[low:high].astype(np.int64)
 
     @cached_property
     def codec(self) -> Codec | None:
         """None for a column of minutiae alone, and for one of format 2."""
         card = self._file.about.get("codec")
-        return None if card is None else Codec.from_card(card, self._file.read("rotation"))
+        if card is None:
+            return None
+        try:
+            return Codec.from_card(card, self._file.read("rotation"))
+        except ODD_CONTENT as error:
+            if isinstance(error, BiodedupError):
+                raise
+            raise self._file.damaged("what it says of its codec") from error
 
     def vectors(self, low: int, high: int) -> Float32:
         if self.dimension is None:
@@ -263,19 +361,30 @@ class SegmentAnswers:
         self.outcomes: Mapping[str, int] = {}
         if self._file is not None:
             self._lookup = files[ENCOUNTER + LOOKUP]
-            self.count = self._file.about["encounters"]
-            self.outcomes = self._file.about["outcomes"]
-            self._ids, self._digests, self._texts = (
-                _Strings(self._file, n) for n in ("encounter_id", "digest", "answer")
-            )
+            self.count = _number(self._file, "encounters", self._file.byte_count)
+            self.outcomes = _counts(self._file, "outcomes")
+            self._ids = _Strings(self._file, "encounter_id", self.count, text=True)
+            self._digests, self._texts = (_Strings(self._file, n, self.count) for n in ("digest", "answer"))
+            _check_lookup(self._lookup, self.count)
 
     def find(self, encounter_id: str, hashed: np.uint64) -> tuple[bytes, str] | None:
         if not self.count:
             return None
         for index in _find(self._lookup, self._ids, encounter_id, hashed):
             at = np.array([index])
-            return self._digests.take(at)[0].as_py(), zlib.decompress(self._texts.take(at)[0].as_py()).decode()
+            return self._digests.take(at)[0].as_py(), self._inflated(self._texts.take(at)[0].as_py())
         return None
+
+    def _inflated(self, data: bytes) -> str:
+        assert self._file is not None, "there are answers"
+        inflating = zlib.decompressobj()
+        try:
+            text = inflating.decompress(data, _ANSWER_BYTES_MAX).decode()
+        except (zlib.error, ValueError):
+            raise self._file.damaged("an answer") from None
+        if not inflating.eof:
+            raise self._file.damaged(f"an answer that is cut short, or longer than {_ANSWER_BYTES_MAX:,} bytes")
+        return text
 
     def ids(self, low: int, high: int) -> Packed:
         return self._ids.slice(low, high) if self.count else packed.pack([])
@@ -289,7 +398,50 @@ class SegmentAnswers:
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         if not self.count:
             return np.zeros(0, np.uint64), np.zeros(0, np.uint32)
-        return self._lookup.read("hash"), self._lookup.read("position")
+        return _read_lookup(self._lookup, self.count)
+
+
+def _number(file: ColumnFile, name: str, largest: int) -> int:
+    """A count that a file states of itself."""
+    value = file.about.get(name)
+    if type(value) is not int or not 0 <= value <= largest:
+        raise file.damaged(f"{name} {value!r:.40}, wanted at most {largest}")
+    return value
+
+
+def _counts(file: ColumnFile, name: str) -> dict[str, int]:
+    counts = file.about.get(name)
+    if type(counts) is not dict or not all(type(n) is int and n >= 0 for n in counts.values()):
+        raise file.damaged(f"what it says of {name}")
+    return counts
+
+
+def _presences(file: ColumnFile, count: int) -> dict[int, int]:
+    counts = _counts(file, "presence")
+    presences = {int(bits): n for bits, n in counts.items() if bits.isascii() and bits.isdigit() and len(bits) < 6}
+    if len(presences) != len(counts) or sum(counts.values()) != count or max(presences, default=0) >> len(COLUMNS):
+        raise file.damaged("what it says of presence")
+    return presences
+
+
+def _ascending_below(array: NDArray[np.uint32], bound: int) -> bool:
+    """Whether numbers rise and stay below a bound. In pieces, so that no second array of their size is made."""
+    if not len(array):
+        return True
+    pieces = (array[low : low + _LOOKUP_ROWS + 1] for low in range(0, len(array), _LOOKUP_ROWS))
+    return int(array[-1]) < bound and all((piece[1:] > piece[:-1]).all() for piece in pieces)
+
+
+def _check_lookup(file: ColumnFile, count: int) -> None:
+    file.expect("hash", "<u8", (count,))
+    file.expect("position", "<u4", (count,))
+
+
+def _read_lookup(file: ColumnFile, count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+    hashes, positions = file.read("hash"), file.read("position")
+    if len(positions) and int(positions.max()) >= count:
+        raise file.damaged("it points outside its segment")
+    return hashes, positions
 
 
 def _scaled(codes: NDArray[np.int8], scales: Float32) -> Float32:
@@ -307,13 +459,22 @@ def _range(ascending: NDArray[np.uint32], bounds: Int64) -> Int64:
 class _Strings:
     """Byte strings in two arrays of a file."""
 
-    def __init__(self, file: ColumnFile, name: str) -> None:
+    def __init__(self, file: ColumnFile, name: str, count: int, *, text: bool = False) -> None:
         self._file = file
         self._offset, self._bytes = f"{name}.offset", f"{name}.bytes"
+        self._text = text
+        file.expect(self._offset, "<i8", (count + 1,))
+        self._size = file.shape(self._bytes)[0] if self._bytes in file else 0
+        file.expect(self._bytes, "|u1", (self._size,))
 
     def slice(self, low: int, high: int) -> Packed:
         offsets = self._file.read(self._offset, low, high + 1)
-        return packed.from_arrays(offsets, self._file.read(self._bytes, int(offsets[0]), int(offsets[-1])))
+        if not (len(offsets) and 0 <= offsets[0] and offsets[-1] <= self._size and (np.diff(offsets) >= 0).all()):
+            raise self._file.damaged(f"places in its array {self._bytes} that are not there")
+        strings = packed.from_arrays(offsets, self._file.read(self._bytes, int(offsets[0]), int(offsets[-1])))
+        if self._text and not packed.is_text(strings):
+            raise self._file.damaged(f"its array {self._bytes} is no text")
+        return strings
 
     def take(self, indices: Int64) -> Packed:
         ends = self._file.take(self._offset, np.concatenate([indices, indices + 1])).reshape(2, -1)
@@ -322,18 +483,27 @@ class _Strings:
 
     def texts(self, indices: Int64) -> list[str]:
         if len(indices) > 64:
-            return packed.text(self.take(indices))
+            some = self.take(indices)
+            if not packed.is_text(some):
+                raise self._file.damaged(f"its array {self._bytes} is no text")
+            return packed.text(some)
         # of a few, quicker than by way of Arrow
         starts, ends = self._file.take(self._offset, np.concatenate([indices, indices + 1])).reshape(2, -1)
         self._file.check_spans(self._bytes, starts, ends)
         content = self._file.unchecked(self._bytes)
-        return [
-            content[start:end].tobytes().decode() for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-        ]
+        try:
+            return [
+                content[start:end].tobytes().decode() for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+            ]
+        except UnicodeDecodeError:
+            raise self._file.damaged(f"its array {self._bytes} is no text") from None
 
     @cached_property
     def _whole(self) -> Packed:
-        return packed.from_whole(self._file.unchecked(self._offset), self._file.unchecked(self._bytes))
+        offsets = self._file.unchecked(self._offset)
+        if not 0 <= offsets[0] <= offsets[-1] <= self._size:
+            raise self._file.damaged(f"places in its array {self._bytes} that are not there")
+        return packed.from_whole(offsets, self._file.unchecked(self._bytes))
 
 
 def _find(file: ColumnFile, strings: _Strings, wanted: str, target: np.uint64) -> list[int]:
@@ -444,13 +614,13 @@ def write_segment(
 def rebuild_lookup(storage: Storage, folder: Path, number: int, gallery_id: str, kind: str, exact: ColumnFile) -> str:
     """Writes a derived file anew from the exact one (`subject` or `encounter`); the same bytes as before. Returns its digest."""
     name = "subject_id" if kind == SUBJECT + LOOKUP else "encounter_id"
-    ids = _Strings(exact, name)
     count = exact.shape(f"{name}.offset")[0] - 1
+    ids = _Strings(exact, name, count, text=True)
     hashes = [packed.hashes(ids.slice(low, min(low + PIECE_ROWS, count))) for low in range(0, count, PIECE_ROWS)]
     entries = sorted_lookup(np.concatenate([np.zeros(0, np.uint64), *hashes]))
     about = {"gallery": gallery_id, "segment": number, "kind": kind}
     streams = _lookup_streams([(entries, _Shift(0))], count)
-    return write_column_file(storage, folder / file_name(number, kind), about, streams)
+    return write_column_file(storage, folder / file_name(number, kind), about, streams, replaces=True)
 
 
 def _watched(pieces: Iterable[NDArray[Any]], go_on: Callable[[], bool]) -> Iterator[NDArray[Any]]:
@@ -464,7 +634,10 @@ def _presence_counts(sources: Sequence[_Source]) -> dict[str, int]:
     counts = np.zeros(1 << len(COLUMNS), np.int64)
     for source in sources:
         for low, high, keep in source.pieces():
-            counts += np.bincount(_kept(source.part.presence(low, high), keep), minlength=len(counts))
+            bits = _kept(source.part.presence(low, high), keep)
+            if len(bits) and bits.max() >= len(counts):
+                raise GalleryDamaged("a row has templates in columns that there are not; run `biodedup doctor`")
+            counts += np.bincount(bits, minlength=len(counts))
     return {str(bits): int(counts[bits]) for bits in np.flatnonzero(counts)}
 
 

@@ -6,6 +6,7 @@ holder alone. Never commits; the gallery does.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +22,7 @@ from biodedup.gallery.cases import RECAPTURE, Request, is_review, judged_before,
 from biodedup.gallery.catalogue import Catalogue, ColumnModel, State, paired
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.part import Int64, Part
-from biodedup.gallery.segment import Segment, SegmentEntry, open_segment, write_segment
+from biodedup.gallery.segment import Segment, SegmentEntry, open_segment, unused_number, write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import Storage
 from biodedup.gallery.tail import Answer, Tail, TailPart
@@ -59,6 +60,7 @@ class Transaction:
         self._folder = folder
         self._gallery_id = gallery_id
         self._state = state
+        self._commit_id = secrets.token_hex(8)
 
     @property
     def changed(self) -> bool:
@@ -71,6 +73,7 @@ class Transaction:
             self._state,
             version=self._state.version + self.content_changed,
             commits=self._state.commits + 1,
+            commit_id=self._commit_id,
             row_count=self.tail.end_row,
         )
 
@@ -323,7 +326,7 @@ class Transaction:
 
     def take_number(self) -> int:
         """A number for a new segment."""
-        number = self._state.next_segment
+        number = unused_number(self._storage, self._folder, self._state.next_segment)
         self._state = replace(self._state, next_segment=number + 1)
         return number
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+from biodedup.errors import GalleryDamaged
 from biodedup.gallery.catalogue import Catalogue, State
 from biodedup.gallery.storage import Storage
 
@@ -17,6 +18,11 @@ OLD_FORMAT = 1
 
 def upgrade(storage: Storage, old: sqlite3.Connection, new_path: Path) -> None:
     """Writes the tables of an open database of format 1 into a new one, all of it in the journal."""
+    query = "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index')"
+    if old.execute(query).fetchone()[0]:
+        raise GalleryDamaged(
+            "the database holds views or triggers, which this program never makes; restore it from a backup"
+        )
     meta = dict(old.execute("SELECT key, value FROM meta"))
     catalogue = Catalogue(storage.connect(new_path, read_only=False))
     try:

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from biodedup.engine import Engine
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.explain import explain_templates
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_page, write_table
@@ -290,4 +291,4 @@ def _pair(verdict: Verdict, part: Evidence) -> dict[str, Any]:
 
 def _made_for(path: Path) -> None:
     with translated(f"making {path.parent}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(path.parent)

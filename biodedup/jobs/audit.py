@@ -25,6 +25,7 @@ import pyarrow as pa
 from biodedup.engine import Engine
 from biodedup.errors import CallerError
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.notes import Notes
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_page, write_table
@@ -152,7 +153,7 @@ def audit(
     for path in (out, report):
         if path is not None:
             with translated(f"making {path.parent}"):
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_private_folder(path.parent)
     with Notes(out.with_name(out.name + ".notes"), key) as notes:
         if notes.entries:
             threshold_db = notes.entries[0]["threshold_db"]

@@ -23,6 +23,7 @@ import pyarrow as pa
 from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.manifest import images_of, label_of, mark_of, no_images, read_table, rows_of
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_json, write_table
@@ -112,7 +113,7 @@ def dedup(
     check_table_name(out)
     config = config or Config(isolation=IsolationConfig())
     units = units_of(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(out.parent)
     with Engine.open(out.with_name(out.name + ".work"), config) as engine:
         refusals = _fill(engine, units, config.batch_size, progress)
         if threshold_db is None:

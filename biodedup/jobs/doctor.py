@@ -11,6 +11,7 @@ from pathlib import Path
 from biodedup.embed.cards import shipped_cards
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
+from biodedup.gallery.exposure import exposed, tighten, told
 from biodedup.gallery.health import inspect, repair
 from biodedup.gallery.storage import LocalStorage
 from biodedup.jobs.progress import Progress, silent
@@ -21,12 +22,13 @@ from biodedup.jobs.sentinels import watch
 @dataclass(frozen=True)
 class Report:
     """checked: what was found sound; problems: what was not; mended: what was done about it; sentinels: None where they were
-    not searched for."""
+    not searched for; exposed: what other users of the machine can reach, which is no damage."""
 
     checked: tuple[str, ...]
     problems: tuple[str, ...]
     mended: tuple[str, ...] = ()
     sentinels: Watch | None = None
+    exposed: tuple[str, ...] = ()
 
 
 def examine(
@@ -39,12 +41,13 @@ def examine(
 ) -> Report:
     """Verifies the digest of every shipped model and, with a gallery, every page, every checksum and every rule.
 
-    mend: rebuild derived files, and take damaged exact ones (or, where the database is lost, everything) from a backup.
+    mend: rebuild derived files and counters, close files to other users, and take damaged exact ones (or, where the database is lost, everything) from a backup.
     sentinels: search for the gallery's sentinels, too, unless it is damaged. problems are those that remain. Raises what reading a gallery raises: NotAGallery, StorageUnavailable, GalleryBusy.
     """
     checked: list[str] = []
     problems: list[str] = []
     mended: list[str] = []
+    reachable: list[str] = []
     watched: Watch | None = None
     for card in shipped_cards():
         try:
@@ -55,7 +58,11 @@ def examine(
     if gallery is not None:
         if mend:
             mended = repair(LocalStorage(), gallery, backup)
+            if count := tighten(gallery):
+                mended.append(f"gallery {gallery}: {count} files and folders closed to other users")
         found = inspect(LocalStorage(), gallery)
+        if open_ones := exposed(gallery):
+            reachable.append(told(gallery, open_ones))
         if found:
             problems.extend(f"gallery {gallery}: {problem}" for problem in found)
         else:
@@ -65,4 +72,4 @@ def examine(
                 watched = watch(gallery, progress=progress)
                 checked += watched.checked
                 problems += watched.problems
-    return Report(tuple(checked), tuple(problems), tuple(mended), watched)
+    return Report(tuple(checked), tuple(problems), tuple(mended), watched, tuple(reachable))

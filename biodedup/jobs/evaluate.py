@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from biodedup.config import Config, IsolationConfig, Policy
 from biodedup.errors import InvalidInput
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs import plots
 from biodedup.jobs.comparisons import Comparisons, compare_all
 from biodedup.jobs.evaluation_page import write_report
@@ -90,7 +91,7 @@ def evaluate(
         plots.require()
     config = config or Config(isolation=IsolationConfig())
     found = read_labelled(source, config, finger=finger, dpi=dpi)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(out.parent)
     found = extracted(found, config, out.with_name(out.name + ".work"), progress)
     result = evaluate_encounters(
         found,

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from biodedup.capture.formats import decode
 from biodedup.config import Config
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs import plots
 from biodedup.jobs.labelled import Labelled
 from biodedup.jobs.results import drawing, picture, write_page
@@ -34,7 +35,7 @@ def write_report(
         ]
         for kind in ("false_matches", "misses")
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(path.parent)
     write_page(path, "evaluate.html", found=document, figures=_figures(document), worst=worst)
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet
 from biodedup.config import SearchConfig
 from biodedup.engine import Engine
 from biodedup.gallery.gallery import DATABASE_NAME
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.notes import Notes
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_table
@@ -65,7 +66,7 @@ def find_duplicates(
     check_table_name(out)
     if threshold_db is None:
         threshold_db, _ = engine.config.policy.thresholds_db(len(engine))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(out.parent)
     with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
         plan = engine.plan_join(threshold_db).explain()
         links = linked(engine, notes, threshold_db, progress)

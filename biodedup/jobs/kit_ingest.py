@@ -27,6 +27,7 @@ from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError, EncounterConflict
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.kit_file import RECORDS_MAX, BatchReader
 from biodedup.jobs.kit_keys import CentreKey
 from biodedup.jobs.kit_ledger import Ledger, Taker
@@ -130,7 +131,7 @@ def ingest_batches(
     check_table_name(out)
     keys = load_trusted(trusted)
     with translated(f"writing beside {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(out.parent)
     examined, now = [], clock()
     for number, path in enumerate(batches, start=1):
         examined.append(examine_batch(path, keys, centre, allow_unencrypted=allow_unencrypted, now=now))

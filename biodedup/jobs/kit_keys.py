@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.private import create_private, read_bounded, replace_private
 from biodedup.jobs.results import write_json
 
@@ -158,7 +159,7 @@ def _write_pair(out: Path, about: dict[str, Any], made: Any, passphrase: str | N
     private = made.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, hidden).decode()
     public = made.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo).decode()
     with translated(f"writing {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(out.parent)
         with create_private(out, exclusive=True) as file:
             file.write(json.dumps(about | {"private_key": private}, indent=2).encode())
             file.flush()

@@ -12,7 +12,6 @@ Owns the job from a manifest to the batch file and its report. Bytes are `kit_fi
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,8 @@ from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import CallerError, InvalidInput
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder
+from biodedup.gallery.removal import remove_gallery
 from biodedup.gallery.storage import LocalStorage
 from biodedup.jobs.kit_file import RECORDS_MAX, BatchWriter
 from biodedup.jobs.kit_judge import PASSED, Judge, Judged, no_record
@@ -145,7 +146,7 @@ def pack_batch(
             f"{manifest} has {len(planned):,} records, a batch at most {RECORDS_MAX:,}; make several batches"
         )
     with translated(f"writing beside {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(out.parent)
     lock = LocalStorage().lock(key.with_suffix(".lock"))
     try:
         packing = _Packing(config, kit, out, only_good, as_templates, clock)
@@ -182,7 +183,8 @@ class _Packing:
         before = packed_before(self._out, self._work, self._kit)
         if before is not None:  # before anything is extracted
             replaced_sequences(before, self._out, self._kit, planned)
-        shutil.rmtree(self._work / "gallery", ignore_errors=True)
+        with translated(f"clearing {self._work}"):
+            remove_gallery(LocalStorage(), self._work / "gallery")
         temporary = self._out.with_name(self._out.name + ".tmp")
         unsearched = 0
         with (

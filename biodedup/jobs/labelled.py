@@ -25,6 +25,7 @@ from biodedup.embed.cards import load_card
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.manifest import RESERVED, images_of, label_of, mark_of, no_images, read_table, rows_of
 from biodedup.jobs.progress import Progress
 from biodedup.jobs.results import write_table
@@ -89,7 +90,7 @@ def _extracted(
         batch = found[low : low + PART]
         if any(one.captures for one in batch):
             with translated(f"writing to {work}"):
-                work.mkdir(parents=True, exist_ok=True)
+                make_private_folder(work)
             marks = "\n".join([settings, *(mark_of(one.encounter_id, one.captures) for one in batch)])
             part = work / f"{hashlib.sha256(marks.encode()).hexdigest()[:32]}.parquet"
             results = _read_part(part)

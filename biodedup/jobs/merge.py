@@ -12,7 +12,6 @@ several districts gave. Never compares itself, never lays out a result (`merge_r
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import Gallery, translated
 from biodedup.gallery.packed import pack_text
+from biodedup.gallery.removal import remove_gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.jobs.applied import Applied, apply_merge, begun, refuse_unfinished, standing_id
@@ -213,8 +213,7 @@ def _begin_anew(work: Path, keys: Sequence[Mapping[str, object]]) -> None:
     plan = work / "registers.json"
     with translated(f"clearing {work}"):
         plan.unlink(missing_ok=True)  # first: a copy that is cleared in part is one of nothing
-        if (work / "gallery").exists():
-            shutil.rmtree(work / "gallery")
+        remove_gallery(LocalStorage(), work / "gallery")
     write_json(list(keys), plan)
 
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import FILE_MODE, refuse_link
 
 
 class Notes:
@@ -23,6 +24,7 @@ class Notes:
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self._path = path
         with translated(f"reading {path}"):
+            refuse_link(path)
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             sound = [_parsed(line) for line in lines]
             if None in sound:
@@ -30,9 +32,9 @@ class Notes:
             if sound[:1] != [key]:
                 sound = []
             if lines:
-                with path.open("r+b") as file:
-                    file.truncate(sum(map(len, lines[: len(sound)])))
-            self._file = path.open("a")
+                os.truncate(path, sum(map(len, lines[: len(sound)])))
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._file = os.fdopen(os.open(path, flags, FILE_MODE), "a")
             self.entries: list[Any] = sound[1:]
             if not sound:
                 self._write(key)

@@ -6,7 +6,6 @@ Owns the schema of the result and what reasons mean in plain words. Never decide
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.batch_manifest import Record
-from biodedup.jobs.results import check_table_name
+from biodedup.jobs.results import check_table_name, new_file
 from biodedup.values import Decision, Refusal, Verification
 
 STATUS_OF = {"unique": "enrolled", "duplicate": "duplicate", "review": "adjudicate", "refused": "refused"}
@@ -292,19 +292,12 @@ class OutcomeWriter:
 def outcome_table(path: Path, metadata: Any) -> Iterator[OutcomeWriter]:
     """A writer whose table gets its name when all is in it. Raises InvalidInput for another name, StorageUnavailable."""
     check_table_name(path)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     with translated(f"writing {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        make_private_folder(path.parent)
+        with new_file(path) as temporary:
             writer = OutcomeWriter(temporary, metadata)
             yield writer
             writer.close()
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _free(name: str) -> str:

@@ -10,6 +10,8 @@ import base64
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
+from biodedup.gallery.private import create_private
 
 
 def check_table_name(path: Path) -> None:
@@ -36,21 +39,17 @@ def check_table_name(path: Path) -> None:
 def write_table(table: pa.Table, path: Path) -> None:
     """As Parquet or CSV, by the name. Raises StorageUnavailable."""
     check_table_name(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with translated(f"writing {path}"):
+    with translated(f"writing {path}"), new_file(path) as temporary:
         if path.suffix == ".csv":
             pa.csv.write_csv(table, temporary)
         else:
             pa.parquet.write_table(table, temporary)
-        _replace(temporary, path)
 
 
 def write_text(text: str, path: Path) -> None:
     """Raises StorageUnavailable."""
-    temporary = path.with_name(path.name + ".tmp")
-    with translated(f"writing {path}"):
+    with translated(f"writing {path}"), new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        _replace(temporary, path)
 
 
 def write_json(document: Any, path: Path) -> None:
@@ -82,10 +81,19 @@ def drawing(figure: Any) -> Markup:
     return Markup(text.getvalue()[text.getvalue().index("<svg") :])
 
 
-def _replace(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """An empty file of its owner's alone, which gets its name when it is written and synced, and is removed after a failure."""
+    temporary = path.with_name(f".{path.stem}.new{path.suffix}")
+    os.close(create_private(temporary))
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _thousands(number: float) -> str:

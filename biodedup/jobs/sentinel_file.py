@@ -243,7 +243,7 @@ def save(storage: Storage, folder: Path, sentinels: Sentinels) -> None:
             "version": sentinels.version,
             "seed": sentinels.seed,
         }
-        write_column_file(storage, folder / SENTINELS_NAME, about, list(_streams(sentinels.each)))
+        write_column_file(storage, folder / SENTINELS_NAME, about, list(_streams(sentinels.each)), replaces=True)
         storage.sync_folder(folder)
 
 

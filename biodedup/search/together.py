@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr, ndtri
 
+from biodedup.errors import GalleryDamaged
 from biodedup.gallery.codec import Codec
 from biodedup.gallery.codes import BLOCK_ROWS, turned
 from biodedup.gallery.part import PIECE_ROWS, Column, Int64, Part
@@ -149,7 +150,10 @@ class Class:
 
     def cells(self, column: str, members: Int64) -> Int64:
         at = members if self.positions is None else self.positions[members]
-        return self.part.columns[column].cells_at(at)
+        cells = self.part.columns[column].cells_at(at)
+        if len(cells) and cells.min() < 0:
+            raise GalleryDamaged(f"column {column} lacks templates of rows that have one; run `biodedup doctor`")
+        return cells
 
     def since(self, row: int) -> int:
         """The first member from a row on."""
@@ -180,6 +184,9 @@ def classes_of(part: Part, columns: Collection[str]) -> Iterator[Class]:
             if key not in known:
                 all_of_them = count == part.count
                 known[key] = None if all_of_them else np.flatnonzero(np.isin(part.presence(0, part.count), key))
+            at = known[key]
+            if at is not None and len(at) != count:
+                raise GalleryDamaged("rows have other templates than their segment says; run `biodedup doctor`")
         yield Class(part, names, known[key], count, key)
 
 
