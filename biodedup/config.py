@@ -10,6 +10,7 @@ from math import log10
 from pathlib import Path
 from typing import Any
 
+from biodedup.completeness import SENT, check_required
 from biodedup.errors import InvalidInput
 
 EXTERNAL_MINUTIAE = "external-minutiae"
@@ -88,6 +89,14 @@ class Policy:
     trust_extrapolation: False sends to review what would be `duplicate` by a score beyond the measured pairs. own_strangers: from 32
     people on, a face's or a finger's embeddings are calibrated by how alike this gallery's strangers are, and not those that the model's
     card was measured on; False: scores are those of `biodedup.compare`.
+
+    required: what an encounter has to bring before a subject is enrolled or updated; otherwise it is `refused` as `incomplete`, and may
+    be sent again under its encounter_id. A sequence of
+      `sent`           every capture that was sent can be used (the default). Of two sound captures of one finger the better one counts;
+      `face`, `right_index`, ...   this capture;
+      `N fingers`      so many fingers of any position, N from 1 to 10.
+    `biodedup.Missing` excuses a column. Fingers that it states are taken off the ten that `N fingers` may ask for: of somebody with one
+    finger left, `2 fingers` asks for that one. An empty sequence requires nothing.
     """
 
     fpir: float = 1e-3
@@ -98,8 +107,10 @@ class Policy:
     verify_fmr: float = 1e-4
     trust_extrapolation: bool = True
     own_strangers: bool = True
+    required: tuple[str, ...] = (SENT,)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "required", check_required(self.required))
         for name in ("fpir", "review_fpir", "fnir_review", "verify_fmr"):
             value = getattr(self, name)
             if not 0 < value < 1:

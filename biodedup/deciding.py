@@ -7,11 +7,12 @@ Never searches and never writes; the rules are those of `match/judgement.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.completeness import INCOMPLETE
 from biodedup.config import Config
 from biodedup.errors import CallerError
 from biodedup.gallery.snapshot import Snapshot
@@ -91,6 +92,12 @@ class Decider:
             compared,
             _candidates(names[len(returned) :], cleared, kinds_of(cleared, duplicate_db, review_db)),
         )
+
+    def incomplete(self, probe: Probe, lacks: Sequence[Refusal], now: Snapshot, *, version: int) -> Decision:
+        """The refusal of an encounter that lacks captures. lacks: each of them, with the reason."""
+        decision = self.decide(probe, Found(), now, version=version)
+        refusals = tuple(dict.fromkeys((*probe.refusals, *lacks)))
+        return replace(decision, outcome="refused", reasons=(INCOMPLETE,), refusals=refusals)
 
     def refused(self, encounter: Encounter, error: CallerError, now: Snapshot) -> Decision:
         """What an encounter of a stream gets where by itself it would raise the error."""

@@ -18,7 +18,8 @@ What holds throughout:
 1. Nothing is answered before its commit is durable.
 2. Enrolment is linearizable: the commit compares the probe with every row that its search had not seen, those of the
    same batch included, so that of two simultaneous enrolments of one person at most one is unique.
-3. An `encounter_id` seen before gets the answer it got then, and changes nothing.
+3. An `encounter_id` seen before gets the answer it got then, and changes nothing. Only a refusal of captures is not final: with
+   other captures the encounter is decided anew.
 4. Decisions that wait for the lock together are committed together: one sync of the disk acknowledges them all.
 """
 
@@ -175,7 +176,9 @@ class Engine:
     def enroll(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
         """Searches the whole gallery and enrols the subject if nobody in it is the same person.
 
-        Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision.
+        Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision. An encounter that
+        lacks captures that `Policy.required` asks for is `refused`, with the reason `incomplete`, and its refusals name each of them.
+        Repaired, it may be sent again under its encounter_id.
         across_positions: compare each finger with fingers of all positions; `Candidate.swaps` says which labels look wrong. None:
         as `SearchConfig.across_positions` says, here and wherever it can be given.
         Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written.

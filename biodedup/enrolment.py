@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from biodedup.completeness import shortfall
 from biodedup.deciding import Decider
 from biodedup.errors import BiodedupError, CallerError, StorageUnavailable, UnknownSubject
 from biodedup.gallery.answers import answered_before, digest_of, to_json
@@ -155,15 +156,27 @@ class Enrolment:
             try:
                 answer = answered_before(transaction.answer, probe.encounter, digest)
                 if answer is None:
-                    decision = self.decide(transaction, probe, found, one.seen, replaces=one.replaces)
+                    required = self._decider.config.policy.required
+                    decision = self.decide(
+                        transaction, probe, found, one.seen, replaces=one.replaces, required=required
+                    )
                     asked = Request(one.replaces, tuple(probe.encounter.groups), one.seen.across)
                     answer = self.record(transaction, probe, decision, digest, asked)
                 one.answers.append(answer)
             except CallerError as error:
                 one.answers.append(error)
 
-    def decide(self, transaction: Transaction, probe: Probe, found: Found, seen: Seen, *, replaces: bool) -> Decision:
-        """Decides inside the transaction, so that no row can slip in between the search and the commit."""
+    def decide(
+        self,
+        transaction: Transaction,
+        probe: Probe,
+        found: Found,
+        seen: Seen,
+        *,
+        replaces: bool,
+        required: Sequence[str] = (),
+    ) -> Decision:
+        """Decides inside the transaction, so that no row can slip in between the search and the commit. required: as of `Policy`."""
         now = transaction.snapshot()
         replaced = now.row_of(probe.subject_id)
         if replaced is not None and not replaces:
@@ -171,6 +184,8 @@ class Enrolment:
         if replaced is None and replaces:
             raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to update")
         check_models(probe.templates, transaction.models)
+        if lacks := shortfall(required, probe.templates, probe.refusals, probe.missing):
+            return self._decider.incomplete(probe, lacks, now, version=transaction.version)
         found = self._searches.completed(probe, found, seen, now)
         return self._decider.decide(probe, found, now, version=transaction.version, besides=replaced)
 

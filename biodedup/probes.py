@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.completeness import SUPERSEDED
 from biodedup.config import Config
 from biodedup.embed.cards import load_card
 from biodedup.embed.extractor import Extractor
@@ -106,10 +107,10 @@ class Preparer:
                 kept, spare = _better(templates.get(result.column), result)
                 templates[result.column] = kept
                 if spare is not None:
-                    refusals.append(Refusal(spare.column, "superseded", "a better capture was kept", spare.quality))
+                    refusals.append(Refusal(spare.column, SUPERSEDED, "a better capture was kept", spare.quality))
         except CallerError as error:
             return error
-        return Probe(encounter, templates, tuple(refusals))
+        return Probe(encounter, templates, (*encounter.declined, *refusals))
 
     def _given(self, column: str, given: Float32 | bytes | Template) -> Template:
         if isinstance(given, bytes):

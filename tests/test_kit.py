@@ -446,6 +446,55 @@ def test_a_team_packs_images_and_hears_what_to_capture_again(centre, fingers):
     assert len(enrolled(centre)) in (6, 7)
 
 
+def test_a_record_that_lacks_captures_is_named_and_taken_once_it_is_repaired(centre, fingers):
+    """Also where both come in one run, and the run is interrupted behind the second."""
+    for name, content in (
+        ("f0.png", fingers[0]),
+        ("f1.png", fingers[1]),
+        ("text.png", b"no image"),
+        ("empty.png", b""),
+    ):
+        (centre / name).write_bytes(content)
+
+    def batch(out: str, face: dict[str, str], left: str) -> Path:
+        rows = [face, {"path": left, "position": "left_index"}, {"path": "f0.png", "position": "right_index"}]
+        manifest = manifest_of(centre, [{"subject_id": "001", "encounter_id": "e1"} | row for row in rows])
+        jobs.pack_batch(manifest, centre / out, centre / "A.key", clock=lambda: MONDAY)
+        return centre / out
+
+    broken = batch("a.kit", {"path": "text.png", "position": "face"}, "empty.png")
+    (one,) = ingested(centre, broken, gallery="alone").outcomes
+    assert (one.outcome, one.decision) == ("refused", "refused")
+    assert one.reason == "face: not_an_image; left_index: empty_file; incomplete"
+    assert one.reason in (centre / "o.html").read_text()
+    assert ingested(centre, broken, gallery="alone").outcomes[0].outcome == "refused"  # it was never taken
+
+    repaired = batch("b.kit", {"position": "face", "missing": "veiled"}, "f1.png")
+    (one,) = ingested(centre, repaired, gallery="alone").outcomes
+    assert (one.outcome, one.first_from, enrolled(centre, "alone")) == ("enrolled", "", ["001"])
+    assert outcomes(ingested(centre, repaired, broken, gallery="alone", out="p.parquet")) == [
+        "already_taken",
+        "conflict",
+    ]
+
+    with pytest.raises(Stop):
+        ingested(centre, broken, repaired, gallery="both", out="q.parquet", progress=stop_at("enrolling", 2))
+    assert enrolled(centre, "both") == ["001"]
+    again = ingested(centre, broken, repaired, gallery="both", out="q.parquet")
+    assert outcomes(again) == ["refused", "enrolled"]
+    assert again.outcomes == ingested(centre, broken, repaired, gallery="whole", out="r.parquet").outcomes
+
+
+def test_templates_of_a_kit_say_which_captures_could_not_become_any(centre, fingers):
+    (centre / "f0.png").write_bytes(fingers[0])
+    (centre / "text.png").write_bytes(b"no image")
+    rows = [{"path": "text.png", "position": "left_index"}, {"path": "f0.png", "position": "right_index"}]
+    manifest = manifest_of(centre, [{"subject_id": "001", "encounter_id": "e1"} | row for row in rows])
+    jobs.pack_batch(manifest, centre / "t.kit", centre / "A.key", as_templates=True, clock=lambda: MONDAY)
+    (one,) = ingested(centre, centre / "t.kit").outcomes
+    assert (one.outcome, one.reason) == ("refused", "left_index: not_an_image; incomplete")
+
+
 def test_what_was_extracted_once_is_not_extracted_again(centre, fingers, monkeypatch):
     for i, content in enumerate(fingers[:4]):
         (centre / f"f{i}.png").write_bytes(content)

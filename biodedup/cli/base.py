@@ -24,7 +24,7 @@ from biodedup import jobs
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
-from biodedup.match.judgement import REASONS
+from biodedup.match.judgement import texts_of
 from biodedup.values import Capture, Decision, Evidence, Face, Finger, Missing, Refusal
 
 app = typer.Typer(
@@ -172,8 +172,9 @@ def finish_decision(decision: Decision, as_json: bool) -> None:
             f"review from {decision.review_db:.1f} dB",
             soft_wrap=True,
         )
-        for reason in decision.reasons:
-            out.print(f"  a person has to look: {REASONS[reason]}", soft_wrap=True)
+        for text in texts_of(decision):
+            why = "not enrolled" if decision.outcome == "refused" else "a person has to look"
+            out.print(f"  {why}: {text}", soft_wrap=True)
         if decision.attainable_db is not None and decision.expected_fnir is not None:
             out.print(
                 f"  these captures: at most {decision.attainable_db:.0f} dB; {decision.expected_fnir:.1%} of mates score below "

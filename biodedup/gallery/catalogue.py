@@ -57,6 +57,9 @@ _COLUMNS_OF = {
 _ADDED = ("review_case", "verdict")
 """Galleries of release 0.2.0 lack these until a writer opens them; from then on the setting `cases` says that they are there."""
 
+_REPLACED = ("meta", "review_case", "encounter")
+"""Tables of which a row may be put again; an encounter that was refused may be sent again."""
+
 _STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
 
 
@@ -318,9 +321,9 @@ class Catalogue:
     # rows with checksums ----------------------------------------------------------------------------------------
 
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Inserts rows with their checksums; in `meta` and `review_case`, replaces them."""
+        """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
         marks = ",".join("?" * (_COLUMNS_OF[table].count(",") + 2))
-        verb = "REPLACE" if table in ("meta", "review_case") else "INSERT"
+        verb = "REPLACE" if table in _REPLACED else "INSERT"
         self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", ((*row, _checksum(row)) for row in rows))
 
     def _all(

@@ -270,10 +270,11 @@ class SegmentAnswers:
     def find(self, encounter_id: str, hashed: np.uint64) -> tuple[bytes, str] | None:
         if not self.count:
             return None
-        for index in _find(self._lookup, self._ids, encounter_id, hashed):
-            at = np.array([index])
-            return self._digests.take(at)[0].as_py(), zlib.decompress(self._texts.take(at)[0].as_py()).decode()
-        return None
+        found = _find(self._lookup, self._ids, encounter_id, hashed)
+        if not found:
+            return None
+        at = np.array([max(found)])  # the last answer: an encounter that was refused may have been sent again
+        return self._digests.take(at)[0].as_py(), zlib.decompress(self._texts.take(at)[0].as_py()).decode()
 
     def ids(self, low: int, high: int) -> Packed:
         return self._ids.slice(low, high) if self.count else packed.pack([])

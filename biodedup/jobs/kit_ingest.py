@@ -10,6 +10,7 @@ Owns the job from files to outcomes. Bytes and signatures are `kit_file`'s, deci
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
+from biodedup.completeness import INCOMPLETE, SUPERSEDED
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError
@@ -31,7 +33,7 @@ from biodedup.jobs.kit_keys import PublicKey, load_trusted
 from biodedup.jobs.kit_ledger import Ledger, Taker
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_json, write_page, write_table
-from biodedup.values import Decision, Encounter
+from biodedup.values import Decision, Encounter, Missing
 
 BatchState: TypeAlias = Literal["whole", "cut", "damaged", "refused", "repeated"]
 RecordOutcome: TypeAlias = Literal[
@@ -253,7 +255,8 @@ class _Ingest:
         kit_id = one.public.kit_id
         takers: dict[str, Taker] = {}
         for place, (sequence, encounter_id) in enumerate(one.entries):
-            if encounter_id not in takers and self._engine.decision(encounter_id) is None:
+            before = self._engine.decision(encounter_id)
+            if encounter_id not in takers and (before is None or not before.final):
                 takers[encounter_id] = Taker(self._run, file, place, one.public.kit_id, sequence)
         self._ledger.take(takers)
         waiting: deque[Record] = deque()
@@ -263,7 +266,7 @@ class _Ingest:
                 # what was examined, and no more: the file may grow while it is read
                 for record, _ in zip(batch, one.entries, strict=False):
                     waiting.append(record)
-                    yield record.encounter
+                    yield _sent(record)
 
         previous: float | None = None
         for place, decision in enumerate(self._engine.enroll_many(encounters())):
@@ -272,7 +275,14 @@ class _Ingest:
             here = taker is not None and (taker.run, taker.file, taker.place) == (self._run, file, place)
             doubts = clock_doubts(record, one.public, previous, self._received_at)
             told = partial(_outcome, one.path.name, kit_id, record, taker, here, self._received_at, doubts)
-            yield self._with_subject(record, told(decision), told)
+            outcome = self._with_subject(record, told(decision), told)
+            if outcome.outcome == "refused":
+                self._ledger.note_refused(self._run, file, place, json.dumps(asdict(outcome)))
+            elif outcome.outcome == "conflict" and (before_repair := self._ledger.refused(self._run, file, place)):
+                outcome = Outcome(
+                    **json.loads(before_repair)
+                )  # this run was interrupted after a later file had brought more
+            yield outcome
             previous = record.captured_at if record.captured_at is not None else previous
             self._done += 1
             self._progress("enrolling", self._done, self._total)
@@ -281,7 +291,7 @@ class _Ingest:
         """One subject_id in two encounters: a second visit, or another person's id, which somebody has to judge?"""
         if outcome.outcome != "subject_exists":
             return outcome
-        encounter = record.encounter
+        encounter = _sent(record)
         try:
             if self._engine.verify(encounter, encounter.subject_id or "").accepted:
                 return replace(outcome, reason="subject_exists: the same person")
@@ -303,9 +313,10 @@ def _outcome(
     """here: this very record is the one that was taken, now or before this run was interrupted."""
     # what a caller's mistake refuses is not in the journal, and is refused again each time
     journalled = all(refusal.column != "encounter" for refusal in decision.refusals)
+    taken = journalled and decision.final  # repaired captures are taken under the same encounter_id
     reasons = [refusal.reason for refusal in decision.refusals]
     outcome = next((_OF_REFUSAL[reason] for reason in reasons if reason in _OF_REFUSAL), _OF_DECISION[decision.outcome])
-    if journalled and not here:
+    if taken and not here:
         outcome = "already_taken"
     first_from = ""
     if not here and outcome in ("already_taken", "conflict"):
@@ -322,8 +333,8 @@ def _outcome(
         None if best is None else best.subject_id,
         None if best is None else round(best.score_db, 3),
         "; ".join(
-            [_reason(refusal.column, refusal.reason) for refusal in decision.refusals]
-            + [reason for reason in decision.reasons if reason == "another_person"]
+            [_reason(refusal.column, refusal.reason) for refusal in decision.refusals if refusal.reason != SUPERSEDED]
+            + [reason for reason in decision.reasons if reason in ("another_person", INCOMPLETE)]
         ),
         first_from,
         record.captured_at,
@@ -332,6 +343,15 @@ def _outcome(
         "; ".join(doubts),
         "; ".join(_reason(refusal.column, refusal.reason) for refusal in record.refusals),
     )
+
+
+def _sent(record: Record) -> Encounter:
+    """The encounter of a record; one of templates alone says which captures could not become any. What `--only-good` left out of a
+    record of images was left out on the operator's word: it was not sent."""
+    encounter = record.encounter
+    if any(not isinstance(capture, Missing) for capture in encounter.captures):
+        return encounter
+    return replace(encounter, declined=[one for one in record.refusals if one.column not in encounter.templates])
 
 
 def clock_doubts(record: Record, public: PublicKey, previous: float | None, received_at: float) -> list[str]:
