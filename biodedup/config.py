@@ -1,17 +1,19 @@
-"""Settings: frozen, units in their names, stored with the gallery that they made.
+"""Settings: frozen, units in their names, checked when they are made.
 
-No default depends on the machine.
+Owns which settings there are, their defaults and their ranges. Never looks for a file (`settings.py` does) and never touches a gallery,
+which keeps its own policy. No default depends on the machine.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from math import log10
+from dataclasses import asdict, dataclass, field, replace
+from math import inf, isfinite, log10
 from pathlib import Path
 from typing import Any
 
 from biodedup.completeness import SENT, check_required
 from biodedup.errors import InvalidInput
+from biodedup.tables import made, read_toml, typed
 
 EXTERNAL_MINUTIAE = "external-minutiae"
 """The model_id of minutiae of an unknown extractor."""
@@ -43,6 +45,18 @@ class FaceConfig:
     yaw_deg_max: float = 45.0
     roll_deg_max: float = 60.0
 
+    def __post_init__(self) -> None:
+        _check(self, 0, 1, "detector_confidence_min", "confidence_min", "several_share_max")
+        _check(self, 0, 255, "brightness_min", "brightness_max")
+        _check(self, 0, 180, "yaw_deg_max", "roll_deg_max")
+        _check(self, 0, inf, "eye_distance_px_min", "sharpness_min")
+        _check(self, 1, inf, "detector_side_px")
+        _check_text(self, "model", "detector")
+        if self.brightness_min > self.brightness_max:
+            raise InvalidInput(
+                f"brightness_min is {self.brightness_min}, wanted at most brightness_max, {self.brightness_max}"
+            )
+
 
 @dataclass(frozen=True)
 class FingerConfig:
@@ -66,6 +80,12 @@ class FingerConfig:
     """At 500 dpi, 127 mm: longer than any finger, or a slap of four."""
     nfiq2_min: float = 2.0
 
+    def __post_init__(self) -> None:
+        _check(self, 0, inf, "area_mm2_min", "minutiae_min", "nfiq2_min")
+        _check(self, 0, 1, "ridge_share_min")
+        _check(self, 1, inf, "side_px_max")
+        _check_text(self, "minutiae", "record_model_id")
+
 
 @dataclass(frozen=True)
 class CaptureConfig:
@@ -76,10 +96,13 @@ class CaptureConfig:
     side_px_min: int = 40
     bytes_max: int = 100_000_000
 
+    def __post_init__(self) -> None:
+        _check(self, 1, inf, "pixels_max", "side_px_min", "bytes_max")
+
 
 @dataclass(frozen=True)
 class Policy:
-    """Thresholds, from target error rates at the present gallery size N.
+    """What decisions are made by; a gallery keeps its own. Thresholds follow from target error rates at the present gallery size N.
 
     fpir: the share of searches of strangers that may come out `duplicate`. FMR = FPIR / N, independence assumed; in decibels
     10 log10(N / FPIR). review_fpir is the wider band: what lies between goes to a person. fnir_review: the share of mates that may score
@@ -115,6 +138,10 @@ class Policy:
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise InvalidInput(f"{name} is {value}, wanted a rate between 0 and 1")
+        for name in ("duplicate_db", "review_db"):
+            value = getattr(self, name)
+            if value is not None and not isfinite(value):
+                raise InvalidInput(f"{name} is {value}, wanted a finite number of decibels, or None")
         if self.review_fpir < self.fpir:
             raise InvalidInput(f"review_fpir {self.review_fpir} is below fpir {self.fpir}; review is the wider band")
         if self.duplicate_db is not None and self.review_db is not None and self.review_db > self.duplicate_db:
@@ -182,12 +209,16 @@ class GalleryConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that can be set. `threads` bounds each of extraction and search; it is never guessed."""
+    """Everything that can be set. `threads` bounds each of extraction and search; it is never guessed.
+
+    policy: of a gallery that is created; None: the default one. An existing gallery decides by the policy that it keeps, and to open it
+    with another one is a mistake (`Engine.open`).
+    """
 
     face: FaceConfig = field(default_factory=FaceConfig)
     finger: FingerConfig = field(default_factory=FingerConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
-    policy: Policy = field(default_factory=Policy)
+    policy: Policy | None = None
     search: SearchConfig = field(default_factory=SearchConfig)
     gallery: GalleryConfig = field(default_factory=GalleryConfig)
     threads: int = 2
@@ -199,6 +230,39 @@ class Config:
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
 
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """The settings of a TOML file, which has the names that these classes have, `[face]`, `[search]`, ... being tables; what it does not
+        name has its default. Relative paths start from the file's folder; "" stands for None. Raises InvalidInput, which names the
+        file and the setting."""
+        path = Path(path)
+        return made(cls, typed(cls, read_toml(path), str(path), path.parent), str(path))
+
+    @property
+    def stated_policy(self) -> Policy:
+        """The policy, or the default one: what counts where there is no gallery."""
+        return self.policy or Policy()
+
+    def with_policy(self) -> Config:
+        """The same with its policy stated."""
+        return replace(self, policy=self.stated_policy)
+
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy, as the gallery stores it."""
-        return asdict(self, dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items})
+        """A JSON-ready copy with the policy stated, as the gallery stores it."""
+        return asdict(
+            self.with_policy(), dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items}
+        )
+
+
+def _check(settings: object, least: float, most: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not least <= value <= most or value == inf:
+            wanted = f"at least {least}" if most == inf else f"{least} to {most}"
+            raise InvalidInput(f"{name} is {value}, wanted {wanted}")
+
+
+def _check_text(settings: object, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name):
+            raise InvalidInput(f"{name} is empty, wanted a name")

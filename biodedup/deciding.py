@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.completeness import INCOMPLETE
-from biodedup.config import Config
+from biodedup.config import Config, Policy
 from biodedup.errors import CallerError
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer, InHand
@@ -40,9 +40,10 @@ class _Expected:
 
 @dataclass(frozen=True, eq=False)
 class Decider:
-    """Decides by one policy. clock: the time in seconds, for `decided_at`. Thread-safe."""
+    """Decides by the policy in force. clock: the time in seconds, for `decided_at`. Thread-safe."""
 
     config: Config
+    policy: Callable[[], Policy]
     comparer: Comparer
     clock: Callable[[], float]
 
@@ -50,7 +51,7 @@ class Decider:
         self, probe: Probe, found: Found, now: Snapshot, *, version: int, besides: int | None = None
     ) -> Decision:
         """version: of the gallery, once the decision stands. besides: the row that is being replaced, no candidate for itself."""
-        policy = self.config.policy
+        policy = self.policy()
         duplicate_db, band_db = policy.thresholds_db(now.live_count)
         returned, cleared = _first(
             found.comparisons,
@@ -59,7 +60,7 @@ class Decider:
             now.rows_different(probe.encounter.subject_id),
         )
         compared = now.count_with(comparable_bits(probe.templates, now.models, across=found.across))
-        expected = self._expected(probe.templates, now, band_db, across=found.across) if compared else None
+        expected = self._expected(policy, probe.templates, now, band_db, across=found.across) if compared else None
         review_db = band_db if expected is None or policy.review_db is not None else expected.review_db
         verdict = judge(
             returned,
@@ -102,7 +103,7 @@ class Decider:
     def refused(self, encounter: Encounter, error: CallerError, now: Snapshot) -> Decision:
         """What an encounter of a stream gets where by itself it would raise the error."""
         refusal = Refusal("encounter", _snake_case(type(error).__name__), str(error))
-        duplicate_db, review_db = self.config.policy.thresholds_db(now.live_count)
+        duplicate_db, review_db = self.policy().thresholds_db(now.live_count)
         return Decision(
             "refused",
             encounter.subject_id,
@@ -119,7 +120,7 @@ class Decider:
 
     def verify(self, probe: Probe, subject_id: str, enrolled: Mapping[str, Template]) -> Verification:
         """1:1 with a subject's templates."""
-        threshold_db = -10 * float(np.log10(self.config.policy.verify_fmr))
+        threshold_db = -10 * float(np.log10(self.policy().verify_fmr))
         compared = self.comparer.compare(probe.templates, InHand(enrolled), [0])
         if not compared:
             return Verification(subject_id, False, 0.0, threshold_db, False, (), probe.refusals)
@@ -136,14 +137,16 @@ class Decider:
             kind,
         )
 
-    def _expected(self, templates: Mapping[str, Template], now: Snapshot, band_db: float, *, across: bool) -> _Expected:
+    def _expected(
+        self, policy: Policy, templates: Mapping[str, Template], now: Snapshot, band_db: float, *, across: bool
+    ) -> _Expected:
         """How a mate scores with these captures, those aside that nobody enrolled has; the review threshold follows from it."""
         calibrations = tuple(
             law.of(templates[column].embedding is not None and templates[column].minutiae is not None)
             for column, law in sorted(self.comparer.laws(templates).items())
             if now.count_with(comparable_bits({column: templates[column]}, now.models, across=across))
         )
-        review_db = min(band_db, mated_quantile_db(self.config.policy.fnir_review, calibrations))
+        review_db = min(band_db, mated_quantile_db(policy.fnir_review, calibrations))
         attainable_db = mated_quantile_db(_ATTAINED_SHARE, calibrations)
         return _Expected(attainable_db, review_db, mated_share_below(review_db, calibrations))
 

@@ -156,7 +156,7 @@ class Enrolment:
             try:
                 answer = answered_before(transaction.answer, probe.encounter, digest)
                 if answer is None:
-                    required = self._decider.config.policy.required
+                    required = self._decider.policy().required
                     decision = self.decide(
                         transaction, probe, found, one.seen, replaces=one.replaces, required=required
                     )

@@ -15,6 +15,7 @@ Owns the schema and every SQL statement. Never decides, never searches, never ca
 | held | the templates of an encounter that went to review, until somebody decides |
 | review_case | an encounter that went to review: what it asked for, and the decision as it stands once it has changed |
 | verdict | what somebody ruled on a case and one of its candidates; kept for ever |
+| policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
@@ -32,6 +33,7 @@ import numpy as np
 import xxhash
 
 from biodedup.errors import GalleryDamaged
+from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
 from biodedup.gallery.segment import SegmentEntry
 from biodedup.gallery.tail import Answer
 from biodedup.values import COLUMNS, Column, Template, Verdict
@@ -53,9 +55,11 @@ _COLUMNS_OF = {
     "review_case": "encounter_id TEXT PRIMARY KEY, request TEXT, decision TEXT",
     "verdict": "number INTEGER PRIMARY KEY, encounter_id TEXT, subject_id TEXT, candidate TEXT, ruling TEXT, judged_by TEXT, "
     "judged_at REAL, note TEXT",
+    "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
 }
-_ADDED = ("review_case", "verdict")
-"""Galleries of release 0.2.0 lack these until a writer opens them; from then on the setting `cases` says that they are there."""
+_ADDED = {"review_case": "cases", "verdict": "cases", "policy": "policies"}
+"""Tables that galleries of earlier releases lack until a writer opens them; from then on the setting named here says that they are
+there."""
 
 _REPLACED = ("meta", "review_case", "encounter")
 """Tables of which a row may be put again; an encounter that was refused may be sent again."""
@@ -123,28 +127,32 @@ class Catalogue:
 
     # the gallery itself -----------------------------------------------------------------------------------------
 
-    def create(self, gallery_id: str, config: str) -> None:
+    def create(self, gallery_id: str, config: str, created_at: float | None = None) -> None:
         """Lays the schema, inside the caller's transaction."""
         for table in _COLUMNS_OF:
             self._create(table)
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
-        self.put("meta", [("cases", "1")])
+        self.put("meta", [(name, "1") for name in sorted(set(_ADDED.values()))])
+        self.add_policy(PolicyVersion(1, from_settings(config), at=created_at))
         self.set_state(State())
 
     def is_current(self) -> bool:
         """Whether `renew` has nothing to do."""
-        return self.identify()[1] == FORMAT_VERSION and "cases" in self.meta()
+        return self.identify()[1] == FORMAT_VERSION and set(_ADDED.values()) <= self.meta().keys()
 
     def renew(self) -> None:
         """A gallery of the format before, or of this one without tables that were added, is up to date from now on, inside the
         caller's transaction."""
+        first = self.policies()
         for table in _ADDED:
             if not self._exists(table):
                 self._create(table)
+                if table == "policy":
+                    self.add_policy(first[0])
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        self.put("meta", [("format", str(FORMAT_VERSION)), ("cases", "1")])
+        self.put("meta", [("format", str(FORMAT_VERSION)), *((name, "1") for name in sorted(set(_ADDED.values())))])
 
     def _create(self, table: str) -> None:
         self._connection.execute(f"CREATE TABLE {table} ({_COLUMNS_OF[table]}, checksum INTEGER NOT NULL)")
@@ -169,6 +177,19 @@ class Catalogue:
 
     def set_state(self, state: State) -> None:
         self.put("meta", [("state", json.dumps(vars(state)))])
+
+    def policies(self) -> list[PolicyVersion]:
+        """Every version of the policy, the one in force last. Of a gallery without the table the settings that made it say the first."""
+        rows = list(self._all("policy", "version"))
+        if not rows and _ADDED["policy"] not in self.meta():
+            return [PolicyVersion(1, from_settings(self.meta()["config"]))]
+        if [version for version, *_ in rows] != list(range(1, len(rows) + 1)) or not rows:
+            raise GalleryDamaged("table policy lacks versions; run `biodedup doctor`")
+        return [PolicyVersion(n, from_text(text, f"policy version {n}"), by, at, why) for n, text, by, at, why in rows]
+
+    def add_policy(self, one: PolicyVersion) -> None:
+        at = None if one.at is None else float(one.at)
+        self.put("policy", [(one.version, to_text(one.policy), one.by, at, one.reason)])
 
     def models(self) -> dict[str, ColumnModel]:
         return {COLUMNS[index]: ColumnModel(model_id, dimension) for index, model_id, dimension in self._all("model")}
@@ -330,7 +351,7 @@ class Catalogue:
         self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
         if table in _ADDED and not self._exists(table):
-            if "cases" in self.meta():
+            if _ADDED[table] in self.meta():
                 raise GalleryDamaged(f"table {table} is lost; run `biodedup doctor`")
             return
         query = (

@@ -16,7 +16,7 @@ import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -38,6 +38,7 @@ from biodedup.gallery.cases import is_review, pairs_of, read_case, standing
 from biodedup.gallery.catalogue import APPLICATION_ID, BEFORE_CODECS, FORMAT_VERSION, Catalogue, ColumnModel, State
 from biodedup.gallery.compaction import due, grouped
 from biodedup.gallery.part import Int64, Part, Rows
+from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segment import Abandoned, Segment, SegmentEntry, file_name, open_segment, write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import NEW_SUFFIX, Lock, Storage, unavailable
@@ -94,6 +95,7 @@ class Gallery:
         self._config = config
         self._broken = False
         self._state = State()
+        self._policies: tuple[PolicyVersion, ...] = ()
         self._merging = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -113,10 +115,11 @@ class Gallery:
         settings: dict[str, Any],
         gallery_id: str,
         read_only: bool = False,
+        clock: Callable[[], float] | None = None,
     ) -> Gallery:
         """Opens the gallery, creating it where the folder is absent or empty.
 
-        settings, gallery_id: stored with a new gallery. Raises NotAGallery, GalleryBusy, GalleryDamaged, StorageUnavailable.
+        settings, gallery_id: stored with a new gallery; clock: says when it was created, in seconds. Raises NotAGallery, GalleryBusy, GalleryDamaged, StorageUnavailable.
         """
         with translated(f"opening {folder}"):
             names = storage.list_names(folder)
@@ -137,7 +140,7 @@ class Gallery:
                 lock = storage.lock(folder / LOCK_NAME)
             try:
                 if not names or DATABASE_NAME not in names:
-                    _create(storage, folder, gallery_id, json.dumps(settings))
+                    _create(storage, folder, gallery_id, json.dumps(settings), None if clock is None else clock())
                 elif lock is not None:
                     _upgrade(storage, folder)
                 catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
@@ -182,6 +185,11 @@ class Gallery:
         if self.read_only:
             with self.lock:
                 self._published, self._tail = self._load()
+
+    @property
+    def policies(self) -> tuple[PolicyVersion, ...]:
+        """Every version of the policy, the one in force last."""
+        return self._policies
 
     def templates_of(self, subject_id: str) -> dict[str, Template] | None:
         """column -> the template enrolled there; None where the subject is not enrolled."""
@@ -263,6 +271,7 @@ class Gallery:
         self._state = transaction.state
         self._tail = transaction.tail
         self._tail.answers.update(transaction.answers)
+        self._policies += tuple(transaction.policies)
         self._published = transaction.snapshot()
         for segment in transaction.retired:
             self._remove_files(segment.entry.number)
@@ -454,6 +463,7 @@ class Gallery:
         parts: tuple[Part, ...] = (*segments, TailPart(tail, tail.count))
         group_sets = self._catalogue.group_sets()
         different = pairs_of(self._catalogue.verdicts())
+        self._policies = tuple(self._catalogue.policies())
         return Snapshot(self._state.version, tail.end_row, parts, tombstones, models, group_sets, different), tail
 
     def _fill(self, tail: Tail, models: Mapping[str, ColumnModel]) -> None:
@@ -505,7 +515,7 @@ def _removed(snapshot: Snapshot, segments: Sequence[Segment]) -> Int64:
     return snapshot.tombstones[low:high]
 
 
-def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> None:
+def _create(storage: Storage, folder: Path, gallery_id: str, settings: str, created_at: float | None) -> None:
     """Makes the database under another name, so that a file of its own name is never a half-made one."""
     storage.make_folder(folder / SEGMENT_FOLDER)
     storage.remove(folder / NEW_NAME)
@@ -513,7 +523,7 @@ def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> N
     catalogue = Catalogue(storage.connect(folder / NEW_NAME, read_only=False))
     try:
         catalogue.begin()
-        catalogue.create(gallery_id, settings)
+        catalogue.create(gallery_id, settings, created_at)
         catalogue.commit()
     finally:
         catalogue.close()

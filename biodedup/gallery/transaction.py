@@ -21,6 +21,7 @@ from biodedup.gallery.cases import Request, is_review, pairs_of, read_case, stan
 from biodedup.gallery.catalogue import Catalogue, ColumnModel, State
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.part import Int64, Part
+from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segment import Segment, SegmentEntry, open_segment, write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import Storage
@@ -51,6 +52,7 @@ class Transaction:
         self.group_sets = dict(before.group_sets)
         self.different = before.different
         self.answers: dict[str, Answer] = {}
+        self.policies: list[PolicyVersion] = []
         self.new_segments: list[int] = []
         self.retired: list[Segment] = []
         self._catalogue = catalogue
@@ -158,6 +160,12 @@ class Transaction:
         _ = answer.compressed  # now, so that sealing need not
         self._catalogue.add_answer(encounter_id, answer)
         self.answers[encounter_id] = answer
+        self.content_changed = True
+
+    def set_policy(self, one: PolicyVersion) -> None:
+        """Stores the next version of the policy."""
+        self._catalogue.add_policy(one)
+        self.policies.append(one)
         self.content_changed = True
 
     def hold(self, encounter_id: str, templates: Iterable[Template], request: Request) -> None:

@@ -322,7 +322,7 @@ class _Job:
         if noted.reason == "already_enrolled":
             return record.subject_id in self._engine
         if noted.reason == INCOMPLETE and noted.required is not None:
-            return noted.required == self._engine.config.policy.required
+            return noted.required == self._engine.policy.required
         return noted.status == "refused" and not (self._retry_failed and noted.reason in ("failed", "timed_out"))
 
     def _handed_out(self, items: list[_Item]) -> _Batch:
@@ -383,7 +383,7 @@ class _Job:
         if decision.outcome == "refused" and decision.refusals and decision.refusals[0].reason == "subject_exists":
             item.outcome = self._enrolled_before(encounter, decision)
         else:
-            item.outcome = decided(decision, required=self._engine.config.policy.required)
+            item.outcome = decided(decision, required=self._engine.policy.required)
 
     def _finished(self, batch: _Batch) -> _Batch:
         """Every record has its outcome."""

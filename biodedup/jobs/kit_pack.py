@@ -123,7 +123,7 @@ def pack_batch(
     as_templates: pack what the extractor made of the captures, and no images. The same manifest into the same output makes the same
     bytes. Raises InvalidInput, GalleryBusy (this kit packs already), StorageUnavailable.
     """
-    config = config or Config()
+    config = (config or Config()).with_policy()
     kit = load_key(key)
     planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max)
     with translated(f"writing beside {out}"):
@@ -139,7 +139,7 @@ def pack_batch(
         records: list[PackedRecord] = []
         unsearched = 0
         with (
-            Engine.open(work / "gallery", config) as engine,
+            Engine.open(work / "gallery", config, override_policy=True) as engine,
             translated(f"writing {out}"),
             temporary.open("wb") as file,
         ):
@@ -166,7 +166,7 @@ def pack_batch(
             file.flush()
             os.fsync(file.fileno())
             subject_of = {record.encounter_id: record.subject_id for record in records if record.encounter_id}
-            _, threshold_db = config.policy.thresholds_db(len(engine))
+            _, threshold_db = engine.policy.thresholds_db(len(engine))
             doubles = _doubles(engine, threshold_db, subject_of, progress)
         write_json(state, kit.state)
         with translated(f"writing {out}"):
