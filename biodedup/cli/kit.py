@@ -14,18 +14,19 @@ import typer
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
+    ConfigOption,
     Exit,
     GalleryOption,
     JsonOption,
     ThreadsOption,
     app,
+    configured,
     err,
     finish,
     out,
     print_summary,
     progress_bar,
 )
-from biodedup.config import Config
 from biodedup.jobs.kit_ingest import BatchOutcome, Examined
 
 kit = typer.Typer(no_args_is_help=True, help="Field kits: batches from teams that work without a network.")
@@ -66,7 +67,8 @@ def pack(
     ] = False,
     templates: Annotated[bool, typer.Option("--templates", help="Pack templates instead of images.")] = False,
     report: ReportOption = None,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check captures, search them for doubles, and pack and sign them. The same manifest again makes the same file."""
@@ -75,7 +77,7 @@ def pack(
             manifest,
             result,
             key,
-            Config(threads=threads),
+            configured(None, config, threads=threads),
             only_good=only_good,
             as_templates=templates,
             report=report,
@@ -103,13 +105,20 @@ def ingest(
     trusted: TrustedOption = Path("trusted"),
     result: Annotated[Path, typer.Option("--out", "-o", help="Outcomes, .parquet or .csv.")] = Path("outcome.parquet"),
     report: ReportOption = None,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take batches into the gallery, each record once. Interrupted, it goes on where it was."""
     with progress_bar() as progress:
         taken = jobs.ingest_batches(
-            batches, gallery, trusted, result, Config(threads=threads), report=report, progress=progress
+            batches,
+            gallery,
+            trusted,
+            result,
+            configured(gallery, config, threads=threads),
+            report=report,
+            progress=progress,
         )
     summary = taken.summary()
     problems = summary["problems"] if as_json else summary.pop("problems")

@@ -61,7 +61,7 @@ def from_settings(text: str) -> Policy:
 
 def told(changes: Mapping[str, tuple[Any, Any]], before: str, after: str) -> str:
     """Differences in words, as `fpir is 1e-06 BEFORE, 0.001 AFTER`."""
-    return "; ".join(f"{name} is {_shown(a)} {before}, {_shown(b)} {after}" for name, (a, b) in changes.items())
+    return "; ".join(f"{name} is {shown(a)} {before}, {shown(b)} {after}" for name, (a, b) in changes.items())
 
 
 def mismatch(where: str, stored: PolicyVersion, given: Policy) -> PolicyMismatch:
@@ -73,7 +73,10 @@ def mismatch(where: str, stored: PolicyVersion, given: Policy) -> PolicyMismatch
     )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a policy in words."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return "none" if value in (None, ()) else ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
