@@ -149,7 +149,6 @@ class Engine:
             settings=config.to_dict(),
             gallery_id=new_id(),
             read_only=read_only,
-            clock=clock,
         )
         try:
             return cls(gallery, config, clock, new_id, override_policy)
@@ -455,8 +454,8 @@ class Engine:
     def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
 
-        Decisions have no candidates; `unique` here means added. A subject_id that is enrolled is replaced: its newest
-        encounter counts. An encounter_id seen before changes nothing.
+        Decisions have no candidates; `unique` here means added, from those of its captures that can be used: `Policy.required` is not
+        asked for. A subject_id that is enrolled is replaced: its newest encounter counts. An encounter_id seen before changes nothing.
         """
         self._check_open()
         return self._loader.admit(encounters)

@@ -69,10 +69,11 @@ def show(
     out.print(table)
     before: PolicyVersion | None = None
     for one in versions:
-        changed = "created" if before is None else _changed(before, one)
-        who = f", by {one.by}" if one.by else ""
-        why = f". {one.reason}" if one.reason else ""
-        out.print(f"version {one.version}, {_moment(one.at)}{who}: {changed}{why}", markup=False, soft_wrap=True)
+        if before is None:
+            out.print(f"version {one.version}: made with the gallery")
+        else:
+            text = f"version {one.version}, {_moment(one.at)}, by {one.by}: {_changed(before, one)}. {one.reason}"
+            out.print(text, markup=False, soft_wrap=True)
         before = one
 
 

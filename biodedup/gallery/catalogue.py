@@ -127,7 +127,7 @@ class Catalogue:
 
     # the gallery itself -----------------------------------------------------------------------------------------
 
-    def create(self, gallery_id: str, config: str, created_at: float | None = None) -> None:
+    def create(self, gallery_id: str, config: str) -> None:
         """Lays the schema, inside the caller's transaction."""
         for table in _COLUMNS_OF:
             self._create(table)
@@ -135,7 +135,7 @@ class Catalogue:
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
         self.put("meta", [(name, "1") for name in sorted(set(_ADDED.values()))])
-        self.add_policy(PolicyVersion(1, from_settings(config), at=created_at))
+        self.add_policy(PolicyVersion(1, from_settings(config)))
         self.set_state(State())
 
     def is_current(self) -> bool:

@@ -16,7 +16,7 @@ import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -115,11 +115,10 @@ class Gallery:
         settings: dict[str, Any],
         gallery_id: str,
         read_only: bool = False,
-        clock: Callable[[], float] | None = None,
     ) -> Gallery:
         """Opens the gallery, creating it where the folder is absent or empty.
 
-        settings, gallery_id: stored with a new gallery; clock: says when it was created, in seconds. Raises NotAGallery, GalleryBusy, GalleryDamaged, StorageUnavailable.
+        settings, gallery_id: stored with a new gallery. Raises NotAGallery, GalleryBusy, GalleryDamaged, StorageUnavailable.
         """
         with translated(f"opening {folder}"):
             names = storage.list_names(folder)
@@ -140,7 +139,7 @@ class Gallery:
                 lock = storage.lock(folder / LOCK_NAME)
             try:
                 if not names or DATABASE_NAME not in names:
-                    _create(storage, folder, gallery_id, json.dumps(settings), None if clock is None else clock())
+                    _create(storage, folder, gallery_id, json.dumps(settings))
                 elif lock is not None:
                     _upgrade(storage, folder)
                 catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
@@ -515,7 +514,7 @@ def _removed(snapshot: Snapshot, segments: Sequence[Segment]) -> Int64:
     return snapshot.tombstones[low:high]
 
 
-def _create(storage: Storage, folder: Path, gallery_id: str, settings: str, created_at: float | None) -> None:
+def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> None:
     """Makes the database under another name, so that a file of its own name is never a half-made one."""
     storage.make_folder(folder / SEGMENT_FOLDER)
     storage.remove(folder / NEW_NAME)
@@ -523,7 +522,7 @@ def _create(storage: Storage, folder: Path, gallery_id: str, settings: str, crea
     catalogue = Catalogue(storage.connect(folder / NEW_NAME, read_only=False))
     try:
         catalogue.begin()
-        catalogue.create(gallery_id, settings, created_at)
+        catalogue.create(gallery_id, settings)
         catalogue.commit()
     finally:
         catalogue.close()

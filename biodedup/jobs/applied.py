@@ -112,7 +112,9 @@ def begun(target: Snapshot, merge_id: str) -> bool:
 
 def refuse_unfinished(folder: Path, target: Snapshot, storage: Storage) -> None:
     """Raises InvalidInput where another merge was interrupted while it was brought into this gallery."""
-    for name in sorted(storage.list_names(folder / MERGES_FOLDER) or ()):
+    with translated(f"reading {folder}"):
+        names = sorted(storage.list_names(folder / MERGES_FOLDER) or ())
+    for name in names:
         merge_id = name.removesuffix(".parquet")
         finished = any(target.answer(f"merge:{merge_id}:{stage}") is not None for stage in ("applied", "undone"))
         if begun(target, merge_id) and not finished:
@@ -194,7 +196,8 @@ def undo(
     try:
         name = f"merge:{merge_id}"
         if not begun(target.snapshot(), merge_id):
-            known = sorted(one.removesuffix(".parquet") for one in storage.list_names(folder / MERGES_FOLDER) or ())
+            with translated(f"reading {folder}"):
+                known = sorted(one.removesuffix(".parquet") for one in storage.list_names(folder / MERGES_FOLDER) or ())
             raise InvalidInput(
                 f"merge {merge_id!r} was not applied to {folder}; known are: {', '.join(known) or 'none'}"
             )
@@ -375,7 +378,9 @@ def _stands_for(target: Snapshot, folder: Path, storage: Storage) -> dict[int, i
     """Row that an undo gave to a subject -> the row that it had before that merge. Merges are undone in reverse order: to the ones
     before, a restored subject is still what they have left."""
     before: dict[int, int] = {}
-    for log in storage.list_names(folder / MERGES_FOLDER) or ():
+    with translated(f"reading {folder}"):
+        logs = storage.list_names(folder / MERGES_FOLDER) or ()
+    for log in logs:
         for facts in _noted(target, f"merge:{log.removesuffix('.parquet')}:restored"):
             before |= dict(facts["rows"])
     for row in sorted(before):  # a row is behind the one that it stands for

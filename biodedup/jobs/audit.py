@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_page, write_table
 from biodedup.jobs.roll import Roll, read_roll
 from biodedup.search.clusters import clusters_of
+from biodedup.tables import flat, plain
 from biodedup.values import Capture, Decision, Encounter, Face, Finger, Link
 
 KINDS = {
@@ -145,7 +146,7 @@ def audit(
     key = {
         "roll": hashlib.sha256(roll.read_bytes()).hexdigest(),
         "gallery": engine.info()["gallery_id"],
-        "policy": asdict(engine.policy),
+        "policy": {name: plain(value) for name, value in flat(engine.policy).items()},
         "threshold_db": threshold_db,
         "across_positions": engine.config.search.across_positions,
     }
