@@ -135,7 +135,7 @@ def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]
         laws = {face_id: calibration(face_cosines), snapshot.models[COLUMNS[1]].model_id: calibration(finger_cosines)}
         engine._comparer._calibration_of = laws.__getitem__
         ids = [snapshot.models[name].model_id for name in COLUMNS]
-        review_llr_db = engine._comparer.llr_reaching(engine.config.policy.thresholds_db(rows)[1], ids)
+        review_llr_db = engine._comparer.llr_reaching(engine.policy.thresholds_db(rows)[1], ids)
         shards = searcher._shards(snapshot)
         whose = np.random.default_rng(1).permutation(min(BATCH, rows))[:mates]
         own = [batch(0, min(BATCH, rows), i)[whose] for i in range(len(COLUMNS))]

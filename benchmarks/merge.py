@@ -129,7 +129,7 @@ def measure(folder: Path, districts: int, rows: int, kills: int, seed: int, samp
     told = pq.read_table(folder / "whole" / "merge.pairs.parquet", filters=[("strength", "==", "duplicate")])
     ours = {frozenset(pair) for pair in zip(*(told[f"subject_id_{side}"].to_pylist() for side in "ab"), strict=True)}
     total = districts * rows
-    threshold_db, _ = bd.Config().policy.thresholds_db(total)
+    threshold_db, _ = bd.Policy().thresholds_db(total)
     with bd.Engine.open(folder / "whole" / "merge.parquet.work" / "gallery", read_only=True) as engine:
         probe = bd.Template("face", engine.info()["columns"]["face"]["model_id"], population(1)[0])
         levels = np.linspace(0.2, 1, 80_001, dtype=np.float32)

@@ -30,11 +30,13 @@ from biodedup.errors import (
     ModelCardError,
     ModelMismatch,
     NotAGallery,
+    PolicyMismatch,
     RetryableError,
     StorageUnavailable,
     SubjectExists,
     UnknownSubject,
 )
+from biodedup.gallery.policies import PolicyVersion
 from biodedup.trace import Trace, explain
 from biodedup.values import (
     COLUMNS,
@@ -95,6 +97,8 @@ __all__ = [
     "ModelMismatch",
     "NotAGallery",
     "Policy",
+    "PolicyMismatch",
+    "PolicyVersion",
     "Refusal",
     "RetryableError",
     "Score",

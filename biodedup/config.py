@@ -1,16 +1,19 @@
-"""Settings: frozen, units in their names, stored with the gallery that they made.
+"""Settings: frozen, units in their names, checked when they are made.
 
-No default depends on the machine.
+Owns which settings there are, their defaults and their ranges. Never looks for a file (`settings.py` does) and never touches a gallery,
+which keeps its own policy. No default depends on the machine.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from math import log10
+from dataclasses import asdict, dataclass, field, replace
+from math import inf, isfinite, log10
 from pathlib import Path
 from typing import Any
 
+from biodedup.completeness import SENT, check_required
 from biodedup.errors import InvalidInput
+from biodedup.tables import made, read_toml, typed
 
 EXTERNAL_MINUTIAE = "external-minutiae"
 """The model_id of minutiae of an unknown extractor."""
@@ -42,6 +45,18 @@ class FaceConfig:
     yaw_deg_max: float = 45.0
     roll_deg_max: float = 60.0
 
+    def __post_init__(self) -> None:
+        _check(self, 0, 1, "detector_confidence_min", "confidence_min", "several_share_max")
+        _check(self, 0, 255, "brightness_min", "brightness_max")
+        _check(self, 0, 180, "yaw_deg_max", "roll_deg_max")
+        _check(self, 0, inf, "eye_distance_px_min", "sharpness_min")
+        _check(self, 1, inf, "detector_side_px")
+        _check_text(self, "model", "detector")
+        if self.brightness_min > self.brightness_max:
+            raise InvalidInput(
+                f"brightness_min is {self.brightness_min}, wanted at most brightness_max, {self.brightness_max}"
+            )
+
 
 @dataclass(frozen=True)
 class FingerConfig:
@@ -68,6 +83,12 @@ class FingerConfig:
     1,000 mm2 and more than in proportion for larger ones: 20 s for 127 x 127 mm (2026-11)."""
     nfiq2_min: float = 2.0
 
+    def __post_init__(self) -> None:
+        _check(self, 0, inf, "area_mm2_min", "minutiae_min", "nfiq2_min")
+        _check(self, 0, 1, "ridge_share_min")
+        _check(self, 1, inf, "side_px_max")
+        _check_text(self, "minutiae", "record_model_id")
+
 
 @dataclass(frozen=True)
 class CaptureConfig:
@@ -79,6 +100,9 @@ class CaptureConfig:
     quarter of their size, which leaves a face more pixels than the network takes."""
     side_px_min: int = 40
     bytes_max: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        _check(self, 1, inf, "pixels_max", "side_px_min", "bytes_max")
 
 
 @dataclass(frozen=True)
@@ -100,7 +124,7 @@ class IsolationConfig:
 
 @dataclass(frozen=True)
 class Policy:
-    """Thresholds, from target error rates at the present gallery size N.
+    """What decisions are made by; a gallery keeps its own. Thresholds follow from target error rates at the present gallery size N.
 
     fpir: the share of searches of strangers that may come out `duplicate`. FMR = FPIR / N, independence assumed; in decibels
     10 log10(N / FPIR). review_fpir is the wider band: what lies between goes to a person. fnir_review: the share of mates that may score
@@ -110,6 +134,14 @@ class Policy:
     trust_extrapolation: False sends to review what would be `duplicate` by a score beyond the measured pairs. own_strangers: from 32
     people on, a face's or a finger's embeddings are calibrated by how alike this gallery's strangers are, and not those that the model's
     card was measured on; False: scores are those of `biodedup.compare`.
+
+    required: what an encounter has to bring before a subject is enrolled or updated; otherwise it is `refused` as `incomplete`, and may
+    be sent again under its encounter_id. A sequence of
+      `sent`           every capture that was sent can be used (the default). Of two sound captures of one finger the better one counts;
+      `face`, `right_index`, ...   this capture;
+      `N fingers`      so many fingers of any position, N from 1 to 10.
+    `biodedup.Missing` excuses a column. Fingers that it states are taken off the ten that `N fingers` may ask for: of somebody with one
+    finger left, `2 fingers` asks for that one. An empty sequence requires nothing.
     """
 
     fpir: float = 1e-3
@@ -120,12 +152,18 @@ class Policy:
     verify_fmr: float = 1e-4
     trust_extrapolation: bool = True
     own_strangers: bool = True
+    required: tuple[str, ...] = (SENT,)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "required", check_required(self.required))
         for name in ("fpir", "review_fpir", "fnir_review", "verify_fmr"):
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise InvalidInput(f"{name} is {value}, wanted a rate between 0 and 1")
+        for name in ("duplicate_db", "review_db"):
+            value = getattr(self, name)
+            if value is not None and not isfinite(value):
+                raise InvalidInput(f"{name} is {value}, wanted a finite number of decibels, or None")
         if self.review_fpir < self.fpir:
             raise InvalidInput(f"review_fpir {self.review_fpir} is below fpir {self.fpir}; review is the wider band")
         if self.duplicate_db is not None and self.review_db is not None and self.review_db > self.duplicate_db:
@@ -195,12 +233,16 @@ class GalleryConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that can be set. `threads` bounds each of extraction and search; it is never guessed."""
+    """Everything that can be set. `threads` bounds each of extraction and search; it is never guessed.
+
+    policy: of a gallery that is created; None: the default one. An existing gallery decides by the policy that it keeps, and to open it
+    with another one is a mistake (`Engine.open`).
+    """
 
     face: FaceConfig = field(default_factory=FaceConfig)
     finger: FingerConfig = field(default_factory=FingerConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
-    policy: Policy = field(default_factory=Policy)
+    policy: Policy | None = None
     search: SearchConfig = field(default_factory=SearchConfig)
     gallery: GalleryConfig = field(default_factory=GalleryConfig)
     threads: int = 2
@@ -215,6 +257,39 @@ class Config:
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
 
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """The settings of a TOML file, which has the names that these classes have, `[face]`, `[search]`, ... being tables; what it does not
+        name has its default. Relative paths start from the file's folder; "" stands for None. Raises InvalidInput, which names the
+        file and the setting."""
+        path = Path(path)
+        return made(cls, typed(cls, read_toml(path), str(path), path.parent), str(path))
+
+    @property
+    def stated_policy(self) -> Policy:
+        """The policy, or the default one: what counts where there is no gallery."""
+        return self.policy or Policy()
+
+    def with_policy(self) -> Config:
+        """The same with its policy stated."""
+        return replace(self, policy=self.stated_policy)
+
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy, as the gallery stores it."""
-        return asdict(self, dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items})
+        """A JSON-ready copy with the policy stated, as the gallery stores it."""
+        return asdict(
+            self.with_policy(), dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items}
+        )
+
+
+def _check(settings: object, least: float, most: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not least <= value <= most or value == inf:
+            wanted = f"at least {least}" if most == inf else f"{least} to {most}"
+            raise InvalidInput(f"{name} is {value}, wanted {wanted}")
+
+
+def _check_text(settings: object, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name):
+            raise InvalidInput(f"{name} is empty, wanted a name")

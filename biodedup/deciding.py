@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.config import Config
+from biodedup.completeness import INCOMPLETE
+from biodedup.config import Config, Policy
 from biodedup.errors import BiodedupError, CaptureUnavailable
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
@@ -39,9 +40,10 @@ class _Expected:
 
 @dataclass(frozen=True, eq=False)
 class Decider:
-    """Decides by one policy. clock: the time in seconds, for `decided_at`. Thread-safe."""
+    """Decides by the policy in force. clock: the time in seconds, for `decided_at`. Thread-safe."""
 
     config: Config
+    policy: Callable[[], Policy]
     comparer: Comparer
     clock: Callable[[], float]
 
@@ -57,7 +59,7 @@ class Decider:
     ) -> Decision:
         """version: of the gallery, once the decision stands. own: rows that are no candidates: of the case that is decided, and of the
         subject that it is to update; different: rows that were judged to be of somebody else."""
-        policy = self.config.policy
+        policy = self.policy()
         duplicate_db, band_db = policy.thresholds_db(now.searched_count)
         returned, cleared = _first(
             found.comparisons,
@@ -67,7 +69,7 @@ class Decider:
         )
         bits = comparable_bits(probe.templates, now.models, across=found.across)
         compared = now.count_with(bits) - int(np.count_nonzero(now.presence(own) & bits) if own else 0)
-        expected = self._expected(probe.templates, now, band_db, across=found.across) if compared else None
+        expected = self._expected(policy, probe.templates, now, band_db, across=found.across) if compared else None
         review_db = band_db if expected is None or policy.review_db is not None else expected.review_db
         verdict = judge(
             returned,
@@ -100,6 +102,12 @@ class Decider:
             compared,
             _candidates(now, cleared, kinds_of(cleared, duplicate_db, review_db)),
         )
+
+    def incomplete(self, probe: Probe, lacks: Sequence[Refusal], now: Snapshot, *, version: int) -> Decision:
+        """The refusal of an encounter that lacks captures. lacks: each of them, with the reason."""
+        decision = self.decide(probe, Found(), now, version=version)
+        refusals = tuple(dict.fromkeys((*probe.refusals, *lacks)))
+        return replace(decision, outcome="refused", reasons=(INCOMPLETE,), refusals=refusals)
 
     def confirmed(self, decision: Decision, probe: Probe, now: Snapshot, own: Sequence[int]) -> Decision:
         """The decision on an update: with captures that do not verify as the subject's, a person has to look. own: its rows."""
@@ -135,13 +143,13 @@ class Decider:
         ]
 
     def _verify_db(self) -> float:
-        return -10 * float(np.log10(self.config.policy.verify_fmr))
+        return -10 * float(np.log10(self.policy().verify_fmr))
 
     def refused(self, encounter: Encounter, error: BiodedupError, now: Snapshot) -> Decision:
         """What an encounter of a stream gets where by itself it would raise the error. It is not recorded."""
         reason = error.reason if isinstance(error, CaptureUnavailable) else _snake_case(type(error).__name__)
         refusal = Refusal("encounter", reason, str(error))
-        duplicate_db, review_db = self.config.policy.thresholds_db(now.searched_count)
+        duplicate_db, review_db = self.policy().thresholds_db(now.searched_count)
         return Decision(
             "refused",
             encounter.subject_id,
@@ -175,14 +183,16 @@ class Decider:
             kind,
         )
 
-    def _expected(self, templates: Mapping[str, Template], now: Snapshot, band_db: float, *, across: bool) -> _Expected:
+    def _expected(
+        self, policy: Policy, templates: Mapping[str, Template], now: Snapshot, band_db: float, *, across: bool
+    ) -> _Expected:
         """How a mate scores with these captures, those aside that nobody enrolled has; the review threshold follows from it."""
         calibrations = tuple(
             law.of(templates[column].embedding is not None and templates[column].minutiae is not None)
             for column, law in sorted(self.comparer.laws(templates).items())
             if now.count_with(comparable_bits({column: templates[column]}, now.models, across=across))
         )
-        review_db = min(band_db, mated_quantile_db(self.config.policy.fnir_review, calibrations))
+        review_db = min(band_db, mated_quantile_db(policy.fnir_review, calibrations))
         attainable_db = mated_quantile_db(_ATTAINED_SHARE, calibrations)
         return _Expected(attainable_db, review_db, mated_share_below(review_db, calibrations))
 

@@ -18,7 +18,8 @@ What holds throughout:
 1. Nothing is answered before its commit is durable.
 2. Enrolment is linearizable: the commit compares the probe with every row that its search had not seen, those of the
    same batch included, so that of two simultaneous enrolments of one person at most one is unique.
-3. An `encounter_id` seen before gets the answer it got then, and changes nothing.
+3. An `encounter_id` seen before gets the answer it got then, and changes nothing. Only a refusal of captures is not final: with
+   other captures the encounter is decided anew.
 4. Decisions that wait for the lock together are committed together: one sync of the disk acknowledges them all.
 """
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.config import Config
+from biodedup.config import Config, Policy
 from biodedup.deciding import Decider
 from biodedup.embed.extractor import Extractor
 from biodedup.enrolment import Enrolment
@@ -45,7 +46,9 @@ from biodedup.gallery.answers import answered_before, digest_of, from_json
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
 from biodedup.gallery.packed import pack_text
+from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.storage import LocalStorage, Storage
+from biodedup.in_force import PolicyInForce
 from biodedup.loading import Cells, Loaded, Loader
 from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations, Drawn
 from biodedup.match.compare import Comparer
@@ -90,19 +93,28 @@ class JoinedTile:
 class Engine:
     """An open gallery with its models. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(self, gallery: Gallery, config: Config, clock: Callable[[], float], new_id: Callable[[], str]) -> None:
-        self.config = config
+    def __init__(
+        self,
+        gallery: Gallery,
+        config: Config,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+        override_policy: bool = False,
+    ) -> None:
+        self._config = config
+        self._clock = clock
         self._gallery = gallery
+        self._policy = PolicyInForce(gallery, config.policy, override=override_policy)
         self._extractor = Extractor(config)
         self._drawn_of: dict[str, tuple[int, str, NDArray[np.int64]]] = {}
-        known = Calibrations(self._extractor.cards, self._drawn, own_strangers=config.policy.own_strangers)
+        known = Calibrations(self._extractor.cards, self._drawn, own_strangers=lambda: self.policy.own_strangers)
         self._matcher = CylinderMatcher(config.threads)
         self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
         self._pairs = PairComparer(known, self._comparer)
-        self._searcher = Searcher(self._comparer, config.search, config.threads, config.policy)
+        self._searcher = Searcher(self._comparer, config.search, config.threads, self._policy)
         self._preparer = Preparer(gallery, self._extractor, known, config)
         self._searches = Searches(gallery, self._searcher)
-        self._decider = Decider(config, self._comparer, clock)
+        self._decider = Decider(config, self._policy, self._comparer, clock)
         self._enrolment = Enrolment(
             gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max
         )
@@ -118,14 +130,17 @@ class Engine:
         config: Config | None = None,
         *,
         read_only: bool = False,
+        override_policy: bool = False,
         storage: Storage | None = None,
         clock: Callable[[], float] = time.time,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> Engine:
         """Opens the gallery in a folder, creating it where the folder is absent or empty.
 
+        A gallery keeps the policy that it is created with, until `set_policy` stores another one, and every opener decides by it.
+        config.policy, where given, has to be the same; override_policy: decide by it all the same, in this process alone, and store nothing.
         storage, clock, new_id: the seams to the disk, the time in seconds, and fresh identifiers.
-        Raises NotAGallery, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
+        Raises NotAGallery, PolicyMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
         gallery = Gallery.open(
@@ -137,7 +152,7 @@ class Engine:
             read_only=read_only,
         )
         try:
-            return cls(gallery, config, clock, new_id)
+            return cls(gallery, config, clock, new_id, override_policy)
         except BaseException:
             gallery.close()
             raise
@@ -179,12 +194,39 @@ class Engine:
         self._gallery.check_process()
         return self._pairs
 
+    # settings ---------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Config:
+        """What it was opened with, and the policy in force."""
+        return self._config if self._config.policy == self.policy else replace(self._config, policy=self.policy)
+
+    @property
+    def policy(self) -> Policy:
+        """What decisions are made by: the gallery's policy, or the one that overrides it in this process."""
+        return self._policy()
+
+    def policies(self) -> list[PolicyVersion]:
+        """Every version of the gallery's policy, the first one first."""
+        self._check_open()
+        return list(self._gallery.policies)
+
+    def set_policy(self, policy: Policy, *, by: str, reason: str) -> PolicyVersion:
+        """Stores a policy as the gallery's next version, which decides from now on; the present one again changes nothing.
+
+        by: who changes it; reason: why. Readers see it when they refresh. Raises InvalidInput, StorageUnavailable.
+        """
+        self._check_open()
+        return self._policy.store(policy, by, reason, self._clock)
+
     # decided enrolment ------------------------------------------------------------------------------------------
 
     def enroll(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
         """Searches the whole gallery and enrols the subject if nobody in it is the same person.
 
-        Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision.
+        Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision. An encounter that
+        lacks captures that `Policy.required` asks for is `refused`, with the reason `incomplete`, and its refusals name each of them.
+        Repaired, it may be sent again under its encounter_id.
         across_positions: compare each finger with fingers of all positions; `Candidate.swaps` says which labels look wrong. None:
         as `SearchConfig.across_positions` says, here and wherever it can be given.
         Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written;
@@ -236,7 +278,7 @@ class Engine:
         """
         self._check_open()
         across, stream = self._across(across_positions), iter(encounters)
-        batches = iter(lambda: list(islice(stream, self.config.batch_size)), [])
+        batches = iter(lambda: list(islice(stream, self._config.batch_size)), [])
         for batch, sought in self._enrolment.ahead(batches, across):
             self._check_open()
             for encounter, answer in zip(batch, self._enrolment.commit(sought), strict=True):
@@ -349,15 +391,15 @@ class Engine:
             check_column(column)
         snapshot = self._gallery.snapshot()
         together = self._searcher.together(snapshot, columns)
-        return plan_of(snapshot, tuple(columns), self.config.search.miss_risk, together)
+        return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, together)
 
     def plan_join(self, threshold_db: float | None = None) -> JoinPlan:
         """How a join of everybody with everybody is done at present, for pairs that reach a threshold, and what it may miss. Takes some
         seconds for a large gallery, of which the join itself is spared those."""
         self._check_open()
         if threshold_db is None:
-            threshold_db, _ = self.config.policy.thresholds_db(len(self))
-        return JoinPlan(self._searcher.caps(self._gallery.snapshot(), threshold_db), self.config.search.miss_risk)
+            threshold_db, _ = self.policy.thresholds_db(len(self))
+        return JoinPlan(self._searcher.caps(self._gallery.snapshot(), threshold_db), self._config.search.miss_risk)
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
@@ -390,7 +432,7 @@ class Engine:
         """
         self._check_open()
         if threshold_db is None:
-            threshold_db, _ = self.config.policy.thresholds_db(len(self))
+            threshold_db, _ = self.policy.thresholds_db(len(self))
         snapshot = self._gallery.snapshot()
         snapshot = snapshot.enrolled
         live = snapshot.live_rows() if among is None else np.unique(snapshot.all_rows_of(pack_text(among))[1])
@@ -442,8 +484,8 @@ class Engine:
     def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
 
-        Decisions have no candidates; `unique` here means added. A subject_id that is enrolled is replaced: its newest
-        encounter counts. An encounter_id seen before changes nothing.
+        Decisions have no candidates; `unique` here means added, from those of its captures that can be used: `Policy.required` is not
+        asked for. A subject_id that is enrolled is replaced: its newest encounter counts. An encounter_id seen before changes nothing.
         """
         self._check_open()
         return self._loader.admit(encounters)
@@ -517,7 +559,7 @@ class Engine:
         """Counts, models and thresholds, JSON-ready."""
         self._check_open()
         snapshot = self._gallery.snapshot()
-        duplicate_db, review_db = self.config.policy.thresholds_db(snapshot.searched_count)
+        duplicate_db, review_db = self.policy.thresholds_db(snapshot.searched_count)
         counts = snapshot.column_counts()
         models = {
             column: {"model_id": model.model_id, "dimension": model.dimension, "subjects": counts[column]}
@@ -535,6 +577,7 @@ class Engine:
             "groups": sorted(set().union(*snapshot.group_sets.values())),
             "encounters": snapshot.outcomes(),
             "open_cases": len(self._gallery.open_cases()),
+            "policy": {"version": self._gallery.policies[-1].version, **asdict(self.policy)},
             "duplicate_db": round(duplicate_db, 2),
             "review_db": round(review_db, 2),
         }
@@ -556,7 +599,7 @@ class Engine:
     # shared -----------------------------------------------------------------------------------------------------
 
     def _across(self, asked: bool | None) -> bool:
-        return self.config.search.across_positions if asked is None else asked
+        return self._config.search.across_positions if asked is None else asked
 
     def _prepared(self, encounter: Encounter) -> Probe:
         probe = self._preparer.probe(encounter)

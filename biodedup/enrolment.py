@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from biodedup.completeness import shortfall
 from biodedup.deciding import Decider
 from biodedup.errors import (
     NOT_TAKEN,
@@ -175,17 +176,26 @@ class Enrolment:
                 answer = self.answered(transaction.answer, probe.encounter, digest, transaction.snapshot())
                 if answer is None:
                     asked = Request(one.replaces, tuple(probe.encounter.groups), one.seen.across, one.reason)
-                    decision = self.decide(transaction, probe, found, one.seen, asked)
+                    required = self._decider.policy().required
+                    decision = self.decide(transaction, probe, found, one.seen, asked, required=required)
                     answer = self.record(transaction, probe, decision, digest, asked)
                 one.answers.append(answer)
             except CallerError as error:
                 one.answers.append(error)
 
     def decide(
-        self, transaction: Transaction, probe: Probe, found: Found, seen: Seen, asked: Request, case: Case | None = None
+        self,
+        transaction: Transaction,
+        probe: Probe,
+        found: Found,
+        seen: Seen,
+        asked: Request,
+        case: Case | None = None,
+        *,
+        required: Sequence[str] = (),
     ) -> Decision:
         """Decides inside the transaction, so that no row can slip in between the search and the commit. case: the one that is decided
-        again; whether its captures are the subject's is for its verdicts to say."""
+        again; whether its captures are the subject's is for its verdicts to say. required: as of `Policy`."""
         now = transaction.snapshot()
         own = now.rows_under(probe.subject_id)
         if own and not asked.replaces:
@@ -193,6 +203,10 @@ class Enrolment:
         if not own and asked.replaces:
             raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to update")
         check_models(probe.templates, transaction.models)
+        keeps = now.best_templates(probe.subject_id) if asked.replaces and not asked.reason and required else None
+        usable = probe.templates.keys() | (keeps or {}).keys()  # an update keeps the columns that it does not send
+        if lacks := shortfall(required, usable, probe.refusals, probe.missing):
+            return self._decider.incomplete(probe, lacks, now, version=transaction.version)
         found = self._searches.completed(probe, found, seen, now)
         own += now.pending_under(probe.subject_id)  # under the same name no second identity slips past
         if case is not None and case.row is not None:

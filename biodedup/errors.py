@@ -54,6 +54,10 @@ class NotAGallery(CallerError):
     """The folder is not a biodedup gallery, or one of another format version."""
 
 
+class PolicyMismatch(CallerError):
+    """A gallery was opened with another policy than the one that it keeps."""
+
+
 class EngineClosed(CallerError):
     """The engine was closed."""
 

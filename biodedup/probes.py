@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.reading import absent, held
+from biodedup.completeness import SUPERSEDED
 from biodedup.config import CaptureConfig, Config
 from biodedup.embed.cards import load_card
 from biodedup.embed.extractor import Extractor
@@ -107,11 +108,11 @@ class Preparer:
                 kept, spare = _better(templates.get(result.column), result)
                 templates[result.column] = kept
                 if spare is not None:
-                    refusals.append(Refusal(spare.column, "superseded", "a better capture was kept", spare.quality))
+                    refusals.append(Refusal(spare.column, SUPERSEDED, "a better capture was kept", spare.quality))
         except CallerError as error:
             return error
         missing = tuple(capture for capture in encounter.captures if isinstance(capture, Missing))
-        return Probe(replace(encounter, captures=missing), templates, tuple(refusals))
+        return Probe(replace(encounter, captures=missing), templates, (*encounter.declined, *refusals))
 
     def _given(self, column: str, given: Float32 | bytes | Template) -> Template:
         if isinstance(given, bytes):

@@ -170,6 +170,7 @@ class Encounter:
     templates: column -> float32 (d,) unit vector, or a minutiae record (bytes), or `Template`.
     encounter_id: makes the write idempotent; None gives each call an id of its own.
     groups: labels (OSIA calls them galleries) that a search can be restricted to.
+    declined: captures that were refused before the encounter came here, as by a worker that extracts; they count as sent and unusable.
     """
 
     subject_id: str | None = None
@@ -177,9 +178,16 @@ class Encounter:
     templates: Mapping[str, Float32 | bytes | Template] = field(default_factory=dict, repr=False)
     encounter_id: str | None = None
     groups: Sequence[str] = ()
+    declined: Sequence[Refusal] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", check_groups(self.groups))
+        object.__setattr__(self, "declined", tuple(self.declined))
+        for refusal in self.declined:
+            if not isinstance(refusal, Refusal):
+                raise InvalidInput(
+                    f"declined holds Refusal, got {type(refusal).__name__}; leave out what was not refused"
+                )
         for name in ("subject_id", "encounter_id"):
             value = getattr(self, name)
             if value is not None:
@@ -304,7 +312,8 @@ class Decision:
     incomplete: part of the gallery could not be seen; such a decision is never `unique`. reasons: why a person has to look:
     a `Candidate.kind` but `same_person`, `between_thresholds`, `little_evidence` (mates with these captures may score below the review
     band), `extrapolated` (where the policy does not trust that), `incomplete`, `nothing_in_common` (nobody enrolled has a capture to
-    compare). attainable_db: 19 of 20 mates with these captures score less; expected_fnir: the share of them that scores below
+    compare); of a refused encounter, `incomplete`: captures that `Policy.required` asks for are missing or cannot be used, and refusals
+    names each of them. attainable_db: 19 of 20 mates with these captures score less; expected_fnir: the share of them that scores below
     review_db; both None where nothing was to be compared. compared: rows with a capture in common. cleared: who would be a
     candidate, had nobody ruled that these are two people, or, of the subject itself, one. adjudicated: the verdict by which a person
     closed the case that this was. replacement: the reason that an update gave for replacing all that was enrolled.
@@ -331,6 +340,11 @@ class Decision:
     cleared: tuple[Candidate, ...] = ()
     adjudicated: Verdict | None = None
     replacement: str = ""
+
+    @property
+    def final(self) -> bool:
+        """Whether this is the answer that the encounter_id keeps. A refusal of captures is not: repaired, they may be sent again."""
+        return self.outcome != "refused" or self.adjudicated is not None
 
     @property
     def best(self) -> Candidate | None:

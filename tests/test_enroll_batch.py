@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from biodedup.jobs.batch_manifest import Manifest
 from biodedup.jobs.workers import Workers
 
 CONFIG = bd.Config(batch_size=8, gallery=bd.GalleryConfig(background=False))
+LENIENT = replace(CONFIG, policy=bd.Policy(required=()))
 NOW = 1_800_000_000.0
 
 
@@ -192,9 +194,9 @@ def test_a_declined_capture_is_told_even_if_the_job_stopped_right_behind_the_com
     with monkeypatch.context() as patch:
         patch.setattr(jobs.Backlog, "finish", stopping)
         with pytest.raises(Stop):
-            run(tmp_path, tmp_path / "m.parquet")
+            run(tmp_path, tmp_path / "m.parquet", config=LENIENT)
     assert jobs.queue_status(tmp_path / "gallery", NOW).lines["searching"].count == 1
-    result, got = run(tmp_path, tmp_path / "m.parquet")
+    result, got = run(tmp_path, tmp_path / "m.parquet", config=LENIENT)
     assert [refusal["reason"] for refusal in json.loads(got[0]["refusals"])] == ["empty_file"]
     assert (got[0]["status"], result.extracted) == ("enrolled", 0)
     assert jobs.queue_status(tmp_path / "gallery", NOW).waiting == 0
@@ -435,7 +437,7 @@ def test_rows_of_an_encounter_that_lie_apart_are_one_encounter(tmp_path):
     assert manifest.survey().count == 2
     first, second = manifest.records()
     assert (len(first.cells), first.missing[0].reason, len(second.cells)) == (1, "amputated", 2)
-    _, got = run(tmp_path, tmp_path / "m.parquet")
+    _, got = run(tmp_path, tmp_path / "m.parquet", config=LENIENT)
     assert [row["status"] for row in got] == ["enrolled", "enrolled"]
     assert json.loads(got[1]["refusals"])[0]["reason"] == "empty_file"
     with bd.Engine.open(tmp_path / "gallery", read_only=True) as engine:

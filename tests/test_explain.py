@@ -268,6 +268,7 @@ def test_the_command_takes_subjects_and_encounters_of_a_gallery(folder, tmp_path
         engine.enroll(bd.Encounter("a", templates={"face": faces[0]}, encounter_id="first"))
         engine.enroll(bd.Encounter("b", templates={"face": again(faces, 0.7)[0]}, encounter_id="second"))
         assert len(engine) == 2
+        engine.set_policy(bd.Policy(), by="A. Officer", reason="so that the page says duplicate")
     done = run(app, ["explain", "a", "b", "--gallery", str(gallery), "-o", str(out), "--json"])
     pair = json.loads(done.stdout)
     assert pair["gallery_size"] == 2 and pair["outcome"] == "duplicate" and "No picture is kept" in Page(out).text

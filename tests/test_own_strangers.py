@@ -28,7 +28,7 @@ def alike(count: int, seed: int) -> np.ndarray:
 
 def scores_db(folder: Path, cosines: np.ndarray, config: bd.Config = CONFIG) -> np.ndarray:
     """What the gallery makes of faces as similar."""
-    with bd.Engine.open(folder, config) as engine:
+    with bd.Engine.open(folder, config, override_policy=True) as engine:
         model_id = engine._gallery.snapshot().models["face"].model_id
         return engine.pairs.calibrations.of(model_id).score_db(cosines)
 

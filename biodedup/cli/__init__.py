@@ -11,7 +11,19 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import adjudicate, audit, calibrate, evaluate, explain, gallery, kit, merge, register, subjects
+from biodedup.cli import (
+    adjudicate,
+    audit,
+    calibrate,
+    evaluate,
+    explain,
+    gallery,
+    kit,
+    merge,
+    policy,
+    register,
+    subjects,
+)
 from biodedup.cli.base import app, err, exit_code, out, print_json
 from biodedup.errors import BiodedupError
 
@@ -26,6 +38,7 @@ __all__ = [
     "kit",
     "main",
     "merge",
+    "policy",
     "register",
     "subjects",
 ]

@@ -16,10 +16,12 @@ from rich.table import Table
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
+    ConfigOption,
     Exit,
     GalleryOption,
     JsonOption,
     app,
+    configured,
     existing,
     finish,
     out,
@@ -45,10 +47,11 @@ def list_cases(
     page: Annotated[Path | None, typer.Option("--report", help="Also as an HTML page.")] = None,
     closed: Annotated[bool, typer.Option("--all", help="Cases that were judged, too.")] = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """The cases that wait for a verdict, oldest first."""
-    with Engine.open(gallery, read_only=True) as engine, progress_bar() as progress:
+    with Engine.open(gallery, configured(gallery, config), read_only=True) as engine, progress_bar() as progress:
         found = jobs.list_cases(engine, result, page=page, closed=closed, progress=progress)
     if as_json:
         print_json(found.summary() | {"cases": [_document(case) for case in found.cases]})
@@ -71,10 +74,11 @@ def show(
     encounter_id: str,
     page: Annotated[Path | None, typer.Option("--report", help="As an HTML page.")] = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """One case: its candidates, the evidence of each capture, the thresholds, what was refused."""
-    with Engine.open(gallery, read_only=True) as engine:
+    with Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         case = engine.case(encounter_id) if page is None else jobs.show_case(engine, encounter_id, page)
     if as_json:
         print_json(_document(case))
@@ -108,13 +112,14 @@ def decide(
     ] = None,
     note: Annotated[str, typer.Option("--note", help="Kept with the verdict.")] = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take a verdict: the same person, different people, or that new captures are to be taken.
 
     Exit code 11: the case stays open, somebody else has to be judged.
     """
-    with existing(gallery) as engine:
+    with existing(gallery, configured(gallery, config)) as engine:
         linked = engine.case(encounter_id).linked
         decision = engine.adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
         case = engine.case(encounter_id)
@@ -142,10 +147,11 @@ def export(
         "judged.parquet"
     ),
     gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What was judged, as pairs of captures with their scores: `same` is mated, `different` is not."""
-    with Engine.open(gallery, read_only=True) as engine, progress_bar() as progress:
+    with Engine.open(gallery, configured(gallery, config), read_only=True) as engine, progress_bar() as progress:
         exported = jobs.export_outcomes(engine, result, progress=progress)
     text = f"{exported.pairs:,} pairs of {exported.same:,} same and {exported.different:,} different are in {result}"
     finish(asdict(exported) | {"result": str(result)}, text, as_json)

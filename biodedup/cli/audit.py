@@ -11,16 +11,17 @@ from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
     AcrossOption,
+    ConfigOption,
     Exit,
     GalleryOption,
     JsonOption,
     ThreadsOption,
     app,
+    configured,
     out,
     print_summary,
     progress_bar,
 )
-from biodedup.config import Config, SearchConfig
 from biodedup.engine import Engine
 
 
@@ -39,13 +40,14 @@ def audit(
     ] = None,
     across_positions: AcrossOption = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a roll, as of voters: who is listed twice, not enrolled, or enrolled under two ids, by district. Interrupted, it goes
     on where it was. Exit code 10: doubles were found."""
-    config = Config(search=SearchConfig(across_positions=across_positions), threads=threads)
-    with Engine.open(gallery, config, read_only=True) as engine, progress_bar() as progress:
+    chosen = configured(gallery, config, threads=threads, across_positions=across_positions)
+    with Engine.open(gallery, chosen, read_only=True) as engine, progress_bar() as progress:
         found = jobs.audit(engine, roll, result, report=report, threshold_db=threshold_db, progress=progress)
     summary = found.summary() | {"result": str(result)} | ({"report": str(report)} if report is not None else {})
     if as_json:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,8 @@ from biodedup import jobs
 from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
-from biodedup.match.judgement import REASONS
+from biodedup.match.judgement import texts_of
+from biodedup.settings import Settings, settings_for
 from biodedup.values import Capture, Decision, Evidence, Face, Finger, Missing, Refusal
 
 app = typer.Typer(
@@ -64,7 +65,15 @@ GalleryOption = Annotated[
     typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The gallery's folder; enroll and load create it."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads for extraction and search.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads for extraction and search.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Settings, TOML. Over those of the file in BIODEDUP_CONFIG, and of biodedup.toml next to the gallery.",
+    ),
+]
 FaceOption = Annotated[list[Path] | None, typer.Option("--face", help="A face image.")]
 FingerOption = Annotated[
     list[str] | None,
@@ -91,11 +100,6 @@ AcrossOption = Annotated[
 DEFAULT_GALLERY = Path("gallery")
 
 
-def isolated(**given: Any) -> Config:
-    """Settings of a command: captures are decoded in worker processes, since files come from anywhere."""
-    return Config(isolation=IsolationConfig(), **given)
-
-
 def print_summary(summary: dict[str, object], as_json: bool) -> None:
     if as_json:
         print_json(summary)
@@ -111,10 +115,31 @@ def exit_code(error: BiodedupError) -> int:
     return next((code for branch, code in branches if isinstance(error, branch)), 1)
 
 
+def settings(
+    gallery: Path | None,
+    file: Path | None,
+    *,
+    threads: int | None = None,
+    across_positions: bool = False,
+    more: Mapping[str, Any] | None = None,
+    usual: Mapping[str, Any] | None = None,
+) -> Settings:
+    """What is in effect for a command. file: of --config; more: by dotted names, other options, None where they are not given; usual:
+    defaults of the command itself."""
+    given = {"threads": threads, "search.across_positions": across_positions or None, **(more or {})}
+    return settings_for(gallery, file, given=given, usual=usual)
+
+
+def configured(gallery: Path | None, file: Path | None, **options: Any) -> Config:
+    """As `settings`, without where they come from; captures are decoded in worker processes, since files come from anywhere."""
+    chosen = settings(gallery, file, **options).config
+    return replace(chosen, isolation=chosen.isolation or IsolationConfig())
+
+
 @contextmanager
-def existing(gallery: Path, config: Config | None = None) -> Iterator[Engine]:
+def existing(gallery: Path, config: Config) -> Iterator[Engine]:
     """Opens for writing, but creates nothing: a mistyped path is not an empty gallery."""
-    Engine.open(gallery, read_only=True).close()
+    Engine.open(gallery, config, read_only=True).close()
     with Engine.open(gallery, config) as engine:
         yield engine
 
@@ -177,8 +202,9 @@ def finish_decision(decision: Decision, as_json: bool) -> None:
             f"review from {decision.review_db:.1f} dB",
             soft_wrap=True,
         )
-        for reason in decision.reasons:
-            out.print(f"  a person has to look: {REASONS[reason]}", soft_wrap=True)
+        for text in texts_of(decision):
+            why = "not enrolled" if decision.outcome == "refused" else "a person has to look"
+            out.print(f"  {why}: {text}", soft_wrap=True)
         if decision.attainable_db is not None and decision.expected_fnir is not None:
             out.print(
                 f"  these captures: at most {decision.attainable_db:.0f} dB; {decision.expected_fnir:.1%} of mates score below "

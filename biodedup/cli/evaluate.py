@@ -12,8 +12,17 @@ import typer
 from rich.table import Table
 
 from biodedup import jobs
-from biodedup.cli.base import DpiOption, JsonOption, ThreadsOption, app, isolated, out, print_json, progress_bar
-from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig, Policy
+from biodedup.cli.base import (
+    ConfigOption,
+    DpiOption,
+    JsonOption,
+    ThreadsOption,
+    app,
+    configured,
+    out,
+    print_json,
+    progress_bar,
+)
 
 
 @app.command()
@@ -33,16 +42,17 @@ def evaluate(
     pictures: Annotated[int, typer.Option(min=0, help="Pairs shown of each kind of error.")] = 12,
     finger: Annotated[bool, typer.Option("--finger", help="The folder's images are fingers.")] = False,
     dpi: DpiOption = None,
-    minutiae: Annotated[str, typer.Option(help="Minutiae extractor: mindtct or leader.")] = FingerConfig.minutiae,
+    minutiae: Annotated[str | None, typer.Option(help="Minutiae extractor: mindtct or leader.")] = None,
     record_model_id: Annotated[
-        str, typer.Option(help="What extracted the minutiae records of the source.")
-    ] = EXTERNAL_MINUTIAE,
-    verify_fmr: Annotated[float, typer.Option(help="FMR that 1:1 decisions are made at.")] = Policy.verify_fmr,
+        str | None, typer.Option(help="What extracted the minutiae records of the source.")
+    ] = None,
+    verify_fmr: Annotated[float | None, typer.Option(help="FMR that 1:1 decisions are made at.")] = None,
     nonmated_max: Annotated[
         int, typer.Option(min=1, help="Pairs of strangers; of more than that, a random sample.")
     ] = 2_000_000,
     seed: Annotated[int, typer.Option(help="Of that sample and of the bootstrap.")] = 0,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure error rates on labelled captures or templates, in the terms of ISO/IEC 19795-1. Interrupted, it goes on where it was.
@@ -50,17 +60,18 @@ def evaluate(
     Writes the numbers (.json), what they were counted from (.pairs.parquet, .searches.parquet, .encounters.parquet) and a report.
     Templates stay in RESULT.work for the next run; delete it when you are done.
     """
-    config = isolated(
-        finger=FingerConfig(minutiae=minutiae, record_model_id=record_model_id),
-        policy=Policy(verify_fmr=verify_fmr),
-        threads=threads,
-    )
+    given = {
+        "finger.minutiae": minutiae,
+        "finger.record_model_id": record_model_id,
+        "policy.verify_fmr": verify_fmr,
+    }
+    chosen = configured(None, config, threads=threads, more=given)
     page = None if no_report else report or result.with_suffix(".html")
     with progress_bar() as progress:
         found = jobs.evaluate(
             source,
             result,
-            config,
+            chosen,
             report=page,
             finger=finger,
             dpi=dpi,

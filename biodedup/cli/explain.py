@@ -13,7 +13,17 @@ from typing import Annotated
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import AcrossOption, Exit, JsonOption, ThreadsOption, app, finish, isolated, print_refusals
+from biodedup.cli.base import (
+    AcrossOption,
+    ConfigOption,
+    Exit,
+    JsonOption,
+    ThreadsOption,
+    app,
+    configured,
+    finish,
+    print_refusals,
+)
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
@@ -49,23 +59,24 @@ def explain(
     ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Subjects of the gallery whose thresholds count.")] = None,
     across_positions: AcrossOption = False,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a page on one pair: both captures, what was found in them, what agrees, and what it is worth."""
-    config = isolated(threads=threads)
+    chosen = configured(gallery, config, threads=threads)
     with ExitStack() as opened:
-        engine = None if gallery is None else opened.enter_context(Engine.open(gallery, config, read_only=True))
+        engine = None if gallery is None else opened.enter_context(Engine.open(gallery, chosen, read_only=True))
         if encounter is not None:
             if engine is None or a is not None or b is not None:
                 raise InvalidInput("--encounter takes both sides from a gallery; pass --gallery, and no captures")
             names, sides = _sides_of(engine, encounter)
         else:
             given = [[*([] if one is None else [one]), *(more or ())] for one, more in ((a, more_a), (b, more_b))]
-            sides = _side(given[0], engine, config), _side(given[1], engine, config)
+            sides = _side(given[0], engine, chosen), _side(given[1], engine, chosen)
             names = _name(given[0], "A"), _name(given[1], "B")
         told = jobs.explain(
-            *sides, result, config, names=names, size=size, across_positions=across_positions, engine=engine
+            *sides, result, chosen, names=names, size=size, across_positions=across_positions, engine=engine
         )
     finish(told.to_dict() | {"page": str(result)}, f"{told.headline}\n{result}", as_json)
     if not as_json:

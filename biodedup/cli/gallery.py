@@ -17,20 +17,20 @@ from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
     AcrossOption,
+    ConfigOption,
     Exit,
     GalleryOption,
     JsonOption,
     ThreadsOption,
     app,
+    configured,
     existing,
     finish,
-    isolated,
     out,
     print_json,
     print_summary,
     progress_bar,
 )
-from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig, SearchConfig
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 
@@ -45,15 +45,17 @@ def dedup(
         float | None, typer.Option(help="Link pairs from this score on; default: the policy's.")
     ] = None,
     across_positions: AcrossOption = False,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the images, or the subjects of a manifest or of a gallery, that are the same person. Interrupted, it goes on where
     it was."""
-    config = isolated(search=SearchConfig(across_positions=across_positions), threads=threads)
-    if jobs.is_gallery(source):
+    is_gallery = jobs.is_gallery(source)
+    chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
+    if is_gallery:
         # reading only: enrolment goes on beside it, for hours
-        with Engine.open(source, config, read_only=True) as engine, progress_bar() as progress:
+        with Engine.open(source, chosen, read_only=True) as engine, progress_bar() as progress:
             joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
         print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
@@ -61,7 +63,7 @@ def dedup(
             out.print(f"weakest link {cluster.weakest_db:6.1f} dB  {names}", soft_wrap=True)
         raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
     with progress_bar() as progress:
-        found = jobs.dedup(source, result, config, threshold_db=threshold_db, progress=progress)
+        found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, progress=progress)
     print_summary(found.summary() | {"result": str(result)}, as_json)
     if not as_json:
         label_of = {unit.unit_id: unit.label for unit in found.units}
@@ -85,15 +87,16 @@ def load(
     ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
     column: Annotated[str, typer.Option(help="Column of a .npy file.")] = "face",
     record_model_id: Annotated[
-        str,
+        str | None,
         typer.Option(help="What extracted the minutiae records; mindtct-1 if captures are to be compared with them."),
-    ] = EXTERNAL_MINUTIAE,
+    ] = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add ready templates without a search. Interrupted, it goes on where it was."""
-    config = Config(finger=FingerConfig(record_model_id=record_model_id))
-    with Engine.open(gallery, config) as engine, progress_bar() as progress:
+    chosen = configured(gallery, config, more={"finger.record_model_id": record_model_id})
+    with Engine.open(gallery, chosen) as engine, progress_bar() as progress:
         result = jobs.load(engine, source, ids=ids, column=column, progress=progress)
         size = len(engine)
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {size:,} subjects"
@@ -105,9 +108,13 @@ def load(
 
 
 @app.command()
-def compact(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
+def compact(
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Merge what is stored into one segment; templates of removed subjects are erased. Needs free disk of the same size."""
-    with existing(gallery) as engine:
+    with existing(gallery, configured(gallery, config)) as engine:
         jobs.forget_removed(gallery)
         engine.compact()
         size = len(engine)
@@ -118,11 +125,12 @@ def compact(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = Fals
 def backup(
     target: Annotated[Path, typer.Argument(help="An empty folder, or an earlier backup, which is brought up to date.")],
     gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Copy the gallery, consistent, while it is in use, and what jobs keep beside it; again, only new segments are copied. The copy
     is a gallery."""
-    with Engine.open(gallery, read_only=True) as engine:
+    with Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         copied = engine.backup(target)
     text = (
         f"version {copied.version} is in {target}: {copied.files_copied} files copied ({copied.byte_count:,} bytes), "
@@ -134,9 +142,13 @@ def backup(
 
 
 @app.command()
-def info(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
+def info(
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """What a gallery holds."""
-    with Engine.open(gallery, read_only=True) as engine:
+    with Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         facts = engine.info()
     if as_json:
         print_json(facts)
@@ -166,6 +178,7 @@ def doctor(
             "fewer are found than should be.",
         ),
     ] = False,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check the installation's models, and every checksum of a gallery; mend it if asked."""
@@ -173,7 +186,12 @@ def doctor(
         raise InvalidInput("nothing to repair or to search; name the gallery, as --gallery FOLDER")
     with progress_bar() as progress:
         report = jobs.examine(
-            gallery, mend=repair or backup is not None, backup=backup, sentinels=sentinels, progress=progress
+            gallery,
+            configured(gallery, config),
+            mend=repair or backup is not None,
+            backup=backup,
+            sentinels=sentinels,
+            progress=progress,
         )
     if as_json:
         print_json(asdict(report))

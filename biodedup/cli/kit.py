@@ -15,20 +15,20 @@ import typer
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
+    ConfigOption,
     Exit,
     GalleryOption,
     JsonOption,
     ThreadsOption,
+    configured,
     err,
     finish,
-    isolated,
     out,
     print_summary,
     progress_bar,
 )
 from biodedup.cli.kit_keys import TrustedOption, kit
 from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
-from biodedup.config import Config
 from biodedup.jobs.kit_keys import CentreKey
 from biodedup.jobs.kit_outcomes import BatchOutcome, Examined
 
@@ -60,7 +60,8 @@ def pack(
     ] = False,
     templates: Annotated[bool, typer.Option("--templates", help="Pack templates instead of images.")] = False,
     report: ReportOption = None,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check captures, search them for doubles, and pack, sign and encrypt them. The same manifest again changes nothing."""
@@ -70,7 +71,7 @@ def pack(
             manifest,
             result,
             key,
-            isolated(threads=threads),
+            configured(None, config, threads=threads),
             centre=centre,
             passphrase=secret,
             only_good=only_good,
@@ -105,7 +106,8 @@ def ingest(
     centre_key: CentreKeyOption = None,
     passphrase_fd: PassphraseFd = None,
     allow_unencrypted: UnencryptedOption = False,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take batches into the gallery, each record once. Interrupted, it goes on where it was."""
@@ -116,7 +118,7 @@ def ingest(
             gallery,
             trusted,
             result,
-            isolated(threads=threads),
+            configured(gallery, config, threads=threads),
             centre=centre,
             allow_unencrypted=allow_unencrypted,
             report=report,

@@ -15,18 +15,20 @@ from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
     AcrossOption,
+    ConfigOption,
     Exit,
     GalleryOption,
     JsonOption,
     ThreadsOption,
     app,
+    configured,
     finish,
     out,
     print_json,
     print_summary,
     progress_bar,
 )
-from biodedup.config import Config, SearchConfig
+from biodedup.jobs.registers import named
 
 
 @app.command()
@@ -53,12 +55,14 @@ def merge(
         float | None, typer.Option(help="Link from this score on, extrapolated or not; default: the policy's.")
     ] = None,
     across_positions: AcrossOption = False,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find who is one person among the subjects of many galleries. Nothing is changed without --apply. Interrupted, it goes on
     where it was."""
-    config = Config(search=SearchConfig(across_positions=across_positions), threads=threads)
+    centre = None if into is None else named(into)[1]
+    chosen = configured(centre, config, threads=threads, across_positions=across_positions)
     with progress_bar() as progress:
         found = jobs.merge(
             sources,
@@ -68,7 +72,7 @@ def merge(
             rule=rule,
             prefer=prefer or (),
             min_db=min_db,
-            config=config,
+            config=chosen,
             progress=progress,
         )
     applied = None if found.applied is None else asdict(found.applied)
@@ -96,11 +100,12 @@ def merge(
 def undo(
     merge_id: Annotated[str, typer.Argument(metavar="MERGE", help="As `merge --apply` told it.")],
     gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take a merge back: the gallery has the subjects and templates that it had before. Interrupted, it goes on."""
     with progress_bar() as progress:
-        undone = jobs.undo(merge_id, gallery, progress=progress)
+        undone = jobs.undo(merge_id, gallery, configured(gallery, config), progress=progress)
     text = (
         f"undone: {undone.restored:,} restored, {undone.reverted:,} survivors reverted, {undone.withdrawn:,} withdrawn; "
         f"{undone.subjects:,} subjects"

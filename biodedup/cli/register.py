@@ -15,19 +15,20 @@ from rich.table import Table
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
+    ConfigOption,
     Exit,
     GalleryOption,
     JsonOption,
     ThreadsOption,
     app,
+    configured,
     finish,
-    isolated,
     out,
     print_json,
     print_summary,
     progress_bar,
 )
-from biodedup.config import Config, IsolationConfig
+from biodedup.config import IsolationConfig
 from biodedup.engine import Engine
 
 
@@ -49,18 +50,23 @@ def enroll_batch(
         bool,
         typer.Option("--retry-failed", help="Try captures again that the program failed on, or took too long for."),
     ] = False,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Records decided and committed together.")] = 256,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="Records decided and committed together; default: as set, else 256."),
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that extract.")] = 2,
     capture_s_max: Annotated[
         float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
     ] = IsolationConfig.capture_s_max,
     gallery: GalleryOption = DEFAULT_GALLERY,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Enrol everybody in a manifest who is not enrolled yet. Interrupted, it goes on where it was; run again, it changes nothing."""
+    chosen = configured(gallery, config, threads=threads, more={"batch_size": batch}, usual={"batch_size": 256})
     with (
-        Engine.open(gallery, isolated(threads=threads, batch_size=batch)) as engine,
+        Engine.open(gallery, chosen) as engine,
         jobs.Backlog.open(gallery) as backlog,
     ):
         if announce:

@@ -13,6 +13,7 @@ import typer
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
     AcrossOption,
+    ConfigOption,
     DpiOption,
     EncounterOption,
     Exit,
@@ -25,16 +26,15 @@ from biodedup.cli.base import (
     ThreadsOption,
     app,
     captures_of,
+    configured,
     existing,
     finish,
     finish_decision,
-    isolated,
     out,
     print_evidence,
     print_json,
     print_refusals,
 )
-from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.values import Encounter
 
@@ -50,14 +50,15 @@ def enroll(
     group: GroupOption = None,
     across_positions: AcrossOption = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Enrol a subject, unless somebody in the gallery is the same person."""
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
-    with Engine.open(gallery, isolated(threads=threads)) as engine:
-        finish_decision(engine.enroll(encounter, across_positions=across_positions), as_json)
+    with Engine.open(gallery, configured(gallery, config, threads=threads)) as engine:
+        finish_decision(engine.enroll(encounter, across_positions=across_positions or None), as_json)
 
 
 @app.command()
@@ -68,13 +69,14 @@ def identify(
     group: GroupOption = None,
     across_positions: AcrossOption = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Search the gallery for the person of these captures; write nothing."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
-    with Engine.open(gallery, isolated(threads=threads), read_only=True) as engine:
-        decision = engine.identify(encounter, groups=group or None, across_positions=across_positions)
+    with Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
+        decision = engine.identify(encounter, groups=group or None, across_positions=across_positions or None)
         finish_decision(decision, as_json)
 
 
@@ -85,12 +87,13 @@ def verify(
     finger: FingerOption = None,
     dpi: DpiOption = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare captures with one enrolled subject."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
-    with Engine.open(gallery, isolated(threads=threads), read_only=True) as engine:
+    with Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
         result = engine.verify(encounter, subject_id)
     if as_json:
         print_json(asdict(result))
@@ -118,25 +121,27 @@ def update(
     ] = False,
     reason: Annotated[str, typer.Option("--reason", help="Why, with --replace; kept with the decision.")] = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
-    threads: ThreadsOption = Config.threads,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add an encounter to an enrolled subject, if it verifies as theirs; otherwise a person has to look (exit code 11)."""
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
-    with existing(gallery, isolated(threads=threads)) as engine:
-        decision = engine.update(encounter, across_positions=across_positions, replace=replace, reason=reason)
-        finish_decision(decision, as_json)
+    with existing(gallery, configured(gallery, config, threads=threads)) as engine:
+        across = across_positions or None
+        finish_decision(engine.update(encounter, across_positions=across, replace=replace, reason=reason), as_json)
 
 
 @app.command()
 def remove(
     subject_ids: Annotated[list[str], typer.Argument(metavar="SUBJECT_ID...")],
     gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remove subjects; the next search does not see them."""
-    with existing(gallery) as engine:
+    with existing(gallery, configured(gallery, config)) as engine:
         for subject_id in subject_ids:
             engine.remove(subject_id)
         size = len(engine)

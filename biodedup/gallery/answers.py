@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from biodedup.capture.reading import Unread
+from biodedup.completeness import INCOMPLETE
 from biodedup.errors import EncounterConflict, GalleryDamaged
 from biodedup.values import (
     Candidate,
@@ -117,11 +118,19 @@ def _candidate(fields: Mapping[str, Any]) -> Candidate:
 def answered_before(
     answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes
 ) -> Decision | None:
-    """The answer that this encounter got, or None. digest: of what is sent now. Raises EncounterConflict for other content."""
+    """The answer that this encounter got, or None where it is to be decided. digest: of what is sent now.
+
+    A refusal of captures is not final: with other content the encounter is decided anew, and after a refusal as incomplete with the same
+    content, too, since the policy may ask for less by now. Raises EncounterConflict for other content of an encounter that was decided.
+    """
     if encounter.encounter_id is None:
         return None
     stored = answer_of(encounter.encounter_id)
     if stored is None:
+        return None
+    fields = json.loads(stored[1])
+    refused = fields.get("outcome") == "refused" and fields.get("adjudicated") is None
+    if refused and (stored[0] != digest or INCOMPLETE in fields.get("reasons", ())):
         return None
     if stored[0] != digest:
         raise _conflict(encounter.encounter_id)

@@ -17,6 +17,7 @@ Owns the schema and every SQL statement. Never decides, never searches, never ca
 | review_case | an encounter that went to review: what it asked for, and the decision as it stands once it has changed |
 | verdict | what a person ruled on a case and one of its candidates; kept for ever |
 | judged | one pair of rows that a verdict says are of two people |
+| policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
@@ -34,6 +35,7 @@ import numpy as np
 import xxhash
 
 from biodedup.errors import GalleryDamaged
+from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
 from biodedup.gallery.segment import SegmentEntry
 from biodedup.gallery.tail import Answer
 from biodedup.values import COLUMNS, Column, Template, Verdict
@@ -59,9 +61,19 @@ _COLUMNS_OF = {
     "judged_at REAL, note TEXT",
     "pending": "row INTEGER PRIMARY KEY, encounter_id TEXT",
     "judged": "number INTEGER PRIMARY KEY, row INTEGER, other INTEGER",
+    "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
 }
-_ADDED = {"review_case": "cases", "verdict": "cases", "pending": "encounters", "judged": "encounters"}
+_ADDED = {
+    "review_case": "cases",
+    "verdict": "cases",
+    "pending": "encounters",
+    "judged": "encounters",
+    "policy": "policies",
+}
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
+
+_REPLACED = ("meta", "review_case", "encounter")
+"""Tables of which a row may be put again; an encounter that was refused may be sent again."""
 
 _STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
 
@@ -139,7 +151,8 @@ class Catalogue:
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
-        self.put("meta", [("cases", "1"), ("encounters", "1")])
+        self.put("meta", [(name, "1") for name in sorted(set(_ADDED.values()))])
+        self.add_policy(PolicyVersion(1, from_settings(config)))
         self.set_state(State())
 
     def is_current(self) -> bool:
@@ -148,14 +161,15 @@ class Catalogue:
 
     def renew(self) -> None:
         """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
-        settings = self.meta()
+        first, settings = self.policies(), self.meta()
         for table, setting in _ADDED.items():
             if setting not in settings and not self._exists(table):
                 self._create(table)
+                if table == "policy":
+                    self.add_policy(first[0])
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        self.put(
-            "meta", [("format", str(FORMAT_VERSION)), ("cases", "1")]
-        )  # `encounters` comes with the rows of open cases
+        # `encounters` comes with the rows of open cases
+        self.put("meta", [("format", str(FORMAT_VERSION)), ("cases", "1"), ("policies", "1")])
 
     def _create(self, table: str) -> None:
         for statement in _schema([table]).values():
@@ -207,6 +221,19 @@ class Catalogue:
 
     def set_state(self, state: State) -> None:
         self.put("meta", [("state", json.dumps(vars(state)))])
+
+    def policies(self) -> list[PolicyVersion]:
+        """Every version of the policy, the one in force last. Of a gallery without the table the settings that made it say the first."""
+        rows = list(self._all("policy", "version"))
+        if not rows and _ADDED["policy"] not in self.meta():
+            return [PolicyVersion(1, from_settings(self.meta()["config"]))]
+        if [version for version, *_ in rows] != list(range(1, len(rows) + 1)) or not rows:
+            raise GalleryDamaged("table policy lacks versions; run `biodedup doctor`")
+        return [PolicyVersion(n, from_text(text, f"policy version {n}"), by, at, why) for n, text, by, at, why in rows]
+
+    def add_policy(self, one: PolicyVersion) -> None:
+        at = None if one.at is None else float(one.at)
+        self.put("policy", [(one.version, to_text(one.policy), one.by, at, one.reason)])
 
     def models(self) -> dict[str, ColumnModel]:
         known = list(self._all("model"))
@@ -395,9 +422,9 @@ class Catalogue:
     # rows with checksums ----------------------------------------------------------------------------------------
 
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Inserts rows with their checksums; in `meta` and `review_case`, replaces them."""
+        """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
         marks = ",".join("?" * (_COLUMNS_OF[table].count(",") + 2))
-        verb = "REPLACE" if table in ("meta", "review_case") else "INSERT"
+        verb = "REPLACE" if table in _REPLACED else "INSERT"
         self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", ((*row, _checksum(row)) for row in rows))
 
     def _all(

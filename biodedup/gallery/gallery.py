@@ -51,6 +51,7 @@ from biodedup.gallery.catalogue import (
 from biodedup.gallery.compaction import due, grouped
 from biodedup.gallery.packed import hashes, pack_text
 from biodedup.gallery.part import Int64, Part, Rows
+from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.private import refuse_link
 from biodedup.gallery.segment import (
     Abandoned,
@@ -122,6 +123,7 @@ class Gallery:
         self._process = forks.Process()
         forks.hold(self.lock)
         self._state = State()
+        self._policies: tuple[PolicyVersion, ...] = ()
         self._merging = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -228,6 +230,11 @@ class Gallery:
         if self.read_only:
             with self.lock:
                 self._published, self._tail = self._load()
+
+    @property
+    def policies(self) -> tuple[PolicyVersion, ...]:
+        """Every version of the policy, the one in force last."""
+        return self._policies
 
     def templates_of(self, subject_id: str) -> dict[str, Template] | None:
         """column -> the best template enrolled there; None where the subject is not enrolled."""
@@ -353,6 +360,7 @@ class Gallery:
         self._state = transaction.state
         self._tail = transaction.tail
         self._tail.answers.update(transaction.answers)
+        self._policies += tuple(transaction.policies)
         self._published = transaction.snapshot()
         for segment in transaction.retired:
             self._remove_files(segment.entry.number)
@@ -556,6 +564,7 @@ class Gallery:
         if len(np.setdiff1d(bare, tombstones)):
             raise GalleryDamaged(f"{self.folder}: the journal lacks templates; run `biodedup doctor`")
         parts: tuple[Part, ...] = (*segments, TailPart(tail, tail.count))
+        self._policies = tuple(self._catalogue.policies())
         snapshot = Snapshot(
             self._state.version,
             tail.end_row,

@@ -370,10 +370,11 @@ class SegmentAnswers:
     def find(self, encounter_id: str, hashed: np.uint64) -> tuple[bytes, str] | None:
         if not self.count:
             return None
-        for index in _find(self._lookup, self._ids, encounter_id, hashed):
-            at = np.array([index])
-            return self._digests.take(at)[0].as_py(), self._inflated(self._texts.take(at)[0].as_py())
-        return None
+        found = _find(self._lookup, self._ids, encounter_id, hashed)
+        if not found:
+            return None
+        at = np.array([max(found)])  # the last answer: an encounter that was refused may have been sent again
+        return self._digests.take(at)[0].as_py(), self._inflated(self._texts.take(at)[0].as_py())
 
     def _inflated(self, data: bytes) -> str:
         assert self._file is not None, "there are answers"

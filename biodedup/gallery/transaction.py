@@ -22,6 +22,7 @@ from biodedup.gallery.cases import RECAPTURE, Request, is_review, judged_before,
 from biodedup.gallery.catalogue import Catalogue, ColumnModel, State, paired
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.part import Int64, Part
+from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segment import Segment, SegmentEntry, open_segment, unused_number, write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import Storage
@@ -53,6 +54,7 @@ class Transaction:
         self.pending = before.pending
         self.different = before.different
         self.answers: dict[str, Answer] = {}
+        self.policies: list[PolicyVersion] = []
         self.new_segments: list[int] = []
         self.retired: list[Segment] = []
         self._catalogue = catalogue
@@ -235,6 +237,12 @@ class Transaction:
         _ = answer.compressed  # now, so that sealing need not
         self._catalogue.add_answer(encounter_id, answer)
         self.answers[encounter_id] = answer
+        self.content_changed = True
+
+    def set_policy(self, one: PolicyVersion) -> None:
+        """Stores the next version of the policy."""
+        self._catalogue.add_policy(one)
+        self.policies.append(one)
         self.content_changed = True
 
     def case(self, encounter_id: str) -> Case | None:

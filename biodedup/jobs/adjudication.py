@@ -23,7 +23,7 @@ from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.explain import explain_templates
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_page, write_table
-from biodedup.match.judgement import REASONS
+from biodedup.match.judgement import texts_of
 from biodedup.values import Candidate, Case, Decision, Evidence, Verdict, strong
 
 CASES_ON_A_PAGE = 200
@@ -171,7 +171,7 @@ def export_outcomes(engine: Engine, out: Path, *, progress: Progress = silent) -
 def reasons_of(decision: Decision) -> tuple[str, ...]:
     """Why a person has to look, in words."""
     if decision.reasons:
-        return tuple(REASONS[reason] for reason in decision.reasons)
+        return texts_of(decision)
     found = []
     if any(candidate.score_db >= decision.review_db for candidate in strong(decision)):
         found.append("somebody enrolled looks alike, but not enough to be sure")

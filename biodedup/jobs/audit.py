@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_page, write_table
 from biodedup.jobs.roll import Roll, read_roll
 from biodedup.search.clusters import clusters_of
+from biodedup.tables import flat, plain
 from biodedup.values import Capture, Decision, Encounter, Face, Finger, Link
 
 KINDS = {
@@ -146,7 +147,7 @@ def audit(
     key = {
         "roll": hashlib.sha256(roll.read_bytes()).hexdigest(),
         "gallery": engine.info()["gallery_id"],
-        "policy": asdict(engine.config.policy),
+        "policy": {name: plain(value) for name, value in flat(engine.policy).items()},
         "threshold_db": threshold_db,
         "across_positions": engine.config.search.across_positions,
     }
@@ -158,7 +159,7 @@ def audit(
         if notes.entries:
             threshold_db = notes.entries[0]["threshold_db"]
         elif threshold_db is None:
-            threshold_db, _ = engine.config.policy.thresholds_db(len(engine))
+            threshold_db, _ = engine.policy.thresholds_db(len(engine))
         versions = engine.gallery_version, engine.gallery_version
         if listed.of_captures:
             versions = min([versions[0], *(entry["version"] for entry in notes.entries)]), versions[1]

@@ -164,8 +164,9 @@ def compare_all(
 
     held = _Held(encounters)
     drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
-    own = config.policy.own_strangers
-    known = Calibrations(Extractor(config).cards, lambda model_id: drawn.get(model_id, NOBODY), own_strangers=own)
+    own = config.stated_policy.own_strangers
+    cards = Extractor(config).cards
+    known = Calibrations(cards, lambda model_id: drawn.get(model_id, NOBODY), own_strangers=lambda: own)
     matcher = CylinderMatcher(config.threads)
     comparer = Comparer(known.of, matcher, known.with_minutiae)
     rows = np.arange(len(encounters))

@@ -111,13 +111,13 @@ def dedup(
     Raises InvalidInput, GalleryBusy (another job has this result), StorageUnavailable.
     """
     check_table_name(out)
-    config = config or Config(isolation=IsolationConfig())
+    config = (config or Config(isolation=IsolationConfig())).with_policy()
     units = units_of(source)
     make_private_folder(out.parent)
-    with Engine.open(out.with_name(out.name + ".work"), config) as engine:
+    with Engine.open(out.with_name(out.name + ".work"), config, override_policy=True) as engine:
         refusals = _fill(engine, units, config.batch_size, progress)
         if threshold_db is None:
-            threshold_db, _ = config.policy.thresholds_db(len(engine))
+            threshold_db, _ = engine.policy.thresholds_db(len(engine))
         clusters = engine.find_duplicates(
             threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from biodedup.config import Config
 from biodedup.embed.cards import shipped_cards
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
@@ -33,6 +34,7 @@ class Report:
 
 def examine(
     gallery: Path | None,
+    config: Config | None = None,
     *,
     mend: bool = False,
     backup: Path | None = None,
@@ -66,10 +68,10 @@ def examine(
         if found:
             problems.extend(f"gallery {gallery}: {problem}" for problem in found)
         else:
-            with Engine.open(gallery, read_only=True) as engine:
+            with Engine.open(gallery, config, read_only=True) as engine:
                 checked.append(f"gallery {gallery}: {len(engine):,} subjects, version {engine.gallery_version}")
             if sentinels:
-                watched = watch(gallery, progress=progress)
+                watched = watch(gallery, config, progress=progress)
                 checked += watched.checked
                 problems += watched.problems
     return Report(tuple(checked), tuple(problems), tuple(mended), watched, tuple(reachable))

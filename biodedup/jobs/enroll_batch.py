@@ -26,6 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from biodedup.completeness import INCOMPLETE, SUPERSEDED
 from biodedup.embed.cage import FAILURES
 from biodedup.engine import Engine
 from biodedup.errors import CallerError, InvalidInput
@@ -97,11 +98,11 @@ class _Item:
 @dataclass(eq=False)
 class _Batch:
     """Records that are read and noted together. extracts: of some of them, what the workers will have extracted; waiting: those that
-    the engine is to decide, with what was refused before; finished: those whose outcome is to be noted."""
+    the engine is to decide; finished: those whose outcome is to be noted."""
 
     items: list[_Item] = field(default_factory=list)
     extracts: list[tuple[list[_Item], Extraction]] = field(default_factory=list)
-    waiting: deque[tuple[_Item, Encounter, tuple[Refusal, ...]]] = field(default_factory=deque)
+    waiting: deque[tuple[_Item, Encounter]] = field(default_factory=deque)
     finished: list[_Item] = field(default_factory=list)
 
 
@@ -221,9 +222,9 @@ class _Job:
     def _settled(self, batch: _Batch) -> _Batch:
         """Has a batch decided and committed. Batches depend on the manifest alone, and each is searched after the commit of the one before:
         so a score, which moves with the gallery, does not depend on where an earlier run was killed."""
-        decisions = self._engine.enroll_many([encounter for _, encounter, _ in batch.waiting])
-        for (item, encounter, refusals), decision in zip(batch.waiting, decisions, strict=True):
-            self._decide(item, encounter, refusals, decision)
+        decisions = self._engine.enroll_many([encounter for _, encounter in batch.waiting])
+        for (item, encounter), decision in zip(batch.waiting, decisions, strict=True):
+            self._decide(item, encounter, decision)
         batch.waiting.clear()
         return self._finished(batch)
 
@@ -293,13 +294,18 @@ class _Job:
         """Whether nothing is known of an encounter but that it was to come."""
         assert item.encounter_id is not None, "listed"
         entry = self._backlog.entry(item.encounter_id)
-        return (entry is None or entry.outcome is None) and self._engine.decision(item.encounter_id) is None
+        return (entry is None or entry.outcome is None) and self._decided_before(item.encounter_id) is None
+
+    def _decided_before(self, encounter_id: str) -> Decision | None:
+        """What the gallery's journal has of an encounter, unless it may be sent again."""
+        decision = self._engine.decision(encounter_id)
+        return decision if decision is not None and decision.final else None
 
     def _recall(self, item: _Item, content: Content) -> None:
         """The outcome of an encounter that was decided, or refused with this very content, in an earlier run."""
         assert item.encounter_id is not None, "read"
         entry = self._backlog.entry(item.encounter_id)
-        decision = self._engine.decision(item.encounter_id)
+        decision = self._decided_before(item.encounter_id)
         noted = None if entry is None or entry.outcome is None else Outcome.from_json(entry.outcome)
         same = entry is not None and entry.digest == content.digest
         if decision is not None:
@@ -317,6 +323,8 @@ class _Job:
         """Whether an outcome that the gallery's journal does not have is to be told again."""
         if noted.reason == "already_enrolled":
             return record.subject_id in self._engine
+        if noted.reason == INCOMPLETE and noted.required is not None:
+            return noted.required == self._engine.policy.required
         return noted.status == "refused" and not (self._retry_failed and noted.reason in FAILURES)
 
     def _handed_out(self, items: list[_Item]) -> _Batch:
@@ -363,24 +371,21 @@ class _Job:
                 if templates:
                     record = item.record
                     encounter = Encounter(
-                        record.subject_id, record.missing, templates, item.encounter_id, record.groups
+                        record.subject_id, record.missing, templates, item.encounter_id, record.groups, refusals
                     )
-                    batch.waiting.append((item, encounter, refusals))
+                    batch.waiting.append((item, encounter))
                 else:
                     item.outcome = refused(refusals, self._clock())
         if batch.waiting:
-            notes = (
-                (item.encounter_id or "", Outcome("searching", before=refusals).to_json())
-                for item, _, refusals in batch.waiting
-            )
+            notes = ((item.encounter_id or "", Outcome("searching").to_json()) for item, _ in batch.waiting)
             self._backlog.search(notes, self._clock())
         return batch
 
-    def _decide(self, item: _Item, encounter: Encounter, refusals: tuple[Refusal, ...], decision: Decision) -> None:
+    def _decide(self, item: _Item, encounter: Encounter, decision: Decision) -> None:
         if decision.outcome == "refused" and decision.refusals and decision.refusals[0].reason == "subject_exists":
-            item.outcome = self._enrolled_before(encounter, decision, refusals)
+            item.outcome = self._enrolled_before(encounter, decision)
         else:
-            item.outcome = decided(decision, refusals)
+            item.outcome = decided(decision, required=self._engine.policy.required)
 
     def _finished(self, batch: _Batch) -> _Batch:
         """Every record has its outcome."""
@@ -394,16 +399,16 @@ class _Job:
         self.decided_now += len(batch.finished)
         return batch
 
-    def _enrolled_before(self, encounter: Encounter, decision: Decision, refusals: tuple[Refusal, ...]) -> Outcome:
+    def _enrolled_before(self, encounter: Encounter, decision: Decision) -> Outcome:
         """Of an encounter whose subject_id is enrolled: the same person, or a case for somebody who judges that."""
         assert decision.subject_id is not None, "enrolled under it"
         try:
             verified = self._engine.verify(encounter, decision.subject_id)
             if verified.accepted:
-                return already_enrolled(verified, refusals, decision.decided_at)
-            return decided(self._engine.dispute(encounter), refusals)
+                return already_enrolled(verified, decision.decided_at)
+            return decided(self._engine.dispute(encounter))
         except CallerError:
-            return decided(decision, refusals)
+            return decided(decision, encounter.declined)
 
     def _line(self, item: _Item) -> Finished:
         assert item.outcome is not None and item.encounter_id is not None, "finished"
@@ -428,5 +433,5 @@ def _templates(content: Content, extracted: Sequence[Template | Refusal]) -> tup
             spare, result = result, spare
         templates[result.column] = result
         if spare is not None:
-            refusals.append(Refusal(spare.column, "superseded", "a better capture was kept", spare.quality))
+            refusals.append(Refusal(spare.column, SUPERSEDED, "a better capture was kept", spare.quality))
     return templates, tuple(refusals)

@@ -127,7 +127,7 @@ def evaluate_encounters(
 
     rng = np.random.default_rng(seed)
     compared = compare_all(encounters, config, rng, nonmated_max=nonmated_max, progress=progress)
-    counts = _Counts(compared, config.policy, Resampling(int(compared.subject.max()) + 1, replicates, rng))
+    counts = _Counts(compared, config.stated_policy, Resampling(int(compared.subject.max()) + 1, replicates, rng))
     document = {
         "kind": "biodedup-evaluation",
         "schema": SCHEMA,
@@ -136,7 +136,7 @@ def evaluate_encounters(
         "source": source,
         "settings": {
             "models": dict(compared.models),
-            "policy": asdict(config.policy),
+            "policy": asdict(config.stated_policy),
             "seed": seed,
             "replicates": replicates,
             "confidence": CONFIDENCE,

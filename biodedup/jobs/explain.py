@@ -218,7 +218,7 @@ def _write(
     across: bool,
     engine: Engine | None,
 ) -> Explained:
-    policy = extractor.config.policy
+    policy = extractor.config.stated_policy if engine is None else engine.policy
     pairs = engine.pairs if engine is not None else pair_comparer([*shipped_cards(), *extractor.cards])
     size = len(engine) if size is None and engine is not None else size
     mine, theirs = ({one.column: one for one in side if one.template is not None} for side in sides)

@@ -15,10 +15,11 @@ engine's, bookkeeping `kit_ledger`'s.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,7 @@ from biodedup.jobs.kit_record import Record
 from biodedup.jobs.kit_trust import Trusted, TrustedKey, load_trusted
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name
-from biodedup.values import Decision, Encounter
+from biodedup.values import Decision, Encounter, Missing
 
 _CHUNK_BYTES_MAX = 64 << 20
 _DAY_S = 86_400.0
@@ -245,10 +246,19 @@ class _Ingest:
                     taker = self.ledger.taker(name)
                     here = taker is not None and (taker.run, taker.file, taker.place) == (self.run, file, place)
                     told = partial(outcome_of, batch, kit_id, record, name, taker, here, self.received_at, doubts)
-                    yield self._with_subject(_under(record, name), told(next(decisions)), told)
+                    outcome = self._with_subject(_under(record, name), told(next(decisions)), told)
+                    yield self._first_answer(file, place, outcome)
                 previous = record.captured_at if record.captured_at is not None else previous
                 self.done += 1
                 self.progress("enrolling", self.done, self.total)
+
+    def _first_answer(self, file: int, place: int, outcome: Outcome) -> Outcome:
+        """What this run said of a record before it was interrupted: a later file may have brought the repaired encounter since."""
+        if outcome.outcome == "refused":
+            self.ledger.note_refused(self.run, file, place, json.dumps(asdict(outcome)))
+        elif outcome.outcome == "conflict" and (before := self.ledger.refused(self.run, file, place)):
+            return Outcome(**json.loads(before))
+        return outcome
 
     def _chunks(self, one: Examined) -> Iterator[tuple[int, list[Record]]]:
         """(place of the first, records) that are decided and committed together: what is in a chunk depends on the file alone."""
@@ -285,7 +295,8 @@ class _Ingest:
     def _note_takers(self, file: int, first: int, kit_id: str, entries: Sequence[Entry], names: Sequence[str]) -> None:
         takers: dict[str, Taker] = {}
         for place, (entry, name) in enumerate(zip(entries, names, strict=True), start=first):
-            if not entry.refused and name not in takers and self.engine.decision(name) is None:
+            before = self.engine.decision(name)
+            if not entry.refused and name not in takers and (before is None or not before.final):
                 takers[name] = Taker(self.run, file, place, kit_id, entry.sequence)
         self.ledger.take(takers)
 
@@ -302,4 +313,9 @@ class _Ingest:
 
 
 def _under(record: Record, name: str) -> Encounter:
-    return replace(record.encounter, encounter_id=name)
+    """The encounter of a record, under the id that the gallery knows it by; one of templates alone says which captures could not become any.
+    What `--only-good` left out of a record of images was left out on the operator's word: it was not sent."""
+    encounter = replace(record.encounter, encounter_id=name)
+    if any(not isinstance(capture, Missing) for capture in encounter.captures):
+        return encounter
+    return replace(encounter, declined=[one for one in record.refusals if one.column not in encounter.templates])

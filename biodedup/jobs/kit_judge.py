@@ -74,7 +74,9 @@ class Judge:
                 ):
                     best[one.column] = one
             known[i] = verdicts, best
-            if some and not any(verdict.reason in FAILURES for verdict in verdicts):  # those say nothing of the captures
+            if some and not any(
+                verdict.reason in FAILURES for verdict in verdicts
+            ):  # those say nothing of the captures
                 remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
                 replace_private(paths[i], encode(remembered))
         for planned, own, judged in zip(chunk, captures, known, strict=True):

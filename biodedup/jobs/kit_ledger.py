@@ -27,6 +27,8 @@ CREATE TABLE IF NOT EXISTS sequences (key TEXT, sequence INTEGER, kit_id TEXT, e
 CREATE TABLE IF NOT EXISTS takers (encounter_id TEXT PRIMARY KEY, run INTEGER, file INTEGER, place INTEGER, kit_id TEXT,
     sequence INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS contents (encounter_id TEXT, digest BLOB, name TEXT, PRIMARY KEY (encounter_id, digest)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS refused (run INTEGER, file INTEGER, place INTEGER, outcome TEXT, PRIMARY KEY (run, file, place))
+    WITHOUT ROWID;
 """
 
 
@@ -107,6 +109,17 @@ class Ledger:
                 "SELECT run, file, place, kit_id, sequence FROM takers WHERE encounter_id = ?", (encounter_id,)
             ).fetchone()
         return None if row is None else Taker(*row)
+
+    def note_refused(self, run: int, file: int, place: int, outcome: str) -> None:
+        """Of a record whose captures were refused, what was told of it: repaired captures may come in a later file of the run."""
+        self._many("INSERT OR REPLACE INTO refused VALUES (?, ?, ?, ?)", [(run, file, place, outcome)])
+
+    def refused(self, run: int, file: int, place: int) -> str | None:
+        with self._writing():
+            found = self._sql.execute(
+                "SELECT outcome FROM refused WHERE run = ? AND file = ? AND place = ?", (run, file, place)
+            ).fetchone()
+        return None if found is None else str(found[0])
 
     def arrived(self, key: str, kit_id: str, sequences: Mapping[int, str], void: Iterable[int]) -> dict[int, str]:
         """Notes sequences (-> encounter_id) and those that never will come; returns the encounters that had these numbers before,

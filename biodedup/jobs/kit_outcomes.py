@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
+from biodedup.completeness import INCOMPLETE, SUPERSEDED
 from biodedup.jobs.kit_keys import PublicKey
 from biodedup.jobs.kit_ledger import Taker
 from biodedup.jobs.kit_record import Record
@@ -162,7 +163,8 @@ def outcome_of(
     journalled = all(refusal.column != "encounter" for refusal in decision.refusals)
     reasons = [refusal.reason for refusal in decision.refusals]
     outcome = next((_OF_REFUSAL[reason] for reason in reasons if reason in _OF_REFUSAL), _OF_DECISION[decision.outcome])
-    if journalled and not here:
+    taken = journalled and decision.final  # repaired captures are taken under the same encounter_id
+    if taken and not here:
         outcome = "already_taken"
     first_from = ""
     if not here and outcome in ("already_taken", "conflict"):
@@ -180,8 +182,8 @@ def outcome_of(
         None if best is None else best.subject_id,
         None if best is None else round(best.score_db, 3),
         "; ".join(
-            [_reason(refusal.column, refusal.reason) for refusal in decision.refusals]
-            + [reason for reason in decision.reasons if reason == "another_person"]
+            [_reason(refusal.column, refusal.reason) for refusal in decision.refusals if refusal.reason != SUPERSEDED]
+            + [reason for reason in decision.reasons if reason in ("another_person", INCOMPLETE)]
         ),
         first_from,
         record.captured_at,

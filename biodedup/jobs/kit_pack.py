@@ -137,7 +137,7 @@ def pack_batch(
     pack what the extractor made of the captures, and no images. A file that is no capture breaks its record. The same manifest again
     leaves the same output as it is. Raises InvalidInput, GalleryBusy (this kit packs already), StorageUnavailable.
     """
-    config = config or Config(isolation=IsolationConfig())
+    config = (config or Config(isolation=IsolationConfig())).with_policy()
     kit = load_key(key, passphrase)
     to = load_centre_public(key.with_name("centre.pub") if centre is None else centre)
     planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max)
@@ -188,7 +188,7 @@ class _Packing:
         temporary = self._out.with_name(self._out.name + ".tmp")
         unsearched = 0
         with (
-            Engine.open(self._work / "gallery", self._config) as engine,
+            Engine.open(self._work / "gallery", self._config, override_policy=True) as engine,
             translated(f"writing {self._out}"),
             create_private(temporary) as file,
             closing(Judge(self._config, self._work / "records")) as judge,
@@ -203,7 +203,7 @@ class _Packing:
             file.flush()
             os.fsync(file.fileno())
             subject_of = {record.encounter_id: record.subject_id for record in self._records if record.encounter_id}
-            _, threshold_db = self._config.policy.thresholds_db(len(engine))
+            _, threshold_db = engine.policy.thresholds_db(len(engine))
             doubles = _doubles(engine, threshold_db, subject_of, progress)
         save_state(self._state, self._kit)
         self._put(temporary, before, Packed(writer.digest.hex(), self._entries(), tuple(void)))

@@ -42,6 +42,7 @@ from biodedup.jobs.registers import (
     colliding_hashes,
     named,
     opened,
+    policy_of,
     shared_ids,
     stage,
 )
@@ -81,9 +82,10 @@ def merge(
     sources: galleries, or `NAME=FOLDER`. into: the central gallery; one that holds subjects is compared with the others, and its
     subjects keep their ids. apply: bring the result into it. rule: who stays, a key of `survivors.RULES`; prefer: districts, best
     first, where the rule ties. min_db: link from this score on, extrapolated or not; None takes the policy's duplicate threshold for
-    the merged size, lists what lies above its review threshold, and applies only what is within the measured scores.
+    the merged size, lists what lies above its review threshold, and applies only what is within the measured scores. The policy is the
+    central gallery's, else the one of config, else the one that all districts have.
 
-    Raises InvalidInput, ModelMismatch, NotAGallery, GalleryBusy (another job has this result), GalleryDamaged, StorageUnavailable.
+    Raises InvalidInput, PolicyMismatch, ModelMismatch, NotAGallery, GalleryBusy (another job has this result), GalleryDamaged, StorageUnavailable.
     """
     if out.suffix != ".parquet":
         raise InvalidInput(f"the result is named {out.name}; end it with .parquet")
@@ -98,6 +100,7 @@ def merge(
         existing = [into] if into is not None and central is not None and is_gallery(central) else []
         with opened(existing, storage, config) as found:
             target = found[0] if found else None
+            config = replace(config, policy=policy_of(districts, target, config.policy))
             saved = _saved_registers(work)
             standing = _settings(saved, config, rule, prefer, min_db)
             if central and target and [r.key for r in districts] == [one for one in saved if not one["central"]]:
@@ -160,7 +163,7 @@ def _found(
     staging = Gallery.open_to_read(work / "gallery", storage, config.gallery)
     try:
         staged = staging.snapshot()
-        with Engine.open(work / "gallery", config, read_only=True, storage=storage) as engine:
+        with Engine.open(work / "gallery", config, read_only=True, override_policy=True, storage=storage) as engine:
             with join_notes(engine, work / "join.notes", settings.joined_db) as notes:
                 links = linked(engine, notes, settings.joined_db, progress)
             checked = _check_shared(engine, staged, shared, work / "ids.notes", settings, progress)
@@ -179,9 +182,9 @@ def _found(
 def _settings(
     keys: Sequence[Mapping[str, Any]], config: Config, rule: str, prefer: Sequence[str], min_db: float | None
 ) -> Settings:
-    duplicate_db, review_db = config.policy.thresholds_db(sum(one["subjects"] for one in keys))
+    duplicate_db, review_db = config.stated_policy.thresholds_db(sum(one["subjects"] for one in keys))
     threshold_db = duplicate_db if min_db is None else min_db
-    verify_db = -10 * float(np.log10(config.policy.verify_fmr))
+    verify_db = -10 * float(np.log10(config.stated_policy.verify_fmr))
     across = config.search.across_positions
     return Settings(threshold_db, min(review_db, threshold_db), verify_db, rule, tuple(prefer), min_db, across)
 

@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from biodedup.completeness import INCOMPLETE, SUPERSEDED
 from biodedup.gallery.gallery import translated
 from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.batch_manifest import Record
 from biodedup.jobs.results import check_table_name, new_file
-from biodedup.values import Decision, Refusal, Verification
+from biodedup.values import COLUMNS, Decision, Refusal, Verification
 
 STATUS_OF = {"unique": "enrolled", "duplicate": "duplicate", "review": "adjudicate", "refused": "refused"}
 SHOWN_MAX = 500
@@ -83,6 +84,12 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "look at the file; then run again with --retry-failed, and a longer --capture-seconds",
     ),
     "recapture": ("whoever judged the case asks for new captures", "recapture, as another encounter"),
+    "incomplete": (
+        "captures are missing or cannot be used; the detail names each",
+        "supply or recapture them, or state why they cannot be had, and send the encounter again under its number",
+    ),
+    "not_sent": ("a capture that every encounter needs was not sent", "capture it, or state why it cannot be had"),
+    "too_few_fingers": ("fewer fingers than every encounter needs", "capture more, or state why they cannot be had"),
     "missing_file": ("the file is not where the manifest says", "supply it and run the same command again"),
     "unreadable": ("the file cannot be read", "check the disk and the permissions, and run the same command again"),
     "not_a_file": ("the path names a folder, a pipe or a device", "repair the manifest and run again"),
@@ -144,7 +151,9 @@ class Outcome:
     decided_at: float | None = None
     refusals: tuple[Refusal, ...] = ()
     before: tuple[Refusal, ...] = ()
-    """Of the refusals, those that the job met before the gallery was asked: the gallery's journal does not have them."""
+    """Of the refusals, those that the gallery's journal does not have: jobs before release 0.3 kept them to themselves."""
+    required: tuple[str, ...] | None = None
+    """What the policy required of an encounter that was refused as incomplete."""
 
     def to_json(self) -> str:
         return json.dumps(self, default=vars, separators=(",", ":"))  # asdict would copy every value
@@ -152,14 +161,18 @@ class Outcome:
     @classmethod
     def from_json(cls, text: str) -> Outcome:
         fields = json.loads(text)
-        return cls(
-            **{**fields, **{name: tuple(Refusal(**one) for one in fields[name]) for name in ("refusals", "before")}}
-        )
+        fields |= {name: tuple(Refusal(**one) for one in fields[name]) for name in ("refusals", "before")}
+        if fields.get("required") is not None:
+            fields["required"] = tuple(fields["required"])
+        return cls(**fields)
 
 
 def refused(refusals: Sequence[Refusal], decided_at: float | None = None) -> Outcome:
-    """Declined for the first of these."""
-    first = next((one for one in refusals if one.reason != "superseded"), Refusal("encounter", "no_capture"))
+    """Declined for the only one of these, or for several as incomplete."""
+    lacks = [one for one in refusals if one.reason != SUPERSEDED]
+    if len(lacks) > 1:
+        return incomplete(refusals, decided_at)
+    first = lacks[0] if lacks else Refusal("encounter", "no_capture")
     detail = first.detail if first.column == "encounter" else f"{first.column}: {first.detail}".removesuffix(": ")
     return Outcome(
         "refused",
@@ -172,9 +185,26 @@ def refused(refusals: Sequence[Refusal], decided_at: float | None = None) -> Out
     )
 
 
-def decided(decision: Decision, refusals: Sequence[Refusal] = ()) -> Outcome:
-    """As the gallery decided. refusals: captures that were declined before."""
-    before, refusals = tuple(refusals), (*refusals, *decision.refusals)
+def incomplete(
+    refusals: Sequence[Refusal], decided_at: float | None = None, required: tuple[str, ...] | None = None
+) -> Outcome:
+    """Declined for lack of captures, each of which the detail names. required: by the policy."""
+    lacks = sorted((one for one in refusals if one.reason != SUPERSEDED), key=_place)
+    detail = "; ".join(f"{one.column}: {one.reason}" for one in lacks)
+    return Outcome(
+        "refused", INCOMPLETE, detail or None, decided_at=decided_at, refusals=tuple(refusals), required=required
+    )
+
+
+def _place(refusal: Refusal) -> int:
+    return COLUMNS.index(refusal.column) if refusal.column in COLUMNS else len(COLUMNS)
+
+
+def decided(decision: Decision, before: Sequence[Refusal] = (), required: tuple[str, ...] | None = None) -> Outcome:
+    """As the gallery decided. before: captures that were declined, and that the decision does not name; required: by the policy."""
+    before, refusals = tuple(before), (*before, *decision.refusals)
+    if decision.outcome == "refused" and INCOMPLETE in decision.reasons:
+        return incomplete(refusals, decision.decided_at, required)
     if decision.outcome == "refused":
         return refused(decision.refusals or refusals, decision.decided_at)
     best = decision.best
@@ -198,7 +228,7 @@ def decided(decision: Decision, refusals: Sequence[Refusal] = ()) -> Outcome:
     )
 
 
-def already_enrolled(verified: Verification, refusals: Sequence[Refusal], decided_at: float) -> Outcome:
+def already_enrolled(verified: Verification, decided_at: float) -> Outcome:
     """Of another encounter of somebody whose subject_id is enrolled, and who is the same person."""
     return Outcome(
         "enrolled",
@@ -210,7 +240,7 @@ def already_enrolled(verified: Verification, refusals: Sequence[Refusal], decide
         score_db=round(verified.score_db, 3),
         extrapolated=verified.extrapolated,
         decided_at=decided_at,
-        refusals=tuple(refusals),
+        refusals=verified.refusals,
     )
 
 
@@ -246,8 +276,8 @@ class Tally:
         self.already += outcome.reason == "already_enrolled"
         if outcome.reason:
             self.reasons[outcome.status, outcome.reason] += 1
-        if outcome.status != "refused":
-            self.capture_reasons.update(one.reason for one in outcome.refusals if one.reason != "superseded")
+        if outcome.status != "refused" or outcome.reason == INCOMPLETE:
+            self.capture_reasons.update(one.reason for one in outcome.refusals if one.reason != SUPERSEDED)
         for group in record.groups or ("",):
             self.by_group.setdefault(group, Counter())[outcome.status] += 1
             if outcome.status == "refused" and outcome.reason:

@@ -18,16 +18,18 @@ import pyarrow.compute
 import xxhash
 from numpy.typing import NDArray
 
-from biodedup.config import Config
+from biodedup.config import Config, Policy
 from biodedup.errors import InvalidInput, ModelMismatch
 from biodedup.gallery import packed
 from biodedup.gallery.copying import Rename, copy_rows, steps_done
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.packed import Packed
 from biodedup.gallery.part import Int64
+from biodedup.gallery.policies import PolicyVersion, mismatch, told
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.storage import Storage
 from biodedup.jobs.progress import Progress
+from biodedup.tables import differences
 from biodedup.values import check_id
 
 GROUP = "district:"
@@ -37,11 +39,12 @@ _ID_LENGTH_MAX = 256
 
 @dataclass(frozen=True, eq=False)
 class Register:
-    """A district's gallery as of one version. central: the one that the others join; its subjects keep their ids."""
+    """A district's gallery as of one version, and its policy. central: the one that the others join; its subjects keep their ids."""
 
     name: str
     gallery_id: str
     snapshot: Snapshot
+    policy: PolicyVersion
     central: bool = False
 
     @property
@@ -88,7 +91,8 @@ def opened(sources: Sequence[str | Path], storage: Storage, config: Config) -> I
             name, folder = named(source)
             gallery = Gallery.open_to_read(folder, storage, config.gallery)
             stack.callback(gallery.close)
-            registers.append(Register(name, gallery.gallery_id, gallery.snapshot().enrolled))
+            snapshot = gallery.snapshot().enrolled
+            registers.append(Register(name, gallery.gallery_id, snapshot, gallery.policies[-1]))
         check_registers(registers)
         yield registers
 
@@ -118,6 +122,27 @@ def check_registers(registers: Sequence[Register]) -> None:
                     f"{model.dimension}), {other.name!r} of {known.model_id} (dimension {known.dimension}), which do not compare; "
                     "extract the captures of one of them again with the other's model"
                 )
+
+
+def policy_of(registers: Sequence[Register], central: Register | None, given: Policy | None) -> Policy:
+    """What a merge decides by: the central gallery's policy, else the one that is given, else the one that all districts have.
+
+    Raises PolicyMismatch where another one is given than the central gallery's, InvalidInput where districts have different ones.
+    """
+    if central is not None:
+        if given is not None and given != central.policy.policy:
+            raise mismatch(central.name, central.policy, given)
+        return central.policy.policy
+    if given is not None:
+        return given
+    first = registers[0]
+    for other in registers[1:]:
+        if changes := differences(first.policy.policy, other.policy.policy):
+            raise InvalidInput(
+                f"districts decide by different policies: {told(changes, f'in {first.name}', f'in {other.name}')}; name the central "
+                "gallery, whose policy counts then, or state the policy that is to count ([policy] in the settings file)"
+            )
+    return first.policy.policy
 
 
 # ids that several districts gave --------------------------------------------------------------------------------------

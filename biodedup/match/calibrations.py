@@ -59,15 +59,15 @@ NOBODY = Drawn(None, 0, lambda: np.zeros((0, 1), np.float32))
 
 
 class Calibrations:
-    """Calibrations by model_id. drawn: model_id -> up to SAMPLE_SIZE people with embeddings of this model; own_strangers: tables
-    of cards are moved to where their similarities lie. Of several cards of minutiae the last one lends its table to unknown extractors."""
+    """Calibrations by model_id. drawn: model_id -> up to SAMPLE_SIZE people with embeddings of this model; own_strangers: whether
+    tables of cards are moved to where their similarities lie. Of several cards of minutiae the last one lends its table to unknown extractors."""
 
     def __init__(
         self,
         cards: Sequence[ModelCard],
         drawn: Callable[[str], Drawn] = lambda model_id: NOBODY,
         *,
-        own_strangers: bool = True,
+        own_strangers: Callable[[], bool] = lambda: True,
     ) -> None:
         self._known = {card.model_id: Calibration.from_card(card.calibration) for card in cards if card.calibration}
         for card in cards:
@@ -84,7 +84,8 @@ class Calibrations:
                         self._with_minutiae[known] = WithMinutiae(self._known[minutiae.model_id], both)
         self._drawn = drawn
         of_minutiae = {EXTERNAL_MINUTIAE, *(card.model_id for card in cards if card.kind == "minutiae")}
-        self._moved = self._known.keys() - of_minutiae if own_strangers else set()
+        self._own_strangers = own_strangers
+        self._movable = self._known.keys() - of_minutiae
         self._measured: dict[str, tuple[Hashable, Calibration]] = {}
         self._lock = threading.Lock()
 
@@ -106,7 +107,7 @@ class Calibrations:
 
     def of(self, model_id: str) -> Calibration:
         known = self._known.get(model_id)
-        if known is not None and model_id not in self._moved:
+        if known is not None and not (model_id in self._movable and self._own_strangers()):
             return known
         drawn = self._drawn(model_id)
         if drawn.count < (_SAMPLE_MIN if known is None else _OWN_MIN):

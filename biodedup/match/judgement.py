@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import log10
 
+from biodedup.completeness import INCOMPLETE
 from biodedup.match.ranked import Comparison
-from biodedup.values import Evidence, Kind, Outcome
+from biodedup.values import Decision, Evidence, Kind, Outcome
 
 SPEAKS_FOR_DB = 20.0
 """llr_db from which a capture speaks for one person: a hundred to one."""
@@ -95,6 +96,17 @@ REASONS = {
 }
 """What `Decision.reasons` say, most serious first."""
 _SERIOUS = tuple(REASONS)
+LACKS_CAPTURES = (
+    "captures are missing or cannot be used; send the encounter again, repaired, under the same encounter_id"
+)
+"""What `incomplete` says of a refused encounter."""
+
+
+def texts_of(decision: Decision) -> tuple[str, ...]:
+    """The reasons of a decision, in words."""
+    if decision.outcome == "refused" and INCOMPLETE in decision.reasons:
+        return (LACKS_CAPTURES,)
+    return tuple(REASONS[reason] for reason in decision.reasons)
 
 
 def kinds_of(candidates: Sequence[Comparison], duplicate_db: float, review_db: float) -> tuple[Kind, ...]:

@@ -11,7 +11,7 @@ Owns the path from a probe to ranked candidates. Never writes and never decides.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -69,10 +69,12 @@ class SnapshotRows:
 class Searcher:
     """Searches snapshots. Thread-safe."""
 
-    def __init__(self, comparer: Comparer, config: SearchConfig, threads: int, policy: Policy | None = None) -> None:
+    def __init__(
+        self, comparer: Comparer, config: SearchConfig, threads: int, policy: Callable[[], Policy] = Policy
+    ) -> None:
         self._comparer = comparer
         self._config = config
-        self._policy = policy or Policy()
+        self._policy = policy
         self._choices: dict[tuple[object, ...], Choice | None] = {}
         self._caps: tuple[tuple[Column, int, float], Caps | None] | None = None  # of the last join
         self._scanner = Scanner(threads)
@@ -301,7 +303,7 @@ class Searcher:
         calibrations = {name: calibration for name, calibration in calibrations.items() if calibration.mates_measured}
         if len(calibrations) < 2 or self._config.miss_risk <= 0:
             return None
-        _, review_db = self._policy.thresholds_db(snapshot.live_count)
+        _, review_db = self._policy().thresholds_db(snapshot.live_count)
         review_db = 3.0 * (review_db // 3)  # so that a choice lasts until the gallery has doubled
         choices = {}
         for names, largest in sets_of(snapshot, calibrations).items():

@@ -1,0 +1,203 @@
+"""Commands about what decides, and by which settings: policy show, policy set, config.
+
+A thin mirror of the engine and of `settings`. The options of `policy set` are made from the fields of `Policy`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from biodedup import jobs
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    AcrossOption,
+    ConfigOption,
+    GalleryOption,
+    JsonOption,
+    ThreadsOption,
+    app,
+    configured,
+    err,
+    existing,
+    finish,
+    out,
+    print_json,
+    settings,
+)
+from biodedup.config import GalleryConfig, Policy
+from biodedup.errors import InvalidInput
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.policies import PolicyVersion, shown, told
+from biodedup.gallery.storage import LocalStorage
+from biodedup.settings import DEFAULT, listed
+from biodedup.tables import differences, flat, hints, made, plain
+
+policy = typer.Typer(no_args_is_help=True, help="What a gallery decides by: show it, store another version of it.")
+app.add_typer(policy, name="policy")
+
+Named = Annotated[Path | None, typer.Argument(metavar="GALLERY", help="The gallery's folder; or --gallery.")]
+ByOption = Annotated[str, typer.Option("--by", help="Who changes it.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept with the version.")]
+_NONE = "none"
+
+
+@policy.command()
+def show(
+    named: Named = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The policy in force, and every version: who stored it, when, why, and what it changed."""
+    folder = named or gallery
+    configured(folder, config)  # a mistake in the settings is told here, too
+    versions = _versions(folder)
+    if as_json:
+        print_json(_document(versions[-1]) | {"versions": [_document(one) for one in versions]})
+        return
+    table = Table("setting", "value")
+    for name, value in flat(versions[-1].policy).items():
+        table.add_row(name, shown(value))
+    out.print(table)
+    before: PolicyVersion | None = None
+    for one in versions:
+        if before is None:
+            out.print(f"version {one.version}: made with the gallery")
+        else:
+            text = f"version {one.version}, {_moment(one.at)}, by {one.by}: {_changed(before, one)}. {one.reason}"
+            out.print(text, markup=False, soft_wrap=True)
+        before = one
+
+
+def set_policy(named: Path | None, by: str, reason: str, gallery: Path, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
+    """Store another version of the gallery's policy; what no option names stays as it is. Every opener decides by it from then on."""
+    folder = named or gallery
+    wanted = {name: _parsed(name, value) for name, value in given.items() if value is not None}
+    if not wanted:
+        raise InvalidInput("no option says what is to change; name one, as --fpir 1e-6")
+    chosen = replace(
+        configured(folder, config), policy=None
+    )  # whatever the settings say, this is about the gallery's own
+    with existing(folder, chosen) as engine:
+        before = engine.policies()[-1]
+        stored = engine.set_policy(made(Policy, flat(before.policy) | wanted), by=by, reason=reason)
+    changed = "nothing has changed" if stored.version == before.version else _changed(before, stored)
+    finish(_document(stored), f"version {stored.version}: {changed}", as_json)
+
+
+def _signature() -> inspect.Signature:
+    """What `policy set` takes: an option for each field of `Policy`, so that a new field has one by itself."""
+    fields = [(name, _option(name, hint)) for name, hint in hints(Policy).items()]
+    others = [
+        ("gallery", GalleryOption, DEFAULT_GALLERY),
+        ("config", ConfigOption, None),
+        ("as_json", JsonOption, False),
+    ]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("named", kind, annotation=Named, default=None),
+        inspect.Parameter("by", kind, annotation=ByOption),
+        inspect.Parameter("reason", kind, annotation=ReasonOption),
+        *(inspect.Parameter(name, kind, annotation=annotation, default=None) for name, annotation in fields),
+        *(
+            inspect.Parameter(name, kind, annotation=annotation, default=default)
+            for name, annotation, default in others
+        ),
+    ]
+    return inspect.Signature(parameters)
+
+
+def _option(name: str, hint: Any) -> Any:
+    flag, usual = f"--{name.replace('_', '-')}", f"Default of a new gallery: {shown(flat(Policy())[name])}."
+    if hint is bool:
+        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag.removeprefix('--')}", help=usual)]
+    if hint in (int, float):
+        return Annotated[hint | None, typer.Option(flag, help=usual)]
+    if hint == float | None:
+        return Annotated[str | None, typer.Option(flag, metavar=f"NUMBER|{_NONE}", help=usual)]
+    return Annotated[
+        list[str] | None, typer.Option(flag, metavar="TEXT", help=f"Repeatable; {_NONE} for nothing. {usual}")
+    ]
+
+
+def _parsed(name: str, value: Any) -> Any:
+    hint = hints(Policy)[name]
+    if hint == float | None:
+        try:
+            return None if value == _NONE else float(value)
+        except ValueError:
+            raise InvalidInput(f"--{name.replace('_', '-')} is {value!r}, wanted a number or {_NONE}") from None
+    return tuple(one for one in value if one != _NONE) if isinstance(value, list) else value
+
+
+@app.command("config")
+def show_config(
+    named: Named = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    across_positions: AcrossOption = False,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The settings in effect for a gallery, and where each comes from."""
+    folder = named or gallery
+    chosen = settings(folder, config, threads=threads, across_positions=across_positions)
+    rows = listed(chosen)
+    stated = chosen.config.policy
+    conflict = ""
+    if jobs.is_gallery(folder):
+        stored = _versions(folder)[-1]
+        rows |= {f"policy.{n}": (v, f"gallery, version {stored.version}") for n, v in flat(stored.policy).items()}
+        if stated is not None and stated != stored.policy:
+            conflict = told(differences(stored.policy, stated), "in the gallery", "in the settings")
+    else:
+        values = flat(stated or Policy())
+        rows |= {f"policy.{n}": (v, chosen.sources.get(f"policy.{n}", DEFAULT)) for n, v in values.items()}
+    if as_json:
+        document = {name: {"value": plain(value), "from": source} for name, (value, source) in rows.items()}
+        print_json({"gallery": str(folder), "settings": document, "policy_conflict": conflict or None})
+        return
+    table = Table("setting", "value", "from")
+    for name, (value, source) in rows.items():
+        table.add_row(name, shown(value), source)
+    out.print(table)
+    if conflict:
+        err.print(
+            f"commands refuse to open this gallery: {conflict}. Take [policy] out of the settings, or `biodedup policy set`",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _versions(folder: Path) -> tuple[PolicyVersion, ...]:
+    """Of a gallery's policy. It is read without the models, which the settings may name wrongly."""
+    with closing(Gallery.open_to_read(folder, LocalStorage(), GalleryConfig())) as gallery:
+        return gallery.policies
+
+
+def _document(one: PolicyVersion) -> dict[str, Any]:
+    policy = {name: plain(value) for name, value in flat(one.policy).items()}
+    return {"version": one.version, "policy": policy, "by": one.by, "at": one.at, "reason": one.reason}
+
+
+def _changed(before: PolicyVersion, after: PolicyVersion) -> str:
+    changes = differences(before.policy, after.policy)
+    return "; ".join(f"{name} from {shown(a)} to {shown(b)}" for name, (a, b) in changes.items())
+
+
+def _moment(seconds: float | None) -> str:
+    return "at an unknown time" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+_set = _signature()
+set_policy.__signature__ = _set  # type: ignore[attr-defined]
+set_policy.__annotations__ = {parameter.name: parameter.annotation for parameter in _set.parameters.values()}
+policy.command("set")(set_policy)

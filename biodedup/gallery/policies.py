@@ -1,0 +1,88 @@
+"""The versions of a gallery's policy: what each one says, who stored it, when and why.
+
+Owns their form as text in the catalogue. Never decides and never writes.
+
+1. Versions are numbered from 1, the policy that the gallery was created with. None is ever changed or dropped.
+2. A field that a text lacks, since it is older than the field, has its default.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from biodedup.config import Policy
+from biodedup.errors import GalleryDamaged, InvalidInput, NotAGallery, PolicyMismatch
+from biodedup.tables import differences, flat, hints, made, plain, typed
+
+_RENAMED = {"duplicate_fpir": "fpir"}  # since release 0.1.0
+
+
+@dataclass(frozen=True)
+class PolicyVersion:
+    """A policy as a gallery keeps it. by, at: who stored it, and when, in seconds; "" and None of the first version, which came with the
+    gallery. reason: why."""
+
+    version: int
+    policy: Policy
+    by: str = ""
+    at: float | None = None
+    reason: str = ""
+
+
+def to_text(policy: Policy) -> str:
+    """One line of JSON, as `from_text` reads it."""
+    return json.dumps({name: plain(value) for name, value in flat(policy).items()})
+
+
+def from_text(text: str, what: str) -> Policy:
+    """what: holds the text, for errors. Raises NotAGallery for a policy of a later release, GalleryDamaged for what is none."""
+    try:
+        return _policy_of(json.loads(text), what)
+    except (ValueError, InvalidInput) as error:
+        if isinstance(error, NotAGallery):
+            raise
+        raise GalleryDamaged(f"{what} is no policy; restore the gallery from a backup") from error
+
+
+def from_settings(text: str) -> Policy:
+    """The policy in the settings that a gallery was created with, JSON. Raises as `from_text`."""
+    what = "the policy of the gallery's settings"
+    try:
+        fields = json.loads(text).get("policy") or {}
+        return _policy_of({_RENAMED.get(name, name): value for name, value in fields.items()}, what)
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, NotAGallery):
+            raise
+        raise GalleryDamaged(f"{what} is none; restore the gallery from a backup") from error
+
+
+def told(changes: Mapping[str, tuple[Any, Any]], before: str, after: str) -> str:
+    """Differences in words, as `fpir is 1e-06 BEFORE, 0.001 AFTER`."""
+    return "; ".join(f"{name} is {shown(a)} {before}, {shown(b)} {after}" for name, (a, b) in changes.items())
+
+
+def mismatch(where: str, stored: PolicyVersion, given: Policy) -> PolicyMismatch:
+    """The error for a policy that is not the gallery's."""
+    return PolicyMismatch(
+        f"{where} decides by its own policy (version {stored.version}), and another one was given: "
+        f"{told(differences(stored.policy, given), 'in the gallery', 'as given')}. Give none, so that the gallery's counts; store another "
+        "one with `biodedup policy set`; or open it with override_policy=True, for this process alone"
+    )
+
+
+def shown(value: Any) -> str:
+    """A value of a policy in words."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value in (None, ()) else ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _policy_of(fields: Any, what: str) -> Policy:
+    if isinstance(fields, dict) and (unknown := fields.keys() - hints(Policy).keys()):
+        raise NotAGallery(
+            f"{what} has {sorted(unknown)[0]!r}, which this version does not know; use the one that stored it"
+        )
+    return made(Policy, typed(Policy, fields, what), what)

@@ -1,0 +1,50 @@
+"""The policy in force: the one that a gallery keeps, or another one that this process was told to decide by.
+
+Owns which of the two counts, and how a new version comes to be. Never decides.
+
+1. A gallery is opened with its own policy, or with none given; another one is a mistake unless it is to override.
+2. A new version counts from its commit on: in this process at once, in readers when they refresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from biodedup.config import Policy
+from biodedup.errors import InvalidInput
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.policies import PolicyVersion, mismatch
+from biodedup.values import check_id
+
+_REASON_LENGTH_MAX = 4000
+
+
+class PolicyInForce:
+    """Of one open gallery. given: what it was opened with; override: decide by that in this process, and store nothing. Thread-safe."""
+
+    def __init__(self, gallery: Gallery, given: Policy | None, *, override: bool) -> None:
+        stored = gallery.policies[-1]
+        if given is not None and given != stored.policy and not override:
+            raise mismatch(str(gallery.folder), stored, given)
+        self._gallery = gallery
+        self._own = given if override else None
+
+    def __call__(self) -> Policy:
+        return self._own or self._gallery.policies[-1].policy
+
+    def store(self, policy: Policy, by: str, reason: str, clock: Callable[[], float]) -> PolicyVersion:
+        """The next version, or the present one where it says the same. From now on it counts here, too."""
+        if not isinstance(policy, Policy):
+            raise InvalidInput(f"the policy is a Policy, got {type(policy).__name__}; write Policy(fpir=1e-6)")
+        check_id(by, "by")
+        if not isinstance(reason, str) or not reason.strip() or len(reason) > _REASON_LENGTH_MAX:
+            raise InvalidInput(
+                f"the reason is a text of 1 to {_REASON_LENGTH_MAX:,} characters; say why the policy changes"
+            )
+        with self._gallery.transaction() as transaction:
+            present = self._gallery.policies[-1]
+            if present.policy != policy:
+                present = PolicyVersion(present.version + 1, policy, by, clock(), reason)
+                transaction.set_policy(present)
+        self._own = None
+        return present

@@ -1,0 +1,88 @@
+"""Which settings are in effect, and where each comes from: files, the environment, the command line.
+
+Owns where settings are looked for, and which place wins. Never opens a gallery: its policy is the gallery's own.
+
+From the strongest to the weakest:
+
+1. the command line;
+2. the file named by `--config`;
+3. the file named by the environment variable BIODEDUP_CONFIG;
+4. `biodedup.toml` next to the gallery, in the folder that the gallery's folder lies in;
+5. the defaults.
+
+Each setting is looked up by itself: a file that does not name it leaves it to the weaker places.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from biodedup.config import Config
+from biodedup.tables import flat, made, read_toml, typed
+
+FILE_NAME = "biodedup.toml"
+VARIABLE = "BIODEDUP_CONFIG"
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """config: what is in effect; sources: where each setting comes from, by its dotted name, for those that are not defaults."""
+
+    config: Config = field(default_factory=Config)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+def settings_for(
+    gallery: Path | None = None,
+    file: Path | None = None,
+    *,
+    given: Mapping[str, Any] | None = None,
+    usual: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """The settings for work on a gallery, or on none. file: as `--config` names it; given: by dotted names, as the command line
+    states them, None where it does not; usual: defaults of the command itself.
+
+    Raises InvalidInput, which names the file and the setting.
+    """
+    values = dict(usual or {})
+    sources = dict.fromkeys(values, f"{DEFAULT} of this command")
+    config = made(Config, values)
+    for path, source in _files(gallery, file, environ):
+        found = typed(Config, read_toml(path), str(path), path.parent)
+        values |= found
+        sources |= dict.fromkeys(found, source)
+        config = made(Config, values, str(path))  # now, so that an error names the file that brought it
+    stated = {name: value for name, value in (given or {}).items() if value is not None}
+    if stated:
+        values |= stated
+        sources |= dict.fromkeys(stated, COMMAND_LINE)
+        config = made(Config, values, COMMAND_LINE)
+    return Settings(config, sources)
+
+
+def listed(settings: Settings) -> dict[str, tuple[Any, str]]:
+    """Each setting but those of the policy: dotted name -> (value, where it comes from)."""
+    return {
+        name: (value, settings.sources.get(name, DEFAULT))
+        for name, value in flat(settings.config).items()
+        if not name.startswith("policy.")
+    }
+
+
+def _files(gallery: Path | None, file: Path | None, environ: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
+    """(path, what the source is called), the weakest first."""
+    if gallery is not None:
+        beside = Path(os.path.abspath(gallery)).parent / FILE_NAME
+        if beside.exists():
+            yield beside, str(beside)
+    if environ.get(VARIABLE):
+        yield Path(environ[VARIABLE]), f"{environ[VARIABLE]} ({VARIABLE})"
+    if file is not None:
+        yield file, f"{file} (--config)"
