@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from biodedup.errors import InvalidInput
+from biodedup.values import check_id
 
 EXTERNAL_MINUTIAE = "external-minutiae"
 """The model_id of minutiae of an unknown extractor."""
@@ -64,6 +65,9 @@ class FingerConfig:
     side_px_max: int = 2500
     """At 500 dpi, 127 mm: longer than any finger, or a slap of four."""
     nfiq2_min: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_id(self.record_model_id, "record_model_id")
 
 
 @dataclass(frozen=True)

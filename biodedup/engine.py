@@ -44,7 +44,7 @@ from biodedup.errors import CallerError, EngineClosed, InvalidInput, SubjectExis
 from biodedup.gallery.answers import from_json
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
-from biodedup.gallery.packed import pack_text
+from biodedup.gallery.packed import Packed, pack_text
 from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.loading import Cells, Loaded, Loader
 from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations, Drawn
@@ -57,6 +57,7 @@ from biodedup.search.clusters import clusters_of
 from biodedup.search.plan import JoinPlan, SearchPlan, plan_of
 from biodedup.search.rescore import Searcher
 from biodedup.searches import Searches
+from biodedup.texts import KnownId
 from biodedup.trace import tracing
 from biodedup.values import (
     Case,
@@ -362,7 +363,7 @@ class Engine:
         if threshold_db is None:
             threshold_db, _ = self.config.policy.thresholds_db(len(self))
         snapshot = self._gallery.snapshot()
-        live = snapshot.live_rows() if among is None else np.unique(snapshot.rows_of(pack_text(among)))
+        live = snapshot.live_rows() if among is None else np.unique(snapshot.rows_of(_packed(among)))
         live = live[live >= 0]
         if since is not None:
             everybody = snapshot.live_rows()
@@ -457,7 +458,7 @@ class Engine:
     def rows_of(self, subject_ids: Sequence[str]) -> NDArray[np.int64]:
         """int64 (n,): the row of each, -1 where it is not enrolled. Rows only grow; who is updated gets another one."""
         self._check_open()
-        return self._gallery.snapshot().rows_of(pack_text(subject_ids))
+        return self._gallery.snapshot().rows_of(_packed(subject_ids))
 
     def templates(self, subject_id: str) -> dict[str, Template]:
         """column -> the template enrolled there; embeddings of a sealed row in eight bits a number. Raises UnknownSubject."""
@@ -548,5 +549,13 @@ def compare(a: Template, b: Template) -> Score:
     return shipped_pair_comparer().score(a, b)
 
 
+def _packed(subject_ids: Sequence[str]) -> Packed:
+    """For look-ups: an undecodable file name is nobody's id."""
+    return pack_text([subject_id.encode("utf-8", "replace").decode() for subject_id in subject_ids])
+
+
 def _checked(groups: Collection[str] | None) -> tuple[str, ...] | None:
-    return None if groups is None else check_groups(groups)
+    """Groups to search in: galleries may have some that are older than the rules for new ones."""
+    if groups is None or isinstance(groups, str):
+        return None if groups is None else check_groups(groups)
+    return check_groups([KnownId(group) if isinstance(group, str) else group for group in groups])

@@ -20,6 +20,7 @@ from biodedup.match.judgement import BELIEVED
 from biodedup.probes import Preparer, Probe, check_models, require_subject
 from biodedup.search.rescore import Found, SnapshotRows
 from biodedup.searches import Searches
+from biodedup.texts import KnownId
 from biodedup.values import Candidate, Case, Decision, Encounter, Kind, Ruling
 
 
@@ -88,7 +89,12 @@ class Review:
         case = self.case(encounter_id)
         wanted = ruled(case, ruling, candidate, by, 0.0, note)  # raises before anybody is searched for
         probe = Probe(
-            Encounter(case.subject_id, case.decision.missing, encounter_id=encounter_id, groups=case.groups),
+            Encounter(
+                KnownId(case.subject_id),
+                case.decision.missing,
+                encounter_id=KnownId(encounter_id),
+                groups=tuple(map(KnownId, case.groups)),
+            ),
             case.templates,
             case.decision.refusals,
         )

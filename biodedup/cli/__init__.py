@@ -12,7 +12,7 @@ import typer
 
 import biodedup
 from biodedup.cli import adjudicate, audit, calibrate, evaluate, explain, gallery, kit, merge, register, subjects
-from biodedup.cli.base import app, err, exit_code, out, print_json
+from biodedup.cli.base import app, complain, exit_code, print_json, say
 from biodedup.errors import BiodedupError
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
 @app.callback(invoke_without_command=True)
 def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        out.print(biodedup.__version__)
+        say(biodedup.__version__)
         raise typer.Exit()
 
 
@@ -46,5 +46,5 @@ def main() -> None:
     except BiodedupError as error:
         if as_json:
             print_json({"error": {"type": type(error).__name__, "text": str(error)}})
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        complain(f"error: {error}")
         sys.exit(exit_code(error))

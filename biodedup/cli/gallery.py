@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from biodedup import jobs
 from biodedup.cli.base import (
@@ -24,10 +23,11 @@ from biodedup.cli.base import (
     app,
     existing,
     finish,
-    out,
     print_json,
     print_summary,
     progress_bar,
+    say,
+    show_table,
 )
 from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig, SearchConfig
 from biodedup.engine import Engine
@@ -57,7 +57,7 @@ def dedup(
         print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
             names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
-            out.print(f"weakest link {cluster.weakest_db:6.1f} dB  {names}", soft_wrap=True)
+            say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}")
         raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
     with progress_bar() as progress:
         found = jobs.dedup(source, result, config, threshold_db=threshold_db, progress=progress)
@@ -67,7 +67,7 @@ def dedup(
         links = [link for cluster in found.clusters for link in cluster.links]
         across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
         for link in sorted(across, key=lambda link: -link.score_db)[:20]:
-            out.print(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}", soft_wrap=True)
+            say(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}")
     raise typer.Exit(Exit.DUPLICATE if found.clusters else Exit.DONE)
 
 
@@ -140,12 +140,12 @@ def info(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) 
     if as_json:
         print_json(facts)
         return
-    table = Table(show_header=False)
+    rows = []
     for key, value in facts.items():
         for name, text in value.items() if isinstance(value, dict) else [("", value)]:
             shown = ", ".join(f"{k} {v}" for k, v in text.items()) if isinstance(text, dict) else str(text)
-            table.add_row(key.replace("_", " "), name, shown)
-    out.print(table)
+            rows.append((key.replace("_", " "), name, shown))
+    show_table(rows)
 
 
 @app.command()
@@ -179,7 +179,7 @@ def doctor(
     else:
         for word, lines in (("mended", report.mended), ("sound", report.checked), ("damaged", report.problems)):
             for line in lines:
-                out.print(f"{word:<8} {line}", markup=False, soft_wrap=True)
+                say(f"{word:<8} {line}")
     raise typer.Exit(Exit.DAMAGED if report.problems else Exit.DONE)
 
 
@@ -190,7 +190,6 @@ def demo(
 ) -> None:
     """Enrol a population and a real portrait, block its re-captures, and measure searches."""
     with tempfile.TemporaryDirectory() as folder:
-        say = (lambda text: None) if as_json else (lambda text: out.print(text, soft_wrap=True))
-        result = jobs.demo(Path(folder) / "gallery", subjects=subjects, say=say)
+        result = jobs.demo(Path(folder) / "gallery", subjects=subjects, say=(lambda text: None) if as_json else say)
     if as_json:
         print_json(result.to_dict())

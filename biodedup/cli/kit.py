@@ -19,11 +19,11 @@ from biodedup.cli.base import (
     JsonOption,
     ThreadsOption,
     app,
-    err,
+    complain,
     finish,
-    out,
     print_summary,
     progress_bar,
+    say,
 )
 from biodedup.config import Config
 from biodedup.jobs.kit_ingest import BatchOutcome, Examined
@@ -85,12 +85,12 @@ def pack(
     if not as_json:
         for record in packed.recaptures[:20]:
             refused = ", ".join(f"{refusal.column} {refusal.reason}" for refusal in record.refusals)
-            out.print(f"capture again: {record.subject_id}: {refused}", markup=False, soft_wrap=True)
+            say(f"capture again: {record.subject_id}: {refused}")
         for one in packed.broken[:20]:
-            out.print(f"not packed: {one.subject_id}: {one.problem}", markup=False, soft_wrap=True)
+            say(f"not packed: {one.subject_id}: {one.problem}")
         for pair in packed.doubles[:20]:
             score = "same subject_id" if pair.score_db is None else f"{pair.score_db:.1f} dB"
-            out.print(f"{score}: {pair.subject_ids[0]}  =  {pair.subject_ids[1]}", markup=False, soft_wrap=True)
+            say(f"{score}: {pair.subject_ids[0]}  =  {pair.subject_ids[1]}")
     if packed.doubles:
         raise typer.Exit(Exit.DUPLICATE)
     raise typer.Exit(Exit.REFUSED if packed.recaptures or packed.broken else Exit.DONE)
@@ -115,9 +115,9 @@ def ingest(
     problems = summary["problems"] if as_json else summary.pop("problems")
     print_summary(summary | {"report": str(report or result.with_suffix(".html"))}, as_json)
     for problem in problems:
-        err.print(problem, markup=False, soft_wrap=True)
+        complain(problem)
     for gap in taken.gaps[:20]:
-        err.print(f"kit {gap.kit_id}: sequences {gap.first}-{gap.last} never arrived", markup=False, soft_wrap=True)
+        complain(f"kit {gap.kit_id}: sequences {gap.first}-{gap.last} never arrived")
     code = _trouble(taken.batches)
     if code is None and summary["duplicate"]:
         code = Exit.DUPLICATE
@@ -151,7 +151,7 @@ def inspect(
         }
         for one in examined
     ]
-    text = "\n".join(one.problem or f"{one.path}: whole, {len(one.entries):,} records of kit {f['kit_id']}, sequences {f['first_sequence']} to {f['last_sequence']}" for one, f in zip(examined, facts, strict=True))  # fmt: skip
+    text = [one.problem or f"{one.path}: whole, {len(one.entries):,} records of kit {f['kit_id']}, sequences {f['first_sequence']} to {f['last_sequence']}" for one, f in zip(examined, facts, strict=True)]  # fmt: skip
     finish({"batches": facts}, text, as_json)
     raise typer.Exit(_trouble(examined) or Exit.DONE)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from biodedup.errors import EncounterConflict
+from biodedup.texts import KnownId
 from biodedup.values import (
     Candidate,
     CaptureData,
@@ -68,7 +70,7 @@ def _content(data: CaptureData) -> tuple[bytes, ...]:
     try:
         return (Path(data).read_bytes(),)
     except OSError:
-        return b"unreadable", str(data).encode()  # extraction will refuse it, with the reason
+        return b"unreadable", os.fsencode(data)  # extraction will refuse it, with the reason
 
 
 def to_json(decision: Decision) -> str:
@@ -85,13 +87,18 @@ def from_json(text: str) -> Decision:
             **fields,
             "candidates": _candidates(fields["candidates"]),
             "cleared": _candidates(fields.get("cleared", ())),
-            "adjudicated": None if verdict is None else Verdict(**verdict),
+            "adjudicated": None if verdict is None else _verdict(verdict),
             "refusals": tuple(Refusal(**refusal) for refusal in fields["refusals"]),
-            "missing": tuple(Missing(**missing) for missing in fields["missing"]),
+            "missing": tuple(Missing(m["position"], KnownId(m["reason"])) for m in fields["missing"]),
             "model_ids": tuple(fields["model_ids"]),
             "reasons": tuple(fields.get("reasons", ())),
         }
     )
+
+
+def _verdict(fields: dict[str, Any]) -> Verdict:
+    """As a gallery holds it: what was taken once is read for ever, whatever is asked of new ones."""
+    return Verdict(**{**fields, "by": KnownId(fields["by"]), "note": KnownId(fields.get("note", ""))})
 
 
 def _candidates(fields: Iterable[Mapping[str, Any]]) -> tuple[Candidate, ...]:

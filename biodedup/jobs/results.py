@@ -2,13 +2,15 @@
 
 Owns how a result reaches the disk, and the look that all pages share (`templates/base.html`). Pages are one file each, open
 without a network, and run no scripts. Never decides what is in them.
+
+What is written is data: pages and JSON have hidden characters as escapes, and a cell that a spreadsheet would run as a formula gets
+an apostrophe before it (`jobs/spreadsheet.py`; our own readers take it away again). Parquet has every text as it is.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +27,8 @@ from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
+from biodedup.jobs.spreadsheet import disarmed
+from biodedup.texts import json_text, shown
 
 
 def check_table_name(path: Path) -> None:
@@ -39,7 +43,7 @@ def write_table(table: pa.Table, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with translated(f"writing {path}"):
         if path.suffix == ".csv":
-            pa.csv.write_csv(table, temporary)
+            pa.csv.write_csv(disarmed(table), temporary)
         else:
             pa.parquet.write_table(table, temporary)
         _replace(temporary, path)
@@ -55,7 +59,7 @@ def write_text(text: str, path: Path) -> None:
 
 def write_json(document: Any, path: Path) -> None:
     """Raises StorageUnavailable."""
-    write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", path)
+    write_text(json_text(document), path)
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
@@ -88,6 +92,11 @@ def _replace(temporary: Path, path: Path) -> None:
     temporary.replace(path)
 
 
+def _visible(value: Any) -> Any:
+    """What a template is about to print, with its hidden characters shown; what is HTML already was made of such."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else shown(value, keep="\n\t")
+
+
 def _thousands(number: float) -> str:
     return f"{number:,}"
 
@@ -107,6 +116,7 @@ def _moment(seconds: float) -> str:
 _PAGES = Environment(
     loader=PackageLoader("biodedup.jobs"),
     autoescape=True,
+    finalize=_visible,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
