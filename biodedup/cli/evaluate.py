@@ -76,6 +76,10 @@ def evaluate(
         f"{counts['subjects']:,} subjects, {counts['encounters']:,} encounters, {counts['mated_pairs']:,} mated and "
         f"{counts['nonmated_pairs']:,} non-mated pairs; {result}{'' if page is None else f', {page}'}"
     )
+    for row in found["left_out"]["refused_rows"][:20]:
+        say(f"row {row['row']} refused: {row['detail'] or row['reason']}")
+    if files := found["left_out"]["files_left_out"]:
+        say(f"{sum(files.values()):,} files left out: {', '.join(f'{suffix} {n:,}' for suffix, n in files.items())}")
     rows: list[tuple[str, ...]] = []
     _row(rows, "FTE", "", found["failure_to_enrol"]["rate"])
     at_policy = found["verification"]["at_policy"]

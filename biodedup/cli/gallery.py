@@ -61,8 +61,12 @@ def dedup(
         raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
     with progress_bar() as progress:
         found = jobs.dedup(source, result, config, threshold_db=threshold_db, progress=progress)
-    print_summary(found.summary() | {"result": str(result)}, as_json)
-    if not as_json:
+    summary = found.summary() | {"result": str(result)}
+    if as_json:
+        print_summary(summary, as_json)
+    else:
+        print_summary({k: v for k, v in summary.items() if k not in ("files_left_out", "refused_rows")}, as_json)
+        say(*found.left_out.sentences())
         label_of = {unit.unit_id: unit.label for unit in found.units}
         links = [link for cluster in found.clusters for link in cluster.links]
         across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]

@@ -26,6 +26,7 @@ from biodedup.jobs.spreadsheet import rearmed
 Row: TypeAlias = tuple[int, Mapping[str, Any]]
 """(number, cells). No cells: a line that does not fit the table's columns."""
 
+CSV_SUFFIXES = (".csv", ".tsv", ".txt")
 _BATCH_ROWS = 256
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -69,7 +70,7 @@ class TableFile:
 
     def _batches(self, names: list[str], malformed: list[int]) -> Iterator[list[dict[str, Any]]]:
         written = [self._written[name] for name in names]
-        if self.path.suffix == ".parquet":
+        if self.path.suffix.lower() == ".parquet":
             with pa.parquet.ParquetFile(self.path, pre_buffer=False) as file:
                 for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=written):
                     yield _listed(batch, names, written)
@@ -101,9 +102,9 @@ class TableFile:
 
 def _schema_of(path: Path) -> Any:
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return pa.parquet.read_schema(path)
-        if path.suffix == ".csv":
+        if path.suffix.lower() in CSV_SUFFIXES:
             _refuse_utf_16(path)
             with pa.csv.open_csv(path, parse_options=_dialect(path, lambda row: "skip")) as reader:
                 return pa.schema([(name, pa.string()) for name in reader.schema.names])
