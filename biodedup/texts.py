@@ -73,16 +73,28 @@ def writable(text: str) -> str:
 
 def id_problem(text: str) -> str | None:
     """Why a text is no id, None where it is one: 1 to 256 visible characters, in Unicode's form NFC, no space around it."""
-    if not 1 <= len(text) <= ID_LENGTH_MAX:
+    kind = id_problem_kind(text)
+    if kind in ("is empty", "is too long"):
         return f"has {len(text)} characters; wanted 1 to {ID_LENGTH_MAX}, all of them printable"
-    if not text.isprintable() or _UNSEEN.search(text):
+    if kind == "has hidden characters":
         hidden = next(c for c in text if not c.isprintable() or _UNSEEN.match(c))
         return f"holds {_named(hidden)}; wanted characters that are all printable and can be seen"
-    if text != text.strip():
+    if kind == "has spaces around it":
         return "begins or ends with a space; take it away, ids are compared letter by letter"
-    if not unicodedata.is_normalized("NFC", text):
+    if kind == "is not in form NFC":
         return "is not in Unicode's form NFC: its accents are letters of their own; normalise it, ids are compared letter by letter"
     return None
+
+
+def id_problem_kind(text: str) -> str:
+    """As `id_problem`, in a few words of which there are only some; '' for a usable id."""
+    if not 1 <= len(text) <= ID_LENGTH_MAX:
+        return "is too long" if text else "is empty"
+    if not text.isprintable() or _UNSEEN.search(text):
+        return "has hidden characters"
+    if text != text.strip():
+        return "has spaces around it"
+    return "" if unicodedata.is_normalized("NFC", text) else "is not in form NFC"
 
 
 def text_problem(text: str, length_max: int) -> str | None:

@@ -94,7 +94,7 @@ def load(
     gallery: GalleryOption = DEFAULT_GALLERY,
     as_json: JsonOption = False,
 ) -> None:
-    """Add ready templates without a search. Interrupted, it goes on where it was."""
+    """Add ready templates without a search. Interrupted, it goes on where it was. Exit code 12: some rows were refused."""
     config = Config(finger=FingerConfig(record_model_id=record_model_id))
     with Engine.open(gallery, config) as engine, progress_bar() as progress:
         result = jobs.load(engine, source, ids=ids, column=column, progress=progress)
@@ -103,8 +103,10 @@ def load(
     for reason, count in result.reasons.items():
         text += f"; {reason}: {count:,}"
     if result.refused_rows:
-        text += f"; refused rows: {', '.join(map(str, result.refused_rows))}"
+        named = zip(result.refused_rows, result.refused_ids, strict=True)
+        text += f"; refused rows: {', '.join(f'{row} {subject_id}'.strip() for row, subject_id in named)}"
     finish(asdict(result) | {"subjects": size}, text, as_json)
+    raise typer.Exit(Exit.REFUSED if result.refused else Exit.DONE)
 
 
 @app.command()

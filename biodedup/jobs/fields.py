@@ -15,8 +15,12 @@ from datetime import UTC, date, datetime
 from math import isfinite
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
 from biodedup.errors import InvalidInput
-from biodedup.texts import shown
+from biodedup.texts import ID_LENGTH_MAX, id_problem_kind, shown
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
@@ -80,6 +84,20 @@ def id_of(cells: Mapping[str, Any], column: str) -> str | None:
         except InvalidInput as error:
             raise Unusable("unusable_id", str(error)) from None
     return text
+
+
+def id_problems(cells: Any) -> NDArray[np.object_]:
+    """object (n,): why each text of an Arrow array is no id, '' where it is one; of a null, that it is empty."""
+    length = pc.utf8_length(cells)
+    plain = pc.and_(
+        pc.and_(pc.string_is_ascii(cells), pc.utf8_is_printable(cells)), pc.less_equal(length, ID_LENGTH_MAX)
+    )
+    trimmed = pc.and_(pc.equal(pc.ascii_trim_whitespace(cells), cells), pc.greater(length, 0))
+    usable = pc.fill_null(pc.and_(plain, trimmed), False).to_numpy(zero_copy_only=False)
+    problems = np.full(len(cells), "", object)
+    for i in np.flatnonzero(~usable).tolist():
+        problems[i] = id_problem_kind(cells[i].as_py() or "")
+    return problems
 
 
 def subject_of(cells: Mapping[str, Any]) -> str:

@@ -35,6 +35,11 @@ def rearmed(text: str) -> str:
     return _DISARMED.sub("", text)
 
 
+def rearmed_cells(texts: Any) -> Any:
+    """As `rearmed`, of an Arrow array of strings."""
+    return pa.compute.replace_substring_regex(texts, pattern=f"^'('*{_STARTS})", replacement=r"\1")
+
+
 def _disarmed(column: Any) -> Any:
     text = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
     return pa.compute.replace_substring_regex(text, pattern=_ARMED, replacement=r"'\1")

@@ -150,11 +150,12 @@ def _decoded(cell: bytes | None) -> str | None:
 
 def _listed(batch: Any, names: Sequence[str], written: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of a typed table; a cell that Python has no value for is None."""
-    columns = [_values(batch.column(name)) for name in written]
+    columns = [values_of(batch.column(name)) for name in written]
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _values(cells: Any) -> list[Any]:
+def values_of(cells: Any) -> list[Any]:
+    """An Arrow array as Python has it: bytes that are no UTF-8 replaced, a cell that Python has no value for None."""
     kind = cells.type
     if pa.types.is_dictionary(kind):
         cells = cells.dictionary_decode()
