@@ -126,7 +126,8 @@ def position_of(cell: Any) -> str:
     text = text_of(cell, "position")
     if text is None:
         return "face"
-    position = _ALIASES.get(_folded(text))
+    code = _CODE.fullmatch(text.strip())
+    position = _NAMES.get(_folded(text)) if code is None else _POSITION_OF_CODE.get(code[1])
     if position is None:
         raise Unusable(
             "unknown_position", f"position is {_quoted(text)}, wanted {', '.join(COLUMNS)}, or a code from 0 to 12"
@@ -211,9 +212,7 @@ def _quoted(cell: Any) -> str:
 
 
 def _folded(text: str) -> str:
-    """The letters of a position's name, in the order hand, finger; a code without its leading zeros."""
-    if (code := _CODE.fullmatch(text.strip())) is not None:
-        return code[1]
+    """The letters of a position's name, in the order hand, finger."""
     words = [word for word in re.split(r"[\s_,-]+", text.casefold()) if word not in ("", "finger", "hand")]
     joined = "".join(words).removesuffix("finger")
     for hand in ("right", "left"):
@@ -222,11 +221,12 @@ def _folded(text: str) -> str:
     return joined
 
 
-_ALIASES: dict[str, str] = {
-    **{position.replace("_", ""): position for position in COLUMNS},
+_POSITION_OF_CODE = {
     **{str(code): position for code, position in enumerate(FINGER_POSITIONS[:10], start=1)},
     **{"0": "unknown", "11": "right_thumb", "12": "left_thumb"},
-    **{f"{hand}pinky": f"{hand}_little" for hand in ("right", "left")},
-    **{f"{hand}pinkie": f"{hand}_little" for hand in ("right", "left")},
+}
+_NAMES = {
+    **{position.replace("_", ""): position for position in COLUMNS},
+    **{f"{hand}{name}": f"{hand}_little" for hand in ("right", "left") for name in ("pinky", "pinkie")},
     "portrait": "face",
 }
