@@ -51,6 +51,7 @@ from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations, Drawn
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
+from biodedup.memory import within_memory
 from biodedup.probes import Preparer, Probe, check_column, check_models, refuse_other_models
 from biodedup.review import Review
 from biodedup.search.clusters import clusters_of
@@ -86,8 +87,12 @@ class JoinedTile:
     reached: tuple[int, int]
 
 
+@within_memory
 class Engine:
-    """An open gallery with its models. Thread-safe; close it, or use it as a context manager."""
+    """An open gallery with its models. Thread-safe; close it, or use it as a context manager.
+
+    Every method raises OutOfMemory where memory does not suffice: nothing was acknowledged, and the engine stays usable.
+    """
 
     def __init__(self, gallery: Gallery, config: Config, clock: Callable[[], float], new_id: Callable[[], str]) -> None:
         self.config = config
@@ -143,7 +148,8 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Releases the gallery. Closing twice does nothing."""
+        """Releases the gallery and its files at once. What was answered stays valid; a call that is still reading in another thread, and
+        a generator that has not ended, raise EngineClosed. Closing twice does nothing."""
         if not self._closed:
             self._closed = True
             self._gallery.close()

@@ -14,6 +14,7 @@ import biodedup
 from biodedup.cli import adjudicate, audit, calibrate, evaluate, explain, gallery, kit, merge, register, subjects
 from biodedup.cli.base import app, complain, exit_code, print_json, say
 from biodedup.errors import BiodedupError
+from biodedup.memory import out_of_memory
 
 __all__ = [
     "adjudicate",
@@ -43,7 +44,8 @@ def main() -> None:
     as_json = "--json" in sys.argv
     try:
         app()
-    except BiodedupError as error:
+    except (BiodedupError, MemoryError) as raised:
+        error = raised if isinstance(raised, BiodedupError) else out_of_memory(raised)
         if as_json:
             print_json({"error": {"type": type(error).__name__, "text": str(error)}})
         complain(f"error: {error}")

@@ -22,6 +22,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +99,7 @@ class Gallery:
         self._wake = threading.Event()
         self._closing = False
         self._maintenance: threading.Thread | None = None
+        self._opened: WeakSet[Segment] = WeakSet()
         self._published, self._tail = self._load()
         if lock is not None:
             self._sweep()
@@ -162,7 +164,8 @@ class Gallery:
         return cls.open(folder, storage=storage, config=config, settings={}, gallery_id="", read_only=True)
 
     def close(self) -> None:
-        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time."""
+        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time. Files are released at once:
+        a snapshot that somebody still holds raises EngineClosed when it next reads one."""
         self._closing = True
         self._wake.set()
         if self._maintenance is not None:
@@ -171,6 +174,8 @@ class Gallery:
             self._catalogue.close()
             if self._lock_file is not None:
                 self._lock_file.release()
+            for segment in list(self._opened):
+                segment.close()
 
     # reading ----------------------------------------------------------------------------------------------------
 
@@ -223,7 +228,7 @@ class Gallery:
             finally:
                 try:
                     self._catalogue.rollback()
-                except sqlite3.Error:
+                except (sqlite3.Error, MemoryError):
                     self._broken = True  # what was read is sound; the next one connects anew
 
     # writing ----------------------------------------------------------------------------------------------------
@@ -257,13 +262,18 @@ class Gallery:
                             self._remove_files(number)
                     raise
             if transaction.changed:
-                self._adopt(transaction)
+                try:
+                    self._adopt(transaction)
+                except BaseException:  # memory ran out: it is durable, and read again before the next use
+                    self._broken = True
+                    raise
 
     def _adopt(self, transaction: Transaction) -> None:
         self._state = transaction.state
         self._tail = transaction.tail
         self._tail.answers.update(transaction.answers)
         self._published = transaction.snapshot()
+        self._opened.update(_segments_of(self._published))
         for segment in transaction.retired:
             self._remove_files(segment.entry.number)
         self._wake_if_due()
@@ -273,7 +283,7 @@ class Gallery:
         try:
             self._catalogue.rollback()
             return self._catalogue.state().commits == transaction.state.commits
-        except (sqlite3.Error, GalleryDamaged):
+        except (sqlite3.Error, GalleryDamaged, MemoryError):
             self._broken = True
             return False
 
@@ -391,7 +401,8 @@ class Gallery:
             except Abandoned:
                 return
             except (
-                BiodedupError
+                BiodedupError,
+                MemoryError,
             ) as error:  # the journal goes on holding what could not be sealed; the next commit tries again
                 _log.warning("sealing or merging was put off: %s", error)
 
@@ -438,6 +449,7 @@ class Gallery:
         self._state = replace(state, next_segment=max(state.next_segment, self._state.next_segment))
         models = self._catalogue.models()
         segments = [open_segment(self.storage, self._segments, entry) for entry in self._catalogue.segments()]
+        self._opened.update(segments)
         tail = Tail(segments[-1].end_row if segments else 0)
         self._fill(tail, models)
         for one, following in pairwise(segments):
