@@ -44,6 +44,8 @@ from biodedup.errors import CallerError, EngineClosed, InvalidInput, SubjectExis
 from biodedup.gallery.answers import from_json
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
+from biodedup.gallery.history import NotedClock, date_notes
+from biodedup.gallery.lookalikes import look_alikes
 from biodedup.gallery.packed import Packed, pack_text
 from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.loading import Cells, Loaded, Loader
@@ -97,6 +99,7 @@ class Engine:
     def __init__(self, gallery: Gallery, config: Config, clock: Callable[[], float], new_id: Callable[[], str]) -> None:
         self.config = config
         self._gallery = gallery
+        clock = NotedClock(clock, gallery.snapshot)
         self._extractor = Extractor(config)
         self._drawn_of: dict[str, tuple[int, str, NDArray[np.int64]]] = {}
         known = Calibrations(self._extractor.cards, self._drawn, own_strangers=config.policy.own_strangers)
@@ -129,7 +132,8 @@ class Engine:
     ) -> Engine:
         """Opens the gallery in a folder, creating it where the folder is absent or empty.
 
-        storage, clock, new_id: the seams to the disk, the time in seconds, and fresh identifiers.
+        storage, clock, new_id: the seams to the disk, the time in seconds, and fresh identifiers. A clock that tells a time before the
+        newest decision's is believed all the same; a warning in the log `biodedup` says so.
         Raises NotAGallery, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
@@ -506,6 +510,16 @@ class Engine:
         """What a full check of the stored data finds wrong; empty when sound."""
         self._check_open()
         return [str(problem) for problem in inspect(self._gallery.storage, self._gallery.folder)]
+
+    def notes(self, now: float) -> list[str]:
+        """What is odd in the gallery and no damage: ids that look alike, decisions dated by a clock that was set back. now: seconds."""
+        self._check_open()
+        snapshot = self._gallery.snapshot()
+        count, groups = look_alikes(snapshot)
+        told = [f"subject ids that look alike: {', '.join(map(repr, names))}" for names in groups]
+        if count > len(groups):
+            told.append(f"... and {count - len(groups):,} groups more of subject ids that look alike")
+        return told + date_notes(snapshot, now)
 
     def backup(self, target: str | Path) -> Copied:
         """Copies the gallery as of now to a folder, while others go on; again, it copies only segments that are new.

@@ -183,7 +183,12 @@ def doctor(
     if as_json:
         print_json(asdict(report))
     else:
-        for word, lines in (("mended", report.mended), ("sound", report.checked), ("damaged", report.problems)):
+        for word, lines in (
+            ("mended", report.mended),
+            ("sound", report.checked),
+            ("note", report.notes),
+            ("damaged", report.problems),
+        ):
             for line in lines:
                 say(f"{word:<8} {line}")
     raise typer.Exit(Exit.DAMAGED if report.problems else Exit.DONE)

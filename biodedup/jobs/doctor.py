@@ -5,6 +5,8 @@ Owns the list of checks. The gallery's `health` does the work.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +23,13 @@ from biodedup.jobs.sentinels import watch
 @dataclass(frozen=True)
 class Report:
     """checked: what was found sound; problems: what was not; mended: what was done about it; sentinels: None where they were
-    not searched for."""
+    not searched for; notes: what is odd and no damage, as ids that look alike."""
 
     checked: tuple[str, ...]
     problems: tuple[str, ...]
     mended: tuple[str, ...] = ()
     sentinels: Watch | None = None
+    notes: tuple[str, ...] = ()
 
 
 def examine(
@@ -36,6 +39,7 @@ def examine(
     backup: Path | None = None,
     sentinels: bool = False,
     progress: Progress = silent,
+    clock: Callable[[], float] = time.time,
 ) -> Report:
     """Verifies the digest of every shipped model and, with a gallery, every page, every checksum and every rule.
 
@@ -45,6 +49,7 @@ def examine(
     checked: list[str] = []
     problems: list[str] = []
     mended: list[str] = []
+    notes: list[str] = []
     watched: Watch | None = None
     for card in shipped_cards():
         try:
@@ -61,8 +66,9 @@ def examine(
         else:
             with Engine.open(gallery, read_only=True) as engine:
                 checked.append(f"gallery {gallery}: {len(engine):,} subjects, version {engine.gallery_version}")
+                notes = engine.notes(clock())
             if sentinels:
                 watched = watch(gallery, progress=progress)
                 checked += watched.checked
                 problems += watched.problems
-    return Report(tuple(checked), tuple(problems), tuple(mended), watched)
+    return Report(tuple(checked), tuple(problems), tuple(mended), watched, tuple(notes))
