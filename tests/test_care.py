@@ -134,7 +134,8 @@ def test_a_lack_of_memory_anywhere_acknowledges_nothing_and_leaves_the_engine_us
             if out.left > 0:
                 break
             assert engine.enroll(encounter).outcome == "unique"
-            n += 11
+            assert f"p{i}" in engine
+            n += 7
         assert out.left > 0 and failures > 20
         assert engine.problems() == []
         size = len(engine)

@@ -17,7 +17,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -264,15 +264,17 @@ class Gallery:
             if transaction.changed:
                 try:
                     self._adopt(transaction)
-                except BaseException:  # memory ran out: it is durable, and read again before the next use
+                except BaseException:  # memory ran out, and the commit is durable: what is there is read again
                     self._broken = True
+                    with suppress(BiodedupError, MemoryError):  # or else the next transaction does
+                        self._recover()
                     raise
 
     def _adopt(self, transaction: Transaction) -> None:
-        self._state = transaction.state
-        self._tail = transaction.tail
+        published = transaction.snapshot()
+        self._state, self._tail = transaction.state, transaction.tail
         self._tail.answers.update(transaction.answers)
-        self._published = transaction.snapshot()
+        self._published = published
         self._opened.update(_segments_of(self._published))
         for segment in transaction.retired:
             self._remove_files(segment.entry.number)
