@@ -14,6 +14,7 @@ from typing import Any
 from biodedup.completeness import SENT, check_required
 from biodedup.errors import InvalidInput
 from biodedup.tables import made, read_toml, typed
+from biodedup.values import check_id
 
 EXTERNAL_MINUTIAE = "external-minutiae"
 """The model_id of minutiae of an unknown extractor."""
@@ -87,7 +88,8 @@ class FingerConfig:
         _check(self, 0, inf, "area_mm2_min", "minutiae_min", "nfiq2_min")
         _check(self, 0, 1, "ridge_share_min")
         _check(self, 1, inf, "side_px_max")
-        _check_text(self, "minutiae", "record_model_id")
+        _check_text(self, "minutiae")
+        check_id(self.record_model_id, "record_model_id")
 
 
 @dataclass(frozen=True)

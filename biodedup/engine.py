@@ -45,7 +45,9 @@ from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists
 from biodedup.gallery.answers import answered_before, digest_of, from_json
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
-from biodedup.gallery.packed import pack_text
+from biodedup.gallery.history import NotedClock, date_notes
+from biodedup.gallery.lookalikes import look_alikes
+from biodedup.gallery.packed import Packed, pack_text
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.storage import LocalStorage, Storage
 from biodedup.in_force import PolicyInForce
@@ -54,14 +56,17 @@ from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations, Drawn
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
+from biodedup.memory import within_memory
 from biodedup.probes import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
 from biodedup.review import Review
 from biodedup.search.clusters import clusters_of
 from biodedup.search.plan import JoinPlan, SearchPlan, plan_of
 from biodedup.search.rescore import Searcher
 from biodedup.searches import Searches
+from biodedup.texts import KnownId
 from biodedup.trace import tracing
 from biodedup.values import (
+    NOTE_LENGTH_MAX,
     Case,
     Cluster,
     Decision,
@@ -75,7 +80,7 @@ from biodedup.values import (
     Verdict,
     Verification,
     check_groups,
-    check_note,
+    check_text,
 )
 
 
@@ -90,8 +95,12 @@ class JoinedTile:
     reached: tuple[int, int]
 
 
+@within_memory
 class Engine:
-    """An open gallery with its models. Thread-safe; close it, or use it as a context manager."""
+    """An open gallery with its models. Thread-safe; close it, or use it as a context manager.
+
+    Every method raises OutOfMemory where memory does not suffice: nothing was acknowledged, and the engine stays usable.
+    """
 
     def __init__(
         self,
@@ -105,6 +114,7 @@ class Engine:
         self._clock = clock
         self._gallery = gallery
         self._policy = PolicyInForce(gallery, config.policy, override=override_policy)
+        clock = NotedClock(clock, gallery.snapshot)
         self._extractor = Extractor(config)
         self._drawn_of: dict[str, tuple[int, str, NDArray[np.int64]]] = {}
         known = Calibrations(self._extractor.cards, self._drawn, own_strangers=lambda: self.policy.own_strangers)
@@ -139,7 +149,8 @@ class Engine:
 
         A gallery keeps the policy that it is created with, until `set_policy` stores another one, and every opener decides by it.
         config.policy, where given, has to be the same; override_policy: decide by it all the same, in this process alone, and store nothing.
-        storage, clock, new_id: the seams to the disk, the time in seconds, and fresh identifiers.
+        storage, clock, new_id: the seams to the disk, the time in seconds, and fresh identifiers. A clock that tells a time before the
+        newest decision's is believed all the same; a warning in the log `biodedup` says so.
         Raises NotAGallery, PolicyMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
@@ -158,7 +169,9 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Releases the gallery. Closing twice does nothing, nor does closing in a child of a fork: it is the parent's."""
+        """Releases the gallery and its files at once. What was answered stays valid; a call that is still reading in another thread, and
+        a generator that has not ended, raise EngineClosed. Closing twice does nothing, nor does closing in a child of a fork: it is the
+        parent's."""
         if not self._closed:
             self._closed = True
             self._extractor.close()
@@ -253,7 +266,7 @@ class Engine:
         """
         if replace != bool(reason):
             raise InvalidInput("replace=True and a reason go together: say why all that is enrolled is to be replaced")
-        check_note(reason, "the reason")
+        check_text(reason, "the reason", NOTE_LENGTH_MAX)
         return self._enrol(encounter, across_positions, replaces=True, reason=reason)
 
     def _enrol(
@@ -435,7 +448,7 @@ class Engine:
             threshold_db, _ = self.policy.thresholds_db(len(self))
         snapshot = self._gallery.snapshot()
         snapshot = snapshot.enrolled
-        live = snapshot.live_rows() if among is None else np.unique(snapshot.all_rows_of(pack_text(among))[1])
+        live = snapshot.live_rows() if among is None else np.unique(snapshot.all_rows_of(_packed(among))[1])
         if since is not None:
             everybody = snapshot.live_rows()
             live = np.union1d(live[live >= since[0]], everybody[everybody >= since[1]])
@@ -529,7 +542,7 @@ class Engine:
     def rows_of(self, subject_ids: Sequence[str]) -> NDArray[np.int64]:
         """int64 (n,): the newest row of each, -1 where it is not enrolled. Rows only grow; a subject that is updated gets another one."""
         self._check_open()
-        return self._gallery.snapshot().rows_of(pack_text(subject_ids))
+        return self._gallery.snapshot().rows_of(_packed(subject_ids))
 
     def templates(self, subject_id: str) -> dict[str, Template]:
         """column -> the best template enrolled there, by quality, then the newest; embeddings of a sealed row in eight bits a number.
@@ -587,6 +600,16 @@ class Engine:
         self._check_open()
         return [str(problem) for problem in inspect(self._gallery.storage, self._gallery.folder)]
 
+    def notes(self, now: float) -> list[str]:
+        """What is odd in the gallery and no damage: ids that look alike, decisions dated by a clock that was set back. now: seconds."""
+        self._check_open()
+        snapshot = self._gallery.snapshot()
+        count, groups = look_alikes(snapshot)
+        told = [f"subject ids that look alike: {', '.join(map(repr, names))}" for names in groups]
+        if count > len(groups):
+            told.append(f"... and {count - len(groups):,} groups more of subject ids that look alike")
+        return told + date_notes(snapshot, now)
+
     def backup(self, target: str | Path) -> Copied:
         """Copies the gallery as of now to a folder, while others go on; again, it copies only segments that are new.
 
@@ -636,5 +659,13 @@ def compare(a: Template, b: Template) -> Score:
     return shipped_pair_comparer().score(a, b)
 
 
+def _packed(subject_ids: Sequence[str]) -> Packed:
+    """For look-ups: an undecodable file name is nobody's id."""
+    return pack_text([subject_id.encode("utf-8", "replace").decode() for subject_id in subject_ids])
+
+
 def _checked(groups: Collection[str] | None) -> tuple[str, ...] | None:
-    return None if groups is None else check_groups(groups)
+    """Groups to search in: galleries may have some that are older than the rules for new ones."""
+    if groups is None or isinstance(groups, str):
+        return None if groups is None else check_groups(groups)
+    return check_groups([KnownId(group) if isinstance(group, str) else group for group in groups])

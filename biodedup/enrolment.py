@@ -36,6 +36,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.tail import Answer
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
+from biodedup.memory import out_of_memory
 from biodedup.probes import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found
 from biodedup.searches import Searches, Seen
@@ -263,6 +264,8 @@ def _for_waiting(error: BaseException) -> BiodedupError:
     """What those hear whose decisions were to be committed by another thread that failed."""
     if isinstance(error, BiodedupError):
         return type(error)(str(error))
+    if isinstance(error, MemoryError):
+        return out_of_memory(error)
     return StorageUnavailable(
         f"the commit was interrupted ({type(error).__name__}); nothing was acknowledged; send it again"
     )

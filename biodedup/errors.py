@@ -9,9 +9,15 @@ A poor capture is never an exception: it is a `Refusal` value. Texts say what, g
 
 from __future__ import annotations
 
+from biodedup.texts import shown
+
 
 class BiodedupError(Exception):
     """Every exception that biodedup raises on purpose."""
+
+    def __str__(self) -> str:
+        """One line, safe to print and to log whatever ids and file names are in it."""
+        return shown(super().__str__())
 
 
 class CallerError(BiodedupError, ValueError):
@@ -72,6 +78,10 @@ class GalleryBusy(RetryableError):
 
 class StorageUnavailable(RetryableError):
     """The disk refused a read or a write: full, read-only, or failing. Nothing was acknowledged."""
+
+
+class OutOfMemory(RetryableError):
+    """The machine's memory did not suffice. Nothing was acknowledged, and the engine stays usable."""
 
 
 class CaptureUnavailable(RetryableError):

@@ -27,7 +27,7 @@ from biodedup.gallery.tail import Answer
 from biodedup.gallery.transaction import Transaction
 from biodedup.probes import Preparer, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found
-from biodedup.values import COLUMNS, Column, Decision, Encounter, Outcome, check_groups, check_id
+from biodedup.values import COLUMNS, Column, Decision, Encounter, Outcome, check_encounter_id, check_groups, check_id
 
 _SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/test_gallery.py)
 
@@ -135,7 +135,7 @@ class Loader:
                     raise InvalidInput(f"subject {subject_id!r} has no template; leave it out")
             columns = {column: (model_id, cells) for column, (model_id, cells) in columns.items() if any(cells)}
         if encounter_id is not None:
-            check_id(encounter_id, "encounter_id")
+            check_encounter_id(encounter_id)
         return _Batch(ids, columns, named, encounter_id, digest_of_batch(ids, columns, named))
 
     def _compare_enrolled(self, batch: _Batch) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

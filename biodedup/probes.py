@@ -36,6 +36,7 @@ from biodedup.values import (
     Missing,
     Refusal,
     Template,
+    check_id,
     unit_rows,
 )
 
@@ -122,6 +123,7 @@ class Preparer:
                 raise InvalidInput(
                     f"the template under {column!r} is one of {given.column!r}; file it under its column"
                 )
+            check_id(given.model_id, "model_id")
             return self.calibrations.sound(given)
         model, rows = self.embeddings(column, np.asarray(given)[None])
         return Template(column, model, rows[0])

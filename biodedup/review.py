@@ -18,6 +18,7 @@ from biodedup.gallery.transaction import Transaction
 from biodedup.probes import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found
 from biodedup.searches import Searches, Seen
+from biodedup.texts import KnownId
 from biodedup.values import Case, Decision, Encounter, Ruling, Verdict
 
 
@@ -129,7 +130,10 @@ class Review:
         found = {}
         for case in cases:
             encounter = Encounter(
-                case.subject_id, case.decision.missing, encounter_id=case.encounter_id, groups=case.groups
+                KnownId(case.subject_id),
+                case.decision.missing,
+                encounter_id=KnownId(case.encounter_id),
+                groups=tuple(map(KnownId, case.groups)),
             )
             probe = Probe(encounter, case.templates, case.decision.refusals)
             besides = len(case.decision.candidates) + len(case.judged) + 1  # and the case itself

@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput
+from biodedup.texts import KnownId, id_problem, text_problem
 
 FINGER_POSITIONS = (
     "right_thumb",
@@ -41,6 +43,13 @@ BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 
 RULINGS = ("same", "different", "recapture")
 """What can be ruled on a case: one person, two people, or that new captures are to be taken."""
+
+RESERVED_PREFIXES = ("batch:", "load:", "merge:", "stage:")
+"""Of encounter_ids that the library makes itself: of records without one, batches of templates, and the steps of a merge."""
+
+REASON_LENGTH_MAX, NOTE_LENGTH_MAX = 1_000, 4_000
+CAPTURES_MAX, GROUPS_MAX = 100, 100
+"""Of one encounter."""
 
 CaptureData: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
 Modality: TypeAlias = Literal["face", "finger"]
@@ -114,6 +123,7 @@ class Missing:
 
     def __post_init__(self) -> None:
         _check_position(self.position, COLUMNS)
+        check_text(self.reason, "the reason why a capture is missing", REASON_LENGTH_MAX)
 
     @property
     def column(self) -> str:
@@ -188,13 +198,15 @@ class Encounter:
                 raise InvalidInput(
                     f"declined holds Refusal, got {type(refusal).__name__}; leave out what was not refused"
                 )
-        for name in ("subject_id", "encounter_id"):
-            value = getattr(self, name)
-            if value is not None:
-                check_id(value, name)
+        if self.subject_id is not None:
+            check_id(self.subject_id, "subject_id")
+        if self.encounter_id is not None:
+            check_encounter_id(self.encounter_id)
         if isinstance(self.captures, (Face, Finger, Missing)):
             raise InvalidInput("captures is a sequence, got one capture; write captures=[capture]")
-        captures = tuple(self.captures)
+        captures = tuple(islice(self.captures, CAPTURES_MAX + 1))
+        if len(captures) > CAPTURES_MAX:
+            raise InvalidInput(f"an encounter has at most {CAPTURES_MAX} captures; send the best ones")
         for capture in captures:
             if not isinstance(capture, (Face, Finger, Missing)):
                 raise InvalidInput(
@@ -297,7 +309,7 @@ class Verdict:
         if self.ruling not in RULINGS:
             raise InvalidInput(f"the ruling is {self.ruling!r}; use one of {', '.join(RULINGS)}")
         check_id(self.by, "by")
-        check_note(self.note, "a note")
+        check_text(self.note, "a note", NOTE_LENGTH_MAX)
 
     @property
     def own(self) -> bool:
@@ -452,23 +464,38 @@ class Cluster:
 
 
 def check_id(value: object, name: str) -> None:
-    """Raises InvalidInput unless value is a usable identifier: 1 to 256 characters, no control characters."""
+    """Raises InvalidInput unless value is a usable identifier: 1 to 256 visible characters in form NFC, no space around them. An id is
+    refused and never changed: a register would not know it again. `KnownId`, which is older than these rules, passes."""
     if not isinstance(value, str):
         raise InvalidInput(f"{name} is a str, got {type(value).__name__}; convert it, as str(value)")
-    if not 1 <= len(value) <= 256 or not value.isprintable():
-        raise InvalidInput(f"{name} has {len(value)} characters; wanted 1 to 256, all of them printable")
+    if not isinstance(value, KnownId) and (problem := id_problem(value)) is not None:
+        raise InvalidInput(f"{name} {problem}")
 
 
-def check_note(text: object, name: str) -> None:
-    """Raises InvalidInput unless it is a text that fits beside a decision."""
-    if not isinstance(text, str) or len(text) > 4000:
-        raise InvalidInput(f"{name} is a text of up to 4,000 characters; shorten it")
+def check_encounter_id(value: object) -> None:
+    """As `check_id`; and raises InvalidInput for an id that could be one of the library's own."""
+    check_id(value, "encounter_id")
+    if isinstance(value, str) and not isinstance(value, KnownId) and value.startswith(RESERVED_PREFIXES):
+        prefix = value[: value.index(":") + 1]
+        raise InvalidInput(
+            f"encounter_id {value!r} begins with {prefix!r}, which is reserved for ids that the library makes; put something before it"
+        )
+
+
+def check_text(value: object, name: str, length_max: int) -> None:
+    """Raises InvalidInput unless value is free text of some length, without control characters; lines and tabs it may have."""
+    if not isinstance(value, str):
+        raise InvalidInput(f"{name} is a str, got {type(value).__name__}; convert it, as str(value)")
+    if not isinstance(value, KnownId) and (problem := text_problem(value, length_max)) is not None:
+        raise InvalidInput(f"{name} {problem}")
 
 
 def check_groups(groups: object) -> tuple[str, ...]:
-    """The groups, sorted, each once. Raises InvalidInput unless it is a sequence of usable identifiers."""
+    """The groups, sorted, each once. Raises InvalidInput unless it is a sequence of usable identifiers, at most 100 of them."""
     if isinstance(groups, str) or not isinstance(groups, Sequence | Set):
         raise InvalidInput(f"groups is a sequence of str, got {type(groups).__name__}; write groups=[name]")
+    if len(groups) > GROUPS_MAX and not all(isinstance(group, KnownId) for group in groups):
+        raise InvalidInput(f"{len(groups):,} groups were named; wanted at most {GROUPS_MAX}")
     for group in groups:
         check_id(group, "a group")
     return tuple(sorted(set(groups)))

@@ -278,7 +278,7 @@ def test_what_is_wrong_with_a_source_is_said(tmp_path):
         "empty": "no images",
         "one.csv": "two or more",
         "columns.csv": "lacks the columns",
-        "noise.parquet": "not a readable manifest",
+        "noise.parquet": "not a readable table",
         "ragged.parquet": "one dimension",
         "kind.parquet": "list of float32",
     }.items():

@@ -428,7 +428,7 @@ def test_a_load_is_idempotent_whatever_the_batches_and_tells_other_templates_apa
         result = jobs.load(engine, other.to_batches())
         assert (result.added, result.refused_rows) == (1, (0, 2, 3, 4))
         assert result.reasons == {
-            "enrolled with other templates": 1, "subject_id is not usable": 2, "subject_id is repeated": 1,
+            "enrolled with other templates": 1, "subject_id is not usable: it is empty": 2, "subject_id is repeated": 1,
         }  # fmt: skip
         assert (nearest(engine, 1), nearest(engine, 51), len(engine)) == ("s1", "s3", 40)
 

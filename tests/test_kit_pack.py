@@ -221,8 +221,8 @@ def test_what_is_no_manifest_is_refused_whole(centre):
     for name, content, text in (
         ("no.csv", "name,photo\na,b\n", "lacks the columns"),
         ("empty.csv", "subject_id,path\n", "no rows"),
-        ("none.csv", "", "not a readable manifest"),
-        ("bytes.parquet", "PAR1 no", "not a readable manifest"),
+        ("none.csv", "", "not a readable table"),
+        ("bytes.parquet", "PAR1 no", "not a readable table"),
     ):
         (centre / name).write_text(content)
         with pytest.raises(bd.InvalidInput, match=text):

@@ -24,8 +24,9 @@ from biodedup.cli import (
     register,
     subjects,
 )
-from biodedup.cli.base import app, err, exit_code, out, print_json
+from biodedup.cli.base import app, complain, exit_code, print_json, say
 from biodedup.errors import BiodedupError
+from biodedup.memory import out_of_memory
 
 __all__ = [
     "adjudicate",
@@ -47,7 +48,7 @@ __all__ = [
 @app.callback(invoke_without_command=True)
 def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        out.print(biodedup.__version__)
+        say(biodedup.__version__)
         raise typer.Exit()
 
 
@@ -56,8 +57,9 @@ def main() -> None:
     as_json = "--json" in sys.argv
     try:
         app()
-    except BiodedupError as error:
+    except (BiodedupError, MemoryError) as raised:
+        error = raised if isinstance(raised, BiodedupError) else out_of_memory(raised)
         if as_json:
             print_json({"error": {"type": type(error).__name__, "text": str(error)}})
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        complain(f"error: {error}")
         sys.exit(exit_code(error))

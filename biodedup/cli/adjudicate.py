@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.table import Table
 
 from biodedup import jobs
 from biodedup.cli.base import (
@@ -24,11 +23,12 @@ from biodedup.cli.base import (
     configured,
     existing,
     finish,
-    out,
     print_evidence,
     print_json,
     print_refusals,
     progress_bar,
+    say,
+    show_table,
 )
 from biodedup.engine import Engine
 from biodedup.values import Case, Ruling
@@ -56,17 +56,17 @@ def list_cases(
     if as_json:
         print_json(found.summary() | {"cases": [_document(case) for case in found.cases]})
         return
-    table = Table("case", "subject", "days", "candidates", "state")
+    rows = []
     for case in found.cases[:_SHOWN_MAX]:
         named = [f"{c.subject_id} {c.score_db:.1f} dB" for c in case.undecided]
         days = f"{(found.now - case.opened_at) / 86_400:.1f}"
         state = case.decision.outcome if case.closed else "waiting"
-        table.add_row(case.encounter_id, case.subject_id, days, ", ".join(named), state)
+        rows.append((case.encounter_id, case.subject_id, days, ", ".join(named), state))
     if found.cases:
-        out.print(table)
+        show_table(rows, ("case", "subject", "days", "candidates", "state"))
     if len(found.cases) > _SHOWN_MAX:
-        out.print(f"... and {len(found.cases) - _SHOWN_MAX:,} more; --out writes them all")
-    out.print(f"{found.summary()['open']:,} waiting")
+        say(f"... and {len(found.cases) - _SHOWN_MAX:,} more; --out writes them all")
+    say(f"{found.summary()['open']:,} waiting")
 
 
 @cases.command()
@@ -84,18 +84,18 @@ def show(
         print_json(_document(case))
         return
     decision = case.decision
-    out.print(f"case {case.encounter_id}, subject {case.subject_id}: {'; '.join(jobs.reasons_of(decision)) or decision.outcome}", markup=False, soft_wrap=True)  # fmt: skip
-    out.print(f"duplicate from {decision.duplicate_db:.1f} dB, review from {decision.review_db:.1f} dB")
+    say(f"case {case.encounter_id}, subject {case.subject_id}: {'; '.join(jobs.reasons_of(decision)) or decision.outcome}")  # fmt: skip
+    say(f"duplicate from {decision.duplicate_db:.1f} dB, review from {decision.review_db:.1f} dB")
     for candidate in case.undecided:
         which = f"{candidate.subject_id} (open case {candidate.case})" if candidate.case else candidate.subject_id
-        out.print(f"to be judged: {which} at {candidate.score_db:.1f} dB", markup=False)
+        say(f"to be judged: {which} at {candidate.score_db:.1f} dB")
         print_evidence(candidate.evidence)
     for verdict in case.verdicts:
         about = "" if verdict.candidate is None else f" {verdict.candidate}"
-        out.print(f"judged{about}: {verdict.ruling}, by {verdict.by}. {verdict.note}", markup=False, soft_wrap=True)
+        say(f"judged{about}: {verdict.ruling}, by {verdict.by}.", *(f"  {line}" for line in verdict.note.splitlines()))
     print_refusals(decision.refusals)
     if page is not None:
-        out.print(f"the page is {page}", markup=False)
+        say(f"the page is {page}")
 
 
 @cases.command()

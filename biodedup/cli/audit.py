@@ -18,9 +18,9 @@ from biodedup.cli.base import (
     ThreadsOption,
     app,
     configured,
-    out,
     print_summary,
     progress_bar,
+    say,
 )
 from biodedup.engine import Engine
 
@@ -55,6 +55,6 @@ def audit(
     else:
         print_summary({k: v for k, v in summary.items() if k not in ("findings", "districts")}, as_json)
         for kind, text in jobs.AUDIT_KINDS.items():
-            out.print(f"{summary['findings'][kind]:>8,}  {text}")
+            say(f"{summary['findings'][kind]:>8,}  {text}")
     doubles = sum(summary["findings"][kind] for kind in ("two_ids", "listed_twice", "enrolled_twice"))
     raise typer.Exit(Exit.DUPLICATE if doubles else Exit.DONE)

@@ -2,13 +2,15 @@
 
 Owns how results and errors are shown. Never decides anything. Results go to standard output (`--json`: one JSON document),
 progress and errors to standard error.
+
+Ids, notes, file names and error texts are data: `say`, `complain` and `show_table` print them as they are, without markup, and with
+hidden characters as escapes. Commands print by no other way.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import IntEnum
@@ -18,7 +20,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from biodedup import jobs
 from biodedup.config import Config, IsolationConfig
@@ -26,6 +29,7 @@ from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
 from biodedup.match.judgement import texts_of
 from biodedup.settings import Settings, settings_for
+from biodedup.texts import json_text, shown
 from biodedup.values import Capture, Decision, Evidence, Face, Finger, Missing, Refusal
 
 app = typer.Typer(
@@ -35,8 +39,8 @@ app = typer.Typer(
     "3 try again later; 4 data damaged; 10 duplicate, or duplicates found; 11 review; 12 refused; 13 not accepted; "
     "130 interrupted.",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
 
 
 class Exit(IntEnum):
@@ -100,14 +104,40 @@ AcrossOption = Annotated[
 DEFAULT_GALLERY = Path("gallery")
 
 
-def print_summary(summary: dict[str, object], as_json: bool) -> None:
+def say(*lines: str) -> None:
+    """Prints lines of a result."""
+    for line in lines:
+        _out.print(_plain(line), soft_wrap=True)
+
+
+def complain(*lines: str) -> None:
+    """Prints lines to standard error."""
+    for line in lines:
+        _err.print(_plain(line), soft_wrap=True)
+
+
+def show_table(rows: Iterable[Sequence[object]], header: Sequence[str] = (), title: str | None = None) -> None:
+    """Prints a table, with or without a header."""
+    table = Table(
+        *(Column(_plain(name)) for name in header),
+        show_header=bool(header),
+        title=None if title is None else _plain(title),
+    )
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    _out.print(table)
+
+
+def _plain(value: object) -> Text:
+    """As rich prints it without looking for markup."""
+    return Text(shown(value))
+
+
+def print_summary(summary: Mapping[str, object], as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    table = Table(show_header=False)
-    for key, value in summary.items():
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    out.print(table)
+    show_table((key.replace("_", " "), f"{v:,}" if isinstance(v, int) else v) for key, v in summary.items())
 
 
 def exit_code(error: BiodedupError) -> int:
@@ -162,27 +192,28 @@ def captures_of(
 @contextmanager
 def progress_bar() -> Iterator[jobs.Progress]:
     """A progress bar on standard error, one a stage."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err, disable=not _err.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
+                tasks[stage] = bar.add_task(shown(stage), total=total)
             bar.update(tasks[stage], completed=done, total=total)
 
         try:
             yield show
         except KeyboardInterrupt:
-            err.print("interrupted; start the same command again to go on")
+            complain("interrupted; start the same command again to go on")
             raise typer.Exit(Exit.INTERRUPTED) from None
 
 
-def finish(facts: dict[str, Any], text: str, as_json: bool) -> None:
+def finish(facts: dict[str, Any], text: str | Sequence[str], as_json: bool) -> None:
+    """text: a line, or several."""
     if as_json:
         print_json(facts)
     else:
-        out.print(text, soft_wrap=True)
+        say(*([text] if isinstance(text, str) else text))
 
 
 def finish_decision(decision: Decision, as_json: bool) -> None:
@@ -197,19 +228,17 @@ def finish_decision(decision: Decision, as_json: bool) -> None:
             kind = f", {decision.best.kind.replace('_', ' ')}" if decision.best.kind else ""
             marked = ", extrapolated" if decision.best.extrapolated else ""
             best = f"; strongest {decision.best.subject_id} at {decision.best.score_db:.1f} dB{kind}{marked}"
-        out.print(
+        say(
             f"{decision.outcome}{best}; {decision.gallery_size:,} subjects, duplicate from {decision.duplicate_db:.1f} dB, "
-            f"review from {decision.review_db:.1f} dB",
-            soft_wrap=True,
+            f"review from {decision.review_db:.1f} dB"
         )
         for text in texts_of(decision):
             why = "not enrolled" if decision.outcome == "refused" else "a person has to look"
-            out.print(f"  {why}: {text}", soft_wrap=True)
+            say(f"  {why}: {text}")
         if decision.attainable_db is not None and decision.expected_fnir is not None:
-            out.print(
+            say(
                 f"  these captures: at most {decision.attainable_db:.0f} dB; {decision.expected_fnir:.1%} of mates score below "
-                "the review threshold",
-                soft_wrap=True,
+                "the review threshold"
             )
         if decision.best is not None and decision.outcome != "unique":
             print_evidence(decision.best.evidence)
@@ -223,7 +252,7 @@ def print_evidence(evidence: tuple[Evidence, ...]) -> None:
         raw += [] if part.minutiae is None else [f"minutiae score {part.minutiae:.0f}"]
         other = "" if part.column == part.candidate_column else f", enrolled as {part.candidate_column}"
         swapped = "; a swapped label" if part.swapped else ""
-        out.print(f"  {part.column}{other}: {part.score_db:.1f} dB ({', '.join(raw)}){swapped}", soft_wrap=True)
+        say(f"  {part.column}{other}: {part.score_db:.1f} dB ({', '.join(raw)}){swapped}")
 
 
 def print_refusals(refusals: tuple[Refusal, ...]) -> None:
@@ -231,10 +260,9 @@ def print_refusals(refusals: tuple[Refusal, ...]) -> None:
         measured = "" if refusal.measured is None else f", measured {refusal.measured:.4g}"
         limit = "" if refusal.limit is None else f", limit {refusal.limit:.4g}"
         detail = f" ({refusal.detail})" if refusal.detail else ""
-        out.print(
-            f"  refused {refusal.column}: {refusal.reason}{measured}{limit}{detail}", markup=False, soft_wrap=True
-        )
+        say(f"  refused {refusal.column}: {refusal.reason}{measured}{limit}{detail}")
 
 
 def print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    """One JSON document; what a terminal would obey is an escape in it."""
+    sys.stdout.write(json_text(document))

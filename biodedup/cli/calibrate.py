@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from biodedup import jobs
-from biodedup.cli.base import JsonOption, app, out, print_json, progress_bar
+from biodedup.cli.base import JsonOption, app, print_json, progress_bar, say, show_table
 
 
 @app.command()
@@ -38,17 +37,19 @@ def calibrate(
         print_json(result.summary())
         return
     for name, rows in result.held_out.items():
-        table = Table(
-            "nominal FMR", "card before", "fitted", "95 %", title=f"{name}, measured on the half that was not fitted"
-        )
+        cells = []
         for row in rows:
             before = "" if "fmr_before" not in row else f"{row['fmr_before']:.2g}"
             bounds = f"{row['fmr_low']:.2g} to {row['fmr_high']:.2g}"
-            table.add_row(f"{row['nominal_fmr']:g}", before, f"{row['fmr']:.2g}", bounds)
-        out.print(table)
+            cells.append((f"{row['nominal_fmr']:g}", before, f"{row['fmr']:.2g}", bounds))
+        show_table(
+            cells,
+            ("nominal FMR", "card before", "fitted", "95 %"),
+            title=f"{name}, measured on the half that was not fitted",
+        )
     if not result.held_out:
-        out.print("too few pairs to hold half of them out: what the fit is worth was not measured")
+        say("too few pairs to hold half of them out: what the fit is worth was not measured")
     for row in result.positions:
         if row["differs"]:
-            out.print(f"{row['position']}: FMR {row['fmr']:.2g} where {row['nominal_fmr']:g} is nominal", markup=False)
-    out.print(f"{result.card}: fitted on {result.nonmated:,} non-mated and {result.mated:,} mated pairs", markup=False)
+            say(f"{row['position']}: FMR {row['fmr']:.2g} where {row['nominal_fmr']:g} is nominal")
+    say(f"{result.card}: fitted on {result.nonmated:,} non-mated and {result.mated:,} mated pairs")

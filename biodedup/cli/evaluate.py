@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from biodedup import jobs
 from biodedup.cli.base import (
@@ -19,9 +18,10 @@ from biodedup.cli.base import (
     ThreadsOption,
     app,
     configured,
-    out,
     print_json,
     progress_bar,
+    say,
+    show_table,
 )
 
 
@@ -84,30 +84,33 @@ def evaluate(
         print_json(found)
         return
     counts, searches = found["counts"], found["identification"]
-    out.print(
+    say(
         f"{counts['subjects']:,} subjects, {counts['encounters']:,} encounters, {counts['mated_pairs']:,} mated and "
-        f"{counts['nonmated_pairs']:,} non-mated pairs; {result}{'' if page is None else f', {page}'}",
-        soft_wrap=True,
+        f"{counts['nonmated_pairs']:,} non-mated pairs; {result}{'' if page is None else f', {page}'}"
     )
-    table = Table("rate", "at", "value", "95 %", "events")
-    _row(table, "FTE", "", found["failure_to_enrol"]["rate"])
+    for row in found["left_out"]["refused_rows"][:20]:
+        say(f"row {row['row']} refused: {row['detail'] or row['reason']}")
+    if files := found["left_out"]["files_left_out"]:
+        say(f"{sum(files.values()):,} files left out: {', '.join(f'{suffix} {n:,}' for suffix, n in files.items())}")
+    rows: list[tuple[str, ...]] = []
+    _row(rows, "FTE", "", found["failure_to_enrol"]["rate"])
     at_policy = found["verification"]["at_policy"]
     for row in ([] if at_policy is None else [at_policy]) + found["verification"]["at_fmr"]:
         at = f"FMR {row['target']:g}{' stated' if row is at_policy else ''}, {row['threshold_db']:.1f} dB"
         if row is at_policy:
-            _row(table, "FMR", at, row["fmr"])
-        _row(table, "FNMR", at, row["fnmr"])
+            _row(rows, "FMR", at, row["fmr"])
+        _row(rows, "FNMR", at, row["fnmr"])
     for row in searches["at_policy"] + searches["at_fpir"]:
         at = row["outcome"] if "outcome" in row else f"FPIR {row['target']:g}"
         at += f", N = {row['gallery_subjects']:,}, {row['threshold_db']:.1f} dB"
         if "outcome" in row:
-            _row(table, "FPIR", at, row["fpir"])
-        _row(table, "FNIR", at, row["fnir"])
-    out.print(table)
+            _row(rows, "FPIR", at, row["fpir"])
+        _row(rows, "FNIR", at, row["fnir"])
+    show_table(rows, ("rate", "at", "value", "95 %", "events"))
 
 
-def _row(table: Table, name: str, at: str, rate: dict[str, Any]) -> None:
+def _row(rows: list[tuple[str, ...]], name: str, at: str, rate: dict[str, Any]) -> None:
     if rate["value"] is not None:
         low, high = rate["interval"]
         events = f"{rate['events']:,} of {rate['trials']:,}"
-        table.add_row(name, at, f"{rate['value']:.3%}", f"{low:.3%} to {high:.3%}", events)
+        rows.append((name, at, f"{rate['value']:.3%}", f"{low:.3%} to {high:.3%}", events))

@@ -78,7 +78,7 @@ def explain(
         told = jobs.explain(
             *sides, result, chosen, names=names, size=size, across_positions=across_positions, engine=engine
         )
-    finish(told.to_dict() | {"page": str(result)}, f"{told.headline}\n{result}", as_json)
+    finish(told.to_dict() | {"page": str(result)}, (told.headline, str(result)), as_json)
     if not as_json:
         print_refusals((*told.refusals[0], *told.refusals[1]))
     raise typer.Exit(Exit.DONE if told.comparison is not None else Exit.REFUSED)

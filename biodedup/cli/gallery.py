@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from biodedup import jobs
 from biodedup.cli.base import (
@@ -26,10 +25,11 @@ from biodedup.cli.base import (
     configured,
     existing,
     finish,
-    out,
     print_json,
     print_summary,
     progress_bar,
+    say,
+    show_table,
 )
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
@@ -60,17 +60,21 @@ def dedup(
         print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
             names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
-            out.print(f"weakest link {cluster.weakest_db:6.1f} dB  {names}", soft_wrap=True)
+            say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}")
         raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
     with progress_bar() as progress:
         found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, progress=progress)
-    print_summary(found.summary() | {"result": str(result)}, as_json)
-    if not as_json:
+    summary = found.summary() | {"result": str(result)}
+    if as_json:
+        print_summary(summary, as_json)
+    else:
+        print_summary({k: v for k, v in summary.items() if k not in ("files_left_out", "refused_rows")}, as_json)
+        say(*found.left_out.sentences())
         label_of = {unit.unit_id: unit.label for unit in found.units}
         links = [link for cluster in found.clusters for link in cluster.links]
         across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
         for link in sorted(across, key=lambda link: -link.score_db)[:20]:
-            out.print(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}", soft_wrap=True)
+            say(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}")
     raise typer.Exit(Exit.DUPLICATE if found.clusters else Exit.DONE)
 
 
@@ -94,7 +98,7 @@ def load(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add ready templates without a search. Interrupted, it goes on where it was."""
+    """Add ready templates without a search. Interrupted, it goes on where it was. Exit code 12: some rows were refused."""
     chosen = configured(gallery, config, more={"finger.record_model_id": record_model_id})
     with Engine.open(gallery, chosen) as engine, progress_bar() as progress:
         result = jobs.load(engine, source, ids=ids, column=column, progress=progress)
@@ -103,8 +107,10 @@ def load(
     for reason, count in result.reasons.items():
         text += f"; {reason}: {count:,}"
     if result.refused_rows:
-        text += f"; refused rows: {', '.join(map(str, result.refused_rows))}"
+        named = zip(result.refused_rows, result.refused_ids, strict=True)
+        text += f"; refused rows: {', '.join(f'{row} {subject_id}'.strip() for row, subject_id in named)}"
     finish(asdict(result) | {"subjects": size}, text, as_json)
+    raise typer.Exit(Exit.REFUSED if result.refused else Exit.DONE)
 
 
 @app.command()
@@ -153,12 +159,12 @@ def info(
     if as_json:
         print_json(facts)
         return
-    table = Table(show_header=False)
+    rows = []
     for key, value in facts.items():
         for name, text in value.items() if isinstance(value, dict) else [("", value)]:
             shown = ", ".join(f"{k} {v}" for k, v in text.items()) if isinstance(text, dict) else str(text)
-            table.add_row(key.replace("_", " "), name, shown)
-    out.print(table)
+            rows.append((key.replace("_", " "), name, shown))
+    show_table(rows)
 
 
 @app.command()
@@ -200,10 +206,11 @@ def doctor(
             ("mended", report.mended),
             ("sound", report.checked),
             ("exposed", report.exposed),
+            ("note", report.notes),
             ("damaged", report.problems),
         ):
             for line in lines:
-                out.print(f"{word:<8} {line}", markup=False, soft_wrap=True)
+                say(f"{word:<8} {line}")
     raise typer.Exit(Exit.DAMAGED if report.problems else Exit.DONE)
 
 
@@ -214,7 +221,6 @@ def demo(
 ) -> None:
     """Enrol a population and a real portrait, block its re-captures, and measure searches."""
     with tempfile.TemporaryDirectory() as folder:
-        say = (lambda text: None) if as_json else (lambda text: out.print(text, soft_wrap=True))
-        result = jobs.demo(Path(folder) / "gallery", subjects=subjects, say=say)
+        result = jobs.demo(Path(folder) / "gallery", subjects=subjects, say=(lambda text: None) if as_json else say)
     if as_json:
         print_json(result.to_dict())

@@ -20,12 +20,12 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     ThreadsOption,
+    complain,
     configured,
-    err,
     finish,
-    out,
     print_summary,
     progress_bar,
+    say,
 )
 from biodedup.cli.kit_keys import TrustedOption, kit
 from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
@@ -83,14 +83,14 @@ def pack(
     if not as_json:
         for record in packed.recaptures[:20]:
             refused = ", ".join(f"{refusal.column} {refusal.reason}" for refusal in record.refusals)
-            out.print(f"capture again: {record.subject_id}: {refused}", markup=False, soft_wrap=True)
+            say(f"capture again: {record.subject_id}: {refused}")
         for one in packed.broken[:20]:
-            out.print(f"not packed: {one.subject_id}: {one.problem}", markup=False, soft_wrap=True)
+            say(f"not packed: {one.subject_id}: {one.problem}")
         for pair in packed.doubles[:20]:
             score = "same subject_id" if pair.score_db is None else f"{pair.score_db:.1f} dB"
-            out.print(f"{score}: {pair.subject_ids[0]}  =  {pair.subject_ids[1]}", markup=False, soft_wrap=True)
+            say(f"{score}: {pair.subject_ids[0]}  =  {pair.subject_ids[1]}")
     if packed.key_expires_at < time.time():
-        err.print("the kit's key has expired by this machine's clock: the centre may refuse the batch", markup=False)
+        complain("the kit's key has expired by this machine's clock: the centre may refuse the batch")
     if packed.doubles:
         raise typer.Exit(Exit.DUPLICATE)
     raise typer.Exit(Exit.REFUSED if packed.recaptures or packed.broken else Exit.DONE)
@@ -128,9 +128,9 @@ def ingest(
     problems = summary["problems"] if as_json else summary.pop("problems")
     print_summary(summary | {"report": str(report or result.with_suffix(".html"))}, as_json)
     for problem in problems:
-        err.print(problem, markup=False, soft_wrap=True)
+        complain(problem)
     for gap in taken.gaps[:20]:
-        err.print(f"kit {gap.kit_id}: sequences {gap.first}-{gap.last} never arrived", markup=False, soft_wrap=True)
+        complain(f"kit {gap.kit_id}: sequences {gap.first}-{gap.last} never arrived")
     code = _trouble(taken.batches)
     if code is None and summary["duplicate"]:
         code = Exit.DUPLICATE
@@ -154,7 +154,7 @@ def inspect(
     known, centre = jobs.load_trusted(trusted), _centre(centre_key, passphrase_fd)
     examined = [jobs.examine_batch(path, known, centre, allow_unencrypted=allow_unencrypted) for path in batches]
     for problem in known.problems:
-        err.print(problem, markup=False, soft_wrap=True)
+        complain(problem)
     facts = [
         {
             "batch": str(one.path),
@@ -170,7 +170,7 @@ def inspect(
         }
         for one in examined
     ]
-    text = "\n".join(one.problem or f"{one.path}: whole, {len(one.entries):,} records of kit {f['kit_id']}, sequences {f['first_sequence']} to {f['last_sequence']}" for one, f in zip(examined, facts, strict=True))  # fmt: skip
+    text = [one.problem or f"{one.path}: whole, {len(one.entries):,} records of kit {f['kit_id']}, sequences {f['first_sequence']} to {f['last_sequence']}" for one, f in zip(examined, facts, strict=True)]  # fmt: skip
     finish({"batches": facts}, text, as_json)
     raise typer.Exit(_trouble(examined) or Exit.DONE)
 

@@ -23,10 +23,10 @@ from biodedup.cli.base import (
     app,
     configured,
     finish,
-    out,
     print_json,
     print_summary,
     progress_bar,
+    say,
 )
 from biodedup.jobs.registers import named
 
@@ -82,17 +82,16 @@ def merge(
         shown = {key: value for key, value in found.summary.items() if key != "districts"}
         print_summary({"districts": len(found.summary["districts"])} | shown | {"result": str(result)}, as_json)
         report = result.with_name(f"{result.stem}.html")
-        out.print(f"report: {report}", markup=False, soft_wrap=True)
+        say(f"report: {report}")
         if found.applied is not None:
             one = found.applied
-            out.print(
+            say(
                 f"applied: {one.added:,} added, {one.left_out:,} left out, {one.removed:,} removed, {one.completed:,} survivors "
                 f"completed; {one.subjects:,} subjects. "
-                f"To take it back: biodedup undo {one.merge_id} --gallery FOLDER",
-                soft_wrap=True,
+                f"To take it back: biodedup undo {one.merge_id} --gallery FOLDER"
             )
         elif found.summary["clusters"]:
-            out.print("nothing was changed; look at the report, then --into FOLDER --apply", soft_wrap=True)
+            say("nothing was changed; look at the report, then --into FOLDER --apply")
     raise typer.Exit(Exit.DUPLICATE if found.summary["clusters"] and found.applied is None else Exit.DONE)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from biodedup import jobs
 from biodedup.cli.base import (
@@ -24,13 +23,14 @@ from biodedup.cli.base import (
     JsonOption,
     ThreadsOption,
     app,
+    complain,
     configured,
-    err,
     existing,
     finish,
-    out,
     print_json,
+    say,
     settings,
+    show_table,
 )
 from biodedup.config import GalleryConfig, Policy
 from biodedup.errors import InvalidInput
@@ -63,17 +63,13 @@ def show(
     if as_json:
         print_json(_document(versions[-1]) | {"versions": [_document(one) for one in versions]})
         return
-    table = Table("setting", "value")
-    for name, value in flat(versions[-1].policy).items():
-        table.add_row(name, shown(value))
-    out.print(table)
+    show_table([(name, shown(value)) for name, value in flat(versions[-1].policy).items()], ["setting", "value"])
     before: PolicyVersion | None = None
     for one in versions:
         if before is None:
-            out.print(f"version {one.version}: made with the gallery")
+            say(f"version {one.version}: made with the gallery")
         else:
-            text = f"version {one.version}, {_moment(one.at)}, by {one.by}: {_changed(before, one)}. {one.reason}"
-            out.print(text, markup=False, soft_wrap=True)
+            say(f"version {one.version}, {_moment(one.at)}, by {one.by}: {_changed(before, one)}. {one.reason}")
         before = one
 
 
@@ -165,15 +161,11 @@ def show_config(
         document = {name: {"value": plain(value), "from": source} for name, (value, source) in rows.items()}
         print_json({"gallery": str(folder), "settings": document, "policy_conflict": conflict or None})
         return
-    table = Table("setting", "value", "from")
-    for name, (value, source) in rows.items():
-        table.add_row(name, shown(value), source)
-    out.print(table)
+    header = ["setting", "value", "from"]
+    show_table([(name, shown(value), source) for name, (value, source) in rows.items()], header)
     if conflict:
-        err.print(
-            f"commands refuse to open this gallery: {conflict}. Take [policy] out of the settings, or `biodedup policy set`",
-            markup=False,
-            soft_wrap=True,
+        complain(
+            f"commands refuse to open this gallery: {conflict}. Take [policy] out of the settings, or `biodedup policy set`"
         )
 
 

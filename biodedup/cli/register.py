@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from biodedup import jobs
 from biodedup.cli.base import (
@@ -23,10 +22,11 @@ from biodedup.cli.base import (
     app,
     configured,
     finish,
-    out,
     print_json,
     print_summary,
     progress_bar,
+    say,
+    show_table,
 )
 from biodedup.config import IsolationConfig
 from biodedup.engine import Engine
@@ -105,21 +105,17 @@ def status(
     if as_json:
         print_json(now.to_dict())
         return
-    table = Table("status", "encounters", "oldest", "median age")
-    for name, line in now.lines.items():
-        table.add_row(name, f"{line.count:,}", _age(line.oldest_s), _age(line.median_s))
-    out.print(table)
-    out.print(
+    show_table(
+        ((name, f"{line.count:,}", _age(line.oldest_s), _age(line.median_s)) for name, line in now.lines.items()),
+        ("status", "encounters", "oldest", "median age"),
+    )
+    say(
         f"an hour: {now.intake_hour:,.0f} come in, {now.decided_hour:,.0f} are decided (over the last day {now.intake_day:,.0f} and "
-        f"{now.decided_day:,.0f})",
-        soft_wrap=True,
+        f"{now.decided_day:,.0f})"
     )
-    out.print(
-        f"{now.waiting:,} wait; the queue is empty in {_age(now.clear_s) or 'unknown time'} at the present rate",
-        soft_wrap=True,
-    )
+    say(f"{now.waiting:,} wait; the queue is empty in {_age(now.clear_s) or 'unknown time'} at the present rate")
     if now.warning:
-        out.print(f"warning: {now.warning}", markup=False, soft_wrap=True)
+        say(f"warning: {now.warning}")
 
 
 def _age(seconds: float | None) -> str:

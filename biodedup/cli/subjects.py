@@ -30,10 +30,10 @@ from biodedup.cli.base import (
     existing,
     finish,
     finish_decision,
-    out,
     print_evidence,
     print_json,
     print_refusals,
+    say,
 )
 from biodedup.engine import Engine
 from biodedup.values import Encounter
@@ -99,7 +99,7 @@ def verify(
         print_json(asdict(result))
     else:
         word = "accepted" if result.accepted else "not accepted"
-        out.print(f"{word}: {result.score_db:.1f} dB, threshold {result.threshold_db:.1f} dB")
+        say(f"{word}: {result.score_db:.1f} dB, threshold {result.threshold_db:.1f} dB")
         print_evidence(result.evidence)
         print_refusals(result.refusals)
     raise typer.Exit(Exit.DONE if result.accepted else Exit.NOT_ACCEPTED)

@@ -16,6 +16,7 @@ import numpy as np
 from biodedup.capture.reading import Unread
 from biodedup.completeness import INCOMPLETE
 from biodedup.errors import EncounterConflict, GalleryDamaged
+from biodedup.texts import KnownId
 from biodedup.values import (
     Candidate,
     CaptureData,
@@ -95,13 +96,18 @@ def _decision(fields: Mapping[str, Any]) -> Decision:
             **fields,
             "candidates": _candidates(fields["candidates"]),
             "cleared": _candidates(fields.get("cleared", ())),
-            "adjudicated": None if verdict is None else Verdict(**verdict),
+            "adjudicated": None if verdict is None else _verdict(verdict),
             "refusals": tuple(Refusal(**refusal) for refusal in fields["refusals"]),
-            "missing": tuple(Missing(**missing) for missing in fields["missing"]),
+            "missing": tuple(Missing(m["position"], KnownId(m["reason"])) for m in fields["missing"]),
             "model_ids": tuple(fields["model_ids"]),
             "reasons": tuple(fields.get("reasons", ())),
         }
     )
+
+
+def _verdict(fields: dict[str, Any]) -> Verdict:
+    """As a gallery holds it: what was taken once is read for ever, whatever is asked of new ones."""
+    return Verdict(**{**fields, "by": KnownId(fields["by"]), "note": KnownId(fields.get("note", ""))})
 
 
 def _candidates(fields: Iterable[Mapping[str, Any]]) -> tuple[Candidate, ...]:

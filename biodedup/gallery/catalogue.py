@@ -38,6 +38,7 @@ from biodedup.errors import GalleryDamaged
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
 from biodedup.gallery.segment import SegmentEntry
 from biodedup.gallery.tail import Answer
+from biodedup.texts import KnownId
 from biodedup.values import COLUMNS, Column, Template, Verdict
 
 APPLICATION_ID = 0x62696F64  # "biod", so that `file` and a curious engineer recognise the database
@@ -401,7 +402,9 @@ class Catalogue:
         """In the order in which they were given; of one encounter, or all."""
         where, values = ("", ()) if encounter_id is None else ("encounter_id = ?", (encounter_id,))
         for _, *fields in self._all("verdict", "number", where, values):
-            yield Verdict(*fields)
+            named, subject_id, candidate, ruling, by, at, note = fields
+            # what was taken once is read for ever, whatever is asked of new ones
+            yield Verdict(named, subject_id, candidate, ruling, KnownId(by), at, KnownId(note))
 
     def add_verdicts(self, verdicts: Iterable[Verdict]) -> None:
         (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM verdict").fetchone()

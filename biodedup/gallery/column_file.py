@@ -17,6 +17,7 @@ import mmap
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -28,7 +29,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged
+from biodedup.errors import BiodedupError, EngineClosed, GalleryBusy, GalleryDamaged
 from biodedup.gallery.storage import NEW_SUFFIX, ODD_CONTENT, NewFile, Storage
 
 MAGIC = b"BIODEDUP"
@@ -188,6 +189,22 @@ _advise: Any = numba.njit(_advise_each, nogil=True, cache=True)
 _touch: Any = numba.njit(_touch_each, nogil=True, cache=True)
 
 
+_CLOSED = "the gallery was closed while it was being read; open it again"
+
+
+def _closed_map() -> mmap.mmap:
+    content = mmap.mmap(-1, 1)
+    content.close()
+    return content
+
+
+class _Closed(dict[str, NDArray[Any]]):
+    """The arrays of a file that was closed."""
+
+    def __missing__(self, name: str) -> NDArray[Any]:
+        raise EngineClosed(_CLOSED)
+
+
 class ColumnFile:
     """An open column file. Thread-safe. Raises GalleryDamaged, naming the file and the array, for what is not as written."""
 
@@ -342,9 +359,19 @@ class ColumnFile:
     def release(self, *, forget: bool) -> None:
         """Gives back the memory that single rows have taken up so far; they stay in the system's cache while there is room, unless
         it shall forget them."""
-        self._content.madvise(mmap.MADV_DONTNEED)
+        with suppress(ValueError):  # closed meanwhile
+            self._content.madvise(mmap.MADV_DONTNEED)
         if forget:
             self._forget()
+
+    def close(self) -> None:
+        """Gives the file back to the system at once. What was read before stays valid, and keeps the map until it is dropped; who reads
+        on gets EngineClosed. Closing twice does nothing."""
+        self._arrays = _Closed()
+        self._octets = np.zeros(0, np.uint8)
+        content, self._content = self._content, _closed_map()
+        with suppress(BufferError):  # a view of it is in use somewhere, and is its last owner now
+            content.close()
 
     def content(self, piece_bytes: int) -> Iterator[bytes]:
         """The whole file, unchecked."""
@@ -374,7 +401,7 @@ class ColumnFile:
             starts = self._start + wanted[np.concatenate([[0], breaks + 1])] * self._block_bytes
             ends = self._start + (wanted[np.concatenate([breaks, [-1]])] + 1) * self._block_bytes
             starts = starts // _PAGE * _PAGE
-            ends = np.minimum(ends, len(self._content))
+            ends = np.minimum(ends, self.byte_count)
             _advise(self._address, starts, ends - starts, mmap.MADV_WILLNEED)
         _touch(self._octets, self._start + todo * self._block_bytes, self._block_bytes)
         if (block := next(self._damaged_of(todo), None)) is not None:
@@ -388,7 +415,10 @@ class ColumnFile:
 
     def _damaged_of(self, blocks: NDArray[np.int64]) -> Iterator[int]:
         """One after another, while other threads wait: there is nothing in this loop but the checksum."""
-        content, digest = memoryview(self._content)[: self._end], xxhash.xxh3_64_intdigest
+        try:
+            content, digest = memoryview(self._content)[: self._end], xxhash.xxh3_64_intdigest
+        except ValueError:
+            raise EngineClosed(_CLOSED) from None
         starts = self._start + blocks * self._block_bytes
         ends = starts + self._block_bytes
         expected = self._checksums[blocks]

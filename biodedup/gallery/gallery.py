@@ -19,11 +19,12 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +129,7 @@ class Gallery:
         self._wake = threading.Event()
         self._closing = False
         self._maintenance: threading.Thread | None = None
+        self._opened: WeakSet[Segment] = WeakSet()
         self._published, self._tail = self._load()
         if lock is not None:
             self._sweep()
@@ -196,8 +198,8 @@ class Gallery:
         return cls.open(folder, storage=storage, config=config, settings={}, gallery_id="", read_only=True)
 
     def close(self) -> None:
-        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time. In a child of a fork
-        it does nothing."""
+        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time. Files are released at once:
+        a snapshot that is still held raises EngineClosed when it is next read. In a child of a fork it does nothing."""
         self._closing = True
         if not self._process.is_this:
             return
@@ -208,6 +210,8 @@ class Gallery:
             self._catalogue.close()
             if self._lock_file is not None:
                 self._lock_file.release()
+            for segment in list(self._opened):
+                segment.close()
 
     # reading ----------------------------------------------------------------------------------------------------
 
@@ -278,7 +282,7 @@ class Gallery:
             finally:
                 try:
                     self._catalogue.rollback()
-                except sqlite3.Error:
+                except (sqlite3.Error, MemoryError):
                     self._broken = True  # what was read is sound; the next one connects anew
 
     # writing ----------------------------------------------------------------------------------------------------
@@ -315,7 +319,13 @@ class Gallery:
                             self._remove_files(number)
                     raise
             if transaction.changed:
-                self._adopt(transaction)
+                try:
+                    self._adopt(transaction)
+                except BaseException:  # memory ran out, and the commit is durable: what is there is read again
+                    self._broken = True
+                    with suppress(BiodedupError, MemoryError):  # or else the next transaction does
+                        self._recover()
+                    raise
             self._wipe_if_erased()
 
     def _refuse_other_writer(self) -> None:
@@ -357,11 +367,12 @@ class Gallery:
                 self._broken = True
 
     def _adopt(self, transaction: Transaction) -> None:
-        self._state = transaction.state
-        self._tail = transaction.tail
+        published = transaction.snapshot()
+        self._state, self._tail = transaction.state, transaction.tail
         self._tail.answers.update(transaction.answers)
         self._policies += tuple(transaction.policies)
-        self._published = transaction.snapshot()
+        self._published = published
+        self._opened.update(_segments_of(self._published))
         for segment in transaction.retired:
             self._remove_files(segment.entry.number)
         self._wake_if_due()
@@ -371,7 +382,7 @@ class Gallery:
         try:
             self._catalogue.rollback()
             return self._catalogue.state().commit_id == transaction.state.commit_id
-        except (sqlite3.Error, GalleryDamaged):
+        except (sqlite3.Error, GalleryDamaged, MemoryError):
             self._broken, self._uncertain = True, transaction.state
             return False
 
@@ -499,7 +510,8 @@ class Gallery:
             except Abandoned:
                 return
             except (
-                BiodedupError
+                BiodedupError,
+                MemoryError,
             ) as error:  # the journal goes on holding what could not be sealed; the next commit tries again
                 _log.warning("sealing or merging was put off: %s", error)
 
@@ -543,6 +555,7 @@ class Gallery:
         self._state = replace(state, next_segment=max(state.next_segment, self._state.next_segment))
         models = self._catalogue.models()
         segments = [open_segment(self.storage, self._segments, entry) for entry in self._catalogue.segments()]
+        self._opened.update(segments)
         tail = Tail(segments[-1].end_row if segments else 0)
         self._fill(tail, models)
         tail.mark_again(_again(tail, segments))

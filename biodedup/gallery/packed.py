@@ -94,7 +94,7 @@ def hashes(packed: Packed) -> NDArray[np.uint64]:
 
 def hash_of(string: str) -> np.uint64:
     """Of one string, the same."""
-    data = string.encode()
+    data = string.encode("utf-8", "surrogatepass")  # an undecodable file name is looked for, and not found
     state = len(data) * int(_ODD) % 2**64
     for start in range(0, len(data), 8):
         state = _mixed_int(state ^ int.from_bytes(data[start : start + 8], "little"))

@@ -128,6 +128,20 @@ class Segment:
                 raise files[name].damaged("it has another number of templates than its segment says")
         _ = self.answers
 
+    def close(self) -> None:
+        """Releases the files at once; see `ColumnFile.close`."""
+        strings = [self._ids, self._encounter_ids]
+        if (columns := self.__dict__.pop("columns", None)) is not None:
+            for column in columns.values():
+                strings.append(column._minutiae)
+        if (answers := self.__dict__.pop("answers", None)) is not None and answers.count:
+            strings += [answers._ids, answers._digests, answers._texts]
+        for one in strings:
+            if one is not None:
+                one.__dict__.pop("_whole", None)
+        for file in self.files.values():
+            file.close()
+
     @cached_property
     def columns(self) -> Mapping[str, SegmentColumn]:
         files = self.files

@@ -166,7 +166,10 @@ def pairs_of_gallery(
 def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
     """Rows without one of the scores are left out. Raises InvalidInput."""
     try:
-        table = pa.csv.read_csv(path) if path.suffix == ".csv" else pa.parquet.read_table(path)
+        names = dict.fromkeys(("subject_a", "subject_b", "position"), pa.string())  # ids are no numbers
+        options = pa.csv.ConvertOptions(column_types=names)
+        is_csv = path.suffix == ".csv"
+        table = pa.csv.read_csv(path, convert_options=options) if is_csv else pa.parquet.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise InvalidInput(
             f"pairs cannot be read from {path} ({type(error).__name__}); pass Parquet, CSV, or the folder of a gallery"

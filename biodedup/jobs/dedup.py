@@ -6,13 +6,14 @@ result, so that an interrupted job goes on where it was, and asks the engine for
 1. A *unit* is what gets compared: an image of a folder, or a subject of a manifest with all its captures.
 2. A unit whose files changed (size or time) since the last run is extracted again; one that is gone is removed.
 3. Results are replaced, never half-written.
+4. A row of a manifest that cannot be used is refused with its number, and the others are compared.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from math import comb
 from pathlib import Path
@@ -24,19 +25,21 @@ from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.gallery.private import make_private_folder
-from biodedup.jobs.manifest import images_of, label_of, mark_of, no_images, read_table, rows_of
+from biodedup.jobs.manifest import LeftOut, RefusedRow, Row, images_of, label_of, mark_of, no_images, read_rows
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import check_table_name, write_json, write_table
-from biodedup.values import Capture, Cluster, Encounter, Face, Refusal
+from biodedup.texts import KnownId
+from biodedup.values import CAPTURES_MAX, Capture, Cluster, Encounter, Face, Refusal
 
 
 @dataclass(frozen=True)
 class Unit:
-    """unit_id: unique; label: the subject it is filed under, None where unknown."""
+    """unit_id: unique; label: the subject it is filed under, None where unknown. refused: its rows that cannot be used."""
 
     unit_id: str
     label: str | None
     captures: tuple[Capture, ...]
+    refused: tuple[RefusedRow, ...] = ()
 
     @property
     def encounter_id(self) -> str:
@@ -46,12 +49,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class DedupResult:
-    """What was found. refusals: unit_id -> why it could not be compared."""
+    """What was found. refusals: unit_id -> why it could not be compared; left_out: files and rows that were not looked at."""
 
     units: tuple[Unit, ...]
     clusters: tuple[Cluster, ...]
     refusals: dict[str, tuple[Refusal, ...]]
     threshold_db: float
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def summary(self) -> dict[str, Any]:
         """Counts, and pairwise precision and recall against the labels where units of one label repeat; JSON-ready."""
@@ -79,23 +83,24 @@ class DedupResult:
                 "recall": round(same / mated, 6),
                 "recall_of_compared": round(same / mated_compared, 6) if mated_compared else None,
             }
-        return summary
+        return summary | (self.left_out.to_dict() if self.left_out else {})
 
 
-def units_of(source: Path) -> list[Unit]:
+def units_of(source: Path) -> tuple[list[Unit], LeftOut]:
     """The units of a folder (an image each, filed under its first-level folder) or of a CSV or Parquet manifest.
 
     A manifest has the columns subject_id and path (relative to the manifest), and may have position (`face`, or a
     finger's position) and dpi. Raises InvalidInput.
     """
     if source.is_dir():
-        units = _folder_units(source)
-        if not units:
-            raise no_images(source)
-        return units
+        images, left_out = images_of(source)
+        if not images:
+            raise no_images(source, left_out)
+        return [Unit(name, label_of(path), (Face(source / path),)) for name, path in images.items()], left_out
     if not source.exists():
         raise InvalidInput(f"{source} does not exist; name a folder of images, or a CSV or Parquet manifest")
-    return _manifest_units(source)
+    rows, left_out = read_rows(source)
+    return _manifest_units(rows, left_out)
 
 
 def dedup(
@@ -112,7 +117,7 @@ def dedup(
     """
     check_table_name(out)
     config = (config or Config(isolation=IsolationConfig())).with_policy()
-    units = units_of(source)
+    units, left_out = units_of(source)
     make_private_folder(out.parent)
     with Engine.open(out.with_name(out.name + ".work"), config, override_policy=True) as engine:
         refusals = _fill(engine, units, config.batch_size, progress)
@@ -121,30 +126,50 @@ def dedup(
         clusters = engine.find_duplicates(
             threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
         )
-    result = DedupResult(tuple(units), tuple(clusters), refusals, threshold_db)
+    result = DedupResult(tuple(units), tuple(clusters), refusals, threshold_db, left_out)
     _write(result, out)
     return result
 
 
-def _folder_units(folder: Path) -> list[Unit]:
-    return [Unit(relative.as_posix(), label_of(relative), (Face(folder / relative),)) for relative in images_of(folder)]
-
-
-def _manifest_units(manifest: Path) -> list[Unit]:
+def _manifest_units(rows: Sequence[Row], left_out: LeftOut) -> tuple[list[Unit], LeftOut]:
+    """A unit for each subject, and for each row that names none; in the order in which they begin."""
     captures: dict[str, list[Capture]] = {}
-    for row in rows_of(read_table(manifest), manifest):
-        captures.setdefault(row.subject_id, []).append(row.capture)
-    return [Unit(subject_id, None, tuple(found)) for subject_id, found in captures.items()]
+    refused = list(left_out.rows)
+    first: dict[str, int] = {}
+    for row in rows:
+        first.setdefault(row.subject_id, row.number)
+        some = captures.setdefault(row.subject_id, [])
+        if len(some) < CAPTURES_MAX:
+            some.append(row.capture)
+        else:
+            detail = f"the subject has more than {CAPTURES_MAX} captures; name the best ones"
+            refused.append(RefusedRow(row.number, row.subject_id, Refusal("encounter", "invalid_input", detail)))
+    refused_of: dict[str, list[RefusedRow]] = {}
+    for bad in refused:
+        name = bad.subject_id
+        if name is None:
+            name = f"row {bad.number}"
+            while name in captures:
+                name += "~"
+        first[name] = min(bad.number, first.get(name, bad.number))
+        refused_of.setdefault(name, []).append(bad)
+    units = [
+        Unit(name, None, tuple(captures.get(name, ())), tuple(refused_of.get(name, ())))
+        for name in sorted(first, key=lambda name: first[name])
+    ]
+    return units, LeftOut(rows=tuple(sorted(refused, key=lambda row: row.number)))
 
 
 def _fill(engine: Engine, units: Sequence[Unit], batch_size: int, progress: Progress) -> dict[str, tuple[Refusal, ...]]:
-    for gone in set(engine.subject_ids()) - {unit.unit_id for unit in units}:
+    for gone in set(engine.subject_ids()) - {unit.unit_id for unit in units if unit.captures}:
         engine.remove(gone)
-    refusals: dict[str, tuple[Refusal, ...]] = {}
+    refusals = {unit.unit_id: tuple(row.refusal for row in unit.refused) for unit in units if not unit.captures}
+    units = [unit for unit in units if unit.captures]
     stream = iter(units)
     done = 0
     while batch := list(islice(stream, batch_size)):
-        encounters = [Encounter(unit.unit_id, unit.captures, encounter_id=unit.encounter_id) for unit in batch]
+        # a file's name is a unit's name whatever is in it
+        encounters = [Encounter(KnownId(u.unit_id), u.captures, encounter_id=u.encounter_id) for u in batch]
         for decision in engine.admit(encounters):
             assert decision.subject_id is not None, "every unit has an id"
             if decision.outcome == "refused":
@@ -170,6 +195,9 @@ def _write(result: DedupResult, out: Path) -> None:
                     for unit in result.units
                 ],
                 pa.string(),
+            ),
+            "detail": pa.array(
+                ["; ".join(row.sentence for row in unit.refused) or None for unit in result.units], pa.string()
             ),
         }
     )

@@ -5,6 +5,8 @@ Owns the list of checks. The gallery's `health` does the work.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +25,15 @@ from biodedup.jobs.sentinels import watch
 @dataclass(frozen=True)
 class Report:
     """checked: what was found sound; problems: what was not; mended: what was done about it; sentinels: None where they were
-    not searched for; exposed: what other users of the machine can reach, which is no damage."""
+    not searched for; notes: what is odd and no damage, as ids that look alike; exposed: what other users of the machine can reach, which is
+    no damage either."""
 
     checked: tuple[str, ...]
     problems: tuple[str, ...]
     mended: tuple[str, ...] = ()
     sentinels: Watch | None = None
     exposed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def examine(
@@ -40,6 +44,7 @@ def examine(
     backup: Path | None = None,
     sentinels: bool = False,
     progress: Progress = silent,
+    clock: Callable[[], float] = time.time,
 ) -> Report:
     """Verifies the digest of every shipped model and, with a gallery, every page, every checksum and every rule.
 
@@ -50,6 +55,7 @@ def examine(
     problems: list[str] = []
     mended: list[str] = []
     reachable: list[str] = []
+    notes: list[str] = []
     watched: Watch | None = None
     for card in shipped_cards():
         try:
@@ -70,8 +76,9 @@ def examine(
         else:
             with Engine.open(gallery, config, read_only=True) as engine:
                 checked.append(f"gallery {gallery}: {len(engine):,} subjects, version {engine.gallery_version}")
+                notes = engine.notes(clock())
             if sentinels:
                 watched = watch(gallery, config, progress=progress)
                 checked += watched.checked
                 problems += watched.problems
-    return Report(tuple(checked), tuple(problems), tuple(mended), watched, tuple(reachable))
+    return Report(tuple(checked), tuple(problems), tuple(mended), watched, tuple(reachable), tuple(notes))

@@ -90,7 +90,7 @@ def evaluate(
     if report is not None:
         plots.require()
     config = config or Config(isolation=IsolationConfig())
-    found = read_labelled(source, config, finger=finger, dpi=dpi)
+    found, left_out = read_labelled(source, config, finger=finger, dpi=dpi)
     make_private_folder(out.parent)
     found = extracted(found, config, out.with_name(out.name + ".work"), progress)
     result = evaluate_encounters(
@@ -103,6 +103,7 @@ def evaluate(
         nonmated_max=nonmated_max,
         progress=progress,
     )
+    result.document["left_out"] = left_out.to_dict()
     for name, table in _tables(result.comparisons).items():
         write_table(table, out.with_name(f"{out.stem}.{name}.parquet"))
     if report is not None:

@@ -25,7 +25,7 @@ from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.jobs.explain_page import Image, Shown, joined, label, panel, title, waterfall
-from biodedup.jobs.manifest import IMAGE_SUFFIXES
+from biodedup.jobs.manifest import IMAGE_SUFFIXES, is_image
 from biodedup.jobs.results import write_page
 from biodedup.match.calibration import SCORE_DB_MAX
 from biodedup.match.judgement import Judgement, judge
@@ -117,11 +117,16 @@ def explain_templates(
 def captures_at(path: Path, config: Config | None = None) -> list[Face | Finger]:
     """The captures of a file or folder. A finger's position is read from its file's name (`right_index`); what no name tells is
     a finger where it shows ridges, else a face. Raises InvalidInput."""
-    suffixes = IMAGE_SUFFIXES | _RECORDS
-    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix.lower() in suffixes)
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if _is_capture(p))
     if not files:
         raise InvalidInput(f"{path} is no file, and no folder of captures; name an image, or a folder of them")
     return [_capture(file, config or Config()) for file in files]
+
+
+def _is_capture(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    known = suffix in IMAGE_SUFFIXES | _RECORDS or (not suffix and is_image(path))
+    return known and not path.name.startswith("._")  # macOS leaves these beside each file
 
 
 def _capture(path: Path, config: Config) -> Face | Finger:

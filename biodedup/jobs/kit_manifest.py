@@ -9,24 +9,29 @@ Owns the reading of the table, and which files it may name. Never opens a captur
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.errors import InvalidInput
+from biodedup.jobs.fields import (
+    Unusable,
+    dpi_of,
+    groups_of,
+    id_of,
+    missing_of,
+    moment_of,
+    path_of,
+    position_of,
+    subject_of,
+)
 from biodedup.jobs.kit_names import unusable_id
-from biodedup.values import COLUMNS, Capture, Encounter, Face, Finger, Float32, Missing, check_id
-
-TEXTS = ("subject_id", "path", "position", "dpi", "encounter_id", "captured_at", "groups", "missing")
+from biodedup.jobs.tables import TableFile
+from biodedup.values import COLUMNS, Capture, Encounter, Face, Finger, Float32, Missing
 
 _ROWS_MAX, _BYTES_MAX = 1_000_000, 1 << 30
 
@@ -71,15 +76,20 @@ def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], lis
     (`a;b`, or a list). Parquet may have ready templates as columns named by position: lists of float32, or minutiae records.
     Raises InvalidInput for what is no manifest at all.
     """
-    table = _table(manifest)
-    ready = [name for name in table.column_names if name in COLUMNS]
+    _check_size(manifest, 0)
+    table = TableFile(manifest)
+    ready = [name for name in table.names if name in COLUMNS]
     absent = {"subject_id"} | (set() if ready else {"path"})
-    if absent - set(table.column_names):
-        raise InvalidInput(
-            f"{manifest} lacks the columns {sorted(absent - set(table.column_names))}; it has {table.column_names}"
-        )
+    if absent - set(table.names):
+        raise InvalidInput(f"{manifest} lacks the columns {sorted(absent - set(table.names))}; it has {table.names}")
     drafts: dict[tuple[str, str], _Draft] = {}
-    for number, row in enumerate(table.to_pylist(), start=1):
+    for number, row in table.rows():
+        if number > _ROWS_MAX:
+            _check_size(manifest, number)
+        if not row:
+            problem = f"row {number}: the line has another number of fields than the header"
+            drafts["row", str(number)] = _Draft({"": None}, rows=[number], problems=[problem])
+            continue
         subject_id, encounter_id = (_text(row.get(name)) for name in ("subject_id", "encounter_id"))
         draft = drafts.setdefault(("encounter", encounter_id) if encounter_id else ("subject", subject_id), _Draft())
         draft.rows.append(number)
@@ -87,6 +97,8 @@ def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], lis
         draft.encounter_id = encounter_id or None
         try:
             _fill(draft, row, ready, manifest.parent, bytes_max)
+        except Unusable as error:
+            draft.problems.append(f"row {number}: {error.refusal.detail}")
         except InvalidInput as error:
             draft.problems.append(f"row {number}: {error}")
     if not drafts:
@@ -95,62 +107,41 @@ def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], lis
     return [one for one in made if isinstance(one, Planned)], [one for one in made if isinstance(one, Broken)]
 
 
-def _table(manifest: Path) -> Any:
-    if not manifest.is_file():
-        raise InvalidInput(f"{manifest} does not exist; name a CSV or Parquet manifest")
-    try:
-        if manifest.suffix == ".parquet":
-            with pa.parquet.ParquetFile(manifest) as file:
-                groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-                _check_size(manifest, file.metadata.num_rows, sum(group.total_byte_size for group in groups))
-                return file.read()
-        _check_size(manifest, 0, manifest.stat().st_size)
-        # ids with leading zeros are text; a number would lose them
-        options = pa.csv.ConvertOptions(column_types=dict.fromkeys(TEXTS, pa.string()), strings_can_be_null=False)
-        table = pa.csv.read_csv(manifest, convert_options=options)
-        _check_size(manifest, len(table), 0)
-        return table
-    except InvalidInput:
-        raise
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{manifest} is not a readable manifest ({error}); pass CSV or Parquet") from error
-
-
-def _check_size(manifest: Path, rows: int, byte_count: int) -> None:
+def _check_size(manifest: Path, rows: int) -> None:
+    byte_count = manifest.stat().st_size if manifest.is_file() else 0
     if rows > _ROWS_MAX or byte_count > _BYTES_MAX:
         raise InvalidInput(
-            f"{manifest} has {rows:,} rows, {byte_count:,} bytes; wanted at most {_ROWS_MAX:,} and {_BYTES_MAX:,}: pack several batches"
+            f"{manifest} has {rows:,} rows or more, {byte_count:,} bytes; wanted at most {_ROWS_MAX:,} and {_BYTES_MAX:,}: pack several "
+            "batches"
         )
 
 
-def _fill(draft: _Draft, row: dict[str, Any], ready: Sequence[str], folder: Path, bytes_max: int) -> None:
-    check_id(_text(row["subject_id"]), "subject_id")
+def _fill(draft: _Draft, row: Mapping[str, Any], ready: Sequence[str], folder: Path, bytes_max: int) -> None:
+    subject_of(row), id_of(row, "encounter_id")  # raise
     if problem := unusable_id(draft.encounter_id or ""):
         raise InvalidInput(problem)
-    groups = row.get("groups") or ()
-    draft.groups.update(g.strip() for g in (groups.split(";") if isinstance(groups, str) else groups) if g.strip())
-    captured_at = _seconds(row.get("captured_at"))
+    draft.groups.update(groups_of([row]))
+    captured_at = moment_of(row.get("captured_at"))
     if captured_at is not None:
         draft.times.append(captured_at)
-    position, path, reason = (_text(row.get(name)) for name in ("position", "path", "missing"))
-    position = position or "face"
+    position, path, dpi = position_of(row.get("position")), path_of(row.get("path")), dpi_of(row.get("dpi"))
+    missing = missing_of(position, row.get("missing"))
     for column in ready:
         if row[column] is not None:
             cell = row[column]
             if isinstance(cell, bytes) and not is_record(cell):
                 raise InvalidInput(f"{column} holds {len(cell):,} bytes that are no minutiae record; leave it empty")
             draft.templates[column] = cell if isinstance(cell, bytes) else np.asarray(cell, np.float32)
-    if path and reason:
+    if path and missing:
         raise InvalidInput(f"it has both a path and a reason why {position} is missing; leave one of them empty")
-    if reason:
-        draft.captures["missing", position] = Missing(position, reason), draft.rows[-1]
+    if missing:
+        draft.captures["missing", position] = missing, draft.rows[-1]
     elif path:
         file = _below(folder, path)
         if file.stat().st_size > bytes_max:
             raise InvalidInput(
                 f"{path} has {file.stat().st_size:,} bytes, wanted at most {bytes_max:,}; save it smaller"
             )
-        dpi = _number(row.get("dpi"))
         capture = Face(file) if position == "face" else Finger(file, position, dpi)
         draft.captures.setdefault((path, position, dpi), (capture, draft.rows[-1]))
     elif not any(row[column] is not None for column in ready):
@@ -199,29 +190,3 @@ def _place(capture: tuple[Capture, int]) -> tuple[bool, int]:
 
 def _text(cell: Any) -> str:
     return "" if cell is None else str(cell).strip()
-
-
-def _number(cell: Any) -> float | None:
-    if _text(cell) == "":
-        return None
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        raise InvalidInput(f"dpi is {_text(cell)!r}, wanted a number; state the scanner's resolution") from None
-
-
-def _seconds(cell: Any) -> float | None:
-    """Seconds since 1970, None where it is empty or cannot be read: a clock's word never keeps a record out."""
-    text = _text(cell)
-    try:
-        if isinstance(cell, datetime):
-            moment = cell
-        else:
-            try:
-                seconds = float(text)
-                return seconds if math.isfinite(seconds) else None
-            except ValueError:
-                moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        return None

@@ -26,9 +26,11 @@ from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
 from biodedup.gallery.private import make_private_folder
-from biodedup.jobs.manifest import RESERVED, images_of, label_of, mark_of, no_images, read_table, rows_of
+from biodedup.jobs.fields import Unusable, id_of, subject_of
+from biodedup.jobs.manifest import RESERVED, LeftOut, RefusedRow, images_of, label_of, mark_of, no_images, read_rows
 from biodedup.jobs.progress import Progress
 from biodedup.jobs.results import write_table
+from biodedup.jobs.tables import TableFile
 from biodedup.match.calibrations import EXTERNAL
 from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template
 
@@ -54,23 +56,25 @@ class Labelled:
         return bool(self.templates)
 
 
-def read_labelled(source: Path, config: Config, *, finger: bool = False, dpi: float | None = None) -> list[Labelled]:
+def read_labelled(
+    source: Path, config: Config, *, finger: bool = False, dpi: float | None = None
+) -> tuple[list[Labelled], LeftOut]:
     """The encounters of a folder (a folder per subject, an image an encounter; finger: they are fingers), of a manifest, or of a
-    Parquet file of templates. Raises InvalidInput."""
+    Parquet file of templates; and what of it could not be used. Raises InvalidInput."""
     if not source.exists():
         raise InvalidInput(
             f"{source} does not exist; name a folder per subject, a manifest, or a Parquet file of templates"
         )
     if source.is_dir():
-        found = _of_folder(source, finger, dpi)
+        found, left_out = _of_folder(source, finger, dpi)
     else:
-        table = read_table(source)
-        ready = [name for name in table.column_names if name in COLUMNS]
-        found = _of_templates(table, ready, source, config) if ready else _of_manifest(table, source)
+        ready = [name for name in TableFile(source).names if name in COLUMNS]
+        found, left_out = _of_templates(source, ready, config) if ready else _of_manifest(source)
     subjects = {one.subject_id for one in found}
     if len(subjects) < 2:
-        raise InvalidInput(f"{source} has {len(subjects)} subjects; errors are measured on two or more")
-    return found
+        told = "".join(f"; {sentence}" for sentence in left_out.sentences())
+        raise InvalidInput(f"{source} has {len(subjects)} subjects; errors are measured on two or more{told}")
+    return found, left_out
 
 
 def extracted(found: Sequence[Labelled], config: Config, work: Path, progress: Progress) -> list[Labelled]:
@@ -106,28 +110,30 @@ def _extracted(
     return done
 
 
-def _of_folder(folder: Path, finger: bool, dpi: float | None) -> list[Labelled]:
+def _of_folder(folder: Path, finger: bool, dpi: float | None) -> tuple[list[Labelled], LeftOut]:
     found = []
-    for relative in images_of(folder):
+    images, left_out = images_of(folder)
+    for name, relative in images.items():
         subject_id = label_of(relative)
         if subject_id is None:
             raise InvalidInput(f"{relative} lies in no subject's folder; move it into one, or write a manifest")
         capture = Finger(folder / relative, "unknown", dpi) if finger else Face(folder / relative)
-        found.append(Labelled(relative.as_posix(), subject_id, (capture,)))
+        found.append(Labelled(name, subject_id, (capture,)))
     if not found:
-        raise no_images(folder)
-    return found
+        raise no_images(folder, left_out)
+    return found, left_out
 
 
-def _of_manifest(table: pa.Table, manifest: Path) -> list[Labelled]:
+def _of_manifest(manifest: Path) -> tuple[list[Labelled], LeftOut]:
     rows: dict[tuple[str, str], list[Any]] = {}
-    for number, row in enumerate(rows_of(table, manifest)):
+    usable, left_out = read_rows(manifest)
+    for row in usable:
         # without an encounter_id every capture is an encounter of its own
-        name = row.encounter_id if row.encounter_id is not None else f"row {number + 1}"
+        name = row.encounter_id if row.encounter_id is not None else f"row {row.number}"
         rows.setdefault((row.subject_id, name), []).append(row)
     names = [name for _, name in rows]
     twice = len(set(names)) < len(names)  # encounters numbered within each subject
-    return [
+    found = [
         Labelled(
             f"{subject_id}/{name}" if twice else name,
             subject_id,
@@ -136,33 +142,52 @@ def _of_manifest(table: pa.Table, manifest: Path) -> list[Labelled]:
         )
         for (subject_id, name), some in rows.items()
     ]
+    return found, left_out
 
 
-def _of_templates(table: pa.Table, columns: Sequence[str], source: Path, config: Config) -> list[Labelled]:
+def _of_templates(source: Path, columns: Sequence[str], config: Config) -> tuple[list[Labelled], LeftOut]:
+    if source.suffix.lower() != ".parquet":
+        raise InvalidInput(f"{source} has columns of templates, {', '.join(columns)}; write templates as Parquet")
+    table = pa.parquet.read_table(source)
+    names_known = TableFile(source).names
+    table = table.rename_columns(names_known)
     if "subject_id" not in table.column_names:
         raise InvalidInput(f"{source} has the columns {table.column_names}; wanted subject_id beside the templates")
     cells = {name: _templates(table.column(name).combine_chunks(), name, config) for name in columns}
     besides = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
-    given = {name: table.column(name).to_pylist() for name in besides}
-    ids = table.column("encounter_id").to_pylist() if "encounter_id" in table.column_names else [None] * len(table)
-    subject_ids = table.column("subject_id").to_pylist()
-    names = [f"row {i + 1}" if one is None else str(one) for i, one in enumerate(ids)]
+    usable, refused = _named(source, [name for name in ("subject_id", "encounter_id", *besides) if name in names_known])
+    names = [name for *_, name, _ in usable]
     twice = len(set(names)) < len(names)
     found = []
-    for i, (subject_id, name) in enumerate(zip(subject_ids, names, strict=True)):
+    for i, subject_id, name, given in usable:
         here = [(column, cells[column][i]) for column in columns]
         found.append(
             Labelled(
                 f"{subject_id}/{name}" if twice else name,
-                str(subject_id),
+                subject_id,
                 templates={column: one for column, one in here if isinstance(one, Template)},
                 refusals=tuple(one for _, one in here if isinstance(one, Refusal)),
-                groups={key: values[i] for key, values in given.items()},
+                groups={key: given.get(key) for key in besides},
             )
         )
     if len({one.encounter_id for one in found}) < len(found):
         raise InvalidInput(f"{source} repeats an encounter_id of a subject; give each row its own")
-    return found
+    return found, LeftOut(rows=tuple(refused))
+
+
+def _named(
+    source: Path, columns: Sequence[str]
+) -> tuple[list[tuple[int, str, str, Mapping[str, Any]]], list[RefusedRow]]:
+    """(index of the row, subject_id, encounter's name, all cells) of rows that name a subject, and the others."""
+    usable: list[tuple[int, str, str, Mapping[str, Any]]] = []
+    refused: list[RefusedRow] = []
+    for number, cells in TableFile(source).rows(columns):
+        try:
+            subject_id = subject_of(cells)
+            usable.append((number - 1, subject_id, id_of(cells, "encounter_id") or f"row {number}", cells))
+        except Unusable as error:
+            refused.append(RefusedRow(number, None, error.refusal))
+    return usable, refused
 
 
 def _templates(cells: pa.Array, column: str, config: Config) -> list[Template | Refusal | None]:

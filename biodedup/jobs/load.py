@@ -2,6 +2,9 @@
 
 Owns the reading in bounded memory. Each batch is one durable, idempotent write named by its content, so that a load that was
 interrupted goes on where it was when it is started again.
+
+A row that cannot be used is refused by itself, and told. A column that a subject lacks (null, or an empty list) is nothing bad: the
+subject is loaded with the others.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from numpy.typing import NDArray
 from biodedup.capture.minutiae_record import best_views, standard, view_of
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput, StorageUnavailable
+from biodedup.jobs.fields import UNREADABLE, Unusable, groups_of, id_problems
 from biodedup.jobs.progress import Progress, silent
+from biodedup.jobs.tables import values_of
+from biodedup.texts import KnownId
 from biodedup.values import COLUMNS, Column
 
 BATCH_ROWS = 1 << 16
@@ -35,7 +41,8 @@ ROWS_NAMED_MAX = 20
 class LoadResult:
     """added: subjects new to the gallery; present: found there with the same templates; refused: rows left out.
 
-    refused_rows: the first of these, by position in the source. reasons: how many were refused for each reason.
+    refused_rows: the first of these, by position in the source, from 0; refused_ids: the subject of each, '' where it has no usable id.
+    reasons: how many were refused for each reason.
     """
 
     added: int
@@ -43,6 +50,7 @@ class LoadResult:
     refused: int
     refused_rows: tuple[int, ...]
     reasons: dict[str, int] = field(default_factory=dict)
+    refused_ids: tuple[str, ...] = ()
 
 
 def load(
@@ -55,13 +63,13 @@ def load(
     progress: Progress = silent,
 ) -> LoadResult:
     """Adds the subjects of a table: a string column `subject_id`, `face` (or a finger position) as a list of d
-    floating-point numbers, unit length, and optionally `groups`, a string or a list of strings.
+    floating-point numbers, unit length, null where a subject has none, and optionally `groups`, a list of strings, or a text, `a;b`.
 
     A binary column holds minutiae records of the finger that it is named by, null where a subject has none. Fingers of records
     in the column `unknown` are filed under the positions that the records state, unless the row has them already.
 
     source: a Parquet file, an Arrow file or stream (`-` reads a stream from standard input), an iterable of
-    pyarrow.RecordBatch, or `vectors.npy`, float32 (n, d), which takes `ids` (`.npy`, or a text file with one id a line) and
+    pyarrow.RecordBatch, or `vectors.npy`, float32 (n, d), which takes `ids` (`.npy`, or a text file in UTF-8 with one id a line) and
     `column`. Rows that cannot be used are refused one by one, those among them whose subject_id is enrolled with other
     templates.
 
@@ -71,45 +79,89 @@ def load(
     batches = _read(batches, source)
     added = present = position = 0
     reasons: Counter[str] = Counter()
-    refused_rows: list[int] = []
+    refused: list[tuple[int, str]] = []
     for batch in _rechunked(batches, batch_rows):
-        columns = [name for name in batch.schema.names if name in COLUMNS]
-        if "subject_id" not in batch.schema.names or not columns:
-            raise InvalidInput(
-                f"{_name(source)} has the columns {batch.schema.names}; wanted subject_id, and at least one of "
-                f"{', '.join(COLUMNS)}"
-            )
-        binary = {name for name in columns if name != "face" and _is_binary(batch.column(name).type)}
-        vectors = {name: _matrix(batch.column(name), name, position) for name in columns if name not in binary}
-        subject_ids = _strings(batch.column("subject_id"), "subject_id")
-        refusals = _refusals(subject_ids, vectors)
-        records = _records({name: batch.column(name).to_pylist() for name in columns if name in binary}, refusals)
-        if not vectors:
-            refusals[(refusals == "") & ~_any(records, len(batch))] = "no template"
-        kept = np.flatnonzero(refusals == "")
-        kept_ids = subject_ids.take(kept).to_pylist()
-        kept_columns: dict[str, Column] = {
-            **{name: rows if len(kept) == len(batch) else rows[kept] for name, rows in vectors.items()},
-            **{name: [cells[i] for i in kept.tolist()] for name, cells in records.items()},
-        }
-        groups = None if "groups" not in batch.schema.names else _groups(batch.column("groups").take(pa.array(kept)))
-        if len(kept):
-            loaded = engine.load_templates(
-                kept_ids, kept_columns, groups=groups, encounter_id=_batch_id(kept_ids, kept_columns, groups)
-            )
+        rows = _rows_of(batch, position, _name(source))
+        for some in rows.alike():
+            ids_kept, columns, groups = rows.at(some)
+            encounter_id = _batch_id(ids_kept, columns, groups)
+            loaded = engine.load_templates(ids_kept, columns, groups=groups, encounter_id=encounter_id)
             added += loaded.added
             present += loaded.present
-            refusals[kept[list(loaded.conflicting)]] = "enrolled with other templates"
-        bad = np.flatnonzero(refusals != "")
-        reasons.update(refusals[bad].tolist())
-        refused_rows += (position + bad[: ROWS_NAMED_MAX - len(refused_rows)]).tolist()
+            rows.refusals[some[list(loaded.conflicting)]] = "enrolled with other templates"
+        bad = np.flatnonzero(rows.refusals != "")
+        reasons.update(rows.refusals[bad].tolist())
+        named = bad[: ROWS_NAMED_MAX - len(refused)]
+        refused += zip((position + named).tolist(), (rows.name(i) for i in named.tolist()), strict=True)
         position += len(batch)
         progress("loading", position, max(total, position))
     try:
         engine.tidy()
     except StorageUnavailable:
         pass  # everything is durable already; the next writer merges
-    return LoadResult(added, present, reasons.total(), tuple(refused_rows), dict(sorted(reasons.items())))
+    places, names = (tuple(values) for values in zip(*refused, strict=True)) if refused else ((), ())
+    return LoadResult(added, present, reasons.total(), places, dict(sorted(reasons.items())), names)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A batch of the source. subject_ids: an Arrow array; refusals: object (n,), why each row is refused, '' where it is not; vectors,
+    present: column -> float32 (n, d) and bool (n,); records: column -> minutiae records, b'' where a row has none."""
+
+    subject_ids: Any
+    refusals: NDArray[Any]
+    vectors: dict[str, NDArray[np.float32]]
+    present: dict[str, NDArray[np.bool_]]
+    records: dict[str, list[bytes]]
+    groups: list[list[str]] | None
+
+    def alike(self) -> Iterator[NDArray[np.int64]]:
+        """The usable rows, those together that have embeddings in the same columns: such are added in one call."""
+        kinds = np.zeros(len(self.refusals), np.int64)
+        for bit, has in enumerate(self.present.values()):
+            kinds |= has.astype(np.int64) << bit
+        kept = np.flatnonzero(self.refusals == "")
+        for kind in np.unique(kinds[kept])[::-1]:  # those with everything first
+            yield kept[kinds[kept] == kind]
+
+    def at(self, rows: NDArray[np.int64]) -> tuple[list[str], dict[str, Column], list[list[str]] | None]:
+        """What `load_templates` takes of some rows that are alike."""
+        columns: dict[str, Column] = {
+            name: cells if len(rows) == len(cells) else cells[rows]
+            for name, cells in self.vectors.items()
+            if self.present[name][rows[0]]
+        }
+        for name, records in self.records.items():
+            some = [records[i] for i in rows.tolist()]
+            if any(some):
+                columns[name] = some
+        groups = None if self.groups is None else [self.groups[i] for i in rows.tolist()]
+        return self.subject_ids.take(pa.array(rows)).to_pylist(), columns, groups
+
+    def name(self, row: int) -> str:
+        """The subject of a row, '' where it has no usable id."""
+        return "" if str(self.refusals[row]).startswith("subject_id is not") else self.subject_ids[row].as_py() or ""
+
+
+def _rows_of(batch: Any, position: int, source: str) -> _Rows:
+    """Raises InvalidInput where the columns are none that can be loaded."""
+    columns = [n for n in batch.schema.names if n in COLUMNS and not pa.types.is_null(batch.column(n).type)]
+    if "subject_id" not in batch.schema.names or not columns:
+        raise InvalidInput(
+            f"{source} has the columns {batch.schema.names}; wanted subject_id, and at least one of {', '.join(COLUMNS)}"
+        )
+    subject_ids, refusals = _ids(batch.column("subject_id"))
+    binary = {name for name in columns if name != "face" and _is_binary(batch.column(name).type)}
+    vectors, present = {}, {}
+    for name in columns:
+        if name not in binary:
+            vectors[name], present[name] = _matrix(batch.column(name), name, position, refusals)
+            _refuse_lengths(name, vectors[name], present[name], refusals)
+    records = _records({name: batch.column(name).to_pylist() for name in columns if name in binary}, refusals)
+    has = _any(records, len(batch)) | np.logical_or.reduce([np.zeros(len(batch), bool), *present.values()])
+    refusals[(refusals == "") & ~has] = "no template"
+    groups = None if "groups" not in batch.schema.names else _groups(batch.column("groups"), refusals)
+    return _Rows(subject_ids, refusals, vectors, present, records, groups)
 
 
 def _opened(source: Path | Iterable[Any], ids: Path | None, column: str) -> tuple[Iterator[Any], int]:
@@ -162,22 +214,41 @@ def _numpy_batches(source: Path, ids: Path | None, column: str) -> tuple[Iterato
     if column not in COLUMNS:
         raise InvalidInput(f"column {column!r} is not known; use one of {', '.join(COLUMNS)}")
     vectors = np.load(source, mmap_mode="r", allow_pickle=False)
-    names = np.load(ids, mmap_mode="r", allow_pickle=False) if ids.suffix == ".npy" else None
-    if names is None:
-        names = np.array(ids.read_text().splitlines())
+    names = _loaded_ids(ids) if ids.suffix == ".npy" else _ids_of_text(ids)
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
         raise InvalidInput(f"{source} has shape {vectors.shape}, dtype {vectors.dtype}; wanted float32 (n, d)")
-    if names.shape != (len(vectors),):
-        raise InvalidInput(f"{ids} has shape {names.shape} for {len(vectors)} vectors; pass one id each")
+    if len(names) != len(vectors):
+        raise InvalidInput(f"{ids} has shape ({len(names)},) for {len(vectors)} vectors; pass one id each")
 
     def batches() -> Iterator[Any]:
         for low in range(0, len(vectors), BATCH_ROWS // 4):
             rows = np.ascontiguousarray(vectors[low : low + BATCH_ROWS // 4], np.float32)
             cells = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
-            labels = pa.array(names[low : low + len(rows)].astype(str).tolist())
+            labels = names[low : low + len(rows)]
             yield pa.record_batch({"subject_id": labels, column: cells})
 
     return batches(), len(vectors)
+
+
+def _loaded_ids(path: Path) -> Any:
+    """An Arrow array of strings; bytes that are no UTF-8 come out as they are read elsewhere."""
+    names = np.load(path, allow_pickle=False)
+    if names.ndim != 1 or names.dtype.kind not in "USiu":
+        raise InvalidInput(f"{path} has shape {names.shape}, dtype {names.dtype}; wanted (n,) strings or whole numbers")
+    if names.dtype.kind == "S":
+        return pa.array([name.decode("utf-8", "replace") for name in names.tolist()], pa.string())
+    return pa.array(names.astype(str).tolist(), pa.string())
+
+
+def _ids_of_text(path: Path) -> Any:
+    """One id a line; spaces around it do not count. A line that is no UTF-8 costs its own row."""
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InvalidInput(f"{path} is UTF-16 text; save it as UTF-8")
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if not lines[-1].strip():
+        lines.pop()
+    return pa.array([line.strip().decode("utf-8", "replace") for line in lines], pa.string())
 
 
 def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:
@@ -196,27 +267,29 @@ def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:
         yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
 
 
-def _refusals(subject_ids: Any, vectors: dict[str, NDArray[np.float32]]) -> NDArray[Any]:
-    """object (n,): why each row is refused, '' where it is not."""
-    reasons = np.full(len(subject_ids), "", object)
-    encoded = subject_ids.dictionary_encode()
-    indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+def _ids(cells: Any) -> tuple[Any, NDArray[Any]]:
+    """(an Arrow array of strings; object (n,): why each row is refused, '' where it is not)."""
+    subject_ids, unreadable = _strings(cells, "subject_id")
+    refusals = np.full(len(subject_ids), "", object)
+    indices = subject_ids.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
     _, first = np.unique(indices, return_index=True)
     repeated = np.ones(len(indices), bool)
     repeated[first] = False
-    reasons[repeated] = "subject_id is repeated"
-    compute = pa.compute
-    length = compute.utf8_length(subject_ids)
-    usable = compute.and_(
-        compute.utf8_is_printable(subject_ids),
-        compute.and_(compute.greater(length, 0), compute.less_equal(length, 256)),
-    )
-    reasons[~usable.fill_null(False).to_numpy(zero_copy_only=False)] = "subject_id is not usable"
-    for name, rows in vectors.items():
-        with np.errstate(invalid="ignore", over="ignore"):
-            unit = np.abs(np.sqrt(np.einsum("ij,ij->i", rows, rows)) - 1) < 0.01  # False for NaN too
-        reasons[~unit] = f"{name} is not a unit vector"
-    return reasons
+    refusals[repeated] = "subject_id is repeated"
+    problems = id_problems(subject_ids)
+    wrong = np.flatnonzero(problems != "")
+    refusals[wrong] = [f"subject_id is not usable: it {problem}" for problem in problems[wrong]]
+    refusals[unreadable] = "subject_id is not UTF-8 text"
+    return subject_ids, refusals
+
+
+def _refuse_lengths(name: str, rows: NDArray[np.float32], present: NDArray[np.bool_], refusals: NDArray[Any]) -> None:
+    """Refuses rows whose vectors are not of unit length."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        length = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        unit = np.abs(length - 1) < 0.01  # False for NaN too
+    refusals[present & ~unit & (refusals == "")] = f"{name} is not a unit vector"
+    refusals[present & (length == 0) & (refusals == f"{name} is not a unit vector")] = f"{name} is a vector of zeros"
 
 
 def _is_binary(kind: Any) -> bool:
@@ -255,47 +328,71 @@ def _any(columns: dict[str, list[bytes]], rows: int) -> NDArray[np.bool_]:
     )
 
 
-def _matrix(cells: Any, column: str, position: int) -> NDArray[np.float32]:
-    """float32 (n, d) of a list column; rows that are null become NaN."""
+def _matrix(
+    cells: Any, column: str, position: int, refusals: NDArray[Any]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """(float32 (n, d) of a list column, bool (n,): which rows have a vector). refusals gets rows whose vector has fewer or more numbers
+    than most have."""
     kind = cells.type
     if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)):
         raise InvalidInput(f"column {column} is of type {kind}; wanted a list of float32, or binary minutiae records")
     if not pa.types.is_floating(kind.value_type):
         raise InvalidInput(f"column {column} holds lists of {kind.value_type}; wanted lists of float32")
-    lengths = set(pa.compute.list_value_length(cells).drop_null().unique().to_pylist())
-    if len(lengths) > 1:
+    lengths = pa.compute.fill_null(pa.compute.list_value_length(cells), 0).to_numpy(zero_copy_only=False)
+    kinds, counts = np.unique(lengths[lengths > 0], return_counts=True)
+    if len(kinds) > 1 and 2 * counts.max() <= counts.sum():
         raise InvalidInput(
-            f"column {column} holds vectors of {sorted(lengths)} numbers (rows from {position}); one model has one dimension"
+            f"column {column} holds vectors of {kinds.tolist()} numbers (rows from {position}); one model has one dimension"
         )
-    dimension = lengths.pop() if lengths else 1
-    values = cells.flatten().to_numpy(zero_copy_only=False)
-    if not cells.null_count:
-        return np.asarray(values.reshape(len(cells), dimension), np.float32)
+    dimension = int(kinds[np.argmax(counts)]) if len(kinds) else 1
+    other = (lengths > 0) & (lengths != dimension)
+    refusals[other & (refusals == "")] = f"{column} has another number of numbers than {dimension}"
+    present = lengths == dimension if len(kinds) else np.zeros(len(cells), bool)
+    if present.all() and not cells.null_count:
+        values = cells.flatten().to_numpy(zero_copy_only=False)
+        return np.asarray(values.reshape(len(cells), dimension), np.float32), present
     matrix = np.full((len(cells), dimension), np.nan, np.float32)
-    present = np.flatnonzero(cells.is_valid().to_numpy(zero_copy_only=False))
-    matrix[present] = values.reshape(len(present), dimension)
-    return matrix
+    some = cells.filter(pa.array(present))
+    matrix[present] = some.flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
+    return matrix, present
 
 
-def _strings(cells: Any, column: str) -> Any:
+def _strings(cells: Any, column: str) -> tuple[Any, NDArray[np.bool_]]:
+    """(an Arrow array of strings; bool (n,): which are no UTF-8)."""
     kind = cells.type
     if pa.types.is_dictionary(kind):
         cells = cells.dictionary_decode()
+        kind = cells.type
     if not (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)
-        or pa.types.is_dictionary(kind)
+        or pa.types.is_string_view(kind)
         or pa.types.is_integer(kind)
     ):
         raise InvalidInput(f"column {column} is of type {kind}; wanted strings")
-    return cells.cast(pa.string())
+    texts = cells.cast(pa.string())
+    try:
+        texts = texts.cast(pa.binary()).cast(pa.string())
+    except pa.ArrowInvalid:  # bytes that are no UTF-8, somewhere
+        texts = pa.array(values_of(texts), pa.string())
+    unreadable = pa.compute.fill_null(pa.compute.match_substring(texts, UNREADABLE), False)
+    return texts, unreadable.to_numpy(zero_copy_only=False)
 
 
-def _groups(cells: Any) -> list[list[str]]:
-    kind = cells.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return [some or [] for some in cells.to_pylist()]
-    return [[] if one is None else [one] for one in _strings(cells, "groups").to_pylist()]
+def _groups(cells: Any, refusals: NDArray[Any]) -> list[list[str]]:
+    """The groups of each row; refusals gets the rows whose groups cannot be used."""
+    known: dict[str, list[str]] = {}  # most rows have the groups of others
+    found: list[list[str]] = []
+    for i, cell in enumerate(values_of(cells)):
+        key = repr(cell)
+        try:
+            if key not in known:
+                known[key] = list(groups_of([{"groups": cell}]))
+            found.append(known[key])
+        except Unusable as error:
+            found.append([])
+            refusals[i] = refusals[i] or f"groups: {error.refusal.reason.replace('_', ' ')}"
+    return found
 
 
 def _batch_id(subject_ids: list[str], columns: dict[str, Column], groups: list[list[str]] | None) -> str:
@@ -308,7 +405,7 @@ def _batch_id(subject_ids: list[str], columns: dict[str, Column], groups: list[l
             digest.update(repr([len(record) for record in cells]).encode() + b"".join(cells))
     if groups is not None:
         digest.update(repr(groups).encode())
-    return f"load:{digest.hexdigest()}"
+    return KnownId(f"load:{digest.hexdigest()}")
 
 
 def _name(source: Path | Iterable[Any]) -> str:

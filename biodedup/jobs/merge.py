@@ -120,13 +120,13 @@ def merge(
                 _begin_anew(work, keys)
             settings = _settings(keys, config, rule, prefer, min_db)
             folded, summary = _found(registers, work, out, settings, config, storage, progress)
-        merge_id = _merge_id(keys, settings)
+            merge_id = _merge_id(keys, settings)
+            applied_as = merge_id if target is None else standing_id(target.snapshot, merge_id)
         if not apply:
             return MergeResult(merge_id, summary)
         assert central is not None, "it was asked for above"
-        merge_id = merge_id if target is None else standing_id(target.snapshot, merge_id)
         return MergeResult(
-            merge_id, summary, _applied(central, merge_id, work, keys, folded, config, storage, progress)
+            applied_as, summary, _applied(central, applied_as, work, keys, folded, config, storage, progress)
         )
 
 

@@ -23,6 +23,7 @@ from biodedup.gallery.gallery import translated
 from biodedup.gallery.private import make_private_folder
 from biodedup.jobs.batch_manifest import Record
 from biodedup.jobs.results import check_table_name, new_file
+from biodedup.jobs.spreadsheet import disarmed, disarmed_schema
 from biodedup.values import COLUMNS, Decision, Refusal, Verification
 
 STATUS_OF = {"unique": "enrolled", "duplicate": "duplicate", "review": "adjudicate", "refused": "refused"}
@@ -294,8 +295,12 @@ class OutcomeWriter:
         self._metadata = metadata
         self._schema = pa.schema([*_RESULT, *(one.with_name(_free(one.name)).with_metadata(None) for one in metadata)])
         self._rows: list[dict[str, Any]] = []
-        make = pa.csv.CSVWriter if path.suffix == ".csv" else pa.parquet.ParquetWriter
-        self._writer = make(path, self._schema)
+        self._as_csv = path.suffix == ".csv"
+        self._writer = (
+            pa.csv.CSVWriter(path, disarmed_schema(self._schema))
+            if self._as_csv
+            else pa.parquet.ParquetWriter(path, self._schema)
+        )
 
     def add(self, record: Record, encounter_id: str | None, outcome: Outcome) -> None:
         row = {name: getattr(outcome, name) for name in _RESULT.names[3:-2]}
@@ -314,7 +319,8 @@ class OutcomeWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+            table = pa.Table.from_pylist(self._rows, self._schema)
+            self._writer.write_table(disarmed(table) if self._as_csv else table)
             self._rows = []
 
 

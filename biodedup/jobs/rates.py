@@ -11,6 +11,7 @@ Owns the arithmetic alone: arrays in, numbers out. Never compares anything and n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +23,7 @@ from scipy.sparse import csr_array
 from scipy.special import betaincinv
 
 CONFIDENCE = 0.95
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)([.][0-9]+)?")
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -173,6 +175,7 @@ def cmc(ranks: Int64, searches: int, depth: int) -> list[int]:
 
 def bands_of(values: Sequence[Any]) -> list[str]:
     """Group names from a column of a manifest: numbers of more than eight kinds become four bands of equal size."""
+    values = _as_numbers(values)
     stated = [value for value in values if _is_stated(value)]
     numbers = [value for value in stated if isinstance(value, (int, float)) and not isinstance(value, bool)]
     if len(numbers) < len(stated) or len(set(numbers)) <= 8:
@@ -186,6 +189,14 @@ def bands_of(values: Sequence[Any]) -> list[str]:
     which = np.clip(np.searchsorted(edges, given, side="right") - 1, 0, len(names) - 1)
     banded = iter(which.tolist())
     return [names[next(banded)] if _is_stated(value) else "not stated" for value in values]
+
+
+def _as_numbers(values: Sequence[Any]) -> Sequence[Any]:
+    """Texts of a CSV file as numbers, where all of them are; what has a leading zero is a code, and stays one."""
+    texts = [value for value in values if _is_stated(value)]
+    if not texts or not all(isinstance(text, str) and _NUMBER.fullmatch(text) for text in texts):
+        return values
+    return [float(value) if _is_stated(value) else None for value in values]
 
 
 def _is_stated(value: Any) -> bool:

@@ -2,13 +2,15 @@
 
 Owns how a result reaches the disk, and the look that all pages share (`templates/base.html`). Pages are one file each, open
 without a network, and run no scripts. Never decides what is in them.
+
+What is written is data: pages and JSON have hidden characters as escapes, and a cell that a spreadsheet would run as a formula gets
+an apostrophe before it (`jobs/spreadsheet.py`; our own readers take it away again). Parquet has every text as it is.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ from numpy.typing import NDArray
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
 from biodedup.gallery.private import create_private
+from biodedup.jobs.spreadsheet import disarmed
+from biodedup.texts import json_text, shown
 
 
 def check_table_name(path: Path) -> None:
@@ -41,7 +45,7 @@ def write_table(table: pa.Table, path: Path) -> None:
     check_table_name(path)
     with translated(f"writing {path}"), new_file(path) as temporary:
         if path.suffix == ".csv":
-            pa.csv.write_csv(table, temporary)
+            pa.csv.write_csv(disarmed(table), temporary)
         else:
             pa.parquet.write_table(table, temporary)
 
@@ -54,7 +58,7 @@ def write_text(text: str, path: Path) -> None:
 
 def write_json(document: Any, path: Path) -> None:
     """Raises StorageUnavailable."""
-    write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", path)
+    write_text(json_text(document), path)
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
@@ -96,6 +100,11 @@ def new_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def _visible(value: Any) -> Any:
+    """What a template is about to print, with its hidden characters shown; what is HTML already was made of such."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else shown(value, keep="\n\t")
+
+
 def _thousands(number: float) -> str:
     return f"{number:,}"
 
@@ -115,6 +124,7 @@ def _moment(seconds: float) -> str:
 _PAGES = Environment(
     loader=PackageLoader("biodedup.jobs"),
     autoescape=True,
+    finalize=_visible,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -10,7 +10,7 @@ Owns what a usable line is. Never looks into a gallery.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +22,8 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput
-from biodedup.values import COLUMNS
+from biodedup.jobs.fields import Unusable, column_name, dpi_of, id_problems, position_of
+from biodedup.jobs.spreadsheet import rearmed_cells
 
 KNOWN = ("subject_id", "path", "district", "position", "dpi", "entry")
 _ROUNDED = r"^[0-9]+([.,][0-9]+)?[eE]\+?[0-9]+$"
@@ -64,7 +65,7 @@ def read_roll(path: Path) -> Roll:
     reasons = np.full(len(lines), "", object)
     columns: dict[str, Any] = {}
     for name, values in zip(_named(list(found), path), found.values(), strict=True):
-        columns[name], unreadable = _texts(values)
+        columns[name], unreadable = _texts(values, rearm=path.suffix != ".parquet")
         reasons[unreadable] = f"{name} is not UTF-8 text"
     with_districts = "district" in columns
     for reason, wrong in _checks(columns):
@@ -134,7 +135,7 @@ def _header(first: str, path: Path) -> tuple[list[str], str]:
 
 def _named(found: Sequence[str], path: Path) -> list[str]:
     """Known columns under their own names, however they are capitalised."""
-    names = [n.strip().lower() if n.strip().lower() in KNOWN else n.strip() for n in found]
+    names = [name if (name := column_name(n)) in KNOWN else n.strip() for n in found]
     _once(names, path)
     if not {"subject_id", "path"} & set(names):
         raise InvalidInput(f"{path} has the columns {names}; wanted subject_id, or path for captures")
@@ -147,7 +148,7 @@ def _once(names: list[str], path: Path) -> list[str]:
     return names
 
 
-def _texts(values: Any) -> tuple[Any, NDArray[np.bool_]]:
+def _texts(values: Any, *, rearm: bool) -> tuple[Any, NDArray[np.bool_]]:
     """(texts without spaces around them, bool (n,): which are none)."""
     unreadable = np.zeros(len(values), bool)
     try:
@@ -155,7 +156,20 @@ def _texts(values: Any) -> tuple[Any, NDArray[np.bool_]]:
     except UnicodeEncodeError:  # bytes that are no UTF-8, somewhere
         unreadable[:] = [not _is_text(value) for value in values]
         cells = pa.array([value if _is_text(value) else "\ufffd" for value in values], pa.string())
-    return pc.utf8_trim_whitespace(cells), unreadable
+    cells = pc.utf8_trim_whitespace(cells)
+    return rearmed_cells(cells) if rearm else cells, unreadable
+
+
+def _parsed(cells: Any, parse: Callable[[str], Any]) -> tuple[Any, NDArray[np.bool_]]:
+    """(texts of what cells mean, '' where they are empty or mean nothing; bool (n,): which mean nothing)."""
+    meant: dict[str, str | None] = {"": ""}
+    for text in pc.unique(cells).to_pylist():
+        try:
+            meant.setdefault(text, str(parse(text)))
+        except Unusable:
+            meant[text] = None
+    found = [meant[text] for text in cells.to_pylist()]
+    return pa.array([text or "" for text in found], pa.string()), np.array([text is None for text in found], bool)
 
 
 def _is_text(value: str) -> bool:
@@ -163,24 +177,25 @@ def _is_text(value: str) -> bool:
 
 
 def _checks(columns: dict[str, Any]) -> list[tuple[str, NDArray[np.bool_]]]:
-    """(reason, bool (n,)) of what makes a line useless."""
+    """(reason, bool (n,)) of what makes a line useless. Positions and resolutions become what they mean."""
     name = "subject_id" if "subject_id" in columns else "path"
     cells = columns[name]
     checks = [(f"{name} is empty", _mask(pc.equal(cells, "")))]
     if name == "subject_id":
-        usable = pc.and_(pc.utf8_is_printable(cells), pc.less_equal(pc.utf8_length(cells), 256))
-        checks.append(
-            ("subject_id is not usable: longer than 256 characters, or with control characters", ~_mask(usable))
-        )
+        problems = id_problems(cells)
+        for problem in sorted({str(problem) for problem in problems} - {"", "is empty"}):
+            checks.append((f"subject_id is not usable: it {problem}", problems == problem))
         rounded = _mask(pc.match_substring_regex(cells, _ROUNDED))
         checks.append(("subject_id was rounded by a spreadsheet; format the column as text", rounded))
         return checks
-    if "position" in columns:
-        known = pc.is_in(columns["position"], pa.array(["", *COLUMNS]))
-        checks.append(("position is not known", ~_mask(known)))
-    if "dpi" in columns:
-        number = _mask(pc.match_substring_regex(columns["dpi"], r"^([0-9]+(\.[0-9]+)?)?$"))
-        checks.append(("dpi is not a number", ~number))
+    parsers: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+        ("position", position_of, "position is not known"),
+        ("dpi", dpi_of, "dpi is not a number from 72 to 4000"),
+    )
+    for column, parse, reason in parsers:
+        if column in columns:
+            columns[column], wrong = _parsed(columns[column], parse)
+            checks.append((reason, wrong))
     return checks
 
 

@@ -27,31 +27,41 @@ class Gathering(Generic[_Key, _Item, _Result]):
         self._most = most
         self._changed = threading.Condition()
         self._waiting: list[_Asked[_Key, _Item, _Result]] = []
-        self._running: list[int] = []
-        """Of each pass that goes on, how many items one caller asked for at most."""
+        self._running: dict[int, int] = {}
+        """Of each pass that goes on, by its leader: how many items one caller asked for at most."""
 
     def __call__(self, key: _Key, items: Sequence[_Item]) -> list[_Result]:
         """The results of these items, which are run in one go. Raises what `run` raises for them alone."""
         asked = _Asked[_Key, _Item, _Result](key, list(items))
-        with self._changed:
-            self._waiting.append(asked)
-            while not asked.done and (asked.taken or self._must_wait(len(asked.items))):
-                self._changed.wait()
-            group = [] if asked.done else self._taken(asked)
+        group: list[_Asked[_Key, _Item, _Result]] = []
+        try:
+            with self._changed:
+                self._waiting.append(asked)
+                while not asked.done and (asked.taken or self._must_wait(len(asked.items))):
+                    self._changed.wait()
+                if not asked.done:
+                    self._take(asked, group)
+                    self._running[id(asked)] = max(len(one.items) for one in group)
             if group:
-                self._running.append(max(len(one.items) for one in group))
-        if group:
-            self._run_all(key, group)
+                self._run_all(key, group)
+        finally:  # whatever happened, nobody waits for a pass that has ended
+            with self._changed:
+                self._waiting = [one for one in self._waiting if one is not asked]
+                self._running.pop(id(asked), None)
+                for one in group:
+                    one.done = True
+                self._changed.notify_all()
         if asked.results is None:  # alone, or among others of whom one was at fault, nobody knows which
             return self._run(key, asked.items)
         return asked.results
 
     def _must_wait(self, count: int) -> bool:
-        return sum(items < _FAR_LARGER * count for items in self._running) >= _AT_ONCE
+        return sum(items < _FAR_LARGER * count for items in self._running.values()) >= _AT_ONCE
 
-    def _taken(self, asked: _Asked[_Key, _Item, _Result]) -> list[_Asked[_Key, _Item, _Result]]:
-        """Those who are run together with this one."""
-        group, room = [asked], self._most - len(asked.items)
+    def _take(self, asked: _Asked[_Key, _Item, _Result], group: list[_Asked[_Key, _Item, _Result]]) -> None:
+        """Fills the group with those who are run together with this one."""
+        room = self._most - len(asked.items)
+        group.append(asked)
         for other in self._waiting:
             if other is not asked and other.key == asked.key and len(other.items) <= room:
                 group.append(other)
@@ -59,23 +69,17 @@ class Gathering(Generic[_Key, _Item, _Result]):
         for one in group:
             one.taken = True
         self._waiting = [other for other in self._waiting if not other.taken]
-        return group
 
     def _run_all(self, key: _Key, group: Sequence[_Asked[_Key, _Item, _Result]]) -> None:
-        results: list[_Result] = []
         try:
             results = self._run(key, [item for one in group for item in one.items])
         except Exception:
             if len(group) == 1:
                 raise
-        finally:
-            with self._changed:
-                for one in group:
-                    mine, results = results[: len(one.items)], results[len(one.items) :]
-                    one.results = mine if len(mine) == len(one.items) else None
-                    one.done = True
-                self._running.remove(max(len(one.items) for one in group))
-                self._changed.notify_all()
+            return
+        for one in group:
+            mine, results = results[: len(one.items)], results[len(one.items) :]
+            one.results = mine if len(mine) == len(one.items) else None
 
 
 class _Asked(Generic[_Key, _Item, _Result]):

@@ -1,0 +1,60 @@
+"""A lack of memory, as an error of this library.
+
+Owns the translation of MemoryError (numpy's and Arrow's are such) into `OutOfMemory`. Never frees memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from inspect import isgeneratorfunction
+from typing import Any, TypeVar
+
+from biodedup.errors import OutOfMemory
+
+_T = TypeVar("_T")
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Raises OutOfMemory instead of MemoryError."""
+    try:
+        yield
+    except MemoryError as error:
+        raise out_of_memory(error) from error
+
+
+def out_of_memory(error: BaseException) -> OutOfMemory:
+    return OutOfMemory(
+        f"memory did not suffice ({type(error).__name__}); nothing was acknowledged; free some, or send less at once, and send it again"
+    )
+
+
+def within_memory(cls: type[_T]) -> type[_T]:
+    """A class whose public methods raise OutOfMemory instead of MemoryError."""
+    for name, method in list(vars(cls).items()):
+        public = not name.startswith("_") or name in ("__len__", "__contains__")
+        if public and callable(method):
+            setattr(cls, name, _guarded(method))
+        elif public and isinstance(method, classmethod):
+            setattr(cls, name, classmethod(_guarded(method.__func__)))
+    return cls
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    if isgeneratorfunction(method):
+
+        @wraps(method)
+        def generate(*args: Any, **named: Any) -> Any:
+            with enough_memory():
+                yield from method(*args, **named)
+
+        return generate
+
+    @wraps(method)
+    def call(*args: Any, **named: Any) -> Any:
+        with enough_memory():
+            return method(*args, **named)
+
+    return call

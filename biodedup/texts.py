@@ -1,0 +1,117 @@
+"""Text from outside is data: what an id or a note may hold, and how any text is shown.
+
+Owns which characters are hidden (they steer a terminal, turn the direction of writing or cannot be seen) and how they are written
+instead. Never raises and never prints.
+
+1. `shown(text)` is one line that a terminal, a log and a page show as it is; text without hidden characters stays itself.
+2. `json_text` is valid JSON of the same document, in which no hidden character stands by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Any
+
+ID_LENGTH_MAX = 256
+
+_UNSEEN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff"
+    "\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Unicode's Default_Ignorable_Code_Point and the blank Braille pattern; Python calls some of them printable."""
+_NOT_PLAIN = re.compile(r"[^ -~\n]")
+_JOINERS = "\u200c\u200d"  # Persian and Indian scripts are not written without them
+_JOINED = re.compile(f"(?<=[^\0-\x7f{_JOINERS}])[{_JOINERS}](?=[^\0-\x7f{_JOINERS}])")
+
+
+class KnownId(str):
+    """An id that the library made itself, or that a gallery holds already: the rules for new ids do not apply to it."""
+
+    __slots__ = ()
+
+
+def shown(value: object, *, keep: str = "") -> str:
+    """The text with its hidden characters as escapes: `\\x1b`, `\\u202e`; an undecodable byte of a file name as `\\xe9`.
+
+    keep: characters that stay, as line ends in a text of several lines.
+    """
+    text = str(value)
+    if text.isprintable() and not _UNSEEN.search(text):
+        return text
+    joined = {found.start() for found in _JOINED.finditer(text)}
+    return "".join(
+        letter if i in joined or letter in keep or not is_hidden(letter) else _escaped(letter)
+        for i, letter in enumerate(text)
+    )
+
+
+def is_hidden(letter: str) -> bool:
+    """Whether a character must not reach a terminal as it is. Spaces of all widths may."""
+    return _UNSEEN.match(letter) is not None or not (letter.isprintable() or unicodedata.category(letter) == "Zs")
+
+
+def json_text(document: Any) -> str:
+    """The document as indented JSON, readable, with a line end."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    if text.isascii() and "\x7f" not in text:  # json escapes what is below a space
+        return text + "\n"
+    return _NOT_PLAIN.sub(lambda found: _in_json(found[0]), text) + "\n"
+
+
+def _in_json(letter: str) -> str:
+    if not is_hidden(letter):
+        return letter
+    return "\\u007f" if letter == "\x7f" else json.dumps(letter)[1:-1]
+
+
+def writable(text: str) -> str:
+    """The text as a table in UTF-8 can hold it: undecodable bytes of a file name as `\\xe9`, everything else as it is."""
+    return text if text.isascii() else "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
+def id_problem(text: str) -> str | None:
+    """Why a text is no id, None where it is one: 1 to 256 visible characters, in Unicode's form NFC, no space around it."""
+    kind = id_problem_kind(text)
+    if kind in ("is empty", "is too long"):
+        return f"has {len(text)} characters; wanted 1 to {ID_LENGTH_MAX}, all of them printable"
+    if kind == "has hidden characters":
+        hidden = next(c for c in text if not c.isprintable() or _UNSEEN.match(c))
+        return f"holds {_named(hidden)}; wanted characters that are all printable and can be seen"
+    if kind == "has spaces around it":
+        return "begins or ends with a space; take it away, ids are compared letter by letter"
+    if kind == "is not in form NFC":
+        return "is not in Unicode's form NFC: its accents are letters of their own; normalise it, ids are compared letter by letter"
+    return None
+
+
+def id_problem_kind(text: str) -> str:
+    """As `id_problem`, in a few words of which there are only some; '' for a usable id."""
+    if not 1 <= len(text) <= ID_LENGTH_MAX:
+        return "is too long" if text else "is empty"
+    if not text.isprintable() or _UNSEEN.search(text):
+        return "has hidden characters"
+    if text != text.strip():
+        return "has spaces around it"
+    return "" if unicodedata.is_normalized("NFC", text) else "is not in form NFC"
+
+
+def text_problem(text: str, length_max: int) -> str | None:
+    """Why a note or a reason cannot be kept, None where it can: it may have several lines, and no hidden characters."""
+    if len(text) > length_max:
+        return f"has {len(text):,} characters; wanted up to {length_max:,}, shorten it"
+    hidden = next((c for c in text if is_hidden(c) and c not in f"\t\n{_JOINERS}"), None)
+    return None if hidden is None else f"holds {_named(hidden)}; wanted text that can be seen"
+
+
+def _named(letter: str) -> str:
+    return f"U+{ord(letter):04X} ({unicodedata.name(letter, 'a control or reserved character').lower()})"
+
+
+def _escaped(letter: str) -> str:
+    code = ord(letter)
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: one byte
+        return f"\\x{code - 0xDC00:02x}"
+    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(letter)
+    return named or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
