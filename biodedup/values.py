@@ -168,6 +168,8 @@ class Encounter:
     """One visit of one subject: its captures, or ready templates, or both.
 
     templates: column -> float32 (d,) unit vector, or a minutiae record (bytes), or `Template`.
+    model_id: what made the bare vectors among them: one for all, or by column. It can be left out where the gallery's column has a
+    model already.
     encounter_id: makes the write idempotent; None gives each call an id of its own.
     groups: labels (OSIA calls them galleries) that a search can be restricted to.
     """
@@ -177,9 +179,11 @@ class Encounter:
     templates: Mapping[str, Float32 | bytes | Template] = field(default_factory=dict, repr=False)
     encounter_id: str | None = None
     groups: Sequence[str] = ()
+    model_id: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", check_groups(self.groups))
+        check_model_ids(self.model_id)
         for name in ("subject_id", "encounter_id"):
             value = getattr(self, name)
             if value is not None:
@@ -408,6 +412,21 @@ def check_id(value: object, name: str) -> None:
         raise InvalidInput(f"{name} is a str, got {type(value).__name__}; convert it, as str(value)")
     if not 1 <= len(value) <= 256 or not value.isprintable():
         raise InvalidInput(f"{name} has {len(value)} characters; wanted 1 to 256, all of them printable")
+
+
+def check_model_ids(model_id: object) -> None:
+    """Raises InvalidInput unless it is a model's id, ids by column, or None."""
+    if isinstance(model_id, Mapping):
+        for column, one in model_id.items():
+            _check_position(column, COLUMNS)
+            check_id(one, f"the model_id of {column}")
+    elif model_id is not None:
+        check_id(model_id, "model_id")
+
+
+def model_of(column: str, model_id: str | Mapping[str, str] | None) -> str | None:
+    """What is given as the model of a column's bare vectors."""
+    return model_id.get(column) if isinstance(model_id, Mapping) else model_id
 
 
 def check_groups(groups: object) -> tuple[str, ...]:

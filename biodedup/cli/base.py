@@ -25,7 +25,7 @@ from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
 from biodedup.match.judgement import REASONS
-from biodedup.values import Capture, Decision, Evidence, Face, Finger, Missing, Refusal
+from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,6 +88,14 @@ AcrossOption = Annotated[
     bool,
     typer.Option("--across-positions", help="Compare each finger with fingers of all positions: labels may be wrong."),
 ]
+ModelIdOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-id",
+        metavar="[COLUMN=]ID",
+        help="What made the vectors (lists of floats), such as arcface-r50-1; needed where the gallery has no model there yet.",
+    ),
+]
 DEFAULT_GALLERY = Path("gallery")
 
 
@@ -99,6 +107,19 @@ def print_summary(summary: dict[str, object], as_json: bool) -> None:
     for key, value in summary.items():
         table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     out.print(table)
+
+
+def model_ids(texts: list[str] | None) -> str | dict[str, str] | None:
+    """One model_id for all columns, or by column."""
+    by_column = {}
+    for text in texts or ():
+        column, separator, model_id = text.partition("=")
+        if not separator or column not in COLUMNS:
+            if len(texts or ()) > 1:
+                raise InvalidInput(f"--model-id {text} is one of several; write each as COLUMN=ID, as face={text}")
+            return text
+        by_column[column] = model_id
+    return by_column or None
 
 
 def exit_code(error: BiodedupError) -> int:

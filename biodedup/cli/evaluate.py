@@ -12,7 +12,17 @@ import typer
 from rich.table import Table
 
 from biodedup import jobs
-from biodedup.cli.base import DpiOption, JsonOption, ThreadsOption, app, out, print_json, progress_bar
+from biodedup.cli.base import (
+    DpiOption,
+    JsonOption,
+    ModelIdOption,
+    ThreadsOption,
+    app,
+    model_ids,
+    out,
+    print_json,
+    progress_bar,
+)
 from biodedup.config import EXTERNAL_MINUTIAE, Config, FingerConfig, Policy
 
 
@@ -37,6 +47,7 @@ def evaluate(
     record_model_id: Annotated[
         str, typer.Option(help="What extracted the minutiae records of the source.")
     ] = EXTERNAL_MINUTIAE,
+    model_id: ModelIdOption = None,
     verify_fmr: Annotated[float, typer.Option(help="FMR that 1:1 decisions are made at.")] = Policy.verify_fmr,
     nonmated_max: Annotated[
         int, typer.Option(min=1, help="Pairs of strangers; of more than that, a random sample.")
@@ -64,6 +75,7 @@ def evaluate(
             report=page,
             finger=finger,
             dpi=dpi,
+            model_id=model_ids(model_id),
             seed=seed,
             nonmated_max=nonmated_max,
             pictures=pictures,

@@ -20,10 +20,12 @@ from biodedup.cli.base import (
     Exit,
     GalleryOption,
     JsonOption,
+    ModelIdOption,
     ThreadsOption,
     app,
     existing,
     finish,
+    model_ids,
     out,
     print_json,
     print_summary,
@@ -83,6 +85,7 @@ def load(
     ],
     ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
     column: Annotated[str, typer.Option(help="Column of a .npy file.")] = "face",
+    model_id: ModelIdOption = None,
     record_model_id: Annotated[
         str,
         typer.Option(help="What extracted the minutiae records; mindtct-1 if captures are to be compared with them."),
@@ -93,7 +96,7 @@ def load(
     """Add ready templates without a search. Interrupted, it goes on where it was."""
     config = Config(finger=FingerConfig(record_model_id=record_model_id))
     with Engine.open(gallery, config) as engine, progress_bar() as progress:
-        result = jobs.load(engine, source, ids=ids, column=column, progress=progress)
+        result = jobs.load(engine, source, ids=ids, column=column, model_id=model_ids(model_id), progress=progress)
         size = len(engine)
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {size:,} subjects"
     for reason, count in result.reasons.items():

@@ -116,7 +116,7 @@ def dedup(
     with Engine.open(out.with_name(out.name + ".work"), config) as engine:
         refusals = _fill(engine, units, config.batch_size, progress)
         if threshold_db is None:
-            threshold_db, _ = config.policy.thresholds_db(len(engine))
+            threshold_db = config.policy.link_db(len(engine))
         clusters = engine.find_duplicates(
             threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
         )

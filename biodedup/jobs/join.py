@@ -64,7 +64,7 @@ def find_duplicates(
     """
     check_table_name(out)
     if threshold_db is None:
-        threshold_db, _ = engine.config.policy.thresholds_db(len(engine))
+        threshold_db = engine.config.policy.link_db(len(engine))
     out.parent.mkdir(parents=True, exist_ok=True)
     with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
         plan = engine.plan_join(threshold_db).explain()

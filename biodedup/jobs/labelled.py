@@ -20,15 +20,13 @@ import pyarrow.parquet
 
 from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import Config
-from biodedup.embed.cards import load_card
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
 from biodedup.jobs.manifest import RESERVED, images_of, label_of, mark_of, no_images, read_table, rows_of
 from biodedup.jobs.progress import Progress
 from biodedup.jobs.results import write_table
-from biodedup.match.calibrations import EXTERNAL
-from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template
+from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template, check_model_ids, model_of
 
 PART = 128
 """Encounters of one file of templates: what an interruption costs at most."""
@@ -51,9 +49,17 @@ class Labelled:
         return bool(self.templates)
 
 
-def read_labelled(source: Path, config: Config, *, finger: bool = False, dpi: float | None = None) -> list[Labelled]:
+def read_labelled(
+    source: Path,
+    config: Config,
+    *,
+    finger: bool = False,
+    dpi: float | None = None,
+    model_id: str | Mapping[str, str] | None = None,
+) -> list[Labelled]:
     """The encounters of a folder (a folder per subject, an image an encounter; finger: they are fingers), of a manifest, or of a
-    Parquet file of templates. Raises InvalidInput."""
+    Parquet file of templates. model_id: what made the vectors among these, one for all or by column. Raises InvalidInput."""
+    check_model_ids(model_id)
     if not source.exists():
         raise InvalidInput(
             f"{source} does not exist; name a folder per subject, a manifest, or a Parquet file of templates"
@@ -63,7 +69,7 @@ def read_labelled(source: Path, config: Config, *, finger: bool = False, dpi: fl
     else:
         table = read_table(source)
         ready = [name for name in table.column_names if name in COLUMNS]
-        found = _of_templates(table, ready, source, config) if ready else _of_manifest(table, source)
+        found = _of_templates(table, ready, source, config, model_id) if ready else _of_manifest(table, source)
     subjects = {one.subject_id for one in found}
     if len(subjects) < 2:
         raise InvalidInput(f"{source} has {len(subjects)} subjects; errors are measured on two or more")
@@ -127,10 +133,19 @@ def _of_manifest(table: pa.Table, manifest: Path) -> list[Labelled]:
     ]
 
 
-def _of_templates(table: pa.Table, columns: Sequence[str], source: Path, config: Config) -> list[Labelled]:
+def _of_templates(
+    table: pa.Table,
+    columns: Sequence[str],
+    source: Path,
+    config: Config,
+    model_id: str | Mapping[str, str] | None,
+) -> list[Labelled]:
     if "subject_id" not in table.column_names:
         raise InvalidInput(f"{source} has the columns {table.column_names}; wanted subject_id beside the templates")
-    cells = {name: _templates(table.column(name).combine_chunks(), name, config) for name in columns}
+    cells = {
+        name: _templates(table.column(name).combine_chunks(), name, config, model_of(name, model_id))
+        for name in columns
+    }
     besides = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
     given = {name: table.column(name).to_pylist() for name in besides}
     ids = table.column("encounter_id").to_pylist() if "encounter_id" in table.column_names else [None] * len(table)
@@ -154,7 +169,7 @@ def _of_templates(table: pa.Table, columns: Sequence[str], source: Path, config:
     return found
 
 
-def _templates(cells: pa.Array, column: str, config: Config) -> list[Template | Refusal | None]:
+def _templates(cells: pa.Array, column: str, config: Config, model_id: str | None) -> list[Template | Refusal | None]:
     """Of each row; None where there is none, a refusal where it is unsound."""
     kind = cells.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -166,8 +181,8 @@ def _templates(cells: pa.Array, column: str, config: Config) -> list[Template | 
     if len(lengths) > 1:
         raise InvalidInput(f"column {column} holds vectors of {sorted(lengths)} numbers; one model has one dimension")
     dimension = lengths.pop() if lengths else 1
-    card = load_card(config.face.model, config.face.model_folder) if column == "face" else None
-    model_id = card.model_id if card is not None and card.dimension == dimension else f"{EXTERNAL}{dimension}"
+    if model_id is None:
+        raise InvalidInput(f"the {column} vectors do not say what made them; name it, as model_id='my-model-1'")
     rows = iter(np.asarray(cells.drop_null().flatten(), np.float32).reshape(-1, dimension))
     found: list[Template | Refusal | None] = []
     for present in cells.is_valid().to_pylist():

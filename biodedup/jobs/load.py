@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def load(
     *,
     ids: Path | None = None,
     column: str = "face",
+    model_id: str | Mapping[str, str] | None = None,
     batch_rows: int = BATCH_ROWS,
     progress: Progress = silent,
 ) -> LoadResult:
@@ -62,7 +63,7 @@ def load(
 
     source: a Parquet file, an Arrow file or stream (`-` reads a stream from standard input), an iterable of
     pyarrow.RecordBatch, or `vectors.npy`, float32 (n, d), which takes `ids` (`.npy`, or a text file with one id a line) and
-    `column`. Rows that cannot be used are refused one by one, those among them whose subject_id is enrolled with other
+    `column`. model_id: what made the vectors, one for all or by column; it can be left out where the gallery has a model there. Rows that cannot be used are refused one by one, those among them whose subject_id is enrolled with other
     templates.
 
     Raises InvalidInput, ModelMismatch, StorageUnavailable; batches before it are in the gallery.
@@ -95,7 +96,11 @@ def load(
         groups = None if "groups" not in batch.schema.names else _groups(batch.column("groups").take(pa.array(kept)))
         if len(kept):
             loaded = engine.load_templates(
-                kept_ids, kept_columns, groups=groups, encounter_id=_batch_id(kept_ids, kept_columns, groups)
+                kept_ids,
+                kept_columns,
+                model_id=model_id,
+                groups=groups,
+                encounter_id=_batch_id(kept_ids, kept_columns, groups),
             )
             added += loaded.added
             present += loaded.present
