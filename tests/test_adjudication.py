@@ -585,7 +585,7 @@ def test_the_page_of_a_case_shows_its_evidence_and_links_what_explains_it(engine
     page = (tmp_path / "case.html").read_text()
     assert 'href="case.1.html"' in page and "anna" in (tmp_path / "case.1.html").read_text()
     score = f"{engine.case('e1').decision.best.score_db:.1f} dB"
-    for text in ("anna", "bella", score, "0.500", "100.0 dB", "30.0 dB", "to be judged"):
+    for text in ("anna", "bella", score, "0.500", "70.0 dB", "30.0 dB", "to be judged"):
         assert text in page, text
     engine.adjudicate("e1", "recapture", "A. Officer")
     jobs.show_case(engine, "e1", tmp_path / "case.html", clock=Clock())

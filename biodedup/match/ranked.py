@@ -73,6 +73,14 @@ class Measured:
             found[both] = self.law.of(True).score_db(summed_db[both])
         return found
 
+    def low_db(self, ats: Int64) -> Float64:
+        """The lower end of score_db, of rows that are compared in one way and have an interval."""
+        summed_db = self.summed_db[ats]
+        both = not np.isnan(summed_db).any()
+        interval_db = self.law.of(both).interval_db(summed_db if both else self.raw[ats])
+        assert interval_db is not None, "what is unchecked has one"
+        return interval_db[0]
+
 
 def calibrated(law: Law, similarity: Float64, minutiae: Float64, *, by_embedding: bool) -> Measured:
     """What raw scores say. similarity, minutiae: float64 (n,), NaN where absent; by_embedding: minutiae only add to it."""
@@ -196,7 +204,12 @@ class Board:
         sure_db = np.full(len(ats), np.nan)
         llr_db, used = self.llr_db[ats] - fused.tries_db[ats], fused.used[ats]
         for some, pairs, calibrations in self._alike(used, self._both[ats]):
-            if any([one.unchecked for one in calibrations]):
+            if not any([one.unchecked for one in calibrations]):
+                continue
+            if len(pairs) == 1 and calibrations[0].mates_measured:  # by its raw score, as its score_db is
+                only = self._measured[pairs[0]].low_db(ats[some])
+                sure_db[some] = only - fused.tries_db[ats[some], pairs[0]]
+            else:
                 mine, has_table = llr_db[some][:, pairs], [one.mates_measured for one in calibrations]
                 summed_db = np.where(has_table, mine, np.minimum(mine, 0.0)).sum(axis=1)
                 laws = tuple([one for one in calibrations if one.mates_measured])
