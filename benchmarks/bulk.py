@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from report import record
+from report import model_ids, record
 from skimage import data
 
 import biodedup as bd
@@ -47,7 +47,7 @@ def make_gallery(folder: Path, rows: int) -> int:
         for number, first in enumerate(range(len(engine), rows, BATCH_ROWS)):
             count = min(BATCH_ROWS, rows - first)
             names = [f"synthetic-{i:08d}" for i in range(first, first + count)]
-            engine.add_templates(names, {"face": population(count, seed=number)})
+            engine.add_templates(names, {"face": population(count, seed=number)}, model_id=model_ids("face", 128))
         engine.tidy()
         return len(engine)
 

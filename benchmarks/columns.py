@@ -56,7 +56,11 @@ def build(gallery: Path, rows: int) -> None:
             count = min(BATCH, rows - low)
             if low + count > len(engine):
                 names = [f"s{row}" for row in range(low, low + count)]
-                engine.add_templates(names, {name: batch(index, count, i) for i, name in enumerate(COLUMNS)})
+                engine.add_templates(
+                    names,
+                    {name: batch(index, count, i) for i, name in enumerate(COLUMNS)},
+                    model_id=f"external-{DIMENSION}",
+                )
         engine.compact()
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from report import record
+from report import model_ids, record
 from scipy.stats import poisson
 
 import biodedup as bd
@@ -59,7 +59,7 @@ def build(folder: Path, districts: int, rows: int) -> list[Path]:
         with bd.Engine.open(gallery) as engine:
             if not len(engine):
                 ids = [name(district, row) for row in range(rows)]
-                engine.add_templates(ids, {"face": people(district, districts, rows)})
+                engine.add_templates(ids, {"face": people(district, districts, rows)}, model_id=model_ids("face", 128))
                 engine.tidy()
     return folders
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import record
+from report import model_ids, record
 
 import biodedup as bd
 from biodedup.jobs.demo import mates_of
@@ -79,7 +79,7 @@ def build(gallery: Path, rows: int, notes: Path) -> dict[str, Any]:
         for index, count in enumerate(batches(rows)):
             if low + count > len(engine):  # a batch is there as a whole or not at all
                 ids = [subject_id(row) for row in range(low, low + count)]
-                engine.add_templates(ids, {"face": batch(index, count)})
+                engine.add_templates(ids, {"face": batch(index, count)}, model_id=model_ids("face", 128))
                 peak = max(peak, memory_mb()["own"])
                 if index % 16 == 0:
                     note(low + count)

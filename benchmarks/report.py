@@ -15,8 +15,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from biodedup.embed.cards import load_card
+
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("numpy", "faiss-cpu", "onnxruntime", "opencv-python-headless", "nbis-py")
+
+
+def model_ids(column: str, dimension: int) -> dict[str, str]:
+    """For bare vectors of a benchmark: those of the face model that is shipped, if they are as long as these, or else of a model without
+    a calibration."""
+    face = load_card("sface")
+    named = column == "face" and dimension == face.dimension
+    return {column: face.model_id if named else f"external-{dimension}"}
 
 
 def data_folder() -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from report import record
+from report import model_ids, record
 
 import biodedup as bd
 from biodedup.jobs.demo import mates_of, population
@@ -37,7 +37,11 @@ def main() -> None:
         started = time.perf_counter()
         with bd.Engine.open(gallery) as engine:
             for i in range(0, count, BATCH_ROWS):
-                engine.add_templates(names[i : i + BATCH_ROWS], {"face": vectors[i : i + BATCH_ROWS]})
+                engine.add_templates(
+                    names[i : i + BATCH_ROWS],
+                    {"face": vectors[i : i + BATCH_ROWS]},
+                    model_id=model_ids("face", vectors.shape[1]),
+                )
         figures["loaded, subjects a second"] = round(count / (time.perf_counter() - started))
         figures["disk, bytes a subject"] = round(
             sum(f.stat().st_size for f in gallery.rglob("*") if f.is_file()) / count

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import record
+from report import model_ids, record
 
 import biodedup as bd
 from biodedup import jobs
@@ -53,7 +53,11 @@ def build(gallery: Path, rows: int) -> None:
         for index, low in enumerate(range(0, rows, BATCH)):
             count = min(BATCH, rows - low)
             if low + count > len(engine):
-                engine.add_templates([f"s{row}" for row in range(low, low + count)], {"face": batch(index, count)})
+                engine.add_templates(
+                    [f"s{row}" for row in range(low, low + count)],
+                    {"face": batch(index, count)},
+                    model_id=model_ids("face", 128),
+                )
         vectors, whose, _ = planted(rows)
         for low in range(max(len(engine) - rows, 0), len(vectors), BATCH):
             names = [f"d{row}" for row in whose[low : low + BATCH]]

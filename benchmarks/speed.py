@@ -26,7 +26,7 @@ from typing import Any
 
 import faiss
 import numpy as np
-from report import record
+from report import model_ids, record
 
 import biodedup as bd
 from biodedup.jobs.demo import mates_of
@@ -94,7 +94,11 @@ def measure(rows: int, dimension: int, mates: int, seconds: float) -> dict[str, 
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, bd.Engine.open(Path(folder) / "g") as engine:
         started = time.perf_counter()
         for i, low, n in pieces(rows):
-            engine.add_templates([f"{row:09d}" for row in range(low, low + n)], {"face": piece(i, n, dimension)})
+            engine.add_templates(
+                [f"{row:09d}" for row in range(low, low + n)],
+                {"face": piece(i, n, dimension)},
+                model_id=model_ids("face", dimension),
+            )
         engine.tidy()
         figures["built, rows a second"] = round(rows / (time.perf_counter() - started))
         column = next(part.columns["face"] for part in engine._gallery.snapshot().parts if part.count)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from report import record
+from report import model_ids, record
 
 import biodedup as bd
 from biodedup import jobs
@@ -31,6 +31,7 @@ from biodedup.gallery.codes import dequantise, quantise
 from biodedup.jobs.demo import mates_of, population
 
 SUBJECTS, DIMENSION, PIECE, PROBES = 10_000_000, 128, 100_000, 64
+MODEL = model_ids("face", DIMENSION)
 THREADS, ENROLMENTS = 8, 2_000
 
 
@@ -57,14 +58,19 @@ def load(source: Path, gallery: Path, count: int) -> dict[str, Any]:
     marks: list[tuple[float, int]] = []
     started = time.perf_counter()
     with bd.Engine.open(gallery) as engine:
-        jobs.load(engine, source, progress=lambda stage, done, total: marks.append((time.perf_counter(), done)))
+        jobs.load(
+            engine,
+            source,
+            model_id=MODEL,
+            progress=lambda stage, done, total: marks.append((time.perf_counter(), done)),
+        )
         whole = time.perf_counter() - started
         assert len(engine) == count
         segments = engine.info()["segments"]
     last = [mark for mark in marks if mark[1] >= 0.9 * count]
     started = time.perf_counter()
     with bd.Engine.open(gallery) as engine:
-        again = jobs.load(engine, source)
+        again = jobs.load(engine, source, model_id=MODEL)
     assert (again.added, again.present) == (0, count)
     return {
         "loaded, subjects a second": round(count / whole),
@@ -187,7 +193,7 @@ def enrolments(count: int) -> dict[str, Any]:
     ):
 
         def encounter(row: int) -> bd.Encounter:
-            return bd.Encounter(f"s{row}", templates={"face": vectors[row]}, encounter_id=f"e{row}")
+            return bd.Encounter(f"s{row}", templates={"face": vectors[row]}, encounter_id=f"e{row}", model_id=MODEL)
 
         def work(thread: int) -> None:
             for i in range(single // THREADS):

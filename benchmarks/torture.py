@@ -41,11 +41,13 @@ from skimage import data
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.embed.cards import load_card
 from biodedup.jobs.demo import mates_of, population
 
 KILLS, CLI_KILLS, FULL_DISKS, FLIPS = 200, 40, 20, 300
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=48, merge_fan=2))
 LOAD_ROWS = 96
+MODEL = load_card("sface").model_id
 
 
 def person(number: int) -> np.ndarray:
@@ -86,7 +88,11 @@ def write(gallery: Path, run: int, limit: int | None) -> None:
                 number = 100_000 * run + 1000 * (thread // 2) + step % 1000
                 subject = f"p{number}-{thread % 2}"
                 encounter = bd.Encounter(
-                    subject, templates={"face": capture(number, thread % 2)}, encounter_id=f"e-{subject}", groups=["g"]
+                    subject,
+                    templates={"face": capture(number, thread % 2)},
+                    encounter_id=f"e-{subject}",
+                    groups=["g"],
+                    model_id=MODEL,
                 )
                 attempt(say, "enroll", [subject], lambda e=encounter: [engine.enroll(e)], mine)
                 choice = rng.random()
@@ -96,13 +102,16 @@ def write(gallery: Path, run: int, limit: int | None) -> None:
                 elif mine and choice < 0.16:
                     again = mine[int(rng.integers(len(mine)))]
                     encounter = bd.Encounter(
-                        again, templates={"face": person(int(again[1:-2]))}, encounter_id=f"u-{again}-{step}"
+                        again,
+                        templates={"face": person(int(again[1:-2]))},
+                        encounter_id=f"u-{again}-{step}",
+                        model_id=MODEL,
                     )
                     attempt(say, "update", [again], lambda e=encounter: [engine.update(e)])
                 elif choice < 0.22:
                     number = 100_000 * run + 50_000 + 1000 * thread + 10 * step
                     batch = [
-                        bd.Encounter(f"b{n}-0", templates={"face": person(n)}, encounter_id=f"e-b{n}-0")
+                        bd.Encounter(f"b{n}-0", templates={"face": person(n)}, encounter_id=f"e-b{n}-0", model_id=MODEL)
                         for n in range(number, number + 6)
                     ]
                     names = [str(encounter.subject_id) for encounter in batch]
@@ -111,7 +120,9 @@ def write(gallery: Path, run: int, limit: int | None) -> None:
                     number = 10_000 * run + 1000 * thread + step
                     names = [f"l{number}-{i}" for i in range(LOAD_ROWS)]
                     table = pa.table({"subject_id": names, "face": loaded(number).tolist()})
-                    attempt(say, "load", [f"l{number}"], lambda t=table: jobs.load(engine, t.to_batches()))
+                    attempt(
+                        say, "load", [f"l{number}"], lambda t=table: jobs.load(engine, t.to_batches(), model_id=MODEL)
+                    )
                 elif choice < 0.26:
                     attempt(say, "compact", [], engine.compact)
 
@@ -260,6 +271,7 @@ class Auditor:
                         templates={"face": capture(int(number), int(which))},
                         encounter_id=encounter_id,
                         groups=["g"],
+                        model_id=MODEL,
                     )
                     if engine.enroll(encounter).outcome != outcome:
                         self._found("wrong", f"{encounter_id} sent again")
@@ -318,7 +330,7 @@ def torture_command_line(folder: Path, kills: int, rng: np.random.Generator, cou
     pa.parquet.write_table(pa.table({"subject_id": names, "face": cells}), folder / "t.parquet", row_group_size=20_000)
     cv2.imwrite(str(folder / "face.png"), data.astronaut()[..., ::-1])
     commands = {
-        "load": ["load", str(folder / "t.parquet")],
+        "load": ["load", str(folder / "t.parquet"), "--model-id", MODEL],
         "enroll": ["enroll", "astronaut", "--face", str(folder / "face.png"), "--encounter-id", "e1"],
         "compact": ["compact"],
     }
@@ -366,7 +378,7 @@ def flip(auditor: Auditor, times: int, rng: np.random.Generator, counts: Counter
         for low in (0, 40):
             ids = [f"f{i}" for i in range(low, low + 40)]
             if ids[0] not in engine:
-                engine.add_templates(ids, {"face": population(40, seed=40 + low)})
+                engine.add_templates(ids, {"face": population(40, seed=40 + low)}, model_id=MODEL)
         engine.tidy()
     decisions = list(auditor.decisions)[-30:]
 

@@ -25,7 +25,8 @@ class FaceConfig:
     """Face model and the limits of its quality gate."""
 
     model: str = "sface"
-    """Name of a shipped model card, or the path of a card (`*.toml`) of your own."""
+    """Name of a shipped model card, or the path of a card (`*.toml`) of your own; without weights it calibrates embeddings that
+    come ready made."""
     model_folder: Path | None = None
     """Folder of model cards; None: the cards that the package ships."""
     detector: str = "yunet"
@@ -133,6 +134,9 @@ class Policy:
     below the review threshold. Where captures are too few to keep to it, as one face is among many millions, the threshold is lowered
     for that search until they do; then somebody nearly always reaches it, and nobody is cleared who could not have been recognised. The
     default asks only that a mate be rather found than missed. duplicate_db and review_db, where given, are fixed thresholds instead.
+    duplicate_floor_db: the least threshold of any automatic `duplicate`, also of a fixed one. A gallery of ten asks for 40 dB, which
+    strangers of another camera than the model card's reach (MEDS 46, Yale 41, ORL 61 dB; UareU's fingers 49); as far as is sure (see
+    match/calibrations.py) they reach 44 dB.
     trust_extrapolation: False sends to review what would be `duplicate` by a score beyond the measured pairs. own_strangers: from 32
     people on, a face's or a finger's embeddings are calibrated by how alike this gallery's strangers are, and not those that the model's
     card was measured on; False: scores are those of `biodedup.compare`.
@@ -151,6 +155,7 @@ class Policy:
     fnir_review: float = 0.5
     duplicate_db: float | None = None
     review_db: float | None = None
+    duplicate_floor_db: float = 50.0
     verify_fmr: float = 1e-4
     trust_extrapolation: bool = True
     own_strangers: bool = True
@@ -172,13 +177,19 @@ class Policy:
             raise InvalidInput(
                 f"review_db {self.review_db} is above duplicate_db {self.duplicate_db}; review is the wider band"
             )
+        if not self.duplicate_floor_db >= 0:
+            raise InvalidInput(f"duplicate_floor_db is {self.duplicate_floor_db}, wanted 0 or more")
 
     def thresholds_db(self, gallery_size: int) -> tuple[float, float]:
         """(duplicate, review) thresholds in dB for a gallery of this many subjects."""
         size = max(gallery_size, 1)
-        duplicate = self.duplicate_db if self.duplicate_db is not None else 10 * log10(size / self.fpir)
+        duplicate = max(self.link_db(size), self.duplicate_floor_db)
         review = self.review_db if self.review_db is not None else 10 * log10(size / self.review_fpir)
         return duplicate, min(review, duplicate)
+
+    def link_db(self, gallery_size: int) -> float:
+        """From where on a join links two subjects: the duplicate threshold without its floor. A link decides nothing by itself."""
+        return self.duplicate_db if self.duplicate_db is not None else 10 * log10(max(gallery_size, 1) / self.fpir)
 
 
 @dataclass(frozen=True)

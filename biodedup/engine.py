@@ -379,11 +379,17 @@ class Engine:
         return result
 
     def search(
-        self, probes: Mapping[str, NDArray[Any]], k: int = 20, *, groups: Collection[str] | None = None
+        self,
+        probes: Mapping[str, NDArray[Any]],
+        k: int = 20,
+        *,
+        groups: Collection[str] | None = None,
+        model_id: str | None = None,
     ) -> SearchResult:
         """Nearest subjects by one column's embeddings; every row is compared.
 
-        probes: column -> float32 (q, d), unit rows; one column. groups: search only subjects that belong to one of them.
+        probes: column -> float32 (q, d), unit rows; one column. groups: search only subjects that belong to one of them. model_id: what
+        made the probes; it must be the column's, which None takes for granted. Raises ModelMismatch.
         Returns ids (q, k), similarity float32 (q, k), descending.
         """
         self._check_open()
@@ -394,7 +400,7 @@ class Engine:
         if not isinstance(k, int) or k < 1:
             raise InvalidInput(f"k is {k!r}, wanted a whole number of at least 1")
         ((column, vectors),) = probes.items()
-        _, rows = self._preparer.embeddings(column, vectors)
+        rows = self._preparer.probes_of(column, vectors, model_id)
         return self._searches.nearest(column, rows, k, _checked(groups))
 
     def plan(self, columns: Collection[str] = ("face",)) -> SearchPlan:
@@ -411,7 +417,7 @@ class Engine:
         seconds for a large gallery, of which the join itself is spared those."""
         self._check_open()
         if threshold_db is None:
-            threshold_db, _ = self.policy.thresholds_db(len(self))
+            threshold_db = self.policy.link_db(len(self))
         return JoinPlan(self._searcher.caps(self._gallery.snapshot(), threshold_db), self._config.search.miss_risk)
 
     def find_duplicates(
@@ -445,7 +451,7 @@ class Engine:
         """
         self._check_open()
         if threshold_db is None:
-            threshold_db, _ = self.policy.thresholds_db(len(self))
+            threshold_db = self.policy.link_db(len(self))
         snapshot = self._gallery.snapshot()
         snapshot = snapshot.enrolled
         live = snapshot.live_rows() if among is None else np.unique(snapshot.all_rows_of(_packed(among))[1])
@@ -465,23 +471,28 @@ class Engine:
         subject_ids: Sequence[str],
         templates: Mapping[str, Cells],
         *,
+        model_id: str | Mapping[str, str] | None = None,
         groups: Sequence[Sequence[str]] | None = None,
         encounter_id: str | None = None,
     ) -> int:
         """Adds subjects without a search, all or none. Returns how many were added.
 
         templates: column -> float32 (n, d), unit rows; or, of a finger, n minutiae records, None where a subject has none: they
-        are of `FingerConfig.record_model_id`. groups: of each subject. encounter_id names the whole call: sent again, it adds
+        are of `FingerConfig.record_model_id`. model_id: what made the vectors, one for all or by column; it can be left out where the
+        gallery's column has a model already. groups: of each subject. encounter_id names the whole call: sent again, it adds
         nothing and returns 0. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
         """
         self._check_open()
-        return self._loader.add(subject_ids, templates, groups, encounter_id, keep_enrolled=False).added
+        return self._loader.add(
+            subject_ids, templates, groups, encounter_id, model_id=model_id, keep_enrolled=False
+        ).added
 
     def load_templates(
         self,
         subject_ids: Sequence[str],
         templates: Mapping[str, Cells],
         *,
+        model_id: str | Mapping[str, str] | None = None,
         groups: Sequence[Sequence[str]] | None = None,
         encounter_id: str | None = None,
     ) -> Loaded:
@@ -490,7 +501,9 @@ class Engine:
         while True:
             self._check_open()
             try:
-                return self._loader.add(subject_ids, templates, groups, encounter_id, keep_enrolled=True)
+                return self._loader.add(
+                    subject_ids, templates, groups, encounter_id, model_id=model_id, keep_enrolled=True
+                )
             except SubjectExists:
                 continue  # enrolled by another thread since they were told apart
 

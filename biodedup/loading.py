@@ -27,7 +27,18 @@ from biodedup.gallery.tail import Answer
 from biodedup.gallery.transaction import Transaction
 from biodedup.probes import Preparer, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found
-from biodedup.values import COLUMNS, Column, Decision, Encounter, Outcome, check_encounter_id, check_groups, check_id
+from biodedup.values import (
+    COLUMNS,
+    Column,
+    Decision,
+    Encounter,
+    Outcome,
+    check_encounter_id,
+    check_groups,
+    check_id,
+    check_model_ids,
+    model_of,
+)
 
 _SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/test_gallery.py)
 
@@ -93,11 +104,13 @@ class Loader:
         groups: Sequence[Sequence[str]] | None,
         encounter_id: str | None,
         *,
+        model_id: str | Mapping[str, str] | None = None,
         keep_enrolled: bool,
     ) -> Loaded:
-        """keep_enrolled: those who are enrolled already are kept as they are, and told apart; otherwise they raise SubjectExists,
+        """model_id: what made the embeddings, one for all or by column. keep_enrolled: those who are enrolled already are kept as they are, and told apart; otherwise they raise SubjectExists,
         as do those who are enrolled by another thread meanwhile."""
-        batch = self._batch(subject_ids, templates, groups, encounter_id)
+        check_model_ids(model_id)
+        batch = self._batch(subject_ids, templates, model_id, groups, encounter_id)
         if batch.was_added(self.gallery.snapshot().answer):
             return Loaded(0, len(batch.ids), ())
         present, conflicting = 0, tuple[int, ...]()
@@ -114,6 +127,7 @@ class Loader:
         self,
         subject_ids: Sequence[str],
         templates: Mapping[str, Cells],
+        model_id: str | Mapping[str, str] | None,
         groups: Sequence[Sequence[str]] | None,
         encounter_id: str | None,
     ) -> _Batch:
@@ -125,7 +139,10 @@ class Loader:
         if not templates:
             raise InvalidInput("templates is empty; pass at least one column, as {'face': vectors}")
         named: list[tuple[str, ...]] = [()] * len(ids) if groups is None else [check_groups(some) for some in groups]
-        columns = {column: self.preparer.column(column, cells) for column, cells in templates.items()}
+        columns = {
+            column: self.preparer.column(column, cells, model_of(column, model_id))
+            for column, cells in templates.items()
+        }
         for what, count in [("groups", len(named)), *((f"column {c}", len(v)) for c, (_, v) in columns.items())]:
             if count != len(ids):
                 raise InvalidInput(f"{what} has {count} rows for {len(ids)} subject_ids; pass one row each")

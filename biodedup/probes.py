@@ -3,7 +3,8 @@
 Owns what is checked of captures, templates and bare embeddings before anything is searched or stored. Never searches, never
 stores.
 
-1. A column holds templates of one model; one of another model is refused before they meet.
+1. A column holds templates of one model; one of another model is refused before they meet. Bare vectors do not say what made them:
+   their model_id is given with them, unless the column has a model.
 2. Of two captures of one column the better one is kept, and the other is declined as superseded.
 3. One bad record never stops a batch: its encounter comes out as the error.
 """
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from biodedup.capture.reading import absent, held
 from biodedup.completeness import SUPERSEDED
 from biodedup.config import CaptureConfig, Config
-from biodedup.embed.cards import load_card
+from biodedup.embed.cards import ModelCard, joint_id, shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput, ModelMismatch
 from biodedup.gallery.catalogue import ColumnModel
@@ -37,6 +38,7 @@ from biodedup.values import (
     Refusal,
     Template,
     check_id,
+    model_of,
     unit_rows,
 )
 
@@ -99,7 +101,7 @@ class Preparer:
         refusals = []
         try:
             for column, given in encounter.templates.items():
-                templates[column] = self._given(column, given)
+                templates[column] = self._given(column, given, model_of(column, encounter.model_id))
             for result in mine:
                 if isinstance(result, CallerError):
                     return result
@@ -115,7 +117,7 @@ class Preparer:
         missing = tuple(capture for capture in encounter.captures if isinstance(capture, Missing))
         return Probe(replace(encounter, captures=missing), templates, (*encounter.declined, *refusals))
 
-    def _given(self, column: str, given: Float32 | bytes | Template) -> Template:
+    def _given(self, column: str, given: Float32 | bytes | Template, model_id: str | None) -> Template:
         if isinstance(given, bytes):
             given = Template(column, self.config.finger.record_model_id, minutiae=given)
         if isinstance(given, Template):
@@ -124,14 +126,19 @@ class Preparer:
                     f"the template under {column!r} is one of {given.column!r}; file it under its column"
                 )
             check_id(given.model_id, "model_id")
+            if given.embedding is not None:
+                self._check_dimension(given.model_id, len(given.embedding))
             return self.calibrations.sound(given)
-        model, rows = self.embeddings(column, np.asarray(given)[None])
+        model, rows = self.embeddings(column, np.asarray(given)[None], model_id)
         return Template(column, model, rows[0])
 
-    def column(self, column: str, cells: NDArray[Any] | Sequence[bytes | None]) -> tuple[str, Column]:
-        """(model_id, unit rows) of bare embeddings, or (model_id, records as galleries store them)."""
+    def column(
+        self, column: str, cells: NDArray[Any] | Sequence[bytes | None], given: str | None
+    ) -> tuple[str, Column]:
+        """(model_id, unit rows) of bare embeddings, or (model_id, records as galleries store them). given: what made bare
+        embeddings."""
         if isinstance(cells, np.ndarray) or not all(cell is None or isinstance(cell, bytes) for cell in cells):
-            return self.embeddings(column, np.asarray(cells))
+            return self.embeddings(column, np.asarray(cells), given)
         if column not in FINGER_POSITIONS:
             raise InvalidInput(f"column {column!r} cannot hold minutiae; use a finger position")
         model_id = self.config.finger.record_model_id
@@ -140,20 +147,50 @@ class Preparer:
             for cell in cells
         ]
 
-    def embeddings(self, column: str, vectors: NDArray[Any]) -> tuple[str, Float32]:
-        """(model_id, unit rows) of bare embeddings: the column's model, if the dimension agrees."""
+    def embeddings(self, column: str, vectors: NDArray[Any], given: str | None) -> tuple[str, Float32]:
+        """(model_id, unit rows) of bare embeddings: the column's model, or else the one that is given. Raises ModelMismatch where
+        these differ, InvalidInput where there is neither."""
         check_column(column)
         rows = unit_rows(vectors, what=f"the {column} vectors")
         known = self.gallery.snapshot().models.get(column)
         if known is not None:
-            if known.dimension != rows.shape[1]:
-                raise mismatch(column, known, ColumnModel("given vectors", rows.shape[1]))
+            if known.dimension != rows.shape[1] or given not in (None, known.model_id):
+                raise mismatch(column, known, ColumnModel(given or "given vectors", rows.shape[1]))
             return known.model_id, rows
-        if column == "face":
-            card = load_card(self.config.face.model, self.config.face.model_folder)
-            if card.dimension == rows.shape[1]:
-                return card.model_id, rows
-        return f"{EXTERNAL}{rows.shape[1]}", rows
+        model_id = given or self._unnamed(column, rows.shape[1])
+        self._check_dimension(model_id, rows.shape[1])
+        return model_id, rows
+
+    def probes_of(self, column: str, vectors: NDArray[Any], given: str | None) -> Float32:
+        """Unit rows to search a column with. An empty column takes any."""
+        known = column in self.gallery.snapshot().models
+        return self.embeddings(column, vectors, given or (None if known else "any"))[1]
+
+    def _check_dimension(self, model_id: str, dimension: int) -> None:
+        """Raises ModelMismatch where a card says that the model makes something else."""
+        known = _dimensions((*shipped_cards(), *self.extractor.cards))
+        if known.get(model_id, dimension) not in (dimension, None):
+            makes = f"{known[model_id]} numbers" if known[model_id] else "no embeddings"
+            raise ModelMismatch(f"{model_id} makes {makes}, got {dimension}; name the model that made the vectors")
+
+    def _unnamed(self, column: str, dimension: int) -> str:
+        """The model of vectors of which nobody says it: it is never guessed."""
+        mine = self.extractor.model_ids["face" if column == "face" else "finger"]
+        likely = mine if _dimensions(self.extractor.cards).get(mine) == dimension else "my-model-1"
+        raise InvalidInput(
+            f"the {column} vectors do not say what made them, and the gallery has none there yet; pass their model_id, as "
+            f"model_id={likely!r}"
+        )
+
+
+def _dimensions(cards: Sequence[ModelCard]) -> dict[str, int | None]:
+    """model_id -> how many numbers an embedding has; 0 for a model that makes none, None where the card does not say."""
+    found = {card.model_id: 0 if card.kind == "minutiae" else card.dimension for card in cards}
+    for card in cards:
+        for minutiae in cards:
+            if card.kind == "finger-embedding" and minutiae.kind == "minutiae":
+                found[joint_id(card, minutiae)] = card.dimension
+    return found
 
 
 def in_memory(encounter: Encounter, limits: CaptureConfig) -> Encounter:
@@ -191,10 +228,14 @@ def check_models(templates: Mapping[str, Template], models: Mapping[str, ColumnM
 
 
 def refuse_other_models(gallery: Gallery, extractor: Extractor) -> None:
-    """Raises ModelMismatch where a column holds templates that this extractor does not make, unless they came without a model."""
+    """Raises ModelMismatch where a column holds templates that another configuration makes of captures. Templates that came ready,
+    of a model that no shipped card makes, tie a gallery to no configuration."""
+    cards = (*shipped_cards(), *extractor.cards)
+    made = {card.model_id for card in cards if card.kind in ("face-embedding", "minutiae")}
+    made |= _dimensions(cards).keys() - {card.model_id for card in cards}
     for column, known in gallery.snapshot().models.items():
         mine = extractor.model_ids["face" if column == "face" else "finger"]
-        if known.model_id != mine and not known.model_id.startswith(EXTERNAL):
+        if known.model_id != mine and known.model_id in made and not known.model_id.startswith(EXTERNAL):
             raise ModelMismatch(
                 f"{gallery.folder}: column {column} holds templates of {known.model_id}, the config names {mine}; "
                 "open it with the config that made it, or enrol anew into another folder"

@@ -178,6 +178,8 @@ class Encounter:
     """One visit of one subject: its captures, or ready templates, or both.
 
     templates: column -> float32 (d,) unit vector, or a minutiae record (bytes), or `Template`.
+    model_id: what made the bare vectors among them: one for all, or by column. It can be left out where the gallery's column has a
+    model already.
     encounter_id: makes the write idempotent; None gives each call an id of its own.
     groups: labels (OSIA calls them galleries) that a search can be restricted to.
     declined: captures that were refused before the encounter came here, as by a worker that extracts; they count as sent and unusable.
@@ -189,6 +191,7 @@ class Encounter:
     encounter_id: str | None = None
     groups: Sequence[str] = ()
     declined: Sequence[Refusal] = ()
+    model_id: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", check_groups(self.groups))
@@ -202,6 +205,7 @@ class Encounter:
             check_id(self.subject_id, "subject_id")
         if self.encounter_id is not None:
             check_encounter_id(self.encounter_id)
+        check_model_ids(self.model_id)
         if isinstance(self.captures, (Face, Finger, Missing)):
             raise InvalidInput("captures is a sequence, got one capture; write captures=[capture]")
         captures = tuple(islice(self.captures, CAPTURES_MAX + 1))
@@ -488,6 +492,21 @@ def check_text(value: object, name: str, length_max: int) -> None:
         raise InvalidInput(f"{name} is a str, got {type(value).__name__}; convert it, as str(value)")
     if not isinstance(value, KnownId) and (problem := text_problem(value, length_max)) is not None:
         raise InvalidInput(f"{name} {problem}")
+
+
+def check_model_ids(model_id: object) -> None:
+    """Raises InvalidInput unless it is a model's id, ids by column, or None."""
+    if isinstance(model_id, Mapping):
+        for column, one in model_id.items():
+            _check_position(column, COLUMNS)
+            check_id(one, f"the model_id of {column}")
+    elif model_id is not None:
+        check_id(model_id, "model_id")
+
+
+def model_of(column: str, model_id: str | Mapping[str, str] | None) -> str | None:
+    """What is given as the model of a column's bare vectors."""
+    return model_id.get(column) if isinstance(model_id, Mapping) else model_id
 
 
 def check_groups(groups: object) -> tuple[str, ...]:

@@ -12,8 +12,11 @@ import pytest
 from skimage import data as skimage_data
 
 import biodedup as bd
+from biodedup.embed.cards import load_card
+from biodedup.probes import Preparer
 
 DIMENSION = 128
+SFACE = load_card("sface").model_id
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -34,6 +37,28 @@ def again(vectors: np.ndarray, cosine: float, seed: int = 1) -> np.ndarray:
 
 def jpeg(image: np.ndarray, quality: int = 92) -> bytes:
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+_DECLINED = Preparer._unnamed
+
+
+@pytest.fixture(autouse=True, scope="session")
+def vectors_without_a_model() -> Iterator[None]:
+    """Bare vectors need a model_id. Most tests are not about models: theirs are SFace's where they are faces of 128 numbers,
+    and of a model without a card otherwise. `@pytest.mark.models` leaves everything to the test."""
+
+    def named(self: Preparer, column: str, dimension: int) -> str:
+        return SFACE if (column, dimension) == ("face", 128) else f"external-{dimension}"
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Preparer, "_unnamed", named)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def models_are_named(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "models" in request.keywords:
+        monkeypatch.setattr(Preparer, "_unnamed", _DECLINED)
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ from biodedup import jobs
 from biodedup.cli import app
 
 CONFIG = bd.Config(
-    policy=bd.Policy(duplicate_db=100, review_db=30),
+    policy=bd.Policy(duplicate_db=70, review_db=30),
     gallery=bd.GalleryConfig(seal_rows=8, merge_fan=2, background=False),
 )
-"""A cosine of 0.5 scores 71 dB: review. 0.8: 165 dB, duplicate."""
+"""A cosine of 0.5 scores 61 dB: review. 0.9: 106 dB, of which 74 are sure in a small gallery: duplicate."""
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -617,7 +617,7 @@ def test_the_page_of_a_case_shows_its_evidence_and_links_what_explains_it(engine
     page = (tmp_path / "case.html").read_text()
     assert 'href="case.1.html"' in page and "anna" in (tmp_path / "case.1.html").read_text()
     score = f"{engine.case('e1').decision.best.score_db:.1f} dB"
-    for text in ("anna", "bella", score, "0.500", "100.0 dB", "30.0 dB", "to be judged"):
+    for text in ("anna", "bella", score, "0.500", "70.0 dB", "30.0 dB", "to be judged"):
         assert text in page, text
     engine.adjudicate("e1", "recapture", "A. Officer")
     jobs.show_case(engine, "e1", tmp_path / "case.html", clock=Clock())

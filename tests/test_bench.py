@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     ("arguments", "told", "real_data"),
     [
         (["captures.py", "--smoke"], "faces a second", False),
+        (["fresh_gallery.py", "--smoke"], "0 of 56 first encounters duplicate", False),
         (["synthetic.py", "--smoke"], "generated: ridge period", False),
         (["calibration.py", "--smoke"], "generated fingers, both: FMR at 20 dB", False),
         (["minutiae.py", "--smoke"], "made up: EER, %                          0.0", False),

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import again, jpeg, people, unit
+from conftest import SFACE, again, jpeg, people, unit
 from synthetic import finger
 
 import biodedup as bd
@@ -107,7 +107,7 @@ def test_care_of_a_gallery_from_the_shell(folder):
     vectors = write_templates(folder / "t.parquet", 300)
     np.save(folder / "more.npy", people(50, seed=8))
     (folder / "more.txt").write_text("\n".join(f"m{i}" for i in range(50)))
-    assert run("load", "t.parquet", cwd=folder)[0] == 0
+    assert run("load", "t.parquet", "--model-id", SFACE, cwd=folder)[0] == 0
     code, out, _ = run("load", "more.npy", "--ids", "more.txt", "--json", cwd=folder)
     assert (code, json.loads(out)["added"], json.loads(out)["subjects"]) == (0, 50, 350)
     assert run("enroll", "anna", "--face", "a.jpg", "--group", "north", cwd=folder)[0] == 0

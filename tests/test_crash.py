@@ -406,7 +406,7 @@ with bd.Engine.open(sys.argv[1]) as engine:
     for i, vector in enumerate(vectors):
         if f"s{i}" in engine:
             continue
-        decision = engine.enroll(bd.Encounter(f"s{i}", templates={"face": vector}, encounter_id=f"e{i}"))
+        decision = engine.enroll(bd.Encounter(f"s{i}", templates={"face": vector}, encounter_id=f"e{i}", model_id="sface-2021dec-mirror-centred-1"))
         print(i, decision.outcome, flush=True)
 """
 

@@ -260,7 +260,7 @@ with bd.Engine.open(sys.argv[1], config) as engine:
             if i % 3:
                 engine.add_templates([f"s{i}"], {"face": vector[None]})
             else:
-                engine.enroll(bd.Encounter(f"s{i}", templates={"face": vector}))
+                engine.enroll(bd.Encounter(f"s{i}", templates={"face": vector}, model_id="sface-2021dec-mirror-centred-1"))
             print(i, flush=True)
             if i % 8 == 7:
                 engine.tidy()

@@ -71,8 +71,10 @@ def test_another_model_is_used_by_writing_a_card(tmp_path, portrait, batch):
         assert engine.enroll(bd.Encounter("a", [bd.Face(portrait)])).outcome == "unique"
         assert engine.info()["columns"]["face"] == {"model_id": "toy-1", "dimension": 512, "subjects": 1}
         engine.add_templates(["b"], {"face": people(1, dimension=512)})
-    with pytest.raises(bd.ModelMismatch, match="toy-1"):
-        bd.Engine.open(tmp_path / "g")
+    with bd.Engine.open(tmp_path / "g") as engine:  # another model's captures do not meet them
+        for call in (engine.enroll, engine.identify):
+            with pytest.raises(bd.ModelMismatch, match="toy-1"):
+                call(bd.Encounter("c", [bd.Face(portrait)]))
 
 
 def test_the_card_prescribes_channels_scale_mirror_and_mean(tmp_path):
@@ -120,4 +122,6 @@ def test_templates_of_two_models_do_not_compare():
         bd.compare(bd.Template("face", "one", a), bd.Template("face", "two", b))
     with pytest.raises(bd.InvalidInput, match="one modality"):
         bd.compare(bd.Template("face", "one", a), bd.Template("left_thumb", "one", b))
-    assert bd.compare(bd.Template("face", "one", a), bd.Template("face", "one", again(a, 0.9))).score_db > 100
+    assert bd.compare(
+        bd.Template("face", "one", a), bd.Template("face", "one", again(a, 0.9))
+    ).score_db == pytest.approx(96, abs=1)

@@ -237,7 +237,7 @@ def test_both_tables_of_a_finger_are_fitted_from_similarity_and_minutiae(tmp_pat
         (lambda t: t.slice(0, len(t) - 700), "sface", "no mated ones or 100"),
         (lambda t: t.drop_columns(["mated"]), "sface", "wanted also mated"),
         (lambda t: t, "mindtct-1", "wanted also minutiae"),
-        (lambda t: t, "nobody", "not known"),
+        (lambda t: t, "nobody+mindtct-1", "not known"),
         (lambda t: t, "yunet", "not known"),
     ],
 )

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import again, people
+from conftest import SFACE, again, people
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_gallery import PEOPLE, enroll, nearest, small
@@ -405,7 +405,7 @@ def test_templates_are_loaded_from_parquet_arrow_numpy_and_streams(tmp_path):
             if name not in ("npy", "text"):
                 assert nearest(engine, 5, groups=["a"]) == "s5"
     done = subprocess.run(
-        [sys.executable, "-m", "biodedup.cli", "load", "-", "-g", tmp_path / "piped"],
+        [sys.executable, "-m", "biodedup.cli", "load", "-", "-g", tmp_path / "piped", "--model-id", SFACE],
         input=(tmp_path / "t.ipc").read_bytes(),
         capture_output=True,
     )

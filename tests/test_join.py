@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import SFACE
 
 import biodedup as bd
 from biodedup import jobs, searches
@@ -41,7 +42,7 @@ def oracle(engine, vectors):
     names = list(vectors)
     matrix = np.array(list(vectors.values()))
     near = np.argwhere(np.triu(matrix @ matrix.T, 1) > 0.3)
-    templates = [bd.Template("face", "external-128", vector) for vector in matrix]
+    templates = [bd.Template("face", SFACE, vector) for vector in matrix]
     found = {}
     for i, j in near:
         (compared,) = engine._comparer.compare({"face": templates[i]}, rescore_in_hand(templates[j]), [0])

@@ -33,7 +33,8 @@ from biodedup.values import BIT
 
 KNOWN = bd.FINGER_POSITIONS[:10]
 DIMENSION = 64
-STRICT = bd.Policy(duplicate_db=60, review_db=55)
+STRICT = bd.Policy(duplicate_db=60, review_db=45)
+"""Fingers of 64 numbers are of no model that has a card: what would be a duplicate is for a person."""
 
 
 def other_hand(finger: str) -> str:
@@ -98,7 +99,7 @@ MISTAKES = {
 def test_a_swapped_label_hides_nobody_when_asked_and_is_reported(gallery, anew, labels, row):
     encounter = wrong(anew, row, labels)
     decision = gallery.identify(encounter, across_positions=True)
-    assert (decision.outcome, decision.best.subject_id) == ("duplicate", f"s{row}")
+    assert (decision.outcome, decision.best.subject_id) == ("review", f"s{row}")
     assert dict(decision.best.swaps) == {label: finger for label, finger in labels.items() if label != finger}
     assert {part.column for part in decision.best.evidence} == set(labels)
     if len(labels) < 10 or labels == MISTAKES["both hands exchanged"]:
@@ -138,7 +139,7 @@ def test_what_a_config_always_asks_for_a_call_may_leave_out(tmp_path, fingers, a
     with bd.Engine.open(tmp_path / "g", config) as engine:
         engine.add_templates(["a"], {"left_index": fingers["left_index"][:1]})
         probe = wrong(anew, 0, {"right_index": "left_index"})
-        assert engine.identify(probe).outcome == "duplicate"
+        assert engine.identify(probe).outcome == "review"
         as_labelled = engine.identify(probe, across_positions=False)
         assert as_labelled.candidates == () and as_labelled.reasons == ("nothing_in_common",)
         # a search that waits for another one's pass gets what it asked for itself
@@ -169,7 +170,7 @@ def test_a_swap_is_stored_with_the_decision_and_read_back(tmp_path, fingers, ane
         encounter = wrong(anew, 0, {"left_index": "left_thumb", "left_thumb": "left_index"})
         encounter = bd.Encounter("b", templates=encounter.templates, encounter_id="e")
         decision = engine.enroll(encounter, across_positions=True)
-        assert decision.outcome == "duplicate"
+        assert decision.outcome == "review"
         assert decision.best.swaps == (("left_index", "left_thumb"), ("left_thumb", "left_index"))
     with bd.Engine.open(tmp_path / "g") as engine:
         assert engine.decision("e") == decision == engine.enroll(encounter)
@@ -225,14 +226,14 @@ def test_a_person_enrolled_between_search_and_commit_is_found_under_another_labe
     monkeypatch.setattr(small._searcher, "search", meanwhile)
     encounter = bd.Encounter("bella", templates=wrong(anew, 0, {"right_index": "left_index"}).templates)
     decision = small.enroll(encounter, across_positions=True)
-    assert (decision.outcome, decision.best.subject_id) == ("duplicate", "anna")
+    assert (decision.outcome, decision.best.subject_id) == ("review", "anna")
     assert decision.best.swaps == (("right_index", "left_index"),)
 
 
 def test_a_batch_finds_swaps_inside_itself(small, fingers, anew):
     first = bd.Encounter("a", templates={"left_index": fingers["left_index"][0]})
     second = bd.Encounter("b", templates={"right_index": anew["left_index"][0]})
-    assert [d.outcome for d in small.enroll_many([first, second], across_positions=True)] == ["unique", "duplicate"]
+    assert [d.outcome for d in small.enroll_many([first, second], across_positions=True)] == ["unique", "review"]
     assert (
         small.update(bd.Encounter("a", templates=second.templates), across_positions=True).outcome == "unique"
     )  # nobody is a swap of their own

@@ -30,7 +30,7 @@ from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInpu
 from biodedup.match.judgement import texts_of
 from biodedup.settings import Settings, settings_for
 from biodedup.texts import json_text, shown
-from biodedup.values import Capture, Decision, Evidence, Face, Finger, Missing, Refusal
+from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -101,6 +101,14 @@ AcrossOption = Annotated[
     bool,
     typer.Option("--across-positions", help="Compare each finger with fingers of all positions: labels may be wrong."),
 ]
+ModelIdOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-id",
+        metavar="[COLUMN=]ID",
+        help="What made the vectors (lists of floats), such as arcface-r50-1; needed where the gallery has no model there yet.",
+    ),
+]
 DEFAULT_GALLERY = Path("gallery")
 
 
@@ -138,6 +146,19 @@ def print_summary(summary: Mapping[str, object], as_json: bool) -> None:
         print_json(summary)
         return
     show_table((key.replace("_", " "), f"{v:,}" if isinstance(v, int) else v) for key, v in summary.items())
+
+
+def model_ids(texts: list[str] | None) -> str | dict[str, str] | None:
+    """One model_id for all columns, or by column."""
+    by_column = {}
+    for text in texts or ():
+        column, separator, model_id = text.partition("=")
+        if not separator or column not in COLUMNS:
+            if len(texts or ()) > 1:
+                raise InvalidInput(f"--model-id {text} is one of several; write each as COLUMN=ID, as face={text}")
+            return text
+        by_column[column] = model_id
+    return by_column or None
 
 
 def exit_code(error: BiodedupError) -> int:

@@ -24,15 +24,22 @@ def calibrate(
         ),
     ],
     model: Annotated[
-        str, typer.Option("--model", help="Whose card: a model_id, finger256-3+mindtct-1 for both, or a path.")
+        str,
+        typer.Option(
+            "--model",
+            help="Whose card: a model_id, finger256-3+mindtct-1 for both, or a path. Any other model_id gets a card without weights.",
+        ),
     ],
     card: Annotated[Path, typer.Option("--out", help="Where to write the card (.toml).")],
+    dimension: Annotated[
+        int | None, typer.Option("--dimension", min=1, help="Numbers of an embedding, for a card without weights.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the held-out half and of the interval.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a model's calibration anew on your own labelled pairs, or on a gallery's strangers, and write its card."""
     with progress_bar() as show:
-        result = jobs.calibrate(pairs, model, card, seed=seed, progress=show)
+        result = jobs.calibrate(pairs, model, card, dimension=dimension, seed=seed, progress=show)
     if as_json:
         print_json(result.summary())
         return

@@ -15,9 +15,11 @@ from biodedup.cli.base import (
     ConfigOption,
     DpiOption,
     JsonOption,
+    ModelIdOption,
     ThreadsOption,
     app,
     configured,
+    model_ids,
     print_json,
     progress_bar,
     say,
@@ -46,6 +48,7 @@ def evaluate(
     record_model_id: Annotated[
         str | None, typer.Option(help="What extracted the minutiae records of the source.")
     ] = None,
+    model_id: ModelIdOption = None,
     verify_fmr: Annotated[float | None, typer.Option(help="FMR that 1:1 decisions are made at.")] = None,
     nonmated_max: Annotated[
         int, typer.Option(min=1, help="Pairs of strangers; of more than that, a random sample.")
@@ -75,6 +78,7 @@ def evaluate(
             report=page,
             finger=finger,
             dpi=dpi,
+            model_id=model_ids(model_id),
             seed=seed,
             nonmated_max=nonmated_max,
             pictures=pictures,

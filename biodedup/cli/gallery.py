@@ -20,11 +20,13 @@ from biodedup.cli.base import (
     Exit,
     GalleryOption,
     JsonOption,
+    ModelIdOption,
     ThreadsOption,
     app,
     configured,
     existing,
     finish,
+    model_ids,
     print_json,
     print_summary,
     progress_bar,
@@ -90,6 +92,7 @@ def load(
     ],
     ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
     column: Annotated[str, typer.Option(help="Column of a .npy file.")] = "face",
+    model_id: ModelIdOption = None,
     record_model_id: Annotated[
         str | None,
         typer.Option(help="What extracted the minutiae records; mindtct-1 if captures are to be compared with them."),
@@ -101,7 +104,7 @@ def load(
     """Add ready templates without a search. Interrupted, it goes on where it was. Exit code 12: some rows were refused."""
     chosen = configured(gallery, config, more={"finger.record_model_id": record_model_id})
     with Engine.open(gallery, chosen) as engine, progress_bar() as progress:
-        result = jobs.load(engine, source, ids=ids, column=column, progress=progress)
+        result = jobs.load(engine, source, ids=ids, column=column, model_id=model_ids(model_id), progress=progress)
         size = len(engine)
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {size:,} subjects"
     for reason, count in result.reasons.items():

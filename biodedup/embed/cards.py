@@ -2,7 +2,8 @@
 
 Owns the TOML files in `models/` and the check of weights against their digest. Never runs a model.
 
-Another model is another card: `FaceConfig(model="my-model.toml")`, with its weights beside it.
+Another model is another card: `FaceConfig(model="my-model.toml")`, with its weights beside it. A card without weights says how
+embeddings score that come ready made, from a model that runs elsewhere: model_id, dimension, calibration.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ KINDS = ("face-embedding", "face-detector", "finger-embedding", "minutiae")
 
 @dataclass(frozen=True, eq=False)
 class ModelCard:
-    """One model. Fields as in the card; `weights` is None for a model that is code alone.
+    """One model. Fields as in the card; `weights` is None for a model that is code alone, or runs elsewhere.
 
     extractor: of a `minutiae` card the name that FingerConfig knows it by.
     channels, scale, offset: the network's input is (pixel + offset) * scale, in this order of channels, float32 NCHW.
@@ -122,6 +123,9 @@ def _read(path: Path) -> ModelCard:
         raise ModelCardError(f"model card {path.name} is not TOML ({error}); see models/sface.toml") from error
     try:
         weights, given = table.get("weights"), table.get("input", {})
+        if weights is None and table.keys() & {"model_id", "calibration"} == {"model_id", "calibration"}:
+            elsewhere = {"name": table["model_id"], "kind": "face-embedding", "licence": "", "source": ""}
+            table = elsewhere | table
         mean = table.get("measured", {}).get("mean")
         card = ModelCard(
             **{key: str(table[key]) for key in ("name", "model_id", "kind", "licence", "source")},
@@ -149,10 +153,14 @@ def _check(card: ModelCard) -> None:
         raise ModelCardError(f"model card {card.path.name}: kind is {card.kind!r}, wanted one of {', '.join(KINDS)}")
     if card.channels not in ("rgb", "bgr"):
         raise ModelCardError(f"model card {card.path.name}: channels is {card.channels!r}, wanted rgb or bgr")
-    if card.kind.endswith("-embedding") and (card.dimension is None or card.weights is None):
+    if card.kind.endswith("-embedding") and (card.dimension is None and card.weights is not None):
+        raise ModelCardError(f"model card {card.path.name}: a network needs its dimension; see models/sface.toml")
+    if card.kind.endswith("-embedding") and card.weights is None and card.calibration is None:
         raise ModelCardError(
-            f"model card {card.path.name}: an embedding needs a dimension and weights; see models/sface.toml"
+            f"model card {card.path.name} has neither weights nor a calibration; add one: `biodedup calibrate` writes calibrations"
         )
+    if card.kind == "face-detector" and card.weights is None:
+        raise ModelCardError(f"model card {card.path.name}: a detector needs weights; see models/yunet.toml")
     if card.mean is not None and card.mean.shape != (card.dimension,):
         raise ModelCardError(
             f"model card {card.path.name}: mean has {card.mean.size} numbers, dimension is {card.dimension}"

@@ -29,7 +29,7 @@ from biodedup.embed.cards import ModelCard, joint_id, load_card, minutiae_card
 from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork
 from biodedup.embed.network import EmbeddingNetwork
-from biodedup.errors import InvalidInput
+from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.trace import Trace, mapped, tracing
 from biodedup.values import Capture, Face, Finger, Missing, Refusal, Template
 
@@ -89,7 +89,8 @@ class Extractor:
     def extract(self, captures: Sequence[Capture]) -> list[Template | Refusal]:
         """A template or a refusal for each capture, in order. `Missing` gives a refusal of that name.
 
-        Raises InvalidInput, before any work, for something that is no capture or an array that is no image; RetryableError where worker
+        Raises InvalidInput, before any work, for something that is no capture or an array that is no image, ModelCardError where the card has no
+        weights; RetryableError where worker
         processes are asked for and cannot be kept running.
         """
         for capture in captures:
@@ -102,8 +103,11 @@ class Extractor:
         if self._cage is not None:
             return self._cage.extract(captures)
         if any(isinstance(capture, Face) for capture in captures):
+            _check_runs(self._face_card)
             self._load_face_models()
         if any(isinstance(capture, Finger) for capture in captures):
+            if self._finger_card is not None:
+                _check_runs(self._finger_card)
             self._load_finger_network()
         if self.config.threads == 1 or len(captures) < 2:
             prepared = mapped(map, self._prepare, captures)
@@ -209,3 +213,10 @@ class Extractor:
                 assert card.weights is not None, "a detector has weights"
                 self._network = EmbeddingNetwork(self._face_card, self.config.threads)
                 self._detector = FaceDetector(self.config.face, card.weights)
+
+
+def _check_runs(card: ModelCard) -> None:
+    if card.weights is None:
+        raise ModelCardError(
+            f"{card.path.name} has no weights: {card.model_id} runs elsewhere; send its embeddings, or name a card with weights"
+        )

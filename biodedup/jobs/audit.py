@@ -159,7 +159,7 @@ def audit(
         if notes.entries:
             threshold_db = notes.entries[0]["threshold_db"]
         elif threshold_db is None:
-            threshold_db, _ = engine.policy.thresholds_db(len(engine))
+            threshold_db = engine.policy.link_db(len(engine))
         versions = engine.gallery_version, engine.gallery_version
         if listed.of_captures:
             versions = min([versions[0], *(entry["version"] for entry in notes.entries)]), versions[1]

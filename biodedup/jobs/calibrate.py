@@ -1,4 +1,5 @@
-"""`calibrate`: a shipped model card, fitted anew on a customer's pairs, or on the strangers of a gallery.
+"""`calibrate`: a model card, fitted on a customer's pairs, or on the strangers of a gallery: a shipped one anew, or one for a model
+that runs elsewhere, without weights.
 
 Owns the pairs table that is read and the card that is written. Never extracts: `evaluate` writes such a table.
 
@@ -15,6 +16,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,18 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from biodedup.config import Config
 from biodedup.embed.cards import ModelCard, joint_id, load_card, shipped_cards
 from biodedup.errors import InvalidInput
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.storage import LocalStorage
 from biodedup.jobs.join import is_gallery
 from biodedup.jobs.progress import Progress, silent
 from biodedup.jobs.results import write_text
 from biodedup.jobs.strangers import strangers
 from biodedup.match.calibration import Calibration
 from biodedup.match.fitting import COSINE_POWER, MATED_MIN, NONMATED_MIN, Nonmates, fit, measured_fmr, refit
+from biodedup.values import check_id
 
 NOMINAL_DB = (20, 30, 40)
 Float64 = NDArray[np.float64]
@@ -90,17 +96,26 @@ class CalibrateResult:
         }
 
 
-def calibrate(pairs: Path, model_id: str, out: Path, *, seed: int = 0, progress: Progress = silent) -> CalibrateResult:
+def calibrate(
+    pairs: Path,
+    model_id: str,
+    out: Path,
+    *,
+    dimension: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> CalibrateResult:
     """Writes `out` (.toml): the card of this model with the tables fitted on these pairs, for
     `FaceConfig(model=...)`, `FingerConfig(model=...)` or `FingerConfig(minutiae_model=...)`. pairs: a table, or a gallery's folder;
     model_id: a shipped model's, its card's name, or the path of a card; `finger256-3+mindtct-1` fits the embedding and what it
-    says with minutiae.
+    says with minutiae. Any other model_id gets a card without weights, for embeddings that come with this model_id. dimension: how
+    many numbers these have; None takes a gallery's, and leaves it open otherwise.
 
     Raises InvalidInput for a table that lacks columns or pairs, ModelCardError, StorageUnavailable.
     """
     if out.suffix != ".toml":
         raise InvalidInput(f"the card is named {out.name}; end it with .toml")
-    card, minutiae = _cards(model_id)
+    card, minutiae = _cards(model_id, out)
     found = (
         pairs_of_gallery(pairs, card, minutiae, seed, progress)
         if is_gallery(pairs)
@@ -114,7 +129,7 @@ def calibrate(pairs: Path, model_id: str, out: Path, *, seed: int = 0, progress:
         )
     if not mates and not (card.calibration and (minutiae is None or minutiae.model_id in card.both)):
         raise InvalidInput(
-            f"{pairs.name} has no mated pairs, and {card.path.name} no calibration to begin with; pass mated pairs"
+            f"{pairs.name} has no mated pairs, and there is no calibration of {card.model_id} to begin with; pass mated pairs"
         )
     rng = np.random.default_rng(seed)
     fitted, tested = found.halves(rng)
@@ -130,7 +145,7 @@ def calibrate(pairs: Path, model_id: str, out: Path, *, seed: int = 0, progress:
             held_out[name] = _rows(_score_db(tested, name, after, minutiae), old)
     progress("fitting", 1, 2)
     tables = _fitted(found, card, minutiae, pairs.name, seed)
-    document = tomllib.loads(card.path.read_text(encoding="utf-8"))
+    document = _document(card, pairs, dimension, found)
     if card.weights is not None:
         document["weights"]["file"] = str(card.weights.absolute())
     document["calibration"] = tables["calibration"]
@@ -198,8 +213,22 @@ def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
     return Pairs(scores, mated, a, b, position).of(whole)
 
 
-def _cards(model_id: str) -> tuple[ModelCard, ModelCard | None]:
-    """(the model's card, that of the minutiae which are added to it)."""
+def _document(card: ModelCard, pairs: Path, dimension: int | None, found: Pairs) -> dict[str, Any]:
+    """What the new card says, but for its tables: what the old one does, or as much as is known of a model that runs elsewhere."""
+    if card.path.exists():
+        return tomllib.loads(card.path.read_text(encoding="utf-8"))
+    if is_gallery(pairs):
+        with closing(Gallery.open_to_read(pairs, LocalStorage(), Config().gallery)) as opened:
+            models = opened.snapshot().models.values()
+        dimension = next(one.dimension for one in models if one.model_id == card.model_id)
+    fingers = found.position is not None and len(found.position) and "face" not in found.position
+    kind = "finger-embedding" if fingers else "face-embedding"
+    known = {"name": card.name, "model_id": card.model_id, "kind": kind, "licence": "", "source": "runs elsewhere"}
+    return known | ({} if dimension is None else {"dimension": dimension})
+
+
+def _cards(model_id: str, out: Path) -> tuple[ModelCard, ModelCard | None]:
+    """(the model's card, that of the minutiae which are added to it). out: the path of a card that is not there yet."""
     if model_id.endswith(".toml"):
         return load_card(model_id), None
     known = {name: card for card in shipped_cards() for name in (card.name, card.model_id)}
@@ -209,9 +238,14 @@ def _cards(model_id: str) -> tuple[ModelCard, ModelCard | None]:
             return card, None
         case [ModelCard(kind="finger-embedding") as card, ModelCard(kind="minutiae") as minutiae]:
             return card, minutiae
+    if not any(parts):
+        check_id(model_id, "model_id")
+        elsewhere = ModelCard(model_id, model_id, "face-embedding", "", "", out.with_name(f"{out.name}.new").absolute())
+        return elsewhere, None
     names = sorted(card.model_id for card in shipped_cards() if card.kind != "face-detector")
     raise InvalidInput(
-        f"model {model_id!r} is not known; pass one of {', '.join(names)}, two of them as embedding+minutiae, or a card's path"
+        f"model {model_id!r} is not known; pass one of {', '.join(names)}, two of them as embedding+minutiae, a card's path, or "
+        "the model_id of a model that runs elsewhere"
     )
 
 

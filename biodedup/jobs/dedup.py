@@ -122,7 +122,7 @@ def dedup(
     with Engine.open(out.with_name(out.name + ".work"), config, override_policy=True) as engine:
         refusals = _fill(engine, units, config.batch_size, progress)
         if threshold_db is None:
-            threshold_db, _ = engine.policy.thresholds_db(len(engine))
+            threshold_db = engine.policy.link_db(len(engine))
         clusters = engine.find_duplicates(
             threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
         )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from skimage import data
 
 from biodedup.config import Config
+from biodedup.embed.cards import load_card
 from biodedup.engine import Engine
 from biodedup.synthetic import draw_impression, draw_master
 from biodedup.values import Decision, Encounter, Face, Finger, Float32
@@ -138,11 +139,13 @@ def demo(
 ) -> DemoResult:
     """Runs the demonstration in an empty gallery folder; say is told what happens, a line at a time."""
     with Engine.open(folder, config or Config()) as engine:
-        vectors = population(subjects)
+        vectors, model_id = population(subjects), load_card(engine.config.face.model).model_id
         started = time.perf_counter()
         for first in range(0, subjects, 20_000):
             last = min(first + 20_000, subjects)
-            engine.add_templates([f"synthetic-{i:06d}" for i in range(first, last)], {"face": vectors[first:last]})
+            engine.add_templates(
+                [f"synthetic-{i:06d}" for i in range(first, last)], {"face": vectors[first:last]}, model_id=model_id
+            )
         load_seconds = time.perf_counter() - started
         say(f"{len(engine):,} synthetic subjects loaded, durable, in {load_seconds:.1f} s")
 

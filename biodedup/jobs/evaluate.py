@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def evaluate(
     report: Path | None = None,
     finger: bool = False,
     dpi: float | None = None,
+    model_id: str | Mapping[str, str] | None = None,
     seed: int = 0,
     replicates: int = 1000,
     nonmated_max: int = 2_000_000,
@@ -82,7 +83,8 @@ def evaluate(
 ) -> Evaluation:
     """Writes `out` (.json) and its tables, and an HTML report where one is named.
 
-    source: a folder per subject, a manifest, or a Parquet file of templates. finger: the folder's images are fingers. pictures: how many
+    source: a folder per subject, a manifest, or a Parquet file of templates. finger: the folder's images are fingers. model_id: what made the
+    vectors of the Parquet file, one for all or by column. pictures: how many
     of the worst pairs the report shows. Raises InvalidInput, StorageUnavailable.
     """
     if out.suffix != ".json":
@@ -90,7 +92,7 @@ def evaluate(
     if report is not None:
         plots.require()
     config = config or Config(isolation=IsolationConfig())
-    found, left_out = read_labelled(source, config, finger=finger, dpi=dpi)
+    found, left_out = read_labelled(source, config, finger=finger, dpi=dpi, model_id=model_id)
     make_private_folder(out.parent)
     found = extracted(found, config, out.with_name(out.name + ".work"), progress)
     result = evaluate_encounters(

@@ -233,7 +233,7 @@ def _write(
     comparison = pairs.compare(templates[0], templates[1], across=across)
     verify_db = -10 * float(np.log10(policy.verify_fmr))
     duplicate_db, review_db = (verify_db, verify_db) if size is None else policy.thresholds_db(size)
-    compared = [] if comparison is None else [comparison]
+    compared = [] if comparison is None else [comparison if size is not None else replace(comparison, sure_db=None)]
     verdict = judge(
         compared,
         duplicate_db,
@@ -309,6 +309,11 @@ def _headline(
         return f"Same person at {score}{swapped}: {reaches}; the threshold for {where} is {duplicate_db:.0f} dB."
     if kind in _KINDS:
         return f"For a person to judge: {_KINDS[kind]}; {score} in all, and {reaches}."
+    if "uncalibrated" in verdict.reasons:
+        return (
+            f"For a person to judge: {score}, but by a calibration that {where} has not checked with enough people of its own; "
+            f"as far as that is sure, {comparison.sure_db or 0.0:.0f} dB."
+        )
     if "extrapolated" in verdict.reasons:
         return (
             f"For a person to judge: {score}, but beyond what was measured, which the policy does not trust; {reaches}."

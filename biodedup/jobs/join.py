@@ -65,7 +65,7 @@ def find_duplicates(
     """
     check_table_name(out)
     if threshold_db is None:
-        threshold_db, _ = engine.policy.thresholds_db(len(engine))
+        threshold_db = engine.policy.link_db(len(engine))
     make_private_folder(out.parent)
     with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
         plan = engine.plan_join(threshold_db).explain()

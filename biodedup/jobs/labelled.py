@@ -21,7 +21,6 @@ import pyarrow.parquet
 from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import Config
 from biodedup.embed.cage import FAILURES
-from biodedup.embed.cards import load_card
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import translated
@@ -31,8 +30,7 @@ from biodedup.jobs.manifest import RESERVED, LeftOut, RefusedRow, images_of, lab
 from biodedup.jobs.progress import Progress
 from biodedup.jobs.results import write_table
 from biodedup.jobs.tables import TableFile
-from biodedup.match.calibrations import EXTERNAL
-from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template
+from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template, check_model_ids, model_of
 
 _PASSING = FAILURES | {"unreadable"}  # a missing file that comes has another mark
 PART = 128
@@ -57,10 +55,17 @@ class Labelled:
 
 
 def read_labelled(
-    source: Path, config: Config, *, finger: bool = False, dpi: float | None = None
+    source: Path,
+    config: Config,
+    *,
+    finger: bool = False,
+    dpi: float | None = None,
+    model_id: str | Mapping[str, str] | None = None,
 ) -> tuple[list[Labelled], LeftOut]:
     """The encounters of a folder (a folder per subject, an image an encounter; finger: they are fingers), of a manifest, or of a
-    Parquet file of templates; and what of it could not be used. Raises InvalidInput."""
+    Parquet file of templates. model_id: what made the vectors among these, one for all or by column.
+    Also what of it could not be used. Raises InvalidInput."""
+    check_model_ids(model_id)
     if not source.exists():
         raise InvalidInput(
             f"{source} does not exist; name a folder per subject, a manifest, or a Parquet file of templates"
@@ -69,7 +74,7 @@ def read_labelled(
         found, left_out = _of_folder(source, finger, dpi)
     else:
         ready = [name for name in TableFile(source).names if name in COLUMNS]
-        found, left_out = _of_templates(source, ready, config) if ready else _of_manifest(source)
+        found, left_out = _of_templates(source, ready, config, model_id) if ready else _of_manifest(source)
     subjects = {one.subject_id for one in found}
     if len(subjects) < 2:
         told = "".join(f"; {sentence}" for sentence in left_out.sentences())
@@ -145,7 +150,9 @@ def _of_manifest(manifest: Path) -> tuple[list[Labelled], LeftOut]:
     return found, left_out
 
 
-def _of_templates(source: Path, columns: Sequence[str], config: Config) -> tuple[list[Labelled], LeftOut]:
+def _of_templates(
+    source: Path, columns: Sequence[str], config: Config, model_id: str | Mapping[str, str] | None
+) -> tuple[list[Labelled], LeftOut]:
     if source.suffix.lower() != ".parquet":
         raise InvalidInput(f"{source} has columns of templates, {', '.join(columns)}; write templates as Parquet")
     table = pa.parquet.read_table(source)
@@ -153,7 +160,10 @@ def _of_templates(source: Path, columns: Sequence[str], config: Config) -> tuple
     table = table.rename_columns(names_known)
     if "subject_id" not in table.column_names:
         raise InvalidInput(f"{source} has the columns {table.column_names}; wanted subject_id beside the templates")
-    cells = {name: _templates(table.column(name).combine_chunks(), name, config) for name in columns}
+    cells = {
+        name: _templates(table.column(name).combine_chunks(), name, config, model_of(name, model_id))
+        for name in columns
+    }
     besides = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
     usable, refused = _named(source, [name for name in ("subject_id", "encounter_id", *besides) if name in names_known])
     names = [name for *_, name, _ in usable]
@@ -190,7 +200,7 @@ def _named(
     return usable, refused
 
 
-def _templates(cells: pa.Array, column: str, config: Config) -> list[Template | Refusal | None]:
+def _templates(cells: pa.Array, column: str, config: Config, model_id: str | None) -> list[Template | Refusal | None]:
     """Of each row; None where there is none, a refusal where it is unsound."""
     kind = cells.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -202,8 +212,8 @@ def _templates(cells: pa.Array, column: str, config: Config) -> list[Template | 
     if len(lengths) > 1:
         raise InvalidInput(f"column {column} holds vectors of {sorted(lengths)} numbers; one model has one dimension")
     dimension = lengths.pop() if lengths else 1
-    card = load_card(config.face.model, config.face.model_folder) if column == "face" else None
-    model_id = card.model_id if card is not None and card.dimension == dimension else f"{EXTERNAL}{dimension}"
+    if model_id is None:
+        raise InvalidInput(f"the {column} vectors do not say what made them; name it, as model_id='my-model-1'")
     rows = iter(np.asarray(cells.drop_null().flatten(), np.float32).reshape(-1, dimension))
     found: list[Template | Refusal | None] = []
     for present in cells.is_valid().to_pylist():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def load(
     *,
     ids: Path | None = None,
     column: str = "face",
+    model_id: str | Mapping[str, str] | None = None,
     batch_rows: int = BATCH_ROWS,
     progress: Progress = silent,
 ) -> LoadResult:
@@ -70,7 +71,8 @@ def load(
 
     source: a Parquet file, an Arrow file or stream (`-` reads a stream from standard input), an iterable of
     pyarrow.RecordBatch, or `vectors.npy`, float32 (n, d), which takes `ids` (`.npy`, or a text file in UTF-8 with one id a line) and
-    `column`. Rows that cannot be used are refused one by one, those among them whose subject_id is enrolled with other
+    `column`. model_id: what made the vectors, one for all or by column; it can be left out where the gallery has a model there.
+    Rows that cannot be used are refused one by one, those among them whose subject_id is enrolled with other
     templates.
 
     Raises InvalidInput, ModelMismatch, StorageUnavailable; batches before it are in the gallery.
@@ -85,7 +87,9 @@ def load(
         for some in rows.alike():
             ids_kept, columns, groups = rows.at(some)
             encounter_id = _batch_id(ids_kept, columns, groups)
-            loaded = engine.load_templates(ids_kept, columns, groups=groups, encounter_id=encounter_id)
+            loaded = engine.load_templates(
+                ids_kept, columns, model_id=model_id, groups=groups, encounter_id=encounter_id
+            )
             added += loaded.added
             present += loaded.present
             rows.refusals[some[list(loaded.conflicting)]] = "enrolled with other templates"

@@ -62,6 +62,11 @@ WORDS: Mapping[str, tuple[str, str]] = {
     ),
     "incomplete_search": ("part of the gallery could not be seen", "run `biodedup doctor`, then decide by hand"),
     "between_thresholds": ("similar to somebody, but not surely the same person", "a trained person compares the two"),
+    "uncalibrated": (
+        "similar to somebody, but it is not known yet how alike strangers are here",
+        "a trained person compares the two; from 200 people on the gallery checks its calibration by itself, a model of your own "
+        "needs `biodedup calibrate`",
+    ),
     "repeated": ("the record is in the manifest a second time", "nothing"),
     "encounter_conflict": (
         "the encounter number was used before, with other content",
@@ -254,7 +259,9 @@ def _why(decision: Decision) -> str | None:
         return None
     if "another_person" in decision.reasons:
         return "another_person"
-    return "incomplete_search" if decision.incomplete else "between_thresholds"
+    if decision.incomplete:
+        return "incomplete_search"
+    return "uncalibrated" if "uncalibrated" in decision.reasons else "between_thresholds"
 
 
 @dataclass

@@ -21,15 +21,16 @@ from numpy.typing import ArrayLike, NDArray
 from biodedup.errors import ModelCardError
 
 SCORE_DB_MAX = 300.0
-Bound = Literal["low", "best", "high"]
-"""Which law of the non-mates: the most probable one, or an end of the interval. "low": scores in dB are lower than they may be."""
+Bound = Literal["low", "best", "high", "sure"]
+"""Which law of the non-mates: the most probable one, or an end of the interval. "low": scores in dB are lower than they may be.
+"sure": "low" of a table that is unchecked, "best" of others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """score, llr_db, nonmated_db: float64 (m,), m >= 2. measured_db: beyond it no pairs were measured. mates_measured: llr_db
     comes from mated pairs of this model, and is not assumed. bounds_db: float64 (2, m), the interval of nonmated_db; None: the
-    table does not say."""
+    table does not say. unchecked: the table was not compared with impostor pairs of the gallery that uses it."""
 
     score: NDArray[np.float64] = field(repr=False)
     llr_knots_db: NDArray[np.float64] = field(repr=False)
@@ -38,6 +39,7 @@ class Calibration:
     source: str
     mates_measured: bool = True
     bounds_db: NDArray[np.float64] | None = field(default=None, repr=False)
+    unchecked: bool = False
 
     @classmethod
     def from_card(cls, table: Mapping[str, Any]) -> Calibration:
@@ -89,6 +91,15 @@ class Calibration:
         own_mean, own_sd = self.nonmated_law
         return replace(self, score=mean + (self.score - own_mean) * (sd / own_sd), source=source)
 
+    def doubted(self, shift_sd: float, stretch: float) -> Calibration:
+        """The same table, `unchecked`. The lower end of its interval also holds for impostors whose scores lie shift_sd standard
+        deviations higher and spread `stretch` times as wide."""
+        mean, sd = self.nonmated_law
+        low, high = (self.nonmated_knots_db,) * 2 if self.bounds_db is None else self.bounds_db
+        there = self.among(mean + shift_sd * sd, sd * stretch, self.source).score
+        bounds = np.stack([np.minimum(low, _interpolate(self.score, there, low)), high])
+        return replace(self, bounds_db=bounds, unchecked=True)
+
     def mated_similarities(self, quantiles: NDArray[np.float64], least: float = -1.0) -> NDArray[np.float64]:
         """Similarities of mates, as the table has them: the density of non-mates times the likelihood ratio. least: of those mates
         alone that are as similar."""
@@ -108,6 +119,8 @@ class Calibration:
         last = self.score[-1] + 4 * (self.score[-1] - self.score[0])
         fine = np.unique(np.concatenate([np.linspace(self.score[0], last, 8001), self.score]))
         knots_db = self.nonmated_knots_db
+        if bound == "sure":
+            bound = "low" if self.unchecked else "best"
         if self.bounds_db is not None and bound != "best":
             knots_db = self.bounds_db[0 if bound == "low" else 1]
         survival = 10 ** (-_interpolate(fine, self.score, knots_db) / 10)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_ndtr, ndtri
+from numpy.typing import ArrayLike
+from scipy.special import stdtr, stdtrit
 
 from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import EXTERNAL_MINUTIAE
@@ -32,9 +32,17 @@ EXTERNAL = "external-"
 SAMPLE_SIZE = 1024
 _SAMPLE_MIN, _OWN_MIN = 256, 32
 """People from whom a table is measured, or moved: below, a card's strangers are the better guess."""
+CHECKED_PEOPLE = 200
+"""From whom on a moved table is checked; 256 rows have so many, even if some are removed or lack the column."""
+_OFF_SD = {"face-embedding": 1.6, "finger-embedding": 0.5, "minutiae": 0.5}
+_OFF_MOVED_SD, _OFF_STRETCH = 0.5, 1.1
+"""By how many of its standard deviations a table may be off: of a card, by its kind, and of one that was moved. See above."""
 _CARD_PAIRS = 400  # that the card's deviation counts for: from set to set it differs by some percent
 _MATES_DB, _MATES_MOST = 40.0, 0.05  # pairs that may be mates by the card, and the share of them that may be left out
 _DEFAULT_SD = 0.1  # of non-mated cosines, until there are enough rows: SFace's 0.096 rounded up (LFW, 2026-11)
+_TAIL_FREEDOM = (
+    30.0  # of Student's t: SFace's table from 0.3 to 1, in its own standard deviations, within 6 dB (2026-12)
+)
 _MATED_MEAN, _MATED_SD = 0.65, 0.15  # of mated cosines, as face models of this kind have them (LFW, 2026-11)
 
 
@@ -70,22 +78,30 @@ class Calibrations:
         own_strangers: Callable[[], bool] = lambda: True,
     ) -> None:
         self._known = {card.model_id: Calibration.from_card(card.calibration) for card in cards if card.calibration}
+        self._off_sd = {card.model_id: _OFF_SD.get(card.kind, 0.0) for card in cards}
+        self._off_sd[EXTERNAL_MINUTIAE] = _OFF_SD["minutiae"]
         for card in cards:
             if card.kind == "minutiae" and card.model_id in self._known:
                 self._known[EXTERNAL_MINUTIAE] = replace(self._known[card.model_id], measured_db=0.0)
-        self._with_minutiae = {}
+        self._with_minutiae: dict[str, tuple[WithMinutiae, WithMinutiae]] = {}
         for card in cards:
             for minutiae in cards if card.kind == "finger-embedding" else ():
                 if minutiae.kind == "minutiae" and {card.model_id, minutiae.model_id} <= self._known.keys():
                     known = joint_id(card, minutiae)
                     self._known[known] = self._known[card.model_id]
+                    self._off_sd[known] = self._off_sd[card.model_id]
                     if minutiae.model_id in card.both:
                         both = Calibration.from_card(card.both[minutiae.model_id])
-                        self._with_minutiae[known] = WithMinutiae(self._known[minutiae.model_id], both)
+                        doubted = both.doubted(self._off_sd[known], _OFF_STRETCH)
+                        of = self._known[minutiae.model_id]
+                        self._with_minutiae[known] = WithMinutiae(of, both), WithMinutiae(of, doubted)
         self._drawn = drawn
-        of_minutiae = {EXTERNAL_MINUTIAE, *(card.model_id for card in cards if card.kind == "minutiae")}
         self._own_strangers = own_strangers
-        self._movable = self._known.keys() - of_minutiae
+        of_minutiae = {EXTERNAL_MINUTIAE, *(card.model_id for card in cards if card.kind == "minutiae")}
+        self._minutiae = {
+            model_id: self._known[model_id].doubted(self._off_sd[model_id], _OFF_STRETCH)
+            for model_id in of_minutiae & self._known.keys()
+        }
         self._measured: dict[str, tuple[Hashable, Calibration]] = {}
         self._lock = threading.Lock()
 
@@ -102,30 +118,45 @@ class Calibrations:
         return replace(template, minutiae=standard(view_of(template.minutiae, template.column)))
 
     def with_minutiae(self, model_id: str) -> WithMinutiae | None:
-        """How minutiae add to this model's embeddings; None where no card says so, and embeddings are compared alone."""
-        return self._with_minutiae.get(model_id)
+        """How minutiae add to this model's embeddings; None where no card says so, and embeddings are compared alone. What holds of
+        the embeddings' table, that it is checked, holds of the sum's."""
+        found = self._with_minutiae.get(model_id)
+        return None if found is None else found[self.of(model_id).unchecked]
 
     def of(self, model_id: str) -> Calibration:
+        if model_id in self._minutiae:
+            return self._minutiae[model_id]
         known = self._known.get(model_id)
-        if known is not None and not (model_id in self._movable and self._own_strangers()):
-            return known
         drawn = self._drawn(model_id)
         if drawn.count < (_SAMPLE_MIN if known is None else _OWN_MIN):
             drawn = NOBODY
         with self._lock:
             key, found = self._measured.get(model_id, (None, None))
             if found is None or key != drawn.key:
-                found = self._made(known, drawn)
+                found = from_embeddings(drawn.vectors()) if known is None else self._here(model_id, known, drawn)
                 self._measured[model_id] = drawn.key, found
             return found
 
-    @staticmethod
-    def _made(known: Calibration | None, drawn: Drawn) -> Calibration:
+    def _here(self, model_id: str, known: Calibration, drawn: Drawn) -> Calibration:
+        """A card's table in this gallery: moved, and `unchecked` until it can be checked."""
+        doubted = known.doubted(self._off_sd[model_id], _OFF_STRETCH)
+        if not drawn.count:
+            return doubted
         vectors = drawn.vectors()
-        if known is None or not drawn.count:
-            return known or from_embeddings(vectors)
         similarity = (vectors @ vectors.T)[np.triu_indices(drawn.count, 1)]
-        return moved(known, similarity, f"{known.source}; moved to {drawn.count} of the gallery's own people")
+        there = moved(known, similarity, f"{known.source}; moved to {drawn.count} of the gallery's own people")
+        if there is known:  # its people look like mates
+            return doubted
+        checked = drawn.count >= CHECKED_PEOPLE
+        if self._own_strangers():
+            return there if checked else there.doubted(min(_OFF_MOVED_SD, self._off_sd[model_id]), _OFF_STRETCH)
+        return known if checked and _near(known, there) else doubted
+
+
+def _near(known: Calibration, there: Calibration) -> bool:
+    """Whether a table that is not to be moved holds where it would be moved to."""
+    (mean, sd), (own_mean, own_sd) = known.nonmated_law, there.nonmated_law
+    return own_mean < mean + _OFF_MOVED_SD / 2 * sd and own_sd < _OFF_STRETCH * sd
 
 
 def moved(known: Calibration, similarity: ArrayLike, source: str) -> Calibration:
@@ -141,32 +172,29 @@ def moved(known: Calibration, similarity: ArrayLike, source: str) -> Calibration
 
 
 def from_embeddings(vectors: Float32) -> Calibration:
-    """A calibration from unlabelled embeddings, float32 (n, d) unit rows: a normal law for non-mated cosines.
+    """A calibration from unlabelled embeddings, float32 (n, d) unit rows: Student's t law for non-mated cosines.
 
-    Its spread is the wider of the measured standard deviation and the one that the share of 1e-3 implies, since tails
-    are heavier than the bulk. With too few rows, a spread wider than that of the face models in use.
+    Nobody measured how the tail falls, and real ones fall more slowly than a normal law's, so that a likeness would seem rarer than
+    any register could tell. Its spread is the wider of the measured standard deviation and the one that the share of 1e-3 implies. With too
+    few rows, a spread wider than that of the face models in use. Never checked, so that no decision rests on it alone.
     """
     mean, sd, pairs = 0.0, _DEFAULT_SD, 1
     if len(vectors):
         cosines = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)].astype(np.float64)
         pairs = len(cosines)
         mean = float(cosines.mean())
-        sd = max(float(cosines.std()), float(np.quantile(cosines, 0.999) - mean) / float(ndtri(0.999)))
+        sd = max(float(cosines.std()), float(np.quantile(cosines, 0.999) - mean) / float(stdtrit(_TAIL_FREEDOM, 0.999)))
     score = np.linspace(-1.0, 1.0, 201)
-    llr = 10 / np.log(10) * (_log_normal(score, _MATED_MEAN, _MATED_SD) - _log_normal(score, mean, sd))
+    z = (score - mean) / sd
+    strangers = -(_TAIL_FREEDOM + 1) / 2 * np.log1p(z**2 / _TAIL_FREEDOM) - np.log(sd)
+    llr = 10 / np.log(10) * (-0.5 * ((score - _MATED_MEAN) / _MATED_SD) ** 2 - np.log(_MATED_SD) - strangers)
     llr[: llr.argmin()] = llr.min()  # mates' law is the wider one: far on the strangers' side it would win again
-    return Calibration.from_card(
-        {
-            "score": score.tolist(),
-            "llr_db": np.maximum.accumulate(np.clip(llr, -30, None)).tolist(),
-            "nonmated_db": (-10 / np.log(10) * log_ndtr((mean - score) / sd)).tolist(),
-            "measured_db": float(10 * np.log10(pairs)),
-            "source": f"{pairs} pairs of unlabelled embeddings",
-            "mates_measured": False,
-        }
-    )
-
-
-def _log_normal(x: NDArray[np.float64], mean: float, sd: float) -> NDArray[np.float64]:
-    """Logarithm of a normal density, but for the constant that ratios lose. (scipy.stats takes a second to import.)"""
-    return np.asarray(-0.5 * ((x - mean) / sd) ** 2 - np.log(sd))
+    table = {
+        "score": score.tolist(),
+        "llr_db": np.maximum.accumulate(np.clip(llr, -30, None)).tolist(),
+        "nonmated_db": (-10 * np.log10(stdtr(_TAIL_FREEDOM, -z))).tolist(),
+        "measured_db": float(10 * np.log10(pairs)),
+        "source": f"{pairs} pairs of unlabelled embeddings" if len(vectors) else "no calibration: assumed",
+        "mates_measured": False,
+    }
+    return replace(Calibration.from_card(table), unchecked=True)

@@ -5,6 +5,10 @@ Owns the rules. Never compares, never stores, never looks at a biometric sample.
 A score that reaches a threshold says that two records are hardly strangers. It does not say that they are one person: twins share a
 face, an operator's finger can lie on many records, and two people's captures can be filed as one. Where captures contradict one
 another, the sum is not believed alone: the case goes to a person, with its kind.
+
+Nor is a score believed whose calibration may be wrong by more than its margin: until a gallery has checked a model's card with people
+of its own (match/calibrations.py), what is left of the score with the card as wrong as it may be, `sure_db`, must reach the duplicate
+threshold, too; otherwise the case goes to a person, `uncalibrated`.
 """
 
 from __future__ import annotations
@@ -69,10 +73,14 @@ def judge(
             reasons[kind] = None
         elif candidate.score_db < duplicate_db:
             reasons["between_thresholds" if candidate.score_db >= band_db else "little_evidence"] = None
+        elif candidate.sure_db is not None and candidate.sure_db < duplicate_db:
+            reasons["uncalibrated"] = None
         elif candidate.extrapolated and not trust_extrapolation:
             reasons["extrapolated"] = None
         else:
             duplicate = True
+        if kind in BELIEVED and candidate.sure_db == 0.0:  # nothing but models without a calibration
+            reasons["uncalibrated"] = None
     if incomplete:
         reasons["incomplete"] = None
     if nothing_in_common:
@@ -87,6 +95,8 @@ REASONS = {
     "mixed_record": "captures of two subjects seem to be filed as one",
     "shared_finger": "one finger agrees and nothing else does; is it an operator's own?",
     "look_alike": "the face agrees and the fingers do not; twins?",
+    "uncalibrated": "the calibration of these scores is not checked yet with people of this gallery, and may be off by more than the "
+    "margin; a model without a calibration is never checked",
     "extrapolated": "the score lies beyond the measured pairs, which the policy does not trust",
     "incomplete": "part of the gallery was not compared",
     "between_thresholds": "the score lies between the thresholds",

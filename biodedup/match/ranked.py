@@ -29,7 +29,8 @@ Bool = NDArray[np.bool_]
 @dataclass(frozen=True)
 class Comparison:
     """One candidate's result. evidence: one entry a capture that could be compared; charge_db: what was taken off both sums,
-    for readings of the labels that were tried; interval_db: of score_db, 95 %, None where a card does not say."""
+    for readings of the labels that were tried; interval_db: of score_db, 95 %, None where a card does not say. sure_db: what is left
+    of score_db where calibrations that the gallery has not checked are as wrong as they may be; None: all of it."""
 
     row: int
     score_db: float
@@ -38,6 +39,7 @@ class Comparison:
     evidence: tuple[Evidence, ...]
     charge_db: float = 0.0
     interval_db: tuple[float, float] | None = None
+    sure_db: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,14 @@ class Measured:
         if both.any():
             found[both] = self.law.of(True).score_db(summed_db[both])
         return found
+
+    def low_db(self, ats: Int64) -> Float64:
+        """The lower end of score_db, of rows that are compared in one way and have an interval."""
+        summed_db = self.summed_db[ats]
+        both = not np.isnan(summed_db).any()
+        interval_db = self.law.of(both).interval_db(summed_db if both else self.raw[ats])
+        assert interval_db is not None, "what is unchecked has one"
+        return interval_db[0]
 
 
 def calibrated(law: Law, similarity: Float64, minutiae: Float64, *, by_embedding: bool) -> Measured:
@@ -179,13 +189,41 @@ class Board:
                 for i in np.flatnonzero(mine).tolist():
                     score, llr, *raw = [of_all[i] for of_all in lists]
                     evidence[i].append(Evidence(*pair, score, llr, *[None if isnan(x) else x for x in raw]))
-        told = (self.rows[ats], score_db, llr_db, fused.extrapolated[ats], charge_db, low_db, high_db)
+        sure_db = self._sure_db(ats, fused)
+        told = (self.rows[ats], score_db, llr_db, fused.extrapolated[ats], charge_db, low_db, high_db, sure_db)
         return [
-            Comparison(row, score, llr, beyond, tuple(parts), charge, None if isnan(low) else (low, high))
-            for parts, row, score, llr, beyond, charge, low, high in zip(
+            Comparison(
+                row,
+                score,
+                llr,
+                beyond,
+                tuple(parts),
+                charge,
+                None if isnan(low) else (low, high),
+                None if isnan(sure) else min(sure, score),
+            )
+            for parts, row, score, llr, beyond, charge, low, high, sure in zip(
                 evidence, *(values.tolist() for values in told), strict=True
             )
         ]
+
+    def _sure_db(self, ats: Int64, fused: Fused) -> Float64:
+        """What these rows score by the "sure" laws; NaN where all tables are checked. A model without a table of its own can speak
+        against a candidate here, and not for it."""
+        sure_db = np.full(len(ats), np.nan)
+        llr_db, used = self.llr_db[ats] - fused.tries_db[ats], fused.used[ats]
+        for some, pairs, calibrations in self._alike(used, self._both[ats]):
+            if not any([one.unchecked for one in calibrations]):
+                continue
+            if len(pairs) == 1 and calibrations[0].mates_measured:  # by its raw score, as its score_db is
+                only = self._measured[pairs[0]].low_db(ats[some])
+                sure_db[some] = only - fused.tries_db[ats[some], pairs[0]]
+            else:
+                mine, has_table = llr_db[some][:, pairs], [one.mates_measured for one in calibrations]
+                summed_db = np.where(has_table, mine, np.minimum(mine, 0.0)).sum(axis=1)
+                laws = tuple([one for one in calibrations if one.mates_measured])
+                sure_db[some] = score_db_of_steps(steps_of(summed_db), laws, "sure") if laws else 0.0
+        return np.asarray(np.maximum(sure_db - fused.charge_db[ats], 0.0))
 
     def raw(self, column: str, fused: Fused) -> tuple[Float64, Float64]:
         """(similarity, minutiae) of the pair that counts of this column of the probe; NaN where none does."""
