@@ -218,7 +218,7 @@ def test_apply_and_undo_killed_anywhere_go_on(districts, tmp_path):
     result, kills = until_it_lives(
         lambda storage: merged(others, out, into=first, prefer=["bantul"], apply=True, storage=storage)
     )
-    assert kills > 8
+    assert kills > 4  # a fault while the journal is wiped is put off, and ends nothing
     assert len(contents(first)) == 442
     undone, kills = until_it_lives(lambda storage: jobs.undo(result.merge_id, first, CONFIG, storage=storage))
     assert kills > 4

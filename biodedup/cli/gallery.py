@@ -35,6 +35,7 @@ from biodedup.cli.base import (
 )
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
+from biodedup.gallery.gallery import MERGES_FOLDER
 
 
 @app.command()
@@ -127,7 +128,14 @@ def compact(
         jobs.forget_removed(gallery)
         engine.compact()
         size = len(engine)
-    finish({"subjects": size}, f"compacted; {size:,} subjects", as_json)
+    logs = len(list((gallery / MERGES_FOLDER).glob("*.parquet")))
+    text = f"compacted; {size:,} subjects"
+    if logs:
+        text += (
+            f"; {logs} logs in {gallery / MERGES_FOLDER} keep templates of records that merges removed, for `biodedup undo`: delete "
+            "them when these merges are settled"
+        )
+    finish({"subjects": size, "merge_logs": logs}, text, as_json)
 
 
 @app.command()

@@ -472,7 +472,7 @@ def _schema(tables: Iterable[str]) -> dict[tuple[str, str], str]:
     return made
 
 
-_NULLABLE = {"dimension", "vector", "minutiae", "quality", "decision", "candidate"}
+_NULLABLE = {"dimension", "vector", "minutiae", "quality", "decision", "candidate", "set_by", "set_at", "reason"}
 _PYTHON_TYPES = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
 _TYPES_OF = {
     table: [(_PYTHON_TYPES[spec.split()[1]], spec.split()[0] in _NULLABLE) for spec in columns.split(", ")]

@@ -35,7 +35,7 @@ NEW_SUFFIX = ".new"
 """Of a file in the making."""
 
 _BUFFER_BYTES = 1 << 20
-_WIPED_BYTES_KEPT = 1 << 22
+_WIPED_BYTES_KEPT = 1 << 18
 """A wiped journal keeps its space up to this size: the next commit then needs no new blocks of the disk."""
 ODD_CONTENT = (
     AttributeError,
