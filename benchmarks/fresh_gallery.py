@@ -81,7 +81,7 @@ def templates_of(name: str, folder: Path | None) -> Set:
         some = paths[low : low + BATCH]
         captures = [bd.Finger(path, "right_index", 512) if name == "uareu" else bd.Face(path) for path in some]
         for path, result in zip(some, extractor.extract(captures), strict=True):
-            if isinstance(result, bd.Template) and owner_of(path, separator) not in DOUBLES:
+            if isinstance(result, bd.Template):
                 found.setdefault(owner_of(path, separator), []).append(result)
     if kept is not None:
         keep(found, kept)
@@ -192,6 +192,7 @@ def main() -> None:
         return
     figures = {}
     sets = {name: templates_of(name, options.folder) for name in PATTERNS}
+    sets["lfw"] = {owner: some for owner, some in sets["lfw"].items() if owner not in DOUBLES}
     for name, people in sets.items():
         figures[name] = measure(people, SIZES, options.encounters)
         print(f"{name}: {figures[name]}", flush=True)

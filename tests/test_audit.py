@@ -337,7 +337,7 @@ def test_entries_of_captures_stand_as_of_their_versions_which_the_report_states(
 
     with bd.Engine.open(tmp_path / "g") as engine:
         engine.add_templates([f"s{i}" for i in range(20)], {"face": people(20)})
-        threshold_db, _ = engine.policy.thresholds_db(20)
+        threshold_db = engine.policy.link_db(20)
         with pytest.raises(Cut):
             jobs.audit(engine, roll, tmp_path / "out.csv", progress=stop)
         engine.enroll(bd.Encounter("anna", captures=[bd.Face(portrait)]))

@@ -258,7 +258,7 @@ with bd.Engine.open(sys.argv[1], config) as engine:
     for i, vector in enumerate(vectors):
         try:
             if i % 3:
-                engine.add_templates([f"s{i}"], {"face": vector[None]})
+                engine.add_templates([f"s{i}"], {"face": vector[None]}, model_id="sface-2021dec-mirror-centred-1")
             else:
                 engine.enroll(bd.Encounter(f"s{i}", templates={"face": vector}, model_id="sface-2021dec-mirror-centred-1"))
             print(i, flush=True)
@@ -270,7 +270,7 @@ with bd.Engine.open(sys.argv[1], config) as engine:
             break
     assert failed
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    engine.enroll(bd.Encounter("later", templates={"face": -vectors[0]}))
+    engine.enroll(bd.Encounter("later", templates={"face": -vectors[0]}, model_id="sface-2021dec-mirror-centred-1"))
     engine.tidy()
 """
 
