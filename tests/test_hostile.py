@@ -124,6 +124,7 @@ SPOILT = {
     "strings behind the end": ("1.subject", set_array("subject_id.offset", -1, 1 << 40)),
     "a look-up that points outside": ("1.subject.lookup", set_array("position", 0, 1 << 30)),
     "ids that are no text": ("1.subject", set_array("subject_id.bytes", 0, 0xFF)),
+    "a vector without length": ("1.face", set_array("norm", 0, 0)),
     "a presence that no row has": ("1.subject", about(presence={"1": 5})),
 }
 
