@@ -450,6 +450,10 @@ def _read_lookup(file: ColumnFile, count: int) -> tuple[NDArray[np.uint64], NDAr
     hashes, positions = file.read("hash"), file.read("position")
     if len(positions) and int(positions.max()) >= count:
         raise file.damaged("it points outside its segment")
+    named = np.zeros(count, bool)
+    named[positions] = True
+    if not named.all():
+        raise file.damaged("it names a row twice")
     return hashes, positions
 
 
