@@ -100,6 +100,10 @@ def set_array(array: str, at: int, value: int) -> object:
     return changed
 
 
+def copy_first(array: str) -> object:
+    return lambda file: set_array(array, 1, int(file.array(array)[0]))(file)
+
+
 def about(**facts: object) -> object:
     return lambda file: file.table["about"].update(facts)
 
@@ -123,7 +127,9 @@ SPOILT = {
     "strings that end before they begin": ("1.subject", set_array("subject_id.offset", 2, -(1 << 40))),
     "strings behind the end": ("1.subject", set_array("subject_id.offset", -1, 1 << 40)),
     "a look-up that points outside": ("1.subject.lookup", set_array("position", 0, 1 << 30)),
+    "a look-up that names a row twice": ("1.subject.lookup", copy_first("position")),
     "ids that are no text": ("1.subject", set_array("subject_id.bytes", 0, 0xFF)),
+    "a vector without length": ("1.face", set_array("norm", 0, 0)),
     "a presence that no row has": ("1.subject", about(presence={"1": 5})),
 }
 
@@ -142,6 +148,7 @@ def test_contents_that_contradict_themselves_are_damage_though_every_checksum_is
             if f"s{i}" in engine:
                 engine.templates(f"s{i}")
         list(engine.join(threshold_db=0.0))
+        [part.lookup() for part in engine._gallery.snapshot().parts]
 
 
 def test_an_answer_that_unpacks_to_gigabytes_is_damage(gallery):

@@ -93,9 +93,11 @@ def write_column_file(
             start = body.count
             for piece in stream.pieces:
                 body.write(np.ascontiguousarray(piece, dtype=stream.dtype).reshape(-1).view(np.uint8).data)
-            assert body.count - start == stream.byte_count, (
-                f"{path.name}: {stream.name} has another size than announced"
-            )
+            if body.count - start != stream.byte_count:
+                raise GalleryDamaged(
+                    f"{stream.name} of {path.name} has another size than announced: what it is made from contradicts itself; "
+                    "run `biodedup doctor`"
+                )
         table = body.table()
         file.write(table)
         file.write(xxhash.xxh3_64_intdigest(table).to_bytes(8, "little"))

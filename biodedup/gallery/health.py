@@ -265,6 +265,7 @@ def _contradictions(segment: Segment) -> Iterator[Problem]:
     number = segment.entry.number
     presence = np.zeros(segment.count, np.uint16)
     for name, column in segment.columns.items():
+        column.check_lengths()
         positions = column.positions(0, column.count)
         if (np.diff(positions) <= 0).any() or (
             len(positions) and not 0 <= positions[0] <= positions[-1] < segment.count

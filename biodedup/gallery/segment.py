@@ -333,7 +333,18 @@ class SegmentColumn:
         self._rest.check_rows("rest", cells)
         self._file.check_rows("plane", cells // BLOCK_ROWS)
         codes = joined(self._file.unchecked("plane"), self._rest.unchecked("rest"), cells)
-        return codes, self._file.take("norm", cells)
+        return codes, self._lengths(self._file.take("norm", cells))
+
+    def check_lengths(self) -> None:
+        """Raises GalleryDamaged where a vector has no length, which no checksum tells."""
+        for low in range(0, self.count if self.codec is not None else 0, PIECE_ROWS):
+            self._lengths(self._file.read("norm", low, min(low + PIECE_ROWS, self.count)))
+
+    def _lengths(self, norms: Float32) -> Float32:
+        """As they are, if vectors can be divided by them."""
+        if not ((norms > 0) & (norms < np.inf)).all():
+            raise self._file.damaged("a vector has no length")
+        return norms
 
     @property
     def byte_counts(self) -> tuple[int, int]:
@@ -349,7 +360,7 @@ class SegmentColumn:
         plane, norms = self.plane(low, high)
         rest = self._rest.read("rest", low, high)
         cells = np.arange(low, high)
-        return joined(plane, rest, cells - first, low - first), norms[low - first : high - first]
+        return joined(plane, rest, cells - first, low - first), self._lengths(norms[low - first : high - first])
 
     def quality(self, low: int, high: int) -> Float32:
         if "quality" in self._file:
@@ -456,6 +467,10 @@ def _read_lookup(file: ColumnFile, count: int) -> tuple[NDArray[np.uint64], NDAr
     hashes, positions = file.read("hash"), file.read("position")
     if len(positions) and int(positions.max()) >= count:
         raise file.damaged("it points outside its segment")
+    named = np.zeros(count, bool)
+    named[positions] = True
+    if not named.all():
+        raise file.damaged("it names a row twice")
     return hashes, positions
 
 
