@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import again, jpeg, people
+from conftest import SFACE, again, jpeg, people
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -45,7 +45,7 @@ def told(content: bytes) -> bd.Template | bd.Refusal:
         return bd.Refusal("face", str(signal.Signals.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())))
     if len(content) != 512:
         return bd.Refusal("face", "blurred", "Laplacian over contrast", 0.01, 0.2)
-    return bd.Template("face", "external-128", np.frombuffer(content, np.float32))
+    return bd.Template("face", SFACE, np.frombuffer(content, np.float32))
 
 
 def vectors_in_disguise(encounters: Sequence[workers.Captures]) -> workers.Extracted:
