@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import again, jpeg, people
+from conftest import SFACE, again, jpeg, people
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -42,7 +42,7 @@ def told(capture: bd.Face) -> bd.Template | bd.Refusal:
         time.sleep(60)
     if len(content) != 512:
         return bd.Refusal("face", "blurred", "Laplacian over contrast", 0.01, 0.2)
-    return bd.Template("face", "external-128", np.frombuffer(content, np.float32))
+    return bd.Template("face", SFACE, np.frombuffer(content, np.float32))
 
 
 class InProcess(Workers):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import again, jpeg, people
+from conftest import SFACE, again, jpeg, people
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -23,6 +23,8 @@ from biodedup.jobs.comparisons import compare_all
 from biodedup.jobs.labelled import Labelled
 from biodedup.jobs.progress import silent
 
+MODELS = {"face": SFACE, "right_index": "external-128"}
+NAMED = [f"--model-id={column}={model_id}" for column, model_id in MODELS.items()]
 SUBJECTS, VISITS = 40, 3
 
 
@@ -51,7 +53,7 @@ def rows(folder: Path, name: str) -> list[dict]:
 
 def test_verification_is_what_an_independent_count_of_raw_similarities_says(tmp_path):
     source = templates(tmp_path / "t.parquet", refused=4)
-    found = jobs.evaluate(source, tmp_path / "r.json", replicates=100).document
+    found = jobs.evaluate(source, tmp_path / "r.json", model_id=MODELS, replicates=100).document
     given = pa.parquet.read_table(source).to_pylist()
     kept = [row for row in given if row["face"] is not None]
     vectors = np.array([row["face"] for row in kept], np.float32)
@@ -81,7 +83,7 @@ def test_verification_is_what_an_independent_count_of_raw_similarities_says(tmp_
 
 def test_searches_are_what_an_independent_count_says(tmp_path):
     source = templates(tmp_path / "t.parquet", refused=4)
-    found = jobs.evaluate(source, tmp_path / "r.json", replicates=100).document["identification"]
+    found = jobs.evaluate(source, tmp_path / "r.json", model_id=MODELS, replicates=100).document["identification"]
     given = pa.parquet.read_table(source).to_pylist()
     gallery = np.array([row["face"] for row in given[:SUBJECTS]], np.float32)
     ranks, mate, stranger = [], [], []
@@ -109,13 +111,15 @@ def test_searches_are_what_an_independent_count_says(tmp_path):
     table = rows(tmp_path, "searches")
     assert sum(row["mate_rank"] == 1 for row in table) == found["cmc"]["found"][0]
     at = found["at_policy"][0]
-    assert at["threshold_db"] == pytest.approx(10 * np.log10(SUBJECTS / 1e-3))
+    assert at["threshold_db"] == bd.Policy().thresholds_db(SUBJECTS)[0] == 50.0  # the floor
     counted = [row for row in table if row["mate_enrolled"] and row["searched"]]
     assert at["fnir"]["events"] == sum(row["mate_db"] < at["threshold_db"] for row in counted)
 
 
 def test_a_poorer_sensor_is_told_apart_and_small_groups_are_marked(tmp_path):
-    found = jobs.evaluate(templates(tmp_path / "t.parquet"), tmp_path / "r.json", replicates=200).document["groups"]
+    found = jobs.evaluate(
+        templates(tmp_path / "t.parquet"), tmp_path / "r.json", model_id=MODELS, replicates=200
+    ).document["groups"]
     sensors = {row["group"]: row for row in found["columns"]["sensor"]}
     assert sensors["poor"]["fnmr"]["difference"]["interval"][0] > 0
     assert sensors["good"]["fnmr"]["difference"]["interval"][1] < 0
@@ -133,7 +137,7 @@ def test_a_poorer_sensor_is_told_apart_and_small_groups_are_marked(tmp_path):
 
 def test_evidence_is_told_alone_and_together(tmp_path):
     source = templates(tmp_path / "t.parquet", fingers=True)
-    found = jobs.evaluate(source, tmp_path / "r.json", replicates=50).document
+    found = jobs.evaluate(source, tmp_path / "r.json", model_id=MODELS, replicates=50).document
     assert [(one["column"], one["evidence"]) for one in found["alone"]] == [
         ("face", "similarity"),
         ("right_index", "similarity"),
@@ -164,9 +168,9 @@ def test_scores_are_those_of_the_librarys_own_comparison():
 
 def test_many_pairs_of_strangers_are_sampled_by_seed_and_it_is_said(tmp_path):
     source = templates(tmp_path / "t.parquet")
-    whole = jobs.evaluate(source, tmp_path / "w.json", replicates=20).document
+    whole = jobs.evaluate(source, tmp_path / "w.json", model_id=MODELS, replicates=20).document
     one, same, other = (
-        jobs.evaluate(source, tmp_path / "r.json", replicates=20, nonmated_max=800, seed=seed).document
+        jobs.evaluate(source, tmp_path / "r.json", model_id=MODELS, replicates=20, nonmated_max=800, seed=seed).document
         for seed in (1, 1, 2)
     )
     assert one["counts"]["nonmated_pairs_sampled"]
@@ -234,14 +238,14 @@ def test_without_matplotlib_a_report_is_refused_before_any_work_and_numbers_are_
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     source = templates(tmp_path / "t.parquet")
     monkeypatch.chdir(tmp_path)
-    refused = CliRunner().invoke(app, ["evaluate", str(source), "-o", "r.json"])
+    refused = CliRunner().invoke(app, ["evaluate", str(source), "-o", "r.json", *NAMED])
     assert isinstance(refused.exception, bd.InvalidInput)
     assert "pip install 'biodedup[report]'" in str(refused.exception)
     assert list(tmp_path.iterdir()) == [source]
-    done = CliRunner().invoke(app, ["evaluate", str(source), "-o", "r.json", "--no-report", "--json"])
+    done = CliRunner().invoke(app, ["evaluate", str(source), "-o", "r.json", *NAMED, "--no-report", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["counts"]["subjects"] == SUBJECTS
-    assert CliRunner().invoke(app, ["evaluate", str(source), "-o", "r.json", "--no-report"]).exit_code == 0
+    assert CliRunner().invoke(app, ["evaluate", str(source), "-o", "r.json", *NAMED, "--no-report"]).exit_code == 0
     assert not (tmp_path / "r.html").exists()
 
 
@@ -296,7 +300,7 @@ def test_unsound_templates_count_as_failures_to_enrol(tmp_path):
         {"subject_id": list("abcde"), "face": cells, "right_thumb": [None, b"no record", None, None, None]}
     )
     pa.parquet.write_table(table, tmp_path / "t.parquet")
-    found = jobs.evaluate(tmp_path / "t.parquet", tmp_path / "r.json", replicates=20).document
+    found = jobs.evaluate(tmp_path / "t.parquet", tmp_path / "r.json", model_id=MODELS, replicates=20).document
     assert found["failure_to_enrol"]["rate"]["events"] == 2
     assert {(row["column"], row["reason"]) for row in found["failure_to_enrol"]["captures_declined"]} == {
         ("face", "not_a_unit_vector"),
@@ -312,5 +316,7 @@ def test_a_source_without_errors_is_drawn_too(tmp_path):
         {"subject_id": [f"s{i % 8}" for i in range(16)], "face": [*vectors.tolist(), *again(vectors, 0.95).tolist()]}
     )
     pa.parquet.write_table(table, tmp_path / "t.parquet")
-    jobs.evaluate(tmp_path / "t.parquet", tmp_path / "r.json", report=tmp_path / "r.html", replicates=20)
+    jobs.evaluate(
+        tmp_path / "t.parquet", tmp_path / "r.json", model_id=MODELS, report=tmp_path / "r.html", replicates=20
+    )
     assert (tmp_path / "r.html").read_text().count("no threshold has errors of both kinds") == 2
