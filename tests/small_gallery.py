@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from conftest import again, people
+from conftest import SFACE, again, people
 
 import biodedup as bd
 
@@ -16,7 +16,9 @@ def small(seal_rows: int = 4, merge_fan: int = 2, *, background: bool = False) -
 
 
 def enroll(engine: bd.Engine, i: int, **more: object) -> bd.Decision:
-    return engine.enroll(bd.Encounter(f"s{i}", templates={"face": PEOPLE[i]}, encounter_id=f"e{i}", **more))
+    return engine.enroll(
+        bd.Encounter(f"s{i}", templates={"face": PEOPLE[i]}, encounter_id=f"e{i}", model_id=SFACE, **more)
+    )
 
 
 def nearest(engine: bd.Engine, i: int, **more: object) -> str:

@@ -38,6 +38,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         (["columns.py", "--rows", "70000", "--mates", "256", "--risks", "1e-3"], "independent: miss risk 0.001", False),
         (["swap.py", "--rows", "2000", "--probes", "4"], "labels told 0; 4; 4 of 4", False),
         (["bulk.py", "--smoke"], "enrolled people found again   30 of 30", False),
+        (["histories.py", "--operations", "150"], "violations                               0", False),
         (["torture.py", "--kills", "2"], "unreadable                               0", False),
         (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
         (["accuracy.py", "fused", "--limit", "2", "--seeds", "1"], "seed 0, all: mate first", True),

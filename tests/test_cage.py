@@ -170,13 +170,14 @@ def test_a_kit_remembers_no_verdict_that_a_failure_gave(tmp_path, portrait, monk
     (tmp_path / "a.jpg").write_bytes(jpeg(portrait))
     (tmp_path / "m.csv").write_text("subject_id,path\nanna,a.jpg\n")
     jobs.make_keys("K", tmp_path / "k.key")
+    jobs.make_centre_key(tmp_path / "centre.key")
 
     def packed() -> jobs.PackResult:
         return jobs.pack_batch(tmp_path / "m.csv", tmp_path / "b.kit", tmp_path / "k.key", bd.Config())
 
     with monkeypatch.context() as patch:
         failing = [bd.Refusal("face", "too_slow")]
-        patch.setattr("biodedup.jobs.kit_pack.Extractor.extract", lambda self, captures: failing)
+        patch.setattr("biodedup.jobs.kit_judge.Extractor.extract", lambda self, captures: failing)
         assert packed().recaptures
     assert not packed().recaptures
 
@@ -186,6 +187,7 @@ def test_a_kit_leaves_out_a_record_whose_file_cannot_be_read(tmp_path, portrait,
         (tmp_path / f"{name}.jpg").write_bytes(jpeg(portrait, 60 if name == "a" else 90))
     (tmp_path / "m.csv").write_text("subject_id,path\nanna,a.jpg\nbella,b.jpg\n")
     jobs.make_keys("K", tmp_path / "k.key")
+    jobs.make_centre_key(tmp_path / "centre.key")
     opened = os.open
 
     def failing(path, *more, **named):
@@ -197,9 +199,11 @@ def test_a_kit_leaves_out_a_record_whose_file_cannot_be_read(tmp_path, portrait,
         patch.setattr(os, "open", failing)
         result = jobs.pack_batch(tmp_path / "m.csv", tmp_path / "b.kit", tmp_path / "k.key", bd.Config())
     assert [one.subject_id for one in result.packed] == ["bella"]
-    assert "a.jpg cannot be read" in result.broken[0].problem
+    assert "row 1: its file is no face capture that can be opened" in result.broken[0].problem
     whole = jobs.pack_batch(tmp_path / "m.csv", tmp_path / "b.kit", tmp_path / "k.key", bd.Config())
     assert len(whole.packed) == 2
+    before = (tmp_path / "b.kit").read_bytes()
     monkeypatch.setattr(os, "open", failing)  # now the batch file has the record
-    with pytest.raises(bd.CaptureUnavailable):
+    with pytest.raises(bd.InvalidInput):
         jobs.pack_batch(tmp_path / "m.csv", tmp_path / "b.kit", tmp_path / "k.key", bd.Config())
+    assert (tmp_path / "b.kit").read_bytes() == before

@@ -190,6 +190,7 @@ def test_a_case_judged_for_recapture_keeps_its_encounter_id(tmp_path):
 
 def test_the_command_says_what_to_do(tmp_path, prints):
     (tmp_path / "face.jpg").write_bytes(b"no image")
+    (tmp_path / "li.jpg").write_bytes(b"")
     (tmp_path / "ri.jpg").write_bytes(prints[0])
     arguments = [
         "--face",
@@ -216,15 +217,16 @@ def run_batch(folder: Path, policy: bd.Policy | None = None) -> tuple[jobs.Batch
 
 def test_a_batch_names_each_capture_and_takes_the_repaired_ones(tmp_path, prints, portrait):
     (tmp_path / "face.jpg").write_bytes(b"no image")
+    (tmp_path / "li.jpg").write_bytes(b"")
     (tmp_path / "ri.jpg").write_bytes(prints[0])
     (tmp_path / "m.csv").write_text(
         "subject_id,encounter_id,path,position\nanna,e1,face.jpg,face\nanna,e1,li.jpg,left_index\nanna,e1,ri.jpg,right_index\n"
     )
     result, (row,) = run_batch(tmp_path)
     assert (result.statuses["refused"], row["status"], row["reason"]) == (1, "refused", "incomplete")
-    assert row["detail"] == "face: not_an_image; left_index: missing_file"
+    assert row["detail"] == "face: not_an_image; left_index: empty_file"
     assert {one["column"] for one in json.loads(row["refusals"])} == {"face", "left_index"}
-    assert "face: not_an_image; left_index: missing_file" in (tmp_path / "out.html").read_text()
+    assert "face: not_an_image; left_index: empty_file" in (tmp_path / "out.html").read_text()
     again, rows = run_batch(tmp_path)
     assert (again.extracted, rows) == (0, [row])  # run again, it changes nothing
 

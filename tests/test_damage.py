@@ -98,9 +98,11 @@ def test_doctor_counts_subjects_that_are_enrolled_twice_and_no_removed_ones(tmp_
             template = bd.Template("face", transaction.models["face"].model_id, PEOPLE[5])
             transaction._catalogue.add_subjects([(transaction.tail.end_row, "s4", "", 0)])
             transaction._catalogue.add_cells([(transaction.tail.end_row, template)])
-            transaction.tail.append(["s4"], "", 0, {"face": [template]})
+            transaction.tail.append("s4", "", 0, {"face": template}, again=True)
             transaction.content_changed = True
-        assert engine.problems() == ["database, subject: 1 rows are not the first of their subject, 0 are counted"]
+        assert engine.problems() == [
+            "database, counters: its counters say that 0 rows are not the first of their subject, its rows 1"
+        ]
 
 
 def test_a_flipped_bit_in_the_journal_is_found_or_changes_nothing(sealed):

@@ -375,3 +375,19 @@ def test_after_any_single_fault_the_rows_are_those_before_or_after(tmp_path, ope
         if countdown.left > 0:
             break
     assert n > 3
+
+
+def test_a_search_across_positions_charges_each_candidate_once_whatever_others_are_compared(tmp_path):
+    fingers = people(4, seed=9)
+    probe = {"right_thumb": again(fingers[0], 0.9), "right_index": again(fingers[1], 0.9)}
+    found = []
+    for others in (False, True):
+        with bd.Engine.open(tmp_path / str(others), CONFIG) as engine:
+            anna = {"right_thumb": fingers[0], "right_index": fingers[1]}
+            engine.admit([bd.Encounter("anna", templates=anna)])
+            if others:  # of other sorts: their columns come behind hers
+                engine.admit([bd.Encounter("bella", templates={"left_index": fingers[2]})])
+                engine.admit([bd.Encounter("carla", templates={"left_middle": fingers[3], "left_ring": fingers[2]})])
+            best = engine.identify(bd.Encounter(templates=probe), across_positions=True).best
+            found.append((best.subject_id, best.charge_db, best.score_db))
+    assert found[0] == found[1] and found[0][1] > 0

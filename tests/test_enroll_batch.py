@@ -215,6 +215,7 @@ def test_killed_in_the_middle_the_command_goes_on(tmp_path):
         },
     )
     command = [sys.executable, "-m", "biodedup.cli", "enroll-batch", "m.parquet", "--batch", "4", "--json"]
+    command += ["--model-id", SFACE]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         time.sleep(0.02)
@@ -293,8 +294,8 @@ def test_what_is_no_table_is_a_mistake_and_leaves_nothing(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"\x89PNG" * 50)
     (tmp_path / "b.csv").write_bytes(b"")
     (tmp_path / "c.csv").write_text("name,photo\nAnna,a.jpg\n")
-    (tmp_path / "d.txt").write_text("subject_id,path\n1,a.jpg\n")
-    for name in ("a.parquet", "b.csv", "c.csv", "d.txt", "absent.csv"):
+    (tmp_path / "d.doc").write_text("subject_id,path\n1,a.jpg\n")
+    for name in ("a.parquet", "b.csv", "c.csv", "d.doc", "absent.csv"):
         with pytest.raises(bd.InvalidInput, match=name):
             run(tmp_path, tmp_path / name)
     assert not list(tmp_path.glob("out*"))

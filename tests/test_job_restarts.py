@@ -25,6 +25,7 @@ from test_enroll_batch import InProcess
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.storage import Connection
 from biodedup.jobs.kit_record import Record
 from biodedup.searches import Searches
 
@@ -52,7 +53,7 @@ def visits() -> tuple[np.ndarray, list[str]]:
 def kill_at(monkeypatch):
     """Makes every connection count its commits, and die at the nth: before it, or right behind it."""
 
-    class Dying(sqlite3.Connection):
+    class Dying(Connection):
         count, nth, behind, dead = 0, 0, False, False
 
         def execute(self, sql, *values):
@@ -72,7 +73,7 @@ def kill_at(monkeypatch):
 
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     real = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *args, **more: real(*args, factory=Dying, **more))
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **more: real(*args, **more | {"factory": Dying}))
 
     def arm(nth: int, behind: bool) -> None:
         Dying.count, Dying.nth, Dying.behind, Dying.dead = 0, nth, behind, False

@@ -57,7 +57,7 @@ def test_another_policy_is_an_error_that_shows_each_difference(tmp_path):
 def test_an_overriding_policy_counts_for_its_process_and_is_not_stored(tmp_path):
     opened(tmp_path / "g", STRICT).close()
     with opened(tmp_path / "g", bd.Policy(), override_policy=True) as engine:
-        assert (engine.policy, enroll(engine, 0).duplicate_db) == (bd.Policy(), pytest.approx(30))
+        assert (engine.policy, enroll(engine, 0).duplicate_db) == (bd.Policy(), pytest.approx(50))
         assert [one.policy for one in engine.policies()] == [STRICT]
     with opened(tmp_path / "g") as engine:
         assert engine.policy == STRICT

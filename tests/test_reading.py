@@ -198,7 +198,8 @@ def test_a_job_decides_a_record_when_its_last_file_is_there(tmp_path, portrait):
     pa.parquet.write_table(pa.table(columns), tmp_path / "m.parquet")
 
     def run() -> tuple[str, str | None]:
-        with bd.Engine.open(tmp_path / "g") as engine, jobs.Backlog.open(tmp_path / "g") as backlog:
+        config = bd.Config(policy=bd.Policy(required=()))
+        with bd.Engine.open(tmp_path / "g", config) as engine, jobs.Backlog.open(tmp_path / "g") as backlog:
             jobs.enroll_batch(engine, backlog, tmp_path / "m.parquet", tmp_path / "o.parquet", workers=1)
         (row,) = pa.parquet.read_table(tmp_path / "o.parquet").to_pylist()
         return row["status"], row["reason"]

@@ -143,7 +143,16 @@ def commands(group: typer.main.TyperCommand) -> dict[str, set[str]]:
 
 def test_every_command_that_opens_a_gallery_or_takes_captures_takes_settings():
     without = {name for name, options in commands(typer.main.get_command(app)).items() if "--config" not in options}
-    assert without == {"calibrate", "demo", "kit inspect", "kit keys", "status"}
+    assert without == {
+        "calibrate",
+        "demo",
+        "kit centre-key",
+        "kit inspect",
+        "kit keys",
+        "kit revoke",
+        "kit trust",
+        "status",
+    }
 
 
 def test_commands_go_by_the_settings_of_each_place(tmp_path, portrait, monkeypatch):

@@ -234,9 +234,9 @@ def test_a_batch_finds_swaps_inside_itself(small, fingers, anew):
     first = bd.Encounter("a", templates={"left_index": fingers["left_index"][0]})
     second = bd.Encounter("b", templates={"right_index": anew["left_index"][0]})
     assert [d.outcome for d in small.enroll_many([first, second], across_positions=True)] == ["unique", "review"]
-    assert (
-        small.update(bd.Encounter("a", templates=second.templates), across_positions=True).outcome == "unique"
-    )  # nobody is a swap of their own
+    updated = small.update(bd.Encounter("a", templates=second.templates), across_positions=True)
+    assert (updated.outcome, updated.reasons[0]) == ("review", "another_person")  # 1:1 goes by the labels
+    assert [c.subject_id for c in updated.candidates] == ["a"]  # nor is a subject a swap of its own
 
 
 def test_a_search_that_could_not_see_everything_says_incomplete(gallery, fingers, anew, monkeypatch):

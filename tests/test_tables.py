@@ -211,7 +211,7 @@ def test_templates_with_bad_ids_cost_their_rows_in_an_evaluation(tmp_path):
         "Encounter ID": ["1", "2", "3", "4"],
     }
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
-    found, left_out = read_labelled(tmp_path / "t.parquet", bd.Config())
+    found, left_out = read_labelled(tmp_path / "t.parquet", bd.Config(), model_id="a-model")
     assert [(one.subject_id, one.encounter_id) for one in found] == [("a", "1"), ("b", "3")]
     assert np.allclose(found[1].templates["face"].embedding, people(4)[2])
     assert [(row.number, row.refusal.reason) for row in left_out.rows] == [(2, "no_subject_id"), (4, "unusable_id")]

@@ -18,10 +18,12 @@ from biodedup.cli.base import (
     Exit,
     GalleryOption,
     JsonOption,
+    ModelIdOption,
     ThreadsOption,
     app,
     configured,
     finish,
+    model_ids,
     print_json,
     print_summary,
     progress_bar,
@@ -58,6 +60,7 @@ def enroll_batch(
     capture_s_max: Annotated[
         float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
     ] = IsolationConfig.capture_s_max,
+    model_id: ModelIdOption = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -83,6 +86,7 @@ def enroll_batch(
                 workers=workers,
                 capture_s_max=capture_s_max,
                 retry_failed=retry_failed,
+                model_id=model_ids(model_id),
                 progress=progress,
             )
     summary = done.summary() | {"result": str(result)} | ({"report": str(report)} if report else {})

@@ -275,6 +275,8 @@ class ColumnFile:
 
     def expect(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Raises GalleryDamaged where an array is absent, or of another type or shape."""
+        if isinstance(self._arrays, _Closed):
+            raise EngineClosed(_CLOSED)
         array = self._arrays.get(name)
         if array is None or array.dtype.str != dtype or array.shape != shape:
             raise self.damaged(f"its array {name}, wanted {dtype} {shape}")

@@ -322,7 +322,7 @@ class Gallery:
                 try:
                     self._adopt(transaction)
                 except BaseException:  # memory ran out, and the commit is durable: what is there is read again
-                    self._broken = True
+                    self._broken, self._uncertain = True, transaction.state
                     with suppress(BiodedupError, MemoryError):  # or else the next transaction does
                         self._recover()
                     raise

@@ -17,6 +17,7 @@ BACK_S = 1.0
 """A clock that is set by less than this is kept in step, not set back."""
 _LOOKED_AT = 65_536
 _DATE = re.compile(rb'"decided_at":([0-9][0-9.e+]*)')
+_ANSWER_BYTES_MAX = 1 << 26
 _log = logging.getLogger("biodedup")
 
 
@@ -27,12 +28,20 @@ def dates(snapshot: Snapshot, count: int = _LOOKED_AT) -> list[float]:
         answers = part.answers
         low = max(0, answers.count - count)
         if answers.count:
-            texts = (zlib.decompress(text) for text in answers.texts(low, answers.count).to_pylist())
+            texts = map(_inflated, answers.texts(low, answers.count).to_pylist())
             found.append([float(date[1]) for text in texts if (date := _DATE.search(text)) is not None])
         count -= answers.count - low
         if count <= 0:
             break
     return [date for some in reversed(found) for date in some if date > 0]
+
+
+def _inflated(data: bytes) -> bytes:
+    """The text of an answer; nothing of a damaged one, which is told where it is read."""
+    try:
+        return zlib.decompressobj().decompress(data, _ANSWER_BYTES_MAX)
+    except zlib.error:
+        return b""
 
 
 def date_notes(snapshot: Snapshot, now: float) -> list[str]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -129,6 +129,7 @@ def enroll_batch(
     workers: int = 2,
     capture_s_max: float | None = None,
     retry_failed: bool = False,
+    model_id: str | Mapping[str, str] | None = None,
     clock: Callable[[], float] = time.time,
     stopwatch: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
@@ -139,7 +140,8 @@ def enroll_batch(
     Batches are of `engine.config.batch_size` records. Interrupted, it goes on where it was; run again, it changes nothing and
     writes the same table. workers: processes that extract. capture_s_max: seconds that one may take for a capture before it is killed;
     None: as the config's `isolation` says.
-    retry_failed: try again what workers died of, or took too long for.
+    retry_failed: try again what workers died of, or took too long for. model_id: what made the vectors of a manifest that has some, one
+    for all or by column; needed where the gallery has no model there.
     Raises InvalidInput where the manifest is no table, StorageUnavailable.
     """
     check_table_name(out)
@@ -147,6 +149,7 @@ def enroll_batch(
     with ExitStack() as stack:
         pool = pool or stack.enter_context(Workers(engine.config, workers, capture_s_max=capture_s_max))
         job = _Job(engine, backlog, table, pool, retry_failed, clock, stopwatch)
+        job.model_id = model_id
         started = stopwatch()
         survey = table.survey()
         job.suspected = survey.repeated
@@ -208,6 +211,7 @@ class _Job:
         stopwatch: Callable[[], float],
     ) -> None:
         self.suspected: frozenset[int] = frozenset()
+        self.model_id: str | Mapping[str, str] | None = None
         self.extracted = self.decided_now = 0
         self.seconds = dict.fromkeys(("all", "reading", "waiting", "searching"), 0.0)
         self._engine, self._backlog, self._table, self._pool = engine, backlog, table, pool
@@ -371,7 +375,13 @@ class _Job:
                 if templates:
                     record = item.record
                     encounter = Encounter(
-                        record.subject_id, record.missing, templates, item.encounter_id, record.groups, refusals
+                        record.subject_id,
+                        record.missing,
+                        templates,
+                        item.encounter_id,
+                        record.groups,
+                        refusals,
+                        model_id=self.model_id,
                     )
                     batch.waiting.append((item, encounter))
                 else:

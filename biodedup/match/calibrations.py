@@ -132,9 +132,10 @@ class Calibrations:
             drawn = NOBODY
         with self._lock:
             key, found = self._measured.get(model_id, (None, None))
-            if found is None or key != drawn.key:
+            now = drawn.key, self._own_strangers()
+            if found is None or key != now:
                 found = from_embeddings(drawn.vectors()) if known is None else self._here(model_id, known, drawn)
-                self._measured[model_id] = drawn.key, found
+                self._measured[model_id] = now, found
             return found
 
     def _here(self, model_id: str, known: Calibration, drawn: Drawn) -> Calibration:
