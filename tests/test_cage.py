@@ -178,8 +178,8 @@ def test_a_kit_remembers_no_verdict_that_a_failure_gave(tmp_path, portrait, monk
     with monkeypatch.context() as patch:
         failing = [bd.Refusal("face", "too_slow")]
         patch.setattr("biodedup.jobs.kit_judge.Extractor.extract", lambda self, captures: failing)
-        assert packed().recaptures
-    assert not packed().recaptures
+        assert packed().broken
+    assert not packed().broken
 
 
 def test_a_kit_leaves_out_a_record_whose_file_cannot_be_read(tmp_path, portrait, monkeypatch):

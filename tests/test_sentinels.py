@@ -401,15 +401,15 @@ def test_the_exact_rank_is_that_of_a_sorted_list(gallery):
     with bd.Engine.open(gallery, CONFIG) as engine:
         engine.remove("s5")
         snapshot = engine._gallery.snapshot()
-    stored = snapshot.embeddings(range(3_050), "face")
-    rows = [7, 1_500, 3_049]
-    probes = mates_of(stored[rows], np.full(3, 0.35), seed=3)
-    similarity = probes @ stored.T
-    similarity[:, 5] = -1
-    oracle = [(-line).argsort().tolist().index(row) + 1 for line, row in zip(similarity, rows, strict=True)]
-    cosine = similarity[range(3), rows]
-    assert max(oracle) > 1
-    assert sentinels._exact_rank(snapshot, "face", probes, cosine, rows).tolist() == oracle
+        stored = snapshot.embeddings(range(3_050), "face")
+        rows = [7, 1_500, 3_049]
+        probes = mates_of(stored[rows], np.full(3, 0.35), seed=3)
+        similarity = probes @ stored.T
+        similarity[:, 5] = -1
+        oracle = [(-line).argsort().tolist().index(row) + 1 for line, row in zip(similarity, rows, strict=True)]
+        cosine = similarity[range(3), rows]
+        assert max(oracle) > 1
+        assert sentinels._exact_rank(snapshot, "face", probes, cosine, rows).tolist() == oracle
 
 
 def test_expected_counts_are_those_of_the_binomial_law():

@@ -278,7 +278,7 @@ class Gallery:
                 self._catalogue.begin_reading()
                 yield
             except ODD_CONTENT as error:
-                raise _never_written(self.folder, error) from error
+                raise _never_written(self.folder, error) from (None if isinstance(error, MemoryError) else error)
             finally:
                 try:
                     self._catalogue.rollback()
@@ -358,12 +358,12 @@ class Gallery:
             self._catalogue.begin()  # nobody else writes meanwhile
             self.storage.wipe(self.folder / f"{DATABASE_NAME}-journal")
             self._unwiped = self._catalogue.erased = False
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, MemoryError) as error:
             _log.warning("overwriting the journal was put off: %s", error)
         finally:
             try:
                 self._catalogue.rollback()
-            except sqlite3.Error:
+            except (sqlite3.Error, MemoryError):
                 self._broken = True
 
     def _adopt(self, transaction: Transaction) -> None:
@@ -546,7 +546,7 @@ class Gallery:
                 finally:
                     self._catalogue.rollback()
         except ODD_CONTENT as error:  # what no page check sees
-            raise _never_written(self.folder, error) from error
+            raise _never_written(self.folder, error) from (None if isinstance(error, MemoryError) else error)
 
     def _read(self) -> tuple[Snapshot, Tail]:
         meta = self._catalogue.meta()
@@ -639,9 +639,9 @@ class Gallery:
         self._wipe_if_erased()
 
 
-def _never_written(folder: Path, error: Exception) -> BiodedupError:
-    """The error for content that contradicts itself; those of the tree stay."""
-    if isinstance(error, BiodedupError):
+def _never_written(folder: Path, error: Exception) -> Exception:
+    """The error for content that contradicts itself; those of the tree stay, and so does a lack of memory."""
+    if isinstance(error, BiodedupError | MemoryError):
         return error
     return GalleryDamaged(
         f"{folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
