@@ -233,7 +233,7 @@ def test_a_pair_of_rows_judged_different_is_raised_no_more_and_a_new_row_is_aske
         engine.remove("bella")
         anew = engine.enroll(sent("bella", twin, "e4"))
         assert (anew.outcome != "unique", names(anew.candidates), anew.cleared) == (True, ["anna"], ())
-        assert names(engine.identify(bd.Encounter("bella", templates={"face": twin})).candidates) == ["anna"]
+        assert "anna" in names(engine.identify(bd.Encounter("bella", templates={"face": twin})).candidates)
 
 
 def test_a_candidate_that_got_a_row_since_its_verdict_is_asked_about_again(engine):
