@@ -46,10 +46,11 @@ CONFIG = bd.Config(
     policy=bd.Policy(duplicate_db=100, review_db=30),
     gallery=bd.GalleryConfig(seal_rows=64, merge_fan=2),
 )
-HOLD_S = 2.0
+HOLD_S = 4.0
+"""A writer's turn; opening the gallery and loading compiled code takes some two seconds."""
 OPERATIONS_A_KILL = 150
 OPERATIONS = ("enrol", "update", "remove", "dispute", "judge", "resend", "fork")
-WEIGHTS = (42, 22, 6, 4, 16, 9, 1)
+WEIGHTS = (36, 20, 6, 4, 24, 9, 1)
 
 
 def capture(person: int, number: int, cosine: float) -> np.ndarray:
@@ -175,16 +176,14 @@ class Worker:
         if not waiting:
             return
         case = rng.choice(waiting)
-        mine = person_of(case.encounter_id)
+        person = person_of(case.encounter_id)
         if not case.undecided:
             engine.adjudicate(case.encounter_id, "different", "the truth")
-            return
-        candidate = rng.choice(case.undecided)
-        theirs = self.person(engine, candidate)
-        if theirs is None:
-            return
-        ruling = "same" if theirs == mine else "different"
-        engine.adjudicate(case.encounter_id, ruling, "the truth", candidate=candidate.key)
+        for candidate in case.undecided:
+            other = self.person(engine, candidate)
+            if other is not None:
+                ruling = "same" if other == person else "different"
+                engine.adjudicate(case.encounter_id, ruling, "the truth", candidate=candidate.key)
         self.say(what="done", operation="judge", encounter_id=case.encounter_id)
 
     @staticmethod
@@ -265,7 +264,8 @@ def run(operations: int, processes: int, seed: int) -> dict[str, Any]:
         logs.mkdir()
         bd.Engine.open(gallery, CONFIG).close()
         running: list[subprocess.Popen[bytes]] = []
-        kills, launched, next_kill = 0, 0, OPERATIONS_A_KILL // 3
+        said = Logs(logs)
+        kills, launched, next_kill, counted, done, faulty = 0, 0, OPERATIONS_A_KILL // 3, 0, 0, False
         while True:
             while len(running) < processes:
                 command = [sys.executable, __file__, "--worker", str(gallery), "--seed", str(seed * 1000 + launched)]
@@ -273,9 +273,11 @@ def run(operations: int, processes: int, seed: int) -> dict[str, Any]:
                     running.append(subprocess.Popen(command, stdout=out))
                 launched += 1
             time.sleep(0.2)
-            lines = read_lines(logs)
-            done = sum(line["what"] in ("done", "declined") for line in lines)
-            if done >= operations or any(line["what"] == "fault" for line in lines):
+            new = said.refresh()[counted:]
+            counted += len(new)
+            done += sum(line["what"] in ("done", "declined") for line in new)
+            faulty = faulty or any(line["what"] == "fault" for line in new)
+            if done >= operations or faulty:
                 break
             if done < next_kill:
                 continue
@@ -288,7 +290,7 @@ def run(operations: int, processes: int, seed: int) -> dict[str, Any]:
         for process in running:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        lines = read_lines(logs)
+        lines = said.refresh()
         faults = audit(gallery, lines)
         with bd.Engine.open(gallery, CONFIG) as engine:
             info = engine.info()
@@ -308,16 +310,22 @@ def run(operations: int, processes: int, seed: int) -> dict[str, Any]:
     }
 
 
-def read_lines(logs: Path) -> list[dict[str, Any]]:
-    """What all processes said; of a killed one the last line may be cut off."""
-    lines = []
-    for path in sorted(logs.iterdir()):
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-    return lines
+class Logs:
+    """What all processes said. Each log is read on from where the last call stopped; a killed process may leave half a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: list[dict[str, Any]] = []
+        self._read: Counter[Path] = Counter()
+
+    def refresh(self) -> list[dict[str, Any]]:
+        for path in sorted(self.folder.iterdir()):
+            with path.open("rb") as log:
+                log.seek(self._read[path])
+                whole, newline, _ = log.read().rpartition(b"\n")
+            self._read[path] += len(whole) + len(newline)
+            self.lines += map(json.loads, whole.splitlines())
+        return self.lines
 
 
 def main() -> None:

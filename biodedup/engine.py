@@ -372,7 +372,10 @@ class Engine:
         """1:1, at `policy.verify_fmr`. Raises UnknownSubject. Without a usable capture nothing is accepted."""
         self._check_open()
         probe = self._prepared(encounter)
-        templates, snapshot = self._enrolled(subject_id), self._gallery.snapshot()
+        snapshot = self._gallery.snapshot()
+        templates = snapshot.best_templates(subject_id)
+        if templates is None:
+            raise _unknown(subject_id)
         result = self._decider.verify(probe, subject_id, snapshot, snapshot.rows_under(subject_id))
         if (steps := tracing()) is not None:
             record_verification(steps, probe.templates, templates, result)
@@ -561,12 +564,18 @@ class Engine:
         """column -> the best template enrolled there, by quality, then the newest; embeddings of a sealed row in eight bits a number.
         Raises UnknownSubject."""
         self._check_open()
-        return self._enrolled(subject_id)
+        templates = self._gallery.templates_of(subject_id)
+        if templates is None:
+            raise _unknown(subject_id)
+        return templates
 
     def encounters(self, subject_id: str) -> list[EnrolledEncounter]:
         """The encounters that an enrolled subject owns, oldest first. Raises UnknownSubject."""
-        self._enrolled(subject_id)
-        return self._gallery.snapshot().encounters_of(subject_id)
+        self._check_open()
+        owned = self._gallery.snapshot().encounters_of(subject_id)
+        if not owned:
+            raise _unknown(subject_id)
+        return owned
 
     def decision(self, encounter_id: str) -> Decision | None:
         """The decision that an encounter got, or None for one never seen; of a case, as it stands by now."""
@@ -642,12 +651,6 @@ class Engine:
         check_models(probe.templates, self._gallery.snapshot().models)
         return probe
 
-    def _enrolled(self, subject_id: str) -> dict[str, Template]:
-        templates = self._gallery.templates_of(subject_id)
-        if templates is None:
-            raise UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
-        return templates
-
     def _drawn(self, model_id: str) -> Drawn:
         """Some of the enrolled, for calibrations."""
         snapshot = self._gallery.snapshot()
@@ -670,6 +673,10 @@ def compare(a: Template, b: Template) -> Score:
     Raises ModelMismatch for templates of two models, InvalidInput for a face against a finger and for an unsound record.
     """
     return shipped_pair_comparer().score(a, b)
+
+
+def _unknown(subject_id: str) -> UnknownSubject:
+    return UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
 
 
 def _packed(subject_ids: Sequence[str]) -> Packed:

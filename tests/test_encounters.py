@@ -41,6 +41,31 @@ def test_an_update_with_another_persons_face_opens_a_case_and_takes_nothing_away
     assert engine.adjudicate("e2", "different", "A. Officer").outcome == "refused"
 
 
+@pytest.mark.parametrize("nth", range(1, 6))
+@pytest.mark.parametrize("name", ["encounters", "templates", "verify"])
+def test_a_subject_removed_during_a_call_is_seen_whole_or_not_at_all(engine, monkeypatch, name, nth):
+    """Removed right after the call took its nth snapshot: the answer is that of one snapshot, or UnknownSubject."""
+    (anna,) = people(1)
+    engine.enroll(sent("anna", anna, "e1"))
+    gallery_type, snapshot, taken = type(engine._gallery), type(engine._gallery).snapshot, []
+
+    def then_removed(gallery):
+        seen = snapshot(gallery)
+        taken.append(seen)
+        if len(taken) == nth:
+            engine.remove("anna")
+        return seen
+
+    monkeypatch.setattr(gallery_type, "snapshot", then_removed)
+    try:
+        if name == "verify":
+            assert engine.verify(bd.Encounter(templates={"face": anna}), "anna").accepted
+        else:
+            assert len(getattr(engine, name)("anna")) == 1
+    except bd.UnknownSubject:
+        assert len(taken) >= nth
+
+
 def test_an_update_with_somebody_elses_face_is_a_duplicate_of_that_one(engine):
     anna, bella = people(2)
     engine.enroll(sent("anna", anna, "e1"))

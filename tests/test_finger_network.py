@@ -107,7 +107,11 @@ def test_a_finger_alone_finds_its_subject_by_both_kinds_of_evidence(tmp_path):
         for finger in range(4):
             found = asked(engine.identify, finger)
             # in a gallery of four the cards are not checked, so that a person looks
-            assert found.outcome in ("review", "duplicate") and found.best.subject_id == f"s{finger}"
+            # in a gallery of four the cards are not checked: 87 dB and more are enough, 59 dB are for a person to judge
+            assert (found.outcome, found.reasons) == (
+                ("duplicate", ()) if finger < 2 else ("review", ("uncalibrated",))
+            )
+            assert found.best.subject_id == f"s{finger}"
             (part,) = found.best.evidence
             assert part.similarity > 0.4 and part.minutiae > STRANGERS_MINUTIAE
         assert asked(engine.identify, 4).outcome == "unique"
