@@ -183,7 +183,7 @@ class Worker:
             other = self.person(engine, candidate)
             if other is not None:
                 ruling = "same" if other == person else "different"
-                engine.adjudicate(case.encounter_id, ruling, "the truth", candidate=candidate.key)
+                engine.adjudicate(case.encounter_id, ruling, "the truth", candidate=candidate)
         self.say(what="done", operation="judge", encounter_id=case.encounter_id)
 
     @staticmethod

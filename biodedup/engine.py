@@ -67,6 +67,7 @@ from biodedup.texts import KnownId
 from biodedup.trace import tracing
 from biodedup.values import (
     NOTE_LENGTH_MAX,
+    Candidate,
     Case,
     Cluster,
     Decision,
@@ -327,7 +328,13 @@ class Engine:
         return self._gallery.verdicts()
 
     def adjudicate(
-        self, encounter_id: str, ruling: Ruling, by: str, note: str = "", *, candidate: str | None = None
+        self,
+        encounter_id: str,
+        ruling: Ruling,
+        by: str,
+        note: str = "",
+        *,
+        candidate: str | Candidate | None = None,
     ) -> Decision:
         """Takes a person's verdict on a case and returns the decision as it stands then.
 
@@ -335,11 +342,13 @@ class Engine:
         left, in the list and in a search of all that is enrolled or waits by now, the subject is enrolled or updated; otherwise the case
         stays in `review`. The verdict is about the rows that were compared: these pairs are raised in no search of the case and in no
         join again, but a subject that gets another row is asked about anew. `recapture`: refused; the templates are dropped.
-        candidate: the subject_id of one, or the encounter_id of one that is an open case (`Candidate.key`); None means the only one, or
-        with `different` all. Open cases that are linked with this one are decided again; one that has no candidate left is enrolled.
+        candidate: the subject_id of one, or the encounter_id of one that is an open case (`Candidate.key`); or the Candidate that was
+        looked at, which raises EncounterConflict if it has got other rows meanwhile; None means the only one, or with `different` all.
+        Open cases that are linked with this one are decided again; one that has no candidate left is enrolled.
 
         Where the subject itself is the candidate (`dispute`, an update that was not confirmed), `different` refuses the encounter;
-        `same` accepts it, once no other is left as above, as a further row of the subject.
+        `same` accepts it, once no other is left as above, as a further row of the subject; if the subject was enrolled anew meanwhile,
+        the captures are verified against its new rows, or asked about again.
 
         The same verdict again changes nothing. Raises EncounterConflict for another one on what was judged, SubjectExists or
         UnknownSubject where the subject was enrolled or removed otherwise, InvalidInput, StorageUnavailable.

@@ -13,7 +13,7 @@ Owns what lies between a search and its durable answer, and the queue of those w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -194,14 +194,16 @@ class Enrolment:
         case: Case | None = None,
         *,
         required: Sequence[str] = (),
+        same: Collection[int] = (),
     ) -> Decision:
         """Decides inside the transaction, so that no row can slip in between the search and the commit. case: the one that is decided
-        again; whether its captures are the subject's is for its verdicts to say. required: as of `Policy`."""
+        again. required: as of `Policy`. same: rows that a person judged to be of the same person as the case: an update is verified
+        unless the subject still has one of them."""
         now = transaction.snapshot()
-        own = now.rows_under(probe.subject_id)
-        if own and not asked.replaces:
+        subject_rows = now.rows_under(probe.subject_id)
+        if subject_rows and not asked.replaces:
             raise exists(probe.subject_id)
-        if not own and asked.replaces:
+        if not subject_rows and asked.replaces:
             raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to update")
         check_models(probe.templates, transaction.models)
         keeps = now.best_templates(probe.subject_id) if asked.replaces and not asked.reason and required else None
@@ -209,18 +211,14 @@ class Enrolment:
         if lacks := shortfall(required, usable, probe.refusals, probe.missing):
             return self._decider.incomplete(probe, lacks, now, version=transaction.version)
         found = self._searches.completed(probe, found, seen, now)
-        own += now.pending_under(probe.subject_id)  # under the same name no second identity slips past
-        if case is not None and case.row is not None:
-            different = now.different.get(case.row, ())
-            return self._decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
-        decision = self._decider.decide(probe, found, now, version=transaction.version, own=own)
-        if not asked.replaces:
+        own = subject_rows + now.pending_under(probe.subject_id)  # under the same name no second identity slips past
+        different = now.different.get(case.row, ()) if case is not None and case.row is not None else ()
+        decision = self._decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
+        if asked.reason:
+            return replace(decision, replacement=asked.reason)
+        if not asked.replaces or not set(same).isdisjoint(subject_rows):
             return decision
-        return (
-            replace(decision, replacement=asked.reason)
-            if asked.reason
-            else self._decider.confirmed(decision, probe, now, now.rows_under(probe.subject_id))
-        )
+        return self._decider.confirmed(decision, probe, now, subject_rows)
 
     @staticmethod
     def answered(

@@ -12,14 +12,14 @@ from biodedup.deciding import Decider
 from biodedup.enrolment import Enrolment
 from biodedup.errors import CallerError, InvalidInput, UnknownSubject
 from biodedup.gallery.answers import digest_of
-from biodedup.gallery.cases import Request, closed, closes, different_rows, reconsidered, request_of, ruled
+from biodedup.gallery.cases import Request, closed, closes, different_rows, reconsidered, request_of, ruled, same_rows
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
 from biodedup.probes import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found
 from biodedup.searches import Searches, Seen
 from biodedup.texts import KnownId
-from biodedup.values import Case, Decision, Encounter, Ruling, Verdict
+from biodedup.values import Candidate, Case, Decision, Encounter, Ruling, Verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,9 @@ class Review:
         decision = self.decider.decide(probe, Found(), now, version=transaction.version)
         return self.decider.disputed(replace(decision, reasons=()), probe, now, own)
 
-    def adjudicate(self, encounter_id: str, ruling: Ruling, by: str, note: str, candidate: str | None) -> Decision:
+    def adjudicate(
+        self, encounter_id: str, ruling: Ruling, by: str, note: str, candidate: str | Candidate | None
+    ) -> Decision:
         """Records a verdict. What it may enrol is compared first with all that is enrolled or waits by now; open cases that are linked
         with this one are decided again."""
         case = self.case(encounter_id)
@@ -120,9 +122,9 @@ class Review:
         if case.encounter_id not in sought:  # linked since; rare
             sought |= self._sought([case])
         probe, seen = sought[case.encounter_id]
-        own = any(verdict.own for verdict in (*case.verdicts, *verdicts))
-        asked = replace(request_of(case), replaces=own or case.replaces)  # the subject is enrolled, and it is theirs
-        fresh = self.enrolment.decide(transaction, probe, seen.found[0], seen, asked, case)
+        same = same_rows(case, verdicts)
+        asked = replace(request_of(case), replaces=case.replaces or any(v.own for v in (*case.verdicts, *verdicts)))
+        fresh = self.enrolment.decide(transaction, probe, seen.found[0], seen, asked, case, same=same)
         return reconsidered(case, verdicts, fresh)
 
     def _sought(self, cases: Iterable[Case]) -> dict[str, tuple[Probe, Seen]]:

@@ -403,7 +403,9 @@ class Case:
         return candidate.subject_id == self.subject_id and not candidate.case
 
     def _is_decided(self, candidate: Candidate) -> bool:
-        if candidate.rows and not self.is_own(candidate):
+        if self.is_own(candidate):  # once it was judged it is listed no more, unless it is asked about again
+            return False
+        if candidate.rows:
             return self.judged.issuperset(candidate.rows)
         return candidate.key in {verdict.candidate for verdict in self.verdicts}
 

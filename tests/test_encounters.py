@@ -75,6 +75,55 @@ def test_an_update_with_somebody_elses_face_is_a_duplicate_of_that_one(engine):
     assert len(engine.encounters("anna")) == 1
 
 
+def anew(engine, subject_id: str, vector: np.ndarray, encounter_id: str) -> None:
+    """The id is given to another person."""
+    engine.remove(subject_id)
+    assert engine.enroll(sent(subject_id, vector, encounter_id)).outcome == "unique"
+
+
+def test_a_verdict_on_an_update_does_not_hold_for_another_person_who_got_the_id_since(engine):
+    anna, other, carla = orthogonal(3)
+    engine.enroll(sent("anna", anna, "e1"))
+    engine.enroll(sent("carla", carla, "e2"))
+    update = again(anna, 0.2) + carla * 0.6
+    assert engine.update(sent("anna", update / np.linalg.norm(update), "e3")).outcome == "review"
+    assert names(engine.case("e3").undecided) == ["anna", "carla"]
+    assert engine.adjudicate("e3", "same", "A. Officer", candidate="anna").outcome == "review"
+    anew(engine, "anna", other, "e4")
+    decision = engine.adjudicate("e3", "different", "A. Officer", candidate="carla")
+    assert (decision.outcome, names(decision.candidates), decision.reasons[0]) == ("review", ["anna"], "another_person")
+    assert names(engine.case("e3").undecided) == ["anna"] and len(engine.encounters("anna")) == 1
+    assert engine.adjudicate("e3", "different", "A. Officer", candidate="anna").outcome == "refused"
+
+
+def test_an_update_that_was_verified_is_verified_again_once_its_case_is_decided(engine):
+    anna, other, carla = orthogonal(3)
+    engine.enroll(sent("anna", anna, "e1"))
+    engine.enroll(sent("carla", carla, "e2"))
+    assert engine.update(sent("anna", between(anna, carla), "e3")).outcome == "review"
+    assert names(engine.case("e3").undecided) == ["carla"]
+    anew(engine, "anna", other, "e4")
+    decision = engine.adjudicate("e3", "different", "A. Officer", candidate="carla")
+    assert (decision.outcome, names(engine.case("e3").undecided)) == ("review", ["anna"])
+    assert engine.adjudicate("e3", "same", "A. Officer", candidate="anna").outcome == "unique"  # a person says so
+    assert len(engine.encounters("anna")) == 2
+
+
+def test_a_verdict_about_a_candidate_as_shown_is_refused_once_it_has_other_rows(engine):
+    anna, other, carla = orthogonal(3)
+    engine.enroll(sent("anna", anna, "e1"))
+    engine.enroll(sent("carla", carla, "e2"))
+    assert engine.update(sent("anna", between(anna, carla), "e3")).outcome == "review"
+    (shown,) = engine.case("e3").undecided
+    anew(engine, "anna", other, "e4")
+    engine.adjudicate("e3", "different", "A. Officer", candidate=shown)
+    (shown,) = engine.case("e3").undecided
+    stale = replace(shown, rows=(0,))
+    with pytest.raises(bd.EncounterConflict, match="look at the case again"):
+        engine.adjudicate("e3", "same", "A. Officer", candidate=stale)
+    assert engine.adjudicate("e3", "same", "A. Officer", candidate=shown).outcome == "unique"
+
+
 def test_an_update_that_shares_no_column_with_what_is_enrolled_is_for_a_person_to_judge(engine):
     (anna,), finger = people(1), people(1, seed=9)[0]
     engine.enroll(sent("anna", anna, "e1"))

@@ -157,13 +157,24 @@ def different_rows(case: Case, verdicts: Iterable[Verdict]) -> list[tuple[int, i
     return [(case.row, row) for c in case.decision.candidates if c.key in judged for row in c.rows]
 
 
-def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float, note: str) -> tuple[Verdict, ...]:
+def same_rows(case: Case, verdicts: Iterable[Verdict]) -> frozenset[int]:
+    """Rows of the subject whose id the encounter has that a person judged to be of the same person as the case; verdicts: new ones."""
+    judged = [*case.decision.cleared, *(case.decision.candidates if any(v.own for v in verdicts) else ())]
+    return frozenset(row for candidate in judged if case.is_own(candidate) for row in candidate.rows)
+
+
+def ruled(
+    case: Case, ruling: Ruling, candidate: str | Candidate | None, by: str, at: float, note: str
+) -> tuple[Verdict, ...]:
     """The verdicts to record; none where this was ruled before.
 
-    candidate: the subject_id of an enrolled candidate, or the encounter_id of one that is an open case itself. None means the only
-    one, or with `different` all that are undecided; `same`, sent again without one, is about the same one as before. Raises
-    EncounterConflict where something else was ruled, InvalidInput for what is no candidate, and where it is not clear which is meant.
+    candidate: the subject_id of an enrolled candidate, or the encounter_id of one that is an open case itself; or the Candidate as it
+    was shown. None means the only one, or with `different` all that are undecided; `same`, sent again without one, is about the same
+    one as before. Raises EncounterConflict where something else was ruled, or the Candidate has other rows by now; InvalidInput for
+    what is no candidate, and where it is not clear which is meant.
     """
+    if isinstance(candidate, Candidate):
+        candidate = _still_as_shown(case, candidate)
 
     def verdict(candidate: str | None) -> Verdict:
         return Verdict(case.encounter_id, case.subject_id, candidate, ruling, by, at, note)
@@ -208,6 +219,16 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
     return (verdict(candidate or undecided[0]),)
 
 
+def _still_as_shown(case: Case, shown: Candidate) -> str:
+    """The key of a candidate that has the rows it was shown with."""
+    now = next((c for c in case.decision.candidates if c.key == shown.key), None)
+    if now is not None and set(now.rows) != set(shown.rows):
+        raise EncounterConflict(
+            f"candidate {shown.key!r} of encounter {case.encounter_id!r} has changed since it was shown; look at the case again"
+        )
+    return shown.key
+
+
 def closes(verdict: Verdict) -> bool:
     """Whether nobody else need be looked at after this verdict."""
     return verdict.ruling == "recapture" or (verdict.ruling == "same") != verdict.own
@@ -223,7 +244,7 @@ def closed(case: Case, verdict: Verdict) -> Decision:
 
 def reconsidered(case: Case, verdicts: tuple[Verdict, ...], fresh: Decision) -> Decision:
     """The decision after a verdict that does not close a case by itself. fresh: made anew, of all rows by now but those that were
-    judged different, and the subject's own.
+    judged different; the subject itself is one of its candidates where the captures have to be judged (again) to be theirs.
 
     A person has looked, so that `unique` needs no more than that no candidate is left and everything was seen.
     """
@@ -232,7 +253,7 @@ def reconsidered(case: Case, verdicts: tuple[Verdict, ...], fresh: Decision) -> 
     known = {c.key: c for c in (*case.decision.cleared, *case.decision.candidates)} | now
     just = {v.candidate for v in verdicts}
     waiting = {c.key: known[c.key] for c in case.undecided if c.key not in just}
-    waiting |= {c.key: c for c in strong(fresh) if not (case.is_own(c) and c.key in judged)}
+    waiting |= {c.key: c for c in strong(fresh)}
     by_rows = {c.key for c in fresh.cleared}
     cleared = _ranked(c for key, c in known.items() if key in judged | by_rows and key not in waiting)
     left = _ranked(waiting.values())
