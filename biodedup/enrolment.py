@@ -29,7 +29,7 @@ from biodedup.errors import (
     UnknownSubject,
 )
 from biodedup.gallery.answers import answered_before, digest_of, to_json
-from biodedup.gallery.cases import Request
+from biodedup.gallery.cases import Request, resembled
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
@@ -245,7 +245,7 @@ class Enrolment:
             else:
                 transaction.add(probe.subject_id, probe.templates, encounter_id, asked.groups)
         elif decision.outcome == "review":
-            transaction.hold(probe.subject_id, probe.templates, encounter_id, asked)
+            transaction.hold(probe.subject_id, probe.templates, encounter_id, asked, resembled(decision))
         transaction.record(encounter_id, Answer(digest, decision.outcome, to_json(decision)))
         return decision
 

@@ -553,6 +553,7 @@ def test_golden_galleries_get_the_tables_from_the_first_writer_whatever_fails(tm
         "DROP TABLE review_case",
         "UPDATE judged SET other = 7",
         "DROP TABLE judged",
+        "DROP TABLE link",
         "DROP TABLE pending",
     ],
 )
@@ -560,6 +561,7 @@ def test_damaged_verdicts_are_an_error_and_never_another_answer(tmp_path, damage
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         in_review(engine)
         engine.adjudicate("e1", "different", "A. Officer")
+        in_review(engine, "dora", "e2")
     connection = sqlite3.connect(tmp_path / "g" / "gallery.sqlite3")
     connection.execute(damage)
     connection.commit()
@@ -567,6 +569,7 @@ def test_damaged_verdicts_are_an_error_and_never_another_answer(tmp_path, damage
     with pytest.raises(bd.GalleryDamaged), bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.decision("e1")
         engine.verdicts()
+        list(engine.cases())
 
 
 # the jobs and the commands -----------------------------------------------------------------------------------------

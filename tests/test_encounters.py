@@ -14,6 +14,7 @@ from test_crash import Countdown, FailingStorage
 
 import biodedup as bd
 from biodedup.gallery.encounters import kept_rows
+from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.encounters import Joint, of_all_rows
 
 
@@ -465,3 +466,17 @@ def test_a_search_across_positions_charges_each_candidate_once_whatever_others_a
             best = engine.identify(bd.Encounter(templates=probe), across_positions=True).best
             found.append((best.subject_id, best.charge_db, best.score_db))
     assert found[0] == found[1] and found[0][1] > 0
+
+
+def test_cases_are_listed_without_looking_at_each_for_each(engine, monkeypatch):
+    crowd = again(np.repeat(people(1), 12, axis=0), 0.75)
+    for number, vector in enumerate(crowd):
+        engine.enroll(sent(f"s{number}", vector, f"e{number}"))
+    looked_up = []
+    answer = Snapshot.answer
+    monkeypatch.setattr(Snapshot, "answer", lambda *args: looked_up.append(args[1]) or answer(*args))
+    cases = list(engine.cases())
+    assert len(cases) > 8 and any(len(case.linked) > 3 for case in cases)
+    assert len(looked_up) == len(cases)
+    for case in cases:
+        assert all(case.encounter_id in engine.case(other).linked for other in case.linked)

@@ -50,6 +50,11 @@ def request_of(case: Case) -> Request:
     return Request(case.replaces, case.groups, case.across_positions, case.replacement)
 
 
+def resembled(decision: Decision) -> tuple[str, ...]:
+    """The open cases among the candidates of a decision."""
+    return tuple(dict.fromkeys(candidate.case for candidate in decision.candidates if candidate.case))
+
+
 def is_review(answer: str) -> bool:
     """Whether an answer, as JSON, is that of a case."""
     return '"outcome":"review"' in answer  # quotes inside a value are escaped
@@ -76,12 +81,12 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
         fields = json.loads(stored[0])
         request = Request(**(fields | {"groups": tuple(fields["groups"])}))
     decision = first if stored is None or stored[1] is None else from_json(stored[1])
-    row = _pending_row(snapshot, encounter_id)
+    row = snapshot.pending_row_of.get(encounter_id)
     linked: tuple[str, ...] = ()
     if decision.outcome == "review":
         asked = (_as_it_stands(c, snapshot, own=c.subject_id == first.subject_id) for c in decision.candidates)
         decision = replace(decision, candidates=tuple(c for c in asked if c is not None))
-        linked = _linked(catalogue, snapshot, encounter_id, decision)
+        linked = tuple(sorted(catalogue.linked(encounter_id) & snapshot.pending_row_of.keys()))
     return Case(
         encounter_id,
         first.subject_id,
@@ -109,17 +114,6 @@ def _as_it_stands(candidate: Candidate, snapshot: Snapshot, *, own: bool) -> Can
     return candidate if cases[0] == candidate.case else replace(candidate, case=cases[0])
 
 
-def _linked(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str, decision: Decision) -> tuple[str, ...]:
-    """The open cases that this one has as candidates, and those that have it as one."""
-    found = {candidate.case for candidate in decision.candidates if candidate.case}
-    mark = json.dumps({"case": encounter_id}, separators=(",", ":"))[1:-1]  # as it stands in a decision
-    for other in set(snapshot.pending.values()) - found - {encounter_id}:
-        answer = snapshot.answer(other)
-        if answer is not None and mark in standing(catalogue, other, answer[1]):
-            found.add(other)
-    return tuple(sorted(found))
-
-
 def judged_before(verdicts: Iterable[Verdict], snapshot: Snapshot) -> list[tuple[int, int]]:
     """Pairs of rows that verdicts of an older format, which name subjects, were given on: rows that are still there, of the case itself
     and of a candidate that was enrolled before the verdict. A candidate updated since is asked about again."""
@@ -129,17 +123,13 @@ def judged_before(verdicts: Iterable[Verdict], snapshot: Snapshot) -> list[tuple
             continue
         mine = [
             row
-            for row in (snapshot.row_of(verdict.subject_id), _pending_row(snapshot, verdict.encounter_id))
+            for row in (snapshot.row_of(verdict.subject_id), snapshot.pending_row_of.get(verdict.encounter_id))
             if row is not None and snapshot.encounter_ids([row]) == [verdict.encounter_id]
         ]
         theirs = snapshot.row_of(verdict.candidate)
         if theirs is not None and _enrolled_at(snapshot, theirs) <= verdict.at:
             pairs += [(row, theirs) for row in mine]
     return pairs
-
-
-def _pending_row(snapshot: Snapshot, encounter_id: str) -> int | None:
-    return next((row for row, other in snapshot.pending.items() if other == encounter_id), None)
 
 
 def _enrolled_at(snapshot: Snapshot, row: int) -> float:

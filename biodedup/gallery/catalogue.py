@@ -17,6 +17,7 @@ Owns the schema and every SQL statement. Never decides, never searches, never ca
 | review_case | an encounter that went to review: what it asked for, and the decision as it stands once it has changed |
 | verdict | what a person ruled on a case and one of its candidates; kept for ever |
 | judged | one pair of rows that a verdict says are of two people |
+| link | one open case that has another one as a candidate |
 | policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
@@ -62,6 +63,7 @@ _COLUMNS_OF = {
     "judged_at REAL, note TEXT",
     "pending": "row INTEGER PRIMARY KEY, encounter_id TEXT",
     "judged": "number INTEGER PRIMARY KEY, row INTEGER, other INTEGER",
+    "link": "number INTEGER PRIMARY KEY, encounter_id TEXT, other TEXT",
     "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
 }
 _ADDED = {
@@ -69,9 +71,12 @@ _ADDED = {
     "verdict": "cases",
     "pending": "encounters",
     "judged": "encounters",
+    "link": "encounters",
     "policy": "policies",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
+
+_INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
 
 _REPLACED = ("meta", "review_case", "encounter")
 """Tables of which a row may be put again; an encounter that was refused may be sent again."""
@@ -362,6 +367,22 @@ class Catalogue:
     def drop_pending(self, row: int) -> None:
         self._delete("pending WHERE row = ?", [(row,)])
 
+    def linked(self, encounter_id: str) -> set[str]:
+        """The cases that have this one as a candidate, and those that it has."""
+        where = "encounter_id = ? OR other = ?"
+        found = self._all("link", "number", where, (encounter_id, encounter_id))
+        return {case for _, *pair in found for case in pair} - {encounter_id}
+
+    def link(self, encounter_id: str, others: Iterable[str]) -> None:
+        """The cases that a case has as candidates, instead of those before."""
+        self._delete("link WHERE encounter_id = ?", [(encounter_id,)])
+        (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM link").fetchone()
+        self.put("link", ((number, encounter_id, other) for number, other in enumerate(others, last + 1)))
+
+    def unlink(self, encounter_id: str) -> None:
+        """A case that is closed is linked with none."""
+        self._delete("link WHERE encounter_id = ? OR other = ?", [(encounter_id, encounter_id)])
+
     def judged(self) -> dict[int, tuple[int, ...]]:
         """row -> the rows that were judged to be of another person, in both directions."""
         return paired((row, other) for _, row, other in self._all("judged", "number"))
@@ -467,8 +488,9 @@ def _schema(tables: Iterable[str]) -> dict[tuple[str, str], str]:
     made = {}
     for table in tables:
         made["table", table] = f"CREATE TABLE {table} ({_COLUMNS_OF[table]}, checksum INTEGER NOT NULL)"
-        if table == "verdict":
-            made["index", "verdict_encounter"] = "CREATE INDEX verdict_encounter ON verdict (encounter_id)"
+        for column in _INDEXED.get(table, ()):
+            name = f"{table}_{column.removesuffix('_id')}"
+            made["index", name] = f"CREATE INDEX {name} ON {table} ({column})"
     return made
 
 

@@ -68,6 +68,11 @@ class Snapshot:
         return self.live_count + len(self.pending)
 
     @cached_property
+    def pending_row_of(self) -> dict[str, int]:
+        """encounter_id of an open case -> its row."""
+        return {encounter_id: row for row, encounter_id in self.pending.items()}
+
+    @cached_property
     def pending_rows(self) -> Int64:
         """Ascending."""
         return np.array(sorted(self.pending), np.int64)

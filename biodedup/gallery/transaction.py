@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.errors import ModelMismatch, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import to_json
-from biodedup.gallery.cases import RECAPTURE, Request, is_review, judged_before, read_case, request_of, standing
+from biodedup.gallery.cases import (
+    RECAPTURE,
+    Request,
+    is_review,
+    judged_before,
+    read_case,
+    request_of,
+    resembled,
+    standing,
+)
 from biodedup.gallery.catalogue import Catalogue, ColumnModel, State, paired
 from biodedup.gallery.packed import pack_text
 from biodedup.gallery.part import Int64, Part
@@ -128,11 +137,14 @@ class Transaction:
         templates: Mapping[str, Template],
         encounter_id: str,
         request: Request,
+        linked: Iterable[str] = (),
     ) -> int:
-        """Opens a case: a pending row with the templates of an encounter in review, and what it asked for. Returns the row."""
+        """Opens a case: a pending row with the templates of an encounter in review, and what it asked for. linked: the open cases that
+        it resembles. Returns the row."""
         row = self._append(subject_id, templates, encounter_id, request.groups)
         self._catalogue.add_pending(row, encounter_id)
         self._catalogue.put_case(encounter_id, request.to_json(), None)
+        self._catalogue.link(encounter_id, linked)
         self.pending = {**self.pending, row: encounter_id}
         return row
 
@@ -151,11 +163,12 @@ class Transaction:
         self._bury([row])
 
     def _pending_row(self, encounter_id: str) -> tuple[int, str]:
-        row = next(row for row, other in self.pending.items() if other == encounter_id)
+        row = self.snapshot().pending_row_of[encounter_id]
         return row, self.snapshot().subject_ids([row])[0]
 
     def _drop_pending(self, row: int) -> None:
         self._catalogue.drop_pending(row)
+        self._catalogue.unlink(self.pending[row])
         self.pending = {other: encounter_id for other, encounter_id in self.pending.items() if other != row}
 
     def _count_extra(self, change: int) -> None:
@@ -258,6 +271,8 @@ class Transaction:
     def revise(self, case: Case, decision: Decision) -> None:
         """The decision of a case as it stands from now on."""
         self._catalogue.put_case(case.encounter_id, request_of(case).to_json(), to_json(decision))
+        if decision.outcome == "review":
+            self._catalogue.link(case.encounter_id, resembled(decision))
         self.content_changed = True
 
     def adopt_cases(self) -> None:
