@@ -50,7 +50,7 @@ HOLD_S = 4.0
 """A writer's turn; opening the gallery and loading compiled code takes some two seconds."""
 OPERATIONS_A_KILL = 150
 OPERATIONS = ("enrol", "update", "remove", "dispute", "judge", "resend", "fork")
-WEIGHTS = (36, 20, 6, 4, 24, 9, 1)
+WEIGHTS = (30, 18, 6, 3, 34, 8, 1)
 
 
 def capture(person: int, number: int, cosine: float) -> np.ndarray:

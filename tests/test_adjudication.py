@@ -560,8 +560,8 @@ def test_golden_galleries_get_the_tables_from_the_first_writer_whatever_fails(tm
 def test_damaged_verdicts_are_an_error_and_never_another_answer(tmp_path, damage):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         in_review(engine)
-        engine.adjudicate("e1", "different", "A. Officer")
         in_review(engine, "dora", "e2")
+        engine.adjudicate("e1", "different", "A. Officer", candidate="anna")
     connection = sqlite3.connect(tmp_path / "g" / "gallery.sqlite3")
     connection.execute(damage)
     connection.commit()
