@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -178,13 +179,17 @@ class Worker:
         case = rng.choice(waiting)
         person = person_of(case.encounter_id)
         if not case.undecided:
-            engine.adjudicate(case.encounter_id, "different", "the truth")
+            self.judged(engine, case, "different", None)
         for candidate in case.undecided:
             other = self.person(engine, candidate)
             if other is not None:
                 ruling = "same" if other == person else "different"
-                engine.adjudicate(case.encounter_id, ruling, "the truth", candidate=candidate)
-        self.say(what="done", operation="judge", encounter_id=case.encounter_id)
+                self.judged(engine, case, ruling, candidate.key)
+
+    def judged(self, engine: bd.Engine, case: bd.Case, ruling: Any, key: str | None) -> None:
+        stands = engine.adjudicate(case, ruling, "the truth", candidate=key).outcome
+        about = {"encounter_id": case.encounter_id, "ruling": ruling, "candidate": key, "stands": stands}
+        self.say(what="done", operation="judge", **about)
 
     @staticmethod
     def person(engine: bd.Engine, candidate: bd.Candidate) -> int | None:
@@ -298,6 +303,11 @@ def run(operations: int, processes: int, seed: int) -> dict[str, Any]:
     outcomes = Counter(line["outcome"] for line in lines if "outcome" in line)
     for fault in faults[:20]:
         print("violation:", fault)
+    if faults:
+        named = set(re.findall(r"\bs\d+\b", faults[0]))
+        for line in lines:
+            if line.get("subject", line.get("encounter_id", "").rpartition("-")[2]) in named:
+                print(line)
     return {
         "operations": sum(counts.values()),
         "of which": dict(sorted((str(k), v) for k, v in counts.items())),

@@ -67,7 +67,6 @@ from biodedup.texts import KnownId
 from biodedup.trace import tracing
 from biodedup.values import (
     NOTE_LENGTH_MAX,
-    Candidate,
     Case,
     Cluster,
     Decision,
@@ -328,13 +327,7 @@ class Engine:
         return self._gallery.verdicts()
 
     def adjudicate(
-        self,
-        encounter_id: str,
-        ruling: Ruling,
-        by: str,
-        note: str = "",
-        *,
-        candidate: str | Candidate | None = None,
+        self, case: str | Case, ruling: Ruling, by: str, note: str = "", *, candidate: str | None = None
     ) -> Decision:
         """Takes a person's verdict on a case and returns the decision as it stands then.
 
@@ -342,9 +335,9 @@ class Engine:
         left, in the list and in a search of all that is enrolled or waits by now, the subject is enrolled or updated; otherwise the case
         stays in `review`. The verdict is about the rows that were compared: these pairs are raised in no search of the case and in no
         join again, but a subject that gets another row is asked about anew. `recapture`: refused; the templates are dropped.
-        candidate: the subject_id of one, or the encounter_id of one that is an open case (`Candidate.key`); or the Candidate that was
-        looked at, which raises EncounterConflict if it has got other rows meanwhile; None means the only one, or with `different` all.
-        Open cases that are linked with this one are decided again; one that has no candidate left is enrolled.
+        case: its encounter_id, or the Case that was looked at: then a candidate that came or changed meanwhile raises EncounterConflict,
+        so that nothing is judged unseen. candidate: the subject_id of one, or the encounter_id of one that is an open case
+        (`Candidate.key`); None means the only one, or with `different` all. Open cases that are linked with this one are decided again; one that has no candidate left is enrolled.
 
         Where the subject itself is the candidate (`dispute`, an update that was not confirmed), `different` refuses the encounter;
         `same` accepts it, once no other is left as above, as a further row of the subject; if the subject was enrolled anew meanwhile,
@@ -354,7 +347,7 @@ class Engine:
         UnknownSubject where the subject was enrolled or removed otherwise, InvalidInput, StorageUnavailable.
         """
         self._check_open()
-        return self._review.adjudicate(encounter_id, ruling, by, note, candidate)
+        return self._review.adjudicate(case, ruling, by, note, candidate)
 
     # searches that write nothing --------------------------------------------------------------------------------
 

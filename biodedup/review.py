@@ -12,14 +12,24 @@ from biodedup.deciding import Decider
 from biodedup.enrolment import Enrolment
 from biodedup.errors import CallerError, InvalidInput, UnknownSubject
 from biodedup.gallery.answers import digest_of
-from biodedup.gallery.cases import Request, closed, closes, different_rows, reconsidered, request_of, ruled, same_rows
+from biodedup.gallery.cases import (
+    Request,
+    check_as_shown,
+    closed,
+    closes,
+    different_rows,
+    reconsidered,
+    request_of,
+    ruled,
+    same_rows,
+)
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
 from biodedup.probes import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.search.rescore import Found
 from biodedup.searches import Searches, Seen
 from biodedup.texts import KnownId
-from biodedup.values import Candidate, Case, Decision, Encounter, Ruling, Verdict
+from biodedup.values import Case, Decision, Encounter, Ruling, Verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +83,10 @@ class Review:
         decision = self.decider.decide(probe, Found(), now, version=transaction.version)
         return self.decider.disputed(replace(decision, reasons=()), probe, now, own)
 
-    def adjudicate(
-        self, encounter_id: str, ruling: Ruling, by: str, note: str, candidate: str | Candidate | None
-    ) -> Decision:
+    def adjudicate(self, judged: str | Case, ruling: Ruling, by: str, note: str, candidate: str | None) -> Decision:
         """Records a verdict. What it may enrol is compared first with all that is enrolled or waits by now; open cases that are linked
-        with this one are decided again."""
+        with this one are decided again. judged: an encounter_id, or the case as a person saw it."""
+        shown, encounter_id = (judged, judged.encounter_id) if isinstance(judged, Case) else (None, judged)
         case = self.case(encounter_id)
         wanted = ruled(case, ruling, candidate, by, 0.0, note)  # raises before anything is searched
         sought = self._sought([case] if any(not closes(verdict) for verdict in wanted) else [])
@@ -89,6 +98,8 @@ class Review:
             verdicts = ruled(now, ruling, candidate, by, self.clock(), note)
             if not verdicts:
                 return now.decision
+            if shown is not None and ruling != "recapture":
+                check_as_shown(now, shown, candidate)
             transaction.judge(verdicts, different_rows(now, verdicts))
             if closes(verdicts[-1]):
                 decision = closed(now, verdicts[-1])

@@ -110,19 +110,20 @@ def test_an_update_that_was_verified_is_verified_again_once_its_case_is_decided(
     assert len(engine.encounters("anna")) == 2
 
 
-def test_a_verdict_about_a_candidate_as_shown_is_refused_once_it_has_other_rows(engine):
+def test_a_verdict_on_a_case_as_shown_is_refused_once_it_has_other_candidates(engine):
     anna, other, carla = orthogonal(3)
     engine.enroll(sent("anna", anna, "e1"))
     engine.enroll(sent("carla", carla, "e2"))
     assert engine.update(sent("anna", between(anna, carla), "e3")).outcome == "review"
-    (shown,) = engine.case("e3").undecided
+    shown = engine.case("e3")
     anew(engine, "anna", other, "e4")
-    engine.adjudicate("e3", "different", "A. Officer", candidate=shown)
-    (shown,) = engine.case("e3").undecided
-    stale = replace(shown, rows=(0,))
-    with pytest.raises(bd.EncounterConflict, match="look at the case again"):
-        engine.adjudicate("e3", "same", "A. Officer", candidate=stale)
-    assert engine.adjudicate("e3", "same", "A. Officer", candidate=shown).outcome == "unique"
+    assert engine.adjudicate(shown, "different", "A. Officer", candidate="carla").outcome == "review"
+    assert names(engine.case("e3").undecided) == ["anna"]
+    for candidate in (None, "anna"):
+        with pytest.raises(bd.EncounterConflict, match="look at the case again"):
+            engine.adjudicate(shown, "same", "A. Officer", candidate=candidate)
+    assert len(engine.case("e3").verdicts) == 1
+    assert engine.adjudicate(engine.case("e3"), "same", "A. Officer").outcome == "unique"
 
 
 def test_an_update_that_shares_no_column_with_what_is_enrolled_is_for_a_person_to_judge(engine):

@@ -153,18 +153,13 @@ def same_rows(case: Case, verdicts: Iterable[Verdict]) -> frozenset[int]:
     return frozenset(row for candidate in judged if case.is_own(candidate) for row in candidate.rows)
 
 
-def ruled(
-    case: Case, ruling: Ruling, candidate: str | Candidate | None, by: str, at: float, note: str
-) -> tuple[Verdict, ...]:
+def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float, note: str) -> tuple[Verdict, ...]:
     """The verdicts to record; none where this was ruled before.
 
-    candidate: the subject_id of an enrolled candidate, or the encounter_id of one that is an open case itself; or the Candidate as it
-    was shown. None means the only one, or with `different` all that are undecided; `same`, sent again without one, is about the same
-    one as before. Raises EncounterConflict where something else was ruled, or the Candidate has other rows by now; InvalidInput for
-    what is no candidate, and where it is not clear which is meant.
+    candidate: the subject_id of an enrolled candidate, or the encounter_id of one that is an open case itself. None means the only
+    one, or with `different` all that are undecided; `same`, sent again without one, is about the same one as before. Raises
+    EncounterConflict where something else was ruled, InvalidInput for what is no candidate, and where it is not clear which is meant.
     """
-    if isinstance(candidate, Candidate):
-        candidate = _still_as_shown(case, candidate)
 
     def verdict(candidate: str | None) -> Verdict:
         return Verdict(case.encounter_id, case.subject_id, candidate, ruling, by, at, note)
@@ -209,14 +204,17 @@ def ruled(
     return (verdict(candidate or undecided[0]),)
 
 
-def _still_as_shown(case: Case, shown: Candidate) -> str:
-    """The key of a candidate that has the rows it was shown with."""
-    now = next((c for c in case.decision.candidates if c.key == shown.key), None)
-    if now is not None and set(now.rows) != set(shown.rows):
+def check_as_shown(case: Case, shown: Case, candidate: str | None) -> None:
+    """Raises EncounterConflict where what a verdict is about has changed since the case was shown. candidate: as of `ruled`."""
+
+    def about(one: Case) -> dict[str, frozenset[int]]:
+        return {c.key: frozenset(c.rows) for c in one.undecided if candidate in (None, c.key)}
+
+    if about(case) != about(shown):
+        which = "its candidates have" if candidate is None else f"candidate {candidate!r} has"
         raise EncounterConflict(
-            f"candidate {shown.key!r} of encounter {case.encounter_id!r} has changed since it was shown; look at the case again"
+            f"encounter {case.encounter_id!r}: {which} changed since the case was shown; look at the case again"
         )
-    return shown.key
 
 
 def closes(verdict: Verdict) -> bool:
