@@ -51,7 +51,7 @@ HOLD_S = 4.0
 """A writer's turn; opening the gallery and loading compiled code takes some two seconds."""
 OPERATIONS_A_KILL = 150
 OPERATIONS = ("enrol", "update", "remove", "dispute", "judge", "resend", "fork")
-WEIGHTS = (30, 18, 6, 3, 34, 8, 1)
+WEIGHTS = (30, 18, 4, 3, 24, 8, 1)
 
 
 def capture(person: int, number: int, cosine: float) -> np.ndarray:
@@ -172,19 +172,16 @@ class Worker:
             self.say(what="done", operation="remove", subject=subject)
 
     def judge(self, engine: bd.Engine, rng: random.Random) -> None:
-        """As the truth says; the rows of a candidate say whose captures they are."""
-        waiting = [case for _, case in zip(range(6), engine.cases(), strict=False)]
-        if not waiting:
-            return
-        case = rng.choice(waiting)
-        person = person_of(case.encounter_id)
-        if not case.undecided:
-            self.judged(engine, case, "different", None)
-        for candidate in case.undecided:
-            other = self.person(engine, candidate)
-            if other is not None:
-                ruling = "same" if other == person else "different"
-                self.judged(engine, case, ruling, candidate.key)
+        """Some cases, as the truth says; the rows of a candidate say whose captures they are."""
+        waiting = [case for _, case in zip(range(30), engine.cases(), strict=False)]
+        for case in rng.sample(waiting, min(3, len(waiting))):
+            person = person_of(case.encounter_id)
+            if not case.undecided:
+                self.judged(engine, case, "different", None)
+            for candidate in case.undecided:
+                other = self.person(engine, candidate)
+                if other is not None and not engine.case(case.encounter_id).closed:
+                    self.judged(engine, case, "same" if other == person else "different", candidate.key)
 
     def judged(self, engine: bd.Engine, case: bd.Case, ruling: Any, key: str | None) -> None:
         stands = engine.adjudicate(case, ruling, "the truth", candidate=key).outcome
