@@ -24,10 +24,10 @@ from report import data_folder, record
 from scipy.stats import beta
 
 import biodedup as bd
-from biodedup.jobs.comparisons import Searches
-from biodedup.jobs.evaluate import evaluate_encounters
-from biodedup.jobs.labelled import Labelled, extracted
-from biodedup.jobs.progress import silent
+from biodedup.jobs.evaluation.comparisons import Searches
+from biodedup.jobs.evaluation.evaluate import evaluate_encounters
+from biodedup.jobs.evaluation.labelled import Labelled, extracted
+from biodedup.jobs.shared.progress import silent
 
 FINGER_SETS = {"fvc2002/DB1_B": 500, "fvc2002/DB2_B": 569, "fvc2002/DB3_B": 500, "fvc2002/DB4_B": 500, "uareu": 512}
 POSITIONS = ("right_index", "left_index")

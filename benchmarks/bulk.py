@@ -28,7 +28,8 @@ from skimage import data
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.demo import mates_of, population, recaptures
+from biodedup.jobs.demonstration import recaptures
+from biodedup.synthetic.vectors import mates_of, population
 
 ROWS, TEMPLATES, BATCH_ROWS = 10_000_000, 12_000, 250_000
 

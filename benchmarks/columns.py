@@ -33,9 +33,9 @@ from report import record
 from scipy.stats import beta, norm
 
 import biodedup as bd
-from biodedup.jobs.demo import mates_of
 from biodedup.match.calibration import Calibration
-from biodedup.search import shard
+from biodedup.search.shards import shard
+from biodedup.synthetic.vectors import mates_of
 
 ROWS, DIMENSION, BATCH, PROBES, K = 20_000_000, 128, 1 << 16, 256, 100
 COLUMNS = ("face", "left_index", "right_index", "right_middle")

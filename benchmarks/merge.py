@@ -32,7 +32,7 @@ from report import model_ids, record
 from scipy.stats import poisson
 
 import biodedup as bd
-from biodedup.jobs.demo import mates_of, population
+from biodedup.synthetic.vectors import mates_of, population
 
 DISTRICTS, ROWS, KILLS, SHARE = 20, 50_000, 10, 0.01
 FILES = ("merge.parquet", "merge.pairs.parquet", "merge.collisions.parquet", "merge.summary.json", "merge.html")

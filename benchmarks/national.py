@@ -27,7 +27,7 @@ import numpy as np
 from report import model_ids, record
 
 import biodedup as bd
-from biodedup.jobs.demo import mates_of
+from biodedup.synthetic.vectors import mates_of
 
 ROWS, DIMENSION, BATCH, K = 200_000_000, 128, 1 << 16, 100
 COSINES = (0.4, 0.45, 0.5, 0.6, 0.7, 0.8)

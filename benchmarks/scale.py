@@ -19,7 +19,7 @@ import numpy as np
 from report import model_ids, record
 
 import biodedup as bd
-from biodedup.jobs.demo import mates_of, population
+from biodedup.synthetic.vectors import mates_of, population
 
 SUBJECTS, PROBES, BATCH_ROWS = 1_000_000, 256, 50_000
 

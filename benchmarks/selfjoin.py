@@ -25,7 +25,7 @@ from report import model_ids, record
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.demo import mates_of
+from biodedup.synthetic.vectors import mates_of
 
 ROWS, DIMENSION, BATCH, KEPT = 1_000_000, 128, 1 << 16, (1_000_000, 10_000_000)
 

@@ -29,7 +29,7 @@ import numpy as np
 from report import model_ids, record
 
 import biodedup as bd
-from biodedup.jobs.demo import mates_of
+from biodedup.synthetic.vectors import mates_of
 
 SIZES = [(1_000_000, 128), (1_000_000, 512), (10_000_000, 128), (10_000_000, 512)]
 PIECE, COSINES, K, CANDIDATES = 1 << 16, (0.4, 0.5, 0.6, 0.7, 0.8), 10, 1_000

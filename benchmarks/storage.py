@@ -27,8 +27,8 @@ from report import model_ids, record
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.codes import dequantise, quantise
-from biodedup.jobs.demo import mates_of, population
+from biodedup.gallery.files.codes import dequantise, quantise
+from biodedup.synthetic.vectors import mates_of, population
 
 SUBJECTS, DIMENSION, PIECE, PROBES = 10_000_000, 128, 100_000, 64
 MODEL = model_ids("face", DIMENSION)

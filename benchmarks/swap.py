@@ -20,7 +20,7 @@ import numpy as np
 from report import record
 
 import biodedup as bd
-from biodedup.jobs.demo import mates_of
+from biodedup.synthetic.vectors import mates_of
 
 ROWS, PROBES, BATCH, STEP, COSINE = 200_000, 64, 32, 1 << 14, 0.6
 FINGERS = bd.FINGER_POSITIONS[:10]

@@ -42,7 +42,7 @@ from skimage import data
 import biodedup as bd
 from biodedup import jobs
 from biodedup.embed.cards import load_card
-from biodedup.jobs.demo import mates_of, population
+from biodedup.synthetic.vectors import mates_of, population
 
 KILLS, CLI_KILLS, FULL_DISKS, FLIPS = 200, 40, 20, 300
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=48, merge_fan=2))

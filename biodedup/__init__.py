@@ -1,121 +1,13 @@
 """biodedup: finds a person enrolled twice.
 
 Captures become templates, templates a gallery, and every new encounter is compared with everybody in it. `__all__` is
-the public interface; everything else may change.
+the public interface; everything else may change. A name's module is imported when the name is first used, so that
+`biodedup --help` need not load numba, FAISS and ONNX Runtime.
 """
 
-from biodedup.capture.finger import read_minutiae, write_minutiae
-from biodedup.config import (
-    CaptureConfig,
-    Config,
-    FaceConfig,
-    FingerConfig,
-    GalleryConfig,
-    IsolationConfig,
-    Policy,
-    SearchConfig,
-)
-from biodedup.embed.extractor import Extractor
-from biodedup.engine import Engine, compare
-from biodedup.errors import (
-    BiodedupError,
-    CallerError,
-    CaptureUnavailable,
-    DataDamaged,
-    EncounterConflict,
-    EngineClosed,
-    GalleryBusy,
-    GalleryDamaged,
-    InvalidInput,
-    ModelCardError,
-    ModelMismatch,
-    NotAGallery,
-    OutOfMemory,
-    PolicyMismatch,
-    RetryableError,
-    StorageUnavailable,
-    SubjectExists,
-    UnknownSubject,
-)
-from biodedup.gallery.policies import PolicyVersion
-from biodedup.trace import Trace, explain
-from biodedup.values import (
-    COLUMNS,
-    FINGER_POSITIONS,
-    Candidate,
-    Case,
-    Cluster,
-    Decision,
-    Encounter,
-    EnrolledEncounter,
-    Evidence,
-    Face,
-    Finger,
-    Link,
-    Missing,
-    Refusal,
-    Score,
-    SearchResult,
-    Template,
-    Verdict,
-    Verification,
-)
+import lazy_loader
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "COLUMNS",
-    "FINGER_POSITIONS",
-    "BiodedupError",
-    "CallerError",
-    "Candidate",
-    "CaptureConfig",
-    "CaptureUnavailable",
-    "Case",
-    "Cluster",
-    "Config",
-    "DataDamaged",
-    "Decision",
-    "Encounter",
-    "EncounterConflict",
-    "Engine",
-    "EngineClosed",
-    "EnrolledEncounter",
-    "Evidence",
-    "Extractor",
-    "Face",
-    "FaceConfig",
-    "Finger",
-    "FingerConfig",
-    "GalleryBusy",
-    "GalleryConfig",
-    "GalleryDamaged",
-    "InvalidInput",
-    "IsolationConfig",
-    "Link",
-    "Missing",
-    "ModelCardError",
-    "ModelMismatch",
-    "NotAGallery",
-    "OutOfMemory",
-    "Policy",
-    "PolicyMismatch",
-    "PolicyVersion",
-    "Refusal",
-    "RetryableError",
-    "Score",
-    "SearchConfig",
-    "SearchResult",
-    "StorageUnavailable",
-    "SubjectExists",
-    "Template",
-    "Trace",
-    "UnknownSubject",
-    "Verdict",
-    "Verification",
-    "__version__",
-    "compare",
-    "explain",
-    "read_minutiae",
-    "write_minutiae",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = sorted([*__all__, "__version__"])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from biodedup.jobs.calibrate import card_text
+from biodedup.jobs.evaluation.calibrate import card_text
 
 MARKER = "# --- measured"
 

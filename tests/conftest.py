@@ -13,7 +13,7 @@ from skimage import data as skimage_data
 
 import biodedup as bd
 from biodedup.embed.cards import load_card
-from biodedup.probes import Preparer
+from biodedup.engine.prepare import Preparer
 
 DIMENSION = 128
 SFACE = load_card("sface").model_id

@@ -20,9 +20,10 @@ import numpy as np
 import xxhash
 
 import biodedup as bd
-from biodedup.gallery import catalogue, column_file
-from biodedup.gallery.health import inspect
-from biodedup.gallery.storage import LocalStorage
+from biodedup.gallery.care.health import inspect
+from biodedup.gallery.catalogue import sqlite as catalogue
+from biodedup.gallery.files import column_file
+from biodedup.gallery.files.filesystem import LocalStorage
 
 NASTY = [-1, 0, 1, 2, 3, 7, 63, 64, 65, 255, 1 << 15, 1 << 31, (1 << 32) - 1, 1 << 40, -(1 << 40), (1 << 62), 10**30]
 ODD = [None, True, "", "x", [], {}, [[]], {"a": 1}, 1.5, float("inf"), float("nan"), "\ud800x", "1" * 5000]

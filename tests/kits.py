@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kit_file import BatchReader, BatchWriter
-from biodedup.jobs.kit_keys import CentreKey, KitKey, load_centre_key, load_key
-from biodedup.jobs.kit_record import Record, encode
+from biodedup.jobs.kits.batch_file import BatchReader, BatchWriter
+from biodedup.jobs.kits.keys import CentreKey, KitKey, load_centre_key, load_key
+from biodedup.jobs.kits.record import Record, encode
 
 MONDAY = 1_790_000_000.0  # the kits' keys are made
 FRIDAY = MONDAY + 4 * 86_400

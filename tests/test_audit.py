@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import biodedup as bd
-from biodedup import jobs, searches
+from biodedup import jobs
 from biodedup.cli import app
-from biodedup.jobs.roll import read_roll
+from biodedup.engine import search as searches
+from biodedup.jobs.manifests.roll import read_roll
 
 THRESHOLD_DB = 70.0
 SUBJECTS = 400
@@ -274,7 +275,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import biodedup as bd
-from biodedup import jobs, searches
+from biodedup import jobs
+from biodedup.engine import search as searches
 searches.JOIN_ROWS = 50
 def progress(stage, done, total):
     if done == 100:
@@ -327,7 +329,7 @@ def test_a_roll_of_captures_is_identified_entry_by_entry(tmp_path, portrait):
 
 
 def test_entries_of_captures_stand_as_of_their_versions_which_the_report_states(tmp_path, portrait, monkeypatch):
-    monkeypatch.setattr(sys.modules["biodedup.jobs.audit"], "_ENTRIES_NOTED", 1)
+    monkeypatch.setattr(sys.modules["biodedup.jobs.deduplication.audit"], "_ENTRIES_NOTED", 1)
     for name, image in (("a.jpg", portrait), ("b.jpg", portrait[:, ::-1])):
         (tmp_path / name).write_bytes(jpeg(image))
     roll = written(tmp_path / "roll.csv", "path\na.jpg\nb.jpg\n")

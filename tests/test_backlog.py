@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.gallery import BACKLOG_NAME
-from biodedup.jobs.backlog import STATUSES, Arrival, Backlog, Finished
+from biodedup.gallery.files.names import BACKLOG_NAME
+from biodedup.jobs.enrolment.queue import STATUSES, Arrival, Backlog, Finished
 
 NOW = 1_800_000_000.0
 HOUR = 3600.0

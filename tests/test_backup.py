@@ -14,11 +14,11 @@ from test_crash import Countdown, FailingStorage
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.gallery import BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER
-from biodedup.gallery.health import backup, repair
-from biodedup.gallery.storage import LocalStorage
-from biodedup.jobs.backlog import Arrival, Backlog
-from biodedup.jobs.kit_ledger import Ledger
+from biodedup.gallery.care.health import backup, repair
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.files.names import BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER
+from biodedup.jobs.enrolment.queue import Arrival, Backlog
+from biodedup.jobs.kits.ledger import Ledger
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(background=False))
 NOW = 1_800_000_000.0

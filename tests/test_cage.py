@@ -177,7 +177,7 @@ def test_a_kit_remembers_no_verdict_that_a_failure_gave(tmp_path, portrait, monk
 
     with monkeypatch.context() as patch:
         failing = [bd.Refusal("face", "too_slow")]
-        patch.setattr("biodedup.jobs.kit_judge.Extractor.extract", lambda self, captures: failing)
+        patch.setattr("biodedup.jobs.kits.judge.Extractor.extract", lambda self, captures: failing)
         assert packed().broken
     assert not packed().broken
 

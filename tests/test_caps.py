@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 import biodedup as bd
-from biodedup import jobs, searches
+from biodedup import jobs
 from biodedup.config import SearchConfig
-from biodedup.gallery import codes as coding
-from biodedup.gallery.codec import measured_laws
+from biodedup.engine import search as searches
+from biodedup.gallery.files import codes as coding
+from biodedup.gallery.files.codec import measured_laws
 from biodedup.match.calibration import Calibration
-from biodedup.search import caps as caps_module
-from biodedup.search import member_kernel
-from biodedup.search.caps import choose, seen
-from biodedup.search.signs import SIGN, limits_of, tables_of
+from biodedup.search.native import pair_kernel as member_kernel
+from biodedup.search.native.signs import SIGN, limits_of, tables_of
+from biodedup.search.selfjoin import buckets as caps_module
+from biodedup.search.selfjoin.buckets import choose, seen
 
 ROWS = 40_000
 LEAST = 0.75

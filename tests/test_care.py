@@ -15,8 +15,8 @@ from conftest import again, people
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.lookalikes import key_of
-from biodedup.gallery.storage import LocalStorage
+from biodedup.gallery.care.lookalikes import key_of
+from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.texts import KnownId
 
 FACES = people(400)

@@ -22,8 +22,8 @@ from conftest import again, people
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.health import inspect
-from biodedup.gallery.storage import LocalStorage
+from biodedup.gallery.care.health import inspect
+from biodedup.gallery.files.filesystem import LocalStorage
 
 SUBJECTS = people(20)
 SMALL = bd.Config(gallery=bd.GalleryConfig(seal_rows=4, merge_fan=2, background=False))

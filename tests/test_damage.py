@@ -19,10 +19,10 @@ from small_gallery import PEOPLE, enroll, nearest, small
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery import segment
-from biodedup.gallery.column_file import Stream, open_column_file, write_column_file
-from biodedup.gallery.health import inspect
-from biodedup.gallery.storage import LocalStorage
+from biodedup.gallery.care.health import inspect
+from biodedup.gallery.files.column_file import Stream, open_column_file, write_column_file
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.segments import segment
 
 GOLDEN = Path(__file__).parent / "golden"
 

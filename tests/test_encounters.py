@@ -294,7 +294,7 @@ def test_which_rows_are_kept_goes_by_quality_and_then_by_time(tmp_path):
         clock = iter(times)
         decisions = [engine.identify(bd.Encounter("anna", templates={"face": anna})) for _ in times]
         from biodedup.gallery.answers import to_json
-        from biodedup.gallery.tail import Answer
+        from biodedup.gallery.segments.tail import Answer
 
         with engine._gallery.transaction() as transaction:
             for i, (quality, decision) in enumerate(zip(qualities, decisions, strict=True)):

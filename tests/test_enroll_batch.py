@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
-from biodedup.gallery.gallery import BACKLOG_NAME
-from biodedup.jobs.batch_manifest import Manifest
-from biodedup.jobs.workers import Workers
+from biodedup.gallery.files.names import BACKLOG_NAME
+from biodedup.jobs.manifests.encounters import Manifest
+from biodedup.jobs.shared.workers import Workers
 
 CONFIG = bd.Config(batch_size=8, gallery=bd.GalleryConfig(background=False))
 LENIENT = replace(CONFIG, policy=bd.Policy(required=()))

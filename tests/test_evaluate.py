@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
-from biodedup.jobs import plots
-from biodedup.jobs.comparisons import compare_all
-from biodedup.jobs.labelled import Labelled
-from biodedup.jobs.progress import silent
+from biodedup.jobs.evaluation import plots
+from biodedup.jobs.evaluation.comparisons import compare_all
+from biodedup.jobs.evaluation.labelled import Labelled
+from biodedup.jobs.shared.progress import silent
 
 MODELS = {"face": SFACE, "right_index": "external-128"}
 NAMED = [f"--model-id={column}={model_id}" for column, model_id in MODELS.items()]

@@ -19,8 +19,8 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
 from biodedup.cli.base import Exit
-from biodedup.jobs.explain import _headline, captures_at, parse_side
-from biodedup.jobs.explain_page import waterfall
+from biodedup.jobs.explanation.explain import _headline, captures_at, parse_side
+from biodedup.jobs.explanation.page import waterfall
 from biodedup.match.judgement import judge
 from biodedup.match.minutiae import matched
 from biodedup.match.ranked import Comparison

@@ -18,8 +18,8 @@ from biodedup import jobs
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.cli import app
 from biodedup.embed.cards import joint_id, load_card
-from biodedup.jobs.calibrate import card_text
-from biodedup.jobs.results import write_table
+from biodedup.jobs.evaluation.calibrate import card_text
+from biodedup.jobs.shared.output import write_table
 from biodedup.match.calibration import Calibration
 from biodedup.match.fitting import COSINE_POWER, Nonmates, fit, measured_fmr, pareto, ratio_db, survival_db
 

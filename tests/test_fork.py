@@ -16,8 +16,8 @@ from small_gallery import PEOPLE, enroll, nearest, small
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.health import inspect
-from biodedup.gallery.storage import FileLock, LocalStorage
+from biodedup.gallery.care.health import inspect
+from biodedup.gallery.files.filesystem import FileLock, LocalStorage
 
 
 def forked(action) -> str:
@@ -299,7 +299,7 @@ def test_two_writers_never_overwrite_or_remove_each_others_segments(tmp_path):
 
 def spoil(folder: Path, **counters: object) -> None:
     """As a writer with stale counters leaves the state."""
-    from biodedup.gallery.catalogue import Catalogue
+    from biodedup.gallery.catalogue.sqlite import Catalogue
 
     catalogue = Catalogue(LocalStorage().connect(folder / "gallery.sqlite3", read_only=False))
     state = vars(catalogue.state()) | counters

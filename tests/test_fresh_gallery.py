@@ -11,7 +11,7 @@ from small_gallery import PEOPLE
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.outcomes import WORDS, decided
+from biodedup.jobs.enrolment.outcomes import WORDS, decided
 from biodedup.match.calibrations import CHECKED_PEOPLE
 from biodedup.match.judgement import REASONS
 

@@ -17,10 +17,10 @@ from small_gallery import PEOPLE, enroll, nearest, small
 import biodedup as bd
 from biodedup import jobs
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
-from biodedup.gallery import packed
-from biodedup.gallery.codec import make_codec
-from biodedup.gallery.codes import dequantise, lower_halves, quantise
-from biodedup.gallery.compaction import due
+from biodedup.gallery.files import packed
+from biodedup.gallery.files.codec import make_codec
+from biodedup.gallery.files.codes import dequantise, lower_halves, quantise
+from biodedup.gallery.segments.compaction import due
 
 # against a model -------------------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ def test_hashes_of_similar_ids_differ():
 
 def test_look_ups_compare_the_strings_when_all_hashes_are_equal(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "hashes", lambda strings: np.full(len(strings), 7, np.uint64))
-    monkeypatch.setattr("biodedup.gallery.tail.hashes", packed.hashes)
+    monkeypatch.setattr("biodedup.gallery.segments.tail.hashes", packed.hashes)
     monkeypatch.setattr(packed, "hash_of", lambda string: np.uint64(7))
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         for i in range(8):

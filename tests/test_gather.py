@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.search.gather import Gathering
-from biodedup.search.scan import in_turn
+from biodedup.search.batching import Gathering
+from biodedup.search.native.scanner import in_turn
 
 
 class Slow:

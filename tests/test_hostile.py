@@ -18,8 +18,8 @@ from hostile_gallery import Opened, change, name_anew
 from small_gallery import PEOPLE, nearest, small
 
 import biodedup as bd
-from biodedup.gallery.health import inspect
-from biodedup.gallery.storage import LocalStorage
+from biodedup.gallery.care.health import inspect
+from biodedup.gallery.files.filesystem import LocalStorage
 
 RECORDS = 12
 

@@ -24,10 +24,10 @@ from test_enroll_batch import InProcess
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.engine.search import Searches
+from biodedup.gallery.files.filesystem import Connection
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.storage import Connection
-from biodedup.jobs.kit_record import Record
-from biodedup.searches import Searches
+from biodedup.jobs.kits.record import Record
 
 NOW = 1_800_000_000.0
 BATCH = 20

@@ -9,9 +9,10 @@ import pytest
 from conftest import SFACE
 
 import biodedup as bd
-from biodedup import jobs, searches
-from biodedup.jobs.demo import mates_of
-from biodedup.search import rescore
+from biodedup import jobs
+from biodedup.engine import search as searches
+from biodedup.search import searcher as rescore
+from biodedup.synthetic.vectors import mates_of
 
 THRESHOLD_DB = 60.0
 

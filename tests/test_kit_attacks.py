@@ -11,8 +11,8 @@ from kits import FRIDAY, MONDAY, a_record, enrolled, forged, ingested, outcomes,
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kit_keys import load_key
-from biodedup.jobs.kit_names import bound_id, prefix_of
+from biodedup.jobs.kits.keys import load_key
+from biodedup.jobs.kits.names import bound_id, prefix_of
 
 DAY = 86_400
 

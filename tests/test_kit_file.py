@@ -21,9 +21,9 @@ from kits import payloads, read, records_of, written
 import biodedup as bd
 from biodedup import jobs
 from biodedup.errors import BatchDamaged, UnknownKit
-from biodedup.jobs.kit_file import BatchReader, BatchWriter, gaps
-from biodedup.jobs.kit_keys import load_centre_key, load_key
-from biodedup.jobs.kit_record import _SCHEMA, RECORD_BYTES_MAX, Record, decode, encode
+from biodedup.jobs.kits.batch_file import BatchReader, BatchWriter, gaps
+from biodedup.jobs.kits.keys import load_centre_key, load_key
+from biodedup.jobs.kits.record import _SCHEMA, RECORD_BYTES_MAX, Record, decode, encode
 
 both_versions = pytest.mark.parametrize("encrypted", [True, False], ids=["encrypted", "version 1"])
 HEAD = 17  # kind, sequence, length, check

@@ -27,8 +27,8 @@ from kits import (
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kit_keys import load_centre_key, load_key
-from biodedup.jobs.kit_record import Record
+from biodedup.jobs.kits.keys import load_centre_key, load_key
+from biodedup.jobs.kits.record import Record
 
 
 def test_the_same_batch_twice_is_taken_once(centre):

@@ -19,8 +19,8 @@ from kits import MONDAY, YEAR, table
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import main
-from biodedup.jobs.kit_keys import load_centre_key, load_centre_public, load_key
-from biodedup.jobs.kit_trust import load_trusted
+from biodedup.jobs.kits.keys import load_centre_key, load_centre_public, load_key
+from biodedup.jobs.kits.trust import load_trusted
 
 SECRET = "correct horse battery staple"
 

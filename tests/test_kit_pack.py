@@ -16,8 +16,8 @@ from kits import FRIDAY, Stop, enrolled, ingested, outcomes, packed, read, stop_
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kit_keys import load_centre_key, load_key
-from biodedup.jobs.kit_record import RECORD_BYTES_MAX
+from biodedup.jobs.kits.keys import load_centre_key, load_key
+from biodedup.jobs.kits.record import RECORD_BYTES_MAX
 from biodedup.synthetic import draw_impression, draw_master
 
 # packing ----------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_what_was_extracted_once_is_not_extracted_again(centre, fingers, monkeyp
     asked: list[int] = []
     real = bd.Extractor.extract
     monkeypatch.setattr(
-        "biodedup.jobs.kit_judge.Extractor.extract",
+        "biodedup.jobs.kits.judge.Extractor.extract",
         lambda self, captures: asked.append(len(captures)) or real(self, captures),
     )
     first = jobs.pack_batch(manifest_of(centre, rows), centre / "b.kit", centre / "A.key")
@@ -402,7 +402,7 @@ def test_what_a_kit_writes_is_for_its_owner_alone(centre, fingers):
 
 
 def test_a_manifest_beyond_reason_is_refused_before_it_is_read(centre, monkeypatch):
-    monkeypatch.setattr("biodedup.jobs.kit_manifest._ROWS_MAX", 3)
+    monkeypatch.setattr("biodedup.jobs.kits.manifest._ROWS_MAX", 3)
     for name in ("m.parquet", "m.csv"):
         if name == "m.csv":
             (centre / name).write_text("subject_id,path\n" + "s,f.png\n" * 4)

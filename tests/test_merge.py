@@ -24,10 +24,10 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.config import EXTERNAL_MINUTIAE
+from biodedup.gallery.care.health import inspect
+from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.health import inspect
-from biodedup.gallery.storage import LocalStorage
-from biodedup.jobs.survivors import Member, folded, survivor
+from biodedup.jobs.merging.survivors import Member, folded, survivor
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=64, merge_fan=2, background=False))
 FILES = ("m.parquet", "m.pairs.parquet", "m.collisions.parquet", "m.summary.json", "m.html")

@@ -16,13 +16,13 @@ from conftest import again, people
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import main
-from biodedup.jobs import results
-from biodedup.jobs.batch_manifest import Record
-from biodedup.jobs.outcomes import Outcome, outcome_table
-from biodedup.jobs.results import write_table
-from biodedup.jobs.roll import read_roll
-from biodedup.jobs.spreadsheet import disarmed, rearmed
-from biodedup.jobs.tables import TableFile
+from biodedup.jobs.enrolment.outcomes import Outcome, outcome_table
+from biodedup.jobs.manifests.encounters import Record
+from biodedup.jobs.manifests.roll import read_roll
+from biodedup.jobs.manifests.tables import TableFile
+from biodedup.jobs.shared import output as results
+from biodedup.jobs.shared.output import write_table
+from biodedup.jobs.shared.spreadsheet import disarmed, rearmed
 from biodedup.texts import KnownId, id_problem, json_text, shown
 
 HOSTILE = (

@@ -11,8 +11,8 @@ from scipy.stats import norm
 
 import biodedup as bd
 from biodedup.embed.cards import load_card
-from biodedup.jobs.evaluate import evaluate_encounters
-from biodedup.jobs.labelled import Labelled
+from biodedup.jobs.evaluation.evaluate import evaluate_encounters
+from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import moved
 from biodedup.match.fitting import measured_fmr

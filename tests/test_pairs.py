@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biodedup.gallery.codes import dequantise, quantise
-from biodedup.search.pairs import compared, ranked
+from biodedup.gallery.files.codes import dequantise, quantise
+from biodedup.search.native.exact_pairs import compared, ranked
 
 
 @given(st.integers(0, 60), st.integers(1, 5), st.data())

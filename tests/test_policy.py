@@ -14,7 +14,7 @@ from small_gallery import PEOPLE, enroll, small
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.catalogue import _checksum
+from biodedup.gallery.catalogue.sqlite import _checksum
 
 GOLDEN = Path(__file__).parent / "golden"
 STRICT = bd.Policy(fpir=1e-6)

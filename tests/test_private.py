@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import app
-from biodedup.jobs.notes import Notes
+from biodedup.jobs.shared.checkpoint import Notes
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_a_symlinked_segments_folder_of_a_backup_is_refused(gallery, tmp_path):
 
 def test_a_result_in_the_making_does_not_write_through_a_link(tmp_path):
     (tmp_path / "mine").write_bytes(b"mine")
-    from biodedup.jobs.results import write_text
+    from biodedup.jobs.shared.files import write_text
 
     for name in ("r.json.tmp", ".r.new.json"):
         (tmp_path / name).symlink_to(tmp_path / "mine")
@@ -260,7 +260,7 @@ def test_the_templates_of_a_closed_case_are_erased(tmp_path):
 
 
 def test_what_a_killed_writer_left_in_the_journal_is_wiped_by_the_next(tmp_path, monkeypatch):
-    from biodedup.gallery.storage import LocalStorage
+    from biodedup.gallery.files.filesystem import LocalStorage
 
     def refuse(self, path):
         raise OSError(5, "input/output error")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biodedup.jobs.rates import (
+from biodedup.jobs.evaluation.rates import (
     Rate,
     Resampling,
     bands_of,

@@ -19,8 +19,8 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.capture.reading import Unread, held, read, read_path
 from biodedup.embed.cards import load_card
+from biodedup.engine.prepare import in_memory
 from biodedup.gallery.answers import digest_of
-from biodedup.probes import in_memory
 
 LIMITS = bd.CaptureConfig(bytes_max=1000)
 

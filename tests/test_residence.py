@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.gallery import column_file, snapshot
-from biodedup.gallery.storage import LocalStorage
-from biodedup.search import shard
+from biodedup.gallery import snapshot
+from biodedup.gallery.files import column_file
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.search.shards import shard
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=20_000, background=False))
 

@@ -17,15 +17,18 @@ from scipy.stats import binom, norm
 import biodedup as bd
 from biodedup.config import SearchConfig
 from biodedup.errors import GalleryDamaged
-from biodedup.gallery import codes as coding
-from biodedup.gallery.codec import ErrorLaw, estimates, make_codec, measured_laws
-from biodedup.jobs.demo import mates_of
-from biodedup.search import kernel, population, shard, sign_kernel
-from biodedup.search.scan import Probes, Scanner
-from biodedup.search.shard import Answer, FanOut, Plan
-from biodedup.search.sign_kernel import SignedProbes
-from biodedup.search.sign_tile import FOUR, SIX, THREE, TWO, numbers_of, tables_most
-from biodedup.search.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, tables_of
+from biodedup.gallery.files import codes as coding
+from biodedup.gallery.files.codec import ErrorLaw, estimates, make_codec, measured_laws
+from biodedup.search.native import column_statistics as population
+from biodedup.search.native import scan_kernel as kernel
+from biodedup.search.native import sign_kernel
+from biodedup.search.native.scanner import Probes, Scanner
+from biodedup.search.native.sign_kernel import SignedProbes
+from biodedup.search.native.sign_tile import FOUR, SIX, THREE, TWO, numbers_of, tables_most
+from biodedup.search.native.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, tables_of
+from biodedup.search.shards import shard
+from biodedup.search.shards.shard import Answer, FanOut, Plan
+from biodedup.synthetic.vectors import mates_of
 
 NOTHING = np.zeros(0, np.uint64)
 

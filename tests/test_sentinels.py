@@ -18,14 +18,15 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
-from biodedup.gallery.gallery import SENTINELS_NAME
-from biodedup.gallery.segment import SegmentColumn
-from biodedup.gallery.storage import LocalStorage
-from biodedup.jobs import sentinel_file, sentinels
-from biodedup.jobs.demo import mates_of
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.files.names import SENTINELS_NAME
+from biodedup.gallery.segments.segment import SegmentColumn
+from biodedup.jobs.health import canaries as sentinels
+from biodedup.jobs.health import canary_file as sentinel_file
 from biodedup.match.minutiae import CylinderMatcher
-from biodedup.search import shard
-from biodedup.search.scan import Scanner
+from biodedup.search.native.scanner import Scanner
+from biodedup.search.shards import shard
+from biodedup.synthetic.vectors import mates_of
 
 DIMENSION = 64
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=1_000, background=False))
@@ -372,7 +373,7 @@ def test_minutiae_are_identified_and_records_that_have_changed_are_told(with_fin
 
 def test_minutiae_that_are_never_compared_raise_an_alarm(with_fingers, monkeypatch):
     jobs.watch(with_fingers, count=20)
-    from biodedup.search import rescore
+    from biodedup.search import searcher as rescore
 
     monkeypatch.setattr(rescore._Scope, "rows_with", lambda self, bits, *, without: np.zeros(0, np.int64))
     watch = jobs.watch(with_fingers, count=20)

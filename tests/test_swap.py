@@ -27,8 +27,9 @@ from biodedup.match.calibration import Calibration
 from biodedup.match.compare import Comparer, InHand
 from biodedup.match.labels import AS_LABELLED, readings_of
 from biodedup.match.minutiae import Bozorth3
-from biodedup.search import shard, together
-from biodedup.search.across import strongest
+from biodedup.search.multicolumn import together
+from biodedup.search.positions import strongest
+from biodedup.search.shards import shard
 from biodedup.values import BIT
 
 KNOWN = bd.FINGER_POSITIONS[:10]

@@ -16,12 +16,21 @@ from conftest import jpeg, people
 import biodedup as bd
 from biodedup import jobs
 from biodedup.jobs import load as load_module
-from biodedup.jobs.fields import Unusable, column_name, dpi_of, groups_of, id_of, moment_of, path_of, position_of
-from biodedup.jobs.labelled import read_labelled
-from biodedup.jobs.manifest import images_of, read_rows
-from biodedup.jobs.rates import bands_of
-from biodedup.jobs.roll import read_roll
-from biodedup.jobs.tables import TableFile
+from biodedup.jobs.evaluation.labelled import read_labelled
+from biodedup.jobs.evaluation.rates import bands_of
+from biodedup.jobs.manifests.captures import images_of, read_rows
+from biodedup.jobs.manifests.fields import (
+    Unusable,
+    column_name,
+    dpi_of,
+    groups_of,
+    id_of,
+    moment_of,
+    path_of,
+    position_of,
+)
+from biodedup.jobs.manifests.roll import read_roll
+from biodedup.jobs.manifests.tables import TableFile
 
 IDS = (
     "0012",
@@ -119,7 +128,7 @@ def test_ids_are_text_in_every_job(tmp_path):
     assert read_roll(tmp_path / "r.csv").texts("subject_id") == [name for name in IDS if name not in rounded]
     pairs = {"similarity": [0.1] * 4, "mated": [False] * 4, "subject_a": ["01", "1", "1", "2"], "subject_b": ["3"] * 4}
     pa.csv.write_csv(pa.table(pairs), tmp_path / "p.csv")
-    from biodedup.jobs.calibrate import read_pairs
+    from biodedup.jobs.evaluation.calibrate import read_pairs
 
     assert len(set(read_pairs(tmp_path / "p.csv", ("similarity",)).a.tolist())) == 3
 

@@ -10,12 +10,13 @@ from scipy.special import ndtri
 from scipy.stats import norm
 
 import biodedup as bd
-from biodedup.jobs.demo import mates_of
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import from_embeddings
-from biodedup.search import shard, together
-from biodedup.search.rescore import Searcher
-from biodedup.search.scan import Collected
+from biodedup.search.multicolumn import together
+from biodedup.search.native.scanner import Collected
+from biodedup.search.searcher import Searcher
+from biodedup.search.shards import shard
+from biodedup.synthetic.vectors import mates_of
 
 COLUMNS = ("face", "left_index", "right_index")
 ROWS = 12_000

@@ -11,19 +11,9 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import (
-    adjudicate,
-    audit,
-    calibrate,
-    evaluate,
-    explain,
-    gallery,
-    kit,
-    merge,
-    policy,
-    register,
-    subjects,
-)
+from biodedup.cli import audit, calibrate, evaluate, explain, gallery, kit, merge, policy, subjects
+from biodedup.cli import bulk as register
+from biodedup.cli import cases as adjudicate
 from biodedup.cli.base import app, complain, exit_code, print_json, say
 from biodedup.errors import BiodedupError
 from biodedup.memory import out_of_memory

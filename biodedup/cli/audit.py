@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
@@ -22,7 +23,6 @@ from biodedup.cli.base import (
     progress_bar,
     say,
 )
-from biodedup.engine import Engine
 
 
 @app.command()
@@ -47,7 +47,7 @@ def audit(
     """Check a roll, as of voters: who is listed twice, not enrolled, or enrolled under two ids, by district. Interrupted, it goes
     on where it was. Exit code 10: doubles were found."""
     chosen = configured(gallery, config, threads=threads, across_positions=across_positions)
-    with Engine.open(gallery, chosen, read_only=True) as engine, progress_bar() as progress:
+    with bd.Engine.open(gallery, chosen, read_only=True) as engine, progress_bar() as progress:
         found = jobs.audit(engine, roll, result, report=report, threshold_db=threshold_db, progress=progress)
     summary = found.summary() | {"result": str(result)} | ({"report": str(report)} if report is not None else {})
     if as_json:

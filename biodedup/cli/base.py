@@ -23,11 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
+import biodedup as bd
 from biodedup import jobs
 from biodedup.config import Config, IsolationConfig
-from biodedup.engine import Engine
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
-from biodedup.match.judgement import texts_of
 from biodedup.settings import Settings, settings_for
 from biodedup.texts import json_text, shown
 from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal
@@ -188,10 +187,10 @@ def configured(gallery: Path | None, file: Path | None, **options: Any) -> Confi
 
 
 @contextmanager
-def existing(gallery: Path, config: Config) -> Iterator[Engine]:
+def existing(gallery: Path, config: Config) -> Iterator[bd.Engine]:
     """Opens for writing, but creates nothing: a mistyped path is not an empty gallery."""
-    Engine.open(gallery, config, read_only=True).close()
-    with Engine.open(gallery, config) as engine:
+    bd.Engine.open(gallery, config, read_only=True).close()
+    with bd.Engine.open(gallery, config) as engine:
         yield engine
 
 
@@ -238,6 +237,8 @@ def finish(facts: dict[str, Any], text: str | Sequence[str], as_json: bool) -> N
 
 
 def finish_decision(decision: Decision, as_json: bool) -> None:
+    from biodedup.match.judgement import texts_of  # here, so that help texts need not load the matcher
+
     if as_json:
         document = asdict(decision)
         for shown, candidate in zip(document["candidates"], decision.candidates, strict=True):

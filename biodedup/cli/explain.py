@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import (
     AcrossOption,
@@ -25,10 +26,11 @@ from biodedup.cli.base import (
     print_refusals,
 )
 from biodedup.config import Config
-from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
-from biodedup.jobs.explain import Side, parse_side
 from biodedup.values import Face, Finger, Template
+
+if TYPE_CHECKING:
+    from biodedup.jobs.explanation.explain import Side
 
 _SIDE_HELP = (
     "an image, a minutiae record, a folder of them, COLUMN=PATH with commas between, or with --gallery a subject_id."
@@ -66,7 +68,7 @@ def explain(
     """Write a page on one pair: both captures, what was found in them, what agrees, and what it is worth."""
     chosen = configured(gallery, config, threads=threads)
     with ExitStack() as opened:
-        engine = None if gallery is None else opened.enter_context(Engine.open(gallery, chosen, read_only=True))
+        engine = None if gallery is None else opened.enter_context(bd.Engine.open(gallery, chosen, read_only=True))
         if encounter is not None:
             if engine is None or a is not None or b is not None:
                 raise InvalidInput("--encounter takes both sides from a gallery; pass --gallery, and no captures")
@@ -85,16 +87,18 @@ def explain(
 
 
 def _side(
-    texts: Sequence[str], engine: Engine | None, config: Config
+    texts: Sequence[str], engine: bd.Engine | None, config: Config
 ) -> Sequence[Face | Finger] | Mapping[str, Template]:
     if not texts:
         raise InvalidInput("a side has no captures; pass A and B, or --a and --b")
     if engine is not None and len(texts) == 1 and texts[0] in engine:
         return engine.templates(texts[0])
+    from biodedup.jobs.explanation.explain import parse_side
+
     return parse_side(texts, config)
 
 
-def _sides_of(engine: Engine, encounter_id: str) -> tuple[tuple[str, str], tuple[Side, Side]]:
+def _sides_of(engine: bd.Engine, encounter_id: str) -> tuple[tuple[str, str], tuple[Side, Side]]:
     """Whom an encounter and its strongest candidate are of, and their templates."""
     decision = engine.decision(encounter_id)
     if decision is None or decision.best is None or decision.subject_id is None:

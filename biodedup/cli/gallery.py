@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
@@ -33,9 +34,8 @@ from biodedup.cli.base import (
     say,
     show_table,
 )
-from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
-from biodedup.gallery.gallery import MERGES_FOLDER
+from biodedup.gallery.files.names import MERGES_FOLDER
 
 
 @app.command()
@@ -58,7 +58,7 @@ def dedup(
     chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
     if is_gallery:
         # reading only: enrolment goes on beside it, for hours
-        with Engine.open(source, chosen, read_only=True) as engine, progress_bar() as progress:
+        with bd.Engine.open(source, chosen, read_only=True) as engine, progress_bar() as progress:
             joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
         print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
@@ -104,7 +104,7 @@ def load(
 ) -> None:
     """Add ready templates without a search. Interrupted, it goes on where it was. Exit code 12: some rows were refused."""
     chosen = configured(gallery, config, more={"finger.record_model_id": record_model_id})
-    with Engine.open(gallery, chosen) as engine, progress_bar() as progress:
+    with bd.Engine.open(gallery, chosen) as engine, progress_bar() as progress:
         result = jobs.load(engine, source, ids=ids, column=column, model_id=model_ids(model_id), progress=progress)
         size = len(engine)
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {size:,} subjects"
@@ -147,7 +147,7 @@ def backup(
 ) -> None:
     """Copy the gallery, consistent, while it is in use, and what jobs keep beside it; again, only new segments are copied. The copy
     is a gallery."""
-    with Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         copied = engine.backup(target)
     text = (
         f"version {copied.version} is in {target}: {copied.files_copied} files copied ({copied.byte_count:,} bytes), "
@@ -165,7 +165,7 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """What a gallery holds."""
-    with Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         facts = engine.info()
     if as_json:
         print_json(facts)

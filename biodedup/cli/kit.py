@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,8 +29,10 @@ from biodedup.cli.base import (
 )
 from biodedup.cli.kit_keys import TrustedOption, kit
 from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
-from biodedup.jobs.kit_keys import CentreKey
-from biodedup.jobs.kit_outcomes import BatchOutcome, Examined
+
+if TYPE_CHECKING:
+    from biodedup.jobs.kits.keys import CentreKey
+    from biodedup.jobs.kits.outcomes import BatchOutcome, Examined
 
 ReportOption = Annotated[Path | None, typer.Option("--report", help="HTML report; default: beside the result.")]
 CentreKeyOption = Annotated[

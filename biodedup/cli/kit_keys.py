@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from biodedup import jobs
 from biodedup.cli.base import JsonOption, app, finish
 from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
-from biodedup.jobs.kit_keys import LIFETIME_DAYS
-from biodedup.jobs.kit_trust import TrustedKey
+from biodedup.jobs.kits.keys import LIFETIME_DAYS
+
+if TYPE_CHECKING:
+    from biodedup.jobs.kits.trust import TrustedKey
 
 kit = typer.Typer(no_args_is_help=True, help="Field kits: batches from teams that work without a network.")
 app.add_typer(kit, name="kit")

@@ -28,7 +28,6 @@ from biodedup.cli.base import (
     progress_bar,
     say,
 )
-from biodedup.jobs.registers import named
 
 
 @app.command()
@@ -61,6 +60,8 @@ def merge(
 ) -> None:
     """Find who is one person among the subjects of many galleries. Nothing is changed without --apply. Interrupted, it goes on
     where it was."""
+    from biodedup.jobs.merging.registers import named  # here, so that help texts need not load the engine
+
     centre = None if into is None else named(into)[1]
     chosen = configured(centre, config, threads=threads, across_positions=across_positions)
     with progress_bar() as progress:

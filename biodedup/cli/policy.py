@@ -34,9 +34,8 @@ from biodedup.cli.base import (
 )
 from biodedup.config import GalleryConfig, Policy
 from biodedup.errors import InvalidInput
-from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.policies import PolicyVersion, shown, told
-from biodedup.gallery.storage import LocalStorage
 from biodedup.settings import DEFAULT, listed
 from biodedup.tables import differences, flat, hints, made, plain
 
@@ -171,6 +170,8 @@ def show_config(
 
 def _versions(folder: Path) -> tuple[PolicyVersion, ...]:
     """Of a gallery's policy. It is read without the models, which the settings may name wrongly."""
+    from biodedup.gallery.gallery import Gallery
+
     with closing(Gallery.open_to_read(folder, LocalStorage(), GalleryConfig())) as gallery:
         return gallery.policies
 

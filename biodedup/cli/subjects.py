@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+import biodedup as bd
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
     AcrossOption,
@@ -35,7 +36,6 @@ from biodedup.cli.base import (
     print_refusals,
     say,
 )
-from biodedup.engine import Engine
 from biodedup.values import Encounter
 
 
@@ -57,7 +57,7 @@ def enroll(
     """Enrol a subject, unless somebody in the gallery is the same person."""
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
-    with Engine.open(gallery, configured(gallery, config, threads=threads)) as engine:
+    with bd.Engine.open(gallery, configured(gallery, config, threads=threads)) as engine:
         finish_decision(engine.enroll(encounter, across_positions=across_positions or None), as_json)
 
 
@@ -75,7 +75,7 @@ def identify(
 ) -> None:
     """Search the gallery for the person of these captures; write nothing."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
-    with Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
+    with bd.Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
         decision = engine.identify(encounter, groups=group or None, across_positions=across_positions or None)
         finish_decision(decision, as_json)
 
@@ -93,7 +93,7 @@ def verify(
 ) -> None:
     """Compare captures with one enrolled subject."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
-    with Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
+    with bd.Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
         result = engine.verify(encounter, subject_id)
     if as_json:
         print_json(asdict(result))

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 
 from biodedup.errors import EncounterConflict, GalleryDamaged, InvalidInput
 from biodedup.gallery.answers import from_json
-from biodedup.gallery.catalogue import Catalogue
+from biodedup.gallery.catalogue.sqlite import Catalogue
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.values import Candidate, Case, Decision, Refusal, Ruling, Verdict, strong
 

@@ -30,17 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
-from biodedup.errors import (
-    BiodedupError,
-    GalleryBusy,
-    GalleryDamaged,
-    InvalidInput,
-    NotAGallery,
-    StorageUnavailable,
-)
-from biodedup.gallery import forks
+from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery
 from biodedup.gallery.cases import is_review, judged_before, read_case, standing
-from biodedup.gallery.catalogue import (
+from biodedup.gallery.catalogue.sqlite import (
     APPLICATION_ID,
     FORMAT_VERSION,
     READABLE,
@@ -49,12 +41,17 @@ from biodedup.gallery.catalogue import (
     State,
     paired,
 )
-from biodedup.gallery.compaction import due, grouped
-from biodedup.gallery.packed import hashes, pack_text
-from biodedup.gallery.part import Int64, Part, Rows
+from biodedup.gallery.catalogue.upgrade import OLD_FORMAT, upgrade
+from biodedup.gallery.files import forks
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import NEW_SUFFIX, ODD_CONTENT, Lock, Storage
+from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, NEW_NAME, SEGMENT_FOLDER, SENTINELS_NAME
+from biodedup.gallery.files.packed import hashes, pack_text
+from biodedup.gallery.files.private import refuse_link
 from biodedup.gallery.policies import PolicyVersion
-from biodedup.gallery.private import refuse_link
-from biodedup.gallery.segment import (
+from biodedup.gallery.segments.compaction import due, grouped
+from biodedup.gallery.segments.part import Int64, Part, Rows
+from biodedup.gallery.segments.segment import (
     Abandoned,
     Segment,
     SegmentEntry,
@@ -64,21 +61,11 @@ from biodedup.gallery.segment import (
     unused_number,
     write_segment,
 )
+from biodedup.gallery.segments.tail import Tail, TailPart
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.gallery.storage import NEW_SUFFIX, ODD_CONTENT, Lock, Storage, unavailable
-from biodedup.gallery.tail import Tail, TailPart
 from biodedup.gallery.transaction import Transaction
-from biodedup.gallery.upgrade import OLD_FORMAT, upgrade
 from biodedup.values import Case, Column, Float32, Template, Verdict
 
-DATABASE_NAME = "gallery.sqlite3"
-LOCK_NAME = "writer.lock"
-SEGMENT_FOLDER = "segments"
-SENTINELS_NAME = "sentinels"
-"""Probes that `biodedup doctor --sentinels` keeps here (jobs/sentinel_file.py); no part of the gallery's content."""
-BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER = "backlog.sqlite3", "kits.sqlite3", "merges"
-"""What other jobs keep here (jobs/backlog.py, jobs/kit_ledger.py, jobs/applied.py); no part of the content, but of a backup."""
-NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a gallery in the making: it gets its name when it is whole
 _OWN_NAMES = {
     DATABASE_NAME,
     DATABASE_NAME + "-journal",
@@ -89,15 +76,6 @@ _OWN_NAMES = {
     SENTINELS_NAME,
     SENTINELS_NAME + NEW_SUFFIX,
 }
-
-_DISK_TROUBLE = {
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_READONLY,
-}  # primary result codes after which the same call may succeed; others speak of damage
 
 _FINISH_ROWS_MAX = 1_000_000  # closing waits for a merge of up to this many rows; a larger one is abandoned
 _log = logging.getLogger("biodedup")
@@ -740,24 +718,3 @@ def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
             + ("open it for writing once" if format_version == OLD_FORMAT else "open it with the version that wrote it")
         )
     catalogue.check_schema()
-
-
-@contextmanager
-def translated(doing: str) -> Iterator[None]:
-    """Turns what SQLite and the file system raise into the error tree."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF in _DISK_TROUBLE:
-            raise unavailable(error, doing) from error
-        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
-            raise NotAGallery(
-                f"{doing}: {DATABASE_NAME} is not a gallery's database; name an empty folder or a gallery"
-            ) from error
-        raise GalleryDamaged(f"{doing}: {error}; run `biodedup doctor`, restore from a backup") from error
-    except (NotADirectoryError, FileExistsError) as error:
-        raise NotAGallery(f"{doing}: it is a file; name a folder") from error
-    except PermissionError as error:
-        raise StorageUnavailable(f"{doing}: permission denied; give this process access to the folder") from error
-    except OSError as error:
-        raise unavailable(error, doing) from error

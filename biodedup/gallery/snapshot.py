@@ -18,11 +18,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.gallery import packed
-from biodedup.gallery.catalogue import ColumnModel
-from biodedup.gallery.packed import Packed
-from biodedup.gallery.part import Column, Int64, Part
-from biodedup.gallery.storage import memory_bytes
+from biodedup.gallery.catalogue.sqlite import ColumnModel
+from biodedup.gallery.files import packed
+from biodedup.gallery.files.filesystem import memory_bytes
+from biodedup.gallery.files.packed import Packed
+from biodedup.gallery.segments.part import Column, Int64, Part
 from biodedup.values import BIT, COLUMNS, EnrolledEncounter, Float32, Template
 
 _T = TypeVar("_T", bound=np.generic)

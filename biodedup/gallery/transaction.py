@@ -28,14 +28,14 @@ from biodedup.gallery.cases import (
     resembled,
     standing,
 )
-from biodedup.gallery.catalogue import Catalogue, ColumnModel, State, paired
-from biodedup.gallery.packed import pack_text
-from biodedup.gallery.part import Int64, Part
+from biodedup.gallery.catalogue.sqlite import Catalogue, ColumnModel, State, paired
+from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.policies import PolicyVersion
-from biodedup.gallery.segment import Segment, SegmentEntry, open_segment, unused_number, write_segment
+from biodedup.gallery.segments.part import Int64, Part
+from biodedup.gallery.segments.segment import Segment, SegmentEntry, open_segment, unused_number, write_segment
+from biodedup.gallery.segments.tail import Answer, Tail, TailPart
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.gallery.storage import Storage
-from biodedup.gallery.tail import Answer, Tail, TailPart
 from biodedup.values import Case, Column, Decision, Template, Verdict
 
 

@@ -1,0 +1,132 @@
+"""Commands that run a register: bulk enrolment and its queue.
+
+A thin mirror of the jobs.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import biodedup as bd
+from biodedup import jobs
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    ConfigOption,
+    Exit,
+    GalleryOption,
+    JsonOption,
+    ModelIdOption,
+    ThreadsOption,
+    app,
+    configured,
+    finish,
+    model_ids,
+    print_json,
+    print_summary,
+    progress_bar,
+    say,
+    show_table,
+)
+from biodedup.config import IsolationConfig
+
+
+@app.command()
+def enroll_batch(
+    manifest: Annotated[
+        Path,
+        typer.Argument(
+            help="Parquet or CSV: a row a capture (subject_id, encounter_id, path, position, dpi, groups), or a row an encounter "
+            "(subject_id, encounter_id, and face, right_index, ...: paths, bytes or embeddings). Other columns are carried along."
+        ),
+    ],
+    result: Annotated[Path, typer.Option("--out", "-o", help="Outcomes, .parquet or .csv.")] = Path("outcomes.parquet"),
+    report: Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")] = None,
+    announce: Annotated[
+        bool, typer.Option("--announce", help="Only list the encounters as captured; their captures come later.")
+    ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Try captures again that the program failed on, or took too long for."),
+    ] = False,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="Records decided and committed together; default: as set, else 256."),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that extract.")] = 2,
+    capture_s_max: Annotated[
+        float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
+    ] = IsolationConfig.capture_s_max,
+    model_id: ModelIdOption = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Enrol everybody in a manifest who is not enrolled yet. Interrupted, it goes on where it was; run again, it changes nothing."""
+    chosen = configured(gallery, config, threads=threads, more={"batch_size": batch}, usual={"batch_size": 256})
+    with (
+        bd.Engine.open(gallery, chosen) as engine,
+        jobs.Backlog.open(gallery) as backlog,
+    ):
+        if announce:
+            count = jobs.announce(backlog, manifest)
+            finish({"announced": count}, f"announced {count:,} encounters", as_json)
+            return
+        with progress_bar() as progress:
+            done = jobs.enroll_batch(
+                engine,
+                backlog,
+                manifest,
+                result,
+                report=report,
+                workers=workers,
+                capture_s_max=capture_s_max,
+                retry_failed=retry_failed,
+                model_id=model_ids(model_id),
+                progress=progress,
+            )
+    summary = done.summary() | {"result": str(result)} | ({"report": str(report)} if report else {})
+    print_summary(summary, as_json)
+    for status, code in (("duplicate", Exit.DUPLICATE), ("adjudicate", Exit.REVIEW), ("refused", Exit.REFUSED)):
+        if done.statuses[status]:
+            raise typer.Exit(code)
+
+
+@app.command()
+def status(
+    report: Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")] = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    as_json: JsonOption = False,
+) -> None:
+    """Where all encounters of bulk enrolments are, how long they have been there, and how long the queue will take."""
+    now = jobs.queue_status(gallery, time.time())
+    if report is not None:
+        jobs.write_status_page(report, now)
+    if as_json:
+        print_json(now.to_dict())
+        return
+    show_table(
+        ((name, f"{line.count:,}", _age(line.oldest_s), _age(line.median_s)) for name, line in now.lines.items()),
+        ("status", "encounters", "oldest", "median age"),
+    )
+    say(
+        f"an hour: {now.intake_hour:,.0f} come in, {now.decided_hour:,.0f} are decided (over the last day {now.intake_day:,.0f} and "
+        f"{now.decided_day:,.0f})"
+    )
+    say(f"{now.waiting:,} wait; the queue is empty in {_age(now.clear_s) or 'unknown time'} at the present rate")
+    if now.warning:
+        say(f"warning: {now.warning}")
+
+
+def _age(seconds: float | None) -> str:
+    """A time span in one suitable unit."""
+    if seconds is None:
+        return ""
+    for unit, length in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

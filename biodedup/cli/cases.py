@@ -1,0 +1,171 @@
+"""Commands about cases: cases list, show, decide, export.
+
+A thin mirror of the engine and of `jobs.adjudication`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+import biodedup as bd
+from biodedup import jobs
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    ConfigOption,
+    Exit,
+    GalleryOption,
+    JsonOption,
+    app,
+    configured,
+    existing,
+    finish,
+    print_evidence,
+    print_json,
+    print_refusals,
+    progress_bar,
+    say,
+    show_table,
+)
+from biodedup.values import Case, Ruling
+
+cases = typer.Typer(
+    no_args_is_help=True, help="What went to review: list it, show it, decide it, export what was decided."
+)
+app.add_typer(cases, name="cases")
+
+_SHOWN_MAX = 50
+
+
+@cases.command("list")
+def list_cases(
+    result: Annotated[Path | None, typer.Option("--out", "-o", help="Also as a table, .parquet or .csv.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Also as an HTML page.")] = None,
+    closed: Annotated[bool, typer.Option("--all", help="Cases that were judged, too.")] = False,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The cases that wait for a verdict, oldest first."""
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine, progress_bar() as progress:
+        found = jobs.list_cases(engine, result, page=page, closed=closed, progress=progress)
+    if as_json:
+        print_json(found.summary() | {"cases": [_document(case) for case in found.cases]})
+        return
+    rows = []
+    for case in found.cases[:_SHOWN_MAX]:
+        named = [f"{c.subject_id} {c.score_db:.1f} dB" for c in case.undecided]
+        days = f"{(found.now - case.opened_at) / 86_400:.1f}"
+        state = case.decision.outcome if case.closed else "waiting"
+        rows.append((case.encounter_id, case.subject_id, days, ", ".join(named), state))
+    if found.cases:
+        show_table(rows, ("case", "subject", "days", "candidates", "state"))
+    if len(found.cases) > _SHOWN_MAX:
+        say(f"... and {len(found.cases) - _SHOWN_MAX:,} more; --out writes them all")
+    say(f"{found.summary()['open']:,} waiting")
+
+
+@cases.command()
+def show(
+    encounter_id: str,
+    page: Annotated[Path | None, typer.Option("--report", help="As an HTML page.")] = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One case: its candidates, the evidence of each capture, the thresholds, what was refused."""
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+        case = engine.case(encounter_id) if page is None else jobs.show_case(engine, encounter_id, page)
+    if as_json:
+        print_json(_document(case))
+        return
+    decision = case.decision
+    say(f"case {case.encounter_id}, subject {case.subject_id}: {'; '.join(jobs.reasons_of(decision)) or decision.outcome}")  # fmt: skip
+    say(f"duplicate from {decision.duplicate_db:.1f} dB, review from {decision.review_db:.1f} dB")
+    for candidate in case.undecided:
+        which = f"{candidate.subject_id} (open case {candidate.case})" if candidate.case else candidate.subject_id
+        say(f"to be judged: {which} at {candidate.score_db:.1f} dB")
+        print_evidence(candidate.evidence)
+    for verdict in case.verdicts:
+        about = "" if verdict.candidate is None else f" {verdict.candidate}"
+        say(f"judged{about}: {verdict.ruling}, by {verdict.by}.", *(f"  {line}" for line in verdict.note.splitlines()))
+    print_refusals(decision.refusals)
+    if page is not None:
+        say(f"the page is {page}")
+
+
+@cases.command()
+def decide(
+    encounter_id: str,
+    ruling: Annotated[str, typer.Argument(metavar="same|different|recapture")],
+    by: Annotated[str, typer.Option("--by", help="Who decides.")],
+    candidate: Annotated[
+        str | None,
+        typer.Option(
+            "--candidate",
+            help="The enrolled subject, or the encounter of the open case, that it is about; needed where `same` could mean several.",
+        ),
+    ] = None,
+    note: Annotated[str, typer.Option("--note", help="Kept with the verdict.")] = "",
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a verdict: the same person, different people, or that new captures are to be taken.
+
+    Exit code 11: the case stays open, somebody else has to be judged.
+    """
+    with existing(gallery, configured(gallery, config)) as engine:
+        linked = engine.case(encounter_id).linked
+        decision = engine.adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
+        case = engine.case(encounter_id)
+        others = [engine.case(other) for other in linked]
+    for decided in (decision, *(other.decision for other in others)):
+        jobs.note_verdict(gallery, decided, time.time())
+    waiting = ", ".join(c.key for c in case.undecided)
+    text = {
+        "unique": f"{case.subject_id} is enrolled",
+        "duplicate": f"{case.subject_id} is a double of {case.verdicts[-1].candidate}; not enrolled",
+        "refused": f"refused: {''.join(refusal.detail for refusal in decision.refusals[-1:])}",
+        "review": f"still open; to be judged: {waiting or 'the search was incomplete, try again'}",
+    }[decision.outcome]
+    if others:
+        text += "; linked cases: " + ", ".join(
+            f"{other.encounter_id} {other.decision.outcome if other.closed else 'still open'}" for other in others
+        )
+    finish(_document(case), text, as_json)
+    raise typer.Exit(Exit.REVIEW if decision.outcome == "review" else Exit.DONE)
+
+
+@cases.command()
+def export(
+    result: Annotated[Path, typer.Option("--out", "-o", help="Pairs for `calibrate`, .parquet or .csv.")] = Path(
+        "judged.parquet"
+    ),
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What was judged, as pairs of captures with their scores: `same` is mated, `different` is not."""
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine, progress_bar() as progress:
+        exported = jobs.export_outcomes(engine, result, progress=progress)
+    text = f"{exported.pairs:,} pairs of {exported.same:,} same and {exported.different:,} different are in {result}"
+    finish(asdict(exported) | {"result": str(result)}, text, as_json)
+
+
+def _document(case: Case) -> dict[str, Any]:
+    return {
+        "encounter_id": case.encounter_id,
+        "subject_id": case.subject_id,
+        "opened_at": case.opened_at,
+        "asks": "update" if case.replaces else "enrol",
+        "reasons": list(jobs.reasons_of(case.decision)),
+        "undecided": [candidate.key for candidate in case.undecided],
+        "linked": list(case.linked),
+        "verdicts": [asdict(verdict) for verdict in case.verdicts],
+        "decision": asdict(case.decision),
+    }

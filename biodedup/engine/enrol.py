@@ -1,0 +1,269 @@
+"""Decided enrolment: encounters are searched for, and then settled and committed in one transaction.
+
+Owns what lies between a search and its durable answer, and the queue of those who wait to commit. Never compares, never judges.
+
+    seek (no lock) -> wait for the lock -> search what came since -> decide -> verify updates -> stage -> commit -> answer
+
+1. The commit compares a probe with every row that its search had not seen, those of the same batch included.
+2. The thread that gets the lock commits for all that wait: one sync of the disk acknowledges them all, or none.
+3. A mistake of one caller is answered to that one; the others of the batch are settled all the same.
+4. An update is verified against what is enrolled, and adds a row. Only one that says why replaces what was there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+from biodedup.completeness import shortfall
+from biodedup.engine.decide import Decider
+from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
+from biodedup.engine.search import Searches, Seen
+from biodedup.errors import (
+    NOT_TAKEN,
+    BiodedupError,
+    CallerError,
+    CaptureUnavailable,
+    StorageUnavailable,
+    UnknownSubject,
+)
+from biodedup.gallery.answers import answered_before, digest_of, to_json
+from biodedup.gallery.cases import Request, resembled
+from biodedup.gallery.encounters import kept_rows
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.segments.tail import Answer
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.gallery.transaction import Transaction, exists
+from biodedup.match.pairs import record_candidates
+from biodedup.memory import out_of_memory
+from biodedup.search.searcher import Found
+from biodedup.trace import tracing, untraced
+from biodedup.values import Case, Decision, Encounter
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Probes of one caller that wait to be settled. replaces: updates, not new subjects; reason: why all is replaced, or ""."""
+
+    probes: Sequence[Probe]
+    digests: Sequence[bytes]
+    seen: Seen
+    replaces: bool
+    reason: str
+    answers: list[Decision | CallerError] = field(default_factory=list)
+    error: BiodedupError | None = None
+    done: bool = False
+
+
+@dataclass(eq=False)
+class Sought:
+    """Encounters with the answers known so far. waiting: those that are to be settled, places: where they stand; None: nobody is."""
+
+    answers: list[Decision | CallerError | CaptureUnavailable | None]
+    places: tuple[int, ...] = ()
+    waiting: _Waiting | None = None
+
+
+class Enrolment:
+    """Enrols and updates subjects of one gallery. new_id: fresh identifiers, for encounters that have none; encounters_max: rows that a
+    subject keeps. Thread-safe."""
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        preparer: Preparer,
+        searches: Searches,
+        decider: Decider,
+        new_id: Callable[[], str],
+        encounters_max: int,
+    ) -> None:
+        self._gallery = gallery
+        self._preparer = preparer
+        self._searches = searches
+        self._decider = decider
+        self._new_id = new_id
+        self._encounters_max = encounters_max
+        self._waiting: list[_Waiting] = []
+        self._waiting_lock = threading.Lock()
+
+    # before the lock --------------------------------------------------------------------------------------------
+
+    def seek(
+        self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False, reason: str = ""
+    ) -> Sought:
+        """Prepares encounters, and searches the gallery as it is."""
+        answers: list[Decision | CallerError | CaptureUnavailable | None] = [None] * len(encounters)
+        operation = "enroll" if not replaces else f"replace: {reason}" if reason else "update"
+        encounters, digests = list(encounters), [b""] * len(encounters)
+        for i, encounter in enumerate(encounters):
+            try:
+                require_subject(encounter)
+                encounters[i] = in_memory(encounter, self._preparer.config.capture)
+                digests[i] = digest_of(encounters[i], operation)
+                answers[i] = self.answered(self._gallery.answer, encounter, digests[i], self._gallery.snapshot())
+            except NOT_TAKEN as error:
+                answers[i] = error
+        todo = [i for i, answer in enumerate(answers) if answer is None]
+        probes: dict[int, Probe] = {}
+        for i, probe in zip(todo, self._preparer.probes([encounters[i] for i in todo]), strict=True):
+            if isinstance(probe, CallerError):
+                answers[i] = probe
+                continue
+            try:
+                check_models(probe.templates, self._gallery.snapshot().models)
+                probes[i] = probe
+            except CallerError as error:
+                answers[i] = error
+        if not probes:
+            return Sought(answers)
+        mine = list(probes.values())
+        seen = self._searches.seek(mine, across=across)
+        return Sought(answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces, reason))
+
+    def ahead(self, batches: Iterator[list[Encounter]], across: bool) -> Iterator[tuple[list[Encounter], Sought]]:
+        """Each batch with what was found; the next one is searched while the caller has this one."""
+        if tracing() is not None:  # a trace tells one thing after the other
+            yield from ((batch, self.seek(batch, across)) for batch in batches)
+            return
+        with ThreadPoolExecutor(1, "biodedup-ahead") as pool:
+            before: tuple[list[Encounter], Future[Sought]] | None = None
+            for batch in chain(batches, [None]):
+                following = None if batch is None else (batch, pool.submit(self.seek, batch, across))
+                if before is not None:
+                    yield before[0], before[1].result()
+                before = following
+
+    # the commit -------------------------------------------------------------------------------------------------
+
+    def commit(self, sought: Sought) -> list[Decision | CallerError | CaptureUnavailable]:
+        """Settles and commits what was searched for. One answer for each encounter."""
+        if sought.waiting is not None:
+            self._commit(sought.waiting)
+            for i, probe, answer in zip(sought.places, sought.waiting.probes, sought.waiting.answers, strict=True):
+                sought.answers[i] = answer
+                if (steps := tracing()) is not None and isinstance(answer, Decision):
+                    record_candidates(steps, probe.templates, answer, self._gallery.templates_of)
+        return [answer for answer in sought.answers if answer is not None]
+
+    def _commit(self, mine: _Waiting) -> None:
+        """Whoever gets the lock first settles and commits for all who wait."""
+        with self._waiting_lock:
+            self._waiting.append(mine)
+        with self._gallery.lock:
+            if not mine.done:
+                with self._waiting_lock:
+                    group, self._waiting = self._waiting, []
+                try:
+                    with untraced(), self._gallery.transaction() as transaction:  # probes of several callers
+                        for one in group:
+                            self._settle(transaction, one)
+                except BaseException as error:
+                    for one in group:
+                        one.error = _for_waiting(error)
+                    if not isinstance(error, BiodedupError):
+                        raise
+                finally:
+                    for one in group:
+                        one.done = True
+        if mine.error is not None:
+            raise mine.error
+
+    def _settle(self, transaction: Transaction, one: _Waiting) -> None:
+        for probe, found, digest in zip(one.probes, one.seen.found, one.digests, strict=True):
+            try:
+                answer = self.answered(transaction.answer, probe.encounter, digest, transaction.snapshot())
+                if answer is None:
+                    asked = Request(one.replaces, tuple(probe.encounter.groups), one.seen.across, one.reason)
+                    required = self._decider.policy().required
+                    decision = self.decide(transaction, probe, found, one.seen, asked, required=required)
+                    answer = self.record(transaction, probe, decision, digest, asked)
+                one.answers.append(answer)
+            except CallerError as error:
+                one.answers.append(error)
+
+    def decide(
+        self,
+        transaction: Transaction,
+        probe: Probe,
+        found: Found,
+        seen: Seen,
+        asked: Request,
+        case: Case | None = None,
+        *,
+        required: Sequence[str] = (),
+        same: Collection[int] = (),
+    ) -> Decision:
+        """Decides inside the transaction, so that no row can slip in between the search and the commit. case: the one that is decided
+        again. required: as of `Policy`. same: rows that a person judged to be of the same person as the case: an update is verified
+        unless the subject still has one of them."""
+        now = transaction.snapshot()
+        subject_rows = now.rows_under(probe.subject_id)
+        if subject_rows and not asked.replaces:
+            raise exists(probe.subject_id)
+        if not subject_rows and asked.replaces:
+            raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to update")
+        check_models(probe.templates, transaction.models)
+        keeps = now.best_templates(probe.subject_id) if asked.replaces and not asked.reason and required else None
+        usable = probe.templates.keys() | (keeps or {}).keys()  # an update keeps the columns that it does not send
+        if lacks := shortfall(required, usable, probe.refusals, probe.missing):
+            return self._decider.incomplete(probe, lacks, now, version=transaction.version)
+        found = self._searches.completed(probe, found, seen, now)
+        own = subject_rows + now.pending_under(probe.subject_id)  # under the same name no second identity slips past
+        different = now.different.get(case.row, ()) if case is not None and case.row is not None else ()
+        decision = self._decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
+        if asked.reason:
+            return replace(decision, replacement=asked.reason)
+        if not asked.replaces or not set(same).isdisjoint(subject_rows):
+            return decision
+        return self._decider.confirmed(decision, probe, now, subject_rows)
+
+    @staticmethod
+    def answered(
+        answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes, now: Snapshot
+    ) -> Decision | None:
+        """The answer that this encounter got before; it says `removed` where its subject has been removed since."""
+        answer = answered_before(answer_of, encounter, digest)
+        if answer is None or answer.outcome != "unique" or answer.subject_id is None:
+            return answer
+        return answer if now.rows_under(answer.subject_id) else replace(answer, reasons=(*answer.reasons, "removed"))
+
+    def record(
+        self, transaction: Transaction, probe: Probe, decision: Decision, digest: bytes, asked: Request
+    ) -> Decision:
+        """Stages a new decision, and what follows from it."""
+        encounter_id = probe.encounter.encounter_id or self._new_id()
+        decision = replace(decision, encounter_id=encounter_id)
+        if decision.outcome == "unique":
+            if asked.reason:
+                transaction.remove(probe.subject_id)
+            if asked.replaces and not asked.reason:
+                transaction.add_encounter(probe.subject_id, probe.templates, encounter_id, asked.groups)
+                self.thin_out(transaction, probe.subject_id)
+            else:
+                transaction.add(probe.subject_id, probe.templates, encounter_id, asked.groups)
+        elif decision.outcome == "review":
+            transaction.hold(probe.subject_id, probe.templates, encounter_id, asked, resembled(decision))
+        transaction.record(encounter_id, Answer(digest, decision.outcome, to_json(decision)))
+        return decision
+
+    def thin_out(self, transaction: Transaction, subject_id: str) -> None:
+        """Stages the removal of rows that a subject has too many of."""
+        now = transaction.snapshot()
+        rows = now.rows_under(subject_id)
+        if len(rows) > self._encounters_max:
+            kept = kept_rows(now, rows, self._encounters_max)
+            transaction.remove_rows(sorted(set(rows) - set(kept)))
+
+
+def _for_waiting(error: BaseException) -> BiodedupError:
+    """What those hear whose decisions were to be committed by another thread that failed."""
+    if isinstance(error, BiodedupError):
+        return type(error)(str(error))
+    if isinstance(error, MemoryError):
+        return out_of_memory(error)
+    return StorageUnavailable(
+        f"the commit was interrupted ({type(error).__name__}); nothing was acknowledged; send it again"
+    )

@@ -1,0 +1,154 @@
+"""Searches of the gallery as it is, those of several callers made together.
+
+Owns which snapshot a search sees, and how many it looks at beyond those that are returned. Never compares (`search/rescore.py`),
+decides or writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import log10
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.engine.prepare import Probe
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.match.judgement import kinds_of
+from biodedup.match.ranked import Comparison
+from biodedup.search.batching import Gathering
+from biodedup.search.searcher import JOIN_ROWS, PROBES, Found, Searcher
+from biodedup.search.selfjoin.bucket_join import rows_outside
+from biodedup.trace import untraced
+from biodedup.values import Float32, Link, SearchResult, Template
+
+_Groups = tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found for some probes, in their order. snapshot: of the gallery that was searched; across: positions were searched
+    across; spare: so many more were looked at."""
+
+    found: Sequence[Found]
+    snapshot: Snapshot
+    across: bool
+    spare: int
+
+
+class Searches:
+    """Searches one gallery; callers who wait at the same time share a pass. Thread-safe."""
+
+    def __init__(self, gallery: Gallery, searcher: Searcher) -> None:
+        self._gallery = gallery
+        self._searcher = searcher
+        self._probes = Gathering(self._seek, PROBES)
+        self._vectors = Gathering(self._nearest_each, PROBES)
+
+    def seek(self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, besides: int = 0) -> Seen:
+        """Subjects and open cases that may be the same person. groups: only those that belong to one of them. besides: so many more are
+        looked at, since so many may turn out not to count."""
+        seen = self._probes((groups, across, besides), [probe.templates for probe in probes])
+        return Seen([found for found, _ in seen], seen[0][1], across, besides)
+
+    def completed(self, probe: Probe, found: Found, seen: Seen, now: Snapshot) -> Found:
+        """What `seek` found for a probe, with what it would find in the rows that came since."""
+        (since,) = self._searcher.search(
+            now,
+            [probe.templates],
+            from_row=seen.snapshot.row_count,
+            across=seen.across,
+            spare=seen.spare,
+        )
+        before = found.comparisons
+        if now.extra_rows and len(since.comparisons):  # a subject that got a row since was compared with all its rows
+            again, _ = now.with_siblings(np.sort(since.comparisons.rows))
+            before = before.without(again)
+        return Found(before.with_others(since.comparisons), found.incomplete or since.incomplete, found.across)
+
+    def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
+        """The k nearest of each in one column. probes: float32 (q, d), unit rows."""
+        key = (column, k, groups)
+        if len(probes) >= PROBES or not len(probes):  # a batch by itself
+            return self._nearest(key, probes)
+        found = self._vectors(key, list(probes))
+        ids, similarity = np.stack([one.ids for one in found]), np.stack([one.similarity for one in found])
+        return SearchResult(ids, similarity, found[0].gallery_version, found[0].incomplete)
+
+    def join(
+        self, snapshot: Snapshot, rows: NDArray[np.int64], threshold_db: float, *, with_all: bool, skip: int
+    ) -> Iterator[tuple[int, int, list[Link]]]:
+        """Pairs that reach the threshold and were not judged different, of these live rows with those behind them, or with_all: step by
+        step (how many rows are done, the row before which all have been compared, links). skip: rows that are done already."""
+        caps = None if with_all else self._searcher.caps(snapshot, threshold_db)
+        rest = rows if caps is None else rows_outside(snapshot, "face", caps, rows)
+        for start in range(min(skip, len(rest)), len(rest), JOIN_ROWS):
+            some = rest[start : start + JOIN_ROWS].tolist()
+            found = self._searcher.pairs(snapshot, some, threshold_db, with_all=with_all or caps is not None)
+            done = start + len(some)
+            yield (
+                done,
+                some[-1] + 1 if caps is None or done == len(rows) else 0,
+                self._links(snapshot, found, threshold_db),
+            )
+        if caps is None:
+            return
+        for members, done in caps.steps(len(rest), len(rows)):
+            if done > skip:
+                found = self._searcher.pairs_in(snapshot, caps, members, threshold_db)
+                # whom somebody may still meet is known at the end
+                yield done, int(rows[-1]) + 1 if done == len(rows) else 0, self._links(snapshot, found, threshold_db)
+
+    @staticmethod
+    def _links(snapshot: Snapshot, found: Sequence[tuple[int, Comparison]], threshold_db: float) -> list[Link]:
+        names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
+        links = []
+        for i, (row, pair) in enumerate(found):
+            charge_db = 10 * log10(len(snapshot.siblings(row)))  # each of its rows is tried
+            if pair.score_db - charge_db >= threshold_db:
+                pair = replace(pair, score_db=pair.score_db - charge_db) if charge_db else pair
+                (kind,) = kinds_of([pair], threshold_db, threshold_db)
+                two = (names[2 * i], names[2 * i + 1])
+                links.append(Link(two, pair.score_db, pair.extrapolated, pair.evidence, kind))
+        return links
+
+    def _seek(
+        self, key: tuple[_Groups, bool, int], probes: list[Mapping[str, Template]]
+    ) -> list[tuple[Found, Snapshot]]:
+        (groups, across, spare), snapshot = key, self._gallery.snapshot()
+        with untraced():  # probes of several callers
+            results = self._searcher.search(snapshot, probes, groups=groups, across=across, spare=spare)
+        return [(found, snapshot) for found in results]
+
+    def _nearest_each(self, key: tuple[str, int, _Groups], probes: list[Float32]) -> list[SearchResult]:
+        found = self._nearest(key, np.array(probes))
+        return [replace(found, ids=ids, similarity=near) for ids, near in zip(found.ids, found.similarity, strict=True)]
+
+    def _nearest(self, key: tuple[str, int, _Groups], probes: Float32) -> SearchResult:
+        column, k, groups = key
+        snapshot = self._gallery.snapshot().enrolled
+        asked = k
+        while True:
+            found = self._searcher.nearest(snapshot, column, probes, asked, groups=groups)
+            there = found.rows >= 0
+            names = np.full(there.shape, "", object)
+            names[there] = snapshot.subject_ids(found.rows[there].tolist())
+            if not snapshot.extra_rows:
+                return SearchResult(names, found.similarity, snapshot.version, bool(found.failures))
+            ids, similarity = _first_of_each(names, found.similarity, k)
+            # of a subject with several rows the nearest counts: there may be too few subjects among so many rows
+            if not (there[:, -1] & (ids[:, -1] == "")).any():
+                return SearchResult(ids, similarity, snapshot.version, bool(found.failures))
+            asked *= 2
+
+
+def _first_of_each(names: NDArray[np.object_], similarity: Float32, k: int) -> tuple[NDArray[np.object_], Float32]:
+    """The k nearest subjects of each probe, of rows in descending order."""
+    ids, nearest = np.full((len(names), k), "", object), np.full((len(names), k), -np.inf, np.float32)
+    for i, of_probe in enumerate(names.tolist()):
+        first = {name: at for at, name in reversed(list(enumerate(of_probe))) if name}
+        kept = sorted(first.values())[:k]
+        ids[i, : len(kept)], nearest[i, : len(kept)] = names[i, kept], similarity[i, kept]
+    return ids, nearest

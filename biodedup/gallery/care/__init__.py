@@ -1,0 +1,1 @@
+"""Care of a gallery: checks, repair, backup, copies."""

@@ -1,0 +1,212 @@
+"""Rows of one gallery into another: codes copied as codes, one durable and idempotent step a part.
+
+Owns the change of names on the way (subject_ids, groups) and the record of what is done, so that a copy that was killed goes on.
+Never decides which rows.
+
+A step is answered under `NAME:0`, `NAME:1`, ... in the target; the answer says which rows it holds, so that the next step begins
+behind them even if the source has merged its segments meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.errors import CallerError, GalleryDamaged, SubjectExists
+from biodedup.gallery.files import packed
+from biodedup.gallery.files.packed import Packed
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.segments.part import PIECE_ROWS, Answers, Column, Int64, Part, sorted_lookup
+from biodedup.gallery.segments.tail import Answer, TailAnswers
+from biodedup.gallery.snapshot import Snapshot
+
+Rename = Callable[[Packed], Packed]
+Keep = Callable[[Part], NDArray[np.bool_] | None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows [first_row, first_row + end_row - from_row) of the target are rows [from_row, end_row) of the source, as far as they
+    were kept: `added` of them."""
+
+    added: int
+    first_row: int
+    from_row: int
+    end_row: int
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The range in the target."""
+        return self.first_row, self.first_row + self.end_row - self.from_row
+
+
+def steps_done(target: Snapshot, name: str) -> list[Step]:
+    """What was copied under this name, in order."""
+    steps: list[Step] = []
+    while (found := target.answer(f"{name}:{len(steps)}")) is not None:
+        steps.append(Step(**json.loads(found[1])))
+    return steps
+
+
+def copy_rows(
+    source: Snapshot,
+    target: Gallery,
+    name: str,
+    keep: Keep,
+    *,
+    rename: Rename | None = None,
+    groups: frozenset[str] = frozenset(),
+) -> Iterator[Step]:
+    """Copies live rows of every part, as far as it was not done before, and yields each step when it is durable.
+
+    keep: which rows of a part, bool (count,), None for all live ones. groups: that every subject gets besides its own. Raises
+    SubjectExists, ModelMismatch, StorageUnavailable.
+    """
+    source = source.enrolled  # an open case stays with its gallery
+    done = steps_done(target.snapshot(), name)
+    number, from_row = len(done), done[-1].end_row if done else 0
+    for part in source.parts:
+        rows = part.rows(np.arange(part.count))
+        kept = (rows >= from_row) & _all_if_none(source.mask(part), part) & _all_if_none(keep(part), part)
+        if kept.any():
+            yield _copied(source, target, f"{name}:{number}", part, kept, rename, groups)
+            number += 1
+
+
+def record(target: Gallery, name: str, **facts: object) -> None:
+    """Notes in the target that a stage is reached; again, it changes nothing."""
+    if target.snapshot().answer(name) is None:
+        with target.transaction() as transaction:
+            transaction.record(name, note(facts))
+
+
+def note(facts: Mapping[str, object]) -> Answer:
+    """An answer of a job, which is no decision: it says how many subjects were added."""
+    return Answer(b"", "merged", json.dumps({"added": 0} | dict(facts)))
+
+
+def _copied(
+    source: Snapshot,
+    target: Gallery,
+    name: str,
+    part: Part,
+    kept: NDArray[np.bool_],
+    rename: Rename | None,
+    groups: frozenset[str],
+) -> Step:
+    known = source.group_sets
+    with target.transaction() as transaction:
+        numbers = transaction.group_sets_of(
+            [known.get(i, frozenset()) | groups for i in range(max(known, default=0) + 1)]
+        )
+    several = np.concatenate([other.again for other in source.parts]) if source.extra_rows else np.zeros(0, np.uint64)
+    renamed = Adopted(part, numbers, rename, several)
+    entry = target.write_part(renamed, kept)
+    try:
+        with target.transaction() as transaction:
+            extra_rows = _extra_rows(transaction.snapshot(), renamed, kept)
+            for column in part.columns:
+                transaction.settle_model(column, source.models[column])
+            step = Step(int(kept.sum()), transaction.tail.end_row, part.first_row, part.end_row)
+            transaction.attach(entry, extra_rows)
+            transaction.record(name, note(vars(step)))
+    except CallerError:  # before it was attached; after any other failure the gallery itself knows what to keep
+        target.discard_rows(entry)
+        raise
+    return step
+
+
+def _extra_rows(now: Snapshot, part: Adopted, kept: NDArray[np.bool_]) -> int:
+    """How many of the rows that are kept are not the first of their subject. Raises SubjectExists for the id of a subject that is
+    enrolled, unless the source has several rows of it: earlier ones were copied before."""
+    extra, seen = 0, set[str]()
+    for low in range(0, part.count, PIECE_ROWS):
+        high = min(low + PIECE_ROWS, part.count)
+        ids = part.subject_ids(low, high).filter(kept[low:high])
+        enrolled, several = now.rows_of(ids) >= 0, np.isin(packed.hashes(ids), part.again)
+        for i in np.flatnonzero(several).tolist():
+            subject_id = packed.text(ids[i : i + 1])[0]
+            extra += bool(enrolled[i]) or subject_id in seen
+            seen.add(subject_id)
+        taken = np.flatnonzero(enrolled & ~several)
+        if len(taken):
+            subject_id = packed.text(ids[int(taken[0]) : int(taken[0]) + 1])[0]
+            raise SubjectExists(
+                f"subject {subject_id!r} is enrolled already ({len(taken)} such among {len(ids)}); remove it, or give the "
+                "district another name"
+            )
+    return extra
+
+
+def _all_if_none(mask: NDArray[np.bool_] | None, part: Part) -> NDArray[np.bool_]:
+    return np.ones(part.count, bool) if mask is None else mask
+
+
+class Adopted:
+    """A part of another gallery, as `Rows` to be written: under other ids and in other groups. Its answers stay behind.
+
+    group_sets: the number here of each combination of groups there; several: hashes of the ids there of subjects with several rows.
+    """
+
+    def __init__(
+        self, part: Part, group_sets: NDArray[np.uint32], rename: Rename | None, several: NDArray[np.uint64]
+    ) -> None:
+        self.first_row, self.end_row, self.count = part.first_row, part.end_row, part.count
+        self._part = part
+        self._group_sets = group_sets
+        self._rename = rename
+        self._several = several
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        return self._part.columns
+
+    @property
+    def answers(self) -> Answers:
+        return TailAnswers({})
+
+    @property
+    def bits(self) -> Mapping[int, int]:
+        return self._part.bits
+
+    def rows(self, positions: Int64) -> Int64:
+        return self._part.rows(positions)
+
+    def presence(self, low: int, high: int) -> NDArray[np.uint16]:
+        return self._part.presence(low, high)
+
+    def group_sets(self, low: int, high: int) -> NDArray[np.uint32]:
+        numbers = self._part.group_sets(low, high)
+        if len(numbers) and int(numbers.max()) >= len(self._group_sets):
+            raise GalleryDamaged("a row belongs to groups that its gallery does not name; run `biodedup doctor`")
+        return self._group_sets[numbers]
+
+    def subject_ids(self, low: int, high: int) -> Packed:
+        ids = self._part.subject_ids(low, high)
+        return ids if self._rename is None else self._rename(ids)
+
+    def encounter_ids(self, low: int, high: int) -> Packed:
+        return self._part.encounter_ids(low, high)
+
+    @cached_property
+    def again(self) -> NDArray[np.uint64]:
+        found = [np.zeros(0, np.uint64)]
+        for low in range(0, self.count if len(self._several) else 0, PIECE_ROWS):
+            high = min(low + PIECE_ROWS, self.count)
+            at = np.isin(packed.hashes(self._part.subject_ids(low, high)), self._several)
+            found.append(packed.hashes(self.subject_ids(low, high).filter(at)))
+        return np.unique(np.concatenate(found))
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        if self._rename is None:
+            return self._part.lookup()
+        pieces = [
+            packed.hashes(self.subject_ids(low, min(low + PIECE_ROWS, self.count)))
+            for low in range(0, self.count, PIECE_ROWS)
+        ]
+        return sorted_lookup(np.concatenate([np.zeros(0, np.uint64), *pieces]))

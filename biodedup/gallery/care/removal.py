@@ -1,0 +1,66 @@
+"""A gallery's files are removed, and no others.
+
+Owns which names in a gallery's folder are ours. Working copies of jobs are cleared with it. Never follows a symbolic link, and
+never removes a folder that still holds something.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from biodedup.errors import InvalidInput
+from biodedup.gallery.files.filesystem import NEW_SUFFIX, Storage
+from biodedup.gallery.files.names import (
+    BACKLOG_NAME,
+    DATABASE_NAME,
+    LEDGER_NAME,
+    LOCK_NAME,
+    MERGES_FOLDER,
+    NEW_NAME,
+    SEGMENT_FOLDER,
+    SENTINELS_NAME,
+)
+from biodedup.gallery.files.private import refuse_link
+from biodedup.gallery.segments.segment import number_of
+
+_DATABASES = [name + suffix for name in (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAME) for suffix in ("", NEW_SUFFIX)]
+_WORKING = {
+    NEW_NAME,
+    *(name + end for name in _DATABASES for end in ("", "-journal")),
+    SENTINELS_NAME,
+    SENTINELS_NAME + NEW_SUFFIX,
+}
+OWN_NAMES = {*_WORKING, LOCK_NAME, SEGMENT_FOLDER, MERGES_FOLDER}
+"""What a gallery's folder, or a backup's, may hold before there is a database in it."""
+
+
+def refuse_foreign(storage: Storage, target: Path) -> None:
+    """Before a gallery is copied to a folder without a database. Raises InvalidInput where it holds files of others, NotAGallery
+    for a symbolic link."""
+    for name in (SEGMENT_FOLDER, MERGES_FOLDER):
+        refuse_link(target / name)
+    names = storage.list_names(target) or ()
+    if DATABASE_NAME in names:
+        return
+    others = [name for name in names if name not in OWN_NAMES]
+    if SEGMENT_FOLDER in names:
+        others += [name for name in storage.list_names(target / SEGMENT_FOLDER) or () if number_of(name) is None]
+    if others:
+        raise InvalidInput(f"{target} holds {len(others)} other files; name an empty folder or an earlier backup")
+
+
+def remove_gallery(storage: Storage, folder: Path) -> None:
+    """Removes a job's working copy. Files of others stay, and then so does the folder."""
+    for path in (folder, folder / SEGMENT_FOLDER):
+        refuse_link(path)
+    segments = folder / SEGMENT_FOLDER
+    for name in storage.list_names(segments) or ():
+        if number_of(name) is not None:
+            storage.remove(segments / name)
+    for name in storage.list_names(folder) or ():
+        if name in _WORKING or name == LOCK_NAME:
+            storage.remove(folder / name)
+    for path in (segments, folder):
+        with suppress(OSError):
+            path.rmdir()

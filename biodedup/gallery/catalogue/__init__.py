@@ -1,0 +1,1 @@
+"""The catalogue: the tables that say what a gallery holds."""

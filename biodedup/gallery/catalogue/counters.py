@@ -1,0 +1,44 @@
+"""The counters of a gallery, computed anew from what it holds.
+
+Owns that computation, for `doctor`. Never reads the disk and never writes.
+
+`row_count` is exact. The others only have to be as high as they ever were: a search names `version`, and a file is named by
+`next_segment`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from biodedup.gallery.catalogue.sqlite import State
+from biodedup.gallery.segments.segment import SegmentEntry
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a gallery holds. journal_rows: rows of the journal, ascending; versions: of each removal that is still noted; changes:
+    answers and verdicts, each of which may have been a version of its own."""
+
+    entries: Sequence[SegmentEntry]
+    journal_rows: Sequence[int]
+    versions: Sequence[int]
+    changes: int
+
+
+def recomputed(known: State | None, held: Held) -> State:
+    """The counters that agree with what is held; `known` itself where it does. known: None where they are lost."""
+    ends = [entry.end_row for entry in held.entries] + [row + 1 for row in held.journal_rows[-1:]]
+    row_count = max(ends, default=0)
+    least = max(held.versions, default=0)
+    if known is None:  # no content has had more versions than that
+        most = row_count + len(held.versions) + held.changes
+        known = State(version=most, commits=most)
+    counted = replace(
+        known,
+        version=max(known.version, least),
+        row_count=row_count,
+        next_segment=max(known.next_segment, *(entry.number + 1 for entry in held.entries), 1),
+    )
+    return counted if counted == known else replace(counted, commit_id=secrets.token_hex(8))

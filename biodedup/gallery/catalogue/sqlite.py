@@ -1,0 +1,531 @@
+"""The SQLite tables that are the gallery's truth: the manifest of its segments, and the journal of what is not sealed yet.
+
+Owns the schema and every SQL statement. Never decides, never searches, never caches. Callers hold the gallery's lock.
+
+| table | a row is |
+|---|---|
+| meta | one setting of the gallery: id, config, state (version, commits, rows given out, next segment) |
+| model | one column's model_id and dimension, fixed by its first template |
+| group_set | one combination of groups that some row belongs to |
+| segment | one sealed segment: its range of rows, its files and their digests |
+| tombstone | one removed row that a segment or the journal still holds |
+| subject | journal: one row |
+| cell | journal: one template: row and column |
+| encounter | journal: one acknowledged write: what was sent (digest), what was answered |
+| pending | one row that belongs to an open case, and the encounter of that case |
+| held | templates of an open case, in galleries of formats 1 to 3; a writer turns them into a pending row |
+| review_case | an encounter that went to review: what it asked for, and the decision as it stands once it has changed |
+| verdict | what a person ruled on a case and one of its candidates; kept for ever |
+| judged | one pair of rows that a verdict says are of two people |
+| link | one open case that has another one as a candidate |
+| policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
+
+Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from biodedup.errors import GalleryDamaged
+from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
+from biodedup.gallery.segments.segment import SegmentEntry
+from biodedup.gallery.segments.tail import Answer
+from biodedup.texts import KnownId
+from biodedup.values import COLUMNS, Column, Template, Verdict
+
+APPLICATION_ID = 0x62696F64  # "biod", so that `file` and a curious engineer recognise the database
+FORMAT_VERSION = 4
+READABLE = (2, 3, 4)
+"""Formats that are read as they are. 2: segments keep vectors in another way, until they are merged. 3: a subject has one row, and the
+templates of open cases lie in `held`. A writer brings the tables up to date; what older releases wrote they can read no more."""
+
+_COLUMNS_OF = {
+    "meta": "key TEXT PRIMARY KEY, value TEXT",
+    "model": "column_index INTEGER PRIMARY KEY, model_id TEXT, dimension INTEGER",
+    "group_set": "number INTEGER PRIMARY KEY, names TEXT",
+    "segment": "number INTEGER PRIMARY KEY, first_row INTEGER, end_row INTEGER, files TEXT",
+    "tombstone": "row INTEGER PRIMARY KEY, version INTEGER",
+    "subject": "row INTEGER PRIMARY KEY, subject_id TEXT, encounter_id TEXT, group_set INTEGER",
+    "cell": "key INTEGER PRIMARY KEY, vector BLOB, minutiae BLOB, quality REAL",
+    "encounter": "encounter_id TEXT PRIMARY KEY, digest BLOB, outcome TEXT, answer TEXT",
+    "held": "key TEXT PRIMARY KEY, model_id TEXT, vector BLOB, minutiae BLOB, quality REAL",
+    "review_case": "encounter_id TEXT PRIMARY KEY, request TEXT, decision TEXT",
+    "verdict": "number INTEGER PRIMARY KEY, encounter_id TEXT, subject_id TEXT, candidate TEXT, ruling TEXT, judged_by TEXT, "
+    "judged_at REAL, note TEXT",
+    "pending": "row INTEGER PRIMARY KEY, encounter_id TEXT",
+    "judged": "number INTEGER PRIMARY KEY, row INTEGER, other INTEGER",
+    "link": "number INTEGER PRIMARY KEY, encounter_id TEXT, other TEXT",
+    "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
+}
+_ADDED = {
+    "review_case": "cases",
+    "verdict": "cases",
+    "pending": "encounters",
+    "judged": "encounters",
+    "link": "encounters",
+    "policy": "policies",
+}
+"""Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
+
+_INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
+
+_REPLACED = ("meta", "review_case", "encounter")
+"""Tables of which a row may be put again; an encounter that was refused may be sent again."""
+
+_STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
+
+
+@dataclass(frozen=True)
+class ColumnModel:
+    """Which model a column's templates come from. dimension: None where the column holds minutiae only."""
+
+    model_id: str
+    dimension: int | None
+
+
+@dataclass(frozen=True)
+class State:
+    """Counters. version: of the content, as searches name it; commits: of every transaction, sealing and merging included;
+    row_count: rows ever given out; next_segment: the number of the next segment; extra_rows: live rows beyond the first of their
+    subject; all but the last only grow. commit_id: drawn for the last commit, so that its writer knows it from another's of the same
+    number."""
+
+    version: int = 0
+    commits: int = 0
+    row_count: int = 0
+    next_segment: int = 1
+    extra_rows: int = 0
+    commit_id: str = ""
+
+
+@dataclass(frozen=True)
+class JournalCell:
+    """One template of the journal. vector: float32 bytes, or None."""
+
+    row: int
+    column: str
+    vector: bytes | None
+    minutiae: bytes | None
+    quality: float | None
+
+
+class Catalogue:
+    """The statements, over one connection."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self.erased = False
+        """Whether something was deleted that the rollback journal may still hold; the gallery clears it."""
+
+    # transactions ---------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def begin_reading(self) -> None:
+        """From the first statement on, no writer can commit, until `rollback`."""
+        self._connection.execute("BEGIN")
+
+    def commit(self) -> None:
+        self._connection.execute("COMMIT")
+
+    def rollback(self) -> None:
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def copy_to(self, target: sqlite3.Connection) -> None:
+        self._connection.backup(target)
+
+    # the gallery itself -----------------------------------------------------------------------------------------
+
+    def create(self, gallery_id: str, config: str) -> None:
+        """Lays the schema, inside the caller's transaction."""
+        for table in _COLUMNS_OF:
+            self._create(table)
+        self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+        self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
+        self.put("meta", [(name, "1") for name in sorted(set(_ADDED.values()))])
+        self.add_policy(PolicyVersion(1, from_settings(config)))
+        self.set_state(State())
+
+    def is_current(self) -> bool:
+        """Whether `renew` has nothing to do."""
+        return self.identify()[1] == FORMAT_VERSION
+
+    def renew(self) -> None:
+        """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
+        first, settings = self.policies(), self.meta()
+        for table, setting in _ADDED.items():
+            if setting not in settings and not self._exists(table):
+                self._create(table)
+                if table == "policy":
+                    self.add_policy(first[0])
+        self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+        # `encounters` comes with the rows of open cases
+        self.put("meta", [("format", str(FORMAT_VERSION)), ("cases", "1"), ("policies", "1")])
+
+    def _create(self, table: str) -> None:
+        for statement in _schema([table]).values():
+            self._connection.execute(statement)
+
+    def _exists(self, table: str) -> bool:
+        query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return bool(self._connection.execute(query, (table,)).fetchone()[0])
+
+    def identify(self) -> tuple[int, int, int]:
+        """(application_id, user_version, number of tables): what kind of file this is."""
+        queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+        first, second, third = (int(self._connection.execute(query).fetchone()[0]) for query in queries)
+        return first, second, third
+
+    def check_schema(self) -> None:
+        """Before any table is read. Raises GalleryDamaged where the database holds other things than ours: a trigger or a view
+        would run what its author wrote."""
+        expected, found = _schema(_COLUMNS_OF), set()
+        for kind, name, table, sql in self._connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"):
+            if (kind, name, sql) == ("index", f"sqlite_autoindex_{table}_1", None) and ("table", table) in expected:
+                continue  # of a key that is a text
+            if sql is None or expected.get((kind, name)) != sql:
+                raise GalleryDamaged(
+                    f"the database holds a {kind} {name!r:.60} that is not as this program makes it; restore it from a backup"
+                )
+            found.add((kind, name))
+        if lacking := [name for kind, name in expected if (kind, name) not in found | set(_schema(_ADDED))]:
+            raise GalleryDamaged(f"table {lacking[0]} is lost; restore the database from a backup")
+
+    def has_own(self, table: str) -> bool:
+        """Whether a table is there as we make it."""
+        query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return bool(self._connection.execute(query, (table,)).fetchone() == (_schema([table])["table", table],))
+
+    def meta(self) -> dict[str, str]:
+        return {key: value for key, value, *_ in self._all("meta")}
+
+    def state(self) -> State:
+        for _, text in self._all("meta", None, "key = ?", ("state",)):
+            try:
+                state = State(**json.loads(text))
+            except (TypeError, ValueError, RecursionError):
+                break
+            values = [(getattr(state, name), default) for name, default in vars(State()).items()]
+            if all(_is_counter(value, default) for value, default in values):
+                return state
+        raise GalleryDamaged("the counters are lost; `biodedup doctor --repair` computes them from the rows")
+
+    def set_state(self, state: State) -> None:
+        self.put("meta", [("state", json.dumps(vars(state)))])
+
+    def policies(self) -> list[PolicyVersion]:
+        """Every version of the policy, the one in force last. Of a gallery without the table the settings that made it say the first."""
+        rows = list(self._all("policy", "version"))
+        if not rows and _ADDED["policy"] not in self.meta():
+            return [PolicyVersion(1, from_settings(self.meta()["config"]))]
+        if [version for version, *_ in rows] != list(range(1, len(rows) + 1)) or not rows:
+            raise GalleryDamaged("table policy lacks versions; run `biodedup doctor`")
+        return [PolicyVersion(n, from_text(text, f"policy version {n}"), by, at, why) for n, text, by, at, why in rows]
+
+    def add_policy(self, one: PolicyVersion) -> None:
+        at = None if one.at is None else float(one.at)
+        self.put("policy", [(one.version, to_text(one.policy), one.by, at, one.reason)])
+
+    def models(self) -> dict[str, ColumnModel]:
+        known = list(self._all("model"))
+        if not all(0 <= index < len(COLUMNS) and (size is None or 0 < size <= 1 << 16) for index, _, size in known):
+            raise GalleryDamaged("a row of table model is of no column; run `biodedup doctor`")
+        return {COLUMNS[index]: ColumnModel(model_id, dimension) for index, model_id, dimension in known}
+
+    def add_model(self, column: str, model: ColumnModel) -> None:
+        self.put("model", [(COLUMNS.index(column), model.model_id, model.dimension)])
+
+    def group_sets(self) -> dict[int, frozenset[str]]:
+        sets = {number: frozenset(json.loads(names)) for number, names in self._all("group_set")}
+        if sorted(sets) != list(range(1, len(sets) + 1)) or not all(
+            type(n) is str for some in sets.values() for n in some
+        ):
+            raise GalleryDamaged("a row of table group_set was never written; run `biodedup doctor`")
+        return sets
+
+    def add_group_set(self, number: int, names: Iterable[str]) -> None:
+        self.put("group_set", [(number, json.dumps(sorted(names)))])
+
+    def problems(self) -> list[str]:
+        """SQLite's own check of every page, the checksum of every row, and the rules that the journal keeps."""
+        problems = [text for (text,) in self._connection.execute("PRAGMA integrity_check(20)") if text != "ok"]
+        for table in _COLUMNS_OF:
+            try:
+                for _ in self._all(table):
+                    pass
+            except (GalleryDamaged, sqlite3.DatabaseError) as error:
+                problems.append(str(error))
+        if problems:
+            return problems
+        rows = {row for row, *_ in self._all("subject")}
+        removed = {row for row, _ in self._all("tombstone")}
+        with_cells = {key // _STRIDE for key, *_ in self._all("cell")}
+        if orphans := len(with_cells - rows):
+            problems.append(f"the journal holds templates of {orphans} rows without a subject")
+        if bare := len(rows - with_cells - removed):
+            problems.append(f"{bare} enrolled subjects of the journal have no template")
+        return problems
+
+    def has_encounters(self) -> bool:
+        """Whether open cases have rows, and verdicts are about rows: in galleries of formats 1 to 3 they do not until `Transaction.adopt_cases`."""
+        return "encounters" in self.meta()
+
+    def set_encounters(self) -> None:
+        self.put("meta", [("encounters", "1")])
+
+    # the manifest -----------------------------------------------------------------------------------------------
+
+    def segments(self) -> list[SegmentEntry]:
+        """In the order of their rows."""
+        entries = [SegmentEntry(n, first, end, json.loads(files)) for n, first, end, files in self._all("segment")]
+        return sorted(entries, key=lambda entry: entry.first_row)
+
+    def add_segment(self, entry: SegmentEntry) -> None:
+        values = (entry.number, entry.first_row, entry.end_row, json.dumps(dict(entry.files)))
+        self.put("segment", [values])
+
+    def drop_segments(self, numbers: Iterable[int]) -> None:
+        self._delete("segment WHERE number = ?", ((number,) for number in numbers))
+
+    def tombstones(self) -> list[int]:
+        return sorted(row for row, _ in self._all("tombstone"))
+
+    def removal_versions(self) -> list[int]:
+        """Of the content, each of a removal that is still noted."""
+        return [version for _, version in self._all("tombstone")]
+
+    def add_tombstone(self, row: int, version: int) -> None:
+        """Removes a row; its templates are erased from the journal."""
+        self.put("tombstone", [(row, version)])
+        self._delete("cell WHERE key BETWEEN ? AND ?", [(row * _STRIDE, row * _STRIDE + _STRIDE - 1)])
+
+    def drop_tombstones(self, rows: Iterable[int]) -> None:
+        self._delete("tombstone WHERE row = ?", ((row,) for row in rows))
+
+    # the journal ------------------------------------------------------------------------------------------------
+
+    def subjects(self) -> list[tuple[int, str, str, int]]:
+        """(row, subject_id, encounter_id, group_set), by row."""
+        return list(self._all("subject", "row"))
+
+    def add_subjects(self, rows: Iterable[tuple[int, str, str, int]]) -> None:
+        """rows: (row, subject_id, encounter_id, group_set)."""
+        self.put("subject", rows)
+
+    def cells(self) -> Iterator[JournalCell]:
+        """By row."""
+        for key, vector, minutiae, quality in self._all("cell", "key"):
+            yield JournalCell(key // _STRIDE, COLUMNS[key % _STRIDE], vector, minutiae, quality)
+
+    def add_cells(self, cells: Iterable[tuple[int, Template]]) -> None:
+        """cells: (row, template)."""
+        self.put("cell", ((row * _STRIDE + COLUMNS.index(t.column), *_blobs(t)) for row, t in cells))
+
+    def add_column(self, rows: Iterable[int], column: str, cells: Column) -> None:
+        index = COLUMNS.index(column)
+        keys = (row * _STRIDE + index for row in rows)
+        if isinstance(cells, np.ndarray):
+            self.put("cell", ((key, vector.tobytes(), None, None) for key, vector in zip(keys, cells, strict=True)))
+        else:
+            self.put("cell", ((key, None, record, None) for key, record in zip(keys, cells, strict=True) if record))
+
+    def answers(self) -> dict[str, Answer]:
+        """encounter_id -> what was sent and answered."""
+        return {key: Answer(digest, outcome, answer) for key, digest, outcome, answer in self._all("encounter")}
+
+    def add_answer(self, encounter_id: str, answer: Answer) -> None:
+        self.put("encounter", [(encounter_id, answer.digest, answer.outcome, answer.text)])
+
+    def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
+        """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
+        self.put("held", ((f"{encounter_id}/{COLUMNS[index]}", *rest) for encounter_id, index, *rest in rows))
+
+    # cases ------------------------------------------------------------------------------------------------------
+
+    def pending(self) -> dict[int, str]:
+        """row -> the encounter of the open case that it belongs to."""
+        return {row: encounter_id for row, encounter_id in self._all("pending", "row")}
+
+    def add_pending(self, row: int, encounter_id: str) -> None:
+        self.put("pending", [(row, encounter_id)])
+
+    def drop_pending(self, row: int) -> None:
+        self._delete("pending WHERE row = ?", [(row,)])
+
+    def linked(self, encounter_id: str) -> set[str]:
+        """The cases that have this one as a candidate, and those that it has."""
+        where = "encounter_id = ? OR other = ?"
+        found = self._all("link", "number", where, (encounter_id, encounter_id))
+        return {case for _, *pair in found for case in pair} - {encounter_id}
+
+    def link(self, encounter_id: str, others: Iterable[str]) -> None:
+        """The cases that a case has as candidates, instead of those before."""
+        self._delete("link WHERE encounter_id = ?", [(encounter_id,)])
+        (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM link").fetchone()
+        self.put("link", ((number, encounter_id, other) for number, other in enumerate(others, last + 1)))
+
+    def unlink(self, encounter_id: str) -> None:
+        """A case that is closed is linked with none."""
+        self._delete("link WHERE encounter_id = ? OR other = ?", [(encounter_id, encounter_id)])
+
+    def judged(self) -> dict[int, tuple[int, ...]]:
+        """row -> the rows that were judged to be of another person, in both directions."""
+        return paired((row, other) for _, row, other in self._all("judged", "number"))
+
+    def add_judged(self, pairs: Iterable[tuple[int, int]]) -> None:
+        (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM judged").fetchone()
+        self.put("judged", ((number, row, other) for number, (row, other) in enumerate(pairs, last + 1)))
+
+    def held_cases(self) -> list[str]:
+        """The encounters whose templates are held, in the order of their ids."""
+        keys = self._connection.execute("SELECT key FROM held ORDER BY key")
+        return list(dict.fromkeys(key.rsplit("/", 1)[0] for (key,) in keys))
+
+    def held(self, encounter_id: str) -> dict[str, Template]:
+        """column -> the template that is held."""
+        templates = {}
+        names = {f"{encounter_id}/{column}": column for column in COLUMNS}
+        where = f"key IN ({','.join('?' * len(names))})"
+        for key, model_id, vector, minutiae, quality in self._all("held", "key", where, tuple(names)):
+            embedding = None if vector is None else np.frombuffer(vector, "<f4")
+            templates[names[key]] = Template(names[key], model_id, embedding, minutiae, quality)
+        return templates
+
+    def drop_held(self, encounter_id: str) -> None:
+        self._delete("held WHERE key = ?", ((f"{encounter_id}/{column}",) for column in COLUMNS))
+
+    def case(self, encounter_id: str) -> tuple[str, str | None] | None:
+        """(what was asked for, the decision as it stands or None while it is the answer's), JSON; None for no case, and for
+        one of a release that did not note it."""
+        for _, request, decision in self._all("review_case", None, "encounter_id = ?", (encounter_id,)):
+            return request, decision
+        return None
+
+    def put_case(self, encounter_id: str, request: str, decision: str | None) -> None:
+        self.put("review_case", [(encounter_id, request, decision)])
+
+    def verdicts(self, encounter_id: str | None = None) -> Iterator[Verdict]:
+        """In the order in which they were given; of one encounter, or all."""
+        where, values = ("", ()) if encounter_id is None else ("encounter_id = ?", (encounter_id,))
+        for _, *fields in self._all("verdict", "number", where, values):
+            named, subject_id, candidate, ruling, by, at, note = fields
+            # what was taken once is read for ever, whatever is asked of new ones
+            yield Verdict(named, subject_id, candidate, ruling, KnownId(by), at, KnownId(note))
+
+    def add_verdicts(self, verdicts: Iterable[Verdict]) -> None:
+        (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM verdict").fetchone()
+        for number, one in enumerate(verdicts, last + 1):
+            fields = (one.encounter_id, one.subject_id, one.candidate, one.ruling, one.by, float(one.at), one.note)
+            self.put("verdict", [(number, *fields)])
+
+    def clear_journal(self) -> None:
+        """After sealing: the segment has it all."""
+        for table in ("subject", "cell", "encounter"):
+            self._delete(table)
+
+    def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
+        """Every deletion goes this way, so that the journal is wiped afterwards."""
+        self._connection.executemany(f"DELETE FROM {which}", values)
+        self.erased = True
+
+    # rows with checksums ----------------------------------------------------------------------------------------
+
+    def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
+        marks = ",".join("?" * (_COLUMNS_OF[table].count(",") + 2))
+        verb = "REPLACE" if table in _REPLACED else "INSERT"
+        self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", ((*row, _checksum(row)) for row in rows))
+
+    def _all(
+        self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
+    ) -> Iterator[tuple[Any, ...]]:
+        if table in _ADDED and not self._exists(table):
+            if _ADDED[table] in self.meta():
+                raise GalleryDamaged(f"table {table} is lost; run `biodedup doctor`")
+            return
+        query = (
+            f"SELECT * FROM {table}" + (f" WHERE {where}" if where else "") + (f" ORDER BY {order}" if order else "")
+        )
+        for *values, checksum in self._connection.execute(query, which):
+            if not _are_of(table, values) or _checksum(values) != checksum:
+                raise GalleryDamaged(f"a row of table {table} is damaged; run `biodedup doctor`")
+            yield tuple(values)
+
+
+def paired(
+    pairs: Iterable[tuple[int, int]], known: Mapping[int, tuple[int, ...]] | None = None
+) -> dict[int, tuple[int, ...]]:
+    """row -> its partners, in both directions; added to those known."""
+    found = dict(known or {})
+    for pair in pairs:
+        for row, other in (pair, pair[::-1]):
+            if other not in found.get(row, ()):
+                found[row] = (*found.get(row, ()), other)  # most have one: a set would take four times as much memory
+    return found
+
+
+def _is_counter(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and (type(value) is str or 0 <= value < 1 << 62)
+
+
+def _schema(tables: Iterable[str]) -> dict[tuple[str, str], str]:
+    """(type, name) -> how it is made."""
+    made = {}
+    for table in tables:
+        made["table", table] = f"CREATE TABLE {table} ({_COLUMNS_OF[table]}, checksum INTEGER NOT NULL)"
+        for column in _INDEXED.get(table, ()):
+            name = f"{table}_{column.removesuffix('_id')}"
+            made["index", name] = f"CREATE INDEX {name} ON {table} ({column})"
+    return made
+
+
+_NULLABLE = {"dimension", "vector", "minutiae", "quality", "decision", "candidate", "set_by", "set_at", "reason"}
+_PYTHON_TYPES = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
+_TYPES_OF = {
+    table: [(_PYTHON_TYPES[spec.split()[1]], spec.split()[0] in _NULLABLE) for spec in columns.split(", ")]
+    for table, columns in _COLUMNS_OF.items()
+}
+
+
+def _are_of(table: str, values: Sequence[Any]) -> bool:
+    """Whether values are of the types of the table's columns, which SQLite does not see to."""
+    types = _TYPES_OF[table]
+    return len(values) == len(types) and all(
+        type(value) is kind or (value is None and nullable)
+        for value, (kind, nullable) in zip(values, types, strict=True)
+    )
+
+
+def _checksum(values: Sequence[Any]) -> int:
+    """XXH3 of the values with their types and lengths, as SQLite's signed integer."""
+    parts = []
+    for value in values:
+        if isinstance(value, (bytes, str)):
+            data = value.encode() if isinstance(value, str) else value
+            parts.append(struct.pack("<cq", b"s" if isinstance(value, str) else b"b", len(data)) + data)
+        elif isinstance(value, float):
+            parts.append(struct.pack("<cd", b"f", value))
+        else:
+            parts.append(b"n" if value is None else struct.pack("<cq", b"i", value))
+    return xxhash.xxh3_64_intdigest(b"".join(parts)) - (1 << 63)
+
+
+def _blobs(template: Template) -> tuple[bytes | None, bytes | None, float | None]:
+    vector = None if template.embedding is None else np.asarray(template.embedding, "<f4").tobytes()
+    quality = None if template.quality is None else float(template.quality)
+    return vector, template.minutiae, quality

@@ -1,0 +1,1 @@
+"""Files of a gallery: the file system, column files, vector codes, private permissions."""

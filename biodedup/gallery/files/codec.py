@@ -1,0 +1,278 @@
+"""A codec: how a column's vectors become codes, and what a scan of their upper halves knows of a similarity.
+
+Owns rotation, its training, and the measurement of its error. Never reads files. Stored in every segment that it wrote, so
+that segments of one codec are merged without encoding anything anew.
+
+Vectors are turned by a random rotation, so that no single number of a vector stands out: then one step suits all of a
+vector's numbers, and the errors of many add up to a normal one whatever the model (as in RaBitQ: Gao and Long, SIGMOD 2024).
+Of a vector with many numbers only the principal axes are scanned, as many as make a search cheapest; the rotation is then
+trained. Nothing is subtracted: the mean is the first of the principal axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from scipy.special import betaincinv, ndtr, ndtri  # scipy.stats takes a second to import
+
+from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, dequantise, quantise
+from biodedup.values import Float32
+
+SCAN_WHOLE = 128
+"""Vectors of up to this many numbers are scanned with all of them: their rotation needs no training."""
+TRAINING_ROWS_MIN, TRAINING_ROWS_MAX = 8_192, 32_768
+_LEVELS = tuple(round(0.1 * i, 1) for i in range(11))  # similarities at which the error is measured
+_PAIRS, _LOWEST = 8_000, 64  # pairs at each of them, half to fit and half to check; of these, how many are remembered
+_SEED = 20_261
+
+
+@dataclass(frozen=True)
+class ErrorLaw:
+    """What the scan's estimate is for pairs of a given similarity.
+
+    similarity, mean, sd: of one half of the pairs. checked, lowest: how many pairs the other half has, and the lowest of their
+    estimates, as standard deviations from the mean that the first half gave them, ascending. source: `sample` of the column, or
+    `isotropic` where there were too few vectors.
+    """
+
+    similarity: tuple[float, ...]
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+    checked: int
+    lowest: tuple[float, ...]
+    source: str
+
+    @cache  # noqa: B019 - a gallery has a handful of laws, and asks them with every search
+    def margin(self, miss_risk: float) -> tuple[float, bool]:
+        """(z, measured): a pair's estimate is more than z deviations too low with at most this probability.
+
+        Measured: z is an order statistic of the pairs that were set aside, so that no law is assumed; with 95 % confidence
+        (Clopper and Pearson, 1934) the probability is below the risk. Where they are too few to say so, z is the normal law's.
+        """
+        allowed = -1
+        while allowed + 1 < len(self.lowest) and self.risk_bound(allowed + 1) <= miss_risk:
+            allowed += 1
+        if allowed < 0:
+            return float(-ndtri(miss_risk)), False
+        return -self.lowest[allowed], True
+
+    def bound(self, miss_risk: float) -> float | None:
+        """Below what the probability of a miss is, with the margin for this risk; None where that was not measured."""
+        z, measured = self.margin(miss_risk)
+        return self.risk_bound(sum(value < -z for value in self.lowest)) if measured else None
+
+    def risk_bound(self, misses: int) -> float:
+        """The upper end of the one-sided 95 % interval for the probability of a miss, of which so many were counted."""
+        return float(betaincinv(misses + 1, self.checked - misses, 0.95))
+
+    def cut(self, similarity: Float32, z: float) -> Float32:
+        """The estimate that all but a normal tail of z of the pairs at this similarity reach."""
+        at = np.asarray(similarity, np.float64)
+        mean = np.interp(at, self.similarity, self.mean) + self._outside(at)
+        return (mean - z * np.interp(at, self.similarity, self.sd)).astype(np.float32)
+
+    def similarity_at(self, cut: Float32, z: float) -> Float32:
+        """The least similarity of which all but a normal tail of z reaches a cut; the inverse of `cut`."""
+        grid = np.linspace(-1, 1, 2001, dtype=np.float32)
+        reached = np.maximum.accumulate(self.cut(grid, z))
+        found = np.interp(cut, reached, grid, left=-1, right=2)
+        return np.asarray(found, np.float32)
+
+    def _outside(self, at: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Below the measured similarities the line goes on."""
+        slope = (self.mean[1] - self.mean[0]) / (self.similarity[1] - self.similarity[0])
+        return np.minimum(at - self.similarity[0], 0) * slope
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """rotation: float32 (D, d), columns orthonormal; scanned: how many of the D numbers the scan reads."""
+
+    rotation: Float32
+    scanned: int
+    law: ErrorLaw
+    training_rows: int = 0
+    """Vectors that the rotation was trained on; 0 where it is random."""
+
+    @cached_property
+    def codec_id(self) -> str:
+        return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self.rotation, "<f4").tobytes() + b"%d" % self.scanned)
+
+    @property
+    def dimension(self) -> int:
+        """Of the vectors."""
+        return int(self.rotation.shape[1])
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of a code that the scan does not read."""
+        return int(self.rotation.shape[0]) - self.scanned // 2
+
+    @property
+    def provisional(self) -> bool:
+        """There were too few vectors to train it."""
+        return self.dimension > SCAN_WHOLE and not self.training_rows
+
+    def card(self) -> dict[str, Any]:
+        """What `about` in a file says of it, JSON-ready."""
+        return {
+            "id": self.codec_id,
+            "scanned": self.scanned,
+            "training_rows": self.training_rows,
+            "law": vars(self.law),
+        }
+
+    @classmethod
+    def from_card(cls, card: dict[str, Any], rotation: Float32) -> Codec:
+        law = card["law"]
+        similarity, mean, sd = tuple(law["similarity"]), tuple(law["mean"]), tuple(law["sd"])
+        measured = ErrorLaw(similarity, mean, sd, law["checked"], tuple(law["lowest"]), law["source"])
+        scanned, counts = card["scanned"], (card["scanned"], card["training_rows"], measured.checked)
+        numbers = np.array([*similarity, *mean, *sd, *measured.lowest], np.float64)
+        if not (
+            all(type(count) is int and count >= 0 for count in counts)
+            and scanned % STEP == 0
+            and STEP <= scanned <= len(rotation)
+            and len(similarity) == len(mean) == len(sd) >= 2
+            and len(measured.lowest) <= measured.checked
+            and np.diff(similarity).min() > 0
+            and min(sd) > 0
+            and np.isfinite(numbers).all()
+            and np.isfinite(rotation).all()
+        ):
+            raise ValueError("a codec that was never made")
+        return cls(np.array(rotation), scanned, measured, card["training_rows"])
+
+    def rotate(self, vectors: Float32) -> Float32:
+        """float32 (n, D): what the codes stand for; lengths and similarities stay."""
+        return np.asarray(vectors @ self.rotation.T, np.float32)
+
+    def encode(self, vectors: Float32) -> tuple[Codes, Float32]:
+        """Unit rows float32 (n, d) -> codes uint8 (n, D), norms float32 (n,)."""
+        return quantise(self.rotate(vectors))
+
+    def decode(self, codes: Codes, norms: Float32) -> Float32:
+        """float32 (n, d), unit rows."""
+        return np.asarray(dequantise(codes, norms) @ self.rotation, np.float32)
+
+
+Estimate = Callable[[Float32, Float32], Float32]
+"""Of pairs, float32 (n, d) each -> float32 (n,)."""
+
+
+def make_codec(dimension: int, samples: Sequence[Float32]) -> Codec:
+    """A codec for vectors of this dimension; samples: unit rows of the column, float32 (n, d), any number of them."""
+    vectors = np.concatenate([np.zeros((0, dimension), np.float32), *samples])[:TRAINING_ROWS_MAX]
+    rng = np.random.default_rng(_SEED)
+    measured, source = vectors, "sample"
+    if len(vectors) < 1_000:
+        measured = rng.standard_normal((4_096, dimension), np.float32)
+        measured /= np.linalg.norm(measured, axis=1, keepdims=True)
+        source = "isotropic"
+    padded = -(-dimension // STEP) * STEP
+    if dimension <= SCAN_WHOLE or len(vectors) < TRAINING_ROWS_MIN:
+        rotation = _random_rotation(padded, rng)[:, :dimension]
+        return Codec(rotation, padded, _law(rotation, padded, measured, source, rng))
+    trained, measured = vectors[::2], vectors[1::2]  # what axes say of the vectors that they were made of flatters them
+    _, axes = np.linalg.eigh(trained.T.astype(np.float64) @ trained)
+    principal = np.zeros((padded, dimension))
+    principal[:dimension] = axes.T[::-1]
+    options = []
+    for scanned in [*range(64, padded, 32), padded]:
+        turn = np.zeros((padded, padded))  # within the scanned axes, and within the others
+        turn[:scanned, :scanned] = _random_rotation(scanned, rng)
+        if scanned < padded:
+            turn[scanned:, scanned:] = _random_rotation(padded - scanned, rng)
+        rotation = (turn @ principal).astype(np.float32)
+        law = _law(rotation, scanned, measured, source, rng, pairs=500)
+        options.append((_cost(law, rotation, scanned, measured), scanned, rotation))
+    _, scanned, rotation = min(options, key=lambda option: option[:2])
+    return Codec(rotation, scanned, _law(rotation, scanned, measured, source, rng), len(trained))
+
+
+def _random_rotation(size: int, rng: np.random.Generator) -> Float32:
+    q, r = np.linalg.qr(rng.standard_normal((size, size)))
+    return np.asarray(q * np.sign(np.diag(r)), np.float32)
+
+
+_REFERENCE, _NEAREST, _KEPT = 0.5, 1e-5, 0.999
+"""The search whose cost decides: all but a thousandth of the mates at this similarity; and of the nearest strangers, this share of
+all, where these are less alike than that, as in many dimensions they are."""
+_RESCORING = 200_000  # what the exact comparison of one row costs, in scanned numbers, to an order of magnitude
+
+
+def _cost(law: ErrorLaw, rotation: Float32, scanned: int, vectors: Float32) -> float:
+    """Of a search, a row of the gallery: numbers scanned, and exact comparisons of the non-mates that survive."""
+    half = len(vectors[:2_000]) // 2
+    one, other = vectors[:half], vectors[half : 2 * half]
+    similarity = one @ other.T
+    reached = min(_REFERENCE, float(similarity.mean() + ndtri(1 - _NEAREST) * similarity.std()))
+    cut = float(law.cut(np.array([reached], np.float32), float(ndtri(_KEPT)))[0])
+    others = (one @ rotation[:scanned].T) @ (other @ rotation[:scanned].T).T
+    return scanned + _RESCORING * float(ndtr((others.mean() - cut) / max(others.std(), 1e-6)))
+
+
+def _law(
+    rotation: Float32, scanned: int, vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
+) -> ErrorLaw:
+    return measured_law(lambda one, other: estimates(rotation, scanned, one, other), vectors, source, rng, pairs)
+
+
+def measured_law(
+    estimate: Estimate, vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
+) -> ErrorLaw:
+    """Measures an estimate on pairs at given similarities: one vector of a sample, and itself mixed with another one.
+
+    vectors: unit rows float32 (m, d).
+    """
+    return measured_laws((estimate,), vectors, source, rng, pairs)[0]
+
+
+def measured_laws(
+    several: Sequence[Estimate], vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
+) -> tuple[ErrorLaw, ...]:
+    """Of several estimates that a pair has to pass one after another: their margins are the same, and lose so many pairs in all."""
+    means = [[0.0] * len(_LEVELS) for _ in several]
+    sds = [[0.0] * len(_LEVELS) for _ in several]
+    residuals = []
+    for at, level in enumerate(_LEVELS):
+        which = rng.integers(0, len(vectors), (2, pairs))
+        one, other = vectors[which[0]].astype(np.float64), vectors[which[1]].astype(np.float64)
+        other = other - np.einsum("ij,ij->i", one, other)[:, None] * one
+        length = np.linalg.norm(other, axis=1)
+        one, other = one[length > 1e-3], other[length > 1e-3] / length[length > 1e-3, None]
+        mates = (level * one + sqrt(max(1 - level**2, 0)) * other).astype(np.float32)
+        if len(mates) < 4:  # vectors of one number, or all the same
+            mates = one = np.repeat(vectors[:1].astype(np.float64), 4, axis=0)
+        off = level - np.einsum("ij,ij->i", one, mates)
+        lowest = np.full(len(mates) // 2, np.inf)
+        for estimate, mean, sd in zip(several, means, sds, strict=True):
+            errors = estimate(one.astype(np.float32), mates) + off
+            mean[at] = round(float(errors[::2].mean()), 5)
+            sd[at] = round(float(max(errors[::2].std(), 1e-4)), 5)
+            lowest = np.minimum(lowest, (errors[1::2] - mean[at]) / sd[at])
+        residuals.append(lowest)
+    together = np.sort(np.concatenate(residuals))
+    lowest_of_all = tuple(round(float(value), 3) for value in together[:_LOWEST])
+    return tuple(
+        ErrorLaw(_LEVELS, tuple(mean), tuple(sd), len(together), lowest_of_all, source)
+        for mean, sd in zip(means, sds, strict=True)
+    )
+
+
+def estimates(rotation: Float32, scanned: int, probes: Float32, vectors: Float32) -> Float32:
+    """What the scan makes of pairs: probes and vectors float32 (n, d), unit rows -> float32 (n,)."""
+    codes, norms = quantise(np.asarray(vectors @ rotation.T, np.float32))
+    seen = (codes[:, :scanned] >> 4).astype(np.float32) * 16 - 120
+    turned = np.asarray(probes @ rotation[:scanned].T, np.float32)
+    return np.asarray(np.einsum("ij,ij->i", turned, seen) / norms, np.float32)
+
+
+assert BLOCK_ROWS * STEP == 512  # 64 rows of 8 numbers, half a byte each: 256 bytes, four registers

@@ -1,0 +1,41 @@
+"""Errors of SQLite and of the file system, as errors of this library."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from biodedup.errors import GalleryDamaged, NotAGallery, StorageUnavailable
+from biodedup.gallery.files.filesystem import unavailable
+from biodedup.gallery.files.names import DATABASE_NAME
+
+_DISK_TROUBLE = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+}  # primary result codes after which the same call may succeed; others speak of damage
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turns what SQLite and the file system raise into the error tree."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF in _DISK_TROUBLE:
+            raise unavailable(error, doing) from error
+        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            raise NotAGallery(
+                f"{doing}: {DATABASE_NAME} is not a gallery's database; name an empty folder or a gallery"
+            ) from error
+        raise GalleryDamaged(f"{doing}: {error}; run `biodedup doctor`, restore from a backup") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise NotAGallery(f"{doing}: it is a file; name a folder") from error
+    except PermissionError as error:
+        raise StorageUnavailable(f"{doing}: permission denied; give this process access to the folder") from error
+    except OSError as error:
+        raise unavailable(error, doing) from error

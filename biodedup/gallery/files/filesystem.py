@@ -1,0 +1,365 @@
+"""The seam through which the gallery reaches the disk.
+
+Owns folders, files, the writer's lock and the SQLite connection with its durability settings. Never knows what is stored, and
+never follows a symbolic link to a file that it writes. A test hands in a double that fails the nth call.
+
+1. A connection commits durably: rollback journal in PERSIST mode with synchronous=FULL, which syncs the journal, the
+   database and then the journal's zeroed header. (SQLite before 3.51.3 can lose commits when a write-ahead log is reset;
+   DELETE mode needs a further sync of the folder for the same promise.)
+2. One process writes. The lock belongs to the open file, so that a killed writer leaves none behind.
+3. A file other than the database is written once, under another name, synced, renamed, and never changed again.
+4. What is created is for its owner alone, whatever the umask: folders 0700, files 0600 (private.py).
+5. The rollback journal keeps old pages after a commit. `wipe` overwrites it once they hold what was erased.
+6. A child of a fork can use none of this (forks.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import sqlite3
+import struct
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from biodedup.errors import GalleryBusy, NotAGallery, StorageUnavailable
+from biodedup.gallery.files import forks
+from biodedup.gallery.files.private import create_private, make_private_folder, refuse_link
+
+NEW_SUFFIX = ".new"
+"""Of a file in the making."""
+
+_BUFFER_BYTES = 1 << 20
+_WIPED_BYTES_KEPT = 1 << 18
+"""A wiped journal keeps its space up to this size: the next commit then needs no new blocks of the disk."""
+ODD_CONTENT = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Python raises for stored content that no writer of ours wrote; to be reported as GalleryDamaged where it is read."""
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
+
+
+class Lock(Protocol):
+    def release(self) -> None: ...
+
+    def is_held(self) -> bool:
+        """Whether its file is still there: without it, another process can hold a lock of the same name."""
+
+
+class NewFile(Protocol):
+    """A file in the making."""
+
+    def write(self, data: bytes | memoryview) -> None: ...
+
+    def finish(self) -> None:
+        """Syncs and closes: what was written is on the disk."""
+
+    def discard(self) -> None:
+        """Closes and removes; never fails."""
+
+
+class Storage(Protocol):
+    """What the gallery needs of a file system."""
+
+    def list_names(self, folder: Path) -> list[str] | None:
+        """Names in a folder; None where the folder does not exist."""
+
+    def make_folder(self, folder: Path) -> None: ...
+
+    def lock(self, path: Path) -> Lock:
+        """The exclusive writer's lock. Raises GalleryBusy, naming the holder."""
+
+    def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection: ...
+
+    def create(self, path: Path) -> NewFile:
+        """Opens a file for writing, emptied if it was there."""
+
+    def map(self, path: Path) -> mmap.mmap:
+        """The content of a file, read-only, in memory as far as it is touched."""
+
+    def forget(self, path: Path) -> None:
+        """The system need not keep a file in memory. Never raises."""
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Renames a file over another."""
+
+    def claim(self, source: Path, target: Path) -> None:
+        """Renames a file. Raises FileExistsError where the name is taken."""
+
+    def wipe(self, path: Path) -> None:
+        """Overwrites a file by zeros, synced; it may become shorter. Does nothing where it is absent."""
+
+    def sync_folder(self, folder: Path) -> None:
+        """Makes the names in a folder durable."""
+
+    def remove(self, path: Path) -> None:
+        """Removes a file, if it is there."""
+
+
+class FileLock:
+    """An advisory lock on an open file, holding the process id of its owner."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._process = forks.Process()
+        self._file = -1
+        while not self.is_held():  # its file was removed by another process while it was opened here
+            self.release()
+            self._file = _open_lock(path)
+            self._identity = _identity(os.fstat(self._file))
+        forks.drop_in_child(self)
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
+    def is_held(self) -> bool:
+        try:
+            return self._file >= 0 and _identity(os.lstat(self._path)) == self._identity
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        if self._file >= 0 and self._process.is_this:
+            os.close(self._file)
+        self._file = -1
+
+    def drop(self) -> None:
+        """In a child: the lock stays with the parent, whose file it is."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+
+def _open_lock(path: Path) -> int:
+    """Locked. Raises GalleryBusy, naming the holder; NotAGallery where the file is not one that `FileLock` wrote."""
+    refuse_link(path)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        about, content = os.fstat(file), os.pread(file, 64, 0)
+        if about.st_nlink > 1 or len(content) > 32 or content.strip(b"0123456789\n"):
+            raise NotAGallery(f"{path} is not a lock of this program; name another folder, or move that file away")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        holder = content.decode("ascii", "replace").strip() or "unknown"
+        raise GalleryBusy(
+            f"{path.parent} is held for writing by process {holder}; wait until it ends, or open read_only"
+        ) from None
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _identity(about: os.stat_result) -> tuple[int, int]:
+    return about.st_dev, about.st_ino
+
+
+class LocalFile:
+    """A file in the making, on a POSIX file system. Its buffer is its own: a child of a fork would write out one of Python's."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = create_private(path)
+        self._buffer = bytearray()
+
+    def write(self, data: bytes | memoryview) -> None:
+        if len(data) < _BUFFER_BYTES:
+            self._buffer += data
+            if len(self._buffer) >= _BUFFER_BYTES:
+                self._flush()
+        else:
+            self._flush()
+            _write_all(self._file, data)
+
+    def finish(self) -> None:
+        self._flush()
+        os.fsync(self._file)
+        self._close()
+
+    def discard(self) -> None:
+        with suppress(OSError):
+            self._close()
+        with suppress(OSError):  # the next writer removes what no manifest names
+            self._path.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        _write_all(self._file, self._buffer)
+        self._buffer = bytearray()
+
+    def _close(self) -> None:
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+
+def _write_all(file: int, data: bytes | bytearray | memoryview) -> None:
+    rest = memoryview(data).cast("B")
+    while len(rest):
+        rest = rest[os.write(file, rest) :]
+
+
+class Connection(sqlite3.Connection):
+    """A connection that refuses to work in a child of a fork (forks.py)."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self._process = forks.Process()
+        forks.drop_in_child(self)
+
+    def execute(self, *given: Any) -> sqlite3.Cursor:
+        self._process.check()
+        return super().execute(*given)
+
+    def executemany(self, *given: Any) -> sqlite3.Cursor:
+        self._process.check()
+        return super().executemany(*given)
+
+    def executescript(self, *given: Any) -> sqlite3.Cursor:
+        self._process.check()
+        return super().executescript(*given)
+
+    def backup(self, *given: Any, **more: Any) -> None:
+        self._process.check()
+        super().backup(*given, **more)
+
+    def close(self) -> None:
+        if self._process.is_this:
+            super().close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        return super().__exit__(kind, error, trace) if self._process.is_this else False
+
+    def drop(self) -> None:
+        forks.keep_for_ever(self)
+
+
+class LocalStorage:
+    """A POSIX file system."""
+
+    def list_names(self, folder: Path) -> list[str] | None:
+        try:
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return None
+
+    def make_folder(self, folder: Path) -> None:
+        make_private_folder(folder)
+        self.sync_folder(folder.parent)
+
+    def lock(self, path: Path) -> Lock:
+        return FileLock(path)
+
+    def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection:
+        # A reader may have to roll back what a killed writer left half-done, so it opens the file for writing if it can.
+        mode = "rwc" if not read_only else "rw" if os.access(path, os.W_OK) and not path.is_symlink() else "ro"
+        if not read_only:
+            refuse_link(path)
+            if (
+                not path.exists()
+            ):  # never opened here if it does: closing it would release SQLite's locks of this process
+                os.close(create_private(path))
+        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        connection = sqlite3.connect(
+            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10.0, factory=Connection
+        )
+        try:
+            connection.execute(
+                "PRAGMA trusted_schema=OFF"
+            )  # the file may be another's: its schema runs no functions here
+            connection.execute("PRAGMA cell_size_check=ON")
+            connection.execute("PRAGMA temp_store=MEMORY")
+            connection.execute("PRAGMA cache_size=-65536")  # KiB
+            if read_only:
+                connection.execute("PRAGMA query_only=ON")
+            else:
+                connection.execute("PRAGMA journal_mode=PERSIST")
+                connection.execute("PRAGMA synchronous=FULL")
+                connection.execute("PRAGMA secure_delete=ON")  # a removed subject's vectors are overwritten
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def create(self, path: Path) -> NewFile:
+        return LocalFile(path)
+
+    def map(self, path: Path) -> mmap.mmap:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def forget(self, path: Path) -> None:
+        with suppress(OSError), path.open("rb") as file:  # it was only a hint
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def replace(self, source: Path, target: Path) -> None:
+        source.replace(target)
+
+    def claim(self, source: Path, target: Path) -> None:
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            source.rename(target)
+        else:
+            source.unlink()
+
+    def wipe(self, path: Path) -> None:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        try:
+            size = os.fstat(file).st_size
+            for start in range(0, size, _BUFFER_BYTES):
+                _write_all(file, bytes(min(_BUFFER_BYTES, size - start)))
+            if size:
+                os.fsync(file)
+            if size > _WIPED_BYTES_KEPT:
+                os.ftruncate(file, 0)
+                os.fsync(file)
+        finally:
+            os.close(file)
+
+    def sync_folder(self, folder: Path) -> None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+
+def memory_bytes() -> int:
+    """Of this machine, or as much as its control group grants."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        granted = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return physical
+    return min(physical, int(granted)) if granted.isdecimal() else physical
+
+
+def unavailable(error: Exception, doing: str) -> StorageUnavailable:
+    """The retryable error for a disk that refused."""
+    return StorageUnavailable(f"{doing} failed: {error}; nothing was acknowledged; free the disk and send it again")

@@ -1,0 +1,1 @@
+"""Rows of a gallery: sealed segments on disk, and the tail in memory."""

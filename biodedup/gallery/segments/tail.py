@@ -1,0 +1,354 @@
+"""The tail: the newest rows, exact and in memory, as the journal holds them on disk.
+
+Owns append-only arrays that readers use while one writer appends. Never touches the disk. Its size is bounded: when it has
+grown large it is sealed into a segment, and a new one begins.
+
+1. A reader takes a `TailPart` of `count` rows and sees exactly these: appended rows lie behind them, and growth copies into
+   a new array, leaving the old one to its readers.
+2. Only the writer appends or rolls back; the gallery's lock sees to that.
+"""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.gallery.files.codec import Codec
+from biodedup.gallery.files.codes import Codes
+from biodedup.gallery.files.packed import Packed, hash_of, hashes, pack, pack_text, text
+from biodedup.gallery.segments.part import PIECE_ROWS, Int64, sorted_lookup
+from biodedup.values import COLUMNS, Column, Float32, Template
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was sent (digest) and what was answered (JSON)."""
+
+    digest: bytes
+    outcome: str
+    text: str
+
+    @cached_property
+    def compressed(self) -> bytes:
+        """The text as segments hold it. Made when an answer is recorded, so that sealing has nothing left to do."""
+        return zlib.compress(self.text.encode())
+
+
+class GrowingArray:
+    """An array with spare capacity along its first axis."""
+
+    def __init__(self, dtype: type[np.generic], width: int | None = None) -> None:
+        shape = (256,) if width is None else (256, width)
+        self._data: NDArray[Any] = np.zeros(shape, dtype)
+        self.count = 0
+
+    def append(self, values: NDArray[Any]) -> None:
+        needed = self.count + len(values)
+        if needed > len(self._data):
+            grown = np.zeros((max(needed, 2 * len(self._data)), *self._data.shape[1:]), self._data.dtype)
+            grown[: self.count] = self._data[: self.count]
+            self._data = grown
+        self._data[self.count : needed] = values
+        self.count = needed
+
+    def view(self, count: int | None = None) -> NDArray[Any]:
+        return self._data[: self.count if count is None else count]
+
+
+class Tail:
+    """What the writer appends to. first_row: the row of position 0."""
+
+    def __init__(self, first_row: int) -> None:
+        self.first_row = first_row
+        self.subject_ids: list[str] = []
+        self.encounter_ids: list[str] = []
+        self.presence = GrowingArray(np.uint16)
+        self.group_sets = GrowingArray(np.uint32)
+        self.columns: dict[str, _Cells] = {}
+        self.positions_of: dict[str, tuple[int, ...]] = {}
+        self.again: list[tuple[int, int]] = []
+        """(position, hash of the subject_id) of each row that was not the first under its id."""
+        self.answers: dict[str, Answer] = {}
+
+    @property
+    def count(self) -> int:
+        return self.presence.count
+
+    @property
+    def end_row(self) -> int:
+        return self.first_row + self.count
+
+    def append(
+        self,
+        subject_id: str,
+        encounter_id: str,
+        group_set: int,
+        templates: Mapping[str, Template],
+        *,
+        again: bool = False,
+    ) -> None:
+        """Adds a row. again: it is not the first under its id."""
+        columns: dict[str, Column] = {
+            name: [t.minutiae or b""] if t.embedding is None else np.array([t.embedding], np.float32)
+            for name, t in templates.items()
+        }
+        self.append_columns([subject_id], encounter_id, np.array([group_set]), columns)
+        for name, template in templates.items():
+            self.columns[name].describe([template])
+        if again:
+            self.again.append((self.count - 1, int(hash_of(subject_id))))
+
+    def append_columns(
+        self, subject_ids: Sequence[str], encounter_id: str, group_sets: NDArray[Any], columns: Mapping[str, Column]
+    ) -> None:
+        """Adds rows without the quality of their templates."""
+        first = self.count
+        presence = np.zeros(len(subject_ids), np.uint16)
+        for name, column in columns.items():
+            vectors = column if isinstance(column, np.ndarray) else None
+            has = np.ones(len(column), bool) if vectors is not None else np.array([bool(r) for r in column], bool)
+            if name not in self.columns:
+                self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
+            records = [b""] * len(column) if vectors is not None else [record for record in column if record]
+            self.columns[name].append(first + np.flatnonzero(has), vectors, records)
+            presence[has] |= np.uint16(1 << COLUMNS.index(name))
+        self.subject_ids.extend(subject_ids)
+        self.encounter_ids.extend([encounter_id] * len(subject_ids))
+        for position, subject_id in enumerate(subject_ids, first):
+            self.positions_of[subject_id] = (*self.positions_of.get(subject_id, ()), position)
+        self.group_sets.append(group_sets)
+        self.presence.append(presence)
+
+    def load(
+        self,
+        subjects: Sequence[tuple[str, str, int]],
+        cells: Mapping[str, tuple[list[int], Float32 | None, list[bytes], list[float]]],
+    ) -> None:
+        """Fills an empty tail. subjects: (subject_id, encounter_id, group_set); cells: column -> (positions, vectors,
+        minutiae, quality)."""
+        self.subject_ids = [subject_id for subject_id, _, _ in subjects]
+        self.encounter_ids = [encounter_id for _, encounter_id, _ in subjects]
+        self.group_sets.append(np.array([group_set for _, _, group_set in subjects], np.uint32))
+        for position, subject_id in enumerate(self.subject_ids):
+            self.positions_of[subject_id] = (*self.positions_of.get(subject_id, ()), position)
+        presence = np.zeros(len(subjects), np.uint16)
+        for name, (positions, vectors, minutiae, quality) in cells.items():
+            column = self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
+            column.append(np.array(positions, np.int64), vectors, minutiae)
+            column.quality.view()[:] = quality
+            presence[positions] |= 1 << COLUMNS.index(name)
+        self.presence.append(presence)
+
+    def mark_again(self, positions: Int64) -> None:
+        """After `load`: the rows that were not the first under their id."""
+        ids = pack_text([self.subject_ids[position] for position in positions.tolist()])
+        self.again = list(zip(positions.tolist(), hashes(ids).tolist(), strict=True))
+
+    def truncate(self, count: int) -> None:
+        """Forgets the rows from position count on."""
+        for subject_id in self.subject_ids[count:]:
+            kept = tuple(p for p in self.positions_of.pop(subject_id, ()) if p < count)
+            if kept:
+                self.positions_of[subject_id] = kept
+        del self.subject_ids[count:], self.encounter_ids[count:]
+        while self.again and self.again[-1][0] >= count:
+            self.again.pop()
+        self.presence.count = self.group_sets.count = count
+        for column in self.columns.values():
+            column.truncate(count)
+
+
+class _Cells:
+    def __init__(self, dimension: int | None) -> None:
+        self.dimension = dimension
+        self.positions = GrowingArray(np.int64)
+        self.vectors = GrowingArray(np.float32, dimension or 0)
+        self.quality = GrowingArray(np.float32)
+        self.minutiae: list[bytes] = []
+
+    def append(self, positions: Int64, vectors: Float32 | None, minutiae: Sequence[bytes]) -> None:
+        self.vectors.append(np.zeros((len(positions), 0), np.float32) if vectors is None else vectors)
+        self.quality.append(np.full(len(positions), np.nan, np.float32))
+        self.minutiae += minutiae
+        self.positions.append(positions)  # last: readers count cells by it
+
+    def describe(self, templates: Sequence[Template]) -> None:
+        """The rest of the templates of the cells appended last."""
+        self.minutiae[-len(templates) :] = [t.minutiae or b"" for t in templates]
+        self.quality.view()[-len(templates) :] = [np.nan if t.quality is None else t.quality for t in templates]
+
+    def truncate(self, count: int) -> None:
+        cells = int(np.searchsorted(self.positions.view(), count))
+        del self.minutiae[cells:]
+        self.positions.count = self.vectors.count = self.quality.count = cells
+
+
+class TailPart:
+    """The first `count` rows of a tail, as a `Part`."""
+
+    def __init__(self, tail: Tail, count: int) -> None:
+        self.first_row = tail.first_row
+        self.count = count
+        self.end_row = tail.first_row + count
+        self._tail = tail
+
+    @cached_property
+    def columns(self) -> Mapping[str, TailColumn]:
+        found = {name: TailColumn(cells, self.count) for name, cells in list(self._tail.columns.items())}
+        return {name: column for name, column in found.items() if column.count}
+
+    @cached_property
+    def answers(self) -> TailAnswers:
+        return TailAnswers(self._tail.answers)
+
+    @property
+    def bits(self) -> Mapping[int, int]:
+        counts = np.bincount(self.presence(0, self.count))  # at each enrolment, and the tail may be long
+        return {bits: int(counts[bits]) for bits in np.flatnonzero(counts).tolist()}
+
+    def rows(self, positions: Int64) -> Int64:
+        return positions + self.first_row
+
+    def at(self, rows: Int64) -> Int64:
+        return rows - self.first_row
+
+    def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
+        low, high = np.clip((low_row - self.first_row, high_row - self.first_row), 0, self.count)
+        return int(low), int(high)
+
+    def presence(self, low: int, high: int) -> NDArray[np.uint16]:
+        return self._tail.presence.view(self.count)[low:high]
+
+    def group_sets(self, low: int, high: int) -> NDArray[np.uint32]:
+        return self._tail.group_sets.view(self.count)[low:high]
+
+    def subject_ids(self, low: int, high: int) -> Packed:
+        return pack_text(self._tail.subject_ids[low:high])
+
+    def subject_ids_at(self, positions: Int64) -> list[str]:
+        return [self._tail.subject_ids[p] for p in positions.tolist()]
+
+    def encounter_ids(self, low: int, high: int) -> Packed:
+        return pack_text(self._tail.encounter_ids[low:high])
+
+    def find(self, subject_id: str, hashed: np.uint64 | None = None) -> list[int]:
+        return [p for p in self._tail.positions_of.get(subject_id, ()) if p < self.count]
+
+    def find_all(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> tuple[Int64, Int64]:
+        found = [self.find(subject_id) for subject_id in text(subject_ids)] if self.count else []
+        which = np.repeat(np.arange(len(found)), np.array([len(positions) for positions in found], np.int64))
+        return which, np.array([position for positions in found for position in positions], np.int64)
+
+    @cached_property
+    def again(self) -> NDArray[np.uint64]:
+        """In no order: the tail may grow by one such row at each commit."""
+        marked = self._tail.again
+        return np.array([hashed for _, hashed in marked[: bisect_left(marked, (self.count, 0))]], np.uint64)
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        return sorted_lookup(hashes(self.subject_ids(0, self.count)))
+
+
+class TailColumn:
+    """A column of a `TailPart`."""
+
+    def __init__(self, cells: _Cells, row_count: int) -> None:
+        self._cells = cells
+        self.dimension = cells.dimension
+        self.count = int(np.searchsorted(cells.positions.view(), row_count))
+        self.full = self.count == row_count
+        self.codec: Codec | None = None
+        self._coded: tuple[Codec, Codes, Float32] | None = None
+
+    def cell_range(self, low: int, high: int) -> tuple[int, int]:
+        first, last = np.searchsorted(self._cells.positions.view(self.count), (low, high))
+        return int(first), int(last)
+
+    def cells_at(self, positions: Int64) -> Int64:
+        return cells_of(self._cells.positions.view(self.count), positions)
+
+    def positions(self, low: int, high: int) -> Int64:
+        return self._cells.positions.view(self.count)[low:high]
+
+    def vectors(self, low: int, high: int) -> Float32:
+        return self._cells.vectors.view(self.count)[low:high]
+
+    def vectors_at(self, cells: Int64) -> Float32:
+        return self._cells.vectors.view(self.count)[cells]
+
+    def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
+        if (
+            self._coded is None or self._coded[0] is not codec
+        ):  # all at once: the file's arrays are written one after the other
+            pieces = [codec.encode(self.vectors(at, at + PIECE_ROWS)) for at in range(0, self.count, PIECE_ROWS)]
+            codes, norms = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+            self._coded = codec, codes, norms
+        return self._coded[1][low:high], self._coded[2][low:high]
+
+    def plane(self, low: int, high: int) -> tuple[Codes, Float32]:
+        raise NotImplementedError("the tail is compared exactly")
+
+    def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
+        raise NotImplementedError("the tail is compared exactly")
+
+    @property
+    def byte_counts(self) -> tuple[int, int]:
+        return 0, 0
+
+    def release(self, *, forget: bool) -> None:
+        pass
+
+    def quality(self, low: int, high: int) -> Float32:
+        return self._cells.quality.view(self.count)[low:high]
+
+    def minutiae(self, low: int, high: int) -> Packed:
+        return pack(self._cells.minutiae[low : min(high, self.count)])
+
+    def minutiae_at(self, cells: Int64) -> list[bytes]:
+        return [self._cells.minutiae[c] for c in cells.tolist()]
+
+
+class TailAnswers:
+    """The answers of the journal."""
+
+    def __init__(self, answers: Mapping[str, Answer]) -> None:
+        self._answers = answers
+        self.count = len(answers)
+
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        return dict(Counter(answer.outcome for answer in list(self._answers.values())))
+
+    def find(self, encounter_id: str, hashed: np.uint64 | None = None) -> tuple[bytes, str] | None:
+        found = self._answers.get(encounter_id)
+        return None if found is None else (found.digest, found.text)
+
+    def ids(self, low: int, high: int) -> Packed:
+        return pack_text(list(self._answers)[low:high])
+
+    def digests(self, low: int, high: int) -> Packed:
+        return pack([answer.digest for answer in list(self._answers.values())[low:high]])
+
+    def texts(self, low: int, high: int) -> Packed:
+        return pack([answer.compressed for answer in list(self._answers.values())[low:high]])
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        return sorted_lookup(hashes(self.ids(0, self.count)))
+
+
+def cells_of(cell_positions: NDArray[Any], positions: Int64) -> Int64:
+    """The index of each position among ascending cell_positions, -1 where it is not there."""
+    if not len(cell_positions):
+        return np.full(len(positions), -1)
+    # of the array's own type, lest all of it be converted
+    wanted = positions.astype(cell_positions.dtype)
+    cells = np.minimum(np.searchsorted(cell_positions, wanted), len(cell_positions) - 1)
+    return np.where(cell_positions[cells] == wanted, cells, -1)

@@ -1,0 +1,1 @@
+"""Open cases for the people who judge them: lists, pages, exports."""

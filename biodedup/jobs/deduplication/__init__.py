@@ -1,0 +1,1 @@
+"""Duplicates in a folder of images or in a gallery, and audits of a roll."""

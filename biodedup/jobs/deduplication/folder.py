@@ -1,0 +1,233 @@
+"""`dedup`: which images of a folder, or which subjects of a manifest, are the same person.
+
+Owns the job from a folder to a result file. Never embeds or compares itself: it fills a working gallery beside the
+result, so that an interrupted job goes on where it was, and asks the engine for the clusters.
+
+1. A *unit* is what gets compared: an image of a folder, or a subject of a manifest with all its captures.
+2. A unit whose files changed (size or time) since the last run is extracted again; one that is gone is removed.
+3. Results are replaced, never half-written.
+4. A row of a manifest that cannot be used is refused with its number, and the others are compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from biodedup.config import Config, IsolationConfig
+from biodedup.engine import Engine
+from biodedup.errors import InvalidInput
+from biodedup.gallery.files.private import make_private_folder
+from biodedup.jobs.manifests.captures import (
+    LeftOut,
+    RefusedRow,
+    Row,
+    images_of,
+    label_of,
+    mark_of,
+    no_images,
+    read_rows,
+)
+from biodedup.jobs.shared.files import write_json
+from biodedup.jobs.shared.output import check_table_name, write_table
+from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.texts import KnownId
+from biodedup.values import CAPTURES_MAX, Capture, Cluster, Encounter, Face, Refusal
+
+
+@dataclass(frozen=True)
+class Unit:
+    """unit_id: unique; label: the subject it is filed under, None where unknown. refused: its rows that cannot be used."""
+
+    unit_id: str
+    label: str | None
+    captures: tuple[Capture, ...]
+    refused: tuple[RefusedRow, ...] = ()
+
+    @property
+    def encounter_id(self) -> str:
+        """Changes when a file's size or time does, so that a resumed job knows what is done already."""
+        return mark_of(self.unit_id, self.captures)
+
+
+@dataclass(frozen=True)
+class DedupResult:
+    """What was found. refusals: unit_id -> why it could not be compared; left_out: files and rows that were not looked at."""
+
+    units: tuple[Unit, ...]
+    clusters: tuple[Cluster, ...]
+    refusals: dict[str, tuple[Refusal, ...]]
+    threshold_db: float
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and pairwise precision and recall against the labels where units of one label repeat; JSON-ready."""
+        label_of = {unit.unit_id: unit.label for unit in self.units}
+        links = [link for cluster in self.clusters for link in cluster.links]
+        summary: dict[str, Any] = {
+            "units": len(self.units),
+            "compared": len(self.units) - len(self.refusals),
+            "refused": len(self.refusals),
+            "refusal_reasons": _counted(refusals[0].reason for refusals in self.refusals.values()),
+            "threshold_db": round(self.threshold_db, 2),
+            "pairs": len(links),
+            "clusters": len(self.clusters),
+            "units_in_clusters": sum(len(cluster.subject_ids) for cluster in self.clusters),
+        }
+        mated = sum(comb(n, 2) for n in _counted(unit.label for unit in self.units if unit.label is not None).values())
+        if mated:
+            compared = (u.label for u in self.units if u.label is not None and u.unit_id not in self.refusals)
+            mated_compared = sum(comb(n, 2) for n in _counted(compared).values())
+            same = sum(label_of[link.subject_ids[0]] == label_of[link.subject_ids[1]] for link in links)
+            summary |= {
+                "pairs_of_one_label": same,
+                "pairs_across_labels": len(links) - same,
+                "precision": round(same / len(links), 6) if links else None,
+                "recall": round(same / mated, 6),
+                "recall_of_compared": round(same / mated_compared, 6) if mated_compared else None,
+            }
+        return summary | (self.left_out.to_dict() if self.left_out else {})
+
+
+def units_of(source: Path) -> tuple[list[Unit], LeftOut]:
+    """The units of a folder (an image each, filed under its first-level folder) or of a CSV or Parquet manifest.
+
+    A manifest has the columns subject_id and path (relative to the manifest), and may have position (`face`, or a
+    finger's position) and dpi. Raises InvalidInput.
+    """
+    if source.is_dir():
+        images, left_out = images_of(source)
+        if not images:
+            raise no_images(source, left_out)
+        return [Unit(name, label_of(path), (Face(source / path),)) for name, path in images.items()], left_out
+    if not source.exists():
+        raise InvalidInput(f"{source} does not exist; name a folder of images, or a CSV or Parquet manifest")
+    rows, left_out = read_rows(source)
+    return _manifest_units(rows, left_out)
+
+
+def dedup(
+    source: Path,
+    out: Path,
+    config: Config | None = None,
+    *,
+    threshold_db: float | None = None,
+    progress: Progress = silent,
+) -> DedupResult:
+    """Finds the units that are one person and writes `out` (.parquet or .csv), its pairs and its summary beside it.
+
+    Raises InvalidInput, GalleryBusy (another job has this result), StorageUnavailable.
+    """
+    check_table_name(out)
+    config = (config or Config(isolation=IsolationConfig())).with_policy()
+    units, left_out = units_of(source)
+    make_private_folder(out.parent)
+    with Engine.open(out.with_name(out.name + ".work"), config, override_policy=True) as engine:
+        refusals = _fill(engine, units, config.batch_size, progress)
+        if threshold_db is None:
+            threshold_db = engine.policy.link_db(len(engine))
+        clusters = engine.find_duplicates(
+            threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
+        )
+    result = DedupResult(tuple(units), tuple(clusters), refusals, threshold_db, left_out)
+    _write(result, out)
+    return result
+
+
+def _manifest_units(rows: Sequence[Row], left_out: LeftOut) -> tuple[list[Unit], LeftOut]:
+    """A unit for each subject, and for each row that names none; in the order in which they begin."""
+    captures: dict[str, list[Capture]] = {}
+    refused = list(left_out.rows)
+    first: dict[str, int] = {}
+    for row in rows:
+        first.setdefault(row.subject_id, row.number)
+        some = captures.setdefault(row.subject_id, [])
+        if len(some) < CAPTURES_MAX:
+            some.append(row.capture)
+        else:
+            detail = f"the subject has more than {CAPTURES_MAX} captures; name the best ones"
+            refused.append(RefusedRow(row.number, row.subject_id, Refusal("encounter", "invalid_input", detail)))
+    refused_of: dict[str, list[RefusedRow]] = {}
+    for bad in refused:
+        name = bad.subject_id
+        if name is None:
+            name = f"row {bad.number}"
+            while name in captures:
+                name += "~"
+        first[name] = min(bad.number, first.get(name, bad.number))
+        refused_of.setdefault(name, []).append(bad)
+    units = [
+        Unit(name, None, tuple(captures.get(name, ())), tuple(refused_of.get(name, ())))
+        for name in sorted(first, key=lambda name: first[name])
+    ]
+    return units, LeftOut(rows=tuple(sorted(refused, key=lambda row: row.number)))
+
+
+def _fill(engine: Engine, units: Sequence[Unit], batch_size: int, progress: Progress) -> dict[str, tuple[Refusal, ...]]:
+    for gone in set(engine.subject_ids()) - {unit.unit_id for unit in units if unit.captures}:
+        engine.remove(gone)
+    refusals = {unit.unit_id: tuple(row.refusal for row in unit.refused) for unit in units if not unit.captures}
+    units = [unit for unit in units if unit.captures]
+    stream = iter(units)
+    done = 0
+    while batch := list(islice(stream, batch_size)):
+        # a file's name is a unit's name whatever is in it
+        encounters = [Encounter(KnownId(u.unit_id), u.captures, encounter_id=u.encounter_id) for u in batch]
+        for decision in engine.admit(encounters):
+            assert decision.subject_id is not None, "every unit has an id"
+            if decision.outcome == "refused":
+                refusals[decision.subject_id] = decision.refusals
+        done += len(batch)
+        progress("embedding", done, len(units))
+    return refusals
+
+
+def _write(result: DedupResult, out: Path) -> None:
+    cluster_of = {
+        name: number for number, cluster in enumerate(result.clusters, start=1) for name in cluster.subject_ids
+    }
+    label_of = {unit.unit_id: unit.label for unit in result.units}
+    units = pa.table(
+        {
+            "unit_id": pa.array([unit.unit_id for unit in result.units], pa.string()),
+            "label": pa.array([unit.label for unit in result.units], pa.string()),
+            "cluster": pa.array([cluster_of.get(unit.unit_id) for unit in result.units], pa.int64()),
+            "refusal": pa.array(
+                [
+                    refusals[0].reason if (refusals := result.refusals.get(unit.unit_id)) else None
+                    for unit in result.units
+                ],
+                pa.string(),
+            ),
+            "detail": pa.array(
+                ["; ".join(row.sentence for row in unit.refused) or None for unit in result.units], pa.string()
+            ),
+        }
+    )
+    links = [(number, link) for number, c in enumerate(result.clusters, start=1) for link in c.links]
+    pairs = pa.table(
+        {
+            "cluster": pa.array([number for number, _ in links], pa.int64()),
+            "unit_id_a": pa.array([link.subject_ids[0] for _, link in links], pa.string()),
+            "unit_id_b": pa.array([link.subject_ids[1] for _, link in links], pa.string()),
+            "label_a": pa.array([label_of[link.subject_ids[0]] for _, link in links], pa.string()),
+            "label_b": pa.array([label_of[link.subject_ids[1]] for _, link in links], pa.string()),
+            "score_db": pa.array([link.score_db for _, link in links], pa.float64()),
+            "extrapolated": pa.array([link.extrapolated for _, link in links], pa.bool_()),
+            "kind": pa.array([link.kind for _, link in links], pa.string()),
+        }
+    )
+    write_table(units, out)
+    write_table(pairs, out.with_name(f"{out.stem}.pairs{out.suffix}"))
+    write_json(result.summary(), out.with_name(f"{out.stem}.summary.json"))
+
+
+def _counted(items: Iterable[str | None]) -> dict[str | None, int]:
+    return dict(sorted(Counter(items).items(), key=lambda entry: (-entry[1], str(entry[0]))))

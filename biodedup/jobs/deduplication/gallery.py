@@ -1,0 +1,130 @@
+"""`dedup` of a gallery: everybody against everybody, for hours, and still to the end.
+
+Owns what an interrupted join notes, and the result files. Never compares itself.
+
+Each tile's links are appended to the notes, a line each, and synced before the next one begins; a join of the same gallery,
+version, threshold and way of comparing goes on behind the last whole line. Sealed meanwhile, it begins anew: a tile leaves the
+journal's rows to their own turn, which would not come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from biodedup.config import SearchConfig
+from biodedup.engine import Engine
+from biodedup.gallery.files.names import DATABASE_NAME
+from biodedup.gallery.files.private import make_private_folder
+from biodedup.jobs.shared.checkpoint import Notes
+from biodedup.jobs.shared.output import check_table_name, write_table
+from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.search.clusters import clusters_of
+from biodedup.values import Cluster, Evidence, Kind, Link
+
+
+@dataclass(frozen=True)
+class JoinResult:
+    """Who of a gallery is one person. subjects: how many were compared; plan: how, and what that may miss, in words."""
+
+    clusters: tuple[Cluster, ...]
+    subjects: int
+    threshold_db: float
+    plan: str
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, JSON-ready."""
+        return {
+            "subjects": self.subjects,
+            "threshold_db": round(self.threshold_db, 2),
+            "pairs": sum(len(cluster.links) for cluster in self.clusters),
+            "clusters": len(self.clusters),
+            "subjects_in_clusters": sum(len(cluster.subject_ids) for cluster in self.clusters),
+            "clusters_of_more_than_two": sum(len(cluster.subject_ids) > 2 for cluster in self.clusters),
+            "plan": self.plan,
+        }
+
+
+def is_gallery(folder: Path) -> bool:
+    return (folder / DATABASE_NAME).is_file()
+
+
+def find_duplicates(
+    engine: Engine, out: Path, *, threshold_db: float | None = None, progress: Progress = silent
+) -> JoinResult:
+    """Joins a gallery with itself and writes `out` (.parquet or .csv): a row for each pair, with its cluster and that
+    cluster's weakest link. Interrupted, it goes on where it was (`out`.notes).
+
+    Raises InvalidInput, GalleryDamaged, StorageUnavailable.
+    """
+    check_table_name(out)
+    if threshold_db is None:
+        threshold_db = engine.policy.link_db(len(engine))
+    make_private_folder(out.parent)
+    with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
+        plan = engine.plan_join(threshold_db).explain()
+        links = linked(engine, notes, threshold_db, progress)
+        result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db, plan)
+        _write(result, out)
+        notes.remove()
+    return result
+
+
+def join_notes(engine: Engine, path: Path, threshold_db: float) -> Notes:
+    """The notes of a join of this gallery, as it is now."""
+    info = engine.info()
+    key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "threshold_db": threshold_db}
+    key["sealed_rows"] = info["sealed_rows"]
+    if engine.config.search.across_positions:
+        key["across_positions"] = True
+    if engine.config.search.miss_risk != SearchConfig.miss_risk:
+        key["miss_risk"] = engine.config.search.miss_risk
+    return Notes(path, key)
+
+
+def linked(engine: Engine, notes: Notes, threshold_db: float, progress: Progress) -> list[Link]:
+    """Every link of a gallery with itself, those of the notes included; a pair may be there from both sides."""
+    links = [_link(*one) for tile in notes.entries for one in tile["links"]]
+    done = notes.entries[-1]["done"] if notes.entries else 0
+    for tile in engine.join(threshold_db=threshold_db, skip=done):
+        evidence = [[asdict(part) for part in link.evidence] for link in tile.links]
+        found = [
+            [*link.subject_ids, link.score_db, link.extrapolated, parts, link.kind]
+            for link, parts in zip(tile.links, evidence, strict=True)
+        ]
+        notes.append({"done": tile.done, "links": found})
+        links += tile.links
+        progress("comparing", tile.done, tile.total)
+    return links
+
+
+def _link(a: str, b: str, score_db: float, extrapolated: bool, evidence: list[dict[str, Any]], kind: Kind) -> Link:
+    return Link((a, b), score_db, extrapolated, tuple(Evidence(**part) for part in evidence), kind)
+
+
+def _rows(result: JoinResult) -> Iterator[tuple[int, float, Link]]:
+    for number, cluster in enumerate(result.clusters, start=1):
+        for link in cluster.links:
+            yield number, cluster.weakest_db, link
+
+
+def _write(result: JoinResult, out: Path) -> None:
+    rows = list(_rows(result))
+    table = pa.table(
+        {
+            "cluster": pa.array([number for number, _, _ in rows], pa.int64()),
+            "subject_id_a": pa.array([link.subject_ids[0] for _, _, link in rows], pa.string()),
+            "subject_id_b": pa.array([link.subject_ids[1] for _, _, link in rows], pa.string()),
+            "score_db": pa.array([link.score_db for _, _, link in rows], pa.float64()),
+            "extrapolated": pa.array([link.extrapolated for _, _, link in rows], pa.bool_()),
+            "kind": pa.array([link.kind for _, _, link in rows], pa.string()),
+            "weakest_db": pa.array([weakest for _, weakest, _ in rows], pa.float64()),
+        }
+    )
+    write_table(table, out)

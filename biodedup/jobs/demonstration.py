@@ -1,0 +1,190 @@
+"""`demo`: the main job on one page, with nothing from outside.
+
+Owns a seeded population of template-only subjects, one real portrait that scikit-image ships, re-captures of it, and
+generated fingers.
+Every number that it prints is measured in the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from skimage import data
+
+from biodedup.config import Config
+from biodedup.embed.cards import load_card
+from biodedup.engine import Engine
+from biodedup.synthetic import draw_impression, draw_master
+from biodedup.synthetic.vectors import mates_of, population
+from biodedup.values import Decision, Encounter, Face, Finger
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """decisions: (what was sent, decision). recall: share of mates that are first, and of numpy's first that are ours."""
+
+    subjects: int
+    load_seconds: float
+    decisions: tuple[tuple[str, Decision], ...]
+    probes: int
+    probes_per_second: float
+    mates_first: float
+    agrees_with_numpy: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "subjects": self.subjects,
+            "load_seconds": round(self.load_seconds, 2),
+            "decisions": [
+                {
+                    "capture": name,
+                    "outcome": decision.outcome,
+                    "best_subject_id": decision.best.subject_id if decision.best else None,
+                    "best_score_db": round(decision.best.score_db, 1) if decision.best else None,
+                    "refusals": [refusal.reason for refusal in decision.refusals],
+                }
+                for name, decision in self.decisions
+            ],
+            "probes": self.probes,
+            "probes_per_second": round(self.probes_per_second),
+            "mates_first": self.mates_first,
+            "agrees_with_numpy": self.agrees_with_numpy,
+        }
+
+
+def recaptures(portrait: NDArray[np.uint8]) -> dict[str, bytes]:
+    """The same person again: other framing, light, angle, and compression. RGB uint8 in, encoded images out."""
+    height, width = portrait.shape[:2]
+    rotation = cv2.getRotationMatrix2D((width / 2, height / 3), 8, 1.0)
+    images = {
+        "cropped": portrait[: int(0.6 * height), int(0.2 * width) : int(0.75 * width)],
+        "darker": (portrait * 0.55).astype(np.uint8),
+        "brighter": np.clip(portrait * 1.3 + 10, 0, 255).astype(np.uint8),
+        "rotated 8 degrees": cv2.warpAffine(portrait, rotation, (width, height), borderMode=cv2.BORDER_REPLICATE),
+        "smaller": cv2.resize(portrait, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA),
+        "mirrored": portrait[:, ::-1],
+    }
+    sent = {name: _jpeg(np.asarray(image, np.uint8), 85) for name, image in images.items()}
+    return sent | {"JPEG quality 20": _jpeg(portrait, 20)}
+
+
+def poor_captures(portrait: NDArray[np.uint8]) -> dict[str, bytes]:
+    """Captures that a quality gate has to refuse."""
+    return {
+        "out of focus": _jpeg(np.asarray(cv2.GaussianBlur(portrait, (0, 0), 14), np.uint8), 85),
+        "underexposed": _jpeg((portrait * 0.06).astype(np.uint8), 85),
+        "nobody in it": _jpeg(portrait[-120:, :120], 85),
+    }
+
+
+def with_fingers() -> list[tuple[str, Encounter]]:
+    """(what it is, encounter): two persons with a generated finger and a synthetic face, and the first of them again."""
+    rng = np.random.default_rng(7)
+    first, second = draw_master(rng), draw_master(rng)
+    faces = population(2, seed=3)
+    again = mates_of(faces[:1], np.array([0.6]))[0]
+    sent = (
+        ("a face and a finger", "person-1", faces[0], first),
+        ("others", "person-2", faces[1], second),
+        ("the first ones, again", "impostor", again, first),
+    )
+    return [
+        (
+            name,
+            Encounter(
+                subject_id,
+                [Finger(draw_impression(rng, master).image, position="right_index")],
+                {"face": face},
+                encounter_id=f"demo/{subject_id}",
+            ),
+        )
+        for name, subject_id, face, master in sent
+    ]
+
+
+def demo(
+    folder: Path,
+    config: Config | None = None,
+    *,
+    subjects: int = 100_000,
+    probes: int = 2_000,
+    say: Callable[[str], None] = lambda text: None,
+) -> DemoResult:
+    """Runs the demonstration in an empty gallery folder; say is told what happens, a line at a time."""
+    with Engine.open(folder, config or Config()) as engine:
+        vectors, model_id = population(subjects), load_card(engine.config.face.model).model_id
+        started = time.perf_counter()
+        for first in range(0, subjects, 20_000):
+            last = min(first + 20_000, subjects)
+            engine.add_templates(
+                [f"synthetic-{i:06d}" for i in range(first, last)], {"face": vectors[first:last]}, model_id=model_id
+            )
+        load_seconds = time.perf_counter() - started
+        say(f"{len(engine):,} synthetic subjects loaded, durable, in {load_seconds:.1f} s")
+
+        portrait = np.asarray(data.astronaut(), np.uint8)  # type: ignore[no-untyped-call]
+        decisions: list[tuple[str, Decision]] = []
+
+        def enroll(name: str, encounter: Encounter) -> None:
+            decision = engine.enroll(encounter)
+            decisions.append((name, decision))
+            say(f"  {name:<28} {_told(decision)}")
+
+        say("a portrait comes in for the first time")
+        enroll("portrait", _of_face("astronaut", _jpeg(portrait, 95)))
+        say("the same person tries again under other names")
+        for number, (name, image) in enumerate(recaptures(portrait).items(), start=1):
+            enroll(f"portrait, {name}", _of_face(f"impostor-{number}", image))
+        say("poor captures")
+        for number, (name, image) in enumerate(poor_captures(portrait).items(), start=1):
+            enroll(f"portrait, {name}", _of_face(f"poor-{number}", image))
+        say("fingers that a generator draws, with synthetic faces")
+        for name, encounter in with_fingers():
+            enroll(name, encounter)
+
+        rng = np.random.default_rng(2)
+        chosen = rng.choice(subjects, min(probes, subjects), replace=False)
+        cosines = np.clip(rng.normal(0.64, 0.12, len(chosen)), 0.3, 0.98)
+        mates = mates_of(vectors[chosen], cosines)
+        started = time.perf_counter()
+        ids, _ = engine.search({"face": mates}, k=10)
+        seconds = time.perf_counter() - started
+        mates_first = float(np.mean([name == f"synthetic-{i:06d}" for name, i in zip(ids[:, 0], chosen, strict=True)]))
+        oracle = np.concatenate([np.argmax(block @ vectors.T, axis=1) for block in np.array_split(mates, 40)])
+        names = [f"synthetic-{i:06d}" for i in oracle]
+        agrees = float(np.mean(ids[:, 0] == np.array(names, object)))
+        say(
+            f"{len(chosen):,} probes at mated cosines (mean 0.64): {len(chosen) / seconds:,.0f} searches a second; "
+            f"the mate is first for {mates_first:.2%}; first place as numpy's exact search: {agrees:.2%}"
+        )
+        return DemoResult(
+            subjects, load_seconds, tuple(decisions), len(chosen), len(chosen) / seconds, mates_first, agrees
+        )
+
+
+def _of_face(subject_id: str, image: bytes) -> Encounter:
+    return Encounter(subject_id, [Face(image)], encounter_id=f"demo/{subject_id}")
+
+
+def _told(decision: Decision) -> str:
+    if decision.outcome == "refused":
+        refusal = decision.refusals[0]
+        measured = "" if refusal.measured is None else f" (measured {refusal.measured:.3g}, limit {refusal.limit:.3g})"
+        return f"refused: {refusal.reason}{measured}"
+    if decision.best is None or decision.outcome == "unique":
+        return decision.outcome
+    if decision.outcome == "review":
+        return f"review: {decision.best.kind.replace('_', ' ') or decision.reasons[0]}, {decision.best.subject_id}"
+    return f"{decision.outcome} of {decision.best.subject_id} at {decision.best.score_db:.0f} dB"
+
+
+def _jpeg(image: NDArray[np.uint8], quality: int) -> bytes:
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return encoded.tobytes()

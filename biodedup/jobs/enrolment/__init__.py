@@ -1,0 +1,1 @@
+"""Bulk enrolment: with decisions (`enroll-batch`), and without a search (`load`)."""

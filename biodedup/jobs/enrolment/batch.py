@@ -1,0 +1,448 @@
+"""`enroll_batch`: a manifest of encounters into a gallery, each decided against everybody, its batch included.
+
+Owns the flow and what happens to each record. Never extracts, compares or stores itself: worker processes extract while the engine
+searches and commits the batch before.
+
+    manifest -> read -> (workers) quality gate, templates -> engine: search, decide, commit -> outcome
+
+1. The gallery's journal is the truth: an encounter that it has decided is reported as it was decided, and not extracted again.
+2. Each encounter is decided against all before it, in batches that depend on the manifest alone, so that a job that was killed and
+   started again ends with the same result. What may differ: `decided_at`; and a row's embedding is rounded to eight bits when it is
+   sealed, in the background, which can move a score by hundredths of a decibel. An encounter that was decided keeps its first answer.
+3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id; a record
+   whose file is absent or cannot be read is not decided before it comes, and is tried again by every run.
+4. Within one manifest the first record of an encounter_id owns it; another with other content is refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from biodedup.completeness import INCOMPLETE, SUPERSEDED
+from biodedup.embed.cage import FAILURES
+from biodedup.engine import Engine
+from biodedup.errors import CallerError, InvalidInput
+from biodedup.jobs.enrolment.outcomes import WORDS, Outcome, Tally, already_enrolled, decided, outcome_table, refused
+from biodedup.jobs.enrolment.queue import Arrival, Backlog, Finished
+from biodedup.jobs.manifests.encounters import Content, Manifest, Record, derived_id, name_hash, name_of
+from biodedup.jobs.shared.output import check_table_name
+from biodedup.jobs.shared.page import write_page
+from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.jobs.shared.workers import Extraction, Workers
+from biodedup.values import Decision, Encounter, Refusal, Template
+
+Templates: TypeAlias = dict[str, Any]
+_T = TypeVar("_T")
+
+_AHEAD = 2  # batches in the workers' hands while one is searched
+_TASK_ENCOUNTERS = 8  # what a worker takes at once: the networks are quicker with several images
+_BATCH_BYTES_MAX = 64 << 20
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What became of a manifest. already: of the enrolled, those who had been; repeated: records that were in it before.
+
+    seconds: of the whole, and of its parts in the calling process: reading, waiting for extraction, searching and committing.
+    extracted: encounters that were extracted now, not decided before.
+    """
+
+    records: int
+    statuses: dict[str, int]
+    already: int
+    repeated: int
+    reasons: dict[str, int]
+    extracted: int
+    decided_now: int
+    seconds: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, JSON-ready."""
+        rate = self.decided_now / self.seconds["all"] if self.seconds["all"] else 0.0
+        return {
+            "records": self.records,
+            **self.statuses,
+            "of these enrolled before": self.already,
+            "repeated in the manifest": self.repeated,
+            "reasons": self.reasons,
+            "decided now": self.decided_now,
+            "decided now, a second": round(rate, 1),
+        }
+
+
+@dataclass(eq=False)
+class _Item:
+    """A record on its way. listed: it has a line in the backlog; stale: which does not say the outcome yet; repeats: the record of
+    this manifest that it is a copy of."""
+
+    record: Record
+    content: Content | None = None
+    encounter_id: str | None = None
+    outcome: Outcome | None = None
+    listed: bool = True
+    stale: bool = False
+    repeats: _Item | None = None
+
+    @property
+    def undecided(self) -> bool:
+        return self.outcome is None and self.repeats is None
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Records that are read and noted together. extracts: of some of them, what the workers will have extracted; waiting: those that
+    the engine is to decide; finished: those whose outcome is to be noted."""
+
+    items: list[_Item] = field(default_factory=list)
+    extracts: list[tuple[list[_Item], Extraction]] = field(default_factory=list)
+    waiting: deque[tuple[_Item, Encounter]] = field(default_factory=deque)
+    finished: list[_Item] = field(default_factory=list)
+
+
+def announce(backlog: Backlog, manifest: Path, *, clock: Callable[[], float] = time.time) -> int:
+    """Lists the encounters of a manifest as captured, before their captures are here; returns how many.
+
+    Raises InvalidInput where the manifest is no table, or has no column encounter_id.
+    """
+    table = Manifest(manifest)
+    if not table.has_ids:
+        raise InvalidInput(f"{manifest} has no column encounter_id; what is announced has to be known again by it")
+    survey = table.survey()
+    backlog.announce(_arrivals(table), clock())
+    return survey.count
+
+
+def enroll_batch(
+    engine: Engine,
+    backlog: Backlog,
+    manifest: Path,
+    out: Path,
+    *,
+    report: Path | None = None,
+    workers: int = 2,
+    capture_s_max: float | None = None,
+    retry_failed: bool = False,
+    model_id: str | Mapping[str, str] | None = None,
+    clock: Callable[[], float] = time.time,
+    stopwatch: Callable[[], float] = time.perf_counter,
+    progress: Progress = silent,
+    pool: Workers | None = None,
+) -> BatchResult:
+    """Enrols a manifest (.parquet or .csv) and writes `out` (.parquet or .csv), a row a record, and a page for an official.
+
+    Batches are of `engine.config.batch_size` records. Interrupted, it goes on where it was; run again, it changes nothing and
+    writes the same table. workers: processes that extract. capture_s_max: seconds that one may take for a capture before it is killed;
+    None: as the config's `isolation` says.
+    retry_failed: try again what workers died of, or took too long for. model_id: what made the vectors of a manifest that has some, one
+    for all or by column; needed where the gallery has no model there.
+    Raises InvalidInput where the manifest is no table, StorageUnavailable.
+    """
+    check_table_name(out)
+    table = Manifest(manifest)
+    with ExitStack() as stack:
+        pool = pool or stack.enter_context(Workers(engine.config, workers, capture_s_max=capture_s_max))
+        job = _Job(engine, backlog, table, pool, retry_failed, clock, stopwatch)
+        job.model_id = model_id
+        started = stopwatch()
+        survey = table.survey()
+        job.suspected = survey.repeated
+        if table.has_ids:
+            backlog.enqueue(_arrivals(table), clock())
+        writer = stack.enter_context(outcome_table(out, table.metadata))
+        tally, done = Tally(), 0
+        for batch in job.settled():
+            for item in batch.items:
+                assert item.outcome is not None, "a settled batch has outcomes"
+                writer.add(item.record, item.encounter_id, item.outcome)
+                tally.add(item.record, item.encounter_id, item.outcome, repeated=item.repeats is not None)
+            done += len(batch.items)
+            progress("enrolling", done, max(survey.count, done))
+    job.seconds["all"] = stopwatch() - started
+    reasons = {reason: count for (_, reason), count in tally.reasons.most_common()}
+    result = BatchResult(
+        done,
+        {status: tally.statuses[status] for status in ("enrolled", "duplicate", "adjudicate", "refused")},
+        tally.already,
+        tally.repeated,
+        reasons,
+        job.extracted,
+        job.decided_now,
+        {name: round(seconds, 3) for name, seconds in job.seconds.items()},
+    )
+    if report is not None:
+        write_page(
+            report,
+            "batch.html",
+            manifest=manifest.name,
+            result=result,
+            tally=tally,
+            words=WORDS,
+            at=clock(),
+            size=len(engine),
+            table=out.name,
+        )
+    return result
+
+
+def _arrivals(table: Manifest) -> Iterator[Arrival]:
+    for record in table.keys():
+        if record.encounter_id is not None:
+            yield Arrival(record.encounter_id, record.subject_id, record.captured_at)
+
+
+class _Job:
+    """One run over a manifest."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        backlog: Backlog,
+        table: Manifest,
+        pool: Workers,
+        retry_failed: bool,
+        clock: Callable[[], float],
+        stopwatch: Callable[[], float],
+    ) -> None:
+        self.suspected: frozenset[int] = frozenset()
+        self.model_id: str | Mapping[str, str] | None = None
+        self.extracted = self.decided_now = 0
+        self.seconds = dict.fromkeys(("all", "reading", "waiting", "searching"), 0.0)
+        self._engine, self._backlog, self._table, self._pool = engine, backlog, table, pool
+        self._retry_failed, self._clock, self._stopwatch = retry_failed, clock, stopwatch
+        self._owners: dict[str, _Item] = {}
+
+    def settled(self) -> Iterator[_Batch]:
+        """Batches in the manifest's order, each with its outcomes, committed; the next ones are extracted meanwhile."""
+        for batch in self._ready():
+            yield self._timed(partial(self._settled, batch))
+
+    def _settled(self, batch: _Batch) -> _Batch:
+        """Has a batch decided and committed. Batches depend on the manifest alone, and each is searched after the commit of the one before:
+        so a score, which moves with the gallery, does not depend on where an earlier run was killed."""
+        decisions = self._engine.enroll_many([encounter for _, encounter in batch.waiting])
+        for (item, encounter), decision in zip(batch.waiting, decisions, strict=True):
+            self._decide(item, encounter, decision)
+        batch.waiting.clear()
+        return self._finished(batch)
+
+    def _timed(self, work: Callable[[], _T]) -> _T:
+        """Does it, and counts it as searching and committing."""
+        began = self._stopwatch()
+        done = work()
+        self.seconds["searching"] += self._stopwatch() - began
+        return done
+
+    # reading ----------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> Iterator[_Batch]:
+        """Batches whose captures are extracted; the next ones are in the workers' hands."""
+        ahead: deque[_Batch] = deque()
+        for batch in chain(self._begun(), [None] * _AHEAD):
+            if batch is not None:
+                ahead.append(batch)
+            if ahead and (batch is None or len(ahead) > _AHEAD):
+                yield self._extracted(ahead.popleft())
+
+    def _begun(self) -> Iterator[_Batch]:
+        """Batches whose files are read, and whose captures are with the workers."""
+        items: list[_Item] = []
+        byte_count, began = 0, self._stopwatch()
+        for record in self._table.records():
+            item = self._read(record)
+            items.append(item)
+            byte_count += item.content.byte_count if item.content else 0
+            if len(items) >= self._engine.config.batch_size or byte_count >= _BATCH_BYTES_MAX:
+                batch = self._handed_out(items)
+                self.seconds["reading"] += self._stopwatch() - began
+                yield batch
+                items, byte_count, began = [], 0, self._stopwatch()
+        if items:
+            yield self._handed_out(items)
+
+    def _read(self, record: Record) -> _Item:
+        """A record with its content, and with its outcome if that is known before anything is extracted."""
+        if record.problem is not None:
+            item = _Item(record, None, record.encounter_id, refused([record.problem]))
+            self._compare_with_owner(item)
+            item.listed = item.listed and item.encounter_id is not None
+            item.stale = item.listed and self._is_open(item)
+            return item
+        content = self._table.read(record, self._engine.config.capture)
+        item = _Item(record, content, record.encounter_id or derived_id(record, content))
+        self._compare_with_owner(item)
+        if item.undecided:
+            self._recall(item, content)
+        return item
+
+    def _compare_with_owner(self, item: _Item) -> None:
+        """Looks whether an earlier record of this manifest has the same encounter_id: it is repeated, or in conflict."""
+        if item.encounter_id is None or name_hash(name_of(item.record)) not in self.suspected:
+            return
+        owner = self._owners.setdefault(item.encounter_id, item)
+        if owner is item:
+            return
+        item.listed = False
+        if owner.content is not None and item.content is not None and owner.content.digest == item.content.digest:
+            item.repeats = owner
+        elif item.outcome is None:
+            item.outcome = _conflict(f"row {owner.record.row} of the manifest has it, too")
+
+    def _is_open(self, item: _Item) -> bool:
+        """Whether nothing is known of an encounter but that it was to come."""
+        assert item.encounter_id is not None, "listed"
+        entry = self._backlog.entry(item.encounter_id)
+        return (entry is None or entry.outcome is None) and self._decided_before(item.encounter_id) is None
+
+    def _decided_before(self, encounter_id: str) -> Decision | None:
+        """What the gallery's journal has of an encounter, unless it may be sent again."""
+        decision = self._engine.decision(encounter_id)
+        return decision if decision is not None and decision.final else None
+
+    def _recall(self, item: _Item, content: Content) -> None:
+        """The outcome of an encounter that was decided, or refused with this very content, in an earlier run."""
+        assert item.encounter_id is not None, "read"
+        entry = self._backlog.entry(item.encounter_id)
+        decision = self._decided_before(item.encounter_id)
+        noted = None if entry is None or entry.outcome is None else Outcome.from_json(entry.outcome)
+        same = entry is not None and entry.digest == content.digest
+        if decision is not None:
+            # without a digest, the encounter was decided by another command or the backlog was lost: nothing to compare
+            unknown = entry is None or entry.digest is None or content.late
+            if decision.subject_id != item.record.subject_id or not (same or unknown):
+                item.outcome, item.listed = _conflict("it was decided with other content before"), False
+                return
+            item.outcome = decided(decision, noted.before if noted else ())
+            item.stale = entry is None or entry.status != item.outcome.status
+        elif same and noted is not None and self._still_holds(item.record, noted):
+            item.outcome = noted
+
+    def _still_holds(self, record: Record, noted: Outcome) -> bool:
+        """Whether an outcome that the gallery's journal does not have is to be told again."""
+        if noted.reason == "already_enrolled":
+            return record.subject_id in self._engine
+        if noted.reason == INCOMPLETE and noted.required is not None:
+            return noted.required == self._engine.policy.required
+        return noted.status == "refused" and not (self._retry_failed and noted.reason in FAILURES)
+
+    def _handed_out(self, items: list[_Item]) -> _Batch:
+        batch = _Batch(items)
+        todo = [item for item in items if item.undecided]
+        self._list(item for item in items if item.undecided or item.stale)
+        with_captures = [item for item in todo if item.content and item.content.captures]
+        for first in range(0, len(with_captures), _TASK_ENCOUNTERS):
+            some = with_captures[first : first + _TASK_ENCOUNTERS]
+            batch.extracts.append((some, self._pool.submit([item.content.captures for item in some if item.content])))
+        self.extracted += len(with_captures)
+        return batch
+
+    def _list(self, items: Iterable[_Item]) -> None:
+        """Gives items their lines in the backlog."""
+        arrivals = [
+            Arrival(
+                item.encounter_id,
+                item.record.subject_id,
+                item.record.captured_at,
+                item.content.digest if item.content else None,
+            )
+            for item in items
+            if item.encounter_id is not None
+        ]
+        if arrivals:
+            self._backlog.receive(arrivals, self._clock())
+
+    # deciding ---------------------------------------------------------------------------------------------------
+
+    def _extracted(self, batch: _Batch) -> _Batch:
+        """With what the workers made of its captures: refused, or waiting for a decision."""
+        began = self._stopwatch()
+        extracted: dict[_Item, Sequence[Template | Refusal]] = {}
+        for items, extraction in batch.extracts:
+            extracted |= zip(items, extraction.result(), strict=True)
+        self.seconds["waiting"] += self._stopwatch() - began
+        batch.finished = [item for item in batch.items if item.stale]
+        for item in batch.items:
+            if item.undecided:
+                batch.finished.append(item)
+                assert item.content is not None, "undecided ones were read"
+                templates, refusals = _templates(item.content, extracted.get(item, ()))
+                if templates:
+                    record = item.record
+                    encounter = Encounter(
+                        record.subject_id,
+                        record.missing,
+                        templates,
+                        item.encounter_id,
+                        record.groups,
+                        refusals,
+                        model_id=self.model_id,
+                    )
+                    batch.waiting.append((item, encounter))
+                else:
+                    item.outcome = refused(refusals, self._clock())
+        if batch.waiting:
+            notes = ((item.encounter_id or "", Outcome("searching").to_json()) for item, _ in batch.waiting)
+            self._backlog.search(notes, self._clock())
+        return batch
+
+    def _decide(self, item: _Item, encounter: Encounter, decision: Decision) -> None:
+        if decision.outcome == "refused" and decision.refusals and decision.refusals[0].reason == "subject_exists":
+            item.outcome = self._enrolled_before(encounter, decision)
+        else:
+            item.outcome = decided(decision, required=self._engine.policy.required)
+
+    def _finished(self, batch: _Batch) -> _Batch:
+        """Every record has its outcome."""
+        for item in batch.items:
+            if item.repeats is not None:
+                item.outcome = item.repeats.outcome
+            if item.content is not None:  # an owner of repeated records is kept, its captures need not be
+                item.content = replace(item.content, captures=(), templates={})
+        if batch.finished:
+            self._backlog.finish(self._line(item) for item in batch.finished)
+        self.decided_now += len(batch.finished)
+        return batch
+
+    def _enrolled_before(self, encounter: Encounter, decision: Decision) -> Outcome:
+        """Of an encounter whose subject_id is enrolled: the same person, or a case for somebody who judges that."""
+        assert decision.subject_id is not None, "enrolled under it"
+        try:
+            verified = self._engine.verify(encounter, decision.subject_id)
+            if verified.accepted:
+                return already_enrolled(verified, decision.decided_at)
+            return decided(self._engine.dispute(encounter))
+        except CallerError:
+            return decided(decision, encounter.declined)
+
+    def _line(self, item: _Item) -> Finished:
+        assert item.outcome is not None and item.encounter_id is not None, "finished"
+        decided_at = self._clock() if item.outcome.decided_at is None else item.outcome.decided_at
+        return Finished(item.encounter_id, item.outcome.status, decided_at, item.outcome.to_json())
+
+
+def _conflict(detail: str) -> Outcome:
+    return refused([Refusal("encounter", "encounter_conflict", detail)])
+
+
+def _templates(content: Content, extracted: Sequence[Template | Refusal]) -> tuple[Templates, tuple[Refusal, ...]]:
+    """Column -> template, and the captures that were declined; of two captures of a finger the better one counts."""
+    templates: Templates = dict(content.templates)
+    refusals = list(content.refusals)
+    for result in extracted:
+        if isinstance(result, Refusal):
+            refusals.append(result)
+            continue
+        spare = templates.get(result.column)
+        if spare is not None and (spare.quality or 0.0) >= (result.quality or 0.0):
+            spare, result = result, spare
+        templates[result.column] = result
+        if spare is not None:
+            refusals.append(Refusal(spare.column, SUPERSEDED, "a better capture was kept", spare.quality))
+    return templates, tuple(refusals)

@@ -1,0 +1,349 @@
+"""What became of each record of a bulk enrolment: the row, the table, and the words for an official.
+
+Owns the schema of the result and what reasons mean in plain words. Never decides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from biodedup.completeness import INCOMPLETE, SUPERSEDED
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.private import make_private_folder
+from biodedup.jobs.manifests.encounters import Record
+from biodedup.jobs.shared.files import new_file
+from biodedup.jobs.shared.output import check_table_name
+from biodedup.jobs.shared.spreadsheet import disarmed, disarmed_schema
+from biodedup.values import COLUMNS, Decision, Refusal, Verification
+
+STATUS_OF = {"unique": "enrolled", "duplicate": "duplicate", "review": "adjudicate", "refused": "refused"}
+SHOWN_MAX = 500
+"""Rows of a kind that a page lists; the table has all."""
+_GROUP_ROWS = 8_192
+_RESULT = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("encounter_id", pa.string()),
+        ("subject_id", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("measured", pa.float64()),
+        ("limit", pa.float64()),
+        ("duplicate_of", pa.string()),
+        ("strongest", pa.string()),
+        ("score_db", pa.float64()),
+        ("extrapolated", pa.bool_()),
+        ("candidates", pa.int64()),
+        ("duplicate_db", pa.float64()),
+        ("review_db", pa.float64()),
+        ("gallery_size", pa.int64()),
+        ("gallery_version", pa.int64()),
+        ("decided_at", pa.timestamp("us", "UTC")),
+        ("refusals", pa.string()),
+    ]
+)
+
+WORDS: Mapping[str, tuple[str, str]] = {
+    "already_enrolled": ("the same person is enrolled under this number already", "nothing"),
+    "another_person": (
+        "somebody else is enrolled under this number",
+        "find out who owns the number; one of them is wrong",
+    ),
+    "incomplete_search": ("part of the gallery could not be seen", "run `biodedup doctor`, then decide by hand"),
+    "between_thresholds": ("similar to somebody, but not surely the same person", "a trained person compares the two"),
+    "uncalibrated": (
+        "similar to somebody, but it is not known yet how alike strangers are here",
+        "a trained person compares the two; from 200 people on the gallery checks its calibration by itself, a model of your own "
+        "needs `biodedup calibrate`",
+    ),
+    "repeated": ("the record is in the manifest a second time", "nothing"),
+    "encounter_conflict": (
+        "the encounter number was used before, with other content",
+        "give the later encounter a number of its own",
+    ),
+    "failed": ("the program failed on this capture", "look at the file; then run again with --retry-failed"),
+    "decoder_failed": (
+        "the program crashed on this capture, twice",
+        "look at the file; then run again with --retry-failed",
+    ),
+    "too_slow": (
+        "the program took too long for this capture, twice",
+        "look at the file; then run again with --retry-failed, and a longer --capture-seconds",
+    ),
+    "too_much_memory": (
+        "the program needed too much memory for this capture, twice",
+        "look at the file; then run again with --retry-failed",
+    ),
+    "timed_out": (
+        "the program took too long for this record, twice",
+        "look at the file; then run again with --retry-failed, and a longer --capture-seconds",
+    ),
+    "recapture": ("whoever judged the case asks for new captures", "recapture, as another encounter"),
+    "incomplete": (
+        "captures are missing or cannot be used; the detail names each",
+        "supply or recapture them, or state why they cannot be had, and send the encounter again under its number",
+    ),
+    "not_sent": ("a capture that every encounter needs was not sent", "capture it, or state why it cannot be had"),
+    "too_few_fingers": ("fewer fingers than every encounter needs", "capture more, or state why they cannot be had"),
+    "missing_file": ("the file is not where the manifest says", "supply it and run the same command again"),
+    "unreadable": ("the file cannot be read", "check the disk and the permissions, and run the same command again"),
+    "not_a_file": ("the path names a folder, a pipe or a device", "repair the manifest and run again"),
+    "empty_file": ("the file is empty", "copy it again from where it was captured, and run the same command again"),
+    "truncated": ("the image breaks off or is damaged", "copy it again from where it was captured, or recapture"),
+    "not_an_image": ("the file is no image", "check the path in the manifest"),
+    "too_many_pixels": ("the image is larger than any scanner makes", "check the file"),
+    "too_many_scans": (
+        "the image goes over its pixels more often than any camera makes it",
+        "save it again, or recapture",
+    ),
+    "too_complex": ("the file asks for more work than any capture needs", "save it again, or recapture"),
+    "too_large_area": ("there are more ridges than one finger has", "cut the picture into single fingers"),
+    "too_large_file": ("the file is larger than any capture", "check the file"),
+    "too_large": ("the finger would be longer than any finger", "state the right dpi"),
+    "malformed_row": ("the line does not fit the table's columns", "repair the manifest and run again"),
+    "wrong_type": ("a cell holds the wrong kind of value", "repair the manifest and run again"),
+    "not_utf8": ("a cell is not UTF-8 text", "write the manifest in UTF-8 and run again"),
+    "no_subject_id": ("the record names no subject", "repair the manifest and run again"),
+    "unusable_id": ("an identifier is too long, or cannot be printed", "repair the manifest and run again"),
+    "unknown_position": ("the position names no finger and no face", "repair the manifest and run again"),
+    "no_capture": ("the record has no capture", "repair the manifest, or capture the person"),
+    "invalid_input": ("a value cannot be used", "see the detail"),
+    "model_mismatch": ("the template was made by another model", "extract it again with the gallery's model"),
+    "unsound_record": ("the minutiae record is damaged", "write it again, or recapture"),
+    "no_face": ("no face was found", "recapture"),
+    "several_faces": ("more than one face is in the picture", "recapture with one person alone"),
+    "turned_away": ("the face is turned away or tilted", "recapture, looking into the camera"),
+    "too_small": ("the picture, or the face in it, is too small", "recapture from nearer"),
+    "too_dark": ("the face is too dark", "recapture with more light"),
+    "too_bright": ("the face is too bright", "recapture with less light"),
+    "blurred": ("the face is out of focus or moved", "recapture, holding still"),
+    "eyes_out_of_frame": ("the eyes are outside of the picture", "recapture with the whole face"),
+    "no_ridges": ("no ridges of a finger are to be seen", "clean the scanner, recapture"),
+    "too_small_area": ("too little of the finger was on the scanner", "recapture with the whole fingertip"),
+    "few_minutiae": ("too few details of the finger are to be seen", "clean finger and scanner, recapture"),
+    "low_quality": ("the print is of low quality", "clean or moisten the finger, recapture"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one encounter; reasons as in `WORDS`."""
+
+    status: str
+    reason: str | None = None
+    detail: str | None = None
+    measured: float | None = None
+    limit: float | None = None
+    duplicate_of: str | None = None
+    strongest: str | None = None
+    score_db: float | None = None
+    extrapolated: bool | None = None
+    candidates: int | None = None
+    duplicate_db: float | None = None
+    review_db: float | None = None
+    gallery_size: int | None = None
+    gallery_version: int | None = None
+    decided_at: float | None = None
+    refusals: tuple[Refusal, ...] = ()
+    before: tuple[Refusal, ...] = ()
+    """Of the refusals, those that the gallery's journal does not have: jobs before release 0.3 kept them to themselves."""
+    required: tuple[str, ...] | None = None
+    """What the policy required of an encounter that was refused as incomplete."""
+
+    def to_json(self) -> str:
+        return json.dumps(self, default=vars, separators=(",", ":"))  # asdict would copy every value
+
+    @classmethod
+    def from_json(cls, text: str) -> Outcome:
+        fields = json.loads(text)
+        fields |= {name: tuple(Refusal(**one) for one in fields[name]) for name in ("refusals", "before")}
+        if fields.get("required") is not None:
+            fields["required"] = tuple(fields["required"])
+        return cls(**fields)
+
+
+def refused(refusals: Sequence[Refusal], decided_at: float | None = None) -> Outcome:
+    """Declined for the only one of these, or for several as incomplete."""
+    lacks = [one for one in refusals if one.reason != SUPERSEDED]
+    if len(lacks) > 1:
+        return incomplete(refusals, decided_at)
+    first = lacks[0] if lacks else Refusal("encounter", "no_capture")
+    detail = first.detail if first.column == "encounter" else f"{first.column}: {first.detail}".removesuffix(": ")
+    return Outcome(
+        "refused",
+        first.reason,
+        detail or None,
+        first.measured,
+        first.limit,
+        decided_at=decided_at,
+        refusals=tuple(refusals),
+    )
+
+
+def incomplete(
+    refusals: Sequence[Refusal], decided_at: float | None = None, required: tuple[str, ...] | None = None
+) -> Outcome:
+    """Declined for lack of captures, each of which the detail names. required: by the policy."""
+    lacks = sorted((one for one in refusals if one.reason != SUPERSEDED), key=_place)
+    detail = "; ".join(f"{one.column}: {one.reason}" for one in lacks)
+    return Outcome(
+        "refused", INCOMPLETE, detail or None, decided_at=decided_at, refusals=tuple(refusals), required=required
+    )
+
+
+def _place(refusal: Refusal) -> int:
+    return COLUMNS.index(refusal.column) if refusal.column in COLUMNS else len(COLUMNS)
+
+
+def decided(decision: Decision, before: Sequence[Refusal] = (), required: tuple[str, ...] | None = None) -> Outcome:
+    """As the gallery decided. before: captures that were declined, and that the decision does not name; required: by the policy."""
+    before, refusals = tuple(before), (*before, *decision.refusals)
+    if decision.outcome == "refused" and INCOMPLETE in decision.reasons:
+        return incomplete(refusals, decision.decided_at, required)
+    if decision.outcome == "refused":
+        return refused(decision.refusals or refusals, decision.decided_at)
+    best = decision.best
+    compared = best is not None and bool(best.evidence)  # else it is a candidate by its number alone
+    return Outcome(
+        STATUS_OF[decision.outcome],
+        _why(decision),
+        None if compared or best is None else "no capture in common with the enrolled ones",
+        duplicate_of=best.subject_id if best and decision.outcome == "duplicate" else None,
+        strongest=best.subject_id if best else None,
+        score_db=round(best.score_db, 3) if best and compared else None,
+        extrapolated=best.extrapolated if best and compared else None,
+        candidates=len(decision.candidates),
+        duplicate_db=round(decision.duplicate_db, 3),
+        review_db=round(decision.review_db, 3),
+        gallery_size=decision.gallery_size,
+        gallery_version=decision.gallery_version,
+        decided_at=decision.decided_at,
+        refusals=refusals,
+        before=before,
+    )
+
+
+def already_enrolled(verified: Verification, decided_at: float) -> Outcome:
+    """Of another encounter of somebody whose subject_id is enrolled, and who is the same person."""
+    return Outcome(
+        "enrolled",
+        "already_enrolled",
+        f"verified at {verified.score_db:.1f} dB, threshold {verified.threshold_db:.1f} dB",
+        verified.score_db,
+        verified.threshold_db,
+        strongest=verified.subject_id,
+        score_db=round(verified.score_db, 3),
+        extrapolated=verified.extrapolated,
+        decided_at=decided_at,
+        refusals=verified.refusals,
+    )
+
+
+def _why(decision: Decision) -> str | None:
+    """The reason of an encounter that was not refused."""
+    if decision.outcome == "unique":
+        own = any(candidate.subject_id == decision.subject_id for candidate in decision.cleared)
+        return "already_enrolled" if own else None
+    if decision.outcome != "review":
+        return None
+    if "another_person" in decision.reasons:
+        return "another_person"
+    if decision.incomplete:
+        return "incomplete_search"
+    return "uncalibrated" if "uncalibrated" in decision.reasons else "between_thresholds"
+
+
+@dataclass
+class Tally:
+    """Counts, and the first rows of each kind for the page."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    already: int = 0
+    repeated: int = 0
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
+    by_group: dict[str, Counter[str]] = field(default_factory=dict)
+    shown: dict[str, list[tuple[Record, str | None, Outcome]]] = field(default_factory=dict)
+    capture_reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, record: Record, encounter_id: str | None, outcome: Outcome, *, repeated: bool) -> None:
+        if repeated:
+            self.repeated += 1
+            return
+        self.statuses[outcome.status] += 1
+        self.already += outcome.reason == "already_enrolled"
+        if outcome.reason:
+            self.reasons[outcome.status, outcome.reason] += 1
+        if outcome.status != "refused" or outcome.reason == INCOMPLETE:
+            self.capture_reasons.update(one.reason for one in outcome.refusals if one.reason != SUPERSEDED)
+        for group in record.groups or ("",):
+            self.by_group.setdefault(group, Counter())[outcome.status] += 1
+            if outcome.status == "refused" and outcome.reason:
+                self.by_group[group][f"refused: {outcome.reason}"] += 1
+        rows = self.shown.setdefault(outcome.status, [])
+        if outcome.status != "enrolled" and len(rows) < SHOWN_MAX:
+            rows.append((record, encounter_id, outcome))
+
+
+class OutcomeWriter:
+    """Writes the table while the job goes on, under another name; the rows of one manifest give one content."""
+
+    def __init__(self, path: Path, metadata: Any) -> None:
+        self._metadata = metadata
+        self._schema = pa.schema([*_RESULT, *(one.with_name(_free(one.name)).with_metadata(None) for one in metadata)])
+        self._rows: list[dict[str, Any]] = []
+        self._as_csv = path.suffix == ".csv"
+        self._writer = (
+            pa.csv.CSVWriter(path, disarmed_schema(self._schema))
+            if self._as_csv
+            else pa.parquet.ParquetWriter(path, self._schema)
+        )
+
+    def add(self, record: Record, encounter_id: str | None, outcome: Outcome) -> None:
+        row = {name: getattr(outcome, name) for name in _RESULT.names[3:-2]}
+        row |= {"row": record.row, "encounter_id": encounter_id, "subject_id": record.subject_id}
+        at = outcome.decided_at
+        row["decided_at"] = None if at is None else datetime.fromtimestamp(at, UTC)
+        row["refusals"] = json.dumps(outcome.refusals, default=vars) if outcome.refusals else None
+        row |= {_free(name): record.metadata.get(name) for name in self._metadata.names}
+        self._rows.append(row)
+        if len(self._rows) >= _GROUP_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            table = pa.Table.from_pylist(self._rows, self._schema)
+            self._writer.write_table(disarmed(table) if self._as_csv else table)
+            self._rows = []
+
+
+@contextmanager
+def outcome_table(path: Path, metadata: Any) -> Iterator[OutcomeWriter]:
+    """A writer whose table gets its name when all is in it. Raises InvalidInput for another name, StorageUnavailable."""
+    check_table_name(path)
+    with translated(f"writing {path}"):
+        make_private_folder(path.parent)
+        with new_file(path) as temporary:
+            writer = OutcomeWriter(temporary, metadata)
+            yield writer
+            writer.close()
+
+
+def _free(name: str) -> str:
+    """The name of a metadata column in the result, whose own names it must not take."""
+    return f"manifest_{name}" if name in _RESULT.names else name

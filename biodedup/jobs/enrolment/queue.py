@@ -1,0 +1,317 @@
+"""The backlog: where each encounter of a bulk enrolment is in its life, and since when.
+
+Owns one SQLite file beside the gallery, with counts, ages, rates, and how long the queue will take. It is bookkeeping alone: what
+was decided is in the gallery's journal, and a lost backlog costs nobody's enrolment. Never decides, and holds no biometric data.
+
+    captured -> received -> searching -> enrolled | duplicate | adjudicate | refused
+
+1. Each change of statuses is one durable transaction (rollback journal, `synchronous=FULL`).
+2. A refused encounter may be received again; the gallery says of the others whether they were decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from sqlite3 import Connection
+from types import TracebackType
+from typing import Any
+
+from biodedup.errors import NotAGallery
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import LocalStorage, Storage
+from biodedup.gallery.files.names import BACKLOG_NAME, DATABASE_NAME
+from biodedup.jobs.enrolment.outcomes import STATUS_OF
+from biodedup.jobs.shared.files import make_private
+from biodedup.jobs.shared.page import write_page
+from biodedup.values import Decision
+
+STATUSES = ("captured", "received", "searching", "adjudicate", "duplicate", "enrolled", "refused")
+WAITING = ("received", "searching")
+"""Statuses of encounters that wait for a decision: the queue."""
+
+MEANINGS = {
+    "captured": "announced; the captures are still to come",
+    "received": "here, waiting for quality check and comparison",
+    "searching": "being compared with everybody",
+    "adjudicate": "a trained person has to decide",
+    "duplicate": "the same person is enrolled under another number",
+    "enrolled": "in the gallery",
+    "refused": "to be recaptured, or the manifest to be mended",
+}
+
+_HOUR_S, _DAY_S = 3600.0, 86_400.0
+_SPAN_S_MIN = 60.0  # a rate over less than a minute says little
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS backlog (
+    encounter_id TEXT PRIMARY KEY,
+    subject_id TEXT,
+    status TEXT NOT NULL,
+    since REAL NOT NULL,
+    captured_at REAL,
+    received_at REAL,
+    decided_at REAL,
+    digest BLOB,
+    outcome TEXT
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_status ON backlog (status, since);
+CREATE INDEX IF NOT EXISTS by_arrival ON backlog (received_at);
+CREATE INDEX IF NOT EXISTS by_decision ON backlog (decided_at);
+"""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An encounter that a manifest names. digest: of its content, once that was read."""
+
+    encounter_id: str
+    subject_id: str | None = None
+    captured_at: float | None = None
+    digest: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of an encounter. outcome: JSON, as the job that wrote it reads it."""
+
+    encounter_id: str
+    status: str
+    decided_at: float
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the backlog knows of an encounter."""
+
+    status: str
+    digest: bytes | None
+    outcome: str | None
+
+
+@dataclass(frozen=True)
+class StatusLine:
+    """Encounters of one status. Ages: seconds in it; of the captured, since their capture."""
+
+    count: int
+    oldest_s: float | None
+    median_s: float | None
+
+
+@dataclass(frozen=True)
+class QueueStatus:
+    """Where all encounters are, and whether the work keeps pace. Rates are encounters an hour; those of decisions count from the
+    first of the window on, so that an hour in which work began at the end is not averaged away."""
+
+    at: float
+    lines: dict[str, StatusLine]
+    waiting: int
+    intake_hour: float
+    intake_day: float
+    decided_hour: float
+    decided_day: float
+    clear_s: float | None
+    """Seconds until the queue is empty at the present rate; None where nothing is known of a rate."""
+    warning: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Backlog:
+    """The open file. One process writes: the one that holds the gallery."""
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self._connection = connection
+        self._name = name
+
+    @classmethod
+    def open(cls, gallery: Path, *, read_only: bool = False, storage: Storage | None = None) -> Backlog:
+        """Opens the backlog of a gallery, creating it where it is absent. Raises NotAGallery, StorageUnavailable."""
+        path = gallery / BACKLOG_NAME
+        if not (gallery / DATABASE_NAME).is_file():
+            raise NotAGallery(f"{gallery} holds no gallery; name the folder that enroll-batch was given")
+        with translated(f"opening {path}"):
+            if not read_only:
+                make_private(path)
+            connection = (storage or LocalStorage()).connect(path, read_only=read_only)
+            if not read_only:
+                for statement in _SCHEMA.split(";\n"):
+                    connection.execute(statement)
+        return cls(connection, str(path))
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Backlog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # changes ----------------------------------------------------------------------------------------------------
+
+    def announce(self, arrivals: Iterable[Arrival], now: float) -> None:
+        """Encounters that were captured elsewhere, and whose captures are still to come. Known ones stay as they are."""
+        rows = (
+            (a.encounter_id, a.subject_id, now if a.captured_at is None else a.captured_at, a.captured_at)
+            for a in arrivals
+        )
+        self._write(
+            "INSERT INTO backlog (encounter_id, subject_id, status, since, captured_at) VALUES (?, ?, 'captured', ?, ?) "
+            "ON CONFLICT DO NOTHING",
+            rows,
+        )
+
+    def enqueue(self, arrivals: Iterable[Arrival], now: float) -> None:
+        """Encounters whose captures are here. Those that are known, and not merely captured, stay as they are."""
+        rows = ((a.encounter_id, a.subject_id, now, a.captured_at, now) for a in arrivals)
+        self._write(
+            "INSERT INTO backlog (encounter_id, subject_id, status, since, captured_at, received_at) "
+            "VALUES (?, ?, 'received', ?, ?, ?) ON CONFLICT DO UPDATE SET status = 'received', since = excluded.since, "
+            "received_at = excluded.received_at, captured_at = coalesce(excluded.captured_at, captured_at) "
+            "WHERE status = 'captured'",
+            rows,
+        )
+
+    def receive(self, arrivals: Iterable[Arrival], now: float) -> None:
+        """Encounters whose content was read and is to be decided, whatever they were before."""
+        rows = ((a.encounter_id, a.subject_id, now, a.captured_at, now, a.digest) for a in arrivals)
+        self._write(
+            "INSERT INTO backlog (encounter_id, subject_id, status, since, captured_at, received_at, digest) "
+            "VALUES (?, ?, 'received', ?, ?, ?, ?) ON CONFLICT DO UPDATE SET subject_id = excluded.subject_id, "
+            "since = CASE WHEN status = 'received' THEN since ELSE excluded.since END, status = 'received', "
+            "received_at = CASE WHEN status IN ('received', 'searching') THEN received_at ELSE excluded.received_at END, "
+            "captured_at = coalesce(excluded.captured_at, captured_at), decided_at = NULL, outcome = NULL, "
+            "digest = excluded.digest",
+            rows,
+        )
+
+    def search(self, encounters: Iterable[tuple[str, str]], now: float) -> None:
+        """Encounters that are being compared with the gallery: (encounter_id, what is known so far, as JSON)."""
+        self._write(
+            "UPDATE backlog SET status = 'searching', since = ?, outcome = ? WHERE encounter_id = ?",
+            ((now, note, encounter_id) for encounter_id, note in encounters),
+        )
+
+    def finish(self, finished: Iterable[Finished]) -> None:
+        """Encounters with an outcome."""
+        self._write(
+            "UPDATE backlog SET status = ?, since = ?, decided_at = ?, outcome = ? WHERE encounter_id = ?",
+            ((one.status, one.decided_at, one.decided_at, one.outcome, one.encounter_id) for one in finished),
+        )
+
+    def judge(self, encounter_id: str, status: str, now: float) -> None:
+        """A person has judged an encounter that was to be adjudicated."""
+        self._write(
+            "UPDATE backlog SET status = ?, since = ? WHERE encounter_id = ? AND status = 'adjudicate'",
+            [(status, now, encounter_id)],
+        )
+
+    def _write(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        with translated(f"writing {self._name}"):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.executemany(statement, rows)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    # looking in -------------------------------------------------------------------------------------------------
+
+    def entry(self, encounter_id: str) -> Entry | None:
+        """What is known of an encounter, or None."""
+        row = self._one("SELECT status, digest, outcome FROM backlog WHERE encounter_id = ?", encounter_id)
+        return None if row is None else Entry(*row)
+
+    def status(self, now: float) -> QueueStatus:
+        """Counts, ages and rates as of now, in seconds."""
+        lines = {status: self._line(status, now) for status in STATUSES}
+        waiting = sum(lines[status].count for status in WAITING)
+        came = {window_s: self._count("received_at", now - window_s, now) for window_s in (_HOUR_S, _DAY_S)}
+        decided_hour, decided_day = self._decided_per_hour(now, _HOUR_S), self._decided_per_hour(now, _DAY_S)
+        present = decided_hour or decided_day
+        clear_s = 0.0 if not waiting else round(waiting / present * _HOUR_S) if present else None
+        return QueueStatus(
+            now,
+            lines,
+            waiting,
+            float(came[_HOUR_S]),
+            round(came[_DAY_S] * _HOUR_S / _DAY_S, 1),
+            decided_hour,
+            decided_day,
+            clear_s,
+            _warning(waiting, came[_DAY_S], self._count("decided_at", now - _DAY_S, now), clear_s),
+        )
+
+    def _line(self, status: str, now: float) -> StatusLine:
+        (count,) = self._row("SELECT count(*) FROM backlog WHERE status = ?", status)
+        if not count:
+            return StatusLine(0, None, None)
+        (oldest,) = self._row("SELECT min(since) FROM backlog WHERE status = ?", status)
+        (median,) = self._row(
+            "SELECT since FROM backlog WHERE status = ? ORDER BY since LIMIT 1 OFFSET ?", status, count // 2
+        )
+        return StatusLine(count, *(round(max(0.0, now - since), 1) for since in (oldest, median)))
+
+    def _decided_per_hour(self, now: float, window_s: float) -> float:
+        count = self._count("decided_at", now - window_s, now)
+        if not count:
+            return 0.0
+        (first,) = self._row(
+            "SELECT min(decided_at) FROM backlog WHERE decided_at > ? AND decided_at <= ?", now - window_s, now
+        )
+        return round(float(count * _HOUR_S / max(now - first, _SPAN_S_MIN)), 1)
+
+    def _count(self, moment: str, after: float, until: float) -> int:
+        (count,) = self._row(f"SELECT count(*) FROM backlog WHERE {moment} > ? AND {moment} <= ?", after, until)
+        return int(count)
+
+    def _row(self, query: str, *values: object) -> Any:
+        row = self._one(query, *values)
+        assert row is not None, "counts and minima always have a row"
+        return row
+
+    def _one(self, query: str, *values: object) -> Any:
+        with translated(f"reading {self._name}"):
+            return self._connection.execute(query, values).fetchone()
+
+
+def queue_status(gallery: Path, now: float) -> QueueStatus:
+    """The state of a gallery's bulk enrolments, read beside whoever writes. Raises NotAGallery, StorageUnavailable."""
+    if (gallery / DATABASE_NAME).is_file() and not (gallery / BACKLOG_NAME).is_file():
+        nothing = StatusLine(0, None, None)
+        return QueueStatus(now, dict.fromkeys(STATUSES, nothing), 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
+    with Backlog.open(gallery, read_only=True) as backlog:
+        return backlog.status(now)
+
+
+def note_verdict(gallery: Path, decision: Decision, now: float) -> None:
+    """Tells the backlog, where there is one, what became of a case. Raises StorageUnavailable."""
+    if (gallery / BACKLOG_NAME).is_file() and decision.outcome != "review" and decision.encounter_id is not None:
+        with Backlog.open(gallery) as backlog:
+            backlog.judge(decision.encounter_id, STATUS_OF[decision.outcome], now)
+
+
+def write_status_page(path: Path, status: QueueStatus) -> None:
+    """The state as a page for officials. Raises StorageUnavailable."""
+    write_page(path, "status.html", status=status, meanings=MEANINGS)
+
+
+def _warning(waiting: int, came: int, decided: int, clear_s: float | None) -> str:
+    """came, decided: encounters of the last day. A manifest that is through within the hour is no queue."""
+    if not waiting:
+        return ""
+    if clear_s is None:
+        return f"{waiting:,} encounters wait, and nothing was decided within a day: start enroll-batch again"
+    if came > decided and clear_s > _HOUR_S:
+        return (
+            f"more comes in than is decided: in the last day {came:,} encounters came, and {decided:,} were decided; while that is so "
+            "the queue grows: add hours or machines"
+        )
+    return ""

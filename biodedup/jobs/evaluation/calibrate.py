@@ -1,0 +1,348 @@
+"""`calibrate`: a model card, fitted on a customer's pairs, or on the strangers of a gallery: a shipped one anew, or one for a model
+that runs elsewhere, without weights.
+
+Owns the pairs table that is read and the card that is written. Never extracts: `evaluate` writes such a table.
+
+Pairs, Parquet or CSV, a row each: `similarity`, `minutiae` or both (raw scores), `mated`; if known `subject_a` and `subject_b`,
+so that the interval minds that pairs of one subject look alike together, and that the held-out half holds other people; and
+`position`. What is reported of the fit is measured on subjects that were not fitted; the card then is fitted on all.
+
+Without mated pairs, as in a gallery, of which nobody says who is enrolled twice, only the non-mated law is fitted, and the ratio follows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from biodedup.config import Config
+from biodedup.embed.cards import ModelCard, joint_id, load_card, shipped_cards
+from biodedup.errors import InvalidInput
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.gallery import Gallery
+from biodedup.jobs.deduplication.gallery import is_gallery
+from biodedup.jobs.evaluation.impostors import strangers
+from biodedup.jobs.shared.files import write_text
+from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.match.calibration import Calibration
+from biodedup.match.fitting import COSINE_POWER, MATED_MIN, NONMATED_MIN, Nonmates, fit, measured_fmr, refit
+from biodedup.values import check_id
+
+NOMINAL_DB = (20, 30, 40)
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Labelled pairs. scores: raw, by column, float64 (n,); mated: bool (n,); a, b: subjects, int64 (n,), or None; position: str (n,),
+    or None."""
+
+    scores: Mapping[str, Float64] = field(repr=False)
+    mated: NDArray[np.bool_] = field(repr=False)
+    a: NDArray[np.int64] | None = field(default=None, repr=False)
+    b: NDArray[np.int64] | None = field(default=None, repr=False)
+    position: NDArray[np.str_] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.mated)
+
+    def of(self, rows: NDArray[Any]) -> Pairs:
+        a, b, position = (None if one is None else one[rows] for one in (self.a, self.b, self.position))
+        return Pairs({name: values[rows] for name, values in self.scores.items()}, self.mated[rows], a, b, position)
+
+    def halves(self, rng: np.random.Generator) -> tuple[Pairs, Pairs]:
+        """No subject is in both; without subjects, no pair."""
+        if self.a is None or self.b is None:
+            first = rng.random(len(self)) < 0.5
+            return self.of(first), self.of(~first)
+        chosen = rng.random(1 + max(int(self.a.max()), int(self.b.max()))) < 0.5
+        return self.of(chosen[self.a] & chosen[self.b]), self.of(~chosen[self.a] & ~chosen[self.b])
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """What a fit was made of and how it does. held_out: by what was fitted, nominal FMR -> measured, before and after.
+    positions: the same after the fit, of all pairs, by position; differs: beyond a factor of two, and not by chance."""
+
+    card: str
+    mated: int
+    nonmated: int
+    subjects: int | None
+    held_out: Mapping[str, list[dict[str, Any]]]
+    positions: list[dict[str, Any]]
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "card": self.card,
+            "mated_pairs": self.mated,
+            "nonmated_pairs": self.nonmated,
+            "subjects": self.subjects,
+            "held_out": dict(self.held_out),
+            "positions": self.positions,
+        }
+
+
+def calibrate(
+    pairs: Path,
+    model_id: str,
+    out: Path,
+    *,
+    dimension: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> CalibrateResult:
+    """Writes `out` (.toml): the card of this model with the tables fitted on these pairs, for
+    `FaceConfig(model=...)`, `FingerConfig(model=...)` or `FingerConfig(minutiae_model=...)`. pairs: a table, or a gallery's folder;
+    model_id: a shipped model's, its card's name, or the path of a card; `finger256-3+mindtct-1` fits the embedding and what it
+    says with minutiae. Any other model_id gets a card without weights, for embeddings that come with this model_id. dimension: how
+    many numbers these have; None takes a gallery's, and leaves it open otherwise.
+
+    Raises InvalidInput for a table that lacks columns or pairs, ModelCardError, StorageUnavailable.
+    """
+    if out.suffix != ".toml":
+        raise InvalidInput(f"the card is named {out.name}; end it with .toml")
+    card, minutiae = _cards(model_id, out)
+    found = (
+        pairs_of_gallery(pairs, card, minutiae, seed, progress)
+        if is_gallery(pairs)
+        else read_pairs(pairs, _columns(card, minutiae))
+    )
+    mates = int(found.mated.sum())
+    if 0 < mates < MATED_MIN or len(found) - mates < NONMATED_MIN:
+        raise InvalidInput(
+            f"{pairs.name} has {mates} mated and {len(found) - mates} non-mated pairs with a score; a calibration needs {NONMATED_MIN} non-mated "
+            f"ones at least, 10 / FMR to measure an FMR (1,000,000 for 1e-5), and no mated ones or {MATED_MIN}"
+        )
+    if not mates and not (card.calibration and (minutiae is None or minutiae.model_id in card.both)):
+        raise InvalidInput(
+            f"{pairs.name} has no mated pairs, and there is no calibration of {card.model_id} to begin with; pass mated pairs"
+        )
+    rng = np.random.default_rng(seed)
+    fitted, tested = found.halves(rng)
+    held_out: dict[str, list[dict[str, Any]]] = {}
+    before = {"calibration": card.calibration, "both": card.both.get(minutiae.model_id) if minutiae else None}
+    before = {name: table for name, table in before.items() if table}
+    enough = not mates or fitted.mated.sum() >= MATED_MIN
+    if enough and (~fitted.mated).sum() >= NONMATED_MIN and not tested.mated.all():
+        progress("fitting", 0, 2)
+        after = _fitted(fitted, card, minutiae, pairs.name, seed)
+        for name in after:
+            old = _score_db(tested, name, before, minutiae) if name in before else None
+            held_out[name] = _rows(_score_db(tested, name, after, minutiae), old)
+    progress("fitting", 1, 2)
+    tables = _fitted(found, card, minutiae, pairs.name, seed)
+    document = _document(card, pairs, dimension, found)
+    if card.weights is not None:
+        document["weights"]["file"] = str(card.weights.absolute())
+    document["calibration"] = tables["calibration"]
+    if minutiae is not None:
+        document.setdefault("both", {})[minutiae.model_id] = tables["both"]
+    write_text(card_text(document), out)
+    progress("fitting", 2, 2)
+    subjects = None if found.a is None or found.b is None else len(np.union1d(found.a, found.b))
+    positions = _positions(found, tables, minutiae)
+    return CalibrateResult(out.name, mates, len(found) - mates, subjects, held_out, positions)
+
+
+def pairs_of_gallery(
+    gallery: Path, card: ModelCard, minutiae: ModelCard | None, seed: int, progress: Progress = silent
+) -> Pairs:
+    """Of strangers, as far as one may take them for such: `strangers.py`. Raises InvalidInput."""
+    models = {card.model_id}
+    if card.kind == "minutiae":  # with whatever embedding they came
+        models |= {joint_id(one, card) for one in shipped_cards() if one.kind == "finger-embedding"}
+    elif card.kind == "finger-embedding":
+        models = {joint_id(card, one) for one in shipped_cards() if one.kind == "minutiae" and minutiae in (None, one)}
+        models |= {card.model_id} if minutiae is None else set()
+    columns = _columns(card, minutiae)
+    scores, a, b, position = strangers(
+        gallery, frozenset(models), minutiae="minutiae" in columns, seed=seed, progress=progress
+    )
+    scores = {name: scores[name] for name in columns}
+    whole = np.isfinite(np.array(list(scores.values()))).all(axis=0)
+    a, b = np.unique(np.stack([a, b]), return_inverse=True)[1].reshape(2, -1)  # numbered from 0, as people
+    return Pairs(scores, np.zeros(len(a), bool), a, b, position).of(whole)
+
+
+def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
+    """Rows without one of the scores are left out. Raises InvalidInput."""
+    try:
+        names = dict.fromkeys(("subject_a", "subject_b", "position"), pa.string())  # ids are no numbers
+        options = pa.csv.ConvertOptions(column_types=names)
+        is_csv = path.suffix == ".csv"
+        table = pa.csv.read_csv(path, convert_options=options) if is_csv else pa.parquet.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InvalidInput(
+            f"pairs cannot be read from {path} ({type(error).__name__}); pass Parquet, CSV, or the folder of a gallery"
+        ) from None
+    lacking = [name for name in (*columns, "mated") if name not in table.column_names]
+    if lacking:
+        raise InvalidInput(
+            f"{path.name} has columns {', '.join(table.column_names)}; wanted also {', '.join(lacking)} for this model"
+        )
+    try:
+        scores = {name: table[name].cast(pa.float64()).to_numpy() for name in columns}
+        mated = pc.fill_null(table["mated"].cast(pa.bool_()), False).to_numpy()
+    except pa.ArrowInvalid:
+        raise InvalidInput(f"{path.name}: {', '.join(columns)} must be numbers, and mated true or false") from None
+    a = b = None
+    if {"subject_a", "subject_b"} <= set(table.column_names):
+        both = pa.chunked_array(
+            [*(table[name].cast(pa.string()).combine_chunks() for name in ("subject_a", "subject_b"))]
+        )
+        codes = both.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        a, b = codes[: len(table)], codes[len(table) :]
+    position = None
+    if "position" in table.column_names:
+        position = pc.fill_null(table["position"].cast(pa.string()), "").to_numpy().astype(np.str_)
+    whole = np.isfinite(np.array(list(scores.values()))).all(axis=0)
+    return Pairs(scores, mated, a, b, position).of(whole)
+
+
+def _document(card: ModelCard, pairs: Path, dimension: int | None, found: Pairs) -> dict[str, Any]:
+    """What the new card says, but for its tables: what the old one does, or as much as is known of a model that runs elsewhere."""
+    if card.path.exists():
+        return tomllib.loads(card.path.read_text(encoding="utf-8"))
+    if is_gallery(pairs):
+        with closing(Gallery.open_to_read(pairs, LocalStorage(), Config().gallery)) as opened:
+            models = opened.snapshot().models.values()
+        dimension = next(one.dimension for one in models if one.model_id == card.model_id)
+    fingers = found.position is not None and len(found.position) and "face" not in found.position
+    kind = "finger-embedding" if fingers else "face-embedding"
+    known = {"name": card.name, "model_id": card.model_id, "kind": kind, "licence": "", "source": "runs elsewhere"}
+    return known | ({} if dimension is None else {"dimension": dimension})
+
+
+def _cards(model_id: str, out: Path) -> tuple[ModelCard, ModelCard | None]:
+    """(the model's card, that of the minutiae which are added to it). out: the path of a card that is not there yet."""
+    if model_id.endswith(".toml"):
+        return load_card(model_id), None
+    known = {name: card for card in shipped_cards() for name in (card.name, card.model_id)}
+    parts = [known.get(part) for part in model_id.split("+")]
+    match parts:
+        case [ModelCard(kind="face-embedding" | "finger-embedding" | "minutiae") as card]:
+            return card, None
+        case [ModelCard(kind="finger-embedding") as card, ModelCard(kind="minutiae") as minutiae]:
+            return card, minutiae
+    if not any(parts):
+        check_id(model_id, "model_id")
+        elsewhere = ModelCard(model_id, model_id, "face-embedding", "", "", out.with_name(f"{out.name}.new").absolute())
+        return elsewhere, None
+    names = sorted(card.model_id for card in shipped_cards() if card.kind != "face-detector")
+    raise InvalidInput(
+        f"model {model_id!r} is not known; pass one of {', '.join(names)}, two of them as embedding+minutiae, a card's path, or "
+        "the model_id of a model that runs elsewhere"
+    )
+
+
+def _columns(card: ModelCard, minutiae: ModelCard | None) -> tuple[str, ...]:
+    if card.kind == "minutiae":
+        return ("minutiae",)
+    return ("similarity",) if minutiae is None else ("similarity", "minutiae")
+
+
+def _raw(pairs: Pairs, name: str, tables: Mapping[str, Any], minutiae: ModelCard | None) -> Float64:
+    """What a table is of: a raw score, or the sum of both llr_db."""
+    if name == "calibration":
+        return next(iter(pairs.scores.values()))
+    assert minutiae is not None and minutiae.calibration is not None
+    alone, added = Calibration.from_card(tables["calibration"]), Calibration.from_card(minutiae.calibration)
+    return alone.llr_db(pairs.scores["similarity"]) + added.llr_db(pairs.scores["minutiae"])
+
+
+def _fitted(
+    pairs: Pairs, card: ModelCard, minutiae: ModelCard | None, name: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """The tables that the card gets, at the knots that it had."""
+    tables: dict[str, dict[str, Any]] = {}
+    kept = {"calibration": card.calibration, "both": card.both.get(minutiae.model_id) if minutiae else None}
+    non = pairs.of(~pairs.mated)
+    for what in ("calibration",) if minutiae is None else ("calibration", "both"):
+        raw, old = _raw(pairs, what, tables, minutiae), kept[what]
+        knots = np.linspace(raw.min(), raw.max(), 65) if old is None else np.array(old["score"], np.float64)
+        source = f"{name}, {len(non)} non-mated and {len(pairs) - len(non)} mated pairs"
+        nonmates = Nonmates(name, raw[~pairs.mated], non.a, non.b)
+        power = COSINE_POWER if what == "calibration" and card.kind != "minutiae" else 1.0
+        if pairs.mated.any():
+            tables[what] = fit([raw[pairs.mated]], [nonmates], knots, source=source, power=power, seed=seed)
+        else:
+            assert old is not None, "calibrate has seen to it"
+            tables[what] = refit(old, [nonmates], source=source, power=power, seed=seed)
+    return tables
+
+
+def _score_db(pairs: Pairs, name: str, tables: Mapping[str, Any], minutiae: ModelCard | None) -> Float64:
+    """Of the non-mated pairs."""
+    raw = _raw(pairs, name, tables, minutiae)
+    return Calibration.from_card(tables[name]).score_db(raw[~pairs.mated])
+
+
+def _rows(after: Float64, before: Float64 | None = None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for nominal_db in NOMINAL_DB:
+        found = measured_fmr(after, nominal_db)
+        row: dict[str, Any] = {
+            "nominal_db": nominal_db,
+            "nominal_fmr": found.nominal,
+            "pairs": found.pairs,
+            "fmr": found.measured,
+        }
+        row |= {"fmr_low": found.low, "fmr_high": found.high, "differs": found.differs}
+        if before is not None:
+            row["fmr_before"] = measured_fmr(before, nominal_db).measured
+        rows.append(row)
+    return rows
+
+
+def _positions(pairs: Pairs, tables: Mapping[str, Any], minutiae: ModelCard | None) -> list[dict[str, Any]]:
+    """Of each position with pairs enough, by the law of all."""
+    if pairs.position is None:
+        return []
+    score_db = _score_db(pairs, "calibration" if minutiae is None else "both", tables, minutiae)
+    of = pairs.position[~pairs.mated]
+    names, counts = np.unique(of, return_counts=True)
+    enough = names[counts >= NONMATED_MIN].tolist()
+    return [{"position": name} | row for name in enough for row in _rows(score_db[of == name])]
+
+
+def card_text(document: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
+    """A card as TOML: plain values, lists of numbers, tables."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            tables.append(card_text(value, (*path, key)))
+        else:
+            lines.append(f"{_key(key)} = {_value(value)}")
+    head = [f"\n[{'.'.join(map(_key, path))}]"] if path and lines else []
+    return "\n".join([*head, *lines]) + ("\n" if lines else "") + "".join(tables)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (int, float)):
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+    numbers = [f"{number:.5g}" for number in value]
+    rows = [", ".join(numbers[i : i + 12]) for i in range(0, len(numbers), 12)]
+    return "\n".join(["[", *(f"    {row}," for row in rows), "]"])

@@ -1,0 +1,271 @@
+"""Exhaustive comparisons of labelled encounters: every mated pair, strangers in all pairs or a sample, and searches.
+
+Owns which encounters meet, and the arrays that come of it. Evidence is that of the engine's own `Comparer`; nothing is approximate.
+
+Searches: the gallery holds each subject's first encounter, if that could be enrolled. A subject's later encounters are searched. A search is
+*mated* where its subject is in the gallery. It is *non-mated* as well, with its subject left out of the gallery (leave one out); a subject
+with one encounter is searched so, too, so that every subject is looked for once where the person is not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.config import Config
+from biodedup.embed.extractor import Extractor
+from biodedup.jobs.evaluation.labelled import Labelled
+from biodedup.jobs.shared.progress import Progress
+from biodedup.match.calibrations import NOBODY, SAMPLE_SIZE, Calibrations, Drawn
+from biodedup.match.compare import Comparer
+from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.ranked import Ranked
+from biodedup.values import BIT, COLUMNS, Float32, Refusal
+
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Encounters a < b by number, int64 (n,); mated, extrapolated: bool (n,); score_db, llr_db: float64 (n,). raw: (column of a,
+    `similarity` or `minutiae`) -> float64 (n,), NaN where it did not count."""
+
+    a: Int64
+    b: Int64
+    mated: Bool
+    score_db: Float64
+    llr_db: Float64
+    extrapolated: Bool
+    raw: Mapping[tuple[str, str], Float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Searches:
+    """probe: encounters by number, int64 (n,). later: bool (n,), not the subject's first encounter; enrolled: bool (n,), the subject is
+    in the gallery, by another encounter; searched: bool (n,), the probe has templates. mate_db: float64 (n,), -inf where the mate was not compared; rank: int64 (n,), 1 is the first, equal ones are all
+    before the mate, 0 where it was not compared. stranger_db: float64 (n,), the strongest other subject's, -inf without one; stranger:
+    int64 (n,), its encounter or -1."""
+
+    probe: Int64
+    later: Bool
+    enrolled: Bool
+    searched: Bool
+    mate_db: Float64
+    rank: Int64
+    stranger_db: Float64
+    stranger: Int64
+
+
+@dataclass(frozen=True, eq=False)
+class Comparisons:
+    """encounters: those that were compared, by number; subject: int64 (n,), of each; gallery: bool (n,), whether it is enrolled.
+    nonmated_possible: pairs of strangers there are, of which `pairs` holds all or a sample."""
+
+    encounters: Sequence[Labelled]
+    subject: Int64
+    gallery: Bool
+    pairs: Pairs
+    searches: Searches
+    nonmated_possible: int
+    sampled: bool
+    models: Mapping[str, str]
+    calibrations: Calibrations
+
+
+class _Held:
+    """Templates in hand as columns: `Candidates` of the comparer without a loop over rows."""
+
+    def __init__(self, encounters: Sequence[Labelled]) -> None:
+        templates = [one.templates for one in encounters]
+        self._presence = np.array([sum(BIT[column] for column in some) for some in templates], np.uint16)
+        self._models: dict[str, str] = {}
+        self._vectors: dict[str, Float32] = {}
+        self._place: dict[str, Int64] = {}
+        self._records: dict[str, dict[int, bytes]] = {}
+        for column in COLUMNS:
+            there = [(row, some[column]) for row, some in enumerate(templates) if column in some]
+            if not there:
+                continue
+            self._models[column] = there[0][1].model_id
+            vectors = [one.embedding for _, one in there if one.embedding is not None]
+            whole = len(vectors) == len(there)  # one model: all have an embedding, or none
+            self._vectors[column] = np.array(vectors, np.float32) if whole else np.zeros((len(there), 0), np.float32)
+            self._place[column] = np.zeros(len(templates), np.int64)
+            self._place[column][[row for row, _ in there]] = np.arange(len(there))
+            self._records[column] = {row: one.minutiae for row, one in there if one.minutiae is not None}
+
+    def presence(self, rows: Int64) -> NDArray[np.uint16]:
+        return np.asarray(self._presence[rows])
+
+    def embeddings(self, rows: Int64, column: str) -> Float32:
+        return np.asarray(self._vectors[column][self._place[column][rows]])
+
+    def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
+        records = self._records[column]
+        return {row: records[row] for row in rows.tolist() if row in records} if records else {}
+
+    def model_ids(self) -> Mapping[str, str]:
+        return self._models
+
+
+def of_one_model(encounters: Sequence[Labelled]) -> list[Labelled]:
+    """Templates of a column's less frequent models do not compare with the others: they are refused, as a gallery would."""
+    models: dict[str, Counter[str]] = {}
+    for one in encounters:
+        for column, template in one.templates.items():
+            models.setdefault(column, Counter())[template.model_id] += 1
+    kept = {column: counts.most_common(1)[0][0] for column, counts in models.items()}
+    return [
+        one
+        if all(template.model_id == kept[column] for column, template in one.templates.items())
+        else replace(
+            one,
+            templates={c: t for c, t in one.templates.items() if t.model_id == kept[c]},
+            refusals=(
+                *one.refusals,
+                *(Refusal(c, "other_model") for c, t in one.templates.items() if t.model_id != kept[c]),
+            ),
+        )
+        for one in encounters
+    ]
+
+
+def compare_all(
+    encounters: Sequence[Labelled],
+    config: Config,
+    rng: np.random.Generator,
+    *,
+    nonmated_max: int,
+    progress: Progress,
+) -> Comparisons:
+    """Everybody with everybody. Above nonmated_max pairs of strangers, a random sample of about as many (each pair with the same
+    chance); searches are whole all the same."""
+    encounters = of_one_model(encounters)
+    names = {name: number for number, name in enumerate(dict.fromkeys(one.subject_id for one in encounters))}
+    subject = np.array([names[one.subject_id] for one in encounters], np.int64)
+    usable = np.array([one.enrolled for one in encounters], bool)
+    first = np.zeros(len(subject), bool)
+    first[np.unique(subject, return_index=True)[1]] = True
+    gallery = first & usable
+    single = np.bincount(subject)[subject] == 1
+
+    compared = np.flatnonzero(usable)
+    each = np.bincount(subject[compared], minlength=len(names)).astype(np.int64)
+    possible = int((len(compared) * (len(compared) - 1) - (each * (each - 1)).sum()) // 2)
+    sampled = possible > nonmated_max
+    share = nonmated_max / possible if sampled else 1.0
+
+    held = _Held(encounters)
+    drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
+    own = config.stated_policy.own_strangers
+    cards = Extractor(config).cards
+    known = Calibrations(cards, lambda model_id: drawn.get(model_id, NOBODY), own_strangers=lambda: own)
+    matcher = CylinderMatcher(config.threads)
+    comparer = Comparer(known.of, matcher, known.with_minutiae)
+    rows = np.arange(len(encounters))
+    parts: list[Pairs] = []
+    probes = np.flatnonzero(~first | single)
+    later = ~first[probes]
+    searches = _no_searches(probes, later, later & np.isin(subject[probes], subject[gallery]), usable[probes])
+    place = np.full(len(encounters), -1)
+    place[probes] = np.arange(len(probes))
+    try:
+        for done, a in enumerate(compared.tolist(), start=1):
+            paired = usable & (rows > a)
+            if sampled:
+                paired &= (subject == subject[a]) | (rng.random(len(rows)) < share)
+            searched = gallery & (rows != a) if place[a] >= 0 else np.zeros(len(rows), bool)
+            ranked = comparer.compare(encounters[a].templates, held, np.flatnonzero(paired | searched))
+            parts.append(_pairs_of(ranked, a, paired, subject, encounters[a]))
+            if place[a] >= 0:
+                _search(searches, int(place[a]), ranked, searched, subject, a)
+            if done % 64 == 0 or done == len(compared):
+                progress("comparing", done, len(compared))
+    finally:
+        matcher.close()
+    return Comparisons(
+        encounters, subject, gallery, _joined(parts), searches, possible, sampled, held.model_ids(), known
+    )
+
+
+def _pairs_of(ranked: Ranked, a: int, paired: Bool, subject: Int64, probe: Labelled) -> Pairs:
+    kept = paired[ranked.rows]
+    b = ranked.rows[kept]
+    raw = {}
+    for column in probe.templates:
+        for kind, values in zip(("similarity", "minutiae"), ranked.raw(column), strict=True):
+            raw[column, kind] = values[kept]
+    return Pairs(
+        np.full(len(b), a, np.int64),
+        b,
+        subject[b] == subject[a],
+        ranked.score_db[kept],
+        ranked.llr_db[kept],
+        ranked.extrapolated()[kept],
+        raw,
+    )
+
+
+def _search(searches: Searches, at: int, ranked: Ranked, searched: Bool, subject: Int64, a: int) -> None:
+    kept = searched[ranked.rows]
+    rows, score_db, llr_db = ranked.rows[kept], ranked.score_db[kept], ranked.llr_db[kept]
+    mate = subject[rows] == subject[a]
+    if (~mate).any():
+        strongest = int(np.argmax(~mate))  # ranked: the first is the strongest
+        searches.stranger_db[at], searches.stranger[at] = score_db[strongest], rows[strongest]
+    if mate.any():
+        (place,) = np.flatnonzero(mate)
+        before = (score_db > score_db[place]) | ((score_db == score_db[place]) & (llr_db >= llr_db[place]))
+        searches.mate_db[at], searches.rank[at] = score_db[place], np.count_nonzero(before)
+
+
+def _no_searches(probes: Int64, later: Bool, enrolled: Bool, searched: Bool) -> Searches:
+    count = len(probes)
+    return Searches(
+        probes,
+        later,
+        enrolled,
+        searched,
+        np.full(count, -np.inf),
+        np.zeros(count, np.int64),
+        np.full(count, -np.inf),
+        np.full(count, -1, np.int64),
+    )
+
+
+def _joined(parts: Sequence[Pairs]) -> Pairs:
+    def all_of(name: str, kind: type) -> NDArray[Any]:
+        return np.concatenate([np.zeros(0, kind), *(getattr(part, name) for part in parts)])
+
+    raw = {}
+    for column in COLUMNS:
+        for kind in ("similarity", "minutiae"):
+            key = (column, kind)
+            each = [part.raw[key] if key in part.raw else np.full(len(part.a), np.nan) for part in parts]
+            values = np.concatenate([np.zeros(0), *each])
+            if not np.isnan(values).all():
+                raw[key] = values
+    return Pairs(
+        all_of("a", np.int64),
+        all_of("b", np.int64),
+        all_of("mated", bool),
+        all_of("score_db", float),
+        all_of("llr_db", float),
+        all_of("extrapolated", bool),
+        raw,
+    )
+
+
+def _drawn(encounters: Sequence[Labelled], gallery: Bool, model_id: str) -> Drawn:
+    """Embeddings of a model, one a subject, as a gallery would draw them."""
+    of = (encounters[row].templates for row in np.flatnonzero(gallery).tolist())
+    each = (next((t.embedding for t in some.values() if t.model_id == model_id), None) for some in of)
+    vectors = [vector for vector in each if vector is not None][:SAMPLE_SIZE]
+    return Drawn(model_id, len(vectors), lambda: np.array(vectors, np.float32)) if vectors else NOBODY

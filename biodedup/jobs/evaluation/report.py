@@ -1,0 +1,77 @@
+"""The HTML report of an evaluation: one file, open offline, no scripts.
+
+Owns what the page shows and in which words. Never counts. It holds captures of the worst pairs: biometric data, unless no pictures are
+asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from biodedup.capture.formats import decode
+from biodedup.config import Config
+from biodedup.gallery.files.private import make_private_folder
+from biodedup.jobs.evaluation import plots
+from biodedup.jobs.evaluation.labelled import Labelled
+from biodedup.jobs.shared.page import drawing, picture, write_page
+from biodedup.values import Refusal
+
+CAPTURES_SHOWN = 3
+
+
+def write_report(
+    document: dict[str, Any], encounters: Sequence[Labelled], path: Path, config: Config, pictures: int
+) -> None:
+    """document: as in the JSON file; pictures: pairs shown of either kind of error. Raises StorageUnavailable."""
+    by_name = {one.encounter_id: one for one in encounters}
+    worst = {
+        kind: [
+            told | {side: _shown(by_name[told[f"encounter_{side}"]], config) for side in ("a", "b")}
+            for told in document["worst"][kind][:pictures]
+        ]
+        for kind in ("false_matches", "misses")
+    }
+    make_private_folder(path.parent)
+    write_page(path, "evaluate.html", found=document, figures=_figures(document), worst=worst)
+
+
+def _figures(document: dict[str, Any]) -> dict[str, Markup]:
+    """Name -> inline SVG; those that there is something for."""
+    verification, identification = document["verification"], document["identification"]
+    figures: dict[str, Any] = {}
+    if verification["det"]:
+        policy = [("1:1", verification["at_policy"]["threshold_db"])]
+        policy += [(one["outcome"], one["threshold_db"]) for one in identification["at_policy"]]
+        figures["histogram"] = plots.histogram(verification["histogram"], policy)
+        whole = [("all evidence (score_db)", verification["det"]["fmr"], verification["det"]["fnmr"])]
+        alone = [
+            (f"{one['column']}, {one['evidence']} alone", one["det"]["fmr"], one["det"]["fnmr"])
+            for one in document["alone"]
+        ]
+        points = [(one["fmr"], one["fnmr"]) for one in verification["at_fmr"]]
+        figures["det"] = plots.trade_off(
+            whole + alone, points, "FMR: strangers taken for one person", "FNMR: one person not recognised"
+        )
+    if identification["det"]:
+        size = identification["gallery_subjects"]
+        curve = [(f"N = {size}", identification["det"]["fpir"], identification["det"]["fnir"])]
+        points = [(one["fpir"], one["fnir"]) for one in identification["at_fpir"]]
+        figures["search_det"] = plots.trade_off(
+            curve, points, f"FPIR at N = {size}: false alarms", f"FNIR at N = {size}: mates missed"
+        )
+        figures["cmc"] = plots.ranks(identification["cmc"])
+    return {name: drawing(figure) for name, figure in figures.items()}
+
+
+def _shown(encounter: Labelled, config: Config) -> list[Markup]:
+    """Images of an encounter's captures; none of templates, and none of a file that is gone."""
+    shown = []
+    for capture in encounter.captures[:CAPTURES_SHOWN]:
+        pixels = decode(capture.data, capture.column, config.capture)
+        if not isinstance(pixels, Refusal):
+            shown.append(picture(pixels.rgb_or_grey))
+    return shown

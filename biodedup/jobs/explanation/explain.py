@@ -1,0 +1,362 @@
+"""`explain`: one page on one pair: what was captured, what was found in it, what agrees, and what that is worth.
+
+Owns what stands on the page and where. Never compares itself: it extracts under a trace, asks the comparer for the evidence, and the
+matcher for the minutiae that it paired. The page holds biometric data; it goes to the file that was asked for and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+import biodedup
+from biodedup.capture.finger import DPI, MM_PER_PIXEL, resampled, ridge_blocks, ridge_period_share, scanner_dpi
+from biodedup.capture.formats import decode
+from biodedup.capture.minutiae_layouts import is_record
+from biodedup.capture.reading import read
+from biodedup.capture.wsq import is_wsq
+from biodedup.config import Config, IsolationConfig
+from biodedup.embed.cards import shipped_cards
+from biodedup.embed.extractor import Extractor
+from biodedup.engine import Engine
+from biodedup.errors import InvalidInput
+from biodedup.jobs.explanation.page import Image, Shown, joined, label, panel, title, waterfall
+from biodedup.jobs.manifests.captures import IMAGE_SUFFIXES, is_image
+from biodedup.jobs.shared.page import write_page
+from biodedup.match.calibration import SCORE_DB_MAX
+from biodedup.match.judgement import Judgement, judge
+from biodedup.match.pairs import pair_comparer
+from biodedup.match.ranked import Comparison
+from biodedup.trace import Step, Trace
+from biodedup.trace import explain as traced
+from biodedup.values import FINGER_POSITIONS, Face, Finger, Missing, Refusal, Template
+
+Side: TypeAlias = "str | Path | Sequence[Face | Finger | Missing] | Mapping[str, Template]"
+"""A file or folder of captures, captures, or templates without pictures."""
+
+_RECORDS = frozenset((".fmr", ".fmd", ".ist-fmr", ".min"))
+_SIZES = (1_000, 1_000_000, 200_000_000)
+"""Galleries whose thresholds the page tells, besides the one that is asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """What the page says. comparison: None where nothing was comparable; threshold_db: of `duplicate` at this size, or 1:1."""
+
+    headline: str
+    outcome: str
+    comparison: Comparison | None
+    verdict: Judgement
+    size: int | None
+    duplicate_db: float
+    review_db: float
+    refusals: tuple[tuple[Refusal, ...], tuple[Refusal, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without biometric data."""
+        compared = None if self.comparison is None else asdict(self.comparison)
+        return {
+            "headline": self.headline,
+            "outcome": self.outcome,
+            "kind": next(iter(self.verdict.kinds), ""),
+            "gallery_size": self.size,
+            "duplicate_db": self.duplicate_db,
+            "review_db": self.review_db,
+            "comparison": compared,
+            "refusals": {name: [asdict(one) for one in some] for name, some in zip("ab", self.refusals, strict=True)},
+        }
+
+
+def explain(
+    a: Side,
+    b: Side,
+    out: Path,
+    config: Config | None = None,
+    *,
+    names: tuple[str, str] = ("A", "B"),
+    size: int | None = None,
+    across_positions: bool = False,
+    engine: Engine | None = None,
+) -> Explained:
+    """Compares two sides and writes a page about it.
+
+    size: subjects of the gallery whose thresholds count; None takes the engine's, and without one those of a 1:1 comparison. engine: whose
+    calibrations count. Raises InvalidInput, ModelMismatch, StorageUnavailable.
+    """
+    with Extractor(config or Config(isolation=IsolationConfig())) as extractor:
+        sides = _shown(a, extractor), _shown(b, extractor)
+        return _write(out, sides, extractor, names, size, across_positions, engine)
+
+
+def explain_templates(
+    a: Mapping[str, Template],
+    b: Mapping[str, Template],
+    out: Path,
+    config: Config | None = None,
+    *,
+    names: tuple[str, str] = ("A", "B"),
+    images: tuple[Mapping[str, Image], Mapping[str, Image]] | None = None,
+    size: int | None = None,
+    across_positions: bool = False,
+    engine: Engine | None = None,
+) -> Explained:
+    """As `explain`, of templates in hand. images: column -> picture of each side, where somebody kept them: of fingers, grey at 500 dpi."""
+    extractor = Extractor(config or Config())
+    kept: tuple[Mapping[str, Image], Mapping[str, Image]] = images or ({}, {})
+    sides = [
+        [replace(shown, image=pictures.get(shown.column)) for shown in _shown(side, extractor)]
+        for side, pictures in zip((a, b), kept, strict=True)
+    ]
+    return _write(out, (sides[0], sides[1]), extractor, names, size, across_positions, engine)
+
+
+def captures_at(path: Path, config: Config | None = None) -> list[Face | Finger]:
+    """The captures of a file or folder. A finger's position is read from its file's name (`right_index`); what no name tells is
+    a finger where it shows ridges, else a face. Raises InvalidInput."""
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if _is_capture(p))
+    if not files:
+        raise InvalidInput(f"{path} is no file, and no folder of captures; name an image, or a folder of them")
+    return [_capture(file, config or Config()) for file in files]
+
+
+def _is_capture(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    known = suffix in IMAGE_SUFFIXES | _RECORDS or (not suffix and is_image(path))
+    return known and not path.name.startswith("._")  # macOS leaves these beside each file
+
+
+def _capture(path: Path, config: Config) -> Face | Finger:
+    name = path.stem.lower().replace("-", "_").replace(" ", "_")
+    for position in FINGER_POSITIONS[:-1]:
+        if position in name:
+            return Finger(path, position)
+    return Finger(path) if "face" not in name and _shows_ridges(path, config) else Face(path)
+
+
+def _shows_ridges(path: Path, config: Config) -> bool:
+    content = read(path, "unknown", config.capture)
+    if isinstance(content, Refusal):
+        return False
+    if is_record(content) or is_wsq(content):
+        return True
+    pixels = decode(content, "unknown", config.capture)
+    if isinstance(pixels, Refusal) or (pixels.rgb[..., 0] != pixels.rgb[..., 2]).any():
+        return False
+    dpi = scanner_dpi(pixels.dpi)
+    if max(pixels.grey.shape) * DPI / dpi > config.finger.side_px_max:
+        return False
+    grey = resampled(pixels.grey, dpi)
+    ridges = ridge_blocks(grey)
+    area_mm2 = np.count_nonzero(ridges) * (16 * MM_PER_PIXEL) ** 2
+    enough = area_mm2 >= config.finger.area_mm2_min
+    return bool(enough and ridge_period_share(grey, ridges) >= config.finger.ridge_share_min)
+
+
+# what was found in the captures ---------------------------------------------------------------------------------------
+
+
+def _shown(side: Side, extractor: Extractor) -> list[Shown]:
+    """The captures of a side; the kept one of each column has its template, others a refusal."""
+    if isinstance(side, Mapping):
+        return [Shown(column, "a stored template", template) for column, template in side.items()]
+    captures = captures_at(Path(side), extractor.config) if isinstance(side, (str, Path)) else list(side)
+    with traced() as steps:
+        results = extractor.extract(captures)
+    shown = [
+        _shown_capture(capture, result, steps, i)
+        for i, (capture, result) in enumerate(zip(captures, results, strict=True))
+    ]
+    best: dict[str, int] = {}
+    for i, one in enumerate(shown):
+        if one.template is not None:
+            kept = best.setdefault(one.column, i)
+            if (one.template.quality or 0) > (getattr(shown[kept].template, "quality", None) or 0):
+                best[one.column] = i
+    return [
+        one
+        if one.template is None or best[one.column] == i
+        else replace(
+            one,
+            template=None,
+            refusal=Refusal(one.column, "superseded", "a better capture was kept", one.template.quality),
+        )
+        for i, one in enumerate(shown)
+    ]
+
+
+def _shown_capture(capture: Face | Finger | Missing, result: Template | Refusal, steps: Trace, item: int) -> Shown:
+    def last(name: str) -> Step | Mapping[str, Any]:
+        found = steps.of(name, item)
+        return found[-1] if found else {}
+
+    face, pose, ridges = last("face"), last("pose"), last("ridges")
+    image = next((step["image"] for step in (face, last("faces"), ridges, last("pixels")) if step), None)
+    data = getattr(capture, "data", None)
+    return Shown(
+        result.column,
+        Path(data).name if isinstance(data, (str, Path)) else "not captured" if data is None else "in memory",
+        result if isinstance(result, Template) else None,
+        result if isinstance(result, Refusal) else None,
+        image,
+        face.get("box"),
+        face.get("landmarks"),
+        face.get("aligned"),
+        pose.get("core"),
+        pose.get("angle", 0.0),
+        tuple(check for step in steps.of("quality", item) for check in step["checks"]),
+    )
+
+
+# the page -------------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    out: Path,
+    sides: tuple[Sequence[Shown], Sequence[Shown]],
+    extractor: Extractor,
+    names: tuple[str, str],
+    size: int | None,
+    across: bool,
+    engine: Engine | None,
+) -> Explained:
+    policy = extractor.config.stated_policy if engine is None else engine.policy
+    pairs = engine.pairs if engine is not None else pair_comparer([*shipped_cards(), *extractor.cards])
+    size = len(engine) if size is None and engine is not None else size
+    mine, theirs = ({one.column: one for one in side if one.template is not None} for side in sides)
+    templates = [
+        {column: one.template for column, one in side.items() if one.template is not None} for side in (mine, theirs)
+    ]
+    comparison = pairs.compare(templates[0], templates[1], across=across)
+    verify_db = -10 * float(np.log10(policy.verify_fmr))
+    duplicate_db, review_db = (verify_db, verify_db) if size is None else policy.thresholds_db(size)
+    compared = [] if comparison is None else [comparison if size is not None else replace(comparison, sure_db=None)]
+    verdict = judge(
+        compared,
+        duplicate_db,
+        review_db,
+        band_db=review_db,
+        usable=bool(compared),
+        trust_extrapolation=policy.trust_extrapolation,
+    )
+    evidence = () if comparison is None else comparison.evidence
+    refusals = [tuple(one.refusal for one in side if one.refusal is not None) for side in sides]
+    told = Explained(
+        _headline(comparison, verdict, duplicate_db, review_db, size),
+        verdict.outcome,
+        comparison,
+        verdict,
+        size,
+        duplicate_db,
+        review_db,
+        (refusals[0], refusals[1]),
+    )
+    used = ({part.column for part in evidence}, {part.candidate_column for part in evidence})
+    rows = sorted({*_SIZES, *(() if size is None else (size,))})
+    laws = [pairs.law(templates[0][part.column], part) for part in evidence]
+    write_page(
+        out,
+        "explain.html",
+        told=told,
+        names=names,
+        verify_db=verify_db,
+        policy=policy,
+        comparison=comparison,
+        reaches=None if comparison is None else _once_in(comparison.score_db),
+        waterfall=None if comparison is None else waterfall(comparison, duplicate_db, review_db),
+        thresholds=[(row, *policy.thresholds_db(row), row == size) for row in rows],
+        pairs=[
+            {
+                "title": title(part),
+                "part": part,
+                "law": law,
+                "readings": pairs.readings(templates[0][part.column], part),
+                "sides": [panel(mine[part.column]), panel(theirs[part.candidate_column])],
+                "matched": joined(mine[part.column], theirs[part.candidate_column], part),
+            }
+            for part, law in zip(evidence, laws, strict=True)
+        ],
+        measured_db=max((law.measured_db for law in laws), default=0.0),
+        others=[
+            (name, panel(one))
+            for name, side, columns in zip(names, sides, used, strict=True)
+            for one in side
+            if one.template is None or one.column not in columns
+        ],
+        models=sorted({(t.column, t.model_id) for side in templates for t in side.values()}),
+        cards=extractor.cards,
+        version=biodedup.__version__,
+        label=label,
+        once_in=_once_in,
+    )
+    return told
+
+
+def _headline(
+    comparison: Comparison | None, verdict: Judgement, duplicate_db: float, review_db: float, size: int | None
+) -> str:
+    if comparison is None:
+        return "Nothing to compare: no capture of one side has a usable counterpart on the other."
+    score, once = f"{comparison.score_db:.0f} dB", _once_in(comparison.score_db)
+    where = "a 1:1 comparison" if size is None else f"a gallery of {size:,}"
+    reaches = f"a stranger reaches this once in {once} comparisons"
+    kind = next(iter(verdict.kinds), "")
+    if verdict.outcome == "duplicate":
+        swapped = ", with fingers that are labelled differently" if kind == "swapped_fingers" else ""
+        return f"Same person at {score}{swapped}: {reaches}; the threshold for {where} is {duplicate_db:.0f} dB."
+    if kind in _KINDS:
+        return f"For a person to judge: {_KINDS[kind]}; {score} in all, and {reaches}."
+    if "uncalibrated" in verdict.reasons:
+        return (
+            f"For a person to judge: {score}, but by a calibration that {where} has not checked with enough people of its own; "
+            f"as far as that is sure, {comparison.sure_db or 0.0:.0f} dB."
+        )
+    if "extrapolated" in verdict.reasons:
+        return (
+            f"For a person to judge: {score}, but beyond what was measured, which the policy does not trust; {reaches}."
+        )
+    if verdict.outcome == "review":
+        return (
+            f"For a person to judge: {score}; {reaches}. For {where}, review begins at {review_db:.0f} dB and the same person is "
+            f"taken for granted from {duplicate_db:.0f} dB on."
+        )
+    threshold = "the threshold" if size is None else "review"
+    return f"Not shown to be the same person: {score}; {reaches}; {threshold} for {where} begins at {review_db:.0f} dB."
+
+
+_KINDS = {
+    "look_alike": "the faces agree and the fingers do not, as twins' do",
+    "shared_finger": "one finger agrees and all else does not, as where an operator's finger got into a record",
+}
+
+
+def _once_in(score_db: float) -> str:
+    """How many comparisons of strangers it takes, as a text."""
+    if score_db >= SCORE_DB_MAX - 1e-6:
+        return "more than 10" + str(round(SCORE_DB_MAX / 10)).translate(_RAISED)
+    if score_db >= 60:
+        return "10" + str(int(score_db / 10)).translate(_RAISED)
+    count = 10 ** (score_db / 10)
+    return f"{count:.1f}" if count < 10 else f"{float(f'{count:.2g}'):,.0f}"
+
+
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def parse_side(texts: Iterable[str], config: Config | None = None) -> list[Face | Finger]:
+    """Captures from texts: paths, and `face=PATH`, `finger=PATH`, `right_index=PATH`, several in one text with commas between."""
+    captures: list[Face | Finger] = []
+    for text in texts:
+        named = [piece.partition("=") for piece in text.split(",")]
+        if not all(separator and name in _NAMED for name, separator, _ in named):
+            captures += captures_at(Path(text), config)
+            continue
+        for name, _, path in named:
+            captures.append(Face(path) if name == "face" else Finger(path, "unknown" if name == "finger" else name))
+    return captures
+
+
+_NAMED = frozenset(("face", "finger", *FINGER_POSITIONS))

@@ -1,0 +1,1 @@
+"""`doctor`: the installation, a gallery, and canaries."""

@@ -1,0 +1,359 @@
+"""`doctor --sentinels`: does a search still find what was enrolled?
+
+Owns the searches for the sentinels (`sentinel_file.py`) and what follows from their answers. Never mends anything.
+
+Checksums see that files are as they were written. They do not see a row that an index has lost, codes that were wrong before
+they were summed up, a kernel that miscomputes on this processor, or a plan whose law misleads. Three looks, each at what the one
+before cannot see:
+
+1. The stored templates of every sentinel's subject against its probe: are they what they were?
+2. `engine.search` for every probe of embeddings. How many should be found follows from the similarities of strangers at the
+   present size, and from `miss_risk`. Whoever was not found is looked for by numpy among all stored rows: where this one finds
+   it, the search has lost it, and no law is needed to say so. Losses within `miss_risk` are searched for once more with nothing
+   left to chance.
+3. `engine.identify` for a few, with all their columns, minutiae among them; 1:1 verification says who should be found.
+
+An alarm is raised where losses as many as these have a probability below `FALSE_ALARM` (of all tests of a run together) in a
+gallery that loses no more than `miss_risk`. Rows are read by a second view of the gallery, independent of the engine's. It is
+taken before the engine's and once more after it; whose row lives in both, lives in the engine's, too: what is removed while all
+this goes on is no loss.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import bdtr, bdtrc, betainc, pdtr
+
+from biodedup.config import Config
+from biodedup.engine import Engine
+from biodedup.errors import GalleryDamaged, StorageUnavailable
+from biodedup.gallery.files.filesystem import LocalStorage, Storage
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.segments.part import PIECE_ROWS, Int64
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.jobs.health.canary_file import (
+    Sentinel,
+    Sentinels,
+    load,
+    place_of,
+    record_hash,
+    save,
+    standing,
+    topped_up,
+)
+from biodedup.jobs.health.canary_report import REMAKE, Watch, Watched, line_of, of_themselves, problems_of, vanished
+from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.values import Encounter, Float32, Template
+
+COUNT = 200
+SEED = 0
+FALSE_ALARM = 1e-4
+"""The probability that a sound gallery raises an alarm in one run, all columns together, at most."""
+FIRST = 20
+"""A sentinel is found where its subject is among so many."""
+IDENTIFIED = 24
+"""Sentinels that are identified by all their columns; as many again for each column of minutiae alone."""
+
+_COSINE_TOLERANCE = 0.01  # of a stored embedding: merging may encode it anew, which changes a cosine by 0.0006 or so
+_SIMILARITY_TOLERANCE = 1e-3  # of a similarity that the search returns, against numpy's
+_TIE = 1e-4
+_SAMPLE_ROWS = 4096
+
+
+def watch(
+    gallery: Path,
+    config: Config | None = None,
+    *,
+    count: int = COUNT,
+    seed: int = SEED,
+    storage: Storage | None = None,
+    progress: Progress = silent,
+) -> Watch:
+    """Searches for the gallery's sentinels and judges the answers; makes them where there are none, and more where it has grown.
+
+    count: of each column, about. Reads the gallery alone; where the sentinels cannot be written, those in memory are searched.
+    Raises what opening a gallery raises.
+    """
+    config, storage = config or Config(), storage or LocalStorage()
+    with (
+        closing(Gallery.open_to_read(gallery, storage, config.gallery)) as stored,
+        Engine.open(gallery, config, read_only=True, storage=storage) as engine,
+    ):
+        try:
+            known = load(storage, gallery)
+        except GalleryDamaged as error:
+            return Watch(problems=(f"sentinels: their file is damaged ({error}); {REMAKE}",))
+        if known is not None and known.gallery_id != stored.gallery_id:
+            return Watch(problems=(f"sentinels: they are of another gallery; {REMAKE}",))
+        snapshot = stored.snapshot()
+        now = standing(known or Sentinels(stored.gallery_id, snapshot.version, seed, ()), snapshot)
+        kept = Sentinels(stored.gallery_id, snapshot.version, seed if known is None else known.seed, now.kept)
+        searched = topped_up(kept, snapshot, count)
+        problems, is_kept, searched = vanished(now, known, snapshot.version), True, kept
+        if not problems:
+            searched = topped_up(kept, snapshot, count)
+            if known is None or searched.version != known.version or searched.each != known.each:
+                is_kept = _saved(storage, gallery, searched)
+        made = len(searched.each) - len(kept.each)
+        engine.refresh()
+        stored.refresh()
+        present = standing(searched, stored.snapshot()).present
+        run = _Run(gallery, config, storage, engine, stored, progress)
+        columns = run.columns(present)
+        problems += [problem for one in columns for problem in problems_of(one)] + run.incomplete
+        lines = [line_of(one) for one in columns if not problems_of(one)]
+        lines += of_themselves(made, now, known, is_kept, searched)
+        return Watch(tuple(columns), made, len(now.removed), len(now.gone), is_kept, tuple(lines), tuple(problems))
+
+
+def forget_removed(gallery: Path, *, storage: Storage | None = None) -> int:
+    """Drops the sentinels of removed subjects, before a compaction erases their templates. Returns how many were dropped.
+
+    Leaves a damaged file, and one of another gallery, alone. Raises what opening a gallery raises.
+    """
+    storage = storage or LocalStorage()
+    with closing(Gallery.open_to_read(gallery, storage, Config().gallery)) as stored:
+        try:
+            known = load(storage, gallery)
+        except GalleryDamaged:
+            return 0
+        if known is None or known.gallery_id != stored.gallery_id:
+            return 0
+        now = standing(known, stored.snapshot())
+        removed = {*now.removed, *now.gone}
+        if removed:
+            save(storage, gallery, replace(known, each=tuple(one for one in known.each if one not in removed)))
+        return len(removed)
+
+
+def _saved(storage: Storage, gallery: Path, sentinels: Sentinels) -> bool:
+    try:
+        save(storage, gallery, sentinels)
+    except StorageUnavailable:  # a read-only copy, or a full disk: they can be searched for all the same
+        return False
+    return True
+
+
+# searching -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """One run's views of the gallery. engine: what is tested; stored: what says what is there. incomplete: problems."""
+
+    gallery: Path
+    config: Config
+    storage: Storage
+    engine: Engine
+    stored: Gallery
+    progress: Progress
+
+    incomplete: list[str] = field(default_factory=list)
+
+    def columns(self, present: Sequence[Sentinel]) -> list[Watched]:
+        snapshot = self.stored.snapshot()
+        names = [name for name in snapshot.models if any(name in one.mates for one in present)]
+        alpha = FALSE_ALARM / (2 * len(names) + 1)
+        found = []
+        for done, name in enumerate(names):
+            self.progress("sentinels", done, len(names) + 1)
+            some = [one for one in present if name in one.mates]
+            if snapshot.models[name].dimension is None:
+                found.append(self._records(name, some))
+            else:
+                found.append(self._column(name, some, alpha))
+        if present:
+            self.progress("sentinels", len(names), len(names) + 1)
+            found.append(self._identified(present, alpha))
+        self.progress("sentinels", len(names) + 1, len(names) + 1)
+        return found
+
+    def _records(self, name: str, some: Sequence[Sentinel]) -> Watched:
+        """A column of minutiae alone: are the records what they were? Searches for them go by `_identified`."""
+        changed = self._changed_records(name, some)
+        kept = len(some) - len(changed)
+        return _with_changed(Watched(name, len(some), kept, kept, 0, len(some), len(some), 1.0, 1.0), self, changed)
+
+    def _column(self, name: str, some: Sequence[Sentinel], alpha: float) -> Watched:
+        snapshot = self.stored.snapshot()
+        probes = np.array([one.mates[name].embedding for one in some], np.float32)
+        stored = snapshot.embeddings([one.row for one in some], name)
+        cosine = np.einsum("ij,ij->i", stored, probes)
+        made_at = np.array([one.mates[name].cosine for one in some])
+        changed = [one for one, off in zip(some, np.abs(cosine - made_at) > _COSINE_TOLERANCE, strict=True) if off]
+        changed += [one for one in self._changed_records(name, some) if one not in changed]
+        result = self.engine.search({name: probes}, k=FIRST)
+        if result.incomplete:
+            self.incomplete.append(f"sentinels {name}: the search is incomplete; see the log for the shard that failed")
+        place = _places(result.ids, some)
+        plan = self.engine.plan([name]).columns[0]
+        risk = 0.0
+        if plan.coded_rows:
+            risk = max(self.config.search.miss_risk, plan.miss_bound or 0.0, plan.by_signs or 0.0)
+        first, among = _expected(snapshot, name, probes, cosine, plan.rows)
+        at = np.flatnonzero(place < FIRST)
+        miscomputed = int((np.abs(result.similarity[at, place[at]] - cosine[at]) > _SIMILARITY_TOLERANCE).sum())
+        suspects = np.flatnonzero(((place > 0) & (first >= 0.5)) | ((place >= FIRST) & (among >= 0.5)))
+        rank = _exact_rank(
+            self.stored.snapshot(), name, probes[suspects], cosine[suspects], [some[i].row for i in suspects.tolist()]
+        )
+        lost = suspects[(rank <= FIRST) & (place[suspects] >= rank)]
+        p_lost = float(bdtrc(len(lost) - 1, len(some), risk)) if len(lost) else 1.0
+        certain = 0
+        if len(lost) and p_lost >= alpha:
+            certain = self._lost_for_certain(name, [some[i] for i in lost.tolist()], probes[lost])
+        watched = _counted(name, place, first * (1 - risk), among * (1 - risk), alpha)
+        watched = replace(
+            watched,
+            lost=len(lost),
+            p_lost=p_lost,
+            certain=certain,
+            lost_in=self._where([some[i] for i in lost.tolist()], some),
+            miscomputed=miscomputed,
+            alarm=p_lost < alpha or certain > 0,
+        )
+        return _with_changed(watched, self, changed)
+
+    def _lost_for_certain(self, name: str, lost: Sequence[Sentinel], probes: Float32) -> int:
+        """Of these, how many a search that leaves nothing to chance does not find either."""
+        config = replace(self.config, search=replace(self.config.search, miss_risk=0.0))
+        with Engine.open(self.gallery, config, read_only=True, storage=self.storage) as engine:
+            place = _places(engine.search({name: probes}, k=FIRST).ids, lost)
+        self.stored.refresh()  # some may have been removed since
+        snapshot = self.stored.snapshot()
+        return sum(at >= FIRST and snapshot.is_present(one.row) for one, at in zip(lost, place.tolist(), strict=True))
+
+    def _identified(self, present: Sequence[Sentinel], alpha: float) -> Watched:
+        """Those whose evidence 1:1 reaches the review threshold, and whose strongest column brings them among the candidates."""
+        engine = self.engine
+        models = self.stored.snapshot().models
+        chosen = set(_spread(present))
+        for name, model in models.items():
+            if model.dimension is None:
+                chosen |= set(_spread([one for one in present if name in one.mates]))
+        some, places, strangers = [], [], []
+        for one in sorted(chosen, key=lambda one: one.row):
+            encounter = Encounter(
+                templates={
+                    name: Template(name, models[name].model_id, mate.embedding, mate.minutiae)
+                    for name, mate in one.mates.items()
+                }
+            )
+            decision = engine.identify(encounter)
+            names = [candidate.subject_id for candidate in decision.candidates]
+            place = names.index(one.subject_id) if one.subject_id in names else FIRST
+            if place >= FIRST and decision.incomplete:
+                continue  # it was not looked for everywhere
+            as_strong = 0.0  # strangers
+            if one.subject_id in engine:
+                alone = engine.verify(encounter, one.subject_id)
+                scanned = max((e.score_db for e in alone.evidence if e.similarity is not None), default=alone.score_db)
+                in_scan, as_strong = (len(engine) * 10 ** (-score / 10) for score in (scanned, alone.score_db))
+                if alone.score_db < decision.review_db or in_scan > engine.config.search.candidates / 4:
+                    continue  # too weak to say that it should be found
+            some.append(one)
+            places.append(place)
+            strangers.append(as_strong)
+        risk = self.config.search.miss_risk
+        rank = np.array(strangers, np.float64)
+        among = pdtr(engine.config.search.returned - 1, rank) * (1 - risk)
+        watched = _counted("all", np.array(places, np.int64), np.exp(-rank) * (1 - risk), among, alpha)
+        lost = [one for one, place in zip(some, places, strict=True) if place >= FIRST]
+        p_lost = float(bdtrc(len(lost) - 1, len(some), 1 - among.mean())) if lost else 1.0
+        return replace(watched, lost=len(lost), p_lost=p_lost, lost_in=self._where(lost, some), alarm=p_lost < alpha)
+
+    def _changed_records(self, name: str, some: Sequence[Sentinel]) -> list[Sentinel]:
+        with_records = [one for one in some if one.mates[name].record_hash]
+        records = self.stored.snapshot().minutiae([one.row for one in with_records], name)
+        return [one for one in with_records if record_hash(records.get(one.row)) != one.mates[name].record_hash]
+
+    def _where(self, lost: Sequence[Sentinel], some: Sequence[Sentinel]) -> tuple[tuple[str, int, int], ...]:
+        snapshot = self.stored.snapshot()
+        there = Counter(place_of(snapshot, one.row) for one in some)
+        counts = Counter(place_of(snapshot, one.row) for one in lost)
+        ordered = sorted(counts.items(), key=lambda item: (-item[1] / there[item[0]], item[0]))
+        return tuple((place, number, there[place]) for place, number in ordered)
+
+
+def _places(ids: NDArray[np.object_], some: Sequence[Sentinel]) -> Int64:
+    """Where each sentinel's subject came, from 0; FIRST where it did not."""
+    same = ids == np.array([one.subject_id for one in some], object)[:, None]
+    return np.where(same.any(axis=1), same.argmax(axis=1), FIRST)
+
+
+def _spread(some: Sequence[Sentinel]) -> list[Sentinel]:
+    """A few, from all over the gallery."""
+    at = np.unique(np.linspace(0, len(some) - 1, min(IDENTIFIED, len(some))).round().astype(np.int64))
+    return [some[i] for i in at.tolist()]
+
+
+def _with_changed(watched: Watched, run: _Run, changed: Sequence[Sentinel]) -> Watched:
+    snapshot = run.stored.snapshot()
+    places = tuple(dict.fromkeys(place_of(snapshot, one.row) for one in changed))
+    return replace(watched, changed=len(changed), changed_in=places)
+
+
+# what is to be expected ------------------------------------------------------------------------------------------
+
+
+def _expected(
+    snapshot: Snapshot, name: str, probes: Float32, cosine: Float32, rows: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The probability that each probe's mate is first, and among FIRST: so few strangers are more similar.
+
+    Similarities to strangers go by the law of directions on a sphere (as in `search.population`), with the mean and deviation over
+    a sample of the column for each probe, its most similar row left out: it may be the mate.
+    """
+    sample = snapshot.sample(name, _SAMPLE_ROWS)
+    similarity = np.sort((probes @ sample.T).astype(np.float64), axis=1)[:, :-1]
+    if similarity.shape[1] < 2:
+        return np.ones(len(probes)), np.ones(len(probes))
+    mean, sd = similarity.mean(axis=1), similarity.std(axis=1)
+    above = np.clip(cosine - mean, 0, 1)
+    freedom = np.maximum(1 / np.maximum(sd, 1e-6) ** 2, 3.0) - 1
+    strangers = max(rows - 1, 0) * betainc(freedom / 2, 0.5, 1 - above**2) / 2
+    return np.exp(-strangers), pdtr(FIRST - 1, strangers)
+
+
+def _exact_rank(snapshot: Snapshot, name: str, probes: Float32, cosine: Float32, rows: Sequence[int]) -> Int64:
+    """The rank of each probe's own row among all live stored rows, by numpy: 1 is the first. Ties count against it."""
+    ahead = np.zeros(len(probes), np.int64)
+    own = np.array(rows, np.int64)
+    for part in snapshot.parts if len(probes) else ():
+        column = part.columns.get(name)
+        mask = snapshot.mask(part)
+        for low in range(0, column.count if column is not None else 0, PIECE_ROWS):
+            assert column is not None
+            high = min(low + PIECE_ROWS, column.count)
+            positions = column.positions(low, high)
+            others = part.rows(positions)[None, :] != own[:, None]
+            if mask is not None:
+                others &= mask[positions]
+            ahead += ((probes @ column.vectors(low, high).T >= cosine[:, None] - _TIE) & others).sum(axis=1)
+    return ahead + 1
+
+
+def _counted(name: str, place: Int64, first: NDArray[np.float64], among: NDArray[np.float64], alpha: float) -> Watched:
+    """Counts and their tests. Of trials with different probabilities, fewer than expected are less likely than the binomial law with
+    their mean says (Hoeffding, 1956), so that this errs on the side of silence."""
+    n = len(place)
+    found, at_first = int((place < FIRST).sum()), int((place == 0).sum())
+    found_min, p_found = _least(found, among, alpha)
+    first_min, p_first = _least(at_first, first, alpha)
+    return Watched(name, n, found, at_first, FIRST, found_min, first_min, p_found, p_first)
+
+
+def _least(count: int, chances: NDArray[np.float64], alpha: float) -> tuple[int, float]:
+    """(the least count that is no surprise, the probability of this one or fewer)."""
+    n = len(chances)
+    if not n:
+        return 0, 1.0
+    cumulative = bdtr(np.arange(n + 1), n, float(chances.mean()))
+    return int(np.searchsorted(cumulative, alpha)), float(cumulative[count])

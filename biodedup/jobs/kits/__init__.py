@@ -1,0 +1,1 @@
+"""Field kits: batch files that a team captures offline and the centre ingests."""

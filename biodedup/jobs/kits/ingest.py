@@ -1,0 +1,321 @@
+"""`kit ingest`: batch files of field kits into the gallery, with what became of every record.
+
+Owns the job from files to outcomes, and what a kit's key may bring. Bytes and signatures are `kit_file`'s, trust `kit_trust`'s, decisions the
+engine's, bookkeeping `kit_ledger`'s.
+
+1. Of a file that is not what a trusted kit signed nothing is taken; of a file that was cut off every whole record is.
+2. Each record is enrolled under an id that is bound to its kit's key (`kit_names`): whatever comes twice is taken once, and no kit can
+   take an id of another kit or of the centre.
+3. A file beyond what its key may bring is refused whole; a record of a group that its key may not write is refused by itself.
+4. A kit's clock is reported, and decides nothing.
+5. Interrupted and started again with the same batches, it goes on, and ends with the same result, byte for byte: records are decided in
+   chunks that depend on the files alone, each against everything before it. (What may differ: a row's embedding is rounded to eight bits
+   when it is sealed, in the background, which can move a score by hundredths of a decibel; and a key that expires in between.)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from biodedup.config import Config, IsolationConfig
+from biodedup.engine import Engine
+from biodedup.errors import BatchDamaged, CallerError, EncounterConflict
+from biodedup.gallery.answers import digest_of
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.private import make_private_folder
+from biodedup.jobs.kits.batch_file import RECORDS_MAX, BatchReader
+from biodedup.jobs.kits.keys import CentreKey
+from biodedup.jobs.kits.ledger import Ledger, Taker
+from biodedup.jobs.kits.names import bound_id, prefix_of, unusable_id
+from biodedup.jobs.kits.outcomes import (
+    BatchOutcome,
+    Entry,
+    Examined,
+    Gap,
+    IngestResult,
+    Outcome,
+    Reused,
+    clock_doubts,
+    cut_text,
+    described,
+    outcome_of,
+    refused_outcome,
+    write_result,
+)
+from biodedup.jobs.kits.record import Record
+from biodedup.jobs.kits.trust import Trusted, TrustedKey, load_trusted
+from biodedup.jobs.shared.output import check_table_name
+from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.values import Decision, Encounter, Missing
+
+_CHUNK_BYTES_MAX = 64 << 20
+_DAY_S = 86_400.0
+
+
+def examine_batch(
+    path: Path,
+    trusted: Trusted,
+    centre: Sequence[CentreKey] = (),
+    *,
+    allow_unencrypted: bool = False,
+    now: float | None = None,
+) -> Examined:
+    """Checks every signature of a file, and what its key may bring. What is wrong with it is in `state` and `problem`; raises
+    StorageUnavailable alone. now: seconds since 1970; None: by this machine's clock."""
+    entries: list[Entry] = []
+    last_packed_at: float | None = None
+    public: TrustedKey | None = None
+    try:
+        with BatchReader(path, trusted, centre, allow_unencrypted=allow_unencrypted) as batch:
+            if batch.public is not None:
+                public = trusted[batch.public.fingerprint]
+                if problem := public.barred(time.time() if now is None else now):
+                    return Examined(path, "refused", f"{path}: the key of kit {public.kit_id} {problem}; nothing of it was taken", public)  # fmt: skip
+                batch.records_max = min(RECORDS_MAX, public.trust.encounters_batch_max)
+            for record in batch:
+                assert public is not None, "records come with a key"
+                entries.append(_entry(record, public))
+                last_packed_at = max(record.packed_at, last_packed_at or record.packed_at)
+    except BatchDamaged as error:
+        return Examined(path, "damaged", str(error), public)
+    except CallerError as error:
+        return Examined(path, "refused", str(error), public)
+    if len({entry.sequence for entry in entries}) < len(entries):
+        return Examined(path, "refused", f"{path} gives one sequence to two records; nothing of it was taken. Pack it again", public)  # fmt: skip
+    problem = "" if batch.whole else cut_text(path, public, entries)
+    return Examined(
+        path,
+        "whole" if batch.whole else "cut",
+        problem,
+        public,
+        batch.digest.hex(),
+        tuple(entries),
+        batch.void,
+        last_packed_at,
+    )
+
+
+def _entry(record: Record, public: TrustedKey) -> Entry:
+    encounter_id = record.encounter.encounter_id or ""
+    forbidden = public.trust.forbidden(tuple(record.encounter.groups))
+    refused = "reserved_id" if unusable_id(encounter_id) else ""
+    if forbidden:
+        refused = f"group_not_allowed: {', '.join(forbidden)}"
+    return Entry(record.sequence, encounter_id, refused)
+
+
+def ingest_batches(
+    batches: Sequence[Path],
+    gallery: Path,
+    trusted: Path,
+    out: Path,
+    config: Config | None = None,
+    *,
+    centre: Sequence[CentreKey] = (),
+    allow_unencrypted: bool = False,
+    report: Path | None = None,
+    clock: Callable[[], float] = time.time,
+    progress: Progress = silent,
+) -> IngestResult:
+    """Takes batch files into a gallery and writes `out` (.parquet or .csv), a row a record, with a summary and an HTML report beside it.
+
+    trusted: a folder of the kits' .pub files, and of the centre's records of them (`kit_trust`). centre: the keys that batches are
+    encrypted to. allow_unencrypted: take files of version 1, too. A file that cannot be taken is in the result, and stops no other.
+    Raises InvalidInput (no trusted keys), GalleryBusy, GalleryDamaged, StorageUnavailable.
+    """
+    check_table_name(out)
+    keys = load_trusted(trusted)
+    with translated(f"writing beside {out}"):
+        make_private_folder(out.parent)
+    examined, now = [], clock()
+    for number, path in enumerate(batches, start=1):
+        examined.append(examine_batch(path, keys, centre, allow_unencrypted=allow_unencrypted, now=now))
+        progress("checking", number, len(batches))
+    usable = [one for one in examined if one.entries]
+    if not usable:
+        files = tuple(described(one, None, 0.0) for one in examined)
+        result = IngestResult(files, (), (), (), now, keys.problems)
+        write_result(result, out, report)
+        return result
+    with Engine.open(gallery, config or Config(isolation=IsolationConfig()), clock=clock) as engine:
+        ledger = Ledger(gallery)
+        try:
+            run, received_at = ledger.run([one.digest for one in usable], now)
+            job = _Ingest(engine, ledger, run, received_at, progress)
+            job.reader = partial(BatchReader, trusted=keys, centre=centre, allow_unencrypted=allow_unencrypted)
+            result = replace(job.result(examined), trust_problems=keys.problems)
+            write_result(result, out, report)
+            ledger.finish(run)
+            return result
+        finally:
+            ledger.close()
+
+
+@dataclass(eq=False)
+class _Ingest:
+    """One run over some examined files."""
+
+    engine: Engine
+    ledger: Ledger
+    run: int
+    received_at: float
+    progress: Progress
+    reader: Callable[[Path], BatchReader] | None = None
+    done: int = 0
+    total: int = 0
+
+    def result(self, examined: Sequence[Examined]) -> IngestResult:
+        self.total = sum(len(one.entries) for one in examined)
+        outcomes: list[Outcome] = []
+        files: list[BatchOutcome] = []
+        reused: list[Reused] = []
+        keys: dict[str, str] = {}
+        digests = set[str]()
+        for file, one in enumerate(examined):
+            one, first = self._within_limits(one), None
+            if one.public is not None and one.entries:
+                key, kit_id = one.public.fingerprint.hex(), one.public.kit_id
+                first = self.ledger.first_received(one.digest, kit_id, key, one.path.name, self.run, self.received_at)
+                if one.digest in digests:
+                    first = self.received_at
+                digests.add(one.digest)
+                keys[key] = kit_id
+                names = {entry.sequence: entry.encounter_id for entry in one.entries}
+                before = self.ledger.arrived(key, kit_id, names, one.void)
+                reused += [Reused(kit_id, n, names[n], name) for n, name in sorted(before.items())]
+                outcomes += self._taken(file, one)
+            files.append(described(one, first, self.received_at))
+        gaps = [Gap(kit_id, key[:16], *span) for key, kit_id in keys.items() for span in self.ledger.absent(key)]
+        return IngestResult(tuple(files), tuple(outcomes), tuple(gaps), tuple(reused), self.received_at)
+
+    def _within_limits(self, one: Examined) -> Examined:
+        """The file as it is, or refused whole for what the ledger knows of its key."""
+        if one.public is None or not one.entries:
+            return one
+        key, trust = one.public, one.public.trust
+        new = sum(
+            self._is_new(bound_id(key.fingerprint, entry.encounter_id)) for entry in one.entries if not entry.refused
+        )
+        today = self.ledger.taken_since(prefix_of(key.fingerprint), self.received_at - _DAY_S)
+        void = self.ledger.void_with(key.fingerprint.hex(), one.void)
+        if today + new > trust.encounters_day_max:
+            problem = (
+                f"{new:,} new encounters after {today:,} within a day; its key may bring {trust.encounters_day_max:,}"
+            )
+        elif void > trust.void_max:
+            problem = f"{void:,} void sequences in all; its key may declare {trust.void_max:,}"
+        else:
+            return one
+        problem = (
+            f"{one.path} of kit {key.kit_id} has {problem}; nothing of it was taken. Ask the team why, and only then raise the limit "
+            "with `biodedup kit trust`"
+        )
+        self.total -= len(one.entries)
+        return replace(one, state="refused", problem=problem, entries=(), void=())
+
+    def _is_new(self, encounter_id: str) -> bool:
+        """Whether no run took an encounter before; what this run took already counts as today's."""
+        return self.engine.decision(encounter_id) is None and self.ledger.taker(encounter_id) is None
+
+    def _taken(self, file: int, one: Examined) -> Iterator[Outcome]:
+        assert one.public is not None, "a batch with records has a key"
+        kit_id, batch = one.public.kit_id, one.path.name
+        previous: float | None = None
+        for first, records in self._chunks(one):
+            entries = one.entries[first : first + len(records)]
+            names = self._names(one.public, records)
+            self._note_takers(file, first, kit_id, entries, names)
+            decisions = self.engine.enroll_many(
+                [
+                    _under(record, name)
+                    for record, name, entry in zip(records, names, entries, strict=True)
+                    if not entry.refused
+                ]
+            )
+            for place, (record, name, entry) in enumerate(zip(records, names, entries, strict=True), start=first):
+                doubts = clock_doubts(record, one.public, previous, self.received_at)
+                if entry.refused:
+                    yield refused_outcome(batch, kit_id, record, name, entry.refused, self.received_at, doubts)
+                else:
+                    taker = self.ledger.taker(name)
+                    here = taker is not None and (taker.run, taker.file, taker.place) == (self.run, file, place)
+                    told = partial(outcome_of, batch, kit_id, record, name, taker, here, self.received_at, doubts)
+                    outcome = self._with_subject(_under(record, name), told(next(decisions)), told)
+                    yield self._first_answer(file, place, outcome)
+                previous = record.captured_at if record.captured_at is not None else previous
+                self.done += 1
+                self.progress("enrolling", self.done, self.total)
+
+    def _first_answer(self, file: int, place: int, outcome: Outcome) -> Outcome:
+        """What this run said of a record before it was interrupted: a later file may have brought the repaired encounter since."""
+        if outcome.outcome == "refused":
+            self.ledger.note_refused(self.run, file, place, json.dumps(asdict(outcome)))
+        elif outcome.outcome == "conflict" and (before := self.ledger.refused(self.run, file, place)):
+            return Outcome(**json.loads(before))
+        return outcome
+
+    def _chunks(self, one: Examined) -> Iterator[tuple[int, list[Record]]]:
+        """(place of the first, records) that are decided and committed together: what is in a chunk depends on the file alone."""
+        assert self.reader is not None, "set by the job"
+        chunk: list[Record] = []
+        byte_count = first = 0
+        with self.reader(one.path) as batch:
+            # what was examined, and no more: the file may grow while it is read
+            for record, _ in zip(batch, one.entries, strict=False):
+                chunk.append(record)
+                byte_count += record.byte_count
+                if len(chunk) >= self.engine.config.batch_size or byte_count >= _CHUNK_BYTES_MAX:
+                    yield first, chunk
+                    first, chunk, byte_count = first + len(chunk), [], 0
+        if chunk:
+            yield first, chunk
+
+    def _names(self, public: TrustedKey, records: Sequence[Record]) -> list[str]:
+        """The id under which the gallery knows each encounter, or will. It is bound to the kit's key, but for content that the gallery has
+        already under the kit's own id (from before ids were bound), or that another key brought under the same id (a copy)."""
+        unbound: dict[int, str] = {}
+        wanted: list[tuple[str, bytes, str]] = []
+        for place, record in enumerate(records):
+            own = record.encounter.encounter_id or ""
+            with suppress(EncounterConflict):  # an id of somebody else, with other content
+                if self.engine.recall(record.encounter) is not None:
+                    unbound[place] = own
+            wanted.append((own, digest_of(record.encounter), bound_id(public.fingerprint, own)))
+        names = self.ledger.names_of([one for place, one in enumerate(wanted) if place not in unbound])
+        return [
+            unbound[place] if place in unbound else names[own, digest] for place, (own, digest, _) in enumerate(wanted)
+        ]
+
+    def _note_takers(self, file: int, first: int, kit_id: str, entries: Sequence[Entry], names: Sequence[str]) -> None:
+        takers: dict[str, Taker] = {}
+        for place, (entry, name) in enumerate(zip(entries, names, strict=True), start=first):
+            before = self.engine.decision(name)
+            if not entry.refused and name not in takers and (before is None or not before.final):
+                takers[name] = Taker(self.run, file, place, kit_id, entry.sequence)
+        self.ledger.take(takers)
+
+    def _with_subject(self, encounter: Encounter, outcome: Outcome, told: Callable[[Decision], Outcome]) -> Outcome:
+        """One subject_id in two encounters: a second visit, or another person's id, which somebody has to judge?"""
+        if outcome.outcome != "subject_exists":
+            return outcome
+        try:
+            if self.engine.verify(encounter, encounter.subject_id or "").accepted:
+                return replace(outcome, reason="subject_exists: the same person")
+            return told(self.engine.dispute(encounter))
+        except CallerError:
+            return replace(outcome, reason="subject_exists: cannot be compared")
+
+
+def _under(record: Record, name: str) -> Encounter:
+    """The encounter of a record, under the id that the gallery knows it by; one of templates alone says which captures could not become any.
+    What `--only-good` left out of a record of images was left out on the operator's word: it was not sent."""
+    encounter = replace(record.encounter, encounter_id=name)
+    if any(not isinstance(capture, Missing) for capture in encounter.captures):
+        return encounter
+    return replace(encounter, declined=[one for one in record.refusals if one.column not in encounter.templates])

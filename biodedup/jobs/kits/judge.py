@@ -1,0 +1,130 @@
+"""What the extractor says of the captures that a kit is to pack, and which of them are no captures at all.
+
+Owns the reading of the files, once, and the memory of verdicts: a folder beside the batch, so that packing again after a recapture extracts
+the recapture alone. Never packs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+import pyarrow as pa
+
+from biodedup.config import Config
+from biodedup.embed.cage import FAILURES
+from biodedup.embed.extractor import Extractor
+from biodedup.errors import InvalidInput
+from biodedup.gallery.answers import digest_of
+from biodedup.jobs.kits.manifest import Broken, Planned
+from biodedup.jobs.kits.record import RECORD_BYTES_MAX, Record, decode, encode
+from biodedup.jobs.shared.files import private_folder, read_bounded, replace_private
+from biodedup.values import Capture, Encounter, Face, Finger, Missing, Refusal, Template
+
+PASSED = ""
+"""The reason of a capture's verdict that is no refusal."""
+_NO_CAPTURE = frozenset(
+    ("not_an_image", "truncated", "too_many_pixels", "too_large_file", "empty_file", "unreadable", "not_a_file", "missing_file", "unsound_record", "too_many_scans", "too_complex", *FAILURES)
+)  # fmt: skip
+"""Verdicts on a file that the decoders could not open: an image that breaks off, or a file that is something else."""
+Judged: TypeAlias = tuple[Planned, tuple[Capture, ...], tuple[Refusal, ...], Mapping[str, Template]]
+_OTHER_BYTES_MAX = 1 << 20  # of a record, beside its images
+
+
+class Judge:
+    """What the extractor says of captures, remembered in a folder under their content and the gate's settings."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._config = config
+        self._folder = folder
+        self._extractor: Extractor | None = None
+        settings = {name: config.to_dict()[name] for name in ("face", "finger", "capture")}
+        self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+        private_folder(folder)
+
+    def close(self) -> None:
+        """Ends the extractor's processes."""
+        if self._extractor is not None:
+            self._extractor.close()
+
+    def judged(self, chunk: Sequence[Planned]) -> Iterator[Judged]:
+        """(planned, captures as bytes, a verdict for each that is not missing, its best templates), in order."""
+        bytes_max = self._config.capture.bytes_max
+        captures = [tuple(_in_memory(capture, bytes_max) for capture in one.encounter.captures) for one in chunk]
+        paths = [self._path(one) for one in captures]
+        known = [_remembered(path) for path in paths]
+        fresh = [i for i, one in enumerate(known) if one is None]
+        todo = [[c for c in captures[i] if not isinstance(c, Missing)] for i in fresh]
+        if any(todo) and self._extractor is None:
+            self._extractor = Extractor(self._config)
+        flat = [c for some in todo for c in some]
+        results = iter(self._extractor.extract(flat) if self._extractor is not None and flat else ())
+        for i, some in zip(fresh, todo, strict=True):
+            mine = [next(results) for _ in some]
+            verdicts = tuple(one if isinstance(one, Refusal) else Refusal(one.column, PASSED) for one in mine)
+            best: dict[str, Template] = {}
+            for one in mine:
+                if isinstance(one, Template) and (
+                    one.column not in best or (one.quality or 0) > (best[one.column].quality or 0)
+                ):
+                    best[one.column] = one
+            known[i] = verdicts, best
+            if some and not any(
+                verdict.reason in FAILURES for verdict in verdicts
+            ):  # those say nothing of the captures
+                remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
+                replace_private(paths[i], encode(remembered))
+        for planned, own, judged in zip(chunk, captures, known, strict=True):
+            assert judged is not None, "every one was judged"
+            yield planned, own, *judged
+
+    def _path(self, captures: Sequence[Capture]) -> Path:
+        digest = digest_of(Encounter("-", captures, encounter_id="-"))
+        return self._folder / f"{hashlib.sha256(self._settings + digest).hexdigest()}.record"
+
+
+def _remembered(path: Path) -> tuple[tuple[Refusal, ...], Mapping[str, Template]] | None:
+    try:
+        record = decode(read_bounded(path, RECORD_BYTES_MAX), 1)
+    except (OSError, ValueError, TypeError, KeyError, struct.error, pa.ArrowException):
+        return None  # never judged, or its file was lost to a power cut
+    templates = {c: given for c, given in record.encounter.templates.items() if isinstance(given, Template)}
+    return record.refusals, templates
+
+
+def _in_memory(capture: Capture, bytes_max: int) -> Capture:
+    """A capture that is judged and packed from the very same bytes. A file that cannot be read is empty, which the gate refuses."""
+    if isinstance(capture, Missing):
+        return capture
+    assert isinstance(capture.data, Path), "the manifest names files"
+    try:
+        content = read_bounded(capture.data, bytes_max, follow=False)
+    except (OSError, InvalidInput):
+        content = b""
+    return replace(capture, data=content)
+
+
+def no_record(planned: Planned, captures: Sequence[Capture], verdicts: Sequence[Refusal]) -> Broken | None:
+    """Why a record is not packed: a file of it is no capture that the decoders open, or it is too large. captures: as bytes, of which
+    those that are not missing have a verdict each."""
+    images = [
+        (capture, row)
+        for capture, row in zip(captures, planned.capture_rows, strict=True)
+        if not isinstance(capture, Missing)
+    ]
+    problems = [
+        f"row {row}: its file is no {verdict.column} capture that can be opened ({verdict.reason}); name an image or a minutiae record"
+        for (_, row), verdict in zip(images, verdicts, strict=True)
+        if verdict.reason in _NO_CAPTURE
+    ]
+    size = sum(len(c.data) for c, _ in images if isinstance(c, Face | Finger) and isinstance(c.data, bytes))
+    if size > RECORD_BYTES_MAX - _OTHER_BYTES_MAX:
+        problems.append(
+            f"its captures have {size:,} bytes, wanted at most {RECORD_BYTES_MAX - _OTHER_BYTES_MAX:,}; save them smaller"
+        )
+    return Broken(planned.rows, planned.encounter.subject_id or "", "; ".join(problems)) if problems else None

@@ -1,0 +1,192 @@
+"""The manifest of a field kit's batch: rows of captures into planned records, and what is broken, told row by row.
+
+Owns the reading of the table, and which files it may name. Never opens a capture.
+
+1. A record is everything of one encounter_id or, where rows name none, of one subject_id. A mistake in one row leaves that record
+   out and no other.
+2. A manifest names files below its own folder alone: no absolute path, no `..`, and no symbolic link that leads out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biodedup.capture.minutiae_layouts import is_record
+from biodedup.errors import InvalidInput
+from biodedup.jobs.kits.names import unusable_id
+from biodedup.jobs.manifests.fields import (
+    Unusable,
+    dpi_of,
+    groups_of,
+    id_of,
+    missing_of,
+    moment_of,
+    path_of,
+    position_of,
+    subject_of,
+)
+from biodedup.jobs.manifests.tables import TableFile
+from biodedup.values import COLUMNS, Capture, Encounter, Face, Finger, Float32, Missing
+
+_ROWS_MAX, _BYTES_MAX = 1_000_000, 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """encounter: captures are paths; encounter_id None where the manifest names none. rows: of the manifest, from 1; capture_rows: the row
+    of each of the encounter's captures."""
+
+    encounter: Encounter
+    captured_at: float | None
+    rows: tuple[int, ...]
+    capture_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A record that cannot be packed as the manifest has it."""
+
+    rows: tuple[int, ...]
+    subject_id: str
+    problem: str
+
+
+@dataclass(eq=False)
+class _Draft:
+    subject_ids: dict[str, None] = field(default_factory=dict)
+    encounter_id: str | None = None
+    captures: dict[tuple[object, ...], tuple[Capture, int]] = field(default_factory=dict)
+    templates: dict[str, Float32 | bytes] = field(default_factory=dict)
+    groups: set[str] = field(default_factory=set)
+    times: list[float] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], list[Broken]]:
+    """The records of a CSV or Parquet manifest, in its order.
+
+    Columns: subject_id; path (relative to the manifest), position (`face` where empty), dpi; or, with no path, missing: why the
+    capture at this position cannot be had; encounter_id, captured_at (ISO 8601, UTC where it names no zone, or seconds), groups
+    (`a;b`, or a list). Parquet may have ready templates as columns named by position: lists of float32, or minutiae records.
+    Raises InvalidInput for what is no manifest at all.
+    """
+    _check_size(manifest, 0)
+    table = TableFile(manifest)
+    ready = [name for name in table.names if name in COLUMNS]
+    absent = {"subject_id"} | (set() if ready else {"path"})
+    if absent - set(table.names):
+        raise InvalidInput(f"{manifest} lacks the columns {sorted(absent - set(table.names))}; it has {table.names}")
+    drafts: dict[tuple[str, str], _Draft] = {}
+    for number, row in table.rows():
+        if number > _ROWS_MAX:
+            _check_size(manifest, number)
+        if not row:
+            problem = f"row {number}: the line has another number of fields than the header"
+            drafts["row", str(number)] = _Draft({"": None}, rows=[number], problems=[problem])
+            continue
+        subject_id, encounter_id = (_text(row.get(name)) for name in ("subject_id", "encounter_id"))
+        draft = drafts.setdefault(("encounter", encounter_id) if encounter_id else ("subject", subject_id), _Draft())
+        draft.rows.append(number)
+        draft.subject_ids[subject_id] = None
+        draft.encounter_id = encounter_id or None
+        try:
+            _fill(draft, row, ready, manifest.parent, bytes_max)
+        except Unusable as error:
+            draft.problems.append(f"row {number}: {error.refusal.detail}")
+        except InvalidInput as error:
+            draft.problems.append(f"row {number}: {error}")
+    if not drafts:
+        raise InvalidInput(f"{manifest} has no rows; write one row a capture")
+    made = [_planned(draft) for draft in drafts.values()]
+    return [one for one in made if isinstance(one, Planned)], [one for one in made if isinstance(one, Broken)]
+
+
+def _check_size(manifest: Path, rows: int) -> None:
+    byte_count = manifest.stat().st_size if manifest.is_file() else 0
+    if rows > _ROWS_MAX or byte_count > _BYTES_MAX:
+        raise InvalidInput(
+            f"{manifest} has {rows:,} rows or more, {byte_count:,} bytes; wanted at most {_ROWS_MAX:,} and {_BYTES_MAX:,}: pack several "
+            "batches"
+        )
+
+
+def _fill(draft: _Draft, row: Mapping[str, Any], ready: Sequence[str], folder: Path, bytes_max: int) -> None:
+    subject_of(row), id_of(row, "encounter_id")  # raise
+    if problem := unusable_id(draft.encounter_id or ""):
+        raise InvalidInput(problem)
+    draft.groups.update(groups_of([row]))
+    captured_at = moment_of(row.get("captured_at"))
+    if captured_at is not None:
+        draft.times.append(captured_at)
+    position, path, dpi = position_of(row.get("position")), path_of(row.get("path")), dpi_of(row.get("dpi"))
+    missing = missing_of(position, row.get("missing"))
+    for column in ready:
+        if row[column] is not None:
+            cell = row[column]
+            if isinstance(cell, bytes) and not is_record(cell):
+                raise InvalidInput(f"{column} holds {len(cell):,} bytes that are no minutiae record; leave it empty")
+            draft.templates[column] = cell if isinstance(cell, bytes) else np.asarray(cell, np.float32)
+    if path and missing:
+        raise InvalidInput(f"it has both a path and a reason why {position} is missing; leave one of them empty")
+    if missing:
+        draft.captures["missing", position] = missing, draft.rows[-1]
+    elif path:
+        file = _below(folder, path)
+        if file.stat().st_size > bytes_max:
+            raise InvalidInput(
+                f"{path} has {file.stat().st_size:,} bytes, wanted at most {bytes_max:,}; save it smaller"
+            )
+        capture = Face(file) if position == "face" else Finger(file, position, dpi)
+        draft.captures.setdefault((path, position, dpi), (capture, draft.rows[-1]))
+    elif not any(row[column] is not None for column in ready):
+        raise InvalidInput("it has no path; name the capture's file, or say in `missing` why there is none")
+
+
+def _below(folder: Path, path: str) -> Path:
+    """The file of a path, links resolved. Raises InvalidInput unless it lies below the folder."""
+    if "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise InvalidInput(
+            f"{path!r} leads out of the manifest's folder; name files below it, by their path from there"
+        )
+    try:
+        file = (folder / path).resolve()
+        inside = file.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        file, inside = folder / path, False
+    if not inside:
+        raise InvalidInput(f"{path} is a link that leads out of the manifest's folder; put the file itself there")
+    if not file.is_file():
+        raise InvalidInput(f"{path} {'is not a file' if file.exists() else 'does not exist'}; correct the path")
+    return file
+
+
+def _planned(draft: _Draft) -> Planned | Broken:
+    rows, subject_ids = tuple(draft.rows), list(draft.subject_ids)
+    if len(subject_ids) > 1:
+        named = " and ".join(repr(name) for name in subject_ids[:3])
+        draft.problems.append(f"encounter_id {draft.encounter_id!r} is given to subjects {named}; give each its own")
+    if not draft.problems:
+        # in the order of positions: what two kits pack of one encounter is the same, however their manifests are sorted
+        captures = sorted(draft.captures.values(), key=_place)
+        try:
+            encounter = Encounter(
+                subject_ids[0], [one for one, _ in captures], draft.templates, draft.encounter_id, sorted(draft.groups)
+            )
+            return Planned(encounter, min(draft.times, default=None), rows, tuple(row for _, row in captures))
+        except InvalidInput as error:
+            draft.problems.append(str(error))
+    return Broken(rows, ", ".join(subject_ids[:3]), "; ".join(dict.fromkeys(draft.problems)))
+
+
+def _place(capture: tuple[Capture, int]) -> tuple[bool, int]:
+    return isinstance(capture[0], Missing), COLUMNS.index(capture[0].column)
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell).strip()

@@ -1,0 +1,288 @@
+"""What became of the batches and records of field kits: the rows, the table, the page.
+
+Owns the words of the result, and the doubts about a kit's clock. Never decides, and never reads a batch file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pyarrow as pa
+
+from biodedup.completeness import INCOMPLETE, SUPERSEDED
+from biodedup.jobs.kits.keys import PublicKey
+from biodedup.jobs.kits.ledger import Taker
+from biodedup.jobs.kits.record import Record
+from biodedup.jobs.kits.trust import TrustedKey
+from biodedup.jobs.shared.files import write_json
+from biodedup.jobs.shared.output import write_table
+from biodedup.jobs.shared.page import write_page
+from biodedup.values import Decision
+
+BatchState: TypeAlias = Literal["whole", "cut", "damaged", "refused", "repeated"]
+RecordOutcome: TypeAlias = Literal[
+    "enrolled", "duplicate", "review", "refused", "already_taken", "conflict", "subject_exists"
+]
+CLOCK_TOLERANCE_S = 300.0
+"""Two clocks that are set by hand differ by minutes."""
+_OF_DECISION: dict[str, RecordOutcome] = {"unique": "enrolled", "duplicate": "duplicate", "review": "review", "refused": "refused"}  # fmt: skip
+_OF_REFUSAL: dict[str, RecordOutcome] = {"encounter_conflict": "conflict", "subject_exists": "subject_exists"}
+_DAY_S = 86_400.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record that a batch file holds. refused: why it is not taken whatever its captures show; empty where it may be."""
+
+    sequence: int
+    encounter_id: str
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A batch file before anything is taken. entries: its records, in order; last_packed_at: by the kit's clock."""
+
+    path: Path
+    state: BatchState
+    problem: str = ""
+    public: TrustedKey | None = None
+    digest: str = ""
+    entries: tuple[Entry, ...] = ()
+    void: tuple[int, ...] = ()
+    last_packed_at: float | None = None
+
+
+@dataclass(frozen=True)
+class BatchOutcome:
+    """What became of a file. state `refused`: no batch, or of an unknown kit; `repeated`: the same file was taken before."""
+
+    batch: str
+    kit_id: str
+    state: BatchState
+    records: int
+    problem: str
+    first_received_at: float | None = None
+    out_of_order: int = 0
+    clock_ahead_days: float | None = None
+    void: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a record. encounter_id: as the gallery knows it, bound to the kit's key; kit_encounter_id: as the kit named it;
+    decision, candidate, score_db: of the journal, also where the record was taken before; first_from: the kit and sequence that brought
+    it first; clock: why the kit's clock is doubtful."""
+
+    batch: str
+    kit_id: str
+    sequence: int
+    subject_id: str
+    encounter_id: str
+    kit_encounter_id: str
+    outcome: RecordOutcome
+    decision: str
+    candidate: str | None
+    score_db: float | None
+    reason: str
+    first_from: str
+    captured_at: float | None
+    packed_at: float
+    received_at: float
+    clock: str
+    kit_refusals: str
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Sequences that never arrived."""
+
+    kit_id: str
+    key: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Reused:
+    """A sequence that came with two encounters: the kit's state was lost, or its key is on two machines."""
+
+    kit_id: str
+    sequence: int
+    encounter_id: str
+    before: str
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    """Everything that happened to some batch files. trust_problems: files of the trusted folder that are no sound keys or records."""
+
+    batches: tuple[BatchOutcome, ...]
+    outcomes: tuple[Outcome, ...]
+    gaps: tuple[Gap, ...]
+    reused: tuple[Reused, ...]
+    received_at: float
+    trust_problems: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, JSON-ready."""
+        counts = Counter(outcome.outcome for outcome in self.outcomes)
+        return {
+            "batches": len(self.batches),
+            "batches_not_taken": sum(batch.state in ("damaged", "refused") for batch in self.batches),
+            "batches_cut": sum(batch.state == "cut" for batch in self.batches),
+            "batches_repeated": sum(batch.state == "repeated" for batch in self.batches),
+            "records": len(self.outcomes),
+            **{name: counts[name] for name in (*_OF_DECISION.values(), "already_taken", "conflict", "subject_exists")},
+            "clock_doubtful": sum(bool(outcome.clock) for outcome in self.outcomes),
+            "clock_not_checked": sum(outcome.captured_at is None for outcome in self.outcomes),
+            "sequences_missing": sum(gap.last - gap.first + 1 for gap in self.gaps),
+            "sequences_reused": len(self.reused),
+            "sequences_void": sum(batch.void for batch in self.batches),
+            "problems": [*self.trust_problems, *(batch.problem for batch in self.batches if batch.problem)],
+        }
+
+
+def outcome_of(
+    batch: str,
+    kit_id: str,
+    record: Record,
+    encounter_id: str,
+    taker: Taker | None,
+    here: bool,
+    received_at: float,
+    doubts: Sequence[str],
+    decision: Decision,
+) -> Outcome:
+    """encounter_id: as the gallery knows it; here: this very record is the one that was taken, now or before this run was interrupted."""
+    # what a caller's mistake refuses is not in the journal, and is refused again each time
+    journalled = all(refusal.column != "encounter" for refusal in decision.refusals)
+    reasons = [refusal.reason for refusal in decision.refusals]
+    outcome = next((_OF_REFUSAL[reason] for reason in reasons if reason in _OF_REFUSAL), _OF_DECISION[decision.outcome])
+    taken = journalled and decision.final  # repaired captures are taken under the same encounter_id
+    if taken and not here:
+        outcome = "already_taken"
+    first_from = ""
+    if not here and outcome in ("already_taken", "conflict"):
+        first_from = "enrolled directly" if taker is None else f"kit {taker.kit_id}, sequence {taker.sequence}"
+    best = decision.best if decision.outcome in ("duplicate", "review") else None
+    return Outcome(
+        batch,
+        kit_id,
+        record.sequence,
+        record.encounter.subject_id or "",
+        encounter_id,
+        record.encounter.encounter_id or "",
+        outcome,
+        decision.outcome if journalled else "",
+        None if best is None else best.subject_id,
+        None if best is None else round(best.score_db, 3),
+        "; ".join(
+            [_reason(refusal.column, refusal.reason) for refusal in decision.refusals if refusal.reason != SUPERSEDED]
+            + [reason for reason in decision.reasons if reason in ("another_person", INCOMPLETE)]
+        ),
+        first_from,
+        record.captured_at,
+        record.packed_at,
+        received_at,
+        "; ".join(doubts),
+        "; ".join(_reason(refusal.column, refusal.reason) for refusal in record.refusals),
+    )
+
+
+def refused_outcome(
+    batch: str, kit_id: str, record: Record, encounter_id: str, reason: str, received_at: float, doubts: Sequence[str]
+) -> Outcome:
+    """Of a record that the kit's key may not bring: the engine never saw it."""
+    return Outcome(
+        batch,
+        kit_id,
+        record.sequence,
+        record.encounter.subject_id or "",
+        encounter_id,
+        record.encounter.encounter_id or "",
+        "refused",
+        "",
+        None,
+        None,
+        reason,
+        "",
+        record.captured_at,
+        record.packed_at,
+        received_at,
+        "; ".join(doubts),
+        "; ".join(_reason(refusal.column, refusal.reason) for refusal in record.refusals),
+    )
+
+
+def clock_doubts(record: Record, public: PublicKey, previous: float | None, received_at: float) -> list[str]:
+    """What speaks against the kit's clock; nothing where a record has no time to check. previous: captured_at of the record before
+    this one in its batch."""
+    captured_at, doubts = record.captured_at, list[str]()
+    if captured_at is None:
+        return doubts
+    if captured_at > received_at + CLOCK_TOLERANCE_S:
+        doubts.append(f"captured {_days(captured_at - received_at)} in the future")
+    if captured_at < public.made_at - CLOCK_TOLERANCE_S:
+        doubts.append(f"captured {_days(public.made_at - captured_at)} before the kit's key was made")
+    if captured_at > record.packed_at + CLOCK_TOLERANCE_S:
+        doubts.append("captured after it was packed")
+    if previous is not None and captured_at < previous - CLOCK_TOLERANCE_S:
+        doubts.append("captured before the record that precedes it")
+    return doubts
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / _DAY_S:,.0f} days" if seconds >= 2 * _DAY_S else f"{seconds / 3600:,.1f} hours"
+
+
+def _reason(column: str, reason: str) -> str:
+    return reason if column == "encounter" else f"{column}: {reason}"
+
+
+def cut_text(path: Path, public: PublicKey | None, entries: Sequence[Entry]) -> str:
+    kit = "the kit" if public is None else f"kit {public.kit_id}"
+    if not entries:
+        return f"{path} breaks off before its first record; copy it from {kit} again"
+    return (
+        f"{path} breaks off: {len(entries)} records were whole, of an unknown number, up to sequence {entries[-1].sequence}; ask {kit} for the "
+        "rest: copy the file again, what was taken already will not be doubled"
+    )
+
+
+def described(one: Examined, first_received_at: float | None, received_at: float) -> BatchOutcome:
+    sequences = [entry.sequence for entry in one.entries]
+    ahead = None if one.last_packed_at is None else (one.last_packed_at - received_at) / _DAY_S
+    return BatchOutcome(
+        one.path.name,
+        one.public.kit_id if one.public else "",
+        "repeated" if first_received_at is not None and one.state == "whole" else one.state,
+        len(one.entries),
+        one.problem,
+        first_received_at,
+        sum(b < a for a, b in pairwise(sequences)),
+        round(ahead, 2) if ahead is not None and ahead * _DAY_S > CLOCK_TOLERANCE_S else None,
+        len(one.void),
+    )
+
+
+def write_result(result: IngestResult, out: Path, report: Path | None) -> None:
+    def moment(seconds: float | None) -> datetime | None:
+        try:
+            return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+        except (ValueError, OverflowError, OSError):
+            return None  # a clock that is beyond any calendar
+
+    times = ("captured_at", "packed_at", "received_at")
+    rows = [asdict(o) | {name: moment(getattr(o, name)) for name in times} for o in result.outcomes]
+    kinds = {"sequence": pa.int64(), "score_db": pa.float64()} | dict.fromkeys(times, pa.timestamp("ms", "UTC"))
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Outcome.__dataclass_fields__])
+    write_table(pa.Table.from_pylist(rows, schema=schema), out)
+    write_json(result.summary(), out.with_name(f"{out.stem}.summary.json"))
+    write_page(report or out.with_suffix(".html"), "kit_ingest.html", result=result, summary=result.summary())

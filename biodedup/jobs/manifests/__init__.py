@@ -1,0 +1,1 @@
+"""Input tables: captures, encounters, kit batches, rolls."""

@@ -1,0 +1,203 @@
+"""Captures on disk: a folder of images, or a manifest with a row a capture.
+
+Owns what such a source may look like, what of it is left out and told, and the mark by which a job knows that files changed. Never
+decodes an image.
+
+1. Nothing is left out without a word: files that are no images are counted by their suffix, rows that cannot be used are named by their
+   number.
+2. One bad cell costs its row, and one odd file name nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from biodedup.errors import InvalidInput
+from biodedup.jobs.manifests.fields import Unusable, dpi_of, id_of, path_of, position_of, subject_of
+from biodedup.jobs.manifests.tables import TableFile
+from biodedup.texts import shown, writable
+from biodedup.values import Capture, Face, Finger, Refusal
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".j2c", ".jpx", ".jpf", ".bmp", ".dib", ".tif", ".tiff"),
+        *(".wsq", ".pgm", ".ppm", ".pbm", ".pnm", ".webp", ".gif"),
+    )
+)  # fmt: skip
+RESERVED = ("subject_id", "path", "position", "dpi", "encounter_id")
+"""Columns of a manifest that have a meaning; whatever else it holds describes the subject or the capture."""
+
+_APPLE_DOUBLE, _NO_SUFFIX = "._*", "no suffix"
+_MAGIC = (
+    *(b"\x89PNG", b"\xff\xd8\xff", b"\xff\xa0\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ", b"GIF8", b"II*\0", b"MM\0*"),
+    *(b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
+)  # fmt: skip
+_ROWS_NAMED_MAX = 1000
+
+
+@dataclass(frozen=True)
+class RefusedRow:
+    """A row of a manifest that cannot be used. subject_id: None where the row has no usable one."""
+
+    number: int
+    subject_id: str | None
+    refusal: Refusal
+
+    @property
+    def sentence(self) -> str:
+        return f"row {self.number} refused: {self.refusal.detail or self.refusal.reason}"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a job did not look at. files: suffix -> how many."""
+
+    files: Mapping[str, int] = field(default_factory=dict)
+    rows: tuple[RefusedRow, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.rows)
+
+    def sentences(self, rows_max: int = 20) -> list[str]:
+        """As a person is told."""
+        told = [row.sentence for row in self.rows[:rows_max]]
+        if len(self.rows) > rows_max:
+            told.append(f"... and {len(self.rows) - rows_max:,} rows more")
+        if self.files:
+            count = sum(self.files.values())
+            by_suffix = ", ".join(f"{suffix} {n:,}" for suffix, n in self.files.items())
+            told.append(f"{count:,} file{'s' if count > 1 else ''} left out: {by_suffix}")
+        return told
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; of very many rows the first ones."""
+        rows = [
+            {"row": r.number, "subject_id": r.subject_id, "reason": r.refusal.reason, "detail": r.refusal.detail}
+            for r in self.rows[:_ROWS_NAMED_MAX]
+        ]
+        return {"files_left_out": dict(self.files), "rows_refused": len(self.rows), "refused_rows": rows}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One capture of a manifest. besides: its further columns, as they are there."""
+
+    number: int
+    subject_id: str
+    capture: Face | Finger
+    encounter_id: str | None = None
+    besides: dict[str, Any] = field(default_factory=dict)
+
+
+# folders ------------------------------------------------------------------------------------------------------------
+
+
+def images_of(folder: Path) -> tuple[dict[str, Path], LeftOut]:
+    """(name -> path relative to the folder, in a fixed order; what was left out). Images are told by their suffix, and without one by
+    their first bytes. A name is the path with `/`; bytes of it that are no UTF-8 are written as `\\xe9`."""
+    found: dict[str, Path] = {}
+    left_out: Counter[str] = Counter()
+    for path in _files(folder, left_out):
+        suffix = path.suffix.lower()
+        if path.name.startswith("._"):  # what macOS leaves beside each file on a stick
+            left_out[_APPLE_DOUBLE] += 1
+        elif suffix in IMAGE_SUFFIXES or (not suffix and is_image(path)):
+            relative = path.relative_to(folder)
+            name = writable(relative.as_posix())
+            while name in found:  # another file has a backslash in its name
+                name += "~"
+            found[name] = relative
+        else:
+            left_out[shown(suffix[:20]) or _NO_SUFFIX] += 1
+    return found, LeftOut(dict(sorted(left_out.items(), key=lambda entry: (-entry[1], entry[0]))))
+
+
+def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+    def unreadable(error: OSError) -> None:
+        left_out["unreadable folder"] += 1
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        folders.sort()
+        left_out.update({"linked folder": linked} if (linked := sum(map(os.path.islink, _in(parent, folders)))) else {})
+        yield from map(Path, _in(parent, sorted(names)))
+
+
+def _in(parent: str, names: Sequence[str]) -> list[str]:
+    return [os.path.join(parent, name) for name in names]
+
+
+def is_image(path: Path) -> bool:
+    """By its first bytes."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+
+
+def no_images(folder: Path, left_out: LeftOut) -> InvalidInput:
+    told = "".join(f"; {sentence}" for sentence in left_out.sentences())
+    return InvalidInput(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){told}; name another folder")
+
+
+def label_of(relative: Path) -> str | None:
+    """The first-level folder that an image is filed under."""
+    return writable(relative.parts[0]) if len(relative.parts) > 1 else None
+
+
+# manifests ----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(manifest: Path) -> tuple[list[Row], LeftOut]:
+    """A manifest has the columns subject_id and path (relative to the manifest), and may have position (`face`, or a finger's
+    position), dpi, encounter_id, and any others. Raises InvalidInput for what is no manifest."""
+    table = TableFile(manifest)
+    absent = {"subject_id", "path"} - set(table.names)
+    if absent:
+        raise InvalidInput(f"{manifest} lacks the columns {sorted(absent)}; it has {table.names}")
+    rows: list[Row] = []
+    refused: list[RefusedRow] = []
+    for number, cells in table.rows():
+        subject_id = None
+        try:
+            if not cells:
+                raise Unusable("malformed_row", "the line has another number of fields than the header")
+            subject_id = subject_of(cells)
+            rows.append(_row(number, subject_id, cells, manifest.parent))
+        except Unusable as error:
+            refused.append(RefusedRow(number, subject_id, error.refusal))
+    return rows, LeftOut(rows=tuple(refused))
+
+
+def _row(number: int, subject_id: str, cells: Mapping[str, Any], folder: Path) -> Row:
+    path = path_of(cells["path"])
+    if path is None:
+        raise Unusable("no_capture", "the row names no path")
+    position, dpi = position_of(cells.get("position")), dpi_of(cells.get("dpi"))
+    capture = Face(folder / path) if position == "face" else Finger(folder / path, position, dpi)
+    besides = {name: value for name, value in cells.items() if name not in RESERVED}
+    return Row(number, subject_id, capture, id_of(cells, "encounter_id"), besides)
+
+
+def mark_of(name: str, captures: Sequence[Capture]) -> str:
+    """Changes when the size or time of a file does, so that a resumed job knows what is done already."""
+    digest = hashlib.sha256(name.encode())
+    for capture in captures:
+        assert isinstance(capture, (Face, Finger)) and isinstance(capture.data, Path), "units are made of files"
+        digest.update(f"\0{capture.column}\0{getattr(capture, 'dpi', None)}\0".encode() + os.fsencode(capture.data))
+        try:
+            status = capture.data.stat()
+            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}".encode())
+        except OSError:
+            digest.update(b"\0absent")
+    return digest.hexdigest()

@@ -1,0 +1,203 @@
+"""Reading a roll: a list of subjects, or of captures of people whose ids are not known, as an office keeps it.
+
+Owns what a usable line is. Never looks into a gallery.
+
+1. Everything is read as text, so that ids keep their leading zeros. Spaces around a value do not count.
+2. A line that cannot be used is refused with its number and the reason; only a file that makes no sense as a whole is an error.
+3. Lines are numbered as a spreadsheet numbers them: the header of a CSV file is line 1. Rows of a Parquet file count from 1.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from biodedup.errors import InvalidInput
+from biodedup.jobs.manifests.fields import Unusable, column_name, dpi_of, id_problems, position_of
+from biodedup.jobs.shared.spreadsheet import rearmed_cells
+
+KNOWN = ("subject_id", "path", "district", "position", "dpi", "entry")
+_ROUNDED = r"^[0-9]+([.,][0-9]+)?[eE]\+?[0-9]+$"
+
+
+_Found: TypeAlias = tuple[dict[str, Any], NDArray[np.int64], list[tuple[int, str, str]]]
+"""column -> values; the number of each line; what was refused already."""
+
+
+@dataclass(frozen=True, eq=False)
+class Roll:
+    """table: the usable lines, texts: `subject_id`, or `path`, `position`, `dpi` and `entry`; `district`, '' where not stated; and what
+    else the file holds, `others`. lines: int64, their numbers. refused: (line, district, reason)."""
+
+    table: pa.Table
+    lines: NDArray[np.int64]
+    refused: tuple[tuple[int, str, str], ...]
+    others: tuple[str, ...]
+    with_districts: bool
+
+    @property
+    def of_captures(self) -> bool:
+        return "subject_id" not in self.table.column_names
+
+    def texts(self, column: str) -> list[str]:
+        return [str(text) for text in self.table[column].to_pylist()]
+
+
+def read_roll(path: Path) -> Roll:
+    """A CSV file (comma, semicolon or tab; UTF-8) or a Parquet file with the column subject_id, or with path. Raises InvalidInput."""
+    try:
+        found, lines, refused = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    except FileNotFoundError:
+        raise InvalidInput(f"{path} does not exist; name a CSV or Parquet file") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidInput(
+            f"{path} is not a readable CSV or Parquet file ({type(error).__name__}); save it again"
+        ) from error
+    reasons = np.full(len(lines), "", object)
+    columns: dict[str, Any] = {}
+    for name, values in zip(_named(list(found), path), found.values(), strict=True):
+        columns[name], unreadable = _texts(values, rearm=path.suffix != ".parquet")
+        reasons[unreadable] = f"{name} is not UTF-8 text"
+    with_districts = "district" in columns
+    for reason, wrong in _checks(columns):
+        reasons[wrong & (reasons == "")] = reason
+    if not with_districts:
+        columns["district"] = pa.array([""] * len(lines), pa.string())
+    kept = np.flatnonzero(reasons == "")
+    bad = np.flatnonzero(reasons != "")
+    districts = columns["district"].take(pa.array(bad)).to_pylist()
+    refused += list(zip(lines[bad].tolist(), districts, reasons[bad].tolist(), strict=True))
+    others = tuple(name for name in columns if name not in KNOWN)
+    return Roll(pa.table(columns).take(pa.array(kept)), lines[kept], tuple(sorted(refused)), others, with_districts)
+
+
+def _read_parquet(path: Path) -> _Found:
+    table = pa.parquet.read_table(path)
+    _once(table.column_names, path)
+    columns = {}
+    for name in table.column_names:
+        cells = table[name].combine_chunks()
+        if pa.types.is_dictionary(cells.type):
+            cells = cells.dictionary_decode()
+        kind = cells.type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        if name.strip().lower() in ("subject_id", "path") and not (text or pa.types.is_integer(kind)):
+            raise InvalidInput(f"{path}: column {name} is of type {kind}; wanted strings")
+        if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            continue  # nothing that an office would read
+        columns[name] = pc.fill_null(cells.cast(pa.string()), "")
+    return columns, np.arange(1, len(table) + 1), []
+
+
+def _read_csv(path: Path) -> _Found:
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    refused: list[tuple[int, str, str]] = []
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        names, delimiter = _header(file.readline(1 << 20), path)
+        reader = csv.reader(file, delimiter=delimiter)
+        before = 0
+        try:
+            for row in reader:
+                line, before = before + 2, reader.line_num  # where it begins; a quoted value may hold several lines
+                if not any(value.strip() for value in row):
+                    continue  # an empty line
+                if len(row) == len(names):
+                    rows.append(row)
+                    lines.append(line)
+                else:
+                    refused.append((line, "", f"it has {len(row)} fields, wanted {len(names)}"))
+        except csv.Error as error:
+            raise InvalidInput(f"{path} breaks off behind line {before + 1} ({error}); save it again") from error
+    columns = zip(*rows, strict=True) if rows else ((),) * len(names)
+    return dict(zip(names, columns, strict=True)), np.array(lines, np.int64), refused
+
+
+def _header(first: str, path: Path) -> tuple[list[str], str]:
+    """(the names of the columns, what separates them)."""
+    if not _is_text(first):
+        raise InvalidInput(f"{path} is not UTF-8 text; save it as CSV UTF-8")
+    if "\0" in first or not first.strip():
+        raise InvalidInput(f"{path} has no header line; the first line names the columns, as subject_id,district")
+    delimiter = max(",;\t", key=first.count)
+    names = next(csv.reader([first.rstrip("\r\n")], delimiter=delimiter))
+    return _once(names, path), delimiter
+
+
+def _named(found: Sequence[str], path: Path) -> list[str]:
+    """Known columns under their own names, however they are capitalised."""
+    names = [name if (name := column_name(n)) in KNOWN else n.strip() for n in found]
+    _once(names, path)
+    if not {"subject_id", "path"} & set(names):
+        raise InvalidInput(f"{path} has the columns {names}; wanted subject_id, or path for captures")
+    return names
+
+
+def _once(names: list[str], path: Path) -> list[str]:
+    if len(set(names)) != len(names):
+        raise InvalidInput(f"{path} has a column twice: {names}; give each its own name")
+    return names
+
+
+def _texts(values: Any, *, rearm: bool) -> tuple[Any, NDArray[np.bool_]]:
+    """(texts without spaces around them, bool (n,): which are none)."""
+    unreadable = np.zeros(len(values), bool)
+    try:
+        cells = pa.array(values, pa.string())
+    except UnicodeEncodeError:  # bytes that are no UTF-8, somewhere
+        unreadable[:] = [not _is_text(value) for value in values]
+        cells = pa.array([value if _is_text(value) else "\ufffd" for value in values], pa.string())
+    cells = pc.utf8_trim_whitespace(cells)
+    return rearmed_cells(cells) if rearm else cells, unreadable
+
+
+def _parsed(cells: Any, parse: Callable[[str], Any]) -> tuple[Any, NDArray[np.bool_]]:
+    """(texts of what cells mean, '' where they are empty or mean nothing; bool (n,): which mean nothing)."""
+    meant: dict[str, str | None] = {"": ""}
+    for text in pc.unique(cells).to_pylist():
+        try:
+            meant.setdefault(text, str(parse(text)))
+        except Unusable:
+            meant[text] = None
+    found = [meant[text] for text in cells.to_pylist()]
+    return pa.array([text or "" for text in found], pa.string()), np.array([text is None for text in found], bool)
+
+
+def _is_text(value: str) -> bool:
+    return value.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in value)
+
+
+def _checks(columns: dict[str, Any]) -> list[tuple[str, NDArray[np.bool_]]]:
+    """(reason, bool (n,)) of what makes a line useless. Positions and resolutions become what they mean."""
+    name = "subject_id" if "subject_id" in columns else "path"
+    cells = columns[name]
+    checks = [(f"{name} is empty", _mask(pc.equal(cells, "")))]
+    if name == "subject_id":
+        problems = id_problems(cells)
+        for problem in sorted({str(problem) for problem in problems} - {"", "is empty"}):
+            checks.append((f"subject_id is not usable: it {problem}", problems == problem))
+        rounded = _mask(pc.match_substring_regex(cells, _ROUNDED))
+        checks.append(("subject_id was rounded by a spreadsheet; format the column as text", rounded))
+        return checks
+    parsers: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+        ("position", position_of, "position is not known"),
+        ("dpi", dpi_of, "dpi is not a number from 72 to 4000"),
+    )
+    for column, parse, reason in parsers:
+        if column in columns:
+            columns[column], wrong = _parsed(columns[column], parse)
+            checks.append((reason, wrong))
+    return checks
+
+
+def _mask(cells: Any) -> NDArray[np.bool_]:
+    return np.asarray(cells.to_numpy(zero_copy_only=False), bool)

@@ -1,0 +1,181 @@
+"""Tables that people send, CSV or Parquet, row by row in bounded memory.
+
+Owns the reading: encoding, what separates the columns, the columns' names, lines that do not fit. Never says what a cell means
+(`jobs/fields.py`).
+
+1. Cells of CSV are text without the spaces around it, an empty one None; nothing is taken for a number. Bytes that are no UTF-8 become
+   `fields.UNREADABLE` in that cell alone.
+2. A line that does not fit comes out as a row without cells. Only what is no table at all raises InvalidInput.
+3. Rows are numbered from 1, without the header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from biodedup.errors import InvalidInput
+from biodedup.jobs.manifests.fields import column_name
+from biodedup.jobs.shared.spreadsheet import rearmed
+
+Row: TypeAlias = tuple[int, Mapping[str, Any]]
+"""(number, cells). No cells: a line that does not fit the table's columns."""
+
+CSV_SUFFIXES = (".csv", ".tsv", ".txt")
+_BATCH_ROWS = 256
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class TableFile:
+    """A CSV or Parquet file. schema: its columns under the names by which jobs know them, texts where it is CSV."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InvalidInput."""
+        self.path = path
+        found = _schema_of(path)
+        self.schema = pa.schema([field.with_name(_readable(column_name(field.name), path)) for field in found])
+        self._written = dict(zip(self.schema.names, found.names, strict=True))
+        if len(self._written) != len(found.names):
+            raise InvalidInput(f"{path} repeats a column name in {found.names}; give each column a name of its own")
+
+    @property
+    def names(self) -> list[str]:
+        names: list[str] = self.schema.names
+        return names
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """columns: only these. Raises InvalidInput where the file breaks off."""
+        malformed: list[int] = []
+        number = 0
+        names = list(columns or self.names)
+        try:
+            for batch in self._batches(names, malformed):
+                for cells in batch:
+                    number += 1
+                    while malformed and malformed[0] <= number:
+                        yield malformed.pop(0), {}
+                        number += 1
+                    yield number, cells
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise InvalidInput(
+                f"{self.path} breaks off behind row {number} ({type(error).__name__}); send a whole one, what is done stays done"
+            ) from error
+        for behind in malformed:
+            yield behind, {}
+
+    def _batches(self, names: list[str], malformed: list[int]) -> Iterator[list[dict[str, Any]]]:
+        written = [self._written[name] for name in names]
+        if self.path.suffix.lower() == ".parquet":
+            with pa.parquet.ParquetFile(self.path, pre_buffer=False) as file:
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=written):
+                    yield _listed(batch, names, written)
+            return
+
+        def skip(row: Any) -> str:
+            malformed.append(row.number - 1)  # without the header
+            return "skip"
+
+        # bytes, and decoded here: types guessed would take the zeros off an id, and one line in another encoding would end it all
+        reader = pa.csv.open_csv(
+            self.path,
+            read_options=pa.csv.ReadOptions(use_threads=False),
+            parse_options=_dialect(self.path, skip),
+            convert_options=pa.csv.ConvertOptions(
+                column_types=dict.fromkeys(written, pa.binary()),
+                include_columns=written,
+                strings_can_be_null=True,
+                null_values=[""],
+            ),
+        )
+        with reader:
+            for batch in reader:
+                yield [
+                    {name: _decoded(cell) for name, cell in zip(names, row.values(), strict=True)}
+                    for row in batch.to_pylist()
+                ]
+
+
+def _schema_of(path: Path) -> Any:
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pa.parquet.read_schema(path)
+        if path.suffix.lower() in CSV_SUFFIXES:
+            _refuse_utf_16(path)
+            with pa.csv.open_csv(path, parse_options=_dialect(path, lambda row: "skip")) as reader:
+                return pa.schema([(name, pa.string()) for name in reader.schema.names])
+    except FileNotFoundError:
+        raise InvalidInput(f"{path} does not exist; name a Parquet or CSV manifest") from None
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"{path}: byte {error.start} of a column's name is no UTF-8; save it as CSV UTF-8"
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidInput(
+            f"{path} is not a readable table ({type(error).__name__}); write it as Parquet or CSV"
+        ) from error
+    raise InvalidInput(f"{path.name} is no manifest by its name; end it with .parquet or .csv")
+
+
+def _refuse_utf_16(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(2) in _UTF_16:
+            raise InvalidInput(f"{path} is UTF-16 text; save it as CSV UTF-8")
+
+
+def _readable(name: str, path: Path) -> str:
+    if "\0" in name:
+        raise InvalidInput(f"{path} has a column name with a null character; it is no CSV in UTF-8")
+    return name
+
+
+def _dialect(path: Path, skip: Callable[[Any], str]) -> Any:
+    """How the file's columns are parted: whatever of comma, semicolon and tabulator the header has most of."""
+    with path.open("rb") as file:
+        header = file.readline(1 << 16)
+    delimiter = max(",;\t", key=lambda mark: header.count(mark.encode()))
+    return pa.csv.ParseOptions(delimiter=delimiter, invalid_row_handler=skip, newlines_in_values=True)
+
+
+def _decoded(cell: bytes | None) -> str | None:
+    if cell is None:
+        return None
+    text = cell.decode("utf-8", "replace")
+    return rearmed(text.strip()) or None
+
+
+def _listed(batch: Any, names: Sequence[str], written: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a typed table; a cell that Python has no value for is None."""
+    columns = [values_of(batch.column(name)) for name in written]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def values_of(cells: Any) -> list[Any]:
+    """An Arrow array as Python has it: bytes that are no UTF-8 replaced, a cell that Python has no value for None."""
+    kind = cells.type
+    if pa.types.is_dictionary(kind):
+        cells = cells.dictionary_decode()
+        kind = cells.type
+    if pa.types.is_timestamp(kind):
+        cells = cells.cast(pa.timestamp("us", kind.tz), safe=False)  # Python's times have no nanoseconds
+    try:
+        values: list[Any] = cells.to_pylist()
+    except UnicodeDecodeError:
+        values = [
+            None if cell is None else cell.decode("utf-8", "replace")
+            for cell in cells.cast(pa.large_binary()).to_pylist()
+        ]
+    except (ValueError, OverflowError):
+        values = [_value(cell) for cell in cells]
+    return values
+
+
+def _value(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        return None

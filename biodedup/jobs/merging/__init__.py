@@ -1,0 +1,1 @@
+"""Merging registers into a central gallery."""

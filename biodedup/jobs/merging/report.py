@@ -1,0 +1,277 @@
+"""What a merge writes: the tables, the summary and the page.
+
+Owns their columns (documented in the README) and what the page shows first. Never decides who is one person.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from biodedup.jobs.merging.registers import Register, SharedId
+from biodedup.jobs.merging.survivors import Folded, Member, folded
+from biodedup.jobs.shared.files import write_json
+from biodedup.jobs.shared.output import write_table
+from biodedup.jobs.shared.page import write_page
+from biodedup.values import Link
+
+_SHOWN = 200  # clusters, pairs and ids on the page; the tables have all of them
+_MATRIX_MAX = 30  # districts of which the page shows a matrix
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, besides the registers. Scores in dB; links from joined_db on are listed, those from threshold_db
+    on make clusters."""
+
+    threshold_db: float
+    joined_db: float
+    verify_db: float
+    rule: str
+    prefer: tuple[str, ...]
+    min_db: float | None
+    across_positions: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """A cluster as a merge sees it. applies: links that the policy trusts hold all of it together."""
+
+    number: int
+    members: tuple[Member, ...]
+    links: tuple[Link, ...]
+    weakest_db: float
+    stays: Member
+    applies: bool
+
+    @cached_property
+    def folded(self) -> list[Folded]:
+        """Those who do not stay."""
+        return folded(self.members, self.stays)
+
+    @cached_property
+    def gives(self) -> dict[str, tuple[str, ...]]:
+        """subject_id -> columns of which the survivor gets this record's template."""
+        return {self.stays.subject_id: ()} | {one.member.subject_id: one.gives for one in self.folded}
+
+    @property
+    def strongest_db(self) -> float:
+        return self.links[0].score_db
+
+    @cached_property
+    def links_of(self) -> Counter[str]:
+        return Counter(name for link in self.links for name in link.subject_ids)
+
+    @cached_property
+    def to_survivor_db(self) -> dict[str, float]:
+        """Of those that are linked with the survivor itself."""
+        stays = self.stays.subject_id
+        with_survivor = [link for link in self.links if stays in link.subject_ids]
+        return {a if b == stays else b: link.score_db for link in with_survivor for a, b in [link.subject_ids]}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A subject whose id another district gave, too. against: the first district that has it; None for that one itself."""
+
+    shared: SharedId
+    against: int | None
+    score_db: float | None
+    verdict: str | None
+
+
+def beside(out: Path, ending: str) -> Path:
+    """The name of a file of the same result."""
+    return out.with_name(f"{out.stem}.{ending}")
+
+
+def write_results(
+    out: Path,
+    registers: Sequence[Register],
+    links: Sequence[Link],
+    groups: Sequence[Group],
+    checked: Sequence[Checked],
+    district_of: Mapping[str, str],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Writes `out` and four files beside it, and returns the summary. links: each pair once, strongest first. Raises
+    StorageUnavailable."""
+    summary = _summary(registers, links, groups, checked, district_of, settings)
+    write_table(_members_table(groups, settings.rule), out)
+    write_table(_pairs_table(links, groups, district_of, settings), beside(out, "pairs.parquet"))
+    write_table(_shared_table(registers, checked, groups), beside(out, "collisions.parquet"))
+    write_json(summary, beside(out, "summary.json"))
+    strong = len([link for link in links if link.score_db >= settings.threshold_db])
+    page = beside(out, "html")
+    _write_page(registers, links[:strong], links[strong:], groups, checked, district_of, summary, page)
+    return summary
+
+
+def _summary(
+    registers: Sequence[Register],
+    links: Sequence[Link],
+    groups: Sequence[Group],
+    checked: Sequence[Checked],
+    district_of: Mapping[str, str],
+    settings: Settings,
+) -> dict[str, Any]:
+    total = sum(register.snapshot.live_count for register in registers)
+    strong = [link for link in links if link.score_db >= settings.threshold_db]
+    across = sum(district_of[link.subject_ids[0]] != district_of[link.subject_ids[1]] for link in strong)
+    verdicts = Counter(one.verdict for one in checked if one.verdict)
+    applied = [group for group in groups if group.applies]
+    return {
+        "districts": [register.key for register in registers],
+        "subjects": total,
+        "threshold_db": round(settings.threshold_db, 4),
+        "listed_from_db": round(settings.joined_db, 4),
+        "rule": settings.rule,
+        "prefer": list(settings.prefer),
+        "min_db": settings.min_db,
+        "pairs": len(strong),
+        "pairs_between_districts": across,
+        "pairs_extrapolated": sum(link.extrapolated for link in strong),
+        "pairs_expected_by_chance": round(total * (total - 1) / 2 * 10 ** (-settings.threshold_db / 10), 3),
+        "pairs_for_review": len(links) - len(strong),
+        "clusters": len(groups),
+        "clusters_of_more_than_two": sum(len(group.members) > 2 for group in groups),
+        "subjects_in_clusters": sum(len(group.members) for group in groups),
+        "clusters_to_apply": len(applied),
+        "clusters_to_adjudicate": len(groups) - len(applied),
+        "templates_to_survivors": sum(len(one.gives) for group in applied for one in group.folded),
+        "subjects_after_apply": total - sum(len(group.members) - 1 for group in applied),
+        "ids_in_several_districts": sum(one.against is None for one in checked),
+        "of_the_same_person": verdicts["same_person"],
+        "of_another_person": verdicts["another_person"],
+        "not_comparable": verdicts["not_comparable"],
+    }
+
+
+def _members_table(groups: Sequence[Group], rule: str) -> Any:
+    rows = [(group, member) for group in groups for member in group.members]
+
+    def column(kind: Any, value: Any) -> Any:
+        return pa.array([value(group, member) for group, member in rows], kind)
+
+    return pa.table(
+        {
+            "cluster": column(pa.int64(), lambda group, member: group.number),
+            "decision": column(pa.string(), lambda group, member: "apply" if group.applies else "adjudicate"),
+            "subject_id": column(pa.string(), lambda group, member: member.subject_id),
+            "district": column(pa.string(), lambda group, member: member.district),
+            "original_id": column(pa.string(), lambda group, member: member.original_id),
+            "survivor": column(pa.bool_(), lambda group, member: member is group.stays),
+            "rule": column(pa.string(), lambda group, member: rule),
+            "gives": column(pa.list_(pa.string()), lambda group, member: group.gives[member.subject_id]),
+            "captures": column(pa.int64(), lambda group, member: member.captures),
+            "enrolled_order": column(pa.int64(), lambda group, member: member.order),
+            "encounter_id": column(pa.string(), lambda group, member: member.encounter_id or None),
+            "enrolled_at": column(pa.float64(), lambda group, member: member.enrolled_at),
+            "quality": column(pa.float64(), lambda group, member: member.quality),
+            "links": column(pa.int64(), lambda group, member: group.links_of[member.subject_id]),
+            "to_survivor_db": column(pa.float64(), lambda group, member: group.to_survivor_db.get(member.subject_id)),
+            "strongest_db": column(pa.float64(), lambda group, member: group.strongest_db),
+            "weakest_db": column(pa.float64(), lambda group, member: group.weakest_db),
+        }
+    )
+
+
+_EVIDENCE = pa.struct(
+    [
+        ("column_a", pa.string()),
+        ("column_b", pa.string()),
+        ("score_db", pa.float64()),
+        ("similarity", pa.float64()),
+        ("minutiae", pa.float64()),
+    ]
+)
+
+
+def _pairs_table(
+    links: Sequence[Link], groups: Sequence[Group], district_of: Mapping[str, str], settings: Settings
+) -> Any:
+    cluster_of = {link.subject_ids: group.number for group in groups for link in group.links}
+    strength = ["duplicate" if link.score_db >= settings.threshold_db else "review" for link in links]
+    evidence = [
+        [
+            {
+                "column_a": part.column,
+                "column_b": part.candidate_column,
+                "score_db": part.score_db,
+                "similarity": part.similarity,
+                "minutiae": part.minutiae,
+            }
+            for part in link.evidence
+        ]
+        for link in links
+    ]
+    return pa.table(
+        {
+            "cluster": pa.array([cluster_of.get(link.subject_ids) for link in links], pa.int64()),
+            "subject_id_a": pa.array([link.subject_ids[0] for link in links], pa.string()),
+            "subject_id_b": pa.array([link.subject_ids[1] for link in links], pa.string()),
+            "district_a": pa.array([district_of[link.subject_ids[0]] for link in links], pa.string()),
+            "district_b": pa.array([district_of[link.subject_ids[1]] for link in links], pa.string()),
+            "score_db": pa.array([link.score_db for link in links], pa.float64()),
+            "extrapolated": pa.array([link.extrapolated for link in links], pa.bool_()),
+            "strength": pa.array(strength, pa.string()),
+            "evidence": pa.array(evidence, pa.list_(_EVIDENCE)),
+        }
+    )
+
+
+def _shared_table(registers: Sequence[Register], checked: Sequence[Checked], groups: Sequence[Group]) -> Any:
+    cluster_of = {member.subject_id: group.number for group in groups for member in group.members}
+    against = [None if one.against is None else registers[one.against].name for one in checked]
+    return pa.table(
+        {
+            "original_id": pa.array([one.shared.subject_id for one in checked], pa.string()),
+            "district": pa.array([registers[one.shared.owner].name for one in checked], pa.string()),
+            "subject_id": pa.array([one.shared.merged_id for one in checked], pa.string()),
+            "compared_with": pa.array(against, pa.string()),
+            "score_db": pa.array([one.score_db for one in checked], pa.float64()),
+            "verdict": pa.array([one.verdict for one in checked], pa.string()),
+            "cluster": pa.array([cluster_of.get(one.shared.merged_id) for one in checked], pa.int64()),
+        }
+    )
+
+
+def _write_page(
+    registers: Sequence[Register],
+    strong: Sequence[Link],
+    weaker: Sequence[Link],
+    groups: Sequence[Group],
+    checked: Sequence[Checked],
+    district_of: Mapping[str, str],
+    summary: Mapping[str, Any],
+    path: Path,
+) -> None:
+    names = [register.name for register in registers]
+    between = Counter(tuple(sorted((district_of[a], district_of[b]), key=names.index)) for link in strong for a, b in [link.subject_ids])  # fmt: skip
+    larger = [group for group in groups if len(group.members) > 2]
+    twos = sorted((group for group in groups if len(group.members) == 2), key=lambda group: group.weakest_db)
+    same, others = ([one for one in checked if one.verdict == verdict] for verdict in ("same_person", "another_person"))
+    write_page(
+        path,
+        "merge.html",
+        summary=summary,
+        names=names,
+        registers=registers,
+        between=between,
+        with_matrix=len(names) <= _MATRIX_MAX,
+        busiest=between.most_common(_SHOWN),
+        larger=larger[:_SHOWN],
+        weakest=twos[: _SHOWN // 2],
+        strongest=twos[: _SHOWN // 2 - 1 : -1][: _SHOWN // 2] if len(twos) > _SHOWN // 2 else [],
+        review=weaker[:_SHOWN],
+        district_of=district_of,
+        same=same[:_SHOWN],
+        others=others[:_SHOWN],
+        shown=_SHOWN,
+    )

@@ -1,0 +1,1 @@
+"""What all jobs share: progress, checkpoints, result files, worker processes."""

@@ -1,0 +1,1 @@
+"""The native index engine: a scan over quantised vectors, and exact refinement."""

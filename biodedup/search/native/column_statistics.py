@@ -1,0 +1,78 @@
+"""What a column's rows look like: a sample of them, and the laws that follow from it.
+
+Owns the law of similarities to strangers, by which cuts are known before a scan, and the signs' measured law. A column never
+changes, so that each is measured once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond to say the same
+
+from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, turned
+from biodedup.gallery.segments.part import Column
+from biodedup.search.native.signs import TABLES_MOST, Signs
+from biodedup.values import Float32
+
+_SAMPLE_ROWS = 16_384  # of a column, that say what non-mates look like
+_LAW_ROWS = 4_096  # of the sample, from which pairs are made
+
+
+@dataclass(frozen=True)
+class Population:
+    """What a column's rows look like: the mean float32 (D,) and covariance float32 (D, D) of a sample, as its codec turns them."""
+
+    mean: Float32
+    covariance: Float32
+    sample: Float32
+
+    def similarity(self, probes: Float32) -> tuple[Float32, Float32]:
+        """Mean and standard deviation of similarity to the column's rows, float32 (q,) each. probes: float32 (q, n), turned,
+        their first n numbers alone."""
+        size = probes.shape[1]
+        variance = np.einsum("ij,ij->i", turned(probes, self.covariance[:size, :size]), probes)
+        return turned(probes, self.mean[None, :size])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
+
+    def reached_by(self, probes: Float32, share: float) -> Float32:
+        """The similarity that a little more than this share of the rows reaches, float32 (q,).
+
+        By the law of directions on a sphere, whose tail is a little lighter than the normal one: at a share of 1e-6 and 128
+        numbers half as many rows reach a cut. Where the tail is heavier after all, more is compared than need be.
+        """
+        mean, sd = self.similarity(probes)
+        dimension = max(float(1 / np.median(sd)) ** 2, 3.0)  # in which directions at random would deviate as much
+        z = float(np.sqrt(dimension * betainccinv(0.5, (dimension - 1) / 2, min(2 * share, 1.0))))
+        z -= 4 * float(np.sqrt((1 + z * z / 2) / _SAMPLE_ROWS))  # four times what the sample leaves uncertain
+        return mean + sd * np.float32(z)
+
+    def share_reaching(self, cuts: Float32, probes: Float32) -> float:
+        """The largest share of rows that reaches a probe's cut."""
+        mean, sd = self.similarity(probes)
+        return float(ndtr(-((cuts - mean) / sd).min()))
+
+
+_populations: WeakKeyDictionary[Column, Population] = WeakKeyDictionary()  # a column never changes
+
+
+def population_of(column: Column) -> Population:
+    if column not in _populations:
+        starts = np.unique(np.linspace(0, column.count - 1, _SAMPLE_ROWS // BLOCK_ROWS).astype(np.int64) // BLOCK_ROWS)
+        cells = (starts[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
+        sample = dequantise(*column.codes_at(cells[cells < column.count]))
+        covariance = np.cov(sample.T).reshape(sample.shape[1], -1)
+        _populations[column] = Population(sample.mean(axis=0), covariance.astype(np.float32), sample[:_LAW_ROWS])
+    return _populations[column]
+
+
+_signs: WeakKeyDictionary[Column, dict[tuple[int, int], Signs]] = WeakKeyDictionary()
+
+
+def signs_of(column: Column, each: int, tables: int = TABLES_MOST) -> Signs:
+    assert column.codec is not None, "signs are of turned vectors"
+    known = _signs.setdefault(column, {})
+    if (each, tables) not in known:
+        known[each, tables] = Signs(population_of(column).sample, column.codec.scanned, each, tables)
+    return known[each, tables]

@@ -1,0 +1,53 @@
+"""Pairs of a probe and a row: their similarity by all eight bits, and their order.
+
+Owns what is done with the few that a scan lets through. Never chooses them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.gallery.segments.part import Column, Int64
+from biodedup.values import Float32
+
+
+def compared(column: Column, cells: Int64, probes: Float32, which: NDArray[Any]) -> Float32:
+    """Similarities, float32 (n,). cells: int64 (n,), ascending; probes: float32 (q, D), turned; which: of them, (n,)."""
+    first = np.diff(cells, prepend=-1) > 0
+    codes, norms = column.codes_at(cells[first])
+    found = np.empty(len(cells), np.float32)
+    _compare(codes, norms, np.cumsum(first) - 1, np.ascontiguousarray(probes), which, found)
+    return found
+
+
+def ranked(which: NDArray[Any], value: Float32, rows: Int64, count: int) -> tuple[Int64, Int64]:
+    """The order by probe, then by value, the largest first, the lower row first where it is equal; and each one's rank of its probe."""
+    key = which.astype(np.uint64) << np.uint64(32) | _descending(value)
+    order = np.argsort(key)  # of one key, several times as fast as by three
+    key = key[order]
+    same = key[1:] == key[:-1]
+    if same.any():
+        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        order[tied] = order[tied][np.lexsort((rows[order[tied]], key[tied]))]
+    starts = np.searchsorted(key, np.arange(count, dtype=np.uint64) << np.uint64(32))
+    return order, np.arange(len(order)) - starts[which[order]]
+
+
+def _descending(value: Float32) -> NDArray[np.uint64]:
+    """Integers that are the smaller, the larger a number is."""
+    bits = (value + np.float32(0)).view(np.uint32)  # there is one zero
+    return np.where(bits >> np.uint32(31), bits, ~bits & np.uint32(0x7FFFFFFF)).astype(np.uint64)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
+def _compare(codes: Any, norms: Any, at: Any, probes: Any, which: Any, found: Any) -> None:
+    for i in range(at.shape[0]):
+        row, probe = at[i], which[i]
+        total = np.float32(0)
+        for j in range(codes.shape[1]):
+            total += (np.float32(codes[row, j]) - np.float32(128)) * probes[probe, j]
+        found[i] = total / norms[row]

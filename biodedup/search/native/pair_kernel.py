@@ -1,0 +1,190 @@
+"""The inner loop over rows that are compared with one another: signs first, then four-bit numbers.
+
+Owns the arithmetic, as `sign_kernel.py` does for probes. Its oracle in numpy is in tests/test_caps.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.gallery.files.codes import Codes
+from biodedup.search.native.scan_kernel import make_row_dot
+from biodedup.search.native.sign_tile import (
+    PADDED,
+    QUARTERS,
+    TOGETHER,
+    UNROLLED,
+    WIDE,
+    aligned,
+    f32_at,
+    masks_apart,
+    sign,
+    survivors,
+    u32_at,
+)
+from biodedup.values import Float32
+
+_CHUNK = 256
+"""Members whose tables lie side by side, in the second-level cache."""
+
+_row_dot = make_row_dot()
+
+
+@numba.njit(nogil=True, cache=True)
+def _take_members(planes: Any, numbers: Any, cells: Any, taken: Any) -> None:
+    """Their four-bit numbers, of cells in several planes."""
+    halves = taken.shape[0]
+    for r in range(cells.shape[0]):
+        at = planes[numbers[r]] + 256 * halves * (cells[r] >> 6) + 4 * (cells[r] & 63)
+        for h in range(halves):
+            taken[h, r] = u32_at(at + 256 * h)
+
+
+@numba.njit(nogil=True, cache=True)
+def _as_probe(row: Any, probe: Any) -> Any:
+    """Of a row's upper halves, uint32 (halves,): twice their distances from the middle, int8 (2, octets), as `make_row_dot` wants a
+    probe. Returns their sum."""
+    total: Any = 0
+    for h in range(row.shape[0]):
+        for t in range(4):
+            lower = np.int64(row[h] >> np.uint32(8 * t) & np.uint32(15))
+            upper = np.int64(row[h] >> np.uint32(8 * t + 4) & np.uint32(15))
+            probe[0, 4 * h + t], probe[1, 4 * h + t] = np.int8(2 * lower - 15), np.int8(2 * upper - 15)
+            total += 2 * (lower + upper) - 30
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _tabulate(probe: Any, number: int, table: Any) -> tuple[Any, Any]:
+    """A probe's tables of signs, uint8 (t, 16), t >= number, from what `_as_probe` made. Returns step and middle, as `tables_of` does, of
+    the probe's own units."""
+    quarter = table.shape[0] // QUARTERS
+    largest: Any = 1
+    middle: Any = 0
+    total: Any = 0
+    for i in range(number):
+        if i % quarter == 0:
+            total = 0
+        for b in range(4):
+            total += abs(np.int64(probe[i & 1, 4 * (i >> 1) + b]))
+            middle += abs(np.int64(probe[i & 1, 4 * (i >> 1) + b]))
+        largest = max(largest, total)
+    step = np.float32(2 * largest) / np.float32(255 - 0.5 * quarter)
+    for i in range(number):
+        at, side = 4 * (i >> 1), i & 1
+        a, b, c, d = probe[side, at], probe[side, at + 1], probe[side, at + 2], probe[side, at + 3]
+        least = abs(np.int32(a)) + abs(np.int32(b)) + abs(np.int32(c)) + abs(np.int32(d)) - a - b - c - d
+        for entry in range(16):
+            more = (entry & 1) * a + (entry >> 1 & 1) * b + (entry >> 2 & 1) * c + (entry >> 3 & 1) * d
+            table[i, entry] = np.uint8(np.rint(np.float32(least + 2 * more) / step))
+    return step, np.float32(middle)
+
+
+@numba.njit(nogil=True, cache=True)
+def _meet(
+    planes: Any,
+    norms: Any,
+    halves: int,
+    numbers: Any,
+    cells: Any,
+    used: int,
+    sign_cut: float,
+    cut: float,
+) -> tuple[Any, Any, int]:
+    count, blocks = cells.shape[0], -(-cells.shape[0] // 64)
+    octets = -(-4 * halves // PADDED) * PADDED
+    number = -(-used // (QUARTERS * UNROLLED)) * QUARTERS * UNROLLED
+    taken = aligned(64 * octets).view(np.uint32).reshape(octets // 4, 64)
+    rows = aligned(64 * blocks * octets).view(np.uint32).reshape(64 * blocks, octets // 4)
+    whole = -(-blocks // TOGETHER) * TOGETHER
+    signs = aligned(whole * 64 * number).reshape(whole, number, 64)
+    lengths, seeds = np.ones(64 * blocks, np.float32), np.zeros(64 * TOGETHER, np.uint8)
+    tables = aligned(_CHUNK * number * 16).reshape(_CHUNK, number, 16)
+    probes = aligned(_CHUNK * 2 * octets).view(np.int8).reshape(_CHUNK, 2, octets)
+    limits, sums = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.float32)
+    masks = masks_apart()
+    alive = np.empty(TOGETHER, np.uint64)
+    room = 64 * TOGETHER * _CHUNK
+    which, lanes = np.empty(room, np.int32), np.empty(room, np.int32)
+    one, other = np.empty(64, np.int32), np.empty(64, np.int32)
+    found, passed = 0, 0
+    root = np.float32(np.sqrt(4 * used))
+    for b in range(blocks):
+        some = slice(64 * b, min(64 * b + 64, count))
+        _take_members(planes, numbers[some], cells[some], taken[:halves])
+        sign(taken, signs[b, :used])
+        for r in range(some.stop - some.start):
+            lengths[64 * b + r] = f32_at(norms[numbers[64 * b + r]] + 4 * np.int64(cells[64 * b + r]))
+            for h in range(halves):
+                rows[64 * b + r, h] = taken[h, r]
+    at_rows, at_probes = rows.ctypes.data, probes.ctypes.data
+    for start in range(0, count, _CHUNK):
+        together = min(_CHUNK, count - start)
+        for i in range(together):
+            sums[i] = np.float32(7.5) * _as_probe(rows[start + i, :halves], probes[i])
+            step, middle = _tabulate(probes[i], used, tables[i])
+            # an upper half is worth sixteen, of which `probes` counts two
+            least = sign_cut * root * lengths[start + i] / np.float32(8)
+            limit = np.ceil((least + middle) / (QUARTERS * step) + np.float32(0.5 - 1e-3))
+            limits[i] = np.uint8(min(max(limit, 0), 255))
+        for b in range(start // 64, blocks, TOGETHER):
+            for i in range(TOGETHER):
+                left = max(count - 64 * (b + i), 0)
+                alive[i] = ~np.uint64(0) if left >= 64 else (np.uint64(1) << np.uint64(left)) - np.uint64(1)
+            reached = survivors(
+                signs[b : b + TOGETHER],
+                seeds,
+                alive,
+                tables[: -(-together // WIDE) * WIDE],
+                limits,
+                together,
+                masks,
+                which,
+                lanes,
+            )
+            for i in range(reached):
+                p, row = which[i], 64 * b + lanes[i]
+                if row <= start + p:  # itself, or compared already
+                    continue
+                passed += 1
+                dot = np.float32(_row_dot(at_rows + octets * row, at_probes + 2 * octets * p, octets))
+                if np.float32(128) * (dot - sums[p]) / (lengths[start + p] * lengths[row]) >= np.float32(cut):
+                    if found == one.size:
+                        one, other = _grown(one, 2 * found), _grown(other, 2 * found)
+                    one[found], other[found] = start + p, row
+                    found += 1
+    return one[:found], other[:found], passed
+
+
+@numba.njit(nogil=True, cache=True)
+def _grown(some: Any, size: int) -> Any:
+    wider = np.empty(size, some.dtype)
+    wider[: some.size] = some
+    return wider
+
+
+def meet(
+    columns: Sequence[tuple[Codes, Float32]],
+    numbers: NDArray[np.int32],
+    cells: NDArray[np.int32],
+    tables: int,
+    sign_cut: float,
+    cut: float,
+) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
+    """Pairs among some rows whose estimates by signs and by upper halves both reach their cuts. A row is probe and row in one: of both
+    only the upper halves count.
+
+    columns: planes and norms, all of the same halves; numbers, cells: int32 (n,), each row's column and its cell there; tables: of signs
+    to look at. Returns (the earlier, the later) of each pair, their places among the rows, and how many pairs the signs let
+    through.
+    """
+    planes = np.array([plane.ctypes.data for plane, _ in columns], np.int64)
+    norms = np.array([norms.ctypes.data for _, norms in columns], np.int64)
+    halves = columns[0][0].shape[1]
+    one, other, passed = _meet(planes, norms, halves, numbers, cells, tables, sign_cut, cut)
+    return one, other, passed

@@ -1,0 +1,307 @@
+"""The inner loop over signs: what the signs of rows' numbers say of them, and dot products with the few that this does not rule out.
+
+Owns the scan of rows for probes. Never knows what a sum, a limit or an evidence stands for (`signs.py`). Its oracles in numpy are in
+tests/test_scan.py.
+
+A block of 64 rows is taken out of its plane, of every column that counts, and looked up in the probes' tables (`sign_tile.py`). Rows whose
+sum reaches the probe's limit are collected, and compared by their four-bit numbers while the block is still in the first-level cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.gallery.files.codes import Codes
+from biodedup.search.native.scan_kernel import make_row_dot, prefetch, rebound
+from biodedup.search.native.sign_tile import (
+    FOUR,
+    TOGETHER,
+    aligned,
+    classed_for,
+    classify,
+    copy,
+    f32_at,
+    masks_apart,
+    sign,
+    survivors,
+    tiles_for,
+    u32_at,
+)
+from biodedup.values import Float32
+
+_PROBES_APART = 32  # after which some more memory is asked for
+_LAID_OUT_FROM = 24  # pairs a block to compare; from so many on all its rows are laid out one after another
+
+Int64 = NDArray[np.int64]
+
+
+@numba.njit(nogil=True, cache=True)
+def _take(plane: int, cells: Any, taken: Any) -> None:
+    """Of 64 cells, or fewer, their four-bit numbers: taken uint32 (halves, 64). plane: its address."""
+    halves = taken.shape[0]
+    for h in range(halves):
+        for r in range(cells.shape[0]):
+            taken[h, r] = u32_at(plane + 256 * (halves * (cells[r] >> 6) + h) + 4 * (cells[r] & 63))
+
+
+@numba.njit(nogil=True, cache=True)
+def _lay_out(taken: Any, rows: Any) -> None:
+    for r in range(64):
+        for h in range(taken.shape[0]):
+            rows[r, h] = taken[h, r]
+
+
+@numba.njit(nogil=True, cache=True)
+def _lay_out_some(taken: Any, column: int, lanes: Any, rows: Any) -> None:
+    for i in range(lanes.shape[0]):
+        b, r = lanes[i] >> 6, lanes[i] & 63
+        for h in range(rows.shape[1]):
+            rows[i, h] = taken[b, column, h, r]
+
+
+_row_dot = make_row_dot()
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _add_values(
+    some: Any,
+    lanes: Any,
+    rows: Any,
+    by_lane: bool,
+    lengths: Any,
+    probes: Any,
+    parameters: Any,
+    evidence: Any,
+    totals: Any,
+) -> None:
+    """Of one column, what pairs of a probe and a row are worth by its four-bit numbers."""
+    at_rows, at_probes = rows.ctypes.data, probes.ctypes.data
+    octets, last = probes.shape[2], evidence.shape[0] - 1
+    for i in range(some.shape[0]):
+        p, lane = some[i], lanes[i]
+        at_row = at_rows + octets * (lane if by_lane else i)
+        dot = np.float32(_row_dot(at_row, at_probes + 2 * octets * p, octets))
+        value = parameters[p, 0] * (dot - parameters[p, 1]) / lengths[lane]
+        if last >= 0:
+            place = np.int64(np.rint((value + np.float32(1)) * np.float32(0.5 * last)))
+            value = evidence[min(max(place, 0), last)]
+        totals[i] += value
+
+
+@numba.njit(nogil=True, cache=True)
+def _alive(live: Any, block: int, first: int, last: int) -> Any:
+    """Which rows of a block count."""
+    alive = live[block] if live.size else ~np.uint64(0)
+    low, high = 64 * block, 64 * block + 64
+    if first > low:
+        alive &= ~np.uint64(0) << np.uint64(first - low) if first < high else np.uint64(0)
+    if last < high:
+        alive &= ~np.uint64(0) >> np.uint64(high - last) if last > low else np.uint64(0)
+    return alive
+
+
+@numba.njit(nogil=True, cache=True)
+def _scan(
+    planes: Any,
+    norms: Any,
+    halves: Any,
+    used: Any,
+    members: Any,
+    live: Any,
+    first: int,
+    last: int,
+    block: int,
+    tables: Any,
+    limits: Any,
+    each: int,
+    seeding: Any,
+    probes: Any,
+    parameters: Any,
+    evidence: Any,
+    cuts: Any,
+    which: Any,
+    cells: Any,
+    values: Any,
+) -> tuple[int, int, int]:
+    columns, count = probes.shape[:2]
+    number, octets = tables.shape[1], probes.shape[3]
+    mapped = members.shape[1] > 0
+    taken = aligned(TOGETHER * columns * 64 * octets).view(np.uint32).reshape(TOGETHER, columns, octets // 4, 64)
+    signs = aligned(TOGETHER * 64 * number).reshape(TOGETHER, number, 64)
+    rows = aligned(TOGETHER * 64 * octets).view(np.uint32).reshape(TOGETHER * 64, octets // 4)
+    lengths, seeds = np.ones((columns, TOGETHER * 64), np.float32), np.zeros(TOGETHER * 64, np.uint8)
+    masks = masks_apart()
+    alive = np.empty(TOGETHER, np.uint64)
+    room = 64 * TOGETHER * count
+    some, lanes, totals = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
+    found, passed, end = 0, 0, -(-last // 64)
+    while block < end:
+        if found + room > which.size:
+            return found, block, passed
+        blocks = min(TOGETHER, end - block)
+        alive[blocks:] = 0
+        for b in range(blocks):
+            alive[b] = _alive(live, block + b, first, last)
+            begin = 0
+            for c in range(columns if alive[b] else 0):
+                mine, at = taken[b, c, : halves[c]], 64 * (block + b)
+                if mapped:
+                    _take(planes[c], members[c, at : min(at + 64, members.shape[1])], mine)
+                else:
+                    copy(planes[c] + 256 * halves[c] * (block + b), mine.ctypes.data, 256 * halves[c])
+                if each == FOUR:
+                    sign(mine, signs[b, begin : begin + used[c]])
+                else:
+                    classify(mine, each, signs[b, begin : begin + used[c]])
+                begin += used[c]
+                if mapped:
+                    for r in range(64):
+                        cell = members[c, min(at + r, members.shape[1] - 1)]
+                        lengths[c, 64 * b + r] = f32_at(norms[c] + 4 * np.int64(cell))
+                else:
+                    copy(norms[c] + 4 * at, lengths[c, 64 * b :].ctypes.data, 256)
+        if seeding[1] != 0:
+            for r in range(64 * blocks):
+                seeds[r] = np.uint8(min(max(seeding[0] + seeding[1] * lengths[0, r], np.float32(0)), seeding[2]))
+        reached, next_blocks = 0, 0 if mapped else min(TOGETHER, end - block - blocks)
+        for p in range(0, count, _PROBES_APART):
+            for c in range(columns):  # what comes next, a share at a time, so that look-ups do not wait for it
+                octets_next = 256 * halves[c] * next_blocks
+                share = -(-octets_next * _PROBES_APART // (64 * count)) * 64
+                begin = p // _PROBES_APART * share
+                for at in range(begin, min(begin + share, octets_next), 64):
+                    prefetch(planes[c] + 256 * halves[c] * (block + blocks) + at)
+            apart = slice(p, p + _PROBES_APART)
+            number_of = min(count - p, _PROBES_APART)
+            more = survivors(
+                signs, seeds, alive, tables[apart], limits[apart], number_of, masks, some[reached:], lanes[reached:]
+            )
+            some[reached : reached + more] += np.int32(p)
+            reached += more
+        passed += reached
+        laid_out = reached >= _LAID_OUT_FROM * blocks
+        totals[:reached] = 0
+        for c in range(columns):
+            if laid_out:
+                for b in range(blocks):
+                    _lay_out(taken[b, c], rows[64 * b :])
+            else:
+                _lay_out_some(taken, c, lanes[:reached], rows)
+            _add_values(
+                some[:reached],
+                lanes[:reached],
+                rows,
+                laid_out,
+                lengths[c],
+                probes[c],
+                parameters[c],
+                evidence[c],
+                totals,
+            )
+        for i in range(reached):
+            if totals[i] >= cuts[some[i]]:
+                which[found], cells[found], values[found] = some[i], 64 * block + lanes[i], totals[i]
+                found += 1
+        block += blocks
+    return found, block, passed
+
+
+def make_scan(instructions: str) -> Any:
+    """`_scan` for another processor."""
+    classes = numba.njit(rebound(classify, **classed_for(instructions)), nogil=True)
+    mine = numba.njit(rebound(survivors, **tiles_for(instructions)), nogil=True)
+    add_values = numba.njit(rebound(_add_values, _row_dot=make_row_dot(instructions)), nogil=True, error_model="numpy")
+    return numba.njit(rebound(_scan, survivors=mine, classify=classes, _add_values=add_values), nogil=True)
+
+
+@dataclass(frozen=True)
+class SignedProbes:
+    """Probes as the kernel takes them, of one column or several.
+
+    tables: uint8 (q', t, 16 or 64), of all columns' tables one after another, t a multiple of QUARTERS * UNROLLED; limits: uint8 (q',),
+    where q' is q, the number of probes, rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. each: FOUR, SIX, TWO or
+    THREE; seeding: float32 (3,): a row's sums begin with seeding[0] +
+    seeding[1] times the norm of its first column, cut off at 0 and seeding[2]. codes: int8 (columns, q, 2, octets), as
+    `make_row_dot` wants them; parameters: float32 (columns, q, 2): a similarity is the first times (dot product - the second)
+    over the row's norm. evidence: float32 (columns, n), what a similarity from -1 to 1 counts for, whose sum is compared with a cut;
+    (columns, 0) for a single column whose similarity itself is.
+    """
+
+    tables: NDArray[np.uint8]
+    limits: NDArray[np.uint8]
+    used: Int64
+    each: int
+    seeding: Float32
+    codes: NDArray[np.int8]
+    parameters: Float32
+    evidence: Float32
+
+    def __len__(self) -> int:
+        return int(self.codes.shape[1])
+
+    def pieces(self, most: int) -> Iterator[tuple[slice, SignedProbes]]:
+        """So many at a time, a multiple of WIDE."""
+        for low in range(0, len(self), most):
+            some = slice(low, min(low + most, len(self)))
+            codes, parameters = (
+                np.ascontiguousarray(self.codes[:, some]),
+                np.ascontiguousarray(self.parameters[:, some]),
+            )
+            tables, limits = self.tables[low : low + most], self.limits[low : low + most]
+            yield some, replace(self, tables=tables, limits=limits, codes=codes, parameters=parameters)
+
+    @property
+    def room(self) -> int:
+        """That a call may fill."""
+        return 64 * TOGETHER * len(self)
+
+
+def scan(
+    columns: Sequence[tuple[Codes, Float32]],
+    members: NDArray[np.int32] | None,
+    live: NDArray[np.uint64],
+    span: tuple[int, int],
+    start: int,
+    probes: SignedProbes,
+    cuts: Float32,
+    found: tuple[NDArray[np.int32], Int64, Float32],
+) -> tuple[int, int, int]:
+    """Pairs of a probe and a row whose signs reach the probe's limit and whose value, by its four-bit numbers, reaches its cut.
+
+    columns: of each its plane (b, d / 8, 256), as `codes.planes` lays it, and norms (64 b,); members: int32 (columns, n), the cells of
+    n rows in each column, or None where row and cell are the same; live: bit r of block b is set where row 64 b + r counts, or
+    empty where all do; span: [first, last) rows that count; start: the block to begin with; cuts: float32 (q,). Writes probe, row and
+    value of each pair into `found`, whose arrays have room for probes.room at least. Returns how many, the block to go on with,
+    all done when it is ceil(last / 64), and how many pairs the signs let through.
+    """
+    planes = np.array([plane.ctypes.data for plane, _ in columns], np.int64)
+    norms = np.array([norms.ctypes.data for _, norms in columns], np.int64)
+    halves = np.array([plane.shape[1] for plane, _ in columns], np.int64)
+    if members is None:
+        members = np.zeros((len(columns), 0), np.int32)
+    number, block, passed = _scan(
+        planes,
+        norms,
+        halves,
+        probes.used,
+        members,
+        live,
+        *span,
+        start,
+        probes.tables,
+        probes.limits,
+        probes.each,
+        probes.seeding,
+        probes.codes,
+        probes.parameters,
+        probes.evidence,
+        cuts,
+        *found,
+    )
+    return number, block, passed

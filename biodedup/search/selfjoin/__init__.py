@@ -1,0 +1,1 @@
+"""Joins: every row of a gallery compared with every other."""

@@ -1,0 +1,1 @@
+"""Shards: a gallery in pieces, each searched on its own."""
