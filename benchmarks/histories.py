@@ -50,6 +50,8 @@ CONFIG = bd.Config(
 HOLD_S = 4.0
 """A writer's turn; opening the gallery and loading compiled code takes some two seconds."""
 OPERATIONS_A_KILL = 150
+ONE_BLAS_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+"""Before a fork OpenBLAS ends its threads, and hangs where another thread of the process has work for them (seen with numpy 2.4)."""
 OPERATIONS = ("enrol", "update", "remove", "dispute", "judge", "resend", "fork")
 WEIGHTS = (30, 18, 4, 3, 24, 8, 1)
 
@@ -272,7 +274,7 @@ def run(operations: int, processes: int, seed: int) -> dict[str, Any]:
             while len(running) < processes:
                 command = [sys.executable, __file__, "--worker", str(gallery), "--seed", str(seed * 1000 + launched)]
                 with (logs / f"{launched}.jsonl").open("wb") as out:
-                    running.append(subprocess.Popen(command, stdout=out))
+                    running.append(subprocess.Popen(command, stdout=out, env=os.environ | ONE_BLAS_THREAD))
                 launched += 1
             time.sleep(0.2)
             new = said.refresh()[counted:]

@@ -7,6 +7,9 @@ the parent's.
    releases nothing, so that a child that outlives its parent does not hold the gallery.
 2. SQLite must not close a connection in a child: that would roll back what the parent is writing. The child keeps it for ever.
 3. No fork happens in the middle of a transaction: it waits for the locks in `hold`, for five seconds at most.
+
+What no rule here can prevent: OpenBLAS, under numpy, ends its threads before a fork, and hangs if another thread of the process is in a
+matrix product then. A process that forks while its engine works sets OPENBLAS_NUM_THREADS=1, or starts children by `spawn`.
 """
 
 from __future__ import annotations
