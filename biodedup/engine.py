@@ -42,7 +42,7 @@ from biodedup.deciding import Decider
 from biodedup.embed.extractor import Extractor
 from biodedup.enrolment import Enrolment
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
-from biodedup.gallery.answers import answered_before, digest_of, from_json
+from biodedup.gallery.answers import answered_before, digest_of, from_json, is_of_batch
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
 from biodedup.gallery.history import NotedClock, date_notes
@@ -583,7 +583,7 @@ class Engine:
         """The decision that an encounter got, or None for one never seen; of a case, as it stands by now."""
         self._check_open()
         stored = self._gallery.answer(encounter_id)
-        return None if stored is None or '"added"' in stored[1] else from_json(stored[1])
+        return None if stored is None or is_of_batch(stored[1]) else from_json(stored[1])
 
     def recall(self, encounter: Encounter) -> Decision | None:
         """The decision that this very encounter got, or None for one never seen. Writes nothing. Raises EncounterConflict where its id was

@@ -120,7 +120,9 @@ class Enrolment:
         if not probes:
             return Sought(answers)
         mine = list(probes.values())
-        seen = self._searches.seek(mine, across=across)
+        before = self._gallery.snapshot()
+        besides = max(before.count_under(probe.subject_id) for probe in mine)  # they are no candidates
+        seen = self._searches.seek(mine, across=across, besides=besides)
         return Sought(answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces, reason))
 
     def ahead(self, batches: Iterator[list[Encounter]], across: bool) -> Iterator[tuple[list[Encounter], Sought]]:
@@ -210,14 +212,15 @@ class Enrolment:
         usable = probe.templates.keys() | (keeps or {}).keys()  # an update keeps the columns that it does not send
         if lacks := shortfall(required, usable, probe.refusals, probe.missing):
             return self._decider.incomplete(probe, lacks, now, version=transaction.version)
-        found = self._searches.completed(probe, found, seen, now)
         own = subject_rows + now.pending_under(probe.subject_id)  # under the same name no second identity slips past
         different = now.different.get(case.row, ()) if case is not None and case.row is not None else ()
+        found = self._searches.completed(probe, found, seen, now, {*own, *different})
         decision = self._decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
         if asked.reason:
-            return replace(decision, replacement=asked.reason)
-        if not asked.replaces or not set(same).isdisjoint(subject_rows):
-            return decision
+            decision = replace(decision, replacement=asked.reason)
+        anew = case is not None and case.row is not None and min(subject_rows, default=-1) > case.row
+        if not asked.replaces or (asked.reason and not anew) or not set(same).isdisjoint(subject_rows):
+            return decision  # to replace all was asked of what was enrolled then, not of who got the id since
         return self._decider.confirmed(decision, probe, now, subject_rows)
 
     @staticmethod
