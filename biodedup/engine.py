@@ -42,7 +42,7 @@ from biodedup.deciding import Decider
 from biodedup.embed.extractor import Extractor
 from biodedup.enrolment import Enrolment
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
-from biodedup.gallery.answers import answered_before, digest_of, from_json, is_of_batch
+from biodedup.gallery.answers import digest_of, from_json, is_of_batch, standing_answer
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.health import Copied, backup, inspect
 from biodedup.gallery.history import NotedClock, date_notes
@@ -590,7 +590,7 @@ class Engine:
         sent with other content."""
         self._check_open()
         encounter = in_memory(encounter, self.config.capture)
-        return answered_before(self._gallery.answer, encounter, digest_of(encounter))
+        return standing_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot())
 
     def info(self) -> dict[str, Any]:
         """Counts, models and thresholds, JSON-ready."""

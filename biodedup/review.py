@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from biodedup.deciding import Decider
 from biodedup.enrolment import Enrolment
 from biodedup.errors import CallerError, InvalidInput, UnknownSubject
-from biodedup.gallery.answers import digest_of
+from biodedup.gallery.answers import digest_of, standing_answer
 from biodedup.gallery.cases import (
     Request,
     check_as_shown,
@@ -66,7 +66,7 @@ class Review:
         if not probe.templates:
             raise InvalidInput("no capture of the encounter can be used; a case needs one to judge")
         with self.gallery.transaction() as transaction:
-            answer = self.enrolment.answered(transaction.answer, encounter, digest, transaction.snapshot())
+            answer = standing_answer(transaction.answer, encounter, digest, transaction.snapshot())
             if answer is not None:
                 return answer
             decision = self._disputed(transaction, probe)

@@ -577,3 +577,31 @@ def test_the_decision_on_a_subject_or_an_encounter_called_added_is_told(engine):
     engine.add_templates(["carla"], {"face": orthogonal(3)[2:]}, encounter_id="e2")
     assert engine.decision("e1").subject_id == "added" and engine.decision("added").subject_id == "bella"
     assert engine.decision("e2") is None
+
+
+def test_updates_in_small_steps_do_not_lead_from_one_person_to_another(engine):
+    anna, other = orthogonal(2)
+    engine.enroll(sent("anna", anna, "e0"))
+    turns = [like((anna, np.cos(turn)), (other, np.sin(turn))) for turn in np.linspace(0, np.pi / 2, 13)[1:]]
+    decisions = [engine.update(sent("anna", one, f"e{i}")) for i, one in enumerate(turns, start=1)]
+    assert (decisions[0].outcome, decisions[-1].outcome) == ("unique", "review")
+    assert decisions[-1].reasons[0] == "another_person"
+    kept = engine.encounters("anna")
+    assert len(kept) == 3 and kept[0].encounter_id == "e0"
+    assert engine.enroll(sent("bella", anna, "e20")).best.subject_id == "anna"  # she is not forgotten
+
+
+# archives ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_encounter_id_is_admitted_once_in_a_batch_and_after_a_removal(engine):
+    anna, bella = orthogonal(2)
+    first, second = engine.admit([sent("anna", anna, "e1"), sent("anna", anna, "e1")])
+    assert first == second and len(engine.encounters("anna")) == 1
+    with pytest.raises(bd.EncounterConflict):
+        engine.admit([sent("bella", bella, "e2"), sent("carla", bella, "e2")])
+    assert engine.subject_ids() == ["anna"]
+    engine.remove("anna")
+    (resent,) = engine.admit([sent("anna", anna, "e1")])
+    assert resent.reasons == engine.recall(sent("anna", anna, "e1")).reasons == ("removed",)
+    assert "anna" not in engine
