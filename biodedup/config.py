@@ -20,6 +20,11 @@ EXTERNAL_MINUTIAE = "external-minutiae"
 """The model_id of minutiae of an unknown extractor."""
 
 
+def _is_number(value: object) -> bool:
+    """Whether it is one that JSON keeps as it is, as a gallery keeps its policy."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class FaceConfig:
     """Face model and the limits of its quality gate."""
@@ -163,13 +168,16 @@ class Policy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "required", check_required(self.required))
+        for name in ("trust_extrapolation", "own_strangers"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInput(f"{name} is {getattr(self, name)!r}, wanted True or False")
         for name in ("fpir", "review_fpir", "fnir_review", "verify_fmr"):
             value = getattr(self, name)
-            if not 0 < value < 1:
+            if not _is_number(value) or not 0 < value < 1:
                 raise InvalidInput(f"{name} is {value}, wanted a rate between 0 and 1")
         for name in ("duplicate_db", "review_db"):
             value = getattr(self, name)
-            if value is not None and not isfinite(value):
+            if value is not None and not (_is_number(value) and isfinite(value)):
                 raise InvalidInput(f"{name} is {value}, wanted a finite number of decibels, or None")
         if self.review_fpir < self.fpir:
             raise InvalidInput(f"review_fpir {self.review_fpir} is below fpir {self.fpir}; review is the wider band")
@@ -177,8 +185,9 @@ class Policy:
             raise InvalidInput(
                 f"review_db {self.review_db} is above duplicate_db {self.duplicate_db}; review is the wider band"
             )
-        if not self.duplicate_floor_db >= 0:
-            raise InvalidInput(f"duplicate_floor_db is {self.duplicate_floor_db}, wanted 0 or more")
+        floor_db = self.duplicate_floor_db
+        if not (_is_number(floor_db) and isfinite(floor_db) and floor_db >= 0):
+            raise InvalidInput(f"duplicate_floor_db is {floor_db}, wanted a finite number of decibels from 0 on")
 
     def thresholds_db(self, gallery_size: int) -> tuple[float, float]:
         """(duplicate, review) thresholds in dB for a gallery of this many subjects."""

@@ -195,12 +195,18 @@ class Encounter:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", check_groups(self.groups))
-        object.__setattr__(self, "declined", tuple(self.declined))
-        for refusal in self.declined:
+        declined = tuple(islice(self.declined, CAPTURES_MAX + 1))
+        if len(declined) > CAPTURES_MAX:
+            raise InvalidInput(f"an encounter has at most {CAPTURES_MAX} declined captures; leave some out")
+        for refusal in declined:
             if not isinstance(refusal, Refusal):
                 raise InvalidInput(
                     f"declined holds Refusal, got {type(refusal).__name__}; leave out what was not refused"
                 )
+            _check_position(refusal.column, COLUMNS)
+            check_text(refusal.reason, "the reason of a declined capture", REASON_LENGTH_MAX)
+            check_text(refusal.detail, "the detail of a declined capture", NOTE_LENGTH_MAX)
+        object.__setattr__(self, "declined", declined)
         if self.subject_id is not None:
             check_id(self.subject_id, "subject_id")
         if self.encounter_id is not None:

@@ -21,7 +21,7 @@ import xxhash
 
 import biodedup as bd
 from biodedup.gallery.care.health import inspect
-from biodedup.gallery.catalogue import sqlite as catalogue
+from biodedup.gallery.catalogue.sqlite import sqlite as catalogue
 from biodedup.gallery.files import column_file
 from biodedup.gallery.files.filesystem import LocalStorage
 

@@ -481,3 +481,127 @@ def test_cases_are_listed_without_looking_at_each_for_each(engine, monkeypatch):
     assert len(looked_up) == len(cases)
     for case in cases:
         assert all(case.encounter_id in engine.case(other).linked for other in case.linked)
+
+
+# hostile sequences ---------------------------------------------------------------------------------------------------
+
+
+def like(*weighted: tuple[np.ndarray, float]) -> np.ndarray:
+    total = sum(weight * vector for vector, weight in weighted)
+    return (total / np.linalg.norm(total)).astype(np.float32)
+
+
+def test_captures_that_are_nobodys_of_all_candidates_are_not_the_subjects_either(engine):
+    anna, other, carla = orthogonal(3)
+    engine.enroll(sent("anna", anna, "e1"))
+    engine.enroll(sent("carla", carla, "e2"))
+    engine.update(sent("anna", like((anna, 0.2), (carla, 0.5), (other, 0.84)), "e3"))
+    assert names(engine.case("e3").undecided) == ["anna", "carla"]
+    decision = engine.adjudicate("e3", "different", "A. Officer")
+    assert (decision.outcome, decision.refusals[-1].reason) == ("refused", "another_person")
+    assert len(engine.encounters("anna")) == 1 and list(engine.cases()) == []
+    assert engine.adjudicate("e3", "different", "A. Officer") == decision  # said again
+
+
+def test_a_case_that_nobody_looked_at_is_not_enrolled_though_nothing_was_compared_with_it(engine):
+    finger = {"right_index": people(1, seed=9)[0]}
+    engine.enroll(sent("anna", orthogonal(1)[0], "e1"))
+    assert engine.enroll(bd.Encounter("bella", templates=finger, encounter_id="e2")).reasons == ("nothing_in_common",)
+    assert engine.enroll(bd.Encounter("carla", templates=finger, encounter_id="e3")).outcome == "review"
+    assert engine.adjudicate("e3", "same", "A. Officer").outcome == "duplicate"
+    assert engine.case("e2").decision.outcome == "review" and "bella" not in engine
+    assert engine.adjudicate("e2", "different", "A. Officer").outcome == "unique"  # somebody has looked
+
+
+def test_a_replacement_that_waited_does_not_replace_who_got_the_id_since(engine):
+    anna, other, carla, dora = orthogonal(4)
+    engine.enroll(sent("anna", anna, "e1"))
+    engine.enroll(sent("carla", carla, "e2"))
+    engine.update(sent("anna", like((other, 0.86), (carla, 0.5)), "e3"), replace=True, reason="burnt")
+    assert names(engine.case("e3").undecided) == ["carla"]
+    anew(engine, "anna", dora, "e4")
+    decision = engine.adjudicate("e3", "different", "A. Officer")
+    assert (decision.outcome, names(engine.case("e3").undecided)) == ("review", ["anna"])
+    assert [one.encounter_id for one in engine.encounters("anna")] == ["e4"]
+    assert engine.adjudicate("e3", "same", "A. Officer").outcome == "unique"  # a person says so
+    assert [one.encounter_id for one in engine.encounters("anna")] == ["e3"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_no_number_of_open_cases_under_one_name_hides_whom_they_resemble(engine, at_once):
+    anna, other, *crowd = orthogonal(23)
+    engine.enroll(sent("anna", anna, "e1"))
+    for i, one in enumerate(crowd):
+        engine.enroll(sent(f"s{i}", one, f"s{i}"))
+    again_and_again = [sent("bella", like((anna, 0.5), (other, 0.86)), f"b{i}") for i in range(30)]
+    decisions = list(engine.enroll_many(again_and_again)) if at_once else map(engine.enroll, again_and_again)
+    assert [(d.outcome, d.best.subject_id) for d in decisions] == [("review", "anna")] * 30
+    assert names(engine.adjudicate("b7", "different", "A. Officer").cleared) == ["anna"]
+
+
+def test_rows_removed_during_a_search_hide_nobody_from_it(engine, monkeypatch):
+    anna, other, *crowd = orthogonal(40)
+    engine.enroll(sent("anna", anna, "e1"))
+    nearer = np.array([like((other, 0.86), (one, 0.5)) for one in crowd[:24]])
+    engine.add_templates([f"s{i}" for i in range(24)], {"face": nearer})
+    commit = type(engine._enrolment).commit
+
+    def after_removals(enrolment, sought):
+        for subject_id in engine.subject_ids():
+            if subject_id != "anna":
+                engine.remove(subject_id)
+        return commit(enrolment, sought)
+
+    monkeypatch.setattr(type(engine._enrolment), "commit", after_removals)
+    decision = engine.enroll(sent("bella", like((anna, 0.5), (other, 0.86)), "e2"))
+    assert (decision.outcome, names(decision.candidates)) == ("review", ["anna"])
+
+
+def test_a_verdict_that_could_be_about_a_subject_or_an_open_case_of_that_name_is_refused(engine):
+    anna, bella, carla = orthogonal(3)
+    engine.enroll(sent("anna", anna, "e1"))
+    assert engine.enroll(sent("bella", like((anna, 0.5), (bella, 0.86)), "anna")).outcome == "review"
+    engine.enroll(sent("carla", like((anna, 0.5), (bella, 0.5), (carla, 0.7)), "e3"))
+    assert {(c.subject_id, c.case) for c in engine.case("e3").undecided} == {("anna", ""), ("bella", "anna")}
+    for ruling, candidate in (("same", "anna"), ("different", "anna"), ("different", None)):
+        with pytest.raises(bd.InvalidInput, match="decide the case 'anna' first"):
+            engine.adjudicate("e3", ruling, "A. Officer", candidate=candidate)
+    engine.adjudicate("anna", "recapture", "A. Officer")
+    assert engine.adjudicate("e3", "same", "A. Officer").best.subject_id == "anna"
+
+
+def test_the_decision_on_a_subject_or_an_encounter_called_added_is_told(engine):
+    anna, bella = orthogonal(2)
+    engine.enroll(sent("added", anna, "e1"))
+    engine.enroll(sent("bella", bella, "added"))
+    engine.add_templates(["carla"], {"face": orthogonal(3)[2:]}, encounter_id="e2")
+    assert engine.decision("e1").subject_id == "added" and engine.decision("added").subject_id == "bella"
+    assert engine.decision("e2") is None
+
+
+def test_updates_in_small_steps_do_not_lead_from_one_person_to_another(engine):
+    anna, other = orthogonal(2)
+    engine.enroll(sent("anna", anna, "e0"))
+    turns = [like((anna, np.cos(turn)), (other, np.sin(turn))) for turn in np.linspace(0, np.pi / 2, 13)[1:]]
+    decisions = [engine.update(sent("anna", one, f"e{i}")) for i, one in enumerate(turns, start=1)]
+    assert (decisions[0].outcome, decisions[-1].outcome) == ("unique", "review")
+    assert decisions[-1].reasons[0] == "another_person"
+    kept = engine.encounters("anna")
+    assert len(kept) == 3 and kept[0].encounter_id == "e0"
+    assert engine.enroll(sent("bella", anna, "e20")).best.subject_id == "anna"  # she is not forgotten
+
+
+# archives ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_encounter_id_is_admitted_once_in_a_batch_and_after_a_removal(engine):
+    anna, bella = orthogonal(2)
+    first, second = engine.admit([sent("anna", anna, "e1"), sent("anna", anna, "e1")])
+    assert first == second and len(engine.encounters("anna")) == 1
+    with pytest.raises(bd.EncounterConflict):
+        engine.admit([sent("bella", bella, "e2"), sent("carla", bella, "e2")])
+    assert engine.subject_ids() == ["anna"]
+    engine.remove("anna")
+    (resent,) = engine.admit([sent("anna", anna, "e1")])
+    assert resent.reasons == engine.recall(sent("anna", anna, "e1")).reasons == ("removed",)
+    assert "anna" not in engine

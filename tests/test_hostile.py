@@ -8,7 +8,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import zlib
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -248,3 +250,42 @@ def test_a_sound_gallery_of_this_kind_answers(gallery):
         assert nearest(engine, 3) == "s3"
         assert engine.decision("e3") is not None
     assert inspect(LocalStorage(), gallery) == []
+
+
+def within(seconds: float, work: Callable[[], object]) -> str:
+    """The name of the error that work raises, "" where it raises none."""
+    told: list[str] = []
+
+    def done() -> None:
+        try:
+            work()
+        except bd.BiodedupError as error:
+            told.append(type(error).__name__)
+        else:
+            told.append("")
+
+    thread = threading.Thread(target=done, daemon=True)  # it must not outlive a test that fails
+    thread.start()
+    thread.join(seconds)
+    return told[0] if told else "it waits for ever"
+
+
+@pytest.mark.parametrize(
+    "name", ["gallery.sqlite3", "gallery.sqlite3-journal", "gallery.sqlite3-wal", "writer.lock", "segments/1.subject"]
+)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_pipe_in_the_place_of_a_file_is_waited_for_by_nobody(gallery, name, read_only):
+    (gallery / name).unlink(missing_ok=True)
+    os.mkfifo(gallery / name)
+    told = within(20, lambda: bd.Engine.open(gallery, read_only=read_only).close())
+    wanted = "GalleryDamaged" if name.startswith("segments") else "NotAGallery"
+    assert told == ("" if read_only and name == "writer.lock" else wanted)
+
+
+def test_a_backup_writes_over_a_pipe_and_waits_for_nobody(gallery, tmp_path):
+    (tmp_path / "b" / "segments").mkdir(parents=True)
+    os.mkfifo(tmp_path / "b" / "segments" / "1.subject")
+    with bd.Engine.open(gallery, read_only=True) as engine:
+        assert within(20, lambda: engine.backup(tmp_path / "b")) == ""
+    with bd.Engine.open(tmp_path / "b", read_only=True) as copy:
+        assert copy.problems() == []

@@ -198,3 +198,16 @@ def test_a_gallerys_strangers_alone_do_not_calibrate_a_model_without_a_card(tmp_
         jobs.calibrate(tmp_path / "g", "mine-1", tmp_path / "none.toml")
     jobs.calibrate(tmp_path / "g", str(card), tmp_path / "own.toml")  # with a card, they do
     assert load_card(str(tmp_path / "own.toml")).dimension == 64
+
+
+def test_a_model_of_faces_makes_no_fingers_and_a_model_of_fingers_no_faces(engine):
+    vectors = people(2)
+    for column, model_id in (("right_index", SFACE), ("face", bd.Config().finger.record_model_id)):
+        for given in (vectors[0], bd.Template(column, model_id, vectors[0])):
+            with pytest.raises(bd.ModelMismatch, match="model of f"):
+                engine.enroll(bd.Encounter("anna", templates={column: given}, model_id=model_id))
+        with pytest.raises(bd.ModelMismatch, match="model of f"):
+            engine.add_templates(["anna"], {column: vectors[:1]}, model_id=model_id)
+    with pytest.raises(bd.ModelMismatch, match="no embeddings"):
+        engine.add_templates(["anna"], {"left_index": vectors[:1]}, model_id="external-minutiae")
+    assert len(engine) == 0

@@ -310,3 +310,29 @@ def test_json_files_hold_file_names_that_are_no_utf_8(tmp_path):
 def test_numbers_of_an_array_stay_numbers_in_csv(tmp_path):
     write_table(pa.table({"x": np.array([-1, 2])}), tmp_path / "n.csv")
     assert pa.csv.read_csv(tmp_path / "n.csv")["x"].to_pylist() == [-1, 2]
+
+
+def test_what_was_declined_elsewhere_is_bounded_and_steers_no_terminal(engine):
+    for told in (
+        ("nose", "blurred", ""),
+        ("face", "x" * 1001, ""),
+        ("face", "why\x07", ""),
+        ("face", "blurred", "\x1b[2J"),
+    ):
+        with pytest.raises(bd.InvalidInput):
+            bd.Encounter("anna", declined=[bd.Refusal(*told)])
+    with pytest.raises(bd.InvalidInput, match="at most 100"):
+        bd.Encounter("anna", declined=[bd.Refusal("face", "blurred")] * 101)
+    decision = engine.identify(bd.Encounter(declined=[bd.Refusal("face", "blurred", "a finger on the lens")]))
+    assert [refusal.reason for refusal in decision.refusals] == ["blurred"]
+
+
+def test_what_a_kit_says_of_a_capture_is_shown_and_does_not_end_an_ingest():
+    from biodedup.jobs.kits import record as kit_record
+
+    told = bd.Refusal("nose\x1b[2J", "why\x07", "\u202e" * 400)
+    encounter = bd.Encounter("anna", templates={"left_index": people(1)[0]}, encounter_id="e1", model_id="mine-1")
+    record = kit_record.decode(kit_record.encode(kit_record.Record(encounter, 1, 0.0, 0.0, (told,) * 120)), 1)
+    (one, *_) = record.refusals
+    assert (one.column, one.reason, one.detail[:6], len(one.detail)) == ("unknown", "why\\x07", "\\u202e", 500)
+    bd.Encounter(declined=record.refusals[:100])

@@ -192,3 +192,20 @@ def test_a_merge_decides_by_the_central_policy_else_by_the_one_of_all_districts(
     jobs.merge([a, b], tmp_path / "p.parquet", into=tmp_path / "centre", apply=True)
     with opened(tmp_path / "centre", read_only=True) as engine:
         assert engine.policy == STRICT
+
+
+@pytest.mark.parametrize(
+    "field", [{"fpir": "1e-3"}, {"trust_extrapolation": "no"}, {"own_strangers": 1}, {"duplicate_db": True}]
+)
+def test_a_policy_of_values_that_no_gallery_could_keep_is_refused(field):
+    with pytest.raises(bd.InvalidInput, match=next(iter(field))):
+        bd.Policy(**field)
+    with pytest.raises(bd.InvalidInput, match="finite"):
+        bd.Policy(duplicate_floor_db=float("inf"))
+
+
+def test_the_reason_of_a_change_steers_no_terminal(engine):
+    for reason in ("x\x1b[2J", "\u202ereversed", "\ud800"):
+        with pytest.raises(bd.InvalidInput, match=r"U\+"):
+            engine.set_policy(bd.Policy(fpir=1e-6), by="A. Officer", reason=reason)
+    assert len(engine.policies()) == 1

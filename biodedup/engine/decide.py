@@ -19,7 +19,7 @@ from biodedup.errors import BiodedupError, CaptureUnavailable
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
 from biodedup.match.fusion import mated_quantile_db, mated_share_below
-from biodedup.match.judgement import BELIEVED, judge, kinds_of
+from biodedup.match.judgement import BELIEVED, SPEAKS_AGAINST_DB, judge, kinds_of
 from biodedup.match.ranked import Comparison, Ranked
 from biodedup.search.positions import comparable_bits
 from biodedup.search.searcher import Found, SnapshotRows
@@ -116,9 +116,15 @@ class Decider:
         compared = self._with_subject(probe, now, own)
         threshold_db = self._verify_db()
         (kind,) = kinds_of(compared, threshold_db, threshold_db) or ("",)
-        if kind in BELIEVED:
+        if kind in BELIEVED and not self._drifted(probe, now, own):
             return decision
         return self.disputed(decision, probe, now, own)
+
+    def _drifted(self, probe: Probe, now: Snapshot, own: Sequence[int]) -> bool:
+        """Whether captures that verify by later rows are contradicted by the first one, as those of somebody whom a row in between,
+        a morph of two faces, was to bring in. own: ascending."""
+        first = self._with_subject(probe, now, own[:1]) if len(own) > 1 else ()
+        return bool(first) and first[0].llr_db <= SPEAKS_AGAINST_DB
 
     def disputed(self, decision: Decision, probe: Probe, now: Snapshot, own: Sequence[int]) -> Decision:
         """The decision `review`, with the subject itself as the first candidate: are these captures theirs?"""

@@ -47,7 +47,7 @@ from biodedup.engine.prepare import Preparer, Probe, check_column, check_models,
 from biodedup.engine.review import Review
 from biodedup.engine.search import Searches
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
-from biodedup.gallery.answers import answered_before, digest_of, from_json
+from biodedup.gallery.answers import digest_of, from_json, is_of_batch, standing_answer
 from biodedup.gallery.care.health import Copied, backup, inspect
 from biodedup.gallery.care.history import NotedClock, date_notes
 from biodedup.gallery.care.lookalikes import look_alikes
@@ -583,14 +583,14 @@ class Engine:
         """The decision that an encounter got, or None for one never seen; of a case, as it stands by now."""
         self._check_open()
         stored = self._gallery.answer(encounter_id)
-        return None if stored is None or '"added"' in stored[1] else from_json(stored[1])
+        return None if stored is None or is_of_batch(stored[1]) else from_json(stored[1])
 
     def recall(self, encounter: Encounter) -> Decision | None:
         """The decision that this very encounter got, or None for one never seen. Writes nothing. Raises EncounterConflict where its id was
         sent with other content."""
         self._check_open()
         encounter = in_memory(encounter, self.config.capture)
-        return answered_before(self._gallery.answer, encounter, digest_of(encounter))
+        return standing_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot())
 
     def info(self) -> dict[str, Any]:
         """Counts, models and thresholds, JSON-ready."""

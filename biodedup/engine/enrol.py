@@ -30,12 +30,11 @@ from biodedup.errors import (
     StorageUnavailable,
     UnknownSubject,
 )
-from biodedup.gallery.answers import answered_before, digest_of, to_json
+from biodedup.gallery.answers import digest_of, standing_answer, to_json
 from biodedup.gallery.cases import Request, resembled
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.tail import Answer
-from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
 from biodedup.memory import out_of_memory
@@ -103,7 +102,7 @@ class Enrolment:
                 require_subject(encounter)
                 encounters[i] = in_memory(encounter, self._preparer.config.capture)
                 digests[i] = digest_of(encounters[i], operation)
-                answers[i] = self.answered(self._gallery.answer, encounter, digests[i], self._gallery.snapshot())
+                answers[i] = standing_answer(self._gallery.answer, encounter, digests[i], self._gallery.snapshot())
             except NOT_TAKEN as error:
                 answers[i] = error
         todo = [i for i, answer in enumerate(answers) if answer is None]
@@ -120,7 +119,9 @@ class Enrolment:
         if not probes:
             return Sought(answers)
         mine = list(probes.values())
-        seen = self._searches.seek(mine, across=across)
+        before = self._gallery.snapshot()
+        besides = max(before.count_under(probe.subject_id) for probe in mine)  # they are no candidates
+        seen = self._searches.seek(mine, across=across, besides=besides)
         return Sought(answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces, reason))
 
     def ahead(self, batches: Iterator[list[Encounter]], across: bool) -> Iterator[tuple[list[Encounter], Sought]]:
@@ -174,7 +175,7 @@ class Enrolment:
     def _settle(self, transaction: Transaction, one: _Waiting) -> None:
         for probe, found, digest in zip(one.probes, one.seen.found, one.digests, strict=True):
             try:
-                answer = self.answered(transaction.answer, probe.encounter, digest, transaction.snapshot())
+                answer = standing_answer(transaction.answer, probe.encounter, digest, transaction.snapshot())
                 if answer is None:
                     asked = Request(one.replaces, tuple(probe.encounter.groups), one.seen.across, one.reason)
                     required = self._decider.policy().required
@@ -210,25 +211,16 @@ class Enrolment:
         usable = probe.templates.keys() | (keeps or {}).keys()  # an update keeps the columns that it does not send
         if lacks := shortfall(required, usable, probe.refusals, probe.missing):
             return self._decider.incomplete(probe, lacks, now, version=transaction.version)
-        found = self._searches.completed(probe, found, seen, now)
         own = subject_rows + now.pending_under(probe.subject_id)  # under the same name no second identity slips past
         different = now.different.get(case.row, ()) if case is not None and case.row is not None else ()
+        found = self._searches.completed(probe, found, seen, now, {*own, *different})
         decision = self._decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
         if asked.reason:
-            return replace(decision, replacement=asked.reason)
-        if not asked.replaces or not set(same).isdisjoint(subject_rows):
-            return decision
+            decision = replace(decision, replacement=asked.reason)
+        anew = case is not None and case.row is not None and min(subject_rows, default=-1) > case.row
+        if not asked.replaces or (asked.reason and not anew) or not set(same).isdisjoint(subject_rows):
+            return decision  # to replace all was asked of what was enrolled then, not of who got the id since
         return self._decider.confirmed(decision, probe, now, subject_rows)
-
-    @staticmethod
-    def answered(
-        answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes, now: Snapshot
-    ) -> Decision | None:
-        """The answer that this encounter got before; it says `removed` where its subject has been removed since."""
-        answer = answered_before(answer_of, encounter, digest)
-        if answer is None or answer.outcome != "unique" or answer.subject_id is None:
-            return answer
-        return answer if now.rows_under(answer.subject_id) else replace(answer, reasons=(*answer.reasons, "removed"))
 
     def record(
         self, transaction: Transaction, probe: Probe, decision: Decision, digest: bytes, asked: Request

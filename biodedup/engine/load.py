@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, check_models, in_memory, require_subject
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput
-from biodedup.gallery.answers import answered_before, batch_answered_before, digest_of, digest_of_batch, to_json
+from biodedup.gallery.answers import batch_answered_before, digest_of, digest_of_batch, standing_answer, to_json
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.tail import Answer
@@ -218,7 +218,7 @@ class Loader:
             try:
                 encounters[i] = in_memory(encounter, self.preparer.config.capture)
                 digests[i] = digest_of(encounters[i])
-                answers[i] = answered_before(self.gallery.answer, encounter, digests[i])
+                answers[i] = standing_answer(self.gallery.answer, encounter, digests[i], self.gallery.snapshot())
             except CaptureUnavailable as error:
                 answers[i] = self.decider.refused(encounter, error, self.gallery.snapshot())
         todo = [i for i, answer in answers.items() if answer is None]
@@ -227,6 +227,10 @@ class Loader:
             for i, probe in with_probe.items():
                 if isinstance(probe, CallerError):
                     answers[i] = self.decider.refused(encounters[i], probe, self.gallery.snapshot())
+                    continue
+                answer = standing_answer(transaction.answer, probe.encounter, digests[i], transaction.snapshot())
+                if answer is not None:  # sent twice in this batch, or by another thread meanwhile
+                    answers[i] = answer
                     continue
                 check_models(probe.templates, transaction.models)
                 encounter_id = probe.encounter.encounter_id or self.new_id()

@@ -14,9 +14,7 @@ from biodedup.config import Policy
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.policies import PolicyVersion, mismatch
-from biodedup.values import check_id
-
-_REASON_LENGTH_MAX = 4000
+from biodedup.values import NOTE_LENGTH_MAX, check_id, check_text
 
 
 class PolicyInForce:
@@ -37,10 +35,9 @@ class PolicyInForce:
         if not isinstance(policy, Policy):
             raise InvalidInput(f"the policy is a Policy, got {type(policy).__name__}; write Policy(fpir=1e-6)")
         check_id(by, "by")
-        if not isinstance(reason, str) or not reason.strip() or len(reason) > _REASON_LENGTH_MAX:
-            raise InvalidInput(
-                f"the reason is a text of 1 to {_REASON_LENGTH_MAX:,} characters; say why the policy changes"
-            )
+        if not isinstance(reason, str) or not reason.strip():
+            raise InvalidInput("the reason is empty or no text; say why the policy changes")
+        check_text(reason, "the reason", NOTE_LENGTH_MAX)
         with self._gallery.transaction() as transaction:
             present = self._gallery.policies[-1]
             if present.policy != policy:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from biodedup.capture.reading import absent, held
 from biodedup.completeness import SUPERSEDED
-from biodedup.config import CaptureConfig, Config
+from biodedup.config import EXTERNAL_MINUTIAE, CaptureConfig, Config
 from biodedup.embed.cards import ModelCard, joint_id, shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput, ModelMismatch
@@ -126,6 +126,7 @@ class Preparer:
                     f"the template under {column!r} is one of {given.column!r}; file it under its column"
                 )
             check_id(given.model_id, "model_id")
+            self._check_modality(column, given.model_id)
             if given.embedding is not None:
                 self._check_dimension(given.model_id, len(given.embedding))
             return self.calibrations.sound(given)
@@ -158,6 +159,7 @@ class Preparer:
                 raise mismatch(column, known, ColumnModel(given or "given vectors", rows.shape[1]))
             return known.model_id, rows
         model_id = given or self._unnamed(column, rows.shape[1])
+        self._check_modality(column, model_id)
         self._check_dimension(model_id, rows.shape[1])
         return model_id, rows
 
@@ -165,6 +167,16 @@ class Preparer:
         """Unit rows to search a column with. An empty column takes any."""
         known = column in self.gallery.snapshot().models
         return self.embeddings(column, vectors, given or (None if known else "any"))[1]
+
+    def _check_modality(self, column: str, model_id: str) -> None:
+        """Raises ModelMismatch for a finger's model in the face's column, and the other way round: its scores would mean nothing."""
+        cards = (*shipped_cards(), *self.extractor.cards)
+        faces = {card.model_id for card in cards if card.kind == "face-embedding"}
+        networks = {card.model_id for card in cards if card.weights is not None}  # cards without may leave the kind out
+        if column != "face" and model_id in faces & networks:
+            raise ModelMismatch(f"{model_id} is a model of faces, the column is {column}; name the model that made it")
+        if column == "face" and (model_id == EXTERNAL_MINUTIAE or model_id in _dimensions(cards).keys() - faces):
+            raise ModelMismatch(f"{model_id} is a model of fingers, the column is face; name the model that made it")
 
     def _check_dimension(self, model_id: str, dimension: int) -> None:
         """Raises ModelMismatch where a card says that the model makes something else."""
@@ -185,7 +197,8 @@ class Preparer:
 
 def _dimensions(cards: Sequence[ModelCard]) -> dict[str, int | None]:
     """model_id -> how many numbers an embedding has; 0 for a model that makes none, None where the card does not say."""
-    found = {card.model_id: 0 if card.kind == "minutiae" else card.dimension for card in cards}
+    found: dict[str, int | None] = {EXTERNAL_MINUTIAE: 0}
+    found |= {card.model_id: 0 if card.kind == "minutiae" else card.dimension for card in cards}
     for card in cards:
         for minutiae in cards:
             if card.kind == "finger-embedding" and minutiae.kind == "minutiae":

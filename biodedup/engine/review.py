@@ -13,7 +13,7 @@ from biodedup.engine.enrol import Enrolment
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.engine.search import Searches, Seen
 from biodedup.errors import CallerError, InvalidInput, UnknownSubject
-from biodedup.gallery.answers import digest_of
+from biodedup.gallery.answers import digest_of, standing_answer
 from biodedup.gallery.cases import (
     Request,
     check_as_shown,
@@ -66,7 +66,7 @@ class Review:
         if not probe.templates:
             raise InvalidInput("no capture of the encounter can be used; a case needs one to judge")
         with self.gallery.transaction() as transaction:
-            answer = self.enrolment.answered(transaction.answer, encounter, digest, transaction.snapshot())
+            answer = standing_answer(transaction.answer, encounter, digest, transaction.snapshot())
             if answer is not None:
                 return answer
             decision = self._disputed(transaction, probe)
@@ -89,7 +89,7 @@ class Review:
         shown, encounter_id = (judged, judged.encounter_id) if isinstance(judged, Case) else (None, judged)
         case = self.case(encounter_id)
         wanted = ruled(case, ruling, candidate, by, 0.0, note)  # raises before anything is searched
-        sought = self._sought([case] if any(not closes(verdict) for verdict in wanted) else [])
+        sought = self._sought([case] if wanted and not any(map(closes, wanted)) else [])
         if wanted:
             sought |= self._sought(self._open(self.gallery.case, case.linked))
         with self.gallery.transaction() as transaction:
@@ -101,8 +101,9 @@ class Review:
             if shown is not None and ruling != "recapture":
                 check_as_shown(now, shown, candidate)
             transaction.judge(verdicts, different_rows(now, verdicts))
-            if closes(verdicts[-1]):
-                decision = closed(now, verdicts[-1])
+            closing = next(filter(closes, verdicts), None)  # of all candidates, the subject itself may be any
+            if closing is not None:
+                decision = closed(now, closing)
             else:
                 decision = self._decided_again(transaction, now, verdicts, sought)
             self._settle(transaction, now, decision, own=any(v.own for v in (*now.verdicts, *verdicts)))
@@ -117,10 +118,10 @@ class Review:
         except CallerError:
             return  # it cannot be enrolled, which is told when a person decides it
         own = any(verdict.own for verdict in case.verdicts)
-        if case.replaces and not own and not case.replacement:
-            decision = replace(
-                decision, outcome="review"
-            )  # whether the captures are the subject's is for a person to say
+        # whether the captures are the subject's is for a person to say, and so is whom nobody enrolled could be compared with
+        unseen = not case.verdicts and "nothing_in_common" in decision.reasons
+        if unseen or (case.replaces and not own and not case.replacement):
+            decision = replace(decision, outcome="review")
         self._settle(transaction, case, decision, own=own)
 
     def _decided_again(
@@ -149,7 +150,8 @@ class Review:
                 groups=tuple(map(KnownId, case.groups)),
             )
             probe = Probe(encounter, case.templates, case.decision.refusals)
-            besides = len(case.decision.candidates) + len(case.judged) + 1  # and the case itself
+            besides = sum(len(candidate.rows) for candidate in case.decision.candidates) + len(case.judged)
+            besides += self.gallery.snapshot().count_under(case.subject_id)  # the case itself is one of them
             found[case.encounter_id] = probe, self.searches.seek([probe], across=case.across_positions, besides=besides)
         return found
 

@@ -6,7 +6,7 @@ decides or writes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log10
 
@@ -53,16 +53,18 @@ class Searches:
         seen = self._probes((groups, across, besides), [probe.templates for probe in probes])
         return Seen([found for found, _ in seen], seen[0][1], across, besides)
 
-    def completed(self, probe: Probe, found: Found, seen: Seen, now: Snapshot) -> Found:
-        """What `seek` found for a probe, with what it would find in the rows that came since."""
-        (since,) = self._searcher.search(
-            now,
-            [probe.templates],
-            from_row=seen.snapshot.row_count,
-            across=seen.across,
-            spare=seen.spare,
-        )
-        before = found.comparisons
+    def completed(
+        self, probe: Probe, found: Found, seen: Seen, now: Snapshot, uncounted: Collection[int] = ()
+    ) -> Found:
+        """What `seek` found for a probe, with what it would find in the rows that came since. uncounted: rows that are no candidates."""
+        before, spare = found.comparisons, max(seen.spare, len(uncounted))
+        gone = ~now.are_present(before.rows) | np.isin(before.rows, list(uncounted))
+        # where more than were looked at besides do not count, they hid others: all is searched again
+        hidden = np.count_nonzero(gone) > seen.spare
+        from_row = 0 if hidden else seen.snapshot.row_count
+        (since,) = self._searcher.search(now, [probe.templates], from_row=from_row, across=seen.across, spare=spare)
+        if hidden:
+            return since
         if now.extra_rows and len(since.comparisons):  # a subject that got a row since was compared with all its rows
             again, _ = now.with_siblings(np.sort(since.comparisons.rows))
             before = before.without(again)

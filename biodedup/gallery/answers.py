@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from biodedup.capture.reading import Unread
 from biodedup.completeness import INCOMPLETE
 from biodedup.errors import EncounterConflict, GalleryDamaged
+from biodedup.gallery.snapshot import Snapshot
 from biodedup.texts import KnownId
 from biodedup.values import (
     Candidate,
@@ -74,6 +76,11 @@ def _content(data: CaptureData) -> tuple[bytes, ...]:
     # a path that gave no bytes; releases before digested a file above the limit whole
     assert isinstance(data, Unread), "captures are held before they are digested"
     return b"unreadable", os.fsencode(data.path)
+
+
+def is_of_batch(answer: str) -> bool:
+    """Whether an answer, as JSON, is that of a batch, which is no decision."""
+    return answer.startswith('{"added"')
 
 
 def to_json(decision: Decision) -> str:
@@ -141,6 +148,16 @@ def answered_before(
     if stored[0] != digest:
         raise _conflict(encounter.encounter_id)
     return from_json(stored[1])
+
+
+def standing_answer(
+    answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes, now: Snapshot
+) -> Decision | None:
+    """The answer that this encounter got before; it says `removed` where its subject has been removed since."""
+    answer = answered_before(answer_of, encounter, digest)
+    if answer is None or answer.outcome != "unique" or answer.subject_id is None:
+        return answer
+    return answer if now.rows_under(answer.subject_id) else replace(answer, reasons=(*answer.reasons, "removed"))
 
 
 def batch_answered_before(stored: tuple[bytes, str] | None, encounter_id: str, digest: bytes) -> bool:

@@ -149,7 +149,8 @@ def different_rows(case: Case, verdicts: Iterable[Verdict]) -> list[tuple[int, i
 
 def same_rows(case: Case, verdicts: Iterable[Verdict]) -> frozenset[int]:
     """Rows of the subject whose id the encounter has that a person judged to be of the same person as the case; verdicts: new ones."""
-    judged = [*case.decision.cleared, *(case.decision.candidates if any(v.own for v in verdicts) else ())]
+    are_theirs = any(v.own and v.ruling == "same" for v in verdicts)
+    judged = [*case.decision.cleared, *(case.decision.candidates if are_theirs else ())]
     return frozenset(row for candidate in judged if case.is_own(candidate) for row in candidate.rows)
 
 
@@ -195,13 +196,26 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
         return (verdict(None),)
     if ruling == "different":
         names_now = [candidate] if candidate is not None else undecided
+        _refuse_ambiguous(case, names_now)
         return tuple(map(verdict, names_now)) or (verdict(None),)
     if candidate is None and len(undecided) != 1:
         raise InvalidInput(
             f"encounter {case.encounter_id!r} has {len(undecided)} candidates; say whose double it is, one of "
             f"{', '.join(undecided or names) or 'nobody'}"
         )
+    _refuse_ambiguous(case, [candidate or undecided[0]])
     return (verdict(candidate or undecided[0]),)
+
+
+def _refuse_ambiguous(case: Case, names: Iterable[str]) -> None:
+    """Raises InvalidInput for the name of an open case that is the id of a subject, too: what is ruled would be about both."""
+    subjects = {case.subject_id, *(c.subject_id for c in case.decision.candidates if not c.case)}
+    for candidate in case.decision.candidates:
+        if candidate.case in subjects and candidate.case in names:
+            raise InvalidInput(
+                f"{candidate.case!r} is a subject and an open case, both of which encounter {case.encounter_id!r} is about; "
+                f"decide the case {candidate.case!r} first"
+            )
 
 
 def check_as_shown(case: Case, shown: Case, candidate: str | None) -> None:

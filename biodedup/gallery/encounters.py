@@ -2,7 +2,8 @@
 
 Owns the choice. Never removes a row.
 
-1. The newest row stays, and every row that alone has a template in some column: nothing that a search could find by is lost.
+1. The first row stays, so that no sequence of updates leads from one person to another and forgets the one who was enrolled; of one
+   that may be kept, the newest. The newest stays, and every row that alone has a template in some column: nothing that a search could find by is lost.
 2. Of the others the one of the least quality goes; of equal ones the one that is nearest in time to a neighbour.
 """
 
@@ -26,7 +27,8 @@ def kept_rows(snapshot: Snapshot, rows: Sequence[int], most: int) -> list[int]:
     quality = {row: _quality(snapshot, row, columns[row]) for row in kept}
     times = _times(snapshot, kept)
     while len(kept) > most:
-        spare = [row for row in kept[:-1] if columns[row] <= set().union(*(columns[o] for o in kept if o != row))]
+        older = kept[1:-1] if most > 1 else kept[:-1]
+        spare = [row for row in older if columns[row] <= set().union(*(columns[o] for o in kept if o != row))]
         if not spare:
             break
         kept.remove(min(spare, key=lambda row: (quality[row] // _QUALITY_STEP, _gap(kept, times, row), row)))

@@ -143,6 +143,10 @@ class Snapshot:
         """Whether a row that is not removed has this id: of an enrolled subject or of an open case."""
         return bool(self._present(subject_id))
 
+    def count_under(self, subject_id: str) -> int:
+        """Rows under an id that are not removed, those of open cases included."""
+        return len(self._present(subject_id))
+
     def _present(self, subject_id: str) -> list[int]:
         """Rows under an id that are not removed, ascending."""
         hashed = packed.hash_of(subject_id)

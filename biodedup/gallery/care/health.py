@@ -537,7 +537,11 @@ def _copy_logs(storage: Storage, source: Path, target: Path) -> tuple[int, int, 
 
 
 def _pieces(storage: Storage, path: Path) -> Iterator[bytes]:
-    with storage.map(path) as content:
+    try:
+        mapped = storage.map(path)
+    except ValueError:  # empty, or no file
+        return
+    with mapped as content:
         for low in range(0, len(content), _COPY_BYTES):
             yield content[low : low + _COPY_BYTES]
 

@@ -443,8 +443,10 @@ def open_column_file(storage: Storage, path: Path) -> ColumnFile:
         content = storage.map(path)
     except FileNotFoundError:
         raise GalleryDamaged(f"segment file {path.name} is missing; run `biodedup doctor`") from None
-    except ValueError:  # an empty file cannot be mapped
-        raise GalleryDamaged(f"segment file {path.name} is damaged: it is empty; run `biodedup doctor`") from None
+    except ValueError:  # an empty file cannot be mapped, nor a pipe or a folder
+        raise GalleryDamaged(
+            f"segment file {path.name} is damaged: it is empty, or no file; run `biodedup doctor`"
+        ) from None
     try:
         return ColumnFile(content, path.name, partial(storage.forget, path))
     except ODD_CONTENT as error:

@@ -20,6 +20,7 @@ import fcntl
 import mmap
 import os
 import sqlite3
+import stat
 import struct
 import zlib
 from contextlib import suppress
@@ -29,7 +30,7 @@ from typing import Any, Literal, Protocol
 
 from biodedup.errors import GalleryBusy, NotAGallery, StorageUnavailable
 from biodedup.gallery.files import forks
-from biodedup.gallery.files.private import create_private, make_private_folder, refuse_link
+from biodedup.gallery.files.private import create_private, make_private_folder, refuse_link, refuse_no_file
 
 NEW_SUFFIX = ".new"
 """Of a file in the making."""
@@ -89,7 +90,7 @@ class Storage(Protocol):
         """Opens a file for writing, emptied if it was there."""
 
     def map(self, path: Path) -> mmap.mmap:
-        """The content of a file, read-only, in memory as far as it is touched."""
+        """The content of a file, read-only, in memory as far as it is touched. Raises ValueError where it is empty or no file."""
 
     def forget(self, path: Path) -> None:
         """The system need not keep a file in memory. Never raises."""
@@ -146,6 +147,7 @@ class FileLock:
 def _open_lock(path: Path) -> int:
     """Locked. Raises GalleryBusy, naming the holder; NotAGallery where the file is not one that `FileLock` wrote."""
     refuse_link(path)
+    refuse_no_file(path)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         about, content = os.fstat(file), os.pread(file, 64, 0)
@@ -267,6 +269,8 @@ class LocalStorage:
 
     def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection:
         # A reader may have to roll back what a killed writer left half-done, so it opens the file for writing if it can.
+        for name in (path.name, f"{path.name}-journal", f"{path.name}-wal"):
+            refuse_no_file(path.with_name(name))
         mode = "rwc" if not read_only else "rw" if os.access(path, os.W_OK) and not path.is_symlink() else "ro"
         if not read_only:
             refuse_link(path)
@@ -300,12 +304,21 @@ class LocalStorage:
         return LocalFile(path)
 
     def map(self, path: Path) -> mmap.mmap:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise ValueError(f"{path} is no regular file")
+            return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(file)
 
     def forget(self, path: Path) -> None:
-        with suppress(OSError), path.open("rb") as file:  # it was only a hint
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # it was only a hint
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(file)
 
     def replace(self, source: Path, target: Path) -> None:
         source.replace(target)

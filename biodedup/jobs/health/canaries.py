@@ -38,16 +38,7 @@ from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.jobs.health.canary_file import (
-    Sentinel,
-    Sentinels,
-    load,
-    place_of,
-    record_hash,
-    save,
-    standing,
-    topped_up,
-)
+from biodedup.jobs.health.canary_file import Sentinel, Sentinels, load, place_of, record_hash, save, standing, topped_up
 from biodedup.jobs.health.canary_report import REMAKE, Watch, Watched, line_of, of_themselves, problems_of, vanished
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import Encounter, Float32, Template

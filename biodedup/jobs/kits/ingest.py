@@ -52,7 +52,7 @@ from biodedup.jobs.kits.record import Record
 from biodedup.jobs.kits.trust import Trusted, TrustedKey, load_trusted
 from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.values import Decision, Encounter, Missing
+from biodedup.values import CAPTURES_MAX, Decision, Encounter, Missing
 
 _CHUNK_BYTES_MAX = 64 << 20
 _DAY_S = 86_400.0
@@ -318,4 +318,5 @@ def _under(record: Record, name: str) -> Encounter:
     encounter = replace(record.encounter, encounter_id=name)
     if any(not isinstance(capture, Missing) for capture in encounter.captures):
         return encounter
-    return replace(encounter, declined=[one for one in record.refusals if one.column not in encounter.templates])
+    declined = [one for one in record.refusals if one.column not in encounter.templates]
+    return replace(encounter, declined=declined[:CAPTURES_MAX])

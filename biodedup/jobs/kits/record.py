@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from biodedup.errors import InvalidInput
-from biodedup.values import Capture, Encounter, Face, Finger, Float32, Missing, Refusal, Template
+from biodedup.texts import shown
+from biodedup.values import COLUMNS, Capture, Encounter, Face, Finger, Float32, Missing, Refusal, Template
 
 RECORD_BYTES_MAX = 32 << 20
 """Of a record: a face and ten fingers, uncompressed, are less."""
@@ -100,8 +101,14 @@ def decode(payload: bytes, sequence: int) -> Record:
     captures += [Missing(**missing) for missing in row["missing"]]
     templates = {given["column"]: _template_of(given) for given in row["templates"]}
     encounter = Encounter(row["subject_id"], captures, templates, row["encounter_id"], row["groups"])
-    refusals = tuple(Refusal(**refusal) for refusal in row["refusals"])
+    refusals = tuple(_refusal_of(**refusal) for refusal in row["refusals"])
     return Record(encounter, checked_sequence(sequence), row["captured_at"], row["packed_at"], refusals)
+
+
+def _refusal_of(column: str, reason: str, detail: str, measured: float | None, limit: float | None) -> Refusal:
+    """As another machine told it: words to show, which steer nothing and have an end."""
+    known = column if column in COLUMNS else "unknown"
+    return Refusal(known, shown(reason)[:_TEXT_CHARACTERS_MAX], shown(detail)[:_TEXT_CHARACTERS_MAX], measured, limit)
 
 
 def checked_sequence(number: int) -> int:
