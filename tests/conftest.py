@@ -6,38 +6,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from skimage import data as skimage_data
 
 import biodedup as bd
-from biodedup.embed.cards import load_card
+from biodedup import jobs
 from biodedup.engine.prepare import Preparer
-
-DIMENSION = 128
-SFACE = load_card("sface").model_id
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
-
-
-def people(count: int, seed: int = 0, dimension: int = DIMENSION) -> np.ndarray:
-    """float32 (count, dimension): one random unit vector a person."""
-    return unit(np.random.default_rng(seed).standard_normal((count, dimension)))
-
-
-def again(vectors: np.ndarray, cosine: float, seed: int = 1) -> np.ndarray:
-    """A second embedding of each person, at exactly this cosine to the first."""
-    noise = np.random.default_rng(seed).standard_normal(vectors.shape)
-    noise -= np.sum(noise * vectors, axis=-1, keepdims=True) * vectors
-    return unit(cosine * vectors + np.sqrt(1 - cosine**2) * unit(noise))
-
-
-def jpeg(image: np.ndarray, quality: int = 92) -> bytes:
-    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-
+from biodedup.jobs.kits.keys import CentreKey, KitKey, load_centre_key, load_key
+from tests.support import ROOT
+from tests.support.kits import MONDAY
+from tests.support.vectors import SFACE
 
 _DECLINED = Preparer._unnamed
 
@@ -76,10 +55,27 @@ def portrait() -> np.ndarray:
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Real data for measuring, or a skip with the reason."""
-    folder = Path(os.environ.get("BIODEDUP_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    folder = Path(os.environ.get("BIODEDUP_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip("the real data is absent; set BIODEDUP_DATA to its folder")
     return folder
 
 
-from kits import centre, kit_keys  # noqa: E402, F401  fixtures of field kits, which need what is above
+@pytest.fixture(scope="session")
+def kit_keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[KitKey, CentreKey]:
+    """A kit's key and a centre's."""
+    folder = tmp_path_factory.mktemp("keys")
+    jobs.make_keys("K1", folder / "K1.key", clock=lambda: MONDAY)
+    jobs.make_centre_key(folder / "centre.key", clock=lambda: MONDAY)
+    return load_key(folder / "K1.key"), load_centre_key(folder / "centre.key")
+
+
+@pytest.fixture
+def centre(tmp_path: Path) -> Path:
+    """A folder with the keys of kits A and B, whose public halves are trusted, and the centre's."""
+    (tmp_path / "trusted").mkdir()
+    for kit in "AB":
+        jobs.make_keys(kit, tmp_path / f"{kit}.key", clock=lambda: MONDAY)
+        (tmp_path / "trusted" / f"{kit}.pub").write_bytes((tmp_path / f"{kit}.pub").read_bytes())
+    jobs.make_centre_key(tmp_path / "centre.key", clock=lambda: MONDAY)
+    return tmp_path

@@ -15,57 +15,21 @@ import numpy as np
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
-from conftest import again, people
-from test_crash import Countdown, FailingStorage
 from typer.testing import CliRunner
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
-
-CONFIG = bd.Config(
-    policy=bd.Policy(duplicate_db=70, review_db=30),
-    gallery=bd.GalleryConfig(seal_rows=8, merge_fan=2, background=False),
-)
-"""A cosine of 0.5 scores 61 dB: review. 0.9: 106 dB, of which 74 are sure in a small gallery: duplicate."""
-GOLDEN = Path(__file__).parent / "golden"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        self.now += 1
-        return self.now
+from tests.support import GOLDEN
+from tests.support.cases import CONFIG, Clock, names, sent
+from tests.support.faults import Countdown, FailingStorage
+from tests.support.vectors import again, between, orthogonal, people
 
 
 @pytest.fixture
 def engine(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG, clock=Clock()) as engine:
         yield engine
-
-
-def sent(subject_id: str, vector: np.ndarray, encounter_id: str, **more: object) -> bd.Encounter:
-    return bd.Encounter(subject_id, templates={"face": vector}, encounter_id=encounter_id, **more)
-
-
-def between(a: np.ndarray, b: np.ndarray, cosine: float = 0.5) -> np.ndarray:
-    """A unit vector at this cosine to both of two orthogonal ones."""
-    b = b - (b @ a) * a
-    b /= np.linalg.norm(b)
-    noise = again(a, 0.0, seed=7)
-    noise -= (noise @ a) * a + (noise @ b) * b
-    noise /= np.linalg.norm(noise)
-    return (cosine * (a + b) + np.sqrt(1 - 2 * cosine**2) * noise).astype(np.float32)
-
-
-def orthogonal(count: int) -> np.ndarray:
-    return np.eye(128, dtype=np.float32)[:count]
-
-
-def names(candidates) -> list[str]:
-    return [candidate.subject_id for candidate in candidates]
 
 
 def in_review(engine: bd.Engine, subject_id: str = "bella", encounter_id: str = "e1", **more: object) -> bd.Encounter:
@@ -297,7 +261,7 @@ def test_bad_verdicts_are_named(engine):
 
 
 def test_held_minutiae_embeddings_and_quality_come_back_as_they_were(tmp_path):
-    from synthetic import finger
+    from tests.support.images import finger
 
     (record,) = bd.Extractor(bd.Config(finger=bd.FingerConfig(model=None))).extract(
         [bd.Finger(finger(1), "right_index")]

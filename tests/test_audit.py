@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import again, jpeg, people
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -26,6 +25,8 @@ from biodedup import jobs
 from biodedup.cli import app
 from biodedup.engine import search as searches
 from biodedup.jobs.manifests.roll import read_roll
+from tests.support.images import jpeg
+from tests.support.vectors import again, people
 
 THRESHOLD_DB = 70.0
 SUBJECTS = 400

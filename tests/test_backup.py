@@ -9,8 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import again, people
-from test_crash import Countdown, FailingStorage
 
 import biodedup as bd
 from biodedup import jobs
@@ -19,6 +17,8 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.names import BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER
 from biodedup.jobs.enrolment.queue import Arrival, Backlog
 from biodedup.jobs.kits.ledger import Ledger
+from tests.support.faults import Countdown, FailingStorage
+from tests.support.vectors import again, people
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(background=False))
 NOW = 1_800_000_000.0

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import jpeg
-from hostile import hostile
-from synthetic import finger
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.embed.cage import Cage
+from tests.support.hostile import hostile
+from tests.support.images import finger, jpeg
 
 LIMITS = bd.IsolationConfig(capture_s_max=0.5, memory_bytes_max=1 << 28)
 CONFIG = bd.Config(isolation=LIMITS)
@@ -134,11 +133,10 @@ from multiprocessing import active_children
 import biodedup as bd
 from biodedup.embed.cage import Cage
 if __name__ == "__main__":
-    sys.path.insert(0, sys.argv[1])
     cage = Cage(bd.Config(), 1)
     (refusal,) = cage.extract([bd.Face(b"no image")])
     print(refusal.reason, *(child.pid for child in active_children()), flush=True)
-    if sys.argv[2] == "wait":
+    if sys.argv[1] == "wait":
         time.sleep(100)
 """
 
@@ -153,7 +151,7 @@ def lives(process: int) -> bool:
 @pytest.mark.parametrize("how", ["killed", "ended"])
 def test_workers_end_with_the_process_that_started_them(tmp_path, how):
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, tmp_path / "script.py", Path(__file__).parent, "wait" if how == "killed" else "end"]
+    command = [sys.executable, tmp_path / "script.py", "wait" if how == "killed" else "end"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         reason, worker = process.stdout.readline().split()
         assert reason == "not_an_image"

@@ -5,7 +5,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import again, people
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
@@ -21,6 +20,7 @@ from biodedup.search.native import pair_kernel as member_kernel
 from biodedup.search.native.signs import SIGN, limits_of, tables_of
 from biodedup.search.selfjoin import buckets as caps_module
 from biodedup.search.selfjoin.buckets import choose, seen
+from tests.support.vectors import again, people
 
 ROWS = 40_000
 LEAST = 0.75

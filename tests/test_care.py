@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import again, people
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.lookalikes import key_of
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.texts import KnownId
+from tests.support.vectors import again, people
 
 FACES = people(400)
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=100, background=False))

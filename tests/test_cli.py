@@ -13,22 +13,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import SFACE, again, jpeg, people, unit
-from synthetic import finger
 
 import biodedup as bd
 from biodedup import jobs
-
-
-def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "biodedup.cli", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    return done.returncode, done.stdout, done.stderr
+from tests.support.images import finger, jpeg
+from tests.support.shell import run
+from tests.support.vectors import SFACE, again, people, unit
 
 
 @pytest.fixture

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import again, jpeg, people
-from small_gallery import PEOPLE, small
-from synthetic import finger
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -17,6 +14,9 @@ from biodedup import jobs
 from biodedup.cli import app
 from biodedup.cli.base import Exit
 from biodedup.completeness import shortfall
+from tests.support.galleries import PEOPLE, small
+from tests.support.images import finger, jpeg
+from tests.support.vectors import again, people
 
 ANNA, BELLA = people(2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import shutil
@@ -18,113 +17,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import again, people
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
+from tests.support import GOLDEN
+from tests.support.faults import Countdown, FailingConnection, FailingStorage
+from tests.support.vectors import again, people
 
 SUBJECTS = people(20)
 SMALL = bd.Config(gallery=bd.GalleryConfig(seal_rows=4, merge_fan=2, background=False))
 """A gallery so small that a handful of rows is sealed and merged, and only when the test asks for it."""
-
-
-class Countdown:
-    """Raises at the nth call. after: do what was asked first, and fail then, as a lost acknowledgement does."""
-
-    def __init__(self, n: int, *, after: bool = False) -> None:
-        self.left = n
-        self.after = after
-
-    def call(self, action: Callable[[], object], error: Exception) -> object:
-        self.left -= 1
-        if self.left == 0 and not self.after:
-            raise error
-        result = action()
-        if self.left == 0:
-            raise error
-        return result
-
-
-class FailingConnection:
-    """A connection whose statements count down."""
-
-    def __init__(self, connection: sqlite3.Connection, countdown: Countdown) -> None:
-        self._connection = connection
-        self._countdown = countdown
-
-    def execute(self, *args: object) -> object:
-        return self._countdown.call(lambda: self._connection.execute(*args), sqlite3.OperationalError("disk I/O error"))
-
-    def executemany(self, *args: object) -> object:
-        return self._countdown.call(
-            lambda: self._connection.executemany(*args), sqlite3.OperationalError("disk I/O error")
-        )
-
-    def backup(self, target: FailingConnection) -> None:
-        error = sqlite3.OperationalError("disk I/O error")
-        self._countdown.call(lambda: self._connection.backup(target._connection), error)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._connection, name)
-
-
-class FailingFile:
-    """A file whose writes and syncs count down."""
-
-    def __init__(self, file, countdown: Countdown) -> None:
-        self._file = file
-        self._countdown = countdown
-        self.discard = file.discard
-
-    def write(self, data):
-        self._countdown.call(lambda: self._file.write(data), OSError(errno.ENOSPC, "no space left on device"))
-
-    def finish(self):
-        self._countdown.call(self._file.finish, OSError(errno.EIO, "input/output error"))
-
-
-class FailingStorage(LocalStorage):
-    """Every call to the disk counts down."""
-
-    def __init__(self, countdown: Countdown) -> None:
-        self._countdown = countdown
-
-    def _call(self, name, *args):
-        action = getattr(LocalStorage, name)
-        return self._countdown.call(lambda: action(self, *args), OSError(errno.EIO, "input/output error"))
-
-    def list_names(self, folder):
-        return self._call("list_names", folder)
-
-    def make_folder(self, folder):
-        return self._call("make_folder", folder)
-
-    def replace(self, source, target):
-        return self._call("replace", source, target)
-
-    def claim(self, source, target):
-        return self._call("claim", source, target)
-
-    def wipe(self, path):
-        return self._call("wipe", path)
-
-    def remove(self, path):
-        return self._call("remove", path)
-
-    def sync_folder(self, folder):
-        return self._call("sync_folder", folder)
-
-    def map(self, path):
-        return self._call("map", path)
-
-    def create(self, path):
-        self._call("list_names", path.parent)  # opening fails before there is a file
-        return FailingFile(LocalStorage.create(self, path), self._countdown)
-
-    def connect(self, path, *, read_only):
-        return FailingConnection(super().connect(path, read_only=read_only), self._countdown)
 
 
 def state(folder: Path, config: bd.Config = SMALL) -> tuple[object, ...]:
@@ -290,7 +194,7 @@ def test_after_any_single_fault_while_creating_the_gallery_opens_again(tmp_path,
 @pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])
 def test_after_any_single_fault_while_upgrading_the_gallery_is_of_one_format_or_the_other(tmp_path, after):
     for n in itertools.count(1):
-        shutil.copytree(Path(__file__).parent / "golden" / "format-1", tmp_path / f"g{n}")
+        shutil.copytree(GOLDEN / "format-1", tmp_path / f"g{n}")
         countdown = Countdown(n, after=after)
         try:
             bd.Engine.open(tmp_path / f"g{n}", storage=FailingStorage(countdown)).close()

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import people
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_gallery import PEOPLE, enroll, nearest, small
 
 import biodedup as bd
 from biodedup import jobs
@@ -23,8 +21,9 @@ from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.column_file import Stream, open_column_file, write_column_file
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.segments import segment
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests.support import GOLDEN
+from tests.support.galleries import PEOPLE, enroll, nearest, small
+from tests.support.vectors import people
 
 
 @pytest.fixture

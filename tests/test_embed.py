@@ -7,12 +7,12 @@ import hashlib
 import numpy as np
 import onnx
 import pytest
-from conftest import again, people
 from onnx import helper, numpy_helper
 
 import biodedup as bd
 from biodedup.embed.cards import load_card, shipped_cards
 from biodedup.embed.network import EmbeddingNetwork
+from tests.support.vectors import again, people
 
 
 def write_model(folder, *, dimension=512, batch="n", sha256=None, extra=""):

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import again, people
-from test_adjudication import CONFIG, Clock, between, names, orthogonal, sent
-from test_crash import Countdown, FailingStorage
 
 import biodedup as bd
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.encounters import Joint, of_all_rows
+from tests.support.cases import CONFIG, Clock, names, sent
+from tests.support.faults import Countdown, FailingStorage
+from tests.support.vectors import again, between, orthogonal, people
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import again, jpeg, people, unit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import biodedup as bd
+from tests.support.images import jpeg
+from tests.support.vectors import again, people, unit
 
 STRICT = bd.Policy(duplicate_db=58, review_db=58)
 """So that of many thousands of non-mated pairs none is a false match, as the default policy would have it now and then."""

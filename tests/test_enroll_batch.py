@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import SFACE, again, jpeg, people
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -27,31 +25,13 @@ from biodedup.cli import app
 from biodedup.gallery.files.names import BACKLOG_NAME
 from biodedup.jobs.manifests.encounters import Manifest
 from biodedup.jobs.shared.workers import Workers
+from tests.support.images import jpeg
+from tests.support.vectors import SFACE, again, people
+from tests.support.workers import InProcess, told
 
 CONFIG = bd.Config(batch_size=8, gallery=bd.GalleryConfig(background=False))
 LENIENT = replace(CONFIG, policy=bd.Policy(required=()))
 NOW = 1_800_000_000.0
-
-
-def told(capture: bd.Face) -> bd.Template | bd.Refusal:
-    """A worker's work without images: a template from content that is a vector in disguise, or what the content asks for."""
-    content = capture.data
-    if content == b"KILL":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if content == b"HANG":
-        time.sleep(60)
-    if len(content) != 512:
-        return bd.Refusal("face", "blurred", "Laplacian over contrast", 0.01, 0.2)
-    return bd.Template("face", SFACE, np.frombuffer(content, np.float32))
-
-
-class InProcess(Workers):
-    """A pool without processes."""
-
-    def submit(self, encounters):
-        future = Future()
-        future.set_result([[told(capture) for capture in captures] for captures in encounters])
-        return future
 
 
 def rows(path: Path) -> list[dict]:

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import SFACE, again, jpeg, people
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -22,6 +21,8 @@ from biodedup.jobs.evaluation import plots
 from biodedup.jobs.evaluation.comparisons import compare_all
 from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.jobs.shared.progress import silent
+from tests.support.images import jpeg
+from tests.support.vectors import SFACE, again, people
 
 MODELS = {"face": SFACE, "right_index": "external-128"}
 NAMED = [f"--model-id={column}={model_id}" for column, model_id in MODELS.items()]

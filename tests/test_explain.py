@@ -12,7 +12,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import again, jpeg, people
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -26,6 +25,8 @@ from biodedup.match.minutiae import matched
 from biodedup.match.ranked import Comparison
 from biodedup.synthetic import draw_impression, draw_master
 from biodedup.values import Evidence
+from tests.support.images import jpeg
+from tests.support.vectors import again, people
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 

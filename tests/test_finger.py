@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage import data
-from synthetic import finger
 
 import biodedup as bd
 from biodedup.capture.finger import resampled, scanner_dpi
 from biodedup.capture.minutiae_record import MinutiaeRecord, read_record, write_record
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.synthetic import draw_impression, draw_master
+from tests.support.images import finger
 
 EXTRACTOR = bd.Extractor()
 

@@ -8,7 +8,6 @@ import tomllib
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import again, people, unit
 from scipy.special import betainc
 from scipy.stats import genpareto, norm
 from typer.testing import CliRunner
@@ -22,6 +21,7 @@ from biodedup.jobs.evaluation.calibrate import card_text
 from biodedup.jobs.shared.output import write_table
 from biodedup.match.calibration import Calibration
 from biodedup.match.fitting import COSINE_POWER, Nonmates, fit, measured_fmr, pareto, ratio_db, survival_db
+from tests.support.vectors import again, people, unit
 
 KNOTS = np.round(np.arange(-0.4, 1.001, 0.02), 2)
 

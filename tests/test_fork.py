@@ -12,12 +12,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from small_gallery import PEOPLE, enroll, nearest, small
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.filesystem import FileLock, LocalStorage
+from tests.support import ROOT
+from tests.support.galleries import PEOPLE, enroll, nearest, small
 
 
 def forked(action) -> str:
@@ -84,9 +85,9 @@ def test_every_call_in_a_forked_child_names_the_fork_and_the_parent_goes_on(tmp_
 
 
 ENDINGS = {
-    "close": lambda engine: engine.close(),
-    "with": lambda engine: engine.__exit__(None, None, None),
-    "collected": lambda engine: None,
+    "close": "engine.close()",
+    "with": "engine.__exit__(None, None, None)",
+    "collected": "pass",
 }
 
 
@@ -94,20 +95,19 @@ ENDINGS = {
 def test_a_childs_end_releases_nothing_of_the_parents(tmp_path, name):
     script = f"""
 import gc, os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 import biodedup as bd
-from small_gallery import enroll, small
-from test_fork import ENDINGS
+from biodedup.gallery.segments.tail import Answer
+from tests.support.galleries import enroll, small
 engine = bd.Engine.open({str(tmp_path / "g")!r}, small(background=True))
 for i in range(9):
     enroll(engine, i)
 gallery = engine._gallery
 with gallery.lock:
     gallery._catalogue.begin()  # as in the midst of a commit
-    gallery._catalogue.add_answer("half", bd.gallery.tail.Answer(b"", "unique", "{{}}"))
+    gallery._catalogue.add_answer("half", Answer(b"", "unique", "{{}}"))
     pid = os.fork()
     if not pid:
-        ENDINGS[{name!r}](engine)
+        {ENDINGS[name]}
         del engine, gallery
         gc.collect()
         sys.exit(0)  # with all that Python does at exit
@@ -120,7 +120,7 @@ enroll(engine, 10)
 assert len(engine) == 10
 engine.close()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         assert len(engine) == 10

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic import finger
 
 import biodedup as bd
 from biodedup.capture.formats import Pixels, decode
 from biodedup.config import CaptureConfig
+from tests.support.images import finger
 
 LIMITS = CaptureConfig()
 

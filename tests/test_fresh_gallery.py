@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SFACE, again, people, unit
-from small_gallery import PEOPLE
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.jobs.enrolment.outcomes import WORDS, decided
 from biodedup.match.calibrations import CHECKED_PEOPLE
 from biodedup.match.judgement import REASONS
+from tests.support.galleries import PEOPLE
+from tests.support.vectors import SFACE, again, people, unit
 
 FINGER = "finger256-3"
 

@@ -9,10 +9,8 @@ import threading
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import SFACE, again, people
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_gallery import PEOPLE, enroll, nearest, small
 
 import biodedup as bd
 from biodedup import jobs
@@ -21,6 +19,8 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import make_codec
 from biodedup.gallery.files.codes import dequantise, lower_halves, quantise
 from biodedup.gallery.segments.compaction import due
+from tests.support.galleries import PEOPLE, enroll, nearest, small
+from tests.support.vectors import SFACE, again, people
 
 # against a model -------------------------------------------------------------------------------------------------
 

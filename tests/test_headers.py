@@ -5,13 +5,10 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from attacks import ATTACKS, jpeg_of_many_scans, ridges, saved, tiff
-from conftest import jpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -20,6 +17,9 @@ import biodedup as bd
 from biodedup.capture.finger import around_ridges, ridge_blocks
 from biodedup.capture.formats import FORMATS, Pixels, decode
 from biodedup.capture.headers import excess_of
+from tests.support import ROOT
+from tests.support.attacks import ATTACKS, jpeg_of_many_scans, ridges, saved, tiff
+from tests.support.images import jpeg
 
 LIMITS = bd.CaptureConfig()
 SECONDS_MAX, GROWTH_MB_MAX = 10, 500
@@ -49,8 +49,8 @@ ANSWERED = {
 @pytest.fixture(scope="module")
 def measured() -> dict[str, tuple[str, float, int]]:
     """Name -> (reason, seconds of the processor, megabytes), of one process that extracts them all without a cage."""
-    script = Path(__file__).with_name("attacks.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=280, check=True)
+    command = [sys.executable, "-m", "tests.support.attacks"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
     return {name: (reason, float(seconds), int(growth)) for name, reason, seconds, growth, _ in lines}
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile_gallery import Opened, change, name_anew
-from small_gallery import PEOPLE, nearest, small
 
 import biodedup as bd
 from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
+from tests.support import ROOT
+from tests.support.galleries import PEOPLE, nearest, small
+from tests.support.hostile_gallery import Opened, change, name_anew
 
 RECORDS = 12
 
@@ -70,9 +71,8 @@ def gallery(sound: Path, tmp_path: Path) -> Path:
 
 
 def fuzz(sound: Path, seed: int, count: int) -> subprocess.CompletedProcess[str]:
-    program = Path(__file__).parent / "hostile_gallery.py"
-    command = [sys.executable, str(program), str(sound), str(seed), str(count)]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.support.hostile_gallery", str(sound), str(seed), str(count)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_a_spoilt_gallery_gives_an_answer_or_an_error_of_the_tree(sound):

@@ -12,15 +12,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import again, people
-from kits import MONDAY, enrolled, forged, ingested
-from test_enroll_batch import InProcess
 
 import biodedup as bd
 from biodedup import jobs
@@ -28,6 +24,10 @@ from biodedup.engine.search import Searches
 from biodedup.gallery.files.filesystem import Connection
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.kits.record import Record
+from tests.support import ROOT
+from tests.support.kits import MONDAY, enrolled, forged, ingested
+from tests.support.vectors import again, people
+from tests.support.workers import InProcess
 
 NOW = 1_800_000_000.0
 BATCH = 20
@@ -174,8 +174,7 @@ def test_scores_do_not_depend_on_how_far_the_next_batch_was_searched(tmp_path, m
 _CHILD = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from kits import ingested
+from tests.support.kits import ingested
 import os, signal
 
 def progress(stage, done, total):
@@ -195,8 +194,8 @@ def test_a_kit_ingest_that_was_really_killed_goes_on(centre):
     ]
     a = forged(centre, "A", "a.kit", records)
     ingested(centre, a, out="whole.parquet", gallery="whole", batch_size=BATCH)
-    code = _CHILD.format(tests=str(Path(__file__).parent), folder=str(centre), count=45, batch=BATCH)
-    child = subprocess.run([sys.executable, "-c", code], cwd=os.getcwd(), capture_output=True, text=True, timeout=200)
+    code = _CHILD.format(folder=str(centre), count=45, batch=BATCH)
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert child.returncode == -signal.SIGKILL, child.stderr
     ingested(centre, a, out="killed.parquet", gallery="killed", batch_size=BATCH)
     assert (centre / "killed.parquet").read_bytes() == (centre / "whole.parquet").read_bytes()

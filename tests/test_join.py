@@ -6,13 +6,13 @@ from itertools import combinations
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import SFACE
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.engine import search as searches
 from biodedup.search import searcher as rescore
 from biodedup.synthetic.vectors import mates_of
+from tests.support.vectors import SFACE
 
 THRESHOLD_DB = 60.0
 

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import again, people
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from biodedup.gallery.answers import from_json, to_json
 from biodedup.match.judgement import judge, kinds_of
 from biodedup.match.ranked import Comparison
 from biodedup.values import Evidence
+from tests.support.vectors import again, people
 
 DUPLICATE, REVIEW = 60.0, 50.0
 

@@ -16,7 +16,6 @@ import pyarrow.ipc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kits import payloads, read, records_of, written
 
 import biodedup as bd
 from biodedup import jobs
@@ -24,6 +23,7 @@ from biodedup.errors import BatchDamaged, UnknownKit
 from biodedup.jobs.kits.batch_file import BatchReader, BatchWriter, gaps
 from biodedup.jobs.kits.keys import load_centre_key, load_key
 from biodedup.jobs.kits.record import _SCHEMA, RECORD_BYTES_MAX, Record, decode, encode
+from tests.support.kits import payloads, read, records_of, written
 
 both_versions = pytest.mark.parametrize("encrypted", [True, False], ids=["encrypted", "version 1"])
 HEAD = 17  # kind, sequence, length, check

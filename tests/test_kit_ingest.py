@@ -8,8 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import again, people
-from kits import (
+
+import biodedup as bd
+from biodedup import jobs
+from biodedup.jobs.kits.keys import load_centre_key, load_key
+from biodedup.jobs.kits.record import Record
+from tests.support.kits import (
     FRIDAY,
     MONDAY,
     YEAR,
@@ -24,11 +28,7 @@ from kits import (
     table,
     written,
 )
-
-import biodedup as bd
-from biodedup import jobs
-from biodedup.jobs.kits.keys import load_centre_key, load_key
-from biodedup.jobs.kits.record import Record
+from tests.support.vectors import again, people
 
 
 def test_the_same_batch_twice_is_taken_once(centre):

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import people
-from kits import MONDAY, YEAR, table
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import main
 from biodedup.jobs.kits.keys import load_centre_key, load_centre_public, load_key
 from biodedup.jobs.kits.trust import load_trusted
+from tests.support.kits import MONDAY, YEAR, table
+from tests.support.vectors import people
 
 SECRET = "correct horse battery staple"
 

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from synthetic import finger
 
 import biodedup as bd
 from biodedup.capture.leader import CONFIDENCE_MIN, Leader, record_of
 from biodedup.capture.minutiae_record import read_record
 from biodedup.capture.nbis_parts import MINUTIAE_MAX
 from biodedup.embed.cards import minutiae_card
+from tests.support.images import finger
 
 CONFIG = bd.Config(finger=bd.FingerConfig(minutiae="leader"))
 EXTRACTOR = bd.Extractor(CONFIG)

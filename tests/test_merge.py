@@ -17,8 +17,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import again, people
-from test_crash import Countdown, FailingStorage
 
 import biodedup as bd
 from biodedup import jobs
@@ -28,6 +26,8 @@ from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.merging.survivors import Member, folded, survivor
+from tests.support.faults import Countdown, FailingStorage
+from tests.support.vectors import again, people
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=64, merge_fan=2, background=False))
 FILES = ("m.parquet", "m.pairs.parquet", "m.collisions.parquet", "m.summary.json", "m.html")

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import finger
 
 import biodedup as bd
 from biodedup import jobs
@@ -25,6 +24,7 @@ from biodedup.capture.minutiae_record import (
 )
 from biodedup.capture.nbis_parts import _load
 from biodedup.match.minutiae import Bozorth3
+from tests.support.images import finger
 
 SIDE = 400
 EXTRACTOR = bd.Extractor()

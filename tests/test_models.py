@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SFACE, again, people, unit
 from typer.testing import CliRunner
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
 from biodedup.embed.cards import load_card
+from tests.support.vectors import SFACE, again, people, unit
 
 pytestmark = pytest.mark.models
 VECTORS = people(4)

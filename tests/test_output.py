@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
-from conftest import again, people
 
 import biodedup as bd
 from biodedup import jobs
@@ -24,6 +23,7 @@ from biodedup.jobs.shared import output as results
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.spreadsheet import disarmed, rearmed
 from biodedup.texts import KnownId, id_problem, json_text, shown
+from tests.support.vectors import again, people
 
 HOSTILE = (
     "3171[/x]",

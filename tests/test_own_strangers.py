@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import again, people, unit
 from scipy.stats import norm
 
 import biodedup as bd
@@ -16,6 +15,7 @@ from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import moved
 from biodedup.match.fitting import measured_fmr
+from tests.support.vectors import again, people, unit
 
 CARD = Calibration.from_card(load_card("sface").calibration)
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=64, merge_fan=2, background=False))

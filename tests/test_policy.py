@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import again, people
-from small_gallery import PEOPLE, enroll, small
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.catalogue.sqlite import _checksum
+from tests.support import GOLDEN
+from tests.support.galleries import PEOPLE, enroll, small
+from tests.support.vectors import again, people
 
-GOLDEN = Path(__file__).parent / "golden"
 STRICT = bd.Policy(fpir=1e-6)
 NOW = 1_800_000_000.0
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_gallery import PEOPLE, enroll, nearest, small
 from typer.testing import CliRunner
 
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import app
 from biodedup.jobs.shared.checkpoint import Notes
+from tests.support.galleries import PEOPLE, enroll, nearest, small
 
 
 @pytest.fixture

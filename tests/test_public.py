@@ -11,8 +11,9 @@ import pytest
 import biodedup as bd
 from biodedup import errors
 from biodedup.synthetic import draw_impression, draw_master
+from tests.support import ROOT
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_public_names_are_pinned():
@@ -48,7 +49,7 @@ def test_settings_are_frozen_and_checked():
 
 
 def test_the_readmes_examples_run(tmp_path, monkeypatch, portrait):
-    from conftest import jpeg
+    from tests.support.images import jpeg
 
     example, decided, explained = re.findall(r"```python\n(.*?)```", README, re.S)
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import jpeg
 
 import biodedup as bd
 from biodedup import jobs
@@ -21,6 +20,7 @@ from biodedup.capture.reading import Unread, held, read, read_path
 from biodedup.embed.cards import load_card
 from biodedup.engine.prepare import in_memory
 from biodedup.gallery.answers import digest_of
+from tests.support.images import jpeg
 
 LIMITS = bd.CaptureConfig(bytes_max=1000)
 

@@ -9,10 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import people
 from scipy.stats import binom
-from test_crash import Countdown, FailingStorage
-from test_minutiae import record, strewn
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -27,6 +24,9 @@ from biodedup.match.minutiae import CylinderMatcher
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.shards import shard
 from biodedup.synthetic.vectors import mates_of
+from tests.support.faults import Countdown, FailingStorage
+from tests.support.minutiae import record, strewn
+from tests.support.vectors import people
 
 DIMENSION = 64
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=1_000, background=False))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import jpeg
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -16,6 +15,7 @@ from biodedup.cli import app
 from biodedup.cli.base import Exit
 from biodedup.settings import settings_for
 from biodedup.tables import differences, flat, made, plain, typed
+from tests.support.images import jpeg
 
 RUN = CliRunner()
 

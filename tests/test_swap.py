@@ -10,16 +10,10 @@ from math import log10, perm
 import cv2
 import numpy as np
 import pytest
-from conftest import again, people
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import betainc
 from scipy.stats import norm
-from synthetic import finger
-from test_cli import run
-from test_minutiae import moved, record, strewn
-from test_together import FACE as FACE_LAW
-from test_together import FINGER as FINGER_LAW
 
 import biodedup as bd
 from biodedup.gallery.answers import from_json, to_json
@@ -31,6 +25,12 @@ from biodedup.search.multicolumn import together
 from biodedup.search.positions import strongest
 from biodedup.search.shards import shard
 from biodedup.values import BIT
+from tests.support.images import finger
+from tests.support.laws import FACE as FACE_LAW
+from tests.support.laws import FINGER as FINGER_LAW
+from tests.support.minutiae import moved, record, strewn
+from tests.support.shell import run
+from tests.support.vectors import again, people
 
 KNOWN = bd.FINGER_POSITIONS[:10]
 DIMENSION = 64

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import jpeg, people
 
 import biodedup as bd
 from biodedup import jobs
@@ -31,6 +30,8 @@ from biodedup.jobs.manifests.fields import (
 )
 from biodedup.jobs.manifests.roll import read_roll
 from biodedup.jobs.manifests.tables import TableFile
+from tests.support.images import jpeg
+from tests.support.vectors import people
 
 IDS = (
     "0012",

@@ -7,38 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.special import ndtri
-from scipy.stats import norm
 
 import biodedup as bd
-from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import from_embeddings
 from biodedup.search.multicolumn import together
 from biodedup.search.native.scanner import Collected
 from biodedup.search.searcher import Searcher
 from biodedup.search.shards import shard
 from biodedup.synthetic.vectors import mates_of
+from tests.support.laws import FACE, FINGER
 
 COLUMNS = ("face", "left_index", "right_index")
 ROWS = 12_000
-SCORE = np.linspace(-1, 1, 201)
-
-
-def normal_law(mean, sd):
-    llr = 10 / np.log(10) * (norm.logpdf(SCORE, mean, sd) - norm.logpdf(SCORE, 0, 0.089))
-    llr[: llr.argmin()] = llr.min()
-    return Calibration.from_card(
-        {
-            "score": SCORE,
-            "llr_db": np.maximum.accumulate(llr.clip(-30)),
-            "nonmated_db": -10 / np.log(10) * norm.logsf(SCORE, 0, 0.089),
-            "measured_db": 60.0,
-            "source": "a test",
-        }
-    )
 
 
 POLICY = bd.Policy(duplicate_db=110, review_db=106)
-FACE, FINGER = normal_law(0.66, 0.12), normal_law(0.475, 0.15)
 
 
 def unit(count, seed):

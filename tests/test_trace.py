@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import again, jpeg, people
 
 import biodedup as bd
 from biodedup.capture.minutiae_record import MinutiaeRecord, read_record, write_record
 from biodedup.match.minutiae import matched
 from biodedup.synthetic import draw_impression, draw_master
 from biodedup.trace import mapped, tracing
+from tests.support.images import jpeg
+from tests.support.vectors import again, people
 
 
 def minutiae(seed: int = 0, count: int = 40) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A finger-like picture: a loop of ridges at 9 pixels' period, with breaks that make minutiae."""
+"""Pictures: a finger of ridges, and JPEG content of any image."""
 
 from __future__ import annotations
 
@@ -26,3 +26,7 @@ def finger(
     matrix[:, 2] += shift
     pixels = np.clip(image, 0, 255).astype(np.uint8)
     return cv2.warpAffine(pixels, matrix, (size, size), flags=cv2.INTER_CUBIC, borderValue=245)
+
+
+def jpeg(image: np.ndarray, quality: int = 92) -> bytes:
+    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import biodedup as bd
@@ -16,6 +15,8 @@ from biodedup import jobs
 from biodedup.jobs.kits.batch_file import BatchReader, BatchWriter
 from biodedup.jobs.kits.keys import CentreKey, KitKey, load_centre_key, load_key
 from biodedup.jobs.kits.record import Record, encode
+
+from .vectors import people
 
 MONDAY = 1_790_000_000.0  # the kits' keys are made
 FRIDAY = MONDAY + 4 * 86_400
@@ -32,26 +33,6 @@ def stop_at(stage: str, count: int):
             raise Stop
 
     return progress
-
-
-@pytest.fixture(scope="session")
-def kit_keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[KitKey, CentreKey]:
-    """A kit's key and a centre's."""
-    folder = tmp_path_factory.mktemp("keys")
-    jobs.make_keys("K1", folder / "K1.key", clock=lambda: MONDAY)
-    jobs.make_centre_key(folder / "centre.key", clock=lambda: MONDAY)
-    return load_key(folder / "K1.key"), load_centre_key(folder / "centre.key")
-
-
-@pytest.fixture
-def centre(tmp_path: Path) -> Path:
-    """A folder with the keys of kits A and B, whose public halves are trusted, and the centre's."""
-    (tmp_path / "trusted").mkdir()
-    for kit in "AB":
-        jobs.make_keys(kit, tmp_path / f"{kit}.key", clock=lambda: MONDAY)
-        (tmp_path / "trusted" / f"{kit}.pub").write_bytes((tmp_path / f"{kit}.pub").read_bytes())
-    jobs.make_centre_key(tmp_path / "centre.key", clock=lambda: MONDAY)
-    return tmp_path
 
 
 def table(vectors: np.ndarray, names: list[str] | None = None, **columns: list[object]) -> pa.Table:
@@ -110,8 +91,6 @@ def enrolled(centre: Path, gallery: str = "g") -> list[str]:
 
 
 def records_of(count: int, start: int = 1) -> list[Record]:
-    from conftest import people  # which takes its fixtures from here
-
     rng = np.random.default_rng(start)
     return [
         Record(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from conftest import SFACE, again, people
 
 import biodedup as bd
+
+from .vectors import SFACE, again, people
 
 PEOPLE = np.linalg.qr(people(64, seed=5).T)[0].T.astype(np.float32)
 """Persons as unlike as can be: cosine 0 for every pair, so that no two of them ever look like one."""

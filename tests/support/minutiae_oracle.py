@@ -1,4 +1,4 @@
-"""The minutiae matcher once more, slowly: lists, plain loops, no scratch memory, no shortcuts. The oracle of test_minutiae.py.
+"""The minutiae matcher once more, slowly: lists, plain loops, no scratch memory, no shortcuts.
 
 Shares with the matcher its constants and nothing else. Sums are made in the same order, so that scores are equal to the last bit.
 """

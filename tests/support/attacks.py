@@ -1,6 +1,6 @@
 """Captures that ask for far more work or memory than their size says: made here, none is anybody's file.
 
-python tests/attacks.py [NAME ...]    extracts each in this process; prints name, outcome, seconds of the processor and megabytes of growth
+python -m tests.support.attacks [NAME ...]    extracts each in this process; prints name, outcome, seconds of the processor and megabytes of growth
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Galleries as someone would spoil them who knows the format, and computes every checksum anew.
 
-Run as a program, since what it looks for may end the process: `python hostile_gallery.py GALLERY SEED COUNT` spoils copies of a gallery and
+Run as a program, since what it looks for may end the process: `python -m tests.support.hostile_gallery GALLERY SEED COUNT` spoils copies of a gallery and
 uses them. It prints the seed of each try before it begins, and every error outside the tree, after which it ends with 1.
 """
 

@@ -1,0 +1,40 @@
+"""How the tests are laid out: what they share lies in tests/support."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+TESTS = ROOT / "tests"
+
+
+def imported(content: str) -> set[str]:
+    """Every module that a file's text imports, with the names taken from it, as dotted paths."""
+    found = set()
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
+    return found
+
+
+def of_tests(modules: set[str]) -> set[str]:
+    """Those that are of a test module or of a conftest."""
+    return {name for name in modules if any(part.startswith(("test_", "conftest")) for part in name.split("."))}
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_file_imports_a_test_module(path: Path):
+    assert of_tests(imported(path.read_text())) == set()
+
+
+def test_an_import_of_a_test_module_is_seen_wherever_it_stands():
+    content = (
+        "from tests.x import test_a\ndef f():\n    import tests.test_b\n    from conftest import people\nimport testing"
+    )
+    assert of_tests(imported(content)) == {"tests.x.test_a", "tests.test_b", "conftest.people"}
