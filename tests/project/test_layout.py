@@ -1,4 +1,4 @@
-"""How the tests are laid out: what they share lies in tests/support."""
+"""How the tests are laid out: a folder a package; what they share lies in tests/support."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def test_an_import_of_a_test_module_is_seen_wherever_it_stands():
         "from tests.x import test_a\ndef f():\n    import tests.test_b\n    from conftest import people\nimport testing"
     )
     assert of_tests(imported(content)) == {"tests.x.test_a", "tests.test_b", "conftest.people"}
+
+
+def test_every_folder_of_tests_is_a_package_of_the_library_or_is_named_here():
+    folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
+    packages = {path.parent.name for path in (ROOT / "biodedup").glob("*/__init__.py")}
+    assert folders - packages == {"project"}
+    assert all((TESTS / folder / "__init__.py").exists() for folder in folders)
