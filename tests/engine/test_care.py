@@ -16,6 +16,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.lookalikes import key_of
 from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.testing import internals
 from biodedup.texts import KnownId
 from tests.support.vectors import again, people
 
@@ -53,7 +54,7 @@ def test_close_releases_every_file_at_once(tmp_path):
     assert engine.templates("s1") and engine.info() and engine.find_duplicates() == []
     joining = engine.join()
     next(joining)
-    snapshot = engine._gallery.snapshot()
+    snapshot = internals(engine).gallery.snapshot()
     assert len(held(tmp_path)) > 5
     engine.close()
     assert held(tmp_path) == []

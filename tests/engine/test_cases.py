@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
+from biodedup.testing import internals
 from tests.support import GOLDEN
 from tests.support.cases import CONFIG, Clock, names, sent
 from tests.support.faults import Countdown, FailingStorage
@@ -148,15 +149,15 @@ def test_a_double_enrolled_since_keeps_the_case_open_with_the_new_candidate(engi
 
 def test_a_double_enrolled_between_the_search_and_the_commit_keeps_the_case_open(engine, monkeypatch):
     encounter = in_review(engine)
-    seek = engine._searches.seek
+    seek = internals(engine).searches.seek
 
     def slow(*args, **kwargs):
         found = seek(*args, **kwargs)
-        monkeypatch.setattr(engine._searches, "seek", seek)
+        monkeypatch.setattr(internals(engine).searches, "seek", seek)
         engine.add_templates(["carla"], {"face": encounter.templates["face"][None]})
         return found
 
-    monkeypatch.setattr(engine._searches, "seek", slow)
+    monkeypatch.setattr(internals(engine).searches, "seek", slow)
     decision = engine.adjudicate("e1", "different", "A. Officer")
     assert (decision.outcome, names(decision.candidates)) == ("review", ["carla"])
     assert "bella" not in engine
@@ -190,7 +191,7 @@ def test_a_pair_of_rows_judged_different_is_raised_no_more_and_a_new_row_is_aske
         assert (updated.outcome, names(updated.candidates)) == ("review", ["bella"])
         assert engine.adjudicate("e2", "different", "A. Officer").outcome == "unique"
         assert engine.find_duplicates(threshold_db=20) == []
-        with engine._gallery.transaction() as transaction:
+        with internals(engine).gallery.transaction() as transaction:
             template = bd.Template("face", engine.templates("anna")["face"].model_id, again(anna, 0.95, seed=3))
             transaction.add_encounter("anna", {"face": template}, "e3")
         assert [c.subject_ids for c in engine.find_duplicates(threshold_db=20)] == [("anna", "bella")]
@@ -208,7 +209,7 @@ def test_a_candidate_that_got_a_row_since_its_verdict_is_asked_about_again(engin
     assert engine.enroll(sent("carla", new, "e1")).outcome == "review"
     assert engine.adjudicate("e1", "different", "A", candidate="anna").outcome == "review"
     assert names(engine.case("e1").undecided) == ["bella"]
-    with engine._gallery.transaction() as transaction:
+    with internals(engine).gallery.transaction() as transaction:
         template = bd.Template("face", engine.templates("anna")["face"].model_id, again(anna, 0.9))
         transaction.add_encounter("anna", {"face": template}, "e-anna 2")
     decision = engine.adjudicate("e1", "different", "A", candidate="bella")

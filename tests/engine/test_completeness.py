@@ -14,6 +14,7 @@ from biodedup import jobs
 from biodedup.cli import app
 from biodedup.cli.base import Exit
 from biodedup.completeness import shortfall
+from biodedup.testing import internals
 from tests.support.galleries import PEOPLE, small
 from tests.support.images import finger, jpeg
 from tests.support.vectors import again, people
@@ -146,11 +147,11 @@ def test_a_refusal_can_be_made_good_after_sealing_and_merging(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=1000)) as engine:
         for i in range(6):
             assert engine.enroll(sent(i, bd.Refusal("right_index", "blurred"))).outcome == "refused"
-        engine._gallery.seal()
+        internals(engine).gallery.seal()
         for i in range(6):
             assert engine.enroll(sent(i)).outcome == "unique"
         for merge in (
-            engine._gallery.seal,
+            internals(engine).gallery.seal,
             engine.compact,
         ):  # of two answers in two segments, then in one, the last one counts
             merge()

@@ -13,6 +13,7 @@ import biodedup as bd
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.encounters import Joint, of_all_rows
+from biodedup.testing import internals
 from tests.support.cases import CONFIG, Clock, names, sent
 from tests.support.faults import Countdown, FailingStorage
 from tests.support.vectors import again, between, orthogonal, people
@@ -48,7 +49,7 @@ def test_a_subject_removed_during_a_call_is_seen_whole_or_not_at_all(engine, mon
     """Removed right after the call took its nth snapshot: the answer is that of one snapshot, or UnknownSubject."""
     (anna,) = people(1)
     engine.enroll(sent("anna", anna, "e1"))
-    gallery_type, snapshot, taken = type(engine._gallery), type(engine._gallery).snapshot, []
+    gallery_type, snapshot, taken = type(internals(engine).gallery), type(internals(engine).gallery).snapshot, []
 
     def then_removed(gallery):
         seen = snapshot(gallery)
@@ -257,7 +258,7 @@ def test_a_stranger_reaches_a_subject_with_several_rows_no_more_often_than_the_s
     config = replace(CONFIG, policy=bd.Policy(duplicate_db=300, review_db=290, own_strangers=False))
     with bd.Engine.open(tmp_path / "g", config) as engine:
         engine.admit([sent(f"s{i}", face, f"e{i}") for i, face in enumerate(faces)])
-        with engine._gallery.transaction() as transaction:
+        with internals(engine).gallery.transaction() as transaction:
             template = engine.templates("s0")["face"]
             for i in range(60):
                 for n in (1, 2):
@@ -296,12 +297,12 @@ def test_which_rows_are_kept_goes_by_quality_and_then_by_time(tmp_path):
         from biodedup.gallery.answers import to_json
         from biodedup.gallery.segments.tail import Answer
 
-        with engine._gallery.transaction() as transaction:
+        with internals(engine).gallery.transaction() as transaction:
             for i, (quality, decision) in enumerate(zip(qualities, decisions, strict=True)):
                 one = {"face": bd.Template("face", template.model_id, anna, quality=quality)}
                 (transaction.add if i == 0 else transaction.add_encounter)("anna", one, f"e{i + 1}")
                 transaction.record(f"e{i + 1}", Answer(b"", "unique", to_json(decision)))
-        snapshot = engine._gallery.snapshot()
+        snapshot = internals(engine).gallery.snapshot()
         rows = snapshot.rows_under("anna")
         first = rows[0]
         assert [row - first for row in kept_rows(snapshot, rows, 4)] == [0, 2, 3, 4]  # the poorest goes
@@ -357,7 +358,7 @@ def test_a_case_that_waited_for_another_alone_is_enrolled_when_that_is_closed(en
 def test_a_case_whose_linked_case_was_enrolled_shows_the_subject(engine):
     bella = waiting(engine)
     engine.enroll(sent("carla", again(bella, 0.9), "e2"))
-    with engine._gallery.transaction() as transaction:  # as if nobody had linked them
+    with internals(engine).gallery.transaction() as transaction:  # as if nobody had linked them
         transaction.release("e1")
     (candidate,) = [c for c in engine.case("e2").undecided if c.subject_id == "bella"]
     assert candidate.case == ""
@@ -374,7 +375,7 @@ def test_an_open_case_survives_sealing_merging_reopening_and_is_erased_when_it_i
         assert len(engine) == 21 and engine.info()["open_cases"] == 1
         assert engine.enroll(sent("carla", bella, "e2")).best.case == "e1"
         assert engine.adjudicate("e1", "recapture", "A").outcome == "refused"
-        assert engine._gallery.snapshot().pending.keys() == {engine.case("e2").row}
+        assert internals(engine).gallery.snapshot().pending.keys() == {engine.case("e2").row}
         engine.compact()
         assert engine.problems() == []
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import biodedup as bd
+from biodedup.testing import internals
 from tests.support.images import jpeg
 from tests.support.vectors import again, people, unit
 
@@ -209,7 +210,7 @@ def test_a_candidate_removed_between_search_and_commit_does_not_block(engine, mo
     for name, other in zip(("o1", "o2", "o3"), others, strict=True):
         enroll(engine, name, other)
     enroll(engine, "anna", anna)
-    search = engine._searcher.search
+    search = internals(engine).searcher.search
     calls = []
 
     def removing(*args, **kwargs):
@@ -221,7 +222,7 @@ def test_a_candidate_removed_between_search_and_commit_does_not_block(engine, mo
                 engine.compact()
         return found
 
-    monkeypatch.setattr(engine._searcher, "search", removing)
+    monkeypatch.setattr(internals(engine).searcher, "search", removing)
     assert enroll(engine, "bella", again(anna, 0.9)).outcome == "unique"
 
 

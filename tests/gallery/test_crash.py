@@ -22,6 +22,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.testing import internals
 from tests.support import GOLDEN
 from tests.support.faults import Countdown, FailingConnection, FailingStorage
 from tests.support.vectors import again, people
@@ -83,7 +84,7 @@ OPERATIONS = {
 CARE = {
     "seal": lambda e: e.tidy(),
     "merge": lambda e: e.compact(),
-    "backup": lambda e: e.backup(e._gallery.folder.parent / f"{e._gallery.folder.name}-backup"),
+    "backup": lambda e: e.backup(internals(e).gallery.folder.parent / f"{internals(e).gallery.folder.name}-backup"),
 }
 
 

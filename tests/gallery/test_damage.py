@@ -21,6 +21,7 @@ from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.column_file import Stream, open_column_file, write_column_file
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.segments import segment
+from biodedup.testing import internals
 from tests.support import GOLDEN
 from tests.support.galleries import PEOPLE, enroll, nearest, small
 from tests.support.vectors import people
@@ -87,13 +88,13 @@ def test_a_flipped_bit_in_any_segment_file_is_found_and_named(sealed):
 def test_doctor_counts_subjects_that_are_enrolled_twice_and_no_removed_ones(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
         enroll(engine, 0)
-        engine._gallery.seal()
+        internals(engine).gallery.seal()
         for person in (1, 2, 3):  # one row in the segment and two in the journal are removed
             encounter = bd.Encounter("s0", templates={"face": PEOPLE[person]})
             assert engine.update(encounter, replace=True, reason="a test").outcome == "unique"
         enroll(engine, 4)
         assert engine.problems() == []
-        with engine._gallery.transaction() as transaction:  # what `add` would refuse
+        with internals(engine).gallery.transaction() as transaction:  # what `add` would refuse
             template = bd.Template("face", transaction.models["face"].model_id, PEOPLE[5])
             transaction._catalogue.add_subjects([(transaction.tail.end_row, "s4", "", 0)])
             transaction._catalogue.add_cells([(transaction.tail.end_row, template)])
@@ -184,7 +185,7 @@ def test_a_database_is_not_restored_from_another_gallerys_backup(sealed, tmp_pat
 
 def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
-        gallery = engine._gallery
+        gallery = internals(engine).gallery
         old = [part for part in gallery.snapshot().parts if isinstance(part, segment.Segment)]
         taken = gallery._take_number()
         gallery._broken = True

@@ -17,6 +17,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.filesystem import FileLock, LocalStorage
+from biodedup.testing import internals
 from tests.support import ROOT
 from tests.support.galleries import PEOPLE, enroll, nearest, small
 
@@ -97,11 +98,12 @@ def test_a_childs_end_releases_nothing_of_the_parents(tmp_path, name):
 import gc, os, sys
 import biodedup as bd
 from biodedup.gallery.segments.tail import Answer
+from biodedup.testing import internals
 from tests.support.galleries import enroll, small
 engine = bd.Engine.open({str(tmp_path / "g")!r}, small(background=True))
 for i in range(9):
     enroll(engine, i)
-gallery = engine._gallery
+gallery = internals(engine).gallery
 with gallery.lock:
     gallery._catalogue.begin()  # as in the midst of a commit
     gallery._catalogue.add_answer("half", Answer(b"", "unique", "{{}}"))
@@ -164,7 +166,7 @@ def test_a_fork_waits_for_a_commit(tmp_path):
         began, until = threading.Event(), []
 
         def commit() -> None:
-            with engine._gallery.transaction() as transaction:
+            with internals(engine).gallery.transaction() as transaction:
                 began.set()
                 time.sleep(0.3)
                 transaction.remove("s0")
@@ -235,12 +237,12 @@ def test_another_writers_commit_of_the_same_number_is_not_taken_for_ones_own(tmp
     steal(tmp_path / "g")
     second = bd.Engine.open(tmp_path / "g", small())
     with pytest.raises(bd.GalleryBusy):
-        with first._gallery.transaction() as transaction:
+        with internals(first).gallery.transaction() as transaction:
             transaction.content_changed = True
-            first._gallery._catalogue.rollback()  # lost, and the second writer commits under the same number
+            internals(first).gallery._catalogue.rollback()  # lost, and the second writer commits under the same number
             enroll(second, 1)
             raise bd.GalleryBusy("the commit failed")
-    assert first._gallery._state.commits + 1 == second._gallery._state.commits
+    assert internals(first).gallery._state.commits + 1 == internals(second).gallery._state.commits
     with pytest.raises(bd.GalleryBusy, match="another process wrote"):
         enroll(first, 2)
     first.close()
@@ -255,7 +257,7 @@ def test_a_recovery_does_not_take_over_what_another_writer_committed(tmp_path):
     steal(tmp_path / "g")
     second = bd.Engine.open(tmp_path / "g", small())
     enroll(second, 1)
-    first._gallery._broken = True  # as after a commit that failed with the disk
+    internals(first).gallery._broken = True  # as after a commit that failed with the disk
     for _ in range(2):
         with pytest.raises(bd.GalleryBusy, match="another process wrote"):
             enroll(first, 2)
@@ -267,7 +269,7 @@ def test_two_writers_never_overwrite_or_remove_each_others_segments(tmp_path):
     first = bd.Engine.open(tmp_path / "g", small(seal_rows=100))
     for i in range(3):
         enroll(first, i)
-    gallery = first._gallery
+    gallery = internals(first).gallery
     tail = gallery.snapshot().parts[-1]
     held = FileLock.is_held
 

@@ -19,6 +19,7 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import make_codec
 from biodedup.gallery.files.codes import dequantise, lower_halves, quantise
 from biodedup.gallery.segments.compaction import due
+from biodedup.testing import internals
 from tests.support.galleries import PEOPLE, enroll, nearest, small
 from tests.support.vectors import SFACE, again, people
 
@@ -116,7 +117,7 @@ def test_fingers_and_quality_survive_sealing(tmp_path):
         engine.enroll(bd.Encounter("s0", templates=templates))
         engine.add_templates(["s1", "s2"], {"face": PEOPLE[1:3]})
         engine.compact()
-        stored = engine._gallery.snapshot().templates(0)
+        stored = internals(engine).gallery.snapshot().templates(0)
         assert stored["right_index"].minutiae == record
         assert stored["face"].quality == pytest.approx(0.75)
         assert np.allclose(stored["face"].embedding, PEOPLE[0], atol=0.003)
@@ -158,7 +159,7 @@ def test_opening_reads_no_column(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         engine.add_templates([f"s{i}" for i in range(64)], {"face": PEOPLE})
     with bd.Engine.open(tmp_path / "g", small(), read_only=True) as engine:
-        (part, _) = engine._gallery.snapshot().parts
+        (part, _) = internals(engine).gallery.snapshot().parts
         assert not any(file._checked.any() for file in part.files.values())
         assert nearest(engine, 5) == "s5"
         assert part.files["face"]._checked.all()
@@ -206,21 +207,21 @@ def test_enrolments_searches_and_background_merges_go_on_together(tmp_path):
 
 def test_a_batch_is_one_commit_and_waiting_threads_share_one(tmp_path):
     with bd.Engine.open(tmp_path / "g", bd.Config(batch_size=16)) as engine:
-        before = engine._gallery._state.commits
+        before = internals(engine).gallery._state.commits
         assert (
             len(list(engine.enroll_many([bd.Encounter(f"s{i}", templates={"face": PEOPLE[i]}) for i in range(16)])))
             == 16
         )
-        assert engine._gallery._state.commits == before + 1
+        assert internals(engine).gallery._state.commits == before + 1
         threads = [threading.Thread(target=enroll, args=(engine, i)) for i in range(16, 32)]
-        with engine._gallery.lock:  # all of them come to the lock before one gets it
+        with internals(engine).gallery.lock:  # all of them come to the lock before one gets it
             for thread in threads:
                 thread.start()
-            while len(engine._enrolment._waiting) < 16:
+            while len(internals(engine).enrolment._waiting) < 16:
                 pass
         for thread in threads:
             thread.join()
-        assert engine._gallery._state.commits == before + 2
+        assert internals(engine).gallery._state.commits == before + 2
         assert len(engine) == 32
 
 

@@ -18,6 +18,7 @@ import pytest
 import biodedup as bd
 from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.testing import internals
 from tests.support import ROOT
 from tests.support.galleries import PEOPLE, nearest, small
 from tests.support.hostile_gallery import Opened, change, name_anew
@@ -148,7 +149,7 @@ def test_contents_that_contradict_themselves_are_damage_though_every_checksum_is
             if f"s{i}" in engine:
                 engine.templates(f"s{i}")
         list(engine.join(threshold_db=0.0))
-        [part.lookup() for part in engine._gallery.snapshot().parts]
+        [part.lookup() for part in internals(engine).gallery.snapshot().parts]
 
 
 def test_an_answer_that_unpacks_to_gigabytes_is_damage(gallery):

@@ -16,6 +16,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import app
 from biodedup.jobs.shared.checkpoint import Notes
+from biodedup.testing import internals
 from tests.support.galleries import PEOPLE, enroll, nearest, small
 
 
@@ -205,7 +206,7 @@ def occurrences(folder: Path, needles: dict[str, bytes]) -> dict[str, list[str]]
 def needle(engine: bd.Engine, i: int) -> dict[str, bytes]:
     """Of a row of the journal, as it is stored there."""
     row = engine.rows_of([f"s{i}"])[0]
-    (cell,) = (cell for cell in engine._gallery._catalogue.cells() if cell.row == row)
+    (cell,) = (cell for cell in internals(engine).gallery._catalogue.cells() if cell.row == row)
     assert cell.vector is not None
     return {f"s{i}": cell.vector[:64]}
 
@@ -239,7 +240,7 @@ def test_of_removed_subjects_nothing_is_left_in_any_file(tmp_path):
 
 def codes_of(engine: bd.Engine, i: int) -> bytes:
     """The lower halves of a sealed row's codes, as they lie in a file."""
-    snapshot = engine._gallery.snapshot()
+    snapshot = internals(engine).gallery.snapshot()
     for part in snapshot.parts[:-1]:
         positions = [p for p in range(part.count) if part.subject_ids_at(np.array([p])) == [f"s{i}"]]
         if positions:
@@ -253,7 +254,7 @@ def test_the_templates_of_a_closed_case_are_erased(tmp_path):
         between = (0.45 * PEOPLE[0] + np.sqrt(1 - 0.45**2) * PEOPLE[20]).astype(np.float32)
         decision = engine.enroll(bd.Encounter("y", templates={"face": between}, encounter_id="case"))
         assert decision.outcome == "review"
-        held = engine._gallery.case("case").templates["face"].embedding.astype("<f4").tobytes()[:64]
+        held = internals(engine).gallery.case("case").templates["face"].embedding.astype("<f4").tobytes()[:64]
         assert occurrences(tmp_path / "g", {"held": held})
         engine.adjudicate("case", "recapture", "judge")
         assert occurrences(tmp_path / "g", {"held": held}) == {}

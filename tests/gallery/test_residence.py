@@ -10,6 +10,7 @@ from biodedup.gallery import snapshot
 from biodedup.gallery.files import column_file
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.search.shards import shard
+from biodedup.testing import internals
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=20_000, background=False))
 
@@ -35,12 +36,12 @@ def opened(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG, storage=storage) as engine:
         for seed in (0, 1):
             engine.add_templates([f"{seed}-{i}" for i in range(20_000)], {"face": people(20_000, seed)})
-            engine._gallery.seal()
+            internals(engine).gallery.seal()
         yield engine, storage
 
 
 def streamed(engine):
-    held = engine._gallery.snapshot()
+    held = internals(engine).gallery.snapshot()
     return [part.columns["face"] in held.streamed for part in held.parts if part.count]
 
 
@@ -76,7 +77,7 @@ def test_single_rows_near_each_other_are_asked_for_together(opened, monkeypatch)
     asked = []
     real = column_file._advise
     monkeypatch.setattr(column_file, "_advise", lambda *given: asked.append(given[1:3]) or real(*given))
-    column = next(part.columns["face"] for part in engine._gallery.snapshot().parts if part.count)
+    column = next(part.columns["face"] for part in internals(engine).gallery.snapshot().parts if part.count)
     column._rest.check_rows("rest", np.array([0, 900, 5_000, 6_000, 19_000]))  # 64 bytes each
     ((starts, sizes),) = asked
     assert len(starts) == 3, "gaps of 57 kB are read over, not one of 262 or 832"

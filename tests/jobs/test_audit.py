@@ -25,6 +25,7 @@ from biodedup import jobs
 from biodedup.cli import app
 from biodedup.engine import search as searches
 from biodedup.jobs.manifests.roll import read_roll
+from biodedup.testing import internals
 from tests.support.images import jpeg
 from tests.support.vectors import again, people
 
@@ -225,7 +226,7 @@ def test_an_audit_goes_on_with_a_gallery_that_has_gone_on_and_ends_as_one_of_its
         near = again(vectors[:1], 0.58, seed=4)[0]
         assert engine.update(bd.Encounter("s0", templates={"face": near}, encounter_id="e")).outcome == "review"
         engine.adjudicate("e", "different", "A. Officer", candidate="t0")  # u0 is still to be judged: s0 is not updated
-        engine._gallery.seal()
+        internals(engine).gallery.seal()
     seen.clear()
     with bd.Engine.open(gallery, CONFIG, read_only=True) as engine:
         with pytest.raises(Cut):

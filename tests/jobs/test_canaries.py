@@ -24,6 +24,7 @@ from biodedup.match.minutiae import CylinderMatcher
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.shards import shard
 from biodedup.synthetic.vectors import mates_of
+from biodedup.testing import internals
 from tests.support.faults import Countdown, FailingStorage
 from tests.support.minutiae import record, strewn
 from tests.support.vectors import people
@@ -401,7 +402,7 @@ def test_another_impression_is_a_mate_and_no_copy():
 def test_the_exact_rank_is_that_of_a_sorted_list(gallery):
     with bd.Engine.open(gallery, CONFIG) as engine:
         engine.remove("s5")
-        snapshot = engine._gallery.snapshot()
+        snapshot = internals(engine).gallery.snapshot()
         stored = snapshot.embeddings(range(3_050), "face")
         rows = [7, 1_500, 3_049]
         probes = mates_of(stored[rows], np.full(3, 0.35), seed=3)
@@ -423,7 +424,7 @@ def test_expected_counts_are_those_of_the_binomial_law():
 
 def test_the_law_of_strangers_foresees_how_many_are_first(gallery):
     with bd.Engine.open(gallery, CONFIG) as engine:
-        snapshot = engine._gallery.snapshot()
+        snapshot = internals(engine).gallery.snapshot()
         rows = np.arange(0, 3_000, 3)
         for cosine in (0.4, 0.45, 0.5):
             probes = mates_of(FACES[rows], np.full(len(rows), cosine), seed=int(100 * cosine))

@@ -15,6 +15,7 @@ from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import moved
 from biodedup.match.fitting import measured_fmr
+from biodedup.testing import internals
 from tests.support.vectors import again, people, unit
 
 CARD = Calibration.from_card(load_card("sface").calibration)
@@ -29,7 +30,7 @@ def alike(count: int, seed: int) -> np.ndarray:
 def scores_db(folder: Path, cosines: np.ndarray, config: bd.Config = CONFIG) -> np.ndarray:
     """What the gallery makes of faces as similar."""
     with bd.Engine.open(folder, config, override_policy=True) as engine:
-        model_id = engine._gallery.snapshot().models["face"].model_id
+        model_id = internals(engine).gallery.snapshot().models["face"].model_id
         return engine.pairs.calibrations.of(model_id).score_db(cosines)
 
 
@@ -140,10 +141,14 @@ def test_an_evaluation_scores_as_a_gallery_of_its_people_would():
 def test_people_are_drawn_among_the_first_and_only_those_who_live(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.add_templates([f"s{i}" for i in range(300)], {"face": people(300)})
-        column, rows = engine._gallery.snapshot().drawn(engine._gallery.snapshot().models["face"].model_id, 64)
+        column, rows = (
+            internals(engine).gallery.snapshot().drawn(internals(engine).gallery.snapshot().models["face"].model_id, 64)
+        )
         assert column == "face" and len(rows) == 64 and len(set(rows.tolist())) == 64
         assert rows.max() < 256 and (np.diff(rows) > 0).all()
         engine.remove(f"s{rows[0]}")
-        _, again_rows = engine._gallery.snapshot().drawn(engine._gallery.snapshot().models["face"].model_id, 64)
+        _, again_rows = (
+            internals(engine).gallery.snapshot().drawn(internals(engine).gallery.snapshot().models["face"].model_id, 64)
+        )
         assert set(rows[1:].tolist()) < set(again_rows.tolist()) and rows[0] not in again_rows
-        assert engine._gallery.snapshot().drawn("nobody's", 64)[0] == ""
+        assert internals(engine).gallery.snapshot().drawn("nobody's", 64)[0] == ""

@@ -10,6 +10,7 @@ import pytest
 import biodedup as bd
 from biodedup.search.batching import Gathering
 from biodedup.search.native.scanner import in_turn
+from biodedup.testing import internals
 
 
 class Slow:
@@ -132,13 +133,13 @@ def test_searches_on_many_threads_answer_as_they_would_one_after_the_other(tmp_p
     certain = bd.Config(search=bd.SearchConfig(miss_risk=0.0))  # what is lost by chance depends on who shares a pass
     with bd.Engine.open(tmp_path / "g", certain) as engine:
         engine.add_templates([f"s{i}" for i in range(len(vectors))], {"face": vectors})
-        real, passes = engine._searcher.nearest, []
+        real, passes = internals(engine).searcher.nearest, []
 
         def counting(*given, **named):
             passes.append(len(given[2]))
             return real(*given, **named)
 
-        engine._searcher.nearest = counting
+        internals(engine).searcher.nearest = counting
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(lambda i: engine.search({"face": vectors[i : i + 1]}, k=3), range(160)))
             decided = list(

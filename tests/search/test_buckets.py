@@ -20,6 +20,7 @@ from biodedup.search.native import pair_kernel as member_kernel
 from biodedup.search.native.signs import SIGN, limits_of, tables_of
 from biodedup.search.selfjoin import buckets as caps_module
 from biodedup.search.selfjoin.buckets import choose, seen
+from biodedup.testing import internals
 from tests.support.vectors import again, people
 
 ROWS = 40_000
@@ -93,7 +94,7 @@ def gallery(tmp_path_factory):
         engine.add_templates([f"a{i}" for i in range(ROWS)], {"face": first})
         engine.tidy()
         engine.add_templates([f"b{i}" for i in range(200)], {"face": second[:200]})
-        engine._gallery.seal()
+        internals(engine).gallery.seal()
         engine.add_templates([f"b{i}" for i in range(200, 300)], {"face": second[200:300]})
         engine.add_templates([f"b{i}" for i in range(300, 400)], {"face": second[300:]})
         for gone in ("a390", "b391"):
@@ -106,7 +107,7 @@ def links(clusters):
 
 
 def threshold_db(engine):
-    calibration = engine._comparer.calibration(engine.info()["columns"]["face"]["model_id"])
+    calibration = internals(engine).comparer.calibration(engine.info()["columns"]["face"]["model_id"])
     return float(calibration.score_db(np.array([LEAST]))[0])
 
 
@@ -136,8 +137,8 @@ def test_a_join_by_caps_finds_what_one_of_everybody_with_everybody_finds(gallery
 def test_who_is_in_no_cap_is_compared_with_everybody(gallery, small):
     folder, cosines = gallery
     with bd.Engine.open(folder, read_only=True) as engine:
-        snapshot = engine._gallery.snapshot()
-        caps = engine._searcher.caps(snapshot, threshold_db(engine))
+        snapshot = internals(engine).gallery.snapshot()
+        caps = internals(engine).searcher.caps(snapshot, threshold_db(engine))
         outside = searches.rows_outside(snapshot, "face", caps, snapshot.live_rows())
         tiles = list(engine.join(threshold_db=threshold_db(engine)))
     assert 0 < len(outside) < 1_000 and outside.max() == ROWS + 399
@@ -195,8 +196,8 @@ def test_an_audit_by_caps_goes_on_with_a_changed_gallery_and_misses_nobody(galle
 def column(gallery):
     folder, _ = gallery
     with bd.Engine.open(folder, read_only=True) as engine:
-        part = engine._gallery.snapshot().parts[0]
-        calibration = engine._comparer.calibration(engine.info()["columns"]["face"]["model_id"])
+        part = internals(engine).gallery.snapshot().parts[0]
+        calibration = internals(engine).comparer.calibration(engine.info()["columns"]["face"]["model_id"])
         yield part.columns["face"], calibration
 
 

@@ -12,6 +12,7 @@ from biodedup import jobs
 from biodedup.engine import search as searches
 from biodedup.search import searcher as rescore
 from biodedup.synthetic.vectors import mates_of
+from biodedup.testing import internals
 from tests.support.vectors import SFACE
 
 THRESHOLD_DB = 60.0
@@ -46,7 +47,7 @@ def oracle(engine, vectors):
     templates = [bd.Template("face", SFACE, vector) for vector in matrix]
     found = {}
     for i, j in near:
-        (compared,) = engine._comparer.compare({"face": templates[i]}, rescore_in_hand(templates[j]), [0])
+        (compared,) = internals(engine).comparer.compare({"face": templates[i]}, rescore_in_hand(templates[j]), [0])
         if compared.score_db >= THRESHOLD_DB:
             found[frozenset((names[i], names[j]))] = compared.score_db
     return found
@@ -67,7 +68,7 @@ def test_a_join_finds_every_pair_above_the_threshold_and_no_other(gallery, seale
     engine, vectors = gallery
     if sealed:
         engine.compact()
-    assert (engine._gallery.snapshot().parts[-1].count == 0) == sealed
+    assert (internals(engine).gallery.snapshot().parts[-1].count == 0) == sealed
     told = []
     clusters = engine.find_duplicates(threshold_db=THRESHOLD_DB, progress=lambda *done: told.append(done))
     ours, theirs = pairs(clusters), oracle(engine, vectors)
@@ -137,7 +138,7 @@ def test_a_join_that_goes_on_after_the_journal_was_sealed_misses_no_pair_with_it
 
     with pytest.raises(KeyboardInterrupt):
         jobs.find_duplicates(engine, out, threshold_db=THRESHOLD_DB, progress=stop)
-    engine._gallery.seal()
+    internals(engine).gallery.seal()
     resumed = jobs.find_duplicates(engine, out, threshold_db=THRESHOLD_DB)
     assert pairs(resumed.clusters).keys() == pairs(whole.clusters).keys()
 

@@ -15,6 +15,7 @@ from biodedup.search.native.scanner import Collected
 from biodedup.search.searcher import Searcher
 from biodedup.search.shards import shard
 from biodedup.synthetic.vectors import mates_of
+from biodedup.testing import internals
 from tests.support.laws import FACE, FINGER
 
 COLUMNS = ("face", "left_index", "right_index")
@@ -52,7 +53,7 @@ def engine(tmp_path, monkeypatch, everybody):
         for row in range(0, ROWS, 1_000):
             engine.remove(f"s{row}")
         laws = {"external-128": FINGER}
-        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
+        monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
         yield engine
 
 
@@ -69,7 +70,7 @@ def evidence(everybody, probes):
 
 
 def test_rows_are_searched_by_what_they_have_and_a_plan_says_how(engine):
-    plan = engine._searcher.together(engine._gallery.snapshot(), COLUMNS)
+    plan = internals(engine).searcher.together(internals(engine).gallery.snapshot(), COLUMNS)
     assert set(plan.choices) == {frozenset(COLUMNS), frozenset({"face", "right_index"})}
     for choice in plan.choices.values():
         assert choice.cost < len(choice.columns)
@@ -81,7 +82,7 @@ def test_rows_are_searched_by_what_they_have_and_a_plan_says_how(engine):
 
 
 def test_candidates_are_those_with_the_most_evidence_in_all_columns(engine, everybody):
-    snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+    snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
     rows = np.arange(1, 6_001, 10)
     probes = mates(everybody, rows, 5)
     plan = replace(searcher.together(snapshot, COLUMNS), k=5)
@@ -101,7 +102,7 @@ def test_candidates_are_those_with_the_most_evidence_in_all_columns(engine, ever
 
 
 def test_all_that_reach_a_floor_are_told_and_removed_or_foreign_rows_are_not(engine, everybody):
-    snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+    snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
     probes = {column: np.repeat(everybody[column][[1_000, 1_001]], 3, axis=0) for column in COLUMNS}
     plan = replace(searcher.together(snapshot, COLUMNS), k=1, floor_llr_db=100.0)
     found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
@@ -113,7 +114,7 @@ def test_all_that_reach_a_floor_are_told_and_removed_or_foreign_rows_are_not(eng
 
 
 def test_whatever_reaches_the_floor_is_found_though_its_estimate_is_lower(engine, everybody):
-    snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+    snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
     rows = np.arange(1, 8_000, 4)
     rows = rows[rows % 1_000 != 0]
     probes = mates(everybody, rows, 21)
@@ -142,8 +143,8 @@ def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tm
     with bd.Engine.open(tmp_path / "g", bd.Config(policy=POLICY)) as engine:
         engine.add_templates([f"s{i}" for i in range(5_000)], alike)
         engine.compact()
-        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: FACE)
-        snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+        monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: FACE)
+        snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
         assert searcher.together(snapshot, COLUMNS) is None  # it would not choose so by itself
         choice = together.Choice(COLUMNS, (2,) * 3, (48,) * 3, (1.0,) * 3, 0.5, 1.0, 0.0, 1_000, 0, (0.1,) * 3, 0.1)
         laws = {column: together.Evidence.of(FACE) for column in COLUMNS}
@@ -173,7 +174,7 @@ def test_a_shard_that_fails_makes_a_search_together_incomplete(engine, everybody
 
 def test_a_part_that_is_merged_away_is_forgotten(engine, everybody):
     engine.identify(bd.Encounter(templates={c: everybody[c][5] for c in COLUMNS}))
-    part = weakref.ref(max(engine._gallery.snapshot().parts, key=lambda part: part.count))
+    part = weakref.ref(max(internals(engine).gallery.snapshot().parts, key=lambda part: part.count))
     engine.remove("s77")
     engine.compact()
     gc.collect()
@@ -197,8 +198,8 @@ def test_a_decision_is_the_same_as_from_every_column_by_itself(engine, everybody
 def test_rows_are_searched_together_only_where_mates_were_measured(engine, everybody, monkeypatch):
     unlabelled = from_embeddings(everybody["face"][:2_048])
     assert not unlabelled.mates_measured
-    monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: unlabelled)
-    assert engine._searcher.together(engine._gallery.snapshot(), COLUMNS) is None
+    monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: unlabelled)
+    assert internals(engine).searcher.together(internals(engine).gallery.snapshot(), COLUMNS) is None
     assert "other rows" not in engine.plan(COLUMNS).explain()
 
 
@@ -212,9 +213,9 @@ def test_groups_are_kept_apart_in_a_search_together(tmp_path, everybody, monkeyp
             engine.add_templates(names, {c: everybody[c][low + 200 : low + 4_000] for c in COLUMNS})
         engine.compact()
         laws = {"external-128": FINGER}
-        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
+        monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
         probe = bd.Encounter(templates={c: everybody[c][4_100] for c in COLUMNS})
-        assert engine._searcher.together(engine._gallery.snapshot(), COLUMNS) is not None
+        assert internals(engine).searcher.together(internals(engine).gallery.snapshot(), COLUMNS) is not None
         assert engine.identify(probe, groups={"south"}).best.subject_id == "s4100"
         north = engine.identify(probe, groups={"north"})
         assert north.best is None or north.best.score_db < 60
@@ -226,7 +227,7 @@ def test_an_unlabelled_calibration_gives_strangers_no_evidence_for_being_mates()
 
 
 def test_a_plan_leaves_out_what_costs_least_and_loses_no_more_mates_than_the_risk(engine):
-    one = max(together.sets_of(engine._gallery.snapshot(), COLUMNS).values(), key=lambda some: some.count)
+    one = max(together.sets_of(internals(engine).gallery.snapshot(), COLUMNS).values(), key=lambda some: some.count)
     laws = {column: FACE if column == "face" else FINGER for column in COLUMNS}
     draw = together._Draw(one, laws, 2e-3, 60.0, 0.3)
     some, every = (2,) * len(COLUMNS), draw.most

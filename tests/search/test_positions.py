@@ -24,6 +24,7 @@ from biodedup.match.minutiae import Bozorth3
 from biodedup.search.multicolumn import together
 from biodedup.search.positions import strongest
 from biodedup.search.shards import shard
+from biodedup.testing import internals
 from biodedup.values import BIT
 from tests.support.images import finger
 from tests.support.laws import FACE as FACE_LAW
@@ -207,14 +208,14 @@ def test_removed_subjects_and_other_groups_are_not_found(small, fingers, anew):
 
 def test_a_reader_beside_the_writer_sees_swaps(small, fingers, anew):
     small.add_templates(["a"], {"left_index": fingers["left_index"][:1]})
-    with bd.Engine.open(small._gallery.folder, bd.Config(policy=STRICT), read_only=True) as reader:
+    with bd.Engine.open(internals(small).gallery.folder, bd.Config(policy=STRICT), read_only=True) as reader:
         decision = reader.identify(wrong(anew, 0, {"right_index": "left_index"}), across_positions=True)
         assert decision.best.swaps == (("right_index", "left_index"),)
 
 
 def test_a_person_enrolled_between_search_and_commit_is_found_under_another_label(small, fingers, anew, monkeypatch):
     small.add_templates(["x"], {"left_index": fingers["left_index"][9:10]})
-    search = small._searcher.search
+    search = internals(small).searcher.search
     calls = []
 
     def meanwhile(*args, **kwargs):
@@ -224,7 +225,7 @@ def test_a_person_enrolled_between_search_and_commit_is_found_under_another_labe
             small.add_templates(["anna"], {"left_index": fingers["left_index"][:1]})
         return found
 
-    monkeypatch.setattr(small._searcher, "search", meanwhile)
+    monkeypatch.setattr(internals(small).searcher, "search", meanwhile)
     encounter = bd.Encounter("bella", templates=wrong(anew, 0, {"right_index": "left_index"}).templates)
     decision = small.enroll(encounter, across_positions=True)
     assert (decision.outcome, decision.best.subject_id) == ("review", "anna")
@@ -260,7 +261,7 @@ def test_minutiae_are_compared_across_positions_row_by_row_up_to_the_limit(tmp_p
     def encounter(name: str, column: str, seed: int, shift: int = 0) -> bd.Encounter:
         one = bd.Template(
             column,
-            engine._extractor.model_ids["finger"],
+            internals(engine).extractor.model_ids["finger"],
             minutiae=record(moved(strewn(40, seed), shift=(shift, shift))),
         )
         return bd.Encounter(name, templates={column: one})
@@ -296,9 +297,11 @@ def test_rows_searched_together_are_searched_across_positions_too(tmp_path, monk
         engine.add_templates([f"s{i}" for i in range(6_000)], everybody)
         engine.compact()
         monkeypatch.setattr(
-            engine._comparer, "_calibration_of", lambda model_id: {"external-128": FINGER_LAW}.get(model_id, FACE_LAW)
+            internals(engine).comparer,
+            "_calibration_of",
+            lambda model_id: {"external-128": FINGER_LAW}.get(model_id, FACE_LAW),
         )
-        assert engine._searcher.together(engine._gallery.snapshot(), columns) is not None
+        assert internals(engine).searcher.together(internals(engine).gallery.snapshot(), columns) is not None
         probe = {
             "face": again(everybody["face"][17], 0.2, seed=1),
             "right_index": again(everybody["left_index"][17], 0.75, seed=2),

@@ -29,6 +29,7 @@ from biodedup.search.native.signs import NOT_SEEDED, SIGN, Signs, filled, limits
 from biodedup.search.shards import shard
 from biodedup.search.shards.shard import Answer, FanOut, Plan
 from biodedup.synthetic.vectors import mates_of
+from biodedup.testing import internals
 
 NOTHING = np.zeros(0, np.uint64)
 
@@ -718,10 +719,10 @@ def test_deletes_a_reopening_and_merges_change_no_answer(tmp_path):
         ask(engine)
     with bd.Engine.open(tmp_path / "g", config) as engine:
         ask(engine)
-        parts = len(engine._gallery.snapshot().parts)
+        parts = len(internals(engine).gallery.snapshot().parts)
         engine.compact()
-        assert len(engine._gallery.snapshot().parts) < parts
-        assert not len(engine._gallery.snapshot().tombstones)
+        assert len(internals(engine).gallery.snapshot().parts) < parts
+        assert not len(internals(engine).gallery.snapshot().tombstones)
         ask(engine)
     assert answers[0] == answers[1] == answers[2]
     similarity = probes @ vectors.T
