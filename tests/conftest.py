@@ -1,4 +1,4 @@
-"""Fixtures: a synthetic population, and captures that the dependencies ship."""
+"""Fixtures that all tests may use, and the lane `fast`: every test that is neither `slow` nor `bench`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ from tests.support import ROOT
 from tests.support.vectors import SFACE
 
 _DECLINED = Preparer._unnamed
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by `-m`
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(lane) for lane in ("slow", "bench")):
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(autouse=True, scope="session")

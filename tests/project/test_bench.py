@@ -12,6 +12,8 @@ from tests.support import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.mark.parametrize(
     ("arguments", "told", "real_data"),
