@@ -36,6 +36,7 @@ import biodedup as bd
 from biodedup.match.calibration import Calibration
 from biodedup.search.shards import shard
 from biodedup.synthetic.vectors import mates_of
+from biodedup.testing import internals
 
 ROWS, DIMENSION, BATCH, PROBES, K = 20_000_000, 128, 1 << 16, 256, 100
 COLUMNS = ("face", "left_index", "right_index", "right_middle")
@@ -132,14 +133,14 @@ def rate(missed: np.ndarray) -> str:
 def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     with bd.Engine.open(gallery, read_only=True) as engine:
-        snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+        snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
         figures["rows"] = rows = len(engine)
         index = peer(rows)
         face_id = snapshot.models["face"].model_id
         laws = {face_id: calibration(face_cosines), snapshot.models[COLUMNS[1]].model_id: calibration(finger_cosines)}
-        engine._comparer._calibration_of = laws.__getitem__
+        internals(engine).comparer._calibration_of = laws.__getitem__
         ids = [snapshot.models[name].model_id for name in COLUMNS]
-        review_llr_db = engine._comparer.llr_reaching(engine.policy.thresholds_db(rows)[1], ids)
+        review_llr_db = internals(engine).comparer.llr_reaching(engine.policy.thresholds_db(rows)[1], ids)
         shards = searcher._shards(snapshot)
         whose = np.random.default_rng(1).permutation(min(BATCH, rows))[:mates]
         own = [batch(0, min(BATCH, rows), i)[whose] for i in range(len(COLUMNS))]

@@ -220,12 +220,10 @@ class Worker:
 
 
 def faults_of(engine: bd.Engine) -> Iterator[str]:
-    """What is wrong with the rows of a gallery, as of one snapshot."""
-    snapshot = engine._gallery.snapshot()
+    """What is wrong with the rows of a gallery that nothing writes to."""
     ids_of: dict[int, set[str]] = defaultdict(set)
-    for subject in snapshot.all_subject_ids():
-        owned = snapshot.encounters_of(subject)
-        people = {person_of(one.encounter_id) for one in owned}
+    for subject in engine.subject_ids():
+        people = {person_of(one.encounter_id) for one in engine.encounters(subject)}
         if len(people) != 1:
             yield f"{subject} has rows of {len(people)} people"
         for person in people:

@@ -33,6 +33,7 @@ from scipy.stats import poisson
 
 import biodedup as bd
 from biodedup.synthetic.vectors import mates_of, population
+from biodedup.testing import internals
 
 DISTRICTS, ROWS, KILLS, SHARE = 20, 50_000, 10, 0.01
 FILES = ("merge.parquet", "merge.pairs.parquet", "merge.collisions.parquet", "merge.summary.json", "merge.html")
@@ -133,7 +134,7 @@ def measure(folder: Path, districts: int, rows: int, kills: int, seed: int, samp
     with bd.Engine.open(folder / "whole" / "merge.parquet.work" / "gallery", read_only=True) as engine:
         probe = bd.Template("face", engine.info()["columns"]["face"]["model_id"], population(1)[0])
         levels = np.linspace(0.2, 1, 80_001, dtype=np.float32)
-        similarity = float(levels[np.argmax(engine._comparer.score_db(probe, levels) >= threshold_db)])
+        similarity = float(levels[np.argmax(internals(engine).comparer.score_db(probe, levels) >= threshold_db)])
     count = int(rows * SHARE)
     planted = {
         frozenset((name(district, i), name((district - 1) % districts, rows - count + i)))

@@ -28,6 +28,7 @@ from report import model_ids, record
 
 import biodedup as bd
 from biodedup.synthetic.vectors import mates_of
+from biodedup.testing import internals
 
 ROWS, DIMENSION, BATCH, K = 200_000_000, 128, 1 << 16, 100
 COSINES = (0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
@@ -119,7 +120,7 @@ def search(gallery: Path, rows: int) -> dict[str, Any]:
         figures["opened in, s"] = round(time.perf_counter() - started, 2)
         engine.search({"face": probes[:1]}, k=10)
         figures["opened, with the first search, s"] = round(time.perf_counter() - started, 2)
-        searcher, snapshot = engine._searcher, engine._gallery.snapshot()
+        searcher, snapshot = internals(engine).searcher, internals(engine).gallery.snapshot()
         searcher.nearest(snapshot, "face", probes[:FEW], K)
         for size in (FEW, PROBES):
             took = []

@@ -26,6 +26,7 @@ from report import model_ids, record
 import biodedup as bd
 from biodedup import jobs
 from biodedup.synthetic.vectors import mates_of
+from biodedup.testing import internals
 
 ROWS, DIMENSION, BATCH, KEPT = 1_000_000, 128, 1 << 16, (1_000_000, 10_000_000)
 
@@ -77,7 +78,7 @@ def join(gallery: Path, rows: int, folder: Path, similarity: float) -> dict[str,
 
     with bd.Engine.open(gallery, read_only=True) as engine:
         probe = bd.Template("face", engine.info()["columns"]["face"]["model_id"], batch(0, 1)[0])
-        threshold_db = float(engine._comparer.score_db(probe, np.array([similarity], np.float32))[0])
+        threshold_db = float(internals(engine).comparer.score_db(probe, np.array([similarity], np.float32))[0])
         result = jobs.find_duplicates(engine, folder / f"{rows}.pairs.parquet", threshold_db=threshold_db, progress=progress)  # fmt: skip
     seconds = before + time.perf_counter() - started
     notes.unlink(missing_ok=True)

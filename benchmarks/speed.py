@@ -30,6 +30,7 @@ from report import model_ids, record
 
 import biodedup as bd
 from biodedup.synthetic.vectors import mates_of
+from biodedup.testing import internals
 
 SIZES = [(1_000_000, 128), (1_000_000, 512), (10_000_000, 128), (10_000_000, 512)]
 PIECE, COSINES, K, CANDIDATES = 1 << 16, (0.4, 0.5, 0.6, 0.7, 0.8), 10, 1_000
@@ -101,7 +102,7 @@ def measure(rows: int, dimension: int, mates: int, seconds: float) -> dict[str, 
             )
         engine.tidy()
         figures["built, rows a second"] = round(rows / (time.perf_counter() - started))
-        column = next(part.columns["face"] for part in engine._gallery.snapshot().parts if part.count)
+        column = next(part.columns["face"] for part in internals(engine).gallery.snapshot().parts if part.count)
         codec = column.codec
         figures["bytes a row: scanned in memory, in all"] = (
             f"{codec.scanned // 2 + 4} + {codec.rest_bytes} = {codec.scanned // 2 + 4 + codec.rest_bytes}"
@@ -159,7 +160,7 @@ def _against_faiss(
 
 def _found(engine: bd.Engine, probes: np.ndarray, whose: np.ndarray, cosines: np.ndarray, rows: int) -> dict[str, Any]:
     k = min(CANDIDATES, rows)
-    found = engine._searcher.nearest(engine._gallery.snapshot(), "face", probes, k).rows
+    found = internals(engine).searcher.nearest(internals(engine).gallery.snapshot(), "face", probes, k).rows
     hit = found == whose[:, None]
     ranks = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
     exact = exact_ranks(probes, whose, rows)

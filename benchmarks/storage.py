@@ -29,6 +29,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.files.codes import dequantise, quantise
 from biodedup.synthetic.vectors import mates_of, population
+from biodedup.testing import internals
 
 SUBJECTS, DIMENSION, PIECE, PROBES = 10_000_000, 128, 100_000, 64
 MODEL = model_ids("face", DIMENSION)
@@ -223,7 +224,7 @@ def enrolments(count: int) -> dict[str, Any]:
         together = sum(decision.outcome == "unique" for decision in engine.enroll_many(stream))
         batched = together / (time.perf_counter() - started)
         started = time.perf_counter()
-        engine._gallery.seal()
+        internals(engine).gallery.seal()
         sealed = time.perf_counter() - started
     return {
         f"durable enrolments a second, {THREADS} threads": round(rate),

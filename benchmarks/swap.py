@@ -21,6 +21,7 @@ from report import record
 
 import biodedup as bd
 from biodedup.synthetic.vectors import mates_of
+from biodedup.testing import internals
 
 ROWS, PROBES, BATCH, STEP, COSINE = 200_000, 64, 32, 1 << 14, 0.6
 FINGERS = bd.FINGER_POSITIONS[:10]
@@ -84,7 +85,7 @@ def measure(gallery: Path, probes: int, dimension: int) -> dict[str, Any]:
             figures[f"{mistake}: found as labelled; across; labels told"] = (
                 f"{found[False]}; {found[True]}; {reported} of {len(whose)}"
             )
-        snapshot, searcher = engine._gallery.snapshot(), engine._searcher
+        snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
         model_id = snapshot.models[FINGERS[0]].model_id
         some = [{f: bd.Template(f, model_id, mates[f][i]) for f in FINGERS} for i in range(min(BATCH, len(whose)))]
         spent: dict[bool, list[float]] = {False: [], True: []}

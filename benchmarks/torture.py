@@ -13,7 +13,7 @@ acknowledged. The auditor opens the gallery as a reader and as a writer, verifie
 * unreadable: a gallery that does not open, or whose check finds a problem.
 
 SIGKILL leaves the system's page cache alone: what a loss of power would take is tested by failing and ordering every call
-to the disk (tests/test_crash.py).
+to the disk (tests/gallery/test_crash.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fixtures: a synthetic population, and captures that the dependencies ship."""
+"""Fixtures that all tests may use, and the lane `fast`: every test that is neither `slow` nor `bench`."""
 
 from __future__ import annotations
 
@@ -6,40 +6,23 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from skimage import data as skimage_data
 
 import biodedup as bd
-from biodedup.embed.cards import load_card
 from biodedup.engine.prepare import Preparer
-
-DIMENSION = 128
-SFACE = load_card("sface").model_id
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
-
-
-def people(count: int, seed: int = 0, dimension: int = DIMENSION) -> np.ndarray:
-    """float32 (count, dimension): one random unit vector a person."""
-    return unit(np.random.default_rng(seed).standard_normal((count, dimension)))
-
-
-def again(vectors: np.ndarray, cosine: float, seed: int = 1) -> np.ndarray:
-    """A second embedding of each person, at exactly this cosine to the first."""
-    noise = np.random.default_rng(seed).standard_normal(vectors.shape)
-    noise -= np.sum(noise * vectors, axis=-1, keepdims=True) * vectors
-    return unit(cosine * vectors + np.sqrt(1 - cosine**2) * unit(noise))
-
-
-def jpeg(image: np.ndarray, quality: int = 92) -> bytes:
-    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-
+from tests.support import ROOT
+from tests.support.vectors import SFACE
 
 _DECLINED = Preparer._unnamed
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by `-m`
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(lane) for lane in ("slow", "bench")):
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -76,10 +59,7 @@ def portrait() -> np.ndarray:
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Real data for measuring, or a skip with the reason."""
-    folder = Path(os.environ.get("BIODEDUP_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    folder = Path(os.environ.get("BIODEDUP_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip("the real data is absent; set BIODEDUP_DATA to its folder")
     return folder
-
-
-from kits import centre, kit_keys  # noqa: E402, F401  fixtures of field kits, which need what is above

@@ -40,7 +40,7 @@ from biodedup.values import (
     model_of,
 )
 
-_SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/test_gallery.py)
+_SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/gallery/test_gallery.py)
 
 Cells = NDArray[Any] | Sequence[bytes | None]
 """A column as it is given: embeddings (n, d), or n minutiae records."""

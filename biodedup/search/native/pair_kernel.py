@@ -1,6 +1,6 @@
 """The inner loop over rows that are compared with one another: signs first, then four-bit numbers.
 
-Owns the arithmetic, as `sign_kernel.py` does for probes. Its oracle in numpy is in tests/test_caps.py.
+Owns the arithmetic, as `sign_kernel.py` does for probes. Its oracle in numpy is in tests/search/test_buckets.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The scan's inner loop for a few probes: dot products of eight-bit probes with four-bit rows, of which those above a cut leave it.
 
-Owns the arithmetic. Never knows what a row or a similarity is. `scan` has an oracle in numpy in tests/test_scan.py.
+Owns the arithmetic. Never knows what a row or a similarity is. `scan` has an oracle in numpy in tests/search/test_scan.py.
 
 Some rows by 4 probes stay in registers; one instruction multiplies and adds 64 pairs of numbers (VNNI), or two do 64 or 32, in sums of
 16 bits, where the processor has only AVX-512 or AVX2. What a probe's cut does not let through costs a comparison and is forgotten: no

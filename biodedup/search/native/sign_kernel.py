@@ -1,7 +1,7 @@
 """The inner loop over signs: what the signs of rows' numbers say of them, and dot products with the few that this does not rule out.
 
 Owns the scan of rows for probes. Never knows what a sum, a limit or an evidence stands for (`signs.py`). Its oracles in numpy are in
-tests/test_scan.py.
+tests/search/test_scan.py.
 
 A block of 64 rows is taken out of its plane, of every column that counts, and looked up in the probes' tables (`sign_tile.py`). Rows whose
 sum reaches the probe's limit are collected, and compared by their four-bit numbers while the block is still in the first-level cache.

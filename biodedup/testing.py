@@ -1,0 +1,39 @@
+"""The parts of an open engine, for tests and benchmarks.
+
+Owns their names. Makes no promise to applications: the parts change with the engine, without notice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from biodedup.embed.extractor import Extractor
+from biodedup.engine.engine import Engine
+from biodedup.engine.enrol import Enrolment
+from biodedup.engine.search import Searches
+from biodedup.gallery.gallery import Gallery
+from biodedup.match.compare import Comparer
+from biodedup.search.searcher import Searcher
+
+
+@dataclass(frozen=True)
+class Internals:
+    """The objects themselves, not copies: a test may replace a method of one."""
+
+    gallery: Gallery
+    extractor: Extractor
+    comparer: Comparer
+    searcher: Searcher
+    searches: Searches
+    enrolment: Enrolment
+
+
+def internals(engine: Engine) -> Internals:
+    return Internals(
+        engine._gallery,
+        engine._extractor,
+        engine._comparer,
+        engine._searcher,
+        engine._searches,
+        engine._enrolment,
+    )
