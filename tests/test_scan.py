@@ -27,7 +27,7 @@ from biodedup.search.native.sign_kernel import SignedProbes
 from biodedup.search.native.sign_tile import FOUR, SIX, THREE, TWO, numbers_of, tables_most
 from biodedup.search.native.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, tables_of
 from biodedup.search.shards import shard
-from biodedup.search.shards.shard import Answer, FanOut, Plan
+from biodedup.search.shards.shard import FanOut, ShardHits, ShardQuery
 from biodedup.synthetic.vectors import mates_of
 
 NOTHING = np.zeros(0, np.uint64)
@@ -113,7 +113,7 @@ def test_of_many_numbers_that_all_vary_the_nearest_strangers_are_found_without_c
     codec = make_codec(dimension, [vectors[:16_384]])
     shards = shards_of(vectors, scanner, codec=codec)
     probes = unit(20, dimension, 5)
-    found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), 1e-4))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 10, len(vectors), 1e-4))
     rows, _ = exact(probes, shards, 10)
     assert (found.rows == rows).mean() > 0.98  # neighbours a rounding error apart may change places
     assert not whole and found.compared < 0.02 * len(vectors) * len(probes)
@@ -320,7 +320,7 @@ def test_the_nearest_are_those_of_an_exact_search(scanner, fan_out, dimension, m
     vectors = unit(80_000, dimension)
     shards = shards_of(vectors, scanner)
     probes = np.concatenate([mates_of(vectors[:10], np.full(10, 0.5)), unit(10, dimension, 5)])
-    found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), miss_risk))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 10, len(vectors), miss_risk))
     rows, similarity = exact(probes, shards, 10)
     whole = np.isclose(found.similarity, similarity, atol=1e-5).all(axis=1)
     # of 200 neighbours at a risk of 1e-4 one is lost in two runs of a hundred, and with it the places behind it of its probe
@@ -338,7 +338,7 @@ def test_a_gallery_that_is_not_normal_at_all_is_searched_as_exactly(scanner, fan
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     shards = shards_of(vectors, scanner)
     probes = np.concatenate([vectors[:1], vectors[25_000:25_003], unit(4, 128, 6)])
-    found = fan_out.nearest(shards, probes, Plan("face", 20, len(vectors), 1e-4))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 20, len(vectors), 1e-4))
     _, similarity = exact(probes, shards, 20)
     assert np.allclose(found.similarity, similarity, atol=1e-5)
 
@@ -351,7 +351,7 @@ def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_ou
     probes = unit(5, 128, 6)
     monkeypatch.setattr(population.Population, "reached_by", lambda self, probes, share: np.full(5, guess, np.float32))
     monkeypatch.setattr(scanner, "exact_above", None)  # whose result nothing bounds
-    found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), 1e-4))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 10, len(vectors), 1e-4))
     _, similarity = exact(probes, shards, 10)
     assert np.allclose(found.similarity, similarity, atol=1e-5)
 
@@ -361,7 +361,7 @@ def test_more_rows_above_a_similarity_than_can_be_collected_are_found_all_the_sa
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     least = np.full(3, 0.2, np.float32)
-    found = fan_out.reached(shards, unit(3, 128, 6), Plan("face", 0, len(vectors), 1e-3, at_least=least)).found
+    found = fan_out.reached(shards, unit(3, 128, 6), ShardQuery("face", 0, len(vectors), 1e-3, at_least=least)).found
     _, similarity = exact(unit(3, 128, 6), shards, 1_500)
     assert [len(rows) for rows, _ in found] == (similarity >= 0.2).sum(axis=1).tolist()
 
@@ -371,7 +371,7 @@ def test_all_rows_from_a_similarity_on_are_found(scanner, fan_out):
     shards = shards_of(vectors, scanner, 3)
     probes = unit(6, 128, 6)
     least = np.full(6, 0.3, np.float32)
-    found = fan_out.reached(shards, probes, Plan("face", 0, len(vectors), 1e-5, at_least=least)).found
+    found = fan_out.reached(shards, probes, ShardQuery("face", 0, len(vectors), 1e-5, at_least=least)).found
     rows, similarity = exact(probes, shards, 300)
     for (ours, values), theirs, all_values in zip(found, rows, similarity, strict=True):
         kept = values >= 0.3
@@ -388,7 +388,7 @@ def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))
-    plan = Plan("face", 0, len(vectors), 1e-3, at_least=np.full(600, 0.6, np.float32))
+    plan = ShardQuery("face", 0, len(vectors), 1e-3, at_least=np.full(600, 0.6, np.float32))
     calls = []
     real = sign_kernel.scan
     monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
@@ -415,7 +415,7 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
     real = sign_kernel.scan
     monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
     monkeypatch.setattr(shard, "_cheapest_signs", lambda column, *_: population.signs_of(column, each, 24))
-    found = fan_out.nearest(shards, probes, Plan("face", 2, len(vectors), 1e-3))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 2, len(vectors), 1e-3))
     assert calls
     rows, similarity = exact(probes, shards, 2)
     assert np.isclose(found.similarity, similarity, atol=1e-5).mean() > 0.99
@@ -604,7 +604,7 @@ def test_a_shard_that_fails_makes_the_search_incomplete_and_the_others_answer(sc
 
     vectors = unit(40_000, 128)
     good, _ = shards_of(vectors, scanner)
-    found = fan_out.nearest([good, Broken()], vectors[:3], Plan("face", 5, len(vectors), 1e-3))
+    found = fan_out.nearest([good, Broken()], vectors[:3], ShardQuery("face", 5, len(vectors), 1e-3))
     assert found.failures == ("shard 1: a disk died",)
     assert found.rows[:, 0].tolist() == [0, 1, 2]
 
@@ -613,9 +613,11 @@ def test_a_shard_elsewhere_needs_no_more_than_search(fan_out):
     class Elsewhere:
         def search(self, probes, plan):
             which = np.arange(len(probes))
-            return Answer(which, which + 100, np.ones(len(probes), np.float32), np.zeros(len(probes), np.float32), 3, 1)
+            return ShardHits(
+                which, which + 100, np.ones(len(probes), np.float32), np.zeros(len(probes), np.float32), 3, 1
+            )
 
-    found = fan_out.nearest([Elsewhere()], unit(2, 8), Plan("face", 1, 10, 0.1))
+    found = fan_out.nearest([Elsewhere()], unit(2, 8), ShardQuery("face", 1, 10, 0.1))
     assert found.rows.tolist() == [[100], [101]]
 
 

@@ -162,9 +162,11 @@ def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tm
         monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: FACE)
         snapshot, searcher = engine._gallery.snapshot(), engine._searcher
         assert searcher.together(snapshot, COLUMNS) is None  # it would not choose so by itself
-        choice = together.Choice(COLUMNS, (2,) * 3, (48,) * 3, (1.0,) * 3, 0.5, 1.0, 0.0, 1_000, 0, (0.1,) * 3, 0.1)
-        laws = {column: together.Evidence.of(FACE) for column in COLUMNS}
-        plan = together.TogetherPlan({frozenset(COLUMNS): choice}, laws, k=20)
+        choice = together.MultiColumnPlan(
+            COLUMNS, (2,) * 3, (48,) * 3, (1.0,) * 3, 0.5, 1.0, 0.0, 1_000, 0, (0.1,) * 3, 0.1
+        )
+        laws = {column: together.LlrTable.of(FACE) for column in COLUMNS}
+        plan = together.MultiColumnQuery({frozenset(COLUMNS): choice}, laws, k=20)
         probes = {c: alike[c][:32] for c in COLUMNS}
         found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
         first = found.rows[np.searchsorted(found.which, np.arange(32))]

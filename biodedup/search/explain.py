@@ -10,7 +10,7 @@ from math import prod
 
 from biodedup.gallery.segments.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.search.multicolumn.together import Choice, TogetherPlan, classes_of, covered
+from biodedup.search.multicolumn.together import MultiColumnPlan, MultiColumnQuery, covered, row_groups_of
 from biodedup.search.native.column_statistics import signs_of
 from biodedup.search.native.sign_tile import CLASSED, SIGNED
 from biodedup.search.selfjoin.buckets import Caps
@@ -49,14 +49,14 @@ class SearchPlan:
 
     miss_risk: float
     columns: tuple[ColumnPlan, ...]
-    together: tuple[tuple[int, Choice], ...] = ()
+    together: tuple[tuple[int, MultiColumnPlan], ...] = ()
 
     def explain(self) -> str:
         """In words, with the evidence; a line for rows that are searched together, and for each column."""
         lines = [self._together(rows, choice) for rows, choice in self.together]
         return "\n".join(lines + [self._line(plan) for plan in self.columns])
 
-    def _together(self, rows: int, choice: Choice) -> str:
+    def _together(self, rows: int, choice: MultiColumnPlan) -> str:
         names = " + ".join(choice.columns)
         signs = " + ".join(map(str, choice.signs))
         single = ", ".join(f"{missed:.2g}" for missed in choice.single)
@@ -123,18 +123,18 @@ class _Held:
 
 
 def plan_of(
-    snapshot: Snapshot, columns: tuple[str, ...], miss_risk: float, together: TogetherPlan | None = None
+    snapshot: Snapshot, columns: tuple[str, ...], miss_risk: float, together: MultiColumnQuery | None = None
 ) -> SearchPlan:
     """The plan of a search of these columns of a snapshot, as it is."""
     rows: dict[frozenset[str], int] = {}
     for part in snapshot.parts if together is not None else ():
-        for one in classes_of(part, together.columns) if together is not None else ():
+        for one in row_groups_of(part, together.columns) if together is not None else ():
             rows[frozenset(one.columns)] = rows.get(frozenset(one.columns), 0) + one.count
     chosen = tuple((rows[names], choice) for names, choice in together.choices.items()) if together else ()
     return SearchPlan(miss_risk, tuple(_column(snapshot, c, miss_risk, together) for c in columns), chosen)
 
 
-def _column(snapshot: Snapshot, name: str, miss_risk: float, together: TogetherPlan | None) -> ColumnPlan:
+def _column(snapshot: Snapshot, name: str, miss_risk: float, together: MultiColumnQuery | None) -> ColumnPlan:
     holding = [[_held(part, name, together) for part in parts if name in part.columns] for parts in shares(snapshot)]
     rows = sum(held.cells for pieces in holding for held in pieces)
     coded = [held for pieces in holding for group in by_codec(h for h in pieces if h.cells)[1] for held in group]
@@ -166,7 +166,7 @@ def _column(snapshot: Snapshot, name: str, miss_risk: float, together: TogetherP
     )
 
 
-def _held(part: Part, name: str, together: TogetherPlan | None) -> _Held:
+def _held(part: Part, name: str, together: MultiColumnQuery | None) -> _Held:
     hidden = frozenset[int]() if together is None else covered(part, together)
     mine = 1 << COLUMNS.index(name)
     return _Held(part.columns[name], sum(n for bits, n in part.bits.items() if bits & mine and bits not in hidden))

@@ -23,13 +23,13 @@ from biodedup.gallery.segments.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Comparison, Ranked
-from biodedup.search.multicolumn.together import Choice, Evidence, TogetherPlan, choose, codec_id, sets_of
+from biodedup.search.multicolumn.together import LlrTable, MultiColumnPlan, MultiColumnQuery, choose, codec_id, sets_of
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.positions import comparable, comparable_bits, strongest
 from biodedup.search.selfjoin.bucket_join import divided, meet
 from biodedup.search.selfjoin.buckets import Caps
 from biodedup.search.selfjoin.buckets import choose as choose_caps
-from biodedup.search.shards.shard import FanOut, Nearest, Plan, Shard, as_set, local_shards
+from biodedup.search.shards.shard import FanOut, Nearest, Shard, ShardQuery, as_set, local_shards
 from biodedup.values import BIT, Float32, Template
 
 Probe = Mapping[str, Template]
@@ -75,7 +75,7 @@ class Searcher:
         self._comparer = comparer
         self._config = config
         self._policy = policy
-        self._choices: dict[tuple[object, ...], Choice | None] = {}
+        self._choices: dict[tuple[object, ...], MultiColumnPlan | None] = {}
         self._caps: tuple[tuple[Column, int, float], Caps | None] | None = None  # of the last join
         self._scanner = Scanner(threads)
         self._fan_out = FanOut()
@@ -265,7 +265,7 @@ class Searcher:
         *,
         from_row: int = 0,
         groups: Collection[str] | None = None,
-        besides: TogetherPlan | None = None,
+        besides: MultiColumnQuery | None = None,
     ) -> Nearest:
         """The live rows from from_row on that are most similar to each probe, float32 (q, d), unit rows; batch by batch.
         besides: the rows that this plan covers do not count."""
@@ -295,7 +295,7 @@ class Searcher:
     def _shards(self, snapshot: Snapshot) -> Sequence[Shard]:
         return local_shards(snapshot, self._scanner)
 
-    def together(self, snapshot: Snapshot, columns: Collection[str]) -> TogetherPlan | None:
+    def together(self, snapshot: Snapshot, columns: Collection[str]) -> MultiColumnQuery | None:
         """How rows that have several of these columns are searched; None where none are searched together."""
         models = {name: snapshot.models[name] for name in sorted(columns) if name in snapshot.models}
         calibrations = {n: self._comparer.calibration(m.model_id) for n, m in models.items() if m.dimension is not None}
@@ -322,11 +322,11 @@ class Searcher:
         # The order by all embeddings is nearly final: more are of no use, unless rows have other captures to compare.
         others = any(m.dimension is None or self._comparer.adds_minutiae(m.model_id) for m in snapshot.models.values())
         kept = self._config.candidates if others else min(4 * self._config.returned, self._config.candidates)
-        return TogetherPlan(choices, {n: Evidence.of(c) for n, c in calibrations.items()}, kept)
+        return MultiColumnQuery(choices, {n: LlrTable.of(c) for n, c in calibrations.items()}, kept)
 
-    def _plans(self, scope: _Scope, probes: Sequence[Probe], floor_db: float) -> list[TogetherPlan | None]:
+    def _plans(self, scope: _Scope, probes: Sequence[Probe], floor_db: float) -> list[MultiColumnQuery | None]:
         """For each probe; the same object where they have the same columns."""
-        known: dict[tuple[str, ...], TogetherPlan | None] = {(): None}
+        known: dict[tuple[str, ...], MultiColumnQuery | None] = {(): None}
         plans = []
         for probe in probes:
             models = scope.snapshot.models
@@ -350,7 +350,7 @@ class Searcher:
         return plans
 
     def _near_together(
-        self, scope: _Scope, probes: Sequence[Probe], plans: Sequence[TogetherPlan | None]
+        self, scope: _Scope, probes: Sequence[Probe], plans: Sequence[MultiColumnQuery | None]
     ) -> tuple[list[list[NDArray[np.int64]]], bool]:
         """Rows to compare with each probe, as a list of arrays; and whether a shard failed."""
         chosen: list[list[NDArray[np.int64]]] = [[np.zeros(0, np.int64)] for _ in probes]
@@ -378,7 +378,7 @@ class Searcher:
         self,
         scope: _Scope,
         probes: Sequence[Probe],
-        plans: Sequence[TogetherPlan | None],
+        plans: Sequence[MultiColumnQuery | None],
         floor_db: float,
     ) -> tuple[list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]], bool]:
         """For each probe, of each (its column, the gallery's column) that is compared by embeddings: the most similar rows, as
@@ -387,7 +387,7 @@ class Searcher:
         failed = False
         for theirs, model in scope.snapshot.models.items():
             # captures of all labels share a pass, but for those whose rows are searched together already
-            asked: dict[int, tuple[TogetherPlan | None, dict[_Capture, Template]]] = {}
+            asked: dict[int, tuple[MultiColumnQuery | None, dict[_Capture, Template]]] = {}
             for i, (probe, plan) in enumerate(zip(probes, plans, strict=True)):
                 for mine, template in probe.items() if model.dimension is not None else ():
                     if comparable(mine, theirs, across=scope.across) and _is_embedded(template, model.model_id):
@@ -404,7 +404,7 @@ class Searcher:
         asked: Mapping[_Capture, Template],
         floor_db: float,
         near: list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]],
-        besides: TogetherPlan | None,
+        besides: MultiColumnQuery | None,
     ) -> bool:
         vectors = np.array([probe.embedding for probe in asked.values()], np.float32)
         k = self._config.candidates + scope.spare
@@ -468,8 +468,8 @@ class _Scope:
         """Rows in scope, of all groups."""
         return sum(part.count - part.position_range(part.first_row, self.from_row)[1] for part in self._parts())
 
-    def plan(self, column: str, k: int, miss_risk: float) -> Plan:
-        return Plan(column, k, self._among(column), miss_risk, None, self.groups, self.from_row)
+    def plan(self, column: str, k: int, miss_risk: float) -> ShardQuery:
+        return ShardQuery(column, k, self._among(column), miss_risk, None, self.groups, self.from_row)
 
     def _among(self, column: str) -> int:
         """Cells of a column in scope: of those in one of the groups, where groups are given."""

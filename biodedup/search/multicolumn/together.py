@@ -69,13 +69,13 @@ _TAKEN, _COMPARED, _ALONE = (0.0, 900.0, 64.0) if INSTRUCTIONS == "avx2" else (8
 
 
 @dataclass(frozen=True)
-class Evidence:
+class LlrTable:
     """llr_db of a column at similarities 2 / (n - 1) apart, from -1 to 1."""
 
     llr_db: Float32
 
     @classmethod
-    def of(cls, calibration: Calibration) -> Evidence:
+    def of(cls, calibration: Calibration) -> LlrTable:
         return cls(calibration.llr_db(np.linspace(-1, 1, 20_001)).astype(np.float32))
 
     def at(self, similarity: Float32) -> Float32:
@@ -85,7 +85,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultiColumnPlan:
     """How rows with these columns are searched. groups: of GROUP tables of signs, of each column; signs: that these
     know; weights: of each column's signs; share: of strangers that they let through. cost: over that of searching one of the columns by itself.
 
@@ -113,12 +113,12 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class TogetherPlan:
+class MultiColumnQuery:
     """What a shard is asked for: of each probe the k rows with the most evidence, and all of at least floor_llr_db, among those
     whose columns are one of `choices`."""
 
-    choices: Mapping[frozenset[str], Choice]
-    evidence: Mapping[str, Evidence]
+    choices: Mapping[frozenset[str], MultiColumnPlan]
+    evidence: Mapping[str, LlrTable]
     k: int
     floor_llr_db: float = np.inf
     groups: frozenset[str] | None = None
@@ -130,7 +130,7 @@ class TogetherPlan:
 
 
 @dataclass(frozen=True)
-class Together:
+class MultiColumnHits:
     """Candidates: which probe, its row, and the sum of llr_db. rows_scanned: pairs of probe and row are these times probes;
     passed: pairs that the signs let through."""
 
@@ -145,7 +145,7 @@ class Together:
 
 
 @dataclass(frozen=True, eq=False)
-class Class:
+class RowGroup:
     """Rows of a part that have the same of a probe's columns. positions: ascending, or None for all rows of the part."""
 
     part: Part
@@ -177,7 +177,7 @@ _strangers: WeakKeyDictionary[Part, dict[tuple[object, ...], tuple[Float32, Floa
 _making = threading.Lock()
 
 
-def classes_of(part: Part, columns: Collection[str]) -> Iterator[Class]:
+def row_groups_of(part: Part, columns: Collection[str]) -> Iterator[RowGroup]:
     """A part's rows by which of these columns they have; those that can be searched together, by themselves."""
     sets: dict[tuple[str, ...], list[int]] = {}
     for bits in part.bits:
@@ -196,27 +196,27 @@ def classes_of(part: Part, columns: Collection[str]) -> Iterator[Class]:
             at = known[key]
             if at is not None and len(at) != count:
                 raise GalleryDamaged("rows have other templates than their segment says; run `biodedup doctor`")
-        yield Class(part, names, known[key], count, key)
+        yield RowGroup(part, names, known[key], count, key)
 
 
-def covered(part: Part, plan: TogetherPlan) -> frozenset[int]:
+def covered(part: Part, plan: MultiColumnQuery) -> frozenset[int]:
     """The presences of the rows of a part that the plan covers."""
-    found = (one.bits for one in classes_of(part, plan.columns) if frozenset(one.columns) in plan.choices)
+    found = (one.bits for one in row_groups_of(part, plan.columns) if frozenset(one.columns) in plan.choices)
     return frozenset(bits for some in found for bits in some)
 
 
-def sets_of(snapshot: Snapshot, columns: Collection[str]) -> dict[frozenset[str], Class]:
+def sets_of(snapshot: Snapshot, columns: Collection[str]) -> dict[frozenset[str], RowGroup]:
     """Which sets of these columns rows have that can be searched together, and the largest class of each."""
-    found: dict[frozenset[str], Class] = {}
+    found: dict[frozenset[str], RowGroup] = {}
     for part in snapshot.parts:
-        for one in classes_of(part, columns):
+        for one in row_groups_of(part, columns):
             known = found.get(frozenset(one.columns))
             if known is None or known.count < one.count:
                 found[frozenset(one.columns)] = one
     return found
 
 
-def _members(one: Class, columns: Sequence[str]) -> NDArray[np.int32] | None:
+def _members(one: RowGroup, columns: Sequence[str]) -> NDArray[np.int32] | None:
     """The cells of a class's members in each column, int32 (columns, n), or None where they are the members' own numbers."""
     held = [one.part.columns[name] for name in columns]
     if one.positions is None and all(column.full for column in held):
@@ -229,7 +229,7 @@ def _members(one: Class, columns: Sequence[str]) -> NDArray[np.int32] | None:
     return known[key]
 
 
-def _signs_of_strangers(one: Class, choice: Choice) -> tuple[Float32, Float32]:
+def _signs_of_strangers(one: RowGroup, choice: MultiColumnPlan) -> tuple[Float32, Float32]:
     """Mean (n,) and covariance (n, n) of the signs that a choice looks at, of all its columns."""
     known = _strangers.setdefault(one.part, {})
     key = (one.bits, choice.columns, choice.groups)
@@ -248,7 +248,7 @@ def _signs_of_strangers(one: Class, choice: Choice) -> tuple[Float32, Float32]:
     return known[key]
 
 
-def tables_by_column(one: Class, choice: Choice) -> list[int]:
+def tables_by_column(one: RowGroup, choice: MultiColumnPlan) -> list[int]:
     """Of each column, how many tables of signs the choice looks at."""
     limits = [signs_of(one.part.columns[name], SIGNED).tables for name in choice.columns]
     return [min(GROUP * groups, limit) for groups, limit in zip(choice.groups, limits, strict=True)]
@@ -258,8 +258,8 @@ def tables_by_column(one: Class, choice: Choice) -> list[int]:
 
 
 def search(
-    scanner: Scanner, snapshot: Snapshot, parts: Sequence[Part], probes: Mapping[str, Float32], plan: TogetherPlan
-) -> Together:
+    scanner: Scanner, snapshot: Snapshot, parts: Sequence[Part], probes: Mapping[str, Float32], plan: MultiColumnQuery
+) -> MultiColumnHits:
     """probes: of each column of the plan float32 (q, d), unit rows."""
     count = len(next(iter(probes.values())))
     pieces: list[tuple[Int64, Int64, Float32]] = [
@@ -267,7 +267,7 @@ def search(
     ]
     scanned, passed = 0, 0
     for part in parts:
-        for one in classes_of(part, plan.columns):
+        for one in row_groups_of(part, plan.columns):
             choice = plan.choices.get(frozenset(one.columns))
             first = one.since(plan.from_row)
             if choice is None or first >= one.count:
@@ -279,7 +279,7 @@ def search(
             scanned += one.count - first
             passed += run.passed
     which, rows, llr_db = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    return Together(which, rows, llr_db, scanned, passed)
+    return MultiColumnHits(which, rows, llr_db, scanned, passed)
 
 
 class _Run:
@@ -288,10 +288,10 @@ class _Run:
     def __init__(
         self,
         snapshot: Snapshot,
-        one: Class,
-        choice: Choice,
+        one: RowGroup,
+        choice: MultiColumnPlan,
         probes: Mapping[str, Float32],
-        plan: TogetherPlan,
+        plan: MultiColumnQuery,
         count: int,
     ) -> None:
         self.one, self.plan, self.streamed = one, plan, snapshot.streamed
@@ -306,7 +306,7 @@ class _Run:
         self.passed = 0
         self._lock = threading.Lock()
 
-    def _signed(self, choice: Choice) -> SignedProbes:
+    def _signed(self, choice: MultiColumnPlan) -> SignedProbes:
         mine = list(self.probes.values())
         used = tables_by_column(self.one, choice)
         numbers = [
@@ -379,7 +379,7 @@ class _Run:
         return which.astype(np.int64), members, exact
 
 
-def _slack_db(columns: Mapping[str, Column], evidence: Mapping[str, Evidence]) -> float:
+def _slack_db(columns: Mapping[str, Column], evidence: Mapping[str, LlrTable]) -> float:
     """By how much estimated evidence may be too low: similarities' errors at the steepest of each column, together."""
     variance = 0.0
     for name, column in columns.items():
@@ -394,7 +394,7 @@ def _codec(column: Column) -> Codec:
     return column.codec
 
 
-def codec_id(one: Class, column: str) -> str:
+def codec_id(one: RowGroup, column: str) -> str:
     return _codec(one.part.columns[column]).codec_id
 
 
@@ -402,12 +402,12 @@ def codec_id(one: Class, column: str) -> str:
 
 
 def choose(
-    one: Class,
+    one: RowGroup,
     calibrations: Mapping[str, Calibration],
     miss_risk: float,
     threshold_llr_db: float,
     correlation: float,
-) -> Choice | None:
+) -> MultiColumnPlan | None:
     """The cheapest way to search rows like those of a class that loses at most this share of the mates that reach the
     threshold. correlation: of how well two captures of a subject match, as ranks on a normal scale. None where no way is cheaper
     than to scan each column by itself."""
@@ -432,7 +432,7 @@ class _Draw:
 
     def __init__(
         self,
-        one: Class,
+        one: RowGroup,
         calibrations: Mapping[str, Calibration],
         miss_risk: float,
         threshold_llr_db: float,
@@ -480,20 +480,20 @@ class _Draw:
         return [float(ndtr(-mates[n])) for n in lost]
 
     def bound(self, groups: tuple[int, ...], share: float) -> float:
-        """Of the mates that were set aside, how many may be lost (Choice.miss_bound)."""
+        """Of the mates that were set aside, how many may be lost (MultiColumnPlan.miss_bound)."""
         return float(_bound(self._lost(groups, share), len(self._to_confirm)))
 
     def _lost(self, groups: tuple[int, ...], share: float) -> int:
         return int((self._above(groups)[self._to_confirm] < -ndtri(share)).sum())
 
-    def choice(self, groups: tuple[int, ...], share: float, cost: float) -> Choice:
+    def choice(self, groups: tuple[int, ...], share: float, cost: float) -> MultiColumnPlan:
         least = -ndtri(share)
         single = [
             float((self._above(tuple(n if i == c else 0 for i, n in enumerate(self.most))) < least).mean())
             for c in range(len(groups))
         ]
         mine = zip(self._columns.values(), groups, strict=True)
-        return Choice(
+        return MultiColumnPlan(
             tuple(self._columns),
             groups,
             tuple(signs_of(column, SIGNED).count(GROUP * n) for column, n in mine),

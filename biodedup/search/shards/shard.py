@@ -31,7 +31,7 @@ from biodedup.gallery.files.codes import dequantise
 from biodedup.gallery.segments.part import PIECE_ROWS, Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.multicolumn import together
-from biodedup.search.multicolumn.together import Together, TogetherPlan
+from biodedup.search.multicolumn.together import MultiColumnHits, MultiColumnQuery
 from biodedup.search.native.column_statistics import population_of, signs_of
 from biodedup.search.native.exact_pairs import compared, ranked
 from biodedup.search.native.scan_kernel import INSTRUCTIONS
@@ -61,7 +61,7 @@ _RAGGED_MOST = 1_000_000  # rows above a similarity, a probe, that a search coll
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardQuery:
     """What a shard is asked for.
 
     k: so many of the best are enough, 0 for all; among: rows of all shards; at_least: float32 (q,), the similarity from which
@@ -76,12 +76,12 @@ class Plan:
     groups: frozenset[str] | None = None
     from_row: int = 0
     end_row: int | None = None
-    besides: TogetherPlan | None = field(default=None, compare=False)
+    besides: MultiColumnQuery | None = field(default=None, compare=False)
     """Rows that this plan covers are left to it."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class ShardHits:
     """Candidates of a shard: which probe, row and exact similarity of each; complete_above: float32 (q,), the similarity from
     which on none is lacking, but for the miss risk. compared: pairs compared exactly."""
 
@@ -97,10 +97,10 @@ class Answer:
 class Shard(Protocol):
     """Part of a gallery, here or elsewhere. Raises BiodedupError or OSError where it cannot answer."""
 
-    def search(self, probes: Float32, plan: Plan) -> Answer:
+    def search(self, probes: Float32, plan: ShardQuery) -> ShardHits:
         """probes: float32 (q, d), unit rows."""
 
-    def search_together(self, probes: Mapping[str, Float32], plan: TogetherPlan) -> Together:
+    def search_together(self, probes: Mapping[str, Float32], plan: MultiColumnQuery) -> MultiColumnHits:
         """probes: of each of the plan's columns float32 (q, d), unit rows."""
 
 
@@ -134,7 +134,7 @@ class FanOut:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def nearest(self, shards: Sequence[Shard], probes: Float32, plan: Plan) -> Nearest:
+    def nearest(self, shards: Sequence[Shard], probes: Float32, plan: ShardQuery) -> Nearest:
         """The k best of all shards."""
         answers, failures = self._ask(shards, [(probes, plan)] * len(shards))
         rows, similarity = _best(answers, len(probes), plan.k)
@@ -154,7 +154,7 @@ class FanOut:
             rows, similarity = _best(answers, len(probes), plan.k)
         return Nearest(rows, similarity, scanned, compared, tuple(failures))
 
-    def reached(self, shards: Sequence[Shard], probes: Float32, plan: Plan) -> Reached:
+    def reached(self, shards: Sequence[Shard], probes: Float32, plan: ShardQuery) -> Reached:
         """All rows from plan.at_least on."""
         answers, failures = self._ask(shards, [(probes, plan)] * len(shards))
         which = np.concatenate([np.zeros(0, np.int64), *(a.which for a in answers.values())])
@@ -166,8 +166,8 @@ class FanOut:
         return Reached(tuple(found), tuple(failures))
 
     def together(
-        self, shards: Sequence[Shard], probes: Mapping[str, Float32], plan: TogetherPlan
-    ) -> tuple[Together, tuple[str, ...]]:
+        self, shards: Sequence[Shard], probes: Mapping[str, Float32], plan: MultiColumnQuery
+    ) -> tuple[MultiColumnHits, tuple[str, ...]]:
         """The candidates of all shards, by probe, most evidence first; and what the shards said that did not answer."""
         answers, failures = self._all([partial(shard.search_together, probes, plan) for shard in shards])
         which, rows, llr_db = (
@@ -178,19 +178,19 @@ class FanOut:
         kept = order[(rank < plan.k) | (llr_db[order] >= plan.floor_llr_db)]
         passed = sum(answer.passed for answer in answers.values())
         scanned = sum(answer.rows_scanned for answer in answers.values())
-        return Together(which[kept], rows[kept], llr_db[kept], scanned, passed), tuple(failures)
+        return MultiColumnHits(which[kept], rows[kept], llr_db[kept], scanned, passed), tuple(failures)
 
     def _ask(
-        self, shards: Sequence[Shard], questions: Sequence[tuple[Float32, Plan]]
-    ) -> tuple[dict[int, Answer], list[str]]:
+        self, shards: Sequence[Shard], questions: Sequence[tuple[Float32, ShardQuery]]
+    ) -> tuple[dict[int, ShardHits], list[str]]:
         return self._all([partial(shard.search, *q) for shard, q in zip(shards, questions, strict=True)])
 
-    def _all(self, questions: Sequence[Callable[[], _Answer]]) -> tuple[dict[int, _Answer], list[str]]:
+    def _all(self, questions: Sequence[Callable[[], _Result]]) -> tuple[dict[int, _Result], list[str]]:
         """Answers by the shard's place, and what the others said."""
         asked = list(questions)
         if len(asked) > 1:
             asked = [self._pool.submit(question).result for question in questions]
-        answers: dict[int, _Answer] = {}
+        answers: dict[int, _Result] = {}
         errors: dict[int, BiodedupError | OSError] = {}
         for i, answer in enumerate(asked):
             try:
@@ -204,7 +204,7 @@ class FanOut:
         return answers, [f"shard {i}: {failed}" for i, failed in errors.items()]
 
 
-def _best(answers: Mapping[int, Answer], count: int, k: int) -> tuple[Int64, Float32]:
+def _best(answers: Mapping[int, ShardHits], count: int, k: int) -> tuple[Int64, Float32]:
     which = np.concatenate([np.zeros(0, np.int64), *(a.which for a in answers.values())])
     rows = np.concatenate([np.zeros(0, np.int64), *(a.rows for a in answers.values())])
     similarity = np.concatenate([np.zeros(0, np.float32), *(a.similarity for a in answers.values())])
@@ -216,7 +216,7 @@ def _best(answers: Mapping[int, Answer], count: int, k: int) -> tuple[Int64, Flo
     return best_rows, best
 
 
-def _replaced(answer: Answer, which: Int64, deeper: Answer) -> Answer:
+def _replaced(answer: ShardHits, which: Int64, deeper: ShardHits) -> ShardHits:
     """An answer with what a second round found for some of its probes."""
     keep = ~np.isin(answer.which, which)
     return replace(
@@ -235,7 +235,7 @@ class LocalShard:
         self._parts = parts
         self._scanner = scanner
 
-    def search(self, probes: Float32, plan: Plan) -> Answer:
+    def search(self, probes: Float32, plan: ShardQuery) -> ShardHits:
         pieces = [_Piece(self._snapshot, part, plan) for part in self._parts if plan.column in part.columns]
         pieces = [piece for piece in pieces if piece.first < piece.last]
         exact, coded = by_codec(pieces)
@@ -247,10 +247,10 @@ class LocalShard:
         found.scanned = sum(piece.last - piece.first for piece in pieces)
         return found.answer()
 
-    def search_together(self, probes: Mapping[str, Float32], plan: TogetherPlan) -> Together:
+    def search_together(self, probes: Mapping[str, Float32], plan: MultiColumnQuery) -> MultiColumnHits:
         return together.search(self._scanner, self._snapshot, self._parts, probes, plan)
 
-    def _search_exact(self, pieces: Sequence[_Piece], probes: Float32, plan: Plan, found: _Found) -> None:
+    def _search_exact(self, pieces: Sequence[_Piece], probes: Float32, plan: ShardQuery, found: _Found) -> None:
         tiles = [tile for piece in pieces for tile in piece.tiles()]
         if not plan.k:
             assert plan.at_least is not None, "all rows, from a similarity on"
@@ -261,7 +261,7 @@ class LocalShard:
             which, at = np.nonzero(rows >= 0)
             found.add(which, rows[which, at], similarity[which, at])
 
-    def _search_coded(self, pieces: Sequence[_Piece], probes: Float32, plan: Plan, found: _Found) -> bool:
+    def _search_coded(self, pieces: Sequence[_Piece], probes: Float32, plan: ShardQuery, found: _Found) -> bool:
         """False where the codes are of no help, and nothing was done."""
         codec = pieces[0].column.codec
         assert codec is not None, "pieces without a codec are compared exactly"
@@ -367,7 +367,7 @@ def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: f
     return signs if signs.laws[0].margin(miss_risk)[1] else None
 
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 _HasColumn = TypeVar("_HasColumn", bound="_Coded")
 
 
@@ -412,16 +412,16 @@ class _Found:
         answer = self.answer()
         return _best({0: answer}, len(self.complete_above), k)[1][:, -1]
 
-    def answer(self) -> Answer:
+    def answer(self) -> ShardHits:
         nothing = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
         which, rows, similarity = (np.concatenate(arrays) for arrays in zip(nothing, *self._pieces, strict=True))
-        return Answer(which, rows, similarity, self.complete_above, self._version, self.scanned, self._compared)
+        return ShardHits(which, rows, similarity, self.complete_above, self._version, self.scanned, self._compared)
 
 
 class _Piece:
     """The cells of a part's column that a plan is about."""
 
-    def __init__(self, snapshot: Snapshot, part: Part, plan: Plan) -> None:
+    def __init__(self, snapshot: Snapshot, part: Part, plan: ShardQuery) -> None:
         self.column = part.columns[plan.column]
         self._snapshot, self._part, self._groups = snapshot, part, plan.groups
         self._hidden = frozenset[int]() if plan.besides is None else together.covered(part, plan.besides)
