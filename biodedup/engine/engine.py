@@ -45,7 +45,7 @@ from biodedup.engine.load import Cells, Loaded, Loader
 from biodedup.engine.policy import PolicyInForce
 from biodedup.engine.prepare import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
 from biodedup.engine.review import Review
-from biodedup.engine.search import Searches
+from biodedup.engine.search import BatchedSearch
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import answered_before, digest_of, from_json
 from biodedup.gallery.care.health import Copied, backup, inspect
@@ -123,7 +123,7 @@ class Engine:
         self._pairs = PairComparer(known, self._comparer)
         self._searcher = Searcher(self._comparer, config.search, config.threads, self._policy)
         self._preparer = Preparer(gallery, self._extractor, known, config)
-        self._searches = Searches(gallery, self._searcher)
+        self._searches = BatchedSearch(gallery, self._searcher)
         self._decider = Decider(config, self._policy, self._comparer, clock)
         self._enrolment = Enrolment(
             gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max
@@ -235,7 +235,7 @@ class Engine:
     # decided enrolment ------------------------------------------------------------------------------------------
 
     def enroll(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
-        """Searches the whole gallery and enrols the subject if nobody in it is the same person.
+        """BatchedSearch the whole gallery and enrols the subject if nobody in it is the same person.
 
         Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision. An encounter that
         lacks captures that `Policy.required` asks for is `refused`, with the reason `incomplete`, and its refusals name each of them.

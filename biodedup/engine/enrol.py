@@ -21,7 +21,7 @@ from itertools import chain
 from biodedup.completeness import shortfall
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
-from biodedup.engine.search import Searches, Seen
+from biodedup.engine.search import BatchedSearch, Seen
 from biodedup.errors import (
     NOT_TAKEN,
     BiodedupError,
@@ -75,7 +75,7 @@ class Enrolment:
         self,
         gallery: Gallery,
         preparer: Preparer,
-        searches: Searches,
+        searches: BatchedSearch,
         decider: Decider,
         new_id: Callable[[], str],
         encounters_max: int,

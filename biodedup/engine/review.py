@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
-from biodedup.engine.search import Searches, Seen
+from biodedup.engine.search import BatchedSearch, Seen
 from biodedup.errors import CallerError, InvalidInput, UnknownSubject
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.cases import (
@@ -38,7 +38,7 @@ class Review:
 
     gallery: Gallery
     preparer: Preparer
-    searches: Searches
+    searches: BatchedSearch
     decider: Decider
     enrolment: Enrolment
     clock: Callable[[], float]

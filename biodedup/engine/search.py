@@ -38,7 +38,7 @@ class Seen:
     spare: int
 
 
-class Searches:
+class BatchedSearch:
     """Searches one gallery; callers who wait at the same time share a pass. Thread-safe."""
 
     def __init__(self, gallery: Gallery, searcher: Searcher) -> None:
