@@ -39,7 +39,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
 from biodedup.memory import out_of_memory
-from biodedup.search.searcher import Found
+from biodedup.search.searcher import CandidateSet
 from biodedup.trace import tracing, untraced
 from biodedup.values import Case, Decision, Encounter
 
@@ -188,7 +188,7 @@ class Enrolment:
         self,
         transaction: Transaction,
         probe: Probe,
-        found: Found,
+        found: CandidateSet,
         seen: Seen,
         asked: Request,
         case: Case | None = None,

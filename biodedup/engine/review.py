@@ -27,7 +27,7 @@ from biodedup.gallery.cases import (
 )
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
-from biodedup.search.searcher import Found
+from biodedup.search.searcher import CandidateSet
 from biodedup.texts import KnownId
 from biodedup.values import Case, Decision, Encounter, Ruling, Verdict
 
@@ -80,7 +80,7 @@ class Review:
         if not own:
             raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to dispute")
         check_models(probe.templates, transaction.models)
-        decision = self.decider.decide(probe, Found(), now, version=transaction.version)
+        decision = self.decider.decide(probe, CandidateSet(), now, version=transaction.version)
         return self.decider.disputed(replace(decision, reasons=()), probe, now, own)
 
     def adjudicate(self, judged: str | Case, ruling: Ruling, by: str, note: str, candidate: str | None) -> Decision:

@@ -19,7 +19,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.judgement import kinds_of
 from biodedup.match.ranked import Comparison
 from biodedup.search.batching import Gathering
-from biodedup.search.searcher import JOIN_ROWS, PROBES, Found, Searcher
+from biodedup.search.searcher import JOIN_ROWS, PROBES, CandidateSet, Searcher
 from biodedup.search.selfjoin.bucket_join import rows_outside
 from biodedup.trace import untraced
 from biodedup.values import Float32, Link, SearchResult, Template
@@ -32,7 +32,7 @@ class Seen:
     """What was found for some probes, in their order. snapshot: of the gallery that was searched; across: positions were searched
     across; spare: so many more were looked at."""
 
-    found: Sequence[Found]
+    found: Sequence[CandidateSet]
     snapshot: Snapshot
     across: bool
     spare: int
@@ -53,7 +53,7 @@ class BatchedSearch:
         seen = self._probes((groups, across, besides), [probe.templates for probe in probes])
         return Seen([found for found, _ in seen], seen[0][1], across, besides)
 
-    def completed(self, probe: Probe, found: Found, seen: Seen, now: Snapshot) -> Found:
+    def completed(self, probe: Probe, found: CandidateSet, seen: Seen, now: Snapshot) -> CandidateSet:
         """What `seek` found for a probe, with what it would find in the rows that came since."""
         (since,) = self._searcher.search(
             now,
@@ -66,7 +66,7 @@ class BatchedSearch:
         if now.extra_rows and len(since.comparisons):  # a subject that got a row since was compared with all its rows
             again, _ = now.with_siblings(np.sort(since.comparisons.rows))
             before = before.without(again)
-        return Found(before.with_others(since.comparisons), found.incomplete or since.incomplete, found.across)
+        return CandidateSet(before.with_others(since.comparisons), found.incomplete or since.incomplete, found.across)
 
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
         """The k nearest of each in one column. probes: float32 (q, d), unit rows."""
@@ -116,7 +116,7 @@ class BatchedSearch:
 
     def _seek(
         self, key: tuple[_Groups, bool, int], probes: list[Mapping[str, Template]]
-    ) -> list[tuple[Found, Snapshot]]:
+    ) -> list[tuple[CandidateSet, Snapshot]]:
         (groups, across, spare), snapshot = key, self._gallery.snapshot()
         with untraced():  # probes of several callers
             results = self._searcher.search(snapshot, probes, groups=groups, across=across, spare=spare)

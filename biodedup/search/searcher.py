@@ -44,7 +44,7 @@ JOIN_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Found:
+class CandidateSet:
     """What a probe met among the rows searched. incomplete: some comparable rows were not compared; across: positions were
     searched across."""
 
@@ -95,7 +95,7 @@ class Searcher:
         across: bool = False,
         spare: int = 0,
         excluded: Sequence[Collection[int]] = (),
-    ) -> list[Found]:
+    ) -> list[CandidateSet]:
         """Each probe against the live rows from from_row on; with groups, those that belong to one of them.
 
         floor_db: 0 asks for the strongest; above it, for all that reach it by one column, and for none that has only this column
@@ -103,7 +103,7 @@ class Searcher:
         turn out not to count. excluded: for each probe rows that it is not compared with.
         """
         if from_row >= snapshot.row_count or not probes:
-            return [Found(across=across)] * len(probes)
+            return [CandidateSet(across=across)] * len(probes)
         scope = _Scope(snapshot, from_row, as_set(groups), across, spare)
         source = SnapshotRows(snapshot)
         plans = self._plans(scope, probes, floor_db)
@@ -131,7 +131,7 @@ class Searcher:
             incomplete = len(left) > self._config.finger_rows_max or (failed and bool(lists))
             rows = np.unique(np.concatenate([*chosen, left[: self._config.finger_rows_max]]))
             compared = self._compared(probe, source, rows, left_out, across)
-            found.append(Found(compared, incomplete, across))
+            found.append(CandidateSet(compared, incomplete, across))
         return found
 
     def _compared(
