@@ -21,7 +21,7 @@ from itertools import chain
 from biodedup.completeness import shortfall
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
-from biodedup.engine.search import BatchedSearch, Seen
+from biodedup.engine.search import BatchedSearch, SearchSnapshot
 from biodedup.errors import (
     NOT_TAKEN,
     BiodedupError,
@@ -50,7 +50,7 @@ class _Waiting:
 
     probes: Sequence[Probe]
     digests: Sequence[bytes]
-    seen: Seen
+    seen: SearchSnapshot
     replaces: bool
     reason: str
     answers: list[Decision | CallerError] = field(default_factory=list)
@@ -59,7 +59,7 @@ class _Waiting:
 
 
 @dataclass(eq=False)
-class Sought:
+class PreparedBatch:
     """Encounters with the answers known so far. waiting: those that are to be settled, places: where they stand; None: nobody is."""
 
     answers: list[Decision | CallerError | CaptureUnavailable | None]
@@ -93,7 +93,7 @@ class Enrolment:
 
     def seek(
         self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False, reason: str = ""
-    ) -> Sought:
+    ) -> PreparedBatch:
         """Prepares encounters, and searches the gallery as it is."""
         answers: list[Decision | CallerError | CaptureUnavailable | None] = [None] * len(encounters)
         operation = "enroll" if not replaces else f"replace: {reason}" if reason else "update"
@@ -118,18 +118,22 @@ class Enrolment:
             except CallerError as error:
                 answers[i] = error
         if not probes:
-            return Sought(answers)
+            return PreparedBatch(answers)
         mine = list(probes.values())
         seen = self._searches.seek(mine, across=across)
-        return Sought(answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces, reason))
+        return PreparedBatch(
+            answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces, reason)
+        )
 
-    def ahead(self, batches: Iterator[list[Encounter]], across: bool) -> Iterator[tuple[list[Encounter], Sought]]:
+    def ahead(
+        self, batches: Iterator[list[Encounter]], across: bool
+    ) -> Iterator[tuple[list[Encounter], PreparedBatch]]:
         """Each batch with what was found; the next one is searched while the caller has this one."""
         if tracing() is not None:  # a trace tells one thing after the other
             yield from ((batch, self.seek(batch, across)) for batch in batches)
             return
         with ThreadPoolExecutor(1, "biodedup-ahead") as pool:
-            before: tuple[list[Encounter], Future[Sought]] | None = None
+            before: tuple[list[Encounter], Future[PreparedBatch]] | None = None
             for batch in chain(batches, [None]):
                 following = None if batch is None else (batch, pool.submit(self.seek, batch, across))
                 if before is not None:
@@ -138,7 +142,7 @@ class Enrolment:
 
     # the commit -------------------------------------------------------------------------------------------------
 
-    def commit(self, sought: Sought) -> list[Decision | CallerError | CaptureUnavailable]:
+    def commit(self, sought: PreparedBatch) -> list[Decision | CallerError | CaptureUnavailable]:
         """Settles and commits what was searched for. One answer for each encounter."""
         if sought.waiting is not None:
             self._commit(sought.waiting)
@@ -189,7 +193,7 @@ class Enrolment:
         transaction: Transaction,
         probe: Probe,
         found: CandidateSet,
-        seen: Seen,
+        seen: SearchSnapshot,
         asked: Request,
         case: Case | None = None,
         *,

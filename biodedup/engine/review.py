@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
-from biodedup.engine.search import BatchedSearch, Seen
+from biodedup.engine.search import BatchedSearch, SearchSnapshot
 from biodedup.errors import CallerError, InvalidInput, UnknownSubject
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.cases import (
@@ -110,7 +110,7 @@ class Review:
                 self._recheck(transaction, other, sought)
         return decision
 
-    def _recheck(self, transaction: Transaction, case: Case, sought: dict[str, tuple[Probe, Seen]]) -> None:
+    def _recheck(self, transaction: Transaction, case: Case, sought: dict[str, tuple[Probe, SearchSnapshot]]) -> None:
         """A case that is linked with one that was decided: its candidates as they are by now. Where none is left it is settled."""
         try:
             decision = self._decided_again(transaction, case, (), sought)
@@ -128,7 +128,7 @@ class Review:
         transaction: Transaction,
         case: Case,
         verdicts: tuple[Verdict, ...],
-        sought: dict[str, tuple[Probe, Seen]],
+        sought: dict[str, tuple[Probe, SearchSnapshot]],
     ) -> Decision:
         if case.encounter_id not in sought:  # linked since; rare
             sought |= self._sought([case])
@@ -138,7 +138,7 @@ class Review:
         fresh = self.enrolment.decide(transaction, probe, seen.found[0], seen, asked, case, same=same)
         return reconsidered(case, verdicts, fresh)
 
-    def _sought(self, cases: Iterable[Case]) -> dict[str, tuple[Probe, Seen]]:
+    def _sought(self, cases: Iterable[Case]) -> dict[str, tuple[Probe, SearchSnapshot]]:
         """encounter_id -> what a search of the gallery as it is finds for a case."""
         found = {}
         for case in cases:

@@ -28,7 +28,7 @@ _Groups = tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
-class Seen:
+class SearchSnapshot:
     """What was found for some probes, in their order. snapshot: of the gallery that was searched; across: positions were searched
     across; spare: so many more were looked at."""
 
@@ -47,13 +47,15 @@ class BatchedSearch:
         self._probes = Gathering(self._seek, PROBES)
         self._vectors = Gathering(self._nearest_each, PROBES)
 
-    def seek(self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, besides: int = 0) -> Seen:
+    def seek(
+        self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, besides: int = 0
+    ) -> SearchSnapshot:
         """Subjects and open cases that may be the same person. groups: only those that belong to one of them. besides: so many more are
         looked at, since so many may turn out not to count."""
         seen = self._probes((groups, across, besides), [probe.templates for probe in probes])
-        return Seen([found for found, _ in seen], seen[0][1], across, besides)
+        return SearchSnapshot([found for found, _ in seen], seen[0][1], across, besides)
 
-    def completed(self, probe: Probe, found: CandidateSet, seen: Seen, now: Snapshot) -> CandidateSet:
+    def completed(self, probe: Probe, found: CandidateSet, seen: SearchSnapshot, now: Snapshot) -> CandidateSet:
         """What `seek` found for a probe, with what it would find in the rows that came since."""
         (since,) = self._searcher.search(
             now,
