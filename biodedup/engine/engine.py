@@ -235,7 +235,7 @@ class Engine:
     # decided enrolment ------------------------------------------------------------------------------------------
 
     def enroll(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
-        """BatchedSearch the whole gallery and enrols the subject if nobody in it is the same person.
+        """Searches the whole gallery and enrols the subject if nobody in it is the same person.
 
         Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision. An encounter that
         lacks captures that `Policy.required` asks for is `refused`, with the reason `incomplete`, and its refusals name each of them.
