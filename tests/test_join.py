@@ -53,9 +53,9 @@ def oracle(engine, vectors):
 
 
 def rescore_in_hand(template):
-    from biodedup.match.compare import InHand
+    from biodedup.match.compare import TemplateCandidates
 
-    return InHand({"face": template})
+    return TemplateCandidates({"face": template})
 
 
 def pairs(clusters):

@@ -24,7 +24,7 @@ from test_together import FINGER as FINGER_LAW
 import biodedup as bd
 from biodedup.gallery.answers import from_json, to_json
 from biodedup.match.calibration import Calibration
-from biodedup.match.compare import Comparer, InHand
+from biodedup.match.compare import Comparer, TemplateCandidates
 from biodedup.match.labels import AS_LABELLED, readings_of
 from biodedup.match.minutiae import Bozorth3
 from biodedup.search.multicolumn import together
@@ -432,7 +432,7 @@ def test_the_result_is_that_of_trying_every_reading_one_by_one(data):
         probe, candidate = (
             {**some, "face": bd.Template("face", MODEL, pool[rng.integers(4)])} for some in (probe, candidate)
         )
-    (found,) = COMPARER.compare(probe, InHand(candidate), [0], across=True) or (None,)
+    (found,) = COMPARER.compare(probe, TemplateCandidates(candidate), [0], across=True) or (None,)
 
     def as_read(reading: frozenset[tuple[str, str]]) -> object:
         """The candidate with the probe's labels put on its fingers, compared as labelled."""
@@ -440,10 +440,10 @@ def test_the_result_is_that_of_trying_every_reading_one_by_one(data):
         fingers = {a: probe[a] for a, _ in reading}
         if "face" in probe:
             relabelled["face"], fingers["face"] = candidate["face"], probe["face"]
-        (result,) = COMPARER.compare(fingers, InHand(relabelled), [0])
+        (result,) = COMPARER.compare(fingers, TemplateCandidates(relabelled), [0])
         return result
 
-    labelled = COMPARER.compare(probe, InHand(candidate), [0])
+    labelled = COMPARER.compare(probe, TemplateCandidates(candidate), [0])
     charges = every_reading(mine, theirs)
     share = 1 - AS_LABELLED if labelled else 1.0
     read = [(as_read(one), charge - 10 * log10(share)) for one, charge in charges.items()]
@@ -498,7 +498,7 @@ def test_strangers_reach_a_score_across_positions_no_more_often_than_it_says(min
         results = COMPARER.compare(probe, crowd, range(count), across=True)
         assert len(results) == count
         scores += [one.score_db for one in results]
-        uncharged += [one.score_db + one.charge_db for one in results]
+        uncharged += [one.score_db + one.label_penalty_db for one in results]
     excess = []
     for x in (3, 6, 10, 13, 16, 20, 25):
         expected = len(scores) * 10 ** (-x / 10)

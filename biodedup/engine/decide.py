@@ -188,8 +188,8 @@ class Decider:
     ) -> _Expected:
         """How a mate scores with these captures, those aside that nobody enrolled has; the review threshold follows from it."""
         calibrations = tuple(
-            law.of(templates[column].embedding is not None and templates[column].minutiae is not None)
-            for column, law in sorted(self.comparer.laws(templates).items())
+            model.of(templates[column].embedding is not None and templates[column].minutiae is not None)
+            for column, model in sorted(self.comparer.score_models(templates).items())
             if now.count_with(comparable_bits({column: templates[column]}, now.models, across=across))
         )
         review_db = min(band_db, mated_quantile_db(policy.fnir_review, calibrations))
@@ -226,7 +226,7 @@ def _candidates(now: Snapshot, comparisons: Sequence[Comparison], kinds: Sequenc
             c.score_db,
             c.extrapolated,
             c.evidence,
-            c.charge_db,
+            c.label_penalty_db,
             kind,
             c.interval_db,
             now.siblings(c.row),
