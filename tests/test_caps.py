@@ -33,7 +33,7 @@ def test_the_kernel_compares_members_as_numpy_does(members, steps, planes, data)
     scanned, size = 8 * steps, 300
     codes = [rng.integers(1, 256, (size, scanned)).astype(np.uint8) for _ in range(planes)]
     columns = [
-        (np.concatenate(list(coding.planes([some], scanned))), rng.uniform(100, 600, 320).astype(np.float32))
+        (np.concatenate(list(coding.pack_high_nibbles([some], scanned))), rng.uniform(100, 600, 320).astype(np.float32))
         for some in codes
     ]
     places = np.sort(rng.choice(planes * size, min(members, planes * size), replace=False))

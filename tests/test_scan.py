@@ -46,13 +46,15 @@ def unit(count, dimension, seed=0):
 def test_codes_come_back_from_their_halves_however_they_were_cut_into_pieces(count, steps, more, cuts):
     scanned, width = 8 * steps, 8 * steps + more
     codes = np.random.default_rng(count).integers(1, 256, (count, width)).astype(np.uint8)
-    plane = np.concatenate(list(coding.planes(np.split(codes, sorted(c for c in cuts if c <= count)), scanned)))
-    assert plane.shape == coding.plane_shape(count, scanned)
-    rest = coding.lower_halves(codes, scanned)
+    plane = np.concatenate(
+        list(coding.pack_high_nibbles(np.split(codes, sorted(c for c in cuts if c <= count)), scanned))
+    )
+    assert plane.shape == coding.high_nibbles_shape(count, scanned)
+    rest = coding.low_nibbles(codes, scanned)
     some = np.random.default_rng(1).integers(0, count, 20)
-    assert np.array_equal(coding.joined(plane, rest, some), codes[some])
-    assert np.array_equal(coding.joined(plane, rest[7:], np.arange(7, count), 7), codes[7:]) or count <= 7
-    assert np.array_equal(coding.uppers(plane, some), codes[some, :scanned] >> 4)
+    assert np.array_equal(coding.join_nibbles(plane, rest, some), codes[some])
+    assert np.array_equal(coding.join_nibbles(plane, rest[7:], np.arange(7, count), 7), codes[7:]) or count <= 7
+    assert np.array_equal(coding.unpack_high_nibbles(plane, some), codes[some, :scanned] >> 4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -157,7 +159,7 @@ def test_a_law_and_its_inverse_agree():
 def test_the_kernel_finds_what_numpy_finds(instructions, count, steps, probes, with_removed, data):
     rng = np.random.default_rng(count)
     codes = rng.integers(1, 256, (count, 8 * steps)).astype(np.uint8)
-    plane = np.concatenate(list(coding.planes([codes], 8 * steps)))
+    plane = np.concatenate(list(coding.pack_high_nibbles([codes], 8 * steps)))
     norms = np.zeros(64 * len(plane), np.float32)
     norms[:count] = rng.uniform(100, 600, count)
     probe = rng.integers(-127, 128, (probes, 8 * steps)).astype(np.int8)
@@ -228,12 +230,12 @@ class Column:
     def __init__(self, vectors, codec):
         self.codec, self.count, self.dimension = codec, len(vectors), vectors.shape[1]
         self.codes, norms = codec.encode(vectors)
-        self.whole = np.concatenate(list(coding.planes([self.codes], codec.scanned)))
+        self.whole = np.concatenate(list(coding.pack_high_nibbles([self.codes], codec.scanned)))
         self.norms = np.zeros(64 * len(self.whole), np.float32)
         self.norms[: self.count] = norms
         self.read = 0
 
-    def plane(self, low, high):
+    def high_nibbles(self, low, high):
         first, last = low // 64, -(-high // 64)
         return self.whole[first:last], self.norms[64 * first : 64 * last]
 
@@ -527,7 +529,7 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
         used[0] = fours
     cells = 2 * count if mapped else count
     codes = [rng.integers(1, 256, (cells, some)).astype(np.uint8) for some in scanned]
-    planes = [np.concatenate(list(coding.planes([some], n))) for some, n in zip(codes, scanned, strict=True)]
+    planes = [np.concatenate(list(coding.pack_high_nibbles([some], n))) for some, n in zip(codes, scanned, strict=True)]
     norms = [rng.uniform(100, 600, 64 * len(plane)).astype(np.float32) for plane in planes]
     members = np.stack([np.sort(rng.permutation(cells)[:count]) for _ in range(columns)]).astype(np.int32)
     which = members if mapped else np.tile(np.arange(count), (columns, 1))
@@ -648,7 +650,7 @@ def test_an_estimate_is_never_further_off_than_the_stated_bound():
     probes = Probes(codec, unit(50, 128, 3))
     dots = (probes.codes.astype(np.int64) @ (column.codes >> 4).astype(np.int64).T).astype(np.float64)
     norms = column.norms[: column.count]
-    true = probes.turned @ coding.dequantise(column.codes, norms).T
+    true = probes.rotated @ coding.dequantise(column.codes, norms).T
     at_most = 16 * probes.scales[:, None] * (dots - (probes.middle - probes.slack)[:, None]) / norms
     assert (true <= at_most + probes.rounding[:, None]).all()
 

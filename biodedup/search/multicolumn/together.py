@@ -30,7 +30,7 @@ from scipy.special import betaincinv, ndtr, ndtri
 
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files.codec import Codec
-from biodedup.gallery.files.codes import BLOCK_ROWS, turned
+from biodedup.gallery.files.codes import BLOCK_ROWS, rotate
 from biodedup.gallery.segments.part import PIECE_ROWS, Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.calibration import Calibration
@@ -310,16 +310,16 @@ class _Run:
         mine = list(self.probes.values())
         used = tables_by_column(self.one, choice)
         numbers = [
-            signs_of(column, SIGNED).numbers(probe.turned, tables) * np.float32(weight)
+            signs_of(column, SIGNED).numbers(probe.rotated, tables) * np.float32(weight)
             for column, probe, tables, weight in zip(self.columns.values(), mine, used, choice.weights, strict=True)
         ]
         tables, steps, middles = tables_of(numbers, SIGN, SIGNED)
         together = np.concatenate(numbers, axis=1)
         mean, covariance = _signs_of_strangers(self.one, choice)
-        variance = np.einsum("ij,ij->i", turned(together, covariance), together)
+        variance = np.einsum("ij,ij->i", rotate(together, covariance), together)
         variance += rounding_variance(tables.shape[1], steps)
         z = np.float32(-ndtri(choice.share))
-        limits = limits_of(turned(together, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
+        limits = limits_of(rotate(together, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
         return SignedProbes(
             *filled(tables, limits),
             np.array(used, np.int64),
@@ -339,12 +339,12 @@ class _Run:
         high = min(low + size, self.one.count)
         members, planes = None, []
         if self.members is None:
-            planes = [column.plane(low, high) for column in self.columns.values()]
+            planes = [column.high_nibbles(low, high) for column in self.columns.values()]
         else:
             members = self.members[:, low:high]
             bases = members[:, 0] // BLOCK_ROWS * BLOCK_ROWS
             for column, mine, base in zip(self.columns.values(), members, bases.tolist(), strict=True):
-                planes.append(column.plane(base, int(mine[-1]) + 1))
+                planes.append(column.high_nibbles(base, int(mine[-1]) + 1))
             members = np.ascontiguousarray(members - bases[:, None])
         live = self.live[low // BLOCK_ROWS : -(-high // BLOCK_ROWS)]
         room = 2 * self.signed.room
@@ -370,7 +370,7 @@ class _Run:
             some = slice(low, low + PIECE_ROWS)
             for name, column in self.columns.items():
                 cells = self.one.cells(name, members[some])
-                similarity = compared(column, cells, self.probes[name].turned, which[some])
+                similarity = compared(column, cells, self.probes[name].rotated, which[some])
                 exact[some] += self.plan.evidence[name].at(similarity)
 
         scanner.each(compare, range(0, len(members), PIECE_ROWS))

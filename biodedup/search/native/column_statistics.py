@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond to say the same
 
-from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, turned
+from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, rotate
 from biodedup.gallery.segments.part import Column
 from biodedup.search.native.signs import TABLES_MOST, Signs
 from biodedup.values import Float32
@@ -30,11 +30,11 @@ class Population:
     sample: Float32
 
     def similarity(self, probes: Float32) -> tuple[Float32, Float32]:
-        """Mean and standard deviation of similarity to the column's rows, float32 (q,) each. probes: float32 (q, n), turned,
+        """Mean and standard deviation of similarity to the column's rows, float32 (q,) each. probes: float32 (q, n), rotated,
         their first n numbers alone."""
         size = probes.shape[1]
-        variance = np.einsum("ij,ij->i", turned(probes, self.covariance[:size, :size]), probes)
-        return turned(probes, self.mean[None, :size])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
+        variance = np.einsum("ij,ij->i", rotate(probes, self.covariance[:size, :size]), probes)
+        return rotate(probes, self.mean[None, :size])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
 
     def reached_by(self, probes: Float32, share: float) -> Float32:
         """The similarity that a little more than this share of the rows reaches, float32 (q,).
@@ -71,7 +71,7 @@ _signs: WeakKeyDictionary[Column, dict[tuple[int, int], Signs]] = WeakKeyDiction
 
 
 def signs_of(column: Column, each: int, tables: int = TABLES_MOST) -> Signs:
-    assert column.codec is not None, "signs are of turned vectors"
+    assert column.codec is not None, "signs are of rotated vectors"
     known = _signs.setdefault(column, {})
     if (each, tables) not in known:
         known[each, tables] = Signs(population_of(column).sample, column.codec.scanned, each, tables)

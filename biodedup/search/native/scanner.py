@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.files.codec import Codec
-from biodedup.gallery.files.codes import BLOCK_ROWS, turned
+from biodedup.gallery.files.codes import BLOCK_ROWS, rotate
 from biodedup.gallery.segments.part import Column
 from biodedup.search.native import scan_kernel as kernel
 from biodedup.search.native import sign_kernel
@@ -84,12 +84,12 @@ def units_of(whole: Sequence[Unit], probes: int, threads: int) -> list[Unit]:
 
 
 class Probes:
-    """Probes as a codec's kernel takes them. turned: float32 (q, D), rotated; codes int8 (q, scanned) = turned / scale."""
+    """Probes as a codec's kernel takes them. rotated: float32 (q, D), rotated; codes int8 (q, scanned) = rotated / scale."""
 
     def __init__(self, codec: Codec, vectors: Float32) -> None:
         self.codec = codec
-        self.turned = turned(vectors, codec.rotation)
-        seen = self.turned[:, : codec.scanned]
+        self.rotated = rotate(vectors, codec.rotation)
+        seen = self.rotated[:, : codec.scanned]
         self.scales = np.maximum(np.abs(seen).max(axis=1), 1e-9).astype(np.float32) / np.float32(127)
         self.codes = np.ascontiguousarray(np.rint(seen / self.scales[:, None]).astype(np.int8))
         self.middle = 7.5 * self.codes.sum(axis=1, dtype=np.float32)  # halves count from 0, and stand for their middles
@@ -217,7 +217,7 @@ class Scanner:
 
         def scan(unit: Unit) -> None:
             base = unit.first // BLOCK_ROWS
-            plane, norms = unit.column.plane(unit.first, unit.last)
+            plane, norms = unit.column.high_nibbles(unit.first, unit.last)
             live = unit.live[base : base + len(plane)]
             span = (unit.first - base * BLOCK_ROWS, unit.last - base * BLOCK_ROWS)
             room = max(_ROOM, 4 * BLOCK_ROWS * count, *(2 * mine.room for _, mine in signed))
@@ -273,7 +273,7 @@ class Scanner:
 def _turned_by(tiles: Sequence[Tile], probes: Float32) -> dict[Codec | None, Float32]:
     """The probes as each codec turns them: turning the few spares turning the many back."""
     codecs = {tile.codec for tile in tiles}
-    return {codec: probes if codec is None else turned(probes, codec.rotation) for codec in codecs}
+    return {codec: probes if codec is None else rotate(probes, codec.rotation) for codec in codecs}
 
 
 class Collected:

@@ -2,7 +2,7 @@
 
 Owns a probe's tables, and the laws. Never scans (`sign_kernel.py`).
 
-Of a turned vector's numbers the signs alone keep 80 % of the correlation with a probe (as in RaBitQ: Gao and Long, SIGMOD 2024), four
+Of a rotated vector's numbers the signs alone keep 80 % of the correlation with a probe (as in RaBitQ: Gao and Long, SIGMOD 2024), four
 classes of them 94 %. They are read off the upper halves that a scan has in memory, so that they are stored nowhere. Four or six signs, or two
 or three classes, choose one of a table's sums of a probe's numbers times what they stand for, rounded to a byte. What passes is compared by its upper
 halves; one margin serves both, from pairs of which neither step may lose more than the miss risk.
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from biodedup.gallery.files.codec import ErrorLaw, measured_laws
-from biodedup.gallery.files.codes import STEP, quantise, turned
+from biodedup.gallery.files.codes import STEP, quantise, rotate
 from biodedup.search.native.sign_kernel import SignedProbes
 from biodedup.search.native.sign_tile import (
     CLASSES,
@@ -53,7 +53,7 @@ _NO_EVIDENCE = np.zeros((1, 0), np.float32)
 
 
 class Signs:
-    """Of a column's rows. sample: float32 (n, D), unit rows that its codec has turned; scanned: of D numbers, those whose upper
+    """Of a column's rows. sample: float32 (n, D), unit rows that its codec has rotated; scanned: of D numbers, those whose upper
     halves are in memory; each: numbers that a table looks at, FOUR, SIX, TWO or THREE; tables: how many at most."""
 
     def __init__(self, sample: Float32, scanned: int, each: int = FOUR, tables: int = TABLES_MOST) -> None:
@@ -153,12 +153,12 @@ class Signs:
         return np.asarray(np.einsum("ij,ij->i", probes[:, : self._scanned], seen) / norms, np.float32)
 
     def strangers(self, probes: Float32) -> tuple[Float32, Float32]:
-        """Mean and standard deviation of the estimates that the column's rows get, float32 (q,) each. probes: turned."""
+        """Mean and standard deviation of the estimates that the column's rows get, float32 (q,) each. probes: rotated."""
         seen = self.numbers(probes)
         steps, _, quarter = scales_of(seen, self._levels, self.each, self._room)
-        variance = np.einsum("ij,ij->i", turned(seen, self._covariance), seen)
+        variance = np.einsum("ij,ij->i", rotate(seen, self._covariance), seen)
         variance += rounding_variance(QUARTERS * quarter, steps) + (self._seed_sd * steps) ** 2
-        mean = turned(seen, self._mean[None])[:, 0]
+        mean = rotate(seen, self._mean[None])[:, 0]
         return np.asarray(mean / self._size, np.float32), np.sqrt(variance) / self._size
 
     def share_passing(self, cuts: Float32, probes: Float32) -> float:
@@ -167,7 +167,7 @@ class Signs:
         return float(ndtr((mean - cuts) / sd).mean())
 
     def probes(self, probes: Float32, cuts: Float32, codes: NDArray[np.int8], parameters: Float32) -> SignedProbes:
-        """For the kernel. probes: turned; cuts: estimates that rows must reach; codes, parameters: of the upper halves' dot
+        """For the kernel. probes: rotated; cuts: estimates that rows must reach; codes, parameters: of the upper halves' dot
         products, int8 (q, scanned), float32 (q, 2)."""
         tables, steps, middles = self._tables(probes)
         limits = limits_of(cuts * self._size, steps, middles)

@@ -50,7 +50,7 @@ def meet(scanner: Scanner, snapshot: Snapshot, column: str, caps: Caps, some: sl
     members = np.sort((hits.which.astype(np.int64) << 48) | (hits.number.astype(np.int64) << 32) | hits.cell)
     numbers, cells = (members >> 32 & 0xFFFF).astype(np.int32), (members & 0xFFFFFFFF).astype(np.int32)
     edges = np.searchsorted(members, np.arange(len(probes.codes) + 1) << 48)
-    planes = [c.plane(0, c.count) for c in columns]
+    planes = [c.high_nibbles(0, c.count) for c in columns]
     pairs = [np.zeros((2, 0), np.int64)]
 
     def compare(cap: tuple[int, int]) -> None:

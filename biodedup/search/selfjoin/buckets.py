@@ -132,9 +132,9 @@ def choose(column: Column, rows: int, calibration: Calibration, least: float, mi
     return Caps(codec, directions[:count], least_of, signs, sign_cut, cut, share, _PAIRS // 2, missed)
 
 
-def seen(turned: Float32) -> Float32:
-    """What upper halves say of turned vectors, float32 (n, D)."""
-    codes, norms = quantise(turned)
+def seen(rotated: Float32) -> Float32:
+    """What upper halves say of rotated vectors, float32 (n, D)."""
+    codes, norms = quantise(rotated)
     return dequantise(codes & np.uint8(240) | np.uint8(8), norms)
 
 
@@ -163,7 +163,7 @@ def _cost(count: int, height: float, rows: int) -> float:
 
 
 class _Trial:
-    """Pairs tried with one cap after another. pairs: turned, float32 (n, D) each; lost: those that another step loses anyway. first:
+    """Pairs tried with one cap after another. pairs: rotated, float32 (n, D) each; lost: those that another step loses anyway. first:
     int32 (heights, n), of each pair the first cap that holds both, NEVER before it is found."""
 
     def __init__(
@@ -171,11 +171,11 @@ class _Trial:
     ) -> None:
         assert column.codec is not None, "caps are of coded columns"
         scanned = column.codec.scanned
-        turned = np.ascontiguousarray(column.codec.rotate(directions)[:, :scanned])
-        self.mean, self.sd = population_of(column).similarity(turned)
+        rotated = np.ascontiguousarray(column.codec.rotate(directions)[:, :scanned])
+        self.mean, self.sd = population_of(column).similarity(rotated)
         self.tried = 0
         self.first = np.full((len(_HEIGHTS), len(lost)), NEVER, np.int32)
-        self._towards = turned
+        self._towards = rotated
         self._pairs = [seen(some)[:, :scanned] for some in pairs]
         self._lost = lost
 

@@ -275,7 +275,7 @@ class LocalShard:
             wanted = plan.k + 4 * np.sqrt(plan.k) + 8
             if wanted > _SHARE_MAX * plan.among:
                 return False
-            least = population.reached_by(coded.turned, wanted / plan.among)
+            least = population.reached_by(coded.rotated, wanted / plan.among)
         else:
             least = plan.at_least
         law, risk = codec.law, 0.0 if bounded else codec.law.margin(plan.miss_risk)[0]
@@ -285,14 +285,14 @@ class LocalShard:
             if signed is not None:
                 risk, _ = signed.laws[0].margin(plan.miss_risk)
                 limits, law = signed.laws[0].cut(least, risk), signed.laws[1]
-                signs = signed.probes(coded.turned, limits, coded.codes, coded.parameters)
+                signs = signed.probes(coded.rotated, limits, coded.codes, coded.parameters)
 
         def cut(similarity: Float32) -> Float32:
             return similarity - coded.rounding if bounded else law.cut(similarity, risk)
 
         cuts = cut(least)
         usual = 16 * coded.scales * coded.slack / _USUAL_NORM if bounded else np.float32(0)
-        if population.share_reaching(cuts - usual, coded.turned[:, : codec.scanned]) > _SHARE_MAX:
+        if population.share_reaching(cuts - usual, coded.rotated[:, : codec.scanned]) > _SHARE_MAX:
             return False
         most = _RAGGED_MOST if plan.at_least is not None else 50 * plan.k + 20_000
         units = [piece.unit(i) for i, piece in enumerate(pieces)]
@@ -326,7 +326,7 @@ class LocalShard:
         def compare(one: tuple[_Piece, Int64]) -> None:
             piece, some = one
             which, cells = hits.which[some], hits.cell[some]
-            similarity = compared(piece.column, cells, probes.turned, which)
+            similarity = compared(piece.column, cells, probes.rotated, which)
             found.add(which.astype(np.int64), piece.rows(cells), similarity, compared=len(some))
             if len(some) > _RELEASE_PAIRS:
                 piece.column.release(forget=False)
@@ -358,7 +358,7 @@ def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: f
             continue
         signs = signs_of(column, each, tables)
         law = signs.quick_law
-        share = signs.share_passing(law.cut(least[some], -float(ndtri(miss_risk / 2))), probes.turned[some])
+        share = signs.share_passing(law.cut(least[some], -float(ndtri(miss_risk / 2))), probes.rotated[some])
         options.append((signs.tables * table + share * compared + taken / len(probes.codes), each, tables))
     cost, each, tables = min(options)
     if cost >= probes.codec.scanned * number:
