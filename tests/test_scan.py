@@ -24,7 +24,7 @@ from biodedup.search.native import scan_kernel as kernel
 from biodedup.search.native import sign_kernel
 from biodedup.search.native.scanner import Probes, Scanner
 from biodedup.search.native.sign_kernel import SignedProbes
-from biodedup.search.native.sign_tile import FOUR, SIX, THREE, TWO, numbers_of, tables_most
+from biodedup.search.native.sign_tile import TableKind, numbers_of, tables_most
 from biodedup.search.native.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, tables_of
 from biodedup.search.shards import shard
 from biodedup.search.shards.shard import FanOut, ShardHits, ShardQuery
@@ -408,7 +408,7 @@ def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_
     assert not calls  # too many strangers would pass
 
 
-@pytest.mark.parametrize(("dimension", "each"), [(d, each) for d in (96, 128) for each in (FOUR, SIX, TWO, THREE)])
+@pytest.mark.parametrize(("dimension", "each"), [(d, each) for d in (96, 128) for each in TableKind])
 def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_out, monkeypatch, dimension, each):
     vectors = unit(150_000, dimension)
     shards = shards_of(vectors, scanner)
@@ -425,7 +425,13 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
 
 
 @pytest.mark.parametrize(
-    ("each", "kept", "near"), [(FOUR, 0.797, 0.01), (SIX, 0.797, 0.01), (TWO, 0.875, 0.01), (THREE, 0.875, 0.01)]
+    ("each", "kept", "near"),
+    [
+        (TableKind.FOUR_SIGNS, 0.797, 0.01),
+        (TableKind.SIX_SIGNS, 0.797, 0.01),
+        (TableKind.TWO_CLASSES, 0.875, 0.01),
+        (TableKind.THREE_CLASSES, 0.875, 0.01),
+    ],
 )
 def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each, kept, near):
     one, other = unit(400, 128, 1), unit(400, 128, 2)
@@ -433,7 +439,9 @@ def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each
     assert signs.laws[0].mean[10] == pytest.approx(kept, abs=0.03)  # of a dot product
     exactly = np.einsum("ij,ij->i", signs.numbers(one), signs.of(other)) / np.sqrt(128)
     off = signs.estimates(one, other) - exactly
-    assert (off - off.mean()).std() < (0.01 if each >= FOUR else 0.04)  # of classes: seeds make up for a row's length
+    assert (off - off.mean()).std() < (
+        0.01 if each >= TableKind.FOUR_SIGNS else 0.04
+    )  # of classes: seeds make up for a row's length
     mean, sd = signs.strangers(one[:20])
     seen = np.array(
         [signs.estimates(np.repeat(one[i : i + 1], 20_000, axis=0), unit(20_000, 128, 3)) for i in range(20)]
@@ -445,10 +453,10 @@ def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each
 def test_no_sum_of_tables_overflows_a_byte():
     one, other = unit(400, 128, 1), unit(400, 128, 2)
     for numbers, levels, each, room in (
-        ([one, other[:, :32]], SIGN, FOUR, 0),
-        ([one[:, :120], other[:, :24]], SIGN, SIX, 0),
-        ([one], np.array([-2, -0.5, 0.5, 2], np.float32), TWO, 40),
-        ([one[:, :120]], np.array([-2, -0.5, 0.5, 2], np.float32), THREE, 40),
+        ([one, other[:, :32]], SIGN, TableKind.FOUR_SIGNS, 0),
+        ([one[:, :120], other[:, :24]], SIGN, TableKind.SIX_SIGNS, 0),
+        ([one], np.array([-2, -0.5, 0.5, 2], np.float32), TableKind.TWO_CLASSES, 40),
+        ([one[:, :120]], np.array([-2, -0.5, 0.5, 2], np.float32), TableKind.THREE_CLASSES, 40),
     ):
         tables, steps, middles = tables_of(numbers, levels, each, room)
         assert tables.shape[1:] == (sum(some.shape[1] for some in numbers) // each, len(levels) ** each)
@@ -458,9 +466,9 @@ def test_no_sum_of_tables_overflows_a_byte():
         assert limits_of(middles * 5, steps, middles).min() == 255  # out of anybody's reach, and no wrap-around
 
 
-@pytest.mark.parametrize("each", [FOUR, SIX, TWO, THREE])
+@pytest.mark.parametrize("each", list(TableKind))
 def test_a_table_knows_every_combination_of_classes(each):
-    levels = SIGN if each >= FOUR else np.array([-2, -0.5, 0.5, 2], np.float32)
+    levels = SIGN if each >= TableKind.FOUR_SIGNS else np.array([-2, -0.5, 0.5, 2], np.float32)
     numbers = unit(20, 8 * each, 3)
     tables, steps, _ = tables_of([numbers], levels, each)
     entries = np.arange(len(levels) ** each)
@@ -471,7 +479,7 @@ def test_a_table_knows_every_combination_of_classes(each):
     assert np.array_equal(tables, np.rint(expected / steps[:, None, None]))
 
 
-@pytest.mark.parametrize("each", [FOUR, SIX, TWO, THREE])
+@pytest.mark.parametrize("each", list(TableKind))
 def test_no_more_pairs_are_lost_to_signs_and_halves_together_than_the_risk(each):
     signs = Signs(unit(4_000, 128), 128, each)
     by_signs, by_halves = signs.laws
@@ -508,7 +516,10 @@ def test_a_margin_for_two_steps_counts_what_either_loses():
 
 
 def test_two_bits_a_number_tell_more_than_one_whatever_a_row_s_length():
-    one, two, three = (Signs(unit(4_000, 128), 128, each).laws[0] for each in (FOUR, TWO, THREE))
+    one, two, three = (
+        Signs(unit(4_000, 128), 128, each).laws[0]
+        for each in (TableKind.FOUR_SIGNS, TableKind.TWO_CLASSES, TableKind.THREE_CLASSES)
+    )
     assert one.sd[4] / one.mean[10] > 0.059
     assert max(two.sd[4] / two.mean[10], three.sd[4] / three.mean[10]) < 0.04
 
@@ -522,8 +533,8 @@ SIGN_SCANS = {name: sign_kernel.make_scan(name) for name in {"plain", kernel.INS
 def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns, probes, mapped, summed, data):
     rng = np.random.default_rng(count)
     scanned = [8 * data.draw(st.integers(1, 18)) for _ in range(columns)]
-    each = data.draw(st.sampled_from([FOUR, SIX] if columns > 1 else [FOUR, SIX, TWO, THREE]))
-    fours = 1 if each == FOUR else 4  # others are made for four tables at once
+    each = data.draw(st.sampled_from([TableKind.FOUR_SIGNS, TableKind.SIX_SIGNS] if columns > 1 else list(TableKind)))
+    fours = 1 if each == TableKind.FOUR_SIGNS else 4  # others are made for four tables at once
     used = [fours * data.draw(st.integers(0, tables_most(some, each) // fours)) for some in scanned]
     if not sum(used):
         used[0] = fours
@@ -539,10 +550,10 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
     numbers = [
         np.where(at >= 0, some[:, at], 0).reshape(probes, -1) for some, at in zip(turned, looked_at, strict=True)
     ]
-    levels = SIGN if each >= FOUR else np.array([-2, -0.6, 0.6, 2], np.float32)
+    levels = SIGN if each >= TableKind.FOUR_SIGNS else np.array([-2, -0.6, 0.6, 2], np.float32)
     tables, steps, middles = tables_of(numbers, levels, each, 40)
     limits = limits_of(rng.uniform(-1, 1, probes).astype(np.float32) * 2, steps, middles)
-    seeding = np.array([10.3, 0.06, 40], np.float32) if each < FOUR else NOT_SEEDED
+    seeding = np.array([10.3, 0.06, 40], np.float32) if each < TableKind.FOUR_SIGNS else NOT_SEEDED
     parameters = np.stack([rng.uniform(0, 0.02, (columns, probes)), rng.uniform(-50, 50, (columns, probes))], axis=2)
     parameters = parameters.astype(np.float32)
     evidence = rng.uniform(-30, 30, (columns, 201 if summed or columns > 1 else 0)).astype(np.float32)
@@ -562,7 +573,7 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
         signed.used,
         members if mapped else np.zeros((columns, 0), np.int32),
     )
-    rest = (signed.tables, signed.limits, each, seeding, signed.codes, signed.parameters, signed.evidence, cuts)
+    rest = (signed.tables, signed.limits, int(each), seeding, signed.codes, signed.parameters, signed.evidence, cuts)
     while block < -(-last // 64):
         number, block, some = SIGN_SCANS[instructions](*arguments, alive, first, last, block, *rest, *found)
         passed += some
@@ -570,7 +581,7 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
             ours[p, row] = value
 
     sums = np.zeros((4, probes, count), np.int64)
-    if each < FOUR:
+    if each < TableKind.FOUR_SIGNS:
         sums[0] += np.clip(seeding[0] + seeding[1] * norms[0][which[0]], 0, seeding[2]).astype(np.uint8)
     totals = np.zeros((probes, count), np.float32)
     begin = 0
@@ -578,7 +589,7 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
         mine = codes[c][which[c]]
         for t in range(used[c]):
             there = mine[:, looked_at[c][t][looked_at[c][t] >= 0]]
-            if each >= FOUR:
+            if each >= TableKind.FOUR_SIGNS:
                 entry = ((there >= 128) << np.flatnonzero(looked_at[c][t] >= 0)).sum(axis=1)
             else:
                 classes = np.searchsorted([5, 8, 11], there >> 4, side="right")

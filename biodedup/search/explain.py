@@ -12,7 +12,7 @@ from biodedup.gallery.segments.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.multicolumn.together import MultiColumnPlan, MultiColumnQuery, covered, row_groups_of
 from biodedup.search.native.column_statistics import signs_of
-from biodedup.search.native.sign_tile import CLASSED, SIGNED
+from biodedup.search.native.sign_tile import CLASS_TABLES, SIGN_TABLES
 from biodedup.search.selfjoin.buckets import Caps
 from biodedup.search.shards.shard import by_codec, shares
 from biodedup.values import COLUMNS
@@ -150,7 +150,9 @@ def _column(snapshot: Snapshot, name: str, miss_risk: float, together: MultiColu
     by_signs = None
     if miss_risk > 0:
         largest = max((held.column for held in coded), key=lambda column: column.count)
-        by_signs = max((signs_of(largest, each).laws[0].bound(miss_risk) or 1.0) for each in (SIGNED, CLASSED))
+        by_signs = max(
+            (signs_of(largest, each).laws[0].bound(miss_risk) or 1.0) for each in (SIGN_TABLES, CLASS_TABLES)
+        )
     return ColumnPlan(
         name,
         rows,

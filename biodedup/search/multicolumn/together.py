@@ -40,7 +40,7 @@ from biodedup.search.native.exact_pairs import compared
 from biodedup.search.native.scan_kernel import INSTRUCTIONS
 from biodedup.search.native.scanner import Collected, Probes, Scanner
 from biodedup.search.native.sign_kernel import SignedProbes
-from biodedup.search.native.sign_tile import SIGNED
+from biodedup.search.native.sign_tile import SIGN_TABLES
 from biodedup.search.native.signs import (
     GROUP,
     NOT_SEEDED,
@@ -241,7 +241,7 @@ def _signs_of_strangers(one: RowGroup, choice: MultiColumnPlan) -> tuple[Float32
         for name, tables in zip(choice.columns, tables_by_column(one, choice), strict=True):
             column = one.part.columns[name]
             cells, inverse = np.unique(one.cells(name, members), return_inverse=True)
-            seen.append(signs_of(column, SIGNED).of_codes(column.codes_at(cells)[0], tables)[inverse])
+            seen.append(signs_of(column, SIGN_TABLES).of_codes(column.codes_at(cells)[0], tables)[inverse])
         signs = np.concatenate(seen, axis=1)
         covariance = np.cov(signs.T).reshape(signs.shape[1], -1)
         known[key] = signs.mean(axis=0).astype(np.float32), covariance.astype(np.float32)
@@ -250,7 +250,7 @@ def _signs_of_strangers(one: RowGroup, choice: MultiColumnPlan) -> tuple[Float32
 
 def tables_by_column(one: RowGroup, choice: MultiColumnPlan) -> list[int]:
     """Of each column, how many tables of signs the choice looks at."""
-    limits = [signs_of(one.part.columns[name], SIGNED).tables for name in choice.columns]
+    limits = [signs_of(one.part.columns[name], SIGN_TABLES).tables for name in choice.columns]
     return [min(GROUP * groups, limit) for groups, limit in zip(choice.groups, limits, strict=True)]
 
 
@@ -310,10 +310,10 @@ class _Run:
         mine = list(self.probes.values())
         used = tables_by_column(self.one, choice)
         numbers = [
-            signs_of(column, SIGNED).numbers(probe.rotated, tables) * np.float32(weight)
+            signs_of(column, SIGN_TABLES).numbers(probe.rotated, tables) * np.float32(weight)
             for column, probe, tables, weight in zip(self.columns.values(), mine, used, choice.weights, strict=True)
         ]
-        tables, steps, middles = tables_of(numbers, SIGN, SIGNED)
+        tables, steps, middles = tables_of(numbers, SIGN, SIGN_TABLES)
         together = np.concatenate(numbers, axis=1)
         mean, covariance = _signs_of_strangers(self.one, choice)
         variance = np.einsum("ij,ij->i", rotate(together, covariance), together)
@@ -323,7 +323,7 @@ class _Run:
         return SignedProbes(
             *filled(tables, limits),
             np.array(used, np.int64),
-            SIGNED,
+            SIGN_TABLES,
             NOT_SEEDED,
             paired([probe.codes for probe in mine]),
             np.stack([probe.parameters for probe in mine]),
@@ -447,7 +447,7 @@ class _Draw:
             quantiles = ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES))
             similarity = calibrations[name].mated_similarities(quantiles)
             llr_db += calibrations[name].llr_db(similarity)
-            law = signs_of(column, SIGNED).groups
+            law = signs_of(column, SIGN_TABLES).groups
             mates.append(np.cumsum(law.mated(similarity, rng), axis=0).astype(np.float32))
             strangers.append(law.strangers)
         self.most = tuple(len(sums) for sums in mates)
@@ -496,7 +496,7 @@ class _Draw:
         return MultiColumnPlan(
             tuple(self._columns),
             groups,
-            tuple(signs_of(column, SIGNED).count(GROUP * n) for column, n in mine),
+            tuple(signs_of(column, SIGN_TABLES).count(GROUP * n) for column, n in mine),
             self._weights,
             share,
             cost,

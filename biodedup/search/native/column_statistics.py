@@ -14,6 +14,7 @@ from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond t
 
 from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, rotate
 from biodedup.gallery.segments.part import Column
+from biodedup.search.native.sign_tile import TableKind
 from biodedup.search.native.signs import TABLES_MOST, Signs
 from biodedup.values import Float32
 
@@ -67,12 +68,12 @@ def population_of(column: Column) -> Population:
     return _populations[column]
 
 
-_signs: WeakKeyDictionary[Column, dict[tuple[int, int], Signs]] = WeakKeyDictionary()
+_signs: WeakKeyDictionary[Column, dict[tuple[TableKind, int], Signs]] = WeakKeyDictionary()
 
 
-def signs_of(column: Column, each: int, tables: int = TABLES_MOST) -> Signs:
+def signs_of(column: Column, kind: TableKind, tables: int = TABLES_MOST) -> Signs:
     assert column.codec is not None, "signs are of rotated vectors"
     known = _signs.setdefault(column, {})
-    if (each, tables) not in known:
-        known[each, tables] = Signs(population_of(column).sample, column.codec.scanned, each, tables)
-    return known[each, tables]
+    if (kind, tables) not in known:
+        known[kind, tables] = Signs(population_of(column).sample, column.codec.scanned, kind, tables)
+    return known[kind, tables]

@@ -16,7 +16,7 @@ from biodedup.values import Float32
 
 
 def compared(column: Column, cells: Int64, probes: Float32, which: NDArray[Any]) -> Float32:
-    """Similarities, float32 (n,). cells: int64 (n,), ascending; probes: float32 (q, D), turned; which: of them, (n,)."""
+    """Similarities, float32 (n,). cells: int64 (n,), ascending; probes: float32 (q, D), rotated; which: of them, (n,)."""
     first = np.diff(cells, prepend=-1) > 0
     codes, norms = column.codes_at(cells[first])
     found = np.empty(len(cells), np.float32)

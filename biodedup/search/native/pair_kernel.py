@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from biodedup.gallery.files.codes import Codes
 from biodedup.search.native.scan_kernel import make_row_dot
 from biodedup.search.native.sign_tile import (
-    PADDED,
-    QUARTERS,
-    TOGETHER,
-    UNROLLED,
-    WIDE,
+    BLOCKS_PER_PASS,
+    PROBES_PER_TILE,
+    ROW_ALIGNMENT,
+    SUMS_PER_ROW,
+    TABLES_PER_STEP,
     aligned,
     f32_at,
     masks_apart,
@@ -63,7 +63,7 @@ def _as_probe(row: Any, probe: Any) -> Any:
 def _tabulate(probe: Any, number: int, table: Any) -> tuple[Any, Any]:
     """A probe's tables of signs, uint8 (t, 16), t >= number, from what `_as_probe` made. Returns step and middle, as `tables_of` does, of
     the probe's own units."""
-    quarter = table.shape[0] // QUARTERS
+    quarter = table.shape[0] // SUMS_PER_ROW
     largest: Any = 1
     middle: Any = 0
     total: Any = 0
@@ -97,19 +97,19 @@ def _meet(
     cut: float,
 ) -> tuple[Any, Any, int]:
     count, blocks = cells.shape[0], -(-cells.shape[0] // 64)
-    octets = -(-4 * halves // PADDED) * PADDED
-    number = -(-used // (QUARTERS * UNROLLED)) * QUARTERS * UNROLLED
+    octets = -(-4 * halves // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    number = -(-used // (SUMS_PER_ROW * TABLES_PER_STEP)) * SUMS_PER_ROW * TABLES_PER_STEP
     taken = aligned(64 * octets).view(np.uint32).reshape(octets // 4, 64)
     rows = aligned(64 * blocks * octets).view(np.uint32).reshape(64 * blocks, octets // 4)
-    whole = -(-blocks // TOGETHER) * TOGETHER
+    whole = -(-blocks // BLOCKS_PER_PASS) * BLOCKS_PER_PASS
     signs = aligned(whole * 64 * number).reshape(whole, number, 64)
-    lengths, seeds = np.ones(64 * blocks, np.float32), np.zeros(64 * TOGETHER, np.uint8)
+    lengths, seeds = np.ones(64 * blocks, np.float32), np.zeros(64 * BLOCKS_PER_PASS, np.uint8)
     tables = aligned(_CHUNK * number * 16).reshape(_CHUNK, number, 16)
     probes = aligned(_CHUNK * 2 * octets).view(np.int8).reshape(_CHUNK, 2, octets)
     limits, sums = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.float32)
     masks = masks_apart()
-    alive = np.empty(TOGETHER, np.uint64)
-    room = 64 * TOGETHER * _CHUNK
+    alive = np.empty(BLOCKS_PER_PASS, np.uint64)
+    room = 64 * BLOCKS_PER_PASS * _CHUNK
     which, lanes = np.empty(room, np.int32), np.empty(room, np.int32)
     one, other = np.empty(64, np.int32), np.empty(64, np.int32)
     found, passed = 0, 0
@@ -130,17 +130,17 @@ def _meet(
             step, middle = _tabulate(probes[i], used, tables[i])
             # an upper half is worth sixteen, of which `probes` counts two
             least = sign_cut * root * lengths[start + i] / np.float32(8)
-            limit = np.ceil((least + middle) / (QUARTERS * step) + np.float32(0.5 - 1e-3))
+            limit = np.ceil((least + middle) / (SUMS_PER_ROW * step) + np.float32(0.5 - 1e-3))
             limits[i] = np.uint8(min(max(limit, 0), 255))
-        for b in range(start // 64, blocks, TOGETHER):
-            for i in range(TOGETHER):
+        for b in range(start // 64, blocks, BLOCKS_PER_PASS):
+            for i in range(BLOCKS_PER_PASS):
                 left = max(count - 64 * (b + i), 0)
                 alive[i] = ~np.uint64(0) if left >= 64 else (np.uint64(1) << np.uint64(left)) - np.uint64(1)
             reached = survivors(
-                signs[b : b + TOGETHER],
+                signs[b : b + BLOCKS_PER_PASS],
                 seeds,
                 alive,
-                tables[: -(-together // WIDE) * WIDE],
+                tables[: -(-together // PROBES_PER_TILE) * PROBES_PER_TILE],
                 limits,
                 together,
                 masks,

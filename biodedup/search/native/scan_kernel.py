@@ -41,7 +41,7 @@ def _instructions() -> str:
 
 INSTRUCTIONS = _instructions()
 """vbmi, vnni, avx512, avx2 or plain: what this processor is asked for."""
-WIDE = 4
+PROBES_PER_TILE = 4
 """Probes in a tile: as many as leave registers for the rows; with six, two threads are no faster than one."""
 _PREFETCHED = 3
 """Blocks beforehand for which memory is asked where few probes wait for it."""
@@ -321,7 +321,7 @@ def _dot(plane: Any, cell: int, probes: Any, p: int) -> int:
     return total
 
 
-_tile_one, _tile_wide = make_tile(1), make_tile(WIDE)
+_tile_one, _tile_wide = make_tile(1), make_tile(PROBES_PER_TILE)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -342,8 +342,8 @@ def _scan(
 ) -> tuple[int, int]:
     halves, width = plane.shape[1:]
     stride = probes.shape[1]
-    wide = 1 if count == 1 else WIDE
-    masks = np.empty(32, np.uint64)[8 : 8 + WIDE]  # away from what another thread writes
+    wide = 1 if count == 1 else PROBES_PER_TILE
+    masks = np.empty(32, np.uint64)[8 : 8 + PROBES_PER_TILE]  # away from what another thread writes
     at_probes, at_norms, at_masks = probes.ctypes.data, norms.ctypes.data, masks.ctypes.data
     at_offsets, at_slopes = offsets.ctypes.data, slopes.ctypes.data
     found = 0
@@ -383,7 +383,7 @@ def filled(
 ) -> tuple[int, NDArray[np.int8], Float32, Float32]:
     """How many probes there are, and all of theirs filled up to whole tiles. Made outside of the kernel, which knows their addresses alone:
     numba frees an array of which nothing but the address is used any more, and other threads write there."""
-    missing = -len(probes) % WIDE if len(probes) > 1 else 0  # one has a tile of its own
+    missing = -len(probes) % PROBES_PER_TILE if len(probes) > 1 else 0  # one has a tile of its own
     if missing:
         probes = np.pad(probes, ((0, missing), (0, 0)))
         offsets, slopes = np.pad(offsets, (0, missing)), np.pad(slopes, (0, missing))
@@ -402,7 +402,7 @@ def rebound(function: Any, **names: Any) -> Any:
 
 def make_scan(instructions: str) -> Any:
     """`_scan` for another processor."""
-    tiles = {"_tile_one": make_tile(1, instructions), "_tile_wide": make_tile(WIDE, instructions)}
+    tiles = {"_tile_one": make_tile(1, instructions), "_tile_wide": make_tile(PROBES_PER_TILE, instructions)}
     return numba.njit(rebound(_scan, **tiles), nogil=True)
 
 

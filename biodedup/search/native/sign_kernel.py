@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from biodedup.gallery.files.codes import Codes
 from biodedup.search.native.scan_kernel import make_row_dot, prefetch, rebound
 from biodedup.search.native.sign_tile import (
-    FOUR,
-    TOGETHER,
+    BLOCKS_PER_PASS,
+    TableKind,
     aligned,
     classed_for,
     classify,
@@ -119,7 +119,7 @@ def _scan(
     block: int,
     tables: Any,
     limits: Any,
-    each: int,
+    kind: int,
     seeding: Any,
     probes: Any,
     parameters: Any,
@@ -132,19 +132,23 @@ def _scan(
     columns, count = probes.shape[:2]
     number, octets = tables.shape[1], probes.shape[3]
     mapped = members.shape[1] > 0
-    taken = aligned(TOGETHER * columns * 64 * octets).view(np.uint32).reshape(TOGETHER, columns, octets // 4, 64)
-    signs = aligned(TOGETHER * 64 * number).reshape(TOGETHER, number, 64)
-    rows = aligned(TOGETHER * 64 * octets).view(np.uint32).reshape(TOGETHER * 64, octets // 4)
-    lengths, seeds = np.ones((columns, TOGETHER * 64), np.float32), np.zeros(TOGETHER * 64, np.uint8)
+    taken = (
+        aligned(BLOCKS_PER_PASS * columns * 64 * octets)
+        .view(np.uint32)
+        .reshape(BLOCKS_PER_PASS, columns, octets // 4, 64)
+    )
+    signs = aligned(BLOCKS_PER_PASS * 64 * number).reshape(BLOCKS_PER_PASS, number, 64)
+    rows = aligned(BLOCKS_PER_PASS * 64 * octets).view(np.uint32).reshape(BLOCKS_PER_PASS * 64, octets // 4)
+    lengths, seeds = np.ones((columns, BLOCKS_PER_PASS * 64), np.float32), np.zeros(BLOCKS_PER_PASS * 64, np.uint8)
     masks = masks_apart()
-    alive = np.empty(TOGETHER, np.uint64)
-    room = 64 * TOGETHER * count
+    alive = np.empty(BLOCKS_PER_PASS, np.uint64)
+    room = 64 * BLOCKS_PER_PASS * count
     some, lanes, totals = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
     found, passed, end = 0, 0, -(-last // 64)
     while block < end:
         if found + room > which.size:
             return found, block, passed
-        blocks = min(TOGETHER, end - block)
+        blocks = min(BLOCKS_PER_PASS, end - block)
         alive[blocks:] = 0
         for b in range(blocks):
             alive[b] = _alive(live, block + b, first, last)
@@ -155,10 +159,10 @@ def _scan(
                     _take(planes[c], members[c, at : min(at + 64, members.shape[1])], mine)
                 else:
                     copy(planes[c] + 256 * halves[c] * (block + b), mine.ctypes.data, 256 * halves[c])
-                if each == FOUR:
+                if kind == TableKind.FOUR_SIGNS:
                     sign(mine, signs[b, begin : begin + used[c]])
                 else:
-                    classify(mine, each, signs[b, begin : begin + used[c]])
+                    classify(mine, kind, signs[b, begin : begin + used[c]])
                 begin += used[c]
                 if mapped:
                     for r in range(64):
@@ -169,7 +173,7 @@ def _scan(
         if seeding[1] != 0:
             for r in range(64 * blocks):
                 seeds[r] = np.uint8(min(max(seeding[0] + seeding[1] * lengths[0, r], np.float32(0)), seeding[2]))
-        reached, next_blocks = 0, 0 if mapped else min(TOGETHER, end - block - blocks)
+        reached, next_blocks = 0, 0 if mapped else min(BLOCKS_PER_PASS, end - block - blocks)
         for p in range(0, count, _PROBES_APART):
             for c in range(columns):  # what comes next, a share at a time, so that look-ups do not wait for it
                 octets_next = 256 * halves[c] * next_blocks
@@ -224,9 +228,8 @@ def make_scan(instructions: str) -> Any:
 class SignedProbes:
     """Probes as the kernel takes them, of one column or several.
 
-    tables: uint8 (q', t, 16 or 64), of all columns' tables one after another, t a multiple of QUARTERS * UNROLLED; limits: uint8 (q',),
-    where q' is q, the number of probes, rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. each: FOUR, SIX, TWO or
-    THREE; seeding: float32 (3,): a row's sums begin with seeding[0] +
+    tables: uint8 (q', t, 16 or 64), of all columns' tables one after another, t a multiple of SUMS_PER_ROW * TABLES_PER_STEP; limits: uint8 (q',),
+    where q' is q, the number of probes, rounded up to a multiple of PROBES_PER_TILE; used: of each column, how many of the t are its own. kind: of the tables; seeding: float32 (3,): a row's sums begin with seeding[0] +
     seeding[1] times the norm of its first column, cut off at 0 and seeding[2]. codes: int8 (columns, q, 2, octets), as
     `make_row_dot` wants them; parameters: float32 (columns, q, 2): a similarity is the first times (dot product - the second)
     over the row's norm. evidence: float32 (columns, n), what a similarity from -1 to 1 counts for, whose sum is compared with a cut;
@@ -236,7 +239,7 @@ class SignedProbes:
     tables: NDArray[np.uint8]
     limits: NDArray[np.uint8]
     used: Int64
-    each: int
+    kind: TableKind
     seeding: Float32
     codes: NDArray[np.int8]
     parameters: Float32
@@ -246,7 +249,7 @@ class SignedProbes:
         return int(self.codes.shape[1])
 
     def pieces(self, most: int) -> Iterator[tuple[slice, SignedProbes]]:
-        """So many at a time, a multiple of WIDE."""
+        """So many at a time, a multiple of PROBES_PER_TILE."""
         for low in range(0, len(self), most):
             some = slice(low, min(low + most, len(self)))
             codes, parameters = (
@@ -259,7 +262,7 @@ class SignedProbes:
     @property
     def room(self) -> int:
         """That a call may fill."""
-        return 64 * TOGETHER * len(self)
+        return 64 * BLOCKS_PER_PASS * len(self)
 
 
 def scan(
@@ -296,7 +299,7 @@ def scan(
         start,
         probes.tables,
         probes.limits,
-        probes.each,
+        int(probes.kind),
         probes.seeding,
         probes.codes,
         probes.parameters,

@@ -28,11 +28,11 @@ from biodedup.gallery.files.codes import STEP, quantise, rotate
 from biodedup.search.native.sign_kernel import SignedProbes
 from biodedup.search.native.sign_tile import (
     CLASSES,
-    FOUR,
-    PADDED,
-    QUARTERS,
-    UNROLLED,
-    WIDE,
+    PROBES_PER_TILE,
+    ROW_ALIGNMENT,
+    SUMS_PER_ROW,
+    TABLES_PER_STEP,
+    TableKind,
     aligned,
     numbers_of,
     tables_most,
@@ -54,17 +54,19 @@ _NO_EVIDENCE = np.zeros((1, 0), np.float32)
 
 class Signs:
     """Of a column's rows. sample: float32 (n, D), unit rows that its codec has rotated; scanned: of D numbers, those whose upper
-    halves are in memory; each: numbers that a table looks at, FOUR, SIX, TWO or THREE; tables: how many at most."""
+    halves are in memory; kind: of the tables; tables: how many at most."""
 
-    def __init__(self, sample: Float32, scanned: int, each: int = FOUR, tables: int = TABLES_MOST) -> None:
-        self.each = each
-        self.tables = min(tables_most(scanned, each), tables)
+    def __init__(
+        self, sample: Float32, scanned: int, kind: TableKind = TableKind.FOUR_SIGNS, tables: int = TABLES_MOST
+    ) -> None:
+        self.kind = kind
+        self.tables = min(tables_most(scanned, kind), tables)
         self.seeding, self._room, self._seed_sd = NOT_SEEDED, 0, 0.0
         self._scanned, self._sample = scanned, sample
-        self._used = numbers_of(self.tables, scanned, each).reshape(-1)
+        self._used = numbers_of(self.tables, scanned, kind).reshape(-1)
         self._size = np.float32(sqrt(self.count(self.tables)))
         self._levels = SIGN
-        if each < FOUR:
+        if kind < TableKind.FOUR_SIGNS:
             codes, norms = quantise(sample)
             seen, length = codes[:, self._used[self._used >= 0]], norms[:, None] / np.float32(sqrt(sample.shape[1]))
             outer = (seen < 16 * CLASSES[1][0]) | (seen >= 16 * CLASSES[3][0])
@@ -99,7 +101,7 @@ class Signs:
     def of_codes(self, codes: NDArray[np.uint8], tables: int | None = None) -> Float32:
         """As `of`; tables: the first so many alone."""
         used = self._of_tables(tables)
-        edges = [8] if self.each >= FOUR else [first for first, _ in CLASSES[1:]]
+        edges = [8] if self.kind >= TableKind.FOUR_SIGNS else [first for first, _ in CLASSES[1:]]
         levels = self._levels[np.searchsorted(edges, codes[:, used] >> 4, side="right")]
         return np.where(used >= 0, levels, np.float32(0))
 
@@ -113,10 +115,10 @@ class Signs:
         return int(np.count_nonzero(self._of_tables(tables) >= 0))
 
     def _of_tables(self, tables: int | None) -> NDArray[np.int64]:
-        return self._used if tables is None else self._used[: self.each * tables]
+        return self._used if tables is None else self._used[: self.kind * tables]
 
     def _tables(self, probes: Float32) -> tuple[NDArray[np.uint8], Float32, Float32]:
-        return tables_of([self.numbers(probes)], self._levels, self.each, self._room)
+        return tables_of([self.numbers(probes)], self._levels, self.kind, self._room)
 
     @cached_property
     def laws(self) -> tuple[ErrorLaw, ErrorLaw]:
@@ -139,7 +141,7 @@ class Signs:
         """What the kernel makes of pairs, float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers that count
         and what a row's stand for."""
         numbers = self.numbers(probes)
-        steps, middles, quarter = scales_of(numbers, self._levels, self.each, self._room)
+        steps, middles, quarter = scales_of(numbers, self._levels, self.kind, self._room)
         codes, norms = quantise(vectors)
         upper = np.ascontiguousarray(codes[:, self._used] >> 4).reshape(len(probes), self.tables, -1)
         means = np.empty(len(probes), np.float32)
@@ -155,9 +157,9 @@ class Signs:
     def strangers(self, probes: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the estimates that the column's rows get, float32 (q,) each. probes: rotated."""
         seen = self.numbers(probes)
-        steps, _, quarter = scales_of(seen, self._levels, self.each, self._room)
+        steps, _, quarter = scales_of(seen, self._levels, self.kind, self._room)
         variance = np.einsum("ij,ij->i", rotate(seen, self._covariance), seen)
-        variance += rounding_variance(QUARTERS * quarter, steps) + (self._seed_sd * steps) ** 2
+        variance += rounding_variance(SUMS_PER_ROW * quarter, steps) + (self._seed_sd * steps) ** 2
         mean = rotate(seen, self._mean[None])[:, 0]
         return np.asarray(mean / self._size, np.float32), np.sqrt(variance) / self._size
 
@@ -175,7 +177,7 @@ class Signs:
         return SignedProbes(
             *filled(tables, limits),
             used,
-            self.each,
+            self.kind,
             self.seeding,
             paired([codes]),
             parameters[None],
@@ -192,7 +194,7 @@ class GroupLaw:
     def __init__(self, signs: Signs, sample: Float32) -> None:
         self.count = -(-signs.tables // GROUP)
         rng = np.random.default_rng(_SEED)
-        edges = np.arange(0, signs.each * signs.tables, signs.each * GROUP)
+        edges = np.arange(0, signs.kind * signs.tables, signs.kind * GROUP)
 
         def products(one: Float32, other: Float32) -> NDArray[np.float64]:
             return np.add.reduceat((signs.numbers(one) * signs.of(other)).astype(np.float64), edges, axis=1)
@@ -223,28 +225,28 @@ class GroupLaw:
 
 
 def tables_of(
-    numbers: Sequence[Float32], levels: Float32, each: int = FOUR, room: int = 0
+    numbers: Sequence[Float32], levels: Float32, kind: TableKind = TableKind.FOUR_SIGNS, room: int = 0
 ) -> tuple[NDArray[np.uint8], Float32, Float32]:
     """Tables of probes' numbers, float32 (q, m) of each column, in the order of its tables; levels: what each of 2 or 4 classes of
-    a row's number stands for; each: numbers of a table; room: what the first quarter's sum begins with at most, half of it on an average.
+    a row's number stands for; kind: of the tables; room: what the first quarter's sum begins with at most, half of it on an average.
 
-    Returns uint8 (q, t, len(levels) ** each), t filled up to a multiple of QUARTERS * UNROLLED, and steps and middles, float32 (q,)
+    Returns uint8 (q, t, len(levels) ** kind), t filled up to a multiple of SUMS_PER_ROW * TABLES_PER_STEP, and steps and middles, float32 (q,)
     each, for `products_of`.
     """
     together = np.ascontiguousarray(np.concatenate(numbers, axis=1), np.float32)
-    steps, middles, quarter = scales_of(together, levels, each, room)
-    tables = np.zeros((len(together), QUARTERS * quarter, len(levels) ** each), np.uint8)
-    _fill(together.reshape(len(together), -1, each), np.ascontiguousarray(levels), steps, tables)
+    steps, middles, quarter = scales_of(together, levels, kind, room)
+    tables = np.zeros((len(together), SUMS_PER_ROW * quarter, len(levels) ** kind), np.uint8)
+    _fill(together.reshape(len(together), -1, kind), np.ascontiguousarray(levels), steps, tables)
     return tables, steps, middles
 
 
-def scales_of(numbers: Float32, levels: Float32, each: int, room: int) -> tuple[Float32, Float32, int]:
+def scales_of(numbers: Float32, levels: Float32, kind: TableKind, room: int) -> tuple[Float32, Float32, int]:
     """Of probes' tables: steps, middles, and how many make a quarter."""
-    count = numbers.shape[1] // each
-    quarter = -(-count // (QUARTERS * UNROLLED)) * UNROLLED
-    most = np.zeros((len(numbers), QUARTERS * quarter), np.float32)
+    count = numbers.shape[1] // kind
+    quarter = -(-count // (SUMS_PER_ROW * TABLES_PER_STEP)) * TABLES_PER_STEP
+    most = np.zeros((len(numbers), SUMS_PER_ROW * quarter), np.float32)
     most[:, :count] = np.abs(numbers).reshape(len(numbers), count, -1).sum(axis=2) * levels[-1]
-    largest = 2 * most.reshape(len(numbers), QUARTERS, quarter).sum(axis=2).max(axis=1)
+    largest = 2 * most.reshape(len(numbers), SUMS_PER_ROW, quarter).sum(axis=2).max(axis=1)
     steps = np.maximum(largest / np.float32(255 - room - quarter / 2), 1e-12).astype(np.float32)
     return steps, most.sum(axis=1) + steps * np.float32(room / 2), quarter
 
@@ -255,23 +257,23 @@ _ROUNDED_UP = np.float32(0.5)
 
 def rounding_variance(tables: int, steps: Float32) -> Float32:
     """Of products, for the rounding of entries and of means."""
-    return np.asarray((tables / 12 + QUARTERS**2 / 6) * steps**2, np.float32)
+    return np.asarray((tables / 12 + SUMS_PER_ROW**2 / 6) * steps**2, np.float32)
 
 
 def products_of(means: Float32, steps: Float32, middles: Float32) -> Float32:
     """The dot products that means of quarters stand for."""
-    return np.asarray((means - _ROUNDED_UP) * QUARTERS * steps - middles, np.float32)
+    return np.asarray((means - _ROUNDED_UP) * SUMS_PER_ROW * steps - middles, np.float32)
 
 
 def limits_of(products: Float32, steps: Float32, middles: Float32) -> NDArray[np.uint8]:
     """The least means of quarters that stand for dot products of at least these, float32 (q,)."""
-    least = np.ceil((products + middles) / (QUARTERS * steps) + _ROUNDED_UP - 1e-3)
+    least = np.ceil((products + middles) / (SUMS_PER_ROW * steps) + _ROUNDED_UP - 1e-3)
     return np.asarray(np.clip(least, 0, 255), np.uint8)
 
 
 def filled(tables: NDArray[np.uint8], limits: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """64-byte aligned, and filled up to a multiple of the kernel's width with probes that nothing reaches."""
-    missing = -len(tables) % WIDE
+    missing = -len(tables) % PROBES_PER_TILE
     shape = (len(tables) + missing, *tables.shape[1:])
     whole = aligned(int(np.prod(shape))).reshape(shape)
     whole[: len(tables)] = tables
@@ -280,7 +282,7 @@ def filled(tables: NDArray[np.uint8], limits: NDArray[np.uint8]) -> tuple[NDArra
 
 def paired(codes: Sequence[NDArray[np.int8]]) -> NDArray[np.int8]:
     """Probes of several columns, int8 (q, scanned) each, as `make_row_dot` wants them: int8 (columns, q, 2, octets)."""
-    octets = max(-(-c.shape[1] // 2 // PADDED) * PADDED for c in codes)
+    octets = max(-(-c.shape[1] // 2 // ROW_ALIGNMENT) * ROW_ALIGNMENT for c in codes)
     found = np.zeros((len(codes), len(codes[0]), 2, octets), np.int8)
     for mine, some in zip(found, codes, strict=True):
         halves = some.reshape(len(some), -1, 2, STEP // 2).transpose(0, 2, 1, 3)
@@ -336,4 +338,4 @@ def _means(numbers: Any, levels: Any, steps: Any, quarter: int, upper: Any, seed
         means[i] = (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1
 
 
-assert CLASSES == ((0, 5), (5, 8), (8, 11), (11, 16)) and QUARTERS == 4  # what `_means` takes for granted
+assert CLASSES == ((0, 5), (5, 8), (8, 11), (11, 16)) and SUMS_PER_ROW == 4  # what `_means` takes for granted

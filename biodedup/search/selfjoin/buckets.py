@@ -30,7 +30,7 @@ from biodedup.gallery.files.codes import dequantise, quantise
 from biodedup.gallery.segments.part import Column
 from biodedup.match.calibration import Calibration
 from biodedup.search.native.column_statistics import population_of, signs_of
-from biodedup.search.native.sign_tile import FOUR
+from biodedup.search.native.sign_tile import TableKind
 from biodedup.search.native.signs import Signs
 from biodedup.values import Float32
 
@@ -98,7 +98,7 @@ def choose(column: Column, rows: int, calibration: Calibration, least: float, mi
     sample, directions = vectors[:sampled], vectors[sampled:]
     pairs = _mates(sample, calibration, least, rng)
     one, other = (codec.rotate(some) for some in pairs)
-    signs = signs_of(column, FOUR)
+    signs = signs_of(column, TableKind.FOUR_SIGNS)
 
     def by_signs(a: Float32, b: Float32) -> Float32:
         return signs.estimates(seen(a), b)

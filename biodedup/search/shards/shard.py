@@ -36,7 +36,7 @@ from biodedup.search.native.column_statistics import population_of, signs_of
 from biodedup.search.native.exact_pairs import compared, ranked
 from biodedup.search.native.scan_kernel import INSTRUCTIONS
 from biodedup.search.native.scanner import Hits, Int64, Probes, Scanner, Tile, Unit
-from biodedup.search.native.sign_tile import CLASSED, SIGNED
+from biodedup.search.native.sign_tile import CLASS_TABLES, SIGN_TABLES
 from biodedup.search.native.signs import TABLES_MOST, Signs
 from biodedup.values import COLUMNS, Float32
 
@@ -347,12 +347,12 @@ def _cheapest_signs(column: Column, probes: Probes, least: Float32, miss_risk: f
     table, compared, taken, number = _COSTS[INSTRUCTIONS]
     options = []
     some = slice(None, None, max(len(least) // _FORESEEN_BY, 1))
-    all_signs = signs_of(column, SIGNED).tables
+    all_signs = signs_of(column, SIGN_TABLES).tables
     for each, tables in (
-        (SIGNED, all_signs // 8 * 4),
-        (SIGNED, all_signs * 3 // 16 * 4),
-        (SIGNED, TABLES_MOST),
-        (CLASSED, TABLES_MOST),
+        (SIGN_TABLES, all_signs // 8 * 4),
+        (SIGN_TABLES, all_signs * 3 // 16 * 4),
+        (SIGN_TABLES, TABLES_MOST),
+        (CLASS_TABLES, TABLES_MOST),
     ):
         if not tables:
             continue
