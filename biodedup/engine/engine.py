@@ -423,7 +423,7 @@ class Engine:
         self._check_open()
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
-        return JoinPlan(self._searcher.caps(self._gallery.snapshot(), threshold_db), self._config.search.miss_risk)
+        return JoinPlan(self._searcher.buckets(self._gallery.snapshot(), threshold_db), self._config.search.miss_risk)
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
@@ -447,7 +447,7 @@ class Engine:
         since: tuple[int, int] | None = None,
     ) -> Iterator[JoinedTile]:
         """N:N, tile by tile: each compares some subjects with all that were enrolled after them, as of now. Pairs that were judged
-        different are left out. Of a large gallery of faces each compares those that meet in some caps (search/caps.py), so that a pair may
+        different are left out. Of a large gallery of faces each compares those that share an LSH bucket (search/selfjoin/buckets.py), so that a pair may
         come up more than once; that a mate is missed has at most the probability `SearchConfig.miss_risk`.
 
         threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. among: only these subjects,

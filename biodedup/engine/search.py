@@ -84,22 +84,22 @@ class BatchedSearch:
     ) -> Iterator[tuple[int, int, list[Link]]]:
         """Pairs that reach the threshold and were not judged different, of these live rows with those behind them, or with_all: step by
         step (how many rows are done, the row before which all have been compared, links). skip: rows that are done already."""
-        caps = None if with_all else self._searcher.caps(snapshot, threshold_db)
-        rest = rows if caps is None else rows_outside(snapshot, "face", caps, rows)
+        buckets = None if with_all else self._searcher.buckets(snapshot, threshold_db)
+        rest = rows if buckets is None else rows_outside(snapshot, "face", buckets, rows)
         for start in range(min(skip, len(rest)), len(rest), JOIN_ROWS):
             some = rest[start : start + JOIN_ROWS].tolist()
-            found = self._searcher.pairs(snapshot, some, threshold_db, with_all=with_all or caps is not None)
+            found = self._searcher.pairs(snapshot, some, threshold_db, with_all=with_all or buckets is not None)
             done = start + len(some)
             yield (
                 done,
-                some[-1] + 1 if caps is None or done == len(rows) else 0,
+                some[-1] + 1 if buckets is None or done == len(rows) else 0,
                 self._links(snapshot, found, threshold_db),
             )
-        if caps is None:
+        if buckets is None:
             return
-        for members, done in caps.steps(len(rest), len(rows)):
+        for members, done in buckets.steps(len(rest), len(rows)):
             if done > skip:
-                found = self._searcher.pairs_in(snapshot, caps, members, threshold_db)
+                found = self._searcher.pairs_in_buckets(snapshot, buckets, members, threshold_db)
                 # whom somebody may still meet is known at the end
                 yield done, int(rows[-1]) + 1 if done == len(rows) else 0, self._links(snapshot, found, threshold_db)
 

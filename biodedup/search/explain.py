@@ -13,7 +13,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.multicolumn.together import MultiColumnPlan, MultiColumnQuery, covered, row_groups_of
 from biodedup.search.native.column_statistics import signs_of
 from biodedup.search.native.sign_tile import CLASS_TABLES, SIGN_TABLES
-from biodedup.search.selfjoin.buckets import Caps
+from biodedup.search.selfjoin.buckets import Buckets
 from biodedup.search.shards.shard import by_codec, shares
 from biodedup.values import COLUMNS
 
@@ -97,20 +97,20 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class JoinPlan:
-    """What a join of everybody with everybody does. caps: None where it compares all pairs."""
+    """What a join of everybody with everybody does. buckets: None where it compares all pairs."""
 
-    caps: Caps | None
+    buckets: Buckets | None
     miss_risk: float
 
     def explain(self) -> str:
         """In words, with the evidence."""
-        if self.caps is None:
+        if self.buckets is None:
             return "everybody is compared with everybody"
-        caps = self.caps
+        buckets = self.buckets
         return (
-            f"those are compared who meet in one of {len(caps):,} caps, {caps.share:.1%} of all pairs; of {caps.drawn:,} mates that "
-            f"reach the threshold, as the calibration has them, {caps.missed} were missed, so that one is missed with a probability "
-            f"below {caps.miss_bound:.2g} (asked for: {self.miss_risk:g}), 95 % confidence"
+            f"those are compared who meet in one of {len(buckets):,} buckets, {buckets.share:.1%} of all pairs; of {buckets.drawn:,} mates that "
+            f"reach the threshold, as the calibration has them, {buckets.missed} were missed, so that one is missed with a probability "
+            f"below {buckets.miss_bound:.2g} (asked for: {self.miss_risk:g}), 95 % confidence"
         )
 
 

@@ -26,9 +26,9 @@ from biodedup.match.ranked import Comparison, Ranked
 from biodedup.search.multicolumn.together import LlrTable, MultiColumnPlan, MultiColumnQuery, choose, codec_id, sets_of
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.positions import comparable, comparable_bits, strongest
-from biodedup.search.selfjoin.bucket_join import divided, meet
-from biodedup.search.selfjoin.buckets import Caps
-from biodedup.search.selfjoin.buckets import choose as choose_caps
+from biodedup.search.selfjoin.bucket_join import join_buckets, parts_with_codec
+from biodedup.search.selfjoin.buckets import Buckets
+from biodedup.search.selfjoin.buckets import choose as choose_buckets
 from biodedup.search.shards.shard import FanOut, Nearest, Shard, ShardQuery, as_set, local_shards
 from biodedup.values import BIT, Float32, Template
 
@@ -76,7 +76,7 @@ class Searcher:
         self._config = config
         self._policy = policy
         self._choices: dict[tuple[object, ...], MultiColumnPlan | None] = {}
-        self._caps: tuple[tuple[Column, int, float], Caps | None] | None = None  # of the last join
+        self._buckets: tuple[tuple[Column, int, float], Buckets | None] | None = None  # of the last join
         self._scanner = Scanner(threads)
         self._fan_out = FanOut()
 
@@ -169,20 +169,20 @@ class Searcher:
             found.append((rows, evidence))
         return strongest(found, self._config.candidates + spare)
 
-    def caps(self, snapshot: Snapshot, threshold_db: float) -> Caps | None:
-        """How a gallery of faces is joined by caps, for pairs that score threshold_db or more; None where it is not."""
+    def buckets(self, snapshot: Snapshot, threshold_db: float) -> Buckets | None:
+        """How a gallery of faces is joined by buckets, for pairs that score threshold_db or more; None where it is not."""
         columns = [part.columns["face"] for part in snapshot.parts if "face" in part.columns]
         largest = max(columns, key=lambda column: column.count, default=None)
-        if not _of_faces_alone(snapshot) or largest is None or largest.codec is None:
+        if not _has_faces_only(snapshot) or largest is None or largest.codec is None:
             return None
         model_id = snapshot.models["face"].model_id
-        inside = {id(part) for part in divided(snapshot, "face", largest.codec)}
+        inside = {id(part) for part in parts_with_codec(snapshot, "face", largest.codec)}
         rows = snapshot.live_count - sum(part.count for part in snapshot.parts if id(part) not in inside)
         key = (largest, rows, self._similarity_at(model_id, threshold_db))
-        known = self._caps
+        known = self._buckets
         if known is None or known[0] != key:
-            known = key, choose_caps(*key[:2], self._comparer.calibration(model_id), key[2], self._config.miss_risk)
-            self._caps = known
+            known = key, choose_buckets(*key[:2], self._comparer.calibration(model_id), key[2], self._config.miss_risk)
+            self._buckets = known
         return known[1]
 
     def pairs(
@@ -190,7 +190,7 @@ class Searcher:
     ) -> list[tuple[int, Comparison]]:
         """Pairs of one of these live rows, ascending, and of a row behind it, that score threshold_db or more; each once.
         with_all: of one of them, and any other row."""
-        if not _of_faces_alone(snapshot):
+        if not _has_faces_only(snapshot):
             return self._pairs_with_all(snapshot, rows, threshold_db)
         faces = snapshot.embeddings(rows, "face")
         model_id = snapshot.models["face"].model_id
@@ -214,11 +214,11 @@ class Searcher:
             wanted.append(others[others != row if with_all else behind])
         return self._reaching(snapshot, rows, faces, wanted, threshold_db)
 
-    def pairs_in(
-        self, snapshot: Snapshot, caps: Caps, some: slice, threshold_db: float
+    def pairs_in_buckets(
+        self, snapshot: Snapshot, buckets: Buckets, some: slice, threshold_db: float
     ) -> list[tuple[int, Comparison]]:
-        """Pairs of live rows, the lower one first, that lie in one of some caps and score threshold_db or more; each once."""
-        low, high = meet(self._scanner, snapshot, "face", caps, some)
+        """Pairs of live rows, the lower one first, that lie in one of some buckets and score threshold_db or more; each once."""
+        low, high = join_buckets(self._scanner, snapshot, "face", buckets, some)
         rows, starts = np.unique(low, return_index=True)
         faces = snapshot.embeddings(rows.tolist(), "face")
         return self._reaching(snapshot, rows.tolist(), faces, np.split(high, starts)[1:], threshold_db)
@@ -441,7 +441,7 @@ class Searcher:
         return float(grid[np.searchsorted(score_db, floor_db).clip(1, 4000) - 1])
 
 
-def _of_faces_alone(snapshot: Snapshot) -> bool:
+def _has_faces_only(snapshot: Snapshot) -> bool:
     removed = 0  # the presence of a removed subject that is still in the journal
     return all(bits in (BIT["face"], removed) for part in snapshot.parts for bits in part.bits)
 

@@ -86,7 +86,7 @@ def _tabulate(probe: Any, number: int, table: Any) -> tuple[Any, Any]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _meet(
+def _similar_pairs(
     planes: Any,
     norms: Any,
     halves: int,
@@ -168,7 +168,7 @@ def _grown(some: Any, size: int) -> Any:
     return wider
 
 
-def meet(
+def similar_pairs(
     columns: Sequence[tuple[Codes, Float32]],
     numbers: NDArray[np.int32],
     cells: NDArray[np.int32],
@@ -186,5 +186,5 @@ def meet(
     planes = np.array([plane.ctypes.data for plane, _ in columns], np.int64)
     norms = np.array([norms.ctypes.data for _, norms in columns], np.int64)
     halves = columns[0][0].shape[1]
-    one, other, passed = _meet(planes, norms, halves, numbers, cells, tables, sign_cut, cut)
+    one, other, passed = _similar_pairs(planes, norms, halves, numbers, cells, tables, sign_cut, cut)
     return one, other, passed

@@ -1,15 +1,15 @@
-"""Caps: a join of everybody with everybody that compares only those who lie in the same direction, somewhere.
+"""Buckets: a join of everybody with everybody that compares only those who lie in the same direction, somewhere.
 
-Owns the choice of caps, and what they may miss. Never scans (`scan.py`) and never reads a gallery's rows.
+Owns the choice of buckets, and what they may miss. Never scans (`scan.py`) and never reads a gallery's rows.
 
-A cap is a direction, and the rows that lie so near to it that a given share of all rows does. Embeddings are spread nearly evenly over
+A bucket is a direction, and the rows that lie so near to it that a given share of all rows does. Embeddings are spread nearly evenly over
 their sphere, so that a search by one direction, or by the nearest of some, loses hard mates. But of two mates that a join is asked for,
-which score high enough to decide, a tenth of the caps that hold the one hold the other as well, and of two strangers hardly any: with
-some ten thousand caps nearly every pair of mates meets in one, though only a few of a hundred pairs of strangers do. (Spherical
+which score high enough to decide, a tenth of the buckets that hold the one hold the other as well, and of two strangers hardly any: with
+some ten thousand buckets nearly every pair of mates meets in one, though only a few of a hundred pairs of strangers do. (Spherical
 locality-sensitive filters: Becker, Ducas, Gama and Laarhoven, SODA 2016; here their number follows from pairs that are made from the
 column's own vectors, at similarities as the calibration's mates have them, sent through every step of the join.)
 
-Everything but the last comparison reads upper halves alone: the members of a cap are found by the scan (its directions are probes), and
+Everything but the last comparison reads upper halves alone: the members of a bucket are found by the scan (its directions are probes), and
 members are compared with each other by signs, then by upper halves.
 """
 
@@ -34,26 +34,26 @@ from biodedup.search.native.sign_tile import TableKind
 from biodedup.search.native.signs import Signs
 from biodedup.values import Float32
 
-CAPS, CAPS_MOST = 64, 1 << 16
-"""Caps of one step of a join, and of all."""
+BUCKETS_PER_STEP, BUCKETS_MOST = 64, 1 << 16
+"""Buckets of one step of a join, and of all."""
 ROWS_MIN = 1 << 18
-"""Fewer rows are joined sooner than caps are chosen."""
+"""Fewer rows are joined sooner than buckets are chosen."""
 NEVER = 1 << 30
-_TRIED = 4096  # caps, before it is asked whether there are enough
-_HEIGHTS = (2.5, 2.7, 2.9, 3.1, 3.3, 3.5, 3.7)
-"""Where a cap begins, in standard deviations of similarity above its mean."""
+_TRIED = 4096  # buckets, before it is asked whether there are enough
+_THRESHOLDS = (2.5, 2.7, 2.9, 3.1, 3.3, 3.5, 3.7)
+"""Where a bucket begins, in standard deviations of similarity above its mean."""
 _PAIRS = 40_000  # mates that are made to measure by, half to choose and half to confirm
 _SAMPLE = 8_192  # vectors that they are made from
 _AT_ONCE = 512
 _SEED = 2_026
 # Costs in nanoseconds of a thread, measured with AVX2: a row compared with a direction, a row taken out as a member, two members
-# compared; and what a join without caps takes for a pair.
+# compared; and what a join without buckets takes for a pair.
 _DIRECTION, _MEMBER, _PAIR = 1.4, 1_500.0, 0.5
 _WORTH = 0.8
 
 
 @dataclass(frozen=True, eq=False)
-class Caps:
+class Buckets:
     """directions: float32 (n, d), unit rows; least: float32 (n,), the estimated similarity that members reach. signs: of the
     column; sign_cut, cut: estimates by signs and by upper halves that a pair must reach.
 
@@ -74,9 +74,9 @@ class Caps:
         return len(self.directions)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[slice, int]]:
-        """Caps that are joined at a time, and how far from first to last the join then is."""
-        for low in range(0, len(self), CAPS):
-            high = min(low + CAPS, len(self))
+        """Buckets that are joined at a time, and how far from first to last the join then is."""
+        for low in range(0, len(self), BUCKETS_PER_STEP):
+            high = min(low + BUCKETS_PER_STEP, len(self))
             yield slice(low, high), first + (last - first) * high // len(self)
 
     @property
@@ -85,15 +85,15 @@ class Caps:
         return _bound(self.missed, self.drawn)
 
 
-def choose(column: Column, rows: int, calibration: Calibration, least: float, miss_risk: float) -> Caps | None:
-    """Caps for a join of so many rows that are like this column's, by which of mates of at least this similarity no more than the risk is
+def choose(column: Column, rows: int, calibration: Calibration, least: float, miss_risk: float) -> Buckets | None:
+    """Buckets for a join of so many rows that are like this column's, by which of mates of at least this similarity no more than the risk is
     lost, with 95 % confidence. None where this cannot be said, or is not worth the while."""
     codec = column.codec
     if codec is None or rows < ROWS_MIN or not calibration.mates_measured or miss_risk <= 0:
         return None
     rng = np.random.default_rng(_SEED)
     sampled = min(_SAMPLE, column.count // 2)
-    cells = np.sort(rng.choice(column.count, min(CAPS_MOST + sampled, column.count), replace=False))
+    cells = np.sort(rng.choice(column.count, min(BUCKETS_MOST + sampled, column.count), replace=False))
     vectors = column.vectors_at(cells)[rng.permutation(len(cells))]
     sample, directions = vectors[:sampled], vectors[sampled:]
     pairs = _mates(sample, calibration, least, rng)
@@ -114,12 +114,12 @@ def choose(column: Column, rows: int, calibration: Calibration, least: float, mi
     lost = (by_signs(one, other) < sign_cut) | (by_halves(one, other) < cut)
     trial = _Trial(column, directions, (one, other), lost)
     best = None
-    dearest, open_heights = _WORTH * rows / 2 * _PAIR, list(range(len(_HEIGHTS)))
+    dearest, open_heights = _WORTH * rows / 2 * _PAIR, list(range(len(_THRESHOLDS)))
     while open_heights and trial.tried < len(directions):
         trial.try_more(open_heights)
         for h in open_heights.copy():
             count, missed = _count(trial.first[h], trial.tried, miss_risk)
-            cost = _cost(count or trial.at_least(h, miss_risk), _HEIGHTS[h], rows)
+            cost = _cost(count or trial.at_least(h, miss_risk), _THRESHOLDS[h], rows)
             if count and cost < dearest:
                 best, dearest = (h, count, missed), cost
             if count or cost >= dearest:
@@ -127,9 +127,9 @@ def choose(column: Column, rows: int, calibration: Calibration, least: float, mi
     if best is None:
         return None
     h, count, missed = best
-    least_of = trial.mean[:count] + np.float32(_HEIGHTS[h]) * trial.sd[:count]
-    share = float(count * ndtr(-_HEIGHTS[h]) ** 2)
-    return Caps(codec, directions[:count], least_of, signs, sign_cut, cut, share, _PAIRS // 2, missed)
+    least_of = trial.mean[:count] + np.float32(_THRESHOLDS[h]) * trial.sd[:count]
+    share = float(count * ndtr(-_THRESHOLDS[h]) ** 2)
+    return Buckets(codec, directions[:count], least_of, signs, sign_cut, cut, share, _PAIRS // 2, missed)
 
 
 def seen(rotated: Float32) -> Float32:
@@ -143,14 +143,14 @@ def _bound(missed: int, drawn: int) -> float:
 
 
 def _count(first: NDArray[np.int32], most: int, miss_risk: float) -> tuple[int, int]:
-    """How many caps it takes, and how many of the pairs set aside they miss; 0 where all are too few. first: the first cap that a
+    """How many buckets it takes, and how many of the pairs set aside they miss; 0 where all are too few. first: the first bucket that a
     pair shares."""
     chosen, confirming = np.sort(first[::2]), first[1::2]
     missed = 0
     while _bound(missed + 1, len(chosen)) <= miss_risk:
         missed += 1
     for allowed in range(missed, -1, -1):
-        count = -(-(int(chosen[-1 - allowed]) + 1) // CAPS) * CAPS
+        count = -(-(int(chosen[-1 - allowed]) + 1) // BUCKETS_PER_STEP) * BUCKETS_PER_STEP
         if count <= most and _bound(int((confirming >= count).sum()), len(confirming)) <= miss_risk:
             return count, int((confirming >= count).sum())
     return 0, 0
@@ -163,37 +163,37 @@ def _cost(count: int, height: float, rows: int) -> float:
 
 
 class _Trial:
-    """Pairs tried with one cap after another. pairs: rotated, float32 (n, D) each; lost: those that another step loses anyway. first:
-    int32 (heights, n), of each pair the first cap that holds both, NEVER before it is found."""
+    """Pairs tried with one bucket after another. pairs: rotated, float32 (n, D) each; lost: those that another step loses anyway. first:
+    int32 (heights, n), of each pair the first bucket that holds both, NEVER before it is found."""
 
     def __init__(
         self, column: Column, directions: Float32, pairs: tuple[Float32, Float32], lost: NDArray[np.bool_]
     ) -> None:
-        assert column.codec is not None, "caps are of coded columns"
+        assert column.codec is not None, "buckets are of coded columns"
         scanned = column.codec.scanned
         rotated = np.ascontiguousarray(column.codec.rotate(directions)[:, :scanned])
         self.mean, self.sd = population_of(column).similarity(rotated)
         self.tried = 0
-        self.first = np.full((len(_HEIGHTS), len(lost)), NEVER, np.int32)
+        self.first = np.full((len(_THRESHOLDS), len(lost)), NEVER, np.int32)
         self._towards = rotated
         self._pairs = [seen(some)[:, :scanned] for some in pairs]
         self._lost = lost
 
     def at_least(self, height: int, miss_risk: float) -> int:
-        """How many caps it will take, or more. Of pairs that have not met, some meet seldom, so that fewer and fewer do: those that
+        """How many buckets it will take, or more. Of pairs that have not met, some meet seldom, so that fewer and fewer do: those that
         are left decline ever more slowly."""
         left = float((self.first[height, ~self._lost] == NEVER).mean())
         return int(self.tried * max(log(miss_risk) / log(max(min(left, 1 - 1e-6), miss_risk)), 1))
 
     def try_more(self, heights: list[int]) -> None:
-        """Tries some more caps with the pairs that have not met yet at one of these heights."""
+        """Tries some more buckets with the pairs that have not met yet at one of these heights."""
         some = slice(self.tried, self.tried + _TRIED)
         waiting = np.flatnonzero((self.first[heights] == NEVER).any(axis=0) & ~self._lost)
         for low in range(0, len(waiting), _AT_ONCE):
             mine = waiting[low : low + _AT_ONCE]
             one, other = (pairs[mine] @ self._towards[some].T for pairs in self._pairs)
             first = self.first[:, mine]
-            _try(one, other, self.mean[some], 1 / self.sd[some], np.array(_HEIGHTS, np.float32), self.tried, first)
+            _try(one, other, self.mean[some], 1 / self.sd[some], np.array(_THRESHOLDS, np.float32), self.tried, first)
             self.first[:, mine] = first
         self.tried = min(self.tried + _TRIED, len(self._towards))
 
