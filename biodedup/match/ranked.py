@@ -1,7 +1,9 @@
-"""One probe's comparisons with many candidates, as arrays: how captures' evidence becomes one score a row, and their order.
+"""Scores one probe against many candidates, as arrays: adds up the captures' evidence into one score a row, and ranks
+the rows.
 
-Owns the sums, their calibration, and the ranking. Never measures a similarity and never decides. Nothing here loops over rows:
-a `Comparison` is made only of those that somebody looks at.
+Owns the sums, their calibration and the ranking. Never measures a similarity and never decides.
+
+Invariant: nothing here loops over rows; a `Comparison` is made only for rows that are read.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One candidate's result. evidence: one entry a capture that could be compared; label_penalty_db: what was taken off both sums,
-    for readings of the labels that were tried; interval_db: of score_db, 95 %, None where a card does not say. sure_db: what is left
-    of score_db where calibrations that the gallery has not checked are as wrong as they may be; None: all of it."""
+    """One candidate's result.
+
+    evidence: one entry for each capture that could be compared; label_penalty_db: taken off both sums, for the readings
+    of the labels that were tried; interval_db: the 95 % interval of score_db, None if a card gives none. sure_db: what
+    is left of score_db if calibrations that the gallery has not checked are as wrong as they may be; None: all of it.
+    """
 
     row: int
     score_db: float
@@ -44,7 +49,7 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class ScoreModel:
-    """How one model's templates score: by embedding or minutiae alone, and, where a card says how, by both."""
+    """How the templates of one model score: by embedding or minutiae alone, and, if its card says how, by both."""
 
     alone: Calibration
     with_minutiae: WithMinutiae | None
@@ -55,8 +60,8 @@ class ScoreModel:
 
 @dataclass(frozen=True, eq=False)
 class PairScores:
-    """A pair of columns, compared. float64 (n,) each, of every row; NaN where it cannot be compared so. raw: similarity or minutiae,
-    whichever the model's `alone` takes; summed_db: what its `both` takes."""
+    """The scores of one pair of columns for every row, float64 (n,) each; NaN where rows cannot be compared. raw:
+    similarity or minutiae, whichever the model's `alone` takes; summed_db: what its `both` takes."""
 
     model: ScoreModel
     similarity: Float64
@@ -71,7 +76,7 @@ class PairScores:
         return PairScores(self.model, *(array[ats] for array in arrays))
 
     def score_db(self, ats: Int64) -> Float64:
-        """Of these rows. Of most rows nobody asks: they are ranked by sums."""
+        """score_db of these rows. Most rows are ranked by sums alone and never need it."""
         found, summed_db = self.model.alone.score_db(self.raw[ats]), self.summed_db[ats]
         both = ~np.isnan(summed_db)
         if both.any():
@@ -79,16 +84,17 @@ class PairScores:
         return found
 
     def low_db(self, ats: Int64) -> Float64:
-        """The lower end of score_db, of rows that are compared in one way and have an interval."""
+        """The lower end of score_db, for rows that are compared in one way and have an interval."""
         summed_db = self.summed_db[ats]
         both = not np.isnan(summed_db).any()
         interval_db = self.model.of(both).interval_db(summed_db if both else self.raw[ats])
-        assert interval_db is not None, "what is unchecked has one"
+        assert interval_db is not None, "an unchecked calibration has an interval"
         return interval_db[0]
 
 
 def calibrated(model: ScoreModel, similarity: Float64, minutiae: Float64, *, by_embedding: bool) -> PairScores:
-    """What raw scores say. similarity, minutiae: float64 (n,), NaN where absent; by_embedding: minutiae only add to it."""
+    """Calibrates raw scores. similarity, minutiae: float64 (n,), NaN where absent; by_embedding: minutiae only add to
+    the embedding."""
     raw = similarity if by_embedding else minutiae
     llr_db, summed_db = model.alone.llr_db(raw), np.full(len(raw), np.nan)
     if model.with_minutiae is not None:
@@ -99,10 +105,11 @@ def calibrated(model: ScoreModel, similarity: Float64, minutiae: Float64, *, by_
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """Evidence of several captures as one score a row, float64 (n,) each; NaN where a row has none.
+    """The evidence of several captures as one score a row, float64 (n,) each; NaN where a row has none.
 
-    used: bool (n, pairs), the pairs that count; trial_penalty_db: float64 (n, pairs), what is off the evidence of a pair that is the best
-    of several; label_penalty_db: what is off the sums, for the readings that were tried.
+    used: bool (n, pairs), the pairs that count; trial_penalty_db: float64 (n, pairs), taken off the evidence of a pair
+    that is the best of several tried; label_penalty_db: taken off the sums, for the readings of the labels that were
+    tried.
     """
 
     used: Bool
@@ -113,20 +120,20 @@ class Fused:
     label_penalty_db: Float64
 
     def penalised(self, label_penalty_db: Float64) -> Fused:
-        """With so much more taken off the sums, float64 (n,)."""
+        """A copy with this taken off the sums, float64 (n,)."""
         score_db, llr_db = np.maximum(self.score_db - label_penalty_db, 0.0), self.llr_db - label_penalty_db
         return replace(
             self, score_db=score_db, llr_db=llr_db, label_penalty_db=self.label_penalty_db + label_penalty_db
         )
 
     def or_better(self, other: Fused, ats: Int64) -> Fused:
-        """The stronger of both in each row; other: of the rows `ats` alone. By score; but where scores end before the evidence
-        does, by evidence."""
-        mine = _strength(self.score_db[ats], self.label_penalty_db[ats])
+        """The stronger of both in each row, by score, and by evidence where the scores are capped. other: of the rows
+        `ats` only."""
+        ours = _strength(self.score_db[ats], self.label_penalty_db[ats])
         theirs = _strength(other.score_db, other.label_penalty_db)
-        better = np.isnan(mine) & ~np.isnan(theirs)
+        better = np.isnan(ours) & ~np.isnan(theirs)
         with np.errstate(invalid="ignore"):
-            better |= (theirs > mine) | ((theirs == mine) & (other.llr_db > self.llr_db[ats]))
+            better |= (theirs > ours) | ((theirs == ours) & (other.llr_db > self.llr_db[ats]))
         mixed: dict[str, Any] = {name: array.copy() for name, array in vars(self).items()}
         for name, array in vars(other).items():
             mixed[name][ats[better]] = array[better]
@@ -134,8 +141,8 @@ class Fused:
 
 
 class ScoreMatrix:
-    """All pairs of columns of a probe with some rows. pairs -> what was measured; rows: int64 (n,); borrowed_db: float64 (n, pairs),
-    what is off the evidence of a pair that was measured on another row of the same subject; None: none was."""
+    """The scores of one probe with some rows, by pair of columns. rows: int64 (n,); borrowed_db: float64 (n, pairs),
+    taken off the evidence of a pair that was measured on another row of the same subject; None: no pair was."""
 
     def __init__(self, rows: Int64, scores: Mapping[Pair, PairScores], borrowed_db: Float64 | None = None) -> None:
         self.rows = rows
@@ -144,11 +151,11 @@ class ScoreMatrix:
         self.number = {pair: i for i, pair in enumerate(self.pairs)}
         self._scores = tuple(scores.values())
         shape = (len(self._scores), len(self.rows))
-        self.llr_db = np.array([one.llr_db for one in self._scores]).reshape(shape).T
-        self._both = ~np.isnan(np.array([one.summed_db for one in self._scores]).reshape(shape).T)
+        self.llr_db = np.array([scores.llr_db for scores in self._scores]).reshape(shape).T
+        self._both = ~np.isnan(np.array([scores.summed_db for scores in self._scores]).reshape(shape).T)
 
     def fuse(self, used: Bool, trial_penalty_db: Float64 | None = None, ats: Int64 | None = None) -> Fused:
-        """used: bool (n, pairs), of these rows (None: all)."""
+        """Adds up the evidence of the used pairs. used: bool (n, pairs); ats: of these rows, None for all."""
         llr_db, both = (self.llr_db, self._both) if ats is None else (self.llr_db[ats], self._both[ats])
         trial_penalty_db = np.zeros(used.shape) if trial_penalty_db is None else trial_penalty_db
         if self._borrowed_db is not None:
@@ -160,15 +167,15 @@ class ScoreMatrix:
         for some, pairs, calibrations in self._alike(used, both):
             limit_db[some] = measured_db(calibrations)
             if len(pairs) == 1:
-                mine = some if ats is None else ats[some]
-                score_db[some] = self._scores[pairs[0]].score_db(mine) - trial_penalty_db[some, pairs[0]]
+                rows = some if ats is None else ats[some]
+                score_db[some] = self._scores[pairs[0]].score_db(rows) - trial_penalty_db[some, pairs[0]]
             else:
                 score_db[some] = score_db_of_steps(steps[some], calibrations)
         score_db = np.maximum(score_db, 0.0)
         return Fused(used, trial_penalty_db, score_db, llr_db, score_db > limit_db, np.zeros(len(llr_db)))
 
     def comparisons(self, ats: Int64, fused: Fused) -> list[Comparison]:
-        """Those of these rows."""
+        """The comparisons of these rows."""
         used, label_penalty_db = fused.used[ats], fused.label_penalty_db[ats]
         score_db, llr_db = fused.score_db[ats], fused.llr_db[ats]
         low_db, high_db = np.full((2, len(ats)), np.nan)
@@ -181,16 +188,16 @@ class ScoreMatrix:
         high_db = np.maximum(high_db - label_penalty_db, score_db)
         evidence: list[list[Evidence]] = [[] for _ in range(len(ats))]
         trial_penalty_db = fused.trial_penalty_db[ats]
-        for pair, one, mine, penalty_db in zip(self.pairs, self._scores, used.T, trial_penalty_db.T, strict=True):
-            if mine.any():
+        for pair, scores, counts, penalty_db in zip(self.pairs, self._scores, used.T, trial_penalty_db.T, strict=True):
+            if counts.any():
                 values = (
-                    np.maximum(one.score_db(ats) - penalty_db, 0.0),
-                    one.llr_db[ats] - penalty_db,
-                    one.similarity[ats],
-                    one.minutiae[ats],
+                    np.maximum(scores.score_db(ats) - penalty_db, 0.0),
+                    scores.llr_db[ats] - penalty_db,
+                    scores.similarity[ats],
+                    scores.minutiae[ats],
                 )
                 lists = [value.tolist() for value in values]
-                for i in np.flatnonzero(mine).tolist():
+                for i in np.flatnonzero(counts).tolist():
                     score, llr, *raw = [of_all[i] for of_all in lists]
                     evidence[i].append(Evidence(*pair, score, llr, *[None if isnan(x) else x for x in raw]))
         sure_db = self._sure_db(ats, fused)
@@ -212,34 +219,38 @@ class ScoreMatrix:
         ]
 
     def _sure_db(self, ats: Int64, fused: Fused) -> Float64:
-        """What these rows score by the "sure" bounds; NaN where all tables are checked. A model without a table of its own can speak
-        against a candidate here, and not for it."""
+        """The scores of these rows by the "sure" bounds; NaN where all tables are checked. A model without a table of
+        its own counts only against a candidate here."""
         sure_db = np.full(len(ats), np.nan)
         llr_db, used = self.llr_db[ats] - fused.trial_penalty_db[ats], fused.used[ats]
         for some, pairs, calibrations in self._alike(used, self._both[ats]):
-            if not any([one.unchecked for one in calibrations]):
+            if not any([calibration.unchecked for calibration in calibrations]):
                 continue
             if len(pairs) == 1 and calibrations[0].mates_measured:  # by its raw score, as its score_db is
                 only = self._scores[pairs[0]].low_db(ats[some])
                 sure_db[some] = only - fused.trial_penalty_db[ats[some], pairs[0]]
             else:
-                mine, has_table = llr_db[some][:, pairs], [one.mates_measured for one in calibrations]
-                summed_db = np.where(has_table, mine, np.minimum(mine, 0.0)).sum(axis=1)
-                tables = tuple([one for one in calibrations if one.mates_measured])
+                of_pairs, has_table = (
+                    llr_db[some][:, pairs],
+                    [calibration.mates_measured for calibration in calibrations],
+                )
+                summed_db = np.where(has_table, of_pairs, np.minimum(of_pairs, 0.0)).sum(axis=1)
+                tables = tuple([calibration for calibration in calibrations if calibration.mates_measured])
                 sure_db[some] = score_db_of_steps(steps_of(summed_db), tables, "sure") if tables else 0.0
         return np.asarray(np.maximum(sure_db - fused.label_penalty_db[ats], 0.0))
 
     def raw(self, column: str, fused: Fused) -> tuple[Float64, Float64]:
-        """(similarity, minutiae) of the pair that counts of this column of the probe; NaN where none does."""
+        """(similarity, minutiae) of the pair that counts for this column of the probe; NaN if none does."""
         similarity, minutiae = np.full((2, len(self.rows)), np.nan)
-        for pair, one in enumerate(self._scores):
+        for pair, scores in enumerate(self._scores):
             if self.pairs[pair][0] == column:
                 used = fused.used[:, pair]
-                similarity[used], minutiae[used] = one.similarity[used], one.minutiae[used]
+                similarity[used], minutiae[used] = scores.similarity[used], scores.minutiae[used]
         return similarity, minutiae
 
     def _alike(self, used: Bool, both: Bool) -> Iterator[tuple[Int64, list[int], tuple[Calibration, ...]]]:
-        """(which of them, pairs, their calibrations) of each sort among some rows; rows without evidence are left out."""
+        """Groups rows with the same pairs: (which rows, pairs, their calibrations) of each group; rows without evidence
+        are left out."""
         kinds = used.astype(np.int8)
         kinds += used & both
         for some in _sorts(kinds):
@@ -250,7 +261,8 @@ class ScoreMatrix:
 
 
 class Ranked(Sequence[Comparison]):
-    """Comparisons, strongest first, equal ones by row. rows: int64 (n,); score_db, llr_db: float64 (n,), in this order."""
+    """The comparisons of a probe, strongest first, equal ones by row. rows: int64 (n,); score_db, llr_db: float64 (n,),
+    in this order."""
 
     def __init__(self, results: Iterable[tuple[ScoreMatrix, Fused]] = ()) -> None:
         self._results = tuple(results)
@@ -267,11 +279,11 @@ class Ranked(Sequence[Comparison]):
         self._at, self._which = at[order], which[order]
 
     def with_others(self, others: Ranked) -> Ranked:
-        """Two comparisons of disjoint rows as one."""
+        """Merges the comparisons of two disjoint sets of rows."""
         return Ranked((*self._results, *others._results))
 
     def without(self, rows: Int64) -> Ranked:
-        """The comparisons of all other rows."""
+        """The comparisons of all rows but these."""
         kept = []
         for matrix, fused in self._results:
             gone = np.isin(matrix.rows, rows)
@@ -279,7 +291,7 @@ class Ranked(Sequence[Comparison]):
         return Ranked(kept)
 
     def reaching(self, threshold_db: float) -> list[Comparison]:
-        """Those that score so much."""
+        """The comparisons that score at least threshold_db."""
         return list(self[: int(np.count_nonzero(self.score_db >= threshold_db))])
 
     def extrapolated(self) -> Bool:
@@ -287,18 +299,19 @@ class Ranked(Sequence[Comparison]):
         return self._gathered(lambda matrix, fused: fused.extrapolated, bool)
 
     def raw(self, column: str) -> tuple[Float64, Float64]:
-        """(similarity, minutiae), float64 (n,) each, in this order: what counts of the probe's column; NaN where nothing does."""
+        """(similarity, minutiae), float64 (n,) each, in this order: of the pair that counts for the probe's column; NaN
+        if none does."""
         return (
             self._gathered(lambda matrix, fused: matrix.raw(column, fused)[0], float),
             self._gathered(lambda matrix, fused: matrix.raw(column, fused)[1], float),
         )
 
     def _gathered(self, values_of: Callable[[ScoreMatrix, Fused], NDArray[Any]], kind: type) -> NDArray[Any]:
-        found: NDArray[Any] = np.zeros(len(self.rows), kind)
+        values: NDArray[Any] = np.zeros(len(self.rows), kind)
         for number, (matrix, fused) in enumerate(self._results):
-            mine = self._which == number
-            found[mine] = values_of(matrix, fused)[self._at[mine]]
-        return found
+            of_result = self._which == number
+            values[of_result] = values_of(matrix, fused)[self._at[of_result]]
+        return values
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -316,17 +329,17 @@ class Ranked(Sequence[Comparison]):
         return iter(self[:])
 
     def at(self, ranks: Sequence[int]) -> list[Comparison]:
-        """Those of these ranks, all at once."""
+        """The comparisons at these ranks."""
         wanted = np.array(ranks, np.int64)
-        found: dict[int, Comparison] = {}
+        by_rank: dict[int, Comparison] = {}
         for number, (matrix, fused) in enumerate(self._results):
-            mine = wanted[self._which[wanted] == number]
-            found.update(zip(mine.tolist(), matrix.comparisons(self._at[mine], fused), strict=True))
-        return [found[rank] for rank in ranks]
+            of_result = wanted[self._which[wanted] == number]
+            by_rank.update(zip(of_result.tolist(), matrix.comparisons(self._at[of_result], fused), strict=True))
+        return [by_rank[rank] for rank in ranks]
 
 
 def _sorts(kinds: NDArray[np.int8]) -> list[Int64]:
-    """Which rows are the same: of each sort of row where it is, ascending."""
+    """Groups equal rows of the matrix: the places of each group, ascending."""
     if not len(kinds):
         return []
     if kinds.shape[1] <= 9:  # three values a pair, in 15 bits, which are sorted fastest
