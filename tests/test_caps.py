@@ -20,7 +20,7 @@ from biodedup.match.calibration import Calibration
 from biodedup.search.native import pair_kernel
 from biodedup.search.native.signs import SIGN, limits_of, tables_of
 from biodedup.search.selfjoin import buckets as buckets_module
-from biodedup.search.selfjoin.buckets import choose, seen
+from biodedup.search.selfjoin.buckets import choose, from_high_nibbles
 
 ROWS = 40_000
 LEAST = 0.75
@@ -137,7 +137,7 @@ def test_who_is_in_no_cap_is_compared_with_everybody(gallery, small):
     folder, cosines = gallery
     with bd.Engine.open(folder, read_only=True) as engine:
         snapshot = engine._gallery.snapshot()
-        buckets = engine._searcher.buckets(snapshot, threshold_db(engine))
+        buckets = engine._join.buckets(snapshot, threshold_db(engine))
         outside = searches.rows_outside(snapshot, "face", buckets, snapshot.live_rows())
         tiles = list(engine.join(threshold_db=threshold_db(engine)))
     assert 0 < len(outside) < 1_000 and outside.max() == ROWS + 399
@@ -208,11 +208,11 @@ def test_caps_miss_no_more_mates_than_they_say(column, small):
     assert similarity.min() >= LEAST - 1e-3
     one = people(20_000, seed=77)
     other = np.concatenate([again(one[i : i + 1], c, seed=i) for i, c in enumerate(similarity)])
-    a, b = (seen(face.codec.rotate(some)) for some in (one, other))
+    a, b = (from_high_nibbles(face.codec.rotate(some)) for some in (one, other))
     towards = face.codec.rotate(buckets.directions)
     missed = 0
     for low in range(0, len(a), 2_000):
-        near, far = (some[low : low + 2_000] @ towards.T >= buckets.least for some in (a, b))
+        near, far = (some[low : low + 2_000] @ towards.T >= buckets.min_similarity for some in (a, b))
         met = (near & far).any(axis=1)
         by_signs = buckets.signs.estimates(a[low : low + 2_000], b[low : low + 2_000]) >= buckets.sign_cut
         by_halves = np.einsum("ij,ij->i", a[low : low + 2_000], b[low : low + 2_000]) >= buckets.cut

@@ -19,6 +19,7 @@ from biodedup.config import SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files import codes as coding
 from biodedup.gallery.files.codec import ErrorLaw, estimates, make_codec, measured_laws
+from biodedup.search import costs
 from biodedup.search.native import column_statistics as population
 from biodedup.search.native import scan_kernel as kernel
 from biodedup.search.native import sign_kernel
@@ -26,8 +27,9 @@ from biodedup.search.native.scanner import Probes, Scanner
 from biodedup.search.native.sign_kernel import SignedProbes
 from biodedup.search.native.sign_tile import TableKind, numbers_of, tables_most
 from biodedup.search.native.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, tables_of
-from biodedup.search.shards import shard
-from biodedup.search.shards.shard import FanOut, ShardHits, ShardQuery
+from biodedup.search.shards import native
+from biodedup.search.shards.base import ShardHits, ShardQuery
+from biodedup.search.shards.fan_out import FanOut
 from biodedup.synthetic.vectors import mates_of
 
 NOTHING = np.zeros(0, np.uint64)
@@ -110,7 +112,7 @@ def test_of_many_numbers_that_all_vary_the_nearest_strangers_are_found_without_c
     scanner, fan_out, monkeypatch, dimension
 ):
     whole = []
-    monkeypatch.setattr(shard.LocalShard, "_search_exact", lambda self, pieces, *_: whole.extend(pieces))
+    monkeypatch.setattr(native.NativeShard, "_scan_exactly", lambda self, pieces, *_: whole.extend(pieces))
     vectors = unit(60_000, dimension)
     codec = make_codec(dimension, [vectors[:16_384]])
     shards = shards_of(vectors, scanner, codec=codec)
@@ -304,7 +306,7 @@ def shards_of(vectors, scanner, pieces=2, codec=None):
     codec = codec or make_codec(vectors.shape[1], [vectors])
     found, first = [], 0
     for piece in np.array_split(vectors, pieces):
-        found.append(shard.LocalShard(Snapshot(), [Part(piece, codec, first)], scanner))
+        found.append(native.NativeShard(Snapshot(), [Part(piece, codec, first)], scanner))
         first += len(piece)
     return found
 
@@ -359,11 +361,13 @@ def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_ou
 
 
 def test_more_rows_above_a_similarity_than_can_be_collected_are_found_all_the_same(scanner, fan_out, monkeypatch):
-    monkeypatch.setattr(shard, "_RAGGED_MOST", 20)
+    monkeypatch.setattr(native, "_HITS_MOST", 20)
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     least = np.full(3, 0.2, np.float32)
-    found = fan_out.reached(shards, unit(3, 128, 6), ShardQuery("face", 0, len(vectors), 1e-3, at_least=least)).found
+    found = fan_out.reached(
+        shards, unit(3, 128, 6), ShardQuery("face", 0, len(vectors), 1e-3, min_similarity=least)
+    ).found
     _, similarity = exact(unit(3, 128, 6), shards, 1_500)
     assert [len(rows) for rows, _ in found] == (similarity >= 0.2).sum(axis=1).tolist()
 
@@ -373,7 +377,7 @@ def test_all_rows_from_a_similarity_on_are_found(scanner, fan_out):
     shards = shards_of(vectors, scanner, 3)
     probes = unit(6, 128, 6)
     least = np.full(6, 0.3, np.float32)
-    found = fan_out.reached(shards, probes, ShardQuery("face", 0, len(vectors), 1e-5, at_least=least)).found
+    found = fan_out.reached(shards, probes, ShardQuery("face", 0, len(vectors), 1e-5, min_similarity=least)).found
     rows, similarity = exact(probes, shards, 300)
     for (ours, values), theirs, all_values in zip(found, rows, similarity, strict=True):
         kept = values >= 0.3
@@ -386,11 +390,11 @@ def told(found, least):
 
 
 def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_out, monkeypatch):
-    monkeypatch.setattr(shard, "_COSTS", {kernel.INSTRUCTIONS: shard._COSTS["avx2"]})  # whatever the processor
+    monkeypatch.setattr(costs, "ROW_COSTS", {kernel.INSTRUCTIONS: costs.ROW_COSTS["avx2"]})  # whatever the processor
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))
-    plan = ShardQuery("face", 0, len(vectors), 1e-3, at_least=np.full(600, 0.6, np.float32))
+    plan = ShardQuery("face", 0, len(vectors), 1e-3, min_similarity=np.full(600, 0.6, np.float32))
     calls = []
     real = sign_kernel.scan
     monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
@@ -398,13 +402,13 @@ def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_
     assert calls
     calls.clear()
     few = [
-        fan_out.reached(shards, probes[i : i + 10], replace(plan, at_least=plan.at_least[:10])).found
+        fan_out.reached(shards, probes[i : i + 10], replace(plan, min_similarity=plan.at_least[:10])).found
         for i in range(0, 600, 10)
     ]
     assert not calls
     assert {(i, i) for i in range(200, 600)} <= told(by_signs, 0.6)
     assert told(by_signs, 0.6) == told(sum(few, ()), 0.6)
-    fan_out.reached(shards, probes, replace(plan, at_least=np.full(600, 0.2, np.float32)))
+    fan_out.reached(shards, probes, replace(plan, min_similarity=np.full(600, 0.2, np.float32)))
     assert not calls  # too many strangers would pass
 
 
@@ -416,7 +420,7 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
     calls = []
     real = sign_kernel.scan
     monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
-    monkeypatch.setattr(shard, "_cheapest_signs", lambda column, *_: population.signs_of(column, each, 24))
+    monkeypatch.setattr(native, "_cheapest_signs", lambda column, *_: population.signs_of(column, each, 24))
     found = fan_out.nearest(shards, probes, ShardQuery("face", 2, len(vectors), 1e-3))
     assert calls
     rows, similarity = exact(probes, shards, 2)
@@ -442,7 +446,7 @@ def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each
     assert (off - off.mean()).std() < (
         0.01 if each >= TableKind.FOUR_SIGNS else 0.04
     )  # of classes: seeds make up for a row's length
-    mean, sd = signs.strangers(one[:20])
+    mean, sd = signs.unrelated(one[:20])
     seen = np.array(
         [signs.estimates(np.repeat(one[i : i + 1], 20_000, axis=0), unit(20_000, 128, 3)) for i in range(20)]
     )
@@ -639,17 +643,17 @@ def test_a_decision_over_a_gallery_of_which_a_segment_cannot_be_read_is_never_un
     with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(seal_rows=64, background=False))) as engine:
         engine.add_templates([f"s{i}" for i in range(300)], {"face": vectors})
         engine.tidy()
-        real = shard.LocalShard.search
+        real = native.NativeShard.search
 
         def failing(self, probes, plan):
             if any(part.first_row == 0 for part in self._parts):
                 raise GalleryDamaged("unreadable")
             return real(self, probes, plan)
 
-        monkeypatch.setattr(shard.LocalShard, "search", failing)
+        monkeypatch.setattr(native.NativeShard, "search", failing)
         with pytest.raises(GalleryDamaged):  # all of it is one shard
             engine.search({"face": vectors[:1]})
-        monkeypatch.setattr(shard, "shares", lambda snapshot: [[part] for part in snapshot.parts])
+        monkeypatch.setattr(native, "shares", lambda snapshot: [[part] for part in snapshot.parts])
         decision = engine.enroll(bd.Encounter("new", templates={"face": unit(1, 128, 77)[0]}))
         assert decision.outcome == "review" and decision.incomplete
         assert engine.search({"face": vectors[:1]}).incomplete

@@ -27,9 +27,9 @@ from biodedup.match.calibration import Calibration
 from biodedup.match.compare import Comparer, TemplateCandidates
 from biodedup.match.labels import AS_LABELLED, readings_of
 from biodedup.match.minutiae import Bozorth3
-from biodedup.search.multicolumn import together
+from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.positions import strongest
-from biodedup.search.shards import shard
+from biodedup.search.shards import fan_out, native
 from biodedup.values import BIT
 
 KNOWN = bd.FINGER_POSITIONS[:10]
@@ -121,9 +121,9 @@ def test_right_labels_are_charged_one_decibel_and_are_no_swap(gallery, anew, cou
 
 def test_a_search_that_is_not_asked_looks_into_no_other_column(gallery, anew, monkeypatch):
     seen = []
-    real = shard.FanOut.nearest
+    real = fan_out.FanOut.nearest
     monkeypatch.setattr(
-        shard.FanOut,
+        fan_out.FanOut,
         "nearest",
         lambda s, shards, p, plan: seen.append((plan.column, len(p))) or real(s, shards, p, plan),
     )
@@ -241,15 +241,15 @@ def test_a_batch_finds_swaps_inside_itself(small, fingers, anew):
 
 
 def test_a_search_that_could_not_see_everything_says_incomplete(gallery, fingers, anew, monkeypatch):
-    real = shard.LocalShard.search
+    real = native.NativeShard.search
 
     def failing(self, probes, plan):
         if plan.column == "left_index" and any(part.first_row == 0 for part in self._parts):
             raise bd.GalleryDamaged("unreadable")
         return real(self, probes, plan)
 
-    monkeypatch.setattr(shard.LocalShard, "search", failing)
-    monkeypatch.setattr(shard, "shares", lambda snapshot: [[part] for part in snapshot.parts])
+    monkeypatch.setattr(native.NativeShard, "search", failing)
+    monkeypatch.setattr(native, "shares", lambda snapshot: [[part] for part in snapshot.parts])
     probe = bd.Encounter(templates={"right_index": people(1, seed=99, dimension=DIMENSION)[0]})
     assert gallery.identify(probe).outcome == "unique"
     across = gallery.identify(probe, across_positions=True)
@@ -288,7 +288,7 @@ def test_fingers_of_two_models_are_not_compared(small, fingers):
 
 
 def test_rows_searched_together_are_searched_across_positions_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "ROWS_MIN", 2_000)
+    monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", 2_000)
     columns = ("face", "left_index", "right_index")
     everybody = {column: people(6_000, seed=200 + i) for i, column in enumerate(columns)}
     policy = bd.Policy(duplicate_db=110, review_db=106)
@@ -298,7 +298,7 @@ def test_rows_searched_together_are_searched_across_positions_too(tmp_path, monk
         monkeypatch.setattr(
             engine._comparer, "_calibration_of", lambda model_id: {"external-128": FINGER_LAW}.get(model_id, FACE_LAW)
         )
-        assert engine._searcher.together(engine._gallery.snapshot(), columns) is not None
+        assert engine._searcher.multicolumn_query(engine._gallery.snapshot(), columns) is not None
         probe = {
             "face": again(everybody["face"][17], 0.2, seed=1),
             "right_index": again(everybody["left_index"][17], 0.75, seed=2),

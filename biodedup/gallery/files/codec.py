@@ -1,4 +1,4 @@
-"""A codec: how a column's vectors become codes, and what a scan of their upper halves knows of a similarity.
+"""A codec: how a column's vectors become codes, and what a scan of their high nibbles knows of a similarity.
 
 Owns rotation, its training, and the measurement of its error. Never reads files. Stored in every segment that it wrote, so
 that segments of one codec are merged without encoding anything anew.

@@ -1,12 +1,13 @@
 """Scalar quantisation of vectors to eight bits a number, stored as high nibbles and low nibbles.
 
-Owns quantisation and the memory layout of codes. Never chooses a rotation (`codec.py`) and never compares (`search/native`).
+Owns quantisation and the memory layout of codes. Never chooses a rotation (`codec.py`) and never compares
+(`search/native`).
 
-A scan reads only the high nibbles: four bits a number, in blocks of 64 rows, interleaved as the kernels load them. The low
-nibbles are read for the few rows that are compared exactly. No bit is stored twice.
+A scan reads only the high nibbles: four bits a number, in blocks of 64 rows, interleaved as the kernels load them. The
+low nibbles are read for the few rows that are compared exactly. No bit is stored twice.
 
-Invariants: codes are uint8, the number plus 128, 1 to 255; a high nibble is code >> 4, a low nibble is code & 15.
-In files the high nibbles are the array `plane`, the low ones the array `rest` (FORMAT.md).
+Invariants: codes are uint8, the number plus 128, 1 to 255; a high nibble is code >> 4, a low nibble is code & 15. In
+files the high nibbles are the array `plane`, the low ones the array `rest` (FORMAT.md).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def _compiled(function: _Function) -> _Function:
 
 
 def quantise(vectors: Float32) -> tuple[Codes, Float32]:
-    """Vectors float32 (n, d), no row zero -> codes uint8 (n, d) and norms float32 (n,): vector = (code - 128) / norm * length.
+    """Vectors float32 (n, d), no row zero -> codes uint8 (n, d) and norms float32 (n,): vector = (code - 128) / norm *
+    length.
 
     The largest number of a vector becomes +-127. For d = 128 a cosine changes by a standard deviation of 0.0006
     (benchmarks/storage.py).
@@ -59,7 +61,8 @@ def high_nibbles_shape(count: int, scanned: int) -> tuple[int, int, int]:
 
 
 def pack_high_nibbles(pieces: Iterable[Codes], scanned: int) -> Iterator[Codes]:
-    """High nibbles of successive codes uint8 (n, d), in whole blocks uint8 (b, scanned / 8, 256); the last is padded with 0."""
+    """High nibbles of successive codes uint8 (n, d), in whole blocks uint8 (b, scanned / 8, 256); the last is padded
+    with 0."""
     held = np.zeros((0, 0), np.uint8)
     for piece in pieces:
         held = np.concatenate([held, piece]) if len(held) else piece
@@ -72,7 +75,8 @@ def pack_high_nibbles(pieces: Iterable[Codes], scanned: int) -> Iterator[Codes]:
 
 
 def low_nibbles(codes: Codes, scanned: int) -> Codes:
-    """uint8 (n, scanned / 2 + d - scanned): the low nibbles, then whole codes of the dimensions that are not scanned."""
+    """uint8 (n, scanned / 2 + d - scanned): the low nibbles, then whole codes of the dimensions that are not
+    scanned."""
     low = np.empty((len(codes), codes.shape[1] - scanned // 2), np.uint8)
     _pack_low(np.ascontiguousarray(codes), scanned, low)
     return low
@@ -94,7 +98,8 @@ def unpack_high_nibbles(high: Codes, cells: NDArray[np.int64]) -> Codes:
 
 
 def rotate(vectors: Float32, rotation: Float32) -> Float32:
-    """vectors @ rotation.T, for a few vectors before a scan. Without BLAS, whose threads go on spinning beside the scan's."""
+    """vectors @ rotation.T, for a few vectors before a scan. Without BLAS, whose threads go on spinning beside the
+    scan's."""
     rotated = np.zeros((len(vectors), len(rotation)), np.float32)
     _rotate(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(rotation.T, np.float32), rotated)
     return rotated

@@ -1,12 +1,14 @@
-"""What classes of rows' numbers say of them, looked up in probes' tables: the arithmetic that both kernels share.
+"""SIMD table look-ups over quantised rows: the inner arithmetic that both sign kernels share.
 
-Owns how a block of rows is taken out of its plane, the classes of its numbers, and the sums of what tables say of them. Never compares
-(`sign_kernel.py`, `member_kernel.py`), and never knows what a sum or a limit stands for (`signs.py`).
+Owns how a block of rows is read from its high nibbles, the classes of its numbers, and the sums of table entries. Never
+compares rows exactly (`sign_kernel.py`, `pair_kernel.py`), and never knows what a sum or a limit stands for
+(`signs.py`).
 
-The signs of four or six numbers, or which of four classes each of two or three numbers is in, are four or six bits, which choose one of
-sixteen or sixty-four entries of a probe's table: by the byte shuffle of FAISS's fast-scan kernel (André, Kermarrec and Le Scouarnec, VLDB 2015), or,
-where the processor has it, by the byte permutation of AVX-512 VBMI, which takes no longer. Tables are made so that no sum of a
-quarter of them overflows a byte; thus 64 rows cost two instructions a table, half of what sums of 16 bits take.
+Method: FAISS's fast scan (André, Kermarrec and Le Scouarnec, VLDB 2015). The signs of four or six numbers, or the
+classes of two or three numbers, are an index of four or six bits into a probe's table of sixteen or sixty-four bytes. A
+byte shuffle looks up one index of every row of a block at once; with AVX-512 VBMI a byte permutation does so for
+sixty-four entries, which takes no longer. Tables are made so that no sum over a quarter of them overflows a byte: 64
+rows cost two instructions a table, half of what 16-bit sums take.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
 class TableKind(IntEnum):
-    """What indexes a table: the signs of four or six numbers, or the classes of two or three. The value is how many numbers."""
+    """What indexes a table: the signs of four or six numbers, or the classes of two or three. The value is how many
+    numbers."""
 
     TWO_CLASSES = 2
     THREE_CLASSES = 3
@@ -43,32 +46,33 @@ SIGN_TABLES, CLASS_TABLES = (
     if INSTRUCTIONS == "vbmi"
     else (TableKind.FOUR_SIGNS, TableKind.TWO_CLASSES)
 )
-"""Numbers whose signs, and whose classes, a table knows on this processor."""
+"""The kinds of sign tables and of class tables that suit this processor."""
 CLASSES = ((0, 5), (5, 8), (8, 11), (11, 16))
-"""Upper halves of each class, first and past the last."""
-_LOWEST, _LOWER, _UPPER = 0x11111111, 0x07070707, 0x38383838  # the lowest bits of numbers; three bits of bytes
+"""The high nibbles of each class: the first, and one past the last."""
+_LOWEST, _LOWER, _UPPER = 0x11111111, 0x07070707, 0x38383838  # the lowest bit of each nibble; three bits of each byte
 PROBES_PER_TILE = 4
-"""Probes whose tables meet rows at the same time."""
+"""Probes whose tables are looked up at the same time."""
 BLOCKS_PER_TILE = 1 if INSTRUCTIONS == "avx2" else 4
-"""Blocks that they meet: 16 sums stay in registers where there are 32 of these, and what is loaded serves four of them."""
+"""Blocks of rows of one tile: with 32 registers 16 sums stay in registers, and each load serves four of them."""
 SUMS_PER_ROW = 4
-"""Sums of a byte that are added up apart, and then averaged: the finer they are rounded."""
+"""Byte sums of one row, each over a quarter of the tables, which are averaged at the end: entries are rounded less."""
 TABLES_PER_STEP = 2 if INSTRUCTIONS == "avx2" else 1
-"""Tables of one turn of the innermost loop."""
+"""Tables of one step of the innermost loop."""
 ROW_ALIGNMENT = 64
-"""A row's bytes, and a probe's, are filled up to a multiple of this."""
+"""The bytes of a row, and of a probe, are padded to a multiple of this."""
 BLOCKS_PER_PASS = 4
-"""Blocks that a probe's tables meet while they are in the first-level cache."""
+"""Blocks that are looked up while they are in the first-level cache."""
 
 
 def _make_tile(instructions: str, entries: int) -> Any:
     """An intrinsic for numba, tile(signs, tables, count, seeds, limits, masks), all integers or addresses:
 
-    signs: uint8 *, (BLOCKS_PER_TILE, count, 64), 64-byte aligned, below `entries`, which is 16 or, with VBMI, 64; tables: uint8 *, (PROBES_PER_TILE, count,
-    entries), aligned to as many bytes; count: a multiple of SUMS_PER_ROW * TABLES_PER_STEP; seeds: uint8 *, (BLOCKS_PER_TILE, 64); limits: uint8 *,
-    (PROBES_PER_TILE,); masks: uint64 *, (PROBES_PER_TILE, BLOCKS_PER_TILE): bit r is set where the mean of row r of a block reaches the limit. Of each quarter of the
-    tables the sum over i of tables[i, signs[i, r]] is taken, of the first one with seeds[r]; then the mean, rounded up, of two means,
-    rounded up.
+    signs: uint8 *, (BLOCKS_PER_TILE, count, 64), 64-byte aligned, below `entries`, which is 16 or, with VBMI, 64;
+    tables: uint8 *, (PROBES_PER_TILE, count, entries), aligned to as many bytes; count: a multiple of SUMS_PER_ROW *
+    TABLES_PER_STEP; seeds: uint8 *, (BLOCKS_PER_TILE, 64); limits: uint8 *, (PROBES_PER_TILE,); masks: uint64 *,
+    (PROBES_PER_TILE, BLOCKS_PER_TILE): bit r is set where the mean of row r of a block reaches the limit. Of each
+    quarter of the tables the sum over i of tables[i, signs[i, r]] is taken, of the first one with seeds[r]; then the
+    mean, rounded up, of two means, rounded up.
     """
     lanes = 32 if instructions == "avx2" else 64
     name = "avx2.pshuf.b" if lanes == 32 else "avx512.pshuf.b.512" if entries == 16 else "avx512.permvar.qi.512"
@@ -79,7 +83,7 @@ def _make_tile(instructions: str, entries: int) -> Any:
     vectors = BLOCKS_PER_TILE * parts
 
     def mean(builder: Any, one: Any, other: Any) -> Any:
-        """Rounded up; an instruction of its own where the processor has one."""
+        """The mean, rounded up: one instruction if the processor has it."""
         both = builder.add(builder.zext(one, wider), builder.zext(other, wider))
         more = builder.add(both, splat(builder, ir.Constant(ir.IntType(16), 1), lanes))
         return builder.trunc(builder.lshr(more, splat(builder, ir.Constant(ir.IntType(16), 1), lanes)), octets)
@@ -87,7 +91,7 @@ def _make_tile(instructions: str, entries: int) -> Any:
     def summed(
         builder: Any, signs: Any, tables: Any, count: Any, first: Any, end: Any, begin: list[Any]
     ) -> list[list[Any]]:
-        """The sums over tables [first, end), which begin with what is given for each vector."""
+        """The sums over tables [first, end), starting from `begin` for each vector."""
         shuffle = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(octets, [octets] * 2), f"llvm.x86.{name}"
         )
@@ -97,7 +101,7 @@ def _make_tile(instructions: str, entries: int) -> Any:
         builder.position_at_end(loop)
         number = builder.phi(_I64)
         sums = [[builder.phi(octets) for _ in range(vectors)] for _ in range(PROBES_PER_TILE)]
-        grown: list[list[Any]] = [list(mine) for mine in sums]
+        grown: list[list[Any]] = [list(of_probe) for of_probe in sums]
         for step in range(TABLES_PER_STEP):
             at = builder.add(number, ir.Constant(_I64, step))
             rows = []
@@ -107,18 +111,20 @@ def _make_tile(instructions: str, entries: int) -> Any:
                 some = builder.load(builder.gep(signs, [place]))
                 some.align = lanes
                 rows.append(some)
-            for p, mine in enumerate(grown):
+            for p, of_probe in enumerate(grown):
                 entry = builder.load(builder.gep(tables, [builder.add(builder.mul(count, ir.Constant(_I64, p)), at)]))
                 entry.align = entries
                 if entries < lanes:
                     places = ir.Constant(ir.VectorType(_I32, lanes), [i % entries for i in range(lanes)])
                     entry = builder.shuffle_vector(entry, entry, places)
-                grown[p] = [builder.add(s, builder.call(shuffle, [entry, r])) for s, r in zip(mine, rows, strict=True)]
+                grown[p] = [
+                    builder.add(s, builder.call(shuffle, [entry, r])) for s, r in zip(of_probe, rows, strict=True)
+                ]
         following = builder.add(number, ir.Constant(_I64, TABLES_PER_STEP))
         number.add_incoming(first, before)
         number.add_incoming(following, loop)
-        for mine, new in zip(sums, grown, strict=True):
-            for phi, start, value in zip(mine, begin, new, strict=True):
+        for of_probe, new in zip(sums, grown, strict=True):
+            for phi, start, value in zip(of_probe, begin, new, strict=True):
                 phi.add_incoming(start, before)
                 phi.add_incoming(value, loop)
         builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
@@ -149,10 +155,10 @@ def _make_tile(instructions: str, entries: int) -> Any:
                     both.append(summed(builder, signs, tables, count, edges[i], edges[i + 1], begin))
                     begin = [ir.Constant(octets, None)] * vectors
                 pairs.append([[mean(builder, *v) for v in zip(*p, strict=True)] for p in zip(*both, strict=True)])
-            for p, mine in enumerate(zip(*pairs, strict=True)):
+            for p, of_probe in enumerate(zip(*pairs, strict=True)):
                 limit = splat(builder, builder.load(builder.gep(limits, [ir.Constant(_I64, p)])), lanes)
                 masked: list[Any] = [ir.Constant(_I64, 0)] * BLOCKS_PER_TILE
-                for v, two in enumerate(zip(*mine, strict=True)):
+                for v, two in enumerate(zip(*of_probe, strict=True)):
                     near = builder.icmp_unsigned(">=", mean(builder, *two), limit)
                     reached = builder.bitcast(near, ir.IntType(lanes))
                     wide = reached if lanes == 64 else builder.zext(reached, _I64)
@@ -205,7 +211,7 @@ def _set_u8_of(_: Any, address: Any, value: Any) -> Any:
 
 
 def _copy_of(_: Any, source: Any, target: Any, octets: Any) -> Any:
-    """An intrinsic for numba: so many bytes from one address to another."""
+    """An intrinsic for numba: copies bytes from one address to another."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         source, target = (builder.inttoptr(args[at], ir.PointerType(_I8)) for at in (0, 1))
@@ -226,8 +232,9 @@ def _set_u64_of(_: Any, address: Any, value: Any) -> Any:
 
 
 def _alive_masks_of(_: Any, masks: Any, alive: Any) -> Any:
-    """An intrinsic for numba: of a tile's masks, (PROBES_PER_TILE, BLOCKS_PER_TILE) at an address, only rows that are alive, uint64 (BLOCKS_PER_TILE,) at another, are left
-    over. Returns in which masks some are, the first in the lowest bit; so those without, which are most, cost nothing."""
+    """An intrinsic for numba: clears the rows that are not alive, uint64 (BLOCKS_PER_TILE,) at the second address, in a
+    tile's masks, (PROBES_PER_TILE, BLOCKS_PER_TILE) at the first. Returns which masks have rows left, the first mask in
+    the lowest bit; so the many empty masks cost nothing."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         number = PROBES_PER_TILE * BLOCKS_PER_TILE
@@ -293,9 +300,9 @@ def _plain_64(signs: int, tables: int, count: int, seeds: int, limits: int, mask
 
 @numba.njit(nogil=True, cache=True)
 def sign(taken: Any, signs: Any) -> None:
-    """signs uint8 (tables, 64): of four numbers in a row, whether they are positive, the first one in the lowest bit. taken: rows' upper
-    halves, uint32 (halves, 64)."""
-    # the product with the second has four bits that lie eight apart side by side in its top byte
+    """Writes the table indices of 64 rows. signs: uint8 (tables, 64): which of four neighbouring numbers are positive,
+    the first one in the lowest bit. taken: the rows' high nibbles, uint32 (words, 64)."""
+    # multiplying by `gathers` brings four bits that lie eight apart together in the top byte
     lowest, gathers = np.uint32(0x01010101), np.uint32(0x01020408)
     for i in range(signs.shape[0]):
         shift = np.uint32(3 + 4 * (i & 1))
@@ -305,7 +312,7 @@ def sign(taken: Any, signs: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _class(numbers: Any) -> Any:
-    """In which of four classes (CLASSES) the four numbers of a uint32 are, of which each byte has one."""
+    """The class (CLASSES) of each of the four numbers of a uint32, one number a byte."""
     one, three, four = np.uint32(0x01010101), np.uint32(3), np.uint32(4)
     above_4, above_10 = np.uint32(0x0B0B0B0B), np.uint32(0x05050505)  # added, they carry into the fifth bit
     first, last = (numbers + above_4) >> four & one, (numbers + above_10) >> four & one
@@ -342,7 +349,7 @@ def _plain_six(half: int, signs: int) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _signs_left(taken: Any, half: int, signs: Any) -> None:
-    """Of a half, and of the next one where there is one, as `_plain_six` of three."""
+    """As `_plain_six`, for the last one or two words of a row."""
     both = half + 1 < taken.shape[0]
     for r in range(64):
         word = (taken[half, r] >> np.uint32(3)) & np.uint32(_LOWEST)
@@ -354,12 +361,13 @@ def _signs_left(taken: Any, half: int, signs: Any) -> None:
 
 
 def _make_classed(instructions: str, kind: TableKind) -> Any:
-    """An intrinsic for numba, classed(half, classes), of TableKind.TWO_CLASSES or TableKind.SIX_SIGNS, or classed(half, third, shift, classes), all integers or addresses:
+    """An intrinsic for numba: classed(half, classes) for TWO_CLASSES and SIX_SIGNS, classed(half, third, shift,
+    classes) for THREE_CLASSES. All arguments are integers or addresses:
 
-    half, third: uint32 *, (64,), of 64 rows eight four-bit numbers each, or (3, 64) of TableKind.SIX_SIGNS; shift: 0 or 4, whether the lower or the upper
-    ones of the third count; classes: uint8 *, (4, 64), 64-byte aligned: of byte t the class of its lower number, of its upper one, and of byte
-    t of the third, two bits each, the first in the lowest ones; of TableKind.SIX_SIGNS the signs of the lower numbers of byte t in three halves, then
-    those of the upper ones.
+    half, third: uint32 *, (64,), of 64 rows eight four-bit numbers each, or (3, 64) for SIX_SIGNS; shift: 0 or 4,
+    whether the lower or the upper ones of the third count; classes: uint8 *, (4, 64), 64-byte aligned: of byte t the
+    class of its lower number, of its upper one, and of byte t of the third, two bits each, the first in the lowest
+    ones; for SIX_SIGNS the signs of the lower numbers of byte t in three words, then those of the upper ones.
     """
     lanes = 32 if instructions == "avx2" else 64
     octets, words = ir.VectorType(_I8, lanes), ir.VectorType(_I32, lanes // 4)
@@ -420,7 +428,7 @@ def _make_classed(instructions: str, kind: TableKind) -> Any:
 
 
 def classed_for(instructions: str) -> dict[str, Any]:
-    """What `classify` calls, on another processor."""
+    """The functions that `classify` calls, for another processor."""
     if instructions == "plain":
         return {"_two": _plain_two, "_three": _plain_three, "_six": _plain_six}
     return {
@@ -438,8 +446,9 @@ _two, _three, _six = classed_for(INSTRUCTIONS).values()
 
 @numba.njit(nogil=True, cache=True)
 def classify(taken: Any, kind: int, classes: Any) -> None:
-    """classes uint8 (tables, 64), 64-byte aligned, tables a multiple of 4: in which classes TableKind.TWO_CLASSES or TableKind.THREE_CLASSES numbers are, the first one's in
-    the lowest two bits, or which of TableKind.SIX_SIGNS are positive; which numbers: `numbers_of`. taken: rows' upper halves, uint32 (halves, 64)."""
+    """Writes the table indices of 64 rows. classes: uint8 (tables, 64), 64-byte aligned, tables a multiple of 4: the
+    classes of two or three numbers, the first one's in the lowest two bits, or the signs of six; which numbers:
+    `numbers_of`. taken: the rows' high nibbles, uint32 (words, 64)."""
     at_taken, at_classes = taken.ctypes.data, classes.ctypes.data
     for i in range(0, classes.shape[0], 4):
         if kind == TableKind.SIX_SIGNS:
@@ -458,20 +467,21 @@ def classify(taken: Any, kind: int, classes: Any) -> None:
 
 
 def tables_most(scanned: int, kind: TableKind) -> int:
-    """How many tables look at so many numbers, a multiple of STEP."""
-    halves = scanned // STEP
-    threes, left = divmod(halves, 3)
+    """How many tables cover so many numbers, a multiple of STEP."""
+    words = scanned // STEP
+    threes, left = divmod(words, 3)
     return {
-        TableKind.FOUR_SIGNS: 2 * halves,
+        TableKind.FOUR_SIGNS: 2 * words,
         TableKind.SIX_SIGNS: 4 * (threes + (left > 0)),
-        TableKind.TWO_CLASSES: 4 * halves,
+        TableKind.TWO_CLASSES: 4 * words,
         TableKind.THREE_CLASSES: 8 * threes + 4 * left,
     }[kind]
 
 
 def numbers_of(tables: int, scanned: int, kind: TableKind) -> NDArray[np.int64]:
-    """Which numbers each table looks at, (tables, each), -1 where there is none: four in a row; two that share a byte of the plane; two
-    and one of those that share the bytes of the third half, which serves two others; or those in the same bytes of three halves."""
+    """The numbers that each table looks at, (tables, kind), -1 where there is none. FOUR_SIGNS: four neighbours;
+    TWO_CLASSES: two that share a byte; THREE_CLASSES: such two and one of a byte in a third word, which two other words
+    share; SIX_SIGNS: the numbers in the same byte of three words."""
     if kind == TableKind.FOUR_SIGNS:
         return np.arange(TableKind.FOUR_SIGNS * tables).reshape(-1, TableKind.FOUR_SIGNS)
     group = np.arange(tables) >> 2
@@ -498,14 +508,14 @@ def aligned(octets: int) -> Any:
 
 @numba.njit(nogil=True, cache=True)
 def masks_apart() -> Any:
-    """For a tile, away from what another thread writes."""
+    """Room for a tile's masks, in cache lines that no other thread writes."""
     return aligned(64 + 8 * PROBES_PER_TILE * BLOCKS_PER_TILE + 64).view(np.uint64)[
         8 : 8 + PROBES_PER_TILE * BLOCKS_PER_TILE
     ]
 
 
 def tiles_for(instructions: str) -> dict[str, Any]:
-    """What `survivors` calls, on another processor."""
+    """The functions that `survivors` calls, for another processor."""
     of_16 = _plain_16 if instructions == "plain" else _make_tile(instructions, 16)
     return {"_tile_16": of_16, "_tile_64": _make_tile(instructions, 64) if instructions == "vbmi" else _plain_64}
 
@@ -517,8 +527,11 @@ _tile_16, _tile_64 = tiles_for(INSTRUCTIONS).values()
 def survivors(
     signs: Any, seeds: Any, alive: Any, tables: Any, limits: Any, count: int, masks: Any, which: Any, lanes: Any
 ) -> int:
-    """Probes and rows of BLOCKS_PER_PASS blocks that reach the limits, by BLOCKS_PER_TILE blocks and by probe. signs: uint8 (BLOCKS_PER_PASS, t, 64); seeds: uint8
-    (64 BLOCKS_PER_PASS,); alive: uint64 (BLOCKS_PER_PASS,); tables: uint8 (q, t, 16 or 64), q a multiple of PROBES_PER_TILE. Returns how many."""
+    """Writes the pairs of a probe and a row that reach the limits into `which` and `lanes`, and returns how many.
+
+    Of B = BLOCKS_PER_PASS blocks. signs: uint8 (B, t, 64); seeds: uint8 (64 B,); alive: uint64 (B,); tables: uint8 (q,
+    t, 16 or 64), q a multiple of PROBES_PER_TILE.
+    """
     found = 0
     number, entries = tables.shape[1], tables.shape[2]
     at_signs, at_tables, at_seeds = signs.ctypes.data, tables.ctypes.data, seeds.ctypes.data
