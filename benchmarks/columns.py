@@ -10,7 +10,7 @@ drawn apart; `correlated`: their ranks have a normal copula of correlation 0.3, 
 
 A plan is made for several miss risks, from calibrations that know these laws and take columns for independent. Batches of it take
 turns with batches of a search of the face column alone for its 100 nearest, whose time is the unit of `cost`; of the same without
-signs, a plain scan of all upper halves; and of raw FAISS `IVF2048,PQ64x4fs` of the face column, all lists probed. `missed`: mates that
+signs, a plain scan of all high nibbles; and of raw FAISS `IVF2048,PQ64x4fs` of the face column, all lists probed. `missed`: mates that
 are not among the candidates, the 40 rows with the most evidence. `reaching`: of the mates whose own evidence reaches the review
 threshold, FPIR 0.005.
 """
@@ -34,7 +34,7 @@ from scipy.stats import beta, norm
 
 import biodedup as bd
 from biodedup.match.calibration import Calibration
-from biodedup.search.shards import shard
+from biodedup.search.shards import native
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 
@@ -141,7 +141,7 @@ def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]
         internals(engine).comparer._calibration_of = laws.__getitem__
         ids = [snapshot.models[name].model_id for name in COLUMNS]
         review_llr_db = internals(engine).comparer.llr_reaching(engine.policy.thresholds_db(rows)[1], ids)
-        shards = searcher._shards(snapshot)
+        shards = searcher.shards(snapshot)
         whose = np.random.default_rng(1).permutation(min(BATCH, rows))[:mates]
         own = [batch(0, min(BATCH, rows), i)[whose] for i in range(len(COLUMNS))]
         for kind, correlation in (("independent", 0.0), ("correlated", CORRELATION)):
@@ -162,27 +162,27 @@ def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]
                 f"{PROBES / scan:.1f}; {rate(face_missed)}; reaching: {rate(face_missed[reaching])}"
             )
             for risk in risks:
-                searcher._choices.clear()
-                searcher._config = replace(searcher._config, miss_risk=risk)
-                plan = searcher.together(snapshot, COLUMNS)
+                searcher._planner._plans.clear()
+                searcher._config = searcher._planner._config = replace(searcher._config, miss_risk=risk)
+                plan = searcher.multicolumn_query(snapshot, COLUMNS)
                 if plan is None:
                     figures[f"{kind}: miss risk {risk:g}"] = "no plan"
                     continue
-                (choice,) = plan.choices.values()
-                searcher._fan_out.together(
+                (choice,) = plan.plans.values()
+                searcher.fan_out.multicolumn(
                     shards, {n: p[:PROBES] for n, p in probes.items()}, plan
                 )  # laws are measured
                 missed, ours, theirs, plain, raw, passed = np.zeros(len(whose), bool), [], [], [], [], 0
                 for low in range(0, len(whose), PROBES):
                     some = slice(low, low + PROBES)
                     started = time.perf_counter()
-                    result, _ = searcher._fan_out.together(shards, {n: p[some] for n, p in probes.items()}, plan)
+                    result, _ = searcher.fan_out.multicolumn(shards, {n: p[some] for n, p in probes.items()}, plan)
                     ours.append(time.perf_counter() - started)
                     if low // PROBES % 4 == 0:
                         started = time.perf_counter()
                         searcher.nearest(snapshot, "face", probes["face"][some], K)
                         theirs.append(time.perf_counter() - started)
-                        with patch.object(shard, "_SIGN_PROBES", PROBES + 1):
+                        with patch.object(native, "_SIGN_PROBES", PROBES + 1):
                             started = time.perf_counter()
                             searcher.nearest(snapshot, "face", probes["face"][some], K)
                             plain.append(time.perf_counter() - started)

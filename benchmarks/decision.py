@@ -22,7 +22,7 @@ from biodedup.match.calibrations import Calibrations
 from biodedup.match.compare import as_labelled, pairings
 from biodedup.match.fusion import fused_score_db, mated_quantile_db, mated_share_below
 from biodedup.match.judgement import judge
-from biodedup.match.ranked import Board, Law, Measured, Ranked, calibrated
+from biodedup.match.ranked import PairScores, Ranked, ScoreMatrix, ScoreModel, calibrated
 
 COLUMNS = ("face", "right_index", "left_index")
 RETURNED, GALLERY = 10, 200_000_000
@@ -47,8 +47,8 @@ def main() -> None:
     n, rng = options.candidates, np.random.default_rng(0)
     known = Calibrations(shipped_cards())
     finger = joint_id(load_card("finger256"), minutiae_card("mindtct"))
-    laws = {
-        c: Law(known.of(m), known.with_minutiae(m))
+    models = {
+        c: ScoreModel(known.of(m), known.with_minutiae(m))
         for c, m in zip(COLUMNS, (load_card("sface").model_id, finger, finger), strict=True)
     }
     similarity = {c: rng.normal(0.0, 0.15, n) for c in COLUMNS}
@@ -60,21 +60,21 @@ def main() -> None:
     duplicate_db, band_db = Policy().thresholds_db(GALLERY)
 
     def ranked() -> Ranked:
-        measured: dict[tuple[str, str], Measured] = {
-            (c, c): calibrated(laws[c], similarity[c], minutiae[c], by_embedding=True) for c in COLUMNS
+        scores: dict[tuple[str, str], PairScores] = {
+            (c, c): calibrated(models[c], similarity[c], minutiae[c], by_embedding=True) for c in COLUMNS
         }
-        board = Board(rows, measured)
-        return Ranked([(board, board.fuse(*as_labelled(board, members)))])
+        matrix = ScoreMatrix(rows, scores)
+        return Ranked([(matrix, matrix.fuse(*as_labelled(matrix, members)))])
 
     def decide() -> object:
-        calibrations = tuple(law.of(column != "face") for column, law in laws.items())
+        calibrations = tuple(model.of(column != "face") for column, model in models.items())
         review_db = min(band_db, mated_quantile_db(0.5, calibrations))
         mated_share_below(review_db, calibrations)
         return judge(ranked()[:RETURNED], duplicate_db, review_db, band_db=band_db)
 
     found = ranked()
     for one in (found[int(i)] for i in rng.choice(n, min(n, 200), replace=False)):
-        used = [laws[p.column].of(p.minutiae is not None) for p in one.evidence]
+        used = [models[p.column].of(p.minutiae is not None) for p in one.evidence]
         sum_db = sum(part.llr_db for part in one.evidence)
         wanted = one.evidence[0].score_db if len(used) == 1 else float(fused_score_db(sum_db, used)[0])
         assert abs(one.score_db - wanted) < 0.26, (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.engine import Engine
 from biodedup.engine.enrol import Enrolment
-from biodedup.engine.search import Searches
+from biodedup.engine.search import BatchedSearch
 from biodedup.gallery.gallery import Gallery
 from biodedup.match.compare import Comparer
 from biodedup.search.searcher import Searcher
@@ -24,7 +24,7 @@ class Internals:
     extractor: Extractor
     comparer: Comparer
     searcher: Searcher
-    searches: Searches
+    searches: BatchedSearch
     enrolment: Enrolment
 
 

@@ -22,7 +22,7 @@ from biodedup.match.fusion import mated_quantile_db, mated_share_below
 from biodedup.match.judgement import BELIEVED, SPEAKS_AGAINST_DB, judge, kinds_of
 from biodedup.match.ranked import Comparison, Ranked
 from biodedup.search.positions import comparable_bits
-from biodedup.search.searcher import Found, SnapshotRows
+from biodedup.search.searcher import CandidateSet, SnapshotRows
 from biodedup.values import Candidate, Decision, Encounter, Kind, Refusal, Template, Verification
 
 _ATTAINED_SHARE = 0.95
@@ -50,7 +50,7 @@ class Decider:
     def decide(
         self,
         probe: Probe,
-        found: Found,
+        found: CandidateSet,
         now: Snapshot,
         *,
         version: int,
@@ -105,7 +105,7 @@ class Decider:
 
     def incomplete(self, probe: Probe, lacks: Sequence[Refusal], now: Snapshot, *, version: int) -> Decision:
         """The refusal of an encounter that lacks captures. lacks: each of them, with the reason."""
-        decision = self.decide(probe, Found(), now, version=version)
+        decision = self.decide(probe, CandidateSet(), now, version=version)
         refusals = tuple(dict.fromkeys((*probe.refusals, *lacks)))
         return replace(decision, outcome="refused", reasons=(INCOMPLETE,), refusals=refusals)
 
@@ -194,8 +194,8 @@ class Decider:
     ) -> _Expected:
         """How a mate scores with these captures, those aside that nobody enrolled has; the review threshold follows from it."""
         calibrations = tuple(
-            law.of(templates[column].embedding is not None and templates[column].minutiae is not None)
-            for column, law in sorted(self.comparer.laws(templates).items())
+            model.of(templates[column].embedding is not None and templates[column].minutiae is not None)
+            for column, model in sorted(self.comparer.score_models(templates).items())
             if now.count_with(comparable_bits({column: templates[column]}, now.models, across=across))
         )
         review_db = min(band_db, mated_quantile_db(policy.fnir_review, calibrations))
@@ -232,7 +232,7 @@ def _candidates(now: Snapshot, comparisons: Sequence[Comparison], kinds: Sequenc
             c.score_db,
             c.extrapolated,
             c.evidence,
-            c.charge_db,
+            c.label_penalty_db,
             kind,
             c.interval_db,
             now.siblings(c.row),

@@ -45,7 +45,7 @@ from biodedup.engine.load import Cells, Loaded, Loader
 from biodedup.engine.policy import PolicyInForce
 from biodedup.engine.prepare import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
 from biodedup.engine.review import Review
-from biodedup.engine.search import Searches
+from biodedup.engine.search import BatchedSearch
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import digest_of, from_json, is_of_batch, standing_answer
 from biodedup.gallery.care.health import Copied, backup, inspect
@@ -63,6 +63,7 @@ from biodedup.memory import within_memory
 from biodedup.search.clusters import clusters_of
 from biodedup.search.explain import JoinPlan, SearchPlan, plan_of
 from biodedup.search.searcher import Searcher
+from biodedup.search.selfjoin.join import SelfJoin
 from biodedup.texts import KnownId
 from biodedup.trace import tracing
 from biodedup.values import (
@@ -123,7 +124,8 @@ class Engine:
         self._pairs = PairComparer(known, self._comparer)
         self._searcher = Searcher(self._comparer, config.search, config.threads, self._policy)
         self._preparer = Preparer(gallery, self._extractor, known, config)
-        self._searches = Searches(gallery, self._searcher)
+        self._join = SelfJoin(self._searcher, self._comparer, config.search)
+        self._searches = BatchedSearch(gallery, self._searcher, self._join)
         self._decider = Decider(config, self._policy, self._comparer, clock)
         self._enrolment = Enrolment(
             gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max
@@ -414,8 +416,8 @@ class Engine:
         for column in columns:
             check_column(column)
         snapshot = self._gallery.snapshot()
-        together = self._searcher.together(snapshot, columns)
-        return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, together)
+        multicolumn = self._searcher.multicolumn_query(snapshot, columns)
+        return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, multicolumn)
 
     def plan_join(self, threshold_db: float | None = None) -> JoinPlan:
         """How a join of everybody with everybody is done at present, for pairs that reach a threshold, and what it may miss. Takes some
@@ -423,7 +425,7 @@ class Engine:
         self._check_open()
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
-        return JoinPlan(self._searcher.caps(self._gallery.snapshot(), threshold_db), self._config.search.miss_risk)
+        return JoinPlan(self._join.buckets(self._gallery.snapshot(), threshold_db), self._config.search.miss_risk)
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
@@ -447,7 +449,7 @@ class Engine:
         since: tuple[int, int] | None = None,
     ) -> Iterator[JoinedTile]:
         """N:N, tile by tile: each compares some subjects with all that were enrolled after them, as of now. Pairs that were judged
-        different are left out. Of a large gallery of faces each compares those that meet in some caps (search/caps.py), so that a pair may
+        different are left out. Of a large gallery of faces each compares those that share an LSH bucket (search/selfjoin/buckets.py), so that a pair may
         come up more than once; that a mate is missed has at most the probability `SearchConfig.miss_risk`.
 
         threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. among: only these subjects,

@@ -21,7 +21,7 @@ from itertools import chain
 from biodedup.completeness import shortfall
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
-from biodedup.engine.search import Searches, Seen
+from biodedup.engine.search import BatchedSearch, SearchSnapshot
 from biodedup.errors import (
     NOT_TAKEN,
     BiodedupError,
@@ -38,7 +38,7 @@ from biodedup.gallery.segments.tail import Answer
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
 from biodedup.memory import out_of_memory
-from biodedup.search.searcher import Found
+from biodedup.search.searcher import CandidateSet
 from biodedup.trace import tracing, untraced
 from biodedup.values import Case, Decision, Encounter
 
@@ -49,7 +49,7 @@ class _Waiting:
 
     probes: Sequence[Probe]
     digests: Sequence[bytes]
-    seen: Seen
+    seen: SearchSnapshot
     replaces: bool
     reason: str
     answers: list[Decision | CallerError] = field(default_factory=list)
@@ -58,7 +58,7 @@ class _Waiting:
 
 
 @dataclass(eq=False)
-class Sought:
+class PreparedBatch:
     """Encounters with the answers known so far. waiting: those that are to be settled, places: where they stand; None: nobody is."""
 
     answers: list[Decision | CallerError | CaptureUnavailable | None]
@@ -74,7 +74,7 @@ class Enrolment:
         self,
         gallery: Gallery,
         preparer: Preparer,
-        searches: Searches,
+        searches: BatchedSearch,
         decider: Decider,
         new_id: Callable[[], str],
         encounters_max: int,
@@ -92,7 +92,7 @@ class Enrolment:
 
     def seek(
         self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False, reason: str = ""
-    ) -> Sought:
+    ) -> PreparedBatch:
         """Prepares encounters, and searches the gallery as it is."""
         answers: list[Decision | CallerError | CaptureUnavailable | None] = [None] * len(encounters)
         operation = "enroll" if not replaces else f"replace: {reason}" if reason else "update"
@@ -117,20 +117,24 @@ class Enrolment:
             except CallerError as error:
                 answers[i] = error
         if not probes:
-            return Sought(answers)
+            return PreparedBatch(answers)
         mine = list(probes.values())
         before = self._gallery.snapshot()
-        besides = max(before.count_under(probe.subject_id) for probe in mine)  # they are no candidates
-        seen = self._searches.seek(mine, across=across, besides=besides)
-        return Sought(answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces, reason))
+        extra_k = max(before.count_under(probe.subject_id) for probe in mine)  # rows that are no candidates
+        seen = self._searches.seek(mine, across=across, extra_k=extra_k)
+        return PreparedBatch(
+            answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces, reason)
+        )
 
-    def ahead(self, batches: Iterator[list[Encounter]], across: bool) -> Iterator[tuple[list[Encounter], Sought]]:
+    def ahead(
+        self, batches: Iterator[list[Encounter]], across: bool
+    ) -> Iterator[tuple[list[Encounter], PreparedBatch]]:
         """Each batch with what was found; the next one is searched while the caller has this one."""
         if tracing() is not None:  # a trace tells one thing after the other
             yield from ((batch, self.seek(batch, across)) for batch in batches)
             return
         with ThreadPoolExecutor(1, "biodedup-ahead") as pool:
-            before: tuple[list[Encounter], Future[Sought]] | None = None
+            before: tuple[list[Encounter], Future[PreparedBatch]] | None = None
             for batch in chain(batches, [None]):
                 following = None if batch is None else (batch, pool.submit(self.seek, batch, across))
                 if before is not None:
@@ -139,7 +143,7 @@ class Enrolment:
 
     # the commit -------------------------------------------------------------------------------------------------
 
-    def commit(self, sought: Sought) -> list[Decision | CallerError | CaptureUnavailable]:
+    def commit(self, sought: PreparedBatch) -> list[Decision | CallerError | CaptureUnavailable]:
         """Settles and commits what was searched for. One answer for each encounter."""
         if sought.waiting is not None:
             self._commit(sought.waiting)
@@ -189,8 +193,8 @@ class Enrolment:
         self,
         transaction: Transaction,
         probe: Probe,
-        found: Found,
-        seen: Seen,
+        found: CandidateSet,
+        seen: SearchSnapshot,
         asked: Request,
         case: Case | None = None,
         *,

@@ -26,7 +26,7 @@ from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.tail import Answer
 from biodedup.gallery.transaction import Transaction
-from biodedup.search.searcher import Found
+from biodedup.search.searcher import CandidateSet
 from biodedup.values import (
     COLUMNS,
     Column,
@@ -234,7 +234,9 @@ class Loader:
                     continue
                 check_models(probe.templates, transaction.models)
                 encounter_id = probe.encounter.encounter_id or self.new_id()
-                decision = self.decider.decide(probe, Found(), transaction.snapshot(), version=transaction.version)
+                decision = self.decider.decide(
+                    probe, CandidateSet(), transaction.snapshot(), version=transaction.version
+                )
                 outcome: Outcome = "unique" if probe.templates else "refused"  # nothing was searched, nothing is judged
                 answers[i] = decision = replace(decision, encounter_id=encounter_id, outcome=outcome, reasons=())
                 if outcome == "unique":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
-from biodedup.engine.search import Searches, Seen
+from biodedup.engine.search import BatchedSearch, SearchSnapshot
 from biodedup.errors import CallerError, InvalidInput, UnknownSubject
 from biodedup.gallery.answers import digest_of, standing_answer
 from biodedup.gallery.cases import (
@@ -27,7 +27,7 @@ from biodedup.gallery.cases import (
 )
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
-from biodedup.search.searcher import Found
+from biodedup.search.searcher import CandidateSet
 from biodedup.texts import KnownId
 from biodedup.values import Case, Decision, Encounter, Ruling, Verdict
 
@@ -38,7 +38,7 @@ class Review:
 
     gallery: Gallery
     preparer: Preparer
-    searches: Searches
+    searches: BatchedSearch
     decider: Decider
     enrolment: Enrolment
     clock: Callable[[], float]
@@ -80,7 +80,7 @@ class Review:
         if not own:
             raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to dispute")
         check_models(probe.templates, transaction.models)
-        decision = self.decider.decide(probe, Found(), now, version=transaction.version)
+        decision = self.decider.decide(probe, CandidateSet(), now, version=transaction.version)
         return self.decider.disputed(replace(decision, reasons=()), probe, now, own)
 
     def adjudicate(self, judged: str | Case, ruling: Ruling, by: str, note: str, candidate: str | None) -> Decision:
@@ -111,7 +111,7 @@ class Review:
                 self._recheck(transaction, other, sought)
         return decision
 
-    def _recheck(self, transaction: Transaction, case: Case, sought: dict[str, tuple[Probe, Seen]]) -> None:
+    def _recheck(self, transaction: Transaction, case: Case, sought: dict[str, tuple[Probe, SearchSnapshot]]) -> None:
         """A case that is linked with one that was decided: its candidates as they are by now. Where none is left it is settled."""
         try:
             decision = self._decided_again(transaction, case, (), sought)
@@ -129,7 +129,7 @@ class Review:
         transaction: Transaction,
         case: Case,
         verdicts: tuple[Verdict, ...],
-        sought: dict[str, tuple[Probe, Seen]],
+        sought: dict[str, tuple[Probe, SearchSnapshot]],
     ) -> Decision:
         if case.encounter_id not in sought:  # linked since; rare
             sought |= self._sought([case])
@@ -139,7 +139,7 @@ class Review:
         fresh = self.enrolment.decide(transaction, probe, seen.found[0], seen, asked, case, same=same)
         return reconsidered(case, verdicts, fresh)
 
-    def _sought(self, cases: Iterable[Case]) -> dict[str, tuple[Probe, Seen]]:
+    def _sought(self, cases: Iterable[Case]) -> dict[str, tuple[Probe, SearchSnapshot]]:
         """encounter_id -> what a search of the gallery as it is finds for a case."""
         found = {}
         for case in cases:
@@ -150,9 +150,9 @@ class Review:
                 groups=tuple(map(KnownId, case.groups)),
             )
             probe = Probe(encounter, case.templates, case.decision.refusals)
-            besides = sum(len(candidate.rows) for candidate in case.decision.candidates) + len(case.judged)
-            besides += self.gallery.snapshot().count_under(case.subject_id)  # the case itself is one of them
-            found[case.encounter_id] = probe, self.searches.seek([probe], across=case.across_positions, besides=besides)
+            extra_k = sum(len(candidate.rows) for candidate in case.decision.candidates) + len(case.judged)
+            extra_k += self.gallery.snapshot().count_under(case.subject_id)  # the case itself is one of them
+            found[case.encounter_id] = probe, self.searches.seek([probe], across=case.across_positions, extra_k=extra_k)
         return found
 
     @staticmethod

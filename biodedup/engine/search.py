@@ -1,7 +1,7 @@
-"""Searches of the gallery as it is, those of several callers made together.
+"""Searches the latest snapshot of a gallery; searches of several callers are batched into one pass.
 
-Owns which snapshot a search sees, and how many it looks at beyond those that are returned. Never compares (`search/rescore.py`),
-decides or writes.
+Owns which snapshot a search sees, and how many rows it looks at beyond those returned. Never compares
+(`search/searcher.py`), decides or writes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.judgement import kinds_of
 from biodedup.match.ranked import Comparison
 from biodedup.search.batching import Gathering
-from biodedup.search.searcher import JOIN_ROWS, PROBES, Found, Searcher
+from biodedup.search.searcher import PROBES, CandidateSet, Searcher
 from biodedup.search.selfjoin.bucket_join import rows_outside
+from biodedup.search.selfjoin.join import JOIN_ROWS, SelfJoin
 from biodedup.trace import untraced
 from biodedup.values import Float32, Link, SearchResult, Template
 
@@ -28,89 +29,93 @@ _Groups = tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was found for some probes, in their order. snapshot: of the gallery that was searched; across: positions were searched
-    across; spare: so many more were looked at."""
+class SearchSnapshot:
+    """The candidates of some probes, in their order. snapshot: the one that was searched; across: positions were
+    searched across; extra_k: how many more rows were looked at."""
 
-    found: Sequence[Found]
+    found: Sequence[CandidateSet]
     snapshot: Snapshot
     across: bool
-    spare: int
+    extra_k: int
 
 
-class Searches:
-    """Searches one gallery; callers who wait at the same time share a pass. Thread-safe."""
+class BatchedSearch:
+    """Searches one gallery; callers that wait at the same time share a pass. Thread-safe."""
 
-    def __init__(self, gallery: Gallery, searcher: Searcher) -> None:
+    def __init__(self, gallery: Gallery, searcher: Searcher, join: SelfJoin) -> None:
         self._gallery = gallery
         self._searcher = searcher
+        self._join = join
         self._probes = Gathering(self._seek, PROBES)
         self._vectors = Gathering(self._nearest_each, PROBES)
 
-    def seek(self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, besides: int = 0) -> Seen:
-        """Subjects and open cases that may be the same person. groups: only those that belong to one of them. besides: so many more are
-        looked at, since so many may turn out not to count."""
-        seen = self._probes((groups, across, besides), [probe.templates for probe in probes])
-        return Seen([found for found, _ in seen], seen[0][1], across, besides)
+    def seek(
+        self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, extra_k: int = 0
+    ) -> SearchSnapshot:
+        """Subjects and open cases that may be the same person. groups: only those in one of them. extra_k: how many
+        more rows to look at, since so many may turn out not to count."""
+        seen = self._probes((groups, across, extra_k), [probe.templates for probe in probes])
+        return SearchSnapshot([found for found, _ in seen], seen[0][1], across, extra_k)
 
     def completed(
-        self, probe: Probe, found: Found, seen: Seen, now: Snapshot, uncounted: Collection[int] = ()
-    ) -> Found:
+        self, probe: Probe, found: CandidateSet, seen: SearchSnapshot, now: Snapshot, uncounted: Collection[int] = ()
+    ) -> CandidateSet:
         """What `seek` found for a probe, with what it would find in the rows that came since. uncounted: rows that are no candidates."""
-        before, spare = found.comparisons, max(seen.spare, len(uncounted))
+        before, extra_k = found.comparisons, max(seen.extra_k, len(uncounted))
         gone = ~now.are_present(before.rows) | np.isin(before.rows, list(uncounted))
         # where more than were looked at besides do not count, they hid others: all is searched again
-        hidden = np.count_nonzero(gone) > seen.spare
+        hidden = np.count_nonzero(gone) > seen.extra_k
         from_row = 0 if hidden else seen.snapshot.row_count
-        (since,) = self._searcher.search(now, [probe.templates], from_row=from_row, across=seen.across, spare=spare)
+        (since,) = self._searcher.search(now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k)
         if hidden:
             return since
         if now.extra_rows and len(since.comparisons):  # a subject that got a row since was compared with all its rows
             again, _ = now.with_siblings(np.sort(since.comparisons.rows))
             before = before.without(again)
-        return Found(before.with_others(since.comparisons), found.incomplete or since.incomplete, found.across)
+        return CandidateSet(before.with_others(since.comparisons), found.incomplete or since.incomplete, found.across)
 
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
         """The k nearest of each in one column. probes: float32 (q, d), unit rows."""
         key = (column, k, groups)
         if len(probes) >= PROBES or not len(probes):  # a batch by itself
             return self._nearest(key, probes)
-        found = self._vectors(key, list(probes))
-        ids, similarity = np.stack([one.ids for one in found]), np.stack([one.similarity for one in found])
-        return SearchResult(ids, similarity, found[0].gallery_version, found[0].incomplete)
+        results = self._vectors(key, list(probes))
+        ids, similarity = np.stack([r.ids for r in results]), np.stack([r.similarity for r in results])
+        return SearchResult(ids, similarity, results[0].gallery_version, results[0].incomplete)
 
     def join(
         self, snapshot: Snapshot, rows: NDArray[np.int64], threshold_db: float, *, with_all: bool, skip: int
     ) -> Iterator[tuple[int, int, list[Link]]]:
-        """Pairs that reach the threshold and were not judged different, of these live rows with those behind them, or with_all: step by
-        step (how many rows are done, the row before which all have been compared, links). skip: rows that are done already."""
-        caps = None if with_all else self._searcher.caps(snapshot, threshold_db)
-        rest = rows if caps is None else rows_outside(snapshot, "face", caps, rows)
+        """Pairs that reach the threshold and were not judged different, of these live rows with those behind them, or
+        with_all: step by step (how many rows are done, the row before which all have been compared, links). skip: rows
+        that are done already."""
+        buckets = None if with_all else self._join.buckets(snapshot, threshold_db)
+        rest = rows if buckets is None else rows_outside(snapshot, "face", buckets, rows)
         for start in range(min(skip, len(rest)), len(rest), JOIN_ROWS):
             some = rest[start : start + JOIN_ROWS].tolist()
-            found = self._searcher.pairs(snapshot, some, threshold_db, with_all=with_all or caps is not None)
+            pairs = self._join.pairs(snapshot, some, threshold_db, with_all=with_all or buckets is not None)
             done = start + len(some)
             yield (
                 done,
-                some[-1] + 1 if caps is None or done == len(rows) else 0,
-                self._links(snapshot, found, threshold_db),
+                some[-1] + 1 if buckets is None or done == len(rows) else 0,
+                self._links(snapshot, pairs, threshold_db),
             )
-        if caps is None:
+        if buckets is None:
             return
-        for members, done in caps.steps(len(rest), len(rows)):
+        for members, done in buckets.steps(len(rest), len(rows)):
             if done > skip:
-                found = self._searcher.pairs_in(snapshot, caps, members, threshold_db)
-                # whom somebody may still meet is known at the end
-                yield done, int(rows[-1]) + 1 if done == len(rows) else 0, self._links(snapshot, found, threshold_db)
+                pairs = self._join.pairs_in_buckets(snapshot, buckets, members, threshold_db)
+                # a row may share a later bucket: no row is finished before the end
+                yield done, int(rows[-1]) + 1 if done == len(rows) else 0, self._links(snapshot, pairs, threshold_db)
 
     @staticmethod
-    def _links(snapshot: Snapshot, found: Sequence[tuple[int, Comparison]], threshold_db: float) -> list[Link]:
-        names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
+    def _links(snapshot: Snapshot, pairs: Sequence[tuple[int, Comparison]], threshold_db: float) -> list[Link]:
+        names = snapshot.subject_ids([row for pair in pairs for row in (pair[0], pair[1].row)])
         links = []
-        for i, (row, pair) in enumerate(found):
-            charge_db = 10 * log10(len(snapshot.siblings(row)))  # each of its rows is tried
-            if pair.score_db - charge_db >= threshold_db:
-                pair = replace(pair, score_db=pair.score_db - charge_db) if charge_db else pair
+        for i, (row, pair) in enumerate(pairs):
+            trial_penalty_db = 10 * log10(len(snapshot.siblings(row)))  # each of its rows is tried
+            if pair.score_db - trial_penalty_db >= threshold_db:
+                pair = replace(pair, score_db=pair.score_db - trial_penalty_db) if trial_penalty_db else pair
                 (kind,) = kinds_of([pair], threshold_db, threshold_db)
                 two = (names[2 * i], names[2 * i + 1])
                 links.append(Link(two, pair.score_db, pair.extrapolated, pair.evidence, kind))
@@ -118,31 +123,31 @@ class Searches:
 
     def _seek(
         self, key: tuple[_Groups, bool, int], probes: list[Mapping[str, Template]]
-    ) -> list[tuple[Found, Snapshot]]:
-        (groups, across, spare), snapshot = key, self._gallery.snapshot()
+    ) -> list[tuple[CandidateSet, Snapshot]]:
+        (groups, across, extra_k), snapshot = key, self._gallery.snapshot()
         with untraced():  # probes of several callers
-            results = self._searcher.search(snapshot, probes, groups=groups, across=across, spare=spare)
+            results = self._searcher.search(snapshot, probes, groups=groups, across=across, extra_k=extra_k)
         return [(found, snapshot) for found in results]
 
     def _nearest_each(self, key: tuple[str, int, _Groups], probes: list[Float32]) -> list[SearchResult]:
-        found = self._nearest(key, np.array(probes))
-        return [replace(found, ids=ids, similarity=near) for ids, near in zip(found.ids, found.similarity, strict=True)]
+        batch = self._nearest(key, np.array(probes))
+        return [replace(batch, ids=ids, similarity=near) for ids, near in zip(batch.ids, batch.similarity, strict=True)]
 
     def _nearest(self, key: tuple[str, int, _Groups], probes: Float32) -> SearchResult:
         column, k, groups = key
         snapshot = self._gallery.snapshot().enrolled
         asked = k
         while True:
-            found = self._searcher.nearest(snapshot, column, probes, asked, groups=groups)
-            there = found.rows >= 0
+            nearest = self._searcher.nearest(snapshot, column, probes, asked, groups=groups)
+            there = nearest.rows >= 0
             names = np.full(there.shape, "", object)
-            names[there] = snapshot.subject_ids(found.rows[there].tolist())
+            names[there] = snapshot.subject_ids(nearest.rows[there].tolist())
             if not snapshot.extra_rows:
-                return SearchResult(names, found.similarity, snapshot.version, bool(found.failures))
-            ids, similarity = _first_of_each(names, found.similarity, k)
+                return SearchResult(names, nearest.similarity, snapshot.version, bool(nearest.failures))
+            ids, similarity = _first_of_each(names, nearest.similarity, k)
             # of a subject with several rows the nearest counts: there may be too few subjects among so many rows
             if not (there[:, -1] & (ids[:, -1] == "")).any():
-                return SearchResult(ids, similarity, snapshot.version, bool(found.failures))
+                return SearchResult(ids, similarity, snapshot.version, bool(nearest.failures))
             asked *= 2
 
 

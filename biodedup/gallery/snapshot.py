@@ -265,19 +265,21 @@ class Snapshot:
         return np.concatenate(found)
 
     def mask(
-        self, part: Part, groups: Collection[str] | None = None, hidden: frozenset[int] = frozenset()
+        self, part: Part, groups: Collection[str] | None = None, excluded_presence: frozenset[int] = frozenset()
     ) -> NDArray[np.bool_] | None:
-        """bool (count,): the rows of a part that are not removed and, with groups, belong to one of them. None: all do. hidden:
+        """bool (count,): the rows of a part that are not removed and, with groups, belong to one of them. None: all do. excluded_presence:
         presences of rows that do not count."""
-        key = (id(part), None if groups is None else frozenset(groups), hidden)
+        key = (id(part), None if groups is None else frozenset(groups), excluded_presence)
         if key not in self._masks:
             self._masks[key] = self._mask(part, *key[1:])
         return self._masks[key]
 
-    def _mask(self, part: Part, groups: frozenset[str] | None, hidden: frozenset[int]) -> NDArray[np.bool_] | None:
+    def _mask(
+        self, part: Part, groups: frozenset[str] | None, excluded_presence: frozenset[int]
+    ) -> NDArray[np.bool_] | None:
         low, high = np.searchsorted(self.tombstones, (part.first_row, part.end_row))
         removed = part.at(self.tombstones[low:high])
-        hides = any(bits in hidden for bits in part.bits)
+        hides = any(bits in excluded_presence for bits in part.bits)
         if not len(removed) and groups is None and not hides:
             return None
         mask = np.ones(part.count, bool)
@@ -286,7 +288,7 @@ class Snapshot:
             wanted = [number for number, names in self.group_sets.items() if names & groups]
             mask &= np.isin(part.group_sets(0, part.count), wanted)
         if hides:
-            mask &= ~np.isin(part.presence(0, part.count), list(hidden))
+            mask &= ~np.isin(part.presence(0, part.count), list(excluded_presence))
         return mask
 
     def live_bits(
@@ -294,26 +296,28 @@ class Snapshot:
         part: Part,
         column: Column,
         groups: frozenset[str] | None = None,
-        hidden: frozenset[int] = frozenset(),
+        excluded_presence: frozenset[int] = frozenset(),
     ) -> NDArray[np.uint64]:
         """The mask over a column's cells, 64 of them in each number, the first in the lowest bit; empty where all live."""
-        key = (id(part), id(column), groups, hidden)
+        key = (id(part), id(column), groups, excluded_presence)
         if key not in self._bits:
-            self._bits[key] = self._live_bits(part, column, groups, hidden)
+            self._bits[key] = self._live_bits(part, column, groups, excluded_presence)
         return self._bits[key]
 
     def _live_bits(
-        self, part: Part, column: Column, groups: frozenset[str] | None, hidden: frozenset[int]
+        self, part: Part, column: Column, groups: frozenset[str] | None, excluded_presence: frozenset[int]
     ) -> NDArray[np.uint64]:
         words = -(-column.count // 64)
-        if groups is None and not any(bits in hidden for bits in part.bits):  # a few holes: not a number for every row
+        if groups is None and not any(
+            bits in excluded_presence for bits in part.bits
+        ):  # a few holes: not a number for every row
             low, high = np.searchsorted(self.tombstones, (part.first_row, part.end_row))
             cells = column.cells_at(part.at(self.tombstones[low:high]))
             cells = cells[cells >= 0]
             bits = np.full(words if len(cells) else 0, ~np.uint64(0))
             np.bitwise_and.at(bits, cells // 64, ~(np.uint64(1) << (cells % 64).astype(np.uint64)))
             return bits
-        mask = self.mask(part, groups, hidden)
+        mask = self.mask(part, groups, excluded_presence)
         return _as_bits(mask if mask is None or column.full else mask[column.positions(0, column.count)])
 
     def live_members(

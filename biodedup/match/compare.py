@@ -5,7 +5,7 @@ Owns which captures are paired, and how their scores become one. Never searches 
 1. Captures of one column are paired. A finger of unknown position is tried against every finger left over on the other
    side; the best of m tries counts, less 10 log10(m) dB, since m tries have m chances to look alike.
 2. Across positions, when asked: other readings of the fingers' labels are tried as well (`labels.py`), and the better of right
-   labels and the strongest other reading counts, each less its charge.
+   labels and the strongest other reading counts, each less its penalty.
 3. A finger's embedding and its minutiae add their llr_db, and the sum is calibrated again; with only one, that one counts.
 4. A subject with several rows is one candidate (`encounters.py`).
 5. Every number that leaves here has a unit: `score_db`, `llr_db`.
@@ -27,7 +27,7 @@ from biodedup.match.encounters import Joint, of_all_rows
 from biodedup.match.fusion import llr_reaching
 from biodedup.match.labels import Pair, Readings, readings_of
 from biodedup.match.minutiae import MinutiaeMatcher
-from biodedup.match.ranked import Board, Fused, Law, Measured, Ranked, calibrated
+from biodedup.match.ranked import Fused, PairScores, Ranked, ScoreMatrix, ScoreModel, calibrated
 from biodedup.values import BIT, Float32, Score, Template
 
 
@@ -47,7 +47,7 @@ class Candidates(Protocol):
         """The model of each column."""
 
 
-class InHand:
+class TemplateCandidates:
     """Candidates that are held as templates: one mapping column -> template for each row 0, 1, ..."""
 
     def __init__(self, *candidates: Mapping[str, Template]) -> None:
@@ -142,26 +142,28 @@ class Comparer:
             tried = readings.get(some)
             for pair in dict.fromkeys((*(p for group in groups[some] for p in group), *(tried.pairs if tried else ()))):
                 wanted.setdefault(pair, []).append(ats)
-        laws = self.laws(probe)
-        measured = {}
+        models = self.score_models(probe)
+        scores = {}
         for pair, lists in wanted.items():
             ats = np.sort(np.concatenate(lists))
             ats = ats if subjects is None else ats[(own[ats] & BIT[pair[1]]) != 0]
-            measured[pair] = self._measure(probe[pair[0]], laws[pair[0]], pair, held, ats)
-        joint = None if subjects is None else Joint(measured, subjects)
-        board = Board(held.rows, measured) if joint is None else Board(held.rows, joint.measured, joint.borrowed_db)
-        fused = board.fuse(*as_labelled(board, [(ats, groups[some]) for some, ats in members]))
+            scores[pair] = self._measure(probe[pair[0]], models[pair[0]], pair, held, ats)
+        joint = None if subjects is None else Joint(scores, subjects)
+        matrix = (
+            ScoreMatrix(held.rows, scores) if joint is None else ScoreMatrix(held.rows, joint.scores, joint.borrowed_db)
+        )
+        fused = matrix.fuse(*as_labelled(matrix, [(ats, groups[some]) for some, ats in members]))
         for some, ats in members:
             reading = readings.get(some)
             if reading is not None:
-                fused = _read_across(board, fused, ats, reading)
-        return Ranked([(board, fused if joint is None else joint.best_of_each(fused))])
+                fused = _read_across(matrix, fused, ats, reading)
+        return Ranked([(matrix, fused if joint is None else joint.best_of_each(fused))])
 
-    def laws(self, probe: Mapping[str, Template]) -> dict[str, Law]:
+    def score_models(self, probe: Mapping[str, Template]) -> dict[str, ScoreModel]:
         """How the templates in each of the probe's columns score."""
-        # once for all rows: the calibration of a model without a card is measured on the gallery
+        # once for all rows: the calibration of a model without a card comes from the gallery
         of = {
-            model_id: Law(self._calibration_of(model_id), self._with_minutiae(model_id))
+            model_id: ScoreModel(self._calibration_of(model_id), self._with_minutiae(model_id))
             for model_id in {one.model_id for one in probe.values()}
         }
         return {column: of[template.model_id] for column, template in probe.items()}
@@ -185,7 +187,9 @@ class Comparer:
         """The least sum of llr_db over captures of these models that scores as much."""
         return llr_reaching(score_db, tuple(map(self._calibration_of, model_ids)))
 
-    def _measure(self, probe: Template, law: Law, pair: Pair, held: _Held, ats: NDArray[np.int64]) -> Measured:
+    def _measure(
+        self, probe: Template, model: ScoreModel, pair: Pair, held: _Held, ats: NDArray[np.int64]
+    ) -> PairScores:
         """ats: which of the rows have the candidate's column."""
         similarity, minutiae = np.full((2, len(held.rows)), np.nan)
         if pair[0] == pair[1] or held.model_ids.get(pair[1]) == probe.model_id:
@@ -198,10 +202,10 @@ class Comparer:
                     )
                 if vectors.shape[1]:
                     similarity[ats] = vectors @ probe.embedding
-            if probe.minutiae is not None and (probe.embedding is None or law.with_minutiae is not None):
+            if probe.minutiae is not None and (probe.embedding is None or model.with_minutiae is not None):
                 there, records = held.minutiae(ats, pair[1])
                 minutiae[there] = self._matcher.compare(probe.minutiae, records)
-        return calibrated(law, similarity, minutiae, by_embedding=probe.embedding is not None)
+        return calibrated(model, similarity, minutiae, by_embedding=probe.embedding is not None)
 
 
 def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:
@@ -211,7 +215,7 @@ def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:
     if a.model_id != b.model_id:
         raise ModelMismatch(f"one template is of {a.model_id}, the other of {b.model_id}; extract both with one model")
     # Whoever asks for this pair means it, whatever the labels: both go into one column.
-    result = comparer.compare({"unknown": _relabelled(a)}, InHand({"unknown": _relabelled(b)}), [0])[0]
+    result = comparer.compare({"unknown": _relabelled(a)}, TemplateCandidates({"unknown": _relabelled(b)}), [0])[0]
     part = result.evidence[0]
     return Score(result.score_db, result.llr_db, part.similarity, part.minutiae, result.extrapolated)
 
@@ -236,36 +240,36 @@ def _columns_of(mask: int) -> tuple[str, ...]:
 
 
 def as_labelled(
-    board: Board, members: Sequence[tuple[NDArray[np.int64], list[list[Pair]]]]
+    matrix: ScoreMatrix, members: Sequence[tuple[NDArray[np.int64], list[list[Pair]]]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """(used, tries_db) as `Board.fuse` takes them: of each group of pairs the best one counts, less the number of its rivals."""
-    used = np.zeros(board.llr_db.shape, bool, order="F")  # as the board's arrays lie, so that they add up fast
-    tries_db = np.zeros(board.llr_db.shape, order="F")
+    """(used, trial_penalty_db) as `ScoreMatrix.fuse` takes them: of each group of pairs the best one counts, less the number of its rivals."""
+    used = np.zeros(matrix.llr_db.shape, bool, order="F")  # as the matrix's arrays lie, so that they add up fast
+    trial_penalty_db = np.zeros(matrix.llr_db.shape, order="F")
     for ats, groups in members:
         for group in groups:
-            pairs = np.array([board.number[pair] for pair in group])
+            pairs = np.array([matrix.number[pair] for pair in group])
             if len(group) == 1:
-                used[ats, pairs[0]] = ~np.isnan(board.llr_db[ats, pairs[0]])
+                used[ats, pairs[0]] = ~np.isnan(matrix.llr_db[ats, pairs[0]])
                 continue
-            llr_db = board.llr_db[np.ix_(ats, pairs)]
+            llr_db = matrix.llr_db[np.ix_(ats, pairs)]
             tries = np.count_nonzero(~np.isnan(llr_db), axis=1)
             there = np.flatnonzero(tries)
             best = pairs[np.nanargmax(llr_db[there], axis=1)]
             used[ats[there], best] = True
-            tries_db[ats[there], best] = 10 * np.log10(tries[there])
-    return used, tries_db
+            trial_penalty_db[ats[there], best] = 10 * np.log10(tries[there])
+    return used, trial_penalty_db
 
 
-def _read_across(board: Board, fused: Fused, ats: NDArray[np.int64], readings: Readings) -> Fused:
-    """Of these rows the better of right labels and the strongest other reading, each less its charge."""
-    pairs = np.array([board.number[pair] for pair in readings.pairs])
-    paired, charges_db = readings.strongest(board.llr_db[np.ix_(ats, pairs)])
-    used = np.zeros((len(ats), len(board.pairs)), bool)
+def _read_across(matrix: ScoreMatrix, fused: Fused, ats: NDArray[np.int64], readings: Readings) -> Fused:
+    """Of these rows the better of right labels and the strongest other reading, each less its penalty."""
+    pairs = np.array([matrix.number[pair] for pair in readings.pairs])
+    paired, label_penalties_db = readings.strongest(matrix.llr_db[np.ix_(ats, pairs)])
+    used = np.zeros((len(ats), len(matrix.pairs)), bool)
     used[:, pairs] = paired
-    for number, (column, _) in enumerate(board.pairs):
+    for number, (column, _) in enumerate(matrix.pairs):
         if column == "face":
             used[:, number] = fused.used[ats, number]
-    charge_db = np.zeros(len(board.rows))
-    charge_db[ats] = readings.as_labelled_db
-    other = board.fuse(used, ats=ats).charged(charges_db)
-    return fused.charged(charge_db).or_better(other, ats)
+    label_penalty_db = np.zeros(len(matrix.rows))
+    label_penalty_db[ats] = readings.as_labelled_db
+    other = matrix.fuse(used, ats=ats).penalised(label_penalties_db)
+    return fused.penalised(label_penalty_db).or_better(other, ats)

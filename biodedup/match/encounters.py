@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.match.labels import Pair
-from biodedup.match.ranked import Fused, Measured
+from biodedup.match.ranked import Fused, PairScores
 
 Int64 = NDArray[np.int64]
 
@@ -32,18 +32,18 @@ def of_all_rows(presence: NDArray[np.uint16], subjects: Int64) -> NDArray[np.uin
 class Joint:
     """What was measured of some rows, each with what it borrows. subjects: int64 (n,), the number of each row's subject.
 
-    measured: by pair of columns, of every row; borrowed_db: float64 (n, pairs), what is off a borrowed pair's evidence.
+    scores: by pair of columns, of every row; borrowed_db: float64 (n, pairs), what is off a borrowed pair's evidence.
     """
 
-    def __init__(self, measured: Mapping[Pair, Measured], subjects: Int64) -> None:
+    def __init__(self, scores: Mapping[Pair, PairScores], subjects: Int64) -> None:
         self._subjects = subjects
         _, which, counts = np.unique(subjects, return_inverse=True, return_counts=True)
         self._several = np.flatnonzero(counts[which] > 1)
-        self.borrowed_db = np.zeros((len(subjects), len(measured)))
-        self._source = np.tile(np.arange(len(subjects)), (len(measured), 1)).T
-        for number, one in enumerate(measured.values()):
+        self.borrowed_db = np.zeros((len(subjects), len(scores)))
+        self._source = np.tile(np.arange(len(subjects)), (len(scores), 1)).T
+        for number, one in enumerate(scores.values()):
             self._borrow(number, one.llr_db)
-        self.measured = {pair: one.taken(self._source[:, at]) for at, (pair, one) in enumerate(measured.items())}
+        self.scores = {pair: one.taken(self._source[:, at]) for at, (pair, one) in enumerate(scores.items())}
 
     def _borrow(self, number: int, llr_db: NDArray[np.float64]) -> None:
         some = self._several
@@ -62,9 +62,9 @@ class Joint:
         used = np.where(fused.used[some], self._source[some], -1)
         readings = np.unique(np.column_stack([self._subjects[some], used]), axis=0)
         owners, counts = np.unique(readings[:, 0], return_counts=True)
-        charge_db = np.zeros(len(fused.score_db))
-        charge_db[some] = 10 * np.log10(counts[np.searchsorted(owners, self._subjects[some])])
-        fused = fused.charged(charge_db)
+        label_penalty_db = np.zeros(len(fused.score_db))
+        label_penalty_db[some] = 10 * np.log10(counts[np.searchsorted(owners, self._subjects[some])])
+        fused = fused.penalised(label_penalty_db)
         ordered = some[np.lexsort((some, -fused.score_db[some], -fused.llr_db[some], self._subjects[some]))]
         later = ordered[1:][np.diff(self._subjects[ordered]) == 0]
         score_db = fused.score_db.copy()

@@ -14,7 +14,7 @@ from biodedup.embed.cards import ModelCard, shipped_cards
 from biodedup.errors import ModelMismatch
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import Calibrations
-from biodedup.match.compare import Comparer, InHand, compare_templates
+from biodedup.match.compare import Comparer, TemplateCandidates, compare_templates
 from biodedup.match.minutiae import CylinderMatcher, matched
 from biodedup.match.ranked import Comparison
 from biodedup.trace import Trace, tracing
@@ -37,7 +37,7 @@ class PairComparer:
                 raise ModelMismatch(
                     f"the {column} templates are of {a[column].model_id} and {b[column].model_id}; extract both with one model"
                 )
-        return next(iter(self.comparer.compare(a, InHand(b), [0], across=across)), None)
+        return next(iter(self.comparer.compare(a, TemplateCandidates(b), [0], across=across)), None)
 
     def score(self, a: Template, b: Template) -> Score:
         """One capture of each side. Raises ModelMismatch, InvalidInput for a face against a finger and for an unsound record."""
@@ -49,15 +49,15 @@ class PairComparer:
 
     def law(self, template: Template, part: Evidence) -> Calibration:
         """The calibration that this template's evidence was judged by."""
-        law = self.comparer.laws({template.column: template})[template.column]
-        return law.of(part.similarity is not None and part.minutiae is not None)
+        model = self.comparer.score_models({template.column: template})[template.column]
+        return model.of(part.similarity is not None and part.minutiae is not None)
 
     def readings(self, template: Template, part: Evidence) -> list[tuple[str, float, float]]:
         """(what was compared, raw score, llr_db by itself): what a capture's evidence is made of."""
-        law = self.comparer.laws({template.column: template})[template.column]
-        read = [] if part.similarity is None else [("similarity", part.similarity, law.alone)]
+        model = self.comparer.score_models({template.column: template})[template.column]
+        read = [] if part.similarity is None else [("similarity", part.similarity, model.alone)]
         if part.minutiae is not None:
-            added = law.with_minutiae.minutiae if part.similarity is not None and law.with_minutiae else law.alone
+            added = model.with_minutiae.minutiae if part.similarity is not None and model.with_minutiae else model.alone
             read.append(("minutiae", part.minutiae, added))
         return [(name, raw, float(calibration.llr_db([raw])[0])) for name, raw, calibration in read]
 

@@ -1,7 +1,9 @@
-"""One probe's comparisons with many candidates, as arrays: how captures' evidence becomes one score a row, and their order.
+"""Scores one probe against many candidates, as arrays: adds up the captures' evidence into one score a row, and ranks
+the rows.
 
-Owns the sums, their calibration, and the ranking. Never measures a similarity and never decides. Nothing here loops over rows:
-a `Comparison` is made only of those that somebody looks at.
+Owns the sums, their calibration and the ranking. Never measures a similarity and never decides.
+
+Invariant: nothing here loops over rows; a `Comparison` is made only for rows that are read.
 """
 
 from __future__ import annotations
@@ -28,23 +30,26 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One candidate's result. evidence: one entry a capture that could be compared; charge_db: what was taken off both sums,
-    for readings of the labels that were tried; interval_db: of score_db, 95 %, None where a card does not say. sure_db: what is left
-    of score_db where calibrations that the gallery has not checked are as wrong as they may be; None: all of it."""
+    """One candidate's result.
+
+    evidence: one entry for each capture that could be compared; label_penalty_db: taken off both sums, for the readings
+    of the labels that were tried; interval_db: the 95 % interval of score_db, None if a card gives none. sure_db: what
+    is left of score_db if calibrations that the gallery has not checked are as wrong as they may be; None: all of it.
+    """
 
     row: int
     score_db: float
     llr_db: float
     extrapolated: bool
     evidence: tuple[Evidence, ...]
-    charge_db: float = 0.0
+    label_penalty_db: float = 0.0
     interval_db: tuple[float, float] | None = None
     sure_db: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Law:
-    """How one model's templates score: by embedding or minutiae alone, and, where a card says how, by both."""
+class ScoreModel:
+    """How the templates of one model score: by embedding or minutiae alone, and, if its card says how, by both."""
 
     alone: Calibration
     with_minutiae: WithMinutiae | None
@@ -54,143 +59,149 @@ class Law:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """A pair of columns, compared. float64 (n,) each, of every row; NaN where it cannot be compared so. raw: similarity or minutiae,
-    whichever the law's `alone` takes; summed_db: what its `both` takes."""
+class PairScores:
+    """The scores of one pair of columns for every row, float64 (n,) each; NaN where rows cannot be compared. raw:
+    similarity or minutiae, whichever the model's `alone` takes; summed_db: what its `both` takes."""
 
-    law: Law
+    model: ScoreModel
     similarity: Float64
     minutiae: Float64
     raw: Float64
     summed_db: Float64
     llr_db: Float64
 
-    def taken(self, ats: Int64) -> Measured:
-        """What was measured of these rows, in this order."""
+    def taken(self, ats: Int64) -> PairScores:
+        """The scores of these rows, in this order."""
         arrays = (self.similarity, self.minutiae, self.raw, self.summed_db, self.llr_db)
-        return Measured(self.law, *(array[ats] for array in arrays))
+        return PairScores(self.model, *(array[ats] for array in arrays))
 
     def score_db(self, ats: Int64) -> Float64:
-        """Of these rows. Of most rows nobody asks: they are ranked by sums."""
-        found, summed_db = self.law.alone.score_db(self.raw[ats]), self.summed_db[ats]
+        """score_db of these rows. Most rows are ranked by sums alone and never need it."""
+        found, summed_db = self.model.alone.score_db(self.raw[ats]), self.summed_db[ats]
         both = ~np.isnan(summed_db)
         if both.any():
-            found[both] = self.law.of(True).score_db(summed_db[both])
+            found[both] = self.model.of(True).score_db(summed_db[both])
         return found
 
     def low_db(self, ats: Int64) -> Float64:
-        """The lower end of score_db, of rows that are compared in one way and have an interval."""
+        """The lower end of score_db, for rows that are compared in one way and have an interval."""
         summed_db = self.summed_db[ats]
         both = not np.isnan(summed_db).any()
-        interval_db = self.law.of(both).interval_db(summed_db if both else self.raw[ats])
-        assert interval_db is not None, "what is unchecked has one"
+        interval_db = self.model.of(both).interval_db(summed_db if both else self.raw[ats])
+        assert interval_db is not None, "an unchecked calibration has an interval"
         return interval_db[0]
 
 
-def calibrated(law: Law, similarity: Float64, minutiae: Float64, *, by_embedding: bool) -> Measured:
-    """What raw scores say. similarity, minutiae: float64 (n,), NaN where absent; by_embedding: minutiae only add to it."""
+def calibrated(model: ScoreModel, similarity: Float64, minutiae: Float64, *, by_embedding: bool) -> PairScores:
+    """Calibrates raw scores. similarity, minutiae: float64 (n,), NaN where absent; by_embedding: minutiae only add to
+    the embedding."""
     raw = similarity if by_embedding else minutiae
-    llr_db, summed_db = law.alone.llr_db(raw), np.full(len(raw), np.nan)
-    if law.with_minutiae is not None:
-        summed_db = llr_db + law.with_minutiae.minutiae.llr_db(minutiae)
-        llr_db = np.where(np.isnan(summed_db), llr_db, law.with_minutiae.both.llr_db(summed_db))
-    return Measured(law, similarity, minutiae, raw, summed_db, llr_db)
+    llr_db, summed_db = model.alone.llr_db(raw), np.full(len(raw), np.nan)
+    if model.with_minutiae is not None:
+        summed_db = llr_db + model.with_minutiae.minutiae.llr_db(minutiae)
+        llr_db = np.where(np.isnan(summed_db), llr_db, model.with_minutiae.both.llr_db(summed_db))
+    return PairScores(model, similarity, minutiae, raw, summed_db, llr_db)
 
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """Evidence of several captures as one score a row, float64 (n,) each; NaN where a row has none.
+    """The evidence of several captures as one score a row, float64 (n,) each; NaN where a row has none.
 
-    used: bool (n, pairs), the pairs that count; tries_db: float64 (n, pairs), what is off the evidence of a pair that is the best
-    of several; charge_db: what is off the sums, for the readings that were tried.
+    used: bool (n, pairs), the pairs that count; trial_penalty_db: float64 (n, pairs), taken off the evidence of a pair
+    that is the best of several tried; label_penalty_db: taken off the sums, for the readings of the labels that were
+    tried.
     """
 
     used: Bool
-    tries_db: Float64
+    trial_penalty_db: Float64
     score_db: Float64
     llr_db: Float64
     extrapolated: Bool
-    charge_db: Float64
+    label_penalty_db: Float64
 
-    def charged(self, charge_db: Float64) -> Fused:
-        """With so much more taken off the sums, float64 (n,)."""
-        score_db, llr_db = np.maximum(self.score_db - charge_db, 0.0), self.llr_db - charge_db
-        return replace(self, score_db=score_db, llr_db=llr_db, charge_db=self.charge_db + charge_db)
+    def penalised(self, label_penalty_db: Float64) -> Fused:
+        """A copy with this taken off the sums, float64 (n,)."""
+        score_db, llr_db = np.maximum(self.score_db - label_penalty_db, 0.0), self.llr_db - label_penalty_db
+        return replace(
+            self, score_db=score_db, llr_db=llr_db, label_penalty_db=self.label_penalty_db + label_penalty_db
+        )
 
     def or_better(self, other: Fused, ats: Int64) -> Fused:
-        """The stronger of both in each row; other: of the rows `ats` alone. By score; but where scores end before the evidence
-        does, by evidence."""
-        mine = _strength(self.score_db[ats], self.charge_db[ats])
-        theirs = _strength(other.score_db, other.charge_db)
-        better = np.isnan(mine) & ~np.isnan(theirs)
+        """The stronger of both in each row, by score, and by evidence where the scores are capped. other: of the rows
+        `ats` only."""
+        ours = _strength(self.score_db[ats], self.label_penalty_db[ats])
+        theirs = _strength(other.score_db, other.label_penalty_db)
+        better = np.isnan(ours) & ~np.isnan(theirs)
         with np.errstate(invalid="ignore"):
-            better |= (theirs > mine) | ((theirs == mine) & (other.llr_db > self.llr_db[ats]))
+            better |= (theirs > ours) | ((theirs == ours) & (other.llr_db > self.llr_db[ats]))
         mixed: dict[str, Any] = {name: array.copy() for name, array in vars(self).items()}
         for name, array in vars(other).items():
             mixed[name][ats[better]] = array[better]
         return Fused(**mixed)
 
 
-class Board:
-    """All pairs of columns of a probe with some rows. pairs -> what was measured; rows: int64 (n,); borrowed_db: float64 (n, pairs),
-    what is off the evidence of a pair that was measured on another row of the same subject; None: none was."""
+class ScoreMatrix:
+    """The scores of one probe with some rows, by pair of columns. rows: int64 (n,); borrowed_db: float64 (n, pairs),
+    taken off the evidence of a pair that was measured on another row of the same subject; None: no pair was."""
 
-    def __init__(self, rows: Int64, measured: Mapping[Pair, Measured], borrowed_db: Float64 | None = None) -> None:
+    def __init__(self, rows: Int64, scores: Mapping[Pair, PairScores], borrowed_db: Float64 | None = None) -> None:
         self.rows = rows
         self._borrowed_db = borrowed_db
-        self.pairs = tuple(measured)
+        self.pairs = tuple(scores)
         self.number = {pair: i for i, pair in enumerate(self.pairs)}
-        self._measured = tuple(measured.values())
-        shape = (len(self._measured), len(self.rows))
-        self.llr_db = np.array([one.llr_db for one in self._measured]).reshape(shape).T
-        self._both = ~np.isnan(np.array([one.summed_db for one in self._measured]).reshape(shape).T)
+        self._scores = tuple(scores.values())
+        shape = (len(self._scores), len(self.rows))
+        self.llr_db = np.array([scores.llr_db for scores in self._scores]).reshape(shape).T
+        self._both = ~np.isnan(np.array([scores.summed_db for scores in self._scores]).reshape(shape).T)
 
-    def fuse(self, used: Bool, tries_db: Float64 | None = None, ats: Int64 | None = None) -> Fused:
-        """used: bool (n, pairs), of these rows (None: all)."""
+    def fuse(self, used: Bool, trial_penalty_db: Float64 | None = None, ats: Int64 | None = None) -> Fused:
+        """Adds up the evidence of the used pairs. used: bool (n, pairs); ats: of these rows, None for all."""
         llr_db, both = (self.llr_db, self._both) if ats is None else (self.llr_db[ats], self._both[ats])
-        tries_db = np.zeros(used.shape) if tries_db is None else tries_db
+        trial_penalty_db = np.zeros(used.shape) if trial_penalty_db is None else trial_penalty_db
         if self._borrowed_db is not None:
-            tries_db = tries_db + np.where(used, self._borrowed_db if ats is None else self._borrowed_db[ats], 0.0)
-        llr_db = (np.where(used, llr_db, 0.0) - tries_db).sum(axis=1)
+            trial_penalty_db = trial_penalty_db + np.where(
+                used, self._borrowed_db if ats is None else self._borrowed_db[ats], 0.0
+            )
+        llr_db = (np.where(used, llr_db, 0.0) - trial_penalty_db).sum(axis=1)
         steps, (score_db, limit_db) = steps_of(llr_db), np.full((2, len(llr_db)), np.nan)
         for some, pairs, calibrations in self._alike(used, both):
             limit_db[some] = measured_db(calibrations)
             if len(pairs) == 1:
-                mine = some if ats is None else ats[some]
-                score_db[some] = self._measured[pairs[0]].score_db(mine) - tries_db[some, pairs[0]]
+                rows = some if ats is None else ats[some]
+                score_db[some] = self._scores[pairs[0]].score_db(rows) - trial_penalty_db[some, pairs[0]]
             else:
                 score_db[some] = score_db_of_steps(steps[some], calibrations)
         score_db = np.maximum(score_db, 0.0)
-        return Fused(used, tries_db, score_db, llr_db, score_db > limit_db, np.zeros(len(llr_db)))
+        return Fused(used, trial_penalty_db, score_db, llr_db, score_db > limit_db, np.zeros(len(llr_db)))
 
     def comparisons(self, ats: Int64, fused: Fused) -> list[Comparison]:
-        """Those of these rows."""
-        used, charge_db = fused.used[ats], fused.charge_db[ats]
+        """The comparisons of these rows."""
+        used, label_penalty_db = fused.used[ats], fused.label_penalty_db[ats]
         score_db, llr_db = fused.score_db[ats], fused.llr_db[ats]
         low_db, high_db = np.full((2, len(ats)), np.nan)
-        steps = steps_of(llr_db + charge_db)
+        steps = steps_of(llr_db + label_penalty_db)
         for some, _, calibrations in self._alike(used, self._both[ats]):
             if bounded(calibrations):
                 low_db[some] = score_db_of_steps(steps[some], calibrations, "low")
                 high_db[some] = score_db_of_steps(steps[some], calibrations, "high")
-        low_db = np.maximum(np.minimum(low_db - charge_db, score_db), 0.0)
-        high_db = np.maximum(high_db - charge_db, score_db)
+        low_db = np.maximum(np.minimum(low_db - label_penalty_db, score_db), 0.0)
+        high_db = np.maximum(high_db - label_penalty_db, score_db)
         evidence: list[list[Evidence]] = [[] for _ in range(len(ats))]
-        tries_db = fused.tries_db[ats]
-        for pair, one, mine, tried_db in zip(self.pairs, self._measured, used.T, tries_db.T, strict=True):
-            if mine.any():
+        trial_penalty_db = fused.trial_penalty_db[ats]
+        for pair, scores, counts, penalty_db in zip(self.pairs, self._scores, used.T, trial_penalty_db.T, strict=True):
+            if counts.any():
                 values = (
-                    np.maximum(one.score_db(ats) - tried_db, 0.0),
-                    one.llr_db[ats] - tried_db,
-                    one.similarity[ats],
-                    one.minutiae[ats],
+                    np.maximum(scores.score_db(ats) - penalty_db, 0.0),
+                    scores.llr_db[ats] - penalty_db,
+                    scores.similarity[ats],
+                    scores.minutiae[ats],
                 )
                 lists = [value.tolist() for value in values]
-                for i in np.flatnonzero(mine).tolist():
+                for i in np.flatnonzero(counts).tolist():
                     score, llr, *raw = [of_all[i] for of_all in lists]
                     evidence[i].append(Evidence(*pair, score, llr, *[None if isnan(x) else x for x in raw]))
         sure_db = self._sure_db(ats, fused)
-        told = (self.rows[ats], score_db, llr_db, fused.extrapolated[ats], charge_db, low_db, high_db, sure_db)
+        told = (self.rows[ats], score_db, llr_db, fused.extrapolated[ats], label_penalty_db, low_db, high_db, sure_db)
         return [
             Comparison(
                 row,
@@ -198,57 +209,62 @@ class Board:
                 llr,
                 beyond,
                 tuple(parts),
-                charge,
+                label_penalty,
                 None if isnan(low) else (low, high),
                 None if isnan(sure) else min(sure, score),
             )
-            for parts, row, score, llr, beyond, charge, low, high, sure in zip(
+            for parts, row, score, llr, beyond, label_penalty, low, high, sure in zip(
                 evidence, *(values.tolist() for values in told), strict=True
             )
         ]
 
     def _sure_db(self, ats: Int64, fused: Fused) -> Float64:
-        """What these rows score by the "sure" laws; NaN where all tables are checked. A model without a table of its own can speak
-        against a candidate here, and not for it."""
+        """The scores of these rows by the "sure" bounds; NaN where all tables are checked. A model without a table of
+        its own counts only against a candidate here."""
         sure_db = np.full(len(ats), np.nan)
-        llr_db, used = self.llr_db[ats] - fused.tries_db[ats], fused.used[ats]
+        llr_db, used = self.llr_db[ats] - fused.trial_penalty_db[ats], fused.used[ats]
         for some, pairs, calibrations in self._alike(used, self._both[ats]):
-            if not any([one.unchecked for one in calibrations]):
+            if not any([calibration.unchecked for calibration in calibrations]):
                 continue
             if len(pairs) == 1 and calibrations[0].mates_measured:  # by its raw score, as its score_db is
-                only = self._measured[pairs[0]].low_db(ats[some])
-                sure_db[some] = only - fused.tries_db[ats[some], pairs[0]]
+                only = self._scores[pairs[0]].low_db(ats[some])
+                sure_db[some] = only - fused.trial_penalty_db[ats[some], pairs[0]]
             else:
-                mine, has_table = llr_db[some][:, pairs], [one.mates_measured for one in calibrations]
-                summed_db = np.where(has_table, mine, np.minimum(mine, 0.0)).sum(axis=1)
-                laws = tuple([one for one in calibrations if one.mates_measured])
-                sure_db[some] = score_db_of_steps(steps_of(summed_db), laws, "sure") if laws else 0.0
-        return np.asarray(np.maximum(sure_db - fused.charge_db[ats], 0.0))
+                of_pairs, has_table = (
+                    llr_db[some][:, pairs],
+                    [calibration.mates_measured for calibration in calibrations],
+                )
+                summed_db = np.where(has_table, of_pairs, np.minimum(of_pairs, 0.0)).sum(axis=1)
+                tables = tuple([calibration for calibration in calibrations if calibration.mates_measured])
+                sure_db[some] = score_db_of_steps(steps_of(summed_db), tables, "sure") if tables else 0.0
+        return np.asarray(np.maximum(sure_db - fused.label_penalty_db[ats], 0.0))
 
     def raw(self, column: str, fused: Fused) -> tuple[Float64, Float64]:
-        """(similarity, minutiae) of the pair that counts of this column of the probe; NaN where none does."""
+        """(similarity, minutiae) of the pair that counts for this column of the probe; NaN if none does."""
         similarity, minutiae = np.full((2, len(self.rows)), np.nan)
-        for pair, one in enumerate(self._measured):
+        for pair, scores in enumerate(self._scores):
             if self.pairs[pair][0] == column:
                 used = fused.used[:, pair]
-                similarity[used], minutiae[used] = one.similarity[used], one.minutiae[used]
+                similarity[used], minutiae[used] = scores.similarity[used], scores.minutiae[used]
         return similarity, minutiae
 
     def _alike(self, used: Bool, both: Bool) -> Iterator[tuple[Int64, list[int], tuple[Calibration, ...]]]:
-        """(which of them, pairs, their calibrations) of each sort among some rows; rows without evidence are left out."""
+        """Groups rows with the same pairs: (which rows, pairs, their calibrations) of each group; rows without evidence
+        are left out."""
         kinds = used.astype(np.int8)
         kinds += used & both
         for some in _sorts(kinds):
             kind = kinds[some[0]].tolist()
             pairs = [pair for pair, value in enumerate(kind) if value]
             if pairs:
-                yield some, pairs, tuple([self._measured[pair].law.of(kind[pair] == 2) for pair in pairs])
+                yield some, pairs, tuple([self._scores[pair].model.of(kind[pair] == 2) for pair in pairs])
 
 
 class Ranked(Sequence[Comparison]):
-    """Comparisons, strongest first, equal ones by row. rows: int64 (n,); score_db, llr_db: float64 (n,), in this order."""
+    """The comparisons of a probe, strongest first, equal ones by row. rows: int64 (n,); score_db, llr_db: float64 (n,),
+    in this order."""
 
-    def __init__(self, results: Iterable[tuple[Board, Fused]] = ()) -> None:
+    def __init__(self, results: Iterable[tuple[ScoreMatrix, Fused]] = ()) -> None:
         self._results = tuple(results)
         parts = [(np.flatnonzero(~np.isnan(fused.score_db)), number) for number, (_, fused) in enumerate(self._results)]
         at = np.concatenate([np.zeros(0, np.int64), *(ats for ats, _ in parts)])
@@ -263,38 +279,39 @@ class Ranked(Sequence[Comparison]):
         self._at, self._which = at[order], which[order]
 
     def with_others(self, others: Ranked) -> Ranked:
-        """Two comparisons of disjoint rows as one."""
+        """Merges the comparisons of two disjoint sets of rows."""
         return Ranked((*self._results, *others._results))
 
     def without(self, rows: Int64) -> Ranked:
-        """The comparisons of all other rows."""
+        """The comparisons of all rows but these."""
         kept = []
-        for board, fused in self._results:
-            gone = np.isin(board.rows, rows)
-            kept.append((board, replace(fused, score_db=np.where(gone, np.nan, fused.score_db))))
+        for matrix, fused in self._results:
+            gone = np.isin(matrix.rows, rows)
+            kept.append((matrix, replace(fused, score_db=np.where(gone, np.nan, fused.score_db))))
         return Ranked(kept)
 
     def reaching(self, threshold_db: float) -> list[Comparison]:
-        """Those that score so much."""
+        """The comparisons that score at least threshold_db."""
         return list(self[: int(np.count_nonzero(self.score_db >= threshold_db))])
 
     def extrapolated(self) -> Bool:
         """bool (n,), in this order."""
-        return self._gathered(lambda board, fused: fused.extrapolated, bool)
+        return self._gathered(lambda matrix, fused: fused.extrapolated, bool)
 
     def raw(self, column: str) -> tuple[Float64, Float64]:
-        """(similarity, minutiae), float64 (n,) each, in this order: what counts of the probe's column; NaN where nothing does."""
+        """(similarity, minutiae), float64 (n,) each, in this order: of the pair that counts for the probe's column; NaN
+        if none does."""
         return (
-            self._gathered(lambda board, fused: board.raw(column, fused)[0], float),
-            self._gathered(lambda board, fused: board.raw(column, fused)[1], float),
+            self._gathered(lambda matrix, fused: matrix.raw(column, fused)[0], float),
+            self._gathered(lambda matrix, fused: matrix.raw(column, fused)[1], float),
         )
 
-    def _gathered(self, values_of: Callable[[Board, Fused], NDArray[Any]], kind: type) -> NDArray[Any]:
-        found: NDArray[Any] = np.zeros(len(self.rows), kind)
-        for number, (board, fused) in enumerate(self._results):
-            mine = self._which == number
-            found[mine] = values_of(board, fused)[self._at[mine]]
-        return found
+    def _gathered(self, values_of: Callable[[ScoreMatrix, Fused], NDArray[Any]], kind: type) -> NDArray[Any]:
+        values: NDArray[Any] = np.zeros(len(self.rows), kind)
+        for number, (matrix, fused) in enumerate(self._results):
+            of_result = self._which == number
+            values[of_result] = values_of(matrix, fused)[self._at[of_result]]
+        return values
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -312,17 +329,17 @@ class Ranked(Sequence[Comparison]):
         return iter(self[:])
 
     def at(self, ranks: Sequence[int]) -> list[Comparison]:
-        """Those of these ranks, all at once."""
+        """The comparisons at these ranks."""
         wanted = np.array(ranks, np.int64)
-        found: dict[int, Comparison] = {}
-        for number, (board, fused) in enumerate(self._results):
-            mine = wanted[self._which[wanted] == number]
-            found.update(zip(mine.tolist(), board.comparisons(self._at[mine], fused), strict=True))
-        return [found[rank] for rank in ranks]
+        by_rank: dict[int, Comparison] = {}
+        for number, (matrix, fused) in enumerate(self._results):
+            of_result = wanted[self._which[wanted] == number]
+            by_rank.update(zip(of_result.tolist(), matrix.comparisons(self._at[of_result], fused), strict=True))
+        return [by_rank[rank] for rank in ranks]
 
 
 def _sorts(kinds: NDArray[np.int8]) -> list[Int64]:
-    """Which rows are the same: of each sort of row where it is, ascending."""
+    """Groups equal rows of the matrix: the places of each group, ascending."""
     if not len(kinds):
         return []
     if kinds.shape[1] <= 9:  # three values a pair, in 15 bits, which are sorted fastest
@@ -335,6 +352,6 @@ def _sorts(kinds: NDArray[np.int8]) -> list[Int64]:
     return [order[start:end] for start, end in pairwise(ends)]
 
 
-def _strength(score_db: Float64, charge_db: Float64) -> Float64:
+def _strength(score_db: Float64, label_penalty_db: Float64) -> Float64:
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(score_db + charge_db > SCORE_DB_MAX - 1e-6, np.inf, score_db))
+        return np.asarray(np.where(score_db + label_penalty_db > SCORE_DB_MAX - 1e-6, np.inf, score_db))

@@ -1,1 +1,1 @@
-"""Finding candidates: scan every row, rescore a few with everything that both sides have."""
+"""Search: scans every row, then re-ranks a few by everything that both sides have."""

@@ -1,6 +1,6 @@
-"""Clusters: who is one person, given links between pairs.
+"""Groups subjects into clusters of one person each, given links between pairs of subjects.
 
-Owns connected components and the strength of what holds them together. Never scores.
+Owns the connected components of the links, and how strongly each holds together. Never scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from biodedup.values import Cluster, Link
 def clusters_of(links: Iterable[Link]) -> list[Cluster]:
     """Connected components of the links, largest first, then by subject_id; links strongest first.
 
-    weakest_db is the bottleneck of the strongest tree that spans the cluster: cut there, and it falls apart.
+    weakest_db is the weakest link of the maximum spanning tree of the cluster: without it the cluster falls apart.
     """
     unique = {tuple(sorted(link.subject_ids)): link for link in links}  # a pair may have been found from both sides
     ordered = sorted(unique.values(), key=lambda link: (-link.score_db, link.subject_ids))
@@ -26,7 +26,7 @@ def clusters_of(links: Iterable[Link]) -> list[Cluster]:
     names = sorted({name for link in ordered for name in link.subject_ids})
     index = {name: i for i, name in enumerate(names)}
     ends = np.array([[index[name] for name in link.subject_ids] for link in ordered])
-    # A minimum spanning tree over positions in the descending order is a maximum spanning tree over scores.
+    # The weights are ranks by descending score, so a minimum spanning tree over them is a maximum one over scores.
     weights = np.arange(1, len(ordered) + 1)
     graph = coo_array((weights, (ends[:, 0], ends[:, 1])), shape=(len(names), len(names))).tocsr()
     count, labels = connected_components(graph, directed=False)

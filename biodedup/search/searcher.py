@@ -1,52 +1,55 @@
-"""Candidates of a probe: which rows to compare, and their comparison with every capture that both sides have.
+"""Finds the gallery rows that are most like a probe, and ranks them by everything that both sides have.
 
-Owns the path from a probe to ranked candidates. Never writes and never decides.
+Owns the path from a probe to ranked candidates. Never writes, never decides, and never joins a gallery with itself
+(`selfjoin/`).
 
-1. Rows that have several of the probe's columns of embeddings are searched in all of them together (`together.py`), others
-   column by column; the best `candidates` are compared with everything that both sides have.
-2. Rows that share with the probe only columns of minutiae are compared one by one, up to `finger_rows_max`; beyond it the
-   result says `incomplete`.
-3. Across positions, when asked, a finger is looked for in the columns of all fingers (`across.py`): a label may be wrong.
+1. Rows that have several of the probe's columns of embeddings are searched in all of these at once (`multicolumn/`),
+   other rows column by column. The best `candidates` are re-ranked: compared with everything that both sides have.
+2. Rows that share with the probe only columns of minutiae are compared one by one, up to `finger_rows_max`; if there
+   are more, the result is `incomplete`.
+3. Across positions, if asked for, a finger is also looked for in the columns of all other fingers (`positions.py`),
+   since a label may be wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import Policy, SearchConfig
-from biodedup.errors import GalleryDamaged
-from biodedup.gallery.segments.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
-from biodedup.match.ranked import Comparison, Ranked
-from biodedup.search.multicolumn.together import Choice, Evidence, TogetherPlan, choose, codec_id, sets_of
+from biodedup.match.ranked import Ranked
+from biodedup.search.multicolumn.plan import MultiColumnQuery
+from biodedup.search.multicolumn.planner import MultiColumnPlanner
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.positions import comparable, comparable_bits, strongest
-from biodedup.search.selfjoin.bucket_join import divided, meet
-from biodedup.search.selfjoin.buckets import Caps
-from biodedup.search.selfjoin.buckets import choose as choose_caps
-from biodedup.search.shards.shard import FanOut, Nearest, Plan, Shard, as_set, local_shards
+from biodedup.search.scope import Scope
+from biodedup.search.shards.base import Shard
+from biodedup.search.shards.fan_out import FanOut, Nearest
+from biodedup.search.shards.native import as_set, native_shards
 from biodedup.values import BIT, Float32, Template
 
-Probe = Mapping[str, Template]
+TemplateSet = Mapping[str, Template]
+"""One probe: its template in each column."""
 _Capture = tuple[int, str]  # (number of the probe, its column)
+_ColumnPair = tuple[str, str]  # (the probe's column, the gallery's column)
+_Int64 = NDArray[np.int64]
+_Near = tuple[_Int64, Float32]  # rows and their similarity, descending
 
 PROBES = 256
 """Probes that are scanned together."""
-_MANY = 1024
-"""Probes of one column alone: what is compared exactly is read from the disk once for all of them."""
-JOIN_ROWS = 4096
-"""Rows of a gallery that are compared together with all behind them."""
+_ONE_COLUMN_PROBES = 1024
+"""Probes of a search in one column: what is compared exactly is read from the disk once for all of them."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a probe met among the rows searched. incomplete: some comparable rows were not compared; across: positions were
-    searched across."""
+class CandidateSet:
+    """The candidates of one probe. incomplete: some comparable rows were not compared; across: positions were searched
+    across."""
 
     comparisons: Ranked = field(default_factory=Ranked)
     incomplete: bool = False
@@ -74,187 +77,37 @@ class Searcher:
     ) -> None:
         self._comparer = comparer
         self._config = config
-        self._policy = policy
-        self._choices: dict[tuple[object, ...], Choice | None] = {}
-        self._caps: tuple[tuple[Column, int, float], Caps | None] | None = None  # of the last join
-        self._scanner = Scanner(threads)
-        self._fan_out = FanOut()
+        self._planner = MultiColumnPlanner(comparer, config, policy)
+        self.scanner = Scanner(threads)
+        self.fan_out = FanOut()
 
     def close(self) -> None:
-        self._fan_out.close()
-        self._scanner.close()
+        self.fan_out.close()
+        self.scanner.close()
 
     def search(
         self,
         snapshot: Snapshot,
-        probes: Sequence[Probe],
+        probes: Sequence[TemplateSet],
         *,
         from_row: int = 0,
         groups: Collection[str] | None = None,
         floor_db: float = 0.0,
         across: bool = False,
-        spare: int = 0,
+        extra_k: int = 0,
         excluded: Sequence[Collection[int]] = (),
-    ) -> list[Found]:
-        """Each probe against the live rows from from_row on; with groups, those that belong to one of them.
+    ) -> list[CandidateSet]:
+        """Searches for each probe in the live rows from from_row on; with groups, in rows of one of them.
 
-        floor_db: 0 asks for the strongest; above it, for all that reach it by one column, and for none that has only this column
-        and is weaker. across: fingers are compared with fingers of other labels, too. spare: how many more to look at, since so many may
-        turn out not to count. excluded: for each probe rows that it is not compared with.
+        floor_db: 0 asks for the strongest rows; above 0, for all rows that reach it by one column, without the weaker
+        rows that have only this column. across: fingers are also compared with fingers of other labels. extra_k: how
+        many more rows to look at, since so many may turn out not to count. excluded: for each probe, rows that it is
+        not compared with.
         """
         if from_row >= snapshot.row_count or not probes:
-            return [Found(across=across)] * len(probes)
-        scope = _Scope(snapshot, from_row, as_set(groups), across, spare)
-        source = SnapshotRows(snapshot)
-        plans = self._plans(scope, probes, floor_db)
-        near, failed = self._near(scope, probes, plans, floor_db)
-        together, failed_too = self._near_together(scope, probes, plans)
-        failed |= failed_too
-        found = []
-        for probe, lists, chosen, left_out in zip(probes, near, together, excluded or [()] * len(probes), strict=True):
-            wanted = comparable_bits(probe, snapshot.models, across=across)
-            for column, (rows, similarity) in lists.items():
-                if _relabelled(column):
-                    continue
-                others = (snapshot.presence(rows.tolist()) & (wanted & ~BIT[column[1]])) != 0
-                others |= self._comparer.has_more(probe[column[0]])
-                # Where this column is all there is, the scan's order is final: of these only the first can be returned.
-                if floor_db > 0 and len(rows):
-                    worth = others | (self._comparer.score_db(probe[column[0]], similarity) >= floor_db)
-                else:
-                    worth = others | (np.cumsum(~others) <= self._config.returned + spare)
-                chosen.append(rows[worth])
-            chosen.append(self._strongest(probe, lists, floor_db, spare))
-            scanned = sum(BIT[column] for column in {theirs for _, theirs in lists})
-            singly = sum(BIT[c] for c, m in snapshot.models.items() if m.dimension is None) & wanted
-            left = scope.rows_with(singly, without=scanned)
-            incomplete = len(left) > self._config.finger_rows_max or (failed and bool(lists))
-            rows = np.unique(np.concatenate([*chosen, left[: self._config.finger_rows_max]]))
-            compared = self._compared(probe, source, rows, left_out, across)
-            found.append(Found(compared, incomplete, across))
-        return found
-
-    def _compared(
-        self,
-        probe: Probe,
-        source: SnapshotRows,
-        rows: NDArray[np.int64],
-        left_out: Collection[int],
-        across: bool = False,
-    ) -> Ranked:
-        """The probe compared with the subjects that have these rows, with all rows of each but those left out."""
-        rows, subjects = source.snapshot.with_siblings(rows)
-        if left_out:
-            kept = ~np.isin(rows, list(left_out))
-            rows, subjects = rows[kept], None if subjects is None else subjects[kept]
-        return self._comparer.compare(probe, source, rows, across=across, subjects=subjects)
-
-    def _strongest(
-        self,
-        probe: Probe,
-        lists: Mapping[tuple[str, str], tuple[NDArray[np.int64], Float32]],
-        floor_db: float,
-        spare: int,
-    ) -> NDArray[np.int64]:
-        """Rows found under other labels than the probe's that are worth comparing."""
-        found = [(np.zeros(0, np.int64), np.zeros(0))]
-        others = {columns: some for columns, some in lists.items() if _relabelled(columns)}
-        models = {probe[mine].model_id for mine, _ in others}
-        calibrations = {model_id: self._comparer.calibration(model_id) for model_id in models}
-        for (mine, _), (rows, similarity) in others.items():
-            calibration = calibrations[probe[mine].model_id]
-            evidence = calibration.llr_db(similarity)
-            if floor_db > 0:  # all that reach it by one finger
-                evidence[calibration.score_db(similarity) >= floor_db] = np.inf
-            found.append((rows, evidence))
-        return strongest(found, self._config.candidates + spare)
-
-    def caps(self, snapshot: Snapshot, threshold_db: float) -> Caps | None:
-        """How a gallery of faces is joined by caps, for pairs that score threshold_db or more; None where it is not."""
-        columns = [part.columns["face"] for part in snapshot.parts if "face" in part.columns]
-        largest = max(columns, key=lambda column: column.count, default=None)
-        if not _of_faces_alone(snapshot) or largest is None or largest.codec is None:
-            return None
-        model_id = snapshot.models["face"].model_id
-        inside = {id(part) for part in divided(snapshot, "face", largest.codec)}
-        rows = snapshot.live_count - sum(part.count for part in snapshot.parts if id(part) not in inside)
-        key = (largest, rows, self._similarity_at(model_id, threshold_db))
-        known = self._caps
-        if known is None or known[0] != key:
-            known = key, choose_caps(*key[:2], self._comparer.calibration(model_id), key[2], self._config.miss_risk)
-            self._caps = known
-        return known[1]
-
-    def pairs(
-        self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float, *, with_all: bool = False
-    ) -> list[tuple[int, Comparison]]:
-        """Pairs of one of these live rows, ascending, and of a row behind it, that score threshold_db or more; each once.
-        with_all: of one of them, and any other row."""
-        if not _of_faces_alone(snapshot):
-            return self._pairs_with_all(snapshot, rows, threshold_db)
-        faces = snapshot.embeddings(rows, "face")
-        model_id = snapshot.models["face"].model_id
-        least = np.full(len(rows), self._similarity_at(model_id, threshold_db), np.float32)
-        # The last part, the tail, has no codes and is compared exactly: once, when its rows have their turn, not with every tile.
-        tail = snapshot.parts[-1].first_row
-        in_tail = rows[-1] >= tail
-        everywhere = in_tail or with_all
-        scope = _Scope(snapshot, 0 if everywhere else rows[0], None)
-        plan = replace(scope.plan("face", 0, self._config.miss_risk), end_row=None if everywhere else tail)
-        near: list[tuple[NDArray[np.int64], Float32]] = []
-        for low in range(0, len(rows), PROBES):
-            some = slice(low, low + PROBES)
-            reached = self._fan_out.reached(self._shards(snapshot), faces[some], replace(plan, at_least=least[some]))
-            if reached.failures:
-                raise GalleryDamaged(f"a join that cannot see everybody is no join: {reached.failures[0]}")
-            near += reached.found
-        wanted = []
-        for row, (others, _) in zip(rows, near, strict=True):
-            behind = (others > row) & (others < tail) if row < tail else (others < tail) | (others > row)
-            wanted.append(others[others != row if with_all else behind])
-        return self._reaching(snapshot, rows, faces, wanted, threshold_db)
-
-    def pairs_in(
-        self, snapshot: Snapshot, caps: Caps, some: slice, threshold_db: float
-    ) -> list[tuple[int, Comparison]]:
-        """Pairs of live rows, the lower one first, that lie in one of some caps and score threshold_db or more; each once."""
-        low, high = meet(self._scanner, snapshot, "face", caps, some)
-        rows, starts = np.unique(low, return_index=True)
-        faces = snapshot.embeddings(rows.tolist(), "face")
-        return self._reaching(snapshot, rows.tolist(), faces, np.split(high, starts)[1:], threshold_db)
-
-    def _reaching(
-        self,
-        snapshot: Snapshot,
-        rows: Sequence[int],
-        faces: Float32,
-        wanted: Sequence[NDArray[np.int64]],
-        threshold_db: float,
-    ) -> list[tuple[int, Comparison]]:
-        """Of each row, with its face, and the others that are wanted: pairs that score threshold_db or more."""
-        source, model_id, found = SnapshotRows(snapshot), snapshot.models["face"].model_id, []
-        for row, face, others in zip(rows, faces, wanted, strict=True):
-            if len(others):
-                probe = {"face": Template("face", model_id, face)}
-                compared = self._compared(probe, source, others, _left_out(snapshot, row))
-                found += [(row, comparison) for comparison in compared.reaching(threshold_db)]
-        return found
-
-    def _pairs_with_all(
-        self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float
-    ) -> list[tuple[int, Comparison]]:
-        found: dict[tuple[int, int], tuple[int, Comparison]] = {}
-        for start in range(0, len(rows), 32):
-            some = rows[start : start + 32]
-            probes = [snapshot.templates(row) for row in some]
-            excluded = [_left_out(snapshot, row) for row in some]
-            across = self._config.across_positions
-            results = self.search(snapshot, probes, floor_db=threshold_db, across=across, excluded=excluded)
-            for row, one in zip(some, results, strict=True):
-                for comparison in one.comparisons.reaching(threshold_db):
-                    # the other side's candidates may lack this pair, so that it counts from either side
-                    found.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
-        return list(found.values())
+            return [CandidateSet(across=across)] * len(probes)
+        scope = Scope(snapshot, from_row, as_set(groups), across, extra_k)
+        return _Search(self, self._comparer, self._config, scope, probes, floor_db).run(excluded)
 
     def nearest(
         self,
@@ -265,246 +118,261 @@ class Searcher:
         *,
         from_row: int = 0,
         groups: Collection[str] | None = None,
-        besides: TogetherPlan | None = None,
+        skip_covered: MultiColumnQuery | None = None,
     ) -> Nearest:
-        """The live rows from from_row on that are most similar to each probe, float32 (q, d), unit rows; batch by batch.
-        besides: the rows that this plan covers do not count."""
-        scope = _Scope(snapshot, from_row, as_set(groups))
-        shards = self._shards(snapshot)
-        plan = replace(scope.plan(column, min(k, max(scope.count, 1)), self._config.miss_risk), besides=besides)
-        pieces = [
-            self._fan_out.nearest(shards, probes[low : low + _MANY], plan)
-            for low in range(0, max(len(probes), 1), _MANY)
+        """The live rows from from_row on that are most similar to each probe in one column. probes: float32 (q, d),
+        unit rows. skip_covered: rows that this query covers are left out."""
+        scope = Scope(snapshot, from_row, as_set(groups))
+        shards = self.shards(snapshot)
+        query = scope.query(column, min(k, max(scope.count, 1)), self._config.miss_risk)
+        query = replace(query, skip_covered=skip_covered)
+        batches = [
+            self.fan_out.nearest(shards, probes[low : low + _ONE_COLUMN_PROBES], query)
+            for low in range(0, max(len(probes), 1), _ONE_COLUMN_PROBES)
         ]
-        found = Nearest(
-            np.concatenate([piece.rows for piece in pieces]),
-            np.concatenate([piece.similarity for piece in pieces]),
-            sum(piece.rows_scanned for piece in pieces),
-            sum(piece.compared for piece in pieces),
-            tuple(dict.fromkeys(text for piece in pieces for text in piece.failures)),
-        )
-        if plan.k == k:
-            return found
-        padding = ((0, 0), (0, k - plan.k))
-        return replace(
-            found,
-            rows=np.pad(found.rows, padding, constant_values=-1),
-            similarity=np.pad(found.similarity, padding, constant_values=-np.inf),
+        padding = ((0, 0), (0, k - query.k))
+        return Nearest(
+            np.pad(np.concatenate([batch.rows for batch in batches]), padding, constant_values=-1),
+            np.pad(np.concatenate([batch.similarity for batch in batches]), padding, constant_values=-np.inf),
+            sum(batch.rows_scanned for batch in batches),
+            sum(batch.compared for batch in batches),
+            tuple(dict.fromkeys(text for batch in batches for text in batch.failures)),
         )
 
-    def _shards(self, snapshot: Snapshot) -> Sequence[Shard]:
-        return local_shards(snapshot, self._scanner)
+    def shards(self, snapshot: Snapshot) -> Sequence[Shard]:
+        return native_shards(snapshot, self.scanner)
 
-    def together(self, snapshot: Snapshot, columns: Collection[str]) -> TogetherPlan | None:
-        """How rows that have several of these columns are searched; None where none are searched together."""
-        models = {name: snapshot.models[name] for name in sorted(columns) if name in snapshot.models}
-        calibrations = {n: self._comparer.calibration(m.model_id) for n, m in models.items() if m.dimension is not None}
-        # without mates to go by, nothing can be said of what is missed
-        calibrations = {name: calibration for name, calibration in calibrations.items() if calibration.mates_measured}
-        if len(calibrations) < 2 or self._config.miss_risk <= 0:
-            return None
-        _, review_db = self._policy().thresholds_db(snapshot.live_count)
-        review_db = 3.0 * (review_db // 3)  # so that a choice lasts until the gallery has doubled
-        choices = {}
-        for names, largest in sets_of(snapshot, calibrations).items():
-            mine = {name: calibrations[name] for name in sorted(names)}
-            key = (review_db, *(x for name in mine for x in (name, calibrations[name], codec_id(largest, name))))
-            if key not in self._choices:
-                least = self._comparer.llr_reaching(review_db, [models[name].model_id for name in mine])
-                self._choices[key] = choose(
-                    largest, mine, self._config.miss_risk, least, self._config.capture_correlation
-                )
-            choice = self._choices[key]
-            if choice is not None:
-                choices[names] = choice
-        if not choices:
-            return None
-        # The order by all embeddings is nearly final: more are of no use, unless rows have other captures to compare.
-        others = any(m.dimension is None or self._comparer.adds_minutiae(m.model_id) for m in snapshot.models.values())
-        kept = self._config.candidates if others else min(4 * self._config.returned, self._config.candidates)
-        return TogetherPlan(choices, {n: Evidence.of(c) for n, c in calibrations.items()}, kept)
+    def multicolumn_query(self, snapshot: Snapshot, columns: Collection[str]) -> MultiColumnQuery | None:
+        """How rows that have several of these columns are searched at once; None if there are no such rows."""
+        return self._planner.query(snapshot, columns)
 
-    def _plans(self, scope: _Scope, probes: Sequence[Probe], floor_db: float) -> list[TogetherPlan | None]:
-        """For each probe; the same object where they have the same columns."""
-        known: dict[tuple[str, ...], TogetherPlan | None] = {(): None}
-        plans = []
-        for probe in probes:
-            models = scope.snapshot.models
-            names = tuple(sorted(c for c in probe if c in models and _is_embedded(probe[c], models[c].model_id)))
-            if names not in known:
-                plan = self.together(scope.snapshot, names)
-                if plan is not None:
-                    floor = np.inf
-                    if floor_db > 0:
-                        ids = [[models[name].model_id for name in sorted(one)] for one in plan.choices]
-                        floor = min(self._comparer.llr_reaching(floor_db, some) for some in ids)
-                    plan = replace(
-                        plan,
-                        k=plan.k + scope.spare,
-                        floor_llr_db=floor,
-                        groups=scope.groups,
-                        from_row=scope.from_row,
-                    )
-                known[names] = plan
-            plans.append(known[names])
-        return plans
-
-    def _near_together(
-        self, scope: _Scope, probes: Sequence[Probe], plans: Sequence[TogetherPlan | None]
-    ) -> tuple[list[list[NDArray[np.int64]]], bool]:
-        """Rows to compare with each probe, as a list of arrays; and whether a shard failed."""
-        chosen: list[list[NDArray[np.int64]]] = [[np.zeros(0, np.int64)] for _ in probes]
-        failed = False
-        for plan in {id(plan): plan for plan in plans if plan is not None}.values():
-            mine = [i for i, other in enumerate(plans) if other is plan]
-            for low in range(0, len(mine), PROBES):
-                some = mine[low : low + PROBES]
-                vectors = {c: np.array([probes[i][c].embedding for i in some], np.float32) for c in plan.columns}
-                found, failures = self._fan_out.together(self._shards(scope.snapshot), vectors, plan)
-                failed |= bool(failures)
-                cuts = np.searchsorted(found.which, np.arange(1, len(some)))
-                parts = zip(some, np.split(found.rows, cuts), np.split(found.llr_db, cuts), strict=True)
-                together = sum(BIT[column] for column in plan.columns)
-                for i, rows, llr_db in parts:
-                    besides = comparable_bits(probes[i], scope.snapshot.models, across=scope.across) & ~together
-                    others = (scope.snapshot.presence(rows.tolist()) & besides) != 0
-                    others |= any(self._comparer.has_more(probes[i][column]) for column in plan.columns)
-                    # by the sum of evidence, which is their final order but for what else they have in common
-                    first = np.cumsum(~others) <= 2 * self._config.returned + scope.spare
-                    chosen[i].append(rows[others | first | (llr_db >= plan.floor_llr_db)])
-        return chosen, failed
-
-    def _near(
+    def compare(
         self,
-        scope: _Scope,
-        probes: Sequence[Probe],
-        plans: Sequence[TogetherPlan | None],
-        floor_db: float,
-    ) -> tuple[list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]], bool]:
-        """For each probe, of each (its column, the gallery's column) that is compared by embeddings: the most similar rows, as
-        many as `candidates` and all that reach floor_db. And whether a shard failed."""
-        near: list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]] = [{} for _ in probes]
-        failed = False
-        for theirs, model in scope.snapshot.models.items():
-            # captures of all labels share a pass, but for those whose rows are searched together already
-            asked: dict[int, tuple[TogetherPlan | None, dict[_Capture, Template]]] = {}
-            for i, (probe, plan) in enumerate(zip(probes, plans, strict=True)):
-                for mine, template in probe.items() if model.dimension is not None else ():
-                    if comparable(mine, theirs, across=scope.across) and _is_embedded(template, model.model_id):
-                        besides = plan if plan is not None and mine == theirs and mine in plan.columns else None
-                        asked.setdefault(id(besides), (besides, {}))[1][i, mine] = template
-            for besides, some in asked.values():
-                failed |= self._near_in(scope, theirs, some, floor_db, near, besides)
-        return near, failed
+        probe: TemplateSet,
+        source: SnapshotRows,
+        rows: _Int64,
+        excluded: Collection[int],
+        across: bool = False,
+    ) -> Ranked:
+        """Compares the probe with the subjects of these rows: with all rows of each subject, but for the excluded
+        ones."""
+        rows, subjects = source.snapshot.with_siblings(rows)
+        if excluded:
+            kept = ~np.isin(rows, list(excluded))
+            rows, subjects = rows[kept], None if subjects is None else subjects[kept]
+        return self._comparer.compare(probe, source, rows, across=across, subjects=subjects)
 
-    def _near_in(
-        self,
-        scope: _Scope,
-        column: str,
-        asked: Mapping[_Capture, Template],
-        floor_db: float,
-        near: list[dict[tuple[str, str], tuple[NDArray[np.int64], Float32]]],
-        besides: TogetherPlan | None,
-    ) -> bool:
-        vectors = np.array([probe.embedding for probe in asked.values()], np.float32)
-        k = self._config.candidates + scope.spare
-        nearest = self.nearest(
-            scope.snapshot, column, vectors, k, from_row=scope.from_row, groups=scope.groups, besides=besides
-        )
-        failed = bool(nearest.failures)
-        for (i, mine), rows, similarity in zip(asked, nearest.rows, nearest.similarity, strict=True):
-            near[i][mine, column] = (rows[rows >= 0], similarity[rows >= 0])
-        # those whose list is full, and reaches so far, may have more
-        more = {
-            at: probe
-            for at, ((i, mine), probe) in enumerate(asked.items())
-            if floor_db > 0
-            and len(near[i][mine, column][0]) == k
-            and self._comparer.score_db(probe, near[i][mine, column][1][-1:])[0] >= floor_db
-        }
-        captures = list(asked)
-        for low in range(0, len(more), PROBES):
-            some = list(more)[low : low + PROBES]
-            least = np.array([self._similarity_at(more[at].model_id, floor_db) for at in some], np.float32)
-            plan = replace(scope.plan(column, 0, self._config.miss_risk), at_least=least, besides=besides)
-            reached = self._fan_out.reached(self._shards(scope.snapshot), vectors[some], plan)
-            failed |= bool(reached.failures)
-            for at, found in zip(some, reached.found, strict=True):
-                i, mine = captures[at]
-                near[i][mine, column] = found
-        return failed
-
-    def _similarity_at(self, model_id: str, floor_db: float) -> float:
-        """The least similarity that reaches floor_db."""
+    def similarity_reaching(self, model_id: str, score_db: float) -> float:
+        """The lowest similarity that scores score_db."""
         grid = np.linspace(-1, 1, 4001, dtype=np.float32)
-        score_db = self._comparer.calibration(model_id).score_db(grid)
-        return float(grid[np.searchsorted(score_db, floor_db).clip(1, 4000) - 1])
+        scores_db = self._comparer.calibration(model_id).score_db(grid)
+        return float(grid[np.searchsorted(scores_db, score_db).clip(1, 4000) - 1])
 
 
-def _of_faces_alone(snapshot: Snapshot) -> bool:
-    removed = 0  # the presence of a removed subject that is still in the journal
-    return all(bits in (BIT["face"], removed) for part in snapshot.parts for bits in part.bits)
-
-
-def _left_out(snapshot: Snapshot, row: int) -> Collection[int]:
-    """Rows that a row is not joined with: of the same subject, and those that were judged to be of another."""
-    return {*snapshot.siblings(row), *snapshot.different.get(row, ())}
-
-
-class _Scope:
-    """The rows that a search sees, and whether captures are looked for under other labels. spare: rows to be found on top."""
+class _Search:
+    """One call of `Searcher.search`: which rows are found for each probe, and whether a shard failed."""
 
     def __init__(
-        self, snapshot: Snapshot, from_row: int, groups: frozenset[str] | None, across: bool = False, spare: int = 0
+        self,
+        searcher: Searcher,
+        comparer: Comparer,
+        config: SearchConfig,
+        scope: Scope,
+        probes: Sequence[TemplateSet],
+        floor_db: float,
     ) -> None:
-        self.snapshot = snapshot
-        self.from_row = from_row
-        self.groups = groups
-        self.across = across
-        self.spare = spare
+        self._searcher, self._comparer, self._config = searcher, comparer, config
+        self._scope, self._snapshot, self._models = scope, scope.snapshot, scope.snapshot.models
+        self._probes, self._floor_db = probes, floor_db
+        self._shards = searcher.shards(scope.snapshot)
+        self._returned = config.returned + scope.extra_k
+        self._near: list[dict[_ColumnPair, _Near]] = [{} for _ in probes]
+        """For each probe, by pair of columns, the most similar rows: `candidates` of them, and all that reach
+        floor_db."""
+        self._chosen: list[list[_Int64]] = [[np.zeros(0, np.int64)] for _ in probes]
+        """For each probe, the rows to compare."""
+        self._failed = False
 
-    @property
-    def count(self) -> int:
-        """Rows in scope, of all groups."""
-        return sum(part.count - part.position_range(part.first_row, self.from_row)[1] for part in self._parts())
+    def run(self, excluded: Sequence[Collection[int]]) -> list[CandidateSet]:
+        queries = self._multicolumn_queries()
+        self._search_columns(queries)
+        self._search_multicolumn(queries)
+        source, across = SnapshotRows(self._snapshot), self._scope.across
+        candidates = []
+        for i, (probe, left_out) in enumerate(zip(self._probes, excluded or [()] * len(self._probes), strict=True)):
+            rows, incomplete = self._rows_to_compare(i)
+            compared = self._searcher.compare(probe, source, rows, left_out, across)
+            candidates.append(CandidateSet(compared, incomplete, across))
+        return candidates
 
-    def plan(self, column: str, k: int, miss_risk: float) -> Plan:
-        return Plan(column, k, self._among(column), miss_risk, None, self.groups, self.from_row)
+    # which rows are compared ---------------------------------------------------------------------------------------
 
-    def _among(self, column: str) -> int:
-        """Cells of a column in scope: of those in one of the groups, where groups are given."""
-        total = 0
-        for part in self._parts():
-            cells = part.columns.get(column)
-            if cells is not None:
-                low, high = cells.cell_range(*part.position_range(self.from_row, part.end_row))
-                mask = None if self.groups is None else self.snapshot.mask(part, self.groups)
-                total += high - low if mask is None else min(int(np.count_nonzero(mask)), high - low)
-        return total
+    def _rows_to_compare(self, i: int) -> tuple[_Int64, bool]:
+        """The rows to compare with probe i, ascending; and whether some are missing."""
+        probe, near = self._probes[i], self._near[i]
+        comparable_columns = comparable_bits(probe, self._models, across=self._scope.across)
+        chosen = [*self._chosen[i]]
+        for columns, (rows, similarity) in near.items():
+            if not _relabelled(columns):
+                chosen.append(self._worth_comparing(probe, columns, rows, similarity, comparable_columns))
+        chosen.append(self._strongest_relabelled(probe, near))
+        scanned = sum(BIT[column] for column in {theirs for _, theirs in near})
+        minutiae_only = sum(BIT[c] for c, m in self._models.items() if m.dimension is None) & comparable_columns
+        unscanned = self._scope.rows_with(minutiae_only, without=scanned)
+        most = self._config.finger_rows_max
+        incomplete = len(unscanned) > most or (self._failed and bool(near))
+        return np.unique(np.concatenate([*chosen, unscanned[:most]])), incomplete
 
-    def rows_with(self, bits: int, *, without: int) -> NDArray[np.int64]:
-        """Rows that have a template in one of the columns `bits`, and none in `without`."""
-        found = [np.zeros(0, np.int64)]
-        for part in self._parts():
-            if not bits or not any(has & bits and not has & without for has in part.bits):
-                continue
-            low, _ = part.position_range(self.from_row, part.end_row)
-            presence = part.presence(low, part.count)
-            wanted = ((presence & bits) != 0) & ((presence & without) == 0)
-            mask = self.snapshot.mask(part, self.groups)
-            if mask is not None:
-                wanted &= mask[low:]
-            found.append(part.rows(low + np.flatnonzero(wanted)))
-        return np.concatenate(found)
+    def _worth_comparing(
+        self, probe: TemplateSet, columns: _ColumnPair, rows: _Int64, similarity: Float32, comparable_columns: int
+    ) -> _Int64:
+        """Of the rows found in one column: those that have more to compare, and the first of the others, whose order is
+        final."""
+        capture = probe[columns[0]]
+        has_more = (self._snapshot.presence(rows.tolist()) & (comparable_columns & ~BIT[columns[1]])) != 0
+        has_more |= self._comparer.has_more(capture)
+        if self._floor_db > 0 and len(rows):
+            worth = has_more | (self._comparer.score_db(capture, similarity) >= self._floor_db)
+        else:
+            worth = has_more | (np.cumsum(~has_more) <= self._returned)
+        return np.asarray(rows[worth])
 
-    def _parts(self) -> Iterator[Part]:
-        return (part for part in self.snapshot.parts if part.end_row > self.from_row and part.count)
+    def _strongest_relabelled(self, probe: TemplateSet, near: Mapping[_ColumnPair, _Near]) -> _Int64:
+        """Rows found under other labels than the probe's that are worth comparing."""
+        lists = [(np.zeros(0, np.int64), np.zeros(0))]
+        relabelled = {columns: rows for columns, rows in near.items() if _relabelled(columns)}
+        models = {probe[own].model_id for own, _ in relabelled}
+        calibrations = {model_id: self._comparer.calibration(model_id) for model_id in models}
+        for (own, _), (rows, similarity) in relabelled.items():
+            calibration = calibrations[probe[own].model_id]
+            llr_db = calibration.llr_db(similarity)
+            if self._floor_db > 0:  # all that reach it by one finger
+                llr_db[calibration.score_db(similarity) >= self._floor_db] = np.inf
+            lists.append((rows, llr_db))
+        return strongest(lists, self._config.candidates + self._scope.extra_k)
+
+    # several columns at once ---------------------------------------------------------------------------------------
+
+    def _multicolumn_queries(self) -> list[MultiColumnQuery | None]:
+        """For each probe; the same object for probes with the same columns."""
+        known: dict[tuple[str, ...], MultiColumnQuery | None] = {(): None}
+        queries = []
+        for probe in self._probes:
+            models = self._models
+            names = tuple(sorted(c for c in probe if c in models and _is_embedded(probe[c], models[c].model_id)))
+            if names not in known:
+                query = self._searcher.multicolumn_query(self._snapshot, names)
+                known[names] = None if query is None else self._scoped(query)
+            queries.append(known[names])
+        return queries
+
+    def _scoped(self, query: MultiColumnQuery) -> MultiColumnQuery:
+        scope, floor_llr_db = self._scope, np.inf
+        if self._floor_db > 0:
+            ids = [[self._models[name].model_id for name in sorted(names)] for names in query.plans]
+            floor_llr_db = min(self._comparer.llr_reaching(self._floor_db, model_ids) for model_ids in ids)
+        k = query.k + scope.extra_k
+        return replace(query, k=k, floor_llr_db=floor_llr_db, groups=scope.groups, from_row=scope.from_row)
+
+    def _search_multicolumn(self, queries: Sequence[MultiColumnQuery | None]) -> None:
+        """Adds the rows that are found in several columns at once to those to compare."""
+        for query in {id(query): query for query in queries if query is not None}.values():
+            numbers = [i for i, other in enumerate(queries) if other is query]
+            for low in range(0, len(numbers), PROBES):
+                batch = numbers[low : low + PROBES]
+                vectors = {
+                    c: np.array([self._probes[i][c].embedding for i in batch], np.float32) for c in query.columns
+                }
+                hits, failures = self._searcher.fan_out.multicolumn(self._shards, vectors, query)
+                self._failed |= bool(failures)
+                cuts = np.searchsorted(hits.which, np.arange(1, len(batch)))
+                for i, rows, llr_db in zip(batch, np.split(hits.rows, cuts), np.split(hits.llr_db, cuts), strict=True):
+                    self._chosen[i].append(self._worth_comparing_of(query, self._probes[i], rows, llr_db))
+
+    def _worth_comparing_of(self, query: MultiColumnQuery, probe: TemplateSet, rows: _Int64, llr_db: Float32) -> _Int64:
+        """Of the rows found by a query: those that have more to compare, the first of the others, and all above the
+        floor."""
+        searched = sum(BIT[column] for column in query.columns)
+        other_columns = comparable_bits(probe, self._models, across=self._scope.across) & ~searched
+        has_more = (self._snapshot.presence(rows.tolist()) & other_columns) != 0
+        has_more |= any(self._comparer.has_more(probe[column]) for column in query.columns)
+        # rows come by the sum of their evidence, which is their final order unless they have more in common
+        first = np.cumsum(~has_more) <= self._config.returned + self._returned
+        return np.asarray(rows[has_more | first | (llr_db >= query.floor_llr_db)])
+
+    # one column after the other ------------------------------------------------------------------------------------
+
+    def _search_columns(self, queries: Sequence[MultiColumnQuery | None]) -> None:
+        """Finds the most similar rows of each pair of columns that is compared by embeddings."""
+        across = self._scope.across
+        for theirs, model in self._snapshot.models.items():
+            # captures of all labels share a pass, except where a multi-column query covers rows of the column
+            passes: dict[int, tuple[MultiColumnQuery | None, dict[_Capture, Template]]] = {}
+            for i, (probe, query) in enumerate(zip(self._probes, queries, strict=True)):
+                for own, template in probe.items() if model.dimension is not None else ():
+                    if comparable(own, theirs, across=across) and _is_embedded(template, model.model_id):
+                        skip = query if query is not None and own == theirs and own in query.columns else None
+                        passes.setdefault(id(skip), (skip, {}))[1][i, own] = template
+            for skip, captures in passes.values():
+                self._search_column(theirs, captures, skip)
+
+    def _search_column(
+        self, column: str, captures: Mapping[_Capture, Template], skip_covered: MultiColumnQuery | None
+    ) -> None:
+        vectors = np.array([template.embedding for template in captures.values()], np.float32)
+        scope, k = self._scope, self._config.candidates + self._scope.extra_k
+        nearest = self._searcher.nearest(
+            self._snapshot,
+            column,
+            vectors,
+            k,
+            from_row=scope.from_row,
+            groups=scope.groups,
+            skip_covered=skip_covered,
+        )
+        self._failed |= bool(nearest.failures)
+        for (i, own), rows, similarity in zip(captures, nearest.rows, nearest.similarity, strict=True):
+            self._near[i][own, column] = (rows[rows >= 0], similarity[rows >= 0])
+        if self._floor_db > 0:
+            self._search_to_floor(column, captures, vectors, k, skip_covered)
+
+    def _search_to_floor(
+        self,
+        column: str,
+        captures: Mapping[_Capture, Template],
+        vectors: Float32,
+        k: int,
+        skip_covered: MultiColumnQuery | None,
+    ) -> None:
+        """Searches again for captures whose list of k rows is full and ends above floor_db: all rows above it are
+        wanted."""
+        order = list(captures)
+        more = [
+            at
+            for at, ((i, own), template) in enumerate(captures.items())
+            if len(self._near[i][own, column][0]) == k
+            and self._comparer.score_db(template, self._near[i][own, column][1][-1:])[0] >= self._floor_db
+        ]
+        for low in range(0, len(more), PROBES):
+            batch = more[low : low + PROBES]
+            models = [captures[order[at]].model_id for at in batch]
+            similarity = [self._searcher.similarity_reaching(model_id, self._floor_db) for model_id in models]
+            query = replace(
+                self._scope.query(column, 0, self._config.miss_risk),
+                min_similarity=np.array(similarity, np.float32),
+                skip_covered=skip_covered,
+            )
+            reached = self._searcher.fan_out.reached(self._shards, vectors[batch], query)
+            self._failed |= bool(reached.failures)
+            for at, near in zip(batch, reached.found, strict=True):
+                i, own = order[at]
+                self._near[i][own, column] = near
 
 
 def _is_embedded(template: Template | None, model_id: str) -> bool:
     return template is not None and template.embedding is not None and template.model_id == model_id
 
 
-def _relabelled(columns: tuple[str, str]) -> bool:
+def _relabelled(columns: _ColumnPair) -> bool:
     """Whether a capture was looked for under another label than its own; one of unknown position has none."""
     return columns[0] != columns[1] and "unknown" not in columns

@@ -230,22 +230,22 @@ def test_the_rows_of_a_subject_are_compared_jointly_and_charged_for_being_severa
 def test_joint_readings_agree_with_a_loop_over_rows():
     rng = np.random.default_rng(5)
     from biodedup.match.calibration import Calibration
-    from biodedup.match.ranked import Law, Measured
+    from biodedup.match.ranked import PairScores, ScoreModel
 
     card = {"score": [-1.0, 1.0], "llr_db": [-20, 60], "nonmated_db": [0, 90], "measured_db": 50, "source": "x"}
-    law = Law(Calibration.from_card(card), None)
+    model = ScoreModel(Calibration.from_card(card), None)
     subjects = np.array([4, 4, 4, 1, 7, 7, 2])
-    measured = {}
+    scores = {}
     for name in ("face", "right_index"):
         llr = rng.normal(0, 20, len(subjects))
         llr[rng.random(len(subjects)) < 0.4] = np.nan
-        measured[name, name] = Measured(law, llr, llr, llr, np.full(len(llr), np.nan), llr)
-    joint = Joint(measured, subjects)
-    for number, (pair, one) in enumerate(measured.items()):
+        scores[name, name] = PairScores(model, llr, llr, llr, np.full(len(llr), np.nan), llr)
+    joint = Joint(scores, subjects)
+    for number, (pair, one) in enumerate(scores.items()):
         for row, subject in enumerate(subjects):
             mine, offers = one.llr_db[row], one.llr_db[(subjects == subject) & ~np.isnan(one.llr_db)]
             best = mine if not np.isnan(mine) or not len(offers) else offers.max()
-            assert np.array_equal(joint.measured[pair].llr_db[row], best, equal_nan=True)
+            assert np.array_equal(joint.scores[pair].llr_db[row], best, equal_nan=True)
             charged = 10 * np.log10(len(offers)) if np.isnan(mine) and len(offers) else 0.0
             assert joint.borrowed_db[row, number] == pytest.approx(charged)
     presence = np.array([1, 2, 1, 2, 4, 1, 2], np.uint16)
@@ -545,7 +545,7 @@ def test_rows_removed_during_a_search_hide_nobody_from_it(engine, monkeypatch):
     engine.enroll(sent("anna", anna, "e1"))
     nearer = np.array([like((other, 0.86), (one, 0.5)) for one in crowd[:24]])
     engine.add_templates([f"s{i}" for i in range(24)], {"face": nearer})
-    commit = type(engine._enrolment).commit
+    commit = type(internals(engine).enrolment).commit
 
     def after_removals(enrolment, sought):
         for subject_id in engine.subject_ids():
@@ -553,7 +553,7 @@ def test_rows_removed_during_a_search_hide_nobody_from_it(engine, monkeypatch):
                 engine.remove(subject_id)
         return commit(enrolment, sought)
 
-    monkeypatch.setattr(type(engine._enrolment), "commit", after_removals)
+    monkeypatch.setattr(type(internals(engine).enrolment), "commit", after_removals)
     decision = engine.enroll(sent("bella", like((anna, 0.5), (other, 0.86)), "e2"))
     assert (decision.outcome, names(decision.candidates)) == ("review", ["anna"])
 

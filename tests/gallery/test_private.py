@@ -239,7 +239,7 @@ def test_of_removed_subjects_nothing_is_left_in_any_file(tmp_path):
 
 
 def codes_of(engine: bd.Engine, i: int) -> bytes:
-    """The lower halves of a sealed row's codes, as they lie in a file."""
+    """The low nibbles of a sealed row's codes, as they lie in a file."""
     snapshot = internals(engine).gallery.snapshot()
     for part in snapshot.parts[:-1]:
         positions = [p for p in range(part.count) if part.subject_ids_at(np.array([p])) == [f"s{i}"]]

@@ -22,7 +22,7 @@ from biodedup.jobs.health import canaries as sentinels
 from biodedup.jobs.health import canary_file as sentinel_file
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.search.native.scanner import Scanner
-from biodedup.search.shards import shard
+from biodedup.search.shards import native
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 from tests.support.faults import Countdown, FailingStorage
@@ -69,14 +69,14 @@ def kept(gallery: Path) -> sentinel_file.Sentinels:
 
 def losing(monkeypatch, rows, among=lambda plan: True) -> None:
     """A search that never returns some rows."""
-    search = shard.LocalShard.search
+    search = native.NativeShard.search
 
     def lossy(self, probes, plan):
         answer = search(self, probes, plan)
         left = ~(np.isin(answer.rows, rows) & among(plan))
         return replace(answer, which=answer.which[left], rows=answer.rows[left], similarity=answer.similarity[left])
 
-    monkeypatch.setattr(shard.LocalShard, "search", lossy)
+    monkeypatch.setattr(native.NativeShard, "search", lossy)
 
 
 # sound galleries --------------------------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def test_rows_of_a_segment_that_the_search_never_returns_raise_an_alarm_that_nam
 
 
 def test_codes_that_a_kernel_does_not_see_raise_an_alarm(gallery, monkeypatch):
-    monkeypatch.setattr(shard, "EXACT_CELLS", 0)
-    monkeypatch.setattr(shard, "_SHARE_MAX", 1.0)
+    monkeypatch.setattr(native, "EXACT_CELLS", 0)
+    monkeypatch.setattr(native, "_SHARE_MAX", 1.0)
     assert jobs.watch(gallery).problems == ()
     above = Scanner.above
 
@@ -182,7 +182,7 @@ def test_codes_that_a_kernel_does_not_see_raise_an_alarm(gallery, monkeypatch):
 
 
 def test_one_lost_row_is_within_the_risk_unless_nothing_left_to_chance_loses_it_too(gallery, monkeypatch):
-    monkeypatch.setattr(shard, "EXACT_CELLS", 0)
+    monkeypatch.setattr(native, "EXACT_CELLS", 0)
     victim = next(one for one in kept(gallery).each if one.mates["face"].cosine > 0.7 and one.row < 3_000)
     with monkeypatch.context() as patch:
         losing(patch, [victim.row], lambda plan: plan.miss_risk > 0)
@@ -209,9 +209,9 @@ def test_stored_templates_that_have_changed_under_sound_checksums_are_told(galle
 
 
 def test_a_similarity_that_is_miscomputed_is_told(gallery, monkeypatch):
-    search = shard.LocalShard.search
+    search = native.NativeShard.search
     monkeypatch.setattr(
-        shard.LocalShard,
+        native.NativeShard,
         "search",
         lambda *args: (answer := search(*args)) and replace(answer, similarity=answer.similarity * np.float32(0.9)),
     )
@@ -374,9 +374,9 @@ def test_minutiae_are_identified_and_records_that_have_changed_are_told(with_fin
 
 def test_minutiae_that_are_never_compared_raise_an_alarm(with_fingers, monkeypatch):
     jobs.watch(with_fingers, count=20)
-    from biodedup.search import searcher as rescore
+    from biodedup.search.scope import Scope
 
-    monkeypatch.setattr(rescore._Scope, "rows_with", lambda self, bits, *, without: np.zeros(0, np.int64))
+    monkeypatch.setattr(Scope, "rows_with", lambda self, bits, *, without: np.zeros(0, np.int64))
     watch = jobs.watch(with_fingers, count=20)
     assert watch.columns[-1].alarm
     assert [place for place, *_ in watch.columns[-1].lost_in] == ["the journal"]

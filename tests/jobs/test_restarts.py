@@ -20,7 +20,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.engine.search import Searches
+from biodedup.engine.search import BatchedSearch
 from biodedup.gallery.files.filesystem import Connection
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.kits.record import Record
@@ -158,7 +158,7 @@ def test_scores_do_not_depend_on_how_far_the_next_batch_was_searched(tmp_path, m
     columns = {"subject_id": names, "encounter_id": [f"e{i}" for i in range(60)], "face": vectors.tolist()}
     pa.parquet.write_table(pa.table(columns), manifest)
     tables = []
-    for name, slow in (("searches", (Searches, "seek")), ("commits", (Gallery, "transaction"))):
+    for name, slow in (("searches", (BatchedSearch, "seek")), ("commits", (Gallery, "transaction"))):
         with monkeypatch.context() as patched:
             patched.setattr(*slow, late(getattr(*slow)))
             with (

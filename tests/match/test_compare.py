@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import WithMinutiae
-from biodedup.match.compare import Comparer, InHand, compare_templates, pairings
+from biodedup.match.compare import Comparer, TemplateCandidates, compare_templates, pairings
 from biodedup.match.fusion import fused_score_db
 from biodedup.values import Template
 
@@ -43,7 +43,7 @@ PROBE = {"left_index": template(1.0, b"0")}
 
 
 def test_embedding_and_minutiae_add_their_evidence_and_the_sum_is_calibrated_again():
-    found = comparer().compare(PROBE, InHand({"left_index": template(0.6, b"10")}), [0])[0]
+    found = comparer().compare(PROBE, TemplateCandidates({"left_index": template(0.6, b"10")}), [0])[0]
     part = found.evidence[0]
     assert part.similarity == pytest.approx(0.6) and part.minutiae == 10
     assert found.llr_db == pytest.approx(0.9 * (50 * 0.6 + 2 * 10), rel=1e-5)
@@ -52,22 +52,22 @@ def test_embedding_and_minutiae_add_their_evidence_and_the_sum_is_calibrated_aga
 
 
 def test_minutiae_decide_between_two_that_embed_alike():
-    candidates = InHand({"left_index": template(0.5, b"1")}, {"left_index": template(0.5, b"30")})
+    candidates = TemplateCandidates({"left_index": template(0.5, b"1")}, {"left_index": template(0.5, b"30")})
     assert [one.row for one in comparer().compare(PROBE, candidates, [0, 1])] == [1, 0]
 
 
 @pytest.mark.parametrize("probe_has", [True, False])
 def test_without_minutiae_on_one_side_the_embedding_counts_alone(probe_has):
     mine, theirs = (b"5", None) if probe_has else (None, b"5")
-    found = comparer().compare({"left_index": template(1.0, mine)}, InHand({"left_index": template(0.6, theirs)}), [0])[
-        0
-    ]
+    found = comparer().compare(
+        {"left_index": template(1.0, mine)}, TemplateCandidates({"left_index": template(0.6, theirs)}), [0]
+    )[0]
     assert found.evidence[0].minutiae is None
     assert found.llr_db == pytest.approx(30.0, rel=1e-5) and not found.extrapolated
 
 
 def test_without_a_card_that_says_how_minutiae_stay_out_of_it():
-    found = comparer(both=False).compare(PROBE, InHand({"left_index": template(0.6, b"10")}), [0])[0]
+    found = comparer(both=False).compare(PROBE, TemplateCandidates({"left_index": template(0.6, b"10")}), [0])[0]
     assert found.evidence[0].minutiae is None and found.llr_db == pytest.approx(30.0, rel=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_fingers_add_up_with_the_law_that_each_was_compared_by():
         "left_thumb": (np.array([1.0, 0.0], np.float32), None),
     }.items()}  # fmt: skip
     candidate = {name: Template(name, "m", np.array([0.6, 0.8], np.float32), b"10") for name in probe}
-    found = comparer().compare(probe, InHand(candidate), [0])[0]
+    found = comparer().compare(probe, TemplateCandidates(candidate), [0])[0]
     assert found.llr_db == pytest.approx(45.0 + 30.0, rel=1e-5)
     assert {part.column: part.minutiae for part in found.evidence} == {"left_index": 10.0, "left_thumb": None}
 
@@ -128,7 +128,7 @@ def test_a_ranking_is_what_adding_up_capture_by_capture_gives(seed, both):
             wanted[row] = parts[0][1], sum_db
         elif parts:
             wanted[row] = float(fused_score_db(sum_db, [used for *_, used in parts])[0]), sum_db
-    found = comparer(both).compare(probe, InHand(*candidates), range(12))
+    found = comparer(both).compare(probe, TemplateCandidates(*candidates), range(12))
     assert {one.row for one in found} == set(wanted)
     assert [(-one.score_db, -one.llr_db, one.row) for one in found] == sorted(
         (-o.score_db, -o.llr_db, o.row) for o in found
@@ -141,7 +141,7 @@ def test_a_ranking_is_what_adding_up_capture_by_capture_gives(seed, both):
 
 def test_two_rankings_of_disjoint_rows_are_one():
     candidates = [{"left_index": template(cosine, None)} for cosine in (0.3, 0.9, 0.5, 0.7)]
-    first, second = (comparer().compare(PROBE, InHand(*candidates), rows) for rows in ([0, 1], [2, 3]))
+    first, second = (comparer().compare(PROBE, TemplateCandidates(*candidates), rows) for rows in ([0, 1], [2, 3]))
     whole = first.with_others(second)
     assert [one.row for one in whole] == [1, 3, 2, 0]
     assert [one.row for one in whole.reaching(30)] == [1, 3]

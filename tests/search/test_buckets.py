@@ -1,4 +1,4 @@
-"""A join by caps: whom it compares, what it misses, and that it says the truth about that."""
+"""A join by buckets: whom it compares, what it misses, and that it says the truth about that."""
 
 import shutil
 from functools import partial
@@ -16,10 +16,10 @@ from biodedup.engine import search as searches
 from biodedup.gallery.files import codes as coding
 from biodedup.gallery.files.codec import measured_laws
 from biodedup.match.calibration import Calibration
-from biodedup.search.native import pair_kernel as member_kernel
+from biodedup.search.native import pair_kernel
 from biodedup.search.native.signs import SIGN, limits_of, tables_of
-from biodedup.search.selfjoin import buckets as caps_module
-from biodedup.search.selfjoin.buckets import choose, seen
+from biodedup.search.selfjoin import buckets as buckets_module
+from biodedup.search.selfjoin.buckets import choose, from_high_nibbles
 from biodedup.testing import internals
 from tests.support.vectors import again, people
 
@@ -34,7 +34,7 @@ def test_the_kernel_compares_members_as_numpy_does(members, steps, planes, data)
     scanned, size = 8 * steps, 300
     codes = [rng.integers(1, 256, (size, scanned)).astype(np.uint8) for _ in range(planes)]
     columns = [
-        (np.concatenate(list(coding.planes([some], scanned))), rng.uniform(100, 600, 320).astype(np.float32))
+        (np.concatenate(list(coding.pack_high_nibbles([some], scanned))), rng.uniform(100, 600, 320).astype(np.float32))
         for some in codes
     ]
     places = np.sort(rng.choice(planes * size, min(members, planes * size), replace=False))
@@ -42,7 +42,7 @@ def test_the_kernel_compares_members_as_numpy_does(members, steps, planes, data)
     tables = data.draw(st.integers(1, scanned // 4))
     cut = data.draw(st.floats(-0.2, 0.3))
     sign_cut = data.draw(st.floats(-0.2, 0.3))
-    one, other, passed = member_kernel.meet(columns, numbers, cells, tables, sign_cut, cut)
+    one, other, passed = pair_kernel.similar_pairs(columns, numbers, cells, tables, sign_cut, cut)
 
     mine = np.array([codes[n][c] for n, c in zip(numbers, cells, strict=True)], np.uint8).reshape(-1, scanned)
     norms = np.array([columns[n][1][c] for n, c in zip(numbers, cells, strict=True)], np.float32)
@@ -72,20 +72,20 @@ def test_the_kernel_compares_members_as_numpy_does(members, steps, planes, data)
 
 @pytest.fixture
 def small(monkeypatch):
-    """Caps for galleries and times that a test has: nothing else is cheaper, and few pairs say what is missed."""
-    monkeypatch.setattr(caps_module, "ROWS_MIN", 1_000)
-    monkeypatch.setattr(caps_module, "_WORTH", 1e9)
-    monkeypatch.setattr(caps_module, "_PAIRS", 16_000)
-    monkeypatch.setattr(caps_module, "_TRIED", 1_024)
-    monkeypatch.setattr(caps_module, "_HEIGHTS", (2.0, 2.4))
-    monkeypatch.setattr(caps_module, "measured_laws", partial(measured_laws, pairs=1_000))
+    """Buckets for galleries and times that a test has: nothing else is cheaper, and few pairs say what is missed."""
+    monkeypatch.setattr(buckets_module, "ROWS_MIN", 1_000)
+    monkeypatch.setattr(buckets_module, "_WORTH", 1e9)
+    monkeypatch.setattr(buckets_module, "_PAIRS", 16_000)
+    monkeypatch.setattr(buckets_module, "_TRIED", 1_024)
+    monkeypatch.setattr(buckets_module, "_THRESHOLDS", (2.0, 2.4))
+    monkeypatch.setattr(buckets_module, "measured_laws", partial(measured_laws, pairs=1_000))
 
 
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory):
     """ROWS people, in segments, the journal and a small segment that has no codes; 400 of them twice, at cosines from 0.5 up; some are
     removed."""
-    folder = tmp_path_factory.mktemp("caps") / "g"
+    folder = tmp_path_factory.mktemp("buckets") / "g"
     first = people(ROWS)
     cosines = np.linspace(0.5, 0.95, 400)
     second = np.concatenate([again(first[i : i + 1], c, seed=i) for i, c in enumerate(cosines)])
@@ -119,27 +119,27 @@ def joined(folder, config=None, **changed):
 def test_a_join_by_caps_finds_what_one_of_everybody_with_everybody_finds(gallery, small, monkeypatch):
     folder, cosines = gallery
     called = []
-    real = member_kernel.meet
-    monkeypatch.setattr(member_kernel, "meet", lambda *given: called.append(1) or real(*given))
-    by_caps = joined(folder)
+    real = pair_kernel.similar_pairs
+    monkeypatch.setattr(pair_kernel, "similar_pairs", lambda *given: called.append(1) or real(*given))
+    by_buckets = joined(folder)
     assert called
     called.clear()
     whole = joined(folder, search=SearchConfig(miss_risk=0))
     assert not called
-    assert by_caps.keys() <= whole.keys()
+    assert by_buckets.keys() <= whole.keys()
     assert len(whole) > 100
-    assert len(by_caps) >= len(whole) - 1  # of some two hundred a thousandth
-    assert all(by_caps[pair].score_db == pytest.approx(whole[pair].score_db, abs=1e-3) for pair in by_caps)
+    assert len(by_buckets) >= len(whole) - 1  # of some two hundred a thousandth
+    assert all(by_buckets[pair].score_db == pytest.approx(whole[pair].score_db, abs=1e-3) for pair in by_buckets)
     certain = {frozenset((f"a{i}", f"b{i}")) for i, c in enumerate(cosines) if c > 0.77 and i not in (390, 391)}
-    assert certain <= by_caps.keys()
+    assert certain <= by_buckets.keys()
 
 
 def test_who_is_in_no_cap_is_compared_with_everybody(gallery, small):
     folder, cosines = gallery
     with bd.Engine.open(folder, read_only=True) as engine:
         snapshot = internals(engine).gallery.snapshot()
-        caps = internals(engine).searcher.caps(snapshot, threshold_db(engine))
-        outside = searches.rows_outside(snapshot, "face", caps, snapshot.live_rows())
+        buckets = internals(engine).join.buckets(snapshot, threshold_db(engine))
+        outside = searches.rows_outside(snapshot, "face", buckets, snapshot.live_rows())
         tiles = list(engine.join(threshold_db=threshold_db(engine)))
     assert 0 < len(outside) < 1_000 and outside.max() == ROWS + 399
     assert [tile.done for tile in tiles] == sorted(tile.done for tile in tiles) and tiles[-1].done == tiles[-1].total
@@ -203,20 +203,20 @@ def column(gallery):
 
 def test_caps_miss_no_more_mates_than_they_say(column, small):
     face, calibration = column
-    caps = choose(face, ROWS, calibration, LEAST, 2e-3)
-    assert 0 < caps.miss_bound <= 2e-3 and caps.drawn == 8_000
+    buckets = choose(face, ROWS, calibration, LEAST, 2e-3)
+    assert 0 < buckets.miss_bound <= 2e-3 and buckets.drawn == 8_000
     similarity = calibration.mated_similarities(np.random.default_rng(1).random(20_000), least=LEAST)
     assert similarity.min() >= LEAST - 1e-3
     one = people(20_000, seed=77)
     other = np.concatenate([again(one[i : i + 1], c, seed=i) for i, c in enumerate(similarity)])
-    a, b = (seen(face.codec.rotate(some)) for some in (one, other))
-    towards = face.codec.rotate(caps.directions)
+    a, b = (from_high_nibbles(face.codec.rotate(some)) for some in (one, other))
+    towards = face.codec.rotate(buckets.directions)
     missed = 0
     for low in range(0, len(a), 2_000):
-        near, far = (some[low : low + 2_000] @ towards.T >= caps.least for some in (a, b))
+        near, far = (some[low : low + 2_000] @ towards.T >= buckets.min_similarity for some in (a, b))
         met = (near & far).any(axis=1)
-        by_signs = caps.signs.estimates(a[low : low + 2_000], b[low : low + 2_000]) >= caps.sign_cut
-        by_halves = np.einsum("ij,ij->i", a[low : low + 2_000], b[low : low + 2_000]) >= caps.cut
+        by_signs = buckets.signs.estimates(a[low : low + 2_000], b[low : low + 2_000]) >= buckets.sign_cut
+        by_halves = np.einsum("ij,ij->i", a[low : low + 2_000], b[low : low + 2_000]) >= buckets.cut
         missed += int((~(met & by_signs & by_halves)).sum())
     assert 0 < missed <= binom.ppf(0.999, 20_000, 2e-3)
 
@@ -242,5 +242,5 @@ def test_nothing_is_left_out_where_nothing_may_be_missed_or_mates_were_never_mea
     )
     assert choose(face, ROWS, unmeasured, LEAST, 1e-3) is None
     assert choose(face, 999, calibration, LEAST, 1e-3) is None, "too few rows"
-    monkeypatch.setattr(caps_module, "_WORTH", 1e-3)
+    monkeypatch.setattr(buckets_module, "_WORTH", 1e-3)
     assert choose(face, ROWS, calibration, LEAST, 1e-3) is None, "dearer than everybody with everybody"

@@ -10,7 +10,7 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.engine import search as searches
-from biodedup.search import searcher as rescore
+from biodedup.search.selfjoin import join as selfjoin
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 from tests.support.vectors import SFACE
@@ -21,7 +21,7 @@ THRESHOLD_DB = 60.0
 @pytest.fixture
 def gallery(tmp_path, monkeypatch):
     """2,500 subjects, 40 of them enrolled again at falling cosines, one of these a third time; removed ones among them."""
-    for module in (searches, rescore):
+    for module in (searches, selfjoin):
         monkeypatch.setattr(module, "JOIN_ROWS", 300)
     rng = np.random.default_rng(5)
     vectors = rng.standard_normal((2_500, 128), np.float32)
@@ -47,16 +47,16 @@ def oracle(engine, vectors):
     templates = [bd.Template("face", SFACE, vector) for vector in matrix]
     found = {}
     for i, j in near:
-        (compared,) = internals(engine).comparer.compare({"face": templates[i]}, rescore_in_hand(templates[j]), [0])
+        (compared,) = internals(engine).comparer.compare({"face": templates[i]}, candidate_of(templates[j]), [0])
         if compared.score_db >= THRESHOLD_DB:
             found[frozenset((names[i], names[j]))] = compared.score_db
     return found
 
 
-def rescore_in_hand(template):
-    from biodedup.match.compare import InHand
+def candidate_of(template):
+    from biodedup.match.compare import TemplateCandidates
 
-    return InHand({"face": template})
+    return TemplateCandidates({"face": template})
 
 
 def pairs(clusters):

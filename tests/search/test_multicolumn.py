@@ -10,10 +10,11 @@ from scipy.special import ndtri
 
 import biodedup as bd
 from biodedup.match.calibrations import from_embeddings
-from biodedup.search.multicolumn import together
+from biodedup.search.multicolumn import plan as multicolumn_plan
+from biodedup.search.multicolumn import scan as multicolumn_scan
 from biodedup.search.native.scanner import Collected
 from biodedup.search.searcher import Searcher
-from biodedup.search.shards import shard
+from biodedup.search.shards import native
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 from tests.support.laws import FACE, FINGER
@@ -42,7 +43,7 @@ def everybody():
 @pytest.fixture
 def engine(tmp_path, monkeypatch, everybody):
     """Rows of three kinds: 8,000 have all columns, 2,400 no left index, 1,600 a face alone; some of each are removed."""
-    monkeypatch.setattr(together, "ROWS_MIN", 2_000)
+    monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", 2_000)
     config = bd.Config(gallery=bd.GalleryConfig(background=False), policy=POLICY)
     with bd.Engine.open(tmp_path / "g", config) as engine:
         kinds = {(0, 8_000): COLUMNS, (8_000, 10_400): ("face", "right_index"), (10_400, ROWS): ("face",)}
@@ -70,9 +71,9 @@ def evidence(everybody, probes):
 
 
 def test_rows_are_searched_by_what_they_have_and_a_plan_says_how(engine):
-    plan = internals(engine).searcher.together(internals(engine).gallery.snapshot(), COLUMNS)
-    assert set(plan.choices) == {frozenset(COLUMNS), frozenset({"face", "right_index"})}
-    for choice in plan.choices.values():
+    plan = internals(engine).searcher.multicolumn_query(internals(engine).gallery.snapshot(), COLUMNS)
+    assert set(plan.plans) == {frozenset(COLUMNS), frozenset({"face", "right_index"})}
+    for choice in plan.plans.values():
         assert choice.cost < len(choice.columns)
         assert choice.miss_bound <= 1e-3
     text = engine.plan(COLUMNS).explain()
@@ -85,9 +86,9 @@ def test_candidates_are_those_with_the_most_evidence_in_all_columns(engine, ever
     snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
     rows = np.arange(1, 6_001, 10)
     probes = mates(everybody, rows, 5)
-    plan = replace(searcher.together(snapshot, COLUMNS), k=5)
-    plan = replace(plan, choices={frozenset(COLUMNS): plan.choices[frozenset(COLUMNS)]})
-    found, failures = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
+    plan = replace(searcher.multicolumn_query(snapshot, COLUMNS), k=5)
+    plan = replace(plan, plans={frozenset(COLUMNS): plan.plans[frozenset(COLUMNS)]})
+    found, failures = searcher.fan_out.multicolumn(searcher.shards(snapshot), probes, plan)
     assert not failures and found.rows_scanned == 8_000
     exact = evidence(everybody, probes)
     theirs = exact[found.which, found.rows]
@@ -104,12 +105,12 @@ def test_candidates_are_those_with_the_most_evidence_in_all_columns(engine, ever
 def test_all_that_reach_a_floor_are_told_and_removed_or_foreign_rows_are_not(engine, everybody):
     snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
     probes = {column: np.repeat(everybody[column][[1_000, 1_001]], 3, axis=0) for column in COLUMNS}
-    plan = replace(searcher.together(snapshot, COLUMNS), k=1, floor_llr_db=100.0)
-    found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
+    plan = replace(searcher.multicolumn_query(snapshot, COLUMNS), k=1, floor_llr_db=100.0)
+    found, _ = searcher.fan_out.multicolumn(searcher.shards(snapshot), probes, plan)
     assert found.rows[found.which > 2].tolist() == [1_001, 1_002] * 3
     assert 1_000 not in found.rows
     late = replace(plan, from_row=5_000)
-    found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, late)
+    found, _ = searcher.fan_out.multicolumn(searcher.shards(snapshot), probes, late)
     assert found.rows.min() >= 5_000
 
 
@@ -121,9 +122,9 @@ def test_whatever_reaches_the_floor_is_found_though_its_estimate_is_lower(engine
     exact = evidence(everybody, probes)[np.arange(len(rows)), rows]
     found_share = []
     for floor in (100.0, 140.0, 180.0, 220.0):
-        plan = replace(searcher.together(snapshot, COLUMNS), k=0, floor_llr_db=floor)
+        plan = replace(searcher.multicolumn_query(snapshot, COLUMNS), k=0, floor_llr_db=floor)
         near = np.flatnonzero((exact > floor + 1) & (exact < floor + 25))
-        found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
+        found, _ = searcher.fan_out.multicolumn(searcher.shards(snapshot), probes, plan)
         pairs = set(zip(found.which.tolist(), found.rows.tolist(), strict=True))
         found_share += [(i, int(rows[i])) in pairs for i in near.tolist()]
     assert len(found_share) > 400
@@ -131,8 +132,8 @@ def test_whatever_reaches_the_floor_is_found_though_its_estimate_is_lower(engine
 
 
 def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "ROWS_MIN", 2_000)
-    monkeypatch.setattr(together, "_UNIT", 1 << 14)
+    monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", 2_000)
+    monkeypatch.setattr(multicolumn_scan, "_PAIRS_PER_UNIT", 1 << 14)
     held = []
     real = Collected._joined
     monkeypatch.setattr(
@@ -145,29 +146,31 @@ def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tm
         engine.compact()
         monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: FACE)
         snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
-        assert searcher.together(snapshot, COLUMNS) is None  # it would not choose so by itself
-        choice = together.Choice(COLUMNS, (2,) * 3, (48,) * 3, (1.0,) * 3, 0.5, 1.0, 0.0, 1_000, 0, (0.1,) * 3, 0.1)
-        laws = {column: together.Evidence.of(FACE) for column in COLUMNS}
-        plan = together.TogetherPlan({frozenset(COLUMNS): choice}, laws, k=20)
+        assert searcher.multicolumn_query(snapshot, COLUMNS) is None  # it would not choose so by itself
+        choice = multicolumn_plan.MultiColumnPlan(
+            COLUMNS, (2,) * 3, (48,) * 3, (1.0,) * 3, 0.5, 1.0, 0.0, 1_000, 0, (0.1,) * 3, 0.1
+        )
+        laws = {column: multicolumn_plan.LlrTable.of(FACE) for column in COLUMNS}
+        plan = multicolumn_plan.MultiColumnQuery({frozenset(COLUMNS): choice}, laws, k=20)
         probes = {c: alike[c][:32] for c in COLUMNS}
-        found, _ = searcher._fan_out.together(searcher._shards(snapshot), probes, plan)
+        found, _ = searcher.fan_out.multicolumn(searcher.shards(snapshot), probes, plan)
         first = found.rows[np.searchsorted(found.which, np.arange(32))]
         assert first.tolist() == list(range(32))
         assert np.bincount(found.which).max() <= plan.k
     assert len(held) > 2 and max(held) < 50_000  # of 160,000 pairs
 
 
-def test_a_shard_that_fails_makes_a_search_together_incomplete(engine, everybody, monkeypatch):
-    monkeypatch.setattr(shard, "shares", lambda snapshot: [[part] for part in snapshot.parts])
+def test_a_shard_that_fails_makes_a_search_multicolumn_incomplete(engine, everybody, monkeypatch):
+    monkeypatch.setattr(native, "shares", lambda snapshot: [[part] for part in snapshot.parts])
     engine.add_templates(["late"], {c: unit(1, 70 + i) for i, c in enumerate(COLUMNS)})
-    real = shard.LocalShard.search_together
+    real = native.NativeShard.search_multicolumn
 
     def failing(self, probes, plan):
         if any(part.first_row == 0 for part in self._parts):
             raise bd.GalleryDamaged("unreadable")
         return real(self, probes, plan)
 
-    monkeypatch.setattr(shard.LocalShard, "search_together", failing)
+    monkeypatch.setattr(native.NativeShard, "search_multicolumn", failing)
     decision = engine.enroll(bd.Encounter("new", templates={c: unit(1, 80 + i)[0] for i, c in enumerate(COLUMNS)}))
     assert decision.outcome == "review" and decision.incomplete
 
@@ -186,7 +189,7 @@ def test_a_decision_is_the_same_as_from_every_column_by_itself(engine, everybody
     probes = mates(everybody, rows, 11)
     encounters = [bd.Encounter(templates={c: probes[c][i] for c in COLUMNS}) for i in range(len(rows))]
     ours = [engine.identify(encounter) for encounter in encounters]
-    monkeypatch.setattr(Searcher, "together", lambda *_: None)
+    monkeypatch.setattr(Searcher, "multicolumn_query", lambda *_: None)
     theirs = [engine.identify(encounter) for encounter in encounters]
     told = [[(c.subject_id, round(c.score_db, 2)) for c in d.candidates[:1] if c.score_db > 40] for d in ours]
     assert told == [[(c.subject_id, round(c.score_db, 2)) for c in d.candidates[:1] if c.score_db > 40] for d in theirs]
@@ -199,12 +202,12 @@ def test_rows_are_searched_together_only_where_mates_were_measured(engine, every
     unlabelled = from_embeddings(everybody["face"][:2_048])
     assert not unlabelled.mates_measured
     monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: unlabelled)
-    assert internals(engine).searcher.together(internals(engine).gallery.snapshot(), COLUMNS) is None
+    assert internals(engine).searcher.multicolumn_query(internals(engine).gallery.snapshot(), COLUMNS) is None
     assert "other rows" not in engine.plan(COLUMNS).explain()
 
 
-def test_groups_are_kept_apart_in_a_search_together(tmp_path, everybody, monkeypatch):
-    monkeypatch.setattr(together, "ROWS_MIN", 2_000)
+def test_groups_are_kept_apart_in_a_search_multicolumn(tmp_path, everybody, monkeypatch):
+    monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", 2_000)
     with bd.Engine.open(tmp_path / "g", bd.Config(policy=POLICY)) as engine:
         for low, group in ((0, "north"), (4_000, "south")):
             some = [bd.Encounter(f"s{row}", groups=(group,), templates={c: everybody[c][row] for c in COLUMNS}) for row in range(low, low + 200)]  # fmt: skip
@@ -215,7 +218,7 @@ def test_groups_are_kept_apart_in_a_search_together(tmp_path, everybody, monkeyp
         laws = {"external-128": FINGER}
         monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
         probe = bd.Encounter(templates={c: everybody[c][4_100] for c in COLUMNS})
-        assert internals(engine).searcher.together(internals(engine).gallery.snapshot(), COLUMNS) is not None
+        assert internals(engine).searcher.multicolumn_query(internals(engine).gallery.snapshot(), COLUMNS) is not None
         assert engine.identify(probe, groups={"south"}).best.subject_id == "s4100"
         north = engine.identify(probe, groups={"north"})
         assert north.best is None or north.best.score_db < 60
@@ -227,9 +230,12 @@ def test_an_unlabelled_calibration_gives_strangers_no_evidence_for_being_mates()
 
 
 def test_a_plan_leaves_out_what_costs_least_and_loses_no_more_mates_than_the_risk(engine):
-    one = max(together.sets_of(internals(engine).gallery.snapshot(), COLUMNS).values(), key=lambda some: some.count)
+    one = max(
+        multicolumn_plan.largest_groups(internals(engine).gallery.snapshot(), COLUMNS).values(),
+        key=lambda some: some.count,
+    )
     laws = {column: FACE if column == "face" else FINGER for column in COLUMNS}
-    draw = together._Draw(one, laws, 2e-3, 60.0, 0.3)
+    draw = multicolumn_plan.Draw(one, laws, 2e-3, 60.0, 0.3)
     some, every = (2,) * len(COLUMNS), draw.most
     fewer = {c: tuple(n - (i == c) for i, n in enumerate(some)) for c in range(len(COLUMNS))}
     for groups in (every, some, *fewer.values()):
@@ -242,4 +248,4 @@ def test_a_plan_leaves_out_what_costs_least_and_loses_no_more_mates_than_the_ris
     without = {c: draw.shares(groups)[0] for c, groups in fewer.items()}
     assert max(without, key=without.get) == COLUMNS.index("face"), "a face says most"
     assert min(without.values()) > draw.shares(some)[0] > draw.shares(every)[0]
-    assert together._Draw(one, laws, 1e-6, 60.0, 0.3).shares(some) == [], "too few mates to tell"
+    assert multicolumn_plan.Draw(one, laws, 1e-6, 60.0, 0.3).shares(some) == [], "too few mates to tell"

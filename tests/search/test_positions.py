@@ -18,12 +18,12 @@ from scipy.stats import norm
 import biodedup as bd
 from biodedup.gallery.answers import from_json, to_json
 from biodedup.match.calibration import Calibration
-from biodedup.match.compare import Comparer, InHand
+from biodedup.match.compare import Comparer, TemplateCandidates
 from biodedup.match.labels import AS_LABELLED, readings_of
 from biodedup.match.minutiae import Bozorth3
-from biodedup.search.multicolumn import together
+from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.positions import strongest
-from biodedup.search.shards import shard
+from biodedup.search.shards import fan_out, native
 from biodedup.testing import internals
 from biodedup.values import BIT
 from tests.support.images import finger
@@ -122,9 +122,9 @@ def test_right_labels_are_charged_one_decibel_and_are_no_swap(gallery, anew, cou
 
 def test_a_search_that_is_not_asked_looks_into_no_other_column(gallery, anew, monkeypatch):
     seen = []
-    real = shard.FanOut.nearest
+    real = fan_out.FanOut.nearest
     monkeypatch.setattr(
-        shard.FanOut,
+        fan_out.FanOut,
         "nearest",
         lambda s, shards, p, plan: seen.append((plan.column, len(p))) or real(s, shards, p, plan),
     )
@@ -242,15 +242,15 @@ def test_a_batch_finds_swaps_inside_itself(small, fingers, anew):
 
 
 def test_a_search_that_could_not_see_everything_says_incomplete(gallery, fingers, anew, monkeypatch):
-    real = shard.LocalShard.search
+    real = native.NativeShard.search
 
     def failing(self, probes, plan):
         if plan.column == "left_index" and any(part.first_row == 0 for part in self._parts):
             raise bd.GalleryDamaged("unreadable")
         return real(self, probes, plan)
 
-    monkeypatch.setattr(shard.LocalShard, "search", failing)
-    monkeypatch.setattr(shard, "shares", lambda snapshot: [[part] for part in snapshot.parts])
+    monkeypatch.setattr(native.NativeShard, "search", failing)
+    monkeypatch.setattr(native, "shares", lambda snapshot: [[part] for part in snapshot.parts])
     probe = bd.Encounter(templates={"right_index": people(1, seed=99, dimension=DIMENSION)[0]})
     assert gallery.identify(probe).outcome == "unique"
     across = gallery.identify(probe, across_positions=True)
@@ -289,7 +289,7 @@ def test_fingers_of_two_models_are_not_compared(small, fingers):
 
 
 def test_rows_searched_together_are_searched_across_positions_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "ROWS_MIN", 2_000)
+    monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", 2_000)
     columns = ("face", "left_index", "right_index")
     everybody = {column: people(6_000, seed=200 + i) for i, column in enumerate(columns)}
     policy = bd.Policy(duplicate_db=110, review_db=106)
@@ -301,7 +301,7 @@ def test_rows_searched_together_are_searched_across_positions_too(tmp_path, monk
             "_calibration_of",
             lambda model_id: {"external-128": FINGER_LAW}.get(model_id, FACE_LAW),
         )
-        assert internals(engine).searcher.together(internals(engine).gallery.snapshot(), columns) is not None
+        assert internals(engine).searcher.multicolumn_query(internals(engine).gallery.snapshot(), columns) is not None
         probe = {
             "face": again(everybody["face"][17], 0.2, seed=1),
             "right_index": again(everybody["left_index"][17], 0.75, seed=2),
@@ -435,7 +435,7 @@ def test_the_result_is_that_of_trying_every_reading_one_by_one(data):
         probe, candidate = (
             {**some, "face": bd.Template("face", MODEL, pool[rng.integers(4)])} for some in (probe, candidate)
         )
-    (found,) = COMPARER.compare(probe, InHand(candidate), [0], across=True) or (None,)
+    (found,) = COMPARER.compare(probe, TemplateCandidates(candidate), [0], across=True) or (None,)
 
     def as_read(reading: frozenset[tuple[str, str]]) -> object:
         """The candidate with the probe's labels put on its fingers, compared as labelled."""
@@ -443,10 +443,10 @@ def test_the_result_is_that_of_trying_every_reading_one_by_one(data):
         fingers = {a: probe[a] for a, _ in reading}
         if "face" in probe:
             relabelled["face"], fingers["face"] = candidate["face"], probe["face"]
-        (result,) = COMPARER.compare(fingers, InHand(relabelled), [0])
+        (result,) = COMPARER.compare(fingers, TemplateCandidates(relabelled), [0])
         return result
 
-    labelled = COMPARER.compare(probe, InHand(candidate), [0])
+    labelled = COMPARER.compare(probe, TemplateCandidates(candidate), [0])
     charges = every_reading(mine, theirs)
     share = 1 - AS_LABELLED if labelled else 1.0
     read = [(as_read(one), charge - 10 * log10(share)) for one, charge in charges.items()]
@@ -501,7 +501,7 @@ def test_strangers_reach_a_score_across_positions_no_more_often_than_it_says(min
         results = COMPARER.compare(probe, crowd, range(count), across=True)
         assert len(results) == count
         scores += [one.score_db for one in results]
-        uncharged += [one.score_db + one.charge_db for one in results]
+        uncharged += [one.score_db + one.label_penalty_db for one in results]
     excess = []
     for x in (3, 6, 10, 13, 16, 20, 25):
         expected = len(scores) * 10 ** (-x / 10)

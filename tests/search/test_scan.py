@@ -19,15 +19,17 @@ from biodedup.config import SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files import codes as coding
 from biodedup.gallery.files.codec import ErrorLaw, estimates, make_codec, measured_laws
+from biodedup.search import costs
 from biodedup.search.native import column_statistics as population
 from biodedup.search.native import scan_kernel as kernel
 from biodedup.search.native import sign_kernel
 from biodedup.search.native.scanner import Probes, Scanner
 from biodedup.search.native.sign_kernel import SignedProbes
-from biodedup.search.native.sign_tile import FOUR, SIX, THREE, TWO, numbers_of, tables_most
+from biodedup.search.native.sign_tile import TableKind, numbers_of, tables_most
 from biodedup.search.native.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, tables_of
-from biodedup.search.shards import shard
-from biodedup.search.shards.shard import Answer, FanOut, Plan
+from biodedup.search.shards import native
+from biodedup.search.shards.base import ShardHits, ShardQuery
+from biodedup.search.shards.fan_out import FanOut
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 
@@ -47,13 +49,15 @@ def unit(count, dimension, seed=0):
 def test_codes_come_back_from_their_halves_however_they_were_cut_into_pieces(count, steps, more, cuts):
     scanned, width = 8 * steps, 8 * steps + more
     codes = np.random.default_rng(count).integers(1, 256, (count, width)).astype(np.uint8)
-    plane = np.concatenate(list(coding.planes(np.split(codes, sorted(c for c in cuts if c <= count)), scanned)))
-    assert plane.shape == coding.plane_shape(count, scanned)
-    rest = coding.lower_halves(codes, scanned)
+    plane = np.concatenate(
+        list(coding.pack_high_nibbles(np.split(codes, sorted(c for c in cuts if c <= count)), scanned))
+    )
+    assert plane.shape == coding.high_nibbles_shape(count, scanned)
+    rest = coding.low_nibbles(codes, scanned)
     some = np.random.default_rng(1).integers(0, count, 20)
-    assert np.array_equal(coding.joined(plane, rest, some), codes[some])
-    assert np.array_equal(coding.joined(plane, rest[7:], np.arange(7, count), 7), codes[7:]) or count <= 7
-    assert np.array_equal(coding.uppers(plane, some), codes[some, :scanned] >> 4)
+    assert np.array_equal(coding.join_nibbles(plane, rest, some), codes[some])
+    assert np.array_equal(coding.join_nibbles(plane, rest[7:], np.arange(7, count), 7), codes[7:]) or count <= 7
+    assert np.array_equal(coding.unpack_high_nibbles(plane, some), codes[some, :scanned] >> 4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -109,12 +113,12 @@ def test_of_many_numbers_that_all_vary_the_nearest_strangers_are_found_without_c
     scanner, fan_out, monkeypatch, dimension
 ):
     whole = []
-    monkeypatch.setattr(shard.LocalShard, "_search_exact", lambda self, pieces, *_: whole.extend(pieces))
+    monkeypatch.setattr(native.NativeShard, "_scan_exactly", lambda self, pieces, *_: whole.extend(pieces))
     vectors = unit(60_000, dimension)
     codec = make_codec(dimension, [vectors[:16_384]])
     shards = shards_of(vectors, scanner, codec=codec)
     probes = unit(20, dimension, 5)
-    found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), 1e-4))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 10, len(vectors), 1e-4))
     rows, _ = exact(probes, shards, 10)
     assert (found.rows == rows).mean() > 0.98  # neighbours a rounding error apart may change places
     assert not whole and found.compared < 0.02 * len(vectors) * len(probes)
@@ -158,7 +162,7 @@ def test_a_law_and_its_inverse_agree():
 def test_the_kernel_finds_what_numpy_finds(instructions, count, steps, probes, with_removed, data):
     rng = np.random.default_rng(count)
     codes = rng.integers(1, 256, (count, 8 * steps)).astype(np.uint8)
-    plane = np.concatenate(list(coding.planes([codes], 8 * steps)))
+    plane = np.concatenate(list(coding.pack_high_nibbles([codes], 8 * steps)))
     norms = np.zeros(64 * len(plane), np.float32)
     norms[:count] = rng.uniform(100, 600, count)
     probe = rng.integers(-127, 128, (probes, 8 * steps)).astype(np.int8)
@@ -229,12 +233,12 @@ class Column:
     def __init__(self, vectors, codec):
         self.codec, self.count, self.dimension = codec, len(vectors), vectors.shape[1]
         self.codes, norms = codec.encode(vectors)
-        self.whole = np.concatenate(list(coding.planes([self.codes], codec.scanned)))
+        self.whole = np.concatenate(list(coding.pack_high_nibbles([self.codes], codec.scanned)))
         self.norms = np.zeros(64 * len(self.whole), np.float32)
         self.norms[: self.count] = norms
         self.read = 0
 
-    def plane(self, low, high):
+    def high_nibbles(self, low, high):
         first, last = low // 64, -(-high // 64)
         return self.whole[first:last], self.norms[64 * first : 64 * last]
 
@@ -303,7 +307,7 @@ def shards_of(vectors, scanner, pieces=2, codec=None):
     codec = codec or make_codec(vectors.shape[1], [vectors])
     found, first = [], 0
     for piece in np.array_split(vectors, pieces):
-        found.append(shard.LocalShard(Snapshot(), [Part(piece, codec, first)], scanner))
+        found.append(native.NativeShard(Snapshot(), [Part(piece, codec, first)], scanner))
         first += len(piece)
     return found
 
@@ -321,7 +325,7 @@ def test_the_nearest_are_those_of_an_exact_search(scanner, fan_out, dimension, m
     vectors = unit(80_000, dimension)
     shards = shards_of(vectors, scanner)
     probes = np.concatenate([mates_of(vectors[:10], np.full(10, 0.5)), unit(10, dimension, 5)])
-    found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), miss_risk))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 10, len(vectors), miss_risk))
     rows, similarity = exact(probes, shards, 10)
     whole = np.isclose(found.similarity, similarity, atol=1e-5).all(axis=1)
     # of 200 neighbours at a risk of 1e-4 one is lost in two runs of a hundred, and with it the places behind it of its probe
@@ -339,7 +343,7 @@ def test_a_gallery_that_is_not_normal_at_all_is_searched_as_exactly(scanner, fan
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     shards = shards_of(vectors, scanner)
     probes = np.concatenate([vectors[:1], vectors[25_000:25_003], unit(4, 128, 6)])
-    found = fan_out.nearest(shards, probes, Plan("face", 20, len(vectors), 1e-4))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 20, len(vectors), 1e-4))
     _, similarity = exact(probes, shards, 20)
     assert np.allclose(found.similarity, similarity, atol=1e-5)
 
@@ -352,17 +356,19 @@ def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_ou
     probes = unit(5, 128, 6)
     monkeypatch.setattr(population.Population, "reached_by", lambda self, probes, share: np.full(5, guess, np.float32))
     monkeypatch.setattr(scanner, "exact_above", None)  # whose result nothing bounds
-    found = fan_out.nearest(shards, probes, Plan("face", 10, len(vectors), 1e-4))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 10, len(vectors), 1e-4))
     _, similarity = exact(probes, shards, 10)
     assert np.allclose(found.similarity, similarity, atol=1e-5)
 
 
 def test_more_rows_above_a_similarity_than_can_be_collected_are_found_all_the_same(scanner, fan_out, monkeypatch):
-    monkeypatch.setattr(shard, "_RAGGED_MOST", 20)
+    monkeypatch.setattr(native, "_HITS_MOST", 20)
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     least = np.full(3, 0.2, np.float32)
-    found = fan_out.reached(shards, unit(3, 128, 6), Plan("face", 0, len(vectors), 1e-3, at_least=least)).found
+    found = fan_out.reached(
+        shards, unit(3, 128, 6), ShardQuery("face", 0, len(vectors), 1e-3, min_similarity=least)
+    ).found
     _, similarity = exact(unit(3, 128, 6), shards, 1_500)
     assert [len(rows) for rows, _ in found] == (similarity >= 0.2).sum(axis=1).tolist()
 
@@ -372,7 +378,7 @@ def test_all_rows_from_a_similarity_on_are_found(scanner, fan_out):
     shards = shards_of(vectors, scanner, 3)
     probes = unit(6, 128, 6)
     least = np.full(6, 0.3, np.float32)
-    found = fan_out.reached(shards, probes, Plan("face", 0, len(vectors), 1e-5, at_least=least)).found
+    found = fan_out.reached(shards, probes, ShardQuery("face", 0, len(vectors), 1e-5, min_similarity=least)).found
     rows, similarity = exact(probes, shards, 300)
     for (ours, values), theirs, all_values in zip(found, rows, similarity, strict=True):
         kept = values >= 0.3
@@ -385,11 +391,11 @@ def told(found, least):
 
 
 def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_out, monkeypatch):
-    monkeypatch.setattr(shard, "_COSTS", {kernel.INSTRUCTIONS: shard._COSTS["avx2"]})  # whatever the processor
+    monkeypatch.setattr(costs, "ROW_COSTS", {kernel.INSTRUCTIONS: costs.ROW_COSTS["avx2"]})  # whatever the processor
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))
-    plan = Plan("face", 0, len(vectors), 1e-3, at_least=np.full(600, 0.6, np.float32))
+    plan = ShardQuery("face", 0, len(vectors), 1e-3, min_similarity=np.full(600, 0.6, np.float32))
     calls = []
     real = sign_kernel.scan
     monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
@@ -397,17 +403,17 @@ def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_
     assert calls
     calls.clear()
     few = [
-        fan_out.reached(shards, probes[i : i + 10], replace(plan, at_least=plan.at_least[:10])).found
+        fan_out.reached(shards, probes[i : i + 10], replace(plan, min_similarity=plan.at_least[:10])).found
         for i in range(0, 600, 10)
     ]
     assert not calls
     assert {(i, i) for i in range(200, 600)} <= told(by_signs, 0.6)
     assert told(by_signs, 0.6) == told(sum(few, ()), 0.6)
-    fan_out.reached(shards, probes, replace(plan, at_least=np.full(600, 0.2, np.float32)))
+    fan_out.reached(shards, probes, replace(plan, min_similarity=np.full(600, 0.2, np.float32)))
     assert not calls  # too many strangers would pass
 
 
-@pytest.mark.parametrize(("dimension", "each"), [(d, each) for d in (96, 128) for each in (FOUR, SIX, TWO, THREE)])
+@pytest.mark.parametrize(("dimension", "each"), [(d, each) for d in (96, 128) for each in TableKind])
 def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_out, monkeypatch, dimension, each):
     vectors = unit(150_000, dimension)
     shards = shards_of(vectors, scanner)
@@ -415,8 +421,8 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
     calls = []
     real = sign_kernel.scan
     monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
-    monkeypatch.setattr(shard, "_cheapest_signs", lambda column, *_: population.signs_of(column, each, 24))
-    found = fan_out.nearest(shards, probes, Plan("face", 2, len(vectors), 1e-3))
+    monkeypatch.setattr(native, "_cheapest_signs", lambda column, *_: population.signs_of(column, each, 24))
+    found = fan_out.nearest(shards, probes, ShardQuery("face", 2, len(vectors), 1e-3))
     assert calls
     rows, similarity = exact(probes, shards, 2)
     assert np.isclose(found.similarity, similarity, atol=1e-5).mean() > 0.99
@@ -424,7 +430,13 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
 
 
 @pytest.mark.parametrize(
-    ("each", "kept", "near"), [(FOUR, 0.797, 0.01), (SIX, 0.797, 0.01), (TWO, 0.875, 0.01), (THREE, 0.875, 0.01)]
+    ("each", "kept", "near"),
+    [
+        (TableKind.FOUR_SIGNS, 0.797, 0.01),
+        (TableKind.SIX_SIGNS, 0.797, 0.01),
+        (TableKind.TWO_CLASSES, 0.875, 0.01),
+        (TableKind.THREE_CLASSES, 0.875, 0.01),
+    ],
 )
 def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each, kept, near):
     one, other = unit(400, 128, 1), unit(400, 128, 2)
@@ -432,8 +444,10 @@ def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each
     assert signs.laws[0].mean[10] == pytest.approx(kept, abs=0.03)  # of a dot product
     exactly = np.einsum("ij,ij->i", signs.numbers(one), signs.of(other)) / np.sqrt(128)
     off = signs.estimates(one, other) - exactly
-    assert (off - off.mean()).std() < (0.01 if each >= FOUR else 0.04)  # of classes: seeds make up for a row's length
-    mean, sd = signs.strangers(one[:20])
+    assert (off - off.mean()).std() < (
+        0.01 if each >= TableKind.FOUR_SIGNS else 0.04
+    )  # of classes: seeds make up for a row's length
+    mean, sd = signs.unrelated(one[:20])
     seen = np.array(
         [signs.estimates(np.repeat(one[i : i + 1], 20_000, axis=0), unit(20_000, 128, 3)) for i in range(20)]
     )
@@ -444,10 +458,10 @@ def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each
 def test_no_sum_of_tables_overflows_a_byte():
     one, other = unit(400, 128, 1), unit(400, 128, 2)
     for numbers, levels, each, room in (
-        ([one, other[:, :32]], SIGN, FOUR, 0),
-        ([one[:, :120], other[:, :24]], SIGN, SIX, 0),
-        ([one], np.array([-2, -0.5, 0.5, 2], np.float32), TWO, 40),
-        ([one[:, :120]], np.array([-2, -0.5, 0.5, 2], np.float32), THREE, 40),
+        ([one, other[:, :32]], SIGN, TableKind.FOUR_SIGNS, 0),
+        ([one[:, :120], other[:, :24]], SIGN, TableKind.SIX_SIGNS, 0),
+        ([one], np.array([-2, -0.5, 0.5, 2], np.float32), TableKind.TWO_CLASSES, 40),
+        ([one[:, :120]], np.array([-2, -0.5, 0.5, 2], np.float32), TableKind.THREE_CLASSES, 40),
     ):
         tables, steps, middles = tables_of(numbers, levels, each, room)
         assert tables.shape[1:] == (sum(some.shape[1] for some in numbers) // each, len(levels) ** each)
@@ -457,9 +471,9 @@ def test_no_sum_of_tables_overflows_a_byte():
         assert limits_of(middles * 5, steps, middles).min() == 255  # out of anybody's reach, and no wrap-around
 
 
-@pytest.mark.parametrize("each", [FOUR, SIX, TWO, THREE])
+@pytest.mark.parametrize("each", list(TableKind))
 def test_a_table_knows_every_combination_of_classes(each):
-    levels = SIGN if each >= FOUR else np.array([-2, -0.5, 0.5, 2], np.float32)
+    levels = SIGN if each >= TableKind.FOUR_SIGNS else np.array([-2, -0.5, 0.5, 2], np.float32)
     numbers = unit(20, 8 * each, 3)
     tables, steps, _ = tables_of([numbers], levels, each)
     entries = np.arange(len(levels) ** each)
@@ -470,7 +484,7 @@ def test_a_table_knows_every_combination_of_classes(each):
     assert np.array_equal(tables, np.rint(expected / steps[:, None, None]))
 
 
-@pytest.mark.parametrize("each", [FOUR, SIX, TWO, THREE])
+@pytest.mark.parametrize("each", list(TableKind))
 def test_no_more_pairs_are_lost_to_signs_and_halves_together_than_the_risk(each):
     signs = Signs(unit(4_000, 128), 128, each)
     by_signs, by_halves = signs.laws
@@ -507,7 +521,10 @@ def test_a_margin_for_two_steps_counts_what_either_loses():
 
 
 def test_two_bits_a_number_tell_more_than_one_whatever_a_row_s_length():
-    one, two, three = (Signs(unit(4_000, 128), 128, each).laws[0] for each in (FOUR, TWO, THREE))
+    one, two, three = (
+        Signs(unit(4_000, 128), 128, each).laws[0]
+        for each in (TableKind.FOUR_SIGNS, TableKind.TWO_CLASSES, TableKind.THREE_CLASSES)
+    )
     assert one.sd[4] / one.mean[10] > 0.059
     assert max(two.sd[4] / two.mean[10], three.sd[4] / three.mean[10]) < 0.04
 
@@ -521,14 +538,14 @@ SIGN_SCANS = {name: sign_kernel.make_scan(name) for name in {"plain", kernel.INS
 def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns, probes, mapped, summed, data):
     rng = np.random.default_rng(count)
     scanned = [8 * data.draw(st.integers(1, 18)) for _ in range(columns)]
-    each = data.draw(st.sampled_from([FOUR, SIX] if columns > 1 else [FOUR, SIX, TWO, THREE]))
-    fours = 1 if each == FOUR else 4  # others are made for four tables at once
+    each = data.draw(st.sampled_from([TableKind.FOUR_SIGNS, TableKind.SIX_SIGNS] if columns > 1 else list(TableKind)))
+    fours = 1 if each == TableKind.FOUR_SIGNS else 4  # others are made for four tables at once
     used = [fours * data.draw(st.integers(0, tables_most(some, each) // fours)) for some in scanned]
     if not sum(used):
         used[0] = fours
     cells = 2 * count if mapped else count
     codes = [rng.integers(1, 256, (cells, some)).astype(np.uint8) for some in scanned]
-    planes = [np.concatenate(list(coding.planes([some], n))) for some, n in zip(codes, scanned, strict=True)]
+    planes = [np.concatenate(list(coding.pack_high_nibbles([some], n))) for some, n in zip(codes, scanned, strict=True)]
     norms = [rng.uniform(100, 600, 64 * len(plane)).astype(np.float32) for plane in planes]
     members = np.stack([np.sort(rng.permutation(cells)[:count]) for _ in range(columns)]).astype(np.int32)
     which = members if mapped else np.tile(np.arange(count), (columns, 1))
@@ -538,10 +555,10 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
     numbers = [
         np.where(at >= 0, some[:, at], 0).reshape(probes, -1) for some, at in zip(turned, looked_at, strict=True)
     ]
-    levels = SIGN if each >= FOUR else np.array([-2, -0.6, 0.6, 2], np.float32)
+    levels = SIGN if each >= TableKind.FOUR_SIGNS else np.array([-2, -0.6, 0.6, 2], np.float32)
     tables, steps, middles = tables_of(numbers, levels, each, 40)
     limits = limits_of(rng.uniform(-1, 1, probes).astype(np.float32) * 2, steps, middles)
-    seeding = np.array([10.3, 0.06, 40], np.float32) if each < FOUR else NOT_SEEDED
+    seeding = np.array([10.3, 0.06, 40], np.float32) if each < TableKind.FOUR_SIGNS else NOT_SEEDED
     parameters = np.stack([rng.uniform(0, 0.02, (columns, probes)), rng.uniform(-50, 50, (columns, probes))], axis=2)
     parameters = parameters.astype(np.float32)
     evidence = rng.uniform(-30, 30, (columns, 201 if summed or columns > 1 else 0)).astype(np.float32)
@@ -561,7 +578,7 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
         signed.used,
         members if mapped else np.zeros((columns, 0), np.int32),
     )
-    rest = (signed.tables, signed.limits, each, seeding, signed.codes, signed.parameters, signed.evidence, cuts)
+    rest = (signed.tables, signed.limits, int(each), seeding, signed.codes, signed.parameters, signed.evidence, cuts)
     while block < -(-last // 64):
         number, block, some = SIGN_SCANS[instructions](*arguments, alive, first, last, block, *rest, *found)
         passed += some
@@ -569,7 +586,7 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
             ours[p, row] = value
 
     sums = np.zeros((4, probes, count), np.int64)
-    if each < FOUR:
+    if each < TableKind.FOUR_SIGNS:
         sums[0] += np.clip(seeding[0] + seeding[1] * norms[0][which[0]], 0, seeding[2]).astype(np.uint8)
     totals = np.zeros((probes, count), np.float32)
     begin = 0
@@ -577,7 +594,7 @@ def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns
         mine = codes[c][which[c]]
         for t in range(used[c]):
             there = mine[:, looked_at[c][t][looked_at[c][t] >= 0]]
-            if each >= FOUR:
+            if each >= TableKind.FOUR_SIGNS:
                 entry = ((there >= 128) << np.flatnonzero(looked_at[c][t] >= 0)).sum(axis=1)
             else:
                 classes = np.searchsorted([5, 8, 11], there >> 4, side="right")
@@ -605,7 +622,7 @@ def test_a_shard_that_fails_makes_the_search_incomplete_and_the_others_answer(sc
 
     vectors = unit(40_000, 128)
     good, _ = shards_of(vectors, scanner)
-    found = fan_out.nearest([good, Broken()], vectors[:3], Plan("face", 5, len(vectors), 1e-3))
+    found = fan_out.nearest([good, Broken()], vectors[:3], ShardQuery("face", 5, len(vectors), 1e-3))
     assert found.failures == ("shard 1: a disk died",)
     assert found.rows[:, 0].tolist() == [0, 1, 2]
 
@@ -614,9 +631,11 @@ def test_a_shard_elsewhere_needs_no_more_than_search(fan_out):
     class Elsewhere:
         def search(self, probes, plan):
             which = np.arange(len(probes))
-            return Answer(which, which + 100, np.ones(len(probes), np.float32), np.zeros(len(probes), np.float32), 3, 1)
+            return ShardHits(
+                which, which + 100, np.ones(len(probes), np.float32), np.zeros(len(probes), np.float32), 3, 1
+            )
 
-    found = fan_out.nearest([Elsewhere()], unit(2, 8), Plan("face", 1, 10, 0.1))
+    found = fan_out.nearest([Elsewhere()], unit(2, 8), ShardQuery("face", 1, 10, 0.1))
     assert found.rows.tolist() == [[100], [101]]
 
 
@@ -625,17 +644,17 @@ def test_a_decision_over_a_gallery_of_which_a_segment_cannot_be_read_is_never_un
     with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(seal_rows=64, background=False))) as engine:
         engine.add_templates([f"s{i}" for i in range(300)], {"face": vectors})
         engine.tidy()
-        real = shard.LocalShard.search
+        real = native.NativeShard.search
 
         def failing(self, probes, plan):
             if any(part.first_row == 0 for part in self._parts):
                 raise GalleryDamaged("unreadable")
             return real(self, probes, plan)
 
-        monkeypatch.setattr(shard.LocalShard, "search", failing)
+        monkeypatch.setattr(native.NativeShard, "search", failing)
         with pytest.raises(GalleryDamaged):  # all of it is one shard
             engine.search({"face": vectors[:1]})
-        monkeypatch.setattr(shard, "shares", lambda snapshot: [[part] for part in snapshot.parts])
+        monkeypatch.setattr(native, "shares", lambda snapshot: [[part] for part in snapshot.parts])
         decision = engine.enroll(bd.Encounter("new", templates={"face": unit(1, 128, 77)[0]}))
         assert decision.outcome == "review" and decision.incomplete
         assert engine.search({"face": vectors[:1]}).incomplete
@@ -647,7 +666,7 @@ def test_an_estimate_is_never_further_off_than_the_stated_bound():
     probes = Probes(codec, unit(50, 128, 3))
     dots = (probes.codes.astype(np.int64) @ (column.codes >> 4).astype(np.int64).T).astype(np.float64)
     norms = column.norms[: column.count]
-    true = probes.turned @ coding.dequantise(column.codes, norms).T
+    true = probes.rotated @ coding.dequantise(column.codes, norms).T
     at_most = 16 * probes.scales[:, None] * (dots - (probes.middle - probes.slack)[:, None]) / norms
     assert (true <= at_most + probes.rounding[:, None]).all()
 

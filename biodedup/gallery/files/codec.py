@@ -1,9 +1,9 @@
-"""A codec: how a column's vectors become codes, and what a scan of their upper halves knows of a similarity.
+"""A codec: how a column's vectors become codes, and what a scan of their high nibbles knows of a similarity.
 
 Owns rotation, its training, and the measurement of its error. Never reads files. Stored in every segment that it wrote, so
 that segments of one codec are merged without encoding anything anew.
 
-Vectors are turned by a random rotation, so that no single number of a vector stands out: then one step suits all of a
+Vectors are rotated by a random rotation, so that no single number of a vector stands out: then one step suits all of a
 vector's numbers, and the errors of many add up to a normal one whatever the model (as in RaBitQ: Gao and Long, SIGMOD 2024).
 Of a vector with many numbers only the principal axes are scanned, as many as make a search cheapest; the rotation is then
 trained. Nothing is subtracted: the mean is the first of the principal axes.
@@ -271,8 +271,8 @@ def estimates(rotation: Float32, scanned: int, probes: Float32, vectors: Float32
     """What the scan makes of pairs: probes and vectors float32 (n, d), unit rows -> float32 (n,)."""
     codes, norms = quantise(np.asarray(vectors @ rotation.T, np.float32))
     seen = (codes[:, :scanned] >> 4).astype(np.float32) * 16 - 120
-    turned = np.asarray(probes @ rotation[:scanned].T, np.float32)
-    return np.asarray(np.einsum("ij,ij->i", turned, seen) / norms, np.float32)
+    rotated = np.asarray(probes @ rotation[:scanned].T, np.float32)
+    return np.asarray(np.einsum("ij,ij->i", rotated, seen) / norms, np.float32)
 
 
 assert BLOCK_ROWS * STEP == 512  # 64 rows of 8 numbers, half a byte each: 256 bytes, four registers

@@ -1,11 +1,13 @@
-"""Eight-bit codes of vectors, and how they lie in a file: the upper four bits of all rows together, the lower four apart.
+"""Scalar quantisation of vectors to eight bits a number, stored as high nibbles and low nibbles.
 
-Owns quantisation and layout. Never rotates (`codec.py`) and never compares (`search/kernel.py`).
+Owns quantisation and the memory layout of codes. Never chooses a rotation (`codec.py`) and never compares
+(`search/native`).
 
-The upper halves are what a scan reads: half a byte a number, in blocks of 64 rows, in the order in which the kernel wants
-them. The lower halves are read for the few rows that are compared exactly. Nothing is stored twice.
+A scan reads only the high nibbles: four bits a number, in blocks of 64 rows, interleaved as the kernels load them. The
+low nibbles are read for the few rows that are compared exactly. No bit is stored twice.
 
-`codes` here are uint8: the number plus 128, 1 to 255. `upper` is codes >> 4, `lower` is codes & 15.
+Invariants: codes are uint8, the number plus 128, 1 to 255; a high nibble is code >> 4, a low nibble is code & 15. In
+files the high nibbles are the array `plane`, the low ones the array `rest` (FORMAT.md).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from biodedup.values import Float32
 
 BLOCK_ROWS = 64
-"""Rows that lie together in the plane of upper halves."""
+"""Rows of one block of high nibbles."""
 STEP = 8
 """The number of scanned dimensions is a multiple of this."""
 
@@ -29,12 +31,13 @@ _Function = TypeVar("_Function", bound=Callable[..., None])
 
 
 def _compiled(function: _Function) -> _Function:
-    """Machine code, made once for each kind of processor and then read from a cache."""
+    """Compiles with numba; the machine code is cached on disk for each kind of processor."""
     return cast(_Function, numba.njit(cache=True, nogil=True)(function))
 
 
 def quantise(vectors: Float32) -> tuple[Codes, Float32]:
-    """Vectors float32 (n, d), no row zero -> codes uint8 (n, d) and norms float32 (n,): vector = (code - 128) / norm * length.
+    """Vectors float32 (n, d), no row zero -> codes uint8 (n, d) and norms float32 (n,): vector = (code - 128) / norm *
+    length.
 
     The largest number of a vector becomes +-127. For d = 128 a cosine changes by a standard deviation of 0.0006
     (benchmarks/storage.py).
@@ -52,13 +55,14 @@ def dequantise(codes: Codes, norms: Float32) -> Float32:
     return vectors
 
 
-def plane_shape(count: int, scanned: int) -> tuple[int, int, int]:
-    """The shape of the plane of upper halves. scanned: dimensions that it holds, the first ones."""
+def high_nibbles_shape(count: int, scanned: int) -> tuple[int, int, int]:
+    """The shape of the high nibbles of `count` rows. scanned: how many dimensions they hold, the first ones."""
     return -(-count // BLOCK_ROWS), scanned // STEP, 4 * BLOCK_ROWS
 
 
-def planes(pieces: Iterable[Codes], scanned: int) -> Iterator[Codes]:
-    """Upper halves of successive codes uint8 (n, d), in whole blocks uint8 (b, scanned / 8, 256); the last is filled up with 0."""
+def pack_high_nibbles(pieces: Iterable[Codes], scanned: int) -> Iterator[Codes]:
+    """High nibbles of successive codes uint8 (n, d), in whole blocks uint8 (b, scanned / 8, 256); the last is padded
+    with 0."""
     held = np.zeros((0, 0), np.uint8)
     for piece in pieces:
         held = np.concatenate([held, piece]) if len(held) else piece
@@ -70,39 +74,41 @@ def planes(pieces: Iterable[Codes], scanned: int) -> Iterator[Codes]:
         yield _packed(held, scanned)
 
 
-def lower_halves(codes: Codes, scanned: int) -> Codes:
-    """uint8 (n, scanned / 2 + d - scanned): the lower halves, then whole codes of the dimensions that are not scanned."""
-    rest = np.empty((len(codes), codes.shape[1] - scanned // 2), np.uint8)
-    _rest(np.ascontiguousarray(codes), scanned, rest)
-    return rest
+def low_nibbles(codes: Codes, scanned: int) -> Codes:
+    """uint8 (n, scanned / 2 + d - scanned): the low nibbles, then whole codes of the dimensions that are not
+    scanned."""
+    low = np.empty((len(codes), codes.shape[1] - scanned // 2), np.uint8)
+    _pack_low(np.ascontiguousarray(codes), scanned, low)
+    return low
 
 
-def joined(plane: Codes, rest: Codes, cells: NDArray[np.int64], rest_from: int = 0) -> Codes:
-    """The codes of some cells, uint8 (n, d). rest_from: the cell of the first row of rest."""
-    scanned = plane.shape[1] * STEP
-    codes = np.empty((len(cells), rest.shape[1] + scanned // 2), np.uint8)
-    _join(plane, rest, cells, rest_from, codes)
+def join_nibbles(high: Codes, low: Codes, cells: NDArray[np.int64], low_from: int = 0) -> Codes:
+    """The codes of some cells, uint8 (n, d). low_from: the cell of the first row of low."""
+    scanned = high.shape[1] * STEP
+    codes = np.empty((len(cells), low.shape[1] + scanned // 2), np.uint8)
+    _join(high, low, cells, low_from, codes)
     return codes
 
 
-def uppers(plane: Codes, cells: NDArray[np.int64]) -> Codes:
-    """What the scan sees of some cells, 0 to 15, uint8 (n, scanned)."""
-    found = np.empty((len(cells), plane.shape[1] * STEP), np.uint8)
-    _uppers(plane, cells, found)
-    return found
+def unpack_high_nibbles(high: Codes, cells: NDArray[np.int64]) -> Codes:
+    """The high nibbles of some cells, 0 to 15, uint8 (n, scanned)."""
+    unpacked = np.empty((len(cells), high.shape[1] * STEP), np.uint8)
+    _unpack_high(high, cells, unpacked)
+    return unpacked
 
 
-def turned(vectors: Float32, rotation: Float32) -> Float32:
-    """vectors @ rotation.T, for a few vectors before a scan. Not by BLAS, whose threads go on spinning beside the scan's."""
-    found = np.zeros((len(vectors), len(rotation)), np.float32)
-    _turn(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(rotation.T, np.float32), found)
-    return found
+def rotate(vectors: Float32, rotation: Float32) -> Float32:
+    """vectors @ rotation.T, for a few vectors before a scan. Without BLAS, whose threads go on spinning beside the
+    scan's."""
+    rotated = np.zeros((len(vectors), len(rotation)), np.float32)
+    _rotate(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(rotation.T, np.float32), rotated)
+    return rotated
 
 
 def _packed(codes: Codes, scanned: int) -> Codes:
-    plane = np.zeros(plane_shape(len(codes), scanned), np.uint8)
-    _pack(np.ascontiguousarray(codes), plane)
-    return plane
+    high = np.zeros(high_nibbles_shape(len(codes), scanned), np.uint8)
+    _pack_high(np.ascontiguousarray(codes), high)
+    return high
 
 
 @_compiled
@@ -129,57 +135,57 @@ def _dequantise(codes: Any, norms: Any, vectors: Any) -> None:
 
 
 @_compiled
-def _turn(vectors: Any, axes: Any, found: Any) -> None:
+def _rotate(vectors: Any, axes: Any, rotated: Any) -> None:
     for i in range(vectors.shape[0]):
         for k in range(vectors.shape[1]):
             for j in range(axes.shape[1]):
-                found[i, j] += vectors[i, k] * axes[k, j]
+                rotated[i, j] += vectors[i, k] * axes[k, j]
 
 
 @_compiled
-def _pack(codes: Any, plane: Any) -> None:
+def _pack_high(codes: Any, high: Any) -> None:
     for i in range(codes.shape[0]):
         block, lane = i // 64, i % 64 * 4
-        for h in range(plane.shape[1]):
+        for h in range(high.shape[1]):
             for t in range(4):
-                plane[block, h, lane + t] = (codes[i, 8 * h + t] >> 4) | (codes[i, 8 * h + 4 + t] & 0xF0)
+                high[block, h, lane + t] = (codes[i, 8 * h + t] >> 4) | (codes[i, 8 * h + 4 + t] & 0xF0)
 
 
 @_compiled
-def _rest(codes: Any, scanned: int, rest: Any) -> None:
+def _pack_low(codes: Any, scanned: int, low: Any) -> None:
     half = scanned // 2
     for i in range(codes.shape[0]):
         for j in range(half):
-            rest[i, j] = (codes[i, 2 * j] & 15) | (codes[i, 2 * j + 1] << 4)
+            low[i, j] = (codes[i, 2 * j] & 15) | (codes[i, 2 * j + 1] << 4)
         for j in range(scanned, codes.shape[1]):
-            rest[i, j - half] = codes[i, j]
+            low[i, j - half] = codes[i, j]
 
 
 @_compiled
-def _uppers(plane: Any, cells: Any, found: Any) -> None:
+def _unpack_high(high: Any, cells: Any, unpacked: Any) -> None:
     for i in range(cells.shape[0]):
         block, lane = cells[i] // 64, cells[i] % 64 * 4
-        for h in range(plane.shape[1]):
+        for h in range(high.shape[1]):
             for t in range(4):
-                pair = plane[block, h, lane + t]
-                found[i, 8 * h + t] = pair & 15
-                found[i, 8 * h + 4 + t] = pair >> 4
+                pair = high[block, h, lane + t]
+                unpacked[i, 8 * h + t] = pair & 15
+                unpacked[i, 8 * h + 4 + t] = pair >> 4
 
 
 @_compiled
-def _join(plane: Any, rest: Any, cells: Any, rest_from: int, codes: Any) -> None:
-    scanned = 8 * plane.shape[1]
+def _join(high: Any, low: Any, cells: Any, low_from: int, codes: Any) -> None:
+    scanned = 8 * high.shape[1]
     half = scanned // 2
     for i in range(cells.shape[0]):
-        block, lane, at = cells[i] // 64, cells[i] % 64 * 4, cells[i] - rest_from
-        for h in range(plane.shape[1]):
+        block, lane, at = cells[i] // 64, cells[i] % 64 * 4, cells[i] - low_from
+        for h in range(high.shape[1]):
             for t in range(4):
-                pair = plane[block, h, lane + t]
+                pair = high[block, h, lane + t]
                 codes[i, 8 * h + t] = pair << 4
                 codes[i, 8 * h + 4 + t] = pair & 0xF0
         for j in range(half):
-            pair = rest[at, j]
+            pair = low[at, j]
             codes[i, 2 * j] |= pair & 15
             codes[i, 2 * j + 1] |= pair >> 4
-        for j in range(half, rest.shape[1]):
-            codes[i, j + half] = rest[at, j]
+        for j in range(half, low.shape[1]):
+            codes[i, j + half] = low[at, j]

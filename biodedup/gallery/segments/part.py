@@ -53,8 +53,8 @@ class Column(Protocol):
     def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
         """Codes and norms of cells [low, high) (codes.py); as they are stored where they are of this codec."""
 
-    def plane(self, low: int, high: int) -> tuple[Codes, Float32]:
-        """What a scan reads of the whole blocks that hold cells [low, high): upper halves and norms (codes.py). Only with a
+    def high_nibbles(self, low: int, high: int) -> tuple[Codes, Float32]:
+        """What a scan reads of the whole blocks that hold cells [low, high): high nibbles and norms (codes.py). Only with a
         codec."""
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:

@@ -4,7 +4,7 @@ Owns which arrays the files hold, and how a segment is written from other parts:
 segments are one function. Never decides when, and never touches the manifest.
 
 Files of segment 12 (FORMAT.md): `12.subject`, `12.encounter`, two a column (`12.face` holds what a scan reads, `12.face.rest`
-the lower halves of its codes), and two that are derived and can be rebuilt: `12.subject.lookup`, `12.encounter.lookup`.
+the low nibbles of its codes), and two that are derived and can be rebuilt: `12.subject.lookup`, `12.encounter.lookup`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from numpy.typing import NDArray
 from biodedup.errors import BiodedupError, EngineClosed, GalleryDamaged
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import TRAINING_ROWS_MAX, TRAINING_ROWS_MIN, Codec, make_codec
-from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, joined, lower_halves, plane_shape, planes
+from biodedup.gallery.files.codes import (
+    BLOCK_ROWS,
+    STEP,
+    Codes,
+    high_nibbles_shape,
+    join_nibbles,
+    low_nibbles,
+    pack_high_nibbles,
+)
 from biodedup.gallery.files.column_file import BLOCK_BYTES, ColumnFile, Stream, open_column_file, write_column_file
 from biodedup.gallery.files.filesystem import NEW_SUFFIX, ODD_CONTENT, Storage
 from biodedup.gallery.files.packed import Packed
@@ -41,7 +49,7 @@ DERIVED = (SUBJECT + LOOKUP, ENCOUNTER + LOOKUP)
 _DIMENSION_MAX = 1 << 16
 _ANSWER_BYTES_MAX = 1 << 26
 """Of one answer's JSON: a decision has some kilobytes."""
-_REST_BLOCK_BYTES = 1 << 12  # the rests of single rows are read, from anywhere
+_REST_BLOCK_BYTES = 1 << 12  # the low nibbles of single rows are read, from anywhere
 _LOOKUP_ROWS = 1 << 20  # entries of a look-up sorted at once
 
 
@@ -263,12 +271,12 @@ class SegmentColumn:
         padded, scanned = -(-dimension // STEP) * STEP, card.get("scanned") if type(card) is dict else None
         if type(scanned) is not int or not STEP <= scanned <= padded or scanned % STEP:
             raise file.damaged("what it says of its codec")
-        shape = plane_shape(count, scanned)
+        shape = high_nibbles_shape(count, scanned)
         file.expect("rotation", "<f4", (padded, dimension))
         file.expect("plane", "|u1", shape)
         file.expect("norm", "<f4", (shape[0] * BLOCK_ROWS,))
         if self._rest is None:
-            raise file.damaged("its rest is missing")
+            raise file.damaged("its low nibbles are missing")
         self._rest.expect("rest", "|u1", (count, padded - scanned // 2))
 
     def _all_positions(self) -> NDArray[np.uint32]:
@@ -323,16 +331,16 @@ class SegmentColumn:
             return codec.encode(self.vectors(low, high))
         return self._codes(low, high)
 
-    def plane(self, low: int, high: int) -> tuple[Codes, Float32]:
+    def high_nibbles(self, low: int, high: int) -> tuple[Codes, Float32]:
         first, last = low // BLOCK_ROWS, -(-high // BLOCK_ROWS)
         norms: Float32 = self._file.read("norm", first * BLOCK_ROWS, last * BLOCK_ROWS)
         return self._file.read("plane", first, last), norms
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
-        assert self._rest is not None, "a column with a codec has a rest"
+        assert self._rest is not None, "a column with a codec has low nibbles"
         self._rest.check_rows("rest", cells)
         self._file.check_rows("plane", cells // BLOCK_ROWS)
-        codes = joined(self._file.unchecked("plane"), self._rest.unchecked("rest"), cells)
+        codes = join_nibbles(self._file.unchecked("plane"), self._rest.unchecked("rest"), cells)
         return codes, self._lengths(self._file.take("norm", cells))
 
     def check_lengths(self) -> None:
@@ -355,12 +363,12 @@ class SegmentColumn:
             self._rest.release(forget=forget)
 
     def _codes(self, low: int, high: int) -> tuple[Codes, Float32]:
-        assert self._rest is not None, "a column with a codec has a rest"
+        assert self._rest is not None, "a column with a codec has low nibbles"
         first = low // BLOCK_ROWS * BLOCK_ROWS
-        plane, norms = self.plane(low, high)
+        nibbles, norms = self.high_nibbles(low, high)
         rest = self._rest.read("rest", low, high)
         cells = np.arange(low, high)
-        return joined(plane, rest, cells - first, low - first), self._lengths(norms[low - first : high - first])
+        return join_nibbles(nibbles, rest, cells - first, low - first), self._lengths(norms[low - first : high - first])
 
     def quality(self, low: int, high: int) -> Float32:
         if "quality" in self._file:
@@ -717,7 +725,7 @@ def _codec_for(name: str, parts: Sequence[Rows], known: Sequence[Rows]) -> Codec
 def _column_streams(
     name: str, sources: Sequence[_Source], count: int, codec: Codec | None
 ) -> tuple[dict[str, Any], list[Stream], list[Stream]]:
-    """What `about` says, the arrays of the column's file, and those of its rest."""
+    """What `about` says, the arrays of the column's file, and those of its low nibbles."""
     holding = [(source, source.part.columns[name]) for source in sources if name in source.part.columns]
     dimension = holding[0][1].dimension
 
@@ -748,13 +756,13 @@ def _column_streams(
         about["codec"] = codec.card()
         codes = each(lambda c, low, high: c.coded(turn, low, high)[0])
         norms = each(lambda c, low, high: c.coded(turn, low, high)[1])
-        shape = plane_shape(cells, scanned)
+        shape = high_nibbles_shape(cells, scanned)
         filler = np.zeros(shape[0] * BLOCK_ROWS - cells, np.float32)
         streams.append(Stream("rotation", "<f4", codec.rotation.shape, [codec.rotation]))
-        streams.append(Stream("plane", "|u1", shape, planes(codes(), scanned)))
+        streams.append(Stream("plane", "|u1", shape, pack_high_nibbles(codes(), scanned)))
         streams.append(Stream("norm", "<f4", (shape[0] * BLOCK_ROWS,), chain(norms(), [filler])))
-        lower = (lower_halves(piece, scanned) for piece in codes())
-        rest.append(Stream("rest", "|u1", (cells, codec.rest_bytes), lower))
+        low = (low_nibbles(piece, scanned) for piece in codes())
+        rest.append(Stream("rest", "|u1", (cells, codec.rest_bytes), low))
     quality = each(lambda c, low, high: c.quality(low, high))
     if not all(np.isnan(piece).all() for piece in quality()):
         streams.append(Stream("quality", "<f4", (cells,), quality()))

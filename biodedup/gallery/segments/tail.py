@@ -293,7 +293,7 @@ class TailColumn:
             self._coded = codec, codes, norms
         return self._coded[1][low:high], self._coded[2][low:high]
 
-    def plane(self, low: int, high: int) -> tuple[Codes, Float32]:
+    def high_nibbles(self, low: int, high: int) -> tuple[Codes, Float32]:
         raise NotImplementedError("the tail is compared exactly")
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:

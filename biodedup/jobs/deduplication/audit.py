@@ -247,7 +247,7 @@ def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: N
     done = notes.entries[-1]["done"] if notes.entries else 0
     if begun["whole"] and all(begun[name] == value for name, value in state.items()):
         tiles, before = engine.join(threshold_db=threshold_db, skip=done), 0
-    # 0: a join by caps, of which nobody is done with before the end
+    # 0: a join by LSH buckets finishes all rows at the end
     elif notes.entries and (row := notes.entries[-1]["reached"][0]):
         rows = begun["reached"][1]
         # a join of the whole has compared those before `row` with one another, one of the listed with everybody there was

@@ -1,1 +1,1 @@
-"""Searches by several columns at once: face and fingers together."""
+"""Searches in several columns at once: face and fingers together."""

@@ -1,7 +1,8 @@
-"""What a column's rows look like: a sample of them, and the laws that follow from it.
+"""Statistics of a column's rows, measured on a sample: how similar unrelated rows are to a probe, and how well signs
+estimate.
 
-Owns the law of similarities to strangers, by which cuts are known before a scan, and the signs' measured law. A column never
-changes, so that each is measured once.
+Owns the distribution of similarities to unrelated rows, from which cut-offs follow before a scan, and the signs'
+measured error. A column never changes, so each is measured once.
 """
 
 from __future__ import annotations
@@ -12,44 +13,47 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond to say the same
 
-from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, turned
+from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, rotate
 from biodedup.gallery.segments.part import Column
+from biodedup.search.native.sign_tile import TableKind
 from biodedup.search.native.signs import TABLES_MOST, Signs
 from biodedup.values import Float32
 
-_SAMPLE_ROWS = 16_384  # of a column, that say what non-mates look like
+_SAMPLE_ROWS = 16_384  # of a column, which stand for its non-mates
 _LAW_ROWS = 4_096  # of the sample, from which pairs are made
 
 
 @dataclass(frozen=True)
 class Population:
-    """What a column's rows look like: the mean float32 (D,) and covariance float32 (D, D) of a sample, as its codec turns them."""
+    """The mean, float32 (D,), and covariance, float32 (D, D), of a sample of rows, as the column's codec rotates
+    them."""
 
     mean: Float32
     covariance: Float32
     sample: Float32
 
     def similarity(self, probes: Float32) -> tuple[Float32, Float32]:
-        """Mean and standard deviation of similarity to the column's rows, float32 (q,) each. probes: float32 (q, n), turned,
-        their first n numbers alone."""
+        """Mean and standard deviation of similarity to the column's rows, float32 (q,) each. probes: float32 (q, n),
+        rotated, the first n numbers only."""
         size = probes.shape[1]
-        variance = np.einsum("ij,ij->i", turned(probes, self.covariance[:size, :size]), probes)
-        return turned(probes, self.mean[None, :size])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
+        variance = np.einsum("ij,ij->i", rotate(probes, self.covariance[:size, :size]), probes)
+        return rotate(probes, self.mean[None, :size])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
 
     def reached_by(self, probes: Float32, share: float) -> Float32:
         """The similarity that a little more than this share of the rows reaches, float32 (q,).
 
-        By the law of directions on a sphere, whose tail is a little lighter than the normal one: at a share of 1e-6 and 128
-        numbers half as many rows reach a cut. Where the tail is heavier after all, more is compared than need be.
+        By the distribution of random directions on a sphere, whose tail is a little lighter than the normal one: at a
+        share of 1e-6 and 128 numbers half as many rows reach a cut-off. If the real tail is heavier, more rows are
+        compared than necessary.
         """
         mean, sd = self.similarity(probes)
-        dimension = max(float(1 / np.median(sd)) ** 2, 3.0)  # in which directions at random would deviate as much
+        dimension = max(float(1 / np.median(sd)) ** 2, 3.0)  # in which random directions would deviate as much
         z = float(np.sqrt(dimension * betainccinv(0.5, (dimension - 1) / 2, min(2 * share, 1.0))))
-        z -= 4 * float(np.sqrt((1 + z * z / 2) / _SAMPLE_ROWS))  # four times what the sample leaves uncertain
+        z -= 4 * float(np.sqrt((1 + z * z / 2) / _SAMPLE_ROWS))  # four standard errors of the sample
         return mean + sd * np.float32(z)
 
     def share_reaching(self, cuts: Float32, probes: Float32) -> float:
-        """The largest share of rows that reaches a probe's cut."""
+        """The largest share of rows that reaches a probe's cut-off."""
         mean, sd = self.similarity(probes)
         return float(ndtr(-((cuts - mean) / sd).min()))
 
@@ -67,12 +71,12 @@ def population_of(column: Column) -> Population:
     return _populations[column]
 
 
-_signs: WeakKeyDictionary[Column, dict[tuple[int, int], Signs]] = WeakKeyDictionary()
+_signs: WeakKeyDictionary[Column, dict[tuple[TableKind, int], Signs]] = WeakKeyDictionary()
 
 
-def signs_of(column: Column, each: int, tables: int = TABLES_MOST) -> Signs:
-    assert column.codec is not None, "signs are of turned vectors"
+def signs_of(column: Column, kind: TableKind, tables: int = TABLES_MOST) -> Signs:
+    assert column.codec is not None, "only rotated vectors have signs"
     known = _signs.setdefault(column, {})
-    if (each, tables) not in known:
-        known[each, tables] = Signs(population_of(column).sample, column.codec.scanned, each, tables)
-    return known[each, tables]
+    if (kind, tables) not in known:
+        known[kind, tables] = Signs(population_of(column).sample, column.codec.scanned, kind, tables)
+    return known[kind, tables]

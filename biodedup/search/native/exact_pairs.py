@@ -1,6 +1,6 @@
-"""Pairs of a probe and a row: their similarity by all eight bits, and their order.
+"""Re-ranking: exact similarities of the pairs of probe and row that a scan lets through, and their order.
 
-Owns what is done with the few that a scan lets through. Never chooses them.
+Owns the comparison by all eight bits, and the ranking. Never chooses pairs.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from biodedup.values import Float32
 
 
 def compared(column: Column, cells: Int64, probes: Float32, which: NDArray[Any]) -> Float32:
-    """Similarities, float32 (n,). cells: int64 (n,), ascending; probes: float32 (q, D), turned; which: of them, (n,)."""
+    """Similarities, float32 (n,). cells: int64 (n,), ascending; probes: float32 (q, D), rotated; which: probe of each
+    pair, (n,)."""
     first = np.diff(cells, prepend=-1) > 0
     codes, norms = column.codes_at(cells[first])
-    found = np.empty(len(cells), np.float32)
-    _compare(codes, norms, np.cumsum(first) - 1, np.ascontiguousarray(probes), which, found)
-    return found
+    similarity = np.empty(len(cells), np.float32)
+    _compare(codes, norms, np.cumsum(first) - 1, np.ascontiguousarray(probes), which, similarity)
+    return similarity
 
 
 def ranked(which: NDArray[Any], value: Float32, rows: Int64, count: int) -> tuple[Int64, Int64]:
-    """The order by probe, then by value, the largest first, the lower row first where it is equal; and each one's rank of its probe."""
+    """The order by probe, then by value, the largest first, equal ones by row; and the rank of each within its
+    probe."""
     key = which.astype(np.uint64) << np.uint64(32) | _descending(value)
-    order = np.argsort(key)  # of one key, several times as fast as by three
+    order = np.argsort(key)  # one key sorts several times as fast as three
     key = key[order]
     same = key[1:] == key[:-1]
     if same.any():
@@ -38,16 +40,16 @@ def ranked(which: NDArray[Any], value: Float32, rows: Int64, count: int) -> tupl
 
 
 def _descending(value: Float32) -> NDArray[np.uint64]:
-    """Integers that are the smaller, the larger a number is."""
-    bits = (value + np.float32(0)).view(np.uint32)  # there is one zero
+    """Integers in the reverse order of the numbers."""
+    bits = (value + np.float32(0)).view(np.uint32)  # makes -0.0 and 0.0 equal
     return np.where(bits >> np.uint32(31), bits, ~bits & np.uint32(0x7FFFFFFF)).astype(np.uint64)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
-def _compare(codes: Any, norms: Any, at: Any, probes: Any, which: Any, found: Any) -> None:
+def _compare(codes: Any, norms: Any, at: Any, probes: Any, which: Any, similarity: Any) -> None:
     for i in range(at.shape[0]):
         row, probe = at[i], which[i]
         total = np.float32(0)
         for j in range(codes.shape[1]):
             total += (np.float32(codes[row, j]) - np.float32(128)) * probes[probe, j]
-        found[i] = total / norms[row]
+        similarity[i] = total / norms[row]

@@ -1,4 +1,4 @@
-"""The inner loop over rows that are compared with one another: signs first, then four-bit numbers.
+"""The kernel that compares the members of an LSH bucket with one another: by signs first, then by high nibbles.
 
 Owns the arithmetic, as `sign_kernel.py` does for probes. Its oracle in numpy is in tests/search/test_buckets.py.
 """
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from biodedup.gallery.files.codes import Codes
 from biodedup.search.native.scan_kernel import make_row_dot
 from biodedup.search.native.sign_tile import (
-    PADDED,
-    QUARTERS,
-    TOGETHER,
-    UNROLLED,
-    WIDE,
+    BLOCKS_PER_PASS,
+    PROBES_PER_TILE,
+    ROW_ALIGNMENT,
+    SUMS_PER_ROW,
+    TABLES_PER_STEP,
     aligned,
     f32_at,
     masks_apart,
@@ -30,25 +30,25 @@ from biodedup.search.native.sign_tile import (
 from biodedup.values import Float32
 
 _CHUNK = 256
-"""Members whose tables lie side by side, in the second-level cache."""
+"""Members whose tables fit the second-level cache."""
 
 _row_dot = make_row_dot()
 
 
 @numba.njit(nogil=True, cache=True)
-def _take_members(planes: Any, numbers: Any, cells: Any, taken: Any) -> None:
-    """Their four-bit numbers, of cells in several planes."""
-    halves = taken.shape[0]
+def _take_members(nibbles: Any, numbers: Any, cells: Any, taken: Any) -> None:
+    """Reads the high nibbles of cells in several columns."""
+    words = taken.shape[0]
     for r in range(cells.shape[0]):
-        at = planes[numbers[r]] + 256 * halves * (cells[r] >> 6) + 4 * (cells[r] & 63)
-        for h in range(halves):
+        at = nibbles[numbers[r]] + 256 * words * (cells[r] >> 6) + 4 * (cells[r] & 63)
+        for h in range(words):
             taken[h, r] = u32_at(at + 256 * h)
 
 
 @numba.njit(nogil=True, cache=True)
 def _as_probe(row: Any, probe: Any) -> Any:
-    """Of a row's upper halves, uint32 (halves,): twice their distances from the middle, int8 (2, octets), as `make_row_dot` wants a
-    probe. Returns their sum."""
+    """Turns a row into a probe in the layout of `make_row_dot`: from its high nibbles, uint32 (words,), twice their
+    distances from the middle, int8 (2, octets). Returns their sum."""
     total: Any = 0
     for h in range(row.shape[0]):
         for t in range(4):
@@ -61,9 +61,9 @@ def _as_probe(row: Any, probe: Any) -> Any:
 
 @numba.njit(nogil=True, cache=True)
 def _tabulate(probe: Any, number: int, table: Any) -> tuple[Any, Any]:
-    """A probe's tables of signs, uint8 (t, 16), t >= number, from what `_as_probe` made. Returns step and middle, as `tables_of` does, of
-    the probe's own units."""
-    quarter = table.shape[0] // QUARTERS
+    """Writes a probe's sign tables, uint8 (t, 16), t >= number, from the result of `_as_probe`. Returns step and
+    middle, as `tables_of` does, in the probe's own units."""
+    quarter = table.shape[0] // SUMS_PER_ROW
     largest: Any = 1
     middle: Any = 0
     total: Any = 0
@@ -86,10 +86,10 @@ def _tabulate(probe: Any, number: int, table: Any) -> tuple[Any, Any]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _meet(
-    planes: Any,
+def _similar_pairs(
+    nibbles: Any,
     norms: Any,
-    halves: int,
+    words: int,
     numbers: Any,
     cells: Any,
     used: int,
@@ -97,50 +97,50 @@ def _meet(
     cut: float,
 ) -> tuple[Any, Any, int]:
     count, blocks = cells.shape[0], -(-cells.shape[0] // 64)
-    octets = -(-4 * halves // PADDED) * PADDED
-    number = -(-used // (QUARTERS * UNROLLED)) * QUARTERS * UNROLLED
+    octets = -(-4 * words // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    number = -(-used // (SUMS_PER_ROW * TABLES_PER_STEP)) * SUMS_PER_ROW * TABLES_PER_STEP
     taken = aligned(64 * octets).view(np.uint32).reshape(octets // 4, 64)
     rows = aligned(64 * blocks * octets).view(np.uint32).reshape(64 * blocks, octets // 4)
-    whole = -(-blocks // TOGETHER) * TOGETHER
+    whole = -(-blocks // BLOCKS_PER_PASS) * BLOCKS_PER_PASS
     signs = aligned(whole * 64 * number).reshape(whole, number, 64)
-    lengths, seeds = np.ones(64 * blocks, np.float32), np.zeros(64 * TOGETHER, np.uint8)
+    lengths, seeds = np.ones(64 * blocks, np.float32), np.zeros(64 * BLOCKS_PER_PASS, np.uint8)
     tables = aligned(_CHUNK * number * 16).reshape(_CHUNK, number, 16)
     probes = aligned(_CHUNK * 2 * octets).view(np.int8).reshape(_CHUNK, 2, octets)
     limits, sums = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.float32)
     masks = masks_apart()
-    alive = np.empty(TOGETHER, np.uint64)
-    room = 64 * TOGETHER * _CHUNK
+    alive = np.empty(BLOCKS_PER_PASS, np.uint64)
+    room = 64 * BLOCKS_PER_PASS * _CHUNK
     which, lanes = np.empty(room, np.int32), np.empty(room, np.int32)
-    one, other = np.empty(64, np.int32), np.empty(64, np.int32)
+    earlier, later = np.empty(64, np.int32), np.empty(64, np.int32)
     found, passed = 0, 0
     root = np.float32(np.sqrt(4 * used))
     for b in range(blocks):
         some = slice(64 * b, min(64 * b + 64, count))
-        _take_members(planes, numbers[some], cells[some], taken[:halves])
+        _take_members(nibbles, numbers[some], cells[some], taken[:words])
         sign(taken, signs[b, :used])
         for r in range(some.stop - some.start):
             lengths[64 * b + r] = f32_at(norms[numbers[64 * b + r]] + 4 * np.int64(cells[64 * b + r]))
-            for h in range(halves):
+            for h in range(words):
                 rows[64 * b + r, h] = taken[h, r]
     at_rows, at_probes = rows.ctypes.data, probes.ctypes.data
     for start in range(0, count, _CHUNK):
         together = min(_CHUNK, count - start)
         for i in range(together):
-            sums[i] = np.float32(7.5) * _as_probe(rows[start + i, :halves], probes[i])
+            sums[i] = np.float32(7.5) * _as_probe(rows[start + i, :words], probes[i])
             step, middle = _tabulate(probes[i], used, tables[i])
-            # an upper half is worth sixteen, of which `probes` counts two
+            # a high nibble is worth sixteen, of which `probes` counts two
             least = sign_cut * root * lengths[start + i] / np.float32(8)
-            limit = np.ceil((least + middle) / (QUARTERS * step) + np.float32(0.5 - 1e-3))
+            limit = np.ceil((least + middle) / (SUMS_PER_ROW * step) + np.float32(0.5 - 1e-3))
             limits[i] = np.uint8(min(max(limit, 0), 255))
-        for b in range(start // 64, blocks, TOGETHER):
-            for i in range(TOGETHER):
+        for b in range(start // 64, blocks, BLOCKS_PER_PASS):
+            for i in range(BLOCKS_PER_PASS):
                 left = max(count - 64 * (b + i), 0)
                 alive[i] = ~np.uint64(0) if left >= 64 else (np.uint64(1) << np.uint64(left)) - np.uint64(1)
             reached = survivors(
-                signs[b : b + TOGETHER],
+                signs[b : b + BLOCKS_PER_PASS],
                 seeds,
                 alive,
-                tables[: -(-together // WIDE) * WIDE],
+                tables[: -(-together // PROBES_PER_TILE) * PROBES_PER_TILE],
                 limits,
                 together,
                 masks,
@@ -154,21 +154,21 @@ def _meet(
                 passed += 1
                 dot = np.float32(_row_dot(at_rows + octets * row, at_probes + 2 * octets * p, octets))
                 if np.float32(128) * (dot - sums[p]) / (lengths[start + p] * lengths[row]) >= np.float32(cut):
-                    if found == one.size:
-                        one, other = _grown(one, 2 * found), _grown(other, 2 * found)
-                    one[found], other[found] = start + p, row
+                    if found == earlier.size:
+                        earlier, later = _grown(earlier, 2 * found), _grown(later, 2 * found)
+                    earlier[found], later[found] = start + p, row
                     found += 1
-    return one[:found], other[:found], passed
+    return earlier[:found], later[:found], passed
 
 
 @numba.njit(nogil=True, cache=True)
-def _grown(some: Any, size: int) -> Any:
-    wider = np.empty(size, some.dtype)
-    wider[: some.size] = some
+def _grown(array: Any, size: int) -> Any:
+    wider = np.empty(size, array.dtype)
+    wider[: array.size] = array
     return wider
 
 
-def meet(
+def similar_pairs(
     columns: Sequence[tuple[Codes, Float32]],
     numbers: NDArray[np.int32],
     cells: NDArray[np.int32],
@@ -176,15 +176,15 @@ def meet(
     sign_cut: float,
     cut: float,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-    """Pairs among some rows whose estimates by signs and by upper halves both reach their cuts. A row is probe and row in one: of both
-    only the upper halves count.
+    """Finds the pairs among some rows whose estimates by signs and by high nibbles both reach their cut-offs. Each row
+    serves as a probe too; only the high nibbles of both count.
 
-    columns: planes and norms, all of the same halves; numbers, cells: int32 (n,), each row's column and its cell there; tables: of signs
-    to look at. Returns (the earlier, the later) of each pair, their places among the rows, and how many pairs the signs let
-    through.
+    columns: high nibbles and norms, all of the same width; numbers, cells: int32 (n,), each row's column and its cell
+    there; tables: of signs to look at. Returns (the earlier, the later) of each pair, as places among the rows, and how
+    many pairs passed the signs.
     """
-    planes = np.array([plane.ctypes.data for plane, _ in columns], np.int64)
+    nibbles = np.array([n.ctypes.data for n, _ in columns], np.int64)
     norms = np.array([norms.ctypes.data for _, norms in columns], np.int64)
-    halves = columns[0][0].shape[1]
-    one, other, passed = _meet(planes, norms, halves, numbers, cells, tables, sign_cut, cut)
-    return one, other, passed
+    words = columns[0][0].shape[1]
+    earlier, later, passed = _similar_pairs(nibbles, norms, words, numbers, cells, tables, sign_cut, cut)
+    return earlier, later, passed

@@ -1,15 +1,16 @@
-"""The scan: one pass over a column's rows.
+"""Scans a column's rows with a pool of threads, and collects the rows that a probe may be looking for.
 
-Owns the pool of threads and the two passes, and how rows are cut into units of work. Never reads minutiae, never decides how
-much is enough (`shard.py`).
+Owns the threads, the two kinds of scan, and how rows are cut into units of work. Never reads minutiae, and never
+decides how many rows are enough (`shards/native.py`).
 
-* `exact`: every row as float32, by FAISS's k-nearest-neighbour kernel, on tiles that stay in a core's cache: the tail, small
-  segments, and whatever must not be estimated.
-* `above`: every row's upper halves (gallery/codes.py) by the project's own kernel; what reaches the cut is kept, with its
-  estimate. A cut is known beforehand, so that there is no heap; should it let too many through, it rises.
+* `exact` compares every row as float32 with FAISS's k-nearest-neighbour kernel, in tiles that stay in a core's cache:
+  for the tail, small segments, and rows that must not be estimated.
+* `above` estimates every row by its high nibbles (`gallery/files/codes.py`) with this project's kernels, and keeps each
+  row whose estimate reaches the cut-off. The cut-off is known beforehand, so there is no heap; if too many rows pass,
+  it rises.
 
-Each thread of the pool computes alone, so that callers who search together never take the cores from each other. A caller has
-a few units in the pool at a time, so that one probe does not wait for the whole pass of a thousand that came before.
+Each thread computes alone, so that concurrent callers never take cores from each other. A caller has only a few units
+in the pool at a time, so that one probe does not wait for the whole pass of an earlier batch of a thousand.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.files.codec import Codec
-from biodedup.gallery.files.codes import BLOCK_ROWS, turned
+from biodedup.gallery.files.codes import BLOCK_ROWS, rotate
 from biodedup.gallery.segments.part import Column
 from biodedup.search.native import scan_kernel as kernel
 from biodedup.search.native import sign_kernel
@@ -36,11 +37,11 @@ from biodedup.search.native.sign_kernel import SignedProbes
 from biodedup.values import Float32
 
 _READERS = 8
-_EXACT_PROBES = 256  # so many by a tile's rows of similarities stay in the cache
-_AT_ONCE = 1 << 18  # pairs that take no longer than another thread takes to hear of them
+_EXACT_PROBES = 256  # the similarities of so many probes and a tile's rows stay in the cache
+_INLINE_PAIRS = 1 << 18  # so few pairs take no longer than handing them to another thread
 _SIGNED_PROBES = 256
-"""Probes whose tables lie in the second-level cache."""
-_ROOM = 1 << 15  # hits that a thread collects before it hands them over
+"""Probes whose tables fit the second-level cache."""
+_ROOM = 1 << 15  # hits that a thread buffers
 
 Int64 = NDArray[np.int64]
 _Piece = TypeVar("_Piece")
@@ -49,8 +50,8 @@ _Done = TypeVar("_Done")
 
 @dataclass(frozen=True)
 class Tile:
-    """Some embeddings of one column. vectors(): float32 (n, D), as the codec turns them, or None: as they are; rows(indices): the
-    gallery's row of each, int64."""
+    """Some embeddings of one column. vectors(): float32 (n, D), rotated by the codec, or as they are without one;
+    rows(indices): the gallery's row of each, int64."""
 
     count: int
     vectors: Callable[[], Float32]
@@ -60,7 +61,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Unit:
-    """Cells [first, last) of a coded column. number: which column of a search it is; live: bits of all its cells, or empty."""
+    """Cells [first, last) of a coded column. number: of the column within the search; live: one bit a cell of the
+    column, or empty if all are live."""
 
     column: Column
     number: int
@@ -70,7 +72,8 @@ class Unit:
 
 
 def units_of(whole: Sequence[Unit], probes: int, threads: int) -> list[Unit]:
-    """Cuts columns at whole blocks into units that keep a core busy for some milliseconds, and all cores to the end."""
+    """Cuts columns at block boundaries into units that take a core some milliseconds, and keep all cores busy to the
+    end."""
     total = sum(unit.last - unit.first for unit in whole)
     some_milliseconds = (
         1 << 24 >> max(probes - 1, 7).bit_length()
@@ -84,37 +87,38 @@ def units_of(whole: Sequence[Unit], probes: int, threads: int) -> list[Unit]:
 
 
 class Probes:
-    """Probes as a codec's kernel takes them. turned: float32 (q, D), rotated; codes int8 (q, scanned) = turned / scale."""
+    """Probes as the kernels take them. rotated: float32 (q, D), by the codec; codes: int8 (q, scanned), rotated /
+    scale."""
 
     def __init__(self, codec: Codec, vectors: Float32) -> None:
         self.codec = codec
-        self.turned = turned(vectors, codec.rotation)
-        seen = self.turned[:, : codec.scanned]
-        self.scales = np.maximum(np.abs(seen).max(axis=1), 1e-9).astype(np.float32) / np.float32(127)
-        self.codes = np.ascontiguousarray(np.rint(seen / self.scales[:, None]).astype(np.int8))
-        self.middle = 7.5 * self.codes.sum(axis=1, dtype=np.float32)  # halves count from 0, and stand for their middles
+        self.rotated = rotate(vectors, codec.rotation)
+        scanned = self.rotated[:, : codec.scanned]
+        self.scales = np.maximum(np.abs(scanned).max(axis=1), 1e-9).astype(np.float32) / np.float32(127)
+        self.codes = np.ascontiguousarray(np.rint(scanned / self.scales[:, None]).astype(np.int8))
+        self.middle = 7.5 * self.codes.sum(axis=1, dtype=np.float32)  # a nibble counts from 0 and stands for its middle
         self.slack = 0.5 * np.abs(self.codes.astype(np.float32)).sum(axis=1)
-        """What lower halves can add to a dot product at most."""
+        """The most that low nibbles can add to a dot product."""
 
     def estimates(self, which: NDArray[np.int32], dots: NDArray[np.int32], norms: Float32) -> Float32:
-        """Similarity as far as the scan knows it, float32 (n,)."""
+        """The similarity by high nibbles, float32 (n,)."""
         return np.asarray(16 * self.scales[which] * (dots - self.middle[which]) / norms, np.float32)
 
     @property
     def parameters(self) -> Float32:
-        """A similarity as the scan knows it is the first times (dot product - the second) over the row's norm, float32 (q, 2)."""
+        """float32 (q, 2): an estimate is the first times (dot product - the second) over the row's norm."""
         return np.stack([16 * self.scales, self.middle], axis=1).astype(np.float32)
 
     @property
     def rounding(self) -> Float32:
-        """By how much a similarity can differ for the rounding of the probe, at most, float32 (q,)."""
+        """The largest error of a similarity due to the rounding of the probe, float32 (q,)."""
         return np.asarray(0.5 * self.scales * np.sqrt(self.codec.scanned), np.float32)
 
 
 @dataclass
 class Hits:
-    """What reached the cuts: probe, number of the column, cell and estimate of each, in no order. cuts: as they ended, float32
-    (q,), higher than they were asked for where too many came."""
+    """The cells that reached the cut-offs: probe, number of the column, cell and estimate of each, in no order. cuts:
+    float32 (q,), the final cut-offs, higher than the given ones if too many cells passed."""
 
     which: NDArray[np.int32]
     number: NDArray[np.int32]
@@ -125,7 +129,7 @@ class Hits:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """FAISS computes alone in this thread, too."""
+    """Makes FAISS compute in this thread alone."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -135,65 +139,66 @@ def _one_thread() -> Iterator[None]:
 
 
 def in_turn(pool: Executor, threads: int, work: Callable[[_Piece], _Done], pieces: Iterable[_Piece]) -> Iterator[_Done]:
-    """Work on each piece, done by the pool's threads, as it is done. No more than keeps these busy is handed over at once: pieces
-    of callers who come later have their turn between."""
+    """Yields the result of the work on each piece, as the pool's threads finish it. Only as many pieces are submitted
+    as keep the threads busy, so that the pieces of later callers get their turn in between."""
     waiting: set[Future[_Done]] = set()
     try:
         for piece in pieces:
             while len(waiting) > threads:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (one.result() for one in done)
+                yield from (future.result() for future in done)
             waiting.add(pool.submit(work, piece))
-        for one in as_completed(waiting):
-            yield one.result()
+        for future in as_completed(waiting):
+            yield future.result()
     finally:
-        for one in waiting:
-            one.cancel()
+        for future in waiting:
+            future.cancel()
 
 
 class Scanner:
-    """A pool of threads that scan. One for each engine."""
+    """A pool of threads that scan. Each engine has one."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "biodedup-scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
-        self._readers = ThreadPoolExecutor(_READERS, "biodedup-read")  # they wait for the disk while others scan
+        self._readers = ThreadPoolExecutor(_READERS, "biodedup-read")  # these wait for the disk while the others scan
 
     def exact(self, tiles: Sequence[Tile], probes: Float32, k: int) -> tuple[Int64, Float32]:
         """The k most similar rows of each probe.
 
-        probes: float32 (q, d), unit rows. Returns rows int64 (q, k), -1 pads; similarity float32 (q, k), descending, -inf
-        pads. Ties: the lower row first.
+        probes: float32 (q, d), unit rows. Returns rows int64 (q, k), -1 pads; similarity float32 (q, k), descending,
+        -inf pads. Ties: the lower row first.
         """
         best = Best(len(probes), k)
-        turned_by = _turned_by(tiles, probes)
+        rotated_by = _rotated_by(tiles, probes)
 
         def scan(tile: Tile) -> None:
-            mine = turned_by[tile.codec]
-            similarity, near = faiss.knn(mine, tile.vectors(), min(k, tile.count), metric=faiss.METRIC_INNER_PRODUCT)
+            rotated = rotated_by[tile.codec]
+            similarity, near = faiss.knn(rotated, tile.vectors(), min(k, tile.count), metric=faiss.METRIC_INNER_PRODUCT)
             best.add(tile, near, similarity)
 
-        if len(tiles) == 1 and len(probes) * tiles[0].count <= _AT_ONCE:
+        if len(tiles) == 1 and len(probes) * tiles[0].count <= _INLINE_PAIRS:
             with _one_thread():
                 scan(tiles[0])
             return best.rows, best.similarity
         self.run(scan, tiles)
         return best.rows, best.similarity
 
-    def exact_above(self, tiles: Sequence[Tile], probes: Float32, least: Float32) -> list[tuple[Int64, Int64, Float32]]:
-        """All pairs of at least this similarity, float32 (q,): (probe, row, similarity) in pieces."""
-
-        turned_by = _turned_by(tiles, probes)
+    def exact_above(
+        self, tiles: Sequence[Tile], probes: Float32, min_similarity: Float32
+    ) -> list[tuple[Int64, Int64, Float32]]:
+        """All pairs of at least min_similarity, float32 (q,): (probe, row, similarity) in pieces."""
+        rotated_by = _rotated_by(tiles, probes)
 
         def scan(tile: Tile) -> list[tuple[Int64, Int64, Float32]]:
-            mine, vectors = turned_by[tile.codec], tile.vectors()
-            found = []
+            rotated, vectors = rotated_by[tile.codec], tile.vectors()
+            pieces = []
             for low in range(0, len(probes), _EXACT_PROBES):
-                similarity = mine[low : low + _EXACT_PROBES] @ vectors.T
-                which, near = np.nonzero(similarity >= least[low : low + _EXACT_PROBES, None])
+                similarity = rotated[low : low + _EXACT_PROBES] @ vectors.T
+                which, near = np.nonzero(similarity >= min_similarity[low : low + _EXACT_PROBES, None])
                 if len(which):
-                    found.append((which + low, tile.rows(near), similarity[which, near]))
-            return found
+                    pieces.append((which + low, tile.rows(near), similarity[which, near]))
+            return pieces
 
         return [piece for pieces in in_turn(self._pool, self.threads, scan, tiles) for piece in pieces]
 
@@ -207,8 +212,9 @@ class Scanner:
         most: int,
         signs: SignedProbes | None = None,
     ) -> Hits:
-        """Every cell of some columns whose estimate reaches the probe's cut; bounded: whose similarity may, whatever its lower
-        half. most: of each probe, about; beyond it the cut rises. signs: rule most cells out beforehand."""
+        """Every cell of some columns whose estimate reaches the probe's cut-off; bounded: every cell whose similarity
+        could reach it, whatever its low nibbles are. most: cells a probe, about; beyond it the cut-off rises. signs:
+        tables that rule most cells out first."""
         collected = Collected(cuts, most)
         count = len(probes.codes)
         offsets = (probes.middle - probes.slack if bounded else probes.middle).astype(np.float32)
@@ -217,10 +223,10 @@ class Scanner:
 
         def scan(unit: Unit) -> None:
             base = unit.first // BLOCK_ROWS
-            plane, norms = unit.column.plane(unit.first, unit.last)
-            live = unit.live[base : base + len(plane)]
+            nibbles, norms = unit.column.high_nibbles(unit.first, unit.last)
+            live = unit.live[base : base + len(nibbles)]
             span = (unit.first - base * BLOCK_ROWS, unit.last - base * BLOCK_ROWS)
-            room = max(_ROOM, 4 * BLOCK_ROWS * count, *(2 * mine.room for _, mine in signed))
+            room = max(_ROOM, 4 * BLOCK_ROWS * count, *(2 * batch.room for _, batch in signed))
             which, cells, estimates = np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32)
             dots = np.empty(room if signs is None else 0, np.int32)
 
@@ -229,21 +235,21 @@ class Scanner:
                     collected.add(which[:number] + first, unit.number, cells[:number] + base * BLOCK_ROWS, values)
 
             block = 0
-            while signs is None and block < len(plane):
+            while signs is None and block < len(nibbles):
                 slopes = (collected.cuts / scales).astype(np.float32)
-                found = (which, cells, dots)
-                number, block = kernel.scan(plane, norms, live, span, block, probes.codes, offsets, slopes, found)
+                out = (which, cells, dots)
+                number, block = kernel.scan(nibbles, norms, live, span, block, probes.codes, offsets, slopes, out)
                 collect(number, 0, probes.estimates(which[:number], dots[:number], norms[cells[:number]]))
-            for some, mine in signed:
+            for some, batch in signed:
                 block = 0
-                while block < len(plane):
+                while block < len(nibbles):
                     number, block, _ = sign_kernel.scan(
-                        [(plane, norms)],
+                        [(nibbles, norms)],
                         None,
                         live,
                         span,
                         block,
-                        mine,
+                        batch,
                         collected.cuts[some],
                         (which, cells, estimates),
                     )
@@ -253,12 +259,12 @@ class Scanner:
         return collected.hits()
 
     def run(self, work: Callable[[_Piece], None], pieces: Iterable[_Piece]) -> None:
-        """Does work that computes on each piece, and waits."""
+        """Computes on each piece in the scan threads, and waits."""
         for _ in in_turn(self._pool, self.threads, work, pieces):
             pass
 
     def each(self, work: Callable[[_Piece], None], pieces: Sequence[_Piece]) -> None:
-        """Does work that reads the disk on each piece, some at the same time, and waits."""
+        """Does work that reads the disk on each piece, several at the same time, and waits."""
         if len(pieces) == 1:
             work(pieces[0])
             return
@@ -270,15 +276,15 @@ class Scanner:
         self._readers.shutdown()
 
 
-def _turned_by(tiles: Sequence[Tile], probes: Float32) -> dict[Codec | None, Float32]:
-    """The probes as each codec turns them: turning the few spares turning the many back."""
+def _rotated_by(tiles: Sequence[Tile], probes: Float32) -> dict[Codec | None, Float32]:
+    """The probes as each codec rotates them: the few probes are rotated instead of the many rows."""
     codecs = {tile.codec for tile in tiles}
-    return {codec: probes if codec is None else turned(probes, codec.rotation) for codec in codecs}
+    return {codec: probes if codec is None else rotate(probes, codec.rotation) for codec in codecs}
 
 
 class Collected:
-    """Hits from all threads. A probe that has too many keeps its best, and its cut rises to the worst of them, but never above the
-    floor, from which on all are kept."""
+    """Collects the hits of all threads. A probe with too many hits keeps its best, and its cut-off rises to the worst
+    of these, but never above the floor: every hit above the floor is kept."""
 
     def __init__(self, cuts: Float32, most: int, floor: float = np.inf) -> None:
         self.cuts = cuts.astype(np.float32)
@@ -315,13 +321,13 @@ class Collected:
         return Hits(*self._joined(), self.cuts)
 
     def best(self) -> Hits:
-        """Of each probe no more than `most` below the floor."""
+        """The hits, at most `most` a probe below the floor."""
         self._thin()
         return self.hits()
 
 
 class Best:
-    """The best k so far, from any order of tiles: always the same result."""
+    """The best k so far. The result does not depend on the order of the tiles."""
 
     def __init__(self, probes: int, k: int) -> None:
         self.rows = np.full((probes, k), -1, np.int64)
@@ -330,7 +336,7 @@ class Best:
         self._lock = threading.Lock()
 
     def add(self, tile: Tile, near: Int64, similarity: Float32) -> None:
-        # an unlocked look: the bar only rises, so that what does not reach it now never will
+        # read without the lock: the k-th best only rises, so a tile below it now stays below it
         which = np.flatnonzero(similarity[:, 0] >= self.similarity[:, -1])
         if not len(which):
             return

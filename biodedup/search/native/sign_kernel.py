@@ -1,10 +1,11 @@
-"""The inner loop over signs: what the signs of rows' numbers say of them, and dot products with the few that this does not rule out.
+"""The scan kernel for batches of probes: table look-ups rule most rows out, and high nibbles estimate the rest.
 
-Owns the scan of rows for probes. Never knows what a sum, a limit or an evidence stands for (`signs.py`). Its oracles in numpy are in
-tests/search/test_scan.py.
+Owns the scan of rows for probes. Never knows what a sum, a limit or an evidence stands for (`signs.py`). Its oracles in
+numpy are in tests/search/test_scan.py.
 
-A block of 64 rows is taken out of its plane, of every column that counts, and looked up in the probes' tables (`sign_tile.py`). Rows whose
-sum reaches the probe's limit are collected, and compared by their four-bit numbers while the block is still in the first-level cache.
+A block of 64 rows is read from the high nibbles of every column in use, and looked up in the probes' tables
+(`sign_tile.py`). Rows whose sum reaches the probe's limit are compared by their high nibbles while the block is still
+in the first-level cache.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from numpy.typing import NDArray
 from biodedup.gallery.files.codes import Codes
 from biodedup.search.native.scan_kernel import make_row_dot, prefetch, rebound
 from biodedup.search.native.sign_tile import (
-    FOUR,
-    TOGETHER,
+    BLOCKS_PER_PASS,
+    TableKind,
     aligned,
     classed_for,
     classify,
@@ -35,19 +36,19 @@ from biodedup.search.native.sign_tile import (
 )
 from biodedup.values import Float32
 
-_PROBES_APART = 32  # after which some more memory is asked for
-_LAID_OUT_FROM = 24  # pairs a block to compare; from so many on all its rows are laid out one after another
+_PREFETCH_PROBES = 32  # after so many probes, some more memory is prefetched
+_LAY_OUT_PAIRS = 24  # from so many pairs a block on, all its rows are laid out one after another
 
 Int64 = NDArray[np.int64]
 
 
 @numba.njit(nogil=True, cache=True)
-def _take(plane: int, cells: Any, taken: Any) -> None:
-    """Of 64 cells, or fewer, their four-bit numbers: taken uint32 (halves, 64). plane: its address."""
-    halves = taken.shape[0]
-    for h in range(halves):
+def _take(nibbles: int, cells: Any, taken: Any) -> None:
+    """Reads the high nibbles of up to 64 cells: taken, uint32 (words, 64). nibbles: the address of the column's."""
+    words = taken.shape[0]
+    for h in range(words):
         for r in range(cells.shape[0]):
-            taken[h, r] = u32_at(plane + 256 * (halves * (cells[r] >> 6) + h) + 4 * (cells[r] & 63))
+            taken[h, r] = u32_at(nibbles + 256 * (words * (cells[r] >> 6) + h) + 4 * (cells[r] & 63))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -80,7 +81,7 @@ def _add_values(
     evidence: Any,
     totals: Any,
 ) -> None:
-    """Of one column, what pairs of a probe and a row are worth by its four-bit numbers."""
+    """Adds what one column's high nibbles say of pairs of a probe and a row: a similarity, or its evidence."""
     at_rows, at_probes = rows.ctypes.data, probes.ctypes.data
     octets, last = probes.shape[2], evidence.shape[0] - 1
     for i in range(some.shape[0]):
@@ -96,7 +97,7 @@ def _add_values(
 
 @numba.njit(nogil=True, cache=True)
 def _alive(live: Any, block: int, first: int, last: int) -> Any:
-    """Which rows of a block count."""
+    """The rows of a block that are live and within the span."""
     alive = live[block] if live.size else ~np.uint64(0)
     low, high = 64 * block, 64 * block + 64
     if first > low:
@@ -108,9 +109,9 @@ def _alive(live: Any, block: int, first: int, last: int) -> Any:
 
 @numba.njit(nogil=True, cache=True)
 def _scan(
-    planes: Any,
+    nibbles: Any,
     norms: Any,
-    halves: Any,
+    words: Any,
     used: Any,
     members: Any,
     live: Any,
@@ -119,7 +120,7 @@ def _scan(
     block: int,
     tables: Any,
     limits: Any,
-    each: int,
+    kind: int,
     seeding: Any,
     probes: Any,
     parameters: Any,
@@ -132,33 +133,37 @@ def _scan(
     columns, count = probes.shape[:2]
     number, octets = tables.shape[1], probes.shape[3]
     mapped = members.shape[1] > 0
-    taken = aligned(TOGETHER * columns * 64 * octets).view(np.uint32).reshape(TOGETHER, columns, octets // 4, 64)
-    signs = aligned(TOGETHER * 64 * number).reshape(TOGETHER, number, 64)
-    rows = aligned(TOGETHER * 64 * octets).view(np.uint32).reshape(TOGETHER * 64, octets // 4)
-    lengths, seeds = np.ones((columns, TOGETHER * 64), np.float32), np.zeros(TOGETHER * 64, np.uint8)
+    taken = (
+        aligned(BLOCKS_PER_PASS * columns * 64 * octets)
+        .view(np.uint32)
+        .reshape(BLOCKS_PER_PASS, columns, octets // 4, 64)
+    )
+    signs = aligned(BLOCKS_PER_PASS * 64 * number).reshape(BLOCKS_PER_PASS, number, 64)
+    rows = aligned(BLOCKS_PER_PASS * 64 * octets).view(np.uint32).reshape(BLOCKS_PER_PASS * 64, octets // 4)
+    lengths, seeds = np.ones((columns, BLOCKS_PER_PASS * 64), np.float32), np.zeros(BLOCKS_PER_PASS * 64, np.uint8)
     masks = masks_apart()
-    alive = np.empty(TOGETHER, np.uint64)
-    room = 64 * TOGETHER * count
+    alive = np.empty(BLOCKS_PER_PASS, np.uint64)
+    room = 64 * BLOCKS_PER_PASS * count
     some, lanes, totals = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
     found, passed, end = 0, 0, -(-last // 64)
     while block < end:
         if found + room > which.size:
             return found, block, passed
-        blocks = min(TOGETHER, end - block)
+        blocks = min(BLOCKS_PER_PASS, end - block)
         alive[blocks:] = 0
         for b in range(blocks):
             alive[b] = _alive(live, block + b, first, last)
             begin = 0
             for c in range(columns if alive[b] else 0):
-                mine, at = taken[b, c, : halves[c]], 64 * (block + b)
+                row_words, at = taken[b, c, : words[c]], 64 * (block + b)
                 if mapped:
-                    _take(planes[c], members[c, at : min(at + 64, members.shape[1])], mine)
+                    _take(nibbles[c], members[c, at : min(at + 64, members.shape[1])], row_words)
                 else:
-                    copy(planes[c] + 256 * halves[c] * (block + b), mine.ctypes.data, 256 * halves[c])
-                if each == FOUR:
-                    sign(mine, signs[b, begin : begin + used[c]])
+                    copy(nibbles[c] + 256 * words[c] * (block + b), row_words.ctypes.data, 256 * words[c])
+                if kind == TableKind.FOUR_SIGNS:
+                    sign(row_words, signs[b, begin : begin + used[c]])
                 else:
-                    classify(mine, each, signs[b, begin : begin + used[c]])
+                    classify(row_words, kind, signs[b, begin : begin + used[c]])
                 begin += used[c]
                 if mapped:
                     for r in range(64):
@@ -169,23 +174,23 @@ def _scan(
         if seeding[1] != 0:
             for r in range(64 * blocks):
                 seeds[r] = np.uint8(min(max(seeding[0] + seeding[1] * lengths[0, r], np.float32(0)), seeding[2]))
-        reached, next_blocks = 0, 0 if mapped else min(TOGETHER, end - block - blocks)
-        for p in range(0, count, _PROBES_APART):
-            for c in range(columns):  # what comes next, a share at a time, so that look-ups do not wait for it
-                octets_next = 256 * halves[c] * next_blocks
-                share = -(-octets_next * _PROBES_APART // (64 * count)) * 64
-                begin = p // _PROBES_APART * share
+        reached, next_blocks = 0, 0 if mapped else min(BLOCKS_PER_PASS, end - block - blocks)
+        for p in range(0, count, _PREFETCH_PROBES):
+            for c in range(columns):  # prefetch the next blocks in shares, so that look-ups do not wait for them
+                octets_next = 256 * words[c] * next_blocks
+                share = -(-octets_next * _PREFETCH_PROBES // (64 * count)) * 64
+                begin = p // _PREFETCH_PROBES * share
                 for at in range(begin, min(begin + share, octets_next), 64):
-                    prefetch(planes[c] + 256 * halves[c] * (block + blocks) + at)
-            apart = slice(p, p + _PROBES_APART)
-            number_of = min(count - p, _PROBES_APART)
+                    prefetch(nibbles[c] + 256 * words[c] * (block + blocks) + at)
+            apart = slice(p, p + _PREFETCH_PROBES)
+            number_of = min(count - p, _PREFETCH_PROBES)
             more = survivors(
                 signs, seeds, alive, tables[apart], limits[apart], number_of, masks, some[reached:], lanes[reached:]
             )
             some[reached : reached + more] += np.int32(p)
             reached += more
         passed += reached
-        laid_out = reached >= _LAID_OUT_FROM * blocks
+        laid_out = reached >= _LAY_OUT_PAIRS * blocks
         totals[:reached] = 0
         for c in range(columns):
             if laid_out:
@@ -213,30 +218,31 @@ def _scan(
 
 
 def make_scan(instructions: str) -> Any:
-    """`_scan` for another processor."""
+    """`_scan`, compiled for another processor."""
     classes = numba.njit(rebound(classify, **classed_for(instructions)), nogil=True)
-    mine = numba.njit(rebound(survivors, **tiles_for(instructions)), nogil=True)
+    lookups = numba.njit(rebound(survivors, **tiles_for(instructions)), nogil=True)
     add_values = numba.njit(rebound(_add_values, _row_dot=make_row_dot(instructions)), nogil=True, error_model="numpy")
-    return numba.njit(rebound(_scan, survivors=mine, classify=classes, _add_values=add_values), nogil=True)
+    return numba.njit(rebound(_scan, survivors=lookups, classify=classes, _add_values=add_values), nogil=True)
 
 
 @dataclass(frozen=True)
 class SignedProbes:
-    """Probes as the kernel takes them, of one column or several.
+    """Probes as the kernel takes them, for one column or several.
 
-    tables: uint8 (q', t, 16 or 64), of all columns' tables one after another, t a multiple of QUARTERS * UNROLLED; limits: uint8 (q',),
-    where q' is q, the number of probes, rounded up to a multiple of WIDE; used: of each column, how many of the t are its own. each: FOUR, SIX, TWO or
-    THREE; seeding: float32 (3,): a row's sums begin with seeding[0] +
-    seeding[1] times the norm of its first column, cut off at 0 and seeding[2]. codes: int8 (columns, q, 2, octets), as
-    `make_row_dot` wants them; parameters: float32 (columns, q, 2): a similarity is the first times (dot product - the second)
-    over the row's norm. evidence: float32 (columns, n), what a similarity from -1 to 1 counts for, whose sum is compared with a cut;
-    (columns, 0) for a single column whose similarity itself is.
+    tables: uint8 (q', t, 16 or 64), of all columns' tables one after another, t a multiple of SUMS_PER_ROW *
+    TABLES_PER_STEP; limits: uint8 (q',), where q' is q, the number of probes, rounded up to a multiple of
+    PROBES_PER_TILE; used: of each column, how many of the t are its own. kind: of the tables; seeding: float32 (3,): a
+    row's sums begin with seeding[0] + seeding[1] times the norm of its first column, cut off at 0 and seeding[2].
+    codes: int8 (columns, q, 2, octets), as `make_row_dot` wants them; parameters: float32 (columns, q, 2): a similarity
+    is the first times (dot product - the second) over the row's norm. evidence: float32 (columns, n), what a similarity
+    from -1 to 1 counts for, whose sum is compared with a cut; (columns, 0) for a single column whose similarity itself
+    is.
     """
 
     tables: NDArray[np.uint8]
     limits: NDArray[np.uint8]
     used: Int64
-    each: int
+    kind: TableKind
     seeding: Float32
     codes: NDArray[np.int8]
     parameters: Float32
@@ -246,7 +252,7 @@ class SignedProbes:
         return int(self.codes.shape[1])
 
     def pieces(self, most: int) -> Iterator[tuple[slice, SignedProbes]]:
-        """So many at a time, a multiple of WIDE."""
+        """Batches of at most `most` probes, a multiple of PROBES_PER_TILE."""
         for low in range(0, len(self), most):
             some = slice(low, min(low + most, len(self)))
             codes, parameters = (
@@ -258,8 +264,8 @@ class SignedProbes:
 
     @property
     def room(self) -> int:
-        """That a call may fill."""
-        return 64 * TOGETHER * len(self)
+        """How many hits one call may write."""
+        return 64 * BLOCKS_PER_PASS * len(self)
 
 
 def scan(
@@ -270,25 +276,27 @@ def scan(
     start: int,
     probes: SignedProbes,
     cuts: Float32,
-    found: tuple[NDArray[np.int32], Int64, Float32],
+    out: tuple[NDArray[np.int32], Int64, Float32],
 ) -> tuple[int, int, int]:
-    """Pairs of a probe and a row whose signs reach the probe's limit and whose value, by its four-bit numbers, reaches its cut.
+    """Finds the pairs of a probe and a row whose signs reach the probe's limit and whose value, by high nibbles,
+    reaches its cut-off.
 
-    columns: of each its plane (b, d / 8, 256), as `codes.planes` lays it, and norms (64 b,); members: int32 (columns, n), the cells of
-    n rows in each column, or None where row and cell are the same; live: bit r of block b is set where row 64 b + r counts, or
-    empty where all do; span: [first, last) rows that count; start: the block to begin with; cuts: float32 (q,). Writes probe, row and
-    value of each pair into `found`, whose arrays have room for probes.room at least. Returns how many, the block to go on with,
-    all done when it is ceil(last / 64), and how many pairs the signs let through.
+    columns: of each its high nibbles (b, d / 8, 256), as in `codes.pack_high_nibbles`, and norms (64 b,); members:
+    int32 (columns, n), the cells of n rows in each column, or None where rows and cells are the same; live: bit r of
+    block b is set where row 64 b + r counts, or empty where all do; span: [first, last) rows that count; start: the
+    block to begin with; cuts: float32 (q,). Writes probe, row and value of each pair into `out`, whose arrays have room
+    for probes.room at least. Returns how many, the block to go on with, all done when it is ceil(last / 64), and how
+    many pairs the signs let through.
     """
-    planes = np.array([plane.ctypes.data for plane, _ in columns], np.int64)
+    nibbles = np.array([n.ctypes.data for n, _ in columns], np.int64)
     norms = np.array([norms.ctypes.data for _, norms in columns], np.int64)
-    halves = np.array([plane.shape[1] for plane, _ in columns], np.int64)
+    words = np.array([n.shape[1] for n, _ in columns], np.int64)
     if members is None:
         members = np.zeros((len(columns), 0), np.int32)
     number, block, passed = _scan(
-        planes,
+        nibbles,
         norms,
-        halves,
+        words,
         probes.used,
         members,
         live,
@@ -296,12 +304,12 @@ def scan(
         start,
         probes.tables,
         probes.limits,
-        probes.each,
+        int(probes.kind),
         probes.seeding,
         probes.codes,
         probes.parameters,
         probes.evidence,
         cuts,
-        *found,
+        *out,
     )
     return number, block, passed

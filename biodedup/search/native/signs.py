@@ -1,14 +1,16 @@
-"""Signs: what one or two bits a number say of a row, and the measured laws that turn a similarity into a limit.
+"""Sign tables: a probe's look-up tables over quantised rows, and the measured error of the estimates that they give.
 
-Owns a probe's tables, and the laws. Never scans (`sign_kernel.py`).
+Owns a probe's tables, and the error laws that turn a similarity into a cut-off. Never scans (`sign_kernel.py`).
 
-Of a turned vector's numbers the signs alone keep 80 % of the correlation with a probe (as in RaBitQ: Gao and Long, SIGMOD 2024), four
-classes of them 94 %. They are read off the upper halves that a scan has in memory, so that they are stored nowhere. Four or six signs, or two
-or three classes, choose one of a table's sums of a probe's numbers times what they stand for, rounded to a byte. What passes is compared by its upper
-halves; one margin serves both, from pairs of which neither step may lose more than the miss risk.
+Method: one bit a number after a random rotation, as in RaBitQ (Gao and Long, SIGMOD 2024), looked up in tables as in
+FAISS's fast scan (André, Kermarrec and Le Scouarnec, VLDB 2015). The signs of a rotated vector keep 80 % of the
+correlation with a probe, four classes of its numbers keep 94 %. Both are read off the high nibbles that a scan has in
+memory, so they are stored nowhere. Four or six signs, or two or three classes, index a table of sums: of a probe's
+numbers times what the signs or classes stand for, rounded to a byte. Rows that pass are compared by their high nibbles.
+One margin serves both steps; it comes from pairs of which neither step may lose more than the miss risk.
 
-What a class stands for depends on how long a code is, since the largest number of every vector is 127. So a row's sums begin with a
-seed that makes up for it, right at a similarity of 0.4.
+What a class stands for depends on how long a code is, since the largest number of every vector is scaled to 127. So a
+row's sum starts from a seed that corrects for its length, exactly at a similarity of 0.4.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from biodedup.gallery.files.codec import ErrorLaw, measured_laws
-from biodedup.gallery.files.codes import STEP, quantise, turned
+from biodedup.gallery.files.codes import STEP, quantise, rotate
 from biodedup.search.native.sign_kernel import SignedProbes
 from biodedup.search.native.sign_tile import (
     CLASSES,
-    FOUR,
-    PADDED,
-    QUARTERS,
-    UNROLLED,
-    WIDE,
+    PROBES_PER_TILE,
+    ROW_ALIGNMENT,
+    SUMS_PER_ROW,
+    TABLES_PER_STEP,
+    TableKind,
     aligned,
     numbers_of,
     tables_most,
@@ -40,9 +42,9 @@ from biodedup.search.native.sign_tile import (
 from biodedup.values import Float32
 
 TABLES_MOST = 128
-"""Of more, not even the rounded sums would fit a byte well."""
+"""With more tables the rounded sums would not fit a byte well."""
 GROUP = 4
-"""Tables that a plan over several columns takes or leaves together: 16 or 24 numbers."""
+"""Tables of one group, which a multi-column plan takes or leaves as a whole: 16 or 24 numbers."""
 SIGN = np.array([-1, 1], np.float32)
 """What signs stand for."""
 NOT_SEEDED = np.zeros(3, np.float32)
@@ -53,18 +55,20 @@ _NO_EVIDENCE = np.zeros((1, 0), np.float32)
 
 
 class Signs:
-    """Of a column's rows. sample: float32 (n, D), unit rows that its codec has turned; scanned: of D numbers, those whose upper
-    halves are in memory; each: numbers that a table looks at, FOUR, SIX, TWO or THREE; tables: how many at most."""
+    """The signs or classes of a column's rows. sample: float32 (n, D), unit rows that the codec has rotated; scanned:
+    how many of the D numbers have their high nibbles in memory; kind: of the tables; tables: how many at most."""
 
-    def __init__(self, sample: Float32, scanned: int, each: int = FOUR, tables: int = TABLES_MOST) -> None:
-        self.each = each
-        self.tables = min(tables_most(scanned, each), tables)
+    def __init__(
+        self, sample: Float32, scanned: int, kind: TableKind = TableKind.FOUR_SIGNS, tables: int = TABLES_MOST
+    ) -> None:
+        self.kind = kind
+        self.tables = min(tables_most(scanned, kind), tables)
         self.seeding, self._room, self._seed_sd = NOT_SEEDED, 0, 0.0
         self._scanned, self._sample = scanned, sample
-        self._used = numbers_of(self.tables, scanned, each).reshape(-1)
+        self._used = numbers_of(self.tables, scanned, kind).reshape(-1)
         self._size = np.float32(sqrt(self.count(self.tables)))
         self._levels = SIGN
-        if each < FOUR:
+        if kind < TableKind.FOUR_SIGNS:
             codes, norms = quantise(sample)
             seen, length = codes[:, self._used[self._used >= 0]], norms[:, None] / np.float32(sqrt(sample.shape[1]))
             outer = (seen < 16 * CLASSES[1][0]) | (seen >= 16 * CLASSES[3][0])
@@ -77,7 +81,7 @@ class Signs:
         self._covariance = np.asarray(np.cov(values.T).reshape(values.shape[1], -1), np.float32)
 
     def _seed(self) -> None:
-        """Measures how what a row is worth to its mates varies with the length of its code."""
+        """Measures how the estimates of mates vary with the length of the row's code."""
         self._room = 2 * _SEED_MIDDLE
         norms = quantise(self._sample)[1]
         kept = np.einsum("ij,ij->i", self.of(self._sample), self.numbers(self._sample))
@@ -92,42 +96,43 @@ class Signs:
         return np.asarray(np.clip(self.seeding[0] + self.seeding[1] * norms, 0, self.seeding[2]), np.uint8)
 
     def of(self, vectors: Float32) -> Float32:
-        """What the numbers that count stand for, float32 (n, m), in the order of the tables, by a column's upper halves; 0 where a table
+        """What the signs or classes of vectors stand for, float32 (n, m), in the order of the tables; 0 where a table
         looks at fewer numbers than others."""
         return self.of_codes(quantise(vectors)[0])
 
     def of_codes(self, codes: NDArray[np.uint8], tables: int | None = None) -> Float32:
-        """As `of`; tables: the first so many alone."""
+        """As `of`, from codes; tables: only the first so many."""
         used = self._of_tables(tables)
-        edges = [8] if self.each >= FOUR else [first for first, _ in CLASSES[1:]]
+        edges = [8] if self.kind >= TableKind.FOUR_SIGNS else [first for first, _ in CLASSES[1:]]
         levels = self._levels[np.searchsorted(edges, codes[:, used] >> 4, side="right")]
         return np.where(used >= 0, levels, np.float32(0))
 
     def numbers(self, vectors: Float32, tables: int | None = None) -> Float32:
-        """The numbers that count, float32 (n, m), in the order of the tables; tables: of the first so many alone."""
+        """The numbers that the tables look at, float32 (n, m), in their order; tables: only the first so many."""
         used = self._of_tables(tables)
         return np.where(used >= 0, vectors[:, used], np.float32(0))
 
     def count(self, tables: int) -> int:
-        """Of numbers that the first so many tables look at."""
+        """How many numbers the first so many tables look at."""
         return int(np.count_nonzero(self._of_tables(tables) >= 0))
 
     def _of_tables(self, tables: int | None) -> NDArray[np.int64]:
-        return self._used if tables is None else self._used[: self.each * tables]
+        return self._used if tables is None else self._used[: self.kind * tables]
 
     def _tables(self, probes: Float32) -> tuple[NDArray[np.uint8], Float32, Float32]:
-        return tables_of([self.numbers(probes)], self._levels, self.each, self._room)
+        return tables_of([self.numbers(probes)], self._levels, self.kind, self._room)
 
     @cached_property
     def laws(self) -> tuple[ErrorLaw, ErrorLaw]:
-        """Of the estimate by signs and of the one by upper halves, for pairs of which neither may be lost."""
+        """The error laws of the estimate by signs and of the estimate by high nibbles, for pairs that neither step may
+        lose."""
         rng = np.random.default_rng(_SEED)
-        signs, halves = measured_laws((self.estimates, self._by_halves), self._sample, "sample", rng)
-        return signs, halves
+        signs, nibbles = measured_laws((self.estimates, self._by_nibbles), self._sample, "sample", rng)
+        return signs, nibbles
 
     @cached_property
     def quick_law(self) -> ErrorLaw:
-        """To foresee with."""
+        """A rough error law from few pairs, to foresee costs."""
         rng = np.random.default_rng(_SEED)
         return measured_laws((self.estimates,), self._sample, "sample", rng, _QUICK_PAIRS)[0]
 
@@ -136,10 +141,10 @@ class Signs:
         return GroupLaw(self, self._sample)
 
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
-        """What the kernel makes of pairs, float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers that count
-        and what a row's stand for."""
+        """The kernel's estimates of pairs, float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers
+        and what the row's signs or classes stand for."""
         numbers = self.numbers(probes)
-        steps, middles, quarter = scales_of(numbers, self._levels, self.each, self._room)
+        steps, middles, quarter = scales_of(numbers, self._levels, self.kind, self._room)
         codes, norms = quantise(vectors)
         upper = np.ascontiguousarray(codes[:, self._used] >> 4).reshape(len(probes), self.tables, -1)
         means = np.empty(len(probes), np.float32)
@@ -147,35 +152,35 @@ class Signs:
         _means(numbers, self._levels, steps, quarter, upper, self._seeds(norms), means)
         return np.asarray(products_of(means, steps, middles) / self._size, np.float32)
 
-    def _by_halves(self, probes: Float32, vectors: Float32) -> Float32:
+    def _by_nibbles(self, probes: Float32, vectors: Float32) -> Float32:
         codes, norms = quantise(vectors)
         seen = (codes[:, : self._scanned] >> 4).astype(np.float32) * 16 - 120
         return np.asarray(np.einsum("ij,ij->i", probes[:, : self._scanned], seen) / norms, np.float32)
 
-    def strangers(self, probes: Float32) -> tuple[Float32, Float32]:
-        """Mean and standard deviation of the estimates that the column's rows get, float32 (q,) each. probes: turned."""
+    def unrelated(self, probes: Float32) -> tuple[Float32, Float32]:
+        """Mean and standard deviation of the estimates of unrelated rows, float32 (q,) each. probes: rotated."""
         seen = self.numbers(probes)
-        steps, _, quarter = scales_of(seen, self._levels, self.each, self._room)
-        variance = np.einsum("ij,ij->i", turned(seen, self._covariance), seen)
-        variance += rounding_variance(QUARTERS * quarter, steps) + (self._seed_sd * steps) ** 2
-        mean = turned(seen, self._mean[None])[:, 0]
+        steps, _, quarter = scales_of(seen, self._levels, self.kind, self._room)
+        variance = np.einsum("ij,ij->i", rotate(seen, self._covariance), seen)
+        variance += rounding_variance(SUMS_PER_ROW * quarter, steps) + (self._seed_sd * steps) ** 2
+        mean = rotate(seen, self._mean[None])[:, 0]
         return np.asarray(mean / self._size, np.float32), np.sqrt(variance) / self._size
 
     def share_passing(self, cuts: Float32, probes: Float32) -> float:
-        """Of strangers, on an average of the probes. cuts: estimates, float32 (q,)."""
-        mean, sd = self.strangers(probes)
+        """The share of unrelated rows that passes, averaged over the probes. cuts: estimates, float32 (q,)."""
+        mean, sd = self.unrelated(probes)
         return float(ndtr((mean - cuts) / sd).mean())
 
     def probes(self, probes: Float32, cuts: Float32, codes: NDArray[np.int8], parameters: Float32) -> SignedProbes:
-        """For the kernel. probes: turned; cuts: estimates that rows must reach; codes, parameters: of the upper halves' dot
-        products, int8 (q, scanned), float32 (q, 2)."""
+        """Probes as the kernel takes them. probes: rotated; cuts: estimates that rows must reach; codes, parameters:
+        for the dot products with high nibbles, int8 (q, scanned), float32 (q, 2)."""
         tables, steps, middles = self._tables(probes)
         limits = limits_of(cuts * self._size, steps, middles)
         used = np.array([self.tables])
         return SignedProbes(
             *filled(tables, limits),
             used,
-            self.each,
+            self.kind,
             self.seeding,
             paired([codes]),
             parameters[None],
@@ -184,15 +189,17 @@ class Signs:
 
 
 class GroupLaw:
-    """What each GROUP tables of a column add up to: the dot product of a probe's numbers with a row's signs, of pairs.
+    """The distribution of what each group of tables adds up to: the dot product of a probe's numbers with a row's
+    signs.
 
-    count: of groups. strangers: float64 (count + 1, 2), mean and variance of the sum of the first 0, 1, ... groups.
+    count: of groups. unrelated: float64 (count + 1, 2), for unrelated pairs mean and variance of the sum of the first
+    0, 1, ... groups.
     """
 
     def __init__(self, signs: Signs, sample: Float32) -> None:
         self.count = -(-signs.tables // GROUP)
         rng = np.random.default_rng(_SEED)
-        edges = np.arange(0, signs.each * signs.tables, signs.each * GROUP)
+        edges = np.arange(0, signs.kind * signs.tables, signs.kind * GROUP)
 
         def products(one: Float32, other: Float32) -> NDArray[np.float64]:
             return np.add.reduceat((signs.numbers(one) * signs.of(other)).astype(np.float64), edges, axis=1)
@@ -200,7 +207,7 @@ class GroupLaw:
         which = rng.integers(0, len(sample), (2, 16_384))
         which = which[:, which[0] != which[1]]
         added = np.cumsum(products(sample[which[0]], sample[which[1]]), axis=1)
-        self.strangers = np.array([(0.0, 0.0), *zip(added.mean(axis=0), added.var(axis=0), strict=True)])
+        self.unrelated = np.array([(0.0, 0.0), *zip(added.mean(axis=0), added.var(axis=0), strict=True)])
         self._levels = np.round(np.arange(0, 1.01, 0.1), 1)
         self._means: list[NDArray[np.float64]] = []
         self._roots: list[NDArray[np.float64]] = []
@@ -215,7 +222,7 @@ class GroupLaw:
         measured_laws((measured,), sample, "sample", rng)
 
     def mated(self, similarity: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-        """Draws for pairs at these similarities, float64 (count, n)."""
+        """Random sums of each group for pairs at these similarities, float64 (count, n)."""
         means = np.array([np.interp(similarity, self._levels, mean) for mean in np.array(self._means).T])
         roots = np.array(self._roots)[np.clip(np.rint(similarity * 10), 0, 10).astype(np.int64)]
         noise = rng.standard_normal((len(similarity), self.count))
@@ -223,55 +230,56 @@ class GroupLaw:
 
 
 def tables_of(
-    numbers: Sequence[Float32], levels: Float32, each: int = FOUR, room: int = 0
+    numbers: Sequence[Float32], levels: Float32, kind: TableKind = TableKind.FOUR_SIGNS, room: int = 0
 ) -> tuple[NDArray[np.uint8], Float32, Float32]:
-    """Tables of probes' numbers, float32 (q, m) of each column, in the order of its tables; levels: what each of 2 or 4 classes of
-    a row's number stands for; each: numbers of a table; room: what the first quarter's sum begins with at most, half of it on an average.
+    """Tables of probes' numbers, float32 (q, m) of each column, in the order of its tables; levels: what each of the 2
+    or 4 classes of a row's number stands for; kind: of the tables; room: the largest seed of the first sum, half of it
+    on average.
 
-    Returns uint8 (q, t, len(levels) ** each), t filled up to a multiple of QUARTERS * UNROLLED, and steps and middles, float32 (q,)
-    each, for `products_of`.
+    Returns uint8 (q, t, len(levels) ** kind), t padded to a multiple of SUMS_PER_ROW * TABLES_PER_STEP, and steps and
+    middles, float32 (q,) each, for `products_of`.
     """
     together = np.ascontiguousarray(np.concatenate(numbers, axis=1), np.float32)
-    steps, middles, quarter = scales_of(together, levels, each, room)
-    tables = np.zeros((len(together), QUARTERS * quarter, len(levels) ** each), np.uint8)
-    _fill(together.reshape(len(together), -1, each), np.ascontiguousarray(levels), steps, tables)
+    steps, middles, quarter = scales_of(together, levels, kind, room)
+    tables = np.zeros((len(together), SUMS_PER_ROW * quarter, len(levels) ** kind), np.uint8)
+    _fill(together.reshape(len(together), -1, kind), np.ascontiguousarray(levels), steps, tables)
     return tables, steps, middles
 
 
-def scales_of(numbers: Float32, levels: Float32, each: int, room: int) -> tuple[Float32, Float32, int]:
-    """Of probes' tables: steps, middles, and how many make a quarter."""
-    count = numbers.shape[1] // each
-    quarter = -(-count // (QUARTERS * UNROLLED)) * UNROLLED
-    most = np.zeros((len(numbers), QUARTERS * quarter), np.float32)
+def scales_of(numbers: Float32, levels: Float32, kind: TableKind, room: int) -> tuple[Float32, Float32, int]:
+    """Of probes' tables: steps, middles, and how many tables one of SUMS_PER_ROW sums covers."""
+    count = numbers.shape[1] // kind
+    quarter = -(-count // (SUMS_PER_ROW * TABLES_PER_STEP)) * TABLES_PER_STEP
+    most = np.zeros((len(numbers), SUMS_PER_ROW * quarter), np.float32)
     most[:, :count] = np.abs(numbers).reshape(len(numbers), count, -1).sum(axis=2) * levels[-1]
-    largest = 2 * most.reshape(len(numbers), QUARTERS, quarter).sum(axis=2).max(axis=1)
+    largest = 2 * most.reshape(len(numbers), SUMS_PER_ROW, quarter).sum(axis=2).max(axis=1)
     steps = np.maximum(largest / np.float32(255 - room - quarter / 2), 1e-12).astype(np.float32)
     return steps, most.sum(axis=1) + steps * np.float32(room / 2), quarter
 
 
-# What rounding up adds on an average: a quarter to each mean of two, and again to the mean of both.
+# What rounding up adds on average: a quarter to each mean of two sums, and again to the mean of both.
 _ROUNDED_UP = np.float32(0.5)
 
 
 def rounding_variance(tables: int, steps: Float32) -> Float32:
-    """Of products, for the rounding of entries and of means."""
-    return np.asarray((tables / 12 + QUARTERS**2 / 6) * steps**2, np.float32)
+    """The variance of dot products due to the rounding of entries and of means."""
+    return np.asarray((tables / 12 + SUMS_PER_ROW**2 / 6) * steps**2, np.float32)
 
 
 def products_of(means: Float32, steps: Float32, middles: Float32) -> Float32:
-    """The dot products that means of quarters stand for."""
-    return np.asarray((means - _ROUNDED_UP) * QUARTERS * steps - middles, np.float32)
+    """The dot products that means of the sums stand for."""
+    return np.asarray((means - _ROUNDED_UP) * SUMS_PER_ROW * steps - middles, np.float32)
 
 
 def limits_of(products: Float32, steps: Float32, middles: Float32) -> NDArray[np.uint8]:
-    """The least means of quarters that stand for dot products of at least these, float32 (q,)."""
-    least = np.ceil((products + middles) / (QUARTERS * steps) + _ROUNDED_UP - 1e-3)
+    """The lowest means of the sums that stand for dot products of at least these, float32 (q,)."""
+    least = np.ceil((products + middles) / (SUMS_PER_ROW * steps) + _ROUNDED_UP - 1e-3)
     return np.asarray(np.clip(least, 0, 255), np.uint8)
 
 
 def filled(tables: NDArray[np.uint8], limits: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """64-byte aligned, and filled up to a multiple of the kernel's width with probes that nothing reaches."""
-    missing = -len(tables) % WIDE
+    """64-byte aligned, and padded to a multiple of PROBES_PER_TILE with probes that no row reaches."""
+    missing = -len(tables) % PROBES_PER_TILE
     shape = (len(tables) + missing, *tables.shape[1:])
     whole = aligned(int(np.prod(shape))).reshape(shape)
     whole[: len(tables)] = tables
@@ -279,21 +287,22 @@ def filled(tables: NDArray[np.uint8], limits: NDArray[np.uint8]) -> tuple[NDArra
 
 
 def paired(codes: Sequence[NDArray[np.int8]]) -> NDArray[np.int8]:
-    """Probes of several columns, int8 (q, scanned) each, as `make_row_dot` wants them: int8 (columns, q, 2, octets)."""
-    octets = max(-(-c.shape[1] // 2 // PADDED) * PADDED for c in codes)
+    """Probes of several columns, int8 (q, scanned) each, in the layout of `make_row_dot`: int8 (columns, q, 2,
+    octets)."""
+    octets = max(-(-c.shape[1] // 2 // ROW_ALIGNMENT) * ROW_ALIGNMENT for c in codes)
     found = np.zeros((len(codes), len(codes[0]), 2, octets), np.int8)
-    for mine, some in zip(found, codes, strict=True):
+    for laid_out, some in zip(found, codes, strict=True):
         halves = some.reshape(len(some), -1, 2, STEP // 2).transpose(0, 2, 1, 3)
-        mine[:, :, : some.shape[1] // 2] = halves.reshape(len(some), 2, -1)
+        laid_out[:, :, : some.shape[1] // 2] = halves.reshape(len(some), 2, -1)
     return found
 
 
 @numba.njit(nogil=True, cache=True)
 def _entry(numbers: Any, levels: Any, step: float, entry: int) -> Any:
-    """What a table says of the rows whose numbers are in these classes."""
+    """One entry of a table: the sum for rows whose numbers are in these classes."""
     shift = 1 if levels.shape[0] == 2 else 2
     total = np.float32(0)
-    for b in range(numbers.shape[0]):  # the most that it can be is added, so that no entry is negative
+    for b in range(numbers.shape[0]):  # the largest possible value is added, so that no entry is negative
         level = levels[entry >> (shift * b) & levels.shape[0] - 1]
         total += abs(numbers[b]) * levels[-1] + numbers[b] * level
     return np.uint8(np.rint(total / step))
@@ -301,7 +310,7 @@ def _entry(numbers: Any, levels: Any, step: float, entry: int) -> Any:
 
 @numba.njit(nogil=True, cache=True)
 def _fill(numbers: Any, levels: Any, steps: Any, tables: Any) -> None:
-    """Every `_entry` of every table, from those that know one number less."""
+    """Fills every `_entry` of every table, from the entries with one number less."""
     totals = np.empty(tables.shape[2], np.float32)
     for p in range(numbers.shape[0]):
         for i in range(numbers.shape[1]):
@@ -319,7 +328,8 @@ def _fill(numbers: Any, levels: Any, steps: Any, tables: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _means(numbers: Any, levels: Any, steps: Any, quarter: int, upper: Any, seeds: Any, means: Any) -> None:
-    """Of pairs, what the kernel compares. upper: uint8 (n, tables, each), 0 to 15."""
+    """The value of pairs that the kernel compares with limits. upper: uint8 (n, tables, numbers), the high nibbles, 0
+    to 15."""
     each = upper.shape[2]
     for i in range(upper.shape[0]):
         sums = np.zeros(4, np.int64)
@@ -336,4 +346,4 @@ def _means(numbers: Any, levels: Any, steps: Any, quarter: int, upper: Any, seed
         means[i] = (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1
 
 
-assert CLASSES == ((0, 5), (5, 8), (8, 11), (11, 16)) and QUARTERS == 4  # what `_means` takes for granted
+assert CLASSES == ((0, 5), (5, 8), (8, 11), (11, 16)) and SUMS_PER_ROW == 4  # which `_means` relies on

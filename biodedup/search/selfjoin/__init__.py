@@ -1,1 +1,1 @@
-"""Joins: every row of a gallery compared with every other."""
+"""The self-join: every row of a gallery compared with every other."""

@@ -1,1 +1,1 @@
-"""Shards: a gallery in pieces, each searched on its own."""
+"""Shards: parts of a gallery that are searched separately."""

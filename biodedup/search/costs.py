@@ -1,0 +1,53 @@
+"""Machine-timed cost constants, by which a search chooses the cheapest way.
+
+Owns every constant that was timed on a machine. Never measures and never chooses; a wrong value makes a search slower,
+never incomplete.
+
+No command times a single constant. These commands time what the constants add up to; repeat them after a change:
+
+    python benchmarks/speed.py       searches of one column         ROW_COSTS
+    python benchmarks/columns.py     searches of several columns    MULTI_COLUMN_COSTS
+    python benchmarks/selfjoin.py    self-joins                     BUCKET_*
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowCosts:
+    """Nanoseconds a row. table: one table look-up; compared: the comparison of a row that the tables let through;
+    taken: unpacking the signs of a row, once for all probes; number: one number of a scan without tables."""
+
+    table: float
+    compared: float
+    taken: float
+    number: float
+
+
+@dataclass(frozen=True)
+class MultiColumnCosts:
+    """In table look-ups a row. taken: unpacking the signs of one column, once for all probes; compared: the comparison
+    of a row in one column by its high nibbles; one_column: a whole search of one column by itself."""
+
+    taken: float
+    compared: float
+    one_column: float
+
+
+ROW_COSTS = {
+    "avx2": RowCosts(0.0105, 13.0, 14.0, 0.0105),
+    "avx512": RowCosts(0.0064, 17.0, 7.0, 0.008),
+    "vnni": RowCosts(0.0064, 17.0, 7.0, 0.0052),
+    "vbmi": RowCosts(0.0063, 17.0, 6.5, 0.0052),
+}
+"""By instruction set. Without one of these there are no byte shuffles, and no table look-ups."""
+
+AVX2_MULTI_COLUMN_COSTS = MultiColumnCosts(0.0, 900.0, 64.0)
+MULTI_COLUMN_COSTS = MultiColumnCosts(8.0, 5_900.0, 98.0)
+"""With AVX-512. Wider registers make look-ups cheaper, but not comparisons: their rows come from all over the cache."""
+
+BUCKET_DIRECTION_NS, BUCKET_MEMBER_NS, BUCKET_PAIR_NS = 1.4, 1_500.0, 0.5
+"""Self-join, nanoseconds of a thread, with AVX2: a row compared with a bucket's direction; a row unpacked as a member
+of a bucket; a pair of members compared. A self-join without buckets takes BUCKET_PAIR_NS a pair, too."""

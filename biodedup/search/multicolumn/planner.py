@@ -1,0 +1,63 @@
+"""Decides for a gallery which rows are searched in several columns at once, and keeps the plans that it chose.
+
+Owns the plans of the last galleries, by codec and calibration. Never scans; how a plan is chosen: `plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from biodedup.config import Policy, SearchConfig
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.match.compare import Comparer
+from biodedup.search.multicolumn.plan import (
+    LlrTable,
+    MultiColumnPlan,
+    MultiColumnQuery,
+    choose,
+    codec_of,
+    largest_groups,
+)
+
+_REVIEW_STEP_DB = 3.0  # the threshold is rounded down to this, so that a plan lasts until the gallery has doubled
+
+
+class MultiColumnPlanner:
+    """Plans multi-column searches. Thread-safe."""
+
+    def __init__(self, comparer: Comparer, config: SearchConfig, policy: Callable[[], Policy]) -> None:
+        self._comparer = comparer
+        self._config = config
+        self._policy = policy
+        self._plans: dict[tuple[object, ...], MultiColumnPlan | None] = {}
+
+    def query(self, snapshot: Snapshot, columns: Collection[str]) -> MultiColumnQuery | None:
+        """The query for rows that have several of these columns; None if no rows are searched in several columns at
+        once."""
+        models = {name: snapshot.models[name] for name in sorted(columns) if name in snapshot.models}
+        calibrations = {n: self._comparer.calibration(m.model_id) for n, m in models.items() if m.dimension is not None}
+        # without measured mates nothing can be said of what is missed
+        calibrations = {name: calibration for name, calibration in calibrations.items() if calibration.mates_measured}
+        if len(calibrations) < 2 or self._config.miss_risk <= 0:
+            return None
+        _, review_db = self._policy().thresholds_db(snapshot.live_count)
+        review_db = _REVIEW_STEP_DB * (review_db // _REVIEW_STEP_DB)
+        plans = {}
+        for names, group in largest_groups(snapshot, calibrations).items():
+            of_group = {name: calibrations[name] for name in sorted(names)}
+            codecs = [codec_of(group.part.columns[name]).codec_id for name in of_group]
+            key = (review_db, *of_group, *of_group.values(), *codecs)
+            if key not in self._plans:
+                threshold_llr_db = self._comparer.llr_reaching(review_db, [models[name].model_id for name in of_group])
+                self._plans[key] = choose(
+                    group, of_group, self._config.miss_risk, threshold_llr_db, self._config.capture_correlation
+                )
+            plan = self._plans[key]
+            if plan is not None:
+                plans[names] = plan
+        if not plans:
+            return None
+        # The order by all embeddings is nearly final, unless rows have other captures to compare.
+        others = any(m.dimension is None or self._comparer.adds_minutiae(m.model_id) for m in snapshot.models.values())
+        k = self._config.candidates if others else min(4 * self._config.returned, self._config.candidates)
+        return MultiColumnQuery(plans, {n: LlrTable.of(c) for n, c in calibrations.items()}, k)

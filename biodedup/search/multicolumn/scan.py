@@ -1,0 +1,229 @@
+"""Searches rows that have several of a probe's columns in all of these columns at once, in one shard.
+
+Owns the scan of one group of rows, and the exact comparison of its best. Never chooses how far a scan goes (`plan.py`).
+
+1. Signs of all columns, some of each (`signs.py`), are summed, weighted by what a column is worth; a share of about
+   3e-4 of the rows passes.
+2. The rows that pass are compared by the high nibbles of all columns while these are in the cache. Their log-likelihood
+   ratios add up; rows among a probe's best so far, or above a floor, are kept.
+3. The best are compared exactly, and so is every row above the floor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from biodedup.gallery.files.codes import BLOCK_ROWS, rotate
+from biodedup.gallery.segments.part import PIECE_ROWS, Column, Int64, Part
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.search.multicolumn.plan import (
+    LlrTable,
+    MultiColumnHits,
+    MultiColumnPlan,
+    MultiColumnQuery,
+    RowGroup,
+    codec_of,
+    row_groups_of,
+)
+from biodedup.search.native import sign_kernel
+from biodedup.search.native.column_statistics import signs_of
+from biodedup.search.native.exact_pairs import compared
+from biodedup.search.native.scanner import Collected, Probes, Scanner
+from biodedup.search.native.sign_kernel import SignedProbes
+from biodedup.search.native.sign_tile import SIGN_TABLES
+from biodedup.search.native.signs import (
+    GROUP,
+    NOT_SEEDED,
+    SIGN,
+    filled,
+    limits_of,
+    paired,
+    rounding_variance,
+    tables_of,
+)
+from biodedup.values import Float32
+
+_PAIRS_PER_UNIT = 1 << 24  # pairs of a probe and a row that a thread takes on at once
+_SAMPLE_BLOCKS = 64  # of a group, from which the signs of unrelated rows are measured
+_RELEASE_PAIRS = 50_000  # compared; after more, the memory of what was read is released
+_SLACK = 3.5  # standard deviations
+
+# Kept for as long as the part lives: the values must not hold the part itself.
+_cells: WeakKeyDictionary[Part, dict[tuple[tuple[int, ...], tuple[str, ...]], NDArray[np.int32]]] = WeakKeyDictionary()
+_moments: WeakKeyDictionary[Part, dict[tuple[object, ...], tuple[Float32, Float32]]] = WeakKeyDictionary()
+
+
+def search(
+    scanner: Scanner, snapshot: Snapshot, parts: Sequence[Part], probes: Mapping[str, Float32], query: MultiColumnQuery
+) -> MultiColumnHits:
+    """probes: for each column of the query float32 (q, d), unit rows."""
+    pieces = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
+    scanned, passed = 0, 0
+    for part in parts:
+        for group in row_groups_of(part, query.columns):
+            plan = query.plans.get(frozenset(group.columns))
+            first = group.first_from(query.from_row)
+            if plan is None or first >= group.count:
+                continue
+            scan = _GroupScan(snapshot, group, plan, probes, query)
+            scan.run(scanner, first)
+            which, members, llr_db = scan.compare(scanner)
+            pieces.append((which, group.rows(members), llr_db))
+            scanned += group.count - first
+            passed += scan.passed
+    which, rows, llr_db = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    return MultiColumnHits(which, rows, llr_db, scanned, passed)
+
+
+class _GroupScan:
+    """The scan of one group of rows for a batch of probes."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        group: RowGroup,
+        plan: MultiColumnPlan,
+        vectors: Mapping[str, Float32],
+        query: MultiColumnQuery,
+    ) -> None:
+        self._group, self._query, self._streamed = group, query, snapshot.streamed
+        self._columns = {name: group.part.columns[name] for name in plan.columns}
+        self._probes = {name: Probes(codec_of(column), vectors[name]) for name, column in self._columns.items()}
+        self._live = snapshot.live_members(group.part, group.bits, group.positions, query.groups)
+        self._cells = _cells_of(group, plan.columns)
+        self._signed = self._signed_probes(plan)
+        floor = query.floor_llr_db - _slack_db(self._columns, query.llr_tables)
+        start = -np.inf if query.k else floor  # without k, rows below the floor are not wanted
+        self._collected = Collected(np.full(len(self._signed), start, np.float32), 2 * query.k, floor)
+        self.passed = 0
+        self._lock = threading.Lock()
+
+    def _signed_probes(self, plan: MultiColumnPlan) -> SignedProbes:
+        probes = list(self._probes.values())
+        used = tables_by_column(self._group, plan)
+        numbers = [
+            signs_of(column, SIGN_TABLES).numbers(probe.rotated, tables) * np.float32(weight)
+            for column, probe, tables, weight in zip(self._columns.values(), probes, used, plan.weights, strict=True)
+        ]
+        tables, steps, middles = tables_of(numbers, SIGN, SIGN_TABLES)
+        all_numbers = np.concatenate(numbers, axis=1)
+        mean, covariance = _sign_moments(self._group, plan)
+        variance = np.einsum("ij,ij->i", rotate(all_numbers, covariance), all_numbers)
+        variance += rounding_variance(tables.shape[1], steps)
+        z = np.float32(-ndtri(plan.share))
+        limits = limits_of(rotate(all_numbers, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
+        return SignedProbes(
+            *filled(tables, limits),
+            np.array(used, np.int64),
+            SIGN_TABLES,
+            NOT_SEEDED,
+            paired([probe.codes for probe in probes]),
+            np.stack([probe.parameters for probe in probes]),
+            np.stack([self._query.llr_tables[name].llr_db for name in self._columns]),
+        )
+
+    def run(self, scanner: Scanner, first: int) -> None:
+        """Scans the members from first on; the best are kept."""
+        size = max(_PAIRS_PER_UNIT // len(self._signed) // BLOCK_ROWS, 16) * BLOCK_ROWS
+        size = min(size, max(-(-self._group.count // (4 * scanner.threads)) // BLOCK_ROWS, 1) * BLOCK_ROWS)
+        scanner.run(lambda low: self._scan(low, first, size), range(first // size * size, self._group.count, size))
+
+    def _scan(self, low: int, first: int, size: int) -> None:
+        high = min(low + size, self._group.count)
+        members, nibbles = None, []
+        if self._cells is None:
+            nibbles = [column.high_nibbles(low, high) for column in self._columns.values()]
+        else:
+            members = self._cells[:, low:high]
+            bases = members[:, 0] // BLOCK_ROWS * BLOCK_ROWS
+            for column, cells, base in zip(self._columns.values(), members, bases.tolist(), strict=True):
+                nibbles.append(column.high_nibbles(base, int(cells[-1]) + 1))
+            members = np.ascontiguousarray(members - bases[:, None])
+        live = self._live[low // BLOCK_ROWS : -(-high // BLOCK_ROWS)]
+        room = 2 * self._signed.room
+        which, cells, llr_db = np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32)
+        block, span = 0, (max(first - low, 0), high - low)
+        while block < -(-(high - low) // BLOCK_ROWS):
+            cuts, out = self._collected.cuts, (which, cells, llr_db)
+            number, block, passed = sign_kernel.scan(nibbles, members, live, span, block, self._signed, cuts, out)
+            if number:
+                self._collected.add(which[:number].copy(), 0, cells[:number] + low, llr_db[:number].copy())
+            with self._lock:
+                self.passed += passed
+
+    def compare(self, scanner: Scanner) -> tuple[Int64, Int64, Float32]:
+        """Compares the best exactly: probe, member and llr_db of each."""
+        hits = self._collected.best()
+        order = np.argsort(hits.cell, kind="stable")  # as they lie on the disk
+        which, members = hits.which[order], hits.cell[order]
+        exact = np.zeros(len(members), np.float32)
+
+        def compare(low: int) -> None:
+            piece = slice(low, low + PIECE_ROWS)
+            for name, column in self._columns.items():
+                cells = self._group.cells(name, members[piece])
+                similarity = compared(column, cells, self._probes[name].rotated, which[piece])
+                exact[piece] += self._query.llr_tables[name].at(similarity)
+
+        scanner.each(compare, range(0, len(members), PIECE_ROWS))
+        for column in self._columns.values() if len(members) > _RELEASE_PAIRS else ():
+            column.release(forget=column in self._streamed)
+        return which.astype(np.int64), members, exact
+
+
+def _cells_of(group: RowGroup, columns: Sequence[str]) -> NDArray[np.int32] | None:
+    """The cells of the group's members in each column, int32 (columns, n), or None if they are the members' own
+    numbers."""
+    held = [group.part.columns[name] for name in columns]
+    if group.positions is None and all(column.full for column in held):
+        return None
+    known = _cells.setdefault(group.part, {})
+    key = (group.bits, tuple(columns))
+    if key not in known:
+        members = np.arange(group.count)
+        known[key] = np.stack([group.cells(name, members).astype(np.int32) for name in columns])
+    return known[key]
+
+
+def _sign_moments(group: RowGroup, plan: MultiColumnPlan) -> tuple[Float32, Float32]:
+    """Mean (n,) and covariance (n, n) of the signs that a plan looks at, of all its columns, over a sample of the
+    group."""
+    known = _moments.setdefault(group.part, {})
+    key = (group.bits, plan.columns, plan.groups)
+    if key not in known:
+        starts = np.unique(np.linspace(0, group.count - 1, _SAMPLE_BLOCKS).astype(np.int64) // BLOCK_ROWS)
+        members = (starts[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
+        members = members[members < group.count]
+        by_column = []
+        for name, tables in zip(plan.columns, tables_by_column(group, plan), strict=True):
+            column = group.part.columns[name]
+            cells, inverse = np.unique(group.cells(name, members), return_inverse=True)
+            by_column.append(signs_of(column, SIGN_TABLES).of_codes(column.codes_at(cells)[0], tables)[inverse])
+        signs = np.concatenate(by_column, axis=1)
+        covariance = np.cov(signs.T).reshape(signs.shape[1], -1)
+        known[key] = signs.mean(axis=0).astype(np.float32), covariance.astype(np.float32)
+    return known[key]
+
+
+def tables_by_column(group: RowGroup, plan: MultiColumnPlan) -> list[int]:
+    """How many sign tables of each column the plan looks at."""
+    limits = [signs_of(group.part.columns[name], SIGN_TABLES).tables for name in plan.columns]
+    return [min(GROUP * groups, limit) for groups, limit in zip(plan.groups, limits, strict=True)]
+
+
+def _slack_db(columns: Mapping[str, Column], llr_tables: Mapping[str, LlrTable]) -> float:
+    """By how much the estimated evidence may be too low: the columns' errors, each where its table is steepest, added
+    up."""
+    variance = 0.0
+    for name, column in columns.items():
+        llr_db = llr_tables[name].llr_db
+        steepest = float(np.diff(llr_db).max()) * (len(llr_db) - 1) / 2
+        variance += (steepest * max(codec_of(column).law.sd)) ** 2
+    return _SLACK * sqrt(variance)
