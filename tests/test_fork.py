@@ -96,6 +96,7 @@ def test_a_childs_end_releases_nothing_of_the_parents(tmp_path, name):
 import gc, os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import biodedup as bd
+from biodedup.gallery.segments.tail import StoredDecision
 from small_gallery import enroll, small
 from test_fork import ENDINGS
 engine = bd.Engine.open({str(tmp_path / "g")!r}, small(background=True))
@@ -104,7 +105,7 @@ for i in range(9):
 gallery = engine._gallery
 with gallery.lock:
     gallery._catalogue.begin()  # as in the midst of a commit
-    gallery._catalogue.add_answer("half", bd.gallery.tail.Answer(b"", "unique", "{{}}"))
+    gallery._catalogue.add_answer("half", StoredDecision(b"", "unique", "{{}}"))
     pid = os.fork()
     if not pid:
         ENDINGS[{name!r}](engine)

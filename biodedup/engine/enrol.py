@@ -34,7 +34,7 @@ from biodedup.gallery.answers import answered_before, digest_of, to_json
 from biodedup.gallery.cases import Request, resembled
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.segments.tail import Answer
+from biodedup.gallery.segments.tail import StoredDecision
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
@@ -246,7 +246,7 @@ class Enrolment:
                 transaction.add(probe.subject_id, probe.templates, encounter_id, asked.groups)
         elif decision.outcome == "review":
             transaction.hold(probe.subject_id, probe.templates, encounter_id, asked, resembled(decision))
-        transaction.record(encounter_id, Answer(digest, decision.outcome, to_json(decision)))
+        transaction.record(encounter_id, StoredDecision(digest, decision.outcome, to_json(decision)))
         return decision
 
     def thin_out(self, transaction: Transaction, subject_id: str) -> None:

@@ -24,7 +24,7 @@ from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput
 from biodedup.gallery.answers import answered_before, batch_answered_before, digest_of, digest_of_batch, to_json
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.segments.tail import Answer
+from biodedup.gallery.segments.tail import StoredDecision
 from biodedup.gallery.transaction import Transaction
 from biodedup.search.searcher import Found
 from biodedup.values import (
@@ -83,7 +83,7 @@ class _Batch:
 
     def record(self, transaction: Transaction) -> None:
         if self.encounter_id is not None:
-            answer = Answer(self.digest, "loaded", json.dumps({"added": len(self.ids)}))
+            answer = StoredDecision(self.digest, "loaded", json.dumps({"added": len(self.ids)}))
             transaction.record(self.encounter_id, answer)
 
 
@@ -237,7 +237,7 @@ class Loader:
                     if transaction.snapshot().row_of(probe.subject_id) is not None:
                         transaction.remove(probe.subject_id)
                     transaction.add(probe.subject_id, probe.templates, encounter_id, probe.encounter.groups)
-                transaction.record(encounter_id, Answer(digests[i], decision.outcome, to_json(decision)))
+                transaction.record(encounter_id, StoredDecision(digests[i], decision.outcome, to_json(decision)))
         return [answer for answer in answers.values() if answer is not None]
 
 

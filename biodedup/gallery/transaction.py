@@ -34,7 +34,7 @@ from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segments.part import Int64, Part
 from biodedup.gallery.segments.segment import Segment, SegmentEntry, open_segment, unused_number, write_segment
-from biodedup.gallery.segments.tail import Answer, Tail, TailPart
+from biodedup.gallery.segments.tail import StoredDecision, Tail, TailPart
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.values import Case, Column, Decision, Template, Verdict
 
@@ -62,7 +62,7 @@ class Transaction:
         self.group_sets = dict(before.group_sets)
         self.pending = before.pending
         self.different = before.different
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, StoredDecision] = {}
         self.policies: list[PolicyVersion] = []
         self.new_segments: list[int] = []
         self.retired: list[Segment] = []
@@ -245,7 +245,7 @@ class Transaction:
         self.tombstones = np.union1d(self.tombstones, np.asarray(rows, np.int64))
         self.content_changed = self.content_changed or bool(len(rows))
 
-    def record(self, encounter_id: str, answer: Answer) -> None:
+    def record(self, encounter_id: str, answer: StoredDecision) -> None:
         """Stores what was sent and answered, so that a resent encounter gets the same answer."""
         _ = answer.compressed  # now, so that sealing need not
         self._catalogue.add_answer(encounter_id, answer)

@@ -22,7 +22,7 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import PIECE_ROWS, Answers, Column, Int64, Part, sorted_lookup
-from biodedup.gallery.segments.tail import Answer, TailAnswers
+from biodedup.gallery.segments.tail import StoredDecision, TailAnswers
 from biodedup.gallery.snapshot import Snapshot
 
 Rename = Callable[[Packed], Packed]
@@ -85,9 +85,9 @@ def record(target: Gallery, name: str, **facts: object) -> None:
             transaction.record(name, note(facts))
 
 
-def note(facts: Mapping[str, object]) -> Answer:
+def note(facts: Mapping[str, object]) -> StoredDecision:
     """An answer of a job, which is no decision: it says how many subjects were added."""
-    return Answer(b"", "merged", json.dumps({"added": 0} | dict(facts)))
+    return StoredDecision(b"", "merged", json.dumps({"added": 0} | dict(facts)))
 
 
 def _copied(

@@ -38,7 +38,7 @@ import xxhash
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
 from biodedup.gallery.segments.segment import SegmentEntry
-from biodedup.gallery.segments.tail import Answer
+from biodedup.gallery.segments.tail import StoredDecision
 from biodedup.texts import KnownId
 from biodedup.values import COLUMNS, Column, Template, Verdict
 
@@ -344,11 +344,11 @@ class Catalogue:
         else:
             self.put("cell", ((key, None, record, None) for key, record in zip(keys, cells, strict=True) if record))
 
-    def answers(self) -> dict[str, Answer]:
+    def answers(self) -> dict[str, StoredDecision]:
         """encounter_id -> what was sent and answered."""
-        return {key: Answer(digest, outcome, answer) for key, digest, outcome, answer in self._all("encounter")}
+        return {key: StoredDecision(digest, outcome, answer) for key, digest, outcome, answer in self._all("encounter")}
 
-    def add_answer(self, encounter_id: str, answer: Answer) -> None:
+    def add_answer(self, encounter_id: str, answer: StoredDecision) -> None:
         self.put("encounter", [(encounter_id, answer.digest, answer.outcome, answer.text)])
 
     def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:

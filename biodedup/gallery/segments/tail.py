@@ -29,7 +29,7 @@ from biodedup.values import COLUMNS, Column, Float32, Template
 
 
 @dataclass(frozen=True)
-class Answer:
+class StoredDecision:
     """What was sent (digest) and what was answered (JSON)."""
 
     digest: bytes
@@ -76,7 +76,7 @@ class Tail:
         self.positions_of: dict[str, tuple[int, ...]] = {}
         self.again: list[tuple[int, int]] = []
         """(position, hash of the subject_id) of each row that was not the first under its id."""
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, StoredDecision] = {}
 
     @property
     def count(self) -> int:
@@ -319,7 +319,7 @@ class TailColumn:
 class TailAnswers:
     """The answers of the journal."""
 
-    def __init__(self, answers: Mapping[str, Answer]) -> None:
+    def __init__(self, answers: Mapping[str, StoredDecision]) -> None:
         self._answers = answers
         self.count = len(answers)
 
