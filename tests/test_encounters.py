@@ -293,8 +293,7 @@ def test_which_rows_are_kept_goes_by_quality_and_then_by_time(tmp_path):
         engine.remove("anna")
         clock = iter(times)
         decisions = [engine.identify(bd.Encounter("anna", templates={"face": anna})) for _ in times]
-        from biodedup.gallery.answers import to_json
-        from biodedup.gallery.segments.tail import StoredDecision
+        from biodedup.gallery.answers import StoredDecision, to_json
 
         with engine._gallery.transaction() as transaction:
             for i, (quality, decision) in enumerate(zip(qualities, decisions, strict=True)):

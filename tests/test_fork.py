@@ -96,7 +96,7 @@ def test_a_childs_end_releases_nothing_of_the_parents(tmp_path, name):
 import gc, os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import biodedup as bd
-from biodedup.gallery.segments.tail import StoredDecision
+from biodedup.gallery.answers import StoredDecision
 from small_gallery import enroll, small
 from test_fork import ENDINGS
 engine = bd.Engine.open({str(tmp_path / "g")!r}, small(background=True))

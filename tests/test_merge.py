@@ -550,7 +550,7 @@ def stage_of(folder: Path, merge_id: str) -> str:
     try:
         found = [""]
         for stage in ("begun", "completed:0", "removed", "applied"):
-            found += [stage] * (gallery.snapshot().answer(f"merge:{merge_id}:{stage}") is not None)
+            found += [stage] * (gallery.snapshot().job_step(f"merge:{merge_id}:{stage}") is not None)
         return found[-1]
     finally:
         gallery.close()

@@ -583,7 +583,7 @@ class Engine:
         """The decision that an encounter got, or None for one never seen; of a case, as it stands by now."""
         self._check_open()
         stored = self._gallery.answer(encounter_id)
-        return None if stored is None or '"added"' in stored[1] else from_json(stored[1])
+        return None if stored is None or stored.kind != "decision" else from_json(stored.text)
 
     def recall(self, encounter: Encounter) -> Decision | None:
         """The decision that this very encounter got, or None for one never seen. Writes nothing. Raises EncounterConflict where its id was

@@ -30,11 +30,10 @@ from biodedup.errors import (
     StorageUnavailable,
     UnknownSubject,
 )
-from biodedup.gallery.answers import answered_before, digest_of, to_json
+from biodedup.gallery.answers import AnswerOf, StoredDecision, answered_before, digest_of, to_json
 from biodedup.gallery.cases import Request, resembled
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.segments.tail import StoredDecision
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
@@ -221,9 +220,7 @@ class Enrolment:
         return self._decider.confirmed(decision, probe, now, subject_rows)
 
     @staticmethod
-    def answered(
-        answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes, now: Snapshot
-    ) -> Decision | None:
+    def answered(answer_of: AnswerOf, encounter: Encounter, digest: bytes, now: Snapshot) -> Decision | None:
         """The answer that this encounter got before; it says `removed` where its subject has been removed since."""
         answer = answered_before(answer_of, encounter, digest)
         if answer is None or answer.outcome != "unique" or answer.subject_id is None:

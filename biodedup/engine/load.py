@@ -21,10 +21,18 @@ from numpy.typing import NDArray
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, check_models, in_memory, require_subject
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput
-from biodedup.gallery.answers import answered_before, batch_answered_before, digest_of, digest_of_batch, to_json
+from biodedup.gallery.answers import (
+    LOADED,
+    AnswerOf,
+    StoredDecision,
+    answered_before,
+    batch_answered_before,
+    digest_of,
+    digest_of_batch,
+    to_json,
+)
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.segments.tail import StoredDecision
 from biodedup.gallery.transaction import Transaction
 from biodedup.search.searcher import Found
 from biodedup.values import (
@@ -75,7 +83,7 @@ class _Batch:
             groups=[self.groups[i] for i in rows.tolist()],
         )
 
-    def was_added(self, answer_of: Callable[[str], tuple[bytes, str] | None]) -> bool:
+    def was_added(self, answer_of: AnswerOf) -> bool:
         """Raises EncounterConflict where the encounter_id stands for something else."""
         return self.encounter_id is not None and batch_answered_before(
             answer_of(self.encounter_id), self.encounter_id, self.digest
@@ -83,7 +91,7 @@ class _Batch:
 
     def record(self, transaction: Transaction) -> None:
         if self.encounter_id is not None:
-            answer = StoredDecision(self.digest, "loaded", json.dumps({"added": len(self.ids)}))
+            answer = StoredDecision(self.digest, LOADED, json.dumps({"added": len(self.ids)}))
             transaction.record(self.encounter_id, answer)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from biodedup.errors import EncounterConflict, GalleryDamaged, InvalidInput
-from biodedup.gallery.answers import from_json
+from biodedup.gallery.answers import StoredDecision, from_json, parsed
 from biodedup.gallery.catalogue.sqlite import Catalogue
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.values import Candidate, Case, Decision, Refusal, Ruling, Verdict, strong
@@ -55,23 +55,20 @@ def resembled(decision: Decision) -> tuple[str, ...]:
     return tuple(dict.fromkeys(candidate.case for candidate in decision.candidates if candidate.case))
 
 
-def is_review(answer: str) -> bool:
-    """Whether an answer, as JSON, is that of a case."""
-    return '"outcome":"review"' in answer  # quotes inside a value are escaped
-
-
-def standing(catalogue: Catalogue, encounter_id: str, answer: str) -> str:
-    """The decision as it stands, JSON. answer: the one that was given first."""
+def standing(catalogue: Catalogue, encounter_id: str, first: StoredDecision) -> StoredDecision:
+    """The answer as it stands. first: the one that was given first; only of a case has it changed since."""
+    if first.outcome != "review":
+        return first
     stored = catalogue.case(encounter_id)
-    return answer if stored is None or stored[1] is None else stored[1]
+    return first if stored is None or stored[1] is None else StoredDecision.read(first.digest, stored[1])
 
 
 def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Case | None:
     """A case, open or closed; None for an encounter that never went to review."""
     answer = snapshot.answer(encounter_id)
-    if answer is None or not is_review(answer[1]):
+    if answer is None or answer.outcome != "review":
         return None
-    first = from_json(answer[1])
+    first = from_json(answer.text)
     if first.subject_id is None:
         raise GalleryDamaged("a case is of no subject; run `biodedup doctor`")
     stored = catalogue.case(encounter_id)
@@ -136,7 +133,7 @@ def _enrolled_at(snapshot: Snapshot, row: int) -> float:
     """When the encounter of a row was decided; 0 where it was loaded without one."""
     (encounter_id,) = snapshot.encounter_ids([row])
     answer = snapshot.answer(encounter_id) if encounter_id else None
-    return 0.0 if answer is None else float(json.loads(answer[1]).get("decided_at", 0.0))
+    return 0.0 if answer is None else float(parsed(answer.text).get("decided_at", 0.0))
 
 
 def different_rows(case: Case, verdicts: Iterable[Verdict]) -> list[tuple[int, int]]:

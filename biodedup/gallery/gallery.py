@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery
-from biodedup.gallery.cases import is_review, judged_before, read_case, standing
+from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.cases import judged_before, read_case, standing
 from biodedup.gallery.catalogue.sqlite import (
     APPLICATION_ID,
     FORMAT_VERSION,
@@ -222,13 +223,13 @@ class Gallery:
         """column -> the best template enrolled there; None where the subject is not enrolled."""
         return self.snapshot().best_templates(subject_id)
 
-    def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
+    def answer(self, encounter_id: str) -> StoredDecision | None:
         """As `Snapshot.answer`; of a case, the decision as it stands."""
         found = self.snapshot().answer(encounter_id)
-        if found is None or not is_review(found[1]):
-            return found
+        if found is None or found.outcome != "review":
+            return found  # without waiting for the lock
         with self._reading():
-            return found[0], standing(self._catalogue, encounter_id, found[1])
+            return standing(self._catalogue, encounter_id, found)
 
     def case(self, encounter_id: str) -> Case | None:
         """An encounter that went to review, open or closed."""
@@ -566,6 +567,7 @@ class Gallery:
             self._catalogue.pending(),
             self._state.extra_rows,
             self._catalogue.judged(),
+            self._catalogue.job_steps(),
         )
         if not self._catalogue.has_encounters():  # and no writer has opened it
             return replace(snapshot, different=paired(judged_before(self._catalogue.verdicts(), snapshot))), tail

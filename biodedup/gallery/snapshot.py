@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.filesystem import memory_bytes
@@ -34,7 +35,7 @@ _MEMORY_SHARE = 0.75  # that a gallery may fill; of the rest everything else liv
 class Snapshot:
     """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending; pending: row of an open
     case -> its encounter_id; extra_rows: live rows beyond the first of their subject; different: row -> rows that were judged to be
-    of somebody else, in both directions."""
+    of another person, in both directions; steps: name of a step that a job has done -> what it noted, JSON."""
 
     version: int
     row_count: int
@@ -45,6 +46,7 @@ class Snapshot:
     pending: Mapping[int, str] = field(default_factory=dict, repr=False)
     extra_rows: int = 0
     different: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    steps: Mapping[str, str] = field(default_factory=dict, repr=False)
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
     )
@@ -213,8 +215,16 @@ class Snapshot:
             present &= self.tombstones[at] != rows
         return present
 
-    def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
-        """(digest of what was sent, answer as JSON), or None for an encounter never seen."""
+    def job_step(self, name: str) -> dict[str, Any] | None:
+        """What a job noted of a step that it has done, or None."""
+        text = self.steps.get(name)
+        if text is not None:
+            return parsed(text)
+        stored = self.answer(name)  # as releases before 0.3.0 noted it
+        return None if stored is None or stored.kind != "job" else parsed(stored.text)
+
+    def answer(self, encounter_id: str) -> StoredDecision | None:
+        """What was sent and answered, or None for an encounter never seen."""
         hashed = packed.hash_of(encounter_id)
         for part in reversed(self.parts):
             found = part.answers.find(encounter_id, hashed)

@@ -337,7 +337,7 @@ def _counters(catalogue: Catalogue) -> State | None:
 
 
 def _held(catalogue: Catalogue, entries: Sequence[SegmentEntry]) -> Held:
-    changes = len(catalogue.answers()) + sum(1 for _ in catalogue.verdicts())
+    changes = len(catalogue.answers()) + len(catalogue.job_steps()) + sum(1 for _ in catalogue.verdicts())
     return Held(entries, [row for row, *_ in catalogue.subjects()], catalogue.removal_versions(), changes)
 
 

@@ -19,7 +19,7 @@ from biodedup.gallery.segments.segment import SegmentEntry
 @dataclass(frozen=True)
 class Held:
     """What a gallery holds. journal_rows: rows of the journal, ascending; versions: of each removal that is still noted; changes:
-    answers and verdicts, each of which may have been a version of its own."""
+    answers, steps of jobs and verdicts, each of which may have been a version of its own."""
 
     entries: Sequence[SegmentEntry]
     journal_rows: Sequence[int]

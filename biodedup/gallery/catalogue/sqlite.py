@@ -18,6 +18,7 @@ Owns the schema and every SQL statement. Never decides, never searches, never ca
 | verdict | what a person ruled on a case and one of its candidates; kept for ever |
 | judged | one pair of rows that a verdict says are of two people |
 | link | one open case that has another one as a candidate |
+| job_step | one step that a job has done, by name, and what it noted; kept for ever |
 | policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
@@ -36,9 +37,9 @@ import numpy as np
 import xxhash
 
 from biodedup.errors import GalleryDamaged
+from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
 from biodedup.gallery.segments.segment import SegmentEntry
-from biodedup.gallery.segments.tail import StoredDecision
 from biodedup.texts import KnownId
 from biodedup.values import COLUMNS, Column, Template, Verdict
 
@@ -64,6 +65,7 @@ _COLUMNS_OF = {
     "pending": "row INTEGER PRIMARY KEY, encounter_id TEXT",
     "judged": "number INTEGER PRIMARY KEY, row INTEGER, other INTEGER",
     "link": "number INTEGER PRIMARY KEY, encounter_id TEXT, other TEXT",
+    "job_step": "name TEXT PRIMARY KEY, facts TEXT",
     "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
 }
 _ADDED = {
@@ -73,8 +75,12 @@ _ADDED = {
     "judged": "encounters",
     "link": "encounters",
     "policy": "policies",
+    "job_step": "job_steps",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
+
+_RENEWED = set(_ADDED.values()) - {"encounters"}
+"""Settings that `Catalogue.renew` makes true; `encounters` comes with the rows of open cases (`Transaction.adopt_cases`)."""
 
 _INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
 
@@ -163,7 +169,7 @@ class Catalogue:
 
     def is_current(self) -> bool:
         """Whether `renew` has nothing to do."""
-        return self.identify()[1] == FORMAT_VERSION
+        return self.identify()[1] == FORMAT_VERSION and _RENEWED <= self.meta().keys()
 
     def renew(self) -> None:
         """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
@@ -174,8 +180,7 @@ class Catalogue:
                 if table == "policy":
                     self.add_policy(first[0])
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        # `encounters` comes with the rows of open cases
-        self.put("meta", [("format", str(FORMAT_VERSION)), ("cases", "1"), ("policies", "1")])
+        self.put("meta", [("format", str(FORMAT_VERSION)), *((setting, "1") for setting in sorted(_RENEWED))])
 
     def _create(self, table: str) -> None:
         for statement in _schema([table]).values():
@@ -350,6 +355,13 @@ class Catalogue:
 
     def add_answer(self, encounter_id: str, answer: StoredDecision) -> None:
         self.put("encounter", [(encounter_id, answer.digest, answer.outcome, answer.text)])
+
+    def job_steps(self) -> dict[str, str]:
+        """Name of a step that a job has done -> what it noted, JSON."""
+        return {name: facts for name, facts in self._all("job_step")}
+
+    def add_job_step(self, name: str, facts: str) -> None:
+        self.put("job_step", [(name, facts)])
 
     def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
         """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""

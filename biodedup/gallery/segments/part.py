@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
 from biodedup.gallery.files.packed import Packed
@@ -84,8 +85,7 @@ class Answers(Protocol):
     @property
     def outcomes(self) -> Mapping[str, int]: ...
 
-    def find(self, encounter_id: str, hashed: np.uint64) -> tuple[bytes, str] | None:
-        """(digest of what was sent, answer as JSON)."""
+    def find(self, encounter_id: str, hashed: np.uint64) -> StoredDecision | None: ...
 
     def ids(self, low: int, high: int) -> Packed: ...
 

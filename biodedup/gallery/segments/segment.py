@@ -25,6 +25,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from biodedup.errors import BiodedupError, EngineClosed, GalleryDamaged
+from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import TRAINING_ROWS_MAX, TRAINING_ROWS_MIN, Codec, make_codec
 from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, joined, lower_halves, plane_shape, planes
@@ -392,14 +393,14 @@ class SegmentAnswers:
             self._digests, self._texts = (_Strings(self._file, n, self.count) for n in ("digest", "answer"))
             _check_lookup(self._lookup, self.count)
 
-    def find(self, encounter_id: str, hashed: np.uint64) -> tuple[bytes, str] | None:
+    def find(self, encounter_id: str, hashed: np.uint64) -> StoredDecision | None:
         if not self.count:
             return None
         found = _find(self._lookup, self._ids, encounter_id, hashed)
         if not found:
             return None
         at = np.array([max(found)])  # the last answer: an encounter that was refused may have been sent again
-        return self._digests.take(at)[0].as_py(), self._inflated(self._texts.take(at)[0].as_py())
+        return StoredDecision.read(self._digests.take(at)[0].as_py(), self._inflated(self._texts.take(at)[0].as_py()))
 
     def _inflated(self, data: bytes) -> str:
         assert self._file is not None, "there are answers"

@@ -10,36 +10,21 @@ grown large it is sealed into a segment, and a new one begins.
 
 from __future__ import annotations
 
-import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
 from biodedup.gallery.files.packed import Packed, hash_of, hashes, pack, pack_text, text
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64, sorted_lookup
 from biodedup.values import COLUMNS, Column, Float32, Template
-
-
-@dataclass(frozen=True)
-class StoredDecision:
-    """What was sent (digest) and what was answered (JSON)."""
-
-    digest: bytes
-    outcome: str
-    text: str
-
-    @cached_property
-    def compressed(self) -> bytes:
-        """The text as segments hold it. Made when an answer is recorded, so that sealing has nothing left to do."""
-        return zlib.compress(self.text.encode())
 
 
 class GrowingArray:
@@ -327,9 +312,8 @@ class TailAnswers:
     def outcomes(self) -> Mapping[str, int]:
         return dict(Counter(answer.outcome for answer in list(self._answers.values())))
 
-    def find(self, encounter_id: str, hashed: np.uint64 | None = None) -> tuple[bytes, str] | None:
-        found = self._answers.get(encounter_id)
-        return None if found is None else (found.digest, found.text)
+    def find(self, encounter_id: str, hashed: np.uint64 | None = None) -> StoredDecision | None:
+        return self._answers.get(encounter_id)
 
     def ids(self, low: int, high: int) -> Packed:
         return pack_text(list(self._answers)[low:high])
