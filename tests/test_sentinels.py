@@ -20,7 +20,7 @@ from biodedup import jobs
 from biodedup.cli import app
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.names import SENTINELS_NAME
-from biodedup.gallery.segments.segment import SegmentColumn
+from biodedup.gallery.segments.reader import SegmentColumn
 from biodedup.jobs.health import canaries as sentinels
 from biodedup.jobs.health import canary_file as sentinel_file
 from biodedup.match.minutiae import CylinderMatcher

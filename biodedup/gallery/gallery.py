@@ -51,18 +51,11 @@ from biodedup.gallery.files.packed import hashes, pack_text
 from biodedup.gallery.files.private import refuse_link
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segments.compaction import due, grouped
+from biodedup.gallery.segments.layout import SegmentEntry, file_name, number_of, unused_number
 from biodedup.gallery.segments.part import Int64, Part, Rows
-from biodedup.gallery.segments.segment import (
-    Abandoned,
-    Segment,
-    SegmentEntry,
-    file_name,
-    number_of,
-    open_segment,
-    unused_number,
-    write_segment,
-)
+from biodedup.gallery.segments.reader import Segment, open_segment
 from biodedup.gallery.segments.tail import Tail, TailPart
+from biodedup.gallery.segments.writer import Abandoned, write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction
 from biodedup.values import Case, Column, Float32, Template, Verdict

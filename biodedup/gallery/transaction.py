@@ -33,9 +33,11 @@ from biodedup.gallery.catalogue.sqlite import Catalogue, ColumnModel, State, pai
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.policies import PolicyVersion
+from biodedup.gallery.segments.layout import SegmentEntry, unused_number
 from biodedup.gallery.segments.part import Int64, Part
-from biodedup.gallery.segments.segment import Segment, SegmentEntry, open_segment, unused_number, write_segment
+from biodedup.gallery.segments.reader import Segment, open_segment
 from biodedup.gallery.segments.tail import Tail, TailPart
+from biodedup.gallery.segments.writer import write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.values import Case, Column, Decision, Template, Verdict
 

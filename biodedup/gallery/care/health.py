@@ -44,18 +44,10 @@ from biodedup.gallery.files.names import (
 )
 from biodedup.gallery.files.private import refuse_link
 from biodedup.gallery.gallery import check_format
+from biodedup.gallery.segments.layout import DERIVED, ENCOUNTER, LOOKUP, SUBJECT, SegmentEntry, file_name, number_of
 from biodedup.gallery.segments.part import PIECE_ROWS
-from biodedup.gallery.segments.segment import (
-    DERIVED,
-    ENCOUNTER,
-    LOOKUP,
-    SUBJECT,
-    Segment,
-    SegmentEntry,
-    file_name,
-    number_of,
-    rebuild_lookup,
-)
+from biodedup.gallery.segments.reader import Segment
+from biodedup.gallery.segments.writer import rebuild_lookup
 from biodedup.values import COLUMNS
 
 COUNTERS = "counters"

@@ -22,7 +22,7 @@ from biodedup.gallery.files.names import (
     SENTINELS_NAME,
 )
 from biodedup.gallery.files.private import refuse_link
-from biodedup.gallery.segments.segment import number_of
+from biodedup.gallery.segments.layout import number_of
 
 _DATABASES = [name + suffix for name in (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAME) for suffix in ("", NEW_SUFFIX)]
 _WORKING = {

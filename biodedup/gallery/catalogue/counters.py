@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from biodedup.gallery.catalogue.sqlite import State
-from biodedup.gallery.segments.segment import SegmentEntry
+from biodedup.gallery.segments.layout import SegmentEntry
 
 
 @dataclass(frozen=True)

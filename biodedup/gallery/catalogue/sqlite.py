@@ -39,7 +39,7 @@ import xxhash
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
-from biodedup.gallery.segments.segment import SegmentEntry
+from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.texts import KnownId
 from biodedup.values import COLUMNS, Column, Template, Verdict
 

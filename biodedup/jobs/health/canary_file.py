@@ -35,7 +35,7 @@ from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import SENTINELS_NAME
 from biodedup.gallery.segments.part import Int64, Part
-from biodedup.gallery.segments.segment import Segment
+from biodedup.gallery.segments.reader import Segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.synthetic.vectors import mates_of
 from biodedup.values import COLUMNS, Float32
