@@ -22,7 +22,7 @@ from conftest import again, people
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 
 SUBJECTS = people(20)

@@ -19,7 +19,7 @@ from small_gallery import PEOPLE, enroll, nearest, small
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.column_file import Stream, open_column_file, write_column_file
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.segments.layout import file_name

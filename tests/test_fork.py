@@ -16,7 +16,7 @@ from small_gallery import PEOPLE, enroll, nearest, small
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import FileLock, LocalStorage
 
 

@@ -18,7 +18,7 @@ from hostile_gallery import Opened, change, name_anew
 from small_gallery import PEOPLE, nearest, small
 
 import biodedup as bd
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 
 RECORDS = 12

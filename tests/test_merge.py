@@ -24,7 +24,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.config import EXTERNAL_MINUTIAE
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.merging.survivors import Member, folded, survivor

@@ -48,9 +48,10 @@ from biodedup.engine.review import Review
 from biodedup.engine.search import Searches
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import answered_before, digest_of, from_json
-from biodedup.gallery.care.health import Copied, backup, inspect
+from biodedup.gallery.care.backup import Copied, backup
 from biodedup.gallery.care.history import NotedClock, date_notes
 from biodedup.gallery.care.lookalikes import look_alikes
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
