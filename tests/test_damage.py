@@ -192,7 +192,7 @@ def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
         gallery._broken = True
         enroll(engine, 14)  # recovers first
         assert gallery._take_number() == taken + 1
-        gallery._merge(old)
+        gallery._maintenance.merge(old)
         assert engine.info()["segments"] == 1
         assert engine.problems() == []
         assert nearest(engine, 14) == "s14"

@@ -24,6 +24,7 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.filesystem import memory_bytes
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.segments.part import Column, Int64, Part
+from biodedup.gallery.segments.reader import Segment
 from biodedup.values import BIT, COLUMNS, EnrolledEncounter, Float32, Template
 
 _T = TypeVar("_T", bound=np.generic)
@@ -51,6 +52,11 @@ class Snapshot:
         default_factory=dict, repr=False
     )
     _bits: dict[tuple[Hashable, ...], NDArray[np.uint64]] = field(default_factory=dict, repr=False)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The sealed parts, in the order of their rows."""
+        return [part for part in self.parts if isinstance(part, Segment)]
 
     # counts -----------------------------------------------------------------------------------------------------
 

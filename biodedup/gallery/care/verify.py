@@ -25,7 +25,7 @@ from biodedup.gallery.files.names import (
     DATABASE_NAME,
     SEGMENT_FOLDER,
 )
-from biodedup.gallery.gallery import check_format
+from biodedup.gallery.opening import check_format
 from biodedup.gallery.segments.layout import ENCOUNTER, LOOKUP, SUBJECT, SegmentEntry, file_name
 from biodedup.gallery.segments.part import PIECE_ROWS
 from biodedup.gallery.segments.reader import Segment
