@@ -16,8 +16,8 @@ from biodedup.gallery.catalogue.sqlite import (
     Catalogue,
 )
 from biodedup.gallery.catalogue.upgrade import OLD_FORMAT, upgrade
-from biodedup.gallery.files.filesystem import NEW_SUFFIX, Lock, Storage
-from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, NEW_NAME, SEGMENT_FOLDER, SENTINELS_NAME
+from biodedup.gallery.files.filesystem import Lock, Storage
+from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, NEW_NAME, NEW_SUFFIX, SEGMENT_FOLDER, SENTINELS_NAME
 from biodedup.gallery.files.private import refuse_link
 
 _OWN_NAMES = {

@@ -24,7 +24,7 @@ from biodedup.gallery.care.verify import (
 )
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import NEW_SUFFIX, Storage
+from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import (
     BACKLOG_NAME,
     DATABASE_NAME,
@@ -32,6 +32,7 @@ from biodedup.gallery.files.names import (
     LOCK_NAME,
     MERGES_FOLDER,
     NEW_NAME,
+    NEW_SUFFIX,
     SEGMENT_FOLDER,
     SENTINELS_NAME,
 )

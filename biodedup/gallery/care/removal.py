@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from biodedup.errors import InvalidInput
-from biodedup.gallery.files.filesystem import NEW_SUFFIX, Storage
+from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import (
     BACKLOG_NAME,
     DATABASE_NAME,
@@ -18,6 +18,7 @@ from biodedup.gallery.files.names import (
     LOCK_NAME,
     MERGES_FOLDER,
     NEW_NAME,
+    NEW_SUFFIX,
     SEGMENT_FOLDER,
     SENTINELS_NAME,
 )

@@ -30,7 +30,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from biodedup.errors import BiodedupError, EngineClosed, GalleryBusy, GalleryDamaged
-from biodedup.gallery.files.filesystem import NEW_SUFFIX, ODD_CONTENT, NewFile, Storage
+from biodedup.gallery.files.filesystem import ODD_CONTENT, NewFile, Storage
+from biodedup.gallery.files.names import NEW_SUFFIX
 
 MAGIC = b"BIODEDUP"
 VERSION, VERSION_OF_SMALL_BLOCKS = 1, 2

@@ -27,12 +27,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-from biodedup.errors import GalleryBusy, NotAGallery, StorageUnavailable
+from biodedup.errors import GalleryBusy, NotAGallery
 from biodedup.gallery.files import forks
 from biodedup.gallery.files.private import create_private, make_private_folder, refuse_link
-
-NEW_SUFFIX = ".new"
-"""Of a file in the making."""
 
 _BUFFER_BYTES = 1 << 20
 _WIPED_BYTES_KEPT = 1 << 18
@@ -358,8 +355,3 @@ def memory_bytes() -> int:
     except OSError:
         return physical
     return min(physical, int(granted)) if granted.isdecimal() else physical
-
-
-def unavailable(error: Exception, doing: str) -> StorageUnavailable:
-    """The retryable error for a disk that refused."""
-    return StorageUnavailable(f"{doing} failed: {error}; nothing was acknowledged; free the disk and send it again")

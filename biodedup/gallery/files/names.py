@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from biodedup.gallery.files.filesystem import NEW_SUFFIX
-
+NEW_SUFFIX = ".new"
+"""Of a file in the making."""
 DATABASE_NAME = "gallery.sqlite3"
 LOCK_NAME = "writer.lock"
 SEGMENT_FOLDER = "segments"

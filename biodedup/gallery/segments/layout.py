@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from biodedup.errors import GalleryDamaged
-from biodedup.gallery.files.filesystem import NEW_SUFFIX, Storage
+from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.names import NEW_SUFFIX
 from biodedup.values import COLUMNS
 
 SUBJECT, ENCOUNTER, LOOKUP, REST = "subject", "encounter", ".lookup", ".rest"
