@@ -17,7 +17,7 @@ from biodedup.gallery.catalogue.sqlite import (
 )
 from biodedup.gallery.catalogue.upgrade import OLD_FORMAT, upgrade
 from biodedup.gallery.files.filesystem import Lock, Storage
-from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, NEW_NAME, NEW_SUFFIX, SEGMENT_FOLDER, SENTINELS_NAME
+from biodedup.gallery.files.names import CANARIES_NAME, DATABASE_NAME, LOCK_NAME, NEW_NAME, NEW_SUFFIX, SEGMENT_FOLDER
 from biodedup.gallery.files.private import refuse_link
 
 _OWN_NAMES = {
@@ -27,8 +27,8 @@ _OWN_NAMES = {
     NEW_NAME + "-journal",
     LOCK_NAME,
     SEGMENT_FOLDER,
-    SENTINELS_NAME,
-    SENTINELS_NAME + NEW_SUFFIX,
+    CANARIES_NAME,
+    CANARIES_NAME + NEW_SUFFIX,
 }
 
 

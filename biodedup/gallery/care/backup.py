@@ -27,6 +27,7 @@ from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import (
     BACKLOG_NAME,
+    CANARIES_NAME,
     DATABASE_NAME,
     LEDGER_NAME,
     LOCK_NAME,
@@ -34,7 +35,6 @@ from biodedup.gallery.files.names import (
     NEW_NAME,
     NEW_SUFFIX,
     SEGMENT_FOLDER,
-    SENTINELS_NAME,
 )
 from biodedup.gallery.segments.layout import number_of
 
@@ -67,10 +67,10 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
             storage.make_folder(target / SEGMENT_FOLDER)
         lock = storage.lock(target / LOCK_NAME)
         try:
-            sentinels = _sentinels(storage, folder)  # opened first: they name no row that the copied database has not
+            canaries = _canaries(storage, folder)  # opened first: they name no row that the copied database has not
             copied = copy_gallery(storage, folder, target, check_kept=False)
-            if sentinels is not None:
-                copy_file(storage, sentinels, target / SENTINELS_NAME)
+            if canaries is not None:
+                copy_file(storage, canaries, target / CANARIES_NAME)
                 storage.sync_folder(target)
             return copied
         finally:
@@ -191,12 +191,12 @@ def _pieces(storage: Storage, path: Path) -> Iterator[bytes]:
             yield content[low : low + _COPY_BYTES]
 
 
-def _sentinels(storage: Storage, folder: Path) -> ColumnFile | None:
-    """The gallery's sentinels; None without any. Damaged ones are no reason to have no backup."""
-    if SENTINELS_NAME not in (storage.list_names(folder) or ()):
+def _canaries(storage: Storage, folder: Path) -> ColumnFile | None:
+    """The gallery's canaries; None without any. Damaged ones are no reason to have no backup."""
+    if CANARIES_NAME not in (storage.list_names(folder) or ()):
         return None
     try:
-        file = open_column_file(storage, folder / SENTINELS_NAME)
+        file = open_column_file(storage, folder / CANARIES_NAME)
     except (GalleryDamaged, ValueError, KeyError):
         return None
     return None if file.problems() else file

@@ -13,6 +13,7 @@ from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import (
     BACKLOG_NAME,
+    CANARIES_NAME,
     DATABASE_NAME,
     LEDGER_NAME,
     LOCK_NAME,
@@ -20,7 +21,6 @@ from biodedup.gallery.files.names import (
     NEW_NAME,
     NEW_SUFFIX,
     SEGMENT_FOLDER,
-    SENTINELS_NAME,
 )
 from biodedup.gallery.files.private import refuse_link
 from biodedup.gallery.segments.layout import number_of
@@ -29,8 +29,8 @@ _DATABASES = [name + suffix for name in (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAM
 _WORKING = {
     NEW_NAME,
     *(name + end for name in _DATABASES for end in ("", "-journal")),
-    SENTINELS_NAME,
-    SENTINELS_NAME + NEW_SUFFIX,
+    CANARIES_NAME,
+    CANARIES_NAME + NEW_SUFFIX,
 }
 OWN_NAMES = {*_WORKING, LOCK_NAME, SEGMENT_FOLDER, MERGES_FOLDER}
 """What a gallery's folder, or a backup's, may hold before there is a database in it."""
