@@ -19,7 +19,7 @@ from biodedup import jobs
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import make_codec
-from biodedup.gallery.files.codes import dequantise, lower_halves, quantise
+from biodedup.gallery.files.codes import dequantise, low_nibbles, quantise
 from biodedup.gallery.segments.compaction import due
 
 # against a model -------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_fingers_and_quality_survive_sealing(tmp_path):
 def test_removed_templates_are_gone_from_the_disk_after_compaction(tmp_path):
     folder = tmp_path / "g"
     codes, _ = make_codec(PEOPLE.shape[1], []).encode(PEOPLE[2:3])
-    code = lower_halves(codes, codes.shape[1])
+    code = low_nibbles(codes, codes.shape[1])
     with bd.Engine.open(folder, small()) as engine:
         engine.add_templates([f"s{i}" for i in range(8)], {"face": PEOPLE[:8]})
         engine.remove("s2")

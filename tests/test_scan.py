@@ -48,7 +48,7 @@ def test_codes_come_back_from_their_halves_however_they_were_cut_into_pieces(cou
     codes = np.random.default_rng(count).integers(1, 256, (count, width)).astype(np.uint8)
     plane = np.concatenate(list(coding.planes(np.split(codes, sorted(c for c in cuts if c <= count)), scanned)))
     assert plane.shape == coding.plane_shape(count, scanned)
-    rest = coding.lower_halves(codes, scanned)
+    rest = coding.low_nibbles(codes, scanned)
     some = np.random.default_rng(1).integers(0, count, 20)
     assert np.array_equal(coding.joined(plane, rest, some), codes[some])
     assert np.array_equal(coding.joined(plane, rest[7:], np.arange(7, count), 7), codes[7:]) or count <= 7

@@ -91,7 +91,7 @@ def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
     The captures are as `capture.reading.held` gives them: what is digested is what is extracted.
     """
     if encounter.encounter_id is None:
-        return b""  # nobody can send it again
+        return b""  # without an id it cannot be sent again
     digest = hashlib.sha256()
 
     def add(*parts: bytes) -> None:

@@ -1,7 +1,7 @@
-"""Cases: encounters that went to review, and what people ruled on them.
+"""Cases: encounters that a person has to judge, and the verdicts on them.
 
-Owns what a case is in the tables, which verdicts may follow one another, and the decision that a verdict leads to. Never
-searches and never commits.
+Owns how a case is stored, which verdicts may follow one another, and the decision that a verdict leads to. Never searches and never
+commits.
 
 1. A case is open while it owns a pending row, which searches see. It lists candidates; each is ruled on by itself, or all at once.
 2. `same` closes it as a duplicate, `recapture` as refused. `different` closes it once no candidate is left: not in its list, and not
@@ -186,7 +186,7 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
     if candidate is not None and candidate not in names:
         raise InvalidInput(
             f"subject {candidate!r} is no candidate of encounter {case.encounter_id!r}; its candidates are "
-            f"{', '.join(names) or 'nobody'}"
+            f"{', '.join(names) or 'none'}"
         )
     if ruling == "recapture":
         return (verdict(None),)
@@ -196,7 +196,7 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
     if candidate is None and len(undecided) != 1:
         raise InvalidInput(
             f"encounter {case.encounter_id!r} has {len(undecided)} candidates; say whose double it is, one of "
-            f"{', '.join(undecided or names) or 'nobody'}"
+            f"{', '.join(undecided or names) or 'none'}"
         )
     return (verdict(candidate or undecided[0]),)
 
@@ -215,7 +215,7 @@ def check_as_shown(case: Case, shown: Case, candidate: str | None) -> None:
 
 
 def closes(verdict: Verdict) -> bool:
-    """Whether nobody else need be looked at after this verdict."""
+    """Whether this verdict closes the case by itself, so that no other candidate is to be judged."""
     return verdict.ruling == "recapture" or (verdict.ruling == "same") != verdict.own
 
 

@@ -1,4 +1,4 @@
-"""Which encounters of a subject are kept: by quality, and spread over time.
+"""Chooses which encounters of a subject are kept: those of high quality, spread over time.
 
 Owns the choice. Never removes a row.
 

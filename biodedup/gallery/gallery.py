@@ -1,15 +1,15 @@
-"""A gallery: its parts on disk and in memory, one writer, many readers.
+"""A gallery: the durable store of subjects, templates and decisions, with one writing process and many readers.
 
-Owns durability, visibility and versions, and when rows move from the journal to segments. Never compares templates and never
-decides.
+Owns durability, visibility, versions and recovery after a failed commit. Never compares templates and never decides.
+opening.py opens the database, loading.py reads it, transaction.py stages changes, maintenance.py seals and merges.
 
 1. A `Transaction` stages changes; they become visible to others only after their commit is durable. A failure leaves
    the state before it, on disk and in memory.
-2. A `Snapshot` is what a reader sees; it stays whole while the writer seals, merges and removes.
+2. A reader sees a `Snapshot`, which does not change while the writer seals, merges and removes.
 3. Files that a manifest names are never changed. They are written and synced before the commit that names them, and
-   removed after the commit that does not; files that no manifest names are swept up by the next writer. Files that do not
-   have our names are never removed.
-4. A writer whose lock file was removed, or who finds another one's commit, stops: GalleryBusy. It removes nothing from then on.
+   removed after the commit that no longer names them. The next writer removes files that no manifest names, but only those with a
+   segment file's name.
+4. A writer stops with GalleryBusy when its lock file was removed or another process has committed. It removes nothing afterwards.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Gallery:
         self._lock_file = lock
         self._broken = False
         self._uncertain: State | None = None
-        """After a commit of which the disk did not say whether it took place: the state that it would have left."""
+        """The state of a commit whose result is unknown, because the disk failed; else None."""
         self._unwiped = lock is not None
         self._process = forks.Process()
         forks.hold(self.lock)
@@ -272,13 +272,13 @@ class Gallery:
         return self._lock_file is not None and self._lock_file.is_held()
 
     def _wipe_if_erased(self) -> None:
-        """Overwrites what the rollback journal still holds of erased templates. Put off to the next time where the disk refuses:
-        the commit itself is durable."""
+        """Overwrites erased templates that the rollback journal still holds. If the disk fails, the next transaction tries again; the
+        commit itself is durable."""
         self._unwiped = self._unwiped or self._catalogue.erased
         if not self._unwiped or self._broken:
             return
         try:
-            self._catalogue.begin()  # nobody else writes meanwhile
+            self._catalogue.begin()  # no other process writes meanwhile
             self.storage.wipe(self.folder / f"{DATABASE_NAME}-journal")
             self._unwiped = self._catalogue.erased = False
         except (OSError, sqlite3.Error, MemoryError) as error:
@@ -301,7 +301,7 @@ class Gallery:
         self._maintenance.wake_if_due()
 
     def _is_durable(self, transaction: Transaction) -> bool:
-        """After a failed transaction: rolls back, and asks the disk whether the commit took place all the same."""
+        """After a failed transaction: rolls back, and reads whether the commit is on the disk nevertheless."""
         try:
             self._catalogue.rollback()
             return self._catalogue.state().commit_id == transaction.state.commit_id
@@ -310,8 +310,8 @@ class Gallery:
             return False
 
     def _recover(self) -> None:
-        """After a commit, or the end of a reading, of which the disk would not say whether it took place: sees what is there.
-        Raises StorageUnavailable while the disk still refuses."""
+        """Connects again and loads what is on the disk, after a failure that left the result of a commit or of a read unknown. Raises
+        StorageUnavailable while the disk still fails."""
         with translated("connecting again after a failure"):
             self._catalogue.close()
             self._catalogue = Catalogue(self.storage.connect(self.folder / DATABASE_NAME, read_only=self.read_only))
@@ -325,7 +325,7 @@ class Gallery:
     def write_rows(
         self, subject_ids: Sequence[str], columns: Mapping[str, Column], group_sets: NDArray[np.uint32]
     ) -> SegmentEntry:
-        """Writes a segment of new rows, for `Transaction.attach`; until then nobody sees it."""
+        """Writes a segment of new rows, for `Transaction.attach`. No reader sees it before that."""
         tail = Tail(0)
         tail.append_columns(subject_ids, "", group_sets, columns)
         return self.write_part(TailPart(tail, tail.count), None)
@@ -395,7 +395,8 @@ class Gallery:
             return number
 
     def _remove_files(self, number: int) -> None:
-        """What stays behind is swept up by the next writer. Another writer may have taken the same number."""
+        """Removes a segment's files. What cannot be removed is left to the next writer. Nothing is removed without the lock: another writer
+        may have taken the same number."""
         try:
             for name in self.storage.list_names(self._segments) or ():
                 if number_of(name) == number and self._holds_lock():
@@ -420,7 +421,7 @@ class Gallery:
         self._opened.update(loaded.snapshot.segments)
 
     def _sweep(self) -> None:
-        """Removes what a killed writer left: files that no manifest names. In a transaction, lest another writer name them."""
+        """Removes files that no manifest names, which a killed writer left. In a transaction, so that no other writer can name them."""
         with translated(f"sweeping {self.folder}"):
             self._catalogue.begin()
             try:

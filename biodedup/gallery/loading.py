@@ -52,7 +52,7 @@ def load(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
                 return _read(catalogue, storage, folder)
             finally:
                 catalogue.rollback()
-    except ODD_CONTENT as error:  # what no page check sees
+    except ODD_CONTENT as error:  # damage that SQLite's own checks do not find
         raise never_written(folder, error) from (None if isinstance(error, MemoryError) else error)
 
 
@@ -62,9 +62,9 @@ def _read(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery
     tail = Tail(segments[-1].end_row if segments else 0)
     _fill(tail, models, catalogue, folder)
     tail.mark_again(_again(tail, segments))
-    for one, following in pairwise(segments):
-        if one.end_row != following.first_row:
-            raise GalleryDamaged(f"{folder}: rows {one.end_row} to {following.first_row} are in no segment")
+    for segment, following in pairwise(segments):
+        if segment.end_row != following.first_row:
+            raise GalleryDamaged(f"{folder}: rows {segment.end_row} to {following.first_row} are in no segment")
     if tail.end_row != state.row_count:
         raise GalleryDamaged(f"{folder}: {tail.end_row} rows, wanted {state.row_count}; run `biodedup doctor`")
     tombstones = np.array(catalogue.tombstones(), np.int64)

@@ -1,4 +1,4 @@
-"""A snapshot: the rows that a reader sees, as of one version, whatever the writer does meanwhile.
+"""A snapshot: an unchanging view of all rows of a gallery, as of one version.
 
 Owns reading across parts: look-ups by id, templates by row, the state of each row. Never changes anything.
 
@@ -331,7 +331,7 @@ class Snapshot:
     def live_members(
         self, part: Part, presences: tuple[int, ...], positions: Int64 | None, groups: frozenset[str] | None
     ) -> NDArray[np.uint64]:
-        """As `live_bits`, over the rows of a part that have one of some presences. positions: theirs, None for all."""
+        """As `live_bits`, over the rows of a part that have one of these presences. positions: of these rows, None for all."""
         key = (id(part), presences, groups)
         if key not in self._bits:
             mask = self.mask(part, groups)

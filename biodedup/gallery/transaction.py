@@ -1,7 +1,7 @@
 """A transaction: changes that become durable and visible together.
 
-Owns staging: what is written to the journal or the manifest is at once in the staged parts, which `snapshot` shows to its
-holder alone. Never commits; the gallery does.
+Owns staging: every change is written to the database and to the staged parts, which only the transaction's own `snapshot` shows.
+Never commits; the gallery does.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _copied(
             [known.get(i, frozenset()) | groups for i in range(max(known, default=0) + 1)]
         )
     several = np.concatenate([other.again for other in source.parts]) if source.extra_rows else np.zeros(0, np.uint64)
-    renamed = Adopted(part, numbers, rename, several)
+    renamed = RenamedPart(part, numbers, rename, several)
     entry = target.write_part(renamed, kept)
     try:
         with target.transaction() as transaction:
@@ -115,7 +115,7 @@ def _copied(
     return step
 
 
-def _extra_rows(now: Snapshot, part: Adopted, kept: NDArray[np.bool_]) -> int:
+def _extra_rows(now: Snapshot, part: RenamedPart, kept: NDArray[np.bool_]) -> int:
     """How many of the rows that are kept are not the first of their subject. Raises SubjectExists for the id of a subject that is
     enrolled, unless the source has several rows of it: earlier ones were copied before."""
     extra, seen = 0, set[str]()
@@ -141,7 +141,7 @@ def _all_if_none(mask: NDArray[np.bool_] | None, part: Part) -> NDArray[np.bool_
     return np.ones(part.count, bool) if mask is None else mask
 
 
-class Adopted:
+class RenamedPart:
     """A part of another gallery, as `Rows` to be written: under other ids and in other groups. Its answers stay behind.
 
     group_sets: the number here of each combination of groups there; several: hashes of the ids there of subjects with several rows.

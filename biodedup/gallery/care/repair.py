@@ -22,8 +22,8 @@ from biodedup.gallery.care.verify import (
     count_extra_rows,
     in_words,
     inspect,
+    read_counter_sources,
     read_counters,
-    read_held,
     read_manifest,
 )
 from biodedup.gallery.catalogue.counters import recomputed
@@ -73,7 +73,7 @@ def _recount(storage: Storage, folder: Path) -> list[str]:
     with connected(storage, folder, read_only=False) as catalogue:
         catalogue.begin()
         try:
-            counted = recomputed(read_counters(catalogue), read_held(catalogue, catalogue.segments()))
+            counted = recomputed(read_counters(catalogue), read_counter_sources(catalogue, catalogue.segments()))
             catalogue.set_state(counted)
             catalogue.commit()
         finally:

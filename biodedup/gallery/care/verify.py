@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.errors import CallerError, GalleryDamaged, NotAGallery
-from biodedup.gallery.catalogue.counters import Held, recomputed
+from biodedup.gallery.catalogue.counters import CounterSources, recomputed
 from biodedup.gallery.catalogue.sqlite import Catalogue, State
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
@@ -61,7 +61,7 @@ class Manifest:
     journal_ids: list[str]
     pending: Mapping[int, str]
     counters: State
-    held: Held
+    counter_sources: CounterSources
 
 
 def inspect(storage: Storage, folder: Path) -> list[Problem]:
@@ -90,7 +90,7 @@ def _inspected(storage: Storage, folder: Path) -> list[Problem]:
             return database
         manifest = read_manifest(storage, folder, catalogue)
     problems = list(manifest.problems)
-    if (counted := recomputed(manifest.counters, manifest.held)) != manifest.counters:
+    if (counted := recomputed(manifest.counters, manifest.counter_sources)) != manifest.counters:
         problems.append(
             Problem(None, COUNTERS, f"its counters say {in_words(manifest.counters)}, its rows {in_words(counted)}")
         )
@@ -155,7 +155,7 @@ def read_manifest(
             journal,
             pending,
             state,
-            read_held(catalogue, entries),
+            read_counter_sources(catalogue, entries),
         )
     finally:
         catalogue.rollback()
@@ -237,9 +237,9 @@ def read_counters(catalogue: Catalogue) -> State | None:
         return None
 
 
-def read_held(catalogue: Catalogue, entries: Sequence[SegmentEntry]) -> Held:
+def read_counter_sources(catalogue: Catalogue, entries: Sequence[SegmentEntry]) -> CounterSources:
     changes = len(catalogue.answers()) + len(catalogue.job_steps()) + sum(1 for _ in catalogue.verdicts())
-    return Held(entries, [row for row, *_ in catalogue.subjects()], catalogue.removal_versions(), changes)
+    return CounterSources(entries, [row for row, *_ in catalogue.subjects()], catalogue.removal_versions(), changes)
 
 
 def in_words(state: State) -> str:

@@ -1,4 +1,4 @@
-"""The SQLite tables that are the gallery's truth: the manifest of its segments, and the journal of what is not sealed yet.
+"""The SQLite database of a gallery: the manifest, which names the valid segments, and the journal, which holds rows not sealed yet.
 
 Owns the schema and every SQL statement. Never decides, never searches, never caches. Callers hold the gallery's lock.
 
@@ -242,9 +242,9 @@ class Catalogue:
             raise GalleryDamaged("table policy lacks versions; run `biodedup doctor`")
         return [PolicyVersion(n, from_text(text, f"policy version {n}"), by, at, why) for n, text, by, at, why in rows]
 
-    def add_policy(self, one: PolicyVersion) -> None:
-        at = None if one.at is None else float(one.at)
-        self.put("policy", [(one.version, to_text(one.policy), one.by, at, one.reason)])
+    def add_policy(self, policy: PolicyVersion) -> None:
+        at = None if policy.at is None else float(policy.at)
+        self.put("policy", [(policy.version, to_text(policy.policy), policy.by, at, policy.reason)])
 
     def models(self) -> dict[str, ColumnModel]:
         known = list(self._all("model"))
@@ -441,8 +441,8 @@ class Catalogue:
 
     def add_verdicts(self, verdicts: Iterable[Verdict]) -> None:
         (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM verdict").fetchone()
-        for number, one in enumerate(verdicts, last + 1):
-            fields = (one.encounter_id, one.subject_id, one.candidate, one.ruling, one.by, float(one.at), one.note)
+        for number, v in enumerate(verdicts, last + 1):
+            fields = (v.encounter_id, v.subject_id, v.candidate, v.ruling, v.by, float(v.at), v.note)
             self.put("verdict", [(number, *fields)])
 
     def clear_journal(self) -> None:

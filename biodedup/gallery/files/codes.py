@@ -70,7 +70,7 @@ def planes(pieces: Iterable[Codes], scanned: int) -> Iterator[Codes]:
         yield _packed(held, scanned)
 
 
-def lower_halves(codes: Codes, scanned: int) -> Codes:
+def low_nibbles(codes: Codes, scanned: int) -> Codes:
     """uint8 (n, scanned / 2 + d - scanned): the lower halves, then whole codes of the dimensions that are not scanned."""
     rest = np.empty((len(codes), codes.shape[1] - scanned // 2), np.uint8)
     _rest(np.ascontiguousarray(codes), scanned, rest)

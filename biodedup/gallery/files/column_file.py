@@ -40,7 +40,7 @@ BLOCK_BYTES = 1 << 16
 _READ_OVER_BYTES = 1 << 16
 """Between single rows that are wanted so much is read, too, sooner than the disk is asked once more: that takes a slow one as long."""
 _ASKED_BYTES = 1 << 17
-"""Linux reads no more of a span that it is told will be wanted than it would read ahead, 128 kB where nobody chose otherwise."""
+"""Linux reads no more of a span that it is told will be wanted than it would read ahead, 128 kB by default."""
 _ALIGN_BYTES, _PAGE = 64, mmap.PAGESIZE
 _HEADER_BYTES = 4096  # the header is padded to a multiple of this, so that arrays begin on a page
 _FIXED = struct.Struct(

@@ -1,4 +1,4 @@
-"""The seam through which the gallery reaches the disk.
+"""All access of the gallery to the file system: folders, files, the writer's lock and the SQLite connection.
 
 Owns folders, files, the writer's lock and the SQLite connection with its durability settings. Never knows what is stored, and
 never follows a symbolic link to a file that it writes. A test hands in a double that fails the nth call.

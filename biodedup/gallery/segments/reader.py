@@ -78,9 +78,9 @@ class Segment:
                 strings.append(column._minutiae)
         if (answers := self.__dict__.pop("answers", None)) is not None and answers.count:
             strings += [answers._ids, answers._digests, answers._texts]
-        for one in strings:
-            if one is not None:
-                one.__dict__.pop("_whole", None)
+        for stored in strings:
+            if stored is not None:
+                stored.__dict__.pop("_whole", None)
         for file in self.files.values():
             file.close()
 
@@ -408,5 +408,5 @@ def _scaled(codes: NDArray[np.int8], scales: Float32) -> Float32:
 
 
 def _range(ascending: NDArray[np.uint32], bounds: Int64) -> Int64:
-    """Where bounds fall; of the array's own type, lest all of it be converted."""
+    """Where bounds fall; bounds get the array's type, so that the array is not converted."""
     return np.searchsorted(ascending, bounds.astype(ascending.dtype))

@@ -1,7 +1,7 @@
-"""The tail: the newest rows, exact and in memory, as the journal holds them on disk.
+"""The tail: the newest rows, uncompressed in memory; the journal holds the same rows on disk.
 
-Owns append-only arrays that readers use while one writer appends. Never touches the disk. Its size is bounded: when it has
-grown large it is sealed into a segment, and a new one begins.
+Owns append-only arrays that readers use while one writer appends. Never touches the disk. Its size is bounded: a full tail is
+sealed into a segment, and a new one begins.
 
 1. A reader takes a `TailPart` of `count` rows and sees exactly these: appended rows lie behind them, and growth copies into
    a new array, leaving the old one to its readers.

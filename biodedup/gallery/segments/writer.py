@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from biodedup.errors import EngineClosed, GalleryDamaged
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import TRAINING_ROWS_MAX, TRAINING_ROWS_MIN, Codec, make_codec
-from biodedup.gallery.files.codes import BLOCK_ROWS, lower_halves, plane_shape, planes
+from biodedup.gallery.files.codes import BLOCK_ROWS, low_nibbles, plane_shape, planes
 from biodedup.gallery.files.column_file import BLOCK_BYTES, ColumnFile, Stream, write_column_file
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import Packed
@@ -224,7 +224,7 @@ def _column_streams(
         streams.append(Stream("rotation", "<f4", codec.rotation.shape, [codec.rotation]))
         streams.append(Stream("plane", "|u1", shape, planes(codes(), scanned)))
         streams.append(Stream("norm", "<f4", (shape[0] * BLOCK_ROWS,), chain(norms(), [filler])))
-        lower = (lower_halves(piece, scanned) for piece in codes())
+        lower = (low_nibbles(piece, scanned) for piece in codes())
         rest.append(Stream("rest", "|u1", (cells, codec.rest_bytes), lower))
     quality = each(lambda c, low, high: c.quality(low, high))
     if not all(np.isnan(piece).all() for piece in quality()):
