@@ -1,9 +1,9 @@
-"""What the gallery keeps under an encounter_id: a digest of what was sent, and the answer that was given.
+"""What the gallery stores under an encounter_id: a digest of what was sent, and the answer that was given.
 
-Owns these two encodings, the kinds of answers, and what sending an encounter again means. Never stores them.
+Owns these two encodings, the kinds of answers, and the rule for an encounter that is sent again. Never stores them.
 
-An answer is a decision, or the receipt of a batch of templates that was loaded. Steps of jobs are kept apart (table `job_step`);
-releases before 0.3.0 kept them as answers, too, and galleries may still hold those.
+An answer is a decision, or the receipt of a batch of templates that was loaded. Steps of jobs have a table of their own (`job_step`);
+releases before 0.3.0 stored them as answers, and galleries may still hold those.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rows of one gallery into another: codes copied as codes, one durable and idempotent step a part.
+"""Copies rows of one gallery into another. Codes are copied as they are; each part is one durable, idempotent step.
 
-Owns the change of names on the way (subject_ids, groups) and the record of what is done, so that a copy that was killed goes on.
+Owns the change of names on the way (subject_ids, groups) and the record of finished steps, so that an interrupted copy can continue.
 Never decides which rows.
 
 Steps are noted in the target as `NAME:0`, `NAME:1`, ...; each note says which rows of the source were copied, so that the next step

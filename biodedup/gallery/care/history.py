@@ -1,6 +1,6 @@
-"""When decisions were made, by the clock that dated them; and a clock that notes when it goes backwards.
+"""Reads when the newest decisions were made, and warns when the clock goes backwards.
 
-Owns the reading of the newest answers' dates. Never decides: a decision stands whatever its date.
+Owns the reading of these dates. Never decides: a decision stands whatever its date.
 """
 
 from __future__ import annotations

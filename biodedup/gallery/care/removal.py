@@ -1,7 +1,7 @@
-"""A gallery's files are removed, and no others.
+"""Removes the files of a gallery, and no others.
 
-Owns which names in a gallery's folder are ours. Working copies of jobs are cleared with it. Never follows a symbolic link, and
-never removes a folder that still holds something.
+Owns which names in a gallery's folder belong to this program, databases of jobs included. Never follows a symbolic link, and never removes
+a folder that still holds something.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The counters of a gallery, computed anew from what it holds.
+"""Computes the counters of a gallery from its rows, for `doctor`.
 
-Owns that computation, for `doctor`. Never reads the disk and never writes.
+Never reads the disk and never writes.
 
-`row_count` is exact. The others only have to be as high as they ever were: a search names `version`, and a file is named by
+`row_count` is exact. The others must be at least as high as they ever were: searches refer to `version`, and files are named by
 `next_segment`.
 """
 

@@ -1,12 +1,12 @@
-"""A codec: how a column's vectors become codes, and what a scan of their upper halves knows of a similarity.
+"""Compresses a column's vectors to eight-bit codes, and states how exact an estimate from their high nibbles is.
 
-Owns rotation, its training, and the measurement of its error. Never reads files. Stored in every segment that it wrote, so
-that segments of one codec are merged without encoding anything anew.
+Owns the rotation, its training, and the measurement of the error. Never reads files. Every segment stores the codec that wrote it, so
+that segments with one codec are merged without encoding a vector again.
 
-Vectors are turned by a random rotation, so that no single number of a vector stands out: then one step suits all of a
-vector's numbers, and the errors of many add up to a normal one whatever the model (as in RaBitQ: Gao and Long, SIGMOD 2024).
-Of a vector with many numbers only the principal axes are scanned, as many as make a search cheapest; the rotation is then
-trained. Nothing is subtracted: the mean is the first of the principal axes.
+Method: random rotation before scalar quantisation, as in RaBitQ (Gao and Long, SIGMOD 2024). After a random rotation no number of a
+vector stands out: one step size suits all of them, and the errors of many numbers add up to a normal error, whatever the model.
+Special here: of a vector with many numbers only the principal axes are scanned, as many as make a search cheapest; the rotation is then
+trained. No mean is subtracted: it is the first of the principal axes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Eight-bit codes of vectors, and how they lie in a file: the upper four bits of all rows together, the lower four apart.
+"""Quantises vectors to eight-bit codes, and lays them out in a file: the high nibbles of all rows together, the low nibbles apart.
 
-Owns quantisation and layout. Never rotates (`codec.py`) and never compares (`search/kernel.py`).
+Owns quantisation and layout. Never rotates (`codec.py`) and never compares (`search/native/`).
 
-The upper halves are what a scan reads: half a byte a number, in blocks of 64 rows, in the order in which the kernel wants
-them. The lower halves are read for the few rows that are compared exactly. Nothing is stored twice.
+A scan reads the high nibbles: half a byte a number, in blocks of 64 rows, in the order that the scan kernel needs. The low nibbles are
+read for the few rows that are compared exactly. Nothing is stored twice.
 
 `codes` here are uint8: the number plus 128, 1 to 255. `upper` is codes >> 4, `lower` is codes & 15.
 """

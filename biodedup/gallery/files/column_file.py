@@ -2,12 +2,12 @@
 
 Owns this container (FORMAT.md describes it byte by byte). Never knows what the arrays mean.
 
-1. Every byte of a file is covered by a checksum, and every read is checked the first time it touches a block.
-2. Headers and arrays are little-endian; the table of contents is JSON; nothing is pickled. Checksums do not keep out someone who
-   computes them anew: sizes, offsets and counts are checked against the file before they are used.
-3. A file that was cut short while it is open is found before it is read, which would end the process (SIGBUS). What is cut
-   between this check and the read is not.
-4. The digest of a file covers its content; the manifest keeps it, so that a file cannot be taken for another.
+1. A checksum covers every byte of a file, and a block is checked when it is first read.
+2. Headers and arrays are little-endian; the table of contents is JSON; nothing is pickled. Checksums do not protect against an attacker,
+   who can compute them again: sizes, offsets and counts are checked against the file before they are used.
+3. Reading behind the end of a mapped file would end the process (SIGBUS), so the size is checked before a read. A file that is cut
+   between this check and the read is not noticed.
+4. The digest of a file covers its content. The manifest keeps it, so that no file can be taken for another.
 """
 
 from __future__ import annotations

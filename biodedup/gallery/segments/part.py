@@ -1,9 +1,9 @@
-"""A part of a gallery: a range of rows, in memory (`Tail`) or in sealed files (`Segment`).
+"""The interface of a part of a gallery: a range of rows, in memory (`Tail`) or in sealed files (`Segment`).
 
-Owns the interface that both have in common. Searches and merges are written against it, and do not know which kind they read.
+Searches and merges use this interface alone, and do not know which kind they read.
 
-Words: a *row* is an encounter's number in the whole gallery, for ever; a *position* is its place within one part; a *cell* is
-a template's place within one column of one part. All three ascend together. A subject owns one row or several.
+Words: a *row* is the number of an encounter in the whole gallery, and never changes; a *position* is its place within one part; a *cell*
+is a template's place within one column of one part. All three ascend together. A subject owns one row or several.
 """
 
 from __future__ import annotations
