@@ -33,8 +33,8 @@ ANOTHER_PERSON = Refusal(
 
 @dataclass(frozen=True)
 class Request:
-    """What an encounter in review asked for. replaces: to update an enrolled subject; reason: why all that it has is to be replaced,
-    "" where a row is to be added."""
+    """The request of an encounter in review. replaces: it updates an enrolled subject; reason: why it replaces all rows of the subject,
+    "" where it adds one."""
 
     replaces: bool
     groups: tuple[str, ...]

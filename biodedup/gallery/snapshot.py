@@ -250,7 +250,7 @@ class Snapshot:
         return ids
 
     def all_subject_ids(self) -> Iterator[str]:
-        """The enrolled, in order of enrolment, each once."""
+        """The enrolled subjects, in order of enrolment, each once."""
         several = {int(hashed) for part in self.parts for hashed in part.again.tolist()} if self.extra_rows else set()
         seen: set[str] = set()
         for part in self.parts:

@@ -43,8 +43,8 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Copied:
-    """What a backup or a restoration did. version: the state copied; files: copied and kept ones; byte_count: copied; left_out:
-    databases of jobs that are damaged, of which the target keeps what it had. Databases are copied each time, and not counted."""
+    """The result of a backup or a restoration. version: of the copied state; byte_count: bytes copied; left_out: damaged databases of jobs,
+    which were not copied, so that the target keeps its earlier ones. Databases are copied each time, and not counted as files."""
 
     version: int
     files_copied: int
@@ -85,7 +85,7 @@ def _refuse_target(storage: Storage, folder: Path, target: Path) -> None:
     refuse_foreign(storage, target)
     if DATABASE_NAME in (storage.list_names(target) or ()):
         with connected(storage, target):
-            pass  # a database of ours
+            pass  # it is a gallery's database
 
 
 def copy_gallery(
@@ -158,7 +158,7 @@ def _copied_databases(storage: Storage, source: Path, target: Path) -> tuple[lis
 
 
 def _put_in_place(storage: Storage, target: Path, name: str, aside: Path | None) -> None:
-    """Gives a copied database its name. aside: where what had it goes."""
+    """Gives a copied database its name. aside: the folder for the file that had this name; None overwrites it."""
     for old in (f"{name}-journal", name):  # the journal first: it is not to be rolled back into another database
         if aside is not None and old in (storage.list_names(target) or ()):
             storage.replace(target / old, aside / old)

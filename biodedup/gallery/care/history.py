@@ -37,7 +37,7 @@ def dates(snapshot: Snapshot, count: int = _LOOKED_AT) -> list[float]:
 
 
 def _inflated(data: bytes) -> bytes:
-    """The text of an answer; nothing of a damaged one, which is told where it is read."""
+    """The text of an answer; empty for a damaged one, which raises where it is read as an answer."""
     try:
         return zlib.decompressobj().decompress(data, _ANSWER_BYTES_MAX)
     except zlib.error:

@@ -41,7 +41,7 @@ from biodedup.gallery.segments.writer import rebuild_lookup
 
 
 def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[str]:
-    """Mends what can be mended and returns what was done, a line each. Call `inspect` afterwards.
+    """Repairs what can be repaired, and returns what was done, one line each. Call `inspect` afterwards.
 
     Raises GalleryBusy where a writer is at work, InvalidInput where the backup is of another gallery or damaged itself.
     """

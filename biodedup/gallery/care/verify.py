@@ -162,7 +162,7 @@ def read_manifest(
 
 
 def _contradictions(segment: Segment) -> Iterator[Problem]:
-    """Of a segment whose checksums are all right: does what it holds agree with itself?"""
+    """Checks that the arrays of a segment agree with one another; its checksums are right already."""
     number = segment.entry.number
     presence = np.zeros(segment.count, np.uint16)
     for name, column in segment.columns.items():

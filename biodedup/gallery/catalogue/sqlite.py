@@ -43,7 +43,7 @@ from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.texts import KnownId
 from biodedup.values import COLUMNS, Column, Template, Verdict
 
-APPLICATION_ID = 0x62696F64  # "biod", so that `file` and a curious engineer recognise the database
+APPLICATION_ID = 0x62696F64  # "biod": `file` shows it
 FORMAT_VERSION = 4
 READABLE = (2, 3, 4)
 """Formats that are read as they are. 2: segments keep vectors in another way, until they are merged. 3: a subject has one row, and the
@@ -130,7 +130,7 @@ class Catalogue:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self.erased = False
-        """Whether something was deleted that the rollback journal may still hold; the gallery clears it."""
+        """Whether rows were deleted that the rollback journal may still hold. The gallery resets it."""
 
     # transactions ---------------------------------------------------------------------------------------------
 
@@ -197,8 +197,8 @@ class Catalogue:
         return first, second, third
 
     def check_schema(self) -> None:
-        """Before any table is read. Raises GalleryDamaged where the database holds other things than ours: a trigger or a view
-        would run what its author wrote."""
+        """Called before any table is read. Raises GalleryDamaged where the database holds a trigger, a view or a table that this program
+        does not make: a trigger or a view would run another author's SQL."""
         expected, found = _schema(_COLUMNS_OF), set()
         for kind, name, table, sql in self._connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"):
             if (kind, name, sql) == ("index", f"sqlite_autoindex_{table}_1", None) and ("table", table) in expected:
@@ -446,12 +446,12 @@ class Catalogue:
             self.put("verdict", [(number, *fields)])
 
     def clear_journal(self) -> None:
-        """After sealing: the segment has it all."""
+        """Deletes the journal's rows, which a segment holds now."""
         for table in ("subject", "cell", "encounter"):
             self._delete(table)
 
     def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
-        """Every deletion goes this way, so that the journal is wiped afterwards."""
+        """The only way to delete rows: it marks the rollback journal to be wiped."""
         self._connection.executemany(f"DELETE FROM {which}", values)
         self.erased = True
 
@@ -515,7 +515,7 @@ _TYPES_OF = {
 
 
 def _are_of(table: str, values: Sequence[Any]) -> bool:
-    """Whether values are of the types of the table's columns, which SQLite does not see to."""
+    """Whether values have the types of the table's columns, which SQLite does not enforce."""
     types = _TYPES_OF[table]
     return len(values) == len(types) and all(
         type(value) is kind or (value is None and nullable)

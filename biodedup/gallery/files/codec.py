@@ -121,7 +121,7 @@ class Codec:
         return self.dimension > SCAN_WHOLE and not self.training_rows
 
     def card(self) -> dict[str, Any]:
-        """What `about` in a file says of it, JSON-ready."""
+        """The codec's entry in the `about` of a file, JSON-ready."""
         return {
             "id": self.codec_id,
             "scanned": self.scanned,
@@ -268,7 +268,7 @@ def measured_laws(
 
 
 def estimates(rotation: Float32, scanned: int, probes: Float32, vectors: Float32) -> Float32:
-    """What the scan makes of pairs: probes and vectors float32 (n, d), unit rows -> float32 (n,)."""
+    """The scan's estimate of the similarity of pairs: probes and vectors float32 (n, d), unit rows -> float32 (n,)."""
     codes, norms = quantise(np.asarray(vectors @ rotation.T, np.float32))
     seen = (codes[:, :scanned] >> 4).astype(np.float32) * 16 - 120
     turned = np.asarray(probes @ rotation[:scanned].T, np.float32)

@@ -86,7 +86,7 @@ def joined(plane: Codes, rest: Codes, cells: NDArray[np.int64], rest_from: int =
 
 
 def uppers(plane: Codes, cells: NDArray[np.int64]) -> Codes:
-    """What the scan sees of some cells, 0 to 15, uint8 (n, scanned)."""
+    """The high nibbles of some cells, 0 to 15, uint8 (n, scanned)."""
     found = np.empty((len(cells), plane.shape[1] * STEP), np.uint8)
     _uppers(plane, cells, found)
     return found

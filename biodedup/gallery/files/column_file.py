@@ -209,7 +209,7 @@ class _Closed(dict[str, NDArray[Any]]):
 
 
 class ColumnFile:
-    """An open column file. Thread-safe. Raises GalleryDamaged, naming the file and the array, for what is not as written."""
+    """An open column file. Thread-safe. Raises GalleryDamaged, naming the file and the array, for content that is not as written."""
 
     def __init__(self, content: mmap.mmap, name: str, forget: Callable[[], None]) -> None:
         self.name = name
@@ -358,7 +358,7 @@ class ColumnFile:
         self._check(np.unique(np.concatenate(blocks)))
 
     def unchecked(self, name: str) -> NDArray[Any]:
-        """A whole array as it is mapped; for callers who check what they read."""
+        """A whole array as it is mapped, unchecked; the caller checks what it reads."""
         return self._arrays[name]
 
     def release(self, *, forget: bool) -> None:

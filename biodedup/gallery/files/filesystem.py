@@ -46,7 +46,7 @@ ODD_CONTENT = (
     struct.error,
     zlib.error,
 )
-"""What Python raises for stored content that no writer of ours wrote; to be reported as GalleryDamaged where it is read."""
+"""Exceptions of Python for stored content that no writer wrote; the reader reports them as GalleryDamaged."""
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
 

@@ -63,7 +63,7 @@ def private_folder(path: Path) -> None:
 
 
 def make_private_folder(folder: Path) -> None:
-    """With the folders above it. One that is there stays as it is. Raises FileExistsError where it is a file."""
+    """Makes a folder, and those above it. An existing folder stays as it is. Raises FileExistsError where it is a file."""
     if not folder.parent.exists():
         make_private_folder(folder.parent)
     folder.mkdir(FOLDER_MODE, exist_ok=True)

@@ -31,7 +31,7 @@ def file_name(number: int, kind: str) -> str:
 
 
 def number_of(name: str) -> int | None:
-    """The segment that a file is of, by its name, finished or in the making; None for a file that is not ours."""
+    """The number of the segment that a file belongs to, by its name, with or without NEW_SUFFIX; None for any other file."""
     number, _, kind = name.removesuffix(NEW_SUFFIX).partition(".")
     return int(number) if _NUMBER.fullmatch(number) and kind in _KINDS else None
 
@@ -54,7 +54,7 @@ class SegmentEntry:
     files: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        """Raises GalleryDamaged for what no writer of ours wrote: names of files are made of it."""
+        """Raises GalleryDamaged for values that no writer wrote: names of files are made of them."""
         whole = all(type(number) is int for number in (self.number, self.first_row, self.end_row))
         named = isinstance(self.files, Mapping) and all(type(digest) is str for digest in self.files.values())
         if not (whole and named and self.number >= 1 and 0 <= self.first_row <= self.end_row):

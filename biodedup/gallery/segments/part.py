@@ -55,7 +55,7 @@ class Column(Protocol):
         """Codes and norms of cells [low, high) (codes.py); as they are stored where they are of this codec."""
 
     def plane(self, low: int, high: int) -> tuple[Codes, Float32]:
-        """What a scan reads of the whole blocks that hold cells [low, high): upper halves and norms (codes.py). Only with a
+        """What a scan reads of the whole blocks that hold cells [low, high): high nibbles and norms (codes.py). Only with a
         codec."""
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
@@ -99,7 +99,7 @@ class Answers(Protocol):
 
 
 class Rows(Protocol):
-    """Rows [first_row, end_row) but for those that were dropped, `count` of them: what is read to write them into a segment."""
+    """`count` rows of the range [first_row, end_row), without the dropped ones: all that is needed to write them into a segment."""
 
     first_row: int
     end_row: int

@@ -49,7 +49,7 @@ class GrowingArray:
 
 
 class Tail:
-    """What the writer appends to. first_row: the row of position 0."""
+    """The rows of the journal, to which the writer appends. first_row: the row of position 0."""
 
     def __init__(self, first_row: int) -> None:
         self.first_row = first_row
@@ -332,7 +332,7 @@ def cells_of(cell_positions: NDArray[Any], positions: Int64) -> Int64:
     """The index of each position among ascending cell_positions, -1 where it is not there."""
     if not len(cell_positions):
         return np.full(len(positions), -1)
-    # of the array's own type, lest all of it be converted
+    # of the array's own type, so that the array is not converted
     wanted = positions.astype(cell_positions.dtype)
     cells = np.minimum(np.searchsorted(cell_positions, wanted), len(cell_positions) - 1)
     return np.where(cell_positions[cells] == wanted, cells, -1)

@@ -32,12 +32,12 @@ _LOOKUP_ROWS = 1 << 20  # entries of a look-up sorted at once
 
 
 class Abandoned(EngineClosed):
-    """Writing was told to stop."""
+    """Writing stopped because `go_on` returned False."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One part of what is written. keep: bool (count,), or None for all; base: rows kept of the parts before it."""
+    """One part that is written. keep: bool (count,), or None for all rows; base: the number of rows kept of the parts before it."""
 
     part: Rows
     keep: NDArray[np.bool_] | None
@@ -53,7 +53,7 @@ class _Source:
             yield low, high, None if self.keep is None else self.keep[low:high]
 
     def new_positions(self, positions: NDArray[Any]) -> Int64:
-        """Where kept positions come to lie."""
+        """The positions of kept rows in the new segment."""
         moved = positions.astype(np.int64) + self.base
         return moved if self.keep is None else moved - np.searchsorted(np.flatnonzero(~self.keep), positions)
 
@@ -68,9 +68,9 @@ def write_segment(
     others: Iterable[Rows] = (),
     go_on: Callable[[], bool] = lambda: True,
 ) -> SegmentEntry:
-    """Writes adjacent parts as one segment, synced, and returns what the manifest shall say of it.
+    """Writes adjacent parts as one segment, synced, and returns its entry for the manifest.
 
-    keeps: which rows of each part are kept, bool (count,); None for all. others: parts whose codecs it shall have. Raises Abandoned when go_on turns false; then, and
+    keeps: which rows of each part are kept, bool (count,); None for all. others: parts whose codecs may be reused. Raises Abandoned when go_on turns false; then, and
     after any other error, files may be left that no manifest names.
     """
     sources, base = [], 0
@@ -188,7 +188,7 @@ def _codec_for(name: str, parts: Sequence[Rows], known: Sequence[Rows]) -> Codec
 def _column_streams(
     name: str, sources: Sequence[_Source], count: int, codec: Codec | None
 ) -> tuple[dict[str, Any], list[Stream], list[Stream]]:
-    """What `about` says, the arrays of the column's file, and those of its rest."""
+    """(`about`, the arrays of the column's file, the arrays of its rest)."""
     holding = [(source, source.part.columns[name]) for source in sources if name in source.part.columns]
     dimension = holding[0][1].dimension
 
@@ -266,7 +266,7 @@ def _string_streams(name: str, count: int, pieces: Callable[[], Iterator[Packed]
 
 
 class _Shift:
-    """How the entries of a look-up move when everything is kept."""
+    """As a `_Source` of which every row is kept: positions in a look-up move by `base`."""
 
     keep = None
 
