@@ -204,10 +204,10 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
 def check_as_shown(case: Case, shown: Case, candidate: str | None) -> None:
     """Raises EncounterConflict where what a verdict is about has changed since the case was shown. candidate: as of `ruled`."""
 
-    def about(one: Case) -> dict[str, frozenset[int]]:
-        return {c.key: frozenset(c.rows) for c in one.undecided if candidate in (None, c.key)}
+    def rows_of(judged: Case) -> dict[str, frozenset[int]]:
+        return {c.key: frozenset(c.rows) for c in judged.undecided if candidate in (None, c.key)}
 
-    if about(case) != about(shown):
+    if rows_of(case) != rows_of(shown):
         which = "its candidates have" if candidate is None else f"candidate {candidate!r} has"
         raise EncounterConflict(
             f"encounter {case.encounter_id!r}: {which} changed since the case was shown; look at the case again"

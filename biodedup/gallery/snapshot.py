@@ -430,7 +430,7 @@ class Snapshot:
         They are drawn among the first 2^n rows of all time, whatever has been sealed or merged: the same ones until one of them is
         removed, or there are twice as many rows. Open cases are left out, and of each subject all rows but one: they may be mates.
         """
-        columns = [name for name, one in self.models.items() if one.model_id == model_id and one.dimension]
+        columns = [name for name, model in self.models.items() if model.model_id == model_id and model.dimension]
         rows = _drawn((1 << self.row_count.bit_length()) // 2, count)
         rows = rows[self.enrolled.are_present(rows)]
         if self.extra_rows:

@@ -2,9 +2,9 @@
 
 Owns what counts as alike (equal after NFKC, case folding, and without spaces and hyphens) and the search for such ids. Never changes an id.
 
-Two passes over the ids, piece by piece. The first sets a bit for the hash of each id, and marks ids whose bit was set before: all
-look-alikes and, in a large gallery, one id in twenty by chance. The second compares 64 bits of the marked ids. Memory: 0.5 GB for the bits
-of 200 million ids, and as much for the marked ids.
+Two passes over the ids, piece by piece. The first sets a bit for the hash of each id, and collects the hashes whose bit was set before:
+those of all look-alikes and, in a large gallery, of one id in twenty by chance. The second compares, in 64 bits, the ids with one of these
+hashes. Memory: 0.5 GB for the bits of 200 million ids, and as much for the collected hashes.
 """
 
 from __future__ import annotations
