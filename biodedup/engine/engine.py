@@ -47,10 +47,12 @@ from biodedup.engine.prepare import Preparer, Probe, check_column, check_models,
 from biodedup.engine.review import Review
 from biodedup.engine.search import BatchedSearch
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
-from biodedup.gallery.answers import digest_of, from_json, is_of_batch, standing_answer
-from biodedup.gallery.care.health import Copied, backup, inspect
+from biodedup.gallery.answers import digest_of, from_json
+from biodedup.gallery.care.backup import Copied, backup
 from biodedup.gallery.care.history import NotedClock, date_notes
 from biodedup.gallery.care.lookalikes import look_alikes
+from biodedup.gallery.care.verify import inspect
+from biodedup.gallery.cases import standing_answer
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
@@ -585,7 +587,7 @@ class Engine:
         """The decision that an encounter got, or None for one never seen; of a case, as it stands by now."""
         self._check_open()
         stored = self._gallery.answer(encounter_id)
-        return None if stored is None or is_of_batch(stored[1]) else from_json(stored[1])
+        return None if stored is None or stored.kind != "decision" else from_json(stored.text)
 
     def recall(self, encounter: Encounter) -> Decision | None:
         """The decision that this very encounter got, or None for one never seen. Writes nothing. Raises EncounterConflict where its id was

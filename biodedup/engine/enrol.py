@@ -30,11 +30,10 @@ from biodedup.errors import (
     StorageUnavailable,
     UnknownSubject,
 )
-from biodedup.gallery.answers import digest_of, standing_answer, to_json
-from biodedup.gallery.cases import Request, resembled
+from biodedup.gallery.answers import StoredDecision, digest_of, to_json
+from biodedup.gallery.cases import Request, resembled, standing_answer
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.segments.tail import Answer
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
 from biodedup.memory import out_of_memory
@@ -242,7 +241,7 @@ class Enrolment:
                 transaction.add(probe.subject_id, probe.templates, encounter_id, asked.groups)
         elif decision.outcome == "review":
             transaction.hold(probe.subject_id, probe.templates, encounter_id, asked, resembled(decision))
-        transaction.record(encounter_id, Answer(digest, decision.outcome, to_json(decision)))
+        transaction.record(encounter_id, StoredDecision(digest, decision.outcome, to_json(decision)))
         return decision
 
     def thin_out(self, transaction: Transaction, subject_id: str) -> None:

@@ -21,10 +21,18 @@ from numpy.typing import NDArray
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, check_models, in_memory, require_subject
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput
-from biodedup.gallery.answers import batch_answered_before, digest_of, digest_of_batch, standing_answer, to_json
+from biodedup.gallery.answers import (
+    LOADED,
+    AnswerOf,
+    StoredDecision,
+    batch_answered_before,
+    digest_of,
+    digest_of_batch,
+    to_json,
+)
+from biodedup.gallery.cases import standing_answer
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.segments.tail import Answer
 from biodedup.gallery.transaction import Transaction
 from biodedup.search.searcher import CandidateSet
 from biodedup.values import (
@@ -75,7 +83,7 @@ class _Batch:
             groups=[self.groups[i] for i in rows.tolist()],
         )
 
-    def was_added(self, answer_of: Callable[[str], tuple[bytes, str] | None]) -> bool:
+    def was_added(self, answer_of: AnswerOf) -> bool:
         """Raises EncounterConflict where the encounter_id stands for something else."""
         return self.encounter_id is not None and batch_answered_before(
             answer_of(self.encounter_id), self.encounter_id, self.digest
@@ -83,7 +91,7 @@ class _Batch:
 
     def record(self, transaction: Transaction) -> None:
         if self.encounter_id is not None:
-            answer = Answer(self.digest, "loaded", json.dumps({"added": len(self.ids)}))
+            answer = StoredDecision(self.digest, LOADED, json.dumps({"added": len(self.ids)}))
             transaction.record(self.encounter_id, answer)
 
 
@@ -243,7 +251,7 @@ class Loader:
                     if transaction.snapshot().row_of(probe.subject_id) is not None:
                         transaction.remove(probe.subject_id)
                     transaction.add(probe.subject_id, probe.templates, encounter_id, probe.encounter.groups)
-                transaction.record(encounter_id, Answer(digests[i], decision.outcome, to_json(decision)))
+                transaction.record(encounter_id, StoredDecision(digests[i], decision.outcome, to_json(decision)))
         return [answer for answer in answers.values() if answer is not None]
 
 

@@ -13,7 +13,7 @@ from biodedup.engine.enrol import Enrolment
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.engine.search import BatchedSearch, SearchSnapshot
 from biodedup.errors import CallerError, InvalidInput, UnknownSubject
-from biodedup.gallery.answers import digest_of, standing_answer
+from biodedup.gallery.answers import digest_of
 from biodedup.gallery.cases import (
     Request,
     check_as_shown,
@@ -24,6 +24,7 @@ from biodedup.gallery.cases import (
     request_of,
     ruled,
     same_rows,
+    standing_answer,
 )
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction

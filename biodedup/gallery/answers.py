@@ -1,6 +1,9 @@
-"""What the gallery remembers of an encounter: a digest of what was sent, and the decision that was answered.
+"""What the gallery stores under an encounter_id: a digest of what was sent, and the answer that was given.
 
-Owns these two encodings, and what sending an encounter again means. Never stores them.
+Owns these two encodings, the kinds of answers, and the rule for an encounter that is sent again. Never stores them.
+
+An answer is a decision, or the receipt of a batch of templates that was loaded. Steps of jobs have a table of their own (`job_step`);
+releases before 0.3.0 stored them as answers, and galleries may still hold those.
 """
 
 from __future__ import annotations
@@ -8,16 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from biodedup.capture.reading import Unread
 from biodedup.completeness import INCOMPLETE
 from biodedup.errors import EncounterConflict, GalleryDamaged
-from biodedup.gallery.snapshot import Snapshot
 from biodedup.texts import KnownId
 from biodedup.values import (
     Candidate,
@@ -32,6 +36,54 @@ from biodedup.values import (
     Verdict,
 )
 
+LOADED, JOB_STEP = "loaded", "merged"
+"""Outcomes of stored answers that are no decisions: the receipt of a load; a step of a job, in galleries of releases before 0.3.0."""
+
+
+@dataclass(frozen=True)
+class StoredDecision:
+    """What was sent (digest) and what was answered (text, JSON). outcome: of the decision, or LOADED or JOB_STEP."""
+
+    digest: bytes
+    outcome: str
+    text: str
+
+    @classmethod
+    def read(cls, digest: bytes, text: str) -> StoredDecision:
+        """From a segment, which does not keep the outcome: the text tells it. A decision has a field `outcome`, a receipt has the digest
+        of its batch, a step of a job has neither. Raises GalleryDamaged for what was never written."""
+        outcome = parsed(text).get("outcome", LOADED if digest else JOB_STEP)
+        if type(outcome) is not str:
+            raise GalleryDamaged("a stored answer has no outcome; run `biodedup doctor`")
+        return cls(digest, outcome, text)
+
+    @property
+    def kind(self) -> Literal["decision", "load", "job"]:
+        """What was answered: a decision, the receipt of a load, or a step of a job."""
+        if self.outcome == LOADED:
+            return "load"
+        return "job" if self.outcome == JOB_STEP else "decision"
+
+    @cached_property
+    def compressed(self) -> bytes:
+        """The text as segments hold it. Made when an answer is recorded, so that sealing has nothing left to do."""
+        return zlib.compress(self.text.encode())
+
+
+AnswerOf: TypeAlias = Callable[[str], StoredDecision | None]
+"""encounter_id -> what is stored of it, or None for one never seen."""
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """The fields of a JSON object that the gallery stored. Raises GalleryDamaged for anything else."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = None
+    if type(fields) is not dict:
+        raise GalleryDamaged("a stored answer is no JSON object; run `biodedup doctor`")
+    return fields
+
 
 def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
     """SHA-256 of what was sent: the operation, the id of the subject, and the content of every capture and template.
@@ -39,7 +91,7 @@ def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
     The captures are as `capture.reading.held` gives them: what is digested is what is extracted.
     """
     if encounter.encounter_id is None:
-        return b""  # nobody can send it again
+        return b""  # without an id it cannot be sent again
     digest = hashlib.sha256()
 
     def add(*parts: bytes) -> None:
@@ -128,9 +180,7 @@ def _candidate(fields: Mapping[str, Any]) -> Candidate:
     return Candidate(**{**fields, **told, "interval_db": None if interval is None else tuple(interval)})
 
 
-def answered_before(
-    answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes
-) -> Decision | None:
+def answered_before(answer_of: AnswerOf, encounter: Encounter, digest: bytes) -> Decision | None:
     """The answer that this encounter got, or None where it is to be decided. digest: of what is sent now.
 
     A refusal of captures is not final: with other content the encounter is decided anew, and after a refusal as incomplete with the same
@@ -141,28 +191,18 @@ def answered_before(
     stored = answer_of(encounter.encounter_id)
     if stored is None:
         return None
-    fields = json.loads(stored[1])
-    refused = fields.get("outcome") == "refused" and fields.get("adjudicated") is None
-    if refused and (stored[0] != digest or INCOMPLETE in fields.get("reasons", ())):
-        return None
-    if stored[0] != digest:
+    if stored.outcome == "refused":
+        fields = parsed(stored.text)
+        if fields.get("adjudicated") is None and (stored.digest != digest or INCOMPLETE in fields.get("reasons", ())):
+            return None
+    if stored.digest != digest or stored.kind != "decision":
         raise _conflict(encounter.encounter_id)
-    return from_json(stored[1])
+    return from_json(stored.text)
 
 
-def standing_answer(
-    answer_of: Callable[[str], tuple[bytes, str] | None], encounter: Encounter, digest: bytes, now: Snapshot
-) -> Decision | None:
-    """The answer that this encounter got before; it says `removed` where its subject has been removed since."""
-    answer = answered_before(answer_of, encounter, digest)
-    if answer is None or answer.outcome != "unique" or answer.subject_id is None:
-        return answer
-    return answer if now.rows_under(answer.subject_id) else replace(answer, reasons=(*answer.reasons, "removed"))
-
-
-def batch_answered_before(stored: tuple[bytes, str] | None, encounter_id: str, digest: bytes) -> bool:
+def batch_answered_before(stored: StoredDecision | None, encounter_id: str, digest: bytes) -> bool:
     """Whether this batch was written before. Raises EncounterConflict for other content."""
-    if stored is not None and stored[0] != digest:
+    if stored is not None and stored.digest != digest:
         raise _conflict(encounter_id)
     return stored is not None
 

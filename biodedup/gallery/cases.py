@@ -1,7 +1,7 @@
-"""Cases: encounters that went to review, and what people ruled on them.
+"""Cases: encounters that a person has to judge, and the verdicts on them.
 
-Owns what a case is in the tables, which verdicts may follow one another, and the decision that a verdict leads to. Never
-searches and never commits.
+Owns how a case is stored, which verdicts may follow one another, and the decision that a verdict leads to. Never searches and never
+commits.
 
 1. A case is open while it owns a pending row, which searches see. It lists candidates; each is ruled on by itself, or all at once.
 2. `same` closes it as a duplicate, `recapture` as refused. `different` closes it once no candidate is left: not in its list, and not
@@ -20,10 +20,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from biodedup.errors import EncounterConflict, GalleryDamaged, InvalidInput
-from biodedup.gallery.answers import from_json
+from biodedup.gallery.answers import AnswerOf, StoredDecision, answered_before, from_json, parsed
 from biodedup.gallery.catalogue.sqlite import Catalogue
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.values import Candidate, Case, Decision, Refusal, Ruling, Verdict, strong
+from biodedup.values import Candidate, Case, Decision, Encounter, Refusal, Ruling, Verdict, strong
 
 RECAPTURE = Refusal("encounter", "recapture", "the verdict on the case asks for new captures")
 ANOTHER_PERSON = Refusal(
@@ -33,8 +33,8 @@ ANOTHER_PERSON = Refusal(
 
 @dataclass(frozen=True)
 class Request:
-    """What an encounter in review asked for. replaces: to update an enrolled subject; reason: why all that it has is to be replaced,
-    "" where a row is to be added."""
+    """The request of an encounter in review. replaces: it updates an enrolled subject; reason: why it replaces all rows of the subject,
+    "" where it adds one."""
 
     replaces: bool
     groups: tuple[str, ...]
@@ -55,23 +55,28 @@ def resembled(decision: Decision) -> tuple[str, ...]:
     return tuple(dict.fromkeys(candidate.case for candidate in decision.candidates if candidate.case))
 
 
-def is_review(answer: str) -> bool:
-    """Whether an answer, as JSON, is that of a case."""
-    return '"outcome":"review"' in answer  # quotes inside a value are escaped
-
-
-def standing(catalogue: Catalogue, encounter_id: str, answer: str) -> str:
-    """The decision as it stands, JSON. answer: the one that was given first."""
+def standing(catalogue: Catalogue, encounter_id: str, first: StoredDecision) -> StoredDecision:
+    """The answer as it stands. first: the one that was given first; only of a case has it changed since."""
+    if first.outcome != "review":
+        return first
     stored = catalogue.case(encounter_id)
-    return answer if stored is None or stored[1] is None else stored[1]
+    return first if stored is None or stored[1] is None else StoredDecision.read(first.digest, stored[1])
+
+
+def standing_answer(answer_of: AnswerOf, encounter: Encounter, digest: bytes, now: Snapshot) -> Decision | None:
+    """The answer that this encounter got before; it says `removed` where its subject has been removed since."""
+    answer = answered_before(answer_of, encounter, digest)
+    if answer is None or answer.outcome != "unique" or answer.subject_id is None:
+        return answer
+    return answer if now.rows_under(answer.subject_id) else replace(answer, reasons=(*answer.reasons, "removed"))
 
 
 def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Case | None:
     """A case, open or closed; None for an encounter that never went to review."""
     answer = snapshot.answer(encounter_id)
-    if answer is None or not is_review(answer[1]):
+    if answer is None or answer.outcome != "review":
         return None
-    first = from_json(answer[1])
+    first = from_json(answer.text)
     if first.subject_id is None:
         raise GalleryDamaged("a case is of no subject; run `biodedup doctor`")
     stored = catalogue.case(encounter_id)
@@ -136,7 +141,7 @@ def _enrolled_at(snapshot: Snapshot, row: int) -> float:
     """When the encounter of a row was decided; 0 where it was loaded without one."""
     (encounter_id,) = snapshot.encounter_ids([row])
     answer = snapshot.answer(encounter_id) if encounter_id else None
-    return 0.0 if answer is None else float(json.loads(answer[1]).get("decided_at", 0.0))
+    return 0.0 if answer is None else float(parsed(answer.text).get("decided_at", 0.0))
 
 
 def different_rows(case: Case, verdicts: Iterable[Verdict]) -> list[tuple[int, int]]:
@@ -190,7 +195,7 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
     if candidate is not None and candidate not in names:
         raise InvalidInput(
             f"subject {candidate!r} is no candidate of encounter {case.encounter_id!r}; its candidates are "
-            f"{', '.join(names) or 'nobody'}"
+            f"{', '.join(names) or 'none'}"
         )
     if ruling == "recapture":
         return (verdict(None),)
@@ -201,7 +206,7 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
     if candidate is None and len(undecided) != 1:
         raise InvalidInput(
             f"encounter {case.encounter_id!r} has {len(undecided)} candidates; say whose double it is, one of "
-            f"{', '.join(undecided or names) or 'nobody'}"
+            f"{', '.join(undecided or names) or 'none'}"
         )
     _refuse_ambiguous(case, [candidate or undecided[0]])
     return (verdict(candidate or undecided[0]),)
@@ -221,10 +226,10 @@ def _refuse_ambiguous(case: Case, names: Iterable[str]) -> None:
 def check_as_shown(case: Case, shown: Case, candidate: str | None) -> None:
     """Raises EncounterConflict where what a verdict is about has changed since the case was shown. candidate: as of `ruled`."""
 
-    def about(one: Case) -> dict[str, frozenset[int]]:
-        return {c.key: frozenset(c.rows) for c in one.undecided if candidate in (None, c.key)}
+    def rows_of(judged: Case) -> dict[str, frozenset[int]]:
+        return {c.key: frozenset(c.rows) for c in judged.undecided if candidate in (None, c.key)}
 
-    if about(case) != about(shown):
+    if rows_of(case) != rows_of(shown):
         which = "its candidates have" if candidate is None else f"candidate {candidate!r} has"
         raise EncounterConflict(
             f"encounter {case.encounter_id!r}: {which} changed since the case was shown; look at the case again"
@@ -232,7 +237,7 @@ def check_as_shown(case: Case, shown: Case, candidate: str | None) -> None:
 
 
 def closes(verdict: Verdict) -> bool:
-    """Whether nobody else need be looked at after this verdict."""
+    """Whether this verdict closes the case by itself, so that no other candidate is to be judged."""
     return verdict.ruling == "recapture" or (verdict.ruling == "same") != verdict.own
 
 

@@ -1,4 +1,4 @@
-"""Which encounters of a subject are kept: by quality, and spread over time.
+"""Chooses which encounters of a subject are kept: those of high quality, spread over time.
 
 Owns the choice. Never removes a row.
 
@@ -9,11 +9,11 @@ Owns the choice. Never removes a row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from biodedup.gallery.answers import parsed
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.values import COLUMNS
 
@@ -52,7 +52,7 @@ def _times(snapshot: Snapshot, rows: Sequence[int]) -> dict[int, float]:
     times: dict[int, float] = {}
     for row, encounter_id in zip(rows, snapshot.encounter_ids(rows), strict=True):
         answer = snapshot.answer(encounter_id) if encounter_id else None
-        told = {} if answer is None else json.loads(answer[1])
+        told = {} if answer is None else parsed(answer.text)
         times[row] = float(told.get("decided_at", 0.0))
     return times
 

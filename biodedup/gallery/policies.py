@@ -1,9 +1,9 @@
-"""The versions of a gallery's policy: what each one says, who stored it, when and why.
+"""The versions of a gallery's policy: the text of each, its author, its date and its reason.
 
-Owns their form as text in the catalogue. Never decides and never writes.
+Owns their form as text in the database. Never decides and never writes.
 
 1. Versions are numbered from 1, the policy that the gallery was created with. None is ever changed or dropped.
-2. A field that a text lacks, since it is older than the field, has its default.
+2. A field that the text does not have (it is older than the field) gets its default.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A snapshot: the rows that a reader sees, as of one version, whatever the writer does meanwhile.
+"""A snapshot: an unchanging view of all rows of a gallery, as of one version.
 
 Owns reading across parts: look-ups by id, templates by row, the state of each row. Never changes anything.
 
@@ -13,16 +13,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.filesystem import memory_bytes
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.segments.part import Column, Int64, Part
+from biodedup.gallery.segments.reader import Segment
 from biodedup.values import BIT, COLUMNS, EnrolledEncounter, Float32, Template
 
 _T = TypeVar("_T", bound=np.generic)
@@ -34,7 +36,7 @@ _MEMORY_SHARE = 0.75  # that a gallery may fill; of the rest everything else liv
 class Snapshot:
     """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending; pending: row of an open
     case -> its encounter_id; extra_rows: live rows beyond the first of their subject; different: row -> rows that were judged to be
-    of somebody else, in both directions."""
+    of another person, in both directions; steps: name of a step that a job has done -> what it noted, JSON."""
 
     version: int
     row_count: int
@@ -45,10 +47,16 @@ class Snapshot:
     pending: Mapping[int, str] = field(default_factory=dict, repr=False)
     extra_rows: int = 0
     different: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    steps: Mapping[str, str] = field(default_factory=dict, repr=False)
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
     )
     _bits: dict[tuple[Hashable, ...], NDArray[np.uint64]] = field(default_factory=dict, repr=False)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The sealed parts, in the order of their rows."""
+        return [part for part in self.parts if isinstance(part, Segment)]
 
     # counts -----------------------------------------------------------------------------------------------------
 
@@ -217,8 +225,16 @@ class Snapshot:
             present &= self.tombstones[at] != rows
         return present
 
-    def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
-        """(digest of what was sent, answer as JSON), or None for an encounter never seen."""
+    def job_step(self, name: str) -> dict[str, Any] | None:
+        """What a job noted of a step that it has done, or None."""
+        text = self.steps.get(name)
+        if text is not None:
+            return parsed(text)
+        stored = self.answer(name)  # as releases before 0.3.0 noted it
+        return None if stored is None or stored.kind != "job" else parsed(stored.text)
+
+    def answer(self, encounter_id: str) -> StoredDecision | None:
+        """What was sent and answered, or None for an encounter never seen."""
         hashed = packed.hash_of(encounter_id)
         for part in reversed(self.parts):
             found = part.answers.find(encounter_id, hashed)
@@ -238,7 +254,7 @@ class Snapshot:
         return ids
 
     def all_subject_ids(self) -> Iterator[str]:
-        """The enrolled, in order of enrolment, each once."""
+        """The enrolled subjects, in order of enrolment, each once."""
         several = {int(hashed) for part in self.parts for hashed in part.again.tolist()} if self.extra_rows else set()
         seen: set[str] = set()
         for part in self.parts:
@@ -323,7 +339,7 @@ class Snapshot:
     def live_members(
         self, part: Part, presences: tuple[int, ...], positions: Int64 | None, groups: frozenset[str] | None
     ) -> NDArray[np.uint64]:
-        """As `live_bits`, over the rows of a part that have one of some presences. positions: theirs, None for all."""
+        """As `live_bits`, over the rows of a part that have one of these presences. positions: of these rows, None for all."""
         key = (id(part), presences, groups)
         if key not in self._bits:
             mask = self.mask(part, groups)
@@ -422,7 +438,7 @@ class Snapshot:
         They are drawn among the first 2^n rows of all time, whatever has been sealed or merged: the same ones until one of them is
         removed, or there are twice as many rows. Open cases are left out, and of each subject all rows but one: they may be mates.
         """
-        columns = [name for name, one in self.models.items() if one.model_id == model_id and one.dimension]
+        columns = [name for name, model in self.models.items() if model.model_id == model_id and model.dimension]
         rows = _drawn((1 << self.row_count.bit_length()) // 2, count)
         rows = rows[self.enrolled.are_present(rows)]
         if self.extra_rows:

@@ -1,27 +1,28 @@
 """A transaction: changes that become durable and visible together.
 
-Owns staging: what is written to the journal or the manifest is at once in the staged parts, which `snapshot` shows to its
-holder alone. Never commits; the gallery does.
+Owns staging: every change is written to the database and to the staged parts, which only the transaction's own `snapshot` shows.
+Never commits; the gallery does.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.errors import ModelMismatch, SubjectExists, UnknownSubject
-from biodedup.gallery.answers import to_json
+from biodedup.gallery.answers import StoredDecision, to_json
 from biodedup.gallery.cases import (
     RECAPTURE,
     Request,
-    is_review,
     judged_before,
     read_case,
     request_of,
@@ -32,9 +33,11 @@ from biodedup.gallery.catalogue.sqlite import Catalogue, ColumnModel, State, pai
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.policies import PolicyVersion
+from biodedup.gallery.segments.layout import SegmentEntry, unused_number
 from biodedup.gallery.segments.part import Int64, Part
-from biodedup.gallery.segments.segment import Segment, SegmentEntry, open_segment, unused_number, write_segment
-from biodedup.gallery.segments.tail import Answer, Tail, TailPart
+from biodedup.gallery.segments.reader import Segment, open_segment
+from biodedup.gallery.segments.tail import Tail, TailPart
+from biodedup.gallery.segments.writer import write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.values import Case, Column, Decision, Template, Verdict
 
@@ -62,7 +65,8 @@ class Transaction:
         self.group_sets = dict(before.group_sets)
         self.pending = before.pending
         self.different = before.different
-        self.answers: dict[str, Answer] = {}
+        self.steps = before.steps
+        self.answers: dict[str, StoredDecision] = {}
         self.policies: list[PolicyVersion] = []
         self.new_segments: list[int] = []
         self.retired: list[Segment] = []
@@ -102,16 +106,16 @@ class Transaction:
             self.pending,
             state.extra_rows,
             self.different,
+            self.steps,
         )
 
-    def answer(self, encounter_id: str) -> tuple[bytes, str] | None:
+    def answer(self, encounter_id: str) -> StoredDecision | None:
+        """As `Gallery.answer`, with what is staged."""
         staged = self.answers.get(encounter_id)
         if staged is not None:
-            return staged.digest, staged.text
+            return staged
         found = self.snapshot().answer(encounter_id)
-        if found is None or not is_review(found[1]):
-            return found
-        return found[0], standing(self._catalogue, encounter_id, found[1])
+        return None if found is None else standing(self._catalogue, encounter_id, found)
 
     # content ----------------------------------------------------------------------------------------------------
 
@@ -245,11 +249,18 @@ class Transaction:
         self.tombstones = np.union1d(self.tombstones, np.asarray(rows, np.int64))
         self.content_changed = self.content_changed or bool(len(rows))
 
-    def record(self, encounter_id: str, answer: Answer) -> None:
+    def record(self, encounter_id: str, answer: StoredDecision) -> None:
         """Stores what was sent and answered, so that a resent encounter gets the same answer."""
         _ = answer.compressed  # now, so that sealing need not
         self._catalogue.add_answer(encounter_id, answer)
         self.answers[encounter_id] = answer
+        self.content_changed = True
+
+    def record_step(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Notes that a job has done a step. facts: JSON-ready; `Snapshot.job_step` returns them."""
+        text = json.dumps(dict(facts))
+        self._catalogue.add_job_step(name, text)
+        self.steps = {**self.steps, name: text}
         self.content_changed = True
 
     def set_policy(self, one: PolicyVersion) -> None:

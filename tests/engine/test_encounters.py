@@ -294,14 +294,13 @@ def test_which_rows_are_kept_goes_by_quality_and_then_by_time(tmp_path):
         engine.remove("anna")
         clock = iter(times)
         decisions = [engine.identify(bd.Encounter("anna", templates={"face": anna})) for _ in times]
-        from biodedup.gallery.answers import to_json
-        from biodedup.gallery.segments.tail import Answer
+        from biodedup.gallery.answers import StoredDecision, to_json
 
         with internals(engine).gallery.transaction() as transaction:
             for i, (quality, decision) in enumerate(zip(qualities, decisions, strict=True)):
                 one = {"face": bd.Template("face", template.model_id, anna, quality=quality)}
                 (transaction.add if i == 0 else transaction.add_encounter)("anna", one, f"e{i + 1}")
-                transaction.record(f"e{i + 1}", Answer(b"", "unique", to_json(decision)))
+                transaction.record(f"e{i + 1}", StoredDecision(b"", "unique", to_json(decision)))
         snapshot = internals(engine).gallery.snapshot()
         rows = snapshot.rows_under("anna")
         first = rows[0]

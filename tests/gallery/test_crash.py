@@ -20,7 +20,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.testing import internals
 from tests.support import GOLDEN

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.column_file import Stream, open_column_file, write_column_file
 from biodedup.gallery.files.filesystem import LocalStorage
-from biodedup.gallery.segments import segment
+from biodedup.gallery.segments.layout import file_name
+from biodedup.gallery.segments.reader import Segment
 from biodedup.testing import internals
 from tests.support import GOLDEN
 from tests.support.galleries import PEOPLE, enroll, nearest, small
@@ -186,12 +187,12 @@ def test_a_database_is_not_restored_from_another_gallerys_backup(sealed, tmp_pat
 def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         gallery = internals(engine).gallery
-        old = [part for part in gallery.snapshot().parts if isinstance(part, segment.Segment)]
+        old = [part for part in gallery.snapshot().parts if isinstance(part, Segment)]
         taken = gallery._take_number()
         gallery._broken = True
         enroll(engine, 14)  # recovers first
         assert gallery._take_number() == taken + 1
-        gallery._merge(old)
+        gallery._maintenance.merge(old)
         assert engine.info()["segments"] == 1
         assert engine.problems() == []
         assert nearest(engine, 14) == "s14"
@@ -353,7 +354,7 @@ def test_the_golden_gallery_is_rewritten_byte_for_byte(tmp_path):
     path.unlink()
     assert jobs.examine(tmp_path / "g", mend=True).problems == ()
     assert path.read_bytes() == sound
-    assert segment.file_name(1, "subject.lookup") == path.name
+    assert file_name(1, "subject.lookup") == path.name
 
 
 def test_a_gallery_of_the_first_release_is_upgraded_and_answers_as_before(tmp_path):

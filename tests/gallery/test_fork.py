@@ -15,7 +15,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import FileLock, LocalStorage
 from biodedup.testing import internals
 from tests.support import ROOT
@@ -97,7 +97,9 @@ def test_a_childs_end_releases_nothing_of_the_parents(tmp_path, name):
     script = f"""
 import gc, os, sys
 import biodedup as bd
-from biodedup.gallery.segments.tail import Answer
+from biodedup.gallery.answers import StoredDecision
+from small_gallery import enroll, small
+from test_fork import ENDINGS
 from biodedup.testing import internals
 from tests.support.galleries import enroll, small
 engine = bd.Engine.open({str(tmp_path / "g")!r}, small(background=True))
@@ -106,7 +108,7 @@ for i in range(9):
 gallery = internals(engine).gallery
 with gallery.lock:
     gallery._catalogue.begin()  # as in the midst of a commit
-    gallery._catalogue.add_answer("half", Answer(b"", "unique", "{{}}"))
+    gallery._catalogue.add_answer("half", StoredDecision(b"", "unique", "{{}}"))
     pid = os.fork()
     if not pid:
         {ENDINGS[name]}

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.testing import internals
 from tests.support import ROOT

@@ -12,7 +12,8 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.care.health import backup, repair
+from biodedup.gallery.care.backup import backup
+from biodedup.gallery.care.repair import repair
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.names import BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER
 from biodedup.jobs.enrolment.queue import Arrival, Backlog

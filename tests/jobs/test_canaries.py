@@ -16,8 +16,8 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
 from biodedup.gallery.files.filesystem import LocalStorage
-from biodedup.gallery.files.names import SENTINELS_NAME
-from biodedup.gallery.segments.segment import SegmentColumn
+from biodedup.gallery.files.names import CANARIES_NAME
+from biodedup.gallery.segments.reader import SegmentColumn
 from biodedup.jobs.health import canaries as sentinels
 from biodedup.jobs.health import canary_file as sentinel_file
 from biodedup.match.minutiae import CylinderMatcher
@@ -103,7 +103,7 @@ def test_a_sound_gallery_raises_nothing_and_every_part_has_sentinels(made):
 
 
 def test_the_probes_stay_as_they_were_made_and_the_same_seed_makes_the_same_file(gallery):
-    file = gallery / SENTINELS_NAME
+    file = gallery / CANARIES_NAME
     before = file.read_bytes()
     watch = jobs.watch(gallery)
     assert (watch.made, file.read_bytes()) == (0, before)
@@ -279,7 +279,7 @@ def test_a_gallery_that_was_taken_back_is_told(gallery, tmp_path, more):
         engine.backup(tmp_path / "old")
         engine.add_templates([f"late{i}" for i in range(more)], {"face": people(more, 9, DIMENSION)})
     jobs.watch(gallery)
-    (tmp_path / "old" / SENTINELS_NAME).write_bytes((gallery / SENTINELS_NAME).read_bytes())
+    (tmp_path / "old" / CANARIES_NAME).write_bytes((gallery / CANARIES_NAME).read_bytes())
     ahead = sum(one.row >= 3_050 for one in kept(gallery).each)
     assert (ahead > 0) == (more > 1)
     (problem,) = jobs.watch(tmp_path / "old").problems
@@ -291,12 +291,12 @@ def test_a_gallery_that_was_taken_back_is_told(gallery, tmp_path, more):
 
 @pytest.mark.parametrize("at", [20, 200, 5_000, -3])
 def test_a_damaged_file_is_a_problem_that_says_how_to_make_it_anew(gallery, at):
-    file = gallery / SENTINELS_NAME
+    file = gallery / CANARIES_NAME
     content = bytearray(file.read_bytes())
     content[at] ^= 1
     file.write_bytes(content)
     (problem,) = jobs.watch(gallery).problems
-    assert f"remove the file `{SENTINELS_NAME}`" in problem
+    assert f"remove the file `{CANARIES_NAME}`" in problem
     assert file.read_bytes() == content
     file.unlink()
     assert jobs.watch(gallery).problems == ()
@@ -305,15 +305,15 @@ def test_a_damaged_file_is_a_problem_that_says_how_to_make_it_anew(gallery, at):
 def test_a_file_of_another_gallery_is_a_problem(gallery, tmp_path):
     grow(tmp_path / "other", 0, 100)
     jobs.watch(tmp_path / "other")
-    (gallery / SENTINELS_NAME).write_bytes((tmp_path / "other" / SENTINELS_NAME).read_bytes())
+    (gallery / CANARIES_NAME).write_bytes((tmp_path / "other" / CANARIES_NAME).read_bytes())
     assert "of another gallery" in jobs.watch(gallery).problems[0]
 
 
 def test_a_backup_takes_them_along_and_is_searched_without_writing(gallery, tmp_path, monkeypatch):
     with bd.Engine.open(gallery, CONFIG, read_only=True) as engine:
         engine.backup(tmp_path / "copy")
-    copy = tmp_path / "copy" / SENTINELS_NAME
-    assert copy.read_bytes() == (gallery / SENTINELS_NAME).read_bytes()
+    copy = tmp_path / "copy" / CANARIES_NAME
+    assert copy.read_bytes() == (gallery / CANARIES_NAME).read_bytes()
     copy.unlink()
 
     def refused(self, path):
@@ -442,7 +442,7 @@ def test_doctor_says_it_in_words_and_json_and_by_its_exit_code(gallery, shell):
     said = shell("doctor", "--sentinels")
     assert said.exit_code == 0
     assert "sound    sentinels face: 202 of 202 found" in said.stdout
-    (gallery / SENTINELS_NAME).write_bytes(b"")
+    (gallery / CANARIES_NAME).write_bytes(b"")
     said = shell("doctor", "--sentinels", "--json")
     report = json.loads(said.stdout)
     assert said.exit_code == 4

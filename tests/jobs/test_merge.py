@@ -22,7 +22,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.config import EXTERNAL_MINUTIAE
-from biodedup.gallery.care.health import inspect
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.merging.survivors import Member, folded, survivor
@@ -550,7 +550,7 @@ def stage_of(folder: Path, merge_id: str) -> str:
     try:
         found = [""]
         for stage in ("begun", "completed:0", "removed", "applied"):
-            found += [stage] * (gallery.snapshot().answer(f"merge:{merge_id}:{stage}") is not None)
+            found += [stage] * (gallery.snapshot().job_step(f"merge:{merge_id}:{stage}") is not None)
         return found[-1]
     finally:
         gallery.close()

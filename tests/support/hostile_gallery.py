@@ -20,8 +20,8 @@ import numpy as np
 import xxhash
 
 import biodedup as bd
-from biodedup.gallery.care.health import inspect
-from biodedup.gallery.catalogue.sqlite import sqlite as catalogue
+from biodedup.gallery.care.verify import inspect
+from biodedup.gallery.catalogue import sqlite as catalogue
 from biodedup.gallery.files import column_file
 from biodedup.gallery.files.filesystem import LocalStorage
 

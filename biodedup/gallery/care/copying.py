@@ -1,15 +1,14 @@
-"""Rows of one gallery into another: codes copied as codes, one durable and idempotent step a part.
+"""Copies rows of one gallery into another. Codes are copied as they are; each part is one durable, idempotent step.
 
-Owns the change of names on the way (subject_ids, groups) and the record of what is done, so that a copy that was killed goes on.
+Owns the change of names on the way (subject_ids, groups) and the record of finished steps, so that an interrupted copy can continue.
 Never decides which rows.
 
-A step is answered under `NAME:0`, `NAME:1`, ... in the target; the answer says which rows it holds, so that the next step begins
-behind them even if the source has merged its segments meanwhile.
+Steps are noted in the target as `NAME:0`, `NAME:1`, ...; each note says which rows of the source were copied, so that the next step
+begins behind them even if the source has merged its segments meanwhile.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import PIECE_ROWS, Answers, Column, Int64, Part, sorted_lookup
-from biodedup.gallery.segments.tail import Answer, TailAnswers
+from biodedup.gallery.segments.tail import TailAnswers
 from biodedup.gallery.snapshot import Snapshot
 
 Rename = Callable[[Packed], Packed]
@@ -48,8 +47,8 @@ class Step:
 def steps_done(target: Snapshot, name: str) -> list[Step]:
     """What was copied under this name, in order."""
     steps: list[Step] = []
-    while (found := target.answer(f"{name}:{len(steps)}")) is not None:
-        steps.append(Step(**json.loads(found[1])))
+    while (facts := target.job_step(f"{name}:{len(steps)}")) is not None:
+        steps.append(Step(**facts))
     return steps
 
 
@@ -80,14 +79,9 @@ def copy_rows(
 
 def record(target: Gallery, name: str, **facts: object) -> None:
     """Notes in the target that a stage is reached; again, it changes nothing."""
-    if target.snapshot().answer(name) is None:
+    if target.snapshot().job_step(name) is None:
         with target.transaction() as transaction:
-            transaction.record(name, note(facts))
-
-
-def note(facts: Mapping[str, object]) -> Answer:
-    """An answer of a job, which is no decision: it says how many subjects were added."""
-    return Answer(b"", "merged", json.dumps({"added": 0} | dict(facts)))
+            transaction.record_step(name, facts)
 
 
 def _copied(
@@ -105,7 +99,7 @@ def _copied(
             [known.get(i, frozenset()) | groups for i in range(max(known, default=0) + 1)]
         )
     several = np.concatenate([other.again for other in source.parts]) if source.extra_rows else np.zeros(0, np.uint64)
-    renamed = Adopted(part, numbers, rename, several)
+    renamed = RenamedPart(part, numbers, rename, several)
     entry = target.write_part(renamed, kept)
     try:
         with target.transaction() as transaction:
@@ -114,14 +108,14 @@ def _copied(
                 transaction.settle_model(column, source.models[column])
             step = Step(int(kept.sum()), transaction.tail.end_row, part.first_row, part.end_row)
             transaction.attach(entry, extra_rows)
-            transaction.record(name, note(vars(step)))
+            transaction.record_step(name, vars(step))
     except CallerError:  # before it was attached; after any other failure the gallery itself knows what to keep
         target.discard_rows(entry)
         raise
     return step
 
 
-def _extra_rows(now: Snapshot, part: Adopted, kept: NDArray[np.bool_]) -> int:
+def _extra_rows(now: Snapshot, part: RenamedPart, kept: NDArray[np.bool_]) -> int:
     """How many of the rows that are kept are not the first of their subject. Raises SubjectExists for the id of a subject that is
     enrolled, unless the source has several rows of it: earlier ones were copied before."""
     extra, seen = 0, set[str]()
@@ -147,7 +141,7 @@ def _all_if_none(mask: NDArray[np.bool_] | None, part: Part) -> NDArray[np.bool_
     return np.ones(part.count, bool) if mask is None else mask
 
 
-class Adopted:
+class RenamedPart:
     """A part of another gallery, as `Rows` to be written: under other ids and in other groups. Its answers stay behind.
 
     group_sets: the number here of each combination of groups there; several: hashes of the ids there of subjects with several rows.

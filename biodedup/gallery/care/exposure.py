@@ -1,6 +1,6 @@
-"""What of a gallery other users of the machine can reach, and taking that away.
+"""Finds the files of a gallery that other users of the machine can access, and takes these rights away.
 
-Owns the list of a gallery's files. Never judges access-control lists, and never touches files that are not ours.
+Owns the list of a gallery's files. Never judges access-control lists, and never touches other programs' files.
 """
 
 from __future__ import annotations

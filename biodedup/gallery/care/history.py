@@ -1,6 +1,6 @@
-"""When decisions were made, by the clock that dated them; and a clock that notes when it goes backwards.
+"""Reads when the newest decisions were made, and warns when the clock goes backwards.
 
-Owns the reading of the newest answers' dates. Never decides: a decision stands whatever its date.
+Owns the reading of these dates. Never decides: a decision stands whatever its date.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def dates(snapshot: Snapshot, count: int = _LOOKED_AT) -> list[float]:
 
 
 def _inflated(data: bytes) -> bytes:
-    """The text of an answer; nothing of a damaged one, which is told where it is read."""
+    """The text of an answer; empty for a damaged one, which raises where it is read as an answer."""
     try:
         return zlib.decompressobj().decompress(data, _ANSWER_BYTES_MAX)
     except zlib.error:

@@ -1,10 +1,10 @@
-"""Subject ids that a person takes for one another: `JOSE-1` and `Jose 1`, written with other letters of Unicode or otherwise spaced.
+"""Finds subject ids that a person could mistake for one another: `JOSE-1` and `Jose 1`, or the same letters in another Unicode form.
 
 Owns what counts as alike (equal after NFKC, case folding, and without spaces and hyphens) and the search for such ids. Never changes an id.
 
-Two passes over the ids, piece by piece. The first marks the hash of each in a bit array, and suspects those whose bit was set: the real
-ones and, of a large gallery, one in twenty by chance. The second gathers the suspects and compares 64 bits. Memory: 0.5 GB for the bits of
-200 million ids, and as much for the suspects.
+Two passes over the ids, piece by piece. The first sets a bit for the hash of each id, and collects the hashes whose bit was set before:
+those of all look-alikes and, in a large gallery, of one id in twenty by chance. The second compares, in 64 bits, the ids with one of these
+hashes. Memory: 0.5 GB for the bits of 200 million ids, and as much for the collected hashes.
 """
 
 from __future__ import annotations

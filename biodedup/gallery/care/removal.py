@@ -1,7 +1,7 @@
-"""A gallery's files are removed, and no others.
+"""Removes the files of a gallery, and no others.
 
-Owns which names in a gallery's folder are ours. Working copies of jobs are cleared with it. Never follows a symbolic link, and
-never removes a folder that still holds something.
+Owns which names in a gallery's folder belong to this program, databases of jobs included. Never follows a symbolic link, and never removes
+a folder that still holds something.
 """
 
 from __future__ import annotations
@@ -10,26 +10,27 @@ from contextlib import suppress
 from pathlib import Path
 
 from biodedup.errors import InvalidInput
-from biodedup.gallery.files.filesystem import NEW_SUFFIX, Storage
+from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import (
     BACKLOG_NAME,
+    CANARIES_NAME,
     DATABASE_NAME,
     LEDGER_NAME,
     LOCK_NAME,
     MERGES_FOLDER,
     NEW_NAME,
+    NEW_SUFFIX,
     SEGMENT_FOLDER,
-    SENTINELS_NAME,
 )
 from biodedup.gallery.files.private import refuse_link
-from biodedup.gallery.segments.segment import number_of
+from biodedup.gallery.segments.layout import number_of
 
 _DATABASES = [name + suffix for name in (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAME) for suffix in ("", NEW_SUFFIX)]
 _WORKING = {
     NEW_NAME,
     *(name + end for name in _DATABASES for end in ("", "-journal")),
-    SENTINELS_NAME,
-    SENTINELS_NAME + NEW_SUFFIX,
+    CANARIES_NAME,
+    CANARIES_NAME + NEW_SUFFIX,
 }
 OWN_NAMES = {*_WORKING, LOCK_NAME, SEGMENT_FOLDER, MERGES_FOLDER}
 """What a gallery's folder, or a backup's, may hold before there is a database in it."""

@@ -1,4 +1,4 @@
-"""The SQLite tables that are the gallery's truth: the manifest of its segments, and the journal of what is not sealed yet.
+"""The SQLite database of a gallery: the manifest, which names the valid segments, and the journal, which holds rows not sealed yet.
 
 Owns the schema and every SQL statement. Never decides, never searches, never caches. Callers hold the gallery's lock.
 
@@ -18,6 +18,7 @@ Owns the schema and every SQL statement. Never decides, never searches, never ca
 | verdict | what a person ruled on a case and one of its candidates; kept for ever |
 | judged | one pair of rows that a verdict says are of two people |
 | link | one open case that has another one as a candidate |
+| job_step | one step that a job has done, by name, and what it noted; kept for ever |
 | policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
@@ -36,13 +37,13 @@ import numpy as np
 import xxhash
 
 from biodedup.errors import GalleryDamaged
+from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
-from biodedup.gallery.segments.segment import SegmentEntry
-from biodedup.gallery.segments.tail import Answer
+from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.texts import KnownId
 from biodedup.values import COLUMNS, Column, Template, Verdict
 
-APPLICATION_ID = 0x62696F64  # "biod", so that `file` and a curious engineer recognise the database
+APPLICATION_ID = 0x62696F64  # "biod": `file` shows it
 FORMAT_VERSION = 4
 READABLE = (2, 3, 4)
 """Formats that are read as they are. 2: segments keep vectors in another way, until they are merged. 3: a subject has one row, and the
@@ -64,6 +65,7 @@ _COLUMNS_OF = {
     "pending": "row INTEGER PRIMARY KEY, encounter_id TEXT",
     "judged": "number INTEGER PRIMARY KEY, row INTEGER, other INTEGER",
     "link": "number INTEGER PRIMARY KEY, encounter_id TEXT, other TEXT",
+    "job_step": "name TEXT PRIMARY KEY, facts TEXT",
     "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
 }
 _ADDED = {
@@ -73,8 +75,12 @@ _ADDED = {
     "judged": "encounters",
     "link": "encounters",
     "policy": "policies",
+    "job_step": "job_steps",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
+
+_RENEWED = set(_ADDED.values()) - {"encounters"}
+"""Settings that `Catalogue.renew` makes true; `encounters` comes with the rows of open cases (`Transaction.adopt_cases`)."""
 
 _INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
 
@@ -124,7 +130,7 @@ class Catalogue:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self.erased = False
-        """Whether something was deleted that the rollback journal may still hold; the gallery clears it."""
+        """Whether rows were deleted that the rollback journal may still hold. The gallery resets it."""
 
     # transactions ---------------------------------------------------------------------------------------------
 
@@ -163,7 +169,7 @@ class Catalogue:
 
     def is_current(self) -> bool:
         """Whether `renew` has nothing to do."""
-        return self.identify()[1] == FORMAT_VERSION
+        return self.identify()[1] == FORMAT_VERSION and _RENEWED <= self.meta().keys()
 
     def renew(self) -> None:
         """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
@@ -174,8 +180,7 @@ class Catalogue:
                 if table == "policy":
                     self.add_policy(first[0])
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        # `encounters` comes with the rows of open cases
-        self.put("meta", [("format", str(FORMAT_VERSION)), ("cases", "1"), ("policies", "1")])
+        self.put("meta", [("format", str(FORMAT_VERSION)), *((setting, "1") for setting in sorted(_RENEWED))])
 
     def _create(self, table: str) -> None:
         for statement in _schema([table]).values():
@@ -192,8 +197,8 @@ class Catalogue:
         return first, second, third
 
     def check_schema(self) -> None:
-        """Before any table is read. Raises GalleryDamaged where the database holds other things than ours: a trigger or a view
-        would run what its author wrote."""
+        """Called before any table is read. Raises GalleryDamaged where the database holds a trigger, a view or a table that this program
+        does not make: a trigger or a view would run another author's SQL."""
         expected, found = _schema(_COLUMNS_OF), set()
         for kind, name, table, sql in self._connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"):
             if (kind, name, sql) == ("index", f"sqlite_autoindex_{table}_1", None) and ("table", table) in expected:
@@ -237,9 +242,9 @@ class Catalogue:
             raise GalleryDamaged("table policy lacks versions; run `biodedup doctor`")
         return [PolicyVersion(n, from_text(text, f"policy version {n}"), by, at, why) for n, text, by, at, why in rows]
 
-    def add_policy(self, one: PolicyVersion) -> None:
-        at = None if one.at is None else float(one.at)
-        self.put("policy", [(one.version, to_text(one.policy), one.by, at, one.reason)])
+    def add_policy(self, policy: PolicyVersion) -> None:
+        at = None if policy.at is None else float(policy.at)
+        self.put("policy", [(policy.version, to_text(policy.policy), policy.by, at, policy.reason)])
 
     def models(self) -> dict[str, ColumnModel]:
         known = list(self._all("model"))
@@ -344,12 +349,19 @@ class Catalogue:
         else:
             self.put("cell", ((key, None, record, None) for key, record in zip(keys, cells, strict=True) if record))
 
-    def answers(self) -> dict[str, Answer]:
+    def answers(self) -> dict[str, StoredDecision]:
         """encounter_id -> what was sent and answered."""
-        return {key: Answer(digest, outcome, answer) for key, digest, outcome, answer in self._all("encounter")}
+        return {key: StoredDecision(digest, outcome, answer) for key, digest, outcome, answer in self._all("encounter")}
 
-    def add_answer(self, encounter_id: str, answer: Answer) -> None:
+    def add_answer(self, encounter_id: str, answer: StoredDecision) -> None:
         self.put("encounter", [(encounter_id, answer.digest, answer.outcome, answer.text)])
+
+    def job_steps(self) -> dict[str, str]:
+        """Name of a step that a job has done -> what it noted, JSON."""
+        return {name: facts for name, facts in self._all("job_step")}
+
+    def add_job_step(self, name: str, facts: str) -> None:
+        self.put("job_step", [(name, facts)])
 
     def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
         """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
@@ -429,17 +441,17 @@ class Catalogue:
 
     def add_verdicts(self, verdicts: Iterable[Verdict]) -> None:
         (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM verdict").fetchone()
-        for number, one in enumerate(verdicts, last + 1):
-            fields = (one.encounter_id, one.subject_id, one.candidate, one.ruling, one.by, float(one.at), one.note)
+        for number, v in enumerate(verdicts, last + 1):
+            fields = (v.encounter_id, v.subject_id, v.candidate, v.ruling, v.by, float(v.at), v.note)
             self.put("verdict", [(number, *fields)])
 
     def clear_journal(self) -> None:
-        """After sealing: the segment has it all."""
+        """Deletes the journal's rows, which a segment holds now."""
         for table in ("subject", "cell", "encounter"):
             self._delete(table)
 
     def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
-        """Every deletion goes this way, so that the journal is wiped afterwards."""
+        """The only way to delete rows: it marks the rollback journal to be wiped."""
         self._connection.executemany(f"DELETE FROM {which}", values)
         self.erased = True
 
@@ -503,7 +515,7 @@ _TYPES_OF = {
 
 
 def _are_of(table: str, values: Sequence[Any]) -> bool:
-    """Whether values are of the types of the table's columns, which SQLite does not see to."""
+    """Whether values have the types of the table's columns, which SQLite does not enforce."""
     types = _TYPES_OF[table]
     return len(values) == len(types) and all(
         type(value) is kind or (value is None and nullable)

@@ -1,7 +1,7 @@
-"""Galleries of format 1 (release 0.1.0), which kept everything in SQLite, become format 2.
+"""Converts galleries of format 1 (release 0.1.0), which kept everything in SQLite, to the current format.
 
-Owns the reading of the old tables. The new database is made beside the old one and takes its name when it is whole, so that a
-gallery is of one format or the other at every moment.
+Owns the reading of the old tables. The new database is written beside the old one and takes its name when it is complete, so that a
+gallery has one format or the other at every moment.
 """
 
 from __future__ import annotations

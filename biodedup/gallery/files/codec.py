@@ -1,12 +1,12 @@
-"""A codec: how a column's vectors become codes, and what a scan of their high nibbles knows of a similarity.
+"""Compresses a column's vectors to eight-bit codes, and states how exact an estimate from their high nibbles is.
 
-Owns rotation, its training, and the measurement of its error. Never reads files. Stored in every segment that it wrote, so
-that segments of one codec are merged without encoding anything anew.
+Owns the rotation, its training, and the measurement of the error. Never reads files. Every segment stores the codec that wrote it, so
+that segments with one codec are merged without encoding a vector again.
 
-Vectors are rotated by a random rotation, so that no single number of a vector stands out: then one step suits all of a
-vector's numbers, and the errors of many add up to a normal one whatever the model (as in RaBitQ: Gao and Long, SIGMOD 2024).
-Of a vector with many numbers only the principal axes are scanned, as many as make a search cheapest; the rotation is then
-trained. Nothing is subtracted: the mean is the first of the principal axes.
+Method: random rotation before scalar quantisation, as in RaBitQ (Gao and Long, SIGMOD 2024). After a random rotation no number of a
+vector stands out: one step size suits all of them, and the errors of many numbers add up to a normal error, whatever the model.
+Special here: of a vector with many numbers only the principal axes are scanned, as many as make a search cheapest; the rotation is then
+trained. No mean is subtracted: it is the first of the principal axes.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Codec:
         return self.dimension > SCAN_WHOLE and not self.training_rows
 
     def card(self) -> dict[str, Any]:
-        """What `about` in a file says of it, JSON-ready."""
+        """The codec's entry in the `about` of a file, JSON-ready."""
         return {
             "id": self.codec_id,
             "scanned": self.scanned,
@@ -268,7 +268,7 @@ def measured_laws(
 
 
 def estimates(rotation: Float32, scanned: int, probes: Float32, vectors: Float32) -> Float32:
-    """What the scan makes of pairs: probes and vectors float32 (n, d), unit rows -> float32 (n,)."""
+    """The scan's estimate of the similarity of pairs: probes and vectors float32 (n, d), unit rows -> float32 (n,)."""
     codes, norms = quantise(np.asarray(vectors @ rotation.T, np.float32))
     seen = (codes[:, :scanned] >> 4).astype(np.float32) * 16 - 120
     rotated = np.asarray(probes @ rotation[:scanned].T, np.float32)

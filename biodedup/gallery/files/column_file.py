@@ -2,12 +2,12 @@
 
 Owns this container (FORMAT.md describes it byte by byte). Never knows what the arrays mean.
 
-1. Every byte of a file is covered by a checksum, and every read is checked the first time it touches a block.
-2. Headers and arrays are little-endian; the table of contents is JSON; nothing is pickled. Checksums do not keep out someone who
-   computes them anew: sizes, offsets and counts are checked against the file before they are used.
-3. A file that was cut short while it is open is found before it is read, which would end the process (SIGBUS). What is cut
-   between this check and the read is not.
-4. The digest of a file covers its content; the manifest keeps it, so that a file cannot be taken for another.
+1. A checksum covers every byte of a file, and a block is checked when it is first read.
+2. Headers and arrays are little-endian; the table of contents is JSON; nothing is pickled. Checksums do not protect against an attacker,
+   who can compute them again: sizes, offsets and counts are checked against the file before they are used.
+3. Reading behind the end of a mapped file would end the process (SIGBUS), so the size is checked before a read. A file that is cut
+   between this check and the read is not noticed.
+4. The digest of a file covers its content. The manifest keeps it, so that no file can be taken for another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from biodedup.errors import BiodedupError, EngineClosed, GalleryBusy, GalleryDamaged
-from biodedup.gallery.files.filesystem import NEW_SUFFIX, ODD_CONTENT, NewFile, Storage
+from biodedup.gallery.files.filesystem import ODD_CONTENT, NewFile, Storage
+from biodedup.gallery.files.names import NEW_SUFFIX
 
 MAGIC = b"BIODEDUP"
 VERSION, VERSION_OF_SMALL_BLOCKS = 1, 2
@@ -39,7 +40,7 @@ BLOCK_BYTES = 1 << 16
 _READ_OVER_BYTES = 1 << 16
 """Between single rows that are wanted so much is read, too, sooner than the disk is asked once more: that takes a slow one as long."""
 _ASKED_BYTES = 1 << 17
-"""Linux reads no more of a span that it is told will be wanted than it would read ahead, 128 kB where nobody chose otherwise."""
+"""Linux reads no more of a span that it is told will be wanted than it would read ahead, 128 kB by default."""
 _ALIGN_BYTES, _PAGE = 64, mmap.PAGESIZE
 _HEADER_BYTES = 4096  # the header is padded to a multiple of this, so that arrays begin on a page
 _FIXED = struct.Struct(
@@ -208,7 +209,7 @@ class _Closed(dict[str, NDArray[Any]]):
 
 
 class ColumnFile:
-    """An open column file. Thread-safe. Raises GalleryDamaged, naming the file and the array, for what is not as written."""
+    """An open column file. Thread-safe. Raises GalleryDamaged, naming the file and the array, for content that is not as written."""
 
     def __init__(self, content: mmap.mmap, name: str, forget: Callable[[], None]) -> None:
         self.name = name
@@ -357,7 +358,7 @@ class ColumnFile:
         self._check(np.unique(np.concatenate(blocks)))
 
     def unchecked(self, name: str) -> NDArray[Any]:
-        """A whole array as it is mapped; for callers who check what they read."""
+        """A whole array as it is mapped, unchecked; the caller checks what it reads."""
         return self._arrays[name]
 
     def release(self, *, forget: bool) -> None:

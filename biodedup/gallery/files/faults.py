@@ -1,4 +1,4 @@
-"""Errors of SQLite and of the file system, as errors of this library."""
+"""Turns errors of SQLite and of the file system into errors of this library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from biodedup.errors import GalleryDamaged, NotAGallery, StorageUnavailable
-from biodedup.gallery.files.filesystem import unavailable
 from biodedup.gallery.files.names import DATABASE_NAME
 
 _DISK_TROUBLE = {
@@ -27,7 +26,7 @@ def translated(doing: str) -> Iterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF in _DISK_TROUBLE:
-            raise unavailable(error, doing) from error
+            raise _unavailable(error, doing) from error
         if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
             raise NotAGallery(
                 f"{doing}: {DATABASE_NAME} is not a gallery's database; name an empty folder or a gallery"
@@ -38,4 +37,9 @@ def translated(doing: str) -> Iterator[None]:
     except PermissionError as error:
         raise StorageUnavailable(f"{doing}: permission denied; give this process access to the folder") from error
     except OSError as error:
-        raise unavailable(error, doing) from error
+        raise _unavailable(error, doing) from error
+
+
+def _unavailable(error: Exception, doing: str) -> StorageUnavailable:
+    """The retryable error for a disk that refused."""
+    return StorageUnavailable(f"{doing} failed: {error}; nothing was acknowledged; free the disk and send it again")

@@ -1,4 +1,4 @@
-"""The seam through which the gallery reaches the disk.
+"""All access of the gallery to the file system: folders, files, the writer's lock and the SQLite connection.
 
 Owns folders, files, the writer's lock and the SQLite connection with its durability settings. Never knows what is stored, and
 never follows a symbolic link to a file that it writes. A test hands in a double that fails the nth call.
@@ -28,12 +28,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-from biodedup.errors import GalleryBusy, NotAGallery, StorageUnavailable
+from biodedup.errors import GalleryBusy, NotAGallery
 from biodedup.gallery.files import forks
 from biodedup.gallery.files.private import create_private, make_private_folder, refuse_link, refuse_no_file
-
-NEW_SUFFIX = ".new"
-"""Of a file in the making."""
 
 _BUFFER_BYTES = 1 << 20
 _WIPED_BYTES_KEPT = 1 << 18
@@ -50,7 +47,7 @@ ODD_CONTENT = (
     struct.error,
     zlib.error,
 )
-"""What Python raises for stored content that no writer of ours wrote; to be reported as GalleryDamaged where it is read."""
+"""Exceptions of Python for stored content that no writer wrote; the reader reports them as GalleryDamaged."""
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
 
@@ -371,8 +368,3 @@ def memory_bytes() -> int:
     except OSError:
         return physical
     return min(physical, int(granted)) if granted.isdecimal() else physical
-
-
-def unavailable(error: Exception, doing: str) -> StorageUnavailable:
-    """The retryable error for a disk that refused."""
-    return StorageUnavailable(f"{doing} failed: {error}; nothing was acknowledged; free the disk and send it again")

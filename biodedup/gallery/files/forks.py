@@ -1,11 +1,10 @@
-"""What a forked process may do with what its parent opened: nothing.
+"""Makes connections, locks and files that a parent process opened unusable in a child of `os.fork`.
 
-Owns the check of the process id, and what happens to open connections and locks in a child of `os.fork`. Never closes anything of
-the parent's.
+Owns the check of the process id, and what happens to open connections and locks in a child. Never closes anything of the parent's.
 
-1. A lock of the file system belongs to the open file, which parent and child share. The child closes its copy at once, which
-   releases nothing, so that a child that outlives its parent does not hold the gallery.
-2. SQLite must not close a connection in a child: that would roll back what the parent is writing. The child keeps it for ever.
+1. A file-system lock belongs to the open file, which parent and child share. The child closes its copy at once, which releases nothing,
+   so that a child that outlives its parent does not hold the gallery.
+2. SQLite must not close a connection in a child: that would roll back what the parent is writing. The child keeps it until it ends.
 3. No fork happens in the middle of a transaction: it waits for the locks in `hold`, for five seconds at most.
 
 What no rule here can prevent: OpenBLAS, under numpy, ends its threads before a fork, and hangs if another thread of the process is in a

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from biodedup.gallery.files.filesystem import NEW_SUFFIX
-
+NEW_SUFFIX = ".new"
+"""Suffix of a file that is not complete yet."""
 DATABASE_NAME = "gallery.sqlite3"
 LOCK_NAME = "writer.lock"
 SEGMENT_FOLDER = "segments"
-SENTINELS_NAME = "sentinels"
-"""Probes that `biodedup doctor --sentinels` keeps here (jobs/health/canary_file.py); no part of the gallery's content."""
+CANARIES_NAME = "sentinels"
+"""Canary probes that `biodedup doctor --sentinels` keeps here (jobs/health/canary_file.py); no part of the gallery's content."""
 BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER = "backlog.sqlite3", "kits.sqlite3", "merges"
-"""What other jobs keep here (jobs/enrolment/queue.py, jobs/kits/ledger.py, jobs/merging/apply.py); no part of the content, but of a backup."""
-NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a gallery in the making: it gets its name when it is whole
+"""Files of other jobs (jobs/enrolment/queue.py, jobs/kits/ledger.py, jobs/merging/apply.py): not part of the content, but part of a backup."""
+NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a new database; it gets its name when it is complete

@@ -1,6 +1,6 @@
-"""Byte strings of any length in two arrays, and their hashes: ids, minutiae records, answers.
+"""Stores many byte strings in two arrays (offsets and bytes), and hashes them: ids, minutiae records, answers.
 
-Owns the way between Arrow's arrays (which slice, filter and take in C++) and plain numpy arrays of a column file.
+Owns the conversion between Arrow's arrays (which slice, filter and take in C++) and the plain numpy arrays of a column file.
 Never loops over strings.
 """
 

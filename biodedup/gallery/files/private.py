@@ -1,10 +1,10 @@
-"""Files and folders for their owner alone, and none that another program made.
+"""Creates files and folders that only their owner can read.
 
-Owns how a file is created, which permissions are too wide, and which names have our own form. Never deletes.
+Owns the modes (files 0600, folders 0700), how a private file is created and replaced, and which permissions are too wide. Never knows
+what is in a file.
 
-1. A file is created new, with mode 0600 whatever the umask. A name that is taken is given up first, so that neither a symbolic
-   nor a hard link leads to a file of another's.
-2. Files of others are recognised by name: a segment's are `<number>.<kind>` alone.
+1. A private file has mode 0600 from its creation on, whatever the umask.
+2. A file is created new: what had its name is unlinked first, so that no symbolic or hard link leads to another program's file.
 """
 
 from __future__ import annotations
@@ -16,28 +16,55 @@ from pathlib import Path
 from typing import BinaryIO
 
 from biodedup.errors import NotAGallery
+from biodedup.gallery.files.faults import translated
 
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
-def create_private(path: Path) -> int:
-    """An open descriptor of a new, empty file, to be written. What had the name loses it."""
+def create_private(path: Path, *, exclusive: bool = False) -> int:
+    """An open descriptor of a new, empty file, to be written. A file that had the name is unlinked first; with exclusive it raises
+    FileExistsError instead."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with suppress(FileNotFoundError):
-        path.unlink()
+    if not exclusive:
+        path.unlink(missing_ok=True)
     file = os.open(path, flags, FILE_MODE)
     os.fchmod(file, FILE_MODE)  # a umask may have taken the owner's own rights
     return file
 
 
-def open_private(path: Path) -> BinaryIO:
+def open_private(path: Path, *, exclusive: bool = False) -> BinaryIO:
     """As `create_private`, buffered."""
-    return os.fdopen(create_private(path), "wb")
+    return os.fdopen(create_private(path, exclusive=exclusive), "wb")
+
+
+def make_private(path: Path) -> None:
+    """Makes an empty file where there is none; one that is there is closed to others. Raises OSError."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+    os.fchmod(file, FILE_MODE)
+    os.close(file)
+
+
+def replace_private(path: Path, content: bytes) -> None:
+    """Writes a file whole: under another name, synced, renamed. Raises StorageUnavailable."""
+    temporary = path.with_name(path.name + ".tmp")
+    with translated(f"writing {path}"):
+        with open_private(temporary) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder of a job's own; one that is there is closed to others. Raises StorageUnavailable."""
+    with translated(f"writing {path}"):
+        path.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        path.chmod(FOLDER_MODE)
 
 
 def make_private_folder(folder: Path) -> None:
-    """With the folders above it. One that is there stays as it is. Raises FileExistsError where it is a file."""
+    """Makes a folder, and those above it. An existing folder stays as it is. Raises FileExistsError where it is a file."""
     if not folder.parent.exists():
         make_private_folder(folder.parent)
     folder.mkdir(FOLDER_MODE, exist_ok=True)
@@ -47,7 +74,7 @@ def refuse_link(path: Path) -> None:
     """Before something is written there. Raises NotAGallery for a symbolic link."""
     if path.is_symlink():
         raise NotAGallery(
-            f"{path} is a symbolic link, and what it leads to may be another's; put the file or folder itself there"
+            f"{path} is a symbolic link, which may lead to another program's files; put the file or folder itself there"
         )
 
 

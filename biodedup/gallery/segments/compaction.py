@@ -1,10 +1,11 @@
-"""Which segments to merge.
+"""Chooses which neighbouring segments to merge.
 
 Owns the policy, as functions of sizes. Never reads or writes.
 
-Size tiers (O'Neil et al., "The log-structured merge-tree", 1996, and its successors): segments keep the order of their rows;
-when `fan` neighbours at the young end are of one tier or below, they become one of the next. A row is then rewritten
-about log_fan(rows / seal_rows) times in its life, and a gallery of n rows has at most fan * log_fan(n / seal_rows) segments.
+Method: size tiers of a log-structured merge-tree (O'Neil et al., "The log-structured merge-tree", 1996, and its successors). Special
+here: segments keep the order of their rows. When the `fan` youngest neighbours are all of one tier or below, they become one segment of
+the next tier. A row is then rewritten about log_fan(rows / seal_rows) times in its life, and a gallery of n rows has at most
+fan * log_fan(n / seal_rows) segments.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A part of a gallery: a range of rows, in memory (`Tail`) or in sealed files (`Segment`).
+"""The interface of a part of a gallery: a range of rows, in memory (`Tail`) or in sealed files (`Segment`).
 
-Owns the interface that both have in common. Searches and merges are written against it, and do not know which kind they read.
+Searches and merges use this interface alone, and do not know which kind they read.
 
-Words: a *row* is an encounter's number in the whole gallery, for ever; a *position* is its place within one part; a *cell* is
-a template's place within one column of one part. All three ascend together. A subject owns one row or several.
+Words: a *row* is the number of an encounter in the whole gallery, and never changes; a *position* is its place within one part; a *cell*
+is a template's place within one column of one part. All three ascend together. A subject owns one row or several.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
 from biodedup.gallery.files.packed import Packed
@@ -84,8 +85,7 @@ class Answers(Protocol):
     @property
     def outcomes(self) -> Mapping[str, int]: ...
 
-    def find(self, encounter_id: str, hashed: np.uint64) -> tuple[bytes, str] | None:
-        """(digest of what was sent, answer as JSON)."""
+    def find(self, encounter_id: str, hashed: np.uint64) -> StoredDecision | None: ...
 
     def ids(self, low: int, high: int) -> Packed: ...
 
@@ -99,7 +99,7 @@ class Answers(Protocol):
 
 
 class Rows(Protocol):
-    """Rows [first_row, end_row) but for those that were dropped, `count` of them: what is read to write them into a segment."""
+    """`count` rows of the range [first_row, end_row), without the dropped ones: all that is needed to write them into a segment."""
 
     first_row: int
     end_row: int

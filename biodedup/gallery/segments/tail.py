@@ -1,7 +1,7 @@
-"""The tail: the newest rows, exact and in memory, as the journal holds them on disk.
+"""The tail: the newest rows, uncompressed in memory; the journal holds the same rows on disk.
 
-Owns append-only arrays that readers use while one writer appends. Never touches the disk. Its size is bounded: when it has
-grown large it is sealed into a segment, and a new one begins.
+Owns append-only arrays that readers use while one writer appends. Never touches the disk. Its size is bounded: a full tail is
+sealed into a segment, and a new one begins.
 
 1. A reader takes a `TailPart` of `count` rows and sees exactly these: appended rows lie behind them, and growth copies into
    a new array, leaving the old one to its readers.
@@ -10,36 +10,21 @@ grown large it is sealed into a segment, and a new one begins.
 
 from __future__ import annotations
 
-import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
 from biodedup.gallery.files.packed import Packed, hash_of, hashes, pack, pack_text, text
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64, sorted_lookup
 from biodedup.values import COLUMNS, Column, Float32, Template
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was sent (digest) and what was answered (JSON)."""
-
-    digest: bytes
-    outcome: str
-    text: str
-
-    @cached_property
-    def compressed(self) -> bytes:
-        """The text as segments hold it. Made when an answer is recorded, so that sealing has nothing left to do."""
-        return zlib.compress(self.text.encode())
 
 
 class GrowingArray:
@@ -64,7 +49,7 @@ class GrowingArray:
 
 
 class Tail:
-    """What the writer appends to. first_row: the row of position 0."""
+    """The rows of the journal, to which the writer appends. first_row: the row of position 0."""
 
     def __init__(self, first_row: int) -> None:
         self.first_row = first_row
@@ -76,7 +61,7 @@ class Tail:
         self.positions_of: dict[str, tuple[int, ...]] = {}
         self.again: list[tuple[int, int]] = []
         """(position, hash of the subject_id) of each row that was not the first under its id."""
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, StoredDecision] = {}
 
     @property
     def count(self) -> int:
@@ -319,7 +304,7 @@ class TailColumn:
 class TailAnswers:
     """The answers of the journal."""
 
-    def __init__(self, answers: Mapping[str, Answer]) -> None:
+    def __init__(self, answers: Mapping[str, StoredDecision]) -> None:
         self._answers = answers
         self.count = len(answers)
 
@@ -327,9 +312,8 @@ class TailAnswers:
     def outcomes(self) -> Mapping[str, int]:
         return dict(Counter(answer.outcome for answer in list(self._answers.values())))
 
-    def find(self, encounter_id: str, hashed: np.uint64 | None = None) -> tuple[bytes, str] | None:
-        found = self._answers.get(encounter_id)
-        return None if found is None else (found.digest, found.text)
+    def find(self, encounter_id: str, hashed: np.uint64 | None = None) -> StoredDecision | None:
+        return self._answers.get(encounter_id)
 
     def ids(self, low: int, high: int) -> Packed:
         return pack_text(list(self._answers)[low:high])
@@ -348,7 +332,7 @@ def cells_of(cell_positions: NDArray[Any], positions: Int64) -> Int64:
     """The index of each position among ascending cell_positions, -1 where it is not there."""
     if not len(cell_positions):
         return np.full(len(positions), -1)
-    # of the array's own type, lest all of it be converted
+    # of the array's own type, so that the array is not converted
     wanted = positions.astype(cell_positions.dtype)
     cells = np.minimum(np.searchsorted(cell_positions, wanted), len(cell_positions) - 1)
     return np.where(cell_positions[cells] == wanted, cells, -1)

@@ -22,8 +22,8 @@ from biodedup.errors import NotAGallery
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.names import BACKLOG_NAME, DATABASE_NAME
+from biodedup.gallery.files.private import make_private
 from biodedup.jobs.enrolment.outcomes import STATUS_OF
-from biodedup.jobs.shared.files import make_private
 from biodedup.jobs.shared.page import write_page
 from biodedup.values import Decision
 

@@ -33,9 +33,9 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.column_file import ColumnFile, Stream, open_column_file, write_column_file
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import Storage
-from biodedup.gallery.files.names import SENTINELS_NAME
+from biodedup.gallery.files.names import CANARIES_NAME
 from biodedup.gallery.segments.part import Int64, Part
-from biodedup.gallery.segments.segment import Segment
+from biodedup.gallery.segments.reader import Segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.synthetic.vectors import mates_of
 from biodedup.values import COLUMNS, Float32
@@ -223,11 +223,11 @@ def another_impression(content: bytes, column: str, rng: np.random.Generator) ->
 
 def load(storage: Storage, folder: Path) -> Sentinels | None:
     """The gallery's sentinels, or None without a file. Raises GalleryDamaged, StorageUnavailable."""
-    with translated(f"reading {folder / SENTINELS_NAME}"):
-        if SENTINELS_NAME not in (storage.list_names(folder) or ()):
+    with translated(f"reading {folder / CANARIES_NAME}"):
+        if CANARIES_NAME not in (storage.list_names(folder) or ()):
             return None
         try:
-            file = open_column_file(storage, folder / SENTINELS_NAME)
+            file = open_column_file(storage, folder / CANARIES_NAME)
             if file.problems():
                 raise file.damaged(file.problems()[0])
             return _read(file)
@@ -237,14 +237,14 @@ def load(storage: Storage, folder: Path) -> Sentinels | None:
 
 def save(storage: Storage, folder: Path, sentinels: Sentinels) -> None:
     """Replaces the file. Raises StorageUnavailable."""
-    with translated(f"writing {folder / SENTINELS_NAME}"):
+    with translated(f"writing {folder / CANARIES_NAME}"):
         about = {
             "gallery": sentinels.gallery_id,
             "kind": "sentinels",
             "version": sentinels.version,
             "seed": sentinels.seed,
         }
-        write_column_file(storage, folder / SENTINELS_NAME, about, list(_streams(sentinels.each)), replaces=True)
+        write_column_file(storage, folder / CANARIES_NAME, about, list(_streams(sentinels.each)), replaces=True)
         storage.sync_folder(folder)
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from biodedup.gallery.files.names import SENTINELS_NAME
+from biodedup.gallery.files.names import CANARIES_NAME
 from biodedup.jobs.health.canary_file import Sentinels, Standing
 
-REMAKE = f"remove the file `{SENTINELS_NAME}` from the gallery's folder and run again: it is made anew"
+REMAKE = f"remove the file `{CANARIES_NAME}` from the gallery's folder and run again: it is made anew"
 
 
 @dataclass(frozen=True)

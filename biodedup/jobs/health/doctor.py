@@ -15,7 +15,8 @@ from biodedup.embed.cards import shipped_cards
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
 from biodedup.gallery.care.exposure import exposed, tighten, told
-from biodedup.gallery.care.health import inspect, repair
+from biodedup.gallery.care.repair import repair
+from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.jobs.health.canaries import watch
 from biodedup.jobs.health.canary_report import Watch

@@ -21,9 +21,10 @@ from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import digest_of
+from biodedup.gallery.files.private import private_folder, replace_private
 from biodedup.jobs.kits.manifest import Broken, Planned
 from biodedup.jobs.kits.record import RECORD_BYTES_MAX, Record, decode, encode
-from biodedup.jobs.shared.files import private_folder, read_bounded, replace_private
+from biodedup.jobs.shared.files import read_bounded
 from biodedup.values import Capture, Encounter, Face, Finger, Missing, Refusal, Template
 
 PASSED = ""

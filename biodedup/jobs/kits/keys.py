@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.private import make_private_folder
-from biodedup.jobs.shared.files import create_private, read_bounded, replace_private, write_json
+from biodedup.gallery.files.private import make_private_folder, open_private, replace_private
+from biodedup.jobs.shared.files import read_bounded, write_json
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -159,7 +159,7 @@ def _write_pair(out: Path, about: dict[str, Any], made: Any, passphrase: str | N
     public = made.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo).decode()
     with translated(f"writing {out}"):
         make_private_folder(out.parent)
-        with create_private(out, exclusive=True) as file:
+        with open_private(out, exclusive=True) as file:
             file.write(json.dumps(about | {"private_key": private}, indent=2).encode())
             file.flush()
             os.fsync(file.fileno())

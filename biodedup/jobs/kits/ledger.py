@@ -17,8 +17,8 @@ from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.names import LEDGER_NAME
+from biodedup.gallery.files.private import make_private
 from biodedup.jobs.kits.batch_file import gaps
-from biodedup.jobs.shared.files import make_private
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (run INTEGER PRIMARY KEY, batches TEXT, received_at REAL, finished INTEGER);

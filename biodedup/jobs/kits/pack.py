@@ -29,7 +29,7 @@ from biodedup.errors import CallerError, InvalidInput
 from biodedup.gallery.care.removal import remove_gallery
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage
-from biodedup.gallery.files.private import make_private_folder
+from biodedup.gallery.files.private import make_private_folder, open_private, private_folder
 from biodedup.jobs.kits.batch_file import RECORDS_MAX, BatchWriter
 from biodedup.jobs.kits.judge import PASSED, Judge, Judged, no_record
 from biodedup.jobs.kits.keys import CentrePublic, KitKey, load_centre_public, load_key
@@ -44,7 +44,7 @@ from biodedup.jobs.kits.state import (
     replaced_sequences,
     save_state,
 )
-from biodedup.jobs.shared.files import create_private, private_folder, write_json
+from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.page import write_page
 from biodedup.jobs.shared.progress import Progress, silent
@@ -191,7 +191,7 @@ class _Packing:
         with (
             Engine.open(self._work / "gallery", self._config, override_policy=True) as engine,
             translated(f"writing {self._out}"),
-            create_private(temporary) as file,
+            open_private(temporary) as file,
             closing(Judge(self._config, self._work / "records")) as judge,
         ):
             writer = BatchWriter(file, self._kit, centre)

@@ -16,10 +16,11 @@ from typing import Any
 from biodedup.errors import BiodedupError, InvalidInput
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.private import replace_private
 from biodedup.jobs.kits.batch_file import BatchReader
 from biodedup.jobs.kits.keys import KitKey
 from biodedup.jobs.kits.manifest import Planned
-from biodedup.jobs.shared.files import open_regular, replace_private
+from biodedup.jobs.shared.files import open_regular
 from biodedup.values import Encounter
 
 _NOTES = "batches.json"

@@ -15,7 +15,6 @@ Owns the order of the steps and the log that an undo needs (`GALLERY/merges/ID.p
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 
 from biodedup.config import Config
 from biodedup.errors import GalleryDamaged, InvalidInput
-from biodedup.gallery.care.copying import copy_rows, note, record, steps_done
+from biodedup.gallery.care.copying import copy_rows, record, steps_done
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.names import MERGES_FOLDER
@@ -106,7 +105,7 @@ class Undone:
 def standing_id(target: Snapshot, merge_id: str) -> str:
     """Under what id a merge is applied: its own, with a number behind it after an undo."""
     number, current = 1, merge_id
-    while target.answer(f"merge:{current}:undone") is not None:
+    while target.job_step(f"merge:{current}:undone") is not None:
         number += 1
         current = f"{merge_id}-{number}"
     return current
@@ -119,14 +118,14 @@ def _logs(folder: Path, storage: Storage) -> list[str]:
 
 
 def begun(target: Snapshot, merge_id: str) -> bool:
-    return target.answer(f"merge:{merge_id}:begun") is not None
+    return target.job_step(f"merge:{merge_id}:begun") is not None
 
 
 def refuse_unfinished(folder: Path, target: Snapshot, storage: Storage) -> None:
     """Raises InvalidInput where another merge was interrupted while it was brought into this gallery."""
     for name in _logs(folder, storage):
         merge_id = name.removesuffix(".parquet")
-        finished = any(target.answer(f"merge:{merge_id}:{stage}") is not None for stage in ("applied", "undone"))
+        finished = any(target.job_step(f"merge:{merge_id}:{stage}") is not None for stage in ("applied", "undone"))
         if begun(target, merge_id) and not finished:
             raise InvalidInput(
                 f"merge {merge_id} was interrupted while it was brought into {folder}; start the same merge again to finish it, or "
@@ -172,11 +171,11 @@ def apply_merge(
             added += step.added
             progress("applying", added, staged.live_count)
         completed = _complete(target, log, name, staged, len(ids["completed"]), progress)
-        if target.snapshot().answer(f"{name}:removed") is None:
+        if target.snapshot().job_step(f"{name}:removed") is None:
             with target.transaction() as transaction:
                 _, gone = transaction.snapshot().all_rows_of(pack_text(removed))
                 transaction.remove_rows(np.sort(gone))
-                transaction.record(f"{name}:removed", note({"removed": len(removed)}))
+                transaction.record_step(f"{name}:removed", {"removed": len(removed)})
         record(target, f"{name}:applied")
         target.maintain()
         progress("applying", staged.live_count, staged.live_count)
@@ -337,11 +336,9 @@ def _complete(target: Gallery, log: Path, name: str, staged: Snapshot, total: in
     completed = 0
     for number, rows in enumerate(_read_log(log, ["subject_id", "action", "gets", "joins"])):
         step = f"{name}:completed:{number}"
-        answer = target.snapshot().answer(step)
-        if answer is None:
+        facts = target.snapshot().job_step(step)
+        if facts is None:
             facts = _complete_some(target, step, staged, [row for row in rows if row["action"] == "completed"])
-        else:
-            facts = json.loads(answer[1])
         completed += facts["end_row"] - facts["first_row"]
         progress("completing", completed, total)
     return completed
@@ -361,7 +358,7 @@ def _complete_some(target: Gallery, step: str, staged: Snapshot, survivors: Sequ
             templates |= before.templates(row)
             transaction.add_encounter(one["subject_id"], templates, encounter_id, own.union(one["joins"]))
         facts = {"first_row": first_row, "end_row": transaction.tail.end_row}
-        transaction.record(step, note(facts))
+        transaction.record_step(step, facts)
     return facts
 
 
@@ -386,8 +383,8 @@ def _completed_rows(target: Snapshot, name: str) -> list[tuple[int, int]]:
 def _noted(target: Snapshot, steps: str) -> Iterator[dict[str, Any]]:
     """What was noted of steps that have numbers."""
     number = 0
-    while (answer := target.answer(f"{steps}:{number}")) is not None:
-        yield json.loads(answer[1])
+    while (facts := target.job_step(f"{steps}:{number}")) is not None:
+        yield facts
         number += 1
 
 
@@ -408,17 +405,15 @@ def _restore(
 ) -> tuple[int, int, list[str]]:
     """(how many removed subjects are back, how many survivors were reverted, ids that were taken meanwhile)."""
     restored, reverted, kept = 0, 0, list[str]()
-    removals = target.snapshot().answer(f"{name}:removed") is not None
+    removals = target.snapshot().job_step(f"{name}:removed") is not None
     completed = _completed_rows(target.snapshot(), name)
     done, total = 0, sum(len(rows) for rows in _read_log(log, ["action"]))
     for number, rows in enumerate(_read_log(log)):
         step = f"{name}:restored:{number}"
-        answer = target.snapshot().answer(step)
-        if answer is None:
+        facts = target.snapshot().job_step(step)
+        if facts is None:
             changed = [row for row in rows if row["action"] == "completed" or (removals and row["action"] == "removed")]
             facts = _restore_some(target, step, changed, completed, stands_for)
-        else:
-            facts = json.loads(answer[1])
         restored += facts["restored"]
         reverted += facts["reverted"]
         kept += facts["kept"]
@@ -461,7 +456,7 @@ def _restore_some(
             transaction.add_encounter(
                 before["subject_id"], _templates(before), before["encounter_id"], before["groups"]
             )
-        transaction.record(step, note(facts))
+        transaction.record_step(step, facts)
     return facts
 
 
@@ -480,8 +475,8 @@ def _withdraw(target: Gallery, name: str, stands_for: dict[int, int], progress: 
     withdrawn = 0
     for number, (low, high) in enumerate(ranges):
         noted = f"{name}:withdrawn:{number}"
-        answer = target.snapshot().answer(noted)
-        if answer is None:
+        facts = target.snapshot().job_step(noted)
+        if facts is None:
             with target.transaction() as transaction:
                 live = transaction.snapshot().live_rows()
                 first, end = np.searchsorted(live, (low, high))
@@ -489,9 +484,7 @@ def _withdraw(target: Gallery, name: str, stands_for: dict[int, int], progress: 
                 rows = np.union1d(live[first:end], np.array(moved, np.int64))
                 transaction.remove_rows(rows)
                 facts = {"withdrawn": len(rows)}
-                transaction.record(noted, note(facts))
-        else:
-            facts = json.loads(answer[1])
+                transaction.record_step(noted, facts)
         withdrawn += facts["withdrawn"]
         progress("withdrawing", number + 1, len(ranges))
     return withdrawn

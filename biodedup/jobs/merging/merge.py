@@ -312,7 +312,7 @@ def _mean(qualities: Iterable[float | None]) -> float | None:
 
 def _decided_at(snapshot: Snapshot, encounter_id: str) -> float | None:
     answer = snapshot.answer(encounter_id) if encounter_id else None
-    return None if answer is None else json.loads(answer[1]).get("decided_at")
+    return None if answer is None else json.loads(answer.text).get("decided_at")
 
 
 def _check_shared(

@@ -1,9 +1,9 @@
-"""Files of jobs: replaced whole, private where they hold biometrics, and bounded reads of files that come from elsewhere.
+"""Writes the results of jobs as whole files, and reads files from elsewhere up to a size.
 
-Owns the modes (files 0600, folders 0700) and the way a file is replaced. Never knows what is in a file.
+Owns the way a result gets its name. Never knows what is in a file; gallery/files/private.py owns the modes.
 
-1. A private file never exists with a wider mode, not for a moment: the mode is given when it is made.
-2. What is read is a regular file of at most the stated size: a pipe does not hang, a device or a sparse file does not fill the memory.
+1. A result has its name only when it is written and synced.
+2. Only a regular file of at most the stated size is read: a pipe does not hang, a device or a sparse file does not fill the memory.
 """
 
 from __future__ import annotations
@@ -14,46 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.private import create_private as create_new
+from biodedup.gallery.files.private import create_private
 from biodedup.texts import json_text
-
-_MADE = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-
-
-def private_folder(path: Path) -> None:
-    """Makes a folder of our own; one that is there is closed to others. Raises StorageUnavailable."""
-    with translated(f"writing {path}"):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.chmod(0o700)
-
-
-def create_private(path: Path, *, exclusive: bool = False) -> BinaryIO:
-    """Opens a new or emptied file for writing. exclusive: raises FileExistsError where it is there."""
-    handle = os.open(path, _MADE | (os.O_EXCL if exclusive else os.O_TRUNC), 0o600)
-    os.fchmod(handle, 0o600)  # of a file that was there before
-    return os.fdopen(handle, "wb")
-
-
-def make_private(path: Path) -> None:
-    """Makes an empty file where there is none; one that is there is closed to others. Raises OSError."""
-    handle = os.open(path, _MADE, 0o600)
-    os.fchmod(handle, 0o600)
-    os.close(handle)
-
-
-def replace_private(path: Path, content: bytes) -> None:
-    """Writes a file whole: under another name, synced, renamed. Raises StorageUnavailable."""
-    temporary = path.with_name(path.name + ".tmp")
-    with translated(f"writing {path}"):
-        with create_private(temporary) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
 
 def open_regular(path: Path, *, follow: bool = True) -> BufferedReader:
@@ -88,9 +54,9 @@ def write_json(document: Any, path: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """An empty file of its owner's alone, which gets its name when it is written and synced, and is removed after a failure."""
+    """An empty private file. It gets its name at the end, when it is written and synced; after a failure it is removed."""
     temporary = path.with_name(f".{path.stem}.new{path.suffix}")
-    os.close(create_new(temporary))
+    os.close(create_private(temporary))
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -1,0 +1,143 @@
+"""Reads a gallery into memory: its counters, its open segments, and the tail from the journal.
+
+Owns the checks that these agree with one another. Never writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from biodedup.errors import BiodedupError, GalleryDamaged
+from biodedup.gallery.cases import judged_before
+from biodedup.gallery.catalogue.sqlite import (
+    Catalogue,
+    ColumnModel,
+    State,
+    paired,
+)
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
+from biodedup.gallery.files.names import SEGMENT_FOLDER
+from biodedup.gallery.files.packed import hashes, pack_text
+from biodedup.gallery.policies import PolicyVersion
+from biodedup.gallery.segments.part import Int64, Part
+from biodedup.gallery.segments.reader import Segment, open_segment
+from biodedup.gallery.segments.tail import Tail, TailPart
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.values import Float32
+
+
+@dataclass(frozen=True)
+class LoadedGallery:
+    """What a database and its segments hold, as of one commit."""
+
+    gallery_id: str
+    state: State
+    snapshot: Snapshot
+    tail: Tail
+    policies: tuple[PolicyVersion, ...]
+
+
+def load(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
+    """Raises GalleryDamaged, StorageUnavailable."""
+    try:
+        with translated(f"reading {folder}"):
+            catalogue.begin_reading()  # no writer can retire a file before it is open here
+            try:
+                return _read(catalogue, storage, folder)
+            finally:
+                catalogue.rollback()
+    except ODD_CONTENT as error:  # damage that SQLite's own checks do not find
+        raise never_written(folder, error) from (None if isinstance(error, MemoryError) else error)
+
+
+def _read(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
+    state, models = catalogue.state(), catalogue.models()
+    segments = [open_segment(storage, folder / SEGMENT_FOLDER, entry) for entry in catalogue.segments()]
+    tail = Tail(segments[-1].end_row if segments else 0)
+    _fill(tail, models, catalogue, folder)
+    tail.mark_again(_again(tail, segments))
+    for segment, following in pairwise(segments):
+        if segment.end_row != following.first_row:
+            raise GalleryDamaged(f"{folder}: rows {segment.end_row} to {following.first_row} are in no segment")
+    if tail.end_row != state.row_count:
+        raise GalleryDamaged(f"{folder}: {tail.end_row} rows, wanted {state.row_count}; run `biodedup doctor`")
+    tombstones = np.array(catalogue.tombstones(), np.int64)
+    if len(tombstones) and not 0 <= tombstones[0] <= tombstones[-1] < tail.end_row:
+        raise GalleryDamaged(f"{folder}: rows are removed that were never given out; run `biodedup doctor`")
+    for segment in segments:
+        for name, column in segment.columns.items():
+            if name not in models or models[name].dimension != column.dimension:
+                raise segment.files[name].damaged("its vectors are of another model than the gallery's")
+    bare = tail.first_row + np.flatnonzero(tail.presence.view() == 0)
+    if len(np.setdiff1d(bare, tombstones)):
+        raise GalleryDamaged(f"{folder}: the journal lacks templates; run `biodedup doctor`")
+    parts: tuple[Part, ...] = (*segments, TailPart(tail, tail.count))
+    snapshot = Snapshot(
+        state.version,
+        tail.end_row,
+        parts,
+        tombstones,
+        models,
+        catalogue.group_sets(),
+        catalogue.pending(),
+        state.extra_rows,
+        catalogue.judged(),
+        catalogue.job_steps(),
+    )
+    if not catalogue.has_encounters():  # and no writer has opened it
+        snapshot = replace(snapshot, different=paired(judged_before(catalogue.verdicts(), snapshot)))
+    return LoadedGallery(catalogue.meta()["gallery_id"], state, snapshot, tail, tuple(catalogue.policies()))
+
+
+def _fill(tail: Tail, models: Mapping[str, ColumnModel], catalogue: Catalogue, folder: Path) -> None:
+    subjects = catalogue.subjects()
+    if [row for row, *_ in subjects] != list(range(tail.first_row, tail.first_row + len(subjects))):
+        raise GalleryDamaged(f"{folder}: the journal lacks rows; run `biodedup doctor`")
+    cells: dict[str, tuple[list[int], list[bytes], list[bytes], list[float]]] = {}
+    for cell in catalogue.cells():
+        if not 0 <= cell.row - tail.first_row < len(subjects):
+            raise GalleryDamaged(f"{folder}: templates without a subject; run `biodedup doctor`")
+        if len(cell.vector or b"") != 4 * (models[cell.column].dimension or 0):
+            raise GalleryDamaged(
+                f"{folder}: column {cell.column} holds vectors of another length; run `biodedup doctor`"
+            )
+        positions, vectors, minutiae, quality = cells.setdefault(cell.column, ([], [], [], []))
+        positions.append(cell.row - tail.first_row)
+        vectors.append(cell.vector or b"")
+        minutiae.append(cell.minutiae or b"")
+        quality.append(np.nan if cell.quality is None else cell.quality)
+    loaded: dict[str, tuple[list[int], Float32 | None, list[bytes], list[float]]] = {}
+    for name, (positions, vectors, minutiae, quality) in cells.items():
+        dimension = models[name].dimension
+        matrix = None if dimension is None else np.frombuffer(b"".join(vectors), "<f4").reshape(-1, dimension)
+        if matrix is not None and not np.isfinite(matrix).all():
+            raise GalleryDamaged(f"{folder}: column {name} of the journal holds no numbers; run `biodedup doctor`")
+        loaded[name] = (positions, matrix, minutiae, quality)
+    tail.load([(subject_id, encounter_id, group_set) for _, subject_id, encounter_id, group_set in subjects], loaded)
+    tail.answers.update(catalogue.answers())
+
+
+def never_written(folder: Path, error: Exception) -> Exception:
+    """The error for content that contradicts itself; those of the tree stay, and so does a lack of memory."""
+    if isinstance(error, BiodedupError | MemoryError):
+        return error
+    return GalleryDamaged(
+        f"{folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
+    )
+
+
+def _again(tail: Tail, segments: Sequence[Segment]) -> Int64:
+    """The positions of a tail whose rows are not the first under their id."""
+    if not tail.count:
+        return np.zeros(0, np.int64)
+    ids = pack_text(tail.subject_ids)
+    known = hashes(ids)
+    found = [np.unique(segment.find_all(ids, known)[0]) for segment in segments]
+    found += [np.array([at for several in tail.positions_of.values() for at in several[1:]], np.int64)]
+    return np.unique(np.concatenate(found))

@@ -1,0 +1,146 @@
+"""Seals a full tail and merges neighbouring segments, at once or in a background thread.
+
+Owns when this happens, and the thread. Searches and enrolments go on meanwhile; only the swap of the manifest takes the gallery's lock.
+Never decides which segments are due (segments/compaction.py), and never writes a file itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.config import GalleryConfig
+from biodedup.errors import BiodedupError
+from biodedup.gallery.segments.compaction import due, grouped
+from biodedup.gallery.segments.layout import SegmentEntry
+from biodedup.gallery.segments.part import Int64, Rows
+from biodedup.gallery.segments.reader import Segment
+from biodedup.gallery.segments.writer import Abandoned
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.gallery.transaction import Transaction
+
+_FINISH_ROWS_MAX = 1_000_000  # closing waits for a merge of up to this many rows; a larger one is abandoned
+_log = logging.getLogger("biodedup")
+
+
+class Maintained(Protocol):
+    """What maintenance needs of a gallery (gallery.py)."""
+
+    @property
+    def journal_count(self) -> int: ...
+
+    @property
+    def is_broken(self) -> bool: ...
+
+    def snapshot(self) -> Snapshot: ...
+
+    def transaction(self) -> AbstractContextManager[Transaction]: ...
+
+    def seal(self) -> None: ...
+
+    def write_parts(
+        self, parts: Sequence[Rows], keeps: Sequence[NDArray[np.bool_] | None], go_on: Callable[[], bool]
+    ) -> SegmentEntry: ...
+
+    def discard_rows(self, entry: SegmentEntry) -> None: ...
+
+
+class Maintenance:
+    """Sealing and merging of one gallery. Thread-safe."""
+
+    def __init__(self, gallery: Maintained, config: GalleryConfig) -> None:
+        self._gallery = gallery
+        self._config = config
+        self._merging = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        """Seals a full tail and merges what is due, now."""
+        with self._merging:
+            if self._tail_is_full():
+                self._gallery.seal()
+            while not self._gallery.is_broken and (segments := self._run_due()):
+                self.merge(segments)
+
+    def compact(self) -> None:
+        """Merges segments into as few as their largest size allows, and writes those anew that hold removed rows."""
+        with self._merging:
+            snapshot = self._gallery.snapshot()
+            segments = snapshot.segments
+            for run in grouped([segment.count for segment in segments], self._config.segment_rows):
+                if run.stop - run.start > 1 or len(_removed(snapshot, segments[run])):
+                    self.merge(segments[run])
+
+    def merge(self, segments: Sequence[Segment]) -> None:
+        """Writes neighbouring segments as one, and swaps the manifest."""
+        snapshot = self._gallery.snapshot()
+        dropped = _removed(snapshot, segments)
+        rows = sum(segment.count for segment in segments)
+
+        def go_on() -> bool:
+            return not self._closing or rows <= _FINISH_ROWS_MAX
+
+        entry = self._gallery.write_parts(segments, [snapshot.mask(segment) for segment in segments], go_on)
+        try:
+            with self._gallery.transaction() as transaction:
+                transaction.swap(segments, entry, dropped)
+        except BaseException:
+            published = {segment.entry.number for segment in self._gallery.snapshot().segments}
+            if not self._gallery.is_broken and entry.number not in published:
+                self._gallery.discard_rows(entry)
+            raise
+
+    def wake_if_due(self) -> None:
+        """Starts the background thread where something is to be sealed or merged."""
+        if self._closing or not self._config.background or not (self._tail_is_full() or self._run_due()):
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run_on_call, name="biodedup-maintenance", daemon=True)
+            self._thread.start()
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Begins nothing more, and abandons a large merge."""
+        self._closing = True
+
+    def join(self) -> None:
+        """After `stop`: waits for the background thread."""
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run_on_call(self) -> None:
+        while not self._closing:
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                self.run()
+            except Abandoned:
+                return
+            except (BiodedupError, MemoryError) as error:
+                # the journal still holds what could not be sealed; the next commit tries again
+                _log.warning("sealing or merging was put off: %s", error)
+
+    def _tail_is_full(self) -> bool:
+        return self._gallery.journal_count >= self._config.seal_rows
+
+    def _run_due(self) -> list[Segment]:
+        """Neighbours that are to be merged; none where nothing is due."""
+        snapshot = self._gallery.snapshot()
+        segments, config = snapshot.segments, self._config
+        dead = [len(_removed(snapshot, [segment])) for segment in segments]
+        run = due([s.count for s in segments], dead, config.seal_rows, config.merge_fan, config.segment_rows)
+        return [] if run is None else segments[run]
+
+
+def _removed(snapshot: Snapshot, segments: Sequence[Segment]) -> Int64:
+    low, high = np.searchsorted(snapshot.tombstones, (segments[0].first_row, segments[-1].end_row))
+    return snapshot.tombstones[low:high]

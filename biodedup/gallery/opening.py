@@ -1,0 +1,147 @@
+"""Opens the database of a gallery: creates it, recognises its format, and brings format 1 up to date.
+
+Owns these checks. Never reads rows.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from biodedup.errors import GalleryDamaged, NotAGallery
+from biodedup.gallery.catalogue.sqlite import (
+    APPLICATION_ID,
+    FORMAT_VERSION,
+    READABLE,
+    Catalogue,
+)
+from biodedup.gallery.catalogue.upgrade import OLD_FORMAT, upgrade
+from biodedup.gallery.files.filesystem import Lock, Storage
+from biodedup.gallery.files.names import CANARIES_NAME, DATABASE_NAME, LOCK_NAME, NEW_NAME, NEW_SUFFIX, SEGMENT_FOLDER
+from biodedup.gallery.files.private import refuse_link
+
+_OWN_NAMES = {
+    DATABASE_NAME,
+    DATABASE_NAME + "-journal",
+    NEW_NAME,
+    NEW_NAME + "-journal",
+    LOCK_NAME,
+    SEGMENT_FOLDER,
+    CANARIES_NAME,
+    CANARIES_NAME + NEW_SUFFIX,
+}
+
+
+def prepare_folder(storage: Storage, folder: Path, *, read_only: bool) -> Lock | None:
+    """Checks what is in the folder, makes it where it is absent, and returns the writer's lock; None with read_only. Raises
+    NotAGallery, GalleryDamaged, GalleryBusy."""
+    names = storage.list_names(folder)
+    if names and DATABASE_NAME not in names:
+        if set(names) - _OWN_NAMES:
+            raise NotAGallery(
+                f"{folder} holds {len(names)} other files and no {DATABASE_NAME}; name an empty folder or a gallery"
+            )
+        if storage.list_names(folder / SEGMENT_FOLDER):
+            raise GalleryDamaged(f"{folder} holds segments and no {DATABASE_NAME}; restore it from a backup")
+    if read_only:
+        if not names or DATABASE_NAME not in names:
+            raise NotAGallery(f"{folder} holds no gallery; create one by opening it for writing")
+        return None
+    if names is None:
+        storage.make_folder(folder)
+    refuse_link(folder / SEGMENT_FOLDER)
+    return storage.lock(folder / LOCK_NAME)
+
+
+def open_catalogue(storage: Storage, folder: Path, *, read_only: bool, gallery_id: str, settings: str) -> Catalogue:
+    """Connects to the database; a writer creates it where it is absent, and brings its tables up to date. gallery_id, settings (JSON):
+    stored with a new gallery."""
+    if DATABASE_NAME not in (storage.list_names(folder) or ()):
+        _create(storage, folder, gallery_id, settings)
+    elif not read_only:
+        _upgrade(storage, folder)
+    catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
+    try:
+        check_format(storage, catalogue, folder)
+        if not read_only and not catalogue.is_current():
+            catalogue.begin()
+            catalogue.renew()
+            catalogue.commit()
+    except BaseException:
+        catalogue.close()
+        raise
+    return catalogue
+
+
+def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> None:
+    """Makes the database under another name, so that a file of its own name is never a half-made one."""
+    storage.make_folder(folder / SEGMENT_FOLDER)
+    storage.remove(folder / NEW_NAME)
+    storage.remove(folder / f"{NEW_NAME}-journal")
+    catalogue = Catalogue(storage.connect(folder / NEW_NAME, read_only=False))
+    try:
+        catalogue.begin()
+        catalogue.create(gallery_id, settings)
+        catalogue.commit()
+    finally:
+        catalogue.close()
+    storage.replace(folder / NEW_NAME, folder / DATABASE_NAME)
+    storage.sync_folder(folder)
+    storage.remove(folder / f"{NEW_NAME}-journal")
+
+
+def _upgrade(storage: Storage, folder: Path) -> None:
+    """Turns a gallery of the old format into one of this; leaves every other alone."""
+    old = storage.connect(folder / DATABASE_NAME, read_only=True)
+    try:
+        if Catalogue(old).identify()[:2] != (APPLICATION_ID, OLD_FORMAT):
+            return
+        storage.make_folder(folder / SEGMENT_FOLDER)
+        storage.remove(folder / NEW_NAME)
+        storage.remove(folder / f"{NEW_NAME}-journal")
+        upgrade(storage, old, folder / NEW_NAME)
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB:
+            return  # `check_format` says what it is
+        raise
+    finally:
+        old.close()
+    storage.replace(folder / NEW_NAME, folder / DATABASE_NAME)
+    storage.sync_folder(folder)
+    storage.remove(folder / f"{NEW_NAME}-journal")
+
+
+def _format_stored(catalogue: Catalogue) -> str | None:
+    """What the settings say the format is; None where they are damaged, or another program's."""
+    if not catalogue.has_own("meta"):
+        return None
+    try:
+        return catalogue.meta().get("format")
+    except (GalleryDamaged, sqlite3.DatabaseError, ValueError):
+        return None
+
+
+def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
+    """Raises NotAGallery for another program's database or another version's, GalleryDamaged for one that was lost."""
+    name = folder / DATABASE_NAME
+    with_segments = storage.list_names(folder / SEGMENT_FOLDER) is not None
+    try:
+        application_id, format_version, tables = catalogue.identify()
+        ours = application_id == APPLICATION_ID
+        format_stored = _format_stored(catalogue) if tables and format_version != OLD_FORMAT else None
+    except sqlite3.DatabaseError as error:
+        if with_segments and getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB:
+            raise GalleryDamaged(f"{name} is damaged: {error}; restore it from a backup") from error
+        raise
+    if application_id == 0 and tables == 0:
+        raise GalleryDamaged(f"{name} is empty: a gallery was lost here; restore it from a backup")
+    if format_stored in [str(number) for number in READABLE] and (not ours or str(format_version) != format_stored):
+        raise GalleryDamaged(f"{name} is damaged: its header; restore it from a backup")
+    if not ours:
+        raise NotAGallery(f"{name} is a database of another program; name an empty folder or a gallery")
+    if format_version not in READABLE:
+        raise NotAGallery(
+            f"{folder} has format {format_version}, this version reads {FORMAT_VERSION}; "
+            + ("open it for writing once" if format_version == OLD_FORMAT else "open it with the version that wrote it")
+        )
+    catalogue.check_schema()
