@@ -239,7 +239,7 @@ def test_a_plan_leaves_out_what_costs_least_and_loses_no_more_mates_than_the_ris
     some, every = (2,) * len(COLUMNS), draw.most
     fewer = {c: tuple(n - (i == c) for i, n in enumerate(some)) for c in range(len(COLUMNS))}
     for groups in (every, some, *fewer.values()):
-        reaching = draw._above(groups)[draw._to_choose]
+        reaching = draw._z(groups)[draw._to_choose]
         shares = draw.shares(groups)
         assert 0 < shares[0] < shares[1] < shares[2]
         lost = (reaching < -ndtri(shares[0]) - 1e-6).sum()

@@ -401,7 +401,7 @@ def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_
     assert calls
     calls.clear()
     few = [
-        fan_out.reached(shards, probes[i : i + 10], replace(plan, min_similarity=plan.at_least[:10])).found
+        fan_out.reached(shards, probes[i : i + 10], replace(plan, min_similarity=plan.min_similarity[:10])).found
         for i in range(0, 600, 10)
     ]
     assert not calls
