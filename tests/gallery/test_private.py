@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import app
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.jobs.health import canary_file
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.testing import internals
 from tests.support.galleries import PEOPLE, enroll, nearest, small
@@ -283,7 +285,7 @@ def test_compacting_erases_the_sentinels_of_removed_subjects(tmp_path):
         for i in range(12):
             enroll(engine, i)
     jobs.examine(tmp_path / "g", sentinels=True)
-    sentinel = jobs.sentinels.load(bd.gallery.storage.LocalStorage(), tmp_path / "g").each[0]
+    sentinel = canary_file.load(LocalStorage(), tmp_path / "g").each[0]
     needle = {"sentinel": sentinel.mates["face"].embedding.astype("<f4").tobytes()[:64]}
     assert occurrences(tmp_path / "g", needle) == {"sentinel": ["sentinels"]}
     with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
