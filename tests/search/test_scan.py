@@ -31,6 +31,8 @@ from biodedup.search.shards.shard import Answer, FanOut, Plan
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 
+pytestmark = pytest.mark.slow
+
 NOTHING = np.zeros(0, np.uint64)
 
 
