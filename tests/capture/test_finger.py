@@ -94,6 +94,7 @@ def test_a_limit_of_the_config_decides():
     assert (refusal.reason, refusal.limit) == ("low_quality", 101)
 
 
+@pytest.mark.slow
 def test_threads_get_what_one_thread_gets():
     images = [finger(seed) for seed in range(3)]
     alone = [extract(image).minutiae for image in images]
@@ -176,6 +177,7 @@ def test_fingers_decide_with_and_without_a_face(tmp_path):
         assert both > one
 
 
+@pytest.mark.slow
 def test_a_finger_of_unknown_position_is_tried_against_all(tmp_path):
     with bd.Engine.open(tmp_path / "g") as engine:
         fingers = [bd.Finger(finger(i), position=p) for i, p in enumerate(bd.FINGER_POSITIONS[:4])]

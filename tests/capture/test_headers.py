@@ -55,6 +55,7 @@ def measured() -> dict[str, tuple[str, float, int]]:
     return {name: (reason, float(seconds), int(growth)) for name, reason, seconds, growth, _ in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_hostile_capture_costs_little_time_and_memory(measured, name):
     reason, seconds, growth = measured[name]
@@ -108,6 +109,7 @@ def test_scans_are_counted_wherever_they_stand(portrait):
     assert decode(jpeg_of_many_scans(), "face", LIMITS).reason == "too_many_scans"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side, shown", [(4000, 4000), (5000, 2500), (9000, 2250)])
 def test_a_large_jpeg_of_a_face_is_decoded_small_and_gives_its_template(portrait, side, shown):
     content = jpeg(cv2.resize(portrait, (side, side)), 80)
@@ -130,6 +132,7 @@ def test_orientation_is_applied_as_before(portrait):
         assert (decode(content, "face", LIMITS).rgb == expected).all()
 
 
+@pytest.mark.slow
 def test_margins_cost_nothing_and_change_no_minutiae(portrait):
     print_ = ridges(700)
     page = np.full((2000, 2000), 250, np.uint8)

@@ -20,6 +20,8 @@ from tests.support.images import finger, jpeg
 from tests.support.shell import run
 from tests.support.vectors import SFACE, again, people, unit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path, portrait: np.ndarray) -> Path:

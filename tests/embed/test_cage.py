@@ -19,6 +19,8 @@ from biodedup.embed.cage import Cage
 from tests.support.hostile import hostile
 from tests.support.images import finger, jpeg
 
+pytestmark = pytest.mark.slow
+
 LIMITS = bd.IsolationConfig(capture_s_max=0.5, memory_bytes_max=1 << 28)
 CONFIG = bd.Config(isolation=LIMITS)
 

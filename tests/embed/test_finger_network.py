@@ -16,6 +16,8 @@ from biodedup.embed.finger_network import FingerNetwork
 from biodedup.errors import ModelCardError
 from biodedup.synthetic import draw_impression, draw_master
 
+pytestmark = pytest.mark.slow
+
 FINGERS, IMPRESSIONS = 6, 4
 STRANGERS_MINUTIAE = 5
 """A score that none of 198 comparisons of generated strangers reached."""

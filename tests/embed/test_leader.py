@@ -15,6 +15,8 @@ from biodedup.capture.nbis_parts import MINUTIAE_MAX
 from biodedup.embed.cards import minutiae_card
 from tests.support.images import finger
 
+pytestmark = pytest.mark.slow
+
 CONFIG = bd.Config(finger=bd.FingerConfig(minutiae="leader"))
 EXTRACTOR = bd.Extractor(CONFIG)
 NETWORK = Leader(minutiae_card("leader").weights)

@@ -169,6 +169,7 @@ class Meagre(LocalStorage):
         super().replace(source, target)
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_while_sealing_loses_nothing(tmp_path):
     storage = Meagre()
     with bd.Engine.open(tmp_path / "g", CONFIG, storage=storage) as engine:

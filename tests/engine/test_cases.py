@@ -426,6 +426,7 @@ def visible(folder: Path) -> tuple[object, ...]:
         return engine.subject_ids(), cases, engine.decision("e1").outcome, len(engine.verdicts()), len(engine.find_duplicates(threshold_db=30))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])
 @pytest.mark.parametrize("ruling", ["different", "same", "recapture"])
 def test_after_any_single_fault_a_verdict_was_taken_whole_or_not_at_all(tmp_path, ruling, after):
@@ -491,6 +492,7 @@ def test_open_cases_and_verdicts_of_a_gallery_of_the_format_before_stand(tmp_pat
         assert engine.problems() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["2", "3", "3-cases"])
 def test_golden_galleries_get_the_tables_from_the_first_writer_whatever_fails(tmp_path, number):
     for n in itertools.count(1, 4):

@@ -416,6 +416,7 @@ def test_of_eight_threads_with_weak_captures_of_one_person_nobody_slips_past_an_
         assert engine.problems() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", ["update", "review", "release"])
 def test_after_any_single_fault_the_rows_are_those_before_or_after(tmp_path, operation):
     anna = orthogonal(1)[0]

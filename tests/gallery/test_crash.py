@@ -27,6 +27,8 @@ from tests.support import GOLDEN
 from tests.support.faults import Countdown, FailingConnection, FailingStorage
 from tests.support.vectors import again, people
 
+pytestmark = pytest.mark.slow
+
 SUBJECTS = people(20)
 SMALL = bd.Config(gallery=bd.GalleryConfig(seal_rows=4, merge_fan=2, background=False))
 """A gallery so small that a handful of rows is sealed and merged, and only when the test asks for it."""

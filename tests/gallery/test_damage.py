@@ -278,6 +278,7 @@ with bd.Engine.open(sys.argv[1], config) as engine:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [8_000, 30_000, 110_000, 140_000])
 def test_a_full_disk_refuses_and_loses_nothing(tmp_path, limit):
     np.save(tmp_path / "v.npy", people(3000, seed=12))

@@ -21,6 +21,8 @@ from biodedup.testing import internals
 from tests.support import ROOT
 from tests.support.galleries import PEOPLE, enroll, nearest, small
 
+pytestmark = pytest.mark.slow
+
 
 def forked(action) -> str:
     """What the action returns in a child, or the name and text of its error."""

@@ -35,6 +35,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_whatever_is_done_in_whatever_order_the_gallery_holds_what_a_dictionary_would(tmp_path_factory, steps):
@@ -125,6 +126,7 @@ def test_fingers_and_quality_survive_sealing(tmp_path):
         assert engine.problems() == []
 
 
+@pytest.mark.slow
 def test_removed_templates_are_gone_from_the_disk_after_compaction(tmp_path):
     folder = tmp_path / "g"
     codes, _ = make_codec(PEOPLE.shape[1], []).encode(PEOPLE[2:3])
@@ -362,6 +364,7 @@ def test_a_reader_keeps_its_version_while_the_writer_seals_merges_and_removes(tm
                 reader.remove("s3")
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_told_who_holds_the_gallery(tmp_path):
     bd.Engine.open(tmp_path / "g").close()
     script = "import sys, biodedup as bd\ne = bd.Engine.open(sys.argv[1])\nprint('open', flush=True)\nsys.stdin.read()"
@@ -379,6 +382,7 @@ def test_a_second_writer_is_told_who_holds_the_gallery(tmp_path):
 # bulk load -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_templates_are_loaded_from_parquet_arrow_numpy_and_streams(tmp_path):
     ids = [f"s{i}" for i in range(64)]
     table = pa.table(

@@ -25,6 +25,8 @@ from tests.support import ROOT
 from tests.support.galleries import PEOPLE, nearest, small
 from tests.support.hostile_gallery import Opened, change, name_anew
 
+pytestmark = pytest.mark.slow
+
 RECORDS = 12
 
 

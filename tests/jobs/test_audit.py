@@ -29,6 +29,8 @@ from biodedup.testing import internals
 from tests.support.images import jpeg
 from tests.support.vectors import again, people
 
+pytestmark = pytest.mark.slow
+
 THRESHOLD_DB = 70.0
 SUBJECTS = 400
 CONFIG = bd.Config(policy=bd.Policy(duplicate_db=100, review_db=30))

@@ -130,6 +130,7 @@ def test_a_restoration_into_an_empty_folder_brings_everything(gallery, tmp_path)
     assert (gallery / MERGES_FOLDER / "1.parquet").read_bytes() == b"log"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_leaves_each_file_of_a_backup_as_it_was_or_as_it_is_now(gallery, tmp_path):
     copy = copied(gallery, tmp_path / "copy")
     note(gallery, 5)

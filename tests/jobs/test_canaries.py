@@ -29,6 +29,8 @@ from tests.support.faults import Countdown, FailingStorage
 from tests.support.minutiae import record, strewn
 from tests.support.vectors import people
 
+pytestmark = pytest.mark.slow
+
 DIMENSION = 64
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=1_000, background=False))
 FACES = people(3_100, dimension=DIMENSION)

@@ -182,6 +182,7 @@ def test_a_declined_capture_is_told_even_if_the_job_stopped_right_behind_the_com
     assert jobs.queue_status(tmp_path / "gallery", NOW).waiting == 0
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_the_command_goes_on(tmp_path):
     count = 400
     vectors = people(count, seed=3)
@@ -472,6 +473,7 @@ def test_what_failed_or_took_too_long_is_tried_again_when_asked_to(tmp_path):
     assert (result.extracted, [row["status"] for row in got]) == (5, [*["enrolled"] * 5, "refused"])
 
 
+@pytest.mark.slow
 def test_images_from_the_shell_to_a_page(tmp_path, portrait):
     (tmp_path / "a.jpg").write_bytes(jpeg(portrait))
     (tmp_path / "b.jpg").write_bytes(jpeg(portrait[:, ::-1], 60))

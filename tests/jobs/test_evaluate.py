@@ -24,6 +24,8 @@ from biodedup.jobs.shared.progress import silent
 from tests.support.images import jpeg
 from tests.support.vectors import SFACE, again, people
 
+pytestmark = pytest.mark.slow
+
 MODELS = {"face": SFACE, "right_index": "external-128"}
 NAMED = [f"--model-id={column}={model_id}" for column, model_id in MODELS.items()]
 SUBJECTS, VISITS = 40, 3

@@ -29,6 +29,8 @@ from biodedup.jobs.merging.survivors import Member, folded, survivor
 from tests.support.faults import Countdown, FailingStorage
 from tests.support.vectors import again, people
 
+pytestmark = pytest.mark.slow
+
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=64, merge_fan=2, background=False))
 FILES = ("m.parquet", "m.pairs.parquet", "m.collisions.parquet", "m.summary.json", "m.html")
 MIN_DB = 70.0

@@ -29,6 +29,8 @@ from tests.support.kits import MONDAY, enrolled, forged, ingested
 from tests.support.vectors import again, people
 from tests.support.workers import InProcess
 
+pytestmark = pytest.mark.slow
+
 NOW = 1_800_000_000.0
 BATCH = 20
 CONFIG = bd.Config(batch_size=BATCH, gallery=bd.GalleryConfig(background=False))

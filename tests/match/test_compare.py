@@ -91,6 +91,7 @@ def test_fingers_add_up_with_the_law_that_each_was_compared_by():
 COLUMNS = ("face", "left_index", "left_thumb", "unknown")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_a_ranking_is_what_adding_up_capture_by_capture_gives(seed, both):

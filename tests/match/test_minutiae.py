@@ -92,6 +92,7 @@ pairs = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(pairs)
 @example((strewn(70), moved(again(strewn(70), 1), 30)))

@@ -23,6 +23,8 @@ from biodedup.search.selfjoin.buckets import choose, from_high_nibbles
 from biodedup.testing import internals
 from tests.support.vectors import again, people
 
+pytestmark = pytest.mark.slow
+
 ROWS = 40_000
 LEAST = 0.75
 

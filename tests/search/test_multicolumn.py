@@ -19,6 +19,8 @@ from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 from tests.support.laws import FACE, FINGER
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ("face", "left_index", "right_index")
 ROWS = 12_000
 

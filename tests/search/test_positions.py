@@ -33,6 +33,8 @@ from tests.support.minutiae import moved, record, strewn
 from tests.support.shell import run
 from tests.support.vectors import again, people
 
+pytestmark = pytest.mark.slow
+
 KNOWN = bd.FINGER_POSITIONS[:10]
 DIMENSION = 64
 STRICT = bd.Policy(duplicate_db=60, review_db=45)

@@ -33,6 +33,8 @@ from biodedup.search.shards.fan_out import FanOut
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 
+pytestmark = pytest.mark.slow
+
 NOTHING = np.zeros(0, np.uint64)
 
 

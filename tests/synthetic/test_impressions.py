@@ -13,6 +13,8 @@ from biodedup.capture.skeleton import skeleton_minutiae
 from biodedup.synthetic import draw_impression, draw_master
 from biodedup.synthetic import masters as masters_module
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def masters():
