@@ -16,6 +16,7 @@ from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import moved
 from biodedup.match.fitting import measured_fmr
+from biodedup.search.searcher import Searcher
 
 CARD = Calibration.from_card(load_card("sface").calibration)
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=64, merge_fan=2, background=False))
@@ -91,6 +92,34 @@ def test_removals_sealing_merging_and_reopening_move_no_score(tmp_path):
         assert of["reopened"][name] == of["merged"][name]
         assert of["one less, merged and reopened"][name] == of["one less"][name]
     assert any(of["one less"][name] != of["reopened"][name] for name in shared)
+
+
+@pytest.mark.parametrize("call", ["identify", "enroll"])
+def test_a_decision_is_calibrated_on_the_snapshot_that_was_searched(tmp_path, monkeypatch, call):
+    """And not on a later one, from which a part of the calibration sample was removed meanwhile."""
+    vectors = alike(100, 20)
+    probe = bd.Encounter("new", templates={"face": again(vectors[90:91], 0.3)[0]})
+    search = Searcher.search
+
+    def removing(self, snapshot, *more, **named):
+        monkeypatch.setattr(Searcher, "search", search)
+        for i in range(40):
+            engine.remove(f"s{i}")
+        return search(self, snapshot, *more, **named)
+
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        engine.add_templates([f"s{i}" for i in range(100)], {"face": vectors})
+        wanted = engine.identify(probe)
+        monkeypatch.setattr(Searcher, "search", removing)
+        got = getattr(engine, call)(probe)
+        assert len(engine) in (60, 61) and wanted.candidates
+        scores_db = {candidate.subject_id: candidate.score_db for candidate in wanted.candidates}
+        shared = [candidate for candidate in got.candidates if candidate.subject_id in scores_db]
+        assert shared and all(candidate.score_db == scores_db[candidate.subject_id] for candidate in shared)
+        assert (got.attainable_db, got.expected_fnir) == (
+            wanted.attainable_db,
+            wanted.expected_fnir,
+        ) or call == "enroll"
 
 
 def test_a_few_who_are_enrolled_twice_do_not_make_all_strangers_alike():

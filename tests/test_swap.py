@@ -296,7 +296,9 @@ def test_rows_searched_together_are_searched_across_positions_too(tmp_path, monk
         engine.add_templates([f"s{i}" for i in range(6_000)], everybody)
         engine.compact()
         monkeypatch.setattr(
-            engine._comparer, "_calibration_of", lambda model_id: {"external-128": FINGER_LAW}.get(model_id, FACE_LAW)
+            engine._comparer,
+            "_calibration_of",
+            lambda model_id, *_: {"external-128": FINGER_LAW}.get(model_id, FACE_LAW),
         )
         assert engine._searcher.together(engine._gallery.snapshot(), columns) is not None
         probe = {

@@ -69,7 +69,7 @@ def engine(tmp_path, monkeypatch, everybody):
         for row in range(0, ROWS, 1_000):
             engine.remove(f"s{row}")
         laws = {"external-128": FINGER}
-        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
+        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id, *_: laws.get(model_id, FACE))
         yield engine
 
 
@@ -159,7 +159,7 @@ def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tm
     with bd.Engine.open(tmp_path / "g", bd.Config(policy=POLICY)) as engine:
         engine.add_templates([f"s{i}" for i in range(5_000)], alike)
         engine.compact()
-        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: FACE)
+        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id, *_: FACE)
         snapshot, searcher = engine._gallery.snapshot(), engine._searcher
         assert searcher.together(snapshot, COLUMNS) is None  # it would not choose so by itself
         choice = together.Choice(COLUMNS, (2,) * 3, (48,) * 3, (1.0,) * 3, 0.5, 1.0, 0.0, 1_000, 0, (0.1,) * 3, 0.1)
@@ -214,7 +214,7 @@ def test_a_decision_is_the_same_as_from_every_column_by_itself(engine, everybody
 def test_rows_are_searched_together_only_where_mates_were_measured(engine, everybody, monkeypatch):
     unlabelled = from_embeddings(everybody["face"][:2_048])
     assert not unlabelled.mates_measured
-    monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: unlabelled)
+    monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id, *_: unlabelled)
     assert engine._searcher.together(engine._gallery.snapshot(), COLUMNS) is None
     assert "other rows" not in engine.plan(COLUMNS).explain()
 
@@ -229,7 +229,7 @@ def test_groups_are_kept_apart_in_a_search_together(tmp_path, everybody, monkeyp
             engine.add_templates(names, {c: everybody[c][low + 200 : low + 4_000] for c in COLUMNS})
         engine.compact()
         laws = {"external-128": FINGER}
-        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
+        monkeypatch.setattr(engine._comparer, "_calibration_of", lambda model_id, *_: laws.get(model_id, FACE))
         probe = bd.Encounter(templates={c: everybody[c][4_100] for c in COLUMNS})
         assert engine._searcher.together(engine._gallery.snapshot(), COLUMNS) is not None
         assert engine.identify(probe, groups={"south"}).best.subject_id == "s4100"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from biodedup.completeness import INCOMPLETE
 from biodedup.config import Config, Policy
 from biodedup.engine.prepare import Probe
+from biodedup.engine.sample import GallerySamples
 from biodedup.errors import BiodedupError, CaptureUnavailable
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
@@ -40,12 +41,18 @@ class _Expected:
 
 @dataclass(frozen=True, eq=False)
 class Decider:
-    """Decides by the policy in force. clock: the time in seconds, for `decided_at`. Thread-safe."""
+    """Decides by the policy in force. samples: what calibrations are measured on; clock: the time in seconds, for `decided_at`.
+    Thread-safe."""
 
     config: Config
     policy: Callable[[], Policy]
     comparer: Comparer
+    samples: GallerySamples
     clock: Callable[[], float]
+
+    def calibrated_on(self, searched: Snapshot) -> Decider:
+        """The same decider, with the calibrations of the snapshot that was searched."""
+        return replace(self, comparer=self.comparer.calibrated_on(self.samples.of(searched)))
 
     def decide(
         self,

@@ -45,6 +45,7 @@ from biodedup.engine.load import Cells, Loaded, Loader
 from biodedup.engine.policy import PolicyInForce
 from biodedup.engine.prepare import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
 from biodedup.engine.review import Review
+from biodedup.engine.sample import GallerySamples
 from biodedup.engine.search import Searches
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import answered_before, digest_of, from_json
@@ -55,7 +56,7 @@ from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.policies import PolicyVersion
-from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations, Drawn
+from biodedup.match.calibrations import Calibrations
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
@@ -116,15 +117,15 @@ class Engine:
         self._policy = PolicyInForce(gallery, config.policy, override=override_policy)
         clock = NotedClock(clock, gallery.snapshot)
         self._extractor = Extractor(config)
-        self._drawn_of: dict[str, tuple[int, str, NDArray[np.int64]]] = {}
-        known = Calibrations(self._extractor.cards, self._drawn, own_strangers=lambda: self.policy.own_strangers)
+        samples = GallerySamples(gallery)
+        known = Calibrations(self._extractor.cards, samples.latest, own_strangers=lambda: self.policy.own_strangers)
         self._matcher = CylinderMatcher(config.threads)
         self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
         self._pairs = PairComparer(known, self._comparer)
         self._searcher = Searcher(self._comparer, config.search, config.threads, self._policy)
         self._preparer = Preparer(gallery, self._extractor, known, config)
-        self._searches = Searches(gallery, self._searcher)
-        self._decider = Decider(config, self._policy, self._comparer, clock)
+        self._searches = Searches(gallery, self._searcher, samples)
+        self._decider = Decider(config, self._policy, self._comparer, samples, clock)
         self._enrolment = Enrolment(
             gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max
         )
@@ -365,7 +366,9 @@ class Engine:
         self._check_open()
         probe = self._prepared(encounter)
         seen = self._searches.seek([probe], across=self._across(across_positions), groups=_checked(groups))
-        decision = self._decider.decide(probe, seen.found[0], seen.snapshot, version=seen.snapshot.version)
+        check_models(probe.templates, seen.snapshot.models)  # a column may have got its first model since
+        decider = self._decider.calibrated_on(seen.snapshot)
+        decision = decider.decide(probe, seen.found[0], seen.snapshot, version=seen.snapshot.version)
         if (steps := tracing()) is not None:
             record_candidates(steps, probe.templates, decision, self._gallery.templates_of)
         return decision
@@ -378,7 +381,8 @@ class Engine:
         templates = snapshot.best_templates(subject_id)
         if templates is None:
             raise _unknown(subject_id)
-        result = self._decider.verify(probe, subject_id, snapshot, snapshot.rows_under(subject_id))
+        decider = self._decider.calibrated_on(snapshot)
+        result = decider.verify(probe, subject_id, snapshot, snapshot.rows_under(subject_id))
         if (steps := tracing()) is not None:
             record_verification(steps, probe.templates, templates, result)
         return result
@@ -391,8 +395,10 @@ class Engine:
         groups: Collection[str] | None = None,
         model_id: str | None = None,
     ) -> SearchResult:
-        """Nearest subjects by one column's embeddings; every row is compared.
+        """The nearest subjects by one column's embeddings.
 
+        A large gallery is scanned by estimates first: a row among the k nearest is missed with at most the probability
+        `SearchConfig.miss_risk`. With miss_risk=0, and in a small gallery, every row is compared exactly.
         probes: column -> float32 (q, d), unit rows; one column. groups: search only subjects that belong to one of them. model_id: what
         made the probes; it must be the column's, which None takes for granted. Raises ModelMismatch.
         Returns ids (q, k), similarity float32 (q, k), descending.
@@ -652,16 +658,6 @@ class Engine:
         probe = self._preparer.probe(encounter)
         check_models(probe.templates, self._gallery.snapshot().models)
         return probe
-
-    def _drawn(self, model_id: str) -> Drawn:
-        """Some of the enrolled, for calibrations."""
-        snapshot = self._gallery.snapshot()
-        version, column, rows = self._drawn_of.get(model_id, (-1, "", np.zeros(0, np.int64)))
-        if version != snapshot.version:
-            column, rows = snapshot.drawn(model_id, SAMPLE_SIZE)
-            self._drawn_of[model_id] = snapshot.version, column, rows
-        key = column, rows.tobytes(), snapshot.sealed_before(rows)  # sealing rounds vectors
-        return Drawn(key, len(rows), lambda: snapshot.embeddings(rows, column))
 
     def _check_open(self) -> None:
         self._gallery.check_process()

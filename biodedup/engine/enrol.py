@@ -213,12 +213,13 @@ class Enrolment:
         found = self._searches.completed(probe, found, seen, now)
         own = subject_rows + now.pending_under(probe.subject_id)  # under the same name no second identity slips past
         different = now.different.get(case.row, ()) if case is not None and case.row is not None else ()
-        decision = self._decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
+        decider = self._decider.calibrated_on(seen.snapshot)
+        decision = decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
         if asked.reason:
             return replace(decision, replacement=asked.reason)
         if not asked.replaces or not set(same).isdisjoint(subject_rows):
             return decision
-        return self._decider.confirmed(decision, probe, now, subject_rows)
+        return decider.confirmed(decision, probe, now, subject_rows)
 
     @staticmethod
     def answered(

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.engine.prepare import Probe
+from biodedup.engine.sample import GallerySamples
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.judgement import kinds_of
@@ -41,9 +42,10 @@ class Seen:
 class Searches:
     """Searches one gallery; callers who wait at the same time share a pass. Thread-safe."""
 
-    def __init__(self, gallery: Gallery, searcher: Searcher) -> None:
+    def __init__(self, gallery: Gallery, searcher: Searcher, samples: GallerySamples) -> None:
         self._gallery = gallery
         self._searcher = searcher
+        self._samples = samples
         self._probes = Gathering(self._seek, PROBES)
         self._vectors = Gathering(self._nearest_each, PROBES)
 
@@ -55,7 +57,7 @@ class Searches:
 
     def completed(self, probe: Probe, found: Found, seen: Seen, now: Snapshot) -> Found:
         """What `seek` found for a probe, with what it would find in the rows that came since."""
-        (since,) = self._searcher.search(
+        (since,) = self._calibrated_on(seen.snapshot).search(  # one calibration for all that is compared in a decision
             now,
             [probe.templates],
             from_row=seen.snapshot.row_count,
@@ -82,11 +84,12 @@ class Searches:
     ) -> Iterator[tuple[int, int, list[Link]]]:
         """Pairs that reach the threshold and were not judged different, of these live rows with those behind them, or with_all: step by
         step (how many rows are done, the row before which all have been compared, links). skip: rows that are done already."""
-        caps = None if with_all else self._searcher.caps(snapshot, threshold_db)
+        searcher = self._calibrated_on(snapshot)
+        caps = None if with_all else searcher.caps(snapshot, threshold_db)
         rest = rows if caps is None else rows_outside(snapshot, "face", caps, rows)
         for start in range(min(skip, len(rest)), len(rest), JOIN_ROWS):
             some = rest[start : start + JOIN_ROWS].tolist()
-            found = self._searcher.pairs(snapshot, some, threshold_db, with_all=with_all or caps is not None)
+            found = searcher.pairs(snapshot, some, threshold_db, with_all=with_all or caps is not None)
             done = start + len(some)
             yield (
                 done,
@@ -97,7 +100,7 @@ class Searches:
             return
         for members, done in caps.steps(len(rest), len(rows)):
             if done > skip:
-                found = self._searcher.pairs_in(snapshot, caps, members, threshold_db)
+                found = searcher.pairs_in(snapshot, caps, members, threshold_db)
                 # whom somebody may still meet is known at the end
                 yield done, int(rows[-1]) + 1 if done == len(rows) else 0, self._links(snapshot, found, threshold_db)
 
@@ -119,8 +122,11 @@ class Searches:
     ) -> list[tuple[Found, Snapshot]]:
         (groups, across, spare), snapshot = key, self._gallery.snapshot()
         with untraced():  # probes of several callers
-            results = self._searcher.search(snapshot, probes, groups=groups, across=across, spare=spare)
+            results = self._calibrated_on(snapshot).search(snapshot, probes, groups=groups, across=across, spare=spare)
         return [(found, snapshot) for found in results]
+
+    def _calibrated_on(self, snapshot: Snapshot) -> Searcher:
+        return self._searcher.calibrated_on(self._samples.of(snapshot))
 
     def _nearest_each(self, key: tuple[str, int, _Groups], probes: list[Float32]) -> list[SearchResult]:
         found = self._nearest(key, np.array(probes))

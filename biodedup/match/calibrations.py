@@ -55,25 +55,28 @@ class WithMinutiae:
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """Some people of a gallery, by chance. key: changes with who they are; vectors(): their embeddings, float32 (count, d)."""
+class ImpostorSample:
+    """Random subjects of a gallery; nearly all pairs of them are impostor pairs. key: changes with the subjects; vectors(): their
+    embeddings, float32 (count, d)."""
 
     key: Hashable
     count: int
     vectors: Callable[[], Float32]
 
 
-NOBODY = Drawn(None, 0, lambda: np.zeros((0, 1), np.float32))
+NO_SAMPLE = ImpostorSample(None, 0, lambda: np.zeros((0, 1), np.float32))
+SampleOf = Callable[[str], ImpostorSample]
+"""model_id -> up to SAMPLE_SIZE subjects with embeddings of this model."""
 
 
 class Calibrations:
-    """Calibrations by model_id. drawn: model_id -> up to SAMPLE_SIZE people with embeddings of this model; own_strangers: whether
+    """Calibrations by model_id. sample_of: the sample for look-ups that name none; own_strangers: whether
     tables of cards are moved to where their similarities lie. Of several cards of minutiae the last one lends its table to unknown extractors."""
 
     def __init__(
         self,
         cards: Sequence[ModelCard],
-        drawn: Callable[[str], Drawn] = lambda model_id: NOBODY,
+        sample_of: SampleOf = lambda model_id: NO_SAMPLE,
         *,
         own_strangers: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -95,7 +98,7 @@ class Calibrations:
                         doubted = both.doubted(self._off_sd[known], _OFF_STRETCH)
                         of = self._known[minutiae.model_id]
                         self._with_minutiae[known] = WithMinutiae(of, both), WithMinutiae(of, doubted)
-        self._drawn = drawn
+        self._sample_of = sample_of
         self._own_strangers = own_strangers
         of_minutiae = {EXTERNAL_MINUTIAE, *(card.model_id for card in cards if card.kind == "minutiae")}
         self._minutiae = {
@@ -117,38 +120,41 @@ class Calibrations:
             )
         return replace(template, minutiae=standard(view_of(template.minutiae, template.column)))
 
-    def with_minutiae(self, model_id: str) -> WithMinutiae | None:
+    def with_minutiae(self, model_id: str, sample_of: SampleOf | None = None) -> WithMinutiae | None:
         """How minutiae add to this model's embeddings; None where no card says so, and embeddings are compared alone. What holds of
         the embeddings' table, that it is checked, holds of the sum's."""
         found = self._with_minutiae.get(model_id)
-        return None if found is None else found[self.of(model_id).unchecked]
+        return None if found is None else found[self.of(model_id, sample_of).unchecked]
 
-    def of(self, model_id: str) -> Calibration:
+    def of(self, model_id: str, sample_of: SampleOf | None = None) -> Calibration:
+        """The calibration of a model. sample_of: the gallery's subjects to measure it on; None: as the constructor was given."""
         if model_id in self._minutiae:
             return self._minutiae[model_id]
         known = self._known.get(model_id)
-        drawn = self._drawn(model_id)
-        if drawn.count < (_SAMPLE_MIN if known is None else _OWN_MIN):
-            drawn = NOBODY
+        sample = (sample_of or self._sample_of)(model_id)
+        if sample.count < (_SAMPLE_MIN if known is None else _OWN_MIN):
+            sample = NO_SAMPLE
         with self._lock:
-            key, found = self._measured.get(model_id, (None, None))
-            now = drawn.key, self._own_strangers()
-            if found is None or key != now:
-                found = from_embeddings(drawn.vectors()) if known is None else self._here(model_id, known, drawn)
-                self._measured[model_id] = now, found
-            return found
+            last_key, calibration = self._measured.get(model_id, (None, None))
+            key = sample.key, self._own_strangers()
+            if calibration is None or last_key != key:
+                calibration = (
+                    from_embeddings(sample.vectors()) if known is None else self._here(model_id, known, sample)
+                )
+                self._measured[model_id] = key, calibration
+            return calibration
 
-    def _here(self, model_id: str, known: Calibration, drawn: Drawn) -> Calibration:
+    def _here(self, model_id: str, known: Calibration, sample: ImpostorSample) -> Calibration:
         """A card's table in this gallery: moved, and `unchecked` until it can be checked."""
         doubted = known.doubted(self._off_sd[model_id], _OFF_STRETCH)
-        if not drawn.count:
+        if not sample.count:
             return doubted
-        vectors = drawn.vectors()
-        similarity = (vectors @ vectors.T)[np.triu_indices(drawn.count, 1)]
-        there = moved(known, similarity, f"{known.source}; moved to {drawn.count} of the gallery's own people")
+        vectors = sample.vectors()
+        similarity = (vectors @ vectors.T)[np.triu_indices(sample.count, 1)]
+        there = moved(known, similarity, f"{known.source}; moved to {sample.count} of the gallery's own people")
         if there is known:  # its people look like mates
             return doubted
-        checked = drawn.count >= CHECKED_PEOPLE
+        checked = sample.count >= CHECKED_PEOPLE
         if self._own_strangers():
             return there if checked else there.doubted(min(_OFF_MOVED_SD, self._off_sd[model_id]), _OFF_STRETCH)
         return known if checked and _near(known, there) else doubted

@@ -13,7 +13,8 @@ Owns which captures are paired, and how their scores become one. Never searches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cache
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput, ModelMismatch
 from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import WithMinutiae
+from biodedup.match.calibrations import SampleOf, WithMinutiae
 from biodedup.match.encounters import Joint, of_all_rows
 from biodedup.match.fusion import llr_reaching
 from biodedup.match.labels import Pair, Readings, readings_of
@@ -103,19 +104,36 @@ def pairings(probe: Sequence[str], candidate: Sequence[str]) -> list[list[Pair]]
     return groups
 
 
+class CalibrationOf(Protocol):
+    def __call__(self, model_id: str, sample_of: SampleOf | None = None, /) -> Calibration:
+        """As `Calibrations.of`."""
+
+
+class WithMinutiaeOf(Protocol):
+    def __call__(self, model_id: str, sample_of: SampleOf | None = None, /) -> WithMinutiae | None:
+        """As `Calibrations.with_minutiae`."""
+
+
 class Comparer:
     """Compares templates with calibrated scores. calibration_of: model_id -> its calibration; with_minutiae: how minutiae add to
     embeddings of a model."""
 
     def __init__(
         self,
-        calibration_of: Callable[[str], Calibration],
+        calibration_of: CalibrationOf,
         matcher: MinutiaeMatcher,
-        with_minutiae: Callable[[str], WithMinutiae | None] = lambda model_id: None,
+        with_minutiae: WithMinutiaeOf = lambda model_id, sample_of=None: None,
     ) -> None:
         self._calibration_of = calibration_of
-        self._with_minutiae = with_minutiae
+        self._with_minutiae_of = with_minutiae
         self._matcher = matcher
+        self._sample: tuple[()] | tuple[SampleOf] = ()
+
+    def calibrated_on(self, sample_of: SampleOf) -> Comparer:
+        """The same comparer, with calibrations that are measured on these subjects."""
+        comparer = copy(self)
+        comparer._sample = (sample_of,)
+        return comparer
 
     def compare(
         self,
@@ -161,14 +179,14 @@ class Comparer:
         """How the templates in each of the probe's columns score."""
         # once for all rows: the calibration of a model without a card is measured on the gallery
         of = {
-            model_id: Law(self._calibration_of(model_id), self._with_minutiae(model_id))
+            model_id: Law(self.calibration(model_id), self._with_minutiae(model_id))
             for model_id in {one.model_id for one in probe.values()}
         }
         return {column: of[template.model_id] for column, template in probe.items()}
 
     def score_db(self, probe: Template, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """score_db, float64 (n,), of raw scores of this probe's model."""
-        return self._calibration_of(probe.model_id).score_db(values.astype(np.float64))
+        return self.calibration(probe.model_id).score_db(values.astype(np.float64))
 
     def adds_minutiae(self, model_id: str) -> bool:
         """Whether minutiae add to the embeddings of this model."""
@@ -179,11 +197,15 @@ class Comparer:
         return probe.embedding is not None and probe.minutiae is not None and self.adds_minutiae(probe.model_id)
 
     def calibration(self, model_id: str) -> Calibration:
-        return self._calibration_of(model_id)
+        """The calibration of a model's embeddings or minutiae alone."""
+        return self._calibration_of(model_id, *self._sample)
+
+    def _with_minutiae(self, model_id: str) -> WithMinutiae | None:
+        return self._with_minutiae_of(model_id, *self._sample)
 
     def llr_reaching(self, score_db: float, model_ids: Sequence[str]) -> float:
         """The least sum of llr_db over captures of these models that scores as much."""
-        return llr_reaching(score_db, tuple(map(self._calibration_of, model_ids)))
+        return llr_reaching(score_db, tuple(map(self.calibration, model_ids)))
 
     def _measure(self, probe: Template, law: Law, pair: Pair, held: _Held, ats: NDArray[np.int64]) -> Measured:
         """ats: which of the rows have the candidate's column."""

@@ -12,6 +12,7 @@ Owns the path from a probe to ranked candidates. Never writes and never decides.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from biodedup.config import Policy, SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.segments.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.match.calibrations import SampleOf
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Comparison, Ranked
 from biodedup.search.multicolumn.together import Choice, Evidence, TogetherPlan, choose, codec_id, sets_of
@@ -76,9 +78,15 @@ class Searcher:
         self._config = config
         self._policy = policy
         self._choices: dict[tuple[object, ...], Choice | None] = {}
-        self._caps: tuple[tuple[Column, int, float], Caps | None] | None = None  # of the last join
+        self._caps: list[tuple[tuple[Column, int, float], Caps | None]] = []  # of the last join alone
         self._scanner = Scanner(threads)
         self._fan_out = FanOut()
+
+    def calibrated_on(self, sample_of: SampleOf) -> Searcher:
+        """The same searcher, with scores that are calibrated on these subjects."""
+        searcher = copy(self)
+        searcher._comparer = self._comparer.calibrated_on(sample_of)
+        return searcher
 
     def close(self) -> None:
         self._fan_out.close()
@@ -179,10 +187,10 @@ class Searcher:
         inside = {id(part) for part in divided(snapshot, "face", largest.codec)}
         rows = snapshot.live_count - sum(part.count for part in snapshot.parts if id(part) not in inside)
         key = (largest, rows, self._similarity_at(model_id, threshold_db))
-        known = self._caps
+        known = next(iter(self._caps), None)
         if known is None or known[0] != key:
             known = key, choose_caps(*key[:2], self._comparer.calibration(model_id), key[2], self._config.miss_risk)
-            self._caps = known
+            self._caps[:] = [known]
         return known[1]
 
     def pairs(
