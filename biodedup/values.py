@@ -9,8 +9,9 @@ Owns their shapes and their validation. Never reads a file, runs a model or touc
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
@@ -261,11 +262,20 @@ class Evidence:
         return self.column != self.candidate_column and "unknown" not in (self.column, self.candidate_column)
 
 
+JSON_NAMES = {"label_penalty_db": "charge_db"}
+"""Fields that have another name in JSON: the name that stored decisions and results have."""
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """A dataclass as a JSON-ready document."""
+    return asdict(value, dict_factory=lambda items: {JSON_NAMES.get(name, name): field for name, field in items})
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A gallery subject that a search returned; rank 1 is the strongest.
 
-    charge_db: what was taken off score_db for the readings that were tried: of a subject's several rows, and of the fingers' labels in a
+    label_penalty_db: what was taken off score_db for the readings that were tried: of a subject's several rows, and of the fingers' labels in a
     search across positions.
     kind: what the captures together look like, "" below the review threshold. `same_person`; `look_alike`: the face agrees and the
     fingers do not, as twins' do; `shared_finger`: one finger agrees and nothing else does, perhaps an operator's own; `swapped_fingers`;
@@ -279,11 +289,17 @@ class Candidate:
     score_db: float
     extrapolated: bool
     evidence: tuple[Evidence, ...]
-    charge_db: float = 0.0
+    label_penalty_db: float = 0.0
     kind: Kind = ""
     interval_db: tuple[float, float] | None = None
     rows: tuple[int, ...] = ()
     case: str = ""
+
+    @property
+    def charge_db(self) -> float:
+        """Deprecated: `label_penalty_db`."""
+        warnings.warn("Candidate.charge_db is label_penalty_db now", DeprecationWarning, stacklevel=2)
+        return self.label_penalty_db
 
     @property
     def key(self) -> str:

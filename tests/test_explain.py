@@ -129,7 +129,7 @@ def test_the_waterfall_adds_up_to_the_fused_evidence(pair):
     assert chart["bars"][-1]["value"] == told.comparison.score_db
     for bar in steps:
         assert f"{bar['value']:+.1f}" in page.text
-    charged = replace(told.comparison, llr_db=told.comparison.llr_db - 7, charge_db=7.0)
+    charged = replace(told.comparison, llr_db=told.comparison.llr_db - 7, label_penalty_db=7.0)
     bars = waterfall(charged, 90, 83)["bars"]
     assert sum(bar["value"] for bar in bars if bar["kind"] == "step") == pytest.approx(charged.llr_db)
 

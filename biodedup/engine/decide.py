@@ -233,7 +233,7 @@ def _candidates(now: Snapshot, comparisons: Sequence[Comparison], kinds: Sequenc
             c.score_db,
             c.extrapolated,
             c.evidence,
-            c.charge_db,
+            c.label_penalty_db,
             kind,
             c.interval_db,
             now.siblings(c.row),

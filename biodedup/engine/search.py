@@ -109,9 +109,9 @@ class Searches:
         names = snapshot.subject_ids([row for pair in found for row in (pair[0], pair[1].row)])
         links = []
         for i, (row, pair) in enumerate(found):
-            charge_db = 10 * log10(len(snapshot.siblings(row)))  # each of its rows is tried
-            if pair.score_db - charge_db >= threshold_db:
-                pair = replace(pair, score_db=pair.score_db - charge_db) if charge_db else pair
+            trial_penalty_db = 10 * log10(len(snapshot.siblings(row)))  # each of its rows is tried
+            if pair.score_db - trial_penalty_db >= threshold_db:
+                pair = replace(pair, score_db=pair.score_db - trial_penalty_db) if trial_penalty_db else pair
                 (kind,) = kinds_of([pair], threshold_db, threshold_db)
                 two = (names[2 * i], names[2 * i + 1])
                 links.append(Link(two, pair.score_db, pair.extrapolated, pair.evidence, kind))

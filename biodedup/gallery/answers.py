@@ -18,6 +18,7 @@ from biodedup.completeness import INCOMPLETE
 from biodedup.errors import EncounterConflict, GalleryDamaged
 from biodedup.texts import KnownId
 from biodedup.values import (
+    JSON_NAMES,
     Candidate,
     CaptureData,
     Column,
@@ -29,6 +30,8 @@ from biodedup.values import (
     Template,
     Verdict,
 )
+
+_FIELD_OF = {name: field for field, name in JSON_NAMES.items()}
 
 
 def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
@@ -78,7 +81,12 @@ def _content(data: CaptureData) -> tuple[bytes, ...]:
 
 def to_json(decision: Decision) -> str:
     """One line of JSON, as `from_json` reads it."""
-    return json.dumps(decision, default=vars, separators=(",", ":"))  # as asdict, which would copy every value
+    return json.dumps(decision, default=_fields, separators=(",", ":"))
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """As `to_dict`, without copying what the fields hold."""
+    return {JSON_NAMES.get(name, name): field for name, field in vars(value).items()}
 
 
 def from_json(text: str) -> Decision:
@@ -116,9 +124,12 @@ def _candidates(fields: Iterable[Mapping[str, Any]]) -> tuple[Candidate, ...]:
 
 def _candidate(fields: Mapping[str, Any]) -> Candidate:
     interval = fields.get("interval_db")
-    evidence = tuple(Evidence(**part) for part in fields["evidence"])
-    told = {"evidence": evidence, "rows": tuple(fields.get("rows", ()))}
-    return Candidate(**{**fields, **told, "interval_db": None if interval is None else tuple(interval)})
+    decoded = {
+        "evidence": tuple(Evidence(**part) for part in fields["evidence"]),
+        "rows": tuple(fields.get("rows", ())),
+        "interval_db": None if interval is None else tuple(interval),
+    }
+    return Candidate(**{_FIELD_OF.get(name, name): value for name, value in {**fields, **decoded}.items()})
 
 
 def answered_before(

@@ -260,9 +260,9 @@ def _columns_of(mask: int) -> tuple[str, ...]:
 def as_labelled(
     board: Board, members: Sequence[tuple[NDArray[np.int64], list[list[Pair]]]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """(used, tries_db) as `Board.fuse` takes them: of each group of pairs the best one counts, less the number of its rivals."""
+    """(used, trial_penalty_db) as `Board.fuse` takes them: of each group of pairs the best one counts, less the number of its rivals."""
     used = np.zeros(board.llr_db.shape, bool, order="F")  # as the board's arrays lie, so that they add up fast
-    tries_db = np.zeros(board.llr_db.shape, order="F")
+    trial_penalty_db = np.zeros(board.llr_db.shape, order="F")
     for ats, groups in members:
         for group in groups:
             pairs = np.array([board.number[pair] for pair in group])
@@ -274,20 +274,20 @@ def as_labelled(
             there = np.flatnonzero(tries)
             best = pairs[np.nanargmax(llr_db[there], axis=1)]
             used[ats[there], best] = True
-            tries_db[ats[there], best] = 10 * np.log10(tries[there])
-    return used, tries_db
+            trial_penalty_db[ats[there], best] = 10 * np.log10(tries[there])
+    return used, trial_penalty_db
 
 
 def _read_across(board: Board, fused: Fused, ats: NDArray[np.int64], readings: Readings) -> Fused:
     """Of these rows the better of right labels and the strongest other reading, each less its charge."""
     pairs = np.array([board.number[pair] for pair in readings.pairs])
-    paired, charges_db = readings.strongest(board.llr_db[np.ix_(ats, pairs)])
+    paired, label_penalties_db = readings.strongest(board.llr_db[np.ix_(ats, pairs)])
     used = np.zeros((len(ats), len(board.pairs)), bool)
     used[:, pairs] = paired
     for number, (column, _) in enumerate(board.pairs):
         if column == "face":
             used[:, number] = fused.used[ats, number]
-    charge_db = np.zeros(len(board.rows))
-    charge_db[ats] = readings.as_labelled_db
-    other = board.fuse(used, ats=ats).charged(charges_db)
-    return fused.charged(charge_db).or_better(other, ats)
+    label_penalty_db = np.zeros(len(board.rows))
+    label_penalty_db[ats] = readings.as_labelled_db
+    other = board.fuse(used, ats=ats).penalised(label_penalties_db)
+    return fused.penalised(label_penalty_db).or_better(other, ats)

@@ -62,9 +62,9 @@ class Joint:
         used = np.where(fused.used[some], self._source[some], -1)
         readings = np.unique(np.column_stack([self._subjects[some], used]), axis=0)
         owners, counts = np.unique(readings[:, 0], return_counts=True)
-        charge_db = np.zeros(len(fused.score_db))
-        charge_db[some] = 10 * np.log10(counts[np.searchsorted(owners, self._subjects[some])])
-        fused = fused.charged(charge_db)
+        label_penalty_db = np.zeros(len(fused.score_db))
+        label_penalty_db[some] = 10 * np.log10(counts[np.searchsorted(owners, self._subjects[some])])
+        fused = fused.penalised(label_penalty_db)
         ordered = some[np.lexsort((some, -fused.score_db[some], -fused.llr_db[some], self._subjects[some]))]
         later = ordered[1:][np.diff(self._subjects[ordered]) == 0]
         score_db = fused.score_db.copy()

@@ -6,7 +6,7 @@ A *reading* pairs fingers of two sides, each at most once. Readings come in clas
 labels are right; whole hands are exchanged (the same fingers of the other hand, or a slap numbered from the wrong end); two labels are
 exchanged; one label is wrong; anything, every finger of the side that has fewer paired with some finger of the other.
 
-n readings have n chances that strangers look alike in one of them. So a reading is charged -10 log10 of its share of all chances, and
+n readings have n chances that strangers look alike in one of them. So a reading is penalised -10 log10 of its share of all chances, and
 all shares add up to 1: by the union bound (Bonferroni) strangers' best score after charges reaches x dB no more often than
 10^(-x/10). Right labels are much more common than wrong ones, and get a share of AS_LABELLED; what is left is divided among
 the other classes, and in a class among its readings. The same union bound lets any reading be picked, by whatever rule.
@@ -28,7 +28,7 @@ from biodedup.values import FINGER_POSITIONS
 Pair = tuple[str, str]  # (probe column, candidate column)
 
 AS_LABELLED = 0.8
-"""The share of right labels: they are charged 1 dB, the others 7 dB and their number."""
+"""The share of right labels: they are penalised 1 dB, the others 7 dB and their number."""
 
 _MIRRORED = {
     f"{hand}_{finger}": f"{other}_{finger}"
@@ -51,14 +51,14 @@ class Readings:
     """Readings of two sets of fingers, but for the one that all labels are right.
 
     pairs: every finger of the probe with every one of the candidate, in C order of `shape`. paired: bool (r, pairs), of each
-    reading that is listed; charges_db: float64 (r,), its charge. assignment_db: the charge of any assignment, None where those
+    reading that is listed; label_penalties_db: float64 (r,), its charge. assignment_db: the charge of any assignment, None where those
     listed are all. as_labelled_db: the charge of right labels.
     """
 
     pairs: tuple[Pair, ...]
     shape: tuple[int, int]
     paired: NDArray[np.bool_]
-    charges_db: NDArray[np.float64]
+    label_penalties_db: NDArray[np.float64]
     assignment_db: float | None
     as_labelled_db: float
 
@@ -72,9 +72,9 @@ class Readings:
         chosen, charges = np.zeros(known.shape, bool), np.zeros(len(known))
         most = np.full(len(known), -np.inf)
         if len(self.paired):
-            sums = known @ self.paired.T - self.charges_db
+            sums = known @ self.paired.T - self.label_penalties_db
             best = sums.argmax(axis=1)
-            most, chosen, charges = sums.max(axis=1), self.paired[best], self.charges_db[best]
+            most, chosen, charges = sums.max(axis=1), self.paired[best], self.label_penalties_db[best]
         if self.assignment_db is not None:
             from scipy.optimize import linear_sum_assignment  # long to import, and seldom needed
 

@@ -28,7 +28,7 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One candidate's result. evidence: one entry a capture that could be compared; charge_db: what was taken off both sums,
+    """One candidate's result. evidence: one entry a capture that could be compared; label_penalty_db: what was taken off both sums,
     for readings of the labels that were tried; interval_db: of score_db, 95 %, None where a card does not say. sure_db: what is left
     of score_db where calibrations that the gallery has not checked are as wrong as they may be; None: all of it."""
 
@@ -37,7 +37,7 @@ class Comparison:
     llr_db: float
     extrapolated: bool
     evidence: tuple[Evidence, ...]
-    charge_db: float = 0.0
+    label_penalty_db: float = 0.0
     interval_db: tuple[float, float] | None = None
     sure_db: float | None = None
 
@@ -101,27 +101,29 @@ def calibrated(law: Law, similarity: Float64, minutiae: Float64, *, by_embedding
 class Fused:
     """Evidence of several captures as one score a row, float64 (n,) each; NaN where a row has none.
 
-    used: bool (n, pairs), the pairs that count; tries_db: float64 (n, pairs), what is off the evidence of a pair that is the best
-    of several; charge_db: what is off the sums, for the readings that were tried.
+    used: bool (n, pairs), the pairs that count; trial_penalty_db: float64 (n, pairs), what is off the evidence of a pair that is the best
+    of several; label_penalty_db: what is off the sums, for the readings that were tried.
     """
 
     used: Bool
-    tries_db: Float64
+    trial_penalty_db: Float64
     score_db: Float64
     llr_db: Float64
     extrapolated: Bool
-    charge_db: Float64
+    label_penalty_db: Float64
 
-    def charged(self, charge_db: Float64) -> Fused:
+    def penalised(self, label_penalty_db: Float64) -> Fused:
         """With so much more taken off the sums, float64 (n,)."""
-        score_db, llr_db = np.maximum(self.score_db - charge_db, 0.0), self.llr_db - charge_db
-        return replace(self, score_db=score_db, llr_db=llr_db, charge_db=self.charge_db + charge_db)
+        score_db, llr_db = np.maximum(self.score_db - label_penalty_db, 0.0), self.llr_db - label_penalty_db
+        return replace(
+            self, score_db=score_db, llr_db=llr_db, label_penalty_db=self.label_penalty_db + label_penalty_db
+        )
 
     def or_better(self, other: Fused, ats: Int64) -> Fused:
         """The stronger of both in each row; other: of the rows `ats` alone. By score; but where scores end before the evidence
         does, by evidence."""
-        mine = _strength(self.score_db[ats], self.charge_db[ats])
-        theirs = _strength(other.score_db, other.charge_db)
+        mine = _strength(self.score_db[ats], self.label_penalty_db[ats])
+        theirs = _strength(other.score_db, other.label_penalty_db)
         better = np.isnan(mine) & ~np.isnan(theirs)
         with np.errstate(invalid="ignore"):
             better |= (theirs > mine) | ((theirs == mine) & (other.llr_db > self.llr_db[ats]))
@@ -145,39 +147,41 @@ class Board:
         self.llr_db = np.array([one.llr_db for one in self._measured]).reshape(shape).T
         self._both = ~np.isnan(np.array([one.summed_db for one in self._measured]).reshape(shape).T)
 
-    def fuse(self, used: Bool, tries_db: Float64 | None = None, ats: Int64 | None = None) -> Fused:
+    def fuse(self, used: Bool, trial_penalty_db: Float64 | None = None, ats: Int64 | None = None) -> Fused:
         """used: bool (n, pairs), of these rows (None: all)."""
         llr_db, both = (self.llr_db, self._both) if ats is None else (self.llr_db[ats], self._both[ats])
-        tries_db = np.zeros(used.shape) if tries_db is None else tries_db
+        trial_penalty_db = np.zeros(used.shape) if trial_penalty_db is None else trial_penalty_db
         if self._borrowed_db is not None:
-            tries_db = tries_db + np.where(used, self._borrowed_db if ats is None else self._borrowed_db[ats], 0.0)
-        llr_db = (np.where(used, llr_db, 0.0) - tries_db).sum(axis=1)
+            trial_penalty_db = trial_penalty_db + np.where(
+                used, self._borrowed_db if ats is None else self._borrowed_db[ats], 0.0
+            )
+        llr_db = (np.where(used, llr_db, 0.0) - trial_penalty_db).sum(axis=1)
         steps, (score_db, limit_db) = steps_of(llr_db), np.full((2, len(llr_db)), np.nan)
         for some, pairs, calibrations in self._alike(used, both):
             limit_db[some] = measured_db(calibrations)
             if len(pairs) == 1:
                 mine = some if ats is None else ats[some]
-                score_db[some] = self._measured[pairs[0]].score_db(mine) - tries_db[some, pairs[0]]
+                score_db[some] = self._measured[pairs[0]].score_db(mine) - trial_penalty_db[some, pairs[0]]
             else:
                 score_db[some] = score_db_of_steps(steps[some], calibrations)
         score_db = np.maximum(score_db, 0.0)
-        return Fused(used, tries_db, score_db, llr_db, score_db > limit_db, np.zeros(len(llr_db)))
+        return Fused(used, trial_penalty_db, score_db, llr_db, score_db > limit_db, np.zeros(len(llr_db)))
 
     def comparisons(self, ats: Int64, fused: Fused) -> list[Comparison]:
         """Those of these rows."""
-        used, charge_db = fused.used[ats], fused.charge_db[ats]
+        used, label_penalty_db = fused.used[ats], fused.label_penalty_db[ats]
         score_db, llr_db = fused.score_db[ats], fused.llr_db[ats]
         low_db, high_db = np.full((2, len(ats)), np.nan)
-        steps = steps_of(llr_db + charge_db)
+        steps = steps_of(llr_db + label_penalty_db)
         for some, _, calibrations in self._alike(used, self._both[ats]):
             if bounded(calibrations):
                 low_db[some] = score_db_of_steps(steps[some], calibrations, "low")
                 high_db[some] = score_db_of_steps(steps[some], calibrations, "high")
-        low_db = np.maximum(np.minimum(low_db - charge_db, score_db), 0.0)
-        high_db = np.maximum(high_db - charge_db, score_db)
+        low_db = np.maximum(np.minimum(low_db - label_penalty_db, score_db), 0.0)
+        high_db = np.maximum(high_db - label_penalty_db, score_db)
         evidence: list[list[Evidence]] = [[] for _ in range(len(ats))]
-        tries_db = fused.tries_db[ats]
-        for pair, one, mine, tried_db in zip(self.pairs, self._measured, used.T, tries_db.T, strict=True):
+        trial_penalty_db = fused.trial_penalty_db[ats]
+        for pair, one, mine, tried_db in zip(self.pairs, self._measured, used.T, trial_penalty_db.T, strict=True):
             if mine.any():
                 values = (
                     np.maximum(one.score_db(ats) - tried_db, 0.0),
@@ -190,7 +194,7 @@ class Board:
                     score, llr, *raw = [of_all[i] for of_all in lists]
                     evidence[i].append(Evidence(*pair, score, llr, *[None if isnan(x) else x for x in raw]))
         sure_db = self._sure_db(ats, fused)
-        told = (self.rows[ats], score_db, llr_db, fused.extrapolated[ats], charge_db, low_db, high_db, sure_db)
+        told = (self.rows[ats], score_db, llr_db, fused.extrapolated[ats], label_penalty_db, low_db, high_db, sure_db)
         return [
             Comparison(
                 row,
@@ -211,19 +215,19 @@ class Board:
         """What these rows score by the "sure" laws; NaN where all tables are checked. A model without a table of its own can speak
         against a candidate here, and not for it."""
         sure_db = np.full(len(ats), np.nan)
-        llr_db, used = self.llr_db[ats] - fused.tries_db[ats], fused.used[ats]
+        llr_db, used = self.llr_db[ats] - fused.trial_penalty_db[ats], fused.used[ats]
         for some, pairs, calibrations in self._alike(used, self._both[ats]):
             if not any([one.unchecked for one in calibrations]):
                 continue
             if len(pairs) == 1 and calibrations[0].mates_measured:  # by its raw score, as its score_db is
                 only = self._measured[pairs[0]].low_db(ats[some])
-                sure_db[some] = only - fused.tries_db[ats[some], pairs[0]]
+                sure_db[some] = only - fused.trial_penalty_db[ats[some], pairs[0]]
             else:
                 mine, has_table = llr_db[some][:, pairs], [one.mates_measured for one in calibrations]
                 summed_db = np.where(has_table, mine, np.minimum(mine, 0.0)).sum(axis=1)
                 laws = tuple([one for one in calibrations if one.mates_measured])
                 sure_db[some] = score_db_of_steps(steps_of(summed_db), laws, "sure") if laws else 0.0
-        return np.asarray(np.maximum(sure_db - fused.charge_db[ats], 0.0))
+        return np.asarray(np.maximum(sure_db - fused.label_penalty_db[ats], 0.0))
 
     def raw(self, column: str, fused: Fused) -> tuple[Float64, Float64]:
         """(similarity, minutiae) of the pair that counts of this column of the probe; NaN where none does."""
@@ -335,6 +339,6 @@ def _sorts(kinds: NDArray[np.int8]) -> list[Int64]:
     return [order[start:end] for start, end in pairwise(ends)]
 
 
-def _strength(score_db: Float64, charge_db: Float64) -> Float64:
+def _strength(score_db: Float64, label_penalty_db: Float64) -> Float64:
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(score_db + charge_db > SCORE_DB_MAX - 1e-6, np.inf, score_db))
+        return np.asarray(np.where(score_db + label_penalty_db > SCORE_DB_MAX - 1e-6, np.inf, score_db))

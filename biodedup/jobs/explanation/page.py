@@ -55,8 +55,8 @@ def waterfall(comparison: Comparison, duplicate_db: float, review_db: float) -> 
     bars: list[dict[str, Any]] = []
     total = 0.0
     steps = [(title(part), part.llr_db) for part in comparison.evidence]
-    if comparison.charge_db:
-        steps.append(("readings of the labels that were tried", -comparison.charge_db))
+    if comparison.label_penalty_db:
+        steps.append(("readings of the labels that were tried", -comparison.label_penalty_db))
     for name, value in steps:
         bars.append({"name": name, "from": total, "to": total + value, "value": value, "kind": "step"})
         total += value
