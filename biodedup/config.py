@@ -239,9 +239,9 @@ class GalleryConfig:
     """Rows (encounters) that a subject keeps, chosen by quality and spread over time; more where each has a column of its own."""
 
     def __post_init__(self) -> None:
-        for name, least in (("seal_rows", 1), ("merge_fan", 2), ("segment_rows", 1), ("encounters_max", 1)):
-            if getattr(self, name) < least:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least {least}")
+        for name, minimum in (("seal_rows", 1), ("merge_fan", 2), ("segment_rows", 1), ("encounters_max", 1)):
+            if getattr(self, name) < minimum:
+                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -294,11 +294,11 @@ class Config:
         )
 
 
-def _check(settings: object, least: float, most: float, *names: str) -> None:
+def _check(settings: object, minimum: float, maximum: float, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if not least <= value <= most or value == inf:
-            wanted = f"at least {least}" if most == inf else f"{least} to {most}"
+        if not minimum <= value <= maximum or value == inf:
+            wanted = f"at least {minimum}" if maximum == inf else f"{minimum} to {maximum}"
             raise InvalidInput(f"{name} is {value}, wanted {wanted}")
 
 

@@ -108,10 +108,11 @@ class Preparer:
                 if isinstance(result, Refusal):
                     refusals.append(result)
                     continue
-                kept, spare = _better(templates.get(result.column), result)
+                kept, superseded = _better(templates.get(result.column), result)
                 templates[result.column] = kept
-                if spare is not None:
-                    refusals.append(Refusal(spare.column, SUPERSEDED, "a better capture was kept", spare.quality))
+                if superseded is not None:
+                    detail = "a better capture was kept"
+                    refusals.append(Refusal(superseded.column, SUPERSEDED, detail, superseded.quality))
         except CallerError as error:
             return error
         missing = tuple(capture for capture in encounter.captures if isinstance(capture, Missing))

@@ -149,8 +149,8 @@ class Review:
                 groups=tuple(map(KnownId, case.groups)),
             )
             probe = Probe(encounter, case.templates, case.decision.refusals)
-            besides = len(case.decision.candidates) + len(case.judged) + 1  # and the case itself
-            found[case.encounter_id] = probe, self.searches.seek([probe], across=case.across_positions, besides=besides)
+            extra_k = len(case.decision.candidates) + len(case.judged) + 1  # and the case itself
+            found[case.encounter_id] = probe, self.searches.seek([probe], across=case.across_positions, extra_k=extra_k)
         return found
 
     @staticmethod

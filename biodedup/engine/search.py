@@ -31,12 +31,12 @@ _Groups = tuple[str, ...] | None
 @dataclass(frozen=True)
 class Seen:
     """What was found for some probes, in their order. snapshot: of the gallery that was searched; across: positions were searched
-    across; spare: so many more were looked at."""
+    across; extra_k: how many more candidates were searched for than are returned."""
 
     found: Sequence[Found]
     snapshot: Snapshot
     across: bool
-    spare: int
+    extra_k: int
 
 
 class Searches:
@@ -49,11 +49,11 @@ class Searches:
         self._probes = Gathering(self._seek, PROBES)
         self._vectors = Gathering(self._nearest_each, PROBES)
 
-    def seek(self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, besides: int = 0) -> Seen:
-        """Subjects and open cases that may be the same person. groups: only those that belong to one of them. besides: so many more are
-        looked at, since so many may turn out not to count."""
-        seen = self._probes((groups, across, besides), [probe.templates for probe in probes])
-        return Seen([found for found, _ in seen], seen[0][1], across, besides)
+    def seek(self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, extra_k: int = 0) -> Seen:
+        """Subjects and open cases that may be the same person. groups: only those that belong to one of them. extra_k: how many more
+        candidates to search for, since so many may not count."""
+        seen = self._probes((groups, across, extra_k), [probe.templates for probe in probes])
+        return Seen([found for found, _ in seen], seen[0][1], across, extra_k)
 
     def completed(self, probe: Probe, found: Found, seen: Seen, now: Snapshot) -> Found:
         """What `seek` found for a probe, with what it would find in the rows that came since."""
@@ -62,7 +62,7 @@ class Searches:
             [probe.templates],
             from_row=seen.snapshot.row_count,
             across=seen.across,
-            spare=seen.spare,
+            spare=seen.extra_k,
         )
         before = found.comparisons
         if now.extra_rows and len(since.comparisons):  # a subject that got a row since was compared with all its rows
@@ -120,9 +120,11 @@ class Searches:
     def _seek(
         self, key: tuple[_Groups, bool, int], probes: list[Mapping[str, Template]]
     ) -> list[tuple[Found, Snapshot]]:
-        (groups, across, spare), snapshot = key, self._gallery.snapshot()
+        (groups, across, extra_k), snapshot = key, self._gallery.snapshot()
         with untraced():  # probes of several callers
-            results = self._calibrated_on(snapshot).search(snapshot, probes, groups=groups, across=across, spare=spare)
+            results = self._calibrated_on(snapshot).search(
+                snapshot, probes, groups=groups, across=across, spare=extra_k
+            )
         return [(found, snapshot) for found in results]
 
     def _calibrated_on(self, snapshot: Snapshot) -> Searcher:

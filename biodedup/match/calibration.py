@@ -85,9 +85,11 @@ class Calibration:
         mean = float(mass @ fine)
         return mean, float(np.sqrt(mass @ (fine - mean) ** 2))
 
-    def among(self, mean: float, sd: float, source: str) -> Calibration:
-        """The same table for strangers whose scores have this mean and standard deviation. What is as rare among them as a score was
-        has the likelihood ratio that it had: whatever makes these strangers more alike (one camera, one people) makes mates so, too."""
+    def with_impostors(self, mean: float, sd: float, source: str) -> Calibration:
+        """The same table, shifted and scaled to impostor scores of this mean and standard deviation.
+
+        A score that is as rare here as another was there keeps that one's likelihood ratio: what makes impostors more alike (one
+        camera, one population) makes mates more alike, too."""
         own_mean, own_sd = self.nonmated_law
         return replace(self, score=mean + (self.score - own_mean) * (sd / own_sd), source=source)
 
@@ -96,17 +98,17 @@ class Calibration:
         deviations higher and spread `stretch` times as wide."""
         mean, sd = self.nonmated_law
         low, high = (self.nonmated_knots_db,) * 2 if self.bounds_db is None else self.bounds_db
-        there = self.among(mean + shift_sd * sd, sd * stretch, self.source).score
+        there = self.with_impostors(mean + shift_sd * sd, sd * stretch, self.source).score
         bounds = np.stack([np.minimum(low, _interpolate(self.score, there, low)), high])
         return replace(self, bounds_db=bounds, unchecked=True)
 
-    def mated_similarities(self, quantiles: NDArray[np.float64], least: float = -1.0) -> NDArray[np.float64]:
-        """Similarities of mates, as the table has them: the density of non-mates times the likelihood ratio. least: of those mates
-        alone that are as similar."""
+    def mated_similarities(self, quantiles: NDArray[np.float64], min_similarity: float = -1.0) -> NDArray[np.float64]:
+        """Similarities of mates at these quantiles: the density of non-mates times the likelihood ratio. min_similarity: only mates
+        that are at least this similar count."""
         grid = np.linspace(-1, 1, 4001)
         survival = 10 ** (-self.score_db(grid) / 10)
         density = np.append(survival[:-1] - survival[1:], 0.0) * 10 ** (self.llr_db(grid) / 10)
-        total = np.cumsum(density * (grid >= least))
+        total = np.cumsum(density * (grid >= min_similarity))
         return np.asarray(np.interp(quantiles * total[-1], total, grid))
 
     def nonmated_llr_pmf(self, step_db: float, bound: Bound = "best") -> tuple[int, NDArray[np.float64]]:

@@ -175,7 +175,7 @@ def moved(known: Calibration, similarity: ArrayLike, source: str) -> Calibration
         return known
     own = len(strangers) / (len(strangers) + _CARD_PAIRS)
     sd = np.sqrt(own * strangers.var() + (1 - own) * known.nonmated_law[1] ** 2)
-    return known.among(float(strangers.mean()), float(sd), source)
+    return known.with_impostors(float(strangers.mean()), float(sd), source)
 
 
 def from_embeddings(vectors: Float32) -> Calibration:

@@ -215,7 +215,7 @@ def _mates(
     sample: Float32, calibration: Calibration, least: float, rng: np.random.Generator
 ) -> tuple[Float32, Float32]:
     """Pairs of unit rows, as similar as mates are that reach a similarity: one of the sample, and itself mixed with another."""
-    similarity = calibration.mated_similarities(rng.random(_PAIRS), least=least).astype(np.float32)[:, None]
+    similarity = calibration.mated_similarities(rng.random(_PAIRS), min_similarity=least).astype(np.float32)[:, None]
     which = rng.integers(0, len(sample), (2, _PAIRS))
     one, other = sample[which[0]], sample[which[1]]
     other = other - np.einsum("ij,ij->i", one, other)[:, None] * one
