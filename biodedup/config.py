@@ -11,8 +11,8 @@ from math import inf, isfinite, log10
 from pathlib import Path
 from typing import Any
 
-from biodedup.completeness import SENT, check_required
 from biodedup.errors import InvalidInput
+from biodedup.required import SENT, check_required
 from biodedup.tables import made, read_toml, typed
 from biodedup.values import check_id
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.completeness import INCOMPLETE
 from biodedup.config import Config, Policy
 from biodedup.engine.prepare import Probe
 from biodedup.engine.sample import GallerySamples
@@ -22,6 +21,7 @@ from biodedup.match.compare import Comparer
 from biodedup.match.fusion import mated_quantile_db, mated_share_below
 from biodedup.match.judgement import BELIEVED, judge, kinds_of
 from biodedup.match.ranked import Comparison, Ranked
+from biodedup.required import INCOMPLETE
 from biodedup.search.positions import comparable_bits
 from biodedup.search.searcher import Found, SnapshotRows
 from biodedup.values import Candidate, Decision, Encounter, Kind, Refusal, Template, Verification

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -449,30 +450,36 @@ class Engine:
         *,
         threshold_db: float | None = None,
         skip: int = 0,
-        among: Sequence[str] | None = None,
+        subject_ids: Sequence[str] | None = None,
         since: tuple[int, int] | None = None,
+        among: Sequence[str] | None = None,
     ) -> Iterator[JoinedTile]:
-        """N:N, tile by tile: each compares some subjects with all that were enrolled after them, as of now. Pairs that were judged
-        different are left out. Of a large gallery of faces each compares those that meet in some caps (search/caps.py), so that a pair may
-        come up more than once; that a mate is missed has at most the probability `SearchConfig.miss_risk`.
+        """N:N, tile by tile: each tile compares some subjects with all that were enrolled after them, as of now.
 
-        threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. among: only these subjects,
-        each with everybody, so that a pair of two of them comes up twice; those not enrolled are passed over. since: (row, rows):
-        of `among`, only those from this row on, and besides everybody who was enrolled or updated since there were so many rows.
+        Pairs that were judged different are left out. In a large gallery of faces each tile compares the faces that share some LSH buckets
+        (search/selfjoin/), so that a pair may come up more than once; a mate is missed with at most the probability
+        `SearchConfig.miss_risk`.
+
+        threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. subject_ids: only these
+        subjects, each compared with all others, so that a pair of two of them comes up twice; ids that are not enrolled are ignored.
+        since: (row, rows): of subject_ids, only those from this row on, and also every subject that was enrolled or updated since the
+        gallery had so many rows. among: deprecated name of subject_ids.
         """
         self._check_open()
+        if among is not None:
+            warnings.warn("join(among=...) is join(subject_ids=...) now", DeprecationWarning, stacklevel=2)
+            subject_ids = among
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
         snapshot = self._gallery.snapshot()
         snapshot = snapshot.enrolled
-        live = snapshot.live_rows() if among is None else np.unique(snapshot.all_rows_of(_packed(among))[1])
+        live = snapshot.live_rows()
+        rows = live if subject_ids is None else np.unique(snapshot.all_rows_of(_packed(subject_ids))[1])
         if since is not None:
-            everybody = snapshot.live_rows()
-            live = np.union1d(live[live >= since[0]], everybody[everybody >= since[1]])
-        for done, row, links in self._searches.join(
-            snapshot, live, threshold_db, with_all=among is not None, skip=skip
-        ):
-            yield JoinedTile(done, len(live), tuple(links), (row, snapshot.row_count))
+            rows = np.union1d(rows[rows >= since[0]], live[live >= since[1]])
+        with_all = subject_ids is not None
+        for done, row, links in self._searches.join(snapshot, rows, threshold_db, with_all=with_all, skip=skip):
+            yield JoinedTile(done, len(rows), tuple(links), (row, snapshot.row_count))
             self._check_open()
 
     # undecided changes ------------------------------------------------------------------------------------------

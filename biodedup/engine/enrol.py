@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from biodedup.completeness import shortfall
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.engine.search import Searches, Seen
@@ -39,6 +38,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
 from biodedup.memory import out_of_memory
+from biodedup.required import shortfall
 from biodedup.search.searcher import Found
 from biodedup.trace import tracing, untraced
 from biodedup.values import Case, Decision, Encounter

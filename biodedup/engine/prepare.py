@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.reading import absent, held
-from biodedup.completeness import SUPERSEDED
 from biodedup.config import CaptureConfig, Config
 from biodedup.embed.cards import ModelCard, joint_id, shipped_cards
 from biodedup.embed.extractor import Extractor
@@ -28,6 +27,7 @@ from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import mismatch
 from biodedup.match.calibrations import EXTERNAL, Calibrations
+from biodedup.required import SUPERSEDED
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,

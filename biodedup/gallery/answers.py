@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from biodedup.capture.reading import Unread
-from biodedup.completeness import INCOMPLETE
 from biodedup.errors import EncounterConflict, GalleryDamaged
+from biodedup.required import INCOMPLETE
 from biodedup.texts import KnownId
 from biodedup.values import (
     JSON_NAMES,

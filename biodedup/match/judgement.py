@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import log10
 
-from biodedup.completeness import INCOMPLETE
 from biodedup.match.ranked import Comparison
+from biodedup.required import INCOMPLETE
 from biodedup.values import Decision, Evidence, Kind, Outcome
 
 SPEAKS_FOR_DB = 20.0

@@ -16,7 +16,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
 from biodedup.cli.base import Exit
-from biodedup.completeness import shortfall
+from biodedup.required import shortfall
 
 ANNA, BELLA = people(2)
 
