@@ -275,7 +275,7 @@ class Engine:
         self, encounter: Encounter, across_positions: bool | None, *, replaces: bool, reason: str = ""
     ) -> Decision:
         self._check_open()
-        sought = self._enrolment.seek([encounter], self._across(across_positions), replaces=replaces, reason=reason)
+        sought = self._enrolment.search([encounter], self._across(across_positions), replaces=replaces, reason=reason)
         (answer,) = self._enrolment.commit(sought)
         if isinstance(answer, NOT_TAKEN):
             raise answer
@@ -366,7 +366,7 @@ class Engine:
         """
         self._check_open()
         probe = self._prepared(encounter)
-        seen = self._searches.seek([probe], across=self._across(across_positions), groups=_checked(groups))
+        seen = self._searches.search([probe], across=self._across(across_positions), groups=_checked(groups))
         check_models(probe.templates, seen.snapshot.models)  # a column may have got its first model since
         decider = self._decider.calibrated_on(seen.snapshot)
         decision = decider.decide(probe, seen.found[0], seen.snapshot, version=seen.snapshot.version)

@@ -1,7 +1,6 @@
-"""Searches of the gallery as it is, those of several callers made together.
+"""Search: searches the newest snapshot of the gallery for several callers at once.
 
-Owns which snapshot a search sees, and how many it looks at beyond those that are returned. Never compares (`search/rescore.py`),
-decides or writes.
+Owns which snapshot a search sees, and how many extra candidates it asks for. Never compares (`search/searcher.py`), decides or writes.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ _Groups = tuple[str, ...] | None
 
 @dataclass(frozen=True)
 class Seen:
-    """What was found for some probes, in their order. snapshot: of the gallery that was searched; across: positions were searched
-    across; extra_k: how many more candidates were searched for than are returned."""
+    """The results of some probes, in their order. snapshot: the snapshot that was searched; across: whether fingers were compared across
+    positions; extra_k: how many more candidates were searched for than are returned."""
 
     found: Sequence[Found]
     snapshot: Snapshot
@@ -40,24 +39,24 @@ class Seen:
 
 
 class Searches:
-    """Searches one gallery; callers who wait at the same time share a pass. Thread-safe."""
+    """Searches one gallery. Calls that wait at the same time share a pass. samples: what scores are calibrated on. Thread-safe."""
 
     def __init__(self, gallery: Gallery, searcher: Searcher, samples: GallerySamples) -> None:
         self._gallery = gallery
         self._searcher = searcher
         self._samples = samples
-        self._probes = Gathering(self._seek, PROBES)
+        self._probes = Gathering(self._search, PROBES)
         self._vectors = Gathering(self._nearest_each, PROBES)
 
-    def seek(self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, extra_k: int = 0) -> Seen:
-        """Subjects and open cases that may be the same person. groups: only those that belong to one of them. extra_k: how many more
-        candidates to search for, since so many may not count."""
+    def search(self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, extra_k: int = 0) -> Seen:
+        """Subjects and open cases that may be the same person as each probe. groups: search only subjects in one of them. extra_k: how many
+        more candidates to search for, because so many may be left out by the decision."""
         seen = self._probes((groups, across, extra_k), [probe.templates for probe in probes])
         return Seen([found for found, _ in seen], seen[0][1], across, extra_k)
 
-    def completed(self, probe: Probe, found: Found, seen: Seen, now: Snapshot) -> Found:
-        """What `seek` found for a probe, with what it would find in the rows that came since."""
-        (since,) = self._calibrated_on(seen.snapshot).search(  # one calibration for all that is compared in a decision
+    def search_since(self, probe: Probe, found: Found, seen: Seen, now: Snapshot) -> Found:
+        """The result of `search` for one probe, completed by the rows that were added since."""
+        (since,) = self._calibrated_on(seen.snapshot).search(  # the whole decision uses one calibration
             now,
             [probe.templates],
             from_row=seen.snapshot.row_count,
@@ -65,25 +64,28 @@ class Searches:
             spare=seen.extra_k,
         )
         before = found.comparisons
-        if now.extra_rows and len(since.comparisons):  # a subject that got a row since was compared with all its rows
-            again, _ = now.with_siblings(np.sort(since.comparisons.rows))
-            before = before.without(again)
+        if now.extra_rows and len(since.comparisons):  # a subject with a new row was compared again with all its rows
+            compared_again, _ = now.with_siblings(np.sort(since.comparisons.rows))
+            before = before.without(compared_again)
         return Found(before.with_others(since.comparisons), found.incomplete or since.incomplete, found.across)
 
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
-        """The k nearest of each in one column. probes: float32 (q, d), unit rows."""
+        """The k nearest subjects of each probe in one column. probes: float32 (q, d), unit rows."""
         key = (column, k, groups)
-        if len(probes) >= PROBES or not len(probes):  # a batch by itself
+        if len(probes) >= PROBES or not len(probes):  # large enough for a pass of its own
             return self._nearest(key, probes)
-        found = self._vectors(key, list(probes))
-        ids, similarity = np.stack([one.ids for one in found]), np.stack([one.similarity for one in found])
-        return SearchResult(ids, similarity, found[0].gallery_version, found[0].incomplete)
+        results = self._vectors(key, list(probes))
+        ids, similarity = np.stack([r.ids for r in results]), np.stack([r.similarity for r in results])
+        return SearchResult(ids, similarity, results[0].gallery_version, results[0].incomplete)
 
     def join(
         self, snapshot: Snapshot, rows: NDArray[np.int64], threshold_db: float, *, with_all: bool, skip: int
     ) -> Iterator[tuple[int, int, list[Link]]]:
-        """Pairs that reach the threshold and were not judged different, of these live rows with those behind them, or with_all: step by
-        step (how many rows are done, the row before which all have been compared, links). skip: rows that are done already."""
+        """Pairs of these live rows and the rows behind them that reach the threshold and were not judged different, step by step.
+
+        Yields (rows done, row before which all rows have been compared, links). with_all: compare each row with all others, not
+        only with those behind it. skip: how many rows are done already.
+        """
         searcher = self._calibrated_on(snapshot)
         caps = None if with_all else searcher.caps(snapshot, threshold_db)
         rest = rows if caps is None else rows_outside(snapshot, "face", caps, rows)
@@ -101,7 +103,7 @@ class Searches:
         for members, done in caps.steps(len(rest), len(rows)):
             if done > skip:
                 found = searcher.pairs_in(snapshot, caps, members, threshold_db)
-                # whom somebody may still meet is known at the end
+                # until the last step each row may still share a bucket with another
                 yield done, int(rows[-1]) + 1 if done == len(rows) else 0, self._links(snapshot, found, threshold_db)
 
     @staticmethod
@@ -117,11 +119,11 @@ class Searches:
                 links.append(Link(two, pair.score_db, pair.extrapolated, pair.evidence, kind))
         return links
 
-    def _seek(
+    def _search(
         self, key: tuple[_Groups, bool, int], probes: list[Mapping[str, Template]]
     ) -> list[tuple[Found, Snapshot]]:
         (groups, across, extra_k), snapshot = key, self._gallery.snapshot()
-        with untraced():  # probes of several callers
+        with untraced():  # the probes belong to several callers
             results = self._calibrated_on(snapshot).search(
                 snapshot, probes, groups=groups, across=across, spare=extra_k
             )
@@ -137,23 +139,23 @@ class Searches:
     def _nearest(self, key: tuple[str, int, _Groups], probes: Float32) -> SearchResult:
         column, k, groups = key
         snapshot = self._gallery.snapshot().enrolled
-        asked = k
+        row_k = k
         while True:
-            found = self._searcher.nearest(snapshot, column, probes, asked, groups=groups)
-            there = found.rows >= 0
-            names = np.full(there.shape, "", object)
-            names[there] = snapshot.subject_ids(found.rows[there].tolist())
+            nearest = self._searcher.nearest(snapshot, column, probes, row_k, groups=groups)
+            is_row = nearest.rows >= 0
+            names = np.full(is_row.shape, "", object)
+            names[is_row] = snapshot.subject_ids(nearest.rows[is_row].tolist())
             if not snapshot.extra_rows:
-                return SearchResult(names, found.similarity, snapshot.version, bool(found.failures))
-            ids, similarity = _first_of_each(names, found.similarity, k)
-            # of a subject with several rows the nearest counts: there may be too few subjects among so many rows
-            if not (there[:, -1] & (ids[:, -1] == "")).any():
-                return SearchResult(ids, similarity, snapshot.version, bool(found.failures))
-            asked *= 2
+                return SearchResult(names, nearest.similarity, snapshot.version, bool(nearest.failures))
+            ids, similarity = _first_of_each(names, nearest.similarity, k)
+            # each subject counts by its nearest row, so that row_k rows may hold fewer than k subjects
+            if not (is_row[:, -1] & (ids[:, -1] == "")).any():
+                return SearchResult(ids, similarity, snapshot.version, bool(nearest.failures))
+            row_k *= 2
 
 
 def _first_of_each(names: NDArray[np.object_], similarity: Float32, k: int) -> tuple[NDArray[np.object_], Float32]:
-    """The k nearest subjects of each probe, of rows in descending order."""
+    """(ids, similarity) of the k nearest subjects of each probe, each by its nearest row. names: (q, rows), most similar first."""
     ids, nearest = np.full((len(names), k), "", object), np.full((len(names), k), -np.inf, np.float32)
     for i, of_probe in enumerate(names.tolist()):
         first = {name: at for at, name in reversed(list(enumerate(of_probe))) if name}
