@@ -1,14 +1,14 @@
-"""Comparing one probe with many candidates, capture by capture, and adding the evidence up.
+"""Compares one probe with many candidates, capture by capture, and adds up the evidence.
 
 Owns which captures are paired, and how their scores become one. Never searches and never decides.
 
-1. Captures of one column are paired. A finger of unknown position is tried against every finger left over on the other
-   side; the best of m tries counts, less 10 log10(m) dB, since m tries have m chances to look alike.
-2. Across positions, when asked: other readings of the fingers' labels are tried as well (`labels.py`), and the better of right
-   labels and the strongest other reading counts, each less its charge.
-3. A finger's embedding and its minutiae add their llr_db, and the sum is calibrated again; with only one, that one counts.
+1. Captures of the same column are paired. A finger of unknown position is compared with every unpaired finger of the other side; the
+   best of m comparisons counts, less 10 log10(m) dB (Bonferroni), since m comparisons have m chances to look alike.
+2. Across positions, if asked, other readings of the finger labels are tried, too (`labels.py`). The better of the given labels and the
+   strongest other reading counts, each less its penalty.
+3. A finger's embedding and minutiae add their llr_db, and the sum is calibrated again. With only one of them, that one counts.
 4. A subject with several rows is one candidate (`encounters.py`).
-5. Every number that leaves here has a unit: `score_db`, `llr_db`.
+5. Every returned number has a unit: `score_db`, `llr_db`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from biodedup.values import BIT, Float32, Score, Template
 
 
 class Candidates(Protocol):
-    """Where the candidates' templates come from: a gallery's rows, or a few templates in hand. rows: int64 (n,)."""
+    """The source of the candidates' templates: a gallery's rows, or a few templates in memory. rows: int64 (n,)."""
 
     def presence(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
-        """The columns that each row has, as a mask."""
+        """The columns of each row, as a bit mask (`values.BIT`)."""
 
     def embeddings(self, rows: NDArray[np.int64], column: str) -> Float32:
-        """float32 (n, d), for rows that have this column; d = 0 where the column holds no embeddings."""
+        """float32 (n, d), of rows that have this column; d = 0 if the column holds no embeddings."""
 
     def minutiae(self, rows: NDArray[np.int64], column: str) -> dict[int, bytes]:
-        """Records of those of the rows that have one."""
+        """row -> minutiae record, of the rows that have one."""
 
     def model_ids(self) -> Mapping[str, str]:
         """The model of each column."""
 
 
 class InHand:
-    """Candidates that are held as templates: one mapping column -> template for each row 0, 1, ..."""
+    """Candidates in memory: one mapping column -> template for each row 0, 1, ..."""
 
     def __init__(self, *candidates: Mapping[str, Template]) -> None:
         self._candidates = candidates
@@ -67,11 +67,11 @@ class InHand:
         return {row: record for row, record in records.items() if record is not None}
 
     def model_ids(self) -> Mapping[str, str]:
-        return {column: template.model_id for one in self._candidates for column, template in one.items()}
+        return {column: template.model_id for candidate in self._candidates for column, template in candidate.items()}
 
 
 class _Held:
-    """Candidates of one comparison; each column's embeddings are read once, whatever they are compared with."""
+    """The candidates of one comparison. Each column's embeddings are read once."""
 
     def __init__(self, source: Candidates, rows: NDArray[np.int64]) -> None:
         self.model_ids = source.model_ids()
@@ -86,21 +86,21 @@ class _Held:
         return self._read[key]
 
     def minutiae(self, ats: NDArray[np.int64], column: str) -> tuple[NDArray[np.int64], list[bytes]]:
-        """Which of these have a record, and the records."""
-        records = self._source.minutiae(self.rows[ats], column)
-        found = [records.get(row) for row in self.rows[ats].tolist()]
-        return ats[[record is not None for record in found]], [record for record in found if record is not None]
+        """(which of these have a record, their records)."""
+        record_of = self._source.minutiae(self.rows[ats], column)
+        records = [record_of.get(row) for row in self.rows[ats].tolist()]
+        return ats[[record is not None for record in records]], [record for record in records if record is not None]
 
 
 def pairings(probe: Sequence[str], candidate: Sequence[str]) -> list[list[Pair]]:
-    """What to compare: a list of groups; of each group the best pair counts."""
+    """The pairs of columns to compare, in groups; of each group the best pair counts."""
     groups = [[(column, column)] for column in probe if column in candidate]
-    mine = [column for column in probe if column != "face" and column not in candidate]
-    theirs = [column for column in candidate if column != "face" and column not in probe]
-    if "unknown" in mine and theirs:
-        groups.append([("unknown", column) for column in theirs])
-    elif "unknown" in theirs and mine:
-        groups.append([(column, "unknown") for column in mine])
+    of_probe = [column for column in probe if column != "face" and column not in candidate]
+    of_candidate = [column for column in candidate if column != "face" and column not in probe]
+    if "unknown" in of_probe and of_candidate:
+        groups.append([("unknown", column) for column in of_candidate])
+    elif "unknown" in of_candidate and of_probe:
+        groups.append([(column, "unknown") for column in of_probe])
     return groups
 
 
@@ -144,10 +144,10 @@ class Comparer:
         across: bool = False,
         subjects: NDArray[np.int64] | None = None,
     ) -> Ranked:
-        """The probe against each row, strongest first, equal ones by row. Rows with nothing comparable are left out.
+        """The probe compared with each row, strongest first, equal ones by row. Rows without a comparable capture are left out.
 
-        across: fingers are compared with fingers of other labels, too. subjects: int64 (n,), rows with the same number are of one
-        subject, which comes out as one comparison, of its strongest row; None: each row is a subject of its own.
+        across: also compare fingers with fingers of other labels. subjects: int64 (n,), rows with the same number belong to one
+        subject, which gives one comparison, that of its strongest row; None: each row is a subject of its own.
         """
         held = _Held(source, np.asarray(rows, np.int64))
         own = source.presence(held.rows)
@@ -176,16 +176,16 @@ class Comparer:
         return Ranked([(board, fused if joint is None else joint.best_of_each(fused))])
 
     def laws(self, probe: Mapping[str, Template]) -> dict[str, Law]:
-        """How the templates in each of the probe's columns score."""
-        # once for all rows: the calibration of a model without a card is measured on the gallery
+        """column -> how the probe's template there scores."""
+        # looked up once for all rows: a look-up may measure the calibration on the gallery
         of = {
             model_id: Law(self.calibration(model_id), self._with_minutiae(model_id))
-            for model_id in {one.model_id for one in probe.values()}
+            for model_id in {template.model_id for template in probe.values()}
         }
         return {column: of[template.model_id] for column, template in probe.items()}
 
     def score_db(self, probe: Template, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """score_db, float64 (n,), of raw scores of this probe's model."""
+        """score_db, float64 (n,), of raw scores of the probe's model."""
         return self.calibration(probe.model_id).score_db(values.astype(np.float64))
 
     def adds_minutiae(self, model_id: str) -> bool:
@@ -193,7 +193,7 @@ class Comparer:
         return self._with_minutiae(model_id) is not None
 
     def has_more(self, probe: Template) -> bool:
-        """Whether comparing says more than the embedding alone does, so that an order by embeddings is not final."""
+        """Whether minutiae add to the probe's embedding, so that a ranking by embeddings is not final."""
         return probe.embedding is not None and probe.minutiae is not None and self.adds_minutiae(probe.model_id)
 
     def calibration(self, model_id: str) -> Calibration:
@@ -204,7 +204,7 @@ class Comparer:
         return self._with_minutiae_of(model_id, *self._sample)
 
     def llr_reaching(self, score_db: float, model_ids: Sequence[str]) -> float:
-        """The least sum of llr_db over captures of these models that scores as much."""
+        """The least sum of llr_db, over one capture of each of these models, that reaches score_db."""
         return llr_reaching(score_db, tuple(map(self.calibration, model_ids)))
 
     def _measure(self, probe: Template, law: Law, pair: Pair, held: _Held, ats: NDArray[np.int64]) -> Measured:
@@ -232,7 +232,7 @@ def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:
         raise InvalidInput(f"a {a.modality} does not compare with a {b.modality}; pass two templates of one modality")
     if a.model_id != b.model_id:
         raise ModelMismatch(f"one template is of {a.model_id}, the other of {b.model_id}; extract both with one model")
-    # Whoever asks for this pair means it, whatever the labels: both go into one column.
+    # the caller asks for this pair, whatever its labels: both go into one column
     result = comparer.compare({"unknown": _relabelled(a)}, InHand({"unknown": _relabelled(b)}), [0])[0]
     part = result.evidence[0]
     return Score(result.score_db, result.llr_db, part.similarity, part.minutiae, result.extrapolated)
@@ -245,11 +245,11 @@ def _relabelled(template: Template) -> Template:
 def _readings(
     probe: Mapping[str, Template], models: Mapping[str, str], columns: Sequence[str], labelled: bool
 ) -> Readings | None:
-    """labelled: right labels pair something."""
-    mine = tuple(column for column in probe if column != "face")
-    known = {probe[column].model_id for column in mine}
-    theirs = tuple(column for column in columns if column != "face" and models.get(column) in known)
-    return readings_of(mine, theirs, labelled)
+    """The other readings of the probe's labels. labelled: whether the given labels pair any captures."""
+    of_probe = tuple(column for column in probe if column != "face")
+    known = {probe[column].model_id for column in of_probe}
+    of_candidate = tuple(column for column in columns if column != "face" and models.get(column) in known)
+    return readings_of(of_probe, of_candidate, labelled)
 
 
 @cache
@@ -260,8 +260,8 @@ def _columns_of(mask: int) -> tuple[str, ...]:
 def as_labelled(
     board: Board, members: Sequence[tuple[NDArray[np.int64], list[list[Pair]]]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """(used, trial_penalty_db) as `Board.fuse` takes them: of each group of pairs the best one counts, less the number of its rivals."""
-    used = np.zeros(board.llr_db.shape, bool, order="F")  # as the board's arrays lie, so that they add up fast
+    """(used, trial_penalty_db) as `Board.fuse` takes them: of each group of m pairs the best one counts, less 10 log10(m) dB."""
+    used = np.zeros(board.llr_db.shape, bool, order="F")  # the memory order of the board's arrays: sums are faster
     trial_penalty_db = np.zeros(board.llr_db.shape, order="F")
     for ats, groups in members:
         for group in groups:
@@ -279,7 +279,7 @@ def as_labelled(
 
 
 def _read_across(board: Board, fused: Fused, ats: NDArray[np.int64], readings: Readings) -> Fused:
-    """Of these rows the better of right labels and the strongest other reading, each less its charge."""
+    """For each of these rows the better of the given labels and the strongest other reading, each less its penalty."""
     pairs = np.array([board.number[pair] for pair in readings.pairs])
     paired, label_penalties_db = readings.strongest(board.llr_db[np.ix_(ats, pairs)])
     used = np.zeros((len(ats), len(board.pairs)), bool)
