@@ -1,7 +1,7 @@
-"""One probe's comparisons with many candidates, as arrays: how captures' evidence becomes one score a row, and their order.
+"""Scores and ranks one probe's comparisons with many candidates, as arrays.
 
-Owns the sums, their calibration, and the ranking. Never measures a similarity and never decides. Nothing here loops over rows:
-a `Comparison` is made only of those that somebody looks at.
+Owns the sums of evidence, their calibration, and the ranking. Never measures a similarity and never decides. No code here loops over
+rows: a `Comparison` object is made only for the rows that a caller reads.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One candidate's result. evidence: one entry a capture that could be compared; label_penalty_db: what was taken off both sums,
-    for readings of the labels that were tried; interval_db: of score_db, 95 %, None where a card does not say. sure_db: what is left
-    of score_db where calibrations that the gallery has not checked are as wrong as they may be; None: all of it."""
+    """One candidate's result. evidence: one entry for each capture that could be compared; label_penalty_db: the penalty on both sums for
+    the readings that were tried; interval_db: of score_db, 95 %, None if a card has no interval. sure_db: score_db under the worst case
+    of calibrations that the gallery has not checked; None: all are checked."""
 
     row: int
     score_db: float
@@ -44,7 +44,7 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """How one model's templates score: by embedding or minutiae alone, and, where a card says how, by both."""
+    """The calibration of one model's templates: by embedding or minutiae alone, and by both if a card says how."""
 
     alone: Calibration
     with_minutiae: WithMinutiae | None
@@ -55,8 +55,8 @@ class Law:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A pair of columns, compared. float64 (n,) each, of every row; NaN where it cannot be compared so. raw: similarity or minutiae,
-    whichever the law's `alone` takes; summed_db: what its `both` takes."""
+    """The scores of one pair of columns, float64 (n,) each; NaN for rows that cannot be compared. raw: the input of the law's `alone`,
+    similarity or minutiae; summed_db: the input of its `both`."""
 
     law: Law
     similarity: Float64
@@ -66,12 +66,12 @@ class Measured:
     llr_db: Float64
 
     def taken(self, ats: Int64) -> Measured:
-        """What was measured of these rows, in this order."""
+        """The scores of these rows, in this order."""
         arrays = (self.similarity, self.minutiae, self.raw, self.summed_db, self.llr_db)
         return Measured(self.law, *(array[ats] for array in arrays))
 
     def score_db(self, ats: Int64) -> Float64:
-        """Of these rows. Of most rows nobody asks: they are ranked by sums."""
+        """score_db of these rows, computed on demand: most rows are ranked by their sums alone."""
         found, summed_db = self.law.alone.score_db(self.raw[ats]), self.summed_db[ats]
         both = ~np.isnan(summed_db)
         if both.any():
@@ -88,7 +88,8 @@ class Measured:
 
 
 def calibrated(law: Law, similarity: Float64, minutiae: Float64, *, by_embedding: bool) -> Measured:
-    """What raw scores say. similarity, minutiae: float64 (n,), NaN where absent; by_embedding: minutiae only add to it."""
+    """Calibrates raw scores. similarity, minutiae: float64 (n,), NaN where absent; by_embedding: the embedding counts, and minutiae add to
+    it."""
     raw = similarity if by_embedding else minutiae
     llr_db, summed_db = law.alone.llr_db(raw), np.full(len(raw), np.nan)
     if law.with_minutiae is not None:
@@ -99,10 +100,10 @@ def calibrated(law: Law, similarity: Float64, minutiae: Float64, *, by_embedding
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """Evidence of several captures as one score a row, float64 (n,) each; NaN where a row has none.
+    """One score a row from the evidence of several captures, float64 (n,) each; NaN for a row without evidence.
 
-    used: bool (n, pairs), the pairs that count; trial_penalty_db: float64 (n, pairs), what is off the evidence of a pair that is the best
-    of several; label_penalty_db: what is off the sums, for the readings that were tried.
+    used: bool (n, pairs), the pairs that count; trial_penalty_db: float64 (n, pairs), the penalty on the evidence of a pair that is the
+    best of several; label_penalty_db: the penalty on the sums, for the readings that were tried.
     """
 
     used: Bool
@@ -113,15 +114,14 @@ class Fused:
     label_penalty_db: Float64
 
     def penalised(self, label_penalty_db: Float64) -> Fused:
-        """With so much more taken off the sums, float64 (n,)."""
+        """The same with a further penalty on the sums, float64 (n,)."""
         score_db, llr_db = np.maximum(self.score_db - label_penalty_db, 0.0), self.llr_db - label_penalty_db
         return replace(
             self, score_db=score_db, llr_db=llr_db, label_penalty_db=self.label_penalty_db + label_penalty_db
         )
 
     def or_better(self, other: Fused, ats: Int64) -> Fused:
-        """The stronger of both in each row; other: of the rows `ats` alone. By score; but where scores end before the evidence
-        does, by evidence."""
+        """The stronger of both in each row, by score, and by evidence where both scores are at their maximum. other: of the rows `ats`."""
         mine = _strength(self.score_db[ats], self.label_penalty_db[ats])
         theirs = _strength(other.score_db, other.label_penalty_db)
         better = np.isnan(mine) & ~np.isnan(theirs)
@@ -134,8 +134,8 @@ class Fused:
 
 
 class Board:
-    """All pairs of columns of a probe with some rows. pairs -> what was measured; rows: int64 (n,); borrowed_db: float64 (n, pairs),
-    what is off the evidence of a pair that was measured on another row of the same subject; None: none was."""
+    """The scores of all pairs of columns of a probe and some rows. rows: int64 (n,); borrowed_db: float64 (n, pairs), the penalty on a pair
+    that was measured on another row of the same subject; None: no pair was."""
 
     def __init__(self, rows: Int64, measured: Mapping[Pair, Measured], borrowed_db: Float64 | None = None) -> None:
         self.rows = rows
@@ -168,7 +168,7 @@ class Board:
         return Fused(used, trial_penalty_db, score_db, llr_db, score_db > limit_db, np.zeros(len(llr_db)))
 
     def comparisons(self, ats: Int64, fused: Fused) -> list[Comparison]:
-        """Those of these rows."""
+        """The comparisons of these rows."""
         used, label_penalty_db = fused.used[ats], fused.label_penalty_db[ats]
         score_db, llr_db = fused.score_db[ats], fused.llr_db[ats]
         low_db, high_db = np.full((2, len(ats)), np.nan)
@@ -212,8 +212,8 @@ class Board:
         ]
 
     def _sure_db(self, ats: Int64, fused: Fused) -> Float64:
-        """What these rows score by the "sure" laws; NaN where all tables are checked. A model without a table of its own can speak
-        against a candidate here, and not for it."""
+        """score_db of these rows by the bound "sure"; NaN if all tables are checked. A model without a table of its own can lower it, and
+        not raise it."""
         sure_db = np.full(len(ats), np.nan)
         llr_db, used = self.llr_db[ats] - fused.trial_penalty_db[ats], fused.used[ats]
         for some, pairs, calibrations in self._alike(used, self._both[ats]):
@@ -230,7 +230,7 @@ class Board:
         return np.asarray(np.maximum(sure_db - fused.label_penalty_db[ats], 0.0))
 
     def raw(self, column: str, fused: Fused) -> tuple[Float64, Float64]:
-        """(similarity, minutiae) of the pair that counts of this column of the probe; NaN where none does."""
+        """(similarity, minutiae) of the pair that counts for this column of the probe; NaN without one."""
         similarity, minutiae = np.full((2, len(self.rows)), np.nan)
         for pair, one in enumerate(self._measured):
             if self.pairs[pair][0] == column:
@@ -239,7 +239,7 @@ class Board:
         return similarity, minutiae
 
     def _alike(self, used: Bool, both: Bool) -> Iterator[tuple[Int64, list[int], tuple[Calibration, ...]]]:
-        """(which of them, pairs, their calibrations) of each sort among some rows; rows without evidence are left out."""
+        """(rows, pairs, calibrations) of each group of rows with the same pairs; rows without evidence are left out."""
         kinds = used.astype(np.int8)
         kinds += used & both
         for some in _sorts(kinds):
@@ -267,7 +267,7 @@ class Ranked(Sequence[Comparison]):
         self._at, self._which = at[order], which[order]
 
     def with_others(self, others: Ranked) -> Ranked:
-        """Two comparisons of disjoint rows as one."""
+        """The rankings of two disjoint sets of rows as one."""
         return Ranked((*self._results, *others._results))
 
     def without(self, rows: Int64) -> Ranked:
@@ -279,7 +279,7 @@ class Ranked(Sequence[Comparison]):
         return Ranked(kept)
 
     def reaching(self, threshold_db: float) -> list[Comparison]:
-        """Those that score so much."""
+        """The comparisons that reach threshold_db."""
         return list(self[: int(np.count_nonzero(self.score_db >= threshold_db))])
 
     def extrapolated(self) -> Bool:
@@ -287,7 +287,7 @@ class Ranked(Sequence[Comparison]):
         return self._gathered(lambda board, fused: fused.extrapolated, bool)
 
     def raw(self, column: str) -> tuple[Float64, Float64]:
-        """(similarity, minutiae), float64 (n,) each, in this order: what counts of the probe's column; NaN where nothing does."""
+        """(similarity, minutiae), float64 (n,) each, in this order: the raw scores that count for the probe's column, NaN without one."""
         return (
             self._gathered(lambda board, fused: board.raw(column, fused)[0], float),
             self._gathered(lambda board, fused: board.raw(column, fused)[1], float),
@@ -316,7 +316,7 @@ class Ranked(Sequence[Comparison]):
         return iter(self[:])
 
     def at(self, ranks: Sequence[int]) -> list[Comparison]:
-        """Those of these ranks, all at once."""
+        """The comparisons at these ranks, made together."""
         wanted = np.array(ranks, np.int64)
         found: dict[int, Comparison] = {}
         for number, (board, fused) in enumerate(self._results):
@@ -326,7 +326,7 @@ class Ranked(Sequence[Comparison]):
 
 
 def _sorts(kinds: NDArray[np.int8]) -> list[Int64]:
-    """Which rows are the same: of each sort of row where it is, ascending."""
+    """The indices of each group of equal rows, ascending."""
     if not len(kinds):
         return []
     if kinds.shape[1] <= 9:  # three values a pair, in 15 bits, which are sorted fastest
