@@ -1,6 +1,6 @@
-"""Whether an encounter brought every capture that the policy requires.
+"""Checks whether an encounter has every capture that `Policy.required` asks for.
 
-Owns the grammar of `Policy.required`, and what counts toward it. Never looks at a capture and never decides.
+Owns the grammar of `Policy.required`, and which captures count toward it. Never reads a capture and never decides.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from biodedup.values import FINGER_POSITIONS, Missing, Refusal
 SENT = "sent"
 """The requirement that every capture that was sent can be used."""
 INCOMPLETE = "incomplete"
-"""The reason of a refusal for lack of captures."""
+"""The reason of a decision `refused` because required captures are missing."""
 SUPERSEDED = "superseded"
-"""The reason of a sound capture of which a better one was sent, too."""
+"""The reason of the refusal of a sound capture, if a better one of its column was sent, too."""
 
 _TEN = FINGER_POSITIONS[:-1]
 _SINGLE = ("face", *_TEN)
@@ -27,10 +27,10 @@ def check_required(required: object) -> tuple[str, ...]:
     """The requirements, each once. Raises InvalidInput unless each is `sent`, `face`, a finger's position, or `N fingers`."""
     if isinstance(required, str) or not isinstance(required, Sequence):
         raise InvalidInput(f"required is a sequence of texts, got {required!r}; write required=('face', '2 fingers')")
-    for one in required:
-        if not isinstance(one, str) or not (one == SENT or one in _SINGLE or _FINGERS.fullmatch(one)):
+    for item in required:
+        if not isinstance(item, str) or not (item == SENT or item in _SINGLE or _FINGERS.fullmatch(item)):
             raise InvalidInput(
-                f"required has {one!r}, wanted 'sent', 'face', 'N fingers' with N from 1 to 10, or a finger's position: "
+                f"required has {item!r}, wanted 'sent', 'face', 'N fingers' with N from 1 to 10, or a finger's position: "
                 f"{', '.join(_TEN)}"
             )
     return tuple(dict.fromkeys(required))
@@ -39,34 +39,34 @@ def check_required(required: object) -> tuple[str, ...]:
 def shortfall(
     required: Sequence[str], usable: Collection[str], refusals: Sequence[Refusal], missing: Sequence[Missing]
 ) -> tuple[Refusal, ...]:
-    """What an encounter lacks, each capture with its column and why; empty where it is complete.
+    """The required captures that an encounter lacks, each with its column and reason; empty if it is complete.
 
-    usable: columns with a template. A column that `missing` states is excused; the fingers that it states are taken off the ten that
-    `N fingers` may ask for, so that nobody has to show more fingers than there are.
+    usable: columns with a template. A column in `missing` is excused. Fingers in `missing` are taken off the ten that `N fingers` may
+    ask for, so that no more fingers are required than the subject has.
     """
     excused = {capture.position for capture in missing}
-    declined = [one for one in refusals if one.reason != SUPERSEDED and one.column not in excused]
-    found: list[Refusal] = []
-    for one in required:
-        if one == SENT:
-            found += declined
-        elif one in _SINGLE:
-            if one not in usable and one not in excused:
-                found += [refusal for refusal in declined if refusal.column == one] or [_not_sent(one)]
+    declined = [refusal for refusal in refusals if refusal.reason != SUPERSEDED and refusal.column not in excused]
+    lacking: list[Refusal] = []
+    for item in required:
+        if item == SENT:
+            lacking += declined
+        elif item in _SINGLE:
+            if item not in usable and item not in excused:
+                lacking += [refusal for refusal in declined if refusal.column == item] or [_not_sent(item)]
         else:
-            there = sum(column in FINGER_POSITIONS for column in usable)
-            left = sum(finger not in excused or finger in usable for finger in _TEN)
-            wanted = min(int(one.split()[0]), left)
-            if there < wanted:
-                found += [refusal for refusal in declined if refusal.column in FINGER_POSITIONS]
-                found.append(_too_few(there, wanted))
-    return tuple(dict.fromkeys(found))
+            count = sum(column in FINGER_POSITIONS for column in usable)
+            available = sum(finger not in excused or finger in usable for finger in _TEN)
+            wanted = min(int(item.split()[0]), available)
+            if count < wanted:
+                lacking += [refusal for refusal in declined if refusal.column in FINGER_POSITIONS]
+                lacking.append(_too_few(count, wanted))
+    return tuple(dict.fromkeys(lacking))
 
 
 def _not_sent(column: str) -> Refusal:
     return Refusal(column, "not_sent", "the policy requires it; capture it, or state why it cannot be had")
 
 
-def _too_few(there: int, wanted: int) -> Refusal:
+def _too_few(count: int, wanted: int) -> Refusal:
     detail = "the policy requires more fingers; capture them, or state why they cannot be had"
-    return Refusal("fingers", "too_few_fingers", detail, there, wanted)
+    return Refusal("fingers", "too_few_fingers", detail, count, wanted)
