@@ -138,7 +138,7 @@ def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]
         index = peer(rows)
         face_id = snapshot.models["face"].model_id
         laws = {face_id: calibration(face_cosines), snapshot.models[COLUMNS[1]].model_id: calibration(finger_cosines)}
-        internals(engine).comparer._calibration_of = laws.__getitem__
+        internals(engine).comparer._calibration_of = lambda model_id, *_: laws[model_id]
         ids = [snapshot.models[name].model_id for name in COLUMNS]
         review_llr_db = internals(engine).comparer.llr_reaching(engine.policy.thresholds_db(rows)[1], ids)
         shards = searcher.shards(snapshot)

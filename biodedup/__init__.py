@@ -1,8 +1,8 @@
-"""biodedup: finds a person enrolled twice.
+"""biodedup: finds people who are enrolled twice.
 
-Captures become templates, templates a gallery, and every new encounter is compared with everybody in it. `__all__` is
-the public interface; everything else may change. A name's module is imported when the name is first used, so that
-`biodedup --help` need not load numba, FAISS and ONNX Runtime.
+It extracts templates from captures, stores them in a gallery, and compares every new encounter with all enrolled subjects. `__all__` is
+the public interface; everything else may change. The module of a name is imported when the name is first used, so that
+`biodedup --help` does not load numba, FAISS and ONNX Runtime.
 """
 
 import lazy_loader

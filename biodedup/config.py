@@ -1,7 +1,7 @@
-"""Settings: frozen, units in their names, checked when they are made.
+"""All settings of biodedup, as frozen dataclasses that check their values when they are made.
 
-Owns which settings there are, their defaults and their ranges. Never looks for a file (`settings.py` does) and never touches a gallery,
-which keeps its own policy. No default depends on the machine.
+Owns which settings exist, their defaults and their ranges. Never looks for a settings file (`settings.py` does), and never opens a
+gallery, which stores its own policy. No default depends on the machine. Names end in their unit.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from math import inf, isfinite, log10
 from pathlib import Path
 from typing import Any
 
-from biodedup.completeness import SENT, check_required
 from biodedup.errors import InvalidInput
+from biodedup.required import SENT, check_required
 from biodedup.tables import made, read_toml, typed
 from biodedup.values import check_id
 
 EXTERNAL_MINUTIAE = "external-minutiae"
-"""The model_id of minutiae of an unknown extractor."""
+"""The model_id of minutiae whose extractor is unknown."""
 
 
 def _is_number(value: object) -> bool:
@@ -27,30 +27,38 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class FaceConfig:
-    """Face model and the limits of its quality gate."""
+    """The face model, the face detector, and the limits of the face quality gate."""
 
     model: str = "sface"
-    """Name of a shipped model card, or the path of a card (`*.toml`) of your own; without weights it calibrates embeddings that
-    come ready made."""
+    """Name of a shipped model card, or path of a card (`*.toml`) of your own. A card without weights calibrates ready-made embeddings.
+    A gallery column holds one model: another one needs another gallery."""
     model_folder: Path | None = None
-    """Folder of model cards; None: the cards that the package ships."""
+    """Folder of the model cards. None: the cards that the package ships."""
     detector: str = "yunet"
+    """Name of the face detector's card. YuNet is the only detector that the package ships."""
     detector_confidence_min: float = 0.6
-    """From here on the detector reports a face, so that a refusal can say what is wrong with it."""
+    """Detector confidence, 0 to 1, from which a face is reported. Lower than confidence_min, so that a refusal can say what is wrong with
+    a doubtful face."""
     confidence_min: float = 0.8
-    """From here on it is believed: LFW's lowest is 0.85; what is no face reaches 0.7."""
+    """Detector confidence, 0 to 1, below which a face is refused. The lowest of LFW's faces has 0.85; pictures without a face reach 0.7."""
     detector_side_px: int = 320
+    """Longer side, in pixels, to which a picture is scaled for the detector. Where no face is found, 640 pixels are tried."""
     several_share_max: float = 0.5
-    """A second face of at least this share of the first one's prominence (area, less away from the centre) is ambiguous."""
+    """A picture is refused if its second face has more than this share of the first one's prominence: box area, weighted down with the
+    distance from the picture's centre. Raise it for pictures taken in crowds."""
     eye_distance_px_min: float = 20.0
+    """Least distance between the eyes, in pixels of the capture."""
     sharpness_min: float = 0.1
-    """Standard deviation of the Laplacian over that of the grey levels, aligned face."""
+    """Least sharpness of the aligned face: standard deviation of its Laplacian over that of its grey levels."""
     brightness_min: float = 14.0
+    """Least mean grey level, 0 to 255, of the aligned face. The limit is for lost light, not for dark skin: mugshots at 15 still score 0.6
+    with their mates (MEDS); LFW darkened to 10 %, mean 12, loses six times as many mates at 0.35."""
     brightness_max: float = 230.0
-    """Mean grey level of the aligned face. The lower limit is for lost light, not for dark skin: mugshots at 15 still
-    score 0.6 with their mates (MEDS); LFW darkened to 10 %, mean 12, loses six times as many mates at 0.35."""
+    """Greatest mean grey level, 0 to 255, of the aligned face."""
     yaw_deg_max: float = 45.0
+    """Greatest turn of the head to a side, in degrees."""
     roll_deg_max: float = 60.0
+    """Greatest tilt of the head, in degrees. Alignment takes the tilt off, so that it harms less than yaw."""
 
     def __post_init__(self) -> None:
         _check(self, 0, 1, "detector_confidence_min", "confidence_min", "several_share_max")
@@ -67,28 +75,31 @@ class FaceConfig:
 
 @dataclass(frozen=True)
 class FingerConfig:
-    """Finger extraction and the limits of its quality gate."""
+    """The finger models, and the limits of the finger quality gate."""
 
     minutiae: str = "mindtct"
-    """The minutiae extractor: `mindtct`, or `leader`, a network that is more accurate and takes several times as long."""
+    """The minutiae extractor: `mindtct` (NBIS), or `leader`, a network that is more accurate and takes several times as long."""
     minutiae_model: str | None = None
-    """Path of a model card (`*.toml`) of your own for this extractor, with another calibration; None: the shipped one."""
+    """Path of a model card (`*.toml`) of your own for this extractor, with another calibration. None: the shipped card."""
     model: str | None = "finger256"
-    """The embedding: name of a shipped model card, or path of one of your own; None: templates hold minutiae alone."""
+    """The finger embedding: name of a shipped model card, or path of a card of your own. None: templates hold minutiae alone, and each row
+    is compared one by one."""
     record_model_id: str = EXTERNAL_MINUTIAE
-    """The model_id of minutiae records that come ready made, which do not say who extracted them. By default they compare with one
-    another alone; naming this extractor's model_id declares that they compare with its minutiae, too."""
+    """The model_id of ready-made minutiae records, which do not state their extractor. By default they compare only with one another. Set
+    it to the model_id of this configuration's extractor to declare that they compare with its minutiae, too."""
     area_mm2_min: float = 20.0
-    """Area covered by ridges."""
+    """Least area covered by ridges, in mm2."""
     ridge_share_min: float = 0.5
-    """Share of spectral energy at the periods that ridges have."""
+    """Least share of the spectral energy, 0 to 1, at the periods that ridges have (5 to 15 pixels at 500 dpi)."""
     minutiae_min: int = 8
+    """Least number of minutiae."""
     side_px_max: int = 2500
-    """At 500 dpi, 127 mm: longer than any finger, or a slap of four."""
+    """Greatest side in pixels at 500 dpi: 127 mm, longer than any finger or a slap of four. A larger picture states a wrong dpi."""
     area_mm2_max: float = 3000.0
-    """Area of the rectangle around the ridges. A finger rolled from nail to nail takes 40 x 38 mm, 1,520. Minutiae take about 0.9 s for
-    1,000 mm2 and more than in proportion for larger ones: 20 s for 127 x 127 mm (2026-11)."""
+    """Greatest area, in mm2, of the rectangle around the ridges. A finger rolled from nail to nail takes 40 x 38 mm, 1,520 mm2. The limit
+    bounds time: minutiae take about 0.9 s for 1,000 mm2 and grow faster than the area, to 20 s for 127 x 127 mm (2026-11)."""
     nfiq2_min: float = 2.0
+    """Least NFIQ 2 score, 0 to 100. Raise it if operators can capture a finger again."""
 
     def __post_init__(self) -> None:
         _check(self, 0, inf, "area_mm2_min", "minutiae_min", "nfiq2_min")
@@ -100,14 +111,16 @@ class FingerConfig:
 
 @dataclass(frozen=True)
 class CaptureConfig:
-    """Limits on what is decoded at all."""
+    """Limits that a capture must meet before it is decoded."""
 
     pixels_max: int = 16_000_000
-    """More pixels than this are refused before decoding. A slap of four fingers at 1000 dpi has 10 million, a whole ten-print card at 500
-    dpi 16, a passport photograph one. JPEGs of faces may have eight times as many, as telephones make: they are decoded at a half or a
-    quarter of their size, which leaves a face more pixels than the network takes."""
+    """Greatest number of pixels. A slap of four fingers at 1000 dpi has 10 million, a ten-print card at 500 dpi 16 million, a passport
+    photograph one. JPEGs of faces may have eight times as many, as telephones make: they are decoded at a half or a quarter of their size,
+    which leaves a face more pixels than the network takes."""
     side_px_min: int = 40
+    """Least length of each side, in pixels."""
     bytes_max: int = 100_000_000
+    """Greatest size of a file, in bytes; no more of a file is read."""
 
     def __post_init__(self) -> None:
         _check(self, 1, inf, "pixels_max", "side_px_min", "bytes_max")
@@ -115,13 +128,14 @@ class CaptureConfig:
 
 @dataclass(frozen=True)
 class IsolationConfig:
-    """Limits of the worker processes that decode and extract, so that a hostile capture costs itself alone."""
+    """Limits of the worker processes that decode and extract, so that a hostile capture harms only itself."""
 
     capture_s_max: float = 10.0
-    """Seconds of the processor that a capture may take, and six times as many by the clock, so that a busy machine refuses nobody. A face
-    takes 0.06, a finger 0.2, with `leader` 1."""
+    """Seconds of processor time that a capture may take, and six times as many by the clock, so that a busy machine refuses no capture. A
+    face takes 0.06 s, a finger 0.2 s, with `leader` 1 s. Raise it on a slow machine."""
     memory_bytes_max: int = 1 << 30
-    """Memory of a worker beyond what its libraries take, models included: those take 150 MB, a picture of `pixels_max` up to 500."""
+    """Memory, in bytes, that a worker may use beyond its libraries and models, which take 150 MB. A picture of `pixels_max` takes up to
+    500 MB."""
 
     def __post_init__(self) -> None:
         if not 0 < self.capture_s_max <= 86_400:
@@ -132,39 +146,45 @@ class IsolationConfig:
 
 @dataclass(frozen=True)
 class Policy:
-    """What decisions are made by; a gallery keeps its own. Thresholds follow from target error rates at the present gallery size N.
+    """The rules and target error rates of decisions. A gallery stores its policy.
 
-    fpir: the share of searches of strangers that may come out `duplicate`. FMR = FPIR / N, independence assumed; in decibels
-    10 log10(N / FPIR). review_fpir is the wider band: what lies between goes to a person. fnir_review: the share of mates that may score
-    below the review threshold. Where captures are too few to keep to it, as one face is among many millions, the threshold is lowered
-    for that search until they do; then somebody nearly always reaches it, and nobody is cleared who could not have been recognised. The
-    default asks only that a mate be rather found than missed. duplicate_db and review_db, where given, are fixed thresholds instead.
-    duplicate_floor_db: the least threshold of any automatic `duplicate`, also of a fixed one. A gallery of ten asks for 40 dB, which
-    strangers of another camera than the model card's reach (MEDS 46, Yale 41, ORL 61 dB; UareU's fingers 49); as far as is sure (see
-    match/calibrations.py) they reach 44 dB.
-    trust_extrapolation: False sends to review what would be `duplicate` by a score beyond the measured pairs. own_strangers: from 32
-    people on, a face's or a finger's embeddings are calibrated by how alike this gallery's strangers are, and not those that the model's
-    card was measured on; False: scores are those of `biodedup.compare`.
+    Thresholds follow from the target rates at the present gallery size N: FMR = FPIR / N, independence assumed; in decibels
+    10 log10(N / FPIR).
+    """
 
-    required: what an encounter has to bring before a subject is enrolled or updated; otherwise it is `refused` as `incomplete`, and may
+    fpir: float = 1e-3
+    """Target share of non-mated searches that come out `duplicate`, between 0 and 1. Lower it where a false duplicate costs more than a
+    review."""
+    review_fpir: float = 5e-3
+    """Target share of non-mated searches that score at or above the review threshold; at least fpir. Searches between the two thresholds
+    go to a person. Raise it to review more and miss fewer mates."""
+    fnir_review: float = 0.5
+    """Greatest share of mates that may score below the review threshold. With too few captures for it, such as one face among many
+    millions, the review threshold is lowered for that search until the share is met; then most searches go to review, and captures that
+    could not have been recognised are not cleared. The default only asks that a mate be found rather than missed."""
+    duplicate_db: float | None = None
+    """A fixed duplicate threshold in dB in place of the one from fpir. None: from fpir and N."""
+    review_db: float | None = None
+    """A fixed review threshold in dB, at most duplicate_db, in place of the one from review_fpir and fnir_review. None: from these."""
+    duplicate_floor_db: float = 50.0
+    """Least duplicate threshold in dB, also of a fixed one. A gallery of ten asks for 40 dB, which impostor pairs of another camera than
+    the model card's reach (MEDS 46, Yale 41, ORL 61 dB; UareU's fingers 49); by the lower end of the calibration's interval
+    (match/calibrations.py) they reach 44 dB."""
+    verify_fmr: float = 1e-4
+    """Target false match rate of 1:1 verifications and updates, between 0 and 1."""
+    trust_extrapolation: bool = True
+    """False sends to review what would be `duplicate` by a score beyond the pairs that the calibration was measured on."""
+    own_strangers: bool = True
+    """Whether embeddings are calibrated on this gallery's own impostor scores, from 32 subjects on. False: scores are those of the model's
+    card, as in `biodedup.compare`."""
+    required: tuple[str, ...] = (SENT,)
+    """The captures that an encounter must bring to be enrolled or to update a subject. Otherwise it is `refused` as `incomplete`, and may
     be sent again under its encounter_id. A sequence of
       `sent`           every capture that was sent can be used (the default). Of two sound captures of one finger the better one counts;
       `face`, `right_index`, ...   this capture;
       `N fingers`      so many fingers of any position, N from 1 to 10.
-    `biodedup.Missing` excuses a column. Fingers that it states are taken off the ten that `N fingers` may ask for: of somebody with one
-    finger left, `2 fingers` asks for that one. An empty sequence requires nothing.
-    """
-
-    fpir: float = 1e-3
-    review_fpir: float = 5e-3
-    fnir_review: float = 0.5
-    duplicate_db: float | None = None
-    review_db: float | None = None
-    duplicate_floor_db: float = 50.0
-    verify_fmr: float = 1e-4
-    trust_extrapolation: bool = True
-    own_strangers: bool = True
-    required: tuple[str, ...] = (SENT,)
+    `biodedup.Missing` excuses a column. Its fingers are taken off the ten that `N fingers` may ask for: of a subject with one finger left,
+    `2 fingers` asks for that one. An empty sequence requires nothing."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "required", check_required(self.required))
@@ -197,30 +217,31 @@ class Policy:
         return duplicate, min(review, duplicate)
 
     def link_db(self, gallery_size: int) -> float:
-        """From where on a join links two subjects: the duplicate threshold without its floor. A link decides nothing by itself."""
+        """The score from which a join links two subjects: the duplicate threshold without its floor. A link alone decides nothing."""
         return self.duplicate_db if self.duplicate_db is not None else 10 * log10(max(gallery_size, 1) / self.fpir)
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How far a search goes."""
+    """How many rows a search compares, and which risk of a miss it takes."""
 
     candidates: int = 100
-    """Rows that the face scan hands to rescoring with every capture, a probe."""
+    """Rows per probe that the scan of embeddings passes on to the comparison of all captures. More find more mates of poor captures, and
+    take longer."""
     finger_rows_max: int = 5_000
-    """Rows without a comparable face whose fingers are compared one by one; more than that makes a search incomplete."""
+    """Rows per probe that have only minutiae in common with it and are compared one by one. If there are more, the search is incomplete."""
     returned: int = 10
-    """Candidates kept in a decision."""
+    """Candidates that a decision keeps."""
     miss_risk: float = 1e-3
-    """The probability that the scan of a column loses a row that an exact comparison of everybody would find; 0 leaves nothing
-    to chance, and takes longer."""
+    """Greatest probability that the scan of a column, which estimates similarities first, loses a row that an exact comparison would find;
+    at least 0, below 0.5. 0 compares every row exactly, and takes longer."""
     capture_correlation: float = 0.3
-    """Assumed between how well any two captures of a subject match their mates (ranks, on a normal scale): who has one poor finger
-    often has several. A plan over several columns is made for it."""
-
+    """Assumed correlation, from 0 to below 1, of how well two captures of a subject match their mates (rank correlation on a normal
+    scale): a subject with one poor finger often has several. The search over several columns is planned with it."""
     across_positions: bool = False
-    """Compare each finger with fingers of all positions, so that a wrong label hides nobody: m x n comparisons of each row for m
-    fingers of a probe and n of the gallery, in n passes; ten by ten take about twice as long as ten. A call may say otherwise; a join goes by what is said here."""
+    """Whether each finger is compared with fingers of all positions, so that a wrong label hides no mate. Costs m x n comparisons a row for
+    m fingers of a probe and n of the gallery, in n passes; ten by ten take about twice as long as ten. A call may override it; a join
+    cannot."""
 
     def __post_init__(self) -> None:
         for name in ("candidates", "finger_rows_max", "returned"):
@@ -234,45 +255,45 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class GalleryConfig:
-    """When rows move from the journal to sealed segments, and when segments are merged."""
+    """When rows move from the journal to sealed segments, when segments are merged, and how many rows a subject keeps."""
 
     seal_rows: int = 16_384
-    """Rows and encounters in the journal (and, exact, in memory) that are sealed together."""
+    """Rows and encounters in the journal, and exact in memory, that are sealed together into a segment."""
     merge_fan: int = 8
-    """Neighbouring segments of one size that become one of the next."""
+    """Neighbouring segments of one size that are merged into one of the next size."""
     background: bool = True
-    """Seal and merge on a thread of the engine's own; otherwise only when `compact` or a bulk load asks for it."""
+    """Whether a thread of the engine seals and merges. False: only `compact`, `tidy` and bulk loads do."""
     segment_rows: int = 1 << 24
-    """Rows of a segment that is not merged further: bounds the disk and the time that a merge needs."""
+    """Rows from which a segment is not merged further. Bounds the disk space and the time that a merge needs."""
     encounters_max: int = 3
-    """Rows (encounters) that a subject keeps, chosen by quality and spread over time; more where each has a column of its own."""
+    """Rows (encounters) that a subject keeps, chosen by quality and spread over time. It keeps more if each has a column of its own."""
 
     def __post_init__(self) -> None:
-        for name, least in (("seal_rows", 1), ("merge_fan", 2), ("segment_rows", 1), ("encounters_max", 1)):
-            if getattr(self, name) < least:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least {least}")
+        for name, minimum in (("seal_rows", 1), ("merge_fan", 2), ("segment_rows", 1), ("encounters_max", 1)):
+            if getattr(self, name) < minimum:
+                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least {minimum}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that can be set. `threads` bounds each of extraction and search; it is never guessed.
-
-    policy: of a gallery that is created; None: the default one. An existing gallery decides by the policy that it keeps, and to open it
-    with another one is a mistake (`Engine.open`).
-    """
+    """All settings. See each class for its fields."""
 
     face: FaceConfig = field(default_factory=FaceConfig)
     finger: FingerConfig = field(default_factory=FingerConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     policy: Policy | None = None
+    """The policy of a gallery that is created; None: the default policy. An existing gallery decides by the policy that it stores, and
+    opening it with another one raises PolicyMismatch (`Engine.open`)."""
     search: SearchConfig = field(default_factory=SearchConfig)
     gallery: GalleryConfig = field(default_factory=GalleryConfig)
     threads: int = 2
+    """Threads of extraction, and threads of search. Never guessed from the machine: set it to the number of cores to use."""
     batch_size: int = 32
-    """Captures embedded, and encounters committed, together."""
+    """Captures that are embedded together, and encounters that `enroll_many` commits together."""
     isolation: IsolationConfig | None = None
-    """None: captures are decoded in this process, within the limits of `capture`. Otherwise in `threads` worker processes with limits of
-    their own, as jobs and the command line do; a program that asks for it guards its main module by `if __name__ == "__main__"`."""
+    """None: captures are decoded in this process, within the limits of `capture`. Otherwise they are decoded in `threads` worker processes
+    with limits of their own, as jobs and the command line do. A program that sets it guards its main module by
+    `if __name__ == "__main__"`."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "batch_size"):
@@ -281,19 +302,20 @@ class Config:
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
-        """The settings of a TOML file, which has the names that these classes have, `[face]`, `[search]`, ... being tables; what it does not
-        name has its default. Relative paths start from the file's folder; "" stands for None. Raises InvalidInput, which names the
-        file and the setting."""
+        """The settings of a TOML file with tables `[face]`, `[search]`, ... and the names of these fields; others have their defaults.
+
+        Relative paths start from the file's folder; "" stands for None. Raises InvalidInput, which names the file and the setting.
+        """
         path = Path(path)
         return made(cls, typed(cls, read_toml(path), str(path), path.parent), str(path))
 
     @property
     def stated_policy(self) -> Policy:
-        """The policy, or the default one: what counts where there is no gallery."""
+        """The policy, or the default policy: what applies without a gallery."""
         return self.policy or Policy()
 
     def with_policy(self) -> Config:
-        """The same with its policy stated."""
+        """The same settings with the default policy in place of None."""
         return replace(self, policy=self.stated_policy)
 
     def to_dict(self) -> dict[str, Any]:
@@ -303,11 +325,11 @@ class Config:
         )
 
 
-def _check(settings: object, least: float, most: float, *names: str) -> None:
+def _check(settings: object, minimum: float, maximum: float, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if not least <= value <= most or value == inf:
-            wanted = f"at least {least}" if most == inf else f"{least} to {most}"
+        if not minimum <= value <= maximum or value == inf:
+            wanted = f"at least {minimum}" if maximum == inf else f"{minimum} to {maximum}"
             raise InvalidInput(f"{name} is {value}, wanted {wanted}")
 
 

@@ -1,10 +1,11 @@
-"""The exceptions of biodedup: one tree, three branches.
+"""The exceptions of biodedup, in three branches.
 
-A poor capture is never an exception: it is a `Refusal` value. Texts say what, got, wanted, next, and hold no biometric data.
-
-* `CallerError`: your mistake; the same call will fail again.
+* `CallerError`: the call is wrong; the same call will fail again.
 * `RetryableError`: nothing is wrong with the call; try again later.
-* `DataDamaged`: stored data cannot be trusted; see `biodedup doctor`.
+* `DataDamaged`: stored data cannot be trusted; run `biodedup doctor`.
+
+A poor capture is never an exception but a `Refusal` value. Error texts say what is wrong, what was got, what was wanted and what to do
+next. They hold no biometric data.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ class BiodedupError(Exception):
     """Every exception that biodedup raises on purpose."""
 
     def __str__(self) -> str:
-        """One line, safe to print and to log whatever ids and file names are in it."""
+        """One line without hidden characters, safe to print and to log with any id or file name in it."""
         return shown(super().__str__())
 
 
 class CallerError(BiodedupError, ValueError):
-    """Your mistake."""
+    """The call is wrong; the same call will fail again."""
 
 
 class RetryableError(BiodedupError):
-    """Try again."""
+    """Nothing is wrong with the call; try again later."""
 
 
 class DataDamaged(BiodedupError):
@@ -37,7 +38,7 @@ class InvalidInput(CallerError):
 
 
 class ModelMismatch(CallerError):
-    """Templates of two models, or of two dimensions, do not compare."""
+    """Templates of two models, or of two dimensions, cannot be compared."""
 
 
 class ModelCardError(CallerError):
@@ -57,11 +58,11 @@ class EncounterConflict(CallerError):
 
 
 class NotAGallery(CallerError):
-    """The folder is not a biodedup gallery, or one of another format version."""
+    """The folder is not a biodedup gallery, or is a gallery of another format version."""
 
 
 class PolicyMismatch(CallerError):
-    """A gallery was opened with another policy than the one that it keeps."""
+    """A gallery was opened with another policy than the one that it stores."""
 
 
 class EngineClosed(CallerError):
@@ -93,7 +94,7 @@ class CaptureUnavailable(RetryableError):
 
 
 NOT_TAKEN = (CallerError, CaptureUnavailable)
-"""What costs one encounter of a batch, and is not recorded."""
+"""Errors that concern one encounter of a batch. The encounter is not recorded."""
 
 
 class GalleryDamaged(DataDamaged):

@@ -1,6 +1,6 @@
-"""A lack of memory, as an error of this library.
+"""Turns MemoryError into `OutOfMemory`, an error of this library that a caller can retry.
 
-Owns the translation of MemoryError (numpy's and Arrow's are such) into `OutOfMemory`. Never frees memory.
+Owns this translation (errors of numpy and Arrow included). Never frees memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def out_of_memory(error: BaseException) -> OutOfMemory:
 
 
 def within_memory(cls: type[_T]) -> type[_T]:
-    """A class whose public methods raise OutOfMemory instead of MemoryError."""
+    """A class decorator: public methods raise OutOfMemory instead of MemoryError."""
     for name, method in list(vars(cls).items()):
         public = not name.startswith("_") or name in ("__len__", "__contains__")
         if public and callable(method):

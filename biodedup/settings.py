@@ -1,8 +1,8 @@
-"""Which settings are in effect, and where each comes from: files, the environment, the command line.
+"""Finds the settings in effect, and the place that each comes from: command line, files, environment, defaults.
 
-Owns where settings are looked for, and which place wins. Never opens a gallery: its policy is the gallery's own.
+Owns the places and their order. Never opens a gallery, which stores its own policy.
 
-From the strongest to the weakest:
+The places, the first one wins:
 
 1. the command line;
 2. the file named by `--config`;
@@ -10,7 +10,7 @@ From the strongest to the weakest:
 4. `biodedup.toml` next to the gallery, in the folder that the gallery's folder lies in;
 5. the defaults.
 
-Each setting is looked up by itself: a file that does not name it leaves it to the weaker places.
+Each setting is looked up on its own: a file that does not name it leaves it to the places below.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Settings:
-    """config: what is in effect; sources: where each setting comes from, by its dotted name, for those that are not defaults."""
+    """The settings in effect. sources: dotted name -> the place of each setting that is not a default."""
 
     config: Config = field(default_factory=Config)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -46,8 +46,8 @@ def settings_for(
     usual: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Settings:
-    """The settings for work on a gallery, or on none. file: as `--config` names it; given: by dotted names, as the command line
-    states them, None where it does not; usual: defaults of the command itself.
+    """The settings for work on a gallery, or without one. file: the file of `--config`; given: dotted name -> value of the command line,
+    None if not stated; usual: the command's own defaults.
 
     Raises InvalidInput, which names the file and the setting.
     """
@@ -55,10 +55,10 @@ def settings_for(
     sources = dict.fromkeys(values, f"{DEFAULT} of this command")
     config = made(Config, values)
     for path, source in _files(gallery, file, environ):
-        found = typed(Config, read_toml(path), str(path), path.parent)
-        values |= found
-        sources |= dict.fromkeys(found, source)
-        config = made(Config, values, str(path))  # now, so that an error names the file that brought it
+        named = typed(Config, read_toml(path), str(path), path.parent)
+        values |= named
+        sources |= dict.fromkeys(named, source)
+        config = made(Config, values, str(path))  # checked here, so that an error names this file
     stated = {name: value for name, value in (given or {}).items() if value is not None}
     if stated:
         values |= stated
@@ -68,7 +68,7 @@ def settings_for(
 
 
 def listed(settings: Settings) -> dict[str, tuple[Any, str]]:
-    """Each setting but those of the policy: dotted name -> (value, where it comes from)."""
+    """dotted name -> (value, its place) of every setting except those of the policy."""
     return {
         name: (value, settings.sources.get(name, DEFAULT))
         for name, value in flat(settings.config).items()
@@ -77,7 +77,7 @@ def listed(settings: Settings) -> dict[str, tuple[Any, str]]:
 
 
 def _files(gallery: Path | None, file: Path | None, environ: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
-    """(path, what the source is called), the weakest first."""
+    """(path, name of the place), the weakest first."""
     if gallery is not None:
         beside = Path(os.path.abspath(gallery)).parent / FILE_NAME
         if beside.exists():

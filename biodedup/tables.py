@@ -1,10 +1,10 @@
-"""Settings as plain tables, as TOML and JSON have them: what a frozen dataclass holds, by dotted names, checked by its annotations.
+"""Converts between frozen dataclasses and tables of TOML or JSON, and checks types by the dataclass's annotations.
 
-Owns which names and types a table may hold, and what an error about it says. Never knows which settings there are, and never looks for
+Owns which names and types a table may hold, and the texts of errors about them. Never knows which settings exist, and never looks for
 files.
 
-1. An error names the place (a file, say), the name, what it got and what it wanted.
-2. Values are checked for their types here, for their ranges by the dataclass itself.
+1. An error names the place (a file, for example), the setting, the value it got and the value it wanted.
+2. Types are checked here, ranges by the dataclass itself.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table of a TOML file. Raises InvalidInput for a file that cannot be read, or is no TOML."""
+    """The table of a TOML file. Raises InvalidInput for a file that cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist; name a settings file (TOML)") from None
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read ({type(error).__name__}); name a settings file (TOML)") from None
-    except ValueError as error:  # no UTF-8, no TOML
-        raise InvalidInput(f"{path} is no TOML: {error}") from None
+    except ValueError as error:  # neither UTF-8 nor TOML
+        raise InvalidInput(f"{path} is not TOML: {error}") from None
 
 
 def typed(cls: type, table: object, where: str, folder: Path | None = None) -> dict[str, Any]:
-    """The values of a table by dotted names, each of the type that the dataclass states. where: of the table, for errors; folder: that
-    relative paths start from. Raises InvalidInput for an unknown name or a wrong type."""
+    """dotted name -> value of a table, each of the type that the dataclass states. where: the table's place, for errors; folder: where
+    relative paths start. Raises InvalidInput for an unknown name or a wrong type."""
     return dict(_typed(cls, table, where, folder, ""))
 
 
 def made(cls: type[T], values: Mapping[str, Any], where: str = "", prefix: str = "") -> T:
-    """The dataclass that holds these values, by dotted names, and defaults. Raises InvalidInput for one out of its range."""
+    """The dataclass with these values, by dotted names, and defaults for the others. Raises InvalidInput for a value out of range."""
     given: dict[str, Any] = {}
     for name, hint in hints(cls).items():
         inner, full = table_of(hint), prefix + name
@@ -59,26 +59,26 @@ def made(cls: type[T], values: Mapping[str, Any], where: str = "", prefix: str =
 
 
 def flat(instance: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a dataclass by dotted names; a nested one that is None has none."""
-    found: dict[str, Any] = {}
+    """dotted name -> value of a dataclass; a nested dataclass that is None has no entry."""
+    values: dict[str, Any] = {}
     for field in fields(instance):
         value = getattr(instance, field.name)
         if is_dataclass(value):
-            found |= flat(value, f"{prefix}{field.name}.")
+            values |= flat(value, f"{prefix}{field.name}.")
         elif table_of(hints(type(instance))[field.name]) is None:
-            found[prefix + field.name] = value
-    return found
+            values[prefix + field.name] = value
+    return values
 
 
 def plain(value: Any) -> Any:
-    """A value as TOML and JSON have it."""
+    """A value as TOML and JSON can hold it."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """name -> (before, after), of the fields in which two dataclasses of one kind differ."""
+    """dotted name -> (before, after), for the fields in which two dataclasses of one class differ."""
     a, b = flat(before), flat(after)
     return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
 
@@ -91,7 +91,7 @@ def hints(cls: Any) -> dict[str, Any]:
 
 def table_of(hint: Any) -> Any | None:
     """The dataclass that a field holds, or None."""
-    return next((one for one in _kinds(hint) if is_dataclass(one)), None)
+    return next((kind for kind in _kinds(hint) if is_dataclass(kind)), None)
 
 
 def _typed(cls: type, table: object, where: str, folder: Path | None, prefix: str) -> Iterator[tuple[str, Any]]:

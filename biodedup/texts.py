@@ -1,10 +1,10 @@
-"""Text from outside is data: what an id or a note may hold, and how any text is shown.
+"""Makes text from outside safe to show, and checks ids and notes.
 
-Owns which characters are hidden (they steer a terminal, turn the direction of writing or cannot be seen) and how they are written
-instead. Never raises and never prints.
+Owns which characters count as hidden (they control a terminal, change the direction of writing or are invisible), and their escapes.
+Never raises and never prints.
 
-1. `shown(text)` is one line that a terminal, a log and a page show as it is; text without hidden characters stays itself.
-2. `json_text` is valid JSON of the same document, in which no hidden character stands by itself.
+1. `shown(text)` is one line that a terminal, a log and a page can show; text without hidden characters is unchanged.
+2. `json_text` is valid JSON of the same document, without raw hidden characters.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _JOINED = re.compile(f"(?<=[^\0-\x7f{_JOINERS}])[{_JOINERS}](?=[^\0-\x7f{_JOINER
 
 
 class KnownId(str):
-    """An id that the library made itself, or that a gallery holds already: the rules for new ids do not apply to it."""
+    """An id that the library made, or that a gallery holds already. The rules for new ids do not apply to it."""
 
     __slots__ = ()
 
 
 def shown(value: object, *, keep: str = "") -> str:
-    """The text with its hidden characters as escapes: `\\x1b`, `\\u202e`; an undecodable byte of a file name as `\\xe9`.
+    """The text with hidden characters as escapes: `\\x1b`, `\\u202e`; an undecodable byte of a file name as `\\xe9`.
 
-    keep: characters that stay, as line ends in a text of several lines.
+    keep: characters to leave as they are, such as line ends in a text of several lines.
     """
     text = str(value)
     if text.isprintable() and not _UNSEEN.search(text):
@@ -72,7 +72,7 @@ def writable(text: str) -> str:
 
 
 def id_problem(text: str) -> str | None:
-    """Why a text is no id, None where it is one: 1 to 256 visible characters, in Unicode's form NFC, no space around it."""
+    """Why a text is not a valid id, or None: an id has 1 to 256 visible characters, in Unicode's form NFC, without spaces around it."""
     kind = id_problem_kind(text)
     if kind in ("is empty", "is too long"):
         return f"has {len(text)} characters; wanted 1 to {ID_LENGTH_MAX}, all of them printable"
@@ -87,7 +87,7 @@ def id_problem(text: str) -> str | None:
 
 
 def id_problem_kind(text: str) -> str:
-    """As `id_problem`, in a few words of which there are only some; '' for a usable id."""
+    """The kind of problem, one of a fixed set of short texts; '' for a valid id."""
     if not 1 <= len(text) <= ID_LENGTH_MAX:
         return "is too long" if text else "is empty"
     if not text.isprintable() or _UNSEEN.search(text):
@@ -98,7 +98,7 @@ def id_problem_kind(text: str) -> str:
 
 
 def text_problem(text: str, length_max: int) -> str | None:
-    """Why a note or a reason cannot be kept, None where it can: it may have several lines, and no hidden characters."""
+    """Why a note or a reason is not valid, or None: it may have several lines, and no hidden characters."""
     if len(text) > length_max:
         return f"has {len(text):,} characters; wanted up to {length_max:,}, shorten it"
     hidden = next((c for c in text if is_hidden(c) and c not in f"\t\n{_JOINERS}"), None)

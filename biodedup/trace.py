@@ -1,11 +1,11 @@
-"""The trace of one call: what every step saw and found, for whoever asked.
+"""A trace: records the intermediate results of each step of a call, on demand.
 
-Owns who is listening. Never decides, and never writes anything anywhere.
+Holds the active trace of each thread. Never decides and never writes a file.
 
-1. A trace belongs to the call that it was opened around. Other threads do not see it; work that a call hands to threads of its own
-   goes through `mapped`, and what they find comes in the order of the work.
-2. It holds biometric data: pixels, minutiae, templates. No `repr` shows any; never log the values.
-3. Without a trace a step costs one look at a context variable:
+1. A trace belongs to the `with explain()` block that opened it. Other threads do not see it; work that a call hands to its own threads
+   goes through `mapped`, and its steps come in the order of the work.
+2. A trace holds biometric data: pixels, minutiae, templates. No `repr` shows them; never log the values.
+3. Without an active trace a step costs one read of a context variable:
 
     if (steps := tracing()) is not None:
         steps.add("face", "face", box=box)
@@ -25,8 +25,8 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Step(Mapping[str, Any]):
-    """What one step saw and found, by name: `step["landmarks"]`. column: the capture's, or ""; item: which capture of a batch it
-    concerns, None if all."""
+    """The values of one step, by name: `step["landmarks"]`. column: the capture's column, or ""; item: the index of the capture in its
+    batch, None if the step concerns all."""
 
     name: str
     column: str
@@ -49,7 +49,7 @@ class Step(Mapping[str, Any]):
 
 
 class Trace(Sequence[Step]):
-    """The steps of a call, in order. Fills while the `with` block runs, and can be read afterwards."""
+    """The steps of a call, in order. It is filled while the `with` block runs, and can be read afterwards."""
 
     def __init__(self) -> None:
         self._steps: list[Step] = []
@@ -58,7 +58,7 @@ class Trace(Sequence[Step]):
         self._steps.append(Step(name, column, item, values))
 
     def of(self, name: str, item: int | None = None) -> list[Step]:
-        """The steps of this name; of this item alone, if one is given."""
+        """The steps of this name; with item, only those of this item."""
         return [step for step in self._steps if step.name == name and item in (None, step.item)]
 
     @overload
@@ -78,31 +78,31 @@ class Trace(Sequence[Step]):
         self._steps += [step if step.item is not None else replace(step, item=item) for step in part]
 
 
-_listening: ContextVar[Trace | None] = ContextVar("biodedup_trace", default=None)
+_active: ContextVar[Trace | None] = ContextVar("biodedup_trace", default=None)
 
-tracing = _listening.get
-"""The trace of the call at hand, or None."""
+tracing = _active.get
+"""Returns the active trace, or None."""
 
 
 @contextmanager
 def explain() -> Iterator[Trace]:
-    """Collects the steps of every call in the block, made by this thread. The trace holds biometric data."""
+    """Records the steps of every call that this thread makes in the block. The trace holds biometric data."""
     trace = Trace()
-    token = _listening.set(trace)
+    token = _active.set(trace)
     try:
         yield trace
     finally:
-        _listening.reset(token)
+        _active.reset(token)
 
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """For work that is done for several callers at once: nobody's trace sees it."""
-    token = _listening.set(None)
+    """Work in this block is recorded in no trace; for work that serves several callers at once."""
+    token = _active.set(None)
     try:
         yield
     finally:
-        _listening.reset(token)
+        _active.reset(token)
 
 
 def mapped(
@@ -110,21 +110,21 @@ def mapped(
     work: Callable[[_Item], _Result],
     items: Sequence[_Item],
 ) -> list[_Result]:
-    """list(run(work, items)), `run` being `map` or that of a pool; each step carries the number of its item."""
+    """list(run(work, items)), with `map` or a pool's map as `run`; each step carries the index of its item."""
     trace = tracing()
     if trace is None:
         return list(run(work, items))
     parts = {i: Trace() for i in range(len(items))}
 
-    def work_heard(i: int) -> _Result:
-        token = _listening.set(parts[i])  # of the thread that runs it
+    def work_traced(i: int) -> _Result:
+        token = _active.set(parts[i])  # in the thread that runs the work
         try:
             return work(items[i])
         finally:
-            _listening.reset(token)
+            _active.reset(token)
 
     try:
-        return list(run(work_heard, range(len(items))))  # type: ignore[arg-type]
+        return list(run(work_traced, range(len(items))))  # type: ignore[arg-type]
     finally:
         for i, part in parts.items():
             trace._take(part, i)

@@ -1,16 +1,17 @@
-"""The frozen values that travel through biodedup: captures in, decisions out.
+"""The immutable values of biodedup: captures and encounters going in, candidates and decisions coming out.
 
-Owns their shapes and their validation. Never reads a file, runs a model or touches a gallery.
+Owns their fields and their validation. Never reads a file, runs a model or opens a gallery.
 
-1. A value validates itself when it is made; code behind it may trust it.
+1. A value validates itself when it is made; other code may trust it.
 2. A `repr` never shows biometric data: pixels, vectors and minutiae stay out of logs and error texts.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
@@ -36,20 +37,20 @@ FINGER_POSITIONS = (
 """Ten positions in the order of ISO/IEC 19794-2 codes 1 to 10, and `unknown`."""
 
 COLUMNS = ("face", *FINGER_POSITIONS)
-"""Gallery columns: a row (an encounter) has at most one template in each."""
+"""The gallery's columns. A row (an encounter) has at most one template in each."""
 
 BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
-"""Of each column, in masks of columns."""
+"""column -> its bit in masks of columns."""
 
 RULINGS = ("same", "different", "recapture")
-"""What can be ruled on a case: one person, two people, or that new captures are to be taken."""
+"""The rulings on a case: one person, two people, or new captures are needed."""
 
 RESERVED_PREFIXES = ("batch:", "load:", "merge:", "stage:")
-"""Of encounter_ids that the library makes itself: of records without one, batches of templates, and the steps of a merge."""
+"""Prefixes of the encounter_ids that the library makes: for records without one, batches of templates, and the steps of a merge."""
 
 REASON_LENGTH_MAX, NOTE_LENGTH_MAX = 1_000, 4_000
 CAPTURES_MAX, GROUPS_MAX = 100, 100
-"""Of one encounter."""
+"""Limits of one encounter."""
 
 CaptureData: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
 Modality: TypeAlias = Literal["face", "finger"]
@@ -60,7 +61,7 @@ Kind: TypeAlias = Literal[
 Ruling: TypeAlias = Literal["same", "different", "recapture"]
 Float32: TypeAlias = NDArray[np.float32]
 Column: TypeAlias = Float32 | Sequence[bytes]
-"""A column of several subjects: one embedding each, float32 (n, d), or minutiae records, empty where a subject has none."""
+"""A column of several subjects: embeddings, float32 (n, d), or minutiae records, empty for a subject without one."""
 
 
 def _check_data(data: object) -> None:
@@ -94,9 +95,9 @@ class Face:
 class Finger:
     """A finger capture: path, encoded bytes, or an array as for `Face`; or a minutiae record, as path or bytes.
 
-    A record of ISO/IEC 19794-2:2005 or 2011 or ANSI/INCITS 378-2004 is told by its content; its own position fills in where the
-    capture's is `unknown`.
-    dpi: dots per inch of the image; None takes the file's own, and 500 where it states none.
+    A record of ISO/IEC 19794-2:2005 or 2011 or ANSI/INCITS 378-2004 is recognised by its content; if position is `unknown`, the record's
+    own position is used.
+    dpi: dots per inch of the image; None takes the file's, or 500 if it states none.
     """
 
     data: CaptureData = field(repr=False)
@@ -116,7 +117,7 @@ class Finger:
 
 @dataclass(frozen=True)
 class Missing:
-    """A capture that cannot be had: amputated, bandaged, refused by the subject."""
+    """A capture that cannot be taken: amputated, bandaged, refused by the subject."""
 
     position: str
     reason: str
@@ -135,10 +136,10 @@ Capture: TypeAlias = Face | Finger | Missing
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """What is compared: a sample's embedding, or its minutiae, and the model that made it.
+    """The embedding or the minutiae of one sample, or both, with the id of the model that made them.
 
     embedding: float32 (d,), unit length, or None. minutiae: a record as for `Finger`, or None.
-    quality: face detector confidence in 0..1, or NFIQ 2 in 0..100; None where not measured.
+    quality: face detector confidence in 0..1, or NFIQ 2 in 0..100; None if not measured.
     """
 
     column: str
@@ -164,7 +165,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A capture that was declined: why, the number measured, and the limit that it had to meet."""
+    """A capture that was declined: the reason, the value measured, and the limit that it missed."""
 
     column: str
     reason: str
@@ -175,14 +176,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Encounter:
-    """One visit of one subject: its captures, or ready templates, or both.
+    """One visit of one subject, with captures, ready-made templates, or both.
 
     templates: column -> float32 (d,) unit vector, or a minutiae record (bytes), or `Template`.
-    model_id: what made the bare vectors among them: one for all, or by column. It can be left out where the gallery's column has a
-    model already.
-    encounter_id: makes the write idempotent; None gives each call an id of its own.
+    model_id: the model of the bare vectors in templates: one for all, or by column. Optional if the gallery's column has a model already.
+    encounter_id: makes the call idempotent; None gives each call a new id.
     groups: labels (OSIA calls them galleries) that a search can be restricted to.
-    declined: captures that were refused before the encounter came here, as by a worker that extracts; they count as sent and unusable.
+    declined: captures that were refused earlier, for example by a worker that extracts; they count as sent and unusable.
     """
 
     subject_id: str | None = None
@@ -229,8 +229,8 @@ class Encounter:
 
 @dataclass(frozen=True)
 class EnrolledEncounter:
-    """One row of the gallery: an encounter that an enrolled subject owns. row: its number, for ever; encounter_id: "" where it was
-    loaded without one; templates: column -> template."""
+    """One row of the gallery: an encounter of an enrolled subject. row: its number, which never changes; encounter_id: "" if it was loaded
+    without one; templates: column -> template."""
 
     row: int
     encounter_id: str
@@ -251,8 +251,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one capture says about one candidate. candidate_column differs where an unknown finger was tried, and where a search
-    across positions says that a label is wrong."""
+    """The evidence of one capture for or against one candidate. candidate_column differs from column for a finger of unknown position, and
+    if a search across positions found a wrong label."""
 
     column: str
     candidate_column: str
@@ -263,21 +263,31 @@ class Evidence:
 
     @property
     def swapped(self) -> bool:
-        """Whether the two sides label this finger differently; a finger of unknown position has no label."""
+        """Whether the two sides label this finger differently. A finger of unknown position has no label."""
         return self.column != self.candidate_column and "unknown" not in (self.column, self.candidate_column)
+
+
+JSON_NAMES = {"label_penalty_db": "charge_db"}
+"""Fields that have another name in JSON: the name that stored decisions and results have."""
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """A dataclass as a JSON-ready document."""
+    return asdict(value, dict_factory=lambda items: {JSON_NAMES.get(name, name): field for name, field in items})
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A gallery subject that a search returned; rank 1 is the strongest.
+    """An enrolled subject or open case that a search returned; rank 1 is the strongest.
 
-    charge_db: what was taken off score_db for the readings that were tried: of a subject's several rows, and of the fingers' labels in a
+    label_penalty_db: the penalty in score_db for the readings that were tried: of a subject's several rows, and of the finger labels in a
     search across positions.
-    kind: what the captures together look like, "" below the review threshold. `same_person`; `look_alike`: the face agrees and the
-    fingers do not, as twins' do; `shared_finger`: one finger agrees and nothing else does, perhaps an operator's own; `swapped_fingers`;
-    `mixed_record`: the probe's captures are of this candidate and of another; `another_person`: the candidate is the subject whose id the
-    encounter has, and was not verified. interval_db: where score_db lies, 95 %; None where the calibration does not say. rows: the
-    gallery rows that were compared. case: the encounter_id of the open case that this candidate is, "" for an enrolled subject.
+    kind: the kind of resemblance, "" below the review threshold. `same_person`; `look_alike`: the face agrees and the fingers do not, as
+    with twins; `shared_finger`: one finger agrees and nothing else does, perhaps an operator's own; `swapped_fingers`; `mixed_record`:
+    some of the probe's captures are of this candidate and some of another; `another_person`: the candidate has the encounter's
+    subject_id, and the captures did not verify as this subject's.
+    interval_db: the 95 % interval of score_db; None if the calibration has none. rows: the gallery rows that were compared. case: the
+    encounter_id if the candidate is an open case, "" for an enrolled subject.
     """
 
     subject_id: str
@@ -285,15 +295,21 @@ class Candidate:
     score_db: float
     extrapolated: bool
     evidence: tuple[Evidence, ...]
-    charge_db: float = 0.0
+    label_penalty_db: float = 0.0
     kind: Kind = ""
     interval_db: tuple[float, float] | None = None
     rows: tuple[int, ...] = ()
     case: str = ""
 
     @property
+    def charge_db(self) -> float:
+        """Deprecated: `label_penalty_db`."""
+        warnings.warn("Candidate.charge_db is label_penalty_db now", DeprecationWarning, stacklevel=2)
+        return self.label_penalty_db
+
+    @property
     def key(self) -> str:
-        """What a verdict names: the encounter_id of an open case, or the subject_id."""
+        """The name of the candidate in a verdict: the encounter_id of an open case, or the subject_id."""
         return self.case or self.subject_id
 
     @property
@@ -304,8 +320,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a person ruled on a case. candidate: the enrolled subject, or the encounter of the open case, that it is about; None for the
-    case as a whole; by, at: who, when."""
+    """A person's ruling on a case. candidate: the subject_id, or the encounter_id of an open case, that it is about; None for the case as
+    a whole; by: the person; at: the time in seconds."""
 
     encounter_id: str
     subject_id: str
@@ -323,23 +339,25 @@ class Verdict:
 
     @property
     def own(self) -> bool:
-        """Whether it is about the subject whose id the encounter has: `same`, the captures are theirs; `different`, they are not."""
+        """Whether it is about the encounter's own subject: `same`, the captures are this subject's; `different`, they are not."""
         return self.candidate == self.subject_id
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about one encounter, on which evidence, at which thresholds and gallery version.
+    """The decision on one encounter, with its evidence, thresholds and gallery version.
 
-    incomplete: part of the gallery could not be seen; such a decision is never `unique`. reasons: why a person has to look:
-    a `Candidate.kind` but `same_person`, `between_thresholds`, `little_evidence` (mates with these captures may score below the review
-    band), `extrapolated` (where the policy does not trust that), `incomplete`, `nothing_in_common` (nobody enrolled has a capture to
-    compare); of a refused encounter, `incomplete`: captures that `Policy.required` asks for are missing or cannot be used, and refusals
-    names each of them. attainable_db: 19 of 20 mates with these captures score less; expected_fnir: the share of them that scores below
-    review_db; both None where nothing was to be compared. compared: rows with a capture in common. cleared: who would be a
-    candidate, had nobody ruled that these are two people, or, of the subject itself, one. adjudicated: the verdict by which a person
-    closed the case that this was. replacement: the reason that an update gave for replacing all that was enrolled.
-    gallery_size: subjects enrolled and cases open, which the thresholds are for.
+    incomplete: part of the gallery could not be searched; such a decision is never `unique`.
+    reasons: why the encounter is in review: a `Candidate.kind` other than `same_person`; `open_case`; `uncalibrated`;
+    `between_thresholds`; `little_evidence` (mates with these captures may score below the policy's review threshold); `extrapolated` (if
+    the policy does not trust that); `incomplete`; `nothing_in_common` (no enrolled subject has a capture to compare). Of a refused
+    encounter, `incomplete`: captures that `Policy.required` asks for are missing or unusable, and refusals lists them. The text of each:
+    `match/judgement.py`.
+    attainable_db: 95 % of mates with these captures score less. expected_fnir: the share of mates below review_db. Both are None if nothing
+    was comparable. compared: how many rows have a capture in common with the probe.
+    cleared: subjects that would be candidates, had a person not ruled on them. adjudicated: the verdict that closed the case.
+    replacement: the reason of an update that replaced all rows of its subject.
+    gallery_size: subjects enrolled plus open cases; the thresholds are for this size.
     """
 
     outcome: Outcome
@@ -365,7 +383,7 @@ class Decision:
 
     @property
     def final(self) -> bool:
-        """Whether this is the answer that the encounter_id keeps. A refusal of captures is not: repaired, they may be sent again."""
+        """Whether the encounter_id keeps this answer. A refusal of captures is not final: repaired, the encounter may be sent again."""
         return self.outcome != "refused" or self.adjudicated is not None
 
     @property
@@ -376,10 +394,13 @@ class Decision:
 
 @dataclass(frozen=True)
 class Case:
-    """An encounter that went to review. decision: as it stands, other candidates who were removed since left out of an open case;
-    replaces: it asked to update an enrolled subject, replacement: by these captures alone, for this reason; templates: kept while the
-    case is open. row: in the gallery, while it is open; judged: rows that a verdict says are of another person. linked: other open cases
-    that resemble it. Where the subject itself is the candidate, it has to be judged whether the captures are theirs."""
+    """An encounter that went to review.
+
+    decision: as it stands now; an open case lists no candidates that were removed since. replaces: the encounter is an update of an
+    enrolled subject; replacement: the reason, if it replaces all rows of the subject. templates, row: the case's templates and gallery
+    row, while it is open. judged: rows that a verdict says are of another person. linked: encounter_ids of open cases that resemble it.
+    If the subject itself is the candidate, the question is whether the captures are the subject's.
+    """
 
     encounter_id: str
     subject_id: str
@@ -409,7 +430,7 @@ class Case:
         return candidate.subject_id == self.subject_id and not candidate.case
 
     def _is_decided(self, candidate: Candidate) -> bool:
-        if self.is_own(candidate):  # once it was judged it is listed no more, unless it is asked about again
+        if self.is_own(candidate):  # a judged subject is not listed again, unless it must be judged again
             return False
         if candidate.rows:
             return self.judged.issuperset(candidate.rows)
@@ -417,7 +438,7 @@ class Case:
 
 
 def strong(decision: Decision) -> tuple[Candidate, ...]:
-    """The candidates that reach the review threshold, or look odd in another way that a person has to see."""
+    """The candidates that reach the review threshold or have a kind, such as `shared_finger`, that a person has to judge."""
     return tuple(
         candidate for candidate in decision.candidates if candidate.kind or candidate.score_db >= decision.review_db
     )
@@ -426,7 +447,7 @@ def strong(decision: Decision) -> tuple[Candidate, ...]:
 @dataclass(frozen=True)
 class Verification:
     """A 1:1 comparison of an encounter with an enrolled subject. accepted: score_db reaches threshold_db, and no capture contradicts
-    the others. kind: as of `Candidate`, "" below the threshold."""
+    another. kind: as in `Candidate`, "" below the threshold."""
 
     subject_id: str
     accepted: bool
@@ -442,7 +463,7 @@ class Verification:
 class SearchResult:
     """ids: object (q, k) of subject_id, '' pads; similarity: float32 (q, k), descending, -inf pads.
 
-    Unpacks as `ids, similarity = result`. incomplete: part of the gallery could not be seen.
+    Unpacks as `ids, similarity = result`. incomplete: part of the gallery could not be searched.
     """
 
     ids: NDArray[np.object_]
@@ -456,8 +477,8 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Link:
-    """Two subjects that score as one person. kind: as of `Candidate`; what is not `same_person` or `swapped_fingers` is for a
-    person to look at."""
+    """Two subjects that score as one person. kind: as in `Candidate`; a person should judge every kind but `same_person` and
+    `swapped_fingers`."""
 
     subject_ids: tuple[str, str]
     score_db: float
@@ -468,7 +489,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Subjects joined by links. weakest_db: the weakest link that holds it together; one false link can chain two people."""
+    """Subjects connected by links. weakest_db: score of the weakest link that holds the cluster together. One false link can connect the
+    records of two people."""
 
     subject_ids: tuple[str, ...]
     links: tuple[Link, ...]
@@ -476,8 +498,10 @@ class Cluster:
 
 
 def check_id(value: object, name: str) -> None:
-    """Raises InvalidInput unless value is a usable identifier: 1 to 256 visible characters in form NFC, no space around them. An id is
-    refused and never changed: a register would not know it again. `KnownId`, which is older than these rules, passes."""
+    """Raises InvalidInput unless value is a valid id: 1 to 256 visible characters in form NFC, without spaces around them.
+
+    An invalid id is never repaired, since a register would not recognise it. A `KnownId` may be older than these rules, and passes.
+    """
     if not isinstance(value, str):
         raise InvalidInput(f"{name} is a str, got {type(value).__name__}; convert it, as str(value)")
     if not isinstance(value, KnownId) and (problem := id_problem(value)) is not None:
@@ -485,7 +509,7 @@ def check_id(value: object, name: str) -> None:
 
 
 def check_encounter_id(value: object) -> None:
-    """As `check_id`; and raises InvalidInput for an id that could be one of the library's own."""
+    """As `check_id`; also raises InvalidInput for an id with a prefix that the library reserves for its own."""
     check_id(value, "encounter_id")
     if isinstance(value, str) and not isinstance(value, KnownId) and value.startswith(RESERVED_PREFIXES):
         prefix = value[: value.index(":") + 1]
@@ -495,7 +519,7 @@ def check_encounter_id(value: object) -> None:
 
 
 def check_text(value: object, name: str, length_max: int) -> None:
-    """Raises InvalidInput unless value is free text of some length, without control characters; lines and tabs it may have."""
+    """Raises InvalidInput unless value is text of at most length_max characters, without hidden characters except line ends and tabs."""
     if not isinstance(value, str):
         raise InvalidInput(f"{name} is a str, got {type(value).__name__}; convert it, as str(value)")
     if not isinstance(value, KnownId) and (problem := text_problem(value, length_max)) is not None:
@@ -503,22 +527,22 @@ def check_text(value: object, name: str, length_max: int) -> None:
 
 
 def check_model_ids(model_id: object) -> None:
-    """Raises InvalidInput unless it is a model's id, ids by column, or None."""
+    """Raises InvalidInput unless it is a model_id, a mapping column -> model_id, or None."""
     if isinstance(model_id, Mapping):
-        for column, one in model_id.items():
+        for column, model_id_there in model_id.items():
             _check_position(column, COLUMNS)
-            check_id(one, f"the model_id of {column}")
+            check_id(model_id_there, f"the model_id of {column}")
     elif model_id is not None:
         check_id(model_id, "model_id")
 
 
 def model_of(column: str, model_id: str | Mapping[str, str] | None) -> str | None:
-    """What is given as the model of a column's bare vectors."""
+    """The model_id given for a column's bare vectors, or None."""
     return model_id.get(column) if isinstance(model_id, Mapping) else model_id
 
 
 def check_groups(groups: object) -> tuple[str, ...]:
-    """The groups, sorted, each once. Raises InvalidInput unless it is a sequence of usable identifiers, at most 100 of them."""
+    """The groups, sorted, each once. Raises InvalidInput unless it is a sequence of at most 100 valid ids."""
     if isinstance(groups, str) or not isinstance(groups, Sequence | Set):
         raise InvalidInput(f"groups is a sequence of str, got {type(groups).__name__}; write groups=[name]")
     if len(groups) > GROUPS_MAX and not all(isinstance(group, KnownId) for group in groups):
@@ -531,8 +555,8 @@ def check_groups(groups: object) -> tuple[str, ...]:
 def unit_rows(vectors: NDArray[Any], *, what: str = "vectors") -> Float32:
     """vectors: (n, d) floating. Returns float32 (n, d), C-order, rows scaled to exactly unit length.
 
-    Raises InvalidInput for another shape or dtype, for NaN or infinity, and for rows whose length is not
-    within 1 % of 1: a caller who sends raw network output should know it.
+    Raises InvalidInput for another shape or dtype, for NaN or infinity, and for rows whose length is not within 1 % of 1, which are
+    probably raw network output.
     """
     vectors = np.asarray(vectors)
     if vectors.ndim != 2 or vectors.shape[1] == 0 or not np.issubdtype(vectors.dtype, np.floating):

@@ -1,6 +1,6 @@
-"""Makes a batch of training prints harder: turned, cut, with lost, moved and false minutiae, and bent directions.
+"""Augments a batch of training prints: rotated, cropped, with lost, moved and false minutiae, and distorted directions.
 
-Owns what the network must learn to live with. Everything is drawn from PyTorch's generator, on whole batches.
+Owns the augmentations. All random numbers come from PyTorch's generator, on whole batches.
 """
 
 from __future__ import annotations

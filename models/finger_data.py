@@ -1,9 +1,9 @@
-"""Draws what the finger network is trained on: impressions of generated fingers, as the network's inputs.
+"""Generates the training data of the finger network: impressions of synthetic fingers, as the network's inputs.
 
     python models/finger_data.py FOLDER --masters 8000
 
-Chunks of 50 masters with their own seeds are written one by one; the same command goes on where it was stopped, and several
-of them share the work. A chunk holds directions int8, minutiae float16, pose float32 (x, y of the core in pixels from the centre,
+Chunks of 50 masters with their own seeds are written one by one. The same command continues where it was stopped, and several
+processes share the work. A chunk holds directions int8, minutiae float16, pose float32 (x, y of the core in pixels from the centre,
 angle in radians), master int32, pattern int8.
 """
 

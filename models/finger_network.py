@@ -1,9 +1,9 @@
-"""The finger network: directions and minutiae of a print -> its pose -> what it looks like in that pose -> 256 numbers.
+"""The finger network: from a print's directions and minutiae to its pose, its inputs in that pose, and a vector of 256 numbers.
 
 Owns its layers, in PyTorch. `train_finger.py` trains it and writes it as ONNX; biodedup itself never imports this.
 
-One network from the print as it lies to a unit vector: the pose (where the core is, and which way is up) is found by the
-first part, the inputs are turned into it by a differentiable resampling (spatial transformer, Jaderberg et al., 2015; for
+One network from the captured print to a unit vector. The first part estimates the pose (the core's position and the upward direction);
+a differentiable resampling rotates the inputs into it (spatial transformer, Jaderberg et al., 2015; for
 fingerprints Engelsma, Cao and Jain, "Learning a fixed-length fingerprint representation", 2019), the rest embeds them.
 """
 

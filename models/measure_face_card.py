@@ -2,8 +2,8 @@
 
     python models/measure_face_card.py [--half]
 
-Statistics of a population, no training: 128 means, and the laws of mated and non-mated similarities (`biodedup.match.fitting`).
-`--half` fits on one half of the identities and reports on the other, so that what the fit flatters can be seen; it writes nothing.
+Statistics of a population, no training: 128 means, and the distributions of mated and non-mated similarities (`biodedup.match.fitting`).
+`--half` fits on one half of the identities and reports on the other, to show the bias of the fit; it writes nothing.
 Needs the faces (BIODEDUP_DATA) and about two minutes.
 """
 

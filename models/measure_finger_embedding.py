@@ -3,8 +3,8 @@
     python models/measure_finger_embedding.py [mindtct | leader]
 
 Fitted on FVC2002 DB1-4_B, UareU and SOCOFing: mated, all pairs of a finger's impressions; non-mated, all impressions of different
-fingers of one set; the fit, in which sets count alike: `biodedup.match.fitting`. What it is worth on a sensor that was not fitted is
-told by leaving each set out in turn. SFinGe's demonstration set is kept apart: two of its ten fingers are nearly one. With minutiae: what is calibrated is the sum of
+fingers of one set; the fit, in which sets have equal weight: `biodedup.match.fitting`. Leaving each set out in turn shows the error on
+a sensor that was not fitted. SFinGe's demonstration set is not used: two of its ten fingers are nearly the same. With minutiae: what is calibrated is the sum of
 both llr_db, so the minutiae's card has to be measured first. The embedding alone is measured with MINDTCT's gate. Needs the fingers
 (BIODEDUP_DATA) and about ten minutes.
 """

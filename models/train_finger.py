@@ -1,17 +1,18 @@
 """Trains the finger network on generated fingers, and writes it as ONNX.
 
-    python models/finger_data.py FOLDER --masters 8000      what it is trained on: an hour and a half of two cores
+    python models/finger_data.py FOLDER --masters 8000      generates the training data: an hour and a half on two cores
     python models/train_finger.py FOLDER pose --minutes 20
     python models/train_finger.py FOLDER refine --minutes 12
     python models/train_finger.py FOLDER embedding --minutes 90
     python models/train_finger.py FOLDER export
 
-Each step saves FOLDER/network.pt as it goes and starts from it where it exists, so that training can be cut in pieces; with
-`--shipped` it starts from finger256.onnx. One finger in twenty is held out. `finger_curves.csv` keeps what was seen on them. Needs `pip install torch onnxscript`.
+Each step saves FOLDER/network.pt regularly and starts from it if it exists, so that training can be interrupted; with `--shipped` it
+starts from finger256.onnx. One finger in twenty is held out; `finger_curves.csv` keeps the figures on these.
+Needs `pip install torch onnxscript`.
 
 Losses: InfoNCE over pairs of impressions (van den Oord, Li and Vinyals, 2018) at temperature 0.07, and additive-margin cosine
-softmax over master fingers (Wang et al., "CosFace", 2018), mirrored fingers as more of them. Half of the batches are of fingers
-that the classes' own vectors say are alike.
+softmax over master fingers (Wang et al., "CosFace", 2018), with mirrored fingers as further classes. Half of the batches hold fingers
+whose class vectors are similar (hard negatives).
 """
 
 from __future__ import annotations

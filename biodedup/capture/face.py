@@ -1,6 +1,6 @@
-"""Face captures into aligned faces: detect, choose, judge, align.
+"""Turns face captures into aligned faces: detects faces, chooses one, aligns it and checks its quality.
 
-Owns the detector and the face's gate. Never decodes files and never embeds.
+Owns the detector and the quality gate for faces. Never decodes files and never embeds.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ SIDE_PX = 112
 _POINTS = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float64
 )
-"""Eyes, nose and corners of the mouth, image left first, where ArcFace-style models want them (Deng et al., 2019)."""
+"""Positions of eyes, nose and corners of the mouth, image left first, that ArcFace-style models expect (Deng et al., 2019)."""
 
 _CENTRAL_SHARE = 0.4
 """Distance from the centre, as a share of the image, at which a face counts exp(-1) of its area."""
 _SIDE_PX_LARGE = 640
 _CLOSE_SHARE = 0.3
-"""A face of at least this share of the image's longer side is large enough where it was found."""
+"""A face of at least this share of the image's longer side needs no second detection in a close-up."""
 _BORDER_SHARE = 0.5
 
 _CONFIDENCE_UPRIGHT = 0.92
-"""Surer than of any turned face: at most 0.91 in LFW, MEDS, ORL and Yale turned by quarters (100 to 155 images of each, 2026-11);
-nearly all upright ones reach it."""
+"""Detector confidence that no rotated face reaches: at most 0.91 in LFW, MEDS, ORL and Yale rotated by quarter turns (100 to 155 images
+of each, 2026-11). Nearly all upright faces reach it."""
 
 _CONFIDENCE_TURNED = 0.88
-"""A picture is turned for a clear face alone: blurred ones, which the gate is to refuse, are found in any direction."""
+"""Least confidence to rotate a picture: blurred faces, which the gate refuses, are detected in any orientation."""
 
 _STRIDES = (8, 16, 32)
 _OUTPUTS = [f"{part}_{stride}" for stride in _STRIDES for part in ("cls", "obj", "bbox", "kps")]
-_POSITIONS = [0, 1, *range(4, 14)]  # columns of a face that are places, not extents
+_POSITIONS = [0, 1, *range(4, 14)]  # columns of a detected face that are positions, not extents
 _OVERLAP_MAX = 0.3
-"""Boxes that share more of their union are one face."""
+"""Two boxes with a larger intersection over union are one face."""
 _FACES_MAX = 50
 
 
@@ -56,11 +56,11 @@ class AlignedFace:
 
 
 class FaceDetector:
-    """YuNet (Wu et al., 2023) through ONNX Runtime, and what follows until the face is aligned. Thread-safe."""
+    """YuNet (Wu et al., 2023) with ONNX Runtime, and the steps up to the aligned face. Thread-safe."""
 
     def __init__(self, config: FaceConfig, weights: Path) -> None:
         self._config = config
-        import onnxruntime  # only where it is used: its threads keep a forked child from ending
+        import onnxruntime  # imported late: its threads would keep a forked child from exiting
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # 2 ms an image: captures run side by side instead
@@ -75,7 +75,7 @@ class FaceDetector:
             )
 
     def align(self, pixels: Pixels) -> AlignedFace | Refusal:
-        """The capture's face, or why there is none."""
+        """The capture's aligned face, or a refusal."""
         rgb, faces = self._upright(pixels.rgb)
         if (steps := tracing()) is not None:
             steps.add("faces", "face", image=rgb, found=faces)
@@ -100,10 +100,10 @@ class FaceDetector:
         return judge(aligned, rgb.shape[:2], self._config) or aligned
 
     def _upright(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Float32]:
-        """The picture, turned by quarters until its face stands upright, and its faces.
+        """The picture, rotated by quarter turns until its face is upright, and its faces.
 
-        The detector finds faces that lie or stand on their head too, with landmarks in the wrong places; such a template
-        would miss its mate. It is surer of upright ones.
+        The detector also finds faces that lie sideways or upside down, with wrong landmarks; such a template would not match its mate. Its
+        confidence is higher for upright faces.
         """
         best, faces = rgb, self._detect(rgb)
         for turns in (2, 1, 3):
@@ -128,7 +128,7 @@ class FaceDetector:
         return faces
 
     def _refined(self, rgb: NDArray[np.uint8], face: Float32) -> Float32:
-        """A face that was small where it was found, found again in a close-up: landmarks are as exact as the detector's pixels."""
+        """A small face, detected again in a close-up, since landmarks are only as exact as the detector's pixels."""
         side = float(max(face[2], face[3]))
         if side >= _CLOSE_SHARE * max(rgb.shape[:2]):
             return face
@@ -145,7 +145,7 @@ class FaceDetector:
         return nearest if float(distance.min()) < side / 2 else face
 
     def _detect_at(self, rgb: NDArray[np.uint8], side: int, border: float) -> Float32:
-        """border: share of the longer side left empty all round, for faces that fill the image."""
+        """As `_detect`, at one scale. border: empty margin as a share of the longer side, for faces that fill the image."""
         height, width = rgb.shape[:2]
         factor = side / (max(height, width) * (1 + 2 * border))
         size = max(round(width * factor), 1), max(round(height * factor), 1)
@@ -166,7 +166,7 @@ class FaceDetector:
         found = []
         for i, stride in enumerate(_STRIDES):
             seen, there, box, points = (np.asarray(part)[0] for part in outputs[4 * i : 4 * i + 4])
-            # a cell is as sure as the class and the object head together; boxes are in units of the stride
+            # confidence: geometric mean of the class and the object head; boxes are in units of the stride
             confidence = np.sqrt(np.clip(seen, 0, 1) * np.clip(there, 0, 1))[:, 0]
             at = np.flatnonzero(confidence >= self._config.detector_confidence_min)
             cell = np.stack([at % (canvas.shape[1] // stride), at // (canvas.shape[1] // stride)], axis=1)
@@ -194,7 +194,7 @@ def choose(faces: Float32, shape: tuple[int, ...]) -> tuple[int, float]:
 
 
 def _confidence(faces: Float32, shape: tuple[int, ...]) -> float:
-    """Of the most prominent face; 0 without one."""
+    """The confidence of the most prominent face; 0 without one."""
     return float(faces[choose(faces, shape)[0], 14]) if len(faces) else 0.0
 
 
@@ -248,8 +248,8 @@ def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refu
 def angles_deg(landmarks: NDArray[np.float64]) -> tuple[float, float]:
     """(yaw, roll), absolute, in degrees, from the five landmarks.
 
-    Roll is the slope of the line between the eyes. Yaw takes the head for a ball on which the nose lies in front of the
-    eyes' line by 0.6 of the eyes' distance: the nose's offset from the middle of the eyes is the sine's share of that.
+    Roll is the slope of the line between the eyes. For yaw, the nose is taken to lie 0.6 of the eye distance in front of the line between
+    the eyes: yaw = atan(offset of the nose from the middle of the eyes / 0.6), in eye distances.
     """
     left, right, nose = landmarks[:3]
     across = right - left
@@ -261,6 +261,6 @@ def angles_deg(landmarks: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _interpolation(transform: NDArray[np.float64]) -> int:
-    """Shrinking by much needs averaging, which warpAffine's linear interpolation does not do; area is close enough."""
+    """INTER_AREA for strong shrinking, which needs averaging; linear interpolation otherwise."""
     scale = float(np.hypot(transform[0, 0], transform[1, 0]))
     return cv2.INTER_AREA if scale < 0.5 else cv2.INTER_LINEAR

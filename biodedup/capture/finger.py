@@ -1,7 +1,7 @@
-"""Finger captures into samples: 500 dpi, ridges, quality gate, minutiae.
+"""Turns finger captures into samples: resamples to 500 dpi, finds ridges, checks quality, extracts minutiae.
 
-Owns resampling, the finger's gate, the seam to minutiae extractors, and the way in for records that come ready made. Never
-decodes files and never compares.
+Owns resampling, the quality gate for fingers, the interface of minutiae extractors, and the import of ready-made records. Never decodes
+files and never compares.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from biodedup.values import Float32, Refusal, Template
 DPI = 500
 MM_PER_PIXEL = 25.4 / DPI
 SCANNER_DPI_MIN = 250.0
-"""A file that states less was not told its scanner's resolution: 72 and 96 are what editors write."""
+"""A file that states less does not state its scanner's resolution: image editors write 72 and 96."""
 
 _BLOCK_PX = 16
 _CONTRAST_MIN = 12.0  # standard deviation of grey levels within a block
 _COHERENCE_MIN = 0.4  # of the gradient's direction within 3 x 3 blocks; FVC2002 and UareU, 2026-11
 
 MinutiaeExtractor = Callable[[NDArray[np.uint8]], tuple[MinutiaeRecord, float]]
-"""uint8 (h, w) at 500 dpi -> minutiae and NFIQ 2 score. Raises ValueError where it finds nothing to work on."""
+"""uint8 (h, w) at 500 dpi -> minutiae and NFIQ 2 score. Raises ValueError if it finds no ridges."""
 
 
 def minutiae_extractor(name: str, weights: Path | None) -> MinutiaeExtractor:
-    """The extractor of this name. weights: of those that have some, as the model card names them."""
+    """The extractor of this name. weights: the path of its weights, if it has any."""
     if name == "leader" and weights is not None:
         return Leader(weights)
     if name == "mindtct":
@@ -71,10 +71,10 @@ class FingerReader:
         self._extract = minutiae_extractor(config.minutiae, weights)
 
     def read(self, pixels: Pixels, position: str, dpi: float | None) -> FingerSample | Refusal:
-        """The sample, or why there is none. dpi: what the caller states; None believes the file, then 500."""
+        """The sample, or a refusal. dpi: stated by the caller; None takes the file's, or 500."""
         config = self._config
         grey, scan_dpi = pixels.grey, dpi or scanner_dpi(pixels.dpi)
-        # before resampling: 7,000 pixels said to be 72 dpi would fill 2 GB
+        # checked before resampling: 7,000 pixels at a stated 72 dpi would fill 2 GB
         side_px = round(max(grey.shape) * DPI / scan_dpi)
         if side_px > config.side_px_max:
             return Refusal(
@@ -82,9 +82,7 @@ class FingerReader:
             )
         grey = resampled(grey, scan_dpi)
         ridges = ridge_blocks(grey)
-        if (
-            grey.size * MM_PER_PIXEL**2 > config.area_mm2_max
-        ):  # as captures of one finger are not: they stay as they are
+        if grey.size * MM_PER_PIXEL**2 > config.area_mm2_max:  # larger than one finger: crop to the ridges
             grey, ridges = around_ridges(grey, ridges)
             whole_mm2 = grey.size * MM_PER_PIXEL**2
             if whole_mm2 > config.area_mm2_max:
@@ -118,7 +116,7 @@ class FingerReader:
         return FingerSample(position, grey, minutiae, nfiq2)
 
     def take(self, content: bytes, position: str) -> Template | Refusal:
-        """The template from a minutiae record, or why there is none. position: `unknown` takes the record's."""
+        """The template of a minutiae record, or a refusal. position: `unknown` takes the record's."""
         try:
             view = view_of(content, position)
         except InvalidInput as error:
@@ -129,7 +127,7 @@ class FingerReader:
 
 
 def _checks(config: FingerConfig, **measured: float) -> tuple[tuple[str, str, float, float, bool], ...]:
-    """(reason, detail, measured, limit, missed) of each figure, as a trace tells them."""
+    """(reason, detail, measured, limit, missed) of each figure, for a trace."""
     told = {
         "area_mm2": ("too_small_area", "mm2 of ridges"),
         "ridge_share": ("no_ridges", "share of energy at ridge periods"),
@@ -141,9 +139,9 @@ def _checks(config: FingerConfig, **measured: float) -> tuple[tuple[str, str, fl
 
 
 def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str, Template]:
-    """Position -> template, from a minutiae record of one finger or several; of several views of a finger, the best.
+    """position -> template, from a minutiae record of one or several fingers; of several views of a finger the best is taken.
 
-    model_id: what extracted them; by default nobody knows. Raises InvalidInput for an unsound record.
+    model_id: the extractor of the minutiae; by default an unknown one. Raises InvalidInput for an unsound record.
     """
     return {
         position: Template(position, model_id, minutiae=standard(view), quality=view.quality)
@@ -152,7 +150,7 @@ def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str
 
 
 def write_minutiae(templates: Iterable[Template], *, version: int = 2005) -> bytes:
-    """One record of ISO/IEC 19794-2 with a view a template. version: 2005 or 2011. Raises InvalidInput."""
+    """One record of ISO/IEC 19794-2 with one view for each template. version: 2005 or 2011. Raises InvalidInput."""
     given = [(template.column, template.minutiae) for template in templates]
     if not given or not all(record for _, record in given):
         raise InvalidInput("a minutiae record is made of templates that have minutiae; pass one or more of these")
@@ -160,7 +158,7 @@ def write_minutiae(templates: Iterable[Template], *, version: int = 2005) -> byt
 
 
 def scanner_dpi(stated: float | None) -> float:
-    """The file's resolution where a scanner can have stated it, else 500."""
+    """The file's resolution if it is plausible for a scanner, else 500."""
     return stated if stated is not None and stated >= SCANNER_DPI_MIN else float(DPI)
 
 
@@ -174,7 +172,7 @@ def resampled(grey: NDArray[np.uint8], dpi: float, wanted_dpi: float = DPI) -> N
 
 
 def ridge_blocks(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which 16-pixel blocks show ridges: contrast, and one direction. bool (h // 16, w // 16).
+    """Which 16-pixel blocks show ridges, that is, contrast and one direction. bool (h // 16, w // 16).
 
     Coherence of the squared gradient: Bazen and Gerez, "Systematic methods for the computation of the directional fields
     and singular points of fingerprints", 2002.
@@ -199,7 +197,7 @@ def ridge_blocks(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def around_ridges(grey: NDArray[np.uint8], ridges: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """The picture, and its blocks, without the margins that show no ridges; two blocks of them are kept."""
+    """The picture and its blocks, cropped to the ridges with a margin of two blocks."""
     bounds = []
     for axis in (1, 0):
         at = np.flatnonzero(ridges.any(axis=axis))

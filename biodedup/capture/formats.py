@@ -1,13 +1,13 @@
-"""Captures into pixels: files, bytes and arrays of every accepted format.
+"""Decodes captures into pixels, from files, bytes and arrays of every accepted format.
 
-Owns decoding, and the limits on it; `capture.reading` reads files. Never judges what the picture shows, and never logs or reports a path
-or a pixel.
+Owns decoding and its limits; `capture.reading` reads files. Never judges what the picture shows, and never logs or reports a path or a
+pixel.
 
-1. Whatever the bytes hold, the answer is `Pixels` or a `Refusal`; only an array of the wrong type or shape raises.
-2. What a file asks for is checked from its header, before a pixel is decoded: `capture.headers`.
-3. Only the formats in `FORMATS`, and WSQ, are tried: nothing that starts another program or follows a reference.
-4. An image that breaks off is refused, never filled up.
-5. Of several frames the first counts. A JPEG of a face that is larger than any scanner's picture is decoded at a fraction of its size.
+1. The result for any bytes is `Pixels` or a `Refusal`; only an array of the wrong type or shape raises.
+2. The size and the cost of decoding are checked from the header, before a pixel is decoded: `capture.headers`.
+3. Only the formats in `FORMATS`, and WSQ, are tried: no format that starts another program or follows a reference.
+4. A truncated image is refused, never padded.
+5. Of several frames the first is used. A JPEG of a face that is larger than any scanner's picture is decoded at a fraction of its size.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _believable(dpi: object) -> float | None:
-    """dpi as a number, from whatever a file made of it."""
+    """The dpi that a file states, as a number, or None if it is not plausible."""
     try:
         value = float(dpi[0] if isinstance(dpi, tuple) else dpi)  # type: ignore[arg-type]
     except (TypeError, ValueError, ArithmeticError, IndexError):

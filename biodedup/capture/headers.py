@@ -1,10 +1,10 @@
-"""A picture's header, checked before a decoder sees the file: a small file must not ask for much work or memory.
+"""Checks the header of a picture before it is decoded, so that a small file cannot cause much work or memory use.
 
-Owns what each format may ask for. Never decodes, and never raises for what the bytes hold.
+Owns the limits of each format. Never decodes, and never raises for the content of the bytes.
 
-1. A check takes time in proportion to the bytes, and visits at most `PARTS_MAX` parts of a file.
-2. What a check cannot read is left to the decoder, which refuses it; a check refuses only what asks for too much.
-3. Limits are what cameras and scanners make, with room: a decoder within them takes a few seconds and less than 500 MB.
+1. A check takes time proportional to the bytes, and visits at most `PARTS_MAX` parts of a file.
+2. A check refuses only a file that exceeds a limit. A file that it cannot read is left to the decoder, which refuses it.
+3. The limits are above what cameras and scanners make. Within them a decoder takes a few seconds and less than 500 MB.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PREFACE_BYTES_MAX = 1 << 20
 
 
 class Excess(NamedTuple):
-    """What a file asks for too much of, as a refusal says it."""
+    """The limit that a file exceeds, as a refusal reports it."""
 
     reason: str
     detail: str
@@ -45,7 +45,7 @@ class Excess(NamedTuple):
 
 
 def excess_of(name: str, content: bytes, pixels_max: int, *, shrinks: bool = False) -> Excess | None:
-    """What is too much in a file of this format (Pillow's names, and WSQ). shrinks: a large JPEG may be decoded small."""
+    """The limit that a file of this format (Pillow's names, and WSQ) exceeds, or None. shrinks: a large JPEG may be decoded small."""
     try:
         if name == "JPEG":
             return _jpeg(content, pixels_max, shrinks)
@@ -62,7 +62,7 @@ def too_many_pixels(name: str, width: int, height: int, pixels_max: int) -> Exce
 
 
 def implausible(name: str, samples: int, byte_count: int) -> Excess | None:
-    """More samples than so few bytes can mean."""
+    """The excess of a file that states more samples than so few bytes can encode."""
     limit = _SAMPLES_A_BYTE_MAX * byte_count + _SAMPLES_FREE
     return _complex(f"{name}, samples for {byte_count} bytes", samples, limit) if samples > limit else None
 

@@ -1,6 +1,7 @@
-"""LEADER: minutiae by a network, through ONNX Runtime; more accurate than MINDTCT, and slower.
+"""LEADER: a network that extracts minutiae, run with ONNX Runtime; more accurate than MINDTCT, and slower.
 
-Owns its session, its input and the reading of its maps. Never judges. The network and its source: `models/prepare_leader.py`.
+Owns its session, its input and the decoding of its output maps. Never judges quality. The network and its source:
+`models/prepare_leader.py`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Minutiae as biodedup compares and stores them: one view of one finger, 500 dpi, in a record of ISO/IEC 19794-2:2005.
+"""Checks minutiae records and converts them to the form that biodedup stores: one view of one finger at 500 dpi, ISO/IEC 19794-2:2005.
 
-Owns the checks that make a record sound, and the way from any standard's record to ours. Never extracts or compares. The bytes:
+Owns the checks of a sound record, and the conversion from each standard. Never extracts or compares. The bytes are in
 `minutiae_layouts`.
 
-1. Whatever the bytes hold, the answer is a sound record or InvalidInput, in bounded time.
+1. The result for any bytes is a sound record or InvalidInput, in bounded time.
 2. Coordinates are pixels at 500 dpi; angles count 360/256 degrees anticlockwise.
 """
 

@@ -1,9 +1,9 @@
-"""NBIS (MINDTCT, NFIQ 2, BOZORTH3) through PyPI `nbis-py`, one call at a time.
+"""Calls NBIS (MINDTCT, NFIQ 2, BOZORTH3) through PyPI `nbis-py`, one call at a time.
 
-Owns the library's settings, its lock and its private record layout. Never judges.
+Owns the library's settings, its lock and its private record layout. Never judges quality.
 
-NBIS keeps work areas in global variables, so a lock guards every call. What `nbis-py` calls an ISO record has a header
-of 26 bytes instead of 28: it is translated here, and standard records are what the rest of biodedup sees.
+NBIS keeps work areas in global variables, so a lock guards every call. The ISO records of `nbis-py` have a header of 26 bytes instead
+of 28; this module converts them, and the rest of biodedup only sees standard records.
 """
 
 from __future__ import annotations

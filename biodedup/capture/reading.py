@@ -1,8 +1,9 @@
-"""Captures into bytes: reads a path that a caller named, once and within limits.
+"""Reads the file of a capture, once and within limits.
 
-Owns the opening of such paths, model cards' included, and what is told of one that cannot be read. Never decodes, and never logs a path.
+Owns the opening of paths that a caller names (model cards included), and the refusal of a path that cannot be read. Never decodes, and
+never logs a path.
 
-1. A path is opened once. The digest of an encounter and its templates are made of the same bytes.
+1. A path is opened once, so that the digest of an encounter and its templates are of the same bytes.
 2. Only regular files are read, and at most `bytes_max` bytes of them. A folder, pipe, device or socket is refused without being opened.
 3. A file that may be there later (`MAY_COME`: absent, denied, an I/O error) is told apart from what never is a capture.
 """
@@ -22,7 +23,7 @@ from biodedup.config import CaptureConfig
 from biodedup.values import Capture, Missing, Refusal
 
 MAY_COME = frozenset(("missing_file", "unreadable"))
-"""Reasons that say nothing of the capture: the same call may succeed later."""
+"""Reasons of refusals that concern the file and not the capture: the same call may succeed later."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -40,7 +41,7 @@ class NotAFile(OSError):
 
 @dataclass(frozen=True)
 class Unread(os.PathLike[str]):
-    """A capture's path that was tried, and will not be opened again. refusal: why it gave nothing."""
+    """The path of a capture that could not be read; it is not opened again. refusal: why."""
 
     path: str
     refusal: Refusal
@@ -50,7 +51,7 @@ class Unread(os.PathLike[str]):
 
 
 def read(data: str | os.PathLike[str] | bytes, column: str, limits: CaptureConfig) -> bytes | Refusal:
-    """The bytes of a capture: of a path, its file's. Never empty."""
+    """The bytes of a capture, of its file if it is a path; never empty. Or a refusal."""
     content = data if isinstance(data, bytes) else read_path(data, column, limits.bytes_max)
     if isinstance(content, Refusal):
         return content
@@ -60,7 +61,7 @@ def read(data: str | os.PathLike[str] | bytes, column: str, limits: CaptureConfi
 
 
 def read_path(path: str | os.PathLike[str], column: str, bytes_max: int) -> bytes | Refusal:
-    """The bytes of a regular file, or why there are none."""
+    """The bytes of a regular file, or a refusal."""
     if isinstance(path, Unread):
         return replace(path.refusal, column=column)
     try:
@@ -81,9 +82,9 @@ def read_path(path: str | os.PathLike[str], column: str, bytes_max: int) -> byte
 
 
 def open_file(path: str | os.PathLike[str]) -> BufferedReader:
-    """A regular file, opened to read; nothing else is opened or waited for. Raises OSError, and NotAFile."""
+    """Opens a regular file for reading; never opens or waits for anything else. Raises OSError, NotAFile."""
     _check_regular(os.stat(path))
-    # O_NONBLOCK: the path may have become a pipe since; opening one that has no writer would wait for ever
+    # O_NONBLOCK: the path may have become a pipe since, and opening a pipe without a writer would block for ever
     file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb")
     try:
         _check_regular(os.fstat(file.fileno()))
@@ -94,7 +95,7 @@ def open_file(path: str | os.PathLike[str]) -> BufferedReader:
 
 
 def held(captures: Iterable[Capture], limits: CaptureConfig) -> tuple[Capture, ...]:
-    """The captures with bytes in place of paths; a path that gives none becomes `Unread`."""
+    """The captures with the content of their files in place of paths; a path that cannot be read becomes `Unread`."""
     return tuple(_held(capture, limits.bytes_max) for capture in captures)
 
 
@@ -106,7 +107,7 @@ def _held(capture: Capture, bytes_max: int) -> Capture:
 
 
 def absent(captures: Iterable[Capture]) -> Unread | None:
-    """The first of some held captures whose file may come later."""
+    """The first of these held captures whose file may become readable later, or None."""
     for capture in captures:
         data = None if isinstance(capture, Missing) else capture.data
         if isinstance(data, Unread) and data.refusal.reason in MAY_COME:

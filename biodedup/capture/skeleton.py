@@ -74,12 +74,12 @@ def _trace(
                 continue
             direction = angles[0]
             if branches == 3:
-                least = 7.0
+                smallest_turn = 7.0
                 for i in range(3):
                     a, b = angles[i], angles[(i + 1) % 3]
                     turn = abs(np.arctan2(np.sin(a - b), np.cos(a - b)))
-                    if turn < least:
-                        least = turn
+                    if turn < smallest_turn:
+                        smallest_turn = turn
                         direction = np.arctan2(np.sin(a) + np.sin(b), np.cos(a) + np.cos(b))
             found[count, 0], found[count, 1], found[count, 2] = x, y, direction
             count += 1

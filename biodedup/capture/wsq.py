@@ -1,8 +1,8 @@
-"""WSQ fingerprints, decoded in a child process.
+"""Decodes WSQ fingerprints in a child process.
 
-Owns the child processes and their pipes. Never raises for what the bytes hold, and never decodes them in this process:
-the C decoder (PyPI `wsq`, from NBIS) writes past its buffers on some damaged files, which kills whatever process it
-runs in; a hostile upload would take the whole enrolment service with it.
+Owns the child processes and their pipes. Never raises for the content of the bytes, and never decodes in this process: the C decoder
+(PyPI `wsq`, from NBIS) writes past its buffers on some damaged files, which crashes its process. In this process a hostile upload
+would crash the whole enrolment service.
 
 1. A child that fails, crashes or takes too long is killed and not used again.
 2. A child that was used before may carry damage from an earlier file, so its failure is tried again in a fresh one.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +29,7 @@ from biodedup.config import Config, IsolationConfig
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
 from biodedup.settings import Settings, settings_for
 from biodedup.texts import json_text, shown
-from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal
+from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal, to_dict
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -240,7 +240,7 @@ def finish_decision(decision: Decision, as_json: bool) -> None:
     from biodedup.match.judgement import texts_of  # here, so that help texts need not load the matcher
 
     if as_json:
-        document = asdict(decision)
+        document = to_dict(decision)
         for shown, candidate in zip(document["candidates"], decision.candidates, strict=True):
             shown["swaps"] = candidate.swaps
         print_json(document)

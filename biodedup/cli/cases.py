@@ -31,7 +31,7 @@ from biodedup.cli.base import (
     say,
     show_table,
 )
-from biodedup.values import Case, Ruling
+from biodedup.values import Case, Ruling, to_dict
 
 cases = typer.Typer(
     no_args_is_help=True, help="What went to review: list it, show it, decide it, export what was decided."
@@ -167,5 +167,5 @@ def _document(case: Case) -> dict[str, Any]:
         "undecided": [candidate.key for candidate in case.undecided],
         "linked": list(case.linked),
         "verdicts": [asdict(verdict) for verdict in case.verdicts],
-        "decision": asdict(case.decision),
+        "decision": to_dict(case.decision),
     }

@@ -1,12 +1,13 @@
 """Extraction in worker processes with limits on time, memory and files.
 
-Owns the processes, and what it means for a capture when one of them dies, hangs or needs too much. The pool is `pebble`'s. Never reads
-a path, searches or stores.
+Owns the processes (a `pebble` pool), and the refusal of a capture whose process dies, hangs or needs too much memory. Never reads a
+path, searches or stores.
 
-1. A capture that ends its process, is too slow or takes too much memory is tried a second time in another process, and then refused
+1. A capture that crashes its process, is too slow or takes too much memory is tried once more in another process, and then refused
    as `decoder_failed`, `too_slow` or `too_much_memory`. Other captures and processes go on, and the process is replaced.
-2. Workers end with the process that started them, however that ends, and leave Ctrl-C to it.
-3. The limits stop crashes, loops and bombs. They are no sandbox: code that takes over a decoder may do what the user may do.
+2. Workers end when the process that started them ends, for whatever reason. They ignore Ctrl-C, which the parent handles.
+3. The limits stop crashes, endless loops and decompression bombs. They are not a sandbox: code that takes over a decoder has the rights
+   of the user.
 """
 
 from __future__ import annotations

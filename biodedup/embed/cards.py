@@ -1,9 +1,9 @@
-"""Model cards: what a model is, where it comes from, and how its input is made.
+"""Model cards: TOML files that describe a model, its source, its input and its calibration.
 
-Owns the TOML files in `models/` and the check of weights against their digest. Never runs a model.
+Owns the cards in `models/`, and the check of weights against their digest. Never runs a model.
 
-Another model is another card: `FaceConfig(model="my-model.toml")`, with its weights beside it. A card without weights says how
-embeddings score that come ready made, from a model that runs elsewhere: model_id, dimension, calibration.
+To use another model, write another card: `FaceConfig(model="my-model.toml")`, with the weights beside it. A card without weights
+describes ready-made embeddings of a model that runs elsewhere: model_id, dimension, calibration.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The extractor: captures into templates, in order, a refusal in place of each that will not do.
+"""The extractor: turns captures into templates or refusals, in order.
 
-Owns batching over captures and the loading of models on first use; with `Config.isolation` it hands captures to the processes of
-`embed.cage`. Never searches, stores or compares.
+Owns batching over captures and the loading of models on first use. With `Config.isolation` it passes captures to the worker processes
+of `embed.cage`. Never searches, stores or compares.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from biodedup.trace import Trace, mapped, tracing
 from biodedup.values import Capture, Face, Finger, Missing, Refusal, Template
 
 Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[FingerSample, FingerInput | None]
-"""What is left of a capture before the networks run. A finger's input is None where no network is to see it."""
+"""A capture before the networks run. A finger's network input is None if no finger network is configured."""
 
 _log = logging.getLogger(__name__)
 
 
 class Extractor:
-    """Templates from captures. Thread-safe; models are loaded, or processes started, when a capture first needs them.
+    """Makes templates of captures. Thread-safe. Models are loaded, or processes started, when a capture first needs them.
 
-    Close it, or use it as a context manager, where the config asks for isolation.
+    With `Config.isolation`, close it or use it as a context manager.
     """
 
     def __init__(self, config: Config | None = None) -> None:
@@ -68,7 +68,7 @@ class Extractor:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker processes, if there are any."""
+        """Ends the worker processes, if any."""
         if self._cage is not None:
             self._cage.close()
 
@@ -89,9 +89,8 @@ class Extractor:
     def extract(self, captures: Sequence[Capture]) -> list[Template | Refusal]:
         """A template or a refusal for each capture, in order. `Missing` gives a refusal of that name.
 
-        Raises InvalidInput, before any work, for something that is no capture or an array that is no image, ModelCardError where the card has no
-        weights; RetryableError where worker
-        processes are asked for and cannot be kept running.
+        Raises InvalidInput, before any work, for an item that is not a capture or an array that is not an image; ModelCardError if a card
+        has no weights; RetryableError if worker processes are configured and cannot be kept running.
         """
         for capture in captures:
             if not isinstance(capture, (Face, Finger, Missing)):

@@ -1,8 +1,8 @@
-"""What the finger network sees: a coarse field of directions, and minutiae, centred on the print.
+"""The input of the finger network: a coarse field of ridge directions, and minutiae, centred on the print.
 
-Owns the layout of the network's two inputs. Never runs the network and never decides whether a print is good enough.
+Owns the layout of the network's two inputs. Never runs the network and never judges quality.
 
-The network finds the finger's pose itself and turns both into it: `models/finger_network.py`.
+The network estimates the finger's pose itself, and rotates both inputs into it: `models/finger_network.py`.
 """
 
 from __future__ import annotations

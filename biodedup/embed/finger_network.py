@@ -1,6 +1,6 @@
-"""The finger network: prints into unit vectors, through ONNX Runtime.
+"""The finger network: turns prints into unit vectors, with ONNX Runtime.
 
-Owns batching and normalisation. Never enhances (`capture.ridges`), never lays inputs out (`finger_input`), never compares.
+Owns batching and normalisation. Never enhances (`capture.ridges`), prepares inputs (`finger_input`) or compares.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The face network: aligned faces into unit vectors, through ONNX Runtime.
+"""The face network: turns aligned faces into unit vectors, with ONNX Runtime.
 
 Owns the session, batching and normalisation that a card prescribes. Never aligns and never compares.
 """

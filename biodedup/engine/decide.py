@@ -1,7 +1,7 @@
-"""From what a search found to a decision, and from one comparison to a verification.
+"""Decide: turns the candidates of a search into a decision, and a 1:1 comparison into a verification.
 
-Owns which rows count as candidates, how an update is checked against the subject itself, and what a mate would score with the captures at hand, from which the review threshold follows.
-Never searches and never writes; the rules are those of `match/judgement.py`.
+Owns which rows count as candidates, how an update is verified against its own subject, and the review threshold, which follows from
+the scores that a mate would reach with these captures. Never searches and never writes. The rules are in `match/judgement.py`.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.completeness import INCOMPLETE
 from biodedup.config import Config, Policy
 from biodedup.engine.prepare import Probe
+from biodedup.engine.sample import GallerySamples
 from biodedup.errors import BiodedupError, CaptureUnavailable
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
 from biodedup.match.fusion import mated_quantile_db, mated_share_below
 from biodedup.match.judgement import BELIEVED, SPEAKS_AGAINST_DB, judge, kinds_of
 from biodedup.match.ranked import Comparison, Ranked
+from biodedup.required import INCOMPLETE
 from biodedup.search.positions import comparable_bits
 from biodedup.search.searcher import CandidateSet, SnapshotRows
 from biodedup.values import Candidate, Decision, Encounter, Kind, Refusal, Template, Verification
 
 _ATTAINED_SHARE = 0.95
-_FIRST_ROWS = 64  # looked at together; the tenth that counts is nearly always among them
+_FIRST_ROWS = 64  # checked together; the tenth row that counts is nearly always one of them
 
 
 @dataclass(frozen=True)
 class _Expected:
-    """How a mate would score. attainable_db: nearly all of them score less; fnir: the share of them below review_db."""
+    """The scores of mates with these captures. attainable_db: 95 % of mates score less; fnir: share of mates below review_db."""
 
     attainable_db: float
     review_db: float
@@ -40,12 +41,18 @@ class _Expected:
 
 @dataclass(frozen=True, eq=False)
 class Decider:
-    """Decides by the policy in force. clock: the time in seconds, for `decided_at`. Thread-safe."""
+    """Decides by the policy in force. samples: the subjects that calibrations are measured on; clock: the time in seconds, for
+    `decided_at`. Thread-safe."""
 
     config: Config
     policy: Callable[[], Policy]
     comparer: Comparer
+    samples: GallerySamples
     clock: Callable[[], float]
+
+    def calibrated_on(self, searched: Snapshot) -> Decider:
+        """A decider that scores with the calibrations of the snapshot that was searched."""
+        return replace(self, comparer=self.comparer.calibrated_on(self.samples.of(searched)))
 
     def decide(
         self,
@@ -57,8 +64,11 @@ class Decider:
         own: Sequence[int] = (),
         different: Collection[int] = (),
     ) -> Decision:
-        """version: of the gallery, once the decision stands. own: rows that are no candidates: of the case that is decided, and of the
-        subject that it is to update; different: rows that were judged to be of somebody else."""
+        """The decision on a probe. found: the search's result; now: the snapshot that the decision is about.
+
+        version: the gallery's, once the decision is committed. own: rows that cannot be candidates: of the case that is decided again, and
+        of the subject to be updated. different: rows that a person judged to be of another subject.
+        """
         policy = self.policy()
         duplicate_db, band_db = policy.thresholds_db(now.searched_count)
         returned, cleared = _first(
@@ -83,34 +93,34 @@ class Decider:
             waiting=[c.row in now.pending for c in returned],
         )
         return Decision(
-            verdict.outcome,
-            probe.encounter.subject_id,
-            probe.encounter.encounter_id,
-            _candidates(now, returned, verdict.kinds),
-            probe.refusals,
-            probe.missing,
-            duplicate_db,
-            review_db,
-            now.searched_count,
-            version,
-            tuple(sorted({template.model_id for template in probe.templates.values()})),
-            found.incomplete,
-            self.clock(),
-            verdict.reasons,
-            None if expected is None else expected.attainable_db,
-            None if expected is None else expected.fnir,
-            compared,
-            _candidates(now, cleared, kinds_of(cleared, duplicate_db, review_db)),
+            outcome=verdict.outcome,
+            subject_id=probe.encounter.subject_id,
+            encounter_id=probe.encounter.encounter_id,
+            candidates=_candidates(now, returned, verdict.kinds),
+            refusals=probe.refusals,
+            missing=probe.missing,
+            duplicate_db=duplicate_db,
+            review_db=review_db,
+            gallery_size=now.searched_count,
+            gallery_version=version,
+            model_ids=tuple(sorted({template.model_id for template in probe.templates.values()})),
+            incomplete=found.incomplete,
+            decided_at=self.clock(),
+            reasons=verdict.reasons,
+            attainable_db=None if expected is None else expected.attainable_db,
+            expected_fnir=None if expected is None else expected.fnir,
+            compared=compared,
+            cleared=_candidates(now, cleared, kinds_of(cleared, duplicate_db, review_db)),
         )
 
     def incomplete(self, probe: Probe, lacks: Sequence[Refusal], now: Snapshot, *, version: int) -> Decision:
-        """The refusal of an encounter that lacks captures. lacks: each of them, with the reason."""
+        """The refusal of an encounter without the captures that the policy requires. lacks: each such capture, with the reason."""
         decision = self.decide(probe, CandidateSet(), now, version=version)
         refusals = tuple(dict.fromkeys((*probe.refusals, *lacks)))
         return replace(decision, outcome="refused", reasons=(INCOMPLETE,), refusals=refusals)
 
     def confirmed(self, decision: Decision, probe: Probe, now: Snapshot, own: Sequence[int]) -> Decision:
-        """The decision on an update: with captures that do not verify as the subject's, a person has to look. own: its rows."""
+        """The decision on an update, which goes to review if its captures do not verify as the subject's. own: the subject's rows."""
         if decision.outcome not in ("unique", "review"):
             return decision
         compared = self._with_subject(probe, now, own)
@@ -127,72 +137,73 @@ class Decider:
         return bool(first) and first[0].llr_db <= SPEAKS_AGAINST_DB
 
     def disputed(self, decision: Decision, probe: Probe, now: Snapshot, own: Sequence[int]) -> Decision:
-        """The decision `review`, with the subject itself as the first candidate: are these captures theirs?"""
+        """The decision `review` with the subject itself as the first candidate: a person judges whether the captures are the subject's."""
         compared = self._with_subject(probe, now, own)
         kinds = kinds_of(compared, decision.duplicate_db, decision.review_db)
-        told: Kind = kinds[0] if kinds and kinds[0] not in ("", *BELIEVED) else "another_person"
-        nothing = Candidate(probe.subject_id, 1, 0.0, False, (), kind=told, rows=tuple(own))
-        (mine,) = _candidates(now, compared, [told]) if compared else (nothing,)
+        kind: Kind = kinds[0] if kinds and kinds[0] not in ("", *BELIEVED) else "another_person"
+        if compared:
+            (subject,) = _candidates(now, compared, [kind])
+        else:
+            subject = Candidate(probe.subject_id, 1, 0.0, False, (), kind=kind, rows=tuple(own))
         others = (replace(other, rank=rank) for rank, other in enumerate(decision.candidates, start=2))
         return replace(
             decision,
             outcome="review",
-            candidates=(mine, *others),
-            reasons=tuple(dict.fromkeys(("another_person", told, *decision.reasons))),
+            candidates=(subject, *others),
+            reasons=tuple(dict.fromkeys(("another_person", kind, *decision.reasons))),
         )
 
     def _with_subject(self, probe: Probe, now: Snapshot, own: Sequence[int]) -> Sequence[Comparison]:
-        """The probe compared with all rows of the subject: one comparison, or none where nothing is comparable."""
+        """The probe compared with all rows of one subject: one comparison, or none if no capture is comparable."""
         rows = np.array(own, np.int64)
-        return self.comparer.compare(probe.templates, SnapshotRows(now), rows, subjects=np.zeros(len(rows), np.int64))[
-            :
-        ]
+        one_subject = np.zeros(len(rows), np.int64)
+        return list(self.comparer.compare(probe.templates, SnapshotRows(now), rows, subjects=one_subject))
 
     def _verify_db(self) -> float:
         return -10 * float(np.log10(self.policy().verify_fmr))
 
     def refused(self, encounter: Encounter, error: BiodedupError, now: Snapshot) -> Decision:
-        """What an encounter of a stream gets where by itself it would raise the error. It is not recorded."""
+        """The decision `refused` for an encounter of a batch that would raise this error by itself. It is not recorded."""
         reason = error.reason if isinstance(error, CaptureUnavailable) else _snake_case(type(error).__name__)
         refusal = Refusal("encounter", reason, str(error))
         duplicate_db, review_db = self.policy().thresholds_db(now.searched_count)
         return Decision(
-            "refused",
-            encounter.subject_id,
-            encounter.encounter_id,
-            (),
-            (refusal,),
-            (),
-            duplicate_db,
-            review_db,
-            now.searched_count,
-            now.version,
+            outcome="refused",
+            subject_id=encounter.subject_id,
+            encounter_id=encounter.encounter_id,
+            candidates=(),
+            refusals=(refusal,),
+            missing=(),
+            duplicate_db=duplicate_db,
+            review_db=review_db,
+            gallery_size=now.searched_count,
+            gallery_version=now.version,
             decided_at=self.clock(),
         )
 
     def verify(self, probe: Probe, subject_id: str, now: Snapshot, own: Sequence[int]) -> Verification:
-        """1:1 with all rows of a subject."""
+        """The probe compared 1:1 with all rows of a subject. own: these rows."""
         threshold_db = self._verify_db()
         compared = self._with_subject(probe, now, own)
         if not compared:
-            return Verification(subject_id, False, 0.0, threshold_db, False, (), probe.refusals)
+            return Verification(subject_id, False, 0.0, threshold_db, False, evidence=(), refusals=probe.refusals)
         best = compared[0]
         (kind,) = kinds_of([best], threshold_db, threshold_db)
         return Verification(
-            subject_id,
-            kind in BELIEVED,
-            best.score_db,
-            threshold_db,
-            best.extrapolated,
-            best.evidence,
-            probe.refusals,
-            kind,
+            subject_id=subject_id,
+            accepted=kind in BELIEVED,
+            score_db=best.score_db,
+            threshold_db=threshold_db,
+            extrapolated=best.extrapolated,
+            evidence=best.evidence,
+            refusals=probe.refusals,
+            kind=kind,
         )
 
     def _expected(
         self, policy: Policy, templates: Mapping[str, Template], now: Snapshot, band_db: float, *, across: bool
     ) -> _Expected:
-        """How a mate scores with these captures, those aside that nobody enrolled has; the review threshold follows from it."""
+        """The scores of mates with these captures. Captures of columns that the gallery does not have do not count."""
         calibrations = tuple(
             model.of(templates[column].embedding is not None and templates[column].minutiae is not None)
             for column, model in sorted(self.comparer.score_models(templates).items())
@@ -209,7 +220,10 @@ def _first(
     which_count: Callable[[NDArray[np.int64]], NDArray[np.bool_]],
     is_different: Callable[[int], bool],
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(the first so many of the rows that count, those before them that were judged to be somebody else)."""
+    """(the strongest `count` rows that can be candidates, the rows before them that were judged to be of another subject).
+
+    which_count: bool for each row, whether it can be a candidate. is_different: whether a row was judged different.
+    """
     first: list[int] = []
     cleared: list[int] = []
     for low in range(0, len(ranked), _FIRST_ROWS):
@@ -227,18 +241,18 @@ def _candidates(now: Snapshot, comparisons: Sequence[Comparison], kinds: Sequenc
     names = now.subject_ids([c.row for c in comparisons])
     return tuple(
         Candidate(
-            name,
-            rank,
-            c.score_db,
-            c.extrapolated,
-            c.evidence,
-            c.label_penalty_db,
-            kind,
-            c.interval_db,
-            now.siblings(c.row),
-            now.pending.get(c.row, ""),
+            subject_id=name,
+            rank=rank,
+            score_db=comparison.score_db,
+            extrapolated=comparison.extrapolated,
+            evidence=comparison.evidence,
+            label_penalty_db=comparison.label_penalty_db,
+            kind=kind,
+            interval_db=comparison.interval_db,
+            rows=now.siblings(comparison.row),
+            case=now.pending.get(comparison.row, ""),
         )
-        for rank, (name, c, kind) in enumerate(zip(names, comparisons, kinds, strict=True), start=1)
+        for rank, (name, comparison, kind) in enumerate(zip(names, comparisons, kinds, strict=True), start=1)
     )
 
 

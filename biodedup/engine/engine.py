@@ -1,34 +1,38 @@
-"""The engine: the path of the data, from captures to a durable decision.
+"""The public class `Engine`: enrols, searches, verifies and adjudicates on one open gallery.
 
-Owns the public class: which stages a call goes through, and in which order. Never decodes, compares or stores itself.
+Owns the order of the steps of each call. Never decodes, compares or stores itself.
 
-    extract -> search a snapshot -> (under the writer's lock) search what came since -> decide -> commit -> answer
+    enroll:    prepare -> search -> (under the writer's lock) search the rows added since -> decide -> commit -> answer
+    identify:  prepare -> search -> decide -> answer
 
-The machinery of the stages lies beside it, each part in a module of its own:
+Each step has a module:
 
-    probes.py       encounters become templates, which are checked
-    searches.py     the gallery as it is, searched for several callers at once
-    deciding.py     what was found becomes a decision
-    enrolment.py    search, wait for the lock, settle, commit: `enroll`, `update`, `enroll_many`
-    review.py       cases and verdicts: `dispute`, `adjudicate`
-    loading.py      subjects added without a search: `add_templates`, `load_templates`, `admit`
+    prepare.py   an encounter becomes a probe: templates, checked
+    search.py    the newest snapshot is searched, for several callers at once
+    sample.py    the subjects of that snapshot that scores are calibrated on
+    decide.py    the candidates become a decision, by the policy in force (policy.py)
+    enrol.py     search, lock, decide, commit: `enroll`, `update`, `enroll_many`
+    review.py    cases and verdicts: `dispute`, `adjudicate`
+    load.py      subjects added without a search: `add_templates`, `load_templates`, `admit`
 
-What holds throughout:
+Invariants:
 
 1. Nothing is answered before its commit is durable.
-2. Enrolment is linearizable: the commit compares the probe with every row that its search had not seen, those of the
-   same batch included, so that of two simultaneous enrolments of one person at most one is unique.
-3. An `encounter_id` seen before gets the answer it got then, and changes nothing. Only a refusal of captures is not final: with
+2. Enrolment is linearizable: under the lock a probe is compared with every row that its search had not seen, also with those of its own
+   batch. Of two simultaneous enrolments of one person at most one is `unique`.
+3. An `encounter_id` that was used before gets its first answer again, and changes nothing. Only a refusal of captures is not final: with
    other captures the encounter is decided anew.
-4. Decisions that wait for the lock together are committed together: one sync of the disk acknowledges them all.
+4. Group commit: decisions that wait for the lock are committed together, with one sync of the disk.
+5. A decision uses one snapshot's calibration, that of the snapshot that was searched.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -41,23 +45,24 @@ from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
+from biodedup.engine.info import info_of, notes_of
 from biodedup.engine.load import Cells, Loaded, Loader
 from biodedup.engine.policy import PolicyInForce
 from biodedup.engine.prepare import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
 from biodedup.engine.review import Review
+from biodedup.engine.sample import GallerySamples
 from biodedup.engine.search import BatchedSearch
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import digest_of, from_json
 from biodedup.gallery.care.backup import Copied, backup
-from biodedup.gallery.care.history import NotedClock, date_notes
-from biodedup.gallery.care.lookalikes import look_alikes
+from biodedup.gallery.care.history import NotedClock
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.policies import PolicyVersion
-from biodedup.match.calibrations import SAMPLE_SIZE, Calibrations, Drawn
+from biodedup.match.calibrations import Calibrations
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
@@ -89,8 +94,8 @@ from biodedup.values import (
 
 @dataclass(frozen=True)
 class JoinedTile:
-    """A piece of an N:N join. done: subjects compared with all behind them, of total, or as much of the work; links: pairs that reached
-    the threshold; reached: (row behind the last one compared, rows of the gallery), for another join to go on from."""
+    """A step of an N:N join. done: how many of `total` subjects are compared with all behind them, or that share of the work; links: pairs
+    that reached the threshold; reached: (row after the last one compared, rows of the gallery), where another join can continue."""
 
     done: int
     total: int
@@ -102,7 +107,7 @@ class JoinedTile:
 class Engine:
     """An open gallery with its models. Thread-safe; close it, or use it as a context manager.
 
-    Every method raises OutOfMemory where memory does not suffice: nothing was acknowledged, and the engine stays usable.
+    Every method raises OutOfMemory if memory does not suffice. Nothing was acknowledged then, and the engine stays usable.
     """
 
     def __init__(
@@ -119,16 +124,16 @@ class Engine:
         self._policy = PolicyInForce(gallery, config.policy, override=override_policy)
         clock = NotedClock(clock, gallery.snapshot)
         self._extractor = Extractor(config)
-        self._drawn_of: dict[str, tuple[int, str, NDArray[np.int64]]] = {}
-        known = Calibrations(self._extractor.cards, self._drawn, own_strangers=lambda: self.policy.own_strangers)
+        samples = GallerySamples(gallery)
+        known = Calibrations(self._extractor.cards, samples.latest, own_strangers=lambda: self.policy.own_strangers)
         self._matcher = CylinderMatcher(config.threads)
         self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
         self._pairs = PairComparer(known, self._comparer)
         self._searcher = Searcher(self._comparer, config.search, config.threads, self._policy)
         self._preparer = Preparer(gallery, self._extractor, known, config)
         self._join = SelfJoin(self._searcher, self._comparer, config.search)
-        self._searches = BatchedSearch(gallery, self._searcher, self._join)
-        self._decider = Decider(config, self._policy, self._comparer, clock)
+        self._searches = BatchedSearch(gallery, self._searcher, self._join, samples)
+        self._decider = Decider(config, self._policy, self._comparer, samples, clock)
         self._enrolment = Enrolment(
             gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max
         )
@@ -149,12 +154,12 @@ class Engine:
         clock: Callable[[], float] = time.time,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> Engine:
-        """Opens the gallery in a folder, creating it where the folder is absent or empty.
+        """Opens the gallery in a folder, and creates it if the folder is absent or empty.
 
-        A gallery keeps the policy that it is created with, until `set_policy` stores another one, and every opener decides by it.
-        config.policy, where given, has to be the same; override_policy: decide by it all the same, in this process alone, and store nothing.
-        storage, clock, new_id: the seams to the disk, the time in seconds, and fresh identifiers. A clock that tells a time before the
-        newest decision's is believed all the same; a warning in the log `biodedup` says so.
+        A gallery keeps the policy that it was created with until `set_policy` stores another one. A given config.policy must equal the
+        stored one. override_policy: decide by config.policy in this process alone, and store nothing.
+        storage, clock, new_id: the disk, the time in seconds, and new identifiers, for tests to replace. A time before that of the newest
+        decision is accepted, with a warning in the log `biodedup`.
         Raises NotAGallery, PolicyMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
@@ -173,9 +178,11 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Releases the gallery and its files at once. What was answered stays valid; a call that is still reading in another thread, and
-        a generator that has not ended, raise EngineClosed. Closing twice does nothing, nor does closing in a child of a fork: it is the
-        parent's."""
+        """Releases the gallery and its files at once; answers that were given stay valid.
+
+        A call that still reads in another thread, and a generator that has not ended, raise EngineClosed. Closing again does nothing, and
+        so does closing in a forked child: the gallery is the parent's.
+        """
         if not self._closed:
             self._closed = True
             self._extractor.close()
@@ -193,7 +200,7 @@ class Engine:
         self.close()
 
     def __len__(self) -> int:
-        """Subjects enrolled."""
+        """How many subjects are enrolled."""
         return self._gallery.snapshot().live_count
 
     def __contains__(self, subject_id: object) -> bool:
@@ -207,7 +214,7 @@ class Engine:
 
     @property
     def pairs(self) -> PairComparer:
-        """Compares two sets of templates as searches of this gallery do."""
+        """Compares two sets of templates, calibrated as in searches of this gallery."""
         self._gallery.check_process()
         return self._pairs
 
@@ -215,12 +222,12 @@ class Engine:
 
     @property
     def config(self) -> Config:
-        """What it was opened with, and the policy in force."""
+        """The configuration that the engine was opened with, with the policy in force."""
         return self._config if self._config.policy == self.policy else replace(self._config, policy=self.policy)
 
     @property
     def policy(self) -> Policy:
-        """What decisions are made by: the gallery's policy, or the one that overrides it in this process."""
+        """The policy in force: the gallery's, or the one that overrides it in this process."""
         return self._policy()
 
     def policies(self) -> list[PolicyVersion]:
@@ -229,25 +236,25 @@ class Engine:
         return list(self._gallery.policies)
 
     def set_policy(self, policy: Policy, *, by: str, reason: str) -> PolicyVersion:
-        """Stores a policy as the gallery's next version, which decides from now on; the present one again changes nothing.
+        """Stores a policy as the gallery's next version, in force from now on. The present policy changes nothing.
 
-        by: who changes it; reason: why. Readers see it when they refresh. Raises InvalidInput, StorageUnavailable.
+        by: the person who changes it; reason: why. Readers see it when they refresh. Raises InvalidInput, StorageUnavailable.
         """
         self._check_open()
         return self._policy.store(policy, by, reason, self._clock)
 
-    # decided enrolment ------------------------------------------------------------------------------------------
+    # enrolment with a search ------------------------------------------------------------------------------------
 
     def enroll(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
-        """Searches the whole gallery and enrols the subject if nobody in it is the same person.
+        """Searches the gallery, and enrols the subject if no enrolled subject or open case is the same person.
 
-        Only `unique` adds the subject. `review` keeps the templates aside; `duplicate` and `refused` keep the decision. An encounter that
-        lacks captures that `Policy.required` asks for is `refused`, with the reason `incomplete`, and its refusals name each of them.
-        Repaired, it may be sent again under its encounter_id.
-        across_positions: compare each finger with fingers of all positions; `Candidate.swaps` says which labels look wrong. None:
-        as `SearchConfig.across_positions` says, here and wherever it can be given.
+        Only the outcome `unique` enrols the subject. `review` opens a case, which holds the templates. `duplicate` and `refused` record
+        the decision alone. An encounter without the captures that `Policy.required` asks for is `refused` with the reason `incomplete`,
+        and its refusals name each such capture; repaired, it may be sent again under its encounter_id.
+        across_positions: compare each finger with fingers of all positions; `Candidate.swaps` lists the labels that look wrong. None
+        takes `SearchConfig.across_positions`, here and in other calls.
         Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written;
-        CaptureUnavailable if a capture's file is absent or cannot be read: nothing is recorded, send the encounter again with it.
+        CaptureUnavailable if a capture's file is absent or cannot be read: nothing was recorded, so send the encounter again.
         """
         return self._enrol(encounter, across_positions, replaces=False)
 
@@ -259,14 +266,14 @@ class Engine:
         replace: bool = False,
         reason: str = "",
     ) -> Decision:
-        """Adds an encounter to an enrolled subject, if its captures verify as the subject's and nobody else's.
+        """Adds an encounter to an enrolled subject, if its captures verify as this subject's and as no other's.
 
-        The captures are compared 1:1 with what is enrolled, at `policy.verify_fmr`, and with everything else. `unique`: the encounter
-        is a further row of the subject; columns that were not sent stay. Of too many rows the best are kept
-        (`GalleryConfig.encounters_max`). `review`: a case; with the reason `another_person` the captures were not confirmed as the
-        subject's. `duplicate`: they are somebody else's. All but `unique` leave the subject as it was.
-        replace: all that was enrolled of the subject is replaced, without being verified against; reason, which is needed then, stands
-        in the decision. Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, CaptureUnavailable, StorageUnavailable.
+        The captures are compared 1:1 with the subject's rows, at `policy.verify_fmr`, and 1:N with the rest of the gallery. `unique`: the
+        encounter becomes a further row of the subject; columns that were not sent stay. Beyond `GalleryConfig.encounters_max` rows the
+        best are kept. `review`: a case; with the reason `another_person` the captures did not verify as the subject's. `duplicate`: they
+        are of another subject. All outcomes but `unique` leave the subject as it was.
+        replace: replaces all rows of the subject, without a verification. It needs a reason, which the decision records.
+        Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, CaptureUnavailable, StorageUnavailable.
         """
         if replace != bool(reason):
             raise InvalidInput("replace=True and a reason go together: say why all that is enrolled is to be replaced")
@@ -277,7 +284,7 @@ class Engine:
         self, encounter: Encounter, across_positions: bool | None, *, replaces: bool, reason: str = ""
     ) -> Decision:
         self._check_open()
-        sought = self._enrolment.seek([encounter], self._across(across_positions), replaces=replaces, reason=reason)
+        sought = self._enrolment.search([encounter], self._across(across_positions), replaces=replaces, reason=reason)
         (answer,) = self._enrolment.commit(sought)
         if isinstance(answer, NOT_TAKEN):
             raise answer
@@ -286,12 +293,12 @@ class Engine:
     def enroll_many(
         self, encounters: Iterable[Encounter], *, across_positions: bool | None = None
     ) -> Iterator[Decision]:
-        """Enrols a stream; decisions come in its order. Captures are embedded, and decisions committed, in batches.
+        """Enrols a stream of encounters in batches of `Config.batch_size`; decisions come in the order of the stream.
 
-        The next batch is read and searched while one is committed; what the one before it added is searched for at the commit.
+        The next batch is prepared and searched while one is committed. Rows of the previous batch are searched at the commit.
 
-        An encounter that `enroll` would raise a CallerError or CaptureUnavailable for comes out `refused`, with the text as its detail;
-        nothing is recorded of it, and it may be sent again.
+        An encounter for which `enroll` would raise a CallerError or CaptureUnavailable comes out `refused`, with the error's text as
+        its detail. Nothing is recorded of it, and it may be sent again.
         """
         self._check_open()
         across, stream = self._across(across_positions), iter(encounters)
@@ -303,14 +310,13 @@ class Engine:
                     answer = self._decider.refused(encounter, answer, self._gallery.snapshot())
                 yield answer
 
-    # cases: what went to review -----------------------------------------------------------------------------------
+    # cases: encounters in review ----------------------------------------------------------------------------------
 
     def dispute(self, encounter: Encounter) -> Decision:
-        """Opens a case for an encounter whose subject is enrolled and whose captures look like somebody else's, as `verify` said: a
-        person judges whether they are the subject's. The decision, `review`, has the subject as its candidate.
+        """Opens a case for an enrolled subject whose new captures did not verify: a person judges whether they are the subject's.
 
-        Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput (without a usable capture, too), CaptureUnavailable,
-        StorageUnavailable.
+        The decision is `review`, with the subject as its candidate. Raises UnknownSubject, EncounterConflict, ModelMismatch,
+        InvalidInput (also without a usable capture), CaptureUnavailable, StorageUnavailable.
         """
         self._check_open()
         return self._review.dispute(encounter)
@@ -326,29 +332,32 @@ class Engine:
         return self._review.case(encounter_id)
 
     def verdicts(self) -> list[Verdict]:
-        """All that were ever given, oldest first."""
+        """All verdicts ever given, oldest first."""
         self._check_open()
         return self._gallery.verdicts()
 
     def adjudicate(
         self, case: str | Case, ruling: Ruling, by: str, note: str = "", *, candidate: str | None = None
     ) -> Decision:
-        """Takes a person's verdict on a case and returns the decision as it stands then.
+        """Records a person's verdict on a case, and returns the decision as it stands afterwards.
 
-        `same`: the encounter is of that candidate; it is a duplicate, and not enrolled. `different`: it is not; once no candidate is
-        left, in the list and in a search of all that is enrolled or waits by now, the subject is enrolled or updated; otherwise the case
-        stays in `review`. The verdict is about the rows that were compared: these pairs are raised in no search of the case and in no
-        join again, but a subject that gets another row is asked about anew. `recapture`: refused; the templates are dropped.
-        case: its encounter_id, or the Case that was looked at: then a candidate that came or changed meanwhile raises EncounterConflict,
-        so that nothing is judged unseen. candidate: the subject_id of one, or the encounter_id of one that is an open case
-        (`Candidate.key`); None means the only one, or with `different` all. Open cases that are linked with this one are decided again; one that has no candidate left is enrolled.
+        ruling `same`: the encounter is of the candidate; it becomes a `duplicate` and is not enrolled. `different`: it is not of the
+        candidate; once no candidate is left, neither listed nor in a new search, the subject is enrolled or updated, and otherwise the
+        case stays in `review`. `recapture`: the encounter is refused, and its templates are dropped.
+        A verdict covers the rows that were compared: these pairs come up in no later search of the case and in no join. A subject that
+        gets another row is asked about again.
 
-        Where the subject itself is the candidate (`dispute`, an update that was not confirmed), `different` refuses the encounter;
-        `same` accepts it, once no other is left as above, as a further row of the subject; if the subject was enrolled anew meanwhile,
-        the captures are verified against its new rows, or asked about again.
+        case: its encounter_id, or the Case as the person saw it; then a candidate that was added or changed meanwhile raises
+        EncounterConflict, so that no candidate is judged unseen. candidate: the `Candidate.key` that the verdict is about; None means the
+        only candidate, or with `different` all candidates. Open cases that are linked with this one are decided again; one without a
+        candidate left is enrolled.
 
-        The same verdict again changes nothing. Raises EncounterConflict for another one on what was judged, SubjectExists or
-        UnknownSubject where the subject was enrolled or removed otherwise, InvalidInput, StorageUnavailable.
+        If the subject itself is the candidate (`dispute`, or an update that did not verify), `different` refuses the encounter. `same`
+        accepts it as a further row of the subject, once no other candidate is left; if the subject was enrolled anew meanwhile, the
+        captures are verified against its new rows, or the case stays open.
+
+        Giving the same verdict again changes nothing. Raises EncounterConflict for a verdict that contradicts an earlier one, SubjectExists
+        or UnknownSubject if the subject was enrolled or removed otherwise, InvalidInput, StorageUnavailable.
         """
         self._check_open()
         return self._review.adjudicate(case, ruling, by, note, candidate)
@@ -362,27 +371,30 @@ class Engine:
         groups: Collection[str] | None = None,
         across_positions: bool | None = None,
     ) -> Decision:
-        """1:N: the search and decision of `enroll`, with nothing written. subject_id may be None.
+        """1:N: the search and decision of `enroll`, without writing anything. The encounter needs no subject_id.
 
-        groups: search only subjects that belong to one of them. across_positions: as for `enroll`.
+        groups: search only subjects that are in one of them. across_positions: as in `enroll`.
         """
         self._check_open()
         probe = self._prepared(encounter)
-        seen = self._searches.seek([probe], across=self._across(across_positions), groups=_checked(groups))
-        decision = self._decider.decide(probe, seen.found[0], seen.snapshot, version=seen.snapshot.version)
+        seen = self._searches.search([probe], across=self._across(across_positions), groups=_checked(groups))
+        check_models(probe.templates, seen.snapshot.models)  # a column may have got its first model since
+        decider = self._decider.calibrated_on(seen.snapshot)
+        decision = decider.decide(probe, seen.found[0], seen.snapshot, version=seen.snapshot.version)
         if (steps := tracing()) is not None:
             record_candidates(steps, probe.templates, decision, self._gallery.templates_of)
         return decision
 
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
-        """1:1, at `policy.verify_fmr`. Raises UnknownSubject. Without a usable capture nothing is accepted."""
+        """1:1 with an enrolled subject, at `policy.verify_fmr`. Not accepted without a usable capture. Raises UnknownSubject."""
         self._check_open()
         probe = self._prepared(encounter)
         snapshot = self._gallery.snapshot()
         templates = snapshot.best_templates(subject_id)
         if templates is None:
             raise _unknown(subject_id)
-        result = self._decider.verify(probe, subject_id, snapshot, snapshot.rows_under(subject_id))
+        decider = self._decider.calibrated_on(snapshot)
+        result = decider.verify(probe, subject_id, snapshot, snapshot.rows_under(subject_id))
         if (steps := tracing()) is not None:
             record_verification(steps, probe.templates, templates, result)
         return result
@@ -395,10 +407,12 @@ class Engine:
         groups: Collection[str] | None = None,
         model_id: str | None = None,
     ) -> SearchResult:
-        """Nearest subjects by one column's embeddings; every row is compared.
+        """The nearest subjects by one column's embeddings.
 
-        probes: column -> float32 (q, d), unit rows; one column. groups: search only subjects that belong to one of them. model_id: what
-        made the probes; it must be the column's, which None takes for granted. Raises ModelMismatch.
+        A large gallery is scanned by estimates first: a row among the k nearest is missed with at most the probability
+        `SearchConfig.miss_risk`. With miss_risk=0, and in a small gallery, every row is compared exactly.
+        probes: one column -> float32 (q, d), unit rows. groups: search only subjects that are in one of them. model_id: the model of the
+        probes, which must be the column's; None: it is. Raises ModelMismatch.
         Returns ids (q, k), similarity float32 (q, k), descending.
         """
         self._check_open()
@@ -413,7 +427,7 @@ class Engine:
         return self._searches.nearest(column, rows, k, _checked(groups))
 
     def plan(self, columns: Collection[str] = ("face",)) -> SearchPlan:
-        """How a search of these columns is done at present, and what it may miss; `plan.explain()` says it with its evidence."""
+        """How a search of these columns is done at present, and which share of mates it may miss; see `SearchPlan.explain`."""
         self._check_open()
         for column in columns:
             check_column(column)
@@ -422,8 +436,10 @@ class Engine:
         return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, multicolumn)
 
     def plan_join(self, threshold_db: float | None = None) -> JoinPlan:
-        """How a join of everybody with everybody is done at present, for pairs that reach a threshold, and what it may miss. Takes some
-        seconds for a large gallery, of which the join itself is spared those."""
+        """How a join of all subjects is done at present, for pairs that reach a threshold, and which share of mates it may miss.
+
+        Takes some seconds for a large gallery; a join that follows reuses the plan.
+        """
         self._check_open()
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
@@ -432,48 +448,54 @@ class Engine:
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Cluster]:
-        """N:N: clusters of enrolled subjects that score as one person. `jobs.find_duplicates` can be interrupted.
+        """N:N: clusters of enrolled subjects that score as one person. `jobs.find_duplicates` does the same and can be interrupted.
 
-        threshold_db: None takes the policy's duplicate threshold. progress: called with subjects done and their total.
+        threshold_db: None takes the policy's duplicate threshold. progress: called with the subjects done and their total.
         """
-        found: list[Link] = []
+        links: list[Link] = []
         for tile in self.join(threshold_db=threshold_db):
-            found += tile.links
+            links += tile.links
             progress(tile.done, tile.total)
-        return clusters_of(found)
+        return clusters_of(links)
 
     def join(
         self,
         *,
         threshold_db: float | None = None,
         skip: int = 0,
-        among: Sequence[str] | None = None,
+        subject_ids: Sequence[str] | None = None,
         since: tuple[int, int] | None = None,
+        among: Sequence[str] | None = None,
     ) -> Iterator[JoinedTile]:
-        """N:N, tile by tile: each compares some subjects with all that were enrolled after them, as of now. Pairs that were judged
-        different are left out. Of a large gallery of faces each compares those that share an LSH bucket (search/selfjoin/buckets.py), so that a pair may
-        come up more than once; that a mate is missed has at most the probability `SearchConfig.miss_risk`.
+        """N:N, tile by tile: each tile compares some subjects with all that were enrolled after them, as of now.
 
-        threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. among: only these subjects,
-        each with everybody, so that a pair of two of them comes up twice; those not enrolled are passed over. since: (row, rows):
-        of `among`, only those from this row on, and besides everybody who was enrolled or updated since there were so many rows.
+        Pairs that were judged different are left out. In a large gallery of faces each tile compares the faces that share some LSH buckets
+        (search/selfjoin/), so that a pair may come up more than once; a mate is missed with at most the probability
+        `SearchConfig.miss_risk`.
+
+        threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. subject_ids: only these
+        subjects, each compared with all others, so that a pair of two of them comes up twice; ids that are not enrolled are ignored.
+        since: (row, rows): of subject_ids, only those from this row on, and also every subject that was enrolled or updated since the
+        gallery had so many rows. among: deprecated name of subject_ids.
         """
         self._check_open()
+        if among is not None:
+            warnings.warn("join(among=...) is join(subject_ids=...) now", DeprecationWarning, stacklevel=2)
+            subject_ids = among
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
         snapshot = self._gallery.snapshot()
         snapshot = snapshot.enrolled
-        live = snapshot.live_rows() if among is None else np.unique(snapshot.all_rows_of(_packed(among))[1])
+        live = snapshot.live_rows()
+        rows = live if subject_ids is None else np.unique(snapshot.all_rows_of(_packed(subject_ids))[1])
         if since is not None:
-            everybody = snapshot.live_rows()
-            live = np.union1d(live[live >= since[0]], everybody[everybody >= since[1]])
-        for done, row, links in self._searches.join(
-            snapshot, live, threshold_db, with_all=among is not None, skip=skip
-        ):
-            yield JoinedTile(done, len(live), tuple(links), (row, snapshot.row_count))
+            rows = np.union1d(rows[rows >= since[0]], live[live >= since[1]])
+        with_all = subject_ids is not None
+        for done, row, links in self._searches.join(snapshot, rows, threshold_db, with_all=with_all, skip=skip):
+            yield JoinedTile(done, len(rows), tuple(links), (row, snapshot.row_count))
             self._check_open()
 
-    # undecided changes ------------------------------------------------------------------------------------------
+    # changes without a search -----------------------------------------------------------------------------------
 
     def add_templates(
         self,
@@ -486,10 +508,10 @@ class Engine:
     ) -> int:
         """Adds subjects without a search, all or none. Returns how many were added.
 
-        templates: column -> float32 (n, d), unit rows; or, of a finger, n minutiae records, None where a subject has none: they
-        are of `FingerConfig.record_model_id`. model_id: what made the vectors, one for all or by column; it can be left out where the
-        gallery's column has a model already. groups: of each subject. encounter_id names the whole call: sent again, it adds
-        nothing and returns 0. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
+        templates: column -> float32 (n, d), unit rows; for a finger also n minutiae records, of the model `FingerConfig.record_model_id`,
+        None for a subject without one. model_id: the model of the vectors, one for all or by column; optional if the gallery's column
+        has a model already. groups: the groups of each subject. encounter_id: names the whole call; sent again, the call adds nothing
+        and returns 0. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
         """
         self._check_open()
         return self._loader.add(
@@ -505,8 +527,8 @@ class Engine:
         groups: Sequence[Sequence[str]] | None = None,
         encounter_id: str | None = None,
     ) -> Loaded:
-        """As `add_templates`, but subjects that are enrolled already are kept as they are, and told apart: the same
-        templates, or others."""
+        """As `add_templates`, but subjects that are enrolled already are kept; the result counts those with the same templates, and
+        lists those with other templates."""
         while True:
             self._check_open()
             try:
@@ -514,19 +536,19 @@ class Engine:
                     subject_ids, templates, groups, encounter_id, model_id=model_id, keep_enrolled=True
                 )
             except SubjectExists:
-                continue  # enrolled by another thread since they were told apart
+                continue  # another thread enrolled some since they were compared
 
     def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
-        """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
+        """Adds subjects from their captures without a search, in one commit; for an archive that is deduplicated afterwards.
 
-        Decisions have no candidates; `unique` here means added, from those of its captures that can be used: `Policy.required` is not
-        asked for. A subject_id that is enrolled is replaced: its newest encounter counts. An encounter_id seen before changes nothing.
+        Decisions have no candidates, and `unique` means added, with the captures that can be used; `Policy.required` is not applied.
+        An enrolled subject is replaced by its new encounter. An encounter_id that was used before changes nothing.
         """
         self._check_open()
         return self._loader.admit(encounters)
 
     def remove(self, subject_id: str) -> None:
-        """Removes a subject; the next search does not see it. Raises UnknownSubject."""
+        """Removes a subject from all later searches. Raises UnknownSubject."""
         self._check_open()
         with self._gallery.transaction() as transaction:
             transaction.remove(subject_id)
@@ -534,18 +556,18 @@ class Engine:
     # care of the gallery ----------------------------------------------------------------------------------------
 
     def compact(self) -> None:
-        """Merges what is stored into one segment, while searches and enrolments go on. The templates of removed subjects
-        are gone from the disk afterwards. Needs free disk of the gallery's size. Raises StorageUnavailable."""
+        """Merges all segments into one, while searches and enrolments go on. Afterwards the templates of removed subjects are erased
+        from the disk. Needs as much free disk as the gallery takes. Raises StorageUnavailable."""
         self._check_open()
         self._gallery.compact()
 
     def tidy(self) -> None:
-        """Seals and merges what is due, now instead of in the background; after a bulk load, for example."""
+        """Seals and merges now what the background thread would do later; for use after a bulk load, for example."""
         self._check_open()
         self._gallery.maintain()
 
     def refresh(self) -> int:
-        """With read_only: sees what the writer has committed since. Returns the version now seen."""
+        """With read_only: reads what the writer has committed since. Returns the version now seen."""
         self._check_open()
         self._gallery.refresh()
         return self.gallery_version
@@ -553,21 +575,21 @@ class Engine:
     # looking in -------------------------------------------------------------------------------------------------
 
     def subject_ids(self) -> list[str]:
-        """The enrolled, in order of enrolment."""
+        """The ids of all enrolled subjects, in order of enrolment."""
         self._check_open()
         return list(self._gallery.snapshot().all_subject_ids())
 
     def are_enrolled(self, subject_ids: Sequence[str]) -> NDArray[np.bool_]:
-        """bool (n,): which of these are enrolled."""
+        """bool (n,): whether each of these is enrolled."""
         return np.asarray(self.rows_of(subject_ids) >= 0)
 
     def rows_of(self, subject_ids: Sequence[str]) -> NDArray[np.int64]:
-        """int64 (n,): the newest row of each, -1 where it is not enrolled. Rows only grow; a subject that is updated gets another one."""
+        """int64 (n,): the newest row of each subject, -1 if not enrolled. Row numbers only grow; an updated subject gets a further row."""
         self._check_open()
         return self._gallery.snapshot().rows_of(_packed(subject_ids))
 
     def templates(self, subject_id: str) -> dict[str, Template]:
-        """column -> the best template enrolled there, by quality, then the newest; embeddings of a sealed row in eight bits a number.
+        """column -> the subject's best template, by quality, then the newest. Embeddings of sealed rows have eight bits a number.
         Raises UnknownSubject."""
         self._check_open()
         templates = self._gallery.templates_of(subject_id)
@@ -576,22 +598,22 @@ class Engine:
         return templates
 
     def encounters(self, subject_id: str) -> list[EnrolledEncounter]:
-        """The encounters that an enrolled subject owns, oldest first. Raises UnknownSubject."""
+        """The rows of an enrolled subject with their encounters, oldest first. Raises UnknownSubject."""
         self._check_open()
-        owned = self._gallery.snapshot().encounters_of(subject_id)
-        if not owned:
+        encounters = self._gallery.snapshot().encounters_of(subject_id)
+        if not encounters:
             raise _unknown(subject_id)
-        return owned
+        return encounters
 
     def decision(self, encounter_id: str) -> Decision | None:
-        """The decision that an encounter got, or None for one never seen; of a case, as it stands by now."""
+        """The decision on an encounter, None for an unknown encounter_id. For a case: as it stands now."""
         self._check_open()
         stored = self._gallery.answer(encounter_id)
         return None if stored is None or stored.kind != "decision" else from_json(stored.text)
 
     def recall(self, encounter: Encounter) -> Decision | None:
-        """The decision that this very encounter got, or None for one never seen. Writes nothing. Raises EncounterConflict where its id was
-        sent with other content."""
+        """The decision that this encounter got, None if it was not sent before. Writes nothing. Raises EncounterConflict if its
+        encounter_id was used with other content."""
         self._check_open()
         encounter = in_memory(encounter, self.config.capture)
         return standing_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot())
@@ -599,49 +621,22 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """Counts, models and thresholds, JSON-ready."""
         self._check_open()
-        snapshot = self._gallery.snapshot()
-        duplicate_db, review_db = self.policy.thresholds_db(snapshot.searched_count)
-        counts = snapshot.column_counts()
-        models = {
-            column: {"model_id": model.model_id, "dimension": model.dimension, "subjects": counts[column]}
-            for column, model in snapshot.models.items()
-        }
-        return {
-            "gallery_id": self._gallery.gallery_id,
-            "gallery_version": snapshot.version,
-            "subjects": snapshot.live_count,
-            "rows": snapshot.live_count + snapshot.extra_rows,
-            "removed_not_erased": len(snapshot.tombstones),
-            "segments": len(snapshot.parts) - 1,
-            "sealed_rows": snapshot.parts[-1].first_row,
-            "columns": models,
-            "groups": sorted(set().union(*snapshot.group_sets.values())),
-            "encounters": snapshot.outcomes(),
-            "open_cases": len(self._gallery.open_cases()),
-            "policy": {"version": self._gallery.policies[-1].version, **asdict(self.policy)},
-            "duplicate_db": round(duplicate_db, 2),
-            "review_db": round(review_db, 2),
-        }
+        return info_of(self._gallery, self.policy)
 
     def problems(self) -> list[str]:
-        """What a full check of the stored data finds wrong; empty when sound."""
+        """The faults that a full check of the stored data finds; empty if it is sound."""
         self._check_open()
         return [str(problem) for problem in inspect(self._gallery.storage, self._gallery.folder)]
 
     def notes(self, now: float) -> list[str]:
-        """What is odd in the gallery and no damage: ids that look alike, decisions dated by a clock that was set back. now: seconds."""
+        """Oddities that are no damage: ids that look alike, decisions dated by a clock that was set back. now: the time in seconds."""
         self._check_open()
-        snapshot = self._gallery.snapshot()
-        count, groups = look_alikes(snapshot)
-        told = [f"subject ids that look alike: {', '.join(map(repr, names))}" for names in groups]
-        if count > len(groups):
-            told.append(f"... and {count - len(groups):,} groups more of subject ids that look alike")
-        return told + date_notes(snapshot, now)
+        return notes_of(self._gallery.snapshot(), now)
 
     def backup(self, target: str | Path) -> Copied:
-        """Copies the gallery as of now to a folder, while others go on; again, it copies only segments that are new.
+        """Copies the gallery to a folder, while other calls go on. A later backup to the same folder copies only new segments.
 
-        The copy is a gallery, with what jobs keep beside it. Raises InvalidInput where the folder holds something else,
+        The copy is a gallery, with the files that jobs keep beside it. Raises InvalidInput if the folder holds something else,
         GalleryDamaged, StorageUnavailable.
         """
         self._check_open()
@@ -649,23 +644,13 @@ class Engine:
 
     # shared -----------------------------------------------------------------------------------------------------
 
-    def _across(self, asked: bool | None) -> bool:
-        return self._config.search.across_positions if asked is None else asked
+    def _across(self, across_positions: bool | None) -> bool:
+        return self._config.search.across_positions if across_positions is None else across_positions
 
     def _prepared(self, encounter: Encounter) -> Probe:
         probe = self._preparer.probe(encounter)
         check_models(probe.templates, self._gallery.snapshot().models)
         return probe
-
-    def _drawn(self, model_id: str) -> Drawn:
-        """Some of the enrolled, for calibrations."""
-        snapshot = self._gallery.snapshot()
-        version, column, rows = self._drawn_of.get(model_id, (-1, "", np.zeros(0, np.int64)))
-        if version != snapshot.version:
-            column, rows = snapshot.drawn(model_id, SAMPLE_SIZE)
-            self._drawn_of[model_id] = snapshot.version, column, rows
-        key = column, rows.tobytes(), snapshot.sealed_before(rows)  # sealing rounds vectors
-        return Drawn(key, len(rows), lambda: snapshot.embeddings(rows, column))
 
     def _check_open(self) -> None:
         self._gallery.check_process()
@@ -686,12 +671,12 @@ def _unknown(subject_id: str) -> UnknownSubject:
 
 
 def _packed(subject_ids: Sequence[str]) -> Packed:
-    """For look-ups: an undecodable file name is nobody's id."""
+    """The ids in the form that look-ups take. Characters that UTF-8 cannot encode become `?`: no subject has such an id."""
     return pack_text([subject_id.encode("utf-8", "replace").decode() for subject_id in subject_ids])
 
 
 def _checked(groups: Collection[str] | None) -> tuple[str, ...] | None:
-    """Groups to search in: galleries may have some that are older than the rules for new ones."""
+    """The groups to search in, checked. Old galleries may have groups that today's rules for new ids would refuse."""
     if groups is None or isinstance(groups, str):
         return None if groups is None else check_groups(groups)
     return check_groups([KnownId(group) if isinstance(group, str) else group for group in groups])

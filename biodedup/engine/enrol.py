@@ -1,13 +1,14 @@
-"""Decided enrolment: encounters are searched for, and then settled and committed in one transaction.
+"""Enrol: searches for encounters, then decides on them and commits the decisions in one transaction.
 
-Owns what lies between a search and its durable answer, and the queue of those who wait to commit. Never compares, never judges.
+Owns the steps between a search and its durable answer, and the queue of calls that wait to commit. Never compares and never judges.
 
-    seek (no lock) -> wait for the lock -> search what came since -> decide -> verify updates -> stage -> commit -> answer
+    without the lock:  prepare -> search
+    with the lock:     search the rows added since -> decide -> verify an update -> stage -> commit -> answer
 
-1. The commit compares a probe with every row that its search had not seen, those of the same batch included.
-2. The thread that gets the lock commits for all that wait: one sync of the disk acknowledges them all, or none.
-3. A mistake of one caller is answered to that one; the others of the batch are settled all the same.
-4. An update is verified against what is enrolled, and adds a row. Only one that says why replaces what was there.
+1. Under the lock a probe is compared with every row that its search had not seen, also with those of its own batch.
+2. Group commit: the thread that gets the lock commits for all calls that wait. One sync of the disk acknowledges them all, or none.
+3. A caller's mistake is raised for that caller alone; the other encounters of the group are decided all the same.
+4. An update is verified against the enrolled rows and adds a row. Only an update with a reason replaces them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from biodedup.completeness import shortfall
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.engine.search import BatchedSearch, SearchSnapshot
@@ -37,6 +37,7 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
 from biodedup.memory import out_of_memory
+from biodedup.required import shortfall
 from biodedup.search.searcher import CandidateSet
 from biodedup.trace import tracing, untraced
 from biodedup.values import Case, Decision, Encounter
@@ -44,7 +45,7 @@ from biodedup.values import Case, Decision, Encounter
 
 @dataclass(eq=False)
 class _Waiting:
-    """Probes of one caller that wait to be settled. replaces: updates, not new subjects; reason: why all is replaced, or ""."""
+    """Searched probes of one call that wait to be decided. replaces: they update subjects; reason: why all rows are replaced, or ""."""
 
     probes: Sequence[Probe]
     digests: Sequence[bytes]
@@ -58,7 +59,8 @@ class _Waiting:
 
 @dataclass(eq=False)
 class PreparedBatch:
-    """Encounters with the answers known so far. waiting: those that are to be settled, places: where they stand; None: nobody is."""
+    """Encounters after their search. answers: those known already; waiting: the probes to be decided, None without any; places: the
+    index of each such probe."""
 
     answers: list[Decision | CallerError | CaptureUnavailable | None]
     places: tuple[int, ...] = ()
@@ -66,8 +68,8 @@ class PreparedBatch:
 
 
 class Enrolment:
-    """Enrols and updates subjects of one gallery. new_id: fresh identifiers, for encounters that have none; encounters_max: rows that a
-    subject keeps. Thread-safe."""
+    """Enrols and updates subjects of one gallery. new_id: makes ids for encounters without one; encounters_max: how many rows a subject
+    keeps. Thread-safe."""
 
     def __init__(
         self,
@@ -89,10 +91,10 @@ class Enrolment:
 
     # before the lock --------------------------------------------------------------------------------------------
 
-    def seek(
+    def search(
         self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False, reason: str = ""
     ) -> PreparedBatch:
-        """Prepares encounters, and searches the gallery as it is."""
+        """Prepares encounters, and searches the newest snapshot for them."""
         answers: list[Decision | CallerError | CaptureUnavailable | None] = [None] * len(encounters)
         operation = "enroll" if not replaces else f"replace: {reason}" if reason else "update"
         encounters, digests = list(encounters), [b""] * len(encounters)
@@ -117,25 +119,26 @@ class Enrolment:
                 answers[i] = error
         if not probes:
             return PreparedBatch(answers)
-        mine = list(probes.values())
+        searched = list(probes.values())
         before = self._gallery.snapshot()
-        extra_k = max(before.count_under(probe.subject_id) for probe in mine)  # rows that are no candidates
-        seen = self._searches.seek(mine, across=across, extra_k=extra_k)
-        return PreparedBatch(
-            answers, tuple(probes), _Waiting(mine, [digests[i] for i in probes], seen, replaces, reason)
-        )
+        extra_k = max(
+            before.count_under(probe.subject_id) for probe in searched
+        )  # the subjects' own rows are no candidates
+        seen = self._searches.search(searched, across=across, extra_k=extra_k)
+        waiting = _Waiting(searched, [digests[i] for i in probes], seen, replaces, reason)
+        return PreparedBatch(answers, tuple(probes), waiting)
 
     def ahead(
         self, batches: Iterator[list[Encounter]], across: bool
     ) -> Iterator[tuple[list[Encounter], PreparedBatch]]:
-        """Each batch with what was found; the next one is searched while the caller has this one."""
-        if tracing() is not None:  # a trace tells one thing after the other
-            yield from ((batch, self.seek(batch, across)) for batch in batches)
+        """Each batch with its search; the next batch is searched while the caller works on this one."""
+        if tracing() is not None:  # a trace needs its steps in order
+            yield from ((batch, self.search(batch, across)) for batch in batches)
             return
         with ThreadPoolExecutor(1, "biodedup-ahead") as pool:
             before: tuple[list[Encounter], Future[PreparedBatch]] | None = None
             for batch in chain(batches, [None]):
-                following = None if batch is None else (batch, pool.submit(self.seek, batch, across))
+                following = None if batch is None else (batch, pool.submit(self.search, batch, across))
                 if before is not None:
                     yield before[0], before[1].result()
                 before = following
@@ -143,7 +146,7 @@ class Enrolment:
     # the commit -------------------------------------------------------------------------------------------------
 
     def commit(self, sought: PreparedBatch) -> list[Decision | CallerError | CaptureUnavailable]:
-        """Settles and commits what was searched for. One answer for each encounter."""
+        """Decides on searched encounters and commits the decisions. One answer for each encounter."""
         if sought.waiting is not None:
             self._commit(sought.waiting)
             for i, probe, answer in zip(sought.places, sought.waiting.probes, sought.waiting.answers, strict=True):
@@ -152,41 +155,41 @@ class Enrolment:
                     record_candidates(steps, probe.templates, answer, self._gallery.templates_of)
         return [answer for answer in sought.answers if answer is not None]
 
-    def _commit(self, mine: _Waiting) -> None:
-        """Whoever gets the lock first settles and commits for all who wait."""
+    def _commit(self, call: _Waiting) -> None:
+        """Group commit: the call that gets the lock first decides and commits for all calls that wait."""
         with self._waiting_lock:
-            self._waiting.append(mine)
+            self._waiting.append(call)
         with self._gallery.lock:
-            if not mine.done:
+            if not call.done:
                 with self._waiting_lock:
                     group, self._waiting = self._waiting, []
                 try:
-                    with untraced(), self._gallery.transaction() as transaction:  # probes of several callers
-                        for one in group:
-                            self._settle(transaction, one)
+                    with untraced(), self._gallery.transaction() as transaction:  # the probes belong to several callers
+                        for waiting in group:
+                            self._decide_all(transaction, waiting)
                 except BaseException as error:
-                    for one in group:
-                        one.error = _for_waiting(error)
+                    for waiting in group:
+                        waiting.error = _for_waiting(error)
                     if not isinstance(error, BiodedupError):
                         raise
                 finally:
-                    for one in group:
-                        one.done = True
-        if mine.error is not None:
-            raise mine.error
+                    for waiting in group:
+                        waiting.done = True
+        if call.error is not None:
+            raise call.error
 
-    def _settle(self, transaction: Transaction, one: _Waiting) -> None:
-        for probe, found, digest in zip(one.probes, one.seen.found, one.digests, strict=True):
+    def _decide_all(self, transaction: Transaction, call: _Waiting) -> None:
+        for probe, found, digest in zip(call.probes, call.seen.found, call.digests, strict=True):
             try:
                 answer = standing_answer(transaction.answer, probe.encounter, digest, transaction.snapshot())
                 if answer is None:
-                    asked = Request(one.replaces, tuple(probe.encounter.groups), one.seen.across, one.reason)
+                    request = Request(call.replaces, tuple(probe.encounter.groups), call.seen.across, call.reason)
                     required = self._decider.policy().required
-                    decision = self.decide(transaction, probe, found, one.seen, asked, required=required)
-                    answer = self.record(transaction, probe, decision, digest, asked)
-                one.answers.append(answer)
+                    decision = self.decide(transaction, probe, found, call.seen, request, required=required)
+                    answer = self.record(transaction, probe, decision, digest, request)
+                call.answers.append(answer)
             except CallerError as error:
-                one.answers.append(error)
+                call.answers.append(error)
 
     def decide(
         self,
@@ -194,58 +197,62 @@ class Enrolment:
         probe: Probe,
         found: CandidateSet,
         seen: SearchSnapshot,
-        asked: Request,
+        request: Request,
         case: Case | None = None,
         *,
         required: Sequence[str] = (),
         same: Collection[int] = (),
     ) -> Decision:
-        """Decides inside the transaction, so that no row can slip in between the search and the commit. case: the one that is decided
-        again. required: as of `Policy`. same: rows that a person judged to be of the same person as the case: an update is verified
-        unless the subject still has one of them."""
+        """The decision inside the transaction, so that no row can be added between its search and its commit.
+
+        case: the open case that is decided again, if any. required: as in `Policy`. same: rows that a person judged to be of the same
+        person as the case; an update is verified unless the subject still has one of them.
+        """
         now = transaction.snapshot()
         subject_rows = now.rows_under(probe.subject_id)
-        if subject_rows and not asked.replaces:
+        if subject_rows and not request.replaces:
             raise exists(probe.subject_id)
-        if not subject_rows and asked.replaces:
+        if not subject_rows and request.replaces:
             raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to update")
         check_models(probe.templates, transaction.models)
-        keeps = now.best_templates(probe.subject_id) if asked.replaces and not asked.reason and required else None
-        usable = probe.templates.keys() | (keeps or {}).keys()  # an update keeps the columns that it does not send
+        keeps = now.best_templates(probe.subject_id) if request.replaces and not request.reason and required else None
+        usable = probe.templates.keys() | (keeps or {}).keys()  # columns that an update does not send stay
         if lacks := shortfall(required, usable, probe.refusals, probe.missing):
             return self._decider.incomplete(probe, lacks, now, version=transaction.version)
         own = subject_rows + now.pending_under(probe.subject_id)  # under the same name no second identity slips past
         different = now.different.get(case.row, ()) if case is not None and case.row is not None else ()
-        found = self._searches.completed(probe, found, seen, now, {*own, *different})
-        decision = self._decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
-        if asked.reason:
-            decision = replace(decision, replacement=asked.reason)
-        anew = case is not None and case.row is not None and min(subject_rows, default=-1) > case.row
-        if not asked.replaces or (asked.reason and not anew) or not set(same).isdisjoint(subject_rows):
-            return decision  # to replace all was asked of what was enrolled then, not of who got the id since
-        return self._decider.confirmed(decision, probe, now, subject_rows)
+        found = self._searches.search_since(probe, found, seen, now, {*own, *different})
+        decider = self._decider.calibrated_on(seen.snapshot)
+        decision = decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
+        if request.reason:
+            decision = replace(decision, replacement=request.reason)
+        # a replacement was asked for what was enrolled then, not for a person that got the id since
+        enrolled_anew = case is not None and case.row is not None and min(subject_rows, default=-1) > case.row
+        if not request.replaces or (request.reason and not enrolled_anew) or not set(same).isdisjoint(subject_rows):
+            return decision
+        return decider.confirmed(decision, probe, now, subject_rows)
 
     def record(
-        self, transaction: Transaction, probe: Probe, decision: Decision, digest: bytes, asked: Request
+        self, transaction: Transaction, probe: Probe, decision: Decision, digest: bytes, request: Request
     ) -> Decision:
-        """Stages a new decision, and what follows from it."""
+        """Stages a new decision and its effect: a row for `unique`, a case for `review`."""
         encounter_id = probe.encounter.encounter_id or self._new_id()
         decision = replace(decision, encounter_id=encounter_id)
         if decision.outcome == "unique":
-            if asked.reason:
+            if request.reason:
                 transaction.remove(probe.subject_id)
-            if asked.replaces and not asked.reason:
-                transaction.add_encounter(probe.subject_id, probe.templates, encounter_id, asked.groups)
+            if request.replaces and not request.reason:
+                transaction.add_encounter(probe.subject_id, probe.templates, encounter_id, request.groups)
                 self.thin_out(transaction, probe.subject_id)
             else:
-                transaction.add(probe.subject_id, probe.templates, encounter_id, asked.groups)
+                transaction.add(probe.subject_id, probe.templates, encounter_id, request.groups)
         elif decision.outcome == "review":
-            transaction.hold(probe.subject_id, probe.templates, encounter_id, asked, resembled(decision))
+            transaction.hold(probe.subject_id, probe.templates, encounter_id, request, resembled(decision))
         transaction.record(encounter_id, StoredDecision(digest, decision.outcome, to_json(decision)))
         return decision
 
     def thin_out(self, transaction: Transaction, subject_id: str) -> None:
-        """Stages the removal of rows that a subject has too many of."""
+        """Stages the removal of the rows that a subject has beyond encounters_max."""
         now = transaction.snapshot()
         rows = now.rows_under(subject_id)
         if len(rows) > self._encounters_max:
@@ -254,7 +261,7 @@ class Enrolment:
 
 
 def _for_waiting(error: BaseException) -> BiodedupError:
-    """What those hear whose decisions were to be committed by another thread that failed."""
+    """The error for the other calls of a group whose commit failed."""
     if isinstance(error, BiodedupError):
         return type(error)(str(error))
     if isinstance(error, MemoryError):

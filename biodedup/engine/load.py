@@ -1,11 +1,11 @@
-"""Subjects that are added without a search: columns of templates, and archives of captures.
+"""Load: adds subjects without a search, from columns of templates or from archives of captures.
 
-Owns what is checked of a batch, what became of it, and its way into the journal or straight into a segment. Never searches.
+Owns the checks of a batch, its outcome, and whether it goes through the journal or becomes a segment. Never searches.
 
 1. A batch is added whole or not at all.
-2. Sent again under the same encounter_id, it adds nothing.
-3. Few rows go through the journal; many are written as a segment while others enrol, and attached if nobody of them was enrolled
-   meanwhile.
+2. A batch that is sent again under the same encounter_id adds nothing.
+3. A small batch goes through the journal. A large one is written as a segment without the lock, and attached under the lock if none
+   of its subjects was enrolled meanwhile.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ Cells = NDArray[Any] | Sequence[bytes | None]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What became of a batch of templates. added: new subjects; present: enrolled before with the same templates;
-    conflicting: indices of those that are enrolled with others, which were kept."""
+    """The outcome of a batch of templates. added: how many subjects are new; present: how many were enrolled before with the same
+    templates; conflicting: indices of the subjects that are enrolled with other templates, which were kept."""
 
     added: int
     present: int
@@ -66,7 +66,7 @@ class Loaded:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Subjects to be added. columns: column -> (model_id, cells); digest: of the batch as it was sent."""
+    """Subjects to add. columns: column -> (model_id, cells); digest: SHA-256 of the batch as it was sent."""
 
     ids: list[str]
     columns: Mapping[str, tuple[str, Column]]
@@ -75,7 +75,7 @@ class _Batch:
     digest: bytes
 
     def at(self, rows: NDArray[np.int64]) -> _Batch:
-        """Some of the subjects."""
+        """The subjects at these indices."""
         return replace(
             self,
             ids=[self.ids[i] for i in rows.tolist()],
@@ -84,7 +84,7 @@ class _Batch:
         )
 
     def was_added(self, answer_of: AnswerOf) -> bool:
-        """Raises EncounterConflict where the encounter_id stands for something else."""
+        """Whether this batch was added before. Raises EncounterConflict if its encounter_id was used for other content."""
         return self.encounter_id is not None and batch_answered_before(
             answer_of(self.encounter_id), self.encounter_id, self.digest
         )
@@ -97,7 +97,8 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class Loader:
-    """Adds subjects to one gallery. new_id: fresh identifiers, for encounters that have none. Thread-safe."""
+    """Adds subjects to one gallery. new_id: makes ids for encounters without one; seal_rows: batches of so many rows become a segment.
+    Thread-safe."""
 
     gallery: Gallery
     preparer: Preparer
@@ -115,8 +116,11 @@ class Loader:
         model_id: str | Mapping[str, str] | None = None,
         keep_enrolled: bool,
     ) -> Loaded:
-        """model_id: what made the embeddings, one for all or by column. keep_enrolled: those who are enrolled already are kept as they are, and told apart; otherwise they raise SubjectExists,
-        as do those who are enrolled by another thread meanwhile."""
+        """Adds a batch of templates.
+
+        model_id: the embeddings' model, one for all or by column. keep_enrolled: subjects that are enrolled already are kept and
+        reported; otherwise they raise SubjectExists, as do subjects that another thread enrols meanwhile.
+        """
         check_model_ids(model_id)
         batch = self._batch(subject_ids, templates, model_id, groups, encounter_id)
         if batch.was_added(self.gallery.snapshot().answer):
@@ -164,7 +168,7 @@ class Loader:
         return _Batch(ids, columns, named, encounter_id, digest_of_batch(ids, columns, named))
 
     def _compare_enrolled(self, batch: _Batch) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """(enrolled, enrolled with these very templates), bool (n,) each."""
+        """(enrolled, enrolled with the same templates), bool (n,) each."""
         snapshot = self.gallery.snapshot()
         rows = snapshot.rows_of(pack_text(batch.ids))
         enrolled = rows >= 0
@@ -184,7 +188,7 @@ class Loader:
         return enrolled, same
 
     def _through_journal(self, batch: _Batch) -> bool:
-        """False where it was added meanwhile."""
+        """Whether the batch was added; False if another thread added it meanwhile."""
         with self.gallery.transaction() as transaction:
             if batch.was_added(transaction.answer):
                 return False
@@ -194,7 +198,7 @@ class Loader:
         return True
 
     def _as_segment(self, batch: _Batch) -> bool:
-        """False where it was added meanwhile."""
+        """As `_through_journal`."""
         with self.gallery.transaction() as transaction:
             group_sets = transaction.group_sets_of(batch.groups)
         cells_of = {column: cells for column, (_, cells) in batch.columns.items()}
@@ -208,15 +212,17 @@ class Loader:
                 transaction.settle_models(batch.columns)
                 transaction.attach(entry)
                 batch.record(transaction)
-        except CallerError:  # anything else may have been committed all the same; what was not, the next writer sweeps
+        except (
+            CallerError
+        ):  # after another error the commit may stand; the next writer deletes segments that no commit names
             self.gallery.discard_rows(entry)
             raise
         return True
 
     def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
-        """Adds subjects from their captures, or replaces those who are enrolled. `unique` means added.
+        """Adds subjects from their captures, and replaces enrolled ones. The outcome `unique` means added.
 
-        One whose file is absent or cannot be read is `refused`, and not recorded.
+        An encounter whose file is absent or cannot be read is `refused`, and not recorded.
         """
         for encounter in encounters:
             require_subject(encounter)
@@ -230,9 +236,9 @@ class Loader:
             except CaptureUnavailable as error:
                 answers[i] = self.decider.refused(encounter, error, self.gallery.snapshot())
         todo = [i for i, answer in answers.items() if answer is None]
-        with_probe = dict(zip(todo, self.preparer.probes([encounters[i] for i in todo]), strict=True))
+        probes = dict(zip(todo, self.preparer.probes([encounters[i] for i in todo]), strict=True))
         with self.gallery.transaction() as transaction:
-            for i, probe in with_probe.items():
+            for i, probe in probes.items():
                 if isinstance(probe, CallerError):
                     answers[i] = self.decider.refused(encounters[i], probe, self.gallery.snapshot())
                     continue
@@ -245,7 +251,7 @@ class Loader:
                 decision = self.decider.decide(
                     probe, CandidateSet(), transaction.snapshot(), version=transaction.version
                 )
-                outcome: Outcome = "unique" if probe.templates else "refused"  # nothing was searched, nothing is judged
+                outcome: Outcome = "unique" if probe.templates else "refused"  # nothing was searched
                 answers[i] = decision = replace(decision, encounter_id=encounter_id, outcome=outcome, reasons=())
                 if outcome == "unique":
                     if transaction.snapshot().row_of(probe.subject_id) is not None:

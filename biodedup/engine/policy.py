@@ -1,9 +1,9 @@
-"""The policy in force: the one that a gallery keeps, or another one that this process was told to decide by.
+"""The policy in force: the gallery's stored policy, or one that overrides it in this process.
 
-Owns which of the two counts, and how a new version comes to be. Never decides.
+Owns which of the two applies, and how a new version is stored. Never decides.
 
-1. A gallery is opened with its own policy, or with none given; another one is a mistake unless it is to override.
-2. A new version counts from its commit on: in this process at once, in readers when they refresh.
+1. Opening a gallery with another policy than the stored one raises PolicyMismatch, unless it is to override.
+2. A new version applies from its commit on: in this process at once, in readers when they refresh.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from biodedup.values import NOTE_LENGTH_MAX, check_id, check_text
 
 
 class PolicyInForce:
-    """Of one open gallery. given: what it was opened with; override: decide by that in this process, and store nothing. Thread-safe."""
+    """The policy in force of one open gallery; call it to read it. given: the policy that the gallery was opened with; override: decide
+    by `given` in this process and store nothing. Thread-safe."""
 
     def __init__(self, gallery: Gallery, given: Policy | None, *, override: bool) -> None:
         stored = gallery.policies[-1]
         if given is not None and given != stored.policy and not override:
             raise mismatch(str(gallery.folder), stored, given)
         self._gallery = gallery
-        self._own = given if override else None
+        self._overriding = given if override else None
 
     def __call__(self) -> Policy:
-        return self._own or self._gallery.policies[-1].policy
+        return self._overriding or self._gallery.policies[-1].policy
 
     def store(self, policy: Policy, by: str, reason: str, clock: Callable[[], float]) -> PolicyVersion:
-        """The next version, or the present one where it says the same. From now on it counts here, too."""
+        """Stores the policy as the next version, or returns the present version if it is the same policy. Ends an override."""
         if not isinstance(policy, Policy):
             raise InvalidInput(f"the policy is a Policy, got {type(policy).__name__}; write Policy(fpir=1e-6)")
         check_id(by, "by")
@@ -43,5 +44,5 @@ class PolicyInForce:
             if present.policy != policy:
                 present = PolicyVersion(present.version + 1, policy, by, clock(), reason)
                 transaction.set_policy(present)
-        self._own = None
+        self._overriding = None
         return present

@@ -1,12 +1,11 @@
-"""From an encounter to a probe: templates that can be compared with a gallery's, and the captures that were declined.
+"""Prepare: turns an encounter into a probe, that is, templates to search with and the refusals of its other captures.
 
-Owns what is checked of captures, templates and bare embeddings before anything is searched or stored. Never searches, never
-stores.
+Owns the checks of captures, templates and bare embeddings before anything is searched or stored. Never searches and never stores.
 
-1. A column holds templates of one model; one of another model is refused before they meet. Bare vectors do not say what made them:
-   their model_id is given with them, unless the column has a model.
-2. Of two captures of one column the better one is kept, and the other is declined as superseded.
-3. One bad record never stops a batch: its encounter comes out as the error.
+1. A gallery column holds templates of one model. A template of another model raises ModelMismatch. Bare vectors need a model_id, unless
+   the column has a model already.
+2. Of two captures of one column the one of higher quality is kept; the other is refused as `superseded`.
+3. An error in one encounter never stops a batch: that encounter's result is the error.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.reading import absent, held
-from biodedup.completeness import SUPERSEDED
 from biodedup.config import EXTERNAL_MINUTIAE, CaptureConfig, Config
 from biodedup.embed.cards import ModelCard, joint_id, shipped_cards
 from biodedup.embed.extractor import Extractor
@@ -28,6 +26,7 @@ from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import mismatch
 from biodedup.match.calibrations import EXTERNAL, Calibrations
+from biodedup.required import SUPERSEDED
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
@@ -45,7 +44,7 @@ from biodedup.values import (
 
 @dataclass(frozen=True)
 class Probe:
-    """An encounter after extraction, without its images. refusals: captures that were declined."""
+    """An encounter with its templates in place of its images. refusals: the captures that were declined."""
 
     encounter: Encounter
     templates: Mapping[str, Template]
@@ -53,8 +52,8 @@ class Probe:
 
     @property
     def subject_id(self) -> str:
-        """Of an encounter that `require_subject` has seen."""
-        assert self.encounter.subject_id is not None, "require_subject has seen to it"
+        """The encounter's subject_id; `require_subject` must have checked that it has one."""
+        assert self.encounter.subject_id is not None, "call require_subject first"
         return self.encounter.subject_id
 
     @property
@@ -64,7 +63,7 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Preparer:
-    """Prepares probes for one gallery, and the columns of templates that are loaded into it. Thread-safe."""
+    """Prepares the probes of one gallery, and the columns of templates that are loaded into it. Thread-safe."""
 
     gallery: Gallery
     extractor: Extractor
@@ -72,20 +71,20 @@ class Preparer:
     config: Config
 
     def probe(self, encounter: Encounter) -> Probe:
-        """Raises InvalidInput and other mistakes of the caller."""
+        """The probe of one encounter. Raises CallerError."""
         (probe,) = self.probes([encounter])
         if isinstance(probe, CallerError):
             raise probe
         return probe
 
     def probes(self, encounters: Sequence[Encounter]) -> list[Probe | CallerError]:
-        """Templates of each encounter. Captures of all of them are extracted together."""
+        """The probe of each encounter, or its error. The captures of all encounters are extracted together."""
         captures = [c for encounter in encounters for c in encounter.captures if not isinstance(c, Missing)]
         results: list[Template | Refusal | CallerError] = []
         try:
             results.extend(self.extractor.extract(captures))
         except CallerError:
-            for capture in captures:  # one bad record never stops a batch: find it
+            for capture in captures:  # one by one, to find the capture that raises
                 try:
                     results.extend(self.extractor.extract([capture]))
                 except CallerError as error:
@@ -96,22 +95,23 @@ class Preparer:
     def _probe(
         self, encounter: Encounter, extracted: Iterator[Template | Refusal | CallerError]
     ) -> Probe | CallerError:
-        mine = [next(extracted) for capture in encounter.captures if not isinstance(capture, Missing)]
+        results = [next(extracted) for capture in encounter.captures if not isinstance(capture, Missing)]
         templates: dict[str, Template] = {}
         refusals = []
         try:
             for column, given in encounter.templates.items():
                 templates[column] = self._given(column, given, model_of(column, encounter.model_id))
-            for result in mine:
+            for result in results:
                 if isinstance(result, CallerError):
                     return result
                 if isinstance(result, Refusal):
                     refusals.append(result)
                     continue
-                kept, spare = _better(templates.get(result.column), result)
+                kept, superseded = _better(templates.get(result.column), result)
                 templates[result.column] = kept
-                if spare is not None:
-                    refusals.append(Refusal(spare.column, SUPERSEDED, "a better capture was kept", spare.quality))
+                if superseded is not None:
+                    detail = "a better capture was kept"
+                    refusals.append(Refusal(superseded.column, SUPERSEDED, detail, superseded.quality))
         except CallerError as error:
             return error
         missing = tuple(capture for capture in encounter.captures if isinstance(capture, Missing))
@@ -136,8 +136,7 @@ class Preparer:
     def column(
         self, column: str, cells: NDArray[Any] | Sequence[bytes | None], given: str | None
     ) -> tuple[str, Column]:
-        """(model_id, unit rows) of bare embeddings, or (model_id, records as galleries store them). given: what made bare
-        embeddings."""
+        """(model_id, unit rows) of bare embeddings, or (model_id, records as galleries store them). given: the embeddings' model_id."""
         if isinstance(cells, np.ndarray) or not all(cell is None or isinstance(cell, bytes) for cell in cells):
             return self.embeddings(column, np.asarray(cells), given)
         if column not in FINGER_POSITIONS:
@@ -149,8 +148,10 @@ class Preparer:
         ]
 
     def embeddings(self, column: str, vectors: NDArray[Any], given: str | None) -> tuple[str, Float32]:
-        """(model_id, unit rows) of bare embeddings: the column's model, or else the one that is given. Raises ModelMismatch where
-        these differ, InvalidInput where there is neither."""
+        """(model_id, unit rows) of bare embeddings. The model_id is the column's, or else the given one.
+
+        Raises ModelMismatch if the two differ, InvalidInput if there is neither.
+        """
         check_column(column)
         rows = unit_rows(vectors, what=f"the {column} vectors")
         known = self.gallery.snapshot().models.get(column)
@@ -164,7 +165,7 @@ class Preparer:
         return model_id, rows
 
     def probes_of(self, column: str, vectors: NDArray[Any], given: str | None) -> Float32:
-        """Unit rows to search a column with. An empty column takes any."""
+        """Unit rows to search a column with. A column without templates accepts vectors of any model."""
         known = column in self.gallery.snapshot().models
         return self.embeddings(column, vectors, given or (None if known else "any"))[1]
 
@@ -179,24 +180,24 @@ class Preparer:
             raise ModelMismatch(f"{model_id} is a model of fingers, the column is face; name the model that made it")
 
     def _check_dimension(self, model_id: str, dimension: int) -> None:
-        """Raises ModelMismatch where a card says that the model makes something else."""
+        """Raises ModelMismatch if the model's card states another dimension."""
         known = _dimensions((*shipped_cards(), *self.extractor.cards))
         if known.get(model_id, dimension) not in (dimension, None):
             makes = f"{known[model_id]} numbers" if known[model_id] else "no embeddings"
             raise ModelMismatch(f"{model_id} makes {makes}, got {dimension}; name the model that made the vectors")
 
     def _unnamed(self, column: str, dimension: int) -> str:
-        """The model of vectors of which nobody says it: it is never guessed."""
-        mine = self.extractor.model_ids["face" if column == "face" else "finger"]
-        likely = mine if _dimensions(self.extractor.cards).get(mine) == dimension else "my-model-1"
+        """Raises InvalidInput for vectors without a model_id: a model is never guessed."""
+        configured = self.extractor.model_ids["face" if column == "face" else "finger"]
+        likely = configured if _dimensions(self.extractor.cards).get(configured) == dimension else "my-model-1"
         raise InvalidInput(
-            f"the {column} vectors do not say what made them, and the gallery has none there yet; pass their model_id, as "
-            f"model_id={likely!r}"
+            f"the {column} vectors have no model_id, and the gallery has no {column} templates yet that would tell it; pass their "
+            f"model_id, as model_id={likely!r}"
         )
 
 
 def _dimensions(cards: Sequence[ModelCard]) -> dict[str, int | None]:
-    """model_id -> how many numbers an embedding has; 0 for a model that makes none, None where the card does not say."""
+    """model_id -> dimension of its embeddings; 0 for a model that makes minutiae alone, None if the card does not state it."""
     found: dict[str, int | None] = {EXTERNAL_MINUTIAE: 0}
     found |= {card.model_id: 0 if card.kind == "minutiae" else card.dimension for card in cards}
     for card in cards:
@@ -207,32 +208,34 @@ def _dimensions(cards: Sequence[ModelCard]) -> dict[str, int | None]:
 
 
 def in_memory(encounter: Encounter, limits: CaptureConfig) -> Encounter:
-    """The encounter with its files' bytes in place of paths, so that its digest and its templates are of the same bytes.
+    """The encounter with the content of its files in place of their paths, so that digest and templates are of the same bytes.
 
-    Raises CaptureUnavailable for a file that may come later: to record the encounter without it would refuse it for ever.
+    Raises CaptureUnavailable for a file that may become readable later. Nothing is recorded then, since a recorded refusal would stay.
     """
     captures = held(encounter.captures, limits)
-    late = absent(captures)
-    if late is not None:
+    unread = absent(captures)
+    if unread is not None:
         raise CaptureUnavailable(
-            f"{late.path} cannot be read ({late.refusal.detail}); nothing was recorded: supply the file, and send the encounter again",
-            late.refusal.reason,
+            f"{unread.path} cannot be read ({unread.refusal.detail}); nothing was recorded: supply the file, and send the encounter again",
+            unread.refusal.reason,
         )
     return replace(encounter, captures=captures)
 
 
 def require_subject(encounter: Encounter) -> None:
+    """Raises InvalidInput for an encounter without a subject_id."""
     if encounter.subject_id is None:
         raise InvalidInput("the encounter has no subject_id; enrolment needs one, identify does not")
 
 
 def check_column(column: str) -> None:
+    """Raises InvalidInput for a column that does not exist."""
     if column not in _COLUMN_SET:
         raise InvalidInput(f"column {column!r} is not known; use face or a finger position")
 
 
 def check_models(templates: Mapping[str, Template], models: Mapping[str, ColumnModel]) -> None:
-    """models: of the gallery's columns. Raises ModelMismatch."""
+    """Raises ModelMismatch for a template of another model than its column's. models: column -> model of the gallery."""
     for column, template in templates.items():
         known = models.get(column)
         got = ColumnModel(template.model_id, None if template.embedding is None else len(template.embedding))
@@ -241,16 +244,18 @@ def check_models(templates: Mapping[str, Template], models: Mapping[str, ColumnM
 
 
 def refuse_other_models(gallery: Gallery, extractor: Extractor) -> None:
-    """Raises ModelMismatch where a column holds templates that another configuration makes of captures. Templates that came ready,
-    of a model that no shipped card makes, tie a gallery to no configuration."""
+    """Raises ModelMismatch if a column holds templates that were extracted with another configuration.
+
+    A column of ready-made templates, whose model no card describes, fits every configuration.
+    """
     cards = (*shipped_cards(), *extractor.cards)
     made = {card.model_id for card in cards if card.kind in ("face-embedding", "minutiae")}
     made |= _dimensions(cards).keys() - {card.model_id for card in cards}
     for column, known in gallery.snapshot().models.items():
-        mine = extractor.model_ids["face" if column == "face" else "finger"]
-        if known.model_id != mine and known.model_id in made and not known.model_id.startswith(EXTERNAL):
+        configured = extractor.model_ids["face" if column == "face" else "finger"]
+        if known.model_id != configured and known.model_id in made and not known.model_id.startswith(EXTERNAL):
             raise ModelMismatch(
-                f"{gallery.folder}: column {column} holds templates of {known.model_id}, the config names {mine}; "
+                f"{gallery.folder}: column {column} holds templates of {known.model_id}, the config names {configured}; "
                 "open it with the config that made it, or enrol anew into another folder"
             )
 
@@ -259,7 +264,7 @@ _COLUMN_SET = frozenset(COLUMNS)
 
 
 def _better(a: Template | None, b: Template) -> tuple[Template, Template | None]:
-    """(the template to keep, the one it supersedes), by quality; the first where they are equal."""
+    """(the template to keep, the one it supersedes), by quality; of equal ones the first is kept."""
     if a is None:
         return b, None
     return (b, a) if (b.quality or 0.0) > (a.quality or 0.0) else (a, b)

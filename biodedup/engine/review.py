@@ -1,6 +1,6 @@
-"""Cases at work: an encounter that is disputed becomes one, and a person's verdict moves it on.
+"""Review: opens cases for disputed encounters, and applies the verdicts of people to cases.
 
-Owns the order of the steps. What a verdict means is `gallery/cases.py`; how the subject is enrolled after it, `enrolment.py`.
+Owns the order of the steps. `gallery/cases.py` says what a verdict means; `enrol.py` decides again and enrols.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Review:
         return case
 
     def dispute(self, encounter: Encounter) -> Decision:
-        """Opens a case for captures that look like somebody else's than the subject's."""
+        """Opens a case for captures that may be of another person than their subject."""
         require_subject(encounter)
         encounter = in_memory(encounter, self.preparer.config.capture)
         digest = digest_of(encounter)
@@ -71,11 +71,11 @@ class Review:
             if answer is not None:
                 return answer
             decision = self._disputed(transaction, probe)
-            asked = Request(False, tuple(encounter.groups), False)
-            return self.enrolment.record(transaction, probe, decision, digest, asked)
+            request = Request(False, tuple(encounter.groups), False)
+            return self.enrolment.record(transaction, probe, decision, digest, request)
 
     def _disputed(self, transaction: Transaction, probe: Probe) -> Decision:
-        """The decision `review`, with the subject alone as its candidate."""
+        """The decision `review`, with the subject as its only candidate."""
         now = transaction.snapshot()
         own = now.rows_under(probe.subject_id)
         if not own:
@@ -85,17 +85,20 @@ class Review:
         return self.decider.disputed(replace(decision, reasons=()), probe, now, own)
 
     def adjudicate(self, judged: str | Case, ruling: Ruling, by: str, note: str, candidate: str | None) -> Decision:
-        """Records a verdict. What it may enrol is compared first with all that is enrolled or waits by now; open cases that are linked
-        with this one are decided again. judged: an encounter_id, or the case as a person saw it."""
+        """Records a verdict, and decides again on the case and on the open cases that are linked with it.
+
+        Before a subject is enrolled, it is compared with everything that is enrolled or in an open case by now. judged: an encounter_id,
+        or the case as a person saw it.
+        """
         shown, encounter_id = (judged, judged.encounter_id) if isinstance(judged, Case) else (None, judged)
         case = self.case(encounter_id)
         wanted = ruled(case, ruling, candidate, by, 0.0, note)  # raises before anything is searched
-        sought = self._sought([case] if wanted and not any(map(closes, wanted)) else [])
+        searched = self._search_cases([case] if wanted and not any(map(closes, wanted)) else [])
         if wanted:
-            sought |= self._sought(self._open(self.gallery.case, case.linked))
+            searched |= self._search_cases(self._open(self.gallery.case, case.linked))
         with self.gallery.transaction() as transaction:
             now = transaction.case(encounter_id)
-            assert now is not None, "a case stays one"
+            assert now is not None, "a case is never deleted"
             verdicts = ruled(now, ruling, candidate, by, self.clock(), note)
             if not verdicts:
                 return now.decision
@@ -106,43 +109,43 @@ class Review:
             if closing is not None:
                 decision = closed(now, closing)
             else:
-                decision = self._decided_again(transaction, now, verdicts, sought)
+                decision = self._decide_again(transaction, now, verdicts, searched)
             self._settle(transaction, now, decision, own=any(v.own for v in (*now.verdicts, *verdicts)))
             for other in self._open(transaction.case, now.linked):
-                self._recheck(transaction, other, sought)
+                self._recheck(transaction, other, searched)
         return decision
 
-    def _recheck(self, transaction: Transaction, case: Case, sought: dict[str, tuple[Probe, SearchSnapshot]]) -> None:
-        """A case that is linked with one that was decided: its candidates as they are by now. Where none is left it is settled."""
+    def _recheck(self, transaction: Transaction, case: Case, searched: dict[str, tuple[Probe, SearchSnapshot]]) -> None:
+        """Decides again on an open case that is linked with the judged one. Without a candidate left it is closed."""
         try:
-            decision = self._decided_again(transaction, case, (), sought)
+            decision = self._decide_again(transaction, case, (), searched)
         except CallerError:
-            return  # it cannot be enrolled, which is told when a person decides it
+            return  # it cannot be enrolled; the error is raised when a person decides on it
         own = any(verdict.own for verdict in case.verdicts)
-        # whether the captures are the subject's is for a person to say, and so is whom nobody enrolled could be compared with
+        # a person has to judge whether the captures are the subject's, and captures that could not be compared with anything
         unseen = not case.verdicts and "nothing_in_common" in decision.reasons
         if unseen or (case.replaces and not own and not case.replacement):
             decision = replace(decision, outcome="review")
         self._settle(transaction, case, decision, own=own)
 
-    def _decided_again(
+    def _decide_again(
         self,
         transaction: Transaction,
         case: Case,
         verdicts: tuple[Verdict, ...],
-        sought: dict[str, tuple[Probe, SearchSnapshot]],
+        searched: dict[str, tuple[Probe, SearchSnapshot]],
     ) -> Decision:
-        if case.encounter_id not in sought:  # linked since; rare
-            sought |= self._sought([case])
-        probe, seen = sought[case.encounter_id]
+        if case.encounter_id not in searched:  # linked since; rare
+            searched |= self._search_cases([case])
+        probe, seen = searched[case.encounter_id]
         same = same_rows(case, verdicts)
-        asked = replace(request_of(case), replaces=case.replaces or any(v.own for v in (*case.verdicts, *verdicts)))
-        fresh = self.enrolment.decide(transaction, probe, seen.found[0], seen, asked, case, same=same)
+        request = replace(request_of(case), replaces=case.replaces or any(v.own for v in (*case.verdicts, *verdicts)))
+        fresh = self.enrolment.decide(transaction, probe, seen.found[0], seen, request, case, same=same)
         return reconsidered(case, verdicts, fresh)
 
-    def _sought(self, cases: Iterable[Case]) -> dict[str, tuple[Probe, SearchSnapshot]]:
-        """encounter_id -> what a search of the gallery as it is finds for a case."""
-        found = {}
+    def _search_cases(self, cases: Iterable[Case]) -> dict[str, tuple[Probe, SearchSnapshot]]:
+        """encounter_id -> the probe of a case, and a search of the newest snapshot for it."""
+        searched = {}
         for case in cases:
             encounter = Encounter(
                 KnownId(case.subject_id),
@@ -153,8 +156,9 @@ class Review:
             probe = Probe(encounter, case.templates, case.decision.refusals)
             extra_k = sum(len(candidate.rows) for candidate in case.decision.candidates) + len(case.judged)
             extra_k += self.gallery.snapshot().count_under(case.subject_id)  # the case itself is one of them
-            found[case.encounter_id] = probe, self.searches.seek([probe], across=case.across_positions, extra_k=extra_k)
-        return found
+            seen = self.searches.search([probe], across=case.across_positions, extra_k=extra_k)
+            searched[case.encounter_id] = probe, seen
+        return searched
 
     @staticmethod
     def _open(case_of: Callable[[str], Case | None], encounter_ids: Iterable[str]) -> list[Case]:
@@ -162,7 +166,7 @@ class Review:
         return [case for case in cases if case is not None and not case.closed]
 
     def _settle(self, transaction: Transaction, case: Case, decision: Decision, *, own: bool) -> None:
-        """Stages what follows from the decision on a case. own: its captures are the subject's, who is enrolled."""
+        """Stages the effect of the decision on a case. own: a person judged that the captures are the enrolled subject's."""
         if decision.outcome == "unique":
             if case.replacement:
                 transaction.remove(case.subject_id)

@@ -1,7 +1,6 @@
-"""Searches the latest snapshot of a gallery; searches of several callers are batched into one pass.
+"""Search: searches the newest snapshot of the gallery for several callers at once.
 
-Owns which snapshot a search sees, and how many rows it looks at beyond those returned. Never compares
-(`search/searcher.py`), decides or writes.
+Owns which snapshot a search sees, and how many extra candidates it asks for. Never compares (`search/searcher.py`), decides or writes.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.engine.prepare import Probe
+from biodedup.engine.sample import GallerySamples
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.judgement import kinds_of
@@ -30,8 +30,8 @@ _Groups = tuple[str, ...] | None
 
 @dataclass(frozen=True)
 class SearchSnapshot:
-    """The candidates of some probes, in their order. snapshot: the one that was searched; across: positions were
-    searched across; extra_k: how many more rows were looked at."""
+    """The results of some probes, in their order. snapshot: the snapshot that was searched; across: whether fingers were compared across
+    positions; extra_k: how many more candidates were searched for than are returned."""
 
     found: Sequence[CandidateSet]
     snapshot: Snapshot
@@ -40,44 +40,49 @@ class SearchSnapshot:
 
 
 class BatchedSearch:
-    """Searches one gallery; callers that wait at the same time share a pass. Thread-safe."""
+    """Searches one gallery. Calls that wait at the same time share a pass. samples: what scores are calibrated on. Thread-safe."""
 
-    def __init__(self, gallery: Gallery, searcher: Searcher, join: SelfJoin) -> None:
+    def __init__(self, gallery: Gallery, searcher: Searcher, join: SelfJoin, samples: GallerySamples) -> None:
         self._gallery = gallery
         self._searcher = searcher
         self._join = join
-        self._probes = Gathering(self._seek, PROBES)
+        self._samples = samples
+        self._probes = Gathering(self._search, PROBES)
         self._vectors = Gathering(self._nearest_each, PROBES)
 
-    def seek(
+    def search(
         self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, extra_k: int = 0
     ) -> SearchSnapshot:
-        """Subjects and open cases that may be the same person. groups: only those in one of them. extra_k: how many
-        more rows to look at, since so many may turn out not to count."""
+        """Subjects and open cases that may be the same person as each probe. groups: search only subjects in one of them. extra_k: how
+        many more candidates to search for, because so many may be left out by the decision."""
         seen = self._probes((groups, across, extra_k), [probe.templates for probe in probes])
         return SearchSnapshot([found for found, _ in seen], seen[0][1], across, extra_k)
 
-    def completed(
+    def search_since(
         self, probe: Probe, found: CandidateSet, seen: SearchSnapshot, now: Snapshot, uncounted: Collection[int] = ()
     ) -> CandidateSet:
-        """What `seek` found for a probe, with what it would find in the rows that came since. uncounted: rows that are no candidates."""
+        """The result of `search` for one probe, completed by the rows that were added since. uncounted: rows that are no candidates.
+
+        If more rows do not count than extra candidates were searched for, they may have hidden others: then all rows are searched again.
+        """
         before, extra_k = found.comparisons, max(seen.extra_k, len(uncounted))
-        gone = ~now.are_present(before.rows) | np.isin(before.rows, list(uncounted))
-        # where more than were looked at besides do not count, they hid others: all is searched again
-        hidden = np.count_nonzero(gone) > seen.extra_k
-        from_row = 0 if hidden else seen.snapshot.row_count
-        (since,) = self._searcher.search(now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k)
-        if hidden:
+        left_out = ~now.are_present(before.rows) | np.isin(before.rows, list(uncounted))
+        search_all = np.count_nonzero(left_out) > seen.extra_k
+        from_row = 0 if search_all else seen.snapshot.row_count
+        (since,) = self._calibrated_on(seen.snapshot).search(  # the whole decision uses one calibration
+            now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k
+        )
+        if search_all:
             return since
-        if now.extra_rows and len(since.comparisons):  # a subject that got a row since was compared with all its rows
-            again, _ = now.with_siblings(np.sort(since.comparisons.rows))
-            before = before.without(again)
+        if now.extra_rows and len(since.comparisons):  # a subject with a new row was compared again with all its rows
+            compared_again, _ = now.with_siblings(np.sort(since.comparisons.rows))
+            before = before.without(compared_again)
         return CandidateSet(before.with_others(since.comparisons), found.incomplete or since.incomplete, found.across)
 
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
-        """The k nearest of each in one column. probes: float32 (q, d), unit rows."""
+        """The k nearest subjects of each probe in one column. probes: float32 (q, d), unit rows."""
         key = (column, k, groups)
-        if len(probes) >= PROBES or not len(probes):  # a batch by itself
+        if len(probes) >= PROBES or not len(probes):  # large enough for a pass of its own
             return self._nearest(key, probes)
         results = self._vectors(key, list(probes))
         ids, similarity = np.stack([r.ids for r in results]), np.stack([r.similarity for r in results])
@@ -86,14 +91,17 @@ class BatchedSearch:
     def join(
         self, snapshot: Snapshot, rows: NDArray[np.int64], threshold_db: float, *, with_all: bool, skip: int
     ) -> Iterator[tuple[int, int, list[Link]]]:
-        """Pairs that reach the threshold and were not judged different, of these live rows with those behind them, or
-        with_all: step by step (how many rows are done, the row before which all have been compared, links). skip: rows
-        that are done already."""
-        buckets = None if with_all else self._join.buckets(snapshot, threshold_db)
+        """Pairs of these live rows and the rows behind them that reach the threshold and were not judged different, step by step.
+
+        Yields (rows done, row before which all rows have been compared, links). with_all: compare each row with all others, not
+        only with those behind it. skip: how many rows are done already.
+        """
+        join = self._join.calibrated_on(self._samples.of(snapshot))
+        buckets = None if with_all else join.buckets(snapshot, threshold_db)
         rest = rows if buckets is None else rows_outside(snapshot, "face", buckets, rows)
         for start in range(min(skip, len(rest)), len(rest), JOIN_ROWS):
             some = rest[start : start + JOIN_ROWS].tolist()
-            pairs = self._join.pairs(snapshot, some, threshold_db, with_all=with_all or buckets is not None)
+            pairs = join.pairs(snapshot, some, threshold_db, with_all=with_all or buckets is not None)
             done = start + len(some)
             yield (
                 done,
@@ -104,8 +112,8 @@ class BatchedSearch:
             return
         for members, done in buckets.steps(len(rest), len(rows)):
             if done > skip:
-                pairs = self._join.pairs_in_buckets(snapshot, buckets, members, threshold_db)
-                # a row may share a later bucket: no row is finished before the end
+                pairs = join.pairs_in_buckets(snapshot, buckets, members, threshold_db)
+                # until the last step each row may still share a bucket with another
                 yield done, int(rows[-1]) + 1 if done == len(rows) else 0, self._links(snapshot, pairs, threshold_db)
 
     @staticmethod
@@ -121,13 +129,18 @@ class BatchedSearch:
                 links.append(Link(two, pair.score_db, pair.extrapolated, pair.evidence, kind))
         return links
 
-    def _seek(
+    def _search(
         self, key: tuple[_Groups, bool, int], probes: list[Mapping[str, Template]]
     ) -> list[tuple[CandidateSet, Snapshot]]:
         (groups, across, extra_k), snapshot = key, self._gallery.snapshot()
-        with untraced():  # probes of several callers
-            results = self._searcher.search(snapshot, probes, groups=groups, across=across, extra_k=extra_k)
+        with untraced():  # the probes belong to several callers
+            results = self._calibrated_on(snapshot).search(
+                snapshot, probes, groups=groups, across=across, extra_k=extra_k
+            )
         return [(found, snapshot) for found in results]
+
+    def _calibrated_on(self, snapshot: Snapshot) -> Searcher:
+        return self._searcher.calibrated_on(self._samples.of(snapshot))
 
     def _nearest_each(self, key: tuple[str, int, _Groups], probes: list[Float32]) -> list[SearchResult]:
         batch = self._nearest(key, np.array(probes))
@@ -136,23 +149,23 @@ class BatchedSearch:
     def _nearest(self, key: tuple[str, int, _Groups], probes: Float32) -> SearchResult:
         column, k, groups = key
         snapshot = self._gallery.snapshot().enrolled
-        asked = k
+        row_k = k
         while True:
-            nearest = self._searcher.nearest(snapshot, column, probes, asked, groups=groups)
-            there = nearest.rows >= 0
-            names = np.full(there.shape, "", object)
-            names[there] = snapshot.subject_ids(nearest.rows[there].tolist())
+            nearest = self._searcher.nearest(snapshot, column, probes, row_k, groups=groups)
+            is_row = nearest.rows >= 0
+            names = np.full(is_row.shape, "", object)
+            names[is_row] = snapshot.subject_ids(nearest.rows[is_row].tolist())
             if not snapshot.extra_rows:
                 return SearchResult(names, nearest.similarity, snapshot.version, bool(nearest.failures))
             ids, similarity = _first_of_each(names, nearest.similarity, k)
-            # of a subject with several rows the nearest counts: there may be too few subjects among so many rows
-            if not (there[:, -1] & (ids[:, -1] == "")).any():
+            # each subject counts by its nearest row, so that row_k rows may hold fewer than k subjects
+            if not (is_row[:, -1] & (ids[:, -1] == "")).any():
                 return SearchResult(ids, similarity, snapshot.version, bool(nearest.failures))
-            asked *= 2
+            row_k *= 2
 
 
 def _first_of_each(names: NDArray[np.object_], similarity: Float32, k: int) -> tuple[NDArray[np.object_], Float32]:
-    """The k nearest subjects of each probe, of rows in descending order."""
+    """(ids, similarity) of the k nearest subjects of each probe, each by its nearest row. names: (q, rows), most similar first."""
     ids, nearest = np.full((len(names), k), "", object), np.full((len(names), k), -np.inf, np.float32)
     for i, of_probe in enumerate(names.tolist()):
         first = {name: at for at, name in reversed(list(enumerate(of_probe))) if name}

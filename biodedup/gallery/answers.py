@@ -20,10 +20,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from biodedup.capture.reading import Unread
-from biodedup.completeness import INCOMPLETE
 from biodedup.errors import EncounterConflict, GalleryDamaged
+from biodedup.required import INCOMPLETE
 from biodedup.texts import KnownId
 from biodedup.values import (
+    JSON_NAMES,
     Candidate,
     CaptureData,
     Column,
@@ -35,6 +36,8 @@ from biodedup.values import (
     Template,
     Verdict,
 )
+
+_FIELD_OF = {name: field for field, name in JSON_NAMES.items()}
 
 LOADED, JOB_STEP = "loaded", "merged"
 """Outcomes of stored answers that are no decisions: the receipt of a load; a step of a job, in galleries of releases before 0.3.0."""
@@ -137,7 +140,12 @@ def is_of_batch(answer: str) -> bool:
 
 def to_json(decision: Decision) -> str:
     """One line of JSON, as `from_json` reads it."""
-    return json.dumps(decision, default=vars, separators=(",", ":"))  # as asdict, which would copy every value
+    return json.dumps(decision, default=_fields, separators=(",", ":"))
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """As `to_dict`, without copying what the fields hold."""
+    return {JSON_NAMES.get(name, name): field for name, field in vars(value).items()}
 
 
 def from_json(text: str) -> Decision:
@@ -175,9 +183,12 @@ def _candidates(fields: Iterable[Mapping[str, Any]]) -> tuple[Candidate, ...]:
 
 def _candidate(fields: Mapping[str, Any]) -> Candidate:
     interval = fields.get("interval_db")
-    evidence = tuple(Evidence(**part) for part in fields["evidence"])
-    told = {"evidence": evidence, "rows": tuple(fields.get("rows", ()))}
-    return Candidate(**{**fields, **told, "interval_db": None if interval is None else tuple(interval)})
+    decoded = {
+        "evidence": tuple(Evidence(**part) for part in fields["evidence"]),
+        "rows": tuple(fields.get("rows", ())),
+        "interval_db": None if interval is None else tuple(interval),
+    }
+    return Candidate(**{_FIELD_OF.get(name, name): value for name, value in {**fields, **decoded}.items()})
 
 
 def answered_before(answer_of: AnswerOf, encounter: Encounter, digest: bytes) -> Decision | None:

@@ -1,18 +1,19 @@
-"""How much of two prints agrees: from similar neighbourhoods to one alignment, its pairs of minutiae, and a score.
+"""Aligns two prints and scores their agreement: from similar neighbourhoods to one rigid motion, paired minutiae, and a score.
 
 Owns the kernels from two prepared prints (`local_structures.py`) to a score. Never reads records.
 
-1. The most similar pairs of cylinders are candidates. Those vote for each other that one motion of the plane explains, as in
-   the relaxation of Cappelli, Ferrara and Maltoni (2010), but in one round; the strongest and whoever agrees with it are one
-   hypothesis, and leave the vote.
+1. The most similar pairs of cylinders are candidates. Two candidates support each other if one rigid motion explains both, as in the
+   relaxation of Cappelli, Ferrara and Maltoni (2010), but in one round. The strongest candidate and those that agree with it are one
+   hypothesis, and are removed from the vote.
 2. A hypothesis is a rotation and a shift, fitted by least squares. Minutiae pair up greedily, nearest first, and the motion is
-   fitted again. Of the hypotheses that pair most, each minutia is moved as the pairs around it are, which follows elastic distortion, and pairs count that
-   are still near.
+   fitted again. For the hypotheses with the most pairs, each minutia is displaced as the pairs around it are, which models elastic
+   distortion, and the pairs that are then still close count.
 3. The score: similarity of the paired cylinders, times the share of the common area's minutiae that are paired, times the share of
-   distances that are kept; ten times the root of it, since chance then falls about exponentially. Prints that are the same score
-   ten times the root of their number of minutiae. It does not depend on which print comes first, nor on the order of minutiae.
-4. No kernel allocates or takes longer than a few milliseconds, whatever it is given. Sums are made in one order, and angles and
-   rotations come from tables, so that every machine gives the same score.
+   distances that are kept; the score is ten times its square root, so that the tail of impostor scores falls about exponentially. Two
+   identical prints score ten times the square root of their number of minutiae. The score depends neither on the order of the two
+   prints nor on that of the minutiae.
+4. No kernel allocates or takes longer than a few milliseconds, for any input. Sums have a fixed order, and angles and rotations come
+   from tables, so that every machine gives the same score.
 """
 
 from __future__ import annotations

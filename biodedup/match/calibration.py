@@ -1,6 +1,6 @@
-"""Calibration: raw scores of one model into decibels.
+"""Calibration: turns the raw scores of one model into decibels.
 
-Owns the table that a model card carries. Never knows which captures are compared.
+Owns the table of a model card, and its interpolation. Never knows which captures are compared.
 
 A table gives, at ascending raw scores, `nonmated_db` = -10 log10 P(score or more | non-mated) and `llr_db` = 10 log10 of
 the likelihood ratio mated : non-mated, both non-decreasing; between them it is linear. `nonmated_low_db` and `nonmated_high_db`
@@ -22,15 +22,15 @@ from biodedup.errors import ModelCardError
 
 SCORE_DB_MAX = 300.0
 Bound = Literal["low", "best", "high", "sure"]
-"""Which law of the non-mates: the most probable one, or an end of the interval. "low": scores in dB are lower than they may be.
-"sure": "low" of a table that is unchecked, "best" of others."""
+"""Which distribution of non-mated scores: the best estimate, or an end of its interval. "low" gives the lowest scores in dB.
+"sure": "low" for an unchecked table, "best" for others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """score, llr_db, nonmated_db: float64 (m,), m >= 2. measured_db: beyond it no pairs were measured. mates_measured: llr_db
-    comes from mated pairs of this model, and is not assumed. bounds_db: float64 (2, m), the interval of nonmated_db; None: the
-    table does not say. unchecked: the table was not compared with impostor pairs of the gallery that uses it."""
+    """One table. score, llr_knots_db, nonmated_knots_db: float64 (m,), m >= 2. measured_db: score_db beyond which no pairs were measured.
+    mates_measured: whether llr_db comes from mated pairs of this model and is not assumed. bounds_db: float64 (2, m), the interval of
+    nonmated_db, or None. unchecked: the table was not compared with impostor pairs of the gallery that uses it."""
 
     score: NDArray[np.float64] = field(repr=False)
     llr_knots_db: NDArray[np.float64] = field(repr=False)
@@ -60,11 +60,11 @@ class Calibration:
         return cls(score, llr, nonmated, measured_db, source, bool(table.get("mates_measured", True)), bounds)
 
     def score_db(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """-10 log10(FMR) at each raw score; the last slope is continued beyond the table, up to SCORE_DB_MAX."""
+        """-10 log10(FMR) at each raw score; beyond the table its last slope continues, up to SCORE_DB_MAX."""
         return _within(_interpolate(np.asarray(scores, np.float64), self.score, self.nonmated_knots_db))
 
     def interval_db(self, scores: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-        """(low, high) of score_db, 95 %; None where the table does not say."""
+        """(low, high) of score_db, 95 %; None if the table has no interval."""
         if self.bounds_db is None:
             return None
         x = np.asarray(scores, np.float64)
@@ -85,37 +85,39 @@ class Calibration:
         mean = float(mass @ fine)
         return mean, float(np.sqrt(mass @ (fine - mean) ** 2))
 
-    def among(self, mean: float, sd: float, source: str) -> Calibration:
-        """The same table for strangers whose scores have this mean and standard deviation. What is as rare among them as a score was
-        has the likelihood ratio that it had: whatever makes these strangers more alike (one camera, one people) makes mates so, too."""
+    def with_impostors(self, mean: float, sd: float, source: str) -> Calibration:
+        """The same table, shifted and scaled to impostor scores of this mean and standard deviation.
+
+        A score that is as rare here as another was there keeps that one's likelihood ratio: what makes impostors more alike (one
+        camera, one population) makes mates more alike, too."""
         own_mean, own_sd = self.nonmated_law
         return replace(self, score=mean + (self.score - own_mean) * (sd / own_sd), source=source)
 
     def doubted(self, shift_sd: float, stretch: float) -> Calibration:
-        """The same table, `unchecked`. The lower end of its interval also holds for impostors whose scores lie shift_sd standard
-        deviations higher and spread `stretch` times as wide."""
+        """The same table, `unchecked`. The lower end of its interval also covers impostor scores that lie shift_sd standard deviations
+        higher and spread `stretch` times as wide."""
         mean, sd = self.nonmated_law
         low, high = (self.nonmated_knots_db,) * 2 if self.bounds_db is None else self.bounds_db
-        there = self.among(mean + shift_sd * sd, sd * stretch, self.source).score
+        there = self.with_impostors(mean + shift_sd * sd, sd * stretch, self.source).score
         bounds = np.stack([np.minimum(low, _interpolate(self.score, there, low)), high])
         return replace(self, bounds_db=bounds, unchecked=True)
 
-    def mated_similarities(self, quantiles: NDArray[np.float64], least: float = -1.0) -> NDArray[np.float64]:
-        """Similarities of mates, as the table has them: the density of non-mates times the likelihood ratio. least: of those mates
-        alone that are as similar."""
+    def mated_similarities(self, quantiles: NDArray[np.float64], min_similarity: float = -1.0) -> NDArray[np.float64]:
+        """Similarities of mates at these quantiles: the density of non-mates times the likelihood ratio. min_similarity: only mates
+        that are at least this similar count."""
         grid = np.linspace(-1, 1, 4001)
         survival = 10 ** (-self.score_db(grid) / 10)
         density = np.append(survival[:-1] - survival[1:], 0.0) * 10 ** (self.llr_db(grid) / 10)
-        total = np.cumsum(density * (grid >= least))
+        total = np.cumsum(density * (grid >= min_similarity))
         return np.asarray(np.interp(quantiles * total[-1], total, grid))
 
     def nonmated_llr_pmf(self, step_db: float, bound: Bound = "best") -> tuple[int, NDArray[np.float64]]:
-        """The distribution of llr_db over non-mated comparisons. bound: by which law of theirs; without an interval, all are one.
+        """The probability mass function of llr_db over non-mated comparisons. bound: see `Bound`; without an interval all are equal.
 
         Returns (first, p): p[i] is the probability of a value in ((first + i - 1), (first + i)] * step_db. Values are
         rounded up, so that sums of them are never optimistic.
         """
-        # enough points between knots that no bin spans a jump, and beyond the table as far as scores are told apart
+        # so many points that no bin spans a jump, and beyond the table up to the last distinct score
         last = self.score[-1] + 4 * (self.score[-1] - self.score[0])
         fine = np.unique(np.concatenate([np.linspace(self.score[0], last, 8001), self.score]))
         knots_db = self.nonmated_knots_db
@@ -133,7 +135,7 @@ class Calibration:
 
 
 def _bounds(table: Mapping[str, Any], nonmated: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """The interval's ends, float64 (2, m), if the table has them. Raises ModelCardError."""
+    """The interval's ends, float64 (2, m), or None if the table has none. Raises ModelCardError."""
     if not {"nonmated_low_db", "nonmated_high_db"} <= table.keys():
         return None
     try:
@@ -160,7 +162,7 @@ def _interpolate(
 
 @njit(nogil=True, cache=True)
 def _fill(x: Any, knots: Any, values: Any, found: Any) -> None:
-    # np.interp searches for each place; knots lie evenly, or nearly so, and so nearly each first guess is right
+    # faster than np.interp, which searches for each value: knots are nearly evenly spaced, so the first guess is nearly always right
     last = knots.shape[0] - 2
     scale = (last + 1) / (knots[last + 1] - knots[0])
     for i in range(x.shape[0]):

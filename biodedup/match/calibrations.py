@@ -1,12 +1,14 @@
-"""Which calibration belongs to which model, in which gallery.
+"""The calibration of each model in one gallery.
 
-Owns the look-up from model_id to `Calibration`, and declines minutiae for which there is none. A model with a card brings its own
-table, which is moved to where the strangers of the gallery at hand lie: what two people look like depends on the camera, the scanner
-and the people, and a register has strangers without end. Embeddings of a model that nobody described (bring your own) are calibrated on
-the gallery altogether. In both cases nearly all pairs are non-mated, and mates are far out, where they are left out of account.
-Minutiae of an unknown extractor take the table of the minutiae in use, and no such score counts as measured.
-(LEADER's minutiae, read by MINDTCT's table, as if nobody knew who found them: strangers reach a nominal FMR of 0.1 in at most
-0.031, 0.01 in at most 0.0028 of the pairs of FVC2002 DB1-4_B and UareU, 2026-11.)
+Owns the look-up from model_id to `Calibration`. Refuses minutiae without a calibration.
+
+- A model with a card has the card's table, shifted and scaled to this gallery's impostor scores: these depend on the camera, the
+  scanner and the population, and nearly all pairs of a gallery's subjects are impostor pairs. The few mated pairs score far higher and
+  are left out.
+- Embeddings of a model without a card (bring your own) are calibrated on the gallery alone.
+- Minutiae of an unknown extractor take the table of the configured extractor, and no such score counts as measured. (LEADER's minutiae
+  read by MINDTCT's table: impostor pairs reach a nominal FMR of 0.1 in at most 0.031, and 0.01 in at most 0.0028 of the pairs of FVC2002
+  DB1-4_B and UareU, 2026-11.)
 """
 
 from __future__ import annotations
@@ -31,14 +33,18 @@ EXTERNAL = "external-"
 
 SAMPLE_SIZE = 1024
 _SAMPLE_MIN, _OWN_MIN = 256, 32
-"""People from whom a table is measured, or moved: below, a card's strangers are the better guess."""
+"""Least numbers of subjects to measure a table on, and to move a card's table. With fewer the card's impostor scores are the better
+estimate."""
 CHECKED_PEOPLE = 200
-"""From whom on a moved table is checked; 256 rows have so many, even if some are removed or lack the column."""
+"""Subjects from which a moved table counts as checked. 256 rows have so many even if some are removed or lack the column."""
 _OFF_SD = {"face-embedding": 1.6, "finger-embedding": 0.5, "minutiae": 0.5}
 _OFF_MOVED_SD, _OFF_STRETCH = 0.5, 1.1
-"""By how many of its standard deviations a table may be off: of a card, by its kind, and of one that was moved. See above."""
-_CARD_PAIRS = 400  # that the card's deviation counts for: from set to set it differs by some percent
-_MATES_DB, _MATES_MOST = 40.0, 0.05  # pairs that may be mates by the card, and the share of them that may be left out
+"""By how many standard deviations a table may be shifted, and how far stretched: a card's, by its kind, and one that was moved."""
+_CARD_PAIRS = 400  # weight of the card's deviation, in pairs: it differs by some percent from set to set
+_MATES_DB, _MATES_MOST = (
+    40.0,
+    0.05,
+)  # score by the card from which a pair may be mated; share of such pairs that may be left out
 _DEFAULT_SD = 0.1  # of non-mated cosines, until there are enough rows: SFace's 0.096 rounded up (LFW, 2026-11)
 _TAIL_FREEDOM = (
     30.0  # of Student's t: SFace's table from 0.3 to 1, in its own standard deviations, within 6 dB (2026-12)
@@ -48,32 +54,38 @@ _MATED_MEAN, _MATED_SD = 0.65, 0.15  # of mated cosines, as face models of this 
 
 @dataclass(frozen=True, eq=False)
 class WithMinutiae:
-    """What a finger's embedding and its minutiae say together: `both` is of the sum of both llr_db."""
+    """Calibration of a finger's embedding and minutiae together: `both` calibrates the sum of their llr_db."""
 
     minutiae: Calibration
     both: Calibration
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """Some people of a gallery, by chance. key: changes with who they are; vectors(): their embeddings, float32 (count, d)."""
+class ImpostorSample:
+    """Random subjects of a gallery; nearly all pairs of them are impostor pairs. key: changes with the subjects; vectors(): their
+    embeddings, float32 (count, d)."""
 
     key: Hashable
     count: int
     vectors: Callable[[], Float32]
 
 
-NOBODY = Drawn(None, 0, lambda: np.zeros((0, 1), np.float32))
+NO_SAMPLE = ImpostorSample(None, 0, lambda: np.zeros((0, 1), np.float32))
+SampleOf = Callable[[str], ImpostorSample]
+"""model_id -> up to SAMPLE_SIZE subjects with embeddings of this model."""
 
 
 class Calibrations:
-    """Calibrations by model_id. drawn: model_id -> up to SAMPLE_SIZE people with embeddings of this model; own_strangers: whether
-    tables of cards are moved to where their similarities lie. Of several cards of minutiae the last one lends its table to unknown extractors."""
+    """Calibrations by model_id. Thread-safe.
+
+    sample_of: the sample of subjects for look-ups that name none. own_strangers: whether cards' tables are moved to this gallery's impostor
+    scores. Of several minutiae cards the last one's table is used for unknown extractors.
+    """
 
     def __init__(
         self,
         cards: Sequence[ModelCard],
-        drawn: Callable[[str], Drawn] = lambda model_id: NOBODY,
+        sample_of: SampleOf = lambda model_id: NO_SAMPLE,
         *,
         own_strangers: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -95,7 +107,7 @@ class Calibrations:
                         doubted = both.doubted(self._off_sd[known], _OFF_STRETCH)
                         of = self._known[minutiae.model_id]
                         self._with_minutiae[known] = WithMinutiae(of, both), WithMinutiae(of, doubted)
-        self._drawn = drawn
+        self._sample_of = sample_of
         self._own_strangers = own_strangers
         of_minutiae = {EXTERNAL_MINUTIAE, *(card.model_id for card in cards if card.kind == "minutiae")}
         self._minutiae = {
@@ -106,8 +118,8 @@ class Calibrations:
         self._lock = threading.Lock()
 
     def sound(self, template: Template) -> Template:
-        """The template, its record in the form that galleries store. Raises InvalidInput for an unsound record, and where nothing is
-        known of how its extractor's minutiae score."""
+        """The template with its record in the form that galleries store. Raises InvalidInput for an unsound record, and for minutiae of
+        an extractor without a calibration."""
         if template.minutiae is None:
             return template
         if template.model_id not in self._known:
@@ -117,67 +129,72 @@ class Calibrations:
             )
         return replace(template, minutiae=standard(view_of(template.minutiae, template.column)))
 
-    def with_minutiae(self, model_id: str) -> WithMinutiae | None:
-        """How minutiae add to this model's embeddings; None where no card says so, and embeddings are compared alone. What holds of
-        the embeddings' table, that it is checked, holds of the sum's."""
+    def with_minutiae(self, model_id: str, sample_of: SampleOf | None = None) -> WithMinutiae | None:
+        """How minutiae add to this model's embeddings; None if no card says so, and embeddings are compared alone. The sum's table is
+        unchecked while the embeddings' table is."""
         found = self._with_minutiae.get(model_id)
-        return None if found is None else found[self.of(model_id).unchecked]
+        return None if found is None else found[self.of(model_id, sample_of).unchecked]
 
-    def of(self, model_id: str) -> Calibration:
+    def of(self, model_id: str, sample_of: SampleOf | None = None) -> Calibration:
+        """The calibration of a model. sample_of: the gallery's subjects to measure it on; None: as the constructor was given."""
         if model_id in self._minutiae:
             return self._minutiae[model_id]
         known = self._known.get(model_id)
-        drawn = self._drawn(model_id)
-        if drawn.count < (_SAMPLE_MIN if known is None else _OWN_MIN):
-            drawn = NOBODY
+        sample = (sample_of or self._sample_of)(model_id)
+        if sample.count < (_SAMPLE_MIN if known is None else _OWN_MIN):
+            sample = NO_SAMPLE
         with self._lock:
-            key, found = self._measured.get(model_id, (None, None))
-            now = drawn.key, self._own_strangers()
-            if found is None or key != now:
-                found = from_embeddings(drawn.vectors()) if known is None else self._here(model_id, known, drawn)
-                self._measured[model_id] = now, found
-            return found
+            last_key, calibration = self._measured.get(model_id, (None, None))
+            key = sample.key, self._own_strangers()
+            if calibration is None or last_key != key:
+                calibration = (
+                    from_embeddings(sample.vectors()) if known is None else self._here(model_id, known, sample)
+                )
+                self._measured[model_id] = key, calibration
+            return calibration
 
-    def _here(self, model_id: str, known: Calibration, drawn: Drawn) -> Calibration:
-        """A card's table in this gallery: moved, and `unchecked` until it can be checked."""
+    def _here(self, model_id: str, known: Calibration, sample: ImpostorSample) -> Calibration:
+        """A card's table in this gallery: moved to its impostor scores, and `unchecked` while the sample is too small."""
         doubted = known.doubted(self._off_sd[model_id], _OFF_STRETCH)
-        if not drawn.count:
+        if not sample.count:
             return doubted
-        vectors = drawn.vectors()
-        similarity = (vectors @ vectors.T)[np.triu_indices(drawn.count, 1)]
-        there = moved(known, similarity, f"{known.source}; moved to {drawn.count} of the gallery's own people")
-        if there is known:  # its people look like mates
+        vectors = sample.vectors()
+        similarity = (vectors @ vectors.T)[np.triu_indices(sample.count, 1)]
+        there = moved(known, similarity, f"{known.source}; moved to {sample.count} of the gallery's own people")
+        if there is known:  # too many pairs score like mates
             return doubted
-        checked = drawn.count >= CHECKED_PEOPLE
+        checked = sample.count >= CHECKED_PEOPLE
         if self._own_strangers():
             return there if checked else there.doubted(min(_OFF_MOVED_SD, self._off_sd[model_id]), _OFF_STRETCH)
         return known if checked and _near(known, there) else doubted
 
 
 def _near(known: Calibration, there: Calibration) -> bool:
-    """Whether a table that is not to be moved holds where it would be moved to."""
+    """Whether a card's table, unmoved, fits the gallery's impostor scores well enough."""
     (mean, sd), (own_mean, own_sd) = known.nonmated_law, there.nonmated_law
     return own_mean < mean + _OFF_MOVED_SD / 2 * sd and own_sd < _OFF_STRETCH * sd
 
 
 def moved(known: Calibration, similarity: ArrayLike, source: str) -> Calibration:
-    """A card's table, moved and stretched to where the strangers of a gallery lie. similarity: float (n,), of pairs of its people. The
-    table as it is, where too many of these look like mates, as in a folder with few people and many pictures of each."""
+    """A card's table, shifted and scaled to a gallery's impostor scores. similarity: float (n,), of pairs of its subjects.
+
+    Returns `known` itself if too many pairs score like mates, as in a folder with few people and many pictures of each.
+    """
     cosines = np.asarray(similarity, np.float64)
     strangers = cosines[known.score_db(cosines) < _MATES_DB]
     if len(strangers) < (1 - _MATES_MOST) * len(cosines):
         return known
     own = len(strangers) / (len(strangers) + _CARD_PAIRS)
     sd = np.sqrt(own * strangers.var() + (1 - own) * known.nonmated_law[1] ** 2)
-    return known.among(float(strangers.mean()), float(sd), source)
+    return known.with_impostors(float(strangers.mean()), float(sd), source)
 
 
 def from_embeddings(vectors: Float32) -> Calibration:
-    """A calibration from unlabelled embeddings, float32 (n, d) unit rows: Student's t law for non-mated cosines.
+    """A calibration from unlabelled embeddings, float32 (n, d) unit rows: Student's t distribution of non-mated cosines.
 
-    Nobody measured how the tail falls, and real ones fall more slowly than a normal law's, so that a likeness would seem rarer than
-    any register could tell. Its spread is the wider of the measured standard deviation and the one that the share of 1e-3 implies. With too
-    few rows, a spread wider than that of the face models in use. Never checked, so that no decision rests on it alone.
+    The tail is not measured. Real tails fall more slowly than a normal distribution's, which would make a similarity seem rarer than it
+    is. The spread is the larger of the measured standard deviation and the one that the 1e-3 quantile implies; with too few rows, one
+    wider than that of the face models in use. Always `unchecked`, so that no decision rests on it alone.
     """
     mean, sd, pairs = 0.0, _DEFAULT_SD, 1
     if len(vectors):
@@ -189,7 +206,9 @@ def from_embeddings(vectors: Float32) -> Calibration:
     z = (score - mean) / sd
     strangers = -(_TAIL_FREEDOM + 1) / 2 * np.log1p(z**2 / _TAIL_FREEDOM) - np.log(sd)
     llr = 10 / np.log(10) * (-0.5 * ((score - _MATED_MEAN) / _MATED_SD) ** 2 - np.log(_MATED_SD) - strangers)
-    llr[: llr.argmin()] = llr.min()  # mates' law is the wider one: far on the strangers' side it would win again
+    llr[: llr.argmin()] = (
+        llr.min()
+    )  # mates spread wider, so that their density would exceed again far below the impostors
     table = {
         "score": score.tolist(),
         "llr_db": np.maximum.accumulate(np.clip(llr, -30, None)).tolist(),

@@ -1,4 +1,4 @@
-"""Comparing one probe with many candidates, capture by capture, and adding the evidence up.
+"""Compares one probe with many candidates, capture by capture, and adds up the evidence.
 
 Owns which captures are paired, and how their scores become one. Never searches and never decides.
 
@@ -8,12 +8,13 @@ Owns which captures are paired, and how their scores become one. Never searches 
    labels and the strongest other reading counts, each less its penalty.
 3. A finger's embedding and its minutiae add their llr_db, and the sum is calibrated again; with only one, that one counts.
 4. A subject with several rows is one candidate (`encounters.py`).
-5. Every number that leaves here has a unit: `score_db`, `llr_db`.
+5. Every returned number has a unit: `score_db`, `llr_db`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cache
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput, ModelMismatch
 from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import WithMinutiae
+from biodedup.match.calibrations import SampleOf, WithMinutiae
 from biodedup.match.encounters import Joint, of_all_rows
 from biodedup.match.fusion import llr_reaching
 from biodedup.match.labels import Pair, Readings, readings_of
@@ -32,16 +33,16 @@ from biodedup.values import BIT, Float32, Score, Template
 
 
 class Candidates(Protocol):
-    """Where the candidates' templates come from: a gallery's rows, or a few templates in hand. rows: int64 (n,)."""
+    """The source of the candidates' templates: a gallery's rows, or a few templates in memory. rows: int64 (n,)."""
 
     def presence(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
-        """The columns that each row has, as a mask."""
+        """The columns of each row, as a bit mask (`values.BIT`)."""
 
     def embeddings(self, rows: NDArray[np.int64], column: str) -> Float32:
-        """float32 (n, d), for rows that have this column; d = 0 where the column holds no embeddings."""
+        """float32 (n, d), of rows that have this column; d = 0 if the column holds no embeddings."""
 
     def minutiae(self, rows: NDArray[np.int64], column: str) -> dict[int, bytes]:
-        """Records of those of the rows that have one."""
+        """row -> minutiae record, of the rows that have one."""
 
     def model_ids(self) -> Mapping[str, str]:
         """The model of each column."""
@@ -66,11 +67,11 @@ class TemplateCandidates:
         return {row: record for row, record in records.items() if record is not None}
 
     def model_ids(self) -> Mapping[str, str]:
-        return {column: template.model_id for one in self._candidates for column, template in one.items()}
+        return {column: template.model_id for candidate in self._candidates for column, template in candidate.items()}
 
 
 class _Held:
-    """Candidates of one comparison; each column's embeddings are read once, whatever they are compared with."""
+    """The candidates of one comparison. Each column's embeddings are read once."""
 
     def __init__(self, source: Candidates, rows: NDArray[np.int64]) -> None:
         self.model_ids = source.model_ids()
@@ -85,22 +86,32 @@ class _Held:
         return self._read[key]
 
     def minutiae(self, ats: NDArray[np.int64], column: str) -> tuple[NDArray[np.int64], list[bytes]]:
-        """Which of these have a record, and the records."""
-        records = self._source.minutiae(self.rows[ats], column)
-        found = [records.get(row) for row in self.rows[ats].tolist()]
-        return ats[[record is not None for record in found]], [record for record in found if record is not None]
+        """(which of these have a record, their records)."""
+        record_of = self._source.minutiae(self.rows[ats], column)
+        records = [record_of.get(row) for row in self.rows[ats].tolist()]
+        return ats[[record is not None for record in records]], [record for record in records if record is not None]
 
 
 def pairings(probe: Sequence[str], candidate: Sequence[str]) -> list[list[Pair]]:
-    """What to compare: a list of groups; of each group the best pair counts."""
+    """The pairs of columns to compare, in groups; of each group the best pair counts."""
     groups = [[(column, column)] for column in probe if column in candidate]
-    mine = [column for column in probe if column != "face" and column not in candidate]
-    theirs = [column for column in candidate if column != "face" and column not in probe]
-    if "unknown" in mine and theirs:
-        groups.append([("unknown", column) for column in theirs])
-    elif "unknown" in theirs and mine:
-        groups.append([(column, "unknown") for column in mine])
+    of_probe = [column for column in probe if column != "face" and column not in candidate]
+    of_candidate = [column for column in candidate if column != "face" and column not in probe]
+    if "unknown" in of_probe and of_candidate:
+        groups.append([("unknown", column) for column in of_candidate])
+    elif "unknown" in of_candidate and of_probe:
+        groups.append([(column, "unknown") for column in of_probe])
     return groups
+
+
+class CalibrationOf(Protocol):
+    def __call__(self, model_id: str, sample_of: SampleOf | None = None, /) -> Calibration:
+        """As `Calibrations.of`."""
+
+
+class WithMinutiaeOf(Protocol):
+    def __call__(self, model_id: str, sample_of: SampleOf | None = None, /) -> WithMinutiae | None:
+        """As `Calibrations.with_minutiae`."""
 
 
 class Comparer:
@@ -109,13 +120,20 @@ class Comparer:
 
     def __init__(
         self,
-        calibration_of: Callable[[str], Calibration],
+        calibration_of: CalibrationOf,
         matcher: MinutiaeMatcher,
-        with_minutiae: Callable[[str], WithMinutiae | None] = lambda model_id: None,
+        with_minutiae: WithMinutiaeOf = lambda model_id, sample_of=None: None,
     ) -> None:
         self._calibration_of = calibration_of
-        self._with_minutiae = with_minutiae
+        self._with_minutiae_of = with_minutiae
         self._matcher = matcher
+        self._sample: tuple[()] | tuple[SampleOf] = ()
+
+    def calibrated_on(self, sample_of: SampleOf) -> Comparer:
+        """The same comparer, with calibrations that are measured on these subjects."""
+        comparer = copy(self)
+        comparer._sample = (sample_of,)
+        return comparer
 
     def compare(
         self,
@@ -126,10 +144,10 @@ class Comparer:
         across: bool = False,
         subjects: NDArray[np.int64] | None = None,
     ) -> Ranked:
-        """The probe against each row, strongest first, equal ones by row. Rows with nothing comparable are left out.
+        """The probe compared with each row, strongest first, equal ones by row. Rows without a comparable capture are left out.
 
-        across: fingers are compared with fingers of other labels, too. subjects: int64 (n,), rows with the same number are of one
-        subject, which comes out as one comparison, of its strongest row; None: each row is a subject of its own.
+        across: also compare fingers with fingers of other labels. subjects: int64 (n,), rows with the same number belong to one
+        subject, which gives one comparison, that of its strongest row; None: each row is a subject of its own.
         """
         held = _Held(source, np.asarray(rows, np.int64))
         own = source.presence(held.rows)
@@ -163,29 +181,33 @@ class Comparer:
         """How the templates in each of the probe's columns score."""
         # once for all rows: the calibration of a model without a card comes from the gallery
         of = {
-            model_id: ScoreModel(self._calibration_of(model_id), self._with_minutiae(model_id))
+            model_id: ScoreModel(self.calibration(model_id), self._with_minutiae(model_id))
             for model_id in {one.model_id for one in probe.values()}
         }
         return {column: of[template.model_id] for column, template in probe.items()}
 
     def score_db(self, probe: Template, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """score_db, float64 (n,), of raw scores of this probe's model."""
-        return self._calibration_of(probe.model_id).score_db(values.astype(np.float64))
+        """score_db, float64 (n,), of raw scores of the probe's model."""
+        return self.calibration(probe.model_id).score_db(values.astype(np.float64))
 
     def adds_minutiae(self, model_id: str) -> bool:
         """Whether minutiae add to the embeddings of this model."""
         return self._with_minutiae(model_id) is not None
 
     def has_more(self, probe: Template) -> bool:
-        """Whether comparing says more than the embedding alone does, so that an order by embeddings is not final."""
+        """Whether minutiae add to the probe's embedding, so that a ranking by embeddings is not final."""
         return probe.embedding is not None and probe.minutiae is not None and self.adds_minutiae(probe.model_id)
 
     def calibration(self, model_id: str) -> Calibration:
-        return self._calibration_of(model_id)
+        """The calibration of a model's embeddings or minutiae alone."""
+        return self._calibration_of(model_id, *self._sample)
+
+    def _with_minutiae(self, model_id: str) -> WithMinutiae | None:
+        return self._with_minutiae_of(model_id, *self._sample)
 
     def llr_reaching(self, score_db: float, model_ids: Sequence[str]) -> float:
-        """The least sum of llr_db over captures of these models that scores as much."""
-        return llr_reaching(score_db, tuple(map(self._calibration_of, model_ids)))
+        """The least sum of llr_db, over one capture of each of these models, that reaches score_db."""
+        return llr_reaching(score_db, tuple(map(self.calibration, model_ids)))
 
     def _measure(
         self, probe: Template, model: ScoreModel, pair: Pair, held: _Held, ats: NDArray[np.int64]
@@ -227,11 +249,11 @@ def _relabelled(template: Template) -> Template:
 def _readings(
     probe: Mapping[str, Template], models: Mapping[str, str], columns: Sequence[str], labelled: bool
 ) -> Readings | None:
-    """labelled: right labels pair something."""
-    mine = tuple(column for column in probe if column != "face")
-    known = {probe[column].model_id for column in mine}
-    theirs = tuple(column for column in columns if column != "face" and models.get(column) in known)
-    return readings_of(mine, theirs, labelled)
+    """The other readings of the probe's labels. labelled: whether the given labels pair any captures."""
+    of_probe = tuple(column for column in probe if column != "face")
+    known = {probe[column].model_id for column in of_probe}
+    of_candidate = tuple(column for column in columns if column != "face" and models.get(column) in known)
+    return readings_of(of_probe, of_candidate, labelled)
 
 
 @cache

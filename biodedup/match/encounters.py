@@ -1,10 +1,10 @@
-"""Evidence of a subject with several rows (encounters) as one comparison.
+"""Combines the rows (encounters) of one subject into one comparison.
 
-Owns how rows of one subject stand in for one another, and what is taken off for having several. Never measures a similarity.
+Owns which rows lend columns to one another, and the penalty for having several rows. Never measures a similarity.
 
-1. Each row is one reading of the subject. A column that the row lacks is borrowed from the subject's other rows: of m of them that
-   have it the strongest, less 10 log10(m) dB. Rows of different positions are thus compared jointly.
-2. The strongest of k different readings counts, less 10 log10(k) dB: k tries have k chances to look alike (Bonferroni's bound).
+1. Each row is one reading of the subject. A column that the row lacks is borrowed from the subject's other rows: of the m rows that
+   have it the strongest, less 10 log10(m) dB. Rows of different finger positions are thus compared jointly.
+2. The strongest of k different readings counts, less 10 log10(k) dB: k readings have k chances to look alike (Bonferroni's bound).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Int64 = NDArray[np.int64]
 
 
 def of_all_rows(presence: NDArray[np.uint16], subjects: Int64) -> NDArray[np.uint16]:
-    """The columns that the rows of each row's subject have together, as masks, uint16 (n,)."""
+    """For each row the columns of all rows of its subject, as masks, uint16 (n,)."""
     _, which = np.unique(subjects, return_inverse=True)
     together = np.zeros(which.max() + 1 if len(which) else 0, np.uint16)
     np.bitwise_or.at(together, which, presence)
@@ -30,7 +30,7 @@ def of_all_rows(presence: NDArray[np.uint16], subjects: Int64) -> NDArray[np.uin
 
 
 class Joint:
-    """What was measured of some rows, each with what it borrows. subjects: int64 (n,), the number of each row's subject.
+    """Scores of rows, completed by borrowed columns. subjects: int64 (n,), the number of each row's subject.
 
     scores: by pair of columns, of every row; borrowed_db: float64 (n, pairs), what is off a borrowed pair's evidence.
     """
@@ -57,7 +57,7 @@ class Joint:
         self.borrowed_db[lacks, number] = 10 * np.log10(offers[at])
 
     def best_of_each(self, fused: Fused) -> Fused:
-        """The strongest row of each subject, less what its readings cost; the others have no score any more."""
+        """The strongest row of each subject, less the penalty for its readings; its other rows lose their score."""
         some = self._several[~np.isnan(fused.score_db[self._several])]
         used = np.where(fused.used[some], self._source[some], -1)
         readings = np.unique(np.column_stack([self._subjects[some], used]), axis=0)

@@ -1,15 +1,15 @@
-"""Fitting: labelled pairs into the calibration table of a model card.
+"""Fits the calibration table of a model card to labelled pairs.
 
-Owns the laws of mated and non-mated scores. Never extracts, and never reads files.
+Owns the fitted distributions of mated and non-mated scores. Never extracts, and never reads files.
 
-Non-mated: counted up to a threshold that one pair in a hundred reaches, and from there a generalised Pareto law of the excesses
-(Pickands, 1975; Coles, "An Introduction to Statistical Modeling of Extreme Values", 2001), which meets the count at the
-threshold, and which does not end before the table does. Several sets (sensors, populations) count alike, however many pairs
-each has: the law is that of a sensor drawn among them. The interval, 95 %, comes from weighing sets and subjects anew (the Bayesian bootstrap: Rubin, 1981), not pairs, since
-pairs of one subject look alike together.
+Non-mated: the empirical distribution up to a threshold that one pair in a hundred reaches, and above it a generalised Pareto distribution
+of the excesses (Pickands, 1975; Coles, "An Introduction to Statistical Modeling of Extreme Values", 2001), which is continuous at the
+threshold and does not end within the table. Several sets (sensors, populations) have equal weight, however many pairs each has: the
+distribution is that of a sensor drawn from them at random. The interval, 95 %, is a Bayesian bootstrap (Rubin, 1981) over sets and
+subjects, not over pairs, since pairs of one subject are not independent.
 
-Mated: the likelihood ratio is that of both laws' masses between knots, made non-decreasing by isotonic regression. That keeps the
-mated mass at one, so that the ratio never exceeds 1 / P(score or more | non-mated), measured or not.
+Mated: the likelihood ratio is that of both distributions' masses between knots, made non-decreasing by isotonic regression. That keeps
+the mated mass at one, so that the ratio never exceeds 1 / P(score or more | non-mated), measured or not.
 
 scikit-learn and scipy.stats are imported when a table is fitted: enrolment needs neither, and they take long.
 """
@@ -30,7 +30,7 @@ MATED_MIN, NONMATED_MIN = 100, 1000
 OUTLIER_SHARE = 0.01
 """One mated capture in a hundred shows something else (another finger, a profile): nothing speaks against a mate by more than 20 dB."""
 TAIL_SHARE, TAIL_MIN, TAIL_MAX = 0.01, 100, 10_000
-"""How many pairs are the tail: this share, within these limits."""
+"""The number of pairs in the tail: this share, within these limits."""
 COSINE_POWER = 2.0
 """For cosines of many dimensions, which fall as a normal law does, whose square's tail soon is exponential: of random directions, whose
 law is known, the interval then holds the truth 40 dB beyond the pairs; of cosines themselves it does not."""
@@ -42,8 +42,8 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Nonmates:
-    """Non-mated scores of one set, float64 (n,). a, b: whose the two captures are, int64 (n,) from 0; None: all pairs are taken as
-    independent."""
+    """Non-mated scores of one set, float64 (n,). a, b: numbers of the subjects of each pair, int64 (n,) from 0; None: all pairs are taken
+    as independent."""
 
     name: str
     scores: Float64 = field(repr=False)
@@ -51,7 +51,7 @@ class Nonmates:
     b: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def weights(self, count: int, rng: np.random.Generator) -> Iterator[Float64]:
-        """Of the pairs, float64 (n,), one in all: first alike, then count times with subjects weighed anew."""
+        """Weights of the pairs, float64 (n,), with sum 1: first equal ones, then `count` bootstrap replicates over subjects."""
         yield np.full(len(self.scores), 1 / len(self.scores))
         for _ in range(count):
             if self.a is None or self.b is None:
@@ -96,10 +96,10 @@ def refit(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The `[calibration]` table of a card for other strangers, with nobody's mates: nonmated by set, as in `fit`.
+    """The `[calibration]` table of a card, refitted to other non-mated pairs without mated pairs. nonmated: by set, as in `fit`.
 
-    What is as rare among them as a score was among those of the old table has the likelihood ratio that it had: whatever makes these
-    strangers more alike (one camera, one people) makes mates so, too.
+    A score that is as rare here as another was in the old table keeps that one's likelihood ratio: what makes impostors more alike (one
+    camera, one population) makes mates more alike, too.
 
     Raises InvalidInput for too few pairs.
     """
@@ -113,7 +113,7 @@ def refit(
 
 
 def _nonmated(sets: Sequence[Nonmates], knots: Float64, power: float, replicates: int, seed: int) -> dict[str, Any]:
-    """What a table says of strangers."""
+    """The part of a table that describes non-mated scores."""
     nonmated_db, *anew = survival_db(sets, knots, replicates, np.random.default_rng(seed), power)
     low, high = np.quantile(anew, (0.025, 0.975), axis=0)
     return {

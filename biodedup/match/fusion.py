@@ -1,6 +1,6 @@
-"""Fusion: the evidence of several captures as one score.
+"""Fusion: turns the evidence of several captures into one score.
 
-Owns the distribution of summed log-likelihood ratios, of mates and of non-mates. Never compares captures.
+Owns the distributions of summed log-likelihood ratios of mates and of non-mates. Never compares captures.
 
 Captures add as log-likelihood ratios, and the sum is calibrated again: score_db = -10 log10 P(sum or more | all captures
 non-mated). Non-mated scores of different captures are taken as independent. The distribution of the sum is the
@@ -21,7 +21,7 @@ from biodedup.match.calibration import SCORE_DB_MAX, Bound, Calibration
 
 STEP_DB = 0.25
 Law = Bound | Literal["mated"]
-"""Whose sums: non-mates' by one of their laws, or mates'."""
+"""Which distribution of sums: that of non-mates, by a `Bound`, or that of mates."""
 
 _tables: dict[tuple[Law, tuple[int, ...]], tuple[tuple[Calibration, ...], int, NDArray[np.float64]]] = {}
 _lock = threading.Lock()
@@ -40,7 +40,7 @@ def fused_score_db(
 
 
 def measured_db(calibrations: Sequence[Calibration]) -> float:
-    """The score_db beyond which nothing was measured."""
+    """The score_db beyond which no pairs were measured, for any of the captures."""
     return max([calibration.measured_db for calibration in calibrations])
 
 
@@ -55,46 +55,45 @@ def steps_of(llr_sums_db: ArrayLike) -> NDArray[np.int64]:
 def score_db_of_steps(
     steps: NDArray[np.int64] | np.int64, calibrations: Sequence[Calibration], bound: Bound = "best"
 ) -> NDArray[np.float64]:
-    """score_db of sums in steps, over captures with these calibrations. bound: by which law of the non-mates; with "low" and
-    "high" as if all captures' laws were off in the same direction, so that the interval is wider than 95 %."""
+    """score_db of sums in steps, over captures with these calibrations. bound: which distribution of non-mates. "low" and "high" take
+    all captures' tables to be off in the same direction, so that the interval is wider than 95 %."""
     first, score_db = _table(calibrations, bound)
     return np.asarray(score_db.take(steps - first, mode="clip"))
 
 
 def bounded(calibrations: Sequence[Calibration]) -> bool:
-    """Whether all of these say how far off they may be."""
+    """Whether all of these have an interval."""
     return all([calibration.bounds_db is not None for calibration in calibrations])
 
 
 def llr_reaching(score_db: float, calibrations: Sequence[Calibration]) -> float:
-    """The least sum of llr_db that scores as much."""
+    """The least sum of llr_db that reaches score_db."""
     first, scores = _table(calibrations, "best")
     return float(first + np.searchsorted(scores, score_db)) * STEP_DB
 
 
 def mated_quantile_db(share: float, calibrations: Sequence[Calibration]) -> float:
-    """The score_db that this share of mates' sums stay below."""
+    """The score_db below which this share of mates score."""
     first, below = _table(calibrations, "mated")
     index = int(np.searchsorted(below, share, side="right")) - 1
     return float(score_db_of_steps(np.int64(first + max(index, 0)), calibrations))
 
 
 def mated_share_below(score_db: float, calibrations: Sequence[Calibration]) -> float:
-    """The share of mates whose sums score less."""
+    """The share of mates that score below score_db."""
     first, below = _table(calibrations, "mated")
     index = round(llr_reaching(score_db, calibrations) / STEP_DB) - first
     return float(below[index]) if index < len(below) else 1.0
 
 
 def _table(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[np.float64]]:
-    """(first, values) by sums of llr_db in steps: of a law of the non-mates the score_db, of mates the share below."""
+    """(first, values) by sums of llr_db in steps: for non-mates the score_db, for mates the share below."""
     key = law, tuple(map(id, calibrations))
     if (known := _tables.get(key)) is None:
         with _lock:
             if len(_tables) >= 1024:
                 _tables.clear()
-            # in one order, so that sums come out alike to the last bit; the calibrations are kept with their table, so that no
-            # id is given away while it is a key
+            # a fixed order makes sums equal to the last bit; the table keeps its calibrations alive, so that no id in a key is reused
             ordered = sorted(calibrations, key=lambda calibration: (calibration.source, id(calibration)))
             known = _tables[key] = (tuple(ordered), *_convolved(ordered, law))
     return known[1:]
@@ -117,6 +116,6 @@ def _pmf(calibration: Calibration, law: Law) -> tuple[int, NDArray[np.float64]]:
     if law != "mated":
         return calibration.nonmated_llr_pmf(STEP_DB, law)
     first, mass = calibration.nonmated_llr_pmf(STEP_DB)
-    # A likelihood ratio turns one law into the other; what rounding and the table's ends leave over is shared out.
+    # the likelihood ratio turns the non-mated distribution into the mated one; dividing by the sum corrects rounding and the table's ends
     mates = mass * 10 ** ((first + np.arange(len(mass))) * STEP_DB / 10)
     return first, mates / mates.sum()

@@ -1,14 +1,14 @@
-"""From ranked evidence to an outcome, and what kind of resemblance it is.
+"""The decision rules: from scored candidates to an outcome, and to the kind of each resemblance.
 
-Owns the rules. Never compares, never stores, never looks at a biometric sample.
+Owns the rules. Never compares, stores or reads a biometric sample.
 
-A score that reaches a threshold says that two records are hardly strangers. It does not say that they are one person: twins share a
-face, an operator's finger can lie on many records, and two people's captures can be filed as one. Where captures contradict one
-another, the sum is not believed alone: the case goes to a person, with its kind.
+A score above a threshold says that two records are very unlikely to be an impostor pair. It does not prove that they are one person: twins
+share a face, an operator's finger can be on many records, and captures of two people can be filed as one. If captures contradict one
+another, the encounter goes to review, with its kind.
 
-Nor is a score believed whose calibration may be wrong by more than its margin: until a gallery has checked a model's card with people
-of its own (match/calibrations.py), what is left of the score with the card as wrong as it may be, `sure_db`, must reach the duplicate
-threshold, too; otherwise the case goes to a person, `uncalibrated`.
+A score whose calibration may be wrong by more than its margin is not trusted either. Until a gallery has checked a model's card on its
+own subjects (match/calibrations.py), the score under the worst case of the card, `sure_db`, must reach the duplicate threshold, too.
+Otherwise the encounter goes to review, with the reason `uncalibrated`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import log10
 
-from biodedup.completeness import INCOMPLETE
 from biodedup.match.ranked import Comparison
+from biodedup.required import INCOMPLETE
 from biodedup.values import Decision, Evidence, Kind, Outcome
 
 SPEAKS_FOR_DB = 20.0
 """llr_db from which a capture speaks for one person: a hundred to one."""
 SPEAKS_AGAINST_DB = -7.0
-"""llr_db to which captures together speak against: five to one. Strangers' fingers reach it two at a time."""
+"""llr_db down to which captures together speak against one person: one to five. Two impostor fingers together reach it."""
 
 BELIEVED: tuple[Kind, ...] = ("same_person", "swapped_fingers")
-"""Kinds whose score is taken at its word."""
+"""Kinds whose score decides alone."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """kinds: of each candidate, "" below the review threshold. reasons: what sent the case to a person, most serious first."""
+    """An outcome with its evidence. kinds: the kind of each candidate, "" below the review threshold. reasons: why the encounter goes to
+    review, most serious first."""
 
     outcome: Outcome
     kinds: tuple[Kind, ...]
@@ -54,10 +55,10 @@ def judge(
 ) -> Judgement:
     """The outcome of a search.
 
-    candidates: strongest first. band_db: where the review band of the policy begins; review_db lies below it where mates of these
-    captures may score less. incomplete: part of the gallery was not seen. usable: the probe has a capture. nothing_in_common: nobody
-    enrolled has a capture of the same kind. waiting: of each candidate, whether it is an open case: what resembles one waits, too. A
-    search that could not see everything never says unique.
+    candidates: strongest first. band_db: the policy's review threshold; review_db is lower if mates with these captures may score less.
+    incomplete: part of the gallery was not searched; such a search never gives `unique`. usable: the probe has a template.
+    nothing_in_common: no enrolled subject has a comparable capture. waiting: for each candidate, whether it is an open case; an encounter
+    that resembles an open case goes to review.
     """
     kinds = kinds_of(candidates, duplicate_db, review_db)
     if not usable:
@@ -79,7 +80,7 @@ def judge(
             reasons["extrapolated"] = None
         else:
             duplicate = True
-        if kind in BELIEVED and candidate.sure_db == 0.0:  # nothing but models without a calibration
+        if kind in BELIEVED and candidate.sure_db == 0.0:  # only models without a calibration took part
             reasons["uncalibrated"] = None
     if incomplete:
         reasons["incomplete"] = None
@@ -104,29 +105,29 @@ REASONS = {
     "removed": "the subject was enrolled, and has been removed since",
     "nothing_in_common": "nobody enrolled has a capture to compare with these",
 }
-"""What `Decision.reasons` say, most serious first."""
+"""The text of each of `Decision.reasons`, most serious first."""
 _SERIOUS = tuple(REASONS)
 LACKS_CAPTURES = (
     "captures are missing or cannot be used; send the encounter again, repaired, under the same encounter_id"
 )
-"""What `incomplete` says of a refused encounter."""
+"""The text of the reason `incomplete` for a refused encounter."""
 
 
 def texts_of(decision: Decision) -> tuple[str, ...]:
-    """The reasons of a decision, in words."""
+    """The reasons of a decision as texts."""
     if decision.outcome == "refused" and INCOMPLETE in decision.reasons:
         return (LACKS_CAPTURES,)
     return tuple(REASONS[reason] for reason in decision.reasons)
 
 
 def kinds_of(candidates: Sequence[Comparison], duplicate_db: float, review_db: float) -> tuple[Kind, ...]:
-    """What kind of resemblance each candidate shows; "" where it is none to speak of.
+    """The kind of resemblance of each candidate, "" below the review threshold.
 
-    `shared_finger`: one finger is the same, and all else says no; told from duplicate_db of that finger on, even if the sum is below
-    all thresholds. `look_alike`: the face says yes and the fingers together no, as twins' do. `mixed_record`: two
-    candidates reach the review threshold, each by captures that the other's contradict. `swapped_fingers`: labels differ.
+    `shared_finger`: one finger agrees and all other captures disagree; reported if that finger alone reaches duplicate_db, even if the sum
+    is below both thresholds. `look_alike`: the face agrees and the fingers together disagree, as twins' do. `mixed_record`: two
+    candidates reach the review threshold, each by captures that speak against the other. `swapped_fingers`: finger labels differ.
     """
-    found: list[Kind] = []
+    kinds: list[Kind] = []
     for candidate in candidates:
         kind: Kind = ""
         if _one_finger_against_all(
@@ -139,7 +140,7 @@ def kinds_of(candidates: Sequence[Comparison], duplicate_db: float, review_db: f
                 kind = "look_alike"
             elif any(part.swapped for part in candidate.evidence):
                 kind = "swapped_fingers"
-        found.append(kind)
+        kinds.append(kind)
     spoken = {
         i: _for_and_against(candidate.evidence)
         for i, candidate in enumerate(candidates)
@@ -147,15 +148,15 @@ def kinds_of(candidates: Sequence[Comparison], duplicate_db: float, review_db: f
     }
     for (i, (for_i, against_i)), (j, (for_j, against_j)) in combinations(spoken.items(), 2):
         if for_i & against_j and for_j & against_i:  # each by captures that speak against the other
-            found[i] = found[j] = "mixed_record"
-    return tuple(found)
+            kinds[i] = kinds[j] = "mixed_record"
+    return tuple(kinds)
 
 
 def _one_finger_against_all(evidence: Sequence[Evidence], from_db: float) -> bool:
     if len(evidence) < 2 or not any([part.llr_db >= from_db and part.column != "face" for part in evidence]):
-        return False  # nearly always; the rest is slow
+        return False  # nearly always; the code below is slow
     fingers = [part for part in evidence if part.column != "face"]
-    from_db += 10 * log10(len(fingers))  # so many had the chance
+    from_db += 10 * log10(len(fingers))  # Bonferroni: so many fingers could have agreed by chance
     best = max(fingers, key=lambda part: part.llr_db)
     rest_db = sum(part.llr_db for part in evidence if part is not best)
     return min(best.score_db, best.llr_db) >= from_db and rest_db <= SPEAKS_AGAINST_DB
@@ -168,7 +169,7 @@ def _face_against_fingers(evidence: Sequence[Evidence]) -> bool:
 
 
 def _for_and_against(evidence: Sequence[Evidence]) -> tuple[set[str], set[str]]:
-    """The probe's captures that speak for a candidate, and those that speak against it."""
+    """(the probe's captures that speak for a candidate, those that speak against it)."""
     return (
         {part.column for part in evidence if part.llr_db >= SPEAKS_FOR_DB},
         {part.column for part in evidence if part.llr_db <= SPEAKS_AGAINST_DB},

@@ -1,13 +1,13 @@
-"""Minutiae as a matcher wants them: the strongest, in a fixed order, each with a code of its neighbourhood.
+"""Minutia Cylinder-Code: describes the neighbourhood of each minutia of a print as bits.
 
-Owns reading the six-byte rows of a record's body, and minutia cylinder-codes. Never aligns two prints and never scores them.
+Source: Cappelli, Ferrara and Maltoni, "Minutia Cylinder-Code: a new representation and matching technique for fingerprint recognition",
+2010, in its bit form, with one simplification: a neighbour sets the cells that it would set alone, and contributions are not added up.
+The constants are theirs, with 8 x 8 x 6 cells, so that each section of directions is one 64-bit word.
 
-1. What is prepared does not depend on the order of a record's rows.
-2. Everything is exact: integers, and floats that hold them, so that every machine finds the same bits.
+Owns reading the six-byte rows of a record's body, the choice of the strongest minutiae, and their codes. Never aligns or scores prints.
 
-Cylinders: Cappelli, Ferrara and Maltoni, "Minutia Cylinder-Code: a new representation and matching technique for fingerprint
-recognition", 2010, in their bit form, with one simplification: a neighbour sets the cells that it would set by itself, and
-contributions are not added up. Their constants, with 8 x 8 x 6 cells; then each section of directions is one 64-bit word.
+1. The result does not depend on the order of a record's rows.
+2. All arithmetic is exact (integers, or floats that hold integers), so that every machine gives the same bits.
 """
 
 from __future__ import annotations

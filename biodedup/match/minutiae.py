@@ -1,6 +1,7 @@
-"""Comparing minutiae: one probe with many candidates, behind a seam.
+"""Compares the minutiae of one probe with those of many candidates.
 
-Owns the seam, its implementation, and the threads that compare. Never extracts minutiae. Records: `capture.minutiae_record`.
+Owns the interface `MinutiaeMatcher`, its implementation, and the threads that compare. Never extracts minutiae. Records are in
+`capture.minutiae_record`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class MinutiaeMatcher(Protocol):
 class CylinderMatcher:
     """Minutia cylinder-codes, alignment, and the share of minutiae that agree: `local_structures.py`, `alignment.py`.
 
-    Symmetric; the same on every machine and with any number of threads. Thread-safe. Strangers
-    score 1 to 5, a print and itself 80 at most.
+    Symmetric; the same on every machine and with any number of threads. Thread-safe. Impostor pairs score 1 to 5, a print and itself at
+    most 80.
     """
 
     def __init__(self, threads: int = 1) -> None:
@@ -62,10 +63,10 @@ class CylinderMatcher:
 
 
 def matched(probe: bytes, candidate: bytes) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """What `CylinderMatcher` sees in two records: (pairs, motion), for those who want to be shown.
+    """The minutiae that `CylinderMatcher` pairs in two records, for display: (pairs, motion).
 
-    pairs: int64 (k, 2), numbers of the rows of minutiae in the probe's record and in the candidate's. motion: float64 (4,), what takes the
-    probe onto the candidate: cosine, sine, shift; x' = x cosine + y sine + shift[0], y' = y cosine - x sine + shift[1].
+    pairs: int64 (k, 2), row numbers of minutiae in the probe's record and in the candidate's. motion: float64 (4,), the rigid motion from
+    the probe to the candidate: cosine, sine, shift; x' = x cosine + y sine + shift[0], y' = y cosine - x sine + shift[1].
     Raises InvalidInput for an unsound record.
     """
     content, starts, counts = _bodies([probe, candidate])
@@ -79,7 +80,7 @@ def matched(probe: bytes, candidate: bytes) -> tuple[NDArray[np.int64], NDArray[
 
 
 def _rows(print_: Prepared, content: NDArray[np.uint8], start: int, count: int) -> NDArray[np.int64]:
-    """Where in a record's body each minutia of its print is: prints are in another order, and hold the strongest alone."""
+    """The row in a record's body of each minutia of its print: a print has another order, and only the strongest minutiae."""
     body = content[start : start + MINUTIA_BYTES * count].reshape(-1, MINUTIA_BYTES).astype(np.int64)
     x, y = (((body[:, at] & 63) << 8) | body[:, at + 1] for at in (0, 2))
     value = (y << 30) | (x << 16) | (body[:, 4] << 8) | body[:, 5]
@@ -89,16 +90,16 @@ def _rows(print_: Prepared, content: NDArray[np.uint8], start: int, count: int) 
 
 
 class Bozorth3:
-    """BOZORTH3 of NBIS: the peer that the benchmark measures. Symmetric, since the larger of both directions counts."""
+    """BOZORTH3 of NBIS, for comparison in benchmarks. Symmetric: the larger score of both directions counts."""
 
     def compare(self, probe: bytes, candidates: Sequence[bytes]) -> NDArray[np.float32]:
         return bozorth3(read_record(probe), [read_record(candidate) for candidate in candidates])
 
 
 def _bodies(records: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """Where each record's minutiae are: (content uint8, starts, counts int64 (n,)). Raises InvalidInput.
+    """The position of each record's minutiae: (content uint8, starts, counts int64 (n,)). Raises InvalidInput.
 
-    `read_record` judges whatever is not in the plainest form: it takes longer than a comparison.
+    Only records that are not in the plainest form go through `read_record`, which takes longer than a comparison.
     """
     content = np.frombuffer(b"".join(records), np.uint8)
     ends = np.cumsum(np.fromiter(map(len, records), np.int64, len(records)))

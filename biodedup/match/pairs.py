@@ -1,7 +1,6 @@
-"""Two sets of templates as one comparison, and what a trace tells of comparisons.
+"""Compares two sets of templates 1:1, and records comparisons in a trace, with the minutiae that agree.
 
-Owns nothing of how captures compare (`compare.py`) or count (`calibration.py`): it puts the question for one pair, and shows the
-minutiae that an answer rests on.
+Owns the comparison of one pair and its trace. Never measures a similarity (`compare.py`) and never calibrates (`calibration.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from biodedup.values import Decision, Evidence, Score, Template, Verification
 
 @dataclass(frozen=True, eq=False)
 class PairComparer:
-    """A comparer with the calibrations that it goes by. Thread-safe."""
+    """A comparer with its calibrations. Thread-safe."""
 
     calibrations: Calibrations
     comparer: Comparer
@@ -31,7 +30,7 @@ class PairComparer:
     def compare(
         self, a: Mapping[str, Template], b: Mapping[str, Template], *, across: bool = False
     ) -> Comparison | None:
-        """All captures of both sides; None where nothing is comparable. Raises ModelMismatch."""
+        """The comparison of all captures of both sides; None if no capture is comparable. Raises ModelMismatch."""
         for column in a.keys() & b.keys():
             if a[column].model_id != b[column].model_id:
                 raise ModelMismatch(
@@ -80,7 +79,7 @@ def record_candidates(
     decision: Decision,
     templates_of: Callable[[str], Mapping[str, Template] | None],
 ) -> None:
-    """A decision and its candidates. templates_of: what is enrolled of a subject, None if nothing is."""
+    """Adds a decision and its candidates to a trace. templates_of: subject_id -> its enrolled templates, or None."""
     for candidate in decision.candidates:
         steps.add("candidate", candidate=candidate)
         _record_minutiae(steps, probe, templates_of(candidate.subject_id) or {}, candidate.evidence)
@@ -93,14 +92,14 @@ def record_candidates(
 def record_verification(
     steps: Trace, probe: Mapping[str, Template], stored: Mapping[str, Template], result: Verification
 ) -> None:
-    """A 1:1 comparison with an enrolled subject."""
+    """Adds a 1:1 comparison with an enrolled subject to a trace."""
     _record_minutiae(steps, probe, stored, result.evidence)
     steps.add("thresholds", threshold_db=result.threshold_db)
     steps.add("verification", verification=result)
 
 
 def _record_score(steps: Trace, a: Template, b: Template, score: Score) -> None:
-    """A comparison of two templates."""
+    """Adds a comparison of two templates to a trace."""
     if score.minutiae is not None and a.minutiae is not None and b.minutiae is not None:
         pairs, motion = matched(a.minutiae, b.minutiae)
         steps.add("matched_minutiae", a.column, candidate_column=b.column, pairs=pairs, motion=motion)

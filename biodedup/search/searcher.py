@@ -14,6 +14,7 @@ Owns the path from a probe to ranked candidates. Never writes, never decides, an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from biodedup.config import Policy, SearchConfig
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.match.calibrations import SampleOf
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Ranked
 from biodedup.search.multicolumn.plan import MultiColumnQuery
@@ -80,6 +82,12 @@ class Searcher:
         self._planner = MultiColumnPlanner(comparer, config, policy)
         self.scanner = Scanner(threads)
         self.fan_out = FanOut()
+
+    def calibrated_on(self, sample_of: SampleOf) -> Searcher:
+        """The same searcher, with scores that are calibrated on these subjects."""
+        searcher = copy(self)
+        searcher._comparer = self._comparer.calibrated_on(sample_of)
+        return searcher
 
     def close(self) -> None:
         self.fan_out.close()

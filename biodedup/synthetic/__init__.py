@@ -1,6 +1,6 @@
-"""Fingerprints of nobody: what tests, demonstrations, benchmarks and the training of the finger embedding are fed with.
+"""Synthetic fingerprints for tests, demonstrations, benchmarks and the training of the finger embedding.
 
-Everything is drawn from a generator of random numbers that is handed in.
+The caller passes in the random number generator.
 
     rng = numpy.random.default_rng(7)
     master = draw_master(rng)

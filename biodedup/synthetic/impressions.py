@@ -1,6 +1,6 @@
-"""Impressions: a master fingerprint as a scanner sees it, pressed, turned, shifted, stretched, cut off, scratched and noisy.
+"""Impressions: renders a master fingerprint as a scanner captures it: rotated, shifted, distorted, cropped, scratched and noisy.
 
-Owns what changes from capture to capture. Never changes the finger (`masters`).
+Owns what varies from capture to capture. Never changes the finger (`masters`).
 
 The steps follow Cappelli, Maio and Maltoni, "Synthetic fingerprint-image generation", 2000, and "Synthetic fingerprint-database
 generation", 2002; how strongly each acts was chosen so that pictures, and the minutiae in them, spread as those of

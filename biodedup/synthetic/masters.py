@@ -1,6 +1,6 @@
-"""Master fingerprints: a direction field with singular points, and ridges grown along it.
+"""Master fingerprints: generates a direction field with singular points, and ridges along it.
 
-Owns what is constant in a finger. Never draws how it is pressed onto a scanner (`impressions`).
+Owns what is constant in a finger. Never simulates a capture (`impressions`).
 
 Directions: the zero-pole model of Sherlock and Monro, "A model for interpreting fingerprint topology", 1993, each singular
 point's angle bent by harmonics (after Vizcaya and Gerhardt, 1996); the arch is a travelling bump. Ridges: noise under

@@ -74,7 +74,7 @@ def test_a_file_has_the_names_of_config_and_leaves_the_rest_at_its_default(tmp_p
         ("[policy]\nrequired = 'face'", ["policy.required is 'face'", "wanted a list of texts"]),
         ("[policy]\nrequired = ['nose']", ["policy.required has 'nose'", "'N fingers'"]),
         ("face = 3", ["face is 3", "wanted a table"]),
-        ("threads = ", ["is no TOML"]),
+        ("threads = ", ["is not TOML"]),
     ],
 )
 def test_a_mistake_names_the_file_the_setting_what_it_got_and_what_it_wanted(tmp_path, text, told):

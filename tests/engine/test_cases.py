@@ -149,15 +149,15 @@ def test_a_double_enrolled_since_keeps_the_case_open_with_the_new_candidate(engi
 
 def test_a_double_enrolled_between_the_search_and_the_commit_keeps_the_case_open(engine, monkeypatch):
     encounter = in_review(engine)
-    seek = internals(engine).searches.seek
+    seek = internals(engine).searches.search
 
     def slow(*args, **kwargs):
         found = seek(*args, **kwargs)
-        monkeypatch.setattr(internals(engine).searches, "seek", seek)
+        monkeypatch.setattr(internals(engine).searches, "search", seek)
         engine.add_templates(["carla"], {"face": encounter.templates["face"][None]})
         return found
 
-    monkeypatch.setattr(internals(engine).searches, "seek", slow)
+    monkeypatch.setattr(internals(engine).searches, "search", slow)
     decision = engine.adjudicate("e1", "different", "A. Officer")
     assert (decision.outcome, names(decision.candidates)) == ("review", ["carla"])
     assert "bella" not in engine

@@ -224,7 +224,7 @@ def test_the_rows_of_a_subject_are_compared_jointly_and_charged_for_being_severa
         == "unique"
     )
     several = engine.identify(probe).best
-    assert several.charge_db > 0 and several.rows == tuple(e.row for e in engine.encounters("anna"))
+    assert several.label_penalty_db > 0 and several.rows == tuple(e.row for e in engine.encounters("anna"))
 
 
 def test_joint_readings_agree_with_a_loop_over_rows():
@@ -466,7 +466,7 @@ def test_a_search_across_positions_charges_each_candidate_once_whatever_others_a
                 engine.admit([bd.Encounter("bella", templates={"left_index": fingers[2]})])
                 engine.admit([bd.Encounter("carla", templates={"left_middle": fingers[3], "left_ring": fingers[2]})])
             best = engine.identify(bd.Encounter(templates=probe), across_positions=True).best
-            found.append((best.subject_id, best.charge_db, best.score_db))
+            found.append((best.subject_id, best.label_penalty_db, best.score_db))
     assert found[0] == found[1] and found[0][1] > 0
 
 

@@ -499,3 +499,13 @@ def test_a_finger_embedding_finds_a_mate_whose_face_does_not(tmp_path):
         assert not decision.incomplete  # three thousand fingers were scanned, not compared one by one
         unknown = engine.identify(bd.Encounter(None, templates={"unknown": fingers[9]}))
         assert unknown.best.subject_id == "s9"
+
+
+def test_the_old_name_of_the_subjects_of_a_join_is_deprecated(engine):
+    anna, bella = people(2)
+    for name, face in (("anna", anna), ("bella", bella), ("anne", again(anna, 0.9))):
+        engine.add_templates([name], {"face": face[None]})
+    wanted = [tile.links for tile in engine.join(subject_ids=["anne"], threshold_db=20)]
+    with pytest.warns(DeprecationWarning, match="subject_ids"):
+        assert [tile.links for tile in engine.join(among=["anne"], threshold_db=20)] == wanted
+    assert [link.subject_ids for links in wanted for link in links] == [("anne", "anna")]

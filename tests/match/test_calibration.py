@@ -178,7 +178,7 @@ def test_no_likeness_is_beyond_all_measure_where_nobody_measured_how_the_tail_fa
 def test_sface_tail_falls_as_that_of_a_model_without_a_card_is_taken_to():
     card, cosines = SHIPPED[0], np.linspace(0.3, 1, 8)
     mean, sd = card.nonmated_law
-    alike = from_embeddings(np.zeros((0, 1), np.float32)).among(mean, sd, "as wide as SFace's")
+    alike = from_embeddings(np.zeros((0, 1), np.float32)).with_impostors(mean, sd, "as wide as SFace's")
     assert alike.score_db(cosines) == pytest.approx(card.score_db(cosines), abs=8)
 
 

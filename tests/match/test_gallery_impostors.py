@@ -15,6 +15,7 @@ from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import moved
 from biodedup.match.fitting import measured_fmr
+from biodedup.search.searcher import Searcher
 from biodedup.testing import internals
 from tests.support.vectors import again, people, unit
 
@@ -94,6 +95,34 @@ def test_removals_sealing_merging_and_reopening_move_no_score(tmp_path):
     assert any(of["one less"][name] != of["reopened"][name] for name in shared)
 
 
+@pytest.mark.parametrize("call", ["identify", "enroll"])
+def test_a_decision_is_calibrated_on_the_snapshot_that_was_searched(tmp_path, monkeypatch, call):
+    """And not on a later one, from which a part of the calibration sample was removed meanwhile."""
+    vectors = alike(100, 20)
+    probe = bd.Encounter("new", templates={"face": again(vectors[90:91], 0.3)[0]})
+    search = Searcher.search
+
+    def removing(self, snapshot, *more, **named):
+        monkeypatch.setattr(Searcher, "search", search)
+        for i in range(40):
+            engine.remove(f"s{i}")
+        return search(self, snapshot, *more, **named)
+
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        engine.add_templates([f"s{i}" for i in range(100)], {"face": vectors})
+        wanted = engine.identify(probe)
+        monkeypatch.setattr(Searcher, "search", removing)
+        got = getattr(engine, call)(probe)
+        assert len(engine) in (60, 61) and wanted.candidates
+        scores_db = {candidate.subject_id: candidate.score_db for candidate in wanted.candidates}
+        shared = [candidate for candidate in got.candidates if candidate.subject_id in scores_db]
+        assert shared and all(candidate.score_db == scores_db[candidate.subject_id] for candidate in shared)
+        assert (got.attainable_db, got.expected_fnir) == (
+            wanted.attainable_db,
+            wanted.expected_fnir,
+        ) or call == "enroll"
+
+
 def test_a_few_who_are_enrolled_twice_do_not_make_all_strangers_alike():
     once = alike(300, 20)
     cosines = (once @ once.T)[np.triu_indices(300, 1)]
@@ -119,7 +148,7 @@ def test_a_table_among_other_strangers_says_of_what_is_as_rare_the_same():
     table = {"score": score, "llr_db": 40 * score, "nonmated_db": -10 / np.log(10) * norm.logsf(score, 0.02, 0.1)}
     known = Calibration.from_card(table | {"measured_db": 60, "source": "a test"})
     assert known.nonmated_law == (pytest.approx(0.02, abs=0.006), pytest.approx(0.1, rel=0.01))
-    there = known.among(0.1, 0.2, "elsewhere")
+    there = known.with_impostors(0.1, 0.2, "elsewhere")
     for z in (-1.0, 0.5, 2.0, 4.0):
         here = known.nonmated_law[0] + known.nonmated_law[1] * z
         assert there.score_db([0.1 + 0.2 * z]) == pytest.approx(known.score_db([here]))

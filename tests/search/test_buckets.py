@@ -207,7 +207,7 @@ def test_caps_miss_no_more_mates_than_they_say(column, small):
     face, calibration = column
     buckets = choose(face, ROWS, calibration, LEAST, 2e-3)
     assert 0 < buckets.miss_bound <= 2e-3 and buckets.drawn == 8_000
-    similarity = calibration.mated_similarities(np.random.default_rng(1).random(20_000), least=LEAST)
+    similarity = calibration.mated_similarities(np.random.default_rng(1).random(20_000), min_similarity=LEAST)
     assert similarity.min() >= LEAST - 1e-3
     one = people(20_000, seed=77)
     other = np.concatenate([again(one[i : i + 1], c, seed=i) for i, c in enumerate(similarity)])

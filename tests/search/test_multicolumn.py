@@ -56,7 +56,9 @@ def engine(tmp_path, monkeypatch, everybody):
         for row in range(0, ROWS, 1_000):
             engine.remove(f"s{row}")
         laws = {"external-128": FINGER}
-        monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
+        monkeypatch.setattr(
+            internals(engine).comparer, "_calibration_of", lambda model_id, *_: laws.get(model_id, FACE)
+        )
         yield engine
 
 
@@ -146,7 +148,7 @@ def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tm
     with bd.Engine.open(tmp_path / "g", bd.Config(policy=POLICY)) as engine:
         engine.add_templates([f"s{i}" for i in range(5_000)], alike)
         engine.compact()
-        monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: FACE)
+        monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id, *_: FACE)
         snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
         assert searcher.multicolumn_query(snapshot, COLUMNS) is None  # it would not choose so by itself
         choice = multicolumn_plan.MultiColumnPlan(
@@ -203,7 +205,7 @@ def test_a_decision_is_the_same_as_from_every_column_by_itself(engine, everybody
 def test_rows_are_searched_together_only_where_mates_were_measured(engine, everybody, monkeypatch):
     unlabelled = from_embeddings(everybody["face"][:2_048])
     assert not unlabelled.mates_measured
-    monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: unlabelled)
+    monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id, *_: unlabelled)
     assert internals(engine).searcher.multicolumn_query(internals(engine).gallery.snapshot(), COLUMNS) is None
     assert "other rows" not in engine.plan(COLUMNS).explain()
 
@@ -218,7 +220,9 @@ def test_groups_are_kept_apart_in_a_search_multicolumn(tmp_path, everybody, monk
             engine.add_templates(names, {c: everybody[c][low + 200 : low + 4_000] for c in COLUMNS})
         engine.compact()
         laws = {"external-128": FINGER}
-        monkeypatch.setattr(internals(engine).comparer, "_calibration_of", lambda model_id: laws.get(model_id, FACE))
+        monkeypatch.setattr(
+            internals(engine).comparer, "_calibration_of", lambda model_id, *_: laws.get(model_id, FACE)
+        )
         probe = bd.Encounter(templates={c: everybody[c][4_100] for c in COLUMNS})
         assert internals(engine).searcher.multicolumn_query(internals(engine).gallery.snapshot(), COLUMNS) is not None
         assert engine.identify(probe, groups={"south"}).best.subject_id == "s4100"

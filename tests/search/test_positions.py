@@ -117,9 +117,9 @@ def test_right_labels_are_charged_one_decibel_and_are_no_swap(gallery, anew, cou
     assert across.best.subject_id == plain.best.subject_id == "s7"
     assert across.best.swaps == plain.best.swaps == ()
     assert [(part.column, part.candidate_column) for part in across.best.evidence] == [(f, f) for f in KNOWN[:count]]
-    assert across.best.charge_db == pytest.approx(-10 * log10(AS_LABELLED))
-    assert across.best.score_db == pytest.approx(plain.best.score_db - across.best.charge_db)
-    assert plain.best.charge_db == 0
+    assert across.best.label_penalty_db == pytest.approx(-10 * log10(AS_LABELLED))
+    assert across.best.score_db == pytest.approx(plain.best.score_db - across.best.label_penalty_db)
+    assert plain.best.label_penalty_db == 0
 
 
 def test_a_search_that_is_not_asked_looks_into_no_other_column(gallery, anew, monkeypatch):
@@ -179,10 +179,13 @@ def test_a_swap_is_stored_with_the_decision_and_read_back(tmp_path, fingers, ane
     with bd.Engine.open(tmp_path / "g") as engine:
         assert engine.decision("e") == decision == engine.enroll(encounter)
         assert engine.decision("e").best.swaps == decision.best.swaps
+    with pytest.warns(DeprecationWarning, match="label_penalty_db"):
+        assert decision.best.charge_db == decision.best.label_penalty_db > 0
     older = json.loads(to_json(decision))
+    assert older["candidates"][0]["charge_db"] == decision.best.label_penalty_db  # its name in JSON stays
     for candidate in older["candidates"]:
         del candidate["charge_db"]  # as releases wrote it that knew no charge
-    assert from_json(json.dumps(older)).best.charge_db == 0
+    assert from_json(json.dumps(older)).best.label_penalty_db == 0
 
 
 def test_a_finger_of_unknown_position_is_no_swap(small, fingers, anew):
@@ -191,7 +194,7 @@ def test_a_finger_of_unknown_position_is_no_swap(small, fingers, anew):
         best = small.identify(wrong(anew, 0, {"unknown": "left_thumb"}), across_positions=across).best
         assert (best.evidence[0].column, best.evidence[0].candidate_column) == ("unknown", "left_thumb")
         assert best.swaps == ()
-        assert best.charge_db == 0  # there was nothing more to try
+        assert best.label_penalty_db == 0  # there was nothing more to try
     small.add_templates(["b"], {"unknown": fingers["right_ring"][:1]})
     best = small.identify(wrong(anew, 0, {"left_index": "right_ring"}), across_positions=True).best
     assert (best.subject_id, best.swaps) == ("b", ())
@@ -301,7 +304,7 @@ def test_rows_searched_together_are_searched_across_positions_too(tmp_path, monk
         monkeypatch.setattr(
             internals(engine).comparer,
             "_calibration_of",
-            lambda model_id: {"external-128": FINGER_LAW}.get(model_id, FACE_LAW),
+            lambda model_id, *_: {"external-128": FINGER_LAW}.get(model_id, FACE_LAW),
         )
         assert internals(engine).searcher.multicolumn_query(internals(engine).gallery.snapshot(), columns) is not None
         probe = {
@@ -379,9 +382,9 @@ def every_reading(mine: Sequence[str], theirs: Sequence[str]) -> dict[frozenset[
     charges: dict[frozenset[tuple[str, str]], float] = {}
     for some in classes:
         for one in some:
-            charge_db = 10 * log10(len(classes) * len(some))
+            label_penalty_db = 10 * log10(len(classes) * len(some))
             charges[one] = min(
-                charge_db, charges.get(one, charge_db)
+                label_penalty_db, charges.get(one, label_penalty_db)
             )  # in two classes: it has the chances of the wider share
     return charges
 
@@ -392,7 +395,7 @@ def test_the_chances_of_all_readings_add_up_to_one(mine, theirs):
         readings = readings_of(mine, theirs, labelled)
         if readings is None:
             continue
-        chances = 10 ** (-readings.charges_db / 10)
+        chances = 10 ** (-readings.label_penalties_db / 10)
         total = chances.sum() + (AS_LABELLED if labelled else 0.0)
         if readings.assignment_db is not None:
             fewer, more = sorted((len(mine), len(theirs)))

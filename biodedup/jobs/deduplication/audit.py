@@ -252,9 +252,9 @@ def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: N
         rows = begun["reached"][1]
         # a join of the whole has compared those before `row` with one another, one of the listed with everybody there was
         since = (row, row) if begun["whole"] else (row, max(row, rows))
-        tiles, before = engine.join(threshold_db=threshold_db, among=present, since=since), done
+        tiles, before = engine.join(threshold_db=threshold_db, subject_ids=present, since=since), done
     else:
-        tiles, before = engine.join(threshold_db=threshold_db, among=present), 0
+        tiles, before = engine.join(threshold_db=threshold_db, subject_ids=present), 0
     entries = list(notes.entries)
     for tile in tiles:
         links = [[*link.subject_ids, link.score_db, link.extrapolated] for link in tile.links]

@@ -26,7 +26,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from biodedup.completeness import INCOMPLETE, SUPERSEDED
 from biodedup.embed.cage import FAILURES
 from biodedup.engine import Engine
 from biodedup.errors import CallerError, InvalidInput
@@ -37,6 +36,7 @@ from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.page import write_page
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.jobs.shared.workers import Extraction, Workers
+from biodedup.required import INCOMPLETE, SUPERSEDED
 from biodedup.values import Decision, Encounter, Refusal, Template
 
 Templates: TypeAlias = dict[str, Any]

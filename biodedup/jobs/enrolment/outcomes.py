@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from biodedup.completeness import INCOMPLETE, SUPERSEDED
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.manifests.encounters import Record
 from biodedup.jobs.shared.files import new_file
 from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.spreadsheet import disarmed, disarmed_schema
+from biodedup.required import INCOMPLETE, SUPERSEDED
 from biodedup.values import COLUMNS, Decision, Refusal, Verification
 
 STATUS_OF = {"unique": "enrolled", "duplicate": "duplicate", "review": "adjudicate", "refused": "refused"}

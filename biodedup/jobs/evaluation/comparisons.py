@@ -21,7 +21,7 @@ from biodedup.config import Config
 from biodedup.embed.extractor import Extractor
 from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.jobs.shared.progress import Progress
-from biodedup.match.calibrations import NOBODY, SAMPLE_SIZE, Calibrations, Drawn
+from biodedup.match.calibrations import NO_SAMPLE, SAMPLE_SIZE, Calibrations, ImpostorSample
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.ranked import Ranked
@@ -166,7 +166,7 @@ def compare_all(
     drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
     own = config.stated_policy.own_strangers
     cards = Extractor(config).cards
-    known = Calibrations(cards, lambda model_id: drawn.get(model_id, NOBODY), own_strangers=lambda: own)
+    known = Calibrations(cards, lambda model_id: drawn.get(model_id, NO_SAMPLE), own_strangers=lambda: own)
     matcher = CylinderMatcher(config.threads)
     comparer = Comparer(known.of, matcher, known.with_minutiae)
     rows = np.arange(len(encounters))
@@ -263,9 +263,9 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
     )
 
 
-def _drawn(encounters: Sequence[Labelled], gallery: Bool, model_id: str) -> Drawn:
+def _drawn(encounters: Sequence[Labelled], gallery: Bool, model_id: str) -> ImpostorSample:
     """Embeddings of a model, one a subject, as a gallery would draw them."""
     of = (encounters[row].templates for row in np.flatnonzero(gallery).tolist())
     each = (next((t.embedding for t in some.values() if t.model_id == model_id), None) for some in of)
     vectors = [vector for vector in each if vector is not None][:SAMPLE_SIZE]
-    return Drawn(model_id, len(vectors), lambda: np.array(vectors, np.float32)) if vectors else NOBODY
+    return ImpostorSample(model_id, len(vectors), lambda: np.array(vectors, np.float32)) if vectors else NO_SAMPLE

@@ -33,7 +33,7 @@ from biodedup.match.pairs import pair_comparer
 from biodedup.match.ranked import Comparison
 from biodedup.trace import Step, Trace
 from biodedup.trace import explain as traced
-from biodedup.values import FINGER_POSITIONS, Face, Finger, Missing, Refusal, Template
+from biodedup.values import FINGER_POSITIONS, Face, Finger, Missing, Refusal, Template, to_dict
 
 Side: TypeAlias = "str | Path | Sequence[Face | Finger | Missing] | Mapping[str, Template]"
 """A file or folder of captures, captures, or templates without pictures."""
@@ -58,7 +58,7 @@ class Explained:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without biometric data."""
-        compared = None if self.comparison is None else asdict(self.comparison)
+        compared = None if self.comparison is None else to_dict(self.comparison)
         return {
             "headline": self.headline,
             "outcome": self.outcome,

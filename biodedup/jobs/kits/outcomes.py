@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from biodedup.completeness import INCOMPLETE, SUPERSEDED
 from biodedup.jobs.kits.keys import PublicKey
 from biodedup.jobs.kits.ledger import Taker
 from biodedup.jobs.kits.record import Record
@@ -23,6 +22,7 @@ from biodedup.jobs.kits.trust import TrustedKey
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.page import write_page
+from biodedup.required import INCOMPLETE, SUPERSEDED
 from biodedup.values import Decision
 
 BatchState: TypeAlias = Literal["whole", "cut", "damaged", "refused", "repeated"]

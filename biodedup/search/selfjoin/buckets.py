@@ -225,7 +225,9 @@ def _mates(
 ) -> tuple[Float32, Float32]:
     """Pairs of unit rows, as similar as mates of at least min_similarity: a row of the sample, and the same row mixed
     with another."""
-    similarity = calibration.mated_similarities(rng.random(_PAIRS), least=min_similarity).astype(np.float32)[:, None]
+    similarity = calibration.mated_similarities(rng.random(_PAIRS), min_similarity=min_similarity).astype(np.float32)[
+        :, None
+    ]
     which = rng.integers(0, len(sample), (2, _PAIRS))
     left, right = sample[which[0]], sample[which[1]]
     right = right - np.einsum("ij,ij->i", left, right)[:, None] * left

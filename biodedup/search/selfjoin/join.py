@@ -10,6 +10,7 @@ Owns which rows are compared with which. Never decides and never writes.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from biodedup.config import SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.segments.part import Column
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.match.calibrations import SampleOf
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Comparison
 from biodedup.search.scope import Scope
@@ -42,7 +44,14 @@ class SelfJoin:
         self._searcher = searcher
         self._comparer = comparer
         self._config = config
-        self._buckets: tuple[tuple[Column, int, float], Buckets | None] | None = None  # of the last join
+        self._buckets: list[tuple[tuple[Column, int, float], Buckets | None]] = []  # of the last join alone
+
+    def calibrated_on(self, sample_of: SampleOf) -> SelfJoin:
+        """The same self-join, with scores that are calibrated on these subjects."""
+        join = copy(self)
+        join._searcher = self._searcher.calibrated_on(sample_of)
+        join._comparer = self._comparer.calibrated_on(sample_of)
+        return join
 
     def buckets(self, snapshot: Snapshot, threshold_db: float) -> Buckets | None:
         """The LSH buckets by which a gallery of faces is joined, for pairs that score threshold_db or more; None if all
@@ -55,10 +64,10 @@ class SelfJoin:
         inside = {id(part) for part in parts_with_codec(snapshot, "face", largest.codec)}
         rows = snapshot.live_count - sum(part.count for part in snapshot.parts if id(part) not in inside)
         key = (largest, rows, self._searcher.similarity_reaching(model_id, threshold_db))
-        known = self._buckets
+        known = next(iter(self._buckets), None)
         if known is None or known[0] != key:
             known = key, choose(*key[:2], self._comparer.calibration(model_id), key[2], self._config.miss_risk)
-            self._buckets = known
+            self._buckets[:] = [known]
         return known[1]
 
     def pairs(

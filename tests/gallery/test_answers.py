@@ -8,12 +8,13 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from conftest import SFACE, again
-from small_gallery import PEOPLE, enroll, small
 
 import biodedup as bd
 from biodedup.gallery.answers import LOADED, StoredDecision
 from biodedup.gallery.care.copying import record
+from biodedup.testing import internals
+from tests.support.galleries import PEOPLE, enroll, small
+from tests.support.vectors import SFACE, again
 
 ODD_IDS = ["added", "outcome", "review", 'x"added":1', '"outcome":"review"', "kind", "job", "loaded"]
 
@@ -45,13 +46,13 @@ def test_the_receipt_of_a_load_is_no_decision(tmp_path, sealed):
         assert engine.add_templates(["a", "b"], {"face": PEOPLE[:2]}, model_id=SFACE, encounter_id="batch") == 0
         with pytest.raises(bd.EncounterConflict):
             engine.enroll(bd.Encounter("c", templates={"face": PEOPLE[2]}, encounter_id="batch", model_id=SFACE))
-        assert engine._gallery.answer("batch").kind == "load"
+        assert internals(engine).gallery.answer("batch").kind == "load"
         assert engine.info()["encounters"] == {LOADED: 1}
 
 
 def test_steps_of_jobs_are_no_encounters_and_outlive_sealing(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=64)) as engine:
-        gallery = engine._gallery
+        gallery = internals(engine).gallery
         record(gallery, "merge:m:begun")
         record(gallery, "merge:m:begun", again=True)  # changes nothing
         with gallery.transaction() as transaction:
@@ -66,13 +67,13 @@ def test_steps_of_jobs_are_no_encounters_and_outlive_sealing(tmp_path):
         assert engine.decision("merge:m:begun") is None
         assert engine.problems() == []
     with bd.Engine.open(tmp_path / "g", small(), read_only=True) as engine:
-        assert engine._gallery.snapshot().job_step("merge:m:removed") == {"removed": 3}
+        assert internals(engine).gallery.snapshot().job_step("merge:m:removed") == {"removed": 3}
         assert engine.decision("e0") == first
 
 
 def noted_as_before(engine: bd.Engine, name: str, **facts: object) -> None:
     """A step of a job as releases before kept it: the answer of an encounter."""
-    with engine._gallery.transaction() as transaction:
+    with internals(engine).gallery.transaction() as transaction:
         transaction.record(name, StoredDecision(b"", "merged", json.dumps({"added": 0} | facts)))
 
 
@@ -84,7 +85,7 @@ def test_steps_that_were_noted_as_encounters_are_found(tmp_path, sealed):
         enroll(engine, 0)
         if sealed:
             engine.compact()
-        gallery = engine._gallery
+        gallery = internals(engine).gallery
         assert gallery.snapshot().job_step("merge:m:completed:0") == {"added": 0, "first_row": 1, "end_row": 2}
         assert gallery.snapshot().job_step("merge:m:begun") == {"added": 0}
         assert engine.decision("merge:m:begun") is None
@@ -100,17 +101,17 @@ def test_a_gallery_without_the_table_of_steps_gets_it_from_its_first_writer(tmp_
         database.execute("DROP TABLE job_step")
         database.execute("DELETE FROM meta WHERE key = 'job_steps'")
     with bd.Engine.open(tmp_path / "g", small(), read_only=True) as engine:
-        assert engine._gallery.snapshot().job_step("merge:m:begun") == {"added": 0}
-        assert engine._gallery.snapshot().job_step("merge:m:applied") is None
+        assert internals(engine).gallery.snapshot().job_step("merge:m:begun") == {"added": 0}
+        assert internals(engine).gallery.snapshot().job_step("merge:m:applied") is None
         assert engine.problems() == []
     with bd.Engine.open(tmp_path / "g", small()) as engine:
-        record(engine._gallery, "merge:m:applied")
-        assert engine._gallery.snapshot().job_step("merge:m:applied") == {}
+        record(internals(engine).gallery, "merge:m:applied")
+        assert internals(engine).gallery.snapshot().job_step("merge:m:applied") == {}
         assert engine.problems() == []
     with closing(sqlite3.connect(tmp_path / "g" / "gallery.sqlite3")) as database, database:
         database.execute("DROP TABLE job_step")
     with pytest.raises(bd.GalleryDamaged, match="job_step"), bd.Engine.open(tmp_path / "g", small()) as engine:
-        engine._gallery.snapshot().job_step("merge:m:applied")
+        internals(engine).gallery.snapshot().job_step("merge:m:applied")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,6 @@ def test_a_stored_answer_that_was_never_written_is_damage(text):
 
 def test_a_merge_that_copied_rows_says_so_of_itself_alone(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=64)) as engine:
-        record(engine._gallery, "added", added=np.int64(3).item())
-        assert engine._gallery.snapshot().job_step("added") == {"added": 3}
+        record(internals(engine).gallery, "added", added=np.int64(3).item())
+        assert internals(engine).gallery.snapshot().job_step("added") == {"added": 3}
         assert engine.decision("added") is None

@@ -13,7 +13,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
 from biodedup.cli.base import Exit
-from biodedup.completeness import shortfall
+from biodedup.required import shortfall
 from biodedup.testing import internals
 from tests.support.galleries import PEOPLE, small
 from tests.support.images import finger, jpeg

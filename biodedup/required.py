@@ -1,0 +1,72 @@
+"""Checks whether an encounter has every capture that `Policy.required` asks for.
+
+Owns the grammar of `Policy.required`, and which captures count toward it. Never reads a capture and never decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from biodedup.errors import InvalidInput
+from biodedup.values import FINGER_POSITIONS, Missing, Refusal
+
+SENT = "sent"
+"""The requirement that every capture that was sent can be used."""
+INCOMPLETE = "incomplete"
+"""The reason of a decision `refused` because required captures are missing."""
+SUPERSEDED = "superseded"
+"""The reason of the refusal of a sound capture, if a better one of its column was sent, too."""
+
+_TEN = FINGER_POSITIONS[:-1]
+_SINGLE = ("face", *_TEN)
+_FINGERS = re.compile(r"([1-9]|10) fingers?")
+
+
+def check_required(required: object) -> tuple[str, ...]:
+    """The requirements, each once. Raises InvalidInput unless each is `sent`, `face`, a finger's position, or `N fingers`."""
+    if isinstance(required, str) or not isinstance(required, Sequence):
+        raise InvalidInput(f"required is a sequence of texts, got {required!r}; write required=('face', '2 fingers')")
+    for item in required:
+        if not isinstance(item, str) or not (item == SENT or item in _SINGLE or _FINGERS.fullmatch(item)):
+            raise InvalidInput(
+                f"required has {item!r}, wanted 'sent', 'face', 'N fingers' with N from 1 to 10, or a finger's position: "
+                f"{', '.join(_TEN)}"
+            )
+    return tuple(dict.fromkeys(required))
+
+
+def shortfall(
+    required: Sequence[str], usable: Collection[str], refusals: Sequence[Refusal], missing: Sequence[Missing]
+) -> tuple[Refusal, ...]:
+    """The required captures that an encounter lacks, each with its column and reason; empty if it is complete.
+
+    usable: columns with a template. A column in `missing` is excused. Fingers in `missing` are taken off the ten that `N fingers` may
+    ask for, so that no more fingers are required than the subject has.
+    """
+    excused = {capture.position for capture in missing}
+    declined = [refusal for refusal in refusals if refusal.reason != SUPERSEDED and refusal.column not in excused]
+    lacking: list[Refusal] = []
+    for item in required:
+        if item == SENT:
+            lacking += declined
+        elif item in _SINGLE:
+            if item not in usable and item not in excused:
+                lacking += [refusal for refusal in declined if refusal.column == item] or [_not_sent(item)]
+        else:
+            count = sum(column in FINGER_POSITIONS for column in usable)
+            available = sum(finger not in excused or finger in usable for finger in _TEN)
+            wanted = min(int(item.split()[0]), available)
+            if count < wanted:
+                lacking += [refusal for refusal in declined if refusal.column in FINGER_POSITIONS]
+                lacking.append(_too_few(count, wanted))
+    return tuple(dict.fromkeys(lacking))
+
+
+def _not_sent(column: str) -> Refusal:
+    return Refusal(column, "not_sent", "the policy requires it; capture it, or state why it cannot be had")
+
+
+def _too_few(count: int, wanted: int) -> Refusal:
+    detail = "the policy requires more fingers; capture them, or state why they cannot be had"
+    return Refusal("fingers", "too_few_fingers", detail, count, wanted)
