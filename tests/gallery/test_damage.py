@@ -60,6 +60,7 @@ def contents(folder: Path) -> tuple[object, ...]:
         )
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_segment_file_is_found_and_named(sealed):
     rng = np.random.default_rng(3)
     files = sorted((sealed / "segments").iterdir())
@@ -106,6 +107,7 @@ def test_doctor_counts_subjects_that_are_enrolled_twice_and_no_removed_ones(tmp_
         ]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_the_journal_is_found_or_changes_nothing(sealed):
     before = contents(sealed)
     database = sealed / "gallery.sqlite3"

@@ -100,8 +100,6 @@ def test_a_childs_end_releases_nothing_of_the_parents(tmp_path, name):
 import gc, os, sys
 import biodedup as bd
 from biodedup.gallery.answers import StoredDecision
-from tests.support.galleries import enroll, small
-from UNKNOWN.test_fork import ENDINGS
 from biodedup.testing import internals
 from tests.support.galleries import enroll, small
 engine = bd.Engine.open({str(tmp_path / "g")!r}, small(background=True))

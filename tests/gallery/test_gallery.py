@@ -167,6 +167,7 @@ def test_opening_reads_no_column(tmp_path):
         assert part.files["face"]._checked.all()
 
 
+@pytest.mark.slow
 def test_enrolments_searches_and_background_merges_go_on_together(tmp_path):
     vectors = people(400, seed=9)
     failures: list[str] = []
@@ -263,6 +264,7 @@ def test_eight_bit_codes_are_unit_vectors_close_to_what_they_stand_for(dimension
     assert (np.sum(decoded * vectors, axis=1) > 0.9995).all()
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=40)))
 def test_the_hash_of_one_string_is_that_of_many(strings):
     assert packed.hashes(packed.pack_text(strings)).tolist() == [int(packed.hash_of(s)) for s in strings]

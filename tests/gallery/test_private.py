@@ -132,6 +132,7 @@ def test_only_names_of_our_own_form_are_deleted(gallery, tmp_path):
         assert {name for name in kept if (folder / "segments" / name).read_bytes() == b"mine"} == set(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["segments", "writer.lock", "gallery.sqlite3", "gallery.sqlite3-journal"])
 def test_a_symbolic_link_in_a_gallery_leads_to_nothing_that_is_written(gallery, tmp_path, name):
     mine = tmp_path / "mine"
