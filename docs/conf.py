@@ -12,7 +12,7 @@ import biodedup  # noqa: E402
 
 project = "biodedup"
 author = "the biodedup contributors"
-copyright = author  # noqa: A001
+copyright = author
 release = version = biodedup.__version__
 
 extensions = [

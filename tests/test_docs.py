@@ -12,18 +12,18 @@ Commands in blocks of `sh` are not run; their options have to exist. Each page f
 from __future__ import annotations
 
 import doctest
-import os
+import io
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import typer
 
-from biodedup.cli import app
+from biodedup import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
@@ -44,26 +44,21 @@ def run_python(text: str, scope: dict[str, object], page: Path) -> None:
     exec(compile(text, name(page), "exec"), scope)
 
 
-def run_console(text: str, page: Path) -> None:
-    environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+def run_console(text: str, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
         command, _, wanted = part.partition("\n")
         code = re.search(r"^\(exit code (\d+)\)\n", wanted, re.M)
         wanted = wanted.replace(code[0], "") if code else wanted
         arguments = shlex.split(command)
-        assert arguments.pop(0) == "biodedup", f"{name(page)}: only biodedup is run in a console block: {command}"
-        done = subprocess.run(
-            [sys.executable, "-m", "biodedup.cli", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=240,
-            env=environment,
-        )
-        told = f"{name(page)}: $ {command}\n{done.stdout}"
-        assert done.returncode == (int(code[1]) if code else 0), told
+        assert arguments[0] == "biodedup", f"{name(page)}: only biodedup is run in a console block: {command}"
+        monkeypatch.setattr(sys, "argv", arguments)
+        printed = io.StringIO()
+        with redirect_stdout(printed), redirect_stderr(printed), pytest.raises(SystemExit) as ended:
+            cli.main()
+        told = f"{name(page)}: $ {command}\n{printed.getvalue()}"
+        assert (ended.value.code or 0) == (int(code[1]) if code else 0), told
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-        assert doctest.OutputChecker().check_output(wanted, done.stdout, flags), told
+        assert doctest.OutputChecker().check_output(wanted, printed.getvalue(), flags), told
 
 
 @pytest.mark.models
@@ -80,7 +75,7 @@ def test_a_pages_examples_run(page, tmp_path, monkeypatch):
         if language == "python":
             run_python(text, scope, page)
         elif language == "console":
-            run_console(text, page)
+            run_console(text, page, monkeypatch)
 
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
@@ -97,7 +92,7 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=name)
 def test_the_commands_on_a_page_exist(page):
     for line, words in commands(page):
-        command = typer.main.get_command(app)
+        command = typer.main.get_command(cli.app)
         words = [word.strip("[]") for word in words]
         while hasattr(command, "commands") and words and words[0] in command.commands:
             command = command.commands[words.pop(0)]
