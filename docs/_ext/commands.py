@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from sphinx.application import Sphinx
@@ -23,6 +23,15 @@ def _plain(text: str | None) -> str:
     return " ".join((text or "").split()).replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
 
 
+def _kind(parameter: Any) -> str:
+    """PATH, TEXT, ...: what an option takes."""
+    if not hasattr(parameter, "type_descriptor"):  # of Typer before 0.26
+        return str(parameter.type.name).upper()
+    kind = parameter.type_descriptor.annotation
+    kind = (get_args(kind) or (kind,))[0]
+    return {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}.get(kind.__name__, kind.__name__.upper())
+
+
 def _rows(command: Any) -> Iterator[tuple[str, str]]:
     for parameter in command.params:
         if parameter.name in ("install_completion", "show_completion", "help") or getattr(parameter, "hidden", False):
@@ -30,7 +39,7 @@ def _rows(command: Any) -> Iterator[tuple[str, str]]:
         is_argument = parameter.param_type_name == "argument"
         name = parameter.metavar or parameter.name.upper() if is_argument else ", ".join(parameter.opts)
         if not is_argument and not getattr(parameter, "is_flag", False):
-            name += " " + (parameter.metavar or parameter.type.name.upper())
+            name += " " + (parameter.metavar or _kind(parameter))
         told = [_plain(getattr(parameter, "help", ""))]
         if parameter.required:
             told.append("Required.")
