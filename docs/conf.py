@@ -18,13 +18,12 @@ release = version = biodedup.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.napoleon",
     "sphinxcontrib.mermaid",
     "commands",
 ]
 exclude_patterns = ["_build", "_ext"]
 source_suffix = {".md": "markdown"}
-myst_enable_extensions = ["colon_fence", "deflist", "smartquotes"]
+myst_fence_as_directive = ["mermaid"]
 myst_heading_anchors = 3
 suppress_warnings = [
     "docutils"

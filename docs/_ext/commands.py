@@ -43,7 +43,7 @@ def _rows(command: Any) -> Iterator[tuple[str, str]]:
         told = [_plain(getattr(parameter, "help", ""))]
         if parameter.required:
             told.append("Required.")
-        elif parameter.default not in (None, False, (), []) and not callable(parameter.default):
+        elif parameter.default is not None and str(parameter.default) not in ("False", "", "[]", "()"):
             told.append(f"Default: `{parameter.default}`.")
         if getattr(parameter, "envvar", None):
             told.append(f"Environment: `{parameter.envvar}`.")
