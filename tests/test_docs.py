@@ -82,6 +82,13 @@ def test_a_pages_examples_run(page, tmp_path, monkeypatch):
             run_console(text, page, monkeypatch)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- not run" in page.read_text()], ids=name)
+def test_examples_that_are_not_run_are_python(page):
+    for skipped, language, text in BLOCK.findall(page.read_text()):
+        if skipped and language == "python":
+            compile(text, name(page), "exec")
+
+
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     """Lines of `sh` blocks that call biodedup, and their words."""
     for language, text in blocks(page):

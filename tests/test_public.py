@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -52,3 +54,9 @@ def test_versions_agree():
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert newest is not None and newest[1] == bd.__version__
     assert f"Version {bd.__version__}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("script", [".ci/run", ".ci/release"])
+def test_the_scripts_of_a_release_parse(script):
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
