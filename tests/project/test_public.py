@@ -1,19 +1,19 @@
-"""The public face: names, errors, and the README's example."""
+"""The public face: names, errors, and the version. The examples of the README and the docs run in test_docs.py."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import biodedup as bd
 from biodedup import errors
-from biodedup.synthetic import draw_impression, draw_master
-from tests.support import ROOT
 
-README = (ROOT / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_public_names_are_pinned():
@@ -48,23 +48,15 @@ def test_settings_are_frozen_and_checked():
     assert bd.Policy(duplicate_db=50, review_db=40).thresholds_db(10**6) == (50, 40)
 
 
-def test_the_readmes_examples_run(tmp_path, monkeypatch, portrait):
-    from tests.support.images import jpeg
-
-    example, decided, explained = re.findall(r"```python\n(.*?)```", README, re.S)
-    monkeypatch.chdir(tmp_path)
-    for name, image in (("face.jpg", portrait), ("again.jpg", portrait[:, ::-1])):
-        Path(name).write_bytes(jpeg(image))
-    scope: dict[str, object] = {}
-    exec(example, scope)
-    assert scope["decision"].outcome == "duplicate"
-    exec(decided, scope)
-    print_ = draw_impression(np.random.default_rng(1), draw_master(np.random.default_rng(0))).image
-    captures = [bd.Face("face.jpg"), bd.Finger(print_, position="right_index")]
-    with bd.Engine.open("another") as engine:
-        engine.enroll(bd.Encounter("anna", captures))
-        exec(explained, scope | {"engine": engine, "encounter": bd.Encounter(captures=captures)})
+def test_versions_agree():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert pyproject["project"]["version"] == bd.__version__
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest is not None and newest[1] == bd.__version__
+    assert f"Version {bd.__version__}" in (ROOT / "README.md").read_text()
 
 
-def test_the_changes_name_this_version():
-    assert f"### {bd.__version__}" in README
+@pytest.mark.parametrize("script", [".ci/run", ".ci/release"])
+def test_the_scripts_of_a_release_parse(script):
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / script], check=True)

@@ -1,0 +1,40 @@
+"""Settings of the documentation site: `sphinx-build -W -b html docs docs/_build`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
+
+import biodedup  # noqa: E402
+
+project = "biodedup"
+author = "the biodedup contributors"
+copyright = author
+release = version = biodedup.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinxcontrib.mermaid",
+    "commands",
+]
+exclude_patterns = ["_build", "_ext"]
+source_suffix = {".md": "markdown"}
+myst_fence_as_directive = ["mermaid"]
+myst_heading_anchors = 3
+suppress_warnings = [
+    "docutils"
+]  # docstrings are plain prose, not reStructuredText: `*` and `|` in them mean themselves
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"biodedup {release}"
+html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_show_sourcelink = False
+mermaid_output_format = "raw"
