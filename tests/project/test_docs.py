@@ -25,7 +25,7 @@ import typer
 
 from biodedup import cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "docs" / "reference" / "commands.md"
 PAGES = [
     ROOT / "README.md",

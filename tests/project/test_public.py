@@ -13,7 +13,7 @@ import pytest
 import biodedup as bd
 from biodedup import errors
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_public_names_are_pinned():
