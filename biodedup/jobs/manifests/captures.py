@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from biodedup.errors import InvalidInput
-from biodedup.jobs.manifests.fields import Unusable, dpi_of, id_of, path_of, position_of, subject_of
+from biodedup.jobs.manifests.fields import CaptureCell, Unusable, capture_of, check_fields, id_of, subject_of
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.texts import shown, writable
 from biodedup.values import Capture, Face, Finger, Refusal
@@ -170,8 +170,7 @@ def read_rows(manifest: Path) -> tuple[list[Row], LeftOut]:
     for number, cells in table.rows():
         subject_id = None
         try:
-            if not cells:
-                raise Unusable("malformed_row", "the line has another number of fields than the header")
+            check_fields(cells)
             subject_id = subject_of(cells)
             rows.append(_row(number, subject_id, cells, manifest.parent))
         except Unusable as error:
@@ -180,11 +179,10 @@ def read_rows(manifest: Path) -> tuple[list[Row], LeftOut]:
 
 
 def _row(number: int, subject_id: str, cells: Mapping[str, Any], folder: Path) -> Row:
-    path = path_of(cells["path"])
-    if path is None:
+    found = capture_of(cells)
+    if not isinstance(found, CaptureCell) or not isinstance(found.source, str):
         raise Unusable("no_capture", "the row names no path")
-    position, dpi = position_of(cells.get("position")), dpi_of(cells.get("dpi"))
-    capture = Face(folder / path) if position == "face" else Finger(folder / path, position, dpi)
+    capture = found.capture(folder / found.source)
     besides = {name: value for name, value in cells.items() if name not in RESERVED}
     return Row(number, subject_id, capture, id_of(cells, "encounter_id"), besides)
 

@@ -27,14 +27,17 @@ from biodedup.config import CaptureConfig
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.fields import (
     GROUP_COLUMNS,
+    CaptureCell,
     Unusable,
+    capture_of,
+    check_fields,
     dpi_of,
     groups_of,
     id_of,
-    missing_of,
     moment_of,
     path_of,
     position_of,
+    subject_of,
 )
 from biodedup.jobs.manifests.tables import Row, TableFile
 from biodedup.texts import KnownId
@@ -189,8 +192,7 @@ class Manifest:
         number, cells = rows[0]
         metadata = {name: cells.get(name) for name in self.metadata.names}
         try:
-            if not cells:
-                raise Unusable("malformed_row", "the line has another number of fields than the header")
+            check_fields(cells)
             subject_id = id_of(cells, "subject_id")
             encounter_id = id_of(cells, "encounter_id")
             record = Record(
@@ -199,8 +201,7 @@ class Manifest:
         except Unusable as error:
             return Record(number, metadata=metadata, problem=error.refusal)
         try:
-            if subject_id is None:
-                raise Unusable("no_subject_id", "the cell is empty")
+            subject_id = subject_of(cells)
             groups = groups_of(row for _, row in rows)
             found = [self._capture(row) for _, row in rows] if self.by_capture else list(self._cells(cells))
             if not found:
@@ -231,16 +232,12 @@ class Manifest:
 
     def _capture(self, row: Mapping[str, Any]) -> Cell | Missing:
         """The capture of a row, in the shape of a row a capture."""
-        position = position_of(row.get("position"))
-        image, path = row.get("image"), path_of(row.get("path"))
-        if image in (None, b"", "") and path is None:
-            missing = missing_of(position, row.get("missing"))
-            if missing is None:
-                raise Unusable("no_capture", f"{position}: neither a path nor a reason why it is missing")
-            return missing
-        if image not in (None, b"", "") and not isinstance(image, bytes):
-            raise Unusable("wrong_type", f"image is of type {type(image).__name__}, wanted bytes")
-        return Cell(position, image or path or "", dpi_of(row.get("dpi")))
+        found = capture_of(row, images=True)
+        if found is None:
+            raise Unusable(
+                "no_capture", f"{position_of(row.get('position'))}: neither a path nor a reason why it is missing"
+            )
+        return Cell(found.position, found.source, found.dpi) if isinstance(found, CaptureCell) else found
 
     def _cells(self, cells: Mapping[str, Any]) -> Iterator[Cell]:
         """The captures of a row, in the shape of a row an encounter."""
