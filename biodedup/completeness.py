@@ -1,15 +1,16 @@
-"""Whether an encounter brought every capture that the policy requires.
+"""Which captures of an encounter count: the better one of each column, and whether all that the policy requires are there.
 
-Owns the grammar of `Policy.required`, and what counts toward it. Never looks at a capture and never decides.
+Owns the grammar of `Policy.required`, what counts toward it, and the rule that the better of two captures is kept. Never looks at a capture
+and never decides.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 
 from biodedup.errors import InvalidInput
-from biodedup.values import FINGER_POSITIONS, Missing, Refusal
+from biodedup.values import FINGER_POSITIONS, Missing, Refusal, Template
 
 SENT = "sent"
 """The requirement that every capture that was sent can be used."""
@@ -34,6 +35,23 @@ def check_required(required: object) -> tuple[str, ...]:
                 f"{', '.join(_TEN)}"
             )
     return tuple(dict.fromkeys(required))
+
+
+def keep_better(templates: MutableMapping[str, Template], template: Template) -> Refusal | None:
+    """Files a template under its column. Of two captures of one column the better quality is kept, the earlier one where they are equal;
+    a quality that was not measured counts as zero. Returns the refusal of the other one."""
+    kept = templates.get(template.column)
+    if kept is None:
+        templates[template.column] = template
+        return None
+    if (template.quality or 0.0) > (kept.quality or 0.0):
+        templates[template.column], template = template, kept
+    return superseded(template)
+
+
+def superseded(template: Template) -> Refusal:
+    """The refusal of a sound capture of which a better one was sent."""
+    return Refusal(template.column, SUPERSEDED, "a better capture was kept", template.quality)
 
 
 def shortfall(

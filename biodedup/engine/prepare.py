@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.reading import absent, held
-from biodedup.completeness import SUPERSEDED
+from biodedup.completeness import keep_better
 from biodedup.config import CaptureConfig, Config
 from biodedup.embed.cards import ModelCard, joint_id, shipped_cards
 from biodedup.embed.extractor import Extractor
@@ -108,10 +108,8 @@ class Preparer:
                 if isinstance(result, Refusal):
                     refusals.append(result)
                     continue
-                kept, spare = _better(templates.get(result.column), result)
-                templates[result.column] = kept
-                if spare is not None:
-                    refusals.append(Refusal(spare.column, SUPERSEDED, "a better capture was kept", spare.quality))
+                if (worse := keep_better(templates, result)) is not None:
+                    refusals.append(worse)
         except CallerError as error:
             return error
         missing = tuple(capture for capture in encounter.captures if isinstance(capture, Missing))
@@ -243,10 +241,3 @@ def refuse_other_models(gallery: Gallery, extractor: Extractor) -> None:
 
 
 _COLUMN_SET = frozenset(COLUMNS)
-
-
-def _better(a: Template | None, b: Template) -> tuple[Template, Template | None]:
-    """(the template to keep, the one it supersedes), by quality; the first where they are equal."""
-    if a is None:
-        return b, None
-    return (b, a) if (b.quality or 0.0) > (a.quality or 0.0) else (a, b)

@@ -26,18 +26,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from biodedup.completeness import INCOMPLETE, SUPERSEDED
+from biodedup.completeness import INCOMPLETE, keep_better
 from biodedup.embed.cage import FAILURES
 from biodedup.engine import Engine
-from biodedup.errors import CallerError, InvalidInput
+from biodedup.errors import InvalidInput
 from biodedup.jobs.enrolment.outcomes import WORDS, Outcome, Tally, already_enrolled, decided, outcome_table, refused
 from biodedup.jobs.enrolment.queue import Arrival, Backlog, Finished
 from biodedup.jobs.manifests.encounters import Content, Manifest, Record, derived_id, name_hash, name_of
+from biodedup.jobs.shared.known_subject import verify_or_dispute
 from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.page import write_page
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.jobs.shared.workers import Extraction, Workers
-from biodedup.values import Decision, Encounter, Refusal, Template
+from biodedup.values import Decision, Encounter, Refusal, Template, Verification
 
 Templates: TypeAlias = dict[str, Any]
 _T = TypeVar("_T")
@@ -411,15 +412,14 @@ class _Job:
         return batch
 
     def _enrolled_before(self, encounter: Encounter, decision: Decision) -> Outcome:
-        """Of an encounter whose subject_id is enrolled: the same person, or a case for somebody who judges that."""
+        """Of an encounter whose subject_id is enrolled: the same person, or a case that a person rules on."""
         assert decision.subject_id is not None, "enrolled under it"
-        try:
-            verified = self._engine.verify(encounter, decision.subject_id)
-            if verified.accepted:
+        match verify_or_dispute(self._engine, encounter, decision.subject_id):
+            case Verification() as verified:
                 return already_enrolled(verified, decision.decided_at)
-            return decided(self._engine.dispute(encounter))
-        except CallerError:
-            return decided(decision, encounter.declined)
+            case Decision() as disputed:
+                return decided(disputed)
+        return decided(decision, encounter.declined)
 
     def _line(self, item: _Item) -> Finished:
         assert item.outcome is not None and item.encounter_id is not None, "finished"
@@ -439,10 +439,6 @@ def _templates(content: Content, extracted: Sequence[Template | Refusal]) -> tup
         if isinstance(result, Refusal):
             refusals.append(result)
             continue
-        spare = templates.get(result.column)
-        if spare is not None and (spare.quality or 0.0) >= (result.quality or 0.0):
-            spare, result = result, spare
-        templates[result.column] = result
-        if spare is not None:
-            refusals.append(Refusal(spare.column, SUPERSEDED, "a better capture was kept", spare.quality))
+        if (worse := keep_better(templates, result)) is not None:
+            refusals.append(worse)
     return templates, tuple(refusals)

@@ -19,6 +19,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from biodedup.capture.minutiae_record import standard, view_of
+from biodedup.completeness import keep_better
 from biodedup.config import Config
 from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
@@ -253,8 +254,8 @@ def _with_results(batch: Sequence[Labelled], results: Iterable[Template | Refusa
         for result in [next(each) for _ in one.captures]:
             if isinstance(result, Refusal):
                 refusals.append(result)
-            elif result.column not in templates or (result.quality or 0.0) > (templates[result.column].quality or 0.0):
-                templates[result.column] = result  # of two captures of one position the better counts, as at enrolment
+            else:
+                keep_better(templates, result)
         done.append(Labelled(one.encounter_id, one.subject_id, one.captures, templates, tuple(refusals), one.groups))
     return done
 

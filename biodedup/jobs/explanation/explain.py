@@ -19,6 +19,7 @@ from biodedup.capture.formats import decode
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.reading import read
 from biodedup.capture.wsq import is_wsq
+from biodedup.completeness import keep_better, superseded
 from biodedup.config import Config, IsolationConfig
 from biodedup.embed.cards import shipped_cards
 from biodedup.embed.extractor import Extractor
@@ -170,21 +171,15 @@ def _shown(side: Side, extractor: Extractor) -> list[Shown]:
         _shown_capture(capture, result, steps, i)
         for i, (capture, result) in enumerate(zip(captures, results, strict=True))
     ]
-    best: dict[str, int] = {}
-    for i, one in enumerate(shown):
+    best: dict[str, Template] = {}
+    for one in shown:
         if one.template is not None:
-            kept = best.setdefault(one.column, i)
-            if (one.template.quality or 0) > (getattr(shown[kept].template, "quality", None) or 0):
-                best[one.column] = i
+            keep_better(best, one.template)
     return [
         one
-        if one.template is None or best[one.column] == i
-        else replace(
-            one,
-            template=None,
-            refusal=Refusal(one.column, "superseded", "a better capture was kept", one.template.quality),
-        )
-        for i, one in enumerate(shown)
+        if one.template is None or best[one.column] is one.template
+        else replace(one, template=None, refusal=superseded(one.template))
+        for one in shown
     ]
 
 

@@ -50,9 +50,10 @@ from biodedup.jobs.kits.outcomes import (
 )
 from biodedup.jobs.kits.record import Record
 from biodedup.jobs.kits.trust import Trusted, TrustedKey, load_trusted
+from biodedup.jobs.shared.known_subject import verify_or_dispute
 from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.values import Decision, Encounter, Missing
+from biodedup.values import Decision, Encounter, Missing, Verification
 
 _CHUNK_BYTES_MAX = 64 << 20
 _DAY_S = 86_400.0
@@ -301,15 +302,15 @@ class _Ingest:
         self.ledger.take(takers)
 
     def _with_subject(self, encounter: Encounter, outcome: Outcome, told: Callable[[Decision], Outcome]) -> Outcome:
-        """One subject_id in two encounters: a second visit, or another person's id, which somebody has to judge?"""
+        """Of an encounter whose subject_id is enrolled: a second visit of that person, or a case that a person rules on."""
         if outcome.outcome != "subject_exists":
             return outcome
-        try:
-            if self.engine.verify(encounter, encounter.subject_id or "").accepted:
+        match verify_or_dispute(self.engine, encounter, encounter.subject_id or ""):
+            case Verification():
                 return replace(outcome, reason="subject_exists: the same person")
-            return told(self.engine.dispute(encounter))
-        except CallerError:
-            return replace(outcome, reason="subject_exists: cannot be compared")
+            case Decision() as disputed:
+                return told(disputed)
+        return replace(outcome, reason="subject_exists: cannot be compared")
 
 
 def _under(record: Record, name: str) -> Encounter:

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
+from biodedup.completeness import keep_better
 from biodedup.config import Config
 from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
@@ -69,10 +70,8 @@ class Judge:
             verdicts = tuple(one if isinstance(one, Refusal) else Refusal(one.column, PASSED) for one in mine)
             best: dict[str, Template] = {}
             for one in mine:
-                if isinstance(one, Template) and (
-                    one.column not in best or (one.quality or 0) > (best[one.column].quality or 0)
-                ):
-                    best[one.column] = one
+                if isinstance(one, Template):
+                    keep_better(best, one)
             known[i] = verdicts, best
             if some and not any(
                 verdict.reason in FAILURES for verdict in verdicts
