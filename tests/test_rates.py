@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biodedup.intervals import exact_interval, upper_bound
 from biodedup.jobs.evaluation.rates import (
     Rate,
     Resampling,
@@ -15,7 +16,6 @@ from biodedup.jobs.evaluation.rates import (
     det,
     difference,
     equal_error_rate,
-    exact_interval,
     threshold_at,
 )
 
@@ -29,6 +29,9 @@ def test_exact_intervals_are_those_of_the_tables():
     assert exact_interval(5, 10) == pytest.approx((0.1871, 0.8129), abs=1e-4)
     assert exact_interval(10, 10) == pytest.approx((0.6915, 1), abs=1e-4)
     assert exact_interval(0, 0) == (0, 1)
+    # 95 %, one-sided: three divided by the trials where there is no event
+    assert upper_bound(0, 1000) == pytest.approx(0.002991, abs=1e-6)
+    assert upper_bound([0, 1], 10) == pytest.approx([0.2589, 0.3942], abs=1e-4)
 
 
 @given(scores, st.sampled_from([0.5, 0.3, 0.1, 0.05]))

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from biodedup.config import Config, IsolationConfig, Policy
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.private import make_private_folder
+from biodedup.intervals import CONFIDENCE
 from biodedup.jobs.evaluation import plots
 from biodedup.jobs.evaluation.comparisons import Comparisons, compare_all
 from biodedup.jobs.evaluation.labelled import Labelled, extracted, read_labelled
 from biodedup.jobs.evaluation.rates import (
-    CONFIDENCE,
     Rate,
     Resampling,
     bands_of,

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.special import betaincinv
 
-CONFIDENCE = 0.95
+from biodedup.intervals import CONFIDENCE, exact_interval
+
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)([.][0-9]+)?")
 
 Float64 = NDArray[np.float64]
@@ -66,14 +66,6 @@ class Rate:
             "exact": list(self.exact),
             "bootstrap": None if bootstrap is None else list(bootstrap),
         }
-
-
-def exact_interval(events: int, trials: int, confidence: float = CONFIDENCE) -> Interval:
-    """Clopper and Pearson's interval of a share; (0, 1) without trials."""
-    tail = (1 - confidence) / 2
-    low = float(betaincinv(events, trials - events + 1, tail)) if events else 0.0
-    high = float(betaincinv(events + 1, trials - events, 1 - tail)) if events < trials else 1.0
-    return low, high
 
 
 def difference(part: Rate, whole: Rate) -> dict[str, Any]:

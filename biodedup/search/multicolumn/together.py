@@ -21,18 +21,18 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import sqrt
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import BLOCK_ROWS, turned
 from biodedup.gallery.segments.part import PIECE_ROWS, Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.intervals import upper_bound
 from biodedup.match.calibration import Calibration
 from biodedup.search.native import sign_kernel
 from biodedup.search.native.column_statistics import signs_of
@@ -109,7 +109,7 @@ class Choice:
     @property
     def miss_bound(self) -> float:
         """The upper end of the one-sided 95 % interval."""
-        return float(_bound(self.missed, self.drawn))
+        return float(upper_bound(self.missed, self.drawn))
 
 
 @dataclass(frozen=True)
@@ -461,7 +461,7 @@ class _Draw:
         reaching = llr_db >= threshold_llr_db
         self._to_choose, self._to_confirm = (np.flatnonzero(reaching[half::2]) * 2 + half for half in (0, 1))
         lost = np.arange(int(miss_risk * len(self._to_choose)) + 1)
-        self._may_lose = int(np.searchsorted(_bound(lost, len(self._to_choose)), miss_risk, side="right")) - 1
+        self._may_lose = int(np.searchsorted(upper_bound(lost, len(self._to_choose)), miss_risk, side="right")) - 1
         self.shares = cache(self._shares)
 
     def _above(self, groups: tuple[int, ...]) -> Float32:
@@ -481,7 +481,7 @@ class _Draw:
 
     def bound(self, groups: tuple[int, ...], share: float) -> float:
         """Of the mates that were set aside, how many may be lost (Choice.miss_bound)."""
-        return float(_bound(self._lost(groups, share), len(self._to_confirm)))
+        return float(upper_bound(self._lost(groups, share), len(self._to_confirm)))
 
     def _lost(self, groups: tuple[int, ...], share: float) -> int:
         return int((self._above(groups)[self._to_confirm] < -ndtri(share)).sum())
@@ -506,8 +506,3 @@ class _Draw:
             tuple(single),
             float((self._above(groups) < least).mean()),
         )
-
-
-def _bound(lost: Any, of: int) -> Any:
-    """The upper end of the one-sided 95 % interval of a rate (Clopper and Pearson, 1934)."""
-    return betaincinv(np.asarray(lost) + 1, np.maximum(of - np.asarray(lost), 1), 0.95)
