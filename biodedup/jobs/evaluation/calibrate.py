@@ -12,8 +12,6 @@ Without mated pairs, as in a gallery, of which nobody says who is enrolled twice
 
 from __future__ import annotations
 
-import json
-import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import closing
@@ -26,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
+import tomli_w
 from numpy.typing import NDArray
 
 from biodedup.config import Config
@@ -319,30 +318,14 @@ def _positions(pairs: Pairs, tables: Mapping[str, Any], minutiae: ModelCard | No
     return [{"position": name} | row for name in enough for row in _rows(score_db[of == name])]
 
 
-def card_text(document: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
-    """A card as TOML: plain values, lists of numbers, tables."""
-    lines: list[str] = []
-    tables: list[str] = []
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            tables.append(card_text(value, (*path, key)))
-        else:
-            lines.append(f"{_key(key)} = {_value(value)}")
-    head = [f"\n[{'.'.join(map(_key, path))}]"] if path and lines else []
-    return "\n".join([*head, *lines]) + ("\n" if lines else "") + "".join(tables)
+def card_text(document: Mapping[str, Any]) -> str:
+    """A card as TOML. A number has six significant digits, one of a list five."""
+    return tomli_w.dumps(_rounded(document))
 
 
-def _key(name: str) -> str:
-    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, (int, float)):
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
-    numbers = [f"{number:.5g}" for number in value]
-    rows = [", ".join(numbers[i : i + 12]) for i in range(0, len(numbers), 12)]
-    return "\n".join(["[", *(f"    {row}," for row in rows), "]"])
+def _rounded(value: Any, digits: int = 6) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    return value if isinstance(value, (str, int)) else [_rounded(each, digits - 1) for each in value]
