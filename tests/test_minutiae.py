@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import minutiae_oracle
 import numpy as np
 import pytest
+from bozorth import Bozorth3
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.errors import InvalidInput
 from biodedup.match.local_structures import prepare, room
-from biodedup.match.minutiae import Bozorth3, CylinderMatcher
+from biodedup.match.minutiae import CylinderMatcher
 
 SIDE = 800
 matcher = CylinderMatcher()

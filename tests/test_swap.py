@@ -10,6 +10,7 @@ from math import log10, perm
 import cv2
 import numpy as np
 import pytest
+from bozorth import Bozorth3
 from conftest import again, people
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,6 @@ from biodedup.gallery.answers import from_json, to_json
 from biodedup.match.calibration import Calibration
 from biodedup.match.compare import Comparer, InHand
 from biodedup.match.labels import AS_LABELLED, readings_of
-from biodedup.match.minutiae import Bozorth3
 from biodedup.search.multicolumn import together
 from biodedup.search.positions import strongest
 from biodedup.search.shards import shard

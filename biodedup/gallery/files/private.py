@@ -13,7 +13,6 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from biodedup.errors import NotAGallery
 
@@ -29,11 +28,6 @@ def create_private(path: Path) -> int:
     file = os.open(path, flags, FILE_MODE)
     os.fchmod(file, FILE_MODE)  # a umask may have taken the owner's own rights
     return file
-
-
-def open_private(path: Path) -> BinaryIO:
-    """As `create_private`, buffered."""
-    return os.fdopen(create_private(path), "wb")
 
 
 def make_private_folder(folder: Path) -> None:
