@@ -179,7 +179,7 @@ def fused(limit: int | None, seeds: int, per_person: int, folder: Path) -> dict[
 def pooled(of_all: list[Searches]) -> list[tuple[str, str]]:
     """FNIR where so many of the searches of strangers in all galleries find somebody."""
     mates = np.concatenate([one.mate_db[one.later & one.enrolled] for one in of_all])
-    strangers = np.sort(np.concatenate([one.stranger_db[one.searched] for one in of_all]))[::-1]
+    strangers = np.sort(np.concatenate([one.impostor_db[one.searched] for one in of_all]))[::-1]
     return [
         (
             f"FNIR at FPIR {fpir:g}",

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import app
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.jobs.health import canary_file
 from biodedup.jobs.shared.checkpoint import Notes
 
 
@@ -69,7 +71,7 @@ def test_whatever_is_written_is_for_its_owner_alone(tmp_path, open_umask):
             notes.append({"done": 1})
     with jobs.Backlog.open(home / "g") as backlog:
         backlog.announce([], 0.0)
-    jobs.examine(home / "g", sentinels=True)
+    jobs.examine(home / "g", canaries=True)
     assert modes(home) == {}
 
 
@@ -277,15 +279,15 @@ def test_what_a_killed_writer_left_in_the_journal_is_wiped_by_the_next(tmp_path,
     assert occurrences(tmp_path / "g", removed) == {}
 
 
-def test_compacting_erases_the_sentinels_of_removed_subjects(tmp_path):
+def test_compacting_erases_the_canaries_of_removed_subjects(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
         for i in range(12):
             enroll(engine, i)
-    jobs.examine(tmp_path / "g", sentinels=True)
-    sentinel = jobs.sentinels.load(bd.gallery.storage.LocalStorage(), tmp_path / "g").each[0]
-    needle = {"sentinel": sentinel.mates["face"].embedding.astype("<f4").tobytes()[:64]}
+    jobs.examine(tmp_path / "g", canaries=True)
+    canary = canary_file.load(LocalStorage(), tmp_path / "g").each[0]
+    needle = {"canary": canary.mates["face"].embedding.astype("<f4").tobytes()[:64]}
     assert occurrences(tmp_path / "g", needle) == {"sentinel": ["sentinels"]}
     with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
-        engine.remove(sentinel.subject_id)
+        engine.remove(canary.subject_id)
     assert run("compact", "--gallery", tmp_path / "g") == 0
     assert occurrences(tmp_path / "g", needle) == {}

@@ -81,13 +81,13 @@ def test_rates_of_drawn_subjects_are_those_of_counting_each_as_often_as_it_was_d
     a, b = rng.integers(0, 3, 60), rng.integers(3, 6, 60)
     false = rng.random(60) < 0.4
     rate = resampling.rate(events, subject)
-    strangers = resampling.strangers(a, b).rate(false)
+    impostors = resampling.impostor_pairs(a, b).rate(false)
     assert (rate.events, rate.trials) == (events.sum(), 50)
     for replicate in range(40):
         times = [int((drawn[replicate] == s).sum()) for s in range(6)]
         single = [(events[i], times[subject[i]]) for i in range(50)]
         double = [(false[i], times[a[i]] * times[b[i]]) for i in range(60)]
-        for found, trials in ((rate, single), (strangers, double)):
+        for found, trials in ((rate, single), (impostors, double)):
             total = sum(n for _, n in trials)
             expected = sum(n for event, n in trials if event) / total if total else np.nan
             assert found.drawn[replicate] == pytest.approx(expected, nan_ok=True)

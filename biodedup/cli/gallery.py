@@ -187,19 +187,21 @@ def doctor(
     backup: Annotated[
         Path | None, typer.Option("--backup", help="A backup of this gallery; with a lost database, restored whole.")
     ] = None,
-    sentinels: Annotated[
+    canaries: Annotated[
         bool,
         typer.Option(
-            "--sentinels",
+            "--canaries",
             help="Search for synthetic mates of some enrolled subjects, which are kept beside the gallery, and raise an alarm where "
             "fewer are found than should be.",
         ),
     ] = False,
+    sentinels: Annotated[bool, typer.Option("--sentinels", hidden=True)] = False,  # the name of --canaries before 0.3
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the installation's models, and every checksum of a gallery; mend it if asked."""
-    if (repair or backup is not None or sentinels) and gallery is None:
+    """Check the installed models and every checksum of a gallery; repair it if asked."""
+    canaries = canaries or sentinels
+    if (repair or backup is not None or canaries) and gallery is None:
         raise InvalidInput("nothing to repair or to search; name the gallery, as --gallery FOLDER")
     with progress_bar() as progress:
         report = jobs.examine(
@@ -207,11 +209,11 @@ def doctor(
             configured(gallery, config),
             mend=repair or backup is not None,
             backup=backup,
-            sentinels=sentinels,
+            canaries=canaries,
             progress=progress,
         )
     if as_json:
-        print_json(asdict(report))
+        print_json(report.to_dict())
     else:
         for word, lines in (
             ("mended", report.mended),

@@ -1,13 +1,13 @@
-"""`calibrate`: a model card, fitted on a customer's pairs, or on the strangers of a gallery: a shipped one anew, or one for a model
-that runs elsewhere, without weights.
+"""`calibrate`: fits a model card on labelled pairs, or on the impostor pairs of a gallery.
 
-Owns the pairs table that is read and the card that is written. Never extracts: `evaluate` writes such a table.
+The card is of a shipped model, or of a model that runs elsewhere; the latter has no weights. Owns the table of pairs that is read and the
+card that is written. Never extracts: `evaluate` writes such a table.
 
-Pairs, Parquet or CSV, a row each: `similarity`, `minutiae` or both (raw scores), `mated`; if known `subject_a` and `subject_b`,
-so that the interval minds that pairs of one subject look alike together, and that the held-out half holds other people; and
-`position`. What is reported of the fit is measured on subjects that were not fitted; the card then is fitted on all.
+Pairs are Parquet or CSV, one a row: `similarity`, `minutiae` or both (raw scores), `mated`; if known, `subject_a` and `subject_b`; and
+`position`. With the subjects the interval accounts for pairs that share a subject, and the held-out half has other people. The report is
+measured on subjects that were not fitted; the card is then fitted on all.
 
-Without mated pairs, as in a gallery, of which nobody says who is enrolled twice, only the non-mated law is fitted, and the ratio follows.
+Without mated pairs, as in a gallery, only the non-mated distribution is fitted, and the likelihood ratio follows from it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.deduplication.gallery import is_gallery
-from biodedup.jobs.evaluation.impostors import strangers
+from biodedup.jobs.evaluation.impostors import impostor_pairs
 from biodedup.jobs.shared.files import write_text
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.match.calibration import Calibration
@@ -160,7 +160,7 @@ def calibrate(
 def pairs_of_gallery(
     gallery: Path, card: ModelCard, minutiae: ModelCard | None, seed: int, progress: Progress = silent
 ) -> Pairs:
-    """Of strangers, as far as one may take them for such: `strangers.py`. Raises InvalidInput."""
+    """Impostor pairs of a gallery (`impostors.py`). Raises InvalidInput."""
     models = {card.model_id}
     if card.kind == "minutiae":  # with whatever embedding they came
         models |= {joint_id(one, card) for one in shipped_cards() if one.kind == "finger-embedding"}
@@ -168,7 +168,7 @@ def pairs_of_gallery(
         models = {joint_id(card, one) for one in shipped_cards() if one.kind == "minutiae" and minutiae in (None, one)}
         models |= {card.model_id} if minutiae is None else set()
     columns = _columns(card, minutiae)
-    scores, a, b, position = strangers(
+    scores, a, b, position = impostor_pairs(
         gallery, frozenset(models), minutiae="minutiae" in columns, seed=seed, progress=progress
     )
     scores = {name: scores[name] for name in columns}

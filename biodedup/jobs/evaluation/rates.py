@@ -4,7 +4,7 @@ Owns the arithmetic alone: arrays in, numbers out. Never compares anything and n
 
 1. A comparison is positive at a threshold when its score reaches it (>=).
 2. Two intervals are told. `exact` (Clopper and Pearson, 1934) takes trials as independent. `bootstrap` draws subjects with
-   replacement, since comparisons of one subject depend on one another; a pair of strangers counts as often as the product of both draws
+   replacement, since comparisons of one subject depend on one another; an impostor pair counts as often as the product of both draws
    (Bolle, Ratha and Pankanti, 2004). It says nothing where no event, or nothing but events, was seen. `interval` is the wider of both, end
    by end.
 """
@@ -97,11 +97,11 @@ class Resampling:
         happened = np.bincount(subject[events], minlength=count).astype(np.float32)
         return Rate(int(events.sum()), len(events), _ratio(self._weights @ happened, self._weights @ trials))
 
-    def strangers(self, subject_a: Int64, subject_b: Int64) -> Strangers:
-        return Strangers(self._weights, subject_a, subject_b)
+    def impostor_pairs(self, subject_a: Int64, subject_b: Int64) -> ImpostorPairs:
+        return ImpostorPairs(self._weights, subject_a, subject_b)
 
 
-class Strangers:
+class ImpostorPairs:
     """Pairs of two subjects each, for which several rates are wanted. Trials are weighted once."""
 
     def __init__(self, weights: NDArray[np.float32], subject_a: Int64, subject_b: Int64) -> None:
