@@ -27,7 +27,8 @@ from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.gallery.care.health import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
-from biodedup.jobs.merging.survivors import Member, folded, survivor
+from biodedup.jobs.merging.model import Member
+from biodedup.jobs.merging.survivors import absorbed, survivor
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=64, merge_fan=2, background=False))
 FILES = ("m.parquet", "m.pairs.parquet", "m.collisions.parquet", "m.summary.json", "m.html")
@@ -563,7 +564,7 @@ def test_a_position_is_filled_by_the_best_quality_and_ties_go_to_the_smaller_id(
         member("c", templates={"left_ring": 0.0, "left_thumb": 0.5}),
         member("b", templates={"left_thumb": 0.5}),
     ]
-    found = {one.member.subject_id: one.gives for one in folded([*others, stays], stays)}
+    found = {one.member.subject_id: one.gives for one in absorbed([*others, stays], stays)}
     assert found == {"d": (), "c": ("left_ring",), "b": ("left_thumb",)}
 
 

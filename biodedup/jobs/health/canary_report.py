@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from biodedup.gallery.files.names import SENTINELS_NAME
 from biodedup.jobs.health.canary_file import Canaries, Standing
-from biodedup.jobs.shared.renamed import renamed
+from biodedup.renamed import renamed
 
 REMAKE = f"remove the file `{SENTINELS_NAME}` from the gallery's folder and run again: it is made anew"
 

@@ -21,7 +21,7 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.jobs.health.canaries import watch
 from biodedup.jobs.health.canary_report import Watch
 from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.jobs.shared.renamed import renamed
+from biodedup.renamed import renamed
 
 
 @dataclass(frozen=True)

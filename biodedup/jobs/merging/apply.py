@@ -38,8 +38,8 @@ from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.jobs.merging.model import AbsorbedRecord, Member
 from biodedup.jobs.merging.registers import Origins, step_of
-from biodedup.jobs.merging.survivors import Folded, Member
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import EnrolledEncounter, Template
 
@@ -139,17 +139,17 @@ def apply_merge(
     merge_id: str,
     staged: Snapshot,
     registers: Sequence[dict[str, Any]],
-    folded: Sequence[Folded],
+    absorbed: Sequence[AbsorbedRecord],
     config: Config,
     storage: Storage,
     *,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     progress: Progress = silent,
 ) -> Applied:
-    """Adds everybody of the districts but those who are folded, completes survivors, and removes the folded ones of the central
+    """Adds everybody of the districts but those who are absorbed, completes survivors, and removes the absorbed ones of the central
     gallery.
 
-    registers: `Register.key` of each; folded: records that do not stay, those of one survivor side by side. Both count only when it
+    registers: `Register.key` of each; absorbed: records that do not stay, those of one survivor side by side. Both count only when it
     begins; interrupted, it goes on with the log. Raises InvalidInput where the gallery has changed since it was compared.
     """
     target = _opened(folder, storage, config, new_id)
@@ -159,7 +159,7 @@ def apply_merge(
         if not begun(target.snapshot(), merge_id):
             refuse_unfinished(folder, target.snapshot(), storage)
             _refuse_changed(folder, target, registers)
-            _write_log(log, _logged(target.snapshot(), staged, folded), storage)
+            _write_log(log, _logged(target.snapshot(), staged, absorbed), storage)
             record(target, f"{name}:begun")
         progress("applying", 0, staged.live_count)
         ids: dict[str, list[str]] = {"removed": [], "left_out": [], "completed": []}
@@ -239,12 +239,12 @@ def _to_be_added(
 ) -> Callable[[Part], NDArray[np.bool_]]:
     origins = Origins(staged, [step_of(one) for one in registers])
     central = [owner for owner, one in enumerate(registers) if one["central"]]
-    folded = np.sort(staged.all_rows_of(pack_text(left_out))[1])
+    absorbed = np.sort(staged.all_rows_of(pack_text(left_out))[1])
 
     def keep(part: Part) -> NDArray[np.bool_]:
         rows = part.rows(np.arange(part.count))
         owners, _ = origins.of(rows)
-        return ~np.isin(owners, central) & ~np.isin(rows, folded)
+        return ~np.isin(owners, central) & ~np.isin(rows, absorbed)
 
     return keep
 
@@ -252,26 +252,26 @@ def _to_be_added(
 # the log --------------------------------------------------------------------------------------------------------------
 
 
-def _logged(before: Snapshot, staged: Snapshot, folded: Sequence[Folded]) -> Iterator[Any]:
+def _logged(before: Snapshot, staged: Snapshot, absorbed: Sequence[AbsorbedRecord]) -> Iterator[Any]:
     """Record batches of LOG_SCHEMA."""
-    clusters = [list(some) for _, some in groupby(folded, lambda one: one.stays.subject_id)]
+    clusters = [list(some) for _, some in groupby(absorbed, lambda one: one.survivor.subject_id)]
     for low in range(0, len(clusters), _BATCH_ROWS):
         some = clusters[low : low + _BATCH_ROWS]
-        members = [member for cluster in some for member in (cluster[0].stays, *(one.member for one in cluster))]
+        members = [member for cluster in some for member in (cluster[0].survivor, *(one.member for one in cluster))]
         entry_of = _entries(before, [member for member in members if member.central])
         entry_of |= _entries(staged, [member for member in members if not member.central])
         entries: list[dict[str, Any]] = []
         for cluster in some:
-            stays, joins = entry_of[cluster[0].stays.subject_id], set[str]()
+            survivor, joins = entry_of[cluster[0].survivor.subject_id], set[str]()
             for one in cluster:
                 entry = entry_of[one.member.subject_id]
                 action = "removed" if one.member.central else "left_out"
-                entries.append(entry | {"action": action, "survivor": stays["subject_id"]})
+                entries.append(entry | {"action": action, "survivor": survivor["subject_id"]})
                 joins.update(entry["groups"])
             gets = [{"column": column, "subject_id": one.member.subject_id} for one in cluster for column in one.gives]
-            joins.difference_update(stays["groups"])
+            joins.difference_update(survivor["groups"])
             if gets or joins:
-                entries.append(stays | {"action": "completed", "gets": gets, "joins": sorted(joins)})
+                entries.append(survivor | {"action": "completed", "gets": gets, "joins": sorted(joins)})
         yield pa.RecordBatch.from_pylist(entries, LOG_SCHEMA)
 
 
