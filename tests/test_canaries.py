@@ -37,7 +37,7 @@ def grow(folder: Path, low: int, high: int) -> None:
         for start in range(low, high, 500):
             some = slice(start, min(start + 500, high))
             engine.add_templates([f"s{i}" for i in range(high)][some], {"face": FACES[some]})
-            engine.tidy()
+            engine.maintain()
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_gallery_that_has_grown_gets_more_and_merging_changes_nothing(gallery)
     first = {one.row: one.mates["face"].embedding.tobytes() for one in kept(gallery).each}
     with bd.Engine.open(gallery, CONFIG) as engine:
         engine.add_templates([f"late{i}" for i in range(1_200)], {"face": people(1_200, 9, DIMENSION)})
-        engine.tidy()
+        engine.maintain()
     watch = jobs.watch(gallery)
     now = {one.row: one.mates["face"].embedding.tobytes() for one in kept(gallery).each}
     assert watch.problems == ()
@@ -142,7 +142,7 @@ def test_a_crowd_of_look_alikes_is_no_loss(tmp_path):
     crowd = np.repeat(one_each, 30, axis=0)
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.add_templates([f"s{i}" for i in range(len(crowd))], {"face": crowd})
-        engine.tidy()
+        engine.maintain()
     watch = jobs.watch(tmp_path / "g")
     assert watch.problems == ()
     assert watch.columns[0].first < watch.columns[0].expected_first_min

@@ -216,12 +216,12 @@ def test_dedup_started_again_extracts_only_what_changed(tmp_path, portrait, monk
 INTERRUPTED = """
 import os, runpy, signal, biodedup
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
-admit = biodedup.Engine.admit
-def admit_and_interrupt(engine, encounters):
-    answers = admit(engine, encounters)
+import_captures = biodedup.Engine.import_captures
+def import_and_interrupt(engine, encounters):
+    answers = import_captures(engine, encounters)
     os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C, between two batches
     return answers
-biodedup.Engine.admit = admit_and_interrupt
+biodedup.Engine.import_captures = import_and_interrupt
 runpy.run_module("biodedup.cli", run_name="__main__", alter_sys=True)
 """
 

@@ -43,7 +43,7 @@ def register(folder: Path, vectors, names, *, compact=True, groups=None) -> Path
             engine.add_templates(
                 names[some], {"face": vectors[some]}, groups=groups[some] if groups else [["roll"]] * len(names[some])
             )
-            engine.tidy()
+            engine.maintain()
         if compact:
             engine.compact()
     return folder
@@ -382,7 +382,7 @@ def test_every_template_with_its_quality_and_time_comes_along(tmp_path):
                 }
                 if i % 7 == 0:
                     templates["right_thumb"] = strewn(i)
-                engine.admit(
+                engine.import_captures(
                     [bd.Encounter(f"{folder.name}{i}", templates=templates, encounter_id=f"e{i}", groups=["g"])]
                 )
 
@@ -425,7 +425,7 @@ def visited(tmp_path_factory):
             for i, (subject_id, (who, more)) in enumerate(subjects.items()):
                 face = bd.Template("face", "external-128", again(faces[who : who + 1], 0.9, seed=int(now) + i)[0])
                 encounter = bd.Encounter(subject_id, (), {"face": face} | more, f"e-{subject_id}", [f"office-{name}"])
-                engine.admit([encounter])
+                engine.import_captures([encounter])
             engine.compact()
 
     def ring(who: int, quality: float) -> bd.Template:

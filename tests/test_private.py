@@ -26,7 +26,7 @@ def gallery(tmp_path: Path) -> Path:
     with bd.Engine.open(tmp_path / "g", small(merge_fan=9)) as engine:
         for i in range(6):
             enroll(engine, i)
-        engine.tidy()
+        engine.maintain()
         enroll(engine, 6)
     return tmp_path / "g"
 
@@ -58,7 +58,7 @@ def test_whatever_is_written_is_for_its_owner_alone(tmp_path, open_umask):
     with bd.Engine.open(home / "g", small()) as engine:
         for i in range(6):
             enroll(engine, i)
-        engine.tidy()
+        engine.maintain()
         engine.enroll(
             bd.Encounter(
                 "x", templates={"face": (PEOPLE[9] + PEOPLE[10]) / np.float32(np.sqrt(2))}, encounter_id="open"
@@ -224,7 +224,7 @@ def test_of_removed_subjects_nothing_is_left_in_any_file(tmp_path):
                 engine.remove(f"s{i}")
                 assert occurrences(tmp_path / "g", {"": needles[f"s{i}"]}) == {}, "at once, while it is in the journal"
             if i % 10 == 9:
-                engine.tidy()
+                engine.maintain()
         for i in (i for i in range(0, 40, 2) if i != 4):
             engine.remove(f"s{i}")
         engine.enroll(bd.Encounter("x", templates={"face": PEOPLE[41]}))

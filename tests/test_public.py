@@ -67,3 +67,13 @@ def test_the_readmes_examples_run(tmp_path, monkeypatch, portrait):
 
 def test_the_changes_name_this_version():
     assert f"### {bd.__version__}" in README
+
+
+def test_methods_of_the_engine_that_were_renamed_work_and_warn(tmp_path):
+    with bd.Engine.open(tmp_path / "g") as engine:
+        vector = np.eye(1, 128, dtype=np.float32)[0]
+        with pytest.warns(DeprecationWarning, match="import_captures"):
+            (decision,) = engine.admit([bd.Encounter("anna", templates={"face": vector}, model_id="m-1")])
+        assert decision.outcome == "unique"
+        with pytest.warns(DeprecationWarning, match="maintain"):
+            engine.tidy()

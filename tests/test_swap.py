@@ -273,7 +273,7 @@ def test_minutiae_are_compared_across_positions_row_by_row_up_to_the_limit(tmp_p
         assert engine.identify(probe).best is None
         best = engine.identify(probe, across_positions=True).best
         assert (best.subject_id, best.swaps) == ("s1", (("right_index", "left_index"),))
-        engine.admit([encounter("s2", "left_thumb", 2)])
+        engine.import_captures([encounter("s2", "left_thumb", 2)])
         assert not engine.identify(probe).incomplete
         assert engine.identify(probe, across_positions=True).incomplete
 

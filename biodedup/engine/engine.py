@@ -11,7 +11,7 @@ The machinery of the stages lies beside it, each part in a module of its own:
     deciding.py     what was found becomes a decision
     enrolment.py    search, wait for the lock, settle, commit: `enroll`, `update`, `enroll_many`
     review.py       cases and verdicts: `dispute`, `adjudicate`
-    loading.py      subjects added without a search: `add_templates`, `load_templates`, `admit`
+    loading.py      subjects added without a search: `add_templates`, `load_templates`, `import_captures`
 
 What holds throughout:
 
@@ -60,6 +60,7 @@ from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
 from biodedup.memory import within_memory
+from biodedup.renamed import renamed
 from biodedup.search.clusters import clusters_of
 from biodedup.search.explain import JoinPlan, SearchPlan, plan_of
 from biodedup.search.searcher import Searcher
@@ -512,14 +513,19 @@ class Engine:
             except SubjectExists:
                 continue  # enrolled by another thread since they were told apart
 
-    def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
+    def import_captures(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
 
         Decisions have no candidates; `unique` here means added, from those of its captures that can be used: `Policy.required` is not
         asked for. A subject_id that is enrolled is replaced: its newest encounter counts. An encounter_id seen before changes nothing.
         """
         self._check_open()
-        return self._loader.admit(encounters)
+        return self._loader.import_captures(encounters)
+
+    def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
+        """Deprecated: `import_captures`."""
+        renamed("Engine.admit", "Engine.import_captures")
+        return self.import_captures(encounters)
 
     def remove(self, subject_id: str) -> None:
         """Removes a subject; the next search does not see it. Raises UnknownSubject."""
@@ -535,10 +541,15 @@ class Engine:
         self._check_open()
         self._gallery.compact()
 
-    def tidy(self) -> None:
+    def maintain(self) -> None:
         """Seals and merges what is due, now instead of in the background; after a bulk load, for example."""
         self._check_open()
         self._gallery.maintain()
+
+    def tidy(self) -> None:
+        """Deprecated: `maintain`."""
+        renamed("Engine.tidy", "Engine.maintain")
+        self.maintain()
 
     def refresh(self) -> int:
         """With read_only: sees what the writer has committed since. Returns the version now seen."""

@@ -205,7 +205,7 @@ class Loader:
             raise
         return True
 
-    def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
+    def import_captures(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Adds subjects from their captures, or replaces those who are enrolled. `unique` means added.
 
         One whose file is absent or cannot be read is `refused`, and not recorded.

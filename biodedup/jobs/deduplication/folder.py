@@ -180,7 +180,7 @@ def _fill(engine: Engine, units: Sequence[Unit], batch_size: int, progress: Prog
     while batch := list(islice(stream, batch_size)):
         # a file's name is a unit's name whatever is in it
         encounters = [Encounter(KnownId(u.unit_id), u.captures, encounter_id=u.encounter_id) for u in batch]
-        for decision in engine.admit(encounters):
+        for decision in engine.import_captures(encounters):
             assert decision.subject_id is not None, "every unit has an id"
             if decision.outcome == "refused":
                 refusals[decision.subject_id] = decision.refusals

@@ -102,7 +102,7 @@ def load(
         position += len(batch)
         progress("loading", position, max(total, position))
     try:
-        engine.tidy()
+        engine.maintain()
     except StorageUnavailable:
         pass  # everything is durable already; the next writer merges
     places, names = (tuple(values) for values in zip(*refused, strict=True)) if refused else ((), ())

@@ -197,7 +197,7 @@ class _Packing:
             writer = BatchWriter(file, self._kit, centre)
             for low in range(0, len(planned), self._config.batch_size):
                 searched = self._added(writer, judge.judged(planned[low : low + self._config.batch_size]))
-                unsearched += _admit(engine, searched)
+                unsearched += _import(engine, searched)
                 progress("packing", len(self._records), len(planned))
             void = self._void(before)
             writer.finish(void)
@@ -284,14 +284,14 @@ def _content(
     return replace(planned.encounter, captures=[*images, *missing], templates=given)
 
 
-def _admit(engine: Engine, encounters: Sequence[Encounter]) -> int:
+def _import(engine: Engine, encounters: Sequence[Encounter]) -> int:
     """Adds records to the working gallery; returns how many it could not take."""
     try:
-        return sum(decision.outcome == "refused" for decision in engine.admit(encounters))
+        return sum(decision.outcome == "refused" for decision in engine.import_captures(encounters))
     except CallerError:
         if len(encounters) < 2:
             return len(encounters)
-        return sum(_admit(engine, [one]) for one in encounters)
+        return sum(_import(engine, [one]) for one in encounters)
 
 
 def _doubles(
