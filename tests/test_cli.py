@@ -18,6 +18,7 @@ from synthetic import finger
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.cli.base import Panel
 
 
 def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
@@ -295,3 +296,21 @@ def test_the_demos_population_has_the_spread_measured_on_real_faces():
     assert cosines.std() == pytest.approx(0.092, abs=0.002)
     assert np.allclose(vectors, unit(vectors))
     assert np.allclose(np.sum(again(vectors, 0.6) * vectors, axis=1), 0.6, atol=1e-4)
+
+
+def test_help_groups_the_commands_and_loads_no_engine_code():
+    code = """
+import sys
+from biodedup.cli.base import app
+try:
+    app(["--help"])
+except SystemExit:
+    heavy = {"numba", "faiss", "onnxruntime", "cv2", "pyarrow", "scipy", "sklearn", "skimage"} & sys.modules.keys()
+    sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", "import biodedup.cli\n" + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    headings = [line for line in done.stdout.splitlines() if line.startswith("\u256d")]
+    places = [next(i for i, line in enumerate(headings) if panel in line) for panel in Panel]
+    assert places == sorted(places)
+    assert not any(" Commands " in line for line in headings)  # a command without a panel
