@@ -1,13 +1,13 @@
-"""`audit`: a roll against the gallery. Who is listed twice, not enrolled, or enrolled under two ids; and where.
+"""`audit`: checks a roll against the gallery: who is listed twice, not enrolled, or enrolled under two ids, by district.
 
-Owns what a finding is, and the report by district. Never compares itself: the engine joins and identifies.
+Owns the kinds of findings and the report by district. Never compares itself: the engine joins and identifies.
 
-1. A roll of subjects is compared with everybody by the templates that are enrolled; a roll of captures is identified, entry by entry.
-2. A pair that a person judged different is not raised.
-3. Interrupted, it goes on where it was (`out`.notes), with the threshold that it began with, also when the gallery has gone on. Of a
-   roll of subjects it then compares those who were enrolled or updated since, too, and drops what it had found of those who
-   were updated or removed: the result is that of the last version alone. An entry of captures stands as of its version.
-4. The same roll, gallery, version and threshold give the same result, byte for byte.
+1. A roll of subjects is compared with all subjects by the enrolled templates; a roll of captures is identified, one entry after the other.
+2. A pair that a person ruled different is not reported.
+3. An interrupted audit resumes (`out`.notes) with the threshold it began with, also when the gallery has changed. For a roll of subjects it
+   then also compares subjects that were enrolled or updated since, and drops findings of subjects that were updated or removed, so that the
+   result is that of the last version alone. An entry of captures keeps the version at which it was searched.
+4. The same roll, gallery, version and threshold give the same bytes.
 """
 
 from __future__ import annotations

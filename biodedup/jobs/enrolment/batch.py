@@ -1,16 +1,16 @@
-"""`enroll_batch`: a manifest of encounters into a gallery, each decided against everybody, its batch included.
+"""`enroll_batch`: enrols a manifest of encounters; each is searched in the whole gallery, its own batch included.
 
-Owns the flow and what happens to each record. Never extracts, compares or stores itself: worker processes extract while the engine
-searches and commits the batch before.
+Owns the flow and the outcome of each record. Never extracts, compares or stores itself: worker processes extract while the engine searches
+and commits the previous batch.
 
     manifest -> read -> (workers) quality gate, templates -> engine: search, decide, commit -> outcome
 
-1. The gallery's journal is the truth: an encounter that it has decided is reported as it was decided, and not extracted again.
+1. The gallery's journal is authoritative: an encounter that it has decided is reported as decided, and not extracted again.
 2. Each encounter is decided against all before it, in batches that depend on the manifest alone, so that a job that was killed and
-   started again ends with the same result. What may differ: `decided_at`; and a row's embedding is rounded to eight bits when it is
-   sealed, in the background, which can move a score by hundredths of a decibel. An encounter that was decided keeps its first answer.
-3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id; a record
-   whose file is absent or cannot be read is not decided before it comes, and is tried again by every run.
+   started again ends with the same result. Two things may differ: `decided_at`; and a row's embedding is rounded to eight bits when it is
+   sealed in the background, which can move a score by hundredths of a decibel. An encounter that was decided keeps its first decision.
+3. A bad record costs itself alone. A record that was refused and never decided may be sent again with other content under its encounter_id;
+   a record whose file is absent or unreadable is not decided before the file comes, and every run tries it again.
 4. Within one manifest the first record of an encounter_id owns it; another with other content is refused.
 """
 

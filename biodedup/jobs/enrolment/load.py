@@ -1,10 +1,10 @@
-"""`load`: ready templates from Parquet, Arrow or numpy files, or a stream, into a gallery, without a search.
+"""`load`: adds ready templates from Parquet, Arrow or numpy files, or a stream, to a gallery without a search.
 
-Owns the reading in bounded memory. Each batch is one durable, idempotent write named by its content, so that a load that was
-interrupted goes on where it was when it is started again.
+Owns the reading in bounded memory. Each batch is one durable, idempotent write named by its content, so that an interrupted load resumes when
+it is started again.
 
-A row that cannot be used is refused by itself, and told. A column that a subject lacks (null, or an empty list) is nothing bad: the
-subject is loaded with the others.
+A row that cannot be used is refused by itself, and reported. A subject may lack a column (null, or an empty list): it is loaded with the
+columns it has.
 """
 
 from __future__ import annotations

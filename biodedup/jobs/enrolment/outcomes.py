@@ -1,6 +1,6 @@
-"""What became of each record of a bulk enrolment: the row, the table, and the words for an official.
+"""The outcome of each record of a bulk enrolment: its row, the result table, and the sentences for officials.
 
-Owns the schema of the result and what reasons mean in plain words. Never decides.
+Owns the schema of the result and the meaning of each reason in plain words. Never decides.
 """
 
 from __future__ import annotations

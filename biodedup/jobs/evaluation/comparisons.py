@@ -1,10 +1,10 @@
-"""Exhaustive comparisons of labelled encounters: every mated pair, all impostor pairs or a sample of them, and searches.
+"""Compares labelled encounters exhaustively: every mated pair, all impostor pairs or a sample of them, and searches.
 
-Owns which encounters meet, and the arrays that come of it. Evidence is that of the engine's own `Comparer`; nothing is approximate.
+Owns which encounters are compared, and the resulting arrays. Evidence comes from the engine's own `Comparer`; nothing is approximate.
 
-Searches: the gallery holds each subject's first encounter, if that could be enrolled. A subject's later encounters are searched. A search is
-*mated* where its subject is in the gallery. It is *non-mated* as well, with its subject left out of the gallery (leave one out); a subject
-with one encounter is searched so, too, so that every subject is looked for once where the person is not.
+Searches: the gallery holds each subject's first encounter, if it could be enrolled. A subject's later encounters are searched. A search is
+*mated* where its subject is in the gallery. The same search is *non-mated* with its subject left out of the gallery (leave one out); a
+subject with one encounter is searched that way, too, so that every subject has a non-mated search.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""`evaluate`: error rates on labelled captures or templates, in the terms of ISO/IEC 19795-1.
+"""`evaluate`: measures error rates on labelled captures or templates, in the terms of ISO/IEC 19795-1.
 
-Owns the job from a labelled source to the result files, and the layout of the JSON. The arithmetic is in `rates.py`, who meets whom in
-`comparisons.py`.
+Owns the job from a labelled source to the result files, and the layout of the JSON. `rates.py` has the arithmetic; `comparisons.py` chooses
+the pairs.
 
 1. An *encounter* is what is compared: the captures that a manifest files under one encounter_id, or else one file or row.
-2. Beside OUT.json lie OUT.pairs.parquet, OUT.searches.parquet and OUT.encounters.parquet: whatever is told can be counted again.
-3. Rates are of what could be compared; beside them, with every failure to enrol counted as a miss.
+2. Beside OUT.json lie OUT.pairs.parquet, OUT.searches.parquet and OUT.encounters.parquet, from which every figure can be counted again.
+3. Rates are stated for what could be compared, and again with every failure to enrol counted as a miss.
 """
 
 from __future__ import annotations

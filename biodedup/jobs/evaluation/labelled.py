@@ -1,7 +1,7 @@
-"""Labelled encounters and their templates: what an evaluation compares.
+"""Reads labelled encounters and extracts their templates, for an evaluation.
 
-Owns the reading of labelled sources, and extraction that goes on where it was: templates lie in a working folder, a file for some
-encounters at a time, named by what they were made of. Never compares.
+Owns the reading of labelled sources, and extraction that resumes: templates are kept in a working folder, one file for some encounters, named
+by a hash of their source. Never compares.
 """
 
 from __future__ import annotations

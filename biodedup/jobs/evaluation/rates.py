@@ -1,12 +1,11 @@
-"""Error rates of labelled comparisons and searches, with their uncertainty: terms and definitions of ISO/IEC 19795-1.
+"""Error rates of labelled comparisons and searches, with confidence intervals, in the terms of ISO/IEC 19795-1.
 
-Owns the arithmetic alone: arrays in, numbers out. Never compares anything and never reads a file.
+Owns the arithmetic alone: arrays in, numbers out. Never compares templates and never reads a file.
 
 1. A comparison is positive at a threshold when its score reaches it (>=).
-2. Two intervals are told. `exact` (Clopper and Pearson, 1934) takes trials as independent. `bootstrap` draws subjects with
-   replacement, since comparisons of one subject depend on one another; an impostor pair counts as often as the product of both draws
-   (Bolle, Ratha and Pankanti, 2004). It says nothing where no event, or nothing but events, was seen. `interval` is the wider of both, end
-   by end.
+2. Two intervals are stated. `exact` (Clopper and Pearson, 1934) takes trials as independent. `bootstrap` draws subjects with replacement,
+   because comparisons of one subject depend on each other; an impostor pair is weighted by the product of both subjects' draws (Bolle, Ratha
+   and Pankanti, 2004). The bootstrap gives nothing where no trial or every trial was an event. `interval` takes the wider bound of both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`explain`: one page on one pair: what was captured, what was found in it, what agrees, and what that is worth.
+"""`explain`: writes one page on one pair: what was captured and extracted, which features agree, and the score.
 
-Owns what stands on the page and where. Never compares itself: it extracts under a trace, asks the comparer for the evidence, and the
-matcher for the minutiae that it paired. The page holds biometric data; it goes to the file that was asked for and nowhere else.
+Owns the content of the page. Never compares itself: it extracts under a trace, asks the comparer for the evidence, and the matcher for the
+paired minutiae. The page holds biometric data; it is written to the requested file and nowhere else.
 """
 
 from __future__ import annotations

@@ -1,22 +1,20 @@
-"""`doctor --canaries`: does a search still find what was enrolled?
+"""`doctor --canaries`: tests whether searches still find subjects that are enrolled.
 
-Owns the searches for the canaries (`canary_file.py`) and what follows from their answers. Never mends anything.
+Owns the searches for the canaries (`canary_file.py`) and the verdict on their results. Never repairs.
 
-Checksums see that files are as they were written. They do not see a row that an index has lost, codes that were wrong before
-they were summed up, a kernel that miscomputes on this processor, or a plan whose law misleads. Three looks, each at what the one
-before cannot see:
+Checksums prove that files are as they were written. They cannot see a row that an index lost, codes that were wrong before the checksum was
+taken, a kernel that miscomputes on this processor, or a search plan whose statistical model is wrong. Three tests, each of which sees what
+the previous one cannot:
 
-1. The stored templates of every canary's subject against its probe: are they what they were?
-2. `engine.search` for every probe of embeddings. How many should be found follows from the similarities of impostors at the
-   present size, and from `miss_risk`. Whoever was not found is looked for by numpy among all stored rows: where this one finds
-   it, the search has lost it, and no law is needed to say so. Losses within `miss_risk` are searched for once more with nothing
-   left to chance.
-3. `engine.identify` for a few, with all their columns, minutiae among them; 1:1 verification says who should be found.
+1. The stored templates of every canary's subject are compared with its probe: are they unchanged?
+2. `engine.search` runs for every probe of embeddings. The number that should be found follows from the similarities of impostors at the
+   present size, and from `miss_risk`. A subject that was not found is sought by numpy among all stored rows; where numpy finds it, the
+   search lost it, without any statistical assumption. Losses within `miss_risk` are searched once more with a risk of zero.
+3. `engine.identify` runs for a few canaries with all their columns, minutiae included; 1:1 verification says which should be found.
 
-An alarm is raised where losses as many as these have a probability below `FALSE_ALARM` (of all tests of a run together) in a
-gallery that loses no more than `miss_risk`. Rows are read by a second view of the gallery, independent of the engine's. It is
-taken before the engine's and once more after it; whose row lives in both, lives in the engine's, too: what is removed while all
-this goes on is no loss.
+An alarm is raised where that many losses have a probability below `FALSE_ALARM` (all tests of a run together) in a gallery that loses no more
+than `miss_risk`. Rows are read through a second view of the gallery, independent of the engine's. It is taken before the engine's view and
+again after it; a row that is live in both is live in the engine's, so that a subject that is removed during the run is no loss.
 """
 
 from __future__ import annotations

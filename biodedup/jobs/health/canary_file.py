@@ -1,11 +1,11 @@
-"""Canaries: synthetic mates of some enrolled subjects, kept beside the gallery as they were made.
+"""Canaries: synthetic mates of some enrolled subjects, kept in a file beside the gallery.
 
-Owns how they are drawn, which of them still stand for a subject, and their file (gallery/FORMAT.md). Never searches.
+Owns how they are drawn, which of them still belong to a subject, and their file (gallery/FORMAT.md). Never searches.
 
-1. A canary is made from the templates as they were stored then, and never again: tomorrow's search uses today's probe.
-2. The same gallery, seed and count give the same file, byte by byte.
+1. A canary is made once, from the templates stored at that time: later searches use the same probe.
+2. The same gallery, seed and count give the same bytes.
 3. Every segment, and the tail, has some in each of its columns; a gallery that has grown gets more (`topped_up`).
-4. They resemble enrolled templates, so that they are biometric data, too; those of removed subjects are dropped.
+4. They resemble enrolled templates, so they are biometric data; those of removed subjects are dropped.
 """
 
 from __future__ import annotations

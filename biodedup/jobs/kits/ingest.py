@@ -1,16 +1,16 @@
-"""`kit ingest`: batch files of field kits into the gallery, with what became of every record.
+"""`kit ingest`: enrols the records of batch files, and reports the outcome of every record.
 
-Owns the job from files to outcomes, and what a kit's key may bring. Bytes and signatures are `kit_file`'s, trust `kit_trust`'s, decisions the
-engine's, bookkeeping `kit_ledger`'s.
+Owns the job from files to outcomes, and the check of what a kit's key may send. `batch_file.py` owns bytes and signatures, `trust.py` trust,
+the engine decisions, and `ledger.py` bookkeeping.
 
-1. Of a file that is not what a trusted kit signed nothing is taken; of a file that was cut off every whole record is.
-2. Each record is enrolled under an id that is bound to its kit's key (`kit_names`): whatever comes twice is taken once, and no kit can
+1. Nothing of a file is accepted unless a trusted kit signed it; of a file that was cut off every whole record is accepted.
+2. Each record is enrolled under an id that is bound to its kit's key (`names.py`): a record that comes twice is enrolled once, and no kit can
    take an id of another kit or of the centre.
-3. A file beyond what its key may bring is refused whole; a record of a group that its key may not write is refused by itself.
+3. A file beyond the limits of its key is refused whole; a record of a group that its key may not write is refused by itself.
 4. A kit's clock is reported, and decides nothing.
-5. Interrupted and started again with the same batches, it goes on, and ends with the same result, byte for byte: records are decided in
-   chunks that depend on the files alone, each against everything before it. (What may differ: a row's embedding is rounded to eight bits
-   when it is sealed, in the background, which can move a score by hundredths of a decibel; and a key that expires in between.)
+5. A run that was interrupted and started again with the same batches resumes, and ends with the same bytes: records are decided in chunks
+   that depend on the files alone, each against everything before it. Two things may differ: a row's embedding is rounded to eight bits when
+   it is sealed in the background, which can move a score by hundredths of a decibel; and a key may expire in between.
 """
 
 from __future__ import annotations

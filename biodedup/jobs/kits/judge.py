@@ -1,7 +1,7 @@
-"""What the extractor says of the captures that a kit is to pack, and which of them are no captures at all.
+"""Runs the quality gate on the captures that a kit packs, and finds files that are no captures.
 
-Owns the reading of the files, once, and the memory of verdicts: a folder beside the batch, so that packing again after a recapture extracts
-the recapture alone. Never packs.
+Owns the reading of the files, each once, and the cache of verdicts: a folder beside the batch, so that packing again after a recapture
+extracts the recapture alone. Never packs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The manifest of a field kit's batch: rows of captures into planned records, and what is broken, told row by row.
+"""Reads the manifest of a field kit's batch: rows of captures become planned records, and mistakes are reported by row.
 
-Owns the reading of the table, and which files it may name. Never opens a capture.
+Owns the reading of the table, and which files it may name. `manifests/fields.py` parses the cells. Never opens a capture.
 
-1. A record is everything of one encounter_id or, where rows name none, of one subject_id. A mistake in one row leaves that record
-   out and no other.
+1. A record is everything of one encounter_id or, where rows have none, of one subject_id. A mistake in one row leaves out that record and no
+   other.
 2. A manifest names files below its own folder alone: no absolute path, no `..`, and no symbolic link that leads out.
 """
 

@@ -1,11 +1,9 @@
-"""Captures on disk: a folder of images, or a manifest with a row a capture.
+"""Reads captures from disk: a folder of images, or a manifest with one row a capture.
 
-Owns what such a source may look like, what of it is left out and told, and the mark by which a job knows that files changed. Never
-decodes an image.
+Owns the form of such a source, the report of what was left out, and the mark by which a job sees that files changed. Never decodes an image.
 
-1. Nothing is left out without a word: files that are no images are counted by their suffix, rows that cannot be used are named by their
-   number.
-2. One bad cell costs its row, and one odd file name nothing.
+1. Everything left out is reported: files that are no images are counted by their suffix, rows that cannot be used are named by their number.
+2. One bad cell costs its row; an odd file name costs nothing.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The manifest of a bulk enrolment: encounters from a Parquet or CSV table, one by one, in bounded memory.
+"""Reads the manifest of a bulk enrolment: encounters from a Parquet or CSV table, one by one, in bounded memory.
 
-Owns the two shapes of the table, the validation of each record, and the reading of what its cells point to. Never extracts or decides.
+Owns the two forms of the table, the validation of each record, and the reading of the files it names. Never extracts or decides.
 
-1. Whatever a row holds, it becomes a record: one that cannot be used carries its refusal. Only what is no such table raises.
+1. Every row becomes a record; one that cannot be used carries its refusal. Only a file that is no such table raises.
 2. The same manifest and files give the same records with the same digests.
 
-A table has a row a capture (`path` or `image`, with `position` and `dpi`) or a row an encounter (`face`, `right_index`, ...: a path,
-an image's or a minutiae record's bytes, or an embedding). Columns that are neither are metadata.
+A table has one row a capture (`path` or `image`, with `position` and `dpi`) or one row an encounter (`face`, `right_index`, ...: a path, the
+bytes of an image or a minutiae record, or an embedding). All other columns are metadata.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Reading a roll: a list of subjects, or of captures of people whose ids are not known, as an office keeps it.
+"""Reads a roll: an office's list of subjects, or of captures of people whose ids are not known.
 
-Owns what a usable line is. Never looks into a gallery.
+Owns which lines can be used; `fields.py` parses the cells. Never looks into a gallery.
 
-1. Everything is read as text, so that ids keep their leading zeros. Spaces around a value do not count.
-2. A line that cannot be used is refused with its number and the reason; only a file that makes no sense as a whole is an error.
-3. Lines are numbered as a spreadsheet numbers them: the header of a CSV file is line 1. Rows of a Parquet file count from 1.
+1. Everything is read as text, so that ids keep their leading zeros. In CSV, spaces around a value do not count.
+2. A line that cannot be used is refused with its number and the reason; only a file that is no roll at all raises.
+3. Lines are numbered as in a spreadsheet: the header of a CSV file is line 1. Rows of a Parquet file count from 1.
 """
 
 from __future__ import annotations

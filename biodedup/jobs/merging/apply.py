@@ -1,16 +1,16 @@
-"""A merge brought into a central gallery, and taken back.
+"""Applies a merge to a central gallery, and undoes it.
 
-Owns the order of the steps and the log that an undo needs (`GALLERY/merges/ID.parquet`). Never decides who is one person.
+Owns the order of the steps and the log that an undo needs (`GALLERY/merges/ID.parquet`). Never decides which records are one person.
 
     log -> begun -> additions, a part at a time -> completions, a batch at a time -> removals -> applied
     undo: restore, a batch at a time -> withdraw additions -> undone
 
-1. Every step is one durable transaction that is noted in the gallery, so that what was killed goes on, and nothing is done twice.
-2. The log is on the disk before anything changes: complete templates of the central gallery's subjects that will be removed or
-   completed, and from whom a survivor gets what.
+1. Every step is one durable transaction that is noted in the gallery, so that a killed run resumes, and nothing is done twice.
+2. The log is on disk before anything changes: complete templates of the central gallery's subjects that will be removed or completed, and
+   the source of each template that a survivor takes over.
 3. At no time is a person in the gallery under no id: additions come before removals, restorations before withdrawals.
-4. A survivor keeps its templates. It gets those that it lacks, and the groups, of the records that it stands for.
-5. A row is what tells whether a subject is as a merge has left it. An undo enrols anew, under other rows, and notes whose they are.
+4. A survivor keeps its templates. From the records that it absorbs it takes over the templates that it lacks, and their groups.
+5. Rows tell whether a subject is as a merge left it. An undo enrols anew, under other rows, and notes their subjects.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Files of jobs: replaced whole, private where they hold biometrics, and bounded reads of files that come from elsewhere.
+"""Writes and reads files of jobs: replaced whole, private where they hold biometrics, and bounded when they come from elsewhere.
 
 Owns the modes (files 0600, folders 0700) and the way a file is replaced. Never knows what is in a file.
 
-1. A private file never exists with a wider mode, not for a moment: the mode is given when it is made.
-2. What is read is a regular file of at most the stated size: a pipe does not hang, a device or a sparse file does not fill the memory.
+1. A private file never exists with a wider mode, not even for a moment: the mode is set when it is created.
+2. Only a regular file of at most the stated size is read: a pipe cannot hang the job, a device or a sparse file cannot fill the memory.
 """
 
 from __future__ import annotations

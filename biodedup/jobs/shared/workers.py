@@ -1,6 +1,7 @@
-"""Processes that turn captures into templates, while the caller searches.
+"""Worker processes that extract templates from captures while the caller searches.
 
-Owns nothing but the order of encounters; the processes and their limits are `embed.cage`'s. Never searches or stores.
+Owns the order of encounters alone. The pool is `pebble`'s, in `embed.cage`: a worker that dies or hangs is replaced, and costs its capture
+alone. Never searches or stores.
 """
 
 from __future__ import annotations
