@@ -286,7 +286,7 @@ def test_compacting_erases_the_canaries_of_removed_subjects(tmp_path):
     jobs.examine(tmp_path / "g", canaries=True)
     canary = canary_file.load(LocalStorage(), tmp_path / "g").each[0]
     needle = {"canary": canary.mates["face"].embedding.astype("<f4").tobytes()[:64]}
-    assert occurrences(tmp_path / "g", needle) == {"sentinel": ["sentinels"]}
+    assert occurrences(tmp_path / "g", needle) == {"canary": ["sentinels"]}
     with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
         engine.remove(canary.subject_id)
     assert run("compact", "--gallery", tmp_path / "g") == 0

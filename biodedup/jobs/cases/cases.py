@@ -284,7 +284,7 @@ def _pair(verdict: Verdict, part: Evidence) -> dict[str, Any]:
         "minutiae": part.minutiae,
         "mated": verdict.ruling == "same",
         "position": part.column,
-        # of whom a disputed encounter is, if it is not the subject's, nobody knows
+        # the subject of a disputed encounter is unknown, if it is not the stated one
         "subject_a": verdict.encounter_id if verdict.own and verdict.ruling == "different" else verdict.subject_id,
         "subject_b": verdict.candidate,
     }

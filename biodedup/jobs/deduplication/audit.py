@@ -120,7 +120,7 @@ class AuditResult:
         }
         for finding in self.findings:
             concerned[finding.district][finding.finding].add(finding.line)
-            # of a repeated line the first one is right; of two ids nobody knows which
+            # of a repeated line the first one is right; of two ids it is not known which
             if finding.finding == "two_ids" and finding.other_line is not None:
                 concerned[finding.other_district or ""][finding.finding].add(finding.other_line)
         return {
@@ -242,15 +242,15 @@ def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: N
     """Pairs of a listed subject and anybody that reach the threshold, each once."""
     info = engine.info()
     state = {"version": info["gallery_version"], "sealed_rows": info["sealed_rows"]}
-    # of most of a gallery, everybody with everybody behind takes less than each with everybody
+    # for most of a gallery, comparing each subject with all later ones takes less than comparing each with all
     begun = notes.entries[0] if notes.entries else state | {"whole": 2 * len(present) > len(engine)}
     done = notes.entries[-1]["done"] if notes.entries else 0
     if begun["whole"] and all(begun[name] == value for name, value in state.items()):
         tiles, before = engine.join(threshold_db=threshold_db, skip=done), 0
-    # 0: a join by caps, of which nobody is done with before the end
+    # 0: a join by LSH buckets, which completes no subject before its end
     elif notes.entries and (row := notes.entries[-1]["reached"][0]):
         rows = begun["reached"][1]
-        # a join of the whole has compared those before `row` with one another, one of the listed with everybody there was
+        # a full join has compared all subjects before `row` with each other; a join of listed subjects has compared those with all
         since = (row, row) if begun["whole"] else (row, max(row, rows))
         tiles, before = engine.join(threshold_db=threshold_db, among=present, since=since), done
     else:

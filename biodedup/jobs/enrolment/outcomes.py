@@ -236,7 +236,7 @@ def decided(decision: Decision, before: Sequence[Refusal] = (), required: tuple[
 
 
 def already_enrolled(verified: Verification, decided_at: float) -> Outcome:
-    """Of another encounter of somebody whose subject_id is enrolled, and who is the same person."""
+    """The outcome of another encounter of an enrolled subject that was verified as the same person."""
     return Outcome(
         "enrolled",
         "already_enrolled",

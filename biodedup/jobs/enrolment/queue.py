@@ -283,7 +283,7 @@ class Backlog:
 
 
 def queue_status(gallery: Path, now: float) -> QueueStatus:
-    """The state of a gallery's bulk enrolments, read beside whoever writes. Raises NotAGallery, StorageUnavailable."""
+    """The state of a gallery's bulk enrolments, read while another process may write. Raises NotAGallery, StorageUnavailable."""
     if (gallery / DATABASE_NAME).is_file() and not (gallery / BACKLOG_NAME).is_file():
         nothing = StatusLine(0, None, None)
         return QueueStatus(now, dict.fromkeys(STATUSES, nothing), 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")

@@ -145,7 +145,7 @@ def compare_all(
     nonmated_max: int,
     progress: Progress,
 ) -> Comparisons:
-    """Everybody with everybody. Above nonmated_max impostor pairs, a random sample of about as many (each pair with the same
+    """Compares all encounters with all. Above nonmated_max impostor pairs, a random sample of about as many (each pair with the same
     chance); searches are whole all the same."""
     encounters = of_one_model(encounters)
     names = {name: number for number, name in enumerate(dict.fromkeys(one.subject_id for one in encounters))}

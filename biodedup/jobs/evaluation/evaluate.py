@@ -395,13 +395,13 @@ class _Counts:
 
     def _at(self, threshold_db: float) -> dict[str, Any]:
         missed = self._mated_db < threshold_db
-        everybody = np.concatenate([missed, np.ones(len(self._lost), bool)])
+        with_failures = np.concatenate([missed, np.ones(len(self._lost), bool)])
         subject = np.concatenate([self._mated_subject, self._lost])
         return {
             "threshold_db": threshold_db,
             "fmr": self._impostor_pairs.rate(self._nonmated_db >= threshold_db).to_dict(),
             "fnmr": self._resampling.rate(missed, self._mated_subject).to_dict(),
-            "fnmr_with_failures": self._resampling.rate(everybody, subject).to_dict(),
+            "fnmr_with_failures": self._resampling.rate(with_failures, subject).to_dict(),
         }
 
     def _fnir(self, some: Bool, threshold_db: float) -> Rate:

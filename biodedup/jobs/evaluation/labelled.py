@@ -153,7 +153,7 @@ def _of_manifest(manifest: Path) -> tuple[list[Labelled], LeftOut]:
             f"{subject_id}/{name}" if twice else name,
             subject_id,
             tuple(row.capture for row in some),
-            groups={key: _joined([row.besides[key] for row in some]) for key in some[0].besides},
+            groups={key: _joined([row.other_columns[key] for row in some]) for key in some[0].other_columns},
         )
         for (subject_id, name), some in rows.items()
     ]
@@ -174,8 +174,10 @@ def _of_templates(
         name: _templates(table.column(name).combine_chunks(), name, config, model_of(name, model_id))
         for name in columns
     }
-    besides = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
-    usable, refused = _named(source, [name for name in ("subject_id", "encounter_id", *besides) if name in names_known])
+    other_columns = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
+    usable, refused = _named(
+        source, [name for name in ("subject_id", "encounter_id", *other_columns) if name in names_known]
+    )
     names = [name for *_, name, _ in usable]
     twice = len(set(names)) < len(names)
     found = []
@@ -187,7 +189,7 @@ def _of_templates(
                 subject_id,
                 templates={column: one for column, one in here if isinstance(one, Template)},
                 refusals=tuple(one for _, one in here if isinstance(one, Refusal)),
-                groups={key: given.get(key) for key in besides},
+                groups={key: given.get(key) for key in other_columns},
             )
         )
     if len({one.encounter_id for one in found}) < len(found):

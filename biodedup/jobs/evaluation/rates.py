@@ -68,7 +68,7 @@ class Rate:
 
 
 def difference(part: Rate, whole: Rate) -> dict[str, Any]:
-    """How a group's rate differs from everybody's: value, and an interval, the wider of the bootstrap's (both rates in the same
+    """The difference between a group's rate and the rate of all: its value, and an interval, the wider of the bootstrap's (both rates in the same
     replicates) and the group's exact one less the whole's rate."""
     if part.value is None or whole.value is None:
         return {"value": None, "interval": None}

@@ -105,7 +105,7 @@ def explain_templates(
     across_positions: bool = False,
     engine: Engine | None = None,
 ) -> Explained:
-    """As `explain`, of templates in hand. images: column -> picture of each side, where somebody kept them: of fingers, grey at 500 dpi."""
+    """As `explain`, of templates in hand. images: column -> picture of each side, where one was kept: of fingers, grey at 500 dpi."""
     extractor = Extractor(config or Config())
     kept: tuple[Mapping[str, Image], Mapping[str, Image]] = images or ({}, {})
     sides = [

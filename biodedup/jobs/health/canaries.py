@@ -53,11 +53,11 @@ from biodedup.values import Encounter, Float32, Template
 COUNT = 200
 SEED = 0
 FALSE_ALARM = 1e-4
-"""The probability that a sound gallery raises an alarm in one run, all columns together, at most."""
+"""Upper bound on the probability that a sound gallery raises an alarm in one run, all columns together."""
 FIRST = 20
-"""A canary is found where its subject is among so many."""
+"""A canary counts as found where its subject is among the first so many."""
 IDENTIFIED = 24
-"""Canaries that are identified by all their columns; as many again for each column of minutiae alone."""
+"""Canaries that are identified by all their columns; as many more for each column of minutiae alone."""
 
 _COSINE_TOLERANCE = 0.01  # of a stored embedding: merging may encode it anew, which changes a cosine by 0.0006 or so
 _SIMILARITY_TOLERANCE = 1e-3  # of a similarity that the search returns, against numpy's
@@ -144,7 +144,7 @@ def _saved(storage: Storage, gallery: Path, canaries: Canaries) -> bool:
 
 @dataclass
 class _Run:
-    """One run's views of the gallery. engine: what is tested; stored: what says what is there. incomplete: problems."""
+    """The views of the gallery of one run. engine: under test; stored: the reference of what is enrolled. incomplete: problems."""
 
     gallery: Path
     config: Config
@@ -220,7 +220,7 @@ class _Run:
         return _with_changed(watched, self, changed)
 
     def _lost_for_certain(self, name: str, lost: Sequence[Canary], probes: Float32) -> int:
-        """Of these, how many a search that leaves nothing to chance does not find either."""
+        """How many of these a search with a miss risk of zero does not find either."""
         config = replace(self.config, search=replace(self.config.search, miss_risk=0.0))
         with Engine.open(self.gallery, config, read_only=True, storage=self.storage) as engine:
             place = _places(engine.search({name: probes}, k=FIRST).ids, lost)
@@ -229,7 +229,7 @@ class _Run:
         return sum(at >= FIRST and snapshot.is_present(one.row) for one, at in zip(lost, place.tolist(), strict=True))
 
     def _identified(self, present: Sequence[Canary], alpha: float) -> Watched:
-        """Those whose evidence 1:1 reaches the review threshold, and whose strongest column brings them among the candidates."""
+        """Canaries whose 1:1 evidence reaches the review threshold, and whose strongest column makes them candidates."""
         engine = self.engine
         models = self.stored.snapshot().models
         chosen = set(_spread(present))
@@ -281,7 +281,7 @@ class _Run:
 
 
 def _places(ids: NDArray[np.object_], some: Sequence[Canary]) -> Int64:
-    """Where each canary's subject came, from 0; FIRST where it did not."""
+    """The rank of each canary's subject, from 0; FIRST where it was not returned."""
     same = ids == np.array([one.subject_id for one in some], object)[:, None]
     return np.where(same.any(axis=1), same.argmax(axis=1), FIRST)
 

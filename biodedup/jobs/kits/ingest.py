@@ -126,7 +126,7 @@ def ingest_batches(
 ) -> IngestResult:
     """Takes batch files into a gallery and writes `out` (.parquet or .csv), a row a record, with a summary and an HTML report beside it.
 
-    trusted: a folder of the kits' .pub files, and of the centre's records of them (`kit_trust`). centre: the keys that batches are
+    trusted: a folder of the kits' .pub files, and of the centre's records of them (`trust.py`). centre: the keys that batches are
     encrypted to. allow_unencrypted: take files of version 1, too. A file that cannot be taken is in the result, and stops no other.
     Raises InvalidInput (no trusted keys), GalleryBusy, GalleryDamaged, StorageUnavailable.
     """
@@ -284,7 +284,7 @@ class _Ingest:
         wanted: list[tuple[str, bytes, str]] = []
         for place, record in enumerate(records):
             own = record.encounter.encounter_id or ""
-            with suppress(EncounterConflict):  # an id of somebody else, with other content
+            with suppress(EncounterConflict):  # another encounter's id, with other content
                 if self.engine.recall(record.encounter) is not None:
                     unbound[place] = own
             wanted.append((own, digest_of(record.encounter), bound_id(public.fingerprint, own)))

@@ -85,13 +85,13 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Row:
-    """One capture of a manifest. besides: its further columns, as they are there."""
+    """One capture of a manifest. other_columns: its further columns, as they are there."""
 
     number: int
     subject_id: str
     capture: Face | Finger
     encounter_id: str | None = None
-    besides: dict[str, Any] = field(default_factory=dict)
+    other_columns: dict[str, Any] = field(default_factory=dict)
 
 
 # folders ------------------------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ def _row(number: int, subject_id: str, cells: Mapping[str, Any], folder: Path) -
     if not isinstance(found, CaptureCell) or not isinstance(found.source, str):
         raise Unusable("no_capture", "the row names no path")
     capture = found.capture(folder / found.source)
-    besides = {name: value for name, value in cells.items() if name not in RESERVED}
-    return Row(number, subject_id, capture, id_of(cells, "encounter_id"), besides)
+    other_columns = {name: value for name, value in cells.items() if name not in RESERVED}
+    return Row(number, subject_id, capture, id_of(cells, "encounter_id"), other_columns)
 
 
 def mark_of(name: str, captures: Sequence[Capture]) -> str:

@@ -146,7 +146,7 @@ def apply_merge(
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     progress: Progress = silent,
 ) -> Applied:
-    """Adds everybody of the districts but those who are absorbed, completes survivors, and removes the absorbed ones of the central
+    """Adds all subjects of the districts except absorbed ones, completes survivors, and removes the absorbed ones of the central
     gallery.
 
     registers: `Register.key` of each; absorbed: records that do not stay, those of one survivor side by side. Both count only when it
