@@ -66,16 +66,18 @@ class Judge:
         flat = [c for some in todo for c in some]
         results = iter(self._extractor.extract(flat) if self._extractor is not None and flat else ())
         for i, some in zip(fresh, todo, strict=True):
-            mine = [next(results) for _ in some]
-            verdicts = tuple(one if isinstance(one, Refusal) else Refusal(one.column, PASSED) for one in mine)
+            extracted = [next(results) for _ in some]
+            verdicts = tuple(
+                result if isinstance(result, Refusal) else Refusal(result.column, PASSED) for result in extracted
+            )
             best: dict[str, Template] = {}
-            for one in mine:
-                if isinstance(one, Template):
-                    keep_better(best, one)
+            for result in extracted:
+                if isinstance(result, Template):
+                    keep_better(best, result)
             known[i] = verdicts, best
             if some and not any(
                 verdict.reason in FAILURES for verdict in verdicts
-            ):  # those say nothing of the captures
+            ):  # failures of the program say nothing about the captures
                 remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
                 replace_private(paths[i], encode(remembered))
         for planned, own, judged in zip(chunk, captures, known, strict=True):

@@ -103,8 +103,11 @@ def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], lis
             draft.problems.append(f"row {number}: {error}")
     if not drafts:
         raise InvalidInput(f"{manifest} has no rows; write one row a capture")
-    made = [_planned(draft) for draft in drafts.values()]
-    return [one for one in made if isinstance(one, Planned)], [one for one in made if isinstance(one, Broken)]
+    records = [_planned(draft) for draft in drafts.values()]
+    return (
+        [record for record in records if isinstance(record, Planned)],
+        [record for record in records if isinstance(record, Broken)],
+    )
 
 
 def _check_size(manifest: Path, rows: int) -> None:
@@ -124,23 +127,23 @@ def _fill(draft: _Draft, row: Mapping[str, Any], ready: Sequence[str], folder: P
     captured_at = moment_of(row.get("captured_at"))
     if captured_at is not None:
         draft.times.append(captured_at)
-    found = capture_of(row)
+    capture = capture_of(row)
     for column in ready:
         if row[column] is not None:
             cell = row[column]
             if isinstance(cell, bytes) and not is_record(cell):
                 raise InvalidInput(f"{column} holds {len(cell):,} bytes that are no minutiae record; leave it empty")
             draft.templates[column] = cell if isinstance(cell, bytes) else np.asarray(cell, np.float32)
-    if isinstance(found, Missing):
-        draft.captures["missing", found.position] = found, draft.rows[-1]
-    elif found is not None:
-        path = str(found.source)
+    if isinstance(capture, Missing):
+        draft.captures["missing", capture.position] = capture, draft.rows[-1]
+    elif capture is not None:
+        path = str(capture.source)
         file = _below(folder, path)
         if file.stat().st_size > bytes_max:
             raise InvalidInput(
                 f"{path} has {file.stat().st_size:,} bytes, wanted at most {bytes_max:,}; save it smaller"
             )
-        draft.captures.setdefault((path, found.position, found.dpi), (found.capture(file), draft.rows[-1]))
+        draft.captures.setdefault((path, capture.position, capture.dpi), (capture.capture(file), draft.rows[-1]))
     elif not any(row[column] is not None for column in ready):
         raise InvalidInput("it has no path; name the capture's file, or say in `missing` why there is none")
 
@@ -173,7 +176,11 @@ def _planned(draft: _Draft) -> Planned | Broken:
         captures = sorted(draft.captures.values(), key=_place)
         try:
             encounter = Encounter(
-                subject_ids[0], [one for one, _ in captures], draft.templates, draft.encounter_id, sorted(draft.groups)
+                subject_ids[0],
+                [capture for capture, _ in captures],
+                draft.templates,
+                draft.encounter_id,
+                sorted(draft.groups),
             )
             return Planned(encounter, min(draft.times, default=None), rows, tuple(row for _, row in captures))
         except InvalidInput as error:

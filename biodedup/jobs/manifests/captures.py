@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = frozenset(
     )
 )  # fmt: skip
 RESERVED = ("subject_id", "path", "position", "dpi", "encounter_id")
-"""Columns of a manifest that have a meaning; whatever else it holds describes the subject or the capture."""
+"""Columns of a manifest that have a meaning; all others describe the subject or the capture."""
 
 _APPLE_DOUBLE, _NO_SUFFIX = "._*", "no suffix"
 _MAGIC = (
@@ -42,7 +42,7 @@ _ROWS_NAMED_MAX = 1000
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """A row of a manifest that cannot be used. subject_id: None where the row has no usable one."""
+    """A row of a manifest that cannot be used. subject_id: None where it has no usable id."""
 
     number: int
     subject_id: str | None
@@ -55,7 +55,7 @@ class RefusedRow:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a job did not look at. files: suffix -> how many."""
+    """Files and rows that a job left out. files: suffix -> number of files."""
 
     files: Mapping[str, int] = field(default_factory=dict)
     rows: tuple[RefusedRow, ...] = ()
@@ -64,7 +64,7 @@ class LeftOut:
         return bool(self.files or self.rows)
 
     def sentences(self, rows_max: int = 20) -> list[str]:
-        """As a person is told."""
+        """The sentences of a report."""
         told = [row.sentence for row in self.rows[:rows_max]]
         if len(self.rows) > rows_max:
             told.append(f"... and {len(self.rows) - rows_max:,} rows more")
@@ -75,7 +75,7 @@ class LeftOut:
         return told
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; of very many rows the first ones."""
+        """JSON-ready; names at most the first 1,000 rows."""
         rows = [
             {"row": r.number, "subject_id": r.subject_id, "reason": r.refusal.reason, "detail": r.refusal.detail}
             for r in self.rows[:_ROWS_NAMED_MAX]
@@ -85,7 +85,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Row:
-    """One capture of a manifest. other_columns: its further columns, as they are there."""
+    """One capture of a manifest. other_columns: name -> cell of columns without a meaning here."""
 
     number: int
     subject_id: str
@@ -104,7 +104,7 @@ def images_of(folder: Path) -> tuple[dict[str, Path], LeftOut]:
     left_out: Counter[str] = Counter()
     for path in _files(folder, left_out):
         suffix = path.suffix.lower()
-        if path.name.startswith("._"):  # what macOS leaves beside each file on a stick
+        if path.name.startswith("._"):  # macOS writes one beside each file on a memory stick
             left_out[_APPLE_DOUBLE] += 1
         elif suffix in IMAGE_SUFFIXES or (not suffix and is_image(path)):
             relative = path.relative_to(folder)
@@ -177,16 +177,16 @@ def read_rows(manifest: Path) -> tuple[list[Row], LeftOut]:
 
 
 def _row(number: int, subject_id: str, cells: Mapping[str, Any], folder: Path) -> Row:
-    found = capture_of(cells)
-    if not isinstance(found, CaptureCell) or not isinstance(found.source, str):
+    cell = capture_of(cells)
+    if not isinstance(cell, CaptureCell) or not isinstance(cell.source, str):
         raise Unusable("no_capture", "the row names no path")
-    capture = found.capture(folder / found.source)
+    capture = cell.capture(folder / cell.source)
     other_columns = {name: value for name, value in cells.items() if name not in RESERVED}
     return Row(number, subject_id, capture, id_of(cells, "encounter_id"), other_columns)
 
 
 def mark_of(name: str, captures: Sequence[Capture]) -> str:
-    """Changes when the size or time of a file does, so that a resumed job knows what is done already."""
+    """A digest that changes with the size or time of a file, so that a resumed job knows what is done."""
     digest = hashlib.sha256(name.encode())
     for capture in captures:
         assert isinstance(capture, (Face, Finger)) and isinstance(capture.data, Path), "units are made of files"

@@ -27,7 +27,6 @@ from biodedup.config import CaptureConfig
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.fields import (
     GROUP_COLUMNS,
-    CaptureCell,
     Unusable,
     capture_of,
     check_fields,
@@ -49,7 +48,7 @@ _CAPTURE_COLUMNS = ("path", "image", "position", "dpi", "missing")
 
 @dataclass(frozen=True)
 class Cell:
-    """One capture as the table has it: a path, an image's or record's content, or an embedding."""
+    """One capture of the table: a path, the content of an image or a minutiae record, or an embedding."""
 
     column: str
     source: str | bytes | list[float] = field(repr=False)
@@ -58,7 +57,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Record:
-    """One encounter of a manifest. row: its first. encounter_id: None where the table states none. problem: why it cannot be used."""
+    """One encounter of a manifest. row: its first row. encounter_id: None where the table has none. problem: why it cannot be used."""
 
     row: int
     subject_id: str | None = None
@@ -73,9 +72,9 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What a record's cells point to, read. digest: SHA-256 of all that matters to a decision.
+    """The content of a record's cells. digest: SHA-256 of everything that matters to a decision.
 
-    late: a file is absent or cannot be read, and may come. Then nothing else of the record is kept: it is not decided without the file.
+    late: a file is absent or unreadable, and may come later. Then nothing else is kept: the record is not decided without the file.
     """
 
     captures: tuple[Face | Finger, ...]
@@ -88,7 +87,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Survey:
-    """A first look: how many records, and the hashes of names that several of them have."""
+    """The number of records, and the hashes of names that several records share."""
 
     count: int
     repeated: frozenset[int]
@@ -232,12 +231,14 @@ class Manifest:
 
     def _capture(self, row: Mapping[str, Any]) -> Cell | Missing:
         """The capture of a row, in the shape of a row a capture."""
-        found = capture_of(row, images=True)
-        if found is None:
+        capture = capture_of(row, images=True)
+        if capture is None:
             raise Unusable(
                 "no_capture", f"{position_of(row.get('position'))}: neither a path nor a reason why it is missing"
             )
-        return Cell(found.position, found.source, found.dpi) if isinstance(found, CaptureCell) else found
+        if isinstance(capture, Missing):
+            return capture
+        return Cell(capture.position, capture.source, capture.dpi)
 
     def _cells(self, cells: Mapping[str, Any]) -> Iterator[Cell]:
         """The captures of a row, in the shape of a row an encounter."""
@@ -281,12 +282,12 @@ class Manifest:
 
 
 def name_hash(name: str) -> int:
-    """64 bits of a name, by which repetitions are suspected; equal names have equal ones."""
+    """A 64-bit hash of a name, to find candidates for repetition."""
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
 
 
 def name_of(record: Record) -> str:
-    """What a record is known by before its content is read: its encounter_id, or else its subject."""
+    """The name of a record before its content is read: its encounter_id, or else its subject."""
     return record.encounter_id or f"\0{record.subject_id}"
 
 

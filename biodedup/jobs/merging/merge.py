@@ -243,14 +243,15 @@ def _each_once(links: Sequence[Link]) -> list[Link]:
     unique: dict[tuple[str, str], Link] = {}
     for link in links:
         a, b = link.subject_ids
-        turned = link if a < b else replace(link, subject_ids=(b, a), evidence=tuple(map(_turned, link.evidence)))
-        known = unique.setdefault(turned.subject_ids, turned)
-        if turned.score_db > known.score_db:
-            unique[turned.subject_ids] = turned
+        ordered = link if a < b else replace(link, subject_ids=(b, a), evidence=tuple(map(_swapped, link.evidence)))
+        known = unique.setdefault(ordered.subject_ids, ordered)
+        if ordered.score_db > known.score_db:
+            unique[ordered.subject_ids] = ordered
     return sorted(unique.values(), key=lambda link: (-link.score_db, link.subject_ids))
 
 
-def _turned(part: Evidence) -> Evidence:
+def _swapped(part: Evidence) -> Evidence:
+    """The evidence seen from the other side."""
     return replace(part, column=part.candidate_column, candidate_column=part.column)
 
 
@@ -278,10 +279,10 @@ def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[st
     members: dict[str, Member] = {}
     for owner, register in enumerate(registers):
         at = np.flatnonzero(owners == owner).tolist()
-        mine = own_rows[at].tolist()
-        own_ids = register.snapshot.subject_ids(mine)
+        rows_there = own_rows[at].tolist()
+        own_ids = register.snapshot.subject_ids(rows_there)
         encounter_ids = staged.encounter_ids(rows[at].tolist())
-        for i, row, own_id, encounter_id in zip(at, mine, own_ids, encounter_ids, strict=True):
+        for i, row, own_id, encounter_id in zip(at, rows_there, own_ids, encounter_ids, strict=True):
             members[names[i]] = Member(
                 names[i],
                 register.name,
@@ -326,7 +327,7 @@ def _check_shared(
     settings: Settings,
     progress: Progress,
 ) -> list[Checked]:
-    """Each subject with an id that an earlier district gave, compared with the one who has it there, 1:1."""
+    """Compares each subject whose id an earlier district gave, too, with the subject of that district, 1:1."""
     first: dict[str, SharedId] = {}
     later = [one for one in shared if first.setdefault(one.subject_id, one) is not one]
     info = engine.info()
