@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 from report import data_folder, record
-from scipy.stats import beta
 
 import biodedup as bd
+from biodedup.intervals import exact_interval
 from biodedup.jobs.evaluation.comparisons import Searches
 from biodedup.jobs.evaluation.evaluate import evaluate_encounters
 from biodedup.jobs.evaluation.labelled import Labelled, extracted
@@ -45,8 +45,7 @@ def extract(captures: list[bd.Face | bd.Finger]) -> list[bd.Template | bd.Refusa
 
 def interval(events: int, trials: int) -> str:
     """A share with its exact 95 % interval (Clopper and Pearson, 1934)."""
-    low = beta.ppf(0.025, events, trials - events + 1) if events else 0.0
-    high = beta.ppf(0.975, events + 1, trials - events) if events < trials else 1.0
+    low, high = exact_interval(events, trials)
     return f"{events / trials:.2%} [{low:.2%}, {high:.2%}]"
 
 
@@ -180,7 +179,7 @@ def fused(limit: int | None, seeds: int, per_person: int, folder: Path) -> dict[
 def pooled(of_all: list[Searches]) -> list[tuple[str, str]]:
     """FNIR where so many of the searches of strangers in all galleries find somebody."""
     mates = np.concatenate([one.mate_db[one.later & one.enrolled] for one in of_all])
-    strangers = np.sort(np.concatenate([one.stranger_db[one.searched] for one in of_all]))[::-1]
+    strangers = np.sort(np.concatenate([one.impostor_db[one.searched] for one in of_all]))[::-1]
     return [
         (
             f"FNIR at FPIR {fpir:g}",

@@ -49,7 +49,7 @@ def make_gallery(folder: Path, rows: int) -> int:
             count = min(BATCH_ROWS, rows - first)
             names = [f"synthetic-{i:08d}" for i in range(first, first + count)]
             engine.add_templates(names, {"face": population(count, seed=number)}, model_id=model_ids("face", 128))
-        engine.tidy()
+        engine.maintain()
         return len(engine)
 
 

@@ -30,9 +30,10 @@ from unittest.mock import patch
 import faiss
 import numpy as np
 from report import record
-from scipy.stats import beta, norm
+from scipy.stats import norm
 
 import biodedup as bd
+from biodedup.intervals import exact_interval
 from biodedup.match.calibration import Calibration
 from biodedup.search.shards import native
 from biodedup.synthetic.vectors import mates_of
@@ -126,8 +127,8 @@ def peer(rows: int) -> Any:
 def rate(missed: np.ndarray) -> str:
     """A share and its 95 % interval (Clopper and Pearson)."""
     k, n = int(missed.sum()), len(missed)
-    low = beta.ppf(0.025, k, n - k + 1) if k else 0.0
-    return f"{k / n:.2e} [{low:.1e}, {beta.ppf(0.975, k + 1, n - k):.1e}]" if n else "-"
+    low, high = exact_interval(k, n)
+    return f"{k / n:.2e} [{low:.1e}, {high:.1e}]" if n else "-"
 
 
 def measure(gallery: Path, mates: int, risks: Sequence[float]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def build(folder: Path, districts: int, rows: int) -> list[Path]:
             if not len(engine):
                 ids = [name(district, row) for row in range(rows)]
                 engine.add_templates(ids, {"face": people(district, districts, rows)}, model_id=model_ids("face", 128))
-                engine.tidy()
+                engine.maintain()
     return folders
 
 

@@ -21,9 +21,12 @@ from numpy.typing import NDArray
 from report import data_folder, record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from bozorth import Bozorth3
 
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
-from biodedup.match.minutiae import Bozorth3, CylinderMatcher, MinutiaeMatcher
+from biodedup.match.minutiae import CylinderMatcher, MinutiaeMatcher
 
 Scores = NDArray[np.float32]
 Pairs = NDArray[np.int64]  # (n, 2), indices of records, in order of the first

@@ -87,7 +87,7 @@ def build(gallery: Path, rows: int, notes: Path) -> dict[str, Any]:
                     done, rate = low + count, (low + count) / (noted["seconds"] + time.perf_counter() - started)
                     print(f"{done:,} rows, {rate:,.0f} a second", file=sys.stderr, flush=True)
             low += count
-        engine.tidy()
+        engine.maintain()
         note(rows)
         segments = engine.info()["segments"]
     seconds = json.loads(notes.read_text())["seconds"]

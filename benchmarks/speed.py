@@ -100,7 +100,7 @@ def measure(rows: int, dimension: int, mates: int, seconds: float) -> dict[str, 
                 {"face": piece(i, n, dimension)},
                 model_id=model_ids("face", dimension),
             )
-        engine.tidy()
+        engine.maintain()
         figures["built, rows a second"] = round(rows / (time.perf_counter() - started))
         column = next(part.columns["face"] for part in internals(engine).gallery.snapshot().parts if part.count)
         codec = column.codec

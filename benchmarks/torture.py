@@ -379,7 +379,7 @@ def flip(auditor: Auditor, times: int, rng: np.random.Generator, counts: Counter
             ids = [f"f{i}" for i in range(low, low + 40)]
             if ids[0] not in engine:
                 engine.add_templates(ids, {"face": population(40, seed=40 + low)}, model_id=MODEL)
-        engine.tidy()
+        engine.maintain()
     decisions = list(auditor.decisions)[-30:]
 
     def answers() -> Any:

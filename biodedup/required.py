@@ -1,15 +1,16 @@
-"""Checks whether an encounter has every capture that `Policy.required` asks for.
+"""Keeps the better capture of each column, and checks whether an encounter has every capture that `Policy.required` asks for.
 
-Owns the grammar of `Policy.required`, and which captures count toward it. Never reads a capture and never decides.
+Owns the grammar of `Policy.required`, which captures count toward it, and the rule which of two captures of one column is kept. Never
+reads a capture and never decides.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 
 from biodedup.errors import InvalidInput
-from biodedup.values import FINGER_POSITIONS, Missing, Refusal
+from biodedup.values import FINGER_POSITIONS, Missing, Refusal, Template
 
 SENT = "sent"
 """The requirement that every capture that was sent can be used."""
@@ -34,6 +35,23 @@ def check_required(required: object) -> tuple[str, ...]:
                 f"{', '.join(_TEN)}"
             )
     return tuple(dict.fromkeys(required))
+
+
+def keep_better(templates: MutableMapping[str, Template], template: Template) -> Refusal | None:
+    """Files a template under its column. Of two captures of one column the better quality is kept, the earlier one where they are equal;
+    a quality that was not measured counts as zero. Returns the refusal of the other one."""
+    kept = templates.get(template.column)
+    if kept is None:
+        templates[template.column] = template
+        return None
+    if (template.quality or 0.0) > (kept.quality or 0.0):
+        templates[template.column], template = template, kept
+    return superseded(template)
+
+
+def superseded(template: Template) -> Refusal:
+    """The refusal of a sound capture of which a better one was sent."""
+    return Refusal(template.column, SUPERSEDED, "a better capture was kept", template.quality)
 
 
 def shortfall(

@@ -1,4 +1,4 @@
-"""Calls NBIS (MINDTCT, NFIQ 2, BOZORTH3) through PyPI `nbis-py`, one call at a time.
+"""Calls NBIS (MINDTCT, NFIQ 2) through PyPI `nbis-py`, one call at a time.
 
 Owns the library's settings, its lock and its private record layout. Never judges quality.
 
@@ -21,7 +21,6 @@ from biodedup.capture.minutiae_record import MinutiaeRecord
 
 _lock = threading.Lock()
 _HEADER = struct.Struct(">4s4sIHHH7sB")  # magic, version, length, 0, width, height, nothing of use, count
-_FILLER = bytes.fromhex("00004100000000")
 
 MINUTIAE_MAX = 150
 """BOZORTH3's own default. More than that come from noise, and its time grows with their fourth power."""
@@ -44,27 +43,6 @@ def extract(grey: NDArray[np.uint8]) -> tuple[MinutiaeRecord, float]:
             raise ValueError(f"NBIS: {type(error).__name__}") from error
     body = native[_HEADER.size :]
     return MinutiaeRecord(grey.shape[1], grey.shape[0], body[: len(body) // 6 * 6]).strongest(MINUTIAE_MAX), nfiq2
-
-
-def bozorth3(probe: MinutiaeRecord, candidates: list[MinutiaeRecord]) -> NDArray[np.float32]:
-    """BOZORTH3 scores float32 (n,), the larger of both directions."""
-    scores = np.zeros(len(candidates), np.float32)
-    if not probe.count:
-        return scores
-    with _lock:
-        mine = _load(probe)
-        for i, candidate in enumerate(candidates):
-            if candidate.count:
-                theirs = _load(candidate)
-                scores[i] = max(mine.compare(theirs), theirs.compare(mine), 0)
-    return scores
-
-
-def _load(record: MinutiaeRecord) -> Any:
-    record = record.strongest(MINUTIAE_MAX)
-    length = _HEADER.size + len(record.body)
-    header = _HEADER.pack(b"FMR\0", b" 20\0", length, 0, record.width, record.height, _FILLER, record.count)
-    return _extractor().load_iso_19794_2_2005(header + record.body)
 
 
 @cache

@@ -1,6 +1,7 @@
-"""The command line: a thin mirror of the engine and the jobs.
+"""The command line of biodedup. Each command calls one method of the engine or one job.
 
-Owns the entry point. Never decides anything itself. What commands share is in `base.py`; each other module holds some commands.
+Owns the entry point. Never decides anything itself. `base.py` holds what commands share; each other module holds a group of commands.
+No module here imports numba, faiss, onnxruntime or cv2 before a command runs, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import audit, calibrate, evaluate, explain, gallery, kit, merge, policy, subjects
-from biodedup.cli import bulk as register
-from biodedup.cli import cases as adjudicate
+from biodedup.cli import audit, bulk, calibrate, cases, evaluate, explain, gallery, kit, merge, policy, subjects
 from biodedup.cli.base import app, complain, exit_code, print_json, say
 from biodedup.errors import BiodedupError
 from biodedup.memory import out_of_memory
 
 __all__ = [
-    "adjudicate",
     "app",
     "audit",
+    "bulk",
     "calibrate",
+    "cases",
     "evaluate",
     "explain",
     "gallery",
@@ -30,7 +30,6 @@ __all__ = [
     "main",
     "merge",
     "policy",
-    "register",
     "subjects",
 ]
 

@@ -1,4 +1,4 @@
-"""The command `audit`: a roll against a gallery. A thin mirror of `jobs.audit`."""
+"""The command `audit`, which runs one job: it checks a roll against a gallery."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from biodedup.cli.base import (
     Exit,
     GalleryOption,
     JsonOption,
+    Panel,
     ThreadsOption,
     app,
     configured,
@@ -25,7 +26,7 @@ from biodedup.cli.base import (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.JOBS)
 def audit(
     roll: Annotated[
         Path,
@@ -44,8 +45,10 @@ def audit(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a roll, as of voters: who is listed twice, not enrolled, or enrolled under two ids, by district. Interrupted, it goes
-    on where it was. Exit code 10: doubles were found."""
+    """Check a roll, such as a voter list: who is listed twice, not enrolled, or enrolled under two ids, by district.
+
+    An interrupted run resumes when the same command is started again. Exit code 10: doubles were found.
+    """
     chosen = configured(gallery, config, threads=threads, across_positions=across_positions)
     with bd.Engine.open(gallery, chosen, read_only=True) as engine, progress_bar() as progress:
         found = jobs.audit(engine, roll, result, report=report, threshold_db=threshold_db, progress=progress)

@@ -1,10 +1,10 @@
-"""What every command shares: options, printing, exit codes.
+"""What all commands share: options, printing, exit codes.
 
-Owns how results and errors are shown. Never decides anything. Results go to standard output (`--json`: one JSON document),
-progress and errors to standard error.
+Owns how results and errors are shown. Never decides anything. Results go to standard output (`--json`: one JSON document);
+progress and errors go to standard error.
 
-Ids, notes, file names and error texts are data: `say`, `complain` and `show_table` print them as they are, without markup, and with
-hidden characters as escapes. Commands print by no other way.
+Ids, notes, file names and error texts are data: `say`, `complain` and `show_table` print them without markup, and with hidden characters
+as escapes. Commands print with these functions alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 import biodedup as bd
 from biodedup import jobs
@@ -31,7 +32,31 @@ from biodedup.settings import Settings, settings_for
 from biodedup.texts import json_text, shown
 from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal, to_dict
 
+
+class Panel(StrEnum):
+    """Headings of `biodedup --help`, in this order."""
+
+    SUBJECTS = "Enrol and search"
+    GALLERY = "A gallery"
+    JOBS = "Jobs"
+    KITS = "Field kits"
+    CARE = "Quality and care"
+    SETTINGS = "Settings"
+
+
+class _Commands(TyperGroup):
+    """The commands in the order of their panels."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        panels = list(Panel)
+        return sorted(
+            super().list_commands(ctx),
+            key=lambda name: panels.index(Panel(getattr(self.commands[name], "rich_help_panel", Panel.GALLERY))),
+        )
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Finds a person enrolled twice.\n\nExit codes: 0 done, unique or accepted; 1 unexpected failure; 2 your mistake; "
@@ -74,7 +99,7 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="Settings, TOML. Over those of the file in BIODEDUP_CONFIG, and of biodedup.toml next to the gallery.",
+        help="Settings in TOML. They override the file named in BIODEDUP_CONFIG, and biodedup.toml next to the gallery.",
     ),
 ]
 FaceOption = Annotated[list[Path] | None, typer.Option("--face", help="A face image.")]
@@ -85,27 +110,33 @@ FingerOption = Annotated[
     ),
 ]
 MissingOption = Annotated[
-    list[str] | None, typer.Option("--missing", metavar="POSITION=REASON", help="A capture that cannot be had.")
+    list[str] | None,
+    typer.Option("--missing", metavar="POSITION=REASON", help="A capture that cannot be taken, and why."),
 ]
 DpiOption = Annotated[
     float | None, typer.Option("--dpi", help="Resolution of the finger images, where the files state none.")
 ]
 EncounterOption = Annotated[
-    str | None, typer.Option("--encounter-id", help="Sent again with the same content, it gets the same decision.")
+    str | None,
+    typer.Option(
+        "--encounter-id", help="Names the encounter: sent again with the same content, it gets the same decision."
+    ),
 ]
 GroupOption = Annotated[
-    list[str] | None, typer.Option("--group", help="A group: that the subject belongs to, or to search in. Repeatable.")
+    list[str] | None, typer.Option("--group", help="A group that the subject belongs to, or to search in. Repeatable.")
 ]
 AcrossOption = Annotated[
     bool,
-    typer.Option("--across-positions", help="Compare each finger with fingers of all positions: labels may be wrong."),
+    typer.Option(
+        "--across-positions", help="Compare each finger with fingers of all positions, because labels may be wrong."
+    ),
 ]
 ModelIdOption = Annotated[
     list[str] | None,
     typer.Option(
         "--model-id",
         metavar="[COLUMN=]ID",
-        help="What made the vectors (lists of floats), such as arcface-r50-1; needed where the gallery has no model there yet.",
+        help="The model that made the vectors (lists of floats), such as arcface-r50-1; needed where the gallery has no model for the column yet.",
     ),
 ]
 DEFAULT_GALLERY = Path("gallery")
@@ -136,7 +167,7 @@ def show_table(rows: Iterable[Sequence[object]], header: Sequence[str] = (), tit
 
 
 def _plain(value: object) -> Text:
-    """As rich prints it without looking for markup."""
+    """The value as text in which rich looks for no markup."""
     return Text(shown(value))
 
 
@@ -174,21 +205,21 @@ def settings(
     more: Mapping[str, Any] | None = None,
     usual: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """What is in effect for a command. file: of --config; more: by dotted names, other options, None where they are not given; usual:
+    """The settings in effect for a command. file: of --config; more: other options by dotted names, None where they are not given; usual:
     defaults of the command itself."""
     given = {"threads": threads, "search.across_positions": across_positions or None, **(more or {})}
     return settings_for(gallery, file, given=given, usual=usual)
 
 
 def configured(gallery: Path | None, file: Path | None, **options: Any) -> Config:
-    """As `settings`, without where they come from; captures are decoded in worker processes, since files come from anywhere."""
+    """The configuration of `settings`. Captures are decoded in worker processes, because files come from untrusted sources."""
     chosen = settings(gallery, file, **options).config
     return replace(chosen, isolation=chosen.isolation or IsolationConfig())
 
 
 @contextmanager
 def existing(gallery: Path, config: Config) -> Iterator[bd.Engine]:
-    """Opens for writing, but creates nothing: a mistyped path is not an empty gallery."""
+    """Opens a gallery for writing, and raises where there is none: a mistyped path must not create an empty gallery."""
     bd.Engine.open(gallery, config, read_only=True).close()
     with bd.Engine.open(gallery, config) as engine:
         yield engine
@@ -224,7 +255,7 @@ def progress_bar() -> Iterator[jobs.Progress]:
         try:
             yield show
         except KeyboardInterrupt:
-            complain("interrupted; start the same command again to go on")
+            complain("interrupted; start the same command again to resume")
             raise typer.Exit(Exit.INTERRUPTED) from None
 
 
@@ -286,5 +317,5 @@ def print_refusals(refusals: tuple[Refusal, ...]) -> None:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document; what a terminal would obey is an escape in it."""
+    """Prints one JSON document, in which control characters are escapes."""
     sys.stdout.write(json_text(document))

@@ -1,7 +1,4 @@
-"""Commands that run a register: bulk enrolment and its queue.
-
-A thin mirror of the jobs.
-"""
+"""Commands on bulk enrolment: enroll-batch and the status of its queue. Each runs one job."""
 
 from __future__ import annotations
 
@@ -20,6 +17,7 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     ModelIdOption,
+    Panel,
     ThreadsOption,
     app,
     configured,
@@ -34,7 +32,7 @@ from biodedup.cli.base import (
 from biodedup.config import IsolationConfig
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.JOBS)
 def enroll_batch(
     manifest: Annotated[
         Path,
@@ -46,17 +44,19 @@ def enroll_batch(
     result: Annotated[Path, typer.Option("--out", "-o", help="Outcomes, .parquet or .csv.")] = Path("outcomes.parquet"),
     report: Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")] = None,
     announce: Annotated[
-        bool, typer.Option("--announce", help="Only list the encounters as captured; their captures come later.")
+        bool, typer.Option("--announce", help="Only list the encounters as captured; their captures arrive later.")
     ] = False,
     retry_failed: Annotated[
         bool,
-        typer.Option("--retry-failed", help="Try captures again that the program failed on, or took too long for."),
+        typer.Option("--retry-failed", help="Try captures again on which the program failed or took too long."),
     ] = False,
     batch: Annotated[
         int | None,
-        typer.Option("--batch", min=1, help="Records decided and committed together; default: as set, else 256."),
+        typer.Option(
+            "--batch", min=1, help="Records decided and committed together. Default: the setting batch_size, else 256."
+        ),
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that extract.")] = 2,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Worker processes that extract templates.")] = 2,
     capture_s_max: Annotated[
         float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
     ] = IsolationConfig.capture_s_max,
@@ -66,7 +66,10 @@ def enroll_batch(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Enrol everybody in a manifest who is not enrolled yet. Interrupted, it goes on where it was; run again, it changes nothing."""
+    """Enrol every person of a manifest who is not enrolled yet.
+
+    An interrupted run resumes when the same command is started again; a completed one changes nothing.
+    """
     chosen = configured(gallery, config, threads=threads, more={"batch_size": batch}, usual={"batch_size": 256})
     with (
         bd.Engine.open(gallery, chosen) as engine,
@@ -96,13 +99,13 @@ def enroll_batch(
             raise typer.Exit(code)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.JOBS)
 def status(
     report: Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")] = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     as_json: JsonOption = False,
 ) -> None:
-    """Where all encounters of bulk enrolments are, how long they have been there, and how long the queue will take."""
+    """Show how many encounters of bulk enrolments are in each state, for how long, and how long the queue will take."""
     now = jobs.queue_status(gallery, time.time())
     if report is not None:
         jobs.write_status_page(report, now)

@@ -1,7 +1,4 @@
-"""Commands about what scores mean: calibrate.
-
-A thin mirror of the jobs.
-"""
+"""The command `calibrate`, which runs one job."""
 
 from __future__ import annotations
 
@@ -11,33 +8,33 @@ from typing import Annotated
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import JsonOption, app, print_json, progress_bar, say, show_table
+from biodedup.cli.base import JsonOption, Panel, app, print_json, progress_bar, say, show_table
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.CARE)
 def calibrate(
     pairs: Annotated[
         Path,
         typer.Argument(
-            help="Parquet or CSV: similarity and/or minutiae, mated; if known subject_a, subject_b, position. Or a gallery, whose subjects are "
-            "taken for strangers to each other."
+            help="Parquet or CSV with similarity, minutiae or both, and mated; if known subject_a, subject_b, position. Or a gallery, whose "
+            "subjects are taken for different people."
         ),
     ],
     model: Annotated[
         str,
         typer.Option(
             "--model",
-            help="Whose card: a model_id, finger256-3+mindtct-1 for both, or a path. Any other model_id gets a card without weights.",
+            help="The model: a model_id, finger256-3+mindtct-1 for both, or the path of a card. Any other model_id gets a card without weights.",
         ),
     ],
     card: Annotated[Path, typer.Option("--out", help="Where to write the card (.toml).")],
     dimension: Annotated[
         int | None, typer.Option("--dimension", min=1, help="Numbers of an embedding, for a card without weights.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the held-out half and of the interval.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the held-out half and of the interval.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a model's calibration anew on your own labelled pairs, or on a gallery's strangers, and write its card."""
+    """Fit a model's calibration on your own labelled pairs, or on a gallery's impostor pairs, and write its card."""
     with progress_bar() as show:
         result = jobs.calibrate(pairs, model, card, dimension=dimension, seed=seed, progress=show)
     if as_json:

@@ -1,7 +1,4 @@
-"""Commands about cases: cases list, show, decide, export.
-
-A thin mirror of the engine and of `jobs.adjudication`.
-"""
+"""Commands on cases: list, show, decide, export. Each calls one method of the engine or one job."""
 
 from __future__ import annotations
 
@@ -20,6 +17,7 @@ from biodedup.cli.base import (
     Exit,
     GalleryOption,
     JsonOption,
+    Panel,
     app,
     configured,
     existing,
@@ -34,9 +32,9 @@ from biodedup.cli.base import (
 from biodedup.values import Case, Ruling, to_dict
 
 cases = typer.Typer(
-    no_args_is_help=True, help="What went to review: list it, show it, decide it, export what was decided."
+    no_args_is_help=True, help="Adjudicate: list and show cases in review, decide them, export the verdicts."
 )
-app.add_typer(cases, name="cases")
+app.add_typer(cases, name="cases", rich_help_panel=Panel.JOBS)
 
 _SHOWN_MAX = 50
 
@@ -45,12 +43,12 @@ _SHOWN_MAX = 50
 def list_cases(
     result: Annotated[Path | None, typer.Option("--out", "-o", help="Also as a table, .parquet or .csv.")] = None,
     page: Annotated[Path | None, typer.Option("--report", help="Also as an HTML page.")] = None,
-    closed: Annotated[bool, typer.Option("--all", help="Cases that were judged, too.")] = False,
+    closed: Annotated[bool, typer.Option("--all", help="Also the cases that were decided.")] = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The cases that wait for a verdict, oldest first."""
+    """List the cases that wait for a verdict, oldest first."""
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine, progress_bar() as progress:
         found = jobs.list_cases(engine, result, page=page, closed=closed, progress=progress)
     if as_json:
@@ -77,7 +75,7 @@ def show(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """One case: its candidates, the evidence of each capture, the thresholds, what was refused."""
+    """Show one case: its candidates, the evidence of each capture, the thresholds, and refused captures."""
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         case = engine.case(encounter_id) if page is None else jobs.show_case(engine, encounter_id, page)
     if as_json:
@@ -115,9 +113,9 @@ def decide(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take a verdict: the same person, different people, or that new captures are to be taken.
+    """Record a verdict: the same person, different people, or new captures are needed.
 
-    Exit code 11: the case stays open, somebody else has to be judged.
+    Exit code 11: the case stays open, because another candidate waits for a verdict.
     """
     with existing(gallery, configured(gallery, config)) as engine:
         linked = engine.case(encounter_id).linked
@@ -150,7 +148,7 @@ def export(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What was judged, as pairs of captures with their scores: `same` is mated, `different` is not."""
+    """Export the verdicts as pairs of captures with their scores: `same` is mated, `different` is not."""
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine, progress_bar() as progress:
         exported = jobs.export_outcomes(engine, result, progress=progress)
     text = f"{exported.pairs:,} pairs of {exported.same:,} same and {exported.different:,} different are in {result}"

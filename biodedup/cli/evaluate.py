@@ -1,7 +1,4 @@
-"""The command `evaluate`.
-
-A thin mirror of the job.
-"""
+"""The command `evaluate`, which runs one job."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from biodedup.cli.base import (
     DpiOption,
     JsonOption,
     ModelIdOption,
+    Panel,
     ThreadsOption,
     app,
     configured,
@@ -27,7 +25,7 @@ from biodedup.cli.base import (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.CARE)
 def evaluate(
     source: Annotated[
         Path,
@@ -51,14 +49,16 @@ def evaluate(
     model_id: ModelIdOption = None,
     verify_fmr: Annotated[float | None, typer.Option(help="FMR that 1:1 decisions are made at.")] = None,
     nonmated_max: Annotated[
-        int, typer.Option(min=1, help="Pairs of strangers; of more than that, a random sample.")
+        int, typer.Option(min=1, help="At most this many impostor pairs; of more, a random sample.")
     ] = 2_000_000,
     seed: Annotated[int, typer.Option(help="Of that sample and of the bootstrap.")] = 0,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure error rates on labelled captures or templates, in the terms of ISO/IEC 19795-1. Interrupted, it goes on where it was.
+    """Measure error rates on labelled captures or templates, in the terms of ISO/IEC 19795-1.
+
+    An interrupted run resumes when the same command is started again.
 
     Writes the numbers (.json), what they were counted from (.pairs.parquet, .searches.parquet, .encounters.parquet) and a report.
     Templates stay in RESULT.work for the next run; delete it when you are done.

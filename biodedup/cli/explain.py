@@ -1,7 +1,4 @@
-"""The command `explain`.
-
-A thin mirror of the job.
-"""
+"""The command `explain`, which runs one job."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ from biodedup.cli.base import (
     ConfigOption,
     Exit,
     JsonOption,
+    Panel,
     ThreadsOption,
     app,
     configured,
@@ -37,7 +35,7 @@ _SIDE_HELP = (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.CARE)
 def explain(
     a: Annotated[str | None, typer.Argument(help=f"One side: {_SIDE_HELP}")] = None,
     b: Annotated[str | None, typer.Argument(help="The other side, likewise.")] = None,
@@ -65,7 +63,7 @@ def explain(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a page on one pair: both captures, what was found in them, what agrees, and what it is worth."""
+    """Write a page on one pair of captures: what was extracted, which features agree, and the score."""
     chosen = configured(gallery, config, threads=threads)
     with ExitStack() as opened:
         engine = None if gallery is None else opened.enter_context(bd.Engine.open(gallery, chosen, read_only=True))
@@ -99,7 +97,7 @@ def _side(
 
 
 def _sides_of(engine: bd.Engine, encounter_id: str) -> tuple[tuple[str, str], tuple[Side, Side]]:
-    """Whom an encounter and its strongest candidate are of, and their templates."""
+    """The subjects of an encounter and its strongest candidate, and their templates."""
     decision = engine.decision(encounter_id)
     if decision is None or decision.best is None or decision.subject_id is None:
         raise InvalidInput(f"encounter {encounter_id!r} has no candidate here; name the pair itself, as A and B")
@@ -115,7 +113,7 @@ def _sides_of(engine: bd.Engine, encounter_id: str) -> tuple[tuple[str, str], tu
 
 
 def _name(texts: Sequence[str], default: str) -> str:
-    """What the page calls a side: the file, the folder or the subject, if it is one."""
+    """The name of a side on the page: its file, folder or subject, if it is one."""
     if len(texts) != 1 or "=" in texts[0]:
         return default
     return Path(texts[0]).name or default

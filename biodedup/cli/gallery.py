@@ -1,7 +1,4 @@
-"""Commands about a whole gallery: dedup, load, compact, backup, info, doctor, demo.
-
-A thin mirror of the jobs.
-"""
+"""Commands on a whole gallery: dedup, load, compact, backup, info, doctor, demo. Each runs one job."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     ModelIdOption,
+    Panel,
     ThreadsOption,
     app,
     configured,
@@ -38,7 +36,7 @@ from biodedup.errors import InvalidInput
 from biodedup.gallery.files.names import MERGES_FOLDER
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.JOBS)
 def dedup(
     source: Annotated[
         Path, typer.Argument(help="Folder of images (a folder per subject), a CSV or Parquet manifest, or a gallery.")
@@ -52,8 +50,10 @@ def dedup(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the images, or the subjects of a manifest or of a gallery, that are the same person. Interrupted, it goes on where
-    it was."""
+    """Find the images of a folder, or the subjects of a manifest or a gallery, that are the same person.
+
+    An interrupted run resumes when the same command is started again.
+    """
     is_gallery = jobs.is_gallery(source)
     chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
     if is_gallery:
@@ -81,7 +81,7 @@ def dedup(
     raise typer.Exit(Exit.DUPLICATE if found.clusters else Exit.DONE)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.GALLERY)
 def load(
     source: Annotated[
         Path,
@@ -102,7 +102,10 @@ def load(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add ready templates without a search. Interrupted, it goes on where it was. Exit code 12: some rows were refused."""
+    """Add ready templates without a search.
+
+    An interrupted run resumes when the same command is started again. Exit code 12: some rows were refused.
+    """
     chosen = configured(gallery, config, more={"finger.record_model_id": record_model_id})
     with bd.Engine.open(gallery, chosen) as engine, progress_bar() as progress:
         result = jobs.load(engine, source, ids=ids, column=column, model_id=model_ids(model_id), progress=progress)
@@ -117,13 +120,16 @@ def load(
     raise typer.Exit(Exit.REFUSED if result.refused else Exit.DONE)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.GALLERY)
 def compact(
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge what is stored into one segment; templates of removed subjects are erased. Needs free disk of the same size."""
+    """Merge all segments into one, and erase the templates of removed subjects.
+
+    Needs free disk space of the gallery's size.
+    """
     with existing(gallery, configured(gallery, config)) as engine:
         jobs.forget_removed(gallery)
         engine.compact()
@@ -138,15 +144,17 @@ def compact(
     finish({"subjects": size, "merge_logs": logs}, text, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.GALLERY)
 def backup(
     target: Annotated[Path, typer.Argument(help="An empty folder, or an earlier backup, which is brought up to date.")],
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy the gallery, consistent, while it is in use, and what jobs keep beside it; again, only new segments are copied. The copy
-    is a gallery."""
+    """Copy the gallery while it is in use. The copy is a gallery, consistent at one version.
+
+    Files that jobs keep beside the gallery are copied, too. The next backup into the same folder copies new segments only.
+    """
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         copied = engine.backup(target)
     text = (
@@ -158,13 +166,13 @@ def backup(
     finish(asdict(copied), text, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.GALLERY)
 def info(
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a gallery holds."""
+    """Show what a gallery holds."""
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         facts = engine.info()
     if as_json:
@@ -178,7 +186,7 @@ def info(
     show_table(rows)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.CARE)
 def doctor(
     gallery: Annotated[Path | None, typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY")] = None,
     repair: Annotated[
@@ -187,19 +195,21 @@ def doctor(
     backup: Annotated[
         Path | None, typer.Option("--backup", help="A backup of this gallery; with a lost database, restored whole.")
     ] = None,
-    sentinels: Annotated[
+    canaries: Annotated[
         bool,
         typer.Option(
-            "--sentinels",
-            help="Search for synthetic mates of some enrolled subjects, which are kept beside the gallery, and raise an alarm where "
-            "fewer are found than should be.",
+            "--canaries",
+            help="Search for canaries, synthetic mates of some enrolled subjects that are kept beside the gallery. Too few found is an "
+            "alarm.",
         ),
     ] = False,
+    sentinels: Annotated[bool, typer.Option("--sentinels", hidden=True)] = False,  # the name of --canaries before 0.3
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the installation's models, and every checksum of a gallery; mend it if asked."""
-    if (repair or backup is not None or sentinels) and gallery is None:
+    """Check the installed models and every checksum of a gallery; repair it if asked."""
+    canaries = canaries or sentinels
+    if (repair or backup is not None or canaries) and gallery is None:
         raise InvalidInput("nothing to repair or to search; name the gallery, as --gallery FOLDER")
     with progress_bar() as progress:
         report = jobs.examine(
@@ -207,11 +217,11 @@ def doctor(
             configured(gallery, config),
             mend=repair or backup is not None,
             backup=backup,
-            sentinels=sentinels,
+            canaries=canaries,
             progress=progress,
         )
     if as_json:
-        print_json(asdict(report))
+        print_json(report.to_dict())
     else:
         for word, lines in (
             ("mended", report.mended),
@@ -225,12 +235,12 @@ def doctor(
     raise typer.Exit(Exit.DAMAGED if report.problems else Exit.DONE)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.CARE)
 def demo(
     subjects: Annotated[int, typer.Option(min=1000, help="Synthetic subjects.")] = 100_000,
     as_json: JsonOption = False,
 ) -> None:
-    """Enrol a population and a real portrait, block its re-captures, and measure searches."""
+    """Demonstrate: enrol synthetic subjects and a real portrait, detect its re-captures, and measure searches."""
     with tempfile.TemporaryDirectory() as folder:
         result = jobs.demo(Path(folder) / "gallery", subjects=subjects, say=(lambda text: None) if as_json else say)
     if as_json:

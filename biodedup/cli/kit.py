@@ -49,7 +49,7 @@ UnencryptedOption = Annotated[
 @kit.command()
 def pack(
     manifest: Annotated[
-        Path, typer.Argument(help="CSV or Parquet: subject_id, path, position, dpi, ... a row a capture.")
+        Path, typer.Argument(help="CSV or Parquet with one row a capture: subject_id, path, position, dpi, ...")
     ],
     result: Annotated[Path, typer.Option("--out", "-o", help="The batch file.")] = Path("batch.kit"),
     key: Annotated[Path, typer.Option("--key", help="The kit's private key.")] = Path("kit.key"),
@@ -66,7 +66,10 @@ def pack(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check captures, search them for doubles, and pack, sign and encrypt them. The same manifest again changes nothing."""
+    """Check captures, search them for doubles, and pack, sign and encrypt them.
+
+    Packing the same manifest again changes nothing.
+    """
     secret = passphrase(str(key), KIT_VARIABLE, passphrase_fd) if jobs.needs_passphrase(key) else None
     with progress_bar() as progress:
         packed = jobs.pack_batch(
@@ -112,7 +115,10 @@ def ingest(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take batches into the gallery, each record once. Interrupted, it goes on where it was."""
+    """Enrol the records of batch files, each record once.
+
+    An interrupted run resumes when the same command is started again.
+    """
     centre = _centre(centre_key, passphrase_fd)
     with progress_bar() as progress:
         taken = jobs.ingest_batches(
@@ -152,7 +158,10 @@ def inspect(
     allow_unencrypted: UnencryptedOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every signature of batch files, and what their keys may bring; take nothing. --trusted may be one .pub file."""
+    """Check the signatures of batch files and what their keys may send; enrol nothing.
+
+    --trusted may be one .pub file.
+    """
     known, centre = jobs.load_trusted(trusted), _centre(centre_key, passphrase_fd)
     examined = [jobs.examine_batch(path, known, centre, allow_unencrypted=allow_unencrypted) for path in batches]
     for problem in known.problems:

@@ -1,7 +1,4 @@
-"""Commands about the keys of field kits: kit keys, centre-key, trust, revoke.
-
-A thin mirror of the jobs.
-"""
+"""Commands on the keys of field kits: kit keys, centre-key, trust, revoke. Each runs one job."""
 
 from __future__ import annotations
 
@@ -12,21 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import JsonOption, app, finish
+from biodedup.cli.base import JsonOption, Panel, app, finish
 from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
 from biodedup.jobs.kits.keys import LIFETIME_DAYS
 
 if TYPE_CHECKING:
     from biodedup.jobs.kits.trust import TrustedKey
 
-kit = typer.Typer(no_args_is_help=True, help="Field kits: batches from teams that work without a network.")
-app.add_typer(kit, name="kit")
+kit = typer.Typer(
+    no_args_is_help=True, help="Pack and ingest batches of teams that work without a network, and manage their keys."
+)
+app.add_typer(kit, name="kit", rich_help_panel=Panel.KITS)
 
 TrustedOption = Annotated[
     Path, typer.Option("--trusted", help="Folder of the .pub files of the kits that may send, and of what each may.")
 ]
 NoPassphrase = Annotated[
-    bool, typer.Option("--no-passphrase", help="Leave the private key unencrypted; its disk has to be.")
+    bool, typer.Option("--no-passphrase", help="Leave the private key unencrypted; its disk must be encrypted.")
 ]
 KeyArgument = Annotated[
     str, typer.Argument(metavar="KEY", help="A .pub file; or the kit id, or fingerprint, of a key in the folder.")
@@ -126,7 +125,7 @@ def revoke(
     trusted: TrustedOption = Path("trusted"),
     as_json: JsonOption = False,
 ) -> None:
-    """Bar a kit's key for good: nothing that it signs is taken any more. What was taken stays."""
+    """Revoke a kit's key for good: nothing that it signs is accepted any more. What was ingested stays."""
     _told(jobs.revoke(key, trusted, by=by, reason=reason), as_json)
 
 

@@ -1,7 +1,4 @@
-"""Commands about several registers: merge, undo.
-
-A thin mirror of the jobs.
-"""
+"""Commands on several registers: merge, undo. Each runs one job."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ from biodedup.cli.base import (
     Exit,
     GalleryOption,
     JsonOption,
+    Panel,
     ThreadsOption,
     app,
     configured,
@@ -30,7 +28,7 @@ from biodedup.cli.base import (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.JOBS)
 def merge(
     sources: Annotated[
         list[str], typer.Argument(metavar="SOURCE...", help="Districts' galleries: FOLDER or NAME=FOLDER; only read.")
@@ -44,7 +42,10 @@ def merge(
     ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Bring the result into the central gallery.")] = False,
     rule: Annotated[
-        str, typer.Option(help="Who stays: most_captures, best_quality, newest, oldest, or district (with --prefer).")
+        str,
+        typer.Option(
+            help="The record that survives: most_captures, best_quality, newest, oldest, or district (with --prefer)."
+        ),
     ] = "most_captures",
     prefer: Annotated[
         list[str] | None,
@@ -58,8 +59,10 @@ def merge(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find who is one person among the subjects of many galleries. Nothing is changed without --apply. Interrupted, it goes on
-    where it was."""
+    """Find the subjects of several galleries that are one person. Changes nothing without --apply.
+
+    An interrupted run resumes when the same command is started again.
+    """
     from biodedup.jobs.merging.registers import named  # here, so that help texts need not load the engine
 
     centre = None if into is None else named(into)[1]
@@ -96,14 +99,17 @@ def merge(
     raise typer.Exit(Exit.DUPLICATE if found.summary["clusters"] and found.applied is None else Exit.DONE)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.JOBS)
 def undo(
     merge_id: Annotated[str, typer.Argument(metavar="MERGE", help="As `merge --apply` told it.")],
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take a merge back: the gallery has the subjects and templates that it had before. Interrupted, it goes on."""
+    """Undo a merge: restore the subjects and templates that the gallery had before.
+
+    An interrupted run resumes when the same command is started again.
+    """
     with progress_bar() as progress:
         undone = jobs.undo(merge_id, gallery, configured(gallery, config), progress=progress)
     text = (

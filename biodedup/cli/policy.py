@@ -1,6 +1,6 @@
-"""Commands about what decides, and by which settings: policy show, policy set, config.
+"""Commands on the policy and the settings of a gallery: policy show, policy set, config.
 
-A thin mirror of the engine and of `settings`. The options of `policy set` are made from the fields of `Policy`.
+The options of `policy set` are generated from the fields of `Policy`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from biodedup.cli.base import (
     ConfigOption,
     GalleryOption,
     JsonOption,
+    Panel,
     ThreadsOption,
     app,
     complain,
@@ -39,8 +40,8 @@ from biodedup.gallery.policies import PolicyVersion, shown, told
 from biodedup.settings import DEFAULT, listed
 from biodedup.tables import differences, flat, hints, made, plain
 
-policy = typer.Typer(no_args_is_help=True, help="What a gallery decides by: show it, store another version of it.")
-app.add_typer(policy, name="policy")
+policy = typer.Typer(no_args_is_help=True, help="Show the decision policy of a gallery, or store a new version of it.")
+app.add_typer(policy, name="policy", rich_help_panel=Panel.SETTINGS)
 
 Named = Annotated[Path | None, typer.Argument(metavar="GALLERY", help="The gallery's folder; or --gallery.")]
 ByOption = Annotated[str, typer.Option("--by", help="Who changes it.")]
@@ -55,7 +56,7 @@ def show(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The policy in force, and every version: who stored it, when, why, and what it changed."""
+    """Show the policy in force, and every version: who stored it, when, why, and what it changed."""
     folder = named or gallery
     configured(folder, config)  # a mistake in the settings is told here, too
     versions = _versions(folder)
@@ -73,7 +74,7 @@ def show(
 
 
 def set_policy(named: Path | None, by: str, reason: str, gallery: Path, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
-    """Store another version of the gallery's policy; what no option names stays as it is. Every opener decides by it from then on."""
+    """Store a new version of the gallery's policy. Settings that no option names keep their values. It applies from then on."""
     folder = named or gallery
     wanted = {name: _parsed(name, value) for name, value in given.items() if value is not None}
     if not wanted:
@@ -133,7 +134,7 @@ def _parsed(name: str, value: Any) -> Any:
     return tuple(one for one in value if one != _NONE) if isinstance(value, list) else value
 
 
-@app.command("config")
+@app.command("config", rich_help_panel=Panel.SETTINGS)
 def show_config(
     named: Named = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
@@ -142,7 +143,7 @@ def show_config(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The settings in effect for a gallery, and where each comes from."""
+    """Show the settings in effect for a gallery, and where each comes from."""
     folder = named or gallery
     chosen = settings(folder, config, threads=threads, across_positions=across_positions)
     rows = listed(chosen)

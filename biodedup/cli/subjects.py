@@ -1,7 +1,4 @@
-"""Commands about one subject: enroll, identify, verify, update, remove.
-
-A thin mirror of the engine.
-"""
+"""Commands on one subject: enroll, identify, verify, update, remove. Each calls one method of the engine."""
 
 from __future__ import annotations
 
@@ -24,6 +21,7 @@ from biodedup.cli.base import (
     GroupOption,
     JsonOption,
     MissingOption,
+    Panel,
     ThreadsOption,
     app,
     captures_of,
@@ -39,7 +37,7 @@ from biodedup.cli.base import (
 from biodedup.values import Encounter
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.SUBJECTS)
 def enroll(
     subject_id: str,
     face: FaceOption = None,
@@ -54,14 +52,14 @@ def enroll(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Enrol a subject, unless somebody in the gallery is the same person."""
+    """Enrol a subject, unless the person is enrolled already."""
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with bd.Engine.open(gallery, configured(gallery, config, threads=threads)) as engine:
         finish_decision(engine.enroll(encounter, across_positions=across_positions or None), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.SUBJECTS)
 def identify(
     face: FaceOption = None,
     finger: FingerOption = None,
@@ -73,14 +71,14 @@ def identify(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search the gallery for the person of these captures; write nothing."""
+    """Search the gallery for the person on these captures. Writes nothing."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
     with bd.Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
         decision = engine.identify(encounter, groups=group or None, across_positions=across_positions or None)
         finish_decision(decision, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.SUBJECTS)
 def verify(
     subject_id: str,
     face: FaceOption = None,
@@ -105,7 +103,7 @@ def verify(
     raise typer.Exit(Exit.DONE if result.accepted else Exit.NOT_ACCEPTED)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.SUBJECTS)
 def update(
     subject_id: str,
     face: FaceOption = None,
@@ -117,15 +115,18 @@ def update(
     across_positions: AcrossOption = False,
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Replace all that is enrolled of the subject, without verifying against it."),
+        typer.Option("--replace", help="Replace all encounters of the subject, without verification."),
     ] = False,
-    reason: Annotated[str, typer.Option("--reason", help="Why, with --replace; kept with the decision.")] = "",
+    reason: Annotated[str, typer.Option("--reason", help="The reason for --replace; kept with the decision.")] = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add an encounter to an enrolled subject, if it verifies as theirs; otherwise a person has to look (exit code 11)."""
+    """Add an encounter to an enrolled subject, if it verifies against the subject.
+
+    Otherwise it becomes a case for adjudication (exit code 11).
+    """
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with existing(gallery, configured(gallery, config, threads=threads)) as engine:
@@ -133,14 +134,14 @@ def update(
         finish_decision(engine.update(encounter, across_positions=across, replace=replace, reason=reason), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.SUBJECTS)
 def remove(
     subject_ids: Annotated[list[str], typer.Argument(metavar="SUBJECT_ID...")],
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove subjects; the next search does not see them."""
+    """Remove subjects. The next search does not return them."""
     with existing(gallery, configured(gallery, config)) as engine:
         for subject_id in subject_ids:
             engine.remove(subject_id)

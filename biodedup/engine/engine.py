@@ -13,7 +13,7 @@ Each step has a module:
     decide.py    the candidates become a decision, by the policy in force (policy.py)
     enrol.py     search, lock, decide, commit: `enroll`, `update`, `enroll_many`
     review.py    cases and verdicts: `dispute`, `adjudicate`
-    load.py      subjects added without a search: `add_templates`, `load_templates`, `admit`
+    load.py      subjects added without a search: `add_templates`, `load_templates`, `import_captures`
 
 Invariants:
 
@@ -67,6 +67,7 @@ from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
 from biodedup.memory import within_memory
+from biodedup.renamed import renamed
 from biodedup.search.clusters import clusters_of
 from biodedup.search.explain import JoinPlan, SearchPlan, plan_of
 from biodedup.search.searcher import Searcher
@@ -538,14 +539,19 @@ class Engine:
             except SubjectExists:
                 continue  # another thread enrolled some since they were compared
 
-    def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
-        """Adds subjects from their captures without a search, in one commit; for an archive that is deduplicated afterwards.
+    def import_captures(self, encounters: Sequence[Encounter]) -> list[Decision]:
+        """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
 
         Decisions have no candidates, and `unique` means added, with the captures that can be used; `Policy.required` is not applied.
         An enrolled subject is replaced by its new encounter. An encounter_id that was used before changes nothing.
         """
         self._check_open()
-        return self._loader.admit(encounters)
+        return self._loader.import_captures(encounters)
+
+    def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
+        """Deprecated: `import_captures`."""
+        renamed("Engine.admit", "Engine.import_captures")
+        return self.import_captures(encounters)
 
     def remove(self, subject_id: str) -> None:
         """Removes a subject from all later searches. Raises UnknownSubject."""
@@ -561,10 +567,15 @@ class Engine:
         self._check_open()
         self._gallery.compact()
 
-    def tidy(self) -> None:
-        """Seals and merges now what the background thread would do later; for use after a bulk load, for example."""
+    def maintain(self) -> None:
+        """Seals and merges what is due, now instead of in the background; after a bulk load, for example."""
         self._check_open()
         self._gallery.maintain()
+
+    def tidy(self) -> None:
+        """Deprecated: `maintain`."""
+        renamed("Engine.tidy", "Engine.maintain")
+        self.maintain()
 
     def refresh(self) -> int:
         """With read_only: reads what the writer has committed since. Returns the version now seen."""

@@ -219,7 +219,7 @@ class Loader:
             raise
         return True
 
-    def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
+    def import_captures(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Adds subjects from their captures, and replaces enrolled ones. The outcome `unique` means added.
 
         An encounter whose file is absent or cannot be read is `refused`, and not recorded.

@@ -26,7 +26,7 @@ from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import mismatch
 from biodedup.match.calibrations import EXTERNAL, Calibrations
-from biodedup.required import SUPERSEDED
+from biodedup.required import keep_better
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
@@ -107,11 +107,8 @@ class Preparer:
                 if isinstance(result, Refusal):
                     refusals.append(result)
                     continue
-                kept, superseded = _better(templates.get(result.column), result)
-                templates[result.column] = kept
-                if superseded is not None:
-                    detail = "a better capture was kept"
-                    refusals.append(Refusal(superseded.column, SUPERSEDED, detail, superseded.quality))
+                if (worse := keep_better(templates, result)) is not None:
+                    refusals.append(worse)
         except CallerError as error:
             return error
         missing = tuple(capture for capture in encounter.captures if isinstance(capture, Missing))
@@ -261,10 +258,3 @@ def refuse_other_models(gallery: Gallery, extractor: Extractor) -> None:
 
 
 _COLUMN_SET = frozenset(COLUMNS)
-
-
-def _better(a: Template | None, b: Template) -> tuple[Template, Template | None]:
-    """(the template to keep, the one it supersedes), by quality; of equal ones the first is kept."""
-    if a is None:
-        return b, None
-    return (b, a) if (b.quality or 0.0) > (a.quality or 0.0) else (a, b)

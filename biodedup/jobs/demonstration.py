@@ -1,8 +1,7 @@
-"""`demo`: the main job on one page, with nothing from outside.
+"""`demo`: enrols synthetic subjects and one real portrait, detects re-captures of it, and measures searches.
 
-Owns a seeded population of template-only subjects, one real portrait that scikit-image ships, re-captures of it, and
-generated fingers.
-Every number that it prints is measured in the run.
+Owns a seeded population of subjects with templates only, the portrait that scikit-image ships, re-captures of it, and generated fingers.
+Needs nothing from outside. Every number that it prints is measured in the run.
 """
 
 from __future__ import annotations

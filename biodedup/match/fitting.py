@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biodedup.errors import InvalidInput
+from biodedup.intervals import exact_interval
 from biodedup.match.calibration import SCORE_DB_MAX
 
 MATED_MIN, NONMATED_MIN = 100, 1000
@@ -222,9 +223,6 @@ class MeasuredFmr:
 
 def measured_fmr(score_db: Float64, nominal_db: float) -> MeasuredFmr:
     """Of non-mated pairs' score_db, float64 (n,)."""
-    from scipy.stats import beta
-
     pairs, matches = len(score_db), int(np.count_nonzero(score_db >= nominal_db))
-    low = float(beta.ppf(0.025, matches, pairs - matches + 1)) if matches else 0.0
-    high = float(beta.ppf(0.975, matches + 1, pairs - matches)) if matches < pairs else 1.0
+    low, high = exact_interval(matches, pairs)
     return MeasuredFmr(10 ** (-nominal_db / 10), matches / max(pairs, 1), low, high, matches, pairs)

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.minutiae_record import MINUTIA_BYTES, read_record
-from biodedup.capture.nbis_parts import bozorth3
 from biodedup.match.alignment import best_pairs, compare, workspace
 from biodedup.match.local_structures import Prepared, prepare, room
 
@@ -87,13 +86,6 @@ def _rows(print_: Prepared, content: NDArray[np.uint8], start: int, count: int) 
     order, kept = np.argsort(value, kind="stable"), print_.row[: print_.size[0]]
     among_equals = np.arange(len(kept)) - np.searchsorted(kept, kept)
     return np.asarray(order[np.searchsorted(value[order], kept) + among_equals], np.int64)
-
-
-class Bozorth3:
-    """BOZORTH3 of NBIS, for comparison in benchmarks. Symmetric: the larger score of both directions counts."""
-
-    def compare(self, probe: bytes, candidates: Sequence[bytes]) -> NDArray[np.float32]:
-        return bozorth3(read_record(probe), [read_record(candidate) for candidate in candidates])
 
 
 def _bodies(records: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:

@@ -22,8 +22,7 @@ from biodedup.capture.minutiae_record import (
     write_record,
     write_views,
 )
-from biodedup.capture.nbis_parts import _load
-from biodedup.match.minutiae import Bozorth3
+from tests.support.bozorth import Bozorth3, load
 from tests.support.images import finger
 
 SIDE = 400
@@ -249,7 +248,7 @@ def test_nbis_reads_in_a_record_what_ours_does():
     record = read_record(legacy(0))
     rows = np.frombuffer(record.body, np.dtype([("x", ">u2"), ("y", ">u2"), ("angle", "u1"), ("quality", "u1")]))
     ours = [(int(row["x"]) & 0x3FFF, int(row["y"]), float(row["angle"]) * 360 / 256) for row in rows]
-    theirs = [(minutia.x(), minutia.y(), minutia.angle()) for minutia in _load(record).get()]
+    theirs = [(minutia.x(), minutia.y(), minutia.angle()) for minutia in load(record).get()]
     assert sorted(theirs) == sorted(ours)
 
 

@@ -198,7 +198,7 @@ def test_in_a_stream_it_costs_its_own_encounter_and_is_not_recorded(tmp_path, po
         late.write_bytes(jpeg(portrait[:, ::-1]))
         first, second = engine.enroll_many(encounters)
         assert (first.outcome, second.outcome) == ("duplicate", "unique")
-        admitted = engine.admit([bd.Encounter("bella", [bd.Face(tmp_path / "absent")], encounter_id="e3")])
+        admitted = engine.import_captures([bd.Encounter("bella", [bd.Face(tmp_path / "absent")], encounter_id="e3")])
         assert admitted[0].refusals[0].reason == "missing_file"
         assert engine.decision("e3") is None
 

@@ -16,6 +16,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.cli.base import Panel
 from tests.support.images import finger, jpeg
 from tests.support.shell import run
 from tests.support.vectors import SFACE, again, people, unit
@@ -208,12 +209,12 @@ def test_dedup_started_again_extracts_only_what_changed(tmp_path, portrait, monk
 INTERRUPTED = """
 import os, runpy, signal, biodedup
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
-admit = biodedup.Engine.admit
-def admit_and_interrupt(engine, encounters):
-    answers = admit(engine, encounters)
+import_captures = biodedup.Engine.import_captures
+def import_and_interrupt(engine, encounters):
+    answers = import_captures(engine, encounters)
     os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C, between two batches
     return answers
-biodedup.Engine.admit = admit_and_interrupt
+biodedup.Engine.import_captures = import_and_interrupt
 runpy.run_module("biodedup.cli", run_name="__main__", alter_sys=True)
 """
 
@@ -287,3 +288,21 @@ def test_the_demos_population_has_the_spread_measured_on_real_faces():
     assert cosines.std() == pytest.approx(0.092, abs=0.002)
     assert np.allclose(vectors, unit(vectors))
     assert np.allclose(np.sum(again(vectors, 0.6) * vectors, axis=1), 0.6, atol=1e-4)
+
+
+def test_help_groups_the_commands_and_loads_no_engine_code():
+    code = """
+import sys
+from biodedup.cli.base import app
+try:
+    app(["--help"])
+except SystemExit:
+    heavy = {"numba", "faiss", "onnxruntime", "cv2", "pyarrow", "scipy", "sklearn", "skimage"} & sys.modules.keys()
+    sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", "import biodedup.cli\n" + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    headings = [line for line in done.stdout.splitlines() if line.startswith("\u256d")]
+    places = [next(i for i, line in enumerate(headings) if panel in line) for panel in Panel]
+    assert places == sorted(places)
+    assert not any(" Commands " in line for line in headings)  # a command without a panel

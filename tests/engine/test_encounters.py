@@ -186,7 +186,7 @@ def test_subjects_with_several_rows_are_one_candidate_after_sealing_merging_and_
         for i, face in enumerate(faces[:20]):
             assert engine.update(sent(f"s{i}", again(face, 0.9, seed=i), f"u{i}")).outcome == "unique"
             if sealed and i % 7 == 0:
-                engine.tidy()
+                engine.maintain()
         if sealed:
             engine.compact()
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
@@ -257,7 +257,7 @@ def test_a_stranger_reaches_a_subject_with_several_rows_no_more_often_than_the_s
     faces = people(60, seed=3)
     config = replace(CONFIG, policy=bd.Policy(duplicate_db=300, review_db=290, own_strangers=False))
     with bd.Engine.open(tmp_path / "g", config) as engine:
-        engine.admit([sent(f"s{i}", face, f"e{i}") for i, face in enumerate(faces)])
+        engine.import_captures([sent(f"s{i}", face, f"e{i}") for i, face in enumerate(faces)])
         with internals(engine).gallery.transaction() as transaction:
             template = engine.templates("s0")["face"]
             for i in range(60):
@@ -461,10 +461,12 @@ def test_a_search_across_positions_charges_each_candidate_once_whatever_others_a
     for others in (False, True):
         with bd.Engine.open(tmp_path / str(others), CONFIG) as engine:
             anna = {"right_thumb": fingers[0], "right_index": fingers[1]}
-            engine.admit([bd.Encounter("anna", templates=anna)])
+            engine.import_captures([bd.Encounter("anna", templates=anna)])
             if others:  # of other sorts: their columns come behind hers
-                engine.admit([bd.Encounter("bella", templates={"left_index": fingers[2]})])
-                engine.admit([bd.Encounter("carla", templates={"left_middle": fingers[3], "left_ring": fingers[2]})])
+                engine.import_captures([bd.Encounter("bella", templates={"left_index": fingers[2]})])
+                engine.import_captures(
+                    [bd.Encounter("carla", templates={"left_middle": fingers[3], "left_ring": fingers[2]})]
+                )
             best = engine.identify(bd.Encounter(templates=probe), across_positions=True).best
             found.append((best.subject_id, best.label_penalty_db, best.score_db))
     assert found[0] == found[1] and found[0][1] > 0
@@ -597,12 +599,12 @@ def test_updates_in_small_steps_do_not_lead_from_one_person_to_another(engine):
 
 def test_an_encounter_id_is_admitted_once_in_a_batch_and_after_a_removal(engine):
     anna, bella = orthogonal(2)
-    first, second = engine.admit([sent("anna", anna, "e1"), sent("anna", anna, "e1")])
+    first, second = engine.import_captures([sent("anna", anna, "e1"), sent("anna", anna, "e1")])
     assert first == second and len(engine.encounters("anna")) == 1
     with pytest.raises(bd.EncounterConflict):
-        engine.admit([sent("bella", bella, "e2"), sent("carla", bella, "e2")])
+        engine.import_captures([sent("bella", bella, "e2"), sent("carla", bella, "e2")])
     assert engine.subject_ids() == ["anna"]
     engine.remove("anna")
-    (resent,) = engine.admit([sent("anna", anna, "e1")])
+    (resent,) = engine.import_captures([sent("anna", anna, "e1")])
     assert resent.reasons == engine.recall(sent("anna", anna, "e1")).reasons == ("removed",)
     assert "anna" not in engine

@@ -334,8 +334,8 @@ def test_a_gallery_made_with_another_model_is_refused_at_opening(tmp_path, portr
         return bd.Encounter(column, templates={column: bd.Template(column, model_id, people(1, 0, dimension)[0])})
 
     with bd.Engine.open(tmp_path / "g", bd.Config(finger=bd.FingerConfig(model=None))) as engine:
-        engine.admit([ready("face", "another-model", 128), ready("right_index", "finger256-3", 256)])
-        engine.admit([ready("left_index", "finger256-3+mindtct-1", 256)])
+        engine.import_captures([ready("face", "another-model", 128), ready("right_index", "finger256-3", 256)])
+        engine.import_captures([ready("left_index", "finger256-3+mindtct-1", 256)])
     with pytest.raises(bd.ModelMismatch, match="left_index"):
         bd.Engine.open(tmp_path / "g", bd.Config(finger=bd.FingerConfig(model=None)))
     with bd.Engine.open(tmp_path / "g") as engine:  # whatever comes ready made ties a gallery to no configuration
@@ -450,9 +450,11 @@ def test_the_better_of_two_captures_is_kept_and_the_other_named(engine):
 
 def test_admitting_somebody_without_a_usable_capture_leaves_who_is_enrolled(engine):
     enroll(engine, "anna", people(1)[0])
-    (answer,) = engine.admit([bd.Encounter("anna", captures=[bd.Face(np.full((200, 200, 3), 127, np.uint8))])])
+    (answer,) = engine.import_captures(
+        [bd.Encounter("anna", captures=[bd.Face(np.full((200, 200, 3), 127, np.uint8))])]
+    )
     assert answer.outcome == "refused" and "anna" in engine
-    (answer,) = engine.admit([bd.Encounter("anna", templates={"face": people(2)[1]})])
+    (answer,) = engine.import_captures([bd.Encounter("anna", templates={"face": people(2)[1]})])
     assert answer.outcome == "unique" and len(engine) == 1
 
 

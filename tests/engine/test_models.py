@@ -37,7 +37,7 @@ def test_vectors_without_a_model_are_declined_wherever_they_come_in(engine, tmp_
         lambda: engine.add_templates(["a"], {"face": VECTORS[:1]}, model_id={"right_index": "mine-1"}),
         lambda: engine.enroll(encounter(VECTORS[0])),
         lambda: engine.identify(encounter(VECTORS[0])),
-        lambda: engine.admit([encounter(VECTORS[0])])[0],
+        lambda: engine.import_captures([encounter(VECTORS[0])])[0],
         lambda: jobs.load(engine, table(VECTORS, tmp_path / "t.parquet")),
         lambda: jobs.evaluate(table(VECTORS, tmp_path / "t.parquet"), tmp_path / "e.json"),
     ]

@@ -84,7 +84,7 @@ OPERATIONS = {
     "load": load,
 }
 CARE = {
-    "seal": lambda e: e.tidy(),
+    "seal": lambda e: e.maintain(),
     "merge": lambda e: e.compact(),
     "backup": lambda e: e.backup(internals(e).gallery.folder.parent / f"{internals(e).gallery.folder.name}-backup"),
 }
@@ -268,7 +268,7 @@ def test_every_file_is_synced_before_the_commit_that_names_it(tmp_path):
             engine.enroll(encounter(i, f"e{i}"))
         for name in ("update", "remove from a segment", "add_templates", "load"):
             OPERATIONS[name](engine)
-            engine.tidy()
+            engine.maintain()
         for operation in CARE.values():
             operation(engine)
     assert storage.created >= 20

@@ -35,7 +35,7 @@ def sealed(tmp_path: Path) -> Path:
         for low in (0, 6):
             for i in range(low, low + 6):
                 enroll(engine, i)
-            engine.tidy()
+            engine.maintain()
         engine.remove("s2")
         enroll(engine, 12)
         enroll(engine, 13)
@@ -162,7 +162,7 @@ def test_a_lost_database_is_restored_with_the_backups_whole_state(sealed, tmp_pa
         enroll(engine, 14)
         for i in range(20, 24):
             enroll(engine, i)
-        engine.tidy()
+        engine.maintain()
     (sealed / "gallery.sqlite3").write_bytes(b"")
     assert len(jobs.examine(sealed).problems) == 1
     with pytest.raises(bd.GalleryDamaged):
@@ -207,7 +207,7 @@ def test_a_backup_is_incremental_consistent_and_a_gallery(sealed, tmp_path):
         assert contents(tmp_path / "b") == contents(sealed)
         for i in range(20, 26):
             enroll(engine, i)
-        engine.tidy()
+        engine.maintain()
         second = engine.backup(tmp_path / "b")
         assert (second.files_copied, second.files_kept) == (6, 12)
         engine.compact()
@@ -229,7 +229,7 @@ def test_a_damaged_gallery_is_not_copied_over_a_good_backup(sealed, tmp_path):
         before = contents(tmp_path / "b")
         for i in range(20, 26):
             enroll(engine, i)
-        engine.tidy()
+        engine.maintain()
     flip(next((sealed / "segments").glob("3.face")), 5000)
     with (
         bd.Engine.open(sealed, small(merge_fan=9), read_only=True) as engine,
@@ -268,7 +268,7 @@ with bd.Engine.open(sys.argv[1], config) as engine:
                 engine.enroll(bd.Encounter(f"s{i}", templates={"face": vector}, model_id="sface-2021dec-mirror-centred-1"))
             print(i, flush=True)
             if i % 8 == 7:
-                engine.tidy()
+                engine.maintain()
         except bd.StorageUnavailable:
             failed += 1
         if failed == 5:
@@ -276,7 +276,7 @@ with bd.Engine.open(sys.argv[1], config) as engine:
     assert failed
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     engine.enroll(bd.Encounter("later", templates={"face": -vectors[0]}, model_id="sface-2021dec-mirror-centred-1"))
-    engine.tidy()
+    engine.maintain()
 """
 
 
@@ -375,5 +375,5 @@ def test_a_gallery_of_the_first_release_is_upgraded_and_answers_as_before(tmp_pa
             resent = bd.Encounter("dora", templates={"face": vectors[3]}, encounter_id="e-dora")
             assert engine.enroll(resent) == engine.decision("e-dora")
             assert engine.problems() == []
-            engine.tidy()
+            engine.maintain()
     assert list((tmp_path / "g" / "segments").glob("*.face"))

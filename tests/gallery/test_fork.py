@@ -65,7 +65,7 @@ CALLS = {
     "join": lambda e: list(e.join()),
     "info": lambda e: e.info(),
     "refresh": lambda e: e.refresh(),
-    "tidy": lambda e: e.tidy(),
+    "maintain": lambda e: e.maintain(),
     "compact": lambda e: e.compact(),
     "problems": lambda e: e.problems(),
 }
@@ -212,7 +212,7 @@ def test_a_writer_whose_lock_was_removed_stops_and_loses_nothing_of_the_second(t
     for write in (lambda: enroll(first, 9), lambda: first.remove("s0"), first.compact):
         with pytest.raises(bd.GalleryBusy, match="another process"):
             write()
-    second.tidy()
+    second.maintain()
     enroll(second, 5)
     first.close()
     assert nearest(second, 3) == "s3"
@@ -279,7 +279,7 @@ def test_two_writers_never_overwrite_or_remove_each_others_segments(tmp_path):
         if self is gallery._lock_file and not second:
             steal(tmp_path / "g")
             second.append(bd.Engine.open(tmp_path / "g", small(seal_rows=2)))
-            second[0].tidy()
+            second[0].maintain()
             return True
         return held(self)
 
@@ -321,7 +321,7 @@ def test_doctor_recomputes_counters_from_the_rows(tmp_path, counters):
         for i in range(6):
             enroll(engine, i)
             if i == 3:
-                engine.tidy()
+                engine.maintain()
         engine.remove("s1")
     spoil(tmp_path / "g", **counters)
     assert "counter" in str(inspect(LocalStorage(), tmp_path / "g")[0])
@@ -332,7 +332,7 @@ def test_doctor_recomputes_counters_from_the_rows(tmp_path, counters):
         assert engine.subject_ids() == ["s0", "s2", "s3", "s4", "s5"]
         assert engine.gallery_version >= 7
         assert enroll(engine, 7).outcome == "unique"
-        engine.tidy()
+        engine.maintain()
         assert engine.problems() == []
 
 

@@ -65,7 +65,7 @@ def test_whatever_is_done_in_whatever_order_the_gallery_holds_what_a_dictionary_
                     engine.update(encounter, replace=True, reason="a test")
                     model[name] = (person, groups)
                 case "seal":
-                    engine.tidy()
+                    engine.maintain()
                 case "compact":
                     engine.compact()
                 case "reopen":
@@ -94,7 +94,7 @@ def test_sealed_and_merged_rows_answer_as_before(tmp_path):
         for i in range(40):
             assert enroll(engine, i).outcome == "unique"
             if i % 8 == 7:
-                engine.tidy()
+                engine.maintain()
         assert 1 <= engine.info()["segments"] <= 4
         decisions = [engine.decision(f"e{i}") for i in range(40)]
         engine.compact()
@@ -149,7 +149,7 @@ def test_a_removed_subject_can_be_enrolled_again_and_removed_again(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         for round_ in range(5):
             assert engine.enroll(bd.Encounter("s", templates={"face": PEOPLE[round_]})).outcome == "unique"
-            engine.tidy()
+            engine.maintain()
             assert nearest(engine, round_) == "s"
             engine.remove("s")
             with pytest.raises(bd.UnknownSubject):
@@ -282,7 +282,7 @@ def test_look_ups_compare_the_strings_when_all_hashes_are_equal(tmp_path, monkey
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         for i in range(8):
             enroll(engine, i)
-        engine.tidy()
+        engine.maintain()
         assert [f"s{i}" in engine for i in range(10)] == [True] * 8 + [False] * 2
         assert [engine.decision(f"e{i}") is not None for i in range(10)] == [True] * 8 + [False] * 2
         result = engine.load_templates([f"s{i}" for i in range(5, 10)], {"face": PEOPLE[5:10]})
@@ -349,7 +349,7 @@ def test_a_reader_keeps_its_version_while_the_writer_seals_merges_and_removes(tm
     with bd.Engine.open(tmp_path / "g", small()) as writer:
         for i in range(6):
             enroll(writer, i)
-        writer.tidy()
+        writer.maintain()
         with bd.Engine.open(tmp_path / "g", small(), read_only=True) as reader:
             version = reader.gallery_version
             for i in range(6, 12):

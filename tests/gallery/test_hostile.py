@@ -59,7 +59,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if i == 4:
                 engine.remove("s2")
             if i in (4, 8):
-                engine.tidy()
+                engine.maintain()
         between = (0.45 * PEOPLE[0] + np.sqrt(1 - 0.45**2) * PEOPLE[20]).astype(np.float32)
         assert engine.enroll(bd.Encounter("y", templates={"face": between}, encounter_id="case")).outcome == "review"
         engine.remove("s6")

@@ -27,7 +27,7 @@ def gallery(tmp_path: Path) -> Path:
     with bd.Engine.open(tmp_path / "g", small(merge_fan=9)) as engine:
         for i in range(6):
             enroll(engine, i)
-        engine.tidy()
+        engine.maintain()
         enroll(engine, 6)
     return tmp_path / "g"
 
@@ -59,7 +59,7 @@ def test_whatever_is_written_is_for_its_owner_alone(tmp_path, open_umask):
     with bd.Engine.open(home / "g", small()) as engine:
         for i in range(6):
             enroll(engine, i)
-        engine.tidy()
+        engine.maintain()
         engine.enroll(
             bd.Encounter(
                 "x", templates={"face": (PEOPLE[9] + PEOPLE[10]) / np.float32(np.sqrt(2))}, encounter_id="open"
@@ -72,7 +72,7 @@ def test_whatever_is_written_is_for_its_owner_alone(tmp_path, open_umask):
             notes.append({"done": 1})
     with jobs.Backlog.open(home / "g") as backlog:
         backlog.announce([], 0.0)
-    jobs.examine(home / "g", sentinels=True)
+    jobs.examine(home / "g", canaries=True)
     assert modes(home) == {}
 
 
@@ -226,7 +226,7 @@ def test_of_removed_subjects_nothing_is_left_in_any_file(tmp_path):
                 engine.remove(f"s{i}")
                 assert occurrences(tmp_path / "g", {"": needles[f"s{i}"]}) == {}, "at once, while it is in the journal"
             if i % 10 == 9:
-                engine.tidy()
+                engine.maintain()
         for i in (i for i in range(0, 40, 2) if i != 4):
             engine.remove(f"s{i}")
         engine.enroll(bd.Encounter("x", templates={"face": PEOPLE[41]}))
@@ -280,15 +280,15 @@ def test_what_a_killed_writer_left_in_the_journal_is_wiped_by_the_next(tmp_path,
     assert occurrences(tmp_path / "g", removed) == {}
 
 
-def test_compacting_erases_the_sentinels_of_removed_subjects(tmp_path):
+def test_compacting_erases_the_canaries_of_removed_subjects(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
         for i in range(12):
             enroll(engine, i)
-    jobs.examine(tmp_path / "g", sentinels=True)
-    sentinel = canary_file.load(LocalStorage(), tmp_path / "g").each[0]
-    needle = {"sentinel": sentinel.mates["face"].embedding.astype("<f4").tobytes()[:64]}
-    assert occurrences(tmp_path / "g", needle) == {"sentinel": ["sentinels"]}
+    jobs.examine(tmp_path / "g", canaries=True)
+    canary = canary_file.load(LocalStorage(), tmp_path / "g").each[0]
+    needle = {"canary": canary.mates["face"].embedding.astype("<f4").tobytes()[:64]}
+    assert occurrences(tmp_path / "g", needle) == {"canary": ["sentinels"]}
     with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
-        engine.remove(sentinel.subject_id)
+        engine.remove(canary.subject_id)
     assert run("compact", "--gallery", tmp_path / "g") == 0
     assert occurrences(tmp_path / "g", needle) == {}

@@ -1,4 +1,4 @@
-"""Sentinels: a sound gallery keeps still, and whatever loses rows raises an alarm that says where."""
+"""Canaries: a sound gallery keeps still, and whatever loses rows raises an alarm that says where."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from biodedup.cli import app
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.names import CANARIES_NAME
 from biodedup.gallery.segments.reader import SegmentColumn
-from biodedup.jobs.health import canaries as sentinels
-from biodedup.jobs.health import canary_file as sentinel_file
+from biodedup.jobs.health import canaries, canary_file
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.shards import native
@@ -41,12 +40,12 @@ def grow(folder: Path, low: int, high: int) -> None:
         for start in range(low, high, 500):
             some = slice(start, min(start + 500, high))
             engine.add_templates([f"s{i}" for i in range(high)][some], {"face": FACES[some]})
-            engine.tidy()
+            engine.maintain()
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Rows 0 to 999 in segment 1, to 1,999 in segment 2, to 2,999 in segment 3, and fifty in the journal; and its sentinels."""
+    """Rows 0 to 999 in segment 1, to 1,999 in segment 2, to 2,999 in segment 3, and fifty in the journal; and its canaries."""
     folder = tmp_path_factory.mktemp("made") / "g"
     grow(folder, 0, 3_050)
     return folder, jobs.watch(folder)
@@ -63,8 +62,8 @@ def shell(gallery):
     return lambda *arguments: CliRunner().invoke(app, [*arguments, "-g", str(gallery)], catch_exceptions=False)
 
 
-def kept(gallery: Path) -> sentinel_file.Sentinels:
-    found = sentinel_file.load(LocalStorage(), gallery)
+def kept(gallery: Path) -> canary_file.Canaries:
+    found = canary_file.load(LocalStorage(), gallery)
     assert found is not None
     return found
 
@@ -84,24 +83,24 @@ def losing(monkeypatch, rows, among=lambda plan: True) -> None:
 # sound galleries --------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_gallery_raises_nothing_and_every_part_has_sentinels(made):
+def test_a_sound_gallery_raises_nothing_and_every_part_has_canaries(made):
     gallery, watch = made
     face, everything = watch.columns
     assert watch.problems == ()
-    assert (face.sentinels, face.found, face.lost) == (watch.made, watch.made, 0)
+    assert (face.canaries, face.found, face.lost) == (watch.made, watch.made, 0)
     assert face.expected_first_min <= face.first <= face.found
     assert (
-        f"sentinels face: {face.found} of {face.sentinels} found (expected at least {face.expected_min})"
+        f"canaries face: {face.found} of {face.canaries} found (expected at least {face.expected_min})"
         in (watch.checked[0])
     )
-    assert everything.found == everything.sentinels > 10
+    assert everything.found == everything.canaries > 10
     rows = np.array([one.row for one in kept(gallery).each])
     assert np.histogram(rows, [0, 1_000, 2_000, 3_000, 3_050])[0].tolist() == [66, 66, 66, 4]
     for one in kept(gallery).each:
         mate = one.mates["face"]
         assert one.subject_id == f"s{one.row}"
         assert mate.embedding @ FACES[one.row] == pytest.approx(mate.cosine, abs=0.003)
-    assert {round(one.mates["face"].cosine, 2) for one in kept(gallery).each} == set(sentinel_file.COSINES)
+    assert {round(one.mates["face"].cosine, 2) for one in kept(gallery).each} == set(canary_file.COSINES)
 
 
 def test_the_probes_stay_as_they_were_made_and_the_same_seed_makes_the_same_file(gallery):
@@ -121,7 +120,7 @@ def test_a_gallery_that_has_grown_gets_more_and_merging_changes_nothing(gallery)
     first = {one.row: one.mates["face"].embedding.tobytes() for one in kept(gallery).each}
     with bd.Engine.open(gallery, CONFIG) as engine:
         engine.add_templates([f"late{i}" for i in range(1_200)], {"face": people(1_200, 9, DIMENSION)})
-        engine.tidy()
+        engine.maintain()
     watch = jobs.watch(gallery)
     now = {one.row: one.mates["face"].embedding.tobytes() for one in kept(gallery).each}
     assert watch.problems == ()
@@ -146,7 +145,7 @@ def test_a_crowd_of_look_alikes_is_no_loss(tmp_path):
     crowd = np.repeat(one_each, 30, axis=0)
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.add_templates([f"s{i}" for i in range(len(crowd))], {"face": crowd})
-        engine.tidy()
+        engine.maintain()
     watch = jobs.watch(tmp_path / "g")
     assert watch.problems == ()
     assert watch.columns[0].first < watch.columns[0].expected_first_min
@@ -168,8 +167,8 @@ def test_rows_of_a_segment_that_the_search_never_returns_raise_an_alarm_that_nam
 
 
 def test_codes_that_a_kernel_does_not_see_raise_an_alarm(gallery, monkeypatch):
-    monkeypatch.setattr(native, "EXACT_CELLS", 0)
-    monkeypatch.setattr(native, "_SHARE_MAX", 1.0)
+    monkeypatch.setattr(shard, "EXACT_CELLS", 0)
+    monkeypatch.setattr(shard, "_SHARE_MAX", 1.0)
     assert jobs.watch(gallery).problems == ()
     above = Scanner.above
 
@@ -184,7 +183,7 @@ def test_codes_that_a_kernel_does_not_see_raise_an_alarm(gallery, monkeypatch):
 
 
 def test_one_lost_row_is_within_the_risk_unless_nothing_left_to_chance_loses_it_too(gallery, monkeypatch):
-    monkeypatch.setattr(native, "EXACT_CELLS", 0)
+    monkeypatch.setattr(shard, "EXACT_CELLS", 0)
     victim = next(one for one in kept(gallery).each if one.mates["face"].cosine > 0.7 and one.row < 3_000)
     with monkeypatch.context() as patch:
         losing(patch, [victim.row], lambda plan: plan.miss_risk > 0)
@@ -243,7 +242,7 @@ def test_who_was_removed_and_merged_away_is_told_and_no_alarm(gallery):
         engine.compact()
     watch = jobs.watch(gallery)
     assert (watch.problems, watch.removed, watch.gone) == ((), 0, 10)
-    assert any("5.0% of the sentinels" in line for line in watch.checked)
+    assert any("5.0% of the canaries" in line for line in watch.checked)
 
 
 def test_who_is_gone_though_nothing_was_removed_is_a_loss_and_stays_one(gallery):
@@ -251,8 +250,8 @@ def test_who_is_gone_though_nothing_was_removed_is_a_loss_and_stays_one(gallery)
         engine.remove(kept(gallery).each[0].subject_id)
         engine.compact()
         version = engine.gallery_version
-    # as if a merge had lost the row: nobody removed it since the sentinels were looked through
-    sentinel_file.save(LocalStorage(), gallery, replace(kept(gallery), version=version))
+    # as if a merge had lost the row: nobody removed it since the canaries were looked through
+    canary_file.save(LocalStorage(), gallery, replace(kept(gallery), version=version))
     for _ in range(2):
         assert "1 subjects are in no segment any more, and nothing was removed" in jobs.watch(gallery).problems[0]
 
@@ -267,7 +266,7 @@ def test_an_updated_subject_is_no_loss(gallery):
     assert (watch.problems, watch.removed) == ((), 1)
 
 
-def test_compacting_from_the_shell_erases_sentinels_of_removed_subjects(gallery, shell):
+def test_compacting_from_the_shell_erases_canaries_of_removed_subjects(gallery, shell):
     name = kept(gallery).each[0].subject_id
     with bd.Engine.open(gallery, CONFIG) as engine:
         engine.remove(name)
@@ -324,7 +323,7 @@ def test_a_backup_takes_them_along_and_is_searched_without_writing(gallery, tmp_
     monkeypatch.setattr(LocalStorage, "create", refused)
     watch = jobs.watch(tmp_path / "copy")
     assert (watch.problems, watch.kept_in_file, copy.exists()) == ((), False, False)
-    assert watch.columns[0].found == watch.columns[0].sentinels
+    assert watch.columns[0].found == watch.columns[0].canaries
     assert any("could not be written" in line for line in watch.checked)
 
 
@@ -333,7 +332,7 @@ def test_a_disk_that_fails_leaves_the_old_file_or_the_new_one(gallery):
     after = replace(before, version=before.version + 1)
     for n in range(1, 40):
         try:
-            sentinel_file.save(FailingStorage(Countdown(n)), gallery, after)
+            canary_file.save(FailingStorage(Countdown(n)), gallery, after)
         except bd.StorageUnavailable:
             assert kept(gallery).version in (before.version, after.version)
         else:
@@ -362,12 +361,12 @@ def test_minutiae_are_identified_and_records_that_have_changed_are_told(with_fin
     columns = {one.column: one for one in watch.columns}
     assert watch.problems == ()
     assert set(columns) == {"face", "left_index", "right_index", "all"}
-    assert columns["all"].found == columns["all"].sentinels > 15
+    assert columns["all"].found == columns["all"].canaries > 15
     with_records = {one.subject_id for one in kept(with_fingers).each if "right_index" in one.mates}
     assert columns["right_index"].found == len(with_records) >= 20
     one = kept(with_fingers).each[0]
     other = replace(one, mates=one.mates | {"right_index": replace(one.mates["right_index"], record_hash=1)})
-    sentinel_file.save(
+    canary_file.save(
         LocalStorage(), with_fingers, replace(kept(with_fingers), each=(other, *kept(with_fingers).each[1:]))
     )
     watch = jobs.watch(with_fingers, count=20)
@@ -376,9 +375,9 @@ def test_minutiae_are_identified_and_records_that_have_changed_are_told(with_fin
 
 def test_minutiae_that_are_never_compared_raise_an_alarm(with_fingers, monkeypatch):
     jobs.watch(with_fingers, count=20)
-    from biodedup.search.scope import Scope
+    from biodedup.search import searcher as rescore
 
-    monkeypatch.setattr(Scope, "rows_with", lambda self, bits, *, without: np.zeros(0, np.int64))
+    monkeypatch.setattr(rescore._Scope, "rows_with", lambda self, bits, *, without: np.zeros(0, np.int64))
     watch = jobs.watch(with_fingers, count=20)
     assert watch.columns[-1].alarm
     assert [place for place, *_ in watch.columns[-1].lost_in] == ["the journal"]
@@ -388,14 +387,14 @@ def test_another_impression_is_a_mate_and_no_copy():
     matcher = CylinderMatcher()
     content = [record(strewn(40, seed)) for seed in range(20)]
     made = [
-        sentinel_file.another_impression(one, "right_index", np.random.default_rng(i)) for i, one in enumerate(content)
+        canary_file.another_impression(one, "right_index", np.random.default_rng(i)) for i, one in enumerate(content)
     ]
     scores = np.array([matcher.compare(one, content) for one in made])
     own = np.diag(scores)
     assert own.min() > 3 * scores[~np.eye(20, dtype=bool)].max()
     assert own.max() < matcher.compare(content[0], content[:1])[0]
     for count in (0, 1, 3):
-        sentinel_file.another_impression(record(strewn(count)), "left_thumb", np.random.default_rng(0))
+        canary_file.another_impression(record(strewn(count)), "left_thumb", np.random.default_rng(0))
 
 
 # what is expected -------------------------------------------------------------------------------------------------
@@ -413,15 +412,15 @@ def test_the_exact_rank_is_that_of_a_sorted_list(gallery):
         oracle = [(-line).argsort().tolist().index(row) + 1 for line, row in zip(similarity, rows, strict=True)]
         cosine = similarity[range(3), rows]
         assert max(oracle) > 1
-        assert sentinels._exact_rank(snapshot, "face", probes, cosine, rows).tolist() == oracle
+        assert canaries._exact_rank(snapshot, "face", probes, cosine, rows).tolist() == oracle
 
 
 def test_expected_counts_are_those_of_the_binomial_law():
     chances = np.full(200, 0.98)
-    least, p = sentinels._least(190, chances, 1e-4)
+    least, p = canaries._least(190, chances, 1e-4)
     assert p == pytest.approx(binom.cdf(190, 200, 0.98))
     assert binom.cdf(least - 1, 200, 0.98) < 1e-4 <= binom.cdf(least, 200, 0.98)
-    assert sentinels._least(0, np.zeros(0), 1e-4) == (0, 1.0)
+    assert canaries._least(0, np.zeros(0), 1e-4) == (0, 1.0)
 
 
 def test_the_law_of_strangers_foresees_how_many_are_first(gallery):
@@ -431,22 +430,34 @@ def test_the_law_of_strangers_foresees_how_many_are_first(gallery):
         for cosine in (0.4, 0.45, 0.5):
             probes = mates_of(FACES[rows], np.full(len(rows), cosine), seed=int(100 * cosine))
             place = (probes @ FACES[:3_050].T > cosine + 1e-3).sum(axis=1)
-            first, among = sentinels._expected(snapshot, "face", probes, np.full(len(rows), cosine, np.float32), 3_050)
+            first, among = canaries._expected(snapshot, "face", probes, np.full(len(rows), cosine, np.float32), 3_050)
             assert first.mean() == pytest.approx((place == 0).mean(), abs=0.04)
-            assert among.mean() == pytest.approx((place < sentinels.FIRST).mean(), abs=0.02)
+            assert among.mean() == pytest.approx((place < canaries.FIRST).mean(), abs=0.02)
 
 
 # the command line -------------------------------------------------------------------------------------------------
 
 
 def test_doctor_says_it_in_words_and_json_and_by_its_exit_code(gallery, shell):
-    assert "name the gallery" in str(CliRunner().invoke(app, ["doctor", "--sentinels"]).exception)
-    said = shell("doctor", "--sentinels")
+    assert "name the gallery" in str(CliRunner().invoke(app, ["doctor", "--canaries"]).exception)
+    said = shell("doctor", "--canaries")
     assert said.exit_code == 0
-    assert "sound    sentinels face: 202 of 202 found" in said.stdout
+    assert "sound    canaries face: 202 of 202 found" in said.stdout
     (gallery / CANARIES_NAME).write_bytes(b"")
-    said = shell("doctor", "--sentinels", "--json")
+    said = shell("doctor", "--canaries", "--json")
     report = json.loads(said.stdout)
     assert said.exit_code == 4
     assert "their file is damaged" in report["problems"][0]
     assert report["sentinels"]["columns"] == []
+
+
+def test_the_names_of_the_first_release_work_and_warn(gallery, shell):
+    assert "canaries face: " in shell("doctor", "--sentinels").stdout
+    with pytest.warns(DeprecationWarning, match="canaries"):
+        report = jobs.examine(gallery, sentinels=True)
+    with pytest.warns(DeprecationWarning, match=r"Report\.canaries"):
+        assert report.sentinels is report.canaries
+    column = report.canaries.columns[0]
+    with pytest.warns(DeprecationWarning, match=r"Watched\.canaries"):
+        assert column.sentinels == column.canaries
+    assert report.to_dict()["sentinels"]["columns"][0]["sentinels"] == column.canaries

@@ -160,7 +160,9 @@ def test_subjects_of_a_gallery_are_drawn_without_pictures_at_its_thresholds(tmp_
     with bd.Engine.open(tmp_path / "gallery") as engine:
         a, b = bd.Extractor().extract([bd.Finger(image, "right_index") for image in prints[:2]])
         for name, template in (("a", a), ("b", b)):
-            engine.admit([bd.Encounter(name, templates={"right_index": template}, encounter_id=f"visit-{name}")])
+            engine.import_captures(
+                [bd.Encounter(name, templates={"right_index": template}, encounter_id=f"visit-{name}")]
+            )
         told = jobs.explain(engine.templates("a"), engine.templates("b"), tmp_path / "pair.html", engine=engine)
         kept = jobs.explain_templates(
             engine.templates("a"),

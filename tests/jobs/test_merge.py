@@ -25,7 +25,8 @@ from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
-from biodedup.jobs.merging.survivors import Member, folded, survivor
+from biodedup.jobs.merging.model import Member
+from biodedup.jobs.merging.survivors import absorbed, survivor
 from tests.support.faults import Countdown, FailingStorage
 from tests.support.vectors import again, people
 
@@ -44,7 +45,7 @@ def register(folder: Path, vectors, names, *, compact=True, groups=None) -> Path
             engine.add_templates(
                 names[some], {"face": vectors[some]}, groups=groups[some] if groups else [["roll"]] * len(names[some])
             )
-            engine.tidy()
+            engine.maintain()
         if compact:
             engine.compact()
     return folder
@@ -383,7 +384,7 @@ def test_every_template_with_its_quality_and_time_comes_along(tmp_path):
                 }
                 if i % 7 == 0:
                     templates["right_thumb"] = strewn(i)
-                engine.admit(
+                engine.import_captures(
                     [bd.Encounter(f"{folder.name}{i}", templates=templates, encounter_id=f"e{i}", groups=["g"])]
                 )
 
@@ -426,7 +427,7 @@ def visited(tmp_path_factory):
             for i, (subject_id, (who, more)) in enumerate(subjects.items()):
                 face = bd.Template("face", "external-128", again(faces[who : who + 1], 0.9, seed=int(now) + i)[0])
                 encounter = bd.Encounter(subject_id, (), {"face": face} | more, f"e-{subject_id}", [f"office-{name}"])
-                engine.admit([encounter])
+                engine.import_captures([encounter])
             engine.compact()
 
     def ring(who: int, quality: float) -> bd.Template:
@@ -565,7 +566,7 @@ def test_a_position_is_filled_by_the_best_quality_and_ties_go_to_the_smaller_id(
         member("c", templates={"left_ring": 0.0, "left_thumb": 0.5}),
         member("b", templates={"left_thumb": 0.5}),
     ]
-    found = {one.member.subject_id: one.gives for one in folded([*others, stays], stays)}
+    found = {one.member.subject_id: one.gives for one in absorbed([*others, stays], stays)}
     assert found == {"d": (), "c": ("left_ring",), "b": ("left_thumb",)}
 
 

@@ -19,9 +19,9 @@ from biodedup.jobs.enrolment.outcomes import Outcome, outcome_table
 from biodedup.jobs.manifests.encounters import Record
 from biodedup.jobs.manifests.roll import read_roll
 from biodedup.jobs.manifests.tables import TableFile
-from biodedup.jobs.shared import page as pages
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
+from biodedup.jobs.shared.page import PAGES
 from biodedup.jobs.shared.spreadsheet import disarmed, rearmed
 from biodedup.texts import KnownId, id_problem, json_text, shown
 from tests.support.vectors import again, people
@@ -296,9 +296,7 @@ def test_the_outcomes_of_a_batch_are_no_formulas_in_csv(tmp_path):
 
 def test_pages_show_hidden_characters_and_quote_attributes():
     hostile = '"><script>alert(1)</script>\u202e\x1b\udce9'
-    page = pages._PAGES.from_string("<p title=\"{{ x }}\">{{ x|replace('_', ' ') }}{{ [x]|join(', ') }}</p>").render(
-        x=hostile
-    )
+    page = PAGES.from_string("<p title=\"{{ x }}\">{{ x|replace('_', ' ') }}{{ [x]|join(', ') }}</p>").render(x=hostile)
     assert "<script>" not in page and "\u202e" not in page and "\x1b" not in page
     assert page.count("&#34;&gt;&lt;script&gt;") == 3 and page.count("\\u202e\\x1b\\xe9") == 3
 

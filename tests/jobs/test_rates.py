@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biodedup.intervals import exact_interval, upper_bound
 from biodedup.jobs.evaluation.rates import (
     Rate,
     Resampling,
@@ -15,7 +16,6 @@ from biodedup.jobs.evaluation.rates import (
     det,
     difference,
     equal_error_rate,
-    exact_interval,
     threshold_at,
 )
 
@@ -29,6 +29,9 @@ def test_exact_intervals_are_those_of_the_tables():
     assert exact_interval(5, 10) == pytest.approx((0.1871, 0.8129), abs=1e-4)
     assert exact_interval(10, 10) == pytest.approx((0.6915, 1), abs=1e-4)
     assert exact_interval(0, 0) == (0, 1)
+    # 95 %, one-sided: three divided by the trials where there is no event
+    assert upper_bound(0, 1000) == pytest.approx(0.002991, abs=1e-6)
+    assert upper_bound([0, 1], 10) == pytest.approx([0.2589, 0.3942], abs=1e-4)
 
 
 @given(scores, st.sampled_from([0.5, 0.3, 0.1, 0.05]))
@@ -78,13 +81,13 @@ def test_rates_of_drawn_subjects_are_those_of_counting_each_as_often_as_it_was_d
     a, b = rng.integers(0, 3, 60), rng.integers(3, 6, 60)
     false = rng.random(60) < 0.4
     rate = resampling.rate(events, subject)
-    strangers = resampling.strangers(a, b).rate(false)
+    impostors = resampling.impostor_pairs(a, b).rate(false)
     assert (rate.events, rate.trials) == (events.sum(), 50)
     for replicate in range(40):
         times = [int((drawn[replicate] == s).sum()) for s in range(6)]
         single = [(events[i], times[subject[i]]) for i in range(50)]
         double = [(false[i], times[a[i]] * times[b[i]]) for i in range(60)]
-        for found, trials in ((rate, single), (strangers, double)):
+        for found, trials in ((rate, single), (impostors, double)):
             total = sum(n for _, n in trials)
             expected = sum(n for event, n in trials if event) / total if total else np.nan
             assert found.drawn[replicate] == pytest.approx(expected, nan_ok=True)

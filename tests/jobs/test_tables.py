@@ -17,7 +17,9 @@ from biodedup import jobs
 from biodedup.jobs import load as load_module
 from biodedup.jobs.evaluation.labelled import read_labelled
 from biodedup.jobs.evaluation.rates import bands_of
+from biodedup.jobs.kits.manifest import read_manifest
 from biodedup.jobs.manifests.captures import images_of, read_rows
+from biodedup.jobs.manifests.encounters import Manifest
 from biodedup.jobs.manifests.fields import (
     Unusable,
     column_name,
@@ -39,8 +41,9 @@ IDS = (
     "12",
     "31710123049900011111",
     "1e5",
+    "007",
+    "7",
     "100000",
-    "1E+05",
     "NA",
     "NULL",
     "nan",
@@ -125,8 +128,7 @@ def test_ids_are_text_in_every_job(tmp_path):
     assert [one.subject_id for one in found] == list(IDS)
     with (tmp_path / "r.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("subject_id",), *((name,) for name in IDS)])
-    rounded = {"1e5", "1E+05"}  # a roll refuses what a spreadsheet has rounded
-    assert read_roll(tmp_path / "r.csv").texts("subject_id") == [name for name in IDS if name not in rounded]
+    assert read_roll(tmp_path / "r.csv").texts("subject_id") == list(IDS)
     pairs = {"similarity": [0.1] * 4, "mated": [False] * 4, "subject_a": ["01", "1", "1", "2"], "subject_b": ["3"] * 4}
     pa.csv.write_csv(pa.table(pairs), tmp_path / "p.csv")
     from biodedup.jobs.evaluation.calibrate import read_pairs
@@ -247,6 +249,140 @@ def test_rolls_know_positions_and_resolutions_by_their_usual_names(tmp_path):
     assert roll.texts("position") == ["right_index", "right_index", ""]
     assert roll.texts("dpi") == ["500.0", "", ""]
     assert [(line, reason[:8]) for line, _, reason in roll.refused] == [(5, "position"), (6, "dpi is n")]
+
+
+# one meaning in every reader ----------------------------------------------------------------------------------------
+
+ODD_IDS = {
+    "007": True,
+    "7": True,
+    "1e5": True,
+    "NA": True,
+    "true": True,
+    "José": True,
+    "31710123049900011111": True,
+    "3.17E+15": False,  # rounded by a spreadsheet: several people would share it
+    "1E+05": False,
+    "Jose\u0301": False,
+    "a\u202eb": False,
+    "x" * 257: False,
+    "Jos\ufffd": False,
+    "": False,
+}
+"""id -> whether it can be used."""
+
+ODD_PLACES = {
+    ("Right Index", "500 dpi"): ("right_index", 500.0),
+    ("2", ""): ("right_index", None),
+    ("11", "500,0"): ("right_thumb", 500.0),
+    ("", ""): ("face", None),
+    ("portrait", ""): ("face", None),
+    ("toe", ""): None,
+    ("13", ""): None,
+    ("2", "50"): None,
+    ("2", "many"): None,
+}
+"""(position, dpi) as written -> as meant, None where the row cannot be used."""
+
+
+def of_captures(path: Path) -> dict[int, tuple[str, object, float | None]]:
+    return {
+        row.number: (row.subject_id, row.capture.column, getattr(row.capture, "dpi", None))
+        for row in read_rows(path)[0]
+    }
+
+
+def of_encounters(path: Path) -> dict[int, tuple[str, object, float | None]]:
+    records = [record for record in Manifest(path).records() if record.problem is None]
+    return {r.row: (str(r.subject_id), r.cells[0].column, r.cells[0].dpi) for r in records}
+
+
+def of_a_kit(path: Path) -> dict[int, tuple[str, object, float | None]]:
+    plans, _ = read_manifest(path, bytes_max=1 << 20)
+    return {
+        plan.rows[0]: (plan.encounter.subject_id, one.column, getattr(one, "dpi", None))
+        for plan in plans
+        for one in plan.encounter.captures
+    }
+
+
+def of_a_roll(path: Path) -> dict[int, tuple[str, object, float | None]]:
+    roll = read_roll(path)
+    first = 2 if path.suffix == ".csv" else 1
+    if roll.of_captures:
+        cells = zip(roll.lines.tolist(), roll.texts("position"), roll.texts("dpi"), strict=True)
+        return {
+            line - first + 1: ("", position or "face", float(dpi) if dpi else None) for line, position, dpi in cells
+        }
+    return {
+        line - first + 1: (name, "", None)
+        for line, name in zip(roll.lines.tolist(), roll.texts("subject_id"), strict=True)
+    }
+
+
+def of_a_load(path: Path) -> dict[int, tuple[str, object, float | None]]:
+    table = pq.read_table(path)
+    table = table.append_column("Face", pa.array(people(len(table)).tolist(), pa.list_(pa.float32())))
+    with bd.Engine.open(path.with_suffix(".gallery")) as engine:
+        result = jobs.load(engine, iter(table.to_batches()), model_id="m")
+        assert result.refused == len(table) - len(engine.subject_ids())
+        known = set(engine.subject_ids())
+    return {i: (n, "", None) for i, n in enumerate(table["Subject ID"].to_pylist(), start=1) if n in known}
+
+
+def odd(path: Path, columns: dict[str, list[str]]) -> Path:
+    (path.parent / "a.png").write_bytes(b"x")
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([tuple(columns), *zip(*columns.values(), strict=True)])
+    else:
+        pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("read", [of_captures, of_encounters, of_a_kit, of_a_roll, of_a_load])
+def test_an_id_means_the_same_in_every_reader(tmp_path, read, suffix):
+    if read is of_a_load and suffix == ".csv":
+        pytest.skip("templates are not loaded from CSV")
+    columns = {"Subject ID": list(ODD_IDS)}
+    if read not in (of_a_roll, of_a_load):
+        columns["PATH"] = ["a.png"] * len(ODD_IDS)
+    found = read(odd(tmp_path / f"m{suffix}", columns))
+    assert [name for name, _, _ in found.values()] == [name for name, usable in ODD_IDS.items() if usable]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_spaces_around_an_id_count_in_a_typed_table_alone(tmp_path, suffix):
+    path = odd(tmp_path / f"m{suffix}", {"subject_id": [" 007 ", "008"], "path": ["a.png"] * 2})
+    roll = odd(tmp_path / f"r{suffix}", {"subject_id": [" 007 ", "008"]})
+    wanted = ["007", "008"] if suffix == ".csv" else ["008"]
+    for read in (of_captures, of_encounters, of_a_kit):
+        assert [name for name, _, _ in read(path).values()] == wanted
+    assert [name for name, _, _ in of_a_roll(roll).values()] == wanted
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("read", [of_captures, of_encounters, of_a_kit, of_a_roll])
+def test_positions_and_resolutions_mean_the_same_in_every_reader(tmp_path, read, suffix):
+    positions, resolutions = zip(*ODD_PLACES, strict=True)
+    columns = {"Path": ["a.png"] * len(ODD_PLACES), "position": list(positions), "DPI": list(resolutions)}
+    if read is not of_a_roll:
+        columns["subject_id"] = [f"s{i}" for i in range(len(ODD_PLACES))]
+    found = read(odd(tmp_path / f"m{suffix}", columns))
+    wanted = {i: meant for i, meant in enumerate(ODD_PLACES.values(), start=1) if meant is not None}
+    assert {i: (position, dpi) for i, (_, position, dpi) in found.items()} == wanted
+
+
+def test_a_row_with_a_path_and_a_reason_why_there_is_none_is_refused_by_every_reader(tmp_path):
+    columns = {"subject_id": ["a", "b", "c"], "path": ["a.png", "a.png", ""], "missing": ["", "amputated", "amputated"]}
+    path = odd(tmp_path / "m.csv", columns | {"position": ["2"] * 3})
+    assert list(of_captures(path)) == [1]
+    problems = {r.row: r.problem.detail for r in Manifest(path).records() if r.problem}
+    plans, broken = read_manifest(path, bytes_max=1 << 20)
+    assert [plan.rows for plan in plans] == [(1,), (3,)]
+    assert [problems.keys(), {row for one in broken for row in one.rows}] == [{2}, {2}]
+    assert "both a path and a reason" in problems[2] and "both a path and a reason" in broken[0].problem
 
 
 # folders ------------------------------------------------------------------------------------------------------------

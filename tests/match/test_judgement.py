@@ -160,7 +160,9 @@ def test_nobody_is_unique_who_has_nothing_in_common_with_anybody(tmp_path):
     with engine:
         decision = engine.enroll(bd.Encounter("new", templates={"left_thumb": people(1, seed=5, dimension=128)[0]}))
         assert (decision.outcome, decision.reasons, decision.compared) == ("review", ("nothing_in_common",), 0)
-        (added,) = engine.admit([bd.Encounter("other", templates={"left_thumb": people(1, seed=6, dimension=128)[0]})])
+        (added,) = engine.import_captures(
+            [bd.Encounter("other", templates={"left_thumb": people(1, seed=6, dimension=128)[0]})]
+        )
         assert added.outcome == "unique" and "other" in engine
 
 

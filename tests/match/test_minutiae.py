@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from biodedup.errors import InvalidInput
 from biodedup.match.local_structures import prepare, room
-from biodedup.match.minutiae import Bozorth3, CylinderMatcher
+from biodedup.match.minutiae import CylinderMatcher
 from tests.support import minutiae_oracle
+from tests.support.bozorth import Bozorth3
 from tests.support.minutiae import moved, record, strewn
 
 matcher = CylinderMatcher()

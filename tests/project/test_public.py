@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import biodedup as bd
@@ -60,3 +61,13 @@ def test_versions_agree():
 def test_the_scripts_of_a_release_parse(script):
     assert os.access(ROOT / script, os.X_OK)
     subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_methods_of_the_engine_that_were_renamed_work_and_warn(tmp_path):
+    with bd.Engine.open(tmp_path / "g") as engine:
+        vector = np.eye(1, 128, dtype=np.float32)[0]
+        with pytest.warns(DeprecationWarning, match="import_captures"):
+            (decision,) = engine.admit([bd.Encounter("anna", templates={"face": vector}, model_id="m-1")])
+        assert decision.outcome == "unique"
+        with pytest.warns(DeprecationWarning, match="maintain"):
+            engine.tidy()

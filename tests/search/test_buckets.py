@@ -94,7 +94,7 @@ def gallery(tmp_path_factory):
     config = bd.Config(gallery=bd.GalleryConfig(seal_rows=25_000, background=False))
     with bd.Engine.open(folder, config) as engine:
         engine.add_templates([f"a{i}" for i in range(ROWS)], {"face": first})
-        engine.tidy()
+        engine.maintain()
         engine.add_templates([f"b{i}" for i in range(200)], {"face": second[:200]})
         internals(engine).gallery.seal()
         engine.add_templates([f"b{i}" for i in range(200, 300)], {"face": second[200:300]})

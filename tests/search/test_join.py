@@ -34,7 +34,7 @@ def gallery(tmp_path, monkeypatch):
     with bd.Engine.open(tmp_path / "g", config) as engine:
         for low in range(0, len(names), 400):
             engine.add_templates(names[low : low + 400], {"face": everybody[low : low + 400]})
-            engine.tidy()
+            engine.maintain()
         for gone in (3, 700, 2_540):
             engine.remove(names[gone])
         yield engine, {name: vector for i, (name, vector) in enumerate(zip(names, everybody, strict=True)) if i not in (3, 700, 2_540)}  # fmt: skip

@@ -215,7 +215,7 @@ def test_groups_are_kept_apart_in_a_search_multicolumn(tmp_path, everybody, monk
     with bd.Engine.open(tmp_path / "g", bd.Config(policy=POLICY)) as engine:
         for low, group in ((0, "north"), (4_000, "south")):
             some = [bd.Encounter(f"s{row}", groups=(group,), templates={c: everybody[c][row] for c in COLUMNS}) for row in range(low, low + 200)]  # fmt: skip
-            engine.admit(some)
+            engine.import_captures(some)
             names = [f"s{row}" for row in range(low + 200, low + 4_000)]
             engine.add_templates(names, {c: everybody[c][low + 200 : low + 4_000] for c in COLUMNS})
         engine.compact()

@@ -20,12 +20,12 @@ from biodedup.gallery.answers import from_json, to_json
 from biodedup.match.calibration import Calibration
 from biodedup.match.compare import Comparer, TemplateCandidates
 from biodedup.match.labels import AS_LABELLED, readings_of
-from biodedup.match.minutiae import Bozorth3
 from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.positions import strongest
 from biodedup.search.shards import fan_out, native
 from biodedup.testing import internals
 from biodedup.values import BIT
+from tests.support.bozorth import Bozorth3
 from tests.support.images import finger
 from tests.support.laws import FACE as FACE_LAW
 from tests.support.laws import FINGER as FINGER_LAW
@@ -279,7 +279,7 @@ def test_minutiae_are_compared_across_positions_row_by_row_up_to_the_limit(tmp_p
         assert engine.identify(probe).best is None
         best = engine.identify(probe, across_positions=True).best
         assert (best.subject_id, best.swaps) == ("s1", (("right_index", "left_index"),))
-        engine.admit([encounter("s2", "left_thumb", 2)])
+        engine.import_captures([encounter("s2", "left_thumb", 2)])
         assert not engine.identify(probe).incomplete
         assert engine.identify(probe, across_positions=True).incomplete
 

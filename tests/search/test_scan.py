@@ -643,7 +643,7 @@ def test_a_decision_over_a_gallery_of_which_a_segment_cannot_be_read_is_never_un
     vectors = unit(300, 128)
     with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(seal_rows=64, background=False))) as engine:
         engine.add_templates([f"s{i}" for i in range(300)], {"face": vectors})
-        engine.tidy()
+        engine.maintain()
         real = native.NativeShard.search
 
         def failing(self, probes, plan):
@@ -732,7 +732,7 @@ def test_deletes_a_reopening_and_merges_change_no_answer(tmp_path):
         for low in range(0, 60_000, 20_000):
             names = [f"s{row}" for row in range(low, low + 20_000)]
             engine.add_templates(names, {"face": vectors[low : low + 20_000]})
-            engine.tidy()
+            engine.maintain()
         for row in removed:
             engine.remove(f"s{row}")
         ask(engine)

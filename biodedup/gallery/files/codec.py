@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from scipy.special import betaincinv, ndtr, ndtri  # scipy.stats takes a second to import
+from scipy.special import ndtr, ndtri
 
 from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, dequantise, quantise
+from biodedup.intervals import upper_bound
 from biodedup.values import Float32
 
 SCAN_WHOLE = 128
@@ -70,7 +71,7 @@ class ErrorLaw:
 
     def risk_bound(self, misses: int) -> float:
         """The upper end of the one-sided 95 % interval for the probability of a miss, of which so many were counted."""
-        return float(betaincinv(misses + 1, self.checked - misses, 0.95))
+        return float(upper_bound(misses, self.checked))
 
     def cut(self, similarity: Float32, z: float) -> Float32:
         """The estimate that all but a normal tail of z of the pairs at this similarity reach."""

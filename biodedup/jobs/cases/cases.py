@@ -1,9 +1,9 @@
-"""Cases for the people who judge them: a list, a page to look at, and what their verdicts teach.
+"""Lists and shows cases for adjudication, and exports their verdicts.
 
-Owns the tables and pages of cases. Never judges: `Engine.adjudicate` takes a verdict, and makes it count.
+Owns the tables and pages of cases. Never decides: `Engine.adjudicate` records a verdict.
 
-1. A table has a row for each case and candidate; a case without candidates has one.
-2. Every file is replaced whole; for the same gallery and moment it comes out the same, byte for byte.
+1. A table has one row for each case and candidate; a case without candidates has one row.
+2. Every file is replaced whole; the same gallery and moment give the same bytes.
 3. Pages and tables hold ids, scores and reasons, no captures and no templates.
 """
 
@@ -284,7 +284,7 @@ def _pair(verdict: Verdict, part: Evidence) -> dict[str, Any]:
         "minutiae": part.minutiae,
         "mated": verdict.ruling == "same",
         "position": part.column,
-        # of whom a disputed encounter is, if it is not the subject's, nobody knows
+        # the subject of a disputed encounter is unknown, if it is not the stated one
         "subject_a": verdict.encounter_id if verdict.own and verdict.ruling == "different" else verdict.subject_id,
         "subject_b": verdict.candidate,
     }

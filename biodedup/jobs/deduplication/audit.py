@@ -1,13 +1,13 @@
-"""`audit`: a roll against the gallery. Who is listed twice, not enrolled, or enrolled under two ids; and where.
+"""`audit`: checks a roll against the gallery: who is listed twice, not enrolled, or enrolled under two ids, by district.
 
-Owns what a finding is, and the report by district. Never compares itself: the engine joins and identifies.
+Owns the kinds of findings and the report by district. Never compares itself: the engine joins and identifies.
 
-1. A roll of subjects is compared with everybody by the templates that are enrolled; a roll of captures is identified, entry by entry.
-2. A pair that a person judged different is not raised.
-3. Interrupted, it goes on where it was (`out`.notes), with the threshold that it began with, also when the gallery has gone on. Of a
-   roll of subjects it then compares those who were enrolled or updated since, too, and drops what it had found of those who
-   were updated or removed: the result is that of the last version alone. An entry of captures stands as of its version.
-4. The same roll, gallery, version and threshold give the same result, byte for byte.
+1. A roll of subjects is compared with all subjects by the enrolled templates; a roll of captures is identified, one entry after the other.
+2. A pair that a person ruled different is not reported.
+3. An interrupted audit resumes (`out`.notes) with the threshold it began with, also when the gallery has changed. For a roll of subjects it
+   then also compares subjects that were enrolled or updated since, and drops findings of subjects that were updated or removed, so that the
+   result is that of the last version alone. An entry of captures keeps the version at which it was searched.
+4. The same roll, gallery, version and threshold give the same bytes.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class AuditResult:
         }
         for finding in self.findings:
             concerned[finding.district][finding.finding].add(finding.line)
-            # of a repeated line the first one is right; of two ids nobody knows which
+            # of a repeated line the first one is right; of two ids it is not known which
             if finding.finding == "two_ids" and finding.other_line is not None:
                 concerned[finding.other_district or ""][finding.finding].add(finding.other_line)
         return {
@@ -242,15 +242,15 @@ def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: N
     """Pairs of a listed subject and anybody that reach the threshold, each once."""
     info = engine.info()
     state = {"version": info["gallery_version"], "sealed_rows": info["sealed_rows"]}
-    # of most of a gallery, everybody with everybody behind takes less than each with everybody
+    # for most of a gallery, comparing each subject with all later ones takes less than comparing each with all
     begun = notes.entries[0] if notes.entries else state | {"whole": 2 * len(present) > len(engine)}
     done = notes.entries[-1]["done"] if notes.entries else 0
     if begun["whole"] and all(begun[name] == value for name, value in state.items()):
         tiles, before = engine.join(threshold_db=threshold_db, skip=done), 0
-    # 0: a join by LSH buckets finishes all rows at the end
+    # 0: a join by LSH buckets, which completes no subject before its end
     elif notes.entries and (row := notes.entries[-1]["reached"][0]):
         rows = begun["reached"][1]
-        # a join of the whole has compared those before `row` with one another, one of the listed with everybody there was
+        # a full join has compared all subjects before `row` with each other; a join of listed subjects has compared those with all
         since = (row, row) if begun["whole"] else (row, max(row, rows))
         tiles, before = engine.join(threshold_db=threshold_db, subject_ids=present, since=since), done
     else:

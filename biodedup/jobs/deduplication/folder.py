@@ -1,10 +1,10 @@
-"""`dedup`: which images of a folder, or which subjects of a manifest, are the same person.
+"""`dedup`: finds the images of a folder, or the subjects of a manifest, that are the same person.
 
-Owns the job from a folder to a result file. Never embeds or compares itself: it fills a working gallery beside the
-result, so that an interrupted job goes on where it was, and asks the engine for the clusters.
+Owns the job from a folder to a result file. Never extracts or compares itself: it fills a working gallery beside the result, so that an
+interrupted job resumes, and asks the engine for the clusters.
 
-1. A *unit* is what gets compared: an image of a folder, or a subject of a manifest with all its captures.
-2. A unit whose files changed (size or time) since the last run is extracted again; one that is gone is removed.
+1. A *unit* is what is compared: an image of a folder, or a subject of a manifest with all its captures.
+2. A unit whose files changed (size or time) since the last run is extracted again; a unit whose files are gone is removed.
 3. Results are replaced, never half-written.
 4. A row of a manifest that cannot be used is refused with its number, and the others are compared.
 """
@@ -180,7 +180,7 @@ def _fill(engine: Engine, units: Sequence[Unit], batch_size: int, progress: Prog
     while batch := list(islice(stream, batch_size)):
         # a file's name is a unit's name whatever is in it
         encounters = [Encounter(KnownId(u.unit_id), u.captures, encounter_id=u.encounter_id) for u in batch]
-        for decision in engine.admit(encounters):
+        for decision in engine.import_captures(encounters):
             assert decision.subject_id is not None, "every unit has an id"
             if decision.outcome == "refused":
                 refusals[decision.subject_id] = decision.refusals

@@ -1,10 +1,10 @@
-"""`dedup` of a gallery: everybody against everybody, for hours, and still to the end.
+"""`dedup` of a gallery: joins all subjects with all subjects, and resumes after an interruption.
 
-Owns what an interrupted join notes, and the result files. Never compares itself.
+Owns the notes of an interrupted join, and the result files. Never compares itself.
 
-Each tile's links are appended to the notes, a line each, and synced before the next one begins; a join of the same gallery,
-version, threshold and way of comparing goes on behind the last whole line. Sealed meanwhile, it begins anew: a tile leaves the
-journal's rows to their own turn, which would not come.
+The links of each tile are appended to the notes, one line a tile, and synced before the next tile begins. A join of the same gallery,
+version, threshold and method resumes after the last whole line. If the gallery was sealed meanwhile the join begins anew: a tile leaves
+rows of the journal to a later tile, which would then never come.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""`enroll_batch`: a manifest of encounters into a gallery, each decided against everybody, its batch included.
+"""`enroll_batch`: enrols a manifest of encounters; each is searched in the whole gallery, its own batch included.
 
-Owns the flow and what happens to each record. Never extracts, compares or stores itself: worker processes extract while the engine
-searches and commits the batch before.
+Owns the flow and the outcome of each record. Never extracts, compares or stores itself: worker processes extract while the engine searches
+and commits the previous batch.
 
     manifest -> read -> (workers) quality gate, templates -> engine: search, decide, commit -> outcome
 
-1. The gallery's journal is the truth: an encounter that it has decided is reported as it was decided, and not extracted again.
+1. The gallery's journal is authoritative: an encounter that it has decided is reported as decided, and not extracted again.
 2. Each encounter is decided against all before it, in batches that depend on the manifest alone, so that a job that was killed and
-   started again ends with the same result. What may differ: `decided_at`; and a row's embedding is rounded to eight bits when it is
-   sealed, in the background, which can move a score by hundredths of a decibel. An encounter that was decided keeps its first answer.
-3. One bad record costs itself. What was refused and never decided may be sent again with other content under its encounter_id; a record
-   whose file is absent or cannot be read is not decided before it comes, and is tried again by every run.
+   started again ends with the same result. Two things may differ: `decided_at`; and a row's embedding is rounded to eight bits when it is
+   sealed in the background, which can move a score by hundredths of a decibel. An encounter that was decided keeps its first decision.
+3. A bad record costs itself alone. A record that was refused and never decided may be sent again with other content under its encounter_id;
+   a record whose file is absent or unreadable is not decided before the file comes, and every run tries it again.
 4. Within one manifest the first record of an encounter_id owns it; another with other content is refused.
 """
 
@@ -28,16 +28,17 @@ from typing import Any, TypeAlias, TypeVar
 
 from biodedup.embed.cage import FAILURES
 from biodedup.engine import Engine
-from biodedup.errors import CallerError, InvalidInput
+from biodedup.errors import InvalidInput
 from biodedup.jobs.enrolment.outcomes import WORDS, Outcome, Tally, already_enrolled, decided, outcome_table, refused
 from biodedup.jobs.enrolment.queue import Arrival, Backlog, Finished
 from biodedup.jobs.manifests.encounters import Content, Manifest, Record, derived_id, name_hash, name_of
+from biodedup.jobs.shared.known_subject import verify_or_dispute
 from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.page import write_page
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.jobs.shared.workers import Extraction, Workers
-from biodedup.required import INCOMPLETE, SUPERSEDED
-from biodedup.values import Decision, Encounter, Refusal, Template
+from biodedup.required import INCOMPLETE, keep_better
+from biodedup.values import Decision, Encounter, Refusal, Template, Verification
 
 Templates: TypeAlias = dict[str, Any]
 _T = TypeVar("_T")
@@ -411,15 +412,14 @@ class _Job:
         return batch
 
     def _enrolled_before(self, encounter: Encounter, decision: Decision) -> Outcome:
-        """Of an encounter whose subject_id is enrolled: the same person, or a case for somebody who judges that."""
+        """Of an encounter whose subject_id is enrolled: the same person, or a case that a person rules on."""
         assert decision.subject_id is not None, "enrolled under it"
-        try:
-            verified = self._engine.verify(encounter, decision.subject_id)
-            if verified.accepted:
+        match verify_or_dispute(self._engine, encounter, decision.subject_id):
+            case Verification() as verified:
                 return already_enrolled(verified, decision.decided_at)
-            return decided(self._engine.dispute(encounter))
-        except CallerError:
-            return decided(decision, encounter.declined)
+            case Decision() as disputed:
+                return decided(disputed)
+        return decided(decision, encounter.declined)
 
     def _line(self, item: _Item) -> Finished:
         assert item.outcome is not None and item.encounter_id is not None, "finished"
@@ -439,10 +439,6 @@ def _templates(content: Content, extracted: Sequence[Template | Refusal]) -> tup
         if isinstance(result, Refusal):
             refusals.append(result)
             continue
-        spare = templates.get(result.column)
-        if spare is not None and (spare.quality or 0.0) >= (result.quality or 0.0):
-            spare, result = result, spare
-        templates[result.column] = result
-        if spare is not None:
-            refusals.append(Refusal(spare.column, SUPERSEDED, "a better capture was kept", spare.quality))
+        if (worse := keep_better(templates, result)) is not None:
+            refusals.append(worse)
     return templates, tuple(refusals)

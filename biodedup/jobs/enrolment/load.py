@@ -1,10 +1,10 @@
-"""`load`: ready templates from Parquet, Arrow or numpy files, or a stream, into a gallery, without a search.
+"""`load`: adds ready templates from Parquet, Arrow or numpy files, or a stream, to a gallery without a search.
 
-Owns the reading in bounded memory. Each batch is one durable, idempotent write named by its content, so that a load that was
-interrupted goes on where it was when it is started again.
+Owns the reading in bounded memory. Each batch is one durable, idempotent write named by its content, so that an interrupted load resumes when
+it is started again.
 
-A row that cannot be used is refused by itself, and told. A column that a subject lacks (null, or an empty list) is nothing bad: the
-subject is loaded with the others.
+A row that cannot be used is refused by itself, and reported. A subject may lack a column (null, or an empty list): it is loaded with the
+columns it has.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from biodedup.capture.minutiae_record import best_views, standard, view_of
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput, StorageUnavailable
-from biodedup.jobs.manifests.fields import UNREADABLE, Unusable, groups_of, id_problems
+from biodedup.jobs.manifests.fields import GROUP_COLUMNS, Unusable, column_name, groups_of, ids_of
 from biodedup.jobs.manifests.tables import values_of
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.texts import KnownId
@@ -35,6 +35,8 @@ from biodedup.values import COLUMNS, Column
 
 BATCH_ROWS = 1 << 16
 ROWS_NAMED_MAX = 20
+_BAD_ID = ("subject_id is not", "subject_id was")
+_KNOWN = ("subject_id", *GROUP_COLUMNS, *COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def load(
         position += len(batch)
         progress("loading", position, max(total, position))
     try:
-        engine.tidy()
+        engine.maintain()
     except StorageUnavailable:
         pass  # everything is durable already; the next writer merges
     places, names = (tuple(values) for values in zip(*refused, strict=True)) if refused else ((), ())
@@ -144,11 +146,16 @@ class _Rows:
 
     def name(self, row: int) -> str:
         """The subject of a row, '' where it has no usable id."""
-        return "" if str(self.refusals[row]).startswith("subject_id is not") else self.subject_ids[row].as_py() or ""
+        return "" if str(self.refusals[row]).startswith(_BAD_ID) else self.subject_ids[row].as_py() or ""
 
 
 def _rows_of(batch: Any, position: int, source: str) -> _Rows:
     """Raises InvalidInput where the columns are none that can be loaded."""
+    batch = batch.rename_columns([column_name(written, _KNOWN) for written in batch.schema.names])
+    if len(set(batch.schema.names) & set(_KNOWN)) < sum(name in _KNOWN for name in batch.schema.names):
+        raise InvalidInput(
+            f"{source} repeats a column name in {batch.schema.names}; give each column a name of its own"
+        )
     columns = [n for n in batch.schema.names if n in COLUMNS and not pa.types.is_null(batch.column(n).type)]
     if "subject_id" not in batch.schema.names or not columns:
         raise InvalidInput(
@@ -164,7 +171,8 @@ def _rows_of(batch: Any, position: int, source: str) -> _Rows:
     records = _records({name: batch.column(name).to_pylist() for name in columns if name in binary}, refusals)
     has = _any(records, len(batch)) | np.logical_or.reduce([np.zeros(len(batch), bool), *present.values()])
     refusals[(refusals == "") & ~has] = "no template"
-    groups = None if "groups" not in batch.schema.names else _groups(batch.column("groups"), refusals)
+    grouped = {name: batch.column(name) for name in GROUP_COLUMNS if name in batch.schema.names}
+    groups = _groups(grouped, refusals) if grouped else None
     return _Rows(subject_ids, refusals, vectors, present, records, groups)
 
 
@@ -180,7 +188,7 @@ def _opened(source: Path | Iterable[Any], ids: Path | None, column: str) -> tupl
         if source.suffix in (".arrow", ".feather", ".ipc", ".arrows"):
             return _arrow_batches(source)
         file = pa.parquet.ParquetFile(source, pre_buffer=False)  # its buffers would be kept to the end of the file
-        wanted = [name for name in file.schema_arrow.names if name in ("subject_id", "groups", *COLUMNS)] or None
+        wanted = [name for name in file.schema_arrow.names if column_name(name, _KNOWN) in _KNOWN] or None
         return file.iter_batches(batch_size=BATCH_ROWS // 4, columns=wanted), file.metadata.num_rows
     except FileNotFoundError as error:
         raise InvalidInput(f"{error.filename or source} does not exist; name a Parquet, Arrow or npy file") from None
@@ -273,17 +281,14 @@ def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:
 
 def _ids(cells: Any) -> tuple[Any, NDArray[Any]]:
     """(an Arrow array of strings; object (n,): why each row is refused, '' where it is not)."""
-    subject_ids, unreadable = _strings(cells, "subject_id")
+    subject_ids, problems = ids_of(cells, "subject_id")
     refusals = np.full(len(subject_ids), "", object)
     indices = subject_ids.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
     _, first = np.unique(indices, return_index=True)
     repeated = np.ones(len(indices), bool)
     repeated[first] = False
     refusals[repeated] = "subject_id is repeated"
-    problems = id_problems(subject_ids)
-    wrong = np.flatnonzero(problems != "")
-    refusals[wrong] = [f"subject_id is not usable: it {problem}" for problem in problems[wrong]]
-    refusals[unreadable] = "subject_id is not UTF-8 text"
+    refusals[problems != ""] = problems[problems != ""]
     return subject_ids, refusals
 
 
@@ -361,37 +366,15 @@ def _matrix(
     return matrix, present
 
 
-def _strings(cells: Any, column: str) -> tuple[Any, NDArray[np.bool_]]:
-    """(an Arrow array of strings; bool (n,): which are no UTF-8)."""
-    kind = cells.type
-    if pa.types.is_dictionary(kind):
-        cells = cells.dictionary_decode()
-        kind = cells.type
-    if not (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_integer(kind)
-    ):
-        raise InvalidInput(f"column {column} is of type {kind}; wanted strings")
-    texts = cells.cast(pa.string())
-    try:
-        texts = texts.cast(pa.binary()).cast(pa.string())
-    except pa.ArrowInvalid:  # bytes that are no UTF-8, somewhere
-        texts = pa.array(values_of(texts), pa.string())
-    unreadable = pa.compute.fill_null(pa.compute.match_substring(texts, UNREADABLE), False)
-    return texts, unreadable.to_numpy(zero_copy_only=False)
-
-
-def _groups(cells: Any, refusals: NDArray[Any]) -> list[list[str]]:
+def _groups(columns: dict[str, Any], refusals: NDArray[Any]) -> list[list[str]]:
     """The groups of each row; refusals gets the rows whose groups cannot be used."""
     known: dict[str, list[str]] = {}  # most rows have the groups of others
     found: list[list[str]] = []
-    for i, cell in enumerate(values_of(cells)):
-        key = repr(cell)
+    for i, cells in enumerate(zip(*map(values_of, columns.values()), strict=True)):
+        key = repr(cells)
         try:
             if key not in known:
-                known[key] = list(groups_of([{"groups": cell}]))
+                known[key] = list(groups_of([dict(zip(columns, cells, strict=True))]))
             found.append(known[key])
         except Unusable as error:
             found.append([])

@@ -1,6 +1,6 @@
-"""What became of each record of a bulk enrolment: the row, the table, and the words for an official.
+"""The outcome of each record of a bulk enrolment: its row, the result table, and the sentences for officials.
 
-Owns the schema of the result and what reasons mean in plain words. Never decides.
+Owns the schema of the result and the meaning of each reason in plain words. Never decides.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def decided(decision: Decision, before: Sequence[Refusal] = (), required: tuple[
 
 
 def already_enrolled(verified: Verification, decided_at: float) -> Outcome:
-    """Of another encounter of somebody whose subject_id is enrolled, and who is the same person."""
+    """The outcome of another encounter of an enrolled subject that was verified as the same person."""
     return Outcome(
         "enrolled",
         "already_enrolled",

@@ -1,12 +1,12 @@
-"""The backlog: where each encounter of a bulk enrolment is in its life, and since when.
+"""The backlog of bulk enrolments: the state of each encounter, and since when it has that state.
 
-Owns one SQLite file beside the gallery, with counts, ages, rates, and how long the queue will take. It is bookkeeping alone: what
-was decided is in the gallery's journal, and a lost backlog costs nobody's enrolment. Never decides, and holds no biometric data.
+Owns one SQLite file beside the gallery, with counts, ages, rates, and the expected time to empty the queue. It is bookkeeping: the gallery's
+journal holds the decisions, and no enrolment is lost with the backlog. Never decides, and holds no biometric data.
 
     captured -> received -> searching -> enrolled | duplicate | adjudicate | refused
 
-1. Each change of statuses is one durable transaction (rollback journal, `synchronous=FULL`).
-2. A refused encounter may be received again; the gallery says of the others whether they were decided.
+1. Each change of states is one durable transaction (rollback journal, `synchronous=FULL`).
+2. A refused encounter may be received again; for the others the gallery says whether they were decided.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ class Backlog:
 
 
 def queue_status(gallery: Path, now: float) -> QueueStatus:
-    """The state of a gallery's bulk enrolments, read beside whoever writes. Raises NotAGallery, StorageUnavailable."""
+    """The state of a gallery's bulk enrolments, read while another process may write. Raises NotAGallery, StorageUnavailable."""
     if (gallery / DATABASE_NAME).is_file() and not (gallery / BACKLOG_NAME).is_file():
         nothing = StatusLine(0, None, None)
         return QueueStatus(now, dict.fromkeys(STATUSES, nothing), 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")

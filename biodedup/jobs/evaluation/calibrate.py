@@ -1,19 +1,17 @@
-"""`calibrate`: a model card, fitted on a customer's pairs, or on the strangers of a gallery: a shipped one anew, or one for a model
-that runs elsewhere, without weights.
+"""`calibrate`: fits a model card on labelled pairs, or on the impostor pairs of a gallery.
 
-Owns the pairs table that is read and the card that is written. Never extracts: `evaluate` writes such a table.
+The card is of a shipped model, or of a model that runs elsewhere; the latter has no weights. Owns the table of pairs that is read and the
+card that is written. Never extracts: `evaluate` writes such a table.
 
-Pairs, Parquet or CSV, a row each: `similarity`, `minutiae` or both (raw scores), `mated`; if known `subject_a` and `subject_b`,
-so that the interval minds that pairs of one subject look alike together, and that the held-out half holds other people; and
-`position`. What is reported of the fit is measured on subjects that were not fitted; the card then is fitted on all.
+Pairs are Parquet or CSV, one a row: `similarity`, `minutiae` or both (raw scores), `mated`; if known, `subject_a` and `subject_b`; and
+`position`. With the subjects the interval accounts for pairs that share a subject, and the held-out half has other people. The report is
+measured on subjects that were not fitted; the card is then fitted on all.
 
-Without mated pairs, as in a gallery, of which nobody says who is enrolled twice, only the non-mated law is fitted, and the ratio follows.
+Without mated pairs, as in a gallery, only the non-mated distribution is fitted, and the likelihood ratio follows from it.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import closing
@@ -26,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
+import tomli_w
 from numpy.typing import NDArray
 
 from biodedup.config import Config
@@ -34,7 +33,7 @@ from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.deduplication.gallery import is_gallery
-from biodedup.jobs.evaluation.impostors import strangers
+from biodedup.jobs.evaluation.impostors import impostor_pairs
 from biodedup.jobs.shared.files import write_text
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.match.calibration import Calibration
@@ -161,7 +160,7 @@ def calibrate(
 def pairs_of_gallery(
     gallery: Path, card: ModelCard, minutiae: ModelCard | None, seed: int, progress: Progress = silent
 ) -> Pairs:
-    """Of strangers, as far as one may take them for such: `strangers.py`. Raises InvalidInput."""
+    """Impostor pairs of a gallery (`impostors.py`). Raises InvalidInput."""
     models = {card.model_id}
     if card.kind == "minutiae":  # with whatever embedding they came
         models |= {joint_id(one, card) for one in shipped_cards() if one.kind == "finger-embedding"}
@@ -169,7 +168,7 @@ def pairs_of_gallery(
         models = {joint_id(card, one) for one in shipped_cards() if one.kind == "minutiae" and minutiae in (None, one)}
         models |= {card.model_id} if minutiae is None else set()
     columns = _columns(card, minutiae)
-    scores, a, b, position = strangers(
+    scores, a, b, position = impostor_pairs(
         gallery, frozenset(models), minutiae="minutiae" in columns, seed=seed, progress=progress
     )
     scores = {name: scores[name] for name in columns}
@@ -319,30 +318,14 @@ def _positions(pairs: Pairs, tables: Mapping[str, Any], minutiae: ModelCard | No
     return [{"position": name} | row for name in enough for row in _rows(score_db[of == name])]
 
 
-def card_text(document: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
-    """A card as TOML: plain values, lists of numbers, tables."""
-    lines: list[str] = []
-    tables: list[str] = []
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            tables.append(card_text(value, (*path, key)))
-        else:
-            lines.append(f"{_key(key)} = {_value(value)}")
-    head = [f"\n[{'.'.join(map(_key, path))}]"] if path and lines else []
-    return "\n".join([*head, *lines]) + ("\n" if lines else "") + "".join(tables)
+def card_text(document: Mapping[str, Any]) -> str:
+    """A card as TOML. A number has six significant digits, one of a list five."""
+    return tomli_w.dumps(_rounded(document))
 
 
-def _key(name: str) -> str:
-    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, (int, float)):
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
-    numbers = [f"{number:.5g}" for number in value]
-    rows = [", ".join(numbers[i : i + 12]) for i in range(0, len(numbers), 12)]
-    return "\n".join(["[", *(f"    {row}," for row in rows), "]"])
+def _rounded(value: Any, digits: int = 6) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    return value if isinstance(value, (str, int)) else [_rounded(each, digits - 1) for each in value]

@@ -1,10 +1,10 @@
-"""Exhaustive comparisons of labelled encounters: every mated pair, strangers in all pairs or a sample, and searches.
+"""Compares labelled encounters exhaustively: every mated pair, all impostor pairs or a sample of them, and searches.
 
-Owns which encounters meet, and the arrays that come of it. Evidence is that of the engine's own `Comparer`; nothing is approximate.
+Owns which encounters are compared, and the resulting arrays. Evidence comes from the engine's own `Comparer`; nothing is approximate.
 
-Searches: the gallery holds each subject's first encounter, if that could be enrolled. A subject's later encounters are searched. A search is
-*mated* where its subject is in the gallery. It is *non-mated* as well, with its subject left out of the gallery (leave one out); a subject
-with one encounter is searched so, too, so that every subject is looked for once where the person is not.
+Searches: the gallery holds each subject's first encounter, if it could be enrolled. A subject's later encounters are searched. A search is
+*mated* where its subject is in the gallery. The same search is *non-mated* with its subject left out of the gallery (leave one out); a
+subject with one encounter is searched that way, too, so that every subject has a non-mated search.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Pairs:
 class Searches:
     """probe: encounters by number, int64 (n,). later: bool (n,), not the subject's first encounter; enrolled: bool (n,), the subject is
     in the gallery, by another encounter; searched: bool (n,), the probe has templates. mate_db: float64 (n,), -inf where the mate was not compared; rank: int64 (n,), 1 is the first, equal ones are all
-    before the mate, 0 where it was not compared. stranger_db: float64 (n,), the strongest other subject's, -inf without one; stranger:
+    before the mate, 0 where it was not compared. impostor_db: float64 (n,), the strongest other subject's, -inf without one; impostor:
     int64 (n,), its encounter or -1."""
 
     probe: Int64
@@ -59,14 +59,14 @@ class Searches:
     searched: Bool
     mate_db: Float64
     rank: Int64
-    stranger_db: Float64
-    stranger: Int64
+    impostor_db: Float64
+    impostor: Int64
 
 
 @dataclass(frozen=True, eq=False)
 class Comparisons:
     """encounters: those that were compared, by number; subject: int64 (n,), of each; gallery: bool (n,), whether it is enrolled.
-    nonmated_possible: pairs of strangers there are, of which `pairs` holds all or a sample."""
+    nonmated_possible: impostor pairs that exist, of which `pairs` holds all or a sample."""
 
     encounters: Sequence[Labelled]
     subject: Int64
@@ -145,7 +145,7 @@ def compare_all(
     nonmated_max: int,
     progress: Progress,
 ) -> Comparisons:
-    """Everybody with everybody. Above nonmated_max pairs of strangers, a random sample of about as many (each pair with the same
+    """Compares all encounters with all. Above nonmated_max impostor pairs, a random sample of about as many (each pair with the same
     chance); searches are whole all the same."""
     encounters = of_one_model(encounters)
     names = {name: number for number, name in enumerate(dict.fromkeys(one.subject_id for one in encounters))}
@@ -219,7 +219,7 @@ def _search(searches: Searches, at: int, ranked: Ranked, searched: Bool, subject
     mate = subject[rows] == subject[a]
     if (~mate).any():
         strongest = int(np.argmax(~mate))  # ranked: the first is the strongest
-        searches.stranger_db[at], searches.stranger[at] = score_db[strongest], rows[strongest]
+        searches.impostor_db[at], searches.impostor[at] = score_db[strongest], rows[strongest]
     if mate.any():
         (place,) = np.flatnonzero(mate)
         before = (score_db > score_db[place]) | ((score_db == score_db[place]) & (llr_db >= llr_db[place]))

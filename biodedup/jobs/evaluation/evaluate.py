@@ -1,11 +1,11 @@
-"""`evaluate`: error rates on labelled captures or templates, in the terms of ISO/IEC 19795-1.
+"""`evaluate`: measures error rates on labelled captures or templates, in the terms of ISO/IEC 19795-1.
 
-Owns the job from a labelled source to the result files, and the layout of the JSON. The arithmetic is in `rates.py`, who meets whom in
-`comparisons.py`.
+Owns the job from a labelled source to the result files, and the layout of the JSON. `rates.py` has the arithmetic; `comparisons.py` chooses
+the pairs.
 
 1. An *encounter* is what is compared: the captures that a manifest files under one encounter_id, or else one file or row.
-2. Beside OUT.json lie OUT.pairs.parquet, OUT.searches.parquet and OUT.encounters.parquet: whatever is told can be counted again.
-3. Rates are of what could be compared; beside them, with every failure to enrol counted as a miss.
+2. Beside OUT.json lie OUT.pairs.parquet, OUT.searches.parquet and OUT.encounters.parquet, from which every figure can be counted again.
+3. Rates are stated for what could be compared, and again with every failure to enrol counted as a miss.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from biodedup.config import Config, IsolationConfig, Policy
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.private import make_private_folder
+from biodedup.intervals import CONFIDENCE
 from biodedup.jobs.evaluation import plots
 from biodedup.jobs.evaluation.comparisons import Comparisons, compare_all
 from biodedup.jobs.evaluation.labelled import Labelled, extracted, read_labelled
 from biodedup.jobs.evaluation.rates import (
-    CONFIDENCE,
     Rate,
     Resampling,
     bands_of,
@@ -168,7 +168,7 @@ class _Counts:
         mated = self._pairs.mated
         self._mated_db, self._nonmated_db = self._pairs.score_db[mated], self._pairs.score_db[~mated]
         self._mated_subject = compared.subject[self._pairs.a[mated]]
-        self._strangers = resampling.strangers(*self._subjects(~mated))
+        self._impostor_pairs = resampling.impostor_pairs(*self._subjects(~mated))
         self._lost = self._lost_pairs()
         self._is_mated = self._s.enrolled & self._s.searched
         self._probe_subject = compared.subject[self._s.probe]
@@ -261,7 +261,7 @@ class _Counts:
             nominal = 10 ** (-nominal_db / 10)
             if nominal * len(self._nonmated_db) < 1:
                 break  # not one false match is expected
-            rate = self._strangers.rate(self._nonmated_db >= nominal_db)
+            rate = self._impostor_pairs.rate(self._nonmated_db >= nominal_db)
             low, high = rate.interval
             verdict = "too_high" if low > nominal else "too_low" if high < nominal else "agrees"
             found.append({"nominal_db": nominal_db, "nominal_fmr": nominal, "fmr": rate.to_dict(), "fmr_is": verdict})
@@ -270,8 +270,8 @@ class _Counts:
     def identification(self) -> dict[str, Any]:
         """1:N, every search compared with the whole gallery."""
         s = self._s
-        nonmated = s.searched & (s.stranger >= 0)
-        strongest = s.stranger_db[nonmated]
+        nonmated = s.searched & (s.impostor >= 0)
+        strongest = s.impostor_db[nonmated]
         later = int(s.later.sum())
         found: dict[str, Any] = {
             "gallery_subjects": self._size,
@@ -353,7 +353,7 @@ class _Counts:
     def _groups_of(self, values: list[str], of: Int64) -> list[dict[str, Any]]:
         c, pairs, threshold_db, review_db = self._c, self._pairs, self._verify_db, self._review_db
         whole = self._resampling.rate(self._mated_db < threshold_db, self._mated_subject)
-        whole_fmr = self._strangers.rate(self._nonmated_db >= threshold_db)
+        whole_fmr = self._impostor_pairs.rate(self._nonmated_db >= threshold_db)
         whole_fnir = self._fnir(self._is_mated, review_db)
         same = of[pairs.a] == of[pairs.b]
         rows = []
@@ -362,8 +362,8 @@ class _Counts:
             mated, nonmated = inside & pairs.mated, inside & ~pairs.mated
             members = len(np.unique(c.subject if number < 0 else c.subject[of == number]))
             fnmr = self._resampling.rate(pairs.score_db[mated] < threshold_db, c.subject[pairs.a[mated]])
-            strangers = self._resampling.strangers(*self._subjects(nonmated))
-            fmr = strangers.rate(pairs.score_db[nonmated] >= threshold_db)
+            impostor_pairs = self._resampling.impostor_pairs(*self._subjects(nonmated))
+            fmr = impostor_pairs.rate(pairs.score_db[nonmated] >= threshold_db)
             row: dict[str, Any] = {
                 "group": name,
                 "subjects": None if number < 0 else members,
@@ -395,13 +395,13 @@ class _Counts:
 
     def _at(self, threshold_db: float) -> dict[str, Any]:
         missed = self._mated_db < threshold_db
-        everybody = np.concatenate([missed, np.ones(len(self._lost), bool)])
+        with_failures = np.concatenate([missed, np.ones(len(self._lost), bool)])
         subject = np.concatenate([self._mated_subject, self._lost])
         return {
             "threshold_db": threshold_db,
-            "fmr": self._strangers.rate(self._nonmated_db >= threshold_db).to_dict(),
+            "fmr": self._impostor_pairs.rate(self._nonmated_db >= threshold_db).to_dict(),
             "fnmr": self._resampling.rate(missed, self._mated_subject).to_dict(),
-            "fnmr_with_failures": self._resampling.rate(everybody, subject).to_dict(),
+            "fnmr_with_failures": self._resampling.rate(with_failures, subject).to_dict(),
         }
 
     def _fnir(self, some: Bool, threshold_db: float) -> Rate:
@@ -409,13 +409,13 @@ class _Counts:
 
     def _searched_at(self, threshold_db: float) -> dict[str, Any]:
         s = self._s
-        nonmated = s.searched & (s.stranger >= 0)
+        nonmated = s.searched & (s.impostor >= 0)
         missed = ~self._is_mated | (s.mate_db < threshold_db)
         return {
             "gallery_subjects": self._size,
             "threshold_db": threshold_db,
             "fpir": self._resampling.rate(
-                s.stranger_db[nonmated] >= threshold_db, self._probe_subject[nonmated]
+                s.impostor_db[nonmated] >= threshold_db, self._probe_subject[nonmated]
             ).to_dict(),
             "fnir": self._fnir(self._is_mated, threshold_db).to_dict(),
             "fnir_with_failures": self._resampling.rate(missed[s.later], self._probe_subject[s.later]).to_dict(),
@@ -467,7 +467,7 @@ def _tables(compared: Comparisons) -> dict[str, pa.Table]:
         columns[kind] = pa.array(value, from_pandas=True)  # NaN: null
     if len(positions) > 1:
         columns |= {f"{column}_{kind}": pa.array(v, from_pandas=True) for (column, kind), v in pairs.raw.items()}
-    stranger = np.array([*names, None], object)[searches.stranger]
+    impostor = np.array([*names, None], object)[searches.impostor]
     return {
         "pairs": pa.table(columns),
         "searches": pa.table(
@@ -479,8 +479,8 @@ def _tables(compared: Comparisons) -> dict[str, pa.Table]:
                 "searched": searches.searched,
                 "mate_db": pa.array(searches.mate_db, mask=np.isinf(searches.mate_db)),
                 "mate_rank": pa.array(searches.rank, mask=searches.rank == 0),
-                "stranger_db": pa.array(searches.stranger_db, mask=np.isinf(searches.stranger_db)),
-                "stranger_encounter": pa.array(stranger, pa.string()),
+                "stranger_db": pa.array(searches.impostor_db, mask=np.isinf(searches.impostor_db)),
+                "stranger_encounter": pa.array(impostor, pa.string()),
             }
         ),
         "encounters": pa.table(

@@ -1,7 +1,7 @@
-"""Pairs of a register's own strangers: what two people look like here, with these cameras and scanners.
+"""Impostor pairs of a gallery: scores between different subjects, with this gallery's cameras and scanners.
 
-Owns who is drawn. Everybody drawn is taken for somebody else than the others: of few people among very many next to none are
-enrolled twice, and who is would be one pair in millions.
+Owns the sample of subjects. All sampled subjects are taken for different people: in a small sample of a large gallery almost none are
+enrolled twice, and a double would be one pair in millions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
 
-def strangers(
+def impostor_pairs(
     gallery: Path, models: frozenset[str], *, minutiae: bool, seed: int, progress: Progress = silent
 ) -> tuple[Mapping[str, Float64], Int64, Int64, NDArray[np.str_]]:
     """(scores, a, b, position) of pairs, float64, int64 and str (n,) each; scores: `similarity`, `minutiae`, NaN where there is none.
@@ -46,9 +46,9 @@ def strangers(
             )
         parts = []
         for number, column in enumerate(columns):
-            progress("comparing strangers", number, len(columns))
+            progress("comparing impostor pairs", number, len(columns))
             parts.append(_pairs(now, column, minutiae, rng))
-        progress("comparing strangers", len(columns), len(columns))
+        progress("comparing impostor pairs", len(columns), len(columns))
     similarity, records, a, b = (np.concatenate(values) for values in zip(*parts, strict=True))
     position = np.repeat(np.array(columns, np.str_), [len(part[0]) for part in parts])
     return {"similarity": similarity, "minutiae": records}, a, b, position

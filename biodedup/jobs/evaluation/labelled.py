@@ -1,7 +1,7 @@
-"""Labelled encounters and their templates: what an evaluation compares.
+"""Reads labelled encounters and extracts their templates, for an evaluation.
 
-Owns the reading of labelled sources, and extraction that goes on where it was: templates lie in a working folder, a file for some
-encounters at a time, named by what they were made of. Never compares.
+Owns the reading of labelled sources, and extraction that resumes: templates are kept in a working folder, one file for some encounters, named
+by a hash of their source. Never compares.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from biodedup.jobs.manifests.fields import Unusable, id_of, subject_of
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.progress import Progress
+from biodedup.required import keep_better
 from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template, check_model_ids, model_of
 
 _PASSING = FAILURES | {"unreadable"}  # a missing file that comes has another mark
@@ -152,7 +153,7 @@ def _of_manifest(manifest: Path) -> tuple[list[Labelled], LeftOut]:
             f"{subject_id}/{name}" if twice else name,
             subject_id,
             tuple(row.capture for row in some),
-            groups={key: _joined([row.besides[key] for row in some]) for key in some[0].besides},
+            groups={key: _joined([row.other_columns[key] for row in some]) for key in some[0].other_columns},
         )
         for (subject_id, name), some in rows.items()
     ]
@@ -173,8 +174,10 @@ def _of_templates(
         name: _templates(table.column(name).combine_chunks(), name, config, model_of(name, model_id))
         for name in columns
     }
-    besides = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
-    usable, refused = _named(source, [name for name in ("subject_id", "encounter_id", *besides) if name in names_known])
+    other_columns = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
+    usable, refused = _named(
+        source, [name for name in ("subject_id", "encounter_id", *other_columns) if name in names_known]
+    )
     names = [name for *_, name, _ in usable]
     twice = len(set(names)) < len(names)
     found = []
@@ -186,7 +189,7 @@ def _of_templates(
                 subject_id,
                 templates={column: one for column, one in here if isinstance(one, Template)},
                 refusals=tuple(one for _, one in here if isinstance(one, Refusal)),
-                groups={key: given.get(key) for key in besides},
+                groups={key: given.get(key) for key in other_columns},
             )
         )
     if len({one.encounter_id for one in found}) < len(found):
@@ -253,8 +256,8 @@ def _with_results(batch: Sequence[Labelled], results: Iterable[Template | Refusa
         for result in [next(each) for _ in one.captures]:
             if isinstance(result, Refusal):
                 refusals.append(result)
-            elif result.column not in templates or (result.quality or 0.0) > (templates[result.column].quality or 0.0):
-                templates[result.column] = result  # of two captures of one position the better counts, as at enrolment
+            else:
+                keep_better(templates, result)
         done.append(Labelled(one.encounter_id, one.subject_id, one.captures, templates, tuple(refusals), one.groups))
     return done
 

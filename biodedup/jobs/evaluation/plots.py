@@ -1,7 +1,7 @@
-"""The figures of an evaluation's report, drawn by matplotlib.
+"""Draws the figures of an evaluation's report with matplotlib.
 
-Owns axes, scales and colours. Never counts: everything comes out of the JSON document. matplotlib is the extra `report` and is imported
-when something is drawn.
+Owns axes, scales and colours. Never counts: all numbers come from the JSON document. matplotlib is the extra `report` and is imported when a
+figure is drawn.
 """
 
 from __future__ import annotations

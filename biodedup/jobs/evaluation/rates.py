@@ -1,12 +1,11 @@
-"""Error rates of labelled comparisons and searches, with their uncertainty: terms and definitions of ISO/IEC 19795-1.
+"""Error rates of labelled comparisons and searches, with confidence intervals, in the terms of ISO/IEC 19795-1.
 
-Owns the arithmetic alone: arrays in, numbers out. Never compares anything and never reads a file.
+Owns the arithmetic alone: arrays in, numbers out. Never compares templates and never reads a file.
 
 1. A comparison is positive at a threshold when its score reaches it (>=).
-2. Two intervals are told. `exact` (Clopper and Pearson, 1934) takes trials as independent. `bootstrap` draws subjects with
-   replacement, since comparisons of one subject depend on one another; a pair of strangers counts as often as the product of both draws
-   (Bolle, Ratha and Pankanti, 2004). It says nothing where no event, or nothing but events, was seen. `interval` is the wider of both, end
-   by end.
+2. Two intervals are stated. `exact` (Clopper and Pearson, 1934) takes trials as independent. `bootstrap` draws subjects with replacement,
+   because comparisons of one subject depend on each other; an impostor pair is weighted by the product of both subjects' draws (Bolle, Ratha
+   and Pankanti, 2004). The bootstrap gives nothing where no trial or every trial was an event. `interval` takes the wider bound of both.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.special import betaincinv
 
-CONFIDENCE = 0.95
+from biodedup.intervals import CONFIDENCE, exact_interval
+
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)([.][0-9]+)?")
 
 Float64 = NDArray[np.float64]
@@ -68,16 +67,8 @@ class Rate:
         }
 
 
-def exact_interval(events: int, trials: int, confidence: float = CONFIDENCE) -> Interval:
-    """Clopper and Pearson's interval of a share; (0, 1) without trials."""
-    tail = (1 - confidence) / 2
-    low = float(betaincinv(events, trials - events + 1, tail)) if events else 0.0
-    high = float(betaincinv(events + 1, trials - events, 1 - tail)) if events < trials else 1.0
-    return low, high
-
-
 def difference(part: Rate, whole: Rate) -> dict[str, Any]:
-    """How a group's rate differs from everybody's: value, and an interval, the wider of the bootstrap's (both rates in the same
+    """The difference between a group's rate and the rate of all: its value, and an interval, the wider of the bootstrap's (both rates in the same
     replicates) and the group's exact one less the whole's rate."""
     if part.value is None or whole.value is None:
         return {"value": None, "interval": None}
@@ -105,11 +96,11 @@ class Resampling:
         happened = np.bincount(subject[events], minlength=count).astype(np.float32)
         return Rate(int(events.sum()), len(events), _ratio(self._weights @ happened, self._weights @ trials))
 
-    def strangers(self, subject_a: Int64, subject_b: Int64) -> Strangers:
-        return Strangers(self._weights, subject_a, subject_b)
+    def impostor_pairs(self, subject_a: Int64, subject_b: Int64) -> ImpostorPairs:
+        return ImpostorPairs(self._weights, subject_a, subject_b)
 
 
-class Strangers:
+class ImpostorPairs:
     """Pairs of two subjects each, for which several rates are wanted. Trials are weighted once."""
 
     def __init__(self, weights: NDArray[np.float32], subject_a: Int64, subject_b: Int64) -> None:

@@ -1,7 +1,7 @@
-"""The HTML report of an evaluation: one file, open offline, no scripts.
+"""Writes the HTML report of an evaluation: one file, readable offline, without scripts.
 
-Owns what the page shows and in which words. Never counts. It holds captures of the worst pairs: biometric data, unless no pictures are
-asked for.
+Owns the content and the words of the page. Never counts. The page holds captures of the worst pairs, which are biometric data, unless no
+pictures are requested.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`explain`: one page on one pair: what was captured, what was found in it, what agrees, and what that is worth.
+"""`explain`: writes one page on one pair: what was captured and extracted, which features agree, and the score.
 
-Owns what stands on the page and where. Never compares itself: it extracts under a trace, asks the comparer for the evidence, and the
-matcher for the minutiae that it paired. The page holds biometric data; it goes to the file that was asked for and nowhere else.
+Owns the content of the page. Never compares itself: it extracts under a trace, asks the comparer for the evidence, and the matcher for the
+paired minutiae. The page holds biometric data; it is written to the requested file and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from biodedup.match.calibration import SCORE_DB_MAX
 from biodedup.match.judgement import Judgement, judge
 from biodedup.match.pairs import pair_comparer
 from biodedup.match.ranked import Comparison
+from biodedup.required import keep_better, superseded
 from biodedup.trace import Step, Trace
 from biodedup.trace import explain as traced
 from biodedup.values import FINGER_POSITIONS, Face, Finger, Missing, Refusal, Template, to_dict
@@ -104,7 +105,7 @@ def explain_templates(
     across_positions: bool = False,
     engine: Engine | None = None,
 ) -> Explained:
-    """As `explain`, of templates in hand. images: column -> picture of each side, where somebody kept them: of fingers, grey at 500 dpi."""
+    """As `explain`, of templates in hand. images: column -> picture of each side, where one was kept: of fingers, grey at 500 dpi."""
     extractor = Extractor(config or Config())
     kept: tuple[Mapping[str, Image], Mapping[str, Image]] = images or ({}, {})
     sides = [
@@ -170,21 +171,15 @@ def _shown(side: Side, extractor: Extractor) -> list[Shown]:
         _shown_capture(capture, result, steps, i)
         for i, (capture, result) in enumerate(zip(captures, results, strict=True))
     ]
-    best: dict[str, int] = {}
-    for i, one in enumerate(shown):
+    best: dict[str, Template] = {}
+    for one in shown:
         if one.template is not None:
-            kept = best.setdefault(one.column, i)
-            if (one.template.quality or 0) > (getattr(shown[kept].template, "quality", None) or 0):
-                best[one.column] = i
+            keep_better(best, one.template)
     return [
         one
-        if one.template is None or best[one.column] == i
-        else replace(
-            one,
-            template=None,
-            refusal=Refusal(one.column, "superseded", "a better capture was kept", one.template.quality),
-        )
-        for i, one in enumerate(shown)
+        if one.template is None or best[one.column] is one.template
+        else replace(one, template=None, refusal=superseded(one.template))
+        for one in shown
     ]
 
 

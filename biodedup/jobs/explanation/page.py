@@ -1,4 +1,4 @@
-"""What the page of `explain` shows, as numbers for its template: bars, marks, lines.
+"""The numbers that the page of `explain` draws: bars, marks, lines.
 
 Owns geometry and labels. Never extracts, compares or decides.
 """

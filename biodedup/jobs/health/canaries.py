@@ -1,22 +1,20 @@
-"""`doctor --sentinels`: does a search still find what was enrolled?
+"""`doctor --canaries`: tests whether searches still find subjects that are enrolled.
 
-Owns the searches for the sentinels (`sentinel_file.py`) and what follows from their answers. Never mends anything.
+Owns the searches for the canaries (`canary_file.py`) and the verdict on their results. Never repairs.
 
-Checksums see that files are as they were written. They do not see a row that an index has lost, codes that were wrong before
-they were summed up, a kernel that miscomputes on this processor, or a plan whose law misleads. Three looks, each at what the one
-before cannot see:
+Checksums prove that files are as they were written. They cannot see a row that an index lost, codes that were wrong before the checksum was
+taken, a kernel that miscomputes on this processor, or a search plan whose statistical model is wrong. Three tests, each of which sees what
+the previous one cannot:
 
-1. The stored templates of every sentinel's subject against its probe: are they what they were?
-2. `engine.search` for every probe of embeddings. How many should be found follows from the similarities of strangers at the
-   present size, and from `miss_risk`. Whoever was not found is looked for by numpy among all stored rows: where this one finds
-   it, the search has lost it, and no law is needed to say so. Losses within `miss_risk` are searched for once more with nothing
-   left to chance.
-3. `engine.identify` for a few, with all their columns, minutiae among them; 1:1 verification says who should be found.
+1. The stored templates of every canary's subject are compared with its probe: are they unchanged?
+2. `engine.search` runs for every probe of embeddings. The number that should be found follows from the similarities of impostors at the
+   present size, and from `miss_risk`. A subject that was not found is sought by numpy among all stored rows; where numpy finds it, the
+   search lost it, without any statistical assumption. Losses within `miss_risk` are searched once more with a risk of zero.
+3. `engine.identify` runs for a few canaries with all their columns, minutiae included; 1:1 verification says which should be found.
 
-An alarm is raised where losses as many as these have a probability below `FALSE_ALARM` (of all tests of a run together) in a
-gallery that loses no more than `miss_risk`. Rows are read by a second view of the gallery, independent of the engine's. It is
-taken before the engine's and once more after it; whose row lives in both, lives in the engine's, too: what is removed while all
-this goes on is no loss.
+An alarm is raised where that many losses have a probability below `FALSE_ALARM` (all tests of a run together) in a gallery that loses no more
+than `miss_risk`. Rows are read through a second view of the gallery, independent of the engine's. It is taken before the engine's view and
+again after it; a row that is live in both is live in the engine's, so that a subject that is removed during the run is no loss.
 """
 
 from __future__ import annotations
@@ -38,7 +36,16 @@ from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.jobs.health.canary_file import Sentinel, Sentinels, load, place_of, record_hash, save, standing, topped_up
+from biodedup.jobs.health.canary_file import (
+    Canaries,
+    Canary,
+    load,
+    place_of,
+    record_hash,
+    save,
+    standing,
+    topped_up,
+)
 from biodedup.jobs.health.canary_report import REMAKE, Watch, Watched, line_of, of_themselves, problems_of, vanished
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import Encounter, Float32, Template
@@ -46,11 +53,11 @@ from biodedup.values import Encounter, Float32, Template
 COUNT = 200
 SEED = 0
 FALSE_ALARM = 1e-4
-"""The probability that a sound gallery raises an alarm in one run, all columns together, at most."""
+"""Upper bound on the probability that a sound gallery raises an alarm in one run, all columns together."""
 FIRST = 20
-"""A sentinel is found where its subject is among so many."""
+"""A canary counts as found where its subject is among the first so many."""
 IDENTIFIED = 24
-"""Sentinels that are identified by all their columns; as many again for each column of minutiae alone."""
+"""Canaries that are identified by all their columns; as many more for each column of minutiae alone."""
 
 _COSINE_TOLERANCE = 0.01  # of a stored embedding: merging may encode it anew, which changes a cosine by 0.0006 or so
 _SIMILARITY_TOLERANCE = 1e-3  # of a similarity that the search returns, against numpy's
@@ -67,9 +74,9 @@ def watch(
     storage: Storage | None = None,
     progress: Progress = silent,
 ) -> Watch:
-    """Searches for the gallery's sentinels and judges the answers; makes them where there are none, and more where it has grown.
+    """Searches for the gallery's canaries and judges the answers; makes them where there are none, and more where it has grown.
 
-    count: of each column, about. Reads the gallery alone; where the sentinels cannot be written, those in memory are searched.
+    count: of each column, about. Reads the gallery alone; where the canaries cannot be written, those in memory are searched.
     Raises what opening a gallery raises.
     """
     config, storage = config or Config(), storage or LocalStorage()
@@ -80,12 +87,12 @@ def watch(
         try:
             known = load(storage, gallery)
         except GalleryDamaged as error:
-            return Watch(problems=(f"sentinels: their file is damaged ({error}); {REMAKE}",))
+            return Watch(problems=(f"canaries: their file is damaged ({error}); {REMAKE}",))
         if known is not None and known.gallery_id != stored.gallery_id:
-            return Watch(problems=(f"sentinels: they are of another gallery; {REMAKE}",))
+            return Watch(problems=(f"canaries: they are of another gallery; {REMAKE}",))
         snapshot = stored.snapshot()
-        now = standing(known or Sentinels(stored.gallery_id, snapshot.version, seed, ()), snapshot)
-        kept = Sentinels(stored.gallery_id, snapshot.version, seed if known is None else known.seed, now.kept)
+        now = standing(known or Canaries(stored.gallery_id, snapshot.version, seed, ()), snapshot)
+        kept = Canaries(stored.gallery_id, snapshot.version, seed if known is None else known.seed, now.kept)
         searched = topped_up(kept, snapshot, count)
         problems, is_kept, searched = vanished(now, known, snapshot.version), True, kept
         if not problems:
@@ -105,7 +112,7 @@ def watch(
 
 
 def forget_removed(gallery: Path, *, storage: Storage | None = None) -> int:
-    """Drops the sentinels of removed subjects, before a compaction erases their templates. Returns how many were dropped.
+    """Drops the canaries of removed subjects, before a compaction erases their templates. Returns how many were dropped.
 
     Leaves a damaged file, and one of another gallery, alone. Raises what opening a gallery raises.
     """
@@ -124,9 +131,9 @@ def forget_removed(gallery: Path, *, storage: Storage | None = None) -> int:
         return len(removed)
 
 
-def _saved(storage: Storage, gallery: Path, sentinels: Sentinels) -> bool:
+def _saved(storage: Storage, gallery: Path, canaries: Canaries) -> bool:
     try:
-        save(storage, gallery, sentinels)
+        save(storage, gallery, canaries)
     except StorageUnavailable:  # a read-only copy, or a full disk: they can be searched for all the same
         return False
     return True
@@ -137,7 +144,7 @@ def _saved(storage: Storage, gallery: Path, sentinels: Sentinels) -> bool:
 
 @dataclass
 class _Run:
-    """One run's views of the gallery. engine: what is tested; stored: what says what is there. incomplete: problems."""
+    """The views of the gallery of one run. engine: under test; stored: the reference of what is enrolled. incomplete: problems."""
 
     gallery: Path
     config: Config
@@ -148,31 +155,31 @@ class _Run:
 
     incomplete: list[str] = field(default_factory=list)
 
-    def columns(self, present: Sequence[Sentinel]) -> list[Watched]:
+    def columns(self, present: Sequence[Canary]) -> list[Watched]:
         snapshot = self.stored.snapshot()
         names = [name for name in snapshot.models if any(name in one.mates for one in present)]
         alpha = FALSE_ALARM / (2 * len(names) + 1)
         found = []
         for done, name in enumerate(names):
-            self.progress("sentinels", done, len(names) + 1)
+            self.progress("canaries", done, len(names) + 1)
             some = [one for one in present if name in one.mates]
             if snapshot.models[name].dimension is None:
                 found.append(self._records(name, some))
             else:
                 found.append(self._column(name, some, alpha))
         if present:
-            self.progress("sentinels", len(names), len(names) + 1)
+            self.progress("canaries", len(names), len(names) + 1)
             found.append(self._identified(present, alpha))
-        self.progress("sentinels", len(names) + 1, len(names) + 1)
+        self.progress("canaries", len(names) + 1, len(names) + 1)
         return found
 
-    def _records(self, name: str, some: Sequence[Sentinel]) -> Watched:
+    def _records(self, name: str, some: Sequence[Canary]) -> Watched:
         """A column of minutiae alone: are the records what they were? Searches for them go by `_identified`."""
         changed = self._changed_records(name, some)
         kept = len(some) - len(changed)
         return _with_changed(Watched(name, len(some), kept, kept, 0, len(some), len(some), 1.0, 1.0), self, changed)
 
-    def _column(self, name: str, some: Sequence[Sentinel], alpha: float) -> Watched:
+    def _column(self, name: str, some: Sequence[Canary], alpha: float) -> Watched:
         snapshot = self.stored.snapshot()
         probes = np.array([one.mates[name].embedding for one in some], np.float32)
         stored = snapshot.embeddings([one.row for one in some], name)
@@ -182,7 +189,7 @@ class _Run:
         changed += [one for one in self._changed_records(name, some) if one not in changed]
         result = self.engine.search({name: probes}, k=FIRST)
         if result.incomplete:
-            self.incomplete.append(f"sentinels {name}: the search is incomplete; see the log for the shard that failed")
+            self.incomplete.append(f"canaries {name}: the search is incomplete; see the log for the shard that failed")
         place = _places(result.ids, some)
         plan = self.engine.plan([name]).columns[0]
         risk = 0.0
@@ -212,8 +219,8 @@ class _Run:
         )
         return _with_changed(watched, self, changed)
 
-    def _lost_for_certain(self, name: str, lost: Sequence[Sentinel], probes: Float32) -> int:
-        """Of these, how many a search that leaves nothing to chance does not find either."""
+    def _lost_for_certain(self, name: str, lost: Sequence[Canary], probes: Float32) -> int:
+        """How many of these a search with a miss risk of zero does not find either."""
         config = replace(self.config, search=replace(self.config.search, miss_risk=0.0))
         with Engine.open(self.gallery, config, read_only=True, storage=self.storage) as engine:
             place = _places(engine.search({name: probes}, k=FIRST).ids, lost)
@@ -221,15 +228,15 @@ class _Run:
         snapshot = self.stored.snapshot()
         return sum(at >= FIRST and snapshot.is_present(one.row) for one, at in zip(lost, place.tolist(), strict=True))
 
-    def _identified(self, present: Sequence[Sentinel], alpha: float) -> Watched:
-        """Those whose evidence 1:1 reaches the review threshold, and whose strongest column brings them among the candidates."""
+    def _identified(self, present: Sequence[Canary], alpha: float) -> Watched:
+        """Canaries whose 1:1 evidence reaches the review threshold, and whose strongest column makes them candidates."""
         engine = self.engine
         models = self.stored.snapshot().models
         chosen = set(_spread(present))
         for name, model in models.items():
             if model.dimension is None:
                 chosen |= set(_spread([one for one in present if name in one.mates]))
-        some, places, strangers = [], [], []
+        some, places, impostors = [], [], []
         for one in sorted(chosen, key=lambda one: one.row):
             encounter = Encounter(
                 templates={
@@ -242,7 +249,7 @@ class _Run:
             place = names.index(one.subject_id) if one.subject_id in names else FIRST
             if place >= FIRST and decision.incomplete:
                 continue  # it was not looked for everywhere
-            as_strong = 0.0  # strangers
+            as_strong = 0.0  # impostors
             if one.subject_id in engine:
                 alone = engine.verify(encounter, one.subject_id)
                 scanned = max((e.score_db for e in alone.evidence if e.similarity is not None), default=alone.score_db)
@@ -251,21 +258,21 @@ class _Run:
                     continue  # too weak to say that it should be found
             some.append(one)
             places.append(place)
-            strangers.append(as_strong)
+            impostors.append(as_strong)
         risk = self.config.search.miss_risk
-        rank = np.array(strangers, np.float64)
+        rank = np.array(impostors, np.float64)
         among = pdtr(engine.config.search.returned - 1, rank) * (1 - risk)
         watched = _counted("all", np.array(places, np.int64), np.exp(-rank) * (1 - risk), among, alpha)
         lost = [one for one, place in zip(some, places, strict=True) if place >= FIRST]
         p_lost = float(bdtrc(len(lost) - 1, len(some), 1 - among.mean())) if lost else 1.0
         return replace(watched, lost=len(lost), p_lost=p_lost, lost_in=self._where(lost, some), alarm=p_lost < alpha)
 
-    def _changed_records(self, name: str, some: Sequence[Sentinel]) -> list[Sentinel]:
+    def _changed_records(self, name: str, some: Sequence[Canary]) -> list[Canary]:
         with_records = [one for one in some if one.mates[name].record_hash]
         records = self.stored.snapshot().minutiae([one.row for one in with_records], name)
         return [one for one in with_records if record_hash(records.get(one.row)) != one.mates[name].record_hash]
 
-    def _where(self, lost: Sequence[Sentinel], some: Sequence[Sentinel]) -> tuple[tuple[str, int, int], ...]:
+    def _where(self, lost: Sequence[Canary], some: Sequence[Canary]) -> tuple[tuple[str, int, int], ...]:
         snapshot = self.stored.snapshot()
         there = Counter(place_of(snapshot, one.row) for one in some)
         counts = Counter(place_of(snapshot, one.row) for one in lost)
@@ -273,19 +280,19 @@ class _Run:
         return tuple((place, number, there[place]) for place, number in ordered)
 
 
-def _places(ids: NDArray[np.object_], some: Sequence[Sentinel]) -> Int64:
-    """Where each sentinel's subject came, from 0; FIRST where it did not."""
+def _places(ids: NDArray[np.object_], some: Sequence[Canary]) -> Int64:
+    """The rank of each canary's subject, from 0; FIRST where it was not returned."""
     same = ids == np.array([one.subject_id for one in some], object)[:, None]
     return np.where(same.any(axis=1), same.argmax(axis=1), FIRST)
 
 
-def _spread(some: Sequence[Sentinel]) -> list[Sentinel]:
+def _spread(some: Sequence[Canary]) -> list[Canary]:
     """A few, from all over the gallery."""
     at = np.unique(np.linspace(0, len(some) - 1, min(IDENTIFIED, len(some))).round().astype(np.int64))
     return [some[i] for i in at.tolist()]
 
 
-def _with_changed(watched: Watched, run: _Run, changed: Sequence[Sentinel]) -> Watched:
+def _with_changed(watched: Watched, run: _Run, changed: Sequence[Canary]) -> Watched:
     snapshot = run.stored.snapshot()
     places = tuple(dict.fromkeys(place_of(snapshot, one.row) for one in changed))
     return replace(watched, changed=len(changed), changed_in=places)
@@ -297,9 +304,9 @@ def _with_changed(watched: Watched, run: _Run, changed: Sequence[Sentinel]) -> W
 def _expected(
     snapshot: Snapshot, name: str, probes: Float32, cosine: Float32, rows: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The probability that each probe's mate is first, and among FIRST: so few strangers are more similar.
+    """The probability that each probe's mate is first, and among FIRST: so few impostors are more similar.
 
-    Similarities to strangers go by the law of directions on a sphere (as in `search.population`), with the mean and deviation over
+    Similarities to impostors go by the law of directions on a sphere (as in `search.population`), with the mean and deviation over
     a sample of the column for each probe, its most similar row left out: it may be the mate.
     """
     sample = snapshot.sample(name, _SAMPLE_ROWS)
@@ -309,8 +316,8 @@ def _expected(
     mean, sd = similarity.mean(axis=1), similarity.std(axis=1)
     above = np.clip(cosine - mean, 0, 1)
     freedom = np.maximum(1 / np.maximum(sd, 1e-6) ** 2, 3.0) - 1
-    strangers = max(rows - 1, 0) * betainc(freedom / 2, 0.5, 1 - above**2) / 2
-    return np.exp(-strangers), pdtr(FIRST - 1, strangers)
+    impostors = max(rows - 1, 0) * betainc(freedom / 2, 0.5, 1 - above**2) / 2
+    return np.exp(-impostors), pdtr(FIRST - 1, impostors)
 
 
 def _exact_rank(snapshot: Snapshot, name: str, probes: Float32, cosine: Float32, rows: Sequence[int]) -> Int64:

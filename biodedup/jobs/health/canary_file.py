@@ -1,11 +1,11 @@
-"""Sentinels: synthetic mates of some enrolled subjects, kept beside the gallery as they were made.
+"""Canaries: synthetic mates of some enrolled subjects, kept in a file beside the gallery.
 
-Owns how they are drawn, which of them still stand for a subject, and their file (gallery/FORMAT.md). Never searches.
+Owns how they are drawn, which of them still belong to a subject, and their file (gallery/FORMAT.md). Never searches.
 
-1. A sentinel is made from the templates as they were stored then, and never again: tomorrow's search uses today's probe.
-2. The same gallery, seed and count give the same file, byte by byte.
+1. A canary is made once, from the templates stored at that time: later searches use the same probe.
+2. The same gallery, seed and count give the same bytes.
 3. Every segment, and the tail, has some in each of its columns; a gallery that has grown gets more (`topped_up`).
-4. They resemble enrolled templates, so that they are biometric data, too; those of removed subjects are dropped.
+4. They resemble enrolled templates, so they are biometric data; those of removed subjects are dropped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from biodedup.values import COLUMNS, Float32
 COSINES = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
 """To the stored embedding: the mated range of the models in use."""
 PART_MIN = 4
-"""Sentinels of each column of a segment, however small its share of the gallery."""
+"""Canaries of each column of a segment, however small its share of the gallery."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Mate:
 
 
 @dataclass(frozen=True, eq=False)
-class Sentinel:
+class Canary:
     """A subject as it was enrolled, and its synthetic mates by column."""
 
     row: int
@@ -66,49 +66,49 @@ class Sentinel:
 
 
 @dataclass(frozen=True, eq=False)
-class Sentinels:
+class Canaries:
     """version: of the gallery when they were last looked through; each: by row."""
 
     gallery_id: str
     version: int
     seed: int
-    each: tuple[Sentinel, ...] = field(repr=False)
+    each: tuple[Canary, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """What has become of sentinels' subjects.
+    """What has become of canaries' subjects.
 
     present: enrolled as they were; removed: by their tombstones; gone: removed and merged away, or lost in a merge: a merge
     keeps no record of what was removed, so that the two look the same; but where the content's version has not changed since
-    the sentinels were looked through, nothing was removed, and they are `lost`. misfiled: the row is there, and its subject's
+    the canaries were looked through, nothing was removed, and they are `lost`. misfiled: the row is there, and its subject's
     id is not, or does not lead to it. ahead: rows that this gallery has never given out.
     """
 
-    present: tuple[Sentinel, ...]
-    removed: tuple[Sentinel, ...]
-    gone: tuple[Sentinel, ...]
-    lost: tuple[Sentinel, ...]
-    misfiled: tuple[Sentinel, ...]
-    ahead: tuple[Sentinel, ...]
+    present: tuple[Canary, ...]
+    removed: tuple[Canary, ...]
+    gone: tuple[Canary, ...]
+    lost: tuple[Canary, ...]
+    misfiled: tuple[Canary, ...]
+    ahead: tuple[Canary, ...]
 
     @property
-    def kept(self) -> tuple[Sentinel, ...]:
+    def kept(self) -> tuple[Canary, ...]:
         """All but those removed on purpose, as far as can be told."""
         return tuple(sorted((*self.present, *self.lost, *self.misfiled, *self.ahead), key=lambda one: one.row))
 
 
-def standing(sentinels: Sentinels, snapshot: Snapshot) -> Standing:
-    """Where the subjects of some sentinels are now."""
-    found: dict[str, list[Sentinel]] = {name: [] for name in Standing.__dataclass_fields__}
-    there = [one for one in sentinels.each if one.row < snapshot.row_count and snapshot.is_present(one.row)]
+def standing(canaries: Canaries, snapshot: Snapshot) -> Standing:
+    """Where the subjects of some canaries are now."""
+    found: dict[str, list[Canary]] = {name: [] for name in Standing.__dataclass_fields__}
+    there = [one for one in canaries.each if one.row < snapshot.row_count and snapshot.is_present(one.row)]
     rows = [one.row for one in there]
     names = snapshot.subject_ids(rows)
     leading = snapshot.rows_of(packed.pack_text([one.subject_id for one in there])).tolist()
     for one, name, row in zip(there, names, leading, strict=True):
         found["present" if (name, row) == (one.subject_id, one.row) else "misfiled"].append(one)
     live, tombstones = set(rows), set(snapshot.tombstones.tolist())
-    for one in sentinels.each:
+    for one in canaries.each:
         if one.row in live:
             continue
         if one.row >= snapshot.row_count:
@@ -116,16 +116,16 @@ def standing(sentinels: Sentinels, snapshot: Snapshot) -> Standing:
         elif one.row in tombstones:
             found["removed"].append(one)
         else:
-            found["lost" if snapshot.version == sentinels.version else "gone"].append(one)
+            found["lost" if snapshot.version == canaries.version else "gone"].append(one)
     return Standing(**{name: tuple(some) for name, some in found.items()})
 
 
 # making ----------------------------------------------------------------------------------------------------------
 
 
-def topped_up(sentinels: Sentinels, snapshot: Snapshot, count: int) -> Sentinels:
+def topped_up(canaries: Canaries, snapshot: Snapshot, count: int) -> Canaries:
     """With more where a part of the gallery has fewer than its share of `count` in one of its columns."""
-    each = list(sentinels.each)
+    each = list(canaries.each)
     totals = snapshot.column_counts()
     for part in snapshot.parts:
         if not part.count:
@@ -144,14 +144,14 @@ def topped_up(sentinels: Sentinels, snapshot: Snapshot, count: int) -> Sentinels
                 continue
             has[part.at(np.array([*mine, *drawn], np.int64))] = False
             free = part.rows(np.flatnonzero(has))
-            rng = np.random.default_rng([sentinels.seed, part.first_row, part.end_row, COLUMNS.index(name)])
+            rng = np.random.default_rng([canaries.seed, part.first_row, part.end_row, COLUMNS.index(name)])
             drawn |= set(rng.choice(free, min(wanted - held, len(free)), replace=False).tolist())
-        each += _made(snapshot, part, sorted(drawn), sentinels.seed)
-    return replace(sentinels, each=tuple(sorted(each, key=lambda one: one.row)))
+        each += _made(snapshot, part, sorted(drawn), canaries.seed)
+    return replace(canaries, each=tuple(sorted(each, key=lambda one: one.row)))
 
 
-def _made(snapshot: Snapshot, part: Part, rows: Sequence[int], seed: int) -> list[Sentinel]:
-    """New sentinels of some rows of a part, in all of their columns."""
+def _made(snapshot: Snapshot, part: Part, rows: Sequence[int], seed: int) -> list[Canary]:
+    """New canaries of some rows of a part, in all of their columns."""
     if not rows:
         return []
     mates: dict[int, dict[str, Mate]] = {row: {} for row in rows}
@@ -177,7 +177,7 @@ def _made(snapshot: Snapshot, part: Part, rows: Sequence[int], seed: int) -> lis
                 another_impression(record, name, rng) if record else None,
                 record_hash(record),
             )
-    return [Sentinel(row, name, mates[row]) for row, name in zip(rows, snapshot.subject_ids(rows), strict=True)]
+    return [Canary(row, name, mates[row]) for row, name in zip(rows, snapshot.subject_ids(rows), strict=True)]
 
 
 def record_hash(record: bytes | None) -> int:
@@ -221,8 +221,8 @@ def another_impression(content: bytes, column: str, rng: np.random.Generator) ->
 # the file --------------------------------------------------------------------------------------------------------
 
 
-def load(storage: Storage, folder: Path) -> Sentinels | None:
-    """The gallery's sentinels, or None without a file. Raises GalleryDamaged, StorageUnavailable."""
+def load(storage: Storage, folder: Path) -> Canaries | None:
+    """The gallery's canaries, or None without a file. Raises GalleryDamaged, StorageUnavailable."""
     with translated(f"reading {folder / CANARIES_NAME}"):
         if CANARIES_NAME not in (storage.list_names(folder) or ()):
             return None
@@ -235,20 +235,20 @@ def load(storage: Storage, folder: Path) -> Sentinels | None:
             raise GalleryDamaged(f"it holds what was never written ({type(error).__name__})") from error
 
 
-def save(storage: Storage, folder: Path, sentinels: Sentinels) -> None:
+def save(storage: Storage, folder: Path, canaries: Canaries) -> None:
     """Replaces the file. Raises StorageUnavailable."""
     with translated(f"writing {folder / CANARIES_NAME}"):
         about = {
-            "gallery": sentinels.gallery_id,
+            "gallery": canaries.gallery_id,
             "kind": "sentinels",
-            "version": sentinels.version,
-            "seed": sentinels.seed,
+            "version": canaries.version,
+            "seed": canaries.seed,
         }
-        write_column_file(storage, folder / CANARIES_NAME, about, list(_streams(sentinels.each)), replaces=True)
+        write_column_file(storage, folder / CANARIES_NAME, about, list(_streams(canaries.each)), replaces=True)
         storage.sync_folder(folder)
 
 
-def _streams(each: Sequence[Sentinel]) -> Iterable[Stream]:
+def _streams(each: Sequence[Canary]) -> Iterable[Stream]:
     yield _stream("row", "<i8", np.array([one.row for one in each], np.int64))
     yield from _strings("subject_id", [one.subject_id.encode() for one in each])
     for name in COLUMNS:
@@ -273,7 +273,7 @@ def _strings(name: str, values: Sequence[bytes]) -> Iterable[Stream]:
     return _stream(f"{name}.offset", "<i8", offsets), _stream(f"{name}.bytes", "|u1", data)
 
 
-def _read(file: ColumnFile) -> Sentinels:
+def _read(file: ColumnFile) -> Canaries:
     about = file.about
     mates: list[dict[str, Mate]] = [{} for _ in range(file.shape("row")[0])]
     for name in COLUMNS:
@@ -286,8 +286,8 @@ def _read(file: ColumnFile) -> Sentinels:
         for i, cosine, vector, record, hashed in zip(at.tolist(), *columns, hashes, strict=True):
             mates[i][name] = Mate(float(cosine), vector, record or None, hashed)
     names = [name.decode() for name in _read_strings(file, "subject_id")]
-    each = (Sentinel(*one) for one in zip(file.read("row").tolist(), names, mates, strict=True))
-    return Sentinels(about["gallery"], about["version"], about["seed"], tuple(each))
+    each = (Canary(*one) for one in zip(file.read("row").tolist(), names, mates, strict=True))
+    return Canaries(about["gallery"], about["version"], about["seed"], tuple(each))
 
 
 def _read_strings(file: ColumnFile, name: str) -> list[bytes]:

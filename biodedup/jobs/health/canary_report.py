@@ -1,4 +1,4 @@
-"""What the sentinels say: values, and words for `doctor`.
+"""The result of a search for canaries: its values, and its sentences for `doctor`.
 
 Owns the sentences. Never searches and never judges.
 """
@@ -8,23 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from biodedup.gallery.files.names import CANARIES_NAME
-from biodedup.jobs.health.canary_file import Sentinels, Standing
+from biodedup.jobs.health.canary_file import Canaries, Standing
+from biodedup.renamed import renamed
 
 REMAKE = f"remove the file `{CANARIES_NAME}` from the gallery's folder and run again: it is made anew"
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One column's sentinels, or those identified by all their columns (column `all`).
+    """One column's canaries, or those identified by all their columns (column `all`).
 
     found: among the first `among`, and first; expected_min, expected_first_min: so many at least in all but one of `1 /
-    FALSE_ALARM` runs; p_found, p_first: probability of as few by the law of strangers. lost: should have been found and were not;
+    FALSE_ALARM` runs; p_found, p_first: probability of as few by the distribution of impostors. lost: should have been found and were not;
     p_lost: probability of as many in a sound gallery; certain: lost with nothing left to chance, too. lost_in: (segment, lost
-    ones, sentinels there). changed: whose stored template is not the one enrolled; miscomputed: found with a wrong similarity.
+    ones, canaries there). changed: whose stored template is not the one enrolled; miscomputed: found with a wrong similarity.
     """
 
     column: str
-    sentinels: int
+    canaries: int
     found: int
     first: int
     among: int
@@ -41,10 +42,16 @@ class Watched:
     miscomputed: int = 0
     alarm: bool = False
 
+    @property
+    def sentinels(self) -> int:
+        """Deprecated: `canaries`."""
+        renamed("Watched.sentinels", "Watched.canaries")
+        return self.canaries
+
 
 @dataclass(frozen=True)
 class Watch:
-    """What the sentinels say. made, removed, gone: of this run; kept_in_file: False where they could not be written."""
+    """What the canaries say. made, removed, gone: of this run; kept_in_file: False where they could not be written."""
 
     columns: tuple[Watched, ...] = ()
     made: int = 0
@@ -57,13 +64,13 @@ class Watch:
 
 def line_of(one: Watched) -> str:
     """Of a column that is sound."""
-    start = f"sentinels {'by all their columns' if one.column == 'all' else one.column}:"
+    start = f"canaries {'by all their columns' if one.column == 'all' else one.column}:"
     if not one.among:
-        return f"{start} {one.found} of {one.sentinels} stored records are as they were enrolled"
-    text = f"{start} {one.found} of {one.sentinels} found (expected at least {one.expected_min})"
+        return f"{start} {one.found} of {one.canaries} stored records are as they were enrolled"
+    text = f"{start} {one.found} of {one.canaries} found (expected at least {one.expected_min})"
     text += f", {one.first} of them first (at least {one.expected_first_min})"
     if one.found < one.expected_min or one.first < one.expected_first_min:
-        text += "; fewer than strangers' similarities let expect, but numpy finds no more among the stored rows"
+        text += "; fewer than the similarities of impostors let expect, but numpy finds no more among the stored rows"
     if one.lost:
         text += f"; {one.lost} missed within the risk that the search was given"
     return text
@@ -71,11 +78,11 @@ def line_of(one: Watched) -> str:
 
 def problems_of(one: Watched) -> list[str]:
     """What is wrong with a column, a line each."""
-    start = f"sentinels {'by all their columns' if one.column == 'all' else one.column}:"
+    start = f"canaries {'by all their columns' if one.column == 'all' else one.column}:"
     found = []
     if one.changed:
         found.append(
-            f"{start} the stored templates of {one.changed} of {one.sentinels} are not those that were enrolled, in "
+            f"{start} the stored templates of {one.changed} of {one.canaries} are not those that were enrolled, in "
             f"{', '.join(one.changed_in)}; their checksums do not see it; restore from a backup of before"
         )
     if one.miscomputed:
@@ -88,46 +95,46 @@ def problems_of(one: Watched) -> list[str]:
         by = "1:1 verification accepts" if one.column == "all" else "numpy finds among the stored rows"
         sure = f"; {one.certain} of them with nothing left to chance, too" if one.certain else ""
         found.append(
-            f"{start} {one.found} of {one.sentinels} found, expected at least {one.expected_min} (p = {one.p_lost:.2g}); the search "
+            f"{start} {one.found} of {one.canaries} found, expected at least {one.expected_min} (p = {one.p_lost:.2g}); the search "
             f"loses {one.lost} that {by}{sure}: {where}; trust no `unique` of this machine, and run this again on another: if it says the same, the search is at "
             "fault and not the processor"
         )
     return found
 
 
-def vanished(now: Standing, known: Sentinels | None, version: int) -> list[str]:
+def vanished(now: Standing, known: Canaries | None, version: int) -> list[str]:
     """Of subjects that should be there. version: of the gallery."""
     found = []
     if known is not None and known.version > version:
         found.append(
-            f"sentinels: they were looked through at version {known.version:,}, and the gallery is at {version:,}: it was taken back to an "
+            f"canaries: they were looked through at version {known.version:,}, and the gallery is at {version:,}: it was taken back to an "
             f"earlier state, in which {len(now.ahead)} of their subjects are not enrolled; if a backup was restored on purpose, {REMAKE}"
         )
     if now.lost:
         found.append(
-            f"sentinels: {len(now.lost)} subjects are in no segment any more, and nothing was removed since they were last seen; "
+            f"canaries: {len(now.lost)} subjects are in no segment any more, and nothing was removed since they were last seen; "
             "restore from a backup of before"
         )
     if now.misfiled:
         found.append(
-            f"sentinels: {len(now.misfiled)} subjects' rows are there and not found by their ids; run `biodedup doctor --repair`"
+            f"canaries: {len(now.misfiled)} subjects' rows are there and not found by their ids; run `biodedup doctor --repair`"
         )
     return found
 
 
-def of_themselves(made: int, now: Standing, known: Sentinels | None, is_kept: bool, searched: Sentinels) -> list[str]:
-    """What became of the sentinels themselves."""
+def of_themselves(made: int, now: Standing, known: Canaries | None, is_kept: bool, searched: Canaries) -> list[str]:
+    """What became of the canaries themselves."""
     lines = []
     if made:
-        lines.append(f"sentinels: {made} {'made' if known is None else 'more made'}, {len(searched.each)} subjects now")
+        lines.append(f"canaries: {made} {'made' if known is None else 'more made'}, {len(searched.each)} subjects now")
     if now.removed:
-        lines.append(f"sentinels: {len(now.removed)} dropped, whose subjects were removed")
+        lines.append(f"canaries: {len(now.removed)} dropped, whose subjects were removed")
     if now.gone and known is not None:
         share = len(now.gone) / max(len(known.each), 1)
         lines.append(
-            f"sentinels: {len(now.gone)} dropped, whose subjects are in no segment any more: removed and merged away, or lost, of which no "
-            f"record tells; it is {share:.1%} of the sentinels, to be compared with the share of subjects removed since version {known.version:,}"
+            f"canaries: {len(now.gone)} dropped, whose subjects are in no segment any more: removed and merged away, or lost, of which no "
+            f"record tells; it is {share:.1%} of the canaries, to be compared with the share of subjects removed since version {known.version:,}"
         )
     if not is_kept:
-        lines.append("sentinels: they could not be written beside the gallery, and were searched for all the same")
+        lines.append("canaries: they could not be written beside the gallery, and were searched for all the same")
     return lines

@@ -1,14 +1,15 @@
-"""`doctor`: can the installation and a gallery be trusted, and what can be mended?
+"""`doctor`: checks the installed models and a gallery, and repairs a gallery.
 
-Owns the list of checks. The gallery's `health` does the work.
+Owns the list of checks. `gallery.care.health` inspects and repairs; `canaries.py` searches.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from biodedup.config import Config
 from biodedup.embed.cards import shipped_cards
@@ -21,20 +22,34 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.jobs.health.canaries import watch
 from biodedup.jobs.health.canary_report import Watch
 from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.renamed import renamed
 
 
 @dataclass(frozen=True)
 class Report:
-    """checked: what was found sound; problems: what was not; mended: what was done about it; sentinels: None where they were
-    not searched for; notes: what is odd and no damage, as ids that look alike; exposed: what other users of the machine can reach, which is
-    no damage either."""
+    """checked: what is sound; problems: what is damaged; mended: what was repaired; canaries: None where they were not searched for; notes:
+    what is odd and not damaged, such as ids that look alike; exposed: files that other users of the machine can reach, not damage either."""
 
     checked: tuple[str, ...]
     problems: tuple[str, ...]
     mended: tuple[str, ...] = ()
-    sentinels: Watch | None = None
+    canaries: Watch | None = None
     exposed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def sentinels(self) -> Watch | None:
+        """Deprecated: `canaries`."""
+        renamed("Report.sentinels", "Report.canaries")
+        return self.canaries
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready. Canaries keep the names of the first version, `sentinels`."""
+        document = asdict(self)
+        canaries = document.pop("canaries")
+        for column in canaries["columns"] if canaries else ():
+            column["sentinels"] = column.pop("canaries")
+        return document | {"sentinels": canaries}
 
 
 def examine(
@@ -43,15 +58,20 @@ def examine(
     *,
     mend: bool = False,
     backup: Path | None = None,
-    sentinels: bool = False,
+    canaries: bool = False,
     progress: Progress = silent,
     clock: Callable[[], float] = time.time,
+    sentinels: bool | None = None,
 ) -> Report:
-    """Verifies the digest of every shipped model and, with a gallery, every page, every checksum and every rule.
+    """Verifies the digest of every shipped model and, with a gallery, every page, every checksum and every invariant.
 
-    mend: rebuild derived files and counters, close files to other users, and take damaged exact ones (or, where the database is lost, everything) from a backup.
-    sentinels: search for the gallery's sentinels, too, unless it is damaged. problems are those that remain. Raises what reading a gallery raises: NotAGallery, StorageUnavailable, GalleryBusy.
+    mend: rebuild derived files and counters, close files to other users, and take damaged exact files (or, where the database is lost,
+    everything) from a backup. canaries: also search for the gallery's canaries, unless it is damaged. sentinels: the deprecated name of
+    canaries. The report's problems are those that remain. Raises what reading a gallery raises: NotAGallery, StorageUnavailable, GalleryBusy.
     """
+    if sentinels is not None:
+        renamed("examine(sentinels=...)", "examine(canaries=...)")
+        canaries = sentinels
     checked: list[str] = []
     problems: list[str] = []
     mended: list[str] = []
@@ -78,7 +98,7 @@ def examine(
             with Engine.open(gallery, config, read_only=True) as engine:
                 checked.append(f"gallery {gallery}: {len(engine):,} subjects, version {engine.gallery_version}")
                 notes = engine.notes(clock())
-            if sentinels:
+            if canaries:
                 watched = watch(gallery, config, progress=progress)
                 checked += watched.checked
                 problems += watched.problems

@@ -1,10 +1,9 @@
-"""The batch file of a field kit: records that are signed one by one and encrypted to the centre, so that a file cut off yields its whole
-prefix.
+"""The batch file of a field kit: records that are signed one by one and encrypted to the centre.
 
-Owns the bytes (`KIT.md` describes them): writing, reading, and the proof that each record is what the kit signed. Never decides
-what becomes of a record, or what a kit may send.
+A file that was cut off still gives all whole records. Owns the bytes (`KIT.md` describes them): writing, reading, and the proof that each
+record is what the kit signed. Never decides what becomes of a record, or what a kit may send.
 
-1. Nothing of a file is parsed before its signature was checked, and no length is believed before it was compared with a limit.
+1. Nothing of a file is parsed before its signature was checked, and no length is used before it was compared with a limit.
 2. Each signature covers everything before it: a record cannot be changed, moved, left out or carried to another file.
 3. Only the last frame says that a file is whole. A file without it is *cut*; every record before the cut is sound.
 4. The same records have the same digest and signatures. Their encryption differs: each file has a key of its own.

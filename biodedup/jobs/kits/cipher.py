@@ -69,7 +69,7 @@ def opening(kit: bytes, centre: CentreKey, ephemeral: bytes) -> Chunks | None:
 
     try:
         shared = centre.key.exchange(X25519PublicKey.from_public_bytes(ephemeral))
-    except ValueError:  # of small order: the secret would be known to everybody
+    except ValueError:  # a point of small order: anyone could compute the secret
         return None
     return Chunks(_aead(shared, ephemeral, centre.public, kit), kit)
 

@@ -1,16 +1,16 @@
-"""`kit ingest`: batch files of field kits into the gallery, with what became of every record.
+"""`kit ingest`: enrols the records of batch files, and reports the outcome of every record.
 
-Owns the job from files to outcomes, and what a kit's key may bring. Bytes and signatures are `kit_file`'s, trust `kit_trust`'s, decisions the
-engine's, bookkeeping `kit_ledger`'s.
+Owns the job from files to outcomes, and the check of what a kit's key may send. `batch_file.py` owns bytes and signatures, `trust.py` trust,
+the engine decisions, and `ledger.py` bookkeeping.
 
-1. Of a file that is not what a trusted kit signed nothing is taken; of a file that was cut off every whole record is.
-2. Each record is enrolled under an id that is bound to its kit's key (`kit_names`): whatever comes twice is taken once, and no kit can
+1. Nothing of a file is accepted unless a trusted kit signed it; of a file that was cut off every whole record is accepted.
+2. Each record is enrolled under an id that is bound to its kit's key (`names.py`): a record that comes twice is enrolled once, and no kit can
    take an id of another kit or of the centre.
-3. A file beyond what its key may bring is refused whole; a record of a group that its key may not write is refused by itself.
+3. A file beyond the limits of its key is refused whole; a record of a group that its key may not write is refused by itself.
 4. A kit's clock is reported, and decides nothing.
-5. Interrupted and started again with the same batches, it goes on, and ends with the same result, byte for byte: records are decided in
-   chunks that depend on the files alone, each against everything before it. (What may differ: a row's embedding is rounded to eight bits
-   when it is sealed, in the background, which can move a score by hundredths of a decibel; and a key that expires in between.)
+5. A run that was interrupted and started again with the same batches resumes, and ends with the same bytes: records are decided in chunks
+   that depend on the files alone, each against everything before it. Two things may differ: a row's embedding is rounded to eight bits when
+   it is sealed in the background, which can move a score by hundredths of a decibel; and a key may expire in between.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ from biodedup.jobs.kits.outcomes import (
 )
 from biodedup.jobs.kits.record import Record
 from biodedup.jobs.kits.trust import Trusted, TrustedKey, load_trusted
+from biodedup.jobs.shared.known_subject import verify_or_dispute
 from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.values import CAPTURES_MAX, Decision, Encounter, Missing
+from biodedup.values import CAPTURES_MAX, Decision, Encounter, Missing, Verification
 
 _CHUNK_BYTES_MAX = 64 << 20
 _DAY_S = 86_400.0
@@ -125,7 +126,7 @@ def ingest_batches(
 ) -> IngestResult:
     """Takes batch files into a gallery and writes `out` (.parquet or .csv), a row a record, with a summary and an HTML report beside it.
 
-    trusted: a folder of the kits' .pub files, and of the centre's records of them (`kit_trust`). centre: the keys that batches are
+    trusted: a folder of the kits' .pub files, and of the centre's records of them (`trust.py`). centre: the keys that batches are
     encrypted to. allow_unencrypted: take files of version 1, too. A file that cannot be taken is in the result, and stops no other.
     Raises InvalidInput (no trusted keys), GalleryBusy, GalleryDamaged, StorageUnavailable.
     """
@@ -283,7 +284,7 @@ class _Ingest:
         wanted: list[tuple[str, bytes, str]] = []
         for place, record in enumerate(records):
             own = record.encounter.encounter_id or ""
-            with suppress(EncounterConflict):  # an id of somebody else, with other content
+            with suppress(EncounterConflict):  # another encounter's id, with other content
                 if self.engine.recall(record.encounter) is not None:
                     unbound[place] = own
             wanted.append((own, digest_of(record.encounter), bound_id(public.fingerprint, own)))
@@ -301,15 +302,15 @@ class _Ingest:
         self.ledger.take(takers)
 
     def _with_subject(self, encounter: Encounter, outcome: Outcome, told: Callable[[Decision], Outcome]) -> Outcome:
-        """One subject_id in two encounters: a second visit, or another person's id, which somebody has to judge?"""
+        """Of an encounter whose subject_id is enrolled: a second visit of that person, or a case that a person rules on."""
         if outcome.outcome != "subject_exists":
             return outcome
-        try:
-            if self.engine.verify(encounter, encounter.subject_id or "").accepted:
+        match verify_or_dispute(self.engine, encounter, encounter.subject_id or ""):
+            case Verification():
                 return replace(outcome, reason="subject_exists: the same person")
-            return told(self.engine.dispute(encounter))
-        except CallerError:
-            return replace(outcome, reason="subject_exists: cannot be compared")
+            case Decision() as disputed:
+                return told(disputed)
+        return replace(outcome, reason="subject_exists: cannot be compared")
 
 
 def _under(record: Record, name: str) -> Encounter:

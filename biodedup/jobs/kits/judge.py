@@ -1,7 +1,7 @@
-"""What the extractor says of the captures that a kit is to pack, and which of them are no captures at all.
+"""Runs the quality gate on the captures that a kit packs, and finds files that are no captures.
 
-Owns the reading of the files, once, and the memory of verdicts: a folder beside the batch, so that packing again after a recapture extracts
-the recapture alone. Never packs.
+Owns the reading of the files, each once, and the cache of verdicts: a folder beside the batch, so that packing again after a recapture
+extracts the recapture alone. Never packs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from biodedup.gallery.files.private import private_folder, replace_private
 from biodedup.jobs.kits.manifest import Broken, Planned
 from biodedup.jobs.kits.record import RECORD_BYTES_MAX, Record, decode, encode
 from biodedup.jobs.shared.files import read_bounded
+from biodedup.required import keep_better
 from biodedup.values import Capture, Encounter, Face, Finger, Missing, Refusal, Template
 
 PASSED = ""
@@ -66,18 +67,18 @@ class Judge:
         flat = [c for some in todo for c in some]
         results = iter(self._extractor.extract(flat) if self._extractor is not None and flat else ())
         for i, some in zip(fresh, todo, strict=True):
-            mine = [next(results) for _ in some]
-            verdicts = tuple(one if isinstance(one, Refusal) else Refusal(one.column, PASSED) for one in mine)
+            extracted = [next(results) for _ in some]
+            verdicts = tuple(
+                result if isinstance(result, Refusal) else Refusal(result.column, PASSED) for result in extracted
+            )
             best: dict[str, Template] = {}
-            for one in mine:
-                if isinstance(one, Template) and (
-                    one.column not in best or (one.quality or 0) > (best[one.column].quality or 0)
-                ):
-                    best[one.column] = one
+            for result in extracted:
+                if isinstance(result, Template):
+                    keep_better(best, result)
             known[i] = verdicts, best
             if some and not any(
                 verdict.reason in FAILURES for verdict in verdicts
-            ):  # those say nothing of the captures
+            ):  # failures of the program say nothing about the captures
                 remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
                 replace_private(paths[i], encode(remembered))
         for planned, own, judged in zip(chunk, captures, known, strict=True):

@@ -1,7 +1,7 @@
 """Key files: a kit's signing key, and the centre's key to which batches are encrypted.
 
-Owns the key files: making, reading, passphrases. Whom the centre trusts, and with what, is `kit_trust`'s. Never reads a batch file. A
-private key or a passphrase never reaches a log or an error.
+Owns the key files: making, reading, passphrases. `trust.py` owns which keys the centre trusts. Never reads a batch file. A private key or a
+passphrase never reaches a log or an error.
 
 A kit has `NAME.key` (private), `NAME.pub`, which goes to the centre, and `NAME.state.json`, in which its sequence numbers continue. The
 centre has `NAME.key` (private) and `NAME.pub`, which goes to every kit. A key file is JSON around a PEM (PKCS#8) that other tools read; with

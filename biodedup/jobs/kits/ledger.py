@@ -1,7 +1,7 @@
-"""The centre's ledger of field kits: which sequences came, which batch was here before, who brought a record first.
+"""The centre's ledger of field kits: which sequences and batches came, and which file brought a record first.
 
-Owns `kits.sqlite3` in the gallery's folder, mode 600. Never holds biometric data. It is bookkeeping: the gallery's journal is the truth, and
-with the ledger lost nothing is enrolled twice; only the notes of what came when begin anew, and with them the counts of a day and of void
+Owns `kits.sqlite3` in the gallery's folder, mode 600. Never holds biometric data. It is bookkeeping: the gallery's journal is authoritative.
+If the ledger is lost nothing is enrolled twice; the record of what came when begins anew, and with it the counts of a day and of void
 sequences.
 """
 

@@ -1,9 +1,9 @@
-"""The manifest of a field kit's batch: rows of captures into planned records, and what is broken, told row by row.
+"""Reads the manifest of a field kit's batch: rows of captures become planned records, and mistakes are reported by row.
 
-Owns the reading of the table, and which files it may name. Never opens a capture.
+Owns the reading of the table, and which files it may name. `manifests/fields.py` parses the cells. Never opens a capture.
 
-1. A record is everything of one encounter_id or, where rows name none, of one subject_id. A mistake in one row leaves that record
-   out and no other.
+1. A record is everything of one encounter_id or, where rows have none, of one subject_id. A mistake in one row leaves out that record and no
+   other.
 2. A manifest names files below its own folder alone: no absolute path, no `..`, and no symbolic link that leads out.
 """
 
@@ -21,17 +21,15 @@ from biodedup.errors import InvalidInput
 from biodedup.jobs.kits.names import unusable_id
 from biodedup.jobs.manifests.fields import (
     Unusable,
-    dpi_of,
+    capture_of,
+    check_fields,
     groups_of,
     id_of,
-    missing_of,
     moment_of,
-    path_of,
-    position_of,
     subject_of,
 )
 from biodedup.jobs.manifests.tables import TableFile
-from biodedup.values import COLUMNS, Capture, Encounter, Face, Finger, Float32, Missing
+from biodedup.values import COLUMNS, Capture, Encounter, Float32, Missing
 
 _ROWS_MAX, _BYTES_MAX = 1_000_000, 1 << 30
 
@@ -86,8 +84,10 @@ def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], lis
     for number, row in table.rows():
         if number > _ROWS_MAX:
             _check_size(manifest, number)
-        if not row:
-            problem = f"row {number}: the line has another number of fields than the header"
+        try:
+            check_fields(row)
+        except Unusable as error:
+            problem = f"row {number}: {error.refusal.detail}"
             drafts["row", str(number)] = _Draft({"": None}, rows=[number], problems=[problem])
             continue
         subject_id, encounter_id = (_text(row.get(name)) for name in ("subject_id", "encounter_id"))
@@ -103,8 +103,11 @@ def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], lis
             draft.problems.append(f"row {number}: {error}")
     if not drafts:
         raise InvalidInput(f"{manifest} has no rows; write one row a capture")
-    made = [_planned(draft) for draft in drafts.values()]
-    return [one for one in made if isinstance(one, Planned)], [one for one in made if isinstance(one, Broken)]
+    records = [_planned(draft) for draft in drafts.values()]
+    return (
+        [record for record in records if isinstance(record, Planned)],
+        [record for record in records if isinstance(record, Broken)],
+    )
 
 
 def _check_size(manifest: Path, rows: int) -> None:
@@ -124,26 +127,23 @@ def _fill(draft: _Draft, row: Mapping[str, Any], ready: Sequence[str], folder: P
     captured_at = moment_of(row.get("captured_at"))
     if captured_at is not None:
         draft.times.append(captured_at)
-    position, path, dpi = position_of(row.get("position")), path_of(row.get("path")), dpi_of(row.get("dpi"))
-    missing = missing_of(position, row.get("missing"))
+    capture = capture_of(row)
     for column in ready:
         if row[column] is not None:
             cell = row[column]
             if isinstance(cell, bytes) and not is_record(cell):
                 raise InvalidInput(f"{column} holds {len(cell):,} bytes that are no minutiae record; leave it empty")
             draft.templates[column] = cell if isinstance(cell, bytes) else np.asarray(cell, np.float32)
-    if path and missing:
-        raise InvalidInput(f"it has both a path and a reason why {position} is missing; leave one of them empty")
-    if missing:
-        draft.captures["missing", position] = missing, draft.rows[-1]
-    elif path:
+    if isinstance(capture, Missing):
+        draft.captures["missing", capture.position] = capture, draft.rows[-1]
+    elif capture is not None:
+        path = str(capture.source)
         file = _below(folder, path)
         if file.stat().st_size > bytes_max:
             raise InvalidInput(
                 f"{path} has {file.stat().st_size:,} bytes, wanted at most {bytes_max:,}; save it smaller"
             )
-        capture = Face(file) if position == "face" else Finger(file, position, dpi)
-        draft.captures.setdefault((path, position, dpi), (capture, draft.rows[-1]))
+        draft.captures.setdefault((path, capture.position, capture.dpi), (capture.capture(file), draft.rows[-1]))
     elif not any(row[column] is not None for column in ready):
         raise InvalidInput("it has no path; name the capture's file, or say in `missing` why there is none")
 
@@ -176,7 +176,11 @@ def _planned(draft: _Draft) -> Planned | Broken:
         captures = sorted(draft.captures.values(), key=_place)
         try:
             encounter = Encounter(
-                subject_ids[0], [one for one, _ in captures], draft.templates, draft.encounter_id, sorted(draft.groups)
+                subject_ids[0],
+                [capture for capture, _ in captures],
+                draft.templates,
+                draft.encounter_id,
+                sorted(draft.groups),
             )
             return Planned(encounter, min(draft.times, default=None), rows, tuple(row for _, row in captures))
         except InvalidInput as error:

@@ -1,9 +1,9 @@
-"""Under which id the centre knows an encounter of a kit.
+"""The id under which the centre stores an encounter of a kit.
 
 Owns the reserved prefix and the form of these ids. Never looks anything up.
 
-The kit's own encounter_id is bound to its key: `kit:` and 32 digits of the key's fingerprint stand before it. So no kit can occupy an id of
-another kit, nor one that the centre gives out itself.
+The kit's own encounter_id is bound to its key: `kit:` and 32 digits of the key's fingerprint precede it. So no kit can take an id of another
+kit, or one that the centre assigns itself.
 """
 
 from __future__ import annotations

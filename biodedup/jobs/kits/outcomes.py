@@ -1,6 +1,6 @@
-"""What became of the batches and records of field kits: the rows, the table, the page.
+"""The outcomes of batches and records of field kits: the rows, the table, the page.
 
-Owns the words of the result, and the doubts about a kit's clock. Never decides, and never reads a batch file.
+Owns the words of the result, and the checks of a kit's clock. Never decides, and never reads a batch file.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""`kit pack`: what a team captured offline, as one batch file, signed by the kit and encrypted to the centre.
+"""`kit pack`: packs what a team captured offline into one batch file, signed by the kit and encrypted to the centre.
 
-Owns the job from a manifest to the batch file and its report. Bytes are `kit_file`'s, rows of the manifest `kit_manifest`'s, captures
-`kit_judge`'s, sequence numbers `kit_state`'s, comparisons the engine's.
+Owns the job from a manifest to the batch file and its report. `batch_file.py` owns the bytes, `manifest.py` the rows, `judge.py` the captures,
+`state.py` the sequence numbers, and the engine the comparisons.
 
-1. A record keeps its sequence and its encounter_id in whichever batch it is packed again; no two records share one.
-2. The state file is replaced before the batch file appears, so that a kit killed between them gives out the same numbers again.
+1. A record keeps its sequence and its encounter_id when it is packed again into another batch; no two records share one.
+2. The state file is replaced before the batch file appears, so that a kit killed between them assigns the same numbers again.
 3. A batch file is never replaced by one that lacks its records.
 4. Only what the decoders open as an image or a minutiae record is packed, whatever files the manifest names.
 """
@@ -197,7 +197,7 @@ class _Packing:
             writer = BatchWriter(file, self._kit, centre)
             for low in range(0, len(planned), self._config.batch_size):
                 searched = self._added(writer, judge.judged(planned[low : low + self._config.batch_size]))
-                unsearched += _admit(engine, searched)
+                unsearched += _import(engine, searched)
                 progress("packing", len(self._records), len(planned))
             void = self._void(before)
             writer.finish(void)
@@ -284,14 +284,14 @@ def _content(
     return replace(planned.encounter, captures=[*images, *missing], templates=given)
 
 
-def _admit(engine: Engine, encounters: Sequence[Encounter]) -> int:
+def _import(engine: Engine, encounters: Sequence[Encounter]) -> int:
     """Adds records to the working gallery; returns how many it could not take."""
     try:
-        return sum(decision.outcome == "refused" for decision in engine.admit(encounters))
+        return sum(decision.outcome == "refused" for decision in engine.import_captures(encounters))
     except CallerError:
         if len(encounters) < 2:
             return len(encounters)
-        return sum(_admit(engine, [one]) for one in encounters)
+        return sum(_import(engine, [one]) for one in encounters)
 
 
 def _doubles(

@@ -1,10 +1,10 @@
-"""One record of a batch file: an encounter on its way, as one row of an Arrow IPC stream.
+"""One record of a batch file: an encounter as one row of an Arrow IPC stream.
 
-Owns the columns of a record, and the limits of what one may hold. Never signs or encrypts, and never reads a batch file.
+Owns the columns of a record, and the limits of its content. Never signs or encrypts, and never reads a batch file.
 
-1. The same record makes the same bytes.
-2. What is decoded takes at most a few times the memory of its bytes, whatever they say of themselves: one row, no compression, and
-   counts and texts within limits.
+1. The same record gives the same bytes.
+2. Decoding takes at most a few times the memory of the bytes, whatever they claim: one row, no compression, and counts and texts within
+   limits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a kit remembers: the sequence numbers that it gave out, and what its batch files hold.
+"""The state of a kit: the sequence numbers that it assigned, and what its batch files hold.
 
 Owns `NAME.state.json` beside the kit's key, and `batches.json` in the working folder of a batch file. A batch file is encrypted to the
-centre, so that the kit cannot read it again: what is in it is noted beside it, by the SHA-256 of the file.
+centre, so the kit cannot read it again: its content is noted beside it, by the SHA-256 of the file.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Captures on disk: a folder of images, or a manifest with a row a capture.
+"""Reads captures from disk: a folder of images, or a manifest with one row a capture.
 
-Owns what such a source may look like, what of it is left out and told, and the mark by which a job knows that files changed. Never
-decodes an image.
+Owns the form of such a source, the report of what was left out, and the mark by which a job sees that files changed. Never decodes an image.
 
-1. Nothing is left out without a word: files that are no images are counted by their suffix, rows that cannot be used are named by their
-   number.
-2. One bad cell costs its row, and one odd file name nothing.
+1. Everything left out is reported: files that are no images are counted by their suffix, rows that cannot be used are named by their number.
+2. One bad cell costs its row; an odd file name costs nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from biodedup.errors import InvalidInput
-from biodedup.jobs.manifests.fields import Unusable, dpi_of, id_of, path_of, position_of, subject_of
+from biodedup.jobs.manifests.fields import CaptureCell, Unusable, capture_of, check_fields, id_of, subject_of
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.texts import shown, writable
 from biodedup.values import Capture, Face, Finger, Refusal
@@ -32,7 +30,7 @@ IMAGE_SUFFIXES = frozenset(
     )
 )  # fmt: skip
 RESERVED = ("subject_id", "path", "position", "dpi", "encounter_id")
-"""Columns of a manifest that have a meaning; whatever else it holds describes the subject or the capture."""
+"""Columns of a manifest that have a meaning; all others describe the subject or the capture."""
 
 _APPLE_DOUBLE, _NO_SUFFIX = "._*", "no suffix"
 _MAGIC = (
@@ -44,7 +42,7 @@ _ROWS_NAMED_MAX = 1000
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """A row of a manifest that cannot be used. subject_id: None where the row has no usable one."""
+    """A row of a manifest that cannot be used. subject_id: None where it has no usable id."""
 
     number: int
     subject_id: str | None
@@ -57,7 +55,7 @@ class RefusedRow:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a job did not look at. files: suffix -> how many."""
+    """Files and rows that a job left out. files: suffix -> number of files."""
 
     files: Mapping[str, int] = field(default_factory=dict)
     rows: tuple[RefusedRow, ...] = ()
@@ -66,7 +64,7 @@ class LeftOut:
         return bool(self.files or self.rows)
 
     def sentences(self, rows_max: int = 20) -> list[str]:
-        """As a person is told."""
+        """The sentences of a report."""
         told = [row.sentence for row in self.rows[:rows_max]]
         if len(self.rows) > rows_max:
             told.append(f"... and {len(self.rows) - rows_max:,} rows more")
@@ -77,7 +75,7 @@ class LeftOut:
         return told
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; of very many rows the first ones."""
+        """JSON-ready; names at most the first 1,000 rows."""
         rows = [
             {"row": r.number, "subject_id": r.subject_id, "reason": r.refusal.reason, "detail": r.refusal.detail}
             for r in self.rows[:_ROWS_NAMED_MAX]
@@ -87,13 +85,13 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Row:
-    """One capture of a manifest. besides: its further columns, as they are there."""
+    """One capture of a manifest. other_columns: name -> cell of columns without a meaning here."""
 
     number: int
     subject_id: str
     capture: Face | Finger
     encounter_id: str | None = None
-    besides: dict[str, Any] = field(default_factory=dict)
+    other_columns: dict[str, Any] = field(default_factory=dict)
 
 
 # folders ------------------------------------------------------------------------------------------------------------
@@ -106,7 +104,7 @@ def images_of(folder: Path) -> tuple[dict[str, Path], LeftOut]:
     left_out: Counter[str] = Counter()
     for path in _files(folder, left_out):
         suffix = path.suffix.lower()
-        if path.name.startswith("._"):  # what macOS leaves beside each file on a stick
+        if path.name.startswith("._"):  # macOS writes one beside each file on a memory stick
             left_out[_APPLE_DOUBLE] += 1
         elif suffix in IMAGE_SUFFIXES or (not suffix and is_image(path)):
             relative = path.relative_to(folder)
@@ -170,8 +168,7 @@ def read_rows(manifest: Path) -> tuple[list[Row], LeftOut]:
     for number, cells in table.rows():
         subject_id = None
         try:
-            if not cells:
-                raise Unusable("malformed_row", "the line has another number of fields than the header")
+            check_fields(cells)
             subject_id = subject_of(cells)
             rows.append(_row(number, subject_id, cells, manifest.parent))
         except Unusable as error:
@@ -180,17 +177,16 @@ def read_rows(manifest: Path) -> tuple[list[Row], LeftOut]:
 
 
 def _row(number: int, subject_id: str, cells: Mapping[str, Any], folder: Path) -> Row:
-    path = path_of(cells["path"])
-    if path is None:
+    cell = capture_of(cells)
+    if not isinstance(cell, CaptureCell) or not isinstance(cell.source, str):
         raise Unusable("no_capture", "the row names no path")
-    position, dpi = position_of(cells.get("position")), dpi_of(cells.get("dpi"))
-    capture = Face(folder / path) if position == "face" else Finger(folder / path, position, dpi)
-    besides = {name: value for name, value in cells.items() if name not in RESERVED}
-    return Row(number, subject_id, capture, id_of(cells, "encounter_id"), besides)
+    capture = cell.capture(folder / cell.source)
+    other_columns = {name: value for name, value in cells.items() if name not in RESERVED}
+    return Row(number, subject_id, capture, id_of(cells, "encounter_id"), other_columns)
 
 
 def mark_of(name: str, captures: Sequence[Capture]) -> str:
-    """Changes when the size or time of a file does, so that a resumed job knows what is done already."""
+    """A digest that changes with the size or time of a file, so that a resumed job knows what is done."""
     digest = hashlib.sha256(name.encode())
     for capture in captures:
         assert isinstance(capture, (Face, Finger)) and isinstance(capture.data, Path), "units are made of files"

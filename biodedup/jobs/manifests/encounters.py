@@ -1,12 +1,12 @@
-"""The manifest of a bulk enrolment: encounters from a Parquet or CSV table, one by one, in bounded memory.
+"""Reads the manifest of a bulk enrolment: encounters from a Parquet or CSV table, one by one, in bounded memory.
 
-Owns the two shapes of the table, the validation of each record, and the reading of what its cells point to. Never extracts or decides.
+Owns the two forms of the table, the validation of each record, and the reading of the files it names. Never extracts or decides.
 
-1. Whatever a row holds, it becomes a record: one that cannot be used carries its refusal. Only what is no such table raises.
+1. Every row becomes a record; one that cannot be used carries its refusal. Only a file that is no such table raises.
 2. The same manifest and files give the same records with the same digests.
 
-A table has a row a capture (`path` or `image`, with `position` and `dpi`) or a row an encounter (`face`, `right_index`, ...: a path,
-an image's or a minutiae record's bytes, or an embedding). Columns that are neither are metadata.
+A table has one row a capture (`path` or `image`, with `position` and `dpi`) or one row an encounter (`face`, `right_index`, ...: a path, the
+bytes of an image or a minutiae record, or an embedding). All other columns are metadata.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.fields import (
     GROUP_COLUMNS,
     Unusable,
+    capture_of,
+    check_fields,
     dpi_of,
     groups_of,
     id_of,
-    missing_of,
     moment_of,
     path_of,
     position_of,
+    subject_of,
 )
 from biodedup.jobs.manifests.tables import Row, TableFile
 from biodedup.texts import KnownId
@@ -46,7 +48,7 @@ _CAPTURE_COLUMNS = ("path", "image", "position", "dpi", "missing")
 
 @dataclass(frozen=True)
 class Cell:
-    """One capture as the table has it: a path, an image's or record's content, or an embedding."""
+    """One capture of the table: a path, the content of an image or a minutiae record, or an embedding."""
 
     column: str
     source: str | bytes | list[float] = field(repr=False)
@@ -55,7 +57,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Record:
-    """One encounter of a manifest. row: its first. encounter_id: None where the table states none. problem: why it cannot be used."""
+    """One encounter of a manifest. row: its first row. encounter_id: None where the table has none. problem: why it cannot be used."""
 
     row: int
     subject_id: str | None = None
@@ -70,9 +72,9 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What a record's cells point to, read. digest: SHA-256 of all that matters to a decision.
+    """The content of a record's cells. digest: SHA-256 of everything that matters to a decision.
 
-    late: a file is absent or cannot be read, and may come. Then nothing else of the record is kept: it is not decided without the file.
+    late: a file is absent or unreadable, and may come later. Then nothing else is kept: the record is not decided without the file.
     """
 
     captures: tuple[Face | Finger, ...]
@@ -85,7 +87,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Survey:
-    """A first look: how many records, and the hashes of names that several of them have."""
+    """The number of records, and the hashes of names that several records share."""
 
     count: int
     repeated: frozenset[int]
@@ -189,8 +191,7 @@ class Manifest:
         number, cells = rows[0]
         metadata = {name: cells.get(name) for name in self.metadata.names}
         try:
-            if not cells:
-                raise Unusable("malformed_row", "the line has another number of fields than the header")
+            check_fields(cells)
             subject_id = id_of(cells, "subject_id")
             encounter_id = id_of(cells, "encounter_id")
             record = Record(
@@ -199,8 +200,7 @@ class Manifest:
         except Unusable as error:
             return Record(number, metadata=metadata, problem=error.refusal)
         try:
-            if subject_id is None:
-                raise Unusable("no_subject_id", "the cell is empty")
+            subject_id = subject_of(cells)
             groups = groups_of(row for _, row in rows)
             found = [self._capture(row) for _, row in rows] if self.by_capture else list(self._cells(cells))
             if not found:
@@ -231,16 +231,14 @@ class Manifest:
 
     def _capture(self, row: Mapping[str, Any]) -> Cell | Missing:
         """The capture of a row, in the shape of a row a capture."""
-        position = position_of(row.get("position"))
-        image, path = row.get("image"), path_of(row.get("path"))
-        if image in (None, b"", "") and path is None:
-            missing = missing_of(position, row.get("missing"))
-            if missing is None:
-                raise Unusable("no_capture", f"{position}: neither a path nor a reason why it is missing")
-            return missing
-        if image not in (None, b"", "") and not isinstance(image, bytes):
-            raise Unusable("wrong_type", f"image is of type {type(image).__name__}, wanted bytes")
-        return Cell(position, image or path or "", dpi_of(row.get("dpi")))
+        capture = capture_of(row, images=True)
+        if capture is None:
+            raise Unusable(
+                "no_capture", f"{position_of(row.get('position'))}: neither a path nor a reason why it is missing"
+            )
+        if isinstance(capture, Missing):
+            return capture
+        return Cell(capture.position, capture.source, capture.dpi)
 
     def _cells(self, cells: Mapping[str, Any]) -> Iterator[Cell]:
         """The captures of a row, in the shape of a row an encounter."""
@@ -284,12 +282,12 @@ class Manifest:
 
 
 def name_hash(name: str) -> int:
-    """64 bits of a name, by which repetitions are suspected; equal names have equal ones."""
+    """A 64-bit hash of a name, to find candidates for repetition."""
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
 
 
 def name_of(record: Record) -> str:
-    """What a record is known by before its content is read: its encounter_id, or else its subject."""
+    """The name of a record before its content is read: its encounter_id, or else its subject."""
     return record.encounter_id or f"\0{record.subject_id}"
 
 

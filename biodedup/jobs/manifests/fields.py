@@ -1,21 +1,25 @@
-"""What a cell of a table means: ids, positions of fingers, resolution, groups, times.
+"""Parses the cells of a manifest: ids, finger positions, resolution, times, groups, paths and column names.
 
-Owns the words that are understood, one parser for the tables of all jobs. Never opens a file.
+Every reader of a table takes the meaning of a cell from here, so that one row means the same in all jobs. Never opens a file.
 
-1. Ids are text, letter by letter as they are written: never a number, a truth value or "nothing" (`0012`, `1e5`, `NA`, `true`).
-2. A cell that cannot be used raises `Unusable`, with a reason of `jobs/outcomes.py` and a detail that names the column; what it costs
-   (a row, an encounter) is for the job to say.
+1. Ids are text and keep every letter: `0012`, `1e5`, `NA` and `true` are ids. A typed table's whole number is the id of its digits. An id
+   that a spreadsheet rounded (`3.17E+15`) is refused, because several people would share it.
+2. A cell that cannot be used raises `Unusable`, with a reason of `enrolment/outcomes.py` and a detail that names the column. The job decides
+   what that costs: a row or an encounter.
+3. `ids_of` gives a whole Arrow column the meaning that `id_of` gives one cell.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from math import isfinite
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -24,6 +28,8 @@ from biodedup.texts import ID_LENGTH_MAX, id_problem_kind, shown
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
+    CaptureData,
+    Face,
     Finger,
     Missing,
     Refusal,
@@ -40,26 +46,78 @@ KNOWN = (
 """Columns that have a meaning in some job."""
 
 UNREADABLE = "\ufffd"
-"""What stands in a text where bytes were no UTF-8."""
+"""Replaces bytes that are not UTF-8 (U+FFFD, the replacement character)."""
 
 _PATH_LENGTH_MAX = 4_096
 _CODE = re.compile(r"(?:(?:finger|fgp)[\s_-]*)?0*([0-9]{1,2})(?:\.0+)?", re.IGNORECASE)
 _DPI = re.compile(r"(\d+(?:[.,]\d*)?)\s*(?:dpi|ppi)?", re.IGNORECASE)
+_ROUNDED = r"^[0-9]+([.,][0-9]+)?E\+[0-9]+$"
+_WAS_ROUNDED = "was rounded by a spreadsheet; format the column as text"
 
 
 class Unusable(Exception):
-    """Why a cell, and with it a row or an encounter, is refused before anything of it is read."""
+    """A cell cannot be used. refusal: why; its row or encounter is refused with it."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason)
         self.refusal = Refusal("encounter", reason, detail)
 
 
-def column_name(written: str) -> str:
-    """A known column's own name, however it is capitalised and spaced (`Subject ID`, `right-index`); another one as it is written."""
+@dataclass(frozen=True)
+class CaptureCell:
+    """The capture of a row. source: a path, or the content of an image or a minutiae record; position: `face` or a finger's."""
+
+    position: str
+    source: str | bytes
+    dpi: float | None
+
+    def capture(self, data: CaptureData) -> Face | Finger:
+        """data: what the source points to."""
+        return Face(data) if self.position == "face" else Finger(data, self.position, self.dpi)
+
+
+# rows ---------------------------------------------------------------------------------------------------------------
+
+
+def check_fields(cells: Mapping[str, Any]) -> None:
+    """Raises Unusable for a line that does not fit the table, which a reader gives as a row without cells."""
+    if not cells:
+        raise Unusable("malformed_row", "the line has another number of fields than the header")
+
+
+def subject_of(cells: Mapping[str, Any]) -> str:
+    """The subject_id of a row that must have one. Raises Unusable."""
+    subject_id = id_of(cells, "subject_id")
+    if subject_id is None:
+        raise Unusable("no_subject_id", "the cell is empty")
+    return subject_id
+
+
+def capture_of(cells: Mapping[str, Any], *, images: bool = False) -> CaptureCell | Missing | None:
+    """The capture of a row, from its columns path, position and dpi; or the reason in `missing` why there is none; or None where the row
+    names neither. images: the column image may hold the content itself. Raises Unusable."""
+    position, path, dpi = position_of(cells.get("position")), path_of(cells.get("path")), dpi_of(cells.get("dpi"))
+    missing = missing_of(position, cells.get("missing"))
+    image = (cells.get("image") or None) if images else None
+    if image is not None and not isinstance(image, bytes):
+        raise Unusable("wrong_type", f"image is of type {type(image).__name__}, wanted bytes")
+    source = image or path
+    if source and missing:
+        raise Unusable(
+            "invalid_input",
+            f"it has both {'a path' if path else 'an image'} and a reason why {position} is missing; leave one of them empty",
+        )
+    return CaptureCell(position, source, dpi) if source else missing
+
+
+def column_name(written: str, known: Collection[str] = KNOWN) -> str:
+    """The name of a known column, in any capitals and spacing (`Subject ID`, `right-index`); any other name without spaces around it."""
     name = written.strip().removeprefix("\ufeff").strip()
     folded = re.sub(r"[\s_-]+", "_", name).lower()
-    return folded if folded in KNOWN else name
+    return folded if folded in known else name
+
+
+# cells --------------------------------------------------------------------------------------------------------------
 
 
 def text_of(cell: Any, column: str) -> str | None:
@@ -76,9 +134,11 @@ def text_of(cell: Any, column: str) -> str | None:
 
 
 def id_of(cells: Mapping[str, Any], column: str) -> str | None:
-    """A usable id, or None where there is none."""
+    """A usable id, or None where the cell is empty."""
     text = text_of(cells.get(column), column)
     if text is not None:
+        if re.fullmatch(_ROUNDED, text):
+            raise Unusable("unusable_id", f"{column} {_WAS_ROUNDED}")
         try:
             check_encounter_id(text) if column == "encounter_id" else check_id(text, column)
         except InvalidInput as error:
@@ -86,26 +146,52 @@ def id_of(cells: Mapping[str, Any], column: str) -> str | None:
     return text
 
 
-def id_problems(cells: Any) -> NDArray[np.object_]:
-    """object (n,): why each text of an Arrow array is no id, '' where it is one; of a null, that it is empty."""
-    length = pc.utf8_length(cells)
+def ids_of(cells: Any, column: str) -> tuple[Any, NDArray[np.object_]]:
+    """(an Arrow array of strings; object (n,): why each is not a usable id, '' where it is one).
+
+    cells: an Arrow array of strings or whole numbers. Raises InvalidInput for another type.
+    """
+    kind = cells.type
+    if pa.types.is_dictionary(kind):
+        cells = cells.dictionary_decode()
+        kind = cells.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (is_text or pa.types.is_integer(kind)):
+        raise InvalidInput(f"column {column} is of type {kind}; wanted strings")
+    texts = utf8_of(cells.cast(pa.string()))
+    problems = _id_problems(texts)
+    wrong = np.flatnonzero(problems != "")
+    problems[wrong] = [f"{column} is not usable: it {problem}" for problem in problems[wrong]]
+    problems[_mask(pc.match_substring_regex(texts, _ROUNDED))] = f"{column} {_WAS_ROUNDED}"
+    problems[_mask(pc.match_substring(texts, UNREADABLE))] = f"{column} is not UTF-8 text"
+    return texts, problems
+
+
+def utf8_of(texts: Any) -> Any:
+    """An Arrow array of strings in which bytes that are not UTF-8 are replaced by `UNREADABLE`."""
+    try:
+        return texts.cast(pa.binary()).cast(pa.string())
+    except pa.ArrowInvalid:
+        contents = texts.cast(pa.binary()).to_pylist()
+        return pa.array([None if c is None else c.decode("utf-8", "replace") for c in contents], pa.string())
+
+
+def _id_problems(texts: Any) -> NDArray[np.object_]:
+    """object (n,): why each text of an Arrow array is no id, '' where it is one. A null is an empty id."""
+    length = pc.utf8_length(texts)
     plain = pc.and_(
-        pc.and_(pc.string_is_ascii(cells), pc.utf8_is_printable(cells)), pc.less_equal(length, ID_LENGTH_MAX)
+        pc.and_(pc.string_is_ascii(texts), pc.utf8_is_printable(texts)), pc.less_equal(length, ID_LENGTH_MAX)
     )
-    trimmed = pc.and_(pc.equal(pc.ascii_trim_whitespace(cells), cells), pc.greater(length, 0))
-    usable = pc.fill_null(pc.and_(plain, trimmed), False).to_numpy(zero_copy_only=False)
-    problems = np.full(len(cells), "", object)
-    for i in np.flatnonzero(~usable).tolist():
-        problems[i] = id_problem_kind(cells[i].as_py() or "")
+    trimmed = pc.and_(pc.equal(pc.ascii_trim_whitespace(texts), texts), pc.greater(length, 0))
+    problems = np.full(len(texts), "", object)
+    for i in np.flatnonzero(~_mask(pc.and_(plain, trimmed))).tolist():
+        problems[i] = id_problem_kind(texts[i].as_py() or "")
     return problems
 
 
-def subject_of(cells: Mapping[str, Any]) -> str:
-    """The subject_id of a row that has to have one."""
-    subject_id = id_of(cells, "subject_id")
-    if subject_id is None:
-        raise Unusable("no_subject_id", "the cell is empty")
-    return subject_id
+def _mask(cells: Any) -> NDArray[np.bool_]:
+    """bool (n,); False for a null."""
+    return np.asarray(pc.fill_null(cells, False).to_numpy(zero_copy_only=False), bool)
 
 
 def path_of(cell: Any, column: str = "path") -> str | None:
@@ -157,7 +243,7 @@ def dpi_of(cell: Any) -> float | None:
 
 
 def missing_of(position: str, cell: Any) -> Missing | None:
-    """Why a capture cannot be had; None where the cell is empty."""
+    """The stated reason why there is no capture at a position; None where the cell is empty."""
     reason = text_of(cell, "missing")
     try:
         return None if reason is None else Missing(position, reason)
@@ -186,8 +272,8 @@ def split_groups(cell: Any, column: str = "groups") -> list[str]:
 
 
 def moment_of(cell: Any) -> float | None:
-    """Seconds since 1970 of a time, a date, a number, or a text: ISO 8601, or seconds. UTC where no zone is said. None where it is nothing
-    of the kind: a clock's word never keeps a record out."""
+    """Seconds since 1970 of a time, a date, a number, or a text: ISO 8601, or seconds. UTC where no zone is stated. None where it is no time:
+    a wrong clock never keeps a record out."""
     try:
         if isinstance(cell, str):
             try:
@@ -204,7 +290,7 @@ def moment_of(cell: Any) -> float | None:
 
 
 def _quoted(cell: Any) -> str:
-    """A cell for an error text; never more than a glance of it."""
+    """A cell for an error text, at most 40 characters of it."""
     if not isinstance(cell, (str, int, float)):
         return type(cell).__name__
     text = shown(cell)
@@ -212,7 +298,7 @@ def _quoted(cell: Any) -> str:
 
 
 def _folded(text: str) -> str:
-    """The letters of a position's name, in the order hand, finger."""
+    """The letters of a position's name, hand first and finger second."""
     words = [word for word in re.split(r"[\s_,-]+", text.casefold()) if word not in ("", "finger", "hand")]
     joined = "".join(words).removesuffix("finger")
     for hand in ("right", "left"):

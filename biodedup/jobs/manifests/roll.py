@@ -1,10 +1,10 @@
-"""Reading a roll: a list of subjects, or of captures of people whose ids are not known, as an office keeps it.
+"""Reads a roll: an office's list of subjects, or of captures of people whose ids are not known.
 
-Owns what a usable line is. Never looks into a gallery.
+Owns which lines can be used; `fields.py` parses the cells. Never looks into a gallery.
 
-1. Everything is read as text, so that ids keep their leading zeros. Spaces around a value do not count.
-2. A line that cannot be used is refused with its number and the reason; only a file that makes no sense as a whole is an error.
-3. Lines are numbered as a spreadsheet numbers them: the header of a CSV file is line 1. Rows of a Parquet file count from 1.
+1. Everything is read as text, so that ids keep their leading zeros. In CSV, spaces around a value do not count.
+2. A line that cannot be used is refused with its number and the reason; only a file that is no roll at all raises.
+3. Lines are numbered as in a spreadsheet: the header of a CSV file is line 1. Rows of a Parquet file count from 1.
 """
 
 from __future__ import annotations
@@ -22,12 +22,19 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput
-from biodedup.jobs.manifests.fields import Unusable, column_name, dpi_of, id_problems, position_of
+from biodedup.jobs.manifests.fields import (
+    UNREADABLE,
+    Unusable,
+    column_name,
+    dpi_of,
+    ids_of,
+    path_of,
+    position_of,
+    utf8_of,
+)
 from biodedup.jobs.shared.spreadsheet import rearmed_cells
 
 KNOWN = ("subject_id", "path", "district", "position", "dpi", "entry")
-_ROUNDED = r"^[0-9]+([.,][0-9]+)?[eE]\+?[0-9]+$"
-
 
 _Found: TypeAlias = tuple[dict[str, Any], NDArray[np.int64], list[tuple[int, str, str]]]
 """column -> values; the number of each line; what was refused already."""
@@ -55,7 +62,7 @@ class Roll:
 def read_roll(path: Path) -> Roll:
     """A CSV file (comma, semicolon or tab; UTF-8) or a Parquet file with the column subject_id, or with path. Raises InvalidInput."""
     try:
-        found, lines, refused = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+        found, lines, refused = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist; name a CSV or Parquet file") from None
     except (pa.ArrowException, OSError) as error:
@@ -65,7 +72,7 @@ def read_roll(path: Path) -> Roll:
     reasons = np.full(len(lines), "", object)
     columns: dict[str, Any] = {}
     for name, values in zip(_named(list(found), path), found.values(), strict=True):
-        columns[name], unreadable = _texts(values, rearm=path.suffix != ".parquet")
+        columns[name], unreadable = _texts(values, csv_file=path.suffix.lower() != ".parquet")
         reasons[unreadable] = f"{name} is not UTF-8 text"
     with_districts = "district" in columns
     for reason, wrong in _checks(columns):
@@ -94,7 +101,7 @@ def _read_parquet(path: Path) -> _Found:
             raise InvalidInput(f"{path}: column {name} is of type {kind}; wanted strings")
         if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             continue  # nothing that an office would read
-        columns[name] = pc.fill_null(cells.cast(pa.string()), "")
+        columns[name] = pc.fill_null(utf8_of(cells.cast(pa.string())), "")
     return columns, np.arange(1, len(table) + 1), []
 
 
@@ -135,7 +142,7 @@ def _header(first: str, path: Path) -> tuple[list[str], str]:
 
 def _named(found: Sequence[str], path: Path) -> list[str]:
     """Known columns under their own names, however they are capitalised."""
-    names = [name if (name := column_name(n)) in KNOWN else n.strip() for n in found]
+    names = [column_name(name, KNOWN) for name in found]
     _once(names, path)
     if not {"subject_id", "path"} & set(names):
         raise InvalidInput(f"{path} has the columns {names}; wanted subject_id, or path for captures")
@@ -148,16 +155,14 @@ def _once(names: list[str], path: Path) -> list[str]:
     return names
 
 
-def _texts(values: Any, *, rearm: bool) -> tuple[Any, NDArray[np.bool_]]:
-    """(texts without spaces around them, bool (n,): which are none)."""
-    unreadable = np.zeros(len(values), bool)
+def _texts(values: Any, *, csv_file: bool) -> tuple[Any, NDArray[np.bool_]]:
+    """(texts, those of a CSV file without spaces around them; bool (n,): which are not UTF-8)."""
     try:
         cells = pa.array(values, pa.string())
-    except UnicodeEncodeError:  # bytes that are no UTF-8, somewhere
-        unreadable[:] = [not _is_text(value) for value in values]
-        cells = pa.array([value if _is_text(value) else "\ufffd" for value in values], pa.string())
-    cells = pc.utf8_trim_whitespace(cells)
-    return rearmed_cells(cells) if rearm else cells, unreadable
+    except UnicodeEncodeError:  # some bytes are not UTF-8
+        cells = pa.array([value if _is_text(value) else UNREADABLE for value in values], pa.string())
+    unreadable = _mask(pc.match_substring(cells, UNREADABLE))
+    return rearmed_cells(pc.utf8_trim_whitespace(cells)) if csv_file else cells, unreadable
 
 
 def _parsed(cells: Any, parse: Callable[[str], Any]) -> tuple[Any, NDArray[np.bool_]]:
@@ -182,13 +187,10 @@ def _checks(columns: dict[str, Any]) -> list[tuple[str, NDArray[np.bool_]]]:
     cells = columns[name]
     checks = [(f"{name} is empty", _mask(pc.equal(cells, "")))]
     if name == "subject_id":
-        problems = id_problems(cells)
-        for problem in sorted({str(problem) for problem in problems} - {"", "is empty"}):
-            checks.append((f"subject_id is not usable: it {problem}", problems == problem))
-        rounded = _mask(pc.match_substring_regex(cells, _ROUNDED))
-        checks.append(("subject_id was rounded by a spreadsheet; format the column as text", rounded))
-        return checks
+        _, problems = ids_of(cells, name)
+        return checks + [(problem, problems == problem) for problem in sorted({*problems} - {""})]
     parsers: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+        ("path", path_of, "path is no path of a file"),
         ("position", position_of, "position is not known"),
         ("dpi", dpi_of, "dpi is not a number from 72 to 4000"),
     )

@@ -1,11 +1,10 @@
-"""Tables that people send, CSV or Parquet, row by row in bounded memory.
+"""Reads CSV and Parquet tables row by row, in bounded memory.
 
-Owns the reading: encoding, what separates the columns, the columns' names, lines that do not fit. Never says what a cell means
-(`jobs/fields.py`).
+Owns encoding, delimiter, column names, and lines that do not fit. Never says what a cell means (`fields.py`).
 
-1. Cells of CSV are text without the spaces around it, an empty one None; nothing is taken for a number. Bytes that are no UTF-8 become
-   `fields.UNREADABLE` in that cell alone.
-2. A line that does not fit comes out as a row without cells. Only what is no table at all raises InvalidInput.
+1. Cells of CSV are text without the spaces around it; an empty cell is None; nothing is converted to a number. Bytes that are not UTF-8
+   become `fields.UNREADABLE` in that cell alone.
+2. A line that does not fit comes out as a row without cells. Only a file that is no table raises InvalidInput.
 3. Rows are numbered from 1, without the header.
 """
 

@@ -1,16 +1,16 @@
-"""A merge brought into a central gallery, and taken back.
+"""Applies a merge to a central gallery, and undoes it.
 
-Owns the order of the steps and the log that an undo needs (`GALLERY/merges/ID.parquet`). Never decides who is one person.
+Owns the order of the steps and the log that an undo needs (`GALLERY/merges/ID.parquet`). Never decides which records are one person.
 
     log -> begun -> additions, a part at a time -> completions, a batch at a time -> removals -> applied
     undo: restore, a batch at a time -> withdraw additions -> undone
 
-1. Every step is one durable transaction that is noted in the gallery, so that what was killed goes on, and nothing is done twice.
-2. The log is on the disk before anything changes: complete templates of the central gallery's subjects that will be removed or
-   completed, and from whom a survivor gets what.
+1. Every step is one durable transaction that is noted in the gallery, so that a killed run resumes, and nothing is done twice.
+2. The log is on disk before anything changes: complete templates of the central gallery's subjects that will be removed or completed, and
+   the source of each template that a survivor takes over.
 3. At no time is a person in the gallery under no id: additions come before removals, restorations before withdrawals.
-4. A survivor keeps its templates. It gets those that it lacks, and the groups, of the records that it stands for.
-5. A row is what tells whether a subject is as a merge has left it. An undo enrols anew, under other rows, and notes whose they are.
+4. A survivor keeps its templates. From the records that it absorbs it takes over the templates that it lacks, and their groups.
+5. Rows tell whether a subject is as a merge left it. An undo enrols anew, under other rows, and notes their subjects.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.jobs.merging.model import AbsorbedRecord, Member
 from biodedup.jobs.merging.registers import Origins, step_of
-from biodedup.jobs.merging.survivors import Folded, Member
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import EnrolledEncounter, Template
 
@@ -138,17 +138,17 @@ def apply_merge(
     merge_id: str,
     staged: Snapshot,
     registers: Sequence[dict[str, Any]],
-    folded: Sequence[Folded],
+    absorbed: Sequence[AbsorbedRecord],
     config: Config,
     storage: Storage,
     *,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     progress: Progress = silent,
 ) -> Applied:
-    """Adds everybody of the districts but those who are folded, completes survivors, and removes the folded ones of the central
+    """Adds all subjects of the districts except absorbed ones, completes survivors, and removes the absorbed ones of the central
     gallery.
 
-    registers: `Register.key` of each; folded: records that do not stay, those of one survivor side by side. Both count only when it
+    registers: `Register.key` of each; absorbed: records that do not stay, those of one survivor side by side. Both count only when it
     begins; interrupted, it goes on with the log. Raises InvalidInput where the gallery has changed since it was compared.
     """
     target = _opened(folder, storage, config, new_id)
@@ -158,7 +158,7 @@ def apply_merge(
         if not begun(target.snapshot(), merge_id):
             refuse_unfinished(folder, target.snapshot(), storage)
             _refuse_changed(folder, target, registers)
-            _write_log(log, _logged(target.snapshot(), staged, folded), storage)
+            _write_log(log, _logged(target.snapshot(), staged, absorbed), storage)
             record(target, f"{name}:begun")
         progress("applying", 0, staged.live_count)
         ids: dict[str, list[str]] = {"removed": [], "left_out": [], "completed": []}
@@ -238,12 +238,12 @@ def _to_be_added(
 ) -> Callable[[Part], NDArray[np.bool_]]:
     origins = Origins(staged, [step_of(one) for one in registers])
     central = [owner for owner, one in enumerate(registers) if one["central"]]
-    folded = np.sort(staged.all_rows_of(pack_text(left_out))[1])
+    absorbed = np.sort(staged.all_rows_of(pack_text(left_out))[1])
 
     def keep(part: Part) -> NDArray[np.bool_]:
         rows = part.rows(np.arange(part.count))
         owners, _ = origins.of(rows)
-        return ~np.isin(owners, central) & ~np.isin(rows, folded)
+        return ~np.isin(owners, central) & ~np.isin(rows, absorbed)
 
     return keep
 
@@ -251,26 +251,26 @@ def _to_be_added(
 # the log --------------------------------------------------------------------------------------------------------------
 
 
-def _logged(before: Snapshot, staged: Snapshot, folded: Sequence[Folded]) -> Iterator[Any]:
+def _logged(before: Snapshot, staged: Snapshot, absorbed: Sequence[AbsorbedRecord]) -> Iterator[Any]:
     """Record batches of LOG_SCHEMA."""
-    clusters = [list(some) for _, some in groupby(folded, lambda one: one.stays.subject_id)]
+    clusters = [list(some) for _, some in groupby(absorbed, lambda one: one.survivor.subject_id)]
     for low in range(0, len(clusters), _BATCH_ROWS):
         some = clusters[low : low + _BATCH_ROWS]
-        members = [member for cluster in some for member in (cluster[0].stays, *(one.member for one in cluster))]
+        members = [member for cluster in some for member in (cluster[0].survivor, *(one.member for one in cluster))]
         entry_of = _entries(before, [member for member in members if member.central])
         entry_of |= _entries(staged, [member for member in members if not member.central])
         entries: list[dict[str, Any]] = []
         for cluster in some:
-            stays, joins = entry_of[cluster[0].stays.subject_id], set[str]()
+            survivor, joins = entry_of[cluster[0].survivor.subject_id], set[str]()
             for one in cluster:
                 entry = entry_of[one.member.subject_id]
                 action = "removed" if one.member.central else "left_out"
-                entries.append(entry | {"action": action, "survivor": stays["subject_id"]})
+                entries.append(entry | {"action": action, "survivor": survivor["subject_id"]})
                 joins.update(entry["groups"])
             gets = [{"column": column, "subject_id": one.member.subject_id} for one in cluster for column in one.gives]
-            joins.difference_update(stays["groups"])
+            joins.difference_update(survivor["groups"])
             if gets or joins:
-                entries.append(stays | {"action": "completed", "gets": gets, "joins": sorted(joins)})
+                entries.append(survivor | {"action": "completed", "gets": gets, "joins": sorted(joins)})
         yield pa.RecordBatch.from_pylist(entries, LOG_SCHEMA)
 
 

@@ -1,12 +1,12 @@
-"""`merge`: registers of many districts brought together, everybody compared with everybody, and nothing changed until told.
+"""`merge`: finds the subjects that several districts' galleries share, and brings the galleries together.
 
-Owns the job from galleries to what is found: a staging copy beside the result, the join, clusters with their survivors, ids that
-several districts gave. Never compares itself, never lays out a result (`merge_results.py`), and never writes to a district's gallery.
+Owns the job from galleries to results: a staging copy beside the result, the join of all with all, clusters with their survivors, and ids
+that several districts gave. Never compares itself, never lays out a result (`report.py`), and never writes to a district's gallery.
 
-1. What is in the results depends on the galleries, the settings and the rule alone: no clock, no chance, and not where the job was
+1. The results depend on the galleries, the settings and the rule alone: on no clock, no random number, and not on where the job was
    interrupted. The same inputs give the same bytes.
-2. Everything that takes long is noted as it goes (`OUT.work`), so that the same command goes on.
-3. The central gallery changes with `apply` only, by steps that `undo` takes back (`applied.py`).
+2. Long steps are noted as they go (`OUT.work`), so that the same command resumes.
+3. The central gallery changes with `apply` only, by steps that `undo` reverts (`apply.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.deduplication.gallery import is_gallery, join_notes, linked
 from biodedup.jobs.merging.apply import Applied, apply_merge, begun, refuse_unfinished, standing_id
+from biodedup.jobs.merging.model import AbsorbedRecord, Checked, Group, Member, Settings
 from biodedup.jobs.merging.registers import (
     Origins,
     Register,
@@ -44,8 +45,8 @@ from biodedup.jobs.merging.registers import (
     shared_ids,
     stage,
 )
-from biodedup.jobs.merging.report import Checked, Group, Settings, beside, write_results
-from biodedup.jobs.merging.survivors import Folded, Member, check_rule, survivor
+from biodedup.jobs.merging.report import beside, write_results
+from biodedup.jobs.merging.survivors import absorbed, check_rule, survivor
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.progress import Progress, silent
@@ -78,10 +79,10 @@ def merge(
     progress: Progress = silent,
     storage: Storage | None = None,
 ) -> MergeResult:
-    """Finds who is one person among the subjects of several galleries, and writes `out` (.parquet) and four files beside it.
+    """Finds the subjects of several galleries that are one person, and writes `out` (.parquet) and four files beside it.
 
     sources: galleries, or `NAME=FOLDER`. into: the central gallery; one that holds subjects is compared with the others, and its
-    subjects keep their ids. apply: bring the result into it. rule: who stays, a key of `survivors.RULES`; prefer: districts, best
+    subjects keep their ids. apply: bring the result into it. rule: which record survives, a key of `survivors.RULES`; prefer: districts, best
     first, where the rule ties. min_db: link from this score on, extrapolated or not; None takes the policy's duplicate threshold for
     the merged size, lists what lies above its review threshold, and applies only what is within the measured scores. The policy is the
     central gallery's, else the one of config, else the one that all districts have.
@@ -120,14 +121,14 @@ def merge(
             if keys != saved:
                 _begin_anew(work, keys)
             settings = _settings(keys, config, rule, prefer, min_db)
-            folded, summary = _found(registers, work, out, settings, config, storage, progress)
+            absorbed_records, summary = _found(registers, work, out, settings, config, storage, progress)
             merge_id = _merge_id(keys, settings)
             applied_as = merge_id if target is None else standing_id(target.snapshot, merge_id)
         if not apply:
             return MergeResult(merge_id, summary)
         assert central is not None, "it was asked for above"
         return MergeResult(
-            applied_as, summary, _applied(central, applied_as, work, keys, folded, config, storage, progress)
+            applied_as, summary, _applied(central, applied_as, work, keys, absorbed_records, config, storage, progress)
         )
 
 
@@ -136,14 +137,16 @@ def _applied(
     merge_id: str,
     work: Path,
     registers: Sequence[dict[str, Any]],
-    folded: Sequence[Folded],
+    absorbed_records: Sequence[AbsorbedRecord],
     config: Config,
     storage: Storage,
     progress: Progress,
 ) -> Applied:
     staging = Gallery.open_to_read(work / "gallery", storage, config.gallery)
     try:
-        return apply_merge(central, merge_id, staging.snapshot(), registers, folded, config, storage, progress=progress)
+        return apply_merge(
+            central, merge_id, staging.snapshot(), registers, absorbed_records, config, storage, progress=progress
+        )
     finally:
         staging.close()
 
@@ -156,8 +159,8 @@ def _found(
     config: Config,
     storage: Storage,
     progress: Progress,
-) -> tuple[list[Folded], dict[str, Any]]:
-    """(who does not stay, the summary); the result files are written."""
+) -> tuple[list[AbsorbedRecord], dict[str, Any]]:
+    """(the records that are absorbed, the summary); the result files are written."""
     colliding = colliding_hashes(registers)
     stage(registers, colliding, work / "gallery", config, storage, progress)
     shared = shared_ids(registers, colliding)
@@ -174,7 +177,7 @@ def _found(
     finally:
         staging.close()
     summary = write_results(out, registers, links, groups, checked, district_of, settings)
-    return [one for group in groups if group.applies for one in group.folded], summary
+    return [record for group in groups if group.applies for record in group.absorbed], summary
 
 
 # what was asked for ---------------------------------------------------------------------------------------------------
@@ -240,14 +243,15 @@ def _each_once(links: Sequence[Link]) -> list[Link]:
     unique: dict[tuple[str, str], Link] = {}
     for link in links:
         a, b = link.subject_ids
-        turned = link if a < b else replace(link, subject_ids=(b, a), evidence=tuple(map(_turned, link.evidence)))
-        known = unique.setdefault(turned.subject_ids, turned)
-        if turned.score_db > known.score_db:
-            unique[turned.subject_ids] = turned
+        ordered = link if a < b else replace(link, subject_ids=(b, a), evidence=tuple(map(_swapped, link.evidence)))
+        known = unique.setdefault(ordered.subject_ids, ordered)
+        if ordered.score_db > known.score_db:
+            unique[ordered.subject_ids] = ordered
     return sorted(unique.values(), key=lambda link: (-link.score_db, link.subject_ids))
 
 
-def _turned(part: Evidence) -> Evidence:
+def _swapped(part: Evidence) -> Evidence:
+    """The evidence seen from the other side."""
     return replace(part, column=part.candidate_column, candidate_column=part.column)
 
 
@@ -262,9 +266,9 @@ def _groups(registers: Sequence[Register], staged: Snapshot, links: Sequence[Lin
 
 
 def _group(number: int, cluster: Cluster, members: Mapping[str, Member], applies: bool, settings: Settings) -> Group:
-    mine = tuple(members[name] for name in cluster.subject_ids)
-    stays = survivor(mine, settings.rule, settings.prefer)
-    return Group(number, mine, cluster.links, cluster.weakest_db, stays, applies)
+    records = tuple(members[name] for name in cluster.subject_ids)
+    chosen = survivor(records, settings.rule, settings.prefer)
+    return Group(number, records, cluster.links, cluster.weakest_db, chosen, absorbed(records, chosen), applies)
 
 
 def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[str]) -> dict[str, Member]:
@@ -275,10 +279,10 @@ def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[st
     members: dict[str, Member] = {}
     for owner, register in enumerate(registers):
         at = np.flatnonzero(owners == owner).tolist()
-        mine = own_rows[at].tolist()
-        own_ids = register.snapshot.subject_ids(mine)
+        rows_there = own_rows[at].tolist()
+        own_ids = register.snapshot.subject_ids(rows_there)
         encounter_ids = staged.encounter_ids(rows[at].tolist())
-        for i, row, own_id, encounter_id in zip(at, mine, own_ids, encounter_ids, strict=True):
+        for i, row, own_id, encounter_id in zip(at, rows_there, own_ids, encounter_ids, strict=True):
             members[names[i]] = Member(
                 names[i],
                 register.name,
@@ -323,7 +327,7 @@ def _check_shared(
     settings: Settings,
     progress: Progress,
 ) -> list[Checked]:
-    """Each subject with an id that an earlier district gave, compared with the one who has it there, 1:1."""
+    """Compares each subject whose id an earlier district gave, too, with the subject of that district, 1:1."""
     first: dict[str, SharedId] = {}
     later = [one for one in shared if first.setdefault(one.subject_id, one) is not one]
     info = engine.info()

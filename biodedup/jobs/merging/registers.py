@@ -1,7 +1,7 @@
-"""The registers of a merge: galleries of districts, opened for reading, and their copy in one gallery beside the result.
+"""The registers of a merge: districts' galleries, opened for reading, and their copy in one gallery beside the result.
 
-Owns the districts' names, the ids that two districts both gave, and the staging gallery, in which a subject keeps its id unless
-another district has it, too: then it is `NAME/subject_id`. Never compares templates, and never writes to a register.
+Owns the districts' names, the ids that two districts both gave, and the staging gallery. A subject keeps its id there unless another district
+has it, too; then it is `NAME/subject_id`. Never compares templates, and never writes to a register.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a merge writes: the tables, the summary and the page.
+"""Writes the results of a merge: the tables, the summary and the page.
 
 Owns their columns (documented in the README) and what the page shows first. Never decides who is one person.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from biodedup.jobs.merging.registers import Register, SharedId
-from biodedup.jobs.merging.survivors import Folded, Member, folded
+from biodedup.jobs.merging.model import Checked, Group, Settings
+from biodedup.jobs.merging.registers import Register
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.page import write_page
@@ -23,67 +21,6 @@ from biodedup.values import Link
 
 _SHOWN = 200  # clusters, pairs and ids on the page; the tables have all of them
 _MATRIX_MAX = 30  # districts of which the page shows a matrix
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the result, besides the registers. Scores in dB; links from joined_db on are listed, those from threshold_db
-    on make clusters."""
-
-    threshold_db: float
-    joined_db: float
-    verify_db: float
-    rule: str
-    prefer: tuple[str, ...]
-    min_db: float | None
-    across_positions: bool
-
-
-@dataclass(frozen=True)
-class Group:
-    """A cluster as a merge sees it. applies: links that the policy trusts hold all of it together."""
-
-    number: int
-    members: tuple[Member, ...]
-    links: tuple[Link, ...]
-    weakest_db: float
-    stays: Member
-    applies: bool
-
-    @cached_property
-    def folded(self) -> list[Folded]:
-        """Those who do not stay."""
-        return folded(self.members, self.stays)
-
-    @cached_property
-    def gives(self) -> dict[str, tuple[str, ...]]:
-        """subject_id -> columns of which the survivor gets this record's template."""
-        return {self.stays.subject_id: ()} | {one.member.subject_id: one.gives for one in self.folded}
-
-    @property
-    def strongest_db(self) -> float:
-        return self.links[0].score_db
-
-    @cached_property
-    def links_of(self) -> Counter[str]:
-        return Counter(name for link in self.links for name in link.subject_ids)
-
-    @cached_property
-    def to_survivor_db(self) -> dict[str, float]:
-        """Of those that are linked with the survivor itself."""
-        stays = self.stays.subject_id
-        with_survivor = [link for link in self.links if stays in link.subject_ids]
-        return {a if b == stays else b: link.score_db for link in with_survivor for a, b in [link.subject_ids]}
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A subject whose id another district gave, too. against: the first district that has it; None for that one itself."""
-
-    shared: SharedId
-    against: int | None
-    score_db: float | None
-    verdict: str | None
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -144,7 +81,7 @@ def _summary(
         "subjects_in_clusters": sum(len(group.members) for group in groups),
         "clusters_to_apply": len(applied),
         "clusters_to_adjudicate": len(groups) - len(applied),
-        "templates_to_survivors": sum(len(one.gives) for group in applied for one in group.folded),
+        "templates_to_survivors": sum(len(one.gives) for group in applied for one in group.absorbed),
         "subjects_after_apply": total - sum(len(group.members) - 1 for group in applied),
         "ids_in_several_districts": sum(one.against is None for one in checked),
         "of_the_same_person": verdicts["same_person"],
@@ -166,7 +103,7 @@ def _members_table(groups: Sequence[Group], rule: str) -> Any:
             "subject_id": column(pa.string(), lambda group, member: member.subject_id),
             "district": column(pa.string(), lambda group, member: member.district),
             "original_id": column(pa.string(), lambda group, member: member.original_id),
-            "survivor": column(pa.bool_(), lambda group, member: member is group.stays),
+            "survivor": column(pa.bool_(), lambda group, member: member is group.survivor),
             "rule": column(pa.string(), lambda group, member: rule),
             "gives": column(pa.list_(pa.string()), lambda group, member: group.gives[member.subject_id]),
             "captures": column(pa.int64(), lambda group, member: member.captures),

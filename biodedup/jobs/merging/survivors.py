@@ -1,47 +1,16 @@
-"""Which of the records of one person stays, and what it gets from the others.
+"""Chooses which record of a person survives a merge, and which templates it takes over from the others.
 
-Owns the rules and the facts about a record that they go by. Never removes anything.
+Owns the rules. Never removes anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from biodedup.errors import InvalidInput
+from biodedup.jobs.merging.model import AbsorbedRecord, Member
 from biodedup.values import COLUMNS
-
-
-@dataclass(frozen=True)
-class Member:
-    """A record in a cluster. subject_id: in the merged register; original_id, order (its row): in its own one.
-
-    enrolled_at: seconds, when its encounter was decided; None where that was not recorded, as of what was loaded in bulk.
-    quality: 0 to 1, the mean over its templates; None where it was not measured. central: of the register that others join.
-    templates: column -> quality of its template, 0 to 1 or None.
-    """
-
-    subject_id: str
-    district: str
-    original_id: str
-    captures: int
-    order: int
-    encounter_id: str = ""
-    enrolled_at: float | None = None
-    quality: float | None = None
-    central: bool = False
-    templates: Mapping[str, float | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A record that does not stay. gives: columns in which the one that stays has its template from now on."""
-
-    member: Member
-    stays: Member
-    gives: tuple[str, ...] = ()
-
 
 _Key: TypeAlias = Callable[[Member], tuple[float, ...]]
 
@@ -61,7 +30,7 @@ RULES: dict[str, _Key] = {
     "oldest": _oldest,
     "district": lambda member: (),
 }
-"""The smallest key stays. A record without the fact that a rule asks for comes last."""
+"""Sort keys; the record with the smallest one survives. A record that lacks what the rule compares sorts last."""
 
 
 def check_rule(rule: str, prefer: Sequence[str], districts: Sequence[str]) -> None:
@@ -76,7 +45,7 @@ def check_rule(rule: str, prefer: Sequence[str], districts: Sequence[str]) -> No
 
 
 def survivor(members: Sequence[Member], rule: str, prefer: Sequence[str] = ()) -> Member:
-    """The record that stays, by the rule. What ties goes by the order in `prefer`, then to the central register, then to the
+    """The record that survives by the rule. Ties go to the district that is first in `prefer`, then to the central register, then to the
     smaller subject_id."""
     rank = {name: place for place, name in enumerate(prefer)}
     key = RULES[rule]
@@ -86,16 +55,19 @@ def survivor(members: Sequence[Member], rule: str, prefer: Sequence[str] = ()) -
     )
 
 
-def folded(members: Sequence[Member], stays: Member) -> list[Folded]:
-    """All but the one that stays. In each column that it lacks it gets the template of best quality; one that was not measured comes
-    last, and what ties goes to the smaller subject_id."""
+def absorbed(members: Sequence[Member], survivor: Member) -> tuple[AbsorbedRecord, ...]:
+    """All members but the survivor. In each column that the survivor lacks it takes over the template of the best quality; a quality that
+    was not measured sorts last, and ties go to the smaller subject_id."""
     giver_of: dict[str, Member] = {}
     for column in COLUMNS:
         having = [member for member in members if column in member.templates]
-        if having and column not in stays.templates:
+        if having and column not in survivor.templates:
             giver_of[column] = min(having, key=lambda member: (_worse(member.templates[column]), member.subject_id))
-    others = [member for member in members if member is not stays]
-    return [Folded(one, stays, tuple(column for column, giver in giver_of.items() if giver is one)) for one in others]
+    others = [member for member in members if member is not survivor]
+    return tuple(
+        AbsorbedRecord(member, survivor, tuple(column for column, giver in giver_of.items() if giver is member))
+        for member in others
+    )
 
 
 def _worse(quality: float | None) -> tuple[float, ...]:

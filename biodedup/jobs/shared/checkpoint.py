@@ -1,6 +1,6 @@
-"""Notes of long work: what is done, a line each, synced before the next piece begins.
+"""The notes of a long job: one line for each finished piece, synced before the next piece begins.
 
-Owns the file of an interrupted job. Never knows what is in a line.
+Owns the file of an interrupted job. Never reads the meaning of a line.
 """
 
 from __future__ import annotations

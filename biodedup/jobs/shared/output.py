@@ -1,7 +1,7 @@
-"""Result tables: Parquet or CSV, replaced whole and never half-written.
+"""Writes result tables: Parquet or CSV, replaced whole and never half-written.
 
-A cell that a spreadsheet would run as a formula gets an apostrophe before it in CSV (`spreadsheet.py`; our own readers take it away
-again). Parquet has every text as it is.
+In CSV a cell that a spreadsheet would run as a formula gets an apostrophe before it (`spreadsheet.py`); our readers remove it again. Parquet
+keeps every text as it is.
 """
 
 from __future__ import annotations

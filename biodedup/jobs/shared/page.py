@@ -1,7 +1,7 @@
-"""HTML pages: one file each, open without a network, and run no scripts.
+"""Writes HTML pages: one file each, readable offline, without scripts.
 
-Owns the look that all pages share (`templates/base.html`) and the filters of their templates. Never decides what is in them. Texts are
-escaped, with hidden characters made visible.
+Owns the layout that all pages share (`templates/base.html`) and the filters of their templates. Never decides their content. Texts are
+escaped, and hidden characters are made visible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from biodedup.texts import shown
 
 def write_page(path: Path, template: str, **content: Any) -> None:
     """Renders a page of `templates/`. What is not `Markup` is escaped. Raises StorageUnavailable."""
-    write_text(_PAGES.get_template(template).render(**content), path)
+    write_text(PAGES.get_template(template).render(**content), path)
 
 
 def picture(image: NDArray[np.uint8], *, side_px_max: int = 480) -> Markup:
@@ -67,7 +67,7 @@ def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-_PAGES = Environment(
+PAGES = Environment(
     loader=PackageLoader("biodedup.jobs.shared"),
     autoescape=True,
     finalize=_visible,
@@ -75,4 +75,4 @@ _PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_PAGES.filters |= {"thousands": _thousands, "percent": _percent, "db": _decibels, "moment": _moment}
+PAGES.filters |= {"thousands": _thousands, "percent": _percent, "db": _decibels, "moment": _moment}

@@ -1,6 +1,6 @@
-"""How a job reports where it is.
+"""How a job reports its progress.
 
-Owns the one small interface between a job and whoever watches it. Never prints by itself.
+Owns the interface between a job and its caller. Never prints.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""CSV for spreadsheets: a text that a spreadsheet would take for a formula gets an apostrophe before it, and loses it when read.
+"""Protects CSV against formula injection: a text that a spreadsheet would run gets an apostrophe, which is removed on reading.
 
 Owns which texts these are (OWASP, "CSV Injection"). Never opens a file. Numbers are left alone.
 
-A formula begins with `=`, `+`, `-`, `@`, a tab or a line end, or with the wide forms of these signs. A text of our own that begins with
-apostrophes before such a sign gets one more, so that what is read back is what was written.
+A formula begins with `=`, `+`, `-`, `@`, a tab or a line end, or with the wide forms of these signs. A text that itself begins with
+apostrophes before such a sign gets one more, so that reading returns what was written.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Processes that turn captures into templates, while the caller searches.
+"""Worker processes that extract templates from captures while the caller searches.
 
-Owns nothing but the order of encounters; the processes and their limits are `embed.cage`'s. Never searches or stores.
+Owns the order of encounters alone. The pool is `pebble`'s, in `embed.cage`: a worker that dies or hangs is replaced, and costs its capture
+alone. Never searches or stores.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Extracted: TypeAlias = list[list[Template | Refusal]]
 
 
 class Extraction(Protocol):
-    """Extraction that has begun."""
+    """A running extraction."""
 
     def result(self) -> Extracted: ...
 
@@ -49,15 +50,15 @@ class Workers:
         self._cage.close()
 
     def submit(self, encounters: Sequence[Captures]) -> Extraction:
-        """Begins to extract."""
+        """Starts the extraction."""
         return _Submitted([[self._cage.submit(capture) for capture in captures] for captures in encounters])
 
 
 class _Submitted:
-    """Captures in the hands of the workers."""
+    """Captures that the workers extract."""
 
     def __init__(self, pending: list[list[Pending]]) -> None:
         self._pending = pending
 
     def result(self) -> Extracted:
-        return [[one.result() for one in some] for some in self._pending]
+        return [[capture.result() for capture in captures] for captures in self._pending]

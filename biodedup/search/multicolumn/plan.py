@@ -20,16 +20,16 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import sqrt
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from scipy.special import betaincinv, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.segments.part import Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.intervals import upper_bound
 from biodedup.match.calibration import Calibration
 from biodedup.search import costs
 from biodedup.search.native.column_statistics import signs_of
@@ -89,7 +89,7 @@ class MultiColumnPlan:
     @property
     def miss_bound(self) -> float:
         """The upper end of the one-sided 95 % interval of the miss rate."""
-        return float(_upper_bound(self.missed, self.drawn))
+        return float(upper_bound(self.missed, self.drawn))
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Draw:
         reaching = llr_db >= threshold_llr_db
         self._to_choose, self._to_confirm = (np.flatnonzero(reaching[half::2]) * 2 + half for half in (0, 1))
         lost = np.arange(int(miss_risk * len(self._to_choose)) + 1)
-        bounds = _upper_bound(lost, len(self._to_choose))
+        bounds = upper_bound(lost, len(self._to_choose))
         self._may_lose = int(np.searchsorted(bounds, miss_risk, side="right")) - 1
         self.shares = cache(self._shares)
 
@@ -285,7 +285,7 @@ class Draw:
 
     def bound(self, groups: tuple[int, ...], share: float) -> float:
         """The upper bound of the share of mates that is lost, from those set aside (MultiColumnPlan.miss_bound)."""
-        return float(_upper_bound(self._lost(groups, share), len(self._to_confirm)))
+        return float(upper_bound(self._lost(groups, share), len(self._to_confirm)))
 
     def _lost(self, groups: tuple[int, ...], share: float) -> int:
         return int((self._z(groups)[self._to_confirm] < -ndtri(share)).sum())
@@ -310,8 +310,3 @@ class Draw:
             single=tuple(single),
             joint=float((self._z(groups) < z_min).mean()),
         )
-
-
-def _upper_bound(lost: Any, of: int) -> Any:
-    """The upper end of the one-sided 95 % interval of a rate (Clopper and Pearson, 1934)."""
-    return betaincinv(np.asarray(lost) + 1, np.maximum(of - np.asarray(lost), 1), 0.95)

@@ -26,11 +26,12 @@ from typing import Any
 import numba
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv, ndtr
+from scipy.special import ndtr
 
 from biodedup.gallery.files.codec import Codec, measured_laws
 from biodedup.gallery.files.codes import dequantise, quantise
 from biodedup.gallery.segments.part import Column
+from biodedup.intervals import upper_bound
 from biodedup.match.calibration import Calibration
 from biodedup.search import costs
 from biodedup.search.native.column_statistics import population_of, signs_of
@@ -86,7 +87,7 @@ class Buckets:
     @property
     def miss_bound(self) -> float:
         """The upper end of the one-sided 95 % interval (Clopper and Pearson, 1934)."""
-        return _bound(self.missed, self.drawn)
+        return float(upper_bound(self.missed, self.drawn))
 
 
 def choose(
@@ -144,20 +145,16 @@ def from_high_nibbles(rotated: Float32) -> Float32:
     return dequantise(codes & np.uint8(240) | np.uint8(8), norms)
 
 
-def _bound(missed: int, drawn: int) -> float:
-    return float(betaincinv(missed + 1, max(drawn - missed, 1), 0.95))
-
-
 def _count(first: NDArray[np.int32], most: int, miss_risk: float) -> tuple[int, int]:
     """How many buckets are enough, and how many of the pairs set aside they miss; 0 if all buckets are too few. first:
     the first bucket that each pair shares."""
     chosen, confirming = np.sort(first[::2]), first[1::2]
     missed = 0
-    while _bound(missed + 1, len(chosen)) <= miss_risk:
+    while upper_bound(missed + 1, len(chosen)) <= miss_risk:
         missed += 1
     for allowed in range(missed, -1, -1):
         count = -(-(int(chosen[-1 - allowed]) + 1) // BUCKETS_PER_STEP) * BUCKETS_PER_STEP
-        if count <= most and _bound(int((confirming >= count).sum()), len(confirming)) <= miss_risk:
+        if count <= most and upper_bound(int((confirming >= count).sum()), len(confirming)) <= miss_risk:
             return count, int((confirming >= count).sum())
     return 0, 0
 

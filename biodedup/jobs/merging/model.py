@@ -1,0 +1,100 @@
+"""Types of a merge: records of registers, clusters of one person, the record that survives, and shared ids.
+
+Owns no rule and no file. Read by every other module of the merge.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from biodedup.jobs.merging.registers import SharedId
+from biodedup.values import Link
+
+
+@dataclass(frozen=True)
+class Member:
+    """A record in a cluster. subject_id: in the merged register; original_id, order (its row): in its own register.
+
+    enrolled_at: when its encounter was decided, in seconds; None where that was not recorded, as in a bulk load.
+    quality: 0 to 1, the mean over its templates; None where it was not measured. central: whether it is of the central register.
+    templates: column -> quality of its template, 0 to 1 or None.
+    """
+
+    subject_id: str
+    district: str
+    original_id: str
+    captures: int
+    order: int
+    encounter_id: str = ""
+    enrolled_at: float | None = None
+    quality: float | None = None
+    central: bool = False
+    templates: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AbsorbedRecord:
+    """A record that is merged into the survivor. gives: columns in which the survivor takes over its template."""
+
+    member: Member
+    survivor: Member
+    gives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, besides the registers. Links from joined_db on are listed; those from threshold_db on make clusters."""
+
+    threshold_db: float
+    joined_db: float
+    verify_db: float
+    rule: str
+    prefer: tuple[str, ...]
+    min_db: float | None
+    across_positions: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """A cluster of records of one person. absorbed: all members but the survivor; applies: links that the policy trusts connect all members."""
+
+    number: int
+    members: tuple[Member, ...]
+    links: tuple[Link, ...]
+    weakest_db: float
+    survivor: Member
+    absorbed: tuple[AbsorbedRecord, ...]
+    applies: bool
+
+    @cached_property
+    def gives(self) -> dict[str, tuple[str, ...]]:
+        """subject_id -> columns of which the survivor gets this record's template."""
+        return {self.survivor.subject_id: ()} | {record.member.subject_id: record.gives for record in self.absorbed}
+
+    @property
+    def strongest_db(self) -> float:
+        return self.links[0].score_db
+
+    @cached_property
+    def links_of(self) -> Counter[str]:
+        return Counter(name for link in self.links for name in link.subject_ids)
+
+    @cached_property
+    def to_survivor_db(self) -> dict[str, float]:
+        """subject_id -> score of the link with the survivor, for members that have one."""
+        survivor = self.survivor.subject_id
+        with_survivor = [link for link in self.links if survivor in link.subject_ids]
+        return {a if b == survivor else b: link.score_db for link in with_survivor for a, b in [link.subject_ids]}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A subject whose id several districts gave. against: the first district with that id; None for the subject of that district."""
+
+    shared: SharedId
+    against: int | None
+    score_db: float | None
+    verdict: str | None
