@@ -218,8 +218,8 @@ def test_caps_miss_no_more_mates_than_they_say(column, small):
         near, far = (some[low : low + 2_000] @ towards.T >= buckets.min_similarity for some in (a, b))
         met = (near & far).any(axis=1)
         by_signs = buckets.signs.estimates(a[low : low + 2_000], b[low : low + 2_000]) >= buckets.sign_cut
-        by_halves = np.einsum("ij,ij->i", a[low : low + 2_000], b[low : low + 2_000]) >= buckets.cut
-        missed += int((~(met & by_signs & by_halves)).sum())
+        by_nibbles = np.einsum("ij,ij->i", a[low : low + 2_000], b[low : low + 2_000]) >= buckets.cut
+        missed += int((~(met & by_signs & by_nibbles)).sum())
     assert 0 < missed <= binom.ppf(0.999, 20_000, 2e-3)
 
 

@@ -487,15 +487,15 @@ def test_a_table_knows_every_combination_of_classes(each):
 @pytest.mark.parametrize("each", list(TableKind))
 def test_no_more_pairs_are_lost_to_signs_and_halves_together_than_the_risk(each):
     signs = Signs(unit(4_000, 128), 128, each)
-    by_signs, by_halves = signs.laws
+    by_signs, by_nibbles = signs.laws
     margin, measured = by_signs.margin(1e-3)
-    assert measured and by_halves.margin(1e-3) == (margin, True)
+    assert measured and by_nibbles.margin(1e-3) == (margin, True)
     gallery = unit(50_000, 128, 8)
     for similarity in (0.35, 0.6):
         probes = mates_of(gallery, np.full(len(gallery), similarity), seed=9)
         level = np.full(len(gallery), similarity, np.float32)
         lost = signs.estimates(probes, gallery) < by_signs.cut(level, margin)
-        lost |= signs._by_halves(probes, gallery) < by_halves.cut(level, margin)
+        lost |= signs._by_nibbles(probes, gallery) < by_nibbles.cut(level, margin)
         assert 0 < lost.sum() <= binom.ppf(0.999, len(gallery), 1e-3)
 
 
