@@ -14,9 +14,9 @@ import biodedup as bd
 from biodedup.config import SearchConfig
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
-from biodedup.search.multicolumn import together
+from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.searcher import Searcher
-from biodedup.search.shards import shard
+from biodedup.search.shards import native
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 from tests.support.laws import FACE, FINGER
@@ -120,9 +120,9 @@ def built(tmp_path_factory) -> Iterator[Built]:
 @pytest.fixture(params=INDEX_ENGINES)
 def searcher(request, built, monkeypatch) -> Iterator[Searcher]:
     index = INDEX_ENGINES[request.param]
-    monkeypatch.setattr(shard, "EXACT_CELLS", index.exact_cells)
+    monkeypatch.setattr(native, "EXACT_CELLS", index.exact_cells)
     if index.scans:
-        monkeypatch.setattr(shard, "_SHARE_MAX", 1.0)  # of so few rows most pass
+        monkeypatch.setattr(native, "_SHARE_MAX", 1.0)  # of so few rows most pass
     searcher = Searcher(built.comparer, SearchConfig(miss_risk=index.miss_risk), 2, lambda: POLICY)
     yield searcher
     searcher.close()
@@ -156,9 +156,9 @@ def test_the_rows_nearest_in_one_column_are_those_of_the_reference(built, search
 def test_the_strongest_by_the_evidence_of_several_columns_are_those_of_the_reference(
     built, searcher, monkeypatch, request, groups, together_from
 ):
-    monkeypatch.setattr(together, "ROWS_MIN", together_from)
+    monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", together_from)
     index = INDEX_ENGINES[request.node.callspec.params["searcher"]]
-    planned = searcher.together(built.snapshot, COLUMNS) is not None
+    planned = searcher.multicolumn_query(built.snapshot, COLUMNS) is not None
     assert planned == (together_from < ROWS and index.miss_risk > 0)
     rows = np.arange(1, 3_800, 47)
     cosines = {"face": 0.55, "left_index": 0.45, "right_index": 0.5}
