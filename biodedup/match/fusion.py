@@ -88,7 +88,7 @@ def mated_share_below(score_db: float, calibrations: Sequence[Calibration]) -> f
 
 def _table(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[np.float64]]:
     """(first, values) by sums of llr_db in steps: for non-mates the score_db, for mates the share below."""
-    key = law, tuple(map(id, calibrations))
+    key = law, tuple(sorted(map(id, calibrations)))  # one table for all orders
     if (known := _tables.get(key)) is None:
         with _lock:
             if len(_tables) >= 1024:
