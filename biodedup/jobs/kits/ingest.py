@@ -27,7 +27,6 @@ from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError, EncounterConflict
 from biodedup.gallery.answers import digest_of
-from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.kits.batch_file import RECORDS_MAX, BatchReader
 from biodedup.jobs.kits.keys import CentreKey
@@ -133,8 +132,7 @@ def ingest_batches(
     """
     check_table_name(out)
     keys = load_trusted(trusted)
-    with translated(f"writing beside {out}"):
-        make_private_folder(out.parent)
+    make_private_folder(out.parent)
     examined, now = [], clock()
     for number, path in enumerate(batches, start=1):
         examined.append(examine_batch(path, keys, centre, allow_unencrypted=allow_unencrypted, now=now))
