@@ -54,6 +54,13 @@ class _Commands(TyperGroup):
             key=lambda name: panels.index(Panel(getattr(self.commands[name], "rich_help_panel", Panel.GALLERY))),
         )
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            raise typer.Exit(Exit.INTERRUPTED) from None
+
 
 app = typer.Typer(
     cls=_Commands,

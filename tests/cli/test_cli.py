@@ -16,6 +16,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.cli import main
 from biodedup.cli.base import Panel
 from tests.support.images import finger, jpeg
 from tests.support.shell import run
@@ -293,7 +294,7 @@ def test_the_demos_population_has_the_spread_measured_on_real_faces():
 def test_help_groups_the_commands_and_loads_no_engine_code():
     code = """
 import sys
-from biodedup.cli.base import app
+from biodedup.cli import app
 try:
     app(["--help"])
 except SystemExit:
@@ -306,3 +307,31 @@ except SystemExit:
     places = [next(i for i, line in enumerate(headings) if panel in line) for panel in Panel]
     assert places == sorted(places)
     assert not any(" Commands " in line for line in headings)  # a command without a panel
+
+
+def test_ctrl_c_while_the_commands_are_imported_is_told_without_a_traceback(tmp_path):
+    code = """
+import builtins, sys
+imported = builtins.__import__
+def interrupted(name, *rest):
+    if name == "typer":
+        raise KeyboardInterrupt
+    return imported(name, *rest)
+from biodedup.cli import main
+builtins.__import__ = interrupted
+sys.argv = ["biodedup", "info"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_in_a_command_is_told_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bd.Engine, "open", interrupted)
+    monkeypatch.setattr(sys, "argv", ["biodedup", "info"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
