@@ -199,7 +199,6 @@ def _not_kept() -> RetryableError:
 
 def _started(count: int, config: Config) -> ProcessPool:
     """A pool whose processes are forked from a server that has imported this package: a replaced one is there at once."""
-    resource_tracker.ensure_running()  # first: starting it unblocks SIGINT
     if sys.platform == "linux":
         context: Any = multiprocessing.get_context(
             "forkserver"
@@ -209,6 +208,7 @@ def _started(count: int, config: Config) -> ProcessPool:
             forkserver.ensure_running()
     else:
         context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()
     with _deaf_to_interrupts():
         pool = ProcessPool(count, initializer=_begin, initargs=(config,), context=context)
         pool.active  # noqa: B018  starts its processes
