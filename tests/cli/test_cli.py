@@ -18,6 +18,8 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import main
 from biodedup.cli.base import Panel
+from biodedup.jobs.deduplication.folder import DedupResult, Unit
+from biodedup.values import Cluster, Link
 from tests.support.images import finger, jpeg
 from tests.support.shell import run
 from tests.support.vectors import SFACE, again, people, unit
@@ -207,6 +209,29 @@ def test_dedup_started_again_extracts_only_what_changed(tmp_path, portrait, monk
     assert (tmp_path / "r.pairs.csv").read_text().count("\n") == 4
 
 
+def test_dedup_says_by_its_exit_code_that_images_or_rows_were_refused(tmp_path, portrait):
+    (tmp_path / "a.jpg").write_bytes(jpeg(portrait))
+    (tmp_path / "b.jpg").write_bytes(jpeg(portrait[:, ::-1], 60))
+    (tmp_path / "rows.csv").write_text("subject_id,path\na,a.jpg\n b,b.jpg\n")
+    code, out, _ = run("dedup", "rows.csv", "--out", "rows.parquet", cwd=tmp_path)
+    assert code == 12 and "row 2 refused: subject_id" in out
+    (tmp_path / "both.csv").write_text("subject_id,path\na,a.jpg\nb,b.jpg\nc,absent.jpg\n")
+    code, out, _ = run("dedup", "both.csv", "--out", "r.parquet", cwd=tmp_path)
+    assert code == 10
+    code, _, error = run("dedup", "both.csv", "--out", "r.csv", cwd=tmp_path)
+    assert code == 2 and "r.parquet is a result" in error
+
+
+def test_doctor_takes_the_gallery_as_others_do_and_checks_the_default_one(tmp_path):
+    assert "gallery" not in run("doctor", cwd=tmp_path)[1]
+    bd.Engine.open(tmp_path / "gallery").close()
+    bd.Engine.open(tmp_path / "gm").close()
+    code, out, error = run("doctor", cwd=tmp_path)
+    assert (code, "gallery gallery: 0 subjects" in out, "checking ./gallery" in error) == (0, True, True)
+    code, out, error = run("doctor", "gm", cwd=tmp_path)
+    assert (code, "gallery gm: 0 subjects" in out, error) == (0, True, "")
+
+
 INTERRUPTED = """
 import os, runpy, signal, biodedup
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
@@ -335,3 +360,12 @@ def test_ctrl_c_in_a_command_is_told_without_a_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main()
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_pairs_with_an_image_of_unknown_label_are_not_across_labels():
+    units = [Unit(name, label, ()) for name, label in (("a/1", "a"), ("a/2", "a"), ("b/1", "b"), ("x", None))]
+    links = [Link(pair, 50.0, False, ()) for pair in (("a/1", "a/2"), ("a/1", "b/1"), ("a/1", "x"))]
+    cluster = Cluster(("a/1", "a/2", "b/1", "x"), tuple(links), 50.0)
+    summary = DedupResult(tuple(units), (cluster,), {}, 40.0).summary()
+    assert (summary["pairs"], summary["pairs_of_one_label"], summary["pairs_across_labels"]) == (3, 1, 1)
+    assert summary["precision"] == 0.5
