@@ -1,54 +1,33 @@
 """The command line of biodedup. Each command calls one method of the engine or one job.
 
-Owns the entry point. Never decides anything itself. `base.py` holds what commands share; each other module holds a group of commands.
-No module here imports numba, faiss, onnxruntime or cv2 before a command runs, so that help appears at once.
+Owns the entry point. Never decides anything itself. `commands.py` lists the commands, `base.py` holds what they share, and each other module
+holds a group of them. They are imported when `main` runs or `app` is first used, so that Ctrl-C is handled from the start.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Any
 
-import typer
+__all__ = ["app", "main"]
 
-import biodedup
-from biodedup.cli import audit, bulk, calibrate, cases, evaluate, explain, gallery, kit, merge, policy, subjects
-from biodedup.cli.base import app, complain, exit_code, print_json, say
-from biodedup.errors import BiodedupError
-from biodedup.memory import out_of_memory
-
-__all__ = [
-    "app",
-    "audit",
-    "bulk",
-    "calibrate",
-    "cases",
-    "evaluate",
-    "explain",
-    "gallery",
-    "kit",
-    "main",
-    "merge",
-    "policy",
-    "subjects",
-]
-
-
-@app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        say(biodedup.__version__)
-        raise typer.Exit()
+_INTERRUPTED = 130  # `base.Exit.INTERRUPTED`, which may not be imported yet
 
 
 def main() -> None:
-    """The entry point: runs a command and turns the error tree into exit codes."""
-    as_json = "--json" in sys.argv
+    """The entry point: runs the command of `sys.argv` and exits with its code, 130 after Ctrl-C at any moment."""
     try:
-        app()
-    except (BiodedupError, MemoryError) as raised:
-        error = raised if isinstance(raised, BiodedupError) else out_of_memory(raised)
-        if as_json:
-            print_json({"error": {"type": type(error).__name__, "text": str(error)}})
-        complain(f"error: {error}")
-        sys.exit(exit_code(error))
+        from biodedup.cli.commands import run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(_INTERRUPTED)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from biodedup.cli.commands import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

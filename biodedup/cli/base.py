@@ -54,6 +54,13 @@ class _Commands(TyperGroup):
             key=lambda name: panels.index(Panel(getattr(self.commands[name], "rich_help_panel", Panel.GALLERY))),
         )
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            raise typer.Exit(Exit.INTERRUPTED) from None
+
 
 app = typer.Typer(
     cls=_Commands,
@@ -259,6 +266,11 @@ def progress_bar() -> Iterator[jobs.Progress]:
             raise typer.Exit(Exit.INTERRUPTED) from None
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 subject`, `2 subjects`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def finish(facts: dict[str, Any], text: str | Sequence[str], as_json: bool) -> None:
     """text: a line, or several."""
     if as_json:
@@ -282,7 +294,7 @@ def finish_decision(decision: Decision, as_json: bool) -> None:
             marked = ", extrapolated" if decision.best.extrapolated else ""
             best = f"; strongest {decision.best.subject_id} at {decision.best.score_db:.1f} dB{kind}{marked}"
         say(
-            f"{decision.outcome}{best}; {decision.gallery_size:,} subjects, duplicate from {decision.duplicate_db:.1f} dB, "
+            f"{decision.outcome}{best}; {counted(decision.gallery_size, 'subject')}, duplicate from {decision.duplicate_db:.1f} dB, "
             f"review from {decision.review_db:.1f} dB"
         )
         for text in texts_of(decision):

@@ -22,7 +22,9 @@ from biodedup.cli.base import (
     Panel,
     ThreadsOption,
     app,
+    complain,
     configured,
+    counted,
     existing,
     finish,
     model_ids,
@@ -52,7 +54,8 @@ def dedup(
 ) -> None:
     """Find the images of a folder, or the subjects of a manifest or a gallery, that are the same person.
 
-    An interrupted run resumes when the same command is started again.
+    An interrupted run resumes when the same command is started again. Exit code 10: duplicates were found; 12: none were found, and some
+    images or rows were refused.
     """
     is_gallery = jobs.is_gallery(source)
     chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
@@ -78,7 +81,9 @@ def dedup(
         across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
         for link in sorted(across, key=lambda link: -link.score_db)[:20]:
             say(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}")
-    raise typer.Exit(Exit.DUPLICATE if found.clusters else Exit.DONE)
+    if found.clusters:
+        raise typer.Exit(Exit.DUPLICATE)
+    raise typer.Exit(Exit.REFUSED if found.refusals or found.left_out.rows else Exit.DONE)
 
 
 @app.command(rich_help_panel=Panel.GALLERY)
@@ -110,7 +115,7 @@ def load(
     with bd.Engine.open(gallery, chosen) as engine, progress_bar() as progress:
         result = jobs.load(engine, source, ids=ids, column=column, model_id=model_ids(model_id), progress=progress)
         size = len(engine)
-    text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {size:,} subjects"
+    text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {counted(size, 'subject')}"
     for reason, count in result.reasons.items():
         text += f"; {reason}: {count:,}"
     if result.refused_rows:
@@ -135,7 +140,7 @@ def compact(
         engine.compact()
         size = len(engine)
     logs = len(list((gallery / MERGES_FOLDER).glob("*.parquet")))
-    text = f"compacted; {size:,} subjects"
+    text = f"compacted; {counted(size, 'subject')}"
     if logs:
         text += (
             f"; {logs} logs in {gallery / MERGES_FOLDER} keep templates of records that merges removed, for `biodedup undo`: delete "
@@ -158,7 +163,8 @@ def backup(
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         copied = engine.backup(target)
     text = (
-        f"version {copied.version} is in {target}: {copied.files_copied} files copied ({copied.byte_count:,} bytes), "
+        f"version {copied.version} is in {target}: {counted(copied.databases, 'database')} and {counted(copied.files_copied, 'file')} copied "
+        f"({copied.byte_count:,} bytes), "
         f"{copied.files_kept} were there"
     )
     if copied.left_out:
@@ -188,7 +194,12 @@ def info(
 
 @app.command(rich_help_panel=Panel.CARE)
 def doctor(
-    gallery: Annotated[Path | None, typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[GALLERY]", help="The gallery's folder; default: ./gallery, if it is one.")
+    ] = None,
+    gallery: Annotated[
+        Path | None, typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The same, as an option.")
+    ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Rebuild derived files; take damaged exact ones from --backup.")
     ] = False,
@@ -209,6 +220,10 @@ def doctor(
 ) -> None:
     """Check the installed models and every checksum of a gallery; repair it if asked."""
     canaries = canaries or sentinels
+    gallery = folder or gallery
+    if gallery is None and jobs.is_gallery(DEFAULT_GALLERY):
+        gallery = DEFAULT_GALLERY
+        complain(f"no gallery was named; checking ./{gallery}")
     if (repair or backup is not None or canaries) and gallery is None:
         raise InvalidInput("nothing to repair or to search; name the gallery, as --gallery FOLDER")
     with progress_bar() as progress:

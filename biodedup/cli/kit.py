@@ -134,7 +134,10 @@ def ingest(
         )
     summary = taken.summary()
     problems = summary["problems"] if as_json else summary.pop("problems")
-    print_summary(summary | {"report": str(report or result.with_suffix(".html"))}, as_json)
+    page = str(report or result.with_suffix(".html")) if taken.written else None
+    print_summary(summary | ({"report": page} if page or as_json else {}), as_json)
+    if not taken.written:
+        complain(f"nothing was taken; the earlier result {result} stays as it is")
     for problem in problems:
         complain(problem)
     for gap in taken.gaps[:20]:

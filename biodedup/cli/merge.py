@@ -20,6 +20,7 @@ from biodedup.cli.base import (
     ThreadsOption,
     app,
     configured,
+    counted,
     finish,
     print_json,
     print_summary,
@@ -91,7 +92,7 @@ def merge(
             one = found.applied
             say(
                 f"applied: {one.added:,} added, {one.left_out:,} left out, {one.removed:,} removed, {one.completed:,} survivors "
-                f"completed; {one.subjects:,} subjects. "
+                f"completed; {counted(one.subjects, 'subject')}. "
                 f"To take it back: biodedup undo {one.merge_id} --gallery FOLDER"
             )
         elif found.summary["clusters"]:
@@ -114,7 +115,7 @@ def undo(
         undone = jobs.undo(merge_id, gallery, configured(gallery, config), progress=progress)
     text = (
         f"undone: {undone.restored:,} restored, {undone.reverted:,} survivors reverted, {undone.withdrawn:,} withdrawn; "
-        f"{undone.subjects:,} subjects"
+        f"{counted(undone.subjects, 'subject')}"
     )
     if undone.kept_changed:
         text += f"; enrolled anew since, left as they are: {', '.join(undone.kept_changed[:20])}"

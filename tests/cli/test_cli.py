@@ -16,7 +16,10 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.cli import main
 from biodedup.cli.base import Panel
+from biodedup.jobs.deduplication.folder import DedupResult, Unit
+from biodedup.values import Cluster, Link
 from tests.support.images import finger, jpeg
 from tests.support.shell import run
 from tests.support.vectors import SFACE, again, people, unit
@@ -206,6 +209,29 @@ def test_dedup_started_again_extracts_only_what_changed(tmp_path, portrait, monk
     assert (tmp_path / "r.pairs.csv").read_text().count("\n") == 4
 
 
+def test_dedup_says_by_its_exit_code_that_images_or_rows_were_refused(tmp_path, portrait):
+    (tmp_path / "a.jpg").write_bytes(jpeg(portrait))
+    (tmp_path / "b.jpg").write_bytes(jpeg(portrait[:, ::-1], 60))
+    (tmp_path / "rows.csv").write_text("subject_id,path\na,a.jpg\n b,b.jpg\n")
+    code, out, _ = run("dedup", "rows.csv", "--out", "rows.parquet", cwd=tmp_path)
+    assert code == 12 and "row 2 refused: subject_id" in out
+    (tmp_path / "both.csv").write_text("subject_id,path\na,a.jpg\nb,b.jpg\nc,absent.jpg\n")
+    code, out, _ = run("dedup", "both.csv", "--out", "r.parquet", cwd=tmp_path)
+    assert code == 10
+    code, _, error = run("dedup", "both.csv", "--out", "r.csv", cwd=tmp_path)
+    assert code == 2 and "r.parquet is a result" in error
+
+
+def test_doctor_takes_the_gallery_as_others_do_and_checks_the_default_one(tmp_path):
+    assert "gallery" not in run("doctor", cwd=tmp_path)[1]
+    bd.Engine.open(tmp_path / "gallery").close()
+    bd.Engine.open(tmp_path / "gm").close()
+    code, out, error = run("doctor", cwd=tmp_path)
+    assert (code, "gallery gallery: 0 subjects" in out, "checking ./gallery" in error) == (0, True, True)
+    code, out, error = run("doctor", "gm", cwd=tmp_path)
+    assert (code, "gallery gm: 0 subjects" in out, error) == (0, True, "")
+
+
 INTERRUPTED = """
 import os, runpy, signal, biodedup
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
@@ -293,7 +319,7 @@ def test_the_demos_population_has_the_spread_measured_on_real_faces():
 def test_help_groups_the_commands_and_loads_no_engine_code():
     code = """
 import sys
-from biodedup.cli.base import app
+from biodedup.cli import app
 try:
     app(["--help"])
 except SystemExit:
@@ -306,3 +332,40 @@ except SystemExit:
     places = [next(i for i, line in enumerate(headings) if panel in line) for panel in Panel]
     assert places == sorted(places)
     assert not any(" Commands " in line for line in headings)  # a command without a panel
+
+
+def test_ctrl_c_while_the_commands_are_imported_is_told_without_a_traceback(tmp_path):
+    code = """
+import builtins, sys
+imported = builtins.__import__
+def interrupted(name, *rest):
+    if name == "typer":
+        raise KeyboardInterrupt
+    return imported(name, *rest)
+from biodedup.cli import main
+builtins.__import__ = interrupted
+sys.argv = ["biodedup", "info"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_in_a_command_is_told_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bd.Engine, "open", interrupted)
+    monkeypatch.setattr(sys, "argv", ["biodedup", "info"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_pairs_with_an_image_of_unknown_label_are_not_across_labels():
+    units = [Unit(name, label, ()) for name, label in (("a/1", "a"), ("a/2", "a"), ("b/1", "b"), ("x", None))]
+    links = [Link(pair, 50.0, False, ()) for pair in (("a/1", "a/2"), ("a/1", "b/1"), ("a/1", "x"))]
+    cluster = Cluster(("a/1", "a/2", "b/1", "x"), tuple(links), 50.0)
+    summary = DedupResult(tuple(units), (cluster,), {}, 40.0).summary()
+    assert (summary["pairs"], summary["pairs_of_one_label"], summary["pairs_across_labels"]) == (3, 1, 1)
+    assert summary["precision"] == 0.5

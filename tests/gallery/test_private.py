@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.cli.base import app
+from biodedup.cli import app
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.jobs.health import canary_file
 from biodedup.jobs.shared.checkpoint import Notes

@@ -377,9 +377,9 @@ def test_a_file_that_is_no_roll_is_the_callers_mistake(engine, tmp_path, content
 
 def test_bad_lines_are_refused_one_by_one_and_good_ones_kept(tmp_path):
     content = (
-        b"\xef\xbb\xbfSubject_ID ;District\r\n 001 ;A\r\n\r\n3.17E+15;A\r\n\xff\xfe;B\r\na\tb;B\r\n"
+        b"\xef\xbb\xbfSubject_ID ;District\r\n001;A \r\n\r\n3.17E+15;A\r\n\xff\xfe;B\r\na\tb;B\r\n"
         + b"x" * 300
-        + b";C\r\n002;C\r\n;\r\n"
+        + b";C\r\n002;C\r\n;\r\n 001;A\r\n"
     )
     (tmp_path / "roll.csv").write_bytes(content)
     roll = read_roll(tmp_path / "roll.csv")
@@ -389,6 +389,7 @@ def test_bad_lines_are_refused_one_by_one_and_good_ones_kept(tmp_path):
         (5, "B", "subject_id is not UTF-8 text"),
         (6, "B", "subject_id is not usable"),
         (7, "C", "subject_id is not usable"),
+        (10, "A", "subject_id is not usable"),
     ]
 
 

@@ -68,6 +68,13 @@ def test_the_backlog_of_a_copy_says_who_waits(gallery, tmp_path):
     assert not list(copy.glob("*.new*"))
 
 
+def test_databases_are_counted_among_what_a_backup_copied(tmp_path):
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        result = engine.backup(tmp_path / "copy")
+    assert (result.files_copied, result.databases) == (0, 1)
+    assert result.byte_count == (tmp_path / "copy" / "gallery.sqlite3").stat().st_size > 0
+
+
 def test_a_kits_batch_that_was_taken_is_known_after_a_restoration(tmp_path):
     jobs.make_keys("K", tmp_path / "K.key", clock=lambda: NOW)
     jobs.make_centre_key(tmp_path / "centre.key")

@@ -120,6 +120,17 @@ def test_nothing_is_taken_of_an_unknown_kit_or_of_a_changed_file_and_others_go_o
     assert only_bad.outcomes == () and not (centre / "untouched").exists()
 
 
+def test_a_run_that_is_refused_leaves_the_earlier_results_alone(centre):
+    batch = packed(centre, "A", "b.kit", table(people(3)))
+    assert ingested(centre, batch, out="o.csv").written
+    written = {name: (centre / name).read_bytes() for name in ("o.csv", "o.summary.json", "o.html")}
+    (centre / "trusted" / "A.pub").unlink()
+    refused = ingested(centre, batch, out="o.csv")
+    assert not refused.written and refused.outcomes == () and refused.batches[0].state == "refused"
+    assert {name: (centre / name).read_bytes() for name in written} == written
+    assert ingested(centre, batch, out="new.csv").written and (centre / "new.html").exists()
+
+
 @pytest.mark.parametrize(
     ("shift", "told"), [(YEAR, "in the future"), (-YEAR, "before the kit's key was made")], ids=["ahead", "behind"]
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import main
+from biodedup.gallery.files.faults import translated
 from biodedup.jobs.enrolment.outcomes import Outcome, outcome_table
 from biodedup.jobs.manifests.encounters import Record
 from biodedup.jobs.manifests.roll import read_roll
@@ -335,3 +338,30 @@ def test_what_a_kit_says_of_a_capture_is_shown_and_does_not_end_an_ingest():
     (one, *_) = record.refusals
     assert (one.column, one.reason, one.detail[:6], len(one.detail)) == ("unknown", "why\\x07", "\\u202e", 500)
     bd.Encounter(declined=record.refusals[:100])
+
+
+@pytest.mark.parametrize("out", ["no/r.parquet", "no/deeper/r.parquet"])
+def test_a_folder_that_cannot_be_made_is_told_like_any_other_that_cannot_be_written(tmp_path, monkeypatch, out):
+    made = Path.mkdir
+
+    def refused(path, *arguments, **more):
+        if path == tmp_path / "no":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        made(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    (tmp_path / "m.csv").write_text("subject_id,path\na,a.png\nb,b.png\n")
+    with pytest.raises(bd.StorageUnavailable, match="permission denied; give this process access to the folder"):
+        jobs.dedup(tmp_path / "m.csv", tmp_path / out)
+    with pytest.raises(bd.StorageUnavailable, match="permission denied; give this process access to the folder"):
+        jobs.evaluate(tmp_path / "m.csv", (tmp_path / out).with_suffix(".json"))
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "free the disk"), (errno.EDQUOT, "free the disk"), (errno.ENOENT, "check the path"),
+     (errno.EROFS, "name a folder that can be"), (errno.EIO, "check the disk")],
+)  # fmt: skip
+def test_only_a_full_disk_is_to_be_freed(number, remedy):
+    with pytest.raises(bd.StorageUnavailable, match=remedy), translated("writing r.csv"):
+        raise OSError(number, os.strerror(number))

@@ -139,7 +139,7 @@ def test_ids_are_text_in_every_job(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_tables_are_read_with_and_without_a_byte_order_mark(tmp_path, encoding, delimiter):
-    lines = (("Subject ID", "Path"), ("001", "José.jpg"), (" 002 ", "b.jpg"))
+    lines = (("Subject ID", "Path"), ("001", "José.jpg"), ("002", " b.jpg "))
     text = "\r\n".join(delimiter.join(line) for line in lines)
     (tmp_path / "m.csv").write_text(text, encoding=encoding, newline="")
     assert [cells for _, cells in TableFile(tmp_path / "m.csv").rows()] == [
@@ -353,13 +353,19 @@ def test_an_id_means_the_same_in_every_reader(tmp_path, read, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_spaces_around_an_id_count_in_a_typed_table_alone(tmp_path, suffix):
-    path = odd(tmp_path / f"m{suffix}", {"subject_id": [" 007 ", "008"], "path": ["a.png"] * 2})
-    roll = odd(tmp_path / f"r{suffix}", {"subject_id": [" 007 ", "008"]})
-    wanted = ["007", "008"] if suffix == ".csv" else ["008"]
+def test_an_id_with_spaces_around_it_is_refused_by_every_reader_and_never_changed(tmp_path, suffix):
+    ids = [" 007", "007 ", "008"]
+    path = odd(tmp_path / f"m{suffix}", {"Subject ID": ids, "path": ["a.png"] * 3})
+    visits = odd(tmp_path / f"v{suffix}", {"subject_id": list("abc"), "encounter_id": ids, "path": ["a.png"] * 3})
+    roll = odd(tmp_path / f"r{suffix}", {"subject_id": ids})
     for read in (of_captures, of_encounters, of_a_kit):
-        assert [name for name, _, _ in read(path).values()] == wanted
-    assert [name for name, _, _ in of_a_roll(roll).values()] == wanted
+        assert [name for name, _, _ in read(path).values()] == ["008"]
+    for read in (of_encounters, of_a_kit):
+        assert [name for name, _, _ in read(visits).values()] == ["c"]
+    assert [name for name, _, _ in of_a_roll(roll).values()] == ["008"]
+    assert [reason for _, _, reason in read_roll(roll).refused] == [
+        "subject_id is not usable: it has spaces around it"
+    ] * 2
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -513,6 +519,7 @@ def test_ids_that_cannot_be_compared_cost_their_row(tmp_path):
         (b"001\n002\n003", ["001", "002", "003"]),
         (b"Jos\xe9\n002\n003\n", ["002", "003"]),
         ("a\u2028b\n002\n003\n".encode(), ["002", "003"]),
+        (b" 001\n002\t\n003 \r\n", []),
         (b"\n002\n003\n\n", None),
         (b"1e5\nNA\n1.0\n", ["1e5", "NA", "1.0"]),
     ],

@@ -43,14 +43,16 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Copied:
-    """The result of a backup or a restoration. version: of the copied state; byte_count: bytes copied; left_out: damaged databases of jobs,
-    which were not copied, so that the target keeps its earlier ones. Databases are copied each time, and not counted as files."""
+    """The result of a backup or a restoration. version: of the copied state; byte_count: bytes copied, those of databases included;
+    left_out: damaged databases of jobs, which were not copied, so that the target keeps its earlier ones; databases: how many were copied, as
+    each time, which files_copied does not count."""
 
     version: int
     files_copied: int
     files_kept: int
     byte_count: int
     left_out: tuple[str, ...] = ()
+    databases: int = 0
 
 
 def backup(storage: Storage, folder: Path, target: Path) -> Copied:
@@ -116,13 +118,14 @@ def copy_gallery(
     if aside is not None:  # where nothing was, the gallery makes it whole: last
         databases.reverse()
     for name in databases:
+        byte_count += (target / (name + NEW_SUFFIX)).stat().st_size
         _put_in_place(storage, target, name, aside)
     for name in sorted(present - {file.name for file in manifest.files.values()}):
         if aside is None:
             storage.remove(target / SEGMENT_FOLDER / name)
         else:
             storage.replace(target / SEGMENT_FOLDER / name, aside / name)
-    return Copied(manifest.version, copied, kept, byte_count, left_out)
+    return Copied(manifest.version, copied, kept, byte_count, left_out, len(databases))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ _DISK_TROUBLE = {
     sqlite3.SQLITE_LOCKED,
     sqlite3.SQLITE_READONLY,
 }  # primary result codes after which the same call may succeed; others speak of damage
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
@@ -42,4 +45,13 @@ def translated(doing: str) -> Iterator[None]:
 
 def _unavailable(error: Exception, doing: str) -> StorageUnavailable:
     """The retryable error for a disk that refused."""
-    return StorageUnavailable(f"{doing} failed: {error}; nothing was acknowledged; free the disk and send it again")
+    number = getattr(error, "errno", None)
+    if number in _FULL or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        remedy = "free the disk and send it again"
+    elif number == errno.ENOENT:
+        remedy = "check the path and send it again"
+    elif number == errno.EROFS:
+        remedy = "name a folder that can be written"
+    else:
+        remedy = "check the disk and send it again"
+    return StorageUnavailable(f"{doing} failed: {error}; nothing was acknowledged; {remedy}")

@@ -64,10 +64,11 @@ def private_folder(path: Path) -> None:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Makes a folder, and those above it. An existing folder stays as it is. Raises FileExistsError where it is a file."""
-    if not folder.parent.exists():
-        make_private_folder(folder.parent)
-    folder.mkdir(FOLDER_MODE, exist_ok=True)
+    """Makes a folder, and those above it. An existing folder stays as it is. Raises NotAGallery where it is a file, StorageUnavailable."""
+    with translated(f"making {folder}"):
+        if not folder.parent.exists():
+            make_private_folder(folder.parent)
+        folder.mkdir(FOLDER_MODE, exist_ok=True)
 
 
 def refuse_link(path: Path) -> None:

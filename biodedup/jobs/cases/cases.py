@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 
 from biodedup.engine import Engine
-from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.explanation.explain import explain_templates
 from biodedup.jobs.shared.output import check_table_name, write_table
@@ -291,5 +290,4 @@ def _pair(verdict: Verdict, part: Evidence) -> dict[str, Any]:
 
 
 def _made_for(path: Path) -> None:
-    with translated(f"making {path.parent}"):
-        make_private_folder(path.parent)
+    make_private_folder(path.parent)

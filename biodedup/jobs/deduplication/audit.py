@@ -24,7 +24,6 @@ import pyarrow as pa
 
 from biodedup.engine import Engine
 from biodedup.errors import CallerError
-from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.manifests.roll import Roll, read_roll
 from biodedup.jobs.shared.checkpoint import Notes
@@ -156,8 +155,7 @@ def audit(
     }
     for path in (out, report):
         if path is not None:
-            with translated(f"making {path.parent}"):
-                make_private_folder(path.parent)
+            make_private_folder(path.parent)
     with Notes(out.with_name(out.name + ".notes"), key) as notes:
         if notes.entries:
             threshold_db = notes.entries[0]["threshold_db"]

@@ -68,7 +68,8 @@ class DedupResult:
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def summary(self) -> dict[str, Any]:
-        """Counts, and pairwise precision and recall against the labels where units of one label repeat; JSON-ready."""
+        """Counts, and pairwise precision and recall against the labels where units of one label repeat; JSON-ready. A pair with a unit of
+        unknown label counts for neither."""
         label_of = {unit.unit_id: unit.label for unit in self.units}
         links = [link for cluster in self.clusters for link in cluster.links]
         summary: dict[str, Any] = {
@@ -85,11 +86,13 @@ class DedupResult:
         if mated:
             compared = (u.label for u in self.units if u.label is not None and u.unit_id not in self.refusals)
             mated_compared = sum(comb(n, 2) for n in _counted(compared).values())
-            same = sum(label_of[link.subject_ids[0]] == label_of[link.subject_ids[1]] for link in links)
+            labels = [(label_of[link.subject_ids[0]], label_of[link.subject_ids[1]]) for link in links]
+            labelled = [(a, b) for a, b in labels if a is not None and b is not None]
+            same = sum(a == b for a, b in labelled)
             summary |= {
                 "pairs_of_one_label": same,
-                "pairs_across_labels": len(links) - same,
-                "precision": round(same / len(links), 6) if links else None,
+                "pairs_across_labels": len(labelled) - same,
+                "precision": round(same / len(labelled), 6) if labelled else None,
                 "recall": round(same / mated, 6),
                 "recall_of_compared": round(same / mated_compared, 6) if mated_compared else None,
             }
@@ -126,10 +129,16 @@ def dedup(
     Raises InvalidInput, GalleryBusy (another job has this result), StorageUnavailable.
     """
     check_table_name(out)
+    for suffix in {".csv", ".parquet"} - {out.suffix}:
+        other = out.with_suffix(suffix)
+        if other.exists() and _work_of(other).exists():
+            raise InvalidInput(
+                f"{other} is a result, whose summary {_summary_of(out)} would be replaced; give this one another name"
+            )
     config = (config or Config(isolation=IsolationConfig())).with_policy()
     units, left_out = units_of(source)
     make_private_folder(out.parent)
-    with Engine.open(out.with_name(out.name + ".work"), config, override_policy=True) as engine:
+    with Engine.open(_work_of(out), config, override_policy=True) as engine:
         refusals = _fill(engine, units, config.batch_size, progress)
         if threshold_db is None:
             threshold_db = engine.policy.link_db(len(engine))
@@ -226,7 +235,15 @@ def _write(result: DedupResult, out: Path) -> None:
     )
     write_table(units, out)
     write_table(pairs, out.with_name(f"{out.stem}.pairs{out.suffix}"))
-    write_json(result.summary(), out.with_name(f"{out.stem}.summary.json"))
+    write_json(result.summary(), _summary_of(out))
+
+
+def _work_of(out: Path) -> Path:
+    return out.with_name(out.name + ".work")
+
+
+def _summary_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.summary.json")
 
 
 def _counted(items: Iterable[str | None]) -> dict[str | None, int]:

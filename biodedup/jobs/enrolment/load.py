@@ -253,14 +253,14 @@ def _loaded_ids(path: Path) -> Any:
 
 
 def _ids_of_text(path: Path) -> Any:
-    """One id a line; spaces around it do not count. A line that is no UTF-8 costs its own row."""
+    """One id a line. A line that is no UTF-8 costs its own row."""
     content = path.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InvalidInput(f"{path} is UTF-16 text; save it as UTF-8")
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if not lines[-1].strip():
         lines.pop()
-    return pa.array([line.strip().decode("utf-8", "replace") for line in lines], pa.string())
+    return pa.array([line.removesuffix(b"\r").decode("utf-8", "replace") for line in lines], pa.string())
 
 
 def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:

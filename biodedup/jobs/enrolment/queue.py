@@ -42,7 +42,7 @@ MEANINGS = {
 }
 
 _HOUR_S, _DAY_S = 3600.0, 86_400.0
-_SPAN_S_MIN = 60.0  # a rate over less than a minute says little
+_SPAN_S_MIN = 600.0  # a rate over less than ten minutes says little
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS backlog (
     encounter_id TEXT PRIMARY KEY,
@@ -102,7 +102,7 @@ class StatusLine:
 @dataclass(frozen=True)
 class QueueStatus:
     """Where all encounters are, and whether the work keeps pace. Rates are encounters an hour; those of decisions count from the
-    first of the window on, so that an hour in which work began at the end is not averaged away."""
+    first of the window on, and for at least ten minutes, so that an hour in which work began at the end is not averaged away."""
 
     at: float
     lines: dict[str, StatusLine]
@@ -236,6 +236,7 @@ class Backlog:
         came = {window_s: self._count("received_at", now - window_s, now) for window_s in (_HOUR_S, _DAY_S)}
         decided_hour, decided_day = self._decided_per_hour(now, _HOUR_S), self._decided_per_hour(now, _DAY_S)
         present = decided_hour or decided_day
+        oldest_s = max((lines[status].oldest_s or 0.0 for status in WAITING), default=0.0)
         clear_s = 0.0 if not waiting else round(waiting / present * _HOUR_S) if present else None
         return QueueStatus(
             now,
@@ -246,7 +247,7 @@ class Backlog:
             decided_hour,
             decided_day,
             clear_s,
-            _warning(waiting, came[_DAY_S], self._count("decided_at", now - _DAY_S, now), clear_s),
+            _warning(waiting, oldest_s, came[_DAY_S], self._count("decided_at", now - _DAY_S, now), clear_s),
         )
 
     def _line(self, status: str, now: float) -> StatusLine:
@@ -303,9 +304,10 @@ def write_status_page(path: Path, status: QueueStatus) -> None:
     write_page(path, "status.html", status=status, meanings=MEANINGS)
 
 
-def _warning(waiting: int, came: int, decided: int, clear_s: float | None) -> str:
-    """came, decided: encounters of the last day. A manifest that is through within the hour is no queue."""
-    if not waiting:
+def _warning(waiting: int, oldest_s: float, came: int, decided: int, clear_s: float | None) -> str:
+    """oldest_s: how long the first of the queue waits; came, decided: encounters of the last day. A manifest that is through within the hour
+    is no queue, and one that came within ten minutes may just have been started."""
+    if not waiting or (clear_s is None and oldest_s < _SPAN_S_MIN):
         return ""
     if clear_s is None:
         return f"{waiting:,} encounters wait, and nothing was decided within a day: start enroll-batch again"

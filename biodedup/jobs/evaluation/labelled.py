@@ -23,7 +23,6 @@ from biodedup.config import Config
 from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
-from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.manifests.captures import (
     RESERVED,
@@ -108,8 +107,7 @@ def _extracted(
     for low in range(0, len(found), PART):
         batch = found[low : low + PART]
         if any(one.captures for one in batch):
-            with translated(f"writing to {work}"):
-                make_private_folder(work)
+            make_private_folder(work)
             marks = "\n".join([settings, *(mark_of(one.encounter_id, one.captures) for one in batch)])
             part = work / f"{hashlib.sha256(marks.encode()).hexdigest()[:32]}.parquet"
             results = _read_part(part)

@@ -96,7 +96,9 @@ def examine(
             problems.extend(f"gallery {gallery}: {problem}" for problem in found)
         else:
             with Engine.open(gallery, config, read_only=True) as engine:
-                checked.append(f"gallery {gallery}: {len(engine):,} subjects, version {engine.gallery_version}")
+                checked.append(
+                    f"gallery {gallery}: {len(engine):,} subject{'' if len(engine) == 1 else 's'}, version {engine.gallery_version}"
+                )
                 notes = engine.notes(clock())
             if canaries:
                 watched = watch(gallery, config, progress=progress)

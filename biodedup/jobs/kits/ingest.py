@@ -27,7 +27,6 @@ from biodedup.config import Config, IsolationConfig
 from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError, EncounterConflict
 from biodedup.gallery.answers import digest_of
-from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.kits.batch_file import RECORDS_MAX, BatchReader
 from biodedup.jobs.kits.keys import CentreKey
@@ -124,7 +123,8 @@ def ingest_batches(
     clock: Callable[[], float] = time.time,
     progress: Progress = silent,
 ) -> IngestResult:
-    """Takes batch files into a gallery and writes `out` (.parquet or .csv), a row a record, with a summary and an HTML report beside it.
+    """Takes batch files into a gallery and writes `out` (.parquet or .csv), a row a record, with a summary and an HTML report beside it. Where
+    every file was refused, results of an earlier run stay as they are.
 
     trusted: a folder of the kits' .pub files, and of the centre's records of them (`trust.py`). centre: the keys that batches are
     encrypted to. allow_unencrypted: take files of version 1, too. A file that cannot be taken is in the result, and stops no other.
@@ -132,8 +132,7 @@ def ingest_batches(
     """
     check_table_name(out)
     keys = load_trusted(trusted)
-    with translated(f"writing beside {out}"):
-        make_private_folder(out.parent)
+    make_private_folder(out.parent)
     examined, now = [], clock()
     for number, path in enumerate(batches, start=1):
         examined.append(examine_batch(path, keys, centre, allow_unencrypted=allow_unencrypted, now=now))
@@ -142,8 +141,7 @@ def ingest_batches(
     if not usable:
         files = tuple(described(one, None, 0.0) for one in examined)
         result = IngestResult(files, (), (), (), now, keys.problems)
-        write_result(result, out, report)
-        return result
+        return write_result(result, out, report)
     with Engine.open(gallery, config or Config(isolation=IsolationConfig()), clock=clock) as engine:
         ledger = Ledger(gallery)
         try:
@@ -151,7 +149,7 @@ def ingest_batches(
             job = _Ingest(engine, ledger, run, received_at, progress)
             job.reader = partial(BatchReader, trusted=keys, centre=centre, allow_unencrypted=allow_unencrypted)
             result = replace(job.result(examined), trust_problems=keys.problems)
-            write_result(result, out, report)
+            result = write_result(result, out, report)
             ledger.finish(run)
             return result
         finally:

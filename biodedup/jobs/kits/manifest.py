@@ -193,4 +193,4 @@ def _place(capture: tuple[Capture, int]) -> tuple[bool, int]:
 
 
 def _text(cell: Any) -> str:
-    return "" if cell is None else str(cell).strip()
+    return "" if cell is None else str(cell)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -121,7 +121,8 @@ class Reused:
 
 @dataclass(frozen=True)
 class IngestResult:
-    """Everything that happened to some batch files. trust_problems: files of the trusted folder that are no sound keys or records."""
+    """Everything that happened to some batch files. trust_problems: files of the trusted folder that are no sound keys or records;
+    written: False where an earlier result was left as it is."""
 
     batches: tuple[BatchOutcome, ...]
     outcomes: tuple[Outcome, ...]
@@ -129,6 +130,7 @@ class IngestResult:
     reused: tuple[Reused, ...]
     received_at: float
     trust_problems: tuple[str, ...] = ()
+    written: bool = True
 
     def summary(self) -> dict[str, Any]:
         """Counts, JSON-ready."""
@@ -272,7 +274,14 @@ def described(one: Examined, first_received_at: float | None, received_at: float
     )
 
 
-def write_result(result: IngestResult, out: Path, report: Path | None) -> None:
+def write_result(result: IngestResult, out: Path, report: Path | None) -> IngestResult:
+    """Writes the table, the summary and the page, and returns the result. A run of which every file was refused leaves the results of an
+    earlier run as they are."""
+    page, summary = report or out.with_suffix(".html"), out.with_name(f"{out.stem}.summary.json")
+    nothing_taken = not result.outcomes and all(batch.state != "whole" for batch in result.batches)
+    if nothing_taken and any(path.exists() for path in (out, page, summary)):
+        return replace(result, written=False)
+
     def moment(seconds: float | None) -> datetime | None:
         try:
             return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
@@ -284,5 +293,6 @@ def write_result(result: IngestResult, out: Path, report: Path | None) -> None:
     kinds = {"sequence": pa.int64(), "score_db": pa.float64()} | dict.fromkeys(times, pa.timestamp("ms", "UTC"))
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Outcome.__dataclass_fields__])
     write_table(pa.Table.from_pylist(rows, schema=schema), out)
-    write_json(result.summary(), out.with_name(f"{out.stem}.summary.json"))
-    write_page(report or out.with_suffix(".html"), "kit_ingest.html", result=result, summary=result.summary())
+    write_json(result.summary(), summary)
+    write_page(page, "kit_ingest.html", result=result, summary=result.summary())
+    return result

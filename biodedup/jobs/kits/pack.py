@@ -146,8 +146,7 @@ def pack_batch(
         raise InvalidInput(
             f"{manifest} has {len(planned):,} records, a batch at most {RECORDS_MAX:,}; make several batches"
         )
-    with translated(f"writing beside {out}"):
-        make_private_folder(out.parent)
+    make_private_folder(out.parent)
     lock = LocalStorage().lock(key.with_suffix(".lock"))
     try:
         packing = _Packing(config, kit, out, only_good, as_templates, clock)

@@ -2,7 +2,7 @@
 
 Every reader of a table takes the meaning of a cell from here, so that one row means the same in all jobs. Never opens a file.
 
-1. Ids are text and keep every letter: `0012`, `1e5`, `NA` and `true` are ids. A typed table's whole number is the id of its digits. An id
+1. Ids are text and keep every letter: `0012`, `1e5`, `NA` and `true` are ids; one with spaces around it is refused. A typed table's whole number is the id of its digits. An id
    that a spreadsheet rounded (`3.17E+15`) is refused, because several people would share it.
 2. A cell that cannot be used raises `Unusable`, with a reason of `enrolment/outcomes.py` and a detail that names the column. The job decides
    what that costs: a row or an encounter.
@@ -39,6 +39,7 @@ from biodedup.values import (
 )
 
 GROUP_COLUMNS = ("group", "groups")
+ID_COLUMNS = ("subject_id", "encounter_id")
 KNOWN = (
     "subject_id", "encounter_id", "captured_at", "path", "image", "position", "dpi", "missing", *GROUP_COLUMNS, "district", "entry",
     *COLUMNS,

@@ -2,7 +2,7 @@
 
 Owns which lines can be used; `fields.py` parses the cells. Never looks into a gallery.
 
-1. Everything is read as text, so that ids keep their leading zeros. In CSV, spaces around a value do not count.
+1. Everything is read as text, so that ids keep their leading zeros. In CSV, spaces around a value do not count, except around an id.
 2. A line that cannot be used is refused with its number and the reason; only a file that is no roll at all raises.
 3. Lines are numbered as in a spreadsheet: the header of a CSV file is line 1. Rows of a Parquet file count from 1.
 """
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.fields import (
+    ID_COLUMNS,
     UNREADABLE,
     Unusable,
     column_name,
@@ -72,7 +73,7 @@ def read_roll(path: Path) -> Roll:
     reasons = np.full(len(lines), "", object)
     columns: dict[str, Any] = {}
     for name, values in zip(_named(list(found), path), found.values(), strict=True):
-        columns[name], unreadable = _texts(values, csv_file=path.suffix.lower() != ".parquet")
+        columns[name], unreadable = _texts(values, name, csv_file=path.suffix.lower() != ".parquet")
         reasons[unreadable] = f"{name} is not UTF-8 text"
     with_districts = "district" in columns
     for reason, wrong in _checks(columns):
@@ -155,14 +156,19 @@ def _once(names: list[str], path: Path) -> list[str]:
     return names
 
 
-def _texts(values: Any, *, csv_file: bool) -> tuple[Any, NDArray[np.bool_]]:
-    """(texts, those of a CSV file without spaces around them; bool (n,): which are not UTF-8)."""
+def _texts(values: Any, column: str, *, csv_file: bool) -> tuple[Any, NDArray[np.bool_]]:
+    """(texts, those of a CSV file without spaces around them unless they are ids; bool (n,): which are not UTF-8)."""
     try:
         cells = pa.array(values, pa.string())
     except UnicodeEncodeError:  # some bytes are not UTF-8
         cells = pa.array([value if _is_text(value) else UNREADABLE for value in values], pa.string())
     unreadable = _mask(pc.match_substring(cells, UNREADABLE))
-    return rearmed_cells(pc.utf8_trim_whitespace(cells)) if csv_file else cells, unreadable
+    if not csv_file:
+        return cells, unreadable
+    trimmed = pc.utf8_trim_whitespace(cells)
+    if column in ID_COLUMNS:
+        trimmed = pc.if_else(pc.equal(trimmed, ""), "", cells)
+    return rearmed_cells(trimmed), unreadable
 
 
 def _parsed(cells: Any, parse: Callable[[str], Any]) -> tuple[Any, NDArray[np.bool_]]:

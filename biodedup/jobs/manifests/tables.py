@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from biodedup.errors import InvalidInput
-from biodedup.jobs.manifests.fields import column_name
+from biodedup.jobs.manifests.fields import ID_COLUMNS, column_name
 from biodedup.jobs.shared.spreadsheet import rearmed
 
 Row: TypeAlias = tuple[int, Mapping[str, Any]]
@@ -94,7 +94,7 @@ class TableFile:
         with reader:
             for batch in reader:
                 yield [
-                    {name: _decoded(cell) for name, cell in zip(names, row.values(), strict=True)}
+                    {name: _decoded(cell, name) for name, cell in zip(names, row.values(), strict=True)}
                     for row in batch.to_pylist()
                 ]
 
@@ -140,11 +140,13 @@ def _dialect(path: Path, skip: Callable[[Any], str]) -> Any:
     return pa.csv.ParseOptions(delimiter=delimiter, invalid_row_handler=skip, newlines_in_values=True)
 
 
-def _decoded(cell: bytes | None) -> str | None:
+def _decoded(cell: bytes | None, column: str) -> str | None:
+    """The text of a cell in CSV, None where it is blank. Spaces around an id stay, so that `fields.py` refuses it."""
     if cell is None:
         return None
     text = cell.decode("utf-8", "replace")
-    return rearmed(text.strip()) or None
+    trimmed = text.strip()
+    return rearmed(text if trimmed and column in ID_COLUMNS else trimmed) or None
 
 
 def _listed(batch: Any, names: Sequence[str], written: Sequence[str]) -> list[dict[str, Any]]:

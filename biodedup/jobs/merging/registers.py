@@ -139,8 +139,9 @@ def policy_of(registers: Sequence[Register], central: Register | None, given: Po
     for other in registers[1:]:
         if changes := differences(first.policy.policy, other.policy.policy):
             raise InvalidInput(
-                f"districts decide by different policies: {told(changes, f'in {first.name}', f'in {other.name}')}; name the central "
-                "gallery, whose policy counts then, or state the policy that is to count ([policy] in the settings file)"
+                f"districts decide by different policies: {told(changes, f'in {first.name}', f'in {other.name}')}; state the policy "
+                "that is to count ([policy] in the settings file), with which --apply creates the central gallery; or name a central "
+                "gallery that exists already, whose policy counts then"
             )
     return first.policy.policy
 

@@ -1,0 +1,54 @@
+"""All commands together, and how the errors of a command become exit codes.
+
+Owns the list of command modules. Never decides anything itself. No command module imports numba, faiss, onnxruntime or cv2 before a
+command runs, so that help appears at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import biodedup
+from biodedup.cli import audit, bulk, calibrate, cases, evaluate, explain, gallery, kit, merge, policy, subjects
+from biodedup.cli.base import app, complain, exit_code, print_json, say
+from biodedup.errors import BiodedupError
+from biodedup.memory import out_of_memory
+
+__all__ = [
+    "app",
+    "audit",
+    "bulk",
+    "calibrate",
+    "cases",
+    "evaluate",
+    "explain",
+    "gallery",
+    "kit",
+    "merge",
+    "policy",
+    "run",
+    "subjects",
+]
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        say(biodedup.__version__)
+        raise typer.Exit()
+
+
+def run() -> None:
+    """Runs the command of `sys.argv` and turns the error tree into exit codes."""
+    as_json = "--json" in sys.argv
+    try:
+        app()
+    except (BiodedupError, MemoryError) as raised:
+        error = raised if isinstance(raised, BiodedupError) else out_of_memory(raised)
+        if as_json:
+            print_json({"error": {"type": type(error).__name__, "text": str(error)}})
+        complain(f"error: {error}")
+        sys.exit(exit_code(error))
