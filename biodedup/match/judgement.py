@@ -103,7 +103,7 @@ REASONS = {
     "between_thresholds": "the score lies between the thresholds",
     "little_evidence": "with so few captures a mate may score no more than strangers do",
     "removed": "the subject was enrolled, and has been removed since",
-    "nothing_in_common": "nobody enrolled has a capture to compare with these",
+    "nothing_in_common": "no enrolled subject has a capture to compare with these",
 }
 """The text of each of `Decision.reasons`, most serious first."""
 _SERIOUS = tuple(REASONS)
