@@ -14,6 +14,7 @@ from biodedup.engine.search import BatchedSearch
 from biodedup.gallery.gallery import Gallery
 from biodedup.match.compare import Comparer
 from biodedup.search.searcher import Searcher
+from biodedup.search.selfjoin.join import SelfJoin
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Internals:
     comparer: Comparer
     searcher: Searcher
     searches: BatchedSearch
+    join: SelfJoin
     enrolment: Enrolment
 
 
@@ -35,5 +37,6 @@ def internals(engine: Engine) -> Internals:
         engine._comparer,
         engine._searcher,
         engine._searches,
+        engine._join,
         engine._enrolment,
     )

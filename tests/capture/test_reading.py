@@ -94,7 +94,7 @@ def test_an_encounter_of_odd_paths_is_refused_by_value(tmp_path, monkeypatch, wi
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("call", ["enroll", "update", "dispute", "enroll_many", "admit"])
+@pytest.mark.parametrize("call", ["enroll", "update", "dispute", "enroll_many", "import_captures"])
 def test_digest_and_template_are_of_the_same_bytes(tmp_path, portrait, monkeypatch, call):
     """Of an encounter with an encounter_id a path is read once: its digest names the content that was enrolled."""
     path = tmp_path / "face.jpg"
@@ -107,13 +107,13 @@ def test_digest_and_template_are_of_the_same_bytes(tmp_path, portrait, monkeypat
         monkeypatch.setattr(os, "open", counting(os.open, opened, path))
         monkeypatch.setattr(Path, "read_bytes", counting(Path.read_bytes, opened, path))
         encounter = bd.Encounter("anna", [bd.Face(path)], encounter_id="e")
-        if call in ("enroll_many", "admit"):
+        if call in ("enroll_many", "import_captures"):
             (decision,) = getattr(engine, call)([encounter])
         else:
             decision = getattr(engine, call)(encounter)
         assert decision.outcome == ("review" if call == "dispute" else "unique")
         assert len(opened) == 1
-        if call in ("enroll", "enroll_many", "admit"):  # the digests of updates and disputes say what they are
+        if call in ("enroll", "enroll_many", "import_captures"):  # the digests of updates and disputes say what they are
             assert engine.recall(bd.Encounter("anna", [bd.Face(content)], encounter_id="e")) is not None
 
 

@@ -231,7 +231,7 @@ def test_dedup_interrupted_in_the_middle_goes_on_where_it_was(tmp_path, portrait
         [sys.executable, "-c", INTERRUPTED, *command], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 130, done.stderr
-    assert "again to go on" in done.stderr
+    assert "again to resume" in done.stderr
     with bd.Engine.open(tmp_path / "r.parquet.work", read_only=True) as engine:
         assert len(engine) == bd.Config().batch_size < 80
     assert not (tmp_path / "r.parquet").exists()

@@ -160,7 +160,7 @@ def test_scores_do_not_depend_on_how_far_the_next_batch_was_searched(tmp_path, m
     columns = {"subject_id": names, "encounter_id": [f"e{i}" for i in range(60)], "face": vectors.tolist()}
     pa.parquet.write_table(pa.table(columns), manifest)
     tables = []
-    for name, slow in (("searches", (BatchedSearch, "seek")), ("commits", (Gallery, "transaction"))):
+    for name, slow in (("searches", (BatchedSearch, "search")), ("commits", (Gallery, "transaction"))):
         with monkeypatch.context() as patched:
             patched.setattr(*slow, late(getattr(*slow)))
             with (
