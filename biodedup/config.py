@@ -262,7 +262,7 @@ class GalleryConfig:
     merge_fan: int = 8
     """Neighbouring segments of one size that are merged into one of the next size."""
     background: bool = True
-    """Whether a thread of the engine seals and merges. False: only `compact`, `tidy` and bulk loads do."""
+    """Whether a thread of the engine seals and merges. False: only `compact`, `maintain` and bulk loads do."""
     segment_rows: int = 1 << 24
     """Rows from which a segment is not merged further. Bounds the disk space and the time that a merge needs."""
     encounters_max: int = 3

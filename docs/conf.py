@@ -18,12 +18,10 @@ release = version = biodedup.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinxcontrib.mermaid",
     "commands",
 ]
 exclude_patterns = ["_build", "_ext"]
 source_suffix = {".md": "markdown"}
-myst_fence_as_directive = ["mermaid"]
 myst_heading_anchors = 3
 suppress_warnings = [
     "docutils"
@@ -37,4 +35,3 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"biodedup {release}"
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
 html_show_sourcelink = False
-mermaid_output_format = "raw"

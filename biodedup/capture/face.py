@@ -48,7 +48,7 @@ _FACES_MAX = 50
 
 @dataclass(frozen=True, eq=False)
 class AlignedFace:
-    """image: uint8 (112, 112, 3) RGB. landmarks: float64 (5, 2), in pixels of the capture as it was turned. quality: confidence 0..1."""
+    """image: uint8 (112, 112, 3) RGB. landmarks: float64 (5, 2), in pixels of the capture after its rotation. quality: confidence 0..1."""
 
     image: NDArray[np.uint8] = field(repr=False)
     quality: float

@@ -29,7 +29,7 @@ def skeleton_minutiae(ridges: RidgeMap) -> Float32:
     The direction points into the ridge that ends, or into the valley between the two that fork, so that an end which
     touches the next ridge keeps it.
     """
-    from skimage.morphology import skeletonize  # takes a second, which who has no prints need not wait
+    from skimage.morphology import skeletonize  # takes a second; loaded only where a print is read
 
     dark = (ridges.ridges > 0) & (ridges.inside > 0)
     dark[[0, -1]] = False

@@ -45,7 +45,7 @@ def audit(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a roll, such as a voter list: who is listed twice, not enrolled, or enrolled under two ids, by district.
+    """Check a roll, such as a voter list: people listed twice, not enrolled, or enrolled under two ids, by district.
 
     An interrupted run resumes when the same command is started again. Exit code 10: doubles were found.
     """

@@ -52,7 +52,7 @@ _POOLS = 5
 """A pool breaks when its last idle process dies; one that breaks this often cannot be kept running."""
 _WALL = 6
 """Times the limit of the processor's time that a capture may take by the clock: others may keep the machine busy."""
-_READY_S_MAX = 300.0  # to load models, and to compile code where nobody has run it before
+_READY_S_MAX = 300.0  # to load models, and to compile code on its first run
 _AHEAD = 4  # captures in the hands of a process, or waiting for it
 _NO_MEMORY = 77
 """Exit code of a worker that ran out of memory: what is left of its heap is not used again."""

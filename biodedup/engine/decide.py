@@ -131,8 +131,8 @@ class Decider:
         return self.disputed(decision, probe, now, own)
 
     def _drifted(self, probe: Probe, now: Snapshot, own: Sequence[int]) -> bool:
-        """Whether captures that verify by later rows are contradicted by the first one, as those of somebody whom a row in between,
-        a morph of two faces, was to bring in. own: ascending."""
+        """Whether the subject's first row contradicts captures that later rows confirm. Such captures may be of another person, let in
+        by a row in between, such as a morph of two faces. own: ascending."""
         first = self._with_subject(probe, now, own[:1]) if len(own) > 1 else ()
         return bool(first) and first[0].llr_db <= SPEAKS_AGAINST_DB
 

@@ -2,8 +2,9 @@
 
 Owns the choice. Never removes a row.
 
-1. The first row stays, so that no sequence of updates leads from one person to another and forgets the one who was enrolled; of one
-   that may be kept, the newest. The newest stays, and every row that alone has a template in some column: nothing that a search could find by is lost.
+1. The first row stays, so that no sequence of updates leads from one person to another and forgets the person who was enrolled. The
+   newest stays, and every row that alone has a template in some column, so that no searchable column is lost. If only one row may be
+   kept, it is the newest.
 2. Of the others the one of the least quality goes; of equal ones the one that is nearest in time to a neighbour.
 """
 
@@ -28,10 +29,10 @@ def kept_rows(snapshot: Snapshot, rows: Sequence[int], most: int) -> list[int]:
     times = _times(snapshot, kept)
     while len(kept) > most:
         older = kept[1:-1] if most > 1 else kept[:-1]
-        spare = [row for row in older if columns[row] <= set().union(*(columns[o] for o in kept if o != row))]
-        if not spare:
+        redundant = [row for row in older if columns[row] <= set().union(*(columns[o] for o in kept if o != row))]
+        if not redundant:
             break
-        kept.remove(min(spare, key=lambda row: (quality[row] // _QUALITY_STEP, _gap(kept, times, row), row)))
+        kept.remove(min(redundant, key=lambda row: (quality[row] // _QUALITY_STEP, _gap(kept, times, row), row)))
     return kept
 
 

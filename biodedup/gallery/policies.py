@@ -22,7 +22,7 @@ _RENAMED = {"duplicate_fpir": "fpir"}  # since release 0.1.0
 
 @dataclass(frozen=True)
 class PolicyVersion:
-    """A policy as a gallery keeps it. by, at: who stored it, and when, in seconds; "" and None of the first version, which came with the
+    """A policy as a gallery keeps it. by, at: the person who stored it, and the time in seconds; "" and None of the first version, which came with the
     gallery. reason: why."""
 
     version: int

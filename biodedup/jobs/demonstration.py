@@ -79,7 +79,7 @@ def poor_captures(portrait: NDArray[np.uint8]) -> dict[str, bytes]:
     return {
         "out of focus": _jpeg(np.asarray(cv2.GaussianBlur(portrait, (0, 0), 14), np.uint8), 85),
         "underexposed": _jpeg((portrait * 0.06).astype(np.uint8), 85),
-        "nobody in it": _jpeg(portrait[-120:, :120], 85),
+        "without a face": _jpeg(portrait[-120:, :120], 85),
     }
 
 

@@ -58,7 +58,7 @@ _STEPS = np.array([round(atan(i / 1024) * 128 / pi) for i in range(1025)], np.in
 
 
 class Workspace(NamedTuple):
-    """What one comparison needs besides its two prints; for one thread at a time."""
+    """The working memory of one comparison; for one thread at a time."""
 
     similar: NDArray[np.int64]
     histogram: NDArray[np.int64]
@@ -113,7 +113,7 @@ def compare(
 
 def best_pairs(a: Prepared, b: Prepared) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """What the score of two prints rests on: the minutiae that are paired, int64 (k, 2), and the motion that takes a to b, float64 (4,):
-    cosine, sine, shift to the right and down. Scores them anew: for those who look at one pair of prints."""
+    cosine, sine, shift to the right and down. Scores them anew: for a page or a trace of one pair."""
     if not _first(a, b):
         pairs, (cosine, sine, x, y) = best_pairs(b, a)
         return pairs[:, ::-1], np.array([cosine, -sine, y * sine - x * cosine, -y * cosine - x * sine])
@@ -334,10 +334,10 @@ def _pair(a: Any, b: Any, motion: Any, within: float, work: Any) -> int:
             dx, dy = b.x[k] - moved[0, i], b.y[k] - moved[1, i]
             apart = dx * dx + dy * dy
             if apart <= within * within and count < _NEAR_MAX:
-                turned = abs(_signed(b.angle[k] - a.angle[i] - turn))
-                if turned <= _NEAR_STEPS:
+                rotated = abs(_signed(b.angle[k] - a.angle[i] - turn))
+                if rotated <= _NEAR_STEPS:
                     near[count, 0], near[count, 1] = i, k
-                    cost[count] = apart / (within * within) + turned * turned / (_NEAR_STEPS * _NEAR_STEPS)
+                    cost[count] = apart / (within * within) + rotated * rotated / (_NEAR_STEPS * _NEAR_STEPS)
                     count += 1
             k += 1
     for k in range(columns):

@@ -181,12 +181,12 @@ def moved(known: Calibration, similarity: ArrayLike, source: str) -> Calibration
     Returns `known` itself if too many pairs score like mates, as in a folder with few people and many pictures of each.
     """
     cosines = np.asarray(similarity, np.float64)
-    strangers = cosines[known.score_db(cosines) < _MATES_DB]
-    if len(strangers) < (1 - _MATES_MOST) * len(cosines):
+    impostors = cosines[known.score_db(cosines) < _MATES_DB]
+    if len(impostors) < (1 - _MATES_MOST) * len(cosines):
         return known
-    own = len(strangers) / (len(strangers) + _CARD_PAIRS)
-    sd = np.sqrt(own * strangers.var() + (1 - own) * known.nonmated_law[1] ** 2)
-    return known.with_impostors(float(strangers.mean()), float(sd), source)
+    own = len(impostors) / (len(impostors) + _CARD_PAIRS)
+    sd = np.sqrt(own * impostors.var() + (1 - own) * known.nonmated_law[1] ** 2)
+    return known.with_impostors(float(impostors.mean()), float(sd), source)
 
 
 def from_embeddings(vectors: Float32) -> Calibration:
@@ -204,8 +204,8 @@ def from_embeddings(vectors: Float32) -> Calibration:
         sd = max(float(cosines.std()), float(np.quantile(cosines, 0.999) - mean) / float(stdtrit(_TAIL_FREEDOM, 0.999)))
     score = np.linspace(-1.0, 1.0, 201)
     z = (score - mean) / sd
-    strangers = -(_TAIL_FREEDOM + 1) / 2 * np.log1p(z**2 / _TAIL_FREEDOM) - np.log(sd)
-    llr = 10 / np.log(10) * (-0.5 * ((score - _MATED_MEAN) / _MATED_SD) ** 2 - np.log(_MATED_SD) - strangers)
+    impostors = -(_TAIL_FREEDOM + 1) / 2 * np.log1p(z**2 / _TAIL_FREEDOM) - np.log(sd)
+    llr = 10 / np.log(10) * (-0.5 * ((score - _MATED_MEAN) / _MATED_SD) ** 2 - np.log(_MATED_SD) - impostors)
     llr[: llr.argmin()] = (
         llr.min()
     )  # mates spread wider, so that their density would exceed again far below the impostors

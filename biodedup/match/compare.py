@@ -236,7 +236,7 @@ def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:
         raise InvalidInput(f"a {a.modality} does not compare with a {b.modality}; pass two templates of one modality")
     if a.model_id != b.model_id:
         raise ModelMismatch(f"one template is of {a.model_id}, the other of {b.model_id}; extract both with one model")
-    # Whoever asks for this pair means it, whatever the labels: both go into one column.
+    # The caller asks for this pair, whatever the labels say: both go into one column.
     result = comparer.compare({"unknown": _relabelled(a)}, TemplateCandidates({"unknown": _relabelled(b)}), [0])[0]
     part = result.evidence[0]
     return Score(result.score_db, result.llr_db, part.similarity, part.minutiae, result.extrapolated)

@@ -101,9 +101,9 @@ REASONS = {
     "extrapolated": "the score lies beyond the measured pairs, which the policy does not trust",
     "incomplete": "part of the gallery was not compared",
     "between_thresholds": "the score lies between the thresholds",
-    "little_evidence": "with so few captures a mate may score no more than strangers do",
+    "little_evidence": "with so few captures a mate may score no more than an impostor does",
     "removed": "the subject was enrolled, and has been removed since",
-    "nothing_in_common": "nobody enrolled has a capture to compare with these",
+    "nothing_in_common": "no enrolled subject has a capture to compare with these",
 }
 """The text of each of `Decision.reasons`, most serious first."""
 _SERIOUS = tuple(REASONS)

@@ -91,7 +91,7 @@ class Readings:
 
 @lru_cache(maxsize=4096)
 def readings_of(probe: tuple[str, ...], candidate: tuple[str, ...], labelled: bool) -> Readings | None:
-    """The readings of a probe's and a candidate's fingers; None if there is no reading besides the labels.
+    """The readings of a probe's and a candidate's fingers; None if the labels are the only reading.
 
     labelled: whether the given labels pair any captures, faces included.
     """

@@ -172,7 +172,7 @@ def _set_cells(dx: int, dy: int, own: int, other: int, cells: Any, i: int) -> No
     # y points down, angles count anticlockwise; in 1 / UNIT pixels from the cylinder's corner
     u = dx * cosine - dy * sine + _RADIUS * UNIT
     v = -dx * sine - dy * cosine + _RADIUS * UNIT
-    turned = (other - own) & 255
+    rotated = (other - own) & 255
     # no disc is wider than two cells: of each row and column of cells, only these two can lie in it
     first_p = (u - _CELL // 2) // _CELL
     first_q = (v - _CELL // 2) // _CELL
@@ -183,8 +183,8 @@ def _set_cells(dx: int, dy: int, own: int, other: int, cells: Any, i: int) -> No
             apart = off_u * off_u + off_v * off_v
             bit = _BITS[p, q]
             for near in range(3):
-                if apart <= _LIMITS[turned, near]:
-                    cells[i, _NEAR[turned, near]] |= bit
+                if apart <= _LIMITS[rotated, near]:
+                    cells[i, _NEAR[rotated, near]] |= bit
 
 
 @numba.njit(nogil=True, cache=True)

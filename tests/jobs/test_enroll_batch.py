@@ -508,4 +508,4 @@ def test_images_from_the_shell_to_a_page(tmp_path, portrait):
     code, out = shell("status", "--json", "--report", "s.html")
     status = json.loads(out)
     assert (code, status["waiting"], status["lines"]["refused"]["count"], status["warning"]) == (0, 0, 1, "")
-    assert "Nobody waits" in (tmp_path / "s.html").read_text()
+    assert "No encounter waits" in (tmp_path / "s.html").read_text()

@@ -114,7 +114,7 @@ def test_the_verdict_says_the_score_the_odds_and_the_threshold(pair):
     assert told.outcome == "duplicate" and told.comparison is not None
     odds = str(int(told.comparison.score_db / 10)).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
     assert told.headline == (
-        f"Same person at {told.comparison.score_db:.0f} dB: a stranger reaches this once in 10{odds} comparisons; "
+        f"Same person at {told.comparison.score_db:.0f} dB: another person reaches this once in 10{odds} comparisons; "
         "the threshold for a gallery of 1,000,000 is 90 dB."
     )
     assert told.headline in page.text
@@ -200,12 +200,12 @@ def comparison(score_db: float, **llr_db: float) -> Comparison:
     [
         (
             comparison(131, face=120),
-            "Same person at 131 dB: a stranger reaches this once in 10¹³ comparisons; the threshold",
+            "Same person at 131 dB: another person reaches this once in 10¹³ comparisons; the threshold",
         ),
-        (comparison(87, face=80), "For a person to judge: 87 dB; a stranger reaches this once in 10⁸ comparisons."),
+        (comparison(87, face=80), "For a person to judge: 87 dB; another person reaches this once in 10⁸ comparisons."),
         (
             comparison(3, face=-5),
-            "Not shown to be the same person: 3 dB; a stranger reaches this once in 2.0 comparisons",
+            "Not shown to be the same person: 3 dB; another person reaches this once in 2.0 comparisons",
         ),
         (comparison(45, face=-5), "once in 32,000 comparisons"),
         (comparison(300, face=300), "once in more than 10³⁰ comparisons"),

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import biodedup as bd
 from biodedup import cli
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,8 @@ PAGES = [
 ]
 BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```(\w+)\n(.*?)^```", re.M | re.S)
 SAMPLES = ROOT / "docs" / "getting-started.md"
+ARCHITECTURE = ROOT / "docs" / "design" / "architecture.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -65,6 +68,7 @@ def run_console(text: str, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert doctest.OutputChecker().check_output(wanted, printed.getvalue(), flags), told
 
 
+@pytest.mark.slow
 @pytest.mark.models
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(language in ("python", "console") for language, _ in blocks(page))], ids=name
@@ -119,6 +123,29 @@ def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         led_to = page.parent / target
         assert "://" in target or led_to.resolve() == GENERATED or led_to.exists(), f"{name(page)}: {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=name)
+def test_files_and_names_that_a_page_mentions_exist(page):
+    text = page.read_text()
+    for path in re.findall(r"`((?:biodedup|tests|benchmarks|models|docs|\.ci)/[\w./-]+)`", text):
+        assert any(ROOT.glob(path)) or path in ("docs/_build", "benchmarks/results/"), f"{name(page)}: {path}"
+    for owner, member in re.findall(r"`(?:bd\.)?(\w+)\.(\w+)\b(?!/)", text):
+        owner = getattr(
+            bd, {"engine": "Engine", "decision": "Decision", "policy": "Policy", "case": "Case"}.get(owner, owner), None
+        )
+        if isinstance(owner, type) and member not in ("py", "sqlite3"):
+            known = hasattr(owner, member) or member in getattr(owner, "__dataclass_fields__", ())
+            assert known, f"{name(page)}: {owner.__name__}.{member}"
+
+
+def test_the_architecture_lists_every_package_and_real_modules():
+    text = ARCHITECTURE.read_text()
+    for package in (ROOT / "biodedup").rglob("__init__.py"):
+        folder = package.parent.relative_to(ROOT / "biodedup").as_posix()
+        assert folder == "." or f"| `{folder}` |" in text, folder
+    for module in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / "biodedup" / module).exists(), module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

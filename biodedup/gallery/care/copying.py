@@ -63,7 +63,7 @@ def copy_rows(
 ) -> Iterator[Step]:
     """Copies live rows of every part, as far as it was not done before, and yields each step when it is durable.
 
-    keep: which rows of a part, bool (count,), None for all live ones. groups: that every subject gets besides its own. Raises
+    keep: which rows of a part, bool (count,), None for all live ones. groups: added to each subject's own. Raises
     SubjectExists, ModelMismatch, StorageUnavailable.
     """
     source = source.enrolled  # an open case stays with its gallery

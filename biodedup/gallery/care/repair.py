@@ -93,12 +93,12 @@ def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path
         manifest = read_manifest(storage, folder, catalogue)
     digests = {(entry.number, kind): digest for entry in manifest.entries for kind, digest in entry.files.items()}
     damaged = dict.fromkeys((p.segment or 0, p.kind) for p in found if p.kind not in DERIVED)
-    spare: dict[tuple[int, str], ColumnFile] = {}
+    intact: dict[tuple[int, str], ColumnFile] = {}
     if backup is not None and damaged:
         with connected(storage, backup) as catalogue:
-            spare = read_manifest(storage, backup, catalogue).files
+            intact = read_manifest(storage, backup, catalogue).files
     for number, kind in damaged:
-        source = spare.get((number, kind))
+        source = intact.get((number, kind))
         if source is None or source.digest != digests[number, kind] or source.problems():
             continue
         copy_file(storage, source, folder / SEGMENT_FOLDER / source.name)

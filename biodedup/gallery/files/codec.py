@@ -204,8 +204,8 @@ def _random_rotation(size: int, rng: np.random.Generator) -> Float32:
 
 
 _REFERENCE, _NEAREST, _KEPT = 0.5, 1e-5, 0.999
-"""The search whose cost decides: all but a thousandth of the mates at this similarity; and of the nearest strangers, this share of
-all, where these are less alike than that, as in many dimensions they are."""
+"""The search whose cost decides: all but a thousandth of the mates at this similarity; and this share of all rows, the nearest
+impostors, where these are less alike than that, as they are in many dimensions."""
 _RESCORING = 200_000  # what the exact comparison of one row costs, in scanned numbers, to an order of magnitude
 
 

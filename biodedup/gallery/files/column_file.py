@@ -370,8 +370,8 @@ class ColumnFile:
             self._forget()
 
     def close(self) -> None:
-        """Gives the file back to the system at once. What was read before stays valid, and keeps the map until it is dropped; who reads
-        on gets EngineClosed. Closing twice does nothing."""
+        """Gives the file back to the system at once. What was read before stays valid, and keeps the map until it is dropped; a later
+        read raises EngineClosed. Closing twice does nothing."""
         self._arrays = _Closed()
         self._octets = np.zeros(0, np.uint8)
         content, self._content = self._content, _closed_map()

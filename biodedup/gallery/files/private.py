@@ -81,7 +81,7 @@ def refuse_link(path: Path) -> None:
 
 def refuse_no_file(path: Path) -> None:
     """Before it is opened: a pipe would wait for ever, and a device has no end. Raises NotAGallery for what is there and no file."""
-    with suppress(OSError):  # what cannot be looked at is told by whoever opens it
+    with suppress(OSError):  # the call that opens the path reports what cannot be looked at
         if not stat.S_ISREG(path.stat().st_mode):
             raise NotAGallery(f"{path} is no regular file; name another folder, or move it away")
 

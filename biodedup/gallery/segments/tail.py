@@ -28,7 +28,7 @@ from biodedup.values import COLUMNS, Column, Float32, Template
 
 
 class GrowingArray:
-    """An array with spare capacity along its first axis."""
+    """An array with unused capacity along its first axis."""
 
     def __init__(self, dtype: type[np.generic], width: int | None = None) -> None:
         shape = (256,) if width is None else (256, width)

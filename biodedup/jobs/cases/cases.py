@@ -174,7 +174,7 @@ def reasons_of(decision: Decision) -> tuple[str, ...]:
         return texts_of(decision)
     found = []
     if any(candidate.score_db >= decision.review_db for candidate in strong(decision)):
-        found.append("somebody enrolled looks alike, but not enough to be sure")
+        found.append("an enrolled person looks alike, but not enough to be sure")
     if decision.incomplete:
         found.append("part of the gallery could not be searched")
     return tuple(found)

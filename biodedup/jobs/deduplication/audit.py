@@ -1,4 +1,4 @@
-"""`audit`: checks a roll against the gallery: who is listed twice, not enrolled, or enrolled under two ids, by district.
+"""`audit`: checks a roll against the gallery: people listed twice, not enrolled, or enrolled under two ids, by district.
 
 Owns the kinds of findings and the report by district. Never compares itself: the engine joins and identifies.
 
@@ -39,7 +39,7 @@ AUDIT_KINDS = {
     "listed_twice": "listed on two lines",
     "enrolled_twice": "listed once, and enrolled a second time under an id that is not listed",
     "not_enrolled": "listed, but not enrolled",
-    "unclear": "may be somebody enrolled; a person has to look",
+    "unclear": "may be an enrolled person; a person has to look",
     "refused": "a line, or a capture, that could not be used",
 }
 """Each kind of finding in plain words, in the order of the report."""
@@ -264,7 +264,7 @@ def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: N
 
 
 def _standing(engine: Engine, listed: set[str], entries: Sequence[dict[str, Any]]) -> list[Link]:
-    """What was found of listed subjects, but not of who was updated or removed since, nor of pairs that were judged different since."""
+    """Links of listed subjects, without subjects that were updated or removed since, and without pairs that were judged different since."""
     names = list(dict.fromkeys(name for entry in entries for link in entry["links"] for name in link[:2]))
     row_of = dict(zip(names, engine.rows_of(names).tolist(), strict=True))
     different = _different(engine)

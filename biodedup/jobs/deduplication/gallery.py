@@ -31,7 +31,7 @@ from biodedup.values import Cluster, Evidence, Kind, Link
 
 @dataclass(frozen=True)
 class JoinResult:
-    """Who of a gallery is one person. subjects: how many were compared; plan: how, and what that may miss, in words."""
+    """The subjects of a gallery that are one person. subjects: how many were compared; plan: how, and what that may miss, in words."""
 
     clusters: tuple[Cluster, ...]
     subjects: int

@@ -50,7 +50,7 @@ _BATCH_BYTES_MAX = 64 << 20
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of a manifest. already: of the enrolled, those who had been; repeated: records that were in it before.
+    """What became of a manifest. already: of the enrolled, how many were before; repeated: records that were in it before.
 
     seconds: of the whole, and of its parts in the calling process: reading, waiting for extraction, searching and committing.
     extracted: encounters that were extracted now, not decided before.

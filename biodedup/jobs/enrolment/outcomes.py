@@ -58,13 +58,16 @@ _RESULT = pa.schema(
 WORDS: Mapping[str, tuple[str, str]] = {
     "already_enrolled": ("the same person is enrolled under this number already", "nothing"),
     "another_person": (
-        "somebody else is enrolled under this number",
-        "find out who owns the number; one of them is wrong",
+        "another person is enrolled under this number",
+        "find out which of the two owns the number; one is wrong",
     ),
     "incomplete_search": ("part of the gallery could not be seen", "run `biodedup doctor`, then decide by hand"),
-    "between_thresholds": ("similar to somebody, but not surely the same person", "a trained person compares the two"),
+    "between_thresholds": (
+        "similar to an enrolled person, but not surely the same",
+        "a trained person compares the two",
+    ),
     "uncalibrated": (
-        "similar to somebody, but it is not known yet how alike strangers are here",
+        "similar to an enrolled person, but it is not known yet how alike different people are here",
         "a trained person compares the two; from 200 people on the gallery checks its calibration by itself, a model of your own "
         "needs `biodedup calibrate`",
     ),
@@ -90,7 +93,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "the program took too long for this record, twice",
         "look at the file; then run again with --retry-failed, and a longer --capture-seconds",
     ),
-    "recapture": ("whoever judged the case asks for new captures", "recapture, as another encounter"),
+    "recapture": ("the person who judged the case asks for new captures", "recapture, as another encounter"),
     "incomplete": (
         "captures are missing or cannot be used; the detail names each",
         "supply or recapture them, or state why they cannot be had, and send the encounter again under its number",

@@ -34,7 +34,7 @@ WAITING = ("received", "searching")
 MEANINGS = {
     "captured": "announced; the captures are still to come",
     "received": "here, waiting for quality check and comparison",
-    "searching": "being compared with everybody",
+    "searching": "being compared with every enrolled person",
     "adjudicate": "a trained person has to decide",
     "duplicate": "the same person is enrolled under another number",
     "enrolled": "in the gallery",

@@ -54,7 +54,7 @@ def _figures(document: dict[str, Any]) -> dict[str, Markup]:
         ]
         points = [(one["fmr"], one["fnmr"]) for one in verification["at_fmr"]]
         figures["det"] = plots.trade_off(
-            whole + alone, points, "FMR: strangers taken for one person", "FNMR: one person not recognised"
+            whole + alone, points, "FMR: two people taken for one", "FNMR: one person not recognised"
         )
     if identification["det"]:
         size = identification["gallery_subjects"]

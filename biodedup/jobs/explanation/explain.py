@@ -41,7 +41,7 @@ Side: TypeAlias = "str | Path | Sequence[Face | Finger | Missing] | Mapping[str,
 
 _RECORDS = frozenset((".fmr", ".fmd", ".ist-fmr", ".min"))
 _SIZES = (1_000, 1_000_000, 200_000_000)
-"""Galleries whose thresholds the page tells, besides the one that is asked for."""
+"""Sizes of galleries whose thresholds the page shows, in addition to the one that is asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +297,7 @@ def _headline(
         return "Nothing to compare: no capture of one side has a usable counterpart on the other."
     score, once = f"{comparison.score_db:.0f} dB", _once_in(comparison.score_db)
     where = "a 1:1 comparison" if size is None else f"a gallery of {size:,}"
-    reaches = f"a stranger reaches this once in {once} comparisons"
+    reaches = f"another person reaches this once in {once} comparisons"
     kind = next(iter(verdict.kinds), "")
     if verdict.outcome == "duplicate":
         swapped = ", with fingers that are labelled differently" if kind == "swapped_fingers" else ""
@@ -329,7 +329,7 @@ _KINDS = {
 
 
 def _once_in(score_db: float) -> str:
-    """How many comparisons of strangers it takes, as a text."""
+    """In how many impostor comparisons one reaches the score, as a text."""
     if score_db >= SCORE_DB_MAX - 1e-6:
         return "more than 10" + str(round(SCORE_DB_MAX / 10)).translate(_RAISED)
     if score_db >= 60:

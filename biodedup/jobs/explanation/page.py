@@ -24,7 +24,7 @@ _FACE_PX, _FINGER_PX = 640, 900
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """One capture, as the page shows it. image: of a face as it was turned, of a finger at 500 dpi; None where no picture is kept.
+    """One capture, as the page shows it. image: of a face after its rotation, of a finger at 500 dpi; None where no picture is kept.
     checks: (reason, what, measured, limit, missed) of the quality gate. core, angle: where the finger network takes the core to be."""
 
     column: str
@@ -62,7 +62,7 @@ def waterfall(comparison: Comparison, duplicate_db: float, review_db: float) -> 
         total += value
     bars.append({"name": "evidence in all", "from": 0.0, "to": total, "value": total, "kind": "sum"})
     score = comparison.score_db
-    bars.append({"name": "score: strangers' rarity", "from": 0.0, "to": score, "value": score, "kind": "score"})
+    bars.append({"name": "score: rarity among impostors", "from": 0.0, "to": score, "value": score, "kind": "score"})
     ends = [end for bar in bars for end in (bar["from"], bar["to"])] + [duplicate_db, review_db]
     low, high = min(0.0, *ends), max(*ends, 10.0)
     low, high = (low - 0.04 * (high - low) if low < 0 else low), high + 0.08 * (high - low)

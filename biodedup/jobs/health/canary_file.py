@@ -185,7 +185,7 @@ def record_hash(record: bytes | None) -> int:
 
 
 def another_impression(content: bytes, column: str, rng: np.random.Generator) -> bytes:
-    """A record with a seventh of its minutiae dropped, the others displaced by 1.5 pixels and 2 degrees, all turned by up to ten
+    """A record with a seventh of its minutiae dropped, the others displaced by 1.5 pixels and 2 degrees, all rotated by up to ten
     degrees and shifted, and a tenth of spurious ones among them. The record itself where that makes no sound one."""
     record = read_record(content)
     rows = np.frombuffer(record.body, np.uint8).reshape(-1, MINUTIA_BYTES).astype(np.int64)

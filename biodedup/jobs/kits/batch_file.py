@@ -52,7 +52,7 @@ def _domain(version: int) -> bytes:
 class BatchWriter:
     """Writes a batch file, from its manifest to its end, into an open file.
 
-    centre: to whom it is encrypted; None writes version 1, as earlier versions did. ephemeral: the batch's own key, a fresh one.
+    centre: the public key it is encrypted to; None writes version 1, as earlier versions did. ephemeral: the batch's own key, a fresh one.
     """
 
     def __init__(

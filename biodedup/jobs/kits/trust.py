@@ -1,4 +1,4 @@
-"""Whom the centre trusts to send batches, and with what: groups, limits, dates, revocation.
+"""The keys of kits that the centre trusts, each with its groups, limits, dates and revocation.
 
 Owns the trusted folder: `NAME.pub`, the public key of a kit as the kit made it, and `FINGERPRINT.toml`, the centre's own record of that key,
 named by the first 16 digits of its fingerprint, so that it holds for every copy of the key. Never reads a batch file.

@@ -66,7 +66,7 @@ LOG_SCHEMA = pa.schema(
         ("survivor", pa.string()),
         ("encounter_id", pa.string()),
         ("groups", pa.list_(pa.string())),  # before
-        ("gets", pa.list_(pa.struct([("column", pa.string()), ("subject_id", pa.string())]))),  # a survivor, from whom
+        ("gets", pa.list_(pa.struct([("column", pa.string()), ("subject_id", pa.string())]))),  # and its giver
         ("joins", pa.list_(pa.string())),  # groups that a survivor comes into
         ("row", pa.int64()),  # the newest one; this, templates and older: in the central gallery, before
         ("templates", pa.list_(_TEMPLATE)),

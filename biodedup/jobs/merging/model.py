@@ -46,7 +46,7 @@ class AbsorbedRecord:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result, besides the registers. Links from joined_db on are listed; those from threshold_db on make clusters."""
+    """The settings of a merge. Links from joined_db on are listed; those from threshold_db on make clusters."""
 
     threshold_db: float
     joined_db: float

@@ -187,7 +187,7 @@ def colliding_hashes(registers: Sequence[Register]) -> NDArray[np.uint64]:
 
 
 def shared_ids(registers: Sequence[Register], colliding: NDArray[np.uint64]) -> list[SharedId]:
-    """Who has these ids, by id, then in the order of the registers."""
+    """The registers that have these ids, by id, then in the order of the registers."""
     found: list[SharedId] = []
     known: set[tuple[str, int]] = set()
     for owner, register in enumerate(registers):

@@ -1,6 +1,6 @@
 """Writes the results of a merge: the tables, the summary and the page.
 
-Owns their columns (documented in the README) and what the page shows first. Never decides who is one person.
+Owns their columns (documented in docs/reference/schemas.md) and what the page shows first. Never decides which records are one person.
 """
 
 from __future__ import annotations
