@@ -75,7 +75,7 @@ def built(tmp_path_factory) -> Iterator[Built]:
     folder = tmp_path_factory.mktemp("agreement") / "g"
     with pytest.MonkeyPatch.context() as patched, bd.Engine.open(folder, config) as engine:
         comparer = internals(engine).comparer
-        patched.setattr(comparer, "_calibration_of", lambda model_id: FACE if model_id == SFACE else FINGER)
+        patched.setattr(comparer, "_calibration_of", lambda model_id, *_: FACE if model_id == SFACE else FINGER)
 
         def add(low: int, high: int, columns: tuple[str, ...]) -> None:
             names, groups = [f"s{row}" for row in range(low, high)], [GROUPS[row % 4] for row in range(low, high)]
