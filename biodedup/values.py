@@ -79,7 +79,11 @@ def _check_position(position: str, allowed: Sequence[str]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Face:
-    """A face capture: path, encoded bytes, or a uint8/uint16 array (h, w), (h, w, 3) RGB or (h, w, 4) RGBA."""
+    """A face capture.
+
+    data: the path of an image file (str or os.PathLike), the content of one (bytes), or its pixels: a uint8 or uint16 array (h, w) grey,
+    (h, w, 3) RGB or (h, w, 4) RGBA.
+    """
 
     data: CaptureData = field(repr=False)
 

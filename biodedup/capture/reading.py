@@ -16,8 +16,10 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from io import BufferedReader
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from biodedup.config import CaptureConfig
 from biodedup.values import Capture, Missing, Refusal
@@ -95,14 +97,18 @@ def open_file(path: str | os.PathLike[str]) -> BufferedReader:
 
 
 def held(captures: Iterable[Capture], limits: CaptureConfig) -> tuple[Capture, ...]:
-    """The captures with the content of their files in place of paths; a path that cannot be read becomes `Unread`."""
-    return tuple(_held(capture, limits.bytes_max) for capture in captures)
+    """The captures with the content of their files in place of paths; a path that cannot be read, and an array of too many pixels, becomes
+    `Unread`."""
+    return tuple(_held(capture, limits) for capture in captures)
 
 
-def _held(capture: Capture, bytes_max: int) -> Capture:
-    if isinstance(capture, Missing) or isinstance(capture.data, (bytes, np.ndarray, Unread)):
+def _held(capture: Capture, limits: CaptureConfig) -> Capture:
+    if isinstance(capture, Missing) or isinstance(capture.data, (bytes, Unread)):
         return capture
-    content = read_path(capture.data, capture.column, bytes_max)
+    if isinstance(capture.data, np.ndarray):
+        too_large = _too_many_pixels(capture.data, capture.column, limits.pixels_max)
+        return capture if too_large is None else replace(capture, data=Unread(too_large.detail, too_large))
+    content = read_path(capture.data, capture.column, limits.bytes_max)
     return replace(capture, data=Unread(os.fspath(capture.data), content) if isinstance(content, Refusal) else content)
 
 
@@ -123,3 +129,11 @@ def _check_regular(status: os.stat_result) -> None:
 
 def _too_large(column: str, size: int, bytes_max: int) -> Refusal:
     return Refusal(column, "too_large_file", f"{size} bytes", size, bytes_max)
+
+
+def _too_many_pixels(pixels: NDArray[Any], column: str, pixels_max: int) -> Refusal | None:
+    """Before an array is digested, which takes a copy of it. An array that is no picture is left to the decoder, which tells the caller."""
+    if pixels.dtype.kind != "u" or pixels.ndim not in (2, 3) or pixels.shape[0] * pixels.shape[1] <= pixels_max:
+        return None
+    height, width = pixels.shape[:2]
+    return Refusal(column, "too_many_pixels", f"array, {width} x {height} pixels", width * height, pixels_max)

@@ -50,7 +50,7 @@ def audit(
     An interrupted run resumes when the same command is started again. Exit code 10: doubles were found.
     """
     chosen = configured(gallery, config, threads=threads, across_positions=across_positions)
-    with bd.Engine.open(gallery, chosen, read_only=True) as engine, progress_bar() as progress:
+    with bd.Engine.open(gallery, chosen, read_only=True) as engine, progress_bar(lines=not as_json) as progress:
         found = jobs.audit(engine, roll, result, report=report, threshold_db=threshold_db, progress=progress)
     summary = found.summary() | {"result": str(result)} | ({"report": str(report)} if report is not None else {})
     if as_json:

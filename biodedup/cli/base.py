@@ -10,6 +10,7 @@ as escapes. Commands print with these functions alone.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -147,6 +148,8 @@ ModelIdOption = Annotated[
     ),
 ]
 DEFAULT_GALLERY = Path("gallery")
+LINE_S = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
 
 
 def say(*lines: str) -> None:
@@ -248,16 +251,22 @@ def captures_of(
 
 
 @contextmanager
-def progress_bar() -> Iterator[jobs.Progress]:
-    """A progress bar on standard error, one a stage."""
+def progress_bar(*, lines: bool = False) -> Iterator[jobs.Progress]:
+    """A progress bar on standard error, one a stage. lines: where standard error is no terminal, a line each ten seconds instead."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_err, disable=not _err.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
+        lines = lines and not _err.is_terminal
+        told_at = time.monotonic()
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bar.add_task(shown(stage), total=total)
             bar.update(tasks[stage], completed=done, total=total)
+            nonlocal told_at
+            if lines and time.monotonic() - told_at >= LINE_S:
+                told_at = time.monotonic()
+                complain(f"{stage}: {done:,} of {total:,}")
 
         try:
             yield show
@@ -279,7 +288,8 @@ def finish(facts: dict[str, Any], text: str | Sequence[str], as_json: bool) -> N
         say(*([text] if isinstance(text, str) else text))
 
 
-def finish_decision(decision: Decision, as_json: bool) -> None:
+def finish_decision(decision: Decision, as_json: bool, captures: Sequence[Capture] = (), note: str = "") -> None:
+    """captures: what was sent, so that a refusal names its file; note: printed where the outcome is unique."""
     from biodedup.match.judgement import texts_of  # here, so that help texts need not load the matcher
 
     if as_json:
@@ -307,7 +317,11 @@ def finish_decision(decision: Decision, as_json: bool) -> None:
             )
         if decision.best is not None and decision.outcome != "unique":
             print_evidence(decision.best.evidence)
-        print_refusals(decision.refusals)
+        print_refusals(decision.refusals, captures)
+        if note and decision.outcome == "unique":
+            say(f"  {note}")
+        if decision.encounter_id is not None:
+            say(f"  encounter_id: {decision.encounter_id}")
     raise typer.Exit(_OUTCOME_EXIT[decision.outcome])
 
 
@@ -320,12 +334,14 @@ def print_evidence(evidence: tuple[Evidence, ...]) -> None:
         say(f"  {part.column}{other}: {part.score_db:.1f} dB ({', '.join(raw)}){swapped}")
 
 
-def print_refusals(refusals: tuple[Refusal, ...]) -> None:
+def print_refusals(refusals: tuple[Refusal, ...], captures: Sequence[Capture] = ()) -> None:
     for refusal in refusals:
+        files = [str(c.data) for c in captures if isinstance(c, (Face, Finger)) and c.column == refusal.column]
         measured = "" if refusal.measured is None else f", measured {refusal.measured:.4g}"
         limit = "" if refusal.limit is None else f", limit {refusal.limit:.4g}"
         detail = f" ({refusal.detail})" if refusal.detail else ""
-        say(f"  refused {refusal.column}: {refusal.reason}{measured}{limit}{detail}")
+        of = f" ({', '.join(files)})" if files else ""
+        say(f"  refused {refusal.column}{of}: {refusal.reason}{measured}{limit}{detail}")
 
 
 def print_json(document: Any) -> None:

@@ -79,7 +79,7 @@ def enroll_batch(
             count = jobs.announce(backlog, manifest)
             finish({"announced": count}, f"announced {count:,} encounters", as_json)
             return
-        with progress_bar() as progress:
+        with progress_bar(lines=not as_json) as progress:
             done = jobs.enroll_batch(
                 engine,
                 backlog,

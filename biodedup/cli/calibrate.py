@@ -35,7 +35,7 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Fit a model's calibration on your own labelled pairs, or on a gallery's impostor pairs, and write its card."""
-    with progress_bar() as show:
+    with progress_bar(lines=not as_json) as show:
         result = jobs.calibrate(pairs, model, card, dimension=dimension, seed=seed, progress=show)
     if as_json:
         print_json(result.summary())

@@ -49,7 +49,10 @@ def list_cases(
     as_json: JsonOption = False,
 ) -> None:
     """List the cases that wait for a verdict, oldest first."""
-    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine, progress_bar() as progress:
+    with (
+        bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine,
+        progress_bar(lines=not as_json) as progress,
+    ):
         found = jobs.list_cases(engine, result, page=page, closed=closed, progress=progress)
     if as_json:
         print_json(found.summary() | {"cases": [_document(case) for case in found.cases]})
@@ -93,7 +96,12 @@ def show(
         say(f"judged{about}: {verdict.ruling}, by {verdict.by}.", *(f"  {line}" for line in verdict.note.splitlines()))
     print_refusals(decision.refusals)
     if page is not None:
-        say(f"the page is {page}")
+        pages = [page.with_name(f"{page.stem}.{number}.html") for number in range(1, len(case.undecided) + 1)]
+        beside = [path.name for path in pages if path.exists()]
+        say(
+            f"the page is {page}"
+            + (f"; beside it, an explanation of each candidate: {', '.join(beside)}" if beside else "")
+        )
 
 
 @cases.command()
@@ -149,7 +157,10 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export the verdicts as pairs of captures with their scores: `same` is mated, `different` is not."""
-    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine, progress_bar() as progress:
+    with (
+        bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine,
+        progress_bar(lines=not as_json) as progress,
+    ):
         exported = jobs.export_outcomes(engine, result, progress=progress)
     text = f"{exported.pairs:,} pairs of {exported.same:,} same and {exported.different:,} different are in {result}"
     finish(asdict(exported) | {"result": str(result)}, text, as_json)

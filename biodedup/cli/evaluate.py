@@ -70,7 +70,7 @@ def evaluate(
     }
     chosen = configured(None, config, threads=threads, more=given)
     page = None if no_report else report or result.with_suffix(".html")
-    with progress_bar() as progress:
+    with progress_bar(lines=not as_json) as progress:
         found = jobs.evaluate(
             source,
             result,

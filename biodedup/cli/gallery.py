@@ -61,21 +61,21 @@ def dedup(
     chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
     if is_gallery:
         # reading only: enrolment goes on beside it, for hours
-        with bd.Engine.open(source, chosen, read_only=True) as engine, progress_bar() as progress:
+        with bd.Engine.open(source, chosen, read_only=True) as engine, progress_bar(lines=not as_json) as progress:
             joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
         print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
             names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
             say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}")
         raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
-    with progress_bar() as progress:
+    with progress_bar(lines=not as_json) as progress:
         found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, progress=progress)
     summary = found.summary() | {"result": str(result)}
     if as_json:
         print_summary(summary, as_json)
     else:
         print_summary({k: v for k, v in summary.items() if k not in ("files_left_out", "refused_rows")}, as_json)
-        say(*found.left_out.sentences())
+        say(*found.left_out.sentences(), *found.refused_sentences())
         label_of = {unit.unit_id: unit.label for unit in found.units}
         links = [link for cluster in found.clusters for link in cluster.links]
         across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
@@ -112,7 +112,7 @@ def load(
     An interrupted run resumes when the same command is started again. Exit code 12: some rows were refused.
     """
     chosen = configured(gallery, config, more={"finger.record_model_id": record_model_id})
-    with bd.Engine.open(gallery, chosen) as engine, progress_bar() as progress:
+    with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
         result = jobs.load(engine, source, ids=ids, column=column, model_id=model_ids(model_id), progress=progress)
         size = len(engine)
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {counted(size, 'subject')}"
@@ -226,7 +226,7 @@ def doctor(
         complain(f"no gallery was named; checking ./{gallery}")
     if (repair or backup is not None or canaries) and gallery is None:
         raise InvalidInput("nothing to repair or to search; name the gallery, as --gallery FOLDER")
-    with progress_bar() as progress:
+    with progress_bar(lines=not as_json) as progress:
         report = jobs.examine(
             gallery,
             configured(gallery, config),

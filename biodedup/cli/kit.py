@@ -71,7 +71,7 @@ def pack(
     Packing the same manifest again changes nothing.
     """
     secret = passphrase(str(key), KIT_VARIABLE, passphrase_fd) if jobs.needs_passphrase(key) else None
-    with progress_bar() as progress:
+    with progress_bar(lines=not as_json) as progress:
         packed = jobs.pack_batch(
             manifest,
             result,
@@ -120,7 +120,7 @@ def ingest(
     An interrupted run resumes when the same command is started again.
     """
     centre = _centre(centre_key, passphrase_fd)
-    with progress_bar() as progress:
+    with progress_bar(lines=not as_json) as progress:
         taken = jobs.ingest_batches(
             batches,
             gallery,

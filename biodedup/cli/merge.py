@@ -68,7 +68,7 @@ def merge(
 
     centre = None if into is None else named(into)[1]
     chosen = configured(centre, config, threads=threads, across_positions=across_positions)
-    with progress_bar() as progress:
+    with progress_bar(lines=not as_json) as progress:
         found = jobs.merge(
             sources,
             result,
@@ -111,7 +111,7 @@ def undo(
 
     An interrupted run resumes when the same command is started again.
     """
-    with progress_bar() as progress:
+    with progress_bar(lines=not as_json) as progress:
         undone = jobs.undo(merge_id, gallery, configured(gallery, config), progress=progress)
     text = (
         f"undone: {undone.restored:,} restored, {undone.reverted:,} survivors reverted, {undone.withdrawn:,} withdrawn; "

@@ -56,7 +56,7 @@ def enroll(
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with bd.Engine.open(gallery, configured(gallery, config, threads=threads)) as engine:
-        finish_decision(engine.enroll(encounter, across_positions=across_positions or None), as_json)
+        finish_decision(engine.enroll(encounter, across_positions=across_positions or None), as_json, captures)
 
 
 @app.command(rich_help_panel=Panel.SUBJECTS)
@@ -75,7 +75,7 @@ def identify(
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
     with bd.Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
         decision = engine.identify(encounter, groups=group or None, across_positions=across_positions or None)
-        finish_decision(decision, as_json)
+        finish_decision(decision, as_json, encounter.captures)
 
 
 @app.command(rich_help_panel=Panel.SUBJECTS)
@@ -99,7 +99,7 @@ def verify(
         word = "accepted" if result.accepted else "not accepted"
         say(f"{word}: {result.score_db:.1f} dB, threshold {result.threshold_db:.1f} dB")
         print_evidence(result.evidence)
-        print_refusals(result.refusals)
+        print_refusals(result.refusals, encounter.captures)
     raise typer.Exit(Exit.DONE if result.accepted else Exit.NOT_ACCEPTED)
 
 
@@ -131,7 +131,9 @@ def update(
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with existing(gallery, configured(gallery, config, threads=threads)) as engine:
         across = across_positions or None
-        finish_decision(engine.update(encounter, across_positions=across, replace=replace, reason=reason), as_json)
+        decision = engine.update(encounter, across_positions=across, replace=replace, reason=reason)
+        note = f"{subject_id}: {'all encounters were replaced by this one' if replace else 'this encounter was added'}"
+        finish_decision(decision, as_json, captures, note)
 
 
 @app.command(rich_help_panel=Panel.SUBJECTS)

@@ -55,7 +55,7 @@ from biodedup.engine.search import BatchedSearch
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import digest_of, from_json
 from biodedup.gallery.care.backup import Copied, backup
-from biodedup.gallery.care.history import NotedClock
+from biodedup.gallery.care.history import NotedClock, finite
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
@@ -120,7 +120,7 @@ class Engine:
         override_policy: bool = False,
     ) -> None:
         self._config = config
-        self._clock = clock
+        self._clock = clock = finite(clock)
         self._gallery = gallery
         self._policy = PolicyInForce(gallery, config.policy, override=override_policy)
         clock = NotedClock(clock, gallery.snapshot)

@@ -189,7 +189,7 @@ class Preparer:
         likely = configured if _dimensions(self.extractor.cards).get(configured) == dimension else "my-model-1"
         raise InvalidInput(
             f"the {column} vectors have no model_id, and the gallery has no {column} templates yet that would tell it; pass their "
-            f"model_id, as model_id={likely!r}"
+            f"model_id, as model_id={likely!r}, or on the command line --model-id {likely}"
         )
 
 

@@ -45,7 +45,9 @@ def prepare_folder(storage: Storage, folder: Path, *, read_only: bool) -> Lock |
             raise GalleryDamaged(f"{folder} holds segments and no {DATABASE_NAME}; restore it from a backup")
     if read_only:
         if not names or DATABASE_NAME not in names:
-            raise NotAGallery(f"{folder} holds no gallery; create one by opening it for writing")
+            raise NotAGallery(
+                f"{folder} holds no gallery; name another folder, or create one: `biodedup enroll` and `load` do, and Engine.open"
+            )
         return None
     if names is None:
         storage.make_folder(folder)

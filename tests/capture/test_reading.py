@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -19,6 +20,7 @@ from biodedup import jobs
 from biodedup.capture.reading import Unread, held, read, read_path
 from biodedup.embed.cards import load_card
 from biodedup.engine.prepare import in_memory
+from biodedup.gallery import answers
 from biodedup.gallery.answers import digest_of
 from tests.support.images import jpeg
 
@@ -249,3 +251,16 @@ def test_reading_never_waits_for_a_writer(tmp_path):
 
     threading.Thread(target=work, daemon=True).start()
     assert done.wait(20)
+
+
+def test_an_array_of_too_many_pixels_is_refused_before_it_is_digested(tmp_path, monkeypatch):
+    digested = []
+    content = answers._content
+    monkeypatch.setattr(answers, "_content", lambda data: (digested.append(type(data)), content(data))[1])
+    config = bd.Config(capture=bd.CaptureConfig(pixels_max=10_000))
+    with bd.Engine.open(tmp_path / "g", config) as engine:
+        decision = engine.enroll(bd.Encounter("s", [bd.Face(np.zeros((200, 100), np.uint8))], encounter_id="e"))
+    assert np.ndarray not in digested and digested
+    (refusal,) = decision.refusals
+    told = (refusal.column, refusal.reason, refusal.detail, refusal.measured, refusal.limit)
+    assert told == ("face", "too_many_pixels", "array, 100 x 200 pixels", 20_000, 10_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.cli import main
+from biodedup.cli import base, main
 from biodedup.cli.base import Panel
 from biodedup.jobs.deduplication.folder import DedupResult, Unit
 from biodedup.values import Cluster, Link
@@ -58,6 +59,32 @@ def test_the_main_job_from_the_shell(folder):
     assert (code, json.loads(out)["problems"]) == (0, [])
     assert run("remove", "anna", cwd=folder)[0] == 0
     assert run("identify", "--face", "b.jpg", cwd=folder)[0] == 0
+
+
+def test_what_a_command_prints_says_what_to_do_next(folder):
+    code, out, _ = run("enroll", "anna", "--face", "a.jpg", cwd=folder)
+    assert code == 0 and re.search(r"encounter_id: [0-9a-f]{32}\n", out) and "1 subject," not in out
+    code, out, _ = run("enroll", "carla", "--face", "dark.jpg", cwd=folder)
+    assert code == 12 and "refused face (dark.jpg): too_dark" in out
+    code, out, _ = run("update", "anna", "--face", "b.jpg", cwd=folder)
+    assert code == 0 and "anna: this encounter was added" in out
+    assert "doctor" not in run("info", "--gallery", "nowhere", cwd=folder)[2]
+    assert "`biodedup enroll`" in run("info", "--gallery", "nowhere", cwd=folder)[2]
+    (folder / "empty.csv").write_text("")
+    assert "empty.csv is empty" in run("dedup", "empty.csv", cwd=folder)[2]
+    np.save(folder / "v.npy", people(2))
+    (folder / "ids.txt").write_text("a\nb\n")
+    assert "--model-id" in run("load", "v.npy", "--ids", "ids.txt", "--gallery", "new", cwd=folder)[2]
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(base, "LINE_S", 0.0)
+    with base.progress_bar(lines=True) as progress:
+        progress("enrolling", 1_000, 2_000)
+    assert capsys.readouterr().err == "enrolling: 1,000 of 2,000\n"
+    with base.progress_bar() as progress:
+        progress("enrolling", 1_000, 2_000)
+    assert capsys.readouterr().err == ""
 
 
 def test_mistakes_have_an_exit_code_and_a_sentence(folder):
@@ -218,6 +245,7 @@ def test_dedup_says_by_its_exit_code_that_images_or_rows_were_refused(tmp_path, 
     (tmp_path / "both.csv").write_text("subject_id,path\na,a.jpg\nb,b.jpg\nc,absent.jpg\n")
     code, out, _ = run("dedup", "both.csv", "--out", "r.parquet", cwd=tmp_path)
     assert code == 10
+    assert "row 3: c (" in out and "absent.jpg) refused: missing_file" in out
     code, _, error = run("dedup", "both.csv", "--out", "r.csv", cwd=tmp_path)
     assert code == 2 and "r.parquet is a result" in error
 

@@ -193,6 +193,21 @@ def test_a_lack_of_memory_while_sealing_loses_nothing(tmp_path):
 # clocks -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("now", [float("nan"), float("inf"), -float("inf"), None])
+def test_a_clock_that_gives_no_time_is_refused_and_nothing_is_stored(tmp_path, now):
+    at = [1_000_000.0]
+    with bd.Engine.open(tmp_path / "g", CONFIG, clock=lambda: at[0]) as engine:
+        at[0] = now
+        sent = bd.Encounter("s0", templates={"face": FACES[0]}, encounter_id="e0")
+        with pytest.raises(bd.InvalidInput, match="the clock gives"):
+            engine.enroll(sent)
+        with pytest.raises(bd.InvalidInput, match="the clock gives"):
+            engine.set_policy(bd.Policy(duplicate_db=90.0), by="me", reason="a test")
+        assert len(engine) == 0 and engine.decision("e0") is None
+        at[0] = 1_000_001.0
+        assert engine.enroll(sent).outcome == "unique"
+
+
 def test_a_clock_that_goes_backwards_is_noted_and_decisions_go_on(tmp_path, caplog):
     at = [1_000_000.0]
     notes = []

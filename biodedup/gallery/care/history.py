@@ -10,7 +10,10 @@ import re
 import threading
 import zlib
 from collections.abc import Callable
+from math import isfinite
+from numbers import Real
 
+from biodedup.errors import InvalidInput
 from biodedup.gallery.snapshot import Snapshot
 
 BACK_S = 1.0
@@ -61,6 +64,20 @@ def date_notes(snapshot: Snapshot, now: float) -> list[str]:
     if newest - now > BACK_S:
         notes.append(f"the newest decision is dated {newest - now:,.0f} s after this machine's clock: set the clock")
     return notes
+
+
+def finite(clock: Callable[[], float]) -> Callable[[], float]:
+    """The clock, which raises InvalidInput in place of a time that is no finite number: such a date would be stored for ever."""
+
+    def told() -> float:
+        now = clock()
+        if isinstance(now, bool) or not isinstance(now, Real) or not isfinite(now):
+            raise InvalidInput(
+                f"the clock gives {now!r}; wanted the time in seconds, a finite number. Nothing was recorded"
+            )
+        return float(now)
+
+    return told
 
 
 class NotedClock:

@@ -155,7 +155,8 @@ def _open_lock(path: Path) -> int:
         os.close(file)
         holder = content.decode("ascii", "replace").strip() or "unknown"
         raise GalleryBusy(
-            f"{path.parent} is held for writing by process {holder}; wait until it ends, or open read_only"
+            f"{path.parent} is held for writing by process {holder}; wait until it ends; what only reads works meanwhile: "
+            "Engine.open(..., read_only=True), and commands such as identify and info"
         ) from None
     except BaseException:
         os.close(file)

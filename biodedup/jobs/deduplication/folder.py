@@ -39,17 +39,19 @@ from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import check_table_name, write_table
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.texts import KnownId
-from biodedup.values import CAPTURES_MAX, Capture, Cluster, Encounter, Face, Refusal
+from biodedup.values import CAPTURES_MAX, Capture, Cluster, Encounter, Face, Finger, Refusal
 
 
 @dataclass(frozen=True)
 class Unit:
-    """unit_id: unique; label: the subject it is filed under, None where unknown. refused: its rows that cannot be used."""
+    """unit_id: unique; label: the subject it is filed under, None where unknown. refused: its rows that cannot be used;
+    rows: of a manifest, the row of each capture."""
 
     unit_id: str
     label: str | None
     captures: tuple[Capture, ...]
     refused: tuple[RefusedRow, ...] = ()
+    rows: tuple[int, ...] = ()
 
     @property
     def encounter_id(self) -> str:
@@ -97,6 +99,28 @@ class DedupResult:
                 "recall_of_compared": round(same / mated_compared, 6) if mated_compared else None,
             }
         return summary | (self.left_out.to_dict() if self.left_out else {})
+
+    def refused_sentences(self, units_max: int = 20) -> list[str]:
+        """Why captures of whole units could not be compared, with the row and the path; rows that could not be read are in `left_out`."""
+        refused = [unit for unit in self.units if unit.unit_id in self.refusals and unit.captures]
+        told = []
+        for unit in refused[:units_max]:
+            for number, capture in enumerate(unit.captures):
+                row = f"row {unit.rows[number]}: " if unit.rows else ""
+                reasons = [
+                    refusal.reason
+                    for refusal in self.refusals[unit.unit_id]
+                    if refusal.column in ("encounter", capture.column)
+                ]
+                path = (
+                    f" ({capture.data})"
+                    if isinstance(capture, (Face, Finger)) and isinstance(capture.data, Path)
+                    else ""
+                )
+                told.append(f"{row}{unit.unit_id}{path} refused: {', '.join(dict.fromkeys(reasons)) or 'not compared'}")
+        if len(refused) > units_max:
+            told.append(f"... and {len(refused) - units_max:,} more")
+        return told
 
 
 def units_of(source: Path) -> tuple[list[Unit], LeftOut]:
@@ -153,6 +177,7 @@ def dedup(
 def _manifest_units(rows: Sequence[Row], left_out: LeftOut) -> tuple[list[Unit], LeftOut]:
     """A unit for each subject, and for each row that names none; in the order in which they begin."""
     captures: dict[str, list[Capture]] = {}
+    numbers: dict[str, list[int]] = {}
     refused = list(left_out.rows)
     first: dict[str, int] = {}
     for row in rows:
@@ -160,6 +185,7 @@ def _manifest_units(rows: Sequence[Row], left_out: LeftOut) -> tuple[list[Unit],
         some = captures.setdefault(row.subject_id, [])
         if len(some) < CAPTURES_MAX:
             some.append(row.capture)
+            numbers.setdefault(row.subject_id, []).append(row.number)
         else:
             detail = f"the subject has more than {CAPTURES_MAX} captures; name the best ones"
             refused.append(RefusedRow(row.number, row.subject_id, Refusal("encounter", "invalid_input", detail)))
@@ -173,7 +199,7 @@ def _manifest_units(rows: Sequence[Row], left_out: LeftOut) -> tuple[list[Unit],
         first[name] = min(bad.number, first.get(name, bad.number))
         refused_of.setdefault(name, []).append(bad)
     units = [
-        Unit(name, None, tuple(captures.get(name, ())), tuple(refused_of.get(name, ())))
+        Unit(name, None, tuple(captures.get(name, ())), tuple(refused_of.get(name, ())), tuple(numbers.get(name, ())))
         for name in sorted(first, key=lambda name: first[name])
     ]
     return units, LeftOut(rows=tuple(sorted(refused, key=lambda row: row.number)))

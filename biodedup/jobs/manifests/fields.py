@@ -90,7 +90,7 @@ def subject_of(cells: Mapping[str, Any]) -> str:
     """The subject_id of a row that must have one. Raises Unusable."""
     subject_id = id_of(cells, "subject_id")
     if subject_id is None:
-        raise Unusable("no_subject_id", "the cell is empty")
+        raise Unusable("no_subject_id", "subject_id is empty")
     return subject_id
 
 

@@ -101,6 +101,8 @@ class TableFile:
 
 def _schema_of(path: Path) -> Any:
     try:
+        if path.is_file() and not path.stat().st_size:
+            raise InvalidInput(f"{path} is empty; write a line of column names, and a row for each capture")
         if path.suffix.lower() == ".parquet":
             return pa.parquet.read_schema(path)
         if path.suffix.lower() in CSV_SUFFIXES:
