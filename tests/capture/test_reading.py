@@ -115,7 +115,8 @@ def test_digest_and_template_are_of_the_same_bytes(tmp_path, portrait, monkeypat
             decision = getattr(engine, call)(encounter)
         assert decision.outcome == ("review" if call == "dispute" else "unique")
         assert len(opened) == 1
-        if call in ("enroll", "enroll_many", "import_captures"):  # the digests of updates and disputes say what they are
+        # the digests of updates and disputes say what they are
+        if call in ("enroll", "enroll_many", "import_captures"):
             assert engine.recall(bd.Encounter("anna", [bd.Face(content)], encounter_id="e")) is not None
 
 

@@ -237,7 +237,7 @@ def _of_subjects(
 
 
 def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: Notes, progress: Progress) -> list[Link]:
-    """Pairs of a listed subject and anybody that reach the threshold, each once."""
+    """Pairs of a listed subject and any other that reach the threshold, each once."""
     info = engine.info()
     state = {"version": info["gallery_version"], "sealed_rows": info["sealed_rows"]}
     # for most of a gallery, comparing each subject with all later ones takes less than comparing each with all
