@@ -221,7 +221,7 @@ def test_what_is_no_manifest_is_refused_whole(centre):
     for name, content, text in (
         ("no.csv", "name,photo\na,b\n", "lacks the columns"),
         ("empty.csv", "subject_id,path\n", "no rows"),
-        ("none.csv", "", "not a readable table"),
+        ("none.csv", "", "is empty"),
         ("bytes.parquet", "PAR1 no", "not a readable table"),
     ):
         (centre / name).write_text(content)
