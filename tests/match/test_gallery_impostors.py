@@ -116,7 +116,9 @@ def test_a_decision_is_calibrated_on_the_snapshot_that_was_searched(tmp_path, mo
         assert len(engine) in (60, 61) and wanted.candidates
         scores_db = {candidate.subject_id: candidate.score_db for candidate in wanted.candidates}
         shared = [candidate for candidate in got.candidates if candidate.subject_id in scores_db]
-        assert shared and all(candidate.score_db == scores_db[candidate.subject_id] for candidate in shared)
+        assert shared
+        for candidate in shared:  # searched again among fewer rows, sums differ in the last bit
+            assert candidate.score_db == pytest.approx(scores_db[candidate.subject_id], abs=1e-9)
         assert (got.attainable_db, got.expected_fnir) == (
             wanted.attainable_db,
             wanted.expected_fnir,
