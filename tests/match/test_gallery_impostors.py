@@ -117,8 +117,8 @@ def test_a_decision_is_calibrated_on_the_snapshot_that_was_searched(tmp_path, mo
         scores_db = {candidate.subject_id: candidate.score_db for candidate in wanted.candidates}
         shared = [candidate for candidate in got.candidates if candidate.subject_id in scores_db]
         assert shared
-        for candidate in shared:  # searched again among fewer rows, sums differ in the last bit
-            assert candidate.score_db == pytest.approx(scores_db[candidate.subject_id], abs=1e-9)
+        for candidate in shared:  # searched again among fewer rows, float32 products are added up in another order
+            assert candidate.score_db == pytest.approx(scores_db[candidate.subject_id], abs=1e-3)
         assert (got.attainable_db, got.expected_fnir) == (
             wanted.attainable_db,
             wanted.expected_fnir,
