@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from report import data_folder, record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from bozorth import Bozorth3
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
 from biodedup.match.minutiae import CylinderMatcher, MinutiaeMatcher
+from tests.support.bozorth import Bozorth3
 
 Scores = NDArray[np.float32]
 Pairs = NDArray[np.int64]  # (n, 2), indices of records, in order of the first
