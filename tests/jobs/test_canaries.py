@@ -21,6 +21,7 @@ from biodedup.gallery.segments.reader import SegmentColumn
 from biodedup.jobs.health import canaries, canary_file
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.search.native.scanner import Scanner
+from biodedup.search.scope import Scope
 from biodedup.search.shards import native
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
@@ -375,9 +376,7 @@ def test_minutiae_are_identified_and_records_that_have_changed_are_told(with_fin
 
 def test_minutiae_that_are_never_compared_raise_an_alarm(with_fingers, monkeypatch):
     jobs.watch(with_fingers, count=20)
-    from biodedup.search import searcher as rescore
-
-    monkeypatch.setattr(rescore._Scope, "rows_with", lambda self, bits, *, without: np.zeros(0, np.int64))
+    monkeypatch.setattr(Scope, "rows_with", lambda self, bits, *, without: np.zeros(0, np.int64))
     watch = jobs.watch(with_fingers, count=20)
     assert watch.columns[-1].alarm
     assert [place for place, *_ in watch.columns[-1].lost_in] == ["the journal"]
