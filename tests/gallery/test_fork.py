@@ -150,6 +150,19 @@ def test_a_child_that_outlives_its_parents_engine_does_not_hold_the_gallery(tmp_
         os.waitpid(pid, 0)
 
 
+def test_a_closed_gallery_is_free_although_a_copy_of_its_lock_is_open(tmp_path):
+    """As in a child that was forked a moment ago."""
+    engine = bd.Engine.open(tmp_path / "g", small())
+    descriptors = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+    (lock,) = [fd for fd in descriptors if os.readlink(f"/proc/self/fd/{fd}") == str(tmp_path / "g" / "writer.lock")]
+    copy = os.dup(lock)
+    try:
+        engine.close()
+        bd.Engine.open(tmp_path / "g", small()).close()
+    finally:
+        os.close(copy)
+
+
 def test_a_child_opens_an_engine_of_its_own(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         enroll(engine, 0)

@@ -51,7 +51,9 @@ def unit(count, dimension, seed=0):
 def test_codes_come_back_from_their_halves_however_they_were_cut_into_pieces(count, steps, more, cuts):
     scanned, width = 8 * steps, 8 * steps + more
     codes = np.random.default_rng(count).integers(1, 256, (count, width)).astype(np.uint8)
-    plane = np.concatenate(list(coding.pack_high_nibbles(np.split(codes, sorted(c for c in cuts if c <= count)), scanned)))
+    plane = np.concatenate(
+        list(coding.pack_high_nibbles(np.split(codes, sorted(c for c in cuts if c <= count)), scanned))
+    )
     assert plane.shape == coding.high_nibbles_shape(count, scanned)
     rest = coding.low_nibbles(codes, scanned)
     some = np.random.default_rng(1).integers(0, count, 20)

@@ -131,6 +131,7 @@ class FileLock:
 
     def release(self) -> None:
         if self._file >= 0 and self._process.is_this:
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a child that was just forked may not have closed its copy yet
             os.close(self._file)
         self._file = -1
 
