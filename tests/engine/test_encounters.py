@@ -357,7 +357,7 @@ def test_a_case_that_waited_for_another_alone_is_enrolled_when_that_is_closed(en
 def test_a_case_whose_linked_case_was_enrolled_shows_the_subject(engine):
     bella = waiting(engine)
     engine.enroll(sent("carla", again(bella, 0.9), "e2"))
-    with internals(engine).gallery.transaction() as transaction:  # as if nobody had linked them
+    with internals(engine).gallery.transaction() as transaction:  # as if the cases were not linked
         transaction.release("e1")
     (candidate,) = [c for c in engine.case("e2").undecided if c.subject_id == "bella"]
     assert candidate.case == ""
@@ -513,7 +513,7 @@ def test_a_case_that_nobody_looked_at_is_not_enrolled_though_nothing_was_compare
     assert engine.enroll(bd.Encounter("carla", templates=finger, encounter_id="e3")).outcome == "review"
     assert engine.adjudicate("e3", "same", "A. Officer").outcome == "duplicate"
     assert engine.case("e2").decision.outcome == "review" and "bella" not in engine
-    assert engine.adjudicate("e2", "different", "A. Officer").outcome == "unique"  # somebody has looked
+    assert engine.adjudicate("e2", "different", "A. Officer").outcome == "unique"  # a person has looked
 
 
 def test_a_replacement_that_waited_does_not_replace_who_got_the_id_since(engine):

@@ -251,7 +251,7 @@ def test_who_is_gone_though_nothing_was_removed_is_a_loss_and_stays_one(gallery)
         engine.remove(kept(gallery).each[0].subject_id)
         engine.compact()
         version = engine.gallery_version
-    # as if a merge had lost the row: nobody removed it since the canaries were looked through
+    # as if a merge had lost the row: it was not removed since the last check of the canaries
     canary_file.save(LocalStorage(), gallery, replace(kept(gallery), version=version))
     for _ in range(2):
         assert "1 subjects are in no segment any more, and nothing was removed" in jobs.watch(gallery).problems[0]

@@ -191,7 +191,7 @@ def test_a_team_packs_images_and_hears_what_to_capture_again(centre, fingers):
     assert all(isinstance(given, bd.Template) for r in templates for given in r.encounter.templates.values())
 
     taken = ingested(centre, centre / "good.kit", centre / "templates.kit")
-    assert outcomes(taken)[:7] == [*["enrolled"] * 6, "review"]  # nobody else has a left index
+    assert outcomes(taken)[:7] == [*["enrolled"] * 6, "review"]  # no other subject has a left index
     assert outcomes(taken)[7] in ("duplicate", "review", "enrolled")  # an impression as poor as it may be
     assert outcomes(taken)[8:15] == ["subject_exists"] * 6 + ["conflict"]  # e6 came with captures first
     assert len(enrolled(centre)) in (6, 7)

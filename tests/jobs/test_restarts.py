@@ -42,7 +42,7 @@ class Killed(BaseException):
 
 def visits() -> tuple[np.ndarray, list[str]]:
     """60 encounters: 44 people; ten of them again under other names, near the thresholds; then three of the first under their own names,
-    and three names with somebody else's face."""
+    and three names with another subject's face."""
     vectors = people(44, seed=5)
     mates = again(vectors[:10], 0.5, seed=2)
     strangers = people(3, seed=99)
@@ -65,7 +65,7 @@ def kill_at(monkeypatch):
             Dying.count += sql.startswith("COMMIT")
             here = sql.startswith("COMMIT") and Dying.count == Dying.nth
             if Dying.dead or (here and not Dying.behind):
-                Dying.dead = True  # who is dead says nothing more, whoever asks
+                Dying.dead = True  # a dead worker answers no request
                 raise Killed
             done = super().execute(sql, *values)
             if here:

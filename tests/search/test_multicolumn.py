@@ -164,7 +164,7 @@ def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tm
     assert len(held) > 2 and max(held) < 50_000  # of 160,000 pairs
 
 
-def test_a_shard_that_fails_makes_a_search_multicolumn_incomplete(engine, everybody, monkeypatch):
+def test_a_shard_that_fails_makes_a_search_in_several_columns_incomplete(engine, everybody, monkeypatch):
     monkeypatch.setattr(native, "shares", lambda snapshot: [[part] for part in snapshot.parts])
     engine.add_templates(["late"], {c: unit(1, 70 + i) for i, c in enumerate(COLUMNS)})
     real = native.NativeShard.search_multicolumn
