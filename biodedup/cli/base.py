@@ -312,8 +312,8 @@ def finish_decision(decision: Decision, as_json: bool, captures: Sequence[Captur
             say(f"  {why}: {text}")
         if decision.attainable_db is not None and decision.expected_fnir is not None:
             say(
-                f"  these captures: at most {decision.attainable_db:.0f} dB; {decision.expected_fnir:.1%} of mates score below "
-                "the review threshold"
+                f"  with these captures 19 of 20 mates score below {decision.attainable_db:.0f} dB, and "
+                f"{decision.expected_fnir:.1%} below the review threshold"
             )
         if decision.best is not None and decision.outcome != "unique":
             print_evidence(decision.best.evidence)
