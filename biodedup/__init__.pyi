@@ -19,6 +19,7 @@ from .errors import EncounterConflict as EncounterConflict
 from .errors import EngineClosed as EngineClosed
 from .errors import GalleryBusy as GalleryBusy
 from .errors import GalleryDamaged as GalleryDamaged
+from .errors import IndexMismatch as IndexMismatch
 from .errors import InvalidInput as InvalidInput
 from .errors import ModelCardError as ModelCardError
 from .errors import ModelMismatch as ModelMismatch

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from biodedup.errors import InvalidInput
+from biodedup.index_spec import parse_specs
 from biodedup.required import SENT, check_required
 from biodedup.tables import made, read_toml, typed
 from biodedup.values import check_id
@@ -267,8 +268,15 @@ class GalleryConfig:
     """Rows from which a segment is not merged further. Bounds the disk space and the time that a merge needs."""
     encounters_max: int = 3
     """Rows (encounters) that a subject keeps, chosen by quality and spread over time. It keeps more if each has a column of its own."""
+    index: str | dict[str, str] | None = None
+    """The index engine of a gallery that is created: `native`, or `faiss:FACTORY` with a factory string of FAISS, such as
+    `faiss:IVF2048,PQ64x4fs`; `,nprobe=N` at its end reads only N inverted lists. A dict names one a column, `*` for all others. None: the
+    engine that the gallery stores, `native` in a new one. An existing gallery keeps its engine until `Engine.reindex` changes it; opening
+    it with another one raises IndexMismatch."""
 
     def __post_init__(self) -> None:
+        if self.index is not None:
+            parse_specs(self.index)
         for name, minimum in (("seal_rows", 1), ("merge_fan", 2), ("segment_rows", 1), ("encounters_max", 1)):
             if getattr(self, name) < minimum:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least {minimum}")

@@ -65,6 +65,10 @@ class PolicyMismatch(CallerError):
     """A gallery was opened with another policy than the one that it stores."""
 
 
+class IndexMismatch(CallerError):
+    """A gallery was opened with another index engine than the one that it stores."""
+
+
 class EngineClosed(CallerError):
     """The engine was closed."""
 

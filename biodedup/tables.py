@@ -122,6 +122,9 @@ def _value(hint: Any, value: object, what: str, folder: Path | None) -> Any:
         if get_origin(kind) is tuple:
             if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
                 return tuple(value)
+        elif get_origin(kind) is dict:
+            if isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair):
+                return dict(value)
         elif kind is float:
             if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
                 return float(value)

@@ -61,6 +61,7 @@ from biodedup.gallery.cases import standing_answer
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.match.calibrations import Calibrations
 from biodedup.match.compare import Comparer
@@ -161,7 +162,7 @@ class Engine:
         stored one. override_policy: decide by config.policy in this process alone, and store nothing.
         storage, clock, new_id: the disk, the time in seconds, and new identifiers, for tests to replace. A time before that of the newest
         decision is accepted, with a warning in the log `biodedup`.
-        Raises NotAGallery, PolicyMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
+        Raises NotAGallery, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
         gallery = Gallery.open(
@@ -171,6 +172,7 @@ class Engine:
             settings=config.to_dict(),
             gallery_id=new_id(),
             read_only=read_only,
+            limits=IndexLimits(config.threads, config.search.miss_risk),
         )
         try:
             return cls(gallery, config, clock, new_id, override_policy)

@@ -29,40 +29,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
-from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput
+from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.cases import read_case, standing
 from biodedup.gallery.catalogue.sqlite import (
     Catalogue,
     State,
 )
-from biodedup.gallery.files import forks
+from biodedup.gallery.files import forks, index_codec
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage
+from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, SEGMENT_FOLDER
+from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.loading import load, never_written
 from biodedup.gallery.maintenance import Maintenance
 from biodedup.gallery.opening import open_catalogue, prepare_folder
 from biodedup.gallery.policies import PolicyVersion
-from biodedup.gallery.segments.layout import SegmentEntry, file_name, number_of, unused_number
+from biodedup.gallery.segments.indexing import built, with_indexes, write_column_index
+from biodedup.gallery.segments.layout import INDEX, SegmentEntry, file_name, number_of, unused_number
 from biodedup.gallery.segments.part import Rows
 from biodedup.gallery.segments.reader import Segment
 from biodedup.gallery.segments.tail import Tail, TailPart
 from biodedup.gallery.segments.writer import write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction
-from biodedup.values import Case, Column, Template, Verdict
+from biodedup.index_spec import NATIVE, IndexSpec, parse_specs, spec_of
+from biodedup.values import COLUMNS, Case, Column, Template, Verdict
 
 _log = logging.getLogger("biodedup")
+_LIMITS = IndexLimits()
 
 
 class Gallery:
     """Subjects, their templates and the answers given. Thread-safe; one process writes."""
 
     def __init__(
-        self, storage: Storage, folder: Path, catalogue: Catalogue, lock: Lock | None, config: GalleryConfig
+        self,
+        storage: Storage,
+        folder: Path,
+        catalogue: Catalogue,
+        lock: Lock | None,
+        config: GalleryConfig,
+        limits: IndexLimits,
     ) -> None:
         self.folder = folder
+        self.limits = limits
         self.read_only = lock is None
         self.lock = threading.RLock()
         """Guards the connection and every change of what is published. Hold it to make several steps one."""
@@ -85,6 +97,7 @@ class Gallery:
             if not catalogue.has_encounters():
                 with self.transaction() as transaction:
                     transaction.adopt_cases()
+            self._settle_index(config)
             self._maintenance.wake_if_due()
 
     @classmethod
@@ -97,10 +110,12 @@ class Gallery:
         settings: dict[str, Any],
         gallery_id: str,
         read_only: bool = False,
+        limits: IndexLimits = _LIMITS,
     ) -> Gallery:
         """Opens the gallery, creating it where the folder is absent or empty.
 
-        settings, gallery_id: stored with a new gallery. Raises NotAGallery, GalleryBusy, GalleryDamaged, StorageUnavailable.
+        settings, gallery_id: stored with a new gallery; limits: of what indexes may miss and take. Raises NotAGallery, IndexMismatch,
+        GalleryBusy, GalleryDamaged, StorageUnavailable.
         """
         with translated(f"opening {folder}"):
             lock = prepare_folder(storage, folder, read_only=read_only)
@@ -108,7 +123,7 @@ class Gallery:
                 stored = json.dumps(settings)
                 catalogue = open_catalogue(storage, folder, read_only=read_only, gallery_id=gallery_id, settings=stored)
                 try:
-                    return cls(storage, folder, catalogue, lock, config)
+                    return cls(storage, folder, catalogue, lock, config, limits)
                 except BaseException:
                     catalogue.close()
                     raise
@@ -298,6 +313,7 @@ class Gallery:
         self._opened.update(published.segments)
         for segment in transaction.retired:
             self._remove_files(segment.entry.number)
+        self.remove_index_files(transaction.retired_files)
         self._maintenance.wake_if_due()
 
     def _is_durable(self, transaction: Transaction) -> bool:
@@ -350,8 +366,13 @@ class Gallery:
         try:
             with translated("writing a segment"):
                 self._refuse_lost_lock()
-                others = self.snapshot().parts
-                return write_segment(self.storage, self._segments, number, self.gallery_id, parts, keeps, others, still)
+                now = self.snapshot()
+                folder, gallery_id = self._segments, self.gallery_id
+                entry = write_segment(self.storage, folder, number, gallery_id, parts, keeps, now.parts, still)
+                merged = parts if all(keep is None for keep in keeps) else ()
+                codecs = now.indexing.wanted_codecs()
+                with index_codec.threads(self.limits.threads):
+                    return with_indexes(self.storage, folder, gallery_id, entry, codecs, merged, still)
         except BaseException:
             self._remove_files(number)
             raise
@@ -386,6 +407,55 @@ class Gallery:
     def is_broken(self) -> bool:
         """Whether the next transaction has to connect anew first."""
         return self._broken
+
+    def reindex(
+        self, specs: Mapping[str, IndexSpec], *, force: bool = False, report: Callable[[int, int], None] | None = None
+    ) -> None:
+        """As `Maintenance.reindex`."""
+        self._maintenance.reindex(specs, force=force, report=report)
+
+    def _settle_index(self, config: GalleryConfig) -> None:
+        """A new gallery takes the index engine that it is opened with; another one must be asked for its own. Raises IndexMismatch."""
+        if config.index is None:
+            return
+        asked, stored = parse_specs(config.index), self._published.indexing.specs
+        if not stored and not self._published.row_count:
+            with self.transaction() as transaction:
+                transaction.set_index(asked, forced=False)
+        elif any(spec_of(asked, column) != spec_of(stored, column) for column in COLUMNS):
+            raise IndexMismatch(
+                f"{self.folder} is indexed by {_in_words(stored)}, got {_in_words(asked)}; leave `index` out, or change the gallery by "
+                "`biodedup reindex`"
+            )
+
+    def write_index(
+        self, segment: Segment, column: str, codec: FaissCodec, go_on: Callable[[], bool]
+    ) -> tuple[str, str]:
+        """Writes an index of a segment's column. Returns (kind, digest) of the file, for `Transaction.replace_index`."""
+        kind = column + INDEX + codec.codec_id
+
+        def still() -> bool:
+            self._refuse_lost_lock()
+            return go_on()
+
+        try:
+            with translated("writing an index"), index_codec.threads(self.limits.threads):
+                self._refuse_lost_lock()
+                index = built(segment.columns[column], codec, still)
+                which = (segment.entry.number, kind)
+                digest = write_column_index(self.storage, self._segments, self.gallery_id, which, index, replaces=True)
+                self.storage.sync_folder(self._segments)
+                return kind, digest
+        except BaseException:
+            self.remove_index_files([file_name(segment.entry.number, kind)])
+            raise
+
+    def remove_index_files(self, names: Sequence[str]) -> None:
+        """Removes index files that no manifest names. What cannot be removed is left to the next writer."""
+        with suppress(OSError, sqlite3.Error):
+            for name in names:
+                if self._holds_lock():
+                    self.storage.remove(self._segments / name)
 
     def _take_number(self) -> int:
         self._process.check()
@@ -433,3 +503,7 @@ class Gallery:
             finally:
                 self._catalogue.rollback()
         self._wipe_if_erased()
+
+
+def _in_words(specs: Mapping[str, IndexSpec]) -> str:
+    return ", ".join(f"{column}: {spec}" for column, spec in specs.items()) or NATIVE

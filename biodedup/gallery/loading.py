@@ -89,6 +89,7 @@ def _read(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery
         state.extra_rows,
         catalogue.judged(),
         catalogue.job_steps(),
+        catalogue.index_settings(),
     )
     if not catalogue.has_encounters():  # and no writer has opened it
         snapshot = replace(snapshot, different=paired(judged_before(catalogue.verdicts(), snapshot)))

@@ -1,35 +1,37 @@
-"""Seals a full tail and merges neighbouring segments, at once or in a background thread.
+"""Seals a full tail, merges neighbouring segments and indexes them, at once or in a background thread.
 
 Owns when this happens, and the thread. Searches and enrolments go on meanwhile; only the swap of the manifest takes the gallery's lock.
-Never decides which segments are due (segments/compaction.py), and never writes a file itself.
+Never decides which segments are due (segments/compaction.py) nor how they are indexed (indexing.py), and never writes a file itself.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
-from biodedup.errors import BiodedupError
+from biodedup.errors import BiodedupError, InvalidInput
+from biodedup.gallery.files.index_codec import MATED_SIMILARITY, FaissCodec
+from biodedup.gallery.indexing import Indexed, Indexing
 from biodedup.gallery.segments.compaction import due, grouped
 from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.gallery.segments.part import Int64, Rows
 from biodedup.gallery.segments.reader import Segment
 from biodedup.gallery.segments.writer import Abandoned
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.gallery.transaction import Transaction
+from biodedup.index_spec import IndexSpec
 
 _FINISH_ROWS_MAX = 1_000_000  # closing waits for a merge of up to this many rows; a larger one is abandoned
 _log = logging.getLogger("biodedup")
 
 
-class Maintained(Protocol):
+class Maintained(Indexed, Protocol):
     """What maintenance needs of a gallery (gallery.py)."""
 
     @property
@@ -37,10 +39,6 @@ class Maintained(Protocol):
 
     @property
     def is_broken(self) -> bool: ...
-
-    def snapshot(self) -> Snapshot: ...
-
-    def transaction(self) -> AbstractContextManager[Transaction]: ...
 
     def seal(self) -> None: ...
 
@@ -57,6 +55,7 @@ class Maintenance:
     def __init__(self, gallery: Maintained, config: GalleryConfig) -> None:
         self._gallery = gallery
         self._config = config
+        self._indexing = Indexing(gallery)
         self._merging = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -69,6 +68,7 @@ class Maintenance:
                 self._gallery.seal()
             while not self._gallery.is_broken and (segments := self._run_due()):
                 self.merge(segments)
+            self._index()
 
     def compact(self) -> None:
         """Merges segments into as few as their largest size allows, and writes those anew that hold removed rows."""
@@ -78,6 +78,40 @@ class Maintenance:
             for run in grouped([segment.count for segment in segments], self._config.segment_rows):
                 if run.stop - run.start > 1 or len(_removed(snapshot, segments[run])):
                     self.merge(segments[run])
+            self._index()
+
+    def reindex(
+        self, specs: Mapping[str, IndexSpec], *, force: bool, report: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Gives every segment the index of these engines. A codec that misses more than the miss risk is refused before anything changes.
+
+        Raises InvalidInput, StorageUnavailable. Stopped in between, it goes on with the next call, or in the background.
+        """
+        with self._merging:
+            settings = replace(self._gallery.snapshot().indexing, specs=specs)
+            codecs = []
+            for column, model in self._gallery.snapshot().models.items():
+                if model.dimension is not None and settings.wanted(column) is None:
+                    codec = self._indexing.codec_for(column, settings.spec(column))
+                    if codec is not None:
+                        codecs.append((column, codec))
+            for column, codec in codecs + [(c, known) for c, known in settings.wanted_codecs().items()]:
+                if not force and not codec.keeps(self._gallery.limits.miss_risk):
+                    raise _loses(column, codec, self._gallery.limits.miss_risk)
+            with self._gallery.transaction() as transaction:
+                transaction.set_index(specs, forced=force)
+                for column, codec in codecs:
+                    transaction.add_codec(column, codec)
+            self._index(report)
+
+    def _index(self, report: Callable[[int, int], None] | None = None) -> None:
+        def go_on() -> bool:
+            if self._closing:
+                raise Abandoned("the engine was closed while segments were indexed; they are indexed another time")
+            return True
+
+        if not self._gallery.is_broken:
+            self._indexing.run(go_on, report)
 
     def merge(self, segments: Sequence[Segment]) -> None:
         """Writes neighbouring segments as one, and swaps the manifest."""
@@ -100,7 +134,7 @@ class Maintenance:
 
     def wake_if_due(self) -> None:
         """Starts the background thread where something is to be sealed or merged."""
-        if self._closing or not self._config.background or not (self._tail_is_full() or self._run_due()):
+        if self._closing or not self._config.background or not self._is_due():
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run_on_call, name="biodedup-maintenance", daemon=True)
@@ -129,6 +163,9 @@ class Maintenance:
                 # the journal still holds what could not be sealed; the next commit tries again
                 _log.warning("sealing or merging was put off: %s", error)
 
+    def _is_due(self) -> bool:
+        return self._tail_is_full() or bool(self._run_due()) or self._indexing.is_due()
+
     def _tail_is_full(self) -> bool:
         return self._gallery.journal_count >= self._config.seal_rows
 
@@ -139,6 +176,13 @@ class Maintenance:
         dead = [len(_removed(snapshot, [segment])) for segment in segments]
         run = due([s.count for s in segments], dead, config.seal_rows, config.merge_fan, config.segment_rows)
         return [] if run is None else segments[run]
+
+
+def _loses(column: str, codec: FaissCodec, miss_risk: float) -> InvalidInput:
+    return InvalidInput(
+        f"index {codec.spec} would lose a mate of cosine {MATED_SIMILARITY} or more of column {column} with a probability of up to "
+        f"{codec.lost_bound:.2g}, wanted at most {miss_risk:g}: it reads too few lists; raise nprobe, or force it"
+    )
 
 
 def _removed(snapshot: Snapshot, segments: Sequence[Segment]) -> Int64:

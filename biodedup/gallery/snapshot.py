@@ -23,6 +23,7 @@ from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.filesystem import memory_bytes
 from biodedup.gallery.files.packed import Packed
+from biodedup.gallery.index_settings import IndexSettings
 from biodedup.gallery.segments.part import Column, Int64, Part
 from biodedup.gallery.segments.reader import Segment
 from biodedup.values import BIT, COLUMNS, EnrolledEncounter, Float32, Template
@@ -36,7 +37,8 @@ _MEMORY_SHARE = 0.75  # that a gallery may fill; of the rest everything else liv
 class Snapshot:
     """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending; pending: row of an open
     case -> its encounter_id; extra_rows: live rows beyond the first of their subject; different: row -> rows that were judged to be
-    of another person, in both directions; steps: name of a step that a job has done -> what it noted, JSON."""
+    of another person, in both directions; steps: name of a step that a job has done -> what it noted, JSON; indexing: the index engines
+    of its columns."""
 
     version: int
     row_count: int
@@ -48,6 +50,7 @@ class Snapshot:
     extra_rows: int = 0
     different: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
     steps: Mapping[str, str] = field(default_factory=dict, repr=False)
+    indexing: IndexSettings = field(default_factory=IndexSettings, repr=False)
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
     )

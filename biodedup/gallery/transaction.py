@@ -31,14 +31,16 @@ from biodedup.gallery.cases import (
 )
 from biodedup.gallery.catalogue.sqlite import Catalogue, ColumnModel, State, paired
 from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.policies import PolicyVersion
-from biodedup.gallery.segments.layout import SegmentEntry, unused_number
+from biodedup.gallery.segments.layout import SegmentEntry, file_name, index_of, unused_number
 from biodedup.gallery.segments.part import Int64, Part
 from biodedup.gallery.segments.reader import Segment, open_segment
 from biodedup.gallery.segments.tail import Tail, TailPart
 from biodedup.gallery.segments.writer import write_segment
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.index_spec import IndexSpec
 from biodedup.values import Case, Column, Decision, Template, Verdict
 
 
@@ -66,10 +68,12 @@ class Transaction:
         self.pending = before.pending
         self.different = before.different
         self.steps = before.steps
+        self.indexing = before.indexing
         self.answers: dict[str, StoredDecision] = {}
         self.policies: list[PolicyVersion] = []
         self.new_segments: list[int] = []
         self.retired: list[Segment] = []
+        self.retired_files: list[str] = []
         self._catalogue = catalogue
         self._storage = storage
         self._folder = folder
@@ -107,6 +111,7 @@ class Transaction:
             state.extra_rows,
             self.different,
             self.steps,
+            self.indexing,
         )
 
     def answer(self, encounter_id: str) -> StoredDecision | None:
@@ -357,6 +362,38 @@ class Transaction:
         self._adopt(entry, at)
         self._drop_tombstones(dropped)
         self.retired += merged
+
+    def set_index(self, specs: Mapping[str, IndexSpec], *, forced: bool) -> None:
+        """Stores which index engine each column asks for."""
+        self.indexing = replace(self.indexing, specs=specs, forced=forced)
+        self._catalogue.set_index(self.indexing)
+        self.manifest_changed = True
+
+    def add_codec(self, column: str, codec: FaissCodec) -> None:
+        """Stores a trained codec."""
+        if self.indexing.codec(column, codec.codec_id) is None:
+            self._catalogue.add_codec(column, codec)
+            self._set_codecs(column, (*self.indexing.codecs.get(column, ()), codec))
+
+    def drop_codec(self, column: str, codec_id: str) -> None:
+        self._catalogue.drop_codec(column, codec_id)
+        self._set_codecs(column, tuple(c for c in self.indexing.codecs[column] if c.codec_id != codec_id))
+
+    def _set_codecs(self, column: str, codecs: tuple[FaissCodec, ...]) -> None:
+        self.indexing = replace(self.indexing, codecs={**self.indexing.codecs, column: codecs})
+        self.manifest_changed = True
+
+    def replace_index(self, segment: Segment, column: str, kind: str | None, digest: str = "") -> None:
+        """Another index file for a column of a segment, or None. kind, digest: of the file, which was written before."""
+        at = self.segments.index(segment)
+        old = [name for name in segment.entry.files if (index_of(name) or ("",))[0] == column]
+        files = {name: known for name, known in segment.entry.files.items() if name not in old}
+        entry = replace(segment.entry, files=files if kind is None else {**files, kind: digest})
+        self._catalogue.drop_segments([entry.number])
+        self._catalogue.add_segment(entry)
+        self.segments[at] = open_segment(self._storage, self._folder, entry)
+        self.retired_files += [file_name(entry.number, name) for name in old if name != kind]
+        self.manifest_changed = True
 
     def take_number(self) -> int:
         """A number for a new segment."""

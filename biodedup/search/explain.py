@@ -15,7 +15,8 @@ from biodedup.search.multicolumn.plan import MultiColumnPlan, MultiColumnQuery, 
 from biodedup.search.native.column_statistics import signs_of
 from biodedup.search.native.sign_tile import CLASS_TABLES, SIGN_TABLES
 from biodedup.search.selfjoin.buckets import Buckets
-from biodedup.search.shards.native import by_codec, shares
+from biodedup.search.shards.cells import by_codec
+from biodedup.search.shards.native import shares
 from biodedup.values import COLUMNS
 
 
@@ -138,7 +139,9 @@ def plan_of(
 
 
 def _column(snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiColumnQuery | None) -> ColumnPlan:
-    holding = [[_held(part, name, multicolumn) for part in parts if name in part.columns] for parts in shares(snapshot)]
+    holding = [
+        [_held(part, name, multicolumn) for part in parts if name in part.columns] for parts in shares(snapshot.parts)
+    ]
     rows = sum(held.cells for pieces in holding for held in pieces)
     coded = [held for pieces in holding for group in by_codec(h for h in pieces if h.cells)[1] for held in group]
     if not coded:

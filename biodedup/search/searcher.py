@@ -30,9 +30,10 @@ from biodedup.search.multicolumn.planner import MultiColumnPlanner
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.positions import comparable, comparable_bits, strongest
 from biodedup.search.scope import Scope
+from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards.base import Shard
 from biodedup.search.shards.fan_out import FanOut, Nearest
-from biodedup.search.shards.native import as_set, native_shards
+from biodedup.search.shards.native import as_set
 from biodedup.values import BIT, Float32, Template
 
 TemplateSet = Mapping[str, Template]
@@ -148,7 +149,7 @@ class Searcher:
         )
 
     def shards(self, snapshot: Snapshot) -> Sequence[Shard]:
-        return native_shards(snapshot, self.scanner)
+        return faiss_engine.shards(snapshot, self.scanner)
 
     def multicolumn_query(self, snapshot: Snapshot, columns: Collection[str]) -> MultiColumnQuery | None:
         """How rows that have several of these columns are searched at once; None if there are no such rows."""

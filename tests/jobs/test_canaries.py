@@ -22,7 +22,7 @@ from biodedup.jobs.health import canaries, canary_file
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.scope import Scope
-from biodedup.search.shards import native
+from biodedup.search.shards import cells, native
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 from tests.support.faults import Countdown, FailingStorage
@@ -168,7 +168,7 @@ def test_rows_of_a_segment_that_the_search_never_returns_raise_an_alarm_that_nam
 
 
 def test_codes_that_a_kernel_does_not_see_raise_an_alarm(gallery, monkeypatch):
-    monkeypatch.setattr(native, "EXACT_CELLS", 0)
+    monkeypatch.setattr(cells, "EXACT_CELLS", 0)
     monkeypatch.setattr(native, "_SHARE_MAX", 1.0)
     assert jobs.watch(gallery).problems == ()
     above = Scanner.above
@@ -184,7 +184,7 @@ def test_codes_that_a_kernel_does_not_see_raise_an_alarm(gallery, monkeypatch):
 
 
 def test_one_lost_row_is_within_the_risk_unless_nothing_left_to_chance_loses_it_too(gallery, monkeypatch):
-    monkeypatch.setattr(native, "EXACT_CELLS", 0)
+    monkeypatch.setattr(cells, "EXACT_CELLS", 0)
     victim = next(one for one in kept(gallery).each if one.mates["face"].cosine > 0.7 and one.row < 3_000)
     with monkeypatch.context() as patch:
         losing(patch, [victim.row], lambda plan: plan.miss_risk > 0)

@@ -16,7 +16,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
 from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.searcher import Searcher
-from biodedup.search.shards import native
+from biodedup.search.shards import cells, native
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 from tests.support.laws import FACE, FINGER
@@ -120,7 +120,7 @@ def built(tmp_path_factory) -> Iterator[Built]:
 @pytest.fixture(params=INDEX_ENGINES)
 def searcher(request, built, monkeypatch) -> Iterator[Searcher]:
     index = INDEX_ENGINES[request.param]
-    monkeypatch.setattr(native, "EXACT_CELLS", index.exact_cells)
+    monkeypatch.setattr(cells, "EXACT_CELLS", index.exact_cells)
     if index.scans:
         monkeypatch.setattr(native, "_SHARE_MAX", 1.0)  # of so few rows most pass
     searcher = Searcher(built.comparer, SearchConfig(miss_risk=index.miss_risk), 2, lambda: POLICY)

@@ -36,7 +36,9 @@ from biodedup.gallery.files.names import (
     SEGMENT_FOLDER,
 )
 from biodedup.gallery.files.private import refuse_link
-from biodedup.gallery.segments.layout import DERIVED, LOOKUP, file_name, number_of
+from biodedup.gallery.segments.indexing import built, write_column_index
+from biodedup.gallery.segments.layout import INDEX, LOOKUP, file_name, index_of, is_derived, number_of
+from biodedup.gallery.segments.reader import open_segment
 from biodedup.gallery.segments.writer import rebuild_lookup
 
 
@@ -92,7 +94,7 @@ def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path
     with connected(storage, folder) as catalogue:
         manifest = read_manifest(storage, folder, catalogue)
     digests = {(entry.number, kind): digest for entry in manifest.entries for kind, digest in entry.files.items()}
-    damaged = dict.fromkeys((p.segment or 0, p.kind) for p in found if p.kind not in DERIVED)
+    damaged = dict.fromkeys((p.segment or 0, p.kind) for p in found if not is_derived(p.kind))
     intact: dict[tuple[int, str], ColumnFile] = {}
     if backup is not None and damaged:
         with connected(storage, backup) as catalogue:
@@ -103,7 +105,11 @@ def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path
             continue
         copy_file(storage, source, folder / SEGMENT_FOLDER / source.name)
         done.append(f"segment {number}: {kind} taken from the backup")
-    for number, kind in dict.fromkeys((p.segment or 0, p.kind) for p in found if p.kind in DERIVED):
+    derived = dict.fromkeys((p.segment or 0, p.kind) for p in found if is_derived(p.kind))
+    for number, kind in derived:
+        if index_of(kind) is not None:
+            done += _mend_index(storage, folder, number, kind)
+            continue
         path = folder / SEGMENT_FOLDER / file_name(number, kind.removesuffix(LOOKUP))
         try:
             exact = open_column_file(storage, path)
@@ -116,6 +122,38 @@ def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path
         done.append(f"segment {number}: {kind} rebuilt from {kind.removesuffix(LOOKUP)}, {same}")
     storage.sync_folder(folder / SEGMENT_FOLDER)
     return done
+
+
+def _mend_index(storage: Storage, folder: Path, number: int, kind: str) -> list[str]:
+    """Builds a FAISS index again from the segment's vectors. Without its codec it is dropped: the next writer builds one anew."""
+    name, codec_id = kind.split(INDEX)
+    with connected(storage, folder, read_only=False) as catalogue:
+        catalogue.begin()
+        try:
+            entry = next(entry for entry in catalogue.segments() if entry.number == number)
+            bare = replace(entry, files={k: digest for k, digest in entry.files.items() if k != kind})
+            codec = catalogue.index_settings().codec(name, codec_id)
+            segment = open_segment(storage, folder / SEGMENT_FOLDER, bare)
+            try:
+                files, done = dict(bare.files), "dropped, since its codec is lost; the next writer builds one"
+                if codec is not None:
+                    index, gallery_id = built(segment.columns[name], codec), catalogue.meta()["gallery_id"]
+                    which = (number, kind)
+                    files[kind] = write_column_index(
+                        storage, folder / SEGMENT_FOLDER, gallery_id, which, index, replaces=True
+                    )
+                    done = f"built again from {name}"
+            finally:
+                segment.close()
+            catalogue.drop_segments([number])
+            catalogue.add_segment(replace(entry, files=files))
+            storage.sync_folder(folder / SEGMENT_FOLDER)
+            catalogue.commit()
+        except GalleryDamaged:
+            return []  # the column itself is damaged; a second repair builds its index
+        finally:
+            catalogue.rollback()
+    return [f"segment {number}: {kind} {done}"]
 
 
 def _restore(storage: Storage, folder: Path, backup: Path | None) -> list[str]:

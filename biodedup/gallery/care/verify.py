@@ -26,7 +26,7 @@ from biodedup.gallery.files.names import (
     SEGMENT_FOLDER,
 )
 from biodedup.gallery.opening import check_format
-from biodedup.gallery.segments.layout import ENCOUNTER, LOOKUP, SUBJECT, SegmentEntry, file_name
+from biodedup.gallery.segments.layout import ENCOUNTER, INDEX, LOOKUP, SUBJECT, SegmentEntry, file_name
 from biodedup.gallery.segments.part import PIECE_ROWS
 from biodedup.gallery.segments.reader import Segment
 from biodedup.values import COLUMNS
@@ -167,6 +167,11 @@ def _contradictions(segment: Segment) -> Iterator[Problem]:
     presence = np.zeros(segment.count, np.uint16)
     for name, column in segment.columns.items():
         column.check_lengths()
+        if column.index is not None:
+            try:
+                column.index.read()
+            except GalleryDamaged as error:
+                yield Problem(number, name + INDEX + column.index.codec_id, str(error))
         positions = column.positions(0, column.count)
         if (np.diff(positions) <= 0).any() or (
             len(positions) and not 0 <= positions[0] <= positions[-1] < segment.count

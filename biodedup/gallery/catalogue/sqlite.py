@@ -20,6 +20,7 @@ Owns the schema and every SQL statement. Never decides, never searches, never ca
 | link | one open case that has another one as a candidate |
 | job_step | one step that a job has done, by name, and what it noted; kept for ever |
 | policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
+| index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
@@ -38,6 +39,8 @@ import xxhash
 
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.files.index_codec import FaissCodec
+from biodedup.gallery.index_settings import IndexSettings, read_settings
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
 from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.texts import KnownId
@@ -67,6 +70,7 @@ _COLUMNS_OF = {
     "link": "number INTEGER PRIMARY KEY, encounter_id TEXT, other TEXT",
     "job_step": "name TEXT PRIMARY KEY, facts TEXT",
     "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
+    "index_codec": "key TEXT PRIMARY KEY, spec TEXT, card TEXT, trained BLOB",
 }
 _ADDED = {
     "review_case": "cases",
@@ -76,6 +80,7 @@ _ADDED = {
     "link": "encounters",
     "policy": "policies",
     "job_step": "job_steps",
+    "index_codec": "index_codecs",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
@@ -292,6 +297,25 @@ class Catalogue:
 
     def set_encounters(self) -> None:
         self.put("meta", [("encounters", "1")])
+
+    # index engines ----------------------------------------------------------------------------------------------
+
+    def index_settings(self) -> IndexSettings:
+        """The index engines that columns ask for, and their codecs. Raises GalleryDamaged."""
+        rows = list(self._all("index_codec", "key"))
+        codecs = [(key.partition("/")[0], spec, card, trained) for key, spec, card, trained in rows]
+        return read_settings(self.meta().get("index"), codecs)
+
+    def set_index(self, settings: IndexSettings) -> None:
+        """Stores the engines, without the codecs."""
+        self.put("meta", [("index", settings.to_json())])
+
+    def add_codec(self, column: str, codec: FaissCodec) -> None:
+        row = (f"{column}/{codec.codec_id}", str(codec.spec), json.dumps(codec.card()), codec.trained)
+        self.put("index_codec", [row])
+
+    def drop_codec(self, column: str, codec_id: str) -> None:
+        self._delete("index_codec WHERE key = ?", [(f"{column}/{codec_id}",)])
 
     # the manifest -----------------------------------------------------------------------------------------------
 

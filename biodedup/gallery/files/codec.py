@@ -29,7 +29,8 @@ from biodedup.values import Float32
 SCAN_WHOLE = 128
 """Vectors of up to this many numbers are scanned with all of them: their rotation needs no training."""
 TRAINING_ROWS_MIN, TRAINING_ROWS_MAX = 8_192, 32_768
-_LEVELS = tuple(round(0.1 * i, 1) for i in range(11))  # similarities at which the error is measured
+LEVELS = tuple(round(0.1 * i, 1) for i in range(11))
+"""Similarities at which the error is measured."""
 _PAIRS, _LOWEST = 8_000, 64  # pairs at each of them, half to fit and half to check; of these, how many are remembered
 _SEED = 20_261
 
@@ -86,10 +87,33 @@ class ErrorLaw:
         found = np.interp(cut, reached, grid, left=-1, right=2)
         return np.asarray(found, np.float32)
 
+    def share_reaching(self, cuts: Float32, mean: Float32, sd: Float32) -> NDArray[np.float64]:
+        """The share of rows whose estimates reach cuts, (q,), if their similarities are normal with this mean and deviation."""
+        middle = np.asarray(self.cut(mean, 0), np.float64)
+        slope = np.asarray(self.cut(mean + sd, 0), np.float64) - middle
+        error = np.interp(mean, self.similarity, self.sd)
+        return np.asarray(ndtr((middle - cuts) / np.sqrt(slope**2 + error**2)), np.float64)
+
     def _outside(self, at: NDArray[np.float64]) -> NDArray[np.float64]:
         """Below the measured similarities the line goes on."""
         slope = (self.mean[1] - self.mean[0]) / (self.similarity[1] - self.similarity[0])
         return np.minimum(at - self.similarity[0], 0) * slope
+
+
+def law_from_card(card: dict[str, Any]) -> ErrorLaw:
+    """The law that `vars` wrote. Raises ValueError, TypeError or KeyError for one that was never measured."""
+    similarity, mean, sd, lowest = (tuple(card[name]) for name in ("similarity", "mean", "sd", "lowest"))
+    numbers = np.array([*similarity, *mean, *sd, *lowest], np.float64)
+    if not (
+        type(card["checked"]) is int
+        and len(lowest) <= card["checked"]
+        and len(similarity) == len(mean) == len(sd) >= 2
+        and np.diff(similarity).min() > 0
+        and min(sd) > 0
+        and np.isfinite(numbers).all()
+    ):
+        raise ValueError("a law that was never measured")
+    return ErrorLaw(similarity, mean, sd, card["checked"], lowest, card["source"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,20 +156,12 @@ class Codec:
 
     @classmethod
     def from_card(cls, card: dict[str, Any], rotation: Float32) -> Codec:
-        law = card["law"]
-        similarity, mean, sd = tuple(law["similarity"]), tuple(law["mean"]), tuple(law["sd"])
-        measured = ErrorLaw(similarity, mean, sd, law["checked"], tuple(law["lowest"]), law["source"])
-        scanned, counts = card["scanned"], (card["scanned"], card["training_rows"], measured.checked)
-        numbers = np.array([*similarity, *mean, *sd, *measured.lowest], np.float64)
+        measured = law_from_card(card["law"])
+        scanned, counts = card["scanned"], (card["scanned"], card["training_rows"])
         if not (
             all(type(count) is int and count >= 0 for count in counts)
             and scanned % STEP == 0
             and STEP <= scanned <= len(rotation)
-            and len(similarity) == len(mean) == len(sd) >= 2
-            and len(measured.lowest) <= measured.checked
-            and np.diff(similarity).min() > 0
-            and min(sd) > 0
-            and np.isfinite(numbers).all()
             and np.isfinite(rotation).all()
         ):
             raise ValueError("a codec that was never made")
@@ -240,10 +256,10 @@ def measured_laws(
     several: Sequence[Estimate], vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
 ) -> tuple[ErrorLaw, ...]:
     """Of several estimates that a pair has to pass one after another: their margins are the same, and lose so many pairs in all."""
-    means = [[0.0] * len(_LEVELS) for _ in several]
-    sds = [[0.0] * len(_LEVELS) for _ in several]
+    means = [[0.0] * len(LEVELS) for _ in several]
+    sds = [[0.0] * len(LEVELS) for _ in several]
     residuals = []
-    for at, level in enumerate(_LEVELS):
+    for at, level in enumerate(LEVELS):
         which = rng.integers(0, len(vectors), (2, pairs))
         one, other = vectors[which[0]].astype(np.float64), vectors[which[1]].astype(np.float64)
         other = other - np.einsum("ij,ij->i", one, other)[:, None] * one
@@ -263,7 +279,7 @@ def measured_laws(
     together = np.sort(np.concatenate(residuals))
     lowest_of_all = tuple(round(float(value), 3) for value in together[:_LOWEST])
     return tuple(
-        ErrorLaw(_LEVELS, tuple(mean), tuple(sd), len(together), lowest_of_all, source)
+        ErrorLaw(LEVELS, tuple(mean), tuple(sd), len(together), lowest_of_all, source)
         for mean, sd in zip(means, sds, strict=True)
     )
 

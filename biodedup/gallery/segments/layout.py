@@ -3,7 +3,8 @@
 Owns these names. Never reads or writes a file.
 
 Files of segment 12 (FORMAT.md): `12.subject`, `12.encounter`, two a column (`12.face` holds what a scan reads, `12.face.rest`
-the low nibbles of its codes), and two that are derived and can be rebuilt: `12.subject.lookup`, `12.encounter.lookup`.
+the low nibbles of its codes), and some that are derived and can be rebuilt: `12.subject.lookup`, `12.encounter.lookup`, and
+`12.face.index.0123456789abcdef`, a column's FAISS index of the codec with this id.
 """
 
 from __future__ import annotations
@@ -18,22 +19,38 @@ from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import NEW_SUFFIX
 from biodedup.values import COLUMNS
 
-SUBJECT, ENCOUNTER, LOOKUP, REST = "subject", "encounter", ".lookup", ".rest"
-DERIVED = (SUBJECT + LOOKUP, ENCOUNTER + LOOKUP)
+SUBJECT, ENCOUNTER, LOOKUP, REST, INDEX = "subject", "encounter", ".lookup", ".rest", ".index."
 
-_KINDS = (SUBJECT, ENCOUNTER, *DERIVED, *COLUMNS, *(column + REST for column in COLUMNS))
+_LOOKUPS = (SUBJECT + LOOKUP, ENCOUNTER + LOOKUP)
+_KINDS = (SUBJECT, ENCOUNTER, *_LOOKUPS, *COLUMNS, *(column + REST for column in COLUMNS))
+_CODEC_ID = re.compile(r"[0-9a-f]{16}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 
 def file_name(number: int, kind: str) -> str:
-    """kind: `subject`, `encounter`, a column, or one of DERIVED."""
+    """kind: `subject`, `encounter`, a column, or a derived kind."""
     return f"{number}.{kind}"
+
+
+def is_derived(kind: str) -> bool:
+    """Whether a file of this kind can be rebuilt from the others."""
+    return kind in _LOOKUPS or index_of(kind) is not None
+
+
+def index_of(kind: str) -> tuple[str, str] | None:
+    """(column, codec id) of a FAISS index; None for another kind."""
+    column, _, codec_id = kind.partition(INDEX)
+    return (column, codec_id) if column in COLUMNS and _CODEC_ID.fullmatch(codec_id) else None
+
+
+def _is_kind(kind: str) -> bool:
+    return kind in _KINDS or index_of(kind) is not None
 
 
 def number_of(name: str) -> int | None:
     """The number of the segment that a file belongs to, by its name, with or without NEW_SUFFIX; None for any other file."""
     number, _, kind = name.removesuffix(NEW_SUFFIX).partition(".")
-    return int(number) if _NUMBER.fullmatch(number) and kind in _KINDS else None
+    return int(number) if _NUMBER.fullmatch(number) and _is_kind(kind) else None
 
 
 def unused_number(storage: Storage, folder: Path, number: int) -> int:
@@ -62,7 +79,7 @@ class SegmentEntry:
         lacking = {SUBJECT, SUBJECT + LOOKUP} - set(self.files)
         if ENCOUNTER in self.files:
             lacking |= {ENCOUNTER + LOOKUP} - set(self.files)
-        if lacking or not set(self.files) <= set(_KINDS):
+        if lacking or not all(map(_is_kind, self.files)):
             raise GalleryDamaged(
                 f"the manifest names other files of segment {self.number} than it has; run `biodedup doctor`"
             )

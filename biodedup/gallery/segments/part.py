@@ -18,6 +18,7 @@ from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
 from biodedup.gallery.files.packed import Packed
+from biodedup.gallery.segments.stored_index import StoredIndex
 from biodedup.values import Float32
 
 PIECE_ROWS = 1 << 13
@@ -46,6 +47,10 @@ class Column(Protocol):
     def vectors(self, low: int, high: int) -> Float32: ...
 
     def vectors_at(self, cells: Int64) -> Float32: ...
+
+    @property
+    def index(self) -> StoredIndex | None:
+        """Its FAISS index, None where it has none."""
 
     @property
     def codec(self) -> Codec | None:

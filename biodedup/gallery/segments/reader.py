@@ -22,8 +22,9 @@ from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, high_nibbles_s
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
 from biodedup.gallery.files.packed import Packed
-from biodedup.gallery.segments.layout import ENCOUNTER, LOOKUP, REST, SUBJECT, SegmentEntry, file_name
+from biodedup.gallery.segments.layout import ENCOUNTER, LOOKUP, REST, SUBJECT, SegmentEntry, file_name, index_of
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64
+from biodedup.gallery.segments.stored_index import StoredIndex
 from biodedup.gallery.segments.strings import StoredStrings, check_lookup, find_string, read_lookup
 from biodedup.gallery.segments.tail import cells_of
 from biodedup.values import COLUMNS, Float32
@@ -76,6 +77,8 @@ class Segment:
         if (columns := self.__dict__.pop("columns", None)) is not None:
             for column in columns.values():
                 strings.append(column._minutiae)
+                if column.index is not None:
+                    column.index.close()
         if (answers := self.__dict__.pop("answers", None)) is not None and answers.count:
             strings += [answers._ids, answers._digests, answers._texts]
         for stored in strings:
@@ -87,7 +90,13 @@ class Segment:
     @cached_property
     def columns(self) -> Mapping[str, SegmentColumn]:
         files = self.files
-        return {n: SegmentColumn(files[n], files.get(n + REST), self.count) for n in COLUMNS if n in files}
+        columns = {n: SegmentColumn(files[n], files.get(n + REST), self.count) for n in COLUMNS if n in files}
+        for kind, file in files.items():
+            if (which := index_of(kind)) is not None:
+                if (column := columns.get(which[0])) is None:
+                    raise file.damaged("it is the index of a column that the segment has not")
+                column.index = StoredIndex(file, which[1], column.count, column.dimension)
+        return columns
 
     @cached_property
     def answers(self) -> SegmentAnswers:
@@ -183,6 +192,7 @@ class SegmentColumn:
         if file.about.get("dimension") is not None:
             self.dimension = _number(file, "dimension", _DIMENSION_MAX)
         self.full = "position" not in file
+        self.index: StoredIndex | None = None
         self._positions_sound = False
         if self.full and self.count != row_count:
             raise file.damaged(f"{self.count} templates, wanted {row_count}")

@@ -24,6 +24,7 @@ from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
 from biodedup.gallery.files.packed import Packed, hash_of, hashes, pack, pack_text, text
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64, sorted_lookup
+from biodedup.gallery.segments.stored_index import StoredIndex
 from biodedup.values import COLUMNS, Column, Float32, Template
 
 
@@ -251,6 +252,7 @@ class TailColumn:
         self.count = int(np.searchsorted(cells.positions.view(), row_count))
         self.full = self.count == row_count
         self.codec: Codec | None = None
+        self.index: StoredIndex | None = None
         self._coded: tuple[Codec, Codes, Float32] | None = None
 
     def cell_range(self, low: int, high: int) -> tuple[int, int]:

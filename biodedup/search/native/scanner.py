@@ -27,6 +27,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.gallery.files import index_codec
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import BLOCK_ROWS, rotate
 from biodedup.gallery.segments.part import Column
@@ -127,17 +128,6 @@ class Hits:
     cuts: Float32
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Makes FAISS compute in this thread alone."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
-
-
 def in_turn(pool: Executor, threads: int, work: Callable[[_Piece], _Done], pieces: Iterable[_Piece]) -> Iterator[_Done]:
     """Yields the result of the work on each piece, as the pool's threads finish it. Only as many pieces are submitted
     as keep the threads busy, so that the pieces of later callers get their turn in between."""
@@ -160,6 +150,7 @@ class Scanner:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._alone = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, "biodedup-scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
         self._readers = ThreadPoolExecutor(_READERS, "biodedup-read")  # these wait for the disk while the others scan
 
@@ -178,7 +169,7 @@ class Scanner:
             best.add(tile, near, similarity)
 
         if len(tiles) == 1 and len(probes) * tiles[0].count <= _INLINE_PAIRS:
-            with _one_thread():
+            with index_codec.threads(1):
                 scan(tiles[0])
             return best.rows, best.similarity
         self.run(scan, tiles)
@@ -257,6 +248,12 @@ class Scanner:
 
         self.run(scan, units_of(whole, count, self.threads))
         return collected.hits()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """FAISS computes in this thread with all threads of the scanner, for one caller at a time."""
+        with self._alone, index_codec.threads(self.threads):
+            yield
 
     def run(self, work: Callable[[_Piece], None], pieces: Iterable[_Piece]) -> None:
         """Computes on each piece in the scan threads, and waits."""

@@ -1,0 +1,310 @@
+"""FAISS index codecs: trains an empty FAISS index for a column, and measures which mates a search with it loses.
+
+Owns how FAISS indexes are made, trained, filled, read and searched. Never reads or writes files.
+
+A codec is trained once for a column. The index of each segment is a filled copy of it, so that estimates of all segments agree. A cell's
+number in its segment is its id in the index. Rows are never deleted in an index: a selector leaves removed ones out.
+
+What a search loses is measured when the codec is trained, on planted mates: vectors of the column, each mixed with another one to a
+known cosine. Lists that are not read lose mates (`lost`); of the others the estimate has a known error (`law`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import faiss as _faiss
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from biodedup.errors import InvalidInput
+from biodedup.gallery.files.codec import LEVELS, ErrorLaw, law_from_card, measured_law
+from biodedup.index_spec import IndexSpec
+from biodedup.intervals import upper_bound
+from biodedup.values import Float32
+
+faiss: Any = _faiss  # its stubs do not know what its Python layer adds
+
+MATED_SIMILARITY = 0.5
+"""A codec has to keep the miss risk for mates of at least this cosine. Below it the share of lists that are read decides."""
+_POINTS_PER_CENTROID = 39
+"""FAISS warns below so many training vectors a centroid."""
+_TRAINING_ROWS_MAX = 1 << 17
+_PAIRS = 3_000  # at each similarity
+_CHUNK = 512  # pairs whose estimates are taken by one search
+_READ_BYTES = 1 << 20
+_CHECKED_ROWS = 2_000
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class FaissCodec:
+    """A trained, empty index. trained: as FAISS serializes it; law: of the estimates of mates in lists that are read; lost: share of the
+    mates in other lists, at each of LEVELS; checked: mates behind each of these shares; training_rows: vectors it was trained on."""
+
+    spec: IndexSpec
+    dimension: int
+    trained: bytes
+    law: ErrorLaw
+    lost: tuple[float, ...]
+    checked: int
+    training_rows: int
+
+    @cached_property
+    def codec_id(self) -> str:
+        return xxhash.xxh3_64_hexdigest(str(self.spec).encode() + b"\0" + self.trained)
+
+    @property
+    def lost_bound(self) -> float:
+        """The probability that a mate of at least MATED_SIMILARITY lies in a list that is not read is below it, with 95 % confidence."""
+        at = [i for i, level in enumerate(LEVELS) if level >= MATED_SIMILARITY]
+        misses = round(sum(self.lost[i] * self.checked for i in at))
+        if not misses and self.spec.nprobe is None:
+            return 0.0  # every list is read
+        return float(upper_bound(misses, self.checked * len(at)))
+
+    def keeps(self, miss_risk: float) -> bool:
+        """Whether mates are lost with at most this probability."""
+        return (
+            miss_risk > 0
+            and self.lost_bound + (self.law.bound(miss_risk) or miss_risk) <= 2 * miss_risk
+            and (self.lost_bound <= miss_risk)
+        )
+
+    def empty(self) -> Any:
+        """A new index without rows."""
+        return faiss.deserialize_index(np.frombuffer(self.trained, np.uint8))
+
+    def card(self) -> dict[str, Any]:
+        """What is known of it, JSON-ready; `trained` apart."""
+        return {
+            "dimension": self.dimension,
+            "law": vars(self.law),
+            "lost": self.lost,
+            "checked": self.checked,
+            "training_rows": self.training_rows,
+        }
+
+    @classmethod
+    def from_card(cls, spec: str, card: dict[str, Any], trained: bytes) -> FaissCodec:
+        """Raises ValueError, TypeError or KeyError for a card that was never made."""
+        counts = (card["dimension"], card["checked"], card["training_rows"])
+        lost = tuple(float(share) for share in card["lost"])
+        if not all(type(count) is int and count > 0 for count in counts) or len(lost) != len(LEVELS):
+            raise ValueError("a codec that was never made")
+        law = law_from_card(card["law"])
+        return cls(IndexSpec.parse(spec), card["dimension"], trained, law, lost, card["checked"], card["training_rows"])
+
+
+# making --------------------------------------------------------------------------------------------------------------
+
+
+def new_index(spec: IndexSpec, dimension: int) -> Any:
+    """An untrained index. Raises InvalidInput where FAISS does not know the factory string, or the engine cannot use it."""
+    try:
+        index = faiss.index_factory(dimension, spec.factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"FAISS makes no index {spec.factory!r} of {dimension} numbers ({_reason(error)}); see its factory strings"
+        ) from None
+    _refuse_unsuited(index, spec)
+    return index
+
+
+def _refuse_unsuited(index: Any, spec: IndexSpec) -> None:
+    base = _base(index)
+    if isinstance(base, faiss.IndexFastScan) and not isinstance(base, faiss.IndexIVF):
+        raise _unsound(spec, "it refuses a selection of rows, which removed rows and groups need")
+    if not isinstance(base, (faiss.IndexIVF, faiss.IndexFlatCodes)):
+        raise InvalidInput(
+            f"index faiss:{spec.factory} is a {type(base).__name__}: what it misses depends on the gallery's size, and is not known when it "
+            "is built; use an inverted file (IVF...) or a flat index"
+        )
+    if spec.nprobe is not None and not isinstance(base, faiss.IndexIVF):
+        raise InvalidInput(f"index {spec} has no inverted lists; leave nprobe out")
+
+
+def training_rows_min(spec: IndexSpec, dimension: int) -> int:
+    """How many vectors a codec is trained on at least."""
+    index = new_index(spec, dimension)
+    base = _base(index)
+    centroids = [base.nlist] if isinstance(base, faiss.IndexIVF) else [1]
+    quantizer = getattr(base, "pq", None)
+    centroids.append(1 << base.nbits if hasattr(base, "nbits") else 0)
+    centroids.append(quantizer.ksub if quantizer is not None else 0)
+    return _POINTS_PER_CENTROID * max(centroids)
+
+
+def training_rows_max(spec: IndexSpec, dimension: int) -> int:
+    """How many vectors a codec is trained on at most."""
+    return max(training_rows_min(spec, dimension) * 2, min(_TRAINING_ROWS_MAX, 1 << 15))
+
+
+def train(spec: IndexSpec, vectors: Float32) -> FaissCodec:
+    """A codec for vectors like these, float32 (n, d), unit rows, n at least `training_rows_min`. Raises InvalidInput."""
+    index = new_index(spec, vectors.shape[1])
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    index.train(vectors)
+    base = _base(index)
+    if isinstance(base, faiss.IndexIVF):
+        base.nprobe = _nprobe(base, spec)  # for searches by FAISS's own means; ours pass it with each call
+    trained = faiss.serialize_index(index).tobytes()
+    codec = FaissCodec(spec, vectors.shape[1], trained, _NO_LAW, (0.0,) * len(LEVELS), 1, len(vectors))
+    _check_answers(codec, vectors[-_CHECKED_ROWS:])
+    missing: list[int] = []
+
+    def estimate(one: Float32, other: Float32) -> Float32:
+        estimates = np.concatenate(
+            [
+                _own_estimates(codec, one[low : low + _CHUNK], other[low : low + _CHUNK])
+                for low in range(0, len(one), _CHUNK)
+            ]
+        )
+        absent = np.isnan(estimates)
+        missing.append(int(np.count_nonzero(absent)))
+        estimates[absent] = np.nanmean(estimates) if not absent.all() else 0
+        return estimates
+
+    law = measured_law(estimate, vectors, "sample", np.random.default_rng(_SEED), _PAIRS)
+    checked = len(missing) and _PAIRS
+    return replace(codec, law=law, lost=tuple(count / checked for count in missing), checked=checked)
+
+
+_SEED = 20_263
+_NO_LAW = ErrorLaw((0.0, 1.0), (0.0, 1.0), (1.0, 1.0), 0, (), "sample")
+
+
+def _own_estimates(codec: FaissCodec, probes: Float32, mates: Float32) -> Float32:
+    """The estimate of each probe's own mate, float32 (n,); NaN where its list is not read."""
+    index = codec.empty()
+    index.add(mates)
+    estimates, ids = index.search(probes, len(mates), params=parameters(index, codec.spec))
+    own = ids == np.arange(len(mates))[:, None]
+    return np.where(own.any(axis=1), np.where(own, estimates, 0).sum(axis=1), np.nan).astype(np.float32)
+
+
+def _check_answers(codec: FaissCodec, vectors: Float32) -> None:
+    """Raises InvalidInput where range searches and selectors do not give what k-nearest searches give: some types of FAISS ignore one
+    or the other."""
+    index = codec.empty()
+    index.add(vectors)
+    even = np.packbits(np.arange(len(vectors)) % 2 == 0, bitorder="little")
+    probes, k = np.ascontiguousarray(vectors[:16]), min(32, len(vectors) // 2)
+    try:
+        estimates, ids = index.search(probes, k, params=parameters(index, codec.spec, even))
+        radius = float(np.median(estimates[ids >= 0])) if (ids >= 0).any() else 0.0
+        limits, near, _ = in_range(index, codec.spec, probes, radius, even)
+    except RuntimeError as error:
+        why = f"it refuses a selection of rows, which removed rows and groups need ({_reason(error)})"
+        raise _unsound(codec.spec, why) from None
+    for i, (own, similarity) in enumerate(zip(ids, estimates, strict=True)):
+        expected = set(own[(own >= 0) & (similarity > radius + 1e-4)].tolist())
+        reached = set(near[limits[i] : limits[i + 1]].tolist())
+        full = (own >= 0).all() and similarity[-1] > radius - 1e-4  # there may be more than the k nearest
+        allowed = reached if full else set(own[similarity > radius - 1e-4].tolist())
+        if any(number % 2 for number in reached) or not expected <= reached or not reached <= allowed:
+            raise _unsound(codec.spec, "its range search gives other rows than its search for the nearest")
+
+
+def _reason(error: RuntimeError) -> str:
+    """What FAISS says, without the place in its source."""
+    return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: (?:Error: )?", "", str(error), flags=re.DOTALL).strip()[:160]
+
+
+def _unsound(spec: IndexSpec, why: str) -> InvalidInput:
+    return InvalidInput(f"index faiss:{spec.factory} cannot be used: {why}; use another one, such as IVF256,PQ64x4fs")
+
+
+def filled(codec: FaissCodec, pieces: Iterable[Float32]) -> Any:
+    """An index of these vectors, in their order. pieces: float32 (n, d) each."""
+    index = codec.empty()
+    for piece in pieces:
+        index.add(np.ascontiguousarray(piece, np.float32))
+    return index
+
+
+def merged(indexes: Iterable[Any]) -> Any | None:
+    """One index of the rows of several filled copies of one codec, which it empties; None where their type cannot be merged."""
+    together = None
+    for index in indexes:
+        if together is None:
+            together = index
+            continue
+        try:
+            mine, other = _base(together), _base(index)
+            mine.merge_from(other, mine.ntotal)
+        except RuntimeError:
+            return None
+        together.ntotal = mine.ntotal
+    return together
+
+
+# reading and searching -----------------------------------------------------------------------------------------------
+
+
+def to_bytes(index: Any) -> NDArray[np.uint8]:
+    """The index as FAISS serializes it."""
+    serialized: NDArray[np.uint8] = faiss.serialize_index(index)
+    return serialized
+
+
+def read_index(read: Callable[[int, int], NDArray[np.uint8]], size: int) -> Any:
+    """Reads a serialized index. read: bytes [low, high) of it. Raises RuntimeError where it is none."""
+    at = 0
+
+    def following(wanted: int) -> bytes:
+        nonlocal at
+        low, at = at, min(at + wanted, size)
+        return read(low, at).tobytes()
+
+    return faiss.read_index(faiss.PyCallbackIOReader(following, _READ_BYTES))
+
+
+def parameters(index: Any, spec: IndexSpec, selected: NDArray[np.uint8] | None = None) -> Any:
+    """Parameters of one search. selected: one bit an id, the first in the lowest bit; None for all. They are passed with each call, since
+    settings of an index are shared by all threads."""
+    selector = None if selected is None else faiss.IDSelectorBitmap(selected)
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = parameters(index.index, spec, selected)
+        return faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=_nprobe(index, spec))
+    return faiss.SearchParameters(sel=selector)
+
+
+def in_range(
+    index: Any, spec: IndexSpec, probes: Float32, least: float, selected: NDArray[np.uint8] | None
+) -> tuple[Ids, Ids, Float32]:
+    """All rows whose estimate is above `least`: limits (q + 1,), ids and estimates of the rows of probe i at limits[i] to limits[i + 1]."""
+    limits, estimates, ids = index.range_search(probes, least, params=parameters(index, spec, selected))
+    return limits.astype(np.int64), ids, estimates
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """FAISS computes with so many threads in calls of this thread."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def _base(index: Any) -> Any:
+    """The index behind transforms of the vectors. Keep `index`: FAISS frees this one with it."""
+    base = faiss.downcast_index(index)
+    return faiss.downcast_index(base.index) if isinstance(base, faiss.IndexPreTransform) else base
+
+
+def _nprobe(ivf: Any, spec: IndexSpec) -> int:
+    """FAISS takes memory for nprobe lists even where there are fewer."""
+    return int(ivf.nlist if spec.nprobe is None else min(spec.nprobe, ivf.nlist))

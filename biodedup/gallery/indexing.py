@@ -1,0 +1,188 @@
+"""Gives every segment the FAISS index that its gallery asks for: trains codecs, builds indexes, drops those of another engine.
+
+Owns the order of these steps. Never searches. Each step is a commit of its own, so that searches go on meanwhile, with the index that a
+segment has, and an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from biodedup.errors import InvalidInput
+from biodedup.gallery.files import index_codec
+from biodedup.gallery.files.index_codec import FaissCodec
+from biodedup.gallery.segments import indexing
+from biodedup.gallery.segments.indexing import sample_of
+from biodedup.gallery.segments.layout import INDEX, file_name
+from biodedup.gallery.segments.part import Column
+from biodedup.gallery.segments.reader import Segment
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.gallery.transaction import Transaction
+from biodedup.index_spec import IndexSpec
+
+_log = logging.getLogger("biodedup")
+
+
+@dataclass(frozen=True)
+class IndexLimits:
+    """threads: that train and build; miss_risk: that a codec has to keep."""
+
+    threads: int = 1
+    miss_risk: float = 1e-3
+
+
+class Indexed(Protocol):
+    """What indexing needs of a gallery (gallery.py)."""
+
+    limits: IndexLimits
+
+    def snapshot(self) -> Snapshot: ...
+
+    def transaction(self) -> AbstractContextManager[Transaction]: ...
+
+    def write_index(
+        self, segment: Segment, column: str, codec: FaissCodec, go_on: Callable[[], bool]
+    ) -> tuple[str, str]: ...
+
+    def remove_index_files(self, names: Sequence[str]) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Step:
+    """segment: None to train a codec of the column. codec: to index with, None to drop the index."""
+
+    column: str
+    segment: Segment | None = None
+    codec: FaissCodec | None = None
+
+
+class Indexing:
+    """The steps of one gallery. The caller sees to it that only one thread takes them, and that none merges meanwhile."""
+
+    def __init__(self, gallery: Indexed) -> None:
+        self._gallery = gallery
+        self._hopeless: set[tuple[str, IndexSpec]] = set()
+        """Columns and engines of which no codec can be had; they are searched by the native engine."""
+
+    def is_due(self) -> bool:
+        """Whether a segment lacks an index, or has one too many."""
+        return next(self._steps(self._gallery.snapshot()), None) is not None
+
+    def progress(self) -> tuple[int, int]:
+        """(cells in segments whose index is the wanted one, cells of all segments)."""
+        snapshot = self._gallery.snapshot()
+        total = sum(column.count for _, _, column in _indexable(snapshot))
+        left = sum(s.segment.columns[s.column].count for s in self._steps(snapshot) if s.segment is not None)
+        return total - left, total
+
+    def run(self, go_on: Callable[[], bool] = lambda: True, report: Callable[[int, int], None] | None = None) -> None:
+        """Takes steps until every segment has its index. go_on: raises to stop; report: gets `progress` after each step."""
+        while (step := next(self._steps(self._gallery.snapshot()), None)) is not None:
+            go_on()
+            if step.segment is None:
+                self._train(step.column)
+            else:
+                self._index(step.segment, step.column, step.codec, go_on)
+            if report is not None:
+                report(*self.progress())
+        self._drop_unused_codecs()
+
+    def codec_for(self, column: str, spec: IndexSpec) -> FaissCodec | None:
+        """A codec trained on a column's rows; None where these are too few. Raises InvalidInput where FAISS cannot make one."""
+        columns = [
+            segment.columns[column] for segment in self._gallery.snapshot().segments if column in segment.columns
+        ]
+        dimension = columns[0].dimension if columns else None
+        if spec.is_native or dimension is None:
+            return None
+        wanted = index_codec.training_rows_min(spec, dimension)
+        if not _large(columns) or sum(c.count for c in columns) < wanted:
+            return None
+        with index_codec.threads(self._gallery.limits.threads):
+            return index_codec.train(spec, sample_of(columns, index_codec.training_rows_max(spec, dimension)))
+
+    def _steps(self, snapshot: Snapshot) -> Iterator[_Step]:
+        settings = snapshot.indexing
+        for name, segment, column in _indexable(snapshot):
+            codec = settings.wanted(name)
+            if codec is None and not settings.spec(name).is_native:
+                if self._can_train(snapshot, name):
+                    yield _Step(name)
+                continue  # an index of an earlier engine serves until there is a codec
+            wanted = codec if column.count > indexing.CELLS_MIN else None
+            present = None if column.index is None else column.index.codec_id
+            if present != (None if wanted is None else wanted.codec_id):
+                yield _Step(name, segment, wanted)
+
+    def _can_train(self, snapshot: Snapshot, name: str) -> bool:
+        spec = snapshot.indexing.spec(name)
+        columns = [segment.columns[name] for segment in snapshot.segments if name in segment.columns]
+        if (name, spec) in self._hopeless or not _large(columns):
+            return False
+        try:
+            wanted = index_codec.training_rows_min(spec, columns[0].dimension or 0)
+        except InvalidInput as error:
+            self._give_up(name, spec, str(error))
+            return False
+        return sum(column.count for column in columns) >= wanted
+
+    def _train(self, column: str) -> None:
+        settings = self._gallery.snapshot().indexing
+        spec = settings.spec(column)
+        try:
+            codec = self.codec_for(column, spec)
+        except InvalidInput as error:
+            self._give_up(column, spec, str(error))
+            return
+        if codec is None or not (settings.forced or codec.keeps(self._gallery.limits.miss_risk)):
+            self._give_up(
+                column, spec, f"it loses mates with a probability of up to {codec.lost_bound if codec else 1:.2g}"
+            )
+            return
+        with self._gallery.transaction() as transaction:
+            transaction.add_codec(column, codec)
+
+    def _give_up(self, column: str, spec: IndexSpec, why: str) -> None:
+        self._hopeless.add((column, spec))
+        _log.warning("column %s is searched by the native engine: index %s: %s", column, spec, why)
+
+    def _index(self, segment: Segment, column: str, codec: FaissCodec | None, go_on: Callable[[], bool]) -> None:
+        kind, digest = (None, "") if codec is None else self._gallery.write_index(segment, column, codec, go_on)
+        try:
+            with self._gallery.transaction() as transaction:
+                transaction.replace_index(segment, column, kind, digest)
+        except BaseException:
+            published = {s.entry.number: s.entry.files for s in self._gallery.snapshot().segments}
+            if kind is not None and kind not in published.get(segment.entry.number, {}):
+                self._gallery.remove_index_files([file_name(segment.entry.number, kind)])
+            raise
+
+    def _drop_unused_codecs(self) -> None:
+        snapshot = self._gallery.snapshot()
+        used = {kind for segment in snapshot.segments for kind in segment.entry.files}
+        unused = [
+            (column, codec.codec_id)
+            for column, codecs in snapshot.indexing.codecs.items()
+            for codec in codecs
+            if column + INDEX + codec.codec_id not in used and codec is not snapshot.indexing.wanted(column)
+        ]
+        if unused:
+            with self._gallery.transaction() as transaction:
+                for column, codec_id in unused:
+                    transaction.drop_codec(column, codec_id)
+
+
+def _indexable(snapshot: Snapshot) -> Iterator[tuple[str, Segment, Column]]:
+    """(name, segment, column) of every sealed column of embeddings."""
+    for segment in snapshot.segments:
+        for name, column in segment.columns.items():
+            if column.dimension is not None and column.codec is not None:
+                yield name, segment, column
+
+
+def _large(columns: Sequence[Column]) -> bool:
+    return any(column.count > indexing.CELLS_MIN and column.codec is not None for column in columns)

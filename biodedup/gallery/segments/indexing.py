@@ -1,0 +1,109 @@
+"""Builds the FAISS indexes of a segment's columns from their stored vectors.
+
+Owns which columns are indexed, and from what an index is made. Never trains a codec and never touches the manifest.
+
+An index is made of the vectors as the segment stores them, with eight bits a number, so that it can be built again from the segment
+alone. Segments that are merged whole have their indexes merged, too: no vector is assigned to a list a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.gallery.files import index_codec
+from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.index_codec import FaissCodec
+from biodedup.gallery.segments.layout import INDEX, SegmentEntry, file_name
+from biodedup.gallery.segments.part import PIECE_ROWS, Column, Rows
+from biodedup.gallery.segments.reader import open_segment
+from biodedup.gallery.segments.stored_index import write_index
+from biodedup.values import Float32
+
+CELLS_MIN = 1 << 14
+"""A column of at most so many cells is compared exactly, and has no index."""
+_PIECES = 8  # PIECE_ROWS each, that FAISS gets at a time
+
+
+def with_indexes(
+    storage: Storage,
+    folder: Path,
+    gallery_id: str,
+    entry: SegmentEntry,
+    codecs: Mapping[str, FaissCodec],
+    merged: Sequence[Rows] = (),
+    go_on: Callable[[], bool] = lambda: True,
+) -> SegmentEntry:
+    """The entry of a written segment, with an index for each column that has a codec and enough cells. merged: the parts that it was
+    merged of, with all their rows."""
+    if not codecs:
+        return entry
+    files = dict(entry.files)
+    segment = open_segment(storage, folder, entry)
+    try:
+        for name, column in segment.columns.items():
+            codec = codecs.get(name)
+            if codec is not None and column.count > CELLS_MIN and column.dimension == codec.dimension:
+                kind = name + INDEX + codec.codec_id
+                index = _merged(name, codec, merged) or built(column, codec, go_on)
+                files[kind] = write_column_index(storage, folder, gallery_id, (entry.number, kind), index)
+    finally:
+        segment.close()
+    storage.sync_folder(folder)
+    return replace(entry, files=files)
+
+
+def built(column: Column, codec: FaissCodec, go_on: Callable[[], bool] = lambda: True) -> Any:
+    """The index of a column's vectors."""
+
+    def pieces() -> Iterator[Float32]:
+        for start in range(0, column.count, _PIECES * PIECE_ROWS):
+            go_on()
+            end = min(start + _PIECES * PIECE_ROWS, column.count)
+            spans = [(low, min(low + PIECE_ROWS, end)) for low in range(start, end, PIECE_ROWS)]
+            yield np.concatenate([column.vectors(low, high) for low, high in spans])
+
+    return index_codec.filled(codec, pieces())
+
+
+def write_column_index(
+    storage: Storage, folder: Path, gallery_id: str, which: tuple[int, str], index: Any, *, replaces: bool = False
+) -> str:
+    """Writes the file of an index. which: number of the segment, kind of the file. Returns its digest."""
+    number, kind = which
+    about = {
+        "gallery": gallery_id,
+        "segment": number,
+        "kind": kind,
+        "codec": kind.partition(INDEX)[2],
+        "cells": int(index.ntotal),
+    }
+    return write_index(storage, folder / file_name(number, kind), about, index, replaces=replaces)
+
+
+def _merged(name: str, codec: FaissCodec, parts: Sequence[Rows]) -> Any | None:
+    """The merged indexes of these parts; None where one of them has none of this codec."""
+    columns = [part.columns[name] for part in parts if name in part.columns]
+    indexes = [column.index for column in columns]
+    if not indexes or any(index is None or index.codec_id != codec.codec_id for index in indexes):
+        return None
+    return index_codec.merged(index.read() for index in indexes if index is not None)
+
+
+def sample_of(columns: Sequence[Column], wanted: int) -> Float32:
+    """Vectors from all over these columns, float32 (n, d), at most `wanted`."""
+    total = sum(column.count for column in columns)
+    starts = np.linspace(0, total, -(-min(wanted, total) // PIECE_ROWS), endpoint=False).astype(np.int64)
+    pieces: list[NDArray[np.float32]] = []
+    for start in starts.tolist():
+        for column in columns:
+            if 0 <= start < column.count:
+                pieces.append(column.vectors(start, min(start + PIECE_ROWS, column.count)))
+                break
+            start -= column.count
+    return np.concatenate(pieces)[:wanted]
