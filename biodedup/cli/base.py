@@ -147,6 +147,14 @@ ModelIdOption = Annotated[
         help="The model that made the vectors (lists of floats), such as arcface-r50-1; needed where the gallery has no model for the column yet.",
     ),
 ]
+IndexOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--index",
+        metavar="[COLUMN=]ENGINE",
+        help="The index engine of a new gallery: native, or faiss:FACTORY, such as faiss:IVF2048,PQ64x4fs. Repeatable by column.",
+    ),
+]
 DEFAULT_GALLERY = Path("gallery")
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -198,6 +206,19 @@ def model_ids(texts: list[str] | None) -> str | dict[str, str] | None:
                 raise InvalidInput(f"--model-id {text} is one of several; write each as COLUMN=ID, as face={text}")
             return text
         by_column[column] = model_id
+    return by_column or None
+
+
+def index_engines(texts: list[str] | None) -> str | dict[str, str] | None:
+    """One index engine for all columns, or by column."""
+    by_column = {}
+    for text in texts or ():
+        column, separator, spec = text.partition("=")
+        if not separator or column not in (*COLUMNS, "*"):
+            if len(texts or ()) > 1:
+                raise InvalidInput(f"--index {text} is one of several; write each as COLUMN=ENGINE, as face={text}")
+            return text
+        by_column[column] = spec
     return by_column or None
 
 

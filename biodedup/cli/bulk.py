@@ -15,6 +15,7 @@ from biodedup.cli.base import (
     ConfigOption,
     Exit,
     GalleryOption,
+    IndexOption,
     JsonOption,
     ModelIdOption,
     Panel,
@@ -22,6 +23,7 @@ from biodedup.cli.base import (
     app,
     configured,
     finish,
+    index_engines,
     model_ids,
     print_json,
     print_summary,
@@ -61,6 +63,7 @@ def enroll_batch(
         float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
     ] = IsolationConfig.capture_s_max,
     model_id: ModelIdOption = None,
+    index: IndexOption = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -70,7 +73,13 @@ def enroll_batch(
 
     An interrupted run resumes when the same command is started again; a completed one changes nothing.
     """
-    chosen = configured(gallery, config, threads=threads, more={"batch_size": batch}, usual={"batch_size": 256})
+    chosen = configured(
+        gallery,
+        config,
+        threads=threads,
+        more={"batch_size": batch, "gallery.index": index_engines(index)},
+        usual={"batch_size": 256},
+    )
     with (
         bd.Engine.open(gallery, chosen) as engine,
         jobs.Backlog.open(gallery) as backlog,

@@ -17,6 +17,7 @@ from biodedup.cli.base import (
     ConfigOption,
     Exit,
     GalleryOption,
+    IndexOption,
     JsonOption,
     ModelIdOption,
     Panel,
@@ -27,6 +28,7 @@ from biodedup.cli.base import (
     counted,
     existing,
     finish,
+    index_engines,
     model_ids,
     print_json,
     print_summary,
@@ -103,6 +105,13 @@ def load(
         str | None,
         typer.Option(help="What extracted the minutiae records; mindtct-1 if captures are to be compared with them."),
     ] = None,
+    index: IndexOption = None,
+    from_faiss: Annotated[
+        bool,
+        typer.Option(
+            "--faiss", help="FILE is an index that faiss.write_index wrote; --ids is Parquet with id and subject_id."
+        ),
+    ] = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -111,9 +120,16 @@ def load(
 
     An interrupted run resumes when the same command is started again. Exit code 12: some rows were refused.
     """
-    chosen = configured(gallery, config, more={"finger.record_model_id": record_model_id})
+    more = {"finger.record_model_id": record_model_id, "gallery.index": index_engines(index)}
+    chosen = configured(gallery, config, more=more)
+    if from_faiss and ids is None:
+        raise InvalidInput(f"{source} holds vectors alone; name the table of their subjects, as --ids ids.parquet")
     with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
-        result = jobs.load(engine, source, ids=ids, column=column, model_id=model_ids(model_id), progress=progress)
+        models = model_ids(model_id)
+        if from_faiss and ids is not None:
+            result = jobs.load_faiss(engine, source, ids, column=column, model_id=models, progress=progress)
+        else:
+            result = jobs.load(engine, source, ids=ids, column=column, model_id=models, progress=progress)
         size = len(engine)
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {counted(size, 'subject')}"
     for reason, count in result.reasons.items():
@@ -123,6 +139,62 @@ def load(
         text += f"; refused rows: {', '.join(f'{row} {subject_id}'.strip() for row, subject_id in named)}"
     finish(asdict(result) | {"subjects": size}, text, as_json)
     raise typer.Exit(Exit.REFUSED if result.refused else Exit.DONE)
+
+
+@app.command(rich_help_panel=Panel.GALLERY)
+def reindex(
+    index: Annotated[
+        list[str],
+        typer.Option(
+            "--index", metavar="[COLUMN=]ENGINE", help="native, or faiss:FACTORY[,nprobe=N]. Repeatable by column."
+        ),
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Use an index that misses more mates than the miss risk allows.")
+    ] = False,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Change the index engine of a gallery, and build its indexes.
+
+    An interrupted run goes on when the same command is started again; meanwhile searches use the index that a segment has.
+    """
+    engines = index_engines(index)
+    assert engines is not None, "the option is required"
+    with existing(gallery, configured(gallery, config, threads=threads)) as engine:
+        with progress_bar(lines=not as_json) as progress:
+            engine.reindex(engines, force=force, progress=lambda done, total: progress("indexing", done, total))
+        columns = list(engine.info()["columns"])
+        plan = engine.plan(columns).explain() if columns else ""
+        facts = {"index": {column: engine.index(column) for column in columns}, "plan": plan.splitlines()}
+    finish(
+        facts,
+        plan or "the gallery holds nothing yet; its rows get their index once there are enough to train on",
+        as_json,
+    )
+
+
+@app.command(rich_help_panel=Panel.GALLERY)
+def export(
+    folder: Annotated[
+        Path, typer.Option("--faiss", metavar="DIR", help="A new folder for the .faiss files and ids.parquet.")
+    ],
+    column: Annotated[str, typer.Option(help="The column.")] = "face",
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a column as plain FAISS files, one a segment, with the subjects of their rows.
+
+    Rows that are not sealed yet are sealed first. The files hold biometric data.
+    """
+    with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
+        engine.seal()
+        result = jobs.export_faiss(engine, folder, column=column, progress=progress)
+    text = f"{result.rows:,} rows of {column} are in {folder}, {counted(len(result.files), 'index file')} of {result.index}, with ids.parquet"
+    finish(asdict(result), text, as_json)
 
 
 @app.command(rich_help_panel=Panel.GALLERY)

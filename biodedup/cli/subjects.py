@@ -19,6 +19,7 @@ from biodedup.cli.base import (
     FingerOption,
     GalleryOption,
     GroupOption,
+    IndexOption,
     JsonOption,
     MissingOption,
     Panel,
@@ -29,6 +30,7 @@ from biodedup.cli.base import (
     existing,
     finish,
     finish_decision,
+    index_engines,
     print_evidence,
     print_json,
     print_refusals,
@@ -47,6 +49,7 @@ def enroll(
     encounter_id: EncounterOption = None,
     group: GroupOption = None,
     across_positions: AcrossOption = False,
+    index: IndexOption = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -55,7 +58,8 @@ def enroll(
     """Enrol a subject, unless the person is enrolled already."""
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
-    with bd.Engine.open(gallery, configured(gallery, config, threads=threads)) as engine:
+    chosen = configured(gallery, config, threads=threads, more={"gallery.index": index_engines(index)})
+    with bd.Engine.open(gallery, chosen) as engine:
         finish_decision(engine.enroll(encounter, across_positions=across_positions or None), as_json, captures)
 
 

@@ -63,6 +63,7 @@ from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.policies import PolicyVersion
+from biodedup.index_spec import EVERY_COLUMN, parse_specs
 from biodedup.match.calibrations import Calibrations
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
@@ -73,6 +74,7 @@ from biodedup.search.clusters import clusters_of
 from biodedup.search.explain import JoinPlan, SearchPlan, plan_of
 from biodedup.search.searcher import Searcher
 from biodedup.search.selfjoin.join import SelfJoin
+from biodedup.search.shards import faiss_view
 from biodedup.texts import KnownId
 from biodedup.trace import tracing
 from biodedup.values import (
@@ -436,7 +438,8 @@ class Engine:
             check_column(column)
         snapshot = self._gallery.snapshot()
         multicolumn = self._searcher.multicolumn_query(snapshot, columns)
-        return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, multicolumn)
+        apart = self._searcher.apart(snapshot, columns)
+        return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, multicolumn, apart)
 
     def plan_join(self, threshold_db: float | None = None) -> JoinPlan:
         """How a join of all subjects is done at present, for pairs that reach a threshold, and which share of mates it may miss.
@@ -573,6 +576,69 @@ class Engine:
         """Seals and merges what is due, now instead of in the background; after a bulk load, for example."""
         self._check_open()
         self._gallery.maintain()
+
+    def seal(self) -> None:
+        """Turns the rows of the journal into a segment, now; `maintain` does so when they are many."""
+        self._check_open()
+        self._gallery.seal()
+
+    def index(self, column: str) -> str:
+        """The index engine that a column asks for: `native`, or `faiss:FACTORY`."""
+        self._check_open()
+        check_column(column)
+        return str(self._gallery.snapshot().indexing.spec(column))
+
+    def reindex(
+        self,
+        index: str | Mapping[str, str],
+        *,
+        force: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Changes the index engine, of all columns or by column, and builds the indexes of all sealed rows; see `GalleryConfig.index`.
+
+        Searches and enrolments go on meanwhile, each segment with the index that it has. An interrupted call goes on when it is repeated,
+        or in the background. A column without enough rows to train on gets its index once it has them.
+        force: use an index even if it misses more than `SearchConfig.miss_risk`; without it such an index raises InvalidInput, and nothing
+        changes. progress: called with the rows indexed and their total. Raises InvalidInput, StorageUnavailable.
+        """
+        self._check_open()
+        specs = parse_specs(index)
+        if isinstance(index, Mapping) and EVERY_COLUMN not in index:
+            specs = {**self._gallery.snapshot().indexing.specs, **specs}
+        self._gallery.reindex(specs, force=force, report=progress)
+
+    def faiss_index(self, column: str = "face") -> Any:
+        """A `faiss.IndexShards` over the sealed rows of a column, to search by FAISS's own means; `maintain` or `compact` seals rows.
+
+        Its ids are row numbers, int64; `subjects_of_rows` names their subjects. Removed rows and open cases are left out, as of now. It
+        shares memory with the engine: search it, and never change it. Similarities are FAISS's estimates. Raises InvalidInput where the
+        column has no FAISS index.
+        """
+        self._check_open()
+        check_column(column)
+        return faiss_view.shards_of(self._gallery.snapshot(), column)
+
+    def faiss_copies(self, column: str = "face") -> Iterator[tuple[int, Any, NDArray[np.int64], list[str]]]:
+        """Copies of the indexes of `faiss_index`, one a segment: (number of the segment, the index, its rows, their subject_ids)."""
+        self._check_open()
+        check_column(column)
+        snapshot = self._gallery.snapshot()
+        for number, index, rows in faiss_view.copies_of(snapshot, column):
+            yield number, index, rows, snapshot.subject_ids(rows.tolist())
+            self._check_open()
+
+    def subjects_of_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """The subject_id of each row number, '' for one that is not there or removed."""
+        self._check_open()
+        snapshot = self._gallery.snapshot().enrolled
+        numbers = np.asarray(rows, np.int64)
+        inside = (numbers >= 0) & (numbers < snapshot.row_count)
+        there = np.zeros(len(numbers), bool)
+        there[inside] = snapshot.are_present(numbers[inside])
+        names = np.full(len(numbers), "", object)
+        names[there] = snapshot.subject_ids(numbers[there].tolist())
+        return list(names)
 
     def tidy(self) -> None:
         """Deprecated: `maintain`."""

@@ -21,7 +21,12 @@ def info_of(gallery: Gallery, policy: Policy) -> dict[str, Any]:
     duplicate_db, review_db = policy.thresholds_db(snapshot.searched_count)
     counts = snapshot.column_counts()
     models = {
-        column: {"model_id": model.model_id, "dimension": model.dimension, "subjects": counts[column]}
+        column: {
+            "model_id": model.model_id,
+            "dimension": model.dimension,
+            "subjects": counts[column],
+            "index": str(snapshot.indexing.spec(column)),
+        }
         for column, model in snapshot.models.items()
     }
     return {

@@ -371,7 +371,7 @@ class Gallery:
                 entry = write_segment(self.storage, folder, number, gallery_id, parts, keeps, now.parts, still)
                 merged = parts if all(keep is None for keep in keeps) else ()
                 codecs = now.indexing.wanted_codecs()
-                with index_codec.threads(self.limits.threads):
+                with index_codec.threads(self.limits.threads, sum(part.count for part in parts)):
                     return with_indexes(self.storage, folder, gallery_id, entry, codecs, merged, still)
         except BaseException:
             self._remove_files(number)
@@ -439,7 +439,7 @@ class Gallery:
             return go_on()
 
         try:
-            with translated("writing an index"), index_codec.threads(self.limits.threads):
+            with translated("writing an index"), index_codec.threads(self.limits.threads, segment.count):
                 self._refuse_lost_lock()
                 index = built(segment.columns[column], codec, still)
                 which = (segment.entry.number, kind)

@@ -102,8 +102,9 @@ class Indexing:
         wanted = index_codec.training_rows_min(spec, dimension)
         if not _large(columns) or sum(c.count for c in columns) < wanted:
             return None
-        with index_codec.threads(self._gallery.limits.threads):
-            return index_codec.train(spec, sample_of(columns, index_codec.training_rows_max(spec, dimension)))
+        sample = sample_of(columns, index_codec.training_rows_max(spec, dimension))
+        with index_codec.threads(self._gallery.limits.threads, len(sample)):
+            return index_codec.train(spec, sample)
 
     def _steps(self, snapshot: Snapshot) -> Iterator[_Step]:
         settings = snapshot.indexing

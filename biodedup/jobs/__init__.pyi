@@ -29,6 +29,9 @@ from .evaluation.calibrate import CalibrateResult as CalibrateResult
 from .evaluation.calibrate import calibrate as calibrate
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
+from .exchange.faiss_files import ExportedIndexes as ExportedIndexes
+from .exchange.faiss_files import export_faiss as export_faiss
+from .exchange.faiss_files import load_faiss as load_faiss
 from .explanation.explain import Explained as Explained
 from .explanation.explain import explain as explain
 from .explanation.explain import explain_templates as explain_templates

@@ -6,15 +6,18 @@ multi-column plans (`multicolumn/plan.py`) and the same buckets (`selfjoin/bucke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
+from biodedup.gallery.files.index_codec import MATED_SIMILARITY
 from biodedup.gallery.segments.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.search.multicolumn.apart import ApartPlan
 from biodedup.search.multicolumn.plan import MultiColumnPlan, MultiColumnQuery, covered_presences, row_groups_of
 from biodedup.search.native.column_statistics import signs_of
 from biodedup.search.native.sign_tile import CLASS_TABLES, SIGN_TABLES
 from biodedup.search.selfjoin.buckets import Buckets
+from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards.cells import by_codec
 from biodedup.search.shards.native import shares
 from biodedup.values import COLUMNS
@@ -29,7 +32,7 @@ class ColumnPlan:
     allows for; error_sd: one of these, in similarity at 0.5; miss_bound: the probability of a miss is below it with 95
     % confidence, or None if the pairs set aside are too few to say so; checked: how many pairs these are; source: of
     the vectors that they were made from. by_signs: the same bound for batches of probes that rule rows out by their
-    signs first, or None if they do not.
+    signs first, or None if they do not. index: how the FAISS engine searches it, or None.
     """
 
     column: str
@@ -43,6 +46,27 @@ class ColumnPlan:
     checked: int
     source: str
     by_signs: float | None = None
+    index: IndexPlan | None = None
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """How the FAISS engine searches a column. spec: the engine that the column asks for; rows: of the column, in segments that have an
+    index; lists: inverted lists that a search reads, and how many there are, or None for a flat index. error_sd, margin, miss_bound,
+    checked: as of `ColumnPlan`, for mates in lists that are read; lost_bound: the probability that a mate of MATED_SIMILARITY or more lies
+    in another list is below it; lost: share of the mates in other lists, by their similarity. used: whether the index keeps the miss risk;
+    otherwise the native engine searches."""
+
+    spec: str
+    rows: int
+    lists: tuple[int, int] | None = None
+    error_sd: float = 0.0
+    margin: float = 0.0
+    miss_bound: float | None = None
+    checked: int = 0
+    lost_bound: float = 0.0
+    lost: tuple[tuple[float, float], ...] = ()
+    used: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,12 +77,52 @@ class SearchPlan:
     miss_risk: float
     columns: tuple[ColumnPlan, ...]
     multicolumn: tuple[tuple[int, MultiColumnPlan], ...] = ()
+    apart: ApartPlan | None = None
 
     def explain(self) -> str:
         """In words, with the evidence; a line for rows that are searched in several columns at once, and one a
         column."""
         lines = [self._multicolumn_line(rows, plan) for rows, plan in self.multicolumn]
-        return "\n".join(lines + [self._line(plan) for plan in self.columns])
+        for plan in self.columns:
+            lines.append(self._line(plan))
+            if plan.index is not None:
+                lines.append(self._index_line(plan.column, plan.index))
+        return "\n".join(lines + ([self._apart_line(self.apart)] if self.apart is not None else []))
+
+    def _index_line(self, column: str, index: IndexPlan) -> str:
+        if not index.rows:
+            return f"{column}: no segment has an index {index.spec} yet; the native engine searches"
+        start = f"{column}: {index.rows:,} rows have an index {index.spec}"
+        if not index.used:
+            return (
+                f"{start}, which loses a mate of cosine {MATED_SIMILARITY} or more with a probability of up to {index.lost_bound:.2g} "
+                f"(asked for: {self.miss_risk:g}); the native engine searches"
+            )
+        text = f"{start}; FAISS estimates them, and rows down to {index.margin:.2f} standard deviations ({index.error_sd:.4f} each) "
+        text += "below the wanted similarity are compared exactly: "
+        if index.miss_bound is None:
+            text += f"a risk of {self.miss_risk:g} by the normal distribution"
+        else:
+            text += f"a row is missed with a probability below {index.miss_bound:.2g}"
+        text += f" (asked for: {self.miss_risk:g}), from {index.checked:,} planted mates"
+        if index.lists is None:
+            return text
+        read, lists = index.lists
+        text += f"; a search reads {read:,} of {lists:,} lists"
+        if read < lists:
+            shares = ", ".join(
+                f"{share:.2g} at {similarity:g}" for similarity, share in index.lost if similarity >= 0.3
+            )
+            text += f", so that mates are lost besides: {shares} of the mates at this cosine"
+        return text
+
+    def _apart_line(self, apart: ApartPlan) -> str:
+        return (
+            f"{' + '.join(apart.columns)}: searched one after the other, {apart.candidates:,} candidates each, whose evidence is added "
+            f"afterwards; of {apart.drawn:,} mates that reach the review threshold, drawn from the columns' calibrations, {apart.missed:,} "
+            f"are among the candidates of no column, so that a mate is missed with a probability below {apart.miss_bound:.2g}, 95 % "
+            f"confidence, if captures of a subject correlate by {apart.correlation:g}"
+        )
 
     def _multicolumn_line(self, rows: int, plan: MultiColumnPlan) -> str:
         names = " + ".join(plan.columns)
@@ -75,10 +139,13 @@ class SearchPlan:
 
     def _line(self, plan: ColumnPlan) -> str:
         others = "other " if self.multicolumn else ""
-        exact = plan.rows - plan.coded_rows
+        by_index = plan.index.rows if plan.index is not None and plan.index.used else 0
+        exact = plan.rows - plan.coded_rows - by_index
         start = f"{plan.column}: all of {plan.rows:,} {others}rows are looked at, {exact:,} of them exactly"
+        if by_index:
+            start += f", {by_index:,} by their FAISS index"
         if not plan.coded_rows:
-            return f"{start}; no row can be missed"
+            return start if by_index else f"{start}; no row can be missed"
         start += f", {plan.coded_rows:,} by {plan.scanned_bytes} bytes each"
         if self.miss_risk <= 0:
             return f"{start}; rows that the codes cannot rule out are compared exactly: no row can be missed"
@@ -126,7 +193,11 @@ class _Held:
 
 
 def plan_of(
-    snapshot: Snapshot, columns: tuple[str, ...], miss_risk: float, multicolumn: MultiColumnQuery | None = None
+    snapshot: Snapshot,
+    columns: tuple[str, ...],
+    miss_risk: float,
+    multicolumn: MultiColumnQuery | None = None,
+    apart: ApartPlan | None = None,
 ) -> SearchPlan:
     """The plan of a search of these columns of a snapshot."""
     rows: dict[frozenset[str], int] = {}
@@ -135,7 +206,40 @@ def plan_of(
             for group in row_groups_of(part, multicolumn.columns):
                 rows[frozenset(group.columns)] = rows.get(frozenset(group.columns), 0) + group.count
     plans = tuple((rows[names], plan) for names, plan in multicolumn.plans.items()) if multicolumn else ()
-    return SearchPlan(miss_risk, tuple(_column(snapshot, c, miss_risk, multicolumn) for c in columns), plans)
+    by_column = [_column(snapshot, c, miss_risk, multicolumn) for c in columns]
+    by_column = [replace(plan, index=_index_plan(snapshot, plan.column, miss_risk)) for plan in by_column]
+    return SearchPlan(miss_risk, tuple(by_column), plans, apart)
+
+
+def _index_plan(snapshot: Snapshot, name: str, miss_risk: float) -> IndexPlan | None:
+    """None for a column of the native engine without an index."""
+    columns = [part.columns[name] for part in snapshot.parts if name in part.columns]
+    indexed = [column for column in columns if column.index is not None]
+    spec = snapshot.indexing.spec(name)
+    if spec.is_native and not indexed:
+        return None
+    if not indexed:
+        return IndexPlan(str(spec), 0)
+    largest = max(indexed, key=lambda column: column.count)
+    assert largest.index is not None, "these have one"
+    codec = snapshot.indexing.codec(name, largest.index.codec_id)
+    rows = sum(column.count for column in indexed)
+    if codec is None:
+        return IndexPlan(str(spec), rows, lost_bound=1.0)
+    tail_risk = codec.tail_risk(miss_risk)
+    margin = codec.law.margin(tail_risk)[0] if miss_risk > 0 else 0.0
+    return IndexPlan(
+        str(codec.spec),
+        rows,
+        codec.lists,
+        codec.law.sd[codec.law.similarity.index(0.5)],
+        margin,
+        codec.law.bound(tail_risk) if miss_risk > 0 else None,
+        codec.law.checked,
+        codec.lost_bound,
+        tuple(zip(codec.law.similarity, codec.lost, strict=True)),
+        faiss_engine.usable_codec(snapshot, name, largest, miss_risk) is not None,
+    )
 
 
 def _column(snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiColumnQuery | None) -> ColumnPlan:
@@ -143,6 +247,9 @@ def _column(snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiC
         [_held(part, name, multicolumn) for part in parts if name in part.columns] for parts in shares(snapshot.parts)
     ]
     rows = sum(held.cells for pieces in holding for held in pieces)
+    holding = [
+        [h for h in pieces if not faiss_engine.usable_codec(snapshot, name, h.column, miss_risk)] for pieces in holding
+    ]
     coded = [held for pieces in holding for group in by_codec(h for h in pieces if h.cells)[1] for held in group]
     if not coded:
         return ColumnPlan(name, rows, 0, 0, 1.0, 0.0, 0.0, 0.0, 0, "sample")

@@ -25,6 +25,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.calibrations import SampleOf
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Ranked
+from biodedup.search.multicolumn.apart import ApartPlan
 from biodedup.search.multicolumn.plan import MultiColumnQuery
 from biodedup.search.multicolumn.planner import MultiColumnPlanner
 from biodedup.search.native.scanner import Scanner
@@ -154,6 +155,10 @@ class Searcher:
     def multicolumn_query(self, snapshot: Snapshot, columns: Collection[str]) -> MultiColumnQuery | None:
         """How rows that have several of these columns are searched at once; None if there are no such rows."""
         return self._planner.query(snapshot, columns)
+
+    def apart(self, snapshot: Snapshot, columns: Collection[str]) -> ApartPlan | None:
+        """What a search of these columns misses because FAISS searches them one after the other; None if it does not."""
+        return self._planner.apart(snapshot, columns)
 
     def compare(
         self,

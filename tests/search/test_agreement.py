@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 from biodedup.config import SearchConfig
+from biodedup.gallery.segments import indexing
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
 from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.searcher import Searcher
 from biodedup.search.shards import cells, native
+from biodedup.search.shards import faiss as faiss_engine
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 from tests.support.laws import FACE, FINGER
@@ -32,10 +34,11 @@ POLICY = bd.Policy(duplicate_db=110, review_db=106)
 
 @dataclass(frozen=True)
 class IndexEngine:
-    """How a column is searched. exact_cells: a codec's rows up to so many are compared exactly."""
+    """How a column is searched. exact_cells: a codec's rows up to so many are compared exactly; index: as of `GalleryConfig.index`."""
 
     miss_risk: float
     exact_cells: int
+    index: str = "native"
 
     @property
     def scans(self) -> bool:
@@ -46,6 +49,7 @@ INDEX_ENGINES = {
     "exact": IndexEngine(1e-3, ROWS * 2),
     "scan": IndexEngine(1e-3, 1_000),
     "scan-without-risk": IndexEngine(0.0, 1_000),
+    "faiss": IndexEngine(1e-3, 1_000, "faiss:IVF8,PQ64x4fs"),
 }
 """A new engine is a line here."""
 
@@ -117,15 +121,21 @@ def built(tmp_path_factory) -> Iterator[Built]:
         yield Built(engine, reference, vectors)
 
 
-@pytest.fixture(params=INDEX_ENGINES)
-def searcher(request, built, monkeypatch) -> Iterator[Searcher]:
+@pytest.fixture(params=INDEX_ENGINES, scope="module")
+def searcher(request, built) -> Iterator[Searcher]:
     index = INDEX_ENGINES[request.param]
-    monkeypatch.setattr(cells, "EXACT_CELLS", index.exact_cells)
-    if index.scans:
-        monkeypatch.setattr(native, "_SHARE_MAX", 1.0)  # of so few rows most pass
-    searcher = Searcher(built.comparer, SearchConfig(miss_risk=index.miss_risk), 2, lambda: POLICY)
-    yield searcher
-    searcher.close()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cells, "EXACT_CELLS", index.exact_cells)
+        patched.setattr(indexing, "CELLS_MIN", 1_000)
+        if index.scans:
+            for engine in (native, faiss_engine):
+                patched.setattr(engine, "_SHARE_MAX", 1.0)  # of so few rows most pass
+        built.engine.reindex(index.index)
+        indexed = [part.columns["face"].index for part in built.snapshot.segments]
+        assert any(indexed) == (index.index != "native")
+        searcher = Searcher(built.comparer, SearchConfig(miss_risk=index.miss_risk), 2, lambda: POLICY)
+        yield searcher
+        searcher.close()
 
 
 def probes_of(built: Built, count: int, cosine: float = 0.6) -> np.ndarray:
@@ -159,7 +169,7 @@ def test_the_strongest_by_the_evidence_of_several_columns_are_those_of_the_refer
     monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", together_from)
     index = INDEX_ENGINES[request.node.callspec.params["searcher"]]
     planned = searcher.multicolumn_query(built.snapshot, COLUMNS) is not None
-    assert planned == (together_from < ROWS and index.miss_risk > 0)
+    assert planned == (together_from < ROWS and index.miss_risk > 0 and index.index == "native")
     rows = np.arange(1, 3_800, 47)
     cosines = {"face": 0.55, "left_index": 0.45, "right_index": 0.5}
     probes = {

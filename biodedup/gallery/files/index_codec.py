@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import faiss as _faiss
@@ -33,12 +34,14 @@ faiss: Any = _faiss  # its stubs do not know what its Python layer adds
 
 MATED_SIMILARITY = 0.5
 """A codec has to keep the miss risk for mates of at least this cosine. Below it the share of lists that are read decides."""
+_LOST_SHARE_MAX = 0.9  # of the miss risk, that lists which are not read may take up
 _POINTS_PER_CENTROID = 39
 """FAISS warns below so many training vectors a centroid."""
 _TRAINING_ROWS_MAX = 1 << 17
 _PAIRS = 3_000  # at each similarity
 _CHUNK = 512  # pairs whose estimates are taken by one search
 _READ_BYTES = 1 << 20
+_THREADED_ROWS = 1 << 15
 _CHECKED_ROWS = 2_000
 
 Ids = NDArray[np.int64]
@@ -71,12 +74,19 @@ class FaissCodec:
         return float(upper_bound(misses, self.checked * len(at)))
 
     def keeps(self, miss_risk: float) -> bool:
-        """Whether mates are lost with at most this probability."""
-        return (
-            miss_risk > 0
-            and self.lost_bound + (self.law.bound(miss_risk) or miss_risk) <= 2 * miss_risk
-            and (self.lost_bound <= miss_risk)
-        )
+        """Whether mates of at least MATED_SIMILARITY are lost with at most this probability."""
+        return miss_risk > 0 and self.lost_bound <= _LOST_SHARE_MAX * miss_risk
+
+    def tail_risk(self, miss_risk: float) -> float:
+        """What is left of a miss risk for the error of estimates."""
+        return miss_risk - self.lost_bound if self.keeps(miss_risk) else miss_risk
+
+    @cached_property
+    def lists(self) -> tuple[int, int] | None:
+        """(inverted lists that a search reads, lists in all); None for a flat index."""
+        index = self.empty()
+        base = _base(index)
+        return (_nprobe(base, self.spec), int(base.nlist)) if isinstance(base, faiss.IndexIVF) else None
 
     def empty(self) -> Any:
         """A new index without rows."""
@@ -289,10 +299,10 @@ def in_range(
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """FAISS computes with so many threads in calls of this thread."""
+def threads(count: int, rows: int = _THREADED_ROWS) -> Iterator[None]:
+    """FAISS computes with so many threads in calls of this thread; with one for few rows, of which its threads would wait for each other."""
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
+    faiss.omp_set_num_threads(count if rows >= _THREADED_ROWS else 1)
     try:
         yield
     finally:
@@ -308,3 +318,89 @@ def _base(index: Any) -> Any:
 def _nprobe(ivf: Any, spec: IndexSpec) -> int:
     """FAISS takes memory for nprobe lists even where there are fewer."""
     return int(ivf.nlist if spec.nprobe is None else min(spec.nprobe, ivf.nlist))
+
+
+# for FAISS itself ----------------------------------------------------------------------------------------------------
+
+
+def numbered(index: Any, codec: FaissCodec, ids: Ids) -> Any:
+    """A view of an index, which it shares, that answers with these ids instead of 0, 1, ..."""
+    view = faiss.IndexIDMap2(codec.empty())  # FAISS takes no filled index here
+    view.index, view.own_fields, view.ntotal = index, False, index.ntotal
+    view.referenced_objects = [index]
+    faiss.copy_array_to_vector(ids, view.id_map)
+    return view
+
+
+def renumbered(index: Any, codec: FaissCodec, ids: Ids, live: NDArray[np.bool_] | None) -> Any:
+    """The index with these ids and without the rows that are not live; it is changed. Nothing may be added to it afterwards."""
+    if live is not None:
+        removed = np.packbits(~live, bitorder="little")
+        index.remove_ids(faiss.IDSelectorBitmap(removed))
+    base = _base(index)
+    if not isinstance(base, faiss.IndexIVF):
+        view = numbered(index, codec, ids if live is None else ids[live])
+        view.construct_rev_map()
+        return view
+    index.ntotal = base.ntotal
+    for number in range(base.nlist):
+        size = base.invlists.list_size(number)
+        if size:
+            own = faiss.rev_swig_ptr(base.invlists.get_ids(number), size)
+            own[:] = ids[own]
+    return index
+
+
+def sharded(indexes: list[Any], dimension: int) -> Any:
+    """One index over several, whose ids stay as they are."""
+    together = faiss.IndexShards(dimension, True, False)
+    for index in indexes:
+        together.add_shard(index)
+    return together
+
+
+def vectors_of(index: Any, low: int, high: int) -> Float32:
+    """The vectors [low, high) of an index, as far as it keeps them: float32 (n, d), unit rows. Raises InvalidInput where it cannot tell."""
+    try:
+        vectors: Float32 = index.reconstruct_n(low, high - low)
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"an index of type {type(index).__name__} gives no vectors back ({_reason(error)})"
+        ) from None
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Float32 = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    return unit
+
+
+def opened(path: Path) -> tuple[Any, Ids]:
+    """(the index in a file of FAISS, ready for `vectors_of`; the id of each of its vectors). Raises InvalidInput."""
+    try:
+        index = faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise InvalidInput(f"{path} is no index that FAISS reads ({_reason(error)})") from None
+    ids: Ids = np.arange(index.ntotal)
+    if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
+        ids = faiss.vector_to_array(index.id_map)
+        outer, index = index, faiss.downcast_index(index.index)
+        index.referenced_objects = [outer]
+    base = _base(index)
+    if isinstance(base, faiss.IndexIVF):
+        lists = [
+            faiss.rev_swig_ptr(base.invlists.get_ids(n), base.invlists.list_size(n)).copy() for n in range(base.nlist)
+        ]
+        stored = np.concatenate([np.zeros(0, np.int64), *lists])
+        order = np.argsort(stored, kind="stable")
+        if not np.array_equal(stored[order], np.arange(len(stored))):  # ids of the caller's own: the n-th vector by id
+            ids = stored[order]
+            starts = np.zeros(len(stored), np.int64)
+            starts[order] = np.arange(len(stored))
+            at = 0
+            for number, own in enumerate(lists):
+                if len(own):
+                    view = faiss.rev_swig_ptr(base.invlists.get_ids(number), len(own))
+                    view[:] = starts[at : at + len(own)]
+                at += len(own)
+        if isinstance(base, faiss.IndexIVFPQFastScan):
+            base.fine_quantizer = base.pq  # FAISS 1.15 leaves it empty when it reads one, and crashes where it decodes
+        base.make_direct_map(True)
+    return index, ids

@@ -1,6 +1,7 @@
 """Decides for a gallery which rows are searched in several columns at once, and keeps the plans that it chose.
 
-Owns the plans of the last galleries, by codec and calibration. Never scans; how a plan is chosen: `plan.py`.
+Owns the plans of the last galleries, by codec and calibration. Never scans; how a plan is chosen: `plan.py`. Columns of the FAISS engine
+are searched one after the other; what that misses: `apart.py`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from biodedup.config import Policy, SearchConfig
+from biodedup.gallery.segments.part import Column
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
+from biodedup.search.multicolumn.apart import ApartPlan, apart
 from biodedup.search.multicolumn.plan import (
     LlrTable,
     MultiColumnPlan,
@@ -34,7 +37,8 @@ class MultiColumnPlanner:
     def query(self, snapshot: Snapshot, columns: Collection[str]) -> MultiColumnQuery | None:
         """The query for rows that have several of these columns; None if no rows are searched in several columns at
         once."""
-        models = {name: snapshot.models[name] for name in sorted(columns) if name in snapshot.models}
+        native = [name for name in sorted(columns) if snapshot.indexing.spec(name).is_native]
+        models = {name: snapshot.models[name] for name in native if name in snapshot.models}
         calibrations = {n: self._comparer.calibration(m.model_id) for n, m in models.items() if m.dimension is not None}
         # without measured mates nothing can be said of what is missed
         calibrations = {name: calibration for name, calibration in calibrations.items() if calibration.mates_measured}
@@ -57,7 +61,28 @@ class MultiColumnPlanner:
                 plans[names] = plan
         if not plans:
             return None
+        return MultiColumnQuery(plans, {n: LlrTable.of(c) for n, c in calibrations.items()}, self._candidates(snapshot))
+
+    def apart(self, snapshot: Snapshot, columns: Collection[str]) -> ApartPlan | None:
+        """What is missed of rows that are searched in these columns one after the other, because FAISS searches some of them; None for
+        fewer than two columns that are compared by embeddings, or without measured mates."""
+        by_faiss = [name for name in columns if not snapshot.indexing.spec(name).is_native]
+        models = {name: snapshot.models[name] for name in sorted(columns) if name in snapshot.models}
+        calibrations = {n: self._comparer.calibration(m.model_id) for n, m in models.items() if m.dimension is not None}
+        largest: dict[str, tuple[Column, int]] = {}
+        for part in snapshot.parts:
+            for name in calibrations:
+                column = part.columns.get(name)
+                if column is not None and column.codec is not None:
+                    known, rows = largest.get(name, (column, 0))
+                    largest[name] = (column if column.count > known.count else known, rows + column.count)
+        if len(largest) < 2 or not by_faiss or not all(calibrations[name].mates_measured for name in largest):
+            return None
+        _, review_db = self._policy().thresholds_db(snapshot.live_count)
+        threshold_llr_db = self._comparer.llr_reaching(review_db, [models[name].model_id for name in largest])
+        return apart(largest, calibrations, self._config.candidates, threshold_llr_db, self._config.capture_correlation)
+
+    def _candidates(self, snapshot: Snapshot) -> int:
         # The order by all embeddings is nearly final, unless rows have other captures to compare.
         others = any(m.dimension is None or self._comparer.adds_minutiae(m.model_id) for m in snapshot.models.values())
-        k = self._config.candidates if others else min(4 * self._config.returned, self._config.candidates)
-        return MultiColumnQuery(plans, {n: LlrTable.of(c) for n, c in calibrations.items()}, k)
+        return self._config.candidates if others else min(4 * self._config.returned, self._config.candidates)

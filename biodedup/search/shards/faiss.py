@@ -13,7 +13,7 @@ a large share of all rows reaches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ class FaissShard:
             min_similarity = population.reached_by(rotated, wanted / query.total_rows)
         else:
             min_similarity = query.min_similarity
-        margin, _ = codec.law.margin(query.miss_risk)
+        margin, _ = codec.law.margin(codec.tail_risk(query.miss_risk))
         cuts = codec.law.cut(min_similarity, margin)
         mean, sd = population.similarity(rotated)
         share = codec.law.share_reaching(cuts, mean, sd)
@@ -172,8 +172,3 @@ class _IndexScan:
             at = np.concatenate([at, np.arange(max(high // 8 * 8, low), high)])
             np.bitwise_and.at(octets, at // 8, ~(np.uint8(1) << (at % 8).astype(np.uint8)))
         return octets
-
-
-def faiss_columns(snapshot: Snapshot, columns: Sequence[str]) -> list[str]:
-    """Those of the columns that ask for the FAISS engine."""
-    return [column for column in columns if not snapshot.indexing.spec(column).is_native]

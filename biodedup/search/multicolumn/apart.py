@@ -1,0 +1,60 @@
+"""States what a search of several columns one after the other misses: mates that are among the best candidates of no column.
+
+Owns this estimate, by drawn mates. Never searches and never plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+from scipy.special import ndtr
+
+from biodedup.gallery.segments.part import Column
+from biodedup.intervals import upper_bound
+from biodedup.match.calibration import Calibration
+from biodedup.search.native.column_statistics import population_of
+
+_MATES, _SEED, _PROBES = 200_000, 20_265, 64
+
+
+@dataclass(frozen=True)
+class ApartPlan:
+    """columns: searched one after the other; candidates: rows that each of them finds; drawn: mates that reach the review threshold;
+    missed: of these, those that are among the candidates of no column; correlation: between the captures of a subject, as assumed."""
+
+    columns: tuple[str, ...]
+    candidates: int
+    drawn: int
+    missed: int
+    correlation: float
+
+    @property
+    def miss_bound(self) -> float:
+        """The upper end of the one-sided 95 % interval of the miss rate."""
+        return float(upper_bound(self.missed, self.drawn)) if self.drawn else 1.0
+
+
+def apart(
+    columns: Mapping[str, tuple[Column, int]],
+    calibrations: Mapping[str, Calibration],
+    candidates: int,
+    threshold_llr_db: float,
+    correlation: float,
+) -> ApartPlan:
+    """columns: name -> (its largest part, its rows in all); threshold_llr_db: that mates have to reach by their sum."""
+    rng = np.random.default_rng(_SEED)
+    common = sqrt(correlation) * rng.standard_normal(_MATES)
+    llr_db, seen = np.zeros(_MATES), np.zeros(_MATES, bool)
+    for name, (column, rows) in columns.items():
+        quantiles = ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES))
+        similarity = calibrations[name].mated_similarities(quantiles)
+        llr_db += calibrations[name].llr_db(similarity)
+        population = population_of(column)
+        reached = population.reached_by(population.sample[:_PROBES], min(candidates / max(rows, 1), 1.0))
+        seen |= similarity >= float(np.median(reached))
+    reaching = llr_db >= threshold_llr_db
+    missed = int(np.count_nonzero(reaching & ~seen))
+    return ApartPlan(tuple(columns), candidates, int(np.count_nonzero(reaching)), missed, correlation)
