@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,60 @@ import pytest
 from skimage import data as skimage_data
 
 import biodedup as bd
+from biodedup.config import GalleryConfig
 from biodedup.engine.prepare import Preparer
+from biodedup.gallery.files import index_codec
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.segments import indexing
+from biodedup.search.shards import cells
+from biodedup.search.shards import faiss as faiss_engine
 from tests.support import ROOT
 from tests.support.vectors import SFACE
 
 _DECLINED = Preparer._unnamed
+
+
+SMALL_INDEX = "faiss:IVF1,SQ8"
+"""An index that a few dozen rows train."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--index-engine",
+        choices=["native", "faiss"],
+        default="native",
+        help="faiss: new galleries of these tests are indexed by FAISS, however few rows they have",
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def index_engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs the tests with the engine of `--index-engine`."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.config.getoption("--index-engine") == "faiss":
+            made = GalleryConfig.__init__
+
+            def with_index(self: GalleryConfig, *given: object, **more: object) -> None:
+                made(self, *given, **({"index": SMALL_INDEX} | more))
+
+            patched.setattr(GalleryConfig, "__init__", with_index)
+            patched.setattr(Gallery, "_refuse_other_index", _leniently(Gallery._refuse_other_index))
+            patched.setattr(indexing, "CELLS_MIN", 8)
+            patched.setattr(cells, "EXACT_CELLS", 8)
+            patched.setattr(faiss_engine, "_SHARE_MAX", 1.0)
+            patched.setattr(index_codec, "_PAIRS", 100)
+        yield
+
+
+def _leniently(settle: Callable[[Gallery, GalleryConfig], None]) -> Callable[[Gallery, GalleryConfig], None]:
+    """A gallery that was made without an index, such as one of an older release, is opened as it is."""
+
+    def lenient(self: Gallery, config: GalleryConfig) -> None:
+        if config.index == SMALL_INDEX:
+            return
+        settle(self, config)
+
+    return lenient
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by `-m`

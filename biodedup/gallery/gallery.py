@@ -97,7 +97,7 @@ class Gallery:
             if not catalogue.has_encounters():
                 with self.transaction() as transaction:
                     transaction.adopt_cases()
-            self._settle_index(config)
+            self._refuse_other_index(config)
             self._maintenance.wake_if_due()
 
     @classmethod
@@ -414,15 +414,12 @@ class Gallery:
         """As `Maintenance.reindex`."""
         self._maintenance.reindex(specs, force=force, report=report)
 
-    def _settle_index(self, config: GalleryConfig) -> None:
-        """A new gallery takes the index engine that it is opened with; another one must be asked for its own. Raises IndexMismatch."""
+    def _refuse_other_index(self, config: GalleryConfig) -> None:
+        """A gallery keeps the index engine that it was created with until it is asked for another one. Raises IndexMismatch."""
         if config.index is None:
             return
         asked, stored = parse_specs(config.index), self._published.indexing.specs
-        if not stored and not self._published.row_count:
-            with self.transaction() as transaction:
-                transaction.set_index(asked, forced=False)
-        elif any(spec_of(asked, column) != spec_of(stored, column) for column in COLUMNS):
+        if any(spec_of(asked, column) != spec_of(stored, column) for column in COLUMNS):
             raise IndexMismatch(
                 f"{self.folder} is indexed by {_in_words(stored)}, got {_in_words(asked)}; leave `index` out, or change the gallery by "
                 "`biodedup reindex`"

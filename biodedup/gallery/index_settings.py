@@ -61,3 +61,9 @@ def read_settings(text: str | None, codecs: Iterable[tuple[str, str, str, bytes]
         raise GalleryDamaged("what the database says of the index engines; run `biodedup doctor`") from (
             None if isinstance(error, MemoryError) else error
         )
+
+
+def asked_in(config: str) -> IndexSettings:
+    """Those that the settings of a new gallery ask for (JSON)."""
+    index = json.loads(config).get("gallery", {}).get("index")
+    return IndexSettings({} if index is None else parse_specs(index))

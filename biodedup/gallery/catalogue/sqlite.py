@@ -40,7 +40,7 @@ import xxhash
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files.index_codec import FaissCodec
-from biodedup.gallery.index_settings import IndexSettings, read_settings
+from biodedup.gallery.index_settings import IndexSettings, asked_in, read_settings
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
 from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.texts import KnownId
@@ -170,6 +170,7 @@ class Catalogue:
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
         self.put("meta", [(name, "1") for name in sorted(set(_ADDED.values()))])
         self.add_policy(PolicyVersion(1, from_settings(config)))
+        self.set_index(asked_in(config))
         self.set_state(State())
 
     def is_current(self) -> bool:
