@@ -436,15 +436,17 @@ class Engine:
         multicolumn = self._searcher.multicolumn_query(snapshot, columns)
         return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, multicolumn)
 
-    def plan_join(self, threshold_db: float | None = None) -> JoinPlan:
-        """How a join of all subjects is done at present, for pairs that reach a threshold, and which share of mates it may miss.
+    def plan_join(self, threshold_db: float | None = None, *, listed: int | None = None) -> JoinPlan:
+        """How a join of all subjects is done at present, for pairs that reach a threshold, and which share of mates it may miss; how long it
+        takes, and how many pairs impostors are expected to make (`plan.estimate`).
 
-        Takes some seconds for a large gallery; a join that follows reuses the plan.
+        listed: only so many subjects are compared with all. Takes some seconds for a large gallery; a join that follows reuses the plan.
         """
         self._check_open()
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
-        return JoinPlan(self._join.buckets(self._gallery.snapshot(), threshold_db), self._config.search.miss_risk)
+        buckets, estimate = self._join.estimate(self._gallery.snapshot(), len(self), threshold_db, listed=listed)
+        return JoinPlan(buckets, self._config.search.miss_risk, estimate)
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None

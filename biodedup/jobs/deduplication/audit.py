@@ -29,7 +29,7 @@ from biodedup.jobs.manifests.roll import Roll, read_roll
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.output import check_table_name, write_table
 from biodedup.jobs.shared.page import write_page
-from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.search.clusters import clusters_of
 from biodedup.tables import flat, plain
 from biodedup.values import Capture, Decision, Encounter, Face, Finger, Link
@@ -217,6 +217,7 @@ def _of_subjects(
         case = waiting.get(subject_id)
         detail = "" if case is None else f"in review: case {case}"
         findings.append(_finding(roll, "not_enrolled", at[subject_id], subject_id, detail=detail))
+    warn(progress, engine.plan_join(threshold_db, listed=len(present)).estimate.warnings(), len(present))
     links = _links(engine, present, threshold_db, notes, progress)
     clusters = sorted(
         clusters_of(links), key=lambda cluster: min(at.get(name, len(which)) for name in cluster.subject_ids)

@@ -37,7 +37,7 @@ from biodedup.jobs.manifests.captures import (
 )
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import check_table_name, write_table
-from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.texts import KnownId
 from biodedup.values import CAPTURES_MAX, Capture, Cluster, Encounter, Face, Finger, Refusal
 
@@ -61,13 +61,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class DedupResult:
-    """What was found. refusals: unit_id -> why it could not be compared; left_out: files and rows that were not looked at."""
+    """What was found. refusals: unit_id -> why it could not be compared; left_out: files and rows that were not looked at;
+    impostor_pairs: how many pairs of different people are expected to reach the threshold, N(N - 1)/2 times FMR."""
 
     units: tuple[Unit, ...]
     clusters: tuple[Cluster, ...]
     refusals: dict[str, tuple[Refusal, ...]]
     threshold_db: float
     left_out: LeftOut = field(default_factory=LeftOut)
+    impostor_pairs: float = 0.0
 
     def summary(self) -> dict[str, Any]:
         """Counts, and pairwise precision and recall against the labels where units of one label repeat; JSON-ready. A pair with a unit of
@@ -81,6 +83,7 @@ class DedupResult:
             "refusal_reasons": _counted(refusals[0].reason for refusals in self.refusals.values()),
             "threshold_db": round(self.threshold_db, 2),
             "pairs": len(links),
+            "pairs_expected_by_chance": float(f"{self.impostor_pairs:.3g}"),
             "clusters": len(self.clusters),
             "units_in_clusters": sum(len(cluster.subject_ids) for cluster in self.clusters),
         }
@@ -166,10 +169,12 @@ def dedup(
         refusals = _fill(engine, units, config.batch_size, progress)
         if threshold_db is None:
             threshold_db = engine.policy.link_db(len(engine))
+        estimate = engine.plan_join(threshold_db).estimate
+        warn(progress, estimate.warnings(), len(engine))
         clusters = engine.find_duplicates(
             threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
         )
-    result = DedupResult(tuple(units), tuple(clusters), refusals, threshold_db, left_out)
+    result = DedupResult(tuple(units), tuple(clusters), refusals, threshold_db, left_out, estimate.impostor_pairs)
     _write(result, out)
     return result
 

@@ -24,7 +24,7 @@ from biodedup.gallery.files.names import DATABASE_NAME
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.output import check_table_name, write_table
-from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.search.clusters import clusters_of
 from biodedup.values import Cluster, Evidence, Kind, Link
 
@@ -37,6 +37,8 @@ class JoinResult:
     subjects: int
     threshold_db: float
     plan: str
+    impostor_pairs: float = 0.0
+    """How many pairs of different people are expected to reach the threshold, N(N - 1)/2 times FMR."""
 
     def summary(self) -> dict[str, Any]:
         """Counts, JSON-ready."""
@@ -44,6 +46,7 @@ class JoinResult:
             "subjects": self.subjects,
             "threshold_db": round(self.threshold_db, 2),
             "pairs": sum(len(cluster.links) for cluster in self.clusters),
+            "pairs_expected_by_chance": float(f"{self.impostor_pairs:.3g}"),
             "clusters": len(self.clusters),
             "subjects_in_clusters": sum(len(cluster.subject_ids) for cluster in self.clusters),
             "clusters_of_more_than_two": sum(len(cluster.subject_ids) > 2 for cluster in self.clusters),
@@ -68,9 +71,11 @@ def find_duplicates(
         threshold_db = engine.policy.link_db(len(engine))
     make_private_folder(out.parent)
     with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
-        plan = engine.plan_join(threshold_db).explain()
+        plan = engine.plan_join(threshold_db)
+        warn(progress, plan.estimate.warnings(), len(engine))
         links = linked(engine, notes, threshold_db, progress)
-        result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db, plan)
+        impostor_pairs = plan.estimate.impostor_pairs
+        result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db, plan.explain(), impostor_pairs)
         _write(result, out)
         notes.remove()
     return result

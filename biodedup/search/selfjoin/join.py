@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from biodedup.search.scope import Scope
 from biodedup.search.searcher import PROBES, Searcher, SnapshotRows
 from biodedup.search.selfjoin.bucket_join import join_buckets, parts_with_codec
 from biodedup.search.selfjoin.buckets import Buckets, choose
+from biodedup.search.selfjoin.estimate import JoinEstimate, estimate_of
 from biodedup.values import BIT, Float32, Template
 
 JOIN_ROWS = 4096
@@ -69,6 +71,15 @@ class SelfJoin:
             known = key, choose(*key[:2], self._comparer.calibration(model_id), key[2], self._config.miss_risk)
             self._buckets[:] = [known]
         return known[1]
+
+    def estimate(
+        self, snapshot: Snapshot, subjects: int, threshold_db: float, *, listed: int | None = None
+    ) -> tuple[Buckets | None, JoinEstimate]:
+        """(the buckets of the join, what it is expected to take). listed: so many subjects are compared with all; None: all are."""
+        buckets = None if listed is not None else self.buckets(snapshot, threshold_db)
+        faces_only, columns = _has_faces_only(snapshot), len(snapshot.models)
+        given: dict[str, Any] = {"faces_only": faces_only, "listed": listed, "buckets": buckets}
+        return buckets, estimate_of(subjects, threshold_db, columns, **given)
 
     def pairs(
         self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float, *, with_all: bool = False
