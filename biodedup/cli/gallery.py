@@ -36,6 +36,7 @@ from biodedup.cli.base import (
 )
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.names import MERGES_FOLDER
+from biodedup.values import Cluster
 
 
 @app.command(rich_help_panel=Panel.JOBS)
@@ -66,7 +67,7 @@ def dedup(
         print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
             names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
-            say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}")
+            say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}{_left_out(cluster)}")
         raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
     with progress_bar(lines=not as_json) as progress:
         found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, progress=progress)
@@ -84,6 +85,12 @@ def dedup(
     if found.clusters:
         raise typer.Exit(Exit.DUPLICATE)
     raise typer.Exit(Exit.REFUSED if found.refusals or found.left_out.rows else Exit.DONE)
+
+
+def _left_out(cluster: Cluster) -> str:
+    """How many links of a large cluster the result does not list."""
+    count = cluster.links_left_out
+    return f"  ({counted(len(cluster.subject_ids), 'record')}; {count:,} of the links are left out)" if count else ""
 
 
 @app.command(rich_help_panel=Panel.GALLERY)

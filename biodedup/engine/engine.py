@@ -32,7 +32,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -68,7 +68,7 @@ from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
 from biodedup.memory import within_memory
 from biodedup.renamed import renamed
-from biodedup.search.clusters import clusters_of
+from biodedup.search.clusters import Links
 from biodedup.search.explain import JoinPlan, SearchPlan, plan_of
 from biodedup.search.searcher import Searcher
 from biodedup.search.selfjoin.join import SelfJoin
@@ -96,12 +96,14 @@ from biodedup.values import (
 @dataclass(frozen=True)
 class JoinedTile:
     """A step of an N:N join. done: how many of `total` subjects are compared with all behind them, or that share of the work; links: pairs
-    that reached the threshold; reached: (row after the last one compared, rows of the gallery), where another join can continue."""
+    that reached the threshold; reached: (row after the last one compared, rows of the gallery), where another join can continue; left_out: a
+    subject of each cluster with more than 1,000 links -> how many of these are not in `links`, as `Cluster.links_left_out` says."""
 
     done: int
     total: int
     links: tuple[Link, ...]
     reached: tuple[int, int]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @within_memory
@@ -455,11 +457,11 @@ class Engine:
 
         threshold_db: None takes the policy's duplicate threshold. progress: called with the subjects done and their total.
         """
-        links: list[Link] = []
+        links = Links()
         for tile in self.join(threshold_db=threshold_db):
-            links += tile.links
+            links.add(tile.links, tile.left_out)
             progress(tile.done, tile.total)
-        return clusters_of(links)
+        return links.clusters()
 
     def join(
         self,
@@ -494,8 +496,9 @@ class Engine:
         if since is not None:
             rows = np.union1d(rows[rows >= since[0]], live[live >= since[1]])
         with_all = subject_ids is not None
-        for done, row, links in self._searches.join(snapshot, rows, threshold_db, with_all=with_all, skip=skip):
-            yield JoinedTile(done, len(rows), tuple(links), (row, snapshot.row_count))
+        tiles = self._searches.join(snapshot, rows, threshold_db, with_all=with_all, skip=skip)
+        for done, row, links, left_out in tiles:
+            yield JoinedTile(done, len(rows), tuple(links), (row, snapshot.row_count), left_out)
             self._check_open()
 
     # changes without a search -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ interrupted job resumes, and asks the engine for the clusters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import comb
@@ -84,6 +84,7 @@ class DedupResult:
             "threshold_db": round(self.threshold_db, 2),
             "pairs": len(links),
             "pairs_expected_by_chance": float(f"{self.impostor_pairs:.3g}"),
+            "pairs_left_out": sum(cluster.links_left_out for cluster in self.clusters),
             "clusters": len(self.clusters),
             "units_in_clusters": sum(len(cluster.subject_ids) for cluster in self.clusters),
         }
@@ -91,17 +92,30 @@ class DedupResult:
         if mated:
             compared = (u.label for u in self.units if u.label is not None and u.unit_id not in self.refusals)
             mated_compared = sum(comb(n, 2) for n in _counted(compared).values())
-            labels = [(label_of[link.subject_ids[0]], label_of[link.subject_ids[1]]) for link in links]
-            labelled = [(a, b) for a, b in labels if a is not None and b is not None]
-            same = sum(a == b for a, b in labelled)
+            same, labelled = self._labelled_pairs(label_of)
             summary |= {
                 "pairs_of_one_label": same,
-                "pairs_across_labels": len(labelled) - same,
-                "precision": round(same / len(labelled), 6) if labelled else None,
+                "pairs_across_labels": labelled - same,
+                "precision": round(same / labelled, 6) if labelled else None,
                 "recall": round(same / mated, 6),
                 "recall_of_compared": round(same / mated_compared, 6) if mated_compared else None,
             }
         return summary | (self.left_out.to_dict() if self.left_out else {})
+
+    def _labelled_pairs(self, label_of: Mapping[str, str | None]) -> tuple[int, int]:
+        """(pairs of one label, pairs of labelled units). Where links of a cluster were left out, all of its pairs count."""
+        same = labelled = 0
+        for cluster in self.clusters:
+            if cluster.links_left_out:
+                sizes = Counter(label for name in cluster.subject_ids if (label := label_of[name]) is not None)
+                same += sum(comb(n, 2) for n in sizes.values())
+                labelled += comb(sizes.total(), 2)
+                continue
+            ends = [[label_of[name] for name in link.subject_ids] for link in cluster.links]
+            ends = [pair for pair in ends if None not in pair]
+            same += sum(a == b for a, b in ends)
+            labelled += len(ends)
+        return same, labelled
 
     def refused_sentences(self, units_max: int = 20) -> list[str]:
         """Why captures of whole units could not be compared, with the row and the path; rows that could not be read are in `left_out`."""

@@ -170,14 +170,14 @@ def _found(
         with Engine.open(work / "gallery", config, read_only=True, override_policy=True, storage=storage) as engine:
             warn(progress, engine.plan_join(settings.joined_db).estimate.warnings(), len(engine))
             with join_notes(engine, work / "join.notes", settings.joined_db) as notes:
-                links = linked(engine, notes, settings.joined_db, progress)
+                found = linked(engine, notes, settings.joined_db, progress)
             checked = _check_shared(engine, staged, shared, work / "ids.notes", settings, progress)
-        links = _each_once(links)
+        links = _each_once(found.kept())
         groups = _groups(registers, staged, links, settings)
         district_of = _districts(registers, staged, links)
     finally:
         staging.close()
-    summary = write_results(out, registers, links, groups, checked, district_of, settings)
+    summary = write_results(out, registers, links, groups, checked, district_of, settings, sum(found.left_out.values()))
     return [record for group in groups if group.applies for record in group.absorbed], summary
 
 
