@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,14 @@ from biodedup.cli.base import (
     say,
     show_table,
 )
+from biodedup.cli.table_options import (
+    CheckOption,
+    ColumnsOption,
+    EncodingOption,
+    IgnoreColumnsOption,
+    finish_check,
+    table_options,
+)
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.names import MERGES_FOLDER
 from biodedup.values import Cluster
@@ -48,6 +56,10 @@ def dedup(
     threshold_db: Annotated[
         float | None, typer.Option(help="Link pairs from this score on; default: the policy's.")
     ] = None,
+    check: CheckOption = False,
+    encoding: EncodingOption = None,
+    columns: ColumnsOption = None,
+    ignore_columns: IgnoreColumnsOption = False,
     across_positions: AcrossOption = False,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -59,6 +71,11 @@ def dedup(
     images or rows were refused.
     """
     is_gallery = jobs.is_gallery(source)
+    if is_gallery and (check or encoding or columns or ignore_columns):
+        raise InvalidInput(f"{source} is a gallery; --check and options of tables are for a folder or a manifest")
+    options = table_options(source, encoding, columns, ignore_columns=ignore_columns)
+    if check:
+        finish_check(jobs.check_captures(source, options), as_json)
     chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
     if is_gallery:
         # reading only: enrolment goes on beside it, for hours
@@ -70,7 +87,7 @@ def dedup(
             say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}{_left_out(cluster)}")
         raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
     with progress_bar(lines=not as_json) as progress:
-        found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, progress=progress)
+        found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, options=options, progress=progress)
     summary = found.summary() | {"result": str(result)}
     if as_json:
         print_summary(summary, as_json)
@@ -104,12 +121,22 @@ def load(
         ),
     ],
     ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
-    column: Annotated[str, typer.Option(help="Column of a .npy file.")] = "face",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="NAME[=HEADER]",
+            help="Column of a .npy file; default: face. With HEADER: a column's header in a table, as subject_id=NIK. Repeatable.",
+        ),
+    ] = None,
     model_id: ModelIdOption = None,
     record_model_id: Annotated[
         str | None,
         typer.Option(help="What extracted the minutiae records; mindtct-1 if captures are to be compared with them."),
     ] = None,
+    check: CheckOption = False,
+    encoding: EncodingOption = None,
+    ignore_columns: IgnoreColumnsOption = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -119,8 +146,23 @@ def load(
     An interrupted run resumes when the same command is started again. Exit code 12: some rows were refused.
     """
     chosen = configured(gallery, config, more={"finger.record_model_id": record_model_id})
+    mapped = [text for text in column or () if "=" in text]
+    vectors_columns = [text for text in column or () if "=" not in text] or ["face"]
+    if len(vectors_columns) > 1:
+        raise InvalidInput(f"--column names {vectors_columns}; a .npy file has one column")
+    options = table_options(ids or source, encoding, mapped, ignore_columns=ignore_columns)
+    given: dict[str, Any] = {
+        "ids": ids,
+        "column": vectors_columns[0],
+        "model_id": model_ids(model_id),
+        "options": options,
+    }
+    if check:
+        finish_check(jobs.check_load(chosen, source, **given), as_json)
+    # a gallery is made only for a table that was accepted
+    accepted = source if jobs.is_gallery(gallery) else jobs.accept_load(chosen, source, **given)
     with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
-        result = jobs.load(engine, source, ids=ids, column=column, model_id=model_ids(model_id), progress=progress)
+        result = jobs.load(engine, accepted, **given, progress=progress)
         size = len(engine)
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {counted(size, 'subject')}"
     for reason, count in result.reasons.items():

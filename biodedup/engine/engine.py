@@ -558,11 +558,12 @@ class Engine:
         renamed("Engine.admit", "Engine.import_captures")
         return self.import_captures(encounters)
 
-    def remove(self, subject_id: str) -> None:
-        """Removes a subject from all later searches. Raises UnknownSubject."""
+    def remove(self, subject_id: str, *others: str) -> None:
+        """Removes a subject, or several in one commit, from all later searches. Raises UnknownSubject; then none is removed."""
         self._check_open()
         with self._gallery.transaction() as transaction:
-            transaction.remove(subject_id)
+            for name in dict.fromkeys((subject_id, *others)):
+                transaction.remove(name)
 
     # care of the gallery ----------------------------------------------------------------------------------------
 

@@ -148,12 +148,9 @@ def test_tables_are_read_with_and_without_a_byte_order_mark(tmp_path, encoding, 
     ]
 
 
-def test_a_table_in_another_encoding_is_named(tmp_path):
-    (tmp_path / "m.csv").write_text("subject_id,path\na,b\n", encoding="utf-16")
-    with pytest.raises(bd.InvalidInput, match="UTF-16"):
-        TableFile(tmp_path / "m.csv")
+def test_a_header_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "m.csv").write_bytes(b"subject_id,path,\xe9t\xe9\na,b,c\n")
-    with pytest.raises(bd.InvalidInput, match="byte 0 of a column's name is no UTF-8"):
+    with pytest.raises(bd.InvalidInput, match="header that is not UTF-8 text; name its encoding, as --encoding cp1252"):
         TableFile(tmp_path / "m.csv")
     (tmp_path / "m.csv").write_text("subject_id,Subject ID,path\na,b,c\n")
     with pytest.raises(bd.InvalidInput, match="repeats a column name"):
@@ -540,11 +537,9 @@ def test_files_of_ids_that_are_none_are_named(tmp_path):
     np.save(tmp_path / "v.npy", FACES[:2])
     np.save(tmp_path / "floats.npy", np.array([1.0, 2.0]))
     np.save(tmp_path / "bytes.npy", np.array([b"001", b"Jos\xe9"]))
-    (tmp_path / "u16.txt").write_text("a\nb\n", encoding="utf-16")
     with bd.Engine.open(tmp_path / "g") as engine:
-        for name, text in (("floats.npy", "wanted \\(n,\\) strings"), ("u16.txt", "UTF-16")):
-            with pytest.raises(bd.InvalidInput, match=text):
-                jobs.load(engine, tmp_path / "v.npy", ids=tmp_path / name)
+        with pytest.raises(bd.InvalidInput, match="wanted \\(n,\\) strings"):
+            jobs.load(engine, tmp_path / "v.npy", ids=tmp_path / "floats.npy")
         assert jobs.load(engine, tmp_path / "v.npy", ids=tmp_path / "bytes.npy").reasons == {
             "subject_id is not UTF-8 text": 1
         }

@@ -25,6 +25,7 @@ import pyarrow as pa
 from biodedup.engine import Engine
 from biodedup.errors import CallerError
 from biodedup.gallery.files.private import make_private_folder
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.roll import Roll, read_roll
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.output import check_table_name, write_table
@@ -140,6 +141,7 @@ def audit(
     *,
     report: Path | None = None,
     threshold_db: float | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
     progress: Progress = silent,
 ) -> AuditResult:
     """Checks a roll (`read_roll`) and writes `out` (.parquet or .csv), a row a finding, and a page for people.
@@ -148,7 +150,7 @@ def audit(
     for a roll that cannot be read at all, GalleryDamaged, StorageUnavailable.
     """
     check_table_name(out)
-    listed = read_roll(roll)
+    listed = read_roll(roll, options)
     key = {
         "roll": hashlib.sha256(roll.read_bytes()).hexdigest(),
         "gallery": engine.info()["gallery_id"],
@@ -156,6 +158,8 @@ def audit(
         "threshold_db": threshold_db,
         "across_positions": engine.config.search.across_positions,
     }
+    if options != DEFAULT_OPTIONS:
+        key["options"] = vars(options) | {"columns": dict(options.columns)}
     for path in (out, report):
         if path is not None:
             make_private_folder(path.parent)

@@ -35,6 +35,7 @@ from biodedup.jobs.manifests.captures import (
     no_images,
     read_rows,
 )
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import check_table_name, write_table
 from biodedup.jobs.shared.progress import Progress, silent, warn
@@ -140,7 +141,7 @@ class DedupResult:
         return told
 
 
-def units_of(source: Path) -> tuple[list[Unit], LeftOut]:
+def units_of(source: Path, options: TableOptions = DEFAULT_OPTIONS) -> tuple[list[Unit], LeftOut]:
     """The units of a folder (an image each, filed under its first-level folder) or of a CSV or Parquet manifest.
 
     A manifest has the columns subject_id and path (relative to the manifest), and may have position (`face`, or a
@@ -153,7 +154,7 @@ def units_of(source: Path) -> tuple[list[Unit], LeftOut]:
         return [Unit(name, label_of(path), (Face(source / path),)) for name, path in images.items()], left_out
     if not source.exists():
         raise InvalidInput(f"{source} does not exist; name a folder of images, or a CSV or Parquet manifest")
-    rows, left_out = read_rows(source)
+    rows, left_out = read_rows(source, options)
     return _manifest_units(rows, left_out)
 
 
@@ -163,9 +164,10 @@ def dedup(
     config: Config | None = None,
     *,
     threshold_db: float | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
     progress: Progress = silent,
 ) -> DedupResult:
-    """Finds the units that are one person and writes `out` (.parquet or .csv), its pairs and its summary beside it.
+    """Finds the units that are one person and writes `out` (.parquet or .csv), its pairs and its summary beside it. options: of a manifest.
 
     Raises InvalidInput, GalleryBusy (another job has this result), StorageUnavailable.
     """
@@ -177,7 +179,7 @@ def dedup(
                 f"{other} is a result, whose summary {_summary_of(out)} would be replaced; give this one another name"
             )
     config = (config or Config(isolation=IsolationConfig())).with_policy()
-    units, left_out = units_of(source)
+    units, left_out = units_of(source, options)
     make_private_folder(out.parent)
     with Engine.open(_work_of(out), config, override_policy=True) as engine:
         refusals = _fill(engine, units, config.batch_size, progress)

@@ -44,6 +44,7 @@ from biodedup.jobs.kits.state import (
     replaced_sequences,
     save_state,
 )
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.page import write_page
@@ -128,6 +129,7 @@ def pack_batch(
     only_good: bool = False,
     as_templates: bool = False,
     report: Path | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
     clock: Callable[[], float] = time.time,
     progress: Progress = silent,
 ) -> PackResult:
@@ -141,7 +143,7 @@ def pack_batch(
     config = (config or Config(isolation=IsolationConfig())).with_policy()
     kit = load_key(key, passphrase)
     to = load_centre_public(key.with_name("centre.pub") if centre is None else centre)
-    planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max)
+    planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max, options=options)
     if len(planned) > RECORDS_MAX:
         raise InvalidInput(
             f"{manifest} has {len(planned):,} records, a batch at most {RECORDS_MAX:,}; make several batches"

@@ -19,6 +19,7 @@ from typing import Any
 
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.fields import CaptureCell, Unusable, capture_of, check_fields, id_of, subject_of
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.texts import shown, writable
 from biodedup.values import Capture, Face, Finger, Refusal
@@ -156,13 +157,18 @@ def label_of(relative: Path) -> str | None:
 # manifests ----------------------------------------------------------------------------------------------------------
 
 
-def read_rows(manifest: Path) -> tuple[list[Row], LeftOut]:
+def read_rows(
+    manifest: Path, options: TableOptions = DEFAULT_OPTIONS, *, carried: bool = False
+) -> tuple[list[Row], LeftOut]:
     """A manifest has the columns subject_id and path (relative to the manifest), and may have position (`face`, or a finger's
-    position), dpi, encounter_id, and any others. Raises InvalidInput for what is no manifest."""
-    table = TableFile(manifest)
+    position), dpi and encounter_id. carried: it may have others, which describe the subject. Raises InvalidInput for what is no manifest."""
+    table = TableFile(manifest, options)
     absent = {"subject_id", "path"} - set(table.names)
     if absent:
-        raise InvalidInput(f"{manifest} lacks the columns {sorted(absent)}; it has {table.names}")
+        raise InvalidInput(
+            f"{manifest} lacks the columns {sorted(absent)}; it has {table.names}. Name them, as --column subject_id=NAME"
+        )
+    options.check_columns(table.names, (*RESERVED, "missing"), manifest, carried=carried)
     rows: list[Row] = []
     refused: list[RefusedRow] = []
     for number, cells in table.rows():
