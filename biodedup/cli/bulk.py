@@ -89,6 +89,9 @@ def enroll_batch(
     if check:
         finish_check(jobs.check_encounters(manifest, options), as_json)
     if not jobs.is_gallery(gallery):  # a gallery is made only for a manifest that was accepted
+        from biodedup.jobs.shared.output import check_table_name  # here, so that help texts need not load pyarrow
+
+        check_table_name(result)
         jobs.accept_encounters(manifest, options)
     with (
         bd.Engine.open(gallery, chosen) as engine,

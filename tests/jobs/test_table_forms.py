@@ -304,10 +304,12 @@ def test_no_command_makes_a_gallery_for_a_table_that_is_not_accepted(tmp_path):
     (tmp_path / "m.csv").write_text("NIK,path\n1,a.jpg\n")
     pq.write_table(pa.table({"subject_id": ["a"], "face": list(people(1))}), tmp_path / "v.parquet")
     (tmp_path / "not.parquet").write_bytes(b"PAR1")
+    (tmp_path / "good.csv").write_text("subject_id,path\n1,a.jpg\n")
     for command in (
         ("enroll-batch", "m.csv"),
         ("enroll-batch", "absent.csv"),
         ("enroll-batch", "not.parquet"),
+        ("enroll-batch", "good.csv", "--out", "outcomes.txt"),
         ("enroll-batch", "m.csv", "--announce"),
         ("load", "v.parquet"),
         ("load", "absent.parquet"),

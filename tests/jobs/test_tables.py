@@ -412,7 +412,38 @@ def test_images_are_told_by_suffix_or_content_and_the_rest_is_counted(tmp_path, 
     found, left_out = images_of(tmp_path)
     assert list(found) == ["a/1.jpg", "b/1.jfif", "c/1.JPG", "d/1.jpe", "e/1"]
     assert left_out.files == {".heic": 2, "no suffix": 2, "._*": 1, ".txt": 1, "linked folder": 1}
-    assert left_out.sentences() == ["7 files left out: .heic 2, no suffix 2, ._* 1, .txt 1, linked folder 1"]
+    assert left_out.sentences(files_max=0) == ["7 files left out: .heic 2, no suffix 2, ._* 1, .txt 1, linked folder 1"]
+
+
+def test_a_file_with_another_suffix_is_compared_if_its_content_is_a_picture(tmp_path, portrait):
+    import cv2
+
+    def encoded(suffix):
+        return cv2.imencode(suffix, portrait[:64, :64])[1].tobytes()
+
+    files = {
+        "1.dat": encoded(".jpg"), "2.jpg_old": encoded(".png"), "3.bak": encoded(".bmp"), "4.v2": encoded(".ppm"), "5.x": encoded(".tif"),
+        "6.x": encoded(".webp"),
+    }  # fmt: skip
+    others = {
+        "photo.heic": (b"\0\0\0\x18ftypheic" + bytes(8), "HEIC, which is not read"),
+        "film.mp4": (b"\0\0\0\x18ftypisom" + bytes(8), "a video, which is not read"),
+        "scan.pdf": (b"%PDF-1.7\n", "a PDF, not a picture"),
+        "list.docx": (b"PK\3\4" + bytes(20), "a ZIP archive or an office document, not a picture"),
+        "raw.nef": (b"II*\0" + bytes(20), "a raw photograph, which is not read"),
+        "plan.txt": (b"P1 is the first plan", "no picture by its first bytes"),
+        "more.txt": (b"BM is short for benchmark", "no picture by its first bytes"),
+        "nothing": (b"", "empty"),
+    }
+    for name, content in (files | {name: content for name, (content, _) in others.items()}).items():
+        (tmp_path / name).write_bytes(content)
+    found, left_out = images_of(tmp_path)
+    assert list(found) == list(files)
+    assert left_out.reasons.keys() == others.keys()
+    assert all(left_out.reasons[name].startswith(why) for name, (_, why) in others.items())
+    assert left_out.to_dict()["left_out_files"] == left_out.reasons
+    assert sum(left_out.files.values()) == len(others)
+    assert any("photo.heic: HEIC" in sentence for sentence in left_out.sentences())
 
 
 def test_odd_file_names_neither_end_a_job_nor_rename_others(tmp_path, portrait):

@@ -6,7 +6,7 @@ Owns the report of such a check. Never opens a gallery, and never decodes a capt
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,17 @@ class Checked:
     columns: Mapping[str, str] = field(default_factory=dict)
     form: str = ""
     notes: tuple[str, ...] = ()
-    files_left_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def _left_out(self) -> LeftOut:
+        return replace(self.left_out, rows=self.refused)
 
     def sentences(self, rows_max: int = 20) -> list[str]:
         """The sentences of a report."""
         renamed = [f"{own} is {name}" for name, own in self.columns.items() if name != own]
         told = [f"{self.source}{f': {self.form}' if self.form else ''}"]
         told += [f"columns: {', '.join(renamed)}"] if renamed else []
-        told += LeftOut(self.files_left_out, self.refused).sentences(rows_max)
+        told += self._left_out().sentences(rows_max)
         told += self.notes
         return [
             *told,
@@ -50,7 +53,7 @@ class Checked:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         facts = {"source": self.source, "rows": self.rows, "form": self.form, "columns": dict(self.columns)}
-        return facts | {"notes": list(self.notes)} | LeftOut(self.files_left_out, self.refused).to_dict()
+        return facts | {"notes": list(self.notes)} | self._left_out().to_dict()
 
 
 def check_captures(source: Path, options: TableOptions = DEFAULT_OPTIONS, *, carried: bool = False) -> Checked:
@@ -59,7 +62,7 @@ def check_captures(source: Path, options: TableOptions = DEFAULT_OPTIONS, *, car
         images, left_out = images_of(source)
         if not images:
             raise no_images(source, left_out)
-        return Checked(str(source), len(images), files_left_out=left_out.files)
+        return Checked(str(source), len(images), left_out=left_out)
     rows, left_out = read_rows(source, options, carried=carried)
     refused = list(left_out.rows)
     refused += [bad for row in rows if (bad := _absent(row.number, row.subject_id, [row.capture.data])) is not None]
