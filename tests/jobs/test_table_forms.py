@@ -140,6 +140,15 @@ def test_the_line_in_which_excel_names_the_separator_is_no_header(tmp_path):
     assert (roll.texts("subject_id"), roll.lines.tolist()) == (["001", "003"], [3, 5])
 
 
+def test_empty_lines_before_the_header_and_line_ends_in_its_names_are_no_trouble(tmp_path):
+    (tmp_path / "m.csv").write_text('\n\n"subject_id";path\n1;a.jpg\n2;b.jpg;\n3;c.jpg\n')
+    rows, left_out = read_rows(tmp_path / "m.csv")
+    assert [row.number for row in rows] == [1, 3] and [row.number for row in left_out.rows] == [2]
+    (tmp_path / "n.csv").write_text('subject_id,"path\nof the file"\n1,a.jpg\n')
+    table = TableFile(tmp_path / "n.csv", TableOptions(columns={"path": "path\nof the file"}))
+    assert [cells for _, cells in table.rows()] == [{"subject_id": "1", "path": "a.jpg"}]
+
+
 # positions, ids and dates ------------------------------------------------------------------------------------------------------
 
 

@@ -207,12 +207,12 @@ class _Rows:
 def _rows_of(batch: Any, position: int, source: str, options: TableOptions) -> _Rows:
     """Raises InvalidInput where the columns are none that can be loaded."""
     batch = batch.rename_columns(options.names(batch.schema.names, source, _KNOWN))
-    options.check_columns(batch.schema.names, _KNOWN, source, carried=False)
     columns = [n for n in batch.schema.names if n in COLUMNS and not pa.types.is_null(batch.column(n).type)]
     if "subject_id" not in batch.schema.names or not columns:
         raise InvalidInput(
             f"{source} has the columns {batch.schema.names}; wanted subject_id, and at least one of {', '.join(COLUMNS)}"
         )
+    options.check_columns(batch.schema.names, _KNOWN, source, carried=False)
     subject_ids, refusals = _ids(batch.column("subject_id"))
     binary = {name for name in columns if name != "face" and _is_binary(batch.column(name).type)}
     vectors, present = {}, {}
@@ -244,7 +244,8 @@ def _opened(
         file = pa.parquet.ParquetFile(source, pre_buffer=False)  # its buffers would be kept to the end of the file
         written = file.schema_arrow.names
         names = options.names(written, source, _KNOWN)
-        options.check_columns(names, _KNOWN, source, carried=False)
+        if "subject_id" in names and set(names) & set(COLUMNS):  # else that is what is wrong
+            options.check_columns(names, _KNOWN, source, carried=False)
         wanted = [own for own, name in zip(written, names, strict=True) if name in _KNOWN] or None
         return file.iter_batches(batch_size=BATCH_ROWS // 4, columns=wanted), file.metadata.num_rows
     except FileNotFoundError as error:

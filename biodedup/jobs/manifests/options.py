@@ -57,7 +57,9 @@ class TableOptions:
             mapped[alike[0]] = name
         names = [mapped.get(one) or column_name(one, known) for one in given]
         if len(set(names)) < len(names):
-            raise InvalidInput(f"{path} repeats a column name in {names}; give each column a name of its own")
+            raise InvalidInput(
+                f"{path} repeats a column name, one of {names} is there twice; give each column a name of its own"
+            )
         return names
 
     def check_columns(self, names: Iterable[str], used: Collection[str], path: Path | str, *, carried: bool) -> None:

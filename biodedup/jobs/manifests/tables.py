@@ -21,7 +21,7 @@ import pyarrow.parquet
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.fields import ID_COLUMNS
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
-from biodedup.jobs.manifests.text_form import TextForm, open_utf8, refuse_no_text, text_form
+from biodedup.jobs.manifests.text_form import TextForm, header_of, open_utf8, refuse_no_text, text_form
 from biodedup.jobs.shared.spreadsheet import rearmed
 
 Row: TypeAlias = tuple[int, Mapping[str, Any]]
@@ -111,10 +111,8 @@ def _form_and_schema(path: Path, options: TableOptions) -> tuple[TextForm | None
         if path.suffix.lower() in CSV_SUFFIXES:
             form = text_form(path, options.encoding)
             refuse_no_text(form, path)
-            given = pa.csv.ReadOptions(skip_rows=form.lines_before)
-            parsed = _dialect(form, lambda row: "skip")
-            with pa.csv.open_csv(_source(path, form), read_options=given, parse_options=parsed) as reader:
-                return form, pa.schema([(name, pa.string()) for name in reader.schema.names])
+            # not by Arrow, whose threads may outlive a program that ends at once
+            return form, pa.schema([(name, pa.string()) for name in header_of(path, form)])
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist; name a Parquet or CSV manifest") from None
     except (pa.ArrowException, OSError) as error:

@@ -35,7 +35,7 @@ _SEP_LINE = re.compile(r"\ufeff?sep=(.)\s*", re.IGNORECASE)
 @dataclass(frozen=True)
 class TextForm:
     """encoding: a codec's name, `utf-8` with or without a byte order mark; guessed: whether it was found by its letters alone; lines_before:
-    the header, `sep=;` as Excel writes it; header: the first line after them."""
+    the header: `sep=;` as Excel writes it, and empty ones; header: the first line after them."""
 
     encoding: str
     delimiter: str
@@ -56,10 +56,24 @@ def text_form(path: Path, encoding: str | None = None) -> TextForm:
     with open_text(path, encoding) as file:
         header, before = file.readline(_HEADER_BYTES), 0
         sep = _SEP_LINE.fullmatch(header)
-        if sep is not None:
-            header, before = file.readline(_HEADER_BYTES), 1
+        while header and (not header.strip() or (before == 0 and sep is not None)):
+            header, before = file.readline(_HEADER_BYTES), before + 1
     header = header.removeprefix("\ufeff").rstrip("\r\n")
     return TextForm(encoding, _delimiter(header) if sep is None else sep[1], header, before, guessed)
+
+
+def header_of(path: Path, form: TextForm) -> list[str]:
+    """The names of the columns; a quoted one may hold several lines. Raises OSError, InvalidInput."""
+    with open_text(path, form.encoding) as file:
+        for _ in range(form.lines_before):
+            file.readline(_HEADER_BYTES)
+        try:
+            names = next(csv.reader(file, delimiter=form.delimiter), [])
+        except csv.Error as error:
+            raise InvalidInput(f"{path} has a header that cannot be read ({error}); save it as CSV UTF-8") from error
+    if not names:
+        raise InvalidInput(f"{path} has no header line; the first line names the columns, as subject_id,path")
+    return [names[0].removeprefix("\ufeff"), *names[1:]]
 
 
 def open_text(path: Path, encoding: str, *, errors: str = "replace") -> IO[str]:
