@@ -147,7 +147,7 @@ def test_an_audit_of_a_crowd_names_every_listed_subject_of_it(crowd, tmp_path):
 def test_an_audit_that_left_links_out_begins_anew_where_the_gallery_changed(crowd, tmp_path, monkeypatch):
     from biodedup.engine import search as searches
 
-    monkeypatch.setattr(searches, "JOIN_ROWS", 130)
+    monkeypatch.setattr(searches, "JOIN_ROWS", 200)  # the whole crowd in one step
     (tmp_path / "roll.csv").write_text("subject_id\n" + "".join(f"ghost {i}\n" for i in range(150)))
 
     def stop(stage, done, total):
