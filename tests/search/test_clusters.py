@@ -144,6 +144,18 @@ def test_an_audit_of_a_crowd_names_every_listed_subject_of_it(crowd, tmp_path):
     assert len(result.findings) < 1_000 and result.summary()["links_left_out"] > 5_000
 
 
+@pytest.mark.parametrize("listed", [range(1, 150, 2), range(140, 150)], ids=["half", "few"])
+def test_an_audit_of_a_crowd_says_which_listed_subjects_are_one_person(crowd, tmp_path, listed):
+    # most of the gallery is listed, or little of it: the join goes another way
+    names = [f"ghost {i}" for i in listed]
+    others = [f"other {i}" for i in range(100)] if len(names) > 50 else []
+    (tmp_path / "roll.csv").write_text("subject_id\n" + "".join(f"{name}\n" for name in [*names, *others]))
+    findings = jobs.audit(crowd, tmp_path / "roll.csv", tmp_path / "a.csv").findings
+    doubles = [f for f in findings if f.finding == "two_ids"]
+    assert {name for f in doubles for name in (f.subject_id, f.other_id)} == set(names)
+    assert {f.person for f in findings} == {1}
+
+
 def test_an_audit_that_left_links_out_begins_anew_where_the_gallery_changed(crowd, tmp_path, monkeypatch):
     from biodedup.engine import search as searches
 

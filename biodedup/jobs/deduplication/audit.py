@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.output import check_table_name, write_table
 from biodedup.jobs.shared.page import write_page
 from biodedup.jobs.shared.progress import Progress, silent, warn
-from biodedup.search.clusters import Links
+from biodedup.search.clusters import Links, clusters_of
 from biodedup.tables import flat, plain
-from biodedup.values import Capture, Decision, Encounter, Face, Finger, Link
+from biodedup.values import Capture, Cluster, Decision, Encounter, Face, Finger, Link
 
 AUDIT_KINDS = {
     "two_ids": "one person listed under two ids",
@@ -227,12 +227,9 @@ def _of_subjects(
         detail = "" if case is None else f"in review: case {case}"
         findings.append(_finding(roll, "not_enrolled", at[subject_id], subject_id, detail=detail))
     warn(progress, engine.plan_join(threshold_db, listed=len(present)).estimate.warnings(), len(present))
-    joined = _links(engine, present, threshold_db, notes, progress)
-    links = sorted(joined.kept(), key=lambda link: link.subject_ids)
-    clusters = sorted(
-        joined.clusters(), key=lambda cluster: min(at.get(name, len(which)) for name in cluster.subject_ids)
-    )
-    person_of = {name: number for number, cluster in enumerate(clusters, start=1) for name in cluster.subject_ids}
+    links, people = _people(_links(engine, present, threshold_db, notes, progress), set(present))
+    people.sort(key=lambda cluster: min(at.get(name, len(which)) for name in cluster.subject_ids))
+    person_of = {name: number for number, cluster in enumerate(people, start=1) for name in cluster.subject_ids}
     for link in links:
         mine, other = sorted(link.subject_ids, key=lambda name: (at.get(name, len(which)), name))
         about: dict[str, Any] = {
@@ -244,17 +241,46 @@ def _of_subjects(
             findings.append(_finding(roll, "two_ids", at[mine], mine, other_id=other, other=at[other], **about))
         else:
             findings.append(_finding(roll, "enrolled_twice", at[mine], mine, other_id=other, **about))
-    return findings, len(present), sum(joined.left_out.values())
+    findings += _of_crowds(roll, people, at, findings)
+    return findings, len(present), sum(cluster.links_left_out for cluster in people)
+
+
+def _people(joined: Links, listed: set[str]) -> tuple[list[Link], list[Cluster]]:
+    """(links of listed subjects, clusters with one): what links of others connect is one person only where links were left out."""
+    links: list[Link] = []
+    people: list[Cluster] = []
+    for cluster in joined.clusters():
+        own = [link for link in cluster.links if not listed.isdisjoint(link.subject_ids)]
+        links += own
+        if own:
+            people += [cluster] if cluster.links_left_out else clusters_of(own)
+    return sorted(links, key=lambda link: link.subject_ids), people
+
+
+def _of_crowds(
+    roll: Roll, people: Sequence[Cluster], at: Mapping[str, int], findings: Sequence[Finding]
+) -> list[Finding]:
+    """A finding for each listed subject of a crowd whose pairs with other listed ones were all left out."""
+    told = {(f.finding, name) for f in findings for name in (f.subject_id, f.other_id)}
+    more = []
+    for number, cluster in enumerate(people, start=1):
+        first, *others = sorted((name for name in cluster.subject_ids if name in at), key=lambda name: at[name])
+        for name in others if cluster.links_left_out else ():
+            if ("two_ids", name) not in told:
+                detail = f"one of {len(cluster.subject_ids):,} records that are alike"
+                about: dict[str, Any] = {"other_id": name, "other": at[name], "person": number, "detail": detail}
+                more.append(_finding(roll, "two_ids", at[first], first, **about))
+    return more
 
 
 def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: Notes, progress: Progress) -> Links:
     """Pairs of a listed subject and any other that reach the threshold, each once."""
     info = engine.info()
     state = {"version": info["gallery_version"], "sealed_rows": info["sealed_rows"]}
-    # for most of a gallery, comparing each subject with all later ones takes less than comparing each with all
     changed = bool(notes.entries) and any(notes.entries[0][name] != value for name, value in state.items())
     if changed and any(entry.get("left_out") for entry in notes.entries):
         notes.begin_anew()  # a link that was left out may be the one that holds, once a subject is gone
+    # for most of a gallery, comparing each subject with all later ones takes less than comparing each with all
     begun = notes.entries[0] if notes.entries else state | {"whole": 2 * len(present) > len(engine)}
     done = notes.entries[-1]["done"] if notes.entries else 0
     if begun["whole"] and all(begun[name] == value for name, value in state.items()):
@@ -279,7 +305,8 @@ def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: N
 
 
 def _standing(engine: Engine, listed: set[str], entries: Sequence[dict[str, Any]]) -> Links:
-    """Links of listed subjects, without subjects that were updated or removed since, and without pairs that were judged different since."""
+    """The links, without subjects that were updated or removed since, and without pairs that were judged different since. Of others than
+    listed subjects alone only those that may connect a crowd."""
     names = list(dict.fromkeys(name for entry in entries for link in entry["links"] for name in link[:2]))
     row_of = dict(zip(names, engine.rows_of(names).tolist(), strict=True))
     different = _different(engine)
@@ -288,7 +315,8 @@ def _standing(engine: Engine, listed: set[str], entries: Sequence[dict[str, Any]
         standing = []
         for a, b, score_db, extrapolated in entry["links"]:
             there = all(0 <= row_of[name] < entry["reached"][1] for name in (a, b))
-            if there and not listed.isdisjoint((a, b)) and frozenset((a, b)) not in different:
+            counts = "left_out" in entry or not listed.isdisjoint((a, b))
+            if there and counts and frozenset((a, b)) not in different:
                 standing.append(Link((min(a, b), max(a, b)), score_db, extrapolated, ()))
         links.add(standing, entry.get("left_out"))
     return links
