@@ -181,6 +181,22 @@ def test_an_id_that_a_spreadsheet_rounded_is_refused_by_name(tmp_path, cell):
         assert ids[-2:] == ["1", "2"] and cell not in ids
 
 
+@pytest.mark.parametrize(("encoding", "separator"), [("utf-8", ","), ("utf-16", ";"), ("utf-8-sig", "\t")])
+def test_a_calibration_reads_the_same_tables_and_refuses_rounded_ids(tmp_path, encoding, separator):
+    from biodedup.jobs.evaluation.calibrate import read_pairs
+
+    header = ("similarity", "mated", "subject_a", "subject_b")
+    rows = [("0.1", "false", "José", "001"), ("0.2", "false", "1", "01"), ("0.9", "true", "José", "José")]
+    (tmp_path / "p.csv").write_bytes(lines(header, *rows, separator=separator).encode(encoding))
+    pairs = read_pairs(tmp_path / "p.csv", ("similarity",))
+    assert pairs.mated.tolist() == [False, False, True] and len({*pairs.a.tolist(), *pairs.b.tolist()}) == 4
+    (tmp_path / "p.csv").write_bytes(
+        lines(header, *rows, ("0.1", "false", "1", "3.17E+15"), separator=separator).encode(encoding)
+    )
+    with pytest.raises(bd.InvalidInput, match="in row 4 and 0 more, subject_b was rounded by a spreadsheet"):
+        read_pairs(tmp_path / "p.csv", ("similarity",))
+
+
 def test_dates_are_read_in_the_declared_form_and_others_cost_their_row(tmp_path):
     at = datetime(2026, 3, 4, tzinfo=UTC).timestamp()
     assert moment_of("04/03/2026", "%d/%m/%Y") == at

@@ -53,7 +53,7 @@ _PATH_LENGTH_MAX = 4_096
 _CODE = re.compile(r"(?:(?:finger|fgp)[\s_-]*)?0*([0-9]{1,2})(?:\.0+)?", re.IGNORECASE)
 _DPI = re.compile(r"(\d+(?:[.,]\d*)?)\s*(?:dpi|ppi)?", re.IGNORECASE)
 _ROUNDED = r"^[0-9]+([.,][0-9]+)?[Ee]\+[0-9]+$"
-_WAS_ROUNDED = "was rounded by a spreadsheet; format the column as text"
+WAS_ROUNDED = "was rounded by a spreadsheet; format the column as text"
 
 
 class Unusable(Exception):
@@ -142,7 +142,7 @@ def id_of(cells: Mapping[str, Any], column: str) -> str | None:
     text = text_of(cells.get(column), column)
     if text is not None:
         if re.fullmatch(_ROUNDED, text):
-            raise Unusable("unusable_id", f"{column} {_WAS_ROUNDED}")
+            raise Unusable("unusable_id", f"{column} {WAS_ROUNDED}")
         try:
             check_encounter_id(text) if column == "encounter_id" else check_id(text, column)
         except InvalidInput as error:
@@ -166,9 +166,14 @@ def ids_of(cells: Any, column: str) -> tuple[Any, NDArray[np.object_]]:
     problems = _id_problems(texts)
     wrong = np.flatnonzero(problems != "")
     problems[wrong] = [f"{column} is not usable: it {problem}" for problem in problems[wrong]]
-    problems[_mask(pc.match_substring_regex(texts, _ROUNDED))] = f"{column} {_WAS_ROUNDED}"
+    problems[were_rounded(texts)] = f"{column} {WAS_ROUNDED}"
     problems[_mask(pc.match_substring(texts, UNREADABLE))] = f"{column} is not UTF-8 text"
     return texts, problems
+
+
+def were_rounded(texts: Any) -> NDArray[np.bool_]:
+    """bool (n,): which texts of an Arrow array are numbers that a spreadsheet rounded, as `3.17E+15`."""
+    return _mask(pc.match_substring_regex(texts, _ROUNDED))
 
 
 def utf8_of(texts: Any) -> Any:
