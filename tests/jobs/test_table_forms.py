@@ -321,6 +321,13 @@ def test_a_check_of_templates_finds_the_rows_that_load_refuses(tmp_path):
         assert jobs.load(engine, tmp_path / "v.parquet", model_id=SFACE).refused_rows == (1,)
 
 
+def test_a_check_of_labelled_templates_names_rows_without_a_usable_subject(tmp_path):
+    table = pa.table({"subject_id": ["a", "", "3.17E+15", "b"], "face": list(people(4)), "age": [1, 2, 3, 4]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    checked = jobs.check_captures(tmp_path / "t.parquet", carried=True)
+    assert (checked.rows, [row.number for row in checked.refused]) == (4, [2, 3])
+
+
 # the command line ---------------------------------------------------------------------------------------------------
 
 

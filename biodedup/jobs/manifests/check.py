@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from biodedup.jobs.manifests.captures import LeftOut, RefusedRow, images_of, no_images, read_rows
+from biodedup.errors import InvalidInput
+from biodedup.jobs.manifests.captures import RESERVED, LeftOut, RefusedRow, images_of, no_images, read_rows
 from biodedup.jobs.manifests.encounters import Manifest, Record
-from biodedup.jobs.manifests.fields import moment_of
+from biodedup.jobs.manifests.fields import Unusable, check_fields, id_of, moment_of, subject_of
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.roll import read_roll
 from biodedup.jobs.manifests.tables import TableFile
-from biodedup.values import Refusal
+from biodedup.values import COLUMNS, Refusal
 
 _NAMES = {"utf-8": "UTF-8", "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "cp1252": "Windows-1252"}
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tabulator", "|": "vertical bar"}
@@ -63,10 +64,31 @@ def check_captures(source: Path, options: TableOptions = DEFAULT_OPTIONS, *, car
         if not images:
             raise no_images(source, left_out)
         return Checked(str(source), len(images), left_out=left_out)
+    if carried and source.exists():
+        table = TableFile(source, options)
+        if "path" not in table.names and set(table.names) & set(COLUMNS):
+            return _check_templates(table)
     rows, left_out = read_rows(source, options, carried=carried)
     refused = list(left_out.rows)
     refused += [bad for row in rows if (bad := _absent(row.number, row.subject_id, [row.capture.data])) is not None]
     return _checked(TableFile(source, options), len(rows) + len(left_out.rows), refused)
+
+
+def _check_templates(table: TableFile) -> Checked:
+    """A table of templates, as `evaluate` reads it: the ids of its rows."""
+    if "subject_id" not in table.names:
+        raise InvalidInput(f"{table.path} has the columns {table.names}; wanted subject_id beside the templates")
+    table.options.check_columns(table.names, (*RESERVED, *COLUMNS), table.path, carried=True)
+    refused: list[RefusedRow] = []
+    count = 0
+    for number, cells in table.rows([name for name in ("subject_id", "encounter_id") if name in table.names]):
+        count += 1
+        try:
+            check_fields(cells)
+            subject_of(cells), id_of(cells, "encounter_id")
+        except Unusable as error:
+            refused.append(RefusedRow(number, None, error.refusal))
+    return _checked(table, count, refused)
 
 
 def check_encounters(manifest: Path, options: TableOptions = DEFAULT_OPTIONS) -> Checked:
