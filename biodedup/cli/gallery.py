@@ -164,14 +164,19 @@ def load(
     with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
         result = jobs.load(engine, accepted, **given, progress=progress)
         size = len(engine)
+    finish(asdict(result) | {"subjects": size}, _loaded(result, size), as_json)
+    raise typer.Exit(Exit.REFUSED if result.refused else Exit.DONE)
+
+
+def _loaded(result: jobs.LoadResult, size: int) -> str:
+    """What a load did, in a line."""
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {counted(size, 'subject')}"
     for reason, count in result.reasons.items():
         text += f"; {reason}: {count:,}"
     if result.refused_rows:
         named = zip(result.refused_rows, result.refused_ids, strict=True)
         text += f"; refused rows: {', '.join(f'{row} {subject_id}'.strip() for row, subject_id in named)}"
-    finish(asdict(result) | {"subjects": size}, text, as_json)
-    raise typer.Exit(Exit.REFUSED if result.refused else Exit.DONE)
+    return text
 
 
 @app.command(rich_help_panel=Panel.GALLERY)
