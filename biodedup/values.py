@@ -494,11 +494,15 @@ class Link:
 @dataclass(frozen=True)
 class Cluster:
     """Subjects connected by links. weakest_db: score of the weakest link that holds the cluster together. One false link can connect the
-    records of two people."""
+    records of two people.
+
+    links_left_out: of a cluster with more than 1,000 links, how many are not in `links`, which has those that hold it together, the 100
+    strongest and the 100 weakest. A link that was found from both sides may count twice."""
 
     subject_ids: tuple[str, ...]
     links: tuple[Link, ...]
     weakest_db: float
+    links_left_out: int = 0
 
 
 def check_id(value: object, name: str) -> None:

@@ -29,6 +29,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.config import Config, IsolationConfig
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
+from biodedup.jobs.shared.progress import WARNING
 from biodedup.settings import Settings, settings_for
 from biodedup.texts import json_text, shown
 from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal, to_dict
@@ -281,6 +282,9 @@ def progress_bar(*, lines: bool = False) -> Iterator[jobs.Progress]:
         told_at = time.monotonic()
 
         def show(stage: str, done: int, total: int) -> None:
+            if stage.startswith(WARNING):
+                complain(stage)
+                return
             if stage not in tasks:
                 tasks[stage] = bar.add_task(shown(stage), total=total)
             bar.update(tasks[stage], completed=done, total=total)

@@ -31,6 +31,15 @@ from biodedup.cli.base import (
     say,
     show_table,
 )
+from biodedup.cli.table_options import (
+    CheckOption,
+    ColumnsOption,
+    DateFormatOption,
+    EncodingOption,
+    IgnoreColumnsOption,
+    finish_check,
+    table_options,
+)
 from biodedup.config import IsolationConfig
 
 
@@ -64,6 +73,11 @@ def enroll_batch(
     ] = IsolationConfig.capture_s_max,
     model_id: ModelIdOption = None,
     index: IndexOption = None,
+    check: CheckOption = False,
+    encoding: EncodingOption = None,
+    columns: ColumnsOption = None,
+    date_format: DateFormatOption = None,
+    ignore_columns: IgnoreColumnsOption = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -80,12 +94,20 @@ def enroll_batch(
         more={"batch_size": batch, "gallery.index": index_engines(index)},
         usual={"batch_size": 256},
     )
+    options = table_options(manifest, encoding, columns, date_format, ignore_columns)
+    if check:
+        finish_check(jobs.check_encounters(manifest, options), as_json)
+    if not jobs.is_gallery(gallery):  # a gallery is made only for a manifest that was accepted
+        from biodedup.jobs.shared.output import check_table_name  # here, so that help texts need not load pyarrow
+
+        check_table_name(result)
+        jobs.accept_encounters(manifest, options)
     with (
         bd.Engine.open(gallery, chosen) as engine,
         jobs.Backlog.open(gallery) as backlog,
     ):
         if announce:
-            count = jobs.announce(backlog, manifest)
+            count = jobs.announce(backlog, manifest, options=options)
             finish({"announced": count}, f"announced {count:,} encounters", as_json)
             return
         with progress_bar(lines=not as_json) as progress:
@@ -99,6 +121,7 @@ def enroll_batch(
                 capture_s_max=capture_s_max,
                 retry_failed=retry_failed,
                 model_id=model_ids(model_id),
+                options=options,
                 progress=progress,
             )
     summary = done.summary() | {"result": str(result)} | ({"report": str(report)} if report else {})

@@ -11,6 +11,7 @@ from biodedup import jobs
 from biodedup.cli.base import (
     ConfigOption,
     DpiOption,
+    Exit,
     JsonOption,
     ModelIdOption,
     Panel,
@@ -22,6 +23,14 @@ from biodedup.cli.base import (
     progress_bar,
     say,
     show_table,
+)
+from biodedup.cli.table_options import (
+    CheckOption,
+    ColumnsOption,
+    EncodingOption,
+    IgnoreColumnsOption,
+    finish_check,
+    table_options,
 )
 
 
@@ -52,17 +61,24 @@ def evaluate(
         int, typer.Option(min=1, help="At most this many impostor pairs; of more, a random sample.")
     ] = 2_000_000,
     seed: Annotated[int, typer.Option(help="Of that sample and of the bootstrap.")] = 0,
+    check: CheckOption = False,
+    encoding: EncodingOption = None,
+    columns: ColumnsOption = None,
+    ignore_columns: IgnoreColumnsOption = False,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure error rates on labelled captures or templates, in the terms of ISO/IEC 19795-1.
 
-    An interrupted run resumes when the same command is started again.
+    An interrupted run resumes when the same command is started again. Exit code 12: some rows were refused.
 
     Writes the numbers (.json), what they were counted from (.pairs.parquet, .searches.parquet, .encounters.parquet) and a report.
     Templates stay in RESULT.work for the next run; delete it when you are done.
     """
+    options = table_options(source, encoding, columns, ignore_columns=ignore_columns)
+    if check:
+        finish_check(jobs.check_captures(source, options, carried=True), as_json)
     given = {
         "finger.minutiae": minutiae,
         "finger.record_model_id": record_model_id,
@@ -82,11 +98,13 @@ def evaluate(
             seed=seed,
             nonmated_max=nonmated_max,
             pictures=pictures,
+            options=options,
             progress=progress,
         ).document
+    code = Exit.REFUSED if found["left_out"]["rows_refused"] else Exit.DONE
     if as_json:
         print_json(found)
-        return
+        raise typer.Exit(code)
     counts, searches = found["counts"], found["identification"]
     say(
         f"{counts['subjects']:,} subjects, {counts['encounters']:,} encounters, {counts['mated_pairs']:,} mated and "
@@ -111,6 +129,7 @@ def evaluate(
             _row(rows, "FPIR", at, row["fpir"])
         _row(rows, "FNIR", at, row["fnir"])
     show_table(rows, ("rate", "at", "value", "95 %", "events"))
+    raise typer.Exit(code)
 
 
 def _row(rows: list[tuple[str, ...]], name: str, at: str, rate: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -36,8 +36,17 @@ from biodedup.cli.base import (
     say,
     show_table,
 )
+from biodedup.cli.table_options import (
+    CheckOption,
+    ColumnsOption,
+    EncodingOption,
+    IgnoreColumnsOption,
+    finish_check,
+    table_options,
+)
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.names import MERGES_FOLDER
+from biodedup.values import Cluster
 
 
 @app.command(rich_help_panel=Panel.JOBS)
@@ -49,6 +58,10 @@ def dedup(
     threshold_db: Annotated[
         float | None, typer.Option(help="Link pairs from this score on; default: the policy's.")
     ] = None,
+    check: CheckOption = False,
+    encoding: EncodingOption = None,
+    columns: ColumnsOption = None,
+    ignore_columns: IgnoreColumnsOption = False,
     across_positions: AcrossOption = False,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -60,6 +73,11 @@ def dedup(
     images or rows were refused.
     """
     is_gallery = jobs.is_gallery(source)
+    if is_gallery and (check or encoding or columns or ignore_columns):
+        raise InvalidInput(f"{source} is a gallery; --check and options of tables are for a folder or a manifest")
+    options = table_options(source, encoding, columns, ignore_columns=ignore_columns)
+    if check:
+        finish_check(jobs.check_captures(source, options), as_json)
     chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
     if is_gallery:
         # reading only: enrolment goes on beside it, for hours
@@ -68,10 +86,10 @@ def dedup(
         print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
             names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
-            say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}")
+            say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}{_left_out(cluster)}")
         raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
     with progress_bar(lines=not as_json) as progress:
-        found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, progress=progress)
+        found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, options=options, progress=progress)
     summary = found.summary() | {"result": str(result)}
     if as_json:
         print_summary(summary, as_json)
@@ -88,6 +106,12 @@ def dedup(
     raise typer.Exit(Exit.REFUSED if found.refusals or found.left_out.rows else Exit.DONE)
 
 
+def _left_out(cluster: Cluster) -> str:
+    """How many links of a large cluster the result does not list."""
+    count = cluster.links_left_out
+    return f"  ({counted(len(cluster.subject_ids), 'record')}; {count:,} of the links are left out)" if count else ""
+
+
 @app.command(rich_help_panel=Panel.GALLERY)
 def load(
     source: Annotated[
@@ -99,7 +123,14 @@ def load(
         ),
     ],
     ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
-    column: Annotated[str, typer.Option(help="Column of a .npy file.")] = "face",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="NAME[=HEADER]",
+            help="Column of a .npy file; default: face. With HEADER: a column's header in a table, as subject_id=NIK. Repeatable.",
+        ),
+    ] = None,
     model_id: ModelIdOption = None,
     record_model_id: Annotated[
         str | None,
@@ -112,6 +143,9 @@ def load(
             "--faiss", help="FILE is an index that faiss.write_index wrote; --ids is Parquet with id and subject_id."
         ),
     ] = False,
+    check: CheckOption = False,
+    encoding: EncodingOption = None,
+    ignore_columns: IgnoreColumnsOption = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -122,23 +156,47 @@ def load(
     """
     more = {"finger.record_model_id": record_model_id, "gallery.index": index_engines(index)}
     chosen = configured(gallery, config, more=more)
+    mapped = [text for text in column or () if "=" in text]
+    vectors_columns = [text for text in column or () if "=" not in text] or ["face"]
+    if len(vectors_columns) > 1:
+        raise InvalidInput(f"--column names {vectors_columns}; a .npy file has one column")
     if from_faiss and ids is None:
         raise InvalidInput(f"{source} holds vectors alone; name the table of their subjects, as --ids ids.parquet")
+    options = table_options(ids or source, encoding, mapped, ignore_columns=ignore_columns)
+    given: dict[str, Any] = {
+        "ids": ids,
+        "column": vectors_columns[0],
+        "model_id": model_ids(model_id),
+        "options": options,
+    }
+    if check:
+        finish_check(jobs.check_load(chosen, source, **given), as_json)
+    # a gallery is made only for a table that was accepted
+    if from_faiss and ids is not None:
+        vectors = jobs.faiss_batches(source, ids, vectors_columns[0])
+        with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
+            _finish_load(
+                jobs.load(engine, vectors, model_id=model_ids(model_id), progress=progress), len(engine), as_json
+            )
+    accepted = source if jobs.is_gallery(gallery) else jobs.accept_load(chosen, source, **given)
     with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
-        models = model_ids(model_id)
-        if from_faiss and ids is not None:
-            result = jobs.load_faiss(engine, source, ids, column=column, model_id=models, progress=progress)
-        else:
-            result = jobs.load(engine, source, ids=ids, column=column, model_id=models, progress=progress)
-        size = len(engine)
+        _finish_load(jobs.load(engine, accepted, **given, progress=progress), len(engine), as_json)
+
+
+def _finish_load(result: jobs.LoadResult, size: int, as_json: bool) -> NoReturn:
+    finish(asdict(result) | {"subjects": size}, _loaded(result, size), as_json)
+    raise typer.Exit(Exit.REFUSED if result.refused else Exit.DONE)
+
+
+def _loaded(result: jobs.LoadResult, size: int) -> str:
+    """What a load did, in a line."""
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {counted(size, 'subject')}"
     for reason, count in result.reasons.items():
         text += f"; {reason}: {count:,}"
     if result.refused_rows:
         named = zip(result.refused_rows, result.refused_ids, strict=True)
         text += f"; refused rows: {', '.join(f'{row} {subject_id}'.strip() for row, subject_id in named)}"
-    finish(asdict(result) | {"subjects": size}, text, as_json)
-    raise typer.Exit(Exit.REFUSED if result.refused else Exit.DONE)
+    return text
 
 
 @app.command(rich_help_panel=Panel.GALLERY)

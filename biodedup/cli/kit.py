@@ -29,6 +29,15 @@ from biodedup.cli.base import (
 )
 from biodedup.cli.kit_keys import TrustedOption, kit
 from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
+from biodedup.cli.table_options import (
+    CheckOption,
+    ColumnsOption,
+    DateFormatOption,
+    EncodingOption,
+    IgnoreColumnsOption,
+    finish_check,
+    table_options,
+)
 
 if TYPE_CHECKING:
     from biodedup.jobs.kits.keys import CentreKey
@@ -62,6 +71,11 @@ def pack(
     ] = False,
     templates: Annotated[bool, typer.Option("--templates", help="Pack templates instead of images.")] = False,
     report: ReportOption = None,
+    check: CheckOption = False,
+    encoding: EncodingOption = None,
+    columns: ColumnsOption = None,
+    date_format: DateFormatOption = None,
+    ignore_columns: IgnoreColumnsOption = False,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -70,6 +84,9 @@ def pack(
 
     Packing the same manifest again changes nothing.
     """
+    options = table_options(manifest, encoding, columns, date_format, ignore_columns)
+    if check:
+        finish_check(jobs.check_kit_manifest(manifest, configured(None, config), options), as_json)
     secret = passphrase(str(key), KIT_VARIABLE, passphrase_fd) if jobs.needs_passphrase(key) else None
     with progress_bar(lines=not as_json) as progress:
         packed = jobs.pack_batch(
@@ -82,6 +99,7 @@ def pack(
             only_good=only_good,
             as_templates=templates,
             report=report,
+            options=options,
             progress=progress,
         )
     print_summary(packed.summary() | {"report": str(report or result.with_name(f"{result.stem}.html"))}, as_json)

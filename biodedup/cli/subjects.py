@@ -36,6 +36,7 @@ from biodedup.cli.base import (
     print_refusals,
     say,
 )
+from biodedup.errors import UnknownSubject
 from biodedup.values import Encounter
 
 
@@ -147,9 +148,12 @@ def remove(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove subjects. The next search does not return them."""
+    """Remove subjects: all of them, or none where one is not enrolled. The next search does not return them."""
+    subject_ids = list(dict.fromkeys(subject_ids))
     with existing(gallery, configured(gallery, config)) as engine:
-        for subject_id in subject_ids:
-            engine.remove(subject_id)
+        absent = [name for name, there in zip(subject_ids, engine.are_enrolled(subject_ids), strict=True) if not there]
+        if absent:
+            raise UnknownSubject(f"not enrolled: {', '.join(map(repr, absent))}; nothing was removed, correct the ids")
+        engine.remove(*subject_ids)
         size = len(engine)
     finish({"removed": subject_ids, "subjects": size}, f"removed {len(subject_ids)}, {size:,} remain", as_json)

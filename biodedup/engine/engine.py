@@ -32,7 +32,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -70,7 +70,7 @@ from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
 from biodedup.memory import within_memory
 from biodedup.renamed import renamed
-from biodedup.search.clusters import clusters_of
+from biodedup.search.clusters import Links
 from biodedup.search.explain import JoinPlan, SearchPlan, plan_of
 from biodedup.search.searcher import Searcher
 from biodedup.search.selfjoin.join import SelfJoin
@@ -99,12 +99,14 @@ from biodedup.values import (
 @dataclass(frozen=True)
 class JoinedTile:
     """A step of an N:N join. done: how many of `total` subjects are compared with all behind them, or that share of the work; links: pairs
-    that reached the threshold; reached: (row after the last one compared, rows of the gallery), where another join can continue."""
+    that reached the threshold; reached: (row after the last one compared, rows of the gallery), where another join can continue; left_out: a
+    subject of each cluster with more than 1,000 links -> how many of these are not in `links`, as `Cluster.links_left_out` says."""
 
     done: int
     total: int
     links: tuple[Link, ...]
     reached: tuple[int, int]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @within_memory
@@ -441,15 +443,17 @@ class Engine:
         apart = self._searcher.apart(snapshot, columns)
         return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, multicolumn, apart)
 
-    def plan_join(self, threshold_db: float | None = None) -> JoinPlan:
-        """How a join of all subjects is done at present, for pairs that reach a threshold, and which share of mates it may miss.
+    def plan_join(self, threshold_db: float | None = None, *, listed: int | None = None) -> JoinPlan:
+        """How a join of all subjects is done at present, for pairs that reach a threshold, and which share of mates it may miss; how long it
+        takes, and how many pairs impostors are expected to make (`plan.estimate`).
 
-        Takes some seconds for a large gallery; a join that follows reuses the plan.
+        listed: only so many subjects are compared with all. Takes some seconds for a large gallery; a join that follows reuses the plan.
         """
         self._check_open()
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
-        return JoinPlan(self._join.buckets(self._gallery.snapshot(), threshold_db), self._config.search.miss_risk)
+        buckets, estimate = self._join.estimate(self._gallery.snapshot(), len(self), threshold_db, listed=listed)
+        return JoinPlan(buckets, self._config.search.miss_risk, estimate)
 
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
@@ -458,11 +462,11 @@ class Engine:
 
         threshold_db: None takes the policy's duplicate threshold. progress: called with the subjects done and their total.
         """
-        links: list[Link] = []
+        links = Links()
         for tile in self.join(threshold_db=threshold_db):
-            links += tile.links
+            links.add(tile.links, tile.left_out)
             progress(tile.done, tile.total)
-        return clusters_of(links)
+        return links.clusters()
 
     def join(
         self,
@@ -497,8 +501,9 @@ class Engine:
         if since is not None:
             rows = np.union1d(rows[rows >= since[0]], live[live >= since[1]])
         with_all = subject_ids is not None
-        for done, row, links in self._searches.join(snapshot, rows, threshold_db, with_all=with_all, skip=skip):
-            yield JoinedTile(done, len(rows), tuple(links), (row, snapshot.row_count))
+        tiles = self._searches.join(snapshot, rows, threshold_db, with_all=with_all, skip=skip)
+        for done, row, links, left_out in tiles:
+            yield JoinedTile(done, len(rows), tuple(links), (row, snapshot.row_count), left_out)
             self._check_open()
 
     # changes without a search -----------------------------------------------------------------------------------
@@ -558,11 +563,12 @@ class Engine:
         renamed("Engine.admit", "Engine.import_captures")
         return self.import_captures(encounters)
 
-    def remove(self, subject_id: str) -> None:
-        """Removes a subject from all later searches. Raises UnknownSubject."""
+    def remove(self, subject_id: str, *others: str) -> None:
+        """Removes a subject, or several in one commit, from all later searches. Raises UnknownSubject; then none is removed."""
         self._check_open()
         with self._gallery.transaction() as transaction:
-            transaction.remove(subject_id)
+            for name in dict.fromkeys((subject_id, *others)):
+                transaction.remove(name)
 
     # care of the gallery ----------------------------------------------------------------------------------------
 

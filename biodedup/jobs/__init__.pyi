@@ -19,6 +19,8 @@ from .enrolment.batch import BatchResult as BatchResult
 from .enrolment.batch import announce as announce
 from .enrolment.batch import enroll_batch as enroll_batch
 from .enrolment.load import LoadResult as LoadResult
+from .enrolment.load import accept_load as accept_load
+from .enrolment.load import check_load as check_load
 from .enrolment.load import load as load
 from .enrolment.queue import Backlog as Backlog
 from .enrolment.queue import QueueStatus as QueueStatus
@@ -31,6 +33,7 @@ from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
 from .exchange.faiss_files import ExportedIndexes as ExportedIndexes
 from .exchange.faiss_files import export_faiss as export_faiss
+from .exchange.faiss_files import faiss_batches as faiss_batches
 from .exchange.faiss_files import load_faiss as load_faiss
 from .explanation.explain import Explained as Explained
 from .explanation.explain import explain as explain
@@ -47,12 +50,19 @@ from .kits.keys import load_centre_key as load_centre_key
 from .kits.keys import make_centre_key as make_centre_key
 from .kits.keys import make_keys as make_keys
 from .kits.keys import needs_passphrase as needs_passphrase
+from .kits.manifest import check_kit_manifest as check_kit_manifest
 from .kits.outcomes import IngestResult as IngestResult
 from .kits.pack import PackResult as PackResult
 from .kits.pack import pack_batch as pack_batch
 from .kits.trust import load_trusted as load_trusted
 from .kits.trust import revoke as revoke
 from .kits.trust import set_trust as set_trust
+from .manifests.check import Checked as Checked
+from .manifests.check import accept_encounters as accept_encounters
+from .manifests.check import check_captures as check_captures
+from .manifests.check import check_encounters as check_encounters
+from .manifests.check import check_roll as check_roll
+from .manifests.options import TableOptions as TableOptions
 from .merging.apply import Applied as Applied
 from .merging.apply import Undone as Undone
 from .merging.apply import undo as undo

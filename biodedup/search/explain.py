@@ -17,6 +17,7 @@ from biodedup.search.multicolumn.plan import MultiColumnPlan, MultiColumnQuery, 
 from biodedup.search.native.column_statistics import signs_of
 from biodedup.search.native.sign_tile import CLASS_TABLES, SIGN_TABLES
 from biodedup.search.selfjoin.buckets import Buckets
+from biodedup.search.selfjoin.estimate import JoinEstimate
 from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards.cells import by_codec
 from biodedup.search.shards.native import shares
@@ -171,9 +172,13 @@ class JoinPlan:
 
     buckets: Buckets | None
     miss_risk: float
+    estimate: JoinEstimate
 
     def explain(self) -> str:
         """In words, with the evidence."""
+        return f"{self._method()}; {self.estimate.explain()}"
+
+    def _method(self) -> str:
         if self.buckets is None:
             return "every row is compared with every other row"
         buckets = self.buckets

@@ -6,6 +6,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from biodedup.cli.base import Exit
 from biodedup.settings import settings_for
 from biodedup.tables import differences, flat, made, plain, typed
 from tests.support.images import jpeg
+from tests.support.vectors import SFACE, people
 
 RUN = CliRunner()
 
@@ -226,8 +228,10 @@ def test_every_field_of_a_policy_can_be_set():
 def test_a_policy_in_the_settings_makes_galleries_and_never_changes_one(tmp_path):
     gallery = tmp_path / "g"
     beside = written(tmp_path / "biodedup.toml", "[policy]\nfpir = 1e-6\n")
-    (tmp_path / "t.npy").write_bytes(b"")
-    RUN.invoke(app, ["load", str(tmp_path / "t.npy"), "-g", str(gallery)])  # creates it
+    np.save(tmp_path / "t.npy", people(1))
+    (tmp_path / "ids.txt").write_text("a\n")
+    made = RUN.invoke(app, ["load", str(tmp_path / "t.npy"), "--ids", str(tmp_path / "ids.txt"), "--model-id", SFACE, "-g", str(gallery)])  # fmt: skip
+    assert made.exit_code == 0
     assert RUN.invoke(app, ["info", "-g", str(gallery)]).exit_code == 0
     with bd.Engine.open(gallery) as engine:
         assert engine.policy.fpir == 1e-6

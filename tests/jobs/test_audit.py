@@ -362,7 +362,7 @@ def test_entries_of_captures_stand_as_of_their_versions_which_the_report_states(
         (b"", "no header"),
         (b"\n\n", "no header"),
         (b"name,district\na,b\n", "wanted subject_id"),
-        ("subject_id,district\na,b\n".encode("utf-16"), "not UTF-8"),
+        ("name,district\na,b\n".encode("utf-16"), "wanted subject_id"),
         (b"subject_id,subject_id\na,b\n", "twice"),
         (b"subject_id,Subject_ID\na,b\n", "twice"),
         (b"\x89PNG\r\n\x1a\n\0\0\0", "not UTF-8"),

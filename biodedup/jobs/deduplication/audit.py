@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,15 @@ import pyarrow as pa
 from biodedup.engine import Engine
 from biodedup.errors import CallerError
 from biodedup.gallery.files.private import make_private_folder
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.roll import Roll, read_roll
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.output import check_table_name, write_table
 from biodedup.jobs.shared.page import write_page
-from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.search.clusters import clusters_of
+from biodedup.jobs.shared.progress import Progress, silent, warn
+from biodedup.search.clusters import Links, clusters_of
 from biodedup.tables import flat, plain
-from biodedup.values import Capture, Decision, Encounter, Face, Finger, Link
+from biodedup.values import Capture, Cluster, Decision, Encounter, Face, Finger, Link
 
 AUDIT_KINDS = {
     "two_ids": "one person listed under two ids",
@@ -95,6 +96,8 @@ class AuditResult:
     threshold_db: float
     expected_false: float
     lines_of: dict[str, int]
+    links_left_out: int = 0
+    """Of groups of subjects with more than 1,000 links, how many were left out. Each subject still has a finding."""
 
     def summary(self) -> dict[str, Any]:
         """Counts, JSON-ready. Of each kind the findings, and by district the lines that they concern."""
@@ -107,6 +110,7 @@ class AuditResult:
             "gallery_version": self.versions[1],
             "threshold_db": round(self.threshold_db, 2),
             "expected_false": float(f"{self.expected_false:.3g}"),
+            "links_left_out": self.links_left_out,
             "beyond_what_was_measured": sum(bool(finding.extrapolated) for finding in self.findings),
             "findings": {kind: counts[kind] for kind in AUDIT_KINDS},
             "districts": self.districts(),
@@ -137,6 +141,7 @@ def audit(
     *,
     report: Path | None = None,
     threshold_db: float | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
     progress: Progress = silent,
 ) -> AuditResult:
     """Checks a roll (`read_roll`) and writes `out` (.parquet or .csv), a row a finding, and a page for people.
@@ -145,7 +150,7 @@ def audit(
     for a roll that cannot be read at all, GalleryDamaged, StorageUnavailable.
     """
     check_table_name(out)
-    listed = read_roll(roll)
+    listed = read_roll(roll, options)
     key = {
         "roll": hashlib.sha256(roll.read_bytes()).hexdigest(),
         "gallery": engine.info()["gallery_id"],
@@ -153,6 +158,8 @@ def audit(
         "threshold_db": threshold_db,
         "across_positions": engine.config.search.across_positions,
     }
+    if options != DEFAULT_OPTIONS:
+        key["options"] = vars(options) | {"columns": dict(options.columns)}
     for path in (out, report):
         if path is not None:
             make_private_folder(path.parent)
@@ -165,9 +172,10 @@ def audit(
         if listed.of_captures:
             versions = min([versions[0], *(entry["version"] for entry in notes.entries)]), versions[1]
             found, subjects = _of_captures(engine, listed, roll.parent, threshold_db, notes, progress)
+            left_out = 0
             pairs = subjects * len(engine)
         else:
-            found, subjects = _of_subjects(engine, listed, threshold_db, notes, progress)
+            found, subjects, left_out = _of_subjects(engine, listed, threshold_db, notes, progress)
             pairs = subjects * (len(engine) - 1) - subjects * (subjects - 1) // 2
         found += [Finding("refused", line, district, detail=why) for line, district, why in listed.refused]
         result = AuditResult(
@@ -179,6 +187,7 @@ def audit(
             threshold_db,
             max(pairs, 0) * 10 ** (-threshold_db / 10),
             dict(Counter([*listed.texts("district"), *(district for _, district, _ in listed.refused)])),
+            left_out,
         )
         write_table(_table(result, listed), out)
         if report is not None:
@@ -198,8 +207,8 @@ def _place(finding: Finding) -> tuple[int, int, int, int, str]:
 
 def _of_subjects(
     engine: Engine, roll: Roll, threshold_db: float, notes: Notes, progress: Progress
-) -> tuple[list[Finding], int]:
-    """(findings, subjects that were compared)."""
+) -> tuple[list[Finding], int, int]:
+    """(findings, subjects that were compared, links of large clusters that were left out)."""
     encoded = roll.table["subject_id"].combine_chunks().dictionary_encode()
     ids: list[str] = encoded.dictionary.to_pylist()
     which = encoded.indices.to_numpy(zero_copy_only=False)
@@ -217,11 +226,10 @@ def _of_subjects(
         case = waiting.get(subject_id)
         detail = "" if case is None else f"in review: case {case}"
         findings.append(_finding(roll, "not_enrolled", at[subject_id], subject_id, detail=detail))
-    links = _links(engine, present, threshold_db, notes, progress)
-    clusters = sorted(
-        clusters_of(links), key=lambda cluster: min(at.get(name, len(which)) for name in cluster.subject_ids)
-    )
-    person_of = {name: number for number, cluster in enumerate(clusters, start=1) for name in cluster.subject_ids}
+    warn(progress, engine.plan_join(threshold_db, listed=len(present)).estimate.warnings(), len(present))
+    links, people = _people(_links(engine, present, threshold_db, notes, progress), set(present))
+    people.sort(key=lambda cluster: min(at.get(name, len(which)) for name in cluster.subject_ids))
+    person_of = {name: number for number, cluster in enumerate(people, start=1) for name in cluster.subject_ids}
     for link in links:
         mine, other = sorted(link.subject_ids, key=lambda name: (at.get(name, len(which)), name))
         about: dict[str, Any] = {
@@ -233,13 +241,45 @@ def _of_subjects(
             findings.append(_finding(roll, "two_ids", at[mine], mine, other_id=other, other=at[other], **about))
         else:
             findings.append(_finding(roll, "enrolled_twice", at[mine], mine, other_id=other, **about))
-    return findings, len(present)
+    findings += _of_crowds(roll, people, at, findings)
+    return findings, len(present), sum(cluster.links_left_out for cluster in people)
 
 
-def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: Notes, progress: Progress) -> list[Link]:
+def _people(joined: Links, listed: set[str]) -> tuple[list[Link], list[Cluster]]:
+    """(links of listed subjects, clusters with one): what links of others connect is one person only where links were left out."""
+    links: list[Link] = []
+    people: list[Cluster] = []
+    for cluster in joined.clusters():
+        own = [link for link in cluster.links if not listed.isdisjoint(link.subject_ids)]
+        links += own
+        if own:
+            people += [cluster] if cluster.links_left_out else clusters_of(own)
+    return sorted(links, key=lambda link: link.subject_ids), people
+
+
+def _of_crowds(
+    roll: Roll, people: Sequence[Cluster], at: Mapping[str, int], findings: Sequence[Finding]
+) -> list[Finding]:
+    """A finding for each listed subject of a crowd whose pairs with other listed ones were all left out."""
+    told = {(f.finding, name) for f in findings for name in (f.subject_id, f.other_id)}
+    more = []
+    for number, cluster in enumerate(people, start=1):
+        first, *others = sorted((name for name in cluster.subject_ids if name in at), key=lambda name: at[name])
+        for name in others if cluster.links_left_out else ():
+            if ("two_ids", name) not in told:
+                detail = f"one of {len(cluster.subject_ids):,} records that are alike"
+                about: dict[str, Any] = {"other_id": name, "other": at[name], "person": number, "detail": detail}
+                more.append(_finding(roll, "two_ids", at[first], first, **about))
+    return more
+
+
+def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: Notes, progress: Progress) -> Links:
     """Pairs of a listed subject and any other that reach the threshold, each once."""
     info = engine.info()
     state = {"version": info["gallery_version"], "sealed_rows": info["sealed_rows"]}
+    changed = bool(notes.entries) and any(notes.entries[0][name] != value for name, value in state.items())
+    if changed and any(entry.get("left_out") for entry in notes.entries):
+        notes.begin_anew()  # a link that was left out may be the one that holds, once a subject is gone
     # for most of a gallery, comparing each subject with all later ones takes less than comparing each with all
     begun = notes.entries[0] if notes.entries else state | {"whole": 2 * len(present) > len(engine)}
     done = notes.entries[-1]["done"] if notes.entries else 0
@@ -257,24 +297,29 @@ def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: N
     for tile in tiles:
         links = [[*link.subject_ids, link.score_db, link.extrapolated] for link in tile.links]
         entry = {"done": before + tile.done, "reached": tile.reached, "links": links}
+        entry |= {"left_out": tile.left_out} if tile.left_out else {}
         entries.append(state | {"whole": begun["whole"], "threshold_db": threshold_db} | entry)
         notes.append(entries[-1])
         progress("comparing", before + tile.done, before + tile.total)
     return _standing(engine, set(present), entries)
 
 
-def _standing(engine: Engine, listed: set[str], entries: Sequence[dict[str, Any]]) -> list[Link]:
-    """Links of listed subjects, without subjects that were updated or removed since, and without pairs that were judged different since."""
+def _standing(engine: Engine, listed: set[str], entries: Sequence[dict[str, Any]]) -> Links:
+    """The links, without subjects that were updated or removed since, and without pairs that were judged different since. Of others than
+    listed subjects alone only those that may connect a crowd."""
     names = list(dict.fromkeys(name for entry in entries for link in entry["links"] for name in link[:2]))
     row_of = dict(zip(names, engine.rows_of(names).tolist(), strict=True))
     different = _different(engine)
-    pairs: dict[tuple[str, str], Link] = {}
+    links = Links()
     for entry in entries:
+        standing = []
         for a, b, score_db, extrapolated in entry["links"]:
             there = all(0 <= row_of[name] < entry["reached"][1] for name in (a, b))
-            if there and not listed.isdisjoint((a, b)) and frozenset((a, b)) not in different:
-                pairs.setdefault((min(a, b), max(a, b)), Link((min(a, b), max(a, b)), score_db, extrapolated, ()))
-    return [pairs[names] for names in sorted(pairs)]
+            counts = "left_out" in entry or not listed.isdisjoint((a, b))
+            if there and counts and frozenset((a, b)) not in different:
+                standing.append(Link((min(a, b), max(a, b)), score_db, extrapolated, ()))
+        links.add(standing, entry.get("left_out"))
+    return links
 
 
 def _different(engine: Engine) -> set[frozenset[str]]:

@@ -12,7 +12,7 @@ interrupted job resumes, and asks the engine for the clusters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import comb
@@ -35,9 +35,10 @@ from biodedup.jobs.manifests.captures import (
     no_images,
     read_rows,
 )
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import check_table_name, write_table
-from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.texts import KnownId
 from biodedup.values import CAPTURES_MAX, Capture, Cluster, Encounter, Face, Finger, Refusal
 
@@ -61,13 +62,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class DedupResult:
-    """What was found. refusals: unit_id -> why it could not be compared; left_out: files and rows that were not looked at."""
+    """What was found. refusals: unit_id -> why it could not be compared; left_out: files and rows that were not looked at;
+    impostor_pairs: how many pairs of different people are expected to reach the threshold, N(N - 1)/2 times FMR."""
 
     units: tuple[Unit, ...]
     clusters: tuple[Cluster, ...]
     refusals: dict[str, tuple[Refusal, ...]]
     threshold_db: float
     left_out: LeftOut = field(default_factory=LeftOut)
+    impostor_pairs: float = 0.0
 
     def summary(self) -> dict[str, Any]:
         """Counts, and pairwise precision and recall against the labels where units of one label repeat; JSON-ready. A pair with a unit of
@@ -81,6 +84,8 @@ class DedupResult:
             "refusal_reasons": _counted(refusals[0].reason for refusals in self.refusals.values()),
             "threshold_db": round(self.threshold_db, 2),
             "pairs": len(links),
+            "pairs_expected_by_chance": float(f"{self.impostor_pairs:.3g}"),
+            "pairs_left_out": sum(cluster.links_left_out for cluster in self.clusters),
             "clusters": len(self.clusters),
             "units_in_clusters": sum(len(cluster.subject_ids) for cluster in self.clusters),
         }
@@ -88,17 +93,30 @@ class DedupResult:
         if mated:
             compared = (u.label for u in self.units if u.label is not None and u.unit_id not in self.refusals)
             mated_compared = sum(comb(n, 2) for n in _counted(compared).values())
-            labels = [(label_of[link.subject_ids[0]], label_of[link.subject_ids[1]]) for link in links]
-            labelled = [(a, b) for a, b in labels if a is not None and b is not None]
-            same = sum(a == b for a, b in labelled)
+            same, labelled = self._labelled_pairs(label_of)
             summary |= {
                 "pairs_of_one_label": same,
-                "pairs_across_labels": len(labelled) - same,
-                "precision": round(same / len(labelled), 6) if labelled else None,
+                "pairs_across_labels": labelled - same,
+                "precision": round(same / labelled, 6) if labelled else None,
                 "recall": round(same / mated, 6),
                 "recall_of_compared": round(same / mated_compared, 6) if mated_compared else None,
             }
         return summary | (self.left_out.to_dict() if self.left_out else {})
+
+    def _labelled_pairs(self, label_of: Mapping[str, str | None]) -> tuple[int, int]:
+        """(pairs of one label, pairs of labelled units). Where links of a cluster were left out, all of its pairs count."""
+        same = labelled = 0
+        for cluster in self.clusters:
+            if cluster.links_left_out:
+                sizes = Counter(label for name in cluster.subject_ids if (label := label_of[name]) is not None)
+                same += sum(comb(n, 2) for n in sizes.values())
+                labelled += comb(sizes.total(), 2)
+                continue
+            ends = [[label_of[name] for name in link.subject_ids] for link in cluster.links]
+            ends = [pair for pair in ends if None not in pair]
+            same += sum(a == b for a, b in ends)
+            labelled += len(ends)
+        return same, labelled
 
     def refused_sentences(self, units_max: int = 20) -> list[str]:
         """Why captures of whole units could not be compared, with the row and the path; rows that could not be read are in `left_out`."""
@@ -123,7 +141,7 @@ class DedupResult:
         return told
 
 
-def units_of(source: Path) -> tuple[list[Unit], LeftOut]:
+def units_of(source: Path, options: TableOptions = DEFAULT_OPTIONS) -> tuple[list[Unit], LeftOut]:
     """The units of a folder (an image each, filed under its first-level folder) or of a CSV or Parquet manifest.
 
     A manifest has the columns subject_id and path (relative to the manifest), and may have position (`face`, or a
@@ -136,7 +154,7 @@ def units_of(source: Path) -> tuple[list[Unit], LeftOut]:
         return [Unit(name, label_of(path), (Face(source / path),)) for name, path in images.items()], left_out
     if not source.exists():
         raise InvalidInput(f"{source} does not exist; name a folder of images, or a CSV or Parquet manifest")
-    rows, left_out = read_rows(source)
+    rows, left_out = read_rows(source, options)
     return _manifest_units(rows, left_out)
 
 
@@ -146,9 +164,10 @@ def dedup(
     config: Config | None = None,
     *,
     threshold_db: float | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
     progress: Progress = silent,
 ) -> DedupResult:
-    """Finds the units that are one person and writes `out` (.parquet or .csv), its pairs and its summary beside it.
+    """Finds the units that are one person and writes `out` (.parquet or .csv), its pairs and its summary beside it. options: of a manifest.
 
     Raises InvalidInput, GalleryBusy (another job has this result), StorageUnavailable.
     """
@@ -160,16 +179,18 @@ def dedup(
                 f"{other} is a result, whose summary {_summary_of(out)} would be replaced; give this one another name"
             )
     config = (config or Config(isolation=IsolationConfig())).with_policy()
-    units, left_out = units_of(source)
+    units, left_out = units_of(source, options)
     make_private_folder(out.parent)
     with Engine.open(_work_of(out), config, override_policy=True) as engine:
         refusals = _fill(engine, units, config.batch_size, progress)
         if threshold_db is None:
             threshold_db = engine.policy.link_db(len(engine))
+        estimate = engine.plan_join(threshold_db).estimate
+        warn(progress, estimate.warnings(), len(engine))
         clusters = engine.find_duplicates(
             threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
         )
-    result = DedupResult(tuple(units), tuple(clusters), refusals, threshold_db, left_out)
+    result = DedupResult(tuple(units), tuple(clusters), refusals, threshold_db, left_out, estimate.impostor_pairs)
     _write(result, out)
     return result
 

@@ -24,8 +24,8 @@ from biodedup.gallery.files.names import DATABASE_NAME
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.output import check_table_name, write_table
-from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.search.clusters import clusters_of
+from biodedup.jobs.shared.progress import Progress, silent, warn
+from biodedup.search.clusters import Links
 from biodedup.values import Cluster, Evidence, Kind, Link
 
 
@@ -37,6 +37,8 @@ class JoinResult:
     subjects: int
     threshold_db: float
     plan: str
+    impostor_pairs: float = 0.0
+    """How many pairs of different people are expected to reach the threshold, N(N - 1)/2 times FMR."""
 
     def summary(self) -> dict[str, Any]:
         """Counts, JSON-ready."""
@@ -44,6 +46,8 @@ class JoinResult:
             "subjects": self.subjects,
             "threshold_db": round(self.threshold_db, 2),
             "pairs": sum(len(cluster.links) for cluster in self.clusters),
+            "pairs_expected_by_chance": float(f"{self.impostor_pairs:.3g}"),
+            "pairs_left_out": sum(cluster.links_left_out for cluster in self.clusters),
             "clusters": len(self.clusters),
             "subjects_in_clusters": sum(len(cluster.subject_ids) for cluster in self.clusters),
             "clusters_of_more_than_two": sum(len(cluster.subject_ids) > 2 for cluster in self.clusters),
@@ -59,7 +63,8 @@ def find_duplicates(
     engine: Engine, out: Path, *, threshold_db: float | None = None, progress: Progress = silent
 ) -> JoinResult:
     """Joins a gallery with itself and writes `out` (.parquet or .csv): a row for each pair, with its cluster and that
-    cluster's weakest link. Interrupted, it goes on where it was (`out`.notes).
+    cluster's weakest link. Interrupted, it goes on where it was (`out`.notes). Of a cluster with more than 1,000 links some are
+    written (`Cluster.links_left_out`).
 
     Raises InvalidInput, GalleryDamaged, StorageUnavailable.
     """
@@ -68,9 +73,11 @@ def find_duplicates(
         threshold_db = engine.policy.link_db(len(engine))
     make_private_folder(out.parent)
     with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
-        plan = engine.plan_join(threshold_db).explain()
+        plan = engine.plan_join(threshold_db)
+        warn(progress, plan.estimate.warnings(), len(engine))
         links = linked(engine, notes, threshold_db, progress)
-        result = JoinResult(tuple(clusters_of(links)), len(engine), threshold_db, plan)
+        impostor_pairs = plan.estimate.impostor_pairs
+        result = JoinResult(tuple(links.clusters()), len(engine), threshold_db, plan.explain(), impostor_pairs)
         _write(result, out)
         notes.remove()
     return result
@@ -88,9 +95,11 @@ def join_notes(engine: Engine, path: Path, threshold_db: float) -> Notes:
     return Notes(path, key)
 
 
-def linked(engine: Engine, notes: Notes, threshold_db: float, progress: Progress) -> list[Link]:
-    """Every link of a gallery with itself, those of the notes included; a pair may be there from both sides."""
-    links = [_link(*one) for tile in notes.entries for one in tile["links"]]
+def linked(engine: Engine, notes: Notes, threshold_db: float, progress: Progress) -> Links:
+    """The links of a gallery with itself, those of the notes included."""
+    links = Links()
+    for tile in notes.entries:
+        links.add((_link(*one) for one in tile["links"]), tile.get("left_out"))
     done = notes.entries[-1]["done"] if notes.entries else 0
     for tile in engine.join(threshold_db=threshold_db, skip=done):
         evidence = [[asdict(part) for part in link.evidence] for link in tile.links]
@@ -98,8 +107,9 @@ def linked(engine: Engine, notes: Notes, threshold_db: float, progress: Progress
             [*link.subject_ids, link.score_db, link.extrapolated, parts, link.kind]
             for link, parts in zip(tile.links, evidence, strict=True)
         ]
-        notes.append({"done": tile.done, "links": found})
-        links += tile.links
+        left_out = {"left_out": tile.left_out} if tile.left_out else {}
+        notes.append({"done": tile.done, "links": found} | left_out)
+        links.add(tile.links, tile.left_out)
         progress("comparing", tile.done, tile.total)
     return links
 

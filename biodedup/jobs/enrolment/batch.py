@@ -32,6 +32,7 @@ from biodedup.errors import InvalidInput
 from biodedup.jobs.enrolment.outcomes import WORDS, Outcome, Tally, already_enrolled, decided, outcome_table, refused
 from biodedup.jobs.enrolment.queue import Arrival, Backlog, Finished
 from biodedup.jobs.manifests.encounters import Content, Manifest, Record, derived_id, name_hash, name_of
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.shared.known_subject import verify_or_dispute
 from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.page import write_page
@@ -108,12 +109,14 @@ class _Batch:
     finished: list[_Item] = field(default_factory=list)
 
 
-def announce(backlog: Backlog, manifest: Path, *, clock: Callable[[], float] = time.time) -> int:
+def announce(
+    backlog: Backlog, manifest: Path, *, options: TableOptions = DEFAULT_OPTIONS, clock: Callable[[], float] = time.time
+) -> int:
     """Lists the encounters of a manifest as captured, before their captures are here; returns how many.
 
     Raises InvalidInput where the manifest is no table, or has no column encounter_id.
     """
-    table = Manifest(manifest)
+    table = Manifest(manifest, options)
     if not table.has_ids:
         raise InvalidInput(f"{manifest} has no column encounter_id; what is announced has to be known again by it")
     survey = table.survey()
@@ -132,6 +135,7 @@ def enroll_batch(
     capture_s_max: float | None = None,
     retry_failed: bool = False,
     model_id: str | Mapping[str, str] | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
     clock: Callable[[], float] = time.time,
     stopwatch: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
@@ -147,7 +151,7 @@ def enroll_batch(
     Raises InvalidInput where the manifest is no table, StorageUnavailable.
     """
     check_table_name(out)
-    table = Manifest(manifest)
+    table = Manifest(manifest, options)
     with ExitStack() as stack:
         pool = pool or stack.enter_context(Workers(engine.config, workers, capture_s_max=capture_s_max))
         job = _Job(engine, backlog, table, pool, retry_failed, clock, stopwatch)

@@ -10,9 +10,11 @@ columns it has.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,18 @@ import xxhash
 from numpy.typing import NDArray
 
 from biodedup.capture.minutiae_record import best_views, standard, view_of
+from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput, StorageUnavailable
-from biodedup.jobs.manifests.fields import GROUP_COLUMNS, Unusable, column_name, groups_of, ids_of
+from biodedup.jobs.manifests.captures import RefusedRow
+from biodedup.jobs.manifests.check import Checked
+from biodedup.jobs.manifests.fields import GROUP_COLUMNS, Unusable, groups_of, ids_of
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.tables import values_of
+from biodedup.jobs.manifests.text_form import detected, open_text
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.texts import KnownId
-from biodedup.values import COLUMNS, Column
+from biodedup.values import COLUMNS, Column, Refusal
 
 BATCH_ROWS = 1 << 16
 ROWS_NAMED_MAX = 20
@@ -62,6 +69,7 @@ def load(
     ids: Path | None = None,
     column: str = "face",
     model_id: str | Mapping[str, str] | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
     batch_rows: int = BATCH_ROWS,
     progress: Progress = silent,
 ) -> LoadResult:
@@ -72,20 +80,20 @@ def load(
     in the column `unknown` are filed under the positions that the records state, unless the row has them already.
 
     source: a Parquet file, an Arrow file or stream (`-` reads a stream from standard input), an iterable of
-    pyarrow.RecordBatch, or `vectors.npy`, float32 (n, d), which takes `ids` (`.npy`, or a text file in UTF-8 with one id a line) and
-    `column`. model_id: what made the vectors, one for all or by column; it can be left out where the gallery has a model there.
+    pyarrow.RecordBatch, or `vectors.npy`, float32 (n, d), which takes `ids` (`.npy`, or a text file with one id a line) and
+    `column`. options: names of columns, and the encoding of `ids`. model_id: what made the vectors, one for all or by column; it can be left out where the gallery has a model there.
     Rows that cannot be used are refused one by one, those among them whose subject_id is enrolled with other
     templates.
 
     Raises InvalidInput, ModelMismatch, StorageUnavailable; batches before it are in the gallery.
     """
-    batches, total = _opened(source, ids, column)
+    batches, total = _opened(source, ids, column, options)
     batches = _read(batches, source)
     added = present = position = 0
     reasons: Counter[str] = Counter()
     refused: list[tuple[int, str]] = []
     for batch in _rechunked(batches, batch_rows):
-        rows = _rows_of(batch, position, _name(source))
+        rows = _rows_of(batch, position, _name(source), options)
         for some in rows.alike():
             ids_kept, columns, groups = rows.at(some)
             encounter_id = _batch_id(ids_kept, columns, groups)
@@ -107,6 +115,53 @@ def load(
         pass  # everything is durable already; the next writer merges
     places, names = (tuple(values) for values in zip(*refused, strict=True)) if refused else ((), ())
     return LoadResult(added, present, reasons.total(), places, dict(sorted(reasons.items())), names)
+
+
+def accept_load(
+    config: Config,
+    source: Path | Iterable[Any],
+    *,
+    ids: Path | None = None,
+    column: str = "face",
+    model_id: str | Mapping[str, str] | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
+) -> Path | Iterable[Any]:
+    """Checks the beginning of a source before a gallery is made for it, and returns what `load` is to read. Its first rows are loaded into a
+    gallery that is thrown away, so that all rules of a new gallery are applied. Raises what `load` raises."""
+    batches = _read(_opened(source, ids, column, options)[0], source)
+    first = next(batches, None)
+    if first is not None:
+        rows = _rows_of(first, 0, _name(source), options)
+        with tempfile.TemporaryDirectory() as folder, Engine.open(Path(folder) / "gallery", config) as engine:
+            for some in rows.alike():
+                ids_kept, columns, groups = rows.at(some[:1])
+                engine.load_templates(ids_kept, columns, model_id=model_id, groups=groups)
+    if isinstance(source, Path) and str(source) != "-":
+        return source
+    return batches if first is None else chain([first], batches)
+
+
+def check_load(
+    config: Config,
+    source: Path,
+    *,
+    ids: Path | None = None,
+    column: str = "face",
+    model_id: str | Mapping[str, str] | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
+) -> Checked:
+    """Reads a whole source as `load` does, and says which rows it would refuse. Touches no gallery. Raises what `load` raises."""
+    accepted = accept_load(config, source, ids=ids, column=column, model_id=model_id, options=options)
+    batches = _read(_opened(accepted, ids, column, options)[0], source)
+    refused: list[RefusedRow] = []
+    position = 0
+    for batch in _rechunked(batches, BATCH_ROWS):
+        rows = _rows_of(batch, position, _name(source), options)
+        for i in np.flatnonzero(rows.refusals != "").tolist():
+            refusal = Refusal("encounter", "invalid_input", str(rows.refusals[i]))
+            refused.append(RefusedRow(position + i, rows.name(i) or None, refusal))
+        position += len(batch)
+    return Checked(str(source), position, tuple(refused))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,18 +204,15 @@ class _Rows:
         return "" if str(self.refusals[row]).startswith(_BAD_ID) else self.subject_ids[row].as_py() or ""
 
 
-def _rows_of(batch: Any, position: int, source: str) -> _Rows:
+def _rows_of(batch: Any, position: int, source: str, options: TableOptions) -> _Rows:
     """Raises InvalidInput where the columns are none that can be loaded."""
-    batch = batch.rename_columns([column_name(written, _KNOWN) for written in batch.schema.names])
-    if len(set(batch.schema.names) & set(_KNOWN)) < sum(name in _KNOWN for name in batch.schema.names):
-        raise InvalidInput(
-            f"{source} repeats a column name in {batch.schema.names}; give each column a name of its own"
-        )
+    batch = batch.rename_columns(options.names(batch.schema.names, source, _KNOWN))
     columns = [n for n in batch.schema.names if n in COLUMNS and not pa.types.is_null(batch.column(n).type)]
     if "subject_id" not in batch.schema.names or not columns:
         raise InvalidInput(
             f"{source} has the columns {batch.schema.names}; wanted subject_id, and at least one of {', '.join(COLUMNS)}"
         )
+    options.check_columns(batch.schema.names, _KNOWN, source, carried=False)
     subject_ids, refusals = _ids(batch.column("subject_id"))
     binary = {name for name in columns if name != "face" and _is_binary(batch.column(name).type)}
     vectors, present = {}, {}
@@ -176,7 +228,9 @@ def _rows_of(batch: Any, position: int, source: str) -> _Rows:
     return _Rows(subject_ids, refusals, vectors, present, records, groups)
 
 
-def _opened(source: Path | Iterable[Any], ids: Path | None, column: str) -> tuple[Iterator[Any], int]:
+def _opened(
+    source: Path | Iterable[Any], ids: Path | None, column: str, options: TableOptions
+) -> tuple[Iterator[Any], int]:
     """(record batches, their rows in all or 0)."""
     if not isinstance(source, Path):
         return iter(source), 0
@@ -184,11 +238,15 @@ def _opened(source: Path | Iterable[Any], ids: Path | None, column: str) -> tupl
         if str(source) == "-":
             return iter(pa.ipc.open_stream(sys.stdin.buffer)), 0
         if source.suffix == ".npy":
-            return _numpy_batches(source, ids, column)
+            return _numpy_batches(source, ids, column, options)
         if source.suffix in (".arrow", ".feather", ".ipc", ".arrows"):
             return _arrow_batches(source)
         file = pa.parquet.ParquetFile(source, pre_buffer=False)  # its buffers would be kept to the end of the file
-        wanted = [name for name in file.schema_arrow.names if column_name(name, _KNOWN) in _KNOWN] or None
+        written = file.schema_arrow.names
+        names = options.names(written, source, _KNOWN)
+        if "subject_id" in names and set(names) & set(COLUMNS):  # else that is what is wrong
+            options.check_columns(names, _KNOWN, source, carried=False)
+        wanted = [own for own, name in zip(written, names, strict=True) if name in _KNOWN] or None
         return file.iter_batches(batch_size=BATCH_ROWS // 4, columns=wanted), file.metadata.num_rows
     except FileNotFoundError as error:
         raise InvalidInput(f"{error.filename or source} does not exist; name a Parquet, Arrow or npy file") from None
@@ -220,13 +278,13 @@ def _arrow_batches(source: Path) -> tuple[Iterator[Any], int]:
     return (file.get_batch(i) for i in range(file.num_record_batches)), 0
 
 
-def _numpy_batches(source: Path, ids: Path | None, column: str) -> tuple[Iterator[Any], int]:
+def _numpy_batches(source: Path, ids: Path | None, column: str, options: TableOptions) -> tuple[Iterator[Any], int]:
     if ids is None:
         raise InvalidInput(f"{source} holds vectors alone; name the file of their subject_ids, as ids")
     if column not in COLUMNS:
         raise InvalidInput(f"column {column!r} is not known; use one of {', '.join(COLUMNS)}")
     vectors = np.load(source, mmap_mode="r", allow_pickle=False)
-    names = _loaded_ids(ids) if ids.suffix == ".npy" else _ids_of_text(ids)
+    names = _loaded_ids(ids) if ids.suffix == ".npy" else _ids_of_text(ids, options)
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
         raise InvalidInput(f"{source} has shape {vectors.shape}, dtype {vectors.dtype}; wanted float32 (n, d)")
     if len(names) != len(vectors):
@@ -237,7 +295,7 @@ def _numpy_batches(source: Path, ids: Path | None, column: str) -> tuple[Iterato
             rows = np.ascontiguousarray(vectors[low : low + BATCH_ROWS // 4], np.float32)
             cells = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
             labels = names[low : low + len(rows)]
-            yield pa.record_batch({"subject_id": labels, column: cells})
+            yield pa.record_batch({options.columns.get("subject_id", "subject_id"): labels, column: cells})
 
     return batches(), len(vectors)
 
@@ -252,15 +310,13 @@ def _loaded_ids(path: Path) -> Any:
     return pa.array(names.astype(str).tolist(), pa.string())
 
 
-def _ids_of_text(path: Path) -> Any:
-    """One id a line. A line that is no UTF-8 costs its own row."""
-    content = path.read_bytes()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise InvalidInput(f"{path} is UTF-16 text; save it as UTF-8")
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+def _ids_of_text(path: Path, options: TableOptions) -> Any:
+    """One id a line. A line that is no text in the file's encoding costs its own row."""
+    with open_text(path, options.encoding or detected(path)[0]) as file:
+        lines = file.read().removeprefix("\ufeff").split("\n")
     if not lines[-1].strip():
         lines.pop()
-    return pa.array([line.removesuffix(b"\r").decode("utf-8", "replace") for line in lines], pa.string())
+    return pa.array([line.removesuffix("\r") for line in lines], pa.string())
 
 
 def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:

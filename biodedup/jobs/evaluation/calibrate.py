@@ -34,6 +34,9 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.deduplication.gallery import is_gallery
 from biodedup.jobs.evaluation.impostors import impostor_pairs
+from biodedup.jobs.manifests.fields import WAS_ROUNDED, were_rounded
+from biodedup.jobs.manifests.tables import CSV_SUFFIXES
+from biodedup.jobs.manifests.text_form import open_utf8, text_form
 from biodedup.jobs.shared.files import write_text
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.match.calibration import Calibration
@@ -180,10 +183,7 @@ def pairs_of_gallery(
 def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
     """Rows without one of the scores are left out. Raises InvalidInput."""
     try:
-        names = dict.fromkeys(("subject_a", "subject_b", "position"), pa.string())  # ids are no numbers
-        options = pa.csv.ConvertOptions(column_types=names)
-        is_csv = path.suffix == ".csv"
-        table = pa.csv.read_csv(path, convert_options=options) if is_csv else pa.parquet.read_table(path)
+        table = _read_csv(path) if path.suffix.lower() in CSV_SUFFIXES else pa.parquet.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise InvalidInput(
             f"pairs cannot be read from {path} ({type(error).__name__}); pass Parquet, CSV, or the folder of a gallery"
@@ -199,6 +199,7 @@ def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
     except pa.ArrowInvalid:
         raise InvalidInput(f"{path.name}: {', '.join(columns)} must be numbers, and mated true or false") from None
     a = b = None
+    _refuse_rounded(table, path)
     if {"subject_a", "subject_b"} <= set(table.column_names):
         both = pa.chunked_array(
             [*(table[name].cast(pa.string()).combine_chunks() for name in ("subject_a", "subject_b"))]
@@ -210,6 +211,27 @@ def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
         position = pc.fill_null(table["position"].cast(pa.string()), "").to_numpy().astype(np.str_)
     whole = np.isfinite(np.array(list(scores.values()))).all(axis=0)
     return Pairs(scores, mated, a, b, position).of(whole)
+
+
+def _read_csv(path: Path) -> pa.Table:
+    form = text_form(path)
+    names = dict.fromkeys(("subject_a", "subject_b", "position"), pa.string())  # ids are no numbers
+    return pa.csv.read_csv(
+        path if form.is_utf8 else open_utf8(path, form),
+        read_options=pa.csv.ReadOptions(skip_rows=form.lines_before),
+        parse_options=pa.csv.ParseOptions(delimiter=form.delimiter),
+        convert_options=pa.csv.ConvertOptions(column_types=names),
+    )
+
+
+def _refuse_rounded(table: pa.Table, path: Path) -> None:
+    """Raises InvalidInput for an id that several subjects would share."""
+    for name in {"subject_a", "subject_b"} & set(table.column_names):
+        rounded = np.flatnonzero(were_rounded(table[name].cast(pa.string())))
+        if len(rounded):
+            raise InvalidInput(
+                f"{path.name}: in row {rounded[0] + 1} and {len(rounded) - 1:,} more, {name} {WAS_ROUNDED}, and write it again"
+            )
 
 
 def _document(card: ModelCard, pairs: Path, dimension: int | None, found: Pairs) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from biodedup.jobs.evaluation.rates import (
     threshold_at,
 )
 from biodedup.jobs.evaluation.report import write_report
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.progress import Progress, silent
@@ -79,6 +80,7 @@ def evaluate(
     replicates: int = 1000,
     nonmated_max: int = 2_000_000,
     pictures: int = 12,
+    options: TableOptions = DEFAULT_OPTIONS,
     progress: Progress = silent,
     clock: Callable[[], float] = time.time,
 ) -> Evaluation:
@@ -93,7 +95,7 @@ def evaluate(
     if report is not None:
         plots.require()
     config = config or Config(isolation=IsolationConfig())
-    found, left_out = read_labelled(source, config, finger=finger, dpi=dpi, model_id=model_id)
+    found, left_out = read_labelled(source, config, finger=finger, dpi=dpi, model_id=model_id, options=options)
     make_private_folder(out.parent)
     found = extracted(found, config, out.with_name(out.name + ".work"), progress)
     result = evaluate_encounters(

@@ -35,6 +35,7 @@ from biodedup.jobs.manifests.captures import (
     read_rows,
 )
 from biodedup.jobs.manifests.fields import Unusable, id_of, subject_of
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.progress import Progress
@@ -70,6 +71,7 @@ def read_labelled(
     finger: bool = False,
     dpi: float | None = None,
     model_id: str | Mapping[str, str] | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
 ) -> tuple[list[Labelled], LeftOut]:
     """The encounters of a folder (a folder per subject, an image an encounter; finger: they are fingers), of a manifest, or of a
     Parquet file of templates. model_id: what made the vectors among these, one for all or by column.
@@ -82,8 +84,9 @@ def read_labelled(
     if source.is_dir():
         found, left_out = _of_folder(source, finger, dpi)
     else:
-        ready = [name for name in TableFile(source).names if name in COLUMNS]
-        found, left_out = _of_templates(source, ready, config, model_id) if ready else _of_manifest(source)
+        table = TableFile(source, options)
+        ready = [name for name in table.names if name in COLUMNS]
+        found, left_out = _of_templates(table, ready, config, model_id) if ready else _of_manifest(source, options)
     subjects = {one.subject_id for one in found}
     if len(subjects) < 2:
         told = "".join(f"; {sentence}" for sentence in left_out.sentences())
@@ -137,9 +140,9 @@ def _of_folder(folder: Path, finger: bool, dpi: float | None) -> tuple[list[Labe
     return found, left_out
 
 
-def _of_manifest(manifest: Path) -> tuple[list[Labelled], LeftOut]:
+def _of_manifest(manifest: Path, options: TableOptions) -> tuple[list[Labelled], LeftOut]:
     rows: dict[tuple[str, str], list[Any]] = {}
-    usable, left_out = read_rows(manifest)
+    usable, left_out = read_rows(manifest, options, carried=True)
     for row in usable:
         # without an encounter_id every capture is an encounter of its own
         name = row.encounter_id if row.encounter_id is not None else f"row {row.number}"
@@ -159,13 +162,15 @@ def _of_manifest(manifest: Path) -> tuple[list[Labelled], LeftOut]:
 
 
 def _of_templates(
-    source: Path, columns: Sequence[str], config: Config, model_id: str | Mapping[str, str] | None
+    file: TableFile, columns: Sequence[str], config: Config, model_id: str | Mapping[str, str] | None
 ) -> tuple[list[Labelled], LeftOut]:
-    if source.suffix.lower() != ".parquet":
+    source = file.path
+    if file.form is not None:
         raise InvalidInput(f"{source} has columns of templates, {', '.join(columns)}; write templates as Parquet")
     table = pa.parquet.read_table(source)
-    names_known = TableFile(source).names
+    names_known = file.names
     table = table.rename_columns(names_known)
+    file.options.check_columns(names_known, (*RESERVED, *COLUMNS), source, carried=True)
     if "subject_id" not in table.column_names:
         raise InvalidInput(f"{source} has the columns {table.column_names}; wanted subject_id beside the templates")
     cells = {
@@ -174,7 +179,7 @@ def _of_templates(
     }
     other_columns = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
     usable, refused = _named(
-        source, [name for name in ("subject_id", "encounter_id", *other_columns) if name in names_known]
+        file, [name for name in ("subject_id", "encounter_id", *other_columns) if name in names_known]
     )
     names = [name for *_, name, _ in usable]
     twice = len(set(names)) < len(names)
@@ -196,12 +201,12 @@ def _of_templates(
 
 
 def _named(
-    source: Path, columns: Sequence[str]
+    file: TableFile, columns: Sequence[str]
 ) -> tuple[list[tuple[int, str, str, Mapping[str, Any]]], list[RefusedRow]]:
     """(index of the row, subject_id, encounter's name, all cells) of rows that name a subject, and the others."""
     usable: list[tuple[int, str, str, Mapping[str, Any]]] = []
     refused: list[RefusedRow] = []
-    for number, cells in TableFile(source).rows(columns):
+    for number, cells in file.rows(columns):
         try:
             subject_id = subject_of(cells)
             usable.append((number - 1, subject_id, id_of(cells, "encounter_id") or f"row {number}", cells))

@@ -78,11 +78,16 @@ def load_faiss(
     model_id: str | Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> LoadResult:
-    """Adds the vectors of a FAISS index to a gallery without a search, as `load` does.
+    """Adds the vectors of a FAISS index to a gallery without a search, as `load` does; see `faiss_batches`."""
+    return load(engine, faiss_batches(file, ids, column), model_id=model_id, progress=progress)
 
-    file: as `faiss.write_index` wrote it; ids: Parquet with `id` (int64, as FAISS answers with) and `subject_id`. The vectors are those that the index
-    keeps: a product quantizer gives them back with its error, which no later index can undo. They are scaled to unit length. A vector
-    without a subject_id is refused.
+
+def faiss_batches(file: Path, ids: Path, column: str = "face") -> Iterator[Any]:
+    """The vectors of a FAISS index as record batches that `load` takes.
+
+    file: as `faiss.write_index` wrote it; ids: Parquet with `id` (int64, as FAISS answers with) and `subject_id`. The vectors are those
+    that the index keeps: a product quantizer gives them back with its error, which no later index can undo. They are scaled to unit
+    length. A vector without a subject_id is refused. Raises InvalidInput, before the first batch.
     """
     if column not in COLUMNS:
         raise InvalidInput(f"column {column!r} is not known; use one of {', '.join(COLUMNS)}")
@@ -98,7 +103,7 @@ def load_faiss(
             cells = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
             yield pa.record_batch({"subject_id": names[low:high], column: cells})
 
-    return load(engine, batches(), model_id=model_id, progress=progress)
+    return batches()
 
 
 def _names_of(path: Path, numbers: np.ndarray[Any, Any]) -> Any:

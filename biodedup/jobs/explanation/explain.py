@@ -126,7 +126,7 @@ def captures_at(path: Path, config: Config | None = None) -> list[Face | Finger]
 
 def _is_capture(path: Path) -> bool:
     suffix = path.suffix.lower()
-    known = suffix in IMAGE_SUFFIXES | _RECORDS or (not suffix and is_image(path))
+    known = suffix in IMAGE_SUFFIXES | _RECORDS or is_image(path)
     return known and not path.name.startswith("._")  # macOS leaves these beside each file
 
 

@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 
 from biodedup.capture.minutiae_layouts import is_record
+from biodedup.config import Config
 from biodedup.errors import InvalidInput
 from biodedup.jobs.kits.names import unusable_id
+from biodedup.jobs.manifests.captures import RefusedRow
+from biodedup.jobs.manifests.check import Checked
 from biodedup.jobs.manifests.fields import (
     Unusable,
     capture_of,
@@ -28,9 +31,11 @@ from biodedup.jobs.manifests.fields import (
     moment_of,
     subject_of,
 )
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.tables import TableFile
-from biodedup.values import COLUMNS, Capture, Encounter, Float32, Missing
+from biodedup.values import COLUMNS, Capture, Encounter, Float32, Missing, Refusal
 
+_USED = ("subject_id", "encounter_id", "captured_at", "path", "position", "dpi", "missing", "group", "groups", *COLUMNS)
 _ROWS_MAX, _BYTES_MAX = 1_000_000, 1 << 30
 
 
@@ -66,7 +71,9 @@ class _Draft:
     problems: list[str] = field(default_factory=list)
 
 
-def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], list[Broken]]:
+def read_manifest(
+    manifest: Path, *, bytes_max: int, options: TableOptions = DEFAULT_OPTIONS
+) -> tuple[list[Planned], list[Broken]]:
     """The records of a CSV or Parquet manifest, in its order.
 
     Columns: subject_id; path (relative to the manifest), position (`face` where empty), dpi; or, with no path, missing: why the
@@ -75,11 +82,14 @@ def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], lis
     Raises InvalidInput for what is no manifest at all.
     """
     _check_size(manifest, 0)
-    table = TableFile(manifest)
+    table = TableFile(manifest, options)
     ready = [name for name in table.names if name in COLUMNS]
     absent = {"subject_id"} | (set() if ready else {"path"})
     if absent - set(table.names):
         raise InvalidInput(f"{manifest} lacks the columns {sorted(absent - set(table.names))}; it has {table.names}")
+    options.check_columns(
+        table.names, _USED if ready else [n for n in _USED if n not in COLUMNS], manifest, carried=False
+    )
     drafts: dict[tuple[str, str], _Draft] = {}
     for number, row in table.rows():
         if number > _ROWS_MAX:
@@ -96,7 +106,7 @@ def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], lis
         draft.subject_ids[subject_id] = None
         draft.encounter_id = encounter_id or None
         try:
-            _fill(draft, row, ready, manifest.parent, bytes_max)
+            _fill(draft, row, ready, manifest.parent, bytes_max, options.date_format)
         except Unusable as error:
             draft.problems.append(f"row {number}: {error.refusal.detail}")
         except InvalidInput as error:
@@ -110,6 +120,16 @@ def read_manifest(manifest: Path, *, bytes_max: int) -> tuple[list[Planned], lis
     )
 
 
+def check_kit_manifest(manifest: Path, config: Config, options: TableOptions = DEFAULT_OPTIONS) -> Checked:
+    """A manifest as `pack_batch` reads it; a record counts as one row. Touches nothing. Raises InvalidInput."""
+    planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max, options=options)
+    refused = [
+        RefusedRow(one.rows[0], one.subject_id or None, Refusal("encounter", "invalid_input", one.problem))
+        for one in broken
+    ]
+    return Checked(str(manifest), len(planned) + len(broken), tuple(refused))
+
+
 def _check_size(manifest: Path, rows: int) -> None:
     byte_count = manifest.stat().st_size if manifest.is_file() else 0
     if rows > _ROWS_MAX or byte_count > _BYTES_MAX:
@@ -119,12 +139,14 @@ def _check_size(manifest: Path, rows: int) -> None:
         )
 
 
-def _fill(draft: _Draft, row: Mapping[str, Any], ready: Sequence[str], folder: Path, bytes_max: int) -> None:
+def _fill(
+    draft: _Draft, row: Mapping[str, Any], ready: Sequence[str], folder: Path, bytes_max: int, date_format: str | None
+) -> None:
     subject_of(row), id_of(row, "encounter_id")  # raise
     if problem := unusable_id(draft.encounter_id or ""):
         raise InvalidInput(problem)
     draft.groups.update(groups_of([row]))
-    captured_at = moment_of(row.get("captured_at"))
+    captured_at = moment_of(row.get("captured_at"), date_format)
     if captured_at is not None:
         draft.times.append(captured_at)
     capture = capture_of(row)

@@ -44,6 +44,7 @@ from biodedup.jobs.kits.state import (
     replaced_sequences,
     save_state,
 )
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.page import write_page
@@ -128,6 +129,7 @@ def pack_batch(
     only_good: bool = False,
     as_templates: bool = False,
     report: Path | None = None,
+    options: TableOptions = DEFAULT_OPTIONS,
     clock: Callable[[], float] = time.time,
     progress: Progress = silent,
 ) -> PackResult:
@@ -141,7 +143,7 @@ def pack_batch(
     config = (config or Config(isolation=IsolationConfig())).with_policy()
     kit = load_key(key, passphrase)
     to = load_centre_public(key.with_name("centre.pub") if centre is None else centre)
-    planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max)
+    planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max, options=options)
     if len(planned) > RECORDS_MAX:
         raise InvalidInput(
             f"{manifest} has {len(planned):,} records, a batch at most {RECORDS_MAX:,}; make several batches"
@@ -297,19 +299,24 @@ def _doubles(
     engine: Engine, threshold_db: float, subject_of: Mapping[str, str], progress: Progress
 ) -> tuple[Double, ...]:
     """Pairs that score as one person, strongest first; then encounters that share a subject_id and do not."""
-    found = {
-        link.subject_ids: link.score_db
-        for cluster in engine.find_duplicates(
-            threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
-        )
-        for link in cluster.links
+    clusters = engine.find_duplicates(
+        threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
+    )
+    found = {link.subject_ids: link.score_db for cluster in clusters for link in cluster.links}
+    # not every pair of a large cluster is there
+    crowd_of = {
+        name: number
+        for number, cluster in enumerate(clusters)
+        if cluster.links_left_out
+        for name in cluster.subject_ids
     }
     first: dict[str, str] = {}
     ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     pairs: list[tuple[tuple[str, str], float | None]] = [*ranked]
     for encounter_id, subject_id in subject_of.items():
         pair = (first.setdefault(subject_id, encounter_id), encounter_id)
-        if pair[0] != encounter_id and pair not in found and pair[::-1] not in found:
+        in_crowd = pair[0] in crowd_of and crowd_of[pair[0]] == crowd_of.get(encounter_id)
+        if pair[0] != encounter_id and pair not in found and pair[::-1] not in found and not in_crowd:
             pairs.append((pair, None))
     return tuple(Double((subject_of[a], subject_of[b]), (a, b), score_db) for (a, b), score_db in pairs)
 

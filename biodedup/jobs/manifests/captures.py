@@ -2,7 +2,7 @@
 
 Owns the form of such a source, the report of what was left out, and the mark by which a job sees that files changed. Never decodes an image.
 
-1. Everything left out is reported: files that are no images are counted by their suffix, rows that cannot be used are named by their number.
+1. Everything left out is reported: files that are no images are counted by their suffix and named with the reason, rows that cannot be used are named by their number.
 2. One bad cell costs its row; an odd file name costs nothing.
 """
 
@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.fields import CaptureCell, Unusable, capture_of, check_fields, id_of, subject_of
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.texts import shown, writable
 from biodedup.values import Capture, Face, Finger, Refusal
@@ -35,9 +37,26 @@ RESERVED = ("subject_id", "path", "position", "dpi", "encounter_id")
 _APPLE_DOUBLE, _NO_SUFFIX = "._*", "no suffix"
 _MAGIC = (
     *(b"\x89PNG", b"\xff\xd8\xff", b"\xff\xa0\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ", b"GIF8", b"II*\0", b"MM\0*"),
-    *(b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
 )  # fmt: skip
 _ROWS_NAMED_MAX = 1000
+_FILES_TOLD = 10
+_RAW_SUFFIXES = frozenset(
+    (".cr2", ".nef", ".arw", ".dng", ".orf", ".rw2", ".pef", ".srw")
+)  # TIFF files by their first bytes
+_PORTABLE = re.compile(rb"P[1-6]\s+[\d#]")
+_OTHER_KINDS = (
+    *((b"%PDF", "a PDF"), (b"PK\3\4", "a ZIP archive or an office document"), (b"\xd0\xcf\x11\xe0", "an office document")),
+    *((b"Rar!", "a RAR archive"), (b"7z\xbc\xaf", "a 7z archive"), (b"FMR\0", "a minutiae record"), (b"FIR\0", "an ISO finger record")),
+    *((b"FAC\0", "an ISO face record"), (b"8BPS", "a Photoshop file"), (b"SQLite", "a database")),
+)  # fmt: skip
+_MEDIA = {
+    b"heic": "HEIC",
+    b"heix": "HEIC",
+    b"mif1": "HEIC",
+    b"msf1": "HEIC",
+    b"avif": "AVIF",
+    b"crx ": "a raw photograph",
+}
 
 
 @dataclass(frozen=True)
@@ -55,15 +74,16 @@ class RefusedRow:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Files and rows that a job left out. files: suffix -> number of files."""
+    """Files and rows that a job left out. files: suffix -> number of files; reasons: path of each file -> why, the first 1,000."""
 
     files: Mapping[str, int] = field(default_factory=dict)
     rows: tuple[RefusedRow, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.files or self.rows)
 
-    def sentences(self, rows_max: int = 20) -> list[str]:
+    def sentences(self, rows_max: int = 20, files_max: int = _FILES_TOLD) -> list[str]:
         """The sentences of a report."""
         told = [row.sentence for row in self.rows[:rows_max]]
         if len(self.rows) > rows_max:
@@ -72,6 +92,7 @@ class LeftOut:
             count = sum(self.files.values())
             by_suffix = ", ".join(f"{suffix} {n:,}" for suffix, n in self.files.items())
             told.append(f"{count:,} file{'s' if count > 1 else ''} left out: {by_suffix}")
+        told += [f"  {path}: {why}" for path, why in list(self.reasons.items())[:files_max]]
         return told
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +101,8 @@ class LeftOut:
             {"row": r.number, "subject_id": r.subject_id, "reason": r.refusal.reason, "detail": r.refusal.detail}
             for r in self.rows[:_ROWS_NAMED_MAX]
         ]
-        return {"files_left_out": dict(self.files), "rows_refused": len(self.rows), "refused_rows": rows}
+        files = {"files_left_out": dict(self.files), "left_out_files": dict(self.reasons)}
+        return files | {"rows_refused": len(self.rows), "refused_rows": rows}
 
 
 @dataclass(frozen=True)
@@ -98,32 +120,42 @@ class Row:
 
 
 def images_of(folder: Path) -> tuple[dict[str, Path], LeftOut]:
-    """(name -> path relative to the folder, in a fixed order; what was left out). Images are told by their suffix, and without one by
-    their first bytes. A name is the path with `/`; bytes of it that are no UTF-8 are written as `\\xe9`."""
+    """(name -> path relative to the folder, in a fixed order; what was left out). Images are told by their suffix, and other files by their
+    first bytes. A name is the path with `/`; bytes of it that are no UTF-8 are written as `\\xe9`."""
     found: dict[str, Path] = {}
     left_out: Counter[str] = Counter()
-    for path in _files(folder, left_out):
+    reasons: dict[str, str] = {}
+
+    def leave_out(path: Path, kind: str, why: str) -> None:
+        left_out[kind] += 1
+        if len(reasons) < _ROWS_NAMED_MAX:
+            reasons[shown(path.relative_to(folder))] = why
+
+    for path in _files(folder, leave_out):
         suffix = path.suffix.lower()
-        if path.name.startswith("._"):  # macOS writes one beside each file on a memory stick
-            left_out[_APPLE_DOUBLE] += 1
-        elif suffix in IMAGE_SUFFIXES or (not suffix and is_image(path)):
-            relative = path.relative_to(folder)
-            name = writable(relative.as_posix())
-            while name in found:  # another file has a backslash in its name
-                name += "~"
-            found[name] = relative
-        else:
-            left_out[shown(suffix[:20]) or _NO_SUFFIX] += 1
-    return found, LeftOut(dict(sorted(left_out.items(), key=lambda entry: (-entry[1], entry[0]))))
+        if path.name.startswith("._"):
+            leave_out(path, _APPLE_DOUBLE, "macOS writes it beside a file on a memory stick")
+            continue
+        why = None if suffix in IMAGE_SUFFIXES else no_image(path)
+        if why is not None:
+            leave_out(path, shown(suffix[:20]) or _NO_SUFFIX, why)
+            continue
+        relative = path.relative_to(folder)
+        name = writable(relative.as_posix())
+        while name in found:  # another file has a backslash in its name
+            name += "~"
+        found[name] = relative
+    return found, LeftOut(dict(sorted(left_out.items(), key=lambda entry: (-entry[1], entry[0]))), reasons=reasons)
 
 
-def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+def _files(folder: Path, leave_out: Callable[[Path, str, str], None]) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
-        left_out["unreadable folder"] += 1
+        leave_out(Path(error.filename), "unreadable folder", "the folder cannot be read; check its permissions")
 
     for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders.sort()
-        left_out.update({"linked folder": linked} if (linked := sum(map(os.path.islink, _in(parent, folders)))) else {})
+        for linked in filter(os.path.islink, _in(parent, folders)):
+            leave_out(Path(linked), "linked folder", "a link to a folder is not followed")
         yield from map(Path, _in(parent, sorted(names)))
 
 
@@ -133,18 +165,31 @@ def _in(parent: str, names: Sequence[str]) -> list[str]:
 
 def is_image(path: Path) -> bool:
     """By its first bytes."""
+    return no_image(path) is None
+
+
+def no_image(path: Path) -> str | None:
+    """Why a file is no image that is read here, by its first bytes; None where it is one."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            return False
+            return "not a file"
         with path.open("rb") as file:
             head = file.read(12)
     except OSError:
-        return False
-    return head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+        return "the file cannot be read"
+    if path.suffix.lower() in _RAW_SUFFIXES:
+        return "a raw photograph, which is not read; save it as JPEG or PNG"
+    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
+    if head.startswith(_MAGIC) or _PORTABLE.match(head) or bitmap or (head[:4] == b"RIFF" and head[8:] == b"WEBP"):
+        return None
+    if head[4:8] == b"ftyp":
+        return f"{_MEDIA.get(head[8:12], 'a video')}, which is not read; save it as JPEG or PNG"
+    kind = next((kind for mark, kind in _OTHER_KINDS if head.startswith(mark)), None)
+    return "empty" if not head else "no picture by its first bytes" if kind is None else f"{kind}, not a picture"
 
 
 def no_images(folder: Path, left_out: LeftOut) -> InvalidInput:
-    told = "".join(f"; {sentence}" for sentence in left_out.sentences())
+    told = "".join(f"; {sentence}" for sentence in left_out.sentences(files_max=0))
     return InvalidInput(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){told}; name another folder")
 
 
@@ -156,13 +201,18 @@ def label_of(relative: Path) -> str | None:
 # manifests ----------------------------------------------------------------------------------------------------------
 
 
-def read_rows(manifest: Path) -> tuple[list[Row], LeftOut]:
+def read_rows(
+    manifest: Path, options: TableOptions = DEFAULT_OPTIONS, *, carried: bool = False
+) -> tuple[list[Row], LeftOut]:
     """A manifest has the columns subject_id and path (relative to the manifest), and may have position (`face`, or a finger's
-    position), dpi, encounter_id, and any others. Raises InvalidInput for what is no manifest."""
-    table = TableFile(manifest)
+    position), dpi and encounter_id. carried: it may have others, which describe the subject. Raises InvalidInput for what is no manifest."""
+    table = TableFile(manifest, options)
     absent = {"subject_id", "path"} - set(table.names)
     if absent:
-        raise InvalidInput(f"{manifest} lacks the columns {sorted(absent)}; it has {table.names}")
+        raise InvalidInput(
+            f"{manifest} lacks the columns {sorted(absent)}; it has {table.names}. Name them, as --column subject_id=NAME"
+        )
+    options.check_columns(table.names, (*RESERVED, "missing"), manifest, carried=carried)
     rows: list[Row] = []
     refused: list[RefusedRow] = []
     for number, cells in table.rows():

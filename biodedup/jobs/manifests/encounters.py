@@ -38,6 +38,7 @@ from biodedup.jobs.manifests.fields import (
     position_of,
     subject_of,
 )
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.tables import Row, TableFile
 from biodedup.texts import KnownId
 from biodedup.values import CAPTURES_MAX, COLUMNS, Face, Finger, Float32, Missing, Refusal
@@ -96,10 +97,10 @@ class Survey:
 class Manifest:
     """An opened manifest. metadata: the schema of its metadata columns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, options: TableOptions = DEFAULT_OPTIONS) -> None:
         """Raises InvalidInput where the file is no table, or has no captures in it."""
-        self.path = path
-        self._table = TableFile(path)
+        self.path, self.options = path, options
+        self._table = TableFile(path, options)
         self._schema = self._table.schema
         names = self._table.names
         self.has_ids = "encounter_id" in names
@@ -108,8 +109,10 @@ class Manifest:
         if "subject_id" not in names or not (self.by_capture or columns):
             raise InvalidInput(
                 f"{path} has the columns {names}; wanted subject_id and either path (a row a capture) or face, right_index, ... "
-                "(a row an encounter)"
+                "(a row an encounter). Name them, as --column subject_id=NAME"
             )
+        used = (*KEYS, *GROUP_COLUMNS, *(_CAPTURE_COLUMNS if self.by_capture else (*COLUMNS, "dpi")))
+        options.check_columns(names, used, path, carried=True)
         known = {*KEYS, *GROUP_COLUMNS, *(_CAPTURE_COLUMNS if self.by_capture else COLUMNS)} - {"captured_at"}
         self.metadata = pa.schema([one for one in self._schema if one.name not in known])
         self._columns = columns
@@ -142,13 +145,10 @@ class Manifest:
             cells = rows[0][1]
             try:
                 names = id_of(cells, "subject_id"), id_of(cells, "encounter_id")
+                captured_at = moment_of(cells.get("captured_at"), self.options.date_format)
             except Unusable:
                 continue  # it will be refused, and has no line in a queue
-            yield Record(
-                rows[0][0],
-                *names,
-                captured_at=moment_of(cells.get("captured_at")),
-            )
+            yield Record(rows[0][0], *names, captured_at=captured_at)
 
     def read(self, record: Record, limits: CaptureConfig) -> Content:
         """Reads the files of a record that can be used; paths are relative to the manifest."""
@@ -194,9 +194,8 @@ class Manifest:
             check_fields(cells)
             subject_id = id_of(cells, "subject_id")
             encounter_id = id_of(cells, "encounter_id")
-            record = Record(
-                number, subject_id, encounter_id, captured_at=moment_of(cells.get("captured_at")), metadata=metadata
-            )
+            captured_at = moment_of(cells.get("captured_at"), self.options.date_format)
+            record = Record(number, subject_id, encounter_id, captured_at=captured_at, metadata=metadata)
         except Unusable as error:
             return Record(number, metadata=metadata, problem=error.refusal)
         try:

@@ -52,8 +52,8 @@ UNREADABLE = "\ufffd"
 _PATH_LENGTH_MAX = 4_096
 _CODE = re.compile(r"(?:(?:finger|fgp)[\s_-]*)?0*([0-9]{1,2})(?:\.0+)?", re.IGNORECASE)
 _DPI = re.compile(r"(\d+(?:[.,]\d*)?)\s*(?:dpi|ppi)?", re.IGNORECASE)
-_ROUNDED = r"^[0-9]+([.,][0-9]+)?E\+[0-9]+$"
-_WAS_ROUNDED = "was rounded by a spreadsheet; format the column as text"
+_ROUNDED = r"^[0-9]+([.,][0-9]+)?[Ee]\+[0-9]+$"
+WAS_ROUNDED = "was rounded by a spreadsheet; format the column as text"
 
 
 class Unusable(Exception):
@@ -130,7 +130,10 @@ def text_of(cell: Any, column: str) -> str | None:
     if not isinstance(cell, str):
         raise Unusable("wrong_type", f"{column} is of type {type(cell).__name__}, wanted text")
     if UNREADABLE in cell:
-        raise Unusable("not_utf8", f"{column} is not UTF-8 text: {_quoted(cell)}")
+        raise Unusable(
+            "not_utf8",
+            f"{column} is not UTF-8 text: {_quoted(cell)}; is the file in another encoding, name it (--encoding)",
+        )
     return cell
 
 
@@ -139,7 +142,7 @@ def id_of(cells: Mapping[str, Any], column: str) -> str | None:
     text = text_of(cells.get(column), column)
     if text is not None:
         if re.fullmatch(_ROUNDED, text):
-            raise Unusable("unusable_id", f"{column} {_WAS_ROUNDED}")
+            raise Unusable("unusable_id", f"{column} {WAS_ROUNDED}")
         try:
             check_encounter_id(text) if column == "encounter_id" else check_id(text, column)
         except InvalidInput as error:
@@ -163,9 +166,14 @@ def ids_of(cells: Any, column: str) -> tuple[Any, NDArray[np.object_]]:
     problems = _id_problems(texts)
     wrong = np.flatnonzero(problems != "")
     problems[wrong] = [f"{column} is not usable: it {problem}" for problem in problems[wrong]]
-    problems[_mask(pc.match_substring_regex(texts, _ROUNDED))] = f"{column} {_WAS_ROUNDED}"
+    problems[were_rounded(texts)] = f"{column} {WAS_ROUNDED}"
     problems[_mask(pc.match_substring(texts, UNREADABLE))] = f"{column} is not UTF-8 text"
     return texts, problems
+
+
+def were_rounded(texts: Any) -> NDArray[np.bool_]:
+    """bool (n,): which texts of an Arrow array are numbers that a spreadsheet rounded, as `3.17E+15`."""
+    return _mask(pc.match_substring_regex(texts, _ROUNDED))
 
 
 def utf8_of(texts: Any) -> Any:
@@ -272,9 +280,14 @@ def split_groups(cell: Any, column: str = "groups") -> list[str]:
     return [] if text is None else [part.strip() for part in text.replace("|", ";").split(";") if part.strip()]
 
 
-def moment_of(cell: Any) -> float | None:
+def moment_of(cell: Any, date_format: str | None = None) -> float | None:
     """Seconds since 1970 of a time, a date, a number, or a text: ISO 8601, or seconds. UTC where no zone is stated. None where it is no time:
-    a wrong clock never keeps a record out."""
+    a wrong clock never keeps a record out. date_format: of texts, as the caller declares it; one of another form raises Unusable."""
+    if isinstance(cell, str) and date_format is not None and cell.strip():
+        try:
+            cell = datetime.strptime(cell.strip(), date_format)
+        except ValueError:
+            raise Unusable("wrong_type", f"captured_at is {_quoted(cell)}, wanted the form {date_format}") from None
     try:
         if isinstance(cell, str):
             try:
@@ -300,8 +313,8 @@ def _quoted(cell: Any) -> str:
 
 def _folded(text: str) -> str:
     """The letters of a position's name, hand first and finger second."""
-    words = [word for word in re.split(r"[\s_,-]+", text.casefold()) if word not in ("", "finger", "hand")]
-    joined = "".join(words).removesuffix("finger")
+    words = [word for word in re.split(r"[\s_.,-]+", text.casefold()) if word not in _WORDS_WITHOUT_MEANING]
+    joined = "".join(_INDONESIAN.get(word, word) for word in words).removesuffix("finger")
     for hand in ("right", "left"):
         if joined.endswith(hand):
             joined = hand + joined.removesuffix(hand).removesuffix("finger")
@@ -312,8 +325,17 @@ _POSITION_OF_CODE = {
     **{str(code): position for code, position in enumerate(FINGER_POSITIONS[:10], start=1)},
     **{"0": "unknown", "11": "right_thumb", "12": "left_thumb"},
 }
+_FINGERS = ("thumb", "index", "middle", "ring", "little")
+_WORDS_WITHOUT_MEANING = ("", "finger", "hand", "jari", "tangan")
+_INDONESIAN = {
+    **{"kanan": "right", "kiri": "left", "jempol": "thumb", "ibu": "thumb", "telunjuk": "index", "tengah": "middle"},
+    **{"manis": "ring", "kelingking": "little", "wajah": "face"},
+}
 _NAMES = {
     **{position.replace("_", ""): position for position in COLUMNS},
+    # `RI`, `R Index`: hand and finger by their first letters
+    **{f"{hand[0]}{name[0]}": f"{hand}_{name}" for hand in ("right", "left") for name in _FINGERS},
+    **{f"{hand[0]}{name}": f"{hand}_{name}" for hand in ("right", "left") for name in _FINGERS},
     **{f"{hand}{name}": f"{hand}_little" for hand in ("right", "left") for name in ("pinky", "pinkie")},
     "portrait": "face",
 }

@@ -26,13 +26,14 @@ from biodedup.jobs.manifests.fields import (
     ID_COLUMNS,
     UNREADABLE,
     Unusable,
-    column_name,
     dpi_of,
     ids_of,
     path_of,
     position_of,
     utf8_of,
 )
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
+from biodedup.jobs.manifests.text_form import open_text, refuse_no_text, text_form
 from biodedup.jobs.shared.spreadsheet import rearmed_cells
 
 KNOWN = ("subject_id", "path", "district", "position", "dpi", "entry")
@@ -60,10 +61,10 @@ class Roll:
         return [str(text) for text in self.table[column].to_pylist()]
 
 
-def read_roll(path: Path) -> Roll:
-    """A CSV file (comma, semicolon or tab; UTF-8) or a Parquet file with the column subject_id, or with path. Raises InvalidInput."""
+def read_roll(path: Path, options: TableOptions = DEFAULT_OPTIONS) -> Roll:
+    """A CSV file or a Parquet file with the column subject_id, or with path. Raises InvalidInput."""
     try:
-        found, lines, refused = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
+        found, lines, refused = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path, options)
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist; name a CSV or Parquet file") from None
     except (pa.ArrowException, OSError) as error:
@@ -72,7 +73,7 @@ def read_roll(path: Path) -> Roll:
         ) from error
     reasons = np.full(len(lines), "", object)
     columns: dict[str, Any] = {}
-    for name, values in zip(_named(list(found), path), found.values(), strict=True):
+    for name, values in zip(_named(list(found), path, options), found.values(), strict=True):
         columns[name], unreadable = _texts(values, name, csv_file=path.suffix.lower() != ".parquet")
         reasons[unreadable] = f"{name} is not UTF-8 text"
     with_districts = "district" in columns
@@ -106,17 +107,24 @@ def _read_parquet(path: Path) -> _Found:
     return columns, np.arange(1, len(table) + 1), []
 
 
-def _read_csv(path: Path) -> _Found:
+def _read_csv(path: Path, options: TableOptions) -> _Found:
     rows: list[list[str]] = []
     lines: list[int] = []
     refused: list[tuple[int, str, str]] = []
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        names, delimiter = _header(file.readline(1 << 20), path)
-        reader = csv.reader(file, delimiter=delimiter)
+    form = text_form(path, options.encoding)
+    if not form.header.strip():
+        raise InvalidInput(f"{path} has no header line; the first line names the columns, as subject_id,district")
+    refuse_no_text(form, path)
+    names = _once(next(csv.reader([form.header], delimiter=form.delimiter)), path)
+    with open_text(path, form.encoding, errors="surrogateescape" if form.is_utf8 else "replace") as file:
+        for _ in range(form.lines_before + 1):
+            file.readline()
+        reader = csv.reader(file, delimiter=form.delimiter)
         before = 0
         try:
             for row in reader:
-                line, before = before + 2, reader.line_num  # where it begins; a quoted value may hold several lines
+                # where it begins; a quoted value may hold several lines
+                line, before = before + form.lines_before + 2, reader.line_num
                 if not any(value.strip() for value in row):
                     continue  # an empty line
                 if len(row) == len(names):
@@ -130,23 +138,14 @@ def _read_csv(path: Path) -> _Found:
     return dict(zip(names, columns, strict=True)), np.array(lines, np.int64), refused
 
 
-def _header(first: str, path: Path) -> tuple[list[str], str]:
-    """(the names of the columns, what separates them)."""
-    if not _is_text(first):
-        raise InvalidInput(f"{path} is not UTF-8 text; save it as CSV UTF-8")
-    if "\0" in first or not first.strip():
-        raise InvalidInput(f"{path} has no header line; the first line names the columns, as subject_id,district")
-    delimiter = max(",;\t", key=first.count)
-    names = next(csv.reader([first.rstrip("\r\n")], delimiter=delimiter))
-    return _once(names, path), delimiter
-
-
-def _named(found: Sequence[str], path: Path) -> list[str]:
+def _named(found: Sequence[str], path: Path, options: TableOptions) -> list[str]:
     """Known columns under their own names, however they are capitalised."""
-    names = [column_name(name, KNOWN) for name in found]
-    _once(names, path)
+    names = options.names(found, path, KNOWN)
     if not {"subject_id", "path"} & set(names):
-        raise InvalidInput(f"{path} has the columns {names}; wanted subject_id, or path for captures")
+        raise InvalidInput(
+            f"{path} has the columns {names}; wanted subject_id, or path for captures. Name it, as --column subject_id=NAME"
+        )
+    options.check_columns(names, KNOWN, path, carried=True)
     return names
 
 

@@ -1,9 +1,9 @@
 """Reads CSV and Parquet tables row by row, in bounded memory.
 
-Owns encoding, delimiter, column names, and lines that do not fit. Never says what a cell means (`fields.py`).
+Owns the batches, column names, and lines that do not fit. Never says what a cell means (`fields.py`).
 
-1. Cells of CSV are text without the spaces around it; an empty cell is None; nothing is converted to a number. Bytes that are not UTF-8
-   become `fields.UNREADABLE` in that cell alone.
+1. Cells of CSV are text without the spaces around it; an empty cell is None; nothing is converted to a number. Bytes that are no text in the
+   file's encoding (`text_form.py`) become `fields.UNREADABLE` in that cell alone.
 2. A line that does not fit comes out as a row without cells. Only a file that is no table raises InvalidInput.
 3. Rows are numbered from 1, without the header.
 """
@@ -19,7 +19,9 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from biodedup.errors import InvalidInput
-from biodedup.jobs.manifests.fields import ID_COLUMNS, column_name
+from biodedup.jobs.manifests.fields import ID_COLUMNS
+from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
+from biodedup.jobs.manifests.text_form import TextForm, header_of, open_utf8, refuse_no_text, text_form
 from biodedup.jobs.shared.spreadsheet import rearmed
 
 Row: TypeAlias = tuple[int, Mapping[str, Any]]
@@ -27,20 +29,19 @@ Row: TypeAlias = tuple[int, Mapping[str, Any]]
 
 CSV_SUFFIXES = (".csv", ".tsv", ".txt")
 _BATCH_ROWS = 256
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class TableFile:
-    """A CSV or Parquet file. schema: its columns under the names by which jobs know them, texts where it is CSV."""
+    """A CSV or Parquet file. schema: its columns under the names by which jobs know them, texts where it is CSV; form: how the text is
+    written, None for Parquet; written: our name of a column -> its name in the file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, options: TableOptions = DEFAULT_OPTIONS) -> None:
         """Raises InvalidInput."""
-        self.path = path
-        found = _schema_of(path)
-        self.schema = pa.schema([field.with_name(_readable(column_name(field.name), path)) for field in found])
-        self._written = dict(zip(self.schema.names, found.names, strict=True))
-        if len(self._written) != len(found.names):
-            raise InvalidInput(f"{path} repeats a column name in {found.names}; give each column a name of its own")
+        self.path, self.options = path, options
+        self.form, found = _form_and_schema(path, options)
+        names = options.names(found.names, path)
+        self.schema = pa.schema([field.with_name(name) for name, field in zip(names, found, strict=True)])
+        self.written = dict(zip(names, found.names, strict=True))
 
     @property
     def names(self) -> list[str]:
@@ -68,22 +69,24 @@ class TableFile:
             yield behind, {}
 
     def _batches(self, names: list[str], malformed: list[int]) -> Iterator[list[dict[str, Any]]]:
-        written = [self._written[name] for name in names]
-        if self.path.suffix.lower() == ".parquet":
+        written = [self.written[name] for name in names]
+        if self.form is None:
             with pa.parquet.ParquetFile(self.path, pre_buffer=False) as file:
                 for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=written):
                     yield _listed(batch, names, written)
             return
 
+        before = 1 + self.form.lines_before  # the header, too
+
         def skip(row: Any) -> str:
-            malformed.append(row.number - 1)  # without the header
+            malformed.append(row.number - before)
             return "skip"
 
         # bytes, and decoded here: types guessed would take the zeros off an id, and one line in another encoding would end it all
         reader = pa.csv.open_csv(
-            self.path,
-            read_options=pa.csv.ReadOptions(use_threads=False),
-            parse_options=_dialect(self.path, skip),
+            _source(self.path, self.form),
+            read_options=pa.csv.ReadOptions(use_threads=False, skip_rows=self.form.lines_before),
+            parse_options=_dialect(self.form, skip),
             convert_options=pa.csv.ConvertOptions(
                 column_types=dict.fromkeys(written, pa.binary()),
                 include_columns=written,
@@ -99,22 +102,19 @@ class TableFile:
                 ]
 
 
-def _schema_of(path: Path) -> Any:
+def _form_and_schema(path: Path, options: TableOptions) -> tuple[TextForm | None, Any]:
     try:
         if path.is_file() and not path.stat().st_size:
             raise InvalidInput(f"{path} is empty; write a line of column names, and a row for each capture")
         if path.suffix.lower() == ".parquet":
-            return pa.parquet.read_schema(path)
+            return None, pa.parquet.read_schema(path)
         if path.suffix.lower() in CSV_SUFFIXES:
-            _refuse_utf_16(path)
-            with pa.csv.open_csv(path, parse_options=_dialect(path, lambda row: "skip")) as reader:
-                return pa.schema([(name, pa.string()) for name in reader.schema.names])
+            form = text_form(path, options.encoding)
+            refuse_no_text(form, path)
+            # not by Arrow, whose threads may outlive a program that ends at once
+            return form, pa.schema([(name, pa.string()) for name in header_of(path, form)])
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist; name a Parquet or CSV manifest") from None
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            f"{path}: byte {error.start} of a column's name is no UTF-8; save it as CSV UTF-8"
-        ) from error
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(
             f"{path} is not a readable table ({type(error).__name__}); write it as Parquet or CSV"
@@ -122,24 +122,12 @@ def _schema_of(path: Path) -> Any:
     raise InvalidInput(f"{path.name} is no manifest by its name; end it with .parquet or .csv")
 
 
-def _refuse_utf_16(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(2) in _UTF_16:
-            raise InvalidInput(f"{path} is UTF-16 text; save it as CSV UTF-8")
+def _source(path: Path, form: TextForm) -> Any:
+    return path if form.is_utf8 else open_utf8(path, form)
 
 
-def _readable(name: str, path: Path) -> str:
-    if "\0" in name:
-        raise InvalidInput(f"{path} has a column name with a null character; it is no CSV in UTF-8")
-    return name
-
-
-def _dialect(path: Path, skip: Callable[[Any], str]) -> Any:
-    """How the file's columns are parted: whatever of comma, semicolon and tabulator the header has most of."""
-    with path.open("rb") as file:
-        header = file.readline(1 << 16)
-    delimiter = max(",;\t", key=lambda mark: header.count(mark.encode()))
-    return pa.csv.ParseOptions(delimiter=delimiter, invalid_row_handler=skip, newlines_in_values=True)
+def _dialect(form: TextForm, skip: Callable[[Any], str]) -> Any:
+    return pa.csv.ParseOptions(delimiter=form.delimiter, invalid_row_handler=skip, newlines_in_values=True)
 
 
 def _decoded(cell: bytes | None, column: str) -> str | None:

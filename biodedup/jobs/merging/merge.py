@@ -49,7 +49,7 @@ from biodedup.jobs.merging.report import beside, write_results
 from biodedup.jobs.merging.survivors import absorbed, check_rule, survivor
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.files import write_json
-from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.match.judgement import BELIEVED
 from biodedup.search.clusters import clusters_of
 from biodedup.values import COLUMNS, Cluster, Encounter, Evidence, Link
@@ -168,15 +168,16 @@ def _found(
     try:
         staged = staging.snapshot()
         with Engine.open(work / "gallery", config, read_only=True, override_policy=True, storage=storage) as engine:
+            warn(progress, engine.plan_join(settings.joined_db).estimate.warnings(), len(engine))
             with join_notes(engine, work / "join.notes", settings.joined_db) as notes:
-                links = linked(engine, notes, settings.joined_db, progress)
+                found = linked(engine, notes, settings.joined_db, progress)
             checked = _check_shared(engine, staged, shared, work / "ids.notes", settings, progress)
-        links = _each_once(links)
+        links = _each_once(found.kept())
         groups = _groups(registers, staged, links, settings)
         district_of = _districts(registers, staged, links)
     finally:
         staging.close()
-    summary = write_results(out, registers, links, groups, checked, district_of, settings)
+    summary = write_results(out, registers, links, groups, checked, district_of, settings, sum(found.left_out.values()))
     return [record for group in groups if group.applies for record in group.absorbed], summary
 
 

@@ -36,10 +36,11 @@ def write_results(
     checked: Sequence[Checked],
     district_of: Mapping[str, str],
     settings: Settings,
+    left_out: int = 0,
 ) -> dict[str, Any]:
-    """Writes `out` and four files beside it, and returns the summary. links: each pair once, strongest first. Raises
-    StorageUnavailable."""
-    summary = _summary(registers, links, groups, checked, district_of, settings)
+    """Writes `out` and four files beside it, and returns the summary. links: each pair once, strongest first; left_out: links of large
+    clusters that are not among these. Raises StorageUnavailable."""
+    summary = _summary(registers, links, groups, checked, district_of, settings) | {"pairs_left_out": left_out}
     write_table(_members_table(groups, settings.rule), out)
     write_table(_pairs_table(links, groups, district_of, settings), beside(out, "pairs.parquet"))
     write_table(_shared_table(registers, checked, groups), beside(out, "collisions.parquet"))

@@ -35,6 +35,7 @@ class Notes:
                 os.truncate(path, sum(map(len, lines[: len(sound)])))
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             self._file = os.fdopen(os.open(path, flags, FILE_MODE), "a")
+            self._key = key
             self.entries: list[Any] = sound[1:]
             if not sound:
                 self._write(key)
@@ -43,6 +44,13 @@ class Notes:
         """Durable when it returns. Raises StorageUnavailable."""
         with translated(f"writing {self._path}"):
             self._write(entry)
+
+    def begin_anew(self) -> None:
+        """Drops all entries. Raises StorageUnavailable."""
+        with translated(f"writing {self._path}"):
+            self._file.truncate(0)
+            self._write(self._key)
+        self.entries = []
 
     def remove(self) -> None:
         """When the work is done and its result written."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +23,20 @@ from biodedup.gallery.segments.part import Column
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.calibrations import SampleOf
 from biodedup.match.compare import Comparer
-from biodedup.match.ranked import Comparison
+from biodedup.match.ranked import Ranked
 from biodedup.search.scope import Scope
 from biodedup.search.searcher import PROBES, Searcher, SnapshotRows
 from biodedup.search.selfjoin.bucket_join import join_buckets, parts_with_codec
 from biodedup.search.selfjoin.buckets import Buckets, choose
+from biodedup.search.selfjoin.crowds import FoundPairs, PairCollector
+from biodedup.search.selfjoin.estimate import JoinEstimate, estimate_of
 from biodedup.values import BIT, Float32, Template
 
 JOIN_ROWS = 4096
 """Rows that are compared at once with all rows behind them."""
+_ROWS_FIRST, _PAIRS_AT_ONCE = 16, 1 << 15
+"""Rows of a tile that are scanned first. Later ones are scanned together as long as they have few pairs, so that crowds fit into memory."""
 _SEARCHED_ROWS = 32  # searched for at once, where rows have more than a face
-
-RowPair = tuple[int, Comparison]
-"""A row, and its comparison with another row."""
 
 
 class SelfJoin:
@@ -70,9 +72,18 @@ class SelfJoin:
             self._buckets[:] = [known]
         return known[1]
 
+    def estimate(
+        self, snapshot: Snapshot, subjects: int, threshold_db: float, *, listed: int | None = None
+    ) -> tuple[Buckets | None, JoinEstimate]:
+        """(the buckets of the join, what it is expected to take). listed: so many subjects are compared with all; None: all are."""
+        buckets = None if listed is not None else self.buckets(snapshot, threshold_db)
+        faces_only, columns = _has_faces_only(snapshot), len(snapshot.models)
+        given: dict[str, Any] = {"faces_only": faces_only, "listed": listed, "buckets": buckets}
+        return buckets, estimate_of(subjects, threshold_db, columns, **given)
+
     def pairs(
         self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float, *, with_all: bool = False
-    ) -> list[RowPair]:
+    ) -> FoundPairs:
         """Pairs of one of these live rows, ascending, and a row behind it, that score threshold_db or more; each once.
         with_all: of one of these rows and any other row."""
         if not _has_faces_only(snapshot):
@@ -85,49 +96,57 @@ class SelfJoin:
         everywhere = rows[-1] >= tail or with_all
         scope = Scope(snapshot, 0 if everywhere else rows[0])
         query = replace(scope.query("face", 0, self._config.miss_risk), end_row=None if everywhere else tail)
-        near: list[tuple[NDArray[np.int64], Float32]] = []
-        for low in range(0, len(rows), PROBES):
-            some = slice(low, low + PROBES)
+        collector = self._collector(snapshot, threshold_db)
+        low, at_once = 0, _ROWS_FIRST
+        while low < len(rows):
+            some = slice(low, low + at_once)
             reached = self._searcher.fan_out.reached(
                 self._searcher.shards(snapshot), faces[some], replace(query, min_similarity=similarity[some])
             )
             if reached.failures:
                 raise GalleryDamaged(f"a self-join needs every row, and a shard failed: {reached.failures[0]}")
-            near += reached.found
-        others = []
-        for row, (found, _) in zip(rows, near, strict=True):
-            behind = (found > row) & (found < tail) if row < tail else (found < tail) | (found > row)
-            others.append(found[found != row if with_all else behind])
-        return self._reaching(snapshot, rows, faces, others, threshold_db)
+            for row, face, (found, _) in zip(rows[some], faces[some], reached.found, strict=True):
+                behind = (found > row) & (found < tail) if row < tail else (found < tail) | (found > row)
+                others = found[found != row if with_all else behind]
+                if len(others):
+                    collector.add(row, self._compared(snapshot, row, others, face))
+            low += len(reached.found)
+            most = max(len(found) for found, _ in reached.found)
+            at_once = min(PROBES, max(_PAIRS_AT_ONCE // max(most, 1), _ROWS_FIRST))
+        return collector.found()
 
-    def pairs_in_buckets(self, snapshot: Snapshot, buckets: Buckets, some: slice, threshold_db: float) -> list[RowPair]:
+    def pairs_in_buckets(self, snapshot: Snapshot, buckets: Buckets, some: slice, threshold_db: float) -> FoundPairs:
         """Pairs of live rows, the lower one first, that share one of some buckets and score threshold_db or more; each
         once."""
         low, high = join_buckets(self._searcher.scanner, snapshot, "face", buckets, some)
         rows, starts = np.unique(low, return_index=True)
         faces = snapshot.embeddings(rows.tolist(), "face")
-        return self._reaching(snapshot, rows.tolist(), faces, np.split(high, starts)[1:], threshold_db)
+        collector = self._collector(snapshot, threshold_db)
+        for row, face, others in zip(rows.tolist(), faces, np.split(high, starts)[1:], strict=True):
+            collector.add(row, self._compared(snapshot, row, others, face))
+        return collector.found()
 
-    def _reaching(
-        self,
-        snapshot: Snapshot,
-        rows: Sequence[int],
-        faces: Float32,
-        others: Sequence[NDArray[np.int64]],
-        threshold_db: float,
-    ) -> list[RowPair]:
-        """Compares each row's face with its other rows; returns the pairs that score threshold_db or more."""
-        source, model_id, pairs = SnapshotRows(snapshot), snapshot.models["face"].model_id, []
-        for row, face, candidates in zip(rows, faces, others, strict=True):
-            if len(candidates):
-                probe = {"face": Template("face", model_id, face)}
-                compared = self._searcher.compare(probe, source, candidates, _excluded_rows(snapshot, row))
-                pairs += [(row, comparison) for comparison in compared.reaching(threshold_db)]
-        return pairs
+    def _collector(self, snapshot: Snapshot, threshold_db: float) -> PairCollector:
+        def compare(row: int, others: NDArray[np.int64]) -> Ranked:
+            return self._compared(snapshot, row, others)
 
-    def _searched(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float) -> list[RowPair]:
-        """The pairs found by searching for each row in the whole gallery."""
-        pairs: dict[tuple[int, int], RowPair] = {}
+        return PairCollector(compare, snapshot.siblings, threshold_db, kinds=not _has_faces_only(snapshot))
+
+    def _compared(self, snapshot: Snapshot, row: int, others: NDArray[np.int64], face: Float32 | None = None) -> Ranked:
+        """A row compared with others. face: of a row that has nothing else, where it is read already."""
+        faces_only = face is not None
+        probe = (
+            {"face": Template("face", snapshot.models["face"].model_id, face)}
+            if faces_only
+            else snapshot.templates(row)
+        )
+        across = self._config.across_positions and not faces_only
+        return self._searcher.compare(probe, SnapshotRows(snapshot), others, _excluded_rows(snapshot, row), across)
+
+    def _searched(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float) -> FoundPairs:
+        """The pairs found by searching for each row in the whole gallery. The search for one row may miss a pair that the search for the
+        other finds, so it counts from either side."""
+        collector = self._collector(snapshot, threshold_db)
         for start in range(0, len(rows), _SEARCHED_ROWS):
             some = rows[start : start + _SEARCHED_ROWS]
             probes = [snapshot.templates(row) for row in some]
@@ -135,10 +154,8 @@ class SelfJoin:
             across = self._config.across_positions
             results = self._searcher.search(snapshot, probes, floor_db=threshold_db, across=across, excluded=excluded)
             for row, candidates in zip(some, results, strict=True):
-                for comparison in candidates.comparisons.reaching(threshold_db):
-                    # the search for the other row may miss this pair, so it counts from either side
-                    pairs.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
-        return list(pairs.values())
+                collector.add(row, candidates.comparisons)
+        return collector.found()
 
 
 def _has_faces_only(snapshot: Snapshot) -> bool:
