@@ -1,6 +1,7 @@
 """A national register on one machine: 200 million subjects really built, opened, and searched in full.
 
     python benchmarks/national.py --rows 200e6 --folder /somewhere    36 GB of disk; goes on where it was interrupted
+    python benchmarks/national.py --index faiss:IVF2048,PQ64x4fs      the same with the FAISS engine
     python benchmarks/national.py --rows 2e6                          the smoke size; keeps no result
 
 Isotropic embeddings of 128 numbers from a seeded generator, which makes any batch of them again at any time. Probes are mates of
@@ -65,7 +66,7 @@ def memory_mb() -> dict[str, int]:
     return {key: int(status[name].split()[0]) // 1024 for key, name in (("own", "RssAnon"), ("mapped", "RssFile"), ("peak", "VmHWM"))}  # fmt: skip
 
 
-def build(gallery: Path, rows: int, notes: Path) -> dict[str, Any]:
+def build(gallery: Path, rows: int, notes: Path, engine_text: str) -> dict[str, Any]:
     noted = json.loads(notes.read_text()) if notes.exists() else {"seconds": 0.0, "own peak": 0}
     started = time.perf_counter()
     peak = noted["own peak"]
@@ -75,7 +76,7 @@ def build(gallery: Path, rows: int, notes: Path) -> dict[str, Any]:
         notes.with_suffix(".new").write_text(json.dumps(content))
         os.replace(notes.with_suffix(".new"), notes)
 
-    with bd.Engine.open(gallery) as engine:
+    with bd.Engine.open(gallery, bd.Config(gallery=bd.GalleryConfig(index=engine_text))) as engine:
         low = 0
         for index, count in enumerate(batches(rows)):
             if low + count > len(engine):  # a batch is there as a whole or not at all
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the gallery here, and use what is there")
     parser.add_argument("--only", choices=["build", "search", "peer"], help="one stage")
     parser.add_argument("--peer-rows", type=float, help="of them, that the peer searches; its time is multiplied")
+    parser.add_argument("--index", default="native", help="the index engine: native, or faiss:FACTORY")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rows = int(arguments.rows)
@@ -198,16 +200,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        gallery, notes = folder / f"{rows}.gallery", folder / f"{rows}.progress.json"
-        stages = {"build": lambda: build(gallery, rows, notes), "search": lambda: search(gallery, rows),
+        name = str(rows) if arguments.index == "native" else f"{rows}.faiss"
+        gallery, notes = folder / f"{name}.gallery", folder / f"{name}.progress.json"
+        stages = {"build": lambda: build(gallery, rows, notes, arguments.index), "search": lambda: search(gallery, rows),
                   "peer": lambda: peer(rows, some)}  # fmt: skip
         if arguments.stage:
             print(json.dumps(stages[arguments.stage]()))
             return
-        figures: dict[str, Any] = {"rows": rows, "dimension": DIMENSION}
+        figures: dict[str, Any] = {"rows": rows, "dimension": DIMENSION, "index": arguments.index}
         for stage in [arguments.only] if arguments.only else stages:
             command = [sys.executable, __file__, "--rows", str(rows), "--folder", str(folder), "--stage", stage]
-            command += ["--peer-rows", str(some)]
+            command += ["--peer-rows", str(some), "--index", arguments.index]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             figures |= json.loads(done.stdout)
         ours, theirs = (figures.get(f"{who}batches of {PROBES}, probes a second") for who in ("", "FAISS PQ64x4fs, "))

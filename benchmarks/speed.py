@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                             1 and 10 million rows of 128 and of 512 numbers; hours, 20 GB of disk
     python benchmarks/speed.py --rows 10e6 --dimension 128  one of the four
+    python benchmarks/speed.py --rows 10e6 --index faiss:IVF2048,PQ64x4fs   our FAISS engine against the same index of raw FAISS
     python benchmarks/speed.py --rows 30000 --dimension 128 --mates 64   the smoke size; keeps no result
 
 Isotropic embeddings; mates at given cosines in random directions. Ours and the FAISS index take turns, batch by batch, so that what
@@ -86,13 +87,14 @@ def exact_ranks(probes: np.ndarray, whose: np.ndarray, rows: int) -> np.ndarray:
     return ranks
 
 
-def measure(rows: int, dimension: int, mates: int, seconds: float) -> dict[str, Any]:
+def measure(rows: int, dimension: int, mates: int, seconds: float, engine_text: str) -> dict[str, Any]:
     whose = np.random.default_rng(1).permutation(min(rows, PIECE))[: mates * len(COSINES)]
     whose = np.resize(whose, mates * len(COSINES))
     cosines = np.tile(COSINES, mates)
     probes = mates_of(piece(0, min(rows, PIECE), dimension)[whose], cosines)
-    figures: dict[str, Any] = {"rows": rows, "dimension": dimension}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, bd.Engine.open(Path(folder) / "g") as engine:
+    figures: dict[str, Any] = {"rows": rows, "dimension": dimension, "index": engine_text}
+    config = bd.Config(threads=os.cpu_count() or 1, gallery=bd.GalleryConfig(index=engine_text))
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, bd.Engine.open(Path(folder) / "g", config) as engine:
         started = time.perf_counter()
         for i, low, n in pieces(rows):
             engine.add_templates(
@@ -109,7 +111,15 @@ def measure(rows: int, dimension: int, mates: int, seconds: float) -> dict[str, 
             if codec
             else "-"
         )
-        figures |= _against_faiss(engine, rows, dimension, probes, whose, cosines, seconds)
+        lists = 2048 if rows >= 5_000_000 else 256
+        spec = (
+            f"IVF{lists},PQ64x4fs"
+            if engine_text == "native"
+            else engine_text.removeprefix("faiss:").partition(",nprobe=")[0]
+        )
+        figures |= _against_faiss(engine, spec, probes, whose, cosines, seconds)
+        if engine_text != "native":
+            return figures  # what follows compares the native engine with other peers
         figures |= _found(engine, probes, whose, cosines, rows)
         figures |= _under_load(engine, probes, figures["batch 256"]["probes/s"], seconds)
         figures |= _by_threads(Path(folder) / "g", probes, seconds)
@@ -126,21 +136,15 @@ def _shares(found: np.ndarray, whose: np.ndarray, cosines: np.ndarray) -> str:
 
 
 def _against_faiss(
-    engine: bd.Engine,
-    rows: int,
-    dimension: int,
-    probes: np.ndarray,
-    whose: np.ndarray,
-    cosines: np.ndarray,
-    seconds: float,
+    engine: bd.Engine, spec: str, probes: np.ndarray, whose: np.ndarray, cosines: np.ndarray, seconds: float
 ) -> dict[str, Any]:
-    lists = 2048 if rows >= 5_000_000 else 256
-    spec = f"IVF{lists},PQ64x4fs"
+    rows, dimension = len(engine), probes.shape[1]
     index = faiss.index_factory(dimension, spec, faiss.METRIC_INNER_PRODUCT)
     index.train(piece(0, min(rows, PIECE), dimension))
     for i, _, n in pieces(rows):
         index.add(piece(i, n, dimension))
-    index.nprobe = lists
+    if hasattr(index, "nprobe"):
+        index.nprobe = index.nlist
     figures: dict[str, Any] = {}
     for size in BATCHES:
         ours: list[float] = []
@@ -263,14 +267,19 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=128)
     parser.add_argument("--mates", type=int, default=1_000, help="at each cosine")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--index", default="native", help="our index engine: native, or faiss:FACTORY")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        print(json.dumps(measure(int(arguments.rows), arguments.dimension, arguments.mates, arguments.seconds)))
+        print(
+            json.dumps(
+                measure(int(arguments.rows), arguments.dimension, arguments.mates, arguments.seconds, arguments.index)
+            )
+        )
         return
     for rows, dimension in [(int(arguments.rows), arguments.dimension)] if arguments.rows else SIZES:
         command = [sys.executable, __file__, "--here", "--rows", str(rows), "--dimension", str(dimension)]
-        command += ["--mates", str(arguments.mates), "--seconds", str(arguments.seconds)]
+        command += ["--mates", str(arguments.mates), "--seconds", str(arguments.seconds), "--index", arguments.index]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         record("speed", json.loads(done.stdout), keep=(rows, dimension) in SIZES)
 

@@ -31,6 +31,11 @@ pytestmark = pytest.mark.bench
             "mates, candidates, at 0.5 and above      1.0",
             False,
         ),
+        (
+            ["speed.py", "--rows", "40000", "--mates", "26", "--seconds", "0.05", "--index", "faiss:IVF64,PQ64x4fs"],
+            "batch 256, times FAISS IVF64,PQ64x4fs",
+            False,
+        ),
         (["national.py", "--rows", "150000"], "mates at 0.8: first / in 10 / in 100", False),
         (["selfjoin.py", "--rows", "20000"], "of those, found                          1.0", False),
         (
