@@ -369,10 +369,9 @@ class Gallery:
                 now = self.snapshot()
                 folder, gallery_id = self._segments, self.gallery_id
                 entry = write_segment(self.storage, folder, number, gallery_id, parts, keeps, now.parts, still)
-                merged = parts if all(keep is None for keep in keeps) else ()
                 codecs = now.indexing.wanted_codecs()
                 with index_codec.threads(self.limits.threads, sum(part.count for part in parts)):
-                    return with_indexes(self.storage, folder, gallery_id, entry, codecs, merged, still)
+                    return with_indexes(self.storage, folder, gallery_id, entry, codecs, still)
         except BaseException:
             self._remove_files(number)
             raise

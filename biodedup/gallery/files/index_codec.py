@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,7 @@ def _refuse_unsuited(index: Any, spec: IndexSpec) -> None:
         raise InvalidInput(f"index {spec} has no inverted lists; leave nprobe out")
 
 
+@cache
 def training_rows_min(spec: IndexSpec, dimension: int) -> int:
     """How many vectors a codec is trained on at least."""
     index = new_index(spec, dimension)
@@ -238,22 +239,6 @@ def filled(codec: FaissCodec, pieces: Iterable[Float32]) -> Any:
     for piece in pieces:
         index.add(np.ascontiguousarray(piece, np.float32))
     return index
-
-
-def merged(indexes: Iterable[Any]) -> Any | None:
-    """One index of the rows of several filled copies of one codec, which it empties; None where their type cannot be merged."""
-    together = None
-    for index in indexes:
-        if together is None:
-            together = index
-            continue
-        try:
-            mine, other = _base(together), _base(index)
-            mine.merge_from(other, mine.ntotal)
-        except RuntimeError:
-            return None
-        together.ntotal = mine.ntotal
-    return together
 
 
 # reading and searching -----------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Owns which columns are indexed, and from what an index is made. Never trains a codec and never touches the manifest.
 
 An index is made of the vectors as the segment stores them, with eight bits a number, so that it can be built again from the segment
-alone. Segments that are merged whole have their indexes merged, too: no vector is assigned to a list a second time.
+alone. That of a merged segment is built anew: `IndexIVF.merge_from` of FAISS 1.15 writes behind the end of a fast-scan list whose size
+is a multiple of its block (`BlockInvertedLists::add_entries`), which lists of 1,024 rows reach.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from biodedup.gallery.files import index_codec
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.segments.layout import INDEX, SegmentEntry, file_name
-from biodedup.gallery.segments.part import PIECE_ROWS, Column, Rows
+from biodedup.gallery.segments.part import PIECE_ROWS, Column
 from biodedup.gallery.segments.reader import open_segment
 from biodedup.gallery.segments.stored_index import write_index
 from biodedup.values import Float32
@@ -36,11 +37,9 @@ def with_indexes(
     gallery_id: str,
     entry: SegmentEntry,
     codecs: Mapping[str, FaissCodec],
-    merged: Sequence[Rows] = (),
     go_on: Callable[[], bool] = lambda: True,
 ) -> SegmentEntry:
-    """The entry of a written segment, with an index for each column that has a codec and enough cells. merged: the parts that it was
-    merged of, with all their rows."""
+    """The entry of a written segment, with an index for each column that has a codec and enough cells."""
     if not codecs:
         return entry
     files = dict(entry.files)
@@ -50,7 +49,7 @@ def with_indexes(
             codec = codecs.get(name)
             if codec is not None and column.count > CELLS_MIN and column.dimension == codec.dimension:
                 kind = name + INDEX + codec.codec_id
-                index = _merged(name, codec, merged) or built(column, codec, go_on)
+                index = built(column, codec, go_on)
                 files[kind] = write_column_index(storage, folder, gallery_id, (entry.number, kind), index)
     finally:
         segment.close()
@@ -84,15 +83,6 @@ def write_column_index(
         "cells": int(index.ntotal),
     }
     return write_index(storage, folder / file_name(number, kind), about, index, replaces=replaces)
-
-
-def _merged(name: str, codec: FaissCodec, parts: Sequence[Rows]) -> Any | None:
-    """The merged indexes of these parts; None where one of them has none of this codec."""
-    columns = [part.columns[name] for part in parts if name in part.columns]
-    indexes = [column.index for column in columns]
-    if not indexes or any(index is None or index.codec_id != codec.codec_id for index in indexes):
-        return None
-    return index_codec.merged(index.read() for index in indexes if index is not None)
 
 
 def sample_of(columns: Sequence[Column], wanted: int) -> Float32:
