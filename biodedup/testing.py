@@ -32,11 +32,11 @@ class Internals:
 
 def internals(engine: Engine) -> Internals:
     return Internals(
-        engine._gallery,
-        engine._extractor,
-        engine._comparer,
-        engine._searcher,
-        engine._searches,
-        engine._join,
-        engine._enrolment,
+        gallery=engine._gallery,
+        extractor=engine._extractor,
+        comparer=engine._comparer,
+        searcher=engine._searcher,
+        searches=engine._searches,
+        join=engine._join,
+        enrolment=engine._enrolment,
     )

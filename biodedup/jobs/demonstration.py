@@ -164,7 +164,13 @@ def demo(
             f"the mate is first for {mates_first:.2%}; first place as numpy's exact search: {agrees:.2%}"
         )
         return DemoResult(
-            subjects, load_seconds, tuple(decisions), len(chosen), len(chosen) / seconds, mates_first, agrees
+            subjects=subjects,
+            load_seconds=load_seconds,
+            decisions=tuple(decisions),
+            probes=len(chosen),
+            probes_per_second=len(chosen) / seconds,
+            mates_first=mates_first,
+            agrees_with_numpy=agrees,
         )
 
 

@@ -169,14 +169,14 @@ def enroll_batch(
     job.seconds["all"] = stopwatch() - started
     reasons = {reason: count for (_, reason), count in tally.reasons.most_common()}
     result = BatchResult(
-        done,
-        {status: tally.statuses[status] for status in ("enrolled", "duplicate", "adjudicate", "refused")},
-        tally.already,
-        tally.repeated,
-        reasons,
-        job.extracted,
-        job.decided_now,
-        {name: round(seconds, 3) for name, seconds in job.seconds.items()},
+        records=done,
+        statuses={status: tally.statuses[status] for status in ("enrolled", "duplicate", "adjudicate", "refused")},
+        already=tally.already,
+        repeated=tally.repeated,
+        reasons=reasons,
+        extracted=job.extracted,
+        decided_now=job.decided_now,
+        seconds={name: round(seconds, 3) for name, seconds in job.seconds.items()},
     )
     if report is not None:
         write_page(

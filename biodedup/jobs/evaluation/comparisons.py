@@ -191,7 +191,15 @@ def compare_all(
     finally:
         matcher.close()
     return Comparisons(
-        encounters, subject, gallery, _joined(parts), searches, possible, sampled, held.model_ids(), known
+        encounters=encounters,
+        subject=subject,
+        gallery=gallery,
+        pairs=_joined(parts),
+        searches=searches,
+        nonmated_possible=possible,
+        sampled=sampled,
+        models=held.model_ids(),
+        calibrations=known,
     )
 
 
@@ -229,14 +237,14 @@ def _search(searches: Searches, at: int, ranked: Ranked, searched: Bool, subject
 def _no_searches(probes: Int64, later: Bool, enrolled: Bool, searched: Bool) -> Searches:
     count = len(probes)
     return Searches(
-        probes,
-        later,
-        enrolled,
-        searched,
-        np.full(count, -np.inf),
-        np.zeros(count, np.int64),
-        np.full(count, -np.inf),
-        np.full(count, -1, np.int64),
+        probe=probes,
+        later=later,
+        enrolled=enrolled,
+        searched=searched,
+        mate_db=np.full(count, -np.inf),
+        rank=np.zeros(count, np.int64),
+        impostor_db=np.full(count, -np.inf),
+        impostor=np.full(count, -1, np.int64),
     )
 
 

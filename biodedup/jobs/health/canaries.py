@@ -108,7 +108,15 @@ def watch(
         problems += [problem for one in columns for problem in problems_of(one)] + run.incomplete
         lines = [line_of(one) for one in columns if not problems_of(one)]
         lines += of_themselves(made, now, known, is_kept, searched)
-        return Watch(tuple(columns), made, len(now.removed), len(now.gone), is_kept, tuple(lines), tuple(problems))
+        return Watch(
+            columns=tuple(columns),
+            made=made,
+            removed=len(now.removed),
+            gone=len(now.gone),
+            kept_in_file=is_kept,
+            checked=tuple(lines),
+            problems=tuple(problems),
+        )
 
 
 def forget_removed(gallery: Path, *, storage: Storage | None = None) -> int:
@@ -177,7 +185,21 @@ class _Run:
         """A column of minutiae alone: are the records what they were? Searches for them go by `_identified`."""
         changed = self._changed_records(name, some)
         kept = len(some) - len(changed)
-        return _with_changed(Watched(name, len(some), kept, kept, 0, len(some), len(some), 1.0, 1.0), self, changed)
+        return _with_changed(
+            Watched(
+                column=name,
+                canaries=len(some),
+                found=kept,
+                first=kept,
+                among=0,
+                expected_min=len(some),
+                expected_first_min=len(some),
+                p_found=1.0,
+                p_first=1.0,
+            ),
+            self,
+            changed,
+        )
 
     def _column(self, name: str, some: Sequence[Canary], alpha: float) -> Watched:
         snapshot = self.stored.snapshot()
@@ -345,7 +367,17 @@ def _counted(name: str, place: Int64, first: NDArray[np.float64], among: NDArray
     found, at_first = int((place < FIRST).sum()), int((place == 0).sum())
     found_min, p_found = _least(found, among, alpha)
     first_min, p_first = _least(at_first, first, alpha)
-    return Watched(name, n, found, at_first, FIRST, found_min, first_min, p_found, p_first)
+    return Watched(
+        column=name,
+        canaries=n,
+        found=found,
+        first=at_first,
+        among=FIRST,
+        expected_min=found_min,
+        expected_first_min=first_min,
+        p_found=p_found,
+        p_first=p_first,
+    )
 
 
 def _least(count: int, chances: NDArray[np.float64], alpha: float) -> tuple[int, float]:

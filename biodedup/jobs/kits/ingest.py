@@ -90,14 +90,14 @@ def examine_batch(
         return Examined(path, "refused", f"{path} gives one sequence to two records; nothing of it was taken. Pack it again", public)  # fmt: skip
     problem = "" if batch.whole else cut_text(path, public, entries)
     return Examined(
-        path,
-        "whole" if batch.whole else "cut",
-        problem,
-        public,
-        batch.digest.hex(),
-        tuple(entries),
-        batch.void,
-        last_packed_at,
+        path=path,
+        state="whole" if batch.whole else "cut",
+        problem=problem,
+        public=public,
+        digest=batch.digest.hex(),
+        entries=tuple(entries),
+        void=batch.void,
+        last_packed_at=last_packed_at,
     )
 
 

@@ -262,15 +262,15 @@ def described(one: Examined, first_received_at: float | None, received_at: float
     sequences = [entry.sequence for entry in one.entries]
     ahead = None if one.last_packed_at is None else (one.last_packed_at - received_at) / _DAY_S
     return BatchOutcome(
-        one.path.name,
-        one.public.kit_id if one.public else "",
-        "repeated" if first_received_at is not None and one.state == "whole" else one.state,
-        len(one.entries),
-        one.problem,
-        first_received_at,
-        sum(b < a for a, b in pairwise(sequences)),
-        round(ahead, 2) if ahead is not None and ahead * _DAY_S > CLOCK_TOLERANCE_S else None,
-        len(one.void),
+        batch=one.path.name,
+        kit_id=one.public.kit_id if one.public else "",
+        state="repeated" if first_received_at is not None and one.state == "whole" else one.state,
+        records=len(one.entries),
+        problem=one.problem,
+        first_received_at=first_received_at,
+        out_of_order=sum(b < a for a, b in pairwise(sequences)),
+        clock_ahead_days=round(ahead, 2) if ahead is not None and ahead * _DAY_S > CLOCK_TOLERANCE_S else None,
+        void=len(one.void),
     )
 
 

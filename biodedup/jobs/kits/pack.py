@@ -208,16 +208,16 @@ class _Packing:
         save_state(self._state, self._kit)
         self._put(temporary, before, Packed(writer.digest.hex(), self._entries(), tuple(void)))
         return PackResult(
-            self._kit.public.kit_id,
-            self._out,
-            writer.digest.hex(),
-            tuple(self._records),
-            tuple(self.broken),
-            doubles,
-            unsearched,
-            tuple(void),
-            threshold_db,
-            self._kit.public.expires_at,
+            kit_id=self._kit.public.kit_id,
+            out=self._out,
+            digest=writer.digest.hex(),
+            records=tuple(self._records),
+            broken=tuple(self.broken),
+            doubles=doubles,
+            unsearched=unsearched,
+            void=tuple(void),
+            threshold_db=threshold_db,
+            key_expires_at=self._kit.public.expires_at,
         )
 
     def _added(self, writer: BatchWriter, judged: Iterable[Judged]) -> list[Encounter]:

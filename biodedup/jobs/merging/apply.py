@@ -139,9 +139,9 @@ def apply_merge(
     staged: Snapshot,
     registers: Sequence[dict[str, Any]],
     absorbed: Sequence[AbsorbedRecord],
+    *,
     config: Config,
     storage: Storage,
-    *,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     progress: Progress = silent,
 ) -> Applied:
