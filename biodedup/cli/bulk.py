@@ -71,10 +71,7 @@ def enroll_batch(
     An interrupted run resumes when the same command is started again; a completed one changes nothing.
     """
     chosen = configured(gallery, config, threads=threads, more={"batch_size": batch}, usual={"batch_size": 256})
-    with (
-        bd.Engine.open(gallery, chosen) as engine,
-        jobs.Backlog.open(gallery) as backlog,
-    ):
+    with bd.Engine.open(gallery, chosen) as engine, jobs.Backlog.open(gallery) as backlog:
         if announce:
             count = jobs.announce(backlog, manifest)
             finish({"announced": count}, f"announced {count:,} encounters", as_json)

@@ -27,8 +27,7 @@ from biodedup.cli.base import (
     progress_bar,
     say,
 )
-from biodedup.cli.kit_keys import TrustedOption, kit
-from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
+from biodedup.cli.kit_keys import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, TrustedOption, kit, passphrase
 
 if TYPE_CHECKING:
     from biodedup.jobs.kits.keys import CentreKey

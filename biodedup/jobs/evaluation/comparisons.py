@@ -211,13 +211,13 @@ def _pairs_of(ranked: Ranked, a: int, paired: Bool, subject: Int64, probe: Label
         for kind, values in zip(("similarity", "minutiae"), ranked.raw(column), strict=True):
             raw[column, kind] = values[kept]
     return Pairs(
-        np.full(len(b), a, np.int64),
-        b,
-        subject[b] == subject[a],
-        ranked.score_db[kept],
-        ranked.llr_db[kept],
-        ranked.extrapolated()[kept],
-        raw,
+        a=np.full(len(b), a, np.int64),
+        b=b,
+        mated=subject[b] == subject[a],
+        score_db=ranked.score_db[kept],
+        llr_db=ranked.llr_db[kept],
+        extrapolated=ranked.extrapolated()[kept],
+        raw=raw,
     )
 
 
@@ -249,9 +249,11 @@ def _no_searches(probes: Int64, later: Bool, enrolled: Bool, searched: Bool) -> 
 
 
 def _joined(parts: Sequence[Pairs]) -> Pairs:
-    def all_of(name: str, kind: type) -> NDArray[Any]:
-        return np.concatenate([np.zeros(0, kind), *(getattr(part, name) for part in parts)])
-
+    kinds = {"a": np.int64, "b": np.int64, "mated": bool, "score_db": float, "llr_db": float, "extrapolated": bool}
+    whole: dict[str, NDArray[Any]] = {
+        name: np.concatenate([np.zeros(0, kind), *(getattr(part, name) for part in parts)])
+        for name, kind in kinds.items()
+    }
     raw = {}
     for column in COLUMNS:
         for kind in ("similarity", "minutiae"):
@@ -260,15 +262,7 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
             values = np.concatenate([np.zeros(0), *each])
             if not np.isnan(values).all():
                 raw[key] = values
-    return Pairs(
-        all_of("a", np.int64),
-        all_of("b", np.int64),
-        all_of("mated", bool),
-        all_of("score_db", float),
-        all_of("llr_db", float),
-        all_of("extrapolated", bool),
-        raw,
-    )
+    return Pairs(**whole, raw=raw)
 
 
 def _drawn(encounters: Sequence[Labelled], gallery: Bool, model_id: str) -> ImpostorSample:
