@@ -157,16 +157,12 @@ def compare_all(
     single = np.bincount(subject)[subject] == 1
 
     compared = np.flatnonzero(usable)
-    each = np.bincount(subject[compared], minlength=len(names)).astype(np.int64)
-    possible = int((len(compared) * (len(compared) - 1) - (each * (each - 1)).sum()) // 2)
+    possible = _impostor_pairs(subject[compared])
     sampled = possible > nonmated_max
     share = nonmated_max / possible if sampled else 1.0
 
     held = _Held(encounters)
-    drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
-    own = config.stated_policy.own_strangers
-    cards = Extractor(config).cards
-    known = Calibrations(cards, lambda model_id: drawn.get(model_id, NO_SAMPLE), own_strangers=lambda: own)
+    known = _calibrations(encounters, gallery, held, config)
     matcher = CylinderMatcher(config.threads)
     comparer = Comparer(known.of, matcher, known.with_minutiae)
     rows = np.arange(len(encounters))
@@ -200,6 +196,20 @@ def compare_all(
         sampled=sampled,
         models=held.model_ids(),
         calibrations=known,
+    )
+
+
+def _impostor_pairs(subject: Int64) -> int:
+    """How many pairs of encounters are of two subjects."""
+    each = np.unique(subject, return_counts=True)[1]
+    return int((len(subject) * (len(subject) - 1) - (each * (each - 1)).sum()) // 2)
+
+
+def _calibrations(encounters: Sequence[Labelled], gallery: Bool, held: _Held, config: Config) -> Calibrations:
+    drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
+    own = config.stated_policy.own_strangers
+    return Calibrations(
+        Extractor(config).cards, lambda model_id: drawn.get(model_id, NO_SAMPLE), own_strangers=lambda: own
     )
 
 
