@@ -188,13 +188,13 @@ def test_a_database_is_not_restored_from_another_gallerys_backup(sealed, tmp_pat
 
 def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
-        gallery = internals(engine).gallery
-        old = [part for part in gallery.snapshot().parts if isinstance(part, Segment)]
-        taken = gallery._take_number()
-        gallery._broken = True
+        parts = internals(engine)
+        old = [part for part in parts.gallery.snapshot().parts if isinstance(part, Segment)]
+        taken = parts.take_segment_number()
+        parts.break_gallery()
         enroll(engine, 14)  # recovers first
-        assert gallery._take_number() == taken + 1
-        gallery._maintenance.merge(old)
+        assert parts.take_segment_number() == taken + 1
+        parts.maintenance.merge(old)
         assert engine.info()["segments"] == 1
         assert engine.problems() == []
         assert nearest(engine, 14) == "s14"

@@ -209,7 +209,7 @@ def occurrences(folder: Path, needles: dict[str, bytes]) -> dict[str, list[str]]
 def needle(engine: bd.Engine, i: int) -> dict[str, bytes]:
     """Of a row of the journal, as it is stored there."""
     row = engine.rows_of([f"s{i}"])[0]
-    (cell,) = (cell for cell in internals(engine).gallery._catalogue.cells() if cell.row == row)
+    (cell,) = (cell for cell in internals(engine).catalogue.cells() if cell.row == row)
     assert cell.vector is not None
     return {f"s{i}": cell.vector[:64]}
 
