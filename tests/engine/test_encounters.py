@@ -393,9 +393,10 @@ def test_a_resent_encounter_whose_subject_was_removed_says_so(engine):
     assert (again_sent.outcome, again_sent.reasons, len(engine)) == ("unique", ("removed",), 0)
 
 
-def test_of_eight_threads_with_weak_captures_of_one_person_nobody_slips_past_an_open_case(tmp_path):
+@pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_of_eight_threads_with_weak_captures_of_one_person_nobody_slips_past_an_open_case(tmp_path, rounds):
     """Each round: eight names at once with captures that score between the thresholds."""
-    rounds, threads = 60, 8
+    threads = 8
     with bd.Engine.open(tmp_path / "g", replace(CONFIG, gallery=bd.GalleryConfig(seal_rows=64))) as engine:
         faces = people(rounds, seed=11)
         barrier = threading.Barrier(threads)

@@ -1,6 +1,7 @@
 """Everybody against everybody."""
 
 import json
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -16,28 +17,40 @@ from biodedup.testing import internals
 from tests.support.vectors import SFACE
 
 THRESHOLD_DB = 60.0
+CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=700, background=False))
 
 
-@pytest.fixture
-def gallery(tmp_path, monkeypatch):
-    """2,500 subjects, 40 of them enrolled again at falling cosines, one of these a third time; removed ones among them."""
-    for module in (searches, selfjoin):
-        monkeypatch.setattr(module, "JOIN_ROWS", 300)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(folder, subject_id -> vector): 2,500 subjects, 40 of them enrolled again at falling cosines, one of these a third time; removed ones
+    among them."""
     rng = np.random.default_rng(5)
     vectors = rng.standard_normal((2_500, 128), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     again = mates_of(vectors[:40], np.linspace(0.95, 0.5, 40))
     third = mates_of(again[:1], np.array([0.9]), seed=9)
     everybody = np.concatenate([vectors, again, third])[rng.permutation(2_541)]
-    names = [f"s{i}" for i in range(len(everybody))]
-    config = bd.Config(gallery=bd.GalleryConfig(seal_rows=700, background=False))
-    with bd.Engine.open(tmp_path / "g", config) as engine:
+    vector_of = {f"s{i}": vector for i, vector in enumerate(everybody)}
+    names, folder = list(vector_of), tmp_path_factory.mktemp("join") / "g"
+    with bd.Engine.open(folder, CONFIG) as engine:
         for low in range(0, len(names), 400):
             engine.add_templates(names[low : low + 400], {"face": everybody[low : low + 400]})
             engine.maintain()
         for gone in (3, 700, 2_540):
             engine.remove(names[gone])
-        yield engine, {name: vector for i, (name, vector) in enumerate(zip(names, everybody, strict=True)) if i not in (3, 700, 2_540)}  # fmt: skip
+            del vector_of[names[gone]]
+    return folder, vector_of
+
+
+@pytest.fixture
+def gallery(built, tmp_path, monkeypatch):
+    """A copy of it, opened."""
+    for module in (searches, selfjoin):
+        monkeypatch.setattr(module, "JOIN_ROWS", 300)
+    folder, vector_of = built
+    shutil.copytree(folder, tmp_path / "g")
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        yield engine, vector_of
 
 
 def oracle(engine, vectors):
