@@ -31,6 +31,7 @@ pytestmark = pytest.mark.bench
             "mates, candidates, at 0.5 and above      1.0",
             False,
         ),
+        (["costs.py", "--rows", "20000"], "number, ns", False),
         (["national.py", "--rows", "150000"], "mates at 0.8: first / in 10 / in 100", False),
         (["selfjoin.py", "--rows", "20000"], "of those, found                          1.0", False),
         (
