@@ -30,7 +30,7 @@ from biodedup.cli.base import (
 from biodedup.cli.kit_keys import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, TrustedOption, kit, passphrase
 
 if TYPE_CHECKING:
-    from biodedup.jobs.kits.keys import CentreKey
+    from biodedup.jobs.kits.format.keys import CentreKey
     from biodedup.jobs.kits.outcomes import BatchOutcome, Examined
 
 ReportOption = Annotated[Path | None, typer.Option("--report", help="HTML report; default: beside the result.")]

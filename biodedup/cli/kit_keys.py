@@ -17,7 +17,7 @@ import typer
 from biodedup import jobs
 from biodedup.cli.base import JsonOption, Panel, app, finish
 from biodedup.errors import InvalidInput
-from biodedup.jobs.kits.keys import LIFETIME_DAYS
+from biodedup.jobs.kits.format.keys import LIFETIME_DAYS
 
 if TYPE_CHECKING:
     from biodedup.jobs.kits.trust import TrustedKey

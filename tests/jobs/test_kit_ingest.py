@@ -11,8 +11,8 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kits.keys import load_centre_key, load_key
-from biodedup.jobs.kits.record import Record
+from biodedup.jobs.kits.format.keys import load_centre_key, load_key
+from biodedup.jobs.kits.format.record import Record
 from tests.support.kits import (
     FRIDAY,
     MONDAY,

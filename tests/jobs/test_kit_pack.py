@@ -14,8 +14,8 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kits.keys import load_centre_key, load_key
-from biodedup.jobs.kits.record import RECORD_BYTES_MAX
+from biodedup.jobs.kits.format.keys import load_centre_key, load_key
+from biodedup.jobs.kits.format.record import RECORD_BYTES_MAX
 from biodedup.synthetic import draw_impression, draw_master
 from tests.support.kits import FRIDAY, Stop, enrolled, ingested, outcomes, packed, read, stop_at, table, written
 from tests.support.vectors import again, people

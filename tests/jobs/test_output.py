@@ -330,7 +330,7 @@ def test_what_was_declined_elsewhere_is_bounded_and_steers_no_terminal(engine):
 
 
 def test_what_a_kit_says_of_a_capture_is_shown_and_does_not_end_an_ingest():
-    from biodedup.jobs.kits import record as kit_record
+    from biodedup.jobs.kits.format import record as kit_record
 
     told = bd.Refusal("nose\x1b[2J", "why\x07", "\u202e" * 400)
     encounter = bd.Encounter("anna", templates={"left_index": people(1)[0]}, encounter_id="e1", model_id="mine-1")

@@ -28,8 +28,9 @@ from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError, EncounterConflict
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.files.private import make_private_folder
-from biodedup.jobs.kits.batch_file import RECORDS_MAX, BatchReader
-from biodedup.jobs.kits.keys import CentreKey
+from biodedup.jobs.kits.format.batch_file import RECORDS_MAX, BatchReader
+from biodedup.jobs.kits.format.keys import CentreKey
+from biodedup.jobs.kits.format.record import Record
 from biodedup.jobs.kits.ledger import Ledger, Taker
 from biodedup.jobs.kits.names import bound_id, prefix_of, unusable_id
 from biodedup.jobs.kits.outcomes import (
@@ -47,7 +48,6 @@ from biodedup.jobs.kits.outcomes import (
     received_outcome,
     write_result,
 )
-from biodedup.jobs.kits.record import Record
 from biodedup.jobs.kits.trust import Trusted, TrustedKey, load_trusted
 from biodedup.jobs.shared.known_subject import verify_or_dispute
 from biodedup.jobs.shared.output import check_table_name

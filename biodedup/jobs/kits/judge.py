@@ -22,8 +22,8 @@ from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.files.private import private_folder, replace_private
+from biodedup.jobs.kits.format.record import RECORD_BYTES_MAX, Record, decode, encode
 from biodedup.jobs.kits.manifest import Broken, Planned
-from biodedup.jobs.kits.record import RECORD_BYTES_MAX, Record, decode, encode
 from biodedup.jobs.shared.files import read_bounded
 from biodedup.required import keep_better
 from biodedup.values import Capture, Encounter, Face, Finger, Missing, Refusal, Template

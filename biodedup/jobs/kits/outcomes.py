@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from biodedup.jobs.kits.keys import PublicKey
+from biodedup.jobs.kits.format.keys import PublicKey
+from biodedup.jobs.kits.format.record import Record
 from biodedup.jobs.kits.ledger import Taker
-from biodedup.jobs.kits.record import Record
 from biodedup.jobs.kits.trust import TrustedKey
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table

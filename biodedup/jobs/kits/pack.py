@@ -30,11 +30,11 @@ from biodedup.gallery.care.removal import remove_gallery
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.private import make_private_folder, open_private, private_folder
-from biodedup.jobs.kits.batch_file import RECORDS_MAX, BatchWriter
+from biodedup.jobs.kits.format.batch_file import RECORDS_MAX, BatchWriter
+from biodedup.jobs.kits.format.keys import CentrePublic, KitKey, load_centre_public, load_key
+from biodedup.jobs.kits.format.record import Record
 from biodedup.jobs.kits.judge import PASSED, Judge, Judged, no_record
-from biodedup.jobs.kits.keys import CentrePublic, KitKey, load_centre_public, load_key
 from biodedup.jobs.kits.manifest import Broken, Planned, read_manifest
-from biodedup.jobs.kits.record import Record
 from biodedup.jobs.kits.state import (
     Packed,
     load_state,

@@ -17,8 +17,8 @@ from biodedup.errors import BiodedupError, InvalidInput
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import replace_private
-from biodedup.jobs.kits.batch_file import BatchReader
-from biodedup.jobs.kits.keys import KitKey
+from biodedup.jobs.kits.format.batch_file import BatchReader
+from biodedup.jobs.kits.format.keys import KitKey
 from biodedup.jobs.kits.manifest import Planned
 from biodedup.jobs.shared.files import open_regular
 from biodedup.values import Encounter

@@ -30,7 +30,7 @@ from typing import Any
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import replace_private
-from biodedup.jobs.kits.keys import PublicKey, load_public, require_cryptography
+from biodedup.jobs.kits.format.keys import PublicKey, load_public, require_cryptography
 from biodedup.jobs.shared.files import read_bounded
 from biodedup.values import check_groups, check_id
 
