@@ -252,6 +252,7 @@ def test_joint_readings_agree_with_a_loop_over_rows():
     assert of_all_rows(presence, subjects).tolist() == [3, 3, 3, 2, 5, 5, 2]
 
 
+@pytest.mark.slow
 def test_a_stranger_reaches_a_subject_with_several_rows_no_more_often_than_the_score_says(tmp_path):
     """Without the charge three rows would reach a score three times as often as one."""
     faces = people(60, seed=3)

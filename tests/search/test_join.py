@@ -91,6 +91,7 @@ def test_a_join_finds_every_pair_above_the_threshold_and_no_other(gallery, seale
     assert told[-1] == (2_538, 2_538) and len(told) == 9
 
 
+@pytest.mark.slow
 def test_an_interrupted_join_goes_on_and_ends_as_if_it_had_not_been(gallery, tmp_path):
     engine, _ = gallery
     whole = jobs.find_duplicates(engine, tmp_path / "whole.parquet", threshold_db=THRESHOLD_DB)
@@ -123,6 +124,7 @@ def test_an_interrupted_join_goes_on_and_ends_as_if_it_had_not_been(gallery, tmp
     assert not notes.exists()
 
 
+@pytest.mark.slow
 def test_notes_of_another_version_or_threshold_are_not_gone_on_with(gallery, tmp_path):
     engine, _ = gallery
     out = tmp_path / "out.csv"
@@ -139,6 +141,7 @@ def test_notes_of_another_version_or_threshold_are_not_gone_on_with(gallery, tmp
     assert out.read_text().startswith('"cluster","subject_id_a"')
 
 
+@pytest.mark.slow
 def test_a_join_that_goes_on_after_the_journal_was_sealed_misses_no_pair_with_it(gallery, tmp_path):
     engine, _ = gallery
     out = tmp_path / "out.parquet"
