@@ -88,8 +88,8 @@ def pack(
         for record in packed.recaptures[:20]:
             refused = ", ".join(f"{refusal.column} {refusal.reason}" for refusal in record.refusals)
             say(f"capture again: {record.subject_id}: {refused}")
-        for one in packed.broken[:20]:
-            say(f"not packed: {one.subject_id}: {one.problem}")
+        for broken in packed.broken[:20]:
+            say(f"not packed: {broken.subject_id}: {broken.problem}")
         for pair in packed.doubles[:20]:
             score = "same subject_id" if pair.score_db is None else f"{pair.score_db:.1f} dB"
             say(f"{score}: {pair.subject_ids[0]}  =  {pair.subject_ids[1]}")
@@ -170,20 +170,20 @@ def inspect(
         complain(problem)
     facts = [
         {
-            "batch": str(one.path),
-            "state": one.state,
-            "kit_id": one.public.kit_id if one.public else None,
-            "records": len(one.entries),
-            "records_not_allowed": sum(bool(entry.refused) for entry in one.entries),
-            "first_sequence": min((entry.sequence for entry in one.entries), default=None),
-            "last_sequence": max((entry.sequence for entry in one.entries), default=None),
-            "void_sequences": len(one.void),
-            "digest": one.digest,
-            "problem": one.problem,
+            "batch": str(file.path),
+            "state": file.state,
+            "kit_id": file.public.kit_id if file.public else None,
+            "records": len(file.entries),
+            "records_not_allowed": sum(bool(entry.refused) for entry in file.entries),
+            "first_sequence": min((entry.sequence for entry in file.entries), default=None),
+            "last_sequence": max((entry.sequence for entry in file.entries), default=None),
+            "void_sequences": len(file.void),
+            "digest": file.digest,
+            "problem": file.problem,
         }
-        for one in examined
+        for file in examined
     ]
-    text = [one.problem or f"{one.path}: whole, {len(one.entries):,} records of kit {f['kit_id']}, sequences {f['first_sequence']} to {f['last_sequence']}" for one, f in zip(examined, facts, strict=True)]  # fmt: skip
+    text = [file.problem or f"{file.path}: whole, {len(file.entries):,} records of kit {f['kit_id']}, sequences {f['first_sequence']} to {f['last_sequence']}" for file, f in zip(examined, facts, strict=True)]  # fmt: skip
     finish({"batches": facts}, text, as_json)
     raise typer.Exit(_trouble(examined) or Exit.DONE)
 

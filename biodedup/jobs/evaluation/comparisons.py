@@ -83,23 +83,23 @@ class _Held:
     """Templates in hand as columns: `Candidates` of the comparer without a loop over rows."""
 
     def __init__(self, encounters: Sequence[Labelled]) -> None:
-        templates = [one.templates for one in encounters]
-        self._presence = np.array([sum(BIT[column] for column in some) for some in templates], np.uint16)
+        templates = [encounter.templates for encounter in encounters]
+        self._presence = np.array([sum(BIT[column] for column in of_one) for of_one in templates], np.uint16)
         self._models: dict[str, str] = {}
         self._vectors: dict[str, Float32] = {}
         self._place: dict[str, Int64] = {}
         self._records: dict[str, dict[int, bytes]] = {}
         for column in COLUMNS:
-            there = [(row, some[column]) for row, some in enumerate(templates) if column in some]
-            if not there:
+            rows = [(row, of_one[column]) for row, of_one in enumerate(templates) if column in of_one]
+            if not rows:
                 continue
-            self._models[column] = there[0][1].model_id
-            vectors = [one.embedding for _, one in there if one.embedding is not None]
-            whole = len(vectors) == len(there)  # one model: all have an embedding, or none
-            self._vectors[column] = np.array(vectors, np.float32) if whole else np.zeros((len(there), 0), np.float32)
+            self._models[column] = rows[0][1].model_id
+            vectors = [template.embedding for _, template in rows if template.embedding is not None]
+            whole = len(vectors) == len(rows)  # one model: all have an embedding, or none
+            self._vectors[column] = np.array(vectors, np.float32) if whole else np.zeros((len(rows), 0), np.float32)
             self._place[column] = np.zeros(len(templates), np.int64)
-            self._place[column][[row for row, _ in there]] = np.arange(len(there))
-            self._records[column] = {row: one.minutiae for row, one in there if one.minutiae is not None}
+            self._place[column][[row for row, _ in rows]] = np.arange(len(rows))
+            self._records[column] = {row: template.minutiae for row, template in rows if template.minutiae is not None}
 
     def presence(self, rows: Int64) -> NDArray[np.uint16]:
         return np.asarray(self._presence[rows])
@@ -118,22 +118,22 @@ class _Held:
 def of_one_model(encounters: Sequence[Labelled]) -> list[Labelled]:
     """Templates of a column's less frequent models do not compare with the others: they are refused, as a gallery would."""
     models: dict[str, Counter[str]] = {}
-    for one in encounters:
-        for column, template in one.templates.items():
+    for encounter in encounters:
+        for column, template in encounter.templates.items():
             models.setdefault(column, Counter())[template.model_id] += 1
     kept = {column: counts.most_common(1)[0][0] for column, counts in models.items()}
     return [
-        one
-        if all(template.model_id == kept[column] for column, template in one.templates.items())
+        encounter
+        if all(template.model_id == kept[column] for column, template in encounter.templates.items())
         else replace(
-            one,
-            templates={c: t for c, t in one.templates.items() if t.model_id == kept[c]},
+            encounter,
+            templates={c: t for c, t in encounter.templates.items() if t.model_id == kept[c]},
             refusals=(
-                *one.refusals,
-                *(Refusal(c, "other_model") for c, t in one.templates.items() if t.model_id != kept[c]),
+                *encounter.refusals,
+                *(Refusal(c, "other_model") for c, t in encounter.templates.items() if t.model_id != kept[c]),
             ),
         )
-        for one in encounters
+        for encounter in encounters
     ]
 
 
@@ -148,9 +148,11 @@ def compare_all(
     """Compares all encounters with all. Above nonmated_max impostor pairs, a random sample of about as many (each pair with the same
     chance); searches are whole all the same."""
     encounters = of_one_model(encounters)
-    names = {name: number for number, name in enumerate(dict.fromkeys(one.subject_id for one in encounters))}
-    subject = np.array([names[one.subject_id] for one in encounters], np.int64)
-    usable = np.array([one.enrolled for one in encounters], bool)
+    names = {
+        name: number for number, name in enumerate(dict.fromkeys(encounter.subject_id for encounter in encounters))
+    }
+    subject = np.array([names[encounter.subject_id] for encounter in encounters], np.int64)
+    usable = np.array([encounter.enrolled for encounter in encounters], bool)
     first = np.zeros(len(subject), bool)
     first[np.unique(subject, return_index=True)[1]] = True
     gallery = first & usable
@@ -278,6 +280,6 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
 def _drawn(encounters: Sequence[Labelled], gallery: Bool, model_id: str) -> ImpostorSample:
     """Embeddings of a model, one a subject, as a gallery would draw them."""
     of = (encounters[row].templates for row in np.flatnonzero(gallery).tolist())
-    each = (next((t.embedding for t in some.values() if t.model_id == model_id), None) for some in of)
+    each = (next((t.embedding for t in of_one.values() if t.model_id == model_id), None) for of_one in of)
     vectors = [vector for vector in each if vector is not None][:SAMPLE_SIZE]
     return ImpostorSample(model_id, len(vectors), lambda: np.array(vectors, np.float32)) if vectors else NO_SAMPLE

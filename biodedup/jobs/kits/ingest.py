@@ -287,7 +287,7 @@ class _Ingest:
                 if self.engine.recall(record.encounter) is not None:
                     unbound[place] = own
             wanted.append((own, digest_of(record.encounter), bound_id(public.fingerprint, own)))
-        names = self.ledger.names_of([one for place, one in enumerate(wanted) if place not in unbound])
+        names = self.ledger.names_of([naming for place, naming in enumerate(wanted) if place not in unbound])
         return [
             unbound[place] if place in unbound else names[own, digest] for place, (own, digest, _) in enumerate(wanted)
         ]
@@ -320,5 +320,5 @@ def _under(record: Record, name: str) -> Encounter:
     encounter = replace(record.encounter, encounter_id=name)
     if any(not isinstance(capture, Missing) for capture in encounter.captures):
         return encounter
-    declined = [one for one in record.refusals if one.column not in encounter.templates]
+    declined = [refusal for refusal in record.refusals if refusal.column not in encounter.templates]
     return replace(encounter, declined=declined[:CAPTURES_MAX])

@@ -223,24 +223,24 @@ class _Packing:
     def _added(self, writer: BatchWriter, judged: Iterable[Judged]) -> list[Encounter]:
         """Writes some records; returns what is to be searched for doubles."""
         searched: list[Encounter] = []
-        for one, captures, verdicts, templates in judged:
-            unusable = no_record(one, captures, verdicts)
+        for planned, captures, verdicts, templates in judged:
+            unusable = no_record(planned, captures, verdicts)
             if unusable is not None:
                 self.broken.append(unusable)
                 continue
-            self._sent.append(one)
+            self._sent.append(planned)
             refusals = tuple(refusal for refusal in verdicts if refusal.reason != PASSED)
-            content = _content(one, captures, verdicts, templates, self._only_good, self._as_templates)
+            content = _content(planned, captures, verdicts, templates, self._only_good, self._as_templates)
             if not (content.templates or any(not isinstance(c, Missing) for c in content.captures)):
-                self._records.append(PackedRecord(one.rows, content.subject_id or "", None, None, refusals))
+                self._records.append(PackedRecord(planned.rows, content.subject_id or "", None, None, refusals))
                 continue
             sequence, packed_at = numbered(self._state, content, self._clock)
             public = self._kit.public
             encounter_id = content.encounter_id or f"{public.kit_id}-{public.fingerprint.hex()[:6]}-{sequence:06d}"
             content = replace(content, encounter_id=encounter_id)
-            writer.add(Record(content, sequence, one.captured_at, packed_at, refusals))
-            self._records.append(PackedRecord(one.rows, content.subject_id or "", sequence, encounter_id, refusals))
-            searched.append(Encounter(encounter_id, templates={**templates, **one.encounter.templates}))
+            writer.add(Record(content, sequence, planned.captured_at, packed_at, refusals))
+            self._records.append(PackedRecord(planned.rows, content.subject_id or "", sequence, encounter_id, refusals))
+            searched.append(Encounter(encounter_id, templates={**templates, **planned.encounter.templates}))
         return searched
 
     def _entries(self) -> tuple[tuple[int, str, str], ...]:
@@ -329,13 +329,13 @@ def _write(result: PackResult, report: Path) -> None:
     rows += [
         {
             "sequence": None,
-            "subject_id": one.subject_id,
+            "subject_id": record.subject_id,
             "encounter_id": None,
             "status": "broken",
-            "rows": " ".join(map(str, one.rows)),
-            "problem": one.problem,
+            "rows": " ".join(map(str, record.rows)),
+            "problem": record.problem,
         }
-        for one in result.broken
+        for record in result.broken
     ]
     names = ("subject_id", "encounter_id", "status", "rows", "problem")
     schema = pa.schema([("sequence", pa.int64()), *((name, pa.string()) for name in names)])

@@ -110,8 +110,8 @@ def replaced_sequences(before: Packed, out: Path, kit: KitKey, planned: Sequence
     """Sequences of the batch file that is to be replaced, and those that it had voided itself. Raises InvalidInput where it holds records
     that would be lost."""
     own = f"{kit.public.kit_id}-{kit.public.fingerprint.hex()[:6]}-"
-    subjects = {one.encounter.subject_id for one in planned if one.encounter.encounter_id is None}
-    encounters = {one.encounter.encounter_id for one in planned}
+    subjects = {record.encounter.subject_id for record in planned if record.encounter.encounter_id is None}
+    encounters = {record.encounter.encounter_id for record in planned}
     lost = sum(
         name not in encounters and not (name.startswith(own) and subject_id in subjects)
         for _, name, subject_id in before.entries
