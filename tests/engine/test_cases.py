@@ -59,7 +59,15 @@ def test_judged_different_the_subject_is_enrolled_from_what_was_kept(engine):
     encounter = in_review(engine, groups=["north"])
     decision = engine.adjudicate("e1", "different", "A. Officer", "other ears")
     assert (decision.outcome, names(decision.cleared)) == ("unique", ["anna"])
-    assert decision.adjudicated == bd.Verdict("e1", "bella", "anna", "different", "A. Officer", 1003.0, "other ears")
+    assert decision.adjudicated == bd.Verdict(
+        encounter_id="e1",
+        subject_id="bella",
+        candidate="anna",
+        ruling="different",
+        by="A. Officer",
+        at=1003.0,
+        note="other ears",
+    )
     ids, similarity = engine.search({"face": encounter.templates["face"][None]}, k=1, groups=["north"])
     assert (ids[0, 0], similarity[0, 0]) == ("bella", pytest.approx(1, abs=1e-5))
     assert list(engine.cases()) == []

@@ -148,10 +148,7 @@ def compare_all(
     """Compares all encounters with all. Above nonmated_max impostor pairs, a random sample of about as many (each pair with the same
     chance); searches are whole all the same."""
     encounters = of_one_model(encounters)
-    names = {
-        name: number for number, name in enumerate(dict.fromkeys(encounter.subject_id for encounter in encounters))
-    }
-    subject = np.array([names[encounter.subject_id] for encounter in encounters], np.int64)
+    subject = _subject_numbers(encounters)
     usable = np.array([encounter.enrolled for encounter in encounters], bool)
     first = np.zeros(len(subject), bool)
     first[np.unique(subject, return_index=True)[1]] = True
@@ -199,6 +196,13 @@ def compare_all(
         models=held.model_ids(),
         calibrations=known,
     )
+
+
+def _subject_numbers(encounters: Sequence[Labelled]) -> Int64:
+    """The subject of each encounter, numbered as they come."""
+    names = dict.fromkeys(encounter.subject_id for encounter in encounters)
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[encounter.subject_id] for encounter in encounters], np.int64)
 
 
 def _impostor_pairs(subject: Int64) -> int:
