@@ -92,6 +92,7 @@ def test_judged_for_recapture_it_is_refused_and_the_subject_may_come_again(engin
     assert engine.enroll(sent("bella", people(1, seed=5)[0], "e2")).outcome == "unique"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, True], ids=["in the journal", "sealed"])
 @pytest.mark.parametrize("ruling, outcome", [("different", "unique"), ("same", "duplicate"), ("recapture", "refused")])
 def test_the_resent_encounter_gets_the_decision_as_it_stands_after_a_restart_too(tmp_path, ruling, outcome, sealed):

@@ -177,7 +177,7 @@ def test_a_replacement_in_review_replaces_once_it_is_judged(engine):
 # several rows --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("sealed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_subjects_with_several_rows_are_one_candidate_after_sealing_merging_and_reopening(tmp_path, sealed):
     faces = orthogonal(30)
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
@@ -544,6 +544,7 @@ def test_no_number_of_open_cases_under_one_name_hides_whom_they_resemble(engine,
     assert names(engine.adjudicate("b7", "different", "A. Officer").cleared) == ["anna"]
 
 
+@pytest.mark.slow
 def test_rows_removed_during_a_search_hide_nobody_from_it(engine, monkeypatch):
     anna, other, *crowd = orthogonal(40)
     engine.enroll(sent("anna", anna, "e1"))

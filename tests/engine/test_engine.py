@@ -17,7 +17,7 @@ from tests.support.vectors import again, people, unit
 
 STRICT = bd.Policy(duplicate_db=58, review_db=58)
 """So that of many thousands of non-mated pairs none is a false match, as the default policy would have it now and then."""
-ROUNDS = [40, pytest.param(1000, marks=pytest.mark.slow)]
+ROUNDS = [16, pytest.param(1000, marks=pytest.mark.slow)]
 
 
 def enroll(engine: bd.Engine, subject_id: str, vector: np.ndarray, **more: object) -> bd.Decision:
@@ -261,6 +261,7 @@ def test_search_pads_where_the_gallery_is_smaller_than_k(engine):
     assert (np.diff(result.similarity[:, :2]) <= 0).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_sequence_of_changes_leaves_what_a_dictionary_would_hold(tmp_path_factory, data):

@@ -155,6 +155,7 @@ def test_doctor_takes_damaged_columns_from_a_backup_and_loses_nothing_newer(seal
     assert "s14" in before
 
 
+@pytest.mark.slow
 def test_a_lost_database_is_restored_with_the_backups_whole_state(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         engine.backup(tmp_path / "b")
@@ -174,6 +175,7 @@ def test_a_lost_database_is_restored_with_the_backups_whole_state(sealed, tmp_pa
     assert len(list((sealed / "damaged").iterdir())) >= 2
 
 
+@pytest.mark.slow
 def test_a_database_is_not_restored_from_another_gallerys_backup(sealed, tmp_path):
     with bd.Engine.open(tmp_path / "other") as other:
         enroll(other, 0)
@@ -186,6 +188,7 @@ def test_a_database_is_not_restored_from_another_gallerys_backup(sealed, tmp_pat
     assert not (sealed / "damaged").exists()
 
 
+@pytest.mark.slow
 def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         parts = internals(engine)

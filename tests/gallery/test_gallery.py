@@ -421,6 +421,7 @@ def test_templates_are_loaded_from_parquet_arrow_numpy_and_streams(tmp_path):
         assert engine.subject_ids() == ids
 
 
+@pytest.mark.slow
 def test_a_load_is_idempotent_whatever_the_batches_and_tells_other_templates_apart(tmp_path):
     table = pa.table({"subject_id": [f"s{i}" for i in range(40)], "face": PEOPLE[:40].tolist()})
     with bd.Engine.open(tmp_path / "g", small(seal_rows=8)) as engine:

@@ -58,6 +58,7 @@ def test_what_memory_cannot_hold_beside_all_that_is_scanned_is_streamed(opened, 
     assert streamed(opened[0]) == wanted
 
 
+@pytest.mark.slow
 def test_a_large_search_has_the_system_forget_what_it_read_through(opened, monkeypatch):
     engine, storage = opened
     monkeypatch.setattr(snapshot, "memory_bytes", lambda: 6_400_000)

@@ -152,6 +152,7 @@ TEAM_ROWS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_team_packs_images_and_hears_what_to_capture_again(centre, fingers):
     for i, content in enumerate(fingers):
         (centre / f"f{i}.png").write_bytes(content)
