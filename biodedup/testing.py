@@ -11,7 +11,10 @@ from biodedup.embed.extractor import Extractor
 from biodedup.engine.engine import Engine
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.search import BatchedSearch
+from biodedup.gallery.catalogue.sqlite import Catalogue
+from biodedup.gallery.files.filesystem import Lock
 from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.maintenance import Maintenance
 from biodedup.match.compare import Comparer
 from biodedup.search.searcher import Searcher
 from biodedup.search.selfjoin.join import SelfJoin
@@ -29,14 +32,39 @@ class Internals:
     join: SelfJoin
     enrolment: Enrolment
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """The gallery's database, as it is connected now."""
+        return self.gallery._catalogue
+
+    @property
+    def maintenance(self) -> Maintenance:
+        return self.gallery._maintenance
+
+    @property
+    def writer_lock(self) -> Lock | None:
+        return self.gallery._lock_file
+
+    @property
+    def commits(self) -> int:
+        """How many commits the gallery has, as this engine knows it."""
+        return self.gallery._state.commits
+
+    def take_segment_number(self) -> int:
+        return self.gallery._take_number()
+
+    def break_gallery(self) -> None:
+        """As after a commit that failed with the disk: the next write recovers first."""
+        self.gallery._broken = True
+
 
 def internals(engine: Engine) -> Internals:
     return Internals(
-        engine._gallery,
-        engine._extractor,
-        engine._comparer,
-        engine._searcher,
-        engine._searches,
-        engine._join,
-        engine._enrolment,
+        gallery=engine._gallery,
+        extractor=engine._extractor,
+        comparer=engine._comparer,
+        searcher=engine._searcher,
+        searches=engine._searches,
+        join=engine._join,
+        enrolment=engine._enrolment,
     )

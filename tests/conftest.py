@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from skimage import data as skimage_data
 
 import biodedup as bd
@@ -22,6 +23,9 @@ from tests.support import ROOT
 from tests.support.vectors import SFACE
 
 _DECLINED = Preparer._unnamed
+
+settings.register_profile("biodedup", deadline=None)  # a loaded machine is no failure; pytest-timeout ends what hangs
+settings.load_profile("biodedup")
 
 
 SMALL_INDEX = "faiss:IVF1,SQ8"

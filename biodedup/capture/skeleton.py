@@ -19,8 +19,7 @@ from biodedup.values import Float32
 _BORDER_PX = 8  # ridges end there because the map does
 _STEPS, _STEPS_MIN = 8, 6  # along a ridge, to find its direction; what is shorter is no ridge
 _FACING_PX = 6.0
-_AROUND_Y = np.array([-1, -1, 0, 1, 1, 1, 0, -1])
-_AROUND_X = np.array([0, 1, 1, 1, 0, -1, -1, -1])
+_AROUND = np.array([[-1, -1, 0, 1, 1, 1, 0, -1], [0, 1, 1, 1, 0, -1, -1, -1]])  # y and x of the neighbours, clockwise
 
 
 def skeleton_minutiae(ridges: RidgeMap) -> Float32:
@@ -38,7 +37,7 @@ def skeleton_minutiae(ridges: RidgeMap) -> Float32:
     depth = cv2.distanceTransform(framed, cv2.DIST_L2, 3)[1:-1, 1:-1]
     thin = np.ascontiguousarray(skeletonize(dark), np.uint8)  # type: ignore[no-untyped-call]
     found = np.empty((thin.size, 3), np.float32)
-    points = found[: _trace(thin, np.asarray(depth > _BORDER_PX), _AROUND_Y, _AROUND_X, found)]
+    points = found[: _trace(thin, np.asarray(depth > _BORDER_PX), _AROUND, found)]
     apart = np.hypot(points[:, None, 0] - points[None, :, 0], points[:, None, 1] - points[None, :, 1])
     np.fill_diagonal(apart, np.inf)
     turn = np.abs(np.angle(np.exp(1j * (points[:, None, 2] - points[None, :, 2]))))
@@ -48,12 +47,11 @@ def skeleton_minutiae(ridges: RidgeMap) -> Float32:
 
 
 @njit(cache=True, nogil=True)
-def _trace(
-    thin: NDArray[np.uint8], wanted: NDArray[np.bool_], ys: NDArray[np.int64], xs: NDArray[np.int64], found: Float32
-) -> int:
+def _trace(thin: NDArray[np.uint8], wanted: NDArray[np.bool_], around: NDArray[np.int64], found: Float32) -> int:
     """Fills found with ends and forks; returns how many."""
     count = 0
     angles = np.zeros(3)
+    ys, xs = around
     for y in range(_BORDER_PX, thin.shape[0] - _BORDER_PX):
         for x in range(_BORDER_PX, thin.shape[1] - _BORDER_PX):
             if not thin[y, x] or not wanted[y, x]:
@@ -66,7 +64,7 @@ def _trace(
             branch, whole = 0, True
             for k in range(8):
                 if thin[y + ys[k], x + xs[k]] and not thin[y + ys[k - 1], x + xs[k - 1]]:
-                    far_y, far_x, steps = _followed(thin, y, x, y + ys[k], x + xs[k], ys, xs)
+                    far_y, far_x, steps = _followed(thin, y, x, y + ys[k], x + xs[k], around)
                     whole = whole and steps >= (_STEPS_MIN if branches == 1 else _STEPS_MIN - 1)
                     angles[branch] = np.arctan2(far_y - y, far_x - x)
                     branch += 1
@@ -88,9 +86,10 @@ def _trace(
 
 @njit(cache=True, nogil=True)
 def _followed(
-    thin: NDArray[np.uint8], from_y: int, from_x: int, y: int, x: int, ys: NDArray[np.int64], xs: NDArray[np.int64]
+    thin: NDArray[np.uint8], from_y: int, from_x: int, y: int, x: int, around: NDArray[np.int64]
 ) -> tuple[int, int, int]:
     """Where some steps along a ridge lead, and how many there were before it ended or forked."""
+    ys, xs = around
     steps = 1
     while steps <= _STEPS:
         next_y, next_x, ways = -1, -1, 0

@@ -102,10 +102,7 @@ def enroll_batch(
 
         check_table_name(result)
         jobs.accept_encounters(manifest, options)
-    with (
-        bd.Engine.open(gallery, chosen) as engine,
-        jobs.Backlog.open(gallery) as backlog,
-    ):
+    with bd.Engine.open(gallery, chosen) as engine, jobs.Backlog.open(gallery) as backlog:
         if announce:
             count = jobs.announce(backlog, manifest, options=options)
             finish({"announced": count}, f"announced {count:,} encounters", as_json)

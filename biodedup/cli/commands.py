@@ -12,22 +12,20 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import audit, bulk, calibrate, cases, evaluate, explain, gallery, kit, merge, policy, subjects
+from biodedup.cli import bulk, cases, duplicates, explain, gallery, kit, measure, policy, subjects
 from biodedup.cli.base import app, complain, exit_code, print_json, say
 from biodedup.errors import BiodedupError
 from biodedup.memory import out_of_memory
 
 __all__ = [
     "app",
-    "audit",
     "bulk",
-    "calibrate",
     "cases",
-    "evaluate",
+    "duplicates",
     "explain",
     "gallery",
     "kit",
-    "merge",
+    "measure",
     "policy",
     "run",
     "subjects",

@@ -1,4 +1,4 @@
-"""Commands on a whole gallery: dedup, load, compact, backup, info, doctor, demo. Each runs one job."""
+"""Commands on a whole gallery: load, reindex, export, compact, backup, info, doctor, demo. Each runs one job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
-    AcrossOption,
     ConfigOption,
     Exit,
     GalleryOption,
@@ -31,14 +30,12 @@ from biodedup.cli.base import (
     index_engines,
     model_ids,
     print_json,
-    print_summary,
     progress_bar,
     say,
     show_table,
 )
 from biodedup.cli.table_options import (
     CheckOption,
-    ColumnsOption,
     EncodingOption,
     IgnoreColumnsOption,
     finish_check,
@@ -46,70 +43,6 @@ from biodedup.cli.table_options import (
 )
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.names import MERGES_FOLDER
-from biodedup.values import Cluster
-
-
-@app.command(rich_help_panel=Panel.JOBS)
-def dedup(
-    source: Annotated[
-        Path, typer.Argument(help="Folder of images (a folder per subject), a CSV or Parquet manifest, or a gallery.")
-    ],
-    result: Annotated[Path, typer.Option("--out", "-o", help="Result, .parquet or .csv.")] = Path("dedup.parquet"),
-    threshold_db: Annotated[
-        float | None, typer.Option(help="Link pairs from this score on; default: the policy's.")
-    ] = None,
-    check: CheckOption = False,
-    encoding: EncodingOption = None,
-    columns: ColumnsOption = None,
-    ignore_columns: IgnoreColumnsOption = False,
-    across_positions: AcrossOption = False,
-    threads: ThreadsOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Find the images of a folder, or the subjects of a manifest or a gallery, that are the same person.
-
-    An interrupted run resumes when the same command is started again. Exit code 10: duplicates were found; 12: none were found, and some
-    images or rows were refused.
-    """
-    is_gallery = jobs.is_gallery(source)
-    if is_gallery and (check or encoding or columns or ignore_columns):
-        raise InvalidInput(f"{source} is a gallery; --check and options of tables are for a folder or a manifest")
-    options = table_options(source, encoding, columns, ignore_columns=ignore_columns)
-    if check:
-        finish_check(jobs.check_captures(source, options), as_json)
-    chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
-    if is_gallery:
-        # reading only: enrolment goes on beside it, for hours
-        with bd.Engine.open(source, chosen, read_only=True) as engine, progress_bar(lines=not as_json) as progress:
-            joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
-        print_summary(joined.summary() | {"result": str(result)}, as_json)
-        for cluster in joined.clusters[:20] if not as_json else ():
-            names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
-            say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}{_left_out(cluster)}")
-        raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
-    with progress_bar(lines=not as_json) as progress:
-        found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, options=options, progress=progress)
-    summary = found.summary() | {"result": str(result)}
-    if as_json:
-        print_summary(summary, as_json)
-    else:
-        print_summary({k: v for k, v in summary.items() if k not in ("files_left_out", "refused_rows")}, as_json)
-        say(*found.left_out.sentences(), *found.refused_sentences())
-        label_of = {unit.unit_id: unit.label for unit in found.units}
-        links = [link for cluster in found.clusters for link in cluster.links]
-        across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
-        for link in sorted(across, key=lambda link: -link.score_db)[:20]:
-            say(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}")
-    if found.clusters:
-        raise typer.Exit(Exit.DUPLICATE)
-    raise typer.Exit(Exit.REFUSED if found.refusals or found.left_out.rows else Exit.DONE)
-
-
-def _left_out(cluster: Cluster) -> str:
-    """How many links of a large cluster the result does not list."""
-    count = cluster.links_left_out
-    return f"  ({counted(len(cluster.subject_ids), 'record')}; {count:,} of the links are left out)" if count else ""
 
 
 @app.command(rich_help_panel=Panel.GALLERY)

@@ -27,8 +27,7 @@ from biodedup.cli.base import (
     progress_bar,
     say,
 )
-from biodedup.cli.kit_keys import TrustedOption, kit
-from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
+from biodedup.cli.kit_keys import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, TrustedOption, kit, passphrase
 from biodedup.cli.table_options import (
     CheckOption,
     ColumnsOption,
@@ -40,7 +39,7 @@ from biodedup.cli.table_options import (
 )
 
 if TYPE_CHECKING:
-    from biodedup.jobs.kits.keys import CentreKey
+    from biodedup.jobs.kits.format.keys import CentreKey
     from biodedup.jobs.kits.outcomes import BatchOutcome, Examined
 
 ReportOption = Annotated[Path | None, typer.Option("--report", help="HTML report; default: beside the result.")]
@@ -107,8 +106,8 @@ def pack(
         for record in packed.recaptures[:20]:
             refused = ", ".join(f"{refusal.column} {refusal.reason}" for refusal in record.refusals)
             say(f"capture again: {record.subject_id}: {refused}")
-        for one in packed.broken[:20]:
-            say(f"not packed: {one.subject_id}: {one.problem}")
+        for broken in packed.broken[:20]:
+            say(f"not packed: {broken.subject_id}: {broken.problem}")
         for pair in packed.doubles[:20]:
             score = "same subject_id" if pair.score_db is None else f"{pair.score_db:.1f} dB"
             say(f"{score}: {pair.subject_ids[0]}  =  {pair.subject_ids[1]}")
@@ -189,20 +188,20 @@ def inspect(
         complain(problem)
     facts = [
         {
-            "batch": str(one.path),
-            "state": one.state,
-            "kit_id": one.public.kit_id if one.public else None,
-            "records": len(one.entries),
-            "records_not_allowed": sum(bool(entry.refused) for entry in one.entries),
-            "first_sequence": min((entry.sequence for entry in one.entries), default=None),
-            "last_sequence": max((entry.sequence for entry in one.entries), default=None),
-            "void_sequences": len(one.void),
-            "digest": one.digest,
-            "problem": one.problem,
+            "batch": str(file.path),
+            "state": file.state,
+            "kit_id": file.public.kit_id if file.public else None,
+            "records": len(file.entries),
+            "records_not_allowed": sum(bool(entry.refused) for entry in file.entries),
+            "first_sequence": min((entry.sequence for entry in file.entries), default=None),
+            "last_sequence": max((entry.sequence for entry in file.entries), default=None),
+            "void_sequences": len(file.void),
+            "digest": file.digest,
+            "problem": file.problem,
         }
-        for one in examined
+        for file in examined
     ]
-    text = [one.problem or f"{one.path}: whole, {len(one.entries):,} records of kit {f['kit_id']}, sequences {f['first_sequence']} to {f['last_sequence']}" for one, f in zip(examined, facts, strict=True)]  # fmt: skip
+    text = [file.problem or f"{file.path}: whole, {len(file.entries):,} records of kit {f['kit_id']}, sequences {f['first_sequence']} to {f['last_sequence']}" for file, f in zip(examined, facts, strict=True)]  # fmt: skip
     finish({"batches": facts}, text, as_json)
     raise typer.Exit(_trouble(examined) or Exit.DONE)
 

@@ -1,7 +1,13 @@
-"""Commands on the keys of field kits: kit keys, centre-key, trust, revoke. Each runs one job."""
+"""Commands on the keys of field kits: kit keys, centre-key, trust, revoke. Each runs one job.
+
+A passphrase comes from a file descriptor, an environment variable, or the terminal. It is never an argument, which every process of the
+machine can read, and never printed.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +16,8 @@ import typer
 
 from biodedup import jobs
 from biodedup.cli.base import JsonOption, Panel, app, finish
-from biodedup.cli.passphrase import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, passphrase
-from biodedup.jobs.kits.keys import LIFETIME_DAYS
+from biodedup.errors import InvalidInput
+from biodedup.jobs.kits.format.keys import LIFETIME_DAYS
 
 if TYPE_CHECKING:
     from biodedup.jobs.kits.trust import TrustedKey
@@ -30,7 +36,30 @@ NoPassphrase = Annotated[
 KeyArgument = Annotated[
     str, typer.Argument(metavar="KEY", help="A .pub file; or the kit id, or fingerprint, of a key in the folder.")
 ]
+PassphraseFd = Annotated[
+    int | None,
+    typer.Option("--passphrase-fd", metavar="N", help="Read the passphrase from this file descriptor, its first line."),
+]
+KIT_VARIABLE, CENTRE_VARIABLE = "BIODEDUP_KIT_PASSPHRASE", "BIODEDUP_CENTRE_PASSPHRASE"
+_BYTES_MAX = 4096
 DateOption = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], metavar="DATE")]
+
+
+def passphrase(what: str, variable: str, fd: int | None, *, confirm: bool = False) -> str:
+    """what: whose passphrase it is; variable: of the environment; confirm: a new one, which is asked for twice. Raises InvalidInput."""
+    if fd is not None:
+        try:
+            with os.fdopen(os.dup(fd), "rb") as file:
+                return file.readline(_BYTES_MAX).rstrip(b"\r\n").decode()
+        except (OSError, UnicodeDecodeError):
+            raise InvalidInput(
+                f"no passphrase could be read from file descriptor {fd}; open it, as in `--passphrase-fd 3 3<file`"
+            ) from None
+    if variable in os.environ:
+        return os.environ[variable]
+    if sys.stdin.isatty():
+        return str(typer.prompt(f"Passphrase of {what}", hide_input=True, confirmation_prompt=confirm, err=True))
+    raise InvalidInput(f"{what} needs a passphrase; set {variable}, or name a file descriptor with --passphrase-fd")
 
 
 @kit.command()

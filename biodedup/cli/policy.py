@@ -61,16 +61,18 @@ def show(
     configured(folder, config)  # a mistake in the settings is told here, too
     versions = _versions(folder)
     if as_json:
-        print_json(_document(versions[-1]) | {"versions": [_document(one) for one in versions]})
+        print_json(_document(versions[-1]) | {"versions": [_document(version) for version in versions]})
         return
     show_table([(name, shown(value)) for name, value in flat(versions[-1].policy).items()], ["setting", "value"])
     before: PolicyVersion | None = None
-    for one in versions:
+    for version in versions:
         if before is None:
-            say(f"version {one.version}: made with the gallery")
+            say(f"version {version.version}: made with the gallery")
         else:
-            say(f"version {one.version}, {_moment(one.at)}, by {one.by}: {_changed(before, one)}. {one.reason}")
-        before = one
+            say(
+                f"version {version.version}, {_moment(version.at)}, by {version.by}: {_changed(before, version)}. {version.reason}"
+            )
+        before = version
 
 
 def set_policy(named: Path | None, by: str, reason: str, gallery: Path, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
@@ -131,7 +133,7 @@ def _parsed(name: str, value: Any) -> Any:
             return None if value == _NONE else float(value)
         except ValueError:
             raise InvalidInput(f"--{name.replace('_', '-')} is {value!r}, wanted a number or {_NONE}") from None
-    return tuple(one for one in value if one != _NONE) if isinstance(value, list) else value
+    return tuple(text for text in value if text != _NONE) if isinstance(value, list) else value
 
 
 @app.command("config", rich_help_panel=Panel.SETTINGS)
@@ -177,9 +179,9 @@ def _versions(folder: Path) -> tuple[PolicyVersion, ...]:
         return gallery.policies
 
 
-def _document(one: PolicyVersion) -> dict[str, Any]:
-    policy = {name: plain(value) for name, value in flat(one.policy).items()}
-    return {"version": one.version, "policy": policy, "by": one.by, "at": one.at, "reason": one.reason}
+def _document(version: PolicyVersion) -> dict[str, Any]:
+    policy = {name: plain(value) for name, value in flat(version.policy).items()}
+    return {"version": version.version, "policy": policy, "by": version.by, "at": version.at, "reason": version.reason}
 
 
 def _changed(before: PolicyVersion, after: PolicyVersion) -> str:

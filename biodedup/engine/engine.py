@@ -351,20 +351,19 @@ class Engine:
         ruling `same`: the encounter is of the candidate; it becomes a `duplicate` and is not enrolled. `different`: it is not of the
         candidate; once no candidate is left, neither listed nor in a new search, the subject is enrolled or updated, and otherwise the
         case stays in `review`. `recapture`: the encounter is refused, and its templates are dropped.
-        A verdict covers the rows that were compared: these pairs come up in no later search of the case and in no join. A subject that
-        gets another row is asked about again.
+        A verdict covers the rows that were compared; a subject that gets another row is asked about again. Open cases that are linked with
+        this one are decided again. The same verdict again changes nothing.
 
         case: its encounter_id, or the Case as the person saw it; then a candidate that was added or changed meanwhile raises
-        EncounterConflict, so that no candidate is judged unseen. candidate: the `Candidate.key` that the verdict is about; None means the
-        only candidate, or with `different` all candidates. Open cases that are linked with this one are decided again; one without a
-        candidate left is enrolled.
+        EncounterConflict. candidate: the `Candidate.key` that the verdict is about; None means the only candidate, or with `different` all
+        candidates.
 
         If the subject itself is the candidate (`dispute`, or an update that did not verify), `different` refuses the encounter. `same`
         accepts it as a further row of the subject, once no other candidate is left; if the subject was enrolled anew meanwhile, the
         captures are verified against its new rows, or the case stays open.
 
-        Giving the same verdict again changes nothing. Raises EncounterConflict for a verdict that contradicts an earlier one, SubjectExists
-        or UnknownSubject if the subject was enrolled or removed otherwise, InvalidInput, StorageUnavailable.
+        Raises EncounterConflict for a verdict that contradicts an earlier one, SubjectExists or UnknownSubject if the subject was enrolled
+        or removed otherwise, InvalidInput, StorageUnavailable.
         """
         self._check_open()
         return self._review.adjudicate(case, ruling, by, note, candidate)
@@ -416,8 +415,7 @@ class Engine:
     ) -> SearchResult:
         """The nearest subjects by one column's embeddings.
 
-        A large gallery is scanned by estimates first: a row among the k nearest is missed with at most the probability
-        `SearchConfig.miss_risk`. With miss_risk=0, and in a small gallery, every row is compared exactly.
+        In a large gallery a row among the k nearest is missed with at most the probability `SearchConfig.miss_risk`; with 0, never.
         probes: one column -> float32 (q, d), unit rows. groups: search only subjects that are in one of them. model_id: the model of the
         probes, which must be the column's; None: it is. Raises ModelMismatch.
         Returns ids (q, k), similarity float32 (q, k), descending.
@@ -458,10 +456,7 @@ class Engine:
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Cluster]:
-        """N:N: clusters of enrolled subjects that score as one person. `jobs.find_duplicates` does the same and can be interrupted.
-
-        threshold_db: None takes the policy's duplicate threshold. progress: called with the subjects done and their total.
-        """
+        """The clusters of `join`. progress: called with the subjects done and their total. `jobs.find_duplicates` can be interrupted."""
         links = Links()
         for tile in self.join(threshold_db=threshold_db):
             links.add(tile.links, tile.left_out)
@@ -479,9 +474,8 @@ class Engine:
     ) -> Iterator[JoinedTile]:
         """N:N, tile by tile: each tile compares some subjects with all that were enrolled after them, as of now.
 
-        Pairs that were judged different are left out. In a large gallery of faces each tile compares the faces that share some LSH buckets
-        (search/selfjoin/), so that a pair may come up more than once; a mate is missed with at most the probability
-        `SearchConfig.miss_risk`.
+        Pairs that were judged different are left out. In a large gallery a pair may come up more than once, and a mate is missed with at
+        most the probability `SearchConfig.miss_risk`.
 
         threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. subject_ids: only these
         subjects, each compared with all others, so that a pair of two of them comes up twice; ids that are not enrolled are ignored.
@@ -494,8 +488,7 @@ class Engine:
             subject_ids = among
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
-        snapshot = self._gallery.snapshot()
-        snapshot = snapshot.enrolled
+        snapshot = self._gallery.snapshot().enrolled
         live = snapshot.live_rows()
         rows = live if subject_ids is None else np.unique(snapshot.all_rows_of(_packed(subject_ids))[1])
         if since is not None:
@@ -719,10 +712,9 @@ class Engine:
         return notes_of(self._gallery.snapshot(), now)
 
     def backup(self, target: str | Path) -> Copied:
-        """Copies the gallery to a folder, while other calls go on. A later backup to the same folder copies only new segments.
+        """Copies the gallery, and what jobs keep beside it, to a folder. A later backup to the same folder copies only new segments.
 
-        The copy is a gallery, with the files that jobs keep beside it. Raises InvalidInput if the folder holds something else,
-        GalleryDamaged, StorageUnavailable.
+        Raises InvalidInput if the folder holds something else, GalleryDamaged, StorageUnavailable.
         """
         self._check_open()
         return backup(self._gallery.storage, self._gallery.folder, Path(target))

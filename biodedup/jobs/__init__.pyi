@@ -44,12 +44,12 @@ from .health.canary_report import Watch as Watch
 from .health.canary_report import Watched as Watched
 from .health.doctor import Report as Report
 from .health.doctor import examine as examine
+from .kits.format.keys import load_centre_key as load_centre_key
+from .kits.format.keys import make_centre_key as make_centre_key
+from .kits.format.keys import make_keys as make_keys
+from .kits.format.keys import needs_passphrase as needs_passphrase
 from .kits.ingest import examine_batch as examine_batch
 from .kits.ingest import ingest_batches as ingest_batches
-from .kits.keys import load_centre_key as load_centre_key
-from .kits.keys import make_centre_key as make_centre_key
-from .kits.keys import make_keys as make_keys
-from .kits.keys import needs_passphrase as needs_passphrase
 from .kits.manifest import check_kit_manifest as check_kit_manifest
 from .kits.outcomes import IngestResult as IngestResult
 from .kits.pack import PackResult as PackResult

@@ -118,54 +118,70 @@ def demo(
 ) -> DemoResult:
     """Runs the demonstration in an empty gallery folder; say is told what happens, a line at a time."""
     with Engine.open(folder, config or Config()) as engine:
-        vectors, model_id = population(subjects), load_card(engine.config.face.model).model_id
-        started = time.perf_counter()
-        for first in range(0, subjects, 20_000):
-            last = min(first + 20_000, subjects)
-            engine.add_templates(
-                [f"synthetic-{i:06d}" for i in range(first, last)], {"face": vectors[first:last]}, model_id=model_id
-            )
-        load_seconds = time.perf_counter() - started
+        vectors = population(subjects)
+        load_seconds = _load(engine, vectors)
         say(f"{len(engine):,} synthetic subjects loaded, durable, in {load_seconds:.1f} s")
-
-        portrait = np.asarray(data.astronaut(), np.uint8)  # type: ignore[no-untyped-call]
-        decisions: list[tuple[str, Decision]] = []
-
-        def enroll(name: str, encounter: Encounter) -> None:
-            decision = engine.enroll(encounter)
-            decisions.append((name, decision))
-            say(f"  {name:<28} {_told(decision)}")
-
-        say("a portrait comes in for the first time")
-        enroll("portrait", _of_face("astronaut", _jpeg(portrait, 95)))
-        say("the same person tries again under other names")
-        for number, (name, image) in enumerate(recaptures(portrait).items(), start=1):
-            enroll(f"portrait, {name}", _of_face(f"impostor-{number}", image))
-        say("poor captures")
-        for number, (name, image) in enumerate(poor_captures(portrait).items(), start=1):
-            enroll(f"portrait, {name}", _of_face(f"poor-{number}", image))
-        say("fingers that a generator draws, with synthetic faces")
-        for name, encounter in with_fingers():
-            enroll(name, encounter)
-
-        rng = np.random.default_rng(2)
-        chosen = rng.choice(subjects, min(probes, subjects), replace=False)
-        cosines = np.clip(rng.normal(0.64, 0.12, len(chosen)), 0.3, 0.98)
-        mates = mates_of(vectors[chosen], cosines)
-        started = time.perf_counter()
-        ids, _ = engine.search({"face": mates}, k=10)
-        seconds = time.perf_counter() - started
-        mates_first = float(np.mean([name == f"synthetic-{i:06d}" for name, i in zip(ids[:, 0], chosen, strict=True)]))
-        oracle = np.concatenate([np.argmax(block @ vectors.T, axis=1) for block in np.array_split(mates, 40)])
-        names = [f"synthetic-{i:06d}" for i in oracle]
-        agrees = float(np.mean(ids[:, 0] == np.array(names, object)))
+        decisions = _enrol_portraits(engine, say)
+        searched = _search(engine, vectors, min(probes, subjects))
         say(
-            f"{len(chosen):,} probes at mated cosines (mean 0.64): {len(chosen) / seconds:,.0f} searches a second; "
-            f"the mate is first for {mates_first:.2%}; first place as numpy's exact search: {agrees:.2%}"
+            f"{searched['probes']:,} probes at mated cosines (mean 0.64): {searched['probes_per_second']:,.0f} searches a second; "
+            f"the mate is first for {searched['mates_first']:.2%}; first place as numpy's exact search: "
+            f"{searched['agrees_with_numpy']:.2%}"
         )
-        return DemoResult(
-            subjects, load_seconds, tuple(decisions), len(chosen), len(chosen) / seconds, mates_first, agrees
-        )
+        return DemoResult(subjects=subjects, load_seconds=load_seconds, decisions=decisions, **searched)
+
+
+def _load(engine: Engine, vectors: NDArray[np.float32]) -> float:
+    """Enrols a subject a row; returns the seconds it took."""
+    model_id, started = load_card(engine.config.face.model).model_id, time.perf_counter()
+    for first in range(0, len(vectors), 20_000):
+        part = vectors[first : first + 20_000]
+        names = [f"synthetic-{i:06d}" for i in range(first, first + len(part))]
+        engine.add_templates(names, {"face": part}, model_id=model_id)
+    return time.perf_counter() - started
+
+
+def _enrol_portraits(engine: Engine, say: Callable[[str], None]) -> tuple[tuple[str, Decision], ...]:
+    portrait = np.asarray(data.astronaut(), np.uint8)  # type: ignore[no-untyped-call]
+    decisions: list[tuple[str, Decision]] = []
+
+    def enroll(name: str, encounter: Encounter) -> None:
+        decision = engine.enroll(encounter)
+        decisions.append((name, decision))
+        say(f"  {name:<28} {_told(decision)}")
+
+    say("a portrait comes in for the first time")
+    enroll("portrait", _of_face("astronaut", _jpeg(portrait, 95)))
+    say("the same person tries again under other names")
+    for number, (name, image) in enumerate(recaptures(portrait).items(), start=1):
+        enroll(f"portrait, {name}", _of_face(f"impostor-{number}", image))
+    say("poor captures")
+    for number, (name, image) in enumerate(poor_captures(portrait).items(), start=1):
+        enroll(f"portrait, {name}", _of_face(f"poor-{number}", image))
+    say("fingers that a generator draws, with synthetic faces")
+    for name, encounter in with_fingers():
+        enroll(name, encounter)
+    return tuple(decisions)
+
+
+def _search(engine: Engine, vectors: NDArray[np.float32], probes: int) -> dict[str, Any]:
+    """Searches mates of random rows, and compares the first candidates with numpy's exact search."""
+    rng = np.random.default_rng(2)
+    rows = rng.choice(len(vectors), probes, replace=False)
+    mates = mates_of(vectors[rows], np.clip(rng.normal(0.64, 0.12, probes), 0.3, 0.98))
+    started = time.perf_counter()
+    ids, _ = engine.search({"face": mates}, k=10)
+    seconds = time.perf_counter() - started
+    oracle = np.concatenate([np.argmax(block @ vectors.T, axis=1) for block in np.array_split(mates, 40)])
+    first_mates, first_of_oracle = (
+        np.array([f"synthetic-{i:06d}" for i in numbers], object) for numbers in (rows, oracle)
+    )
+    return {
+        "probes": probes,
+        "probes_per_second": probes / seconds,
+        "mates_first": float(np.mean(ids[:, 0] == first_mates)),
+        "agrees_with_numpy": float(np.mean(ids[:, 0] == first_of_oracle)),
+    }
 
 
 def _of_face(subject_id: str, image: bytes) -> Encounter:

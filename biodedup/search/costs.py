@@ -3,8 +3,9 @@
 Owns every constant that was timed on a machine. Never measures and never chooses; a wrong value makes a search slower,
 never incomplete.
 
-No command times a single constant. These commands time what the constants add up to; repeat them after a change:
+These commands time the constants, or what they add up to; repeat them after a change of the kernels:
 
+    python benchmarks/costs.py       each constant of a scan        ROW_COSTS, MultiColumnCosts.one_column
     python benchmarks/speed.py       searches of one column         ROW_COSTS
     python benchmarks/columns.py     searches of several columns    MULTI_COLUMN_COSTS
     python benchmarks/selfjoin.py    self-joins                     BUCKET_*

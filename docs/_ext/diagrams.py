@@ -13,12 +13,12 @@ INK, PALE, FILL, STORE = "#1f2d3d", "#5b6b7b", "#eaf2fb", "#fdf3e1"
 
 
 def text(
-    x: float, y: float, words: str, size: int = 14, anchor: str = "middle", ink: str = INK, weight: str = "400"
+    x: float, y: float, words: str, size: int = 14, *, anchor: str = "middle", ink: str = INK, weight: str = "400"
 ) -> str:
     return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{ink}" font-weight="{weight}">{escape(words)}</text>'
 
 
-def box(x: float, y: float, width: float, height: float, title: str, under: str = "", fill: str = FILL) -> str:
+def box(x: float, y: float, width: float, height: float, title: str, under: str = "", *, fill: str = FILL) -> str:
     """A rectangle with a title, and a smaller line under it."""
     middle = x + width / 2
     first = y + height / 2 + (5 if not under else -3)
@@ -72,8 +72,8 @@ def architecture() -> None:
             "config, values, errors, tables, trace",
             "settings, the values that travel, the error tree",
         ),
-        box(20, 250, 130, 50, "models/", "cards and weights", STORE),
-        box(990, 320, 130, 50, "gallery folder", "SQLite, columns", STORE),
+        box(20, 250, 130, 50, "models/", "cards and weights", fill=STORE),
+        box(990, 320, 130, 50, "gallery folder", "SQLite, columns", fill=STORE),
         arrow((190, 275), (150, 275)),
         arrow((950, 345), (990, 345)),
         arrow((570, 70), (570, 90)),
@@ -110,7 +110,7 @@ def enrolment() -> None:
     for column, (steps, x) in enumerate(((left, 40), (right, 540))):
         for number, (module, does) in enumerate(steps):
             y = 50 + 68 * number
-            parts.append(box(x, y, 390, 50, module, does, STORE if module.startswith("gallery") else FILL))
+            parts.append(box(x, y, 390, 50, module, does, fill=STORE if module.startswith("gallery") else FILL))
             if number:
                 parts.append(arrow((x + 195, y - 18), (x + 195, y)))
         if column == 0:

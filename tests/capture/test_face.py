@@ -120,6 +120,7 @@ def test_a_picture_that_lies_on_its_side_or_head_gives_the_template_of_the_uprig
     assert similarity(extract(portrait), extract(np.rot90(portrait, turns))) > 0.95
 
 
+@pytest.mark.slow
 def test_real_photographs_that_lie_or_stand_on_their_head_give_the_upright_ones_template(data_folder):
     paths = sorted((data_folder / "faces" / "lfw").glob("*/*_0001.jpg"))[::100]
     pictures = [np.asarray(Image.open(path)) for path in paths]

@@ -125,6 +125,7 @@ def test_damaged_bytes_never_raise(content, data):
     assert isinstance(decode(bytes(damaged), "face", LIMITS), (Pixels, bd.Refusal))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(2, len(SOUND_WSQ) - 3), st.integers(0, 255)), min_size=1, max_size=6))
 def test_a_damaged_wsq_never_takes_the_process_with_it(changes):

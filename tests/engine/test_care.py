@@ -117,6 +117,7 @@ class OutAt:
                 raise MemoryError
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_anywhere_acknowledges_nothing_and_leaves_the_engine_usable(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.add_templates([f"s{i}" for i in range(20)], {"face": FACES[:20]})
@@ -245,6 +246,7 @@ def test_a_clock_that_goes_backwards_is_noted_and_decisions_go_on(tmp_path, capl
 # look-alikes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ids_that_look_alike_are_told_and_others_are_not(tmp_path):
     alike = [
         ("JOSE-1", "Jose 1", "jose1"),

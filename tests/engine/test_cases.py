@@ -59,7 +59,15 @@ def test_judged_different_the_subject_is_enrolled_from_what_was_kept(engine):
     encounter = in_review(engine, groups=["north"])
     decision = engine.adjudicate("e1", "different", "A. Officer", "other ears")
     assert (decision.outcome, names(decision.cleared)) == ("unique", ["anna"])
-    assert decision.adjudicated == bd.Verdict("e1", "bella", "anna", "different", "A. Officer", 1003.0, "other ears")
+    assert decision.adjudicated == bd.Verdict(
+        encounter_id="e1",
+        subject_id="bella",
+        candidate="anna",
+        ruling="different",
+        by="A. Officer",
+        at=1003.0,
+        note="other ears",
+    )
     ids, similarity = engine.search({"face": encounter.templates["face"][None]}, k=1, groups=["north"])
     assert (ids[0, 0], similarity[0, 0]) == ("bella", pytest.approx(1, abs=1e-5))
     assert list(engine.cases()) == []
@@ -84,6 +92,7 @@ def test_judged_for_recapture_it_is_refused_and_the_subject_may_come_again(engin
     assert engine.enroll(sent("bella", people(1, seed=5)[0], "e2")).outcome == "unique"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, True], ids=["in the journal", "sealed"])
 @pytest.mark.parametrize("ruling, outcome", [("different", "unique"), ("same", "duplicate"), ("recapture", "refused")])
 def test_the_resent_encounter_gets_the_decision_as_it_stands_after_a_restart_too(tmp_path, ruling, outcome, sealed):

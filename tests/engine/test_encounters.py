@@ -177,7 +177,7 @@ def test_a_replacement_in_review_replaces_once_it_is_judged(engine):
 # several rows --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("sealed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_subjects_with_several_rows_are_one_candidate_after_sealing_merging_and_reopening(tmp_path, sealed):
     faces = orthogonal(30)
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
@@ -252,6 +252,7 @@ def test_joint_readings_agree_with_a_loop_over_rows():
     assert of_all_rows(presence, subjects).tolist() == [3, 3, 3, 2, 5, 5, 2]
 
 
+@pytest.mark.slow
 def test_a_stranger_reaches_a_subject_with_several_rows_no_more_often_than_the_score_says(tmp_path):
     """Without the charge three rows would reach a score three times as often as one."""
     faces = people(60, seed=3)
@@ -393,9 +394,10 @@ def test_a_resent_encounter_whose_subject_was_removed_says_so(engine):
     assert (again_sent.outcome, again_sent.reasons, len(engine)) == ("unique", ("removed",), 0)
 
 
-def test_of_eight_threads_with_weak_captures_of_one_person_nobody_slips_past_an_open_case(tmp_path):
+@pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_of_eight_threads_with_weak_captures_of_one_person_nobody_slips_past_an_open_case(tmp_path, rounds):
     """Each round: eight names at once with captures that score between the thresholds."""
-    rounds, threads = 60, 8
+    threads = 8
     with bd.Engine.open(tmp_path / "g", replace(CONFIG, gallery=bd.GalleryConfig(seal_rows=64))) as engine:
         faces = people(rounds, seed=11)
         barrier = threading.Barrier(threads)
@@ -542,6 +544,7 @@ def test_no_number_of_open_cases_under_one_name_hides_whom_they_resemble(engine,
     assert names(engine.adjudicate("b7", "different", "A. Officer").cleared) == ["anna"]
 
 
+@pytest.mark.slow
 def test_rows_removed_during_a_search_hide_nobody_from_it(engine, monkeypatch):
     anna, other, *crowd = orthogonal(40)
     engine.enroll(sent("anna", anna, "e1"))

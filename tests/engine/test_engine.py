@@ -17,6 +17,7 @@ from tests.support.vectors import again, people, unit
 
 STRICT = bd.Policy(duplicate_db=58, review_db=58)
 """So that of many thousands of non-mated pairs none is a false match, as the default policy would have it now and then."""
+ROUNDS = [16, pytest.param(1000, marks=pytest.mark.slow)]
 
 
 def enroll(engine: bd.Engine, subject_id: str, vector: np.ndarray, **more: object) -> bd.Decision:
@@ -120,8 +121,8 @@ def test_one_bad_record_never_stops_a_batch(engine, tmp_path):
     assert reasons == ["subject_exists", "missing_file", "invalid_input", "model_mismatch", "invalid_input"]
 
 
-def test_two_threads_enrolling_one_person_never_both_come_out_unique(tmp_path):
-    rounds = 1000
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_two_threads_enrolling_one_person_never_both_come_out_unique(tmp_path, rounds):
     engine = bd.Engine.open(tmp_path / "g", bd.Config(policy=STRICT))
     firsts, seconds = people(rounds), again(people(rounds), 0.9)
     outcomes: dict[tuple[str, int], str] = {}
@@ -143,12 +144,13 @@ def test_two_threads_enrolling_one_person_never_both_come_out_unique(tmp_path):
     engine.close()
 
 
-def test_eight_threads_enrolling_one_new_person_under_two_ids_make_one_subject(tmp_path):
-    rounds, threads = 1000, 8
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_eight_threads_enrolling_one_new_person_under_two_ids_make_one_subject(tmp_path, rounds):
+    threads = 8
     vectors = people(rounds, seed=4)
     outcomes: list[list[str]] = [[] for _ in range(rounds)]
     barrier = threading.Barrier(threads)
-    sealing = bd.GalleryConfig(seal_rows=256, merge_fan=2)  # sealed and merged all the while
+    sealing = bd.GalleryConfig(seal_rows=rounds // 4, merge_fan=2)  # sealed and merged all the while
     config = bd.Config(gallery=sealing, policy=STRICT)
 
     def run(thread: int) -> None:
@@ -259,6 +261,7 @@ def test_search_pads_where_the_gallery_is_smaller_than_k(engine):
     assert (np.diff(result.similarity[:, :2]) <= 0).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_sequence_of_changes_leaves_what_a_dictionary_would_hold(tmp_path_factory, data):

@@ -176,6 +176,7 @@ def district(folder: Path, start: int, policy: bd.Policy | None) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_merge_decides_by_the_central_policy_else_by_the_one_of_all_districts(tmp_path):
     a, b = district(tmp_path / "a", 0, STRICT), district(tmp_path / "b", 3, STRICT)
     merged = jobs.merge([a, b], tmp_path / "m.parquet")

@@ -155,6 +155,7 @@ def test_doctor_takes_damaged_columns_from_a_backup_and_loses_nothing_newer(seal
     assert "s14" in before
 
 
+@pytest.mark.slow
 def test_a_lost_database_is_restored_with_the_backups_whole_state(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         engine.backup(tmp_path / "b")
@@ -174,6 +175,7 @@ def test_a_lost_database_is_restored_with_the_backups_whole_state(sealed, tmp_pa
     assert len(list((sealed / "damaged").iterdir())) >= 2
 
 
+@pytest.mark.slow
 def test_a_database_is_not_restored_from_another_gallerys_backup(sealed, tmp_path):
     with bd.Engine.open(tmp_path / "other") as other:
         enroll(other, 0)
@@ -186,15 +188,16 @@ def test_a_database_is_not_restored_from_another_gallerys_backup(sealed, tmp_pat
     assert not (sealed / "damaged").exists()
 
 
+@pytest.mark.slow
 def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
-        gallery = internals(engine).gallery
-        old = [part for part in gallery.snapshot().parts if isinstance(part, Segment)]
-        taken = gallery._take_number()
-        gallery._broken = True
+        parts = internals(engine)
+        old = [part for part in parts.gallery.snapshot().parts if isinstance(part, Segment)]
+        taken = parts.take_segment_number()
+        parts.break_gallery()
         enroll(engine, 14)  # recovers first
-        assert gallery._take_number() == taken + 1
-        gallery._maintenance.merge(old)
+        assert parts.take_segment_number() == taken + 1
+        parts.maintenance.merge(old)
         assert engine.info()["segments"] == 1
         assert engine.problems() == []
         assert nearest(engine, 14) == "s14"

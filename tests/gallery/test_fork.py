@@ -105,19 +105,19 @@ from tests.support.galleries import enroll, small
 engine = bd.Engine.open({str(tmp_path / "g")!r}, small(background=True))
 for i in range(9):
     enroll(engine, i)
-gallery = internals(engine).gallery
-with gallery.lock:
-    gallery._catalogue.begin()  # as in the midst of a commit
-    gallery._catalogue.add_answer("half", StoredDecision(b"", "unique", "{{}}"))
+parts = internals(engine)
+with parts.gallery.lock:
+    parts.catalogue.begin()  # as in the midst of a commit
+    parts.catalogue.add_answer("half", StoredDecision(b"", "unique", "{{}}"))
     pid = os.fork()
     if not pid:
         {ENDINGS[name]}
-        del engine, gallery
+        del engine, parts
         gc.collect()
         sys.exit(0)  # with all that Python does at exit
     assert os.waitpid(pid, 0)[1] == 0
     journal = open({str(tmp_path / "g" / "gallery.sqlite3-journal")!r}, "rb").read(8)
-    gallery._catalogue.rollback()
+    parts.catalogue.rollback()
 again = os.system("flock -n " + {str(tmp_path / "g" / "writer.lock")!r} + " true")
 assert again != 0, "the parent's lock is gone"
 enroll(engine, 10)
@@ -254,10 +254,10 @@ def test_another_writers_commit_of_the_same_number_is_not_taken_for_ones_own(tmp
     with pytest.raises(bd.GalleryBusy):
         with internals(first).gallery.transaction() as transaction:
             transaction.content_changed = True
-            internals(first).gallery._catalogue.rollback()  # lost, and the second writer commits under the same number
+            internals(first).catalogue.rollback()  # lost, and the second writer commits under the same number
             enroll(second, 1)
             raise bd.GalleryBusy("the commit failed")
-    assert internals(first).gallery._state.commits + 1 == internals(second).gallery._state.commits
+    assert internals(first).commits + 1 == internals(second).commits
     with pytest.raises(bd.GalleryBusy, match="another process wrote"):
         enroll(first, 2)
     first.close()
@@ -272,7 +272,7 @@ def test_a_recovery_does_not_take_over_what_another_writer_committed(tmp_path):
     steal(tmp_path / "g")
     second = bd.Engine.open(tmp_path / "g", small())
     enroll(second, 1)
-    internals(first).gallery._broken = True  # as after a commit that failed with the disk
+    internals(first).break_gallery()  # as after a commit that failed with the disk
     for _ in range(2):
         with pytest.raises(bd.GalleryBusy, match="another process wrote"):
             enroll(first, 2)
@@ -284,12 +284,12 @@ def test_two_writers_never_overwrite_or_remove_each_others_segments(tmp_path):
     first = bd.Engine.open(tmp_path / "g", small(seal_rows=100))
     for i in range(3):
         enroll(first, i)
-    gallery = internals(first).gallery
+    gallery, writer_lock = internals(first).gallery, internals(first).writer_lock
     tail = gallery.snapshot().parts[-1]
     held = FileLock.is_held
 
     def overtaken(self) -> bool:  # the second writer comes when the first has checked its lock
-        if self is gallery._lock_file and not second:
+        if self is writer_lock and not second:
             steal(tmp_path / "g")
             second.append(bd.Engine.open(tmp_path / "g", small(seal_rows=2)))
             second[0].maintain()

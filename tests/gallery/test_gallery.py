@@ -211,12 +211,12 @@ def test_enrolments_searches_and_background_merges_go_on_together(tmp_path):
 
 def test_a_batch_is_one_commit_and_waiting_threads_share_one(tmp_path):
     with bd.Engine.open(tmp_path / "g", bd.Config(batch_size=16)) as engine:
-        before = internals(engine).gallery._state.commits
+        before = internals(engine).commits
         assert (
             len(list(engine.enroll_many([bd.Encounter(f"s{i}", templates={"face": PEOPLE[i]}) for i in range(16)])))
             == 16
         )
-        assert internals(engine).gallery._state.commits == before + 1
+        assert internals(engine).commits == before + 1
         threads = [threading.Thread(target=enroll, args=(engine, i)) for i in range(16, 32)]
         with internals(engine).gallery.lock:  # all of them come to the lock before one gets it
             for thread in threads:
@@ -225,7 +225,7 @@ def test_a_batch_is_one_commit_and_waiting_threads_share_one(tmp_path):
                 pass
         for thread in threads:
             thread.join()
-        assert internals(engine).gallery._state.commits == before + 2
+        assert internals(engine).commits == before + 2
         assert len(engine) == 32
 
 
@@ -422,6 +422,7 @@ def test_templates_are_loaded_from_parquet_arrow_numpy_and_streams(tmp_path):
         assert engine.subject_ids() == ids
 
 
+@pytest.mark.slow
 def test_a_load_is_idempotent_whatever_the_batches_and_tells_other_templates_apart(tmp_path):
     table = pa.table({"subject_id": [f"s{i}" for i in range(40)], "face": PEOPLE[:40].tolist()})
     with bd.Engine.open(tmp_path / "g", small(seal_rows=8)) as engine:

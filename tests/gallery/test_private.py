@@ -76,6 +76,7 @@ def test_whatever_is_written_is_for_its_owner_alone(tmp_path, open_umask):
     assert modes(home) == {}
 
 
+@pytest.mark.slow
 def test_doctor_reports_what_is_open_to_others_and_repair_closes_it(gallery):
     assert jobs.examine(gallery).exposed == ()
     for path in (gallery, gallery / "gallery.sqlite3", gallery / "segments" / "1.face"):
@@ -168,6 +169,7 @@ def test_a_lock_that_is_a_file_of_the_users_is_refused_and_stays(tmp_path, galle
         assert (tmp_path / "letter").read_text() == (gallery / "writer.lock").read_text() == "dear aunt"
 
 
+@pytest.mark.slow
 def test_a_symlinked_segments_folder_of_a_backup_is_refused(gallery, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "1.face").write_bytes(b"mine")
@@ -209,7 +211,7 @@ def occurrences(folder: Path, needles: dict[str, bytes]) -> dict[str, list[str]]
 def needle(engine: bd.Engine, i: int) -> dict[str, bytes]:
     """Of a row of the journal, as it is stored there."""
     row = engine.rows_of([f"s{i}"])[0]
-    (cell,) = (cell for cell in internals(engine).gallery._catalogue.cells() if cell.row == row)
+    (cell,) = (cell for cell in internals(engine).catalogue.cells() if cell.row == row)
     assert cell.vector is not None
     return {f"s{i}": cell.vector[:64]}
 

@@ -29,14 +29,21 @@ def people(count, seed):
     return vectors / np.linalg.norm(vectors, axis=1)[:, None]
 
 
-@pytest.fixture
-def opened(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     """Two segments of 20,000 people, 1.3 MB each that a scan reads and as much beside."""
-    storage = Watched()
-    with bd.Engine.open(tmp_path / "g", CONFIG, storage=storage) as engine:
+    folder = tmp_path_factory.mktemp("residence") / "g"
+    with bd.Engine.open(folder, CONFIG) as engine:
         for seed in (0, 1):
             engine.add_templates([f"{seed}-{i}" for i in range(20_000)], {"face": people(20_000, seed)})
             internals(engine).gallery.seal()
+    return folder
+
+
+@pytest.fixture
+def opened(folder):
+    storage = Watched()
+    with bd.Engine.open(folder, CONFIG, storage=storage) as engine:
         yield engine, storage
 
 
@@ -51,6 +58,7 @@ def test_what_memory_cannot_hold_beside_all_that_is_scanned_is_streamed(opened, 
     assert streamed(opened[0]) == wanted
 
 
+@pytest.mark.slow
 def test_a_large_search_has_the_system_forget_what_it_read_through(opened, monkeypatch):
     engine, storage = opened
     monkeypatch.setattr(snapshot, "memory_bytes", lambda: 6_400_000)

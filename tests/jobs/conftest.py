@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from biodedup import jobs
-from biodedup.jobs.kits.keys import CentreKey, KitKey, load_centre_key, load_key
+from biodedup.jobs.kits.format.keys import CentreKey, KitKey, load_centre_key, load_key
 from tests.support.kits import MONDAY
 
 

@@ -104,6 +104,7 @@ def test_a_kits_batch_that_was_taken_is_known_after_a_restoration(tmp_path):
     assert result.outcomes[0].first_from == "kit K, sequence 1"
 
 
+@pytest.mark.slow
 def test_a_merge_is_undone_in_a_copy(gallery, tmp_path):
     with bd.Engine.open(tmp_path / "d", CONFIG) as engine:
         engine.add_templates(["d0", "d1"], {"face": [*again(people(1), 0.9), *people(1, 7)]})

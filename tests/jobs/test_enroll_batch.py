@@ -127,6 +127,7 @@ class Stop(BaseException):
     """Stands for a process that ends."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["announced", "received", "searching", "committed", "finished"])
 def test_stopped_anywhere_it_goes_on_and_the_table_is_that_of_a_run_without_a_stop(
     tmp_path, population, monkeypatch, place

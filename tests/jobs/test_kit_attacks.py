@@ -9,7 +9,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kits.keys import load_key
+from biodedup.jobs.kits.format.keys import load_key
 from biodedup.jobs.kits.names import bound_id, prefix_of
 from tests.support.kits import FRIDAY, MONDAY, a_record, enrolled, forged, ingested, outcomes, packed, table
 from tests.support.vectors import again, people

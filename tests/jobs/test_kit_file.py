@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 import biodedup as bd
 from biodedup import jobs
 from biodedup.errors import BatchDamaged, UnknownKit
-from biodedup.jobs.kits.batch_file import BatchReader, BatchWriter, gaps
-from biodedup.jobs.kits.keys import load_centre_key, load_key
-from biodedup.jobs.kits.record import _SCHEMA, RECORD_BYTES_MAX, Record, decode, encode
+from biodedup.jobs.kits.format.batch_file import BatchReader, BatchWriter, gaps
+from biodedup.jobs.kits.format.keys import load_centre_key, load_key
+from biodedup.jobs.kits.format.record import _SCHEMA, RECORD_BYTES_MAX, Record, decode, encode
 from tests.support.kits import payloads, read, records_of, written
 
 both_versions = pytest.mark.parametrize("encrypted", [True, False], ids=["encrypted", "version 1"])

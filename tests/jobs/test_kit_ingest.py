@@ -11,8 +11,8 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kits.keys import load_centre_key, load_key
-from biodedup.jobs.kits.record import Record
+from biodedup.jobs.kits.format.keys import load_centre_key, load_key
+from biodedup.jobs.kits.format.record import Record
 from tests.support.kits import (
     FRIDAY,
     MONDAY,
@@ -184,6 +184,7 @@ def test_a_kit_whose_numbers_began_anew_is_told(centre):
     assert [(one.sequence, one.encounter_id, one.before) for one in result.reused] == [(1, "e9", "e0")]
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_the_result_is_the_same_byte_for_byte(centre):
     vectors = people(30)
     vectors[20:22] = again(vectors[3:5], 0.95)

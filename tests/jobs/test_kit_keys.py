@@ -17,7 +17,7 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import main
-from biodedup.jobs.kits.keys import load_centre_key, load_centre_public, load_key
+from biodedup.jobs.kits.format.keys import load_centre_key, load_centre_public, load_key
 from biodedup.jobs.kits.trust import load_trusted
 from tests.support.kits import MONDAY, YEAR, table
 from tests.support.vectors import people

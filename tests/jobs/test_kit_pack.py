@@ -14,8 +14,8 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kits.keys import load_centre_key, load_key
-from biodedup.jobs.kits.record import RECORD_BYTES_MAX
+from biodedup.jobs.kits.format.keys import load_centre_key, load_key
+from biodedup.jobs.kits.format.record import RECORD_BYTES_MAX
 from biodedup.synthetic import draw_impression, draw_master
 from tests.support.kits import FRIDAY, Stop, enrolled, ingested, outcomes, packed, read, stop_at, table, written
 from tests.support.vectors import again, people
@@ -129,34 +129,37 @@ def manifest_of(centre: Path, rows: list[dict[str, object]]) -> Path:
     return centre / "team.csv"
 
 
+TEAM_ROWS = [
+    *(
+        {"subject_id": f"00{i}", "path": f"f{i}.png", "position": "right_index", "captured_at": "2026-09-22T08:00:00"}
+        for i in range(6)
+    ),
+    {"subject_id": "006", "path": "blank.png", "position": "right_index", "encounter_id": "e6"},
+    {"subject_id": "006", "path": "f6.png", "position": "left_index", "encounter_id": "e6"},
+    {"subject_id": "007", "path": "blank.png", "position": "right_index"},
+    {"subject_id": "008", "path": "absent.png", "position": "right_index"},
+    {"subject_id": "009", "path": "f1.png", "position": "righ_index"},
+    {"subject_id": "010", "path": "f1.png", "position": "right_index", "dpi": "many"},
+    {"subject_id": "011", "path": "f1.png", "position": "right_index", "encounter_id": "e1"},
+    {"subject_id": "012", "path": "f2.png", "position": "right_index", "encounter_id": "e1"},
+    {"subject_id": "000", "position": "left_thumb", "missing": "amputated"},
+    {"subject_id": "013", "path": ".", "position": "right_index"},
+    {"subject_id": "014", "path": "f7.png", "position": "right_index"},
+    {"subject_id": "", "path": "f7.png", "position": "right_index"},
+    {"subject_id": "015", "path": "torn.png", "position": "right_index"},
+    {"subject_id": "015", "path": "f6.png", "position": "left_index"},
+    {"subject_id": "016", "path": "text.png", "position": "right_index"},
+]
+
+
+@pytest.mark.slow
 def test_a_team_packs_images_and_hears_what_to_capture_again(centre, fingers):
     for i, content in enumerate(fingers):
         (centre / f"f{i}.png").write_bytes(content)
     (centre / "blank.png").write_bytes(cv2.imencode(".png", np.full((500, 400), 255, np.uint8))[1].tobytes())
     (centre / "torn.png").write_bytes(fingers[1][: len(fingers[1]) // 2])
     (centre / "text.png").write_text("no image")
-    rows = [
-        {"subject_id": f"00{i}", "path": f"f{i}.png", "position": "right_index", "captured_at": "2026-09-22T08:00:00"}
-        for i in range(6)
-    ]
-    rows += [
-        {"subject_id": "006", "path": "blank.png", "position": "right_index", "encounter_id": "e6"},
-        {"subject_id": "006", "path": "f6.png", "position": "left_index", "encounter_id": "e6"},
-        {"subject_id": "007", "path": "blank.png", "position": "right_index"},
-        {"subject_id": "008", "path": "absent.png", "position": "right_index"},
-        {"subject_id": "009", "path": "f1.png", "position": "righ_index"},
-        {"subject_id": "010", "path": "f1.png", "position": "right_index", "dpi": "many"},
-        {"subject_id": "011", "path": "f1.png", "position": "right_index", "encounter_id": "e1"},
-        {"subject_id": "012", "path": "f2.png", "position": "right_index", "encounter_id": "e1"},
-        {"subject_id": "000", "position": "left_thumb", "missing": "amputated"},
-        {"subject_id": "013", "path": ".", "position": "right_index"},
-        {"subject_id": "014", "path": "f7.png", "position": "right_index"},
-        {"subject_id": "", "path": "f7.png", "position": "right_index"},
-        {"subject_id": "015", "path": "torn.png", "position": "right_index"},
-        {"subject_id": "015", "path": "f6.png", "position": "left_index"},
-        {"subject_id": "016", "path": "text.png", "position": "right_index"},
-    ]
-    manifest = manifest_of(centre, rows)
+    manifest = manifest_of(centre, TEAM_ROWS)
 
     def pack(out: str, **more: object) -> jobs.PackResult:
         return jobs.pack_batch(manifest, centre / out, centre / "A.key", **more)

@@ -28,6 +28,7 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.merging.model import Member
 from biodedup.jobs.merging.survivors import absorbed, survivor
 from tests.support.faults import Countdown, FailingStorage
+from tests.support.shell import run
 from tests.support.vectors import again, people
 
 pytestmark = pytest.mark.slow
@@ -568,17 +569,6 @@ def test_a_position_is_filled_by_the_best_quality_and_ties_go_to_the_smaller_id(
     ]
     found = {one.member.subject_id: one.gives for one in absorbed([*others, stays], stays)}
     assert found == {"d": (), "c": ("left_ring",), "b": ("left_thumb",)}
-
-
-def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "biodedup.cli", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_from_the_shell_killed_by_the_system_and_started_again(districts, tmp_path):

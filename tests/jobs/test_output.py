@@ -134,8 +134,18 @@ def test_every_text_of_a_caller_is_bounded():
         (lambda: bd.Missing("left_thumb", "\x1b[2J"), "U\\+001B"),
         (lambda: bd.Missing("left_thumb", "a\u202eb"), "U\\+202E"),
         (lambda: bd.Missing("left_thumb", None), "str"),
-        (lambda: bd.Verdict("e", "s", None, "same", "A", 0.0, "x" * 4001), "4,000"),
-        (lambda: bd.Verdict("e", "s", None, "same", "A", 0.0, "a\x1bb"), "U\\+001B"),
+        (
+            lambda: bd.Verdict(
+                encounter_id="e", subject_id="s", candidate=None, ruling="same", by="A", at=0.0, note="x" * 4001
+            ),
+            "4,000",
+        ),
+        (
+            lambda: bd.Verdict(
+                encounter_id="e", subject_id="s", candidate=None, ruling="same", by="A", at=0.0, note="a\x1bb"
+            ),
+            "U\\+001B",
+        ),
         (lambda: bd.Encounter("a", groups=[str(i) for i in range(101)]), "at most 100"),
         (lambda: bd.Encounter("a", [bd.Face(b"")] * 101), "at most 100"),
         (lambda: bd.FingerConfig(record_model_id="x" * 257), "record_model_id"),
@@ -330,7 +340,7 @@ def test_what_was_declined_elsewhere_is_bounded_and_steers_no_terminal(engine):
 
 
 def test_what_a_kit_says_of_a_capture_is_shown_and_does_not_end_an_ingest():
-    from biodedup.jobs.kits import record as kit_record
+    from biodedup.jobs.kits.format import record as kit_record
 
     told = bd.Refusal("nose\x1b[2J", "why\x07", "\u202e" * 400)
     encounter = bd.Encounter("anna", templates={"left_index": people(1)[0]}, encounter_id="e1", model_id="mine-1")

@@ -23,7 +23,7 @@ from biodedup import jobs
 from biodedup.engine.search import BatchedSearch
 from biodedup.gallery.files.filesystem import Connection
 from biodedup.gallery.gallery import Gallery
-from biodedup.jobs.kits.record import Record
+from biodedup.jobs.kits.format.record import Record
 from tests.support import ROOT
 from tests.support.kits import MONDAY, enrolled, forged, ingested
 from tests.support.vectors import again, people

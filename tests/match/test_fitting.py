@@ -196,6 +196,7 @@ def test_a_gallery_calibrates_a_card_on_its_own_strangers(tmp_path):
     assert (fitted.llr_db(scores) < shipped.llr_db(scores)).all()
 
 
+@pytest.mark.slow
 def test_a_gallery_calibrates_a_finger_with_its_minutiae(tmp_path):
     config = bd.Config()
     rng = np.random.default_rng(3)

@@ -35,6 +35,7 @@ def scores_db(folder: Path, cosines: np.ndarray, config: bd.Config = CONFIG) -> 
         return engine.pairs.calibrations.of(model_id).score_db(cosines)
 
 
+@pytest.mark.slow
 def test_strangers_of_any_gallery_reach_a_score_as_rarely_as_it_says(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.add_templates([f"s{i}" for i in range(1_000)], {"face": alike(1_000, 20)})
@@ -169,6 +170,7 @@ def test_an_evaluation_scores_as_a_gallery_of_its_people_would():
         assert ("own people" in found.of(load_card("sface").model_id).source) == own
 
 
+@pytest.mark.slow
 def test_people_are_drawn_among_the_first_and_only_those_who_live(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.add_templates([f"s{i}" for i in range(300)], {"face": people(300)})

@@ -128,7 +128,7 @@ def test_an_error_is_told_to_him_alone_whose_item_it_was():
 
 def test_searches_on_many_threads_answer_as_they_would_one_after_the_other(tmp_path):
     rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((30_000, 64), np.float32)
+    vectors = rng.standard_normal((10_000, 64), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     certain = bd.Config(search=bd.SearchConfig(miss_risk=0.0))  # what is lost by chance depends on who shares a pass
     with bd.Engine.open(tmp_path / "g", certain) as engine:

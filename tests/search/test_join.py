@@ -1,6 +1,7 @@
 """Everybody against everybody."""
 
 import json
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -16,28 +17,40 @@ from biodedup.testing import internals
 from tests.support.vectors import SFACE
 
 THRESHOLD_DB = 60.0
+CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=700, background=False))
 
 
-@pytest.fixture
-def gallery(tmp_path, monkeypatch):
-    """2,500 subjects, 40 of them enrolled again at falling cosines, one of these a third time; removed ones among them."""
-    for module in (searches, selfjoin):
-        monkeypatch.setattr(module, "JOIN_ROWS", 300)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(folder, subject_id -> vector): 2,500 subjects, 40 of them enrolled again at falling cosines, one of these a third time; removed ones
+    among them."""
     rng = np.random.default_rng(5)
     vectors = rng.standard_normal((2_500, 128), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     again = mates_of(vectors[:40], np.linspace(0.95, 0.5, 40))
     third = mates_of(again[:1], np.array([0.9]), seed=9)
     everybody = np.concatenate([vectors, again, third])[rng.permutation(2_541)]
-    names = [f"s{i}" for i in range(len(everybody))]
-    config = bd.Config(gallery=bd.GalleryConfig(seal_rows=700, background=False))
-    with bd.Engine.open(tmp_path / "g", config) as engine:
+    vector_of = {f"s{i}": vector for i, vector in enumerate(everybody)}
+    names, folder = list(vector_of), tmp_path_factory.mktemp("join") / "g"
+    with bd.Engine.open(folder, CONFIG) as engine:
         for low in range(0, len(names), 400):
             engine.add_templates(names[low : low + 400], {"face": everybody[low : low + 400]})
             engine.maintain()
         for gone in (3, 700, 2_540):
             engine.remove(names[gone])
-        yield engine, {name: vector for i, (name, vector) in enumerate(zip(names, everybody, strict=True)) if i not in (3, 700, 2_540)}  # fmt: skip
+            del vector_of[names[gone]]
+    return folder, vector_of
+
+
+@pytest.fixture
+def gallery(built, tmp_path, monkeypatch):
+    """A copy of it, opened."""
+    for module in (searches, selfjoin):
+        monkeypatch.setattr(module, "JOIN_ROWS", 300)
+    folder, vector_of = built
+    shutil.copytree(folder, tmp_path / "g")
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        yield engine, vector_of
 
 
 def oracle(engine, vectors):
@@ -78,6 +91,7 @@ def test_a_join_finds_every_pair_above_the_threshold_and_no_other(gallery, seale
     assert told[-1] == (2_538, 2_538) and len(told) == 9
 
 
+@pytest.mark.slow
 def test_an_interrupted_join_goes_on_and_ends_as_if_it_had_not_been(gallery, tmp_path):
     engine, _ = gallery
     whole = jobs.find_duplicates(engine, tmp_path / "whole.parquet", threshold_db=THRESHOLD_DB)
@@ -110,6 +124,7 @@ def test_an_interrupted_join_goes_on_and_ends_as_if_it_had_not_been(gallery, tmp
     assert not notes.exists()
 
 
+@pytest.mark.slow
 def test_notes_of_another_version_or_threshold_are_not_gone_on_with(gallery, tmp_path):
     engine, _ = gallery
     out = tmp_path / "out.csv"
@@ -126,6 +141,7 @@ def test_notes_of_another_version_or_threshold_are_not_gone_on_with(gallery, tmp
     assert out.read_text().startswith('"cluster","subject_id_a"')
 
 
+@pytest.mark.slow
 def test_a_join_that_goes_on_after_the_journal_was_sealed_misses_no_pair_with_it(gallery, tmp_path):
     engine, _ = gallery
     out = tmp_path / "out.parquet"

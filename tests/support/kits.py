@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.jobs.kits.batch_file import BatchReader, BatchWriter
-from biodedup.jobs.kits.keys import CentreKey, KitKey, load_centre_key, load_key
-from biodedup.jobs.kits.record import Record, encode
+from biodedup.jobs.kits.format.batch_file import BatchReader, BatchWriter
+from biodedup.jobs.kits.format.keys import CentreKey, KitKey, load_centre_key, load_key
+from biodedup.jobs.kits.format.record import Record, encode
 
 from .vectors import people
 

@@ -179,15 +179,15 @@ def audit(
             pairs = subjects * (len(engine) - 1) - subjects * (subjects - 1) // 2
         found += [Finding("refused", line, district, detail=why) for line, district, why in listed.refused]
         result = AuditResult(
-            tuple(sorted(found, key=_place)),
-            len(listed.lines) + len(listed.refused),
-            subjects,
-            len(engine),
-            versions,
-            threshold_db,
-            max(pairs, 0) * 10 ** (-threshold_db / 10),
-            dict(Counter([*listed.texts("district"), *(district for _, district, _ in listed.refused)])),
-            left_out,
+            findings=tuple(sorted(found, key=_place)),
+            lines=len(listed.lines) + len(listed.refused),
+            subjects=subjects,
+            gallery_size=len(engine),
+            versions=versions,
+            threshold_db=threshold_db,
+            expected_false=max(pairs, 0) * 10 ** (-threshold_db / 10),
+            lines_of=dict(Counter([*listed.texts("district"), *(district for _, district, _ in listed.refused)])),
+            links_left_out=left_out,
         )
         write_table(_table(result, listed), out)
         if report is not None:

@@ -29,7 +29,16 @@ from typing import Any, TypeAlias, TypeVar
 from biodedup.embed.cage import FAILURES
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
-from biodedup.jobs.enrolment.outcomes import WORDS, Outcome, Tally, already_enrolled, decided, outcome_table, refused
+from biodedup.jobs.enrolment.outcomes import (
+    WORDS,
+    Outcome,
+    OutcomeWriter,
+    Tally,
+    already_enrolled,
+    decided,
+    outcome_table,
+    refused,
+)
 from biodedup.jobs.enrolment.queue import Arrival, Backlog, Finished
 from biodedup.jobs.manifests.encounters import Content, Manifest, Record, derived_id, name_hash, name_of
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
@@ -154,34 +163,18 @@ def enroll_batch(
     table = Manifest(manifest, options)
     with ExitStack() as stack:
         pool = pool or stack.enter_context(Workers(engine.config, workers, capture_s_max=capture_s_max))
-        job = _Job(engine, backlog, table, pool, retry_failed, clock, stopwatch)
-        job.model_id = model_id
-        started = stopwatch()
-        survey = table.survey()
-        job.suspected = survey.repeated
-        if table.has_ids:
-            backlog.enqueue(_arrivals(table), clock())
-        writer = stack.enter_context(outcome_table(out, table.metadata))
-        tally, done = Tally(), 0
-        for batch in job.settled():
-            for item in batch.items:
-                assert item.outcome is not None, "a settled batch has outcomes"
-                writer.add(item.record, item.encounter_id, item.outcome)
-                tally.add(item.record, item.encounter_id, item.outcome, repeated=item.repeats is not None)
-            done += len(batch.items)
-            progress("enrolling", done, max(survey.count, done))
-    job.seconds["all"] = stopwatch() - started
-    reasons = {reason: count for (_, reason), count in tally.reasons.most_common()}
-    result = BatchResult(
-        done,
-        {status: tally.statuses[status] for status in ("enrolled", "duplicate", "adjudicate", "refused")},
-        tally.already,
-        tally.repeated,
-        reasons,
-        job.extracted,
-        job.decided_now,
-        {name: round(seconds, 3) for name, seconds in job.seconds.items()},
-    )
+        job = _Job(
+            engine,
+            backlog,
+            table,
+            pool,
+            retry_failed=retry_failed,
+            model_id=model_id,
+            clock=clock,
+            stopwatch=stopwatch,
+        )
+        tally = job.run(stack.enter_context(outcome_table(out, table.metadata)), progress)
+    result = job.result(tally)
     if report is not None:
         write_page(
             report,
@@ -212,19 +205,50 @@ class _Job:
         backlog: Backlog,
         table: Manifest,
         pool: Workers,
+        *,
         retry_failed: bool,
+        model_id: str | Mapping[str, str] | None,
         clock: Callable[[], float],
         stopwatch: Callable[[], float],
     ) -> None:
-        self.suspected: frozenset[int] = frozenset()
-        self.model_id: str | Mapping[str, str] | None = None
-        self.extracted = self.decided_now = 0
-        self.seconds = dict.fromkeys(("all", "reading", "waiting", "searching"), 0.0)
+        self._done = self._extracted_count = self._decided_count = 0
+        self._seconds = dict.fromkeys(("all", "reading", "waiting", "searching"), 0.0)
         self._engine, self._backlog, self._table, self._pool = engine, backlog, table, pool
-        self._retry_failed, self._clock, self._stopwatch = retry_failed, clock, stopwatch
+        self._retry_failed, self._model_id, self._clock, self._stopwatch = retry_failed, model_id, clock, stopwatch
+        self._suspected: frozenset[int] = frozenset()
         self._owners: dict[str, _Item] = {}
 
-    def settled(self) -> Iterator[_Batch]:
+    def run(self, writer: OutcomeWriter, progress: Progress) -> Tally:
+        """Decides every record, and writes its outcome."""
+        started = self._stopwatch()
+        survey = self._table.survey()
+        self._suspected = survey.repeated
+        if self._table.has_ids:
+            self._backlog.enqueue(_arrivals(self._table), self._clock())
+        tally = Tally()
+        for batch in self._settled_batches():
+            for item in batch.items:
+                assert item.outcome is not None, "a settled batch has outcomes"
+                writer.add(item.record, item.encounter_id, item.outcome)
+                tally.add(item.record, item.encounter_id, item.outcome, repeated=item.repeats is not None)
+            self._done += len(batch.items)
+            progress("enrolling", self._done, max(survey.count, self._done))
+        self._seconds["all"] = self._stopwatch() - started
+        return tally
+
+    def result(self, tally: Tally) -> BatchResult:
+        return BatchResult(
+            records=self._done,
+            statuses={status: tally.statuses[status] for status in ("enrolled", "duplicate", "adjudicate", "refused")},
+            already=tally.already,
+            repeated=tally.repeated,
+            reasons={reason: count for (_, reason), count in tally.reasons.most_common()},
+            extracted=self._extracted_count,
+            decided_now=self._decided_count,
+            seconds={name: round(seconds, 3) for name, seconds in self._seconds.items()},
+        )
+
+    def _settled_batches(self) -> Iterator[_Batch]:
         """Batches in the manifest's order, each with its outcomes, committed; the next ones are extracted meanwhile."""
         for batch in self._ready():
             yield self._timed(partial(self._settled, batch))
@@ -242,7 +266,7 @@ class _Job:
         """Does it, and counts it as searching and committing."""
         began = self._stopwatch()
         done = work()
-        self.seconds["searching"] += self._stopwatch() - began
+        self._seconds["searching"] += self._stopwatch() - began
         return done
 
     # reading ----------------------------------------------------------------------------------------------------
@@ -266,7 +290,7 @@ class _Job:
             byte_count += item.content.byte_count if item.content else 0
             if len(items) >= self._engine.config.batch_size or byte_count >= _BATCH_BYTES_MAX:
                 batch = self._handed_out(items)
-                self.seconds["reading"] += self._stopwatch() - began
+                self._seconds["reading"] += self._stopwatch() - began
                 yield batch
                 items, byte_count, began = [], 0, self._stopwatch()
         if items:
@@ -289,7 +313,7 @@ class _Job:
 
     def _compare_with_owner(self, item: _Item) -> None:
         """Looks whether an earlier record of this manifest has the same encounter_id: it is repeated, or in conflict."""
-        if item.encounter_id is None or name_hash(name_of(item.record)) not in self.suspected:
+        if item.encounter_id is None or name_hash(name_of(item.record)) not in self._suspected:
             return
         owner = self._owners.setdefault(item.encounter_id, item)
         if owner is item:
@@ -343,9 +367,9 @@ class _Job:
         self._list(item for item in items if item.undecided or item.stale)
         with_captures = [item for item in todo if item.content and item.content.captures]
         for first in range(0, len(with_captures), _TASK_ENCOUNTERS):
-            some = with_captures[first : first + _TASK_ENCOUNTERS]
-            batch.extracts.append((some, self._pool.submit([item.content.captures for item in some if item.content])))
-        self.extracted += len(with_captures)
+            task = with_captures[first : first + _TASK_ENCOUNTERS]
+            batch.extracts.append((task, self._pool.submit([item.content.captures for item in task if item.content])))
+        self._extracted_count += len(with_captures)
         return batch
 
     def _list(self, items: Iterable[_Item]) -> None:
@@ -371,7 +395,7 @@ class _Job:
         extracted: dict[_Item, Sequence[Template | Refusal]] = {}
         for items, extraction in batch.extracts:
             extracted |= zip(items, extraction.result(), strict=True)
-        self.seconds["waiting"] += self._stopwatch() - began
+        self._seconds["waiting"] += self._stopwatch() - began
         batch.finished = [item for item in batch.items if item.stale]
         for item in batch.items:
             if item.undecided:
@@ -387,7 +411,7 @@ class _Job:
                         item.encounter_id,
                         record.groups,
                         refusals,
-                        model_id=self.model_id,
+                        model_id=self._model_id,
                     )
                     batch.waiting.append((item, encounter))
                 else:
@@ -412,7 +436,7 @@ class _Job:
                 item.content = replace(item.content, captures=(), templates={})
         if batch.finished:
             self._backlog.finish(self._line(item) for item in batch.finished)
-        self.decided_now += len(batch.finished)
+        self._decided_count += len(batch.finished)
         return batch
 
     def _enrolled_before(self, encounter: Encounter, decision: Decision) -> Outcome:

@@ -171,7 +171,7 @@ class Outcome:
     @classmethod
     def from_json(cls, text: str) -> Outcome:
         fields = json.loads(text)
-        fields |= {name: tuple(Refusal(**one) for one in fields[name]) for name in ("refusals", "before")}
+        fields |= {name: tuple(Refusal(**refusal) for refusal in fields[name]) for name in ("refusals", "before")}
         if fields.get("required") is not None:
             fields["required"] = tuple(fields["required"])
         return cls(**fields)
@@ -179,7 +179,7 @@ class Outcome:
 
 def refused(refusals: Sequence[Refusal], decided_at: float | None = None) -> Outcome:
     """Declined for the only one of these, or for several as incomplete."""
-    lacks = [one for one in refusals if one.reason != SUPERSEDED]
+    lacks = [refusal for refusal in refusals if refusal.reason != SUPERSEDED]
     if len(lacks) > 1:
         return incomplete(refusals, decided_at)
     first = lacks[0] if lacks else Refusal("encounter", "no_capture")
@@ -199,8 +199,8 @@ def incomplete(
     refusals: Sequence[Refusal], decided_at: float | None = None, required: tuple[str, ...] | None = None
 ) -> Outcome:
     """Declined for lack of captures, each of which the detail names. required: by the policy."""
-    lacks = sorted((one for one in refusals if one.reason != SUPERSEDED), key=_place)
-    detail = "; ".join(f"{one.column}: {one.reason}" for one in lacks)
+    lacks = sorted((refusal for refusal in refusals if refusal.reason != SUPERSEDED), key=_place)
+    detail = "; ".join(f"{refusal.column}: {refusal.reason}" for refusal in lacks)
     return Outcome(
         "refused", INCOMPLETE, detail or None, decided_at=decided_at, refusals=tuple(refusals), required=required
     )
@@ -289,7 +289,7 @@ class Tally:
         if outcome.reason:
             self.reasons[outcome.status, outcome.reason] += 1
         if outcome.status != "refused" or outcome.reason == INCOMPLETE:
-            self.capture_reasons.update(one.reason for one in outcome.refusals if one.reason != SUPERSEDED)
+            self.capture_reasons.update(refusal.reason for refusal in outcome.refusals if refusal.reason != SUPERSEDED)
         for group in record.groups or ("",):
             self.by_group.setdefault(group, Counter())[outcome.status] += 1
             if outcome.status == "refused" and outcome.reason:
@@ -304,7 +304,9 @@ class OutcomeWriter:
 
     def __init__(self, path: Path, metadata: Any) -> None:
         self._metadata = metadata
-        self._schema = pa.schema([*_RESULT, *(one.with_name(_free(one.name)).with_metadata(None) for one in metadata)])
+        self._schema = pa.schema(
+            [*_RESULT, *(field.with_name(_free(field.name)).with_metadata(None) for field in metadata)]
+        )
         self._rows: list[dict[str, Any]] = []
         self._as_csv = path.suffix == ".csv"
         self._writer = (

@@ -239,15 +239,15 @@ class Backlog:
         oldest_s = max((lines[status].oldest_s or 0.0 for status in WAITING), default=0.0)
         clear_s = 0.0 if not waiting else round(waiting / present * _HOUR_S) if present else None
         return QueueStatus(
-            now,
-            lines,
-            waiting,
-            float(came[_HOUR_S]),
-            round(came[_DAY_S] * _HOUR_S / _DAY_S, 1),
-            decided_hour,
-            decided_day,
-            clear_s,
-            _warning(waiting, oldest_s, came[_DAY_S], self._count("decided_at", now - _DAY_S, now), clear_s),
+            at=now,
+            lines=lines,
+            waiting=waiting,
+            intake_hour=float(came[_HOUR_S]),
+            intake_day=round(came[_DAY_S] * _HOUR_S / _DAY_S, 1),
+            decided_hour=decided_hour,
+            decided_day=decided_day,
+            clear_s=clear_s,
+            warning=_warning(waiting, oldest_s, came[_DAY_S], self._count("decided_at", now - _DAY_S, now), clear_s),
         )
 
     def _line(self, status: str, now: float) -> StatusLine:
@@ -287,7 +287,17 @@ def queue_status(gallery: Path, now: float) -> QueueStatus:
     """The state of a gallery's bulk enrolments, read while another process may write. Raises NotAGallery, StorageUnavailable."""
     if (gallery / DATABASE_NAME).is_file() and not (gallery / BACKLOG_NAME).is_file():
         nothing = StatusLine(0, None, None)
-        return QueueStatus(now, dict.fromkeys(STATUSES, nothing), 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
+        return QueueStatus(
+            at=now,
+            lines=dict.fromkeys(STATUSES, nothing),
+            waiting=0,
+            intake_hour=0.0,
+            intake_day=0.0,
+            decided_hour=0.0,
+            decided_day=0.0,
+            clear_s=0.0,
+            warning="",
+        )
     with Backlog.open(gallery, read_only=True) as backlog:
         return backlog.status(now)
 

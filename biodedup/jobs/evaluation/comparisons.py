@@ -83,23 +83,23 @@ class _Held:
     """Templates in hand as columns: `Candidates` of the comparer without a loop over rows."""
 
     def __init__(self, encounters: Sequence[Labelled]) -> None:
-        templates = [one.templates for one in encounters]
-        self._presence = np.array([sum(BIT[column] for column in some) for some in templates], np.uint16)
+        templates = [encounter.templates for encounter in encounters]
+        self._presence = np.array([sum(BIT[column] for column in of_one) for of_one in templates], np.uint16)
         self._models: dict[str, str] = {}
         self._vectors: dict[str, Float32] = {}
         self._place: dict[str, Int64] = {}
         self._records: dict[str, dict[int, bytes]] = {}
         for column in COLUMNS:
-            there = [(row, some[column]) for row, some in enumerate(templates) if column in some]
-            if not there:
+            rows = [(row, of_one[column]) for row, of_one in enumerate(templates) if column in of_one]
+            if not rows:
                 continue
-            self._models[column] = there[0][1].model_id
-            vectors = [one.embedding for _, one in there if one.embedding is not None]
-            whole = len(vectors) == len(there)  # one model: all have an embedding, or none
-            self._vectors[column] = np.array(vectors, np.float32) if whole else np.zeros((len(there), 0), np.float32)
+            self._models[column] = rows[0][1].model_id
+            vectors = [template.embedding for _, template in rows if template.embedding is not None]
+            whole = len(vectors) == len(rows)  # one model: all have an embedding, or none
+            self._vectors[column] = np.array(vectors, np.float32) if whole else np.zeros((len(rows), 0), np.float32)
             self._place[column] = np.zeros(len(templates), np.int64)
-            self._place[column][[row for row, _ in there]] = np.arange(len(there))
-            self._records[column] = {row: one.minutiae for row, one in there if one.minutiae is not None}
+            self._place[column][[row for row, _ in rows]] = np.arange(len(rows))
+            self._records[column] = {row: template.minutiae for row, template in rows if template.minutiae is not None}
 
     def presence(self, rows: Int64) -> NDArray[np.uint16]:
         return np.asarray(self._presence[rows])
@@ -118,22 +118,22 @@ class _Held:
 def of_one_model(encounters: Sequence[Labelled]) -> list[Labelled]:
     """Templates of a column's less frequent models do not compare with the others: they are refused, as a gallery would."""
     models: dict[str, Counter[str]] = {}
-    for one in encounters:
-        for column, template in one.templates.items():
+    for encounter in encounters:
+        for column, template in encounter.templates.items():
             models.setdefault(column, Counter())[template.model_id] += 1
     kept = {column: counts.most_common(1)[0][0] for column, counts in models.items()}
     return [
-        one
-        if all(template.model_id == kept[column] for column, template in one.templates.items())
+        encounter
+        if all(template.model_id == kept[column] for column, template in encounter.templates.items())
         else replace(
-            one,
-            templates={c: t for c, t in one.templates.items() if t.model_id == kept[c]},
+            encounter,
+            templates={c: t for c, t in encounter.templates.items() if t.model_id == kept[c]},
             refusals=(
-                *one.refusals,
-                *(Refusal(c, "other_model") for c, t in one.templates.items() if t.model_id != kept[c]),
+                *encounter.refusals,
+                *(Refusal(c, "other_model") for c, t in encounter.templates.items() if t.model_id != kept[c]),
             ),
         )
-        for one in encounters
+        for encounter in encounters
     ]
 
 
@@ -148,25 +148,20 @@ def compare_all(
     """Compares all encounters with all. Above nonmated_max impostor pairs, a random sample of about as many (each pair with the same
     chance); searches are whole all the same."""
     encounters = of_one_model(encounters)
-    names = {name: number for number, name in enumerate(dict.fromkeys(one.subject_id for one in encounters))}
-    subject = np.array([names[one.subject_id] for one in encounters], np.int64)
-    usable = np.array([one.enrolled for one in encounters], bool)
+    subject = _subject_numbers(encounters)
+    usable = np.array([encounter.enrolled for encounter in encounters], bool)
     first = np.zeros(len(subject), bool)
     first[np.unique(subject, return_index=True)[1]] = True
     gallery = first & usable
     single = np.bincount(subject)[subject] == 1
 
     compared = np.flatnonzero(usable)
-    each = np.bincount(subject[compared], minlength=len(names)).astype(np.int64)
-    possible = int((len(compared) * (len(compared) - 1) - (each * (each - 1)).sum()) // 2)
+    possible = _impostor_pairs(subject[compared])
     sampled = possible > nonmated_max
     share = nonmated_max / possible if sampled else 1.0
 
     held = _Held(encounters)
-    drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
-    own = config.stated_policy.own_strangers
-    cards = Extractor(config).cards
-    known = Calibrations(cards, lambda model_id: drawn.get(model_id, NO_SAMPLE), own_strangers=lambda: own)
+    known = _calibrations(encounters, gallery, held, config)
     matcher = CylinderMatcher(config.threads)
     comparer = Comparer(known.of, matcher, known.with_minutiae)
     rows = np.arange(len(encounters))
@@ -191,7 +186,36 @@ def compare_all(
     finally:
         matcher.close()
     return Comparisons(
-        encounters, subject, gallery, _joined(parts), searches, possible, sampled, held.model_ids(), known
+        encounters=encounters,
+        subject=subject,
+        gallery=gallery,
+        pairs=_joined(parts),
+        searches=searches,
+        nonmated_possible=possible,
+        sampled=sampled,
+        models=held.model_ids(),
+        calibrations=known,
+    )
+
+
+def _subject_numbers(encounters: Sequence[Labelled]) -> Int64:
+    """The subject of each encounter, numbered as they come."""
+    names = dict.fromkeys(encounter.subject_id for encounter in encounters)
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[encounter.subject_id] for encounter in encounters], np.int64)
+
+
+def _impostor_pairs(subject: Int64) -> int:
+    """How many pairs of encounters are of two subjects."""
+    each = np.unique(subject, return_counts=True)[1]
+    return int((len(subject) * (len(subject) - 1) - (each * (each - 1)).sum()) // 2)
+
+
+def _calibrations(encounters: Sequence[Labelled], gallery: Bool, held: _Held, config: Config) -> Calibrations:
+    drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
+    own = config.stated_policy.own_strangers
+    return Calibrations(
+        Extractor(config).cards, lambda model_id: drawn.get(model_id, NO_SAMPLE), own_strangers=lambda: own
     )
 
 
@@ -203,13 +227,13 @@ def _pairs_of(ranked: Ranked, a: int, paired: Bool, subject: Int64, probe: Label
         for kind, values in zip(("similarity", "minutiae"), ranked.raw(column), strict=True):
             raw[column, kind] = values[kept]
     return Pairs(
-        np.full(len(b), a, np.int64),
-        b,
-        subject[b] == subject[a],
-        ranked.score_db[kept],
-        ranked.llr_db[kept],
-        ranked.extrapolated()[kept],
-        raw,
+        a=np.full(len(b), a, np.int64),
+        b=b,
+        mated=subject[b] == subject[a],
+        score_db=ranked.score_db[kept],
+        llr_db=ranked.llr_db[kept],
+        extrapolated=ranked.extrapolated()[kept],
+        raw=raw,
     )
 
 
@@ -229,21 +253,23 @@ def _search(searches: Searches, at: int, ranked: Ranked, searched: Bool, subject
 def _no_searches(probes: Int64, later: Bool, enrolled: Bool, searched: Bool) -> Searches:
     count = len(probes)
     return Searches(
-        probes,
-        later,
-        enrolled,
-        searched,
-        np.full(count, -np.inf),
-        np.zeros(count, np.int64),
-        np.full(count, -np.inf),
-        np.full(count, -1, np.int64),
+        probe=probes,
+        later=later,
+        enrolled=enrolled,
+        searched=searched,
+        mate_db=np.full(count, -np.inf),
+        rank=np.zeros(count, np.int64),
+        impostor_db=np.full(count, -np.inf),
+        impostor=np.full(count, -1, np.int64),
     )
 
 
 def _joined(parts: Sequence[Pairs]) -> Pairs:
-    def all_of(name: str, kind: type) -> NDArray[Any]:
-        return np.concatenate([np.zeros(0, kind), *(getattr(part, name) for part in parts)])
-
+    kinds = {"a": np.int64, "b": np.int64, "mated": bool, "score_db": float, "llr_db": float, "extrapolated": bool}
+    whole: dict[str, NDArray[Any]] = {
+        name: np.concatenate([np.zeros(0, kind), *(getattr(part, name) for part in parts)])
+        for name, kind in kinds.items()
+    }
     raw = {}
     for column in COLUMNS:
         for kind in ("similarity", "minutiae"):
@@ -252,20 +278,12 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
             values = np.concatenate([np.zeros(0), *each])
             if not np.isnan(values).all():
                 raw[key] = values
-    return Pairs(
-        all_of("a", np.int64),
-        all_of("b", np.int64),
-        all_of("mated", bool),
-        all_of("score_db", float),
-        all_of("llr_db", float),
-        all_of("extrapolated", bool),
-        raw,
-    )
+    return Pairs(**whole, raw=raw)
 
 
 def _drawn(encounters: Sequence[Labelled], gallery: Bool, model_id: str) -> ImpostorSample:
     """Embeddings of a model, one a subject, as a gallery would draw them."""
     of = (encounters[row].templates for row in np.flatnonzero(gallery).tolist())
-    each = (next((t.embedding for t in some.values() if t.model_id == model_id), None) for some in of)
+    each = (next((t.embedding for t in of_one.values() if t.model_id == model_id), None) for of_one in of)
     vectors = [vector for vector in each if vector is not None][:SAMPLE_SIZE]
     return ImpostorSample(model_id, len(vectors), lambda: np.array(vectors, np.float32)) if vectors else NO_SAMPLE

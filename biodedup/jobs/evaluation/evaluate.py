@@ -27,7 +27,7 @@ from biodedup.errors import InvalidInput
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.intervals import CONFIDENCE
 from biodedup.jobs.evaluation import plots
-from biodedup.jobs.evaluation.comparisons import Comparisons, compare_all
+from biodedup.jobs.evaluation.comparisons import Comparisons, Pairs, Searches, compare_all
 from biodedup.jobs.evaluation.labelled import Labelled, extracted, read_labelled
 from biodedup.jobs.evaluation.rates import (
     Rate,
@@ -57,6 +57,7 @@ HISTOGRAM_DB = 2.0
 
 Bool = NDArray[np.bool_]
 Int64 = NDArray[np.int64]
+Objects = NDArray[np.object_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -434,10 +435,29 @@ class _Counts:
 
 
 def _tables(compared: Comparisons) -> dict[str, pa.Table]:
-    """What the figures were counted from. pairs: as `calibrate` reads them, similarity and minutiae of what one capture each side told."""
-    pairs, searches, encounters = compared.pairs, compared.searches, compared.encounters
-    names = np.array([one.encounter_id for one in encounters], object)
-    subjects = np.array([one.subject_id for one in encounters], object)
+    """The comparisons, searches and encounters that the figures were counted from."""
+    encounters = compared.encounters
+    names = np.array([encounter.encounter_id for encounter in encounters], object)
+    subjects = np.array([encounter.subject_id for encounter in encounters], object)
+    refusals = [[f"{refusal.column}: {refusal.reason}" for refusal in encounter.refusals] for encounter in encounters]
+    return {
+        "pairs": _pairs_table(compared.pairs, names, subjects),
+        "searches": _searches_table(compared.searches, names, subjects),
+        "encounters": pa.table(
+            {
+                "encounter": pa.array(names, pa.string()),
+                "subject": pa.array(subjects, pa.string()),
+                "in_gallery": compared.gallery,
+                "enrolled": [encounter.enrolled for encounter in encounters],
+                "columns": [list(encounter.templates) for encounter in encounters],
+                "refusals": pa.array(refusals, pa.list_(pa.string())),
+            }
+        ),
+    }
+
+
+def _pairs_table(pairs: Pairs, names: Objects, subjects: Objects) -> pa.Table:
+    """The layout that `calibrate` reads. position, similarity, minutiae: of pairs in which one capture a side was compared, else null."""
     columns: dict[str, Any] = {
         "encounter_a": pa.array(names[pairs.a], pa.string()),
         "encounter_b": pa.array(names[pairs.b], pa.string()),
@@ -449,56 +469,39 @@ def _tables(compared: Comparisons) -> dict[str, pa.Table]:
         "extrapolated": pairs.extrapolated,
     }
     positions = list(dict.fromkeys(column for column, _ in pairs.raw))
-    counted = np.array(
-        [
-            np.any([~np.isnan(values) for (column, _), values in pairs.raw.items() if column == position], axis=0)
-            for position in positions
-        ]
-    ).reshape(len(positions), len(pairs.a))
-    single = counted.sum(axis=0) == 1
+    compared = np.zeros((len(positions), len(pairs.a)), bool)
+    for (column, _), values in pairs.raw.items():
+        compared[positions.index(column)] |= ~np.isnan(values)
+    only = compared & (compared.sum(axis=0) == 1)
     position = np.full(len(pairs.a), None, object)
-    for number, column in enumerate(positions):
-        position[single & counted[number]] = column
-    columns["position"] = pa.array(position, pa.string())
-    for kind in ("similarity", "minutiae"):
-        value = np.full(len(pairs.a), np.nan)
-        for number, column in enumerate(positions):
+    single = {kind: np.full(len(pairs.a), np.nan) for kind in ("similarity", "minutiae")}
+    for column, mine in zip(positions, only, strict=True):
+        position[mine] = column
+        for kind, values in single.items():
             if (column, kind) in pairs.raw:
-                mine = single & counted[number]
-                value[mine] = pairs.raw[column, kind][mine]
-        columns[kind] = pa.array(value, from_pandas=True)  # NaN: null
+                values[mine] = pairs.raw[column, kind][mine]
+    columns["position"] = pa.array(position, pa.string())
+    columns |= {kind: pa.array(values, from_pandas=True) for kind, values in single.items()}  # NaN: null
     if len(positions) > 1:
         columns |= {f"{column}_{kind}": pa.array(v, from_pandas=True) for (column, kind), v in pairs.raw.items()}
+    return pa.table(columns)
+
+
+def _searches_table(searches: Searches, names: Objects, subjects: Objects) -> pa.Table:
     impostor = np.array([*names, None], object)[searches.impostor]
-    return {
-        "pairs": pa.table(columns),
-        "searches": pa.table(
-            {
-                "encounter": pa.array(names[searches.probe], pa.string()),
-                "subject": pa.array(subjects[searches.probe], pa.string()),
-                "later": searches.later,
-                "mate_enrolled": searches.enrolled,
-                "searched": searches.searched,
-                "mate_db": pa.array(searches.mate_db, mask=np.isinf(searches.mate_db)),
-                "mate_rank": pa.array(searches.rank, mask=searches.rank == 0),
-                "stranger_db": pa.array(searches.impostor_db, mask=np.isinf(searches.impostor_db)),
-                "stranger_encounter": pa.array(impostor, pa.string()),
-            }
-        ),
-        "encounters": pa.table(
-            {
-                "encounter": pa.array(names, pa.string()),
-                "subject": pa.array(subjects, pa.string()),
-                "in_gallery": compared.gallery,
-                "enrolled": [one.enrolled for one in encounters],
-                "columns": [list(one.templates) for one in encounters],
-                "refusals": pa.array(
-                    [[f"{refusal.column}: {refusal.reason}" for refusal in one.refusals] for one in encounters],
-                    pa.list_(pa.string()),
-                ),
-            }
-        ),
-    }
+    return pa.table(
+        {
+            "encounter": pa.array(names[searches.probe], pa.string()),
+            "subject": pa.array(subjects[searches.probe], pa.string()),
+            "later": searches.later,
+            "mate_enrolled": searches.enrolled,
+            "searched": searches.searched,
+            "mate_db": pa.array(searches.mate_db, mask=np.isinf(searches.mate_db)),
+            "mate_rank": pa.array(searches.rank, mask=searches.rank == 0),
+            "stranger_db": pa.array(searches.impostor_db, mask=np.isinf(searches.impostor_db)),
+            "stranger_encounter": pa.array(impostor, pa.string()),
+        }
+    )
 
 
 def _numbers_first(name: str) -> tuple[float, str]:

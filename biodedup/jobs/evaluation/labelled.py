@@ -253,28 +253,37 @@ def _of_record(record: bytes, column: str, config: Config) -> Template | Refusal
 def _with_results(batch: Sequence[Labelled], results: Iterable[Template | Refusal]) -> list[Labelled]:
     each = iter(results)
     done = []
-    for one in batch:
-        templates: dict[str, Template] = dict(one.templates)
-        refusals = list(one.refusals)
-        for result in [next(each) for _ in one.captures]:
+    for encounter in batch:
+        templates: dict[str, Template] = dict(encounter.templates)
+        refusals = list(encounter.refusals)
+        for result in [next(each) for _ in encounter.captures]:
             if isinstance(result, Refusal):
                 refusals.append(result)
             else:
                 keep_better(templates, result)
-        done.append(Labelled(one.encounter_id, one.subject_id, one.captures, templates, tuple(refusals), one.groups))
+        done.append(
+            Labelled(
+                encounter.encounter_id,
+                encounter.subject_id,
+                encounter.captures,
+                templates,
+                tuple(refusals),
+                encounter.groups,
+            )
+        )
     return done
 
 
 def _part_of(results: Sequence[Template | Refusal]) -> pa.Table:
     nothing: dict[str, Any] = {"model_id": None, "embedding": None, "minutiae": None, "quality": None, "refusal": None}
     rows = []
-    for one in results:
-        row = nothing | {"column": one.column}
-        if isinstance(one, Refusal):
-            row["refusal"] = json.dumps(asdict(one))
+    for result in results:
+        row = nothing | {"column": result.column}
+        if isinstance(result, Refusal):
+            row["refusal"] = json.dumps(asdict(result))
         else:
-            row |= {"model_id": one.model_id, "minutiae": one.minutiae, "quality": one.quality}
-            row["embedding"] = None if one.embedding is None else one.embedding.tolist()
+            row |= {"model_id": result.model_id, "minutiae": result.minutiae, "quality": result.quality}
+            row["embedding"] = None if result.embedding is None else result.embedding.tolist()
         rows.append(row)
     return pa.Table.from_pylist(rows, _PART_SCHEMA)
 

@@ -27,7 +27,7 @@ def write_report(
     document: dict[str, Any], encounters: Sequence[Labelled], path: Path, config: Config, pictures: int
 ) -> None:
     """document: as in the JSON file; pictures: pairs shown of either kind of error. Raises StorageUnavailable."""
-    by_name = {one.encounter_id: one for one in encounters}
+    by_name = {encounter.encounter_id: encounter for encounter in encounters}
     worst = {
         kind: [
             told | {side: _shown(by_name[told[f"encounter_{side}"]], config) for side in ("a", "b")}
@@ -45,21 +45,21 @@ def _figures(document: dict[str, Any]) -> dict[str, Markup]:
     figures: dict[str, Any] = {}
     if verification["det"]:
         policy = [("1:1", verification["at_policy"]["threshold_db"])]
-        policy += [(one["outcome"], one["threshold_db"]) for one in identification["at_policy"]]
+        policy += [(row["outcome"], row["threshold_db"]) for row in identification["at_policy"]]
         figures["histogram"] = plots.histogram(verification["histogram"], policy)
         whole = [("all evidence (score_db)", verification["det"]["fmr"], verification["det"]["fnmr"])]
         alone = [
-            (f"{one['column']}, {one['evidence']} alone", one["det"]["fmr"], one["det"]["fnmr"])
-            for one in document["alone"]
+            (f"{capture['column']}, {capture['evidence']} alone", capture["det"]["fmr"], capture["det"]["fnmr"])
+            for capture in document["alone"]
         ]
-        points = [(one["fmr"], one["fnmr"]) for one in verification["at_fmr"]]
+        points = [(row["fmr"], row["fnmr"]) for row in verification["at_fmr"]]
         figures["det"] = plots.trade_off(
             whole + alone, points, "FMR: two people taken for one", "FNMR: one person not recognised"
         )
     if identification["det"]:
         size = identification["gallery_subjects"]
         curve = [(f"N = {size}", identification["det"]["fpir"], identification["det"]["fnir"])]
-        points = [(one["fpir"], one["fnir"]) for one in identification["at_fpir"]]
+        points = [(row["fpir"], row["fnir"]) for row in identification["at_fpir"]]
         figures["search_det"] = plots.trade_off(
             curve, points, f"FPIR at N = {size}: false alarms", f"FNIR at N = {size}: mates missed"
         )

@@ -19,7 +19,7 @@ from biodedup.capture.formats import decode
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.reading import read
 from biodedup.capture.wsq import is_wsq
-from biodedup.config import Config, IsolationConfig
+from biodedup.config import Config, IsolationConfig, Policy
 from biodedup.embed.cards import shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine
@@ -34,7 +34,7 @@ from biodedup.match.ranked import Comparison
 from biodedup.required import keep_better, superseded
 from biodedup.trace import Step, Trace
 from biodedup.trace import explain as traced
-from biodedup.values import FINGER_POSITIONS, Face, Finger, Missing, Refusal, Template, to_dict
+from biodedup.values import FINGER_POSITIONS, Evidence, Face, Finger, Missing, Refusal, Template, to_dict
 
 Side: TypeAlias = "str | Path | Sequence[Face | Finger | Missing] | Mapping[str, Template]"
 """A file or folder of captures, captures, or templates without pictures."""
@@ -68,7 +68,10 @@ class Explained:
             "duplicate_db": self.duplicate_db,
             "review_db": self.review_db,
             "comparison": compared,
-            "refusals": {name: [asdict(one) for one in some] for name, some in zip("ab", self.refusals, strict=True)},
+            "refusals": {
+                side: [asdict(refusal) for refusal in refusals]
+                for side, refusals in zip("ab", self.refusals, strict=True)
+            },
         }
 
 
@@ -90,7 +93,7 @@ def explain(
     """
     with Extractor(config or Config(isolation=IsolationConfig())) as extractor:
         sides = _shown(a, extractor), _shown(b, extractor)
-        return _write(out, sides, extractor, names, size, across_positions, engine)
+        return _write(out, sides, extractor, _Request(names, size, across_positions, engine))
 
 
 def explain_templates(
@@ -112,7 +115,7 @@ def explain_templates(
         [replace(shown, image=pictures.get(shown.column)) for shown in _shown(side, extractor)]
         for side, pictures in zip((a, b), kept, strict=True)
     ]
-    return _write(out, (sides[0], sides[1]), extractor, names, size, across_positions, engine)
+    return _write(out, (sides[0], sides[1]), extractor, _Request(names, size, across_positions, engine))
 
 
 def captures_at(path: Path, config: Config | None = None) -> list[Face | Finger]:
@@ -157,7 +160,7 @@ def _shows_ridges(path: Path, config: Config) -> bool:
     return bool(enough and ridge_period_share(grey, ridges) >= config.finger.ridge_share_min)
 
 
-# what was found in the captures ---------------------------------------------------------------------------------------
+# captures and templates -----------------------------------------------------------------------------------------------
 
 
 def _shown(side: Side, extractor: Extractor) -> list[Shown]:
@@ -172,61 +175,110 @@ def _shown(side: Side, extractor: Extractor) -> list[Shown]:
         for i, (capture, result) in enumerate(zip(captures, results, strict=True))
     ]
     best: dict[str, Template] = {}
-    for one in shown:
-        if one.template is not None:
-            keep_better(best, one.template)
+    for capture in shown:
+        if capture.template is not None:
+            keep_better(best, capture.template)
     return [
-        one
-        if one.template is None or best[one.column] is one.template
-        else replace(one, template=None, refusal=superseded(one.template))
-        for one in shown
+        capture
+        if capture.template is None or best[capture.column] is capture.template
+        else replace(capture, template=None, refusal=superseded(capture.template))
+        for capture in shown
     ]
 
 
 def _shown_capture(capture: Face | Finger | Missing, result: Template | Refusal, steps: Trace, item: int) -> Shown:
     def last(name: str) -> Step | Mapping[str, Any]:
-        found = steps.of(name, item)
-        return found[-1] if found else {}
+        of_item = steps.of(name, item)
+        return of_item[-1] if of_item else {}
 
     face, pose, ridges = last("face"), last("pose"), last("ridges")
     image = next((step["image"] for step in (face, last("faces"), ridges, last("pixels")) if step), None)
     data = getattr(capture, "data", None)
     return Shown(
-        result.column,
-        Path(data).name if isinstance(data, (str, Path)) else "not captured" if data is None else "in memory",
-        result if isinstance(result, Template) else None,
-        result if isinstance(result, Refusal) else None,
-        image,
-        face.get("box"),
-        face.get("landmarks"),
-        face.get("aligned"),
-        pose.get("core"),
-        pose.get("angle", 0.0),
-        tuple(check for step in steps.of("quality", item) for check in step["checks"]),
+        column=result.column,
+        source=Path(data).name if isinstance(data, (str, Path)) else "not captured" if data is None else "in memory",
+        template=result if isinstance(result, Template) else None,
+        refusal=result if isinstance(result, Refusal) else None,
+        image=image,
+        box=face.get("box"),
+        landmarks=face.get("landmarks"),
+        aligned=face.get("aligned"),
+        core=pose.get("core"),
+        angle=pose.get("angle", 0.0),
+        checks=tuple(check for step in steps.of("quality", item) for check in step["checks"]),
     )
 
 
 # the page -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """names: of the two sides. size: subjects of the gallery whose thresholds count; None: as many as the engine has."""
+
+    names: tuple[str, str]
+    size: int | None
+    across_positions: bool
+    engine: Engine | None
+
+
 def _write(
-    out: Path,
-    sides: tuple[Sequence[Shown], Sequence[Shown]],
-    extractor: Extractor,
-    names: tuple[str, str],
-    size: int | None,
-    across: bool,
-    engine: Engine | None,
+    out: Path, sides: tuple[Sequence[Shown], Sequence[Shown]], extractor: Extractor, request: _Request
 ) -> Explained:
+    engine = request.engine
+    size = len(engine) if request.size is None and engine is not None else request.size
     policy = extractor.config.stated_policy if engine is None else engine.policy
     pairs = engine.pairs if engine is not None else pair_comparer([*shipped_cards(), *extractor.cards])
-    size = len(engine) if size is None and engine is not None else size
-    mine, theirs = ({one.column: one for one in side if one.template is not None} for side in sides)
-    templates = [
-        {column: one.template for column, one in side.items() if one.template is not None} for side in (mine, theirs)
-    ]
-    comparison = pairs.compare(templates[0], templates[1], across=across)
-    verify_db = -10 * float(np.log10(policy.verify_fmr))
+    mine, theirs = (_templates(side) for side in sides)
+    comparison = pairs.compare(mine, theirs, across=request.across_positions)
+    told = _explained(comparison, sides, policy, size)
+    evidence = () if comparison is None else comparison.evidence
+    laws = [pairs.law(mine[part.column], part) for part in evidence]
+    write_page(
+        out,
+        "explain.html",
+        told=told,
+        names=request.names,
+        verify_db=_verify_db(policy),
+        policy=policy,
+        comparison=comparison,
+        reaches=None if comparison is None else _once_in(comparison.score_db),
+        waterfall=None if comparison is None else waterfall(comparison, told.duplicate_db, told.review_db),
+        thresholds=[
+            (row, *policy.thresholds_db(row), row == size)
+            for row in sorted({*_SIZES, *([] if size is None else [size])})
+        ],
+        pairs=[
+            {
+                "law": law,
+                "readings": pairs.readings(mine[part.column], part),
+                **_compared_captures(part, sides),
+            }
+            for part, law in zip(evidence, laws, strict=True)
+        ],
+        measured_db=max((law.measured_db for law in laws), default=0.0),
+        others=_others(request.names, sides, evidence),
+        models=sorted({(t.column, t.model_id) for side in (mine, theirs) for t in side.values()}),
+        cards=extractor.cards,
+        version=biodedup.__version__,
+        label=label,
+        once_in=_once_in,
+    )
+    return told
+
+
+def _templates(side: Sequence[Shown]) -> dict[str, Template]:
+    return {shown.column: shown.template for shown in side if shown.template is not None}
+
+
+def _explained(
+    comparison: Comparison | None,
+    sides: tuple[Sequence[Shown], Sequence[Shown]],
+    policy: Policy,
+    size: int | None,
+) -> Explained:
+    """The decision by the thresholds of a gallery of this size, or of a 1:1 comparison."""
+    verify_db = _verify_db(policy)
     duplicate_db, review_db = (verify_db, verify_db) if size is None else policy.thresholds_db(size)
     compared = [] if comparison is None else [comparison if size is not None else replace(comparison, sure_db=None)]
     verdict = judge(
@@ -237,57 +289,43 @@ def _write(
         usable=bool(compared),
         trust_extrapolation=policy.trust_extrapolation,
     )
-    evidence = () if comparison is None else comparison.evidence
-    refusals = [tuple(one.refusal for one in side if one.refusal is not None) for side in sides]
-    told = Explained(
-        _headline(comparison, verdict, duplicate_db, review_db, size),
-        verdict.outcome,
-        comparison,
-        verdict,
-        size,
-        duplicate_db,
-        review_db,
-        (refusals[0], refusals[1]),
-    )
-    used = ({part.column for part in evidence}, {part.candidate_column for part in evidence})
-    rows = sorted({*_SIZES, *(() if size is None else (size,))})
-    laws = [pairs.law(templates[0][part.column], part) for part in evidence]
-    write_page(
-        out,
-        "explain.html",
-        told=told,
-        names=names,
-        verify_db=verify_db,
-        policy=policy,
+    refusals_a, refusals_b = (tuple(shown.refusal for shown in side if shown.refusal is not None) for side in sides)
+    return Explained(
+        headline=_headline(comparison, verdict, duplicate_db, review_db, size),
+        outcome=verdict.outcome,
         comparison=comparison,
-        reaches=None if comparison is None else _once_in(comparison.score_db),
-        waterfall=None if comparison is None else waterfall(comparison, duplicate_db, review_db),
-        thresholds=[(row, *policy.thresholds_db(row), row == size) for row in rows],
-        pairs=[
-            {
-                "title": title(part),
-                "part": part,
-                "law": law,
-                "readings": pairs.readings(templates[0][part.column], part),
-                "sides": [panel(mine[part.column]), panel(theirs[part.candidate_column])],
-                "matched": joined(mine[part.column], theirs[part.candidate_column], part),
-            }
-            for part, law in zip(evidence, laws, strict=True)
-        ],
-        measured_db=max((law.measured_db for law in laws), default=0.0),
-        others=[
-            (name, panel(one))
-            for name, side, columns in zip(names, sides, used, strict=True)
-            for one in side
-            if one.template is None or one.column not in columns
-        ],
-        models=sorted({(t.column, t.model_id) for side in templates for t in side.values()}),
-        cards=extractor.cards,
-        version=biodedup.__version__,
-        label=label,
-        once_in=_once_in,
+        verdict=verdict,
+        size=size,
+        duplicate_db=duplicate_db,
+        review_db=review_db,
+        refusals=(refusals_a, refusals_b),
     )
-    return told
+
+
+def _verify_db(policy: Policy) -> float:
+    return -10 * float(np.log10(policy.verify_fmr))
+
+
+def _compared_captures(part: Evidence, sides: tuple[Sequence[Shown], Sequence[Shown]]) -> dict[str, Any]:
+    """One comparison with the pictures of both captures."""
+    a, b = (
+        next(shown for shown in side if shown.column == column and shown.template is not None)
+        for side, column in zip(sides, (part.column, part.candidate_column), strict=True)
+    )
+    return {"title": title(part), "part": part, "sides": [panel(a), panel(b)], "matched": joined(a, b, part)}
+
+
+def _others(
+    names: tuple[str, str], sides: tuple[Sequence[Shown], Sequence[Shown]], evidence: Sequence[Evidence]
+) -> list[tuple[str, Any]]:
+    """Captures that were refused, or that nothing was compared with, each with its side's name."""
+    used = ({part.column for part in evidence}, {part.candidate_column for part in evidence})
+    return [
+        (name, panel(shown))
+        for name, side, columns in zip(names, sides, used, strict=True)
+        for shown in side
+        if shown.template is None or shown.column not in columns
+    ]
 
 
 def _headline(

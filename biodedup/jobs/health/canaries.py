@@ -105,10 +105,18 @@ def watch(
         present = standing(searched, stored.snapshot()).present
         run = _Run(gallery, config, storage, engine, stored, progress)
         columns = run.columns(present)
-        problems += [problem for one in columns for problem in problems_of(one)] + run.incomplete
-        lines = [line_of(one) for one in columns if not problems_of(one)]
+        problems += [problem for column in columns for problem in problems_of(column)] + run.incomplete
+        lines = [line_of(column) for column in columns if not problems_of(column)]
         lines += of_themselves(made, now, known, is_kept, searched)
-        return Watch(tuple(columns), made, len(now.removed), len(now.gone), is_kept, tuple(lines), tuple(problems))
+        return Watch(
+            columns=tuple(columns),
+            made=made,
+            removed=len(now.removed),
+            gone=len(now.gone),
+            kept_in_file=is_kept,
+            checked=tuple(lines),
+            problems=tuple(problems),
+        )
 
 
 def forget_removed(gallery: Path, *, storage: Storage | None = None) -> int:
@@ -127,7 +135,7 @@ def forget_removed(gallery: Path, *, storage: Storage | None = None) -> int:
         now = standing(known, stored.snapshot())
         removed = {*now.removed, *now.gone}
         if removed:
-            save(storage, gallery, replace(known, each=tuple(one for one in known.each if one not in removed)))
+            save(storage, gallery, replace(known, each=tuple(canary for canary in known.each if canary not in removed)))
         return len(removed)
 
 
@@ -157,40 +165,56 @@ class _Run:
 
     def columns(self, present: Sequence[Canary]) -> list[Watched]:
         snapshot = self.stored.snapshot()
-        names = [name for name in snapshot.models if any(name in one.mates for one in present)]
+        names = [name for name in snapshot.models if any(name in canary.mates for canary in present)]
         alpha = FALSE_ALARM / (2 * len(names) + 1)
         found = []
         for done, name in enumerate(names):
             self.progress("canaries", done, len(names) + 1)
-            some = [one for one in present if name in one.mates]
+            canaries = [canary for canary in present if name in canary.mates]
             if snapshot.models[name].dimension is None:
-                found.append(self._records(name, some))
+                found.append(self._records(name, canaries))
             else:
-                found.append(self._column(name, some, alpha))
+                found.append(self._column(name, canaries, alpha))
         if present:
             self.progress("canaries", len(names), len(names) + 1)
             found.append(self._identified(present, alpha))
         self.progress("canaries", len(names) + 1, len(names) + 1)
         return found
 
-    def _records(self, name: str, some: Sequence[Canary]) -> Watched:
+    def _records(self, name: str, canaries: Sequence[Canary]) -> Watched:
         """A column of minutiae alone: are the records what they were? Searches for them go by `_identified`."""
-        changed = self._changed_records(name, some)
-        kept = len(some) - len(changed)
-        return _with_changed(Watched(name, len(some), kept, kept, 0, len(some), len(some), 1.0, 1.0), self, changed)
+        changed = self._changed_records(name, canaries)
+        kept = len(canaries) - len(changed)
+        return _with_changed(
+            Watched(
+                column=name,
+                canaries=len(canaries),
+                found=kept,
+                first=kept,
+                among=0,
+                expected_min=len(canaries),
+                expected_first_min=len(canaries),
+                p_found=1.0,
+                p_first=1.0,
+            ),
+            self,
+            changed,
+        )
 
-    def _column(self, name: str, some: Sequence[Canary], alpha: float) -> Watched:
+    def _column(self, name: str, canaries: Sequence[Canary], alpha: float) -> Watched:
         snapshot = self.stored.snapshot()
-        probes = np.array([one.mates[name].embedding for one in some], np.float32)
-        stored = snapshot.embeddings([one.row for one in some], name)
+        probes = np.array([canary.mates[name].embedding for canary in canaries], np.float32)
+        stored = snapshot.embeddings([canary.row for canary in canaries], name)
         cosine = np.einsum("ij,ij->i", stored, probes)
-        made_at = np.array([one.mates[name].cosine for one in some])
-        changed = [one for one, off in zip(some, np.abs(cosine - made_at) > _COSINE_TOLERANCE, strict=True) if off]
-        changed += [one for one in self._changed_records(name, some) if one not in changed]
+        made_at = np.array([canary.mates[name].cosine for canary in canaries])
+        changed = [
+            canary for canary, off in zip(canaries, np.abs(cosine - made_at) > _COSINE_TOLERANCE, strict=True) if off
+        ]
+        changed += [canary for canary in self._changed_records(name, canaries) if canary not in changed]
         result = self.engine.search({name: probes}, k=FIRST)
         if result.incomplete:
             self.incomplete.append(f"canaries {name}: the search is incomplete; see the log for the shard that failed")
-        place = _places(result.ids, some)
+        place = _places(result.ids, canaries)
         plan = self.engine.plan([name]).columns[0]
         risk = 0.0
         if plan.coded_rows:
@@ -200,20 +224,24 @@ class _Run:
         miscomputed = int((np.abs(result.similarity[at, place[at]] - cosine[at]) > _SIMILARITY_TOLERANCE).sum())
         suspects = np.flatnonzero(((place > 0) & (first >= 0.5)) | ((place >= FIRST) & (among >= 0.5)))
         rank = _exact_rank(
-            self.stored.snapshot(), name, probes[suspects], cosine[suspects], [some[i].row for i in suspects.tolist()]
+            self.stored.snapshot(),
+            name,
+            probes[suspects],
+            cosine[suspects],
+            [canaries[i].row for i in suspects.tolist()],
         )
         lost = suspects[(rank <= FIRST) & (place[suspects] >= rank)]
-        p_lost = float(bdtrc(len(lost) - 1, len(some), risk)) if len(lost) else 1.0
+        p_lost = float(bdtrc(len(lost) - 1, len(canaries), risk)) if len(lost) else 1.0
         certain = 0
         if len(lost) and p_lost >= alpha:
-            certain = self._lost_for_certain(name, [some[i] for i in lost.tolist()], probes[lost])
+            certain = self._lost_for_certain(name, [canaries[i] for i in lost.tolist()], probes[lost])
         watched = _counted(name, place, first * (1 - risk), among * (1 - risk), alpha)
         watched = replace(
             watched,
             lost=len(lost),
             p_lost=p_lost,
             certain=certain,
-            lost_in=self._where([some[i] for i in lost.tolist()], some),
+            lost_in=self._where([canaries[i] for i in lost.tolist()], canaries),
             miscomputed=miscomputed,
             alarm=p_lost < alpha or certain > 0,
         )
@@ -226,7 +254,9 @@ class _Run:
             place = _places(engine.search({name: probes}, k=FIRST).ids, lost)
         self.stored.refresh()  # some may have been removed since
         snapshot = self.stored.snapshot()
-        return sum(at >= FIRST and snapshot.is_present(one.row) for one, at in zip(lost, place.tolist(), strict=True))
+        return sum(
+            at >= FIRST and snapshot.is_present(canary.row) for canary, at in zip(lost, place.tolist(), strict=True)
+        )
 
     def _identified(self, present: Sequence[Canary], alpha: float) -> Watched:
         """Canaries whose 1:1 evidence reaches the review threshold, and whose strongest column makes them candidates."""
@@ -235,66 +265,70 @@ class _Run:
         chosen = set(_spread(present))
         for name, model in models.items():
             if model.dimension is None:
-                chosen |= set(_spread([one for one in present if name in one.mates]))
-        some, places, impostors = [], [], []
-        for one in sorted(chosen, key=lambda one: one.row):
+                chosen |= set(_spread([canary for canary in present if name in canary.mates]))
+        searched, places, impostors = [], [], []
+        for canary in sorted(chosen, key=lambda canary: canary.row):
             encounter = Encounter(
                 templates={
                     name: Template(name, models[name].model_id, mate.embedding, mate.minutiae)
-                    for name, mate in one.mates.items()
+                    for name, mate in canary.mates.items()
                 }
             )
             decision = engine.identify(encounter)
             names = [candidate.subject_id for candidate in decision.candidates]
-            place = names.index(one.subject_id) if one.subject_id in names else FIRST
+            place = names.index(canary.subject_id) if canary.subject_id in names else FIRST
             if place >= FIRST and decision.incomplete:
                 continue  # it was not looked for everywhere
             as_strong = 0.0  # impostors
-            if one.subject_id in engine:
-                alone = engine.verify(encounter, one.subject_id)
+            if canary.subject_id in engine:
+                alone = engine.verify(encounter, canary.subject_id)
                 scanned = max((e.score_db for e in alone.evidence if e.similarity is not None), default=alone.score_db)
                 in_scan, as_strong = (len(engine) * 10 ** (-score / 10) for score in (scanned, alone.score_db))
                 if alone.score_db < decision.review_db or in_scan > engine.config.search.candidates / 4:
                     continue  # too weak to say that it should be found
-            some.append(one)
+            searched.append(canary)
             places.append(place)
             impostors.append(as_strong)
         risk = self.config.search.miss_risk
         rank = np.array(impostors, np.float64)
         among = pdtr(engine.config.search.returned - 1, rank) * (1 - risk)
         watched = _counted("all", np.array(places, np.int64), np.exp(-rank) * (1 - risk), among, alpha)
-        lost = [one for one, place in zip(some, places, strict=True) if place >= FIRST]
-        p_lost = float(bdtrc(len(lost) - 1, len(some), 1 - among.mean())) if lost else 1.0
-        return replace(watched, lost=len(lost), p_lost=p_lost, lost_in=self._where(lost, some), alarm=p_lost < alpha)
+        lost = [canary for canary, place in zip(searched, places, strict=True) if place >= FIRST]
+        p_lost = float(bdtrc(len(lost) - 1, len(searched), 1 - among.mean())) if lost else 1.0
+        return replace(
+            watched, lost=len(lost), p_lost=p_lost, lost_in=self._where(lost, searched), alarm=p_lost < alpha
+        )
 
-    def _changed_records(self, name: str, some: Sequence[Canary]) -> list[Canary]:
-        with_records = [one for one in some if one.mates[name].record_hash]
-        records = self.stored.snapshot().minutiae([one.row for one in with_records], name)
-        return [one for one in with_records if record_hash(records.get(one.row)) != one.mates[name].record_hash]
+    def _changed_records(self, name: str, canaries: Sequence[Canary]) -> list[Canary]:
+        with_records = [canary for canary in canaries if canary.mates[name].record_hash]
+        records = self.stored.snapshot().minutiae([canary.row for canary in with_records], name)
+        return [
+            canary for canary in with_records if record_hash(records.get(canary.row)) != canary.mates[name].record_hash
+        ]
 
-    def _where(self, lost: Sequence[Canary], some: Sequence[Canary]) -> tuple[tuple[str, int, int], ...]:
+    def _where(self, lost: Sequence[Canary], canaries: Sequence[Canary]) -> tuple[tuple[str, int, int], ...]:
         snapshot = self.stored.snapshot()
-        there = Counter(place_of(snapshot, one.row) for one in some)
-        counts = Counter(place_of(snapshot, one.row) for one in lost)
-        ordered = sorted(counts.items(), key=lambda item: (-item[1] / there[item[0]], item[0]))
-        return tuple((place, number, there[place]) for place, number in ordered)
+        all_places = Counter(place_of(snapshot, canary.row) for canary in canaries)
+        counts = Counter(place_of(snapshot, canary.row) for canary in lost)
+        ordered = sorted(counts.items(), key=lambda item: (-item[1] / all_places[item[0]], item[0]))
+        return tuple((place, number, all_places[place]) for place, number in ordered)
 
 
-def _places(ids: NDArray[np.object_], some: Sequence[Canary]) -> Int64:
+def _places(ids: NDArray[np.object_], canaries: Sequence[Canary]) -> Int64:
     """The rank of each canary's subject, from 0; FIRST where it was not returned."""
-    same = ids == np.array([one.subject_id for one in some], object)[:, None]
+    same = ids == np.array([canary.subject_id for canary in canaries], object)[:, None]
     return np.where(same.any(axis=1), same.argmax(axis=1), FIRST)
 
 
-def _spread(some: Sequence[Canary]) -> list[Canary]:
+def _spread(canaries: Sequence[Canary]) -> list[Canary]:
     """A few, from all over the gallery."""
-    at = np.unique(np.linspace(0, len(some) - 1, min(IDENTIFIED, len(some))).round().astype(np.int64))
-    return [some[i] for i in at.tolist()]
+    at = np.unique(np.linspace(0, len(canaries) - 1, min(IDENTIFIED, len(canaries))).round().astype(np.int64))
+    return [canaries[i] for i in at.tolist()]
 
 
 def _with_changed(watched: Watched, run: _Run, changed: Sequence[Canary]) -> Watched:
     snapshot = run.stored.snapshot()
-    places = tuple(dict.fromkeys(place_of(snapshot, one.row) for one in changed))
+    places = tuple(dict.fromkeys(place_of(snapshot, canary.row) for canary in changed))
     return replace(watched, changed=len(changed), changed_in=places)
 
 
@@ -345,7 +379,17 @@ def _counted(name: str, place: Int64, first: NDArray[np.float64], among: NDArray
     found, at_first = int((place < FIRST).sum()), int((place == 0).sum())
     found_min, p_found = _least(found, among, alpha)
     first_min, p_first = _least(at_first, first, alpha)
-    return Watched(name, n, found, at_first, FIRST, found_min, first_min, p_found, p_first)
+    return Watched(
+        column=name,
+        canaries=n,
+        found=found,
+        first=at_first,
+        among=FIRST,
+        expected_min=found_min,
+        expected_first_min=first_min,
+        p_found=p_found,
+        p_first=p_first,
+    )
 
 
 def _least(count: int, chances: NDArray[np.float64], alpha: float) -> tuple[int, float]:

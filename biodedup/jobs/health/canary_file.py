@@ -95,29 +95,31 @@ class Standing:
     @property
     def kept(self) -> tuple[Canary, ...]:
         """All but those removed on purpose, as far as can be told."""
-        return tuple(sorted((*self.present, *self.lost, *self.misfiled, *self.ahead), key=lambda one: one.row))
+        return tuple(sorted((*self.present, *self.lost, *self.misfiled, *self.ahead), key=lambda canary: canary.row))
 
 
 def standing(canaries: Canaries, snapshot: Snapshot) -> Standing:
     """Where the subjects of some canaries are now."""
-    found: dict[str, list[Canary]] = {name: [] for name in Standing.__dataclass_fields__}
-    there = [one for one in canaries.each if one.row < snapshot.row_count and snapshot.is_present(one.row)]
-    rows = [one.row for one in there]
+    by_standing: dict[str, list[Canary]] = {name: [] for name in Standing.__dataclass_fields__}
+    enrolled = [
+        canary for canary in canaries.each if canary.row < snapshot.row_count and snapshot.is_present(canary.row)
+    ]
+    rows = [canary.row for canary in enrolled]
     names = snapshot.subject_ids(rows)
-    leading = snapshot.rows_of(packed.pack_text([one.subject_id for one in there])).tolist()
-    for one, name, row in zip(there, names, leading, strict=True):
-        found["present" if (name, row) == (one.subject_id, one.row) else "misfiled"].append(one)
+    leading = snapshot.rows_of(packed.pack_text([canary.subject_id for canary in enrolled])).tolist()
+    for canary, name, row in zip(enrolled, names, leading, strict=True):
+        by_standing["present" if (name, row) == (canary.subject_id, canary.row) else "misfiled"].append(canary)
     live, tombstones = set(rows), set(snapshot.tombstones.tolist())
-    for one in canaries.each:
-        if one.row in live:
+    for canary in canaries.each:
+        if canary.row in live:
             continue
-        if one.row >= snapshot.row_count:
-            found["ahead"].append(one)
-        elif one.row in tombstones:
-            found["removed"].append(one)
+        if canary.row >= snapshot.row_count:
+            by_standing["ahead"].append(canary)
+        elif canary.row in tombstones:
+            by_standing["removed"].append(canary)
         else:
-            found["lost" if snapshot.version == canaries.version else "gone"].append(one)
-    return Standing(**{name: tuple(some) for name, some in found.items()})
+            by_standing["lost" if snapshot.version == canaries.version else "gone"].append(canary)
+    return Standing(**{name: tuple(of_one) for name, of_one in by_standing.items()})
 
 
 # making ----------------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def topped_up(canaries: Canaries, snapshot: Snapshot, count: int) -> Canaries:
     for part in snapshot.parts:
         if not part.count:
             continue
-        mine = {one.row: one for one in each if part.first_row <= one.row < part.end_row}
+        mine = {canary.row: canary for canary in each if part.first_row <= canary.row < part.end_row}
         presence, live = part.presence(0, part.count), snapshot.mask(part)
         drawn: set[int] = set()
         for name in part.columns:
@@ -138,7 +140,7 @@ def topped_up(canaries: Canaries, snapshot: Snapshot, count: int) -> Canaries:
             if live is not None:
                 has &= live
             wanted = max(round(count * np.count_nonzero(has) / max(totals[name], 1)), PART_MIN)
-            held = sum(name in one.mates for one in mine.values())
+            held = sum(name in canary.mates for canary in mine.values())
             held += int(np.count_nonzero(has[part.at(np.array(sorted(drawn), np.int64))]))
             if held >= wanted:
                 continue
@@ -147,7 +149,7 @@ def topped_up(canaries: Canaries, snapshot: Snapshot, count: int) -> Canaries:
             rng = np.random.default_rng([canaries.seed, part.first_row, part.end_row, COLUMNS.index(name)])
             drawn |= set(rng.choice(free, min(wanted - held, len(free)), replace=False).tolist())
         each += _made(snapshot, part, sorted(drawn), canaries.seed)
-    return replace(canaries, each=tuple(sorted(each, key=lambda one: one.row)))
+    return replace(canaries, each=tuple(sorted(each, key=lambda canary: canary.row)))
 
 
 def _made(snapshot: Snapshot, part: Part, rows: Sequence[int], seed: int) -> list[Canary]:
@@ -158,19 +160,19 @@ def _made(snapshot: Snapshot, part: Part, rows: Sequence[int], seed: int) -> lis
     positions = part.at(np.array(rows, np.int64))
     for name, column in part.columns.items():
         cells = column.cells_at(positions)
-        some, cells = np.array(rows, np.int64)[cells >= 0], cells[cells >= 0]
-        if not len(some):
+        chosen, cells = np.array(rows, np.int64)[cells >= 0], cells[cells >= 0]
+        if not len(chosen):
             continue
-        rng = np.random.default_rng([seed, part.first_row, int(some[0]), COLUMNS.index(name)])
+        rng = np.random.default_rng([seed, part.first_row, int(chosen[0]), COLUMNS.index(name)])
         records = column.minutiae_at(cells)
-        embeddings: Sequence[Float32 | None] = [None] * len(some)
-        cosines = np.zeros(len(some))
+        embeddings: Sequence[Float32 | None] = [None] * len(chosen)
+        cosines = np.zeros(len(chosen))
         if column.dimension is not None:
             stored = column.vectors_at(cells)
-            made = mates_of(stored, rng.choice(COSINES, len(some)), seed=int(rng.integers(1 << 32)))
+            made = mates_of(stored, rng.choice(COSINES, len(chosen)), seed=int(rng.integers(1 << 32)))
             made /= np.linalg.norm(made, axis=1, keepdims=True)
             embeddings, cosines = list(made), np.einsum("ij,ij->i", stored, made)
-        for row, cosine, embedding, record in zip(some.tolist(), cosines.tolist(), embeddings, records, strict=True):
+        for row, cosine, embedding, record in zip(chosen.tolist(), cosines.tolist(), embeddings, records, strict=True):
             mates[row][name] = Mate(
                 cosine,
                 embedding,
@@ -249,10 +251,10 @@ def save(storage: Storage, folder: Path, canaries: Canaries) -> None:
 
 
 def _streams(each: Sequence[Canary]) -> Iterable[Stream]:
-    yield _stream("row", "<i8", np.array([one.row for one in each], np.int64))
-    yield from _strings("subject_id", [one.subject_id.encode() for one in each])
+    yield _stream("row", "<i8", np.array([canary.row for canary in each], np.int64))
+    yield from _strings("subject_id", [canary.subject_id.encode() for canary in each])
     for name in COLUMNS:
-        at = [i for i, one in enumerate(each) if name in one.mates]
+        at = [i for i, canary in enumerate(each) if name in canary.mates]
         mates = [each[i].mates[name] for i in at]
         if not mates:
             continue
@@ -286,7 +288,7 @@ def _read(file: ColumnFile) -> Canaries:
         for i, cosine, vector, record, hashed in zip(at.tolist(), *columns, hashes, strict=True):
             mates[i][name] = Mate(float(cosine), vector, record or None, hashed)
     names = [name.decode() for name in _read_strings(file, "subject_id")]
-    each = (Canary(*one) for one in zip(file.read("row").tolist(), names, mates, strict=True))
+    each = (Canary(*fields) for fields in zip(file.read("row").tolist(), names, mates, strict=True))
     return Canaries(about["gallery"], about["version"], about["seed"], tuple(each))
 
 

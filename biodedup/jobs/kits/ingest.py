@@ -28,8 +28,9 @@ from biodedup.engine import Engine
 from biodedup.errors import BatchDamaged, CallerError, EncounterConflict
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.files.private import make_private_folder
-from biodedup.jobs.kits.batch_file import RECORDS_MAX, BatchReader
-from biodedup.jobs.kits.keys import CentreKey
+from biodedup.jobs.kits.format.batch_file import RECORDS_MAX, BatchReader
+from biodedup.jobs.kits.format.keys import CentreKey
+from biodedup.jobs.kits.format.record import Record
 from biodedup.jobs.kits.ledger import Ledger, Taker
 from biodedup.jobs.kits.names import bound_id, prefix_of, unusable_id
 from biodedup.jobs.kits.outcomes import (
@@ -42,12 +43,11 @@ from biodedup.jobs.kits.outcomes import (
     Reused,
     clock_doubts,
     cut_text,
+    decided_outcome,
     described,
-    outcome_of,
-    refused_outcome,
+    received_outcome,
     write_result,
 )
-from biodedup.jobs.kits.record import Record
 from biodedup.jobs.kits.trust import Trusted, TrustedKey, load_trusted
 from biodedup.jobs.shared.known_subject import verify_or_dispute
 from biodedup.jobs.shared.output import check_table_name
@@ -90,14 +90,14 @@ def examine_batch(
         return Examined(path, "refused", f"{path} gives one sequence to two records; nothing of it was taken. Pack it again", public)  # fmt: skip
     problem = "" if batch.whole else cut_text(path, public, entries)
     return Examined(
-        path,
-        "whole" if batch.whole else "cut",
-        problem,
-        public,
-        batch.digest.hex(),
-        tuple(entries),
-        batch.void,
-        last_packed_at,
+        path=path,
+        state="whole" if batch.whole else "cut",
+        problem=problem,
+        public=public,
+        digest=batch.digest.hex(),
+        entries=tuple(entries),
+        void=batch.void,
+        last_packed_at=last_packed_at,
     )
 
 
@@ -137,15 +137,15 @@ def ingest_batches(
     for number, path in enumerate(batches, start=1):
         examined.append(examine_batch(path, keys, centre, allow_unencrypted=allow_unencrypted, now=now))
         progress("checking", number, len(batches))
-    usable = [one for one in examined if one.entries]
+    usable = [file for file in examined if file.entries]
     if not usable:
-        files = tuple(described(one, None, 0.0) for one in examined)
+        files = tuple(described(file, None, 0.0) for file in examined)
         result = IngestResult(files, (), (), (), now, keys.problems)
         return write_result(result, out, report)
     with Engine.open(gallery, config or Config(isolation=IsolationConfig()), clock=clock) as engine:
         ledger = Ledger(gallery)
         try:
-            run, received_at = ledger.run([one.digest for one in usable], now)
+            run, received_at = ledger.run([file.digest for file in usable], now)
             job = _Ingest(engine, ledger, run, received_at, progress)
             job.reader = partial(BatchReader, trusted=keys, centre=centre, allow_unencrypted=allow_unencrypted)
             result = replace(job.result(examined), trust_problems=keys.problems)
@@ -170,39 +170,39 @@ class _Ingest:
     total: int = 0
 
     def result(self, examined: Sequence[Examined]) -> IngestResult:
-        self.total = sum(len(one.entries) for one in examined)
+        self.total = sum(len(file.entries) for file in examined)
         outcomes: list[Outcome] = []
-        files: list[BatchOutcome] = []
+        batches: list[BatchOutcome] = []
         reused: list[Reused] = []
         keys: dict[str, str] = {}
         digests = set[str]()
-        for file, one in enumerate(examined):
-            one, first = self._within_limits(one), None
-            if one.public is not None and one.entries:
-                key, kit_id = one.public.fingerprint.hex(), one.public.kit_id
-                first = self.ledger.first_received(one.digest, kit_id, key, one.path.name, self.run, self.received_at)
-                if one.digest in digests:
+        for number, file in enumerate(map(self._within_limits, examined)):
+            first = None
+            if file.public is not None and file.entries:
+                key, kit_id = file.public.fingerprint.hex(), file.public.kit_id
+                first = self.ledger.first_received(file.digest, kit_id, key, file.path.name, self.run, self.received_at)
+                if file.digest in digests:
                     first = self.received_at
-                digests.add(one.digest)
+                digests.add(file.digest)
                 keys[key] = kit_id
-                names = {entry.sequence: entry.encounter_id for entry in one.entries}
-                before = self.ledger.arrived(key, kit_id, names, one.void)
+                names = {entry.sequence: entry.encounter_id for entry in file.entries}
+                before = self.ledger.arrived(key, kit_id, names, file.void)
                 reused += [Reused(kit_id, n, names[n], name) for n, name in sorted(before.items())]
-                outcomes += self._taken(file, one)
-            files.append(described(one, first, self.received_at))
+                outcomes += self._taken(number, file)
+            batches.append(described(file, first, self.received_at))
         gaps = [Gap(kit_id, key[:16], *span) for key, kit_id in keys.items() for span in self.ledger.absent(key)]
-        return IngestResult(tuple(files), tuple(outcomes), tuple(gaps), tuple(reused), self.received_at)
+        return IngestResult(tuple(batches), tuple(outcomes), tuple(gaps), tuple(reused), self.received_at)
 
-    def _within_limits(self, one: Examined) -> Examined:
+    def _within_limits(self, file: Examined) -> Examined:
         """The file as it is, or refused whole for what the ledger knows of its key."""
-        if one.public is None or not one.entries:
-            return one
-        key, trust = one.public, one.public.trust
+        if file.public is None or not file.entries:
+            return file
+        key, trust = file.public, file.public.trust
         new = sum(
-            self._is_new(bound_id(key.fingerprint, entry.encounter_id)) for entry in one.entries if not entry.refused
+            self._is_new(bound_id(key.fingerprint, entry.encounter_id)) for entry in file.entries if not entry.refused
         )
         today = self.ledger.taken_since(prefix_of(key.fingerprint), self.received_at - _DAY_S)
-        void = self.ledger.void_with(key.fingerprint.hex(), one.void)
+        void = self.ledger.void_with(key.fingerprint.hex(), file.void)
         if today + new > trust.encounters_day_max:
             problem = (
                 f"{new:,} new encounters after {today:,} within a day; its key may bring {trust.encounters_day_max:,}"
@@ -210,26 +210,26 @@ class _Ingest:
         elif void > trust.void_max:
             problem = f"{void:,} void sequences in all; its key may declare {trust.void_max:,}"
         else:
-            return one
+            return file
         problem = (
-            f"{one.path} of kit {key.kit_id} has {problem}; nothing of it was taken. Ask the team why, and only then raise the limit "
+            f"{file.path} of kit {key.kit_id} has {problem}; nothing of it was taken. Ask the team why, and only then raise the limit "
             "with `biodedup kit trust`"
         )
-        self.total -= len(one.entries)
-        return replace(one, state="refused", problem=problem, entries=(), void=())
+        self.total -= len(file.entries)
+        return replace(file, state="refused", problem=problem, entries=(), void=())
 
     def _is_new(self, encounter_id: str) -> bool:
         """Whether no run took an encounter before; what this run took already counts as today's."""
         return self.engine.decision(encounter_id) is None and self.ledger.taker(encounter_id) is None
 
-    def _taken(self, file: int, one: Examined) -> Iterator[Outcome]:
-        assert one.public is not None, "a batch with records has a key"
-        kit_id, batch = one.public.kit_id, one.path.name
+    def _taken(self, number: int, file: Examined) -> Iterator[Outcome]:
+        assert file.public is not None, "a batch with records has a key"
+        kit_id, batch = file.public.kit_id, file.path.name
         previous: float | None = None
-        for first, records in self._chunks(one):
-            entries = one.entries[first : first + len(records)]
-            names = self._names(one.public, records)
-            self._note_takers(file, first, kit_id, entries, names)
+        for first, records in self._chunks(file):
+            entries = file.entries[first : first + len(records)]
+            names = self._names(file.public, records)
+            self._note_takers(number, first, kit_id, entries, names)
             decisions = self.engine.enroll_many(
                 [
                     _under(record, name)
@@ -238,35 +238,36 @@ class _Ingest:
                 ]
             )
             for place, (record, name, entry) in enumerate(zip(records, names, entries, strict=True), start=first):
-                doubts = clock_doubts(record, one.public, previous, self.received_at)
+                doubts = clock_doubts(record, file.public, previous, self.received_at)
+                received = received_outcome(batch, kit_id, record, name, self.received_at, doubts)
                 if entry.refused:
-                    yield refused_outcome(batch, kit_id, record, name, entry.refused, self.received_at, doubts)
+                    yield replace(received, reason=entry.refused)
                 else:
                     taker = self.ledger.taker(name)
-                    here = taker is not None and (taker.run, taker.file, taker.place) == (self.run, file, place)
-                    told = partial(outcome_of, batch, kit_id, record, name, taker, here, self.received_at, doubts)
+                    here = taker is not None and (taker.run, taker.file, taker.place) == (self.run, number, place)
+                    told = partial(decided_outcome, received, taker, here)
                     outcome = self._with_subject(_under(record, name), told(next(decisions)), told)
-                    yield self._first_answer(file, place, outcome)
+                    yield self._first_answer(number, place, outcome)
                 previous = record.captured_at if record.captured_at is not None else previous
                 self.done += 1
                 self.progress("enrolling", self.done, self.total)
 
-    def _first_answer(self, file: int, place: int, outcome: Outcome) -> Outcome:
+    def _first_answer(self, number: int, place: int, outcome: Outcome) -> Outcome:
         """What this run said of a record before it was interrupted: a later file may have brought the repaired encounter since."""
         if outcome.outcome == "refused":
-            self.ledger.note_refused(self.run, file, place, json.dumps(asdict(outcome)))
-        elif outcome.outcome == "conflict" and (before := self.ledger.refused(self.run, file, place)):
+            self.ledger.note_refused(self.run, number, place, json.dumps(asdict(outcome)))
+        elif outcome.outcome == "conflict" and (before := self.ledger.refused(self.run, number, place)):
             return Outcome(**json.loads(before))
         return outcome
 
-    def _chunks(self, one: Examined) -> Iterator[tuple[int, list[Record]]]:
-        """(place of the first, records) that are decided and committed together: what is in a chunk depends on the file alone."""
+    def _chunks(self, file: Examined) -> Iterator[tuple[int, list[Record]]]:
+        """(place of the first, records) that are decided and committed together: what is in a chunk depends on the file alfile."""
         assert self.reader is not None, "set by the job"
         chunk: list[Record] = []
         byte_count = first = 0
-        with self.reader(one.path) as batch:
+        with self.reader(file.path) as batch:
             # what was examined, and no more: the file may grow while it is read
-            for record, _ in zip(batch, one.entries, strict=False):
+            for record, _ in zip(batch, file.entries, strict=False):
                 chunk.append(record)
                 byte_count += record.byte_count
                 if len(chunk) >= self.engine.config.batch_size or byte_count >= _CHUNK_BYTES_MAX:
@@ -286,17 +287,19 @@ class _Ingest:
                 if self.engine.recall(record.encounter) is not None:
                     unbound[place] = own
             wanted.append((own, digest_of(record.encounter), bound_id(public.fingerprint, own)))
-        names = self.ledger.names_of([one for place, one in enumerate(wanted) if place not in unbound])
+        names = self.ledger.names_of([naming for place, naming in enumerate(wanted) if place not in unbound])
         return [
             unbound[place] if place in unbound else names[own, digest] for place, (own, digest, _) in enumerate(wanted)
         ]
 
-    def _note_takers(self, file: int, first: int, kit_id: str, entries: Sequence[Entry], names: Sequence[str]) -> None:
+    def _note_takers(
+        self, number: int, first: int, kit_id: str, entries: Sequence[Entry], names: Sequence[str]
+    ) -> None:
         takers: dict[str, Taker] = {}
         for place, (entry, name) in enumerate(zip(entries, names, strict=True), start=first):
             before = self.engine.decision(name)
             if not entry.refused and name not in takers and (before is None or not before.final):
-                takers[name] = Taker(self.run, file, place, kit_id, entry.sequence)
+                takers[name] = Taker(self.run, number, place, kit_id, entry.sequence)
         self.ledger.take(takers)
 
     def _with_subject(self, encounter: Encounter, outcome: Outcome, told: Callable[[Decision], Outcome]) -> Outcome:
@@ -317,5 +320,5 @@ def _under(record: Record, name: str) -> Encounter:
     encounter = replace(record.encounter, encounter_id=name)
     if any(not isinstance(capture, Missing) for capture in encounter.captures):
         return encounter
-    declined = [one for one in record.refusals if one.column not in encounter.templates]
+    declined = [refusal for refusal in record.refusals if refusal.column not in encounter.templates]
     return replace(encounter, declined=declined[:CAPTURES_MAX])

@@ -22,8 +22,8 @@ from biodedup.embed.extractor import Extractor
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.files.private import private_folder, replace_private
+from biodedup.jobs.kits.format.record import RECORD_BYTES_MAX, Record, decode, encode
 from biodedup.jobs.kits.manifest import Broken, Planned
-from biodedup.jobs.kits.record import RECORD_BYTES_MAX, Record, decode, encode
 from biodedup.jobs.shared.files import read_bounded
 from biodedup.required import keep_better
 from biodedup.values import Capture, Encounter, Face, Finger, Missing, Refusal, Template
@@ -57,17 +57,19 @@ class Judge:
     def judged(self, chunk: Sequence[Planned]) -> Iterator[Judged]:
         """(planned, captures as bytes, a verdict for each that is not missing, its best templates), in order."""
         bytes_max = self._config.capture.bytes_max
-        captures = [tuple(_in_memory(capture, bytes_max) for capture in one.encounter.captures) for one in chunk]
-        paths = [self._path(one) for one in captures]
+        captures = [
+            tuple(_in_memory(capture, bytes_max) for capture in planned.encounter.captures) for planned in chunk
+        ]
+        paths = [self._path(own) for own in captures]
         known = [_remembered(path) for path in paths]
-        fresh = [i for i, one in enumerate(known) if one is None]
+        fresh = [i for i, verdict in enumerate(known) if verdict is None]
         todo = [[c for c in captures[i] if not isinstance(c, Missing)] for i in fresh]
         if any(todo) and self._extractor is None:
             self._extractor = Extractor(self._config)
-        flat = [c for some in todo for c in some]
+        flat = [c for of_one in todo for c in of_one]
         results = iter(self._extractor.extract(flat) if self._extractor is not None and flat else ())
-        for i, some in zip(fresh, todo, strict=True):
-            extracted = [next(results) for _ in some]
+        for i, of_one in zip(fresh, todo, strict=True):
+            extracted = [next(results) for _ in of_one]
             verdicts = tuple(
                 result if isinstance(result, Refusal) else Refusal(result.column, PASSED) for result in extracted
             )
@@ -76,7 +78,7 @@ class Judge:
                 if isinstance(result, Template):
                     keep_better(best, result)
             known[i] = verdicts, best
-            if some and not any(
+            if of_one and not any(
                 verdict.reason in FAILURES for verdict in verdicts
             ):  # failures of the program say nothing about the captures
                 remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)

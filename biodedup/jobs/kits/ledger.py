@@ -18,7 +18,7 @@ from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.names import LEDGER_NAME
 from biodedup.gallery.files.private import make_private
-from biodedup.jobs.kits.batch_file import gaps
+from biodedup.jobs.kits.format.batch_file import gaps
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (run INTEGER PRIMARY KEY, batches TEXT, received_at REAL, finished INTEGER);

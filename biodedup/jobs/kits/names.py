@@ -8,7 +8,7 @@ kit, or one that the centre assigns itself.
 
 from __future__ import annotations
 
-from biodedup.jobs.kits.record import ID_CHARACTERS_MAX
+from biodedup.jobs.kits.format.record import ID_CHARACTERS_MAX
 
 PREFIX = "kit:"
 _DIGITS = 32

@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from biodedup.jobs.kits.keys import PublicKey
+from biodedup.jobs.kits.format.keys import PublicKey
+from biodedup.jobs.kits.format.record import Record
 from biodedup.jobs.kits.ledger import Taker
-from biodedup.jobs.kits.record import Record
 from biodedup.jobs.kits.trust import TrustedKey
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
@@ -151,18 +151,33 @@ class IngestResult:
         }
 
 
-def outcome_of(
-    batch: str,
-    kit_id: str,
-    record: Record,
-    encounter_id: str,
-    taker: Taker | None,
-    here: bool,
-    received_at: float,
-    doubts: Sequence[str],
-    decision: Decision,
+def received_outcome(
+    batch: str, kit_id: str, record: Record, encounter_id: str, received_at: float, doubts: Sequence[str]
 ) -> Outcome:
-    """encounter_id: as the gallery knows it; here: this very record is the one that was taken, now or before this run was interrupted."""
+    """Of a record that is not decided. encounter_id: as the gallery knows it; doubts: what speaks against the kit's clock."""
+    return Outcome(
+        batch=batch,
+        kit_id=kit_id,
+        sequence=record.sequence,
+        subject_id=record.encounter.subject_id or "",
+        encounter_id=encounter_id,
+        kit_encounter_id=record.encounter.encounter_id or "",
+        outcome="refused",
+        decision="",
+        candidate=None,
+        score_db=None,
+        reason="",
+        first_from="",
+        captured_at=record.captured_at,
+        packed_at=record.packed_at,
+        received_at=received_at,
+        clock="; ".join(doubts),
+        kit_refusals="; ".join(_reason(refusal.column, refusal.reason) for refusal in record.refusals),
+    )
+
+
+def decided_outcome(received: Outcome, taker: Taker | None, here: bool, decision: Decision) -> Outcome:
+    """here: this very record is the one that was taken, now or before this run was interrupted."""
     # what a caller's mistake refuses is not in the journal, and is refused again each time
     journalled = all(refusal.column != "encounter" for refusal in decision.refusals)
     reasons = [refusal.reason for refusal in decision.refusals]
@@ -174,52 +189,17 @@ def outcome_of(
     if not here and outcome in ("already_taken", "conflict"):
         first_from = "enrolled directly" if taker is None else f"kit {taker.kit_id}, sequence {taker.sequence}"
     best = decision.best if decision.outcome in ("duplicate", "review") else None
-    return Outcome(
-        batch,
-        kit_id,
-        record.sequence,
-        record.encounter.subject_id or "",
-        encounter_id,
-        record.encounter.encounter_id or "",
-        outcome,
-        decision.outcome if journalled else "",
-        None if best is None else best.subject_id,
-        None if best is None else round(best.score_db, 3),
-        "; ".join(
+    return replace(
+        received,
+        outcome=outcome,
+        decision=decision.outcome if journalled else "",
+        candidate=None if best is None else best.subject_id,
+        score_db=None if best is None else round(best.score_db, 3),
+        reason="; ".join(
             [_reason(refusal.column, refusal.reason) for refusal in decision.refusals if refusal.reason != SUPERSEDED]
             + [reason for reason in decision.reasons if reason in ("another_person", INCOMPLETE)]
         ),
-        first_from,
-        record.captured_at,
-        record.packed_at,
-        received_at,
-        "; ".join(doubts),
-        "; ".join(_reason(refusal.column, refusal.reason) for refusal in record.refusals),
-    )
-
-
-def refused_outcome(
-    batch: str, kit_id: str, record: Record, encounter_id: str, reason: str, received_at: float, doubts: Sequence[str]
-) -> Outcome:
-    """Of a record that the kit's key may not bring: the engine never saw it."""
-    return Outcome(
-        batch,
-        kit_id,
-        record.sequence,
-        record.encounter.subject_id or "",
-        encounter_id,
-        record.encounter.encounter_id or "",
-        "refused",
-        "",
-        None,
-        None,
-        reason,
-        "",
-        record.captured_at,
-        record.packed_at,
-        received_at,
-        "; ".join(doubts),
-        "; ".join(_reason(refusal.column, refusal.reason) for refusal in record.refusals),
+        first_from=first_from,
     )
 
 
@@ -258,19 +238,19 @@ def cut_text(path: Path, public: PublicKey | None, entries: Sequence[Entry]) -> 
     )
 
 
-def described(one: Examined, first_received_at: float | None, received_at: float) -> BatchOutcome:
-    sequences = [entry.sequence for entry in one.entries]
-    ahead = None if one.last_packed_at is None else (one.last_packed_at - received_at) / _DAY_S
+def described(file: Examined, first_received_at: float | None, received_at: float) -> BatchOutcome:
+    sequences = [entry.sequence for entry in file.entries]
+    ahead = None if file.last_packed_at is None else (file.last_packed_at - received_at) / _DAY_S
     return BatchOutcome(
-        one.path.name,
-        one.public.kit_id if one.public else "",
-        "repeated" if first_received_at is not None and one.state == "whole" else one.state,
-        len(one.entries),
-        one.problem,
-        first_received_at,
-        sum(b < a for a, b in pairwise(sequences)),
-        round(ahead, 2) if ahead is not None and ahead * _DAY_S > CLOCK_TOLERANCE_S else None,
-        len(one.void),
+        batch=file.path.name,
+        kit_id=file.public.kit_id if file.public else "",
+        state="repeated" if first_received_at is not None and file.state == "whole" else file.state,
+        records=len(file.entries),
+        problem=file.problem,
+        first_received_at=first_received_at,
+        out_of_order=sum(b < a for a, b in pairwise(sequences)),
+        clock_ahead_days=round(ahead, 2) if ahead is not None and ahead * _DAY_S > CLOCK_TOLERANCE_S else None,
+        void=len(file.void),
     )
 
 

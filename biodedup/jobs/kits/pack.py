@@ -30,11 +30,11 @@ from biodedup.gallery.care.removal import remove_gallery
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.private import make_private_folder, open_private, private_folder
-from biodedup.jobs.kits.batch_file import RECORDS_MAX, BatchWriter
+from biodedup.jobs.kits.format.batch_file import RECORDS_MAX, BatchWriter
+from biodedup.jobs.kits.format.keys import CentrePublic, KitKey, load_centre_public, load_key
+from biodedup.jobs.kits.format.record import Record
 from biodedup.jobs.kits.judge import PASSED, Judge, Judged, no_record
-from biodedup.jobs.kits.keys import CentrePublic, KitKey, load_centre_public, load_key
 from biodedup.jobs.kits.manifest import Broken, Planned, read_manifest
-from biodedup.jobs.kits.record import Record
 from biodedup.jobs.kits.state import (
     Packed,
     load_state,
@@ -210,39 +210,39 @@ class _Packing:
         save_state(self._state, self._kit)
         self._put(temporary, before, Packed(writer.digest.hex(), self._entries(), tuple(void)))
         return PackResult(
-            self._kit.public.kit_id,
-            self._out,
-            writer.digest.hex(),
-            tuple(self._records),
-            tuple(self.broken),
-            doubles,
-            unsearched,
-            tuple(void),
-            threshold_db,
-            self._kit.public.expires_at,
+            kit_id=self._kit.public.kit_id,
+            out=self._out,
+            digest=writer.digest.hex(),
+            records=tuple(self._records),
+            broken=tuple(self.broken),
+            doubles=doubles,
+            unsearched=unsearched,
+            void=tuple(void),
+            threshold_db=threshold_db,
+            key_expires_at=self._kit.public.expires_at,
         )
 
     def _added(self, writer: BatchWriter, judged: Iterable[Judged]) -> list[Encounter]:
         """Writes some records; returns what is to be searched for doubles."""
         searched: list[Encounter] = []
-        for one, captures, verdicts, templates in judged:
-            unusable = no_record(one, captures, verdicts)
+        for planned, captures, verdicts, templates in judged:
+            unusable = no_record(planned, captures, verdicts)
             if unusable is not None:
                 self.broken.append(unusable)
                 continue
-            self._sent.append(one)
+            self._sent.append(planned)
             refusals = tuple(refusal for refusal in verdicts if refusal.reason != PASSED)
-            content = _content(one, captures, verdicts, templates, self._only_good, self._as_templates)
+            content = _content(planned, captures, verdicts, templates, self._only_good, self._as_templates)
             if not (content.templates or any(not isinstance(c, Missing) for c in content.captures)):
-                self._records.append(PackedRecord(one.rows, content.subject_id or "", None, None, refusals))
+                self._records.append(PackedRecord(planned.rows, content.subject_id or "", None, None, refusals))
                 continue
             sequence, packed_at = numbered(self._state, content, self._clock)
             public = self._kit.public
             encounter_id = content.encounter_id or f"{public.kit_id}-{public.fingerprint.hex()[:6]}-{sequence:06d}"
             content = replace(content, encounter_id=encounter_id)
-            writer.add(Record(content, sequence, one.captured_at, packed_at, refusals))
-            self._records.append(PackedRecord(one.rows, content.subject_id or "", sequence, encounter_id, refusals))
-            searched.append(Encounter(encounter_id, templates={**templates, **one.encounter.templates}))
+            writer.add(Record(content, sequence, planned.captured_at, packed_at, refusals))
+            self._records.append(PackedRecord(planned.rows, content.subject_id or "", sequence, encounter_id, refusals))
+            searched.append(Encounter(encounter_id, templates={**templates, **planned.encounter.templates}))
         return searched
 
     def _entries(self) -> tuple[tuple[int, str, str], ...]:
@@ -336,13 +336,13 @@ def _write(result: PackResult, report: Path) -> None:
     rows += [
         {
             "sequence": None,
-            "subject_id": one.subject_id,
+            "subject_id": record.subject_id,
             "encounter_id": None,
             "status": "broken",
-            "rows": " ".join(map(str, one.rows)),
-            "problem": one.problem,
+            "rows": " ".join(map(str, record.rows)),
+            "problem": record.problem,
         }
-        for one in result.broken
+        for record in result.broken
     ]
     names = ("subject_id", "encounter_id", "status", "rows", "problem")
     schema = pa.schema([("sequence", pa.int64()), *((name, pa.string()) for name in names)])

@@ -17,8 +17,8 @@ from biodedup.errors import BiodedupError, InvalidInput
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import replace_private
-from biodedup.jobs.kits.batch_file import BatchReader
-from biodedup.jobs.kits.keys import KitKey
+from biodedup.jobs.kits.format.batch_file import BatchReader
+from biodedup.jobs.kits.format.keys import KitKey
 from biodedup.jobs.kits.manifest import Planned
 from biodedup.jobs.shared.files import open_regular
 from biodedup.values import Encounter
@@ -110,8 +110,8 @@ def replaced_sequences(before: Packed, out: Path, kit: KitKey, planned: Sequence
     """Sequences of the batch file that is to be replaced, and those that it had voided itself. Raises InvalidInput where it holds records
     that would be lost."""
     own = f"{kit.public.kit_id}-{kit.public.fingerprint.hex()[:6]}-"
-    subjects = {one.encounter.subject_id for one in planned if one.encounter.encounter_id is None}
-    encounters = {one.encounter.encounter_id for one in planned}
+    subjects = {record.encounter.subject_id for record in planned if record.encounter.encounter_id is None}
+    encounters = {record.encounter.encounter_id for record in planned}
     lost = sum(
         name not in encounters and not (name.startswith(own) and subject_id in subjects)
         for _, name, subject_id in before.entries

@@ -30,7 +30,7 @@ from typing import Any
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import replace_private
-from biodedup.jobs.kits.keys import PublicKey, load_public, require_cryptography
+from biodedup.jobs.kits.format.keys import PublicKey, load_public, require_cryptography
 from biodedup.jobs.shared.files import read_bounded
 from biodedup.values import check_groups, check_id
 
@@ -148,7 +148,7 @@ def set_trust(key: Path | str, trusted: Path, **changes: Any) -> TrustedKey:
     with translated(f"writing {trusted}"):
         trusted.mkdir(mode=0o700, parents=True, exist_ok=True)
     _write(path, trust, public)
-    if not any(one.fingerprint == public.fingerprint for one in _keys(trusted)):  # then it is a file's
+    if not any(known.fingerprint == public.fingerprint for known in _keys(trusted)):  # then it is a file's
         replace_private(trusted / f"{public.kit_id}-{public.fingerprint.hex()[:8]}.pub", Path(key).read_bytes())
     return TrustedKey(**_own(public), trust=trust)
 
@@ -176,7 +176,7 @@ def revoke(
 
 
 def _own(key: PublicKey) -> dict[str, Any]:
-    return {one.name: getattr(key, one.name) for one in fields(PublicKey)}
+    return {field.name: getattr(key, field.name) for field in fields(PublicKey)}
 
 
 def _path(folder: Path, key: PublicKey) -> Path:
@@ -199,9 +199,9 @@ def _found(key: Path | str, trusted: Path) -> PublicKey:
         return load_public(Path(key))
     name = str(key)
     found = [
-        one
-        for one in _keys(trusted)
-        if name == one.kit_id or (len(name) >= 8 and one.fingerprint.hex().startswith(name.lower()))
+        key_of_kit
+        for key_of_kit in _keys(trusted)
+        if name == key_of_kit.kit_id or (len(name) >= 8 and key_of_kit.fingerprint.hex().startswith(name.lower()))
     ]
     if len(found) == 1:
         return found[0]
@@ -209,7 +209,7 @@ def _found(key: Path | str, trusted: Path) -> PublicKey:
         raise InvalidInput(
             f"{name} is no .pub file, and no kit id or fingerprint (8 digits or more) of a key in {trusted}"
         )
-    told = ", ".join(one.fingerprint.hex()[:_NAME_DIGITS] for one in found)
+    told = ", ".join(key_of_kit.fingerprint.hex()[:_NAME_DIGITS] for key_of_kit in found)
     raise InvalidInput(f"kit {name} has {len(found)} keys in {trusted}; name one by its fingerprint: {told}")
 
 
@@ -220,7 +220,7 @@ def _record(path: Path) -> Trust:
     """The centre's record of a key; the default where there is none."""
     try:
         content = tomllib.loads(read_bounded(path, _RECORD_BYTES_MAX).decode())
-        unknown = content.keys() - {one.name for one in fields(Trust)} - {"kit_id"} | content.keys() & {"broken"}
+        unknown = content.keys() - {field.name for field in fields(Trust)} - {"kit_id"} | content.keys() & {"broken"}
         if unknown:
             raise InvalidInput(f"unknown entries {sorted(unknown)}")
         content.pop("kit_id", None)

@@ -201,22 +201,22 @@ class Manifest:
         try:
             subject_id = subject_of(cells)
             groups = groups_of(row for _, row in rows)
-            found = [self._capture(row) for _, row in rows] if self.by_capture else list(self._cells(cells))
-            if not found:
+            captures = [self._capture(row) for _, row in rows] if self.by_capture else list(self._cells(cells))
+            if not captures:
                 raise Unusable("no_capture", "every capture's cell is empty")
-            if len(found) > CAPTURES_MAX:
+            if len(captures) > CAPTURES_MAX:
                 raise Unusable(
-                    "invalid_input", f"{len(found):,} captures of one encounter, wanted at most {CAPTURES_MAX}"
+                    "invalid_input", f"{len(captures):,} captures of one encounter, wanted at most {CAPTURES_MAX}"
                 )
             return Record(
                 number,
                 subject_id,
                 encounter_id,
-                tuple(one for one in found if isinstance(one, Cell)),
-                tuple(one for one in found if isinstance(one, Missing)),
-                groups,
-                record.captured_at,
-                metadata,
+                cells=tuple(capture for capture in captures if isinstance(capture, Cell)),
+                missing=tuple(capture for capture in captures if isinstance(capture, Missing)),
+                groups=groups,
+                captured_at=record.captured_at,
+                metadata=metadata,
             )
         except Unusable as error:
             return Record(

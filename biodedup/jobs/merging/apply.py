@@ -139,9 +139,9 @@ def apply_merge(
     staged: Snapshot,
     registers: Sequence[dict[str, Any]],
     absorbed: Sequence[AbsorbedRecord],
+    *,
     config: Config,
     storage: Storage,
-    *,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     progress: Progress = silent,
 ) -> Applied:
@@ -205,7 +205,7 @@ def undo(
     try:
         name = f"merge:{merge_id}"
         if not begun(target.snapshot(), merge_id):
-            known = sorted(one.removesuffix(".parquet") for one in _logs(folder, storage))
+            known = sorted(log_name.removesuffix(".parquet") for log_name in _logs(folder, storage))
             raise InvalidInput(
                 f"merge {merge_id!r} was not applied to {folder}; known are: {', '.join(known) or 'none'}"
             )
@@ -225,7 +225,7 @@ def _opened(folder: Path, storage: Storage, config: Config, new_id: Callable[[],
 
 def _refuse_changed(folder: Path, target: Gallery, registers: Sequence[dict[str, Any]]) -> None:
     now = target.snapshot()
-    central = [(one["gallery_id"], one["version"]) for one in registers if one["central"]]
+    central = [(key["gallery_id"], key["version"]) for key in registers if key["central"]]
     if central != [(target.gallery_id, now.version)] and (central or now.live_count):
         raise InvalidInput(
             f"{folder} has changed since it was compared with the districts; run the merge again without --apply, and look at its "
@@ -236,8 +236,8 @@ def _refuse_changed(folder: Path, target: Gallery, registers: Sequence[dict[str,
 def _to_be_added(
     staged: Snapshot, registers: Sequence[dict[str, Any]], left_out: Sequence[str]
 ) -> Callable[[Part], NDArray[np.bool_]]:
-    origins = Origins(staged, [step_of(one) for one in registers])
-    central = [owner for owner, one in enumerate(registers) if one["central"]]
+    origins = Origins(staged, [step_of(key) for key in registers])
+    central = [owner for owner, key in enumerate(registers) if key["central"]]
     absorbed = np.sort(staged.all_rows_of(pack_text(left_out))[1])
 
     def keep(part: Part) -> NDArray[np.bool_]:
@@ -253,21 +253,31 @@ def _to_be_added(
 
 def _logged(before: Snapshot, staged: Snapshot, absorbed: Sequence[AbsorbedRecord]) -> Iterator[Any]:
     """Record batches of LOG_SCHEMA."""
-    clusters = [list(some) for _, some in groupby(absorbed, lambda one: one.survivor.subject_id)]
+    clusters = [
+        list(group) for _, group in groupby(absorbed, lambda absorbed_record: absorbed_record.survivor.subject_id)
+    ]
     for low in range(0, len(clusters), _BATCH_ROWS):
-        some = clusters[low : low + _BATCH_ROWS]
-        members = [member for cluster in some for member in (cluster[0].survivor, *(one.member for one in cluster))]
+        batch = clusters[low : low + _BATCH_ROWS]
+        members = [
+            member
+            for cluster in batch
+            for member in (cluster[0].survivor, *(absorbed_record.member for absorbed_record in cluster))
+        ]
         entry_of = _entries(before, [member for member in members if member.central])
         entry_of |= _entries(staged, [member for member in members if not member.central])
         entries: list[dict[str, Any]] = []
-        for cluster in some:
+        for cluster in batch:
             survivor, joins = entry_of[cluster[0].survivor.subject_id], set[str]()
-            for one in cluster:
-                entry = entry_of[one.member.subject_id]
-                action = "removed" if one.member.central else "left_out"
+            for absorbed_record in cluster:
+                entry = entry_of[absorbed_record.member.subject_id]
+                action = "removed" if absorbed_record.member.central else "left_out"
                 entries.append(entry | {"action": action, "survivor": survivor["subject_id"]})
                 joins.update(entry["groups"])
-            gets = [{"column": column, "subject_id": one.member.subject_id} for one in cluster for column in one.gives]
+            gets = [
+                {"column": column, "subject_id": absorbed_record.member.subject_id}
+                for absorbed_record in cluster
+                for column in absorbed_record.gives
+            ]
             joins.difference_update(survivor["groups"])
             if gets or joins:
                 entries.append(survivor | {"action": "completed", "gets": gets, "joins": sorted(joins)})
@@ -285,8 +295,8 @@ def _entries(snapshot: Snapshot, members: Sequence[Member]) -> dict[str, dict[st
             "encounter_id": member.encounter_id,
             "groups": sorted(groups),
             "row": row if member.central else None,
-            "templates": [vars(one) for one in snapshot.templates(row).values()] if member.central else None,
-            "older": [_encounter(one) for one in snapshot.encounters_of(member.subject_id)[:-1]]
+            "templates": [vars(template) for template in snapshot.templates(row).values()] if member.central else None,
+            "older": [_encounter(encounter) for encounter in snapshot.encounters_of(member.subject_id)[:-1]]
             if member.central
             else None,
         }
@@ -294,9 +304,9 @@ def _entries(snapshot: Snapshot, members: Sequence[Member]) -> dict[str, dict[st
     }
 
 
-def _encounter(one: EnrolledEncounter) -> dict[str, Any]:
-    templates = [vars(template) for template in one.templates.values()]
-    return {"encounter_id": one.encounter_id, "groups": list(one.groups), "templates": templates}
+def _encounter(encounter: EnrolledEncounter) -> dict[str, Any]:
+    templates = [vars(template) for template in encounter.templates.values()]
+    return {"encounter_id": encounter.encounter_id, "groups": list(encounter.groups), "templates": templates}
 
 
 def _write_log(log: Path, batches: Iterator[Any], storage: Storage) -> None:
@@ -347,16 +357,16 @@ def _complete(target: Gallery, log: Path, name: str, staged: Snapshot, total: in
 def _complete_some(target: Gallery, step: str, staged: Snapshot, survivors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     with target.transaction() as transaction:
         before = transaction.snapshot()
-        rows = before.rows_of(pack_text([one["subject_id"] for one in survivors]))
-        found = [(one, row) for one, row in zip(survivors, rows.tolist(), strict=True) if row >= 0]
+        rows = before.rows_of(pack_text([survivor["subject_id"] for survivor in survivors]))
+        enrolled = [(survivor, row) for survivor, row in zip(survivors, rows.tolist(), strict=True) if row >= 0]
         rows = rows[rows >= 0]
         first_row = transaction.tail.end_row
         transaction.remove_rows(np.sort(rows))
         groups, encounter_ids = before.groups(rows.tolist()), before.encounter_ids(rows.tolist())
-        for (one, row), own, encounter_id in zip(found, groups, encounter_ids, strict=True):
-            templates = {get["column"]: _staged(staged, get["subject_id"], get["column"]) for get in one["gets"]}
+        for (survivor, row), own, encounter_id in zip(enrolled, groups, encounter_ids, strict=True):
+            templates = {get["column"]: _staged(staged, get["subject_id"], get["column"]) for get in survivor["gets"]}
             templates |= before.templates(row)
-            transaction.add_encounter(one["subject_id"], templates, encounter_id, own.union(one["joins"]))
+            transaction.add_encounter(survivor["subject_id"], templates, encounter_id, own.union(survivor["joins"]))
         facts = {"first_row": first_row, "end_row": transaction.tail.end_row}
         transaction.record_step(step, facts)
     return facts
@@ -461,12 +471,12 @@ def _restore_some(
 
 
 def _templates(logged: dict[str, Any]) -> dict[str, Template]:
-    return {one["column"]: _template(one) for one in logged["templates"]}
+    return {fields["column"]: _template(fields) for fields in logged["templates"]}
 
 
-def _template(one: dict[str, Any]) -> Template:
-    embedding = None if one["embedding"] is None else np.array(one["embedding"], np.float32)
-    return Template(one["column"], one["model_id"], embedding, one["minutiae"], one["quality"])
+def _template(fields: dict[str, Any]) -> Template:
+    embedding = None if fields["embedding"] is None else np.array(fields["embedding"], np.float32)
+    return Template(fields["column"], fields["model_id"], embedding, fields["minutiae"], fields["quality"])
 
 
 def _withdraw(target: Gallery, name: str, stands_for: dict[int, int], progress: Progress) -> int:

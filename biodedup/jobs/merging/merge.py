@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.deduplication.gallery import is_gallery, join_notes, linked
 from biodedup.jobs.merging.apply import Applied, apply_merge, begun, refuse_unfinished, standing_id
-from biodedup.jobs.merging.model import AbsorbedRecord, Checked, Group, Member, Settings
+from biodedup.jobs.merging.model import AbsorbedRecord, Checked, Findings, Group, Member, Settings
 from biodedup.jobs.merging.registers import (
     Origins,
     Register,
@@ -66,6 +67,20 @@ class MergeResult:
     applied: Applied | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """out: the result file. work: the folder beside it that a later run goes on with."""
+
+    out: Path
+    config: Config
+    storage: Storage
+    progress: Progress
+
+    @property
+    def work(self) -> Path:
+        return self.out.with_name(self.out.name + ".work")
+
+
 def merge(
     sources: Sequence[str | Path],
     out: Path,
@@ -89,109 +104,140 @@ def merge(
 
     Raises InvalidInput, PolicyMismatch, ModelMismatch, NotAGallery, GalleryBusy (another job has this result), GalleryDamaged, StorageUnavailable.
     """
+    _check_request(sources, out, into, apply)
+    run = _Run(out, config or Config(), storage or LocalStorage(), progress)
+    central = None if into is None else named(into)[1]
+    with _locked(run.work, run.storage), opened(sources, run.storage, run.config) as districts:
+        existing = [into] if into is not None and central is not None and is_gallery(central) else []
+        with opened(existing, run.storage, run.config) as targets:
+            target = targets[0] if targets else None
+            run = replace(run, config=replace(run.config, policy=policy_of(districts, target, run.config.policy)))
+            settings_of = partial(_settings, config=run.config, rule=rule, prefer=prefer, min_db=min_db)
+            keys = _saved_registers(run.work)
+            merge_id = _merge_begun(keys, settings_of(keys), districts, target)
+            if merge_id is not None:  # its decisions stand, whatever the registers are now
+                summary, absorbed_records = _summary_of(out, merge_id), list[AbsorbedRecord]()
+            else:
+                registers = _registers(districts, target, central, run.storage)
+                check_rule(rule, prefer, [register.name for register in registers])
+                keys = _prepared(registers, keys, run.work)
+                settings = settings_of(keys)
+                absorbed_records, summary = _results(registers, settings, run)
+                merge_id = _merge_id(keys, settings)
+                if apply and target is not None:
+                    merge_id = standing_id(target.snapshot, merge_id)
+        applied = _applied(central, merge_id, keys, absorbed_records, run) if apply and central is not None else None
+        return MergeResult(merge_id, summary, applied)
+
+
+def _check_request(sources: Sequence[str | Path], out: Path, into: str | Path | None, apply: bool) -> None:
     if out.suffix != ".parquet":
         raise InvalidInput(f"the result is named {out.name}; end it with .parquet")
     if not sources:
         raise InvalidInput("no gallery was named; pass the districts' galleries, as FOLDER or NAME=FOLDER")
     if apply and into is None:
         raise InvalidInput("there is nothing to apply it to; name the central gallery, as --into FOLDER")
-    storage, config = storage or LocalStorage(), config or Config()
-    work = out.with_name(out.name + ".work")
-    with _locked(work, storage), opened(sources, storage, config) as districts:
-        central = None if into is None else named(into)[1]
-        existing = [into] if into is not None and central is not None and is_gallery(central) else []
-        with opened(existing, storage, config) as found:
-            target = found[0] if found else None
-            config = replace(config, policy=policy_of(districts, target, config.policy))
-            saved = _saved_registers(work)
-            standing = _settings(saved, config, rule, prefer, min_db)
-            if central and target and [r.key for r in districts] == [one for one in saved if not one["central"]]:
-                merge_id = standing_id(target.snapshot, _merge_id(saved, standing))
-                if begun(target.snapshot, merge_id):  # what was decided stands, whatever the registers are now
-                    summary = _summary_of(out, merge_id)
-                    applied = _applied(central, merge_id, work, saved, (), config, storage, progress) if apply else None
-                    return MergeResult(merge_id, summary, applied)
-            if central and target:
-                refuse_unfinished(central, target.snapshot, storage)
-            first = [replace(target, central=True)] if target and target.snapshot.live_count else []
-            registers = [*first, *districts]
-            check_registers(registers)
-            check_rule(rule, prefer, [register.name for register in registers])
-            keys = [register.key for register in registers]
-            if keys != saved:
-                _begin_anew(work, keys)
-            settings = _settings(keys, config, rule, prefer, min_db)
-            absorbed_records, summary = _found(registers, work, out, settings, config, storage, progress)
-            merge_id = _merge_id(keys, settings)
-            applied_as = merge_id if target is None else standing_id(target.snapshot, merge_id)
-        if not apply:
-            return MergeResult(merge_id, summary)
-        assert central is not None, "it was asked for above"
-        return MergeResult(
-            applied_as, summary, _applied(central, applied_as, work, keys, absorbed_records, config, storage, progress)
-        )
+
+
+def _merge_begun(
+    keys: Sequence[dict[str, Any]], settings: Settings, districts: Sequence[Register], target: Register | None
+) -> str | None:
+    """The id of this very merge where an earlier run began to apply it to the target."""
+    if target is None or [register.key for register in districts] != [key for key in keys if not key["central"]]:
+        return None
+    merge_id = standing_id(target.snapshot, _merge_id(keys, settings))
+    return merge_id if begun(target.snapshot, merge_id) else None
+
+
+def _registers(
+    districts: Sequence[Register], target: Register | None, central: Path | None, storage: Storage
+) -> list[Register]:
+    """What is compared: the districts, and before them the central gallery if it holds subjects."""
+    first = []
+    if central is not None and target is not None:
+        refuse_unfinished(central, target.snapshot, storage)
+        first = [replace(target, central=True)] if target.snapshot.live_count else []
+    registers = [*first, *districts]
+    check_registers(registers)
+    return registers
+
+
+def _prepared(registers: Sequence[Register], saved: Sequence[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
+    """The keys of the registers. A staging gallery of other registers is cleared."""
+    keys = [register.key for register in registers]
+    if keys != saved:
+        _begin_anew(work, keys)
+    return keys
 
 
 def _applied(
     central: Path,
     merge_id: str,
-    work: Path,
-    registers: Sequence[dict[str, Any]],
+    keys: Sequence[dict[str, Any]],
     absorbed_records: Sequence[AbsorbedRecord],
-    config: Config,
-    storage: Storage,
-    progress: Progress,
+    run: _Run,
 ) -> Applied:
-    staging = Gallery.open_to_read(work / "gallery", storage, config.gallery)
+    staging = Gallery.open_to_read(run.work / "gallery", run.storage, run.config.gallery)
     try:
         return apply_merge(
-            central, merge_id, staging.snapshot(), registers, absorbed_records, config, storage, progress=progress
+            central,
+            merge_id,
+            staging.snapshot(),
+            keys,
+            absorbed_records,
+            config=run.config,
+            storage=run.storage,
+            progress=run.progress,
         )
     finally:
         staging.close()
 
 
-def _found(
-    registers: Sequence[Register],
-    work: Path,
-    out: Path,
-    settings: Settings,
-    config: Config,
-    storage: Storage,
-    progress: Progress,
+def _results(
+    registers: Sequence[Register], settings: Settings, run: _Run
 ) -> tuple[list[AbsorbedRecord], dict[str, Any]]:
     """(the records that are absorbed, the summary); the result files are written."""
     colliding = colliding_hashes(registers)
-    stage(registers, colliding, work / "gallery", config, storage, progress)
+    folder = run.work / "gallery"
+    stage(registers, colliding, folder, run.config, run.storage, run.progress)
     shared = shared_ids(registers, colliding)
-    staging = Gallery.open_to_read(work / "gallery", storage, config.gallery)
+    staging = Gallery.open_to_read(folder, run.storage, run.config.gallery)
     try:
         staged = staging.snapshot()
-        with Engine.open(work / "gallery", config, read_only=True, override_policy=True, storage=storage) as engine:
-            warn(progress, engine.plan_join(settings.joined_db).estimate.warnings(), len(engine))
-            with join_notes(engine, work / "join.notes", settings.joined_db) as notes:
-                found = linked(engine, notes, settings.joined_db, progress)
-            checked = _check_shared(engine, staged, shared, work / "ids.notes", settings, progress)
-        links = _each_once(found.kept())
+        with Engine.open(folder, run.config, read_only=True, override_policy=True, storage=run.storage) as engine:
+            warn(run.progress, engine.plan_join(settings.joined_db).estimate.warnings(), len(engine))
+            with join_notes(engine, run.work / "join.notes", settings.joined_db) as notes:
+                joined = linked(engine, notes, settings.joined_db, run.progress)
+            checked = _check_shared(engine, staged, shared, run.work / "ids.notes", settings, run.progress)
+        links = _each_once(joined.kept())
         groups = _groups(registers, staged, links, settings)
         district_of = _districts(registers, staged, links)
     finally:
         staging.close()
-    summary = write_results(out, registers, links, groups, checked, district_of, settings, sum(found.left_out.values()))
+    left_out = sum(joined.left_out.values())
+    summary = write_results(run.out, Findings(registers, links, groups, checked, district_of, settings, left_out))
     return [record for group in groups if group.applies for record in group.absorbed], summary
 
 
-# what was asked for ---------------------------------------------------------------------------------------------------
+# settings and saved state ---------------------------------------------------------------------------------------------
 
 
 def _settings(
     keys: Sequence[Mapping[str, Any]], config: Config, rule: str, prefer: Sequence[str], min_db: float | None
 ) -> Settings:
-    duplicate_db, review_db = config.stated_policy.thresholds_db(sum(one["subjects"] for one in keys))
+    duplicate_db, review_db = config.stated_policy.thresholds_db(sum(key["subjects"] for key in keys))
     threshold_db = duplicate_db if min_db is None else min_db
     verify_db = -10 * float(np.log10(config.stated_policy.verify_fmr))
     across = config.search.across_positions
-    return Settings(threshold_db, min(review_db, threshold_db), verify_db, rule, tuple(prefer), min_db, across)
+    return Settings(
+        threshold_db=threshold_db,
+        joined_db=min(review_db, threshold_db),
+        verify_db=verify_db,
+        rule=rule,
+        prefer=tuple(prefer),
+        min_db=min_db,
+        across_positions=across,
+    )
 
 
 def _merge_id(keys: Sequence[Mapping[str, Any]], settings: Settings) -> str:
@@ -213,8 +259,8 @@ def _saved_registers(work: Path) -> list[dict[str, Any]]:
     """What the staging gallery is a copy of; empty where there is none."""
     plan = work / "registers.json"
     with translated(f"reading {plan}"):
-        found: list[dict[str, Any]] = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else []
-    return found
+        keys: list[dict[str, Any]] = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else []
+    return keys
 
 
 def _begin_anew(work: Path, keys: Sequence[Mapping[str, object]]) -> None:
@@ -236,7 +282,7 @@ def _locked(work: Path, storage: Storage) -> Iterator[None]:
         lock.release()
 
 
-# what is found --------------------------------------------------------------------------------------------------------
+# clusters and their records -------------------------------------------------------------------------------------------
 
 
 def _each_once(links: Sequence[Link]) -> list[Link]:
@@ -269,7 +315,15 @@ def _groups(registers: Sequence[Register], staged: Snapshot, links: Sequence[Lin
 def _group(number: int, cluster: Cluster, members: Mapping[str, Member], applies: bool, settings: Settings) -> Group:
     records = tuple(members[name] for name in cluster.subject_ids)
     chosen = survivor(records, settings.rule, settings.prefer)
-    return Group(number, records, cluster.links, cluster.weakest_db, chosen, absorbed(records, chosen), applies)
+    return Group(
+        number=number,
+        members=records,
+        links=cluster.links,
+        weakest_db=cluster.weakest_db,
+        survivor=chosen,
+        absorbed=absorbed(records, chosen),
+        applies=applies,
+    )
 
 
 def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[str]) -> dict[str, Member]:
@@ -285,16 +339,16 @@ def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[st
         encounter_ids = staged.encounter_ids(rows[at].tolist())
         for i, row, own_id, encounter_id in zip(at, rows_there, own_ids, encounter_ids, strict=True):
             members[names[i]] = Member(
-                names[i],
-                register.name,
-                own_id,
-                len(templates[i]),
-                row,
-                encounter_id,
-                _decided_at(register.snapshot, encounter_id),
-                _mean(templates[i].values()),
-                register.central,
-                templates[i],
+                subject_id=names[i],
+                district=register.name,
+                original_id=own_id,
+                captures=len(templates[i]),
+                order=row,
+                encounter_id=encounter_id,
+                enrolled_at=_decided_at(register.snapshot, encounter_id),
+                quality=_mean(templates[i].values()),
+                central=register.central,
+                templates=templates[i],
             )
     return members
 
@@ -302,12 +356,12 @@ def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[st
 def _templates(staged: Snapshot, rows: Sequence[int]) -> list[dict[str, float | None]]:
     """Of each row, column -> quality of its template, 0 to 1."""
     presence = staged.presence(rows)
-    found: list[dict[str, float | None]] = [{} for _ in rows]
+    templates: list[dict[str, float | None]] = [{} for _ in rows]
     for column in staged.models:
         quality = (staged.quality(rows, column) / (1.0 if column == "face" else 100.0)).tolist()
         for i in np.flatnonzero(presence >> COLUMNS.index(column) & 1).tolist():
-            found[i][column] = None if np.isnan(quality[i]) else quality[i]
-    return found
+            templates[i][column] = None if np.isnan(quality[i]) else quality[i]
+    return templates
 
 
 def _mean(qualities: Iterable[float | None]) -> float | None:
@@ -330,33 +384,34 @@ def _check_shared(
 ) -> list[Checked]:
     """Compares each subject whose id an earlier district gave, too, with the subject of that district, 1:1."""
     first: dict[str, SharedId] = {}
-    later = [one for one in shared if first.setdefault(one.subject_id, one) is not one]
+    later = [entry for entry in shared if first.setdefault(entry.subject_id, entry) is not entry]
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "verify_db": settings.verify_db}
     scores: list[float | None] = []
     with Notes(notes_path, key) as notes:
-        for entry in notes.entries:
-            scores += entry
+        for noted in notes.entries:
+            scores += noted
         for low in range(len(scores), len(later), _CHECKED_TOGETHER):
-            some = later[low : low + _CHECKED_TOGETHER]
-            rows = staged.rows_of(pack_text([first[one.subject_id].merged_id for one in some])).tolist()
-            found: list[float | None] = []
-            for one, row in zip(some, rows, strict=True):
-                compared = engine.verify(Encounter(None, templates=staged.templates(row)), one.merged_id)
-                found.append(compared.score_db if compared.evidence else None)
-            notes.append(found)
-            scores += found
+            batch = later[low : low + _CHECKED_TOGETHER]
+            rows = staged.rows_of(pack_text([first[entry.subject_id].merged_id for entry in batch])).tolist()
+            compared = [
+                engine.verify(Encounter(None, templates=staged.templates(row)), entry.merged_id)
+                for entry, row in zip(batch, rows, strict=True)
+            ]
+            batch_scores = [verification.score_db if verification.evidence else None for verification in compared]
+            notes.append(batch_scores)
+            scores += batch_scores
             progress("checking ids", len(scores), len(later))
-    score_of = dict(zip((id(one) for one in later), scores, strict=True))
+    score_of = dict(zip((id(entry) for entry in later), scores, strict=True))
     checked = []
-    for one in shared:
-        if id(one) not in score_of:
-            checked.append(Checked(one, None, None, None))
+    for entry in shared:
+        if id(entry) not in score_of:
+            checked.append(Checked(entry, None, None, None))
             continue
-        score_db = score_of[id(one)]
+        score_db = score_of[id(entry)]
         verdict = "same_person" if score_db is not None and score_db >= settings.verify_db else "another_person"
-        against = first[one.subject_id].owner
-        checked.append(Checked(one, against, score_db, "not_comparable" if score_db is None else verdict))
+        against = first[entry.subject_id].owner
+        checked.append(Checked(entry, against, score_db, "not_comparable" if score_db is None else verdict))
     return checked
 
 

@@ -6,11 +6,11 @@ Owns no rule and no file. Read by every other module of the merge.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from biodedup.jobs.merging.registers import SharedId
+from biodedup.jobs.merging.registers import Register, SharedId
 from biodedup.values import Link
 
 
@@ -98,3 +98,25 @@ class Checked:
     against: int | None
     score_db: float | None
     verdict: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """All results of one merge. links: each pair once, strongest first. district_of: subject_id of a link -> its district. left_out: links of
+    large clusters that are not in `links`."""
+
+    registers: Sequence[Register]
+    links: Sequence[Link]
+    groups: Sequence[Group]
+    checked: Sequence[Checked]
+    district_of: Mapping[str, str]
+    settings: Settings
+    left_out: int = 0
+
+    @cached_property
+    def strong(self) -> list[Link]:
+        return [link for link in self.links if link.score_db >= self.settings.threshold_db]
+
+    @property
+    def for_review(self) -> Sequence[Link]:
+        return self.links[len(self.strong) :]

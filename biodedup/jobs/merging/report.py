@@ -12,12 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from biodedup.jobs.merging.model import Checked, Group, Settings
-from biodedup.jobs.merging.registers import Register
+from biodedup.jobs.merging.model import Findings, Group
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.page import write_page
-from biodedup.values import Link
 
 _SHOWN = 200  # clusters, pairs and ids on the page; the tables have all of them
 _MATRIX_MAX = 30  # districts of which the page shows a matrix
@@ -28,63 +26,44 @@ def beside(out: Path, ending: str) -> Path:
     return out.with_name(f"{out.stem}.{ending}")
 
 
-def write_results(
-    out: Path,
-    registers: Sequence[Register],
-    links: Sequence[Link],
-    groups: Sequence[Group],
-    checked: Sequence[Checked],
-    district_of: Mapping[str, str],
-    settings: Settings,
-    left_out: int = 0,
-) -> dict[str, Any]:
-    """Writes `out` and four files beside it, and returns the summary. links: each pair once, strongest first; left_out: links of large
-    clusters that are not among these. Raises StorageUnavailable."""
-    summary = _summary(registers, links, groups, checked, district_of, settings) | {"pairs_left_out": left_out}
-    write_table(_members_table(groups, settings.rule), out)
-    write_table(_pairs_table(links, groups, district_of, settings), beside(out, "pairs.parquet"))
-    write_table(_shared_table(registers, checked, groups), beside(out, "collisions.parquet"))
+def write_results(out: Path, findings: Findings) -> dict[str, Any]:
+    """Writes `out` and four files beside it, and returns the summary. Raises StorageUnavailable."""
+    summary = _summary(findings) | {"pairs_left_out": findings.left_out}
+    write_table(_members_table(findings.groups, findings.settings.rule), out)
+    write_table(_pairs_table(findings), beside(out, "pairs.parquet"))
+    write_table(_shared_table(findings), beside(out, "collisions.parquet"))
     write_json(summary, beside(out, "summary.json"))
-    strong = len([link for link in links if link.score_db >= settings.threshold_db])
-    page = beside(out, "html")
-    _write_page(registers, links[:strong], links[strong:], groups, checked, district_of, summary, page)
+    _write_page(findings, summary, beside(out, "html"))
     return summary
 
 
-def _summary(
-    registers: Sequence[Register],
-    links: Sequence[Link],
-    groups: Sequence[Group],
-    checked: Sequence[Checked],
-    district_of: Mapping[str, str],
-    settings: Settings,
-) -> dict[str, Any]:
-    total = sum(register.snapshot.live_count for register in registers)
-    strong = [link for link in links if link.score_db >= settings.threshold_db]
-    across = sum(district_of[link.subject_ids[0]] != district_of[link.subject_ids[1]] for link in strong)
-    verdicts = Counter(one.verdict for one in checked if one.verdict)
+def _summary(findings: Findings) -> dict[str, Any]:
+    settings, groups, district_of = findings.settings, findings.groups, findings.district_of
+    total = sum(register.snapshot.live_count for register in findings.registers)
+    across = sum(district_of[link.subject_ids[0]] != district_of[link.subject_ids[1]] for link in findings.strong)
+    verdicts = Counter(checked.verdict for checked in findings.checked if checked.verdict)
     applied = [group for group in groups if group.applies]
     return {
-        "districts": [register.key for register in registers],
+        "districts": [register.key for register in findings.registers],
         "subjects": total,
         "threshold_db": round(settings.threshold_db, 4),
         "listed_from_db": round(settings.joined_db, 4),
         "rule": settings.rule,
         "prefer": list(settings.prefer),
         "min_db": settings.min_db,
-        "pairs": len(strong),
+        "pairs": len(findings.strong),
         "pairs_between_districts": across,
-        "pairs_extrapolated": sum(link.extrapolated for link in strong),
+        "pairs_extrapolated": sum(link.extrapolated for link in findings.strong),
         "pairs_expected_by_chance": round(total * (total - 1) / 2 * 10 ** (-settings.threshold_db / 10), 3),
-        "pairs_for_review": len(links) - len(strong),
+        "pairs_for_review": len(findings.for_review),
         "clusters": len(groups),
         "clusters_of_more_than_two": sum(len(group.members) > 2 for group in groups),
         "subjects_in_clusters": sum(len(group.members) for group in groups),
         "clusters_to_apply": len(applied),
         "clusters_to_adjudicate": len(groups) - len(applied),
-        "templates_to_survivors": sum(len(one.gives) for group in applied for one in group.absorbed),
+        "templates_to_survivors": sum(len(record.gives) for group in applied for record in group.absorbed),
         "subjects_after_apply": total - sum(len(group.members) - 1 for group in applied),
-        "ids_in_several_districts": sum(one.against is None for one in checked),
+        "ids_in_several_districts": sum(checked.against is None for checked in findings.checked),
         "of_the_same_person": verdicts["same_person"],
         "of_another_person": verdicts["another_person"],
         "not_comparable": verdicts["not_comparable"],
@@ -131,11 +110,10 @@ _EVIDENCE = pa.struct(
 )
 
 
-def _pairs_table(
-    links: Sequence[Link], groups: Sequence[Group], district_of: Mapping[str, str], settings: Settings
-) -> Any:
-    cluster_of = {link.subject_ids: group.number for group in groups for link in group.links}
-    strength = ["duplicate" if link.score_db >= settings.threshold_db else "review" for link in links]
+def _pairs_table(findings: Findings) -> Any:
+    links, district_of = findings.links, findings.district_of
+    cluster_of = {link.subject_ids: group.number for group in findings.groups for link in group.links}
+    strength = ["duplicate"] * len(findings.strong) + ["review"] * len(findings.for_review)
     evidence = [
         [
             {
@@ -164,37 +142,33 @@ def _pairs_table(
     )
 
 
-def _shared_table(registers: Sequence[Register], checked: Sequence[Checked], groups: Sequence[Group]) -> Any:
-    cluster_of = {member.subject_id: group.number for group in groups for member in group.members}
-    against = [None if one.against is None else registers[one.against].name for one in checked]
+def _shared_table(findings: Findings) -> Any:
+    registers, checked = findings.registers, findings.checked
+    cluster_of = {member.subject_id: group.number for group in findings.groups for member in group.members}
+    against = [None if entry.against is None else registers[entry.against].name for entry in checked]
     return pa.table(
         {
-            "original_id": pa.array([one.shared.subject_id for one in checked], pa.string()),
-            "district": pa.array([registers[one.shared.owner].name for one in checked], pa.string()),
-            "subject_id": pa.array([one.shared.merged_id for one in checked], pa.string()),
+            "original_id": pa.array([entry.shared.subject_id for entry in checked], pa.string()),
+            "district": pa.array([registers[entry.shared.owner].name for entry in checked], pa.string()),
+            "subject_id": pa.array([entry.shared.merged_id for entry in checked], pa.string()),
             "compared_with": pa.array(against, pa.string()),
-            "score_db": pa.array([one.score_db for one in checked], pa.float64()),
-            "verdict": pa.array([one.verdict for one in checked], pa.string()),
-            "cluster": pa.array([cluster_of.get(one.shared.merged_id) for one in checked], pa.int64()),
+            "score_db": pa.array([entry.score_db for entry in checked], pa.float64()),
+            "verdict": pa.array([entry.verdict for entry in checked], pa.string()),
+            "cluster": pa.array([cluster_of.get(entry.shared.merged_id) for entry in checked], pa.int64()),
         }
     )
 
 
-def _write_page(
-    registers: Sequence[Register],
-    strong: Sequence[Link],
-    weaker: Sequence[Link],
-    groups: Sequence[Group],
-    checked: Sequence[Checked],
-    district_of: Mapping[str, str],
-    summary: Mapping[str, Any],
-    path: Path,
-) -> None:
+def _write_page(findings: Findings, summary: Mapping[str, Any], path: Path) -> None:
+    registers, groups, district_of = findings.registers, findings.groups, findings.district_of
     names = [register.name for register in registers]
-    between = Counter(tuple(sorted((district_of[a], district_of[b]), key=names.index)) for link in strong for a, b in [link.subject_ids])  # fmt: skip
+    between = Counter(tuple(sorted((district_of[a], district_of[b]), key=names.index)) for link in findings.strong for a, b in [link.subject_ids])  # fmt: skip
     larger = [group for group in groups if len(group.members) > 2]
     twos = sorted((group for group in groups if len(group.members) == 2), key=lambda group: group.weakest_db)
-    same, others = ([one for one in checked if one.verdict == verdict] for verdict in ("same_person", "another_person"))
+    same, others = (
+        [checked for checked in findings.checked if checked.verdict == verdict]
+        for verdict in ("same_person", "another_person")
+    )
     write_page(
         path,
         "merge.html",
@@ -207,7 +181,7 @@ def _write_page(
         larger=larger[:_SHOWN],
         weakest=twos[: _SHOWN // 2],
         strongest=twos[: _SHOWN // 2 - 1 : -1][: _SHOWN // 2] if len(twos) > _SHOWN // 2 else [],
-        review=weaker[:_SHOWN],
+        review=findings.for_review[:_SHOWN],
         district_of=district_of,
         same=same[:_SHOWN],
         others=others[:_SHOWN],

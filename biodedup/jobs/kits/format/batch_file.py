@@ -25,9 +25,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 import pyarrow as pa
 
 from biodedup.errors import BatchDamaged, InvalidInput, StorageUnavailable, UnknownKit
-from biodedup.jobs.kits.cipher import EPHEMERAL_BYTES, TAG_BYTES, Chunks, opening, sealing
-from biodedup.jobs.kits.keys import FINGERPRINT_BYTES, SIGNATURE_BYTES, CentreKey, CentrePublic, KitKey, PublicKey
-from biodedup.jobs.kits.record import RECORD_BYTES_MAX, Record, checked_sequence, decode, encode
+from biodedup.jobs.kits.format.cipher import EPHEMERAL_BYTES, TAG_BYTES, Chunks, opening, sealing
+from biodedup.jobs.kits.format.keys import (
+    FINGERPRINT_BYTES,
+    SIGNATURE_BYTES,
+    CentreKey,
+    CentrePublic,
+    KitKey,
+    PublicKey,
+)
+from biodedup.jobs.kits.format.record import RECORD_BYTES_MAX, Record, checked_sequence, decode, encode
 from biodedup.jobs.shared.files import open_regular
 
 if TYPE_CHECKING:

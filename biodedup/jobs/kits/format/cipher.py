@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from biodedup.jobs.kits.keys import CentreKey, CentrePublic
+from biodedup.jobs.kits.format.keys import CentreKey, CentrePublic
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey

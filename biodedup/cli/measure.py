@@ -1,4 +1,4 @@
-"""The command `evaluate`, which runs one job."""
+"""Commands on labelled data: evaluate measures error rates, calibrate fits a model's calibration. Each runs one job."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def evaluate(
     chosen = configured(None, config, threads=threads, more=given)
     page = None if no_report else report or result.with_suffix(".html")
     with progress_bar(lines=not as_json) as progress:
-        found = jobs.evaluate(
+        document = jobs.evaluate(
             source,
             result,
             chosen,
@@ -101,23 +101,34 @@ def evaluate(
             options=options,
             progress=progress,
         ).document
-    code = Exit.REFUSED if found["left_out"]["rows_refused"] else Exit.DONE
+    code = Exit.REFUSED if document["left_out"]["rows_refused"] else Exit.DONE
     if as_json:
-        print_json(found)
+        print_json(document)
         raise typer.Exit(code)
-    counts, searches = found["counts"], found["identification"]
+    counts = document["counts"]
     say(
         f"{counts['subjects']:,} subjects, {counts['encounters']:,} encounters, {counts['mated_pairs']:,} mated and "
         f"{counts['nonmated_pairs']:,} non-mated pairs; {result}{'' if page is None else f', {page}'}"
     )
-    for row in found["left_out"]["refused_rows"][:20]:
+    _print_left_out(document["left_out"])
+    show_table(_rates(document), ("rate", "at", "value", "95 %", "events"))
+    raise typer.Exit(code)
+
+
+def _print_left_out(left_out: dict[str, Any]) -> None:
+    for row in left_out["refused_rows"][:20]:
         say(f"row {row['row']} refused: {row['detail'] or row['reason']}")
-    if files := found["left_out"]["files_left_out"]:
+    if files := left_out["files_left_out"]:
         say(f"{sum(files.values()):,} files left out: {', '.join(f'{suffix} {n:,}' for suffix, n in files.items())}")
+
+
+def _rates(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each rate that was measured."""
     rows: list[tuple[str, ...]] = []
-    _row(rows, "FTE", "", found["failure_to_enrol"]["rate"])
-    at_policy = found["verification"]["at_policy"]
-    for row in ([] if at_policy is None else [at_policy]) + found["verification"]["at_fmr"]:
+    _row(rows, "FTE", "", document["failure_to_enrol"]["rate"])
+    verification, searches = document["verification"], document["identification"]
+    at_policy = verification["at_policy"]
+    for row in ([] if at_policy is None else [at_policy]) + verification["at_fmr"]:
         at = f"FMR {row['target']:g}{' stated' if row is at_policy else ''}, {row['threshold_db']:.1f} dB"
         if row is at_policy:
             _row(rows, "FMR", at, row["fmr"])
@@ -128,8 +139,7 @@ def evaluate(
         if "outcome" in row:
             _row(rows, "FPIR", at, row["fpir"])
         _row(rows, "FNIR", at, row["fnir"])
-    show_table(rows, ("rate", "at", "value", "95 %", "events"))
-    raise typer.Exit(code)
+    return rows
 
 
 def _row(rows: list[tuple[str, ...]], name: str, at: str, rate: dict[str, Any]) -> None:
@@ -137,3 +147,51 @@ def _row(rows: list[tuple[str, ...]], name: str, at: str, rate: dict[str, Any]) 
         low, high = rate["interval"]
         events = f"{rate['events']:,} of {rate['trials']:,}"
         rows.append((name, at, f"{rate['value']:.3%}", f"{low:.3%} to {high:.3%}", events))
+
+
+@app.command(rich_help_panel=Panel.CARE)
+def calibrate(
+    pairs: Annotated[
+        Path,
+        typer.Argument(
+            help="Parquet or CSV with similarity, minutiae or both, and mated; if known subject_a, subject_b, position. Or a gallery, whose "
+            "subjects are taken for different people."
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="The model: a model_id, finger256-3+mindtct-1 for both, or the path of a card. Any other model_id gets a card without weights.",
+        ),
+    ],
+    card: Annotated[Path, typer.Option("--out", help="Where to write the card (.toml).")],
+    dimension: Annotated[
+        int | None, typer.Option("--dimension", min=1, help="Numbers of an embedding, for a card without weights.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the held-out half and of the interval.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a model's calibration on your own labelled pairs, or on a gallery's impostor pairs, and write its card."""
+    with progress_bar(lines=not as_json) as show:
+        result = jobs.calibrate(pairs, model, card, dimension=dimension, seed=seed, progress=show)
+    if as_json:
+        print_json(result.summary())
+        return
+    for name, rows in result.held_out.items():
+        cells = []
+        for row in rows:
+            before = "" if "fmr_before" not in row else f"{row['fmr_before']:.2g}"
+            bounds = f"{row['fmr_low']:.2g} to {row['fmr_high']:.2g}"
+            cells.append((f"{row['nominal_fmr']:g}", before, f"{row['fmr']:.2g}", bounds))
+        show_table(
+            cells,
+            ("nominal FMR", "card before", "fitted", "95 %"),
+            title=f"{name}, measured on the half that was not fitted",
+        )
+    if not result.held_out:
+        say("too few pairs to hold half of them out: what the fit is worth was not measured")
+    for row in result.positions:
+        if row["differs"]:
+            say(f"{row['position']}: FMR {row['fmr']:.2g} where {row['nominal_fmr']:g} is nominal")
+    say(f"{result.card}: fitted on {result.nonmated:,} non-mated and {result.mated:,} mated pairs")

@@ -1,0 +1,123 @@
+"""The constants of a scan that `biodedup/search/costs.py` states, timed on this machine.
+
+    python benchmarks/costs.py                  a million rows, some minutes
+    python benchmarks/costs.py --rows 20000     the smoke size; keeps no result
+
+One thread scans one sealed segment of random rows. The model of the planner is a sum of costs (`RowCosts`), so the constants are the
+least-squares solution of many timed scans, none of them negative:
+
+    scan of all high nibbles, a row and probe = numbers x number
+    scan with tables, a row and probe         = tables x table + share that passes x compared + taken / probes
+
+`one_column` of `MultiColumnCosts`: a scan of all high nibbles of one column, in table look-ups. The other constants are fitted to what
+`columns.py` and `selfjoin.py` time. Put figures of an idle machine into `costs.py`; a wrong one makes a search slower, never incomplete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from report import model_ids, record
+from scipy.optimize import nnls
+
+import biodedup as bd
+from biodedup.search import costs
+from biodedup.search.native.column_statistics import signs_of
+from biodedup.search.native.scan_kernel import INSTRUCTIONS
+from biodedup.search.native.scanner import Probes, Scanner, Unit
+from biodedup.search.native.sign_tile import SIGN_TABLES
+from biodedup.synthetic.vectors import population
+from biodedup.testing import internals
+
+ROWS, DIMENSION, PIECE = 1_000_000, 128, 1 << 16
+PROBES = (64, 256)
+TABLES = (8, 16, 32)
+SHARES = (0.0, 0.002, 0.01)
+REPEATED = 3
+
+
+def build(folder: Path, rows: int) -> None:
+    vectors = population(rows, seed=5)
+    with bd.Engine.open(folder) as engine:
+        for low in range(0, rows, PIECE):
+            names = [f"s{row}" for row in range(low, min(low + PIECE, rows))]
+            engine.add_templates(names, {"face": vectors[low : low + PIECE]}, model_id=model_ids("face", DIMENSION))
+        engine.compact()
+
+
+def timed_ns(scanner: Scanner, unit: Unit, probes: Probes, signs: Any) -> float:
+    """Nanoseconds of the processor that each further row takes, by probe. No row reaches the cut-offs, so nothing is collected."""
+    cuts = np.full(len(probes.codes), 2.0, np.float32)
+    half = replace(unit, last=unit.last // 2)
+    seconds = {"whole": [], "half": []}
+    for _ in range(REPEATED):
+        for name, cells in (("whole", unit), ("half", half)):
+            started = time.process_time()
+            scanner.above([cells], probes, cuts, most=1000, signs=signs)
+            seconds[name].append(time.process_time() - started)
+    return (min(seconds["whole"]) - min(seconds["half"])) / (unit.last - half.last) / len(probes.codes) * 1e9
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    scanner = Scanner(1)
+    try:
+        with bd.Engine.open(folder, read_only=True) as engine:
+            parts = internals(engine).gallery.snapshot().parts
+            column = next(part.columns["face"] for part in parts if part.count)
+            unit = Unit(column, 0, 0, column.count, np.zeros(0, np.uint64))
+            drawn = [Probes(column.codec, population(count, seed=6)) for count in PROBES]
+            scanned = column.codec.scanned
+            number = min(timed_ns(scanner, unit, probes, None) for probes in drawn) / scanned
+            if INSTRUCTIONS not in costs.ROW_COSTS:
+                return {"instructions": INSTRUCTIONS, "number, ns": round(number, 4)}
+            equations, nanoseconds = [], []
+            for tables in TABLES:
+                signs = signs_of(column, SIGN_TABLES, tables)
+                for probes in drawn:
+                    for share in SHARES:
+                        limits = limits_passing(signs, probes, share)
+                        signed = signs.probes(probes.rotated, limits, probes.codes, probes.parameters)
+                        passing = signs.share_passing(limits, probes.rotated)
+                        equations.append((signs.tables, passing, 1 / len(probes.codes)))
+                        nanoseconds.append(timed_ns(scanner, unit, probes, signed))
+    finally:
+        scanner.close()
+    (table, compared, taken), _ = nnls(np.array(equations), np.maximum(nanoseconds, 0))
+    return {
+        "instructions": INSTRUCTIONS,
+        "table, ns": round(table, 4),
+        "compared, ns": round(compared, 1),
+        "taken, ns": round(taken, 1),
+        "number, ns": round(number, 4),
+        "one_column, look-ups": round(number * scanned / table, 1) if table else "-",
+        "stated in costs.py": asdict(costs.ROW_COSTS[INSTRUCTIONS]),
+    }
+
+
+def limits_passing(signs: Any, probes: Probes, share: float) -> np.ndarray:
+    """The limit that about this share of unrelated rows reaches, the same for all probes; float32 (q,)."""
+    low, high = -1.0, 3.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        limits = np.full(len(probes.codes), middle, np.float32)
+        low, high = (middle, high) if signs.share_passing(limits, probes.rotated) > share else (low, middle)
+    return np.full(len(probes.codes), high, np.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=float, default=ROWS)
+    rows = int(parser.parse_args().rows)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        build(Path(folder) / "g", rows)
+        record("costs", {"rows": rows} | measure(Path(folder) / "g"), keep=rows == ROWS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Commands that look for duplicates in what is enrolled or listed: dedup, audit, merge, undo. Each runs one job."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import biodedup as bd
+from biodedup import jobs
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    AcrossOption,
+    ConfigOption,
+    Exit,
+    GalleryOption,
+    JsonOption,
+    Panel,
+    ThreadsOption,
+    app,
+    configured,
+    counted,
+    finish,
+    print_json,
+    print_summary,
+    progress_bar,
+    say,
+)
+from biodedup.cli.table_options import (
+    CheckOption,
+    ColumnsOption,
+    EncodingOption,
+    IgnoreColumnsOption,
+    finish_check,
+    table_options,
+)
+from biodedup.errors import InvalidInput
+from biodedup.values import Cluster
+
+
+@app.command(rich_help_panel=Panel.JOBS)
+def dedup(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of images (a folder per subject), a CSV or Parquet manifest, or a gallery.")
+    ],
+    result: Annotated[Path, typer.Option("--out", "-o", help="Result, .parquet or .csv.")] = Path("dedup.parquet"),
+    threshold_db: Annotated[
+        float | None, typer.Option(help="Link pairs from this score on; default: the policy's.")
+    ] = None,
+    check: CheckOption = False,
+    encoding: EncodingOption = None,
+    columns: ColumnsOption = None,
+    ignore_columns: IgnoreColumnsOption = False,
+    across_positions: AcrossOption = False,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the images of a folder, or the subjects of a manifest or a gallery, that are the same person.
+
+    An interrupted run resumes when the same command is started again. Exit code 10: duplicates were found; 12: none were found, and some
+    images or rows were refused.
+    """
+    is_gallery = jobs.is_gallery(source)
+    if is_gallery and (check or encoding or columns or ignore_columns):
+        raise InvalidInput(f"{source} is a gallery; --check and options of tables are for a folder or a manifest")
+    options = table_options(source, encoding, columns, ignore_columns=ignore_columns)
+    if check:
+        finish_check(jobs.check_captures(source, options), as_json)
+    chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
+    if is_gallery:
+        # reading only: enrolment goes on beside it, for hours
+        with bd.Engine.open(source, chosen, read_only=True) as engine, progress_bar(lines=not as_json) as progress:
+            joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
+        print_summary(joined.summary() | {"result": str(result)}, as_json)
+        for cluster in joined.clusters[:20] if not as_json else ():
+            names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
+            say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}{_left_out(cluster)}")
+        raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
+    with progress_bar(lines=not as_json) as progress:
+        doubles = jobs.dedup(source, result, chosen, threshold_db=threshold_db, options=options, progress=progress)
+    summary = doubles.summary() | {"result": str(result)}
+    if as_json:
+        print_summary(summary, as_json)
+    else:
+        print_summary({k: v for k, v in summary.items() if k not in ("files_left_out", "refused_rows")}, as_json)
+        say(*doubles.left_out.sentences(), *doubles.refused_sentences())
+        label_of = {unit.unit_id: unit.label for unit in doubles.units}
+        links = [link for cluster in doubles.clusters for link in cluster.links]
+        across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
+        for link in sorted(across, key=lambda link: -link.score_db)[:20]:
+            say(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}")
+    if doubles.clusters:
+        raise typer.Exit(Exit.DUPLICATE)
+    raise typer.Exit(Exit.REFUSED if doubles.refusals or doubles.left_out.rows else Exit.DONE)
+
+
+def _left_out(cluster: Cluster) -> str:
+    """How many links of a large cluster the result does not list."""
+    count = cluster.links_left_out
+    return f"  ({counted(len(cluster.subject_ids), 'record')}; {count:,} of the links are left out)" if count else ""
+
+
+@app.command(rich_help_panel=Panel.JOBS)
+def audit(
+    roll: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ROLL", help="CSV or Parquet with subject_id, or with path and position; optionally district."
+        ),
+    ],
+    result: Annotated[Path, typer.Option("--out", "-o", help="Findings, .parquet or .csv.")] = Path("audit.parquet"),
+    report: Annotated[Path | None, typer.Option("--report", help="The report, an HTML page.")] = None,
+    threshold_db: Annotated[
+        float | None, typer.Option(help="Two count as one person from this score on; default: the policy's.")
+    ] = None,
+    check: CheckOption = False,
+    encoding: EncodingOption = None,
+    columns: ColumnsOption = None,
+    ignore_columns: IgnoreColumnsOption = False,
+    across_positions: AcrossOption = False,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a roll, such as a voter list: people listed twice, not enrolled, or enrolled under two ids, by district.
+
+    An interrupted run resumes when the same command is started again. Exit code 10: doubles were found; 12: none were found, and some lines
+    were refused.
+    """
+    options = table_options(roll, encoding, columns, ignore_columns=ignore_columns)
+    if check:
+        finish_check(jobs.check_roll(roll, options), as_json)
+    chosen = configured(gallery, config, threads=threads, across_positions=across_positions)
+    with bd.Engine.open(gallery, chosen, read_only=True) as engine, progress_bar(lines=not as_json) as progress:
+        findings = jobs.audit(
+            engine, roll, result, report=report, threshold_db=threshold_db, options=options, progress=progress
+        )
+    summary = findings.summary() | {"result": str(result)} | ({"report": str(report)} if report is not None else {})
+    if as_json:
+        print_summary(summary, as_json)
+    else:
+        print_summary({k: v for k, v in summary.items() if k not in ("findings", "districts")}, as_json)
+        for kind, text in jobs.AUDIT_KINDS.items():
+            say(f"{summary['findings'][kind]:>8,}  {text}")
+    doubles = sum(summary["findings"][kind] for kind in ("two_ids", "listed_twice", "enrolled_twice"))
+    if doubles:
+        raise typer.Exit(Exit.DUPLICATE)
+    raise typer.Exit(Exit.REFUSED if summary["findings"]["refused"] else Exit.DONE)
+
+
+@app.command(rich_help_panel=Panel.JOBS)
+def merge(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Districts' galleries: FOLDER or NAME=FOLDER; only read.")
+    ],
+    result: Annotated[
+        Path, typer.Option("--out", "-o", help="Result, .parquet; four files more are written beside it.")
+    ] = Path("merge.parquet"),
+    into: Annotated[
+        str | None,
+        typer.Option(help="The central gallery, FOLDER or NAME=FOLDER; if it holds subjects, they are compared, too."),
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Bring the result into the central gallery.")] = False,
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="The record that survives: most_captures, best_quality, newest, oldest, or district (with --prefer)."
+        ),
+    ] = "most_captures",
+    prefer: Annotated[
+        list[str] | None,
+        typer.Option(help="A district whose records stay where the rule ties, best first. Repeatable."),
+    ] = None,
+    min_db: Annotated[
+        float | None, typer.Option(help="Link from this score on, extrapolated or not; default: the policy's.")
+    ] = None,
+    across_positions: AcrossOption = False,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the subjects of several galleries that are one person. Changes nothing without --apply.
+
+    An interrupted run resumes when the same command is started again.
+    """
+    from biodedup.jobs.merging.registers import named  # here, so that help texts need not load the engine
+
+    centre = None if into is None else named(into)[1]
+    chosen = configured(centre, config, threads=threads, across_positions=across_positions)
+    with progress_bar(lines=not as_json) as progress:
+        merged = jobs.merge(
+            sources,
+            result,
+            into=into,
+            apply=apply,
+            rule=rule,
+            prefer=prefer or (),
+            min_db=min_db,
+            config=chosen,
+            progress=progress,
+        )
+    _print_merge(merged, result, as_json)
+    raise typer.Exit(Exit.DUPLICATE if merged.summary["clusters"] and merged.applied is None else Exit.DONE)
+
+
+def _print_merge(merged: jobs.MergeResult, result: Path, as_json: bool) -> None:
+    summary, applied = merged.summary, merged.applied
+    if as_json:
+        print_json(
+            summary
+            | {"merge_id": merged.merge_id, "result": str(result)}
+            | {"applied": None if applied is None else asdict(applied)}
+        )
+        return
+    shown = {key: value for key, value in summary.items() if key != "districts"}
+    print_summary({"districts": len(summary["districts"])} | shown | {"result": str(result)}, as_json)
+    say(f"report: {result.with_name(f'{result.stem}.html')}")
+    if applied is not None:
+        say(
+            f"applied: {applied.added:,} added, {applied.left_out:,} left out, {applied.removed:,} removed, "
+            f"{applied.completed:,} survivors completed; {counted(applied.subjects, 'subject')}. "
+            f"To take it back: biodedup undo {applied.merge_id} --gallery FOLDER"
+        )
+    elif summary["clusters"]:
+        say("nothing was changed; look at the report, then --into FOLDER --apply")
+
+
+@app.command(rich_help_panel=Panel.JOBS)
+def undo(
+    merge_id: Annotated[str, typer.Argument(metavar="MERGE", help="As `merge --apply` told it.")],
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Undo a merge: restore the subjects and templates that the gallery had before.
+
+    An interrupted run resumes when the same command is started again.
+    """
+    with progress_bar(lines=not as_json) as progress:
+        undone = jobs.undo(merge_id, gallery, configured(gallery, config), progress=progress)
+    text = (
+        f"undone: {undone.restored:,} restored, {undone.reverted:,} survivors reverted, {undone.withdrawn:,} withdrawn; "
+        f"{counted(undone.subjects, 'subject')}"
+    )
+    if undone.kept_changed:
+        text += f"; enrolled anew since, left as they are: {', '.join(undone.kept_changed[:20])}"
+    finish(asdict(undone), text, as_json)

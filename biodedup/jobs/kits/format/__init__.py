@@ -1,0 +1,1 @@
+"""The file format of batches: keys, encryption, records, signatures. `KIT.md` describes it byte by byte."""
