@@ -10,12 +10,13 @@ Owns the batches, column names, and lines that do not fit. Never says what a cel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from biodedup.errors import InvalidInput
@@ -50,56 +51,33 @@ class TableFile:
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """columns: only these. Raises InvalidInput where the file breaks off."""
-        malformed: list[int] = []
-        number = 0
-        names = list(columns or self.names)
+        names, number = list(columns or self.names), 0
         try:
-            for batch in self._batches(names, malformed):
-                for cells in batch:
-                    number += 1
-                    while malformed and malformed[0] <= number:
-                        yield malformed.pop(0), {}
-                        number += 1
-                    yield number, cells
-        except (pa.ArrowException, OSError, EOFError) as error:
+            for number, cells in enumerate(self._listed(names) if self.form is None else self._text(names, self.form), 1):
+                yield number, cells
+        except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
             raise InvalidInput(
                 f"{self.path} breaks off behind row {number} ({type(error).__name__}); send a whole one, what is done stays done"
             ) from error
-        for behind in malformed:
-            yield behind, {}
 
-    def _batches(self, names: list[str], malformed: list[int]) -> Iterator[list[dict[str, Any]]]:
+    def _listed(self, names: list[str]) -> Iterator[dict[str, Any]]:
         written = [self.written[name] for name in names]
-        if self.form is None:
-            with pa.parquet.ParquetFile(self.path, pre_buffer=False) as file:
-                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=written):
-                    yield _listed(batch, names, written)
-            return
+        with pa.parquet.ParquetFile(self.path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=written):
+                yield from _listed(batch, names, written)
 
-        before = 1 + self.form.lines_before  # the header, too
-
-        def skip(row: Any) -> str:
-            malformed.append(row.number - before)
-            return "skip"
-
-        # bytes, and decoded here: types guessed would take the zeros off an id, and one line in another encoding would end it all
-        reader = pa.csv.open_csv(
-            _source(self.path, self.form),
-            read_options=pa.csv.ReadOptions(use_threads=False, skip_rows=self.form.lines_before),
-            parse_options=_dialect(self.form, skip),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(written, pa.binary()),
-                include_columns=written,
-                strings_can_be_null=True,
-                null_values=[""],
-            ),
-        )
-        with reader:
-            for batch in reader:
-                yield [
-                    {name: _decoded(cell, name) for name, cell in zip(names, row.values(), strict=True)}
-                    for row in batch.to_pylist()
-                ]
+    def _text(self, names: list[str], form: TextForm) -> Iterator[dict[str, Any]]:
+        # not by Arrow's reader: it guesses types, and a thread of it that outlives the interpreter ends the process
+        with open_utf8(self.path, form) as stream, TextIOWrapper(stream, "utf-8-sig", "replace", newline="") as text:
+            for _ in range(form.lines_before):
+                text.readline()
+            rows = csv.reader(text, delimiter=form.delimiter)
+            header = next(rows, [])
+            at = [(name, header.index(self.written[name])) for name in names]
+            for cells in rows:
+                if cells:  # not an empty line
+                    fits = len(cells) == len(header)
+                    yield {name: _trimmed(cells[i], name) for name, i in at} if fits else {}
 
 
 def _form_and_schema(path: Path, options: TableOptions) -> tuple[TextForm | None, Any]:
@@ -122,21 +100,10 @@ def _form_and_schema(path: Path, options: TableOptions) -> tuple[TextForm | None
     raise InvalidInput(f"{path.name} is no manifest by its name; end it with .parquet or .csv")
 
 
-def _source(path: Path, form: TextForm) -> Any:
-    return path if form.is_utf8 else open_utf8(path, form)
-
-
-def _dialect(form: TextForm, skip: Callable[[Any], str]) -> Any:
-    return pa.csv.ParseOptions(delimiter=form.delimiter, invalid_row_handler=skip, newlines_in_values=True)
-
-
-def _decoded(cell: bytes | None, column: str) -> str | None:
+def _trimmed(cell: str, column: str) -> str | None:
     """The text of a cell in CSV, None where it is blank. Spaces around an id stay, so that `fields.py` refuses it."""
-    if cell is None:
-        return None
-    text = cell.decode("utf-8", "replace")
-    trimmed = text.strip()
-    return rearmed(text if trimmed and column in ID_COLUMNS else trimmed) or None
+    trimmed = cell.strip()
+    return rearmed(cell if trimmed and column in ID_COLUMNS else trimmed) or None
 
 
 def _listed(batch: Any, names: Sequence[str], written: Sequence[str]) -> list[dict[str, Any]]:

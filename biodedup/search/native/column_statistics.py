@@ -39,17 +39,17 @@ class Population:
         variance = np.einsum("ij,ij->i", rotate(probes, self.covariance[:size, :size]), probes)
         return rotate(probes, self.mean[None, :size])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
 
-    def reached_by(self, probes: Float32, share: float) -> Float32:
+    def reached_by(self, probes: Float32, share: float, standard_errors: float = 4.0) -> Float32:
         """The similarity that a little more than this share of the rows reaches, float32 (q,).
 
         By the distribution of random directions on a sphere, whose tail is a little lighter than the normal one: at a
         share of 1e-6 and 128 numbers half as many rows reach a cut-off. If the real tail is heavier, more rows are
-        compared than necessary.
+        compared than necessary. standard_errors: of the sample, that are taken off.
         """
         mean, sd = self.similarity(probes)
         dimension = max(float(1 / np.median(sd)) ** 2, 3.0)  # in which random directions would deviate as much
         z = float(np.sqrt(dimension * betainccinv(0.5, (dimension - 1) / 2, min(2 * share, 1.0))))
-        z -= 4 * float(np.sqrt((1 + z * z / 2) / _SAMPLE_ROWS))  # four standard errors of the sample
+        z -= standard_errors * float(np.sqrt((1 + z * z / 2) / _SAMPLE_ROWS))
         return mean + sd * np.float32(z)
 
     def share_reaching(self, cuts: Float32, probes: Float32) -> float:
