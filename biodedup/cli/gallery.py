@@ -158,13 +158,10 @@ def reindex(
         with progress_bar(lines=not as_json) as progress:
             engine.reindex(engines, force=force, progress=lambda done, total: progress("indexing", done, total))
         columns = list(engine.info()["columns"])
-        plan = engine.plan(columns).explain() if columns else ""
-        facts = {"index": {column: engine.index(column) for column in columns}, "plan": plan.splitlines()}
-    finish(
-        facts,
-        plan or "the gallery holds nothing yet; its rows get their index once there are enough to train on",
-        as_json,
-    )
+        plan = engine.plan(columns).explain().splitlines() if columns else []
+        facts = {"index": {column: engine.index(column) for column in columns}, "plan": plan}
+    empty = "the gallery holds nothing yet; its rows get their index once there are enough to train on"
+    finish(facts, plan or empty, as_json)
 
 
 @app.command(rich_help_panel=Panel.GALLERY)

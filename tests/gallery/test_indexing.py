@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.cli.commands import run
 from biodedup.embed.cards import load_card
 from biodedup.gallery.files import index_codec
 from biodedup.gallery.files.filesystem import LocalStorage
@@ -373,6 +375,31 @@ def test_exported_files_are_searched_by_plain_faiss_and_loaded_again(gallery, tm
         assert len(loaded) == ROWS - 10
         ids = loaded.search({"face": VECTORS[100:130]}, k=1).ids[:, 0]
         assert ids.tolist() == NAMES[100:130]
+
+
+def test_the_commands_make_change_export_and_load_an_index(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("v.npy", VECTORS)
+    np.save("ids.npy", np.array(NAMES))
+
+    def command(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["biodedup", *words])
+        with pytest.raises(SystemExit) as ended:
+            run()
+        shown = capsys.readouterr()
+        assert ended.value.code == 0, shown.err
+        return shown.out
+
+    model = ("--model-id", SFACE)
+    command("load", "v.npy", "--ids", "ids.npy", *model, "-g", "g", "--index", ENGINE)
+    command("compact", "-g", "g")
+    lines = command("reindex", "-g", "g", "--index", "face=faiss:IVF4,SQ8").splitlines()
+    assert len(lines) == 2 and "2,400 rows have an index faiss:IVF4,SQ8" in lines[1]
+    assert "2,400 rows of face are in out, 1 index file" in command("export", "--faiss", "out", "-g", "g")
+    (file,) = (tmp_path / "out").glob("*.faiss")
+    command("load", "--faiss", str(file), "--ids", "out/ids.parquet", *model, "-g", "other")
+    with bd.Engine.open("other", read_only=True) as engine:
+        assert engine.search({"face": VECTORS[:20]}, k=1).ids[:, 0].tolist() == NAMES[:20]
 
 
 def test_vectors_without_a_subject_are_refused_one_by_one(tmp_path):

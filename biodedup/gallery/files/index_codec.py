@@ -134,7 +134,7 @@ def _refuse_unsuited(index: Any, spec: IndexSpec) -> None:
         raise _unsound(spec, "it refuses a selection of rows, which removed rows and groups need")
     if not isinstance(base, (faiss.IndexIVF, faiss.IndexFlatCodes)):
         raise InvalidInput(
-            f"index faiss:{spec.factory} is a {type(base).__name__}: what it misses depends on the gallery's size, and is not known when it "
+            f"index faiss:{spec.factory} ({type(base).__name__}): what it misses depends on the gallery's size, and is not known when it "
             "is built; use an inverted file (IVF...) or a flat index"
         )
     if spec.nprobe is not None and not isinstance(base, faiss.IndexIVF):

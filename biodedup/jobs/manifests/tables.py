@@ -53,7 +53,9 @@ class TableFile:
         """columns: only these. Raises InvalidInput where the file breaks off."""
         names, number = list(columns or self.names), 0
         try:
-            for number, cells in enumerate(self._listed(names) if self.form is None else self._text(names, self.form), 1):
+            for number, cells in enumerate(
+                self._listed(names) if self.form is None else self._text(names, self.form), 1
+            ):
                 yield number, cells
         except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
             raise InvalidInput(
