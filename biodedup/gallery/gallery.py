@@ -244,8 +244,9 @@ class Gallery:
                     self._catalogue.begin()
                     self._refuse_other_writer()
                     yield transaction
-                    if transaction.changed:
-                        self._catalogue.set_state(transaction.state)
+                    changed, state = transaction.changed, transaction.state  # once durable, nothing is called unguarded
+                    if changed:
+                        self._catalogue.set_state(state)
                         self._catalogue.commit()
                     else:
                         self._catalogue.rollback()
@@ -256,11 +257,11 @@ class Gallery:
                         for number in transaction.new_segments:
                             self._remove_files(number)
                     raise
-            if transaction.changed:
+            if changed:
                 try:
                     self._adopt(transaction)
                 except BaseException:  # memory ran out, and the commit is durable: what is there is read again
-                    self._broken, self._uncertain = True, transaction.state
+                    self._broken, self._uncertain = True, state
                     with suppress(BiodedupError, MemoryError):  # or else the next transaction does
                         self._recover()
                     raise

@@ -69,7 +69,12 @@ def test_another_model_is_used_by_writing_a_card(tmp_path, portrait, batch):
     config = bd.Config(face=bd.FaceConfig(model=str(write_model(tmp_path, batch=batch))))
     with bd.Engine.open(tmp_path / "g", config) as engine:
         assert engine.enroll(bd.Encounter("a", [bd.Face(portrait)])).outcome == "unique"
-        assert engine.info()["columns"]["face"] == {"model_id": "toy-1", "dimension": 512, "subjects": 1}
+        assert engine.info()["columns"]["face"] == {
+            "model_id": "toy-1",
+            "dimension": 512,
+            "subjects": 1,
+            "index": "native",
+        }
         engine.add_templates(["b"], {"face": people(1, dimension=512)})
     with bd.Engine.open(tmp_path / "g") as engine:  # another model's captures do not meet them
         for call in (engine.enroll, engine.identify):

@@ -15,7 +15,9 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.lookalikes import key_of
+from biodedup.gallery.catalogue.sqlite import Catalogue
 from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.transaction import Transaction
 from biodedup.testing import internals
 from biodedup.texts import KnownId
 from tests.support.vectors import again, people
@@ -144,6 +146,23 @@ def test_a_lack_of_memory_anywhere_acknowledges_nothing_and_leaves_the_engine_us
     with bd.Engine.open(tmp_path / "g", CONFIG, read_only=True) as engine:
         assert len(engine) == size
         assert engine.problems() == []
+
+
+def test_nothing_that_may_fail_is_called_between_a_commit_and_its_adoption(tmp_path, monkeypatch):
+    committed, commit = [], Catalogue.commit
+    changed = Transaction.changed.fget
+
+    def failing(self):
+        if committed:
+            raise MemoryError
+        return changed(self)
+
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        monkeypatch.setattr(Catalogue, "commit", lambda self: (commit(self), committed.append(1)))
+        monkeypatch.setattr(Transaction, "changed", property(failing))
+        assert engine.enroll(bd.Encounter("a", templates={"face": FACES[0]})).outcome == "unique"
+        committed.clear()
+        assert engine.enroll(bd.Encounter("b", templates={"face": FACES[1]})).outcome == "unique"
 
 
 class Meagre(LocalStorage):

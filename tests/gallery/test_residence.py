@@ -9,7 +9,7 @@ import biodedup as bd
 from biodedup.gallery import snapshot
 from biodedup.gallery.files import column_file
 from biodedup.gallery.files.filesystem import LocalStorage
-from biodedup.search.shards import native
+from biodedup.search.shards import cells
 from biodedup.testing import internals
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=20_000, background=False))
@@ -62,7 +62,7 @@ def test_what_memory_cannot_hold_beside_all_that_is_scanned_is_streamed(opened, 
 def test_a_large_search_has_the_system_forget_what_it_read_through(opened, monkeypatch):
     engine, storage = opened
     monkeypatch.setattr(snapshot, "memory_bytes", lambda: 6_400_000)
-    monkeypatch.setattr(native, "_READ_THROUGH_PAIRS", 100)
+    monkeypatch.setattr(cells, "_READ_THROUGH_PAIRS", 100)
     probes = people(20_000, 1)[:64]
     found = engine.search({"face": probes}, k=5)
     assert [names[0] for names in found.ids] == [f"1-{i}" for i in range(64)]
@@ -75,7 +75,7 @@ def test_a_large_search_has_the_system_forget_what_it_read_through(opened, monke
 def test_a_search_that_reads_little_or_fits_leaves_all_in_the_system_s_memory(opened, monkeypatch):
     engine, storage = opened
     engine.search({"face": people(20_000, 1)[:64]}, k=5)
-    monkeypatch.setattr(native, "_READ_THROUGH_PAIRS", 100)
+    monkeypatch.setattr(cells, "_READ_THROUGH_PAIRS", 100)
     engine.search({"face": people(20_000, 1)[:64]}, k=5)
     assert not storage.forgotten
 

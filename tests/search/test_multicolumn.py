@@ -165,7 +165,7 @@ def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tm
 
 
 def test_a_shard_that_fails_makes_a_search_in_several_columns_incomplete(engine, everybody, monkeypatch):
-    monkeypatch.setattr(native, "shares", lambda snapshot: [[part] for part in snapshot.parts])
+    monkeypatch.setattr(native, "shares", lambda parts: [[part] for part in parts])
     engine.add_templates(["late"], {c: unit(1, 70 + i) for i, c in enumerate(COLUMNS)})
     real = native.NativeShard.search_multicolumn
 

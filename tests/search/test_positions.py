@@ -255,7 +255,7 @@ def test_a_search_that_could_not_see_everything_says_incomplete(gallery, fingers
         return real(self, probes, plan)
 
     monkeypatch.setattr(native.NativeShard, "search", failing)
-    monkeypatch.setattr(native, "shares", lambda snapshot: [[part] for part in snapshot.parts])
+    monkeypatch.setattr(native, "shares", lambda parts: [[part] for part in parts])
     probe = bd.Encounter(templates={"right_index": people(1, seed=99, dimension=DIMENSION)[0]})
     assert gallery.identify(probe).outcome == "unique"
     across = gallery.identify(probe, across_positions=True)

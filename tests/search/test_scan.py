@@ -656,7 +656,7 @@ def test_a_decision_over_a_gallery_of_which_a_segment_cannot_be_read_is_never_un
         monkeypatch.setattr(native.NativeShard, "search", failing)
         with pytest.raises(GalleryDamaged):  # all of it is one shard
             engine.search({"face": vectors[:1]})
-        monkeypatch.setattr(native, "shares", lambda snapshot: [[part] for part in snapshot.parts])
+        monkeypatch.setattr(native, "shares", lambda parts: [[part] for part in parts])
         decision = engine.enroll(bd.Encounter("new", templates={"face": unit(1, 128, 77)[0]}))
         assert decision.outcome == "review" and decision.incomplete
         assert engine.search({"face": vectors[:1]}).incomplete
