@@ -38,6 +38,7 @@ def test_the_same_face_recaptured_is_similar_and_scored(portrait):
         assert score.minutiae is None
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_single_captures_give_in_order(portrait, tmp_path):
     images = [portrait, portrait[:, ::-1], portrait[:300, 90:380]] * 3
     captures = [bd.Face(np.ascontiguousarray(i)) for i in images]

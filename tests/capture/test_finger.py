@@ -29,6 +29,7 @@ def minutiae_score(a: bd.Template, b: bd.Template) -> float:
     return bd.compare(a, b).minutiae
 
 
+@pytest.mark.slow
 def test_impressions_of_one_finger_score_far_above_those_of_two():
     rng = np.random.default_rng(4)
     mine, theirs = draw_master(rng), draw_master(rng)
@@ -159,6 +160,7 @@ def test_any_bytes_are_no_record(content):
         read_record(content)
 
 
+@pytest.mark.slow
 def test_fingers_decide_with_and_without_a_face(tmp_path):
     def encounter(subject, noise, missing=()):
         fingers = [
@@ -189,6 +191,7 @@ def test_a_finger_of_unknown_position_is_tried_against_all(tmp_path):
         assert evidence.score_db == pytest.approx(known.best.score_db - 10 * np.log10(4))
 
 
+@pytest.mark.slow
 def test_a_search_that_could_not_compare_all_fingers_says_incomplete_and_never_unique(tmp_path):
     config = bd.Config(finger=bd.FingerConfig(model=None), search=bd.SearchConfig(finger_rows_max=2))
     extractor = bd.Extractor(config)

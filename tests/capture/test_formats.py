@@ -115,6 +115,7 @@ SOUND = [encoded(finger(2, size=96), name) for name in ("PNG", "JPEG", "JPEG2000
 SOUND_WSQ = encoded(finger(2, size=96), "WSQ")
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(SOUND), st.data())
 def test_damaged_bytes_never_raise(content, data):

@@ -123,6 +123,7 @@ def test_every_resolution_is_brought_to_500_dpi(resolution):
     assert after.max() < view.record.width
 
 
+@pytest.mark.slow
 def test_a_print_scores_the_same_at_another_resolution():
     record = read_record(PRINTS[0])
     rows = np.frombuffer(record.body, ">u2").reshape(-1, 3).copy()

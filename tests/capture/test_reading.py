@@ -206,6 +206,7 @@ def test_in_a_stream_it_costs_its_own_encounter_and_is_not_recorded(tmp_path, po
         assert engine.decision("e3") is None
 
 
+@pytest.mark.slow
 def test_a_job_decides_a_record_when_its_last_file_is_there(tmp_path, portrait):
     (tmp_path / "face.jpg").write_bytes(jpeg(portrait))
     columns = {"subject_id": ["a"] * 2, "encounter_id": ["e"] * 2, "path": ["face.jpg", "f.png"]}

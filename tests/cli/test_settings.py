@@ -157,6 +157,7 @@ def test_every_command_that_opens_a_gallery_or_takes_captures_takes_settings():
     }
 
 
+@pytest.mark.slow
 def test_commands_go_by_the_settings_of_each_place(tmp_path, portrait, monkeypatch):
     monkeypatch.delenv("BIODEDUP_CONFIG", raising=False)
     (tmp_path / "face.jpg").write_bytes(jpeg(portrait))

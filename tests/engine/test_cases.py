@@ -172,6 +172,7 @@ def test_a_double_enrolled_between_the_search_and_the_commit_keeps_the_case_open
     assert "bella" not in engine
 
 
+@pytest.mark.slow
 def test_more_candidates_than_are_returned_are_all_asked_about_before_anybody_is_enrolled(tmp_path):
     (anna,) = people(1)
     crowd = again(np.repeat(anna[None], 30, axis=0), 0.97)
@@ -332,6 +333,7 @@ def test_a_disputed_encounter_is_a_case_about_the_subject_itself(engine, tmp_pat
     assert "has the number of a subject who is enrolled" in page and "do not verify as theirs" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ruling, outcome, sealed",
     [("same", "unique", True), ("different", "refused", False), ("recapture", "refused", False)],
@@ -617,6 +619,7 @@ def test_outcomes_are_exported_as_pairs_with_what_was_ruled(engine, tmp_path):
     assert table["minutiae"].null_count == 2
 
 
+@pytest.mark.slow
 def test_cases_from_the_shell(tmp_path):
     folder = tmp_path / "g"
     with bd.Engine.open(folder, CONFIG) as engine:

@@ -365,6 +365,7 @@ def test_a_case_whose_linked_case_was_enrolled_shows_the_subject(engine):
     assert engine.adjudicate("e2", "same", "A", candidate="bella").outcome == "duplicate"
 
 
+@pytest.mark.slow
 def test_an_open_case_survives_sealing_merging_reopening_and_is_erased_when_it_is_refused(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         bella = waiting(engine)

@@ -80,6 +80,7 @@ def test_decisions_survive_a_restart_and_a_resent_encounter_gets_the_same_one(tm
             enroll(engine, "anna", other, encounter_id="e1")
 
 
+@pytest.mark.slow
 def test_a_batch_finds_the_duplicates_inside_itself_and_keeps_its_order(engine):
     vectors = people(100)
     encounters = [bd.Encounter(f"a{i}", templates={"face": v}) for i, v in enumerate(vectors)]
@@ -144,6 +145,7 @@ def test_two_threads_enrolling_one_person_never_both_come_out_unique(tmp_path, r
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_eight_threads_enrolling_one_new_person_under_two_ids_make_one_subject(tmp_path, rounds):
     threads = 8

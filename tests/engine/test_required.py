@@ -84,6 +84,7 @@ def test_a_requirement_that_says_nothing_known_is_refused(wrong):
 # the engine -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_broken_upload_is_refused_and_its_resend_enrols(engine, portrait, prints):
     decision = engine.enroll(bd.Encounter("anna", broken(prints[0]), encounter_id="e1"))
     assert (decision.outcome, decision.reasons, decision.incomplete) == ("refused", ("incomplete",), False)
@@ -189,6 +190,7 @@ def test_a_case_judged_for_recapture_keeps_its_encounter_id(tmp_path):
 # the command line and the jobs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_says_what_to_do(tmp_path, prints):
     (tmp_path / "face.jpg").write_bytes(b"no image")
     (tmp_path / "li.jpg").write_bytes(b"")
@@ -217,6 +219,7 @@ def run_batch(folder: Path, policy: bd.Policy | None = None) -> tuple[jobs.Batch
     return result, pq.read_table(folder / "out.parquet").to_pylist()
 
 
+@pytest.mark.slow
 def test_a_batch_names_each_capture_and_takes_the_repaired_ones(tmp_path, prints, portrait):
     (tmp_path / "face.jpg").write_bytes(b"no image")
     (tmp_path / "li.jpg").write_bytes(b"")

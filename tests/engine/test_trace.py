@@ -190,6 +190,7 @@ def told_by(values: object) -> list[str]:
     return [" ".join(map(str, middle)), ", ".join(map(str, middle.tolist())), repr(middle.tobytes())[2:-1]]
 
 
+@pytest.mark.slow
 def test_no_biometric_data_reaches_logs_errors_or_reprs(tmp_path, portrait, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     captures = [bd.Face(jpeg(portrait)), bd.Finger(finger_image(1), "right_index"), bd.Face(portrait[:60, :60])]
@@ -256,6 +257,7 @@ def test_steps_tell_where_the_face_and_the_fingers_core_are(portrait):
     assert steps.of("refusal", 2)[0]["result"].reason == "missing"
 
 
+@pytest.mark.slow
 def test_tracing_changes_no_template(portrait):
     extractor = bd.Extractor()
     captures = [bd.Face(portrait), bd.Finger(finger_image(1), "right_index")]

@@ -90,6 +90,7 @@ def test_whatever_is_done_in_whatever_order_the_gallery_holds_what_a_dictionary_
 # segments --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sealed_and_merged_rows_answer_as_before(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=8)) as engine:
         for i in range(40):
@@ -146,6 +147,7 @@ def test_removed_templates_are_gone_from_the_disk_after_compaction(tmp_path):
         assert PEOPLE[2].tobytes() not in content, file.name
 
 
+@pytest.mark.slow
 def test_a_removed_subject_can_be_enrolled_again_and_removed_again(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         for round_ in range(5):

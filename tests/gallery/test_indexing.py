@@ -26,6 +26,7 @@ from biodedup.search.shards import faiss as faiss_engine
 from biodedup.testing import internals
 from tests.support.vectors import SFACE, again, people
 
+pytestmark = pytest.mark.slow
 ROWS = 2_400
 ENGINE = "faiss:IVF8,PQ64x4fs"
 VECTORS = people(ROWS, seed=3)

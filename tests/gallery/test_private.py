@@ -54,6 +54,7 @@ def run(*arguments: object) -> int:
 # private by default ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_whatever_is_written_is_for_its_owner_alone(tmp_path, open_umask):
     home = tmp_path / "home"
     with bd.Engine.open(home / "g", small()) as engine:
@@ -216,6 +217,7 @@ def needle(engine: bd.Engine, i: int) -> dict[str, bytes]:
     return {f"s{i}": cell.vector[:64]}
 
 
+@pytest.mark.slow
 def test_of_removed_subjects_nothing_is_left_in_any_file(tmp_path):
     config = small(seal_rows=8, merge_fan=3)
     with bd.Engine.open(tmp_path / "g", config) as engine:
@@ -282,6 +284,7 @@ def test_what_a_killed_writer_left_in_the_journal_is_wiped_by_the_next(tmp_path,
     assert occurrences(tmp_path / "g", removed) == {}
 
 
+@pytest.mark.slow
 def test_compacting_erases_the_canaries_of_removed_subjects(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
         for i in range(12):

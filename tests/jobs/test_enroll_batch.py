@@ -437,6 +437,7 @@ def test_announced_encounters_are_captured_until_they_come(tmp_path, population)
     assert jobs.queue_status(tmp_path / "gallery", NOW).lines["captured"].count == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_or_dies_costs_its_capture_two_tries_and_then_a_refusal(tmp_path):
     content = [*(vector.tobytes() for vector in people(6)), b"HANG", b"KILL"]
     names = [f"e{i}" for i in range(8)]

@@ -239,6 +239,7 @@ def test_plain_files_are_told_by_name_and_by_what_they_show(tmp_path, portrait, 
         captures_at(tmp_path / "absent.png")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_says_the_verdict(folder, tmp_path):
     out, run = tmp_path / "pair.html", CliRunner().invoke
     done = run(app, ["explain", str(folder / "a.png"), str(folder / "b.png"), "--out", str(out), "--size", "1000"])
@@ -282,6 +283,7 @@ def test_the_command_takes_subjects_and_encounters_of_a_gallery(folder, tmp_path
         assert isinstance(run(app, ["explain", *wrong, "--gallery", str(gallery)]).exception, bd.InvalidInput)
 
 
+@pytest.mark.slow
 def test_nothing_biometric_is_logged_while_a_page_is_made(folder, tmp_path, caplog, capsys):
     caplog.set_level(logging.DEBUG)
     told = jobs.explain(folder / "a.png", folder / "b.png", tmp_path / "pair.html")

@@ -167,6 +167,7 @@ def test_of_two_keys_of_a_kit_the_one_that_is_meant_is_named(tmp_path):
 # from the command line ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_official_does_it_from_the_command_line(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     pa.parquet.write_table(
@@ -199,6 +200,7 @@ def test_an_official_does_it_from_the_command_line(tmp_path, monkeypatch, run):
     assert code == 2 and "was revoked on" in err and "by Ani (lost)" in err
 
 
+@pytest.mark.slow
 def test_a_passphrase_comes_from_a_descriptor_or_the_environment_and_never_from_an_argument(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())  # no terminal

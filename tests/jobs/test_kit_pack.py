@@ -200,6 +200,7 @@ def test_a_team_packs_images_and_hears_what_to_capture_again(centre, fingers):
     assert len(enrolled(centre)) in (6, 7)
 
 
+@pytest.mark.slow
 def test_what_was_extracted_once_is_not_extracted_again(centre, fingers, monkeypatch):
     for i, content in enumerate(fingers[:4]):
         (centre / f"f{i}.png").write_bytes(content)
@@ -241,6 +242,7 @@ def sent(batch: Path, kit: Path) -> list[str]:
     return [record.encounter.subject_id for record in read(batch, load_key(kit))[0]]
 
 
+@pytest.mark.slow
 def test_a_manifest_names_files_below_its_own_folder_alone(centre, fingers):
     (centre / "outside.png").write_bytes(fingers[0])
     team = centre / "team"
@@ -278,6 +280,7 @@ def test_a_manifest_names_files_below_its_own_folder_alone(centre, fingers):
         assert "out of the manifest's folder" in next(b.problem for b in result.broken if b.subject_id == name)
 
 
+@pytest.mark.slow
 def test_files_that_are_no_captures_never_leave_the_kit(centre, fingers):
     """The kit's own private key above all, whatever position a row gives it."""
     secrets = {
@@ -335,6 +338,7 @@ def test_an_id_that_is_reserved_or_too_long_breaks_its_record(centre):
     assert len(result.packed) == 1
 
 
+@pytest.mark.slow
 def test_captures_larger_than_any_record_break_theirs(centre, fingers):
     padded = fingers[0] + bytes(RECORD_BYTES_MAX)  # a sound image, and a tail
     (centre / "large.png").write_bytes(padded)
@@ -345,6 +349,7 @@ def test_captures_larger_than_any_record_break_theirs(centre, fingers):
     assert [record.sequence for record in result.packed] == [1]
 
 
+@pytest.mark.slow
 def test_a_batch_is_not_replaced_by_one_whose_file_broke_since(centre, fingers):
     for i in range(2):
         (centre / f"f{i}.png").write_bytes(fingers[i])
@@ -380,6 +385,7 @@ def test_a_batch_of_an_earlier_release_is_replaced_by_an_encrypted_one(centre):
     assert batch.read_bytes()[7] == 2  # the version
 
 
+@pytest.mark.slow
 def test_what_a_kit_writes_is_for_its_owner_alone(centre, fingers):
     (centre / "f.png").write_bytes(fingers[0])
     old = os.umask(0)

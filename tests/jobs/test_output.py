@@ -206,6 +206,7 @@ def register(tmp_path: Path) -> Path:
     return tmp_path / "[/g]"
 
 
+@pytest.mark.slow
 def test_ids_with_markup_are_printed_and_not_obeyed(shell, register, tmp_path):
     code, out, _ = shell("cases", "list", "-g", register, "--report", tmp_path / "cases.html")
     assert code == 0 and "3171[/x]" in out and "[bold]x" in out
@@ -241,6 +242,7 @@ def test_ids_with_markup_are_printed_and_not_obeyed(shell, register, tmp_path):
     assert code == 2 and "Jos" in error
 
 
+@pytest.mark.slow
 def test_a_decision_about_an_id_with_markup_has_its_exit_code(shell, tmp_path, portrait):
     import cv2
 

@@ -214,6 +214,7 @@ def galleries(draw) -> tuple[list[tuple[int, int]], list[int], list[int], int]:
     return rows, draw(numbers), draw(numbers), draw(st.integers(1, 30))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(galleries(), st.sampled_from([2, 16, 70]), st.sampled_from([None, ("north",), ("south", "north"), ("nowhere",)]))
 def test_small_galleries_full_of_ties_agree_with_the_reference(tmp_path_factory, gallery, dimension, groups):

@@ -126,6 +126,7 @@ def test_an_error_is_told_to_him_alone_whose_item_it_was():
             assert future.result() == [2 * i]
 
 
+@pytest.mark.slow
 def test_searches_on_many_threads_answer_as_they_would_one_after_the_other(tmp_path):
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((10_000, 64), np.float32)

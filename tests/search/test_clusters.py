@@ -173,6 +173,7 @@ def test_an_audit_that_left_links_out_begins_anew_where_the_gallery_changed(crow
     assert doubles == {f"ghost {i}" for i in range(1, 150)}
 
 
+@pytest.mark.slow
 def test_a_merge_of_registers_with_a_crowd_keeps_the_whole_cluster(crowd, tmp_path):
     crowd.close()
     summary = jobs.merge([tmp_path / "g"], tmp_path / "m.parquet").summary

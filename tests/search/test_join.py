@@ -76,6 +76,7 @@ def pairs(clusters):
     return {frozenset(link.subject_ids): link.score_db for cluster in clusters for link in cluster.links}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, True], ids=["with a tail", "sealed"])
 def test_a_join_finds_every_pair_above_the_threshold_and_no_other(gallery, sealed):
     engine, vectors = gallery

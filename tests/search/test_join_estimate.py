@@ -55,6 +55,7 @@ def engine(tmp_path):
         yield engine
 
 
+@pytest.mark.slow
 def test_the_job_warns_before_it_compares_and_its_result_states_the_number(engine, tmp_path):
     told = []
     result = jobs.find_duplicates(engine, tmp_path / "p.csv", threshold_db=10.0, progress=lambda *one: told.append(one))
@@ -77,6 +78,7 @@ def test_an_audit_warns_before_it_compares(engine, tmp_path):
     assert told[0].startswith("warning: at 10.0 dB impostors are expected to make 4,000 of the 39,900 pairs")
 
 
+@pytest.mark.slow
 def test_a_merge_warns_before_it_compares(engine, tmp_path):
     engine.close()
     told = []

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from biodedup.gallery.files.codes import dequantise, quantise
 from biodedup.search.native.exact_pairs import compared, ranked
 
 
+@pytest.mark.slow
 @given(st.integers(0, 60), st.integers(1, 5), st.data())
 def test_pairs_are_ranked_by_probe_and_value_and_then_by_row(count, probes, data):
     which = np.array(data.draw(st.lists(st.integers(0, probes - 1), min_size=count, max_size=count)), np.int32)
