@@ -59,6 +59,7 @@ from biodedup.gallery.care.history import NotedClock, finite
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
+from biodedup.gallery.files.index_codec import refuse_unknown
 from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
@@ -169,6 +170,8 @@ class Engine:
         Raises NotAGallery, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
+        for spec in parse_specs(config.gallery.index or {}).values():
+            refuse_unknown(spec)
         gallery = Gallery.open(
             Path(path),
             storage=storage or LocalStorage(),

@@ -105,6 +105,13 @@ def test_an_engine_that_is_none_is_refused_with_an_example(text):
         bd.GalleryConfig(index=text)
 
 
+@pytest.mark.parametrize("factory", ["HNSW32", "PQ64x4fs", "Nonsense7"])
+def test_no_gallery_is_created_with_an_index_that_faiss_cannot_have(tmp_path, factory):
+    with pytest.raises(bd.InvalidInput, match=factory):
+        bd.Engine.open(tmp_path / "g", config(index=f"faiss:{factory}"))
+    assert not (tmp_path / "g").exists()
+
+
 def test_an_unknown_column_is_refused():
     with pytest.raises(bd.InvalidInput, match="'thumb'"):
         bd.GalleryConfig(index={"thumb": "native"})

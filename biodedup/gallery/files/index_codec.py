@@ -43,6 +43,7 @@ _CHUNK = 512  # pairs whose estimates are taken by one search
 _READ_BYTES = 1 << 20
 _THREADED_ROWS = 1 << 15
 _CHECKED_ROWS = 2_000
+_USUAL_DIMENSIONS = (512, 128, 256, 480, 96)
 
 Ids = NDArray[np.int64]
 
@@ -126,6 +127,19 @@ def new_index(spec: IndexSpec, dimension: int) -> Any:
         ) from None
     _refuse_unsuited(index, spec)
     return index
+
+
+def refuse_unknown(spec: IndexSpec) -> None:
+    """Raises InvalidInput for an engine that no usual vectors can have: before a gallery is created, their dimension is not known."""
+    refusals = []
+    for dimension in _USUAL_DIMENSIONS if not spec.is_native else ():
+        try:
+            new_index(spec, dimension)
+            return
+        except InvalidInput as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
 
 
 def _refuse_unsuited(index: Any, spec: IndexSpec) -> None:

@@ -102,9 +102,8 @@ class FaissShard:
         rotated = rotate(probes, column.codec.rotation)
         population = population_of(column)
         if query.min_similarity is None:
-            wanted = (
-                query.k + 2 * np.sqrt(query.k) + 2
-            )  # a range search costs by its hits: a second round is cheaper than many
+            # a range search costs by its hits: a second round is cheaper than many
+            wanted = query.k + 2 * np.sqrt(query.k) + 2
             if wanted > _SHARE_MAX * query.total_rows:
                 return None
             min_similarity = population.reached_by(rotated, wanted / query.total_rows, standard_errors=1.0)
