@@ -49,6 +49,7 @@ from .values import Missing as Missing
 from .values import Refusal as Refusal
 from .values import Score as Score
 from .values import SearchResult as SearchResult
+from .values import Subject as Subject
 from .values import Template as Template
 from .values import Verdict as Verdict
 from .values import Verification as Verification

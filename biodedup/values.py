@@ -505,6 +505,44 @@ class Cluster:
     links_left_out: int = 0
 
 
+@dataclass(frozen=True)
+class ListedSubject:
+    """An enrolled subject without its templates: its rows and their encounters ("" for one that was loaded without an encounter_id),
+    its groups, and the columns in which it has a template."""
+
+    subject_id: str
+    rows: tuple[int, ...]
+    encounter_ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything that a gallery holds of one id. encounters: its rows, oldest first, none where it is not enrolled; decisions: on its
+    encounters, in their order, each as it stands now; open_cases: its encounters that wait for a verdict."""
+
+    subject_id: str
+    encounters: tuple[EnrolledEncounter, ...]
+    decisions: tuple[Decision, ...] = ()
+    open_cases: tuple[str, ...] = ()
+
+    @property
+    def enrolled(self) -> bool:
+        return bool(self.encounters)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Of all rows."""
+        return tuple(sorted({group for encounter in self.encounters for group in encounter.groups}))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns in which it has a template."""
+        held = {column for encounter in self.encounters for column in encounter.templates}
+        return tuple(column for column in COLUMNS if column in held)
+
+
 def check_id(value: object, name: str) -> None:
     """Raises InvalidInput unless value is a valid id: 1 to 256 visible characters in form NFC, without spaces around them.
 

@@ -51,7 +51,7 @@ def load(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="Parquet or Arrow with subject_id, face (lists of floats), fingers by position (binary minutiae records, or "
+            help="A folder of `export --to`, for a new gallery; or Parquet or Arrow with subject_id, face (lists of floats), fingers by position (binary minutiae records, or "
             "lists of floats) and optionally groups; - for an Arrow stream; or vectors.npy with --ids.",
         ),
     ],
@@ -83,10 +83,17 @@ def load(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add ready templates without a search.
+    """Add ready templates without a search, or make an exported gallery again.
 
     An interrupted run resumes when the same command is started again. Exit code 12: some rows were refused.
     """
+    given: dict[str, Any]
+    if jobs.is_export(source):
+        given = {"--ids": ids, "--column": column, "--model-id": model_id, "--record-model-id": record_model_id}
+        given |= {"--index": index, "--encoding": encoding}
+        given |= {"--faiss": from_faiss or None, "--ignore-columns": ignore_columns or None}
+        _load_export(source, gallery, {k for k, v in given.items() if v is not None}, check, config, as_json)
+        return
     more = {"finger.record_model_id": record_model_id, "gallery.index": index_engines(index)}
     chosen = configured(gallery, config, more=more)
     mapped = [text for text in column or () if "=" in text]
@@ -96,7 +103,7 @@ def load(
     if from_faiss and ids is None:
         raise InvalidInput(f"{source} holds vectors alone; name the table of their subjects, as --ids ids.parquet")
     options = table_options(ids or source, encoding, mapped, ignore_columns=ignore_columns)
-    given: dict[str, Any] = {
+    given = {
         "ids": ids,
         "column": vectors_columns[0],
         "model_id": model_ids(model_id),
@@ -114,6 +121,20 @@ def load(
     accepted = source if jobs.is_gallery(gallery) else jobs.accept_load(chosen, source, **given)
     with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
         _finish_load(jobs.load(engine, accepted, **given, progress=progress), len(engine), as_json)
+
+
+def _load_export(
+    source: Path, gallery: Path, options: set[str], check: bool, config: Path | None, as_json: bool
+) -> None:
+    """Makes the gallery that `export --to` wrote."""
+    if options:
+        raise InvalidInput(f"{', '.join(sorted(options))}: these are for tables; {source} is an exported gallery")
+    if check:
+        finish_check(jobs.check_export(source), as_json)
+    with progress_bar(lines=not as_json) as progress:
+        loaded = jobs.load_gallery(source, gallery, configured(gallery, config), progress=progress)
+    text = f"{gallery} holds {counted(loaded.subjects, 'subject')}, {counted(loaded.rows, 'row')} and {counted(loaded.decisions, 'decision')}"
+    finish(asdict(loaded), text, as_json)
 
 
 def _finish_load(result: jobs.LoadResult, size: int, as_json: bool) -> NoReturn:
@@ -166,22 +187,45 @@ def reindex(
 
 @app.command(rich_help_panel=Panel.GALLERY)
 def export(
-    folder: Annotated[
-        Path, typer.Option("--faiss", metavar="DIR", help="A new folder for the .faiss files and ids.parquet.")
-    ],
-    column: Annotated[str, typer.Option(help="The column.")] = "face",
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", metavar="DIR", help="A new folder for the whole gallery as Parquet; `load DIR` makes it again."
+        ),
+    ] = None,
+    faiss: Annotated[
+        Path | None,
+        typer.Option("--faiss", metavar="DIR", help="A new folder for the .faiss files of one column and ids.parquet."),
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column of --faiss; default: face.")] = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a column as plain FAISS files, one a segment, with the subjects of their rows.
+    """Write the whole gallery as Parquet (--to), or a column as plain FAISS files (--faiss).
 
-    Rows that are not sealed yet are sealed first. The files hold biometric data.
+    --to works beside a running writer. --faiss seals rows first. The files hold biometric data.
     """
+    if (to is None) == (faiss is None):
+        raise InvalidInput("say what to write, one of: --to DIR, the whole gallery; --faiss DIR, the index of a column")
+    if to is not None:
+        if column is not None:
+            raise InvalidInput(f"--column {column} is for --faiss; --to writes all columns")
+        with progress_bar(lines=not as_json) as progress:
+            exported = jobs.export_gallery(gallery, to, configured(gallery, config), progress=progress)
+        facts = asdict(exported) | {"folder": str(to)}
+        text = (
+            f"{counted(exported.subjects, 'subject')}, {counted(exported.rows, 'row')} and {counted(exported.decisions, 'decision')} "
+            f"are in {to} ({exported.byte_count:,} bytes); `biodedup load {to} --gallery NEW` makes the gallery again"
+        )
+        finish(facts, text, as_json)
+        return
+    assert faiss is not None, "one of both is given"
+    name = column or "face"
     with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
         engine.seal()
-        result = jobs.export_faiss(engine, folder, column=column, progress=progress)
-    text = f"{result.rows:,} rows of {column} are in {folder}, {counted(len(result.files), 'index file')} of {result.index}, with ids.parquet"
+        result = jobs.export_faiss(engine, faiss, column=name, progress=progress)
+    text = f"{result.rows:,} rows of {name} are in {faiss}, {counted(len(result.files), 'index file')} of {result.index}, with ids.parquet"
     finish(asdict(result), text, as_json)
 
 

@@ -52,6 +52,7 @@ from biodedup.engine.prepare import Preparer, Probe, check_column, check_models,
 from biodedup.engine.review import Review
 from biodedup.engine.sample import GallerySamples
 from biodedup.engine.search import BatchedSearch
+from biodedup.engine.subjects import decisions_of, group_counts, listed, subject_of
 from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import digest_of, from_json
 from biodedup.gallery.care.backup import Copied, backup
@@ -86,13 +87,16 @@ from biodedup.values import (
     Encounter,
     EnrolledEncounter,
     Link,
+    ListedSubject,
     Ruling,
     Score,
     SearchResult,
+    Subject,
     Template,
     Verdict,
     Verification,
     check_groups,
+    check_id,
     check_text,
 )
 
@@ -660,6 +664,25 @@ class Engine:
         self._check_open()
         return list(self._gallery.snapshot().all_subject_ids())
 
+    def subjects(self, groups: Collection[str] | None = None) -> Iterator[ListedSubject]:
+        """The enrolled subjects without their templates, in order of enrolment; with groups, those that are in one of them."""
+        self._check_open()
+        for subject in listed(self._gallery.snapshot(), _checked(groups)):
+            yield subject
+            self._check_open()
+
+    def subject(self, subject_id: str) -> Subject:
+        """What the gallery holds of an id: its rows, the decisions on its encounters, and its open cases; also of one that was removed
+        or never enrolled, if a decision is about it. Raises UnknownSubject. Reads every decision, as `decisions` does."""
+        self._check_open()
+        check_id(subject_id, "subject_id")
+        return subject_of(self._gallery, subject_id)
+
+    def groups(self) -> dict[str, int]:
+        """group -> how many enrolled subjects are in it, in the order of the names."""
+        self._check_open()
+        return group_counts(self._gallery.snapshot())
+
     def are_enrolled(self, subject_ids: Sequence[str]) -> NDArray[np.bool_]:
         """bool (n,): whether each of these is enrolled."""
         return np.asarray(self.rows_of(subject_ids) >= 0)
@@ -691,6 +714,14 @@ class Engine:
         self._check_open()
         stored = self._gallery.answer(encounter_id)
         return None if stored is None or stored.kind != "decision" else from_json(stored.text)
+
+    def decisions(self, subject_id: str | None = None) -> Iterator[Decision]:
+        """The decisions on the encounters of a subject, or all, in their order; each as it stands now. Reads every decision that the
+        gallery holds."""
+        self._check_open()
+        for decision in decisions_of(self._gallery, subject_id):
+            yield decision
+            self._check_open()
 
     def recall(self, encounter: Encounter) -> Decision | None:
         """The decision that this encounter got, None if it was not sent before. Writes nothing. Raises EncounterConflict if its

@@ -77,6 +77,22 @@ AnswerOf: TypeAlias = Callable[[str], StoredDecision | None]
 """encounter_id -> what is stored of it, or None for one never seen."""
 
 
+ANSWER_BYTES_MAX = 1 << 26
+"""Of one answer's JSON: a decision has some kilobytes."""
+
+
+def inflated(data: bytes) -> bytes:
+    """The text of an answer as segments hold it, compressed. Raises GalleryDamaged."""
+    inflating = zlib.decompressobj()
+    try:
+        text = inflating.decompress(data, ANSWER_BYTES_MAX)
+    except zlib.error:
+        text = b""
+    if not inflating.eof:
+        raise GalleryDamaged("a stored answer is cut short, or longer than any; run `biodedup doctor`")
+    return text
+
+
 def parsed(text: str) -> dict[str, Any]:
     """The fields of a JSON object that the gallery stored. Raises GalleryDamaged for anything else."""
     try:

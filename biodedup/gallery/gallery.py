@@ -42,7 +42,7 @@ from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, SEGMENT_FOLDER
 from biodedup.gallery.indexing import IndexLimits
-from biodedup.gallery.loading import load, never_written
+from biodedup.gallery.loading import LoadedGallery, load, never_written, read
 from biodedup.gallery.maintenance import Maintenance
 from biodedup.gallery.opening import open_catalogue, prepare_folder
 from biodedup.gallery.policies import PolicyVersion
@@ -205,6 +205,14 @@ class Gallery:
         """All that were ever given, oldest first."""
         with self._reading():
             return list(self._catalogue.verdicts())
+
+    def copied_to(self, copy: sqlite3.Connection) -> Snapshot:
+        """Copies the database, and returns the snapshot of the same moment. A reader sees what the writer has committed since."""
+        with self._reading():
+            if self.read_only:
+                self._see(read(self._catalogue, self.storage, self.folder))
+            self._catalogue.copy_to(copy)
+            return self._published
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -479,7 +487,9 @@ class Gallery:
 
     def _load(self) -> None:
         """Sees what is on the disk."""
-        loaded = load(self._catalogue, self.storage, self.folder)
+        self._see(load(self._catalogue, self.storage, self.folder))
+
+    def _see(self, loaded: LoadedGallery) -> None:
         self.gallery_id, self._policies = loaded.gallery_id, loaded.policies
         # a number that a merge has taken, and not committed yet, stays taken
         next_segment = max(loaded.state.next_segment, self._state.next_segment)

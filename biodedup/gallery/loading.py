@@ -49,14 +49,15 @@ def load(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
         with translated(f"reading {folder}"):
             catalogue.begin_reading()  # no writer can retire a file before it is open here
             try:
-                return _read(catalogue, storage, folder)
+                return read(catalogue, storage, folder)
             finally:
                 catalogue.rollback()
     except ODD_CONTENT as error:  # damage that SQLite's own checks do not find
         raise never_written(folder, error) from (None if isinstance(error, MemoryError) else error)
 
 
-def _read(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
+def read(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
+    """As `load`, inside the caller's reading transaction."""
     state, models = catalogue.state(), catalogue.models()
     segments = [open_segment(storage, folder / SEGMENT_FOLDER, entry) for entry in catalogue.segments()]
     tail = Tail(segments[-1].end_row if segments else 0)

@@ -31,10 +31,17 @@ from .evaluation.calibrate import CalibrateResult as CalibrateResult
 from .evaluation.calibrate import calibrate as calibrate
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
+from .exchange.export import ExportedGallery as ExportedGallery
+from .exchange.export import export_gallery as export_gallery
 from .exchange.faiss_files import ExportedIndexes as ExportedIndexes
 from .exchange.faiss_files import export_faiss as export_faiss
 from .exchange.faiss_files import faiss_batches as faiss_batches
 from .exchange.faiss_files import load_faiss as load_faiss
+from .exchange.gallery_files import is_export as is_export
+from .exchange.listing import write_subjects as write_subjects
+from .exchange.reload import LoadedGallery as LoadedGallery
+from .exchange.reload import check_export as check_export
+from .exchange.reload import load_gallery as load_gallery
 from .explanation.explain import Explained as Explained
 from .explanation.explain import explain as explain
 from .explanation.explain import explain_templates as explain_templates

@@ -162,16 +162,20 @@ class Catalogue:
     # the gallery itself -----------------------------------------------------------------------------------------
 
     def create(self, gallery_id: str, config: str) -> None:
-        """Lays the schema, inside the caller's transaction."""
+        """Lays the schema of a new gallery, inside the caller's transaction."""
+        self.lay_tables(gallery_id, config)
+        self.add_policy(PolicyVersion(1, from_settings(config)))
+        self.set_index(asked_in(config))
+        self.set_state(State())
+
+    def lay_tables(self, gallery_id: str, config: str) -> None:
+        """The schema, with nothing but the gallery's id and settings."""
         for table in _COLUMNS_OF:
             self._create(table)
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
         self.put("meta", [(name, "1") for name in sorted(set(_ADDED.values()))])
-        self.add_policy(PolicyVersion(1, from_settings(config)))
-        self.set_index(asked_in(config))
-        self.set_state(State())
 
     def is_current(self) -> bool:
         """Whether `renew` has nothing to do."""
@@ -366,6 +370,13 @@ class Catalogue:
         """cells: (row, template)."""
         self.put("cell", ((row * _STRIDE + COLUMNS.index(t.column), *_blobs(t)) for row, t in cells))
 
+    def put_cells(self, cells: Iterable[JournalCell]) -> None:
+        """As `cells` returned them."""
+        self.put(
+            "cell",
+            ((c.row * _STRIDE + COLUMNS.index(c.column), c.vector, c.minutiae, c.quality) for c in cells),
+        )
+
     def add_column(self, rows: Iterable[int], column: str, cells: Column) -> None:
         index = COLUMNS.index(column)
         keys = (row * _STRIDE + index for row in rows)
@@ -488,6 +499,10 @@ class Catalogue:
         verb = "REPLACE" if table in _REPLACED else "INSERT"
         self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", ((*row, _checksum(row)) for row in rows))
 
+    def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """Every row of a table, without its checksum, in the order in which they were put. Raises GalleryDamaged."""
+        return self._all(table, "rowid")
+
     def _all(
         self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
@@ -537,6 +552,12 @@ _TYPES_OF = {
     table: [(_PYTHON_TYPES[spec.split()[1]], spec.split()[0] in _NULLABLE) for spec in columns.split(", ")]
     for table, columns in _COLUMNS_OF.items()
 }
+
+
+def table_columns(table: str) -> list[tuple[str, type]]:
+    """The name and the Python type of each column of a table, without its checksum."""
+    names = [spec.split()[0] for spec in _COLUMNS_OF[table].split(", ")]
+    return [(name, kind) for name, (kind, _) in zip(names, _TYPES_OF[table], strict=True)]
 
 
 def _are_of(table: str, values: Sequence[Any]) -> bool:

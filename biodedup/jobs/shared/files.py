@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.private import create_private
+from biodedup.gallery.files.private import create_private, private_folder
 from biodedup.texts import json_text
 
 
@@ -65,3 +65,47 @@ def new_file(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
+    """A private folder. It gets its name at the end, when it is synced; after a failure it is removed. names: of the files that it may
+    hold, so that what an interrupted run left can be removed. Raises InvalidInput where the name is taken by more than an empty
+    folder, or the interim name by files of others."""
+    _refuse_taken(path)
+    new = path.with_name(f".{path.name}.new")
+    if new.is_symlink() or (new.is_dir() and {entry.name for entry in new.iterdir()} - set(names)):
+        raise InvalidInput(f"{new} holds other files, and is needed for {path}; move it away")
+    _remove_folder(new)
+    private_folder(new)
+    try:
+        yield new
+        sync_folder(new)
+        _refuse_taken(path)
+        new.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        _remove_folder(new)
+        raise
+
+
+def _refuse_taken(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise InvalidInput(f"{path} is not an empty folder; name a new one")
+
+
+def _remove_folder(folder: Path) -> None:
+    """A folder of files."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

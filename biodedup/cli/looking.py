@@ -1,0 +1,133 @@
+"""Commands that look into a gallery: list, subject. Each calls one method of the engine or one job."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import biodedup as bd
+from biodedup import jobs
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    ConfigOption,
+    GalleryOption,
+    JsonOption,
+    Panel,
+    app,
+    configured,
+    counted,
+    print_json,
+    say,
+    show_table,
+)
+from biodedup.values import ListedSubject, Subject, to_dict
+
+
+@app.command("list", rich_help_panel=Panel.GALLERY)
+def list_subjects(
+    group: Annotated[list[str] | None, typer.Option("--group", help="Only subjects of this group. Repeatable.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Subjects first.")] = 50,
+    result: Annotated[
+        Path | None, typer.Option("--out", "-o", help="All of them as a table, .parquet or .csv.")
+    ] = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the enrolled subjects, in order of enrolment, with their groups and columns."""
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+        count = len(engine) if not group else sum(1 for _ in engine.subjects(group))
+        first = list(islice(engine.subjects(group), limit))
+        groups = engine.groups()
+        if result is not None:
+            jobs.write_subjects(engine, result, groups=group)
+    if as_json:
+        print_json({"subjects": count, "listed": [vars(subject) for subject in first], "groups": groups})
+        return
+    if first:
+        show_table(map(_cells, first), ("subject", "rows", "groups", "columns"))
+    more = f"; {count - len(first):,} more, --out FILE writes all" if count > len(first) and result is None else ""
+    where = f", in the groups {', '.join(group)}" if group else ""
+    say(f"{counted(count, 'subject')}{where}{more}" + (f"; all are in {result}" if result is not None else ""))
+    if groups and not group:
+        names = ", ".join(f"{name} {number:,}" for name, number in islice(groups.items(), 20))
+        say(f"groups: {names}" + (f", and {len(groups) - 20:,} more" if len(groups) > 20 else ""))
+
+
+def _cells(subject: ListedSubject) -> tuple[str, str, str, str]:
+    return subject.subject_id, str(len(subject.rows)), ", ".join(subject.groups), ", ".join(subject.columns)
+
+
+@app.command("subject", rich_help_panel=Panel.GALLERY)
+def show_subject(
+    subject_id: str,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a gallery holds of one subject: rows, groups, decisions, open cases. Shows no biometric data."""
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+        subject = engine.subject(subject_id)
+    if as_json:
+        print_json(_document(subject))
+        return
+    state = "enrolled" if subject.enrolled else "not enrolled"
+    say(f"{subject.subject_id}: {state}" + (f", in the groups {', '.join(subject.groups)}" if subject.groups else ""))
+    rows = [
+        (
+            str(encounter.row),
+            encounter.encounter_id,
+            ", ".join(encounter.groups),
+            ", ".join(f"{name}{_quality(t.quality)}" for name, t in encounter.templates.items()),
+            ", ".join(dict.fromkeys(template.model_id for template in encounter.templates.values())),
+        )
+        for encounter in subject.encounters
+    ]
+    if rows:
+        show_table(rows, ("row", "encounter", "groups", "columns (quality)", "models"))
+    history = [
+        (
+            _moment(decision.decided_at),
+            decision.encounter_id or "",
+            decision.outcome,
+            "" if decision.best is None else f"{decision.best.key} {decision.best.score_db:.1f} dB",
+            "" if decision.adjudicated is None else f"{decision.adjudicated.ruling}, by {decision.adjudicated.by}",
+        )
+        for decision in subject.decisions
+    ]
+    if history:
+        show_table(history, ("decided at (UTC)", "encounter", "outcome", "strongest candidate", "verdict"))
+    for encounter_id in subject.open_cases:
+        say(f"waits for a verdict: {encounter_id}; biodedup cases show {encounter_id}")
+
+
+def _document(subject: Subject) -> dict[str, Any]:
+    encounters = [
+        {
+            "row": encounter.row,
+            "encounter_id": encounter.encounter_id,
+            "groups": list(encounter.groups),
+            "templates": {n: {"model_id": t.model_id, "quality": t.quality} for n, t in encounter.templates.items()},
+        }
+        for encounter in subject.encounters
+    ]
+    return {
+        "subject_id": subject.subject_id,
+        "enrolled": subject.enrolled,
+        "groups": list(subject.groups),
+        "encounters": encounters,
+        "decisions": [to_dict(decision) for decision in subject.decisions],
+        "open_cases": list(subject.open_cases),
+    }
+
+
+def _quality(quality: float | None) -> str:
+    return "" if quality is None else f" ({quality:.3g})"
+
+
+def _moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}" if seconds else ""

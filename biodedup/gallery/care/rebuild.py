@@ -1,0 +1,118 @@
+"""Rebuilds a gallery from its parts and the rows of its tables, as an export holds them.
+
+Owns the order of the steps: segments, then the database in one transaction. Never decides what the content is.
+
+1. The folder is new. Nothing reads it before the database is committed.
+2. Row numbers, the gallery's id, its version and its policy stay. A sealed part becomes a segment, the journal stays a journal.
+3. A vector that was sealed keeps its eight-bit code, because the codec of its part is used again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.catalogue.sqlite import Catalogue, JournalCell, State
+from biodedup.gallery.files import packed
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.names import DATABASE_NAME, SEGMENT_FOLDER
+from biodedup.gallery.index_settings import IndexSettings
+from biodedup.gallery.segments.part import PIECE_ROWS, Rows
+from biodedup.gallery.segments.writer import write_segment
+
+TABLES = ("model", "group_set", "pending", "review_case", "verdict", "judged", "link", "job_step", "policy")
+"""Tables of the database that are copied row by row. The others hold the manifest and the journal."""
+
+Report = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a gallery holds. settings: JSON that it was created with; sealed: the parts before the journal, in the order of their rows;
+    journal: the rows behind them; table: the rows of one of TABLES."""
+
+    gallery_id: str
+    settings: str
+    state: State
+    index: IndexSettings
+    sealed: Sequence[Rows]
+    journal: Rows
+    table: Callable[[str], Iterable[tuple[Any, ...]]]
+
+
+def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Report = lambda rows: None) -> None:
+    """Writes a gallery into a folder that is absent or empty. report: called with the number of rows written so far. Raises
+    StorageUnavailable, and what reading the parts raises."""
+    segments, done = folder / SEGMENT_FOLDER, 0
+    with translated(f"writing {folder}"):
+        storage.make_folder(folder)
+        storage.make_folder(segments)
+        entries = []
+        for number, part in enumerate(content.sealed, 1):
+            entries.append(write_segment(storage, segments, number, content.gallery_id, [part], [None]))
+            done += part.count
+            report(done)
+        with closing(Catalogue(storage.connect(folder / DATABASE_NAME, read_only=False))) as catalogue:
+            catalogue.begin()
+            catalogue.lay_tables(content.gallery_id, content.settings)
+            catalogue.set_index(content.index)
+            for table in TABLES:
+                catalogue.put(table, content.table(table))
+            for entry in entries:
+                catalogue.add_segment(entry)
+            _write_journal(catalogue, content.journal, content.state.version)
+            catalogue.set_state(
+                replace(content.state, next_segment=len(entries) + 1, commit_id=secrets.token_hex(8)),
+            )
+            catalogue.commit()
+        storage.sync_folder(folder)
+    report(done + content.journal.count)
+
+
+def _write_journal(catalogue: Catalogue, part: Rows, version: int) -> None:
+    """Journal rows have no gaps: a row that was removed is there without an id, a template or a group, and is a tombstone."""
+    following = part.first_row
+    for low in range(0, part.count, PIECE_ROWS):
+        high = min(low + PIECE_ROWS, part.count)
+        rows = part.rows(np.arange(low, high)).tolist()
+        _bury(catalogue, sorted(set(range(following, rows[-1] + 1)) - set(rows)), version)
+        following = rows[-1] + 1
+        ids, encounter_ids = packed.text(part.subject_ids(low, high)), packed.text(part.encounter_ids(low, high))
+        catalogue.add_subjects(zip(rows, ids, encounter_ids, part.group_sets(low, high).tolist(), strict=True))
+        for name, column in part.columns.items():
+            first, last = column.cell_range(low, high)
+            vectors = column.vectors(first, last)
+            minutiae, quality = column.minutiae(first, last).to_pylist(), column.quality(first, last).tolist()
+            at = part.rows(column.positions(first, last)).tolist()
+            catalogue.put_cells(
+                JournalCell(
+                    row,
+                    name,
+                    None if column.dimension is None else np.asarray(vectors[i], "<f4").tobytes(),
+                    minutiae[i] or None,
+                    None if np.isnan(quality[i]) else quality[i],
+                )
+                for i, row in enumerate(at)
+            )
+    _bury(catalogue, range(following, part.end_row), version)
+    answers = part.answers
+    for low in range(0, answers.count, PIECE_ROWS):
+        high = min(low + PIECE_ROWS, answers.count)
+        ids, digests = packed.text(answers.ids(low, high)), answers.digests(low, high).to_pylist()
+        for encounter_id, digest, data in zip(ids, digests, answers.texts(low, high).to_pylist(), strict=True):
+            catalogue.add_answer(encounter_id, StoredDecision.read(digest, zlib.decompress(data).decode()))
+
+
+def _bury(catalogue: Catalogue, rows: Iterable[int], version: int) -> None:
+    for row in rows:
+        catalogue.add_subjects([(row, "", "", 0)])
+        catalogue.add_tombstone(row, version)

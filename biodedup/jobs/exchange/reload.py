@@ -1,0 +1,476 @@
+"""`load FOLDER`: turns an exported gallery into the same gallery again.
+
+Owns the reading of the export and the checks of what it holds. Never changes a gallery that is there: an export is loaded into a new
+folder, which has its name when all of it is written. Memory is bounded by a row group, and some bytes a row.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from biodedup.config import Config
+from biodedup.errors import BiodedupError, GalleryDamaged, InvalidInput
+from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.care.rebuild import Content, rebuild_gallery
+from biodedup.gallery.care.removal import refuse_foreign, remove_gallery
+from biodedup.gallery.catalogue.sqlite import ColumnModel
+from biodedup.gallery.files import packed
+from biodedup.gallery.files.codec import Codec
+from biodedup.gallery.files.codes import Codes
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.files.packed import Packed
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.index_settings import read_settings
+from biodedup.gallery.segments.part import PIECE_ROWS, Int64, sorted_lookup
+from biodedup.gallery.segments.stored_index import StoredIndex
+from biodedup.jobs.exchange.gallery_files import (
+    CODECS,
+    CODECS_NAME,
+    DECISIONS,
+    DECISIONS_NAME,
+    FILE_OF,
+    ROWS_NAME,
+    About,
+    ExportedPart,
+    described,
+    read_about,
+    rows_schema,
+    table_schema,
+)
+from biodedup.jobs.manifests.check import Checked
+from biodedup.jobs.shared.files import sync_folder
+from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.values import COLUMNS, Float32
+
+_UNIT = 1e-3
+"""How far the length of a vector may be from 1."""
+
+
+@dataclass(frozen=True)
+class LoadedGallery:
+    """subjects: enrolled; rows: their encounters and those of open cases; decisions: answers, receipts of loads included; version: of the
+    gallery."""
+
+    subjects: int
+    rows: int
+    decisions: int
+    version: int
+
+
+def load_gallery(
+    export: Path, gallery: Path, config: Config | None = None, *, progress: Progress = silent
+) -> LoadedGallery:
+    """Makes the gallery that `export_gallery` wrote, in a folder that is absent or empty: the same ids, rows, groups, templates,
+    decisions, cases, verdicts, policies and version. Indexes of FAISS are built by the first writer.
+
+    Raises InvalidInput where the folder is taken or the export is not whole, StorageUnavailable; then the folder is as it was.
+    """
+    storage, config = LocalStorage(), config or Config()
+    about = read_about(export)
+    _refuse_taken(gallery)
+    new = gallery.with_name(f".{gallery.name}.new")
+    refuse_foreign(storage, new)
+    remove_gallery(storage, new)  # what an interrupted run left
+    total = sum(part.rows for part in about.parts)
+    try:
+        with _understood(export):
+            rebuild_gallery(
+                storage, new, _content(export, about), lambda done: progress("loading", done, max(total, 1))
+            )
+        with closing(Gallery.open_to_read(new, storage, config.gallery)) as opened:
+            snapshot = opened.snapshot()
+        if snapshot.present_count != total:
+            raise InvalidInput(f"{export} makes {snapshot.present_count:,} rows, wanted {total:,}; export again")
+        with translated(f"writing {gallery}"):
+            _refuse_taken(gallery)
+            new.replace(gallery)
+            sync_folder(gallery.parent)
+    except BaseException:
+        with suppress(BiodedupError, OSError):
+            remove_gallery(storage, new)
+        raise
+    decisions = sum(part.decisions for part in about.parts)
+    return LoadedGallery(snapshot.live_count, total, decisions, about.state.version)
+
+
+def check_export(export: Path) -> Checked:
+    """Reads a whole export, compares each file with its SHA-256, and checks every row. Writes nothing. Raises InvalidInput, naming the
+    file that is damaged."""
+    about = read_about(export)
+    with _understood(export):
+        for name, stated in about.files.items():
+            if not (export / name).is_file():
+                raise InvalidInput(f"{export / name} is missing; export the gallery again")
+            if described(export / name) != stated:
+                raise InvalidInput(f"{export / name} is not the file that was exported; export the gallery again")
+        content = _content(export, about)
+        for part in (*content.sealed, content.journal):
+            assert isinstance(part, _ImportedPart), "this module made it"
+            part.check()
+        for table in FILE_OF:
+            for _ in content.table(table):
+                pass
+    return Checked(str(export), sum(part.rows for part in about.parts))
+
+
+def _refuse_taken(gallery: Path) -> None:
+    if gallery.is_symlink() or (gallery.exists() and (not gallery.is_dir() or any(gallery.iterdir()))):
+        raise InvalidInput(
+            f"{gallery} is not empty; an export is loaded into a new gallery. Name another folder; `biodedup merge` brings two "
+            "galleries together"
+        )
+
+
+@contextmanager
+def _understood(export: Path) -> Iterator[None]:
+    """Turns what a damaged export raises into InvalidInput."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InvalidInput(f"{error.filename or export} is missing; export the gallery again") from None
+    except BiodedupError as error:
+        if isinstance(error, GalleryDamaged):
+            raise InvalidInput(f"{export} is damaged: {error}; export the gallery again") from error
+        raise
+    except (pa.ArrowException, LookupError, ValueError, TypeError, ArithmeticError, OSError, zlib.error) as error:
+        raise InvalidInput(
+            f"{export} is damaged ({type(error).__name__}: {error}); export the gallery again"
+        ) from error
+
+
+def _content(export: Path, about: About) -> Content:
+    """The export as a gallery is rebuilt from it."""
+
+    def table(name: str) -> Iterator[tuple[Any, ...]]:
+        path = export / FILE_OF[name]
+        batches = _opened(path, table_schema(name)).iter_batches()
+        while True:
+            with _understood(path):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+    models = {COLUMNS[index]: ColumnModel(model_id, size) for index, model_id, size in table("model")}
+    numbers = {frozenset(json.loads(names)): number for number, names in table("group_set")}
+    rows = Slices(export / ROWS_NAME, rows_schema(models))
+    decisions = Slices(export / DECISIONS_NAME, DECISIONS)
+    codecs = _codecs(export)
+    parts: list[_ImportedPart] = []
+    first_row = first_decision = 0
+    for stated in about.parts:
+        for codec_id in set(stated.codecs.values()) - codecs.keys():
+            raise InvalidInput(f"{export / CODECS_NAME} lacks the codec {codec_id}; export the gallery again")
+        of_part = {name: codecs[codec_id] for name, codec_id in stated.codecs.items()}
+        answers = _ImportedAnswers(decisions, first_decision, stated.decisions)
+        parts.append(_ImportedPart(stated, models, _Range(rows, first_row, stated.rows), answers, of_part, numbers))
+        first_row, first_decision = first_row + stated.rows, first_decision + stated.decisions
+    if (first_row, first_decision) != (rows.count, decisions.count) or not parts or parts[-1].sealed:
+        raise InvalidInput(f"{export} has other rows than it states; export the gallery again")
+    index = read_settings(about.index, ())
+    return Content(about.gallery_id, about.settings, about.state, index, parts[:-1], parts[-1], table)
+
+
+def _opened(path: Path, schema: Any) -> Any:
+    """A Parquet file of the export, whose pages are checked as they are read."""
+    with _understood(path):
+        file = pa.parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+    if not file.schema_arrow.equals(schema):
+        raise InvalidInput(f"{path} has the columns {file.schema_arrow.names}, wanted {schema.names}; export again")
+    return file
+
+
+def _codecs(export: Path) -> dict[str, Codec]:
+    codecs = {}
+    for row in _opened(export / CODECS_NAME, CODECS).read().to_pylist():
+        rotation = np.frombuffer(row["rotation"], "<f4").reshape(-1, row["dimension"])
+        codec = Codec.from_card(json.loads(row["card"]), rotation)
+        if codec.codec_id != row["codec_id"]:
+            raise InvalidInput(f"{export / CODECS_NAME} has another codec than {row['codec_id']}; export again")
+        codecs[codec.codec_id] = codec
+    return codecs
+
+
+class Slices:
+    """The rows of a Parquet file by their numbers, one column at a time. Keeps the row groups that were read last."""
+
+    def __init__(self, path: Path, schema: Any) -> None:
+        self._path = path
+        self._file = file = _opened(path, schema)
+        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        self._starts = np.cumsum([0, *counts]).tolist()
+        self._kept: tuple[str, int, int, Any] = ("", 0, 0, None)
+
+    @property
+    def count(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, name: str, low: int, high: int) -> Any:
+        """Rows [low, high) of a column, an Arrow array."""
+        if low >= high:
+            return pa.array([], self._file.schema_arrow.field(name).type)
+        first, last = bisect_right(self._starts, low) - 1, bisect_right(self._starts, high - 1)
+        if self._kept[:3] != (name, first, last):
+            with _understood(self._path):
+                groups = self._file.read_row_groups(range(first, last), columns=[name], use_threads=False)
+                self._kept = (name, first, last, groups.column(0).combine_chunks())
+        whole = self._kept[3]
+        if isinstance(whole, pa.ChunkedArray):  # combine_chunks of some releases of Arrow
+            whole = pa.concat_arrays(whole.chunks)
+        return whole.slice(low - self._starts[first], high - low)
+
+
+@dataclass(frozen=True, eq=False)
+class _Range:
+    """`count` rows of a file from `first` on, numbered from 0."""
+
+    slices: Slices
+    first: int
+    count: int
+
+    def read(self, name: str, low: int, high: int) -> Any:
+        return self.slices.read(name, self.first + low, self.first + min(high, self.count))
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        for low in range(0, self.count, PIECE_ROWS):
+            yield low, min(low + PIECE_ROWS, self.count)
+
+    def whole(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
+        """A column of numbers, in memory."""
+        pieces = [np.zeros(0, dtype)]
+        for low, high in self.pieces():
+            pieces.append(self.read(name, low, high).to_numpy(zero_copy_only=False).astype(dtype, copy=False))
+        return np.concatenate(pieces)
+
+
+class _ImportedPart:
+    """A part of an export, as `Rows`."""
+
+    def __init__(
+        self,
+        stated: ExportedPart,
+        models: Mapping[str, ColumnModel],
+        rows: _Range,
+        answers: _ImportedAnswers,
+        codecs: Mapping[str, Codec],
+        numbers: Mapping[frozenset[str], int],
+    ) -> None:
+        self.first_row, self.end_row, self.count = stated.first_row, stated.end_row, stated.rows
+        self.sealed = stated.sealed
+        self.answers = answers
+        self._rows = rows
+        self._models, self._codecs, self._numbers = models, codecs, numbers
+
+    @cached_property
+    def _row_numbers(self) -> NDArray[np.int64]:
+        rows = self._rows.whole("row", np.int64)
+        if len(rows) and not (self.first_row <= rows[0] and rows[-1] < self.end_row and (np.diff(rows) > 0).all()):
+            raise InvalidInput(f"rows {self.first_row} to {self.end_row} of the export are out of order; export again")
+        return rows
+
+    @cached_property
+    def _presence(self) -> NDArray[np.uint16]:
+        presence = self._rows.whole("presence", np.uint16)
+        known = sum(1 << index for index, column in enumerate(COLUMNS) if column in self._models)
+        if (presence & ~np.uint16(known)).any() or not presence.all():
+            raise InvalidInput("a row of the export has templates of no column; export again")
+        return presence
+
+    @cached_property
+    def _group_sets(self) -> NDArray[np.uint32]:
+        pieces = [np.zeros(0, np.uint32)]
+        for low, high in self._rows.pieces():
+            names = self._rows.read("groups", low, high).to_pylist()
+            pieces.append(np.array([self._numbers[frozenset(listed)] if listed else 0 for listed in names], np.uint32))
+        return np.concatenate(pieces)
+
+    @cached_property
+    def columns(self) -> Mapping[str, _ImportedColumn]:
+        columns = {}
+        for index, name in enumerate(COLUMNS):
+            positions = np.flatnonzero(self._presence >> index & 1)
+            if len(positions):
+                dimension = self._models[name].dimension
+                columns[name] = _ImportedColumn(name, dimension, self._rows, positions, self._codecs.get(name))
+        return columns
+
+    @property
+    def bits(self) -> Mapping[int, int]:
+        counts = np.bincount(self._presence)
+        return {bits: int(counts[bits]) for bits in np.flatnonzero(counts).tolist()}
+
+    def rows(self, positions: Int64) -> Int64:
+        return self._row_numbers[positions]
+
+    def presence(self, low: int, high: int) -> NDArray[np.uint16]:
+        return self._presence[low:high]
+
+    def group_sets(self, low: int, high: int) -> NDArray[np.uint32]:
+        return self._group_sets[low:high]
+
+    def subject_ids(self, low: int, high: int) -> Packed:
+        ids = self._rows.read("subject_id", low, high)
+        if ids.null_count:
+            raise InvalidInput("a row of the export has no subject_id; export again")
+        return packed.pack_text(ids)
+
+    def encounter_ids(self, low: int, high: int) -> Packed:
+        return packed.pack_text(pa.compute.fill_null(self._rows.read("encounter_id", low, high), ""))
+
+    @cached_property
+    def again(self) -> NDArray[np.uint64]:
+        pieces = [np.zeros(0, np.uint64)]
+        for low, high in self._rows.pieces():
+            marked = self._rows.read("again", low, high)
+            pieces.append(packed.hashes(self.subject_ids(low, high).filter(marked)))
+        return np.unique(np.concatenate(pieces))
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        pieces = [packed.hashes(self.subject_ids(low, high)) for low, high in self._rows.pieces()]
+        return sorted_lookup(np.concatenate([np.zeros(0, np.uint64), *pieces]))
+
+    def check(self) -> None:
+        """Reads everything. Raises what reading raises."""
+        _ = self._row_numbers, self._group_sets
+        for low, high in self._rows.pieces():
+            self.subject_ids(low, high)
+            self.encounter_ids(low, high)
+        for column in self.columns.values():
+            for low in range(0, column.count, PIECE_ROWS):
+                high = min(low + PIECE_ROWS, column.count)
+                column.vectors(low, high)
+                column.minutiae(low, high)
+                column.quality(low, high)
+        for low in range(0, self.answers.count, PIECE_ROWS):
+            self.answers.texts(low, min(low + PIECE_ROWS, self.answers.count))
+
+
+class _ImportedColumn:
+    """A column of an `_ImportedPart`. positions: of the rows that have a template, ascending."""
+
+    def __init__(self, name: str, dimension: int | None, rows: _Range, positions: Int64, codec: Codec | None) -> None:
+        self.dimension, self.count, self.codec = dimension, len(positions), codec
+        self.full = self.count == rows.count
+        self.index: StoredIndex | None = None
+        self.byte_counts = (0, 0)
+        self._name, self._rows, self._positions = name, rows, positions
+
+    def cell_range(self, low: int, high: int) -> tuple[int, int]:
+        first, last = np.searchsorted(self._positions, (low, high))
+        return int(first), int(last)
+
+    def positions(self, low: int, high: int) -> Int64:
+        return self._positions[low:high]
+
+    def _cells(self, name: str, low: int, high: int) -> Any:
+        """An Arrow array: a column of the file at cells [low, high)."""
+        at = self._positions[low:high]
+        if not len(at):
+            return self._rows.read(name, 0, 0)
+        return self._rows.read(name, int(at[0]), int(at[-1]) + 1).take(pa.array(at - at[0]))
+
+    def vectors(self, low: int, high: int) -> Float32:
+        count = min(high, self.count) - low
+        if self.dimension is None:
+            return np.zeros((count, 0), np.float32)
+        lists = self._cells(self._name, low, high)
+        flat = lists.flatten()
+        lengths = pa.compute.list_value_length(lists)
+        if (
+            lists.null_count
+            or flat.null_count
+            or (len(lists) and set(lengths.unique().to_pylist()) != {self.dimension})
+        ):
+            raise InvalidInput(
+                f"column {self._name} of the export lacks vectors of {self.dimension} numbers; export again"
+            )
+        vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, self.dimension)
+        lengths = np.linalg.norm(vectors, axis=1)
+        if not (np.abs(lengths - 1) < _UNIT).all():
+            raise InvalidInput(
+                f"column {self._name} of the export has vectors that are not of unit length; export again"
+            )
+        return np.asarray(vectors, np.float32)
+
+    def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
+        return codec.encode(self.vectors(low, high))
+
+    def quality(self, low: int, high: int) -> Float32:
+        values = self._cells(f"{self._name}_quality", low, high).cast(pa.float32())
+        return np.asarray(pa.compute.fill_null(values, np.nan).to_numpy(zero_copy_only=False), np.float32)
+
+    def minutiae(self, low: int, high: int) -> Packed:
+        if self._name == "face":
+            return packed.empties(min(high, self.count) - low)
+        records = self._cells(f"{self._name}_minutiae", low, high)
+        if self.dimension is None and records.null_count:
+            raise InvalidInput(f"column {self._name} of the export lacks minutiae; export again")
+        return pa.compute.fill_null(records, b"").cast(pa.large_binary())
+
+    # not needed to write a segment --------------------------------------------------------------------------------
+
+    def cells_at(self, positions: Int64) -> Int64:
+        raise NotImplementedError("an export is read in order")
+
+    def vectors_at(self, cells: Int64) -> Float32:
+        raise NotImplementedError("an export is read in order")
+
+    def high_nibbles(self, low: int, high: int) -> tuple[Codes, Float32]:
+        raise NotImplementedError("an export is not searched")
+
+    def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
+        raise NotImplementedError("an export is not searched")
+
+    def release(self, *, forget: bool) -> None:
+        pass
+
+    def minutiae_at(self, cells: Int64) -> list[bytes]:
+        raise NotImplementedError("an export is read in order")
+
+
+class _ImportedAnswers:
+    """The answers of an `_ImportedPart`."""
+
+    def __init__(self, decisions: Slices, first: int, count: int) -> None:
+        self.count = count
+        self._range = _Range(decisions, first, count)
+
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        counts: dict[str, int] = {}
+        for low, high in self._range.pieces():
+            for entry in self._range.read("outcome", low, high).value_counts().to_pylist():
+                counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+        return counts
+
+    def find(self, encounter_id: str, hashed: np.uint64) -> StoredDecision | None:
+        raise NotImplementedError("an export is read in order")
+
+    def ids(self, low: int, high: int) -> Packed:
+        return packed.pack_text(self._range.read("encounter_id", low, high))
+
+    def digests(self, low: int, high: int) -> Packed:
+        return self._range.read("digest", low, high).cast(pa.large_binary())
+
+    def texts(self, low: int, high: int) -> Packed:
+        texts = self._range.read("answer", low, high).to_pylist()
+        return packed.pack([zlib.compress(text.encode()) for text in texts])
+
+    def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        pieces = [packed.hashes(self.ids(low, high)) for low, high in self._range.pieces()]
+        return sorted_lookup(np.concatenate([np.zeros(0, np.uint64), *pieces]))
