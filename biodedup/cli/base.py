@@ -28,7 +28,8 @@ from typer.core import TyperGroup
 import biodedup as bd
 from biodedup import jobs
 from biodedup.config import Config, IsolationConfig
-from biodedup.errors import BiodedupError, CallerError, DataDamaged, InvalidInput, RetryableError
+from biodedup.errors import BiodedupError, CallerError, DataDamaged, GalleryBusy, InvalidInput, RetryableError
+from biodedup.gallery.files.names import LOCK_NAME
 from biodedup.jobs.shared.progress import WARNING
 from biodedup.settings import Settings, settings_for
 from biodedup.texts import json_text, shown
@@ -134,6 +135,12 @@ EncounterOption = Annotated[
 GroupOption = Annotated[
     list[str] | None, typer.Option("--group", help="A group that the subject belongs to, or to search in. Repeatable.")
 ]
+WaitOption = Annotated[
+    float,
+    typer.Option(
+        "--wait", metavar="SECONDS", min=0, help="How long to wait while another process holds the gallery for writing."
+    ),
+]
 AcrossOption = Annotated[
     bool,
     typer.Option(
@@ -157,6 +164,7 @@ IndexOption = Annotated[
     ),
 ]
 DEFAULT_GALLERY = Path("gallery")
+WAIT_STEP_S = 0.2
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
@@ -250,11 +258,53 @@ def configured(gallery: Path | None, file: Path | None, **options: Any) -> Confi
 
 
 @contextmanager
-def existing(gallery: Path, config: Config) -> Iterator[bd.Engine]:
-    """Opens a gallery for writing, and raises where there is none: a mistyped path must not create an empty gallery."""
+def existing(gallery: Path, config: Config, wait_s: float | None = None) -> Iterator[bd.Engine]:
+    """Opens a gallery for writing, and raises where there is none: a mistyped path must not create an empty gallery.
+
+    wait_s: how long to wait for another writer to end; None where the command has no option for it.
+    """
     bd.Engine.open(gallery, config, read_only=True).close()
-    with bd.Engine.open(gallery, config) as engine:
+    with _opened_in_turn(gallery, config, wait_s) as engine:
         yield engine
+
+
+def _opened_in_turn(gallery: Path, config: Config, wait_s: float | None) -> bd.Engine:
+    until, told = time.monotonic() + (wait_s or 0), False
+    while True:
+        try:
+            return bd.Engine.open(gallery, config)
+        except GalleryBusy as error:
+            left = until - time.monotonic()
+            if left <= 0:
+                if wait_s is None:
+                    raise
+                waited = f"after {wait_s:g} s it was still held" if wait_s else "--wait SECONDS waits for it"
+                raise GalleryBusy(f"{error}; {holder(gallery)}; {waited}") from None
+            if not told:
+                complain(f"{gallery} is held for writing; {holder(gallery)}; waiting up to {wait_s:g} s")
+                told = True
+            time.sleep(min(left, WAIT_STEP_S))
+
+
+def holder(gallery: Path) -> str:
+    """The process that holds a gallery for writing, in words. Names no argument of it: they may hold ids."""
+    try:
+        number = int((gallery / LOCK_NAME).read_text("ascii"))
+        about = Path(f"/proc/{number}")
+        name, age = (about / "comm").read_text("utf-8").strip(), time.time() - about.stat().st_mtime
+        return f"the holder is process {number}, {name}, running for {span(age)}"
+    except (OSError, ValueError):  # it has just ended, or the system has no /proc
+        return "the holder is not known"
+
+
+def span(seconds: float | None) -> str:
+    """A time span in one suitable unit."""
+    if seconds is None:
+        return ""
+    for unit, length in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def captures_of(

@@ -30,6 +30,7 @@ from biodedup.cli.base import (
     progress_bar,
     say,
     show_table,
+    span,
 )
 from biodedup.cli.table_options import (
     CheckOption,
@@ -142,23 +143,13 @@ def status(
         print_json(now.to_dict())
         return
     show_table(
-        ((name, f"{line.count:,}", _age(line.oldest_s), _age(line.median_s)) for name, line in now.lines.items()),
+        ((name, f"{line.count:,}", span(line.oldest_s), span(line.median_s)) for name, line in now.lines.items()),
         ("status", "encounters", "oldest", "median age"),
     )
     say(
         f"an hour: {now.intake_hour:,.0f} come in, {now.decided_hour:,.0f} are decided (over the last day {now.intake_day:,.0f} and "
         f"{now.decided_day:,.0f})"
     )
-    say(f"{now.waiting:,} wait; the queue is empty in {_age(now.clear_s) or 'unknown time'} at the present rate")
+    say(f"{now.waiting:,} wait; the queue is empty in {span(now.clear_s) or 'unknown time'} at the present rate")
     if now.warning:
         say(f"warning: {now.warning}")
-
-
-def _age(seconds: float | None) -> str:
-    """A time span in one suitable unit."""
-    if seconds is None:
-        return ""
-    for unit, length in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -18,6 +18,7 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     Panel,
+    WaitOption,
     app,
     configured,
     existing,
@@ -117,6 +118,7 @@ def decide(
         ),
     ] = None,
     note: Annotated[str, typer.Option("--note", help="Kept with the verdict.")] = "",
+    wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -125,7 +127,7 @@ def decide(
 
     Exit code 11: the case stays open, because another candidate waits for a verdict.
     """
-    with existing(gallery, configured(gallery, config)) as engine:
+    with existing(gallery, configured(gallery, config), wait) as engine:
         linked = engine.case(encounter_id).linked
         decision = engine.adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
         case = engine.case(encounter_id)

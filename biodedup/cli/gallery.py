@@ -21,6 +21,7 @@ from biodedup.cli.base import (
     ModelIdOption,
     Panel,
     ThreadsOption,
+    WaitOption,
     app,
     complain,
     configured,
@@ -231,6 +232,7 @@ def export(
 
 @app.command(rich_help_panel=Panel.GALLERY)
 def compact(
+    wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -239,7 +241,7 @@ def compact(
 
     Needs free disk space of the gallery's size.
     """
-    with existing(gallery, configured(gallery, config)) as engine:
+    with existing(gallery, configured(gallery, config), wait) as engine:
         jobs.forget_removed(gallery)
         engine.compact()
         size = len(engine)

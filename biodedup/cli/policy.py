@@ -23,6 +23,7 @@ from biodedup.cli.base import (
     JsonOption,
     Panel,
     ThreadsOption,
+    WaitOption,
     app,
     complain,
     configured,
@@ -75,7 +76,7 @@ def show(
         before = version
 
 
-def set_policy(named: Path | None, by: str, reason: str, gallery: Path, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
+def set_policy(named: Path | None, *, by: str, reason: str, wait: float, gallery: Path, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
     """Store a new version of the gallery's policy. Settings that no option names keep their values. It applies from then on."""
     folder = named or gallery
     wanted = {name: _parsed(name, value) for name, value in given.items() if value is not None}
@@ -84,7 +85,7 @@ def set_policy(named: Path | None, by: str, reason: str, gallery: Path, config: 
     chosen = replace(
         configured(folder, config), policy=None
     )  # whatever the settings say, this is about the gallery's own
-    with existing(folder, chosen) as engine:
+    with existing(folder, chosen, wait) as engine:
         before = engine.policies()[-1]
         stored = engine.set_policy(made(Policy, flat(before.policy) | wanted), by=by, reason=reason)
     changed = "nothing has changed" if stored.version == before.version else _changed(before, stored)
@@ -95,6 +96,7 @@ def _signature() -> inspect.Signature:
     """What `policy set` takes: an option for each field of `Policy`, so that a new field has one by itself."""
     fields = [(name, _option(name, hint)) for name, hint in hints(Policy).items()]
     others = [
+        ("wait", WaitOption, 0.0),
         ("gallery", GalleryOption, DEFAULT_GALLERY),
         ("config", ConfigOption, None),
         ("as_json", JsonOption, False),

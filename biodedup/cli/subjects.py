@@ -24,6 +24,7 @@ from biodedup.cli.base import (
     MissingOption,
     Panel,
     ThreadsOption,
+    WaitOption,
     app,
     captures_of,
     configured,
@@ -144,13 +145,14 @@ def update(
 @app.command(rich_help_panel=Panel.SUBJECTS)
 def remove(
     subject_ids: Annotated[list[str], typer.Argument(metavar="SUBJECT_ID...")],
+    wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remove subjects: all of them, or none where one is not enrolled. The next search does not return them."""
     subject_ids = list(dict.fromkeys(subject_ids))
-    with existing(gallery, configured(gallery, config)) as engine:
+    with existing(gallery, configured(gallery, config), wait) as engine:
         absent = [name for name, there in zip(subject_ids, engine.are_enrolled(subject_ids), strict=True) if not there]
         if absent:
             raise UnknownSubject(f"not enrolled: {', '.join(map(repr, absent))}; nothing was removed, correct the ids")
