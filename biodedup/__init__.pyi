@@ -1,3 +1,4 @@
+from . import jobs as jobs
 from .capture.finger import read_minutiae as read_minutiae
 from .capture.finger import write_minutiae as write_minutiae
 from .config import CaptureConfig as CaptureConfig

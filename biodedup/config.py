@@ -11,6 +11,7 @@ from math import inf, isfinite, log10
 from pathlib import Path
 from typing import Any
 
+from biodedup.arguments import check_fields, checked
 from biodedup.errors import InvalidInput
 from biodedup.index_spec import parse_specs
 from biodedup.required import SENT, check_required
@@ -62,6 +63,7 @@ class FaceConfig:
     """Greatest tilt of the head, in degrees. Alignment takes the tilt off, so that it harms less than yaw."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self, 0, 1, "detector_confidence_min", "confidence_min", "several_share_max")
         _check(self, 0, 255, "brightness_min", "brightness_max")
         _check(self, 0, 180, "yaw_deg_max", "roll_deg_max")
@@ -103,6 +105,7 @@ class FingerConfig:
     """Least NFIQ 2 score, 0 to 100. Raise it if operators can capture a finger again."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self, 0, inf, "area_mm2_min", "minutiae_min", "nfiq2_min")
         _check(self, 0, 1, "ridge_share_min")
         _check(self, 1, inf, "side_px_max")
@@ -124,6 +127,7 @@ class CaptureConfig:
     """Greatest size of a file, in bytes; no more of a file is read."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self, 1, inf, "pixels_max", "side_px_min", "bytes_max")
 
 
@@ -139,6 +143,7 @@ class IsolationConfig:
     500 MB."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.capture_s_max <= 86_400:
             raise InvalidInput(f"capture_s_max is {self.capture_s_max!r}, wanted seconds, above 0 and at most a day")
         if self.memory_bytes_max < 1 << 28:
@@ -188,6 +193,7 @@ class Policy:
     `2 fingers` asks for that one. An empty sequence requires nothing."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "required", check_required(self.required))
         for name in ("trust_extrapolation", "own_strangers"):
             if not isinstance(getattr(self, name), bool):
@@ -245,6 +251,7 @@ class SearchConfig:
     cannot."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("candidates", "finger_rows_max", "returned"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
@@ -275,6 +282,7 @@ class GalleryConfig:
     it with another one raises IndexMismatch."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.index is not None:
             parse_specs(self.index)
         for name, minimum in (("seal_rows", 1), ("merge_fan", 2), ("segment_rows", 1), ("encounters_max", 1)):
@@ -304,11 +312,13 @@ class Config:
     `if __name__ == "__main__"`."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("threads", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Config:
         """The settings of a TOML file with tables `[face]`, `[search]`, ... and the names of these fields; others have their defaults.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from inspect import isgeneratorfunction
+from inspect import isgeneratorfunction, unwrap
 from typing import Any, TypeVar
 
 from biodedup.errors import OutOfMemory
@@ -43,7 +43,7 @@ def within_memory(cls: type[_T]) -> type[_T]:
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    if isgeneratorfunction(method):
+    if isgeneratorfunction(unwrap(method)):  # a decorator's function is none itself
 
         @wraps(method)
         def generate(*args: Any, **named: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.arguments import check_fields
 from biodedup.errors import InvalidInput
 from biodedup.texts import KnownId, id_problem, text_problem
 
@@ -110,6 +111,7 @@ class Finger:
 
     def __post_init__(self) -> None:
         _check_data(self.data)
+        check_fields(self)
         _check_position(self.position, FINGER_POSITIONS)
         if self.dpi is not None and not 72 <= self.dpi <= 4000:
             raise InvalidInput(f"dpi is {self.dpi}, wanted 72 to 4000; state the scanner's resolution")
@@ -137,6 +139,12 @@ class Missing:
 
 Capture: TypeAlias = Face | Finger | Missing
 
+_BESIDE_CAPTURES = {
+    "Refusal": "pass it beside the captures, as declined=[refusal]",
+    "Template": "pass it beside the captures, as templates={template.column: template}",
+}
+"""Type of a value that is no capture -> what to do with it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Template:
@@ -154,6 +162,7 @@ class Template:
 
     def __post_init__(self) -> None:
         _check_position(self.column, COLUMNS)
+        check_fields(self)
         if self.embedding is None and self.minutiae is None:
             raise InvalidInput("a template needs an embedding or minutiae; it has neither")
         if self.minutiae is not None and self.column == "face":
@@ -198,7 +207,12 @@ class Encounter:
     model_id: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.captures, (Face, Finger, Missing)):
+            raise InvalidInput("captures is a sequence, got one capture; write captures=[capture]")
+        if isinstance(self.declined, Refusal):
+            raise InvalidInput("declined is a sequence, got one Refusal; write declined=[refusal]")
         object.__setattr__(self, "groups", check_groups(self.groups))
+        check_fields(self)
         declined = tuple(islice(self.declined, CAPTURES_MAX + 1))
         if len(declined) > CAPTURES_MAX:
             raise InvalidInput(f"an encounter has at most {CAPTURES_MAX} declined captures; leave some out")
@@ -216,16 +230,13 @@ class Encounter:
         if self.encounter_id is not None:
             check_encounter_id(self.encounter_id)
         check_model_ids(self.model_id)
-        if isinstance(self.captures, (Face, Finger, Missing)):
-            raise InvalidInput("captures is a sequence, got one capture; write captures=[capture]")
         captures = tuple(islice(self.captures, CAPTURES_MAX + 1))
         if len(captures) > CAPTURES_MAX:
             raise InvalidInput(f"an encounter has at most {CAPTURES_MAX} captures; send the best ones")
         for capture in captures:
             if not isinstance(capture, (Face, Finger, Missing)):
-                raise InvalidInput(
-                    f"captures hold Face, Finger or Missing, got {type(capture).__name__}; wrap it, as Face(path)"
-                )
+                remedy = _BESIDE_CAPTURES.get(type(capture).__name__, "wrap it, as Face(path)")
+                raise InvalidInput(f"captures hold Face, Finger or Missing, got {type(capture).__name__}; {remedy}")
         object.__setattr__(self, "captures", captures)
         for column in self.templates:
             _check_position(column, COLUMNS)

@@ -6,7 +6,7 @@ files and never compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.arguments import checked
 from biodedup.capture.formats import Pixels
 from biodedup.capture.leader import Leader
 from biodedup.capture.minutiae_record import (
@@ -138,6 +139,7 @@ def _checks(config: FingerConfig, **measured: float) -> tuple[tuple[str, str, fl
     return tuple((*told[name], value, limits[name], value < limits[name]) for name, value in measured.items())
 
 
+@checked
 def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str, Template]:
     """position -> template, from a minutiae record of one or several fingers; of several views of a finger the best is taken.
 
@@ -151,7 +153,17 @@ def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str
 
 def write_minutiae(templates: Iterable[Template], *, version: int = 2005) -> bytes:
     """One record of ISO/IEC 19794-2 with one view for each template. version: 2005 or 2011. Raises InvalidInput."""
-    given = [(template.column, template.minutiae) for template in templates]
+    if isinstance(templates, (Mapping, Template, str, bytes)) or not hasattr(templates, "__iter__"):
+        raise InvalidInput(
+            f"write_minutiae takes a sequence of templates, got {type(templates).__name__}; write templates.values(), or [template]"
+        )
+    given = []
+    for template in templates:
+        if not isinstance(template, Template):
+            raise InvalidInput(
+                f"a minutiae record is made of Template, got {type(template).__name__}; leave out what was refused"
+            )
+        given.append((template.column, template.minutiae))
     if not given or not all(record for _, record in given):
         raise InvalidInput("a minutiae record is made of templates that have minutiae; pass one or more of these")
     return write_views([view_of(record, column) for column, record in given if record], version=version)

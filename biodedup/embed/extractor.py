@@ -16,6 +16,7 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 
+from biodedup.arguments import checked_methods
 from biodedup.capture.face import AlignedFace, FaceDetector
 from biodedup.capture.finger import DPI, FingerReader, FingerSample, resampled
 from biodedup.capture.formats import Pixels, check_array, decode
@@ -39,6 +40,7 @@ Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[FingerSample, Fin
 _log = logging.getLogger(__name__)
 
 
+@checked_methods
 class Extractor:
     """Makes templates of captures. Thread-safe. Models are loaded, or processes started, when a capture first needs them.
 

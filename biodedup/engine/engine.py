@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.arguments import checked, checked_methods
 from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.decide import Decider
@@ -115,11 +116,21 @@ class JoinedTile:
 
 
 @within_memory
+@checked_methods
 class Engine:
     """An open gallery with its models. Thread-safe; close it, or use it as a context manager.
 
-    Every method raises OutOfMemory if memory does not suffice. Nothing was acknowledged then, and the engine stays usable.
+    Every method raises OutOfMemory if memory does not suffice. Nothing was acknowledged then, and the engine stays usable. An argument of
+    another type than stated raises InvalidInput.
     """
+
+    def __new__(cls, *given: Any, **named: Any) -> Engine:
+        gallery = given[0] if given else named.get("gallery")
+        if not isinstance(gallery, Gallery):
+            raise InvalidInput(
+                f"an engine is made by opening a gallery, got {type(gallery).__name__}; write bd.Engine.open(folder)"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -315,7 +326,7 @@ class Engine:
         its detail. Nothing is recorded of it, and it may be sent again.
         """
         self._check_open()
-        across, stream = self._across(across_positions), iter(encounters)
+        across, stream = self._across(across_positions), map(_encounter, encounters)
         batches = iter(lambda: list(islice(stream, self._config.batch_size)), [])
         for batch, sought in self._enrolment.ahead(batches, across):
             self._check_open()
@@ -432,11 +443,11 @@ class Engine:
             raise InvalidInput(
                 f"search takes probes of one column, got {len(probes)}; use identify for several captures"
             )
-        if not isinstance(k, int) or k < 1:
+        if k < 1:
             raise InvalidInput(f"k is {k!r}, wanted a whole number of at least 1")
         ((column, vectors),) = probes.items()
         rows = self._preparer.probes_of(column, vectors, model_id)
-        return self._searches.nearest(column, rows, k, _checked(groups))
+        return self._searches.nearest(column, rows, int(k), _checked(groups))
 
     def plan(self, columns: Collection[str] = ("face",)) -> SearchPlan:
         """How a search of these columns is done at present, and which share of mates it may miss; see `SearchPlan.explain`."""
@@ -556,7 +567,7 @@ class Engine:
         An enrolled subject is replaced by its new encounter. An encounter_id that was used before changes nothing.
         """
         self._check_open()
-        return self._loader.import_captures(encounters)
+        return self._loader.import_captures(list(map(_encounter, encounters)))
 
     def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Deprecated: `import_captures`."""
@@ -638,7 +649,12 @@ class Engine:
         """The subject_id of each row number, '' for one that is not there or removed."""
         self._check_open()
         snapshot = self._gallery.snapshot().enrolled
-        numbers = np.asarray(rows, np.int64)
+        numbers = np.asarray(rows)
+        if numbers.ndim != 1 or not (np.issubdtype(numbers.dtype, np.integer) or not numbers.size):
+            raise InvalidInput(
+                f"rows: shape {numbers.shape}, dtype {numbers.dtype}; wanted int64 (n,), as faiss_index answers"
+            )
+        numbers = numbers.astype(np.int64)
         inside = (numbers >= 0) & (numbers < snapshot.row_count)
         there = np.zeros(len(numbers), bool)
         there[inside] = snapshot.are_present(numbers[inside])
@@ -769,6 +785,7 @@ class Engine:
             raise EngineClosed("the engine was closed; open it again")
 
 
+@checked
 def compare(a: Template, b: Template) -> Score:
     """1:1, without a gallery. score_db = -10 log10(FMR); similarity for embeddings, minutiae for fingers, else None.
 
@@ -777,12 +794,25 @@ def compare(a: Template, b: Template) -> Score:
     return shipped_pair_comparer().score(a, b)
 
 
+def _encounter(item: object) -> Encounter:
+    """An item of a stream of encounters. Raises InvalidInput."""
+    if not isinstance(item, Encounter):
+        raise InvalidInput(
+            f"a stream of encounters holds {type(item).__name__}, wanted Encounter; write bd.Encounter(subject_id, [bd.Face(path)])"
+        )
+    return item
+
+
 def _unknown(subject_id: str) -> UnknownSubject:
     return UnknownSubject(f"subject {subject_id!r} is not enrolled; enrol it first, or check the id")
 
 
 def _packed(subject_ids: Sequence[str]) -> Packed:
-    """The ids in the form that look-ups take. Characters that UTF-8 cannot encode become `?`: no subject has such an id."""
+    """The ids in the form that look-ups take. Characters that UTF-8 cannot encode become `?`: no subject has such an id. Raises
+    InvalidInput for an item that is no text."""
+    for subject_id in subject_ids:
+        if not isinstance(subject_id, str):
+            raise InvalidInput(f"a subject_id is a str, got {type(subject_id).__name__}; convert it, as str(value)")
     return pack_text([subject_id.encode("utf-8", "replace").decode() for subject_id in subject_ids])
 
 

@@ -134,6 +134,10 @@ class Preparer:
         self, column: str, cells: NDArray[Any] | Sequence[bytes | None], given: str | None
     ) -> tuple[str, Column]:
         """(model_id, unit rows) of bare embeddings, or (model_id, records as galleries store them). given: the embeddings' model_id."""
+        if isinstance(cells, (str, bytes)) or not hasattr(cells, "__len__") or not hasattr(cells, "__iter__"):
+            raise InvalidInput(
+                f"column {column} is {type(cells).__name__}, wanted vectors (n, d) or n minutiae records; write {{column: vectors}}"
+            )
         if isinstance(cells, np.ndarray) or not all(cell is None or isinstance(cell, bytes) for cell in cells):
             return self.embeddings(column, np.asarray(cells), given)
         if column not in FINGER_POSITIONS:

@@ -18,6 +18,7 @@ from sqlite3 import Connection
 from types import TracebackType
 from typing import Any
 
+from biodedup.arguments import checked
 from biodedup.errors import NotAGallery
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
@@ -127,6 +128,7 @@ class Backlog:
         self._name = name
 
     @classmethod
+    @checked
     def open(cls, gallery: Path, *, read_only: bool = False, storage: Storage | None = None) -> Backlog:
         """Opens the backlog of a gallery, creating it where it is absent. Raises NotAGallery, StorageUnavailable."""
         path = gallery / BACKLOG_NAME
