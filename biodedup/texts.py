@@ -60,6 +60,12 @@ def json_text(document: Any) -> str:
     return _NOT_PLAIN.sub(lambda found: _in_json(found[0]), text) + "\n"
 
 
+def json_line(document: Any) -> str:
+    """The document as one line of JSON, readable, without a line end."""
+    text = json.dumps(document, ensure_ascii=False)
+    return text if text.isascii() and "\x7f" not in text else _NOT_PLAIN.sub(lambda match: _in_json(match[0]), text)
+
+
 def _in_json(letter: str) -> str:
     if not is_hidden(letter):
         return letter

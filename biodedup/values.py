@@ -11,14 +11,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.arguments import check_fields
+from biodedup.described import BIOMETRIC, Described, Tabular
 from biodedup.errors import InvalidInput
 from biodedup.texts import KnownId, id_problem, text_problem
 
@@ -79,14 +80,14 @@ def _check_position(position: str, allowed: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Face:
+class Face(Described):
     """A face capture.
 
     data: the path of an image file (str or os.PathLike), the content of one (bytes), or its pixels: a uint8 or uint16 array (h, w) grey,
     (h, w, 3) RGB or (h, w, 4) RGBA.
     """
 
-    data: CaptureData = field(repr=False)
+    data: CaptureData = field(repr=False, metadata=BIOMETRIC)
 
     def __post_init__(self) -> None:
         _check_data(self.data)
@@ -97,7 +98,7 @@ class Face:
 
 
 @dataclass(frozen=True, eq=False)
-class Finger:
+class Finger(Described):
     """A finger capture: path, encoded bytes, or an array as for `Face`; or a minutiae record, as path or bytes.
 
     A record of ISO/IEC 19794-2:2005 or 2011 or ANSI/INCITS 378-2004 is recognised by its content; if position is `unknown`, the record's
@@ -105,7 +106,7 @@ class Finger:
     dpi: dots per inch of the image; None takes the file's, or 500 if it states none.
     """
 
-    data: CaptureData = field(repr=False)
+    data: CaptureData = field(repr=False, metadata=BIOMETRIC)
     position: str = "unknown"
     dpi: float | None = None
 
@@ -122,7 +123,7 @@ class Finger:
 
 
 @dataclass(frozen=True)
-class Missing:
+class Missing(Described):
     """A capture that cannot be taken: amputated, bandaged, refused by the subject."""
 
     position: str
@@ -147,7 +148,7 @@ _BESIDE_CAPTURES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Template:
+class Template(Described):
     """The embedding or the minutiae of one sample, or both, with the id of the model that made them.
 
     embedding: float32 (d,), unit length, or None. minutiae: a record as for `Finger`, or None.
@@ -156,8 +157,8 @@ class Template:
 
     column: str
     model_id: str
-    embedding: Float32 | None = field(default=None, repr=False)
-    minutiae: bytes | None = field(default=None, repr=False)
+    embedding: Float32 | None = field(default=None, repr=False, metadata=BIOMETRIC)
+    minutiae: bytes | None = field(default=None, repr=False, metadata=BIOMETRIC)
     quality: float | None = None
 
     def __post_init__(self) -> None:
@@ -177,7 +178,7 @@ class Template:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Refusal(Described):
     """A capture that was declined: the reason, the value measured, and the limit that it missed."""
 
     column: str
@@ -243,7 +244,7 @@ class Encounter:
 
 
 @dataclass(frozen=True)
-class EnrolledEncounter:
+class EnrolledEncounter(Described):
     """One row of the gallery: an encounter of an enrolled subject. row: its number, which never changes; encounter_id: "" if it was loaded
     without one; templates: column -> template."""
 
@@ -254,7 +255,7 @@ class EnrolledEncounter:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Described):
     """One comparison. score_db = -10 log10(FMR); llr_db = 10 log10 of the likelihood ratio mated : non-mated."""
 
     score_db: float
@@ -265,7 +266,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(Described):
     """The evidence of one capture for or against one candidate. candidate_column differs from column for a finger of unknown position, and
     if a search across positions found a wrong label."""
 
@@ -282,17 +283,8 @@ class Evidence:
         return self.column != self.candidate_column and "unknown" not in (self.column, self.candidate_column)
 
 
-JSON_NAMES = {"label_penalty_db": "charge_db"}
-"""Fields that have another name in JSON: the name that stored decisions and results have."""
-
-
-def to_dict(value: Any) -> dict[str, Any]:
-    """A dataclass as a JSON-ready document."""
-    return asdict(value, dict_factory=lambda items: {JSON_NAMES.get(name, name): field for name, field in items})
-
-
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Described):
     """An enrolled subject or open case that a search returned; rank 1 is the strongest.
 
     label_penalty_db: the penalty in score_db for the readings that were tried: of a subject's several rows, and of the finger labels in a
@@ -316,6 +308,11 @@ class Candidate:
     rows: tuple[int, ...] = ()
     case: str = ""
 
+    def __repr__(self) -> str:
+        kind = f", {self.kind}" if self.kind else ""
+        of_case = f", case={self.case!r}" if self.case else ""
+        return f"Candidate({self.subject_id!r}, rank={self.rank}, {_in_db(self)}{kind}{of_case})"
+
     @property
     def charge_db(self) -> float:
         """Deprecated: `label_penalty_db`."""
@@ -334,7 +331,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Described):
     """A person's ruling on a case. candidate: the subject_id, or the encounter_id of an open case, that it is about; None for the case as
     a whole; by: the person; at: the time in seconds."""
 
@@ -358,8 +355,45 @@ class Verdict:
         return self.candidate == self.subject_id
 
 
+_CANDIDATE_COLUMNS = {
+    "rank": "int64",
+    "subject_id": "string",
+    "case": "string",
+    "kind": "string",
+    "score_db": "float64",
+    "extrapolated": "bool",
+    "low_db": "float64",
+    "high_db": "float64",
+    "evidence": "string",
+}
+
+
+def _candidate_row(candidate: Candidate) -> dict[str, Any]:
+    """low_db, high_db: the 95 % interval of the score; evidence: the score of each capture."""
+    low, high = candidate.interval_db or (None, None)
+    return {
+        "rank": candidate.rank,
+        "subject_id": candidate.subject_id,
+        "case": candidate.case or None,
+        "kind": candidate.kind or None,
+        "score_db": candidate.score_db,
+        "extrapolated": candidate.extrapolated,
+        "low_db": low,
+        "high_db": high,
+        "evidence": "; ".join(f"{part.column} {part.score_db:.1f} dB" for part in candidate.evidence),
+    }
+
+
+def _in_db(scored: Candidate | Link) -> str:
+    return f"{scored.score_db:.1f} dB{' (extrapolated)' if scored.extrapolated else ''}"
+
+
+def _counted(values: Sequence[Any], noun: str) -> str:
+    return f"{len(values)} {noun}{'' if len(values) == 1 else 's'}"
+
+
 @dataclass(frozen=True)
-class Decision:
+class Decision(Tabular):
     """The decision on one encounter, with its evidence, thresholds and gallery version.
 
     incomplete: part of the gallery could not be searched; such a decision is never `unique`.
@@ -396,6 +430,19 @@ class Decision:
     adjudicated: Verdict | None = None
     replacement: str = ""
 
+    _columns: ClassVar[Mapping[str, str]] = _CANDIDATE_COLUMNS
+
+    def __repr__(self) -> str:
+        best = "" if self.best is None else f", best={self.best.key!r} at {_in_db(self.best)}"
+        reasons = f", reasons={'+'.join(self.reasons)}" if self.reasons else ""
+        return (
+            f"Decision({self.outcome}, subject_id={self.subject_id!r}, encounter_id={self.encounter_id!r}, "
+            f"{_counted(self.candidates, 'candidate')}{best}{reasons})"
+        )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [_candidate_row(candidate) for candidate in self.candidates]
+
     @property
     def final(self) -> bool:
         """Whether the encounter_id keeps this answer. A refusal of captures is not final: repaired, the encounter may be sent again."""
@@ -408,7 +455,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Tabular):
     """An encounter that went to review.
 
     decision: as it stands now; an open case lists no candidates that were removed since. replaces: the encounter is an update of an
@@ -430,6 +477,16 @@ class Case:
     linked: tuple[str, ...] = ()
     replacement: str = ""
     judged: frozenset[int] = field(default=frozenset(), repr=False)
+
+    _columns: ClassVar[Mapping[str, str]] = {**_CANDIDATE_COLUMNS, "to_be_judged": "bool"}
+
+    def __repr__(self) -> str:
+        state = f"closed as {self.decision.outcome}" if self.closed else f"{len(self.undecided)} to be judged"
+        return f"Case({self.encounter_id!r}, subject_id={self.subject_id!r}, {state}, {_counted(self.verdicts, 'verdict')})"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        waiting = {candidate.key for candidate in self.undecided}
+        return [_candidate_row(c) | {"to_be_judged": c.key in waiting} for c in self.decision.candidates]
 
     @property
     def closed(self) -> bool:
@@ -460,7 +517,7 @@ def strong(decision: Decision) -> tuple[Candidate, ...]:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Described):
     """A 1:1 comparison of an encounter with an enrolled subject. accepted: score_db reaches threshold_db, and no capture contradicts
     another. kind: as in `Candidate`, "" below the threshold."""
 
@@ -473,9 +530,14 @@ class Verification:
     refusals: tuple[Refusal, ...]
     kind: Kind = ""
 
+    def __repr__(self) -> str:
+        word = "accepted" if self.accepted else "not accepted"
+        kind = f", {self.kind}" if self.kind else ""
+        return f"Verification({self.subject_id!r}, {word}, {self.score_db:.1f} dB of {self.threshold_db:.1f} dB{kind})"
+
 
 @dataclass(frozen=True, eq=False)
-class SearchResult:
+class SearchResult(Tabular):
     """ids: object (q, k) of subject_id, '' pads; similarity: float32 (q, k), descending, -inf pads.
 
     Unpacks as `ids, similarity = result`. incomplete: part of the gallery could not be searched.
@@ -486,12 +548,44 @@ class SearchResult:
     gallery_version: int
     incomplete: bool = False
 
+    _columns: ClassVar[Mapping[str, str]] = {
+        "probe": "int64",
+        "rank": "int64",
+        "subject_id": "string",
+        "similarity": "float32",
+    }
+
+    def __repr__(self) -> str:
+        count, k = self.ids.shape
+        incomplete = ", incomplete" if self.incomplete else ""
+        return f"SearchResult({count} probe{'' if count == 1 else 's'}, k={k}, gallery_version={self.gallery_version}{incomplete})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready. Padding is left out: each probe has a list of its subjects."""
+        several: list[list[dict[str, Any]]] = [[] for _ in self.ids]
+        for row in self._rows():
+            several[row["probe"]].append({"subject_id": row["subject_id"], "similarity": row["similarity"]})
+        return {"probes": several, "gallery_version": self.gallery_version, "incomplete": self.incomplete}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "probe": probe,
+                "rank": rank,
+                "subject_id": str(subject_id),
+                "similarity": float(self.similarity[probe, rank - 1]),
+            }
+            for probe, ids in enumerate(self.ids)
+            for rank, subject_id in enumerate(ids, 1)
+            if subject_id
+        ]
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self.ids, self.similarity))
 
 
 @dataclass(frozen=True)
-class Link:
+class Link(Described):
     """Two subjects that score as one person. kind: as in `Candidate`; a person should judge every kind but `same_person` and
     `swapped_fingers`."""
 
@@ -501,9 +595,12 @@ class Link:
     evidence: tuple[Evidence, ...]
     kind: Kind = "same_person"
 
+    def __repr__(self) -> str:
+        return f"Link({self.subject_ids[0]!r}, {self.subject_ids[1]!r}, {_in_db(self)}, {self.kind})"
+
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Tabular):
     """Subjects connected by links. weakest_db: score of the weakest link that holds the cluster together. One false link can connect the
     records of two people.
 
@@ -515,9 +612,34 @@ class Cluster:
     weakest_db: float
     links_left_out: int = 0
 
+    _columns: ClassVar[Mapping[str, str]] = {
+        "subject_a": "string",
+        "subject_b": "string",
+        "kind": "string",
+        "score_db": "float64",
+        "extrapolated": "bool",
+    }
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.subject_ids[:3])) + (", ..." if len(self.subject_ids) > 3 else "")
+        links = _counted(self.links, "link") + (f" and {self.links_left_out} left out" if self.links_left_out else "")
+        return f"Cluster({_counted(self.subject_ids, 'subject')}: {names}; {links}, weakest {self.weakest_db:.1f} dB)"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "subject_a": link.subject_ids[0],
+                "subject_b": link.subject_ids[1],
+                "kind": link.kind,
+                "score_db": link.score_db,
+                "extrapolated": link.extrapolated,
+            }
+            for link in self.links
+        ]
+
 
 @dataclass(frozen=True)
-class ListedSubject:
+class ListedSubject(Described):
     """An enrolled subject without its templates: its rows and their encounters ("" for one that was loaded without an encounter_id),
     its groups, and the columns in which it has a template."""
 
@@ -529,7 +651,7 @@ class ListedSubject:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Tabular):
     """Everything that a gallery holds of one id. encounters: its rows, oldest first, none where it is not enrolled; decisions: on its
     encounters, in their order, each as it stands now; open_cases: its encounters that wait for a verdict."""
 
@@ -537,6 +659,34 @@ class Subject:
     encounters: tuple[EnrolledEncounter, ...]
     decisions: tuple[Decision, ...] = ()
     open_cases: tuple[str, ...] = ()
+
+    _columns: ClassVar[Mapping[str, str]] = {
+        "row": "int64",
+        "encounter_id": "string",
+        "groups": "string",
+        "columns": "string",
+    }
+
+    def __repr__(self) -> str:
+        rows = _counted(self.encounters, "encounter") if self.enrolled else "not enrolled"
+        waiting = f", {_counted(self.open_cases, 'open case')}" if self.open_cases else ""
+        return f"Subject({self.subject_id!r}, {rows}, {_counted(self.decisions, 'decision')}{waiting})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without biometric data: of a template its model_id and quality."""
+        more = {"enrolled": self.enrolled, "groups": list(self.groups)}
+        return {"subject_id": self.subject_id, **more, **super().to_dict()}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "row": encounter.row,
+                "encounter_id": encounter.encounter_id or None,
+                "groups": ";".join(encounter.groups),
+                "columns": ";".join(encounter.templates),
+            }
+            for encounter in self.encounters
+        ]
 
     @property
     def enrolled(self) -> bool:

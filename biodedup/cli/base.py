@@ -33,7 +33,7 @@ from biodedup.gallery.files.names import LOCK_NAME
 from biodedup.jobs.shared.progress import WARNING
 from biodedup.settings import Settings, settings_for
 from biodedup.texts import json_text, shown
-from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal, to_dict
+from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal
 
 
 class Panel(StrEnum):
@@ -368,7 +368,7 @@ def finish_decision(decision: Decision, as_json: bool, captures: Sequence[Captur
     from biodedup.match.judgement import texts_of  # here, so that help texts need not load the matcher
 
     if as_json:
-        document = to_dict(decision)
+        document = decision.to_dict()
         for shown, candidate in zip(document["candidates"], decision.candidates, strict=True):
             shown["swaps"] = candidate.swaps
         print_json(document)

@@ -30,7 +30,7 @@ from biodedup.cli.base import (
     say,
     show_table,
 )
-from biodedup.values import Case, Ruling, to_dict
+from biodedup.values import Case, Ruling
 
 cases = typer.Typer(
     no_args_is_help=True, help="Adjudicate: list and show cases in review, decide them, export the verdicts."
@@ -177,6 +177,6 @@ def _document(case: Case) -> dict[str, Any]:
         "reasons": list(jobs.reasons_of(case.decision)),
         "undecided": [candidate.key for candidate in case.undecided],
         "linked": list(case.linked),
-        "verdicts": [asdict(verdict) for verdict in case.verdicts],
-        "decision": to_dict(case.decision),
+        "verdicts": [verdict.to_dict() for verdict in case.verdicts],
+        "decision": case.decision.to_dict(),
     }

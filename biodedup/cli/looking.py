@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,7 +24,7 @@ from biodedup.cli.base import (
     say,
     show_table,
 )
-from biodedup.values import ListedSubject, Subject, to_dict
+from biodedup.values import ListedSubject
 
 
 @app.command("list", rich_help_panel=Panel.GALLERY)
@@ -46,7 +46,7 @@ def list_subjects(
         if result is not None:
             jobs.write_subjects(engine, result, groups=group)
     if as_json:
-        print_json({"subjects": count, "listed": [vars(subject) for subject in first], "groups": groups})
+        print_json({"subjects": count, "listed": [subject.to_dict() for subject in first], "groups": groups})
         return
     if first:
         show_table(map(_cells, first), ("subject", "rows", "groups", "columns"))
@@ -73,7 +73,7 @@ def show_subject(
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         subject = engine.subject(subject_id)
     if as_json:
-        print_json(_document(subject))
+        print_json(subject.to_dict())
         return
     state = "enrolled" if subject.enrolled else "not enrolled"
     say(f"{subject.subject_id}: {state}" + (f", in the groups {', '.join(subject.groups)}" if subject.groups else ""))
@@ -103,26 +103,6 @@ def show_subject(
         show_table(history, ("decided at (UTC)", "encounter", "outcome", "strongest candidate", "verdict"))
     for encounter_id in subject.open_cases:
         say(f"waits for a verdict: {encounter_id}; biodedup cases show {encounter_id}")
-
-
-def _document(subject: Subject) -> dict[str, Any]:
-    encounters = [
-        {
-            "row": encounter.row,
-            "encounter_id": encounter.encounter_id,
-            "groups": list(encounter.groups),
-            "templates": {n: {"model_id": t.model_id, "quality": t.quality} for n, t in encounter.templates.items()},
-        }
-        for encounter in subject.encounters
-    ]
-    return {
-        "subject_id": subject.subject_id,
-        "enrolled": subject.enrolled,
-        "groups": list(subject.groups),
-        "encounters": encounters,
-        "decisions": [to_dict(decision) for decision in subject.decisions],
-        "open_cases": list(subject.open_cases),
-    }
 
 
 def _quality(quality: float | None) -> str:

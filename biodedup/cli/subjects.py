@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -100,7 +99,7 @@ def verify(
     with bd.Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
         result = engine.verify(encounter, subject_id)
     if as_json:
-        print_json(asdict(result))
+        print_json(result.to_dict())
     else:
         word = "accepted" if result.accepted else "not accepted"
         say(f"{word}: {result.score_db:.1f} dB, threshold {result.threshold_db:.1f} dB")

@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 
 from biodedup.arguments import checked, checked_methods
 from biodedup.config import Config, Policy
+from biodedup.described import Described
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
@@ -103,7 +104,7 @@ from biodedup.values import (
 
 
 @dataclass(frozen=True)
-class JoinedTile:
+class JoinedTile(Described):
     """A step of an N:N join. done: how many of `total` subjects are compared with all behind them, or that share of the work; links: pairs
     that reached the threshold; reached: (row after the last one compared, rows of the gallery), where another join can continue; left_out: a
     subject of each cluster with more than 1,000 links -> how many of these are not in `links`, as `Cluster.links_left_out` says."""

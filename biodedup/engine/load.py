@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.described import Described
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, check_models, in_memory, require_subject
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput
@@ -55,7 +56,7 @@ Cells = NDArray[Any] | Sequence[bytes | None]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Described):
     """The outcome of a batch of templates. added: how many subjects are new; present: how many were enrolled before with the same
     templates; conflicting: indices of the subjects that are enrolled with other templates, which were kept."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from biodedup.config import Policy
+from biodedup.described import Described
 from biodedup.errors import GalleryDamaged, InvalidInput, NotAGallery, PolicyMismatch
 from biodedup.tables import differences, flat, hints, made, plain, typed
 
@@ -21,7 +22,7 @@ _RENAMED = {"duplicate_fpir": "fpir"}  # since release 0.1.0
 
 
 @dataclass(frozen=True)
-class PolicyVersion:
+class PolicyVersion(Described):
     """A policy as a gallery keeps it. by, at: the person who stored it, and the time in seconds; "" and None of the first version, which came with the
     gallery. reason: why."""
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from skimage import data
 
 from biodedup.config import Config
+from biodedup.described import Described
 from biodedup.embed.cards import load_card
 from biodedup.engine import Engine
 from biodedup.synthetic import draw_impression, draw_master
@@ -26,7 +27,7 @@ from biodedup.values import Decision, Encounter, Face, Finger
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Described):
     """decisions: (what was sent, decision). recall: share of mates that are first, and of numpy's first that are ours."""
 
     subjects: int

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from biodedup.described import Described
 from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.care.removal import refuse_foreign
 from biodedup.gallery.care.verify import (
@@ -42,7 +43,7 @@ _COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Copied:
+class Copied(Described):
     """The result of a backup or a restoration. version: of the copied state; byte_count: bytes copied, those of databases included;
     left_out: damaged databases of jobs, which were not copied, so that the target keeps its earlier ones; databases: how many were copied, as
     each time, which files_copied does not count."""

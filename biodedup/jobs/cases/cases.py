@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.explanation.explain import explain_templates
@@ -64,7 +65,7 @@ PAIR_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class CasesResult:
+class CasesResult(Described):
     """cases: oldest first; now: the moment that ages are of, in seconds."""
 
     cases: tuple[Case, ...]
@@ -83,7 +84,7 @@ class CasesResult:
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(Described):
     """Outcomes as pairs. cases: with a verdict on a candidate; pairs: rows, one a capture that was compared."""
 
     cases: int

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import CallerError
 from biodedup.gallery.files.private import make_private_folder
@@ -83,7 +84,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class AuditResult:
+class AuditResult(Described):
     """What was found. lines: of the roll, those refused included; subjects: compared with gallery_size others; expected_false: findings
     of doubles to be expected of different people alike, were all of these independent; versions: the oldest that an entry of
     captures was compared with, and the newest; of a roll of subjects one and the same."""

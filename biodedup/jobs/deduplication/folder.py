@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from biodedup.config import Config, IsolationConfig
+from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.private import make_private_folder
@@ -61,7 +62,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class DedupResult:
+class DedupResult(Described):
     """What was found. refusals: unit_id -> why it could not be compared; left_out: files and rows that were not looked at;
     impostor_pairs: how many pairs of different people are expected to reach the threshold, N(N - 1)/2 times FMR."""
 

@@ -19,6 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from biodedup.config import SearchConfig
+from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.gallery.files.names import DATABASE_NAME
 from biodedup.gallery.files.private import make_private_folder
@@ -30,7 +31,7 @@ from biodedup.values import Cluster, Evidence, Kind, Link
 
 
 @dataclass(frozen=True)
-class JoinResult:
+class JoinResult(Described):
     """The subjects of a gallery that are one person. subjects: how many were compared; plan: how, and what that may miss, in words."""
 
     clusters: tuple[Cluster, ...]

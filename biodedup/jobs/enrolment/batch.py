@@ -26,6 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from biodedup.described import Described
 from biodedup.embed.cage import FAILURES
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
@@ -59,7 +60,7 @@ _BATCH_BYTES_MAX = 64 << 20
 
 
 @dataclass(frozen=True)
-class BatchResult:
+class BatchResult(Described):
     """What became of a manifest. already: of the enrolled, how many were before; repeated: records that were in it before.
 
     seconds: of the whole, and of its parts in the calling process: reading, waiting for extraction, searching and committing.

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from biodedup.capture.minutiae_record import best_views, standard, view_of
 from biodedup.config import Config
+from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput, StorageUnavailable
 from biodedup.jobs.manifests.captures import RefusedRow
@@ -47,7 +48,7 @@ _KNOWN = ("subject_id", *GROUP_COLUMNS, *COLUMNS)
 
 
 @dataclass(frozen=True)
-class LoadResult:
+class LoadResult(Described):
     """added: subjects new to the gallery; present: found there with the same templates; refused: rows left out.
 
     refused_rows: the first of these, by position in the source, from 0; refused_ids: the subject of each, '' where it has no usable id.

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from biodedup.arguments import checked
+from biodedup.described import Described
 from biodedup.errors import NotAGallery
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
@@ -101,7 +102,7 @@ class StatusLine:
 
 
 @dataclass(frozen=True)
-class QueueStatus:
+class QueueStatus(Described):
     """Where all encounters are, and whether the work keeps pace. Rates are encounters an hour; those of decisions count from the
     first of the window on, and for at least ten minutes, so that an hour in which work began at the end is not averaged away."""
 

@@ -28,6 +28,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from biodedup.config import Config
+from biodedup.described import Described
 from biodedup.embed.cards import ModelCard, joint_id, load_card, shipped_cards
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
@@ -75,7 +76,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class CalibrateResult:
+class CalibrateResult(Described):
     """What a fit was made of and how it does. held_out: by what was fitted, nominal FMR -> measured, before and after.
     positions: the same after the fit, of all pairs, by position; differs: beyond a factor of two, and not by chance."""
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from biodedup.config import Config, IsolationConfig, Policy
+from biodedup.described import Described
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.intervals import CONFIDENCE
@@ -61,11 +62,15 @@ Objects = NDArray[np.object_]
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Described):
     """document: what the JSON file holds; comparisons: what it was counted from."""
 
     document: dict[str, Any]
     comparisons: Comparisons
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document."""
+        return self.document
 
 
 def evaluate(

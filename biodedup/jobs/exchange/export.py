@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 import biodedup
 from biodedup.config import Config
+from biodedup.described import Described
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import StoredDecision, inflated, parsed
 from biodedup.gallery.catalogue.sqlite import Catalogue
@@ -58,7 +59,7 @@ _COPY_NAME = "database.copy"
 
 
 @dataclass(frozen=True)
-class ExportedGallery:
+class ExportedGallery(Described):
     """folder: of the files; subjects: enrolled; rows: their encounters and those of open cases; decisions: answers, receipts of loads
     included; version: of the gallery; byte_count: of the files."""
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
+from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files import index_codec
@@ -33,7 +34,7 @@ IDS_NAME = "ids.parquet"
 
 
 @dataclass(frozen=True)
-class ExportedIndexes:
+class ExportedIndexes(Described):
     """files: names of the index files; rows: in all of them; index: the engine that made them, as `faiss:IVF256,PQ64x4fs`."""
 
     files: tuple[str, ...]

@@ -23,6 +23,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from biodedup.config import Config
+from biodedup.described import Described
 from biodedup.errors import BiodedupError, GalleryDamaged, InvalidInput
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.care.rebuild import Content, rebuild_gallery
@@ -62,7 +63,7 @@ _UNIT = 1e-3
 
 
 @dataclass(frozen=True)
-class LoadedGallery:
+class LoadedGallery(Described):
     """subjects: enrolled; rows: their encounters and those of open cases; decisions: answers, receipts of loads included; version: of the
     gallery."""
 

@@ -7,7 +7,7 @@ paired minutiae. The page holds biometric data; it is written to the requested f
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.reading import read
 from biodedup.capture.wsq import is_wsq
 from biodedup.config import Config, IsolationConfig, Policy
+from biodedup.described import Described, document_of
 from biodedup.embed.cards import shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine
@@ -34,7 +35,7 @@ from biodedup.match.ranked import Comparison
 from biodedup.required import keep_better, superseded
 from biodedup.trace import Step, Trace
 from biodedup.trace import explain as traced
-from biodedup.values import FINGER_POSITIONS, Evidence, Face, Finger, Missing, Refusal, Template, to_dict
+from biodedup.values import FINGER_POSITIONS, Evidence, Face, Finger, Missing, Refusal, Template
 
 Side: TypeAlias = "str | Path | Sequence[Face | Finger | Missing] | Mapping[str, Template]"
 """A file or folder of captures, captures, or templates without pictures."""
@@ -45,7 +46,7 @@ _SIZES = (1_000, 1_000_000, 200_000_000)
 
 
 @dataclass(frozen=True, eq=False)
-class Explained:
+class Explained(Described):
     """What the page says. comparison: None where nothing was comparable; threshold_db: of `duplicate` at this size, or 1:1."""
 
     headline: str
@@ -59,7 +60,7 @@ class Explained:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without biometric data."""
-        compared = None if self.comparison is None else to_dict(self.comparison)
+        compared = None if self.comparison is None else document_of(self.comparison)
         return {
             "headline": self.headline,
             "outcome": self.outcome,
@@ -69,7 +70,7 @@ class Explained:
             "review_db": self.review_db,
             "comparison": compared,
             "refusals": {
-                side: [asdict(refusal) for refusal in refusals]
+                side: [refusal.to_dict() for refusal in refusals]
                 for side, refusals in zip("ab", self.refusals, strict=True)
             },
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from biodedup.described import Described
 from biodedup.gallery.files.names import CANARIES_NAME
 from biodedup.jobs.health.canary_file import Canaries, Standing
 from biodedup.renamed import renamed
@@ -15,7 +16,7 @@ REMAKE = f"remove the file `{CANARIES_NAME}` from the gallery's folder and run a
 
 
 @dataclass(frozen=True)
-class Watched:
+class Watched(Described):
     """One column's canaries, or those identified by all their columns (column `all`).
 
     found: among the first `among`, and first; expected_min, expected_first_min: so many at least in all but one of `1 /
@@ -50,7 +51,7 @@ class Watched:
 
 
 @dataclass(frozen=True)
-class Watch:
+class Watch(Described):
     """What the canaries say. made, removed, gone: of this run; kept_in_file: False where they could not be written."""
 
     columns: tuple[Watched, ...] = ()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from biodedup.config import Config
+from biodedup.described import Described
 from biodedup.embed.cards import shipped_cards
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
@@ -26,7 +27,7 @@ from biodedup.renamed import renamed
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Described):
     """checked: what is sound; problems: what is damaged; mended: what was repaired; canaries: None where they were not searched for; notes:
     what is odd and not damaged, such as ids that look alike; exposed: files that other users of the machine can reach, not damage either."""
 

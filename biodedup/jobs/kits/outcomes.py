@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
+from biodedup.described import Described
 from biodedup.jobs.kits.format.keys import PublicKey
 from biodedup.jobs.kits.format.record import Record
 from biodedup.jobs.kits.ledger import Taker
@@ -120,7 +121,7 @@ class Reused:
 
 
 @dataclass(frozen=True)
-class IngestResult:
+class IngestResult(Described):
     """Everything that happened to some batch files. trust_problems: files of the trusted folder that are no sound keys or records;
     written: False where an earlier result was left as it is."""
 

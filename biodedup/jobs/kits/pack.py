@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from biodedup.config import Config, IsolationConfig
+from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import CallerError, InvalidInput
 from biodedup.gallery.care.removal import remove_gallery
@@ -73,7 +74,7 @@ class Double:
 
 
 @dataclass(frozen=True)
-class PackResult:
+class PackResult(Described):
     """A batch file, and what the team should know before the citizens have left. void: sequences that no batch will bring."""
 
     kit_id: str

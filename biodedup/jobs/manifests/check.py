@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from biodedup.described import Described
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.captures import RESERVED, LeftOut, RefusedRow, images_of, no_images, read_rows
 from biodedup.jobs.manifests.encounters import Manifest, Record
@@ -24,7 +25,7 @@ _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tabulator", "|": "vertical
 
 
 @dataclass(frozen=True)
-class Checked:
+class Checked(Described):
     """A manifest that was accepted. rows: of it, those refused included; columns: our name -> its name in the file; form: encoding and separator
     of a CSV file, in words; notes: sentences about what a job does not refuse."""
 

@@ -28,6 +28,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from biodedup.config import Config
+from biodedup.described import Described
 from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.care.copying import copy_rows, record, steps_done
 from biodedup.gallery.files.faults import translated
@@ -76,7 +77,7 @@ LOG_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Applied:
+class Applied(Described):
     """added: subjects new to the gallery; removed: those of it that another record stands for now; left_out: records of districts
     that were not added, since another stands for them; completed: survivors that got templates or groups of these; subjects: the
     gallery's afterwards."""
@@ -90,7 +91,7 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Undone:
+class Undone(Described):
     """restored: subjects back under their ids; reverted: survivors that have only their own templates and groups again; withdrawn:
     additions taken away; kept_changed: ids that were enrolled anew since, and were left as they are."""
 

@@ -23,6 +23,7 @@ import numpy as np
 import xxhash
 
 from biodedup.config import Config
+from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.gallery.care.removal import remove_gallery
@@ -59,7 +60,7 @@ _CHECKED_TOGETHER = 200  # shared ids compared between two notes
 
 
 @dataclass(frozen=True)
-class MergeResult:
+class MergeResult(Described):
     """merge_id: names it for `undo`. summary: as written, JSON-ready. applied: None unless the central gallery has it now."""
 
     merge_id: str
