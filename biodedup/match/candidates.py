@@ -153,6 +153,6 @@ class Measured:
             for number, pair in enumerate(self.pairs)
         }
 
-    def llr_db(self) -> Float64:
-        """The evidence of each pair of columns by what has been compared so far, float64 (n, pairs); NaN where there is none."""
-        return np.array([scores.llr_db for scores in self.scores().values()]).reshape(self.waiting.T.shape).T
+    def llr_db(self, ats: Int64) -> Float64:
+        """The evidence of each pair of columns by what has been compared so far, float64 (k, pairs); NaN where there is none."""
+        return np.array([scores.llr_db for scores in self.scores(ats).values()]).reshape(len(self.pairs), len(ats)).T

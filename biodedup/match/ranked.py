@@ -167,7 +167,7 @@ class ScoreMatrix:
         for part_db in parts_db.T:  # in this order for any number of rows, so that sums are equal to the last bit
             llr_db += part_db
         steps, (score_db, limit_db) = steps_of(llr_db), np.full((2, len(llr_db)), np.nan)
-        for some, pairs, calibrations in self._alike(used, both):
+        for some, pairs, calibrations in self.alike(used, both):
             limit_db[some] = measured_db(calibrations)
             if len(pairs) == 1:
                 rows = some if ats is None else ats[some]
@@ -186,7 +186,7 @@ class ScoreMatrix:
         """The least sum of llr_db that reaches score_db, float64 (n,), for rows with these pairs; infinite for rows without. used, both:
         bool (n, pairs), the pairs that count, and those that are compared by embedding and minutiae."""
         least_db = np.full(len(used), np.inf)
-        for some, _, calibrations in self._alike(used, both):
+        for some, _, calibrations in self.alike(used, both):
             least_db[some] = llr_reaching(score_db, calibrations)
         return least_db
 
@@ -196,7 +196,7 @@ class ScoreMatrix:
         score_db, llr_db = fused.score_db[ats], fused.llr_db[ats]
         low_db, high_db = np.full((2, len(ats)), np.nan)
         steps = steps_of(llr_db + label_penalty_db)
-        for some, _, calibrations in self._alike(used, self._both[ats]):
+        for some, _, calibrations in self.alike(used, self._both[ats]):
             if bounded(calibrations):
                 low_db[some] = score_db_of_steps(steps[some], calibrations, "low")
                 high_db[some] = score_db_of_steps(steps[some], calibrations, "high")
@@ -239,7 +239,7 @@ class ScoreMatrix:
         its own counts only against a candidate here."""
         sure_db = np.full(len(ats), np.nan)
         llr_db, used = self.llr_db[ats] - fused.trial_penalty_db[ats], fused.used[ats]
-        for some, pairs, calibrations in self._alike(used, self._both[ats]):
+        for some, pairs, calibrations in self.alike(used, self._both[ats]):
             if not any([calibration.unchecked for calibration in calibrations]):
                 continue
             if len(pairs) == 1 and calibrations[0].mates_measured:  # by its raw score, as its score_db is
@@ -270,7 +270,7 @@ class ScoreMatrix:
                 similarity[used], minutiae[used] = scores.similarity[used], scores.minutiae[used]
         return similarity, minutiae
 
-    def _alike(self, used: Bool, both: Bool) -> Iterator[tuple[Int64, list[int], tuple[Calibration, ...]]]:
+    def alike(self, used: Bool, both: Bool) -> Iterator[tuple[Int64, list[int], tuple[Calibration, ...]]]:
         """Groups rows with the same pairs: (which rows, pairs, their calibrations) of each group; rows without evidence
         are left out."""
         kinds = used.astype(np.int8)

@@ -6,27 +6,35 @@ A comparison of minutiae takes a thousand times as long as one of embeddings, so
 choice is a cascade: cheap evidence of all candidates first, expensive evidence of few. All minutiae are compared of
 
 1. the first candidates by their embeddings: these are shown, whatever they score;
-2. those that a mate may be: the sum of llr_db is above 10 log10(risk). A mate's sum falls to x dB or below with a probability of at
-   most 10^(x/10) (Wald, Sequential tests of statistical hypotheses, 1945), so that at most this share of mates is left out;
+2. those that a mate may be. Mates are drawn from the calibrations, with captures that correlate; of those that reach `reach_db`, a share
+   of `risk` at most has less evidence by embeddings than the candidates left out (95 % confidence). If a risk is too small to be
+   confirmed by these draws, the limit is 10 log10(risk): a mate's evidence falls to x dB or below with a probability of at most
+   10^(x/10) (Wald, Sequential tests of statistical hypotheses, 1945);
 3. those whose score may reach `reach_db` by chance. Chernoff's bound (1952) limits the probability that the minutiae of impostors add so
    much; the candidates left out have together less than `risk`;
 4. those with a finger that agrees although the others do not, which may be an operator's own: of the FINGERS fingers that embed most
    alike the minutiae are compared, and if one still speaks for the candidate, all of its minutiae are.
 
-The bounds take the calibrations as right, and captures of impostors as independent, as the fusion does. The reading of the labels and,
-of several rows of a subject, each row by itself, are taken as the embeddings have them. With a risk of 0 all minutiae are compared.
+The bounds take the calibrations as right, and captures of impostors as independent, as the fusion does. Labels are read as the
+embeddings have them, rows of one subject are bounded each by itself, and candidates are taken to have the records that the probe has.
+With a risk of 0 all minutiae are compared.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import log10, sqrt
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
 
+from biodedup.intervals import upper_bound
 from biodedup.match.calibration import Calibration
+from biodedup.match.calibrations import WithMinutiae
 from biodedup.match.candidates import Measured
-from biodedup.match.fusion import STEP_DB
+from biodedup.match.fusion import STEP_DB, llr_reaching, mass_of
 from biodedup.match.judgement import SPEAKS_FOR_DB
 from biodedup.match.ranked import Bool, Float64, Fused, Int64, ScoreMatrix, ScoreModel
 
@@ -35,16 +43,18 @@ FINGERS = 20
 TILTS = np.array([0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.3])
 """Of Chernoff's bound, per dB: the exponents among which the least bound is taken. ln(10) / 10 gives Markov's."""
 _GRID_STEP_DB = 0.5
+_MATES, _SEED = 1 << 15, 2_011
 
 
 @dataclass(frozen=True)
 class Stage:
     """first: how many candidates have to be known in full, whatever they score; reach_db: the score from which all have to be; risk: of
-    leaving one out that reaches it."""
+    leaving one out that reaches it. correlation: of how well the captures of a mate agree, as `SearchConfig.capture_correlation`."""
 
     first: int
     reach_db: float
     risk: float
+    correlation: float = 0.3
 
     def choose(
         self, measured: Measured, matrix: ScoreMatrix, fused: Fused, subjects: Int64 | None
@@ -62,14 +72,26 @@ class Stage:
         kept = np.zeros(len(numbers), bool)
         order = best[np.lexsort((matrix.rows[best], -llr_db[best], -score_db[best]))]
         kept[order[: self.first]] = True
+        waiting = fused.used & (measured.waiting if subjects is None else _of_subjects(measured.waiting, numbers))
         with np.errstate(invalid="ignore"):
-            kept |= (llr_db >= 10 * np.log10(self.risk)) | (score_db >= self.reach_db)
+            kept |= (llr_db >= self._mates_db(waiting, matrix, fused)) | (score_db >= self.reach_db)
         kept = _of_subjects(kept, numbers)
-        waiting = measured.waiting if subjects is None else _of_subjects(measured.waiting, numbers)
-        kept |= self._may_reach(waiting & fused.used, matrix, fused, kept)
+        kept |= self._may_reach(waiting, matrix, fused, kept)
         if self.first:  # what is shown is judged by its kind, too
-            kept |= _with_a_finger(measured, matrix, kept)
+            own_db = matrix.llr_db if subjects is None else measured.llr_db(np.arange(len(numbers)))  # nothing borrowed
+            kept |= _with_a_finger(measured, own_db, kept)
         return _of_subjects(kept, numbers), by_embeddings
+
+    def _mates_db(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused) -> Float64:
+        """The llr_db by embeddings from which a candidate may be a mate, float64 (n,)."""
+        least_db, models = np.full(len(waiting), np.inf), matrix.models
+        for some, pairs, calibrations in matrix.alike(fused.used, waiting):
+            captures = tuple((models[p].alone, models[p].with_minutiae if waiting[some[0], p] else None) for p in pairs)
+            captures = tuple(sorted(captures, key=lambda capture: (id(capture[0]), id(capture[1]))))
+            by_embeddings, by_all = _mates(captures, self.correlation)
+            reaching = by_embeddings[by_all >= llr_reaching(self.reach_db, calibrations)]
+            least_db[some] = _lowest(reaching, self.risk)
+        return least_db
 
     def _may_reach(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, kept: Bool) -> Bool:
         """The candidates, apart from those kept, that may reach reach_db by chance. waiting: bool (n, pairs), of the used pairs those with
@@ -91,20 +113,24 @@ class Stage:
         return may
 
 
-def _with_a_finger(measured: Measured, matrix: ScoreMatrix, kept: Bool) -> Bool:
-    """The candidates that one finger speaks for, by embedding and minutiae, among the fingers that embed most alike."""
-    several = np.count_nonzero(~np.isnan(matrix.llr_db), axis=1) > 1  # a single capture contradicts no other
+def _with_a_finger(measured: Measured, llr_db: Float64, kept: Bool) -> Bool:
+    """The candidates that one finger speaks for, by embedding and minutiae, among the fingers that embed most alike. llr_db: float64
+    (n, pairs), of embeddings."""
+    several = np.count_nonzero(~np.isnan(llr_db), axis=1) > 1  # a single capture contradicts no other
     at, number = np.nonzero(measured.waiting & several[:, None])
-    llr_db = measured.llr_db()[at, number]
+    alike_db = llr_db[at, number]
     if len(at) > FINGERS:
-        top = np.flatnonzero(llr_db >= np.partition(llr_db, -FINGERS)[-FINGERS])
-        top = top[np.argsort(-llr_db[top], kind="stable")[:FINGERS]]
+        top = np.flatnonzero(alike_db >= np.partition(alike_db, -FINGERS)[-FINGERS])
+        top = top[np.argsort(-alike_db[top], kind="stable")[:FINGERS]]
         at, number = at[top], number[top]
     cells = np.zeros(measured.waiting.shape, bool)
     cells[at, number] = ~kept[at]
     measured.compare(cells)
+    rows = np.flatnonzero(cells.any(axis=1))
+    found = np.zeros(len(kept), bool)
     with np.errstate(invalid="ignore"):
-        return np.asarray((cells & (measured.llr_db() >= SPEAKS_FOR_DB)).any(axis=1))
+        found[rows] = (cells[rows] & (measured.llr_db(rows) >= SPEAKS_FOR_DB)).any(axis=1)
+    return found
 
 
 def _of_subjects(values: Bool, numbers: Int64) -> Bool:
@@ -112,6 +138,37 @@ def _of_subjects(values: Bool, numbers: Int64) -> Bool:
     of_subject = np.zeros((int(numbers.max(initial=-1)) + 1, *values.shape[1:]), bool)
     np.logical_or.at(of_subject, numbers, values)
     return of_subject[numbers]
+
+
+def _lowest(values: NDArray[np.float32], risk: float) -> float:
+    """The value that at most this share lies below, with 95 % confidence: of mates' llr_db. Wald's bound if they are too few to tell."""
+    bounds = upper_bound(np.arange(int(risk * len(values)) + 1), len(values)) if len(values) else np.ones(1)
+    lost = int(np.searchsorted(bounds, risk, side="right")) - 1
+    return float(np.partition(values, lost)[lost]) if lost >= 0 else 10 * log10(risk)
+
+
+@lru_cache(maxsize=64)
+def _mates(
+    captures: tuple[tuple[Calibration, WithMinutiae | None], ...], correlation: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Sums of llr_db of drawn mates, float32 (_MATES,) each: by embeddings, and with the minutiae of the captures that have some. A
+    mate's captures share how well they agree, as ranks on a normal scale."""
+    rng = np.random.default_rng(_SEED)
+    common = sqrt(correlation) * rng.standard_normal(_MATES)
+
+    def drawn_db(calibration: Calibration) -> Float64:
+        first, mass = mass_of(calibration, "mated")
+        ranks = ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES))
+        # masses are of values rounded up
+        at = np.minimum(np.searchsorted(np.cumsum(mass), ranks), len(mass) - 1)
+        return np.asarray((first - 1 + at) * STEP_DB, np.float64)
+
+    by_embeddings, by_all = np.zeros((2, _MATES))
+    for alone, adds in captures:
+        llr_db = drawn_db(alone)
+        by_embeddings += llr_db
+        by_all += llr_db if adds is None else adds.both.llr_db(llr_db + drawn_db(adds.minutiae))
+    return by_embeddings.astype(np.float32), by_all.astype(np.float32)
 
 
 def log_means_of(model: ScoreModel, llr_db: Float64) -> Float64:

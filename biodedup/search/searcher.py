@@ -235,11 +235,11 @@ class _Search:
         return candidates
 
     def _stage(self, probe: TemplateSet) -> Stage:
-        risk = self._config.miss_risk
+        risk, correlation = self._config.miss_risk, self._config.capture_correlation
         if self._floor_db > 0:
-            return Stage(0, self._floor_db, risk)
+            return Stage(0, self._floor_db, risk, correlation)
         reach_db = self._searcher.reach_db(probe, self._snapshot, across=self._scope.across)
-        return Stage(self._returned, reach_db - _SLACK_DB, risk)
+        return Stage(self._returned, reach_db - _SLACK_DB, risk, correlation)
 
     # which rows are compared ---------------------------------------------------------------------------------------
 
