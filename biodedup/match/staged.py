@@ -85,12 +85,15 @@ class Stage:
     def _mates_db(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused) -> Float64:
         """The llr_db by embeddings from which a candidate may be a mate, float64 (n,)."""
         least_db, models = np.full(len(waiting), np.inf), matrix.models
+        known: dict[tuple[tuple[Calibration, WithMinutiae | None], ...], float] = {}
         for some, pairs, calibrations in matrix.alike(fused.used, waiting):
-            captures = tuple((models[p].alone, models[p].with_minutiae if waiting[some[0], p] else None) for p in pairs)
-            captures = tuple(sorted(captures, key=lambda capture: (id(capture[0]), id(capture[1]))))
-            by_embeddings, by_all = _mates(captures, self.correlation)
-            reaching = by_embeddings[by_all >= llr_reaching(self.reach_db, calibrations)]
-            least_db[some] = _lowest(reaching, self.risk)
+            unordered = [(models[p].alone, models[p].with_minutiae if waiting[some[0], p] else None) for p in pairs]
+            captures = tuple(sorted(unordered, key=lambda capture: (id(capture[0]), id(capture[1]))))
+            if captures not in known:
+                by_embeddings, by_all = _mates(captures, self.correlation)
+                reaching = by_embeddings[by_all >= llr_reaching(self.reach_db, calibrations)]
+                known[captures] = _lowest(reaching, self.risk)
+            least_db[some] = known[captures]
         return least_db
 
     def _may_reach(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, kept: Bool) -> Bool:
