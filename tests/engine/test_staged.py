@@ -104,3 +104,17 @@ def test_a_lower_review_threshold_between_search_and_commit_searches_again(tmp_p
         (decision,) = enrolment.commit(sought)
         assert (decision.outcome, decision.candidates) == (wanted.outcome, wanted.candidates)
         assert decision.candidates != before.candidates
+
+
+def test_similarities_are_those_of_the_stored_vectors(tmp_path):
+    faces, probes = people(700, seed=1), people(3, seed=2)
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:
+        for low, high in ((0, 600), (600, 700)):  # sealed with a codec, and in the journal
+            engine.add_templates([f"s{i}" for i in range(low, high)], {"face": faces[low:high]}, model_id=SFACE)
+            if not low:
+                engine.compact()
+        snapshot = internals(engine).gallery.snapshot()
+        assert [part.columns["face"].codec is None for part in snapshot.parts] == [False, True]
+        rows = np.random.default_rng(0).permutation(700)[:400]
+        wanted = snapshot.embeddings(rows, "face") @ probes.T
+        assert np.abs(snapshot.similarities(rows, "face", probes) - wanted).max() < 1e-6
