@@ -69,7 +69,8 @@ class BatchedSearch:
         before, extra_k = found.comparisons, max(seen.extra_k, len(uncounted))
         searcher = self._calibrated_on(seen.snapshot)  # the whole decision uses one calibration
         left_out = ~now.are_present(before.rows) | np.isin(before.rows, list(uncounted))
-        lower = found.reach_db > searcher.reach_db(probe.templates, now, across=seen.across)
+        thresholds_db = searcher.thresholds_db(probe.templates, now, across=seen.across)
+        lower = any(a > b for a, b in zip(found.complete_db, thresholds_db, strict=True))
         search_all = lower or np.count_nonzero(left_out) > seen.extra_k
         if not search_all:
             since = self._since(searcher, probe, now, seen, seen.snapshot.row_count, extra_k)
@@ -83,9 +84,8 @@ class BatchedSearch:
         if search_all:
             return self._since(searcher, probe, now, seen, 0, extra_k)
         incomplete = found.incomplete or since.incomplete
-        return CandidateSet(
-            before.with_others(since.comparisons), incomplete, found.across, max(found.reach_db, since.reach_db)
-        )
+        complete_db = np.maximum(found.complete_db, since.complete_db)
+        return CandidateSet(before.with_others(since.comparisons), incomplete, found.across, (*complete_db.tolist(),))
 
     @staticmethod
     def _since(

@@ -256,10 +256,12 @@ class ScoreMatrix:
         return np.asarray(np.maximum(sure_db - fused.label_penalty_db[ats], 0.0))
 
     def strongest_finger_db(self, fused: Fused) -> Float64:
-        """The llr_db of each row's strongest finger, float64 (n,); minus infinity without a finger."""
-        fingers = np.array([column != "face" for column, _ in self.pairs], bool)
-        parts_db = np.where(fused.used & fingers, self.llr_db - fused.trial_penalty_db, -np.inf)
-        return np.asarray(parts_db.max(axis=1, initial=-np.inf))
+        """The llr_db of each row's strongest finger, less 10 log10 of their number (Bonferroni), float64 (n,); minus infinity without a
+        finger."""
+        fingers = fused.used & np.array([column != "face" for column, _ in self.pairs], bool)
+        parts_db = np.where(fingers, self.llr_db - fused.trial_penalty_db, -np.inf)
+        tries = np.maximum(np.count_nonzero(fingers, axis=1), 1)
+        return np.asarray(parts_db.max(axis=1, initial=-np.inf) - 10 * np.log10(tries))
 
     def raw(self, column: str, fused: Fused) -> tuple[Float64, Float64]:
         """(similarity, minutiae) of the pair that counts for this column of the probe; NaN if none does."""
@@ -335,7 +337,8 @@ class Ranked(Sequence[Comparison]):
         return self._gathered(lambda matrix, fused: fused.extrapolated, bool)
 
     def resembling(self, score_db: float, finger_db: float) -> Bool:
-        """bool (n,), in this order: which score at least score_db, or have a finger with an llr_db of at least finger_db."""
+        """bool (n,), in this order: which score at least score_db, or have a finger with an llr_db of at least finger_db, and 10
+        log10 of the number of fingers more."""
         strongest_db = self._gathered(lambda matrix, fused: matrix.strongest_finger_db(fused), float)
         return np.asarray((self.score_db >= score_db) | (strongest_db >= finger_db))
 

@@ -1,6 +1,6 @@
-"""Foresees how mates with a probe's captures score, and from which score a candidate goes to review.
+"""Foresees how mates with a probe's captures score, and from which scores a candidate matters.
 
-Owns the review threshold of a probe. Never compares and never decides.
+Owns the thresholds of a probe. Never compares and never decides.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def expected(
     return Expected(attainable_db, review_db, mated_share_below(review_db, calibrations))
 
 
-def review_db(
+def thresholds_db(
     comparer: Comparer, policy: Policy, templates: Mapping[str, Template], now: Snapshot, *, across: bool
-) -> float:
-    """The score from which a candidate goes to review."""
+) -> tuple[float, float]:
+    """The scores from which a candidate is a duplicate, and from which it goes to review."""
+    duplicate_db, band_db = policy.thresholds_db(now.searched_count)
     mates = expected(comparer, policy, templates, now, across=across) if policy.review_db is None else None
-    return policy.thresholds_db(now.searched_count)[1] if mates is None else mates.review_db
+    return duplicate_db, band_db if mates is None else mates.review_db

@@ -29,7 +29,7 @@ from biodedup.match.candidates import check_dimension
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Ranked
 from biodedup.match.staged import Stage
-from biodedup.search.expected import review_db
+from biodedup.search.expected import thresholds_db
 from biodedup.search.multicolumn.apart import ApartPlan
 from biodedup.search.multicolumn.plan import MultiColumnQuery
 from biodedup.search.multicolumn.planner import MultiColumnPlanner
@@ -52,7 +52,7 @@ _Near = tuple[_Int64, Float32]  # rows and their similarity, descending
 PROBES = 256
 """Probes that are scanned together."""
 _SLACK_DB = 0.5
-"""Until a decision is committed, one subject in ten may be removed before its review threshold falls by more."""
+"""Until a decision is committed, one subject in ten may be removed before its thresholds fall by more."""
 _ONE_COLUMN_PROBES = 1024
 """Probes of a search in one column: what is compared exactly is read from the disk once for all of them."""
 
@@ -60,12 +60,12 @@ _ONE_COLUMN_PROBES = 1024
 @dataclass(frozen=True)
 class CandidateSet:
     """The candidates of one probe. incomplete: some comparable rows were not compared; across: positions were searched
-    across; reach_db: the score from which no candidate was left out because of its embeddings."""
+    across; complete_db: the evidence of one finger, and the score, from which no candidate was left out because of its embeddings."""
 
     comparisons: Ranked = field(default_factory=Ranked)
     incomplete: bool = False
     across: bool = False
-    reach_db: float = 0.0
+    complete_db: tuple[float, float] = (0.0, 0.0)
 
 
 class SnapshotRows:
@@ -192,9 +192,9 @@ class Searcher:
             rows, subjects = rows[kept], None if subjects is None else subjects[kept]
         return self._comparer.compare(probe, source, rows, across=across, subjects=subjects, stage=stage)
 
-    def reach_db(self, probe: TemplateSet, snapshot: Snapshot, *, across: bool) -> float:
-        """The score from which a candidate of this probe goes to review."""
-        return review_db(self._comparer, self._policy(), probe, snapshot, across=across)
+    def thresholds_db(self, probe: TemplateSet, snapshot: Snapshot, *, across: bool) -> tuple[float, float]:
+        """The scores from which a candidate of this probe is a duplicate, and from which it goes to review."""
+        return thresholds_db(self._comparer, self._policy(), probe, snapshot, across=across)
 
     def similarity_reaching(self, model_id: str, score_db: float) -> float:
         """The lowest similarity that scores score_db."""
@@ -237,15 +237,15 @@ class _Search:
             rows, incomplete = self._rows_to_compare(i)
             stage = self._stage(probe)
             compared = self._searcher.compare(probe, source, rows, left_out, across, stage)
-            candidates.append(CandidateSet(compared, incomplete, across, stage.reach_db))
+            candidates.append(CandidateSet(compared, incomplete, across, (stage.finger_db, stage.reach_db)))
         return candidates
 
     def _stage(self, probe: TemplateSet) -> Stage:
         risk, correlation = self._config.miss_risk, self._config.capture_correlation
         if self._floor_db > 0:
-            return Stage(0, self._floor_db, risk, correlation)
-        reach_db = self._searcher.reach_db(probe, self._snapshot, across=self._scope.across)
-        return Stage(self._returned, reach_db - _SLACK_DB, risk, correlation)
+            return Stage(0, self._floor_db, risk, correlation=correlation)
+        duplicate_db, review_db = self._searcher.thresholds_db(probe, self._snapshot, across=self._scope.across)
+        return Stage(self._returned, review_db - _SLACK_DB, risk, duplicate_db - _SLACK_DB, correlation)
 
     # which rows are compared ---------------------------------------------------------------------------------------
 
