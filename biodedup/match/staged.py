@@ -40,14 +40,13 @@ from biodedup.match.judgement import SPEAKS_FOR_DB
 from biodedup.match.ranked import Bool, Float64, Fused, Int64, ScoreMatrix, ScoreModel
 
 FINGER_FROM_DB, FINGER_NEEDS_DB = -5.0, 50.0
-"""The llr_db by embedding from which a finger may have FINGER_NEEDS_DB or more by embedding and minutiae. Of the 2,479 mated pairs that have, 2 lie below,
-and none of the 2,215 that have 60 dB (FVC2002 DB1-4_B and UareU, 2026-11). Of impostors 2.5 % lie above."""
+"""The llr_db by embedding from which a finger may reach FINGER_NEEDS_DB by embedding and minutiae. Of the 2,479 mated pairs that reach it, 2
+lie below, and none of the 2,215 that reach 60 dB (FVC2002 DB1-4_B and UareU, 2026-11). Of impostors 2.5 % lie above."""
 _MEASURED_RISK = 1e-3
 """The risk that this limit stands for. For a smaller one there is no limit."""
 TILTS = np.array([0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.3])
 """Of Chernoff's bound, per dB: the exponents among which the least bound is taken. ln(10) / 10 gives Markov's."""
 _GRID_STEP_DB = 0.5
-_LUCKY = 0.1
 _MATES, _SEED = 1 << 15, 2_011
 
 
@@ -106,9 +105,7 @@ class Stage:
         """The fingers that may be of the probe's person although other captures are not, bool (n, pairs). A candidate with a single capture
         has none: rule 2 judges it. own_db: of each row's own embeddings."""
         fingers = np.count_nonzero(fused.used & [column != "face" for column, _ in matrix.pairs], axis=1)
-        needed_db = np.repeat(
-            self.finger_db + 10 * np.log10(np.maximum(fingers, 1))[:, None], len(matrix.pairs), axis=1
-        )
+        needed_db = self.finger_db + 10 * np.log10(np.maximum(fingers, 1))[:, None]
         # what lifts the candidate, if all other captures add what impostors' add: the logarithm of a mean is hardly above the mean
         means_db = _log_means(waiting, matrix, fused.used, np.arange(len(waiting)))[:, :, 0] / TILTS[0]
         lifting_db = matrix.llr_reaching(self.reach_db, fused.used, waiting)[:, None]
@@ -133,8 +130,8 @@ class Stage:
 
 
 def _log_means(waiting: Bool, matrix: ScoreMatrix, used: Bool, ats: Int64) -> Float64:
-    """`log_means_of` each pair that counts, float64 (k, pairs, tilts), of the rows ats; of a pair without minutiae to compare, its llr_db times
-    the tilts. waiting, used: bool (k, pairs)."""
+    """`log_means_of` each pair that counts, float64 (k, pairs, tilts), of the rows ats; of a pair without minutiae to compare, its llr_db
+    times the tilts. waiting, used: bool (k, pairs)."""
     llr_db = np.where(used, matrix.llr_db[ats], 0.0)
     log_means = TILTS * llr_db[..., None]
     for number, model in enumerate(matrix.models):

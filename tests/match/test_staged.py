@@ -81,10 +81,10 @@ def drawn(rng: np.random.Generator, columns, mated=()) -> dict[str, Template]:
     return {c: capture(c, score(FACE if c == "face" else FINGER, c), score("minutiae", c)) for c in columns}
 
 
-def shown(ranked: Ranked):
+def shown(ranked: Ranked, count: int = SHOWN):
     """The outcome, and what is shown of each candidate."""
     there = np.ones(len(ranked), bool)
-    candidates, _ = first_of(ranked, SHOWN, there, ranked.resembling(REVIEW_DB, DUPLICATE_DB), lambda row: False)
+    candidates, _ = first_of(ranked, count, there, ranked.resembling(REVIEW_DB, DUPLICATE_DB), lambda row: False)
     verdict = judge(candidates, DUPLICATE_DB, REVIEW_DB, band_db=REVIEW_DB)
     return verdict.outcome, verdict.kinds, candidates
 
@@ -144,6 +144,9 @@ def test_what_is_returned_has_the_scores_of_comparing_everything(drawn_people, f
     before = dict(zip(everything.rows.tolist(), everything.by_embeddings.T.tolist(), strict=True))
     assert [before[row] for row in staged.rows.tolist()] == staged.by_embeddings.T.tolist()
     assert len(staged) >= min(first, len(everything))
+    resembling = everything.rows[everything.resembling(REVIEW_DB, DUPLICATE_DB)]
+    if set(resembling.tolist()) <= set(staged.rows.tolist()):  # none is missed
+        assert shown(staged, first) == shown(everything, first)
     if risk < RISK:
         assert list(staged) == list(everything) == list(compared(probe, candidates, **more)[0])
 
