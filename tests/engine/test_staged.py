@@ -182,3 +182,17 @@ def test_similarities_are_those_of_the_stored_vectors(tmp_path):
         rows = np.random.default_rng(0).permutation(700)[:400]
         wanted = snapshot.embeddings(rows, "face") @ probes.T
         assert np.abs(snapshot.similarities(rows, "face", probes) - wanted).max() < 1e-6
+
+
+def test_a_join_finds_the_pairs_of_comparing_all_minutiae(tmp_path):
+    with galleries(tmp_path / "staged") as engine:
+        mates = [
+            PEOPLE[i] | later(PEOPLE[20 + i], ("face", *TEN[: i + 2])) for i in range(8)
+        ]  # some resemble two people
+        engine.import_captures([bd.Encounter(f"m{i}", templates=templates) for i, templates in enumerate(mates)])
+    copytree(tmp_path / "staged", tmp_path / "exhaustive")
+    found = []
+    for name, miss_risk in (("staged", 1e-3), ("exhaustive", 0.0)):
+        with bd.Engine.open(tmp_path / name, bd.Config(search=bd.SearchConfig(miss_risk=miss_risk))) as engine:
+            found.append(list(engine.join(threshold_db=40.0)))
+    assert found[0] == found[1] and found[0][-1].links
