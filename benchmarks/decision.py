@@ -22,7 +22,7 @@ from biodedup.match.calibrations import Calibrations
 from biodedup.match.compare import as_labelled, pairings
 from biodedup.match.fusion import fused_score_db, mated_quantile_db, mated_share_below
 from biodedup.match.judgement import judge
-from biodedup.match.ranked import PairScores, Ranked, ScoreMatrix, ScoreModel, calibrated
+from biodedup.match.ranked import PairScores, Ranked, Scored, ScoreMatrix, ScoreModel, calibrated
 
 COLUMNS = ("face", "right_index", "left_index")
 RETURNED, GALLERY = 10, 200_000_000
@@ -64,7 +64,7 @@ def main() -> None:
             (c, c): calibrated(models[c], similarity[c], minutiae[c], by_embedding=True) for c in COLUMNS
         }
         matrix = ScoreMatrix(rows, scores)
-        return Ranked([(matrix, matrix.fuse(*as_labelled(matrix, members)))])
+        return Ranked([Scored(matrix, matrix.fuse(*as_labelled(matrix, members)))])
 
     def decide() -> object:
         calibrations = tuple(model.of(column != "face") for column, model in models.items())

@@ -238,10 +238,11 @@ class SearchConfig:
     finger_rows_max: int = 5_000
     """Rows per probe that have only minutiae in common with it and are compared one by one. If there are more, the search is incomplete."""
     returned: int = 10
-    """Candidates that a decision keeps."""
+    """Candidates that a decision keeps: those that resemble the probe, and then the first by their embeddings."""
     miss_risk: float = 1e-3
     """Greatest probability that the scan of a column, which estimates similarities first, loses a row that an exact comparison would find;
-    at least 0, below 0.5. 0 compares every row exactly, and takes longer."""
+    and that a candidate of the scan is left out that would resemble the probe by its minutiae. At least 0, below 0.5. Below 0.001 all
+    minutiae of the candidates are compared, and with 0 every row exactly; both take longer."""
     capture_correlation: float = 0.3
     """Assumed correlation, from 0 to below 1, of how well two captures of a subject match their mates (rank correlation on a normal
     scale): a subject with one poor finger often has several. The search over several columns is planned with it."""

@@ -6,7 +6,7 @@ the scores that a mate would reach with these captures. Never searches and never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,25 +18,13 @@ from biodedup.engine.sample import GallerySamples
 from biodedup.errors import BiodedupError, CaptureUnavailable
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
-from biodedup.match.fusion import mated_quantile_db, mated_share_below
 from biodedup.match.judgement import BELIEVED, SPEAKS_AGAINST_DB, judge, kinds_of
 from biodedup.match.ranked import Comparison, Ranked
 from biodedup.required import INCOMPLETE
+from biodedup.search.expected import expected
 from biodedup.search.positions import comparable_bits
 from biodedup.search.searcher import CandidateSet, SnapshotRows
-from biodedup.values import Candidate, Decision, Encounter, Kind, Refusal, Template, Verification
-
-_ATTAINED_SHARE = 0.95
-_FIRST_ROWS = 64  # checked together; the tenth row that counts is nearly always one of them
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """The scores of mates with these captures. attainable_db: 95 % of mates score less; fnir: share of mates below review_db."""
-
-    attainable_db: float
-    review_db: float
-    fnir: float
+from biodedup.values import Candidate, Decision, Encounter, Kind, Refusal, Verification
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,16 +59,18 @@ class Decider:
         """
         policy = self.policy()
         duplicate_db, band_db = policy.thresholds_db(now.searched_count)
-        returned, cleared = _first(
-            found.comparisons,
-            self.config.search.returned,
-            lambda rows: now.are_present(rows) & ~np.isin(rows, own),
-            lambda row: bool(different) and set(different).issuperset(now.siblings(row)),
-        )
         bits = comparable_bits(probe.templates, now.models, across=found.across)
         compared = now.count_with(bits) - int(np.count_nonzero(now.presence(own) & bits) if own else 0)
-        expected = self._expected(policy, probe.templates, now, band_db, across=found.across) if compared else None
-        review_db = band_db if expected is None or policy.review_db is not None else expected.review_db
+        mates = expected(self.comparer, policy, probe.templates, now, across=found.across) if compared else None
+        review_db = band_db if mates is None or policy.review_db is not None else mates.review_db
+        ranked = found.comparisons
+        returned, cleared = first_of(
+            ranked,
+            self.config.search.returned,
+            now.are_present(ranked.rows) & ~np.isin(ranked.rows, own),
+            ranked.resembling(review_db, duplicate_db),
+            lambda row: bool(different) and set(different).issuperset(now.siblings(row)),
+        )
         verdict = judge(
             returned,
             duplicate_db,
@@ -107,8 +97,8 @@ class Decider:
             incomplete=found.incomplete,
             decided_at=self.clock(),
             reasons=verdict.reasons,
-            attainable_db=None if expected is None else expected.attainable_db,
-            expected_fnir=None if expected is None else expected.fnir,
+            attainable_db=None if mates is None else mates.attainable_db,
+            expected_fnir=None if mates is None else mates.fnir,
             compared=compared,
             cleared=_candidates(now, cleared, kinds_of(cleared, duplicate_db, review_db)),
         )
@@ -200,40 +190,28 @@ class Decider:
             kind=kind,
         )
 
-    def _expected(
-        self, policy: Policy, templates: Mapping[str, Template], now: Snapshot, band_db: float, *, across: bool
-    ) -> _Expected:
-        """The scores of mates with these captures. Captures of columns that the gallery does not have do not count."""
-        calibrations = tuple(
-            model.of(templates[column].embedding is not None and templates[column].minutiae is not None)
-            for column, model in sorted(self.comparer.score_models(templates).items())
-            if now.count_with(comparable_bits({column: templates[column]}, now.models, across=across))
-        )
-        review_db = min(band_db, mated_quantile_db(policy.fnir_review, calibrations))
-        attainable_db = mated_quantile_db(_ATTAINED_SHARE, calibrations)
-        return _Expected(attainable_db, review_db, mated_share_below(review_db, calibrations))
 
-
-def _first(
+def first_of(
     ranked: Ranked,
     count: int,
-    which_count: Callable[[NDArray[np.int64]], NDArray[np.bool_]],
+    counts: NDArray[np.bool_],
+    resembles: NDArray[np.bool_],
     is_different: Callable[[int], bool],
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(the strongest `count` rows that can be candidates, the rows before them that were judged to be of another subject).
+    """(`count` candidates, strongest first, the rows before the last of them that were judged to be of another subject).
 
-    which_count: bool for each row, whether it can be a candidate. is_different: whether a row was judged different.
+    Rows that resemble the probe come first, then the others, in the order that their embeddings give them: the order that the search goes by.
+    counts: bool (n,), which rows can be candidates; resembles: bool (n,). is_different: whether a row was judged different.
     """
+    others = np.lexsort((ranked.rows, *-ranked.by_embeddings[::-1]))
+    resembling = np.flatnonzero(resembles & counts)
     first: list[int] = []
     cleared: list[int] = []
-    for low in range(0, len(ranked), _FIRST_ROWS):
-        rows = ranked.rows[low : low + _FIRST_ROWS]
-        for at in np.flatnonzero(which_count(rows)).tolist():
-            if len(first) < count:
-                (cleared if is_different(int(rows[at])) else first).append(low + at)
+    for rank in np.concatenate([resembling, others[(counts & ~resembles)[others]]]).tolist():
         if len(first) == count:
             break
-    comparisons = ranked.at(first + cleared)
+        (cleared if is_different(int(ranked.rows[rank])) else first).append(rank)
+    comparisons = ranked.at(sorted(first) + sorted(cleared))
     return comparisons[: len(first)], comparisons[len(first) :]
 
 

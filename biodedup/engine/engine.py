@@ -407,7 +407,7 @@ class Engine:
         decider = self._decider.calibrated_on(seen.snapshot)
         decision = decider.decide(probe, seen.found[0], seen.snapshot, version=seen.snapshot.version)
         if (steps := tracing()) is not None:
-            record_candidates(steps, probe.templates, decision, self._gallery.templates_of)
+            record_candidates(steps, probe.templates, decision, seen.found[0].comparisons, self._gallery.templates_of)
         return decision
 
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:

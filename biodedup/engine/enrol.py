@@ -149,10 +149,12 @@ class Enrolment:
         """Decides on searched encounters and commits the decisions. One answer for each encounter."""
         if sought.waiting is not None:
             self._commit(sought.waiting)
-            for i, probe, answer in zip(sought.places, sought.waiting.probes, sought.waiting.answers, strict=True):
+            waiting = sought.waiting
+            each = zip(sought.places, waiting.probes, waiting.seen.found, waiting.answers, strict=True)
+            for i, probe, found, answer in each:
                 sought.answers[i] = answer
                 if (steps := tracing()) is not None and isinstance(answer, Decision):
-                    record_candidates(steps, probe.templates, answer, self._gallery.templates_of)
+                    record_candidates(steps, probe.templates, answer, found.comparisons, self._gallery.templates_of)
         return [answer for answer in sought.answers if answer is not None]
 
     def _commit(self, call: _Waiting) -> None:

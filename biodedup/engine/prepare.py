@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,11 @@ class Preparer:
     extractor: Extractor
     calibrations: Calibrations
     config: Config
+
+    @cached_property
+    def _cards(self) -> tuple[ModelCard, ...]:
+        """The shipped cards and the configured ones, read once."""
+        return (*shipped_cards(), *self.extractor.cards)
 
     def probe(self, encounter: Encounter) -> Probe:
         """The probe of one encounter. Raises CallerError."""
@@ -172,7 +178,7 @@ class Preparer:
 
     def _check_modality(self, column: str, model_id: str) -> None:
         """Raises ModelMismatch for a finger's model in the face's column, and the other way round: its scores would mean nothing."""
-        cards = (*shipped_cards(), *self.extractor.cards)
+        cards = self._cards
         faces = {card.model_id for card in cards if card.kind == "face-embedding"}
         networks = {card.model_id for card in cards if card.weights is not None}  # cards without may leave the kind out
         if column != "face" and model_id in faces & networks:
@@ -182,7 +188,7 @@ class Preparer:
 
     def _check_dimension(self, model_id: str, dimension: int) -> None:
         """Raises ModelMismatch if the model's card states another dimension."""
-        known = _dimensions((*shipped_cards(), *self.extractor.cards))
+        known = _dimensions(self._cards)
         if known.get(model_id, dimension) not in (dimension, None):
             makes = f"{known[model_id]} numbers" if known[model_id] else "no embeddings"
             raise ModelMismatch(f"{model_id} makes {makes}, got {dimension}; name the model that made the vectors")

@@ -67,18 +67,32 @@ class BatchedSearch:
         If more rows do not count than extra candidates were searched for, they may have hidden others: then all rows are searched again.
         """
         before, extra_k = found.comparisons, max(seen.extra_k, len(uncounted))
+        searcher = self._calibrated_on(seen.snapshot)  # the whole decision uses one calibration
         left_out = ~now.are_present(before.rows) | np.isin(before.rows, list(uncounted))
-        search_all = np.count_nonzero(left_out) > seen.extra_k
-        from_row = 0 if search_all else seen.snapshot.row_count
-        (since,) = self._calibrated_on(seen.snapshot).search(  # the whole decision uses one calibration
-            now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k
-        )
+        thresholds_db = searcher.thresholds_db(probe.templates, now, across=seen.across)
+        lower = any(a > b for a, b in zip(found.complete_db, thresholds_db, strict=True))
+        search_all = lower or np.count_nonzero(left_out) > seen.extra_k
+        if not search_all:
+            since = self._since(searcher, probe, now, seen, seen.snapshot.row_count, extra_k)
+            if now.extra_rows and len(
+                since.comparisons
+            ):  # a subject with a new row was compared again with all its rows
+                compared_again, _ = now.with_siblings(np.sort(since.comparisons.rows))
+                left_out |= np.isin(before.rows, compared_again)
+                before = before.without(compared_again)
+                search_all = np.count_nonzero(left_out) > seen.extra_k
         if search_all:
-            return since
-        if now.extra_rows and len(since.comparisons):  # a subject with a new row was compared again with all its rows
-            compared_again, _ = now.with_siblings(np.sort(since.comparisons.rows))
-            before = before.without(compared_again)
-        return CandidateSet(before.with_others(since.comparisons), found.incomplete or since.incomplete, found.across)
+            return self._since(searcher, probe, now, seen, 0, extra_k)
+        incomplete = found.incomplete or since.incomplete
+        complete_db = np.maximum(found.complete_db, since.complete_db)
+        return CandidateSet(before.with_others(since.comparisons), incomplete, found.across, (*complete_db.tolist(),))
+
+    @staticmethod
+    def _since(
+        searcher: Searcher, probe: Probe, now: Snapshot, seen: SearchSnapshot, from_row: int, extra_k: int
+    ) -> CandidateSet:
+        (found,) = searcher.search(now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k)
+        return found
 
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
         """The k nearest subjects of each probe in one column. probes: float32 (q, d), unit rows."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
+from biodedup.gallery.files.codes import dequantise
 from biodedup.gallery.files.filesystem import memory_bytes
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.index_settings import IndexSettings
@@ -380,6 +381,11 @@ class Snapshot:
         empty = np.zeros((len(rows), (model and model.dimension) or 0), np.float32)
         return self._gather(rows, empty, lambda part, at: _vectors(part, column, at))
 
+    def similarities(self, rows: Sequence[int] | Int64, column: str, probes: Float32) -> Float32:
+        """Cosines float32 (n, q) of rows that have this column with probes, float32 (q, d), unit rows."""
+        found = np.zeros((len(rows), len(probes)), np.float32)
+        return self._gather(rows, found, lambda part, at: _similarities(part, column, at, probes))
+
     def minutiae(self, rows: Sequence[int] | Int64, column: str) -> dict[int, bytes]:
         """Records of those of the rows that have one in this column."""
         rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
@@ -495,6 +501,15 @@ def _drawn(below: int, count: int) -> Int64:
 
 def _vectors(part: Part, column: str, positions: Int64) -> Float32:
     return part.columns[column].vectors_at(part.columns[column].cells_at(positions))
+
+
+def _similarities(part: Part, column: str, positions: Int64, probes: Float32) -> Float32:
+    held = part.columns[column]
+    cells = held.cells_at(positions)
+    if held.codec is None:
+        return np.asarray(held.vectors_at(cells) @ probes.T, np.float32)
+    # the few probes are rotated instead of the many rows
+    return np.asarray(dequantise(*held.codes_at(cells)) @ held.codec.rotate(probes).T, np.float32)
 
 
 def _quality(part: Part, column: str, positions: Int64) -> Float32:

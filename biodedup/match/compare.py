@@ -24,72 +24,14 @@ from numpy.typing import NDArray
 from biodedup.errors import InvalidInput, ModelMismatch
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import SampleOf, WithMinutiae
+from biodedup.match.candidates import Candidates, Measured, TemplateCandidates
 from biodedup.match.encounters import Joint, of_all_rows
 from biodedup.match.fusion import llr_reaching
 from biodedup.match.labels import Pair, Readings, readings_of
 from biodedup.match.minutiae import MinutiaeMatcher
-from biodedup.match.ranked import Fused, PairScores, Ranked, ScoreMatrix, ScoreModel, calibrated
-from biodedup.values import BIT, Float32, Score, Template
-
-
-class Candidates(Protocol):
-    """The source of the candidates' templates: a gallery's rows, or a few templates in memory. rows: int64 (n,)."""
-
-    def presence(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
-        """The columns of each row, as a bit mask (`values.BIT`)."""
-
-    def embeddings(self, rows: NDArray[np.int64], column: str) -> Float32:
-        """float32 (n, d), of rows that have this column; d = 0 if the column holds no embeddings."""
-
-    def minutiae(self, rows: NDArray[np.int64], column: str) -> dict[int, bytes]:
-        """row -> minutiae record, of the rows that have one."""
-
-    def model_ids(self) -> Mapping[str, str]:
-        """The model of each column."""
-
-
-class TemplateCandidates:
-    """Candidates that are held as templates: one mapping column -> template for each row 0, 1, ..."""
-
-    def __init__(self, *candidates: Mapping[str, Template]) -> None:
-        self._candidates = candidates
-
-    def presence(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
-        return np.array([sum(BIT[column] for column in self._candidates[row]) for row in rows.tolist()], np.uint16)
-
-    def embeddings(self, rows: NDArray[np.int64], column: str) -> Float32:
-        found = [self._candidates[row][column].embedding for row in rows.tolist()]
-        vectors = [vector for vector in found if vector is not None]
-        return np.array(vectors, np.float32) if len(vectors) == len(rows) else np.zeros((len(rows), 0), np.float32)
-
-    def minutiae(self, rows: NDArray[np.int64], column: str) -> dict[int, bytes]:
-        records = {row: self._candidates[row][column].minutiae for row in rows.tolist()}
-        return {row: record for row, record in records.items() if record is not None}
-
-    def model_ids(self) -> Mapping[str, str]:
-        return {column: template.model_id for candidate in self._candidates for column, template in candidate.items()}
-
-
-class _Held:
-    """The candidates of one comparison. Each column's embeddings are read once."""
-
-    def __init__(self, source: Candidates, rows: NDArray[np.int64]) -> None:
-        self.model_ids = source.model_ids()
-        self.rows = rows
-        self._source = source
-        self._read: dict[tuple[str, bytes], Float32] = {}
-
-    def embeddings(self, ats: NDArray[np.int64], column: str) -> Float32:
-        key = (column, ats.tobytes())
-        if key not in self._read:
-            self._read[key] = self._source.embeddings(self.rows[ats], column)
-        return self._read[key]
-
-    def minutiae(self, ats: NDArray[np.int64], column: str) -> tuple[NDArray[np.int64], list[bytes]]:
-        """(which of these have a record, their records)."""
-        record_of = self._source.minutiae(self.rows[ats], column)
-        records = [record_of.get(row) for row in self.rows[ats].tolist()]
-        return ats[[record is not None for record in records]], [record for record in records if record is not None]
+from biodedup.match.ranked import Fused, PairScores, Ranked, Scored, ScoreMatrix, ScoreModel
+from biodedup.match.staged import Stage
+from biodedup.values import BIT, Score, Template
 
 
 def pairings(probe: Sequence[str], candidate: Sequence[str]) -> list[list[Pair]]:
@@ -143,39 +85,27 @@ class Comparer:
         *,
         across: bool = False,
         subjects: NDArray[np.int64] | None = None,
+        stage: Stage | None = None,
     ) -> Ranked:
         """The probe compared with each row, strongest first, equal ones by row. Rows without a comparable capture are left out.
 
         across: also compare fingers with fingers of other labels. subjects: int64 (n,), rows with the same number belong to one
-        subject, which gives one comparison, that of its strongest row; None: each row is a subject of its own.
+        subject, which gives one comparison, that of its strongest row; None: each row is a subject of its own. stage: which rows'
+        minutiae are compared (`staged.py`), by the evidence of the embeddings; the other rows are left out, too. None: all rows'.
         """
-        held = _Held(source, np.asarray(rows, np.int64))
-        own = source.presence(held.rows)
-        masks, which = np.unique(own if subjects is None else of_all_rows(own, subjects), return_inverse=True)
-        members = [(_columns_of(mask), np.flatnonzero(which == number)) for number, mask in enumerate(masks.tolist())]
-        groups = {some: pairings(tuple(probe), some) for some, _ in members}
-        readings = {some: _readings(probe, held.model_ids, some, bool(groups[some])) for some, _ in members if across}
-        wanted: dict[Pair, list[NDArray[np.int64]]] = {}
-        for some, ats in members:
-            tried = readings.get(some)
-            for pair in dict.fromkeys((*(p for group in groups[some] for p in group), *(tried.pairs if tried else ()))):
-                wanted.setdefault(pair, []).append(ats)
-        models = self.score_models(probe)
-        scores = {}
-        for pair, lists in wanted.items():
-            ats = np.sort(np.concatenate(lists))
-            ats = ats if subjects is None else ats[(own[ats] & BIT[pair[1]]) != 0]
-            scores[pair] = self._measure(probe[pair[0]], models[pair[0]], pair, held, ats)
-        joint = None if subjects is None else Joint(scores, subjects)
-        matrix = (
-            ScoreMatrix(held.rows, scores) if joint is None else ScoreMatrix(held.rows, joint.scores, joint.borrowed_db)
-        )
-        fused = matrix.fuse(*as_labelled(matrix, [(ats, groups[some]) for some, ats in members]))
-        for some, ats in members:
-            reading = readings.get(some)
-            if reading is not None:
-                fused = _read_across(matrix, fused, ats, reading)
-        return Ranked([(matrix, fused if joint is None else joint.best_of_each(fused))])
+        held = np.asarray(rows, np.int64)
+        paired = _Paired(probe, source.model_ids(), held, source.presence(held), subjects, across=across)
+        measured = Measured(self._matcher, probe, self.score_models(probe), source, held, paired.wanted())
+        kept, by_embeddings = np.arange(len(held)), None
+        if stage is not None and measured.waiting.any():
+            chosen, by_embeddings = stage.choose(measured, *paired.fuse(measured.scores()), subjects)
+            kept = np.flatnonzero(chosen)
+            by_embeddings = by_embeddings[:, kept]
+        whole = np.zeros((len(held), 1), bool)
+        whole[kept] = True
+        measured.compare(whole)
+        matrix, fused = paired.of(kept).fuse(measured.scores(kept))
+        return Ranked([Scored(matrix, fused, by_embeddings, measured.compared)])
 
     def score_models(self, probe: Mapping[str, Template]) -> dict[str, ScoreModel]:
         """How the templates in each of the probe's columns score."""
@@ -209,25 +139,63 @@ class Comparer:
         """The least sum of llr_db, over one capture of each of these models, that reaches score_db."""
         return llr_reaching(score_db, tuple(map(self.calibration, model_ids)))
 
-    def _measure(
-        self, probe: Template, model: ScoreModel, pair: Pair, held: _Held, ats: NDArray[np.int64]
-    ) -> PairScores:
-        """ats: which of the rows have the candidate's column."""
-        similarity, minutiae = np.full((2, len(held.rows)), np.nan)
-        if pair[0] == pair[1] or held.model_ids.get(pair[1]) == probe.model_id:
-            if probe.embedding is not None:
-                vectors = held.embeddings(ats, pair[1])
-                if vectors.shape[1] not in (0, len(probe.embedding)):
-                    raise ModelMismatch(
-                        f"the {pair[0]} probe has {len(probe.embedding)} numbers, the candidate's {vectors.shape[1]}; "
-                        "extract both with one model"
-                    )
-                if vectors.shape[1]:
-                    similarity[ats] = vectors @ probe.embedding
-            if probe.minutiae is not None and (probe.embedding is None or model.with_minutiae is not None):
-                there, records = held.minutiae(ats, pair[1])
-                minutiae[there] = self._matcher.compare(probe.minutiae, records)
-        return calibrated(model, similarity, minutiae, by_embedding=probe.embedding is not None)
+
+class _Paired:
+    """Which captures of a probe and of each row are compared, and how their scores become one. own: the columns of each row, as masks;
+    subjects: int64 (n,), None if each row is a subject of its own."""
+
+    def __init__(
+        self,
+        probe: Mapping[str, Template],
+        model_ids: Mapping[str, str],
+        rows: NDArray[np.int64],
+        own: NDArray[np.uint16],
+        subjects: NDArray[np.int64] | None,
+        *,
+        across: bool,
+    ) -> None:
+        self._probe, self._model_ids, self._across = probe, model_ids, across
+        self._rows, self._own, self._subjects = rows, own, subjects
+        masks, which = np.unique(own if subjects is None else of_all_rows(own, subjects), return_inverse=True)
+        self._members = [
+            (_columns_of(mask), np.flatnonzero(which == number)) for number, mask in enumerate(masks.tolist())
+        ]
+        self._groups = {some: pairings(tuple(probe), some) for some, _ in self._members}
+        self._readings = {
+            some: _readings(probe, model_ids, some, bool(self._groups[some])) for some, _ in self._members if across
+        }
+
+    def of(self, ats: NDArray[np.int64]) -> _Paired:
+        """The same of some rows, with all rows of their subjects."""
+        subjects = None if self._subjects is None else self._subjects[ats]
+        return _Paired(self._probe, self._model_ids, self._rows[ats], self._own[ats], subjects, across=self._across)
+
+    def wanted(self) -> dict[Pair, NDArray[np.int64]]:
+        """The pairs of columns to compare, and for each the rows that have its column, ascending."""
+        lists: dict[Pair, list[NDArray[np.int64]]] = {}
+        for some, ats in self._members:
+            tried = self._readings.get(some)
+            of_groups = (pair for group in self._groups[some] for pair in group)
+            for pair in dict.fromkeys((*of_groups, *(tried.pairs if tried else ()))):
+                lists.setdefault(pair, []).append(ats)
+        wanted = {pair: np.sort(np.concatenate(ats)) for pair, ats in lists.items()}
+        if self._subjects is None:
+            return wanted
+        return {pair: ats[(self._own[ats] & BIT[pair[1]]) != 0] for pair, ats in wanted.items()}
+
+    def fuse(self, scores: Mapping[Pair, PairScores]) -> tuple[ScoreMatrix, Fused]:
+        """The scores of these rows as one. Of a subject's rows only the strongest keeps its score."""
+        joint = None if self._subjects is None else Joint(scores, self._subjects)
+        if joint is None:
+            matrix = ScoreMatrix(self._rows, scores)
+        else:
+            matrix = ScoreMatrix(self._rows, joint.scores, joint.borrowed_db)
+        fused = matrix.fuse(*as_labelled(matrix, [(ats, self._groups[some]) for some, ats in self._members]))
+        for some, ats in self._members:
+            reading = self._readings.get(some)
+            if reading is not None:
+                fused = _read_across(matrix, fused, ats, reading)
+        return matrix, fused if joint is None else joint.best_of_each(fused)
 
 
 def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:

@@ -100,9 +100,9 @@ def _table(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[
 
 
 def _convolved(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[np.float64]]:
-    first, mass = _pmf(calibrations[0], law)
+    first, mass = mass_of(calibrations[0], law)
     for calibration in calibrations[1:]:
-        start, more = _pmf(calibration, law)
+        start, more = mass_of(calibration, law)
         first += start
         mass = np.convolve(mass, more)
     if law == "mated":
@@ -112,7 +112,8 @@ def _convolved(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDAr
         return first, np.clip(-10 * np.log10(survival), 0.0, SCORE_DB_MAX)
 
 
-def _pmf(calibration: Calibration, law: Law) -> tuple[int, NDArray[np.float64]]:
+def mass_of(calibration: Calibration, law: Law) -> tuple[int, NDArray[np.float64]]:
+    """The probability mass function of one capture's llr_db, as `Calibration.nonmated_llr_pmf` gives it, in steps of STEP_DB."""
     if law != "mated":
         return calibration.nonmated_llr_pmf(STEP_DB, law)
     first, mass = calibration.nonmated_llr_pmf(STEP_DB)

@@ -13,9 +13,10 @@ from biodedup.embed.cards import ModelCard, shipped_cards
 from biodedup.errors import ModelMismatch
 from biodedup.match.calibration import Calibration
 from biodedup.match.calibrations import Calibrations
-from biodedup.match.compare import Comparer, TemplateCandidates, compare_templates
+from biodedup.match.candidates import TemplateCandidates
+from biodedup.match.compare import Comparer, compare_templates
 from biodedup.match.minutiae import CylinderMatcher, matched
-from biodedup.match.ranked import Comparison
+from biodedup.match.ranked import Comparison, Ranked
 from biodedup.trace import Trace, tracing
 from biodedup.values import Decision, Evidence, Score, Template, Verification
 
@@ -77,9 +78,12 @@ def record_candidates(
     steps: Trace,
     probe: Mapping[str, Template],
     decision: Decision,
+    ranked: Ranked,
     templates_of: Callable[[str], Mapping[str, Template] | None],
 ) -> None:
-    """Adds a decision and its candidates to a trace. templates_of: subject_id -> its enrolled templates, or None."""
+    """Adds a decision and its candidates to a trace. ranked: what its search returned; templates_of: subject_id -> its enrolled
+    templates, or None."""
+    steps.add("comparisons", candidates=len(ranked), minutiae=ranked.compared)
     for candidate in decision.candidates:
         steps.add("candidate", candidate=candidate)
         _record_minutiae(steps, probe, templates_of(candidate.subject_id) or {}, candidate.evidence)

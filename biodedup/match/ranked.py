@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from biodedup.match.calibration import SCORE_DB_MAX, Calibration
 from biodedup.match.calibrations import WithMinutiae
-from biodedup.match.fusion import bounded, measured_db, score_db_of_steps, steps_of
+from biodedup.match.fusion import bounded, llr_reaching, measured_db, score_db_of_steps, steps_of
 from biodedup.match.labels import Pair
 from biodedup.values import Evidence
 
@@ -162,9 +162,12 @@ class ScoreMatrix:
             trial_penalty_db = trial_penalty_db + np.where(
                 used, self._borrowed_db if ats is None else self._borrowed_db[ats], 0.0
             )
-        llr_db = (np.where(used, llr_db, 0.0) - trial_penalty_db).sum(axis=1)
+        parts_db = np.where(used, llr_db, 0.0) - trial_penalty_db
+        llr_db = np.zeros(len(used))
+        for part_db in parts_db.T:  # in this order for any number of rows, so that sums are equal to the last bit
+            llr_db += part_db
         steps, (score_db, limit_db) = steps_of(llr_db), np.full((2, len(llr_db)), np.nan)
-        for some, pairs, calibrations in self._alike(used, both):
+        for some, pairs, calibrations in self.alike(used, both):
             limit_db[some] = measured_db(calibrations)
             if len(pairs) == 1:
                 rows = some if ats is None else ats[some]
@@ -174,13 +177,26 @@ class ScoreMatrix:
         score_db = np.maximum(score_db, 0.0)
         return Fused(used, trial_penalty_db, score_db, llr_db, score_db > limit_db, np.zeros(len(llr_db)))
 
+    @property
+    def models(self) -> tuple[ScoreModel, ...]:
+        """How each pair of columns scores."""
+        return tuple([scores.model for scores in self._scores])
+
+    def llr_reaching(self, score_db: float, used: Bool, both: Bool) -> Float64:
+        """The least sum of llr_db that reaches score_db, float64 (n,), for rows with these pairs; infinite for rows without. used, both:
+        bool (n, pairs), the pairs that count, and those that are compared by embedding and minutiae."""
+        least_db = np.full(len(used), np.inf)
+        for some, _, calibrations in self.alike(used, both):
+            least_db[some] = llr_reaching(score_db, calibrations)
+        return least_db
+
     def comparisons(self, ats: Int64, fused: Fused) -> list[Comparison]:
         """The comparisons of these rows."""
         used, label_penalty_db = fused.used[ats], fused.label_penalty_db[ats]
         score_db, llr_db = fused.score_db[ats], fused.llr_db[ats]
         low_db, high_db = np.full((2, len(ats)), np.nan)
         steps = steps_of(llr_db + label_penalty_db)
-        for some, _, calibrations in self._alike(used, self._both[ats]):
+        for some, _, calibrations in self.alike(used, self._both[ats]):
             if bounded(calibrations):
                 low_db[some] = score_db_of_steps(steps[some], calibrations, "low")
                 high_db[some] = score_db_of_steps(steps[some], calibrations, "high")
@@ -223,7 +239,7 @@ class ScoreMatrix:
         its own counts only against a candidate here."""
         sure_db = np.full(len(ats), np.nan)
         llr_db, used = self.llr_db[ats] - fused.trial_penalty_db[ats], fused.used[ats]
-        for some, pairs, calibrations in self._alike(used, self._both[ats]):
+        for some, pairs, calibrations in self.alike(used, self._both[ats]):
             if not any([calibration.unchecked for calibration in calibrations]):
                 continue
             if len(pairs) == 1 and calibrations[0].mates_measured:  # by its raw score, as its score_db is
@@ -239,6 +255,14 @@ class ScoreMatrix:
                 sure_db[some] = score_db_of_steps(steps_of(summed_db), tables, "sure") if tables else 0.0
         return np.asarray(np.maximum(sure_db - fused.label_penalty_db[ats], 0.0))
 
+    def strongest_finger_db(self, fused: Fused) -> Float64:
+        """The llr_db of each row's strongest finger, less 10 log10 of their number (Bonferroni), float64 (n,); minus infinity without a
+        finger."""
+        fingers = fused.used & np.array([column != "face" for column, _ in self.pairs], bool)
+        parts_db = np.where(fingers, self.llr_db - fused.trial_penalty_db, -np.inf)
+        tries = np.maximum(np.count_nonzero(fingers, axis=1), 1)
+        return np.asarray(parts_db.max(axis=1, initial=-np.inf) - 10 * np.log10(tries))
+
     def raw(self, column: str, fused: Fused) -> tuple[Float64, Float64]:
         """(similarity, minutiae) of the pair that counts for this column of the probe; NaN if none does."""
         similarity, minutiae = np.full((2, len(self.rows)), np.nan)
@@ -248,7 +272,7 @@ class ScoreMatrix:
                 similarity[used], minutiae[used] = scores.similarity[used], scores.minutiae[used]
         return similarity, minutiae
 
-    def _alike(self, used: Bool, both: Bool) -> Iterator[tuple[Int64, list[int], tuple[Calibration, ...]]]:
+    def alike(self, used: Bool, both: Bool) -> Iterator[tuple[Int64, list[int], tuple[Calibration, ...]]]:
         """Groups rows with the same pairs: (which rows, pairs, their calibrations) of each group; rows without evidence
         are left out."""
         kinds = used.astype(np.int8)
@@ -260,22 +284,36 @@ class ScoreMatrix:
                 yield some, pairs, tuple([self._scores[pair].model.of(kind[pair] == 2) for pair in pairs])
 
 
-class Ranked(Sequence[Comparison]):
-    """The comparisons of a probe, strongest first, equal ones by row. rows: int64 (n,); score_db, llr_db: float64 (n,),
-    in this order."""
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Some rows with their scores. by_embeddings: float64 (2, n), score_db and llr_db of each row's subject before minutiae added to
+    embeddings; None: none did. compared: how many pairs of minutiae records were compared."""
 
-    def __init__(self, results: Iterable[tuple[ScoreMatrix, Fused]] = ()) -> None:
+    matrix: ScoreMatrix
+    fused: Fused
+    by_embeddings: Float64 | None = None
+    compared: int = 0
+
+
+class Ranked(Sequence[Comparison]):
+    """The comparisons of a probe, strongest first, equal ones by row. rows: int64 (n,); score_db, llr_db: float64 (n,), in this
+    order; by_embeddings: as in `Scored`. compared: pairs of minutiae records that were compared."""
+
+    def __init__(self, results: Iterable[Scored] = ()) -> None:
         self._results = tuple(results)
-        parts = [(np.flatnonzero(~np.isnan(fused.score_db)), number) for number, (_, fused) in enumerate(self._results)]
+        self.compared = sum(result.compared for result in self._results)
+        parts = [(np.flatnonzero(~np.isnan(result.fused.score_db)), n) for n, result in enumerate(self._results)]
         at = np.concatenate([np.zeros(0, np.int64), *(ats for ats, _ in parts)])
         which = np.concatenate([np.zeros(0, np.int64), *(np.full(len(ats), number) for ats, number in parts)])
         empty = [np.zeros(0)]
-        rows = np.concatenate([np.zeros(0, np.int64), *(self._results[n][0].rows[ats] for ats, n in parts)])
-        score_db = np.concatenate(empty + [self._results[n][1].score_db[ats] for ats, n in parts])
-        llr_db = np.concatenate(empty + [self._results[n][1].llr_db[ats] for ats, n in parts])
+        rows = np.concatenate([np.zeros(0, np.int64), *(self._results[n].matrix.rows[ats] for ats, n in parts)])
+        score_db = np.concatenate(empty + [self._results[n].fused.score_db[ats] for ats, n in parts])
+        llr_db = np.concatenate(empty + [self._results[n].fused.llr_db[ats] for ats, n in parts])
+        before = [_before(self._results[n], ats) for ats, n in parts]
         keys = (-llr_db, -score_db)
         order = np.lexsort(keys if (rows[1:] > rows[:-1]).all() else (rows, *keys))
         self.rows, self.score_db, self.llr_db = rows[order], score_db[order], llr_db[order]
+        self.by_embeddings = np.concatenate([np.zeros((2, 0)), *before], axis=1)[:, order]
         self._at, self._which = at[order], which[order]
 
     def with_others(self, others: Ranked) -> Ranked:
@@ -285,9 +323,9 @@ class Ranked(Sequence[Comparison]):
     def without(self, rows: Int64) -> Ranked:
         """The comparisons of all rows but these."""
         kept = []
-        for matrix, fused in self._results:
-            gone = np.isin(matrix.rows, rows)
-            kept.append((matrix, replace(fused, score_db=np.where(gone, np.nan, fused.score_db))))
+        for result in self._results:
+            score_db = np.where(np.isin(result.matrix.rows, rows), np.nan, result.fused.score_db)
+            kept.append(replace(result, fused=replace(result.fused, score_db=score_db)))
         return Ranked(kept)
 
     def reaching(self, threshold_db: float) -> list[Comparison]:
@@ -297,6 +335,12 @@ class Ranked(Sequence[Comparison]):
     def extrapolated(self) -> Bool:
         """bool (n,), in this order."""
         return self._gathered(lambda matrix, fused: fused.extrapolated, bool)
+
+    def resembling(self, score_db: float, finger_db: float) -> Bool:
+        """bool (n,), in this order: which score at least score_db, or have a finger with an llr_db of at least finger_db, and 10
+        log10 of the number of fingers more."""
+        strongest_db = self._gathered(lambda matrix, fused: matrix.strongest_finger_db(fused), float)
+        return np.asarray((self.score_db >= score_db) | (strongest_db >= finger_db))
 
     def raw(self, column: str) -> tuple[Float64, Float64]:
         """(similarity, minutiae), float64 (n,) each, in this order: of the pair that counts for the probe's column; NaN
@@ -308,9 +352,9 @@ class Ranked(Sequence[Comparison]):
 
     def _gathered(self, values_of: Callable[[ScoreMatrix, Fused], NDArray[Any]], kind: type) -> NDArray[Any]:
         values: NDArray[Any] = np.zeros(len(self.rows), kind)
-        for number, (matrix, fused) in enumerate(self._results):
+        for number, result in enumerate(self._results):
             of_result = self._which == number
-            values[of_result] = values_of(matrix, fused)[self._at[of_result]]
+            values[of_result] = values_of(result.matrix, result.fused)[self._at[of_result]]
         return values
 
     def __len__(self) -> int:
@@ -332,9 +376,10 @@ class Ranked(Sequence[Comparison]):
         """The comparisons at these ranks."""
         wanted = np.array(ranks, np.int64)
         by_rank: dict[int, Comparison] = {}
-        for number, (matrix, fused) in enumerate(self._results):
+        for number, result in enumerate(self._results):
             of_result = wanted[self._which[wanted] == number]
-            by_rank.update(zip(of_result.tolist(), matrix.comparisons(self._at[of_result], fused), strict=True))
+            comparisons = result.matrix.comparisons(self._at[of_result], result.fused)
+            by_rank.update(zip(of_result.tolist(), comparisons, strict=True))
         return [by_rank[rank] for rank in ranks]
 
 
@@ -342,14 +387,21 @@ def _sorts(kinds: NDArray[np.int8]) -> list[Int64]:
     """Groups equal rows of the matrix: the places of each group, ascending."""
     if not len(kinds):
         return []
-    if kinds.shape[1] <= 9:  # three values a pair, in 15 bits, which are sorted fastest
-        sort = kinds.astype(np.int16) @ 3 ** np.arange(kinds.shape[1], dtype=np.int16)
+    if kinds.shape[1] <= 39:  # three values a pair, in 63 bits; 15 bits are sorted fastest
+        sort = kinds.astype(np.int64) @ 3 ** np.arange(kinds.shape[1])
+        sort = sort.astype(np.int16) if kinds.shape[1] <= 9 else sort
     else:
         _, sort = np.unique(kinds, axis=0, return_inverse=True)
         sort = sort.ravel()
     order = np.argsort(sort, kind="stable")
     ends = [0, *(np.flatnonzero(np.diff(sort[order])) + 1).tolist(), len(order)]
     return [order[start:end] for start, end in pairwise(ends)]
+
+
+def _before(result: Scored, ats: Int64) -> Float64:
+    if result.by_embeddings is not None:
+        return result.by_embeddings[:, ats]
+    return np.array([result.fused.score_db[ats], result.fused.llr_db[ats]])
 
 
 def _strength(score_db: Float64, label_penalty_db: Float64) -> Float64:

@@ -7,7 +7,9 @@ Owns the path from a probe to ranked candidates. Never writes, never decides, an
    other rows column by column. The best `candidates` are re-ranked: compared with everything that both sides have.
 2. Rows that share with the probe only columns of minutiae are compared one by one, up to `finger_rows_max`; if there
    are more, the result is `incomplete`.
-3. Across positions, if asked for, a finger is also looked for in the columns of all other fingers (`positions.py`),
+3. Embeddings of all these rows are compared first, and minutiae only of those that they may change the decision for
+   (`match/staged.py`).
+4. Across positions, if asked for, a finger is also looked for in the columns of all other fingers (`positions.py`),
    since a label may be wrong.
 """
 
@@ -23,8 +25,11 @@ from numpy.typing import NDArray
 from biodedup.config import Policy, SearchConfig
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.calibrations import SampleOf
+from biodedup.match.candidates import check_dimension
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Ranked
+from biodedup.match.staged import Stage
+from biodedup.search.expected import thresholds_db
 from biodedup.search.multicolumn.apart import ApartPlan
 from biodedup.search.multicolumn.plan import MultiColumnQuery
 from biodedup.search.multicolumn.planner import MultiColumnPlanner
@@ -46,6 +51,8 @@ _Near = tuple[_Int64, Float32]  # rows and their similarity, descending
 
 PROBES = 256
 """Probes that are scanned together."""
+_SLACK_DB = 0.5
+"""Until a decision is committed, one subject in ten may be removed before its thresholds fall by more."""
 _ONE_COLUMN_PROBES = 1024
 """Probes of a search in one column: what is compared exactly is read from the disk once for all of them."""
 
@@ -53,11 +60,12 @@ _ONE_COLUMN_PROBES = 1024
 @dataclass(frozen=True)
 class CandidateSet:
     """The candidates of one probe. incomplete: some comparable rows were not compared; across: positions were searched
-    across."""
+    across; complete_db: the evidence of one finger, and the score, from which no candidate was left out because of its embeddings."""
 
     comparisons: Ranked = field(default_factory=Ranked)
     incomplete: bool = False
     across: bool = False
+    complete_db: tuple[float, float] = (0.0, 0.0)
 
 
 class SnapshotRows:
@@ -66,8 +74,14 @@ class SnapshotRows:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.presence = snapshot.presence
-        self.embeddings = snapshot.embeddings
         self.minutiae = snapshot.minutiae
+
+    def similarities(self, rows: _Int64, column: str, probes: Float32) -> Float32 | None:
+        model = self.snapshot.models.get(column)
+        if model is None or model.dimension is None:
+            return None
+        check_dimension(model.dimension, column, probes)
+        return self.snapshot.similarities(rows, column, probes)
 
     def model_ids(self) -> Mapping[str, str]:
         return {column: model.model_id for column, model in self.snapshot.models.items()}
@@ -81,6 +95,7 @@ class Searcher:
     ) -> None:
         self._comparer = comparer
         self._config = config
+        self._policy = policy
         self._planner = MultiColumnPlanner(comparer, config, policy)
         self.scanner = Scanner(threads)
         self.fan_out = FanOut()
@@ -167,14 +182,19 @@ class Searcher:
         rows: _Int64,
         excluded: Collection[int],
         across: bool = False,
+        stage: Stage | None = None,
     ) -> Ranked:
         """Compares the probe with the subjects of these rows: with all rows of each subject, but for the excluded
-        ones."""
+        ones. stage: as in `Comparer.compare`."""
         rows, subjects = source.snapshot.with_siblings(rows)
         if excluded:
             kept = ~np.isin(rows, list(excluded))
             rows, subjects = rows[kept], None if subjects is None else subjects[kept]
-        return self._comparer.compare(probe, source, rows, across=across, subjects=subjects)
+        return self._comparer.compare(probe, source, rows, across=across, subjects=subjects, stage=stage)
+
+    def thresholds_db(self, probe: TemplateSet, snapshot: Snapshot, *, across: bool) -> tuple[float, float]:
+        """The scores from which a candidate of this probe is a duplicate, and from which it goes to review."""
+        return thresholds_db(self._comparer, self._policy(), probe, snapshot, across=across)
 
     def similarity_reaching(self, model_id: str, score_db: float) -> float:
         """The lowest similarity that scores score_db."""
@@ -215,9 +235,17 @@ class _Search:
         candidates = []
         for i, (probe, left_out) in enumerate(zip(self._probes, excluded or [()] * len(self._probes), strict=True)):
             rows, incomplete = self._rows_to_compare(i)
-            compared = self._searcher.compare(probe, source, rows, left_out, across)
-            candidates.append(CandidateSet(compared, incomplete, across))
+            stage = self._stage(probe)
+            compared = self._searcher.compare(probe, source, rows, left_out, across, stage)
+            candidates.append(CandidateSet(compared, incomplete, across, (stage.finger_db, stage.reach_db)))
         return candidates
+
+    def _stage(self, probe: TemplateSet) -> Stage:
+        risk, correlation = self._config.miss_risk, self._config.capture_correlation
+        if self._floor_db > 0:
+            return Stage(0, self._floor_db, risk, correlation=correlation)
+        duplicate_db, review_db = self._searcher.thresholds_db(probe, self._snapshot, across=self._scope.across)
+        return Stage(self._returned, review_db - _SLACK_DB, risk, duplicate_db - _SLACK_DB, correlation)
 
     # which rows are compared ---------------------------------------------------------------------------------------
 

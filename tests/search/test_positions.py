@@ -476,8 +476,8 @@ class Crowd:
     def presence(self, rows):
         return np.full(len(rows), sum(BIT[column] for column in self._columns), np.uint16)
 
-    def embeddings(self, rows, column):
-        return self._vectors[column][rows]
+    def similarities(self, rows, column, probes):
+        return self._vectors[column][rows] @ probes.T
 
     def model_ids(self):
         return dict.fromkeys(self._columns, MODEL)

@@ -22,6 +22,7 @@ from biodedup.embed.extractor import Extractor
 from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.jobs.shared.progress import Progress
 from biodedup.match.calibrations import NO_SAMPLE, SAMPLE_SIZE, Calibrations, ImpostorSample
+from biodedup.match.candidates import similarities_of
 from biodedup.match.compare import Comparer
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.ranked import Ranked
@@ -104,8 +105,9 @@ class _Held:
     def presence(self, rows: Int64) -> NDArray[np.uint16]:
         return np.asarray(self._presence[rows])
 
-    def embeddings(self, rows: Int64, column: str) -> Float32:
-        return np.asarray(self._vectors[column][self._place[column][rows]])
+    def similarities(self, rows: Int64, column: str, probes: Float32) -> Float32 | None:
+        vectors = self._vectors[column][self._place[column][rows]]
+        return similarities_of(vectors, column, probes) if vectors.shape[1] else None
 
     def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
         records = self._records[column]

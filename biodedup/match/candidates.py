@@ -1,0 +1,158 @@
+"""Reads candidates' templates and measures how like a probe's they are: raw scores, by pair of columns.
+
+Owns what is read of candidates, and which minutiae have been compared. Never calibrates and never chooses.
+
+1. Each column's embeddings are read once, and compared in one product of matrices.
+2. Minutiae that add to an embedding wait until they are asked for (`staged.py`). Other minutiae are compared at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.errors import ModelMismatch
+from biodedup.match.labels import Pair
+from biodedup.match.minutiae import MinutiaeMatcher
+from biodedup.match.ranked import Bool, Float64, Int64, PairScores, ScoreModel, calibrated
+from biodedup.values import BIT, Float32, Template
+
+
+class Candidates(Protocol):
+    """The source of the candidates' templates: a gallery's rows, or a few templates in memory. rows: int64 (n,)."""
+
+    def presence(self, rows: Int64) -> NDArray[np.uint16]:
+        """The columns of each row, as a bit mask (`values.BIT`)."""
+
+    def similarities(self, rows: Int64, column: str, probes: Float32) -> Float32 | None:
+        """float32 (n, q), of rows that have this column; None if the column holds no embeddings. probes: float32 (q, d), unit rows.
+        Raises ModelMismatch."""
+
+    def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
+        """row -> minutiae record, of the rows that have one."""
+
+    def model_ids(self) -> Mapping[str, str]:
+        """The model of each column."""
+
+
+class TemplateCandidates:
+    """Candidates that are held as templates: one mapping column -> template for each row 0, 1, ..."""
+
+    def __init__(self, *candidates: Mapping[str, Template]) -> None:
+        self._candidates = candidates
+
+    def presence(self, rows: Int64) -> NDArray[np.uint16]:
+        return np.array([sum(BIT[column] for column in self._candidates[row]) for row in rows.tolist()], np.uint16)
+
+    def similarities(self, rows: Int64, column: str, probes: Float32) -> Float32 | None:
+        found = [self._candidates[row][column].embedding for row in rows.tolist()]
+        vectors = [vector for vector in found if vector is not None]
+        if not vectors or len(vectors) < len(rows):
+            return None
+        return similarities_of(np.array(vectors, np.float32), column, probes)
+
+    def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
+        records = {row: self._candidates[row][column].minutiae for row in rows.tolist()}
+        return {row: record for row, record in records.items() if record is not None}
+
+    def model_ids(self) -> Mapping[str, str]:
+        return {column: template.model_id for candidate in self._candidates for column, template in candidate.items()}
+
+
+def similarities_of(vectors: Float32, column: str, probes: Float32) -> Float32:
+    """Cosines float32 (n, q) of unit rows (n, d) of a column with those of probes (q, d). Raises ModelMismatch."""
+    check_dimension(vectors.shape[1], column, probes)
+    return np.asarray(vectors @ probes.T, np.float32)
+
+
+def check_dimension(dimension: int, column: str, probes: Float32) -> None:
+    """Raises ModelMismatch for probes (q, d) that have another number of dimensions than the column."""
+    if probes.shape[1] != dimension:
+        raise ModelMismatch(
+            f"the {column} probe has {probes.shape[1]} numbers, the candidate's {dimension}; extract both with one model"
+        )
+
+
+class Measured:
+    """The raw scores of one probe with n candidates.
+
+    wanted: the pairs of columns to compare, and for each the candidates that have its column, int64 (k,), ascending. waiting: bool
+    (n, pairs), where minutiae would add to the embedding and are not compared yet. compared: pairs of minutiae records compared so far.
+    """
+
+    def __init__(
+        self,
+        matcher: MinutiaeMatcher,
+        probe: Mapping[str, Template],
+        models: Mapping[str, ScoreModel],
+        source: Candidates,
+        rows: Int64,
+        wanted: Mapping[Pair, Int64],
+    ) -> None:
+        self.pairs = tuple(wanted)
+        self.compared = 0
+        self._matcher, self._probe, self._models = matcher, probe, models
+        self._source, self._rows = source, rows
+        self._similarity, self._minutiae = np.full((2, len(wanted), len(rows)), np.nan)
+        self.waiting = np.zeros((len(wanted), len(rows)), bool).T
+        model_ids = source.model_ids()
+        together: dict[tuple[str, str, bytes], list[int]] = {}  # what one reading of a column serves
+        for number, (pair, ats) in enumerate(wanted.items()):
+            template = probe[pair[0]]
+            if pair[0] != pair[1] and model_ids.get(pair[1]) != template.model_id:
+                continue
+            if template.embedding is None:
+                self._compare(number, ats)
+            else:
+                together.setdefault((pair[1], template.model_id, ats.tobytes()), []).append(number)
+        for (column, *_), numbers in together.items():
+            self._embeddings(column, numbers, wanted[self.pairs[numbers[0]]])
+
+    def _embeddings(self, column: str, numbers: Sequence[int], ats: Int64) -> None:
+        templates = [self._probe[self.pairs[number][0]] for number in numbers]
+        probes = np.array([template.embedding for template in templates], np.float32)
+        similarity = self._source.similarities(self._rows[ats], column, probes)
+        if similarity is None:
+            return
+        for number, template, of_probe in zip(numbers, templates, similarity.T, strict=True):
+            self._similarity[number, ats] = of_probe
+            adds = self._models[self.pairs[number][0]].with_minutiae is not None
+            self.waiting[ats, number] = adds and template.minutiae is not None
+
+    def compare(self, cells: Bool) -> None:
+        """Compares the minutiae that wait in these cells. cells: bool, (n, pairs) or (n, 1)."""
+        wanted = self.waiting & cells
+        for number in np.flatnonzero(wanted.any(axis=0)).tolist():
+            self._compare(number, np.flatnonzero(wanted[:, number]))
+        self.waiting &= ~wanted
+
+    def _compare(self, number: int, ats: Int64) -> None:
+        own, column = self.pairs[number]
+        probe = self._probe[own].minutiae
+        if probe is None:
+            return
+        record_of = self._source.minutiae(self._rows[ats], column)
+        has = [at for at, row in zip(ats.tolist(), self._rows[ats].tolist(), strict=True) if row in record_of]
+        records = [record_of[row] for row in self._rows[has].tolist()]
+        self._minutiae[number, has] = self._matcher.compare(probe, records)
+        self.compared += len(records)
+
+    def scores(self, ats: Int64 | None = None) -> dict[Pair, PairScores]:
+        """By what has been compared so far; of these candidates, None for all."""
+        chosen = slice(None) if ats is None else ats
+        return {
+            pair: calibrated(
+                self._models[pair[0]],
+                self._similarity[number][chosen],
+                self._minutiae[number][chosen],
+                by_embedding=self._probe[pair[0]].embedding is not None,
+            )
+            for number, pair in enumerate(self.pairs)
+        }
+
+    def llr_db(self, ats: Int64) -> Float64:
+        """The evidence of each pair of columns by what has been compared so far, float64 (k, pairs); NaN where there is none."""
+        return np.array([scores.llr_db for scores in self.scores(ats).values()]).reshape(len(self.pairs), len(ats)).T
