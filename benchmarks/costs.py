@@ -6,10 +6,10 @@
 One thread scans one sealed segment of random rows. The model of the planner is a sum of costs (`RowCosts`), so the constants are the
 least-squares solution of many timed scans, none of them negative:
 
-    scan of all high nibbles, a row and probe = numbers x number
+    scan without tables, a row and probe = numbers x number
     scan with tables, a row and probe         = tables x table + share that passes x compared + taken / probes
 
-`one_column` of `MultiColumnCosts`: a scan of all high nibbles of one column, in table look-ups. The other constants are fitted to what
+`one_column` of `MultiColumnCosts`: a scan without tables of one column, in table look-ups. The other constants are fitted to what
 `columns.py` and `selfjoin.py` time. Put figures of an idle machine into `costs.py`; a wrong one makes a search slower, never incomplete.
 """
 
@@ -28,16 +28,16 @@ from scipy.optimize import nnls
 
 import biodedup as bd
 from biodedup.search import costs
-from biodedup.search.native.column_statistics import signs_of
-from biodedup.search.native.scan_kernel import INSTRUCTIONS
+from biodedup.search.native.column_statistics import classes_of
+from biodedup.search.native.dot_kernel import INSTRUCTIONS
+from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.scanner import Probes, Scanner, Unit
-from biodedup.search.native.sign_tile import SIGN_TABLES
 from biodedup.synthetic.vectors import population
 from biodedup.testing import internals
 
 ROWS, DIMENSION, PIECE = 1_000_000, 128, 1 << 16
 PROBES = (64, 256)
-TABLES = (8, 16, 32)
+TABLES = (16, 32, 64)
 SHARES = (0.0, 0.002, 0.01)
 REPEATED = 3
 
@@ -51,17 +51,17 @@ def build(folder: Path, rows: int) -> None:
         engine.compact()
 
 
-def timed_ns(scanner: Scanner, unit: Unit, probes: Probes, signs: Any) -> float:
+def timed_ns(scanner: Scanner, unit: Unit, probes: ScanProbes) -> float:
     """Nanoseconds of the processor that each further row takes, by probe. No row reaches the cut-offs, so nothing is collected."""
-    cuts = np.full(len(probes.codes), 2.0, np.float32)
+    cuts = np.full(len(probes), 2.0, np.float32)
     half = replace(unit, last=unit.last // 2)
     seconds = {"whole": [], "half": []}
     for _ in range(REPEATED):
         for name, cells in (("whole", unit), ("half", half)):
             started = time.process_time()
-            scanner.above([cells], probes, cuts, most=1000, signs=signs)
+            scanner.above([cells], probes, cuts, most=1000)
             seconds[name].append(time.process_time() - started)
-    return (min(seconds["whole"]) - min(seconds["half"])) / (unit.last - half.last) / len(probes.codes) * 1e9
+    return (min(seconds["whole"]) - min(seconds["half"])) / (unit.last - half.last) / len(probes) * 1e9
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -73,19 +73,19 @@ def measure(folder: Path) -> dict[str, Any]:
             unit = Unit(column, 0, 0, column.count, np.zeros(0, np.uint64))
             drawn = [Probes(column.codec, population(count, seed=6)) for count in PROBES]
             scanned = column.codec.scanned
-            number = min(timed_ns(scanner, unit, probes, None) for probes in drawn) / scanned
+            number = min(timed_ns(scanner, unit, probes.untabled()) for probes in drawn) / scanned
             if INSTRUCTIONS not in costs.ROW_COSTS:
                 return {"instructions": INSTRUCTIONS, "number, ns": round(number, 4)}
             equations, nanoseconds = [], []
             for tables in TABLES:
-                signs = signs_of(column, SIGN_TABLES, tables)
+                classes = classes_of(column, tables)
                 for probes in drawn:
                     for share in SHARES:
-                        limits = limits_passing(signs, probes, share)
-                        signed = signs.probes(probes.rotated, limits, probes.codes, probes.parameters)
-                        passing = signs.share_passing(limits, probes.rotated)
-                        equations.append((signs.tables, passing, 1 / len(probes.codes)))
-                        nanoseconds.append(timed_ns(scanner, unit, probes, signed))
+                        limits = limits_passing(classes, probes, share)
+                        tabled = classes.tabled(probes.untabled(), probes.rotated, limits)
+                        passing = classes.share_passing(limits, probes.rotated)
+                        equations.append((classes.tables, passing, 1 / len(probes.codes)))
+                        nanoseconds.append(timed_ns(scanner, unit, tabled))
     finally:
         scanner.close()
     (table, compared, taken), _ = nnls(np.array(equations), np.maximum(nanoseconds, 0))
@@ -100,13 +100,13 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def limits_passing(signs: Any, probes: Probes, share: float) -> np.ndarray:
+def limits_passing(classes: Any, probes: Probes, share: float) -> np.ndarray:
     """The limit that about this share of unrelated rows reaches, the same for all probes; float32 (q,)."""
     low, high = -1.0, 3.0
     for _ in range(40):
         middle = (low + high) / 2
         limits = np.full(len(probes.codes), middle, np.float32)
-        low, high = (middle, high) if signs.share_passing(limits, probes.rotated) > share else (low, middle)
+        low, high = (middle, high) if classes.share_passing(limits, probes.rotated) > share else (low, middle)
     return np.full(len(probes.codes), high, np.float32)
 
 

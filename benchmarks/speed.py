@@ -107,7 +107,7 @@ def measure(rows: int, dimension: int, mates: int, seconds: float, engine_text: 
         column = next(part.columns["face"] for part in internals(engine).gallery.snapshot().parts if part.count)
         codec = column.codec
         figures["bytes a row: scanned in memory, in all"] = (
-            f"{codec.scanned // 2 + 4} + {codec.rest_bytes} = {codec.scanned // 2 + 4 + codec.rest_bytes}"
+            f"{3 * codec.scanned // 4 + 4} + {codec.rest_bytes} = {3 * codec.scanned // 4 + 4 + codec.rest_bytes}"
             if codec
             else "-"
         )

@@ -14,13 +14,12 @@ from biodedup.gallery.segments.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.multicolumn.apart import ApartPlan
 from biodedup.search.multicolumn.plan import MultiColumnPlan, MultiColumnQuery, covered_presences, row_groups_of
-from biodedup.search.native.column_statistics import signs_of
-from biodedup.search.native.sign_tile import CLASS_TABLES, SIGN_TABLES
+from biodedup.search.native.column_statistics import classes_of
 from biodedup.search.selfjoin.buckets import Buckets
 from biodedup.search.selfjoin.estimate import JoinEstimate
 from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards.cells import by_codec
-from biodedup.search.shards.native import shares
+from biodedup.search.shards.native import shares, tables_for
 from biodedup.values import COLUMNS
 
 
@@ -32,8 +31,8 @@ class ColumnPlan:
     of each; share: of the rows that is looked at; margin: standard deviations of the estimate's error that the cut-off
     allows for; error_sd: one of these, in similarity at 0.5; miss_bound: the probability of a miss is below it with 95
     % confidence, or None if the pairs set aside are too few to say so; checked: how many pairs these are; source: of
-    the vectors that they were made from. by_signs: the same bound for batches of probes that rule rows out by their
-    signs first, or None if they do not. index: how the FAISS engine searches it, or None.
+    the vectors that they were made from. by_tables: the same bound where table look-ups rule rows
+    out first, or None where they do not. index: how the FAISS engine searches it, or None.
     """
 
     column: str
@@ -46,7 +45,7 @@ class ColumnPlan:
     miss_bound: float | None
     checked: int
     source: str
-    by_signs: float | None = None
+    by_tables: float | None = None
     index: IndexPlan | None = None
 
 
@@ -159,10 +158,10 @@ class SearchPlan:
                 f"a row is missed with a probability below {plan.miss_bound:.2g} (asked for: {self.miss_risk:g}), 95 % "
                 f"confidence, from {plan.checked:,} pairs set aside (made from {plan.source} vectors)"
             )
-        if plan.by_signs is None:
-            batches = "batches do not use sign tables, since their pairs are too few to confirm the risk"
+        if plan.by_tables is None:
+            batches = "no table look-ups are used, since their pairs are too few to confirm the risk"
         else:
-            batches = f"in a batch that uses sign tables first, both steps together miss it below {plan.by_signs:.2g}"
+            batches = f"with table look-ups first, both steps together miss it below {plan.by_tables:.2g}"
         return f"{start}; {error}; {margin}: {evidence}; {batches}"
 
 
@@ -247,6 +246,9 @@ def _index_plan(snapshot: Snapshot, name: str, miss_risk: float) -> IndexPlan | 
     )
 
 
+_TABLE_SHARE = 0.625  # of the pairs of numbers, that the tables of most searches look at
+
+
 def _column(snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiColumnQuery | None) -> ColumnPlan:
     holding = [
         [_held(part, name, multicolumn) for part in parts if name in part.columns] for parts in shares(snapshot.parts)
@@ -262,15 +264,13 @@ def _column(snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiC
     assert codec is not None, "these have one"
     law = codec.law
     z = law.margin(miss_risk)[0] if miss_risk > 0 else 0.0
-    scanned_bytes = codec.scanned // 2 + 4
+    scanned_bytes = codec.scanned // 4
     coded_rows = sum(held.cells for held in coded)
     middle = law.similarity.index(0.5)
-    by_signs = None
+    by_tables = None
     if miss_risk > 0:
         largest = max((held.column for held in coded), key=lambda column: column.count)
-        by_signs = max(
-            (signs_of(largest, kind).laws[0].bound(miss_risk) or 1.0) for kind in (SIGN_TABLES, CLASS_TABLES)
-        )
+        by_tables = classes_of(largest, tables_for(codec.scanned, _TABLE_SHARE)).laws[0].bound(miss_risk)
     return ColumnPlan(
         name,
         rows,
@@ -282,7 +282,7 @@ def _column(snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiC
         law.bound(miss_risk) if miss_risk > 0 else None,
         law.checked,
         law.source,
-        by_signs if by_signs is not None and by_signs < 1 else None,
+        by_tables if by_tables is not None and by_tables < 1 else None,
     )
 
 

@@ -350,7 +350,7 @@ def test_the_golden_gallery_of_this_format_and_the_one_before_opens_and_answers(
         assert engine.problems() == []
     assert len(list((tmp_path / "g" / "segments").glob("*.face.rest"))) == 1  # of the present layout now
     with closing(sqlite3.connect(tmp_path / "g" / "gallery.sqlite3")) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (4,)
+        assert database.execute("PRAGMA user_version").fetchone() == (5,)
 
 
 def test_the_golden_gallery_is_rewritten_byte_for_byte(tmp_path):

@@ -15,9 +15,11 @@ from biodedup.config import SearchConfig
 from biodedup.engine import search as searches
 from biodedup.gallery.files import codes as coding
 from biodedup.gallery.files.codec import measured_laws
+from biodedup.gallery.segments.part import ScannedRows
 from biodedup.match.calibration import Calibration
 from biodedup.search.native import pair_kernel
-from biodedup.search.native.signs import SIGN, limits_of, tables_of
+from biodedup.search.native.signs import LEVELS
+from biodedup.search.native.tables import limits_of, tables_of
 from biodedup.search.selfjoin import buckets as buckets_module
 from biodedup.search.selfjoin.buckets import choose, from_high_nibbles
 from biodedup.testing import internals
@@ -29,6 +31,9 @@ ROWS = 40_000
 LEAST = 0.75
 
 
+NOTHING = np.zeros((0, 1, 64), np.uint8)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 700), st.integers(1, 18), st.integers(1, 3), st.data())
 def test_the_kernel_compares_members_as_numpy_does(members, steps, planes, data):
@@ -36,7 +41,9 @@ def test_the_kernel_compares_members_as_numpy_does(members, steps, planes, data)
     scanned, size = 8 * steps, 300
     codes = [rng.integers(1, 256, (size, scanned)).astype(np.uint8) for _ in range(planes)]
     columns = [
-        (np.concatenate(list(coding.pack_high_nibbles([some], scanned))), rng.uniform(100, 600, 320).astype(np.float32))
+        ScannedRows(
+            NOTHING, NOTHING, coding.high_nibbles(some, scanned), rng.uniform(100, 600, 320).astype(np.float32), 1.0
+        )
         for some in codes
     ]
     places = np.sort(rng.choice(planes * size, min(members, planes * size), replace=False))
@@ -47,10 +54,10 @@ def test_the_kernel_compares_members_as_numpy_does(members, steps, planes, data)
     one, other, passed = pair_kernel.similar_pairs(columns, numbers, cells, tables, sign_cut, cut)
 
     mine = np.array([codes[n][c] for n, c in zip(numbers, cells, strict=True)], np.uint8).reshape(-1, scanned)
-    norms = np.array([columns[n][1][c] for n, c in zip(numbers, cells, strict=True)], np.float32)
+    norms = np.array([columns[n].norms[c] for n, c in zip(numbers, cells, strict=True)], np.float32)
     vectors = coding.dequantise((mine & 240) + np.uint8(8), norms)
     halves = 2 * (mine >> 4).astype(np.float32) - 15
-    filled, steps_of, middles = tables_of([halves[:, : 4 * tables]], SIGN)
+    filled, steps_of, middles = tables_of(halves[:, : 4 * tables].reshape(-1, tables, 4), LEVELS)
     least = (sign_cut * np.sqrt(4 * tables) * norms / 8).astype(np.float32)
     limits = limits_of(least, steps_of, middles).astype(int)
     sums = np.zeros((4, len(mine), len(mine)), np.int64)

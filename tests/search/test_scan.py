@@ -19,14 +19,16 @@ from biodedup.config import SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files import codes as coding
 from biodedup.gallery.files.codec import ErrorLaw, estimates, make_codec, measured_laws
+from biodedup.gallery.segments.part import ScannedRows
 from biodedup.search import costs
 from biodedup.search.native import column_statistics as population
-from biodedup.search.native import scan_kernel as kernel
-from biodedup.search.native import sign_kernel
-from biodedup.search.native.scanner import Probes, Scanner
-from biodedup.search.native.sign_kernel import SignedProbes
-from biodedup.search.native.sign_tile import TableKind, numbers_of, tables_most
-from biodedup.search.native.signs import NOT_SEEDED, SIGN, Signs, filled, limits_of, paired, tables_of
+from biodedup.search.native import dot_kernel, scan_kernel
+from biodedup.search.native.classes import Classes
+from biodedup.search.native.scanner import Probes, Scanner, paired
+from biodedup.search.native.signs import LEVELS, Signs
+from biodedup.search.native.signs import by_nibbles as nibble_estimates
+from biodedup.search.native.table_tile import TableKind
+from biodedup.search.native.tables import limits_of, tables_of
 from biodedup.search.shards import native
 from biodedup.search.shards.base import ShardHits, ShardQuery
 from biodedup.search.shards.fan_out import FanOut
@@ -51,15 +53,19 @@ def unit(count, dimension, seed=0):
 def test_codes_come_back_from_their_halves_however_they_were_cut_into_pieces(count, steps, more, cuts):
     scanned, width = 8 * steps, 8 * steps + more
     codes = np.random.default_rng(count).integers(1, 256, (count, width)).astype(np.uint8)
-    plane = np.concatenate(
-        list(coding.pack_high_nibbles(np.split(codes, sorted(c for c in cuts if c <= count)), scanned))
-    )
-    assert plane.shape == coding.high_nibbles_shape(count, scanned)
-    rest = coding.low_nibbles(codes, scanned)
-    some = np.random.default_rng(1).integers(0, count, 20)
-    assert np.array_equal(coding.join_nibbles(plane, rest, some), codes[some])
-    assert np.array_equal(coding.join_nibbles(plane, rest[7:], np.arange(7, count), 7), codes[7:]) or count <= 7
-    assert np.array_equal(coding.unpack_high_nibbles(plane, some), codes[some, :scanned] >> 4)
+    numbers = codes[:, :scanned].astype(int) - 128
+    for bits_of, expected in (
+        (coding.sign_bits, numbers >= 0),
+        (coding.outer_bits, 10_000 * scanned * numbers**2 > 9_604 * (numbers**2).sum(axis=1, keepdims=True)),
+    ):
+        pieces = np.split(codes, sorted(c for c in cuts if c <= count))
+        blocks = np.concatenate(list(coding.bit_blocks(bits_of(piece, scanned) for piece in pieces)))
+        assert blocks.shape == (coding.blocks_of(count), steps, 64)
+        bits = np.unpackbits(blocks.transpose(0, 2, 1).reshape(-1, steps), axis=1, bitorder="little")
+        assert np.array_equal(bits[:count], expected) and not bits[count:].any()
+    high, rest = coding.high_nibbles(codes, scanned), coding.low_nibbles(codes, scanned)
+    assert high.shape == (count, scanned // 2) and rest.shape == (count, scanned // 2 + more)
+    assert np.array_equal(coding.join_nibbles(high, rest), codes)
 
 
 @settings(max_examples=30, deadline=None)
@@ -158,34 +164,41 @@ def test_a_law_and_its_inverse_agree():
 # the kernel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("instructions", ["plain", kernel.INSTRUCTIONS])
+SCANS = {name: scan_kernel.make_scans(name) for name in {"plain", dot_kernel.INSTRUCTIONS}}
+
+
+@pytest.mark.parametrize("instructions", ["plain", dot_kernel.INSTRUCTIONS])
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 4), st.integers(1, 20), st.booleans(), st.data())
-def test_the_kernel_finds_what_numpy_finds(instructions, count, steps, probes, with_removed, data):
+@given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 20), st.booleans(), st.data())
+def test_the_kernel_without_tables_finds_what_numpy_finds(instructions, count, steps, probes, with_removed, data):
     rng = np.random.default_rng(count)
     codes = rng.integers(1, 256, (count, 8 * steps)).astype(np.uint8)
-    plane = np.concatenate(list(coding.pack_high_nibbles([codes], 8 * steps)))
-    norms = np.zeros(64 * len(plane), np.float32)
-    norms[:count] = rng.uniform(100, 600, count)
+    high, blocks = coding.high_nibbles(codes, 8 * steps), coding.blocks_of(count)
+    norms = rng.uniform(100, 600, 64 * blocks).astype(np.float32)
     probe = rng.integers(-127, 128, (probes, 8 * steps)).astype(np.int8)
-    offsets = rng.uniform(-500, 500, probes).astype(np.float32)
-    slopes = rng.uniform(-2, 2, probes).astype(np.float32)
-    asked = kernel.filled(probe, offsets, slopes)
+    parameters = np.stack([rng.uniform(0, 0.02, probes), rng.uniform(-50, 50, probes)], axis=1).astype(np.float32)
+    cuts = rng.uniform(-5, 5, probes).astype(np.float32)
     first, last = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
-    live = rng.random(64 * len(plane)) < 0.7
+    live = rng.random(64 * blocks) < 0.7
     bits = np.packbits(live, bitorder="little").view(np.uint64) if with_removed else NOTHING
     room = 64 * probes
-    found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.int32))
-    ours, block = set(), 0
-    while block < len(plane):
-        number, block = SCANS[instructions](plane, norms, bits, first, last, block, *asked, *found)
-        ours |= set(zip(*(array[:number].tolist() for array in found), strict=True))
-    dots = probe.astype(np.int64) @ (codes >> 4).astype(np.int64).T
-    passed = dots.astype(np.float32) >= offsets[:, None] + slopes[:, None] * norms[:count]
-    passed[:, :first] = passed[:, last:] = False
-    if with_removed:
-        passed &= live[:count]
-    assert ours == {(p, c, int(dots[p, c])) for p, c in zip(*np.nonzero(passed), strict=True)}
+    out = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32))
+    stored = (np.array([high.ctypes.data]), np.array([norms.ctypes.data]), np.array([4 * steps]))
+    asked = (paired([probe]), parameters[None], cuts)
+    ours, block, compared = {}, 0, 0
+    while block < -(-last // 64):
+        number, block, some = SCANS[instructions][1](*stored, bits, (first, last), block, *asked, out)
+        compared += some
+        for p, cell, value in zip(*(array[:number].tolist() for array in out), strict=True):
+            ours[p, cell] = value
+    dots = (probe.astype(np.int64) @ (codes >> 4).astype(np.int64).T).astype(np.float32)
+    values = parameters[:, :1] * (dots - parameters[:, 1:]) / norms[:count]
+    counted = np.arange(count) >= first
+    counted &= (np.arange(count) < last) & (live[:count] | (not with_removed))
+    assert compared == probes * counted.sum()
+    passed = (values >= cuts[:, None]) & counted
+    assert set(ours) == set(zip(*(array.tolist() for array in np.nonzero(passed)), strict=True))
+    assert all(values[pair] == value for pair, value in ours.items())
 
 
 def test_no_kernel_keeps_an_array_s_address_longer_than_the_array():
@@ -217,11 +230,8 @@ def test_no_kernel_keeps_an_array_s_address_longer_than_the_array():
 def test_no_kernel_that_is_kept_on_disk_closes_over_compiled_functions():
     modules = [module for name, module in sys.modules.items() if name.startswith("biodedup.")]
     kernels = {one for module in modules for one in vars(module).values() if isinstance(one, Dispatcher)}
-    assert {kernel._scan, sign_kernel._scan} <= kernels
+    assert {scan_kernel._scan, scan_kernel._scan_all} <= kernels
     assert [one for one in kernels if one.py_func.__closure__] == []  # else each process would compile it anew
-
-
-SCANS = {name: kernel.make_scan(name) for name in {"plain", kernel.INSTRUCTIONS}}
 
 
 # searching -------------------------------------------------------------------------------------------------------
@@ -235,14 +245,20 @@ class Column:
     def __init__(self, vectors, codec):
         self.codec, self.count, self.dimension = codec, len(vectors), vectors.shape[1]
         self.codes, norms = codec.encode(vectors)
-        self.whole = np.concatenate(list(coding.pack_high_nibbles([self.codes], codec.scanned)))
-        self.norms = np.zeros(64 * len(self.whole), np.float32)
+        self.signs, self.outer = (
+            np.concatenate(list(coding.bit_blocks([bits(self.codes, codec.scanned)])))
+            for bits in (coding.sign_bits, coding.outer_bits)
+        )
+        self.high = coding.high_nibbles(self.codes, codec.scanned)
+        self.norms = np.zeros(64 * len(self.signs), np.float32)
         self.norms[: self.count] = norms
         self.read = 0
 
-    def high_nibbles(self, low, high):
+    def scanned(self, low, high):
         first, last = low // 64, -(-high // 64)
-        return self.whole[first:last], self.norms[64 * first : 64 * last]
+        rows = slice(64 * first, 64 * last)
+        blocks, norm_min = slice(first, last), self.norms[: self.count].min()
+        return ScannedRows(self.signs[blocks], self.outer[blocks], self.high[rows], self.norms[rows], norm_min)
 
     def coded(self, codec, low, high):
         return self.codes[low:high], self.norms[low:high]
@@ -392,112 +408,129 @@ def told(found, least):
     return {(i, row) for i, (rows, values) in enumerate(found) for row in rows[values >= least].tolist()}
 
 
-def test_many_probes_are_searched_by_signs_and_find_the_same_pairs(scanner, fan_out, monkeypatch):
-    monkeypatch.setattr(costs, "ROW_COSTS", {kernel.INSTRUCTIONS: costs.ROW_COSTS["avx2"]})  # whatever the processor
+def counting_scans(monkeypatch):
+    """The number of tables of each call of the kernel."""
+    calls = []
+    real = scan_kernel.scan
+    monkeypatch.setattr(scan_kernel, "scan", lambda *given: calls.append(given[5].tables.shape[1]) or real(*given))
+    return calls
+
+
+def test_probes_are_searched_by_tables_and_find_the_pairs_of_a_scan_of_all_rows(scanner, fan_out, monkeypatch):
+    monkeypatch.setattr(
+        costs, "ROW_COSTS", {dot_kernel.INSTRUCTIONS: costs.ROW_COSTS["avx2"]}
+    )  # whatever the processor
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))
     plan = ShardQuery("face", 0, len(vectors), 1e-3, min_similarity=np.full(600, 0.6, np.float32))
-    calls = []
-    real = sign_kernel.scan
-    monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
-    by_signs = fan_out.reached(shards, probes, plan).found
-    assert calls
+    calls = counting_scans(monkeypatch)
+    by_tables = fan_out.reached(shards, probes, plan).found
+    one = fan_out.reached(shards, probes[-1:], replace(plan, min_similarity=plan.min_similarity[:1])).found
+    assert min(calls) > 0
+    assert told(one, 0.6) == {(0, row) for i, row in told(by_tables, 0.6) if i == 599}
+    assert {(i, i) for i in range(200, 600)} <= told(by_tables, 0.6)
     calls.clear()
-    few = [
-        fan_out.reached(shards, probes[i : i + 10], replace(plan, min_similarity=plan.min_similarity[:10])).found
-        for i in range(0, 600, 10)
-    ]
-    assert not calls
-    assert {(i, i) for i in range(200, 600)} <= told(by_signs, 0.6)
-    assert told(by_signs, 0.6) == told(sum(few, ()), 0.6)
+    exactly = fan_out.reached(shards, probes, replace(plan, miss_risk=0.0)).found
+    assert max(calls) == 0
+    assert told(by_tables, 0.6) == told(exactly, 0.6)
+    calls.clear()
     fan_out.reached(shards, probes, replace(plan, min_similarity=np.full(600, 0.2, np.float32)))
-    assert not calls  # too many strangers would pass
+    assert not calls  # too many unrelated rows would pass
 
 
-@pytest.mark.parametrize(("dimension", "each"), [(d, each) for d in (96, 128) for each in TableKind])
-def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_out, monkeypatch, dimension, each):
+@pytest.mark.parametrize(("dimension", "tables"), [(96, 24), (128, 24), (128, 64), (256, 64)])
+def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_out, monkeypatch, dimension, tables):
     vectors = unit(150_000, dimension)
     shards = shards_of(vectors, scanner)
     probes = np.concatenate([mates_of(vectors[:30], np.linspace(0.4, 0.9, 30)), unit(11, dimension, 5)])
-    calls = []
-    real = sign_kernel.scan
-    monkeypatch.setattr(sign_kernel, "scan", lambda *given: calls.append(1) or real(*given))
-    monkeypatch.setattr(native, "_cheapest_signs", lambda column, *_: population.signs_of(column, each, 24))
+    calls = counting_scans(monkeypatch)
+    monkeypatch.setattr(native, "_cheapest_classes", lambda column, *_: population.classes_of(column, tables))
     found = fan_out.nearest(shards, probes, ShardQuery("face", 2, len(vectors), 1e-3))
-    assert calls
+    assert min(calls) > 0
     rows, similarity = exact(probes, shards, 2)
     assert np.isclose(found.similarity, similarity, atol=1e-5).mean() > 0.99
     assert (found.rows[:30, 0] == rows[:30, 0]).all()
 
 
-@pytest.mark.parametrize(
-    ("each", "kept", "near"),
-    [
-        (TableKind.FOUR_SIGNS, 0.797, 0.01),
-        (TableKind.SIX_SIGNS, 0.797, 0.01),
-        (TableKind.TWO_CLASSES, 0.875, 0.01),
-        (TableKind.THREE_CLASSES, 0.875, 0.01),
-    ],
-)
-def test_means_of_tables_stand_for_dot_products_with_what_classes_stand_for(each, kept, near):
+ESTIMATORS = [
+    pytest.param(lambda sample: Signs(sample, 128), 0.797, id="signs"),
+    *(
+        pytest.param(lambda sample, n=n: Classes(sample, 128, n), 0.88, id=f"{n} tables of classes")
+        for n in (24, 40, 64)
+    ),
+]
+
+
+@pytest.mark.parametrize(("made", "kept"), ESTIMATORS)
+def test_estimates_by_tables_rise_with_similarity(made, kept):
+    estimator = made(unit(4_000, 128))
+    law = estimator.laws[0]
+    assert law.mean[10] == pytest.approx(kept, abs=0.12)
+    assert (np.diff(law.mean) > 0).all()
+
+
+@pytest.mark.parametrize("tables", [24, 40, 64])
+def test_estimates_by_classes_are_dot_products_with_what_classes_stand_for_and_foreseen_for_unrelated_rows(tables):
     one, other = unit(400, 128, 1), unit(400, 128, 2)
-    signs = Signs(unit(4_000, 128), 128, each)
-    assert signs.laws[0].mean[10] == pytest.approx(kept, abs=0.03)  # of a dot product
-    exactly = np.einsum("ij,ij->i", signs.numbers(one), signs.of(other)) / np.sqrt(128)
-    off = signs.estimates(one, other) - exactly
-    assert (off - off.mean()).std() < (
-        0.01 if each >= TableKind.FOUR_SIGNS else 0.04
-    )  # of classes: seeds make up for a row's length
-    mean, sd = signs.unrelated(one[:20])
+    classes = Classes(unit(4_000, 128), 128, tables)
+    codes = coding.quantise(other)[0].astype(int) - 128
+    outer = 10_000 * 128 * codes**2 > 9_604 * (codes**2).sum(axis=1, keepdims=True)
+    low, high = np.unique(classes._levels)[2:]
+    stands_for = np.where(codes >= 0, 1, -1) * np.where(outer, high, low)
+    expected = np.zeros(400)
+    for i in range(400):
+        energy = (one[i] ** 2).reshape(-1, 2).sum(axis=1)
+        best = np.argsort(-energy, kind="stable")[:tables]
+        seen = np.isin(np.arange(128) // 2, best)
+        expected[i] = (one[i] * stands_for[i])[seen].sum() / (one[i][seen] ** 2).sum() / np.sqrt(128)
+    off = classes.estimates(one, other) - expected
+    assert (off - off.mean()).std() < 0.01
+    assert abs(off.mean()) < 0.005
+    mean, sd = classes.unrelated(one[:20])
     seen = np.array(
-        [signs.estimates(np.repeat(one[i : i + 1], 20_000, axis=0), unit(20_000, 128, 3)) for i in range(20)]
+        [classes.estimates(np.repeat(one[i : i + 1], 20_000, axis=0), unit(20_000, 128, 3)) for i in range(20)]
     )
-    assert np.allclose(mean, seen.mean(axis=1), atol=near)
+    assert np.allclose(mean, seen.mean(axis=1), atol=0.01)
     assert np.allclose(sd, seen.std(axis=1), rtol=0.1)
 
 
 def test_no_sum_of_tables_overflows_a_byte():
     one, other = unit(400, 128, 1), unit(400, 128, 2)
-    for numbers, levels, each, room in (
-        ([one, other[:, :32]], SIGN, TableKind.FOUR_SIGNS, 0),
-        ([one[:, :120], other[:, :24]], SIGN, TableKind.SIX_SIGNS, 0),
-        ([one], np.array([-2, -0.5, 0.5, 2], np.float32), TableKind.TWO_CLASSES, 40),
-        ([one[:, :120]], np.array([-2, -0.5, 0.5, 2], np.float32), TableKind.THREE_CLASSES, 40),
+    for numbers, levels in (
+        (np.concatenate([one, other[:, :32]], axis=1).reshape(400, -1, 4), LEVELS),
+        (one[:, :120].reshape(400, -1, 2), Classes(unit(4_000, 128), 128, 64)._levels),
     ):
-        tables, steps, middles = tables_of(numbers, levels, each, room)
-        assert tables.shape[1:] == (sum(some.shape[1] for some in numbers) // each, len(levels) ** each)
+        tables, steps, middles = tables_of(numbers, levels)
+        assert tables.shape == (400, numbers.shape[1], 16)
         quarters = tables.max(axis=2).astype(int).reshape(400, 4, -1).sum(axis=2)
-        assert 200 < quarters.max() + room <= 255
-        assert np.allclose(quarters.sum(axis=1) * steps, 2 * middles - room * steps, rtol=0.05)
-        assert limits_of(middles * 5, steps, middles).min() == 255  # out of anybody's reach, and no wrap-around
+        assert 200 < quarters.max() <= 255
+        assert np.allclose(quarters.sum(axis=1) * steps, 2 * middles, rtol=0.05)
+        assert limits_of(middles * 5, steps, middles).min() == 255  # out of reach, and no wrap-around
 
 
-@pytest.mark.parametrize("each", list(TableKind))
-def test_a_table_knows_every_combination_of_classes(each):
-    levels = SIGN if each >= TableKind.FOUR_SIGNS else np.array([-2, -0.5, 0.5, 2], np.float32)
-    numbers = unit(20, 8 * each, 3)
-    tables, steps, _ = tables_of([numbers], levels, each)
-    entries = np.arange(len(levels) ** each)
-    expected = np.zeros((20, 8, len(entries)), np.float32)
-    for b in range(each):
-        mine = numbers.reshape(20, 8, each)[:, :, b, None]
-        expected += np.abs(mine) * levels[-1] + mine * levels[entries // len(levels) ** b % len(levels)]
-    assert np.array_equal(tables, np.rint(expected / steps[:, None, None]))
+def test_a_table_has_an_entry_for_every_combination_of_signs():
+    numbers = unit(20, 32, 3).reshape(20, 8, 4)
+    tables, steps, _ = tables_of(numbers, LEVELS)
+    entries = np.arange(16)
+    expected = np.zeros((20, 8, 16), np.float32)
+    for b in range(4):
+        expected += np.abs(numbers[:, :, b, None]) + numbers[:, :, b, None] * np.where(entries >> b & 1, 1, -1)
+    assert np.abs(tables - expected / steps[:, None, None]).max() <= 0.501
 
 
-@pytest.mark.parametrize("each", list(TableKind))
-def test_no_more_pairs_are_lost_to_signs_and_halves_together_than_the_risk(each):
-    signs = Signs(unit(4_000, 128), 128, each)
-    by_signs, by_nibbles = signs.laws
-    margin, measured = by_signs.margin(1e-3)
+@pytest.mark.parametrize(("made", "kept"), ESTIMATORS)
+def test_no_more_pairs_are_lost_to_tables_and_nibbles_together_than_the_risk(made, kept):
+    estimator = made(unit(4_000, 128))
+    by_tables, by_nibbles = estimator.laws
+    margin, measured = by_tables.margin(1e-3)
     assert measured and by_nibbles.margin(1e-3) == (margin, True)
     gallery = unit(50_000, 128, 8)
     for similarity in (0.35, 0.6):
         probes = mates_of(gallery, np.full(len(gallery), similarity), seed=9)
         level = np.full(len(gallery), similarity, np.float32)
-        lost = signs.estimates(probes, gallery) < by_signs.cut(level, margin)
-        lost |= signs._by_nibbles(probes, gallery) < by_nibbles.cut(level, margin)
+        lost = estimator.estimates(probes, gallery) < by_tables.cut(level, margin)
+        lost |= nibble_estimates(128)(probes, gallery) < by_nibbles.cut(level, margin)
         assert 0 < lost.sum() <= binom.ppf(0.999, len(gallery), 1e-3)
 
 
@@ -522,92 +555,74 @@ def test_a_margin_for_two_steps_counts_what_either_loses():
         assert (both <= alone).all() and (both < alone).any()
 
 
-def test_two_bits_a_number_tell_more_than_one_whatever_a_row_s_length():
-    one, two, three = (
-        Signs(unit(4_000, 128), 128, each).laws[0]
-        for each in (TableKind.FOUR_SIGNS, TableKind.TWO_CLASSES, TableKind.THREE_CLASSES)
-    )
-    assert one.sd[4] / one.mean[10] > 0.059
-    assert max(two.sd[4] / two.mean[10], three.sd[4] / three.mean[10]) < 0.04
-
-
-SIGN_SCANS = {name: sign_kernel.make_scan(name) for name in {"plain", kernel.INSTRUCTIONS}}
-
-
-@pytest.mark.parametrize("instructions", ["plain", kernel.INSTRUCTIONS])
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 400), st.integers(1, 3), st.integers(1, 20), st.booleans(), st.booleans(), st.data())
-def test_the_kernel_of_signs_finds_what_numpy_finds(instructions, count, columns, probes, mapped, summed, data):
+@pytest.mark.parametrize("instructions", ["plain", dot_kernel.INSTRUCTIONS])
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 3), st.integers(1, 20), st.booleans(), st.booleans(), st.data())
+def test_the_kernel_with_tables_finds_what_numpy_finds(instructions, count, columns, probes, mapped, summed, data):
     rng = np.random.default_rng(count)
+    kind = TableKind.CLASSES if columns == 1 and not mapped and data.draw(st.booleans()) else TableKind.SIGNS
     scanned = [8 * data.draw(st.integers(1, 18)) for _ in range(columns)]
-    each = data.draw(st.sampled_from([TableKind.FOUR_SIGNS, TableKind.SIX_SIGNS] if columns > 1 else list(TableKind)))
-    fours = 1 if each == TableKind.FOUR_SIGNS else 4  # others are made for four tables at once
-    used = [fours * data.draw(st.integers(0, tables_most(some, each) // fours)) for some in scanned]
+    used = [some // 2 if kind == TableKind.CLASSES else data.draw(st.integers(0, some // 4)) for some in scanned]
     if not sum(used):
-        used[0] = fours
+        used[0] = 1
     cells = 2 * count if mapped else count
     codes = [rng.integers(1, 256, (cells, some)).astype(np.uint8) for some in scanned]
-    planes = [np.concatenate(list(coding.pack_high_nibbles([some], n))) for some, n in zip(codes, scanned, strict=True)]
-    norms = [rng.uniform(100, 600, 64 * len(plane)).astype(np.float32) for plane in planes]
+    signs, outer = (
+        [np.concatenate(list(coding.bit_blocks([bits(some, n)]))) for some, n in zip(codes, scanned, strict=True)]
+        for bits in (coding.sign_bits, coding.outer_bits)
+    )
+    high = [coding.high_nibbles(some, n) for some, n in zip(codes, scanned, strict=True)]
+    norms = [rng.uniform(100, 600, 64 * len(plane)).astype(np.float32) for plane in signs]
     members = np.stack([np.sort(rng.permutation(cells)[:count]) for _ in range(columns)]).astype(np.int32)
     which = members if mapped else np.tile(np.arange(count), (columns, 1))
-    turned = [rng.standard_normal((probes, some), np.float32) for some in scanned]
     asked = [rng.integers(-127, 128, (probes, some)).astype(np.int8) for some in scanned]
-    looked_at = [numbers_of(n, some, each) for n, some in zip(used, scanned, strict=True)]
-    numbers = [
-        np.where(at >= 0, some[:, at], 0).reshape(probes, -1) for some, at in zip(turned, looked_at, strict=True)
-    ]
-    levels = SIGN if each >= TableKind.FOUR_SIGNS else np.array([-2, -0.6, 0.6, 2], np.float32)
-    tables, steps, middles = tables_of(numbers, levels, each, 40)
-    limits = limits_of(rng.uniform(-1, 1, probes).astype(np.float32) * 2, steps, middles)
-    seeding = np.array([10.3, 0.06, 40], np.float32) if each < TableKind.FOUR_SIGNS else NOT_SEEDED
+    looked_at = 4 * data.draw(st.integers(1, 10))
+    places = rng.integers(0, sum(used), (probes, looked_at)).astype(np.int32)
+    tables = rng.integers(0, 255 // (looked_at // 4) + 1, (probes, looked_at, 16)).astype(np.uint8)
+    limits = rng.integers(0, 160, probes).astype(np.uint8)
     parameters = np.stack([rng.uniform(0, 0.02, (columns, probes)), rng.uniform(-50, 50, (columns, probes))], axis=2)
     parameters = parameters.astype(np.float32)
     evidence = rng.uniform(-30, 30, (columns, 201 if summed or columns > 1 else 0)).astype(np.float32)
     cuts = rng.uniform(-5, 5, probes).astype(np.float32)
-    signed = SignedProbes(*filled(tables, limits), np.array(used), each, seeding, paired(asked), parameters, evidence)
     first, last = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
     live = rng.random(-(-count // 64) * 64) < 0.7
     alive = np.packbits(live, bitorder="little").view(np.uint64)
 
-    room = signed.room
+    room = 2 * 256 * probes
     found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32))
     ours, block, passed = {}, 0, 0
-    arguments = (
-        np.array([plane.ctypes.data for plane in planes]),
-        np.array([one.ctypes.data for one in norms]),
-        np.array([plane.shape[1] for plane in planes]),
-        signed.used,
-        members if mapped else np.zeros((columns, 0), np.int32),
-    )
-    rest = (signed.tables, signed.limits, int(each), seeding, signed.codes, signed.parameters, signed.evidence, cuts)
+    addresses = [np.array([one.ctypes.data for one in arrays]) for arrays in (signs, outer, high, norms)]
+    widths = np.array([one.shape[1] for one in high])
+    octets_used = np.unique(places >> 2) if kind == TableKind.CLASSES else np.zeros(0, np.int32)
+    arguments = (*addresses, float(norms[0].min()), widths, np.array(used))
+    arguments += (members if mapped else np.zeros((columns, 0), np.int32), alive, (first, last))
+    rest = (int(kind), octets_used, places, tables, limits, paired(asked), parameters, evidence, cuts, found)
     while block < -(-last // 64):
-        number, block, some = SIGN_SCANS[instructions](*arguments, alive, first, last, block, *rest, *found)
+        number, block, some = SCANS[instructions][0](*arguments, block, *rest)
         passed += some
         for p, row, value in zip(*(array[:number].tolist() for array in found), strict=True):
             ours[p, row] = value
 
-    sums = np.zeros((4, probes, count), np.int64)
-    if each < TableKind.FOUR_SIGNS:
-        sums[0] += np.clip(seeding[0] + seeding[1] * norms[0][which[0]], 0, seeding[2]).astype(np.uint8)
-    totals = np.zeros((probes, count), np.float32)
-    begin = 0
+    entries, totals = [], np.zeros((probes, count), np.float32)
     for c in range(columns):
         mine = codes[c][which[c]]
+        numbers = mine.astype(int) - 128
+        wide = 10_000 * scanned[c] * numbers**2 > 9_604 * (numbers**2).sum(axis=1, keepdims=True)
         for t in range(used[c]):
-            there = mine[:, looked_at[c][t][looked_at[c][t] >= 0]]
-            if each >= TableKind.FOUR_SIGNS:
-                entry = ((there >= 128) << np.flatnonzero(looked_at[c][t] >= 0)).sum(axis=1)
-            else:
-                classes = np.searchsorted([5, 8, 11], there >> 4, side="right")
-                entry = (classes * (1, 4, 16)[: there.shape[1]]).sum(axis=1)
-            sums[(begin + t) // (tables.shape[1] // 4)] += tables[:, begin + t, entry]
-        begin += used[c]
+            of_table = slice(kind * t, kind * (t + 1))
+            entry = ((numbers[:, of_table] >= 0) << np.arange(kind)).sum(axis=1)
+            if kind == TableKind.CLASSES:
+                entry |= (wide[:, of_table] << np.arange(2, 4)).sum(axis=1)
+            entries.append(entry)
         dots = (asked[c].astype(np.int64) @ (mine >> 4).astype(np.int64).T).astype(np.float32)
         value = parameters[c, :, :1] * (dots - parameters[c, :, 1:]) / norms[c][which[c]]
         if evidence.shape[1]:
             value = evidence[c][np.clip(np.rint((value + np.float32(1)) * np.float32(100)).astype(int), 0, 200)]
         totals += value
+    sums = np.zeros((4, probes, count), np.int64)
+    for p in range(probes):
+        for i in range(looked_at):
+            sums[i // (looked_at // 4), p] += tables[p, i, entries[places[p, i]]]
     means = (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1
     reached = (means >= limits[:, None]) & live[:count]
     reached[:, :first] = reached[:, last:] = False
@@ -705,7 +720,7 @@ def test_a_plan_says_what_is_looked_at_and_what_may_be_missed_and_why(tmp_path):
         engine.add_templates(["t"], {"face": unit(1, 128, 3)})
         plan = engine.plan()
         (face,) = plan.columns
-        assert (face.rows, face.coded_rows, face.scanned_bytes, face.share) == (20_001, 20_000, 68, 1.0)
+        assert (face.rows, face.coded_rows, face.scanned_bytes, face.share) == (20_001, 20_000, 32, 1.0)
         assert 0 < face.miss_bound <= 1e-3
         text = plan.explain()
         assert "all of 20,001 rows are looked at, 1 of them exactly, 20,000 by 68 bytes" in text

@@ -47,9 +47,9 @@ from biodedup.texts import KnownId
 from biodedup.values import COLUMNS, Column, Template, Verdict
 
 APPLICATION_ID = 0x62696F64  # "biod": `file` shows it
-FORMAT_VERSION = 4
-READABLE = (2, 3, 4)
-"""Formats that are read as they are. 2: segments keep vectors in another way, until they are merged. 3: a subject has one row, and the
+FORMAT_VERSION = 5
+READABLE = (2, 3, 4, 5)
+"""Formats that are read as they are. 2 to 4: segments keep vectors in other ways, until they are merged. 3: a subject has one row, and the
 templates of open cases lie in `held`. A writer brings the tables up to date; what older releases wrote they can read no more."""
 
 _COLUMNS_OF = {

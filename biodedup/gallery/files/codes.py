@@ -1,13 +1,16 @@
-"""Scalar quantisation of vectors to eight bits a number, stored as high nibbles and low nibbles.
+"""Scalar quantisation of vectors to eight bits a number, stored as high nibbles, low nibbles and two planes of bits.
 
 Owns quantisation and the memory layout of codes. Never chooses a rotation (`codec.py`) and never compares
 (`search/native`).
 
-A scan reads only the high nibbles: four bits a number, in blocks of 64 rows, interleaved as the kernels load them. The
-low nibbles are read for the few rows that are compared exactly. No bit is stored twice.
+A search reads two bits of each number of all rows: its sign, and whether it is an outer number of its row. These lie in
+blocks of 64 rows. It reads the high nibbles, four bits a number, of rows that are like the probe by these, and the low
+nibbles of the few rows that are compared exactly. Nibbles lie row by row.
 
-Invariants: codes are uint8, the number plus 128, 1 to 255; a high nibble is code >> 4, a low nibble is code & 15. In
-files the high nibbles are the array `plane`, the low ones the array `rest` (FORMAT.md).
+Invariants: codes are uint8, the number plus 128, 1 to 255; a high nibble is code >> 4, a low nibble is code & 15. A
+sign is set where code >= 128. An outer bit is set where the number is more than 0.98 times the root mean square of its
+row's scanned numbers: the two classes of either sign tell most of a normal number (Max, 1960). In files these are the
+arrays `high`, `rest`, `sign` and `outer` (FORMAT.md).
 """
 
 from __future__ import annotations
@@ -55,46 +58,61 @@ def dequantise(codes: Codes, norms: Float32) -> Float32:
     return vectors
 
 
-def high_nibbles_shape(count: int, scanned: int) -> tuple[int, int, int]:
-    """The shape of the high nibbles of `count` rows. scanned: how many dimensions they hold, the first ones."""
-    return -(-count // BLOCK_ROWS), scanned // STEP, 4 * BLOCK_ROWS
+def blocks_of(count: int) -> int:
+    """How many blocks so many rows take."""
+    return -(-count // BLOCK_ROWS)
 
 
-def pack_high_nibbles(pieces: Iterable[Codes], scanned: int) -> Iterator[Codes]:
-    """High nibbles of successive codes uint8 (n, d), in whole blocks uint8 (b, scanned / 8, 256); the last is padded
-    with 0."""
-    held = np.zeros((0, 0), np.uint8)
-    for piece in pieces:
-        held = np.concatenate([held, piece]) if len(held) else piece
-        whole = len(held) // BLOCK_ROWS * BLOCK_ROWS
-        if whole:
-            yield _packed(held[:whole], scanned)
-            held = held[whole:]
-    if len(held):
-        yield _packed(held, scanned)
+def high_nibbles(codes: Codes, scanned: int) -> Codes:
+    """uint8 (n, scanned / 2): byte 4 h + t holds the high nibble of number 8 h + t, and above it that of number
+    8 h + 4 + t. scanned: how many dimensions, the first ones, a multiple of STEP."""
+    high = np.empty((len(codes), scanned // 2), np.uint8)
+    _split_high(codes, high)
+    return high
 
 
 def low_nibbles(codes: Codes, scanned: int) -> Codes:
     """uint8 (n, scanned / 2 + d - scanned): the low nibbles, then whole codes of the dimensions that are not
     scanned."""
     low = np.empty((len(codes), codes.shape[1] - scanned // 2), np.uint8)
-    _pack_low(np.ascontiguousarray(codes), scanned, low)
+    _split_low(codes, scanned, low)
     return low
 
 
-def join_nibbles(high: Codes, low: Codes, cells: NDArray[np.int64], low_from: int = 0) -> Codes:
-    """The codes of some cells, uint8 (n, d). low_from: the cell of the first row of low."""
-    scanned = high.shape[1] * STEP
-    codes = np.empty((len(cells), low.shape[1] + scanned // 2), np.uint8)
-    _join(high, low, cells, low_from, codes)
+def sign_bits(codes: Codes, scanned: int) -> Codes:
+    """uint8 (n, scanned / 8): bit i of octet j is set where number 8 j + i is positive."""
+    return np.packbits(codes[:, :scanned] >= 128, axis=1, bitorder="little")
+
+
+def outer_bits(codes: Codes, scanned: int) -> Codes:
+    """As `sign_bits`, set where a number is an outer one."""
+    outer = np.empty((len(codes), scanned), np.bool_)
+    _find_outer(codes, outer)
+    return np.packbits(outer, axis=1, bitorder="little")
+
+
+def bit_blocks(pieces: Iterable[Codes]) -> Iterator[Codes]:
+    """Bits of successive rows, uint8 (n, octets), in whole blocks uint8 (b, octets, 64): row 64 b + r is [b, :, r]. The
+    last block is padded with 0."""
+    held: Codes | None = None
+    for piece in pieces:
+        held = piece if held is None else np.concatenate([held, piece])
+        whole = len(held) // BLOCK_ROWS * BLOCK_ROWS
+        yield _blocks(held[:whole])
+        held = held[whole:]
+    if held is not None:
+        yield _blocks(np.pad(held, ((0, -len(held) % BLOCK_ROWS), (0, 0))))
+
+
+def _blocks(bits: Codes) -> Codes:
+    return np.ascontiguousarray(bits.reshape(-1, BLOCK_ROWS, bits.shape[1]).transpose(0, 2, 1))
+
+
+def join_nibbles(high: Codes, low: Codes) -> Codes:
+    """The codes of some rows, uint8 (n, d), from their high nibbles and `low_nibbles`."""
+    codes = np.empty((len(high), low.shape[1] + high.shape[1]), np.uint8)
+    _join(high, low, codes)
     return codes
-
-
-def unpack_high_nibbles(high: Codes, cells: NDArray[np.int64]) -> Codes:
-    """The high nibbles of some cells, 0 to 15, uint8 (n, scanned)."""
-    unpacked = np.empty((len(cells), high.shape[1] * STEP), np.uint8)
-    _unpack_high(high, cells, unpacked)
-    return unpacked
 
 
 def rotate(vectors: Float32, rotation: Float32) -> Float32:
@@ -103,12 +121,6 @@ def rotate(vectors: Float32, rotation: Float32) -> Float32:
     rotated = np.zeros((len(vectors), len(rotation)), np.float32)
     _rotate(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(rotation.T, np.float32), rotated)
     return rotated
-
-
-def _packed(codes: Codes, scanned: int) -> Codes:
-    high = np.zeros(high_nibbles_shape(len(codes), scanned), np.uint8)
-    _pack_high(np.ascontiguousarray(codes), high)
-    return high
 
 
 @_compiled
@@ -143,16 +155,28 @@ def _rotate(vectors: Any, axes: Any, rotated: Any) -> None:
 
 
 @_compiled
-def _pack_high(codes: Any, high: Any) -> None:
+def _find_outer(codes: Any, outer: Any) -> None:
+    scanned = outer.shape[1]
     for i in range(codes.shape[0]):
-        block, lane = i // 64, i % 64 * 4
-        for h in range(high.shape[1]):
-            for t in range(4):
-                high[block, h, lane + t] = (codes[i, 8 * h + t] >> 4) | (codes[i, 8 * h + 4 + t] & 0xF0)
+        total = np.int64(0)
+        for j in range(scanned):
+            number = np.int64(codes[i, j]) - 128
+            total += number * number
+        for j in range(scanned):  # 0.98 squared is 9,604 parts in ten thousand
+            number = np.int64(codes[i, j]) - 128
+            outer[i, j] = 10_000 * scanned * number * number > 9_604 * total
 
 
 @_compiled
-def _pack_low(codes: Any, scanned: int, low: Any) -> None:
+def _split_high(codes: Any, high: Any) -> None:
+    for i in range(codes.shape[0]):
+        for h in range(0, high.shape[1], 4):
+            for t in range(4):
+                high[i, h + t] = (codes[i, 2 * h + t] >> 4) | (codes[i, 2 * h + 4 + t] & 0xF0)
+
+
+@_compiled
+def _split_low(codes: Any, scanned: int, low: Any) -> None:
     half = scanned // 2
     for i in range(codes.shape[0]):
         for j in range(half):
@@ -162,30 +186,15 @@ def _pack_low(codes: Any, scanned: int, low: Any) -> None:
 
 
 @_compiled
-def _unpack_high(high: Any, cells: Any, unpacked: Any) -> None:
-    for i in range(cells.shape[0]):
-        block, lane = cells[i] // 64, cells[i] % 64 * 4
-        for h in range(high.shape[1]):
+def _join(high: Any, low: Any, codes: Any) -> None:
+    half = high.shape[1]
+    for i in range(high.shape[0]):
+        for h in range(0, half, 4):
             for t in range(4):
-                pair = high[block, h, lane + t]
-                unpacked[i, 8 * h + t] = pair & 15
-                unpacked[i, 8 * h + 4 + t] = pair >> 4
-
-
-@_compiled
-def _join(high: Any, low: Any, cells: Any, low_from: int, codes: Any) -> None:
-    scanned = 8 * high.shape[1]
-    half = scanned // 2
-    for i in range(cells.shape[0]):
-        block, lane, at = cells[i] // 64, cells[i] % 64 * 4, cells[i] - low_from
-        for h in range(high.shape[1]):
-            for t in range(4):
-                pair = high[block, h, lane + t]
-                codes[i, 8 * h + t] = pair << 4
-                codes[i, 8 * h + 4 + t] = pair & 0xF0
+                codes[i, 2 * h + t] = high[i, h + t] << 4
+                codes[i, 2 * h + 4 + t] = high[i, h + t] & 0xF0
         for j in range(half):
-            pair = low[at, j]
-            codes[i, 2 * j] |= pair & 15
-            codes[i, 2 * j + 1] |= pair >> 4
+            codes[i, 2 * j] |= low[i, j] & 15
+            codes[i, 2 * j + 1] |= low[i, j] >> 4
         for j in range(half, low.shape[1]):
-            codes[i, j + half] = low[at, j]
+            codes[i, j + half] = low[i, j]

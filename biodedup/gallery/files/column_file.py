@@ -16,6 +16,7 @@ import json
 import mmap
 import re
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ VERSION, VERSION_OF_SMALL_BLOCKS = 1, 2
 BLOCK_BYTES = 1 << 16
 """What a checksum covers, and what a first read verifies; a file whose rows are read singly has smaller ones."""
 _READ_OVER_BYTES = 1 << 16
+_ADVISED_SECONDS = 60.0  # after which the system may have dropped what was read
 """Between single rows that are wanted so much is read, too, sooner than the disk is asked once more: that takes a slow one as long."""
 _ASKED_BYTES = 1 << 17
 """Linux reads no more of a span that it is told will be wanted than it would read ahead, 128 kB by default."""
@@ -255,6 +257,7 @@ class ColumnFile:
         if blocks != -(-(self._end - header_bytes) // self._block_bytes):
             raise self.damaged("its table of checksums")
         self._checked = np.zeros(blocks, bool)
+        self._advised = np.full(len(self._checked), -np.inf)
         self._arrays: dict[str, NDArray[Any]] = {}
         self._offsets: dict[str, int] = {}
         for key, spec in arrays.items():
@@ -308,7 +311,7 @@ class ColumnFile:
             first, last = start // self._block_bytes, (start + part.nbytes - 1) // self._block_bytes
             if self._singly or not self._checked[first : last + 1].all():
                 self._check(np.arange(first, last + 1))
-            elif part.nbytes >= _READ_OVER_BYTES:  # asked for as a whole, not page by page as it is touched
+            elif part.nbytes >= _READ_OVER_BYTES and self._advise_again(first, last):
                 at = (self._start + start) // _PAGE * _PAGE
                 _advise(
                     self._address,
@@ -317,6 +320,15 @@ class ColumnFile:
                     mmap.MADV_WILLNEED,
                 )
         return part
+
+    def _advise_again(self, first: int, last: int) -> bool:
+        """Whether the system is asked to read these blocks as a whole, not page by page as they are touched. To ask
+        takes it a microsecond for each five pages, there or not; so they are asked for now and then."""
+        now = time.monotonic()
+        due = bool(self._advised[first : last + 1].min() <= now - _ADVISED_SECONDS)
+        if due:
+            self._advised[first : last + 1] = now
+        return due
 
     def take(self, name: str, indices: NDArray[Any]) -> NDArray[Any]:
         """Some elements along the first axis: a copy, checked. Ascending indices read the disk in order."""

@@ -9,7 +9,7 @@ is a template's place within one column of one part. All three ascend together. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,18 @@ PIECE_ROWS = 1 << 13
 """Rows copied or compared at once: as float32, their vectors stay in the processor's cache."""
 
 Int64: TypeAlias = NDArray[np.int64]
+
+
+class ScannedRows(NamedTuple):
+    """What a search reads of the blocks that hold some cells of a column (codes.py). signs, outer: uint8 (b, scanned /
+    8, 64); high: uint8 (n, scanned / 2), the high nibbles, n of the first 64 b cells; norms: float32 (64 b,). norm_min: no cell
+    of the column has a smaller norm."""
+
+    signs: Codes
+    outer: Codes
+    high: Codes
+    norms: Float32
+    norm_min: float
 
 
 class Column(Protocol):
@@ -59,9 +71,8 @@ class Column(Protocol):
     def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
         """Codes and norms of cells [low, high) (codes.py); as they are stored where they are of this codec."""
 
-    def high_nibbles(self, low: int, high: int) -> tuple[Codes, Float32]:
-        """What a scan reads of the whole blocks that hold cells [low, high): high nibbles and norms (codes.py). Only with a
-        codec."""
+    def scanned(self, low: int, high: int) -> ScannedRows:
+        """What a search reads of the whole blocks that hold cells [low, high). Only with a codec."""
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
         """Codes and norms of some cells; ascending ones are read in the order of the disk. Only with a codec."""

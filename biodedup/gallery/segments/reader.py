@@ -18,12 +18,12 @@ from biodedup.errors import BiodedupError
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import Codec
-from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, high_nibbles_shape, join_nibbles
+from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, blocks_of, join_nibbles
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.segments.layout import ENCOUNTER, LOOKUP, REST, SUBJECT, SegmentEntry, file_name, index_of
-from biodedup.gallery.segments.part import PIECE_ROWS, Int64
+from biodedup.gallery.segments.part import PIECE_ROWS, Int64, ScannedRows
 from biodedup.gallery.segments.stored_index import StoredIndex
 from biodedup.gallery.segments.strings import StoredStrings, check_lookup, find_string, read_lookup
 from biodedup.gallery.segments.tail import cells_of
@@ -194,6 +194,7 @@ class SegmentColumn:
         self.full = "position" not in file
         self.index: StoredIndex | None = None
         self._positions_sound = False
+        self._interleaved = "plane" in file  # formats 3 and 4
         if self.full and self.count != row_count:
             raise file.damaged(f"{self.count} templates, wanted {row_count}")
         if not self.full:
@@ -215,10 +216,15 @@ class SegmentColumn:
         padded, scanned = -(-dimension // STEP) * STEP, card.get("scanned") if type(card) is dict else None
         if type(scanned) is not int or not STEP <= scanned <= padded or scanned % STEP:
             raise file.damaged("what it says of its codec")
-        shape = high_nibbles_shape(count, scanned)
+        blocks = blocks_of(count)
         file.expect("rotation", "<f4", (padded, dimension))
-        file.expect("plane", "|u1", shape)
-        file.expect("norm", "<f4", (shape[0] * BLOCK_ROWS,))
+        file.expect("norm", "<f4", (blocks * BLOCK_ROWS,))
+        if self._interleaved:
+            file.expect("plane", "|u1", (blocks, scanned // STEP, 4 * BLOCK_ROWS))
+        else:
+            for name in ("sign", "outer"):
+                file.expect(name, "|u1", (blocks, scanned // STEP, BLOCK_ROWS))
+            file.expect("high", "|u1", (count, scanned // 2))
         if self._rest is None:
             raise file.damaged("its rest is missing")
         self._rest.expect("rest", "|u1", (count, padded - scanned // 2))
@@ -243,9 +249,13 @@ class SegmentColumn:
     def positions(self, low: int, high: int) -> Int64:
         return np.arange(low, high) if self.full else self._all_positions()[low:high].astype(np.int64)
 
-    @cached_property
+    @property
     def codec(self) -> Codec | None:
-        """None for a column of minutiae alone, and for one of format 2."""
+        """None for a column of minutiae alone, and for one of an older format, whose vectors are compared as they are."""
+        return None if self._interleaved else self._stored_codec
+
+    @cached_property
+    def _stored_codec(self) -> Codec | None:
         card = self._file.about.get("codec")
         if card is None:
             return None
@@ -259,37 +269,50 @@ class SegmentColumn:
     def vectors(self, low: int, high: int) -> Float32:
         if self.dimension is None:
             return np.zeros((high - low, 0), np.float32)
-        if self.codec is None:
+        if self._stored_codec is None:
             return _scaled(self._file.read("code", low, high), self._file.read("scale", low, high))
-        return self.codec.decode(*self._codes(low, high))
+        return self._stored_codec.decode(*self._codes(low, high))
 
     def vectors_at(self, cells: Int64) -> Float32:
         if self.dimension is None:
             return np.zeros((len(cells), 0), np.float32)
-        if self.codec is None:
+        if self._stored_codec is None:
             return _scaled(self._file.take("code", cells), self._file.take("scale", cells))
-        return self.codec.decode(*self.codes_at(cells))
+        return self._stored_codec.decode(*self.codes_at(cells))
 
     def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
-        if self.codec is None or self.codec.codec_id != codec.codec_id:
+        if self._stored_codec is None or self._stored_codec.codec_id != codec.codec_id:
             return codec.encode(self.vectors(low, high))
         return self._codes(low, high)
 
-    def high_nibbles(self, low: int, high: int) -> tuple[Codes, Float32]:
-        first, last = low // BLOCK_ROWS, -(-high // BLOCK_ROWS)
-        norms: Float32 = self._file.read("norm", first * BLOCK_ROWS, last * BLOCK_ROWS)
-        return self._file.read("plane", first, last), norms
+    def scanned(self, low: int, high: int) -> ScannedRows:
+        first, last = low // BLOCK_ROWS, blocks_of(high)
+        start, end = first * BLOCK_ROWS, last * BLOCK_ROWS
+        nibbles = self._file.read("high", start, min(end, self.count))
+        norms = self._file.read("norm", start, end)
+        signs, outer = (self._file.read(name, first, last) for name in ("sign", "outer"))
+        return ScannedRows(signs, outer, nibbles, norms, self._norm_min)
+
+    @cached_property
+    def _norm_min(self) -> float:
+        pieces = range(0, self.count, _CHECKED_ROWS)
+        return min(float(self._file.read("norm", low, min(low + _CHECKED_ROWS, self.count)).min()) for low in pieces)
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
         assert self._rest is not None, "a column with a codec has a rest"
         self._rest.check_rows("rest", cells)
-        self._file.check_rows("plane", cells // BLOCK_ROWS)
-        codes = join_nibbles(self._file.unchecked("plane"), self._rest.unchecked("rest"), cells)
+        if self._interleaved:
+            self._file.check_rows("plane", cells // BLOCK_ROWS)
+            high = _from_plane(self._file.unchecked("plane"), cells)
+        else:
+            self._file.check_rows("high", cells)
+            high = self._file.unchecked("high")[cells]
+        codes = join_nibbles(high, self._rest.unchecked("rest")[cells])
         return codes, self._lengths(self._file.take("norm", cells))
 
     def check_lengths(self) -> None:
         """Raises GalleryDamaged where a vector has no length, which no checksum tells."""
-        for low in range(0, self.count if self.codec is not None else 0, PIECE_ROWS):
+        for low in range(0, self.count if self._stored_codec is not None else 0, PIECE_ROWS):
             self._lengths(self._file.read("norm", low, min(low + PIECE_ROWS, self.count)))
 
     def _lengths(self, norms: Float32) -> Float32:
@@ -307,12 +330,11 @@ class SegmentColumn:
             self._rest.release(forget=forget)
 
     def _codes(self, low: int, high: int) -> tuple[Codes, Float32]:
+        if self._interleaved:
+            return self.codes_at(np.arange(low, high))
         assert self._rest is not None, "a column with a codec has a rest"
-        first = low // BLOCK_ROWS * BLOCK_ROWS
-        plane, norms = self.high_nibbles(low, high)
-        rest = self._rest.read("rest", low, high)
-        cells = np.arange(low, high)
-        return join_nibbles(plane, rest, cells - first, low - first), self._lengths(norms[low - first : high - first])
+        codes = join_nibbles(self._file.read("high", low, high), self._rest.read("rest", low, high))
+        return codes, self._lengths(self._file.read("norm", low, high))
 
     def quality(self, low: int, high: int) -> Float32:
         if "quality" in self._file:
@@ -415,6 +437,12 @@ def _scaled(codes: NDArray[np.int8], scales: Float32) -> Float32:
     vectors: Float32 = codes.astype(np.float32)
     vectors *= scales[:, None]
     return vectors
+
+
+def _from_plane(plane: Codes, cells: Int64) -> Codes:
+    """The high nibbles of some cells, as `codes.high_nibbles`, from the layout of formats 3 and 4."""
+    words = plane.reshape(len(plane), -1, BLOCK_ROWS, STEP // 2)
+    return np.ascontiguousarray(words[cells // BLOCK_ROWS, :, cells % BLOCK_ROWS]).reshape(len(cells), -1)
 
 
 def _range(ascending: NDArray[np.uint32], bounds: Int64) -> Int64:

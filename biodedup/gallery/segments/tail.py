@@ -23,7 +23,7 @@ from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
 from biodedup.gallery.files.packed import Packed, hash_of, hashes, pack, pack_text, text
-from biodedup.gallery.segments.part import PIECE_ROWS, Int64, sorted_lookup
+from biodedup.gallery.segments.part import PIECE_ROWS, Int64, ScannedRows, sorted_lookup
 from biodedup.gallery.segments.stored_index import StoredIndex
 from biodedup.values import COLUMNS, Column, Float32, Template
 
@@ -280,7 +280,7 @@ class TailColumn:
             self._coded = codec, codes, norms
         return self._coded[1][low:high], self._coded[2][low:high]
 
-    def high_nibbles(self, low: int, high: int) -> tuple[Codes, Float32]:
+    def scanned(self, low: int, high: int) -> ScannedRows:
         raise NotImplementedError("the tail is compared exactly")
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:

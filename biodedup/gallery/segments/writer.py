@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from biodedup.errors import EngineClosed, GalleryDamaged
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import TRAINING_ROWS_MAX, TRAINING_ROWS_MIN, Codec, make_codec
-from biodedup.gallery.files.codes import BLOCK_ROWS, high_nibbles_shape, low_nibbles, pack_high_nibbles
+from biodedup.gallery.files.codes import (
+    BLOCK_ROWS,
+    STEP,
+    bit_blocks,
+    blocks_of,
+    high_nibbles,
+    low_nibbles,
+    outer_bits,
+    sign_bits,
+)
 from biodedup.gallery.files.column_file import BLOCK_BYTES, ColumnFile, Stream, write_column_file
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import Packed
@@ -219,11 +228,15 @@ def _column_streams(
         about["codec"] = codec.card()
         codes = each(lambda c, low, high: c.coded(turn, low, high)[0])
         norms = each(lambda c, low, high: c.coded(turn, low, high)[1])
-        shape = high_nibbles_shape(cells, scanned)
-        filler = np.zeros(shape[0] * BLOCK_ROWS - cells, np.float32)
+        blocks = blocks_of(cells)
+        filler = np.zeros(blocks * BLOCK_ROWS - cells, np.float32)
         streams.append(Stream("rotation", "<f4", codec.rotation.shape, [codec.rotation]))
-        streams.append(Stream("plane", "|u1", shape, pack_high_nibbles(codes(), scanned)))
-        streams.append(Stream("norm", "<f4", (shape[0] * BLOCK_ROWS,), chain(norms(), [filler])))
+        bits = (blocks, scanned // STEP, BLOCK_ROWS)
+        streams.append(Stream("sign", "|u1", bits, bit_blocks(sign_bits(piece, scanned) for piece in codes())))
+        streams.append(Stream("outer", "|u1", bits, bit_blocks(outer_bits(piece, scanned) for piece in codes())))
+        higher = (high_nibbles(piece, scanned) for piece in codes())
+        streams.append(Stream("high", "|u1", (cells, scanned // 2), higher))
+        streams.append(Stream("norm", "<f4", (blocks * BLOCK_ROWS,), chain(norms(), [filler])))
         lower = (low_nibbles(piece, scanned) for piece in codes())
         rest.append(Stream("rest", "|u1", (cells, codec.rest_bytes), lower))
     quality = each(lambda c, low, high: c.quality(low, high))

@@ -218,7 +218,7 @@ class _Run:
         plan = self.engine.plan([name]).columns[0]
         risk = 0.0
         if plan.coded_rows:
-            risk = max(self.config.search.miss_risk, plan.miss_bound or 0.0, plan.by_signs or 0.0)
+            risk = max(self.config.search.miss_risk, plan.miss_bound or 0.0, plan.by_tables or 0.0)
         first, among = _expected(snapshot, name, probes, cosine, plan.rows)
         at = np.flatnonzero(place < FIRST)
         miscomputed = int((np.abs(result.similarity[at, place[at]] - cosine[at]) > _SIMILARITY_TOLERANCE).sum())

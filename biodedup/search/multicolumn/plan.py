@@ -33,8 +33,7 @@ from biodedup.intervals import upper_bound
 from biodedup.match.calibration import Calibration
 from biodedup.search import costs
 from biodedup.search.native.column_statistics import signs_of
-from biodedup.search.native.scan_kernel import INSTRUCTIONS
-from biodedup.search.native.sign_tile import SIGN_TABLES
+from biodedup.search.native.dot_kernel import INSTRUCTIONS
 from biodedup.search.native.signs import GROUP
 from biodedup.values import COLUMNS, Float32
 
@@ -250,7 +249,7 @@ class Draw:
             quantiles = ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES))
             similarity = calibrations[name].mated_similarities(quantiles)
             llr_db += calibrations[name].llr_db(similarity)
-            law = signs_of(column, SIGN_TABLES).groups
+            law = signs_of(column).groups
             mates.append(np.cumsum(law.mated(similarity, rng), axis=0).astype(np.float32))
             unrelated.append(law.unrelated)
         self.most = tuple(len(sums) for sums in mates)
@@ -300,7 +299,7 @@ class Draw:
         return MultiColumnPlan(
             columns=tuple(self._columns),
             groups=groups,
-            signs=tuple(signs_of(column, SIGN_TABLES).count(GROUP * n) for column, n in by_column),
+            signs=tuple(signs_of(column).count(GROUP * n) for column, n in by_column),
             weights=self._weights,
             share=share,
             cost=cost,

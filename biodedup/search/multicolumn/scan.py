@@ -32,22 +32,14 @@ from biodedup.search.multicolumn.plan import (
     codec_of,
     row_groups_of,
 )
-from biodedup.search.native import sign_kernel
+from biodedup.search.native import scan_kernel
 from biodedup.search.native.column_statistics import signs_of
 from biodedup.search.native.exact_pairs import compared
-from biodedup.search.native.scanner import Collected, Probes, Scanner
-from biodedup.search.native.sign_kernel import SignedProbes
-from biodedup.search.native.sign_tile import SIGN_TABLES
-from biodedup.search.native.signs import (
-    GROUP,
-    NOT_SEEDED,
-    SIGN,
-    filled,
-    limits_of,
-    paired,
-    rounding_variance,
-    tables_of,
-)
+from biodedup.search.native.scan_kernel import ScanProbes
+from biodedup.search.native.scanner import Collected, Probes, Scanner, paired
+from biodedup.search.native.signs import GROUP, LEVELS
+from biodedup.search.native.table_tile import TableKind
+from biodedup.search.native.tables import limits_of, rounding_variance, tables_of
 from biodedup.values import Float32
 
 _PAIRS_PER_UNIT = 1 << 24  # pairs of a probe and a row that a thread takes on at once
@@ -105,28 +97,29 @@ class _GroupScan:
         self.passed = 0
         self._lock = threading.Lock()
 
-    def _signed_probes(self, plan: MultiColumnPlan) -> SignedProbes:
+    def _signed_probes(self, plan: MultiColumnPlan) -> ScanProbes:
         probes = list(self._probes.values())
         used = tables_by_column(self._group, plan)
         numbers = [
-            signs_of(column, SIGN_TABLES).numbers(probe.rotated, tables) * np.float32(weight)
+            signs_of(column).numbers(probe.rotated, tables) * np.float32(weight)
             for column, probe, tables, weight in zip(self._columns.values(), probes, used, plan.weights, strict=True)
         ]
-        tables, steps, middles = tables_of(numbers, SIGN, SIGN_TABLES)
-        all_numbers = np.concatenate(numbers, axis=1)
+        all_numbers = np.ascontiguousarray(np.concatenate(numbers, axis=1))
+        tables, steps, middles = tables_of(all_numbers.reshape(len(all_numbers), -1, TableKind.SIGNS), LEVELS)
         mean, covariance = _sign_moments(self._group, plan)
         variance = np.einsum("ij,ij->i", rotate(all_numbers, covariance), all_numbers)
         variance += rounding_variance(tables.shape[1], steps)
         z = np.float32(-ndtri(plan.share))
         limits = limits_of(rotate(all_numbers, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
-        return SignedProbes(
-            *filled(tables, limits),
-            np.array(used, np.int64),
-            SIGN_TABLES,
-            NOT_SEEDED,
+        return ScanProbes(
             paired([probe.codes for probe in probes]),
-            np.stack([probe.parameters for probe in probes]),
+            np.stack([probe.parameters() for probe in probes]),
             np.stack([self._query.llr_tables[name].llr_db for name in self._columns]),
+            tables,
+            np.tile(np.minimum(np.arange(tables.shape[1], dtype=np.int32), sum(used) - 1), (len(tables), 1)),
+            limits,
+            np.array(used, np.int64),
+            TableKind.SIGNS,
         )
 
     def run(self, scanner: Scanner, first: int) -> None:
@@ -137,14 +130,14 @@ class _GroupScan:
 
     def _scan(self, low: int, first: int, size: int) -> None:
         high = min(low + size, self._group.count)
-        members, nibbles = None, []
+        members, stored = None, []
         if self._cells is None:
-            nibbles = [column.high_nibbles(low, high) for column in self._columns.values()]
+            stored = [column.scanned(low, high) for column in self._columns.values()]
         else:
             members = self._cells[:, low:high]
             bases = members[:, 0] // BLOCK_ROWS * BLOCK_ROWS
             for column, cells, base in zip(self._columns.values(), members, bases.tolist(), strict=True):
-                nibbles.append(column.high_nibbles(base, int(cells[-1]) + 1))
+                stored.append(column.scanned(base, int(cells[-1]) + 1))
             members = np.ascontiguousarray(members - bases[:, None])
         live = self._live[low // BLOCK_ROWS : -(-high // BLOCK_ROWS)]
         room = 2 * self._signed.room
@@ -152,7 +145,7 @@ class _GroupScan:
         block, span = 0, (max(first - low, 0), high - low)
         while block < -(-(high - low) // BLOCK_ROWS):
             cuts, out = self._collected.cuts, (which, cells, llr_db)
-            number, block, passed = sign_kernel.scan(nibbles, members, live, span, block, self._signed, cuts, out)
+            number, block, passed = scan_kernel.scan(stored, members, live, span, block, self._signed, cuts, out)
             if number:
                 self._collected.add(which[:number].copy(), 0, cells[:number] + low, llr_db[:number].copy())
             with self._lock:
@@ -205,7 +198,7 @@ def _sign_moments(group: RowGroup, plan: MultiColumnPlan) -> tuple[Float32, Floa
         for name, tables in zip(plan.columns, tables_by_column(group, plan), strict=True):
             column = group.part.columns[name]
             cells, inverse = np.unique(group.cells(name, members), return_inverse=True)
-            by_column.append(signs_of(column, SIGN_TABLES).of_codes(column.codes_at(cells)[0], tables)[inverse])
+            by_column.append(signs_of(column).of_codes(column.codes_at(cells)[0], tables)[inverse])
         signs = np.concatenate(by_column, axis=1)
         covariance = np.cov(signs.T).reshape(signs.shape[1], -1)
         known[key] = signs.mean(axis=0).astype(np.float32), covariance.astype(np.float32)
@@ -214,7 +207,7 @@ def _sign_moments(group: RowGroup, plan: MultiColumnPlan) -> tuple[Float32, Floa
 
 def tables_by_column(group: RowGroup, plan: MultiColumnPlan) -> list[int]:
     """How many sign tables of each column the plan looks at."""
-    limits = [signs_of(group.part.columns[name], SIGN_TABLES).tables for name in plan.columns]
+    limits = [signs_of(group.part.columns[name]).tables for name in plan.columns]
     return [min(GROUP * groups, limit) for groups, limit in zip(plan.groups, limits, strict=True)]
 
 

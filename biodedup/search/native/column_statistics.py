@@ -15,8 +15,8 @@ from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond t
 
 from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, rotate
 from biodedup.gallery.segments.part import Column
-from biodedup.search.native.sign_tile import TableKind
-from biodedup.search.native.signs import TABLES_MOST, Signs
+from biodedup.search.native.classes import Classes
+from biodedup.search.native.signs import Signs
 from biodedup.values import Float32
 
 _SAMPLE_ROWS = 16_384  # of a column, which stand for its non-mates
@@ -71,12 +71,21 @@ def population_of(column: Column) -> Population:
     return _populations[column]
 
 
-_signs: WeakKeyDictionary[Column, dict[tuple[TableKind, int], Signs]] = WeakKeyDictionary()
+_signs: WeakKeyDictionary[Column, Signs] = WeakKeyDictionary()
+_classes: WeakKeyDictionary[Column, dict[int, Classes]] = WeakKeyDictionary()
 
 
-def signs_of(column: Column, kind: TableKind, tables: int = TABLES_MOST) -> Signs:
+def signs_of(column: Column) -> Signs:
     assert column.codec is not None, "only rotated vectors have signs"
-    known = _signs.setdefault(column, {})
-    if (kind, tables) not in known:
-        known[kind, tables] = Signs(population_of(column).sample, column.codec.scanned, kind, tables)
-    return known[kind, tables]
+    if column not in _signs:
+        _signs[column] = Signs(population_of(column).sample, column.codec.scanned)
+    return _signs[column]
+
+
+def classes_of(column: Column, tables: int) -> Classes:
+    """The classes of a column's rows, for probes with so many tables."""
+    assert column.codec is not None, "only rotated vectors have classes"
+    known = _classes.setdefault(column, {})
+    if tables not in known:
+        known[tables] = Classes(population_of(column).sample, column.codec.scanned, tables)
+    return known[tables]

@@ -1,6 +1,6 @@
 """The kernel that compares the members of an LSH bucket with one another: by signs first, then by high nibbles.
 
-Owns the arithmetic, as `sign_kernel.py` does for probes. Its oracle in numpy is in tests/search/test_buckets.py.
+Owns the arithmetic, as `scan_kernel.py` does for probes. Its oracle in numpy is in tests/search/test_buckets.py.
 """
 
 from __future__ import annotations
@@ -12,22 +12,18 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.gallery.files.codes import Codes
-from biodedup.search.native.scan_kernel import make_row_dot
-from biodedup.search.native.sign_tile import (
-    BLOCKS_PER_PASS,
-    PROBES_PER_TILE,
-    ROW_ALIGNMENT,
+from biodedup.gallery.segments.part import ScannedRows
+from biodedup.search.native.dot_kernel import ROW_ALIGNMENT, make_row_dot
+from biodedup.search.native.table_tile import (
+    BLOCKS,
+    ROWS,
     SUMS_PER_ROW,
-    TABLES_PER_STEP,
     aligned,
+    copy,
     f32_at,
     masks_apart,
-    sign,
     survivors,
-    u32_at,
 )
-from biodedup.values import Float32
 
 _CHUNK = 256
 """Members whose tables fit the second-level cache."""
@@ -36,13 +32,14 @@ _row_dot = make_row_dot()
 
 
 @numba.njit(nogil=True, cache=True)
-def _take_members(nibbles: Any, numbers: Any, cells: Any, taken: Any) -> None:
-    """Reads the high nibbles of cells in several columns."""
-    words = taken.shape[0]
-    for r in range(cells.shape[0]):
-        at = nibbles[numbers[r]] + 256 * words * (cells[r] >> 6) + 4 * (cells[r] & 63)
-        for h in range(words):
-            taken[h, r] = u32_at(at + 256 * h)
+def _take_signs(rows: Any, signs: Any) -> None:
+    """Writes the table indices of up to 64 rows, uint8 (tables, 64). rows: their high nibbles, uint32 (n, words)."""
+    # multiplying by `gathers` brings four bits that lie eight apart together in the top byte
+    lowest, gathers = np.uint32(0x01010101), np.uint32(0x01020408)
+    for r in range(rows.shape[0]):
+        for i in range(signs.shape[0]):
+            shift = np.uint32(3 + 4 * (i & 1))
+            signs[i, r] = np.uint8((((rows[r, i >> 1] >> shift) & lowest) * gathers) >> np.uint32(24))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -87,42 +84,33 @@ def _tabulate(probe: Any, number: int, table: Any) -> tuple[Any, Any]:
 
 @numba.njit(nogil=True, cache=True)
 def _similar_pairs(
-    nibbles: Any,
-    norms: Any,
-    words: int,
-    numbers: Any,
-    cells: Any,
-    used: int,
-    sign_cut: float,
-    cut: float,
+    high: Any, norms: Any, width: int, numbers: Any, cells: Any, used: int, sign_cut: float, cut: float
 ) -> tuple[Any, Any, int]:
     count, blocks = cells.shape[0], -(-cells.shape[0] // 64)
-    octets = -(-4 * words // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    number = -(-used // (SUMS_PER_ROW * TABLES_PER_STEP)) * SUMS_PER_ROW * TABLES_PER_STEP
-    taken = aligned(64 * octets).view(np.uint32).reshape(octets // 4, 64)
+    words, octets = width // 4, -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    number, groups = -(-used // SUMS_PER_ROW) * SUMS_PER_ROW, -(-blocks // BLOCKS)
     rows = aligned(64 * blocks * octets).view(np.uint32).reshape(64 * blocks, octets // 4)
-    whole = -(-blocks // BLOCKS_PER_PASS) * BLOCKS_PER_PASS
-    signs = aligned(whole * 64 * number).reshape(whole, number, 64)
-    lengths, seeds = np.ones(64 * blocks, np.float32), np.zeros(64 * BLOCKS_PER_PASS, np.uint8)
+    signs = aligned(groups * ROWS * number).reshape(groups, number, ROWS)
+    lengths = np.ones(64 * blocks, np.float32)
     tables = aligned(_CHUNK * number * 16).reshape(_CHUNK, number, 16)
     probes = aligned(_CHUNK * 2 * octets).view(np.int8).reshape(_CHUNK, 2, octets)
     limits, sums = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.float32)
     masks = masks_apart()
-    alive = np.empty(BLOCKS_PER_PASS, np.uint64)
-    room = 64 * BLOCKS_PER_PASS * _CHUNK
-    which, lanes = np.empty(room, np.int32), np.empty(room, np.int32)
+    alive, places = np.empty(BLOCKS, np.uint64), np.empty((_CHUNK, number), np.int32)
+    places[:] = np.arange(number)
+    room = ROWS * _CHUNK
+    which, others = np.empty(room, np.int32), np.empty(room, np.int32)
     earlier, later = np.empty(64, np.int32), np.empty(64, np.int32)
     found, passed = 0, 0
     root = np.float32(np.sqrt(4 * used))
-    for b in range(blocks):
-        some = slice(64 * b, min(64 * b + 64, count))
-        _take_members(nibbles, numbers[some], cells[some], taken[:words])
-        sign(taken, signs[b, :used])
-        for r in range(some.stop - some.start):
-            lengths[64 * b + r] = f32_at(norms[numbers[64 * b + r]] + 4 * np.int64(cells[64 * b + r]))
-            for h in range(words):
-                rows[64 * b + r, h] = taken[h, r]
     at_rows, at_probes = rows.ctypes.data, probes.ctypes.data
+    for r in range(count):
+        cell = np.int64(cells[r])
+        copy(high[numbers[r]] + width * cell, at_rows + octets * r, width)
+        lengths[r] = f32_at(norms[numbers[r]] + 4 * cell)
+    for b in range(blocks):
+        lane = 64 * (b % BLOCKS)
+        _take_signs(rows[64 * b : min(64 * b + 64, count)], signs[b // BLOCKS, :used, lane : lane + 64])
     for start in range(0, count, _CHUNK):
         together = min(_CHUNK, count - start)
         for i in range(together):
@@ -132,27 +120,17 @@ def _similar_pairs(
             least = sign_cut * root * lengths[start + i] / np.float32(8)
             limit = np.ceil((least + middle) / (SUMS_PER_ROW * step) + np.float32(0.5 - 1e-3))
             limits[i] = np.uint8(min(max(limit, 0), 255))
-        for b in range(start // 64, blocks, BLOCKS_PER_PASS):
-            for i in range(BLOCKS_PER_PASS):
-                left = max(count - 64 * (b + i), 0)
+        for g in range(start // ROWS, groups):
+            for i in range(BLOCKS):
+                left = max(count - ROWS * g - 64 * i, 0)
                 alive[i] = ~np.uint64(0) if left >= 64 else (np.uint64(1) << np.uint64(left)) - np.uint64(1)
-            reached = survivors(
-                signs[b : b + BLOCKS_PER_PASS],
-                seeds,
-                alive,
-                tables[: -(-together // PROBES_PER_TILE) * PROBES_PER_TILE],
-                limits,
-                together,
-                masks,
-                which,
-                lanes,
-            )
+            reached = survivors(signs[g], alive, places, tables[:together], limits, ROWS * g, masks, which, others)
             for i in range(reached):
-                p, row = which[i], 64 * b + lanes[i]
+                p, row = which[i], others[i]
                 if row <= start + p:  # itself, or compared already
                     continue
                 passed += 1
-                dot = np.float32(_row_dot(at_rows + octets * row, at_probes + 2 * octets * p, octets))
+                dot = np.float32(_row_dot(at_rows + octets * row, at_probes + 2 * octets * p, octets, octets))
                 if np.float32(128) * (dot - sums[p]) / (lengths[start + p] * lengths[row]) >= np.float32(cut):
                     if found == earlier.size:
                         earlier, later = _grown(earlier, 2 * found), _grown(later, 2 * found)
@@ -169,7 +147,7 @@ def _grown(array: Any, size: int) -> Any:
 
 
 def similar_pairs(
-    columns: Sequence[tuple[Codes, Float32]],
+    columns: Sequence[ScannedRows],
     numbers: NDArray[np.int32],
     cells: NDArray[np.int32],
     tables: int,
@@ -179,12 +157,14 @@ def similar_pairs(
     """Finds the pairs among some rows whose estimates by signs and by high nibbles both reach their cut-offs. Each row
     serves as a probe too; only the high nibbles of both count.
 
-    columns: high nibbles and norms, all of the same width; numbers, cells: int32 (n,), each row's column and its cell
+    columns: what is stored of all their rows, all of the same width; numbers, cells: int32 (n,), each row's column and its cell
     there; tables: of signs to look at. Returns (the earlier, the later) of each pair, as places among the rows, and how
     many pairs passed the signs.
     """
-    nibbles = np.array([n.ctypes.data for n, _ in columns], np.int64)
-    norms = np.array([norms.ctypes.data for _, norms in columns], np.int64)
-    words = columns[0][0].shape[1]
-    earlier, later, passed = _similar_pairs(nibbles, norms, words, numbers, cells, tables, sign_cut, cut)
+    _, high, norms = (
+        np.array([array.ctypes.data for array in arrays], np.int64)
+        for arrays in zip(*((c.signs, c.high, c.norms) for c in columns), strict=True)
+    )
+    width = columns[0].high.shape[1]
+    earlier, later, passed = _similar_pairs(high, norms, width, numbers, cells, tables, sign_cut, cut)
     return earlier, later, passed

@@ -1,435 +1,381 @@
-"""The scan kernel for a few probes: dot products of eight-bit probes with four-bit rows; rows below the cut-off are
-dropped.
+"""The scan kernel: table look-ups rule most rows out, and high nibbles estimate the rest.
 
-Owns the arithmetic, and the choice of instructions for this processor. Never knows what a row or a similarity is. The
-oracle of `scan`, in numpy, is in tests/search/test_scan.py.
+Owns the scan of rows for probes. Never knows what a sum, a limit or an evidence stands for (`tables.py`). Its oracle in
+numpy is in tests/search/test_scan.py.
 
-Some rows by 4 probes stay in registers. One instruction multiplies and adds 64 pairs of numbers (VNNI); with only
-AVX-512 or AVX2, two instructions do 64 or 32 pairs, in sums of 16 bits. A row below the cut-off costs one comparison:
-there are no heaps, and no results to merge. `sign_kernel.py` serves many probes, and uses these products for the rows
-that it cannot rule out.
+A few blocks of 64 rows are looked up in the probes' tables (`table_tile.py`). The high nibbles of rows whose sum
+reaches the probe's limit are compared; for few probes they are prefetched, and compared when the next blocks have been
+looked up. Without tables each row is compared with each probe.
 """
 
 from __future__ import annotations
 
-from types import FunctionType
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from biodedup.gallery.segments.part import ScannedRows
+from biodedup.search.native.dot_kernel import ROW_ALIGNMENT, make_row_dot, make_row_dots, prefetch, rebound
+from biodedup.search.native.table_tile import (
+    BLOCKS,
+    ROWS,
+    TableKind,
+    aligned,
+    class_indices,
+    copy,
+    f32_at,
+    masks_apart,
+    sign_indices,
+    survivors,
+    tile_for,
+    u8_at,
+)
 from biodedup.values import Float32
 
-_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_LINE = 64  # bytes of memory that are fetched at once
+_FEW_PROBES = 48  # so few that most rows are compared with none of them
+_AHEAD = 2 * BLOCKS  # so many blocks on, memory is prefetched
+_PROBES_AT_ONCE = 4  # that a row is compared with, without tables
 
+Int64 = NDArray[np.int64]
 
-def _instructions() -> str:
-    features = llvmlite.binding.get_host_cpu_features()
-    for name, *needed in (
-        ("vbmi", "avx512vbmi", "avx512vnni"),
-        ("vnni", "avx512vnni"),
-        ("avx512", "avx512bw"),
-        ("avx2", "avx2"),
-    ):
-        if all(features.get(feature) for feature in needed):
-            return name
-    return "plain"
-
-
-INSTRUCTIONS = _instructions()
-"""The instructions used on this processor: vbmi, vnni, avx512, avx2 or plain."""
-PROBES_PER_TILE = 4
-"""Probes of one tile, so that registers are left for the rows; with six, two threads are no faster than one."""
-_PREFETCHED = 3
-"""How many blocks ahead memory is prefetched."""
-
-
-class _Arithmetic:
-    """How one kind of processor multiplies. lanes: rows of a vector; groups: vectors of rows of a tile for several
-    probes; partial: the type of a sum, which is widened to int32 after `steps_most` steps of four numbers."""
-
-    def __init__(self, instructions: str) -> None:
-        self.lanes = 8 if instructions == "avx2" else 16
-        self.groups = 2 if instructions == "avx2" else 1 if instructions == "plain" else 4
-        self.octets, self.pairs, self.sums = (ir.VectorType(t, 32 * self.lanes // t.width) for t in (_I8, _I16, _I32))
-        # two products of 15 x 127 at most, eight times, stay within int16
-        self.partial, self.steps_most = (self.pairs, 8) if instructions in ("avx512", "avx2") else (self.sums, 1 << 30)
-        self._instructions = instructions
-
-    def grown(self, builder: Any, total: Any, rows: Any, probe: Any) -> Any:
-        """total, of type `partial`, plus the products of rows <u8> and probe <i8>."""
-        if self._instructions in ("vbmi", "vnni"):
-            fused = self._function(builder, "avx512.vpdpbusd.512", self.sums, [self.sums] * 3)
-            return builder.call(fused, [total, builder.bitcast(rows, self.sums), builder.bitcast(probe, self.sums)])
-        if self.partial is self.pairs:
-            name = "avx512.pmaddubs.w.512" if self._instructions == "avx512" else "avx2.pmadd.ub.sw"
-            products = builder.call(self._function(builder, name, self.pairs, [self.octets] * 2), [rows, probe])
-            return builder.add(total, products)
-        wide = ir.VectorType(_I32, 4 * self.lanes)
-        products = builder.mul(builder.zext(rows, wide), builder.sext(probe, wide))
-        for part in range(4):
-            which = ir.Constant(self.sums, [4 * lane + part for lane in range(self.lanes)])
-            total = builder.add(total, builder.shuffle_vector(products, products, which))
-        return total
-
-    def widened(self, builder: Any, total: Any) -> Any:
-        """Sums <i32>, one a row."""
-        if self.partial is self.sums:
-            return total
-        name = "avx512.pmaddw.d.512" if self._instructions == "avx512" else "avx2.pmadd.wd"
-        ones = ir.Constant(self.pairs, [1] * self.pairs.count)
-        return builder.call(self._function(builder, name, self.sums, [self.pairs] * 2), [total, ones])
-
-    def nibbles(self, builder: Any, packed: Any) -> tuple[Any, Any]:
-        """The lower and the upper four bits of each byte, as bytes."""
-        words = builder.bitcast(packed, self.pairs)  # no processor shifts single bytes
-        shifted = builder.bitcast(
-            builder.lshr(words, splat(builder, ir.Constant(_I16, 4), self.pairs.count)), self.octets
-        )
-        low = splat(builder, ir.Constant(_I8, 15), self.octets.count)
-        return builder.and_(packed, low), builder.and_(shifted, low)
-
-    @staticmethod
-    def _function(builder: Any, name: str, gives: Any, takes: list[Any]) -> Any:
-        return cgutils.get_or_insert_function(builder.module, ir.FunctionType(gives, takes), f"llvm.x86.{name}")
-
-
-def splat(builder: Any, value: Any, count: int) -> Any:
-    """A vector of `count` times this value."""
-    empty = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
-    single = builder.insert_element(empty, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(single, empty, ir.Constant(ir.VectorType(_I32, count), [0] * count))
-
-
-def make_tile(probes_wide: int, instructions: str = INSTRUCTIONS) -> Any:
-    """An intrinsic for numba, tile(rows, probes, stride, words, norms, offsets, slopes, masks), all integers or
-    addresses:
-
-    rows: uint8 *, (words, 64, 4), as `codes.pack_high_nibbles` lays them out; probes: int8 *, (probes_wide, stride);
-    norms: float32 *, (64,); offsets, slopes: float32 *, (probes_wide,); masks: uint64 *, (probes_wide,): bit r is set
-    where dot >= offset + slope * norm of row r.
-    """
-    arithmetic = _Arithmetic(instructions)
-    vectors = 64 // arithmetic.lanes
-    together = arithmetic.groups if probes_wide > 1 else vectors
-
-    @intrinsic
-    def tile(
-        _: Any, rows: Any, probes: Any, stride: Any, words: Any, norms: Any, offsets: Any, slopes: Any, masks: Any
-    ) -> Any:
-        signature = types.void(*[types.intp] * 8)
-
-        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            stride, words = args[2:4]
-            rows, probes, norms, offsets, slopes, masks = (
-                builder.inttoptr(args[at], ir.PointerType(kind))
-                for at, kind in ((0, _I8), (1, _I8), (4, _F32), (5, _F32), (6, _F32), (7, _I64))
-            )
-            bits: list[Any] = [ir.Constant(_I64, 0)] * probes_wide
-            for first in range(0, vectors, together):
-                span = range(first, first + together)
-                loop = _Loop(builder, arithmetic, probes_wide, span)
-                totals = loop.totals(rows, probes, stride, words)
-                _compare(builder, arithmetic.lanes, totals, span, norms, offsets, slopes, bits)
-            for p, mask in enumerate(bits):
-                builder.store(mask, builder.gep(masks, [ir.Constant(_I64, p)]))
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return tile
-
-
-class _Loop:
-    """The loop over a row's numbers, for some probes and vectors of rows."""
-
-    def __init__(self, builder: Any, arithmetic: _Arithmetic, probes_wide: int, span: range) -> None:
-        self._builder, self._arithmetic, self._span, self._wide = builder, arithmetic, span, probes_wide
-
-    def totals(self, rows: Any, probes: Any, stride: Any, words: Any) -> list[list[Any]]:
-        """int32 sums for each probe and vector of rows."""
-        builder, arithmetic = self._builder, self._arithmetic
-        rows = builder.bitcast(rows, arithmetic.octets.as_pointer())
-        quads = [
-            builder.bitcast(builder.gep(probes, [builder.mul(stride, ir.Constant(_I64, p))]), _I32.as_pointer())
-            for p in range(self._wide)
-        ]
-        before = builder.block
-        outer, inner, widen, after = (builder.append_basic_block(n) for n in ("some", "word", "widen", "compare"))
-        builder.branch(outer)
-        builder.position_at_end(outer)
-        start = builder.phi(_I64)
-        totals = self._phis(arithmetic.sums)
-        end = builder.add(start, ir.Constant(_I64, arithmetic.steps_most // 2))
-        end = builder.select(builder.icmp_signed("<", end, words), end, words)
-        builder.branch(inner)
-
-        builder.position_at_end(inner)
-        word = builder.phi(_I64)
-        partial = self._phis(arithmetic.partial)
-        grown = self._grown(partial, rows, quads, word)
-        following = builder.add(word, ir.Constant(_I64, 1))
-        word.add_incoming(start, outer)
-        word.add_incoming(following, inner)
-        self._feed(partial, [[ir.Constant(arithmetic.partial, None)] * len(self._span)] * self._wide, outer)
-        self._feed(partial, grown, inner)
-        builder.cbranch(builder.icmp_signed("<", following, end), inner, widen)
-
-        builder.position_at_end(widen)
-        ended = [
-            [builder.add(total, arithmetic.widened(builder, some)) for total, some in zip(*both, strict=True)]
-            for both in zip(totals, grown, strict=True)
-        ]
-        start.add_incoming(ir.Constant(_I64, 0), before)
-        start.add_incoming(end, widen)
-        self._feed(totals, [[ir.Constant(arithmetic.sums, None)] * len(self._span)] * self._wide, before)
-        self._feed(totals, ended, widen)
-        builder.cbranch(builder.icmp_signed("<", end, words), outer, after)
-        builder.position_at_end(after)
-        return ended
-
-    def _phis(self, kind: Any) -> list[list[Any]]:
-        return [[self._builder.phi(kind) for _ in self._span] for _ in range(self._wide)]
-
-    @staticmethod
-    def _feed(phis: list[list[Any]], values: list[list[Any]], block: Any) -> None:
-        for some, given in zip(phis, values, strict=True):
-            for phi, value in zip(some, given, strict=True):
-                phi.add_incoming(value, block)
-
-    def _grown(self, totals: list[list[Any]], rows: Any, quads: list[Any], word: Any) -> list[list[Any]]:
-        """Adds the two steps of one word of each row."""
-        builder, arithmetic = self._builder, self._arithmetic
-        vectors = 64 // arithmetic.lanes
-        both: list[list[Any]] = [[], []]
-        for group in self._span:
-            at = builder.add(builder.mul(word, ir.Constant(_I64, vectors)), ir.Constant(_I64, group))
-            packed = builder.load(builder.gep(rows, [at]))
-            packed.align = 1
-            for step, some in enumerate(arithmetic.nibbles(builder, packed)):
-                both[step].append(some)
-        for step in range(2):
-            following = []
-            for p, row in enumerate(totals):
-                at = builder.add(builder.mul(word, ir.Constant(_I64, 2)), ir.Constant(_I64, step))
-                quad = builder.load(builder.gep(quads[p], [at]))
-                quad.align = 4
-                probe = builder.bitcast(splat(builder, quad, arithmetic.lanes), arithmetic.octets)
-                following.append([arithmetic.grown(builder, t, r, probe) for t, r in zip(row, both[step], strict=True)])
-            totals = following
-        return totals
-
-
-def _compare(
-    builder: Any,
-    lanes: int,
-    totals: list[list[Any]],
-    span: range,
-    norms: Any,
-    offsets: Any,
-    slopes: Any,
-    bits: list[Any],
-) -> None:
-    floats = ir.VectorType(_F32, lanes)
-    lengths = builder.bitcast(norms, floats.as_pointer())
-    known = []
-    for group in span:
-        length = builder.load(builder.gep(lengths, [ir.Constant(_I64, group)]))
-        length.align = 4
-        known.append(length)
-    for p, row in enumerate(totals):
-        offset, slope = (
-            splat(builder, builder.load(builder.gep(values, [ir.Constant(_I64, p)])), lanes)
-            for values in (offsets, slopes)
-        )
-        for group, length, total in zip(span, known, row, strict=True):
-            least = builder.fadd(offset, builder.fmul(slope, length))
-            passed = builder.fcmp_ordered(">=", builder.sitofp(total, floats), least)
-            mask = builder.zext(builder.bitcast(passed, ir.IntType(lanes)), _I64)
-            bits[p] = builder.or_(bits[p], builder.shl(mask, ir.Constant(_I64, lanes * group)))
-
-
-def _prefetch_of(_: Any, address: Any) -> Any:
-    """An intrinsic for numba: prefetches the memory at an address."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        place = ir.PointerType(_I8)
-        how = [ir.Constant(_I32, value) for value in (0, 3, 1)]  # to read, again and again, data
-        wanted = ir.FunctionType(ir.VoidType(), [place, _I32, _I32, _I32])
-        prefetch = cgutils.get_or_insert_function(builder.module, wanted, "llvm.prefetch.p0i8")
-        builder.call(prefetch, [builder.inttoptr(args[0], place), *how])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-prefetch: Any = intrinsic(_prefetch_of)
-
-
-def make_row_dot(instructions: str = INSTRUCTIONS) -> Any:
-    """An intrinsic for numba, row_dot(row, probe, octets) -> int64: the dot product of one row with one probe.
-
-    row: uint8 *, (octets,), two numbers a byte; probe: int8 *, (2, octets): the factors of the lower nibbles, then
-    those of the upper ones. octets: a multiple of 64, padded with 0.
-    """
-    arithmetic = _Arithmetic(instructions)
-
-    @intrinsic
-    def row_dot(_: Any, row: Any, probe: Any, octets: Any) -> Any:
-        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            kind = arithmetic.octets.as_pointer()
-            row, probe = (builder.inttoptr(args[at], kind) for at in (0, 1))
-            steps = builder.udiv(args[2], ir.Constant(_I64, 4 * arithmetic.lanes))
-            before = builder.block
-            loop, after = builder.append_basic_block("some"), builder.append_basic_block("sum")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            step, total = builder.phi(_I64), builder.phi(arithmetic.sums)
-            packed = builder.load(builder.gep(row, [step]))
-            packed.align = 1
-            partial: Any = ir.Constant(arithmetic.partial, None)
-            for nibble, at in zip(arithmetic.nibbles(builder, packed), (step, builder.add(step, steps)), strict=True):
-                factors = builder.load(builder.gep(probe, [at]))
-                factors.align = 1
-                partial = arithmetic.grown(builder, partial, nibble, factors)
-            grown = builder.add(total, arithmetic.widened(builder, partial))
-            following = builder.add(step, ir.Constant(_I64, 1))
-            step.add_incoming(ir.Constant(_I64, 0), before)
-            step.add_incoming(following, loop)
-            total.add_incoming(ir.Constant(arithmetic.sums, None), before)
-            total.add_incoming(grown, loop)
-            builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
-            builder.position_at_end(after)
-            name = f"llvm.vector.reduce.add.v{arithmetic.lanes}i32"
-            added = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, [arithmetic.sums]), name)
-            return builder.sext(builder.call(added, [grown]), _I64)
-
-        return types.int64(types.intp, types.intp, types.intp), generate
-
-    return row_dot
+_row_dot, _row_dots = make_row_dot(), make_row_dots(_PROBES_AT_ONCE)
 
 
 @numba.njit(nogil=True, cache=True)
-def _dot(nibbles: Any, cell: int, probes: Any, p: int) -> int:
-    block, lane, total = cell // 64, cell % 64 * 4, 0
-    for h in range(nibbles.shape[1]):
-        for t in range(4):
-            pair = nibbles[block, h, lane + t]
-            total += int(pair & 15) * int(probes[p, 8 * h + t]) + int(pair >> 4) * int(probes[p, 8 * h + 4 + t])
-    return total
+def _alive(live: Any, block: int, first: int, last: int) -> Any:
+    """The rows of a block that are live and within the span."""
+    alive = live[block] if live.size else ~np.uint64(0)
+    low, high = 64 * block, 64 * block + 64
+    if first > low:
+        alive &= ~np.uint64(0) << np.uint64(first - low) if first < high else np.uint64(0)
+    if last < high:
+        alive &= ~np.uint64(0) >> np.uint64(high - last) if last > low else np.uint64(0)
+    return alive
 
 
-_tile_one, _tile_wide = make_tile(1), make_tile(PROBES_PER_TILE)
+@numba.njit(nogil=True, cache=True)
+def _take_signs(plane: int, octets: int, cells: Any, taken: Any) -> None:
+    """Reads the signs of up to 64 cells: taken, uint8 (octets used, 64). plane: the address of a column's signs."""
+    for r in range(cells.shape[0]):
+        cell = np.int64(cells[r])
+        at = plane + 64 * octets * (cell >> 6) + (cell & 63)
+        for j in range(taken.shape[0]):
+            taken[j, r] = u8_at(at + 64 * j)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _add_values(
+    some: Any, rows: Any, members: Any, high: int, norms: int, width: int, probes: Any, parameters: Any, evidence: Any,
+    totals: Any, space: Any,
+) -> None:  # fmt: skip
+    """Adds what one column's high nibbles say of pairs of a probe and a row: a similarity, or its evidence."""
+    at_probes, at_space, half = probes.ctypes.data, np.int64(space.ctypes.data), probes.shape[2]
+    octets, last, mapped = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT, evidence.shape[0] - 1, members.shape[0] > 0
+    scale = np.float32(0.5 * last)
+    for i in range(some.shape[0]):
+        p, cell = np.int64(some[i]), np.int64(members[rows[i]] if mapped else rows[i])
+        row = high + width * cell
+        if octets != width:
+            copy(row, at_space, width)
+            row = at_space
+        dot = np.float32(_row_dot(row, at_probes + 2 * half * p, octets, half))
+        value = parameters[p, 0] * (dot - parameters[p, 1]) / f32_at(norms + 4 * cell)
+        if last >= 0:
+            place = np.int64(np.rint((value + np.float32(1)) * scale))
+            value = evidence[min(max(place, 0), last)]
+        totals[i] += value
+
+
+@numba.njit(nogil=True, cache=True)
+def _least_dots(parameters: Any, cuts: Any, norm_min: Any) -> Any:
+    """The dot product that a row of the least norm needs to reach each cut; no row with a smaller one reaches it."""
+    least = np.full(cuts.shape[0], -np.inf, np.float32)
+    for p in range(cuts.shape[0]):
+        if cuts[p] > 0 and parameters[p, 0] > 0:  # a part in a million below, for what floats lose
+            least[p] = parameters[p, 1] + np.float32(1 - 1e-6) * cuts[p] * norm_min / parameters[p, 0] - np.float32(0.1)
+    return least
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _compare_one(
+    some: Any, rows: Any, high: int, norms: int, width: int, probes: Any, parameters: Any, cuts: Any, least: Any,
+    out: Any, found: int, space: Any,
+) -> int:  # fmt: skip
+    """As `_compare`, for similarities in one column. Reads the norms of few rows."""
+    which, cells, values = out
+    at_probes, at_space, half = probes.ctypes.data, np.int64(space.ctypes.data), probes.shape[2]
+    octets = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    for i in range(some.shape[0]):
+        p, cell = np.int64(some[i]), np.int64(rows[i])
+        row = high + width * cell
+        if octets != width:
+            copy(row, at_space, width)
+            row = at_space
+        dot = np.float32(_row_dot(row, at_probes + 2 * half * p, octets, half))
+        if dot >= least[p]:
+            value = parameters[p, 0] * (dot - parameters[p, 1]) / f32_at(norms + 4 * cell)
+            if value >= cuts[p]:
+                which[found], cells[found], values[found] = p, cell, value
+                found += 1
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def _compare(
+    some: Any, rows: Any, high: Any, norms: Any, widths: Any, members: Any, probes: Any, parameters: Any,
+    evidence: Any, cuts: Any, least: Any, out: Any, found: int, totals: Any, space: Any,
+) -> int:  # fmt: skip
+    """Compares pairs of a probe and a row by the high nibbles of all columns, and writes those that reach the cuts
+    behind the first `found`. Returns how many there are then."""
+    if widths.shape[0] == 1 and evidence.shape[1] == 0 and members.shape[1] == 0:
+        return _compare_one(
+            some, rows, high[0], norms[0], widths[0], probes[0], parameters[0], cuts, least, out, found, space
+        )  # fmt: skip
+    which, cells, values = out
+    totals[: some.shape[0]] = 0
+    for c in range(widths.shape[0]):
+        _add_values(
+            some, rows, members[c], high[c], norms[c], widths[c], probes[c], parameters[c], evidence[c], totals, space
+        )
+    for i in range(some.shape[0]):
+        if totals[i] >= cuts[some[i]]:
+            which[found], cells[found], values[found] = some[i], rows[i], totals[i]
+            found += 1
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def _prefetch_rows(rows: Any, high: Any, norms: Any, widths: Any, members: Any) -> None:
+    for i in range(rows.shape[0]):
+        for c in range(widths.shape[0]):
+            cell = np.int64(members[c, rows[i]] if members.shape[1] else rows[i])
+            if widths.shape[0] > 1:
+                prefetch(norms[c] + 4 * cell)
+            for at in range(0, widths[c], _LINE):
+                prefetch(high[c] + widths[c] * cell + at)
+
+
+@numba.njit(nogil=True, cache=True)
+def _take_block(
+    signs: Any, outer: Any, widths: Any, used: Any, members: Any, block: int, kind: int, octets_used: Any, taken: Any,
+    indices: int,
+) -> None:  # fmt: skip
+    """Writes the table indices of one block's rows, of all columns' tables one after another, each ROWS bytes long.
+    indices: the address of the first one."""
+    at = 64 * block
+    for c in range(widths.shape[0]):
+        octets = widths[c] >> 2
+        if kind == TableKind.CLASSES:
+            for i in range(octets_used.shape[0]):
+                place = octets * at + 64 * octets_used[i]
+                class_indices(signs[c] + place, outer[c] + place, indices + 4 * ROWS * octets_used[i])
+                prefetch(signs[c] + place + _AHEAD * 64 * octets)
+                prefetch(outer[c] + place + _AHEAD * 64 * octets)
+            continue
+        source, some = signs[c] + octets * at, (used[c] + 1) >> 1
+        if members.shape[1]:
+            _take_signs(signs[c], octets, members[c, at : min(at + 64, members.shape[1])], taken[:some])
+            source = np.int64(taken.ctypes.data)
+        for j in range(some):
+            sign_indices(source + 64 * j, indices + 2 * ROWS * j)
+            prefetch(signs[c] + octets * at + 64 * (j + _AHEAD * octets))
+        indices += ROWS * used[c]
 
 
 @numba.njit(nogil=True, cache=True)
 def _scan(
-    nibbles: Any,
-    norms: Any,
-    live: Any,
-    first: int,
-    last: int,
-    block: int,
-    count: int,
-    probes: Any,
-    offsets: Any,
-    slopes: Any,
-    which: Any,
-    cells: Any,
-    dots: Any,
-) -> tuple[int, int]:
-    words, width = nibbles.shape[1:]
-    stride = probes.shape[1]
-    wide = 1 if count == 1 else PROBES_PER_TILE
-    masks = np.empty(32, np.uint64)[8 : 8 + PROBES_PER_TILE]  # away from what another thread writes
-    at_probes, at_norms, at_masks = probes.ctypes.data, norms.ctypes.data, masks.ctypes.data
-    at_offsets, at_slopes = offsets.ctypes.data, slopes.ctypes.data
-    found = 0
-    while block < nibbles.shape[0]:
-        if found + 64 * count > which.size:
-            return found, block
-        alive = live[block] if live.size else ~np.uint64(0)
-        if alive == 0:
-            block += 1
-            continue
-        at_nibbles = nibbles.ctypes.data + words * width * block
-        if block + _PREFETCHED < nibbles.shape[0]:
-            for line in range(words * width // 64):
-                prefetch(at_nibbles + words * width * _PREFETCHED + 64 * line)
-        for p in range(0, count, wide):
-            at_probe, at_offset, at_slope = at_probes + p * stride, at_offsets + 4 * p, at_slopes + 4 * p
-            at_norm = at_norms + 256 * block
-            if wide > 1:
-                _tile_wide(at_nibbles, at_probe, stride, words, at_norm, at_offset, at_slope, at_masks)
-            else:
-                _tile_one(at_nibbles, at_probe, stride, words, at_norm, at_offset, at_slope, at_masks)
-            for i in range(min(wide, count - p)):
-                mask = masks[i] & alive
-                if mask:
-                    for r in range(64):
-                        cell = 64 * block + r
-                        if (mask >> np.uint64(r)) & np.uint64(1) and first <= cell < last:
-                            which[found], cells[found] = p + i, cell
-                            dots[found] = _dot(nibbles, cell, probes, p + i)
-                            found += 1
+    signs: Any, outer: Any, high: Any, norms: Any, norm_min: float, widths: Any, used: Any, members: Any, live: Any,
+    span: Any, block: int, kind: int, octets_used: Any, places: Any, tables: Any, limits: Any, probes: Any,
+    parameters: Any, evidence: Any, cuts: Any, out: Any,
+) -> tuple[int, int, int]:  # fmt: skip
+    first, last = span
+    count, mapped = probes.shape[1], members.shape[1] > 0
+    ahead = count <= _FEW_PROBES
+    indices, taken = aligned(ROWS * (used.sum() + 1)).reshape(-1, ROWS), aligned(64 * used.max() + 64).reshape(-1, 64)
+    masks, space, alive = masks_apart(), aligned(probes.shape[3]), np.zeros(BLOCKS, np.uint64)
+    room = ROWS * count
+    some, rows, totals = np.empty(2 * room, np.int32), np.empty(2 * room, np.int32), np.empty(2 * room, np.float32)
+    found, passed, waiting, end, least = 0, 0, 0, -(-last // 64), _least_dots(parameters[0], cuts, norm_min)
+    while block < end and found + 2 * room <= out[0].size:
+        blocks = min(BLOCKS, end - block)
+        alive[blocks:] = 0
+        for b in range(blocks):
+            alive[b] = _alive(live, block + b, first, last)
+            if alive[b]:
+                _take_block(
+                    signs,
+                    outer,
+                    widths,
+                    used,
+                    members,
+                    block + b,
+                    kind,
+                    octets_used,
+                    taken,
+                    int(indices.ctypes.data) + 64 * b,
+                )
+        for c in range(0 if ahead or mapped else widths.shape[0]):
+            begin, octets = 64 * (block + blocks), 64 * min(BLOCKS, end - block - blocks) * widths[c]
+            for at in range(0, octets, _LINE):  # most rows are compared with some probe
+                prefetch(high[c] + widths[c] * begin + at)
+        reached = survivors(indices, alive, places, tables, limits, 64 * block, masks, some[waiting:], rows[waiting:])
+        passed += reached
+        compared = waiting + reached
+        if ahead:  # while these rows are fetched, those of the blocks before are compared
+            _prefetch_rows(rows[waiting : waiting + reached], high, norms, widths, members)
+            compared = waiting
+        found = _compare(
+            some[:compared], rows[:compared], high, norms, widths, members, probes, parameters, evidence, cuts, least,
+            out, found, totals, space,
+        )  # fmt: skip
+        waiting += reached - compared
+        for i in range(waiting):
+            some[i], rows[i] = some[compared + i], rows[compared + i]
+        block += blocks
+    found = _compare(
+        some[:waiting], rows[:waiting], high, norms, widths, members, probes, parameters, evidence, cuts, least,
+        out, found, totals, space,
+    )  # fmt: skip
+    return found, block, passed
+
+
+@numba.njit(nogil=True, cache=True)
+def _scan_all(
+    high: Any, norms: Any, widths: Any, live: Any, span: Any, block: int, probes: Any, parameters: Any, cuts: Any,
+    out: Any,
+) -> tuple[int, int, int]:  # fmt: skip
+    """As `_scan`, of one column without tables."""
+    first, last = span
+    which, cells, values = out
+    count, half, end = probes.shape[1], probes.shape[3], -(-last // 64)
+    octets, space = -(-widths[0] // ROW_ALIGNMENT) * ROW_ALIGNMENT, aligned(half)
+    dots, at_probes = np.empty(_PROBES_AT_ONCE, np.int32), probes.ctypes.data
+    at_dots, at_space, found, passed = dots.ctypes.data, np.int64(space.ctypes.data), 0, 0
+    while block < end and found + 64 * count <= which.size:
+        alive = _alive(live, block, first, last)
+        for r in range(64 if alive else 0):
+            if not (alive >> np.uint64(r)) & np.uint64(1):
+                continue
+            cell = 64 * block + r
+            norm, passed = f32_at(norms[0] + 4 * cell), passed + count
+            row = high[0] + widths[0] * cell
+            if octets != widths[0]:
+                copy(row, at_space, widths[0])
+                row = at_space
+            for start in range(0, count, _PROBES_AT_ONCE):
+                together = min(_PROBES_AT_ONCE, count - start)
+                if together == _PROBES_AT_ONCE:
+                    _row_dots(row, at_probes + 2 * half * start, octets, half, at_dots)
+                else:
+                    for i in range(together):
+                        dots[i] = _row_dot(row, at_probes + 2 * half * (start + i), octets, half)
+                for i in range(together):
+                    p = start + i
+                    value = parameters[0, p, 0] * (np.float32(dots[i]) - parameters[0, p, 1]) / norm
+                    if value >= cuts[p]:
+                        which[found], cells[found], values[found] = p, cell, value
+                        found += 1
         block += 1
-    return found, block
+    space[0] = 0  # else numba frees the array before it is read: it counts uses by name
+    return found, block, passed
 
 
-def filled(
-    probes: NDArray[np.int8], offsets: Float32, slopes: Float32
-) -> tuple[int, NDArray[np.int8], Float32, Float32]:
-    """How many probes there are, and the arrays padded to whole tiles. They are made outside the kernel, which only
-    knows their addresses: numba frees an array once only its address is still in use, and other threads would write
-    there."""
-    missing = -len(probes) % PROBES_PER_TILE if len(probes) > 1 else 0  # a single probe has its own tile
-    if missing:
-        probes = np.pad(probes, ((0, missing), (0, 0)))
-        offsets, slopes = np.pad(offsets, (0, missing)), np.pad(slopes, (0, missing))
-    return len(probes) - missing, probes, offsets, slopes
+def make_scans(instructions: str) -> tuple[Any, Any]:
+    """`_scan` and `_scan_all`, compiled for another processor."""
+    dots = {"_row_dot": make_row_dot(instructions), "_row_dots": make_row_dots(_PROBES_AT_ONCE, instructions)}
+    lookups = numba.njit(rebound(survivors, _tile=tile_for(instructions)), nogil=True)
+    add_values = numba.njit(rebound(_add_values, **dots), nogil=True, error_model="numpy")
+    compare_one = numba.njit(rebound(_compare_one, **dots), nogil=True, error_model="numpy")
+    compare = numba.njit(rebound(_compare, _add_values=add_values, _compare_one=compare_one), nogil=True)
+    return (
+        numba.njit(rebound(_scan, survivors=lookups, _compare=compare), nogil=True),
+        numba.njit(rebound(_scan_all, **dots), nogil=True),
+    )
 
 
-def rebound(function: Any, **names: Any) -> Any:
-    """A compiled function's Python function, with other globals of these names.
+@dataclass(frozen=True)
+class ScanProbes:
+    """Probes as the kernel takes them, for one column or several.
 
-    Variants are made in this way, not as closures: numba keys its cache by what a closure's cells pickle to. For
-    compiled functions this differs between processes, so that each process would compile anew.
+    codes: int8 (columns, q, 2, octets), as `make_row_dot` wants them; parameters: float32 (columns, q, 2): a similarity
+    is the first times (dot product - the second) over the row's norm. evidence: float32 (columns, n), what a similarity
+    from -1 to 1 counts for, whose sum is compared with a cut; (columns, 0) for a single column whose similarity itself
+    is.
+
+    tables: uint8 (q, m, 16), m a multiple of SUMS_PER_ROW, or 0 where a single column's rows are all compared; places:
+    int32 (q, m), which numbers each table looks at: of CLASSES table i the numbers 2 i and 2 i + 1 of a single column,
+    of SIGNS those that `used` tables of each column look at, one after another; limits: uint8 (q,); used: of each
+    column, how many of these there are. kind: of the tables.
     """
-    python = function.py_func
-    return FunctionType(python.__code__, {**python.__globals__, **names}, python.__name__)
 
+    codes: NDArray[np.int8]
+    parameters: Float32
+    evidence: Float32
+    tables: NDArray[np.uint8]
+    places: NDArray[np.int32]
+    limits: NDArray[np.uint8]
+    used: Int64
+    kind: TableKind
 
-def make_scan(instructions: str) -> Any:
-    """`_scan`, compiled for another processor."""
-    tiles = {"_tile_one": make_tile(1, instructions), "_tile_wide": make_tile(PROBES_PER_TILE, instructions)}
-    return numba.njit(rebound(_scan, **tiles), nogil=True)
+    def __len__(self) -> int:
+        return int(self.codes.shape[1])
+
+    def pieces(self, most: int) -> Iterator[tuple[slice, ScanProbes]]:
+        """Batches of at most `most` probes."""
+        for low in range(0, len(self), most):
+            some = slice(low, min(low + most, len(self)))
+            codes, parameters = (
+                np.ascontiguousarray(self.codes[:, some]),
+                np.ascontiguousarray(self.parameters[:, some]),
+            )
+            tables, places, limits = self.tables[some], self.places[some], self.limits[some]
+            yield some, replace(self, codes=codes, parameters=parameters, tables=tables, places=places, limits=limits)
+
+    @property
+    def room(self) -> int:
+        """How many hits one call must have room for."""
+        return 2 * ROWS * len(self)
 
 
 def scan(
-    nibbles: NDArray[np.uint8],
-    norms: Float32,
+    columns: Sequence[ScannedRows],
+    members: NDArray[np.int32] | None,
     live: NDArray[np.uint64],
-    cells: tuple[int, int],
+    span: tuple[int, int],
     start: int,
-    probes: NDArray[np.int8],
-    offsets: Float32,
-    slopes: Float32,
-    out: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]],
-) -> tuple[int, int]:
-    """Finds the pairs of a probe and a row with dot >= offset + slope * norm, where dot sums probe times high nibble (0
-    to 15).
+    probes: ScanProbes,
+    cuts: Float32,
+    out: tuple[NDArray[np.int32], Int64, Float32],
+) -> tuple[int, int, int]:
+    """Finds the pairs of a probe and a row whose sum of table entries reaches the probe's limit and whose value, by
+    high nibbles, reaches its cut-off.
 
-    nibbles: (b, d / 8, 256), as in `codes.pack_high_nibbles`; norms: (64 b,); live: bit r of block b is set where the
-    row counts, or empty where all do; cells: [first, last) of the nibbles; start: the block to begin with; probes: int8
-    (q, d); offsets, slopes: float32 (q,). Writes probe, cell and dot of each pair into `out`, whose arrays have room
-    for at least 64 q. Returns how many, and the block to go on with when the room is spent; all is done when that is b.
+    columns: what is stored of each; members: int32 (columns, n), the cells of n rows in each column, or None where rows
+    and cells are the same; live: bit r of block b is set where row 64 b + r counts, or empty where all do; span:
+    [first, last) rows that count; start: the block to begin with; cuts: float32 (q,). Writes probe, row and value of
+    each pair into `out`, whose arrays have room for probes.room at least. Returns how many, the block to go on with,
+    all done when it is ceil(last / 64), and how many pairs were compared.
     """
-    first, last = cells
-    number, block = _scan(nibbles, norms, live, first, last, start, *filled(probes, offsets, slopes), *out)
-    return number, block
+    signs, outer, high, norms = (
+        np.array([array.ctypes.data for array in arrays], np.int64)
+        for arrays in zip(*(column[:4] for column in columns), strict=True)
+    )
+    widths = np.array([column.high.shape[1] for column in columns], np.int64)
+    compared = (probes.codes, probes.parameters)
+    if not probes.tables.shape[1]:
+        number, block, passed = _scan_all(high, norms, widths, live, span, start, *compared, cuts, out)
+        return number, block, passed
+    if members is None:
+        members = np.zeros((len(columns), 0), np.int32)
+    octets_used = np.unique(probes.places >> 2) if probes.kind == TableKind.CLASSES else np.zeros(0, np.int32)
+    number, block, passed = _scan(
+        signs, outer, high, norms, float(columns[0].norm_min), widths, probes.used, members, live, span, start,
+        int(probes.kind), octets_used, probes.places, probes.tables, probes.limits, *compared, probes.evidence, cuts,
+        out,
+    )  # fmt: skip
+    return number, block, passed

@@ -29,19 +29,22 @@ from numpy.typing import NDArray
 
 from biodedup.gallery.files import index_codec
 from biodedup.gallery.files.codec import Codec
-from biodedup.gallery.files.codes import BLOCK_ROWS, rotate
+from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, rotate
 from biodedup.gallery.segments.part import Column
-from biodedup.search.native import scan_kernel as kernel
-from biodedup.search.native import sign_kernel
+from biodedup.search.native import scan_kernel
+from biodedup.search.native.dot_kernel import ROW_ALIGNMENT
 from biodedup.search.native.exact_pairs import ranked
-from biodedup.search.native.sign_kernel import SignedProbes
+from biodedup.search.native.scan_kernel import ScanProbes
+from biodedup.search.native.table_tile import ENTRIES, TableKind
 from biodedup.values import Float32
 
 _READERS = 8
 _EXACT_PROBES = 256  # the similarities of so many probes and a tile's rows stay in the cache
 _INLINE_PAIRS = 1 << 18  # so few pairs take no longer than handing them to another thread
-_SIGNED_PROBES = 256
+_PROBES = 256
 """Probes whose tables fit the second-level cache."""
+NO_EVIDENCE = np.zeros((1, 0), np.float32)
+"""For `ScanProbes` of a single column, whose estimates are similarities."""
 _ROOM = 1 << 15  # hits that a thread buffers
 
 Int64 = NDArray[np.int64]
@@ -101,14 +104,18 @@ class Probes:
         self.slack = 0.5 * np.abs(self.codes.astype(np.float32)).sum(axis=1)
         """The most that low nibbles can add to a dot product."""
 
-    def estimates(self, which: NDArray[np.int32], dots: NDArray[np.int32], norms: Float32) -> Float32:
-        """The similarity by high nibbles, float32 (n,)."""
-        return np.asarray(16 * self.scales[which] * (dots - self.middle[which]) / norms, np.float32)
+    def parameters(self, bounded: bool = False) -> Float32:
+        """float32 (q, 2): an estimate is the first times (dot product - the second) over the row's norm. bounded: not
+        an estimate, but the most that the similarity can be, whatever the low nibbles are."""
+        middle = self.middle - self.slack if bounded else self.middle
+        return np.stack([16 * self.scales, middle], axis=1).astype(np.float32)
 
-    @property
-    def parameters(self) -> Float32:
-        """float32 (q, 2): an estimate is the first times (dot product - the second) over the row's norm."""
-        return np.stack([16 * self.scales, self.middle], axis=1).astype(np.float32)
+    def untabled(self, bounded: bool = False) -> ScanProbes:
+        """As the kernel takes them, without tables: all rows are compared."""
+        count, of_none = len(self.codes), np.zeros(1, np.int64)
+        tables, places = np.zeros((count, 0, ENTRIES), np.uint8), np.zeros((count, 0), np.int32)
+        compared = (paired([self.codes]), self.parameters(bounded)[None], NO_EVIDENCE)
+        return ScanProbes(*compared, tables, places, np.zeros(count, np.uint8), of_none, TableKind.CLASSES)
 
     @property
     def rounding(self) -> Float32:
@@ -126,6 +133,17 @@ class Hits:
     cell: Int64
     estimate: Float32
     cuts: Float32
+
+
+def paired(codes: Sequence[NDArray[np.int8]]) -> NDArray[np.int8]:
+    """Probes of several columns, int8 (q, scanned) each, in the layout of `make_row_dots`: int8 (columns, q, 2,
+    octets)."""
+    octets = max(-(-c.shape[1] // 2 // ROW_ALIGNMENT) * ROW_ALIGNMENT for c in codes)
+    found = np.zeros((len(codes), len(codes[0]), 2, octets), np.int8)
+    for laid_out, some in zip(found, codes, strict=True):
+        halves = some.reshape(len(some), -1, 2, STEP // 2).transpose(0, 2, 1, 3)
+        laid_out[:, :, : some.shape[1] // 2] = halves.reshape(len(some), 2, -1)
+    return found
 
 
 def in_turn(pool: Executor, threads: int, work: Callable[[_Piece], _Done], pieces: Iterable[_Piece]) -> Iterator[_Done]:
@@ -193,60 +211,30 @@ class Scanner:
 
         return [piece for pieces in in_turn(self._pool, self.threads, scan, tiles) for piece in pieces]
 
-    def above(
-        self,
-        whole: Sequence[Unit],
-        probes: Probes,
-        cuts: Float32,
-        *,
-        bounded: bool = False,
-        most: int,
-        signs: SignedProbes | None = None,
-    ) -> Hits:
-        """Every cell of some columns whose estimate reaches the probe's cut-off; bounded: every cell whose similarity
-        could reach it, whatever its low nibbles are. most: cells a probe, about; beyond it the cut-off rises. signs:
-        tables that rule most cells out first."""
+    def above(self, whole: Sequence[Unit], probes: ScanProbes, cuts: Float32, *, most: int) -> Hits:
+        """Every cell of some columns that the probes' tables let through and whose estimate reaches the probe's
+        cut-off. most: cells a probe, about; beyond it the cut-off rises."""
         collected = Collected(cuts, most)
-        count = len(probes.codes)
-        offsets = (probes.middle - probes.slack if bounded else probes.middle).astype(np.float32)
-        scales = 16 * probes.scales
-        signed = [] if signs is None else list(signs.pieces(_SIGNED_PROBES))
+        batches = list(probes.pieces(_PROBES))
 
         def scan(unit: Unit) -> None:
             base = unit.first // BLOCK_ROWS
-            nibbles, norms = unit.column.high_nibbles(unit.first, unit.last)
-            live = unit.live[base : base + len(nibbles)]
+            rows = unit.column.scanned(unit.first, unit.last)
+            live = unit.live[base : base + len(rows.signs)]
             span = (unit.first - base * BLOCK_ROWS, unit.last - base * BLOCK_ROWS)
-            room = max(_ROOM, 4 * BLOCK_ROWS * count, *(2 * batch.room for _, batch in signed))
-            which, cells, estimates = np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32)
-            dots = np.empty(room if signs is None else 0, np.int32)
-
-            def collect(number: int, first: int, values: Float32) -> None:
-                if number:
-                    collected.add(which[:number] + first, unit.number, cells[:number] + base * BLOCK_ROWS, values)
-
-            block = 0
-            while signs is None and block < len(nibbles):
-                slopes = (collected.cuts / scales).astype(np.float32)
-                out = (which, cells, dots)
-                number, block = kernel.scan(nibbles, norms, live, span, block, probes.codes, offsets, slopes, out)
-                collect(number, 0, probes.estimates(which[:number], dots[:number], norms[cells[:number]]))
-            for some, batch in signed:
+            room = max(_ROOM, *(2 * batch.room for _, batch in batches))
+            out = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32))
+            for some, batch in batches:
                 block = 0
-                while block < len(nibbles):
-                    number, block, _ = sign_kernel.scan(
-                        [(nibbles, norms)],
-                        None,
-                        live,
-                        span,
-                        block,
-                        batch,
-                        collected.cuts[some],
-                        (which, cells, estimates),
+                while block < len(rows.signs):
+                    number, block, _ = scan_kernel.scan(
+                        [rows], None, live, span, block, batch, collected.cuts[some], out
                     )
-                    collect(number, some.start, estimates[:number].copy())
+                    if number:
+                        which, cells = out[0][:number] + some.start, out[1][:number] + base * BLOCK_ROWS
+                        collected.add(which, unit.number, cells, out[2][:number].copy())
 
-        self.run(scan, units_of(whole, count, self.threads))
+        self.run(scan, units_of(whole, len(probes), self.threads))
         return collected.hits()
 
     @contextmanager

@@ -48,18 +48,19 @@ def join_buckets(
         for i, (part, c) in enumerate(zip(parts, columns, strict=True))
     ]
     probes = Probes(buckets.codec, buckets.directions[some])
-    hits = scanner.above(units, probes, buckets.min_similarity[some], most=sum(c.count for c in columns))
+    most = sum(c.count for c in columns)
+    hits = scanner.above(units, probes.untabled(), buckets.min_similarity[some], most=most)
     # one sort key instead of three takes a tenth of the time
     members = np.sort((hits.which.astype(np.int64) << 48) | (hits.number.astype(np.int64) << 32) | hits.cell)
     numbers, cells = (members >> 32 & 0xFFFF).astype(np.int32), (members & 0xFFFFFFFF).astype(np.int32)
     edges = np.searchsorted(members, np.arange(len(probes.codes) + 1) << 48)
-    nibbles = [c.high_nibbles(0, c.count) for c in columns]
+    stored = [c.scanned(0, c.count) for c in columns]
     pairs = [np.zeros((2, 0), np.int64)]
 
     def compare(bucket: tuple[int, int]) -> None:
         low, high = bucket
         earlier, later = pair_kernel.similar_pairs(
-            nibbles, numbers[low:high], cells[low:high], buckets.signs.tables, buckets.sign_cut, buckets.cut
+            stored, numbers[low:high], cells[low:high], buckets.signs.tables, buckets.sign_cut, buckets.cut
         )[:2]
         pairs.append(members[low:high][np.stack([earlier, later])] & 0xFFFF_FFFF_FFFF)
 

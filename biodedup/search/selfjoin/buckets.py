@@ -35,7 +35,6 @@ from biodedup.intervals import upper_bound
 from biodedup.match.calibration import Calibration
 from biodedup.search import costs
 from biodedup.search.native.column_statistics import population_of, signs_of
-from biodedup.search.native.sign_tile import TableKind
 from biodedup.search.native.signs import Signs
 from biodedup.values import Float32
 
@@ -105,7 +104,7 @@ def choose(
     sample, directions = vectors[:sampled], vectors[sampled:]
     pairs = _mates(sample, calibration, min_similarity, rng)
     left, right = (codec.rotate(vectors) for vectors in pairs)
-    signs = signs_of(column, TableKind.FOUR_SIGNS)
+    signs = signs_of(column)
 
     def by_signs(a: Float32, b: Float32) -> Float32:
         return signs.estimates(from_high_nibbles(a), b)

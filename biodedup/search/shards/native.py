@@ -10,13 +10,14 @@ distribution of estimates (`ErrorLaw`); its lower tail bound at `miss_risk` is t
 above the cut-off the k best estimates are compared exactly, and then each row whose estimate could still belong among
 the k best.
 
-Batches of probes may first rule out most rows by table look-ups (`signs.py`), if that is cheaper (`costs.py`).
+Table look-ups (`classes.py`) rule out most rows first, if that is cheaper (`costs.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from scipy.special import ndtri
@@ -27,18 +28,19 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.search import costs
 from biodedup.search.multicolumn import scan as multicolumn
 from biodedup.search.multicolumn.plan import MultiColumnHits, MultiColumnQuery
-from biodedup.search.native.column_statistics import population_of, signs_of
-from biodedup.search.native.scan_kernel import INSTRUCTIONS
+from biodedup.search.native.classes import Classes
+from biodedup.search.native.column_statistics import classes_of, population_of
+from biodedup.search.native.dot_kernel import INSTRUCTIONS
+from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.scanner import Probes, Scanner
-from biodedup.search.native.sign_kernel import SignedProbes
-from biodedup.search.native.sign_tile import CLASS_TABLES, SIGN_TABLES
-from biodedup.search.native.signs import TABLES_MOST, Signs
 from biodedup.search.shards.base import Shard, ShardHits, ShardQuery
 from biodedup.search.shards.cells import CellRange, HitCollector, Reranking, by_codec
 from biodedup.values import Float32
 
-_COST_PROBES = 16  # about so many of a batch foresee its cost
-_SIGN_PROBES = 16  # from so many probes on, unpacking the signs of a block pays
+_COST_PROBES = 64  # rows that foresee, as probes, what a scan costs
+_COST_PROBES_MOST = 64  # of more probes each costs no less
+TABLE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the pairs of numbers, that tables may look at
+_TABLES_MOST = 200  # with more the rounded sums would not fit a byte well
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only foresees how many rows pass
 _SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
 _HITS_MOST = 1_000_000  # rows a probe that a search above a similarity collects
@@ -84,9 +86,7 @@ class NativeShard:
     def _scan_codes(self, ranges: Sequence[CellRange], scan: _CodeScan, collector: HitCollector) -> bool:
         """False if more rows passed the cut-offs than can be collected; nothing was collected then."""
         units = [cells.unit(i) for i, cells in enumerate(ranges)]
-        hits = self._scanner.above(
-            units, scan.probes, scan.cuts, bounded=scan.bounded, most=scan.hits_most, signs=scan.signs
-        )
+        hits = self._scanner.above(units, scan.scanned, scan.cuts, most=scan.hits_most)
         raised = hits.cuts > scan.cuts
         if raised.any() and (scan.bounded or not scan.k):
             return False
@@ -116,7 +116,8 @@ class _CodeScan:
     k: how many rows, 0 for all of at least min_similarity, float32 (q,). cuts: float32 (q,), the estimates from which
     on rows are collected. bounded: no row may be missed; the cut-offs then allow for the largest error there can be.
     margin: standard deviations of the estimate's error, as `law` measured it, that the cut-offs allow for otherwise.
-    signs: tables that rule rows out first, or None. hits_most: of each probe, about.
+    scanned: the probes as the kernel takes them, with tables where these rule most rows out first. hits_most: of each
+    probe, about.
     """
 
     k: int
@@ -125,7 +126,7 @@ class _CodeScan:
     law: ErrorLaw
     margin: float
     bounded: bool
-    signs: SignedProbes | None
+    scanned: ScanProbes
     hits_most: int
 
     @property
@@ -156,46 +157,54 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
     else:
         k, hits_most, min_similarity = 0, _HITS_MOST, query.min_similarity
     law, margin = codec.law, 0.0 if bounded else codec.law.margin(query.miss_risk)[0]
-    signed = None
-    if not bounded and len(vectors) >= _SIGN_PROBES:
-        signs = _cheapest_signs(largest, probes, min_similarity, query.miss_risk)
-        if signs is not None:
-            margin, _ = signs.laws[0].margin(query.miss_risk)
-            limits, law = signs.laws[0].cut(min_similarity, margin), signs.laws[1]
-            signed = signs.probes(probes.rotated, limits, probes.codes, probes.parameters)
-    scan = _CodeScan(k, probes, min_similarity, law, margin, bounded, signed, hits_most)
+    scanned = probes.untabled(bounded)
+    if not bounded:
+        classes = _cheapest_classes(largest, probes, min_similarity, query.miss_risk)
+        if classes is not None:
+            margin, _ = classes.laws[0].margin(query.miss_risk)
+            limits, law = classes.laws[0].cut(min_similarity, margin), classes.laws[1]
+            scanned = classes.tabled(scanned, probes.rotated, limits)
+    scan = _CodeScan(k, probes, min_similarity, law, margin, bounded, scanned, hits_most)
     slack = 16 * probes.scales * probes.slack / _USUAL_NORM if bounded else np.float32(0)
     share = population.share_reaching(scan.cuts - slack, probes.rotated[:, : codec.scanned])
     return scan if share <= _SHARE_MAX else None
 
 
-def _cheapest_signs(column: Column, probes: Probes, min_similarity: Float32, miss_risk: float) -> Signs | None:
-    """The tables that find rows of at least these similarities soonest; None if a scan of all high nibbles is cheaper,
-    or the processor has no byte shuffles."""
-    cost = costs.ROW_COSTS.get(INSTRUCTIONS)
-    if cost is None:
-        return None
-    options = []
-    sampled = slice(None, None, max(len(min_similarity) // _COST_PROBES, 1))
-    all_signs = signs_of(column, SIGN_TABLES).tables
-    for kind, tables in (
-        (SIGN_TABLES, all_signs // 8 * 4),
-        (SIGN_TABLES, all_signs * 3 // 16 * 4),
-        (SIGN_TABLES, TABLES_MOST),
-        (CLASS_TABLES, TABLES_MOST),
-    ):
-        if not tables:
-            continue
-        signs = signs_of(column, kind, tables)
-        cuts = signs.quick_law.cut(min_similarity[sampled], -float(ndtri(miss_risk / 2)))
-        share = signs.share_passing(cuts, probes.rotated[sampled])
-        row_cost = signs.tables * cost.table + share * cost.compared + cost.taken / len(probes.codes)
-        options.append((row_cost, kind, tables))
-    row_cost, kind, tables = min(options)
-    if row_cost >= probes.codec.scanned * cost.number:
-        return None
-    signs = signs_of(column, kind, tables)
-    return signs if signs.laws[0].margin(miss_risk)[1] else None
+def _cheapest_classes(column: Column, probes: Probes, min_similarity: Float32, miss_risk: float) -> Classes | None:
+    """The tables that find rows of about these similarities soonest; None if a scan of all high nibbles is cheaper, or
+    the processor has no byte shuffles."""
+    similarity = round(float(np.median(min_similarity)), 2)
+    tables = _cheapest_tables(column, similarity, min(len(probes.codes), _COST_PROBES_MOST), miss_risk)
+    return None if tables is None else classes_of(column, tables)
+
+
+_chosen: WeakKeyDictionary[Column, dict[tuple[float, int, float], int | None]] = WeakKeyDictionary()
+
+
+def _cheapest_tables(column: Column, similarity: float, probes: int, miss_risk: float) -> int | None:
+    """How many tables are cheapest for so many probes like the column's own rows."""
+    cost, known = costs.ROW_COSTS.get(INSTRUCTIONS), _chosen.setdefault(column, {})
+    asked = (similarity, probes, miss_risk)
+    if cost is None or asked in known:
+        return known.get(asked)
+    assert column.codec is not None, "only coded columns have tables"
+    scanned, options = column.codec.scanned, []
+    sample = population_of(column).sample[:_COST_PROBES]
+    for share_of_pairs in TABLE_SHARES:
+        classes = classes_of(column, tables_for(scanned, share_of_pairs))
+        level = np.full(len(sample), similarity, np.float32)
+        share = classes.share_passing(classes.quick_law.cut(level, -float(ndtri(miss_risk / 2))), sample)
+        row_cost = classes.tables * cost.table + share * cost.compared + cost.taken / probes
+        options.append((row_cost, classes.tables))
+    row_cost, tables = min(options)
+    measured = row_cost < scanned * cost.number and classes_of(column, tables).laws[0].margin(miss_risk)[1]
+    known[asked] = tables if measured else None
+    return known[asked]
+
+
+def tables_for(scanned: int, share: float) -> int:
+    """How many tables look at this share of the pairs of numbers: a multiple of four, or all."""
+    return min(-(-int(share * scanned / 2) // 4) * 4, scanned // 2, _TABLES_MOST)
 
 
 def native_shards(snapshot: Snapshot, scanner: Scanner, parts: Sequence[Part]) -> list[Shard]:

@@ -1,0 +1,242 @@
+"""Dot products of eight-bit probes with the four-bit numbers of stored rows, in the instructions of this processor.
+
+Owns this arithmetic and the choice of instructions. Never knows what a row or a similarity is. The kernels that use it
+are tested against numpy in tests/search/test_scan.py.
+
+One instruction multiplies and adds 64 pairs of numbers (VNNI); with only AVX-512 or AVX2, two instructions do 64 or 32
+pairs, in sums of 16 bits.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _instructions() -> str:
+    features = llvmlite.binding.get_host_cpu_features()
+    for name, *needed in (
+        ("vbmi", "avx512vbmi", "avx512vnni"),
+        ("vnni", "avx512vnni"),
+        ("avx512", "avx512bw"),
+        ("avx2", "avx2"),
+    ):
+        if all(features.get(feature) for feature in needed):
+            return name
+    return "plain"
+
+
+ROW_ALIGNMENT = 64
+"""The bytes of a row, and of a probe, are padded to a multiple of this."""
+INSTRUCTIONS = _instructions()
+"""The instructions used on this processor: vbmi, vnni, avx512, avx2 or plain."""
+
+
+class _Arithmetic:
+    """How one kind of processor multiplies. lanes: sums of a vector, each of four numbers; partial: the type of a sum,
+    which is widened to int32 before it can overflow."""
+
+    def __init__(self, instructions: str) -> None:
+        self.lanes = 8 if instructions == "avx2" else 16
+        self.octets, self.pairs, self.sums = (ir.VectorType(t, 32 * self.lanes // t.width) for t in (_I8, _I16, _I32))
+        # four products of 15 x 127 at most, the two of each nibble, stay within int16
+        self.partial = self.pairs if instructions in ("avx512", "avx2") else self.sums
+        self._instructions = instructions
+
+    def grown(self, builder: Any, total: Any, rows: Any, probe: Any) -> Any:
+        """total, of type `partial`, plus the products of rows <u8> and probe <i8>."""
+        if self._instructions in ("vbmi", "vnni"):
+            fused = self._function(builder, "avx512.vpdpbusd.512", self.sums, [self.sums] * 3)
+            return builder.call(fused, [total, builder.bitcast(rows, self.sums), builder.bitcast(probe, self.sums)])
+        if self.partial is self.pairs:
+            name = "avx512.pmaddubs.w.512" if self._instructions == "avx512" else "avx2.pmadd.ub.sw"
+            products = builder.call(self._function(builder, name, self.pairs, [self.octets] * 2), [rows, probe])
+            return builder.add(total, products)
+        wide = ir.VectorType(_I32, 4 * self.lanes)
+        products = builder.mul(builder.zext(rows, wide), builder.sext(probe, wide))
+        for part in range(4):
+            which = ir.Constant(self.sums, [4 * lane + part for lane in range(self.lanes)])
+            total = builder.add(total, builder.shuffle_vector(products, products, which))
+        return total
+
+    def widened(self, builder: Any, total: Any) -> Any:
+        """Sums <i32>, one a row."""
+        if self.partial is self.sums:
+            return total
+        name = "avx512.pmaddw.d.512" if self._instructions == "avx512" else "avx2.pmadd.wd"
+        ones = ir.Constant(self.pairs, [1] * self.pairs.count)
+        return builder.call(self._function(builder, name, self.sums, [self.pairs] * 2), [total, ones])
+
+    def nibbles(self, builder: Any, packed: Any) -> tuple[Any, Any]:
+        """The lower and the upper four bits of each byte, as bytes."""
+        words = builder.bitcast(packed, self.pairs)  # no processor shifts single bytes
+        shifted = builder.bitcast(
+            builder.lshr(words, splat(builder, ir.Constant(_I16, 4), self.pairs.count)), self.octets
+        )
+        low = splat(builder, ir.Constant(_I8, 15), self.octets.count)
+        return builder.and_(packed, low), builder.and_(shifted, low)
+
+    @staticmethod
+    def _function(builder: Any, name: str, gives: Any, takes: list[Any]) -> Any:
+        return cgutils.get_or_insert_function(builder.module, ir.FunctionType(gives, takes), f"llvm.x86.{name}")
+
+
+def splat(builder: Any, value: Any, count: int) -> Any:
+    """A vector of `count` times this value."""
+    empty = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+    single = builder.insert_element(empty, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(single, empty, ir.Constant(ir.VectorType(_I32, count), [0] * count))
+
+
+def _prefetch_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: prefetches the memory at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place = ir.PointerType(_I8)
+        how = [ir.Constant(_I32, value) for value in (0, 3, 1)]  # to read, again and again, data
+        wanted = ir.FunctionType(ir.VoidType(), [place, _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(builder.module, wanted, "llvm.prefetch.p0i8")
+        builder.call(prefetch, [builder.inttoptr(args[0], place), *how])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+prefetch: Any = intrinsic(_prefetch_of)
+
+
+def make_row_dot(instructions: str = INSTRUCTIONS) -> Any:
+    """An intrinsic for numba, row_dot(row, probe, octets, half) -> int64: the dot product of one row with one probe.
+
+    row: uint8 *, (octets,), two numbers a byte; probe: int8 *, (2, half): the factors of the lower nibbles, then those
+    of the upper ones. octets: a multiple of ROW_ALIGNMENT.
+    """
+    arithmetic = _Arithmetic(instructions)
+
+    @intrinsic
+    def row_dot(_: Any, row: Any, probe: Any, octets: Any, half: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            row, probe, octets, half = args
+            (dot,) = _dots(builder, arithmetic, row, [probe], octets, half)
+            return builder.sext(dot, _I64)
+
+        return types.int64(types.intp, types.intp, types.intp, types.intp), generate
+
+    return row_dot
+
+
+def make_row_dots(probes: int, instructions: str = INSTRUCTIONS) -> Any:
+    """An intrinsic for numba, row_dots(row, probe, octets, half, dots): as `row_dot`, for some probes that follow one
+    another. dots: int32 *, (probes,)."""
+    arithmetic = _Arithmetic(instructions)
+
+    @intrinsic
+    def row_dots(_: Any, row: Any, probe: Any, octets: Any, half: Any, dots: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            row, probe, octets, half, dots = args
+            stride = builder.add(half, half)
+            starts = [builder.add(probe, builder.mul(stride, ir.Constant(_I64, p))) for p in range(probes)]
+            place = builder.inttoptr(dots, _I32.as_pointer())
+            for p, dot in enumerate(_dots(builder, arithmetic, row, starts, octets, half)):
+                builder.store(dot, builder.gep(place, [ir.Constant(_I64, p)]))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 5), generate
+
+    return row_dots
+
+
+def _dots(builder: Any, arithmetic: _Arithmetic, row: Any, probes: list[Any], octets: Any, half: Any) -> list[Any]:
+    """Generates the loop over the bytes of a row; int32 dot products, one a probe."""
+
+    def load(start: Any) -> Any:
+        loaded = builder.load(builder.inttoptr(builder.add(start, at), arithmetic.octets.as_pointer()))
+        loaded.align = 1
+        return loaded
+
+    before = builder.block
+    loop, after = builder.append_basic_block("some"), builder.append_basic_block("sum")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    at = builder.phi(_I64)
+    totals = [builder.phi(arithmetic.sums) for _ in probes]
+    nibbles = arithmetic.nibbles(builder, load(row))
+    grown = []
+    for total, probe in zip(totals, probes, strict=True):
+        partial: Any = ir.Constant(arithmetic.partial, None)
+        for nibble, factors in zip(nibbles, (probe, builder.add(probe, half)), strict=True):
+            partial = arithmetic.grown(builder, partial, nibble, load(factors))
+        grown.append(builder.add(total, arithmetic.widened(builder, partial)))
+    following = builder.add(at, ir.Constant(_I64, 4 * arithmetic.lanes))
+    at.add_incoming(ir.Constant(_I64, 0), before)
+    at.add_incoming(following, loop)
+    for total, more in zip(totals, grown, strict=True):
+        total.add_incoming(ir.Constant(arithmetic.sums, None), before)
+        total.add_incoming(more, loop)
+    builder.cbranch(builder.icmp_signed("<", following, octets), loop, after)
+    builder.position_at_end(after)
+    name = f"llvm.vector.reduce.add.v{arithmetic.lanes}i32"
+    added = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, [arithmetic.sums]), name)
+    return [builder.call(added, [more]) for more in grown]
+
+
+class _Dots:
+    """Generates the instructions of `make_row_dots`."""
+
+    def __init__(self, builder: Any, arithmetic: _Arithmetic, probes: int) -> None:
+        self._builder, self._arithmetic, self._probes = builder, arithmetic, probes
+
+    def store(self, row: Any, probe: Any, octets: Any, half: Any, stride: Any, dots: Any) -> None:
+        builder, arithmetic = self._builder, self._arithmetic
+        before = builder.block
+        loop, after = builder.append_basic_block("some"), builder.append_basic_block("sum")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        at = builder.phi(_I64)
+        totals = [builder.phi(arithmetic.sums) for _ in range(self._probes)]
+        nibbles = arithmetic.nibbles(builder, self._load(row, at))
+        grown = []
+        for p, total in enumerate(totals):
+            start = builder.add(probe, builder.mul(stride, ir.Constant(_I64, p)))
+            partial: Any = ir.Constant(arithmetic.partial, None)
+            for nibble, factors in zip(nibbles, (start, builder.add(start, half)), strict=True):
+                partial = arithmetic.grown(builder, partial, nibble, self._load(factors, at))
+            grown.append(builder.add(total, arithmetic.widened(builder, partial)))
+        following = builder.add(at, ir.Constant(_I64, 4 * arithmetic.lanes))
+        at.add_incoming(ir.Constant(_I64, 0), before)
+        at.add_incoming(following, loop)
+        for total, more in zip(totals, grown, strict=True):
+            total.add_incoming(ir.Constant(arithmetic.sums, None), before)
+            total.add_incoming(more, loop)
+        builder.cbranch(builder.icmp_signed("<", following, octets), loop, after)
+        builder.position_at_end(after)
+        name = f"llvm.vector.reduce.add.v{arithmetic.lanes}i32"
+        added = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, [arithmetic.sums]), name)
+        place = builder.inttoptr(dots, _I32.as_pointer())
+        for p, more in enumerate(grown):
+            builder.store(builder.call(added, [more]), builder.gep(place, [ir.Constant(_I64, p)]))
+
+    def _load(self, start: Any, at: Any) -> Any:
+        loaded = self._builder.load(
+            self._builder.inttoptr(self._builder.add(start, at), self._arithmetic.octets.as_pointer())
+        )
+        loaded.align = 1
+        return loaded
+
+
+def rebound(function: Any, **names: Any) -> Any:
+    """A compiled function's Python function, with other globals of these names.
+
+    Variants are made in this way, not as closures: numba keys its cache by what a closure's cells pickle to. For
+    compiled functions this differs between processes, so that each process would compile anew.
+    """
+    python = function.py_func
+    return FunctionType(python.__code__, {**python.__globals__, **names}, python.__name__)

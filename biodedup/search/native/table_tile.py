@@ -1,0 +1,304 @@
+"""SIMD table look-ups over the signs and classes of rows: the inner arithmetic that the scan and the pair kernel share.
+
+Owns how bits of rows become table indices, and the sums of table entries. Never compares rows exactly
+(`scan_kernel.py`, `pair_kernel.py`), and never knows what a sum or a limit stands for (`tables.py`).
+
+Method: FAISS's fast scan (André, Kermarrec and Le Scouarnec, VLDB 2015). The signs of four numbers, or the classes of
+two, are an index into a probe's table of sixteen bytes. A byte shuffle looks up one index of 32 or 64 rows at once.
+Tables are made so that no sum over a quarter of them overflows a byte: rows cost two instructions a table, half of what
+16-bit sums take. Each probe has its own choice of tables.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from biodedup.search.native.dot_kernel import INSTRUCTIONS, splat
+
+_I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+class TableKind(IntEnum):
+    """What indexes a table: the signs of four numbers, or the classes of two. The value is how many numbers."""
+
+    CLASSES = 2
+    SIGNS = 4
+
+
+ENTRIES = 16
+"""Entries of a table."""
+SUMS_PER_ROW = 4
+"""Byte sums of one row, each over a quarter of the tables, which are averaged at the end: entries are rounded less."""
+BLOCKS = 4
+"""Blocks of 64 rows of one tile."""
+ROWS = 64 * BLOCKS
+
+
+def _make_tile(instructions: str) -> Any:
+    """An intrinsic for numba, tile(indices, places, tables, count, limit, masks), all integers or addresses:
+
+    indices: uint8 *, (t, ROWS), 64-byte aligned, below ENTRIES; places: int32 *, (count,), the tables that the probe
+    looks at; tables: uint8 *, (count, ENTRIES); count: a multiple of SUMS_PER_ROW; masks: uint64 *, (BLOCKS,): bit r is
+    set where the mean of row r of a block reaches the limit. Of each quarter of the places the sum over i of tables[i,
+    indices[places[i], r]] is taken; then the mean, rounded up, of two means, rounded up.
+    """
+    lanes = 32 if instructions == "avx2" else 64
+    name = "avx2.pshuf.b" if lanes == 32 else "avx512.pshuf.b.512"
+    octets, wider, table = (ir.VectorType(kind, n) for kind, n in ((_I8, lanes), (_I16, lanes), (_I8, ENTRIES)))
+    vectors = ROWS // lanes
+
+    def mean(builder: Any, one: Any, other: Any) -> Any:
+        """The mean, rounded up: one instruction."""
+        both = builder.add(builder.zext(one, wider), builder.zext(other, wider))
+        more = builder.add(both, splat(builder, ir.Constant(_I16, 1), lanes))
+        return builder.trunc(builder.lshr(more, splat(builder, ir.Constant(_I16, 1), lanes)), octets)
+
+    def summed(builder: Any, addresses: tuple[Any, Any, Any], first: Any, end: Any) -> list[Any]:
+        """The sums over places [first, end), one a vector."""
+        indices, places, tables = addresses
+        shuffle = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(octets, [octets] * 2), f"llvm.x86.{name}"
+        )
+        before = builder.block
+        loop, after = builder.append_basic_block("table"), builder.append_basic_block("quarter")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        at = builder.phi(_I64)
+        sums = [builder.phi(octets) for _ in range(vectors)]
+        place = builder.zext(builder.load(builder.gep(places, [at])), _I64)
+        rows = builder.gep(indices, [builder.mul(place, ir.Constant(_I64, vectors))])
+        entry = builder.load(builder.gep(tables, [at]))
+        entry.align = 1
+        spread = ir.Constant(ir.VectorType(_I32, lanes), [i % ENTRIES for i in range(lanes)])
+        entry = builder.shuffle_vector(entry, entry, spread)
+        grown = []
+        for v, total in enumerate(sums):
+            some = builder.load(builder.gep(rows, [ir.Constant(_I64, v)]))
+            some.align = lanes
+            grown.append(builder.add(total, builder.call(shuffle, [entry, some])))
+        following = builder.add(at, ir.Constant(_I64, 1))
+        at.add_incoming(first, before)
+        at.add_incoming(following, loop)
+        for total, new in zip(sums, grown, strict=True):
+            total.add_incoming(ir.Constant(octets, None), before)
+            total.add_incoming(new, loop)
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+        builder.position_at_end(after)
+        return grown
+
+    @intrinsic
+    def tile(_: Any, indices: Any, places: Any, tables: Any, count: Any, limit: Any, masks: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            addresses = tuple(
+                builder.inttoptr(args[at], kind.as_pointer()) for at, kind in enumerate((octets, _I32, table))
+            )
+            quarter = builder.udiv(args[3], ir.Constant(_I64, SUMS_PER_ROW))
+            edges = [builder.mul(quarter, ir.Constant(_I64, i)) for i in range(SUMS_PER_ROW + 1)]
+            pairs = []
+            for i in range(0, SUMS_PER_ROW, 2):
+                both = [summed(builder, addresses, edges[j], edges[j + 1]) for j in (i, i + 1)]
+                pairs.append([mean(builder, *two) for two in zip(*both, strict=True)])
+            least = splat(builder, builder.trunc(args[4], _I8), lanes)
+            masked: list[Any] = [ir.Constant(_I64, 0)] * BLOCKS
+            for v, two in enumerate(zip(*pairs, strict=True)):
+                near = builder.icmp_unsigned(">=", mean(builder, *two), least)
+                reached = builder.bitcast(near, ir.IntType(lanes))
+                wide = reached if lanes == 64 else builder.zext(reached, _I64)
+                block, shift = lanes * v // 64, lanes * v % 64
+                masked[block] = builder.or_(masked[block], builder.shl(wide, ir.Constant(_I64, shift)))
+            to = builder.inttoptr(args[5], _I64.as_pointer())
+            for b, mask in enumerate(masked):
+                builder.store(mask, builder.gep(to, [ir.Constant(_I64, b)]))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), generate
+
+    return tile
+
+
+def _u8_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the uint8 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I8)))
+
+    return types.uint8(types.int64), generate
+
+
+def _i32_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the int32 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I32)))
+
+    return types.int32(types.int64), generate
+
+
+def _f32_at_of(_: Any, address: Any) -> Any:
+    """An intrinsic for numba: the float32 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.PointerType(ir.FloatType())))
+
+    return types.float32(types.int64), generate
+
+
+def _copy_of(_: Any, source: Any, target: Any, octets: Any) -> Any:
+    """An intrinsic for numba: copies bytes from one address to another."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        source, target = (builder.inttoptr(args[at], ir.PointerType(_I8)) for at in (0, 1))
+        cgutils.raw_memcpy(builder, target, source, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+_WORDS, _ROWS_OF_BLOCK = ir.VectorType(_I16, 32), ir.VectorType(_I8, 64)
+
+
+def _shifted(builder: Any, bits: Any, left: int, kept: int) -> Any:
+    """64 bytes, each shifted to the left, or to the right if negative, of which these bits are kept. No processor shifts
+    single bytes: what comes from a neighbour is not kept."""
+    by = splat(builder, ir.Constant(_I16, abs(left)), 32)
+    moved = builder.shl(bits, by) if left > 0 else builder.lshr(bits, by)
+    return builder.and_(moved, splat(builder, ir.Constant(_I16, 257 * kept), 32))
+
+
+def _store_indices(builder: Any, to: Any, table: int, found: Any) -> None:
+    place = builder.inttoptr(builder.add(to, ir.Constant(_I64, ROWS * table)), _ROWS_OF_BLOCK.as_pointer())
+    builder.store(builder.bitcast(found, _ROWS_OF_BLOCK), place).align = 64
+
+
+def _octet(builder: Any, address: Any) -> Any:
+    bits = builder.load(builder.inttoptr(address, _WORDS.as_pointer()))
+    bits.align = 1
+    return bits
+
+
+def _sign_indices_of(_: Any, signs: Any, indices: Any) -> Any:
+    """An intrinsic for numba, of addresses: writes the indices of 64 rows into the two tables of an octet: the signs of
+    four numbers each, the first one in the lowest bit. signs: uint8 *, (64,); indices: uint8 *, of which each table
+    takes ROWS bytes."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits = _octet(builder, args[0])
+        for table in range(2):
+            _store_indices(builder, args[1], table, _shifted(builder, bits, -4 * table, 15))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+def _class_indices_of(_: Any, signs: Any, outer: Any, indices: Any) -> Any:
+    """An intrinsic for numba: as `_sign_indices_of`, for the four tables of an octet: the signs of two numbers, and
+    above them their outer bits."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits, wide = (_octet(builder, address) for address in args[:2])
+        for table in range(4):
+            low, high = _shifted(builder, bits, -2 * table, 3), _shifted(builder, wide, 2 - 2 * table, 12)
+            _store_indices(builder, args[2], table, builder.or_(low, high))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+def _set_u64_of(_: Any, address: Any, value: Any) -> Any:
+    """An intrinsic for numba: stores a uint64 at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], ir.PointerType(_I64)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint64), generate
+
+
+def _lowest_bit_of(_: Any, mask: Any) -> Any:
+    """An intrinsic for numba: the place of the lowest bit of a uint64 that is set; the mask is not 0."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+u8_at: Any = intrinsic(_u8_at_of)
+_i32_at: Any = intrinsic(_i32_at_of)
+f32_at: Any = intrinsic(_f32_at_of)
+copy: Any = intrinsic(_copy_of)
+sign_indices: Any = intrinsic(_sign_indices_of)
+class_indices: Any = intrinsic(_class_indices_of)
+_set_u64: Any = intrinsic(_set_u64_of)
+_lowest_bit: Any = intrinsic(_lowest_bit_of)
+
+
+@numba.njit(nogil=True, cache=True)
+def _plain_tile(indices: int, places: int, tables: int, count: int, limit: int, masks: int) -> None:
+    quarter = count // SUMS_PER_ROW
+    for b in range(BLOCKS):
+        mask = np.uint64(0)
+        for r in range(64):
+            sums = np.zeros(SUMS_PER_ROW, np.int64)
+            for i in range(count):
+                entry = u8_at(indices + ROWS * np.int64(_i32_at(places + 4 * i)) + 64 * b + r)
+                sums[i // quarter] += u8_at(tables + ENTRIES * i + entry)
+            if (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1 >= limit:
+                mask |= np.uint64(1) << np.uint64(r)
+        _set_u64(masks + 8 * b, mask)
+
+
+def tile_for(instructions: str) -> Any:
+    """The function that `survivors` calls, for another processor."""
+    return _plain_tile if instructions == "plain" else _make_tile(instructions)
+
+
+_tile = tile_for(INSTRUCTIONS)
+
+
+@numba.njit(nogil=True, cache=True)
+def aligned(octets: int) -> Any:
+    """Zeros, uint8 (octets,), 64-byte aligned."""
+    space = np.zeros(octets + 64, np.uint8)
+    start = -space.ctypes.data % 64
+    return space[start : start + octets]
+
+
+@numba.njit(nogil=True, cache=True)
+def masks_apart() -> Any:
+    """Room for a tile's masks, in cache lines that no other thread writes."""
+    return aligned(64 + 8 * BLOCKS + 64).view(np.uint64)[8 : 8 + BLOCKS]
+
+
+@numba.njit(nogil=True, cache=True)
+def survivors(
+    indices: Any, alive: Any, places: Any, tables: Any, limits: Any, first: int, masks: Any, which: Any, rows: Any
+) -> int:
+    """Writes the pairs of a probe and a row that reach the limits into `which` and `rows`, and returns how many.
+
+    indices: uint8 (t, ROWS), of BLOCKS blocks; alive: uint64 (BLOCKS,); places: int32 (q, m), which of the t each probe
+    looks at; tables: uint8 (q, m, ENTRIES); limits: uint8 (q,); first: the number of the first row.
+    """
+    found, count = 0, tables.shape[1]
+    at_indices, at_places, at_tables = indices.ctypes.data, places.ctypes.data, tables.ctypes.data
+    at_masks = masks.ctypes.data
+    for p in range(tables.shape[0]):
+        _tile(
+            at_indices, at_places + 4 * count * p, at_tables + ENTRIES * count * p, count, np.int64(limits[p]), at_masks
+        )
+        for b in range(BLOCKS):
+            mask = masks[b] & alive[b]
+            while mask:
+                which[found] = p
+                rows[found] = first + 64 * b + np.int64(_lowest_bit(mask))
+                mask &= mask - np.uint64(1)
+                found += 1
+    return found

@@ -1,0 +1,74 @@
+"""A probe's look-up tables: entries, limits, and the rounding that they bring.
+
+Owns how numbers of a probe become tables of bytes, and what sums of their entries stand for. Never scans
+(`scan_kernel.py`); which numbers a table looks at: `signs.py`, `classes.py`.
+
+Method: as in FAISS's fast scan (André, Kermarrec and Le Scouarnec, VLDB 2015): each entry is a sum of a probe's numbers
+times what the bits of a row stand for, rounded to a byte.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.search.native.table_tile import ENTRIES, SUMS_PER_ROW
+from biodedup.values import Float32
+
+_ROUNDED_UP = np.float32(0.5)
+"""What rounding up adds on average: a quarter to each mean of two sums, and again to the mean of both."""
+
+
+def tables_of(numbers: Float32, levels: Float32) -> tuple[NDArray[np.uint8], Float32, Float32]:
+    """Tables of probes' numbers. numbers: float32 (q, m, b), of which each of the m tables looks at b; levels: float32
+    (ENTRIES, b), what the numbers of a row stand for, symmetric about 0.
+
+    Returns uint8 (q, t, ENTRIES), t padded to a multiple of SUMS_PER_ROW, and steps and middles, float32 (q,) each, for
+    `products_of`.
+    """
+    steps, middles, padded = scales_of(numbers, levels)
+    values = numbers @ levels.T
+    values -= values.min(axis=2, keepdims=True)  # no entry is negative
+    tables = np.zeros((len(numbers), padded, ENTRIES), np.uint8)
+    tables[:, : numbers.shape[1]] = np.rint(values / steps[:, None, None])
+    return tables, steps, middles
+
+
+def scales_of(numbers: Float32, levels: Float32) -> tuple[Float32, Float32, int]:
+    """Of probes' tables: steps and middles, and how many tables there are with padding."""
+    padded = -(-numbers.shape[1] // SUMS_PER_ROW) * SUMS_PER_ROW
+    most = np.zeros((len(numbers), padded), np.float32)
+    most[:, : numbers.shape[1]] = np.abs(numbers).sum(axis=2) * levels.max()
+    largest = 2 * most.reshape(len(numbers), SUMS_PER_ROW, -1).sum(axis=2).max(axis=1)
+    steps = np.maximum(largest / np.float32(255 - padded / SUMS_PER_ROW / 2), 1e-12).astype(np.float32)
+    return steps, most.sum(axis=1), padded
+
+
+def means_of(tables: NDArray[np.uint8], entries: NDArray[np.integer]) -> Float32:
+    """What the kernel compares with limits, for pairs of a probe and a row. tables: (n, t, ENTRIES); entries: the row's
+    index into each table but the padded ones, (n, m)."""
+    found = np.take_along_axis(tables[:, : entries.shape[1]], entries[:, :, None], axis=2)[:, :, 0].astype(np.int64)
+    quarters = np.zeros((len(tables), tables.shape[1]), np.int64)
+    quarters[:, : entries.shape[1]] = found
+    sums = quarters.reshape(len(tables), SUMS_PER_ROW, -1).sum(axis=2)
+    halves = (sums[:, ::2] + sums[:, 1::2] + 1) >> 1
+    return np.asarray((halves[:, 0] + halves[:, 1] + 1) >> 1, np.float32)
+
+
+def rounding_variance(tables: int, steps: Float32) -> Float32:
+    """The variance of dot products due to the rounding of entries and of means."""
+    return np.asarray((tables / 12 + SUMS_PER_ROW**2 / 6) * steps**2, np.float32)
+
+
+def products_of(means: Float32, steps: Float32, middles: Float32) -> Float32:
+    """The dot products that means of the sums stand for."""
+    return np.asarray((means - _ROUNDED_UP) * SUMS_PER_ROW * steps - middles, np.float32)
+
+
+def limits_of(products: Float32, steps: Float32, middles: Float32) -> NDArray[np.uint8]:
+    """The lowest means of the sums that stand for dot products of at least these, float32 (q,)."""
+    least = np.ceil((products + middles) / (SUMS_PER_ROW * steps) + _ROUNDED_UP - 1e-3)
+    return np.asarray(np.clip(least, 0, 255), np.uint8)
+
+
+assert SUMS_PER_ROW == 4  # which `means_of` relies on
