@@ -504,7 +504,7 @@ def test_open_cases_and_verdicts_of_a_gallery_of_the_format_before_stand(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["2", "3", "3-cases"])
+@pytest.mark.parametrize("number", ["2", "3", "3-cases", "4"])
 def test_golden_galleries_get_the_tables_from_the_first_writer_whatever_fails(tmp_path, number):
     for n in itertools.count(1, 4):
         folder = tmp_path / f"g{n}"

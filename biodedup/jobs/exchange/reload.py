@@ -37,7 +37,7 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.index_settings import read_settings
-from biodedup.gallery.segments.part import PIECE_ROWS, Int64, sorted_lookup
+from biodedup.gallery.segments.part import PIECE_ROWS, Int64, ScannedRows, sorted_lookup
 from biodedup.gallery.segments.stored_index import StoredIndex
 from biodedup.jobs.exchange.gallery_files import (
     CODECS,
@@ -431,7 +431,7 @@ class _ImportedColumn:
     def vectors_at(self, cells: Int64) -> Float32:
         raise NotImplementedError("an export is read in order")
 
-    def high_nibbles(self, low: int, high: int) -> tuple[Codes, Float32]:
+    def scanned(self, low: int, high: int) -> ScannedRows:
         raise NotImplementedError("an export is not searched")
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:

@@ -188,50 +188,6 @@ def _dots(builder: Any, arithmetic: _Arithmetic, row: Any, probes: list[Any], oc
     return [builder.call(added, [more]) for more in grown]
 
 
-class _Dots:
-    """Generates the instructions of `make_row_dots`."""
-
-    def __init__(self, builder: Any, arithmetic: _Arithmetic, probes: int) -> None:
-        self._builder, self._arithmetic, self._probes = builder, arithmetic, probes
-
-    def store(self, row: Any, probe: Any, octets: Any, half: Any, stride: Any, dots: Any) -> None:
-        builder, arithmetic = self._builder, self._arithmetic
-        before = builder.block
-        loop, after = builder.append_basic_block("some"), builder.append_basic_block("sum")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        at = builder.phi(_I64)
-        totals = [builder.phi(arithmetic.sums) for _ in range(self._probes)]
-        nibbles = arithmetic.nibbles(builder, self._load(row, at))
-        grown = []
-        for p, total in enumerate(totals):
-            start = builder.add(probe, builder.mul(stride, ir.Constant(_I64, p)))
-            partial: Any = ir.Constant(arithmetic.partial, None)
-            for nibble, factors in zip(nibbles, (start, builder.add(start, half)), strict=True):
-                partial = arithmetic.grown(builder, partial, nibble, self._load(factors, at))
-            grown.append(builder.add(total, arithmetic.widened(builder, partial)))
-        following = builder.add(at, ir.Constant(_I64, 4 * arithmetic.lanes))
-        at.add_incoming(ir.Constant(_I64, 0), before)
-        at.add_incoming(following, loop)
-        for total, more in zip(totals, grown, strict=True):
-            total.add_incoming(ir.Constant(arithmetic.sums, None), before)
-            total.add_incoming(more, loop)
-        builder.cbranch(builder.icmp_signed("<", following, octets), loop, after)
-        builder.position_at_end(after)
-        name = f"llvm.vector.reduce.add.v{arithmetic.lanes}i32"
-        added = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, [arithmetic.sums]), name)
-        place = builder.inttoptr(dots, _I32.as_pointer())
-        for p, more in enumerate(grown):
-            builder.store(builder.call(added, [more]), builder.gep(place, [ir.Constant(_I64, p)]))
-
-    def _load(self, start: Any, at: Any) -> Any:
-        loaded = self._builder.load(
-            self._builder.inttoptr(self._builder.add(start, at), self._arithmetic.octets.as_pointer())
-        )
-        loaded.align = 1
-        return loaded
-
-
 def rebound(function: Any, **names: Any) -> Any:
     """A compiled function's Python function, with other globals of these names.
 
