@@ -329,8 +329,8 @@ def test_a_column_file_gives_back_what_was_written_in_whatever_pieces(tmp_path, 
         assert np.array_equal(file.take(name, some), values[some])
 
 
-@pytest.mark.parametrize("number", [2, 3, 4])
-def test_the_golden_gallery_of_an_earlier_format_opens_and_answers(tmp_path, number):
+@pytest.mark.parametrize("number", [2, 3, 4, 5])
+def test_the_golden_gallery_of_each_format_that_is_read_opens_and_answers(tmp_path, number):
     shutil.copytree(GOLDEN / f"format-{number}", tmp_path / "g")
     assert inspect(LocalStorage(), tmp_path / "g") == []
     with bd.Engine.open(tmp_path / "g", read_only=True) as engine:
