@@ -20,6 +20,7 @@ from biodedup import jobs
 from biodedup.cli import base, main
 from biodedup.cli.base import Panel
 from biodedup.jobs.deduplication.folder import DedupResult, Unit
+from biodedup.synthetic.vectors import population
 from biodedup.values import Cluster, Link
 from tests.support.images import finger, jpeg
 from tests.support.shell import run
@@ -337,7 +338,7 @@ def test_the_demo_blocks_every_recapture_and_agrees_with_numpy(tmp_path):
 
 
 def test_the_demos_population_has_the_spread_measured_on_real_faces():
-    vectors = jobs.demo.__globals__["population"](2000)
+    vectors = population(2000)
     cosines = (vectors @ vectors.T)[np.triu_indices(2000, 1)]
     assert cosines.std() == pytest.approx(0.092, abs=0.002)
     assert np.allclose(vectors, unit(vectors))

@@ -98,7 +98,7 @@ def test_an_engine_can_be_chosen_by_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["FAISS:Flat", "faiss:", "faiss:IVF4,Flat,nprobe=0", "faiss:IVF4 Flat", "", 5, "native,nprobe=3"]
+    "text", ["FAISS:Flat", "faiss:", "faiss:IVF4,Flat,nprobe=0", "faiss:IVF4 Flat", "", "native,nprobe=3"]
 )
 def test_an_engine_that_is_none_is_refused_with_an_example(text):
     with pytest.raises(bd.InvalidInput, match="faiss:IVF2048,PQ64x4fs"):

@@ -723,7 +723,7 @@ def test_a_plan_says_what_is_looked_at_and_what_may_be_missed_and_why(tmp_path):
         assert (face.rows, face.coded_rows, face.scanned_bytes, face.share) == (20_001, 20_000, 32, 1.0)
         assert 0 < face.miss_bound <= 1e-3
         text = plan.explain()
-        assert "all of 20,001 rows are looked at, 1 of them exactly, 20,000 by 68 bytes" in text
+        assert "all of 20,001 rows are looked at, 1 of them exactly, 20,000 by 32 bytes" in text
         assert f"{face.checked:,} pairs set aside" in text
         assert "sample vectors" in text
         with pytest.raises(bd.InvalidInput, match="toe"):
