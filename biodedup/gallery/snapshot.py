@@ -507,9 +507,9 @@ def _similarities(part: Part, column: str, positions: Int64, probes: Float32) ->
     held = part.columns[column]
     cells = held.cells_at(positions)
     if held.codec is None:
-        return np.asarray(held.vectors_at(cells) @ probes.T, np.float32)
+        return _products(held.vectors_at(cells), probes)
     # the few probes are rotated instead of the many rows
-    return np.asarray(dequantise(*held.codes_at(cells)) @ held.codec.rotate(probes).T, np.float32)
+    return _products(dequantise(*held.codes_at(cells)), held.codec.rotate(probes))
 
 
 def _quality(part: Part, column: str, positions: Int64) -> Float32:
@@ -528,3 +528,9 @@ def _as_bits(mask: NDArray[np.bool_] | None) -> NDArray[np.uint64]:
     some = np.packbits(mask, bitorder="little")
     bits[: len(some)] = some
     return bits.view("<u8")
+
+
+def _products(vectors: Float32, probes: Float32) -> Float32:
+    """Dot products, float32 (n, q). Without BLAS, whose last bits depend on how many rows are compared together: a score is the same in
+    any company."""
+    return np.asarray(np.einsum("nd,qd->nq", vectors, probes), np.float32)

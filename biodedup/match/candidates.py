@@ -65,7 +65,7 @@ class TemplateCandidates:
 def similarities_of(vectors: Float32, column: str, probes: Float32) -> Float32:
     """Cosines float32 (n, q) of unit rows (n, d) of a column with those of probes (q, d). Raises ModelMismatch."""
     check_dimension(vectors.shape[1], column, probes)
-    return np.asarray(vectors @ probes.T, np.float32)
+    return np.asarray(np.einsum("nd,qd->nq", vectors, probes), np.float32)
 
 
 def check_dimension(dimension: int, column: str, probes: Float32) -> None:

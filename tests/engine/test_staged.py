@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from shutil import copytree
 
 import numpy as np
@@ -63,6 +63,17 @@ PROBES = {
 }
 
 
+def rounded(value):
+    """The same with floats to nine decimals: the tables of intervals differ in their last bits between two engines."""
+    if is_dataclass(value):
+        return type(value).__name__, [rounded(getattr(value, field.name)) for field in fields(value)]
+    if isinstance(value, (tuple, list)):
+        return [rounded(one) for one in value]
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return round(value, 9) if isinstance(value, float) else value
+
+
 @pytest.mark.parametrize("across", [False, True])
 def test_decisions_are_those_of_comparing_all_minutiae(tmp_path, across):
     with galleries(tmp_path / "staged") as staged, galleries(tmp_path / "all", miss_risk=0.0) as everything:
@@ -73,7 +84,7 @@ def test_decisions_are_those_of_comparing_all_minutiae(tmp_path, across):
             encounter = bd.Encounter(templates=probe)
             decision = staged.identify(encounter, across_positions=across)
             whole = everything.identify(encounter, across_positions=across)
-            assert replace(decision, decided_at=0.0) == replace(whole, decided_at=0.0), name
+            assert rounded(replace(decision, decided_at=0.0)) == rounded(replace(whole, decided_at=0.0)), name
             outcomes.add(decision.outcome)
         assert len(outcomes) > 1
 
@@ -129,12 +140,12 @@ def test_any_probes_are_decided_as_by_comparing_all_minutiae(engines, several, a
         staged, everything = (one.found[number].comparisons for one in seen)
         assert staged.compared <= everything.compared
         known = {one.row: one for one in everything}
-        assert [one.row for one in staged if one != known[one.row]] == []
+        assert [one.row for one in staged if rounded(one) != rounded(known[one.row])] == []
         encounter = bd.Encounter(templates=probe.templates)
         ours, wanted = (engine.identify(encounter, across_positions=across) for engine in engines)
         assert (ours.outcome, ours.reasons) == (wanted.outcome, wanted.reasons)
-        assert ours.candidates == wanted.candidates
-        assert replace(ours, decided_at=0.0) == replace(wanted, decided_at=0.0)
+        assert rounded(ours.candidates) == rounded(wanted.candidates)
+        assert rounded(replace(ours, decided_at=0.0)) == rounded(replace(wanted, decided_at=0.0))
 
 
 def test_a_trace_says_how_many_minutiae_were_compared(tmp_path):
