@@ -766,3 +766,17 @@ def test_deletes_a_reopening_and_merges_change_no_answer(tmp_path):
     best = [f"s{row}" for row in similarity.argmax(axis=1)]
     ours = [ids[0] for ids in answers[0][0]]
     assert [a for a, b in zip(ours, best, strict=True) if a != b] == []
+
+
+def test_a_sealed_column_holds_the_bits_and_nibbles_of_its_codes(tmp_path):
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:
+        engine.add_templates([f"s{i}" for i in range(9_000)], {"face": unit(9_000, 128)})
+        engine.compact()
+        (part,) = (part for part in internals(engine).gallery.snapshot().parts if part.count)
+        column = part.columns["face"]
+        stored, (codes, norms) = column.scanned(0, 9_000), column.codes_at(np.arange(9_000))
+        for bits_of, plane in ((coding.sign_bits, stored.signs), (coding.outer_bits, stored.outer)):
+            assert np.array_equal(np.concatenate(list(coding.bit_blocks([bits_of(codes, 128)]))), plane)
+        assert not np.array_equal(stored.signs, stored.outer)
+        assert np.array_equal(coding.high_nibbles(codes, 128), stored.high)
+        assert np.array_equal(stored.norms[:9_000], norms) and stored.norm_min == norms.min()
