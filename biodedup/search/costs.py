@@ -19,7 +19,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class RowCosts:
     """Nanoseconds a row. table: one table look-up; compared: the comparison of a row that the tables let through;
-    taken: reading the signs of a row, once for all probes; number: one number of a scan without tables."""
+    taken: reading the two bits of a row's numbers, once for all probes; number: one number of a scan without tables."""
 
     table: float
     compared: float
@@ -41,7 +41,6 @@ ROW_COSTS = {
     "avx2": RowCosts(0.0105, 11.0, 1.5, 0.04),
     "avx512": RowCosts(0.0064, 11.0, 1.5, 0.03),
     "vnni": RowCosts(0.0064, 11.0, 1.5, 0.02),
-    "vbmi": RowCosts(0.0063, 11.0, 1.5, 0.02),
 }
 """By instruction set. Without one of these there are no byte shuffles, and no table look-ups. Those of AVX-512 but for
 `table` are taken from AVX2, since no such processor was at hand when rows were laid out one by one."""

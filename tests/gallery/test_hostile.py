@@ -95,7 +95,7 @@ def spoil(gallery: Path, name: str, change: object) -> None:
     name_anew(gallery, name, file.save())
 
 
-def set_array(array: str, at: int, value: int) -> object:
+def set_array(array: str, at: int, value: float) -> object:
     def changed(file: Opened) -> None:
         values = file.array(array).copy()
         values.reshape(-1)[at] = value
@@ -154,6 +154,23 @@ def test_contents_that_contradict_themselves_are_damage_though_every_checksum_is
                 engine.templates(f"s{i}")
         list(engine.join(threshold_db=0.0))
         [part.lookup() for part in internals(engine).gallery.snapshot().parts]
+
+
+@pytest.mark.parametrize("norm", [np.nan, 0.0, -300.0])
+def test_one_vector_without_length_hides_no_other_row_of_a_scan(tmp_path, norm):
+    vectors = np.random.default_rng(1).standard_normal((20_000, 64), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1)[:, None]
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:
+        engine.add_templates([f"s{i}" for i in range(20_000)], {"face": vectors}, model_id="mine-1")
+        engine.compact()
+    (path,) = (tmp_path / "g" / "segments").glob("*.face")
+    sampled = set(
+        (np.linspace(0, 19_999, 256).astype(int) // 64).tolist()
+    )  # the statistics of a column read these blocks
+    cell = 64 * next(block for block in range(313) if block not in sampled)
+    spoil(tmp_path / "g", path.name, set_array("norm", cell, norm))
+    with bd.Engine.open(tmp_path / "g", read_only=True) as engine, pytest.raises(bd.GalleryDamaged, match="no length"):
+        engine.search({"face": vectors[:3]}, k=1)
 
 
 def test_an_answer_that_unpacks_to_gigabytes_is_damage(gallery):

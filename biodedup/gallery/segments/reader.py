@@ -296,7 +296,8 @@ class SegmentColumn:
     @cached_property
     def _norm_min(self) -> float:
         pieces = range(0, self.count, _CHECKED_ROWS)
-        return min(float(self._file.read("norm", low, min(low + _CHECKED_ROWS, self.count)).min()) for low in pieces)
+        norms = (self._file.read("norm", low, min(low + _CHECKED_ROWS, self.count)) for low in pieces)
+        return min(float(self._lengths(piece).min()) for piece in norms)
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
         assert self._rest is not None, "a column with a codec has a rest"

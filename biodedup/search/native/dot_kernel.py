@@ -18,13 +18,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def _instructions() -> str:
     features = llvmlite.binding.get_host_cpu_features()
     for name, *needed in (
-        ("vbmi", "avx512vbmi", "avx512vnni"),
         ("vnni", "avx512vnni"),
         ("avx512", "avx512bw"),
         ("avx2", "avx2"),
@@ -37,7 +36,7 @@ def _instructions() -> str:
 ROW_ALIGNMENT = 64
 """The bytes of a row, and of a probe, are padded to a multiple of this."""
 INSTRUCTIONS = _instructions()
-"""The instructions used on this processor: vbmi, vnni, avx512, avx2 or plain."""
+"""The instructions used on this processor: vnni, avx512, avx2 or plain."""
 
 
 class _Arithmetic:
@@ -53,7 +52,7 @@ class _Arithmetic:
 
     def grown(self, builder: Any, total: Any, rows: Any, probe: Any) -> Any:
         """total, of type `partial`, plus the products of rows <u8> and probe <i8>."""
-        if self._instructions in ("vbmi", "vnni"):
+        if self._instructions == "vnni":
             fused = self._function(builder, "avx512.vpdpbusd.512", self.sums, [self.sums] * 3)
             return builder.call(fused, [total, builder.bitcast(rows, self.sums), builder.bitcast(probe, self.sums)])
         if self.partial is self.pairs:
