@@ -92,6 +92,24 @@ def test_single_rows_near_each_other_are_asked_for_together(opened, monkeypatch)
     assert (sizes >= 4096).all() and (starts % 4096 == 0).all()
 
 
+def test_what_is_read_as_a_whole_is_asked_for_once_a_minute(opened, monkeypatch):
+    engine, _ = opened
+    asked, now = [], [1_000.0]
+    real = column_file._advise
+    monkeypatch.setattr(column_file, "_advise", lambda *given: asked.append(given[1:3]) or real(*given))
+    monkeypatch.setattr(column_file.time, "monotonic", lambda: now[0])
+    column = next(part.columns["face"] for part in internals(engine).gallery.snapshot().parts if part.count)
+    column._file.read("high", 0, 20_000)  # checked now
+    column._file._advised[:] = -np.inf
+    counts = []
+    for seconds in (0, 30, 31):
+        now[0] += seconds
+        asked.clear()
+        column._file.read("high", 0, 20_000)
+        counts.append(len(asked))
+    assert counts == [1, 0, 1]
+
+
 def test_a_machine_s_memory_is_known():
     assert 1 << 28 < snapshot.memory_bytes() < 1 << 50
 

@@ -495,6 +495,13 @@ def test_estimates_by_classes_are_dot_products_with_what_classes_stand_for_and_f
     assert np.allclose(sd, seen.std(axis=1), rtol=0.1)
 
 
+@pytest.mark.parametrize(("tables", "kept"), [(32, 0.87), (48, 0.92), (64, 0.94)])
+def test_the_pairs_in_which_a_probe_is_largest_keep_most_of_the_correlation(tables, kept):
+    probes, vectors = unit(20_000, 128, 1), unit(20_000, 128, 2)
+    estimates = Classes(unit(4_000, 128), 128, tables).estimates(probes, vectors)
+    assert np.corrcoef(estimates, np.einsum("ij,ij->i", probes, vectors))[0, 1] == pytest.approx(kept, abs=0.01)
+
+
 def test_no_sum_of_tables_overflows_a_byte():
     one, other = unit(400, 128, 1), unit(400, 128, 2)
     for numbers, levels in (

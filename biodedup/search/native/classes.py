@@ -5,7 +5,7 @@ Owns which numbers a probe looks at, what the classes stand for, and the measure
 
 Method: four classes a number (Max, 1960), its sign and whether it is an outer number of its row, after a random
 rotation; a table looks at two numbers. A probe looks at those pairs of numbers in which its own are largest: half of
-the pairs hold 85 % of a normal vector's energy. So 32 tables of a probe of 128 numbers keep 87 % of the correlation,
+the pairs hold 84 % of a normal vector's energy. So 32 tables of a probe of 128 numbers keep 87 % of the correlation,
 and 48 keep 92 %. Rows that pass are compared by their high nibbles. One margin serves both steps; it comes from pairs of
 which neither step may lose more than the miss risk.
 """
