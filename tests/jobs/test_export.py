@@ -288,3 +288,11 @@ def test_the_commands_take_a_gallery_out_and_back(tmp_path):
     for option in (["--model-id", "m-1"], ["--ids", "x"], ["--column", "a=b"], ["--faiss"]):
         failed = run.invoke(app, ["load", str(tmp_path / "e"), *option, "--gallery", str(tmp_path / "h")])
         assert isinstance(failed.exception, bd.InvalidInput), option
+
+
+def test_a_folder_that_is_no_export_is_named_as_such(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with bd.Engine.open(tmp_path / "g") as engine:
+        with pytest.raises(bd.InvalidInput, match="a folder that `biodedup export` did not write"):
+            jobs.load(engine, tmp_path / "empty")
+        assert len(engine) == 0

@@ -235,6 +235,10 @@ def _opened(
     """(record batches, their rows in all or 0)."""
     if not isinstance(source, Path):
         return iter(source), 0
+    if source.is_dir():
+        raise InvalidInput(
+            f"{source} is a folder that `biodedup export` did not write; name one that it did, or a file"
+        )
     try:
         if str(source) == "-":
             return iter(pa.ipc.open_stream(sys.stdin.buffer)), 0
@@ -250,7 +254,9 @@ def _opened(
         wanted = [own for own, name in zip(written, names, strict=True) if name in _KNOWN] or None
         return file.iter_batches(batch_size=BATCH_ROWS // 4, columns=wanted), file.metadata.num_rows
     except FileNotFoundError as error:
-        raise InvalidInput(f"{error.filename or source} does not exist; name a Parquet, Arrow or npy file") from None
+        raise InvalidInput(
+            f"{error.filename or source} does not exist; name a Parquet, Arrow or npy file, or an exported folder"
+        ) from None
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         if isinstance(error, InvalidInput):
             raise
