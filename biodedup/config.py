@@ -238,7 +238,8 @@ class SearchConfig:
     finger_rows_max: int = 5_000
     """Rows per probe that have only minutiae in common with it and are compared one by one. If there are more, the search is incomplete."""
     returned: int = 10
-    """Candidates that a decision keeps: those that resemble the probe, and then the first by their embeddings."""
+    """Candidates that a decision keeps: those that resemble the probe, and then the first by their embeddings. Where the probe and the
+    gallery share one embedding alone, such as a face, only those that reach the review threshold are looked for."""
     miss_risk: float = 1e-3
     """Greatest probability that the scan of a column, which estimates similarities first, loses a row that an exact comparison would find;
     and that a candidate of the scan is left out that would resemble the probe by its minutiae. At least 0, below 0.5. Below 0.001 all

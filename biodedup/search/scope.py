@@ -33,7 +33,7 @@ class Scope:
         return sum(part.count - part.position_range(part.first_row, self.from_row)[1] for part in self._parts())
 
     def query(self, column: str, k: int, miss_risk: float) -> ShardQuery:
-        return ShardQuery(column, k, self._total_rows(column), miss_risk, None, self.groups, self.from_row)
+        return ShardQuery(column, k, self._total_rows(column), miss_risk, groups=self.groups, from_row=self.from_row)
 
     def _total_rows(self, column: str) -> int:
         """Rows in scope that have this column; if there are groups, of these groups."""

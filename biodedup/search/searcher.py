@@ -144,17 +144,19 @@ class Searcher:
         from_row: int = 0,
         groups: Collection[str] | None = None,
         skip_covered: MultiColumnQuery | None = None,
+        least: Float32 | None = None,
     ) -> Nearest:
         """The live rows from from_row on that are most similar to each probe in one column. probes: float32 (q, d),
-        unit rows. skip_covered: rows that this query covers are left out."""
+        unit rows. skip_covered: rows that this query covers are left out; least: float32 (q,), rows below this
+        similarity are left out, too."""
         scope = Scope(snapshot, from_row, as_set(groups))
         shards = self.shards(snapshot)
         query = scope.query(column, min(k, max(scope.count, 1)), self._config.miss_risk)
-        query = replace(query, skip_covered=skip_covered)
-        batches = [
-            self.fan_out.nearest(shards, probes[low : low + _ONE_COLUMN_PROBES], query)
-            for low in range(0, max(len(probes), 1), _ONE_COLUMN_PROBES)
-        ]
+        query, batches = replace(query, skip_covered=skip_covered), []
+        for low in range(0, max(len(probes), 1), _ONE_COLUMN_PROBES):
+            some = slice(low, low + _ONE_COLUMN_PROBES)
+            wanted = replace(query, least=None if least is None else least[some])
+            batches.append(self.fan_out.nearest(shards, probes[some], wanted))
         padding = ((0, 0), (0, k - query.k))
         return Nearest(
             np.pad(np.concatenate([batch.rows for batch in batches]), padding, constant_values=-1),
@@ -225,6 +227,7 @@ class _Search:
         floor_db."""
         self._chosen: list[list[_Int64]] = [[np.zeros(0, np.int64)] for _ in probes]
         """For each probe, the rows to compare."""
+        self._stages = [self._stage(probe) for probe in probes]
         self._failed = False
 
     def run(self, excluded: Sequence[Collection[int]]) -> list[CandidateSet]:
@@ -235,7 +238,7 @@ class _Search:
         candidates = []
         for i, (probe, left_out) in enumerate(zip(self._probes, excluded or [()] * len(self._probes), strict=True)):
             rows, incomplete = self._rows_to_compare(i)
-            stage = self._stage(probe)
+            stage = self._stages[i]
             compared = self._searcher.compare(probe, source, rows, left_out, across, stage)
             candidates.append(CandidateSet(compared, incomplete, across, (stage.finger_db, stage.reach_db)))
         return candidates
@@ -371,12 +374,28 @@ class _Search:
             from_row=scope.from_row,
             groups=scope.groups,
             skip_covered=skip_covered,
+            least=self._least(column, captures),
         )
         self._failed |= bool(nearest.failures)
         for (i, own), rows, similarity in zip(captures, nearest.rows, nearest.similarity, strict=True):
             self._near[i][own, column] = (rows[rows >= 0], similarity[rows >= 0])
         if self._floor_db > 0:
             self._search_to_floor(column, captures, vectors, k, skip_covered)
+
+    def _least(self, column: str, captures: Mapping[_Capture, Template]) -> Float32 | None:
+        """The similarities from which rows of a column matter, float32 (captures,); None if all do. Of a capture that is
+        all that its probe and the gallery share, only rows that reach the review threshold by it can be candidates."""
+        if self._floor_db > 0:
+            return None
+        least, known = np.full(len(captures), -np.inf, np.float32), dict[tuple[str, float], float]()
+        for at, ((i, own), template) in enumerate(captures.items()):
+            shared = comparable_bits(self._probes[i], self._models, across=self._scope.across)
+            if own == column and shared == BIT[column] and not self._comparer.has_more(template):
+                asked = (template.model_id, self._stages[i].reach_db)
+                if asked not in known:
+                    known[asked] = self._searcher.similarity_reaching(*asked)
+                least[at] = known[asked]
+        return least if (least > -np.inf).any() else None
 
     def _search_to_floor(
         self,

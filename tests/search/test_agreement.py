@@ -160,6 +160,37 @@ def test_the_rows_nearest_in_one_column_are_those_of_the_reference(built, search
         assert (found.compared > 0) == index.scans  # by which path it was found
 
 
+@pytest.mark.parametrize("groups", [None, ("north",)], ids=str)
+@pytest.mark.parametrize("k", [5, 400])
+def test_of_the_nearest_rows_only_those_that_reach_a_similarity_are_found(built, searcher, request, groups, k):
+    index = INDEX_ENGINES[request.node.callspec.params["searcher"]]
+    probes = probes_of(built, 32)
+    least = np.tile(np.array([0.1, 0.25, 0.55, 2.0], np.float32), 16)
+    found = searcher.nearest(built.snapshot, "face", probes, k, groups=groups, least=least)
+    exact = built.reference.similarities("face", probes, built.reference.in_scope(groups=groups))
+    rows, _ = top_k(np.where(exact >= least[:, None], exact, np.nan), k)
+    wanted = {(probe, row) for probe, of_probe in enumerate(rows.tolist()) for row in of_probe if row >= 0}
+    which, at = np.nonzero(found.rows >= 0)
+    assert (found.similarity[which, at] >= least[which]).all()
+    assert np.allclose(found.similarity[which, at], exact[which, found.rows[which, at]], rtol=0, atol=2e-5)
+    lost = len(wanted - set(zip(which.tolist(), found.rows[which, at].tolist(), strict=True)))
+    assert lost <= (0.003 * len(wanted) if index.scans and index.miss_risk else 0)  # of a risk of 0.001 each
+
+
+def test_a_decision_on_a_face_alone_names_the_rows_that_reach_the_review_threshold_and_no_others(built, searcher):
+    """The exhaustive list of candidates says which these are."""
+    model, probes = built.snapshot.models["face"].model_id, probes_of(built, 32)
+    sent = [{"face": bd.Template("face", model, probe)} for probe in probes]
+    _, review_db = searcher.thresholds_db(sent[0], built.snapshot, across=False)
+    exact = FACE.score_db(built.reference.similarities("face", probes, built.reference.in_scope()))
+    named = [one.comparisons for one in searcher.search(built.snapshot, sent)]
+    for scores_db, compared in zip(exact, named, strict=True):
+        (reaching,) = np.nonzero(scores_db >= review_db)
+        assert set(reaching) <= set(compared.rows)
+        assert (compared.score_db >= review_db - 1).all(), "a row far below the threshold was compared"
+    assert sum(len(compared.rows) > 0 for compared in named) >= 24
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [None, ("south",)], ids=str)
 @pytest.mark.parametrize("together_from", [2_000, ROWS * 2], ids=["in-several-columns", "column-by-column"])

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from biodedup.gallery.segments.part import Int64
 from biodedup.search.multicolumn.plan import MultiColumnHits, MultiColumnQuery
 from biodedup.values import Float32
@@ -26,7 +28,8 @@ class ShardQuery:
 
     k: how many of the most similar rows, 0 for all; total_rows: rows of all shards; min_similarity: float32 (q,), rows
     of at least this similarity are wanted, or None: the shard chooses a value that the k best rows reach; miss_risk:
-    the probability of missing a row that should be found, 0 for none; groups: rows of one of these groups, None for
+    the probability of missing a row that should be found, 0 for none; least: float32 (q,), of the k most similar rows
+    only those of at least this similarity are wanted, None for all; groups: rows of one of these groups, None for
     all; from_row, end_row: the range of rows; skip_covered: rows that this multi-column query covers are left out.
     """
 
@@ -35,10 +38,15 @@ class ShardQuery:
     total_rows: int
     miss_risk: float
     min_similarity: Float32 | None = field(default=None, compare=False)
+    least: Float32 | None = field(default=None, compare=False)
     groups: frozenset[str] | None = None
     from_row: int = 0
     end_row: int | None = None
     skip_covered: MultiColumnQuery | None = field(default=None, compare=False)
+
+    def wanted(self, similarity: Float32) -> Float32:
+        """These similarities, float32 (q,), but no lower than `least`."""
+        return similarity if self.least is None else np.maximum(similarity, self.least)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ class FaissShard:
             wanted = query.k + 2 * np.sqrt(query.k) + 2
             if wanted > _SHARE_MAX * query.total_rows:
                 return None
-            min_similarity = population.reached_by(rotated, wanted / query.total_rows, standard_errors=1.0)
+            reached = population.reached_by(rotated, wanted / query.total_rows, standard_errors=1.0)
+            min_similarity = query.wanted(reached)
         else:
             min_similarity = query.min_similarity
         margin, _ = codec.law.margin(codec.tail_risk(query.miss_risk))

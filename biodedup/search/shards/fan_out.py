@@ -66,15 +66,16 @@ class FanOut:
         self._pool.shutdown()
 
     def nearest(self, shards: Sequence[Shard], probes: Float32, query: ShardQuery) -> Nearest:
-        """The k most similar rows of all shards."""
+        """The k most similar rows of all shards, or those of them that reach `query.least`."""
         hits, failures = self._search(shards, [(probes, query)] * len(shards))
         rows, similarity = top_k(hits.values(), len(probes), query.k)
         scanned, compared = sum(h.rows_scanned for h in hits.values()), sum(h.compared for h in hits.values())
-        incomplete = {i: np.flatnonzero(h.complete_above > similarity[:, -1]) for i, h in hits.items()}
+        kth = query.wanted(similarity[:, -1])
+        incomplete = {i: np.flatnonzero(h.complete_above > kth) for i, h in hits.items()}
         incomplete = {i: which for i, which in incomplete.items() if len(which)}
         if incomplete:
             second = [
-                (probes[which], replace(query, min_similarity=similarity[which, -1])) for which in incomplete.values()
+                (probes[which], replace(query, min_similarity=kth[which], least=None)) for which in incomplete.values()
             ]
             more, lost = self._search([shards[i] for i in incomplete], second)
             failures += lost
@@ -83,6 +84,9 @@ class FanOut:
                     hits[i] = _replaced(hits[i], which, more[place])
                     compared += more[place].compared
             rows, similarity = top_k(hits.values(), len(probes), query.k)
+        if query.least is not None:
+            weak = similarity < query.least[:, None]
+            rows, similarity = np.where(weak, -1, rows), np.where(weak, np.float32(-np.inf), similarity)
         return Nearest(rows, similarity, scanned, compared, tuple(failures))
 
     def reached(self, shards: Sequence[Shard], probes: Float32, query: ShardQuery) -> Reached:

@@ -153,7 +153,7 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
         if wanted > _SHARE_MAX * query.total_rows:
             return None
         k, hits_most = query.k, 50 * query.k + 20_000
-        min_similarity = population.reached_by(probes.rotated, wanted / query.total_rows)
+        min_similarity = query.wanted(population.reached_by(probes.rotated, wanted / query.total_rows))
     else:
         k, hits_most, min_similarity = 0, _HITS_MOST, query.min_similarity
     law, margin = codec.law, 0.0 if bounded else codec.law.margin(query.miss_risk)[0]
