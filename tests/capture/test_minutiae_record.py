@@ -305,7 +305,7 @@ def test_legacy_records_compare_with_one_another_and_no_score_counts_as_measured
         bd.compare(*(bd.Template("unknown", "theirs", minutiae=content) for content in (PRINTS[0], AGAIN[0])))
 
 
-def test_a_gallery_takes_records_and_one_bad_record_stops_nobody(tmp_path):
+def test_a_gallery_takes_records_and_one_bad_record_stops_no_other(tmp_path):
     with bd.Engine.open(tmp_path / "g") as engine:
         encounters = [
             bd.Encounter("anna", [bd.Finger(legacy(0), "right_index")]),
@@ -371,7 +371,7 @@ def test_load_takes_records_by_column_and_by_their_own_position(tmp_path, seal_r
         assert engine.problems() == []
 
 
-def test_a_subject_loaded_again_with_another_record_is_told_apart(tmp_path):
+def test_a_subject_loaded_again_with_another_record_is_distinguished(tmp_path):
     def table(seed: int) -> list[pa.RecordBatch]:
         return [pa.record_batch({"subject_id": ["anna"], "left_ring": [legacy(seed)]})]
 

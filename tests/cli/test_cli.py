@@ -78,7 +78,7 @@ def test_what_a_command_prints_says_what_to_do_next(folder):
     assert "--model-id" in run("load", "v.npy", "--ids", "ids.txt", "--gallery", "new", cwd=folder)[2]
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch, capsys):
+def test_progress_is_reported_in_lines_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(base, "LINE_S", 0.0)
     with base.progress_bar(lines=True) as progress:
         progress("enrolling", 1_000, 2_000)
@@ -363,7 +363,7 @@ except SystemExit:
     assert not any(" Commands " in line for line in headings)  # a command without a panel
 
 
-def test_ctrl_c_while_the_commands_are_imported_is_told_without_a_traceback(tmp_path):
+def test_ctrl_c_while_the_commands_are_imported_is_reported_without_a_traceback(tmp_path):
     code = """
 import builtins, sys
 imported = builtins.__import__
@@ -380,7 +380,7 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def test_ctrl_c_in_a_command_is_told_without_a_traceback(monkeypatch, capsys):
+def test_ctrl_c_in_a_command_is_reported_without_a_traceback(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 

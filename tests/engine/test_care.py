@@ -266,7 +266,7 @@ def test_a_clock_that_goes_backwards_is_noted_and_decisions_go_on(tmp_path, capl
 
 
 @pytest.mark.slow
-def test_ids_that_look_alike_are_told_and_others_are_not(tmp_path):
+def test_ids_that_look_alike_are_reported_and_others_are_not(tmp_path):
     alike = [
         ("JOSE-1", "Jose 1", "jose1"),
         ("\uff21-7", "a7"),

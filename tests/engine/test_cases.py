@@ -76,7 +76,7 @@ def test_judged_different_the_subject_is_enrolled_from_what_was_kept(engine):
     assert engine.problems() == []
 
 
-def test_judged_the_same_it_is_a_duplicate_and_nobody_is_enrolled(engine):
+def test_judged_the_same_it_is_a_duplicate_and_is_not_enrolled(engine):
     in_review(engine)
     decision = engine.adjudicate("e1", "same", "A. Officer")
     assert (decision.outcome, decision.best.subject_id) == ("duplicate", "anna")
@@ -249,7 +249,7 @@ def test_what_became_of_the_subject_meanwhile_counts(engine):
     assert engine.adjudicate("e12", "recapture", "A. Officer").outcome == "refused"
 
 
-def test_a_candidate_removed_meanwhile_is_nobodys_double(engine):
+def test_a_candidate_removed_meanwhile_is_no_duplicate(engine):
     in_review(engine)
     engine.remove("anna")
     assert engine.case("e1").undecided == ()
@@ -387,7 +387,7 @@ def test_judged_the_same_the_subject_gets_the_captures_as_a_further_row(engine):
     assert ids[0, 0] == "anna"
 
 
-def test_judged_the_same_but_like_somebody_else_it_stays_open_until_that_one_is_judged(engine):
+def test_judged_the_same_but_like_another_subject_it_stays_open_until_that_one_is_judged(engine):
     (anna, bella), finger = orthogonal(2), people(1, seed=9)[0]
     engine.enroll(sent("anna", anna, "e-anna"))
     engine.enroll(with_finger(sent("bella", bella, "e-bella"), finger))
@@ -402,7 +402,7 @@ def test_judged_the_same_but_like_somebody_else_it_stays_open_until_that_one_is_
     assert engine.find_duplicates(threshold_db=20) == []
 
 
-def test_a_dispute_is_about_somebody_who_is_enrolled_and_needs_a_capture(engine):
+def test_a_dispute_needs_an_enrolled_subject_and_a_capture(engine):
     in_dispute(engine)
     with pytest.raises(bd.UnknownSubject, match="'bella'"):
         engine.dispute(sent("bella", people(1)[0], "e2"))

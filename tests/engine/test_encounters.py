@@ -68,7 +68,7 @@ def test_a_subject_removed_during_a_call_is_seen_whole_or_not_at_all(engine, mon
         assert len(taken) >= nth
 
 
-def test_an_update_with_somebody_elses_face_is_a_duplicate_of_that_one(engine):
+def test_an_update_with_another_subjects_face_is_a_duplicate_of_that_subject(engine):
     anna, bella = people(2)
     engine.enroll(sent("anna", anna, "e1"))
     engine.enroll(sent("bella", bella, "e2"))
@@ -253,7 +253,7 @@ def test_joint_readings_agree_with_a_loop_over_rows():
 
 
 @pytest.mark.slow
-def test_a_stranger_reaches_a_subject_with_several_rows_no_more_often_than_the_score_says(tmp_path):
+def test_an_impostor_reaches_a_subject_with_several_rows_no_more_often_than_the_score_says(tmp_path):
     """Without the charge three rows would reach a score three times as often as one."""
     faces = people(60, seed=3)
     config = replace(CONFIG, policy=bd.Policy(duplicate_db=300, review_db=290, own_strangers=False))
@@ -396,7 +396,7 @@ def test_a_resent_encounter_whose_subject_was_removed_says_so(engine):
 
 
 @pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.slow)])
-def test_of_eight_threads_with_weak_captures_of_one_person_nobody_slips_past_an_open_case(tmp_path, rounds):
+def test_of_eight_threads_with_weak_captures_of_one_person_none_passes_an_open_case(tmp_path, rounds):
     """Each round: eight names at once with captures that score between the thresholds."""
     threads = 8
     with bd.Engine.open(tmp_path / "g", replace(CONFIG, gallery=bd.GalleryConfig(seal_rows=64))) as engine:
@@ -497,7 +497,7 @@ def like(*weighted: tuple[np.ndarray, float]) -> np.ndarray:
     return (total / np.linalg.norm(total)).astype(np.float32)
 
 
-def test_captures_that_are_nobodys_of_all_candidates_are_not_the_subjects_either(engine):
+def test_captures_of_none_of_the_candidates_are_not_the_subjects_either(engine):
     anna, other, carla = orthogonal(3)
     engine.enroll(sent("anna", anna, "e1"))
     engine.enroll(sent("carla", carla, "e2"))
@@ -509,7 +509,7 @@ def test_captures_that_are_nobodys_of_all_candidates_are_not_the_subjects_either
     assert engine.adjudicate("e3", "different", "A. Officer") == decision  # said again
 
 
-def test_a_case_that_nobody_looked_at_is_not_enrolled_though_nothing_was_compared_with_it(engine):
+def test_a_case_without_a_verdict_is_not_enrolled_though_nothing_was_compared_with_it(engine):
     finger = {"right_index": people(1, seed=9)[0]}
     engine.enroll(sent("anna", orthogonal(1)[0], "e1"))
     assert engine.enroll(bd.Encounter("bella", templates=finger, encounter_id="e2")).reasons == ("nothing_in_common",)
@@ -546,7 +546,7 @@ def test_no_number_of_open_cases_under_one_name_hides_whom_they_resemble(engine,
 
 
 @pytest.mark.slow
-def test_rows_removed_during_a_search_hide_nobody_from_it(engine, monkeypatch):
+def test_rows_removed_during_a_search_hide_no_candidate_from_it(engine, monkeypatch):
     anna, other, *crowd = orthogonal(40)
     engine.enroll(sent("anna", anna, "e1"))
     nearer = np.array([like((other, 0.86), (one, 0.5)) for one in crowd[:24]])
@@ -577,7 +577,7 @@ def test_a_verdict_that_could_be_about_a_subject_or_an_open_case_of_that_name_is
     assert engine.adjudicate("e3", "same", "A. Officer").best.subject_id == "anna"
 
 
-def test_the_decision_on_a_subject_or_an_encounter_called_added_is_told(engine):
+def test_the_decision_on_a_subject_or_an_encounter_called_added_is_reported(engine):
     anna, bella = orthogonal(2)
     engine.enroll(sent("added", anna, "e1"))
     engine.enroll(sent("bella", bella, "added"))

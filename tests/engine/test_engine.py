@@ -398,7 +398,7 @@ def test_bad_calls_say_what_got_wanted_next(engine):
         engine.subject_ids()
 
 
-def test_a_second_writer_is_told_who_holds_the_gallery(tmp_path):
+def test_a_second_writer_is_refused_with_the_holders_name(tmp_path):
     import os
 
     with bd.Engine.open(tmp_path / "g") as engine:
@@ -453,7 +453,7 @@ def test_the_better_of_two_captures_is_kept_and_the_other_named(engine):
     assert decision.outcome == "unique"
 
 
-def test_admitting_somebody_without_a_usable_capture_leaves_who_is_enrolled(engine):
+def test_admitting_without_a_usable_capture_leaves_the_enrolled_subject(engine):
     enroll(engine, "anna", people(1)[0])
     (answer,) = engine.import_captures(
         [bd.Encounter("anna", captures=[bd.Face(np.full((200, 200, 3), 127, np.uint8))])]

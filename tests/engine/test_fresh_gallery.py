@@ -33,7 +33,7 @@ def four(engine: bd.Engine) -> bd.Engine:
     return engine
 
 
-def test_strangers_of_an_unknown_camera_are_no_duplicates_in_a_small_gallery(four):
+def test_impostors_of_an_unknown_camera_are_no_duplicates_in_a_small_gallery(four):
     """ORL's two most similar people have 0.501: 60.7 dB by the card, where a gallery of four asked for 36."""
     decision = decision_of(four, 0.5)
     assert decision.best.score_db > 60 > decision.duplicate_db
@@ -139,7 +139,7 @@ def test_a_model_without_a_calibration_makes_no_duplicates(tmp_path):
                 assert decision.best.subject_id == "s2" and decision.best.score_db < 250
 
 
-def test_a_face_is_believed_beside_a_finger_of_a_model_without_a_calibration(engine):
+def test_a_face_is_trusted_beside_a_finger_of_a_model_without_a_calibration(engine):
     fingers = people(2, dimension=300)
     columns = {"face": PEOPLE[:2], "right_index": fingers}
     engine.add_templates(["a", "b"], columns, model_id={"face": SFACE, "right_index": "mine-1"})

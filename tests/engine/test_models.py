@@ -190,7 +190,7 @@ def test_a_card_needs_weights_or_a_calibration(tmp_path):
     assert (least.model_id, least.dimension, least.kind) == ("x-1", 512, "face-embedding")
 
 
-def test_a_gallerys_strangers_alone_do_not_calibrate_a_model_without_a_card(tmp_path, card):
+def test_a_gallerys_impostors_alone_do_not_calibrate_a_model_without_a_card(tmp_path, card):
     crowd = unit(people(100, 3, 64) + 0.5 * people(1, 2, 64))
     with bd.Engine.open(tmp_path / "g") as engine:
         engine.add_templates([f"s{i}" for i in range(100)], {"right_index": crowd}, model_id="mine-1")

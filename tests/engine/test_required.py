@@ -128,7 +128,7 @@ def test_captures_that_were_declined_elsewhere_count_as_sent(engine):
         bd.Encounter("anna", declined=["blurred"])
 
 
-def test_what_the_policy_requires_is_asked_of_everybody_and_an_amputee_can_enrol(tmp_path):
+def test_required_captures_are_required_of_every_encounter_and_an_amputee_can_enrol(tmp_path):
     policy = bd.Policy(required=("face", "2 fingers"))
     with bd.Engine.open(tmp_path / "g", bd.Config(policy=policy)) as engine:
         print_ = people(1, seed=9)[0]

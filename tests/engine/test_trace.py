@@ -89,7 +89,7 @@ def test_rows_of_a_record_with_more_minutiae_than_are_compared_and_with_twins_ar
     assert len(set(pairs[:, 0].tolist())) == len(pairs)
 
 
-def test_strangers_and_empty_records_have_few_pairs_or_none():
+def test_impostors_and_empty_records_have_few_pairs_or_none():
     pairs, _ = matched(record(minutiae(0)), record(minutiae(1)))
     assert len(pairs) < 20
     pairs, motion = matched(record(minutiae()), record(minutiae()[:1]))
@@ -163,7 +163,7 @@ def test_callers_whose_searches_are_made_together_have_their_own_evidence_alone(
 # what it costs --------------------------------------------------------------------------------------------------
 
 
-def test_a_hook_costs_less_than_a_microsecond_when_nobody_listens():
+def test_a_hook_costs_less_than_a_microsecond_without_a_listener():
     def hook() -> None:
         if (steps := tracing()) is not None:
             steps.add("never")

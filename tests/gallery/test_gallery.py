@@ -335,7 +335,7 @@ def test_an_update_that_says_why_replaces_the_subjects_templates(tmp_path):
             engine.enroll(encounter)
 
 
-def test_an_update_with_somebody_elses_templates_changes_nothing(tmp_path):
+def test_an_update_with_another_subjects_templates_changes_nothing(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         engine.add_templates([f"s{i}" for i in range(6)], {"face": PEOPLE[:6]})
         decision = engine.update(bd.Encounter("s2", templates={"face": again(PEOPLE[4], 0.9)}))
@@ -370,7 +370,7 @@ def test_a_reader_keeps_its_version_while_the_writer_seals_merges_and_removes(tm
 
 
 @pytest.mark.slow
-def test_a_second_writer_is_told_who_holds_the_gallery(tmp_path):
+def test_a_second_writer_is_refused_with_the_holders_name(tmp_path):
     bd.Engine.open(tmp_path / "g").close()
     script = "import sys, biodedup as bd\ne = bd.Engine.open(sys.argv[1])\nprint('open', flush=True)\nsys.stdin.read()"
     holder = subprocess.Popen(
@@ -425,7 +425,7 @@ def test_templates_are_loaded_from_parquet_arrow_numpy_and_streams(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_load_is_idempotent_whatever_the_batches_and_tells_other_templates_apart(tmp_path):
+def test_a_load_is_idempotent_whatever_the_batches_and_distinguishes_other_templates(tmp_path):
     table = pa.table({"subject_id": [f"s{i}" for i in range(40)], "face": PEOPLE[:40].tolist()})
     with bd.Engine.open(tmp_path / "g", small(seal_rows=8)) as engine:
         assert jobs.load(engine, table.slice(0, 30).to_batches(), batch_rows=10).added == 30

@@ -294,7 +294,7 @@ def within(seconds: float, work: Callable[[], object]) -> str:
     "name", ["gallery.sqlite3", "gallery.sqlite3-journal", "gallery.sqlite3-wal", "writer.lock", "segments/1.subject"]
 )
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_pipe_in_the_place_of_a_file_is_waited_for_by_nobody(gallery, name, read_only):
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(gallery, name, read_only):
     (gallery / name).unlink(missing_ok=True)
     os.mkfifo(gallery / name)
     told = within(20, lambda: bd.Engine.open(gallery, read_only=read_only).close())
@@ -302,7 +302,7 @@ def test_a_pipe_in_the_place_of_a_file_is_waited_for_by_nobody(gallery, name, re
     assert told == ("" if read_only and name == "writer.lock" else wanted)
 
 
-def test_a_backup_writes_over_a_pipe_and_waits_for_nobody(gallery, tmp_path):
+def test_a_backup_writes_over_a_pipe_and_does_not_wait(gallery, tmp_path):
     (tmp_path / "b" / "segments").mkdir(parents=True)
     os.mkfifo(tmp_path / "b" / "segments" / "1.subject")
     with bd.Engine.open(gallery, read_only=True) as engine:

@@ -430,7 +430,7 @@ def test_a_file_that_is_no_index_is_refused(tmp_path):
         jobs.load_faiss(engine, tmp_path / "x.faiss", tmp_path / "ids.parquet", model_id=SFACE)
 
 
-def test_several_columns_are_searched_one_after_the_other_and_the_plan_tells_what_that_misses(tmp_path):
+def test_several_columns_are_searched_one_after_the_other_and_the_plan_states_what_that_misses(tmp_path):
     with bd.Engine.open(tmp_path / "g", config()) as engine:
         fingers = people(ROWS, seed=4, dimension=256)
         engine.add_templates(

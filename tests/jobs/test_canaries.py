@@ -197,7 +197,7 @@ def test_one_lost_row_is_within_the_risk_unless_nothing_left_to_chance_loses_it_
     assert "nothing left to chance" in watch.problems[0]
 
 
-def test_stored_templates_that_have_changed_under_sound_checksums_are_told(gallery, monkeypatch):
+def test_stored_templates_that_have_changed_under_sound_checksums_are_reported(gallery, monkeypatch):
     vectors_at = SegmentColumn.vectors_at
 
     def damaged(self, cells):
@@ -210,7 +210,7 @@ def test_stored_templates_that_have_changed_under_sound_checksums_are_told(galle
     assert "66 of 202 are not those that were enrolled, in segment 2" in watch.problems[0]
 
 
-def test_a_similarity_that_is_miscomputed_is_told(gallery, monkeypatch):
+def test_a_similarity_that_is_miscomputed_is_reported(gallery, monkeypatch):
     search = native.NativeShard.search
     monkeypatch.setattr(
         native.NativeShard,
@@ -235,7 +235,7 @@ def test_who_was_removed_is_no_loss(gallery):
     assert not {one.subject_id for one in kept(gallery).each} & set(gone)
 
 
-def test_who_was_removed_and_merged_away_is_told_and_no_alarm(gallery):
+def test_a_canary_that_was_removed_and_merged_away_is_reported_without_an_alarm(gallery):
     gone = [one.subject_id for one in kept(gallery).each[:10]]
     with bd.Engine.open(gallery, CONFIG) as engine:
         for name in gone:
@@ -276,7 +276,7 @@ def test_compacting_from_the_shell_erases_canaries_of_removed_subjects(gallery, 
 
 
 @pytest.mark.parametrize("more", [1, 400])
-def test_a_gallery_that_was_taken_back_is_told(gallery, tmp_path, more):
+def test_a_gallery_that_was_taken_back_is_reported(gallery, tmp_path, more):
     with bd.Engine.open(gallery, CONFIG) as engine:
         engine.backup(tmp_path / "old")
         engine.add_templates([f"late{i}" for i in range(more)], {"face": people(more, 9, DIMENSION)})
@@ -357,7 +357,7 @@ def with_fingers(tmp_path):
     return tmp_path / "f"
 
 
-def test_minutiae_are_identified_and_records_that_have_changed_are_told(with_fingers):
+def test_minutiae_are_identified_and_records_that_have_changed_are_reported(with_fingers):
     watch = jobs.watch(with_fingers, count=20)
     columns = {one.column: one for one in watch.columns}
     assert watch.problems == ()
@@ -422,7 +422,7 @@ def test_expected_counts_are_those_of_the_binomial_law():
     assert canaries._least(0, np.zeros(0), 1e-4) == (0, 1.0)
 
 
-def test_the_law_of_strangers_foresees_how_many_are_first(gallery):
+def test_the_law_of_impostors_foresees_how_many_are_first(gallery):
     with bd.Engine.open(gallery, CONFIG) as engine:
         snapshot = internals(engine).gallery.snapshot()
         rows = np.arange(0, 3_000, 3)

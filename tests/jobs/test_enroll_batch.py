@@ -161,7 +161,7 @@ def test_stopped_anywhere_it_goes_on_and_the_table_is_that_of_a_run_without_a_st
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "other.parquet").read_bytes()
 
 
-def test_a_declined_capture_is_told_even_if_the_job_stopped_right_behind_the_commit(tmp_path, monkeypatch):
+def test_a_declined_capture_is_reported_even_if_the_job_stopped_right_behind_the_commit(tmp_path, monkeypatch):
     face = people(1)[0]
     write(
         tmp_path / "m.parquet",
@@ -302,7 +302,7 @@ def test_a_missing_file_that_was_supplied_is_enrolled_under_the_same_encounter(t
     assert [(row["status"], row["reason"]) for row in got] == [("refused", "encounter_conflict"), ("enrolled", None)]
 
 
-def test_a_tenth_of_unreadable_images_stops_nobody(tmp_path):
+def test_a_tenth_of_unreadable_images_stops_no_other_record(tmp_path):
     vectors = people(40)
     content = [b"\xff\xd8 broken" if i % 10 == 3 else vector.tobytes() for i, vector in enumerate(vectors)]
     write(tmp_path / "m.parquet", {"subject_id": [f"s{i}" for i in range(40)], "face": content})
@@ -350,7 +350,7 @@ def anna_and_somebody_else(folder: Path) -> Path:
         ("recapture", "refused", "recapture"),
     ],
 )
-def test_somebody_else_under_an_enrolled_number_is_a_case_until_it_is_judged(tmp_path, ruling, status, reason):
+def test_another_person_under_an_enrolled_id_is_a_case_until_it_is_judged(tmp_path, ruling, status, reason):
     manifest, gallery = anna_and_somebody_else(tmp_path), tmp_path / "gallery"
 
     def standing() -> dict[str, int]:
@@ -376,7 +376,7 @@ def test_somebody_else_under_an_enrolled_number_is_a_case_until_it_is_judged(tmp
     assert "adjudicate" not in standing()
 
 
-def test_another_person_whom_only_the_backlog_knows_of_becomes_a_case(tmp_path):
+def test_another_person_that_is_only_in_the_backlog_becomes_a_case(tmp_path):
     manifest = anna_and_somebody_else(tmp_path)
     with bd.Engine.open(tmp_path / "older", CONFIG) as engine:
         engine.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}))

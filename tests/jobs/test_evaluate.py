@@ -119,7 +119,7 @@ def test_searches_are_what_an_independent_count_says(tmp_path):
     assert at["fnir"]["events"] == sum(row["mate_db"] < at["threshold_db"] for row in counted)
 
 
-def test_a_poorer_sensor_is_told_apart_and_small_groups_are_marked(tmp_path):
+def test_a_poorer_sensor_is_distinguished_and_small_groups_are_marked(tmp_path):
     found = jobs.evaluate(
         templates(tmp_path / "t.parquet"), tmp_path / "r.json", model_id=MODELS, replicates=200
     ).document["groups"]
@@ -138,7 +138,7 @@ def test_a_poorer_sensor_is_told_apart_and_small_groups_are_marked(tmp_path):
     assert sexes["f"]["fnmr"]["difference"]["interval"][0] < 0 < sexes["f"]["fnmr"]["difference"]["interval"][1]
 
 
-def test_evidence_is_told_alone_and_together(tmp_path):
+def test_evidence_is_stated_alone_and_together(tmp_path):
     source = templates(tmp_path / "t.parquet", fingers=True)
     found = jobs.evaluate(source, tmp_path / "r.json", model_id=MODELS, replicates=50).document
     assert [(one["column"], one["evidence"]) for one in found["alone"]] == [
@@ -169,7 +169,7 @@ def test_scores_are_those_of_the_librarys_own_comparison():
         assert pairs.raw["face", "similarity"][at] == pytest.approx(score.similarity, abs=1e-6)
 
 
-def test_many_pairs_of_strangers_are_sampled_by_seed_and_it_is_said(tmp_path):
+def test_many_pairs_of_impostors_are_sampled_by_seed_and_it_is_said(tmp_path):
     source = templates(tmp_path / "t.parquet")
     whole = jobs.evaluate(source, tmp_path / "w.json", model_id=MODELS, replicates=20).document
     one, same, other = (

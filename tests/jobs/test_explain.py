@@ -225,7 +225,7 @@ def test_a_score_that_the_policy_does_not_trust_goes_to_a_person():
     assert "beyond what was measured" in _headline(beyond, verdict, 90.0, 83.0, 10**6)
 
 
-def test_plain_files_are_told_by_name_and_by_what_they_show(tmp_path, portrait, prints):
+def test_plain_files_are_recognised_by_name_and_content(tmp_path, portrait, prints):
     cv2.imwrite(str(tmp_path / "1.png"), prints[0])
     cv2.imwrite(str(tmp_path / "2.png"), cv2.cvtColor(portrait, cv2.COLOR_RGB2GRAY))
     cv2.imwrite(str(tmp_path / "7-Left-Thumb.bmp"), prints[0])

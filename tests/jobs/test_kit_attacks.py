@@ -164,7 +164,7 @@ def test_a_kit_voids_its_own_numbers_alone(centre):
     assert [(gap.kit_id, gap.first, gap.last) for gap in result.gaps] == [("A", 2, 3)]
 
 
-def test_a_million_void_numbers_are_told_with_the_limit(centre):
+def test_a_million_void_numbers_are_reported_with_the_limit(centre):
     batch = forged(centre, "A", "a.kit", [a_record(1, "e", people(1)[0], "s")], tuple(range(2, 400_000)))
     (one,) = ingested(centre, batch).batches
     assert one.state == "refused" and "399,998 void sequences" in one.problem
@@ -197,7 +197,7 @@ def test_nothing_is_taken_of_a_revoked_key_and_others_go_on(centre):
         (3, {"not_before": MONDAY + 2 * DAY}, None),
     ],
 )
-def test_a_key_is_believed_within_its_dates_by_the_centres_clock(centre, days, trust, told):
+def test_a_key_is_trusted_within_its_dates_by_the_centres_clock(centre, days, trust, told):
     if trust:
         jobs.set_trust("A", centre / "trusted", **trust)
     batch = packed(centre, "A", "a.kit", table(people(1)), clock=MONDAY + DAY)
@@ -206,7 +206,7 @@ def test_a_key_is_believed_within_its_dates_by_the_centres_clock(centre, days, t
     assert told is None or told in one.problem
 
 
-def test_one_broken_key_among_good_ones_is_told_and_stops_no_other(centre):
+def test_one_broken_key_among_good_ones_is_reported_and_stops_no_other(centre):
     trusted = centre / "trusted"
     (trusted / "0 empty.pub").write_bytes(b"")
     (trusted / "1 noise.pub").write_bytes(bytes(range(256)) * 9)
@@ -253,7 +253,7 @@ def test_a_record_of_trust_under_another_name_is_not_taken_for_one(centre):
     assert any("A.toml is not used" in problem for problem in result.trust_problems)
 
 
-def test_a_key_under_two_names_is_told(centre):
+def test_a_key_under_two_names_is_reported(centre):
     text = (centre / "trusted" / "A.pub").read_text()
     (centre / "trusted" / "Z.pub").write_text(text.replace('"kit_id": "A"', '"kit_id": "Z"'))
     result = ingested(centre, packed(centre, "A", "a.kit", table(people(1))))
@@ -275,7 +275,7 @@ def test_a_copied_record_brings_a_kit_no_decision_of_its_own(centre):
     assert result.outcomes[1].first_from == "kit A, sequence 1"
 
 
-def test_a_truncation_at_a_records_boundary_is_told_as_a_cut(centre):
+def test_a_truncation_at_a_records_boundary_is_reported_as_a_cut(centre):
     batch = packed(centre, "A", "a.kit", table(people(3)))
     content = batch.read_bytes()
     ends, at = [], 104

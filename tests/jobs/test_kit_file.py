@@ -102,7 +102,7 @@ def test_a_file_cut_anywhere_yields_its_whole_records_and_says_that_it_is_cut(ki
 
 
 @both_versions
-def test_a_flipped_bit_is_never_accepted_and_the_record_is_told(kit_keys, tmp_path, encrypted):
+def test_a_flipped_bit_is_never_accepted_and_the_record_is_reported(kit_keys, tmp_path, encrypted):
     records = records_of(3)
     content, expected = written(kit_keys, records, encrypted=encrypted), payloads(records)
     start, pieces = frames(content, encrypted)

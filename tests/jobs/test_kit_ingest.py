@@ -134,7 +134,7 @@ def test_a_run_that_is_refused_leaves_the_earlier_results_alone(centre):
 @pytest.mark.parametrize(
     ("shift", "told"), [(YEAR, "in the future"), (-YEAR, "before the kit's key was made")], ids=["ahead", "behind"]
 )
-def test_a_clock_that_is_wrong_by_a_year_is_told_and_changes_nothing(centre, shift, told):
+def test_a_clock_that_is_wrong_by_a_year_is_reported_and_changes_nothing(centre, shift, told):
     times = [MONDAY + 3_600 * i + shift for i in range(4)]
     batch = packed(centre, "A", "b.kit", table(people(4), captured_at=times), clock=MONDAY + 86_400 + shift)
     result = ingested(centre, batch)
@@ -165,7 +165,7 @@ def test_records_out_of_order_and_unreadable_times_are_taken_like_any_other(cent
     assert len(pa.parquet.read_table(centre / "o.parquet")) == 5
 
 
-def test_what_never_arrived_is_told_until_it_arrives(centre):
+def test_what_never_arrived_is_reported_until_it_arrives(centre):
     one = packed(centre, "A", "one.kit", table(people(3)))
     two = packed(centre, "A", "two.kit", table(people(4, 5), list("abcd")))
     three = packed(centre, "A", "three.kit", table(people(1, 6), ["z"]))
@@ -175,7 +175,7 @@ def test_what_never_arrived_is_told_until_it_arrives(centre):
     assert ingested(centre, two).gaps == ()
 
 
-def test_a_kit_whose_numbers_began_anew_is_told(centre):
+def test_a_kit_whose_numbers_began_anew_is_reported(centre):
     first = packed(centre, "A", "one.kit", table(people(2), encounter_id=["e0", "e1"]))
     second = packed(centre, "A", "none.kit", table(people(1, 8), ["x"], encounter_id=["e9"]))
     (record,) = read(second, load_key(centre / "A.key"))[0]

@@ -223,7 +223,7 @@ def test_a_passphrase_comes_from_a_descriptor_or_the_environment_and_never_from_
     assert code == 2 and "does not open with this passphrase" in err
 
 
-def test_a_kit_whose_key_has_expired_is_told_so_when_it_packs(tmp_path, monkeypatch, run):
+def test_packing_with_an_expired_key_is_reported(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     jobs.make_keys("K", tmp_path / "kit.key", days=1, clock=lambda: time.time() - 3 * 86_400)
     jobs.make_centre_key(tmp_path / "centre.key")

@@ -139,7 +139,7 @@ def test_who_is_in_several_districts_is_one_cluster_with_provenance(districts, t
     assert "Clusters of more than two records" in page and "agam/s7" in page and "<script" not in page
 
 
-def test_an_id_of_two_districts_is_told_apart_by_whose_it_is(districts, tmp_path):
+def test_an_id_of_two_districts_is_distinguished_by_its_district(districts, tmp_path):
     merged(districts, tmp_path / "m.parquet")
     rows = pq.read_table(tmp_path / "m.collisions.parquet").to_pylist()
     told = {(row["original_id"], row["district"]): (row["subject_id"], row["verdict"]) for row in rows}

@@ -91,7 +91,7 @@ def test_json_is_valid_and_harmless_whatever_is_in_it(text):
 
 @pytest.mark.parametrize("field", ["subject_id", "encounter_id", "groups", "by", "model_id"])
 @pytest.mark.parametrize("text", [*STEERING[:9], " a", "a ", "e\u0301", "", "x" * 257])
-def test_ids_that_nobody_can_see_or_compare_are_refused_with_the_reason(engine, field, text):
+def test_ids_with_invisible_characters_are_refused_with_the_reason(engine, field, text):
     value = f"a{text}b" if text in STEERING else text
     (face,) = people(1)
     with pytest.raises(bd.InvalidInput) as refused:
@@ -353,7 +353,7 @@ def test_what_a_kit_says_of_a_capture_is_shown_and_does_not_end_an_ingest():
 
 
 @pytest.mark.parametrize("out", ["no/r.parquet", "no/deeper/r.parquet"])
-def test_a_folder_that_cannot_be_made_is_told_like_any_other_that_cannot_be_written(tmp_path, monkeypatch, out):
+def test_a_folder_that_cannot_be_made_is_reported_like_any_other_that_cannot_be_written(tmp_path, monkeypatch, out):
     made = Path.mkdir
 
     def refused(path, *arguments, **more):

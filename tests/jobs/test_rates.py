@@ -47,7 +47,7 @@ def test_a_threshold_keeps_to_its_rate_and_no_lower_one_does(nonmated, rate):
 
 
 @given(scores, scores)
-def test_a_trade_off_tells_the_rates_at_each_threshold(mated, nonmated):
+def test_a_trade_off_states_the_rates_at_each_threshold(mated, nonmated):
     threshold, fmr, fnmr = det(mated, nonmated)
     assert np.allclose(fmr, [np.mean(nonmated >= t) for t in threshold])
     assert np.allclose(fnmr, [np.mean(mated < t) for t in threshold])
@@ -109,7 +109,7 @@ def test_an_interval_without_events_is_the_exact_one():
     assert rate.interval == exact_interval(0, 30)
 
 
-def test_a_rate_without_trials_tells_nothing():
+def test_a_rate_without_trials_is_unknown():
     empty = Resampling(5, 100, np.random.default_rng(0)).rate(np.zeros(0, bool), np.zeros(0, np.int64))
     assert empty.to_dict() == {
         "events": 0,
@@ -124,7 +124,7 @@ def test_a_rate_without_trials_tells_nothing():
 
 @settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
-def test_a_group_that_is_everybody_does_not_differ(seed):
+def test_a_group_of_all_subjects_does_not_differ(seed):
     rng = np.random.default_rng(seed)
     subject = np.repeat(np.arange(8), 5)
     rate = Resampling(8, 50, rng).rate(rng.random(40) < 0.2, subject)

@@ -214,7 +214,7 @@ def test_dates_are_read_in_the_declared_form_and_others_cost_their_row(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["%H:%M", "dd/mm/yyyy", "%Y-%m", "%Q", ""])
-def test_a_form_that_tells_no_day_is_refused(form):
+def test_a_form_that_states_no_day_is_refused(form):
     with pytest.raises(bd.InvalidInput, match="does not tell year, month and day"):
         TableOptions(date_format=form)
 
@@ -402,7 +402,7 @@ def test_several_subjects_are_removed_together_or_not_at_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_guessed_encoding_is_told(tmp_path):
+def test_a_guessed_encoding_is_reported(tmp_path):
     manifest(tmp_path / "m.csv", "cp1252")
     code, out, error = run("enroll-batch", "m.csv", "--check", cwd=tmp_path)
     assert code == 12  # the files are not there

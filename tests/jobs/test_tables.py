@@ -391,7 +391,7 @@ def test_a_row_with_a_path_and_a_reason_why_there_is_none_is_refused_by_every_re
 # folders ------------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_told_by_suffix_or_content_and_the_rest_is_counted(tmp_path, portrait):
+def test_images_are_recognised_by_suffix_or_content_and_the_rest_is_counted(tmp_path, portrait):
     picture = jpeg(portrait)
     for name in (
         "a/1.jpg",
@@ -511,7 +511,7 @@ def test_a_subject_that_lacks_a_column_is_loaded_with_the_others(tmp_path):
     assert (result.added, result.reasons, result.refused_ids) == (4, {"no template": 1}, ("nothing",))
 
 
-def test_vectors_that_cannot_be_compared_are_told_with_their_subject(tmp_path):
+def test_vectors_that_cannot_be_compared_are_reported_with_their_subject(tmp_path):
     rows = vectors(FACES[0], 0 * FACES[1], 2 * FACES[2], FACES[3][:100], np.full(128, np.nan), FACES[5])
     result, found, _ = loaded(tmp_path, {"subject_id": ["a", "zero", "long", "short", "nan", "f"], "face": rows})
     assert list(found) == ["a", "f"]

@@ -91,7 +91,7 @@ def test_more_evidence_is_never_a_lower_score(sums):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_mates_stay_below_the_scores_that_the_likelihood_ratio_foretells(parts):
+def test_mates_stay_below_the_scores_that_the_likelihood_ratio_predicts(parts):
     rng = np.random.default_rng(parts)
     scores, _ = fused_score_db(NORMAL.llr_db(rng.normal(0.6, 0.15, (200_000, parts))).sum(axis=1), (NORMAL,) * parts)
     for share in (0.01, 0.1, 0.5, 0.9):
@@ -102,12 +102,12 @@ def test_mates_stay_below_the_scores_that_the_likelihood_ratio_foretells(parts):
         assert foretold == pytest.approx(np.mean(scores < score_db), rel=0.1, abs=0.003)
 
 
-def test_everybody_stays_below_what_cannot_be_reached():
+def test_every_mate_stays_below_what_cannot_be_reached():
     assert mated_share_below(1e4, (NORMAL,)) == 1.0
     assert mated_share_below(0.0, (NORMAL,)) == 0.0
 
 
-def test_an_interval_is_told_where_a_table_has_one():
+def test_an_interval_is_reported_where_a_table_has_one():
     low, high = WITH_INTERVAL.interval_db([0.2, 0.6, 1.5])
     middle = WITH_INTERVAL.score_db([0.2, 0.6, 1.5])
     assert low == pytest.approx(np.minimum(middle * 0.9, 300), rel=0.2)
@@ -168,7 +168,7 @@ def test_unlabelled_embeddings_calibrate_themselves():
 
 
 @pytest.mark.parametrize("known", [0, 512])
-def test_no_likeness_is_beyond_all_measure_where_nobody_measured_how_the_tail_falls(known):
+def test_no_score_is_unbounded_where_the_tail_was_not_measured(known):
     vectors = np.random.default_rng(0).standard_normal((known, 512)).astype(np.float32)
     calibration = from_embeddings(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     scores_db = calibration.score_db([0.5, 0.7, 0.9, 1.0])
@@ -201,6 +201,6 @@ def test_a_broken_table_is_a_card_error(change, text):
 
 
 @pytest.mark.parametrize("calibration", SHIPPED)
-def test_a_shipped_table_speaks_against_strangers_and_for_mates(calibration):
+def test_a_shipped_table_speaks_against_impostors_and_for_mates(calibration):
     assert float(calibration.llr_db(calibration.score[0])) < -10
     assert float(calibration.llr_db(calibration.score[-1])) > 60

@@ -176,7 +176,7 @@ def alike(count: int, seed: int) -> np.ndarray:
     return unit(people(count, seed) + 0.45 * people(1, 99))
 
 
-def test_a_gallery_calibrates_a_card_on_its_own_strangers(tmp_path):
+def test_a_gallery_calibrates_a_card_on_its_own_impostors(tmp_path):
     with bd.Engine.open(tmp_path / "g") as engine:
         engine.add_templates([f"s{i}" for i in range(600)], {"face": alike(600, 20)})
     others = alike(600, 21)
@@ -242,7 +242,7 @@ def test_both_tables_of_a_finger_are_fitted_from_similarity_and_minutiae(tmp_pat
         (lambda t: t, "yunet", "not known"),
     ],
 )
-def test_pairs_that_cannot_be_fitted_are_told_what_is_wanted(tmp_path, change, model, text):
+def test_pairs_that_cannot_be_fitted_are_refused_with_what_is_wanted(tmp_path, change, model, text):
     write_table(change(pairs_table()), tmp_path / "pairs.parquet")
     with pytest.raises(bd.InvalidInput, match=text):
         jobs.calibrate(tmp_path / "pairs.parquet", model, tmp_path / "my.toml")

@@ -36,7 +36,7 @@ def scores_db(folder: Path, cosines: np.ndarray, config: bd.Config = CONFIG) -> 
 
 
 @pytest.mark.slow
-def test_strangers_of_any_gallery_reach_a_score_as_rarely_as_it_says(tmp_path):
+def test_impostors_of_any_gallery_reach_a_score_as_rarely_as_it_says(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.add_templates([f"s{i}" for i in range(1_000)], {"face": alike(1_000, 20)})
     others = alike(600, 21)  # who are not enrolled
@@ -126,7 +126,7 @@ def test_a_decision_is_calibrated_on_the_snapshot_that_was_searched(tmp_path, mo
         ) or call == "enroll"
 
 
-def test_a_few_who_are_enrolled_twice_do_not_make_all_strangers_alike():
+def test_a_few_who_are_enrolled_twice_do_not_make_all_impostors_alike():
     once = alike(300, 20)
     cosines = (once @ once.T)[np.triu_indices(300, 1)]
     mates = np.sum(once * again(once, 0.75), axis=1)
@@ -136,7 +136,7 @@ def test_a_few_who_are_enrolled_twice_do_not_make_all_strangers_alike():
     assert (moved(CARD, cosines, "").score_db(grid) < CARD.score_db(grid) - 2).all()
 
 
-def test_where_most_pairs_are_mates_nobody_takes_them_for_strangers(tmp_path):
+def test_where_most_pairs_are_mates_they_are_not_taken_for_impostors(tmp_path):
     """As in a folder of many pictures of a few."""
     few = alike(4, 20)
     pictures = np.concatenate([again(few, 0.75, seed) for seed in range(20)])
@@ -146,7 +146,7 @@ def test_where_most_pairs_are_mates_nobody_takes_them_for_strangers(tmp_path):
     assert scores_db(tmp_path / "g", cosines) == pytest.approx(CARD.score_db(cosines))
 
 
-def test_a_table_among_other_strangers_says_of_what_is_as_rare_the_same():
+def test_a_table_among_other_impostors_says_of_what_is_as_rare_the_same():
     score = np.linspace(-0.5, 1, 151)
     table = {"score": score, "llr_db": 40 * score, "nonmated_db": -10 / np.log(10) * norm.logsf(score, 0.02, 0.1)}
     known = Calibration.from_card(table | {"measured_db": 60, "source": "a test"})

@@ -47,7 +47,7 @@ def test_fingers_overrule_a_face_whose_sum_they_pull_below_the_thresholds():
 
 
 @pytest.mark.parametrize("score_db", [70.0, 20.0])
-def test_one_finger_that_all_else_contradicts_is_told_even_below_the_thresholds(score_db):
+def test_one_finger_that_all_else_contradicts_is_reported_even_below_the_thresholds(score_db):
     verdict = judged(candidate(score_db, face=-20, right_index=75, left_index=-9))
     assert (verdict.outcome, verdict.kinds, verdict.reasons) == ("review", ("shared_finger",), ("shared_finger",))
 
@@ -89,7 +89,7 @@ def test_between_the_thresholds_it_says_whether_evidence_was_scarce():
     assert (scarce.outcome, scarce.reasons) == ("review", ("little_evidence",))
 
 
-def test_extrapolated_scores_are_believed_unless_the_policy_says_otherwise():
+def test_extrapolated_scores_are_trusted_unless_the_policy_says_otherwise():
     assert judged(candidate(90, face=90, extrapolated=True)).outcome == "duplicate"
     doubted = judged(candidate(90, face=90, extrapolated=True), trust_extrapolation=False)
     assert (doubted.outcome, doubted.reasons) == ("review", ("extrapolated",))
@@ -101,9 +101,7 @@ def test_extrapolated_scores_are_believed_unless_the_policy_says_otherwise():
     st.booleans(),
     st.booleans(),
 )  # fmt: skip
-def test_whoever_was_not_compared_with_everybody_is_never_unique_and_no_weak_candidate_makes_a_duplicate(
-    parts, incomplete, bare
-):
+def test_an_incomplete_search_is_never_unique_and_no_weak_candidate_makes_a_duplicate(parts, incomplete, bare):
     candidates = [candidate(max(sum(one.values()), 0.0), row, **one) for row, one in enumerate(parts)]
     candidates.sort(key=lambda one: -one.score_db)
     verdict = judged(*candidates, incomplete=incomplete, nothing_in_common=bare)
@@ -155,7 +153,7 @@ def test_who_could_not_have_been_recognised_is_not_cleared(tmp_path):
         assert "new" not in engine
 
 
-def test_nobody_is_unique_who_has_nothing_in_common_with_anybody(tmp_path):
+def test_a_probe_with_nothing_in_common_with_the_gallery_is_never_unique(tmp_path):
     engine, _ = enrolled(tmp_path / "g", bd.Policy(), columns=("face",))
     with engine:
         decision = engine.enroll(bd.Encounter("new", templates={"left_thumb": people(1, seed=5, dimension=128)[0]}))
@@ -172,7 +170,7 @@ def test_the_first_of_all_is_unique(tmp_path):
         assert (decision.outcome, decision.compared, decision.attainable_db) == ("unique", 0, None)
 
 
-def test_twins_are_told_from_one_person(tmp_path):
+def test_twins_are_distinguished_from_one_person(tmp_path):
     engine, everybody = enrolled(tmp_path / "g", bd.Policy())
     with engine:
         twin = {

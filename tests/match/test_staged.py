@@ -93,7 +93,7 @@ STAGE, EVERYTHING = (Stage(SHOWN, REVIEW_DB, risk, DUPLICATE_DB) for risk in (RI
 
 
 @pytest.mark.parametrize("fingers", [1, 2, 4, 10])
-def test_decisions_on_strangers_and_mates_are_those_of_comparing_everything(fingers):
+def test_decisions_on_impostors_and_mates_are_those_of_comparing_everything(fingers):
     rng, columns = np.random.default_rng(fingers), ("face", *TEN[:fingers])
     outcomes = []
     for _ in range(40):
@@ -108,7 +108,7 @@ def test_decisions_on_strangers_and_mates_are_those_of_comparing_everything(fing
     assert len(set(outcomes)) > 1
 
 
-def test_a_stranger_costs_a_twentieth_of_all_minutiae():
+def test_an_impostor_costs_a_twentieth_of_all_minutiae():
     rng, columns = np.random.default_rng(0), ("face", *TEN)
     candidates = [drawn(rng, columns) for _ in range(1000)]
     _, count = compared(probe_of(columns), candidates, STAGE)
@@ -160,7 +160,7 @@ def test_the_first_by_their_embeddings_are_known_in_full():
     assert set(by_embeddings) <= set(staged.rows.tolist())
 
 
-def test_a_finger_that_alone_agrees_is_found_among_strangers():
+def test_a_finger_that_alone_agrees_is_found_among_impostors():
     rng, columns = np.random.default_rng(5), ("face", *TEN)
     candidates = [drawn(rng, columns) for _ in range(300)]
     for finger in TEN:

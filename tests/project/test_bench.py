@@ -57,7 +57,7 @@ pytestmark = pytest.mark.bench
     ],
     ids=lambda value: " ".join(value[:2]).removesuffix("--smoke") if isinstance(value, list) else None,
 )
-def test_a_benchmark_runs_at_smoke_size_and_tells_its_figure(request, tmp_path, arguments, told, real_data):
+def test_a_benchmark_runs_at_smoke_size_and_states_its_figure(request, tmp_path, arguments, told, real_data):
     if real_data:
         os.environ["BIODEDUP_DATA"] = str(request.getfixturevalue("data_folder"))
     done = subprocess.run(

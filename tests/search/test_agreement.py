@@ -304,7 +304,7 @@ def test_the_comparison_fails(rows, values, told):
         checked(rows, values)
 
 
-def test_the_comparison_lets_through_as_many_misses_as_it_is_told_to():
+def test_the_comparison_lets_through_as_many_misses_as_asked():
     checked([0, 3], [0.9, 0.1], misses=1)
     with pytest.raises(AssertionError, match="2 of the best"):
         check_top_k(np.array([[3, 0]]), np.array([[0.1, 0.0]]), np.array([[0.0, 0.5, 0.6, 0.1]]), misses=1)

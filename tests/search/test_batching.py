@@ -114,7 +114,7 @@ def test_who_asks_for_one_waits_for_a_hundred_who_ask_for_one_each():
     assert [len(items) for items in calls] == [1, 1, 40, 8]
 
 
-def test_an_error_is_told_to_him_alone_whose_item_it_was():
+def test_an_error_reaches_only_the_caller_of_the_item():
     slow = Slow(fails=[5])
     gathering = Gathering(slow, most=100)
     futures = asked(gathering, slow, [("a", [i]) for i in range(8)])

@@ -125,7 +125,7 @@ def joined(folder, config=None, **changed):
         return links(engine.find_duplicates(threshold_db=threshold_db(engine)))
 
 
-def test_a_join_by_caps_finds_what_one_of_everybody_with_everybody_finds(gallery, small, monkeypatch):
+def test_a_join_by_buckets_finds_what_a_join_of_all_pairs_finds(gallery, small, monkeypatch):
     folder, cosines = gallery
     called = []
     real = pair_kernel.similar_pairs
@@ -143,7 +143,7 @@ def test_a_join_by_caps_finds_what_one_of_everybody_with_everybody_finds(gallery
     assert certain <= by_buckets.keys()
 
 
-def test_who_is_in_no_cap_is_compared_with_everybody(gallery, small):
+def test_a_row_in_no_bucket_is_compared_with_all_rows(gallery, small):
     folder, cosines = gallery
     with bd.Engine.open(folder, read_only=True) as engine:
         snapshot = internals(engine).gallery.snapshot()
@@ -179,7 +179,7 @@ def test_an_interrupted_join_by_caps_ends_as_if_it_had_not_been(gallery, small, 
     assert len(links(whole.clusters)) > 100
 
 
-def test_an_audit_by_caps_goes_on_with_a_changed_gallery_and_misses_nobody(gallery, small, tmp_path):
+def test_an_audit_by_buckets_goes_on_with_a_changed_gallery_and_misses_no_pair(gallery, small, tmp_path):
     folder, cosines = gallery
     shutil.copytree(folder, tmp_path / "g")
     listed = [f"a{i}" for i in range(ROWS) if i != 390]

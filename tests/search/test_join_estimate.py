@@ -43,7 +43,7 @@ def test_a_lower_threshold_never_takes_less_time():
     assert seconds == sorted(seconds)
 
 
-def test_counts_and_times_are_told_in_few_figures():
+def test_counts_and_times_are_reported_in_few_figures():
     assert [rounded(count) for count in (499_995.0, 10.2, 3.0, 0.00312)] == ["500,000", "10", "3", "0.0031"]
     assert [duration(s) for s in (0.2, 61, 720, 12_600)] == ["1 s", "61 s", "12 min", "3.5 h"]
 

@@ -106,7 +106,7 @@ def test_candidates_are_those_with_the_most_evidence_in_all_columns(engine, ever
     assert len(missed) <= 3  # of a risk of a thousandth
 
 
-def test_all_that_reach_a_floor_are_told_and_removed_or_foreign_rows_are_not(engine, everybody):
+def test_all_that_reach_a_floor_are_reported_and_removed_or_foreign_rows_are_not(engine, everybody):
     snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
     probes = {column: np.repeat(everybody[column][[1_000, 1_001]], 3, axis=0) for column in COLUMNS}
     plan = replace(searcher.multicolumn_query(snapshot, COLUMNS), k=1, floor_llr_db=100.0)
@@ -118,7 +118,7 @@ def test_all_that_reach_a_floor_are_told_and_removed_or_foreign_rows_are_not(eng
     assert found.rows.min() >= 5_000
 
 
-def test_whatever_reaches_the_floor_is_found_though_its_estimate_is_lower(engine, everybody):
+def test_a_row_that_reaches_the_floor_is_found_though_its_estimate_is_lower(engine, everybody):
     snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
     rows = np.arange(1, 8_000, 4)
     rows = rows[rows % 1_000 != 0]
@@ -135,7 +135,7 @@ def test_whatever_reaches_the_floor_is_found_though_its_estimate_is_lower(engine
     assert np.mean(found_share) > 0.99
 
 
-def test_strangers_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tmp_path, monkeypatch):
+def test_impostors_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tmp_path, monkeypatch):
     monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", 2_000)
     monkeypatch.setattr(multicolumn_scan, "_PAIRS_PER_UNIT", 1 << 14)
     held = []
@@ -230,7 +230,7 @@ def test_groups_are_kept_apart_in_a_search_multicolumn(tmp_path, everybody, monk
         assert north.best is None or north.best.score_db < 60
 
 
-def test_an_unlabelled_calibration_gives_strangers_no_evidence_for_being_mates():
+def test_an_unlabelled_calibration_gives_impostors_no_evidence_for_being_mates():
     llr_db = from_embeddings(unit(2_048, 3)).llr_db(np.array([-1.0, -0.3, 0.0, 0.3, 0.7]))
     assert (llr_db[:3] < -20).all() and (np.diff(llr_db) >= 0).all() and llr_db[4] > 60
 

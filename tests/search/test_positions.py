@@ -100,7 +100,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("row", [7, 350], ids=["sealed", "tail"])
 @pytest.mark.parametrize("labels", MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_swapped_label_hides_nobody_when_asked_and_is_reported(gallery, anew, labels, row):
+def test_a_swapped_label_hides_no_mate_when_asked_and_is_reported(gallery, anew, labels, row):
     encounter = wrong(anew, row, labels)
     decision = gallery.identify(encounter, across_positions=True)
     assert (decision.outcome, decision.best.subject_id) == ("review", f"s{row}")
@@ -495,7 +495,7 @@ class Crowd:
     ],
     ids=["1 : 1", "exchange", "3 : 3", "3 : 4 of the other hand", "a face, 2 : 5", "10 : 10"],
 )
-def test_strangers_reach_a_score_across_positions_no_more_often_than_it_says(mine, theirs, tries):
+def test_impostors_reach_a_score_across_positions_no_more_often_than_it_says(mine, theirs, tries):
     count, probes = 4_000, 4
     scores, uncharged = [], []
     for seed in range(probes):

@@ -117,7 +117,7 @@ def test_axes_that_were_made_of_a_sample_are_not_measured_on_it():
 
 
 @pytest.mark.parametrize("dimension", [256, 512])
-def test_of_many_numbers_that_all_vary_the_nearest_strangers_are_found_without_comparing_everybody(
+def test_of_many_numbers_that_all_vary_the_nearest_impostors_are_found_without_comparing_every_row(
     scanner, fan_out, monkeypatch, dimension
 ):
     whole = []
