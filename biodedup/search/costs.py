@@ -38,7 +38,7 @@ class MultiColumnCosts:
 
 
 ROW_COSTS = {
-    "avx2": RowCosts(0.0105, 11.0, 1.5, 0.04),
+    "avx2": RowCosts(0.0105, 11.0, 1.5, 0.017),
     "avx512": RowCosts(0.0064, 11.0, 1.5, 0.03),
     "vnni": RowCosts(0.0064, 11.0, 1.5, 0.02),
 }
@@ -49,7 +49,7 @@ AVX2_MULTI_COLUMN_COSTS = MultiColumnCosts(0.0, 900.0, 64.0)
 MULTI_COLUMN_COSTS = MultiColumnCosts(8.0, 5_900.0, 98.0)
 """With AVX-512. Wider registers make look-ups cheaper, but not comparisons: their rows come from all over the cache."""
 
-BUCKET_DIRECTION_NS, BUCKET_MEMBER_NS, BUCKET_PAIR_NS = 5.0, 1_500.0, 0.5
+BUCKET_DIRECTION_NS, BUCKET_MEMBER_NS, BUCKET_PAIR_NS = 2.1, 1_500.0, 0.5
 """Self-join, nanoseconds of a thread, with AVX2: a row compared with a bucket's direction; a row unpacked as a member
 of a bucket; a pair of members compared. A self-join without buckets takes BUCKET_PAIR_NS a pair, too."""
 

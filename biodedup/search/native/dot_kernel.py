@@ -35,6 +35,8 @@ def _instructions() -> str:
 
 ROW_ALIGNMENT = 64
 """The bytes of a row, and of a probe, are padded to a multiple of this."""
+TOGETHER = 4
+"""Probes that a row is compared with at once."""
 INSTRUCTIONS = _instructions()
 """The instructions used on this processor: vnni, avx512, avx2 or plain."""
 
@@ -124,37 +126,67 @@ def make_row_dot(instructions: str = INSTRUCTIONS) -> Any:
     def row_dot(_: Any, row: Any, probe: Any, octets: Any, half: Any) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             row, probe, octets, half = args
-            (dot,) = _dots(builder, arithmetic, row, [probe], octets, half)
-            return builder.sext(dot, _I64)
+            sums = _sums(builder, arithmetic, row, [probe], octets, half)
+            return builder.sext(builder.extract_element(_added_up(builder, sums), ir.Constant(_I32, 0)), _I64)
 
         return types.int64(types.intp, types.intp, types.intp, types.intp), generate
 
     return row_dot
 
 
-def make_row_dots(probes: int, instructions: str = INSTRUCTIONS) -> Any:
-    """An intrinsic for numba, row_dots(row, probe, octets, half, dots): as `row_dot`, for some probes that follow one
-    another. dots: int32 *, (probes,)."""
+def make_row_dots(instructions: str = INSTRUCTIONS) -> Any:
+    """An intrinsic for numba, row_dots(row, probe, octets, half, dots, limits, apart, norm) -> int64: as `row_dot`, for
+    TOGETHER probes that follow one another. dots: int32 *, (TOGETHER,), is written. limits: float32 *, (TOGETHER,), and
+    as many more `apart` bytes behind it: bit i of the result is set where dot product i is at least its first limit
+    plus norm times its second one."""
     arithmetic = _Arithmetic(instructions)
 
     @intrinsic
-    def row_dots(_: Any, row: Any, probe: Any, octets: Any, half: Any, dots: Any) -> Any:
+    def row_dots(
+        _: Any, row: Any, probe: Any, octets: Any, half: Any, dots: Any, limits: Any, apart: Any, norm: Any
+    ) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            row, probe, octets, half, dots = args
+            row, probe, octets, half, dots, limits, apart, norm = args
             stride = builder.add(half, half)
-            starts = [builder.add(probe, builder.mul(stride, ir.Constant(_I64, p))) for p in range(probes)]
-            place = builder.inttoptr(dots, _I32.as_pointer())
-            for p, dot in enumerate(_dots(builder, arithmetic, row, starts, octets, half)):
-                builder.store(dot, builder.gep(place, [ir.Constant(_I64, p)]))
-            return context.get_dummy_value()
+            starts = [builder.add(probe, builder.mul(stride, ir.Constant(_I64, p))) for p in range(TOGETHER)]
+            found = _added_up(builder, _sums(builder, arithmetic, row, starts, octets, half))
+            builder.store(found, builder.inttoptr(dots, found.type.as_pointer())).align = 4
+            floats = ir.VectorType(ir.FloatType(), TOGETHER)
+            first, slope = (
+                builder.load(builder.inttoptr(at, floats.as_pointer())) for at in (limits, builder.add(limits, apart))
+            )
+            first.align = slope.align = 4
+            least = builder.fadd(first, builder.fmul(slope, splat(builder, norm, TOGETHER)))
+            reached = builder.fcmp_ordered(">=", builder.sitofp(found, floats), least)
+            return builder.zext(builder.bitcast(reached, ir.IntType(TOGETHER)), _I64)
 
-        return types.void(*[types.intp] * 5), generate
+        return types.int64(*[types.intp] * 7, types.float32), generate
 
     return row_dots
 
 
-def _dots(builder: Any, arithmetic: _Arithmetic, row: Any, probes: list[Any], octets: Any, half: Any) -> list[Any]:
-    """Generates the loop over the bytes of a row; int32 dot products, one a probe."""
+def _added_up(builder: Any, vectors: list[Any]) -> Any:
+    """The sum of each vector's numbers, in one vector: of one vector, or of four."""
+
+    def added(a: Any, b: Any, left: list[int], right: list[int]) -> Any:
+        masks = (ir.Constant(ir.VectorType(_I32, len(places)), places) for places in (left, right))
+        return builder.add(*(builder.shuffle_vector(a, b, mask) for mask in masks))
+
+    count, lanes = len(vectors), vectors[0].type.count
+    # neighbours within each four numbers of two vectors: one instruction (PHADDD)
+    pairs = [4 * four + other for four in range(lanes // 4) for other in (0, 2, lanes, lanes + 2)]
+    while len(vectors) > 1:
+        each = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [added(a, b, pairs, [place + 1 for place in pairs]) for a, b in each]
+    (total,) = vectors
+    while lanes > count:
+        lanes //= 2
+        total = added(total, total, list(range(lanes)), list(range(lanes, 2 * lanes)))
+    return total
+
+
+def _sums(builder: Any, arithmetic: _Arithmetic, row: Any, probes: list[Any], octets: Any, half: Any) -> list[Any]:
+    """Generates the loop over the bytes of a row; for each probe a vector that adds up to its dot product."""
 
     def load(start: Any) -> Any:
         loaded = builder.load(builder.inttoptr(builder.add(start, at), arithmetic.octets.as_pointer()))
@@ -182,9 +214,7 @@ def _dots(builder: Any, arithmetic: _Arithmetic, row: Any, probes: list[Any], oc
         total.add_incoming(more, loop)
     builder.cbranch(builder.icmp_signed("<", following, octets), loop, after)
     builder.position_at_end(after)
-    name = f"llvm.vector.reduce.add.v{arithmetic.lanes}i32"
-    added = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, [arithmetic.sums]), name)
-    return [builder.call(added, [more]) for more in grown]
+    return grown
 
 
 def rebound(function: Any, **names: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.segments.part import ScannedRows
-from biodedup.search.native.dot_kernel import ROW_ALIGNMENT, make_row_dot, make_row_dots, prefetch, rebound
+from biodedup.search.native.dot_kernel import ROW_ALIGNMENT, TOGETHER, make_row_dot, make_row_dots, prefetch, rebound
 from biodedup.search.native.table_tile import (
     BLOCKS,
     ROWS,
@@ -39,11 +39,10 @@ from biodedup.values import Float32
 _LINE = 64  # bytes of memory that are fetched at once
 _FEW_PROBES = 48  # so few that most rows are compared with none of them
 _AHEAD = 2 * BLOCKS  # so many blocks on, memory is prefetched
-_PROBES_AT_ONCE = 4  # that a row is compared with, without tables
 
 Int64 = NDArray[np.int64]
 
-_row_dot, _row_dots = make_row_dot(), make_row_dots(_PROBES_AT_ONCE)
+_row_dot, _row_dots = make_row_dot(), make_row_dots()
 
 
 @numba.njit(nogil=True, cache=True)
@@ -245,17 +244,34 @@ def _scan(
 
 
 @numba.njit(nogil=True, cache=True)
+def _collect(dots: Any, first: int, cell: int, norm: float, parameters: Any, cuts: Any, out: Any, found: int) -> int:
+    """Writes the pairs of a row and the probes from `first` on that reach the cuts."""
+    which, cells, values = out
+    for i in range(dots.size):
+        p = first + i
+        value = parameters[0, p, 0] * (np.float32(dots[i]) - parameters[0, p, 1]) / norm
+        if value >= cuts[p]:
+            which[found], cells[found], values[found] = p, cell, value
+            found += 1
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
 def _scan_all(
     high: Any, norms: Any, widths: Any, live: Any, span: Any, block: int, probes: Any, parameters: Any, cuts: Any,
     out: Any,
 ) -> tuple[int, int, int]:  # fmt: skip
     """As `_scan`, of one column without tables."""
     first, last = span
-    which, cells, values = out
+    which = out[0]
     count, half, end = probes.shape[1], probes.shape[3], -(-last // 64)
     octets, space = -(-widths[0] // ROW_ALIGNMENT) * ROW_ALIGNMENT, aligned(half)
-    dots, at_probes = np.empty(_PROBES_AT_ONCE, np.int32), probes.ctypes.data
+    dots, at_probes, whole = np.empty(TOGETHER, np.int32), probes.ctypes.data, count // TOGETHER * TOGETHER
     at_dots, at_space, found, passed = dots.ctypes.data, np.int64(space.ctypes.data), 0, 0
+    limits = np.empty((2, count), np.float32)  # a division takes longer than the comparison of a row
+    limits[0], limits[1] = parameters[0, :, 1] - np.float32(0.1), cuts / parameters[0, :, 0]
+    limits[1] -= np.abs(limits[1]) * np.float32(1e-6)  # what floats lose
+    at_limits, apart = limits.ctypes.data, 4 * count
     while block < end and found + 64 * count <= which.size:
         alive = _alive(live, block, first, last)
         for r in range(64 if alive else 0):
@@ -267,27 +283,21 @@ def _scan_all(
             if octets != widths[0]:
                 copy(row, at_space, widths[0])
                 row = at_space
-            for start in range(0, count, _PROBES_AT_ONCE):
-                together = min(_PROBES_AT_ONCE, count - start)
-                if together == _PROBES_AT_ONCE:
-                    _row_dots(row, at_probes + 2 * half * start, octets, half, at_dots)
-                else:
-                    for i in range(together):
-                        dots[i] = _row_dot(row, at_probes + 2 * half * (start + i), octets, half)
-                for i in range(together):
-                    p = start + i
-                    value = parameters[0, p, 0] * (np.float32(dots[i]) - parameters[0, p, 1]) / norm
-                    if value >= cuts[p]:
-                        which[found], cells[found], values[found] = p, cell, value
-                        found += 1
+            for p in range(0, whole, TOGETHER):
+                at = at_limits + 4 * p
+                if _row_dots(row, at_probes + 2 * half * p, octets, half, at_dots, at, apart, norm):
+                    found = _collect(dots, p, cell, norm, parameters, cuts, out, found)
+            for p in range(whole, count):
+                dots[0] = _row_dot(row, at_probes + 2 * half * p, octets, half)
+                found = _collect(dots[:1], p, cell, norm, parameters, cuts, out, found)
         block += 1
-    space[0] = 0  # else numba frees the array before it is read: it counts uses by name
+    space[:1], limits[:, :1] = 0, 0  # else numba frees the arrays before they are read: it counts uses by name
     return found, block, passed
 
 
 def make_scans(instructions: str) -> tuple[Any, Any]:
     """`_scan` and `_scan_all`, compiled for another processor."""
-    dots = {"_row_dot": make_row_dot(instructions), "_row_dots": make_row_dots(_PROBES_AT_ONCE, instructions)}
+    dots = {"_row_dot": make_row_dot(instructions), "_row_dots": make_row_dots(instructions)}
     lookups = numba.njit(rebound(survivors, _tile=tile_for(instructions)), nogil=True)
     add_values = numba.njit(rebound(_add_values, **dots), nogil=True, error_model="numpy")
     compare_one = numba.njit(rebound(_compare_one, **dots), nogil=True, error_model="numpy")
