@@ -2,6 +2,7 @@ from . import jobs as jobs
 from .capture.finger import read_minutiae as read_minutiae
 from .capture.finger import write_minutiae as write_minutiae
 from .config import CaptureConfig as CaptureConfig
+from .config import ClusterConfig as ClusterConfig
 from .config import Config as Config
 from .config import FaceConfig as FaceConfig
 from .config import FingerConfig as FingerConfig

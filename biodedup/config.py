@@ -293,6 +293,35 @@ class GalleryConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """A register on several machines: `Engine.open("postgresql://user@host/database?gallery=register", Config(cluster=ClusterConfig(...)))`."""
+
+    segments: str
+    """Where the sealed segments are, for all machines: `file:///folder` (such as NFS) or `s3://bucket/folder`."""
+    cache: Path | None = None
+    """Folder of this machine's copies of the segments; several front-ends may share it. None: a temporary folder, removed at the end."""
+    cache_bytes_max: int = 1 << 40
+    """Greatest size of these copies, in bytes. A front-end searches its own copies: all segments have to fit."""
+    deadline_ms: int = 10_000
+    """For how long a front-end waits to connect to PostgreSQL, and for the other front-ends' commits, before it raises a RetryableError."""
+    transaction_ms_max: int = 60_000
+    """After which time without a statement PostgreSQL ends a front-end's transaction, so that a stopped process holds nobody up. Sealing
+    writes a segment within a transaction: allow for it."""
+    poll_ms: int = 100
+    """How often a front-end reads what the others committed. Its own commits always do."""
+    stale_ms_max: int = 5_000
+    """After which time without news from PostgreSQL a search raises a RetryableError, as it may miss people enrolled meanwhile."""
+    garbage_grace_s: float = 86_400.0
+    """For how long the segment store keeps files that no manifest names any more. Longer than any search, merge or start takes."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_text(self, "segments")
+        _check(self, 1, inf, "cache_bytes_max", "deadline_ms", "transaction_ms_max", "poll_ms", "stale_ms_max")
+        _check(self, 0, inf, "garbage_grace_s")
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings. See each class for its fields."""
 
@@ -312,6 +341,8 @@ class Config:
     """None: captures are decoded in this process, within the limits of `capture`. Otherwise they are decoded in `threads` worker processes
     with limits of their own, as jobs and the command line do. A program that sets it guards its main module by
     `if __name__ == "__main__"`."""
+    cluster: ClusterConfig | None = None
+    """Of a register in PostgreSQL. None: a gallery in a folder. It is not stored with the gallery."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -340,9 +371,11 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready copy with the policy stated, as the gallery stores it."""
-        return asdict(
+        stored = asdict(
             self.with_policy(), dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items}
         )
+        del stored["cluster"]  # where a front-end finds the gallery, not what the gallery is
+        return stored
 
 
 def _check(settings: object, minimum: float, maximum: float, *names: str) -> None:

@@ -11,7 +11,7 @@ from biodedup.embed.extractor import Extractor
 from biodedup.engine.engine import Engine
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.search import BatchedSearch
-from biodedup.gallery.catalogue.sqlite import Catalogue
+from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.files.filesystem import Lock
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.maintenance import Maintenance

@@ -179,6 +179,8 @@ class Engine:
     ) -> Engine:
         """Opens the gallery in a folder, and creates it if the folder is absent or empty.
 
+        path: the folder; or the URL of a register on several machines, `postgresql://user@host/database?gallery=NAME`, with
+        `Config.cluster`. There, any number of processes may write, and `read_only` needs a register that is there.
         A gallery keeps the policy that it was created with until `set_policy` stores another one. A given config.policy must equal the
         stored one. override_policy: decide by config.policy in this process alone, and store nothing.
         storage, clock, new_id: the disk, the time in seconds, and new identifiers, for tests to replace. A time before that of the newest
@@ -188,15 +190,8 @@ class Engine:
         config = config or Config()
         for spec in parse_specs(config.gallery.index or {}).values():
             refuse_unknown(spec)
-        gallery = Gallery.open(
-            Path(path),
-            storage=storage or LocalStorage(),
-            config=config.gallery,
-            settings=config.to_dict(),
-            gallery_id=new_id(),
-            read_only=read_only,
-            limits=IndexLimits(config.threads, config.search.miss_risk),
-        )
+        opened = _opened_register if _is_register(path) else _opened_folder
+        gallery = opened(str(path), config, storage or LocalStorage(), new_id(), read_only)
         try:
             return cls(gallery, config, clock, new_id, override_policy)
         except BaseException:
@@ -755,7 +750,8 @@ class Engine:
     def problems(self) -> list[str]:
         """The faults that a full check of the stored data finds; empty if it is sound."""
         self._check_open()
-        return [str(problem) for problem in inspect(self._gallery.storage, self._gallery.folder)]
+        own = self._gallery.problems()
+        return own if own is not None else [str(p) for p in inspect(self._gallery.storage, self._gallery.folder)]
 
     def notes(self, now: float) -> list[str]:
         """Oddities that are no damage: ids that look alike, decisions dated by a clock that was set back. now: the time in seconds."""
@@ -793,6 +789,43 @@ def compare(a: Template, b: Template) -> Score:
     Raises ModelMismatch for templates of two models, InvalidInput for a face against a finger and for an unsound record.
     """
     return shipped_pair_comparer().score(a, b)
+
+
+def _is_register(path: str | Path) -> bool:
+    return isinstance(path, str) and path.startswith(("postgresql://", "postgres://"))
+
+
+def _opened_folder(path: str, config: Config, storage: Storage, gallery_id: str, read_only: bool) -> Gallery:
+    if config.cluster is not None:
+        raise InvalidInput(
+            "config.cluster is of a register in PostgreSQL, and a folder was named; leave it out, or write postgresql://..."
+        )
+    return Gallery.open(
+        Path(path),
+        storage=storage,
+        config=config.gallery,
+        settings=config.to_dict(),
+        gallery_id=gallery_id,
+        read_only=read_only,
+        limits=IndexLimits(config.threads, config.search.miss_risk),
+    )
+
+
+def _opened_register(path: str, config: Config, storage: Storage, gallery_id: str, read_only: bool) -> Gallery:
+    try:
+        from biodedup.cluster.opening import open_register  # a gallery in a folder needs no psycopg
+    except ImportError as error:
+        raise InvalidInput(f"a register in PostgreSQL needs {error.name}; pip install 'biodedup[cluster]'") from error
+    return open_register(
+        path,
+        config.cluster,
+        storage=storage,
+        config=config.gallery,
+        settings=config.to_dict(),
+        gallery_id=gallery_id,
+        read_only=read_only,
+        limits=IndexLimits(config.threads, config.search.miss_risk),
+    )
 
 
 def _encounter(item: object) -> Encounter:

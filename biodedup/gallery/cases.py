@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 
 from biodedup.errors import EncounterConflict, GalleryDamaged, InvalidInput
 from biodedup.gallery.answers import AnswerOf, StoredDecision, answered_before, from_json, parsed
-from biodedup.gallery.catalogue.sqlite import Catalogue
+from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.values import Candidate, Case, Decision, Encounter, Refusal, Ruling, Verdict, strong
 

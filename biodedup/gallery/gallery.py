@@ -19,7 +19,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,8 @@ from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.cases import read_case, standing
-from biodedup.gallery.catalogue.sqlite import (
-    Catalogue,
-    State,
-)
+from biodedup.gallery.catalogue.protocol import Catalogue
+from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage
@@ -137,6 +135,10 @@ class Gallery:
         """A gallery that is there, while another process may write it. Raises as `open`."""
         return cls.open(folder, storage=storage, config=config, settings={}, gallery_id="", read_only=True)
 
+    def problems(self) -> list[str] | None:
+        """What a gallery that is no folder finds wrong with itself; None for a folder, which care/verify.py inspects."""
+        return None
+
     def close(self) -> None:
         """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time. Files are released at once:
         a snapshot that is still held raises EngineClosed when it is next read. In a child of a fork it does nothing."""
@@ -211,6 +213,7 @@ class Gallery:
         with self._reading():
             if self.read_only:
                 self._see(read(self._catalogue, self.storage, self.folder))
+            assert isinstance(self._catalogue, SqliteCatalogue), "only a gallery in a folder has a database file"
             self._catalogue.copy_to(copy)
             return self._published
 
@@ -243,27 +246,23 @@ class Gallery:
         with self.lock:
             if self._broken:
                 self._recover()
-            before, tail, tail_count = self._published, self._tail, self._tail.count
-            transaction = Transaction(
-                self._catalogue, self.storage, self._segments, self.gallery_id, self._state, before, tail
-            )
+            transaction = None
             try:
                 with translated("writing"):
                     self._catalogue.begin()
-                    self._refuse_other_writer()
+                    self._meet_other_writers()
+                    transaction = self._staged()
                     yield transaction
                     changed, state = transaction.changed, transaction.state  # once durable, nothing is called unguarded
                     if changed:
+                        self._make_files_durable(transaction)
                         self._catalogue.set_state(state)
                         self._catalogue.commit()
                     else:
                         self._catalogue.rollback()
             except BaseException:
-                if not self._is_durable(transaction):
-                    tail.truncate(tail_count)
-                    if not self._broken:
-                        for number in transaction.new_segments:
-                            self._remove_files(number)
+                if transaction is None or not self._is_durable(transaction):
+                    self._undo(transaction)
                     raise
             if changed:
                 try:
@@ -275,7 +274,26 @@ class Gallery:
                     raise
             self._wipe_if_erased()
 
-    def _refuse_other_writer(self) -> None:
+    def _staged(self) -> Transaction:
+        before, tail = self._published, self._tail
+        return Transaction(self._catalogue, self.storage, self._segments, self.gallery_id, self._state, before, tail)
+
+    def _undo(self, transaction: Transaction | None) -> None:
+        """Forgets a transaction that was not committed. None: it failed before anything was staged."""
+        if transaction is None:
+            try:
+                self._catalogue.rollback()
+            except (sqlite3.Error, MemoryError):
+                self._broken = True
+        self._tail.truncate(self._published.parts[-1].count)
+        if transaction is not None and not self._broken:
+            for number in transaction.new_segments:
+                self._remove_files(number)
+
+    def _make_files_durable(self, transaction: Transaction) -> None:
+        """Before the commit that names them. Files in the gallery's folder are durable when they are written."""
+
+    def _meet_other_writers(self) -> None:
         """Inside a transaction, which no other process can enter. Raises GalleryBusy."""
         found = self._catalogue.state()
         if found.commit_id != self._state.commit_id or found.commits != self._state.commits:
@@ -339,7 +357,8 @@ class Gallery:
         StorageUnavailable while the disk still fails."""
         with translated("connecting again after a failure"):
             self._catalogue.close()
-            self._catalogue = Catalogue(self.storage.connect(self.folder / DATABASE_NAME, read_only=self.read_only))
+            database = self.folder / DATABASE_NAME
+            self._catalogue = SqliteCatalogue(self.storage.connect(database, read_only=self.read_only))
         mine = self._state
         self._load()
         ours = [state.commit_id for state in (mine, self._uncertain) if state is not None]
@@ -390,6 +409,10 @@ class Gallery:
         self._remove_files(entry.number)
 
     # sealing and merging ----------------------------------------------------------------------------------------
+
+    def maintaining(self) -> AbstractContextManager[None]:
+        """Held while segments are sealed in the background, merged or indexed. One process writes a folder, so that nothing is to be done."""
+        return nullcontext()
 
     def maintain(self) -> None:
         """Seals a full tail and merges what is due, now."""

@@ -14,17 +14,14 @@ import numpy as np
 
 from biodedup.errors import BiodedupError, GalleryDamaged
 from biodedup.gallery.cases import judged_before
-from biodedup.gallery.catalogue.sqlite import (
-    Catalogue,
-    ColumnModel,
-    State,
-    paired,
-)
+from biodedup.gallery.catalogue.protocol import Catalogue
+from biodedup.gallery.catalogue.sqlite import ColumnModel, State, paired
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
 from biodedup.gallery.files.names import SEGMENT_FOLDER
 from biodedup.gallery.files.packed import hashes, pack_text
 from biodedup.gallery.policies import PolicyVersion
+from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.gallery.segments.part import Int64, Part
 from biodedup.gallery.segments.reader import Segment, open_segment
 from biodedup.gallery.segments.tail import Tail, TailPart
@@ -56,10 +53,11 @@ def load(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
         raise never_written(folder, error) from (None if isinstance(error, MemoryError) else error)
 
 
-def read(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
-    """As `load`, inside the caller's reading transaction."""
+def read(catalogue: Catalogue, storage: Storage, folder: Path, opened: Sequence[Segment] = ()) -> LoadedGallery:
+    """As `load`, inside the caller's transaction. opened: segments that are open already, and are not opened again."""
     state, models = catalogue.state(), catalogue.models()
-    segments = [open_segment(storage, folder / SEGMENT_FOLDER, entry) for entry in catalogue.segments()]
+    known = {segment.entry.number: segment for segment in opened}
+    segments = [_open(storage, folder, entry, known.get(entry.number)) for entry in catalogue.segments()]
     tail = Tail(segments[-1].end_row if segments else 0)
     _fill(tail, models, catalogue, folder)
     tail.mark_again(_again(tail, segments))
@@ -95,6 +93,12 @@ def read(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
     if not catalogue.has_encounters():  # and no writer has opened it
         snapshot = replace(snapshot, different=paired(judged_before(catalogue.verdicts(), snapshot)))
     return LoadedGallery(catalogue.meta()["gallery_id"], state, snapshot, tail, tuple(catalogue.policies()))
+
+
+def _open(storage: Storage, folder: Path, entry: SegmentEntry, known: Segment | None) -> Segment:
+    if known is not None and known.entry == entry:
+        return known
+    return open_segment(storage, folder / SEGMENT_FOLDER, entry)
 
 
 def _fill(tail: Tail, models: Mapping[str, ColumnModel], catalogue: Catalogue, folder: Path) -> None:

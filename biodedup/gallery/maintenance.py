@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
-from biodedup.errors import BiodedupError, InvalidInput
+from biodedup.errors import BiodedupError, GalleryBusy, InvalidInput
 from biodedup.gallery.files.index_codec import MATED_SIMILARITY, FaissCodec
 from biodedup.gallery.indexing import Indexed, Indexing
 from biodedup.gallery.segments.compaction import due, grouped
@@ -42,6 +43,8 @@ class Maintained(Indexed, Protocol):
 
     def seal(self) -> None: ...
 
+    def maintaining(self) -> AbstractContextManager[None]: ...
+
     def write_parts(
         self, parts: Sequence[Rows], keeps: Sequence[NDArray[np.bool_] | None], go_on: Callable[[], bool]
     ) -> SegmentEntry: ...
@@ -63,7 +66,7 @@ class Maintenance:
 
     def run(self) -> None:
         """Seals a full tail and merges what is due, now."""
-        with self._merging:
+        with self._merging, self._gallery.maintaining():
             if self._tail_is_full():
                 self._gallery.seal()
             while not self._gallery.is_broken and (segments := self._run_due()):
@@ -72,7 +75,7 @@ class Maintenance:
 
     def compact(self) -> None:
         """Merges segments into as few as their largest size allows, and writes those anew that hold removed rows."""
-        with self._merging:
+        with self._merging, self._gallery.maintaining():
             snapshot = self._gallery.snapshot()
             segments = snapshot.segments
             for run in grouped([segment.count for segment in segments], self._config.segment_rows):
@@ -87,7 +90,7 @@ class Maintenance:
 
         Raises InvalidInput, StorageUnavailable. Stopped in between, it goes on with the next call, or in the background.
         """
-        with self._merging:
+        with self._merging, self._gallery.maintaining():
             settings = replace(self._gallery.snapshot().indexing, specs=specs)
             codecs = []
             for column, model in self._gallery.snapshot().models.items():
@@ -159,6 +162,8 @@ class Maintenance:
                 self.run()
             except Abandoned:
                 return
+            except GalleryBusy as error:
+                _log.debug("sealing or merging is left to another process: %s", error)
             except (BiodedupError, MemoryError) as error:
                 # the journal still holds what could not be sealed; the next commit tries again
                 _log.warning("sealing or merging was put off: %s", error)

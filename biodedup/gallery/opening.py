@@ -13,7 +13,7 @@ from biodedup.gallery.catalogue.sqlite import (
     APPLICATION_ID,
     FORMAT_VERSION,
     READABLE,
-    Catalogue,
+    SqliteCatalogue,
 )
 from biodedup.gallery.catalogue.upgrade import OLD_FORMAT, upgrade
 from biodedup.gallery.files.filesystem import Lock, Storage
@@ -55,14 +55,16 @@ def prepare_folder(storage: Storage, folder: Path, *, read_only: bool) -> Lock |
     return storage.lock(folder / LOCK_NAME)
 
 
-def open_catalogue(storage: Storage, folder: Path, *, read_only: bool, gallery_id: str, settings: str) -> Catalogue:
+def open_catalogue(
+    storage: Storage, folder: Path, *, read_only: bool, gallery_id: str, settings: str
+) -> SqliteCatalogue:
     """Connects to the database; a writer creates it where it is absent, and brings its tables up to date. gallery_id, settings (JSON):
     stored with a new gallery."""
     if DATABASE_NAME not in (storage.list_names(folder) or ()):
         _create(storage, folder, gallery_id, settings)
     elif not read_only:
         _upgrade(storage, folder)
-    catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
+    catalogue = SqliteCatalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
     try:
         check_format(storage, catalogue, folder)
         if not read_only and not catalogue.is_current():
@@ -80,7 +82,7 @@ def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> N
     storage.make_folder(folder / SEGMENT_FOLDER)
     storage.remove(folder / NEW_NAME)
     storage.remove(folder / f"{NEW_NAME}-journal")
-    catalogue = Catalogue(storage.connect(folder / NEW_NAME, read_only=False))
+    catalogue = SqliteCatalogue(storage.connect(folder / NEW_NAME, read_only=False))
     try:
         catalogue.begin()
         catalogue.create(gallery_id, settings)
@@ -96,7 +98,7 @@ def _upgrade(storage: Storage, folder: Path) -> None:
     """Turns a gallery of the old format into one of this; leaves every other alone."""
     old = storage.connect(folder / DATABASE_NAME, read_only=True)
     try:
-        if Catalogue(old).identify()[:2] != (APPLICATION_ID, OLD_FORMAT):
+        if SqliteCatalogue(old).identify()[:2] != (APPLICATION_ID, OLD_FORMAT):
             return
         storage.make_folder(folder / SEGMENT_FOLDER)
         storage.remove(folder / NEW_NAME)
@@ -113,7 +115,7 @@ def _upgrade(storage: Storage, folder: Path) -> None:
     storage.remove(folder / f"{NEW_NAME}-journal")
 
 
-def _format_stored(catalogue: Catalogue) -> str | None:
+def _format_stored(catalogue: SqliteCatalogue) -> str | None:
     """What the settings say the format is; None where they are damaged, or another program's."""
     if not catalogue.has_own("meta"):
         return None
@@ -123,7 +125,7 @@ def _format_stored(catalogue: Catalogue) -> str | None:
         return None
 
 
-def check_format(storage: Storage, catalogue: Catalogue, folder: Path) -> None:
+def check_format(storage: Storage, catalogue: SqliteCatalogue, folder: Path) -> None:
     """Raises NotAGallery for another program's database or another version's, GalleryDamaged for one that was lost."""
     name = folder / DATABASE_NAME
     with_segments = storage.list_names(folder / SEGMENT_FOLDER) is not None

@@ -29,7 +29,8 @@ from biodedup.gallery.cases import (
     resembled,
     standing,
 )
-from biodedup.gallery.catalogue.sqlite import Catalogue, ColumnModel, State, paired
+from biodedup.gallery.catalogue.protocol import Catalogue
+from biodedup.gallery.catalogue.sqlite import ColumnModel, State, paired
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.files.packed import pack_text

@@ -15,7 +15,7 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.lookalikes import key_of
-from biodedup.gallery.catalogue.sqlite import Catalogue
+from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.transaction import Transaction
 from biodedup.testing import internals
@@ -149,7 +149,7 @@ def test_a_lack_of_memory_anywhere_acknowledges_nothing_and_leaves_the_engine_us
 
 
 def test_nothing_that_may_fail_is_called_between_a_commit_and_its_adoption(tmp_path, monkeypatch):
-    committed, commit = [], Catalogue.commit
+    committed, commit = [], SqliteCatalogue.commit
     changed = Transaction.changed.fget
 
     def failing(self):
@@ -158,7 +158,7 @@ def test_nothing_that_may_fail_is_called_between_a_commit_and_its_adoption(tmp_p
         return changed(self)
 
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
-        monkeypatch.setattr(Catalogue, "commit", lambda self: (commit(self), committed.append(1)))
+        monkeypatch.setattr(SqliteCatalogue, "commit", lambda self: (commit(self), committed.append(1)))
         monkeypatch.setattr(Transaction, "changed", property(failing))
         assert engine.enroll(bd.Encounter("a", templates={"face": FACES[0]})).outcome == "unique"
         committed.clear()

@@ -12,7 +12,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.gallery.catalogue.sqlite import _checksum
+from biodedup.gallery.catalogue.sqlite import row_checksum
 from tests.support import GOLDEN
 from tests.support.galleries import PEOPLE, enroll, small
 from tests.support.vectors import again, people
@@ -130,7 +130,7 @@ def older(folder: Path, format_: int, policy: dict[str, object]) -> Path:
         text = json.dumps(json.loads(config) | {"policy": policy})
         database.execute("UPDATE meta SET value = ? WHERE key = 'config'", (text,))
         if format_ > 1:
-            database.execute("UPDATE meta SET checksum = ? WHERE key = 'config'", (_checksum(("config", text)),))
+            database.execute("UPDATE meta SET checksum = ? WHERE key = 'config'", (row_checksum(("config", text)),))
     database.close()
     return folder
 

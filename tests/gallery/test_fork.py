@@ -316,9 +316,9 @@ def test_two_writers_never_overwrite_or_remove_each_others_segments(tmp_path):
 
 def spoil(folder: Path, **counters: object) -> None:
     """As a writer with stale counters leaves the state."""
-    from biodedup.gallery.catalogue.sqlite import Catalogue
+    from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
 
-    catalogue = Catalogue(LocalStorage().connect(folder / "gallery.sqlite3", read_only=False))
+    catalogue = SqliteCatalogue(LocalStorage().connect(folder / "gallery.sqlite3", read_only=False))
     state = vars(catalogue.state()) | counters
     catalogue.begin()
     catalogue.set_state(type(catalogue.state())(**state))

@@ -74,7 +74,7 @@ def name_anew(gallery: Path, file: str, digest: str) -> None:
 def change(database: sqlite3.Connection, table: str, key: str, value: object, row: list[Any]) -> None:
     marks = ",".join("?" * (len(row) + 1))
     database.execute(f"DELETE FROM {table} WHERE {key} IS ?", (value,))
-    database.execute(f"INSERT INTO {table} VALUES ({marks})", (*row, catalogue._checksum(row)))
+    database.execute(f"INSERT INTO {table} VALUES ({marks})", (*row, catalogue.row_checksum(row)))
     database.commit()
 
 
@@ -140,11 +140,11 @@ def spoil_json(value: Any, chance: random.Random) -> str:
 
 def spoil_table(gallery: Path, chance: random.Random) -> str:
     with closing(sqlite3.connect(gallery / "gallery.sqlite3")) as database:
-        tables = [t for t in catalogue._COLUMNS_OF if database.execute(f"SELECT count(*) FROM {t}").fetchone()[0]]
+        tables = [t for t in catalogue.COLUMNS_OF if database.execute(f"SELECT count(*) FROM {t}").fetchone()[0]]
         table = chance.choice(tables)
         rows = database.execute(f"SELECT * FROM {table}").fetchall()
         *row, _ = chance.choice(rows)
-        key = catalogue._COLUMNS_OF[table].split()[0]
+        key = catalogue.COLUMNS_OF[table].split()[0]
         before, at = row[0], chance.randrange(len(row))
         value: Any = chance.choice([*(n for n in NASTY if abs(n) < 1 << 63), None, "", "x", b"", b"\xff" * 9, 1.5])
         if isinstance(row[at], str) and row[at].startswith(("{", "[")) and chance.random() < 0.8:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from biodedup.gallery.answers import StoredDecision
-from biodedup.gallery.catalogue.sqlite import Catalogue, JournalCell, State
+from biodedup.gallery.catalogue.sqlite import JournalCell, SqliteCatalogue, State
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import Storage
@@ -61,7 +61,7 @@ def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Re
             entries.append(write_segment(storage, segments, number, content.gallery_id, [part], [None]))
             done += part.count
             report(done)
-        with closing(Catalogue(storage.connect(folder / DATABASE_NAME, read_only=False))) as catalogue:
+        with closing(SqliteCatalogue(storage.connect(folder / DATABASE_NAME, read_only=False))) as catalogue:
             catalogue.begin()
             catalogue.lay_tables(content.gallery_id, content.settings)
             catalogue.set_index(content.index)
@@ -78,7 +78,7 @@ def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Re
     report(done + content.journal.count)
 
 
-def _write_journal(catalogue: Catalogue, part: Rows, version: int) -> None:
+def _write_journal(catalogue: SqliteCatalogue, part: Rows, version: int) -> None:
     """Journal rows have no gaps: a row that was removed is there without an id, a template or a group, and is a tombstone."""
     following = part.first_row
     for low in range(0, part.count, PIECE_ROWS):
@@ -112,7 +112,7 @@ def _write_journal(catalogue: Catalogue, part: Rows, version: int) -> None:
             catalogue.add_answer(encounter_id, StoredDecision.read(digest, zlib.decompress(data).decode()))
 
 
-def _bury(catalogue: Catalogue, rows: Iterable[int], version: int) -> None:
+def _bury(catalogue: SqliteCatalogue, rows: Iterable[int], version: int) -> None:
     for row in rows:
         catalogue.add_subjects([(row, "", "", 0)])
         catalogue.add_tombstone(row, version)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import CallerError, GalleryDamaged, NotAGallery
 from biodedup.gallery.catalogue.counters import CounterSources, recomputed
-from biodedup.gallery.catalogue.sqlite import Catalogue, State
+from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
 from biodedup.gallery.files.faults import translated
@@ -108,13 +108,13 @@ def _inspected(storage: Storage, folder: Path) -> list[Problem]:
 
 
 @contextmanager
-def connected(storage: Storage, folder: Path, *, read_only: bool = True) -> Iterator[Catalogue]:
+def connected(storage: Storage, folder: Path, *, read_only: bool = True) -> Iterator[SqliteCatalogue]:
     with translated(f"reading {folder}"):
         if DATABASE_NAME not in (storage.list_names(folder) or ()):
             if storage.list_names(folder / SEGMENT_FOLDER):
                 raise GalleryDamaged(f"{folder} holds segments and no {DATABASE_NAME}; restore it from a backup")
             raise NotAGallery(f"{folder} holds no gallery")
-        catalogue = Catalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
+        catalogue = SqliteCatalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
         try:
             check_format(storage, catalogue, folder)
             yield catalogue
@@ -123,7 +123,7 @@ def connected(storage: Storage, folder: Path, *, read_only: bool = True) -> Iter
 
 
 def read_manifest(
-    storage: Storage, folder: Path, catalogue: Catalogue, copy: sqlite3.Connection | None = None
+    storage: Storage, folder: Path, catalogue: SqliteCatalogue, copy: sqlite3.Connection | None = None
 ) -> Manifest:
     """copy: gets the database as of the same version."""
     catalogue.begin_reading()  # while this lasts no writer can retire a file that is not open here yet
@@ -234,7 +234,7 @@ def _twice(manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def read_counters(catalogue: Catalogue) -> State | None:
+def read_counters(catalogue: SqliteCatalogue) -> State | None:
     """None where they are lost or damaged."""
     try:
         return catalogue.state()
@@ -242,7 +242,7 @@ def read_counters(catalogue: Catalogue) -> State | None:
         return None
 
 
-def read_counter_sources(catalogue: Catalogue, entries: Sequence[SegmentEntry]) -> CounterSources:
+def read_counter_sources(catalogue: SqliteCatalogue, entries: Sequence[SegmentEntry]) -> CounterSources:
     changes = len(catalogue.answers()) + len(catalogue.job_steps()) + sum(1 for _ in catalogue.verdicts())
     return CounterSources(entries, [row for row, *_ in catalogue.subjects()], catalogue.removal_versions(), changes)
 

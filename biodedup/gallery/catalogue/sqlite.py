@@ -1,6 +1,7 @@
-"""The SQLite database of a gallery: the manifest, which names the valid segments, and the journal, which holds rows not sealed yet.
+"""The database of a gallery: the manifest, which names the valid segments, and the journal, which holds rows not sealed yet.
 
-Owns the schema and every SQL statement. Never decides, never searches, never caches. Callers hold the gallery's lock.
+Owns the tables, the checksums of their rows, and their form in SQLite. Never decides, never searches, never caches. Callers hold the gallery's
+lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteCatalogue` holds every statement that only SQLite understands.
 
 | table | a row is |
 |---|---|
@@ -30,6 +31,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +54,7 @@ READABLE = (2, 3, 4, 5)
 """Formats that are read as they are. 2 to 4: segments keep vectors in other ways, until they are merged. 3: a subject has one row, and the
 templates of open cases lie in `held`. A writer brings the tables up to date; what older releases wrote they can read no more."""
 
-_COLUMNS_OF = {
+COLUMNS_OF = {
     "meta": "key TEXT PRIMARY KEY, value TEXT",
     "model": "column_index INTEGER PRIMARY KEY, model_id TEXT, dimension INTEGER",
     "group_set": "number INTEGER PRIMARY KEY, names TEXT",
@@ -84,15 +86,16 @@ _ADDED = {
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
-_RENEWED = set(_ADDED.values()) - {"encounters"}
-"""Settings that `Catalogue.renew` makes true; `encounters` comes with the rows of open cases (`Transaction.adopt_cases`)."""
+ADDED_SETTINGS = frozenset(_ADDED.values())
+_RENEWED = ADDED_SETTINGS - {"encounters"}
+"""Settings that `SqliteCatalogue.renew` makes true; `encounters` comes with the rows of open cases (`Transaction.adopt_cases`)."""
 
-_INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
+INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
 
-_REPLACED = ("meta", "review_case", "encounter")
+REPLACED = ("meta", "review_case", "encounter")
 """Tables of which a row may be put again; an encounter that was refused may be sent again."""
 
-_STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
+STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
 
 
 @dataclass(frozen=True)
@@ -129,35 +132,8 @@ class JournalCell:
     quality: float | None
 
 
-class Catalogue:
-    """The statements, over one connection."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-        self.erased = False
-        """Whether rows were deleted that the rollback journal may still hold. The gallery resets it."""
-
-    # transactions ---------------------------------------------------------------------------------------------
-
-    def begin(self) -> None:
-        self._connection.execute("BEGIN IMMEDIATE")
-
-    def begin_reading(self) -> None:
-        """From the first statement on, no writer can commit, until `rollback`."""
-        self._connection.execute("BEGIN")
-
-    def commit(self) -> None:
-        self._connection.execute("COMMIT")
-
-    def rollback(self) -> None:
-        if self._connection.in_transaction:
-            self._connection.execute("ROLLBACK")
-
-    def close(self) -> None:
-        self._connection.close()
-
-    def copy_to(self, target: sqlite3.Connection) -> None:
-        self._connection.backup(target)
+class CatalogueTables(ABC):
+    """What the rows of a gallery's tables mean, in any database."""
 
     # the gallery itself -----------------------------------------------------------------------------------------
 
@@ -167,64 +143,6 @@ class Catalogue:
         self.add_policy(PolicyVersion(1, from_settings(config)))
         self.set_index(asked_in(config))
         self.set_state(State())
-
-    def lay_tables(self, gallery_id: str, config: str) -> None:
-        """The schema, with nothing but the gallery's id and settings."""
-        for table in _COLUMNS_OF:
-            self._create(table)
-        self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-        self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
-        self.put("meta", [(name, "1") for name in sorted(set(_ADDED.values()))])
-
-    def is_current(self) -> bool:
-        """Whether `renew` has nothing to do."""
-        return self.identify()[1] == FORMAT_VERSION and _RENEWED <= self.meta().keys()
-
-    def renew(self) -> None:
-        """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
-        first, settings = self.policies(), self.meta()
-        for table, setting in _ADDED.items():
-            if setting not in settings and not self._exists(table):
-                self._create(table)
-                if table == "policy":
-                    self.add_policy(first[0])
-        self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        self.put("meta", [("format", str(FORMAT_VERSION)), *((setting, "1") for setting in sorted(_RENEWED))])
-
-    def _create(self, table: str) -> None:
-        for statement in _schema([table]).values():
-            self._connection.execute(statement)
-
-    def _exists(self, table: str) -> bool:
-        query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
-        return bool(self._connection.execute(query, (table,)).fetchone()[0])
-
-    def identify(self) -> tuple[int, int, int]:
-        """(application_id, user_version, number of tables): what kind of file this is."""
-        queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-        first, second, third = (int(self._connection.execute(query).fetchone()[0]) for query in queries)
-        return first, second, third
-
-    def check_schema(self) -> None:
-        """Called before any table is read. Raises GalleryDamaged where the database holds a trigger, a view or a table that this program
-        does not make: a trigger or a view would run another author's SQL."""
-        expected, found = _schema(_COLUMNS_OF), set()
-        for kind, name, table, sql in self._connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"):
-            if (kind, name, sql) == ("index", f"sqlite_autoindex_{table}_1", None) and ("table", table) in expected:
-                continue  # of a key that is a text
-            if sql is None or expected.get((kind, name)) != sql:
-                raise GalleryDamaged(
-                    f"the database holds a {kind} {name!r:.60} that is not as this program makes it; restore it from a backup"
-                )
-            found.add((kind, name))
-        if lacking := [name for kind, name in expected if (kind, name) not in found | set(_schema(_ADDED))]:
-            raise GalleryDamaged(f"table {lacking[0]} is lost; restore the database from a backup")
-
-    def has_own(self, table: str) -> bool:
-        """Whether a table is there as we make it."""
-        query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
-        return bool(self._connection.execute(query, (table,)).fetchone() == (_schema([table])["table", table],))
 
     def meta(self) -> dict[str, str]:
         return {key: value for key, value, *_ in self._all("meta")}
@@ -277,19 +195,15 @@ class Catalogue:
         self.put("group_set", [(number, json.dumps(sorted(names)))])
 
     def problems(self) -> list[str]:
-        """SQLite's own check of every page, the checksum of every row, and the rules that the journal keeps."""
-        problems = [text for (text,) in self._connection.execute("PRAGMA integrity_check(20)") if text != "ok"]
-        for table in _COLUMNS_OF:
-            try:
-                for _ in self._all(table):
-                    pass
-            except (GalleryDamaged, sqlite3.DatabaseError) as error:
-                problems.append(str(error))
+        """The database's own check, the checksum of every row, and the rules that the journal keeps."""
+        problems = self._database_problems()
+        for table in COLUMNS_OF:
+            problems += self._table_problems(table)
         if problems:
             return problems
         rows = {row for row, *_ in self._all("subject")}
         removed = {row for row, _ in self._all("tombstone")}
-        with_cells = {key // _STRIDE for key, *_ in self._all("cell")}
+        with_cells = {key // STRIDE for key, *_ in self._all("cell")}
         if orphans := len(with_cells - rows):
             problems.append(f"the journal holds templates of {orphans} rows without a subject")
         if bare := len(rows - with_cells - removed):
@@ -346,7 +260,7 @@ class Catalogue:
     def add_tombstone(self, row: int, version: int) -> None:
         """Removes a row; its templates are erased from the journal."""
         self.put("tombstone", [(row, version)])
-        self._delete("cell WHERE key BETWEEN ? AND ?", [(row * _STRIDE, row * _STRIDE + _STRIDE - 1)])
+        self._delete("cell WHERE key BETWEEN ? AND ?", [(row * STRIDE, row * STRIDE + STRIDE - 1)])
 
     def drop_tombstones(self, rows: Iterable[int]) -> None:
         self._delete("tombstone WHERE row = ?", ((row,) for row in rows))
@@ -364,22 +278,22 @@ class Catalogue:
     def cells(self) -> Iterator[JournalCell]:
         """By row."""
         for key, vector, minutiae, quality in self._all("cell", "key"):
-            yield JournalCell(key // _STRIDE, COLUMNS[key % _STRIDE], vector, minutiae, quality)
+            yield JournalCell(key // STRIDE, COLUMNS[key % STRIDE], vector, minutiae, quality)
 
     def add_cells(self, cells: Iterable[tuple[int, Template]]) -> None:
         """cells: (row, template)."""
-        self.put("cell", ((row * _STRIDE + COLUMNS.index(t.column), *_blobs(t)) for row, t in cells))
+        self.put("cell", ((row * STRIDE + COLUMNS.index(t.column), *_blobs(t)) for row, t in cells))
 
     def put_cells(self, cells: Iterable[JournalCell]) -> None:
         """As `cells` returned them."""
         self.put(
             "cell",
-            ((c.row * _STRIDE + COLUMNS.index(c.column), c.vector, c.minutiae, c.quality) for c in cells),
+            ((c.row * STRIDE + COLUMNS.index(c.column), c.vector, c.minutiae, c.quality) for c in cells),
         )
 
     def add_column(self, rows: Iterable[int], column: str, cells: Column) -> None:
         index = COLUMNS.index(column)
-        keys = (row * _STRIDE + index for row in rows)
+        keys = (row * STRIDE + index for row in rows)
         if isinstance(cells, np.ndarray):
             self.put("cell", ((key, vector.tobytes(), None, None) for key, vector in zip(keys, cells, strict=True)))
         else:
@@ -424,8 +338,8 @@ class Catalogue:
     def link(self, encounter_id: str, others: Iterable[str]) -> None:
         """The cases that a case has as candidates, instead of those before."""
         self._delete("link WHERE encounter_id = ?", [(encounter_id,)])
-        (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM link").fetchone()
-        self.put("link", ((number, encounter_id, other) for number, other in enumerate(others, last + 1)))
+        first = self._last_number("link") + 1
+        self.put("link", ((number, encounter_id, other) for number, other in enumerate(others, first)))
 
     def unlink(self, encounter_id: str) -> None:
         """A case that is closed is linked with none."""
@@ -436,13 +350,12 @@ class Catalogue:
         return paired((row, other) for _, row, other in self._all("judged", "number"))
 
     def add_judged(self, pairs: Iterable[tuple[int, int]]) -> None:
-        (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM judged").fetchone()
-        self.put("judged", ((number, row, other) for number, (row, other) in enumerate(pairs, last + 1)))
+        first = self._last_number("judged") + 1
+        self.put("judged", ((number, row, other) for number, (row, other) in enumerate(pairs, first)))
 
     def held_cases(self) -> list[str]:
         """The encounters whose templates are held, in the order of their ids."""
-        keys = self._connection.execute("SELECT key FROM held ORDER BY key")
-        return list(dict.fromkeys(key.rsplit("/", 1)[0] for (key,) in keys))
+        return list(dict.fromkeys(key.rsplit("/", 1)[0] for key in self._keys("held")))
 
     def held(self, encounter_id: str) -> dict[str, Template]:
         """column -> the template that is held."""
@@ -476,8 +389,7 @@ class Catalogue:
             yield Verdict(named, subject_id, candidate, ruling, KnownId(by), at, KnownId(note))
 
     def add_verdicts(self, verdicts: Iterable[Verdict]) -> None:
-        (last,) = self._connection.execute("SELECT coalesce(max(number), 0) FROM verdict").fetchone()
-        for number, v in enumerate(verdicts, last + 1):
+        for number, v in enumerate(verdicts, self._last_number("verdict") + 1):
             fields = (v.encounter_id, v.subject_id, v.candidate, v.ruling, v.by, float(v.at), v.note)
             self.put("verdict", [(number, *fields)])
 
@@ -486,18 +398,142 @@ class Catalogue:
         for table in ("subject", "cell", "encounter"):
             self._delete(table)
 
+    # what a database has to do ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def lay_tables(self, gallery_id: str, config: str) -> None:
+        """The schema, with nothing but the gallery's id and settings."""
+
+    @abstractmethod
+    def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
+
+    @abstractmethod
+    def _all(
+        self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
+    ) -> Iterator[tuple[Any, ...]]:
+        """Rows without their checksums. where: with a `?` for each of `which`. Raises GalleryDamaged."""
+
+    @abstractmethod
     def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
-        """The only way to delete rows: it marks the rollback journal to be wiped."""
-        self._connection.executemany(f"DELETE FROM {which}", values)
-        self.erased = True
+        """which: a table, and a condition with a `?` for each value."""
+
+    @abstractmethod
+    def _last_number(self, table: str) -> int:
+        """The greatest `number` of a table, 0 where it is empty."""
+
+    @abstractmethod
+    def _keys(self, table: str) -> list[str]:
+        """Every `key` of a table, ascending."""
+
+    @abstractmethod
+    def _database_problems(self) -> list[str]:
+        """What the database's own check finds."""
+
+    @abstractmethod
+    def _table_problems(self, table: str) -> list[str]:
+        """What reading every row of a table finds."""
+
+
+class SqliteCatalogue(CatalogueTables):
+    """The tables in SQLite, over one connection."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self.erased = False
+        """Whether rows were deleted that the rollback journal may still hold. The gallery resets it."""
+
+    # transactions ---------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def begin_reading(self) -> None:
+        """From the first statement on, no writer can commit, until `rollback`."""
+        self._connection.execute("BEGIN")
+
+    def commit(self) -> None:
+        self._connection.execute("COMMIT")
+
+    def rollback(self) -> None:
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def copy_to(self, target: sqlite3.Connection) -> None:
+        self._connection.backup(target)
+
+    # the schema -------------------------------------------------------------------------------------------------
+
+    def lay_tables(self, gallery_id: str, config: str) -> None:
+        """The schema, with nothing but the gallery's id and settings."""
+        for table in COLUMNS_OF:
+            self._create(table)
+        self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+        self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
+        self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS)])
+
+    def is_current(self) -> bool:
+        """Whether `renew` has nothing to do."""
+        return self.identify()[1] == FORMAT_VERSION and _RENEWED <= self.meta().keys()
+
+    def renew(self) -> None:
+        """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
+        first, settings = self.policies(), self.meta()
+        for table, setting in _ADDED.items():
+            if setting not in settings and not self._exists(table):
+                self._create(table)
+                if table == "policy":
+                    self.add_policy(first[0])
+        self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+        self.put("meta", [("format", str(FORMAT_VERSION)), *((setting, "1") for setting in sorted(_RENEWED))])
+
+    def _create(self, table: str) -> None:
+        for statement in _schema([table]).values():
+            self._connection.execute(statement)
+
+    def _exists(self, table: str) -> bool:
+        query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return bool(self._connection.execute(query, (table,)).fetchone()[0])
+
+    def identify(self) -> tuple[int, int, int]:
+        """(application_id, user_version, number of tables): what kind of file this is."""
+        queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+        first, second, third = (int(self._connection.execute(query).fetchone()[0]) for query in queries)
+        return first, second, third
+
+    def check_schema(self) -> None:
+        """Called before any table is read. Raises GalleryDamaged where the database holds a trigger, a view or a table that this program
+        does not make: a trigger or a view would run another author's SQL."""
+        expected, found = _schema(COLUMNS_OF), set()
+        for kind, name, table, sql in self._connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"):
+            if (kind, name, sql) == ("index", f"sqlite_autoindex_{table}_1", None) and ("table", table) in expected:
+                continue  # of a key that is a text
+            if sql is None or expected.get((kind, name)) != sql:
+                raise GalleryDamaged(
+                    f"the database holds a {kind} {name!r:.60} that is not as this program makes it; restore it from a backup"
+                )
+            found.add((kind, name))
+        if lacking := [name for kind, name in expected if (kind, name) not in found | set(_schema(_ADDED))]:
+            raise GalleryDamaged(f"table {lacking[0]} is lost; restore the database from a backup")
+
+    def has_own(self, table: str) -> bool:
+        """Whether a table is there as we make it."""
+        query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return bool(self._connection.execute(query, (table,)).fetchone() == (_schema([table])["table", table],))
 
     # rows with checksums ----------------------------------------------------------------------------------------
 
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
-        marks = ",".join("?" * (_COLUMNS_OF[table].count(",") + 2))
-        verb = "REPLACE" if table in _REPLACED else "INSERT"
-        self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", ((*row, _checksum(row)) for row in rows))
+        marks = ",".join("?" * (COLUMNS_OF[table].count(",") + 2))
+        verb = "REPLACE" if table in REPLACED else "INSERT"
+        self._connection.executemany(
+            f"{verb} INTO {table} VALUES ({marks})", ((*row, row_checksum(row)) for row in rows)
+        )
 
     def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
         """Every row of a table, without its checksum, in the order in which they were put. Raises GalleryDamaged."""
@@ -514,9 +550,31 @@ class Catalogue:
             f"SELECT * FROM {table}" + (f" WHERE {where}" if where else "") + (f" ORDER BY {order}" if order else "")
         )
         for *values, checksum in self._connection.execute(query, which):
-            if not _are_of(table, values) or _checksum(values) != checksum:
+            if not has_types_of(table, values) or row_checksum(values) != checksum:
                 raise GalleryDamaged(f"a row of table {table} is damaged; run `biodedup doctor`")
             yield tuple(values)
+
+    def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
+        """The only way to delete rows: it marks the rollback journal to be wiped."""
+        self._connection.executemany(f"DELETE FROM {which}", values)
+        self.erased = True
+
+    def _last_number(self, table: str) -> int:
+        return int(self._connection.execute(f"SELECT coalesce(max(number), 0) FROM {table}").fetchone()[0])
+
+    def _keys(self, table: str) -> list[str]:
+        return [key for (key,) in self._connection.execute(f"SELECT key FROM {table} ORDER BY key")]
+
+    def _database_problems(self) -> list[str]:
+        return [text for (text,) in self._connection.execute("PRAGMA integrity_check(20)") if text != "ok"]
+
+    def _table_problems(self, table: str) -> list[str]:
+        try:
+            for _ in self._all(table):
+                pass
+        except (GalleryDamaged, sqlite3.DatabaseError) as error:
+            return [str(error)]
+        return []
 
 
 def paired(
@@ -539,8 +597,8 @@ def _schema(tables: Iterable[str]) -> dict[tuple[str, str], str]:
     """(type, name) -> how it is made."""
     made = {}
     for table in tables:
-        made["table", table] = f"CREATE TABLE {table} ({_COLUMNS_OF[table]}, checksum INTEGER NOT NULL)"
-        for column in _INDEXED.get(table, ()):
+        made["table", table] = f"CREATE TABLE {table} ({COLUMNS_OF[table]}, checksum INTEGER NOT NULL)"
+        for column in INDEXED.get(table, ()):
             name = f"{table}_{column.removesuffix('_id')}"
             made["index", name] = f"CREATE INDEX {name} ON {table} ({column})"
     return made
@@ -550,17 +608,17 @@ _NULLABLE = {"dimension", "vector", "minutiae", "quality", "decision", "candidat
 _PYTHON_TYPES = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
 _TYPES_OF = {
     table: [(_PYTHON_TYPES[spec.split()[1]], spec.split()[0] in _NULLABLE) for spec in columns.split(", ")]
-    for table, columns in _COLUMNS_OF.items()
+    for table, columns in COLUMNS_OF.items()
 }
 
 
 def table_columns(table: str) -> list[tuple[str, type]]:
     """The name and the Python type of each column of a table, without its checksum."""
-    names = [spec.split()[0] for spec in _COLUMNS_OF[table].split(", ")]
+    names = [spec.split()[0] for spec in COLUMNS_OF[table].split(", ")]
     return [(name, kind) for name, (kind, _) in zip(names, _TYPES_OF[table], strict=True)]
 
 
-def _are_of(table: str, values: Sequence[Any]) -> bool:
+def has_types_of(table: str, values: Sequence[Any]) -> bool:
     """Whether values have the types of the table's columns, which SQLite does not enforce."""
     types = _TYPES_OF[table]
     return len(values) == len(types) and all(
@@ -569,7 +627,7 @@ def _are_of(table: str, values: Sequence[Any]) -> bool:
     )
 
 
-def _checksum(values: Sequence[Any]) -> int:
+def row_checksum(values: Sequence[Any]) -> int:
     """XXH3 of the values with their types and lengths, as SQLite's signed integer."""
     parts = []
     for value in values:

@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 
 from biodedup.errors import GalleryDamaged
-from biodedup.gallery.catalogue.sqlite import Catalogue, State
+from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files.filesystem import Storage
 
 OLD_FORMAT = 1
@@ -24,7 +24,7 @@ def upgrade(storage: Storage, old: sqlite3.Connection, new_path: Path) -> None:
             "the database holds views or triggers, which this program never makes; restore it from a backup"
         )
     meta = dict(old.execute("SELECT key, value FROM meta"))
-    catalogue = Catalogue(storage.connect(new_path, read_only=False))
+    catalogue = SqliteCatalogue(storage.connect(new_path, read_only=False))
     try:
         catalogue.begin()
         catalogue.create(meta["gallery_id"], meta["config"])

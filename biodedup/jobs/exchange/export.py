@@ -26,7 +26,7 @@ from biodedup.config import Config
 from biodedup.described import Described
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import StoredDecision, inflated, parsed
-from biodedup.gallery.catalogue.sqlite import Catalogue
+from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
@@ -94,13 +94,13 @@ def export_gallery(
 
 
 @contextmanager
-def _database(gallery: Gallery, storage: Storage, folder: Path) -> Iterator[tuple[Snapshot, Catalogue]]:
+def _database(gallery: Gallery, storage: Storage, folder: Path) -> Iterator[tuple[Snapshot, SqliteCatalogue]]:
     """The newest snapshot, and a copy of the database of the same moment; a writer waits only while it is copied."""
     path = folder / _COPY_NAME
     try:
         with closing(storage.connect(path, read_only=False)) as copy:
             snapshot = gallery.copied_to(copy)
-            catalogue = Catalogue(copy)
+            catalogue = SqliteCatalogue(copy)
             if not (catalogue.is_current() and catalogue.has_encounters()):
                 raise InvalidInput(
                     f"{gallery.folder} is of an older format; open it for writing once, as `biodedup compact` does, then export it"
@@ -111,7 +111,9 @@ def _database(gallery: Gallery, storage: Storage, folder: Path) -> Iterator[tupl
         storage.remove(path.with_name(f"{_COPY_NAME}-journal"))
 
 
-def _write_tables(catalogue: Catalogue, snapshot: Snapshot, gallery_id: str, folder: Path, progress: Progress) -> About:
+def _write_tables(
+    catalogue: SqliteCatalogue, snapshot: Snapshot, gallery_id: str, folder: Path, progress: Progress
+) -> About:
     for table, name in FILE_OF.items():
         schema, rows = table_schema(table), catalogue.rows_of(table)
         with new_table(folder / name, schema) as writer:

@@ -1,0 +1,1 @@
+"""A register on several machines: a PostgreSQL catalogue and segments on a shared file system, under the same `Engine`."""

@@ -1,0 +1,142 @@
+"""The local copies of a register's segments: a folder that holds what the manifest names, up to a size.
+
+Owns which copies are there, their verification, and which make room for others. Never writes to the store.
+
+1. A copy is used once every checksum in it agrees and its digest is the manifest's.
+2. Several processes may share a folder: a copy gets its name when it is whole, and a process that finds a copy gone fetches it again.
+3. Copies that are mapped stay readable after they were removed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from biodedup.cluster.store import SegmentStore, stored_name
+from biodedup.errors import GalleryDamaged, StorageUnavailable
+from biodedup.gallery.files.column_file import open_column_file
+from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.names import NEW_SUFFIX
+from biodedup.gallery.segments.layout import SegmentEntry, file_name, number_of
+
+_FRESH_S = 3600.0  # a file that no manifest names may be one that another process is about to commit
+
+
+class Copy(NamedTuple):
+    """A file of a segment: its local name, its digest, and its name in the store."""
+
+    name: str
+    digest: str
+    stored: str
+
+
+class SegmentCache:
+    """bytes_max: of all copies together. Thread-safe."""
+
+    def __init__(self, storage: Storage, folder: Path, store: SegmentStore, bytes_max: int) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._store = store
+        self._bytes_max = bytes_max
+        self._verified: set[tuple[str, str]] = set()
+        self._fetching = threading.Lock()
+
+    def absent(self, entries: Iterable[SegmentEntry]) -> list[Copy]:
+        """The files of these segments that have no sound copy here."""
+        return [copy for copy in copies_of(entries) if not self._is_there(copy)]
+
+    def keep(self, copies: Iterable[Copy]) -> None:
+        """These were written here, and are sound."""
+        self._verified.update((copy.name, copy.digest) for copy in copies)
+
+    def fetch(self, entries: Sequence[SegmentEntry]) -> None:
+        """Downloads what is absent. Raises StorageUnavailable where the folder is too small for all these segments, GalleryDamaged where
+        the store's file is not the manifest's."""
+        with self._fetching:
+            absent = self.absent(entries)
+            if absent:
+                self._make_room(absent, {copy.name for copy in copies_of(entries)})
+            for copy in absent:
+                self._fetch(copy)
+
+    def _fetch(self, copy: Copy) -> None:
+        target = self._folder / copy.name
+        new = target.with_name(f"{target.name}.{os.getpid()}{NEW_SUFFIX}")
+        try:
+            self._store.download(copy.stored, new)
+            file = open_column_file(self._storage, new)
+            try:
+                problems = (
+                    file.problems() if file.digest == copy.digest else ["it is another file than the manifest names"]
+                )
+            finally:
+                file.close()
+            if problems:
+                raise GalleryDamaged(f"{copy.stored} in the segment store: {problems[0]}; restore it from a backup")
+            new.replace(target)
+        finally:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+        self.keep([copy])
+
+    def _is_there(self, copy: Copy) -> bool:
+        path = self._folder / copy.name
+        if not path.exists():
+            return False
+        if (copy.name, copy.digest) in self._verified:
+            return True
+        try:
+            file = open_column_file(self._storage, path)
+        except GalleryDamaged:
+            return False
+        try:
+            sound = file.digest == copy.digest and not file.problems()
+        finally:
+            file.close()
+        if sound:
+            self.keep([copy])
+        return sound
+
+    def _make_room(self, absent: Sequence[Copy], needed: set[str]) -> None:
+        wanted = sum(self._store.size(copy.stored) for copy in absent)
+        sizes = {name: (self._folder / name).stat().st_size for name in self._names()}
+        left = self._bytes_max - wanted - sum(sizes.values())
+        for name in sorted(set(sizes) - needed, key=lambda name: (self._folder / name).stat().st_mtime):
+            if left >= 0:
+                break
+            self._remove(name)
+            left += sizes[name]
+        if left < 0:
+            raise StorageUnavailable(
+                f"the segments take {-left:,} bytes more than ClusterConfig.cache_bytes_max ({self._bytes_max:,}); raise it"
+            )
+
+    def sweep(self, entries: Iterable[SegmentEntry]) -> None:
+        """Removes copies that these segments do not need, except new ones, which another process may be about to commit."""
+        needed = {copy.name for copy in copies_of(entries)}
+        unfinished = [name for name in self._storage.list_names(self._folder) or () if name.endswith(NEW_SUFFIX)]
+        for name in {*self._names(), *unfinished} - needed:
+            with suppress(OSError):
+                if time.time() - (self._folder / name).stat().st_mtime > _FRESH_S:
+                    self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        self._verified = {known for known in self._verified if known[0] != name}
+        with suppress(OSError):
+            (self._folder / name).unlink(missing_ok=True)
+
+    def _names(self) -> list[str]:
+        return [name for name in self._storage.list_names(self._folder) or () if number_of(name) is not None]
+
+
+def copies_of(entries: Iterable[SegmentEntry]) -> list[Copy]:
+    return [
+        Copy(file_name(entry.number, kind), digest, stored_name(entry.number, kind, digest))
+        for entry in entries
+        for kind, digest in entry.files.items()
+    ]

@@ -1,0 +1,514 @@
+"""The catalogue of a register in PostgreSQL: the same tables and the same checksummed rows as in SQLite.
+
+Owns the schema, every statement, the connection, and the lock that lets one front-end write at a time. Never decides and never searches.
+One gallery has one schema, `biodedup_NAME`. Besides the tables of `CatalogueTables`:
+
+| table | a row is |
+|---|---|
+| commit_log | one commit: its number, its id, and the tables that it put rows into or dropped rows from |
+| lease | one task that one front-end at a time may do: its holder, a fence that grows with each holder, when it expires |
+| retired | one file of the segment store that no manifest names any more, and since when |
+
+1. A writer takes `pg_advisory_xact_lock` first, in a transaction of isolation READ COMMITTED, and reads in later statements: a
+   REPEATABLE READ transaction would see what was there before the lock was granted.
+2. The number of a commit is a primary key. Two transactions can never commit the same number, with or without the lock.
+3. A commit whose reply was lost is looked up in `commit_log`, under the lock: its transaction has ended by then, one way or the other.
+4. Session state is never relied on (locks, search_path), so that a pooler in front of the server changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import psycopg
+import xxhash
+from psycopg.pq import TransactionStatus
+
+from biodedup.cluster.store import stored_name
+from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery, StorageUnavailable
+from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.catalogue.sqlite import (
+    ADDED_SETTINGS,
+    COLUMNS_OF,
+    FORMAT_VERSION,
+    INDEXED,
+    REPLACED,
+    STRIDE,
+    CatalogueTables,
+    JournalCell,
+    State,
+    has_types_of,
+    row_checksum,
+    table_columns,
+)
+from biodedup.gallery.index_settings import IndexSettings
+from biodedup.gallery.segments.layout import SegmentEntry
+from biodedup.values import COLUMNS
+
+CLUSTER_FORMAT = 1
+"""Of the schema in PostgreSQL; the rows have the format of galleries in folders (FORMAT_VERSION)."""
+_TYPES = {"TEXT": 'text COLLATE "C"', "INTEGER": "bigint", "REAL": "double precision", "BLOB": "bytea"}
+_BY_COMMIT = ("encounter", "tombstone", "pending", "judged")
+"""Tables of which other front-ends read the rows of the newest commits."""
+_COPY_ROWS_MIN = 64  # so many rows are written by COPY
+_SETTLE_S = 5.0  # for so long a commit whose reply was lost is looked up
+_LOG_COMMITS = 1_000_000  # commits that the log keeps
+
+
+@dataclass(frozen=True)
+class Limits:
+    """connect_s: to connect; lock_ms: to wait for the writers' lock; idle_ms: after which the server ends a front-end's transaction that does
+    nothing, so that a stopped process does not hold the lock."""
+
+    connect_s: int = 5
+    lock_ms: int = 10_000
+    idle_ms: int = 60_000
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What was committed since a state. put, dropped: names of the tables that rows were put into, or dropped from."""
+
+    put: frozenset[str]
+    dropped: frozenset[str]
+
+
+class PostgresCatalogue(CatalogueTables):
+    """The tables of one gallery, over one connection, which is made anew when it is lost. Callers hold the gallery's lock.
+
+    conninfo: as libpq reads it; gallery: the name of the gallery, letters, digits and `_`.
+    """
+
+    def __init__(self, conninfo: str, gallery: str, limits: Limits = Limits()) -> None:
+        self._conninfo = conninfo
+        self._schema = f"biodedup_{gallery}"
+        self._limits = limits
+        self._lock_key = xxhash.xxh3_64_intdigest(self._schema.encode()) - (1 << 63)
+        self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
+        self._begun: State | None = None
+        self._intended: State | None = None
+        self._put: set[str] = set()
+        self._dropped: set[str] = set()
+        self.erased = False
+        self.uncertain = False
+        """Whether the last commit may stand or not, because the server could not be asked."""
+
+    # the connection ---------------------------------------------------------------------------------------------
+
+    def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
+        known = self._connection
+        if known is not None and not known.closed and known.info.transaction_status == TransactionStatus.IDLE:
+            return known
+        self._drop_connection()
+        with _translated("connecting to PostgreSQL"):
+            self._connection = psycopg.connect(
+                self._conninfo, autocommit=True, connect_timeout=self._limits.connect_s, application_name="biodedup"
+            )
+        return self._connection
+
+    def _drop_connection(self) -> None:
+        if self._connection is not None:
+            with suppress(psycopg.Error):
+                self._connection.close()
+        self._connection = None
+
+    def _run(self, statement: str, values: Sequence[Any] | None = None) -> psycopg.Cursor[tuple[Any, ...]]:
+        if self._connection is None or self._connection.closed:
+            raise StorageUnavailable("the connection to PostgreSQL was lost; nothing was acknowledged; send it again")
+        with _translated("PostgreSQL"):
+            return self._connection.execute(statement, values)
+
+    def _table(self, table: str) -> str:
+        return f'"{self._schema}"."{table}"'
+
+    # transactions -----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        self._connect()
+        self._put, self._dropped, self._intended, self.uncertain = set(), set(), None, False
+        limits = self._limits
+        self._run(
+            f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {limits.lock_ms}; "
+            f"SET LOCAL idle_in_transaction_session_timeout = {limits.idle_ms}; "
+            f"SELECT pg_advisory_xact_lock({self._lock_key})"
+        )
+        self._begun = self.state()
+
+    def begin_reading(self) -> None:
+        self._connect()
+        self._begun = None
+        self._run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+    def commit(self) -> None:
+        """Returns once the commit stands. Raises StorageUnavailable if it does not, or, with `uncertain`, if nobody knows."""
+        try:
+            done = self._run("COMMIT").statusmessage
+        except BaseException as error:
+            self._drop_connection()
+            self._settle(error)
+            return
+        if done != "COMMIT":
+            raise StorageUnavailable("PostgreSQL rolled the transaction back; nothing was acknowledged; send it again")
+
+    def _settle(self, error: BaseException) -> None:
+        """Asks whether the commit stands whose reply was lost."""
+        assert self._intended is not None, "a commit has a state"
+        self.uncertain = True
+        until = time.monotonic() + _SETTLE_S
+        while isinstance(error, BiodedupError):
+            try:
+                stands = self._stands(self._intended.commit_id)
+            except (GalleryBusy, StorageUnavailable):
+                if time.monotonic() > until:
+                    raise error from None
+                time.sleep(0.05)
+                continue
+            self.uncertain = False
+            if stands:
+                return
+            break
+        raise error
+
+    def _stands(self, commit_id: str) -> bool:
+        """Under the lock, so that the transaction of the lost connection has ended."""
+        self._connect()
+        try:
+            self._run(
+                f"BEGIN; SET LOCAL lock_timeout = {self._limits.lock_ms}; SELECT pg_advisory_xact_lock({self._lock_key})"
+            )
+            query = f"SELECT count(*) FROM {self._table('commit_log')} WHERE commit_id = %s"
+            return bool(_only(self._run(query, (commit_id,)).fetchall()))
+        finally:
+            self.rollback()
+
+    @property
+    def in_transaction(self) -> bool:
+        known = self._connection
+        return known is not None and not known.closed and known.info.transaction_status != TransactionStatus.IDLE
+
+    def rollback(self) -> None:
+        """Never raises: a connection that cannot roll back is dropped, which rolls back."""
+        known = self._connection
+        if known is None or known.closed:
+            return
+        if known.info.transaction_status != TransactionStatus.IDLE:
+            try:
+                known.execute("ROLLBACK")
+            except psycopg.Error:
+                self._drop_connection()
+
+    def close(self) -> None:
+        self._drop_connection()
+
+    # the schema -------------------------------------------------------------------------------------------------
+
+    def open(self, gallery_id: str, settings: str, *, create: bool) -> None:
+        """Checks that the server keeps what it acknowledges, and that the schema is ours; lays it where it is absent. Raises NotAGallery,
+        InvalidInput, StorageUnavailable."""
+        self._connect()
+        self._check_durable()
+        if not self._exists():
+            if not create:
+                raise NotAGallery(
+                    f"the database has no gallery {self._schema.removeprefix('biodedup_')!r}; check the URL"
+                )
+            self._lay(lambda: self.create(gallery_id, settings))
+        found = self.meta().get("cluster_format")
+        if found != str(CLUSTER_FORMAT):
+            raise NotAGallery(f"the gallery in PostgreSQL has format {found}, this version reads {CLUSTER_FORMAT}")
+
+    def _lay(self, fill: Any) -> None:
+        """Lays the schema and fills it, unless another front-end has just done so."""
+        self._connect()
+        try:
+            self._run(
+                f"BEGIN; SET LOCAL lock_timeout = {self._limits.lock_ms}; SELECT pg_advisory_xact_lock({self._lock_key})"
+            )
+            if self._exists():
+                self.rollback()
+                return
+            self._begun, self._put, self._dropped = State(commits=-1), set(), set()
+            fill()
+            self.commit()
+        except BaseException:
+            self.rollback()
+            raise
+
+    def lay(self, fill: Any) -> None:
+        """Makes a gallery by a function that calls `lay_tables`, puts rows and sets the state, in one commit. Raises InvalidInput where the
+        gallery is there."""
+        self._connect()
+        self._check_durable()
+        if self._exists():
+            raise InvalidInput(
+                f"the database has a gallery {self._schema.removeprefix('biodedup_')!r}; name another one"
+            )
+        self._lay(fill)
+
+    def _exists(self) -> bool:
+        query = "SELECT count(*) FROM information_schema.tables WHERE table_schema = %s AND table_name = 'meta'"
+        return bool(_only(self._run(query, (self._schema,)).fetchall()))
+
+    def _check_durable(self) -> None:
+        for setting in ("fsync", "synchronous_commit"):
+            if _only(self._run(f"SHOW {setting}").fetchall()) == "off":
+                raise InvalidInput(
+                    f"PostgreSQL has {setting} = off, so that it acknowledges commits that a power failure undoes; set it to on"
+                )
+
+    def lay_tables(self, gallery_id: str, config: str) -> None:
+        self._run(f'CREATE SCHEMA "{self._schema}"')
+        for table, columns in COLUMNS_OF.items():
+            kinds = ", ".join(
+                " ".join([f'"{name}"', _TYPES[kind], *more])
+                for name, kind, *more in (column.split() for column in columns.split(", "))
+            )
+            self._run(f"CREATE TABLE {self._table(table)} ({kinds}, checksum bigint NOT NULL, commits bigint NOT NULL)")
+            for column in (*INDEXED.get(table, ()), *(["commits"] if table in _BY_COMMIT else [])):
+                self._run(f"CREATE INDEX ON {self._table(table)} ({column})")
+        self._run(
+            f"CREATE TABLE {self._table('commit_log')} (commits bigint PRIMARY KEY, commit_id text NOT NULL UNIQUE, "
+            "put text NOT NULL, dropped text NOT NULL)"
+        )
+        self._run(
+            f"CREATE TABLE {self._table('lease')} (name text PRIMARY KEY, holder text NOT NULL, fence bigint NOT NULL, "
+            "expires timestamptz NOT NULL)"
+        )
+        self._run(f"CREATE TABLE {self._table('retired')} (name text PRIMARY KEY, since timestamptz NOT NULL)")
+        settings = {"gallery_id": gallery_id, "config": config, "format": str(FORMAT_VERSION)}
+        settings |= {"cluster_format": str(CLUSTER_FORMAT)} | dict.fromkeys(ADDED_SETTINGS, "1")
+        self.put("meta", sorted(settings.items()))
+
+    # commits of other front-ends --------------------------------------------------------------------------------
+
+    def set_state(self, state: State) -> None:
+        """Notes the commit in the log. Raises GalleryBusy where it would not follow the newest one."""
+        assert self._begun is not None, "only a writer sets the state"
+        if state.commits != self._begun.commits + 1:
+            raise GalleryBusy(
+                "another front-end has committed meanwhile; nothing of this call was written; send it again"
+            )
+        super().set_state(state)
+        self._intended = state
+        values = (state.commits, state.commit_id, " ".join(sorted(self._put)), " ".join(sorted(self._dropped)))
+        self._run(f"INSERT INTO {self._table('commit_log')} VALUES (%s, %s, %s, %s)", values)
+
+    def changes_since(self, known: State) -> Changes | None:
+        """What was committed since a state that this front-end has seen; None for nothing. Raises GalleryDamaged where the server does not
+        know that state: it was restored from a backup, or failed over to a standby that lacks commits."""
+        query = f"SELECT commits, commit_id, put, dropped FROM {self._table('commit_log')} WHERE commits >= %s ORDER BY commits"
+        found = self._run(query, (known.commits,)).fetchall()
+        if not found or found[0][:2] != (known.commits, known.commit_id):
+            raise GalleryDamaged(
+                f"PostgreSQL has no commit {known.commits} as this front-end saw it: the database was taken back in time, or is another one; "
+                "stop all front-ends, find out what was lost, and open the gallery again"
+            )
+        later = found[1:]
+        if not later:
+            return None
+        put, dropped = (frozenset(name for row in later for name in row[at].split()) for at in (2, 3))
+        return Changes(put, dropped)
+
+    def set_index(self, settings: IndexSettings) -> None:
+        super().set_index(settings)
+        self._put.add("index_settings")  # other rows of `meta` change at each commit
+
+    def subjects_from(self, row: int) -> list[tuple[int, str, str, int]]:
+        """As `subjects`, from a row on."""
+        return cast("list[tuple[int, str, str, int]]", list(self._all("subject", "row", "row >= ?", (row,))))
+
+    def cells_from(self, row: int) -> Iterator[JournalCell]:
+        """As `cells`, from a row on."""
+        for key, vector, minutiae, quality in self._all("cell", "key", "key >= ?", (row * STRIDE,)):
+            yield JournalCell(key // STRIDE, COLUMNS[key % STRIDE], vector, minutiae, quality)
+
+    def answers_since(self, commits: int) -> dict[str, StoredDecision]:
+        """As `answers`, of later commits."""
+        rows = self._all("encounter", "commits", "commits > ?", (commits,))
+        return {key: StoredDecision(digest, outcome, answer) for key, digest, outcome, answer in rows}
+
+    def tombstones_since(self, commits: int) -> list[int]:
+        """As `tombstones`, of later commits."""
+        return sorted(row for row, _ in self._all("tombstone", None, "commits > ?", (commits,)))
+
+    def pending_since(self, commits: int) -> dict[int, str]:
+        """As `pending`, of later commits."""
+        return {row: encounter_id for row, encounter_id in self._all("pending", "row", "commits > ?", (commits,))}
+
+    def judged_since(self, commits: int) -> list[tuple[int, int]]:
+        """The pairs of later commits."""
+        return [(row, other) for _, row, other in self._all("judged", "number", "commits > ?", (commits,))]
+
+    # leases and files ---------------------------------------------------------------------------------------------
+
+    def take_lease(self, name: str, holder: str, seconds: float) -> int | None:
+        """Takes or renews a lease. Returns its fence; None where another holder has it."""
+        self._connect()
+        table = self._table("lease")
+        found = self._run(
+            f"INSERT INTO {table} VALUES (%s, %s, 1, clock_timestamp() + make_interval(secs => %s)) "
+            f"ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, expires = excluded.expires, "
+            f"fence = {table}.fence + CASE WHEN {table}.holder = excluded.holder THEN 0 ELSE 1 END "
+            f"WHERE {table}.holder = excluded.holder OR {table}.expires < clock_timestamp() RETURNING fence",
+            (name, holder, seconds),
+        ).fetchall()
+        return int(found[0][0]) if found else None
+
+    def give_lease_back(self, name: str, holder: str) -> None:
+        self._connect()
+        self._run(
+            f"UPDATE {self._table('lease')} SET expires = '-infinity' WHERE name = %s AND holder = %s", (name, holder)
+        )
+
+    def holds_lease(self, name: str, holder: str, fence: int) -> bool:
+        """Inside a transaction: nobody can take the lease before it ends."""
+        query = f"SELECT fence FROM {self._table('lease')} WHERE name = %s AND holder = %s AND expires > clock_timestamp() FOR UPDATE"
+        return [row[0] for row in self._run(query, (name, holder)).fetchall()] == [fence]
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Notes that the manifest does not name these files of the store any more."""
+        statement = f"INSERT INTO {self._table('retired')} VALUES (%s, now()) ON CONFLICT (name) DO UPDATE SET since = excluded.since"
+        for name in names:
+            self._run(statement, (name,))
+
+    def retired(self) -> dict[str, float]:
+        """File of the store that no manifest names -> for how many seconds."""
+        query = f"SELECT name, extract(epoch FROM clock_timestamp() - since)::float8 FROM {self._table('retired')}"
+        return {name: age for name, age in self._run(query).fetchall()}
+
+    def forget_retired(self, names: Sequence[str]) -> None:
+        self._connect()
+        self._run(f"DELETE FROM {self._table('retired')} WHERE name = ANY(%s)", (list(names),))
+
+    def clear_journal(self) -> None:
+        super().clear_journal()
+        assert self._begun is not None
+        oldest = self._begun.commits - _LOG_COMMITS
+        self._run(f"DELETE FROM {self._table('commit_log')} WHERE commits < %s", (oldest,))
+
+    # rows with checksums ----------------------------------------------------------------------------------------
+
+    def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        assert self._begun is not None, "rows are put in a writer's transaction"
+        number = self._begun.commits + 1
+        complete = [(*row, row_checksum(row), number) for row in rows]
+        if not complete:
+            return
+        self._put.add(table)
+        name, marks = self._table(table), ", ".join(["%s"] * len(complete[0]))
+        if table in REPLACED:
+            names = [column for column, _ in table_columns(table)]
+            changed = ", ".join(f'"{column}" = excluded."{column}"' for column in (*names[1:], "checksum", "commits"))
+            statement = f'INSERT INTO {name} VALUES ({marks}) ON CONFLICT ("{names[0]}") DO UPDATE SET {changed}'
+        else:
+            statement = f"INSERT INTO {name} VALUES ({marks})"
+            if len(complete) >= _COPY_ROWS_MIN:
+                self._copy(name, complete)
+                return
+        if len(complete) == 1:
+            self._run(statement, complete[0])
+            return
+        with _translated("PostgreSQL"), self._cursor() as cursor:
+            cursor.executemany(statement, complete)
+
+    def _copy(self, name: str, rows: Sequence[Sequence[Any]]) -> None:
+        with (
+            _translated("PostgreSQL"),
+            self._cursor() as cursor,
+            cursor.copy(f"COPY {name} FROM STDIN") as copy,
+        ):
+            for row in rows:
+                copy.write_row(row)
+
+    def _cursor(self) -> psycopg.Cursor[tuple[Any, ...]]:
+        if self._connection is None or self._connection.closed:
+            raise StorageUnavailable("the connection to PostgreSQL was lost; nothing was acknowledged; send it again")
+        return self._connection.cursor()
+
+    def _all(
+        self, table: str, order: str | None = None, where: str = "", which: tuple[Any, ...] = ()
+    ) -> Iterator[tuple[Any, ...]]:
+        names = ", ".join(f'"{name}"' for name, _ in table_columns(table))
+        query = f"SELECT {names}, checksum FROM {self._table(table)}"
+        query += f" WHERE {where.replace('?', '%s')}" if where else ""
+        query += f" ORDER BY {order}" if order else ""
+        for *values, checksum in self._run(query, which or None).fetchall():
+            if not has_types_of(table, values) or row_checksum(values) != checksum:
+                raise GalleryDamaged(f"a row of table {table} is damaged; restore the database from a backup")
+            yield tuple(values)
+
+    def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """Every row of a table, without its checksum, by its key."""
+        return self._all(table, f'"{table_columns(table)[0][0]}"')
+
+    def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
+        table, _, condition = which.partition(" WHERE ")
+        statement = f"DELETE FROM {self._table(table)}" + (
+            f" WHERE {condition.replace('?', '%s')}" if condition else ""
+        )
+        removed = 0
+        for some in values:
+            removed += self._run(statement, some or None).rowcount
+        if removed:
+            self._dropped.add(table)
+
+    def drop_segments(self, numbers: Iterable[int]) -> None:
+        numbers = list(numbers)
+        gone = [entry for entry in self.segments() if entry.number in numbers]
+        super().drop_segments(numbers)
+        self.retire(stored_name(entry.number, kind, entry.files[kind]) for entry in gone for kind in entry.files)
+
+    def add_segment(self, entry: SegmentEntry) -> None:
+        super().add_segment(entry)
+        names = [stored_name(entry.number, kind, entry.files[kind]) for kind in entry.files]
+        self._run(f"DELETE FROM {self._table('retired')} WHERE name = ANY(%s)", (names,))
+
+    def _last_number(self, table: str) -> int:
+        return int(_only(self._run(f"SELECT coalesce(max(number), 0) FROM {self._table(table)}").fetchall()))
+
+    def _keys(self, table: str) -> list[str]:
+        return [key for (key,) in self._run(f"SELECT key FROM {self._table(table)} ORDER BY key").fetchall()]
+
+    def _database_problems(self) -> list[str]:
+        return []  # PostgreSQL checks its own pages (data checksums, amcheck)
+
+    def _table_problems(self, table: str) -> list[str]:
+        try:
+            for _ in self._all(table):
+                pass
+        except GalleryDamaged as error:
+            return [str(error)]
+        return []
+
+
+def _only(rows: Sequence[Sequence[Any]]) -> Any:
+    ((value,),) = rows
+    return value
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """Turns what psycopg raises into the error tree. Texts of the server may name ids, and hold nothing biometric."""
+    try:
+        yield
+    except psycopg.errors.LockNotAvailable as error:
+        raise GalleryBusy(
+            "other front-ends hold the gallery for too long; nothing was acknowledged; send it again"
+        ) from error
+    except (
+        psycopg.errors.UniqueViolation,
+        psycopg.errors.SerializationFailure,
+        psycopg.errors.DeadlockDetected,
+    ) as error:
+        raise GalleryBusy(
+            "another front-end has committed meanwhile; nothing was acknowledged; send it again"
+        ) from error
+    except psycopg.Error as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise StorageUnavailable(
+            f"{doing}: {first}; nothing was acknowledged; check the server and send it again"
+        ) from error

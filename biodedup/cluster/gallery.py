@@ -1,0 +1,421 @@
+"""A gallery on several machines: many front-ends write one PostgreSQL catalogue, and each searches its own copies of the segments.
+
+Owns how a front-end follows the commits of others: before each of its own commits, and by polling. Never compares and never decides.
+
+1. A transaction holds the writers' lock, and first reads what others committed. A decision inside it is compared with these rows, too, so
+   that enrolment is linearizable across processes.
+2. A front-end stops when PostgreSQL does not know the newest commit that the front-end has seen.
+3. The manifest names a file once the segment store has returned it unchanged.
+4. What reads raises StorageUnavailable once the newest commits have been unknown for `ClusterConfig.stale_ms_max`: rows that this
+   front-end has not seen may be mates.
+5. One front-end at a time merges and indexes segments: the holder of a lease, whose fence is checked at each of its commits.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.cluster.cache import SegmentCache, copies_of
+from biodedup.cluster.catalogue import Changes, PostgresCatalogue
+from biodedup.cluster.store import SegmentStore, stored_name
+from biodedup.config import ClusterConfig, GalleryConfig
+from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, StorageUnavailable
+from biodedup.gallery.catalogue.sqlite import JournalCell, paired
+from biodedup.gallery.files import forks
+from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.packed import hash_of
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.indexing import IndexLimits
+from biodedup.gallery.loading import read
+from biodedup.gallery.segments.layout import SegmentEntry
+from biodedup.gallery.segments.part import Rows
+from biodedup.gallery.segments.tail import TailPart
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.gallery.transaction import Transaction
+from biodedup.values import Template
+
+_log = logging.getLogger("biodedup")
+_LEASE, _LEASE_S = "maintenance", 30.0
+_REREAD_ROWS_MIN = 1024  # so many new rows are read with the whole journal, which is faster than one by one
+_TRIES = 20  # to fetch segments that other front-ends merge meanwhile
+
+
+class _WriterLock:
+    """Stands for the lock file of a gallery in a folder: here PostgreSQL's lock, taken by each transaction, is all there is."""
+
+    def release(self) -> None:
+        pass
+
+    def is_held(self) -> bool:
+        return True
+
+
+class _FrontEnd(forks.Process):
+    """The process of a front-end, until the front-end has to stop."""
+
+    stopped: GalleryDamaged | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.stopped is not None:
+            raise GalleryDamaged(str(self.stopped))
+
+
+class ClusterGallery(Gallery):
+    """A register's gallery, as one front-end sees it. Thread-safe; any number of processes write."""
+
+    _catalogue: PostgresCatalogue
+
+    def __init__(
+        self,
+        storage: Storage,
+        folder: Path,
+        catalogue: PostgresCatalogue,
+        config: GalleryConfig,
+        limits: IndexLimits,
+        cluster: ClusterConfig,
+        holder: str,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """folder: of the local copies; holder: names this front-end in leases."""
+        self._cluster = cluster
+        self._store = SegmentStore(cluster.segments)
+        storage.make_folder(folder)
+        storage.make_folder(folder / "segments")
+        self._cache = SegmentCache(storage, folder / "segments", self._store, cluster.cache_bytes_max)
+        self._stored: set[str] = set()
+        """Names in the segment store that the manifest names, or that were uploaded to be named."""
+        self._holder = holder
+        self._maintains: tuple[int, int] | None = None
+        """(thread, fence) while this front-end holds the lease."""
+        self._seen_at = time.monotonic()
+        self._front_end = _FrontEnd()
+        self._ended = threading.Event()
+        super().__init__(storage, folder, catalogue, None if read_only else _WriterLock(), config, limits)
+        self._process = self._front_end
+        self._poller = threading.Thread(target=self._poll, name="biodedup-poll", daemon=True)
+        self._poller.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self.is_of_this_process and self._poller is not threading.current_thread():
+            self._poller.join()
+        super().close()
+        if self.is_of_this_process and self._cluster.cache is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # following the commits of others ----------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        found = super().snapshot()
+        if time.monotonic() - self._seen_at > self._cluster.stale_ms_max / 1000:
+            self.refresh()
+            found = super().snapshot()
+        return found
+
+    def refresh(self) -> None:
+        """Sees what every front-end has committed. Raises StorageUnavailable, GalleryDamaged."""
+        self._process.check()
+        with self.lock:
+            if self._catalogue.in_transaction:
+                return  # this thread's own, under the writers' lock: nothing can be newer
+            if self._broken:
+                self._recover()
+                return
+            for _ in range(_TRIES):
+                absent = self._read_changes()
+                if not absent:
+                    return
+                self._cache.fetch(absent)
+        raise StorageUnavailable("segments are merged faster than they can be fetched; try again later")
+
+    def _read_changes(self) -> list[SegmentEntry]:
+        """Follows, or returns the segments that have to be fetched first."""
+        self._catalogue.begin_reading()
+        try:
+            return self._follow()
+        finally:
+            self._catalogue.rollback()
+
+    def _poll(self) -> None:
+        failing = False
+        while not self._ended.wait(self._cluster.poll_ms / 1000):
+            try:
+                absent = self._look()
+                if absent:
+                    self._cache.fetch(absent)  # without the lock: the next look reads what was fetched
+            except GalleryDamaged as error:
+                _log.error("this front-end stops: %s", error)
+                return
+            except (BiodedupError, MemoryError) as error:
+                if not failing:
+                    _log.warning("the newest commits are unknown: %s", error)
+                failing = True
+            else:
+                failing = False
+
+    def _look(self) -> list[SegmentEntry]:
+        """Follows, or returns the segments that have to be fetched first."""
+        if self._front_end.stopped is not None or not self.lock.acquire(blocking=False):
+            return []  # a thread that writes follows by itself
+        try:
+            if self._broken:
+                self._recover()
+            self._renew_lease()
+            return self._read_changes()
+        finally:
+            self.lock.release()
+
+    def _meet_other_writers(self) -> None:
+        """Inside a transaction, under the writers' lock: sees what others committed. Raises GalleryBusy where the lease was lost."""
+        for _ in range(_TRIES):
+            absent = self._follow()
+            if not absent:
+                break
+            self._catalogue.rollback()  # others need not wait while files are fetched
+            self._cache.fetch(absent)
+            self._catalogue.begin()
+        else:
+            raise StorageUnavailable("segments are merged faster than they can be fetched; send it again")
+        if self._maintains is not None and self._maintains[0] == threading.get_ident():
+            if not self._catalogue.holds_lease(_LEASE, self._holder, self._maintains[1]):
+                raise GalleryBusy(
+                    "another front-end has taken over sealing and merging; nothing of this step was written"
+                )
+
+    def _follow(self) -> list[SegmentEntry]:
+        """Inside a transaction. Returns the segments, if some of their files have to be fetched first."""
+        try:
+            changes = self._catalogue.changes_since(self._state)
+        except GalleryDamaged as error:
+            self._front_end.stopped = error
+            raise
+        if changes is None:
+            self._seen_at = time.monotonic()
+            return []
+        if "segment" in changes.put | changes.dropped:
+            entries = self._catalogue.segments()
+            if self._cache.absent(entries):
+                return entries
+            self._see(read(self._catalogue, self.storage, self.folder, self._published.segments))
+        else:
+            self._read_rows(changes)
+        self._seen_at = time.monotonic()
+        return []
+
+    def _read_rows(self, changes: Changes) -> None:
+        """Reads the rows that others put, and publishes them."""
+        catalogue, known, state = self._catalogue, self._published, self._catalogue.state()
+        put, dropped = changes.put, changes.dropped
+        if state.row_count - self._tail.end_row >= _REREAD_ROWS_MIN:
+            self._see(read(catalogue, self.storage, self.folder, known.segments))
+            return
+        since, pending, tombstones, different = self._state.commits, known.pending, known.tombstones, known.different
+        models = catalogue.models() if "model" in put else known.models
+        self._append_rows(models={column: model.model_id for column, model in models.items()})
+        if self._tail.end_row != state.row_count:
+            raise GalleryDamaged(
+                f"the journal has {self._tail.end_row} rows, wanted {state.row_count}; restore it from a backup"
+            )
+        if "encounter" in put:
+            self._tail.answers.update(catalogue.answers_since(since))
+        if "pending" in dropped:
+            pending = catalogue.pending()
+        elif "pending" in put:
+            pending = {**pending, **catalogue.pending_since(since)}
+        if "tombstone" in dropped:
+            tombstones = np.array(catalogue.tombstones(), np.int64)
+        elif "tombstone" in put:
+            tombstones = np.union1d(tombstones, np.array(catalogue.tombstones_since(since), np.int64))
+        if "judged" in put:
+            different = paired(catalogue.judged_since(since), different)
+        indexed = {"index_settings", "index_codec"} & (put | dropped)
+        self._published = Snapshot(
+            state.version,
+            state.row_count,
+            (*known.segments, TailPart(self._tail, self._tail.count)),
+            tombstones,
+            models,
+            catalogue.group_sets() if "group_set" in put else known.group_sets,
+            pending,
+            state.extra_rows,
+            different,
+            catalogue.job_steps() if "job_step" in put else known.steps,
+            catalogue.index_settings() if indexed else known.indexing,
+        )
+        if "policy" in put:
+            self._policies = tuple(catalogue.policies())
+        self._state = replace(state, next_segment=max(state.next_segment, self._state.next_segment))
+
+    def _append_rows(self, models: dict[str, str]) -> None:
+        """Appends the journal's new rows to the tail."""
+        tail, segments = self._tail, self._published.segments
+        subjects = self._catalogue.subjects_from(tail.end_row)
+        if not subjects:
+            return
+        cells: dict[int, list[JournalCell]] = {}
+        for cell in self._catalogue.cells_from(tail.end_row):
+            cells.setdefault(cell.row, []).append(cell)
+        try:
+            for row, subject_id, encounter_id, group_set in subjects:
+                if row != tail.end_row:
+                    raise GalleryDamaged(f"the journal lacks row {tail.end_row}; restore the database from a backup")
+                templates = {cell.column: _template(cell, models) for cell in cells.get(row, ())}
+                hashed = hash_of(subject_id)
+                again = subject_id in tail.positions_of or any(segment.find(subject_id, hashed) for segment in segments)
+                tail.append(subject_id, encounter_id, group_set, templates, again=again)
+        except BaseException:
+            tail.truncate(self._published.parts[-1].count)
+            raise
+
+    # writing ----------------------------------------------------------------------------------------------------
+
+    def _make_files_durable(self, transaction: Transaction) -> None:
+        self._upload([part.entry for part in transaction.snapshot().segments])
+
+    def _upload(self, entries: Sequence[SegmentEntry]) -> None:
+        for entry in entries:
+            for copy in copies_of([entry]):
+                if copy.stored not in self._stored:
+                    self._store.upload(self._segments / copy.name, copy.stored)
+                    self._stored.add(copy.stored)
+                    self._cache.keep([copy])
+
+    def write_parts(
+        self,
+        parts: Sequence[Rows],
+        keeps: Sequence[NDArray[np.bool_] | None],
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> SegmentEntry:
+        """As in a folder; the files are uploaded, too, so that the commit need not."""
+        entry = super().write_parts(parts, keeps, go_on)
+        self._upload([entry])
+        return entry
+
+    def _take_number(self) -> int:
+        """A commit of its own: no two front-ends write segments of one number."""
+        with self.transaction() as transaction:
+            number = transaction.take_number()
+            transaction.manifest_changed = True
+        return number
+
+    def _is_durable(self, transaction: Transaction) -> bool:
+        """The catalogue has asked already; where nobody knows, the next transaction reads everything again."""
+        self._catalogue.rollback()
+        if self._catalogue.uncertain:
+            self._broken, self._uncertain = True, transaction.state
+        return False
+
+    def _recover(self) -> None:
+        """Reads what PostgreSQL holds, after a commit whose result is unknown."""
+        self._load()
+        self._broken, self._uncertain = False, None
+
+    def _wipe_if_erased(self) -> None:
+        """PostgreSQL keeps erased rows until it vacuums; there is no file of this front-end to overwrite."""
+        self._unwiped = self._catalogue.erased = False
+
+    # sealing and merging ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def maintaining(self) -> Iterator[None]:
+        """Holds the lease meanwhile. Raises GalleryBusy where another front-end has it."""
+        with self.lock:
+            fence = self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
+        if fence is None:
+            raise GalleryBusy("another front-end seals and merges; try again when it is done")
+        self._maintains = threading.get_ident(), fence
+        try:
+            self.refresh()
+            yield
+        finally:
+            self._maintains = None
+            with suppress(BiodedupError), self.lock:
+                self._catalogue.give_lease_back(_LEASE, self._holder)
+
+    def _renew_lease(self) -> None:
+        if self._maintains is not None:
+            self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
+
+    def collect_garbage(self) -> list[str]:
+        """Removes files of the segment store that no manifest has named for `ClusterConfig.garbage_grace_s`. Returns their names."""
+        with self.maintaining(), self.lock:
+            self._catalogue.begin()
+            try:
+                named = {
+                    stored_name(entry.number, kind, digest)
+                    for entry in self._catalogue.segments()
+                    for kind, digest in entry.files.items()
+                }
+                retired = self._catalogue.retired()
+            finally:
+                self._catalogue.rollback()
+            grace = self._cluster.garbage_grace_s
+            ages = self._store.ages(time.time())
+            old = [name for name, age in ages.items() if age > grace and retired.get(name, grace + 1) > grace]
+            gone = sorted(set(old) - named)
+            for name in gone:
+                self._store.remove(name)
+            self._stored.difference_update(gone)
+            self._catalogue.forget_retired([name for name in retired if name in gone or name not in ages])
+        return gone
+
+    def problems(self) -> list[str]:
+        """What a check of every row, and of every local copy against the manifest, finds wrong."""
+        with self._reading():
+            found = self._catalogue.problems()
+        for segment in self.snapshot().segments:
+            for kind, file in segment.files.items():
+                found += [f"segment {segment.entry.number}, {kind}: {text}" for text in file.problems()]
+                with suppress(StorageUnavailable):
+                    try:
+                        self._store.size(stored_name(segment.entry.number, kind, file.digest))
+                    except GalleryDamaged as error:
+                        found.append(str(error))
+        return found
+
+    # opening ----------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Reads everything, and fetches the segments that are not here."""
+        for _ in range(_TRIES):
+            self._catalogue.begin_reading()
+            try:
+                if self._state.commit_id or self._state.commits:
+                    self._catalogue.changes_since(self._state)
+                entries = self._catalogue.segments()
+                if not self._cache.absent(entries):
+                    opened = self._published.segments if hasattr(self, "_published") else ()
+                    self._see(read(self._catalogue, self.storage, self.folder, opened))
+                    self._stored.update(copy.stored for copy in copies_of(entries))
+                    self._seen_at = time.monotonic()
+                    return
+            except GalleryDamaged as error:
+                self._front_end.stopped = error
+                raise
+            finally:
+                self._catalogue.rollback()
+            self._cache.fetch(entries)
+        raise StorageUnavailable("segments are merged faster than they can be fetched; try again later")
+
+    def _sweep(self) -> None:
+        self._cache.sweep([segment.entry for segment in self._published.segments])
+
+    def copied_to(self, copy: object) -> Snapshot:
+        raise InvalidInput("a register in PostgreSQL is no folder; copy it by `biodedup gallery export`")
+
+
+def _template(cell: JournalCell, models: dict[str, str]) -> Template:
+    embedding = None if cell.vector is None else np.frombuffer(cell.vector, "<f4")
+    return Template(cell.column, models[cell.column], embedding, cell.minutiae, cell.quality)

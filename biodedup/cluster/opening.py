@@ -1,0 +1,70 @@
+"""Opens a register by its URL: `postgresql://user@host/database?gallery=register`.
+
+Owns the form of the URL, and which parts a front-end is made of. Never decides and never searches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from biodedup.cluster.catalogue import Limits, PostgresCatalogue
+from biodedup.cluster.gallery import ClusterGallery
+from biodedup.config import ClusterConfig, GalleryConfig
+from biodedup.errors import InvalidInput
+from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.indexing import IndexLimits
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
+
+
+def connect(url: str, cluster: ClusterConfig) -> PostgresCatalogue:
+    """The catalogue that a URL names, not yet connected. Raises InvalidInput."""
+    parts = urlsplit(url)
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    names = [value for name, value in options if name == "gallery"]
+    if len(names) != 1 or not _NAME.fullmatch(names[0]):
+        raise InvalidInput(
+            "the URL of a register names its gallery, in lower-case letters, digits and _, got "
+            f"{names[0] if names else 'none'!r:.60}; write postgresql://user@host/database?gallery=register"
+        )
+    rest = urlencode([(name, value) for name, value in options if name != "gallery"])
+    conninfo = urlunsplit((parts.scheme, parts.netloc, parts.path, rest, ""))
+    seconds = max(2, -(-cluster.deadline_ms // 1000))
+    return PostgresCatalogue(conninfo, names[0], Limits(seconds, cluster.deadline_ms, cluster.transaction_ms_max))
+
+
+def open_register(
+    url: str,
+    cluster: ClusterConfig | None,
+    *,
+    storage: Storage,
+    config: GalleryConfig,
+    settings: Mapping[str, Any],
+    gallery_id: str,
+    read_only: bool,
+    limits: IndexLimits,
+) -> ClusterGallery:
+    """Opens a register, and creates it if the database lacks it. Raises as `Engine.open`."""
+    if cluster is None:
+        raise InvalidInput(
+            "a register in PostgreSQL needs Config(cluster=ClusterConfig(segments=...)): where its segments are, "
+            "as file:///folder or s3://bucket/folder"
+        )
+    catalogue = connect(url, cluster)
+    try:
+        catalogue.open(gallery_id, json.dumps(settings), create=not read_only)
+        folder = cluster.cache if cluster.cache is not None else Path(tempfile.mkdtemp(prefix="biodedup-cache-"))
+        holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        return ClusterGallery(storage, folder, catalogue, config, limits, cluster, holder, read_only=read_only)
+    except BaseException:
+        catalogue.close()
+        raise

