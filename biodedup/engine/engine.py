@@ -183,14 +183,14 @@ class Engine:
         stored one. override_policy: decide by config.policy in this process alone, and store nothing.
         storage, clock, new_id: the disk, the time in seconds, and new identifiers, for tests to replace. A time before that of the newest
         decision is accepted, with a warning in the log `biodedup`.
-        Raises NotAGallery, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
+        Raises NotAGallery, KeyMismatch, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
         for spec in parse_specs(config.gallery.index or {}).values():
             refuse_unknown(spec)
         gallery = Gallery.open(
             Path(path),
-            storage=storage or LocalStorage(),
+            storage=storage or LocalStorage(config.keys),
             config=config.gallery,
             settings=config.to_dict(),
             gallery_id=new_id(),

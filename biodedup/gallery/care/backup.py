@@ -66,6 +66,7 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
         _refuse_target(storage, folder, target)
         if storage.list_names(target) is None:
             storage.make_folder(target)
+        storage.share_key(folder, target)
         if storage.list_names(target / SEGMENT_FOLDER) is None:
             storage.make_folder(target / SEGMENT_FOLDER)
         lock = storage.lock(target / LOCK_NAME)
