@@ -6,6 +6,7 @@ import base64
 import itertools
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,15 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 import biodedup as bd
+from biodedup import jobs
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.encryption.keyring import Key, KeyFile, key_file
 from biodedup.gallery.files.encryption.sealed_file import NotAuthentic, SealedMap, SealedWriter
 from biodedup.gallery.files.filesystem import LocalFile, LocalStorage
+from biodedup.jobs.enrolment.queue import Arrival
 from tests.support.galleries import PEOPLE, enroll, small
+from tests.support.minutiae import record, strewn
+from tests.support.vectors import SFACE
 
 BLOCK = 1 << 12
 KEY = bytes(range(1, 33))
@@ -215,7 +220,7 @@ def test_a_lost_or_damaged_key_file_is_named(encrypted, tmp_path):
         with pytest.raises((bd.GalleryDamaged, bd.KeyMismatch), match=r"gallery\.key|under key"):
             bd.Engine.open(tmp_path / "g", with_key())
     file.unlink()
-    with pytest.raises(bd.KeyMismatch, match="is not encrypted"):
+    with pytest.raises(bd.GalleryDamaged, match=r"gallery\.key is missing; copy it from a backup"):
         bd.Engine.open(tmp_path / "g", with_key())
     with pytest.raises(bd.BiodedupError):
         bd.Engine.open(tmp_path / "g", small())
@@ -291,3 +296,78 @@ class TestKeyProvider:
             enroll(engine, 0)
         with bd.Engine.open(tmp_path / "g", with_key()) as engine:
             assert engine.subject_ids() == ["s0"]
+
+
+def a_days_work(folder: Path, keys: bytes | None) -> dict[str, bytes]:
+    """Enrolments, a case, removals, merges of segments, canaries, a queue, a backup and a join, and what must not be readable."""
+    config = replace(small(seal_rows=8, merge_fan=3), keys=None if keys is None else lambda: keys)
+    config = replace(config, policy=bd.Policy(duplicate_db=60, review_db=10, required=()))
+    secret = {}
+    gallery = folder / "g"
+    with bd.Engine.open(gallery, config, new_id=lambda: "0" * 32, clock=lambda: 1e9) as engine:
+        for i in range(30):
+            name, visit = f"subject-{i:03}-of-the-register", f"encounter-{i:03}-of-the-day"
+            minutiae = record(strewn(20, seed=i))
+            templates = {
+                "face": bd.Template("face", SFACE, PEOPLE[i]),
+                "right_index": bd.Template("right_index", "external-minutiae", None, minutiae),
+            }
+            engine.enroll(bd.Encounter(name, templates=templates, encounter_id=visit))
+            vector = PEOPLE[i].astype("<f4").tobytes()
+            secret |= {f"id {i}": name.encode(), f"visit {i}": visit.encode(), f"minutiae {i}": minutiae[24:60]}
+            secret |= {f"vector {i} at {at}": vector[at : at + 16] for at in range(0, 512, 128)}
+            if i % 8 == 7:
+                engine.maintain()
+        between = (0.45 * PEOPLE[0] + np.sqrt(1 - 0.45**2) * PEOPLE[40]).astype(np.float32)
+        waiting = bd.Encounter("a-person-who-waits", templates={"face": between}, encounter_id="a-case-that-waits")
+        assert engine.enroll(waiting).outcome == "review"
+        secret |= {"waiting": b"a-person-who-waits", "case": b"a-case-that-waits"}
+        engine.remove("subject-003-of-the-register")
+        engine.backup(folder / "backup")
+        jobs.find_duplicates(engine, folder / "pairs.parquet")
+        (folder / "pairs.parquet").unlink()  # the result, which was asked for
+    jobs.examine(gallery, config, canaries=True)
+    with jobs.Backlog.open(gallery, config) as backlog:
+        backlog.enqueue([Arrival("an-encounter-in-the-queue", "a-person-in-the-queue")], 1e9)
+    secret |= {"queued": b"an-encounter-in-the-queue"}
+    with bd.Engine.open(gallery, config) as engine:
+        engine.compact()
+        engine.backup(folder / "backup")
+    return secret
+
+
+def sampled(folder: Path, count: int) -> dict[str, bytes]:
+    """Sixteen bytes each from all over the files of a gallery in the clear: codes, look-ups, answers, whatever they are."""
+    rng, pieces = np.random.default_rng(0), {}
+    files = [content for name, content in files_of(folder).items() if "/segments/" in name or "sentinels" in name]
+    while len(pieces) < count:
+        content = files[rng.integers(len(files))]
+        at = int(rng.integers(max(len(content) - 16, 1)))
+        piece = content[at : at + 16]
+        if len(set(piece)) > 8:
+            pieces[f"piece {len(pieces)}"] = piece
+    return pieces
+
+
+def test_no_file_of_an_encrypted_gallery_holds_a_byte_string_of_a_template_or_an_id(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "sealed" / "tmp"))
+    for name in ("plain", "sealed/tmp"):
+        (tmp_path / name).mkdir(parents=True)
+    secret = a_days_work(tmp_path / "plain", None)
+    secret |= sampled(tmp_path / "plain", 400)
+    assert a_days_work(tmp_path / "sealed", KEY).keys() <= secret.keys()
+    seen = b"\0".join(files_of(tmp_path / "plain").values())
+    assert sum(needle in seen for needle in secret.values()) > 0.6 * len(secret), "the search can find what is there"
+    names = files_of(tmp_path / "sealed")
+    assert {"g/gallery.sqlite3", "g/gallery.sqlite3-journal", "g/backlog.sqlite3", "g/sentinels"} <= names.keys()
+    assert any(name.startswith("backup/segments/") for name in names)
+    hits = [(what, name) for name, content in names.items() for what, needle in secret.items() if needle in content]
+    assert hits == []
+    assert len(secret) > 600
+    kept = []
+    for folder, config in ((tmp_path / "sealed" / "backup", with_key()), (tmp_path / "plain" / "backup", small())):
+        with bd.Engine.open(folder, config, read_only=True) as engine:
+            kept.append(engine.subject_ids())
+            assert engine.problems() == []
+    assert kept[0] == kept[1]
+    assert len(kept[0]) > 25

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, cast
 
-from biodedup.errors import GalleryBusy, KeyMismatch, NotAGallery
+from biodedup.errors import GalleryBusy, GalleryDamaged, KeyMismatch, NotAGallery
 from biodedup.gallery.files import forks
 from biodedup.gallery.files.encryption.keyring import Key, KeyFile, new_key_file, register_key
 from biodedup.gallery.files.encryption.sealed_file import (
@@ -41,7 +41,7 @@ from biodedup.gallery.files.encryption.sealed_file import (
     SealedMap,
     SealedWriter,
 )
-from biodedup.gallery.files.names import KEY_NAME, NEW_SUFFIX, SEGMENT_FOLDER
+from biodedup.gallery.files.names import DATABASE_NAME, KEY_NAME, NEW_SUFFIX, SEGMENT_FOLDER
 from biodedup.gallery.files.private import (
     create_private,
     make_private_folder,
@@ -291,6 +291,10 @@ class LocalStorage:
     def unlock(self, folder: Path, *, new: bool) -> str | None:
         key = self._key_in(folder)
         if key is None and self._register is not None:
+            if not new and _is_encrypted(folder / DATABASE_NAME):
+                raise GalleryDamaged(
+                    f"{folder / KEY_NAME} is missing; copy it from a backup of this gallery: nothing else opens it"
+                )
             if not new:
                 raise KeyMismatch(
                     f"{folder} is not encrypted, and a key was stated; leave the key out, or run `biodedup encrypt {folder}`"
@@ -324,7 +328,7 @@ class LocalStorage:
 
     def _key_of(self, path: Path) -> Key | None:
         """The key of a file in a gallery, or of one outside that a job writes."""
-        return self._key_in(path.parent) or self._key_in(path.parent.parent)
+        return self._key_in(path.parent) or self._key_in(path.parent.parent) or self._register
 
     def list_names(self, folder: Path) -> list[str] | None:
         try:
@@ -396,7 +400,7 @@ class LocalStorage:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise ValueError(f"{path} is no regular file")
             if key is not None:
-                return SealedMap.of(os.dup(file), key, _bound_name(path))
+                return _sealed_map(file, key, path)
             if os.pread(file, len(MAGIC), 0) == MAGIC:
                 raise NotAuthentic("it is encrypted, but the gallery is not")
             return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
@@ -452,6 +456,45 @@ class LocalStorage:
 
     def remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
+
+
+def whole(storage: Storage, path: Path) -> mmap.mmap:
+    """The content of a file, all of it. Raises as `Storage.map`, OSError, and GalleryDamaged where the key does not prove it."""
+    content = storage.map(path)
+    if isinstance(content, SealedMap):
+        try:
+            content.need(0, content.content_size)
+        except NotAuthentic as error:
+            raise GalleryDamaged(f"{path} is damaged: {error}; restore it from a backup") from None
+    return content
+
+
+def write_whole(storage: Storage, path: Path, content: bytes | memoryview) -> None:
+    """Writes a file whole: under another name, synced, renamed. Raises OSError."""
+    new = path.with_name(path.name + NEW_SUFFIX)
+    file = storage.create(new)
+    try:
+        file.write(content)
+        file.finish()
+    except BaseException:
+        file.discard()
+        raise
+    storage.replace(new, path)
+
+
+def _sealed_map(file: int, key: Key, path: Path) -> SealedMap:
+    content = SealedMap.of(os.dup(file), key, _bound_name(path))
+    if not content.content_size:
+        raise ValueError(f"{path} is empty")
+    return content
+
+
+def _is_encrypted(database: Path) -> bool:
+    """Whether it is no database of SQLite's own format."""
+    try:
+        return not _read_whole(database).startswith(b"SQLite format 3\0")
+    except OSError:
+        return False
 
 
 def _bound_name(path: Path) -> str:
