@@ -23,6 +23,7 @@ from .errors import GalleryBusy as GalleryBusy
 from .errors import GalleryDamaged as GalleryDamaged
 from .errors import IndexMismatch as IndexMismatch
 from .errors import InvalidInput as InvalidInput
+from .errors import KeyMismatch as KeyMismatch
 from .errors import ModelCardError as ModelCardError
 from .errors import ModelMismatch as ModelMismatch
 from .errors import NotAGallery as NotAGallery
@@ -33,6 +34,7 @@ from .errors import StorageUnavailable as StorageUnavailable
 from .errors import SubjectExists as SubjectExists
 from .errors import UnknownSubject as UnknownSubject
 from .gallery.policies import PolicyVersion as PolicyVersion
+from .keys import KeyProvider as KeyProvider
 from .trace import Trace as Trace
 from .trace import explain as explain
 from .values import COLUMNS as COLUMNS

@@ -39,6 +39,7 @@ _NEXT = {
     "Gallery": "open it, as bd.Engine.open(folder)",
     "GalleryConfig": "write bd.GalleryConfig(...)",
     "IsolationConfig": "write bd.IsolationConfig(...)",
+    "KeyProvider": "write bd.KeyProvider(file=...), or pass a function that returns the key",
     "Path": "name it as a text or a pathlib.Path",
     "Policy": "write bd.Policy(...)",
     "SearchConfig": "write bd.SearchConfig(...)",

@@ -6,6 +6,7 @@ gallery, which stores its own policy. No default depends on the machine. Names e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from math import inf, isfinite, log10
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from biodedup.arguments import check_fields, checked
 from biodedup.errors import InvalidInput
 from biodedup.index_spec import parse_specs
+from biodedup.keys import KeyProvider
 from biodedup.required import SENT, check_required
 from biodedup.tables import made, read_toml, typed
 from biodedup.values import check_id
@@ -343,6 +345,9 @@ class Config:
     `if __name__ == "__main__"`."""
     cluster: ClusterConfig | None = None
     """Of a register in PostgreSQL. None: a gallery in a folder. It is not stored with the gallery."""
+    keys: KeyProvider | Callable[[], bytes] | None = None
+    """Where the register's key comes from, or a function that returns it: 32 bytes. With it a new gallery is encrypted; one that is
+    encrypted opens with its key alone, and one that is not opens without a key alone (`KeyMismatch`). Needs the extra `encryption`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -370,11 +375,12 @@ class Config:
         return replace(self, policy=self.stated_policy)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy with the policy stated, as the gallery stores it."""
+        """A JSON-ready copy with the policy stated and without `cluster` and `keys`, as the gallery stores it."""
         stored = asdict(
-            self.with_policy(), dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items}
+            replace(self.with_policy(), cluster=None, keys=None),
+            dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items},
         )
-        del stored["cluster"]  # where a front-end finds the gallery, not what the gallery is
+        del stored["cluster"], stored["keys"]  # where a program finds the gallery and its key, not what the gallery is
         return stored
 
 

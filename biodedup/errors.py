@@ -69,6 +69,10 @@ class IndexMismatch(CallerError):
     """A gallery was opened with another index engine than the one that it stores."""
 
 
+class KeyMismatch(CallerError):
+    """A gallery is encrypted and its key was not stated, or another one was; or a key was stated for one that is not encrypted."""
+
+
 class EngineClosed(CallerError):
     """The engine was closed."""
 

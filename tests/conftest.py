@@ -15,6 +15,8 @@ import biodedup as bd
 from biodedup.config import GalleryConfig
 from biodedup.engine.prepare import Preparer
 from biodedup.gallery.files import index_codec
+from biodedup.gallery.files.encryption.keyring import Key
+from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments import indexing
 from biodedup.search.shards import cells
@@ -28,6 +30,7 @@ settings.register_profile("biodedup", deadline=None)  # a loaded machine is no f
 settings.load_profile("biodedup")
 
 
+REGISTER = Key(bytes(range(32)))
 SMALL_INDEX = "faiss:IVF1,SQ8"
 """An index that a few dozen rows train."""
 
@@ -39,6 +42,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="native",
         help="faiss: new galleries of these tests are indexed by FAISS, however few rows they have",
     )
+    parser.addoption("--encrypted", action="store_true", help="the galleries of these tests are encrypted")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def encrypted_throughout(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--encrypted`, every gallery that a test makes is encrypted, whatever its configuration says."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.config.getoption("--encrypted"):
+            patched.setattr(LocalStorage, "_register", REGISTER)
+        yield
+
+
+@pytest.fixture(params=["in the clear", "encrypted"])
+def at_rest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test twice: with galleries in the clear, and with encrypted ones."""
+    if request.param == "encrypted":
+        monkeypatch.setattr(LocalStorage, "_register", REGISTER)
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True, scope="session")

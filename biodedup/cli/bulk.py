@@ -103,7 +103,7 @@ def enroll_batch(
 
         check_table_name(result)
         jobs.accept_encounters(manifest, options)
-    with bd.Engine.open(gallery, chosen) as engine, jobs.Backlog.open(gallery) as backlog:
+    with bd.Engine.open(gallery, chosen) as engine, jobs.Backlog.open(gallery, chosen) as backlog:
         if announce:
             count = jobs.announce(backlog, manifest, options=options)
             finish({"announced": count}, f"announced {count:,} encounters", as_json)
@@ -136,7 +136,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show how many encounters of bulk enrolments are in each state, for how long, and how long the queue will take."""
-    now = jobs.queue_status(gallery, time.time())
+    now = jobs.queue_status(gallery, time.time(), configured(gallery, None))
     if report is not None:
         jobs.write_status_page(report, now)
     if as_json:

@@ -127,13 +127,14 @@ def decide(
 
     Exit code 11: the case stays open, because another candidate waits for a verdict.
     """
-    with existing(gallery, configured(gallery, config), wait) as engine:
+    chosen = configured(gallery, config)
+    with existing(gallery, chosen, wait) as engine:
         linked = engine.case(encounter_id).linked
         decision = engine.adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
         case = engine.case(encounter_id)
         others = [engine.case(other) for other in linked]
     for decided in (decision, *(other.decision for other in others)):
-        jobs.note_verdict(gallery, decided, time.time())
+        jobs.note_verdict(gallery, decided, time.time(), chosen)
     waiting = ", ".join(c.key for c in case.undecided)
     text = {
         "unique": f"{case.subject_id} is enrolled",

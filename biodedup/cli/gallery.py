@@ -241,8 +241,9 @@ def compact(
 
     Needs free disk space of the gallery's size.
     """
-    with existing(gallery, configured(gallery, config), wait) as engine:
-        jobs.forget_removed(gallery)
+    chosen = configured(gallery, config)
+    with existing(gallery, chosen, wait) as engine:
+        jobs.forget_removed(gallery, chosen)
         engine.compact()
         size = len(engine)
     logs = len(list((gallery / MERGES_FOLDER).glob("*.parquet")))

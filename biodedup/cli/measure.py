@@ -174,7 +174,9 @@ def calibrate(
 ) -> None:
     """Fit a model's calibration on your own labelled pairs, or on a gallery's impostor pairs, and write its card."""
     with progress_bar(lines=not as_json) as show:
-        result = jobs.calibrate(pairs, model, card, dimension=dimension, seed=seed, progress=show)
+        result = jobs.calibrate(
+            pairs, model, card, dimension=dimension, seed=seed, progress=show, config=configured(pairs, None)
+        )
     if as_json:
         print_json(result.summary())
         return

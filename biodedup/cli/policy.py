@@ -38,6 +38,7 @@ from biodedup.config import GalleryConfig, Policy
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.policies import PolicyVersion, shown, told
+from biodedup.keys import KeySource
 from biodedup.settings import DEFAULT, listed
 from biodedup.tables import differences, flat, hints, made, plain
 
@@ -59,8 +60,8 @@ def show(
 ) -> None:
     """Show the policy in force, and every version: who stored it, when, why, and what it changed."""
     folder = named or gallery
-    configured(folder, config)  # a mistake in the settings is told here, too
-    versions = _versions(folder)
+    keys = configured(folder, config).keys  # a mistake in the settings is told here, too
+    versions = _versions(folder, keys)
     if as_json:
         print_json(_document(versions[-1]) | {"versions": [_document(version) for version in versions]})
         return
@@ -154,7 +155,7 @@ def show_config(
     stated = chosen.config.policy
     conflict = ""
     if jobs.is_gallery(folder):
-        stored = _versions(folder)[-1]
+        stored = _versions(folder, chosen.config.keys)[-1]
         rows |= {f"policy.{n}": (v, f"gallery, version {stored.version}") for n, v in flat(stored.policy).items()}
         if stated is not None and stated != stored.policy:
             conflict = told(differences(stored.policy, stated), "in the gallery", "in the settings")
@@ -173,11 +174,11 @@ def show_config(
         )
 
 
-def _versions(folder: Path) -> tuple[PolicyVersion, ...]:
+def _versions(folder: Path, keys: KeySource | None) -> tuple[PolicyVersion, ...]:
     """Of a gallery's policy. It is read without the models, which the settings may name wrongly."""
     from biodedup.gallery.gallery import Gallery
 
-    with closing(Gallery.open_to_read(folder, LocalStorage(), GalleryConfig())) as gallery:
+    with closing(Gallery.open_to_read(folder, LocalStorage(keys), GalleryConfig())) as gallery:
         return gallery.policies
 
 

@@ -73,7 +73,7 @@ class Cage:
 
     def __init__(self, config: Config, count: int, work: Work | None = None) -> None:
         self.limits = config.isolation or IsolationConfig()
-        self._config = replace(config, threads=1, isolation=self.limits)
+        self._config = replace(config, threads=1, isolation=self.limits, keys=None)
         self._count = count
         self._work = work or _extract
         self._lock = threading.Lock()

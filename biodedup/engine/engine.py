@@ -185,13 +185,13 @@ class Engine:
         stored one. override_policy: decide by config.policy in this process alone, and store nothing.
         storage, clock, new_id: the disk, the time in seconds, and new identifiers, for tests to replace. A time before that of the newest
         decision is accepted, with a warning in the log `biodedup`.
-        Raises NotAGallery, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
+        Raises NotAGallery, KeyMismatch, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
         for spec in parse_specs(config.gallery.index or {}).values():
             refuse_unknown(spec)
         opened = _opened_register if _is_register(path) else _opened_folder
-        gallery = opened(str(path), config, storage or LocalStorage(), new_id(), read_only)
+        gallery = opened(str(path), config, storage or LocalStorage(config.keys), new_id(), read_only)
         try:
             return cls(gallery, config, clock, new_id, override_policy)
         except BaseException:
@@ -812,6 +812,10 @@ def _opened_folder(path: str, config: Config, storage: Storage, gallery_id: str,
 
 
 def _opened_register(path: str, config: Config, storage: Storage, gallery_id: str, read_only: bool) -> Gallery:
+    if config.keys is not None:
+        raise InvalidInput(
+            "a register in PostgreSQL cannot be encrypted by config.keys yet; encrypt its disks, and leave keys out"
+        )
     try:
         from biodedup.cluster.opening import open_register  # a gallery in a folder needs no psycopg
     except ImportError as error:

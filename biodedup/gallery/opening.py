@@ -17,7 +17,15 @@ from biodedup.gallery.catalogue.sqlite import (
 )
 from biodedup.gallery.catalogue.upgrade import OLD_FORMAT, upgrade
 from biodedup.gallery.files.filesystem import Lock, Storage
-from biodedup.gallery.files.names import CANARIES_NAME, DATABASE_NAME, LOCK_NAME, NEW_NAME, NEW_SUFFIX, SEGMENT_FOLDER
+from biodedup.gallery.files.names import (
+    CANARIES_NAME,
+    DATABASE_NAME,
+    KEY_NAME,
+    LOCK_NAME,
+    NEW_NAME,
+    NEW_SUFFIX,
+    SEGMENT_FOLDER,
+)
 from biodedup.gallery.files.private import refuse_link
 
 _OWN_NAMES = {
@@ -26,6 +34,7 @@ _OWN_NAMES = {
     NEW_NAME,
     NEW_NAME + "-journal",
     LOCK_NAME,
+    KEY_NAME,
     SEGMENT_FOLDER,
     CANARIES_NAME,
     CANARIES_NAME + NEW_SUFFIX,
@@ -48,11 +57,20 @@ def prepare_folder(storage: Storage, folder: Path, *, read_only: bool) -> Lock |
             raise NotAGallery(
                 f"{folder} holds no gallery; name another folder, or create one: `biodedup enroll` and `load` do, and Engine.open"
             )
+        storage.unlock(folder, new=False)
         return None
     if names is None:
         storage.make_folder(folder)
+    elif DATABASE_NAME in names:
+        storage.unlock(folder, new=False)  # with a wrong key nothing changes
     refuse_link(folder / SEGMENT_FOLDER)
-    return storage.lock(folder / LOCK_NAME)
+    lock = storage.lock(folder / LOCK_NAME)
+    try:
+        storage.unlock(folder, new=DATABASE_NAME not in (storage.list_names(folder) or ()))
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 def open_catalogue(

@@ -17,15 +17,16 @@ from itertools import zip_longest
 from pathlib import Path
 
 from biodedup.described import Described
-from biodedup.errors import GalleryDamaged, InvalidInput
+from biodedup.errors import GalleryDamaged, InvalidInput, KeyMismatch
 from biodedup.gallery.care.removal import refuse_foreign
 from biodedup.gallery.care.verify import (
     connected,
     read_manifest,
 )
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
+from biodedup.gallery.files.encryption.sealed_file import NotAuthentic
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.filesystem import Storage, whole
 from biodedup.gallery.files.names import (
     BACKLOG_NAME,
     CANARIES_NAME,
@@ -66,6 +67,7 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
         _refuse_target(storage, folder, target)
         if storage.list_names(target) is None:
             storage.make_folder(target)
+        storage.share_key(folder, target)
         if storage.list_names(target / SEGMENT_FOLDER) is None:
             storage.make_folder(target / SEGMENT_FOLDER)
         lock = storage.lock(target / LOCK_NAME)
@@ -191,7 +193,11 @@ def _copy_logs(storage: Storage, source: Path, target: Path) -> tuple[int, int, 
 
 def _pieces(storage: Storage, path: Path) -> Iterator[bytes]:
     try:
-        mapped = storage.map(path)
+        mapped = whole(storage, path)
+    except NotAuthentic as error:
+        raise GalleryDamaged(f"{path} is damaged: {error}; move it away") from None
+    except KeyMismatch:
+        raise
     except ValueError:  # empty, or not a regular file
         return
     with mapped as content:

@@ -15,6 +15,7 @@ from biodedup.gallery.files.names import (
     BACKLOG_NAME,
     CANARIES_NAME,
     DATABASE_NAME,
+    KEY_NAME,
     LEDGER_NAME,
     LOCK_NAME,
     MERGES_FOLDER,
@@ -28,6 +29,7 @@ from biodedup.gallery.segments.layout import number_of
 _DATABASES = [name + suffix for name in (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAME) for suffix in ("", NEW_SUFFIX)]
 _WORKING = {
     NEW_NAME,
+    KEY_NAME,
     *(name + end for name in _DATABASES for end in ("", "-journal")),
     CANARIES_NAME,
     CANARIES_NAME + NEW_SUFFIX,

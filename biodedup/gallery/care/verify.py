@@ -114,6 +114,7 @@ def connected(storage: Storage, folder: Path, *, read_only: bool = True) -> Iter
             if storage.list_names(folder / SEGMENT_FOLDER):
                 raise GalleryDamaged(f"{folder} holds segments and no {DATABASE_NAME}; restore it from a backup")
             raise NotAGallery(f"{folder} holds no gallery")
+        storage.unlock(folder, new=False)
         catalogue = SqliteCatalogue(storage.connect(folder / DATABASE_NAME, read_only=read_only))
         try:
             check_format(storage, catalogue, folder)

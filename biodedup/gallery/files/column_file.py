@@ -8,6 +8,8 @@ Owns this container (FORMAT.md describes it byte by byte). Never knows what the 
 3. Reading behind the end of a mapped file would end the process (SIGBUS), so the size is checked before a read. A file that is cut
    between this check and the read is not noticed.
 4. The digest of a file covers its content. The manifest keeps it, so that no file can be taken for another.
+5. Of a sealed file (encryption/sealed_file.py) a block is decrypted before it is first checked. Its arrays lie in memory of this process,
+   and what is read of single rows is a copy, so that the memory can be given back.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from biodedup.errors import BiodedupError, EngineClosed, GalleryBusy, GalleryDamaged
+from biodedup.errors import BiodedupError, EngineClosed, GalleryBusy, GalleryDamaged, KeyMismatch
+from biodedup.gallery.files.encryption.sealed_file import NotAuthentic, SealedMap
 from biodedup.gallery.files.filesystem import ODD_CONTENT, NewFile, Storage
 from biodedup.gallery.files.names import NEW_SUFFIX
 
@@ -50,6 +53,8 @@ _FIXED = struct.Struct(
 )  # magic, version, header bytes, file bytes, checksum of the header with this field zero
 _CHECKSUM_AT = _FIXED.size - 8
 _HEADER_BYTES_MAX = 1 << 26
+READ_ONCE = "index"
+"""An array that is read as a whole and then given back: a FAISS index (segments/stored_index.py)."""
 _DTYPE = re.compile(r"\|[iu]1|<[iu][248]|<f[48]")
 
 
@@ -217,8 +222,10 @@ class ColumnFile:
         self.name = name
         self._forget = forget
         self._content = content
+        self._sealed = content if isinstance(content, SealedMap) else None
         self._octets = np.frombuffer(content, np.uint8)
         self._address = self._octets.ctypes.data
+        self._decrypt(0, min(_HEADER_BYTES, len(content)))
         try:
             magic, version, header_bytes, file_bytes, checksum = _FIXED.unpack_from(content)
         except struct.error:
@@ -229,6 +236,7 @@ class ColumnFile:
             raise self.damaged(f"{len(content)} bytes, wanted {file_bytes}")
         if not _FIXED.size <= header_bytes <= min(_HEADER_BYTES_MAX, file_bytes - 8):
             raise self.damaged(f"a header of {header_bytes} bytes")
+        self._decrypt(0, header_bytes)
         header = bytearray(content[:header_bytes])
         header[_CHECKSUM_AT : _FIXED.size] = bytes(8)
         if xxhash.xxh3_64_intdigest(header) != checksum:
@@ -244,9 +252,10 @@ class ColumnFile:
         if type(self.about) is not dict or self._block_bytes not in {1 << n for n in range(9, 17)}:
             raise self.damaged("its table of contents")
         self._singly = self._block_bytes < BLOCK_BYTES
-        if self._singly:
+        if self._singly and self._sealed is None:
             content.madvise(mmap.MADV_RANDOM)  # reading ahead would read sixteen times as much as is wanted
         blocks = -(-(file_bytes - header_bytes - 8) // (self._block_bytes + 8))
+        self._decrypt(file_bytes - 8 - 8 * blocks, file_bytes)
         table = content[file_bytes - 8 - 8 * blocks : file_bytes - 8]
         if xxhash.xxh3_64_intdigest(table) != int.from_bytes(content[file_bytes - 8 :], "little"):
             raise self.damaged("its table of checksums")
@@ -264,6 +273,15 @@ class ColumnFile:
             dtype, shape, offset = self._specified(key, spec)
             self._offsets[key] = offset
             self._arrays[key] = np.frombuffer(content, dtype, prod(shape), header_bytes + offset).reshape(shape)
+        self._copied = self._sealed is not None and (self._singly or READ_ONCE in self._arrays)
+
+    def _decrypt(self, start: int, end: int) -> None:
+        """Of a sealed file, what lies there; nothing of another one. Raises GalleryDamaged."""
+        if (sealed := self._sealed) is not None:
+            try:
+                sealed.need(start, end)
+            except NotAuthentic as error:
+                raise self.damaged(str(error)) from None
 
     def _specified(self, name: str, spec: Any) -> tuple[str, tuple[int, ...], int]:
         """(dtype, shape, offset) of an array that lies within the file."""
@@ -287,7 +305,8 @@ class ColumnFile:
 
     def check_size(self) -> None:
         """Raises GalleryDamaged where the file was cut short since it was opened."""
-        if self._content.size() < self.byte_count:
+        sealed = self._sealed
+        if self._content.size() < self.byte_count if sealed is None else not sealed.check_size():
             raise self.damaged("it was cut short while it was open")
 
     def _check_inside(self, name: str, indices: NDArray[Any]) -> None:
@@ -302,7 +321,13 @@ class ColumnFile:
         return self._arrays[name].shape
 
     def read(self, name: str, low: int = 0, high: int | None = None) -> NDArray[Any]:
-        """Elements [low, high) along the first axis: a view of the map, checked."""
+        """Elements [low, high) along the first axis: a view of the map, checked; a copy of what `release` may take back."""
+        if self._copied and (sealed := self._sealed) is not None:
+            with sealed.guard:
+                return self._read(name, low, high).copy()
+        return self._read(name, low, high)
+
+    def _read(self, name: str, low: int, high: int | None) -> NDArray[Any]:
         self.check_size()
         array = self._arrays[name]
         part = array[low:high]
@@ -311,7 +336,7 @@ class ColumnFile:
             first, last = start // self._block_bytes, (start + part.nbytes - 1) // self._block_bytes
             if self._singly or not self._checked[first : last + 1].all():
                 self._check(np.arange(first, last + 1))
-            elif part.nbytes >= _READ_OVER_BYTES and self._advise_again(first, last):
+            elif self._sealed is None and part.nbytes >= _READ_OVER_BYTES and self._advise_again(first, last):
                 at = (self._start + start) // _PAGE * _PAGE
                 _advise(
                     self._address,
@@ -333,6 +358,12 @@ class ColumnFile:
 
     def take(self, name: str, indices: NDArray[Any]) -> NDArray[Any]:
         """Some elements along the first axis: a copy, checked. Ascending indices read the disk in order."""
+        if self._copied and (sealed := self._sealed) is not None:
+            with sealed.guard:
+                return self._take(name, indices)
+        return self._take(name, indices)
+
+    def _take(self, name: str, indices: NDArray[Any]) -> NDArray[Any]:
         array = self._arrays[name]
         self._check_inside(name, indices)
         if len(indices):
@@ -378,7 +409,12 @@ class ColumnFile:
         """Gives back the memory that single rows have taken up so far; they stay in the system's cache while there is room, unless
         it shall forget them."""
         with suppress(ValueError):  # closed meanwhile
-            self._content.madvise(mmap.MADV_DONTNEED)
+            if (sealed := self._sealed) is None:
+                self._content.madvise(mmap.MADV_DONTNEED)
+            elif self._copied:
+                with sealed.guard:
+                    sealed.release()
+                    self._checked[:] = False
         if forget:
             self._forget()
 
@@ -387,6 +423,7 @@ class ColumnFile:
         read raises EngineClosed. Closing twice does nothing."""
         self._arrays = _Closed()
         self._octets = np.zeros(0, np.uint8)
+        self._sealed = None
         content, self._content = self._content, _closed_map()
         with suppress(BufferError):  # a view of it is in use somewhere, and is its last owner now
             content.close()
@@ -395,7 +432,13 @@ class ColumnFile:
         """The whole file, unchecked."""
         for start in range(0, self.byte_count, piece_bytes):
             self.check_size()
-            yield self._content[start : start + piece_bytes]
+            if (sealed := self._sealed) is None:
+                yield self._content[start : start + piece_bytes]
+                continue
+            with sealed.guard:
+                self._decrypt(start, min(start + piece_bytes, self.byte_count))
+                piece = self._content[start : start + piece_bytes]
+            yield piece
 
     def problems(self) -> list[str]:
         """What a check of every block finds: nothing, or one line."""
@@ -420,8 +463,10 @@ class ColumnFile:
             ends = self._start + (wanted[np.concatenate([breaks, [-1]])] + 1) * self._block_bytes
             starts = starts // _PAGE * _PAGE
             ends = np.minimum(ends, self.byte_count)
-            _advise(self._address, starts, ends - starts, mmap.MADV_WILLNEED)
-        _touch(self._octets, self._start + todo * self._block_bytes, self._block_bytes)
+            if self._sealed is None:
+                _advise(self._address, starts, ends - starts, mmap.MADV_WILLNEED)
+        if self._sealed is None:
+            _touch(self._octets, self._start + todo * self._block_bytes, self._block_bytes)
         if (block := next(self._damaged_of(todo), None)) is not None:
             raise self.damaged(f"block {block}, in {', '.join(self._arrays_in(block))}")
         self._checked[todo] = True
@@ -443,8 +488,17 @@ class ColumnFile:
         for block, start, end, checksum in zip(
             *(some.tolist() for some in (blocks, starts, ends, expected)), strict=True
         ):
-            if digest(content[start:end]) != checksum:
+            if not self._is_authentic(start, min(end, self._end)) or digest(content[start:end]) != checksum:
                 yield block
+
+    def _is_authentic(self, start: int, end: int) -> bool:
+        """Of a sealed file, whether the key proves these bytes, which are decrypted; True of another one."""
+        try:
+            if (sealed := self._sealed) is not None:
+                sealed.need(start, end)
+        except NotAuthentic:
+            return False
+        return True
 
     def damaged(self, what: str) -> GalleryDamaged:
         """The error that names this file."""
@@ -457,6 +511,10 @@ def open_column_file(storage: Storage, path: Path) -> ColumnFile:
         content = storage.map(path)
     except FileNotFoundError:
         raise GalleryDamaged(f"segment file {path.name} is missing; run `biodedup doctor`") from None
+    except NotAuthentic as error:
+        raise GalleryDamaged(f"segment file {path.name} is damaged: {error}; run `biodedup doctor`") from None
+    except KeyMismatch:
+        raise
     except ValueError:  # an empty file cannot be mapped, nor a pipe or a folder
         raise GalleryDamaged(
             f"segment file {path.name} is damaged: it is empty, or no file; run `biodedup doctor`"

@@ -11,6 +11,8 @@ never follows a symbolic link to a file that it writes. A test hands in a double
 4. What is created is for its owner alone, whatever the umask: folders 0700, files 0600 (private.py).
 5. The rollback journal keeps old pages after a commit. `wipe` overwrites it once they hold what was erased.
 6. A child of a fork can use none of this (forks.py).
+7. Where a gallery's folder holds `gallery.key`, every file is sealed and every database encrypted (encryption/), and what is not is
+   refused. Nothing above this module knows whether it is so.
 """
 
 from __future__ import annotations
@@ -26,11 +28,28 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
-from biodedup.errors import GalleryBusy, NotAGallery
+from biodedup.errors import GalleryBusy, GalleryDamaged, KeyMismatch, NotAGallery
 from biodedup.gallery.files import forks
-from biodedup.gallery.files.private import create_private, make_private_folder, refuse_link, refuse_no_file
+from biodedup.gallery.files.encryption.keyring import Key, KeyFile, new_key_file, register_key
+from biodedup.gallery.files.encryption.sealed_file import (
+    BLOCK_BYTES,
+    MAGIC,
+    SMALL_BLOCK_BYTES,
+    NotAuthentic,
+    SealedMap,
+    SealedWriter,
+)
+from biodedup.gallery.files.names import DATABASE_NAME, KEY_NAME, NEW_SUFFIX, SEGMENT_FOLDER
+from biodedup.gallery.files.private import (
+    create_private,
+    make_private_folder,
+    refuse_link,
+    refuse_no_file,
+    replace_private,
+)
+from biodedup.keys import KeySource
 
 _BUFFER_BYTES = 1 << 20
 _WIPED_BYTES_KEPT = 1 << 18
@@ -48,6 +67,8 @@ ODD_CONTENT = (
     zlib.error,
 )
 """Exceptions of Python for stored content that no writer wrote; the reader reports them as GalleryDamaged."""
+_BUSY_S = 10.0  # that a connection waits for another one's lock
+_READ_SINGLY = ".rest"  # the end of the name of a file whose rows are read singly (segments/layout.py)
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
 
@@ -80,6 +101,13 @@ class Storage(Protocol):
 
     def lock(self, path: Path) -> Lock:
         """The exclusive writer's lock. Raises GalleryBusy, naming the holder."""
+
+    def unlock(self, folder: Path, *, new: bool) -> str | None:
+        """Called before anything in a gallery is read. Returns the id of the register's key; None for a gallery in the clear. new: a
+        gallery is created, and gets a key if this storage has one. Raises KeyMismatch, GalleryDamaged."""
+
+    def share_key(self, source: Path, target: Path) -> None:
+        """Before a gallery is copied: the target gets the source's key, or stays in the clear as the source. Raises KeyMismatch."""
 
     def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection: ...
 
@@ -251,7 +279,56 @@ class Connection(sqlite3.Connection):
 
 
 class LocalStorage:
-    """A POSIX file system."""
+    """A POSIX file system. keys: where the register's key comes from, which is fetched here."""
+
+    _register: Key | None = None
+    _known: tuple[KeyFile, Key] | None = None
+
+    def __init__(self, keys: KeySource | None = None) -> None:
+        if keys is not None:
+            self._register = register_key(keys)
+
+    def unlock(self, folder: Path, *, new: bool) -> str | None:
+        key = self._key_in(folder)
+        if key is None and self._register is not None:
+            if not new and _is_encrypted(folder / DATABASE_NAME):
+                raise GalleryDamaged(
+                    f"{folder / KEY_NAME} is missing; copy it from a backup of this gallery: nothing else opens it"
+                )
+            if not new:
+                raise KeyMismatch(
+                    f"{folder} is not encrypted, and a key was stated; leave the key out, or run `biodedup encrypt {folder}`"
+                )
+            replace_private(folder / KEY_NAME, new_key_file(self._register))
+            self.sync_folder(folder)
+        return None if self._register is None else self._register.key_id
+
+    def share_key(self, source: Path, target: Path) -> None:
+        mine, there = self._key_in(source), self._key_in(target)
+        if (mine and mine.key_id) == (there and there.key_id):
+            return
+        if there is not None or any(name != KEY_NAME for name in self.list_names(target / SEGMENT_FOLDER) or ()):
+            raise KeyMismatch(
+                f"{target} is encrypted under another key than {source}, or not at all; name an empty folder"
+            )
+        replace_private(target / KEY_NAME, (source / KEY_NAME).read_bytes())
+        self.sync_folder(target)
+
+    def _key_in(self, folder: Path) -> Key | None:
+        """The key of a gallery; None where it has none. Raises KeyMismatch, GalleryDamaged."""
+        path = folder / KEY_NAME
+        try:
+            content = _read_whole(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        stored = KeyFile.parse(path, content)
+        if self._known is None or self._known[0] != stored:
+            self._known = stored, stored.opened(self._register)
+        return self._known[1]
+
+    def _key_of(self, path: Path) -> Key | None:
+        """The key of a file in a gallery, or of one outside that a job writes."""
+        return self._key_in(path.parent) or self._key_in(path.parent.parent) or self._register
 
     def list_names(self, folder: Path) -> list[str] | None:
         try:
@@ -278,9 +355,7 @@ class LocalStorage:
             ):  # never opened here if it does: closing it would release SQLite's locks of this process
                 os.close(create_private(path))
         uri = f"{path.absolute().as_uri()}?mode={mode}"
-        connection = sqlite3.connect(
-            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10.0, factory=Connection
-        )
+        connection = self._connected(uri, path)
         try:
             connection.execute(
                 "PRAGMA trusted_schema=OFF"
@@ -299,14 +374,35 @@ class LocalStorage:
             raise
         return connection
 
+    def _connected(self, uri: str, path: Path) -> sqlite3.Connection:
+        key = self._key_of(path)
+        if key is None:
+            return sqlite3.connect(
+                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_S, factory=Connection
+            )
+        from biodedup.gallery.files.encryption.database import EncryptedConnection
+
+        secret = key.derived(f"database {_bound_name(path)}")
+        return cast(sqlite3.Connection, EncryptedConnection(uri, secret, _BUSY_S))
+
     def create(self, path: Path) -> NewFile:
-        return LocalFile(path)
+        key = self._key_of(path)
+        file = LocalFile(path)
+        if key is None:
+            return file
+        name = _bound_name(path)
+        return SealedWriter(file, key, name, SMALL_BLOCK_BYTES if name.endswith(_READ_SINGLY) else BLOCK_BYTES)
 
     def map(self, path: Path) -> mmap.mmap:
+        key = self._key_of(path)
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise ValueError(f"{path} is no regular file")
+            if key is not None:
+                return _sealed_map(file, key, path)
+            if os.pread(file, len(MAGIC), 0) == MAGIC:
+                raise NotAuthentic("it is encrypted, but the gallery is not")
             return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
         finally:
             os.close(file)
@@ -360,6 +456,58 @@ class LocalStorage:
 
     def remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
+
+
+def whole(storage: Storage, path: Path) -> mmap.mmap:
+    """The content of a file, all of it. Raises as `Storage.map`, OSError, and GalleryDamaged where the key does not prove it."""
+    content = storage.map(path)
+    if isinstance(content, SealedMap):
+        try:
+            content.need(0, content.content_size)
+        except NotAuthentic as error:
+            raise GalleryDamaged(f"{path} is damaged: {error}; restore it from a backup") from None
+    return content
+
+
+def write_whole(storage: Storage, path: Path, content: bytes | memoryview) -> None:
+    """Writes a file whole: under another name, synced, renamed. Raises OSError."""
+    new = path.with_name(path.name + NEW_SUFFIX)
+    file = storage.create(new)
+    try:
+        file.write(content)
+        file.finish()
+    except BaseException:
+        file.discard()
+        raise
+    storage.replace(new, path)
+
+
+def _sealed_map(file: int, key: Key, path: Path) -> SealedMap:
+    content = SealedMap.of(os.dup(file), key, _bound_name(path))
+    if not content.content_size:
+        raise ValueError(f"{path} is empty")
+    return content
+
+
+def _is_encrypted(database: Path) -> bool:
+    """Whether it is no database of SQLite's own format."""
+    try:
+        return not _read_whole(database).startswith(b"SQLite format 3\0")
+    except OSError:
+        return False
+
+
+def _bound_name(path: Path) -> str:
+    """What a file's content is bound to: its name, also while it is written."""
+    return path.name.removesuffix(NEW_SUFFIX)
+
+
+def _read_whole(path: Path) -> bytes:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        return os.read(file, 1 << 16) if stat.S_ISREG(os.fstat(file).st_mode) else b""
+    finally:
+        os.close(file)
 
 
 def memory_bytes() -> int:

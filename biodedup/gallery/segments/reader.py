@@ -301,14 +301,14 @@ class SegmentColumn:
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
         assert self._rest is not None, "a column with a codec has a rest"
-        self._rest.check_rows("rest", cells)
+        rest = self._rest.take("rest", cells)
         if self._interleaved:
             self._file.check_rows("plane", cells // BLOCK_ROWS)
             high = _from_plane(self._file.unchecked("plane"), cells)
         else:
             self._file.check_rows("high", cells)
             high = self._file.unchecked("high")[cells]
-        codes = join_nibbles(high, self._rest.unchecked("rest")[cells])
+        codes = join_nibbles(high, rest)
         return codes, self._lengths(self._file.take("norm", cells))
 
     def check_lengths(self) -> None:

@@ -164,7 +164,7 @@ def audit(
     for path in (out, report):
         if path is not None:
             make_private_folder(path.parent)
-    with Notes(out.with_name(out.name + ".notes"), key) as notes:
+    with Notes(out.with_name(out.name + ".notes"), key, engine.config.keys) as notes:
         if notes.entries:
             threshold_db = notes.entries[0]["threshold_db"]
         elif threshold_db is None:

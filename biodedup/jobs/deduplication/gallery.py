@@ -93,7 +93,7 @@ def join_notes(engine: Engine, path: Path, threshold_db: float) -> Notes:
         key["across_positions"] = True
     if engine.config.search.miss_risk != SearchConfig.miss_risk:
         key["miss_risk"] = engine.config.search.miss_risk
-    return Notes(path, key)
+    return Notes(path, key, engine.config.keys)
 
 
 def linked(engine: Engine, notes: Notes, threshold_db: float, progress: Progress) -> Links:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from biodedup.arguments import checked
+from biodedup.config import Config
 from biodedup.described import Described
 from biodedup.errors import NotAGallery
 from biodedup.gallery.files.faults import translated
@@ -130,15 +131,20 @@ class Backlog:
 
     @classmethod
     @checked
-    def open(cls, gallery: Path, *, read_only: bool = False, storage: Storage | None = None) -> Backlog:
-        """Opens the backlog of a gallery, creating it where it is absent. Raises NotAGallery, StorageUnavailable."""
+    def open(
+        cls, gallery: Path, config: Config | None = None, *, read_only: bool = False, storage: Storage | None = None
+    ) -> Backlog:
+        """Opens the backlog of a gallery, creating it where it is absent. config: needed for the key of an encrypted gallery. Raises
+        NotAGallery, KeyMismatch, StorageUnavailable."""
         path = gallery / BACKLOG_NAME
         if not (gallery / DATABASE_NAME).is_file():
             raise NotAGallery(f"{gallery} holds no gallery; name the folder that enroll-batch was given")
+        storage = storage or LocalStorage(None if config is None else config.keys)
         with translated(f"opening {path}"):
+            storage.unlock(gallery, new=False)
             if not read_only:
                 make_private(path)
-            connection = (storage or LocalStorage()).connect(path, read_only=read_only)
+            connection = storage.connect(path, read_only=read_only)
             if not read_only:
                 for statement in _SCHEMA.split(";\n"):
                     connection.execute(statement)
@@ -286,8 +292,9 @@ class Backlog:
             return self._connection.execute(query, values).fetchone()
 
 
-def queue_status(gallery: Path, now: float) -> QueueStatus:
-    """The state of a gallery's bulk enrolments, read while another process may write. Raises NotAGallery, StorageUnavailable."""
+def queue_status(gallery: Path, now: float, config: Config | None = None) -> QueueStatus:
+    """The state of a gallery's bulk enrolments, read while another process may write. Raises NotAGallery, KeyMismatch,
+    StorageUnavailable."""
     if (gallery / DATABASE_NAME).is_file() and not (gallery / BACKLOG_NAME).is_file():
         nothing = StatusLine(0, None, None)
         return QueueStatus(
@@ -301,14 +308,14 @@ def queue_status(gallery: Path, now: float) -> QueueStatus:
             clear_s=0.0,
             warning="",
         )
-    with Backlog.open(gallery, read_only=True) as backlog:
+    with Backlog.open(gallery, config, read_only=True) as backlog:
         return backlog.status(now)
 
 
-def note_verdict(gallery: Path, decision: Decision, now: float) -> None:
+def note_verdict(gallery: Path, decision: Decision, now: float, config: Config | None = None) -> None:
     """Tells the backlog, where there is one, what became of a case. Raises StorageUnavailable."""
     if (gallery / BACKLOG_NAME).is_file() and decision.outcome != "review" and decision.encounter_id is not None:
-        with Backlog.open(gallery) as backlog:
+        with Backlog.open(gallery, config) as backlog:
             backlog.judge(decision.encounter_id, STATUS_OF[decision.outcome], now)
 
 

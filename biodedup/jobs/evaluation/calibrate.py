@@ -40,6 +40,7 @@ from biodedup.jobs.manifests.tables import CSV_SUFFIXES
 from biodedup.jobs.manifests.text_form import open_utf8, text_form
 from biodedup.jobs.shared.files import write_text
 from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.keys import KeySource
 from biodedup.match.calibration import Calibration
 from biodedup.match.fitting import COSINE_POWER, MATED_MIN, NONMATED_MIN, Nonmates, fit, measured_fmr, refit
 from biodedup.values import check_id
@@ -107,20 +108,22 @@ def calibrate(
     dimension: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    config: Config | None = None,
 ) -> CalibrateResult:
     """Writes `out` (.toml): the card of this model with the tables fitted on these pairs, for
     `FaceConfig(model=...)`, `FingerConfig(model=...)` or `FingerConfig(minutiae_model=...)`. pairs: a table, or a gallery's folder;
     model_id: a shipped model's, its card's name, or the path of a card; `finger256-3+mindtct-1` fits the embedding and what it
     says with minutiae. Any other model_id gets a card without weights, for embeddings that come with this model_id. dimension: how
-    many numbers these have; None takes a gallery's, and leaves it open otherwise.
+    many numbers these have; None takes a gallery's, and leaves it open otherwise. config: needed for the key of an encrypted gallery.
 
     Raises InvalidInput for a table that lacks columns or pairs, ModelCardError, StorageUnavailable.
     """
     if out.suffix != ".toml":
         raise InvalidInput(f"the card is named {out.name}; end it with .toml")
     card, minutiae = _cards(model_id, out)
+    keys = None if config is None else config.keys
     found = (
-        pairs_of_gallery(pairs, card, minutiae, seed, progress)
+        pairs_of_gallery(pairs, card, minutiae, seed, progress, keys=keys)
         if is_gallery(pairs)
         else read_pairs(pairs, _columns(card, minutiae))
     )
@@ -148,7 +151,7 @@ def calibrate(
             held_out[name] = _rows(_score_db(tested, name, after, minutiae), old)
     progress("fitting", 1, 2)
     tables = _fitted(found, card, minutiae, pairs.name, seed)
-    document = _document(card, pairs, dimension, found)
+    document = _document(card, pairs, dimension, found, keys)
     if card.weights is not None:
         document["weights"]["file"] = str(card.weights.absolute())
     document["calibration"] = tables["calibration"]
@@ -162,7 +165,13 @@ def calibrate(
 
 
 def pairs_of_gallery(
-    gallery: Path, card: ModelCard, minutiae: ModelCard | None, seed: int, progress: Progress = silent
+    gallery: Path,
+    card: ModelCard,
+    minutiae: ModelCard | None,
+    seed: int,
+    progress: Progress = silent,
+    *,
+    keys: KeySource | None = None,
 ) -> Pairs:
     """Impostor pairs of a gallery (`impostors.py`). Raises InvalidInput."""
     models = {card.model_id}
@@ -173,7 +182,7 @@ def pairs_of_gallery(
         models |= {card.model_id} if minutiae is None else set()
     columns = _columns(card, minutiae)
     scores, a, b, position = impostor_pairs(
-        gallery, frozenset(models), minutiae="minutiae" in columns, seed=seed, progress=progress
+        gallery, frozenset(models), minutiae="minutiae" in columns, seed=seed, progress=progress, keys=keys
     )
     scores = {name: scores[name] for name in columns}
     whole = np.isfinite(np.array(list(scores.values()))).all(axis=0)
@@ -235,12 +244,14 @@ def _refuse_rounded(table: pa.Table, path: Path) -> None:
             )
 
 
-def _document(card: ModelCard, pairs: Path, dimension: int | None, found: Pairs) -> dict[str, Any]:
+def _document(
+    card: ModelCard, pairs: Path, dimension: int | None, found: Pairs, keys: KeySource | None
+) -> dict[str, Any]:
     """What the new card says, but for its tables: what the old one does, or as much as is known of a model that runs elsewhere."""
     if card.path.exists():
         return tomllib.loads(card.path.read_text(encoding="utf-8"))
     if is_gallery(pairs):
-        with closing(Gallery.open_to_read(pairs, LocalStorage(), Config().gallery)) as opened:
+        with closing(Gallery.open_to_read(pairs, LocalStorage(keys), Config().gallery)) as opened:
             models = opened.snapshot().models.values()
         dimension = next(one.dimension for one in models if one.model_id == card.model_id)
     fingers = found.position is not None and len(found.position) and "face" not in found.position

@@ -19,6 +19,7 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.keys import KeySource
 from biodedup.match.minutiae import CylinderMatcher
 from biodedup.values import BIT
 
@@ -29,14 +30,20 @@ Float64 = NDArray[np.float64]
 
 
 def impostor_pairs(
-    gallery: Path, models: frozenset[str], *, minutiae: bool, seed: int, progress: Progress = silent
+    gallery: Path,
+    models: frozenset[str],
+    *,
+    minutiae: bool,
+    seed: int,
+    progress: Progress = silent,
+    keys: KeySource | None = None,
 ) -> tuple[Mapping[str, Float64], Int64, Int64, NDArray[np.str_]]:
     """(scores, a, b, position) of pairs, float64, int64 and str (n,) each; scores: `similarity`, `minutiae`, NaN where there is none.
 
     models: the model_ids that count. minutiae: compare them, too. Raises InvalidInput where the gallery has no template of these.
     """
     rng = np.random.default_rng(seed)
-    with closing(Gallery.open_to_read(gallery, LocalStorage(), Config().gallery)) as opened:
+    with closing(Gallery.open_to_read(gallery, LocalStorage(keys), Config().gallery)) as opened:
         now = opened.snapshot()
         columns = [column for column, model in now.models.items() if model.model_id in models]
         if not columns:

@@ -22,7 +22,9 @@ from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import Config
 from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
-from biodedup.errors import InvalidInput
+from biodedup.errors import GalleryDamaged, InvalidInput
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import LocalStorage, Storage, whole, write_whole
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.manifests.captures import (
     RESERVED,
@@ -37,7 +39,6 @@ from biodedup.jobs.manifests.captures import (
 from biodedup.jobs.manifests.fields import Unusable, id_of, subject_of
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.tables import TableFile
-from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.progress import Progress
 from biodedup.required import keep_better
 from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template, check_model_ids, model_of
@@ -107,19 +108,20 @@ def _extracted(
         [extractor.model_ids, asdict(config.face), asdict(config.finger), asdict(config.capture)], default=str
     )
     done: list[Labelled] = []
+    storage = LocalStorage(config.keys)
     for low in range(0, len(found), PART):
         batch = found[low : low + PART]
         if any(one.captures for one in batch):
             make_private_folder(work)
             marks = "\n".join([settings, *(mark_of(one.encounter_id, one.captures) for one in batch)])
             part = work / f"{hashlib.sha256(marks.encode()).hexdigest()[:32]}.parquet"
-            results = _read_part(part)
+            results = _read_part(storage, part)
             if results is None:
                 captures: list[Capture] = [capture for one in batch for capture in one.captures]
                 results = extractor.extract(captures)
                 # what failed, or was not there, is tried again by the next run
                 if not any(isinstance(one, Refusal) and one.reason in _PASSING for one in results):
-                    write_table(_part_of(results), part)
+                    _write_part(storage, part, _part_of(results))
             batch = _with_results(batch, iter(results))
         done += batch
         progress("templates", len(done), len(found))
@@ -300,11 +302,18 @@ _PART_SCHEMA = pa.schema(
 )
 
 
-def _read_part(part: Path) -> list[Template | Refusal] | None:
+def _write_part(storage: Storage, part: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(table, sink)
+    with translated(f"writing {part}"):
+        write_whole(storage, part, memoryview(sink.getvalue()))
+
+
+def _read_part(storage: Storage, part: Path) -> list[Template | Refusal] | None:
     """None where it is absent or cannot be read: it is made again."""
     try:
-        rows = pa.parquet.read_table(part).to_pylist()
-    except (OSError, pa.ArrowException):
+        rows = pa.parquet.read_table(pa.BufferReader(whole(storage, part))).to_pylist()
+    except (OSError, ValueError, GalleryDamaged, pa.ArrowException):
         return None
     return [
         Refusal(**json.loads(row["refusal"]))

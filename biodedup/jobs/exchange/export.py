@@ -79,7 +79,7 @@ def export_gallery(
     Others may search and change the gallery meanwhile. Raises InvalidInput where the folder is not empty or the gallery is of an older
     format, NotAGallery, GalleryDamaged, StorageUnavailable; then the folder is not there.
     """
-    storage = LocalStorage()
+    storage = LocalStorage(None if config is None else config.keys)
     with (
         closing(Gallery.open_to_read(gallery, storage, (config or Config()).gallery)) as opened,
         translated(f"writing {folder}"),

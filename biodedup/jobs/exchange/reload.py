@@ -81,7 +81,8 @@ def load_gallery(
 
     Raises InvalidInput where the folder is taken or the export is not whole, StorageUnavailable; then the folder is as it was.
     """
-    storage, config = LocalStorage(), config or Config()
+    config = config or Config()
+    storage = LocalStorage(config.keys)
     about = read_about(export)
     _refuse_taken(gallery)
     new = gallery.with_name(f".{gallery.name}.new")

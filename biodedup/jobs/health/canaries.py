@@ -79,7 +79,8 @@ def watch(
     count: of each column, about. Reads the gallery alone; where the canaries cannot be written, those in memory are searched.
     Raises what opening a gallery raises.
     """
-    config, storage = config or Config(), storage or LocalStorage()
+    config = config or Config()
+    storage = storage or LocalStorage(config.keys)
     with (
         closing(Gallery.open_to_read(gallery, storage, config.gallery)) as stored,
         Engine.open(gallery, config, read_only=True, storage=storage) as engine,
@@ -119,12 +120,12 @@ def watch(
         )
 
 
-def forget_removed(gallery: Path, *, storage: Storage | None = None) -> int:
+def forget_removed(gallery: Path, config: Config | None = None, *, storage: Storage | None = None) -> int:
     """Drops the canaries of removed subjects, before a compaction erases their templates. Returns how many were dropped.
 
     Leaves a damaged file, and one of another gallery, alone. Raises what opening a gallery raises.
     """
-    storage = storage or LocalStorage()
+    storage = storage or LocalStorage((config or Config()).keys)
     with closing(Gallery.open_to_read(gallery, storage, Config().gallery)) as stored:
         try:
             known = load(storage, gallery)

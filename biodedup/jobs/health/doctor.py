@@ -86,11 +86,12 @@ def examine(
         except BiodedupError as error:
             problems.append(str(error))
     if gallery is not None:
+        storage = LocalStorage(None if config is None else config.keys)
         if mend:
-            mended = repair(LocalStorage(), gallery, backup)
+            mended = repair(storage, gallery, backup)
             if count := tighten(gallery):
                 mended.append(f"gallery {gallery}: {count} files and folders closed to other users")
-        found = inspect(LocalStorage(), gallery)
+        found = inspect(storage, gallery)
         if open_ones := exposed(gallery):
             reachable.append(told(gallery, open_ones))
         if found:

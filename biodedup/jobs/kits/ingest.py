@@ -143,7 +143,7 @@ def ingest_batches(
         result = IngestResult(files, (), (), (), now, keys.problems)
         return write_result(result, out, report)
     with Engine.open(gallery, config or Config(isolation=IsolationConfig()), clock=clock) as engine:
-        ledger = Ledger(gallery)
+        ledger = Ledger(gallery, engine.config.keys)
         try:
             run, received_at = ledger.run([file.digest for file in usable], now)
             job = _Ingest(engine, ledger, run, received_at, progress)

@@ -19,9 +19,11 @@ import pyarrow as pa
 from biodedup.config import Config
 from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
-from biodedup.errors import InvalidInput
+from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.answers import digest_of
-from biodedup.gallery.files.private import private_folder, replace_private
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import LocalStorage, whole, write_whole
+from biodedup.gallery.files.private import private_folder
 from biodedup.jobs.kits.format.record import RECORD_BYTES_MAX, Record, decode, encode
 from biodedup.jobs.kits.manifest import Broken, Planned
 from biodedup.jobs.shared.files import read_bounded
@@ -44,6 +46,7 @@ class Judge:
     def __init__(self, config: Config, folder: Path) -> None:
         self._config = config
         self._folder = folder
+        self._storage = LocalStorage(config.keys)
         self._extractor: Extractor | None = None
         settings = {name: config.to_dict()[name] for name in ("face", "finger", "capture")}
         self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
@@ -61,7 +64,7 @@ class Judge:
             tuple(_in_memory(capture, bytes_max) for capture in planned.encounter.captures) for planned in chunk
         ]
         paths = [self._path(own) for own in captures]
-        known = [_remembered(path) for path in paths]
+        known = [_remembered(self._storage, path) for path in paths]
         fresh = [i for i, verdict in enumerate(known) if verdict is None]
         todo = [[c for c in captures[i] if not isinstance(c, Missing)] for i in fresh]
         if any(todo) and self._extractor is None:
@@ -82,7 +85,8 @@ class Judge:
                 verdict.reason in FAILURES for verdict in verdicts
             ):  # failures of the program say nothing about the captures
                 remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
-                replace_private(paths[i], encode(remembered))
+                with translated(f"writing {paths[i]}"):
+                    write_whole(self._storage, paths[i], encode(remembered))
         for planned, own, judged in zip(chunk, captures, known, strict=True):
             assert judged is not None, "every one was judged"
             yield planned, own, *judged
@@ -92,10 +96,13 @@ class Judge:
         return self._folder / f"{hashlib.sha256(self._settings + digest).hexdigest()}.record"
 
 
-def _remembered(path: Path) -> tuple[tuple[Refusal, ...], Mapping[str, Template]] | None:
+def _remembered(storage: LocalStorage, path: Path) -> tuple[tuple[Refusal, ...], Mapping[str, Template]] | None:
     try:
-        record = decode(read_bounded(path, RECORD_BYTES_MAX), 1)
-    except (OSError, ValueError, TypeError, KeyError, struct.error, pa.ArrowException):
+        if path.stat().st_size > 2 * RECORD_BYTES_MAX:
+            return None
+        with whole(storage, path) as content:
+            record = decode(content[:], 1)
+    except (OSError, GalleryDamaged, ValueError, TypeError, KeyError, struct.error, pa.ArrowException):
         return None  # never judged, or its file was lost to a power cut
     templates = {c: given for c, given in record.encounter.templates.items() if isinstance(given, Template)}
     return record.refusals, templates

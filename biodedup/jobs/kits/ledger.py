@@ -19,6 +19,7 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.names import LEDGER_NAME
 from biodedup.gallery.files.private import make_private
 from biodedup.jobs.kits.format.batch_file import gaps
+from biodedup.keys import KeySource
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (run INTEGER PRIMARY KEY, batches TEXT, received_at REAL, finished INTEGER);
@@ -47,11 +48,11 @@ class Taker:
 class Ledger:
     """One open ledger. Raises GalleryDamaged, StorageUnavailable."""
 
-    def __init__(self, gallery: Path) -> None:
+    def __init__(self, gallery: Path, keys: KeySource | None = None) -> None:
         self._path = gallery / LEDGER_NAME
         with self._writing():
             make_private(self._path)
-            self._sql = LocalStorage().connect(self._path, read_only=False)
+            self._sql = LocalStorage(keys).connect(self._path, read_only=False)
             self._sql.executescript(_TABLES)
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ from biodedup.described import Described
 from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.care.copying import copy_rows, record, steps_done
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import LocalStorage, Storage
+from biodedup.gallery.files.filesystem import LocalStorage, Storage, whole, write_whole
 from biodedup.gallery.files.names import MERGES_FOLDER
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
@@ -163,7 +163,7 @@ def apply_merge(
             record(target, f"{name}:begun")
         progress("applying", 0, staged.live_count)
         ids: dict[str, list[str]] = {"removed": [], "left_out": [], "completed": []}
-        for rows in _read_log(log, ["subject_id", "action"]):
+        for rows in _read_log(log, storage, ["subject_id", "action"]):
             for row in rows:
                 ids[row["action"]].append(row["subject_id"])
         removed, left_out = ids["removed"], ids["left_out"]
@@ -199,7 +199,7 @@ def undo(
     What was enrolled, updated or removed since is left as it is. Interrupted, it goes on; done already, it changes nothing. Raises
     InvalidInput for a merge that was not applied here.
     """
-    storage = storage or LocalStorage()
+    storage = storage or LocalStorage(None if config is None else config.keys)
     log = folder / MERGES_FOLDER / f"{merge_id}.parquet"
     Gallery.open_to_read(folder, storage, (config or Config()).gallery).close()  # a mistyped folder is no new gallery
     target = _opened(folder, storage, config or Config(), lambda: "")
@@ -311,31 +311,23 @@ def _encounter(encounter: EnrolledEncounter) -> dict[str, Any]:
 
 
 def _write_log(log: Path, batches: Iterator[Any], storage: Storage) -> None:
-    temporary = log.with_name(log.name + ".new")
     with translated(f"writing {log}"):
         storage.make_folder(log.parent)
         sink = pa.BufferOutputStream()
         with pa.parquet.ParquetWriter(sink, LOG_SCHEMA) as writer:
             for batch in batches:
                 writer.write_batch(batch)
-        file = storage.create(temporary)
-        try:
-            file.write(memoryview(sink.getvalue()))
-            file.finish()
-        except BaseException:
-            file.discard()
-            raise
-        storage.replace(temporary, log)
+        write_whole(storage, log, memoryview(sink.getvalue()))
         storage.sync_folder(log.parent)
 
 
-def _read_log(log: Path, columns: Sequence[str] | None = None) -> Iterator[list[dict[str, Any]]]:
+def _read_log(log: Path, storage: Storage, columns: Sequence[str] | None = None) -> Iterator[list[dict[str, Any]]]:
     """Its rows, so many at a time as are one step."""
     try:
-        with pa.parquet.ParquetFile(log) as file:
+        with pa.parquet.ParquetFile(pa.BufferReader(whole(storage, log))) as file:
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
                 yield batch.to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise GalleryDamaged(f"{log} is not readable ({type(error).__name__}); restore it from a backup") from error
 
 
@@ -345,7 +337,7 @@ def _read_log(log: Path, columns: Sequence[str] | None = None) -> Iterator[list[
 def _complete(target: Gallery, log: Path, name: str, staged: Snapshot, total: int, progress: Progress) -> int:
     """How many survivors have what they lacked now. total: how many are in the log."""
     completed = 0
-    for number, rows in enumerate(_read_log(log, ["subject_id", "action", "gets", "joins"])):
+    for number, rows in enumerate(_read_log(log, target.storage, ["subject_id", "action", "gets", "joins"])):
         step = f"{name}:completed:{number}"
         facts = target.snapshot().job_step(step)
         if facts is None:
@@ -418,8 +410,8 @@ def _restore(
     restored, reverted, kept = 0, 0, list[str]()
     removals = target.snapshot().job_step(f"{name}:removed") is not None
     completed = _completed_rows(target.snapshot(), name)
-    done, total = 0, sum(len(rows) for rows in _read_log(log, ["action"]))
-    for number, rows in enumerate(_read_log(log)):
+    done, total = 0, sum(len(rows) for rows in _read_log(log, target.storage, ["action"]))
+    for number, rows in enumerate(_read_log(log, target.storage)):
         step = f"{name}:restored:{number}"
         facts = target.snapshot().job_step(step)
         if facts is None:

@@ -106,7 +106,7 @@ def merge(
     Raises InvalidInput, PolicyMismatch, ModelMismatch, NotAGallery, GalleryBusy (another job has this result), GalleryDamaged, StorageUnavailable.
     """
     _check_request(sources, out, into, apply)
-    run = _Run(out, config or Config(), storage or LocalStorage(), progress)
+    run = _Run(out, config or Config(), storage or LocalStorage(None if config is None else config.keys), progress)
     central = None if into is None else named(into)[1]
     with _locked(run.work, run.storage), opened(sources, run.storage, run.config) as districts:
         existing = [into] if into is not None and central is not None and is_gallery(central) else []
@@ -389,7 +389,7 @@ def _check_shared(
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "verify_db": settings.verify_db}
     scores: list[float | None] = []
-    with Notes(notes_path, key) as notes:
+    with Notes(notes_path, key, engine.config.keys) as notes:
         for noted in notes.entries:
             scores += noted
         for low in range(len(scores), len(later), _CHECKED_TOGETHER):

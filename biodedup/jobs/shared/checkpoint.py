@@ -5,28 +5,34 @@ Owns the file of an interrupted job. Never reads the meaning of a line.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from biodedup.gallery.files.encryption.keyring import register_key
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import FILE_MODE, refuse_link
+from biodedup.keys import KeySource
 
 
 class Notes:
     """The notes of the work that `key` (JSON-ready) describes; those of other work, and a line cut short, are dropped.
 
-    entries: what was noted before, in order. Raises StorageUnavailable.
+    entries: what was noted before, in order; keys: with the register's key each line is encrypted, and bound to its place. Raises
+    StorageUnavailable.
     """
 
-    def __init__(self, path: Path, key: dict[str, Any]) -> None:
+    def __init__(self, path: Path, key: dict[str, Any], keys: KeySource | None = None) -> None:
         self._path = path
+        self._register = None if keys is None else register_key(keys)
+        self._count = 0
         with translated(f"reading {path}"):
             refuse_link(path)
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            sound = [_parsed(line) for line in lines]
+            sound = [self._parsed(number, line) for number, line in enumerate(lines)]
             if None in sound:
                 sound = sound[: sound.index(None)]
             if sound[:1] != [key]:
@@ -36,6 +42,7 @@ class Notes:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             self._file = os.fdopen(os.open(path, flags, FILE_MODE), "a")
             self._key = key
+            self._count = len(sound)
             self.entries: list[Any] = sound[1:]
             if not sound:
                 self._write(key)
@@ -49,6 +56,7 @@ class Notes:
         """Drops all entries. Raises StorageUnavailable."""
         with translated(f"writing {self._path}"):
             self._file.truncate(0)
+            self._count = 0
             self._write(self._key)
         self.entries = []
 
@@ -66,13 +74,23 @@ class Notes:
         self._file.close()
 
     def _write(self, entry: Any) -> None:
-        self._file.write(json.dumps(entry) + "\n")
+        text = json.dumps(entry)
+        if self._register is not None:
+            text = base64.b64encode(self._register.wrap(text.encode(), self._place(self._count))).decode()
+        self._count += 1
+        self._file.write(text + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def _parsed(self, number: int, line: bytes) -> Any:
+        try:
+            if not line.endswith(b"\n"):
+                return None
+            if self._register is not None:
+                return json.loads(self._register.unwrap(base64.b64decode(line), self._place(number)) or b"")
+            return json.loads(line)
+        except ValueError:
+            return None
 
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
+    def _place(self, number: int) -> bytes:
+        return f"biodedup notes {self._path.name} {number}".encode()

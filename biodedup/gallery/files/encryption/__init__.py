@@ -1,0 +1,1 @@
+"""Encryption of a gallery's files and databases."""
