@@ -32,6 +32,7 @@ from biodedup.errors import InvalidInput
 _HEAD_BYTES, _TAIL_BYTES = 28, 2  # before and behind the minutiae of a record of one view
 _HEAD = np.frombuffer(b"FMR\0 20\0", np.uint8)
 _STANDARD, _OTHER = 0, 1  # what the compiled check says of a record
+_AS_STATED = -1  # the position of a record whose finger its column does not name
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 Bytes = NDArray[np.uint8]
@@ -50,7 +51,8 @@ def standard_records(offsets: Offsets, data: Bytes, position: str) -> tuple[Offs
     count = len(offsets) - 1
     checked = np.array(data, np.uint8)
     kinds = np.zeros(count, np.uint8)
-    _check(np.ascontiguousarray(offsets, np.int64), checked, _HEAD, position_code(position), kinds)
+    code = _AS_STATED if position == "unknown" else position_code(position)
+    _check(np.ascontiguousarray(offsets, np.int64), checked, _HEAD, code, kinds)
     others = np.flatnonzero(kinds == _OTHER)
     bad = np.zeros(count, bool)
     if not len(others):
@@ -139,7 +141,8 @@ def _normalise(record: Any, code: int) -> None:
     record[18] = record[20] = PIXELS_PER_CM >> 8
     record[19] = record[21] = PIXELS_PER_CM & 255
     record[23] = record[25] = 0  # reserved; the view's number and the impression
-    record[24] = code
+    if code != _AS_STATED:
+        record[24] = code
     if record[26] > QUALITY_MAX:
         record[26] = 0
     for at in range(_HEAD_BYTES, len(record) - _TAIL_BYTES, MINUTIA_BYTES):

@@ -74,10 +74,11 @@ ODD = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("position", ["right_index", "unknown"])
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_record_among_sound_ones_comes_out_as_one_by_one(name):
+def test_an_odd_record_among_sound_ones_comes_out_as_one_by_one(name, position):
     records = [SOUND, ODD[name], record(5, code=2)]
-    assert together(records) == one_by_one(records)
+    assert together(records, position) == one_by_one(records, position)
 
 
 @given(st.data())
