@@ -39,6 +39,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from biodedup.arguments import checked, checked_methods
@@ -48,7 +49,7 @@ from biodedup.embed.extractor import Extractor
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.info import info_of, notes_of
-from biodedup.engine.load import Cells, Loaded, Loader
+from biodedup.engine.load import ArrowBatch, Cells, Loaded, Loader
 from biodedup.engine.policy import PolicyInForce
 from biodedup.engine.prepare import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
 from biodedup.engine.review import Review
@@ -161,7 +162,8 @@ class Engine:
             gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max
         )
         self._review = Review(gallery, self._preparer, self._searches, self._decider, self._enrolment, clock)
-        self._loader = Loader(gallery, self._preparer, self._decider, new_id, config.gallery.seal_rows)
+        seal_rows = config.gallery.seal_rows
+        self._loader = Loader(gallery, self._preparer, self._decider, new_id, seal_rows, config.threads)
         self._closed = False
         refuse_other_models(gallery, self._extractor)
 
@@ -517,8 +519,8 @@ class Engine:
 
     def add_templates(
         self,
-        subject_ids: Sequence[str],
-        templates: Mapping[str, Cells],
+        subject_ids: Sequence[str] | ArrowBatch,
+        templates: Mapping[str, Cells] | None = None,
         *,
         model_id: str | Mapping[str, str] | None = None,
         groups: Sequence[Sequence[str]] | None = None,
@@ -529,32 +531,55 @@ class Engine:
         templates: column -> float32 (n, d), unit rows; for a finger also n minutiae records, of the model `FingerConfig.record_model_id`,
         None for a subject without one. model_id: the model of the vectors, one for all or by column; optional if the gallery's column
         has a model already. groups: the groups of each subject. encounter_id: names the whole call; sent again, the call adds nothing
-        and returns 0. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
+        and returns 0.
+
+        subject_ids alone may be a pyarrow.RecordBatch or Table with the ids, and with vectors, minutiae, qualities and models of all columns
+        ("Templates in Arrow" in docs/reference/schemas.md); then templates and groups are left out. A row that cannot be used raises
+        InvalidInput. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
         """
         self._check_open()
-        return self._loader.add(
-            subject_ids, templates, groups, encounter_id, model_id=model_id, keep_enrolled=False
-        ).added
+        return self._load(subject_ids, templates, model_id, groups, encounter_id, keep_enrolled=False).added
 
     def load_templates(
         self,
-        subject_ids: Sequence[str],
-        templates: Mapping[str, Cells],
+        subject_ids: Sequence[str] | ArrowBatch,
+        templates: Mapping[str, Cells] | None = None,
         *,
         model_id: str | Mapping[str, str] | None = None,
         groups: Sequence[Sequence[str]] | None = None,
         encounter_id: str | None = None,
     ) -> Loaded:
         """As `add_templates`, but subjects that are enrolled already are kept; the result counts those with the same templates, and
-        lists those with other templates."""
+        lists those with other templates. Of an Arrow batch a row that cannot be used is left out, and named in `refused`."""
         while True:
             self._check_open()
             try:
-                return self._loader.add(
-                    subject_ids, templates, groups, encounter_id, model_id=model_id, keep_enrolled=True
-                )
+                return self._load(subject_ids, templates, model_id, groups, encounter_id, keep_enrolled=True)
             except SubjectExists:
                 continue  # another thread enrolled some since they were compared
+
+    def _load(
+        self,
+        subject_ids: Sequence[str] | ArrowBatch,
+        templates: Mapping[str, Cells] | None,
+        model_id: str | Mapping[str, str] | None,
+        groups: Sequence[Sequence[str]] | None,
+        encounter_id: str | None,
+        *,
+        keep_enrolled: bool,
+    ) -> Loaded:
+        if isinstance(subject_ids, pa.RecordBatch | pa.Table):
+            if templates is not None or groups is not None:
+                raise InvalidInput(
+                    "an Arrow batch holds the templates and groups itself; leave templates and groups out"
+                )
+            return self._loader.add_arrow(subject_ids, encounter_id, model_id=model_id, keep_enrolled=keep_enrolled)
+        if templates is None:
+            raise InvalidInput(
+                "templates is empty; pass at least one column, as {'face': vectors}, or an Arrow record batch"
+            )
+        add = self._loader.add
+        return add(subject_ids, templates, groups, encounter_id, model_id=model_id, keep_enrolled=keep_enrolled)
 
     def import_captures(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.

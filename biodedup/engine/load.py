@@ -10,15 +10,18 @@ Owns the checks of a batch, its outcome, and whether it goes through the journal
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from biodedup.described import Described
+from biodedup.engine.arrow.templates import one_batch, read_templates
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, check_models, in_memory, require_subject
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput
@@ -28,17 +31,17 @@ from biodedup.gallery.answers import (
     StoredDecision,
     batch_answered_before,
     digest_of,
-    digest_of_batch,
     to_json,
 )
 from biodedup.gallery.cases import standing_answer
-from biodedup.gallery.files.packed import pack_text
+from biodedup.gallery.files.packed import Packed, pack_text, text
 from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.segments.new_cells import NewCells, presence_of
 from biodedup.gallery.transaction import Transaction
 from biodedup.search.searcher import CandidateSet
+from biodedup.texts import KnownId
 from biodedup.values import (
     COLUMNS,
-    Column,
     Decision,
     Encounter,
     Outcome,
@@ -51,6 +54,8 @@ from biodedup.values import (
 
 _SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/gallery/test_gallery.py)
 
+ArrowBatch: TypeAlias = pa.RecordBatch | pa.Table
+"""Ids and templates of all columns (engine/arrow/templates.py)."""
 Cells = NDArray[Any] | Sequence[bytes | None]
 """A column as it is given: embeddings (n, d), or n minutiae records."""
 
@@ -58,29 +63,38 @@ Cells = NDArray[Any] | Sequence[bytes | None]
 @dataclass(frozen=True)
 class Loaded(Described):
     """The outcome of a batch of templates. added: how many subjects are new; present: how many were enrolled before with the same
-    templates; conflicting: indices of the subjects that are enrolled with other templates, which were kept."""
+    templates; conflicting: indices of the subjects that are enrolled with other templates, which were kept; refused: index of each row of
+    an Arrow batch that cannot be used -> why."""
 
     added: int
     present: int
     conflicting: tuple[int, ...]
+    refused: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Subjects to add. columns: column -> (model_id, cells); digest: SHA-256 of the batch as it was sent."""
+    """Subjects to add. ids: texts; cells: column -> its templates; digest: SHA-256 of the batch as it was sent."""
 
-    ids: list[str]
-    columns: Mapping[str, tuple[str, Column]]
+    ids: Packed
+    cells: Mapping[str, NewCells]
     groups: list[tuple[str, ...]]
     encounter_id: str | None
     digest: bytes
 
+    @property
+    def count(self) -> int:
+        return len(self.ids)
+
     def at(self, rows: NDArray[np.int64]) -> _Batch:
-        """The subjects at these indices."""
+        """The subjects at these indices, ascending."""
+        if len(rows) == self.count:
+            return self
+        cells = {column: some.at(rows, self.count) for column, some in self.cells.items()}
         return replace(
             self,
-            ids=[self.ids[i] for i in rows.tolist()],
-            columns={column: (model_id, _at(cells, rows)) for column, (model_id, cells) in self.columns.items()},
+            ids=self.ids.take(pa.array(rows)),
+            cells={column: some for column, some in cells.items() if some.count},
             groups=[self.groups[i] for i in rows.tolist()],
         )
 
@@ -92,20 +106,21 @@ class _Batch:
 
     def record(self, transaction: Transaction) -> None:
         if self.encounter_id is not None:
-            answer = StoredDecision(self.digest, LOADED, json.dumps({"added": len(self.ids)}))
+            answer = StoredDecision(self.digest, LOADED, json.dumps({"added": self.count}))
             transaction.record(self.encounter_id, answer)
 
 
 @dataclass(frozen=True, eq=False)
 class Loader:
-    """Adds subjects to one gallery. new_id: makes ids for encounters without one; seal_rows: batches of so many rows become a segment.
-    Thread-safe."""
+    """Adds subjects to one gallery. new_id: makes ids for encounters without one; seal_rows: batches of so many rows become a segment;
+    threads: that read the columns of a batch. Thread-safe."""
 
     gallery: Gallery
     preparer: Preparer
     decider: Decider
     new_id: Callable[[], str]
     seal_rows: int
+    threads: int = 1
 
     def add(
         self,
@@ -123,18 +138,58 @@ class Loader:
         reported; otherwise they raise SubjectExists, as do subjects that another thread enrols meanwhile.
         """
         check_model_ids(model_id)
-        batch = self._batch(subject_ids, templates, model_id, groups, encounter_id)
+        return self._add(self._batch(subject_ids, templates, model_id, groups, encounter_id), keep_enrolled)
+
+    def add_arrow(
+        self,
+        batch: Any,
+        encounter_id: str | None,
+        *,
+        model_id: str | Mapping[str, str] | None = None,
+        keep_enrolled: bool,
+    ) -> Loaded:
+        """As `add`, of an Arrow record batch or table. keep_enrolled: bad rows are refused and reported, too, and the batch is named by its content
+        where it has no encounter_id; otherwise a bad row raises InvalidInput."""
+        check_model_ids(model_id)
+        if encounter_id is not None:
+            check_encounter_id(encounter_id)
+        batch = one_batch(batch)
+        read = read_templates(batch, threads=self.threads)
+        bad = np.flatnonzero(read.refusals != "")
+        refused = dict(zip(bad.tolist(), map(str, read.refusals[bad]), strict=True))
+        if refused and not keep_enrolled:
+            first, reason = next(iter(refused.items()))
+            raise InvalidInput(
+                f"row {first} cannot be used: {reason} ({len(refused)} such rows of {len(batch)}); mend it, or call load_templates, which "
+                "leaves such rows out and names them"
+            )
+        kept = np.flatnonzero(read.refusals == "")
+        cells = {
+            column: self.preparer.modelled(column, some.at(kept, len(batch)), model_of(column, model_id))
+            for column, some in read.cells.items()
+        }
+        ids = pack_text(read.subject_ids.take(pa.array(kept)))
+        groups: list[tuple[str, ...]] = (
+            [()] * len(kept) if read.groups is None else [read.groups[i] for i in kept.tolist()]
+        )
+        digest = _digest_of(ids, cells, groups)
+        if encounter_id is None and keep_enrolled:
+            encounter_id = KnownId(f"load:{digest.hex()[:32]}")
+        loaded = self._add(_Batch(ids, cells, groups, encounter_id, digest), keep_enrolled)
+        return replace(loaded, conflicting=tuple(kept[list(loaded.conflicting)].tolist()), refused=refused)
+
+    def _add(self, batch: _Batch, keep_enrolled: bool) -> Loaded:
         if batch.was_added(self.gallery.snapshot().answer):
-            return Loaded(0, len(batch.ids), ())
+            return Loaded(0, batch.count, ())
         present, conflicting = 0, tuple[int, ...]()
         if keep_enrolled:
             enrolled, same = self._compare_enrolled(batch)
             present, conflicting = int(np.count_nonzero(same)), tuple(np.flatnonzero(enrolled & ~same).tolist())
             batch = batch.at(np.flatnonzero(~enrolled))
-        added = self._through_journal(batch) if len(batch.ids) < self.seal_rows else self._as_segment(batch)
+        added = self._through_journal(batch) if batch.count < self.seal_rows else self._as_segment(batch)
         if not added:
-            return Loaded(0, len(batch.ids) + present, conflicting)
-        return Loaded(len(batch.ids), present, conflicting)
+            return Loaded(0, batch.count + present, conflicting)
+        return Loaded(batch.count, present, conflicting)
 
     def _batch(
         self,
@@ -152,41 +207,54 @@ class Loader:
         if not templates:
             raise InvalidInput("templates is empty; pass at least one column, as {'face': vectors}")
         named: list[tuple[str, ...]] = [()] * len(ids) if groups is None else [check_groups(some) for some in groups]
-        columns = {
-            column: self.preparer.column(column, cells, model_of(column, model_id))
-            for column, cells in templates.items()
+        cells = {
+            column: self.preparer.column(column, given, model_of(column, model_id))
+            for column, given in templates.items()
         }
-        for what, count in [("groups", len(named)), *((f"column {c}", len(v)) for c, (_, v) in columns.items())]:
+        for what, count in [("groups", len(named)), *((f"column {c}", len(given)) for c, given in templates.items())]:
             if count != len(ids):
                 raise InvalidInput(f"{what} has {count} rows for {len(ids)} subject_ids; pass one row each")
-        if all(isinstance(cells, list) for _, cells in columns.values()):
-            for subject_id, *records in zip(ids, *(cells for _, cells in columns.values()), strict=True):
-                if not any(records):
-                    raise InvalidInput(f"subject {subject_id!r} has no template; leave it out")
-            columns = {column: (model_id, cells) for column, (model_id, cells) in columns.items() if any(cells)}
+        without = np.flatnonzero(presence_of(cells, len(ids)) == 0)
+        if len(without):
+            raise InvalidInput(f"subject {ids[int(without[0])]!r} has no template; leave it out")
         if encounter_id is not None:
             check_encounter_id(encounter_id)
-        return _Batch(ids, columns, named, encounter_id, digest_of_batch(ids, columns, named))
+        packed = pack_text(ids)
+        sent = {column: some for column, some in cells.items() if some.count or some.dimension is not None}
+        return _Batch(packed, sent, named, encounter_id, _digest_of(packed, sent, named))
 
     def _compare_enrolled(self, batch: _Batch) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """(enrolled, enrolled with the same templates), bool (n,) each."""
         snapshot = self.gallery.snapshot()
-        rows = snapshot.rows_of(pack_text(batch.ids))
+        rows = snapshot.rows_of(batch.ids)
         enrolled = rows >= 0
         same = enrolled.copy()
-        at = np.flatnonzero(enrolled)
-        for column, (_, cells) in batch.columns.items():
-            if not isinstance(cells, np.ndarray):
-                records = snapshot.minutiae(rows[at].tolist(), column)
-                for i in at.tolist():
-                    same[i] &= records.get(int(rows[i]), b"") == cells[i]
+        if not enrolled.any():
+            return enrolled, same
+        for column, cells in batch.cells.items():
+            if cells.vectors is None:
+                self._compare_records(rows, np.flatnonzero(enrolled), column, cells, same)
                 continue
+            cell = np.flatnonzero(enrolled[cells.positions])
+            at = cells.positions[cell]
             has = (snapshot.presence(rows[at].tolist()) >> COLUMNS.index(column) & 1) == 1
             same[at[~has]] = False
             stored = snapshot.embeddings(rows[at[has]].tolist(), column)
-            cosines = np.einsum("ij,ij->i", stored, cells[at[has]]) if len(stored) else np.zeros(0)
+            cosines = np.einsum("ij,ij->i", stored, cells.vectors[cell[has]]) if len(stored) else np.zeros(0)
             same[at[has]] &= cosines > _SAME_COSINE
+            self._compare_records(rows, at, column, cells, same)
         return enrolled, same
+
+    def _compare_records(
+        self, rows: NDArray[np.int64], at: NDArray[np.int64], column: str, cells: NewCells, same: NDArray[np.bool_]
+    ) -> None:
+        """same gets False at the subjects `at`, ascending, that are enrolled with another record, or with one that is not sent."""
+        records = self.gallery.snapshot().minutiae(rows[at].tolist(), column)
+        sent = (
+            dict(zip(cells.positions.tolist(), cells.minutiae.to_pylist(), strict=True)) if cells.has_minutiae else {}
+        )
+        if records or sent:
+            same[at] &= [records.get(int(rows[i]), b"") == sent.get(i, b"") for i in at.tolist()]
 
     def _through_journal(self, batch: _Batch) -> bool:
         """Whether the batch was added; False if another thread added it meanwhile."""
@@ -194,23 +262,22 @@ class Loader:
             if batch.was_added(transaction.answer):
                 return False
             batch.record(transaction)
-            if batch.ids:
-                transaction.add_many(batch.ids, batch.columns, batch.groups)
+            if batch.count:
+                transaction.add_many(batch.ids, batch.cells, batch.groups)
         return True
 
     def _as_segment(self, batch: _Batch) -> bool:
         """As `_through_journal`."""
         with self.gallery.transaction() as transaction:
             group_sets = transaction.group_sets_of(batch.groups)
-        cells_of = {column: cells for column, (_, cells) in batch.columns.items()}
-        entry = self.gallery.write_rows(batch.ids, cells_of, group_sets)
+        entry = self.gallery.write_rows(batch.ids, batch.cells, group_sets)
         try:
             with self.gallery.transaction() as transaction:
                 if batch.was_added(transaction.answer):
                     self.gallery.discard_rows(entry)
                     return False
                 transaction.refuse_enrolled(batch.ids)
-                transaction.settle_models(batch.columns)
+                transaction.settle_models(batch.cells)
                 transaction.attach(entry)
                 batch.record(transaction)
         except (
@@ -262,5 +329,13 @@ class Loader:
         return [answer for answer in answers.values() if answer is not None]
 
 
-def _at(cells: Column, rows: NDArray[np.int64]) -> Column:
-    return cells[rows] if isinstance(cells, np.ndarray) else [cells[row] for row in rows.tolist()]
+def _digest_of(ids: Packed, cells: Mapping[str, NewCells], groups: Sequence[tuple[str, ...]]) -> bytes:
+    """SHA-256 of a batch of templates."""
+    digest = hashlib.sha256("\n".join(text(ids)).encode())
+    for column, some in sorted(cells.items(), key=lambda item: item[0]):
+        digest.update(column.encode())
+        for piece in some.digested(len(ids)):
+            digest.update(piece)
+    if any(groups):
+        digest.update(json.dumps(groups).encode())
+    return digest.digest()

@@ -18,20 +18,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.capture.minutiae_batch import standard_records
 from biodedup.capture.reading import absent, held
 from biodedup.config import EXTERNAL_MINUTIAE, CaptureConfig, Config
 from biodedup.embed.cards import ModelCard, joint_id, shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput, ModelMismatch
 from biodedup.gallery.catalogue.sqlite import ColumnModel
+from biodedup.gallery.files.packed import from_whole, pack, to_arrays
 from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.segments.new_cells import NewCells, records_alone, vectors_alone
 from biodedup.gallery.transaction import mismatch
 from biodedup.match.calibrations import EXTERNAL, Calibrations
 from biodedup.required import keep_better
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
-    Column,
     Encounter,
     Float32,
     Missing,
@@ -136,40 +138,63 @@ class Preparer:
         model, rows = self.embeddings(column, np.asarray(given)[None], model_id)
         return Template(column, model, rows[0])
 
-    def column(
-        self, column: str, cells: NDArray[Any] | Sequence[bytes | None], given: str | None
-    ) -> tuple[str, Column]:
-        """(model_id, unit rows) of bare embeddings, or (model_id, records as galleries store them). given: the embeddings' model_id."""
+    def column(self, column: str, cells: NDArray[Any] | Sequence[bytes | None], given: str | None) -> NewCells:
+        """Bare embeddings, or minutiae records. given: the embeddings' model_id. Raises InvalidInput, ModelMismatch."""
         if isinstance(cells, (str, bytes)) or not hasattr(cells, "__len__") or not hasattr(cells, "__iter__"):
             raise InvalidInput(
                 f"column {column} is {type(cells).__name__}, wanted vectors (n, d) or n minutiae records; write {{column: vectors}}"
             )
         if isinstance(cells, np.ndarray) or not all(cell is None or isinstance(cell, bytes) for cell in cells):
-            return self.embeddings(column, np.asarray(cells), given)
+            return vectors_alone(*self.embeddings(column, np.asarray(cells), given))
         if column not in FINGER_POSITIONS:
             raise InvalidInput(f"column {column!r} cannot hold minutiae; use a finger position")
         model_id = self.config.finger.record_model_id
-        return model_id, [
-            self.calibrations.sound(Template(column, model_id, minutiae=cell)).minutiae or b"" if cell else b""
-            for cell in cells
-        ]
+        if any(cells):
+            self.calibrations.require_minutiae(model_id)
+        offsets, data, bad = standard_records(*to_arrays(pack([cell or b"" for cell in cells])), column)
+        if bad.any():
+            self.calibrations.sound(
+                Template(column, model_id, minutiae=cells[int(np.argmax(bad))])
+            )  # says what is wrong
+        return records_alone(model_id, from_whole(offsets, data))
+
+    def modelled(self, column: str, cells: NewCells, given: str | None) -> NewCells:
+        """Checked templates with the model_id that they get. given: the caller's, of the vectors. Raises InvalidInput, ModelMismatch."""
+        check_column(column)
+        stated = cells.model_id or None
+        if cells.dimension is None:
+            model_id = stated or self.config.finger.record_model_id
+            self._check_modality(column, model_id)
+        else:
+            if None not in (stated, given) and stated != given:
+                raise ModelMismatch(
+                    f"column {column} states the model {stated}, got {given}; leave model_id out, or name its model"
+                )
+            model_id = self.model_of_vectors(column, cells.dimension, stated or given)
+        if cells.has_minutiae:
+            self.calibrations.require_minutiae(model_id)
+        return replace(cells, model_id=model_id)
 
     def embeddings(self, column: str, vectors: NDArray[Any], given: str | None) -> tuple[str, Float32]:
-        """(model_id, unit rows) of bare embeddings. The model_id is the column's, or else the given one.
+        """(model_id, unit rows) of bare embeddings. Raises as `model_of_vectors`."""
+        check_column(column)
+        rows = unit_rows(vectors, what=f"the {column} vectors")
+        return self.model_of_vectors(column, rows.shape[1], given), rows
+
+    def model_of_vectors(self, column: str, dimension: int, given: str | None) -> str:
+        """The model_id of bare embeddings: the column's, or else the given one.
 
         Raises ModelMismatch if the two differ, InvalidInput if there is neither.
         """
-        check_column(column)
-        rows = unit_rows(vectors, what=f"the {column} vectors")
         known = self.gallery.snapshot().models.get(column)
         if known is not None:
-            if known.dimension != rows.shape[1] or given not in (None, known.model_id):
-                raise mismatch(column, known, ColumnModel(given or "given vectors", rows.shape[1]))
-            return known.model_id, rows
-        model_id = given or self._unnamed(column, rows.shape[1])
+            if known.dimension != dimension or given not in (None, known.model_id):
+                raise mismatch(column, known, ColumnModel(given or "given vectors", dimension))
+            return known.model_id
+        model_id = given or self._unnamed(column, dimension)
         self._check_modality(column, model_id)
-        self._check_dimension(model_id, rows.shape[1])
-        return model_id, rows
+        self._check_dimension(model_id, dimension)
+        return model_id
 
     def probes_of(self, column: str, vectors: NDArray[Any], given: str | None) -> Float32:
         """Unit rows to search a column with. A column without templates accepts vectors of any model."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -27,7 +27,6 @@ from biodedup.texts import KnownId
 from biodedup.values import (
     Candidate,
     CaptureData,
-    Column,
     Decision,
     Encounter,
     Evidence,
@@ -238,19 +237,3 @@ def _conflict(encounter_id: str) -> EncounterConflict:
     return EncounterConflict(
         f"encounter {encounter_id!r} was sent before with other content; give this one an id of its own"
     )
-
-
-def digest_of_batch(
-    ids: Sequence[str], columns: Mapping[str, tuple[str, Column]], groups: Sequence[tuple[str, ...]]
-) -> bytes:
-    """SHA-256 of a batch of templates. columns: column -> (model_id, embeddings or records)."""
-    digest = hashlib.sha256("\n".join(ids).encode())
-    for column, (_, cells) in sorted(columns.items(), key=lambda item: item[0]):
-        digest.update(column.encode())
-        if isinstance(cells, np.ndarray):
-            digest.update(cells.data)
-        else:
-            digest.update(repr([len(record) for record in cells]).encode() + b"".join(cells))
-    if any(groups):
-        digest.update(json.dumps(groups).encode())
-    return digest.digest()

@@ -39,6 +39,7 @@ from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, SEGMENT_FOLDER
+from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.loading import LoadedGallery, load, never_written, read
 from biodedup.gallery.maintenance import Maintenance
@@ -46,14 +47,15 @@ from biodedup.gallery.opening import open_catalogue, prepare_folder
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segments.indexing import built, with_indexes, write_column_index
 from biodedup.gallery.segments.layout import INDEX, SegmentEntry, file_name, number_of, unused_number
+from biodedup.gallery.segments.new_cells import NewCells
+from biodedup.gallery.segments.new_rows import NewRows
 from biodedup.gallery.segments.part import Rows
 from biodedup.gallery.segments.reader import Segment
-from biodedup.gallery.segments.tail import Tail, TailPart
 from biodedup.gallery.segments.writer import write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction
 from biodedup.index_spec import NATIVE, IndexSpec, parse_specs, spec_of
-from biodedup.values import COLUMNS, Case, Column, Template, Verdict
+from biodedup.values import COLUMNS, Case, Template, Verdict
 
 _log = logging.getLogger("biodedup")
 _LIMITS = IndexLimits()
@@ -367,12 +369,10 @@ class Gallery:
         self._broken, self._uncertain, self._unwiped = False, None, True
 
     def write_rows(
-        self, subject_ids: Sequence[str], columns: Mapping[str, Column], group_sets: NDArray[np.uint32]
+        self, subject_ids: Packed, cells: Mapping[str, NewCells], group_sets: NDArray[np.uint32]
     ) -> SegmentEntry:
         """Writes a segment of new rows, for `Transaction.attach`. No reader sees it before that."""
-        tail = Tail(0)
-        tail.append_columns(subject_ids, "", group_sets, columns)
-        return self.write_part(TailPart(tail, tail.count), None)
+        return self.write_part(NewRows(subject_ids, cells, group_sets), None)
 
     def write_part(self, part: Rows, keep: NDArray[np.bool_] | None) -> SegmentEntry:
         """As `write_rows`, of the rows of a part from anywhere. keep: which of them, bool (count,), None for all."""
@@ -396,7 +396,10 @@ class Gallery:
                 self._refuse_lost_lock()
                 now = self.snapshot()
                 folder, gallery_id = self._segments, self.gallery_id
-                entry = write_segment(self.storage, folder, number, gallery_id, parts, keeps, now.parts, still)
+                about = (self.storage, folder, number, gallery_id)
+                side_by_side = all(isinstance(part, NewRows | Segment) for part in parts)
+                threads = self.limits.threads if side_by_side else 1
+                entry = write_segment(*about, parts, keeps, now.parts, still, threads=threads)
                 codecs = now.indexing.wanted_codecs()
                 with index_codec.threads(self.limits.threads, sum(part.count for part in parts)):
                     return with_indexes(self.storage, folder, gallery_id, entry, codecs, still)

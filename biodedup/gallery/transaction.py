@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,19 +30,20 @@ from biodedup.gallery.cases import (
     standing,
 )
 from biodedup.gallery.catalogue.protocol import Catalogue
-from biodedup.gallery.catalogue.sqlite import ColumnModel, State, paired
+from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State, paired
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.index_codec import FaissCodec
-from biodedup.gallery.files.packed import pack_text
+from biodedup.gallery.files.packed import Packed, pack_text, text
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segments.layout import SegmentEntry, file_name, index_of, unused_number
+from biodedup.gallery.segments.new_cells import NewCells
 from biodedup.gallery.segments.part import Int64, Part
 from biodedup.gallery.segments.reader import Segment, open_segment
 from biodedup.gallery.segments.tail import Tail, TailPart
 from biodedup.gallery.segments.writer import write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.index_spec import IndexSpec
-from biodedup.values import Case, Column, Decision, Template, Verdict
+from biodedup.values import Case, Decision, Template, Verdict
 
 
 class Transaction:
@@ -198,22 +199,18 @@ class Transaction:
         self.content_changed = True
         return row
 
-    def add_many(
-        self, subject_ids: Sequence[str], columns: Mapping[str, tuple[str, Column]], groups: Sequence[Iterable[str]]
-    ) -> None:
-        """Stages subjects, in the journal. columns: column -> (model_id, embeddings or records); groups: of each subject.
-        Raises SubjectExists, ModelMismatch."""
+    def add_many(self, subject_ids: Packed, cells: Mapping[str, NewCells], groups: Sequence[Iterable[str]]) -> None:
+        """Stages subjects, in the journal. cells: column -> its templates; groups: of each subject. Raises SubjectExists,
+        ModelMismatch."""
         self.refuse_enrolled(subject_ids)
-        self.settle_models(columns)
-        first = self.tail.end_row
-        rows = range(first, first + len(subject_ids))
+        self.settle_models(cells)
+        first, names = self.tail.end_row, text(subject_ids)
+        rows = range(first, first + len(names))
         group_sets = self.group_sets_of(groups)
-        subjects = zip(rows, subject_ids, [""] * len(rows), group_sets.tolist(), strict=True)
-        self._catalogue.add_subjects(subjects)
-        for column, (_, cells) in columns.items():
-            self._catalogue.add_column(rows, column, cells)
-        cells_of = {column: cells for column, (_, cells) in columns.items()}
-        self.tail.append_columns(subject_ids, "", group_sets, cells_of)
+        self._catalogue.add_subjects(zip(rows, names, [""] * len(names), group_sets.tolist(), strict=True))
+        for column, some in cells.items():
+            self._catalogue.put_cells(_journalled(first, column, some))
+        self.tail.append_cells(names, group_sets, cells)
         self.content_changed = True
 
     def attach(self, entry: SegmentEntry, extra_rows: int = 0) -> None:
@@ -314,14 +311,14 @@ class Transaction:
         self._catalogue.set_encounters()
         self.manifest_changed = True
 
-    def refuse_enrolled(self, subject_ids: Sequence[str]) -> None:
-        rows = self.snapshot().rows_of(pack_text(subject_ids))
+    def refuse_enrolled(self, subject_ids: Packed) -> None:
+        rows = self.snapshot().rows_of(subject_ids)
         if (rows >= 0).any():
-            raise exists(subject_ids[int(np.argmax(rows >= 0))])
+            raise exists(text(subject_ids.slice(int(np.argmax(rows >= 0)), 1))[0])
 
-    def settle_models(self, columns: Mapping[str, tuple[str, Column]]) -> None:
-        for column, (model_id, cells) in columns.items():
-            self.settle_model(column, ColumnModel(model_id, cells.shape[1] if isinstance(cells, np.ndarray) else None))
+    def settle_models(self, cells: Mapping[str, NewCells]) -> None:
+        for column, some in cells.items():
+            self.settle_model(column, ColumnModel(some.model_id, some.dimension))
 
     def settle_model(self, column: str, model: ColumnModel) -> None:
         """Raises ModelMismatch where the column holds templates of another one."""
@@ -429,6 +426,16 @@ class Transaction:
             self.group_sets[number], self._numbers[names] = names, number
             self.manifest_changed = True
         return self._numbers[names]
+
+
+def _journalled(first_row: int, column: str, cells: NewCells) -> Iterator[JournalCell]:
+    vectors = [None] * cells.count if cells.vectors is None else np.asarray(cells.vectors, "<f4")
+    each = zip(cells.positions.tolist(), vectors, cells.minutiae.to_pylist(), cells.quality.tolist(), strict=True)
+    for position, vector, record, quality in each:
+        stated = None if np.isnan(quality) else quality
+        yield JournalCell(
+            first_row + position, column, None if vector is None else vector.tobytes(), record or None, stated
+        )
 
 
 def mismatch(column: str, known: ColumnModel, got: ColumnModel) -> ModelMismatch:

@@ -122,12 +122,16 @@ class Calibrations:
         an extractor without a calibration."""
         if template.minutiae is None:
             return template
-        if template.model_id not in self._known:
+        self.require_minutiae(template.model_id)
+        return replace(template, minutiae=standard(view_of(template.minutiae, template.column)))
+
+    def require_minutiae(self, model_id: str) -> None:
+        """Raises InvalidInput for minutiae of an extractor without a calibration."""
+        if model_id not in self._known:
             raise InvalidInput(
-                f"minutiae of {template.model_id!r} have no calibration here; name the configured extractor's model_id, or "
+                f"minutiae of {model_id!r} have no calibration here; name the configured extractor's model_id, or "
                 f"{EXTERNAL_MINUTIAE!r}"
             )
-        return replace(template, minutiae=standard(view_of(template.minutiae, template.column)))
 
     def with_minutiae(self, model_id: str, sample_of: SampleOf | None = None) -> WithMinutiae | None:
         """How minutiae add to this model's embeddings; None if no card says so, and embeddings are compared alone. The sum's table is

@@ -19,7 +19,7 @@ from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segments.layout import SegmentEntry
-from biodedup.values import Column, Template, Verdict
+from biodedup.values import Template, Verdict
 
 
 class Catalogue(Protocol):
@@ -101,7 +101,7 @@ class Catalogue(Protocol):
 
     def add_cells(self, cells: Iterable[tuple[int, Template]]) -> None: ...
 
-    def add_column(self, rows: Iterable[int], column: str, cells: Column) -> None: ...
+    def put_cells(self, cells: Iterable[JournalCell]) -> None: ...
 
     def answers(self) -> dict[str, StoredDecision]: ...
 

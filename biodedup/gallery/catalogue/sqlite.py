@@ -46,7 +46,7 @@ from biodedup.gallery.index_settings import IndexSettings, asked_in, read_settin
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
 from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.texts import KnownId
-from biodedup.values import COLUMNS, Column, Template, Verdict
+from biodedup.values import COLUMNS, Template, Verdict
 
 APPLICATION_ID = 0x62696F64  # "biod": `file` shows it
 FORMAT_VERSION = 5
@@ -290,14 +290,6 @@ class CatalogueTables(ABC):
             "cell",
             ((c.row * STRIDE + COLUMNS.index(c.column), c.vector, c.minutiae, c.quality) for c in cells),
         )
-
-    def add_column(self, rows: Iterable[int], column: str, cells: Column) -> None:
-        index = COLUMNS.index(column)
-        keys = (row * STRIDE + index for row in rows)
-        if isinstance(cells, np.ndarray):
-            self.put("cell", ((key, vector.tobytes(), None, None) for key, vector in zip(keys, cells, strict=True)))
-        else:
-            self.put("cell", ((key, None, record, None) for key, record in zip(keys, cells, strict=True) if record))
 
     def answers(self) -> dict[str, StoredDecision]:
         """encounter_id -> what was sent and answered."""

@@ -23,9 +23,10 @@ from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
 from biodedup.gallery.files.packed import Packed, hash_of, hashes, pack, pack_text, text
+from biodedup.gallery.segments.new_cells import NewCells, presence_of
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64, ScannedRows, sorted_lookup
 from biodedup.gallery.segments.stored_index import StoredIndex
-from biodedup.values import COLUMNS, Column, Float32, Template
+from biodedup.values import COLUMNS, Float32, Template
 
 
 class GrowingArray:
@@ -82,30 +83,37 @@ class Tail:
         again: bool = False,
     ) -> None:
         """Adds a row. again: it is not the first under its id."""
-        columns: dict[str, Column] = {
-            name: [t.minutiae or b""] if t.embedding is None else np.array([t.embedding], np.float32)
-            for name, t in templates.items()
-        }
-        self.append_columns([subject_id], encounter_id, np.array([group_set]), columns)
+        first = self.count
+        presence = 0
         for name, template in templates.items():
-            self.columns[name].describe([template])
+            vectors = None if template.embedding is None else np.array([template.embedding], np.float32)
+            quality = np.nan if template.quality is None else template.quality
+            records = [template.minutiae or b""]
+            self._cells(name, vectors).append(np.array([first]), vectors, records, np.array([quality], np.float32))
+            presence |= 1 << COLUMNS.index(name)
+        self._name([subject_id], encounter_id, np.array([group_set]), np.array([presence], np.uint16))
         if again:
             self.again.append((self.count - 1, int(hash_of(subject_id))))
 
-    def append_columns(
-        self, subject_ids: Sequence[str], encounter_id: str, group_sets: NDArray[Any], columns: Mapping[str, Column]
-    ) -> None:
-        """Adds rows without the quality of their templates."""
+    def append_cells(self, subject_ids: Sequence[str], group_sets: NDArray[Any], cells: Mapping[str, NewCells]) -> None:
+        """Adds rows without an encounter."""
         first = self.count
-        presence = np.zeros(len(subject_ids), np.uint16)
-        for name, column in columns.items():
-            vectors = column if isinstance(column, np.ndarray) else None
-            has = np.ones(len(column), bool) if vectors is not None else np.array([bool(r) for r in column], bool)
-            if name not in self.columns:
-                self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
-            records = [b""] * len(column) if vectors is not None else [record for record in column if record]
-            self.columns[name].append(first + np.flatnonzero(has), vectors, records)
-            presence[has] |= np.uint16(1 << COLUMNS.index(name))
+        for name, some in cells.items():
+            column = self._cells(name, some.vectors)
+            column.append(first + some.positions, some.vectors, some.minutiae.to_pylist(), some.quality)
+        self._name(subject_ids, "", group_sets, presence_of(cells, len(subject_ids)))
+
+    def _cells(self, name: str, vectors: Float32 | None) -> _Cells:
+        """A column, which is begun where there is none."""
+        if name not in self.columns:
+            self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
+        return self.columns[name]
+
+    def _name(
+        self, subject_ids: Sequence[str], encounter_id: str, group_sets: NDArray[Any], presence: NDArray[np.uint16]
+    ) -> None:
+        """Adds rows, whose cells are there already."""
+        first = self.count
         self.subject_ids.extend(subject_ids)
         self.encounter_ids.extend([encounter_id] * len(subject_ids))
         for position, subject_id in enumerate(subject_ids, first):
@@ -128,8 +136,7 @@ class Tail:
         presence = np.zeros(len(subjects), np.uint16)
         for name, (positions, vectors, minutiae, quality) in cells.items():
             column = self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
-            column.append(np.array(positions, np.int64), vectors, minutiae)
-            column.quality.view()[:] = quality
+            column.append(np.array(positions, np.int64), vectors, minutiae, np.array(quality, np.float32))
             presence[positions] |= 1 << COLUMNS.index(name)
         self.presence.append(presence)
 
@@ -160,16 +167,11 @@ class _Cells:
         self.quality = GrowingArray(np.float32)
         self.minutiae: list[bytes] = []
 
-    def append(self, positions: Int64, vectors: Float32 | None, minutiae: Sequence[bytes]) -> None:
+    def append(self, positions: Int64, vectors: Float32 | None, minutiae: Sequence[bytes], quality: Float32) -> None:
         self.vectors.append(np.zeros((len(positions), 0), np.float32) if vectors is None else vectors)
-        self.quality.append(np.full(len(positions), np.nan, np.float32))
+        self.quality.append(quality)
         self.minutiae += minutiae
         self.positions.append(positions)  # last: readers count cells by it
-
-    def describe(self, templates: Sequence[Template]) -> None:
-        """The rest of the templates of the cells appended last."""
-        self.minutiae[-len(templates) :] = [t.minutiae or b"" for t in templates]
-        self.quality.view()[-len(templates) :] = [np.nan if t.quality is None else t.quality for t in templates]
 
     def truncate(self, count: int) -> None:
         cells = int(np.searchsorted(self.positions.view(), count))

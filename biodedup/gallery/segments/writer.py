@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -76,11 +77,14 @@ def write_segment(
     keeps: Sequence[NDArray[np.bool_] | None],
     others: Iterable[Rows] = (),
     go_on: Callable[[], bool] = lambda: True,
+    *,
+    threads: int = 1,
 ) -> SegmentEntry:
     """Writes adjacent parts as one segment, synced, and returns its entry for the manifest.
 
-    keeps: which rows of each part are kept, bool (count,); None for all. others: parts whose codecs may be reused. Raises Abandoned when go_on turns false; then, and
-    after any other error, files may be left that no manifest names.
+    keeps: which rows of each part are kept, bool (count,); None for all. others: parts whose codecs may be reused. threads: that write
+    columns of many rows side by side. Raises Abandoned when go_on turns false; then, and after any other error, files may be left that no
+    manifest names.
     """
     sources, base = [], 0
     for part, keep in zip(parts, keeps, strict=True):
@@ -98,13 +102,17 @@ def write_segment(
     first_row, end_row = parts[0].first_row, parts[-1].end_row
     write(SUBJECT, {"presence": _presence_counts(sources)}, _subject_streams(sources, base, first_row, end_row))
     write(SUBJECT + LOOKUP, {}, _lookup_streams([(s.part.lookup(), s) for s in sources], base))
-    for name in COLUMNS:
-        if any(name in part.columns for part in parts):
-            more, streams, rest = _column_streams(name, sources, base, _codec_for(name, parts, [*others, *parts]))
-            if more["cells"]:
-                write(name, more, streams)
-                if rest:
-                    write(name + REST, {}, rest, _REST_BLOCK_BYTES)
+
+    def write_column(name: str) -> None:
+        codec = _codec_for(name, parts, [*others, *parts])
+        more, streams, rest = _column_streams(name, sources, base, codec)
+        if more["cells"]:
+            write(name, more, streams)
+            if rest:
+                write(name + REST, {}, rest, _REST_BLOCK_BYTES)
+
+    present = [name for name in COLUMNS if any(name in part.columns for part in parts)]
+    _each(write_column, present, threads if base >= PIECE_ROWS else 1)
     answers = [part.answers for part in parts]
     count = sum(a.count for a in answers)
     if count:
@@ -118,7 +126,25 @@ def write_segment(
         found = [(a.lookup(), _Shift(int(b))) for a, b in zip(answers, bases, strict=False)]
         write(ENCOUNTER + LOOKUP, {}, _lookup_streams(found, count))
     storage.sync_folder(folder)
+    order = [kind for name in COLUMNS for kind in (name, name + REST)]
+    files = dict(sorted(files.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1))
     return SegmentEntry(number, first_row, end_row, files)
+
+
+def _each(work: Callable[[str], None], names: Sequence[str], threads: int) -> None:
+    """Does the work of each name, several at once. After an error no further one is begun, and those that run are waited for."""
+    if threads == 1 or len(names) < 2:
+        for name in names:
+            work(name)
+        return
+    with ThreadPoolExecutor(threads, "biodedup-write") as pool:
+        running = [pool.submit(work, name) for name in names]
+        try:
+            for future in running:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def rebuild_lookup(storage: Storage, folder: Path, number: int, gallery_id: str, kind: str, exact: ColumnFile) -> str:

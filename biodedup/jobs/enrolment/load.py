@@ -23,28 +23,29 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
-import xxhash
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_record import best_views, standard, view_of
 from biodedup.config import Config
 from biodedup.described import Described
 from biodedup.engine import Engine
+from biodedup.engine.arrow.ids import ids_of
+from biodedup.engine.arrow.templates import KNOWN, MINUTIAE, read_templates
 from biodedup.errors import InvalidInput, StorageUnavailable
 from biodedup.jobs.manifests.captures import RefusedRow
 from biodedup.jobs.manifests.check import Checked
-from biodedup.jobs.manifests.fields import GROUP_COLUMNS, Unusable, groups_of, ids_of
+from biodedup.jobs.manifests.fields import GROUP_COLUMNS, Unusable, groups_of
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.tables import values_of
 from biodedup.jobs.manifests.text_form import detected, open_text
 from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.texts import KnownId
-from biodedup.values import COLUMNS, Column, Refusal
+from biodedup.values import COLUMNS, Refusal
 
-BATCH_ROWS = 1 << 16
+BATCH_ROWS, BATCH_BYTES = 1 << 16, 1 << 28
+"""Of a batch at most; a face and ten fingers with minutiae are some 14 kB a row."""
 ROWS_NAMED_MAX = 20
 _BAD_ID = ("subject_id is not", "subject_id was")
-_KNOWN = ("subject_id", *GROUP_COLUMNS, *COLUMNS)
+_KNOWN = tuple(dict.fromkeys((*KNOWN, *GROUP_COLUMNS)))
+_TEMPLATES = tuple(name for name in KNOWN if name.removesuffix(MINUTIAE) in COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -94,20 +95,15 @@ def load(
     reasons: Counter[str] = Counter()
     refused: list[tuple[int, str]] = []
     for batch in _rechunked(batches, batch_rows):
-        rows = _rows_of(batch, position, _name(source), options)
-        for some in rows.alike():
-            ids_kept, columns, groups = rows.at(some)
-            encounter_id = _batch_id(ids_kept, columns, groups)
-            loaded = engine.load_templates(
-                ids_kept, columns, model_id=model_id, groups=groups, encounter_id=encounter_id
-            )
-            added += loaded.added
-            present += loaded.present
-            rows.refusals[some[list(loaded.conflicting)]] = "enrolled with other templates"
-        bad = np.flatnonzero(rows.refusals != "")
-        reasons.update(rows.refusals[bad].tolist())
-        named = bad[: ROWS_NAMED_MAX - len(refused)]
-        refused += zip((position + named).tolist(), (rows.name(i) for i in named.tolist()), strict=True)
+        rows = _prepared(batch, _name(source), options)
+        loaded = engine.load_templates(rows.usable, model_id=model_id)
+        added += loaded.added
+        present += loaded.present
+        why = rows.all_refusals(loaded.refused)
+        why |= {int(rows.kept[i]): "enrolled with other templates" for i in loaded.conflicting}
+        reasons.update(why.values())
+        for row in sorted(why)[: ROWS_NAMED_MAX - len(refused)]:
+            refused.append((position + row, rows.name(row, why[row])))
         position += len(batch)
         progress("loading", position, max(total, position))
     try:
@@ -132,11 +128,12 @@ def accept_load(
     batches = _read(_opened(source, ids, column, options)[0], source)
     first = next(batches, None)
     if first is not None:
-        rows = _rows_of(first, 0, _name(source), options)
+        usable = _prepared(first, _name(source), options).usable
+        whole = read_templates(usable)
+        some = sorted({int(np.flatnonzero(whole.refusals == "")[cells.positions[0]]) for cells in whole.cells.values()})
         with tempfile.TemporaryDirectory() as folder, Engine.open(Path(folder) / "gallery", config) as engine:
-            for some in rows.alike():
-                ids_kept, columns, groups = rows.at(some[:1])
-                engine.load_templates(ids_kept, columns, model_id=model_id, groups=groups)
+            if some:
+                engine.load_templates(usable.take(pa.array(some)), model_id=model_id)
     if isinstance(source, Path) and str(source) != "-":
         return source
     return batches if first is None else chain([first], batches)
@@ -157,76 +154,55 @@ def check_load(
     refused: list[RefusedRow] = []
     position = 0
     for batch in _rechunked(batches, BATCH_ROWS):
-        rows = _rows_of(batch, position, _name(source), options)
-        for i in np.flatnonzero(rows.refusals != "").tolist():
-            refusal = Refusal("encounter", "invalid_input", str(rows.refusals[i]))
-            refused.append(RefusedRow(position + i, rows.name(i) or None, refusal))
+        rows = _prepared(batch, _name(source), options)
+        refusals = read_templates(rows.usable, threads=config.threads).refusals
+        why = rows.all_refusals({int(i): str(refusals[i]) for i in np.flatnonzero(refusals != "")})
+        for row in sorted(why):
+            refusal = Refusal("encounter", "invalid_input", why[row])
+            refused.append(RefusedRow(position + row, rows.name(row, why[row]) or None, refusal))
         position += len(batch)
     return Checked(str(source), position, tuple(refused))
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """A batch of the source. subject_ids: an Arrow array; refusals: object (n,), why each row is refused, '' where it is not; vectors,
-    present: column -> float32 (n, d) and bool (n,); records: column -> minutiae records, b'' where a row has none."""
+    """A batch of the source as an engine takes it. usable: without the rows whose groups are unsound; kept: the index of each of its rows;
+    refusals: of the other rows; subject_ids: of all rows, Arrow strings."""
 
+    usable: Any
+    kept: NDArray[np.int64]
+    refusals: dict[int, str]
     subject_ids: Any
-    refusals: NDArray[Any]
-    vectors: dict[str, NDArray[np.float32]]
-    present: dict[str, NDArray[np.bool_]]
-    records: dict[str, list[bytes]]
-    groups: list[list[str]] | None
 
-    def alike(self) -> Iterator[NDArray[np.int64]]:
-        """The usable rows, those together that have embeddings in the same columns: such are added in one call."""
-        kinds = np.zeros(len(self.refusals), np.int64)
-        for bit, has in enumerate(self.present.values()):
-            kinds |= has.astype(np.int64) << bit
-        kept = np.flatnonzero(self.refusals == "")
-        for kind in np.unique(kinds[kept])[::-1]:  # those with everything first
-            yield kept[kinds[kept] == kind]
+    def all_refusals(self, of_usable: Mapping[int, str]) -> dict[int, str]:
+        """With those of the usable rows, by the rows of the source."""
+        return self.refusals | {int(self.kept[i]): reason for i, reason in of_usable.items()}
 
-    def at(self, rows: NDArray[np.int64]) -> tuple[list[str], dict[str, Column], list[list[str]] | None]:
-        """What `load_templates` takes of some rows that are alike."""
-        columns: dict[str, Column] = {
-            name: cells if len(rows) == len(cells) else cells[rows]
-            for name, cells in self.vectors.items()
-            if self.present[name][rows[0]]
-        }
-        for name, records in self.records.items():
-            some = [records[i] for i in rows.tolist()]
-            if any(some):
-                columns[name] = some
-        groups = None if self.groups is None else [self.groups[i] for i in rows.tolist()]
-        return self.subject_ids.take(pa.array(rows)).to_pylist(), columns, groups
-
-    def name(self, row: int) -> str:
+    def name(self, row: int, reason: str) -> str:
         """The subject of a row, '' where it has no usable id."""
-        return "" if str(self.refusals[row]).startswith(_BAD_ID) else self.subject_ids[row].as_py() or ""
+        return "" if reason.startswith(_BAD_ID) else self.subject_ids[row].as_py() or ""
 
 
-def _rows_of(batch: Any, position: int, source: str, options: TableOptions) -> _Rows:
-    """Raises InvalidInput where the columns are none that can be loaded."""
+def _prepared(batch: Any, source: str, options: TableOptions) -> _Rows:
+    """Columns by their own names, and groups as lists. Raises InvalidInput where the columns are none that can be loaded."""
     batch = batch.rename_columns(options.names(batch.schema.names, source, _KNOWN))
-    columns = [n for n in batch.schema.names if n in COLUMNS and not pa.types.is_null(batch.column(n).type)]
+    columns = [n for n in batch.schema.names if n in _TEMPLATES and not pa.types.is_null(batch.column(n).type)]
     if "subject_id" not in batch.schema.names or not columns:
         raise InvalidInput(
             f"{source} has the columns {batch.schema.names}; wanted subject_id, and at least one of {', '.join(COLUMNS)}"
         )
     options.check_columns(batch.schema.names, _KNOWN, source, carried=False)
-    subject_ids, refusals = _ids(batch.column("subject_id"))
-    binary = {name for name in columns if name != "face" and _is_binary(batch.column(name).type)}
-    vectors, present = {}, {}
-    for name in columns:
-        if name not in binary:
-            vectors[name], present[name] = _matrix(batch.column(name), name, position, refusals)
-            _refuse_lengths(name, vectors[name], present[name], refusals)
-    records = _records({name: batch.column(name).to_pylist() for name in columns if name in binary}, refusals)
-    has = _any(records, len(batch)) | np.logical_or.reduce([np.zeros(len(batch), bool), *present.values()])
-    refusals[(refusals == "") & ~has] = "no template"
+    batch = batch.select([name for name in batch.schema.names if name in _KNOWN])
+    texts, _ = ids_of(batch.column("subject_id"), "subject_id")
     grouped = {name: batch.column(name) for name in GROUP_COLUMNS if name in batch.schema.names}
-    groups = _groups(grouped, refusals) if grouped else None
-    return _Rows(subject_ids, refusals, vectors, present, records, groups)
+    refusals = np.full(len(batch), "", object)
+    if grouped:
+        groups = pa.array(_groups(grouped, refusals), pa.list_(pa.string()))
+        batch = batch.select([name for name in batch.schema.names if name not in GROUP_COLUMNS])
+        batch = batch.append_column("groups", groups)
+    kept = np.flatnonzero(refusals == "")
+    usable = batch if len(kept) == len(batch) else batch.take(pa.array(kept))
+    return _Rows(usable, kept, {int(i): refusals[i] for i in np.flatnonzero(refusals != "")}, texts)
 
 
 def _opened(
@@ -249,7 +225,7 @@ def _opened(
         file = pa.parquet.ParquetFile(source, pre_buffer=False)  # its buffers would be kept to the end of the file
         written = file.schema_arrow.names
         names = options.names(written, source, _KNOWN)
-        if "subject_id" in names and set(names) & set(COLUMNS):  # else that is what is wrong
+        if "subject_id" in names and set(names) & set(_TEMPLATES):  # else that is what is wrong
             options.check_columns(names, _KNOWN, source, carried=False)
         wanted = [own for own, name in zip(written, names, strict=True) if name in _KNOWN] or None
         return file.iter_batches(batch_size=BATCH_ROWS // 4, columns=wanted), file.metadata.num_rows
@@ -327,10 +303,14 @@ def _ids_of_text(path: Path, options: TableOptions) -> Any:
 
 
 def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:
-    """Batches of exactly `rows` but the last: what a batch holds does not depend on how the source was cut."""
+    """Batches of exactly `rows` but the last, or of fewer where these would have more than BATCH_BYTES: a power of two, by the size of the
+    source's first rows."""
     held: list[Any] = []
-    count = 0
+    count, settled = 0, False
     for batch in batches:
+        if not settled and len(batch):
+            fitting, settled = BATCH_BYTES * len(batch) // max(batch.nbytes, 1), True
+            rows = min(rows, 1 << max(fitting, 1).bit_length() - 1)
         while count + len(batch) >= rows:
             head = batch.slice(0, rows - count)
             yield pa.Table.from_batches([*held, head]).combine_chunks().to_batches()[0]
@@ -340,93 +320,6 @@ def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:
             count += len(batch)
     if held:
         yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
-
-
-def _ids(cells: Any) -> tuple[Any, NDArray[Any]]:
-    """(an Arrow array of strings; object (n,): why each row is refused, '' where it is not)."""
-    subject_ids, problems = ids_of(cells, "subject_id")
-    refusals = np.full(len(subject_ids), "", object)
-    indices = subject_ids.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    _, first = np.unique(indices, return_index=True)
-    repeated = np.ones(len(indices), bool)
-    repeated[first] = False
-    refusals[repeated] = "subject_id is repeated"
-    refusals[problems != ""] = problems[problems != ""]
-    return subject_ids, refusals
-
-
-def _refuse_lengths(name: str, rows: NDArray[np.float32], present: NDArray[np.bool_], refusals: NDArray[Any]) -> None:
-    """Refuses rows whose vectors are not of unit length."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        length = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-        unit = np.abs(length - 1) < 0.01  # False for NaN too
-    refusals[present & ~unit & (refusals == "")] = f"{name} is not a unit vector"
-    refusals[present & (length == 0) & (refusals == f"{name} is not a unit vector")] = f"{name} is a vector of zeros"
-
-
-def _is_binary(kind: Any) -> bool:
-    return bool(
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind)
-        or pa.types.is_binary_view(kind)
-    )
-
-
-def _records(columns: dict[str, list[bytes | None]], refusals: NDArray[Any]) -> dict[str, list[bytes]]:
-    """Column -> records as galleries store them, b'' where a row has none; refusals gets the rows whose records are unsound."""
-    found: dict[str, list[bytes]] = {name: [b""] * len(refusals) for name in columns}
-    for name in sorted(columns, key=lambda name: name == "unknown"):  # named fingers first
-        for i, content in enumerate(columns[name]):
-            if not content or refusals[i]:
-                continue
-            try:
-                views = best_views(content).values() if name == "unknown" else [view_of(content, name)]
-            except InvalidInput:
-                refusals[i] = f"{name} is not a sound minutiae record"
-                continue
-            for view in views:
-                cells = found.setdefault(view.position, [b""] * len(refusals))
-                cells[i] = cells[i] or standard(view)
-    return found
-
-
-def _any(columns: dict[str, list[bytes]], rows: int) -> NDArray[np.bool_]:
-    """bool (rows,): which rows have something in one of the columns."""
-    return (
-        np.array([any(cells) for cells in zip(*columns.values(), strict=True)], bool)
-        if columns
-        else np.zeros(rows, bool)
-    )
-
-
-def _matrix(
-    cells: Any, column: str, position: int, refusals: NDArray[Any]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """(float32 (n, d) of a list column, bool (n,): which rows have a vector). refusals gets rows whose vector has fewer or more numbers
-    than most have."""
-    kind = cells.type
-    if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)):
-        raise InvalidInput(f"column {column} is of type {kind}; wanted a list of float32, or binary minutiae records")
-    if not pa.types.is_floating(kind.value_type):
-        raise InvalidInput(f"column {column} holds lists of {kind.value_type}; wanted lists of float32")
-    lengths = pa.compute.fill_null(pa.compute.list_value_length(cells), 0).to_numpy(zero_copy_only=False)
-    kinds, counts = np.unique(lengths[lengths > 0], return_counts=True)
-    if len(kinds) > 1 and 2 * counts.max() <= counts.sum():
-        raise InvalidInput(
-            f"column {column} holds vectors of {kinds.tolist()} numbers (rows from {position}); one model has one dimension"
-        )
-    dimension = int(kinds[np.argmax(counts)]) if len(kinds) else 1
-    other = (lengths > 0) & (lengths != dimension)
-    refusals[other & (refusals == "")] = f"{column} has another number of numbers than {dimension}"
-    present = lengths == dimension if len(kinds) else np.zeros(len(cells), bool)
-    if present.all() and not cells.null_count:
-        values = cells.flatten().to_numpy(zero_copy_only=False)
-        return np.asarray(values.reshape(len(cells), dimension), np.float32), present
-    matrix = np.full((len(cells), dimension), np.nan, np.float32)
-    some = cells.filter(pa.array(present))
-    matrix[present] = some.flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
-    return matrix, present
 
 
 def _groups(columns: dict[str, Any], refusals: NDArray[Any]) -> list[list[str]]:
@@ -443,19 +336,6 @@ def _groups(columns: dict[str, Any], refusals: NDArray[Any]) -> list[list[str]]:
             found.append([])
             refusals[i] = refusals[i] or f"groups: {error.refusal.reason.replace('_', ' ')}"
     return found
-
-
-def _batch_id(subject_ids: list[str], columns: dict[str, Column], groups: list[list[str]] | None) -> str:
-    digest = xxhash.xxh3_128("\n".join(subject_ids).encode())
-    for column, cells in columns.items():
-        digest.update(column.encode())
-        if isinstance(cells, np.ndarray):
-            digest.update(np.ascontiguousarray(cells).data)
-        else:
-            digest.update(repr([len(record) for record in cells]).encode() + b"".join(cells))
-    if groups is not None:
-        digest.update(repr(groups).encode())
-    return KnownId(f"load:{digest.hexdigest()}")
 
 
 def _name(source: Path | Iterable[Any]) -> str:

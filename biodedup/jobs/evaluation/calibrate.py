@@ -30,12 +30,12 @@ from numpy.typing import NDArray
 from biodedup.config import Config
 from biodedup.described import Described
 from biodedup.embed.cards import ModelCard, joint_id, load_card, shipped_cards
+from biodedup.engine.arrow.ids import WAS_ROUNDED, were_rounded
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.deduplication.gallery import is_gallery
 from biodedup.jobs.evaluation.impostors import impostor_pairs
-from biodedup.jobs.manifests.fields import WAS_ROUNDED, were_rounded
 from biodedup.jobs.manifests.tables import CSV_SUFFIXES
 from biodedup.jobs.manifests.text_form import open_utf8, text_form
 from biodedup.jobs.shared.files import write_text

@@ -21,16 +21,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from biodedup.engine.arrow.ids import UNREADABLE, ids_of, utf8_of
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.fields import (
     ID_COLUMNS,
-    UNREADABLE,
     Unusable,
     dpi_of,
-    ids_of,
     path_of,
     position_of,
-    utf8_of,
 )
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.text_form import open_text, refuse_no_text, text_form

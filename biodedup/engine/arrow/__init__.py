@@ -1,0 +1,1 @@
+"""Arrow tables of templates: reads and checks them column by column."""
