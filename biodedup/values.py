@@ -153,6 +153,7 @@ class Template(Described):
 
     embedding: float32 (d,), unit length, or None. minutiae: a record as for `Finger`, or None.
     quality: face detector confidence in 0..1, or NFIQ 2 in 0..100; None if not measured.
+    provenance: what was corrected of the capture's metadata, such as its resolution, in words. A gallery does not keep it.
     """
 
     column: str
@@ -160,6 +161,7 @@ class Template(Described):
     embedding: Float32 | None = field(default=None, repr=False, metadata=BIOMETRIC)
     minutiae: bytes | None = field(default=None, repr=False, metadata=BIOMETRIC)
     quality: float | None = None
+    provenance: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_position(self.column, COLUMNS)

@@ -53,10 +53,15 @@ DPI_MIN, DPI_MAX = 100.0, 4000.0
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """rgb_or_grey: uint8 (h, w, 3) RGB or (h, w) grey, C-order. dpi: None where the file states no believable one."""
+    """rgb_or_grey: uint8 (h, w, 3) RGB or (h, w) grey, C-order. dpi: None where the file states no believable one.
+
+    stated: the dpi that the file states for x and y, believable or not. provenance: what was corrected, in words.
+    """
 
     rgb_or_grey: NDArray[np.uint8] = field(repr=False)
     dpi: float | None = None
+    stated: tuple[float, float] | None = None
+    provenance: tuple[str, ...] = ()
 
     @property
     def rgb(self) -> NDArray[np.uint8]:
@@ -115,7 +120,7 @@ def _decode_wsq(content: bytes, column: str, limits: CaptureConfig) -> Pixels | 
     image = decode_wsq(content)
     if image is None or image.grey.shape != size[::-1]:
         return _broken(column, "WSQ")
-    return Pixels(image.grey, _believable(image.dpi))
+    return _with_dpi(image.grey, image.dpi)
 
 
 def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels | Refusal:
@@ -144,7 +149,9 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
                     return declined
                 image.load()
                 dpi, mode = image.info.get("dpi"), image.mode
-                pixels = eight_bits(_upright(image), name)
+                orientation = _orientation(image)
+                turn = _TURNS.get(orientation)
+                pixels = eight_bits(image if turn is None else image.transpose(turn), name)
         except MemoryError:
             raise  # says nothing of the bytes
         except Exception as error:  # plugins raise almost anything for damaged bytes: struct.error, KeyError, ...
@@ -153,7 +160,9 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
             return _broken(column, name)
     if pixels is None:
         return _pixel_format(column, name, _MODES.get(mode, f"numbers of Pillow's mode {mode}"))
-    return Pixels(255 - pixels if layout is not None and layout.inverted else pixels, _believable(dpi))
+    if layout is not None:
+        pixels, orientation = 255 - pixels if layout.inverted else pixels, layout.orientation
+    return _with_dpi(pixels, dpi, orientation in _SIDEWAYS)
 
 
 def _decode_tiff(content: bytes, layout: Layout, column: str, limits: CaptureConfig) -> Pixels | Refusal:
@@ -167,7 +176,7 @@ def _decode_tiff(content: bytes, layout: Layout, column: str, limits: CaptureCon
     turn = _TURNS.get(layout.orientation)
     if turn is not None:
         levels = np.array(Image.fromarray(levels).transpose(turn))
-    return Pixels(levels, _believable(layout.dpi))
+    return _with_dpi(levels, layout.dpi, layout.orientation in _SIDEWAYS)
 
 
 def _sniff(content: bytes) -> str | None:
@@ -189,19 +198,20 @@ def _shrink(image: Image.Image, pixels_max: int) -> None:
         image.draft(None, (width // part, height // part))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image with its EXIF orientation applied."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number of a loaded picture, 1 for upright. Pillow has turned a TIFF when it loaded it."""
     try:
         if any(len(image.info.get(key, b"")) > _EXIF_BYTES_MAX for key in ("exif", "Raw profile type exif", "xmp")):
-            return image
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        return image if turn is None else image.transpose(turn)
+            return 1
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
     except Exception:
-        return image  # damaged EXIF data says nothing about the pixels
+        return 1  # damaged EXIF data says nothing about the pixels
 
 
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations in which the axes are exchanged."""
 _UNKNOWN_LAYOUTS = ("unknown pixel mode", "unknown data organization")  # of Pillow's reader of TIFF
 _MODES = {"F": "floating-point numbers", "I": "32-bit numbers"}
 _EXIF_BYTES_MAX = 1 << 20
@@ -225,13 +235,16 @@ def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     return levels
 
 
-def _believable(dpi: object) -> float | None:
-    """The dpi that a file states, as a number, or None if it is not plausible."""
+def _with_dpi(pixels: NDArray[np.uint8], stated: object, turned: bool = False) -> Pixels:
+    """turned: whether the picture was turned by a quarter, so that its axes were exchanged."""
     try:
-        value = float(dpi[0] if isinstance(dpi, tuple) else dpi)  # type: ignore[arg-type]
-    except (TypeError, ValueError, ArithmeticError, IndexError):
-        return None
-    return value if DPI_MIN <= value <= DPI_MAX else None
+        x, y = (float(value) for value in (stated if isinstance(stated, tuple) else (stated, stated)))
+    except (TypeError, ValueError, ArithmeticError):
+        return Pixels(pixels)
+    if not (0 < x < 1e6 and 0 < y < 1e6):
+        return Pixels(pixels)
+    x, y = (y, x) if turned else (x, y)
+    return Pixels(pixels, x if DPI_MIN <= x <= DPI_MAX else None, (round(x, 2), round(y, 2)))
 
 
 def _size_refusal(column: str, name: str, width: int, height: int, limits: CaptureConfig) -> Refusal | None:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeAlias
 
@@ -23,6 +24,7 @@ from biodedup.capture.formats import Pixels, check_array, decode
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.oriented import RIDGE_DPI
 from biodedup.capture.reading import read
+from biodedup.capture.resolution import settled
 from biodedup.capture.ridges import ridge_map
 from biodedup.config import Config
 from biodedup.embed.cage import Cage
@@ -160,9 +162,13 @@ class Extractor:
         if (steps := tracing()) is not None:
             steps.add("pixels", capture.column, image=pixels.rgb_or_grey, dpi=pixels.dpi)
         if isinstance(capture, Finger):
-            sample = self._reader.read(pixels, capture.position, capture.dpi)
+            believed = pixels if capture.dpi is not None else settled(pixels, capture.column)
+            if isinstance(believed, Refusal):
+                return believed
+            sample = self._reader.read(believed, capture.position, capture.dpi)
             if isinstance(sample, Refusal):
                 return sample
+            sample = replace(sample, provenance=believed.provenance)
             wanted = self._finger_network is not None
             return sample, finger_input(ridge_map(resampled(sample.grey, DPI, RIDGE_DPI))) if wanted else None
         assert self._detector is not None, "loaded before the first face"
@@ -182,7 +188,8 @@ class Extractor:
             elif isinstance(item, tuple):
                 sample, given = item
                 vector = None if given is None else next(finger_vectors)
-                results.append(Template(sample.position, models["finger"], vector, sample.minutiae, sample.quality))
+                made = (models["finger"], vector, sample.minutiae, sample.quality, sample.provenance)
+                results.append(Template(sample.position, *made))
             else:
                 results.append(item)
         if (steps := tracing()) is not None:
