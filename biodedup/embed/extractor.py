@@ -178,13 +178,13 @@ class Extractor:
         """The networks' part: whatever waits for one, in batches."""
         faces = [item for item in prepared if isinstance(item, AlignedFace)]
         prints = [item[1] for item in prepared if isinstance(item, tuple) and item[1] is not None]
-        face_vectors = iter(self._network.embed(np.stack([f.image for f in faces])) if faces and self._network else ())
+        embedded = iter(self._faces(faces))
         finger_vectors = iter(self._finger_network.embed(prints) if prints and self._finger_network else ())
         models = self.model_ids
         results: list[Template | Refusal] = []
         for item in prepared:
             if isinstance(item, AlignedFace):
-                results.append(Template("face", models["face"], next(face_vectors), quality=round(item.quality, 4)))
+                results.append(next(embedded))
             elif isinstance(item, tuple):
                 sample, given = item
                 vector = None if given is None else next(finger_vectors)
@@ -194,6 +194,21 @@ class Extractor:
                 results.append(item)
         if (steps := tracing()) is not None:
             self._record(steps, prepared, results)
+        return results
+
+    def _faces(self, faces: Sequence[AlignedFace]) -> list[Template | Refusal]:
+        """Embeds aligned faces, and refuses those whose quality is too low for what they show."""
+        if not faces:
+            return []
+        assert self._network is not None and self._detector is not None, "loaded before the first face"
+        results: list[Template | Refusal] = []
+        vectors, norms = self._network.embed_with_norms(np.stack([face.image for face in faces]))
+        for face, vector, norm in zip(faces, vectors, norms.tolist(), strict=True):
+            quality = self._face_card.quality_of(norm)
+            refusal = self._detector.template_refusal(face, quality)
+            quality = None if quality is None else round(quality, 4)
+            template = Template("face", self._face_card.model_id, vector, quality=quality, provenance=face.provenance)
+            results.append(refusal or template)
         return results
 
     def _record(self, steps: Trace, prepared: Sequence[Prepared], results: Sequence[Template | Refusal]) -> None:
