@@ -152,7 +152,9 @@ class Template(Described):
     """The embedding or the minutiae of one sample, or both, with the id of the model that made them.
 
     embedding: float32 (d,), unit length, or None. minutiae: a record as for `Finger`, or None.
-    quality: face detector confidence in 0..1, or NFIQ 2 in 0..100; None if not measured.
+    quality: of a face the probability, 0..1, that a comparison with another capture of the person passes at FMR 1e-4; of a finger NFIQ 2,
+    0..100. None if not measured.
+    provenance: what was corrected of the capture's metadata, such as its resolution, in words. A gallery does not keep it.
     """
 
     column: str
@@ -160,6 +162,7 @@ class Template(Described):
     embedding: Float32 | None = field(default=None, repr=False, metadata=BIOMETRIC)
     minutiae: bytes | None = field(default=None, repr=False, metadata=BIOMETRIC)
     quality: float | None = None
+    provenance: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_position(self.column, COLUMNS)

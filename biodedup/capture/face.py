@@ -5,14 +5,16 @@ Owns the detector and the quality gate for faces. Never decodes files and never 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.capture.artefacts import NEGATIVE_MARGIN_MIN, block_ratio, signs
 from biodedup.capture.formats import Pixels
+from biodedup.capture.resolution import squared
 from biodedup.config import FaceConfig
 from biodedup.errors import ModelCardError
 from biodedup.trace import tracing
@@ -38,8 +40,16 @@ of each, 2026-11). Nearly all upright faces reach it."""
 _CONFIDENCE_TURNED = 0.88
 """Least confidence to rotate a picture: blurred faces, which the gate refuses, are detected in any orientation."""
 
+QUALITY_MEANING = "probability that a mated comparison passes at FMR 1e-4"
+_QUALITY_UNKNOWN = 0.965
+"""Of a model whose card has no table of quality: only what no real face shows is refused, and negatives."""
+_NEGATIVE_QUALITY = 0.97
+"""No negative reaches this quality (spoilt faces of LFW and MEDS, 2026-11): better ones are not looked at again."""
+_CANVAS_PX = 128
+
 _STRIDES = (8, 16, 32)
 _OUTPUTS = [f"{part}_{stride}" for stride in _STRIDES for part in ("cls", "obj", "bbox", "kps")]
+_CONFIDENCES = [name for name in _OUTPUTS if name[:3] in ("cls", "obj")]
 _POSITIONS = [0, 1, *range(4, 14)]  # columns of a detected face that are positions, not extents
 _OVERLAP_MAX = 0.3
 """Two boxes with a larger intersection over union are one face."""
@@ -48,11 +58,14 @@ _FACES_MAX = 50
 
 @dataclass(frozen=True, eq=False)
 class AlignedFace:
-    """image: uint8 (112, 112, 3) RGB. landmarks: float64 (5, 2), in pixels of the capture after its rotation. quality: confidence 0..1."""
+    """image: uint8 (112, 112, 3) RGB. landmarks: float64 (5, 2), in pixels of the capture after its rotation. confidence: the detector's,
+    0..1. blocks: as of `artefacts.block_ratio`. provenance: what was corrected of the file's metadata."""
 
     image: NDArray[np.uint8] = field(repr=False)
-    quality: float
+    confidence: float
     landmarks: NDArray[np.float64] = field(repr=False)
+    blocks: float = 1.0
+    provenance: tuple[str, ...] = ()
 
 
 class FaceDetector:
@@ -75,7 +88,49 @@ class FaceDetector:
             )
 
     def align(self, pixels: Pixels) -> AlignedFace | Refusal:
-        """The capture's aligned face, or a refusal."""
+        """The capture's aligned face, or a refusal. Of a file that states pixels which are not square both readings are tried."""
+        plain = self._align(pixels)
+        other = squared(pixels)
+        if other is None:
+            return plain
+        corrected = self._align(other)
+        if isinstance(corrected, Refusal) or (isinstance(plain, AlignedFace) and misfit(plain) <= misfit(corrected)):
+            return plain
+        return replace(corrected, provenance=other.provenance)
+
+    def template_refusal(self, face: AlignedFace, quality: float | None) -> Refusal | None:
+        """The second part of the gate, which knows the quality of the embedding; None of a model whose card has no table of it."""
+        known = _QUALITY_UNKNOWN if quality is None else quality
+        for sign in signs(face.image, face.blocks):
+            if known < sign.quality_min:
+                return Refusal("face", sign.reason, sign.detail, round(sign.measured, 3), sign.limit)
+        if known < _NEGATIVE_QUALITY:
+            margin = self.negative_margin(face.image)
+            if margin < NEGATIVE_MARGIN_MIN:
+                detail = "detector confidence less that in the negative"
+                return Refusal("face", "negative", detail, round(margin, 3), NEGATIVE_MARGIN_MIN)
+        if quality is not None and quality < self._config.quality_min:
+            return Refusal("face", "low_quality", QUALITY_MEANING, round(quality, 3), self._config.quality_min)
+        return None
+
+    def negative_margin(self, image: NDArray[np.uint8]) -> float:
+        """The detector's confidence in an aligned face less that in its negative. image: uint8 (112, 112, 3) RGB."""
+        canvas = np.full((2, _CANVAS_PX, _CANVAS_PX, 3), 127, np.float32)
+        pad = (_CANVAS_PX - SIDE_PX) // 2
+        canvas[0, pad:-pad, pad:-pad] = image[:, :, ::-1]
+        canvas[1, pad:-pad, pad:-pad] = 255 - image[:, :, ::-1]
+        face, negative = (self._confidence_at(one) for one in canvas)
+        return face - negative
+
+    def _confidence_at(self, canvas: Float32) -> float:
+        """The greatest confidence anywhere in a canvas as of `_run`."""
+        outputs = self._session.run(_CONFIDENCES, {self._input: canvas.transpose(2, 0, 1)[None].copy()})
+        return max(
+            float(np.sqrt(np.clip(seen, 0, 1) * np.clip(there, 0, 1)).max())
+            for seen, there in zip(outputs[::2], outputs[1::2], strict=True)
+        )
+
+    def _align(self, pixels: Pixels) -> AlignedFace | Refusal:
         rgb, faces = self._upright(pixels.rgb)
         if (steps := tracing()) is not None:
             steps.add("faces", "face", image=rgb, found=faces)
@@ -94,7 +149,9 @@ class FaceDetector:
         landmarks = face[4:14].reshape(5, 2).astype(np.float64)
         transform = similarity_transform(landmarks, _POINTS)
         image = cv2.warpAffine(rgb, transform, (SIDE_PX, SIDE_PX), flags=_interpolation(transform))
-        aligned = AlignedFace(np.asarray(image, np.uint8), float(face[14]), landmarks)
+        grey = cv2.cvtColor(_surroundings(rgb, landmarks), cv2.COLOR_RGB2GRAY)
+        blocks = block_ratio(np.asarray(grey, np.uint8))
+        aligned = AlignedFace(np.asarray(image, np.uint8), float(face[14]), landmarks, blocks)
         if steps is not None:
             steps.add("face", "face", image=rgb, box=face[:4], landmarks=landmarks, aligned=aligned.image)
         return judge(aligned, rgb.shape[:2], self._config) or aligned
@@ -235,7 +292,13 @@ def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refu
         ("too_dark", "mean grey level", brightness, config.brightness_min, brightness < config.brightness_min),
         ("too_bright", "mean grey level", brightness, config.brightness_max, brightness > config.brightness_max),
         ("blurred", "Laplacian over contrast", sharpness, config.sharpness_min, sharpness < config.sharpness_min),
-        ("no_face", "detector confidence", face.quality, config.confidence_min, face.quality < config.confidence_min),
+        (
+            "no_face",
+            "detector confidence",
+            face.confidence,
+            config.confidence_min,
+            face.confidence < config.confidence_min,
+        ),
     )
     if (steps := tracing()) is not None:
         steps.add("quality", "face", checks=checks)
@@ -243,6 +306,20 @@ def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refu
         if missed:
             return Refusal("face", reason, detail, round(measured, 3), limit)
     return None
+
+
+def misfit(face: AlignedFace) -> float:
+    """Root mean square distance of the aligned landmarks from where the network expects them, in pixels of the aligned face."""
+    transform = similarity_transform(face.landmarks, _POINTS)
+    return float(np.sqrt(((face.landmarks @ transform[:, :2].T + transform[:, 2] - _POINTS) ** 2).sum(axis=1).mean()))
+
+
+def _surroundings(rgb: NDArray[np.uint8], landmarks: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The capture's pixels around the landmarks, uint8 (h, w, 3); at least one pixel."""
+    margin = 0.6 * float(np.linalg.norm(landmarks[1] - landmarks[0]))
+    left, top = np.clip(landmarks.min(axis=0) - margin, 0, (rgb.shape[1] - 1, rgb.shape[0] - 1)).astype(int)
+    right, bottom = np.ceil(landmarks.max(axis=0) + margin).astype(int)
+    return np.ascontiguousarray(rgb[top : max(bottom, top + 1), left : max(right, left + 1)])
 
 
 def angles_deg(landmarks: NDArray[np.float64]) -> tuple[float, float]:

@@ -56,12 +56,14 @@ def minutiae_extractor(name: str, weights: Path | None) -> MinutiaeExtractor:
 
 @dataclass(frozen=True, eq=False)
 class FingerSample:
-    """An accepted capture. grey: uint8 (h, w) at 500 dpi; minutiae: a record of ISO/IEC 19794-2:2005; quality: NFIQ 2."""
+    """An accepted capture. grey: uint8 (h, w) at 500 dpi; minutiae: a record of ISO/IEC 19794-2:2005; quality: NFIQ 2.
+    provenance: what was corrected of the file's metadata."""
 
     position: str
     grey: NDArray[np.uint8] = field(repr=False)
     minutiae: bytes = field(repr=False)
     quality: float
+    provenance: tuple[str, ...] = ()
 
 
 class FingerReader:

@@ -8,6 +8,7 @@ pixel.
 3. Only the formats in `FORMATS`, and WSQ, are tried: no format that starts another program or follows a reference.
 4. A truncated image is refused, never padded.
 5. Of several frames the first is used. A JPEG of a face that is larger than any scanner's picture is decoded at a fraction of its size.
+6. A picture whose numbers cannot be converted to 8 bits without guessing their range or meaning is refused as `pixel_format`.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ from PIL import (  # noqa: F401  the plugins register themselves
     WebPImagePlugin,
 )
 
-from biodedup.capture.headers import excess_of, implausible
+from biodedup.capture.headers import excess_of, implausible, unread_jpeg
+from biodedup.capture.modes import eight_bits
 from biodedup.capture.reading import read
+from biodedup.capture.tiff import Layout, read_layout
 from biodedup.capture.wsq import decode_wsq, is_wsq, read_size
 from biodedup.config import CaptureConfig
 from biodedup.errors import InvalidInput
@@ -50,10 +53,15 @@ DPI_MIN, DPI_MAX = 100.0, 4000.0
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """rgb_or_grey: uint8 (h, w, 3) RGB or (h, w) grey, C-order. dpi: None where the file states no believable one."""
+    """rgb_or_grey: uint8 (h, w, 3) RGB or (h, w) grey, C-order. dpi: None where the file states no believable one.
+
+    stated: the dpi that the file states for x and y, believable or not. provenance: what was corrected, in words.
+    """
 
     rgb_or_grey: NDArray[np.uint8] = field(repr=False)
     dpi: float | None = None
+    stated: tuple[float, float] | None = None
+    provenance: tuple[str, ...] = ()
 
     @property
     def rgb(self) -> NDArray[np.uint8]:
@@ -112,7 +120,7 @@ def _decode_wsq(content: bytes, column: str, limits: CaptureConfig) -> Pixels | 
     image = decode_wsq(content)
     if image is None or image.grey.shape != size[::-1]:
         return _broken(column, "WSQ")
-    return Pixels(image.grey, _believable(image.dpi))
+    return _with_dpi(image.grey, image.dpi)
 
 
 def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels | Refusal:
@@ -123,6 +131,13 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
     excess = excess_of(name, content, limits.pixels_max, shrinks=shrinks)
     if excess is not None:
         return Refusal(column, *excess)
+    layout = read_layout(content) if name == "TIFF" else None
+    unread = layout.unread if layout is not None else unread_jpeg(content) if name == "JPEG" else None
+    if unread is not None:
+        return _pixel_format(column, name, unread)
+    if layout is not None and layout.own:
+        return _decode_tiff(content, layout, column, limits)
+    content = content if layout is None else layout.for_pillow(content)
     with _quiet_pillow:
         try:
             # Image.open would first warn of, or reject, large images by a limit of its own
@@ -133,15 +148,35 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
                 if declined:
                     return declined
                 image.load()
-                dpi = image.info.get("dpi")
-                pixels = _from_pillow(_upright(image))
+                dpi, mode = image.info.get("dpi"), image.mode
+                orientation = _orientation(image)
+                turn = _TURNS.get(orientation)
+                pixels = eight_bits(image if turn is None else image.transpose(turn), name)
         except MemoryError:
             raise  # says nothing of the bytes
-        except Exception:  # plugins raise almost anything for damaged bytes: SyntaxError, struct.error, KeyError, ...
+        except Exception as error:  # plugins raise almost anything for damaged bytes: struct.error, KeyError, ...
+            if str(error) in _UNKNOWN_LAYOUTS:
+                return _pixel_format(column, name, "numbers laid out in a way that is not read")
             return _broken(column, name)
     if pixels is None:
-        return Refusal(column, "not_an_image", f"{name} of numbers that are not 8 or 16 bit grey levels or colours")
-    return Pixels(pixels, _believable(dpi))
+        return _pixel_format(column, name, _MODES.get(mode, f"numbers of Pillow's mode {mode}"))
+    if layout is not None:
+        pixels, orientation = 255 - pixels if layout.inverted else pixels, layout.orientation
+    return _with_dpi(pixels, dpi, orientation in _SIDEWAYS)
+
+
+def _decode_tiff(content: bytes, layout: Layout, column: str, limits: CaptureConfig) -> Pixels | Refusal:
+    """A layout that Pillow would misread."""
+    declined = _size_refusal(column, "TIFF", layout.size[1], layout.size[0], limits)
+    if declined:
+        return declined
+    levels = layout.levels(content)
+    if levels is None:
+        return _broken(column, "TIFF")
+    turn = _TURNS.get(layout.orientation)
+    if turn is not None:
+        levels = np.array(Image.fromarray(levels).transpose(turn))
+    return _with_dpi(levels, layout.dpi, layout.orientation in _SIDEWAYS)
 
 
 def _sniff(content: bytes) -> str | None:
@@ -163,19 +198,22 @@ def _shrink(image: Image.Image, pixels_max: int) -> None:
         image.draft(None, (width // part, height // part))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image with its EXIF orientation applied."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number of a loaded picture, 1 for upright. Pillow has turned a TIFF when it loaded it."""
     try:
         if any(len(image.info.get(key, b"")) > _EXIF_BYTES_MAX for key in ("exif", "Raw profile type exif", "xmp")):
-            return image
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        return image if turn is None else image.transpose(turn)
+            return 1
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
     except Exception:
-        return image  # damaged EXIF data says nothing about the pixels
+        return 1  # damaged EXIF data says nothing about the pixels
 
 
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations in which the axes are exchanged."""
+_UNKNOWN_LAYOUTS = ("unknown pixel mode", "unknown data organization")  # of Pillow's reader of TIFF
+_MODES = {"F": "floating-point numbers", "I": "32-bit numbers"}
 _EXIF_BYTES_MAX = 1 << 20
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -188,37 +226,25 @@ _TURNS = {
 }
 
 
-def _from_pillow(image: Image.Image) -> NDArray[np.uint8] | None:
-    """uint8 pixels, or None for numbers without a known range."""
-    if image.mode == "F":
-        return None
-    if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        if levels.size and (levels.min() < 0 or levels.max() > 0xFFFF):
-            return None
-        return (levels >> 8).astype(np.uint8)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-
-
 def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     levels = np.ascontiguousarray(array >> 8 if array.dtype.itemsize == 2 else array, dtype=np.uint8)
     if levels.ndim == 3 and levels.shape[2] == 4:
-        pixels = _from_pillow(Image.fromarray(levels, "RGBA"))
+        pixels = eight_bits(Image.fromarray(levels, "RGBA"))
         assert pixels is not None
         return pixels
     return levels
 
 
-def _believable(dpi: object) -> float | None:
-    """The dpi that a file states, as a number, or None if it is not plausible."""
+def _with_dpi(pixels: NDArray[np.uint8], stated: object, turned: bool = False) -> Pixels:
+    """turned: whether the picture was turned by a quarter, so that its axes were exchanged."""
     try:
-        value = float(dpi[0] if isinstance(dpi, tuple) else dpi)  # type: ignore[arg-type]
-    except (TypeError, ValueError, ArithmeticError, IndexError):
-        return None
-    return value if DPI_MIN <= value <= DPI_MAX else None
+        x, y = (float(value) for value in (stated if isinstance(stated, tuple) else (stated, stated)))
+    except (TypeError, ValueError, ArithmeticError):
+        return Pixels(pixels)
+    if not (0 < x < 1e6 and 0 < y < 1e6):
+        return Pixels(pixels)
+    x, y = (y, x) if turned else (x, y)
+    return Pixels(pixels, x if DPI_MIN <= x <= DPI_MAX else None, (round(x, 2), round(y, 2)))
 
 
 def _size_refusal(column: str, name: str, width: int, height: int, limits: CaptureConfig) -> Refusal | None:
@@ -228,6 +254,12 @@ def _size_refusal(column: str, name: str, width: int, height: int, limits: Captu
     if min(width, height) < limits.side_px_min:
         return Refusal(column, "too_small", detail, min(width, height), limits.side_px_min)
     return None
+
+
+def _pixel_format(column: str, name: str, held: str) -> Refusal:
+    return Refusal(
+        column, "pixel_format", f"{name} of {held}; wanted grey levels or colours of 8 or 16 bits; save it as PNG"
+    )
 
 
 def _broken(column: str, name: str) -> Refusal:

@@ -75,6 +75,8 @@ def _complex(detail: str, measured: float, limit: float) -> Excess:
 
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # not stuffing, not a restart
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_FRAMES_READ = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
+"""Baseline, extended, progressive; libjpeg-turbo also decodes the arithmetic coding of the last two."""
 
 
 def _jpeg(content: bytes, pixels_max: int, shrinks: bool) -> Excess | None:
@@ -99,6 +101,24 @@ def _jpeg(content: bytes, pixels_max: int, shrinks: bool) -> Excess | None:
     # several scans keep every coefficient in memory, at full size
     factor = SHRUNK_MAX if shrinks and sequential and scans == 1 else 1
     return too_many_pixels("JPEG", width, height, factor * pixels_max)
+
+
+def unread_jpeg(content: bytes) -> str | None:
+    """What a JPEG holds that libjpeg does not decode, or None: 12 bits a number, lossless or hierarchical coding."""
+    at = 2
+    for _ in range(PARTS_MAX):
+        found = _MARKER.search(content, at)
+        if found is None or found[1] in (b"\xd9", b"\xda"):
+            return None
+        marker, at = found[1][0], found.end()
+        if marker in (0x01, 0xD8):
+            continue
+        if marker in _FRAMES and len(content) > at + 2:
+            if content[at + 2] != 8:
+                return f"{content[at + 2]} bits a number"
+            return None if marker in _FRAMES_READ else "lossless or hierarchical coding"
+        at += max(int.from_bytes(content[at : at + 2], "big"), 2)
+    return None
 
 
 # JPEG 2000 ------------------------------------------------------------------------------------------------------------
@@ -311,7 +331,10 @@ _PNM = re.compile(
 
 def _pnm(content: bytes, pixels_max: int) -> Excess | None:
     if content[1:2] not in (b"1", b"2", b"3", b"4", b"5", b"6"):
-        return Excess("not_an_image", "PNM of numbers that are not grey levels or colours")
+        return Excess(
+            "pixel_format",
+            "PNM of floating-point numbers or of other channels; wanted grey levels or colours; save it as PNG",
+        )
     found = _PNM.match(content[:4096])
     if found is None:
         return _complex("PPM without a header in its first bytes", len(content), 4096) if len(content) > 4096 else None

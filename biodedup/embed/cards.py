@@ -33,6 +33,7 @@ class ModelCard:
     extractor: of a `minutiae` card the name that FingerConfig knows it by.
     channels, scale, offset: the network's input is (pixel + offset) * scale, in this order of channels, float32 NCHW.
     mirror: the embedding is the sum of the image's and its mirror image's. mean: subtracted from the unit embedding.
+    quality: (lengths of the network's output, ascending; at each the probability that a mated comparison passes at FMR 1e-4), or None.
     calibration: of raw scores. both: in a finger embedding's card, how the sum of two llr_db, its own and that of minutiae of one
     model_id, is calibrated.
     """
@@ -52,8 +53,13 @@ class ModelCard:
     offset: float = 0.0
     mirror: bool = False
     mean: Float32 | None = field(default=None, repr=False)
+    quality: tuple[Float32, Float32] | None = field(default=None, repr=False)
     calibration: Mapping[str, Any] | None = field(default=None, repr=False)
     both: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+
+    def quality_of(self, norm: float) -> float | None:
+        """The quality of a face whose network output has this length, 0 to 1; None where the card has no table."""
+        return None if self.quality is None else float(np.interp(norm, *self.quality))
 
     def verify(self) -> None:
         """Raises ModelCardError unless the weights are those that the card describes."""
@@ -139,6 +145,7 @@ def _read(path: Path) -> ModelCard:
             offset=float(given.get("offset", 0.0)),
             mirror=bool(given.get("mirror", False)),
             mean=None if mean is None else np.array(mean, np.float32),
+            quality=_quality(table.get("quality")),
             calibration=table.get("calibration"),
             both=table.get("both", {}),
         )
@@ -146,6 +153,17 @@ def _read(path: Path) -> ModelCard:
         raise ModelCardError(f"model card {path.name} lacks or mistypes {error}; see models/sface.toml") from error
     _check(card)
     return card
+
+
+def _quality(table: Mapping[str, Any] | None) -> tuple[Float32, Float32] | None:
+    if table is None:
+        return None
+    norms, shares = (np.array(table[name], np.float32) for name in ("norm", "probability"))
+    if norms.shape != shares.shape or norms.ndim != 1 or len(norms) < 2 or not (np.diff(norms) > 0).all():
+        raise ValueError("quality: norm and probability are lists of one length, norm ascending")
+    if (np.diff(shares) < 0).any() or shares[0] < 0 or shares[-1] > 1:
+        raise ValueError("quality: probability ascends from 0 to 1")
+    return norms, shares
 
 
 def _check(card: ModelCard) -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeAlias
 
@@ -23,6 +24,7 @@ from biodedup.capture.formats import Pixels, check_array, decode
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.oriented import RIDGE_DPI
 from biodedup.capture.reading import read
+from biodedup.capture.resolution import settled
 from biodedup.capture.ridges import ridge_map
 from biodedup.config import Config
 from biodedup.embed.cage import Cage
@@ -160,9 +162,13 @@ class Extractor:
         if (steps := tracing()) is not None:
             steps.add("pixels", capture.column, image=pixels.rgb_or_grey, dpi=pixels.dpi)
         if isinstance(capture, Finger):
-            sample = self._reader.read(pixels, capture.position, capture.dpi)
+            believed = pixels if capture.dpi is not None else settled(pixels, capture.column)
+            if isinstance(believed, Refusal):
+                return believed
+            sample = self._reader.read(believed, capture.position, capture.dpi)
             if isinstance(sample, Refusal):
                 return sample
+            sample = replace(sample, provenance=believed.provenance)
             wanted = self._finger_network is not None
             return sample, finger_input(ridge_map(resampled(sample.grey, DPI, RIDGE_DPI))) if wanted else None
         assert self._detector is not None, "loaded before the first face"
@@ -172,21 +178,37 @@ class Extractor:
         """The networks' part: whatever waits for one, in batches."""
         faces = [item for item in prepared if isinstance(item, AlignedFace)]
         prints = [item[1] for item in prepared if isinstance(item, tuple) and item[1] is not None]
-        face_vectors = iter(self._network.embed(np.stack([f.image for f in faces])) if faces and self._network else ())
+        embedded = iter(self._faces(faces))
         finger_vectors = iter(self._finger_network.embed(prints) if prints and self._finger_network else ())
         models = self.model_ids
         results: list[Template | Refusal] = []
         for item in prepared:
             if isinstance(item, AlignedFace):
-                results.append(Template("face", models["face"], next(face_vectors), quality=round(item.quality, 4)))
+                results.append(next(embedded))
             elif isinstance(item, tuple):
                 sample, given = item
                 vector = None if given is None else next(finger_vectors)
-                results.append(Template(sample.position, models["finger"], vector, sample.minutiae, sample.quality))
+                made = (models["finger"], vector, sample.minutiae, sample.quality, sample.provenance)
+                results.append(Template(sample.position, *made))
             else:
                 results.append(item)
         if (steps := tracing()) is not None:
             self._record(steps, prepared, results)
+        return results
+
+    def _faces(self, faces: Sequence[AlignedFace]) -> list[Template | Refusal]:
+        """Embeds aligned faces, and refuses those whose quality is too low for what they show."""
+        if not faces:
+            return []
+        assert self._network is not None and self._detector is not None, "loaded before the first face"
+        results: list[Template | Refusal] = []
+        vectors, norms = self._network.embed_with_norms(np.stack([face.image for face in faces]))
+        for face, vector, norm in zip(faces, vectors, norms.tolist(), strict=True):
+            quality = self._face_card.quality_of(norm)
+            refusal = self._detector.template_refusal(face, quality)
+            quality = None if quality is None else round(quality, 4)
+            template = Template("face", self._face_card.model_id, vector, quality=quality, provenance=face.provenance)
+            results.append(refusal or template)
         return results
 
     def _record(self, steps: Trace, prepared: Sequence[Prepared], results: Sequence[Template | Refusal]) -> None:

@@ -62,12 +62,21 @@ class EmbeddingNetwork:
 
     def embed(self, images: NDArray[np.uint8]) -> Float32:
         """images: uint8 (n, 112, 112, 3) RGB. Returns float32 (n, d), unit rows."""
+        return self.embed_with_norms(images)[0]
+
+    def embed_with_norms(self, images: NDArray[np.uint8]) -> tuple[Float32, Float32]:
+        """(as `embed`, float32 (n,): the length of the network's output, that of the image and of its mirror image added).
+
+        The length of a face embedding grows with the quality of the picture: Meng et al., "MagFace", 2021; Terhörst et al., "QMagFace", 2023.
+        """
         card = self._card
-        assert card.dimension is not None
-        vectors = self._run(images)
+        outputs = self._run(images)
+        vectors = unit(outputs)
         if card.mirror:
-            vectors = unit(vectors + self._run(images[:, :, ::-1]))
-        return vectors if card.mean is None else unit(vectors - card.mean)
+            mirrored = self._run(images[:, :, ::-1])
+            vectors, outputs = unit(vectors + unit(mirrored)), outputs + mirrored
+        norms = np.asarray(np.linalg.norm(outputs, axis=1), np.float32)
+        return (vectors if card.mean is None else unit(vectors - card.mean)), norms
 
     def _run(self, images: NDArray[np.uint8]) -> Float32:
         card = self._card
@@ -84,7 +93,7 @@ class EmbeddingNetwork:
                 else pixels
             )
             out[start : start + len(block)] = self._session.run([self._output], {self._input: pixels})[0][: len(block)]
-        return unit(out)
+        return out
 
 
 def unit(vectors: Float32) -> Float32:

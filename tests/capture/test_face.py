@@ -85,7 +85,7 @@ def test_a_face_turned_away_is_refused_by_its_landmarks():
     frontal = np.array([[20.0, 40], [60, 40], [40, 60], [25, 80], [55, 80]])
     assert judged(frontal) is None
     turned = frontal.copy()
-    turned[2, 0] = 66  # the nose lies outside the eyes
+    turned[2, 0] = 90  # the nose lies outside the eyes
     assert judged(turned).reason == "turned_away"
     upside_down = 100 - frontal
     assert judged(upside_down).reason == "turned_away"

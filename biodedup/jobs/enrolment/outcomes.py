@@ -106,6 +106,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "empty_file": ("the file is empty", "copy it again from where it was captured, and run the same command again"),
     "truncated": ("the image breaks off or is damaged", "copy it again from where it was captured, or recapture"),
     "not_an_image": ("the file is no image", "check the path in the manifest"),
+    "pixel_format": ("the image stores numbers that cannot be read as grey levels or colours", "save it again as PNG"),
     "too_many_pixels": ("the image is larger than any scanner makes", "check the file"),
     "too_many_scans": (
         "the image goes over its pixels more often than any camera makes it",

@@ -33,7 +33,7 @@ from biodedup.values import Capture, Encounter, Face, Finger, Missing, Refusal, 
 PASSED = ""
 """The reason of a capture's verdict that is no refusal."""
 _NO_CAPTURE = frozenset(
-    ("not_an_image", "truncated", "too_many_pixels", "too_large_file", "empty_file", "unreadable", "not_a_file", "missing_file", "unsound_record", "too_many_scans", "too_complex", *FAILURES)
+    ("not_an_image", "pixel_format", "truncated", "too_many_pixels", "too_large_file", "empty_file", "unreadable", "not_a_file", "missing_file", "unsound_record", "too_many_scans", "too_complex", *FAILURES)
 )  # fmt: skip
 """Verdicts on a file that the decoders could not open: an image that breaks off, or a file that is something else."""
 Judged: TypeAlias = tuple[Planned, tuple[Capture, ...], tuple[Refusal, ...], Mapping[str, Template]]

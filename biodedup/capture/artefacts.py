@@ -1,0 +1,129 @@
+"""Measures what makes strangers' faces alike: negatives, noise, regular patterns, coarse compression, covered features.
+
+Owns the measures and their limits. Never detects, aligns or embeds a face.
+
+A measure alone refuses nothing but what no real face shows. The others refuse a face whose `quality`, which predicts whether it resembles
+its mate, is below a limit that grows with the measure. All limits: even-numbered identities of LFW and all of MEDS, ORL and Yale, spoilt
+in 40 ways (`benchmarks/face_gate.py`), 2026-11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.values import Float32
+
+ALWAYS = 1.0
+"""A limit of quality that no face reaches."""
+DOUBTFUL, SUSPECT, STRIKING = 0.91, 0.96, 0.98
+"""Limits of quality of a face with weak, strong and unmistakable signs of an artefact."""
+
+_NOISE_MASK = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
+_NOISE, _NOISE_STRONG, _CHROMA_NOISE = 0.10, 0.35, 8.0
+_PATTERN, _PATTERN_STRONG = 0.50, 0.65
+_PATTERN_PX = (3, 22)
+"""Period of a pattern in the aligned face, whose eyes are 35 pixels apart."""
+_BLOCKS, _BLOCKS_COARSE = 3.0, 4.5
+"""Faces of LFW, MEDS, ORL and Yale have 2.6 at most; JPEG of quality 5 has 2.8 to 5, of quality 2 at least 5."""
+_MOUTH_FLAT, _MOUTH_PLAIN, _EYES_FLAT = 0.05, 0.09, 0.09
+_MOUTH = slice(80, 104), slice(36, 77)
+_EYES = (slice(44, 60), slice(28, 49)), (slice(44, 60), slice(64, 85))
+_INNER = slice(16, -8), slice(16, -16)
+"""Of the aligned face: without its surroundings."""
+NEGATIVE_MARGIN_MIN = 0.02
+"""Confidence of the detector in a face less that in its negative: at least 0.04 in LFW, MEDS, ORL and Yale; below 0 for negatives."""
+
+
+class Sign(NamedTuple):
+    """A sign of an artefact. limit: the value that it must not pass; quality_min: below it the face is refused for this sign."""
+
+    reason: str
+    detail: str
+    measured: float
+    limit: float
+    quality_min: float
+
+
+def signs(image: NDArray[np.uint8], blocks: float) -> Iterator[Sign]:
+    """The signs of an aligned face that passed a limit, the surest first. image: uint8 (112, 112, 3) RGB; blocks: `block_ratio`."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    contrast = max(float(grey[_INNER].std()), 8.0)
+    mouth, eyes = details(grey, contrast)
+    if mouth < _MOUTH_PLAIN:
+        limit, needed = (_MOUTH_FLAT, ALWAYS) if mouth < _MOUTH_FLAT else (_MOUTH_PLAIN, DOUBTFUL)
+        yield Sign("occluded", "detail around the mouth over contrast", mouth, limit, needed)
+    if eyes < _EYES_FLAT:
+        yield Sign("occluded", "detail around the eyes over contrast", eyes, _EYES_FLAT, ALWAYS)
+    noise = noise_level(grey[_INNER]) / contrast
+    if noise >= _NOISE:
+        limit, needed = (_NOISE_STRONG, SUSPECT) if noise >= _NOISE_STRONG else (_NOISE, DOUBTFUL)
+        yield Sign("noisy", "noise over contrast", noise, limit, needed)
+    inner = image[_INNER].astype(np.float32)
+    chroma = noise_level(inner[..., 0] - inner[..., 1])
+    if chroma >= _CHROMA_NOISE:
+        yield Sign("noisy", "noise of colour, in grey levels", chroma, _CHROMA_NOISE, SUSPECT)
+    regular = regularity(grey)
+    if regular >= _PATTERN:
+        limit, needed = (_PATTERN_STRONG, STRIKING) if regular >= _PATTERN_STRONG else (_PATTERN, SUSPECT)
+        yield Sign("pattern", "rise of the autocorrelation at the pattern's period", regular, limit, needed)
+    if blocks >= _BLOCKS:
+        limit, needed = (_BLOCKS_COARSE, ALWAYS) if blocks >= _BLOCKS_COARSE else (_BLOCKS, SUSPECT)
+        yield Sign("low_quality", "steps between blocks of 8 pixels over those within", blocks, limit, needed)
+
+
+def noise_level(grey: Float32) -> float:
+    """Standard deviation of noise, in grey levels: Immerkær, "Fast noise variance estimation", 1996."""
+    edges = cv2.filter2D(grey, cv2.CV_32F, _NOISE_MASK)[1:-1, 1:-1]
+    return float(np.abs(edges).mean() * np.sqrt(np.pi / 2) / 6)
+
+
+def details(grey: Float32, contrast: float) -> tuple[float, float]:
+    """Mean deviation from the blurred face around the mouth, and around the eye that has more of it, over the face's contrast."""
+    fine = np.abs(grey - cv2.GaussianBlur(grey, (0, 0), 3.0))
+    return float(fine[_MOUTH].mean()) / contrast, max(float(fine[eye].mean()) for eye in _EYES) / contrast
+
+
+def regularity(grey: Float32) -> float:
+    """How much the face resembles itself some pixels further on, and how little half as far, 0 to 2: the greatest rise of the autocorrelation
+    from the middle of the way to a local maximum, of the face with its local mean taken off and its local contrast made equal."""
+    fine = grey - cv2.GaussianBlur(grey, (0, 0), 3.0)
+    level = fine / np.sqrt(cv2.GaussianBlur(fine * fine, (0, 0), 6.0) + 4)
+    likeness = _correlated(np.asarray(level * _WINDOW, np.float32)) * _UNBIASED
+    likeness /= max(float(likeness[_SIDE, _SIDE]), 1e-6)
+    y, x = np.nonzero((likeness == cv2.dilate(likeness, np.ones((3, 3)))) & _LAGS)
+    between = likeness[_SIDE + np.round((y - _SIDE) / 2).astype(int), _SIDE + np.round((x - _SIDE) / 2).astype(int)]
+    return float((likeness[y, x] - between).max(initial=0.0))
+
+
+def block_ratio(grey: NDArray[np.uint8]) -> float:
+    """Steps of grey levels at the edges of blocks of 8 pixels over the mean step elsewhere, of the strongest phase, both axes."""
+    ratios = []
+    for axis in (0, 1):
+        steps = np.abs(np.diff(grey.astype(np.int16), axis=axis)).mean(axis=1 - axis)
+        if len(steps) < 16:
+            return 1.0
+        steps = steps[: len(steps) // 8 * 8].reshape(-1, 8).mean(axis=0)
+        edge = float(steps.max())
+        ratios.append((edge + 0.25) / ((float(steps.sum()) - edge) / 7 + 0.25))
+    return float(np.sqrt(ratios[0] * ratios[1]))
+
+
+def _correlated(values: Float32) -> Float32:
+    """The autocorrelation for lags of at most half a side, lag 0 in the middle."""
+    size = 2 * len(values)
+    power = np.abs(np.fft.rfft2(values, (size, size))) ** 2
+    whole = np.fft.fftshift(np.fft.irfft2(power, (size, size)))
+    return np.asarray(whole[size // 4 : -size // 4, size // 4 : -size // 4], np.float32)
+
+
+_SIDE = 56
+_WINDOW = np.outer(np.hanning(2 * _SIDE), np.hanning(2 * _SIDE)).astype(np.float32)
+_UNBIASED = _correlated(_WINDOW)
+_UNBIASED = np.asarray(_UNBIASED.max() / np.maximum(_UNBIASED, 0.1 * _UNBIASED.max()), np.float32)
+_LAG = np.hypot(*np.mgrid[-_SIDE:_SIDE, -_SIDE:_SIDE])
+_LAGS = (_LAG >= _PATTERN_PX[0]) & (_LAG <= _PATTERN_PX[1])
