@@ -39,6 +39,8 @@ from biodedup.cli.base import (
 from biodedup.errors import UnknownSubject
 from biodedup.values import Encounter
 
+_LATER_SIZE = 1_000_000  # subjects, as an example
+
 
 @app.command(rich_help_panel=Panel.SUBJECTS)
 def enroll(
@@ -61,7 +63,18 @@ def enroll(
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     chosen = configured(gallery, config, threads=threads, more={"gallery.index": index_engines(index)})
     with bd.Engine.open(gallery, chosen) as engine:
-        finish_decision(engine.enroll(encounter, across_positions=across_positions or None), as_json, captures)
+        decision = engine.enroll(encounter, across_positions=across_positions or None)
+        note = "" if decision.gallery_size else _on_thresholds(decision, engine.policy)
+        finish_decision(decision, as_json, captures, note)
+
+
+def _on_thresholds(decision: bd.Decision, policy: bd.Policy) -> str:
+    """What the numbers of the first decision mean."""
+    later_db, _ = policy.thresholds_db(_LATER_SIZE)
+    return (
+        f"the gallery was empty. Of pairs of different people, one in {10 ** (decision.duplicate_db / 10):,.0f} scores "
+        f"{decision.duplicate_db:.0f} dB. The thresholds rise with the number of subjects: duplicate from {later_db:.0f} dB at {_LATER_SIZE:,}"
+    )
 
 
 @app.command(rich_help_panel=Panel.SUBJECTS)
