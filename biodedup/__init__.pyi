@@ -1,4 +1,5 @@
 from . import jobs as jobs
+from .capture.containers import read_captures as read_captures
 from .capture.finger import read_minutiae as read_minutiae
 from .capture.finger import write_minutiae as write_minutiae
 from .config import CaptureConfig as CaptureConfig

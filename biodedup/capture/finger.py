@@ -126,7 +126,8 @@ class FingerReader:
             return Refusal(position, "unsound_record", str(error))
         if view.record.count < self._config.minutiae_min:
             return Refusal(position, "few_minutiae", "minutiae", view.record.count, self._config.minutiae_min)
-        return Template(view.position, self._config.record_model_id, minutiae=standard(view), quality=view.quality)
+        model_id, corrected = self._config.record_model_id, view.record.provenance
+        return Template(view.position, model_id, None, standard(view), view.quality, corrected)
 
 
 def _checks(config: FingerConfig, **measured: float) -> tuple[tuple[str, str, float, float, bool], ...]:
@@ -148,7 +149,7 @@ def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str
     model_id: the extractor of the minutiae; by default an unknown one. Raises InvalidInput for an unsound record.
     """
     return {
-        position: Template(position, model_id, minutiae=standard(view), quality=view.quality)
+        position: Template(position, model_id, None, standard(view), view.quality, view.record.provenance)
         for position, view in best_views(content).items()
     }
 

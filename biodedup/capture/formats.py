@@ -35,6 +35,7 @@ from PIL import (  # noqa: F401  the plugins register themselves
     WebPImagePlugin,
 )
 
+from biodedup.capture.containers import unread_kind
 from biodedup.capture.headers import excess_of, implausible, unread_jpeg
 from biodedup.capture.modes import eight_bits
 from biodedup.capture.reading import read
@@ -126,6 +127,9 @@ def _decode_wsq(content: bytes, column: str, limits: CaptureConfig) -> Pixels | 
 def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels | Refusal:
     name = _sniff(content)
     if name is None:
+        kind = unread_kind(content)
+        if kind is not None:
+            return Refusal(column, "not_an_image", f"{kind}, which is not read; take out or convert its picture")
         return Refusal(column, "not_an_image", f"none of {', '.join(FORMATS)}, WSQ")
     shrinks = column == "face"
     excess = excess_of(name, content, limits.pixels_max, shrinks=shrinks)

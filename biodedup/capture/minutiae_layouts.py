@@ -10,7 +10,11 @@ Everything is big-endian. A minutia is type (2 bits) and x (14), y (14), angle, 
 | 378-2004 | as 2005, but length (2, or 6 of which the first 2 are 0), then owner and type of the product (4) | as 2005; angles in 2 degrees |
 | 2011 | version "030", length (4), views (2), certified (1) | length, date, device, quality blocks, certificates if certified, position, number, resolution, impression, size, bytes a minutia, count |
 
-Behind its minutiae a view has the length (2) of its extended data (ridge counts, cores and deltas), which are skipped.
+Behind its minutiae a view has the length (2) of its extended data (ridge counts, cores and deltas), which are skipped. Those of the last
+view may be shorter or longer than stated: nothing of them is used. What lies behind the record's stated length is ignored.
+
+ANSI/INCITS 378-2009 has the version of ISO/IEC 19794-2:2011 and another layout, which is not read. It is told by its product identifier,
+which stands where the other has the number of views.
 """
 
 from __future__ import annotations
@@ -61,11 +65,12 @@ class _Cursor:
     def __init__(self, content: bytes) -> None:
         self._content = content
         self.at = 0
+        self.end = len(content)
 
     def bytes(self, count: int) -> bytes:
-        if self.at + count > len(self._content):
+        if self.at + count > self.end:
             raise InvalidInput(
-                f"a minutiae record has {len(self._content)} bytes, wanted {self.at + count} or more; send it whole"
+                f"a minutiae record has {self.end} bytes, wanted {self.at + count} or more; send it whole"
             )
         self.at += count
         return self._content[self.at - count : self.at]
@@ -83,8 +88,7 @@ def is_record(content: bytes) -> bool:
 
 
 def raw_views(content: bytes) -> Iterator[RawView]:
-    """The views, in their order. Raises InvalidInput where lengths, counts and bytes disagree. Zero bytes behind the record, as
-    a database's columns of fixed width have them, are no part of it."""
+    """The views, in their order. Raises InvalidInput where lengths, counts and bytes disagree."""
     cursor = _Cursor(content)
     magic, version = cursor.bytes(4), cursor.bytes(4)
     if magic != MAGIC or version not in (_V2005, *_V2011):
@@ -94,14 +98,17 @@ def raw_views(content: bytes) -> Iterator[RawView]:
         )
     is_ansi = version == _V2005 and _is_ansi(content)
     length = cursor.number(_SHORT if is_ansi else _LONG) or cursor.number(_LONG)
-    if length > len(content) or content[length:].strip(b"\0"):
+    if not cursor.at <= length <= len(content):
         raise InvalidInput(f"a minutiae record states {length} bytes and has {len(content)}; send it whole")
+    cursor.end = length
     if is_ansi:
         cursor.bytes(4)
-    views = _views_2005(cursor, is_ansi) if version == _V2005 else _views_2011(cursor)
-    yield from views
-    if cursor.at != length:
-        raise InvalidInput(f"a minutiae record states {length} bytes, its views take {cursor.at}; send it whole")
+    if version != _V2005 and _is_ansi_2009(content, length):
+        raise InvalidInput(
+            "this is a minutiae record of ANSI/INCITS 378-2009, which is not read (2004 is); convert it to ISO/IEC 19794-2, "
+            "or send the image"
+        )
+    yield from _views_2005(cursor, is_ansi) if version == _V2005 else _views_2011(cursor)
 
 
 def packed(version: int, views: Sequence[RawView]) -> bytes:
@@ -135,16 +142,24 @@ def _is_ansi(content: bytes) -> bool:
     return high >= 26 or (high == 0 and low < 24)
 
 
+def _is_ansi_2009(content: bytes, length: int) -> bool:
+    """Whether what would be the number of views, the flag of certificates and the length of the first view cannot be these."""
+    views, certified, first = _Cursor(content[12:]).fields(struct.Struct(">HBI"))
+    whole = first == length - 15 if views == 1 else first <= length - 15
+    return not (1 <= views <= VIEWS_MAX and certified <= 1 and whole and first >= _VIEW_2011.size)
+
+
 def _views_2005(cursor: _Cursor, is_ansi: bool) -> Iterator[RawView]:
     _, width, height, x, y, views = cursor.fields(_VIEWS_2005)
-    for _ in range(_checked_count(views)):
+    for view in range(_checked_count(views)):
         position, number, quality, count = cursor.fields(_VIEW_2005)
         minutiae = _minutiae(cursor, count, 6)
         if is_ansi:
             if (minutiae[:, 4] >= 180).any():
                 raise InvalidInput("a record of ANSI/INCITS 378 has angles of 360 degrees or more; extract it again")
             minutiae[:, 4] = np.round(minutiae[:, 4] * (512 / 360)).astype(int) & 255
-        cursor.bytes(cursor.number(_SHORT))
+        if view < views - 1:
+            cursor.bytes(cursor.number(_SHORT))
         yield RawView(position, number >> 4, _quality(quality), (width, height), (x, y), minutiae)
 
 
@@ -162,11 +177,12 @@ def _views_2011(cursor: _Cursor) -> Iterator[RawView]:
                 f"a minutiae record states {sizes >> 4} bytes a minutia, wanted 5 or 6; extract it again"
             )
         minutiae = _minutiae(cursor, count, sizes >> 4)
-        cursor.bytes(cursor.number(_SHORT))
-        if cursor.at - start != length:
+        if not cursor.at - start <= length <= cursor.end - start:
             raise InvalidInput(
-                f"a view of a minutiae record states {length} bytes and takes {cursor.at - start}; send it whole"
+                f"a view of a minutiae record states {length} bytes, takes {cursor.at - start} without its extended data, and "
+                f"{cursor.end - start} are left; send it whole"
             )
+        cursor.at = start + length
         stated = [quality for quality in map(_quality, qualities) if quality is not None]
         yield RawView(position, number, stated[0] if stated else None, (width, height), (x, y), minutiae)
 

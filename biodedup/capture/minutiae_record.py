@@ -30,6 +30,10 @@ RESOLUTIONS = range(98, 1576)
 SIDE_PX_MAX = 0x3FFF
 """A coordinate has 14 bits."""
 
+OUTSIDE_PX_MAX, OUTSIDE_SHARE_MAX = 16, 0.25
+"""A minutia as far outside of the image is moved to its edge, one farther away is dropped. A record of more such minutiae is refused: its
+size or its coordinates are wrong."""
+
 CROWD_PX, CROWD_MAX = 32, 40
 """No finger has more minutiae as close as this to one of them: at most 16 in FVC2002 DB1-4_B, UareU, SFinGe and SOCOFing,
 2026-11. BOZORTH3 takes 25 s for one comparison of 150 minutiae that all lie in one point."""
@@ -37,15 +41,24 @@ CROWD_PX, CROWD_MAX = 32, 40
 
 @dataclass(frozen=True)
 class MinutiaeRecord:
-    """body: six bytes a minutia, as the standard lays them out."""
+    """body: six bytes a minutia, as the standard lays them out. moved, dropped: of minutiae that lay outside of the image."""
 
     width: int
     height: int
     body: bytes = field(repr=False)
+    moved: int = 0
+    dropped: int = 0
 
     @property
     def count(self) -> int:
         return len(self.body) // MINUTIA_BYTES
+
+    @property
+    def provenance(self) -> tuple[str, ...]:
+        """What was corrected, in words."""
+        if not (self.moved or self.dropped):
+            return ()
+        return (f"minutiae outside of the image: {self.moved} moved to its edge, {self.dropped} dropped",)
 
     def strongest(self, count: int) -> MinutiaeRecord:
         """At most this many minutiae, those of the highest quality, in their order."""
@@ -171,12 +184,9 @@ def _record(raw: RawView) -> MinutiaeRecord:
             "state the scanner's resolution"
         )
     minutiae = raw.minutiae
-    kinds = minutiae[:, 0] & 0xC0
     points = minutiae[:, :4].copy().view(">u2").astype(np.int32) & 0x3FFF
-    if count_outside := np.count_nonzero(points >= np.array((width, height))):
-        raise InvalidInput(
-            f"a minutiae record has {count_outside} coordinates outside its {width} x {height} pixels; extract it again"
-        )
+    minutiae, points, moved, dropped = _inside(minutiae, points, (width, height))
+    kinds = minutiae[:, 0] & 0xC0
     if max(abs(PIXELS_PER_CM - x_per_cm), abs(PIXELS_PER_CM - y_per_cm)) > 1:  # as with images: within 1 % they stay
         scale = np.array([PIXELS_PER_CM / x_per_cm, PIXELS_PER_CM / y_per_cm])
         width, height = (int(side) for side in np.ceil(np.multiply((width, height), scale)))
@@ -196,7 +206,23 @@ def _record(raw: RawView) -> MinutiaeRecord:
         )
     minutiae[:, :4] = points.astype(">u2").view(np.uint8)
     minutiae[:, 0] |= np.where(kinds == 0xC0, 0, kinds)  # 3 is reserved, 0 is any other kind
-    return MinutiaeRecord(width, height, minutiae.tobytes())
+    return MinutiaeRecord(width, height, minutiae.tobytes(), moved, dropped)
+
+
+def _inside(
+    minutiae: NDArray[np.uint8], points: NDArray[np.int32], size: tuple[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.int32], int, int]:
+    """(minutiae, their points, how many were moved to the edge, how many dropped)."""
+    beyond = (points - (np.array(size) - 1)).max(axis=1, initial=0)
+    outside, far = int(np.count_nonzero(beyond > 0)), beyond > OUTSIDE_PX_MAX
+    if outside > OUTSIDE_SHARE_MAX * len(points):
+        raise InvalidInput(
+            f"a minutiae record has {outside} of {len(points)} minutiae outside its {size[0]} x {size[1]} pixels, wanted a quarter of "
+            "them at most; extract it again"
+        )
+    dropped = int(np.count_nonzero(far))
+    kept = np.minimum(points[~far], np.array(size) - 1).astype(np.int32)
+    return minutiae[~far].copy(), kept, outside - dropped, dropped
 
 
 def _crowd(points: NDArray[np.int32]) -> int:

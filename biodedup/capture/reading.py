@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.capture.containers import opened
 from biodedup.config import CaptureConfig
-from biodedup.values import Capture, Missing, Refusal
+from biodedup.values import Capture, Finger, Missing, Refusal
 
 MAY_COME = frozenset(("missing_file", "unreadable"))
 """Reasons of refusals that concern the file and not the capture: the same call may succeed later."""
@@ -98,8 +99,21 @@ def open_file(path: str | os.PathLike[str]) -> BufferedReader:
 
 def held(captures: Iterable[Capture], limits: CaptureConfig) -> tuple[Capture, ...]:
     """The captures with the content of their files in place of paths; a path that cannot be read, and an array of too many pixels, becomes
-    `Unread`."""
-    return tuple(_held(capture, limits) for capture in captures)
+    `Unread`. A container of several pictures becomes a capture of each: `capture.containers`."""
+    return tuple(part for capture in captures for part in _parts(_held(capture, limits)))
+
+
+def unread(refusal: Refusal) -> Finger:
+    """A capture that extraction answers with this refusal."""
+    return Finger(Unread(refusal.detail, refusal), refusal.column)
+
+
+def _parts(capture: Capture) -> Iterator[Capture]:
+    if isinstance(capture, Missing) or not isinstance(capture.data, bytes):
+        yield capture
+        return
+    for part in opened(capture, capture.data):
+        yield unread(part) if isinstance(part, Refusal) else part
 
 
 def _held(capture: Capture, limits: CaptureConfig) -> Capture:

@@ -18,12 +18,14 @@ import cv2
 import numpy as np
 
 from biodedup.arguments import checked_methods
+from biodedup.capture.containers import chosen, is_container
 from biodedup.capture.face import AlignedFace, FaceDetector
 from biodedup.capture.finger import DPI, FingerReader, FingerSample, resampled
 from biodedup.capture.formats import Pixels, check_array, decode
 from biodedup.capture.minutiae_layouts import is_record
 from biodedup.capture.oriented import RIDGE_DPI
 from biodedup.capture.reading import read
+from biodedup.capture.records import Picture
 from biodedup.capture.resolution import settled
 from biodedup.capture.ridges import ridge_map
 from biodedup.config import Config
@@ -34,7 +36,7 @@ from biodedup.embed.finger_network import FingerNetwork
 from biodedup.embed.network import EmbeddingNetwork
 from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.trace import Trace, mapped, tracing
-from biodedup.values import Capture, Face, Finger, Missing, Refusal, Template
+from biodedup.values import Capture, CaptureData, Face, Finger, Missing, Refusal, Template
 
 Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[FingerSample, FingerInput | None]
 """A capture before the networks run. A finger's network input is None if no finger network is configured."""
@@ -148,17 +150,25 @@ class Extractor:
             return Refusal(capture.column, "failed", type(error).__name__)
 
     def _read(self, capture: Face | Finger) -> Prepared:
-        data = capture.data
-        if isinstance(capture, Finger) and not isinstance(data, np.ndarray):
+        data: CaptureData = capture.data
+        stated: tuple[float, float] | None = None
+        if not isinstance(data, np.ndarray):
             content = read(data, capture.column, self.config.capture)
             if isinstance(content, Refusal):
                 return content
-            if is_record(content):
+            if isinstance(capture, Finger) and is_record(content):
                 return self._reader.take(content, capture.position)
-            data = content
+            picture = chosen(content, capture.column) if is_container(content) else Picture(capture.column, content)
+            if isinstance(picture, Refusal):
+                return picture
+            data, stated = picture.data, picture.dpi
+            if isinstance(capture, Finger) and capture.position == "unknown":
+                capture = replace(capture, position=picture.column)
         pixels = decode(data, capture.column, self.config.capture)
         if isinstance(pixels, Refusal):
             return pixels
+        if stated is not None:
+            pixels = replace(pixels, stated=stated, dpi=stated[0])
         if (steps := tracing()) is not None:
             steps.add("pixels", capture.column, image=pixels.rgb_or_grey, dpi=pixels.dpi)
         if isinstance(capture, Finger):

@@ -382,3 +382,48 @@ def test_a_subject_loaded_again_with_another_record_is_distinguished(tmp_path):
         mixed = pa.record_batch({"subject_id": ["bella"], "left_ring": [legacy(1)], "face": [[1.0, 0.0]]})
         assert jobs.load(engine, [mixed]).added == 1
         assert jobs.load(engine, [mixed]).present == 1
+
+
+def one_view(minutiae: bytes, extension: bytes = b"", stated: int | None = None) -> bytes:
+    count, length = len(minutiae) // 6, len(extension) if stated is None else stated
+    return iso_2005(b"\x02\x00\x50" + bytes([count]) + minutiae + struct.pack(">H", length) + extension)
+
+
+def test_a_few_minutiae_just_outside_are_moved_to_the_edge_and_counted():
+    inside = strewn(30).body
+    outside = body((1, SIDE, 9, 1, 50), (1, 20, SIDE + 3, 2, 50), (1, 5, SIDE + 300, 3, 50))
+    (view,) = read_views(one_view(inside + outside))
+    moved = body((1, SIDE - 1, 9, 1, 50), (1, 20, SIDE - 1, 2, 50))
+    assert view.record.body == inside + moved
+    assert (view.record.moved, view.record.dropped) == (2, 1)
+    template = bd.read_minutiae(one_view(inside + outside))["right_index"]
+    assert template.provenance == ("minutiae outside of the image: 2 moved to its edge, 1 dropped",)
+    (extracted,) = EXTRACTOR.extract([bd.Finger(one_view(inside + outside), "right_index")])
+    assert extracted.provenance == template.provenance
+
+
+def test_a_record_with_many_minutiae_outside_states_a_wrong_size():
+    with pytest.raises(bd.InvalidInput, match=r"20 of 50 minutiae outside its 400 x 400 pixels"):
+        read_views(one_view(strewn(30).body + body(*[(1, SIDE, 9, 1, 50)] * 20)))
+
+
+@pytest.mark.parametrize("behind", [bytes(50), b"\n", b"\xad\xbe\xf0\x1d"])
+def test_what_lies_behind_the_stated_length_is_ignored(behind):
+    record = one_view(strewn(20).body)
+    assert read_views(record + behind) == read_views(record)
+    recent = write_record(strewn(20), 2, 80, version=2011)
+    assert read_views(recent + behind) == read_views(recent)
+
+
+@pytest.mark.parametrize("stated", [9, 11, 12])
+def test_extended_data_of_another_length_than_stated_are_left(stated):
+    extension = b"\0\2\0\x0b\1\1\2\3\4\5\6"
+    assert read_record(one_view(strewn(20).body, extension, stated)) == strewn(20)
+
+
+def test_a_record_of_ansi_378_of_2009_is_named_as_not_read():
+    content = b"FMR\x00030\0" + struct.pack(">I", 296) + bytes.fromhex("01030000") + bytes(280)
+    with pytest.raises(bd.InvalidInput, match=r"ANSI/INCITS 378-2009, which is not read"):
+        read_views(content)
+    (refusal,) = EXTRACTOR.extract([bd.Finger(content)])
+    assert (refusal.reason, "378-2009" in refusal.detail) == ("unsound_record", True)

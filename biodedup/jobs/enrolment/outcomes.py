@@ -125,7 +125,14 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "no_capture": ("the record has no capture", "repair the manifest, or capture the person"),
     "invalid_input": ("a value cannot be used", "see the detail"),
     "model_mismatch": ("the template was made by another model", "extract it again with the gallery's model"),
-    "unsound_record": ("the minutiae record is damaged", "write it again, or recapture"),
+    "unsound_record": ("the record is damaged", "write it again, or recapture"),
+    "not_in_record": ("the record does not hold this capture", "state a position that it holds"),
+    "several_fingers": ("more than one finger is in the picture", "cut the picture into single fingers"),
+    "resolution": ("the picture states a resolution that its ridges contradict", "state the scanner's dpi"),
+    "negative": ("the face is a negative", "supply the picture itself, or recapture"),
+    "noisy": ("the face has too much noise", "recapture with more light, or supply the original file"),
+    "pattern": ("lines or dots lie over the face", "supply the picture without watermark or screen, or recapture"),
+    "occluded": ("the face is covered", "recapture without mask and dark glasses"),
     "no_face": ("no face was found", "recapture"),
     "several_faces": ("more than one face is in the picture", "recapture with one person alone"),
     "turned_away": ("the face is turned away or tilted", "recapture, looking into the camera"),
@@ -137,7 +144,10 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "no_ridges": ("no ridges of a finger are to be seen", "clean the scanner, recapture"),
     "too_small_area": ("too little of the finger was on the scanner", "recapture with the whole fingertip"),
     "few_minutiae": ("too few details of the finger are to be seen", "clean finger and scanner, recapture"),
-    "low_quality": ("the print is of low quality", "clean or moisten the finger, recapture"),
+    "low_quality": (
+        "the capture is of low quality",
+        "of a face recapture with even light, looking into the camera; of a finger clean or moisten it and recapture",
+    ),
 }
 
 

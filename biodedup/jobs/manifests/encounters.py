@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from biodedup.capture.containers import opened
 from biodedup.capture.reading import MAY_COME, read
 from biodedup.config import CaptureConfig
 from biodedup.errors import InvalidInput
@@ -181,7 +182,12 @@ class Manifest:
                 continue
             add("content", found)
             byte_count += len(found)
-            captures.append(Face(found) if cell.column == "face" else Finger(found, cell.column, cell.dpi))
+            capture = Face(found) if cell.column == "face" else Finger(found, cell.column, cell.dpi)
+            for part in opened(capture, found):
+                if isinstance(part, Refusal):
+                    refusals.append(part)
+                else:
+                    captures.append(part)
         late = [refusal for refusal in refusals if refusal.reason in MAY_COME]
         if late:
             return Content((), {}, tuple(late), digest.digest(), 0, late=True)

@@ -1,0 +1,146 @@
+"""Takes pictures out of the containers that registers keep: ISO/IEC 19794-4 and 19794-5 records, and ANSI/NIST-ITL files.
+
+Owns the choice of the picture that a capture means, and the names of containers that are not read. Never decodes a picture.
+
+1. A capture of a stated position takes that finger's picture, a `Face` the face; of several, that of the highest stated quality.
+2. A `Finger` of unknown position means everything in the container: `opened` makes a capture of each picture.
+3. A picture of several fingers or of a palm is refused, not left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from biodedup.arguments import checked
+from biodedup.capture.itl import is_itl, read_itl
+from biodedup.capture.records import Picture, is_image_record, read_pictures
+from biodedup.errors import InvalidInput
+from biodedup.values import Face, Finger, Refusal
+
+READ = "finger and face image records of ISO/IEC 19794-4 and -5 of 2005 and 2011, and ANSI/NIST-ITL files in the traditional encoding"
+_HEAD_BYTES = 4096
+_MARKS = (
+    (b"%PDF", "a PDF document"),
+    (b"IIR\0", "an iris image record"),
+    (b"FMR\0", "a minutiae record, which belongs to a finger"),
+    (b"PK\3\4", "a ZIP archive"),
+)
+_MEDIA = {
+    b"heic": "HEIC",
+    b"heix": "HEIC",
+    b"hevc": "HEIC",
+    b"mif1": "HEIF",
+    b"msf1": "HEIF",
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+}
+_XML = (
+    (re.compile(rb"39794", re.I), "an ISO/IEC 39794 record in XML"),
+    (re.compile(rb"NISTBiometricInformationExchangePackage"), "an ANSI/NIST-ITL file in XML"),
+    (re.compile(rb"<(?:\w+:)?BIR\b|cbeff|19785", re.I), "a CBEFF record in XML"),
+)
+_ASN1 = {
+    0x64: "an ISO/IEC 39794-4 record",
+    0x65: "an ISO/IEC 39794-5 record",
+    0x75: "a passport's data group, which holds a CBEFF record",
+    0x63: "a passport's data group, which holds a CBEFF record",
+    0x7F: "a CBEFF record",
+}
+
+
+def is_container(content: bytes) -> bool:
+    """Whether these bytes mean to be a container that is read here."""
+    return is_image_record(content) or is_itl(content)
+
+
+def pictures_in(content: bytes) -> list[Picture]:
+    """The pictures of a container. Raises InvalidInput."""
+    return read_pictures(content) if is_image_record(content) else read_itl(content)
+
+
+@checked
+def read_captures(content: bytes) -> list[Face | Finger]:
+    """The captures in a container: finger and face image records of ISO/IEC 19794-4 and -5, ANSI/NIST-ITL files.
+
+    Pictures of several fingers and of palms are left out: `biodedup.Encounter` with the container itself as a `Finger` reports them.
+    Raises InvalidInput for damaged bytes, and for a container that is not read, which it names.
+    """
+    if not is_container(content):
+        raise InvalidInput(f"{unread_kind(content) or 'this'} is not read; wanted {READ}")
+    return [_capture(picture) for picture in pictures_in(content) if picture.column]
+
+
+def opened(capture: Face | Finger, content: bytes) -> Iterator[Face | Finger | Refusal]:
+    """What a capture of these bytes stands for: each picture of a container that is a `Finger` of unknown position; else the capture itself."""
+    if not isinstance(capture, Finger) or capture.position != "unknown" or not is_container(content):
+        yield replace(capture, data=content)
+        return
+    try:
+        pictures = pictures_in(content)
+    except InvalidInput as error:
+        yield Refusal(capture.column, "unsound_record", str(error))
+        return
+    for picture in pictures:
+        if picture.column:
+            yield _capture(picture, capture.dpi)
+        else:
+            yield _several(capture.column, picture)
+
+
+def chosen(content: bytes, column: str) -> Picture | Refusal:
+    """The picture of a container that a capture of this column means. `unknown` means the only finger in it."""
+    try:
+        pictures = pictures_in(content)
+    except InvalidInput as error:
+        return Refusal(column, "unsound_record", str(error))
+    fingers = [picture for picture in pictures if picture.column not in ("", "face")]
+    fitting = [picture for picture in pictures if picture.column == column]
+    if not fitting and column != "face" and len({finger.column for finger in fingers}) == 1:
+        only = fingers[0].column
+        fitting = fingers if "unknown" in (column, only) else []
+    if fitting:
+        return max(fitting, key=lambda picture: -1 if picture.quality is None else picture.quality)
+    if not fingers and column != "face" and pictures and not pictures[0].column:
+        return _several(column, pictures[0])
+    held = ", ".join(dict.fromkeys(picture.column or picture.what for picture in pictures))
+    return Refusal(column, "not_in_record", f"the record holds {held}; name one of these")
+
+
+def unread_kind(content: bytes) -> str | None:
+    """What a container or document is that is not read, by its first bytes; None of anything else."""
+    head = content[:_HEAD_BYTES]
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return name
+    if head[4:8] == b"ftyp":
+        return f"a picture of {_MEDIA[head[8:12]]}" if head[8:12] in _MEDIA else "a video"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").replace(b"\0", b"")
+    if text.startswith(b"<"):
+        return next((name for pattern, name in _XML if pattern.search(head.replace(b"\0", b""))), None)
+    if len(head) > 4 and head[0] in _ASN1 and _is_whole_asn1(content):
+        return _ASN1[head[0]]
+    return None
+
+
+def _is_whole_asn1(content: bytes) -> bool:
+    """Whether the length behind the tag (ITU-T X.690) is that of the content."""
+    at = 2 if content[0] & 0x1F == 0x1F else 1
+    first = content[at]
+    size = first & 0x7F if first & 0x80 else 0
+    length = int.from_bytes(content[at + 1 : at + 1 + size], "big") if first & 0x80 else first
+    return 0 < size <= 4 and at + 1 + size + length == len(content)
+
+
+def _capture(picture: Picture, dpi: float | None = None) -> Face | Finger:
+    if picture.column == "face":
+        return Face(picture.data)
+    if dpi is None and picture.dpi is not None and 72 <= min(picture.dpi) and max(picture.dpi) <= 4000:
+        x, y = picture.dpi
+        dpi = x if abs(x - y) <= 0.02 * x else None
+    return Finger(picture.data, picture.column, dpi)
+
+
+def _several(column: str, picture: Picture) -> Refusal:
+    return Refusal(column, "several_fingers", f"the record holds {picture.what}; cut it into single fingers")
