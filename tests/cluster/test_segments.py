@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import fs
 
 import biodedup as bd
 from biodedup.cluster import gallery as cluster_gallery
@@ -192,3 +197,44 @@ def test_files_are_for_their_owner_alone(register, tmp_path):
         for folder, _, files in os.walk(place):
             assert os.stat(folder).st_mode & 0o077 == 0
             assert all((Path(folder) / file).stat().st_mode & 0o077 == 0 for file in files)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of a bucket on a server in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    where = {"endpoint_override": f"127.0.0.1:{port}", "scheme": "http", "region": "us-east-1"}
+    files = fs.S3FileSystem(access_key="a", secret_key="b", allow_bucket_creation=True, **where)
+    until = time.monotonic() + 60
+    while True:
+        try:
+            files.create_dir("bucket")
+            break
+        except OSError:
+            if time.monotonic() > until or server.poll() is not None:
+                raise
+            time.sleep(0.2)
+    yield "s3://a:b@bucket/register?" + "&".join(f"{name}={value}" for name, value in where.items())
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.slow
+def test_a_register_has_its_segments_in_s3(s3, register):
+    first, second = (
+        register(SMALL, cluster={"segments": s3, **NO_POLL}),
+        register(SMALL, cluster={"segments": s3, **NO_POLL}),
+    )
+    one, two = fill(first, 12, seed=1), fill(second, 12, seed=2)
+    first.maintain()
+    second.refresh()
+    assert best(second, again(one[3], 0.9)) == "p1-3"
+    assert best(first, again(two[5], 0.9)) == "p2-5"
+    assert first.problems() == second.problems() == []
+    gallery, store = internals(first).gallery, SegmentStore(s3)
+    assert gallery.collect_garbage() == []
+    assert {kind for name in store.ages(time.time()) for kind in [name.split(".")[1]]} == {"subject", "face"}
