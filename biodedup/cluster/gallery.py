@@ -6,8 +6,8 @@ Owns how a front-end follows the commits of others: before each of its own commi
    that enrolment is linearizable across processes.
 2. A front-end stops when PostgreSQL does not know the newest commit that the front-end has seen.
 3. The manifest names a file once the segment store has returned it unchanged.
-4. What reads raises StorageUnavailable once the newest commits have been unknown for `ClusterConfig.stale_ms_max`: rows that this
-   front-end has not seen may be mates.
+4. What searches beside others' writing raises StorageUnavailable once the newest commits have been unknown for `ClusterConfig.stale_ms_max`: rows that this
+   front-end has not seen may be mates. One that is read_only sees one version until `refresh`.
 5. One front-end at a time merges and indexes segments: the holder of a lease, whose fence is checked at each of its commits.
 """
 
@@ -104,12 +104,13 @@ class ClusterGallery(Gallery):
         self._ended = threading.Event()
         super().__init__(storage, folder, catalogue, None if read_only else _WriterLock(), config, limits)
         self._process = self._front_end
-        self._poller = threading.Thread(target=self._poll, name="biodedup-poll", daemon=True)
-        self._poller.start()
+        self._poller = None if read_only else threading.Thread(target=self._poll, name="biodedup-poll", daemon=True)
+        if self._poller is not None:
+            self._poller.start()
 
     def close(self) -> None:
         self._ended.set()
-        if self.is_of_this_process and self._poller is not threading.current_thread():
+        if self._poller is not None and self.is_of_this_process:
             self._poller.join()
         super().close()
         if self.is_of_this_process and self._cluster.cache is None:
@@ -119,7 +120,7 @@ class ClusterGallery(Gallery):
 
     def snapshot(self) -> Snapshot:
         found = super().snapshot()
-        if time.monotonic() - self._seen_at > self._cluster.stale_ms_max / 1000:
+        if not self.read_only and time.monotonic() - self._seen_at > self._cluster.stale_ms_max / 1000:
             self.refresh()
             found = super().snapshot()
         return found

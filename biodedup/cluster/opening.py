@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -59,12 +60,14 @@ def open_register(
             "a register in PostgreSQL needs Config(cluster=ClusterConfig(segments=...)): where its segments are, "
             "as file:///folder or s3://bucket/folder"
         )
-    catalogue = connect(url, cluster)
+    catalogue, folder = connect(url, cluster), cluster.cache
     try:
         catalogue.open(gallery_id, json.dumps(settings), create=not read_only)
-        folder = cluster.cache if cluster.cache is not None else Path(tempfile.mkdtemp(prefix="biodedup-cache-"))
+        folder = folder or Path(tempfile.mkdtemp(prefix="biodedup-cache-"))
         holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         return ClusterGallery(storage, folder, catalogue, config, limits, cluster, holder, read_only=read_only)
     except BaseException:
         catalogue.close()
+        if folder is not None and cluster.cache is None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise

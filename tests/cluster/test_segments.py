@@ -1,0 +1,240 @@
+"""The segment store, its copies on each machine, and the lease of the front-end that seals and merges."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import fs
+
+import biodedup as bd
+from biodedup.cluster import gallery as cluster_gallery
+from biodedup.cluster.store import SegmentStore
+from biodedup.testing import internals
+from tests.support.vectors import again, people
+
+NO_POLL = {"poll_ms": 3_600_000, "stale_ms_max": 3_600_000}
+SMALL = bd.Config(gallery=bd.GalleryConfig(background=False, seal_rows=10, merge_fan=2))
+
+
+def fill(engine: bd.Engine, count: int, seed: int = 0) -> np.ndarray:
+    vectors = people(count, seed=seed)
+    engine.add_templates([f"p{seed}-{i}" for i in range(count)], {"face": vectors})
+    return vectors
+
+
+def best(engine: bd.Engine, vector: np.ndarray) -> str:
+    return engine.identify(bd.Encounter(templates={"face": vector})).best.subject_id
+
+
+def stored(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "store").iterdir())
+
+
+def test_a_store_returns_what_was_uploaded_and_lacks_what_was_not(tmp_path):
+    store = SegmentStore(f"file://{tmp_path}/store")
+    (tmp_path / "a").write_bytes(b"some bytes")
+    store.upload(tmp_path / "a", "1.face.00")
+    store.upload(tmp_path / "a", "1.face.00")
+    store.download("1.face.00", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"some bytes"
+    assert (tmp_path / "b").stat().st_mode & 0o777 == (tmp_path / "store" / "1.face.00").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(bd.GalleryDamaged, match="lacks"):
+        store.download("2.face.00", tmp_path / "c")
+
+
+def test_an_upload_that_the_store_does_not_return_is_refused(tmp_path, monkeypatch):
+    store = SegmentStore(f"file://{tmp_path}/store")
+    (tmp_path / "a").write_bytes(b"some bytes")
+    monkeypatch.setattr(
+        SegmentStore, "_write_local", staticmethod(lambda source, target: target.write_bytes(b"same size!"))
+    )
+    with pytest.raises(bd.StorageUnavailable, match="does not return"):
+        store.upload(tmp_path / "a", "1.face.00")
+
+
+def test_an_address_that_is_none_is_named():
+    with pytest.raises(bd.InvalidInput, match="s3://bucket"):
+        SegmentStore("nowhere://x")
+
+
+def test_a_bulk_load_and_a_merge_of_one_front_end_are_searched_by_another(register):
+    first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
+    one, two = fill(first, 12, seed=1), fill(second, 12, seed=2)
+    assert first.maintain() is None
+    second.refresh()
+    assert second.info()["segments"] == first.info()["segments"] == 1
+    assert best(second, again(one[3], 0.9)) == "p1-3"
+    assert best(first, again(two[5], 0.9)) == "p2-5"
+    assert register(SMALL).info()["subjects"] == 24
+
+
+def test_a_store_without_a_file_of_the_manifest_is_named(register, tmp_path):
+    fill(register(SMALL), 12)
+    for file in stored(tmp_path):
+        if ".face." in file.name:
+            file.unlink()
+    with pytest.raises(bd.GalleryDamaged, match="lacks"):
+        register(SMALL)
+
+
+def test_a_file_that_was_changed_in_the_store_is_not_used(register, tmp_path):
+    fill(register(SMALL), 12)
+    file = next(file for file in stored(tmp_path) if ".face." in file.name)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(bd.GalleryDamaged, match="segment store"):
+        register(SMALL)
+
+
+def test_a_damaged_copy_is_fetched_again(register, tmp_path):
+    vectors = fill(register(SMALL, cluster={"cache": tmp_path / "cache"}), 12)
+    file = next((tmp_path / "cache" / "segments").glob("*.face"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    engine = register(SMALL, cluster={"cache": tmp_path / "cache"})
+    assert best(engine, again(vectors[3], 0.9)) == "p0-3"
+    assert engine.problems() == []
+
+
+def test_copies_that_do_not_fit_are_refused(register, tmp_path):
+    fill(register(SMALL), 12)
+    with pytest.raises(bd.StorageUnavailable, match="cache_bytes_max"):
+        register(SMALL, cluster={"cache_bytes_max": 1_000})
+
+
+def test_old_copies_make_room(register, tmp_path):
+    engine = register(SMALL, cluster=NO_POLL)
+    fill(engine, 200, seed=1)
+    size = sum(file.stat().st_size for file in stored(tmp_path))
+    cache = {"cache": tmp_path / "cache", "cache_bytes_max": size * 3 // 2, **NO_POLL}
+    other = register(SMALL, cluster=cache)
+    for seed in range(2, 5):  # each time all is written anew
+        engine.remove(*engine.subject_ids())
+        fill(engine, 200, seed=seed)
+        engine.compact()
+        other.refresh()
+    assert best(other, people(200, seed=4)[7]) == "p4-7"
+
+
+def test_a_temporary_cache_is_removed_at_the_end(register, tmp_path):
+    engine = register(SMALL)
+    folder = internals(engine).gallery.folder
+    fill(engine, 12)
+    assert any((folder / "segments").iterdir())
+    engine.close()
+    assert not folder.exists()
+
+
+def test_one_front_end_at_a_time_merges(register):
+    first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
+    fill(first, 12)
+    with internals(first).gallery.maintaining(), pytest.raises(bd.GalleryBusy, match="seals and merges"):
+        second.compact()
+    second.compact()
+
+
+def test_a_holder_that_died_is_replaced_and_commits_nothing_afterwards(register, monkeypatch):
+    first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
+    fill(first, 12)
+    monkeypatch.setattr(cluster_gallery, "_LEASE_S", 0.05)
+    gallery = internals(first).gallery
+    with gallery.maintaining():
+        time.sleep(0.1)  # it does not renew: as a process that was stopped
+        second.maintain()
+        with pytest.raises(bd.GalleryBusy, match="taken over"), gallery.transaction() as transaction:
+            transaction.seal()
+    assert second.problems() == []
+
+
+def test_garbage_is_what_no_manifest_names_for_the_time_of_grace(register, postgres, tmp_path):
+    engine = register(SMALL, cluster={**NO_POLL, "garbage_grace_s": 3600.0})
+    vectors = fill(engine, 12, seed=1)
+    fill(engine, 12, seed=2)
+    before = {file.name for file in stored(tmp_path)}
+    (tmp_path / "store" / "9.face.0123").write_bytes(b"of a front-end that was killed")
+    engine.maintain()
+    gallery = internals(engine).gallery
+    assert gallery.collect_garbage() == []
+    for file in stored(tmp_path):
+        os.utime(file, (0, 0))
+    assert gallery.collect_garbage() == ["9.face.0123"]
+    with postgres.connect() as connection:
+        schema = register.url.rpartition("=")[2]
+        connection.execute(f"UPDATE biodedup_{schema}.retired SET since = now() - interval '2 hours'")
+    assert set(gallery.collect_garbage()) == before
+    assert {file.name for file in stored(tmp_path)}.isdisjoint(before)
+    assert best(register(SMALL), again(vectors[3], 0.9)) == "p1-3"
+
+
+def test_a_front_end_that_is_killed_while_it_uploads_leaves_no_segment(register, tmp_path, monkeypatch):
+    engine = register(SMALL, cluster=NO_POLL)
+    engine.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}))
+    monkeypatch.setattr(SegmentStore, "upload", lambda self, source, name: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(bd.StorageUnavailable):
+        engine.seal()
+    monkeypatch.undo()
+    assert engine.info()["segments"] == 0
+    engine.seal()
+    assert engine.info()["segments"] == 1
+    assert register(SMALL).subject_ids() == ["anna"]
+
+
+def test_files_are_for_their_owner_alone(register, tmp_path):
+    engine = register(SMALL, cluster={"cache": tmp_path / "cache"})
+    fill(engine, 12)
+    for place in (tmp_path / "store", tmp_path / "cache"):
+        for folder, _, files in os.walk(place):
+            assert os.stat(folder).st_mode & 0o077 == 0
+            assert all((Path(folder) / file).stat().st_mode & 0o077 == 0 for file in files)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of a bucket on a server in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    where = {"endpoint_override": f"127.0.0.1:{port}", "scheme": "http", "region": "us-east-1"}
+    files = fs.S3FileSystem(access_key="a", secret_key="b", allow_bucket_creation=True, **where)
+    until = time.monotonic() + 60
+    while True:
+        try:
+            files.create_dir("bucket")
+            break
+        except OSError:
+            if time.monotonic() > until or server.poll() is not None:
+                raise
+            time.sleep(0.2)
+    yield "s3://a:b@bucket/register?" + "&".join(f"{name}={value}" for name, value in where.items())
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.slow
+def test_a_register_has_its_segments_in_s3(s3, register):
+    first, second = (
+        register(SMALL, cluster={"segments": s3, **NO_POLL}),
+        register(SMALL, cluster={"segments": s3, **NO_POLL}),
+    )
+    one, two = fill(first, 12, seed=1), fill(second, 12, seed=2)
+    first.maintain()
+    second.refresh()
+    assert best(second, again(one[3], 0.9)) == "p1-3"
+    assert best(first, again(two[5], 0.9)) == "p2-5"
+    assert first.problems() == second.problems() == []
+    gallery, store = internals(first).gallery, SegmentStore(s3)
+    assert gallery.collect_garbage() == []
+    assert {kind for name in store.ages(time.time()) for kind in [name.split(".")[1]]} == {"subject", "face"}
