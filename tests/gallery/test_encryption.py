@@ -18,11 +18,13 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.gallery.care import encrypting
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.encryption.keyring import Key, KeyFile, key_file
 from biodedup.gallery.files.encryption.sealed_file import NotAuthentic, SealedMap, SealedWriter
 from biodedup.gallery.files.filesystem import LocalFile, LocalStorage
 from biodedup.jobs.enrolment.queue import Arrival
+from tests.support.faults import Countdown
 from tests.support.galleries import PEOPLE, enroll, small
 from tests.support.minutiae import record, strewn
 from tests.support.vectors import SFACE
@@ -371,3 +373,94 @@ def test_no_file_of_an_encrypted_gallery_holds_a_byte_string_of_a_template_or_an
             assert engine.problems() == []
     assert kept[0] == kept[1]
     assert len(kept[0]) > 25
+
+
+def test_a_gallery_is_encrypted_and_decrypted_and_answers_as_before(tmp_path):
+    fill(tmp_path / "g", small(merge_fan=9))
+    with jobs.Backlog.open(tmp_path / "g") as backlog:
+        backlog.enqueue([Arrival("in-the-queue")], 1e9)
+    jobs.examine(tmp_path / "g", small(), canaries=True)
+    before, canaries = answers(tmp_path / "g", small()), (tmp_path / "g" / "sentinels").read_bytes()
+    status = encrypting.encrypt(tmp_path / "g", lambda: KEY)
+    assert status.register_key_id == Key(KEY).key_id
+    assert encrypting.key_status(tmp_path / "g") == status
+    assert answers(tmp_path / "g", with_key()) == before
+    assert jobs.queue_status(tmp_path / "g", 1e9, with_key()).waiting == 1
+    content = b"".join(files_of(tmp_path / "g").values())
+    assert b"in-the-queue" not in content
+    assert PEOPLE[12].astype("<f4").tobytes()[:16] not in content
+    assert encrypting.encrypt(tmp_path / "g", lambda: KEY) == status, "done already"
+    with pytest.raises(bd.KeyMismatch):
+        encrypting.decrypt(tmp_path / "g", lambda: bytes(32))
+    assert encrypting.decrypt(tmp_path / "g", lambda: KEY) == encrypting.KeyStatus(False, None, None)
+    assert answers(tmp_path / "g", small()) == before
+    assert (tmp_path / "g" / "sentinels").read_bytes() == canaries
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]
+
+
+@pytest.mark.slow
+def test_an_encryption_that_fails_anywhere_leaves_the_gallery_as_it_was_or_encrypted_and_the_next_run_ends_it(
+    tmp_path, monkeypatch
+):
+    fill(tmp_path / "before", small(merge_fan=9))
+    wanted, n = answers(tmp_path / "before", small()), 0
+    while True:
+        n += 1
+        shutil.copytree(tmp_path / "before", tmp_path / "g")
+        countdown = Countdown(n)
+        with monkeypatch.context() as patched:
+            for name in ("create", "replace", "remove", "sync_folder", "make_folder", "connect"):
+                patched.setattr(LocalStorage, name, failing(getattr(LocalStorage, name), countdown))
+            try:
+                encrypting.encrypt(tmp_path / "g", lambda: KEY)
+            except bd.StorageUnavailable:
+                pass
+        done = encrypting.key_status(tmp_path / "g").encrypted
+        assert answers(tmp_path / "g", with_key() if done else small()) == wanted, n
+        assert encrypting.encrypt(tmp_path / "g", lambda: KEY).encrypted
+        assert answers(tmp_path / "g", with_key()) == wanted, n
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "g"]
+        shutil.rmtree(tmp_path / "g")
+        if countdown.left > 0:
+            break
+    assert n > 40
+
+
+def failing(action, countdown: Countdown):
+    def call(*given, **named):
+        return countdown.call(lambda: action(*given, **named), OSError(5, "input/output error"))
+
+    return call
+
+
+def test_a_rotation_lets_the_new_key_open_the_gallery_and_no_longer_the_old_one(encrypted, tmp_path):
+    shutil.copytree(encrypted, tmp_path / "g")
+    new = bytes(range(50, 82))
+    with bd.Engine.open(tmp_path / "g", with_key()) as engine:
+        before = files_of(tmp_path / "g")
+        encrypting.rotate(tmp_path / "g", lambda: KEY, lambda: new)
+        assert [name for name, content in files_of(tmp_path / "g").items() if before[name] != content] == [
+            "gallery.key"
+        ]
+        enroll(engine, 20)  # a process that has it open goes on
+        engine.maintain()
+        engine.backup(tmp_path / "b")
+    for folder in ("g", "b"):
+        with pytest.raises(bd.KeyMismatch):
+            bd.Engine.open(tmp_path / folder, with_key())
+        with bd.Engine.open(tmp_path / folder, with_key(key=new)) as engine:
+            assert "s20" in engine
+    with pytest.raises(bd.KeyMismatch):
+        encrypting.rotate(tmp_path / "g", lambda: KEY, lambda: bytes(32))
+    assert encrypting.rotate(tmp_path / "g", lambda: KEY, lambda: new).register_key_id == Key(new).key_id, "repeated"
+
+
+def test_a_backup_before_a_rotation_is_brought_up_to_date_after_it(encrypted, tmp_path):
+    shutil.copytree(encrypted, tmp_path / "g")
+    new = bytes(range(50, 82))
+    with bd.Engine.open(tmp_path / "g", with_key()) as engine:
+        engine.backup(tmp_path / "b")
+    encrypting.rotate(tmp_path / "g", lambda: KEY, lambda: new)
+    with bd.Engine.open(tmp_path / "g", with_key(key=new)) as engine:
+        assert engine.backup(tmp_path / "b").files_copied == 0
+    assert answers(tmp_path / "b", with_key(key=new)) == answers(tmp_path / "g", with_key(key=new))
