@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import bulk, cases, duplicates, explain, gallery, kit, looking, measure, policy, register, subjects
+from biodedup.cli import (
+    bulk,
+    cases,
+    duplicates,
+    explain,
+    gallery,
+    keys,
+    kit,
+    looking,
+    measure,
+    policy,
+    register,
+    subjects,
+)
 from biodedup.cli.base import app, complain, exit_code, print_json, say
 from biodedup.errors import BiodedupError
 from biodedup.memory import out_of_memory
@@ -24,6 +37,7 @@ __all__ = [
     "duplicates",
     "explain",
     "gallery",
+    "keys",
     "kit",
     "looking",
     "measure",

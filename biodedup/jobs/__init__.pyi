@@ -51,6 +51,12 @@ from .health.canary_report import Watch as Watch
 from .health.canary_report import Watched as Watched
 from .health.doctor import Report as Report
 from .health.doctor import examine as examine
+from .health.keys import KeyStatus as KeyStatus
+from .health.keys import decrypt as decrypt
+from .health.keys import encrypt as encrypt
+from .health.keys import key_status as key_status
+from .health.keys import make_register_key as make_register_key
+from .health.keys import rotate_key as rotate_key
 from .kits.format.keys import load_centre_key as load_centre_key
 from .kits.format.keys import make_centre_key as make_centre_key
 from .kits.format.keys import make_keys as make_keys

@@ -134,6 +134,7 @@ def test_after_any_single_fault_the_state_is_that_before_or_after(tmp_path, name
     assert kept >= 1
 
 
+@pytest.mark.usefixtures("at_rest")
 @pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])
 @pytest.mark.parametrize("name", CARE)
 def test_no_single_fault_while_sealing_merging_or_copying_changes_what_is_stored(tmp_path, name, after):
@@ -177,6 +178,7 @@ def test_memory_agrees_with_the_disk_after_a_fault(tmp_path, after):
     assert n > 100
 
 
+@pytest.mark.usefixtures("at_rest")
 @pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])
 def test_after_any_single_fault_while_creating_the_gallery_opens_again(tmp_path, after):
     n = 0
@@ -261,6 +263,7 @@ class OrderedStorage(LocalStorage):
         return Connection(connection, Countdown(10**9))
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_every_file_is_synced_before_the_commit_that_names_it(tmp_path):
     storage = OrderedStorage()
     with bd.Engine.open(tmp_path / "g", SMALL, storage=storage) as engine:
@@ -276,6 +279,7 @@ def test_every_file_is_synced_before_the_commit_that_names_it(tmp_path):
     assert set().union(*storage.at_commits) == set()
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_an_engine_goes_on_after_a_fault_anywhere_in_a_write(tmp_path):
     n, faults = 0, 0
     while True:

@@ -61,6 +61,7 @@ def contents(folder: Path) -> tuple[object, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("at_rest")
 def test_a_flipped_bit_in_any_segment_file_is_found_and_named(sealed):
     rng = np.random.default_rng(3)
     files = sorted((sealed / "segments").iterdir())
@@ -108,6 +109,7 @@ def test_doctor_counts_subjects_that_are_enrolled_twice_and_no_removed_ones(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("at_rest")
 def test_a_flipped_bit_in_the_journal_is_found_or_changes_nothing(sealed):
     before = contents(sealed)
     database = sealed / "gallery.sqlite3"
@@ -141,6 +143,7 @@ def test_doctor_rebuilds_look_ups_byte_for_byte(sealed):
     assert [path.read_bytes() for path in lookups] == sound
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_doctor_takes_damaged_columns_from_a_backup_and_loses_nothing_newer(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         engine.backup(tmp_path / "b")
@@ -204,6 +207,7 @@ def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
         assert nearest(engine, 14) == "s14"
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_a_backup_is_incremental_consistent_and_a_gallery(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         first = engine.backup(tmp_path / "b")
@@ -227,6 +231,7 @@ def test_a_backup_is_incremental_consistent_and_a_gallery(sealed, tmp_path):
         engine.backup(tmp_path / "full")
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_a_damaged_gallery_is_not_copied_over_a_good_backup(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         engine.backup(tmp_path / "b")

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.bench
             "batch 256, times FAISS IVF64,PQ64x4fs",
             False,
         ),
+        (["encryption.py", "--subjects", "20000"], "same answers                             True", False),
         (["costs.py", "--rows", "20000"], "number, ns", False),
         (["national.py", "--rows", "150000"], "mates at 0.8: first / in 10 / in 100", False),
         (["selfjoin.py", "--rows", "20000"], "of those, found                          1.0", False),

@@ -216,6 +216,13 @@ def _canaries(storage: Storage, folder: Path) -> ColumnFile | None:
     return None if file.problems() else file
 
 
+def copy_canaries(storage: Storage, folder: Path, target: Path) -> None:
+    """Copies the canaries of a gallery that no one changes, if there are any."""
+    canaries = _canaries(storage, folder)
+    if canaries is not None:
+        copy_file(storage, canaries, target / CANARIES_NAME)
+
+
 def _is_same(storage: Storage, path: Path, file: ColumnFile, check: bool) -> bool:
     try:
         there = open_column_file(storage, path)

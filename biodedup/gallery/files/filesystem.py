@@ -282,7 +282,8 @@ class LocalStorage:
     """A POSIX file system. keys: where the register's key comes from, which is fetched here."""
 
     _register: Key | None = None
-    _known: tuple[KeyFile, Key] | None = None
+    _known: Key | None = None
+    """The gallery key that was unwrapped last. A rotation, which leaves it, disturbs no process that has it."""
 
     def __init__(self, keys: KeySource | None = None) -> None:
         if keys is not None:
@@ -304,27 +305,26 @@ class LocalStorage:
         return None if self._register is None else self._register.key_id
 
     def share_key(self, source: Path, target: Path) -> None:
-        mine, there = self._key_in(source), self._key_in(target)
-        if (mine and mine.key_id) == (there and there.key_id):
+        mine, there = stored_key(source), stored_key(target)
+        if mine is None and there is None:
             return
-        if there is not None or any(name != KEY_NAME for name in self.list_names(target / SEGMENT_FOLDER) or ()):
-            raise KeyMismatch(
-                f"{target} is encrypted under another key than {source}, or not at all; name an empty folder"
-            )
-        replace_private(target / KEY_NAME, (source / KEY_NAME).read_bytes())
-        self.sync_folder(target)
+        names = self.list_names(target) or ()
+        others = there is None and (DATABASE_NAME in names or self.list_names(target / SEGMENT_FOLDER))
+        if mine is None or others or (there is not None and there.gallery_key_id != mine.gallery_key_id):
+            raise KeyMismatch(f"{target} and {source} are not encrypted under the same key; name an empty folder")
+        if there is None or there.wrapped != mine.wrapped:  # or a rotation was since
+            replace_private(target / KEY_NAME, _read_whole(source / KEY_NAME))
+            self.sync_folder(target)
 
     def _key_in(self, folder: Path) -> Key | None:
         """The key of a gallery; None where it has none. Raises KeyMismatch, GalleryDamaged."""
-        path = folder / KEY_NAME
-        try:
-            content = _read_whole(path)
-        except (FileNotFoundError, NotADirectoryError):
+        stored = stored_key(folder)
+        if stored is None:
             return None
-        stored = KeyFile.parse(path, content)
-        if self._known is None or self._known[0] != stored:
-            self._known = stored, stored.opened(self._register)
-        return self._known[1]
+        known = self._known
+        if known is None or known.key_id != stored.gallery_key_id:
+            self._known = known = stored.opened(self._register)
+        return known
 
     def _key_of(self, path: Path) -> Key | None:
         """The key of a file in a gallery, or of one outside that a job writes."""
@@ -375,15 +375,17 @@ class LocalStorage:
         return connection
 
     def _connected(self, uri: str, path: Path) -> sqlite3.Connection:
-        key = self._key_of(path)
+        key = self._database_key(path)
         if key is None:
             return sqlite3.connect(
                 uri, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_S, factory=Connection
             )
         from biodedup.gallery.files.encryption.database import EncryptedConnection
 
-        secret = key.derived(f"database {_bound_name(path)}")
-        return cast(sqlite3.Connection, EncryptedConnection(uri, secret, _BUSY_S))
+        return cast(sqlite3.Connection, EncryptedConnection(uri, database_secret(key, path), _BUSY_S))
+
+    def _database_key(self, path: Path) -> Key | None:
+        return self._key_of(path)
 
     def create(self, path: Path) -> NewFile:
         key = self._key_of(path)
@@ -456,6 +458,21 @@ class LocalStorage:
 
     def remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
+
+
+def stored_key(folder: Path) -> KeyFile | None:
+    """The key file of a gallery, still locked; None where it has none. Raises GalleryDamaged."""
+    path = folder / KEY_NAME
+    try:
+        content = _read_whole(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return KeyFile.parse(path, content)
+
+
+def database_secret(key: Key, path: Path) -> bytes:
+    """The key of a database, from the gallery's key."""
+    return key.derived(f"database {_bound_name(path)}")
 
 
 def whole(storage: Storage, path: Path) -> mmap.mmap:

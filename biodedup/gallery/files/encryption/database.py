@@ -87,6 +87,22 @@ class EncryptedConnection:
         forks.keep_for_ever(self._connection)
 
 
+def rekey(path: str, before: bytes | None, after: bytes | None) -> None:
+    """Encrypts a whole database anew, in place. before, after: 32 bytes; None for a database in the clear. Raises sqlite3.DatabaseError."""
+    with _translated():
+        connection = apsw.Connection(path)
+        try:
+            connection.pragma("cipher", CIPHER)
+            if before is not None:
+                connection.pragma("key", f"raw:{before.hex()}")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+            connection.pragma("secure_delete", "ON")
+            connection.pragma("temp_store", "MEMORY")
+            connection.pragma("rekey", "" if after is None else f"raw:{after.hex()}")
+        finally:
+            connection.close()
+
+
 class EncryptedCursor:
     """The rows of a statement."""
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from biodedup.errors import EngineClosed, KeyMismatch
+from biodedup.errors import EngineClosed
 from biodedup.gallery.files.encryption.keyring import TAG_BYTES, WRAPPED_BYTES, Key, aead
 from biodedup.keys import KEY_BYTES
 
@@ -106,7 +106,7 @@ class SealedMap(mmap.mmap):
 
     @classmethod
     def of(cls, file: int, key: Key, name: str) -> SealedMap:
-        """file: an open descriptor, which the map owns from now on. Raises NotAuthentic, KeyMismatch."""
+        """file: an open descriptor, which the map owns from now on. Raises NotAuthentic."""
         sealed = _Sealed(file, key, name)
         made = cls(-1, max(sealed.size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         made._sealed, made.guard = sealed, threading.RLock()
@@ -173,7 +173,7 @@ class _Sealed:
         if not _BLOCK_BYTES_MIN <= self.block_bytes <= _BLOCK_BYTES_MAX:
             raise NotAuthentic("its head was changed")
         if self.key_id != key.key_id:
-            raise KeyMismatch(f"{name} is encrypted under key {self.key_id!r}, got key {key.key_id}; nothing changed")
+            raise NotAuthentic("it is encrypted under another key than the gallery's")
         at = _PREFIX.size
         secret = key.unwrap(self._head[at : at + WRAPPED_BYTES], self._head[:at] + name.encode())
         if secret is None or any(self._head[at + WRAPPED_BYTES :]):

@@ -1,0 +1,83 @@
+"""Commands on the encryption of a gallery: encrypt, decrypt, key new, key status, key rotate. Each runs one job.
+
+A key comes from a file, an environment variable or a command, as the settings say (`[keys]`). It is never an argument, and never printed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from biodedup import jobs
+from biodedup.cli.base import DEFAULT_GALLERY, ConfigOption, GalleryOption, JsonOption, Panel, app, configured, finish
+from biodedup.errors import InvalidInput
+from biodedup.keys import KeyProvider, KeySource
+
+key = typer.Typer(no_args_is_help=True, help="Make the key of encrypted galleries, look at it, and rotate it.")
+app.add_typer(key, name="key", rich_help_panel=Panel.GALLERY)
+
+
+def _stated(gallery: Path, config: Path | None) -> KeySource:
+    keys = configured(gallery, config).keys
+    if keys is None:
+        raise InvalidInput("no key was stated; name its place in the settings file, as [keys] file = ...")
+    return keys
+
+
+@app.command(rich_help_panel=Panel.GALLERY)
+def encrypt(gallery: GalleryOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Encrypt a gallery under the key that the settings name ([keys]).
+
+    Needs free disk space of the gallery's size. Interrupted, the same command goes on. Afterwards the blocks of the disk that held the gallery
+    in the clear may still hold it: erase the free space, or move the gallery to a new disk.
+    """
+    status = jobs.encrypt(gallery, _stated(gallery, config))
+    finish(asdict(status), f"{gallery} is encrypted under key {status.register_key_id}", as_json)
+
+
+@app.command(rich_help_panel=Panel.GALLERY)
+def decrypt(gallery: GalleryOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Turn an encrypted gallery into one in the clear. Take [keys] out of the settings afterwards."""
+    status = jobs.decrypt(gallery, _stated(gallery, config))
+    finish(asdict(status), f"{gallery} is in the clear", as_json)
+
+
+@key.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to make; it must not exist.")], as_json: JsonOption = False
+) -> None:
+    """Make a register's key: 32 random bytes in hexadecimal, in a file for its owner alone. Keep a copy: nothing else opens the gallery."""
+    key_id = jobs.make_register_key(file)
+    finish({"key": str(file), "key_id": key_id}, f"key {key_id} is in {file}; keep a copy in a safe place", as_json)
+
+
+@key.command()
+def status(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
+    """Show whether a gallery is encrypted, and under which key. Needs no key."""
+    found = jobs.key_status(gallery)
+    text = (
+        f"{gallery} is encrypted under key {found.register_key_id}" if found.encrypted else f"{gallery} is in the clear"
+    )
+    finish(asdict(found), text, as_json)
+
+
+@key.command()
+def rotate(
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    file: Annotated[Path | None, typer.Option("--new-file", help="The file of the new key.")] = None,
+    environment: Annotated[str | None, typer.Option("--new-environment", help="The variable of the new key.")] = None,
+    command: Annotated[str | None, typer.Option("--new-command", help="The command that prints the new key.")] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Wrap the gallery's key by a new key, at once; processes that have the gallery open go on.
+
+    The settings name the present key. Then change them. Backups open by the old key until the next backup.
+    """
+    after = KeyProvider(file, environment, tuple(shlex.split(command or "")))
+    found = jobs.rotate_key(gallery, _stated(gallery, config), after)
+    finish(asdict(found), f"{gallery} is encrypted under key {found.register_key_id} from now on", as_json)

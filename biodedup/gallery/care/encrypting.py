@@ -1,0 +1,202 @@
+"""Encrypts a gallery that is in the clear, decrypts one, and rotates the register's key.
+
+Owns the copy that is made and the moment at which it takes the gallery's place. Never changes what a gallery answers.
+
+1. The copy is a gallery beside the old one, `.NAME.new`. It is checked whole, and then takes its place in one step (`renameat2` with
+   RENAME_EXCHANGE), so that a gallery is in the clear or encrypted at every moment.
+2. Interrupted, the next run keeps the files of the copy that are whole.
+3. A rotation rewrites `gallery.key` alone: the gallery's own key, and all that it encrypts, stay.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from biodedup.described import Described
+from biodedup.errors import GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery, StorageUnavailable
+from biodedup.gallery.care.backup import copy_canaries, copy_gallery
+from biodedup.gallery.care.removal import refuse_foreign, remove_gallery
+from biodedup.gallery.care.verify import inspect
+from biodedup.gallery.files.encryption.keyring import Key, key_file, register_key
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import LocalStorage, database_secret, stored_key
+from biodedup.gallery.files.names import (
+    BACKLOG_NAME,
+    DATABASE_NAME,
+    KEY_NAME,
+    LEDGER_NAME,
+    LOCK_NAME,
+    MERGES_FOLDER,
+    NEW_SUFFIX,
+    SEGMENT_FOLDER,
+)
+from biodedup.gallery.files.private import replace_private
+from biodedup.keys import KeySource
+
+_DATABASES = (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAME)
+_AT_CWD, _EXCHANGE = -100, 2
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+
+
+@dataclass(frozen=True)
+class KeyStatus(Described):
+    """encrypted: whether the gallery is; register_key_id, gallery_key_id: names of its keys, which tell nothing of them."""
+
+    encrypted: bool
+    register_key_id: str | None
+    gallery_key_id: str | None
+
+
+def key_status(folder: Path) -> KeyStatus:
+    """Needs no key. Raises GalleryDamaged, StorageUnavailable, NotAGallery where there is none."""
+    with translated(f"reading {folder}"):
+        _refuse_absent(folder)
+        stored = stored_key(folder)
+    if stored is None:
+        return KeyStatus(False, None, None)
+    return KeyStatus(True, stored.register_key_id, stored.gallery_key_id)
+
+
+def rotate(folder: Path, before: KeySource, after: KeySource) -> KeyStatus:
+    """Wraps the gallery's key by another register's key, at once; processes that have the gallery open go on. The old key opens it no more, but
+    opens backups that were made before. Raises KeyMismatch, GalleryDamaged, StorageUnavailable."""
+    with translated(f"rotating the key of {folder}"):
+        _refuse_absent(folder)
+        stored, new = stored_key(folder), register_key(after)
+        if stored is None:
+            raise InvalidInput(f"{folder} is not encrypted; run `biodedup encrypt {folder}`")
+        if stored.register_key_id != new.key_id:  # a run that was repeated
+            content = key_file(new, stored.opened(register_key(before)).secret)
+            replace_private(folder / KEY_NAME, content)
+            LocalStorage().sync_folder(folder)
+        stored = stored_key(folder)
+        if stored is None or stored.register_key_id != new.key_id:
+            raise GalleryBusy(f"another process rotated the key of {folder}; look at `biodedup key status`")
+        stored.opened(new)
+    return key_status(folder)
+
+
+def encrypt(folder: Path, keys: KeySource) -> KeyStatus:
+    """Turns a gallery in the clear into an encrypted one. Needs free space of its size, and no writer. Done already, it only removes what
+    an interrupted run left. Raises KeyMismatch, GalleryBusy, GalleryDamaged, StorageUnavailable; then the gallery is as it was."""
+    return _crossed(folder, keys, encrypts=True)
+
+
+def decrypt(folder: Path, keys: KeySource) -> KeyStatus:
+    """Turns an encrypted gallery into one in the clear, as `encrypt`."""
+    return _crossed(folder, keys, encrypts=False)
+
+
+class _Crossing(LocalStorage):
+    """Reads one folder and writes the other, of which one is encrypted. Both databases are as the source's until `_rekey`."""
+
+    def __init__(self, keys: KeySource, source: Path, target: Path, *, encrypts: bool) -> None:
+        super().__init__(keys)
+        self._source, self._target, self.encrypts = source, target, encrypts
+
+    def unlock(self, folder: Path, *, new: bool) -> str | None:
+        return super().unlock(folder, new=new) if (folder == self._target) == self.encrypts else None
+
+    def key(self) -> Key:
+        """Of the encrypted side."""
+        key = self._key_in(self._target if self.encrypts else self._source)
+        assert key is not None, "it was unlocked"
+        return key
+
+    def _key_of(self, path: Path) -> Key | None:
+        in_target = self._target in path.parents
+        return self.key() if in_target == self.encrypts else None
+
+    def _database_key(self, path: Path) -> Key | None:
+        return None if self.encrypts else self.key()
+
+
+def _crossed(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
+    folder = Path(os.path.abspath(folder))
+    new = folder.with_name(f".{folder.name}{NEW_SUFFIX}")
+    doing = f"{'encrypting' if encrypts else 'decrypting'} {folder}"
+    with translated(doing):
+        _refuse_absent(folder)
+        storage = _Crossing(keys, folder, new, encrypts=encrypts)
+        if (stored_key(folder) is not None) == encrypts:
+            LocalStorage(keys if encrypts else None).unlock(folder, new=False)
+            _remove(storage, new)
+            return key_status(folder)
+        storage.unlock(folder, new=False)
+        lock = storage.lock(folder / LOCK_NAME)
+        try:
+            refuse_foreign(storage, new)
+            storage.make_folder(new)
+            other = storage.lock(new / LOCK_NAME)
+            try:
+                _copy(storage, folder, new, keys if encrypts else None)
+                _exchange(folder, new)
+                storage.sync_folder(folder.parent)
+            finally:
+                other.release()
+        finally:
+            lock.release()
+        _remove(storage, new)
+    return key_status(folder)
+
+
+def _copy(storage: _Crossing, folder: Path, new: Path, keys: KeySource | None) -> None:
+    for name in _DATABASES:  # of an interrupted run
+        for end in ("", "-journal"):
+            storage.remove(new / (name + end))
+            storage.remove(new / (name + NEW_SUFFIX + end))
+    storage.unlock(new, new=True)
+    storage.make_folder(new / SEGMENT_FOLDER)
+    copy_gallery(storage, folder, new, check_kept=True)
+    copy_canaries(storage, folder, new)
+    _rekey(storage, new)
+    if problems := inspect(LocalStorage(keys), new):
+        raise GalleryDamaged(f"the copy in {new} is not sound: {problems[0]}; nothing changed; run `biodedup doctor`")
+    for path in (new / SEGMENT_FOLDER, new):
+        storage.sync_folder(path)
+
+
+def _rekey(storage: _Crossing, new: Path) -> None:
+    from biodedup.gallery.files.encryption.database import rekey
+
+    for name in _DATABASES:
+        path = new / name
+        if path.exists():
+            secret = database_secret(storage.key(), path)
+            rekey(str(path), *((None, secret) if storage.encrypts else (secret, None)))
+            storage.remove(path.with_name(f"{name}-journal"))
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swaps the names of two folders, in one step where the file system can."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in _NO_EXCHANGE:
+        raise OSError(number, os.strerror(number), str(one))
+    raise StorageUnavailable(
+        f"the file system of {one} cannot swap two folders; move the gallery to a local disk, encrypt it there and move it back"
+    )
+
+
+def _remove(storage: _Crossing, old: Path) -> None:
+    """Removes the copy that is not needed any more."""
+    if storage.list_names(old) is None:
+        return
+    logs = old / MERGES_FOLDER
+    for name in storage.list_names(logs) or ():
+        storage.remove(logs / name)
+    with suppress(OSError):
+        logs.rmdir()
+    remove_gallery(storage, old)
+
+
+def _refuse_absent(folder: Path) -> None:
+    if not (folder / DATABASE_NAME).is_file():
+        raise NotAGallery(f"{folder} holds no gallery; name its folder")
