@@ -25,6 +25,7 @@ pytestmark = pytest.mark.bench
         (["minutiae.py", "--smoke"], "made up: EER, %                          0.0", False),
         (["decision.py", "--candidates", "300", "--rounds", "20"], "decision, ms", False),
         (["scale.py", "--subjects", "5000"], "recall@10                                1.0", False),
+        (["ektp.py", "--subjects", "300", "--smoke"], "all: FNIR at the policy's threshold      0.0", False),
         (["storage.py", "--subjects", "20000"], "open and first search, s", False),
         (
             ["speed.py", "--rows", "30000", "--mates", "26", "--seconds", "0.05"],
