@@ -351,6 +351,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", type=lambda text: int(float(text)), default=SUBJECTS)
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--prints", type=int, default=200, help="generated prints that fingers are made from")
     parser.add_argument(
         "--folder", type=Path, help="keep the register's gallery and the figures here, and go on with what is there"
     )
@@ -399,7 +400,7 @@ def main() -> None:
         for stage, found in run.figures.items():
             where = f"{stage}: " if stage.endswith("quarter") else ""
             figures |= {f"{where}{name}": value for name, value in found.items()}
-        record("ektp", figures, keep=not options.smoke)
+        record("ektp", figures, keep=options.subjects >= SUBJECTS)
 
 
 def decide_at_a_quarter(run: Run) -> dict[str, Any]:
