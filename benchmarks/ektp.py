@@ -47,12 +47,12 @@ DOUBLED = 50_000
 class Run:
     """The sizes of one run, and its figures so far, in the folder."""
 
-    def __init__(self, folder: Path, subjects: int, seed: int, prints: int, *, smoke: bool) -> None:
+    def __init__(self, folder: Path, subjects: int, seed: int, prints: int, probes: int, *, smoke: bool) -> None:
         self.folder, self.subjects, self.seed, self.smoke = folder, subjects, seed, smoke
         self.gallery = folder / f"{subjects}-{seed}.gallery"
         self._path = folder / f"{subjects}-{seed}.json"
         self.figures: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.probes = 2 if smoke else 200  # of each kind, and as many strangers as of all kinds
+        self.probes = 2 if smoke else probes  # of each kind, and as many strangers as of all kinds
         self.register = Register(seed, cached_pool(folder, 6 if smoke else prints, seed))
         self.doubles = max(4, subjects // DOUBLED)
 
@@ -355,6 +355,9 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="keep the register's gallery and the figures here, and go on with what is there"
     )
+    parser.add_argument(
+        "--probes", type=int, default=200, help="of each kind of second encounter; strangers are as many as all of them"
+    )
     parser.add_argument("--join-minutes", type=float, default=20.0)
     parser.add_argument("--smoke", action="store_true", help="few probes")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -362,7 +365,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        run = Run(folder, options.subjects, options.seed, options.prints, smoke=options.smoke)
+        run = Run(folder, options.subjects, options.seed, options.prints, options.probes, smoke=options.smoke)
         stages: dict[str, Callable[[], dict[str, Any]]] = {
             "laws": lambda: laws(run),
             "load of a quarter": lambda: load_to(run, run.subjects // 4),
@@ -395,7 +398,7 @@ def main() -> None:
                 ]
                 command += ["--join-minutes", str(options.join_minutes)]
                 subprocess.run(command, check=True)
-                run = Run(folder, options.subjects, options.seed, options.prints, smoke=options.smoke)
+                run = Run(folder, options.subjects, options.seed, options.prints, options.probes, smoke=options.smoke)
         figures = {"subjects": options.subjects, "seed": options.seed, "captures a subject": len(COLUMNS)}
         for stage, found in run.figures.items():
             where = f"{stage}: " if stage.endswith("quarter") else ""
