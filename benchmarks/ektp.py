@@ -261,7 +261,7 @@ def _timed(
 
 def batches(run: Run) -> dict[str, Any]:
     """Batches of 64 strangers are searched, decided and committed; then removed again."""
-    count, size = (16, 8) if run.smoke else (640, 64)
+    count, size = (16, 8) if run.smoke else (min(640, 64 * (1 + run.probes // 10)), 64)
     config = bd.Config(batch_size=size)
     with bd.Engine.open(run.gallery, config) as engine:
         known = [f"new-{number}" for number in range(count) if f"new-{number}" in engine]

@@ -14,6 +14,7 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.embed.cards import joint_id, load_card, minutiae_card
+from biodedup.engine.arrow.templates import read_templates
 from biodedup.gallery.files import codec
 from biodedup.gallery.segments import writer
 from biodedup.testing import internals
@@ -184,6 +185,8 @@ def test_columns_that_nobody_knows_and_models_that_differ_stop_the_load(tmp_path
     with bd.Engine.open(tmp_path / "g", small(seal_rows=99)) as engine:
         with pytest.raises(bd.InvalidInput, match="notes"):
             engine.load_templates(rows.append_column("notes", pa.array(["a"] * 4)))
+        with pytest.raises(bd.InvalidInput, match="has face twice"):
+            engine.load_templates(rows.append_column("face", rows.column("face")))
         with pytest.raises(bd.InvalidInput, match="face_quality without face"):
             engine.load_templates(rows.select(["subject_id", "face_quality", "right_index"]))
         with pytest.raises(bd.ModelMismatch, match="states the model"):
@@ -191,6 +194,34 @@ def test_columns_that_nobody_knows_and_models_that_differ_stop_the_load(tmp_path
         with pytest.raises(bd.InvalidInput, match="leave templates and groups out"):
             engine.load_templates(rows, {"face": VECTORS["face"]})
         assert len(engine) == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        ("face", pa.list_(pa.float64())),
+        ("face", pa.large_list(pa.float32())),
+        ("face", pa.list_(pa.float32(), 128)),
+        ("right_index_minutiae", pa.large_binary()),
+        ("left_thumb_quality", pa.int32()),
+        ("subject_id", pa.large_string()),
+    ],
+    ids=str,
+)
+def test_a_column_of_another_arrow_type_says_the_same_also_in_the_middle_of_a_longer_one(column, kind):
+    plain = arrow(range(9))
+    at = plain.schema.get_field_index(column)
+    field = plain.schema.field(at).with_type(kind)
+    longer = pa.Table.from_batches([arrow(range(20, 26)), plain])
+    longer = longer.set_column(at, field, longer.column(at).cast(kind)).combine_chunks().to_batches()[0].slice(6)
+    one, other = read_templates(plain), read_templates(longer)
+    assert other.subject_ids.to_pylist() == one.subject_ids.to_pylist()
+    assert one.groups == other.groups
+    for name, cells in one.cells.items():
+        np.testing.assert_array_equal(cells.positions, other.cells[name].positions)
+        np.testing.assert_array_equal(cells.vectors, other.cells[name].vectors)
+        np.testing.assert_array_equal(cells.quality, other.cells[name].quality)
+        assert cells.minutiae.equals(other.cells[name].minutiae)
 
 
 def test_a_table_of_several_chunks_is_one_batch(tmp_path):
