@@ -47,12 +47,12 @@ DOUBLED = 50_000
 class Run:
     """The sizes of one run, and its figures so far, in the folder."""
 
-    def __init__(self, folder: Path, subjects: int, seed: int, prints: int, *, smoke: bool) -> None:
+    def __init__(self, folder: Path, subjects: int, seed: int, prints: int, probes: int, *, smoke: bool) -> None:
         self.folder, self.subjects, self.seed, self.smoke = folder, subjects, seed, smoke
         self.gallery = folder / f"{subjects}-{seed}.gallery"
         self._path = folder / f"{subjects}-{seed}.json"
         self.figures: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.probes = 2 if smoke else 200  # of each kind, and as many strangers as of all kinds
+        self.probes = 2 if smoke else probes  # of each kind, and as many strangers as of all kinds
         self.register = Register(seed, cached_pool(folder, 6 if smoke else prints, seed))
         self.doubles = max(4, subjects // DOUBLED)
 
@@ -261,7 +261,7 @@ def _timed(
 
 def batches(run: Run) -> dict[str, Any]:
     """Batches of 64 strangers are searched, decided and committed; then removed again."""
-    count, size = (16, 8) if run.smoke else (640, 64)
+    count, size = (16, 8) if run.smoke else (min(640, 64 * (1 + run.probes // 10)), 64)
     config = bd.Config(batch_size=size)
     with bd.Engine.open(run.gallery, config) as engine:
         known = [f"new-{number}" for number in range(count) if f"new-{number}" in engine]
@@ -351,8 +351,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", type=lambda text: int(float(text)), default=SUBJECTS)
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--prints", type=int, default=200, help="generated prints that fingers are made from")
     parser.add_argument(
         "--folder", type=Path, help="keep the register's gallery and the figures here, and go on with what is there"
+    )
+    parser.add_argument(
+        "--probes", type=int, default=200, help="of each kind of second encounter; strangers are as many as all of them"
     )
     parser.add_argument("--join-minutes", type=float, default=20.0)
     parser.add_argument("--smoke", action="store_true", help="few probes")
@@ -361,7 +365,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        run = Run(folder, options.subjects, options.seed, options.prints, smoke=options.smoke)
+        run = Run(folder, options.subjects, options.seed, options.prints, options.probes, smoke=options.smoke)
         stages: dict[str, Callable[[], dict[str, Any]]] = {
             "laws": lambda: laws(run),
             "load of a quarter": lambda: load_to(run, run.subjects // 4),
@@ -394,12 +398,12 @@ def main() -> None:
                 ]
                 command += ["--join-minutes", str(options.join_minutes)]
                 subprocess.run(command, check=True)
-                run = Run(folder, options.subjects, options.seed, options.prints, smoke=options.smoke)
+                run = Run(folder, options.subjects, options.seed, options.prints, options.probes, smoke=options.smoke)
         figures = {"subjects": options.subjects, "seed": options.seed, "captures a subject": len(COLUMNS)}
         for stage, found in run.figures.items():
             where = f"{stage}: " if stage.endswith("quarter") else ""
             figures |= {f"{where}{name}": value for name, value in found.items()}
-        record("ektp", figures, keep=not options.smoke)
+        record("ektp", figures, keep=options.subjects >= SUBJECTS)
 
 
 def decide_at_a_quarter(run: Run) -> dict[str, Any]:

@@ -78,6 +78,11 @@ class Preparer:
         """The shipped cards and the configured ones, read once."""
         return (*shipped_cards(), *self.extractor.cards)
 
+    @cached_property
+    def _makes(self) -> dict[str, int | None]:
+        """As `_dimensions`, of all cards."""
+        return _dimensions(self._cards)
+
     def probe(self, encounter: Encounter) -> Probe:
         """The probe of one encounter. Raises CallerError."""
         (probe,) = self.probes([encounter])
@@ -208,12 +213,12 @@ class Preparer:
         networks = {card.model_id for card in cards if card.weights is not None}  # cards without may leave the kind out
         if column != "face" and model_id in faces & networks:
             raise ModelMismatch(f"{model_id} is a model of faces, the column is {column}; name the model that made it")
-        if column == "face" and (model_id == EXTERNAL_MINUTIAE or model_id in _dimensions(cards).keys() - faces):
+        if column == "face" and (model_id == EXTERNAL_MINUTIAE or model_id in self._makes.keys() - faces):
             raise ModelMismatch(f"{model_id} is a model of fingers, the column is face; name the model that made it")
 
     def _check_dimension(self, model_id: str, dimension: int) -> None:
         """Raises ModelMismatch if the model's card states another dimension."""
-        known = _dimensions(self._cards)
+        known = self._makes
         if known.get(model_id, dimension) not in (dimension, None):
             makes = f"{known[model_id]} numbers" if known[model_id] else "no embeddings"
             raise ModelMismatch(f"{model_id} makes {makes}, got {dimension}; name the model that made the vectors")

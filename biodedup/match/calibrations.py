@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
 
+from biodedup.capture.minutiae_batch import standard_records
 from biodedup.capture.minutiae_record import standard, view_of
 from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.embed.cards import ModelCard, joint_id
@@ -123,7 +124,15 @@ class Calibrations:
         if template.minutiae is None:
             return template
         self.require_minutiae(template.model_id)
-        return replace(template, minutiae=standard(view_of(template.minutiae, template.column)))
+        _, content, bad = standard_records(
+            np.array([0, len(template.minutiae)]), np.frombuffer(template.minutiae, np.uint8), template.column
+        )
+        if bad[0] or not len(content):
+            return replace(
+                template, minutiae=standard(view_of(template.minutiae, template.column))
+            )  # says what is wrong
+        record = content.tobytes()
+        return template if record == template.minutiae else replace(template, minutiae=record)
 
     def require_minutiae(self, model_id: str) -> None:
         """Raises InvalidInput for minutiae of an extractor without a calibration."""

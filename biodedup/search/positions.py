@@ -28,6 +28,8 @@ def comparable(own: str, theirs: str, *, across: bool) -> bool:
 
 def comparable_bits(probe: Mapping[str, Template], models: Mapping[str, ColumnModel], *, across: bool) -> int:
     """The gallery's columns that compare with this probe, as a presence mask."""
+    if not across and "unknown" not in probe and "unknown" not in models:
+        return sum(BIT[column] for column in probe if column in models)
     return sum(
         BIT[theirs]
         for theirs, model in models.items()

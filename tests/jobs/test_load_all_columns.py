@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,8 +14,11 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.embed.cards import joint_id, load_card, minutiae_card
+from biodedup.engine.arrow.templates import read_templates
 from biodedup.gallery.files import codec
+from biodedup.gallery.segments import writer
 from biodedup.testing import internals
+from tests.support.faults import Countdown, FailingStorage
 from tests.support.galleries import small
 from tests.support.minutiae import moved, record, strewn
 from tests.support.vectors import people
@@ -178,6 +185,8 @@ def test_columns_that_nobody_knows_and_models_that_differ_stop_the_load(tmp_path
     with bd.Engine.open(tmp_path / "g", small(seal_rows=99)) as engine:
         with pytest.raises(bd.InvalidInput, match="notes"):
             engine.load_templates(rows.append_column("notes", pa.array(["a"] * 4)))
+        with pytest.raises(bd.InvalidInput, match="has face twice"):
+            engine.load_templates(rows.append_column("face", rows.column("face")))
         with pytest.raises(bd.InvalidInput, match="face_quality without face"):
             engine.load_templates(rows.select(["subject_id", "face_quality", "right_index"]))
         with pytest.raises(bd.ModelMismatch, match="states the model"):
@@ -185,6 +194,34 @@ def test_columns_that_nobody_knows_and_models_that_differ_stop_the_load(tmp_path
         with pytest.raises(bd.InvalidInput, match="leave templates and groups out"):
             engine.load_templates(rows, {"face": VECTORS["face"]})
         assert len(engine) == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        ("face", pa.list_(pa.float64())),
+        ("face", pa.large_list(pa.float32())),
+        ("face", pa.list_(pa.float32(), 128)),
+        ("right_index_minutiae", pa.large_binary()),
+        ("left_thumb_quality", pa.int32()),
+        ("subject_id", pa.large_string()),
+    ],
+    ids=str,
+)
+def test_a_column_of_another_arrow_type_says_the_same_also_in_the_middle_of_a_longer_one(column, kind):
+    plain = arrow(range(9))
+    at = plain.schema.get_field_index(column)
+    field = plain.schema.field(at).with_type(kind)
+    longer = pa.Table.from_batches([arrow(range(20, 26)), plain])
+    longer = longer.set_column(at, field, longer.column(at).cast(kind)).combine_chunks().to_batches()[0].slice(6)
+    one, other = read_templates(plain), read_templates(longer)
+    assert other.subject_ids.to_pylist() == one.subject_ids.to_pylist()
+    assert one.groups == other.groups
+    for name, cells in one.cells.items():
+        np.testing.assert_array_equal(cells.positions, other.cells[name].positions)
+        np.testing.assert_array_equal(cells.vectors, other.cells[name].vectors)
+        np.testing.assert_array_equal(cells.quality, other.cells[name].quality)
+        assert cells.minutiae.equals(other.cells[name].minutiae)
 
 
 def test_a_table_of_several_chunks_is_one_batch(tmp_path):
@@ -236,3 +273,44 @@ def test_an_exported_table_of_rows_is_loaded_as_it_is(tmp_path):
         result = jobs.load(third, waiting.to_batches())
         assert (result.added, result.refused_rows) == (19, (0,))
         assert list(result.reasons) == ["state is waiting: it is of a case, and not enrolled"]
+
+
+@pytest.mark.slow
+def test_a_fault_while_columns_are_written_side_by_side_leaves_all_of_a_batch_or_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "PIECE_ROWS", 4)  # so that few rows are written by several threads
+    rows, config = arrow(range(20, 32)), small(seal_rows=8, merge_fan=9)
+    with bd.Engine.open(tmp_path / "before", config) as engine:
+        engine.load_templates(arrow(range(12)))  # the rotations are there now
+    stored = set()
+    for n in itertools.count(1, 7):
+        shutil.copytree(tmp_path / "before", tmp_path / f"g{n}")
+        countdown = Countdown(10**9)
+        with bd.Engine.open(tmp_path / f"g{n}", config, storage=FailingStorage(countdown)) as engine:
+            countdown.left = n
+            try:
+                engine.load_templates(rows)
+                passed = countdown.left > 0
+            except bd.StorageUnavailable:
+                passed = False
+            countdown.left = 10**9
+            in_memory = len(engine)
+        with bd.Engine.open(tmp_path / f"g{n}", config) as engine:
+            assert len(engine) == in_memory
+            assert engine.problems() == []
+            named = {s.entry.number for s in internals(engine).gallery.snapshot().segments}
+            files = {int(path.name.partition(".")[0]) for path in (tmp_path / f"g{n}" / "segments").iterdir()}
+            assert files == named
+            stored.add(len(engine))
+        if passed:
+            break
+    assert stored == {12, 24}
+
+
+def test_two_threads_that_load_the_same_subjects_add_each_once(tmp_path):
+    with bd.Engine.open(tmp_path / "g", small(seal_rows=8)) as engine:
+        batches = [arrow(range(low, low + 20)) for low in (0, 10, 0, 10)]
+        with ThreadPoolExecutor(4) as pool:
+            loaded = list(pool.map(engine.load_templates, batches))
+        assert sum(one.added for one in loaded) == len(engine) == 30
+        assert [one.added + one.present for one in loaded] == [20] * 4
+        assert engine.problems() == []

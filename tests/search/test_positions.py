@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import combinations, pairwise, permutations
+from itertools import combinations, pairwise, permutations, product
 from math import log10, perm
 
 import cv2
@@ -17,11 +17,12 @@ from scipy.stats import norm
 
 import biodedup as bd
 from biodedup.gallery.answers import from_json, to_json
+from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.match.calibration import Calibration
 from biodedup.match.compare import Comparer, TemplateCandidates
 from biodedup.match.labels import AS_LABELLED, readings_of
 from biodedup.search.multicolumn import plan as multicolumn_plan
-from biodedup.search.positions import strongest
+from biodedup.search.positions import comparable, comparable_bits, strongest
 from biodedup.search.shards import fan_out, native
 from biodedup.testing import internals
 from biodedup.values import BIT
@@ -513,3 +514,14 @@ def test_impostors_reach_a_score_across_positions_no_more_often_than_it_says(min
         assert np.sum(np.array(scores) >= x) <= expected + 4 * np.sqrt(expected)
         excess.append((np.sum(np.array(uncharged) >= x) - expected) / np.sqrt(expected))
     assert not tries or max(excess) > 4  # without charges, this test would fail
+
+
+def test_the_columns_that_compare_are_those_of_every_pair_asked_one_by_one():
+    columns = ("face", "right_index", "left_index", "unknown")
+    template = bd.Template("right_index", "m-1", np.eye(4, dtype=np.float32)[0])
+    for mine, theirs in product(range(16), repeat=2):
+        probe = {c: template for i, c in enumerate(columns) if mine >> i & 1}
+        models = {c: ColumnModel("m-1", 4) for i, c in enumerate(columns) if theirs >> i & 1}
+        for across in (False, True):
+            wanted = sum(BIT[c] for c in models if any(comparable(own, c, across=across) for own in probe))
+            assert comparable_bits(probe, models, across=across) == wanted

@@ -78,9 +78,11 @@ def one_batch(table: Any) -> Any:
 def read_templates(batch: Any, *, threads: int = 1) -> ReadTemplates:
     """batch: pyarrow.RecordBatch. threads: that read columns side by side. Raises InvalidInput for columns that cannot be read."""
     names = batch.schema.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidInput(f"the batch has {', '.join(twice)} twice; leave one of them out")
     stray = [name for name in names if name not in KNOWN]
     present = [c for c in COLUMNS if {c, c + MINUTIAE} & {n for n in names if not _is_null(batch, n)}]
-    if "subject_id" not in names or not present or stray or len(set(names)) != len(names):
+    if "subject_id" not in names or not present or stray:
         raise InvalidInput(
             f"the batch has the columns {names}; wanted subject_id, at least one of {', '.join(COLUMNS)}, and beside them only "
             "groups, COLUMN_minutiae and COLUMN_quality"
