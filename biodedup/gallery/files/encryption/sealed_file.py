@@ -194,13 +194,14 @@ class _Sealed:
 
     def fill(self, target: mmap.mmap, start: int, end: int) -> None:
         first, last = start // self.block_bytes, max(-(-end // self.block_bytes), 1)
-        if self._ready[first:last].all():
+        single = last - first == 1  # most often, of a file whose rows are read singly
+        if self._ready[first] if single else self._ready[first:last].all():
             return
         if self._file < 0:
             raise EngineClosed("the gallery was closed while it was being read; open it again")
         out = memoryview(target)
         try:
-            for low, high in _runs(~self._ready[first:last], first):
+            for low, high in [(first, last)] if single else _runs(~self._ready[first:last], first):
                 self._decrypt(out, low, high)
         finally:
             out.release()
