@@ -423,7 +423,6 @@ class ColumnFile:
         read raises EngineClosed. Closing twice does nothing."""
         self._arrays = _Closed()
         self._octets = np.zeros(0, np.uint8)
-        self._sealed = None
         content, self._content = self._content, _closed_map()
         with suppress(BufferError):  # a view of it is in use somewhere, and is its last owner now
             content.close()
