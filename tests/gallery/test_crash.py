@@ -134,10 +134,14 @@ def test_after_any_single_fault_the_state_is_that_before_or_after(tmp_path, name
     assert kept >= 1
 
 
-@pytest.mark.usefixtures("at_rest")
-@pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])
-@pytest.mark.parametrize("name", CARE)
-def test_no_single_fault_while_sealing_merging_or_copying_changes_what_is_stored(tmp_path, name, after):
+@pytest.mark.parametrize(
+    ("name", "after", "at_rest"),
+    [(name, after, "in the clear") for name in CARE for after in (False, True)]
+    + [("merge", False, "encrypted"), ("backup", True, "encrypted")],
+    ids=lambda value: ("refused", "acknowledgement lost")[value] if isinstance(value, bool) else value,
+    indirect=["at_rest"],
+)
+def test_no_single_fault_while_sealing_merging_or_copying_changes_what_is_stored(tmp_path, name, after, at_rest):
     prepare(tmp_path / "model")
     before = state(tmp_path / "model")
     failed = 0
@@ -178,9 +182,13 @@ def test_memory_agrees_with_the_disk_after_a_fault(tmp_path, after):
     assert n > 100
 
 
-@pytest.mark.usefixtures("at_rest")
-@pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])
-def test_after_any_single_fault_while_creating_the_gallery_opens_again(tmp_path, after):
+@pytest.mark.parametrize(
+    ("after", "at_rest"),
+    [(False, "in the clear"), (True, "in the clear"), (False, "encrypted")],
+    ids=["refused", "acknowledgement lost", "encrypted, refused"],
+    indirect=["at_rest"],
+)
+def test_after_any_single_fault_while_creating_the_gallery_opens_again(tmp_path, after, at_rest):
     n = 0
     while True:
         n += 1

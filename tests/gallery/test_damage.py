@@ -231,7 +231,6 @@ def test_a_backup_is_incremental_consistent_and_a_gallery(sealed, tmp_path):
         engine.backup(tmp_path / "full")
 
 
-@pytest.mark.usefixtures("at_rest")
 def test_a_damaged_gallery_is_not_copied_over_a_good_backup(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         engine.backup(tmp_path / "b")

@@ -6,7 +6,12 @@ import base64
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +26,13 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care import encrypting
 from biodedup.gallery.care.verify import inspect
+from biodedup.gallery.files.column_file import Stream, open_column_file, write_column_file
 from biodedup.gallery.files.encryption.keyring import Key, KeyFile, key_file
 from biodedup.gallery.files.encryption.sealed_file import NotAuthentic, SealedMap, SealedWriter
 from biodedup.gallery.files.filesystem import LocalFile, LocalStorage
 from biodedup.jobs.enrolment.queue import Arrival
+from biodedup.testing import internals
+from tests.support import ROOT
 from tests.support.faults import Countdown
 from tests.support.galleries import PEOPLE, enroll, small
 from tests.support.minutiae import record, strewn
@@ -404,9 +412,8 @@ def test_an_encryption_that_fails_anywhere_leaves_the_gallery_as_it_was_or_encry
     tmp_path, monkeypatch
 ):
     fill(tmp_path / "before", small(merge_fan=9))
-    wanted, n = answers(tmp_path / "before", small()), 0
-    while True:
-        n += 1
+    wanted = answers(tmp_path / "before", small())
+    for n in itertools.count(1, 6):
         shutil.copytree(tmp_path / "before", tmp_path / "g")
         countdown = Countdown(n)
         with monkeypatch.context() as patched:
@@ -555,7 +562,7 @@ def forged_answers(gallery: Path, wanted: tuple[object, ...]) -> tuple[bool, boo
     return bool(problems), given == wanted
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_every_forgery_of_a_file_is_found_and_none_changes_an_answer(encrypted, tmp_path, count):
     shutil.copytree(encrypted, tmp_path / "g")
     shutil.copytree(encrypted, tmp_path / "earlier")
@@ -578,3 +585,116 @@ def test_every_forgery_of_a_file_is_found_and_none_changes_an_answer(encrypted, 
         forger.restore()
     assert unused <= count / 10
     assert answers(tmp_path / "g", with_key()) == wanted
+
+
+def written_rest(folder: Path) -> tuple[LocalStorage, np.ndarray]:
+    """A sealed file whose rows are read singly, as the rest of a column is."""
+    storage = LocalStorage(lambda: KEY)
+    storage.unlock(folder, new=True)
+    rows = np.random.default_rng(0).integers(1, 255, (4_000, 64), np.uint8)
+    write_column_file(
+        storage, folder / "1.face.rest", {"kind": "x"}, [Stream("rest", "|u1", rows.shape, [rows])], BLOCK
+    )
+    return storage, rows
+
+
+def test_rows_are_right_while_another_thread_gives_their_memory_back(tmp_path):
+    storage, rows = written_rest(tmp_path)
+    file = open_column_file(storage, tmp_path / "1.face.rest")
+    wrong, ended = [], threading.Event()
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        while not ended.is_set():
+            at = rng.integers(0, len(rows), 50)
+            low = int(rng.integers(0, 3_900))
+            if not (
+                np.array_equal(file.take("rest", at), rows[at])
+                and np.array_equal(file.read("rest", low, low + 99), rows[low : low + 99])
+            ):
+                wrong.append(seed)
+
+    with ThreadPoolExecutor(3) as pool:
+        done = [pool.submit(read, seed) for seed in range(3)]
+        for _ in range(60):
+            file.release(forget=True)
+            time.sleep(0.005)
+        ended.set()
+        for one in done:
+            one.result()
+    assert wrong == []
+
+
+def test_a_file_that_is_closed_while_it_is_read_gives_right_rows_or_says_that_it_is_closed(tmp_path):
+    storage, rows = written_rest(tmp_path)
+    for seed in range(20):
+        file = open_column_file(storage, tmp_path / "1.face.rest")
+        rng = np.random.default_rng(seed)
+        closer = threading.Timer(0.001 * seed / 4, file.close)
+        closer.start()
+        try:
+            for _ in range(200):
+                at = rng.integers(0, len(rows), 50)
+                assert np.array_equal(file.take("rest", at), rows[at])
+        except bd.EngineClosed:
+            pass
+        closer.join()
+
+
+def test_a_search_of_a_closed_encrypted_gallery_says_so(encrypted):
+    engine = bd.Engine.open(encrypted, with_key(), read_only=True)
+    snapshot = internals(engine).gallery.snapshot()
+    engine.close()
+    with pytest.raises(bd.EngineClosed):
+        snapshot.parts[0].columns["face"].vectors_at(np.array([0]))
+
+
+def test_a_child_of_a_fork_leaves_the_encrypted_gallery_of_its_parent_alone(encrypted, tmp_path):
+    shutil.copytree(encrypted, tmp_path / "g")
+    with bd.Engine.open(tmp_path / "g", with_key()) as engine:
+        child = os.fork()
+        if child == 0:
+            try:
+                internals(engine).gallery.transaction().__enter__()
+            except bd.EngineClosed:
+                engine.close()
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        enroll(engine, 20)
+        assert engine.problems() == []
+
+
+@pytest.mark.slow
+def test_a_killed_writer_of_an_encrypted_gallery_loses_nothing_that_it_acknowledged(tmp_path):
+    program = """
+import sys
+import biodedup as bd
+from tests.support.galleries import enroll, small
+from dataclasses import replace
+with bd.Engine.open(sys.argv[1], replace(small(), keys=bd.KeyProvider(environment="REGISTER_KEY"))) as engine:
+    for i in range(len(engine), 60):
+        print(i, enroll(engine, i).outcome, flush=True)
+        engine.maintain()
+"""
+    acknowledged: set[str] = set()
+    for kill in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "g")],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"REGISTER_KEY": KEY.hex()},
+        )
+        assert process.stdout is not None
+        told = "".join(process.stdout.readline() for _ in range(5))
+        time.sleep(0.03 * kill)
+        process.kill()
+        told += process.stdout.read()
+        process.stdout.close()
+        process.wait()
+        acknowledged |= {f"s{line.split()[0]}" for line in told.splitlines(keepends=True) if line.endswith("unique\n")}
+        with bd.Engine.open(tmp_path / "g", with_key()) as engine:
+            assert acknowledged <= set(engine.subject_ids())
+            assert engine.problems() == []
+    assert len(acknowledged) >= 12

@@ -407,11 +407,11 @@ class ColumnFile:
 
     def release(self, *, forget: bool) -> None:
         """Gives back the memory that single rows have taken up so far; they stay in the system's cache while there is room, unless
-        it shall forget them."""
+        it shall forget them. What was decrypted is given back only then: there is no cache of it but this memory."""
         with suppress(ValueError):  # closed meanwhile
             if (sealed := self._sealed) is None:
                 self._content.madvise(mmap.MADV_DONTNEED)
-            elif self._copied:
+            elif self._copied and forget:
                 with sealed.guard:
                     sealed.release()
                     self._checked[:] = False
@@ -423,7 +423,6 @@ class ColumnFile:
         read raises EngineClosed. Closing twice does nothing."""
         self._arrays = _Closed()
         self._octets = np.zeros(0, np.uint8)
-        self._sealed = None
         content, self._content = self._content, _closed_map()
         with suppress(BufferError):  # a view of it is in use somewhere, and is its last owner now
             content.close()

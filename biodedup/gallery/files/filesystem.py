@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, cast
 
-from biodedup.errors import GalleryBusy, GalleryDamaged, KeyMismatch, NotAGallery
+from biodedup.errors import GalleryBusy, GalleryDamaged, InvalidInput, KeyMismatch, NotAGallery
 from biodedup.gallery.files import forks
 from biodedup.gallery.files.encryption.keyring import Key, KeyFile, new_key_file, register_key
 from biodedup.gallery.files.encryption.sealed_file import (
@@ -107,7 +107,8 @@ class Storage(Protocol):
         gallery is created, and gets a key if this storage has one. Raises KeyMismatch, GalleryDamaged."""
 
     def share_key(self, source: Path, target: Path) -> None:
-        """Before a gallery is copied: the target gets the source's key, or stays in the clear as the source. Raises KeyMismatch."""
+        """Before a gallery is copied: the target gets the source's key, or stays in the clear as the source. Raises InvalidInput,
+        KeyMismatch."""
 
     def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection: ...
 
@@ -310,8 +311,10 @@ class LocalStorage:
             return
         names = self.list_names(target) or ()
         others = there is None and (DATABASE_NAME in names or self.list_names(target / SEGMENT_FOLDER))
-        if mine is None or others or (there is not None and there.gallery_key_id != mine.gallery_key_id):
-            raise KeyMismatch(f"{target} and {source} are not encrypted under the same key; name an empty folder")
+        if mine is not None and there is not None and there.gallery_key_id != mine.gallery_key_id:
+            raise InvalidInput(f"{target} is another gallery or its backup; name an empty folder")
+        if mine is None or others:
+            raise KeyMismatch(f"{target} and {source} are not both encrypted; name an empty folder")
         if there is None or there.wrapped != mine.wrapped:  # or a rotation was since
             replace_private(target / KEY_NAME, _read_whole(source / KEY_NAME))
             self.sync_folder(target)

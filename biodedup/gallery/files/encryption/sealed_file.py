@@ -109,7 +109,7 @@ class SealedMap(mmap.mmap):
         """file: an open descriptor, which the map owns from now on. Raises NotAuthentic."""
         sealed = _Sealed(file, key, name)
         made = cls(-1, max(sealed.size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        made._sealed, made.guard = sealed, threading.RLock()
+        made._sealed, made.guard = sealed, sealed.guard
         advice = ["MADV_DONTDUMP"]
         if sealed.block_bytes >= BLOCK_BYTES:  # of single rows few pages are read
             advice.append("MADV_HUGEPAGE")
@@ -128,7 +128,7 @@ class SealedMap(mmap.mmap):
         return self._sealed.size
 
     def check_size(self) -> bool:
-        """Whether the file has still the length that it had."""
+        """Whether the file has still the length that it had. Raises EngineClosed."""
         return self._sealed.is_whole()
 
     def need(self, start: int, end: int) -> None:
@@ -157,6 +157,7 @@ class _Sealed:
 
     def __init__(self, file: int, key: Key, name: str) -> None:
         self._file = file
+        self.guard = threading.RLock()
         try:
             self._open(key, name)
         except BaseException:
@@ -187,20 +188,26 @@ class _Sealed:
         self._ready = np.zeros(count, bool)
 
     def is_whole(self) -> bool:
-        return self._file >= 0 and os.fstat(self._file).st_size >= self._bytes
+        with self.guard:  # a closed descriptor may be another file's
+            self._refuse_closed()
+            return os.fstat(self._file).st_size >= self._bytes
+
+    def _refuse_closed(self) -> None:
+        if self._file < 0:
+            raise EngineClosed("the gallery was closed while it was being read; open it again")
 
     def forget(self) -> None:
         self._ready[:] = False
 
     def fill(self, target: mmap.mmap, start: int, end: int) -> None:
         first, last = start // self.block_bytes, max(-(-end // self.block_bytes), 1)
-        if self._ready[first:last].all():
+        single = last - first == 1  # most often, of a file whose rows are read singly
+        if self._ready[first] if single else self._ready[first:last].all():
             return
-        if self._file < 0:
-            raise EngineClosed("the gallery was closed while it was being read; open it again")
+        self._refuse_closed()
         out = memoryview(target)
         try:
-            for low, high in _runs(~self._ready[first:last], first):
+            for low, high in [(first, last)] if single else _runs(~self._ready[first:last], first):
                 self._decrypt(out, low, high)
         finally:
             out.release()
