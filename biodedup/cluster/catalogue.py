@@ -18,6 +18,7 @@ One gallery has one schema, `biodedup_NAME`. Besides the tables of `CatalogueTab
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -90,6 +91,8 @@ class PostgresCatalogue(CatalogueTables):
         self._schema = f"biodedup_{gallery}"
         self._limits = limits
         self._lock_key = xxhash.xxh3_64_intdigest(self._schema.encode()) - (1 << 63)
+        self.register_id = secrets.token_hex(8)
+        """Names the register's folder in the segment store: drawn for a new register, read by `open`."""
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
         self._begun: State | None = None
         self._intended: State | None = None
@@ -219,9 +222,11 @@ class PostgresCatalogue(CatalogueTables):
                     f"the database has no gallery {self._schema.removeprefix('biodedup_')!r}; check the URL"
                 )
             self._lay(lambda: self.create(gallery_id, settings))
-        found = self.meta().get("cluster_format")
+        settings_stored = self.meta()
+        found = settings_stored.get("cluster_format")
         if found != str(CLUSTER_FORMAT):
             raise NotAGallery(f"the gallery in PostgreSQL has format {found}, this version reads {CLUSTER_FORMAT}")
+        self.register_id = settings_stored["register_id"]
 
     def _lay(self, fill: Callable[[], None], after: int = -1) -> bool:
         """Lays the schema and fills it. Returns False where another front-end has just done so."""
@@ -285,7 +290,9 @@ class PostgresCatalogue(CatalogueTables):
         )
         self._run(f"CREATE TABLE {self._table('retired')} (name text PRIMARY KEY, since timestamptz NOT NULL)")
         settings = {"gallery_id": gallery_id, "config": config, "format": str(FORMAT_VERSION)}
-        settings |= {"cluster_format": str(CLUSTER_FORMAT)} | dict.fromkeys(ADDED_SETTINGS, "1")
+        settings |= {"cluster_format": str(CLUSTER_FORMAT), "register_id": self.register_id} | dict.fromkeys(
+            ADDED_SETTINGS, "1"
+        )
         self.put("meta", sorted(settings.items()))
 
     # commits of other front-ends --------------------------------------------------------------------------------

@@ -90,13 +90,14 @@ class ClusterGallery(Gallery):
     ) -> None:
         """folder: of the local copies; holder: names this front-end in leases."""
         self._cluster = cluster
-        self._store = SegmentStore(cluster.segments)
+        self._store = SegmentStore(cluster.segments, catalogue.register_id)
         storage.make_folder(folder)
         storage.make_folder(folder / "segments")
         self._cache = SegmentCache(storage, folder / "segments", self._store, cluster.cache_bytes_max)
         self._stored: set[str] = set()
         """Names in the segment store that the manifest names, or that were uploaded to be named."""
         self._holder = holder
+        self._one_maintains = threading.Lock()
         self._maintains: tuple[int, int] | None = None
         """(thread, fence) while this front-end holds the lease."""
         self._seen_at = time.monotonic()
@@ -151,7 +152,8 @@ class ClusterGallery(Gallery):
 
     def _poll(self) -> None:
         failing = False
-        while not self._ended.wait(self._cluster.poll_ms / 1000):
+        wait_s = min(self._cluster.poll_ms / 1000, _LEASE_S / 3)
+        while not self._ended.wait(wait_s):
             try:
                 absent = self._look()
                 if absent:
@@ -174,6 +176,8 @@ class ClusterGallery(Gallery):
             if self._broken:
                 self._recover()
             self._renew_lease()
+            if time.monotonic() - self._seen_at < self._cluster.poll_ms / 2000:
+                return []
             return self._read_changes()
         finally:
             self.lock.release()
@@ -332,22 +336,28 @@ class ClusterGallery(Gallery):
     @contextmanager
     def maintaining(self) -> Iterator[None]:
         """Holds the lease meanwhile. Raises GalleryBusy where another front-end has it."""
-        with self.lock:
-            fence = self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
-        if fence is None:
-            raise GalleryBusy("another front-end seals and merges; try again when it is done")
-        self._maintains = threading.get_ident(), fence
-        try:
-            self.refresh()
-            yield
-        finally:
-            self._maintains = None
-            with suppress(BiodedupError), self.lock:
-                self._catalogue.give_lease_back(_LEASE, self._holder)
+        with self._one_maintains:
+            with self.lock:
+                fence = self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
+            if fence is None:
+                raise GalleryBusy("another front-end seals and merges; try again when it is done")
+            self._maintains = threading.get_ident(), fence
+            try:
+                self.refresh()
+                yield
+            finally:
+                self._maintains = None
+                with suppress(BiodedupError), self.lock:
+                    self._catalogue.give_lease_back(_LEASE, self._holder)
 
     def _renew_lease(self) -> None:
         if self._maintains is not None:
             self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
+
+    def maintain(self) -> None:
+        """Seals and merges what is due, and removes garbage from the store."""
+        super().maintain()
+        self.collect_garbage()
 
     def collect_garbage(self) -> list[str]:
         """Removes files of the segment store that no manifest has named for `ClusterConfig.garbage_grace_s`. Returns their names."""

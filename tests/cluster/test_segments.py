@@ -35,23 +35,27 @@ def best(engine: bd.Engine, vector: np.ndarray) -> str:
 
 
 def stored(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "store").iterdir())
+    return sorted(file for file in (tmp_path / "store").rglob("*") if file.is_file())
 
 
 def test_a_store_returns_what_was_uploaded_and_lacks_what_was_not(tmp_path):
-    store = SegmentStore(f"file://{tmp_path}/store")
+    store = SegmentStore(f"file://{tmp_path}/store", "r1")
     (tmp_path / "a").write_bytes(b"some bytes")
     store.upload(tmp_path / "a", "1.face.00")
     store.upload(tmp_path / "a", "1.face.00")
     store.download("1.face.00", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"some bytes"
-    assert (tmp_path / "b").stat().st_mode & 0o777 == (tmp_path / "store" / "1.face.00").stat().st_mode & 0o777 == 0o600
+    assert (
+        (tmp_path / "b").stat().st_mode & 0o777
+        == (tmp_path / "store" / "r1" / "1.face.00").stat().st_mode & 0o777
+        == 0o600
+    )
     with pytest.raises(bd.GalleryDamaged, match="lacks"):
         store.download("2.face.00", tmp_path / "c")
 
 
 def test_an_upload_that_the_store_does_not_return_is_refused(tmp_path, monkeypatch):
-    store = SegmentStore(f"file://{tmp_path}/store")
+    store = SegmentStore(f"file://{tmp_path}/store", "r1")
     (tmp_path / "a").write_bytes(b"some bytes")
     monkeypatch.setattr(
         SegmentStore, "_write_local", staticmethod(lambda source, target: target.write_bytes(b"same size!"))
@@ -62,7 +66,7 @@ def test_an_upload_that_the_store_does_not_return_is_refused(tmp_path, monkeypat
 
 def test_an_address_that_is_none_is_named():
     with pytest.raises(bd.InvalidInput, match="s3://bucket"):
-        SegmentStore("nowhere://x")
+        SegmentStore("nowhere://x", "r1")
 
 
 def test_a_bulk_load_and_a_merge_of_one_front_end_are_searched_by_another(register):
@@ -162,10 +166,10 @@ def test_garbage_is_what_no_manifest_names_for_the_time_of_grace(register, postg
     vectors = fill(engine, 12, seed=1)
     fill(engine, 12, seed=2)
     before = {file.name for file in stored(tmp_path)}
-    (tmp_path / "store" / "9.face.0123").write_bytes(b"of a front-end that was killed")
+    (stored(tmp_path)[0].parent / "9.face.0123").write_bytes(b"of a front-end that was killed")
     engine.maintain()
+    assert before < {file.name for file in stored(tmp_path)}
     gallery = internals(engine).gallery
-    assert gallery.collect_garbage() == []
     for file in stored(tmp_path):
         os.utime(file, (0, 0))
     assert gallery.collect_garbage() == ["9.face.0123"]
@@ -235,6 +239,18 @@ def test_a_register_has_its_segments_in_s3(s3, register):
     assert best(second, again(one[3], 0.9)) == "p1-3"
     assert best(first, again(two[5], 0.9)) == "p2-5"
     assert first.problems() == second.problems() == []
-    gallery, store = internals(first).gallery, SegmentStore(s3)
+    gallery, store = internals(first).gallery, SegmentStore(s3, internals(first).catalogue.register_id)
     assert gallery.collect_garbage() == []
     assert {kind for name in store.ages(time.time()) for kind in [name.split(".")[1]]} == {"subject", "face"}
+
+
+def test_registers_with_one_store_never_remove_each_others_files(register, postgres, tmp_path):
+    config = bd.Config(cluster=bd.ClusterConfig(segments=f"file://{tmp_path}/store", garbage_grace_s=0.0))
+    first = register(SMALL, cluster=NO_POLL)
+    vectors = fill(first, 12)
+    with bd.Engine.open(f"{register.url}_other", config) as other:
+        fill(other, 12, seed=1)
+        other.seal()
+        assert len({file.parent for file in stored(tmp_path)}) == 2
+        assert internals(other).gallery.collect_garbage() == []
+    assert best(register(SMALL), again(vectors[3], 0.9)) == "p0-3"
