@@ -303,7 +303,7 @@ class GalleryConfig:
 class ClusterConfig:
     """A register on several machines: `Engine.open("postgresql://user@host/database?gallery=register", Config(cluster=ClusterConfig(...)))`."""
 
-    segments: str
+    segments: str = ""
     """Where the sealed segments are, for all machines: `file:///folder` (such as NFS) or `s3://bucket/folder`."""
     cache: Path | None = None
     """Folder of this machine's copies of the segments; several front-ends may share it. None: a temporary folder, removed at the end."""
@@ -323,7 +323,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check_text(self, "segments")
+        if not self.segments:
+            raise InvalidInput("segments is empty, wanted where the segments are: file:///folder or s3://bucket/folder")
         _check(self, 1, inf, "cache_bytes_max", "deadline_ms", "transaction_ms_max", "poll_ms", "stale_ms_max")
         _check(self, 0, inf, "garbage_grace_s")
 

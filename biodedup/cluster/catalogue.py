@@ -87,6 +87,7 @@ class PostgresCatalogue(CatalogueTables):
     """
 
     def __init__(self, conninfo: str, gallery: str, limits: Limits = Limits()) -> None:
+        self.gallery = gallery
         self._conninfo = conninfo
         self._schema = f"biodedup_{gallery}"
         self._limits = limits
@@ -218,9 +219,7 @@ class PostgresCatalogue(CatalogueTables):
         self._check_durable()
         if not self._exists():
             if not create:
-                raise NotAGallery(
-                    f"the database has no gallery {self._schema.removeprefix('biodedup_')!r}; check the URL"
-                )
+                raise NotAGallery(f"the database has no gallery {self.gallery!r}; check the URL")
             self._lay(lambda: self.create(gallery_id, settings))
         settings_stored = self.meta()
         found = settings_stored.get("cluster_format")
@@ -252,9 +251,7 @@ class PostgresCatalogue(CatalogueTables):
         self._connect()
         self._check_durable()
         if self._exists() or not self._lay(fill, after):
-            raise InvalidInput(
-                f"the database has a gallery {self._schema.removeprefix('biodedup_')!r}; name another one"
-            )
+            raise InvalidInput(f"the database has a gallery {self.gallery!r}; name another one")
 
     def _exists(self) -> bool:
         query = "SELECT count(*) FROM information_schema.tables WHERE table_schema = %s AND table_name = 'meta'"
@@ -398,7 +395,17 @@ class PostgresCatalogue(CatalogueTables):
 
     def clear_journal(self) -> None:
         super().clear_journal()
-        assert self._begun is not None
+        self._trim_log()
+
+    def trim_journal(self, end_row: int, commits: int) -> None:
+        """Deletes the rows before one, and the answers up to a commit, which a segment holds now."""
+        self._delete("subject WHERE row < ?", [(end_row,)])
+        self._delete("cell WHERE key < ?", [(end_row * STRIDE,)])
+        self._delete("encounter WHERE commits <= ?", [(commits,)])
+        self._trim_log()
+
+    def _trim_log(self) -> None:
+        assert self._begun is not None, "only a writer deletes"
         oldest = self._begun.commits - _LOG_COMMITS
         self._run(f"DELETE FROM {self._table('commit_log')} WHERE commits < %s", (oldest,))
 

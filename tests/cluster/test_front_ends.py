@@ -239,6 +239,22 @@ def test_a_reader_of_a_register_that_is_not_there_is_told_so(register):
         enroll(reader, "bella", people(2)[1])
 
 
+def test_what_needs_a_folder_says_so_and_messages_name_the_register(register, tmp_path):
+    with register() as engine:
+        with pytest.raises(bd.InvalidInput, match="gallery export"):
+            engine.backup(tmp_path / "copy")
+    with pytest.raises(bd.PolicyMismatch, match=r"gallery r[0-9]+ in PostgreSQL decides"):
+        register(bd.Config(policy=bd.Policy(fpir=1e-5)))
+
+
+def test_the_settings_of_a_register_are_read_from_a_file(tmp_path):
+    (tmp_path / "a.toml").write_text('[cluster]\nsegments = "file:///nfs/register"\npoll_ms = 50\n')
+    assert bd.Config.load(tmp_path / "a.toml").cluster == bd.ClusterConfig("file:///nfs/register", poll_ms=50)
+    (tmp_path / "b.toml").write_text("[cluster]\npoll_ms = 50\n")
+    with pytest.raises(bd.InvalidInput, match="segments"):
+        bd.Config.load(tmp_path / "b.toml")
+
+
 def test_a_damaged_row_is_refused(register, postgres):
     enroll(register(), "anna", people(1)[0])
     schema = register.url.rpartition("=")[2]

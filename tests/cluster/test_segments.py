@@ -140,6 +140,18 @@ def test_a_temporary_cache_is_removed_at_the_end(register, tmp_path):
     assert not folder.exists()
 
 
+def test_front_ends_of_one_machine_share_their_copies(register, tmp_path):
+    shared = {"cache": tmp_path / "cache", **NO_POLL}
+    first, second = register(SMALL, cluster=shared), register(SMALL, cluster=shared)
+    vectors = {seed: fill((first, second)[seed % 2], 12, seed=seed) for seed in range(1, 6)}
+    first.maintain()
+    second.compact()
+    for seed, of_seed in vectors.items():
+        first.refresh()
+        assert best(first, again(of_seed[3], 0.9)) == best(second, again(of_seed[3], 0.9)) == f"p{seed}-3"
+    assert first.problems() == second.problems() == []
+
+
 def test_one_front_end_at_a_time_merges(register):
     first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
     fill(first, 12)
@@ -184,7 +196,11 @@ def test_garbage_is_what_no_manifest_names_for_the_time_of_grace(register, postg
 def test_a_front_end_that_is_killed_while_it_uploads_leaves_no_segment(register, tmp_path, monkeypatch):
     engine = register(SMALL, cluster=NO_POLL)
     engine.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}))
-    monkeypatch.setattr(SegmentStore, "upload", lambda self, source, name: (_ for _ in ()).throw(OSError("no network")))
+
+    def fails(source: Path, target: Path) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(SegmentStore, "_write_local", staticmethod(fails))
     with pytest.raises(bd.StorageUnavailable):
         engine.seal()
     monkeypatch.undo()
@@ -192,6 +208,66 @@ def test_a_front_end_that_is_killed_while_it_uploads_leaves_no_segment(register,
     engine.seal()
     assert engine.info()["segments"] == 1
     assert register(SMALL).subject_ids() == ["anna"]
+
+
+def test_others_enrol_update_and_remove_while_a_segment_is_written(register, monkeypatch):
+    first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
+    vectors, upload, done = people(30), SegmentStore.upload, []
+
+    def send(engine: bd.Engine, i: int, name: str = "") -> bd.Decision:
+        encounter = bd.Encounter(name or f"p{i}", templates={"face": vectors[i]}, encounter_id=f"e{i}")
+        return engine.enroll(encounter)
+
+    for i in range(8):
+        send(first, i)
+    refused = bd.Encounter("p20", [bd.Missing("face", "amputated")], encounter_id="e20")
+    first.enroll(refused)
+    first.remove("p1")
+
+    def meanwhile(store: SegmentStore, source: Path, name: str) -> None:
+        if not done:
+            done.append(1)
+            send(second, 8)
+            send(second, 20)  # refused before; now with a face
+            second.remove("p2")
+            second.update(bd.Encounter("p3", templates={"face": again(vectors[3], 0.9)}, encounter_id="u3"))
+        upload(store, source, name)
+
+    monkeypatch.setattr(SegmentStore, "upload", meanwhile)
+    first.seal()
+    assert done
+    third = register(SMALL)
+    for engine in (first, second, third):
+        engine.refresh()
+        assert engine.subject_ids() == ["p0", "p3", "p4", "p5", "p6", "p7", "p8", "p20"]
+        assert len(engine.encounters("p3")) == 2
+        assert engine.decision("e20").outcome == "unique"
+        assert engine.decision("e5").outcome == "unique"
+        assert best(engine, again(vectors[8], 0.9)) == "p8"
+        assert engine.info()["sealed_rows"] == 8
+        assert engine.problems() == []
+    assert first.info() == second.info() == third.info()
+    first.compact()
+    assert first.info()["removed_not_erased"] == 0
+    assert first.problems() == []
+
+
+def test_two_front_ends_that_seal_at_once_make_one_segment(register, monkeypatch):
+    first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
+    first.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}))
+    upload, done = SegmentStore.upload, []
+
+    def meanwhile(store: SegmentStore, source: Path, name: str) -> None:
+        if not done:
+            done.append(1)
+            second.seal()
+        upload(store, source, name)
+
+    monkeypatch.setattr(SegmentStore, "upload", meanwhile)
+    first.seal()
+    assert first.info() == second.info()
+    assert first.info()["segments"] == 1
+    assert first.problems() == []
 
 
 def test_files_are_for_their_owner_alone(register, tmp_path):
