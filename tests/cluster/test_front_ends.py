@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -184,6 +185,7 @@ def test_a_search_is_refused_when_the_newest_commits_are_unknown_for_too_long(re
     enroll(engine, "anna", anna)
     with monkeypatch.context() as patched:
         patched.setattr(postgres_catalogue.PostgresCatalogue, "begin_reading", unreachable)
+        time.sleep(0.05)
         with pytest.raises(bd.StorageUnavailable):
             identify(engine, anna)
     assert identify(engine, anna).outcome == "duplicate"
