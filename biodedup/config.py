@@ -303,7 +303,7 @@ class GalleryConfig:
 class ClusterConfig:
     """A register on several machines: `Engine.open("postgresql://user@host/database?gallery=register", Config(cluster=ClusterConfig(...)))`."""
 
-    segments: str
+    segments: str = ""
     """Where the sealed segments are, for all machines: `file:///folder` (such as NFS) or `s3://bucket/folder`."""
     cache: Path | None = None
     """Folder of this machine's copies of the segments; several front-ends may share it. None: a temporary folder, removed at the end."""
@@ -312,8 +312,7 @@ class ClusterConfig:
     deadline_ms: int = 10_000
     """For how long a front-end waits to connect to PostgreSQL, and for the other front-ends' commits, before it raises a RetryableError."""
     transaction_ms_max: int = 60_000
-    """After which time without a statement PostgreSQL ends a front-end's transaction, so that a stopped process holds nobody up. Sealing
-    writes a segment within a transaction: allow for it."""
+    """After which time without a statement PostgreSQL ends a front-end's transaction, so that a stopped process holds nobody up."""
     poll_ms: int = 100
     """How often a front-end reads what the others committed. Its own commits always do."""
     stale_ms_max: int = 5_000
@@ -323,7 +322,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check_text(self, "segments")
+        if not self.segments:
+            raise InvalidInput("segments is empty, wanted where the segments are: file:///folder or s3://bucket/folder")
         _check(self, 1, inf, "cache_bytes_max", "deadline_ms", "transaction_ms_max", "poll_ms", "stale_ms_max")
         _check(self, 0, inf, "garbage_grace_s")
 

@@ -18,6 +18,7 @@ One gallery has one schema, `biodedup_NAME`. Besides the tables of `CatalogueTab
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -86,10 +87,13 @@ class PostgresCatalogue(CatalogueTables):
     """
 
     def __init__(self, conninfo: str, gallery: str, limits: Limits = Limits()) -> None:
+        self.gallery = gallery
         self._conninfo = conninfo
         self._schema = f"biodedup_{gallery}"
         self._limits = limits
         self._lock_key = xxhash.xxh3_64_intdigest(self._schema.encode()) - (1 << 63)
+        self.register_id = secrets.token_hex(8)
+        """Names the register's folder in the segment store: drawn for a new register, read by `open`."""
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
         self._begun: State | None = None
         self._intended: State | None = None
@@ -215,13 +219,13 @@ class PostgresCatalogue(CatalogueTables):
         self._check_durable()
         if not self._exists():
             if not create:
-                raise NotAGallery(
-                    f"the database has no gallery {self._schema.removeprefix('biodedup_')!r}; check the URL"
-                )
+                raise NotAGallery(f"the database has no gallery {self.gallery!r}; check the URL")
             self._lay(lambda: self.create(gallery_id, settings))
-        found = self.meta().get("cluster_format")
+        settings_stored = self.meta()
+        found = settings_stored.get("cluster_format")
         if found != str(CLUSTER_FORMAT):
             raise NotAGallery(f"the gallery in PostgreSQL has format {found}, this version reads {CLUSTER_FORMAT}")
+        self.register_id = settings_stored["register_id"]
 
     def _lay(self, fill: Callable[[], None], after: int = -1) -> bool:
         """Lays the schema and fills it. Returns False where another front-end has just done so."""
@@ -247,9 +251,7 @@ class PostgresCatalogue(CatalogueTables):
         self._connect()
         self._check_durable()
         if self._exists() or not self._lay(fill, after):
-            raise InvalidInput(
-                f"the database has a gallery {self._schema.removeprefix('biodedup_')!r}; name another one"
-            )
+            raise InvalidInput(f"the database has a gallery {self.gallery!r}; name another one")
 
     def _exists(self) -> bool:
         query = "SELECT count(*) FROM information_schema.tables WHERE table_schema = %s AND table_name = 'meta'"
@@ -285,7 +287,9 @@ class PostgresCatalogue(CatalogueTables):
         )
         self._run(f"CREATE TABLE {self._table('retired')} (name text PRIMARY KEY, since timestamptz NOT NULL)")
         settings = {"gallery_id": gallery_id, "config": config, "format": str(FORMAT_VERSION)}
-        settings |= {"cluster_format": str(CLUSTER_FORMAT)} | dict.fromkeys(ADDED_SETTINGS, "1")
+        settings |= {"cluster_format": str(CLUSTER_FORMAT), "register_id": self.register_id} | dict.fromkeys(
+            ADDED_SETTINGS, "1"
+        )
         self.put("meta", sorted(settings.items()))
 
     # commits of other front-ends --------------------------------------------------------------------------------
@@ -391,7 +395,17 @@ class PostgresCatalogue(CatalogueTables):
 
     def clear_journal(self) -> None:
         super().clear_journal()
-        assert self._begun is not None
+        self._trim_log()
+
+    def trim_journal(self, end_row: int, commits: int) -> None:
+        """Deletes the rows before one, and the answers up to a commit, which a segment holds now."""
+        self._delete("subject WHERE row < ?", [(end_row,)])
+        self._delete("cell WHERE key < ?", [(end_row * STRIDE,)])
+        self._delete("encounter WHERE commits <= ?", [(commits,)])
+        self._trim_log()
+
+    def _trim_log(self) -> None:
+        assert self._begun is not None, "only a writer deletes"
         oldest = self._begun.commits - _LOG_COMMITS
         self._run(f"DELETE FROM {self._table('commit_log')} WHERE commits < %s", (oldest,))
 

@@ -38,8 +38,8 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.loading import read
 from biodedup.gallery.segments.layout import SegmentEntry
-from biodedup.gallery.segments.part import Rows
-from biodedup.gallery.segments.tail import TailPart
+from biodedup.gallery.segments.part import Part, Rows
+from biodedup.gallery.segments.tail import Tail, TailPart
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction
 from biodedup.values import Template
@@ -90,13 +90,14 @@ class ClusterGallery(Gallery):
     ) -> None:
         """folder: of the local copies; holder: names this front-end in leases."""
         self._cluster = cluster
-        self._store = SegmentStore(cluster.segments)
+        self._store = SegmentStore(cluster.segments, catalogue.register_id)
         storage.make_folder(folder)
         storage.make_folder(folder / "segments")
         self._cache = SegmentCache(storage, folder / "segments", self._store, cluster.cache_bytes_max)
         self._stored: set[str] = set()
         """Names in the segment store that the manifest names, or that were uploaded to be named."""
         self._holder = holder
+        self._one_maintains = threading.Lock()
         self._maintains: tuple[int, int] | None = None
         """(thread, fence) while this front-end holds the lease."""
         self._seen_at = time.monotonic()
@@ -151,7 +152,8 @@ class ClusterGallery(Gallery):
 
     def _poll(self) -> None:
         failing = False
-        while not self._ended.wait(self._cluster.poll_ms / 1000):
+        wait_s = min(self._cluster.poll_ms / 1000, _LEASE_S / 3)
+        while not self._ended.wait(wait_s):
             try:
                 absent = self._look()
                 if absent:
@@ -174,6 +176,8 @@ class ClusterGallery(Gallery):
             if self._broken:
                 self._recover()
             self._renew_lease()
+            if time.monotonic() - self._seen_at < self._cluster.poll_ms / 2000:
+                return []
             return self._read_changes()
         finally:
             self.lock.release()
@@ -224,7 +228,11 @@ class ClusterGallery(Gallery):
             return
         since, pending, tombstones, different = self._state.commits, known.pending, known.tombstones, known.different
         models = catalogue.models() if "model" in put else known.models
-        self._append_rows(models={column: model.model_id for column, model in models.items()})
+        try:
+            self._append_rows(self._tail, known.segments, {column: model.model_id for column, model in models.items()})
+        except BaseException:
+            self._tail.truncate(known.parts[-1].count)
+            raise
         if self._tail.end_row != state.row_count:
             raise GalleryDamaged(
                 f"the journal has {self._tail.end_row} rows, wanted {state.row_count}; restore it from a backup"
@@ -259,26 +267,21 @@ class ClusterGallery(Gallery):
             self._policies = tuple(catalogue.policies())
         self._state = replace(state, next_segment=max(state.next_segment, self._state.next_segment))
 
-    def _append_rows(self, models: dict[str, str]) -> None:
-        """Appends the journal's new rows to the tail."""
-        tail, segments = self._tail, self._published.segments
+    def _append_rows(self, tail: Tail, segments: Sequence[Part], models: dict[str, str]) -> None:
+        """Appends the journal's rows behind a tail to it. models: column -> model_id."""
         subjects = self._catalogue.subjects_from(tail.end_row)
         if not subjects:
             return
         cells: dict[int, list[JournalCell]] = {}
         for cell in self._catalogue.cells_from(tail.end_row):
             cells.setdefault(cell.row, []).append(cell)
-        try:
-            for row, subject_id, encounter_id, group_set in subjects:
-                if row != tail.end_row:
-                    raise GalleryDamaged(f"the journal lacks row {tail.end_row}; restore the database from a backup")
-                templates = {cell.column: _template(cell, models) for cell in cells.get(row, ())}
-                hashed = hash_of(subject_id)
-                again = subject_id in tail.positions_of or any(segment.find(subject_id, hashed) for segment in segments)
-                tail.append(subject_id, encounter_id, group_set, templates, again=again)
-        except BaseException:
-            tail.truncate(self._published.parts[-1].count)
-            raise
+        for row, subject_id, encounter_id, group_set in subjects:
+            if row != tail.end_row:
+                raise GalleryDamaged(f"the journal lacks row {tail.end_row}; restore the database from a backup")
+            templates = {cell.column: _template(cell, models) for cell in cells.get(row, ())}
+            hashed = hash_of(subject_id)
+            again = subject_id in tail.positions_of or any(segment.find(subject_id, hashed) for segment in segments)
+            tail.append(subject_id, encounter_id, group_set, templates, again=again)
 
     # writing ----------------------------------------------------------------------------------------------------
 
@@ -301,7 +304,11 @@ class ClusterGallery(Gallery):
     ) -> SegmentEntry:
         """As in a folder; the files are uploaded, too, so that the commit need not."""
         entry = super().write_parts(parts, keeps, go_on)
-        self._upload([entry])
+        try:
+            self._upload([entry])
+        except BaseException:
+            self._remove_files(entry.number)
+            raise
         return entry
 
     def _take_number(self) -> int:
@@ -332,22 +339,48 @@ class ClusterGallery(Gallery):
     @contextmanager
     def maintaining(self) -> Iterator[None]:
         """Holds the lease meanwhile. Raises GalleryBusy where another front-end has it."""
+        with self._one_maintains:
+            with self.lock:
+                fence = self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
+            if fence is None:
+                raise GalleryBusy("another front-end seals and merges; try again when it is done")
+            self._maintains = threading.get_ident(), fence
+            try:
+                self.refresh()
+                yield
+            finally:
+                self._maintains = None
+                with suppress(BiodedupError), self.lock:
+                    self._catalogue.give_lease_back(_LEASE, self._holder)
+
+    def seal(self) -> None:
+        """Turns the journal, as it is now, into a segment. Others commit while it is written and uploaded; their rows stay in the journal."""
         with self.lock:
-            fence = self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
-        if fence is None:
-            raise GalleryBusy("another front-end seals and merges; try again when it is done")
-        self._maintains = threading.get_ident(), fence
-        try:
             self.refresh()
-            yield
-        finally:
-            self._maintains = None
-            with suppress(BiodedupError), self.lock:
-                self._catalogue.give_lease_back(_LEASE, self._holder)
+            before, commits = self._published, self._state.commits
+            part = TailPart(self._tail, self._tail.count, dict(self._tail.answers))
+        if not part.count and not part.answers.count:
+            return
+        entry = self.write_part(part, before.mask(before.parts[-1]))
+        with self.transaction() as transaction:
+            if transaction.tail.first_row != part.first_row:
+                return  # another front-end has sealed these rows
+            self._catalogue.trim_journal(part.end_row, commits)
+            rest = Tail(part.end_row)
+            segments = [*transaction.segments, part]
+            self._append_rows(rest, segments, {name: model.model_id for name, model in transaction.models.items()})
+            rest.answers = self._catalogue.answers_since(commits)
+            entry = replace(entry, first_row=part.first_row, end_row=part.end_row)
+            transaction.take_sealed(entry, before.tombstones[before.tombstones >= part.first_row], rest)
 
     def _renew_lease(self) -> None:
         if self._maintains is not None:
             self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
+
+    def maintain(self) -> None:
+        """Seals and merges what is due, and removes garbage from the store."""
+        super().maintain()
+        self.collect_garbage()
 
     def collect_garbage(self) -> list[str]:
         """Removes files of the segment store that no manifest has named for `ClusterConfig.garbage_grace_s`. Returns their names."""
@@ -371,6 +404,13 @@ class ClusterGallery(Gallery):
             self._stored.difference_update(gone)
             self._catalogue.forget_retired([name for name in retired if name in gone or name not in ages])
         return gone
+
+    @property
+    def name(self) -> str:
+        return f"gallery {self._catalogue.gallery} in PostgreSQL"
+
+    def refuse_backup(self) -> None:
+        raise InvalidInput("a register in PostgreSQL is no folder; copy it by `biodedup gallery export`")
 
     def problems(self) -> list[str]:
         """What a check of every row, and of every local copy against the manifest, finds wrong."""
@@ -414,7 +454,8 @@ class ClusterGallery(Gallery):
         self._cache.sweep([segment.entry for segment in self._published.segments])
 
     def copied_to(self, copy: object) -> Snapshot:
-        raise InvalidInput("a register in PostgreSQL is no folder; copy it by `biodedup gallery export`")
+        self.refuse_backup()
+        raise AssertionError("it always refuses")
 
 
 def _template(cell: JournalCell, models: dict[str, str]) -> Template:

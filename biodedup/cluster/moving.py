@@ -29,7 +29,7 @@ from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, NEW_NAME, SEG
 from biodedup.gallery.opening import check_format, prepare_folder
 from biodedup.gallery.segments.layout import SegmentEntry
 
-_OWN_SETTINGS = {"format", "cluster_format", "state"}
+_OWN_SETTINGS = {"format", "cluster_format", "register_id", "state"}
 """Rows of `meta` that each side writes itself."""
 
 
@@ -48,7 +48,8 @@ def import_gallery(folder: Path, url: str, cluster: ClusterConfig, storage: Stor
     """Copies the gallery in a folder to a new register. Raises NotAGallery, GalleryBusy, GalleryDamaged, InvalidInput where the register
     is there, StorageUnavailable."""
     storage = storage or LocalStorage()
-    target, store = connect(url, cluster), SegmentStore(cluster.segments)
+    target = connect(url, cluster)
+    store = SegmentStore(cluster.segments, target.register_id)
     with translated(f"importing {folder}"), closing(target), _source(storage, folder) as source:
         entries, state = source.segments(), source.state()
         byte_count = sum(_upload(storage, folder / SEGMENT_FOLDER, entry, store) for entry in entries)
@@ -67,9 +68,9 @@ def export_gallery(url: str, folder: Path, cluster: ClusterConfig, storage: Stor
     """Copies a register, as of one commit, to a gallery in an absent or empty folder. Raises NotAGallery, GalleryDamaged, InvalidInput,
     StorageUnavailable."""
     storage = storage or LocalStorage()
-    store = SegmentStore(cluster.segments)
     with translated(f"exporting to {folder}"), closing(connect(url, cluster)) as source:
         source.open("", "", create=False)
+        store = SegmentStore(cluster.segments, source.register_id)
         if storage.list_names(folder):
             raise InvalidInput(f"{folder} is not empty; name another folder")
         lock = prepare_folder(storage, folder, read_only=False)

@@ -19,26 +19,27 @@ from pyarrow import ArrowException, fs
 
 from biodedup.errors import GalleryDamaged, InvalidInput, StorageUnavailable
 from biodedup.gallery.files.names import NEW_SUFFIX
-from biodedup.gallery.files.private import create_private
+from biodedup.gallery.files.private import create_private, make_private_folder
 
 _PIECE_BYTES = 1 << 22
 
 
 class SegmentStore:
-    """The files of one gallery. url: `file:///folder` or `s3://bucket/folder`, as `pyarrow.fs.FileSystem.from_uri` reads it. Thread-safe."""
+    """The files of one register. url: `file:///folder` or `s3://bucket/folder`, as `pyarrow.fs.FileSystem.from_uri` reads it; register_id: the
+    folder below it, so that several registers never see each other's files. Thread-safe."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, register_id: str) -> None:
         try:
             self._files, root = fs.FileSystem.from_uri(url)
         except (ArrowException, OSError, ValueError) as error:
             raise InvalidInput(
                 f"ClusterConfig.segments is no address of a file system ({error}); write file:///folder or s3://bucket/folder"
             ) from None
-        self._root = root.rstrip("/")
+        self._root = f"{root.rstrip('/')}/{register_id}"
         self._is_local = isinstance(self._files, fs.LocalFileSystem)
         with _translated("opening the segment store"):
             if self._is_local:
-                os.makedirs(self._root, mode=0o700, exist_ok=True)
+                make_private_folder(Path(self._root))
 
     def upload(self, source: Path, name: str) -> None:
         """Copies a local file, and verifies the copy. A copy that is there and the same stays."""

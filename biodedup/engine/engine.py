@@ -789,6 +789,7 @@ class Engine:
         Raises InvalidInput if the folder holds something else, GalleryDamaged, StorageUnavailable.
         """
         self._check_open()
+        self._gallery.refuse_backup()
         return backup(self._gallery.storage, self._gallery.folder, Path(target))
 
     # shared -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class PolicyInForce:
     def __init__(self, gallery: Gallery, given: Policy | None, *, override: bool) -> None:
         stored = gallery.policies[-1]
         if given is not None and given != stored.policy and not override:
-            raise mismatch(str(gallery.folder), stored, given)
+            raise mismatch(gallery.name, stored, given)
         self._gallery = gallery
         self._overriding = given if override else None
 

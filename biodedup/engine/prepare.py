@@ -292,7 +292,7 @@ def refuse_other_models(gallery: Gallery, extractor: Extractor) -> None:
         configured = extractor.model_ids["face" if column == "face" else "finger"]
         if known.model_id != configured and known.model_id in made and not known.model_id.startswith(EXTERNAL):
             raise ModelMismatch(
-                f"{gallery.folder}: column {column} holds templates of {known.model_id}, the config names {configured}; "
+                f"{gallery.name}: column {column} holds templates of {known.model_id}, the config names {configured}; "
                 "open it with the config that made it, or enrol anew into another folder"
             )
 

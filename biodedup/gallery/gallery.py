@@ -137,6 +137,14 @@ class Gallery:
         """A gallery that is there, while another process may write it. Raises as `open`."""
         return cls.open(folder, storage=storage, config=config, settings={}, gallery_id="", read_only=True)
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.folder)
+
+    def refuse_backup(self) -> None:
+        """Raises InvalidInput for a gallery that is no folder to be copied."""
+
     def problems(self) -> list[str] | None:
         """What a gallery that is no folder finds wrong with itself; None for a folder, which care/verify.py inspects."""
         return None

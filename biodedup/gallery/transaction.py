@@ -349,6 +349,13 @@ class Transaction:
         self._catalogue.clear_journal()
         self.tail = Tail(tail.end_row)
 
+    def take_sealed(self, entry: SegmentEntry, dropped: Int64, rest: Tail) -> None:
+        """The first rows of the journal are in a segment that was written before. dropped: the removed rows that it does not hold; rest: the
+        rows behind it. The caller has taken the sealed rows out of the journal."""
+        self._adopt(entry)
+        self._drop_tombstones(dropped)
+        self.tail = rest
+
     def swap(self, merged: Sequence[Segment], entry: SegmentEntry, dropped: Int64) -> None:
         """One segment for several neighbours; dropped: the removed rows that it does not hold any more."""
         numbers = [segment.entry.number for segment in merged]

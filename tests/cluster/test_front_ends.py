@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import psycopg
@@ -15,6 +20,7 @@ from biodedup.errors import StorageUnavailable
 from biodedup.testing import internals
 from tests.support.vectors import again, people
 
+STRICT = bd.Config(policy=bd.Policy(duplicate_db=58, review_db=58))
 NO_POLL = {"poll_ms": 3_600_000, "stale_ms_max": 3_600_000}
 
 
@@ -179,6 +185,7 @@ def test_a_search_is_refused_when_the_newest_commits_are_unknown_for_too_long(re
     enroll(engine, "anna", anna)
     with monkeypatch.context() as patched:
         patched.setattr(postgres_catalogue.PostgresCatalogue, "begin_reading", unreachable)
+        time.sleep(0.05)
         with pytest.raises(bd.StorageUnavailable):
             identify(engine, anna)
     assert identify(engine, anna).outcome == "duplicate"
@@ -234,6 +241,22 @@ def test_a_reader_of_a_register_that_is_not_there_is_told_so(register):
         enroll(reader, "bella", people(2)[1])
 
 
+def test_what_needs_a_folder_says_so_and_messages_name_the_register(register, tmp_path):
+    with register() as engine:
+        with pytest.raises(bd.InvalidInput, match="gallery export"):
+            engine.backup(tmp_path / "copy")
+    with pytest.raises(bd.PolicyMismatch, match=r"gallery r[0-9]+ in PostgreSQL decides"):
+        register(bd.Config(policy=bd.Policy(fpir=1e-5)))
+
+
+def test_the_settings_of_a_register_are_read_from_a_file(tmp_path):
+    (tmp_path / "a.toml").write_text('[cluster]\nsegments = "file:///nfs/register"\npoll_ms = 50\n')
+    assert bd.Config.load(tmp_path / "a.toml").cluster == bd.ClusterConfig("file:///nfs/register", poll_ms=50)
+    (tmp_path / "b.toml").write_text("[cluster]\npoll_ms = 50\n")
+    with pytest.raises(bd.InvalidInput, match="segments"):
+        bd.Config.load(tmp_path / "b.toml")
+
+
 def test_a_damaged_row_is_refused(register, postgres):
     enroll(register(), "anna", people(1)[0])
     schema = register.url.rpartition("=")[2]
@@ -241,6 +264,125 @@ def test_a_damaged_row_is_refused(register, postgres):
         connection.execute(f"UPDATE biodedup_{schema}.subject SET subject_id = 'anne'")
     with pytest.raises(bd.GalleryDamaged, match="subject"):
         register()
+
+
+def test_front_ends_that_start_at_once_create_one_register(register):
+    with ThreadPoolExecutor(4) as threads:
+        engines = list(threads.map(lambda _: register(cluster=NO_POLL), range(4)))
+    assert len({engine.info()["gallery_id"] for engine in engines}) == 1
+    vectors = people(4)
+    for i, engine in enumerate(engines):
+        enroll(engine, f"s{i}", vectors[i])
+    assert register().subject_ids() == ["s0", "s1", "s2", "s3"]
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\nb", "\ud800"])
+def test_a_text_that_postgresql_cannot_hold_is_refused_as_the_callers_mistake(register, text):
+    engine = register(cluster=NO_POLL)
+    (anna,) = people(1)
+    enroll(engine, "anna", anna, encounter_id="a")
+    for call in (
+        lambda: enroll(engine, text, anna),
+        lambda: enroll(engine, "bella", anna, encounter_id=text),
+        lambda: enroll(engine, "bella", anna, groups=(text,)),
+        lambda: engine.set_policy(bd.Policy(fpir=1e-5), by=text, reason="test"),
+    ):
+        with pytest.raises(bd.InvalidInput):
+            call()
+    assert "anna" in engine
+    assert "b\0" not in engine
+    assert engine.decision("b\0") is None
+
+
+def test_a_note_is_kept_as_it_was_written(register):
+    engine = register(cluster=NO_POLL)
+    anna, bella = people(2)
+    enroll(engine, "anna", anna)
+    engine.dispute(bd.Encounter("anna", templates={"face": bella}, encounter_id="c"))
+    note = "line one\nline 'two'; DROP TABLE subject; -- %s \u00e9\U0001f600"
+    try:
+        engine.adjudicate("c", "different", "clerk", note)
+    except bd.InvalidInput:
+        note = note.replace("\n", " ")
+        engine.adjudicate("c", "different", "clerk", note)
+    other = register(cluster=NO_POLL)
+    assert [verdict.note for verdict in other.verdicts()] == [note]
+
+
+def test_a_fork_cannot_use_the_register_and_leaves_the_parents_connection_alone(register):
+    engine = register()
+    enroll(engine, "anna", people(1)[0])
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.subject_ids()
+            os._exit(1)
+        except bd.EngineClosed:
+            engine.close()
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert enroll(engine, "bella", people(2)[1]).outcome == "unique"
+
+
+def test_threads_of_two_front_ends_that_offer_the_same_people_enrol_each_once(register):
+    engines, vectors = [register(STRICT), register(STRICT)], people(40)
+
+    def offer(i: int) -> str:
+        person, engine = i // 4, engines[i % 2]
+        face = again(vectors[person], 0.9, seed=[i])
+        return enroll(engine, f"s{person}-{i}", face).outcome
+
+    with ThreadPoolExecutor(8) as threads:
+        outcomes = list(threads.map(offer, range(160)))
+    assert [outcomes[4 * i : 4 * i + 4].count("unique") for i in range(40)] == [1] * 40
+    for engine in engines:
+        engine.refresh()
+    assert engines[0].subject_ids() == engines[1].subject_ids()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_history_at_three_front_ends_leaves_what_a_dictionary_would_hold(register, seed):
+    """Operations at random front-ends, which do not look in between, against a model; front-ends come, go and seal."""
+    chance, vectors = random.Random(seed), people(12)
+    engines = [register(STRICT, cluster=NO_POLL) for _ in range(3)]
+    rows: dict[str, int] = {}
+    answers: dict[str, bd.Decision] = {}
+    for step in range(120):
+        engine, person = chance.choice(engines), chance.randrange(12)
+        name, vector = f"s{person}", again(vectors[person], 0.9, seed=[seed, step])
+        encounter = bd.Encounter(name, templates={"face": vector}, encounter_id=f"e{step}")
+        what = chance.choice(["enroll", "enroll", "twin", "update", "remove", "resend", "seal", "reopen"])
+        if what == "enroll" and name in rows:
+            with pytest.raises(bd.SubjectExists):
+                engine.enroll(encounter)
+        elif what == "enroll":
+            answers[f"e{step}"] = decision = engine.enroll(encounter)
+            assert decision.outcome == "unique"
+            rows[name] = 1
+        elif what == "twin" and name in rows:
+            answers[f"e{step}"] = decision = engine.enroll(replace(encounter, subject_id=f"twin{step}"))
+            assert (decision.outcome, decision.best.subject_id) == ("duplicate", name)
+        elif what == "update" and name in rows:
+            answers[f"e{step}"] = decision = engine.update(encounter)
+            assert decision.outcome == "unique"
+            rows[name] = min(rows[name] + 1, 3)
+        elif what == "remove" and name in rows:
+            engine.remove(name)
+            del rows[name]
+        elif what == "resend" and answers:
+            known = chance.choice(sorted(answers))
+            engine.refresh()
+            assert replace(engine.decision(known), reasons=()) == replace(answers[known], reasons=())
+        elif what == "seal":
+            engine.seal()
+        elif what == "reopen":
+            engines[engines.index(engine)] = register(STRICT, cluster=NO_POLL)
+    for engine in engines:
+        engine.refresh()
+        assert sorted(engine.subject_ids()) == sorted(rows)
+        assert {name: len(engine.encounters(name)) for name in rows} == rows
+        assert engine.problems() == []
+    assert engines[0].info() == engines[1].info() == engines[2].info()
 
 
 @pytest.mark.slow

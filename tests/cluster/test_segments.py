@@ -35,23 +35,27 @@ def best(engine: bd.Engine, vector: np.ndarray) -> str:
 
 
 def stored(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "store").iterdir())
+    return sorted(file for file in (tmp_path / "store").rglob("*") if file.is_file())
 
 
 def test_a_store_returns_what_was_uploaded_and_lacks_what_was_not(tmp_path):
-    store = SegmentStore(f"file://{tmp_path}/store")
+    store = SegmentStore(f"file://{tmp_path}/store", "r1")
     (tmp_path / "a").write_bytes(b"some bytes")
     store.upload(tmp_path / "a", "1.face.00")
     store.upload(tmp_path / "a", "1.face.00")
     store.download("1.face.00", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"some bytes"
-    assert (tmp_path / "b").stat().st_mode & 0o777 == (tmp_path / "store" / "1.face.00").stat().st_mode & 0o777 == 0o600
+    assert (
+        (tmp_path / "b").stat().st_mode & 0o777
+        == (tmp_path / "store" / "r1" / "1.face.00").stat().st_mode & 0o777
+        == 0o600
+    )
     with pytest.raises(bd.GalleryDamaged, match="lacks"):
         store.download("2.face.00", tmp_path / "c")
 
 
 def test_an_upload_that_the_store_does_not_return_is_refused(tmp_path, monkeypatch):
-    store = SegmentStore(f"file://{tmp_path}/store")
+    store = SegmentStore(f"file://{tmp_path}/store", "r1")
     (tmp_path / "a").write_bytes(b"some bytes")
     monkeypatch.setattr(
         SegmentStore, "_write_local", staticmethod(lambda source, target: target.write_bytes(b"same size!"))
@@ -62,7 +66,7 @@ def test_an_upload_that_the_store_does_not_return_is_refused(tmp_path, monkeypat
 
 def test_an_address_that_is_none_is_named():
     with pytest.raises(bd.InvalidInput, match="s3://bucket"):
-        SegmentStore("nowhere://x")
+        SegmentStore("nowhere://x", "r1")
 
 
 def test_a_bulk_load_and_a_merge_of_one_front_end_are_searched_by_another(register):
@@ -136,6 +140,18 @@ def test_a_temporary_cache_is_removed_at_the_end(register, tmp_path):
     assert not folder.exists()
 
 
+def test_front_ends_of_one_machine_share_their_copies(register, tmp_path):
+    shared = {"cache": tmp_path / "cache", **NO_POLL}
+    first, second = register(SMALL, cluster=shared), register(SMALL, cluster=shared)
+    vectors = {seed: fill((first, second)[seed % 2], 12, seed=seed) for seed in range(1, 6)}
+    first.maintain()
+    second.compact()
+    for seed, of_seed in vectors.items():
+        first.refresh()
+        assert best(first, again(of_seed[3], 0.9)) == best(second, again(of_seed[3], 0.9)) == f"p{seed}-3"
+    assert first.problems() == second.problems() == []
+
+
 def test_one_front_end_at_a_time_merges(register):
     first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
     fill(first, 12)
@@ -162,10 +178,10 @@ def test_garbage_is_what_no_manifest_names_for_the_time_of_grace(register, postg
     vectors = fill(engine, 12, seed=1)
     fill(engine, 12, seed=2)
     before = {file.name for file in stored(tmp_path)}
-    (tmp_path / "store" / "9.face.0123").write_bytes(b"of a front-end that was killed")
+    (stored(tmp_path)[0].parent / "9.face.0123").write_bytes(b"of a front-end that was killed")
     engine.maintain()
+    assert before < {file.name for file in stored(tmp_path)}
     gallery = internals(engine).gallery
-    assert gallery.collect_garbage() == []
     for file in stored(tmp_path):
         os.utime(file, (0, 0))
     assert gallery.collect_garbage() == ["9.face.0123"]
@@ -180,7 +196,11 @@ def test_garbage_is_what_no_manifest_names_for_the_time_of_grace(register, postg
 def test_a_front_end_that_is_killed_while_it_uploads_leaves_no_segment(register, tmp_path, monkeypatch):
     engine = register(SMALL, cluster=NO_POLL)
     engine.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}))
-    monkeypatch.setattr(SegmentStore, "upload", lambda self, source, name: (_ for _ in ()).throw(OSError("no network")))
+
+    def fails(source: Path, target: Path) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(SegmentStore, "_write_local", staticmethod(fails))
     with pytest.raises(bd.StorageUnavailable):
         engine.seal()
     monkeypatch.undo()
@@ -188,6 +208,66 @@ def test_a_front_end_that_is_killed_while_it_uploads_leaves_no_segment(register,
     engine.seal()
     assert engine.info()["segments"] == 1
     assert register(SMALL).subject_ids() == ["anna"]
+
+
+def test_others_enrol_update_and_remove_while_a_segment_is_written(register, monkeypatch):
+    first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
+    vectors, upload, done = people(30), SegmentStore.upload, []
+
+    def send(engine: bd.Engine, i: int, name: str = "") -> bd.Decision:
+        encounter = bd.Encounter(name or f"p{i}", templates={"face": vectors[i]}, encounter_id=f"e{i}")
+        return engine.enroll(encounter)
+
+    for i in range(8):
+        send(first, i)
+    refused = bd.Encounter("p20", [bd.Missing("face", "amputated")], encounter_id="e20")
+    first.enroll(refused)
+    first.remove("p1")
+
+    def meanwhile(store: SegmentStore, source: Path, name: str) -> None:
+        if not done:
+            done.append(1)
+            send(second, 8)
+            send(second, 20)  # refused before; now with a face
+            second.remove("p2")
+            second.update(bd.Encounter("p3", templates={"face": again(vectors[3], 0.9)}, encounter_id="u3"))
+        upload(store, source, name)
+
+    monkeypatch.setattr(SegmentStore, "upload", meanwhile)
+    first.seal()
+    assert done
+    third = register(SMALL)
+    for engine in (first, second, third):
+        engine.refresh()
+        assert engine.subject_ids() == ["p0", "p3", "p4", "p5", "p6", "p7", "p8", "p20"]
+        assert len(engine.encounters("p3")) == 2
+        assert engine.decision("e20").outcome == "unique"
+        assert engine.decision("e5").outcome == "unique"
+        assert best(engine, again(vectors[8], 0.9)) == "p8"
+        assert engine.info()["sealed_rows"] == 8
+        assert engine.problems() == []
+    assert first.info() == second.info() == third.info()
+    first.compact()
+    assert first.info()["removed_not_erased"] == 0
+    assert first.problems() == []
+
+
+def test_two_front_ends_that_seal_at_once_make_one_segment(register, monkeypatch):
+    first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
+    first.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}))
+    upload, done = SegmentStore.upload, []
+
+    def meanwhile(store: SegmentStore, source: Path, name: str) -> None:
+        if not done:
+            done.append(1)
+            second.seal()
+        upload(store, source, name)
+
+    monkeypatch.setattr(SegmentStore, "upload", meanwhile)
+    first.seal()
+    assert first.info() == second.info()
+    assert first.info()["segments"] == 1
+    assert first.problems() == []
 
 
 def test_files_are_for_their_owner_alone(register, tmp_path):
@@ -235,6 +315,18 @@ def test_a_register_has_its_segments_in_s3(s3, register):
     assert best(second, again(one[3], 0.9)) == "p1-3"
     assert best(first, again(two[5], 0.9)) == "p2-5"
     assert first.problems() == second.problems() == []
-    gallery, store = internals(first).gallery, SegmentStore(s3)
+    gallery, store = internals(first).gallery, SegmentStore(s3, internals(first).catalogue.register_id)
     assert gallery.collect_garbage() == []
     assert {kind for name in store.ages(time.time()) for kind in [name.split(".")[1]]} == {"subject", "face"}
+
+
+def test_registers_with_one_store_never_remove_each_others_files(register, postgres, tmp_path):
+    config = bd.Config(cluster=bd.ClusterConfig(segments=f"file://{tmp_path}/store", garbage_grace_s=0.0))
+    first = register(SMALL, cluster=NO_POLL)
+    vectors = fill(first, 12)
+    with bd.Engine.open(f"{register.url}_other", config) as other:
+        fill(other, 12, seed=1)
+        other.seal()
+        assert len({file.parent for file in stored(tmp_path)}) == 2
+        assert internals(other).gallery.collect_garbage() == []
+    assert best(register(SMALL), again(vectors[3], 0.9)) == "p0-3"

@@ -182,7 +182,9 @@ class _Cells:
 class TailPart:
     """The first `count` rows of a tail, as a `Part`."""
 
-    def __init__(self, tail: Tail, count: int) -> None:
+    def __init__(self, tail: Tail, count: int, answers: Mapping[str, StoredDecision] | None = None) -> None:
+        """answers: None for all that the tail has, those to come included."""
+        self._own_answers = answers
         self.first_row = tail.first_row
         self.count = count
         self.end_row = tail.first_row + count
@@ -195,7 +197,7 @@ class TailPart:
 
     @cached_property
     def answers(self) -> TailAnswers:
-        return TailAnswers(self._tail.answers)
+        return TailAnswers(self._tail.answers if self._own_answers is None else self._own_answers)
 
     @property
     def bits(self) -> Mapping[int, int]:
