@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.advice import advice
 from biodedup.arguments import check_fields
 from biodedup.described import BIOMETRIC, Described, Tabular
 from biodedup.errors import InvalidInput
@@ -46,6 +47,9 @@ BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 
 RULINGS = ("same", "different", "recapture")
 """The rulings on a case: one person, two people, or new captures are needed."""
+
+_NOT_TO_RECAPTURE = ("superseded", "missing")
+"""Reasons of refusals after which nothing is captured again."""
 
 RESERVED_PREFIXES = ("batch:", "load:", "merge:", "stage:")
 """Prefixes of the encounter_ids that the library makes: for records without one, batches of templates, and the steps of a merge."""
@@ -409,6 +413,7 @@ class Decision(Tabular):
     was comparable. compared: how many rows have a capture in common with the probe.
     cleared: subjects that would be candidates, had a person not ruled on them. adjudicated: the verdict that closed the case.
     replacement: the reason of an update that replaced all rows of its subject.
+    doubtful: captures that were accepted though their quality is low: with the reason, the quality and what a good one has.
     gallery_size: subjects enrolled plus open cases; the thresholds are for this size.
     """
 
@@ -432,6 +437,7 @@ class Decision(Tabular):
     cleared: tuple[Candidate, ...] = ()
     adjudicated: Verdict | None = None
     replacement: str = ""
+    doubtful: tuple[Refusal, ...] = ()
 
     _columns: ClassVar[Mapping[str, str]] = _CANDIDATE_COLUMNS
 
@@ -455,6 +461,17 @@ class Decision(Tabular):
     def best(self) -> Candidate | None:
         """The strongest candidate, or None."""
         return self.candidates[0] if self.candidates else None
+
+    @property
+    def recaptures(self) -> dict[str, str]:
+        """Column -> why its capture should be taken again and how, in words: of captures that were refused, and unless the decision is
+        `duplicate`, of those that were accepted with a low quality."""
+        doubtful = () if self.outcome == "duplicate" else self.doubtful
+        return {
+            part.column: advice(part.reason, part.detail, part.measured, part.limit)
+            for part in (*doubtful, *self.refusals)
+            if part.reason not in _NOT_TO_RECAPTURE
+        }
 
 
 @dataclass(frozen=True)

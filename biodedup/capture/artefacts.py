@@ -30,7 +30,7 @@ _PATTERN_PX = (3, 22)
 """Period of a pattern in the aligned face, whose eyes are 35 pixels apart."""
 _BLOCKS, _BLOCKS_COARSE = 3.0, 4.5
 """Faces of LFW, MEDS, ORL and Yale have 2.6 at most; JPEG of quality 5 has 2.8 to 5, of quality 2 at least 5."""
-_MOUTH_FLAT, _MOUTH_PLAIN, _EYES_FLAT = 0.05, 0.09, 0.09
+_MOUTH_FLAT, _MOUTH_PLAIN, _EYES_FLAT, _EYES_PLAIN = 0.05, 0.09, 0.10, 0.16
 _MOUTH = slice(80, 104), slice(36, 77)
 _EYES = (slice(44, 60), slice(28, 49)), (slice(44, 60), slice(64, 85))
 _INNER = slice(16, -8), slice(16, -16)
@@ -57,8 +57,9 @@ def signs(image: NDArray[np.uint8], blocks: float) -> Iterator[Sign]:
     if mouth < _MOUTH_PLAIN:
         limit, needed = (_MOUTH_FLAT, ALWAYS) if mouth < _MOUTH_FLAT else (_MOUTH_PLAIN, DOUBTFUL)
         yield Sign("occluded", "detail around the mouth over contrast", mouth, limit, needed)
-    if eyes < _EYES_FLAT:
-        yield Sign("occluded", "detail around the eyes over contrast", eyes, _EYES_FLAT, ALWAYS)
+    if eyes < _EYES_PLAIN:
+        limit, needed = (_EYES_FLAT, ALWAYS) if eyes < _EYES_FLAT else (_EYES_PLAIN, SUSPECT)
+        yield Sign("occluded", "detail around the eyes over contrast", eyes, limit, needed)
     noise = noise_level(grey[_INNER]) / contrast
     if noise >= _NOISE:
         limit, needed = (_NOISE_STRONG, SUSPECT) if noise >= _NOISE_STRONG else (_NOISE, DOUBTFUL)

@@ -88,13 +88,16 @@ class FaceDetector:
             )
 
     def align(self, pixels: Pixels) -> AlignedFace | Refusal:
-        """The capture's aligned face, or a refusal. Of a file that states pixels which are not square both readings are tried."""
+        """The capture's aligned face, or a refusal. Of a file that states pixels which are not square both readings are
+        tried: the detector is surer of a face whose proportions are right."""
         plain = self._align(pixels)
         other = squared(pixels)
         if other is None:
             return plain
         corrected = self._align(other)
-        if isinstance(corrected, Refusal) or (isinstance(plain, AlignedFace) and misfit(plain) <= misfit(corrected)):
+        if isinstance(corrected, Refusal) or (
+            isinstance(plain, AlignedFace) and plain.confidence >= corrected.confidence
+        ):
             return plain
         return replace(corrected, provenance=other.provenance)
 
@@ -306,12 +309,6 @@ def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refu
         if missed:
             return Refusal("face", reason, detail, round(measured, 3), limit)
     return None
-
-
-def misfit(face: AlignedFace) -> float:
-    """Root mean square distance of the aligned landmarks from where the network expects them, in pixels of the aligned face."""
-    transform = similarity_transform(face.landmarks, _POINTS)
-    return float(np.sqrt(((face.landmarks @ transform[:, :2].T + transform[:, 2] - _POINTS) ** 2).sum(axis=1).mean()))
 
 
 def _surroundings(rgb: NDArray[np.uint8], landmarks: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -20,7 +20,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
 from biodedup.match.judgement import BELIEVED, SPEAKS_AGAINST_DB, judge, kinds_of
 from biodedup.match.ranked import Comparison, Ranked
-from biodedup.required import INCOMPLETE
+from biodedup.required import INCOMPLETE, doubtful
 from biodedup.search.expected import expected
 from biodedup.search.positions import comparable_bits
 from biodedup.search.searcher import CandidateSet, SnapshotRows
@@ -101,6 +101,7 @@ class Decider:
             expected_fnir=None if mates is None else mates.fnir,
             compared=compared,
             cleared=_candidates(now, cleared, kinds_of(cleared, duplicate_db, review_db)),
+            doubtful=doubtful(probe.templates.values()),
         )
 
     def incomplete(self, probe: Probe, lacks: Sequence[Refusal], now: Snapshot, *, version: int) -> Decision:

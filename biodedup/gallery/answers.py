@@ -181,6 +181,7 @@ def _decision(fields: Mapping[str, Any]) -> Decision:
             "adjudicated": None if verdict is None else _verdict(verdict),
             "refusals": tuple(Refusal(**refusal) for refusal in fields["refusals"]),
             "missing": tuple(Missing(m["position"], KnownId(m["reason"])) for m in fields["missing"]),
+            "doubtful": tuple(Refusal(**part) for part in fields.get("doubtful", ())),
             "model_ids": tuple(fields["model_ids"]),
             "reasons": tuple(fields.get("reasons", ())),
         }

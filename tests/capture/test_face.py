@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import cv2
 import numpy as np
 import pytest
@@ -208,3 +210,17 @@ def test_a_defect_in_one_capture_costs_that_capture_alone(portrait, monkeypatch,
     assert (bad.column, bad.reason, bad.detail) == ("face", "failed", "ArithmeticError")
     assert "could not be processed: ArithmeticError" in caplog.text
     assert "pixels" not in caplog.text
+
+
+def test_pixels_that_are_not_square_are_believed_as_far_as_the_face_agrees(portrait):
+    def jpeg(image):
+        out = io.BytesIO()
+        Image.fromarray(image).save(out, "JPEG", quality=95, dpi=(600, 300))
+        return out.getvalue()
+
+    squeezed = cv2.resize(portrait, (512, 256), interpolation=cv2.INTER_AREA)
+    plain, corrected, wrongly = EXTRACTOR.extract([bd.Face(portrait), bd.Face(jpeg(squeezed)), bd.Face(jpeg(portrait))])
+    assert similarity(plain, corrected) > 0.9
+    assert "resampled" in corrected.provenance[0]
+    assert similarity(plain, wrongly) > 0.95
+    assert wrongly.provenance == ()

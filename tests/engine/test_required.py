@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -30,6 +31,21 @@ def prints() -> list[bytes]:
 def broken(good: bytes) -> list[bd.Face | bd.Finger]:
     """An unreadable face and an empty finger beside one good finger."""
     return [bd.Face(b"no image"), bd.Finger(b"", "left_index"), bd.Finger(good, "right_index")]
+
+
+def test_a_decision_tells_which_capture_to_take_again_and_why(tmp_path, portrait):
+    dark = (portrait * 0.05).astype(np.uint8)
+    with bd.Engine.open(tmp_path / "g", bd.Config(policy=bd.Policy(required=()))) as engine:
+        decision = engine.enroll(bd.Encounter("anna", captures=[bd.Face(dark)], encounter_id="1"))
+        (column,) = decision.recaptures
+        assert column == "face"
+        assert "too dark" in decision.recaptures["face"] and "recapture with more light" in decision.recaptures["face"]
+        faint = bd.Template("face", "m-1", np.eye(1, 8, dtype=np.float32)[0], quality=0.75)
+        decision = engine.enroll(bd.Encounter("bert", templates={"face": faint}, encounter_id="2"))
+        assert "0.75" in decision.recaptures["face"] and "low quality" in decision.recaptures["face"]
+        assert engine.decision("2").recaptures == decision.recaptures
+        sharp = bd.Template("face", "m-1", np.eye(1, 8, 3, dtype=np.float32)[0], quality=0.97)
+        assert engine.identify(bd.Encounter(templates={"face": sharp})).recaptures == {}
 
 
 def named(decision: bd.Decision) -> dict[str, str]:

@@ -25,7 +25,8 @@ from biodedup.cli import app
 from biodedup.gallery.files.names import BACKLOG_NAME
 from biodedup.jobs.manifests.encounters import Manifest
 from biodedup.jobs.shared.workers import Workers
-from tests.support.images import jpeg
+from tests.support.images import finger, jpeg
+from tests.support.records import encoded, fir_2011, itl, tagged, type_4
 from tests.support.vectors import SFACE, again, people
 from tests.support.workers import InProcess, told
 
@@ -223,7 +224,7 @@ def test_killed_in_the_middle_the_command_goes_on(tmp_path):
         assert engine.problems() == []
 
 
-def test_a_broken_manifest_costs_its_broken_records_alone(tmp_path):
+def test_a_broken_listedcosts_its_broken_records_alone(tmp_path):
     vectors = people(12)
     for i, vector in enumerate(vectors):
         (tmp_path / f"{i}.bin").write_bytes(vector.tobytes())
@@ -511,3 +512,28 @@ def test_images_from_the_shell_to_a_page(tmp_path, portrait):
     status = json.loads(out)
     assert (code, status["waiting"], status["lines"]["refused"]["count"], status["warning"]) == (0, 0, 1, "")
     assert "No encounter waits" in (tmp_path / "s.html").read_text()
+
+
+def test_a_row_may_name_a_file_of_ansi_nist_and_brings_all_its_captures(tmp_path, portrait):
+    face = tagged(10, {2: 1, 3: "FACE", 6: 512, 7: 512, 8: 0, 11: "JPEGB", 12: "YCC"}, jpeg(portrait))
+    prints = [encoded(finger(seed), "PNG") for seed in (3, 4)]
+    (tmp_path / "anna.an2").write_bytes(
+        itl([type_4(2, prints[0], (320, 320), 1), type_4(7, prints[1], (320, 320), 1), face])
+    )
+    (tmp_path / "bert.fir").write_bytes(fir_2011([(3, prints[1])]))
+    (tmp_path / "cut.an2").write_bytes((tmp_path / "anna.an2").read_bytes()[:2000])
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(
+        "subject_id,path,position\nanna,anna.an2,unknown\nbert,bert.fir,right_middle\ncarl,cut.an2,unknown\n"
+    )
+    listed = Manifest(manifest)
+    assert listed.survey().count == 3
+    anna, bert, carl = (listed.read(record, CONFIG.capture) for record in listed.records())
+    assert [capture.column for capture in anna.captures] == ["right_index", "left_index", "face"]
+    assert [capture.column for capture in bert.captures] == ["right_middle"]
+    assert (carl.captures, [refusal.reason for refusal in carl.refusals]) == ((), ["unsound_record"])
+    pool = Workers(CONFIG, 1)
+    with pool:
+        (templates,) = pool.submit([anna.captures]).result()
+    assert [template.column for template in templates] == ["right_index", "left_index", "face"]
+    assert all(isinstance(template, bd.Template) for template in templates)

@@ -110,6 +110,7 @@ def test_what_a_template_is_stays(values):
         "column": "face",
         "model_id": SFACE,
         "quality": pytest.approx(0.9),
+        "provenance": [],
     }
     assert subject["enrolled"] and subject["groups"] == ["north"]
 

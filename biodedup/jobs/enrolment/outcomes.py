@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from biodedup.advice import ADVICE
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.manifests.encounters import Record
@@ -56,6 +57,7 @@ _RESULT = pa.schema(
 )
 
 WORDS: Mapping[str, tuple[str, str]] = {
+    **ADVICE,
     "already_enrolled": ("the same person is enrolled under this number already", "nothing"),
     "another_person": (
         "another person is enrolled under this number",
@@ -104,18 +106,13 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "unreadable": ("the file cannot be read", "check the disk and the permissions, and run the same command again"),
     "not_a_file": ("the path names a folder, a pipe or a device", "repair the manifest and run again"),
     "empty_file": ("the file is empty", "copy it again from where it was captured, and run the same command again"),
-    "truncated": ("the image breaks off or is damaged", "copy it again from where it was captured, or recapture"),
-    "not_an_image": ("the file is no image", "check the path in the manifest"),
-    "pixel_format": ("the image stores numbers that cannot be read as grey levels or colours", "save it again as PNG"),
     "too_many_pixels": ("the image is larger than any scanner makes", "check the file"),
     "too_many_scans": (
         "the image goes over its pixels more often than any camera makes it",
         "save it again, or recapture",
     ),
     "too_complex": ("the file asks for more work than any capture needs", "save it again, or recapture"),
-    "too_large_area": ("there are more ridges than one finger has", "cut the picture into single fingers"),
     "too_large_file": ("the file is larger than any capture", "check the file"),
-    "too_large": ("the finger would be longer than any finger", "state the right dpi"),
     "malformed_row": ("the line does not fit the table's columns", "repair the manifest and run again"),
     "wrong_type": ("a cell holds the wrong kind of value", "repair the manifest and run again"),
     "not_utf8": ("a cell is not UTF-8 text", "write the manifest in UTF-8 and run again"),
@@ -125,29 +122,6 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "no_capture": ("the record has no capture", "repair the manifest, or capture the person"),
     "invalid_input": ("a value cannot be used", "see the detail"),
     "model_mismatch": ("the template was made by another model", "extract it again with the gallery's model"),
-    "unsound_record": ("the record is damaged", "write it again, or recapture"),
-    "not_in_record": ("the record does not hold this capture", "state a position that it holds"),
-    "several_fingers": ("more than one finger is in the picture", "cut the picture into single fingers"),
-    "resolution": ("the picture states a resolution that its ridges contradict", "state the scanner's dpi"),
-    "negative": ("the face is a negative", "supply the picture itself, or recapture"),
-    "noisy": ("the face has too much noise", "recapture with more light, or supply the original file"),
-    "pattern": ("lines or dots lie over the face", "supply the picture without watermark or screen, or recapture"),
-    "occluded": ("the face is covered", "recapture without mask and dark glasses"),
-    "no_face": ("no face was found", "recapture"),
-    "several_faces": ("more than one face is in the picture", "recapture with one person alone"),
-    "turned_away": ("the face is turned away or tilted", "recapture, looking into the camera"),
-    "too_small": ("the picture, or the face in it, is too small", "recapture from nearer"),
-    "too_dark": ("the face is too dark", "recapture with more light"),
-    "too_bright": ("the face is too bright", "recapture with less light"),
-    "blurred": ("the face is out of focus or moved", "recapture, holding still"),
-    "eyes_out_of_frame": ("the eyes are outside of the picture", "recapture with the whole face"),
-    "no_ridges": ("no ridges of a finger are to be seen", "clean the scanner, recapture"),
-    "too_small_area": ("too little of the finger was on the scanner", "recapture with the whole fingertip"),
-    "few_minutiae": ("too few details of the finger are to be seen", "clean finger and scanner, recapture"),
-    "low_quality": (
-        "the capture is of low quality",
-        "of a face recapture with even light, looking into the camera; of a finger clean or moisten it and recapture",
-    ),
 }
 
 

@@ -1,0 +1,48 @@
+"""The words for a capture that was refused: what is wrong with it, and what an operator does about it.
+
+Owns one sentence for each reason of a `Refusal` that concerns a capture. Never judges a capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ADVICE: Mapping[str, tuple[str, str]] = {
+    "truncated": ("the image breaks off or is damaged", "copy it again from where it was captured, or recapture"),
+    "not_an_image": ("the file is no image", "check the path in the manifest"),
+    "pixel_format": ("the image stores numbers that cannot be read as grey levels or colours", "save it again as PNG"),
+    "resolution": ("the picture states a resolution that its ridges contradict", "state the scanner's dpi"),
+    "not_in_record": ("the record does not hold this capture", "state a position that it holds"),
+    "unsound_record": ("the record is damaged", "write it again, or recapture"),
+    "no_face": ("no face was found", "recapture"),
+    "several_faces": ("more than one face is in the picture", "recapture with one person alone"),
+    "turned_away": ("the face is turned away or tilted", "recapture, looking into the camera"),
+    "too_small": ("the picture, or the face in it, is too small", "recapture from nearer"),
+    "too_dark": ("the face is too dark", "recapture with more light"),
+    "too_bright": ("the face is too bright", "recapture with less light"),
+    "blurred": ("the face is out of focus or moved", "recapture, holding still"),
+    "eyes_out_of_frame": ("the eyes are outside of the picture", "recapture with the whole face"),
+    "negative": ("the face is a negative", "supply the picture itself, or recapture"),
+    "noisy": ("the face has too much noise", "recapture with more light, or supply the original file"),
+    "pattern": ("lines or dots lie over the face", "supply the picture without watermark or screen, or recapture"),
+    "occluded": ("the face is covered", "recapture without mask and dark glasses"),
+    "several_fingers": ("more than one finger is in the picture", "cut the picture into single fingers"),
+    "no_ridges": ("no ridges of a finger are to be seen", "clean the scanner, recapture"),
+    "too_small_area": ("too little of the finger was on the scanner", "recapture with the whole fingertip"),
+    "too_large_area": ("there are more ridges than one finger has", "cut the picture into single fingers"),
+    "too_large": ("the finger would be longer than any finger", "state the right dpi"),
+    "few_minutiae": ("too few details of the finger are to be seen", "clean finger and scanner, recapture"),
+    "low_quality": (
+        "the capture is of low quality",
+        "of a face recapture with even light, looking into the camera; of a finger clean or moisten it and recapture",
+    ),
+}
+"""reason -> (what is wrong, what to do)."""
+
+
+def advice(reason: str, detail: str, measured: float | None, limit: float | None) -> str:
+    """One sentence for an operator."""
+    wrong, remedy = ADVICE.get(reason, (reason.replace("_", " "), "see the detail, and recapture"))
+    number = "" if measured is None else f" {measured:g}" + ("" if limit is None else f", limit {limit:g}")
+    told = f" ({detail}:{number})" if detail and number else f" ({detail})" if detail else ""
+    return f"{wrong}{told}; {remedy}"
