@@ -134,6 +134,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "pattern": ("lines or dots lie over the face", "supply the picture without watermark or screen, or recapture"),
     "occluded": ("the face is covered", "recapture without mask and dark glasses"),
     "no_face": ("no face was found", "recapture"),
+    "component_limit": ("the picture is too large for NFIQ 2 or the extractor", "crop the picture to the finger"),
     "several_faces": ("more than one face is in the picture", "recapture with one person alone"),
     "turned_away": ("the face is turned away or tilted", "recapture, looking into the camera"),
     "too_small": ("the picture, or the face in it, is too small", "recapture from nearer"),
