@@ -225,7 +225,7 @@ class Tables:
 
 
 def shipped_tables() -> Tables:
-    embedding, minutiae = load_card("finger256"), load_card("mindtct_cylinders")
+    embedding, minutiae = load_card("finger256"), load_card("skeleton_cylinders")
     assert embedding.calibration is not None and minutiae.calibration is not None
     both = embedding.both[minutiae.model_id]
     return Tables(*(Calibration.from_card(table) for table in (embedding.calibration, minutiae.calibration, both)))
@@ -268,7 +268,7 @@ def fingers_moved(name: str, one: Scores, tables: Tables) -> dict[str, str]:
 
 
 def fingers_of_own_strangers(name: str, one: Scores) -> dict[str, str]:
-    embedding, minutiae = load_card("finger256"), load_card("mindtct_cylinders")
+    embedding, minutiae = load_card("finger256"), load_card("skeleton_cylinders")
     added, both = Calibration.from_card(minutiae.calibration), embedding.both[minutiae.model_id]
 
     def by_minutiae(fitted: Scores, others: Scores) -> Float64:

@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     n, rng = options.candidates, np.random.default_rng(0)
     known = Calibrations(shipped_cards())
-    finger = joint_id(load_card("finger256"), minutiae_card("mindtct"))
+    finger = joint_id(load_card("finger256"), minutiae_card("skeleton"))
     models = {
         c: ScoreModel(known.of(m), known.with_minutiae(m))
         for c, m in zip(COLUMNS, (load_card("sface").model_id, finger, finger), strict=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/fingers.py verify                   equal error rates, FVC protocol
     python benchmarks/fingers.py identify --fillers 20000 where a finger's mates rank in a gallery
-    python benchmarks/fingers.py verify --minutiae leader
+    python benchmarks/fingers.py verify --minutiae mindtct
     python benchmarks/fingers.py verify --limit 3         three fingers a set; keeps no result
 
 FVC protocol: mated, all pairs of a finger's 8 impressions; non-mated, the first impressions across the fingers of a set. Everything goes
@@ -115,7 +115,7 @@ def verify(limit: int | None, minutiae: str) -> dict[str, Any]:
 
 def left_out(mated: dict[str, Float64]) -> dict[str, str]:
     """Of mated pairs that reach so many dB by embedding and minutiae, those whose minutiae a search does not compare (match/staged.py)."""
-    model_id = joint_id(load_card("finger256"), minutiae_card("mindtct"))
+    model_id = joint_id(load_card("finger256"), minutiae_card("skeleton"))
     accepted = np.isfinite(mated["both"])
     by_embedding = Calibrations(shipped_cards()).of(model_id).llr_db(mated["embedding"][accepted])
     lost = {
@@ -197,7 +197,7 @@ def identify(limit: int | None, count: int, folder: Path | None) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("verify", "identify"), nargs="?", default="verify")
-    parser.add_argument("--minutiae", choices=("mindtct", "leader"), default="mindtct")
+    parser.add_argument("--minutiae", choices=("skeleton", "mindtct", "leader"), default="skeleton")
     parser.add_argument("--limit", type=int, help="fewer fingers a set")
     parser.add_argument("--fillers", type=int, default=20_000, help="generated fingers in the gallery")
     parser.add_argument("--folder", type=Path, help="where the generated fingers are kept")

@@ -33,7 +33,7 @@ FINGERS = tuple(
     f"{hand}_{name}" for hand in ("right", "left") for name in ("thumb", "index", "middle", "ring", "little")
 )
 COLUMNS = ("face", *FINGERS)
-FACE_CARD, FINGER_CARD, MINUTIAE_CARD = load_card("sface"), load_card("finger256"), minutiae_card("mindtct")
+FACE_CARD, FINGER_CARD, MINUTIAE_CARD = load_card("sface"), load_card("finger256"), minutiae_card("skeleton")
 MODELS = {
     column: FACE_CARD.model_id if column == "face" else joint_id(FINGER_CARD, MINUTIAE_CARD) for column in COLUMNS
 }

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from report import data_folder, record
 
 from biodedup.capture.finger import DPI, MM_PER_PIXEL, resampled
-from biodedup.capture.nbis_parts import extract
+from biodedup.capture.nbis_parts import extract, nfiq2
 from biodedup.capture.oriented import RIDGE_DPI
 from biodedup.capture.ridges import ridge_map
 from biodedup.synthetic import draw_impression, draw_master
@@ -53,12 +53,12 @@ def looks(images: Iterator[NDArray[np.uint8]]) -> dict[str, str]:
         if area_mm2 < 20:
             continue
         try:
-            minutiae, nfiq2 = extract(image)
+            minutiae, score = extract(image), nfiq2(image)
         except ValueError:  # NFIQ 2 finds nothing to work on; as rare in real sets
             continue
         sure = int(np.count_nonzero(np.frombuffer(minutiae.body, np.uint8).reshape(-1, 6)[:, 5] >= QUALITY_MIN))
         period = float(np.median(ridges.period[ridges.inside > 0])) * DPI / RIDGE_DPI
-        found.append((sure / area_mm2, period, nfiq2, area_mm2))
+        found.append((sure / area_mm2, period, score, area_mm2))
     names = ("minutiae a mm2", "ridge period, pixels", "NFIQ 2", "area, mm2")
     quantiles = np.quantile(found, (0.1, 0.5, 0.9), axis=0).T
     return {name: " / ".join(f"{value:.3g}" for value in row) for name, row in zip(names, quantiles, strict=True)}

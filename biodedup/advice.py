@@ -27,6 +27,7 @@ ADVICE: Mapping[str, tuple[str, str]] = {
     "pattern": ("lines or dots lie over the face", "supply the picture without watermark or screen, or recapture"),
     "occluded": ("the face is covered", "recapture without mask and dark glasses"),
     "several_fingers": ("more than one finger is in the picture", "cut the picture into single fingers"),
+    "component_limit": ("the picture is too large for NFIQ 2 or the extractor", "crop the picture to the finger"),
     "no_ridges": ("no ridges of a finger are to be seen", "clean the scanner, recapture"),
     "too_small_area": ("too little of the finger was on the scanner", "recapture with the whole fingertip"),
     "too_large_area": ("there are more ridges than one finger has", "cut the picture into single fingers"),

@@ -87,8 +87,9 @@ class FaceConfig:
 class FingerConfig:
     """The finger models, and the limits of the finger quality gate."""
 
-    minutiae: str = "mindtct"
-    """The minutiae extractor: `mindtct` (NBIS), or `leader`, a network that is more accurate and takes several times as long."""
+    minutiae: str = "skeleton"
+    """The minutiae extractor: `skeleton`, from the ridges that the embedding needs anyway; `mindtct` (NBIS), as in galleries of earlier builds,
+    slower and less accurate; or `leader`, a network that is more accurate and takes twenty times as long."""
     minutiae_model: str | None = None
     """Path of a model card (`*.toml`) of your own for this extractor, with another calibration. None: the shipped card."""
     model: str | None = "finger256"
@@ -99,8 +100,8 @@ class FingerConfig:
     it to the model_id of this configuration's extractor to declare that they compare with its minutiae, too."""
     area_mm2_min: float = 20.0
     """Least area covered by ridges, in mm2."""
-    ridge_share_min: float = 0.5
-    """Least share of the spectral energy, 0 to 1, at the periods that ridges have (5 to 15 pixels at 500 dpi)."""
+    certainty_min: float = 0.32
+    """Least certainty, 0 to 1, that the picture shows friction ridges."""
     minutiae_min: int = 8
     """Least number of minutiae."""
     side_px_max: int = 2500
@@ -108,13 +109,17 @@ class FingerConfig:
     area_mm2_max: float = 3000.0
     """Greatest area, in mm2, of the rectangle around the ridges. A finger rolled from nail to nail takes 40 x 38 mm, 1,520 mm2. The limit
     bounds time: minutiae take about 0.9 s for 1,000 mm2 and grow faster than the area, to 20 s for 127 x 127 mm (2026-11)."""
+    quality_min: float = 5.0
+    """Least quality, 0 to 100. Raise it if operators can capture a finger again."""
+    nfiq2: bool = False
+    """Whether NFIQ 2 is the quality of templates and records. It costs five times as much time as the rest of a finger."""
     nfiq2_min: float = 2.0
-    """Least NFIQ 2 score, 0 to 100. Raise it if operators can capture a finger again."""
+    """Least NFIQ 2 score, 0 to 100, where it is computed."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check(self, 0, inf, "area_mm2_min", "minutiae_min", "nfiq2_min")
-        _check(self, 0, 1, "ridge_share_min")
+        _check(self, 0, inf, "area_mm2_min", "minutiae_min", "quality_min", "nfiq2_min")
+        _check(self, 0, 1, "certainty_min")
         _check(self, 1, inf, "side_px_max")
         _check_text(self, "minutiae")
         check_id(self.record_model_id, "record_model_id")

@@ -156,8 +156,8 @@ class Template(Described):
     """The embedding or the minutiae of one sample, or both, with the id of the model that made them.
 
     embedding: float32 (d,), unit length, or None. minutiae: a record as for `Finger`, or None.
-    quality: of a face the probability, 0..1, that a comparison with another capture of the person passes at FMR 1e-4; of a finger NFIQ 2,
-    0..100. None if not measured.
+    quality: of a face the probability, 0..1, that a comparison with another capture of the person passes at FMR 1e-4; of a finger
+    0..100, what its ridges and minutiae promise, or NFIQ 2 with `FingerConfig(nfiq2=True)`. None if not measured.
     provenance: what was corrected of the capture's metadata, such as its resolution, in words. A gallery does not keep it.
     """
 

@@ -1,12 +1,12 @@
 """Measures the calibration of a minutiae extractor with CylinderMatcher on real fingerprints, and writes it into its card.
 
-    python models/measure_finger_card.py [mindtct | leader]
+    python models/measure_finger_card.py [skeleton | mindtct | leader]
 
 Fitted on FVC2002 DB1-4_B, UareU and SOCOFing: mated, all 28 pairs of a finger's 8 impressions; non-mated, all impressions of different
 fingers of one set; the fit, in which sets have equal weight: `biodedup.match.fitting`. Leaving each set out in turn shows the error on
 a sensor that was not fitted. SFinGe's demonstration set is not used: two of its ten fingers are nearly the same. Equal error rates:
-against first impressions, as FVC does. Needs the fingers (BIODEDUP_DATA) and about ten minutes, nearly all of it for extraction, with
-LEADER more than an hour.
+against first impressions, as FVC does. Needs the fingers (BIODEDUP_DATA) and a few minutes, with LEADER
+more than an hour.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measures how finger embeddings score, alone and with minutiae, on real fingerprints, and writes it into the network's card.
 
-    python models/measure_finger_embedding.py [mindtct | leader]
+    python models/measure_finger_embedding.py [skeleton | mindtct | leader]
 
 Fitted on FVC2002 DB1-4_B, UareU and SOCOFing: mated, all pairs of a finger's impressions; non-mated, all impressions of different
 fingers of one set; the fit, in which sets have equal weight: `biodedup.match.fitting`. Leaving each set out in turn shows the error on

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.arguments import checked
+from biodedup.capture import nbis_parts
 from biodedup.capture.formats import Pixels
 from biodedup.capture.leader import Leader
 from biodedup.capture.minutiae_record import (
@@ -26,43 +28,47 @@ from biodedup.capture.minutiae_record import (
     write_record,
     write_views,
 )
-from biodedup.capture.nbis_parts import extract
+from biodedup.capture.one_pass import Print, one_pass
+from biodedup.capture.resampling import DPI, MM_PER_PIXEL, resampled, scanner_dpi
+from biodedup.capture.ridge_minutiae import record_of
 from biodedup.config import EXTERNAL_MINUTIAE, FingerConfig
 from biodedup.errors import InvalidInput
 from biodedup.trace import tracing
 from biodedup.values import Float32, Refusal, Template
 
-DPI = 500
-MM_PER_PIXEL = 25.4 / DPI
-SCANNER_DPI_MIN = 250.0
-"""A file that states less does not state its scanner's resolution: image editors write 72 and 96."""
-
+_DPI_SLACK = 0.02
 _BLOCK_PX = 16
 _CONTRAST_MIN = 12.0  # standard deviation of grey levels within a block
 _COHERENCE_MIN = 0.4  # of the gradient's direction within 3 x 3 blocks; FVC2002 and UareU, 2026-11
 
-MinutiaeExtractor = Callable[[NDArray[np.uint8]], tuple[MinutiaeRecord, float]]
-"""uint8 (h, w) at 500 dpi -> minutiae and NFIQ 2 score. Raises ValueError if it finds no ridges."""
+MinutiaeExtractor = Callable[[NDArray[np.uint8], Print], MinutiaeRecord]
+"""uint8 (h, w) at 500 dpi, and what one pass over it finds -> minutiae. Raises ValueError if it finds nothing to work on."""
+
+Passed: TypeAlias = tuple[NDArray[np.uint8], Print, tuple[str, ...]]
+"""A picture at 500 dpi, what one pass over it finds, and what was corrected."""
 
 
 def minutiae_extractor(name: str, weights: Path | None) -> MinutiaeExtractor:
     """The extractor of this name. weights: the path of its weights, if it has any."""
+    if name == "skeleton":
+        return lambda grey, print_: record_of(print_.minutiae, grey.shape)
     if name == "leader" and weights is not None:
-        return Leader(weights)
+        leader = Leader(weights)
+        return lambda grey, print_: leader(grey)
     if name == "mindtct":
-        return extract
-    raise InvalidInput(f"minutiae extractor {name!r} is not known; use mindtct, or leader with its weights")
+        return lambda grey, print_: nbis_parts.extract(grey)
+    raise InvalidInput(f"minutiae extractor {name!r} is not known; use skeleton, mindtct, or leader with its weights")
 
 
 @dataclass(frozen=True, eq=False)
 class FingerSample:
-    """An accepted capture. grey: uint8 (h, w) at 500 dpi; minutiae: a record of ISO/IEC 19794-2:2005; quality: NFIQ 2.
-    provenance: what was corrected of the file's metadata."""
+    """An accepted capture. minutiae: a record of ISO/IEC 19794-2:2005; quality: 0..100, that of `Measures`, or NFIQ 2 where it is wanted;
+    print: what the pass over it found; provenance: what was corrected of the file's metadata."""
 
     position: str
-    grey: NDArray[np.uint8] = field(repr=False)
     minutiae: bytes = field(repr=False)
     quality: float
+    print: Print = field(repr=False)
     provenance: tuple[str, ...] = ()
 
 
@@ -75,48 +81,102 @@ class FingerReader:
 
     def read(self, pixels: Pixels, position: str, dpi: float | None) -> FingerSample | Refusal:
         """The sample, or a refusal. dpi: stated by the caller; None takes the file's, or 500."""
+        passed = self._pass(pixels, position, dpi)
+        if isinstance(passed, Refusal):
+            return passed
+        grey, print_, note = passed
+        if (steps := tracing()) is not None:
+            steps.add("ridges", position, image=grey, blocks=ridge_blocks(grey))
+        if (refusal := self._not_a_print(print_, position)) is not None:
+            return refusal
+        try:
+            record = self._extract(grey, print_)
+            quality = nbis_parts.nfiq2(around_ridges(grey, ridge_blocks(grey))[0]) if self._config.nfiq2 else None
+        except ValueError:
+            detail = f"{self._config.minutiae}{' or NFIQ 2' * self._config.nfiq2} cannot work on a picture of this size or content"
+            return Refusal(position, "component_limit", detail, max(grey.shape))
+        if (refusal := self._too_poor(print_, record, quality, position)) is not None:
+            return refusal
+        quality = print_.measures.quality if quality is None else quality
+        minutiae = write_record(record, position_code(position), int(min(max(quality, 0), 100)))
+        return FingerSample(position, minutiae, quality, print_, note)
+
+    def _pass(self, pixels: Pixels, position: str, dpi: float | None) -> Passed | Refusal:
+        """The picture at 500 dpi and what one pass finds. A resolution whose ridges are no finger's, where 500 dpi fits, is refused if the
+        caller states it; a file's is not believed, as image editors write one that is not the scanner's."""
+        scan_dpi = dpi or scanner_dpi(pixels.dpi)
+        grey = self._at_500_dpi(pixels.grey, position, scan_dpi)
+        passed = grey if isinstance(grey, Refusal) else (grey, one_pass(grey), ())
+        if abs(scan_dpi / DPI - 1) < _DPI_SLACK or (not isinstance(passed, Refusal) and self._plausible(passed[1])):
+            return passed
+        grey = self._at_500_dpi(pixels.grey, position, DPI)
+        if isinstance(grey, Refusal) or not self._plausible(other := one_pass(grey)):
+            return passed
+        if dpi is None:
+            note = f"states {scan_dpi:g} dpi, where no finger's ridges are as far apart; taken as {DPI}"
+            return grey, other, (note,)
+        mm, most = (
+            px * 25.4 / scan_dpi for px in (other.measures.period_px, other.measures.period_px * scan_dpi / DPI)
+        )
+        return Refusal(
+            position,
+            "resolution",
+            f"mm between ridges at the stated {scan_dpi:g} dpi; 500 dpi fits",
+            round(mm, 3),
+            round(most, 3),
+        )
+
+    def _plausible(self, print_: Print) -> bool:
+        measures = print_.measures
+        return measures.certainty >= self._config.certainty_min and measures.at_ridge_distance
+
+    def _at_500_dpi(self, grey: NDArray[np.uint8], position: str, dpi: float) -> NDArray[np.uint8] | Refusal:
+        """The picture at 500 dpi; what is larger than one finger is cropped to the ridges."""
         config = self._config
-        grey, scan_dpi = pixels.grey, dpi or scanner_dpi(pixels.dpi)
         # checked before resampling: 7,000 pixels at a stated 72 dpi would fill 2 GB
-        side_px = round(max(grey.shape) * DPI / scan_dpi)
+        side_px = round(max(grey.shape) * DPI / dpi)
         if side_px > config.side_px_max:
             return Refusal(
                 position, "too_large", "pixels at 500 dpi; is the stated dpi right?", side_px, config.side_px_max
             )
-        grey = resampled(grey, scan_dpi)
-        ridges = ridge_blocks(grey)
-        if grey.size * MM_PER_PIXEL**2 > config.area_mm2_max:  # larger than one finger: crop to the ridges
-            grey, ridges = around_ridges(grey, ridges)
-            whole_mm2 = grey.size * MM_PER_PIXEL**2
-            if whole_mm2 > config.area_mm2_max:
-                detail = "mm2 around the ridges; is the stated dpi right, and is it one finger?"
-                return Refusal(position, "too_large_area", detail, round(whole_mm2, 1), config.area_mm2_max)
-        if (steps := tracing()) is not None:
-            steps.add("ridges", position, image=grey, blocks=ridges)
-        area_mm2 = float(np.count_nonzero(ridges)) * (_BLOCK_PX * MM_PER_PIXEL) ** 2
-        if area_mm2 == 0:
+        grey = resampled(grey, dpi)
+        if grey.size * MM_PER_PIXEL**2 <= config.area_mm2_max:
+            return grey
+        grey, _ = around_ridges(grey, ridge_blocks(grey))
+        whole_mm2 = grey.size * MM_PER_PIXEL**2
+        if whole_mm2 > config.area_mm2_max:
+            detail = "mm2 around the ridges; is the stated dpi right, and is it one finger?"
+            return Refusal(position, "too_large_area", detail, round(whole_mm2, 1), config.area_mm2_max)
+        if not grey.size:
             return Refusal(position, "no_ridges", "mm2 of ridges", 0.0, config.area_mm2_min)
+        return grey
+
+    def _not_a_print(self, print_: Print, position: str) -> Refusal | None:
+        """The refusal of a picture without ridges, or with too few."""
+        config, measures = self._config, print_.measures
+        certainty, area_mm2 = round(measures.certainty, 3), round(measures.area_mm2, 1)
+        if (steps := tracing()) is not None:
+            steps.add("quality", position, checks=_checks(config, certainty=certainty, area_mm2=area_mm2))
+        if certainty < config.certainty_min or not area_mm2:
+            return Refusal(position, *_TOLD["certainty"], certainty, config.certainty_min)
         if area_mm2 < config.area_mm2_min:
-            return Refusal(position, "too_small_area", "mm2 of ridges", round(area_mm2, 1), config.area_mm2_min)
-        share = ridge_period_share(grey, ridges)
-        if steps is not None:
-            steps.add("quality", position, checks=_checks(config, area_mm2=area_mm2, ridge_share=share))
-        if share < config.ridge_share_min:
+            return Refusal(position, *_TOLD["area_mm2"], area_mm2, config.area_mm2_min)
+        if measures.fingers > 1:
             return Refusal(
-                position, "no_ridges", "share of energy at ridge periods", round(share, 3), config.ridge_share_min
+                position, "several_fingers", "regions of ridges; send one finger a picture", measures.fingers, 1
             )
-        try:
-            record, nfiq2 = self._extract(grey)
-        except ValueError:
-            return Refusal(position, "no_ridges", "the minutiae extractor found nothing to work on")
-        if steps is not None:
-            steps.add("quality", position, checks=_checks(config, minutiae=record.count, nfiq2=nfiq2))
-        if record.count < config.minutiae_min:
-            return Refusal(position, "few_minutiae", "minutiae", record.count, config.minutiae_min)
-        if nfiq2 < config.nfiq2_min:
-            return Refusal(position, "low_quality", "NFIQ 2", nfiq2, config.nfiq2_min)
-        minutiae = write_record(record, position_code(position), int(min(max(nfiq2, 0), 100)))
-        return FingerSample(position, grey, minutiae, nfiq2)
+        return None
+
+    def _too_poor(self, print_: Print, record: MinutiaeRecord, nfiq2: float | None, position: str) -> Refusal | None:
+        """The refusal of a print that its mates would not be compared with to any effect."""
+        measured: dict[str, float] = {"minutiae": record.count, "quality": print_.measures.quality}
+        if nfiq2 is not None:
+            measured["nfiq2"] = nfiq2
+        checks = _checks(self._config, **measured)
+        if (steps := tracing()) is not None:
+            steps.add("quality", position, checks=checks)
+        missed = [check for check in checks if check[-1]]
+        return Refusal(position, *missed[0][:4]) if missed else None
 
     def take(self, content: bytes, position: str) -> Template | Refusal:
         """The template of a minutiae record, or a refusal. position: `unknown` takes the record's."""
@@ -130,16 +190,19 @@ class FingerReader:
         return Template(view.position, model_id, None, standard(view), view.quality, corrected)
 
 
+_TOLD = {
+    "certainty": ("no_ridges", "certainty that the picture shows friction ridges"),
+    "area_mm2": ("too_small_area", "mm2 of ridges"),
+    "minutiae": ("few_minutiae", "minutiae"),
+    "quality": ("low_quality", "quality"),
+    "nfiq2": ("low_quality", "NFIQ 2"),
+}
+
+
 def _checks(config: FingerConfig, **measured: float) -> tuple[tuple[str, str, float, float, bool], ...]:
-    """(reason, detail, measured, limit, missed) of each figure, for a trace."""
-    told = {
-        "area_mm2": ("too_small_area", "mm2 of ridges"),
-        "ridge_share": ("no_ridges", "share of energy at ridge periods"),
-        "minutiae": ("few_minutiae", "minutiae"),
-        "nfiq2": ("low_quality", "NFIQ 2"),
-    }
+    """(reason, detail, measured, limit, missed) of each figure."""
     limits = {name: float(getattr(config, f"{name}_min")) for name in measured}
-    return tuple((*told[name], value, limits[name], value < limits[name]) for name, value in measured.items())
+    return tuple((*_TOLD[name], value, limits[name], value < limits[name]) for name, value in measured.items())
 
 
 @checked
@@ -170,20 +233,6 @@ def write_minutiae(templates: Iterable[Template], *, version: int = 2005) -> byt
     if not given or not all(record for _, record in given):
         raise InvalidInput("a minutiae record is made of templates that have minutiae; pass one or more of these")
     return write_views([view_of(record, column) for column, record in given if record], version=version)
-
-
-def scanner_dpi(stated: float | None) -> float:
-    """The file's resolution if it is plausible for a scanner, else 500."""
-    return stated if stated is not None and stated >= SCANNER_DPI_MIN else float(DPI)
-
-
-def resampled(grey: NDArray[np.uint8], dpi: float, wanted_dpi: float = DPI) -> NDArray[np.uint8]:
-    """The image at another resolution. uint8 (h, w) in and out; within 1 % it stays as it is."""
-    factor = wanted_dpi / dpi
-    if abs(factor - 1) < 0.01:
-        return grey
-    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(grey, None, fx=factor, fy=factor, interpolation=interpolation), np.uint8)
 
 
 def ridge_blocks(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -219,22 +268,3 @@ def around_ridges(grey: NDArray[np.uint8], ridges: NDArray[np.bool_]) -> tuple[N
         bounds.append(slice(max(at[0] - 2, 0), at[-1] + 3) if at.size else slice(0, 0))
     rows, columns = (slice(_BLOCK_PX * b.start, _BLOCK_PX * b.stop) for b in bounds)
     return np.ascontiguousarray(grey[rows, columns]), ridges[bounds[0], bounds[1]]
-
-
-def ridge_period_share(grey: NDArray[np.uint8], ridges: NDArray[np.bool_]) -> float:
-    """Share of the ridge blocks' spectral energy that lies at periods of 5 to 15 pixels, as ridges at 500 dpi have.
-
-    Measured in windows of 32 pixels around the blocks, against periods from 32 down to 2 pixels; 0..1.
-    """
-    half = _BLOCK_PX // 2
-    padded = cv2.copyMakeBorder(grey, half, half + _BLOCK_PX, half, half + _BLOCK_PX, cv2.BORDER_REFLECT)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32))[::_BLOCK_PX, ::_BLOCK_PX]
-    chosen = windows[: ridges.shape[0], : ridges.shape[1]][ridges].astype(np.float32)
-    if not len(chosen):
-        return 0.0
-    hann = np.hanning(32).astype(np.float32)
-    chosen = (chosen - chosen.mean(axis=(1, 2), keepdims=True)) * hann[:, None] * hann
-    energy = np.abs(np.fft.rfft2(chosen)) ** 2
-    frequency = np.hypot(np.fft.fftfreq(32)[:, None], np.fft.rfftfreq(32)[None])
-    inside = (frequency >= 1 / 15) & (frequency <= 1 / 5)
-    return float(np.median(energy[:, inside].sum(axis=1) / np.maximum(energy.sum(axis=(1, 2)), 1e-9)))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.minutiae_record import MinutiaeRecord
-from biodedup.capture.nbis_parts import MINUTIAE_MAX, extract
+from biodedup.capture.nbis_parts import MINUTIAE_MAX
 from biodedup.values import Float32
 
 if TYPE_CHECKING:
@@ -37,13 +37,9 @@ class Leader:
         self._lock = threading.Lock()
         self._session: onnxruntime.InferenceSession | None = None
 
-    def __call__(self, grey: NDArray[np.uint8]) -> tuple[MinutiaeRecord, float]:
-        """Minutiae, and NBIS's NFIQ 2 score (0..100), of a 500 dpi image, uint8 (h, w).
-
-        Raises ValueError where NBIS finds nothing to work on.
-        """
-        _, nfiq2 = extract(grey)
-        return record_of(self.maps(grey)), nfiq2
+    def __call__(self, grey: NDArray[np.uint8]) -> MinutiaeRecord:
+        """Minutiae of a 500 dpi image, uint8 (h, w)."""
+        return record_of(self.maps(grey))
 
     def maps(self, grey: NDArray[np.uint8]) -> Float32:
         """float32 (4, h, w): confidence that a minutia is here, cosine and sine of its direction (not to scale), ending against

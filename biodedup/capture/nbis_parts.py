@@ -26,30 +26,37 @@ MINUTIAE_MAX = 150
 """BOZORTH3's own default. More than that come from noise, and its time grows with their fourth power."""
 
 
-def extract(grey: NDArray[np.uint8]) -> tuple[MinutiaeRecord, float]:
-    """MINDTCT minutiae and the NFIQ 2 score (0..100) of a 500 dpi image, uint8 (h, w).
+def extract(grey: NDArray[np.uint8]) -> MinutiaeRecord:
+    """MINDTCT minutiae of a 500 dpi image, uint8 (h, w). Raises ValueError where NBIS finds nothing to work on."""
+    native = bytes(_call(grey, False).to_iso_19794_2_2005())
+    body = native[_HEADER.size :]
+    return MinutiaeRecord(grey.shape[1], grey.shape[0], body[: len(body) // 6 * 6]).strongest(MINUTIAE_MAX)
 
-    Raises ValueError where NBIS finds nothing to work on.
+
+def nfiq2(grey: NDArray[np.uint8]) -> float:
+    """The NFIQ 2 score (0..100) of a 500 dpi image, uint8 (h, w).
+
+    NFIQ 2 takes at most 800 x 1000 pixels, and at least 129, after white margins are trimmed. Raises ValueError where NBIS refuses the image.
     """
+    return float(_call(grey, True).quality().score)
+
+
+def _call(grey: NDArray[np.uint8], with_nfiq2: bool) -> Any:
     content = cv2.imencode(".png", grey)[1].tobytes()
     with _lock:
         import nbis
 
         try:
-            found = _extractor().extract_minutiae(content)
-            native = bytes(found.to_iso_19794_2_2005())
-            nfiq2 = float(found.quality().score)
+            return _extractor(with_nfiq2).extract_minutiae(content)
         except (nbis.NbisError, nbis.InternalError) as error:
             raise ValueError(f"NBIS: {type(error).__name__}") from error
-    body = native[_HEADER.size :]
-    return MinutiaeRecord(grey.shape[1], grey.shape[0], body[: len(body) // 6 * 6]).strongest(MINUTIAE_MAX), nfiq2
 
 
 @cache
-def _extractor() -> Any:
+def _extractor(with_nfiq2: bool) -> Any:
     import nbis
 
     settings = nbis.NbisExtractorSettings(
-        min_quality=0.0, get_center=False, check_fingerprint=False, compute_nfiq2=True, ppi=500.0
+        min_quality=0.0, get_center=False, check_fingerprint=False, compute_nfiq2=with_nfiq2, ppi=500.0
     )
     return nbis.new_nbis_extractor(settings)

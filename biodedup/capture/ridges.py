@@ -29,12 +29,17 @@ _MIRRORED_PX = 12
 @dataclass(frozen=True, eq=False)
 class RidgeMap:
     """Arrays (h, w) at RIDGE_DPI. ridges: float32, 1 on a ridge (dark in the capture) to -1 in a valley; direction: float32, radians
-    0..pi of the ridges, x right and y down; period: float32, pixels; inside: uint8, 1 where there are ridges."""
+    0..pi of the ridges, x right and y down; period: float32, pixels; inside: uint8, 1 where there are ridges; flat: float32, the picture
+    itself with even contrast, dark positive; coherence, filtered_coherence: float32, 0..1, of the directions of the picture and of the
+    first filtered map."""
 
     ridges: Float32 = field(repr=False)
     direction: Float32 = field(repr=False)
     period: Float32 = field(repr=False)
     inside: NDArray[np.uint8] = field(repr=False)
+    flat: Float32 = field(repr=False)
+    coherence: Float32 = field(repr=False)
+    filtered_coherence: Float32 = field(repr=False)
 
 
 def ridge_map(grey: NDArray[np.uint8]) -> RidgeMap:
@@ -47,18 +52,19 @@ def ridge_map(grey: NDArray[np.uint8]) -> RidgeMap:
     strong = float(np.percentile(power[::_COARSE, ::_COARSE], 90))
     flat = np.clip(flat / np.sqrt(power + np.float32(0.02 * strong + 4)), -2.5, 2.5)
 
-    direction, coherence, _ = _directions(flat, 6.0)
+    direction, coherence, _ = directions(flat, 6.0)
     inside = _tidied((power > 0.06 * strong + 6) & (coherence > 0.12))
     first = OrientedFilter(direction, np.full_like(flat, PERIOD_PX), inside)(flat)
 
-    direction, _, frequency = _directions(first, 4.0)
+    direction, filtered_coherence, frequency = directions(first, 4.0)
     period = np.clip(2 * np.pi / frequency, 4.6, 8.4)
     second = OrientedFilter(direction, period, inside)((flat + np.clip(2 * first, -1, 1)) / 2)
 
     inside = _tidied((_smooth(first * first, 6.0) > 0.035) & (inside > 0))
     ridges = np.tanh(1.2 * second / np.sqrt(_smooth(second * second, 5.0) + np.float32(0.01))) * inside
     within = np.s_[edge:-edge, edge:-edge]
-    return RidgeMap(*(np.ascontiguousarray(a[within]) for a in (ridges, direction, period, inside)))
+    maps = (ridges, direction, period, inside, flat, coherence, filtered_coherence)
+    return RidgeMap(*(np.ascontiguousarray(a[within]) for a in maps))
 
 
 def _smooth(values: Float32, sigma: float) -> Float32:
@@ -73,7 +79,7 @@ def _coarse_size(values: Float32) -> tuple[int, int]:
     return -(-values.shape[1] // _COARSE), -(-values.shape[0] // _COARSE)
 
 
-def _directions(image: Float32, sigma: float) -> tuple[Float32, Float32, Float32]:
+def directions(image: Float32, sigma: float) -> tuple[Float32, Float32, Float32]:
     """(direction, coherence 0..1, radians a pixel) of the waves in an image."""
     height, width = image.shape
     dx = np.asarray(cv2.filter2D(image, -1, _DERIVATIVE), np.float32)

@@ -22,20 +22,25 @@ _FACING_PX = 6.0
 _AROUND = np.array([[-1, -1, 0, 1, 1, 1, 0, -1], [0, 1, 1, 1, 0, -1, -1, -1]])  # y and x of the neighbours, clockwise
 
 
-def skeleton_minutiae(ridges: RidgeMap) -> Float32:
-    """float32 (n, 3): x, y in pixels at RIDGE_DPI, direction in radians.
-
-    The direction points into the ridge that ends, or into the valley between the two that fork, so that an end which
-    touches the next ridge keeps it.
-    """
+def thinned(ridges: RidgeMap) -> NDArray[np.uint8]:
+    """The skeleton of the map's ridges: uint8 (h, w), 1 on it; the outermost pixels are 0."""
     from skimage.morphology import skeletonize  # takes a second; loaded only where a print is read
 
     dark = (ridges.ridges > 0) & (ridges.inside > 0)
     dark[[0, -1]] = False
     dark[:, [0, -1]] = False
+    return np.ascontiguousarray(skeletonize(dark), np.uint8)  # type: ignore[no-untyped-call]
+
+
+def skeleton_minutiae(ridges: RidgeMap, thin: NDArray[np.uint8] | None = None) -> Float32:
+    """float32 (n, 3): x, y in pixels at RIDGE_DPI, direction in radians.
+
+    The direction points into the ridge that ends, or into the valley between the two that fork, so that an end which
+    touches the next ridge keeps it.
+    """
     framed = cv2.copyMakeBorder(ridges.inside, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     depth = cv2.distanceTransform(framed, cv2.DIST_L2, 3)[1:-1, 1:-1]
-    thin = np.ascontiguousarray(skeletonize(dark), np.uint8)  # type: ignore[no-untyped-call]
+    thin = thinned(ridges) if thin is None else thin
     found = np.empty((thin.size, 3), np.float32)
     points = found[: _trace(thin, np.asarray(depth > _BORDER_PX), _AROUND, found)]
     apart = np.hypot(points[:, None, 0] - points[None, :, 0], points[:, None, 1] - points[None, :, 1])

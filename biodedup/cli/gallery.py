@@ -68,7 +68,7 @@ def load(
     model_id: ModelIdOption = None,
     record_model_id: Annotated[
         str | None,
-        typer.Option(help="What extracted the minutiae records; mindtct-1 if captures are to be compared with them."),
+        typer.Option(help="What extracted the minutiae records; skeleton-1 if captures are to be compared with them."),
     ] = None,
     index: IndexOption = None,
     from_faiss: Annotated[

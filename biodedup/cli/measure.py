@@ -51,7 +51,7 @@ def evaluate(
     pictures: Annotated[int, typer.Option(min=0, help="Pairs shown of each kind of error.")] = 12,
     finger: Annotated[bool, typer.Option("--finger", help="The folder's images are fingers.")] = False,
     dpi: DpiOption = None,
-    minutiae: Annotated[str | None, typer.Option(help="Minutiae extractor: mindtct or leader.")] = None,
+    minutiae: Annotated[str | None, typer.Option(help="Minutiae extractor: skeleton, mindtct or leader.")] = None,
     record_model_id: Annotated[
         str | None, typer.Option(help="What extracted the minutiae records of the source.")
     ] = None,

@@ -20,14 +20,15 @@ import numpy as np
 from biodedup.arguments import checked_methods
 from biodedup.capture.containers import chosen, is_container
 from biodedup.capture.face import AlignedFace, FaceDetector
-from biodedup.capture.finger import DPI, FingerReader, FingerSample, resampled
+from biodedup.capture.finger import FingerReader
 from biodedup.capture.formats import Pixels, check_array, decode
 from biodedup.capture.minutiae_layouts import is_record
+from biodedup.capture.one_pass import one_pass
 from biodedup.capture.oriented import RIDGE_DPI
 from biodedup.capture.reading import read
 from biodedup.capture.records import Picture
+from biodedup.capture.resampling import DPI
 from biodedup.capture.resolution import settled
-from biodedup.capture.ridges import ridge_map
 from biodedup.config import Config
 from biodedup.embed.cage import Cage
 from biodedup.embed.cards import ModelCard, joint_id, load_card, minutiae_card
@@ -38,8 +39,8 @@ from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.trace import Trace, mapped, tracing
 from biodedup.values import Capture, CaptureData, Face, Finger, Missing, Refusal, Template
 
-Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[FingerSample, FingerInput | None]
-"""A capture before the networks run. A finger's network input is None if no finger network is configured."""
+Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[Template, FingerInput | None]
+"""A capture before the networks run. A finger's template lacks its embedding; its network input is None if no finger network is configured."""
 
 _log = logging.getLogger(__name__)
 
@@ -130,8 +131,8 @@ class Extractor:
             y, x = np.mgrid[0:160, 0:160]
             grey = np.asarray(128 + 95 * np.cos(np.hypot(x - 60, y + 40) * (2 * np.pi / 9)), np.uint8)
             self._reader.read(Pixels(grey), "unknown", DPI)
-            if self._finger_network is not None:
-                finger_input(ridge_map(resampled(grey, DPI, RIDGE_DPI)))
+            print_ = one_pass(grey)
+            finger_input(print_.ridges, print_.thin)
             self._finger_ready = True
 
     def _prepare(self, capture: Capture) -> Prepared:
@@ -178,9 +179,9 @@ class Extractor:
             sample = self._reader.read(believed, capture.position, capture.dpi)
             if isinstance(sample, Refusal):
                 return sample
-            sample = replace(sample, provenance=believed.provenance)
-            wanted = self._finger_network is not None
-            return sample, finger_input(ridge_map(resampled(sample.grey, DPI, RIDGE_DPI))) if wanted else None
+            given = None if self._finger_network is None else finger_input(sample.print.ridges, sample.print.thin)
+            made = (None, sample.minutiae, sample.quality, believed.provenance + sample.provenance)
+            return Template(sample.position, self.model_ids["finger"], *made), given
         assert self._detector is not None, "loaded before the first face"
         return self._detector.align(pixels)
 
@@ -190,16 +191,13 @@ class Extractor:
         prints = [item[1] for item in prepared if isinstance(item, tuple) and item[1] is not None]
         embedded = iter(self._faces(faces))
         finger_vectors = iter(self._finger_network.embed(prints) if prints and self._finger_network else ())
-        models = self.model_ids
         results: list[Template | Refusal] = []
         for item in prepared:
             if isinstance(item, AlignedFace):
                 results.append(next(embedded))
             elif isinstance(item, tuple):
-                sample, given = item
-                vector = None if given is None else next(finger_vectors)
-                made = (models["finger"], vector, sample.minutiae, sample.quality, sample.provenance)
-                results.append(Template(sample.position, *made))
+                template, given = item
+                results.append(template if given is None else replace(template, embedding=next(finger_vectors)))
             else:
                 results.append(item)
         if (steps := tracing()) is not None:

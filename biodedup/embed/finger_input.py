@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from biodedup.capture.ridges import PERIOD_PX, RidgeMap
 from biodedup.capture.skeleton import skeleton_minutiae
@@ -32,8 +33,8 @@ class FingerInput:
     centre: tuple[float, float]
 
 
-def finger_input(ridges: RidgeMap) -> FingerInput:
-    """The inputs of one print; zeros where nothing is inside."""
+def finger_input(ridges: RidgeMap, thin: NDArray[np.uint8] | None = None) -> FingerInput:
+    """The inputs of one print; zeros where nothing is inside. thin: its skeleton, where it is known."""
     rows, columns = np.nonzero(ridges.inside[::4, ::4])
     height, width = ridges.inside.shape
     x, y = (4 * round(float(v.mean())) if len(v) else side // 2 for v, side in ((columns, width), (rows, height)))
@@ -45,7 +46,7 @@ def finger_input(ridges: RidgeMap) -> FingerInput:
     half = CELLS * CELL_PX // 2
     framed = cv2.copyMakeBorder(layers, half, half, half, half, cv2.BORDER_CONSTANT)[y : y + 2 * half, x : x + 2 * half]
     directions = cv2.resize(np.ascontiguousarray(framed), (CELLS, CELLS), interpolation=cv2.INTER_AREA)
-    found = skeleton_minutiae(ridges)
+    found = skeleton_minutiae(ridges, thin)
     found[:, 0] -= x
     found[:, 1] -= y
     found = found[np.argsort(np.hypot(found[:, 0], found[:, 1]), kind="stable")][:MINUTIAE_MAX]

@@ -27,11 +27,14 @@ _PAPER, _INK = 200.0, 150.0
 @dataclass(frozen=True, eq=False)
 class Impression:
     """image: uint8 (side, side), ridges dark. core: x, y of the master's core in it, pixels, perhaps outside; angle: radians by which
-    the finger is turned, clockwise as seen."""
+    the finger is turned, clockwise as seen. at: float32 (2, side, side), x and y in the master of what each pixel shows; touched: float32
+    (side, side), about 1 where the finger touches and 0 elsewhere."""
 
     image: NDArray[np.uint8] = field(repr=False)
     core: tuple[float, float]
     angle: float
+    at: Float32 = field(repr=False)
+    touched: Float32 = field(repr=False)
 
 
 def draw_impression(rng: np.random.Generator, master: Master, dpi: float = 500.0) -> Impression:
@@ -71,8 +74,10 @@ def draw_impression(rng: np.random.Generator, master: Master, dpi: float = 500.0
     roundness = rng.uniform(2, 3.2)
     away = np.abs((right - touch_x) / width) ** roundness + np.abs((below - touch_y) / height) ** roundness
     away += waves(rng, 7, side) * 0.12
-    ink /= 1 + np.exp(np.clip((away - 1) * rng.uniform(12, 40), -50, 50))
-    return Impression(_scanned(rng, ink, badness, grain), (core_x * grain, core_y * grain), angle)
+    bare = 1 + np.exp(np.clip((away - 1) * rng.uniform(12, 40), -50, 50))
+    ink /= bare
+    at, touched = np.stack([at_x, at_y]).astype(np.float32), np.asarray(1 / bare, np.float32)
+    return Impression(_scanned(rng, ink, badness, grain), (core_x * grain, core_y * grain), angle, at, touched)
 
 
 def _noise(rng: np.random.Generator, side: int, sigma: float) -> Float32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 
 import cv2
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from skimage import data
 
 import biodedup as bd
@@ -90,7 +92,7 @@ def test_what_shows_no_finger_is_refused_with_the_number(image, reason):
 
 
 def test_a_limit_of_the_config_decides():
-    strict = bd.Extractor(bd.Config(finger=bd.FingerConfig(nfiq2_min=101)))
+    strict = bd.Extractor(bd.Config(finger=bd.FingerConfig(quality_min=101)))
     refusal = strict.extract([bd.Finger(finger(1))])[0]
     assert (refusal.reason, refusal.limit) == ("low_quality", 101)
 
@@ -203,3 +205,56 @@ def test_a_search_that_could_not_compare_all_fingers_says_incomplete_and_never_u
         assert [d.outcome for d in outcomes[:3]] == ["unique"] * 3
         assert outcomes[3].incomplete
         assert outcomes[3].outcome == "review"
+
+
+def two_impressions(seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    master = draw_master(rng)
+    return [draw_impression(rng, master).image for _ in range(2)]
+
+
+@pytest.mark.parametrize("size", [(752, 800), (752, 804), (1001, 752)])
+def test_a_page_larger_than_a_component_takes_is_a_print_all_the_same(size):
+    mate, again = two_impressions(7)
+    page = np.full(size, 248, np.uint8)
+    page[150:581, 180:611] = again
+    template = extract(page, dpi=500)
+    assert isinstance(template, bd.Template)
+    assert minutiae_score(extract(mate), template) > 8
+
+
+def test_where_nfiq2_cannot_work_the_refusal_says_so():
+    """It takes 129 pixels at least; NBIS says so by an error without words."""
+    small = finger(1)[150:275, 150:275]
+    plain, asked = (
+        bd.Extractor(bd.Config(finger=bd.FingerConfig(nfiq2=wanted, minutiae_min=1))) for wanted in (False, True)
+    )
+    assert isinstance(plain.extract([bd.Finger(np.ascontiguousarray(small))])[0], bd.Template)
+    refusal = asked.extract([bd.Finger(np.ascontiguousarray(small))])[0]
+    assert (refusal.reason, refusal.measured) == ("component_limit", 125)
+    assert "NFIQ 2" in refusal.detail
+
+
+def test_several_fingers_in_one_picture_are_refused():
+    gap = np.full((350, 60), 255, np.uint8)
+    left, right = (two_impressions(seed)[0][40:390, 60:370] for seed in (7, 8))
+    refusal = extract(np.hstack([left, gap, right]))
+    assert (refusal.reason, refusal.measured, refusal.limit) == ("several_fingers", 2, 1)
+
+
+@pytest.mark.parametrize("dpi", [255, 300, 350, 700])
+def test_a_files_resolution_that_no_finger_has_is_not_believed_and_a_stated_one_is_refused(dpi):
+    mate, again = two_impressions(7)
+    with io.BytesIO() as out:
+        Image.fromarray(again).save(out, "PNG", dpi=(dpi, dpi))
+        content = out.getvalue()
+    assert minutiae_score(extract(mate), EXTRACTOR.extract([bd.Finger(content)])[0]) > 8
+    refusal = extract(again, dpi=dpi)
+    assert refusal.reason == "resolution"
+    assert str(dpi) in refusal.detail and refusal.measured != refusal.limit
+
+
+def test_a_negative_has_the_minutiae_of_its_positive():
+    mate, again = two_impressions(7)
+    positive, negative = (minutiae_score(extract(mate), extract(one)) for one in (again, 255 - again))
+    assert negative > 0.6 * positive > 5

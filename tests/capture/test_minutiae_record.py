@@ -298,7 +298,7 @@ def test_a_record_of_several_fingers_becomes_templates_by_position():
 def test_legacy_records_compare_with_one_another_and_no_score_counts_as_measured():
     a, b = (bd.read_minutiae(PRINTS[0]), bd.read_minutiae(AGAIN[0]))
     score = bd.compare(a["unknown"], b["unknown"])
-    measured = bd.compare(*(bd.Template("unknown", "mindtct-1", minutiae=content) for content in (PRINTS[0], AGAIN[0])))
+    measured = bd.compare(*(bd.Template("unknown", "skeleton-1", minutiae=content) for content in (PRINTS[0], AGAIN[0])))
     assert (score.score_db, score.minutiae) == (measured.score_db, measured.minutiae)
     assert score.extrapolated
     with pytest.raises(bd.InvalidInput, match="no calibration"):
@@ -328,11 +328,11 @@ def test_a_gallery_takes_records_and_one_bad_record_stops_no_other(tmp_path):
             "refused",
             "refused",
         ]
-        assert "mindtct-1" in decisions[-1].refusals[0].detail
+        assert "skeleton-1" in decisions[-1].refusals[0].detail
 
 
 def test_records_that_are_declared_to_be_of_the_extractor_compare_with_captures(tmp_path):
-    config = bd.Config(finger=bd.FingerConfig(model=None, record_model_id="mindtct-1"))
+    config = bd.Config(finger=bd.FingerConfig(model=None, record_model_id="skeleton-1"))
     with bd.Engine.open(tmp_path / "g", config) as engine:
         assert (
             engine.add_templates(["anna", "bella"], {"right_index": [legacy(0), None], "left_ring": [None, legacy(1)]})

@@ -23,7 +23,15 @@ def waves(degrees: float, period: float, side: int = 160) -> np.ndarray:
 def map_of(ridges: np.ndarray) -> RidgeMap:
     """A map whose ridges are drawn by hand; all of it is inside."""
     ridges = ridges.astype(np.float32)
-    return RidgeMap(ridges, np.zeros_like(ridges), np.full_like(ridges, 6), np.ones(ridges.shape, np.uint8))
+    return RidgeMap(
+        ridges,
+        np.zeros_like(ridges),
+        np.full_like(ridges, 6),
+        np.ones(ridges.shape, np.uint8),
+        ridges,
+        np.ones_like(ridges),
+        np.ones_like(ridges),
+    )
 
 
 def test_each_pixel_goes_through_the_filter_of_its_own_direction_and_period():

@@ -82,7 +82,7 @@ def test_a_finger_template_carries_its_embedding_and_its_minutiae(prints):
     (template,) = bd.Extractor(config).extract([bd.Finger(image, position="left_index")])
     assert isinstance(template, bd.Template)
     assert template.embedding is not None and template.embedding.shape == (256,)
-    assert template.minutiae is not None and template.model_id == "finger256-3+mindtct-1"
+    assert template.minutiae is not None and template.model_id == "finger256-3+skeleton-1"
 
 
 def test_a_card_whose_network_takes_something_else_is_refused():

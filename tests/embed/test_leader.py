@@ -81,19 +81,19 @@ def test_threads_get_what_one_thread_gets():
 
 
 def test_minutiae_of_two_extractors_are_never_mixed(tmp_path):
-    by_network, by_mindtct = (e.extract([bd.Finger(finger(1))])[0] for e in (EXTRACTOR, bd.Extractor()))
+    by_network, by_skeleton = (e.extract([bd.Finger(finger(1))])[0] for e in (EXTRACTOR, bd.Extractor()))
     with pytest.raises(bd.ModelMismatch):
-        bd.compare(by_network, by_mindtct)
+        bd.compare(by_network, by_skeleton)
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.enroll(bd.Encounter("anna", templates={"unknown": by_network}))
         with pytest.raises(bd.CallerError):
-            engine.identify(bd.Encounter(templates={"unknown": by_mindtct}))
+            engine.identify(bd.Encounter(templates={"unknown": by_skeleton}))
     with pytest.raises(bd.ModelMismatch):
         bd.Engine.open(tmp_path / "g")
 
 
 def test_an_extractor_needs_its_own_card_and_sound_weights(tmp_path):
-    with pytest.raises(bd.InvalidInput, match="leader, mindtct"):
+    with pytest.raises(bd.InvalidInput, match="leader, mindtct, skeleton"):
         bd.Extractor(bd.Config(finger=bd.FingerConfig(minutiae="magic")))
     card = shutil.copy(minutiae_card("leader").path, tmp_path)
     for finger_config in (

@@ -19,7 +19,7 @@ from biodedup.values import FINGER_POSITIONS
 from tests.support.minutiae import moved, record, strewn
 from tests.support.vectors import SFACE, again, people
 
-FINGER = joint_id(load_card("finger256"), minutiae_card("mindtct"))
+FINGER = joint_id(load_card("finger256"), minutiae_card("skeleton"))
 TEN = tuple(column for column in FINGER_POSITIONS if column != "unknown")
 COUNT = 60
 

@@ -31,7 +31,7 @@ def short_measurement(monkeypatch):
 
 
 FACE = load_card("sface").model_id
-FINGER = joint_id(load_card("finger256"), minutiae_card("mindtct"))
+FINGER = joint_id(load_card("finger256"), minutiae_card("skeleton"))
 COUNT, FINGERS = 40, ("right_index", "left_thumb")
 
 

@@ -47,7 +47,8 @@ WITH_INTERVAL = Calibration.from_card(
     }
 )
 SHIPPED = [
-    Calibration.from_card(load_card(name).calibration) for name in ("sface", "mindtct_cylinders", "leader_cylinders")
+    Calibration.from_card(load_card(name).calibration)
+    for name in ("sface", "skeleton_cylinders", "mindtct_cylinders", "leader_cylinders")
 ]
 
 

@@ -23,7 +23,7 @@ from biodedup.match.ranked import Ranked, ScoreModel
 from biodedup.match.staged import TILTS, Stage, log_means_of
 from biodedup.values import FINGER_POSITIONS, Template
 
-FACE, FINGER = load_card("sface").model_id, joint_id(load_card("finger256"), minutiae_card("mindtct"))
+FACE, FINGER = load_card("sface").model_id, joint_id(load_card("finger256"), minutiae_card("skeleton"))
 TEN = tuple(column for column in FINGER_POSITIONS if column != "unknown")
 RISK, SHOWN, DUPLICATE_DB, REVIEW_DB = 1e-3, 10, 64.8, 57.8  # the policy's thresholds for 3,000 subjects
 SMALL = 1e-4  # a risk for which no limit was measured

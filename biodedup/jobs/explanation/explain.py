@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import biodedup
-from biodedup.capture.finger import DPI, MM_PER_PIXEL, resampled, ridge_blocks, ridge_period_share, scanner_dpi
 from biodedup.capture.formats import decode
 from biodedup.capture.minutiae_layouts import is_record
+from biodedup.capture.one_pass import one_pass
 from biodedup.capture.reading import read
+from biodedup.capture.resampling import DPI, resampled, scanner_dpi
 from biodedup.capture.wsq import is_wsq
 from biodedup.config import Config, IsolationConfig, Policy
 from biodedup.described import Described, document_of
@@ -155,10 +156,8 @@ def _shows_ridges(path: Path, config: Config) -> bool:
     if max(pixels.grey.shape) * DPI / dpi > config.finger.side_px_max:
         return False
     grey = resampled(pixels.grey, dpi)
-    ridges = ridge_blocks(grey)
-    area_mm2 = np.count_nonzero(ridges) * (16 * MM_PER_PIXEL) ** 2
-    enough = area_mm2 >= config.finger.area_mm2_min
-    return bool(enough and ridge_period_share(grey, ridges) >= config.finger.ridge_share_min)
+    measures = one_pass(grey).measures
+    return measures.area_mm2 >= config.finger.area_mm2_min and measures.certainty >= config.finger.certainty_min
 
 
 # captures and templates -----------------------------------------------------------------------------------------------

@@ -1,0 +1,128 @@
+"""One pass over a print: ridge map, skeleton and minutiae, and what they say of the print's quality.
+
+Owns the measures of a print, the quality that they predict, and how surely the picture shows friction ridges. Never refuses a capture
+(`finger` does).
+
+Both are regressions on few measures. Quality predicts the mean score of a print with its mates: linear, fitted on the tuning half of
+FVC2002 DB1-4_B and UareU and on SFinGe's demonstration set, 2026-11. Certainty tells prints from other pictures (photographs, textures,
+documents, noise): logistic, fitted on the same prints, SOCOFing and generated prints: `models/fit_finger_quality.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import exp, log
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from biodedup.capture.oriented import RIDGE_DPI
+from biodedup.capture.resampling import DPI, resampled
+from biodedup.capture.ridge_minutiae import RidgeMinutiae, ridge_minutiae
+from biodedup.capture.ridges import RidgeMap, ridge_map
+from biodedup.capture.skeleton import thinned
+
+_MM2 = (25.4 / RIDGE_DPI) ** 2
+_RELIABLE = 0.5
+_PERIODS_PX = (7.0, 12.0)
+"""Median distances of ridges at 500 dpi: 7.8 to 11.6 in FVC2002 and UareU, 2026-11."""
+_EMPTY, _FINGER_MM2, _FINGERS_MM = 0.5, 60.0, 26.0
+"""Power of the picture, with even contrast, where there are no ridges; the least area of a finger beside another; the least length of the
+two. No print of FVC2002's and UareU's tuning half comes apart, single generated ones do, but none of these is as long as two fingers; of
+two fingers 1 mm apart 80 % do, 3 mm apart all (2026-11)."""
+
+_QUALITY = (6.623, 7.116, -10.271)
+"""Weights of log(1 + reliable minutiae) and agreement; constant: a score of CylinderMatcher."""
+_SCORE_OF_100 = 25.0
+_CERTAINTY = (7.735, -6.329, 14.958, 25.111, -20.734)
+"""Weights of agreement, coherence, filtered coherence, reliability; constant: log odds."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """area_mm2: of the ridges. agreement: correlation of the ridge map with the picture within it. coherence, filtered_coherence: means of
+    the map's. period_px: median distance of ridges, at 500 dpi. expected: sum of the minutiae's reliabilities; reliable: how many of them
+    are more likely than not; reliability: their mean. fingers: regions of ridges that a strip without any separates."""
+
+    area_mm2: float
+    agreement: float
+    coherence: float
+    filtered_coherence: float
+    period_px: float
+    expected: float
+    reliable: int
+    reliability: float
+    fingers: int = 1
+
+    @property
+    def quality(self) -> float:
+        """0..100, whole; four times the score that a comparison with a mate is expected to give."""
+        reliable, agreement, constant = _QUALITY
+        score = reliable * log(1 + self.reliable) + agreement * self.agreement + constant
+        return float(round(min(max(100 * score / _SCORE_OF_100, 0.0), 100.0)))
+
+    @property
+    def at_ridge_distance(self) -> bool:
+        """Whether the ridges are as far apart as those of a finger at the resolution that was assumed."""
+        return _PERIODS_PX[0] <= self.period_px <= _PERIODS_PX[1]
+
+    @property
+    def certainty(self) -> float:
+        """How surely these are friction ridges, 0..1."""
+        given = (self.agreement, self.coherence, self.filtered_coherence, self.reliability)
+        odds = sum(w * v for w, v in zip(_CERTAINTY, given, strict=False)) + _CERTAINTY[-1]
+        return 1 / (1 + exp(-min(max(odds, -50.0), 50.0)))
+
+
+@dataclass(frozen=True, eq=False)
+class Print:
+    """What one pass finds. thin: uint8 (h, w), the skeleton; ridges and thin are at RIDGE_DPI."""
+
+    ridges: RidgeMap = field(repr=False)
+    thin: NDArray[np.uint8] = field(repr=False)
+    minutiae: RidgeMinutiae = field(repr=False)
+    measures: Measures
+
+
+def one_pass(grey: NDArray[np.uint8]) -> Print:
+    """grey: uint8 (h, w) at 500 dpi, ridges dark."""
+    ridges = ridge_map(resampled(grey, DPI, RIDGE_DPI))
+    thin = thinned(ridges)
+    minutiae = ridge_minutiae(ridges, grey.shape)
+    return Print(ridges, thin, minutiae, _measures(ridges, minutiae))
+
+
+def _measures(ridges: RidgeMap, minutiae: RidgeMinutiae) -> Measures:
+    inside, sure = ridges.inside, minutiae.reliability
+    count = cv2.countNonZero(inside)
+    if not count:
+        return Measures(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0)
+    mean = [cv2.mean(a, inside)[0] for a in (ridges.flat * ridges.ridges, ridges.flat**2, ridges.ridges**2)]
+    return Measures(
+        count * _MM2,
+        mean[0] / max(mean[1] * mean[2], 1e-12) ** 0.5,
+        cv2.mean(ridges.coherence, inside)[0],
+        cv2.mean(ridges.filtered_coherence, inside)[0],
+        float(np.median(ridges.period[::2, ::2][inside[::2, ::2] > 0])) * 500 / RIDGE_DPI,
+        float(sure.sum()),
+        int(np.count_nonzero(sure > _RELIABLE)),
+        float(sure.mean()) if len(sure) else 0.0,
+        _fingers(ridges),
+    )
+
+
+def _fingers(ridges: RidgeMap) -> int:
+    """Regions of ridges, each as large as a fingerprint, at least 1."""
+    power = cv2.blur(ridges.flat * ridges.flat, (5, 5))
+    region = ((power > _EMPTY) & (ridges.inside > 0)).astype(np.uint8)
+    region = np.asarray(
+        cv2.morphologyEx(region, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))), np.uint8
+    )
+    _, _, statistics, _ = cv2.connectedComponentsWithStats(region)
+    large = statistics[1:][statistics[1:, cv2.CC_STAT_AREA] * _MM2 >= _FINGER_MM2]
+    if len(large) < 2:
+        return 1
+    first, size = large[:, :2], large[:, 2:4]
+    length_px = int(((first + size).max(axis=0) - first.min(axis=0)).max())
+    return len(large) if length_px * 25.4 / RIDGE_DPI >= _FINGERS_MM else 1
