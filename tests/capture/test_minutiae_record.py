@@ -298,7 +298,9 @@ def test_a_record_of_several_fingers_becomes_templates_by_position():
 def test_legacy_records_compare_with_one_another_and_no_score_counts_as_measured():
     a, b = (bd.read_minutiae(PRINTS[0]), bd.read_minutiae(AGAIN[0]))
     score = bd.compare(a["unknown"], b["unknown"])
-    measured = bd.compare(*(bd.Template("unknown", "skeleton-1", minutiae=content) for content in (PRINTS[0], AGAIN[0])))
+    measured = bd.compare(
+        *(bd.Template("unknown", "skeleton-1", minutiae=content) for content in (PRINTS[0], AGAIN[0]))
+    )
     assert (score.score_db, score.minutiae) == (measured.score_db, measured.minutiae)
     assert score.extrapolated
     with pytest.raises(bd.InvalidInput, match="no calibration"):
