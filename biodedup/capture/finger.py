@@ -29,14 +29,13 @@ from biodedup.capture.minutiae_record import (
     write_views,
 )
 from biodedup.capture.one_pass import Print, one_pass
-from biodedup.capture.resampling import DPI, MM_PER_PIXEL, resampled, scanner_dpi
+from biodedup.capture.resampling import DPI, MM_PER_PIXEL, contradicted, resampled, scanner_dpi
 from biodedup.capture.ridge_minutiae import record_of
 from biodedup.config import EXTERNAL_MINUTIAE, FingerConfig
 from biodedup.errors import InvalidInput
 from biodedup.trace import tracing
 from biodedup.values import Float32, Refusal, Template
 
-_DPI_SLACK = 0.02
 _BLOCK_PX = 16
 _CONTRAST_MIN = 12.0  # standard deviation of grey levels within a block
 _COHERENCE_MIN = 0.4  # of the gradient's direction within 3 x 3 blocks; FVC2002 and UareU, 2026-11
@@ -105,30 +104,16 @@ class FingerReader:
         """The picture at 500 dpi and what one pass finds. A resolution whose ridges are no finger's, where 500 dpi fits, is refused if the
         caller states it; a file's is not believed, as image editors write one that is not the scanner's."""
         scan_dpi = dpi or scanner_dpi(pixels.dpi)
+        period_px = contradicted(pixels.grey, scan_dpi)
+        notes: tuple[str, ...] = ()
+        if period_px is not None and dpi is not None:
+            mm = [round(period_px * 25.4 / value, 3) for value in (dpi, DPI)]
+            return Refusal(position, "resolution", f"mm between ridges at the stated {dpi:g} dpi; {DPI} dpi fits", *mm)
+        if period_px is not None:
+            notes = (f"states {scan_dpi:g} dpi, where its ridges are no finger's; taken as {DPI}",)
+            scan_dpi = float(DPI)
         grey = self._at_500_dpi(pixels.grey, position, scan_dpi)
-        passed = grey if isinstance(grey, Refusal) else (grey, one_pass(grey), ())
-        if abs(scan_dpi / DPI - 1) < _DPI_SLACK or (not isinstance(passed, Refusal) and self._plausible(passed[1])):
-            return passed
-        grey = self._at_500_dpi(pixels.grey, position, DPI)
-        if isinstance(grey, Refusal) or not self._plausible(other := one_pass(grey)):
-            return passed
-        if dpi is None:
-            note = f"states {scan_dpi:g} dpi, where no finger's ridges are as far apart; taken as {DPI}"
-            return grey, other, (note,)
-        mm, most = (
-            px * 25.4 / scan_dpi for px in (other.measures.period_px, other.measures.period_px * scan_dpi / DPI)
-        )
-        return Refusal(
-            position,
-            "resolution",
-            f"mm between ridges at the stated {scan_dpi:g} dpi; 500 dpi fits",
-            round(mm, 3),
-            round(most, 3),
-        )
-
-    def _plausible(self, print_: Print) -> bool:
-        measures = print_.measures
-        return measures.certainty >= self._config.certainty_min and measures.at_ridge_distance
+        return grey if isinstance(grey, Refusal) else (grey, one_pass(grey), notes)
 
     def _at_500_dpi(self, grey: NDArray[np.uint8], position: str, dpi: float) -> NDArray[np.uint8] | Refusal:
         """The picture at 500 dpi; what is larger than one finger is cropped to the ridges."""

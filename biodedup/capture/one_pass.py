@@ -25,8 +25,6 @@ from biodedup.capture.skeleton import thinned
 
 _MM2 = (25.4 / RIDGE_DPI) ** 2
 _RELIABLE = 0.5
-_PERIODS_PX = (7.0, 12.0)
-"""Median distances of ridges at 500 dpi: 7.8 to 11.6 in FVC2002 and UareU, 2026-11."""
 _EMPTY, _FINGER_MM2, _FINGERS_MM = 0.5, 60.0, 26.0
 """Power of the picture, with even contrast, where there are no ridges; the least area of a finger beside another; the least length of the
 two. No print of FVC2002's and UareU's tuning half comes apart, single generated ones do, but none of these is as long as two fingers; of
@@ -61,11 +59,6 @@ class Measures:
         reliable, agreement, constant = _QUALITY
         score = reliable * log(1 + self.reliable) + agreement * self.agreement + constant
         return float(round(min(max(100 * score / _SCORE_OF_100, 0.0), 100.0)))
-
-    @property
-    def at_ridge_distance(self) -> bool:
-        """Whether the ridges are as far apart as those of a finger at the resolution that was assumed."""
-        return _PERIODS_PX[0] <= self.period_px <= _PERIODS_PX[1]
 
     @property
     def certainty(self) -> float:

@@ -28,7 +28,7 @@ DB1-4_B and UareU, as they are and stretched by 1.4 and 2 (2026-11)."""
 _TRUSTED_MAX = 1.3
 """A smaller difference of the axes cannot be checked by the ridges, and is believed."""
 _SQUARE_FACE_MAX, _ASPECT_MAX = 1.1, 3.0
-_RIDGE_MM = 0.46
+RIDGE_MM = 0.46
 """The mean period of ridges of adults: Kücken and Champod, "Merkel cells and the individuality of friction ridge skin", 2013."""
 _WINDOW = 64
 _PERIODS = (3.5, 25.0)
@@ -68,7 +68,7 @@ def settled(pixels: Pixels, column: str) -> Pixels | Refusal:
         note = f"states {_told(x, y)}; resampled to {dpi:g} on both axes"
         return replace(_resized(pixels, dpi / x, dpi / y), dpi=dpi, provenance=(note,))
     period = float(np.sqrt(periods[0] * periods[1]))
-    dpi = min((x, y), key=lambda value: _apart(period * 25.4 / value, _RIDGE_MM))
+    dpi = min((x, y), key=lambda value: _apart(period * 25.4 / value, RIDGE_MM))
     note = f"states {_told(x, y)}, but its ridges show square pixels; taken as {dpi:g}"
     return replace(pixels, dpi=dpi, provenance=(note,))
 

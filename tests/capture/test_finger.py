@@ -248,7 +248,9 @@ def test_a_files_resolution_that_no_finger_has_is_not_believed_and_a_stated_one_
     with io.BytesIO() as out:
         Image.fromarray(again).save(out, "PNG", dpi=(dpi, dpi))
         content = out.getvalue()
-    assert minutiae_score(extract(mate), EXTRACTOR.extract([bd.Finger(content)])[0]) > 8
+    (template,) = EXTRACTOR.extract([bd.Finger(content)])
+    assert minutiae_score(extract(mate), template) > 8
+    assert "taken as 500" in template.provenance[0]
     refusal = extract(again, dpi=dpi)
     assert refusal.reason == "resolution"
     assert str(dpi) in refusal.detail and refusal.measured != refusal.limit
