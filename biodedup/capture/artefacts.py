@@ -15,6 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy import fft
 
 from biodedup.values import Float32
 
@@ -115,15 +116,17 @@ def block_ratio(grey: NDArray[np.uint8]) -> float:
 
 
 def _correlated(values: Float32) -> Float32:
-    """The autocorrelation for lags of at most half a side, lag 0 in the middle."""
-    size = 2 * len(values)
-    power = np.abs(np.fft.rfft2(values, (size, size))) ** 2
-    whole = np.fft.fftshift(np.fft.irfft2(power, (size, size)))
-    return np.asarray(whole[size // 4 : -size // 4, size // 4 : -size // 4], np.float32)
+    """The autocorrelation for lags below `_SIDE` on both axes, lag 0 in the middle. The transform is longer than the picture by more than
+    these lags, so that its ends do not meet in them."""
+    size = (len(values) + 2 * _SIDE,) * 2
+    spectrum = fft.rfft2(values, size)
+    whole = fft.fftshift(fft.irfft2(spectrum.real**2 + spectrum.imag**2, size))
+    reach = slice(size[0] // 2 - _SIDE, size[0] // 2 + _SIDE)
+    return np.asarray(whole[reach, reach], np.float32)
 
 
-_SIDE = 56
-_WINDOW = np.outer(np.hanning(2 * _SIDE), np.hanning(2 * _SIDE)).astype(np.float32)
+_SIDE = 24
+_WINDOW = np.outer(np.hanning(112), np.hanning(112)).astype(np.float32)
 _UNBIASED = _correlated(_WINDOW)
 _UNBIASED = np.asarray(_UNBIASED.max() / np.maximum(_UNBIASED, 0.1 * _UNBIASED.max()), np.float32)
 _LAG = np.hypot(*np.mgrid[-_SIDE:_SIDE, -_SIDE:_SIDE])
