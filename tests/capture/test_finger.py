@@ -242,7 +242,7 @@ def test_several_fingers_in_one_picture_are_refused():
     assert (refusal.reason, refusal.measured, refusal.limit) == ("several_fingers", 2, 1)
 
 
-@pytest.mark.parametrize("dpi", [255, 300, 350, 700])
+@pytest.mark.parametrize("dpi", [255, 300, 700])
 def test_a_files_resolution_that_no_finger_has_is_not_believed_and_a_stated_one_is_refused(dpi):
     mate, again = two_impressions(7)
     with io.BytesIO() as out:

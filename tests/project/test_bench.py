@@ -23,6 +23,7 @@ pytestmark = pytest.mark.bench
         (["fresh_gallery.py", "--smoke"], "0 of 56 first encounters duplicate", False),
         (["synthetic.py", "--smoke"], "generated: ridge period", False),
         (["calibration.py", "--smoke"], "generated fingers, both: FMR at 20 dB", False),
+        (["finger_quality.py", "--smoke"], "one pass: rank correlation", False),
         (["minutiae.py", "--smoke"], "made up: EER, %                          0.0", False),
         (["decision.py", "--candidates", "300", "--rounds", "20"], "decision, ms", False),
         (["scale.py", "--subjects", "5000"], "recall@10                                1.0", False),
