@@ -112,7 +112,11 @@ class PostgresCatalogue(CatalogueTables):
         self._drop_connection()
         with _translated("connecting to PostgreSQL"):
             self._connection = psycopg.connect(
-                self._conninfo, autocommit=True, connect_timeout=self._limits.connect_s, application_name="biodedup"
+                self._conninfo,
+                autocommit=True,
+                connect_timeout=self._limits.connect_s,
+                application_name="biodedup",
+                prepare_threshold=None,  # a prepared statement would be state of a session
             )
         return self._connection
 

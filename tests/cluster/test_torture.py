@@ -16,7 +16,7 @@ from tests.cluster.offering import POLICY
 from tests.support import ROOT
 
 FRONT_ENDS, SEED = 3, 11
-COUNTS = [60, pytest.param(1500, marks=pytest.mark.bench)]
+COUNTS = [40, pytest.param(1500, marks=pytest.mark.bench)]
 
 
 @pytest.mark.slow

@@ -23,14 +23,11 @@ ON_REGISTERS: dict[str, set[str]] = {
         "test_a_second_writer_is_refused_with_the_holders_name",
         "test_foreign_folders_and_files_are_not_galleries",
     },
-    "test_fresh_gallery": set(),
     "test_policy": {
         "test_a_backup_has_every_version",
         "test_a_policy_table_that_lost_rows_or_was_changed_is_damage",
         "test_the_policy_that_made_an_older_gallery_is_its_first_version",
     },
-    "test_required": set(),
-    "test_subjects": set(),
 }
 """Module -> its tests that are of folders alone."""
 
