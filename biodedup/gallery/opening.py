@@ -35,6 +35,7 @@ _OWN_NAMES = {
     NEW_NAME + "-journal",
     LOCK_NAME,
     KEY_NAME,
+    KEY_NAME + ".tmp",
     SEGMENT_FOLDER,
     CANARIES_NAME,
     CANARIES_NAME + NEW_SUFFIX,

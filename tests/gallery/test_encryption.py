@@ -698,3 +698,45 @@ with bd.Engine.open(sys.argv[1], replace(small(), keys=bd.KeyProvider(environmen
             assert acknowledged <= set(engine.subject_ids())
             assert engine.problems() == []
     assert len(acknowledged) >= 12
+
+
+def test_a_gallery_opens_after_a_crash_while_its_key_file_was_written(tmp_path):
+    (tmp_path / "g").mkdir()
+    for name in ("writer.lock", "gallery.key.tmp"):
+        (tmp_path / "g" / name).touch()
+    with bd.Engine.open(tmp_path / "g", with_key()) as engine:
+        enroll(engine, 0)
+    with bd.Engine.open(tmp_path / "g", with_key()) as engine:
+        assert engine.subject_ids() == ["s0"]
+
+
+def test_an_export_of_an_encrypted_gallery_is_loaded_into_an_encrypted_one(encrypted, tmp_path):
+    config = with_key()
+    jobs.export_gallery(encrypted, tmp_path / "export", config)
+    jobs.load_gallery(tmp_path / "export", tmp_path / "g", config)
+    assert encrypting.key_status(tmp_path / "g").encrypted
+    assert answers(tmp_path / "g", config) == answers(encrypted, config)
+
+
+def test_an_encrypted_gallery_that_is_lost_comes_back_from_its_backup(encrypted, tmp_path):
+    with bd.Engine.open(encrypted, with_key(), read_only=True) as engine:
+        engine.backup(tmp_path / "b")
+    (tmp_path / "g" / "segments").mkdir(parents=True)
+    report = jobs.examine(tmp_path / "g", with_key(), mend=True, backup=tmp_path / "b")
+    assert report.problems == ()
+    assert answers(tmp_path / "g", with_key()) == answers(encrypted, with_key())
+
+
+def test_a_lost_key_file_comes_back_from_a_backup_of_this_gallery_and_of_no_other(encrypted, tmp_path):
+    shutil.copytree(encrypted, tmp_path / "g")
+    with bd.Engine.open(tmp_path / "g", with_key()) as engine:
+        engine.backup(tmp_path / "b")
+        enroll(engine, 20)
+    fill(tmp_path / "other", with_key(small(merge_fan=9)))
+    (tmp_path / "g" / "gallery.key").unlink()
+    with pytest.raises(bd.InvalidInput, match="another gallery"):
+        jobs.examine(tmp_path / "g", with_key(), mend=True, backup=tmp_path / "other")
+    report = jobs.examine(tmp_path / "g", with_key(), mend=True, backup=tmp_path / "b")
+    assert (report.problems, report.mended) == ((), ("gallery.key taken from the backup",))
+    with bd.Engine.open(tmp_path / "g", with_key()) as engine:
+        assert "s20" in engine

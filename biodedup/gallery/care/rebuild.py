@@ -55,6 +55,7 @@ def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Re
     segments, done = folder / SEGMENT_FOLDER, 0
     with translated(f"writing {folder}"):
         storage.make_folder(folder)
+        storage.unlock(folder, new=True)
         storage.make_folder(segments)
         entries = []
         for number, part in enumerate(content.sealed, 1):

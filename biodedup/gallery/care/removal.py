@@ -30,6 +30,7 @@ _DATABASES = [name + suffix for name in (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAM
 _WORKING = {
     NEW_NAME,
     KEY_NAME,
+    KEY_NAME + ".tmp",
     *(name + end for name in _DATABASES for end in ("", "-journal")),
     CANARIES_NAME,
     CANARIES_NAME + NEW_SUFFIX,

@@ -28,10 +28,12 @@ from biodedup.gallery.care.verify import (
 )
 from biodedup.gallery.catalogue.counters import recomputed
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
+from biodedup.gallery.files.encryption.sealed_file import key_id_of
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.filesystem import Storage, stored_key
 from biodedup.gallery.files.names import (
     DATABASE_NAME,
+    KEY_NAME,
     LOCK_NAME,
     SEGMENT_FOLDER,
 )
@@ -51,16 +53,29 @@ def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[s
         refuse_link(folder / SEGMENT_FOLDER)
         lock = storage.lock(folder / LOCK_NAME)
         try:
-            done: list[str] = []
+            done = _key_from(storage, folder, backup)
             found = _inspect_or_lost(storage, folder)
             if any(problem.kind == COUNTERS for problem in found):
-                done = _recount(storage, folder)
+                done += _recount(storage, folder)
                 found = _inspect_or_lost(storage, folder)
             if any(problem.segment is None for problem in found):
                 return done + _restore(storage, folder, backup)
             return done + _mend(storage, folder, found, backup)
         finally:
             lock.release()
+
+
+def _key_from(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
+    """Takes a key file that is lost from the backup. Raises InvalidInput where the folder's files are of another key."""
+    there = None if backup is None else stored_key(backup)
+    if backup is None or there is None or stored_key(folder) is not None:
+        return []
+    for name in storage.list_names(folder / SEGMENT_FOLDER) or ():
+        with (folder / SEGMENT_FOLDER / name).open("rb") as file:
+            if key_id_of(file.read(64)) not in (None, there.gallery_key_id):
+                raise InvalidInput(f"{backup} is a backup of another gallery than {folder}; name one of this")
+    storage.share_key(backup, folder, lost=True)
+    return [f"{KEY_NAME} taken from the backup"]
 
 
 def _inspect_or_lost(storage: Storage, folder: Path) -> list[Problem]:

@@ -106,9 +106,9 @@ class Storage(Protocol):
         """Called before anything in a gallery is read. Returns the id of the register's key; None for a gallery in the clear. new: a
         gallery is created, and gets a key if this storage has one. Raises KeyMismatch, GalleryDamaged."""
 
-    def share_key(self, source: Path, target: Path) -> None:
-        """Before a gallery is copied: the target gets the source's key, or stays in the clear as the source. Raises InvalidInput,
-        KeyMismatch."""
+    def share_key(self, source: Path, target: Path, *, lost: bool = False) -> None:
+        """Before a gallery is copied: the target gets the source's key, or stays in the clear as the source. lost: the target had this
+        key, and holds files of it. Raises InvalidInput, KeyMismatch."""
 
     def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection: ...
 
@@ -305,7 +305,7 @@ class LocalStorage:
             self.sync_folder(folder)
         return None if self._register is None else self._register.key_id
 
-    def share_key(self, source: Path, target: Path) -> None:
+    def share_key(self, source: Path, target: Path, *, lost: bool = False) -> None:
         mine, there = stored_key(source), stored_key(target)
         if mine is None and there is None:
             return
@@ -313,7 +313,7 @@ class LocalStorage:
         others = there is None and (DATABASE_NAME in names or self.list_names(target / SEGMENT_FOLDER))
         if mine is not None and there is not None and there.gallery_key_id != mine.gallery_key_id:
             raise InvalidInput(f"{target} is another gallery or its backup; name an empty folder")
-        if mine is None or others:
+        if mine is None or (others and not lost):
             raise KeyMismatch(f"{target} and {source} are not both encrypted; name an empty folder")
         if there is None or there.wrapped != mine.wrapped:  # or a rotation was since
             replace_private(target / KEY_NAME, _read_whole(source / KEY_NAME))

@@ -54,6 +54,13 @@ class NotAuthentic(ValueError):
     """Content that the key does not prove."""
 
 
+def key_id_of(head: bytes) -> str | None:
+    """The id of the key that wraps a sealed file's, from its first bytes; None of another file."""
+    if len(head) < _PREFIX.size or not head.startswith(MAGIC):
+        return None
+    return str(_PREFIX.unpack_from(head)[2].decode("ascii", "replace"))
+
+
 class SealedWriter:
     """Encrypts what is written and passes it on. name: what the file is bound to."""
 
