@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -63,13 +63,13 @@ Cells = NDArray[Any] | Sequence[bytes | None]
 @dataclass(frozen=True)
 class Loaded(Described):
     """The outcome of a batch of templates. added: how many subjects are new; present: how many were enrolled before with the same
-    templates; conflicting: indices of the subjects that are enrolled with other templates, which were kept; refused: index of each row of
-    an Arrow batch that cannot be used -> why."""
+    templates; conflicting: indices of the subjects that are enrolled with other templates, which were kept; refused: (index, reason) of
+    each row of an Arrow batch that cannot be used, in order."""
 
     added: int
     present: int
     conflicting: tuple[int, ...]
-    refused: Mapping[int, str] = field(default_factory=dict)
+    refused: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +156,9 @@ class Loader:
         batch = one_batch(batch)
         read = read_templates(batch, threads=self.threads)
         bad = np.flatnonzero(read.refusals != "")
-        refused = dict(zip(bad.tolist(), map(str, read.refusals[bad]), strict=True))
+        refused = tuple(zip(bad.tolist(), map(str, read.refusals[bad]), strict=True))
         if refused and not keep_enrolled:
-            first, reason = next(iter(refused.items()))
+            first, reason = refused[0]
             raise InvalidInput(
                 f"row {first} cannot be used: {reason} ({len(refused)} such rows of {len(batch)}); mend it, or call load_templates, which "
                 "leaves such rows out and names them"

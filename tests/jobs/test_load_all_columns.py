@@ -164,7 +164,7 @@ def test_a_bad_row_is_refused_with_its_number_and_reason_and_the_others_are_load
         result = jobs.load(engine, [arrow(range(9), **{column: {4: value}})], batch_rows=5)
         assert (result.added, result.refused, result.refused_rows, result.reasons) == (8, 1, (4,), {reason: 1})
         assert "s4" not in engine and "s5" in engine
-        assert engine.load_templates(arrow(range(9), **{column: {4: value}})).refused == {4: reason}
+        assert engine.load_templates(arrow(range(9), **{column: {4: value}})).refused == ((4, reason),)
 
 
 def test_what_stands_beside_no_template_is_refused_and_not_dropped(tmp_path):
@@ -172,8 +172,8 @@ def test_what_stands_beside_no_template_is_refused_and_not_dropped(tmp_path):
     rows = arrow(range(4), **without, left_thumb_quality={3: None})
     with bd.Engine.open(tmp_path / "g", small(seal_rows=99)) as engine:
         loaded = engine.load_templates(rows)
-        assert loaded.refused[0] == "right_index has minutiae and no vector"
-        assert loaded.refused[2] in (
+        assert dict(loaded.refused)[0] == "right_index has minutiae and no vector"
+        assert dict(loaded.refused)[2] in (
             "right_index has minutiae and no vector",
             "right_index_quality is stated without a template",
         )
@@ -254,7 +254,7 @@ def test_a_batch_that_is_sent_again_adds_nothing_and_other_minutiae_are_told(tmp
             arrow(range(20, -1, -1), right_index_minutiae={20 - 6: other}, subject_id={0: ""})
         )
         assert (changed.added, changed.present, changed.conflicting) == (0, 19, (14,))
-        assert changed.refused == {0: "subject_id is not usable: it is empty"}
+        assert changed.refused == ((0, "subject_id is not usable: it is empty"),)
 
 
 def test_an_exported_table_of_rows_is_loaded_as_it_is(tmp_path):

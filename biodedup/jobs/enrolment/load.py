@@ -99,7 +99,7 @@ def load(
         loaded = engine.load_templates(rows.usable, model_id=model_id)
         added += loaded.added
         present += loaded.present
-        why = rows.all_refusals(loaded.refused)
+        why = rows.all_refusals(dict(loaded.refused))
         why |= {int(rows.kept[i]): "enrolled with other templates" for i in loaded.conflicting}
         reasons.update(why.values())
         for row in sorted(why)[: ROWS_NAMED_MAX - len(refused)]:
