@@ -393,6 +393,8 @@ def finish_decision(decision: Decision, as_json: bool, captures: Sequence[Captur
         if decision.best is not None and decision.outcome != "unique":
             print_evidence(decision.best.evidence)
         print_refusals(decision.refusals, captures)
+        for column, advice in decision.recaptures.items():
+            say(f"  take {column} again: {advice}")
         if note and decision.outcome == "unique":
             say(f"  {note}")
         if decision.encounter_id is not None:

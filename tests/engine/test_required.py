@@ -223,6 +223,7 @@ def test_the_command_says_what_to_do(tmp_path, prints):
     assert result.exit_code == Exit.REFUSED
     assert "under the same encounter_id" in result.stdout
     assert f"refused face ({tmp_path / 'face.jpg'}): not_an_image" in result.stdout
+    assert "take face again: the file is no image" in result.stdout
     assert "gallery was not compared" not in result.stdout
 
 
