@@ -148,6 +148,8 @@ def test_every_command_that_opens_a_gallery_or_takes_captures_takes_settings():
     assert without == {
         "calibrate",
         "demo",
+        "key new",
+        "key status",
         "kit centre-key",
         "kit inspect",
         "kit keys",

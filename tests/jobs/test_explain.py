@@ -269,8 +269,10 @@ def test_the_command_takes_subjects_and_encounters_of_a_gallery(folder, tmp_path
     faces = people(1)
     gallery, out, run = tmp_path / "gallery", tmp_path / "pair.html", CliRunner().invoke
     with bd.Engine.open(gallery, bd.Config(policy=bd.Policy(duplicate_db=290, review_db=280))) as engine:
-        engine.enroll(bd.Encounter("a", templates={"face": faces[0]}, encounter_id="first"))
-        engine.enroll(bd.Encounter("b", templates={"face": again(faces, 0.7)[0]}, encounter_id="second"))
+        # with a finger, too: of a face alone, candidates below the review threshold are not looked for
+        engine.enroll(bd.Encounter("a", templates={"face": faces[0], "left_index": faces[0]}, encounter_id="first"))
+        mate = again(faces, 0.7)[0]
+        engine.enroll(bd.Encounter("b", templates={"face": mate, "left_index": mate}, encounter_id="second"))
         assert len(engine) == 2
         engine.set_policy(bd.Policy(), by="A. Officer", reason="so that the page says duplicate")
     done = run(app, ["explain", "a", "b", "--gallery", str(gallery), "-o", str(out), "--json"])
