@@ -201,7 +201,7 @@ def test_a_gallery_calibrates_a_finger_with_its_minutiae(tmp_path):
     config = bd.Config()
     rng = np.random.default_rng(3)
     with bd.Engine.open(tmp_path / "g", config) as engine:
-        model = joint_id(load_card("finger256"), load_card("mindtct_cylinders"))
+        model = joint_id(load_card("finger256"), load_card("skeleton_cylinders"))
         vectors = people(60, 22, 256)
         for i, vector in enumerate(vectors):
             body = b"".join(
@@ -212,11 +212,11 @@ def test_a_gallery_calibrates_a_finger_with_its_minutiae(tmp_path):
             engine.enroll(
                 bd.Encounter(f"s{i}", templates={"right_index": bd.Template("right_index", model, vector, record)})
             )
-    told = jobs.calibrate(tmp_path / "g", "finger256-3+mindtct-1", tmp_path / "my.toml")
+    told = jobs.calibrate(tmp_path / "g", "finger256-3+skeleton-1", tmp_path / "my.toml")
     card, shipped = load_card(str(tmp_path / "my.toml")), load_card("finger256")
     assert told.nonmated == 60 * 59 // 2 and set(told.held_out) == set()  # too few for halves
-    assert card.both["mindtct-1"]["nonmated_db"] != shipped.both["mindtct-1"]["nonmated_db"]
-    assert jobs.calibrate(tmp_path / "g", "mindtct-1", tmp_path / "minutiae.toml").nonmated == 60 * 59 // 2
+    assert card.both["skeleton-1"]["nonmated_db"] != shipped.both["skeleton-1"]["nonmated_db"]
+    assert jobs.calibrate(tmp_path / "g", "skeleton-1", tmp_path / "minutiae.toml").nonmated == 60 * 59 // 2
     with pytest.raises(bd.InvalidInput, match="has no template of sface"):
         jobs.calibrate(tmp_path / "g", "sface", tmp_path / "other.toml")
 
@@ -225,10 +225,10 @@ def test_both_tables_of_a_finger_are_fitted_from_similarity_and_minutiae(tmp_pat
     pairs = pairs_table()
     minutiae = np.where(pairs["mated"], 12.0, 2.0) + np.random.default_rng(0).exponential(0.8, len(pairs))
     write_table(pairs.append_column("minutiae", pa.array(minutiae)), tmp_path / "pairs.parquet")
-    jobs.calibrate(tmp_path / "pairs.parquet", "finger256-3+mindtct-1", tmp_path / "my.toml")
+    jobs.calibrate(tmp_path / "pairs.parquet", "finger256-3+skeleton-1", tmp_path / "my.toml")
     card, shipped = load_card(str(tmp_path / "my.toml")), load_card("finger256")
     assert card.both["leader-1"] == shipped.both["leader-1"]
-    assert "pairs.parquet" in card.calibration["source"] and "pairs.parquet" in card.both["mindtct-1"]["source"]
+    assert "pairs.parquet" in card.calibration["source"] and "pairs.parquet" in card.both["skeleton-1"]["source"]
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_both_tables_of_a_finger_are_fitted_from_similarity_and_minutiae(tmp_pat
         (lambda t: t.slice(0, 40), "sface", "needs 1000"),
         (lambda t: t.slice(0, len(t) - 700), "sface", "no mated ones or 100"),
         (lambda t: t.drop_columns(["mated"]), "sface", "wanted also mated"),
-        (lambda t: t, "mindtct-1", "wanted also minutiae"),
-        (lambda t: t, "nobody+mindtct-1", "not known"),
+        (lambda t: t, "skeleton-1", "wanted also minutiae"),
+        (lambda t: t, "nobody+skeleton-1", "not known"),
         (lambda t: t, "yunet", "not known"),
     ],
 )
