@@ -14,7 +14,8 @@ choice is a cascade: cheap evidence of all candidates first, expensive evidence 
    much; the candidates left out have together less than `risk`;
 4. those with a finger that agrees although other captures do not: an operator's own finger, or a record of two people. The minutiae of
    all fingers are compared whose embedding is not too different for a mate (FINGER_FROM_DB), and if one speaks for its candidate, all
-   of its minutiae are. Where a finger decides with less than FINGER_NEEDS_DB, all fingers are compared.
+   of its minutiae are. Where a finger decides with less than FINGER_NEEDS_DB, all fingers are compared. This rule does not keep to the
+   risk: it loses LONE_FINGER_LOSS of such fingers.
 
 The bounds take the calibrations as right, and captures of impostors as independent, as the fusion does. Labels are read as the
 embeddings have them, rows of one subject are bounded each by itself, and candidates are taken to have the records that the probe has.
@@ -40,11 +41,12 @@ from biodedup.match.judgement import SPEAKS_FOR_DB
 from biodedup.match.ranked import Bool, Float64, Fused, Int64, ScoreMatrix, ScoreModel
 
 FINGER_FROM_DB, FINGER_NEEDS_DB = -5.0, 50.0
-"""The llr_db by embedding from which a finger may reach FINGER_NEEDS_DB by embedding and minutiae. Of the 2,621 mated pairs that reach it with the skeleton's minutiae,
-14 lie below, 10 of them below -13 dB: their embeddings say nothing (FVC2002 DB1-4_B and UareU, no print refused, 2026-11). With MINDTCT's
-minutiae, and poor prints refused, it was 2 of 2,479. Of impostors 2.5 % lie above."""
-_MEASURED_RISK = 1e-3
-"""The risk that this limit stands for. For a smaller one there is no limit."""
+"""The llr_db by embedding from which a finger may reach FINGER_NEEDS_DB by embedding and minutiae. Of impostors 2.5 % lie above."""
+LONE_FINGER_LOSS = 6e-3
+"""The share of fingers that agree by embedding and minutiae and lie below FINGER_FROM_DB: of the 2,621 mated pairs that reach FINGER_NEEDS_DB,
+14 (0.53 %), 10 of them below -13 dB, so that a lower limit hardly helps (skeleton-1, FVC2002 DB1-4_B and UareU, no print refused, 2026-11)."""
+_STAGED_RISK = 1e-3
+"""For a smaller risk all minutiae are compared."""
 TILTS = np.array([0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.3])
 """Of Chernoff's bound, per dB: the exponents among which the least bound is taken. ln(10) / 10 gives Markov's."""
 _GRID_STEP_DB = 0.5
@@ -73,7 +75,7 @@ class Stage:
         by_embeddings = np.full((2, len(numbers)), np.nan)
         by_embeddings[:, numbers[best]] = fused.score_db[best], fused.llr_db[best]
         by_embeddings = by_embeddings[:, numbers]
-        if self.risk < _MEASURED_RISK:
+        if self.risk < _STAGED_RISK:
             return np.ones(len(numbers), bool), by_embeddings
         score_db, llr_db = by_embeddings
         kept = np.zeros(len(numbers), bool)
