@@ -3,7 +3,7 @@
 Vectors: directions of one law a modality (a common mean, and numbers that fall off), whose strangers have the mean and the deviation of
 the shipped card; a second encounter's cosine is drawn from the card's mated law, in a direction of the same law.
 
-Minutiae: a pool of generated prints (`biodedup.synthetic`, MINDTCT) gives their density and flow. A finger is a print of the pool,
+Minutiae: a pool of generated prints (`biodedup.synthetic`, the default extractor) gives their density and flow. A finger is a print of the pool,
 perhaps mirrored, warped by long waves, and with each minutia moved, turned or dropped, so that two fingers of one print are strangers.
 A capture of a finger is that finger turned, shifted, slightly distorted, cropped to an ellipse, with minutiae lost and added. How far each
 goes was chosen (2026-11) so that scores of strangers and of mates spread as the card's tables say; `laws` measures it again.
@@ -23,17 +23,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_record import PIXELS_PER_CM, position_code
-from biodedup.capture.nbis_parts import extract
+import biodedup as bd
+from biodedup.capture.minutiae_record import PIXELS_PER_CM, MinutiaeRecord, position_code, read_record
 from biodedup.embed.cards import joint_id, load_card, minutiae_card
 from biodedup.match.calibration import Calibration
-from biodedup.synthetic import draw_impression, draw_master
+from biodedup.synthetic import Impression, draw_impression, draw_master
 
 FINGERS = tuple(
     f"{hand}_{name}" for hand in ("right", "left") for name in ("thumb", "index", "middle", "ring", "little")
 )
 COLUMNS = ("face", *FINGERS)
-FACE_CARD, FINGER_CARD, MINUTIAE_CARD = load_card("sface"), load_card("finger256"), minutiae_card("skeleton")
+FACE_CARD, FINGER_CARD, MINUTIAE_CARD = (
+    load_card("sface"),
+    load_card("finger256"),
+    minutiae_card(bd.FingerConfig().minutiae),
+)
 MODELS = {
     column: FACE_CARD.model_id if column == "face" else joint_id(FINGER_CARD, MINUTIAE_CARD) for column in COLUMNS
 }
@@ -57,21 +61,25 @@ class Pool:
 def make_pool(prints: int, seed: int) -> Pool:
     """Of each print the minutiae of one impression, upright."""
     rng, found = np.random.default_rng([seed, 1]), []
-    while len(found) < prints:
-        impression = draw_impression(rng, draw_master(rng))
-        try:
-            minutiae, _ = extract(impression.image)
-        except ValueError:  # NFIQ 2 finds nothing to work on
-            continue
-        body = np.frombuffer(minutiae.body, np.uint8).reshape(-1, 6).astype(np.float32)
-        if not 20 <= len(body) <= COUNT_MAX:
-            continue
-        x = (body[:, 0].astype(int) & 63) * 256 + body[:, 1] - impression.core[0]
-        y = (body[:, 2].astype(int) & 63) * 256 + body[:, 3] - impression.core[1]
-        cos, sin = np.cos(impression.angle), np.sin(impression.angle)  # clockwise as seen, y down
-        upright = (x * cos + y * sin, y * cos - x * sin, body[:, 4] + impression.angle * (128 / np.pi))
-        found.append(np.stack(upright, 1).astype(np.float32))
+    with bd.Extractor() as extractor:
+        while len(found) < prints:
+            impression = draw_impression(rng, draw_master(rng))
+            (template,) = extractor.extract([bd.Finger(impression.image)])
+            if isinstance(template, bd.Refusal) or template.minutiae is None:
+                continue
+            strongest = read_record(template.minutiae).strongest(COUNT_MAX)
+            if strongest.count >= 20:
+                found.append(_upright(strongest, impression))
     return Pool(np.cumsum([0, *map(len, found)]), np.concatenate(found))
+
+
+def _upright(minutiae: MinutiaeRecord, impression: Impression) -> NDArray[np.float32]:
+    body = np.frombuffer(minutiae.body, np.uint8).reshape(-1, 6).astype(np.float32)
+    x = (body[:, 0].astype(int) & 63) * 256 + body[:, 1] - impression.core[0]
+    y = (body[:, 2].astype(int) & 63) * 256 + body[:, 3] - impression.core[1]
+    cos, sin = np.cos(impression.angle), np.sin(impression.angle)  # clockwise as seen, y down
+    upright = (x * cos + y * sin, y * cos - x * sin, body[:, 4] + impression.angle * (128 / np.pi))
+    return np.stack(upright, 1).astype(np.float32)
 
 
 def cached_pool(folder: Path, prints: int, seed: int) -> Pool:

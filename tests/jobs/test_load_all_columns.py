@@ -31,7 +31,7 @@ def short_measurement(monkeypatch):
 
 
 FACE = load_card("sface").model_id
-FINGER = joint_id(load_card("finger256"), minutiae_card("skeleton"))
+FINGER = joint_id(load_card("finger256"), minutiae_card(bd.FingerConfig().minutiae))
 COUNT, FINGERS = 40, ("right_index", "left_thumb")
 
 
