@@ -23,7 +23,7 @@ import numpy as np
 from report import data_folder, record
 
 import biodedup as bd
-from biodedup.intervals import exact_interval
+from biodedup.common.intervals import exact_interval
 from biodedup.jobs.evaluation.comparisons import Searches
 from biodedup.jobs.evaluation.evaluate import evaluate_encounters
 from biodedup.jobs.evaluation.labelled import Labelled, extracted

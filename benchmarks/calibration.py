@@ -30,11 +30,11 @@ from report import data_folder, record
 
 import biodedup as bd
 from biodedup.embed.cards import load_card
-from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import moved
-from biodedup.match.fitting import COSINE_POWER, NONMATED_MIN, Nonmates, fit, measured_fmr, refit
-from biodedup.match.fusion import fused_score_db
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.prints.minutiae import CylinderMatcher
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.calibrations import moved
+from biodedup.match.scores.fitting import COSINE_POWER, NONMATED_MIN, Nonmates, fit, measured_fmr, refit
+from biodedup.match.scores.fusion import fused_score_db
 from biodedup.synthetic import draw_impression, draw_master
 
 FACES = {"meds": ("faces/meds/*.jpg", "-"), "orl": ("faces/orl/*/*.pgm", "/"), "yale": ("faces/yale/*.jpg", ".")}

@@ -18,9 +18,9 @@ from report import data_folder, record
 from skimage import data
 
 import biodedup as bd
-from biodedup.capture.finger import resampled
-from biodedup.capture.oriented import RIDGE_DPI
-from biodedup.capture.ridges import ridge_map
+from biodedup.capture.fingers.finger import resampled
+from biodedup.capture.fingers.oriented import RIDGE_DPI
+from biodedup.capture.fingers.ridges import ridge_map
 from biodedup.embed.cards import load_card
 from biodedup.embed.finger_input import finger_input
 from biodedup.embed.finger_network import FingerNetwork

@@ -33,8 +33,8 @@ from report import record
 from scipy.stats import norm
 
 import biodedup as bd
-from biodedup.intervals import exact_interval
-from biodedup.match.calibration import Calibration
+from biodedup.common.intervals import exact_interval
+from biodedup.match.scores.calibration import Calibration
 from biodedup.search.shards import native
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals

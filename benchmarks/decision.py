@@ -18,11 +18,11 @@ from report import record
 
 from biodedup.config import Policy
 from biodedup.embed.cards import joint_id, load_card, minutiae_card, shipped_cards
-from biodedup.match.calibrations import Calibrations
 from biodedup.match.compare import as_labelled, pairings
-from biodedup.match.fusion import fused_score_db, mated_quantile_db, mated_share_below
 from biodedup.match.judgement import judge
 from biodedup.match.ranked import PairScores, Ranked, Scored, ScoreMatrix, ScoreModel, calibrated
+from biodedup.match.scores.calibrations import Calibrations
+from biodedup.match.scores.fusion import fused_score_db, mated_quantile_db, mated_share_below
 
 COLUMNS = ("face", "right_index", "left_index")
 RETURNED, GALLERY = 10, 200_000_000

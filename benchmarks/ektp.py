@@ -32,8 +32,8 @@ from report import record
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.match.calibration import Calibration
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.prints.minutiae import CylinderMatcher
+from biodedup.match.scores.calibration import Calibration
 from biodedup.synthetic import draw_impression, draw_master
 
 SUBJECTS, SEED = 1_000_000, 24

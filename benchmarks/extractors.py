@@ -23,12 +23,12 @@ from minutiae import equal_error_rate
 from numpy.typing import NDArray
 from report import data_folder, record
 
-from biodedup.capture.finger import minutiae_extractor
-from biodedup.capture.minutiae_record import write_record
-from biodedup.capture.one_pass import one_pass
-from biodedup.capture.resampling import resampled
+from biodedup.capture.fingers.finger import minutiae_extractor
+from biodedup.capture.fingers.one_pass import one_pass
+from biodedup.capture.fingers.resampling import resampled
+from biodedup.capture.minutiae.record import write_record
 from biodedup.embed.cards import minutiae_card
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.prints.minutiae import CylinderMatcher
 
 SETS = {"fvc2002/DB1_B": 500, "fvc2002/DB2_B": 569, "fvc2002/DB3_B": 500, "fvc2002/DB4_B": 500, "uareu": 512}
 DPI = SETS | {"sfinge_demo": 500}

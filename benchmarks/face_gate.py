@@ -26,9 +26,9 @@ from report import data_folder, record
 from skimage import data
 
 import biodedup as bd
-from biodedup.capture.formats import decode
+from biodedup.capture.pictures.formats import decode
 from biodedup.embed.cards import load_card
-from biodedup.match.calibration import Calibration
+from biodedup.match.scores.calibration import Calibration
 from biodedup.trace import explain
 from biodedup.values import Float32
 

@@ -21,12 +21,12 @@ from extractors import SETS, pictures
 from numpy.typing import NDArray
 from report import record
 
-from biodedup.capture.minutiae_record import write_record
-from biodedup.capture.nbis_parts import nfiq2
-from biodedup.capture.one_pass import one_pass
-from biodedup.capture.ridge_minutiae import record_of
+from biodedup.capture.fingers.nbis_parts import nfiq2
+from biodedup.capture.fingers.one_pass import one_pass
+from biodedup.capture.fingers.ridge_minutiae import record_of
+from biodedup.capture.minutiae.record import write_record
 from biodedup.config import FingerConfig
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.prints.minutiae import CylinderMatcher
 from biodedup.synthetic import draw_impression, draw_master
 
 DISCARDED = (0, 1, 2, 5, 10, 20)

@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 from report import data_folder, record
 
 import biodedup as bd
-from biodedup.capture.oriented import RIDGE_DPI
-from biodedup.capture.ridges import ridge_map
+from biodedup.capture.fingers.oriented import RIDGE_DPI
+from biodedup.capture.fingers.ridges import ridge_map
 from biodedup.embed.cards import joint_id, load_card, minutiae_card, shipped_cards
 from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork
-from biodedup.match.calibrations import Calibrations
+from biodedup.match.scores.calibrations import Calibrations
 from biodedup.match.staged import FINGER_FROM_DB
 from biodedup.synthetic import draw_impression, draw_master
 

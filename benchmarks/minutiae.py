@@ -23,8 +23,8 @@ from report import data_folder, record
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
-from biodedup.match.minutiae import CylinderMatcher, MinutiaeMatcher
+from biodedup.capture.minutiae.record import MinutiaeRecord, write_record
+from biodedup.match.prints.minutiae import CylinderMatcher, MinutiaeMatcher
 from tests.support.bozorth import Bozorth3
 
 Scores = NDArray[np.float32]

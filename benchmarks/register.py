@@ -24,9 +24,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import biodedup as bd
-from biodedup.capture.minutiae_record import PIXELS_PER_CM, MinutiaeRecord, position_code, read_record
+from biodedup.capture.minutiae.record import PIXELS_PER_CM, MinutiaeRecord, position_code, read_record
 from biodedup.embed.cards import joint_id, load_card, minutiae_card
-from biodedup.match.calibration import Calibration
+from biodedup.match.scores.calibration import Calibration
 from biodedup.synthetic import Impression, draw_impression, draw_master
 
 FINGERS = tuple(

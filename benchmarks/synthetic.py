@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from report import data_folder, record
 
-from biodedup.capture.finger import DPI, MM_PER_PIXEL, resampled
-from biodedup.capture.nbis_parts import extract, nfiq2
-from biodedup.capture.oriented import RIDGE_DPI
-from biodedup.capture.ridges import ridge_map
+from biodedup.capture.fingers.finger import DPI, MM_PER_PIXEL, resampled
+from biodedup.capture.fingers.nbis_parts import extract, nfiq2
+from biodedup.capture.fingers.oriented import RIDGE_DPI
+from biodedup.capture.fingers.ridges import ridge_map
 from biodedup.synthetic import draw_impression, draw_master
 
 REAL = {"DB1_B": 500, "DB2_B": 569, "DB3_B": 500, "DB4_B": 500}

@@ -1,7 +1,7 @@
 from . import jobs as jobs
-from .capture.containers import read_captures as read_captures
-from .capture.finger import read_minutiae as read_minutiae
-from .capture.finger import write_minutiae as write_minutiae
+from .capture.fingers.finger import read_minutiae as read_minutiae
+from .capture.fingers.finger import write_minutiae as write_minutiae
+from .capture.pictures.containers import read_captures as read_captures
 from .config import CaptureConfig as CaptureConfig
 from .config import ClusterConfig as ClusterConfig
 from .config import Config as Config

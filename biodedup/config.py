@@ -12,12 +12,12 @@ from math import inf, isfinite, log10
 from pathlib import Path
 from typing import Any
 
-from biodedup.arguments import check_fields, checked
+from biodedup.common.arguments import check_fields, checked
+from biodedup.common.tables import made, read_toml, typed
 from biodedup.errors import InvalidInput
 from biodedup.index_spec import parse_specs
 from biodedup.keys import KeyProvider
 from biodedup.required import SENT, check_required
-from biodedup.tables import made, read_toml, typed
 from biodedup.values import check_id
 
 EXTERNAL_MINUTIAE = "external-minutiae"
@@ -187,7 +187,7 @@ class Policy:
     duplicate_floor_db: float = 50.0
     """Least duplicate threshold in dB, also of a fixed one. A gallery of ten asks for 40 dB, which impostor pairs of another camera than
     the model card's reach (MEDS 46, Yale 41, ORL 61 dB; UareU's fingers 49); by the lower end of the calibration's interval
-    (match/calibrations.py) they reach 44 dB."""
+    (match/scores/calibrations.py) they reach 44 dB."""
     verify_fmr: float = 1e-4
     """Target false match rate of 1:1 verifications and updates, between 0 and 1."""
     trust_extrapolation: bool = True

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from biodedup.arguments import check_fields
+from biodedup.common.arguments import check_fields
 from biodedup.errors import InvalidInput, StorageUnavailable
 
 KEY_BYTES = 32

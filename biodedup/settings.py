@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from biodedup.common.tables import flat, made, read_toml, typed
 from biodedup.config import Config
-from biodedup.tables import flat, made, read_toml, typed
 
 FILE_NAME = "biodedup.toml"
 VARIABLE = "BIODEDUP_CONFIG"

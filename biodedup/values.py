@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.advice import advice
-from biodedup.arguments import check_fields
-from biodedup.described import BIOMETRIC, Described, Tabular
+from biodedup.common.arguments import check_fields
+from biodedup.common.described import BIOMETRIC, Described, Tabular
 from biodedup.errors import InvalidInput
 from biodedup.texts import KnownId, id_problem, text_problem
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from biodedup.capture.oriented import RIDGE_DPI
-from biodedup.capture.ridges import ridge_map
+from biodedup.capture.fingers.oriented import RIDGE_DPI
+from biodedup.capture.fingers.ridges import ridge_map
 from biodedup.embed.finger_input import finger_input
 from biodedup.synthetic import draw_impression, draw_master
 from biodedup.synthetic.masters import PATTERNS, TIP_PX, Pattern

@@ -1,4 +1,4 @@
-"""Fits the regressions of `biodedup.capture.ridge_minutiae` and `biodedup.capture.one_pass`, and prints their weights.
+"""Fits the regressions of `biodedup.capture.fingers.ridge_minutiae` and `biodedup.capture.fingers.one_pass`, and prints their weights.
 
     python models/fit_one_pass.py reliability   # of minutiae, on 160 generated fingers: needs no data
     python models/fit_one_pass.py quality       # of prints, and their certainty, on the tuning half (BIODEDUP_DATA)
@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from extractors import SETS, pictures
 
-from biodedup.capture.minutiae_record import write_record
-from biodedup.capture.one_pass import Print, one_pass
-from biodedup.capture.resampling import resampled
-from biodedup.capture.ridge_minutiae import record_of, ridge_minutiae
-from biodedup.capture.ridges import RidgeMap, directions
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.capture.fingers.one_pass import Print, one_pass
+from biodedup.capture.fingers.resampling import resampled
+from biodedup.capture.fingers.ridge_minutiae import record_of, ridge_minutiae
+from biodedup.capture.fingers.ridges import RidgeMap, directions
+from biodedup.capture.minutiae.record import write_record
+from biodedup.match.prints.minutiae import CylinderMatcher
 from biodedup.synthetic import Impression, Master, draw_impression, draw_master
 
 Floats = NDArray[np.float64]

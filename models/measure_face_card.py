@@ -2,7 +2,7 @@
 
     python models/measure_face_card.py [--half]
 
-Statistics of a population, no training: 128 means, and the distributions of mated and non-mated similarities (`biodedup.match.fitting`).
+Statistics of a population, no training: 128 means, and the distributions of mated and non-mated similarities (`biodedup.match.scores.fitting`).
 `--half` fits on one half of the identities and reports on the other, to show the bias of the fit; it writes nothing.
 Needs the faces (BIODEDUP_DATA) and about two minutes.
 """
@@ -18,13 +18,13 @@ import numpy as np
 from cardfile import data_folder, write_measured
 from numpy.typing import NDArray
 
-from biodedup.capture.face import AlignedFace, FaceDetector
-from biodedup.capture.formats import Pixels, decode
+from biodedup.capture.faces.face import AlignedFace, FaceDetector
+from biodedup.capture.pictures.formats import Pixels, decode
 from biodedup.config import CaptureConfig, FaceConfig
 from biodedup.embed.cards import load_card
 from biodedup.embed.network import EmbeddingNetwork
-from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import COSINE_POWER, Nonmates, fit, measured_fmr
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.fitting import COSINE_POWER, Nonmates, fit, measured_fmr
 
 DOUBLES = {  # photographs that stand under two names
     frozenset(pair)

@@ -3,7 +3,7 @@
     python models/measure_finger_card.py [skeleton | mindtct | leader]
 
 Fitted on FVC2002 DB1-4_B, UareU and SOCOFing: mated, all 28 pairs of a finger's 8 impressions; non-mated, all impressions of different
-fingers of one set; the fit, in which sets have equal weight: `biodedup.match.fitting`. Leaving each set out in turn shows the error on
+fingers of one set; the fit, in which sets have equal weight: `biodedup.match.scores.fitting`. Leaving each set out in turn shows the error on
 a sensor that was not fitted. SFinGe's demonstration set is not used: two of its ten fingers are nearly the same. Equal error rates:
 against first impressions, as FVC does. Needs the fingers (BIODEDUP_DATA) and a few minutes, with LEADER
 more than an hour.
@@ -21,13 +21,13 @@ import numpy as np
 from cardfile import data_folder, write_measured
 from numpy.typing import NDArray
 
-from biodedup.capture.finger import FingerReader, FingerSample
-from biodedup.capture.formats import Pixels, decode
+from biodedup.capture.fingers.finger import FingerReader, FingerSample
+from biodedup.capture.pictures.formats import Pixels, decode
 from biodedup.config import CaptureConfig, FingerConfig
 from biodedup.embed.cards import minutiae_card
-from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import REPLICATES, Nonmates, fit, measured_fmr
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.prints.minutiae import CylinderMatcher
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.fitting import REPLICATES, Nonmates, fit, measured_fmr
 
 SETS = {
     "fvc2002/DB1_B": 500, "fvc2002/DB2_B": 569, "fvc2002/DB3_B": 500, "fvc2002/DB4_B": 500,

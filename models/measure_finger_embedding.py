@@ -3,7 +3,7 @@
     python models/measure_finger_embedding.py [skeleton | mindtct | leader]
 
 Fitted on FVC2002 DB1-4_B, UareU and SOCOFing: mated, all pairs of a finger's impressions; non-mated, all impressions of different
-fingers of one set; the fit, in which sets have equal weight: `biodedup.match.fitting`. Leaving each set out in turn shows the error on
+fingers of one set; the fit, in which sets have equal weight: `biodedup.match.scores.fitting`. Leaving each set out in turn shows the error on
 a sensor that was not fitted. SFinGe's demonstration set is not used: two of its ten fingers are nearly the same. With minutiae: what is calibrated is the sum of
 both llr_db, so the minutiae's card has to be measured first. The embedding alone is measured with MINDTCT's gate. Needs the fingers
 (BIODEDUP_DATA) and about ten minutes.
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 import biodedup as bd
 from biodedup.embed.cards import minutiae_card
-from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import COSINE_POWER, Nonmates
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.fitting import COSINE_POWER, Nonmates
 
 CARD = Path(__file__).with_name("finger256.toml")
 COSINES = np.linspace(-0.2, 1.0, 61)

@@ -8,7 +8,7 @@ source has 1,337 small nodes where ONNX has single operators. Here the same netw
 
 1. LayerNormalization, Gelu, dilated Conv and Resize are one node each, and pixel-wise layers are a MatMul.
 2. Heads work on pixels before they are repeated, which gives the same result.
-3. Non-maximum suppression is done by `biodedup/capture/leader.py`.
+3. Non-maximum suppression is done by `biodedup/capture/fingers/leader.py`.
 4. Large weights are stored as float16.
 
 The network: "LEADER: Lightweight End-to-End Attention-Gated Dual Autoencoder for Robust Minutiae Extraction", Cappelli and

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.containers import opened
+from biodedup.capture.pictures.containers import opened
 from biodedup.config import CaptureConfig
 from biodedup.values import Capture, Finger, Missing, Refusal
 

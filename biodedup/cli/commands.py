@@ -12,23 +12,12 @@ from typing import Annotated
 import typer
 
 import biodedup
-from biodedup.cli import (
-    bulk,
-    cases,
-    duplicates,
-    explain,
-    gallery,
-    keys,
-    kit,
-    looking,
-    measure,
-    policy,
-    register,
-    subjects,
-)
+from biodedup.cli import bulk, cases, duplicates, explain, measure, subjects
 from biodedup.cli.base import app, complain, exit_code, print_json, say
+from biodedup.cli.galleries import gallery, keys, looking, policy, register
+from biodedup.cli.kits import kit
+from biodedup.common.memory import out_of_memory
 from biodedup.errors import BiodedupError
-from biodedup.memory import out_of_memory
 
 __all__ = [
     "app",

@@ -18,8 +18,8 @@ from biodedup.cluster.cache import SegmentCache, copies_of
 from biodedup.cluster.catalogue import PostgresCatalogue
 from biodedup.cluster.opening import connect
 from biodedup.cluster.store import SegmentStore
+from biodedup.common.described import Described
 from biodedup.config import ClusterConfig
-from biodedup.described import Described
 from biodedup.errors import GalleryDamaged, InvalidInput, NotAGallery
 from biodedup.gallery.catalogue.sqlite import COLUMNS_OF, CatalogueTables, SqliteCatalogue
 from biodedup.gallery.files.column_file import open_column_file

@@ -17,18 +17,18 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 
-from biodedup.arguments import checked_methods
-from biodedup.capture.containers import chosen, is_container
-from biodedup.capture.face import AlignedFace, FaceDetector
-from biodedup.capture.finger import FingerReader
-from biodedup.capture.formats import Pixels, check_array, decode
-from biodedup.capture.minutiae_layouts import is_record
-from biodedup.capture.one_pass import one_pass
-from biodedup.capture.oriented import RIDGE_DPI
+from biodedup.capture.faces.face import AlignedFace, FaceDetector
+from biodedup.capture.fingers.finger import FingerReader
+from biodedup.capture.fingers.one_pass import one_pass
+from biodedup.capture.fingers.oriented import RIDGE_DPI
+from biodedup.capture.fingers.resampling import DPI
+from biodedup.capture.minutiae.layouts import is_record
+from biodedup.capture.pictures.containers import chosen, is_container
+from biodedup.capture.pictures.formats import Pixels, check_array, decode
+from biodedup.capture.pictures.records import Picture
+from biodedup.capture.pictures.resolution import settled
 from biodedup.capture.reading import read
-from biodedup.capture.records import Picture
-from biodedup.capture.resampling import DPI
-from biodedup.capture.resolution import settled
+from biodedup.common.arguments import checked_methods
 from biodedup.config import Config
 from biodedup.embed.cage import Cage
 from biodedup.embed.cards import ModelCard, joint_id, load_card, minutiae_card

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.ridges import PERIOD_PX, RidgeMap
-from biodedup.capture.skeleton import skeleton_minutiae
+from biodedup.capture.fingers.ridges import PERIOD_PX, RidgeMap
+from biodedup.capture.fingers.skeleton import skeleton_minutiae
 from biodedup.values import Float32
 
 CELLS, CELL_PX = 36, 8

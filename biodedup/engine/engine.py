@@ -42,9 +42,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from biodedup.arguments import checked, checked_methods
+from biodedup.common.arguments import checked, checked_methods
+from biodedup.common.described import Described
+from biodedup.common.memory import within_memory
+from biodedup.common.renamed import renamed
 from biodedup.config import Config, Policy
-from biodedup.described import Described
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
@@ -69,12 +71,10 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.index_spec import EVERY_COLUMN, parse_specs
-from biodedup.match.calibrations import Calibrations
 from biodedup.match.compare import Comparer
-from biodedup.match.minutiae import CylinderMatcher
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
-from biodedup.memory import within_memory
-from biodedup.renamed import renamed
+from biodedup.match.prints.minutiae import CylinderMatcher
+from biodedup.match.scores.calibrations import Calibrations
 from biodedup.search.clusters import Links
 from biodedup.search.explain import JoinPlan, SearchPlan, plan_of
 from biodedup.search.searcher import Searcher

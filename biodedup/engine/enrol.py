@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from biodedup.common.memory import out_of_memory
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.engine.search import BatchedSearch, SearchSnapshot
@@ -36,7 +37,6 @@ from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
-from biodedup.memory import out_of_memory
 from biodedup.required import shortfall
 from biodedup.search.searcher import CandidateSet
 from biodedup.trace import tracing, untraced

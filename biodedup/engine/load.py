@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from biodedup.described import Described
+from biodedup.common.described import Described
 from biodedup.engine.arrow.templates import one_batch, read_templates
 from biodedup.engine.decide import Decider
 from biodedup.engine.prepare import Preparer, check_models, in_memory, require_subject

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_batch import standard_records
+from biodedup.capture.minutiae.batch import standard_records
 from biodedup.capture.reading import absent, held
 from biodedup.config import EXTERNAL_MINUTIAE, CaptureConfig, Config
 from biodedup.embed.cards import ModelCard, joint_id, shipped_cards
@@ -29,7 +29,7 @@ from biodedup.gallery.files.packed import from_whole, pack, to_arrays
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.new_cells import NewCells, records_alone, vectors_alone
 from biodedup.gallery.transaction import mismatch
-from biodedup.match.calibrations import EXTERNAL, Calibrations
+from biodedup.match.scores.calibrations import EXTERNAL, Calibrations
 from biodedup.required import keep_better
 from biodedup.values import (
     COLUMNS,

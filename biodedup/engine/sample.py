@@ -1,6 +1,6 @@
 """The sample of a gallery's subjects that its calibrations are measured on.
 
-Owns which subjects are drawn, snapshot by snapshot. Never computes a calibration (`match/calibrations.py` does).
+Owns which subjects are drawn, snapshot by snapshot. Never computes a calibration (`match/scores/calibrations.py` does).
 
 A search, its scores and its decision use the sample of one snapshot: the one that was searched.
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.match.calibrations import SAMPLE_SIZE, ImpostorSample, SampleOf
+from biodedup.match.scores.calibrations import SAMPLE_SIZE, ImpostorSample, SampleOf
 
 
 class GallerySamples:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from biodedup.capture.reading import Unread
-from biodedup.described import JSON_NAMES
+from biodedup.common.described import JSON_NAMES
 from biodedup.errors import EncounterConflict, GalleryDamaged
 from biodedup.required import INCOMPLETE
 from biodedup.texts import KnownId

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from biodedup.common.described import Described
+from biodedup.common.tables import differences, flat, hints, made, plain, typed
 from biodedup.config import Policy
-from biodedup.described import Described
 from biodedup.errors import GalleryDamaged, InvalidInput, NotAGallery, PolicyMismatch
-from biodedup.tables import differences, flat, hints, made, plain, typed
 
 _RENAMED = {"duplicate_fpir": "fpir"}  # since release 0.1.0
 

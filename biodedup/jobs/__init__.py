@@ -5,7 +5,7 @@ from typing import Any
 
 import lazy_loader
 
-from biodedup.arguments import checked
+from biodedup.common.arguments import checked
 
 _loaded, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage import data
 
+from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.described import Described
 from biodedup.embed.cards import load_card
 from biodedup.engine import Engine
 from biodedup.synthetic import draw_impression, draw_master

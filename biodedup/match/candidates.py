@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import ModelMismatch
 from biodedup.match.labels import Pair
-from biodedup.match.minutiae import MinutiaeMatcher
+from biodedup.match.prints.minutiae import MinutiaeMatcher
 from biodedup.match.ranked import Bool, Float64, Int64, PairScores, ScoreModel, calibrated
 from biodedup.values import BIT, Float32, Template
 

@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput, ModelMismatch
-from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import SampleOf, WithMinutiae
 from biodedup.match.candidates import Candidates, Measured, TemplateCandidates
 from biodedup.match.encounters import Joint, of_all_rows
-from biodedup.match.fusion import llr_reaching
 from biodedup.match.labels import Pair, Readings, readings_of
-from biodedup.match.minutiae import MinutiaeMatcher
+from biodedup.match.prints.minutiae import MinutiaeMatcher
 from biodedup.match.ranked import Fused, PairScores, Ranked, Scored, ScoreMatrix, ScoreModel
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.calibrations import SampleOf, WithMinutiae
+from biodedup.match.scores.fusion import llr_reaching
 from biodedup.match.staged import Stage
 from biodedup.values import BIT, Score, Template
 

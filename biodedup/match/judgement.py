@@ -7,7 +7,7 @@ share a face, an operator's finger can be on many records, and captures of two p
 another, the encounter goes to review, with its kind.
 
 A score whose calibration may be wrong by more than its margin is not trusted either. Until a gallery has checked a model's card on its
-own subjects (match/calibrations.py), the score under the worst case of the card, `sure_db`, must reach the duplicate threshold, too.
+own subjects (match/scores/calibrations.py), the score under the worst case of the card, `sure_db`, must reach the duplicate threshold, too.
 Otherwise the encounter goes to review, with the reason `uncalibrated`.
 """
 

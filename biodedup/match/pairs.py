@@ -11,12 +11,12 @@ from functools import cache
 
 from biodedup.embed.cards import ModelCard, shipped_cards
 from biodedup.errors import ModelMismatch
-from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import Calibrations
 from biodedup.match.candidates import TemplateCandidates
 from biodedup.match.compare import Comparer, compare_templates
-from biodedup.match.minutiae import CylinderMatcher, matched
+from biodedup.match.prints.minutiae import CylinderMatcher, matched
 from biodedup.match.ranked import Comparison, Ranked
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.calibrations import Calibrations
 from biodedup.trace import Trace, tracing
 from biodedup.values import Decision, Evidence, Score, Template, Verification
 

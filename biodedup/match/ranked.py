@@ -17,10 +17,10 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.match.calibration import SCORE_DB_MAX, Calibration
-from biodedup.match.calibrations import WithMinutiae
-from biodedup.match.fusion import bounded, llr_reaching, measured_db, score_db_of_steps, steps_of
 from biodedup.match.labels import Pair
+from biodedup.match.scores.calibration import SCORE_DB_MAX, Calibration
+from biodedup.match.scores.calibrations import WithMinutiae
+from biodedup.match.scores.fusion import bounded, llr_reaching, measured_db, score_db_of_steps, steps_of
 from biodedup.values import Evidence
 
 Float64 = NDArray[np.float64]

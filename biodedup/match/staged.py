@@ -32,13 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from biodedup.intervals import upper_bound
-from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import WithMinutiae
+from biodedup.common.intervals import upper_bound
 from biodedup.match.candidates import Measured
-from biodedup.match.fusion import STEP_DB, llr_reaching, mass_of
 from biodedup.match.judgement import SPEAKS_FOR_DB
 from biodedup.match.ranked import Bool, Float64, Fused, Int64, ScoreMatrix, ScoreModel
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.calibrations import WithMinutiae
+from biodedup.match.scores.fusion import STEP_DB, llr_reaching, mass_of
 
 FINGER_FROM_DB, FINGER_NEEDS_DB = -5.0, 50.0
 """The llr_db by embedding from which a finger may reach FINGER_NEEDS_DB by embedding and minutiae. Of impostors 2.5 % lie above."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from biodedup.config import Policy
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
-from biodedup.match.fusion import mated_quantile_db, mated_share_below
+from biodedup.match.scores.fusion import mated_quantile_db, mated_share_below
 from biodedup.search.positions import comparable_bits
 from biodedup.values import Template
 

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from biodedup.config import Policy, SearchConfig
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.match.calibrations import SampleOf
 from biodedup.match.candidates import check_dimension
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Ranked
+from biodedup.match.scores.calibrations import SampleOf
 from biodedup.match.staged import Stage
 from biodedup.search.expected import thresholds_db
 from biodedup.search.multicolumn.apart import ApartPlan

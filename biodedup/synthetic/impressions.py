@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.oriented import RIDGE_DPI
+from biodedup.capture.fingers.oriented import RIDGE_DPI
 from biodedup.synthetic.masters import TIP_PX, Master, waves
 from biodedup.values import Float32
 

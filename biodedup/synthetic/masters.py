@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.oriented import RIDGE_DPI, OrientedFilter
+from biodedup.capture.fingers.oriented import RIDGE_DPI, OrientedFilter
 from biodedup.values import Float32
 
 Pattern = Literal["arch", "tented arch", "left loop", "right loop", "whorl"]

@@ -89,7 +89,7 @@ STEPS = [
     ("engine/enrol.py", "answered before? then the same answer"),
     ("engine/prepare.py", "captures become a probe"),
     ("embed/extractor.py", "batches captures, runs the networks"),
-    ("capture/face.py, capture/finger.py", "decoded, aligned; quality gate"),
+    ("capture/faces/face.py, capture/fingers/finger.py", "decoded, aligned; quality gate"),
     ("engine/search.py", "callers who wait share one pass"),
     ("search/searcher.py", "candidates of the newest snapshot"),
     ("match/compare.py", "every capture, exactly; score in dB"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.capture.artefacts import block_ratio, details, noise_level, regularity, signs
+from biodedup.capture.faces.artefacts import block_ratio, details, noise_level, regularity, signs
 from biodedup.embed.cards import load_card
 from biodedup.trace import explain
 from tests.support import spoilt

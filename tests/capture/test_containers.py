@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import biodedup as bd
-from biodedup.capture.containers import is_container, pictures_in, read_captures, unread_kind
+from biodedup.capture.pictures.containers import is_container, pictures_in, read_captures, unread_kind
 from biodedup.capture.reading import held
 from biodedup.config import CaptureConfig
 from tests.support.images import finger

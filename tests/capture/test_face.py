@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import biodedup as bd
-from biodedup.capture.face import SIDE_PX, AlignedFace, angles_deg, choose, judge, similarity_transform
+from biodedup.capture.faces.face import SIDE_PX, AlignedFace, angles_deg, choose, judge, similarity_transform
 
 EXTRACTOR = bd.Extractor()
 

@@ -14,9 +14,9 @@ from PIL import Image
 from skimage import data
 
 import biodedup as bd
-from biodedup.capture.finger import resampled, scanner_dpi
-from biodedup.capture.minutiae_record import MinutiaeRecord, read_record, write_record
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.capture.fingers.finger import resampled, scanner_dpi
+from biodedup.capture.minutiae.record import MinutiaeRecord, read_record, write_record
+from biodedup.match.prints.minutiae import CylinderMatcher
 from biodedup.synthetic import draw_impression, draw_master
 from tests.support.images import finger
 

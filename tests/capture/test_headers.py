@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import biodedup as bd
-from biodedup.capture.finger import around_ridges, ridge_blocks
-from biodedup.capture.formats import FORMATS, Pixels, decode
-from biodedup.capture.headers import excess_of
+from biodedup.capture.fingers.finger import around_ridges, ridge_blocks
+from biodedup.capture.pictures.formats import FORMATS, Pixels, decode
+from biodedup.capture.pictures.headers import excess_of
 from tests.support import ROOT
 from tests.support.attacks import ATTACKS, jpeg_of_many_scans, ridges, saved, tiff
 from tests.support.images import jpeg

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biodedup.capture.minutiae_batch import standard_records
-from biodedup.capture.minutiae_record import MinutiaeRecord, MinutiaeView, standard, view_of, write_record, write_views
+from biodedup.capture.minutiae.batch import standard_records
+from biodedup.capture.minutiae.record import MinutiaeRecord, MinutiaeView, standard, view_of, write_record, write_views
 from biodedup.errors import InvalidInput
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.capture.minutiae_record import (
+from biodedup.capture.minutiae.record import (
     COUNT_MAX,
     MinutiaeRecord,
     MinutiaeView,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import biodedup as bd
-from biodedup.capture.formats import Pixels, decode
+from biodedup.capture.pictures.formats import Pixels, decode
 from biodedup.config import CaptureConfig
 
 LIMITS = CaptureConfig()

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import biodedup as bd
-from biodedup.capture.formats import Pixels, decode
-from biodedup.capture.resolution import ridge_periods, settled, squared
+from biodedup.capture.pictures.formats import Pixels, decode
+from biodedup.capture.pictures.resolution import ridge_periods, settled, squared
 from biodedup.config import CaptureConfig
 from biodedup.synthetic import draw_impression, draw_master
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.capture.minutiae_record import read_record
-from biodedup.capture.one_pass import one_pass
-from biodedup.capture.ridge_minutiae import record_of, ridge_minutiae
-from biodedup.capture.ridges import RidgeMap, directions
+from biodedup.capture.fingers.one_pass import one_pass
+from biodedup.capture.fingers.ridge_minutiae import record_of, ridge_minutiae
+from biodedup.capture.fingers.ridges import RidgeMap, directions
+from biodedup.capture.minutiae.record import read_record
 from biodedup.synthetic import draw_impression, draw_master
 from tests.support.images import finger
 

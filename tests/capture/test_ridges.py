@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from biodedup.capture import oriented
-from biodedup.capture.finger import resampled
-from biodedup.capture.oriented import RIDGE_DPI, OrientedFilter
-from biodedup.capture.ridges import RidgeMap, ridge_map
-from biodedup.capture.skeleton import skeleton_minutiae
+from biodedup.capture.fingers import oriented
+from biodedup.capture.fingers.finger import resampled
+from biodedup.capture.fingers.oriented import RIDGE_DPI, OrientedFilter
+from biodedup.capture.fingers.ridges import RidgeMap, ridge_map
+from biodedup.capture.fingers.skeleton import skeleton_minutiae
 from biodedup.embed.finger_input import CELL_PX, CELLS, MINUTIAE_MAX, finger_input
 
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup.cli import app
 from biodedup.cli.base import Exit
+from biodedup.common.tables import differences, flat, made, plain, typed
 from biodedup.settings import settings_for
-from biodedup.tables import differences, flat, made, plain, typed
 from tests.support.images import jpeg
 from tests.support.vectors import SFACE, people
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.capture.oriented import RIDGE_DPI
-from biodedup.capture.ridges import ridge_map
+from biodedup.capture.fingers.oriented import RIDGE_DPI
+from biodedup.capture.fingers.ridges import ridge_map
 from biodedup.embed.cards import load_card
 from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.capture.leader import CONFIDENCE_MIN, Leader, record_of
-from biodedup.capture.minutiae_record import read_record
-from biodedup.capture.nbis_parts import MINUTIAE_MAX
+from biodedup.capture.fingers.leader import CONFIDENCE_MIN, Leader, record_of
+from biodedup.capture.fingers.nbis_parts import MINUTIAE_MAX
+from biodedup.capture.minutiae.record import read_record
 from biodedup.embed.cards import minutiae_card
 from tests.support.images import finger
 

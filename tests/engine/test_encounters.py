@@ -229,8 +229,8 @@ def test_the_rows_of_a_subject_are_compared_jointly_and_charged_for_being_severa
 
 def test_joint_readings_agree_with_a_loop_over_rows():
     rng = np.random.default_rng(5)
-    from biodedup.match.calibration import Calibration
     from biodedup.match.ranked import PairScores, ScoreModel
+    from biodedup.match.scores.calibration import Calibration
 
     card = {"score": [-1.0, 1.0], "llr_db": [-20, 60], "nonmated_db": [0, 90], "measured_db": 50, "source": "x"}
     model = ScoreModel(Calibration.from_card(card), None)

@@ -10,8 +10,8 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.jobs.enrolment.outcomes import WORDS, decided
-from biodedup.match.calibrations import CHECKED_PEOPLE
 from biodedup.match.judgement import REASONS
+from biodedup.match.scores.calibrations import CHECKED_PEOPLE
 from tests.support.galleries import PEOPLE
 from tests.support.vectors import SFACE, again, people, unit
 

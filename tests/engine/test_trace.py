@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.capture.minutiae_record import MinutiaeRecord, read_record, write_record
-from biodedup.match.minutiae import matched
+from biodedup.capture.minutiae.record import MinutiaeRecord, read_record, write_record
+from biodedup.match.prints.minutiae import matched
 from biodedup.synthetic import draw_impression, draw_master
 from biodedup.trace import mapped, tracing
 from tests.support.images import jpeg

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
+from biodedup.capture.minutiae.record import MinutiaeRecord, write_record
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import make_codec
 from biodedup.gallery.files.codes import dequantise, low_nibbles, quantise

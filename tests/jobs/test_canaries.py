@@ -19,7 +19,7 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.names import CANARIES_NAME
 from biodedup.gallery.segments.reader import SegmentColumn
 from biodedup.jobs.health import canaries, canary_file
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.prints.minutiae import CylinderMatcher
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.scope import Scope
 from biodedup.search.shards import cells, native

@@ -21,7 +21,7 @@ from biodedup.cli.base import Exit
 from biodedup.jobs.explanation.explain import _headline, captures_at, parse_side
 from biodedup.jobs.explanation.page import waterfall
 from biodedup.match.judgement import judge
-from biodedup.match.minutiae import matched
+from biodedup.match.prints.minutiae import matched
 from biodedup.match.ranked import Comparison
 from biodedup.synthetic import draw_impression, draw_master
 from biodedup.values import Evidence

@@ -20,7 +20,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
+from biodedup.capture.minutiae.record import MinutiaeRecord, write_record
 from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage

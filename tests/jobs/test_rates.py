@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biodedup.intervals import exact_interval, upper_bound
+from biodedup.common.intervals import exact_interval, upper_bound
 from biodedup.jobs.evaluation.rates import (
     Rate,
     Resampling,

@@ -10,9 +10,9 @@ from scipy.stats import norm
 
 import biodedup as bd
 from biodedup.embed.cards import load_card
-from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import from_embeddings
-from biodedup.match.fusion import (
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.calibrations import from_embeddings
+from biodedup.match.scores.fusion import (
     STEP_DB,
     bounded,
     fused_score_db,

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import WithMinutiae
 from biodedup.match.compare import Comparer, TemplateCandidates, compare_templates, pairings
-from biodedup.match.fusion import fused_score_db
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.calibrations import WithMinutiae
+from biodedup.match.scores.fusion import fused_score_db
 from biodedup.values import Template
 
 

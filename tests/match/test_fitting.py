@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
+from biodedup.capture.minutiae.record import MinutiaeRecord, write_record
 from biodedup.cli import app
 from biodedup.embed.cards import joint_id, load_card
 from biodedup.jobs.evaluation.calibrate import card_text
 from biodedup.jobs.shared.output import write_table
-from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import COSINE_POWER, Nonmates, fit, measured_fmr, pareto, ratio_db, survival_db
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.fitting import COSINE_POWER, Nonmates, fit, measured_fmr, pareto, ratio_db, survival_db
 from tests.support.vectors import again, people, unit
 
 KNOTS = np.round(np.arange(-0.4, 1.001, 0.02), 2)

@@ -12,9 +12,9 @@ import biodedup as bd
 from biodedup.embed.cards import load_card
 from biodedup.jobs.evaluation.evaluate import evaluate_encounters
 from biodedup.jobs.evaluation.labelled import Labelled
-from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import moved
-from biodedup.match.fitting import measured_fmr
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.calibrations import moved
+from biodedup.match.scores.fitting import measured_fmr
 from biodedup.search.searcher import Searcher
 from biodedup.testing import internals
 from tests.support.vectors import again, people, unit

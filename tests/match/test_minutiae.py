@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from biodedup.errors import InvalidInput
-from biodedup.match.local_structures import prepare, room
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.prints.local_structures import prepare, room
+from biodedup.match.prints.minutiae import CylinderMatcher
 from tests.support import minutiae_oracle
 from tests.support.bozorth import Bozorth3
 from tests.support.minutiae import moved, record, strewn

@@ -13,13 +13,13 @@ from scipy.special import ndtr
 from biodedup.config import Policy
 from biodedup.embed.cards import joint_id, load_card, minutiae_card, shipped_cards
 from biodedup.engine.decide import first_of
-from biodedup.match.calibration import Calibration
-from biodedup.match.calibrations import Calibrations
 from biodedup.match.candidates import TemplateCandidates
 from biodedup.match.compare import Comparer
-from biodedup.match.fusion import STEP_DB, llr_reaching
 from biodedup.match.judgement import judge
 from biodedup.match.ranked import Ranked, ScoreModel
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.calibrations import Calibrations
+from biodedup.match.scores.fusion import STEP_DB, llr_reaching
 from biodedup.match.staged import LONE_FINGER_LOSS, TILTS, Stage, log_means_of
 from biodedup.values import FINGER_POSITIONS, Template
 

@@ -13,7 +13,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.described import Described, Tabular
+from biodedup.common.described import Described, Tabular
 from biodedup.texts import KnownId
 from tests.support.cases import CONFIG, Clock, sent
 from tests.support.minutiae import record, strewn

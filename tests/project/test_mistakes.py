@@ -13,7 +13,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.arguments import check_fields, checked
+from biodedup.common.arguments import check_fields, checked
 
 VECTOR = np.eye(1, 128, dtype=np.float32)[0]
 TEMPLATE, REFUSAL = bd.Template("face", "m-1", VECTOR), bd.Refusal("face", "blurred")

@@ -16,7 +16,7 @@ from biodedup.engine import search as searches
 from biodedup.gallery.files import codes as coding
 from biodedup.gallery.files.codec import measured_laws
 from biodedup.gallery.segments.part import ScannedRows
-from biodedup.match.calibration import Calibration
+from biodedup.match.scores.calibration import Calibration
 from biodedup.search.native import pair_kernel
 from biodedup.search.native.signs import LEVELS
 from biodedup.search.native.tables import limits_of, tables_of

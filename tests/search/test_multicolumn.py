@@ -9,7 +9,7 @@ import pytest
 from scipy.special import ndtri
 
 import biodedup as bd
-from biodedup.match.calibrations import from_embeddings
+from biodedup.match.scores.calibrations import from_embeddings
 from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.multicolumn import scan as multicolumn_scan
 from biodedup.search.native.scanner import Collected

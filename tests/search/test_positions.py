@@ -18,9 +18,9 @@ from scipy.stats import norm
 import biodedup as bd
 from biodedup.gallery.answers import from_json, to_json
 from biodedup.gallery.catalogue.sqlite import ColumnModel
-from biodedup.match.calibration import Calibration
 from biodedup.match.compare import Comparer, TemplateCandidates
 from biodedup.match.labels import AS_LABELLED, readings_of
+from biodedup.match.scores.calibration import Calibration
 from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.positions import comparable, comparable_bits, strongest
 from biodedup.search.shards import fan_out, native

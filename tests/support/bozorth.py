@@ -14,8 +14,8 @@ import nbis
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_record import MinutiaeRecord, read_record
-from biodedup.capture.nbis_parts import MINUTIAE_MAX
+from biodedup.capture.fingers.nbis_parts import MINUTIAE_MAX
+from biodedup.capture.minutiae.record import MinutiaeRecord, read_record
 
 HEADER = struct.Struct(">4s4sIHHH7sB")  # magic, version, length, 0, width, height, nothing of use, count
 FILLER = bytes.fromhex("00004100000000")

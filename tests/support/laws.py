@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import norm
 
-from biodedup.match.calibration import Calibration
+from biodedup.match.scores.calibration import Calibration
 
 SCORE = np.linspace(-1, 1, 201)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from biodedup.capture.minutiae_record import MinutiaeRecord, write_record
+from biodedup.capture.minutiae.record import MinutiaeRecord, write_record
 
 SIDE = 800
 

@@ -9,7 +9,7 @@ from math import atan, cos, erf, hypot, inf, log, pi, sin, sqrt
 
 import numpy as np
 
-from biodedup.match import alignment as constants
+from biodedup.match.prints import alignment as constants
 
 Minutia = tuple[int, int, int]  # x, y, angle
 Motion = tuple[float, float, float, float]  # cosine, sine, shift

@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from biodedup.capture.oriented import RIDGE_DPI
-from biodedup.capture.ridges import ridge_map
-from biodedup.capture.skeleton import skeleton_minutiae
+from biodedup.capture.fingers.oriented import RIDGE_DPI
+from biodedup.capture.fingers.ridges import ridge_map
+from biodedup.capture.fingers.skeleton import skeleton_minutiae
 from biodedup.synthetic import draw_impression, draw_master
 from biodedup.synthetic import masters as masters_module
 

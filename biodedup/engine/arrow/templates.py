@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_batch import standard_records
-from biodedup.capture.minutiae_record import best_views, standard
+from biodedup.capture.minutiae.batch import standard_records
+from biodedup.capture.minutiae.record import best_views, standard
 from biodedup.engine.arrow.ids import ids_of
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.packed import Packed, empties, from_whole, pack, to_arrays

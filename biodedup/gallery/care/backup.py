@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from biodedup.described import Described
+from biodedup.common.described import Described
 from biodedup.errors import GalleryDamaged, InvalidInput, KeyMismatch
 from biodedup.gallery.care.removal import refuse_foreign
 from biodedup.gallery.care.verify import (

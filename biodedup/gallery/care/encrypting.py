@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from biodedup.described import Described
+from biodedup.common.described import Described
 from biodedup.errors import GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery, StorageUnavailable
 from biodedup.gallery.care.backup import copy_canaries, copy_gallery
 from biodedup.gallery.care.removal import refuse_foreign, remove_gallery

@@ -22,8 +22,8 @@ import xxhash
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
+from biodedup.common.intervals import upper_bound
 from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, dequantise, quantise
-from biodedup.intervals import upper_bound
 from biodedup.values import Float32
 
 SCAN_WHOLE = 128

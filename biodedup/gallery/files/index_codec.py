@@ -24,10 +24,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from biodedup.common.intervals import upper_bound
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.codec import LEVELS, ErrorLaw, law_from_card, measured_law
 from biodedup.index_spec import IndexSpec
-from biodedup.intervals import upper_bound
 from biodedup.values import Float32
 
 faiss: Any = _faiss  # its stubs do not know what its Python layer adds

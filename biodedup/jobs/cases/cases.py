@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from biodedup.described import Described
+from biodedup.common.described import Described
 from biodedup.engine import Engine
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.explanation.explain import explain_templates

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from biodedup.described import Described
+from biodedup.common.described import Described
+from biodedup.common.tables import flat, plain
 from biodedup.engine import Engine
 from biodedup.errors import CallerError
 from biodedup.gallery.files.private import make_private_folder
@@ -33,7 +34,6 @@ from biodedup.jobs.shared.output import check_table_name, write_table
 from biodedup.jobs.shared.page import write_page
 from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.search.clusters import Links, clusters_of
-from biodedup.tables import flat, plain
 from biodedup.values import Capture, Cluster, Decision, Encounter, Face, Finger, Link
 
 AUDIT_KINDS = {

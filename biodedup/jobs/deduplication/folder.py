@@ -21,8 +21,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from biodedup.common.described import Described
 from biodedup.config import Config, IsolationConfig
-from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.private import make_private_folder

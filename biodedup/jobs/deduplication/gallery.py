@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from biodedup.common.described import Described
 from biodedup.config import SearchConfig
-from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.gallery.files.names import DATABASE_NAME
 from biodedup.gallery.files.private import make_private_folder

@@ -26,7 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from biodedup.described import Described
+from biodedup.common.described import Described
 from biodedup.embed.cage import FAILURES
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput

@@ -25,8 +25,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.engine.arrow.ids import ids_of
 from biodedup.engine.arrow.templates import KNOWN, MINUTIAE, read_templates

@@ -18,9 +18,9 @@ from sqlite3 import Connection
 from types import TracebackType
 from typing import Any
 
-from biodedup.arguments import checked
+from biodedup.common.arguments import checked
+from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.described import Described
 from biodedup.errors import NotAGallery
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage

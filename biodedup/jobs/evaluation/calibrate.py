@@ -27,8 +27,8 @@ import pyarrow.parquet
 import tomli_w
 from numpy.typing import NDArray
 
+from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.described import Described
 from biodedup.embed.cards import ModelCard, joint_id, load_card, shipped_cards
 from biodedup.engine.arrow.ids import WAS_ROUNDED, were_rounded
 from biodedup.errors import InvalidInput
@@ -41,8 +41,8 @@ from biodedup.jobs.manifests.text_form import open_utf8, text_form
 from biodedup.jobs.shared.files import write_text
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.keys import KeySource
-from biodedup.match.calibration import Calibration
-from biodedup.match.fitting import COSINE_POWER, MATED_MIN, NONMATED_MIN, Nonmates, fit, measured_fmr, refit
+from biodedup.match.scores.calibration import Calibration
+from biodedup.match.scores.fitting import COSINE_POWER, MATED_MIN, NONMATED_MIN, Nonmates, fit, measured_fmr, refit
 from biodedup.values import check_id
 
 NOMINAL_DB = (20, 30, 40)

@@ -21,11 +21,11 @@ from biodedup.config import Config
 from biodedup.embed.extractor import Extractor
 from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.jobs.shared.progress import Progress
-from biodedup.match.calibrations import NO_SAMPLE, SAMPLE_SIZE, Calibrations, ImpostorSample
 from biodedup.match.candidates import similarities_of
 from biodedup.match.compare import Comparer
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.prints.minutiae import CylinderMatcher
 from biodedup.match.ranked import Ranked
+from biodedup.match.scores.calibrations import NO_SAMPLE, SAMPLE_SIZE, Calibrations, ImpostorSample
 from biodedup.values import BIT, COLUMNS, Float32, Refusal
 
 Float64 = NDArray[np.float64]

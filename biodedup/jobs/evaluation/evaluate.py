@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from biodedup.common.described import Described
+from biodedup.common.intervals import CONFIDENCE
 from biodedup.config import Config, IsolationConfig, Policy
-from biodedup.described import Described
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.private import make_private_folder
-from biodedup.intervals import CONFIDENCE
 from biodedup.jobs.evaluation import plots
 from biodedup.jobs.evaluation.comparisons import Comparisons, Pairs, Searches, compare_all
 from biodedup.jobs.evaluation.labelled import Labelled, extracted, read_labelled

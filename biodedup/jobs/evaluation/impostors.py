@@ -20,7 +20,7 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.keys import KeySource
-from biodedup.match.minutiae import CylinderMatcher
+from biodedup.match.prints.minutiae import CylinderMatcher
 from biodedup.values import BIT
 
 PEOPLE, PEOPLE_WITH_MINUTIAE = 2_000, 500

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from biodedup.capture.minutiae_record import standard, view_of
+from biodedup.capture.minutiae.record import standard, view_of
 from biodedup.config import Config
 from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from biodedup.intervals import CONFIDENCE, exact_interval
+from biodedup.common.intervals import CONFIDENCE, exact_interval
 
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)([.][0-9]+)?")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from biodedup.capture.formats import decode
+from biodedup.capture.pictures.formats import decode
 from biodedup.config import Config
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.evaluation import plots

@@ -22,8 +22,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import biodedup
+from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.described import Described
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import StoredDecision, inflated, parsed
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from biodedup.described import Described
+from biodedup.common.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files import index_codec

@@ -22,8 +22,8 @@ import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.described import Described
 from biodedup.errors import BiodedupError, GalleryDamaged, InvalidInput
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.care.rebuild import Content, rebuild_gallery

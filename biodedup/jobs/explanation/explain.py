@@ -14,14 +14,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import biodedup
-from biodedup.capture.formats import decode
-from biodedup.capture.minutiae_layouts import is_record
-from biodedup.capture.one_pass import one_pass
+from biodedup.capture.fingers.one_pass import one_pass
+from biodedup.capture.fingers.resampling import DPI, resampled, scanner_dpi
+from biodedup.capture.minutiae.layouts import is_record
+from biodedup.capture.pictures.formats import decode
+from biodedup.capture.pictures.wsq import is_wsq
 from biodedup.capture.reading import read
-from biodedup.capture.resampling import DPI, resampled, scanner_dpi
-from biodedup.capture.wsq import is_wsq
+from biodedup.common.described import Described, document_of
 from biodedup.config import Config, IsolationConfig, Policy
-from biodedup.described import Described, document_of
 from biodedup.embed.cards import shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine
@@ -29,10 +29,10 @@ from biodedup.errors import InvalidInput
 from biodedup.jobs.explanation.page import Image, Shown, joined, label, panel, title, waterfall
 from biodedup.jobs.manifests.captures import IMAGE_SUFFIXES, is_image
 from biodedup.jobs.shared.page import write_page
-from biodedup.match.calibration import SCORE_DB_MAX
 from biodedup.match.judgement import Judgement, judge
 from biodedup.match.pairs import pair_comparer
 from biodedup.match.ranked import Comparison
+from biodedup.match.scores.calibration import SCORE_DB_MAX
 from biodedup.required import keep_better, superseded
 from biodedup.trace import Step, Trace
 from biodedup.trace import explain as traced

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_record import read_record
+from biodedup.capture.minutiae.record import read_record
 from biodedup.jobs.shared.page import picture
-from biodedup.match.minutiae import matched
+from biodedup.match.prints.minutiae import matched
 from biodedup.match.ranked import Comparison
 from biodedup.values import Evidence, Refusal, Template
 

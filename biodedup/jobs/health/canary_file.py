@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_record import (
+from biodedup.capture.minutiae.record import (
     MINUTIA_BYTES,
     MinutiaeRecord,
     position_code,

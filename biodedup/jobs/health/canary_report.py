@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from biodedup.described import Described
+from biodedup.common.described import Described
+from biodedup.common.renamed import renamed
 from biodedup.gallery.files.names import CANARIES_NAME
 from biodedup.jobs.health.canary_file import Canaries, Standing
-from biodedup.renamed import renamed
 
 REMAKE = f"remove the file `{CANARIES_NAME}` from the gallery's folder and run again: it is made anew"
 

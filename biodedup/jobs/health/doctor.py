@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from biodedup.common.described import Described
+from biodedup.common.renamed import renamed
 from biodedup.config import Config
-from biodedup.described import Described
 from biodedup.embed.cards import shipped_cards
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
@@ -23,7 +24,6 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.jobs.health.canaries import watch
 from biodedup.jobs.health.canary_report import Watch
 from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.renamed import renamed
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from biodedup.arguments import checked
+from biodedup.common.arguments import checked
 from biodedup.errors import InvalidInput
 from biodedup.gallery.care.encrypting import KeyStatus, decrypt, encrypt, key_status, rotate
 from biodedup.gallery.files.encryption.keyring import Key

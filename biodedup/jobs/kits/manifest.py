@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from biodedup.capture.minutiae_layouts import is_record
+from biodedup.capture.minutiae.layouts import is_record
 from biodedup.config import Config
 from biodedup.errors import InvalidInput
 from biodedup.jobs.kits.names import unusable_id

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from biodedup.described import Described
+from biodedup.common.described import Described
 from biodedup.jobs.kits.format.keys import PublicKey
 from biodedup.jobs.kits.format.record import Record
 from biodedup.jobs.kits.ledger import Taker

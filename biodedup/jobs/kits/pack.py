@@ -23,8 +23,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from biodedup.common.described import Described
 from biodedup.config import Config, IsolationConfig
-from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import CallerError, InvalidInput
 from biodedup.gallery.care.removal import remove_gallery

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from biodedup.described import Described
+from biodedup.common.described import Described
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.captures import RESERVED, LeftOut, RefusedRow, images_of, no_images, read_rows
 from biodedup.jobs.manifests.encounters import Manifest, Record

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from biodedup.capture.containers import opened
+from biodedup.capture.pictures.containers import opened
 from biodedup.capture.reading import MAY_COME, read
 from biodedup.config import CaptureConfig
 from biodedup.errors import InvalidInput

@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.described import Described
 from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.care.copying import copy_rows, record, steps_done
 from biodedup.gallery.files.faults import translated

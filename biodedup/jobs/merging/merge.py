@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.described import Described
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.gallery.care.removal import remove_gallery

@@ -18,6 +18,7 @@ import pyarrow.compute
 import xxhash
 from numpy.typing import NDArray
 
+from biodedup.common.tables import differences
 from biodedup.config import Config, Policy
 from biodedup.errors import InvalidInput, ModelMismatch
 from biodedup.gallery.care.copying import Rename, copy_rows, steps_done
@@ -29,7 +30,6 @@ from biodedup.gallery.policies import PolicyVersion, mismatch, told
 from biodedup.gallery.segments.part import Int64
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.shared.progress import Progress
-from biodedup.tables import differences
 from biodedup.values import check_id
 
 GROUP = "district:"

@@ -12,9 +12,9 @@ from math import sqrt
 import numpy as np
 from scipy.special import ndtr
 
+from biodedup.common.intervals import upper_bound
 from biodedup.gallery.segments.part import Column
-from biodedup.intervals import upper_bound
-from biodedup.match.calibration import Calibration
+from biodedup.match.scores.calibration import Calibration
 from biodedup.search.native.column_statistics import population_of
 
 _MATES, _SEED, _PROBES = 200_000, 20_265, 64

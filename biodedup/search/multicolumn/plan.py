@@ -25,12 +25,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from biodedup.common.intervals import upper_bound
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.segments.part import Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.intervals import upper_bound
-from biodedup.match.calibration import Calibration
+from biodedup.match.scores.calibration import Calibration
 from biodedup.search import costs
 from biodedup.search.native.column_statistics import signs_of
 from biodedup.search.native.dot_kernel import INSTRUCTIONS

@@ -28,11 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from biodedup.common.intervals import upper_bound
 from biodedup.gallery.files.codec import Codec, measured_laws
 from biodedup.gallery.files.codes import dequantise, quantise
 from biodedup.gallery.segments.part import Column
-from biodedup.intervals import upper_bound
-from biodedup.match.calibration import Calibration
+from biodedup.match.scores.calibration import Calibration
 from biodedup.search import costs
 from biodedup.search.native.column_statistics import population_of, signs_of
 from biodedup.search.native.signs import Signs

@@ -21,9 +21,9 @@ from biodedup.config import SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.segments.part import Column
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.match.calibrations import SampleOf
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Ranked
+from biodedup.match.scores.calibrations import SampleOf
 from biodedup.search.scope import Scope
 from biodedup.search.searcher import PROBES, Searcher, SnapshotRows
 from biodedup.search.selfjoin.bucket_join import join_buckets, parts_with_codec

@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_record import MinutiaeRecord
-from biodedup.capture.nbis_parts import MINUTIAE_MAX
+from biodedup.capture.fingers.nbis_parts import MINUTIAE_MAX
+from biodedup.capture.minutiae.record import MinutiaeRecord
 from biodedup.values import Float32
 
 if TYPE_CHECKING:

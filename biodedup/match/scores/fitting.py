@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from biodedup.common.intervals import exact_interval
 from biodedup.errors import InvalidInput
-from biodedup.intervals import exact_interval
-from biodedup.match.calibration import SCORE_DB_MAX
+from biodedup.match.scores.calibration import SCORE_DB_MAX
 
 MATED_MIN, NONMATED_MIN = 100, 1000
 OUTLIER_SHARE = 0.01

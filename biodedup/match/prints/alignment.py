@@ -25,7 +25,16 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.match.local_structures import COSINE, MINUTIAE_MAX, SIMILAR, SINE, UNIT, Prepared, prepare, similarities
+from biodedup.match.prints.local_structures import (
+    COSINE,
+    MINUTIAE_MAX,
+    SIMILAR,
+    SINE,
+    UNIT,
+    Prepared,
+    prepare,
+    similarities,
+)
 
 # Tuned on UareU and SFinGe's demonstration set, and not contradicted by FVC2002 DB1-4_B, 2026-11. None is critical.
 _PAIRS = 48

@@ -17,11 +17,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.oriented import RIDGE_DPI
-from biodedup.capture.resampling import DPI, resampled
-from biodedup.capture.ridge_minutiae import RidgeMinutiae, ridge_minutiae
-from biodedup.capture.ridges import RidgeMap, ridge_map
-from biodedup.capture.skeleton import thinned
+from biodedup.capture.fingers.oriented import RIDGE_DPI
+from biodedup.capture.fingers.resampling import DPI, resampled
+from biodedup.capture.fingers.ridge_minutiae import RidgeMinutiae, ridge_minutiae
+from biodedup.capture.fingers.ridges import RidgeMap, ridge_map
+from biodedup.capture.fingers.skeleton import thinned
 
 _MM2 = (25.4 / RIDGE_DPI) ** 2
 _RELIABLE = 0.5

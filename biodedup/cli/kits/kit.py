@@ -27,7 +27,7 @@ from biodedup.cli.base import (
     progress_bar,
     say,
 )
-from biodedup.cli.kit_keys import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, TrustedOption, kit, passphrase
+from biodedup.cli.kits.kit_keys import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, TrustedOption, kit, passphrase
 from biodedup.cli.table_options import (
     CheckOption,
     ColumnsOption,

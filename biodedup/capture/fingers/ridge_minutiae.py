@@ -21,8 +21,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_record import MinutiaeRecord
-from biodedup.capture.ridges import RidgeMap
+from biodedup.capture.fingers.ridges import RidgeMap
+from biodedup.capture.minutiae.record import MinutiaeRecord
 from biodedup.values import Float32
 
 # Chosen on the tuning half of FVC2002 DB2-4_B and UareU (benchmarks/extractors.py), 2026-11.

@@ -14,9 +14,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_record import MINUTIA_BYTES, read_record
-from biodedup.match.alignment import best_pairs, compare, workspace
-from biodedup.match.local_structures import Prepared, prepare, room
+from biodedup.capture.minutiae.record import MINUTIA_BYTES, read_record
+from biodedup.match.prints.alignment import best_pairs, compare, workspace
+from biodedup.match.prints.local_structures import Prepared, prepare, room
 
 _CHUNK = 32
 """Candidates that a thread takes at a time: some milliseconds."""

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.resolution import RIDGE_MM, SCANNER_DPI_MIN, ridge_periods
+from biodedup.capture.pictures.resolution import RIDGE_MM, SCANNER_DPI_MIN, ridge_periods
 
 DPI = 500
 MM_PER_PIXEL = 25.4 / DPI

@@ -35,12 +35,12 @@ from PIL import (  # noqa: F401  the plugins register themselves
     WebPImagePlugin,
 )
 
-from biodedup.capture.containers import unread_kind
-from biodedup.capture.headers import excess_of, implausible, unread_jpeg
-from biodedup.capture.modes import eight_bits
+from biodedup.capture.pictures.containers import unread_kind
+from biodedup.capture.pictures.headers import excess_of, implausible, unread_jpeg
+from biodedup.capture.pictures.modes import eight_bits
+from biodedup.capture.pictures.tiff import Layout, read_layout
+from biodedup.capture.pictures.wsq import decode_wsq, is_wsq, read_size
 from biodedup.capture.reading import read
-from biodedup.capture.tiff import Layout, read_layout
-from biodedup.capture.wsq import decode_wsq, is_wsq, read_size
 from biodedup.config import CaptureConfig
 from biodedup.errors import InvalidInput
 from biodedup.values import CaptureData, Refusal

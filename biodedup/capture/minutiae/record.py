@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_layouts import QUALITY_MAX, RawView, packed, raw_views
+from biodedup.capture.minutiae.layouts import QUALITY_MAX, RawView, packed, raw_views
 from biodedup.errors import InvalidInput
 from biodedup.values import FINGER_POSITIONS
 

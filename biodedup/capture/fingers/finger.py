@@ -15,11 +15,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.arguments import checked
-from biodedup.capture import nbis_parts
-from biodedup.capture.formats import Pixels
-from biodedup.capture.leader import Leader
-from biodedup.capture.minutiae_record import (
+from biodedup.capture.fingers import nbis_parts
+from biodedup.capture.fingers.leader import Leader
+from biodedup.capture.fingers.one_pass import Print, one_pass
+from biodedup.capture.fingers.resampling import DPI, MM_PER_PIXEL, contradicted, resampled, scanner_dpi
+from biodedup.capture.fingers.ridge_minutiae import record_of
+from biodedup.capture.minutiae.record import (
     MinutiaeRecord,
     best_views,
     position_code,
@@ -28,9 +29,8 @@ from biodedup.capture.minutiae_record import (
     write_record,
     write_views,
 )
-from biodedup.capture.one_pass import Print, one_pass
-from biodedup.capture.resampling import DPI, MM_PER_PIXEL, contradicted, resampled, scanner_dpi
-from biodedup.capture.ridge_minutiae import record_of
+from biodedup.capture.pictures.formats import Pixels
+from biodedup.common.arguments import checked
 from biodedup.config import EXTERNAL_MINUTIAE, FingerConfig
 from biodedup.errors import InvalidInput
 from biodedup.trace import tracing

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biodedup.match.calibration import SCORE_DB_MAX, Bound, Calibration
+from biodedup.match.scores.calibration import SCORE_DB_MAX, Bound, Calibration
 
 STEP_DB = 0.25
 Law = Bound | Literal["mated"]

@@ -16,7 +16,7 @@ import re
 import struct
 from collections.abc import Mapping
 
-from biodedup.capture.records import Picture, finger_column, raw_pixels
+from biodedup.capture.pictures.records import Picture, finger_column, raw_pixels
 from biodedup.errors import InvalidInput
 
 _NAME = "an ANSI/NIST-ITL file"

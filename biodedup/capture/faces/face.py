@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.artefacts import NEGATIVE_MARGIN_MIN, block_ratio, signs
-from biodedup.capture.formats import Pixels
-from biodedup.capture.resolution import squared
+from biodedup.capture.faces.artefacts import NEGATIVE_MARGIN_MIN, block_ratio, signs
+from biodedup.capture.pictures.formats import Pixels
+from biodedup.capture.pictures.resolution import squared
 from biodedup.config import FaceConfig
 from biodedup.errors import ModelCardError
 from biodedup.trace import tracing

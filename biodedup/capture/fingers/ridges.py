@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.oriented import OrientedFilter
+from biodedup.capture.fingers.oriented import OrientedFilter
 from biodedup.values import Float32
 
 PERIOD_PX = 6.0

@@ -16,8 +16,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_layouts import QUALITY_MAX
-from biodedup.capture.minutiae_record import (
+from biodedup.capture.minutiae.layouts import QUALITY_MAX
+from biodedup.capture.minutiae.record import (
     CROWD_MAX,
     CROWD_PX,
     MINUTIA_BYTES,

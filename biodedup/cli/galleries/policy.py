@@ -34,13 +34,13 @@ from biodedup.cli.base import (
     settings,
     show_table,
 )
+from biodedup.common.tables import differences, flat, hints, made, plain
 from biodedup.config import GalleryConfig, Policy
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.policies import PolicyVersion, shown, told
 from biodedup.keys import KeySource
 from biodedup.settings import DEFAULT, listed
-from biodedup.tables import differences, flat, hints, made, plain
 
 policy = typer.Typer(no_args_is_help=True, help="Show the decision policy of a gallery, or store a new version of it.")
 app.add_typer(policy, name="policy", rich_help_panel=Panel.SETTINGS)

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from biodedup.capture.ridges import RidgeMap
+from biodedup.capture.fingers.ridges import RidgeMap
 from biodedup.values import Float32
 
 _BORDER_PX = 8  # ridges end there because the map does

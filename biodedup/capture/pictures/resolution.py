@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.formats import DPI_MAX, Pixels
+from biodedup.capture.pictures.formats import DPI_MAX, Pixels
 from biodedup.values import Refusal
 
 SCANNER_DPI_MIN = 250.0

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.capture.minutiae_record import MinutiaeRecord
+from biodedup.capture.minutiae.record import MinutiaeRecord
 
 _lock = threading.Lock()
 _HEADER = struct.Struct(">4s4sIHHH7sB")  # magic, version, length, 0, width, height, nothing of use, count

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from biodedup.arguments import checked
-from biodedup.capture.itl import is_itl, read_itl
-from biodedup.capture.records import Picture, is_image_record, read_pictures
+from biodedup.capture.pictures.itl import is_itl, read_itl
+from biodedup.capture.pictures.records import Picture, is_image_record, read_pictures
+from biodedup.common.arguments import checked
 from biodedup.errors import InvalidInput
 from biodedup.values import Face, Finger, Refusal
 

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
 
-from biodedup.capture.minutiae_batch import standard_records
-from biodedup.capture.minutiae_record import standard, view_of
+from biodedup.capture.minutiae.batch import standard_records
+from biodedup.capture.minutiae.record import standard, view_of
 from biodedup.config import EXTERNAL_MINUTIAE
 from biodedup.embed.cards import ModelCard, joint_id
 from biodedup.errors import InvalidInput
-from biodedup.match.calibration import Calibration
+from biodedup.match.scores.calibration import Calibration
 from biodedup.values import Float32, Template
 
 EXTERNAL = "external-"

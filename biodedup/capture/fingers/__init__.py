@@ -1,0 +1,1 @@
+"""Fingerprints: segmentation, enhancement, minutiae, the quality gate."""

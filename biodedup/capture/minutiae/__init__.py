@@ -1,0 +1,1 @@
+"""Minutiae records: their layouts, reading, writing, checks."""

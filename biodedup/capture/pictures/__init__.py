@@ -1,0 +1,1 @@
+"""Files of pictures: formats, containers, pixel formats, resolution."""

@@ -1,0 +1,1 @@
+"""Commands on a gallery: looking, moving, keys, policy."""

@@ -1,0 +1,1 @@
+"""Small parts that all packages use: checks of arguments, forms of results, intervals, renamed names."""

@@ -1,0 +1,1 @@
+"""Comparison of two prints by their minutiae."""

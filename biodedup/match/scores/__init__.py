@@ -1,0 +1,1 @@
+"""Scores in decibels: calibration tables, their fitting, the fusion of several captures."""
