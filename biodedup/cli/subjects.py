@@ -84,6 +84,9 @@ def identify(
     dpi: DpiOption = None,
     group: GroupOption = None,
     across_positions: AcrossOption = False,
+    from_db: Annotated[
+        float | None, typer.Option(help="Also look for weaker candidates, from this score on. Changes no outcome.")
+    ] = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -92,7 +95,9 @@ def identify(
     """Search the gallery for the person on these captures. Writes nothing."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
     with bd.Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
-        decision = engine.identify(encounter, groups=group or None, across_positions=across_positions or None)
+        decision = engine.identify(
+            encounter, groups=group or None, across_positions=across_positions or None, from_db=from_db
+        )
         finish_decision(decision, as_json, encounter.captures)
 
 

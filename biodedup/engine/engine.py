@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -392,14 +393,18 @@ class Engine:
         *,
         groups: Collection[str] | None = None,
         across_positions: bool | None = None,
+        from_db: float | None = None,
     ) -> Decision:
         """1:N: the search and decision of `enroll`, without writing anything. The encounter needs no subject_id.
 
-        groups: search only subjects that are in one of them. across_positions: as in `enroll`.
+        groups: search only subjects that are in one of them. across_positions: as in `enroll`. from_db: the score from which candidates are
+        looked for, if lower than the review threshold; it changes no outcome, and takes longer.
         """
         self._check_open()
-        probe = self._prepared(encounter)
-        seen = self._searches.search([probe], across=self._across(across_positions), groups=_checked(groups))
+        if from_db is not None and not isfinite(from_db):
+            raise InvalidInput(f"from_db is {from_db}, wanted a finite number of decibels")
+        probe, across = self._prepared(encounter), self._across(across_positions)
+        seen = self._searches.search([probe], across=across, groups=_checked(groups), from_db=from_db)
         check_models(probe.templates, seen.snapshot.models)  # a column may have got its first model since
         decider = self._decider.calibrated_on(seen.snapshot)
         decision = decider.decide(probe, seen.found[0], seen.snapshot, version=seen.snapshot.version)

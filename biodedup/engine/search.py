@@ -52,11 +52,18 @@ class BatchedSearch:
         self._vectors = Gathering(self._nearest_each, PROBES)
 
     def search(
-        self, probes: Sequence[Probe], *, across: bool, groups: _Groups = None, extra_k: int = 0
+        self,
+        probes: Sequence[Probe],
+        *,
+        across: bool,
+        groups: _Groups = None,
+        extra_k: int = 0,
+        from_db: float | None = None,
     ) -> SearchSnapshot:
         """Subjects and open cases that may be the same person as each probe. groups: search only subjects in one of them. extra_k: how
-        many more candidates to search for, because so many may be left out by the decision."""
-        seen = self._probes((groups, across, extra_k), [probe.templates for probe in probes])
+        many more candidates to search for, because so many may be left out by the decision. from_db: the score from which candidates
+        matter, where it is lower than the review threshold."""
+        seen = self._probes((groups, across, extra_k, from_db), [probe.templates for probe in probes])
         return SearchSnapshot([found for found, _ in seen], seen[0][1], across, extra_k)
 
     def search_since(
@@ -148,12 +155,12 @@ class BatchedSearch:
         return links, left_out
 
     def _search(
-        self, key: tuple[_Groups, bool, int], probes: list[Mapping[str, Template]]
+        self, key: tuple[_Groups, bool, int, float | None], probes: list[Mapping[str, Template]]
     ) -> list[tuple[CandidateSet, Snapshot]]:
-        (groups, across, extra_k), snapshot = key, self._gallery.snapshot()
+        (groups, across, extra_k, from_db), snapshot = key, self._gallery.snapshot()
         with untraced():  # the probes belong to several callers
             results = self._calibrated_on(snapshot).search(
-                snapshot, probes, groups=groups, across=across, extra_k=extra_k
+                snapshot, probes, groups=groups, across=across, extra_k=extra_k, from_db=from_db
             )
         return [(found, snapshot) for found in results]
 

@@ -120,19 +120,20 @@ class Searcher:
         floor_db: float = 0.0,
         across: bool = False,
         extra_k: int = 0,
+        from_db: float | None = None,
         excluded: Sequence[Collection[int]] = (),
     ) -> list[CandidateSet]:
         """Searches for each probe in the live rows from from_row on; with groups, in rows of one of them.
 
         floor_db: 0 asks for the strongest rows; above 0, for all rows that reach it by one column, without the weaker
         rows that have only this column. across: fingers are also compared with fingers of other labels. extra_k: how
-        many more rows to look at, since so many may turn out not to count. excluded: for each probe, rows that it is
-        not compared with.
+        many more rows to look at, since so many may turn out not to count. from_db: the score from which rows matter,
+        where it is lower than the review threshold. excluded: for each probe, rows that it is not compared with.
         """
         if from_row >= snapshot.row_count or not probes:
             return [CandidateSet(across=across)] * len(probes)
         scope = Scope(snapshot, from_row, as_set(groups), across, extra_k)
-        return _Search(self, self._comparer, self._config, scope, probes, floor_db).run(excluded)
+        return _Search(self, self._comparer, self._config, scope, probes, floor_db, from_db).run(excluded)
 
     def nearest(
         self,
@@ -216,7 +217,9 @@ class _Search:
         scope: Scope,
         probes: Sequence[TemplateSet],
         floor_db: float,
+        from_db: float | None,
     ) -> None:
+        self._from_db = np.inf if from_db is None else from_db
         self._searcher, self._comparer, self._config = searcher, comparer, config
         self._scope, self._snapshot, self._models = scope, scope.snapshot, scope.snapshot.models
         self._probes, self._floor_db = probes, floor_db
@@ -248,7 +251,8 @@ class _Search:
         if self._floor_db > 0:
             return Stage(0, self._floor_db, risk, correlation=correlation)
         duplicate_db, review_db = self._searcher.thresholds_db(probe, self._snapshot, across=self._scope.across)
-        return Stage(self._returned, review_db - _SLACK_DB, risk, duplicate_db - _SLACK_DB, correlation)
+        reach_db = min(review_db, self._from_db) - _SLACK_DB
+        return Stage(self._returned, reach_db, risk, duplicate_db - _SLACK_DB, correlation)
 
     # which rows are compared ---------------------------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -55,6 +57,23 @@ def test_thresholds_follow_the_target_error_at_the_present_gallery_size(engine):
     decision = engine.identify(bd.Encounter(templates={"face": people(1, seed=9)[0]}))
     assert decision.duplicate_db == pytest.approx(60.0)  # 10 log10(1000 / 1e-3)
     assert decision.gallery_size == 1000
+
+
+def test_identify_looks_for_weaker_candidates_when_asked(engine):
+    vectors, probe = people(200), bd.Encounter(templates={"face": people(1, seed=9)[0]})
+    engine.add_templates([f"s{i}" for i in range(200)], {"face": vectors})
+    usual = engine.identify(probe)
+    assert (usual.outcome, usual.candidates) == ("unique", ())
+    nearest = engine.search({"face": probe.templates["face"][None]}, k=10)
+    asked = engine.identify(probe, from_db=-100.0)
+    assert (asked.outcome, asked.review_db) == ("unique", usual.review_db)
+    assert {c.subject_id for c in asked.candidates} == set(nearest.ids[0])
+    some_db = asked.candidates[4].score_db
+    fewer = engine.identify(probe, from_db=some_db)
+    assert {c.subject_id for c in asked.candidates[:5]} <= {c.subject_id for c in fewer.candidates}
+    assert engine.identify(probe, from_db=300.0) == replace(usual, decided_at=ANY)
+    with pytest.raises(bd.InvalidInput, match="from_db is nan"):
+        engine.identify(probe, from_db=float("nan"))
 
 
 def test_identify_writes_nothing(engine):

@@ -352,7 +352,7 @@ def _of_captures(
     version = engine.gallery_version
     answers = [(entry["version"], answer) for entry in notes.entries for answer in entry["answers"]]
     for low in range(len(answers), len(entries), _ENTRIES_NOTED):
-        new = [_identified(engine, roll, folder, lines) for lines in entries[low : low + _ENTRIES_NOTED]]
+        new = [_identified(engine, roll, folder, lines, threshold_db) for lines in entries[low : low + _ENTRIES_NOTED]]
         notes.append({"version": version, "threshold_db": threshold_db, "answers": new})
         answers += [(version, answer) for answer in new]
         progress("identifying", len(answers), len(entries))
@@ -396,9 +396,11 @@ def _entries(roll: Roll) -> list[list[int]]:
     return list(entries.values())
 
 
-def _identified(engine: Engine, roll: Roll, folder: Path, lines: Sequence[int]) -> list[Any]:
+def _identified(engine: Engine, roll: Roll, folder: Path, lines: Sequence[int], threshold_db: float) -> list[Any]:
     try:
-        decision = engine.identify(Encounter(captures=[_capture(roll, folder, index) for index in lines]))
+        decision = engine.identify(
+            Encounter(captures=[_capture(roll, folder, index) for index in lines]), from_db=threshold_db
+        )
     except CallerError as error:  # one bad record never stops a batch
         return [str(error), [], 0.0]
     if decision.outcome == "refused":
