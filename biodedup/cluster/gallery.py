@@ -237,8 +237,7 @@ class ClusterGallery(Gallery):
             raise GalleryDamaged(
                 f"the journal has {self._tail.end_row} rows, wanted {state.row_count}; restore it from a backup"
             )
-        if "encounter" in put:
-            self._tail.answers.update(catalogue.answers_since(since))
+        answers = catalogue.answers_since(since) if "encounter" in put else {}
         if "pending" in dropped:
             pending = catalogue.pending()
         elif "pending" in put:
@@ -263,6 +262,7 @@ class ClusterGallery(Gallery):
             catalogue.job_steps() if "job_step" in put else known.steps,
             catalogue.index_settings() if indexed else known.indexing,
         )
+        self._tail.answers.update(answers)  # after the rows: an answer without its row reads as `removed`
         if "policy" in put:
             self._policies = tuple(catalogue.policies())
         self._state = replace(state, next_segment=max(state.next_segment, self._state.next_segment))
@@ -358,13 +358,14 @@ class ClusterGallery(Gallery):
         with self.lock:
             self.refresh()
             before, commits = self._published, self._state.commits
-            part = TailPart(self._tail, self._tail.count, dict(self._tail.answers))
-        if not part.count and not part.answers.count:
+            answers = dict(self._tail.answers)
+            part = TailPart(self._tail, self._tail.count, answers)
+        if not part.count and not answers:
             return
         entry = self.write_part(part, before.mask(before.parts[-1]))
         with self.transaction() as transaction:
-            if transaction.tail.first_row != part.first_row:
-                return  # another front-end has sealed these rows
+            if transaction.tail.first_row != part.first_row or not transaction.tail.answers.keys() >= answers.keys():
+                return  # another front-end has sealed these rows, or these answers
             self._catalogue.trim_journal(part.end_row, commits)
             rest = Tail(part.end_row)
             segments = [*transaction.segments, part]

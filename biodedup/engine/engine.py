@@ -770,7 +770,7 @@ class Engine:
         encounter_id was used with other content."""
         self._check_open()
         encounter = in_memory(encounter, self.config.capture)
-        return standing_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot())
+        return standing_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot)
 
     def info(self) -> dict[str, Any]:
         """Counts, models and thresholds, JSON-ready."""

@@ -103,7 +103,7 @@ class Enrolment:
                 require_subject(encounter)
                 encounters[i] = in_memory(encounter, self._preparer.config.capture)
                 digests[i] = digest_of(encounters[i], operation)
-                answers[i] = standing_answer(self._gallery.answer, encounter, digests[i], self._gallery.snapshot())
+                answers[i] = standing_answer(self._gallery.answer, encounter, digests[i], self._gallery.snapshot)
             except NOT_TAKEN as error:
                 answers[i] = error
         todo = [i for i, answer in enumerate(answers) if answer is None]
@@ -183,7 +183,7 @@ class Enrolment:
     def _decide_all(self, transaction: Transaction, call: _Waiting) -> None:
         for probe, found, digest in zip(call.probes, call.seen.found, call.digests, strict=True):
             try:
-                answer = standing_answer(transaction.answer, probe.encounter, digest, transaction.snapshot())
+                answer = standing_answer(transaction.answer, probe.encounter, digest, transaction.snapshot)
                 if answer is None:
                     request = Request(call.replaces, tuple(probe.encounter.groups), call.seen.across, call.reason)
                     required = self._decider.policy().required

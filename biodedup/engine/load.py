@@ -300,7 +300,7 @@ class Loader:
             try:
                 encounters[i] = in_memory(encounter, self.preparer.config.capture)
                 digests[i] = digest_of(encounters[i])
-                answers[i] = standing_answer(self.gallery.answer, encounter, digests[i], self.gallery.snapshot())
+                answers[i] = standing_answer(self.gallery.answer, encounter, digests[i], self.gallery.snapshot)
             except CaptureUnavailable as error:
                 answers[i] = self.decider.refused(encounter, error, self.gallery.snapshot())
         todo = [i for i, answer in answers.items() if answer is None]
@@ -310,7 +310,7 @@ class Loader:
                 if isinstance(probe, CallerError):
                     answers[i] = self.decider.refused(encounters[i], probe, self.gallery.snapshot())
                     continue
-                answer = standing_answer(transaction.answer, probe.encounter, digests[i], transaction.snapshot())
+                answer = standing_answer(transaction.answer, probe.encounter, digests[i], transaction.snapshot)
                 if answer is not None:  # sent twice in this batch, or by another thread meanwhile
                     answers[i] = answer
                     continue

@@ -67,7 +67,7 @@ class Review:
         if not probe.templates:
             raise InvalidInput("no capture of the encounter can be used; a case needs one to judge")
         with self.gallery.transaction() as transaction:
-            answer = standing_answer(transaction.answer, encounter, digest, transaction.snapshot())
+            answer = standing_answer(transaction.answer, encounter, digest, transaction.snapshot)
             if answer is not None:
                 return answer
             decision = self._disputed(transaction, probe)

@@ -16,7 +16,7 @@ commits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 
 from biodedup.errors import EncounterConflict, GalleryDamaged, InvalidInput
@@ -63,12 +63,17 @@ def standing(catalogue: Catalogue, encounter_id: str, first: StoredDecision) -> 
     return first if stored is None or stored[1] is None else StoredDecision.read(first.digest, stored[1])
 
 
-def standing_answer(answer_of: AnswerOf, encounter: Encounter, digest: bytes, now: Snapshot) -> Decision | None:
-    """The answer that this encounter got before; it says `removed` where its subject has been removed since."""
+def standing_answer(
+    answer_of: AnswerOf, encounter: Encounter, digest: bytes, snapshot: Callable[[], Snapshot]
+) -> Decision | None:
+    """The answer that this encounter got before; it says `removed` where its subject has been removed since.
+
+    snapshot: called after the answer was read, so that it holds the row of an answer that another thread has just given.
+    """
     answer = answered_before(answer_of, encounter, digest)
     if answer is None or answer.outcome != "unique" or answer.subject_id is None:
         return answer
-    return answer if now.rows_under(answer.subject_id) else replace(answer, reasons=(*answer.reasons, "removed"))
+    return answer if snapshot().rows_under(answer.subject_id) else replace(answer, reasons=(*answer.reasons, "removed"))
 
 
 def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Case | None:

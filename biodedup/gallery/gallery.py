@@ -344,9 +344,9 @@ class Gallery:
     def _adopt(self, transaction: Transaction) -> None:
         published = transaction.snapshot()
         self._state, self._tail = transaction.state, transaction.tail
-        self._tail.answers.update(transaction.answers)
         self._policies += tuple(transaction.policies)
         self._published = published
+        self._tail.answers.update(transaction.answers)  # after the rows: an answer without its row reads as `removed`
         self._opened.update(published.segments)
         for segment in transaction.retired:
             self._remove_files(segment.entry.number)

@@ -239,9 +239,9 @@ class CatalogueTables(ABC):
     # the manifest -----------------------------------------------------------------------------------------------
 
     def segments(self) -> list[SegmentEntry]:
-        """In the order of their rows."""
+        """In the order of their rows. A segment of answers alone begins where the next one begins, and ends there."""
         entries = [SegmentEntry(n, first, end, json.loads(files)) for n, first, end, files in self._all("segment")]
-        return sorted(entries, key=lambda entry: entry.first_row)
+        return sorted(entries, key=lambda entry: (entry.first_row, entry.end_row, entry.number))
 
     def add_segment(self, entry: SegmentEntry) -> None:
         values = (entry.number, entry.first_row, entry.end_row, json.dumps(dict(entry.files)))

@@ -148,9 +148,11 @@ class Tail:
     def truncate(self, count: int) -> None:
         """Forgets the rows from position count on."""
         for subject_id in self.subject_ids[count:]:
-            kept = tuple(p for p in self.positions_of.pop(subject_id, ()) if p < count)
+            kept = tuple(p for p in self.positions_of.get(subject_id, ()) if p < count)
             if kept:
-                self.positions_of[subject_id] = kept
+                self.positions_of[subject_id] = kept  # in one step: readers look up rows before count meanwhile
+            else:
+                self.positions_of.pop(subject_id, None)
         del self.subject_ids[count:], self.encounter_ids[count:]
         while self.again and self.again[-1][0] >= count:
             self.again.pop()
