@@ -70,7 +70,9 @@ def written(path: Path, text: str) -> Path:
 
 
 def audited(engine: bd.Engine, roll: Path, **more: object) -> jobs.AuditResult:
-    return jobs.audit(engine, roll, roll.with_suffix(".parquet"), threshold_db=THRESHOLD_DB, **more)
+    return jobs.audit(
+        engine, roll, roll.with_suffix(".parquet"), threshold_db=THRESHOLD_DB, clock=lambda: 1.8e9, **more
+    )
 
 
 def of_kind(result: jobs.AuditResult, kind: str) -> list[tuple[object, ...]]:
@@ -347,10 +349,13 @@ def test_entries_of_captures_stand_as_of_their_versions_which_the_report_states(
         with pytest.raises(Cut):
             jobs.audit(engine, roll, tmp_path / "out.csv", progress=stop)
         engine.enroll(bd.Encounter("anna", captures=[bd.Face(portrait)]))
-        result = jobs.audit(engine, roll, tmp_path / "out.csv", report=tmp_path / "report.html")
+        result = jobs.audit(engine, roll, tmp_path / "out.csv", report=tmp_path / "report.html", clock=lambda: 1.8e9)
+        gallery_id = engine.info()["gallery_id"]
     assert [(f.finding, f.line, f.detail) for f in result.findings] == [("not_enrolled", 2, "as of version 1")]
     assert (result.versions, result.threshold_db) == ((1, 2), threshold_db)
-    assert "Gallery versions 1 to 2" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Gallery versions 1 to 2" in page
+    assert f"Gallery {gallery_id}, 2027-01-15 08:00 UTC" in page
 
 
 # broken rolls ------------------------------------------------------------------------------------------------------

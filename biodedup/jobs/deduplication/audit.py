@@ -13,8 +13,9 @@ Owns the kinds of findings and the report by district. Never compares itself: th
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,12 @@ def audit(
     threshold_db: float | None = None,
     options: TableOptions = DEFAULT_OPTIONS,
     progress: Progress = silent,
+    clock: Callable[[], float] = time.time,
 ) -> AuditResult:
     """Checks a roll (`read_roll`) and writes `out` (.parquet or .csv), a row a finding, and a page for people.
 
-    threshold_db: None takes the policy's duplicate threshold at the size of the gallery when the audit begins. Raises InvalidInput
+    threshold_db: None takes the policy's duplicate threshold at the size of the gallery when the audit begins. clock: seconds since 1970,
+    for the page's date. Raises InvalidInput
     for a roll that cannot be read at all, GalleryDamaged, StorageUnavailable.
     """
     check_table_name(out)
@@ -192,7 +195,7 @@ def audit(
         )
         write_table(_table(result, listed), out)
         if report is not None:
-            _write_report(result, listed, roll, report)
+            _write_report(result, listed, roll, report, {"gallery": key["gallery"], "made": clock()})
         notes.remove()
     return result
 
@@ -438,7 +441,7 @@ def _table(result: AuditResult, roll: Roll) -> pa.Table:
     return table
 
 
-def _write_report(result: AuditResult, roll: Roll, source: Path, report: Path) -> None:
+def _write_report(result: AuditResult, roll: Roll, source: Path, report: Path, foot: Mapping[str, Any]) -> None:
     by_kind = {kind: [f for f in result.findings if f.finding == kind] for kind in AUDIT_KINDS}
     write_page(
         report,
@@ -451,4 +454,5 @@ def _write_report(result: AuditResult, roll: Roll, source: Path, report: Path) -
         most=_ON_A_PAGE,
         captures=roll.of_captures,
         with_districts=roll.with_districts,
+        **foot,
     )
