@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
+import pytest
 
 import biodedup as bd
 from biodedup.cluster import gallery as cluster_gallery
 from biodedup.cluster.store import SegmentStore
 from biodedup.gallery.segments.tail import Tail
 from biodedup.testing import internals
-from tests.support.vectors import again, people
+from tests.support.vectors import SFACE, again, people
 
 NO_POLL = {"poll_ms": 3_600_000, "stale_ms_max": 3_600_000}
 SMALL = bd.Config(
@@ -122,20 +124,6 @@ def test_a_register_is_read_whatever_the_order_in_which_the_server_returns_its_s
         assert second.enroll(person(3, again(vectors[1], 0.9))).outcome == "duplicate"
 
 
-def test_a_file_that_another_front_end_removed_as_garbage_is_uploaded_again(register, tmp_path):
-    first = register(SMALL, cluster={**NO_POLL, "garbage_grace_s": 0.0})
-    second = register(SMALL, cluster={**NO_POLL, "garbage_grace_s": 0.0})
-    vectors = people(40)
-    first.add_templates([f"p{i}" for i in range(40)], {"face": vectors})
-    first.reindex("faiss:Flat")
-    first.reindex("native")
-    second.maintain()  # removes the index from the store
-    first.reindex("faiss:Flat")
-    assert first.problems() == []
-    with register(SMALL) as third:
-        assert third.identify(bd.Encounter(templates={"face": again(vectors[3], 0.9)})).best.subject_id == "p3"
-
-
 def test_a_subject_is_known_while_a_staged_row_of_it_is_forgotten():
     tail = Tail(0)
     tail.append("anna", "e0", 0, {})
@@ -152,3 +140,95 @@ def test_a_subject_is_known_while_a_staged_row_of_it_is_forgotten():
     tail.truncate(1)
     assert tail.positions_of == {"anna": (0,)}
     assert None not in seen
+
+
+class Failing:
+    """Loses the connection of a front-end at its nth statement from now: before the server has it, or after, so that the reply is lost."""
+
+    def __init__(self, engine: bd.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._catalogue = internals(engine).gallery._catalogue
+        self._run, self.left, self._after = self._catalogue._run, 0, False
+        monkeypatch.setattr(self._catalogue, "_run", self._count)
+
+    def arm(self, nth: int, *, after: bool) -> None:
+        self.left, self._after = nth, after
+
+    def _count(self, *given: object) -> object:
+        self.left -= 1
+        if self.left:
+            return self._run(*given)
+        if self._after:
+            self._run(*given)
+        self._catalogue._connection.close()
+        raise bd.StorageUnavailable("the connection was lost")
+
+
+def until_answered(call: Callable[[], object]) -> object:
+    for _ in range(5):
+        try:
+            return call()
+        except bd.RetryableError:
+            pass
+    raise AssertionError("it is never answered")
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", ["enroll", "seal", "change", "refresh"])
+def test_whichever_statement_is_the_last_of_a_connection_nothing_is_lost_nor_done_twice(
+    register, monkeypatch, step, after
+):
+    """Before each step another front-end has committed, so that following it fails at each of its statements, too."""
+    vectors = people(120)
+    first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
+    failing, rows, outcomes = Failing(first, monkeypatch), set(), {}
+
+    def enroll(engine: bd.Engine, i: int, vector: np.ndarray) -> None:
+        outcomes[f"e{i}"] = until_answered(lambda: engine.enroll(person(i, vector))).outcome
+        if outcomes[f"e{i}"] == "unique":
+            rows.add(f"p{i}")
+
+    for nth in range(1, 40):
+        at, shown = 3 * nth, vectors[nth]
+        enroll(second, at, shown)
+        failing.arm(nth, after=after)
+        if step == "seal":
+            until_answered(first.seal)
+        elif step == "refresh":
+            until_answered(first.refresh)
+        elif step == "change":
+            update = bd.Encounter(f"p{at}", templates={"face": again(shown, 0.9)}, encounter_id=f"u{at}")
+            assert until_answered(lambda sent=update: first.update(sent)).outcome == "unique"
+        else:
+            enroll(first, at + 1, again(shown, 0.9))
+            enroll(first, at + 2, vectors[nth + 60])
+            assert [outcomes[f"e{at + i}"] for i in range(3)] == ["unique", "duplicate", "unique"]
+        if failing.left > 0:
+            assert nth > 5
+            break
+    else:
+        raise AssertionError("it takes more statements")
+    failing.left = 0
+    third = register(SMALL)
+    for engine in (first, second, third):
+        engine.refresh()
+        assert set(engine.subject_ids()) == rows
+        assert {name: engine.decision(name).outcome for name in outcomes} == outcomes
+        assert {d.encounter_id for d in engine.decisions()} >= outcomes.keys()
+        assert len(list(engine.decisions())) == len({d.encounter_id for d in engine.decisions()})
+        assert engine.problems() == []
+    assert first.info() == second.info() == third.info()
+
+
+def test_nothing_is_written_where_the_connection_is_used_for_something_else_within_a_transaction(register):
+    """A call of the caller's own functions, such as `new_id`, comes from within."""
+    first = register(SMALL, cluster=NO_POLL)
+    template = bd.Template("face", SFACE, people(1)[0])
+    with pytest.raises(AssertionError), internals(first).gallery.transaction() as transaction:
+        with suppress(AssertionError):
+            first.verdicts()
+        transaction.add("anna", {"face": template})
+    with register(SMALL) as second:
+        assert second.subject_ids() == []
+        assert second.problems() == []
+    first.enroll(person(0, people(1)[0]))
+    assert first.subject_ids() == ["p0"]
