@@ -359,7 +359,7 @@ def test_a_gallery_made_with_another_model_is_refused_at_opening(tmp_path, portr
 
     with bd.Engine.open(tmp_path / "g", bd.Config(finger=bd.FingerConfig(model=None))) as engine:
         engine.import_captures([ready("face", "another-model", 128), ready("right_index", "finger256-3", 256)])
-        engine.import_captures([ready("left_index", "finger256-3+mindtct-1", 256)])
+        engine.import_captures([ready("left_index", "finger256-3+skeleton-1", 256)])
     with pytest.raises(bd.ModelMismatch, match="left_index"):
         bd.Engine.open(tmp_path / "g", bd.Config(finger=bd.FingerConfig(model=None)))
     with bd.Engine.open(tmp_path / "g") as engine:  # whatever comes ready made ties a gallery to no configuration

@@ -115,6 +115,6 @@ def test_the_commands_list_subjects_and_show_one(engine, tmp_path):
     shown = run.invoke(app, ["subject", "carla", *of]).output
     assert "not enrolled" in shown and "review" in shown and "biodedup cases show e3" in shown
     document = json.loads(run.invoke(app, ["subject", "anna", *of, "--json"]).stdout)
-    assert document["encounters"][0]["templates"]["face"].keys() == {"column", "model_id", "quality"}
+    assert document["encounters"][0]["templates"]["face"].keys() == {"column", "model_id", "quality", "provenance"}
     assert run.invoke(app, ["list", *of, "--out", str(tmp_path / "s.csv")]).exit_code == 0
     assert (tmp_path / "s.csv").read_text().splitlines()[0].startswith('"subject_id"')

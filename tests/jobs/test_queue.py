@@ -195,3 +195,18 @@ def test_a_verdict_takes_an_encounter_out_of_adjudication_and_touches_no_other(g
     with Backlog.open(gallery) as backlog:
         assert [backlog.entry(f"e{i}").status for i in range(3)] == ["duplicate", "adjudicate", "refused"]
         assert backlog.status(NOW + 9).lines["duplicate"].oldest_s == 4
+
+
+def test_the_state_is_read_in_one_view_while_another_process_writes(gallery, monkeypatch):
+    with Backlog.open(gallery) as backlog:
+        backlog.enqueue(arrivals(0, 4), NOW)
+        row, seen = Backlog._row, []
+
+        def reading(self, query, *values):
+            seen.append(self._connection.in_transaction)
+            return row(self, query, *values)
+
+        monkeypatch.setattr(Backlog, "_row", reading)
+        backlog.status(NOW + 10)
+        assert seen and all(seen)
+        assert not backlog._connection.in_transaction

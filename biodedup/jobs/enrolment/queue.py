@@ -11,7 +11,8 @@ journal holds the decisions, and no enrolment is lost with the backlog. Never de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from sqlite3 import Connection
@@ -240,6 +241,20 @@ class Backlog:
 
     def status(self, now: float) -> QueueStatus:
         """Counts, ages and rates as of now, in seconds."""
+        with self._reading():
+            return self._status(now)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """One view of the table, while another process may write."""
+        with translated(f"reading {self._name}"):
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._connection.execute("ROLLBACK")
+
+    def _status(self, now: float) -> QueueStatus:
         lines = {status: self._line(status, now) for status in STATUSES}
         waiting = sum(lines[status].count for status in WAITING)
         came = {window_s: self._count("received_at", now - window_s, now) for window_s in (_HOUR_S, _DAY_S)}
