@@ -15,6 +15,7 @@ from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.files.filesystem import Lock
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.maintenance import Maintenance
+from biodedup.gallery.segments.tail import Tail
 from biodedup.match.compare import Comparer
 from biodedup.search.searcher import Searcher
 from biodedup.search.selfjoin.join import SelfJoin
@@ -36,6 +37,11 @@ class Internals:
     def catalogue(self) -> Catalogue:
         """The gallery's database, as it is connected now."""
         return self.gallery._catalogue
+
+    @property
+    def tail(self) -> Tail:
+        """The rows that are not sealed yet, as the gallery holds them now."""
+        return self.gallery._tail
 
     @property
     def maintenance(self) -> Maintenance:

@@ -66,7 +66,7 @@ def test_a_row_is_seen_before_its_answer_when_another_thread_enrols_it(tmp_path)
     threads, recalled = ThreadPoolExecutor(1), []
     with bd.Engine.open(tmp_path / "g", SMALL) as engine:
         answers = Told(lambda: recalled.append(recalled_while(engine, person(0, anna), threads)))
-        internals(engine).gallery._tail.answers = answers
+        internals(engine).tail.answers = answers
         assert recalled == [] and engine.enroll(person(0, anna)) == recalled[0]
 
 
@@ -146,7 +146,7 @@ class Failing:
     """Loses the connection of a front-end at its nth statement from now: before the server has it, or after, so that the reply is lost."""
 
     def __init__(self, engine: bd.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._catalogue = internals(engine).gallery._catalogue
+        self._catalogue = internals(engine).catalogue
         self._run, self.left, self._after = self._catalogue._run, 0, False
         monkeypatch.setattr(self._catalogue, "_run", self._count)
 
