@@ -170,8 +170,9 @@ class ClusterGallery(Gallery):
 
     def _look(self) -> list[SegmentEntry]:
         """Follows, or returns the segments that have to be fetched first."""
-        if self._front_end.stopped is not None or not self.lock.acquire(blocking=False):
-            return []  # a thread that writes follows by itself
+        # Waits: threads that read all the time would otherwise keep the lock from this one for ever.
+        if self._front_end.stopped is not None or not self.lock.acquire(timeout=_LEASE_S / 3):
+            return []
         try:
             if self._broken:
                 self._recover()
