@@ -1,4 +1,4 @@
-"""Finds the gallery rows that are most like a probe, and ranks them by everything that both sides have.
+"""Finds the gallery rows that are most like a probe, and ranks them by all captures that both sides have.
 
 Owns the path from a probe to ranked candidates. Never writes, never decides, and never joins a gallery with itself
 (`selfjoin/`).

@@ -1,11 +1,11 @@
-"""One pass over a print: ridge map, skeleton and minutiae, and what they say of the print's quality.
+"""Computes a print's ridge map, skeleton and minutiae in one pass, and predicts its quality from them.
 
 Owns the measures of a print, the quality that they predict, and how surely the picture shows friction ridges. Never refuses a capture
 (`finger` does).
 
 Both are regressions on few measures. Quality predicts the mean score of a print with its mates: linear, fitted on the tuning half of
 FVC2002 DB1-4_B and UareU and on SFinGe's demonstration set, 2026-11. Certainty tells prints from other pictures (photographs, textures,
-documents, noise): logistic, fitted on the same prints, SOCOFing and generated prints: `models/fit_finger_quality.py`.
+documents, noise): logistic, fitted on the same prints, SOCOFing and generated prints: `models/fit_one_pass.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Commands of field kits: kit pack, ingest, inspect. Those about keys: `kit_keys.py`.
+"""Commands of field kits: kit pack, ingest, inspect. Those on keys are in `kit_keys.py`.
 
-A thin mirror of the jobs.
+Each runs one job.
 """
 
 from __future__ import annotations

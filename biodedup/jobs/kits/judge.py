@@ -1,4 +1,4 @@
-"""Runs the quality gate on the captures that a kit packs, and finds files that are no captures.
+"""Runs the quality gate on the captures that a field kit packs, and finds files that are no captures.
 
 Owns the reading of the files, each once, and the cache of verdicts: a folder beside the batch, so that packing again after a recapture
 extracts the recapture alone. Never packs.
