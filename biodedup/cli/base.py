@@ -97,6 +97,8 @@ _OUTCOME_EXIT = {
     "review": Exit.REVIEW,
     "refused": Exit.REFUSED,
 }
+_REASON_MEANS = {"unique": "note", "duplicate": "note", "review": "a person has to look", "refused": "not enrolled"}
+"""What the reasons of a decision are for, by its outcome."""
 
 GalleryOption = Annotated[
     Path,
@@ -383,8 +385,7 @@ def finish_decision(decision: Decision, as_json: bool, captures: Sequence[Captur
             f"review from {decision.review_db:.1f} dB"
         )
         for text in texts_of(decision):
-            why = "not enrolled" if decision.outcome == "refused" else "a person has to look"
-            say(f"  {why}: {text}")
+            say(f"  {_REASON_MEANS[decision.outcome]}: {text}")
         if decision.attainable_db is not None and decision.expected_fnir is not None:
             say(
                 f"  with these captures 19 of 20 mates score below {decision.attainable_db:.0f} dB, and "

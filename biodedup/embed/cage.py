@@ -190,7 +190,8 @@ class Pending:
 
 def _not_kept() -> RetryableError:
     return RetryableError(
-        "worker processes cannot be kept running; look at the machine's memory and process limits, and try again"
+        "worker processes cannot be kept running; a script has to make its calls under `if __name__ == '__main__':`, because each worker "
+        "imports the script; otherwise look at the machine's memory and process limits, and try again"
     )
 
 

@@ -210,8 +210,8 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
         return tuple(map(verdict, names_now)) or (verdict(None),)
     if candidate is None and len(undecided) != 1:
         raise InvalidInput(
-            f"encounter {case.encounter_id!r} has {len(undecided)} candidates; say whose double it is, one of "
-            f"{', '.join(undecided or names) or 'none'}"
+            f"encounter {case.encounter_id!r} has {len(undecided)} candidates; name the one that it is a duplicate of: "
+            f"{', '.join(undecided or names) or 'none is left'}"
         )
     _refuse_ambiguous(case, [candidate or undecided[0]])
     return (verdict(candidate or undecided[0]),)

@@ -79,7 +79,7 @@ def pack(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check captures, search them for doubles, and pack, sign and encrypt them.
+    """Check captures, find duplicates among them, and pack, sign and encrypt them.
 
     Packing the same manifest again changes nothing.
     """
