@@ -17,8 +17,8 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from biodedup.config import Config
-from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
+from biodedup.embed.isolation import FAILURES
 from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.files.faults import translated
