@@ -178,17 +178,27 @@ def _cheapest_classes(column: Column, probes: Probes, min_similarity: Float32, m
     return None if tables is None else classes_of(column, tables)
 
 
+_spent: WeakKeyDictionary[Column, float] = WeakKeyDictionary()
+"""Nanoseconds that scans without tables have taken."""
 _chosen: WeakKeyDictionary[Column, dict[tuple[float, int, float], int | None]] = WeakKeyDictionary()
 
 
 def _cheapest_tables(column: Column, similarity: float, probes: int, miss_risk: float) -> int | None:
-    """How many tables are cheapest for so many probes like the column's own rows."""
+    """How many tables are cheapest for so many probes like the column's own rows; None for none.
+
+    The laws of tables are measured once scans without tables have taken as long as measuring does: whatever comes, that is at most twice
+    the least work (the ski rental problem). Most columns of small galleries are never measured.
+    """
     cost, known = costs.ROW_COSTS.get(INSTRUCTIONS), _chosen.setdefault(column, {})
     asked = (similarity, probes, miss_risk)
     if cost is None or asked in known:
         return known.get(asked)
     assert column.codec is not None, "only coded columns have tables"
     scanned, options = column.codec.scanned, []
+    spent = _spent.get(column, 0.0) + column.count * probes * scanned * cost.number
+    if spent < costs.CLASSES_MEASURED_NS:
+        _spent[column] = spent
+        return None
     sample = population_of(column).sample[:_COST_PROBES]
     for share_of_pairs in TABLE_SHARES:
         classes = classes_of(column, tables_for(scanned, share_of_pairs))
