@@ -152,7 +152,7 @@ class Engine:
         samples = GallerySamples(gallery)
         known = Calibrations(self._extractor.cards, samples.latest, own_strangers=lambda: self.policy.own_strangers)
         self._matcher = CylinderMatcher(config.threads)
-        self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
+        self._comparer = Comparer(known.of, self._matcher, known.with_minutiae, known.replay_of)
         self._pairs = PairComparer(known, self._comparer)
         self._searcher = Searcher(self._comparer, config.search, config.threads, self._policy)
         self._preparer = Preparer(gallery, self._extractor, known, config)
