@@ -33,6 +33,7 @@ def address():
     node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    cluster.wait_for_nodes()
     ray.init(address=cluster.address, namespace="biodedup", log_to_driver=False, logging_level="warning")
     yield cluster.address
     ray.shutdown()

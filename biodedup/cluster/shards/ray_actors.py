@@ -5,6 +5,8 @@ Owns everything that knows of Ray. Nothing durable lives in Ray: an actor that i
 1. Actors are detached and named, so that all front-ends share them, and they outlive each front-end. Ray starts one again that dies.
 2. A call is never repeated by Ray (`max_task_retries=0`): the front-end asks the next replica.
 3. The replicas of a group are placed on nodes by rendezvous hashing, on different ones where there are so many.
+   Affinity is hard: Ray ignores a soft one for actors that reserve no CPU (measured with 2.60). An actor whose node is lost is placed anew
+   when the next front-end opens.
 """
 
 from __future__ import annotations
@@ -132,7 +134,7 @@ class RayShards(RemoteShards):
                 max_task_retries=0,
                 num_cpus=0,
                 max_pending_calls=_PENDING_MOST,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
             .remote(
                 None if cluster.cache is None else str(cluster.cache),
