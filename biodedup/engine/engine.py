@@ -880,7 +880,7 @@ def _shards_elsewhere(gallery: Gallery, config: Config) -> RayShards | None:
     from biodedup.cluster.shards.ray_actors import RayShards  # others need no Ray
 
     assert isinstance(gallery, ClusterGallery), "only a register has Config.cluster"
-    return RayShards(config.cluster, gallery.register_id, config.threads, gallery.snapshot())
+    return RayShards(config.cluster, gallery.register_id, config.threads, gallery.snapshot)
 
 
 def _encounter(item: object) -> Encounter:

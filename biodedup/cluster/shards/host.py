@@ -10,6 +10,7 @@ Owns the open segments of an actor, and the views of them that its front-ends as
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -37,6 +38,8 @@ _log = logging.getLogger("biodedup")
 _IDLE_S = 600.0  # a generation that was not asked for is closed
 _VIEWS_MOST = 32
 _KEPT_MOST = 1_000
+_SEARCHES = 4  # at the same time; each uses all threads of the scanner
+_WAITING_MOST = 32  # searches that wait for their turn; more are refused
 _SELF_SIMILARITY = 0.99  # of a stored vector with itself; eight bits a number keep more
 
 
@@ -65,6 +68,10 @@ class ShardHost:
         self._kept: OrderedDict[str, NDArray[Any]] = OrderedDict()
         self._lock = threading.Lock()
         self._taking = threading.Lock()
+        self._turns = threading.Semaphore(_SEARCHES)
+        self._present = 0
+        """Searches that run or wait."""
+        self._asked_at = time.monotonic()
 
     def close(self) -> None:
         self._scanner.close()
@@ -96,6 +103,22 @@ class ShardHost:
     def generations(self) -> list[str]:
         return sorted(self._units)
 
+    def about(self) -> dict[str, Any]:
+        """What front-ends ask to know how it is. Being asked keeps it from being idle."""
+        self._asked_at = time.monotonic()
+        return {
+            "release": wire.release(),
+            "generations": self.generations(),
+            "process_id": os.getpid(),
+            "searching": min(self._present, _SEARCHES),
+            "waiting": max(self._present - _SEARCHES, 0),
+        }
+
+    @property
+    def idle_s(self) -> float:
+        """For how many seconds no front-end has asked anything."""
+        return 0.0 if self._present else time.monotonic() - self._asked_at
+
     def _test(self, segments: tuple[Segment, ...]) -> None:
         """Searches for a row of each column. Raises GalleryDamaged where it is not found."""
         names = {name for segment in segments for name, column in segment.columns.items() if column.dimension}
@@ -115,7 +138,21 @@ class ShardHost:
     # queries ----------------------------------------------------------------------------------------------------
 
     def search(self, sent: wire.Sent) -> wire.Sent:
-        """Answers `done` with hits, `lacks` with the digests of kept arrays to send, `outdated`, or `failed` with the reason."""
+        """Answers `done` with hits, `lacks` with the digests of kept arrays to send, `outdated`, `busy` when too many wait, or `failed` with
+        the reason."""
+        with self._lock:
+            self._asked_at = time.monotonic()
+            if self._present >= _SEARCHES + _WAITING_MOST:
+                return wire.Message({"status": "busy"}).sent()
+            self._present += 1
+        try:
+            with self._turns:
+                return self._answer(sent)
+        finally:
+            with self._lock:
+                self._present -= 1
+
+    def _answer(self, sent: wire.Sent) -> wire.Sent:
         try:
             about, arrays = wire.received(sent)
             with self._lock:

@@ -1,57 +1,35 @@
 """Divides a front-end's snapshot into shards: sealed segments are searched by replicas elsewhere, the rest here.
 
-Owns the units that segments are searched in, the choice of the replica, and what a front-end does when a replica fails. Knows nothing of Ray.
+Owns the units that segments are searched in, and what a front-end does when no replica answers. Knows nothing of Ray.
 
 1. A unit is exactly one shard of a search in one process (`search/shards/faiss.py`). Its cut-offs, and so its answers, are the same.
-2. Each replica gets `deadline_s`. One that fails is asked last for a while. When all fail, the shard raises, and the search is incomplete.
+2. When all replicas of a unit fail, the shard raises, and the search is incomplete. When their queues are full, the search is refused.
 3. A replica that is there but has not opened a unit yet, as after sealing, is told to. Until one has, this process searches the unit itself.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import xxhash
+from typing import Any
 
 from biodedup.cluster.shards import wire
+from biodedup.cluster.shards.asking import Asker, Replica
+from biodedup.cluster.shards.placement import group_of
 from biodedup.errors import StorageUnavailable
 from biodedup.gallery.segments.reader import Segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.multicolumn.plan import MultiColumnHits, MultiColumnQuery
 from biodedup.search.native.scanner import Scanner
 from biodedup.search.shards import faiss as engine
-from biodedup.search.shards.base import Shard, ShardHits, ShardQuery
+from biodedup.search.shards.base import QueueFull, Shard, ShardHits, ShardQuery
 from biodedup.values import Float32
 
 _log = logging.getLogger("biodedup")
-_SUSPECT_S = 10.0  # for so long a replica that failed is asked last
 _RETAKE_S = 30.0  # after which a replica is told again to open a unit
-
-
-class ReplicaFailed(Exception):
-    """A replica is dead, unreachable, overloaded or past its deadline."""
-
-
-class NotReady(Exception):
-    """A replica is being started."""
-
-
-class Replica(Protocol):
-    """One of the processes that hold a group of segments."""
-
-    name: str
-
-    def search(self, sent: wire.Sent, deadline_s: float) -> wire.Sent:
-        """Raises ReplicaFailed, NotReady."""
-
-    def take(self, entries_text: str) -> None:
-        """Tells it to open a unit, and does not wait."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +55,13 @@ def units_of(snapshot: Snapshot) -> list[Unit]:
     return units
 
 
-def by_rendezvous(key: str, names: Sequence[str]) -> list[str]:
-    """The names in the order in which they are preferred for a key: highest random weight first (Thaler and Ravishankar, 1998). A name that
-    goes or comes changes only the keys that it had or gets."""
-    return sorted(names, key=lambda name: (xxhash.xxh3_64_intdigest(f"{key}\0{name}".encode()), name), reverse=True)
-
-
-def group_of(key: str, groups: int) -> int:
-    """The group that a unit belongs to."""
-    return int(by_rendezvous(key, [str(number) for number in range(groups)])[0])
-
-
 class RemoteShards:
     """Makes the shards of snapshots. replicas_of: the replicas of a group, by its number. Thread-safe."""
 
     def __init__(self, replicas_of: Callable[[int], Sequence[Replica]], groups: int, deadline_s: float) -> None:
         self._replicas_of = replicas_of
         self._groups = groups
-        self._deadline_s = deadline_s
-        self._turn = itertools.count()
-        self._suspect_until: dict[str, float] = {}
+        self._asker = Asker(deadline_s)
         self._taken_at: dict[tuple[str, str], float] = {}
         self._lock = threading.Lock()
 
@@ -106,51 +71,25 @@ class RemoteShards:
         return [*remote, engine.shard_of(snapshot, tail, scanner)]
 
     def ask(self, unit: Unit, message: wire.Message) -> tuple[dict[str, Any], wire.Arrays] | None:
-        """The answer of the first replica that gives one; None where some are there, and none has the unit yet. Raises StorageUnavailable."""
-        failures, waiting = [], False
-        for replica in self._in_order(unit):
-            try:
-                about, arrays = self._ask(replica, message)
-            except NotReady:
-                waiting = True
-                continue
-            except (ReplicaFailed, StorageUnavailable) as error:
-                failures.append(f"{replica.name}: {error}")
-                with self._lock:
-                    self._suspect_until[replica.name] = time.monotonic() + _SUSPECT_S
-                continue
-            if about["status"] == "outdated":
-                waiting = True
-                self._tell(replica, unit)
-            elif about["status"] == "done":
-                return about, arrays
-            else:
-                failures.append(f"{replica.name}: {about.get('reason', about['status'])}")
-        for failure in failures:
+        """The answer of the first replica that gives one; None where some are there, and none has the unit yet. Raises QueueFull,
+        StorageUnavailable."""
+        replicas = self._replicas_of(group_of(unit.key, self._groups))
+        said = self._asker.ask(replicas, message)
+        for replica in said.outdated:
+            self._tell(replica, unit)
+        if said.answer is not None:
+            return said.answer
+        for failure in said.failures:
             _log.warning("a replica did not answer: %s", failure)
-        if waiting:
+        if said.full:
+            raise QueueFull(
+                f"{said.full} replicas of {len(unit.segments)} segments have too much to do; try again later"
+            )
+        if said.outdated or said.starting:
             return None
         raise StorageUnavailable(
-            f"no replica of {len(unit.segments)} segments answers ({'; '.join(failures) or 'there is none'}); send it again"
+            f"no replica of {len(unit.segments)} segments answers ({'; '.join(said.failures) or 'there is none'}); send it again"
         )
-
-    def _ask(self, replica: Replica, message: wire.Message) -> tuple[dict[str, Any], wire.Arrays]:
-        until = time.monotonic() + self._deadline_s
-        about, arrays = wire.received(replica.search(message.sent(), self._deadline_s))
-        if about["status"] == "lacks":
-            left_s = max(until - time.monotonic(), 0.001)
-            about, arrays = wire.received(replica.search(message.sent(about["missing"]), left_s))
-        return about, arrays
-
-    def _in_order(self, unit: Unit) -> list[Replica]:
-        """The replicas of a unit, in turn; those that failed of late come last."""
-        replicas = list(self._replicas_of(group_of(unit.key, self._groups)))
-        if not replicas:
-            return []
-        first = next(self._turn) % len(replicas)
-        now = time.monotonic()
-        turned = replicas[first:] + replicas[:first]
-        return sorted(turned, key=lambda replica: self._suspect_until.get(replica.name, 0.0) > now)
 
     def _tell(self, replica: Replica, unit: Unit) -> None:
         text, now = unit.entries_text, time.monotonic()

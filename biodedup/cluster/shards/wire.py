@@ -28,6 +28,14 @@ from biodedup.search.shards.base import ShardHits, ShardQuery
 WIRE_VERSION = 1
 """Raised with every change of a message. It is part of the actors' names: front-ends of another version start actors of their own."""
 
+
+def release() -> str:
+    """What a front-end and an actor have to have in common."""
+    import biodedup
+
+    return f"{biodedup.__version__}/{WIRE_VERSION}"
+
+
 Arrays = dict[str, NDArray[Any]]
 Sent = tuple[int, str, Arrays]
 """A message as it travels."""
