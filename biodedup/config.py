@@ -335,11 +335,22 @@ class ClusterConfig:
     garbage_grace_s: float = 86_400.0
     """For how long the segment store keeps files that no manifest names any more. Longer than any search, merge or start takes."""
 
+    ray_address: str | None = None
+    """Ray cluster whose actors search the sealed segments: `host:port`, `auto` for the one that this machine belongs to, `local` for a new one
+    of this process. None: each front-end searches all segments itself."""
+    replicas: int = 2
+    """How many actors hold each group of segments, on different nodes where there are so many."""
+    shard_groups: int = 1
+    """How many groups the segments are divided into. All front-ends of a register use the same number."""
+    shard_deadline_ms: int = 5_000
+    """For how long a front-end waits for one replica's part of a search, before it asks the next one."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.segments:
             raise InvalidInput("segments is empty, wanted where the segments are: file:///folder or s3://bucket/folder")
         _check(self, 1, inf, "cache_bytes_max", "deadline_ms", "transaction_ms_max", "poll_ms", "stale_ms_max")
+        _check(self, 1, inf, "replicas", "shard_groups", "shard_deadline_ms")
         _check(self, 0, inf, "garbage_grace_s")
 
 

@@ -33,7 +33,7 @@ from biodedup.search.native.column_statistics import classes_of, population_of
 from biodedup.search.native.dot_kernel import INSTRUCTIONS
 from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.scanner import Probes, Scanner
-from biodedup.search.shards.base import Shard, ShardHits, ShardQuery
+from biodedup.search.shards.base import ShardHits, ShardQuery
 from biodedup.search.shards.cells import CellRange, HitCollector, Reranking, by_codec
 from biodedup.values import Float32
 
@@ -215,11 +215,6 @@ def _cheapest_tables(column: Column, similarity: float, probes: int, miss_risk: 
 def tables_for(scanned: int, share: float) -> int:
     """How many tables look at this share of the pairs of numbers: a multiple of four, or all."""
     return min(-(-int(share * scanned / 2) // 4) * 4, scanned // 2, _TABLES_MOST)
-
-
-def native_shards(snapshot: Snapshot, scanner: Scanner, parts: Sequence[Part]) -> list[Shard]:
-    """Some parts of a snapshot, as shards."""
-    return [NativeShard(snapshot, some, scanner) for some in shares(parts)]
 
 
 def shares(parts: Sequence[Part], rows_min: int = 1 << 20) -> list[Sequence[Part]]:
