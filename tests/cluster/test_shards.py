@@ -13,7 +13,7 @@ import pytest
 import biodedup as bd
 from biodedup.cluster.cache import copies_of
 from biodedup.cluster.shards import host as hosting
-from biodedup.cluster.shards import wire
+from biodedup.cluster.shards import ray_actors, wire
 from biodedup.cluster.shards.asking import ReplicaFailed
 from biodedup.cluster.shards.host import ShardHost
 from biodedup.cluster.shards.remote import RemoteShards, units_of
@@ -308,3 +308,17 @@ def test_a_host_with_a_full_queue_refuses(host, indexed, monkeypatch):
     monkeypatch.setattr(host, "_present", hosting._SEARCHES - 1)
     assert wire.received(host.search(message.sent()))[0]["status"] == "outdated"
     assert host.about()["waiting"] == 0 and host.idle_s == 0
+
+
+def test_nodes_without_processors_hold_no_shards():
+    class Ray:
+        @staticmethod
+        def nodes():
+            return [
+                {"NodeID": "head", "Alive": True, "Resources": {"memory": 1e9}},
+                {"NodeID": "worker", "Alive": True, "Resources": {"CPU": 2.0}},
+                {"NodeID": "lost", "Alive": False, "Resources": {"CPU": 2.0}},
+            ]
+
+    nodes = ray_actors.RayNodes(Ray(), bd.ClusterConfig(segments="file:///s"), "register", 1)
+    assert nodes.alive() == ["worker"]

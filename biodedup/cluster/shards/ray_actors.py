@@ -135,8 +135,9 @@ class RayNodes:
         self._ray, self._cluster, self._register_id, self._threads = ray, cluster, register_id, threads
 
     def alive(self) -> list[str]:
+        """Nodes that were started without processors, such as the head's and those of front-ends, hold no actors."""
         try:
-            return [node["NodeID"] for node in self._ray.nodes() if node["Alive"]]
+            return [n["NodeID"] for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
         except self._ray.exceptions.RayError as error:
             raise OSError(f"Ray does not say which nodes it has: {type(error).__name__}") from error
 
