@@ -162,6 +162,9 @@ class IsolationConfig:
             raise InvalidInput(f"memory_bytes_max is {self.memory_bytes_max}, wanted at least {1 << 28}")
 
 
+REPLAYS = ("report", "refuse")
+
+
 @dataclass(frozen=True)
 class Policy:
     """The rules and target error rates of decisions. A gallery stores its policy.
@@ -195,6 +198,10 @@ class Policy:
     own_strangers: bool = True
     """Whether embeddings are calibrated on this gallery's own impostor scores, from 32 subjects on. False: scores are those of the model's
     card, as in `biodedup.compare`."""
+    replays: str = "report"
+    """What is done with a capture that is probably a copy of one of the same subject's, the same picture or template sent again, in an
+    update or a 1:1 verification. `report`: `replays` of the decision or the verification names it. `refuse`: the update goes to review
+    (`replay_suspected`), and the verification is not accepted."""
     required: tuple[str, ...] = (SENT,)
     """The captures that an encounter must bring to be enrolled or to update a subject. Otherwise it is `refused` as `incomplete`, and may
     be sent again under its encounter_id. A sequence of
@@ -207,6 +214,8 @@ class Policy:
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "required", check_required(self.required))
+        if self.replays not in REPLAYS:
+            raise InvalidInput(f"replays is {self.replays!r}, wanted one of {', '.join(REPLAYS)}")
         for name in ("trust_extrapolation", "own_strangers"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInput(f"{name} is {getattr(self, name)!r}, wanted True or False")
@@ -326,11 +335,22 @@ class ClusterConfig:
     garbage_grace_s: float = 86_400.0
     """For how long the segment store keeps files that no manifest names any more. Longer than any search, merge or start takes."""
 
+    ray_address: str | None = None
+    """Ray cluster whose actors search the sealed segments: `host:port`, `auto` for the one that this machine belongs to, `local` for a new one
+    of this process. None: each front-end searches all segments itself."""
+    replicas: int = 2
+    """How many actors hold each group of segments, on different nodes where there are so many."""
+    shard_groups: int = 1
+    """How many groups the segments are divided into. All front-ends of a register use the same number."""
+    shard_deadline_ms: int = 5_000
+    """For how long a front-end waits for one replica's part of a search, before it asks the next one."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.segments:
             raise InvalidInput("segments is empty, wanted where the segments are: file:///folder or s3://bucket/folder")
         _check(self, 1, inf, "cache_bytes_max", "deadline_ms", "transaction_ms_max", "poll_ms", "stale_ms_max")
+        _check(self, 1, inf, "replicas", "shard_groups", "shard_deadline_ms")
         _check(self, 0, inf, "garbage_grace_s")
 
 

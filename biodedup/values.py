@@ -275,7 +275,8 @@ class Score(Described):
 @dataclass(frozen=True)
 class Evidence(Described):
     """The evidence of one capture for or against one candidate. candidate_column differs from column for a finger of unknown position, and
-    if a search across positions found a wrong label."""
+    if a search across positions found a wrong label. replay: the two embeddings are so alike that the captures are probably copies of one
+    picture, or of one template; the model's card has the limit."""
 
     column: str
     candidate_column: str
@@ -283,6 +284,7 @@ class Evidence(Described):
     llr_db: float
     similarity: float | None = None
     minutiae: float | None = None
+    replay: bool = False
 
     @property
     def swapped(self) -> bool:
@@ -463,6 +465,11 @@ class Decision(Tabular):
         return self.candidates[0] if self.candidates else None
 
     @property
+    def replays(self) -> tuple[tuple[str, str], ...]:
+        """(column, key of the candidate) of each capture that is probably a copy of a candidate's."""
+        return tuple((part.column, c.key) for c in self.candidates for part in c.evidence if part.replay)
+
+    @property
     def recaptures(self) -> dict[str, str]:
         """Column -> why its capture should be taken again and how, in words: of captures that were refused, and unless the decision is
         `duplicate`, of those that were accepted with a low quality."""
@@ -549,6 +556,11 @@ class Verification(Described):
     evidence: tuple[Evidence, ...]
     refusals: tuple[Refusal, ...]
     kind: Kind = ""
+
+    @property
+    def replays(self) -> tuple[str, ...]:
+        """The columns whose capture is probably a copy of an enrolled one."""
+        return tuple(part.column for part in self.evidence if part.replay)
 
     def __repr__(self) -> str:
         word = "accepted" if self.accepted else "not accepted"

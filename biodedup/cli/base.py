@@ -409,7 +409,8 @@ def print_evidence(evidence: tuple[Evidence, ...]) -> None:
         raw += [] if part.minutiae is None else [f"minutiae score {part.minutiae:.0f}"]
         other = "" if part.column == part.candidate_column else f", enrolled as {part.candidate_column}"
         swapped = "; a swapped label" if part.swapped else ""
-        say(f"  {part.column}{other}: {part.score_db:.1f} dB ({', '.join(raw)}){swapped}")
+        copied = "; probably a copy of the enrolled capture" if part.replay else ""
+        say(f"  {part.column}{other}: {part.score_db:.1f} dB ({', '.join(raw)}){swapped}{copied}")
 
 
 def print_refusals(refusals: tuple[Refusal, ...], captures: Sequence[Capture] = ()) -> None:

@@ -58,6 +58,7 @@ _BY_COMMIT = ("encounter", "tombstone", "pending", "judged")
 _ORDERED = {"encounter": "commits, ordinal"}
 """Tables whose rows are read in the order in which they were put. A sequence alone would not do: commits of several front-ends overlap."""
 _COPY_ROWS_MIN = 64  # so many rows are written by COPY
+_UNSENT_MOST = 1_000  # statements that wait for the next one that is read
 _SETTLE_S = 5.0  # for so long a commit whose reply was lost is looked up
 _LOG_COMMITS = 1_000_000  # commits that the log keeps
 
@@ -99,6 +100,7 @@ class PostgresCatalogue(CatalogueTables):
         self._intended: State | None = None
         self._put: set[str] = set()
         self._dropped: set[str] = set()
+        self._unsent: list[tuple[str, Sequence[Any]]] = []
         self.erased = False
         self.uncertain = False
         """Whether the last commit may stand or not, because the server could not be asked."""
@@ -126,11 +128,30 @@ class PostgresCatalogue(CatalogueTables):
                 self._connection.close()
         self._connection = None
 
-    def _run(self, statement: str, values: Sequence[Any] | None = None) -> psycopg.Cursor[tuple[Any, ...]]:
+    def _living(self) -> psycopg.Connection[tuple[Any, ...]]:
         if self._connection is None or self._connection.closed:
             raise StorageUnavailable("the connection to PostgreSQL was lost; nothing was acknowledged; send it again")
+        return self._connection
+
+    def _run(self, statement: str, values: Sequence[Any] | None = None) -> psycopg.Cursor[tuple[Any, ...]]:
+        self._send()
         with _translated("PostgreSQL"):
-            return self._connection.execute(statement, values)
+            return self._living().execute(statement, values)
+
+    def _later(self, statement: str, values: Sequence[Any]) -> None:
+        """A statement of this transaction whose result nobody reads. It is sent with others, in their order, before the next one that is
+        read, so that a commit takes a few round trips however many rows it writes."""
+        self._unsent.append((statement, values))
+        if len(self._unsent) >= _UNSENT_MOST:
+            self._send()
+
+    def _send(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        if not unsent:
+            return
+        with _translated("PostgreSQL"), self._living().pipeline(), self._living().cursor() as cursor:
+            for statement, values in unsent:
+                cursor.execute(statement, values)
 
     def _table(self, table: str) -> str:
         return f'"{self._schema}"."{table}"'
@@ -140,6 +161,7 @@ class PostgresCatalogue(CatalogueTables):
     def begin(self) -> None:
         self._connect()
         self._put, self._dropped, self._intended, self.uncertain = set(), set(), None, False
+        self._unsent = []
         limits = self._limits
         self._run(
             f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {limits.lock_ms}; "
@@ -202,6 +224,7 @@ class PostgresCatalogue(CatalogueTables):
 
     def rollback(self) -> None:
         """Never raises: a connection that cannot roll back is dropped, which rolls back."""
+        self._unsent = []
         known = self._connection
         if known is None or known.closed:
             return
@@ -308,7 +331,8 @@ class PostgresCatalogue(CatalogueTables):
         super().set_state(state)
         self._intended = state
         values = (state.commits, state.commit_id, " ".join(sorted(self._put)), " ".join(sorted(self._dropped)))
-        self._run(f"INSERT INTO {self._table('commit_log')} VALUES (%s, %s, %s, %s)", values)
+        self._later(f"INSERT INTO {self._table('commit_log')} VALUES (%s, %s, %s, %s)", values)
+        self._send()
 
     def changes_since(self, known: State) -> Changes | None:
         """What was committed since a state that this front-end has seen; None for nothing. Raises GalleryDamaged where the server does not
@@ -432,27 +456,20 @@ class PostgresCatalogue(CatalogueTables):
             if len(complete) >= _COPY_ROWS_MIN:
                 self._copy(table, complete)
                 return
-        if len(complete) == 1:
-            self._run(statement, complete[0])
-            return
-        with _translated("PostgreSQL"), self._cursor() as cursor:
-            cursor.executemany(statement, complete)
+        for row in complete:
+            self._later(statement, row)
 
     def _copy(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
         names = ", ".join(f'"{name}"' for name, _ in table_columns(table))
         statement = f"COPY {self._table(table)} ({names}, checksum, commits) FROM STDIN"
+        self._send()
         with (
             _translated("PostgreSQL"),
-            self._cursor() as cursor,
+            self._living().cursor() as cursor,
             cursor.copy(statement) as copy,
         ):
             for row in rows:
                 copy.write_row(row)
-
-    def _cursor(self) -> psycopg.Cursor[tuple[Any, ...]]:
-        if self._connection is None or self._connection.closed:
-            raise StorageUnavailable("the connection to PostgreSQL was lost; nothing was acknowledged; send it again")
-        return self._connection.cursor()
 
     def _all(
         self, table: str, order: str | None = None, where: str = "", which: tuple[Any, ...] = ()

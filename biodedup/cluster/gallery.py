@@ -411,6 +411,11 @@ class ClusterGallery(Gallery):
     def name(self) -> str:
         return f"gallery {self._catalogue.gallery} in PostgreSQL"
 
+    @property
+    def register_id(self) -> str:
+        """Names the register in the segment store."""
+        return self._catalogue.register_id
+
     def refuse_backup(self) -> None:
         raise InvalidInput("a register in PostgreSQL is no folder; copy it by `biodedup gallery export`")
 

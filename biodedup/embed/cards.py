@@ -33,6 +33,7 @@ class ModelCard:
     extractor: of a `minutiae` card the name that FingerConfig knows it by.
     channels, scale, offset: the network's input is (pixel + offset) * scale, in this order of channels, float32 NCHW.
     mirror: the embedding is the sum of the image's and its mirror image's. mean: subtracted from the unit embedding.
+    replay: the similarity from which two embeddings are taken for copies of one picture, or None.
     quality: (lengths of the network's output, ascending; at each the probability that a mated comparison passes at FMR 1e-4), or None.
     calibration: of raw scores. both: in a finger embedding's card, how the sum of two llr_db, its own and that of minutiae of one
     model_id, is calibrated.
@@ -54,6 +55,7 @@ class ModelCard:
     mirror: bool = False
     mean: Float32 | None = field(default=None, repr=False)
     quality: tuple[Float32, Float32] | None = field(default=None, repr=False)
+    replay: float | None = None
     calibration: Mapping[str, Any] | None = field(default=None, repr=False)
     both: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
@@ -146,6 +148,7 @@ def _read(path: Path) -> ModelCard:
             mirror=bool(given.get("mirror", False)),
             mean=None if mean is None else np.array(mean, np.float32),
             quality=_quality(table.get("quality")),
+            replay=None if "replay" not in table else float(table["replay"]["similarity"]),
             calibration=table.get("calibration"),
             both=table.get("both", {}),
         )

@@ -117,9 +117,18 @@ class Decider:
         compared = self._with_subject(probe, now, own)
         threshold_db = self._verify_db()
         (kind,) = kinds_of(compared, threshold_db, threshold_db) or ("",)
-        if kind in BELIEVED and not self._drifted(probe, now, own):
-            return decision
-        return self.disputed(decision, probe, now, own)
+        if kind not in BELIEVED or self._drifted(probe, now, own):
+            return self.disputed(decision, probe, now, own)
+        if self.policy().replays == "refuse" and any(part.replay for part in compared[0].evidence):
+            return self._replayed(decision, compared, now)
+        return decision
+
+    def _replayed(self, decision: Decision, compared: Sequence[Comparison], now: Snapshot) -> Decision:
+        """The decision `review` on an update whose capture is a copy of one of the subject's."""
+        (subject,) = _candidates(now, compared, kinds_of(compared, decision.duplicate_db, decision.review_db))
+        others = (replace(other, rank=rank) for rank, other in enumerate(decision.candidates, start=2))
+        reasons = tuple(dict.fromkeys(("replay_suspected", *decision.reasons)))
+        return replace(decision, outcome="review", candidates=(subject, *others), reasons=reasons)
 
     def _drifted(self, probe: Probe, now: Snapshot, own: Sequence[int]) -> bool:
         """Whether the subject's first row contradicts captures that later rows confirm. Such captures may be of another person, let in
@@ -182,7 +191,8 @@ class Decider:
         (kind,) = kinds_of([best], threshold_db, threshold_db)
         return Verification(
             subject_id=subject_id,
-            accepted=kind in BELIEVED,
+            accepted=kind in BELIEVED
+            and not (self.policy().replays == "refuse" and any(part.replay for part in best.evidence)),
             score_db=best.score_db,
             threshold_db=threshold_db,
             extrapolated=best.extrapolated,

@@ -37,7 +37,7 @@ from itertools import islice
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,6 +80,7 @@ from biodedup.search.clusters import Links
 from biodedup.search.explain import JoinPlan, SearchPlan, plan_of
 from biodedup.search.searcher import Searcher
 from biodedup.search.selfjoin.join import SelfJoin
+from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards import faiss_view
 from biodedup.texts import KnownId
 from biodedup.trace import tracing
@@ -103,6 +104,9 @@ from biodedup.values import (
     check_id,
     check_text,
 )
+
+if TYPE_CHECKING:
+    from biodedup.cluster.shards.ray_actors import RayShards
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,12 @@ class Engine:
         samples = GallerySamples(gallery)
         known = Calibrations(self._extractor.cards, samples.latest, own_strangers=lambda: self.policy.own_strangers)
         self._matcher = CylinderMatcher(config.threads)
-        self._comparer = Comparer(known.of, self._matcher, known.with_minutiae)
+        self._comparer = Comparer(known.of, self._matcher, known.with_minutiae, known.replay_of)
         self._pairs = PairComparer(known, self._comparer)
-        self._searcher = Searcher(self._comparer, config.search, config.threads, self._policy)
+        self._elsewhere = _shards_elsewhere(gallery, config)
+        self._searcher = Searcher(
+            self._comparer, config.search, config.threads, self._policy, self._elsewhere or faiss_engine.shards
+        )
         self._preparer = Preparer(gallery, self._extractor, known, config)
         self._join = SelfJoin(self._searcher, self._comparer, config.search)
         self._searches = BatchedSearch(gallery, self._searcher, self._join, samples)
@@ -212,6 +219,8 @@ class Engine:
             self._extractor.close()
             self._gallery.close()
             if self._gallery.is_of_this_process:
+                if self._elsewhere is not None:
+                    self._elsewhere.close()
                 self._searcher.close()
                 self._matcher.close()
 
@@ -861,6 +870,17 @@ def _opened_register(path: str, config: Config, storage: Storage, gallery_id: st
         read_only=read_only,
         limits=IndexLimits(config.threads, config.search.miss_risk),
     )
+
+
+def _shards_elsewhere(gallery: Gallery, config: Config) -> RayShards | None:
+    """What searches a register's segments in other processes; None where this one does."""
+    if config.cluster is None or config.cluster.ray_address is None:
+        return None
+    from biodedup.cluster.gallery import ClusterGallery
+    from biodedup.cluster.shards.ray_actors import RayShards  # others need no Ray
+
+    assert isinstance(gallery, ClusterGallery), "only a register has Config.cluster"
+    return RayShards(config.cluster, gallery.register_id, config.threads, gallery.snapshot)
 
 
 def _encounter(item: object) -> Encounter:

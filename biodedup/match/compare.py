@@ -13,7 +13,7 @@ Owns which captures are paired, and how their scores become one. Never searches 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cache
 from typing import Any, Protocol
@@ -58,16 +58,18 @@ class WithMinutiaeOf(Protocol):
 
 class Comparer:
     """Compares templates with calibrated scores. calibration_of: model_id -> its calibration; with_minutiae: how minutiae add to
-    embeddings of a model."""
+    embeddings of a model; replay_of: as `Calibrations.replay_of`."""
 
     def __init__(
         self,
         calibration_of: CalibrationOf,
         matcher: MinutiaeMatcher,
         with_minutiae: WithMinutiaeOf = lambda model_id, sample_of=None: None,
+        replay_of: Callable[[str], float | None] = lambda model_id: None,
     ) -> None:
         self._calibration_of = calibration_of
         self._with_minutiae_of = with_minutiae
+        self._replay_of = replay_of
         self._matcher = matcher
         self._sample: tuple[()] | tuple[SampleOf] = ()
 
@@ -111,7 +113,7 @@ class Comparer:
         """How the templates in each of the probe's columns score."""
         # once for all rows: the calibration of a model without a card comes from the gallery
         of = {
-            model_id: ScoreModel(self.calibration(model_id), self._with_minutiae(model_id))
+            model_id: ScoreModel(self.calibration(model_id), self._with_minutiae(model_id), self._replay_of(model_id))
             for model_id in {one.model_id for one in probe.values()}
         }
         return {column: of[template.model_id] for column, template in probe.items()}

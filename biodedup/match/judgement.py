@@ -92,6 +92,7 @@ def judge(
 
 REASONS = {
     "another_person": "the subject is enrolled, and these captures do not verify as theirs",
+    "replay_suspected": "a capture is probably a copy of one that is enrolled: the same picture or template was sent again",
     "open_case": "another case is open that resembles this one",
     "mixed_record": "captures of two subjects seem to be filed as one",
     "shared_finger": "one finger agrees and nothing else does; is it an operator's own?",

@@ -65,7 +65,7 @@ class PairComparer:
 def pair_comparer(cards: Sequence[ModelCard]) -> PairComparer:
     """Compares templates of these models without a gallery."""
     known = Calibrations(cards)
-    return PairComparer(known, Comparer(known.of, CylinderMatcher(), known.with_minutiae))
+    return PairComparer(known, Comparer(known.of, CylinderMatcher(), known.with_minutiae, known.replay_of))
 
 
 @cache

@@ -49,10 +49,12 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class ScoreModel:
-    """How the templates of one model score: by embedding or minutiae alone, and, if its card says how, by both."""
+    """How the templates of one model score: by embedding or minutiae alone, and, if its card says how, by both. replay: the similarity from
+    which two embeddings are taken for copies of one picture, None where that is unknown."""
 
     alone: Calibration
     with_minutiae: WithMinutiae | None
+    replay: float | None = None
 
     def of(self, both: bool) -> Calibration:
         return self.with_minutiae.both if both and self.with_minutiae is not None else self.alone
@@ -212,10 +214,12 @@ class ScoreMatrix:
                     scores.similarity[ats],
                     scores.minutiae[ats],
                 )
-                lists = [value.tolist() for value in values]
+                lists, replay = [value.tolist() for value in values], scores.model.replay
                 for i in np.flatnonzero(counts).tolist():
                     score, llr, *raw = [of_all[i] for of_all in lists]
-                    evidence[i].append(Evidence(*pair, score, llr, *[None if isnan(x) else x for x in raw]))
+                    similarity, minutiae = (None if isnan(x) else x for x in raw)
+                    copied = similarity is not None and replay is not None and similarity >= replay
+                    evidence[i].append(Evidence(*pair, score, llr, similarity, minutiae, copied))
         sure_db = self._sure_db(ats, fused)
         told = (self.rows[ats], score_db, llr_db, fused.extrapolated[ats], label_penalty_db, low_db, high_db, sure_db)
         return [

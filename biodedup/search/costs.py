@@ -45,6 +45,9 @@ ROW_COSTS = {
 """By instruction set. Without one of these there are no byte shuffles, and no table look-ups. Those of AVX-512 but for
 `table` are taken from AVX2, since no such processor was at hand when rows were laid out one by one."""
 
+CLASSES_MEASURED_NS = 2e9
+"""What it takes to measure the laws of a column's class tables (`native/classes.py`)."""
+
 AVX2_MULTI_COLUMN_COSTS = MultiColumnCosts(0.0, 900.0, 64.0)
 MULTI_COLUMN_COSTS = MultiColumnCosts(8.0, 5_900.0, 98.0)
 """With AVX-512. Wider registers make look-ups cheaper, but not comparisons: their rows come from all over the cache."""

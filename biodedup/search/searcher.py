@@ -44,6 +44,8 @@ from biodedup.values import BIT, Float32, Template
 
 TemplateSet = Mapping[str, Template]
 """One probe: its template in each column."""
+ShardsOf = Callable[[Snapshot, Scanner], Sequence[Shard]]
+"""How a snapshot is divided into shards: all in this process, or some of them elsewhere."""
 _Capture = tuple[int, str]  # (number of the probe, its column)
 _ColumnPair = tuple[str, str]  # (the probe's column, the gallery's column)
 _Int64 = NDArray[np.int64]
@@ -91,9 +93,15 @@ class Searcher:
     """Searches snapshots. Thread-safe."""
 
     def __init__(
-        self, comparer: Comparer, config: SearchConfig, threads: int, policy: Callable[[], Policy] = Policy
+        self,
+        comparer: Comparer,
+        config: SearchConfig,
+        threads: int,
+        policy: Callable[[], Policy] = Policy,
+        shards_of: ShardsOf = faiss_engine.shards,
     ) -> None:
         self._comparer = comparer
+        self._shards_of = shards_of
         self._config = config
         self._policy = policy
         self._planner = MultiColumnPlanner(comparer, config, policy)
@@ -176,7 +184,7 @@ class Searcher:
         )
 
     def shards(self, snapshot: Snapshot) -> Sequence[Shard]:
-        return faiss_engine.shards(snapshot, self.scanner)
+        return self._shards_of(snapshot, self.scanner)
 
     def multicolumn_query(self, snapshot: Snapshot, columns: Collection[str]) -> MultiColumnQuery | None:
         """How rows that have several of these columns are searched at once; None if there are no such rows."""

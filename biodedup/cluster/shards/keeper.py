@@ -1,0 +1,225 @@
+"""Keeps the replicas of a register where they belong: starts them, watches them, and moves them when nodes come and go.
+
+Owns which replicas a front-end asks. Knows nothing of Ray (`ray_actors.py`). Each front-end has a keeper of its own. They need no
+agreement: all find the same places (`placement.py`), and a second start of an actor finds the first one.
+
+1. A replica on a lost node is dropped at once, and the next node gets one.
+2. A replica that has been silent or dead for `SILENT_S` gets a substitute on another node, and is asked again when it answers.
+3. A replica that has to move serves until all of its successors have opened every segment of the group: no search is incomplete.
+4. A replica of another release is refused and ended, and a new one is started. Until then it counts as unwell.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from biodedup.cluster.shards.asking import Replica
+from biodedup.cluster.shards.placement import Place, places_of
+
+_log = logging.getLogger("biodedup")
+SILENT_S = 10.0
+RETRY_S = 30.0  # after which a node that had another release is tried again
+START_S = 120.0  # for so long a replica may be starting before it gets a substitute
+_STEP_S = 1.0
+
+
+class Lost(Exception):
+    """An actor is gone for good: one of this name can be started anew."""
+
+
+class Actor(Replica, Protocol):
+    """A replica that can be watched and ended."""
+
+    def about(self) -> Future[dict[str, Any]]:
+        """What it says of itself: `ShardHost.about`. The future raises Lost, or any other exception while it is unavailable."""
+
+    def end(self) -> None:
+        """Ends it for good."""
+
+
+class Nodes(Protocol):
+    """The machines that actors run on."""
+
+    def alive(self) -> Sequence[str]:
+        """Names of the nodes that may hold actors. Raises OSError where this is unknown."""
+
+    def start(self, place: Place) -> Actor:
+        """The actor of a place, started if there is none. Raises OSError."""
+
+
+@dataclass
+class Kept:
+    """A replica that is kept. well_at: when it last answered, or was started; about: what it last said."""
+
+    actor: Actor
+    well_at: float
+    is_failing: bool = False
+    about: dict[str, Any] = field(default_factory=dict)
+    asked: Future[dict[str, Any]] | None = None
+
+    def is_unwell(self, now: float) -> bool:
+        return now - self.well_at > (SILENT_S if self.about else START_S)
+
+    def has(self, generations: Sequence[str]) -> bool:
+        return not self.is_failing and set(generations) <= set(self.about.get("generations", ()))
+
+
+class Keeper:
+    """Keeps `replicas` of each group. key: names the register; release: that actors must have; units: the texts of the units that each
+    group has by now (`wire.entries_text`), by their generations. Thread-safe."""
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        key: str,
+        release: str,
+        units: Callable[[], Sequence[dict[str, str]]],
+        replicas: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._nodes, self._key, self._release, self._units = nodes, key, release, units
+        self._count, self._clock = replicas, clock
+        self._kept: dict[Place, Kept] = {}
+        self._other_release: dict[str, float] = {}
+        """Node -> when it had another release."""
+        self._told: dict[tuple[Place, str], float] = {}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self) -> None:
+        """From here on a thread takes the steps."""
+        self._thread = threading.Thread(target=self._watch, name="biodedup-keeper", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2 * _STEP_S)  # it may wait for a cluster that is gone
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_STEP_S):
+            try:
+                self.step()
+            except Exception as error:  # a thread that ends would leave the replicas as they are, for ever
+                _log.warning("replicas are not watched: %s: %s", type(error).__name__, error)
+
+    def replicas_of(self, group: int) -> list[Actor]:
+        with self._lock:
+            return [kept.actor for place, kept in sorted(self._kept.items()) if place.group == group]
+
+    def step(self) -> None:
+        """Looks once: asks replicas how they are, starts those that are missing, drops those that are not needed any more."""
+        now, units = self._clock(), self._units()
+        try:
+            nodes = set(self._nodes.alive())
+        except OSError as error:
+            _log.warning("the nodes are unknown: %s", error)
+            nodes = {place.node for place in self._kept}
+        for place in [place for place in self._kept if place.node not in nodes]:
+            self._drop(place, "its node is lost")
+        for place in list(self._kept):
+            self._look_after(place, now)
+        for group, texts in enumerate(units):
+            wanted = self._wanted(group, nodes, now)
+            for place in wanted:
+                self._start(place, now)
+            self._tell(group, texts, now)
+            self._drop_needless(group, wanted, list(texts), now)
+
+    def _look_after(self, place: Place, now: float) -> None:
+        """Reads what a replica has said of itself, and asks it again."""
+        kept = self._kept[place]
+        if kept.asked is not None and not kept.asked.done():
+            return
+        if kept.asked is not None:
+            answered, kept.asked = kept.asked, None
+            try:
+                about = answered.result()
+            except Lost:
+                self._drop(place, "it is dead")
+                return
+            except Exception:  # a replica that is being started again, or cannot be reached
+                kept.is_failing = True
+            else:
+                kept.about, kept.well_at, kept.is_failing = about, now, False
+                if about["release"] != self._release:
+                    _log.warning("%s has release %s, wanted %s", kept.actor.name, about["release"], self._release)
+                    self._other_release[place.node] = now
+                    kept.actor.end()
+                    self._drop(place, "it is of another release")
+                    return
+        kept.asked = kept.actor.about()
+
+    def _wanted(self, group: int, nodes: set[str], now: float) -> Sequence[Place]:
+        self._other_release = {node: at for node, at in self._other_release.items() if now - at < RETRY_S}
+        refused = nodes & self._other_release.keys()
+        unwell = {place.node for place, kept in self._kept.items() if place.group == group and kept.is_unwell(now)}
+        return places_of(self._key, group, nodes - refused, self._count, unwell)
+
+    def _start(self, place: Place, now: float) -> None:
+        if place in self._kept:
+            return
+        try:
+            actor = self._nodes.start(place)
+        except OSError as error:
+            _log.warning("no replica of group %d is started: %s", place.group, error)
+            return
+        with self._lock:
+            self._kept[place] = Kept(actor, now, asked=actor.about())
+
+    def _tell(self, group: int, texts: dict[str, str], now: float) -> None:
+        """Tells replicas to open what they lack."""
+        self._told = {told: at for told, at in self._told.items() if now - at < RETRY_S}
+        for place, kept in self._kept.items():
+            if place.group != group or not kept.about or kept.is_failing:
+                continue
+            for generation, text in texts.items():
+                if generation not in kept.about["generations"] and (place, generation) not in self._told:
+                    self._told[place, generation] = now
+                    kept.actor.take(text)
+
+    def _drop_needless(self, group: int, wanted: Sequence[Place], generations: Sequence[str], now: float) -> None:
+        """Drops the replicas that have moved, once their successors serve. One that is unwell has not moved: it returns."""
+        successors = [self._kept.get(place) for place in wanted]
+        if not wanted or not all(kept is not None and kept.has(generations) for kept in successors):
+            return
+        for place in [place for place in self._kept if place.group == group and place not in wanted]:
+            if not self._kept[place].is_unwell(now):
+                self._drop(place, "it has moved")
+
+    def _drop(self, place: Place, reason: str) -> None:
+        with self._lock:
+            kept = self._kept.pop(place)
+        self._told = {told: at for told, at in self._told.items() if told[0] != place}
+        _log.info("%s is not asked any more: %s", kept.actor.name, reason)
+
+    def status(self) -> list[dict[str, Any]]:
+        """One entry a replica: group, node, slot, state (`serving`, `opening`, `starting`, `failing`, `silent`), segments that it has and
+        lacks, and what it says of itself."""
+        now, units = self._clock(), self._units()
+        with self._lock:
+            kept = sorted(self._kept.items())
+        return [_described(place, one, units, now) for place, one in kept]
+
+
+def _described(place: Place, kept: Kept, units: Sequence[dict[str, str]], now: float) -> dict[str, Any]:
+    generations = list(units[place.group])
+    has = set(kept.about.get("generations", ()))
+    if not kept.about:
+        state = "starting"
+    elif kept.is_failing:
+        state = "failing"
+    elif kept.is_unwell(now):
+        state = "silent"
+    else:
+        state = "serving" if kept.has(generations) else "opening"
+    lacks = sum(generation not in has for generation in generations)
+    about = {name: kept.about.get(name) for name in ("release", "process_id", "searching", "waiting")}
+    return {**place._asdict(), "state": state, "units": len(generations), "units_lacking": lacks, **about}

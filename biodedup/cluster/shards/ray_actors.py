@@ -1,0 +1,242 @@
+"""Replicas as Ray actors: starts them on nodes, and calls them.
+
+Owns everything that knows of Ray. Nothing durable lives in Ray: an actor that is started again fetches its segments from the store.
+
+1. Actors are detached and named by their place and release, so that all front-ends share them, and they outlive each front-end. Ray starts
+   one again that dies. One that no front-end has asked for ten minutes ends itself.
+2. A call is never repeated by Ray (`max_task_retries=0`): the front-end asks the next replica.
+3. Affinity to a node is hard: Ray ignores a soft one for actors that reserve no CPU (measured with 2.60). Each front-end starts the actors
+   of a lost node on other ones (`keeper.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from biodedup.cluster.shards import wire
+from biodedup.cluster.shards.asking import ReplicaFailed
+from biodedup.cluster.shards.host import ShardHost
+from biodedup.cluster.shards.keeper import Actor, Keeper, Lost
+from biodedup.cluster.shards.placement import Place, group_of
+from biodedup.cluster.shards.remote import RemoteShards, units_of
+from biodedup.config import ClusterConfig
+from biodedup.errors import BiodedupError, InvalidInput, StorageUnavailable
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.search.shards.base import QueueFull
+
+_NAMESPACE = "biodedup"
+_START_S = 60.0  # for so long an opening front-end waits for actors; later ones are waited for by nobody
+_STEP_S = 0.2  # meanwhile
+_THREADS = 40  # of searches in an actor: those that run, those that wait (`ShardHost`), and those that are refused
+_PENDING_MOST = 64  # calls of one front-end that wait for one actor; more are refused
+_NICE = 5  # below Ray's own processes: a node whose heartbeats starve is declared dead
+_IDLE_S = 600.0
+
+
+class ShardActor:
+    """What Ray runs: a `ShardHost`."""
+
+    def __init__(self, cache: str | None, segments: str, register_id: str, bytes_max: int, threads: int) -> None:
+        os.nice(_NICE)
+        folder = Path(cache) if cache else Path(tempfile.mkdtemp(prefix="biodedup-shard-"))
+        self._host = ShardHost(LocalStorage(), folder, segments, register_id, bytes_max, threads)
+        threading.Thread(target=self._end_when_idle, args=(_imported(),), daemon=True).start()
+
+    def _end_when_idle(self, ray: Any) -> None:
+        itself = ray.get_runtime_context().current_actor
+        while self._host.idle_s < _IDLE_S:
+            time.sleep(_IDLE_S / 10)
+        ray.kill(itself, no_restart=True)
+
+    def search(self, sent: wire.Sent) -> wire.Sent:
+        return self._host.search(sent)
+
+    def take(self, entries_text: str) -> str:
+        return self._host.take(entries_text)
+
+    def about(self) -> dict[str, Any]:
+        return self._host.about()
+
+
+class RayActor:
+    """One actor, as an `Actor`."""
+
+    def __init__(self, ray: Any, name: str, actor: Any) -> None:
+        self.name, self.is_ready, self._actor, self._ray = name, False, actor, ray
+
+    def search(self, sent: wire.Sent) -> Future[wire.Sent]:
+        return self._call("search", _as_sent, ReplicaFailed, sent)
+
+    def about(self) -> Future[dict[str, Any]]:
+        try:
+            return self._call("about", self._noted, Lost)
+        except (QueueFull, ReplicaFailed) as error:
+            failed: Future[dict[str, Any]] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _noted(self, about: dict[str, Any]) -> dict[str, Any]:
+        self.is_ready = True
+        return about
+
+    def take(self, entries_text: str) -> None:
+        with suppress(self._ray.exceptions.RayError):  # it is told again
+            self._actor.take.options(concurrency_group="load").remote(entries_text)
+
+    def end(self) -> None:
+        self._ray.kill(self._actor, no_restart=True)
+
+    def _call(self, method: str, read: Callable[[Any], Any], died: type[Exception], *given: object) -> Future[Any]:
+        """method: also names the actor's concurrency group, so that no search waits for a download; read: what to make of the answer;
+        died: raised for an actor that is dead."""
+        errors = self._ray.exceptions
+        try:
+            sent = getattr(self._actor, method).options(concurrency_group=method).remote(*given).future()
+        except errors.PendingCallsLimitExceeded:
+            raise QueueFull(
+                f"{self.name} has {_PENDING_MOST} calls of this front-end to answer; try again later"
+            ) from None
+        except errors.RayError as error:
+            raise ReplicaFailed(type(error).__name__) from error
+        answer: Future[Any] = Future()
+
+        def take(done: Future[Any]) -> None:
+            try:
+                answer.set_result(read(done.result()))
+            except errors.ActorUnavailableError as error:
+                answer.set_exception(ReplicaFailed(type(error).__name__))
+            except errors.ActorDiedError as error:
+                answer.set_exception(died(type(error).__name__))
+            except BaseException as error:
+                answer.set_exception(ReplicaFailed(type(error).__name__))
+
+        sent.add_done_callback(take)
+        return answer
+
+
+def _as_sent(answer: Sequence[Any]) -> wire.Sent:
+    version, text, arrays = answer
+    return version, text, arrays
+
+
+class RayNodes:
+    """The nodes of a Ray cluster, as `Nodes`."""
+
+    def __init__(self, ray: Any, cluster: ClusterConfig, register_id: str, threads: int) -> None:
+        self._ray, self._cluster, self._register_id, self._threads = ray, cluster, register_id, threads
+
+    def alive(self) -> list[str]:
+        """Nodes that were started without processors, such as the head's and those of front-ends, hold no actors."""
+        try:
+            return [n["NodeID"] for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+        except self._ray.exceptions.RayError as error:
+            raise OSError(f"Ray does not say which nodes it has: {type(error).__name__}") from error
+
+    def start(self, place: Place) -> Actor:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        cluster, ray = self._cluster, self._ray
+        name = f"{self._register_id}/{wire.release()}/{place.group}/{place.node}/{place.slot}"
+        cache = None if cluster.cache is None else str(cluster.cache)
+        given = cache, cluster.segments, self._register_id, cluster.cache_bytes_max, self._threads
+        try:
+            actor = (
+                ray.remote(concurrency_groups={"search": _THREADS, "load": 1, "about": 1})(ShardActor)
+                .options(
+                    name=name,
+                    namespace=_NAMESPACE,
+                    lifetime="detached",
+                    get_if_exists=True,
+                    max_restarts=-1,
+                    max_task_retries=0,
+                    num_cpus=0,
+                    max_pending_calls=_PENDING_MOST,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
+                )
+                .remote(*given)
+            )
+        except (ray.exceptions.RayError, ValueError) as error:
+            raise OSError(f"{name}: {type(error).__name__}: {error}") from error
+        return RayActor(ray, name, actor)
+
+
+class RayShards(RemoteShards):
+    """The shards of a register, searched by Ray's actors. Close it."""
+
+    def __init__(
+        self, cluster: ClusterConfig, register_id: str, threads: int, snapshot: Callable[[], Snapshot]
+    ) -> None:
+        """snapshot: returns the newest one; its segments are what actors open."""
+        ray = _imported()
+        self._is_owner = not ray.is_initialized()
+        if self._is_owner:
+            _connect(ray, cluster.ray_address or "auto")
+        self._snapshot, self._groups_count = snapshot, cluster.shard_groups
+        self._units: list[dict[str, str]] = [{} for _ in range(cluster.shard_groups)]
+        nodes = RayNodes(ray, cluster, register_id, threads)
+        self.keeper = Keeper(nodes, register_id, wire.release(), self._units_now, cluster.replicas)
+        super().__init__(self.keeper.replicas_of, cluster.shard_groups, cluster.shard_deadline_ms / 1000)
+        self._wait()
+        self.keeper.watch()
+
+    def _units_now(self) -> list[dict[str, str]]:
+        """The units of each group, as the keeper wants them; the last known ones while the newest are unknown."""
+        try:
+            snapshot = self._snapshot()
+        except BiodedupError:
+            return self._units
+        units: list[dict[str, str]] = [{} for _ in range(self._groups_count)]
+        for unit in units_of(snapshot):
+            text = unit.entries_text
+            units[group_of(unit.key, self._groups_count)][wire.generation_of(text)] = text
+        self._units = units
+        return units
+
+    def _wait(self) -> None:
+        """Until the actors serve, or time is up."""
+        until = time.monotonic() + _START_S
+        self.keeper.step()
+        while time.monotonic() < until and any(one["state"] in ("starting", "opening") for one in self.keeper.status()):
+            time.sleep(_STEP_S)
+            self.keeper.step()
+
+    def close(self) -> None:
+        """Leaves Ray, if this process joined it by itself. The actors live on."""
+        self.keeper.close()
+        if self._is_owner:
+            _imported().shutdown()
+
+
+def _imported() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a register is reported to anybody
+    try:
+        import ray
+    except ImportError as error:
+        raise InvalidInput(
+            f"ClusterConfig.ray_address needs {error.name}; pip install 'biodedup[cluster]', or leave it out"
+        ) from error
+    return ray
+
+
+def _connect(ray: Any, address: str) -> None:
+    try:
+        ray.init(
+            address=address,
+            namespace=_NAMESPACE,
+            log_to_driver=False,
+            logging_level="warning",
+            **({"include_dashboard": False, "object_store_memory": 256 << 20} if address == "local" else {}),
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise StorageUnavailable(
+            f"the Ray cluster {address!r} cannot be joined ({error}); start it, or correct ClusterConfig.ray_address"
+        ) from error

@@ -1,0 +1,165 @@
+"""A register whose segments are searched by actors of a real Ray cluster: what dies, and what the front-end then says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import biodedup as bd
+from tests.support.vectors import again, people
+
+ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"),
+]
+
+LAST = 1_000
+VECTORS = people(LAST + 1, seed=4)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes on this machine."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, namespace="biodedup", log_to_driver=False, logging_level="warning")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def front_end(register, cluster, tmp_path: Path):
+    """A front-end of a register with 1,000 sealed people and one in the tail."""
+    config = bd.Config(gallery=bd.GalleryConfig(background=False))
+    with register(config) as engine:
+        engine.add_templates([f"s{i}" for i in range(LAST)], {"face": VECTORS[:LAST]})
+        engine.seal()
+        engine.add_templates([f"s{LAST}"], {"face": VECTORS[LAST:]})
+        engine.remove("s7")
+    asked = {"ray_address": cluster.address, "cache": tmp_path / "c", "shard_deadline_ms": 1_500}
+    engine = register(config, cluster=asked)
+    until(lambda: states(engine) == ["serving", "serving"])
+    yield engine
+    engine._elsewhere.keeper.close()
+    for replica in actors(engine):
+        replica.end()
+
+
+def until(holds, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def actors(engine: bd.Engine) -> list:
+    return engine._elsewhere.keeper.replicas_of(0)
+
+
+def status(engine: bd.Engine) -> list[dict]:
+    return engine._elsewhere.keeper.status()
+
+
+def states(engine: bd.Engine) -> list[str]:
+    return [one["state"] for one in status(engine)]
+
+
+def process_ids(engine: bd.Engine) -> set[int]:
+    return {one["process_id"] for one in status(engine)}
+
+
+def search(engine: bd.Engine):
+    probes = again(VECTORS[[5, 7, LAST]], 0.8)
+    return engine.search({"face": probes}, k=5)
+
+
+def is_unique(engine: bd.Engine) -> bool:
+    decision = engine.identify(bd.Encounter(templates={"face": people(1, seed=99)[0]}))
+    assert decision.incomplete == (decision.outcome != "unique")
+    return decision.outcome == "unique"
+
+
+def test_actors_on_two_nodes_answer_as_one_process_and_one_may_die_or_stand_still(front_end, register, monkeypatch):
+    there = search(front_end)
+    here = search(register())
+    assert there.ids.tolist() == here.ids.tolist() and there.similarity.tobytes() == here.similarity.tobytes()
+    assert there.ids[:, 0].tolist()[::2] == ["s5", f"s{LAST}"] and "s7" not in there.ids[1].tolist()
+    assert not there.incomplete
+    first, second = status(front_end)
+    assert first["node"] != second["node"]
+
+    # from here on no search of a unit happens in this process
+    monkeypatch.setattr("biodedup.cluster.shards.remote.RemoteShard._here", _never)
+
+    os.kill(first["process_id"], signal.SIGSTOP)
+    try:
+        for _ in range(4):
+            found = search(front_end)
+            assert found.ids.tolist() == here.ids.tolist() and not found.incomplete
+        until(lambda: "silent" in states(front_end))
+    finally:
+        os.kill(first["process_id"], signal.SIGCONT)
+    until(lambda: states(front_end) == ["serving", "serving"])
+
+    os.kill(first["process_id"], signal.SIGKILL)
+    for _ in range(3):
+        found = search(front_end)
+        assert found.ids.tolist() == here.ids.tolist() and not found.incomplete
+    assert is_unique(front_end)
+    until(lambda: states(front_end) == ["serving", "serving"] and first not in status(front_end))
+
+
+def test_without_replicas_a_search_is_incomplete_and_never_unique_and_they_come_again(front_end, monkeypatch):
+    front_end._elsewhere.keeper.close()
+    ended = {one["process_id"] for one in status(front_end)}
+    for replica in actors(front_end):
+        replica.end()
+    assert search(front_end).incomplete and not is_unique(front_end)
+    front_end._elsewhere.keeper._ended.clear()
+    front_end._elsewhere.keeper.watch()
+    until(lambda: states(front_end) == ["serving", "serving"] and ended.isdisjoint(process_ids(front_end)))
+    monkeypatch.setattr("biodedup.cluster.shards.remote.RemoteShard._here", _never)
+    assert is_unique(front_end) and not search(front_end).incomplete
+
+
+def test_actors_open_a_new_segment_and_meanwhile_nothing_is_missed(front_end):
+    front_end.seal()
+    found = search(front_end)
+    assert found.ids[2, 0] == f"s{LAST}" and not found.incomplete
+    until(lambda: states(front_end) == ["serving", "serving"])
+    assert search(front_end).ids.tolist() == found.ids.tolist()
+
+
+def test_a_lost_node_and_one_that_joins(front_end, cluster, monkeypatch):
+    monkeypatch.setattr("biodedup.cluster.shards.remote.RemoteShard._here", _never)
+    lost = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    cluster.wait_for_nodes()
+    expected = search(front_end).ids.tolist()
+    nodes = {one["node"] for one in status(front_end)}
+    victim = next(node for node in (lost, *cluster.worker_nodes) if node.node_id in nodes)
+    cluster.remove_node(victim, allow_graceful=False)
+
+    def replaced() -> bool:
+        found = search(front_end)
+        assert found.ids.tolist() == expected and not found.incomplete
+        placed = status(front_end)
+        return victim.node_id not in {one["node"] for one in placed} and states(front_end) == ["serving", "serving"]
+
+    until(replaced)
+    assert is_unique(front_end)
+
+
+def _never(self):
+    raise AssertionError("a replica has these segments")

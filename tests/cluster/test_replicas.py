@@ -1,0 +1,356 @@
+"""What front-ends do with the replicas of a group, with replicas and nodes that only pretend: order, deadlines, hedges, places, releases."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+import biodedup as bd
+from biodedup.cluster.shards import asking, keeper, wire
+from biodedup.cluster.shards.asking import Asker, ReplicaFailed
+from biodedup.cluster.shards.keeper import Keeper, Lost
+from biodedup.cluster.shards.placement import Place, by_rendezvous, group_of, places_of
+from biodedup.search.shards.base import QueueFull, ShardHits, ShardQuery
+from biodedup.search.shards.fan_out import FanOut
+
+QUESTION = wire.Message({"kind": "column", "generation": "g"}, {"probe.": np.zeros((1, 4), np.float32)})
+DONE, BUSY = ({"status": "done"}, {"status": "busy"})
+OUTDATED = {"status": "outdated"}
+
+
+@dataclass
+class Pretended:
+    """A replica. says: the status that it answers, an exception, or None: it never answers."""
+
+    name: str
+    says: object = field(default_factory=lambda: DONE)
+    is_ready: bool = True
+    asked: int = 0
+
+    def search(self, sent: wire.Sent) -> Future[wire.Sent]:
+        self.asked += 1
+        if isinstance(self.says, QueueFull):
+            raise self.says
+        answer: Future[wire.Sent] = Future()
+        if isinstance(self.says, Exception):
+            answer.set_exception(self.says)
+        elif self.says is not None:
+            answer.set_result(wire.Message({**self.says, "by": self.name}).sent())
+        return answer
+
+    def take(self, entries_text: str) -> None:
+        raise AssertionError("an asker tells nothing")
+
+
+def by(said: asking.Answered) -> str | None:
+    return None if said.answer is None else said.answer[0]["by"]
+
+
+# asking --------------------------------------------------------------------------------------------------------
+
+
+def test_replicas_are_asked_in_turn():
+    replicas, asker = [Pretended("a"), Pretended("b")], Asker(60)
+    assert [by(asker.ask(replicas, QUESTION)) for _ in range(4)] == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("says", [ReplicaFailed("dead"), QueueFull("full"), BUSY, OUTDATED, {"status": "failed"}])
+def test_the_other_replica_answers_where_one_does_not(says):
+    replicas, asker = [Pretended("a", says), Pretended("b")], Asker(60)
+    assert [by(asker.ask(replicas, QUESTION)) for _ in range(3)] == ["b"] * 3
+
+
+def test_a_replica_that_failed_is_asked_last_for_a_while(monkeypatch):
+    replicas, asker = [Pretended("a", ReplicaFailed("dead")), Pretended("b")], Asker(60)
+    for _ in range(6):
+        asker.ask(replicas, QUESTION)
+    assert replicas[0].asked == 1
+    monkeypatch.setattr(asking, "SUSPECT_S", 0.0)
+    asker.suspect(replicas[0])
+    for _ in range(6):
+        asker.ask(replicas, QUESTION)
+    assert replicas[0].asked > 1
+
+
+def test_a_replica_that_stands_still_costs_one_deadline_and_not_one_a_question():
+    replicas, asker = [Pretended("a", None), Pretended("b")], Asker(0.2)
+    started = time.monotonic()
+    assert [by(asker.ask(replicas, QUESTION)) for _ in range(20)] == ["b"] * 20
+    assert replicas[0].asked == 1
+    assert time.monotonic() - started >= 0.2
+
+
+def test_without_answers_it_says_what_every_replica_did():
+    replicas = [Pretended("a", None), Pretended("b", ReplicaFailed("dead")), Pretended("c", is_ready=False)]
+    said = Asker(0.05).ask(replicas, QUESTION)
+    assert said.answer is None and said.starting == 1 and said.full == 0
+    assert sorted(said.failures) == ["a: no answer within 0.1 s", "b: dead"]
+    assert Asker(1).ask([], QUESTION) == asking.Answered()
+
+
+def test_a_slow_question_is_hedged_after_the_usual_time_and_the_first_answer_counts():
+    replicas, asker = [Pretended("a"), Pretended("b")], Asker(60)
+    for _ in range(asking._LATENCIES_MIN):
+        asker.ask(replicas, QUESTION)
+    replicas[0].says = None
+    assert by(asker.ask(replicas, QUESTION)) == "b"  # at once, and not after the deadline of a minute
+    other = wire.Message({**QUESTION.about, "generation": "h"}, QUESTION.arrays)
+    assert asker._hedge_s(asking._size_of(other)) == 60  # nothing is known of it
+
+
+def test_a_slow_cluster_is_not_asked_twice_as_much():
+    replicas, asker = [Pretended("a"), Pretended("b")], Asker(60)
+    hedges = sum(asker.may_hedge() for _ in range(100))
+    assert hedges == asking._HEDGES_MOST
+    for _ in range(20):
+        asker.ask(replicas, QUESTION)
+    assert sum(asker.may_hedge() for _ in range(100)) == 2
+
+
+def test_a_queue_that_is_full_refuses_the_whole_search():
+    fan_out = FanOut()
+
+    class Full:
+        def search(self, probes, query):
+            raise QueueFull("too much to do; try again later")
+
+    class Empty:
+        def search(self, probes, query):
+            none = np.zeros(0, np.int64)
+            return ShardHits(none, none, np.zeros(0, np.float32), np.zeros(len(probes), np.float32), 0, 0)
+
+    with pytest.raises(bd.RetryableError, match="try again later"):
+        fan_out.nearest([Empty(), Full()], np.zeros((1, 4), np.float32), ShardQuery("face", 1, 1, 0.0))
+    fan_out.close()
+
+
+# places --------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_goes_changes_only_the_groups_that_it_had():
+    nodes = [f"node{i}" for i in range(5)]
+    before = {group: by_rendezvous(str(group), nodes)[:2] for group in range(200)}
+    after = {group: by_rendezvous(str(group), nodes[:-1])[:2] for group in range(200)}
+    moved = [group for group in before if before[group] != after[group]]
+    assert moved and all("node4" in before[group] for group in moved)
+    counts = [sum(names[0] == node for names in before.values()) for node in nodes]
+    assert min(counts) > 20
+
+
+def test_replicas_are_on_different_nodes_where_there_are_so_many():
+    assert len({place.node for place in places_of("r", 0, ["a", "b", "c"], 2)}) == 2
+    assert places_of("r", 0, ["a"], 2) == [Place(0, "a", 0), Place(0, "a", 1)]
+    assert places_of("r", 0, [], 2) == []
+
+
+def test_an_unwell_node_is_taken_only_where_the_others_do_not_suffice():
+    nodes = ["a", "b", "c"]
+    assert "b" not in {place.node for place in places_of("r", 0, nodes, 2, unwell={"b"})}
+    assert "b" in {place.node for place in places_of("r", 0, nodes, 3, unwell={"b"})}
+
+
+def test_units_are_spread_over_groups():
+    counts = np.bincount([group_of(str(unit), 4) for unit in range(400)])
+    assert len(counts) == 4 and counts.min() > 60
+
+
+# keeping -------------------------------------------------------------------------------------------------------
+
+UNITS = [{"g0": "text0"}, {"g1": "text1"}]
+
+
+class Machine:
+    """An actor on a pretended node."""
+
+    def __init__(self, name: str, release: str) -> None:
+        self.name, self.release, self.is_ready = name, release, True
+        self.generations: set[str] = set()
+        self.state = "well"
+        self.opens = True
+
+    def about(self) -> Future[dict]:
+        answer: Future[dict] = Future()
+        if self.state == "well":
+            answer.set_result({"release": self.release, "generations": sorted(self.generations)})
+        elif self.state != "silent":
+            answer.set_exception(Lost() if self.state == "lost" else ReplicaFailed("unavailable"))
+        return answer
+
+    def take(self, text: str) -> None:
+        if self.opens:
+            self.generations.add(text.replace("text", "g"))
+
+    def end(self) -> None:
+        self.state = "ended"
+
+    def search(self, sent: wire.Sent) -> Future[wire.Sent]:
+        raise AssertionError("a keeper does not search")
+
+
+class Cluster:
+    """Pretended nodes, a clock, and the actors of all keepers."""
+
+    def __init__(self, *nodes: str) -> None:
+        self.nodes, self.now, self.release = list(nodes), 0.0, {}
+        self.actors: dict[Place, Machine] = {}
+
+    def alive(self) -> list[str]:
+        return self.nodes
+
+    def start(self, place: Place) -> Machine:
+        known = self.actors.get(place)
+        if known is None or known.state in ("ended", "lost"):
+            known = self.actors[place] = Machine(str(place), self.release.get(place.node, "1"))
+        return known
+
+    def keeper(self, replicas: int = 2) -> Keeper:
+        return Keeper(self, "register", "1", lambda: UNITS, replicas, lambda: self.now)
+
+    def run(self, keeper: Keeper, seconds: float, look: Callable[[], None] = lambda: None) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            self.now += 1
+            keeper.step()
+            look()
+
+    def serving(self, keeper: Keeper, group: int) -> set[str]:
+        return {one["node"] for one in keeper.status() if one["group"] == group and one["state"] == "serving"}
+
+
+def started(*nodes: str) -> tuple[Cluster, Keeper]:
+    cluster = Cluster(*nodes)
+    keeper = cluster.keeper()
+    cluster.run(keeper, 5)
+    assert [len(cluster.serving(keeper, group)) for group in (0, 1)] == [2, 2]
+    return cluster, keeper
+
+
+def test_two_front_ends_share_their_actors():
+    cluster, _ = started("a", "b", "c")
+    count = len(cluster.actors)
+    cluster.run(cluster.keeper(), 5)
+    assert len(cluster.actors) == count == 4
+
+
+def test_the_groups_of_a_lost_node_are_placed_on_the_remaining_ones():
+    cluster, keeper = started("a", "b", "c")
+    (lost, *_) = cluster.serving(keeper, 0)
+    cluster.nodes.remove(lost)
+    cluster.run(keeper, 1)
+    assert lost not in {one["node"] for one in keeper.status()}
+    cluster.run(keeper, 4)
+    assert cluster.serving(keeper, 0) == cluster.serving(keeper, 1) == set(cluster.nodes)
+
+
+def test_a_node_that_joins_gets_its_groups_and_meanwhile_the_old_replicas_serve():
+    cluster, keeper = started("a", "b")
+    cluster.nodes += [f"n{i}" for i in range(20)]  # some of them are preferred
+    successors = [place for group in (0, 1) for place in places_of("register", group, cluster.nodes, 2)]
+    assert {place.node for place in successors} - {"a", "b"}
+    starts = cluster.start
+
+    def slow(place: Place) -> Machine:
+        machine = starts(place)
+        machine.opens = False
+        return machine
+
+    cluster.start = slow
+    cluster.run(
+        keeper, 20, lambda: _check(len(cluster.serving(keeper, 0)) >= 2 and len(cluster.serving(keeper, 1)) >= 2)
+    )
+    for machine in cluster.actors.values():
+        machine.opens = True
+    cluster.run(keeper, 60, lambda: _check(len(cluster.serving(keeper, 0)) >= 2))
+    assert sorted(tuple(one[name] for name in Place._fields) for one in keeper.status()) == sorted(successors)
+
+
+def _check(holds: bool) -> None:
+    assert holds
+
+
+@pytest.mark.parametrize("state", ["silent", "unavailable"])
+def test_a_replica_that_is_unwell_gets_a_substitute_and_returns_when_it_answers(state):
+    cluster, keeper = started("a", "b", "c")
+    before = cluster.serving(keeper, 0)
+    (place,) = [place for place in cluster.actors if place.group == 0 and place.node == min(before)]
+    cluster.actors[place].state = state
+    pending = cluster.actors[place].about  # what is asked now is never answered
+    cluster.run(keeper, 3)
+    assert len(cluster.serving(keeper, 0)) <= 2
+    cluster.run(keeper, keeper_silent() + 5)
+    assert len(cluster.serving(keeper, 0)) == 2 and cluster.serving(keeper, 0) != before
+    assert pending
+    cluster.actors[place].state = "well"
+    kept = keeper._kept[place]
+    if state == "silent":
+        kept.asked.set_result({"release": "1", "generations": ["g0"]})
+    cluster.run(keeper, 10)
+    assert cluster.serving(keeper, 0) == before
+    assert len([one for one in keeper.status() if one["group"] == 0]) == 2
+
+
+def keeper_silent() -> float:
+    return keeper.SILENT_S
+
+
+def test_an_actor_that_is_dead_for_good_is_started_anew():
+    cluster, keeper = started("a", "b")
+    dead = next(iter(cluster.actors))
+    cluster.actors[dead].state = "lost"
+    cluster.run(keeper, 6)
+    assert cluster.actors[dead].state == "well" and dead.node in cluster.serving(keeper, dead.group)
+
+
+def test_an_actor_of_another_release_is_ended_and_replaced_once_its_node_is_upgraded():
+    cluster = Cluster("a", "b", "c")
+    cluster.release = {"a": "0", "b": "0"}
+    keeper = cluster.keeper()
+    cluster.run(keeper, 10)
+    assert cluster.serving(keeper, 0) == {"c"} == cluster.serving(keeper, 1)
+    assert all(machine.state == "ended" for place, machine in cluster.actors.items() if place.node != "c")
+    cluster.release = {}
+    cluster.run(keeper, 60)
+    assert len(cluster.serving(keeper, 0)) == len(cluster.serving(keeper, 1)) == 2
+
+
+def test_replicas_stay_while_nobody_says_which_nodes_there_are():
+    cluster, keeper = started("a", "b")
+    cluster.alive = _unknown
+    cluster.run(keeper, 5)
+    assert cluster.serving(keeper, 0) == {"a", "b"}
+
+
+def _unknown() -> list[str]:
+    raise OSError("no answer")
+
+
+def test_a_new_segment_is_opened_by_all_replicas_and_until_then_they_are_opening():
+    cluster = Cluster("a", "b")
+    units = [{"g0": "text0"}]
+    keeper = Keeper(cluster, "register", "1", lambda: units, 2, lambda: cluster.now)
+    cluster.run(keeper, 5)
+    units[0] = {"g5": "text5"}
+    assert {one["state"] for one in keeper.status()} == {"opening"}
+    cluster.run(keeper, 5)
+    assert {one["state"] for one in keeper.status()} == {"serving"}
+
+
+def test_a_keeper_whose_step_fails_goes_on(monkeypatch):
+    monkeypatch.setattr(keeper, "_STEP_S", 0.01)
+    cluster, steps = Cluster("a"), threading.Semaphore(0)
+    watcher = cluster.keeper(1)
+
+    def fail() -> None:
+        steps.release()
+        raise ValueError("a defect")
+
+    watcher.step = fail
+    watcher.watch()
+    assert steps.acquire(timeout=60) and steps.acquire(timeout=60)
+    watcher.close()
