@@ -355,6 +355,20 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """What the loggers `biodedup.*` write; docs/reference/logging.md lists their messages. No setting turns biometric data on."""
+
+    ids: bool = False
+    """Whether messages of decisions, verdicts and removals name the encounter_id and subject_id."""
+    slow_search_ms: float = 5_000.0
+    """A search that takes longer, in milliseconds, with its wait for other searches, is a warning of `biodedup.search`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check(self, 0, inf, "slow_search_ms")
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings. See each class for its fields."""
 
@@ -366,6 +380,7 @@ class Config:
     opening it with another one raises PolicyMismatch (`Engine.open`)."""
     search: SearchConfig = field(default_factory=SearchConfig)
     gallery: GalleryConfig = field(default_factory=GalleryConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     threads: int = 2
     """Threads of extraction, and threads of search. Never guessed from the machine: set it to the number of cores to use."""
     batch_size: int = 32

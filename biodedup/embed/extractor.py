@@ -42,7 +42,7 @@ from biodedup.values import Capture, CaptureData, Face, Finger, Missing, Refusal
 Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[Template, FingerInput | None]
 """A capture before the networks run. A finger's template lacks its embedding; its network input is None if no finger network is configured."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("biodedup.embed")
 
 
 @checked_methods
