@@ -163,6 +163,8 @@ class Extractor:
             if isinstance(picture, Refusal):
                 return picture
             data, stated = picture.data, picture.dpi
+            if isinstance(data, bytes) and isinstance(capture, Finger) and is_record(data):
+                return self._reader.take(data, capture.position)
             if isinstance(capture, Finger) and capture.position == "unknown":
                 capture = replace(capture, position=picture.column)
         pixels = decode(data, capture.column, self.config.capture)
