@@ -35,7 +35,7 @@ ADVICE: Mapping[str, tuple[str, str]] = {
     "few_minutiae": ("too few details of the finger are to be seen", "clean finger and scanner, recapture"),
     "low_quality": (
         "the capture is of low quality",
-        "of a face recapture with even light, looking into the camera; of a finger clean or moisten it and recapture",
+        "recapture: a face in even light, looking into the camera; a finger clean and slightly moist",
     ),
 }
 """reason -> (what is wrong, what to do)."""

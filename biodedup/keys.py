@@ -1,4 +1,4 @@
-"""The places that a register's key comes from: a file, an environment variable, a command, or a function.
+"""Fetches a register's encryption key: from a file, an environment variable, a command, or a function.
 
 Owns how a key is fetched and decoded. Never keeps a key, and never encrypts. A key never reaches an error, a log or a settings file.
 

@@ -1,1 +1,1 @@
-"""Captures into samples: formats, the face, the finger, and their quality gates."""
+"""Turns captures into samples: picture formats, faces, fingers, and their quality gates."""

@@ -5,7 +5,7 @@ never logs a path.
 
 1. A path is opened once, so that the digest of an encounter and its templates are of the same bytes.
 2. Only regular files are read, and at most `bytes_max` bytes of them. A folder, pipe, device or socket is refused without being opened.
-3. A file that may be there later (`MAY_COME`: absent, denied, an I/O error) is told apart from what never is a capture.
+3. A file that may be readable later (`MAY_COME`: absent, denied, an I/O error) is told apart from one that can never be a capture.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def open_file(path: str | os.PathLike[str]) -> BufferedReader:
 
 def held(captures: Iterable[Capture], limits: CaptureConfig) -> tuple[Capture, ...]:
     """The captures with the content of their files in place of paths; a path that cannot be read, and an array of too many pixels, becomes
-    `Unread`. A container of several pictures becomes a capture of each: `capture.containers`."""
+    `Unread`. A container of several pictures becomes a capture of each: `pictures/containers.py`."""
     return tuple(part for capture in captures for part in _parts(_held(capture, limits)))
 
 

@@ -92,6 +92,9 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+_REASON_MEANS = {"unique": "note", "duplicate": "note", "review": "a person has to look", "refused": "not enrolled"}
+"""What the reasons of a decision are for, by its outcome."""
+
 GalleryOption = Annotated[
     Path,
     typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The gallery's folder; enroll and load create it."),
@@ -384,8 +387,7 @@ def finish_decision(
             f"review from {decision.review_db:.1f} dB"
         )
         for text in texts_of(decision):
-            why = "not enrolled" if decision.outcome == "refused" else "a person has to look"
-            say(f"  {why}: {text}")
+            say(f"  {_REASON_MEANS[decision.outcome]}: {text}")
         if decision.attainable_db is not None and decision.expected_fnir is not None:
             say(
                 f"  with these captures 19 of 20 mates score below {decision.attainable_db:.0f} dB, and "

@@ -116,7 +116,7 @@ def decide(
         str | None,
         typer.Option(
             "--candidate",
-            help="The enrolled subject, or the encounter of the open case, that it is about; needed where `same` could mean several.",
+            help="The candidate that the verdict is about: a subject_id, or the encounter_id of an open case. Needed if `same` could mean several.",
         ),
     ] = None,
     note: Annotated[str, typer.Option("--note", help="Kept with the verdict.")] = "",
@@ -140,7 +140,7 @@ def decide(
     waiting = ", ".join(c.key for c in case.undecided)
     text = {
         "unique": f"{case.subject_id} is enrolled",
-        "duplicate": f"{case.subject_id} is a double of {case.verdicts[-1].candidate}; not enrolled",
+        "duplicate": f"{case.subject_id} is a duplicate of {case.verdicts[-1].candidate}; not enrolled",
         "refused": f"refused: {''.join(refusal.detail for refusal in decision.refusals[-1:])}",
         "review": f"still open; to be judged: {waiting or 'the search was incomplete, try again'}",
     }[decision.outcome]
@@ -168,7 +168,9 @@ def export(
         progress_bar(lines=not as_json) as progress,
     ):
         exported = jobs.export_outcomes(engine, result, progress=progress)
-    text = f"{exported.pairs:,} pairs of {exported.same:,} same and {exported.different:,} different are in {result}"
+    text = (
+        f"{exported.pairs:,} pairs are in {result}; verdicts: {exported.same:,} same, {exported.different:,} different"
+    )
     finish(asdict(exported) | {"result": str(result)}, text, as_json)
 
 

@@ -173,7 +173,7 @@ def merge(
     ] = "most_captures",
     prefer: Annotated[
         list[str] | None,
-        typer.Option(help="A district whose records stay where the rule ties, best first. Repeatable."),
+        typer.Option(help="A district whose records survive a tie of the rule. Repeatable, best first."),
     ] = None,
     min_db: Annotated[
         float | None, typer.Option(help="Link from this score on, extrapolated or not; default: the policy's.")
@@ -231,7 +231,9 @@ def _print_merge(merged: jobs.MergeResult, result: Path, as_json: bool) -> None:
 
 @app.command(rich_help_panel=Panel.JOBS)
 def undo(
-    merge_id: Annotated[str, typer.Argument(metavar="MERGE", help="As `merge --apply` told it.")],
+    merge_id: Annotated[
+        str, typer.Argument(metavar="MERGE", help="The id of the merge, which `merge --apply` printed.")
+    ],
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,

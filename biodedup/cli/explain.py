@@ -47,7 +47,9 @@ def explain(
     result: Annotated[Path, typer.Option("--out", "-o", help="The page. It holds biometric data.")] = Path("pair.html"),
     gallery: Annotated[
         Path | None,
-        typer.Option("--gallery", "-g", help="Subjects' templates are from here, and its size sets the thresholds."),
+        typer.Option(
+            "--gallery", "-g", help="The gallery that holds the subjects' templates. Its size sets the thresholds."
+        ),
     ] = None,
     encounter: Annotated[
         str | None,
@@ -57,7 +59,9 @@ def explain(
             help="With --gallery: the subject of this encounter against its strongest candidate.",
         ),
     ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Subjects of the gallery whose thresholds count.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="State the thresholds of a gallery with this many subjects.")
+    ] = None,
     across_positions: AcrossOption = False,
     threads: ThreadsOption = None,
     config: ConfigOption = None,

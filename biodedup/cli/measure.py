@@ -60,7 +60,7 @@ def evaluate(
     nonmated_max: Annotated[
         int, typer.Option(min=1, help="At most this many impostor pairs; of more, a random sample.")
     ] = 2_000_000,
-    seed: Annotated[int, typer.Option(help="Of that sample and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sample of impostor pairs and of the bootstrap.")] = 0,
     check: CheckOption = False,
     encoding: EncodingOption = None,
     columns: ColumnsOption = None,

@@ -167,7 +167,7 @@ def remove(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove subjects: all of them, or none where one is not enrolled. The next search does not return them."""
+    """Remove subjects. If one of them is not enrolled, none is removed. The next search does not return them."""
     subject_ids = list(dict.fromkeys(subject_ids))
     with existing(gallery, configured(gallery, config), wait) as engine:
         absent = [name for name, there in zip(subject_ids, engine.are_enrolled(subject_ids), strict=True) if not there]

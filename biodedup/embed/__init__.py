@@ -1,1 +1,1 @@
-"""Samples into templates: model cards, networks, batching."""
+"""Turns samples into templates: model cards, networks, batching."""

@@ -1,7 +1,7 @@
 """The extractor: turns captures into templates or refusals, in order.
 
 Owns batching over captures and the loading of models on first use. With `Config.isolation` it passes captures to the worker processes
-of `embed.cage`. Never searches, stores or compares.
+of `embed/isolation.py`. Never searches, stores or compares.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from biodedup.capture.pictures.resolution import settled
 from biodedup.capture.reading import read
 from biodedup.common.arguments import checked_methods
 from biodedup.config import Config
-from biodedup.embed.cage import Cage
 from biodedup.embed.cards import ModelCard, joint_id, load_card, minutiae_card
 from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork
+from biodedup.embed.isolation import IsolatedWorkers
 from biodedup.embed.network import EmbeddingNetwork
 from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.trace import Trace, mapped, tracing
@@ -64,7 +64,7 @@ class Extractor:
         self._detector: FaceDetector | None = None
         self._finger_ready = False
         self._reader = FingerReader(config.finger, self._minutiae_card.weights)
-        self._cage = None if config.isolation is None else Cage(config, config.threads)
+        self._isolated = None if config.isolation is None else IsolatedWorkers(config, config.threads)
 
     def __enter__(self) -> Extractor:
         return self
@@ -76,8 +76,8 @@ class Extractor:
 
     def close(self) -> None:
         """Ends the worker processes, if any."""
-        if self._cage is not None:
-            self._cage.close()
+        if self._isolated is not None:
+            self._isolated.close()
 
     @property
     def cards(self) -> tuple[ModelCard, ...]:
@@ -106,8 +106,8 @@ class Extractor:
                 )
             if not isinstance(capture, Missing) and isinstance(capture.data, np.ndarray):
                 check_array(capture.data)
-        if self._cage is not None:
-            return self._cage.extract(captures)
+        if self._isolated is not None:
+            return self._isolated.extract(captures)
         if any(isinstance(capture, Face) for capture in captures):
             _check_runs(self._face_card)
             self._load_face_models()

@@ -1,6 +1,6 @@
 """The finger network: turns prints into unit vectors, with ONNX Runtime.
 
-Owns batching and normalisation. Never enhances (`capture.ridges`), prepares inputs (`finger_input`) or compares.
+Owns batching and normalisation. Never enhances (`capture/fingers/ridges.py`), prepares inputs (`finger_input.py`) or compares.
 """
 
 from __future__ import annotations

@@ -323,8 +323,8 @@ class Engine:
         self, encounter: Encounter, across_positions: bool | None, *, replaces: bool, reason: str = ""
     ) -> Decision:
         self._check_open()
-        sought = self._enrolment.search([encounter], self._across(across_positions), replaces=replaces, reason=reason)
-        (answer,) = self._enrolment.commit(sought)
+        prepared = self._enrolment.search([encounter], self._across(across_positions), replaces=replaces, reason=reason)
+        (answer,) = self._enrolment.commit(prepared)
         if isinstance(answer, NOT_TAKEN):
             raise answer
         return answer
@@ -342,9 +342,9 @@ class Engine:
         self._check_open()
         across, stream = self._across(across_positions), map(_encounter, encounters)
         batches = iter(lambda: list(islice(stream, self._config.batch_size)), [])
-        for batch, sought in self._enrolment.ahead(batches, across):
+        for batch, prepared in self._enrolment.ahead(batches, across):
             self._check_open()
-            for encounter, answer in zip(batch, self._enrolment.commit(sought), strict=True):
+            for encounter, answer in zip(batch, self._enrolment.commit(prepared), strict=True):
                 if isinstance(answer, NOT_TAKEN):
                     answer = self._decider.refused(encounter, answer, self._gallery.snapshot())
                     self._log.decided("enroll, not recorded", answer)

@@ -153,19 +153,19 @@ class Enrolment:
 
     # the commit -------------------------------------------------------------------------------------------------
 
-    def commit(self, sought: PreparedBatch) -> list[Decision | CallerError | CaptureUnavailable]:
+    def commit(self, prepared: PreparedBatch) -> list[Decision | CallerError | CaptureUnavailable]:
         """Decides on searched encounters and commits the decisions. One answer for each encounter."""
-        if sought.waiting is not None:
-            self._commit(sought.waiting)
-            waiting = sought.waiting
-            each = zip(sought.places, waiting.probes, waiting.seen.found, waiting.answers, strict=True)
+        if prepared.waiting is not None:
+            self._commit(prepared.waiting)
+            waiting = prepared.waiting
+            each = zip(prepared.places, waiting.probes, waiting.seen.found, waiting.answers, strict=True)
             for i, probe, found, answer in each:
-                sought.answers[i] = answer
+                prepared.answers[i] = answer
                 if isinstance(answer, Decision):
                     self._log.decided(waiting.operation, answer)
                 if (steps := tracing()) is not None and isinstance(answer, Decision):
                     record_candidates(steps, probe.templates, answer, found.comparisons, self._gallery.templates_of)
-        return [answer for answer in sought.answers if answer is not None]
+        return [answer for answer in prepared.answers if answer is not None]
 
     def _commit(self, call: _Waiting) -> None:
         """Group commit: the call that gets the lock first decides and commits for all calls that wait."""

@@ -1,4 +1,4 @@
-"""Facts about an open gallery: its counts, models and thresholds, and oddities that are no damage.
+"""States facts about an open gallery: its counts, models and thresholds, and notes on oddities that are not damage.
 
 Owns what `Engine.info` and `Engine.notes` return. Never changes anything.
 """

@@ -148,11 +148,6 @@ def _content(data: CaptureData) -> tuple[bytes, ...]:
     return b"unreadable", os.fsencode(data.path)
 
 
-def is_of_batch(answer: str) -> bool:
-    """Whether an answer, as JSON, is that of a batch, which is no decision."""
-    return answer.startswith('{"added"')
-
-
 def to_json(decision: Decision) -> str:
     """One line of JSON, as `from_json` reads it."""
     return json.dumps(decision, default=_fields, separators=(",", ":"))

@@ -98,19 +98,19 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
         decision = replace(decision, candidates=tuple(c for c in asked if c is not None))
         linked = tuple(sorted(catalogue.linked(encounter_id) & snapshot.pending_row_of.keys()))
     return Case(
-        encounter_id,
-        first.subject_id,
-        first.decided_at,
-        decision,
-        tuple(catalogue.verdicts(encounter_id)),
-        request.replaces,
-        request.across,
-        request.groups,
-        catalogue.held(encounter_id) if row is None else snapshot.templates(row),
-        row,
-        linked,
-        request.reason,
-        frozenset() if row is None else frozenset(snapshot.different.get(row, ())),
+        encounter_id=encounter_id,
+        subject_id=first.subject_id,
+        opened_at=first.decided_at,
+        decision=decision,
+        verdicts=tuple(catalogue.verdicts(encounter_id)),
+        replaces=request.replaces,
+        across_positions=request.across,
+        groups=request.groups,
+        templates=catalogue.held(encounter_id) if row is None else snapshot.templates(row),
+        row=row,
+        linked=linked,
+        replacement=request.reason,
+        judged=frozenset() if row is None else frozenset(snapshot.different.get(row, ())),
     )
 
 
@@ -173,7 +173,15 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
     """
 
     def verdict(candidate: str | None) -> Verdict:
-        return Verdict(case.encounter_id, case.subject_id, candidate, ruling, by, at, note)
+        return Verdict(
+            encounter_id=case.encounter_id,
+            subject_id=case.subject_id,
+            candidate=candidate,
+            ruling=ruling,
+            by=by,
+            at=at,
+            note=note,
+        )
 
     verdict(candidate)  # validates
     if ruling == "recapture":
@@ -210,8 +218,8 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
         return tuple(map(verdict, names_now)) or (verdict(None),)
     if candidate is None and len(undecided) != 1:
         raise InvalidInput(
-            f"encounter {case.encounter_id!r} has {len(undecided)} candidates; say whose double it is, one of "
-            f"{', '.join(undecided or names) or 'none'}"
+            f"encounter {case.encounter_id!r} has {len(undecided)} candidates; name the one that it is a duplicate of: "
+            f"{', '.join(undecided or names) or 'none is left'}"
         )
     _refuse_ambiguous(case, [candidate or undecided[0]])
     return (verdict(candidate or undecided[0]),)

@@ -304,7 +304,15 @@ class Gallery:
 
     def _staged(self) -> Transaction:
         before, tail = self._published, self._tail
-        return Transaction(self._catalogue, self.storage, self._segments, self.gallery_id, self._state, before, tail)
+        return Transaction(
+            catalogue=self._catalogue,
+            storage=self.storage,
+            folder=self._segments,
+            gallery_id=self.gallery_id,
+            state=self._state,
+            before=before,
+            tail=tail,
+        )
 
     def _undo(self, transaction: Transaction | None) -> None:
         """Forgets a transaction that was not committed. None: it failed before anything was staged."""

@@ -78,17 +78,17 @@ def read(catalogue: Catalogue, storage: Storage, folder: Path, opened: Sequence[
         raise GalleryDamaged(f"{folder}: the journal lacks templates; run `biodedup doctor`")
     parts: tuple[Part, ...] = (*segments, TailPart(tail, tail.count))
     snapshot = Snapshot(
-        state.version,
-        tail.end_row,
-        parts,
-        tombstones,
-        models,
-        catalogue.group_sets(),
-        catalogue.pending(),
-        state.extra_rows,
-        catalogue.judged(),
-        catalogue.job_steps(),
-        catalogue.index_settings(),
+        version=state.version,
+        row_count=tail.end_row,
+        parts=parts,
+        tombstones=tombstones,
+        models=models,
+        group_sets=catalogue.group_sets(),
+        pending=catalogue.pending(),
+        extra_rows=state.extra_rows,
+        different=catalogue.judged(),
+        steps=catalogue.job_steps(),
+        indexing=catalogue.index_settings(),
     )
     if not catalogue.has_encounters():  # and no writer has opened it
         snapshot = replace(snapshot, different=paired(judged_before(catalogue.verdicts(), snapshot)))

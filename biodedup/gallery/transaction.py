@@ -103,17 +103,17 @@ class Transaction:
         parts: tuple[Part, ...] = (*self.segments, TailPart(self.tail, self.tail.count))
         state = self.state
         return Snapshot(
-            state.version,
-            self.tail.end_row,
-            parts,
-            self.tombstones,
-            self.models,
-            self.group_sets,
-            self.pending,
-            state.extra_rows,
-            self.different,
-            self.steps,
-            self.indexing,
+            version=state.version,
+            row_count=self.tail.end_row,
+            parts=parts,
+            tombstones=self.tombstones,
+            models=self.models,
+            group_sets=self.group_sets,
+            pending=self.pending,
+            extra_rows=state.extra_rows,
+            different=self.different,
+            steps=self.steps,
+            indexing=self.indexing,
         )
 
     def answer(self, encounter_id: str) -> StoredDecision | None:
@@ -344,7 +344,17 @@ class Transaction:
         number = self.take_number()
         keep = self.snapshot().mask(tail)
         parts = self.segments
-        self._adopt(write_segment(self._storage, self._folder, number, self._gallery_id, [tail], [keep], parts))
+        self._adopt(
+            write_segment(
+                storage=self._storage,
+                folder=self._folder,
+                number=number,
+                gallery_id=self._gallery_id,
+                parts=[tail],
+                keeps=[keep],
+                others=parts,
+            )
+        )
         self._drop_tombstones(self.tombstones[self.tombstones >= tail.first_row])
         self._catalogue.clear_journal()
         self.tail = Tail(tail.end_row)

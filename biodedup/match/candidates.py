@@ -1,4 +1,4 @@
-"""Reads candidates' templates and measures how like a probe's they are: raw scores, by pair of columns.
+"""Reads candidates' templates and compares them with a probe's: raw scores, by pair of columns.
 
 Owns what is read of candidates, and which minutiae have been compared. Never calibrates and never chooses.
 

@@ -1,4 +1,4 @@
-"""Finger labels that may be wrong: the possible readings of two sets of labels, and the penalty of each.
+"""Lists the ways in which finger labels may be wrong, and the penalty of each in dB.
 
 Owns the readings and their penalties. Never compares captures.
 

@@ -224,14 +224,14 @@ class ScoreMatrix:
         told = (self.rows[ats], score_db, llr_db, fused.extrapolated[ats], label_penalty_db, low_db, high_db, sure_db)
         return [
             Comparison(
-                row,
-                score,
-                llr,
-                beyond,
-                tuple(parts),
-                label_penalty,
-                None if isnan(low) else (low, high),
-                None if isnan(sure) else min(sure, score),
+                row=row,
+                score_db=score,
+                llr_db=llr,
+                extrapolated=beyond,
+                evidence=tuple(parts),
+                label_penalty_db=label_penalty,
+                interval_db=None if isnan(low) else (low, high),
+                sure_db=None if isnan(sure) else min(sure, score),
             )
             for parts, row, score, llr, beyond, label_penalty, low, high, sure in zip(
                 evidence, *(values.tolist() for values in told), strict=True

@@ -1,4 +1,4 @@
-"""Chooses the candidates whose minutiae are compared, by what their embeddings say.
+"""Chooses the candidates whose minutiae are compared, by the scores of their embeddings.
 
 Owns the choice. Never compares minutiae itself and never decides.
 

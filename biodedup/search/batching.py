@@ -1,9 +1,10 @@
 """Batches concurrent searches: one pass over the gallery serves all callers that wait.
 
-Owns the waiting. A pass over the gallery is bound by memory, so it takes hardly longer for eight probes than for
-member. Callers on many threads with one probe each therefore get the throughput of batches without knowing of each
-other. A small request does not wait for one that is far larger, but it does wait for many small ones: otherwise small
-passes would slow each other down.
+Owns the queue of waiting requests. Never searches itself.
+
+A pass over the gallery is bound by memory bandwidth, so it takes hardly longer for eight probes than for one. So callers
+on many threads with one probe each get the throughput of batches. A small request does not wait for one that is far
+larger. It does wait for many small ones; otherwise small passes would slow each other down.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Foresees how mates with a probe's captures score, and from which scores a candidate matters.
+"""Predicts how mates with a probe's captures score, and the scores from which a candidate is a duplicate or goes to review.
 
 Owns the thresholds of a probe. Never compares and never decides.
 """

@@ -1,4 +1,4 @@
-"""Searches across finger positions: the columns in which a capture is looked for, and the rows worth comparing.
+"""Searches for a finger under other finger positions, since labels may be wrong: chooses the columns to search and the rows to compare.
 
 Owns these two choices. Never scans and never compares.
 

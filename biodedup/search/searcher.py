@@ -1,4 +1,4 @@
-"""Finds the gallery rows that are most like a probe, and ranks them by everything that both sides have.
+"""Finds the gallery rows that are most like a probe, and ranks them by all captures that both sides have.
 
 Owns the path from a probe to ranked candidates. Never writes, never decides, and never joins a gallery with itself
 (`selfjoin/`).
@@ -141,7 +141,15 @@ class Searcher:
         if from_row >= snapshot.row_count or not probes:
             return [CandidateSet(across=across)] * len(probes)
         scope = Scope(snapshot, from_row, as_set(groups), across, extra_k)
-        return _Search(self, self._comparer, self._config, scope, probes, floor_db, from_db).run(excluded)
+        return _Search(
+            searcher=self,
+            comparer=self._comparer,
+            config=self._config,
+            scope=scope,
+            probes=probes,
+            floor_db=floor_db,
+            from_db=from_db,
+        ).run(excluded)
 
     def nearest(
         self,

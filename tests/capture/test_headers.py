@@ -48,7 +48,7 @@ ANSWERED = {
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, tuple[str, float, int]]:
-    """Name -> (reason, seconds of the processor, megabytes), of one process that extracts them all without a cage."""
+    """Name -> (reason, seconds of the processor, megabytes), of one process that extracts them all without isolation."""
     command = [sys.executable, "-m", "tests.support.attacks"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]

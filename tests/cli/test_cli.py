@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import typer
 
 import biodedup as bd
 from biodedup import jobs
@@ -398,3 +400,13 @@ def test_pairs_with_an_image_of_unknown_label_are_not_across_labels():
     summary = DedupResult(tuple(units), (cluster,), {}, 40.0).summary()
     assert (summary["pairs"], summary["pairs_of_one_label"], summary["pairs_across_labels"]) == (3, 1, 1)
     assert summary["precision"] == 0.5
+
+
+def test_the_reason_of_a_duplicate_is_a_note_not_a_task(capsys):
+    decision = bd.Decision("duplicate", "anna", "e1", (), (), (), 50.0, 23.0, 2, 3, reasons=("open_case",))
+    with pytest.raises(typer.Exit):
+        base.finish_decision(decision, False)
+    with pytest.raises(typer.Exit):
+        base.finish_decision(replace(decision, outcome="review"), False)
+    note, task = re.findall(r"^  (.+): another case is open", capsys.readouterr().out, re.M)
+    assert (note, task) == ("note", "a person has to look")

@@ -635,7 +635,7 @@ def test_cases_from_the_shell(tmp_path):
     code, text = command("show", "e123", "--report", tmp_path / "one.html", *at)
     assert code == 0 and re.search(r"to be judged: anna at \d+\.\d dB", text)
     code, text = command("decide", "e123", "same", "--by", "C. Officer", "--candidate", "anna", "--note", "twin", *at)
-    assert (code, "double of anna" in text) == (0, True)
+    assert (code, "duplicate of anna" in text) == (0, True)
     code, text = command("decide", "e1234", "recapture", "--by", "C. Officer", "--json", *at)
     assert (code, json.loads(text)["verdicts"][0]["by"]) == (0, "C. Officer")
     code, text = command("export", "--out", tmp_path / "p.csv", *at)

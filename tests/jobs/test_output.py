@@ -229,7 +229,7 @@ def test_ids_with_markup_are_printed_and_not_obeyed(shell, register, tmp_path):
         "--candidate",
         "3171[/x]",
     )
-    assert code == 0 and "3171[/x] 2 is a double of 3171[/x]" in out
+    assert code == 0 and "3171[/x] 2 is a duplicate of 3171[/x]" in out
     code, out, _ = shell("cases", "show", "e 3171[/x]", "-g", register)
     assert "by [red]A." in out and "x[/y]" in out and "\nunique" not in out
     assert "<script>alert(1)</script>" in shell("info", "-g", register)[1].replace("\n", "")

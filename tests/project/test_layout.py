@@ -61,6 +61,14 @@ def test_what_is_needed_of_an_engine_or_its_parts_has_a_public_name_or_is_in_bio
     assert {name: attributes for name, attributes in found.items() if attributes} == {}
 
 
+def test_files_that_a_modules_docstring_names_exist():
+    modules = sorted((ROOT / "biodedup").rglob("*.py"))
+    for path in modules:
+        for name in re.findall(r"[\w/]+\.py\b", ast.get_docstring(ast.parse(path.read_text())) or ""):
+            known = (ROOT / name).exists() or any(module.as_posix().endswith(f"/{name}") for module in modules)
+            assert known, f"{path.relative_to(ROOT)} names {name}, which does not exist"
+
+
 def test_a_private_attribute_of_an_engine_is_seen():
     name = "engine"  # this file is looked through as well
     content = f"{name}._gallery.seal()\nx = ({name}._searcher)\n{name}.__exit__(None)\n{name}.policy._x"

@@ -1,4 +1,4 @@
-"""Work of a caged process that does what its capture asks for; a module of its own, since every process imports it."""
+"""Work of a worker process that does what its capture asks for; a module of its own, since every process imports it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Measures what makes strangers' faces alike: negatives, noise, regular patterns, coarse compression, covered features.
+"""Finds faults of a picture that make the faces of different people look alike: negatives, noise, regular patterns, coarse compression,
+covered features.
 
 Owns the measures and their limits. Never detects, aligns or embeds a face.
 
-A measure alone refuses nothing but what no real face shows. The others refuse a face whose `quality`, which predicts whether it resembles
-its mate, is below a limit that grows with the measure. All limits: even-numbered identities of LFW and all of MEDS, ORL and Yale, spoilt
-in 40 ways (`benchmarks/face_gate.py`), 2026-11.
+A measure refuses a face by itself only at values that no real face shows. Below them the face's `quality` counts, too: it predicts whether
+the face resembles its mate. The face is refused if its quality is below a limit, which grows with the measure. All limits were tuned on
+the even-numbered identities of LFW and on all of MEDS, ORL and Yale, spoilt in 40 ways (`benchmarks/face_gate.py`), 2026-11.
 """
 
 from __future__ import annotations

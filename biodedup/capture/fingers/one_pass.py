@@ -1,11 +1,11 @@
-"""One pass over a print: ridge map, skeleton and minutiae, and what they say of the print's quality.
+"""Computes a print's ridge map, skeleton and minutiae in one pass, and predicts its quality from them.
 
 Owns the measures of a print, the quality that they predict, and how surely the picture shows friction ridges. Never refuses a capture
 (`finger` does).
 
 Both are regressions on few measures. Quality predicts the mean score of a print with its mates: linear, fitted on the tuning half of
 FVC2002 DB1-4_B and UareU and on SFinGe's demonstration set, 2026-11. Certainty tells prints from other pictures (photographs, textures,
-documents, noise): logistic, fitted on the same prints, SOCOFing and generated prints: `models/fit_finger_quality.py`.
+documents, noise): logistic, fitted on the same prints, SOCOFing and generated prints: `models/fit_one_pass.py`.
 """
 
 from __future__ import annotations
@@ -90,18 +90,27 @@ def _measures(ridges: RidgeMap, minutiae: RidgeMinutiae) -> Measures:
     inside, sure = ridges.inside, minutiae.reliability
     count = cv2.countNonZero(inside)
     if not count:
-        return Measures(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0)
+        return Measures(
+            area_mm2=0.0,
+            agreement=0.0,
+            coherence=0.0,
+            filtered_coherence=0.0,
+            period_px=0.0,
+            expected=0.0,
+            reliable=0,
+            reliability=0.0,
+        )
     mean = [cv2.mean(a, inside)[0] for a in (ridges.flat * ridges.ridges, ridges.flat**2, ridges.ridges**2)]
     return Measures(
-        count * _MM2,
-        mean[0] / max(mean[1] * mean[2], 1e-12) ** 0.5,
-        cv2.mean(ridges.coherence, inside)[0],
-        cv2.mean(ridges.filtered_coherence, inside)[0],
-        float(np.median(ridges.period[::2, ::2][inside[::2, ::2] > 0])) * 500 / RIDGE_DPI,
-        float(sure.sum()),
-        int(np.count_nonzero(sure > _RELIABLE)),
-        float(sure.mean()) if len(sure) else 0.0,
-        _fingers(ridges),
+        area_mm2=count * _MM2,
+        agreement=mean[0] / max(mean[1] * mean[2], 1e-12) ** 0.5,
+        coherence=cv2.mean(ridges.coherence, inside)[0],
+        filtered_coherence=cv2.mean(ridges.filtered_coherence, inside)[0],
+        period_px=float(np.median(ridges.period[::2, ::2][inside[::2, ::2] > 0])) * 500 / RIDGE_DPI,
+        expected=float(sure.sum()),
+        reliable=int(np.count_nonzero(sure > _RELIABLE)),
+        reliability=float(sure.mean()) if len(sure) else 0.0,
+        fingers=_fingers(ridges),
     )
 
 

@@ -1,4 +1,4 @@
-"""Oriented filters: each pixel through the Gabor filter of its own direction and ridge period.
+"""Oriented filters: each pixel is filtered by a Gabor filter of its own direction and ridge period.
 
 Owns the bank and its kernel, which both the enhancement of captures and the growth of synthetic ridges use. Never estimates
 directions or periods.

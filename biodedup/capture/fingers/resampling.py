@@ -1,6 +1,6 @@
-"""Brings pictures to another resolution.
+"""Resamples pictures to another resolution.
 
-Owns resampling, and which resolutions are a scanner's. Never checks one axis against the other (`resolution`).
+Owns resampling, and which resolutions are a scanner's. Never checks one axis against the other (`pictures/resolution.py`).
 """
 
 from __future__ import annotations

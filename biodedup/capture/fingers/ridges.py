@@ -1,4 +1,4 @@
-"""The ridge map of a finger: what its ridges look like once contrast, noise and blur are taken off.
+"""Computes the ridge map of a print: an image of its ridges without differences of contrast, noise and blur.
 
 Owns the enhancement that captures and synthetic impressions share. Never decides whether a capture is good enough.
 

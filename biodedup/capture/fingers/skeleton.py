@@ -1,6 +1,6 @@
 """Minutiae of a ridge map: where its thinned ridges end and fork.
 
-Owns the few steps from a clean map to points, fast enough to feed an embedding. `capture.finger` extracts the minutiae that
+Owns the few steps from a clean map to points, fast enough to feed an embedding. `ridge_minutiae.py` extracts the minutiae that
 templates carry.
 
 Crossing numbers on a thinned map: Rutovitz, 1966; false minutiae: short ridges, and pairs that face each other (Xiao and Raafat, 1991).

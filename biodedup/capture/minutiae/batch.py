@@ -1,7 +1,7 @@
 """Checks many minutiae records at once, and converts them to the form that galleries store.
 
 Owns the compiled check of the usual layout: ISO/IEC 19794-2:2005, one view, 500 dpi. Any other record goes one by one through
-`minutiae_record`, which owns the rules. Never compares.
+`record.py`, which owns the rules. Never compares.
 
 Invariant: the result of each record is that of `standard(view_of(record, position))`, or a refusal where that raises InvalidInput
 (tests/capture/test_minutiae_batch.py).

@@ -1,6 +1,6 @@
 """Byte layouts of finger minutiae records: ISO/IEC 19794-2:2005 and :2011, ANSI/INCITS 378-2004.
 
-Owns reading and writing the bytes. Never checks what they mean for a finger; `minutiae_record` does.
+Owns reading and writing the bytes. Never checks what they mean for a finger; `record.py` does.
 
 Everything is big-endian. A minutia is type (2 bits) and x (14), y (14), angle, and quality, which 2011 may leave out.
 

@@ -1,7 +1,7 @@
 """Checks minutiae records and converts them to the form that biodedup stores: one view of one finger at 500 dpi, ISO/IEC 19794-2:2005.
 
-Owns the checks of a sound record, and the conversion from each standard. Never extracts or compares. The bytes are in
-`minutiae_layouts`.
+Owns the checks of a sound record, and the conversion from each standard. Never extracts or compares. `layouts.py` reads
+and writes the bytes.
 
 1. The result for any bytes is a sound record or InvalidInput, in bounded time.
 2. Coordinates are pixels at 500 dpi; angles count 360/256 degrees anticlockwise.

@@ -1,10 +1,10 @@
 """Decodes captures into pixels, from files, bytes and arrays of every accepted format.
 
-Owns decoding and its limits; `capture.reading` reads files. Never judges what the picture shows, and never logs or reports a path or a
+Owns decoding and its limits; `capture/reading.py` reads files. Never judges what the picture shows, and never logs or reports a path or a
 pixel.
 
 1. The result for any bytes is `Pixels` or a `Refusal`; only an array of the wrong type or shape raises.
-2. The size and the cost of decoding are checked from the header, before a pixel is decoded: `capture.headers`.
+2. The size and the cost of decoding are checked from the header, before a pixel is decoded: `headers.py`.
 3. Only the formats in `FORMATS`, and WSQ, are tried: no format that starts another program or follows a reference.
 4. A truncated image is refused, never padded.
 5. Of several frames the first is used. A JPEG of a face that is larger than any scanner's picture is decoded at a fraction of its size.

@@ -1,4 +1,4 @@
-"""Settles the resolution of a finger's picture: what its file states, against what its ridges show on both axes.
+"""Settles the resolution of a finger's picture: compares what its file states with what its ridges show on both axes.
 
 Owns the limits of a scanner's resolution and the correction of pixels that are not square. Never decodes and never refuses for quality.
 

@@ -4,7 +4,7 @@ Owns the rules for photometric interpretation, bit depth, sample format and plan
 content of the bytes, and reads the first directory only.
 
 1. A layout that is neither decoded here nor by Pillow without loss is named, so that it can be refused.
-2. `capture.headers` has checked the file's sizes before.
+2. `headers.py` has checked the file's sizes before.
 """
 
 from __future__ import annotations

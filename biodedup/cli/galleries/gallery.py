@@ -308,10 +308,14 @@ def doctor(
         Path | None, typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The same, as an option.")
     ] = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Rebuild derived files; take damaged exact ones from --backup.")
+        bool,
+        typer.Option("--repair", help="Rebuild damaged files that follow from others; take the rest from --backup."),
     ] = False,
     backup: Annotated[
-        Path | None, typer.Option("--backup", help="A backup of this gallery; with a lost database, restored whole.")
+        Path | None,
+        typer.Option(
+            "--backup", help="A backup of this gallery. If the database is lost, all of the backup is restored."
+        ),
     ] = None,
     canaries: Annotated[
         bool,

@@ -30,9 +30,9 @@ from biodedup.values import ListedSubject
 @app.command("list", rich_help_panel=Panel.GALLERY)
 def list_subjects(
     group: Annotated[list[str] | None, typer.Option("--group", help="Only subjects of this group. Repeatable.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="Subjects first.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="List at most this many subjects.")] = 50,
     result: Annotated[
-        Path | None, typer.Option("--out", "-o", help="All of them as a table, .parquet or .csv.")
+        Path | None, typer.Option("--out", "-o", help="Write all subjects to a table, .parquet or .csv.")
     ] = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,

@@ -78,7 +78,7 @@ def show(
 
 
 def set_policy(named: Path | None, *, by: str, reason: str, wait: float, gallery: Path, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
-    """Store a new version of the gallery's policy. Settings that no option names keep their values. It applies from then on."""
+    """Store a new version of the gallery's policy, which applies from then on. Settings that no option names keep their values."""
     folder = named or gallery
     wanted = {name: _parsed(name, value) for name, value in given.items() if value is not None}
     if not wanted:

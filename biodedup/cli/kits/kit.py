@@ -1,6 +1,6 @@
-"""Commands of field kits: kit pack, ingest, inspect. Those about keys: `kit_keys.py`.
+"""Commands of field kits: kit pack, ingest, inspect. Those on keys are in `kit_keys.py`.
 
-A thin mirror of the jobs.
+Each runs one job.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def pack(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check captures, search them for doubles, and pack, sign and encrypt them.
+    """Check captures, find duplicates among them, and pack, sign and encrypt them.
 
     Packing the same manifest again changes nothing.
     """

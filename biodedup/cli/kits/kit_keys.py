@@ -126,9 +126,13 @@ def trust(
         list[str] | None,
         typer.Option("--group", help="A group that it may write; repeatable. '*': any. Replaces the list."),
     ] = None,
-    batch_max: Annotated[int | None, typer.Option("--batch-max", min=0, help="Most encounters of a batch.")] = None,
-    day_max: Annotated[int | None, typer.Option("--day-max", min=0, help="Most new encounters of 24 hours.")] = None,
-    void_max: Annotated[int | None, typer.Option("--void-max", min=0, help="Most void sequences, in all.")] = None,
+    batch_max: Annotated[
+        int | None, typer.Option("--batch-max", min=0, help="Encounters in one batch at most.")
+    ] = None,
+    day_max: Annotated[int | None, typer.Option("--day-max", min=0, help="New encounters in 24 hours at most.")] = None,
+    void_max: Annotated[
+        int | None, typer.Option("--void-max", min=0, help="Sequence numbers that it may declare void, in total.")
+    ] = None,
     since: DateOption = None,
     until: DateOption = None,
     as_json: JsonOption = False,

@@ -73,7 +73,15 @@ def copy_rows(
         rows = part.rows(np.arange(part.count))
         kept = (rows >= from_row) & _all_if_none(source.mask(part), part) & _all_if_none(keep(part), part)
         if kept.any():
-            yield _copied(source, target, f"{name}:{number}", part, kept, rename, groups)
+            yield _copied(
+                source=source,
+                target=target,
+                name=f"{name}:{number}",
+                part=part,
+                kept=kept,
+                rename=rename,
+                groups=groups,
+            )
             number += 1
 
 

@@ -147,16 +147,16 @@ def read_manifest(
         gone = {*removed, *pending}
         journal = [subject_id for row, subject_id, *_ in catalogue.subjects() if row not in gone]
         return Manifest(
-            catalogue.meta()["gallery_id"],
-            state.version,
-            entries,
-            files,
-            problems,
-            np.array(removed, np.int64),
-            journal,
-            pending,
-            state,
-            read_counter_sources(catalogue, entries),
+            gallery_id=catalogue.meta()["gallery_id"],
+            version=state.version,
+            entries=entries,
+            files=files,
+            problems=problems,
+            tombstones=np.array(removed, np.int64),
+            journal_ids=journal,
+            pending=pending,
+            counters=state,
+            counter_sources=read_counter_sources(catalogue, entries),
         )
     finally:
         catalogue.rollback()

@@ -181,7 +181,15 @@ def train(spec: IndexSpec, vectors: Float32) -> FaissCodec:
     if isinstance(base, faiss.IndexIVF):
         base.nprobe = _nprobe(base, spec)  # for searches by FAISS's own means; ours pass it with each call
     trained = faiss.serialize_index(index).tobytes()
-    codec = FaissCodec(spec, vectors.shape[1], trained, _NO_LAW, (0.0,) * len(LEVELS), 1, len(vectors))
+    codec = FaissCodec(
+        spec=spec,
+        dimension=vectors.shape[1],
+        trained=trained,
+        law=_NO_LAW,
+        lost=(0.0,) * len(LEVELS),
+        checked=1,
+        training_rows=len(vectors),
+    )
     _check_answers(codec, vectors[-_CHECKED_ROWS:])
     missing: list[int] = []
 

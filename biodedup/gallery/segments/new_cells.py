@@ -1,4 +1,4 @@
-"""The templates of a batch that is added without a search, as arrays: of each column the rows, vectors, minutiae records and qualities.
+"""The templates of a batch that is added without a search, as arrays: for each column its rows, vectors, minutiae records and qualities.
 
 Owns these arrays. Has no Python object a cell, and never touches the disk.
 """

@@ -87,7 +87,7 @@ class Finding:
 @dataclass(frozen=True)
 class AuditResult(Described):
     """What was found. lines: of the roll, those refused included; subjects: compared with gallery_size others; expected_false: findings
-    of doubles to be expected of different people alike, were all of these independent; versions: the oldest that an entry of
+    of duplicates to be expected of different people alike, were all of these independent; versions: the oldest that an entry of
     captures was compared with, and the newest; of a roll of subjects one and the same."""
 
     findings: tuple[Finding, ...]

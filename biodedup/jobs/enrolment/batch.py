@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from biodedup.common.described import Described
-from biodedup.embed.cage import FAILURES
+from biodedup.embed.isolation import FAILURES
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.jobs.enrolment.outcomes import (

@@ -1,7 +1,7 @@
 """Impostor pairs of a gallery: scores between different subjects, with this gallery's cameras and scanners.
 
 Owns the sample of subjects. All sampled subjects are taken for different people: in a small sample of a large gallery almost none are
-enrolled twice, and a double would be one pair in millions.
+enrolled twice, and a duplicate would be one pair in millions.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ import pyarrow.parquet
 
 from biodedup.capture.minutiae.record import standard, view_of
 from biodedup.config import Config
-from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
+from biodedup.embed.isolation import FAILURES
 from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage, whole, write_whole

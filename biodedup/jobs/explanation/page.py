@@ -1,4 +1,4 @@
-"""The numbers that the page of `explain` draws: bars, marks, lines.
+"""Computes what the page of `explain` draws: the positions of bars, marks and lines.
 
 Owns geometry and labels. Never extracts, compares or decides.
 """

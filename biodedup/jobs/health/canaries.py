@@ -341,7 +341,7 @@ def _expected(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The probability that each probe's mate is first, and among FIRST: so few impostors are more similar.
 
-    Similarities to impostors go by the law of directions on a sphere (as in `search.population`), with the mean and deviation over
+    Similarities to impostors go by the law of directions on a sphere (as in `search/native/column_statistics.py`), with the mean and deviation over
     a sample of the column for each probe, its most similar row left out: it may be the mate.
     """
     sample = snapshot.sample(name, _SAMPLE_ROWS)

@@ -1,6 +1,6 @@
 """`doctor`: checks the installed models and a gallery, and repairs a gallery.
 
-Owns the list of checks. `gallery.care.health` inspects and repairs; `canaries.py` searches.
+Owns the list of checks. `gallery/care/verify.py` and `repair.py` do the work on a gallery; `canaries.py` searches.
 """
 
 from __future__ import annotations

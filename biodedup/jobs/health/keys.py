@@ -1,6 +1,6 @@
 """Makes a register's key, and turns galleries into encrypted ones and back.
 
-Owns the file of a new key. `gallery.care.encrypting` does the rest.
+Owns the file of a new key. `gallery/care/encrypting.py` does the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the quality gate on the captures that a kit packs, and finds files that are no captures.
+"""Runs the quality gate on the captures that a field kit packs, and finds files that are no captures.
 
 Owns the reading of the files, each once, and the cache of verdicts: a folder beside the batch, so that packing again after a recapture
 extracts the recapture alone. Never packs.
@@ -17,8 +17,8 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from biodedup.config import Config
-from biodedup.embed.cage import FAILURES
 from biodedup.embed.extractor import Extractor
+from biodedup.embed.isolation import FAILURES
 from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.answers import digest_of
 from biodedup.gallery.files.faults import translated

@@ -1,4 +1,4 @@
-"""The id under which the centre stores an encounter of a kit.
+"""The id under which the centre stores an encounter of a field kit.
 
 Owns the reserved prefix and the form of these ids. Never looks anything up.
 

@@ -1,4 +1,4 @@
-"""The state of a kit: the sequence numbers that it assigned, and what its batch files hold.
+"""The state of a field kit: the sequence numbers that it assigned, and what its batch files hold.
 
 Owns `NAME.state.json` beside the kit's key, and `batches.json` in the working folder of a batch file. A batch file is encrypted to the
 centre, so the kit cannot read it again: its content is noted beside it, by the SHA-256 of the file.

@@ -216,7 +216,18 @@ def _results(
     finally:
         staging.close()
     left_out = sum(joined.left_out.values())
-    summary = write_results(run.out, Findings(registers, links, groups, checked, district_of, settings, left_out))
+    summary = write_results(
+        run.out,
+        Findings(
+            registers=registers,
+            links=links,
+            groups=groups,
+            checked=checked,
+            district_of=district_of,
+            settings=settings,
+            left_out=left_out,
+        ),
+    )
     return [record for group in groups if group.applies for record in group.absorbed], summary
 
 

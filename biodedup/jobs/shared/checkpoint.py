@@ -1,4 +1,4 @@
-"""The notes of a long job: one line for each finished piece, synced before the next piece begins.
+"""The checkpoint file of a long job: one line for each finished piece, synced before the next piece begins.
 
 Owns the file of an interrupted job. Never reads the meaning of a line.
 """

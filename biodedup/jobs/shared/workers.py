@@ -1,6 +1,6 @@
 """Worker processes that extract templates from captures while the caller searches.
 
-Owns the order of encounters alone. The pool is `pebble`'s, in `embed.cage`: a worker that dies or hangs is replaced, and costs its capture
+Owns the order of encounters alone. The pool is `pebble`'s, in `embed/isolation.py`: a worker that dies or hangs is replaced, and costs its capture
 alone. Never searches or stores.
 """
 
@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Protocol, TypeAlias
 
 from biodedup.config import Config, IsolationConfig
-from biodedup.embed.cage import Cage, Pending, Work
+from biodedup.embed.isolation import IsolatedWorkers, Pending, Work
 from biodedup.values import Face, Finger, Refusal, Template
 
 Captures: TypeAlias = Sequence[Face | Finger]
@@ -39,7 +39,7 @@ class Workers:
         limits = config.isolation or IsolationConfig()
         if capture_s_max is not None:
             limits = replace(limits, capture_s_max=capture_s_max)
-        self._cage = Cage(replace(config, isolation=limits), count, work)
+        self._isolated = IsolatedWorkers(replace(config, isolation=limits), count, work)
 
     def __enter__(self) -> Workers:
         return self
@@ -47,11 +47,11 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._cage.close()
+        self._isolated.close()
 
     def submit(self, encounters: Sequence[Captures]) -> Extraction:
         """Starts the extraction."""
-        return _Submitted([[self._cage.submit(capture) for capture in captures] for captures in encounters])
+        return _Submitted([[self._isolated.submit(capture) for capture in captures] for captures in encounters])
 
 
 class _Submitted:

@@ -1,7 +1,7 @@
 """Compares the minutiae of one probe with those of many candidates.
 
-Owns the interface `MinutiaeMatcher`, its implementation, and the threads that compare. Never extracts minutiae. Records are in
-`capture.minutiae_record`.
+Owns the interface `MinutiaeMatcher`, its implementation, and the threads that compare. Never extracts minutiae, and never checks
+their records (`capture/minutiae/record.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""States what a search of several columns one after the other misses: mates that are among the best candidates of no column.
+"""Estimates the miss risk of searching several columns one after the other: a mate may be among the best candidates of no column.
 
 Owns this estimate, by drawn mates. Never searches and never plans.
 """

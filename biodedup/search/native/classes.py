@@ -1,10 +1,11 @@
-"""Class tables: for each probe the numbers that matter most, looked up in two bits of each row's number.
+"""Estimates similarities from two bits of each of a row's numbers, by look-up tables over the numbers in which a probe is largest.
 
-Owns which numbers a probe looks at, what the classes stand for, and the measured error of the estimates. Never scans
+The two bits are a number's class. Owns which numbers a probe looks at, the value that a class stands for, and the measured error of the
+estimates. Never scans
 (`scan_kernel.py`).
 
-Method: four classes a number (Max, 1960), its sign and whether it is an outer number of its row, after a random
-rotation; a table looks at two numbers. A probe looks at those pairs of numbers in which its own are largest: half of
+Method: four classes a number (Max, 1960), after a random rotation: its sign, and whether it is an outer number of its
+row, that is, a large one. A table looks at two numbers. A probe looks at those pairs of numbers in which its own are largest: half of
 the pairs hold 84 % of a normal vector's energy. So 32 tables of a probe of 128 numbers keep 87 % of the correlation,
 and 48 keep 92 %. Rows that pass are compared by their high nibbles. One margin serves both steps; it comes from pairs of
 which neither step may lose more than the miss risk.

@@ -1,4 +1,4 @@
-"""Scans a column's rows with a pool of threads, and collects the rows that a probe may be looking for.
+"""Scans a column's rows with a pool of threads, and collects the rows that are similar enough to a probe.
 
 Owns the threads, the two kinds of scan, and how rows are cut into units of work. Never reads minutiae, and never
 decides how many rows are enough (`shards/native.py`).

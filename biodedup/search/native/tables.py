@@ -1,4 +1,4 @@
-"""A probe's look-up tables: entries, limits, and the rounding that they bring.
+"""Makes a probe's look-up tables for a scan: their entries, the limits of their sums, and the error of rounding.
 
 Owns how numbers of a probe become tables of bytes, and what sums of their entries stand for. Never scans
 (`scan_kernel.py`); which numbers a table looks at: `signs.py`, `classes.py`.

@@ -135,7 +135,17 @@ def choose(
     h, count, missed = best
     reached = trial.mean[:count] + np.float32(_THRESHOLDS[h]) * trial.sd[:count]
     share = float(count * ndtr(-_THRESHOLDS[h]) ** 2)
-    return Buckets(codec, directions[:count], reached, signs, sign_cut, cut, share, _PAIRS // 2, missed)
+    return Buckets(
+        codec=codec,
+        directions=directions[:count],
+        min_similarity=reached,
+        signs=signs,
+        sign_cut=sign_cut,
+        cut=cut,
+        share=share,
+        drawn=_PAIRS // 2,
+        missed=missed,
+    )
 
 
 def from_high_nibbles(rotated: Float32) -> Float32:

@@ -1,4 +1,4 @@
-"""The cells of one column that a shard searches, and the hits that it collects: what all index engines share.
+"""What all index engines share: the templates of one column that a shard searches, and the hits that it collects.
 
 Owns which rows count, the exact comparison of chosen hits, and the collection of hits. Never scans and never chooses hits.
 """

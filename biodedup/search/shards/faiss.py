@@ -136,7 +136,15 @@ class FaissShard:
         share = codec.law.share_reaching(cuts, mean, sd)
         if len(share) and float(share.max()) > _SHARE_MAX:
             return None
-        return _IndexScan(cells, codec, rotated, min_similarity, margin, cuts, share * (cells.last - cells.first))
+        return _IndexScan(
+            cells=cells,
+            codec=codec,
+            rotated=rotated,
+            min_similarity=min_similarity,
+            margin=margin,
+            cuts=cuts,
+            expected=share * (cells.last - cells.first),
+        )
 
     def _above(self, scan: _IndexScan, probes: Float32) -> Hits:
         """The rows whose estimates reach the cut-offs."""

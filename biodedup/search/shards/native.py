@@ -164,7 +164,16 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
             margin, _ = classes.laws[0].margin(query.miss_risk)
             limits, law = classes.laws[0].cut(min_similarity, margin), classes.laws[1]
             scanned = classes.tabled(scanned, probes.rotated, limits)
-    scan = _CodeScan(k, probes, min_similarity, law, margin, bounded, scanned, hits_most)
+    scan = _CodeScan(
+        k=k,
+        probes=probes,
+        min_similarity=min_similarity,
+        law=law,
+        margin=margin,
+        bounded=bounded,
+        scanned=scanned,
+        hits_most=hits_most,
+    )
     slack = 16 * probes.scales * probes.slack / _USUAL_NORM if bounded else np.float32(0)
     share = population.share_reaching(scan.cuts - slack, probes.rotated[:, : codec.scanned])
     return scan if share <= _SHARE_MAX else None

@@ -1,4 +1,4 @@
-"""The cage: a capture that crashes, hangs or fills the memory costs itself; nothing else notices."""
+"""Isolation: a capture that crashes, hangs or fills the memory costs itself; nothing else notices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.embed.cage import Cage
+from biodedup.embed.isolation import IsolatedWorkers
 from tests.support.hostile import hostile
 from tests.support.images import finger, jpeg
 
@@ -26,13 +26,13 @@ CONFIG = bd.Config(isolation=LIMITS)
 
 
 @pytest.fixture(scope="module")
-def cage():
-    with Cage(CONFIG, 2, hostile) as cage:
-        yield cage
+def workers():
+    with IsolatedWorkers(CONFIG, 2, hostile) as workers:
+        yield workers
 
 
-def answers(cage: Cage, *orders: str) -> list[bd.Refusal]:
-    return cage.extract([bd.Face(order.encode()) for order in orders])
+def answers(workers: IsolatedWorkers, *orders: str) -> list[bd.Refusal]:
+    return workers.extract([bd.Face(order.encode()) for order in orders])
 
 
 @pytest.mark.parametrize(
@@ -49,46 +49,46 @@ def answers(cage: Cage, *orders: str) -> list[bd.Refusal]:
         ("files", "failed"),
     ],
 )
-def test_it_costs_its_own_capture_and_the_others_are_answered_in_order(cage, order, reason):
-    got = answers(cage, "one", order, "two", "three", order, "four")
+def test_it_costs_its_own_capture_and_the_others_are_answered_in_order(workers, order, reason):
+    got = answers(workers, "one", order, "two", "three", order, "four")
     assert [one.reason for one in got] == ["one", reason, "two", "three", reason, "four"]
     assert "secret" not in got[1].detail
     if reason.startswith("too_"):
         assert got[1].limit == (0.5 if reason == "too_slow" else 1 << 28)
 
 
-def test_a_worker_fills_no_disk(cage, tmp_path):
+def test_a_worker_fills_no_disk(workers, tmp_path):
     flood = tmp_path / "flood"
-    assert [one.reason for one in answers(cage, f"write {flood}")] == ["failed"]
+    assert [one.reason for one in answers(workers, f"write {flood}")] == ["failed"]
     assert flood.stat().st_size <= 64 << 20
 
 
-def test_many_hostile_captures_in_a_row_break_nothing(cage):
+def test_many_hostile_captures_in_a_row_break_nothing(workers):
     orders = ["crash", "killed", "abort"] * 4
-    assert {one.reason for one in answers(cage, *orders)} == {"decoder_failed"}
-    assert [one.reason for one in answers(cage, "one", "two")] == ["one", "two"]
+    assert {one.reason for one in answers(workers, *orders)} == {"decoder_failed"}
+    assert [one.reason for one in answers(workers, "one", "two")] == ["one", "two"]
 
 
-def test_processes_that_die_while_nothing_is_asked_of_them_are_replaced(cage):
-    answers(cage, "warm")
+def test_processes_that_die_while_nothing_is_asked_of_them_are_replaced(workers):
+    answers(workers, "warm")
     for child in active_children():
         if child.name == "pebble_pool_worker":
             child.kill()
     time.sleep(0.5)
-    assert [one.reason for one in answers(cage, "one", "two")] == ["one", "two"]
+    assert [one.reason for one in answers(workers, "one", "two")] == ["one", "two"]
 
 
-def test_a_worker_leaves_no_core_and_hears_no_ctrl_c(cage):
-    (told,) = answers(cage, "limits")
+def test_a_worker_leaves_no_core_and_hears_no_ctrl_c(workers):
+    (told,) = answers(workers, "limits")
     assert told.reason == "core 0, deaf True"
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-def test_a_closed_cage_takes_nothing_more():
-    cage = Cage(CONFIG, 1, hostile)
-    cage.close()
+def test_a_closed_pool_takes_nothing_more():
+    workers = IsolatedWorkers(CONFIG, 1, hostile)
+    workers.close()
     with pytest.raises(bd.RetryableError, match="closed"):
-        answers(cage, "one")
+        answers(workers, "one")
 
 
 def test_limits_are_checked():
@@ -133,10 +133,10 @@ SCRIPT = """
 import sys, time
 from multiprocessing import active_children
 import biodedup as bd
-from biodedup.embed.cage import Cage
+from biodedup.embed.isolation import IsolatedWorkers
 if __name__ == "__main__":
-    cage = Cage(bd.Config(), 1)
-    (refusal,) = cage.extract([bd.Face(b"no image")])
+    workers = IsolatedWorkers(bd.Config(), 1)
+    (refusal,) = workers.extract([bd.Face(b"no image")])
     print(refusal.reason, *(child.pid for child in active_children()), flush=True)
     if sys.argv[1] == "wait":
         time.sleep(100)

@@ -65,7 +65,7 @@ _extractor: Extractor | None = None  # a worker's own: models are loaded once a 
 _limits = IsolationConfig()
 
 
-class Cage:
+class IsolatedWorkers:
     """Worker processes with an extractor each. Thread-safe; no process starts before the first capture.
 
     work: what a worker does with a capture, a function that it can import; None: extract it.
@@ -80,7 +80,7 @@ class Cage:
         self._pool: ProcessPool | None = None
         self._closed = False
 
-    def __enter__(self) -> Cage:
+    def __enter__(self) -> IsolatedWorkers:
         return self
 
     def __exit__(
@@ -99,7 +99,7 @@ class Cage:
         return Pending(self, capture, tracing() is not None)
 
     def extract(self, captures: Sequence[Capture]) -> list[Extracted]:
-        """As `Extractor.extract`, of captures that were checked. A trace gets the steps that it would get without a cage."""
+        """As `Extractor.extract`, of captures that were checked. A trace gets the steps that it would get without isolation."""
         results: list[Extracted] = []
         waiting: deque[Extracted | Pending] = deque()
 
@@ -152,9 +152,9 @@ class Cage:
 class Pending:
     """A capture in the hands of the workers."""
 
-    def __init__(self, cage: Cage, capture: Face | Finger, traced: bool) -> None:
-        self._cage, self._capture, self._traced = cage, capture, traced
-        self._future = cage.scheduled(capture, traced)
+    def __init__(self, workers: IsolatedWorkers, capture: Face | Finger, traced: bool) -> None:
+        self._workers, self._capture, self._traced = workers, capture, traced
+        self._future = workers.scheduled(capture, traced)
 
     def result(self, item: int | None = None) -> Extracted:
         """The template or the refusal. item: the capture's number, for the trace. Raises RetryableError where no worker can be kept."""
@@ -174,10 +174,10 @@ class Pending:
                 tries += 1
                 if tries == _TRIES:
                     return self._refused(error)
-            self._future = self._cage.scheduled(self._capture, self._traced)
+            self._future = self._workers.scheduled(self._capture, self._traced)
 
     def _refused(self, error: TimeoutError | ProcessExpired) -> Refusal:
-        column, limits = self._capture.column, self._cage.limits
+        column, limits = self._capture.column, self._workers.limits
         if isinstance(error, TimeoutError) or error.exitcode in _LATE:
             detail = f"not done after {limits.capture_s_max:g} s of the processor, each time that it was tried"
             return Refusal(column, "too_slow", detail, None, limits.capture_s_max)
@@ -190,7 +190,8 @@ class Pending:
 
 def _not_kept() -> RetryableError:
     return RetryableError(
-        "worker processes cannot be kept running; look at the machine's memory and process limits, and try again"
+        "worker processes cannot be kept running; a script has to make its calls under `if __name__ == '__main__':`, because each worker "
+        "imports the script; otherwise look at the machine's memory and process limits, and try again"
     )
 
 
@@ -239,7 +240,7 @@ def _begin(config: Config) -> None:
     from biodedup.embed.extractor import Extractor  # which imports this module
 
     global _extractor, _limits
-    assert config.isolation is not None, "a cage has limits"
+    assert config.isolation is not None, "isolated workers have limits"
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of one that replaces another, too
     for ends in (
         signal.SIGTERM,
