@@ -396,7 +396,7 @@ def main() -> None:
                     "--prints",
                     str(options.prints),
                 ]
-                command += ["--join-minutes", str(options.join_minutes)]
+                command += ["--join-minutes", str(options.join_minutes), "--probes", str(options.probes)]
                 subprocess.run(command, check=True)
                 run = Run(folder, options.subjects, options.seed, options.prints, options.probes, smoke=options.smoke)
         figures = {"subjects": options.subjects, "seed": options.seed, "captures a subject": len(COLUMNS)}

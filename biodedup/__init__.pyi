@@ -9,6 +9,8 @@ from .config import FaceConfig as FaceConfig
 from .config import FingerConfig as FingerConfig
 from .config import GalleryConfig as GalleryConfig
 from .config import IsolationConfig as IsolationConfig
+from .config import LabelConfig as LabelConfig
+from .config import LogConfig as LogConfig
 from .config import Policy as Policy
 from .config import SearchConfig as SearchConfig
 from .embed.extractor import Extractor as Extractor

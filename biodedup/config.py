@@ -17,8 +17,9 @@ from biodedup.common.tables import made, read_toml, typed
 from biodedup.errors import InvalidInput
 from biodedup.index_spec import parse_specs
 from biodedup.keys import KeyProvider
+from biodedup.outcomes import MEANINGS, outcome_of
 from biodedup.required import SENT, check_required
-from biodedup.values import check_id
+from biodedup.values import check_id, check_text
 
 EXTERNAL_MINUTIAE = "external-minutiae"
 """The model_id of minutiae whose extractor is unknown."""
@@ -354,6 +355,54 @@ class ClusterConfig:
         _check(self, 0, inf, "garbage_grace_s")
 
 
+_LABEL_LENGTH_MAX = 40
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """The register's own words for the four outcomes, in printed lines, pages, and the column `label` of tables. JSON and the column
+    `outcome` keep the library's words. Empty: the library's word."""
+
+    unique: str = ""
+    """The subject is enrolled."""
+    duplicate: str = ""
+    """The same person is enrolled under another id."""
+    review: str = ""
+    """A case waits for a person's verdict."""
+    refused: str = ""
+    """Captures are missing or cannot be used."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for outcome in MEANINGS:
+            word = getattr(self, outcome)
+            check_text(word, f"label {outcome}", _LABEL_LENGTH_MAX)
+            if "\n" in word or word != word.strip():
+                raise InvalidInput(f"label {outcome} is {word!r}, wanted one line without spaces around it")
+        words = [self.of(outcome) for outcome in MEANINGS]
+        if len(set(words)) < len(words):
+            raise InvalidInput(f"labels are {', '.join(words)}, wanted four different words")
+
+    def of(self, outcome: str) -> str:
+        """The word for an outcome, or for an older status of it (`enrolled`, `adjudicate`); a status of another kind stays as it is."""
+        known = outcome_of(outcome)
+        return outcome if known is None else getattr(self, known) or known
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What the loggers `biodedup.*` write; docs/reference/logging.md lists their messages. No setting turns biometric data on."""
+
+    ids: bool = False
+    """Whether messages of decisions, verdicts and removals name the encounter_id and subject_id."""
+    slow_search_ms: float = 5_000.0
+    """A search that takes longer, in milliseconds, with its wait for other searches, is a warning of `biodedup.search`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check(self, 0, inf, "slow_search_ms")
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings. See each class for its fields."""
@@ -366,6 +415,8 @@ class Config:
     opening it with another one raises PolicyMismatch (`Engine.open`)."""
     search: SearchConfig = field(default_factory=SearchConfig)
     gallery: GalleryConfig = field(default_factory=GalleryConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
     threads: int = 2
     """Threads of extraction, and threads of search. Never guessed from the machine: set it to the number of cores to use."""
     batch_size: int = 32

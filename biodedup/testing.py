@@ -6,6 +6,7 @@ Owns their names. Makes no promise to applications: the parts change with the en
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.engine import Engine
@@ -20,6 +21,9 @@ from biodedup.match.compare import Comparer
 from biodedup.search.searcher import Searcher
 from biodedup.search.selfjoin.join import SelfJoin
 
+if TYPE_CHECKING:
+    from biodedup.cluster.shards.ray_actors import RayShards
+
 
 @dataclass(frozen=True)
 class Internals:
@@ -32,6 +36,7 @@ class Internals:
     searches: BatchedSearch
     join: SelfJoin
     enrolment: Enrolment
+    elsewhere: RayShards | None
 
     @property
     def catalogue(self) -> Catalogue:
@@ -73,4 +78,5 @@ def internals(engine: Engine) -> Internals:
         searches=engine._searches,
         join=engine._join,
         enrolment=engine._enrolment,
+        elsewhere=engine._elsewhere,
     )

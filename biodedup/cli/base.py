@@ -27,10 +27,11 @@ from typer.core import TyperGroup
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.config import Config, IsolationConfig
+from biodedup.config import Config, IsolationConfig, LabelConfig
 from biodedup.errors import BiodedupError, CallerError, DataDamaged, GalleryBusy, InvalidInput, RetryableError
 from biodedup.gallery.files.names import LOCK_NAME
 from biodedup.jobs.shared.progress import WARNING
+from biodedup.outcomes import MEANINGS
 from biodedup.settings import Settings, settings_for
 from biodedup.texts import json_text, shown
 from biodedup.values import COLUMNS, Capture, Decision, Evidence, Face, Finger, Missing, Refusal
@@ -91,12 +92,6 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-_OUTCOME_EXIT = {
-    "unique": Exit.DONE,
-    "duplicate": Exit.DUPLICATE,
-    "review": Exit.REVIEW,
-    "refused": Exit.REFUSED,
-}
 _REASON_MEANS = {"unique": "note", "duplicate": "note", "review": "a person has to look", "refused": "not enrolled"}
 """What the reasons of a decision are for, by its outcome."""
 
@@ -365,8 +360,15 @@ def finish(facts: dict[str, Any], text: str | Sequence[str], as_json: bool) -> N
         say(*([text] if isinstance(text, str) else text))
 
 
-def finish_decision(decision: Decision, as_json: bool, captures: Sequence[Capture] = (), note: str = "") -> None:
-    """captures: what was sent, so that a refusal names its file; note: printed where the outcome is unique."""
+def finish_decision(
+    decision: Decision,
+    as_json: bool,
+    captures: Sequence[Capture] = (),
+    note: str = "",
+    *,
+    labels: LabelConfig,
+) -> None:
+    """captures: what was sent, so that a refusal names its file; note: printed where the outcome is unique; labels: the words for it."""
     from biodedup.match.judgement import texts_of  # here, so that help texts need not load the matcher
 
     if as_json:
@@ -381,7 +383,7 @@ def finish_decision(decision: Decision, as_json: bool, captures: Sequence[Captur
             marked = ", extrapolated" if decision.best.extrapolated else ""
             best = f"; strongest {decision.best.subject_id} at {decision.best.score_db:.1f} dB{kind}{marked}"
         say(
-            f"{decision.outcome}{best}; {counted(decision.gallery_size, 'subject')}, duplicate from {decision.duplicate_db:.1f} dB, "
+            f"{labels.of(decision.outcome)}{best}; {counted(decision.gallery_size, 'subject')}, duplicate from {decision.duplicate_db:.1f} dB, "
             f"review from {decision.review_db:.1f} dB"
         )
         for text in texts_of(decision):
@@ -400,7 +402,7 @@ def finish_decision(decision: Decision, as_json: bool, captures: Sequence[Captur
             say(f"  {note}")
         if decision.encounter_id is not None:
             say(f"  encounter_id: {decision.encounter_id}")
-    raise typer.Exit(_OUTCOME_EXIT[decision.outcome])
+    raise typer.Exit(MEANINGS[decision.outcome].exit_code)
 
 
 def print_evidence(evidence: tuple[Evidence, ...]) -> None:

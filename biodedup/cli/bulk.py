@@ -13,7 +13,6 @@ from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
     ConfigOption,
-    Exit,
     GalleryOption,
     IndexOption,
     JsonOption,
@@ -42,6 +41,7 @@ from biodedup.cli.table_options import (
     table_options,
 )
 from biodedup.config import IsolationConfig
+from biodedup.outcomes import MEANINGS
 
 
 @app.command(rich_help_panel=Panel.JOBS)
@@ -123,10 +123,10 @@ def enroll_batch(
                 progress=progress,
             )
     summary = done.summary() | {"result": str(result)} | ({"report": str(report)} if report else {})
-    print_summary(summary, as_json)
-    for status, code in (("duplicate", Exit.DUPLICATE), ("adjudicate", Exit.REVIEW), ("refused", Exit.REFUSED)):
-        if done.statuses[status]:
-            raise typer.Exit(code)
+    print_summary(summary if as_json else {chosen.labels.of(name): count for name, count in summary.items()}, as_json)
+    for outcome in ("duplicate", "review", "refused"):
+        if done.outcomes[outcome]:
+            raise typer.Exit(MEANINGS[outcome].exit_code)
 
 
 @app.command(rich_help_panel=Panel.JOBS)
@@ -136,14 +136,18 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show how many encounters of bulk enrolments are in each state, for how long, and how long the queue will take."""
-    now = jobs.queue_status(gallery, time.time(), configured(gallery, None))
+    chosen = configured(gallery, None)
+    now = jobs.queue_status(gallery, time.time(), chosen)
     if report is not None:
         jobs.write_status_page(report, now)
     if as_json:
         print_json(now.to_dict())
         return
     show_table(
-        ((name, f"{line.count:,}", span(line.oldest_s), span(line.median_s)) for name, line in now.lines.items()),
+        (
+            (chosen.labels.of(name), f"{line.count:,}", span(line.oldest_s), span(line.median_s))
+            for name, line in now.lines.items()
+        ),
         ("status", "encounters", "oldest", "median age"),
     )
     say(

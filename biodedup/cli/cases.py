@@ -54,6 +54,7 @@ def list_cases(
         bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine,
         progress_bar(lines=not as_json) as progress,
     ):
+        labels = engine.config.labels
         found = jobs.list_cases(engine, result, page=page, closed=closed, progress=progress)
     if as_json:
         print_json(found.summary() | {"cases": [_document(case) for case in found.cases]})
@@ -62,7 +63,7 @@ def list_cases(
     for case in found.cases[:_SHOWN_MAX]:
         named = [f"{c.subject_id} {c.score_db:.1f} dB" for c in case.undecided]
         days = f"{(found.now - case.opened_at) / 86_400:.1f}"
-        state = case.decision.outcome if case.closed else "waiting"
+        state = labels.of(case.decision.outcome) if case.closed else "waiting"
         rows.append((case.encounter_id, case.subject_id, days, ", ".join(named), state))
     if found.cases:
         show_table(rows, ("case", "subject", "days", "candidates", "state"))
@@ -81,12 +82,13 @@ def show(
 ) -> None:
     """Show one case: its candidates, the evidence of each capture, the thresholds, and refused captures."""
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+        labels = engine.config.labels
         case = engine.case(encounter_id) if page is None else jobs.show_case(engine, encounter_id, page)
     if as_json:
         print_json(_document(case))
         return
     decision = case.decision
-    say(f"case {case.encounter_id}, subject {case.subject_id}: {'; '.join(jobs.reasons_of(decision)) or decision.outcome}")  # fmt: skip
+    say(f"case {case.encounter_id}, subject {case.subject_id}: {'; '.join(jobs.reasons_of(decision)) or labels.of(decision.outcome)}")  # fmt: skip
     say(f"duplicate from {decision.duplicate_db:.1f} dB, review from {decision.review_db:.1f} dB")
     for candidate in case.undecided:
         which = f"{candidate.subject_id} (open case {candidate.case})" if candidate.case else candidate.subject_id
@@ -144,7 +146,8 @@ def decide(
     }[decision.outcome]
     if others:
         text += "; linked cases: " + ", ".join(
-            f"{other.encounter_id} {other.decision.outcome if other.closed else 'still open'}" for other in others
+            f"{other.encounter_id} {chosen.labels.of(other.decision.outcome) if other.closed else 'still open'}"
+            for other in others
         )
     finish(_document(case), text, as_json)
     raise typer.Exit(Exit.REVIEW if decision.outcome == "review" else Exit.DONE)

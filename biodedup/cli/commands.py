@@ -6,6 +6,8 @@ command runs, so that help appears at once.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from typing import Annotated
 
@@ -17,7 +19,7 @@ from biodedup.cli.base import app, complain, exit_code, print_json, say
 from biodedup.cli.galleries import gallery, keys, looking, policy, register
 from biodedup.cli.kits import kit
 from biodedup.common.memory import out_of_memory
-from biodedup.errors import BiodedupError
+from biodedup.errors import BiodedupError, InvalidInput
 
 __all__ = [
     "app",
@@ -37,6 +39,9 @@ __all__ = [
 ]
 
 
+_LOG_VARIABLE, _LOG_LEVELS = "BIODEDUP_LOG", ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
 @app.callback(invoke_without_command=True)
 def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -44,10 +49,22 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
         raise typer.Exit()
 
 
+def _show_log(level: str) -> None:
+    """Log messages from this level on go to standard error. Raises InvalidInput."""
+    if level not in _LOG_LEVELS:
+        raise InvalidInput(f"{_LOG_VARIABLE} is {level!r}, wanted one of {', '.join(_LOG_LEVELS)}")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("biodedup")
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
 def run() -> None:
     """Runs the command of `sys.argv` and turns the error tree into exit codes."""
     as_json = "--json" in sys.argv
     try:
+        _show_log(os.environ.get(_LOG_VARIABLE) or "WARNING")
         app()
     except (BiodedupError, MemoryError) as raised:
         error = raised if isinstance(raised, BiodedupError) else out_of_memory(raised)

@@ -65,7 +65,7 @@ def enroll(
     with bd.Engine.open(gallery, chosen) as engine:
         decision = engine.enroll(encounter, across_positions=across_positions or None)
         note = "" if decision.gallery_size else _on_thresholds(decision, engine.policy)
-        finish_decision(decision, as_json, captures, note)
+        finish_decision(decision, as_json, captures, note, labels=engine.config.labels)
 
 
 def _on_thresholds(decision: bd.Decision, policy: bd.Policy) -> str:
@@ -98,7 +98,7 @@ def identify(
         decision = engine.identify(
             encounter, groups=group or None, across_positions=across_positions or None, from_db=from_db
         )
-        finish_decision(decision, as_json, encounter.captures)
+        finish_decision(decision, as_json, encounter.captures, labels=engine.config.labels)
 
 
 @app.command(rich_help_panel=Panel.SUBJECTS)
@@ -156,7 +156,7 @@ def update(
         across = across_positions or None
         decision = engine.update(encounter, across_positions=across, replace=replace, reason=reason)
         note = f"{subject_id}: {'all encounters were replaced by this one' if replace else 'this encounter was added'}"
-        finish_decision(decision, as_json, captures, note)
+        finish_decision(decision, as_json, captures, note, labels=engine.config.labels)
 
 
 @app.command(rich_help_panel=Panel.SUBJECTS)

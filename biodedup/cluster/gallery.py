@@ -44,7 +44,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction
 from biodedup.values import Template
 
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.cluster")
 _LEASE, _LEASE_S = "maintenance", 30.0
 _REREAD_ROWS_MIN = 1024  # so many new rows are read with the whole journal, which is faster than one by one
 _TRIES = 20  # to fetch segments that other front-ends merge meanwhile
@@ -166,6 +166,8 @@ class ClusterGallery(Gallery):
                     _log.warning("the newest commits are unknown: %s", error)
                 failing = True
             else:
+                if failing:
+                    _log.info("the newest commits are known again")
                 failing = False
 
     def _look(self) -> list[SegmentEntry]:
@@ -330,6 +332,7 @@ class ClusterGallery(Gallery):
         """Reads what PostgreSQL holds, after a commit whose result is unknown."""
         self._load()
         self._broken, self._uncertain = False, None
+        _log.warning("read the register again after a failure, at version %d", self._published.version)
 
     def _wipe_if_erased(self) -> None:
         """PostgreSQL keeps erased rows until it vacuums; there is no file of this front-end to overwrite."""
@@ -346,6 +349,7 @@ class ClusterGallery(Gallery):
             if fence is None:
                 raise GalleryBusy("another front-end seals and merges; try again when it is done")
             self._maintains = threading.get_ident(), fence
+            _log.debug("this front-end seals and merges (fence %d)", fence)
             try:
                 self.refresh()
                 yield
@@ -363,6 +367,7 @@ class ClusterGallery(Gallery):
             part = TailPart(self._tail, self._tail.count, answers)
         if not part.count and not answers:
             return
+        began = time.perf_counter()
         entry = self.write_part(part, before.mask(before.parts[-1]))
         with self.transaction() as transaction:
             if transaction.tail.first_row != part.first_row or not transaction.tail.answers.keys() >= answers.keys():
@@ -374,6 +379,7 @@ class ClusterGallery(Gallery):
             rest.answers = self._catalogue.answers_since(commits)
             entry = replace(entry, first_row=part.first_row, end_row=part.end_row)
             transaction.take_sealed(entry, before.tombstones[before.tombstones >= part.first_row], rest)
+        self._log_sealed(part.count, len(answers), began)
 
     def _renew_lease(self) -> None:
         if self._maintains is not None:

@@ -42,7 +42,7 @@ from biodedup.values import Capture, CaptureData, Face, Finger, Missing, Refusal
 Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[Template, FingerInput | None]
 """A capture before the networks run. A finger's template lacks its embedding; its network input is None if no finger network is configured."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("biodedup.embed")
 
 
 @checked_methods
@@ -163,6 +163,8 @@ class Extractor:
             if isinstance(picture, Refusal):
                 return picture
             data, stated = picture.data, picture.dpi
+            if isinstance(data, bytes) and isinstance(capture, Finger) and is_record(data):
+                return self._reader.take(data, capture.position)
             if isinstance(capture, Finger) and capture.position == "unknown":
                 capture = replace(capture, position=picture.column)
         pixels = decode(data, capture.column, self.config.capture)

@@ -28,6 +28,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 import warnings
@@ -53,6 +54,7 @@ from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.info import info_of, notes_of
 from biodedup.engine.load import ArrowBatch, Cells, Loaded, Loader
+from biodedup.engine.log import EngineLog
 from biodedup.engine.policy import PolicyInForce
 from biodedup.engine.prepare import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
 from biodedup.engine.review import Review
@@ -153,6 +155,7 @@ class Engine:
         self._policy = PolicyInForce(gallery, config.policy, override=override_policy)
         clock = NotedClock(clock, gallery.snapshot)
         self._extractor = Extractor(config)
+        self._log = EngineLog(config.log)
         samples = GallerySamples(gallery)
         known = Calibrations(self._extractor.cards, samples.latest, own_strangers=lambda: self.policy.own_strangers)
         self._matcher = CylinderMatcher(config.threads)
@@ -164,14 +167,14 @@ class Engine:
         )
         self._preparer = Preparer(gallery, self._extractor, known, config)
         self._join = SelfJoin(self._searcher, self._comparer, config.search)
-        self._searches = BatchedSearch(gallery, self._searcher, self._join, samples)
+        self._searches = BatchedSearch(gallery, self._searcher, self._join, samples, self._log)
         self._decider = Decider(config, self._policy, self._comparer, samples, clock)
         self._enrolment = Enrolment(
-            gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max
+            gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max, log=self._log
         )
-        self._review = Review(gallery, self._preparer, self._searches, self._decider, self._enrolment, clock)
+        self._review = Review(gallery, self._preparer, self._searches, self._decider, self._enrolment, clock, self._log)
         seal_rows = config.gallery.seal_rows
-        self._loader = Loader(gallery, self._preparer, self._decider, new_id, seal_rows, config.threads)
+        self._loader = Loader(gallery, self._preparer, self._decider, new_id, seal_rows, self._log, config.threads)
         self._closed = False
         refuse_other_models(gallery, self._extractor)
 
@@ -194,7 +197,7 @@ class Engine:
         A gallery keeps the policy that it was created with until `set_policy` stores another one. A given config.policy must equal the
         stored one. override_policy: decide by config.policy in this process alone, and store nothing.
         storage, clock, new_id: the disk, the time in seconds, and new identifiers, for tests to replace. A time before that of the newest
-        decision is accepted, with a warning in the log `biodedup`.
+        decision is accepted, with a warning in the log `biodedup.gallery`.
         Raises NotAGallery, KeyMismatch, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
@@ -274,7 +277,10 @@ class Engine:
         by: the person who changes it; reason: why. Readers see it when they refresh. Raises InvalidInput, StorageUnavailable.
         """
         self._check_open()
-        return self._policy.store(policy, by, reason, self._clock)
+        before, stored = self._gallery.policies[-1].version, self._policy.store(policy, by, reason, self._clock)
+        if stored.version != before:
+            self._log.policy_set(stored.version)
+        return stored
 
     # enrolment with a search ------------------------------------------------------------------------------------
 
@@ -341,6 +347,7 @@ class Engine:
             for encounter, answer in zip(batch, self._enrolment.commit(prepared), strict=True):
                 if isinstance(answer, NOT_TAKEN):
                     answer = self._decider.refused(encounter, answer, self._gallery.snapshot())
+                    self._log.decided("enroll, not recorded", answer)
                 yield answer
 
     # cases: encounters in review ----------------------------------------------------------------------------------
@@ -417,6 +424,7 @@ class Engine:
         check_models(probe.templates, seen.snapshot.models)  # a column may have got its first model since
         decider = self._decider.calibrated_on(seen.snapshot)
         decision = decider.decide(probe, seen.found[0], seen.snapshot, version=seen.snapshot.version)
+        self._log.decided("identify", decision, level=logging.DEBUG)
         if (steps := tracing()) is not None:
             record_candidates(steps, probe.templates, decision, seen.found[0].comparisons, self._gallery.templates_of)
         return decision
@@ -613,8 +621,10 @@ class Engine:
         """Removes a subject, or several in one commit, from all later searches. Raises UnknownSubject; then none is removed."""
         self._check_open()
         with self._gallery.transaction() as transaction:
-            for name in dict.fromkeys((subject_id, *others)):
+            names = list(dict.fromkeys((subject_id, *others)))
+            for name in names:
                 transaction.remove(name)
+        self._log.removed(names)
 
     # care of the gallery ----------------------------------------------------------------------------------------
 

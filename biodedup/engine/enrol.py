@@ -21,6 +21,7 @@ from itertools import chain
 
 from biodedup.common.memory import out_of_memory
 from biodedup.engine.decide import Decider
+from biodedup.engine.log import EngineLog
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.engine.search import BatchedSearch, SearchSnapshot
 from biodedup.errors import (
@@ -56,6 +57,10 @@ class _Waiting:
     error: BiodedupError | None = None
     done: bool = False
 
+    @property
+    def operation(self) -> str:
+        return "enroll" if not self.replaces else "replace" if self.reason else "update"
+
 
 @dataclass(eq=False)
 class PreparedBatch:
@@ -79,7 +84,10 @@ class Enrolment:
         decider: Decider,
         new_id: Callable[[], str],
         encounters_max: int,
+        *,
+        log: EngineLog,
     ) -> None:
+        self._log = log
         self._gallery = gallery
         self._preparer = preparer
         self._searches = searches
@@ -153,6 +161,8 @@ class Enrolment:
             each = zip(prepared.places, waiting.probes, waiting.seen.found, waiting.answers, strict=True)
             for i, probe, found, answer in each:
                 prepared.answers[i] = answer
+                if isinstance(answer, Decision):
+                    self._log.decided(waiting.operation, answer)
                 if (steps := tracing()) is not None and isinstance(answer, Decision):
                     record_candidates(steps, probe.templates, answer, found.comparisons, self._gallery.templates_of)
         return [answer for answer in prepared.answers if answer is not None]

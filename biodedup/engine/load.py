@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from biodedup.common.described import Described
 from biodedup.engine.arrow.templates import one_batch, read_templates
 from biodedup.engine.decide import Decider
+from biodedup.engine.log import EngineLog
 from biodedup.engine.prepare import Preparer, check_models, in_memory, require_subject
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput
 from biodedup.gallery.answers import (
@@ -120,6 +121,7 @@ class Loader:
     decider: Decider
     new_id: Callable[[], str]
     seal_rows: int
+    log: EngineLog
     threads: int = 1
 
     def add(
@@ -138,7 +140,13 @@ class Loader:
         reported; otherwise they raise SubjectExists, as do subjects that another thread enrols meanwhile.
         """
         check_model_ids(model_id)
-        return self._add(self._batch(subject_ids, templates, model_id, groups, encounter_id), keep_enrolled)
+        return self._logged(
+            self._add(self._batch(subject_ids, templates, model_id, groups, encounter_id), keep_enrolled)
+        )
+
+    def _logged(self, loaded: Loaded) -> Loaded:
+        self.log.loaded(loaded.added, loaded.present, len(loaded.conflicting), len(loaded.refused))
+        return loaded
 
     def add_arrow(
         self,
@@ -176,7 +184,8 @@ class Loader:
         if encounter_id is None and keep_enrolled:
             encounter_id = KnownId(f"load:{digest.hex()[:32]}")
         loaded = self._add(_Batch(ids, cells, groups, encounter_id, digest), keep_enrolled)
-        return replace(loaded, conflicting=tuple(kept[list(loaded.conflicting)].tolist()), refused=refused)
+        conflicting = tuple(kept[list(loaded.conflicting)].tolist())
+        return self._logged(replace(loaded, conflicting=conflicting, refused=refused))
 
     def _add(self, batch: _Batch, keep_enrolled: bool) -> Loaded:
         if batch.was_added(self.gallery.snapshot().answer):
@@ -296,6 +305,7 @@ class Loader:
             require_subject(encounter)
         encounters, digests = list(encounters), [b""] * len(encounters)
         answers: dict[int, Decision | None] = {}
+        taken: list[Decision] = []
         for i, encounter in enumerate(encounters):
             try:
                 encounters[i] = in_memory(encounter, self.preparer.config.capture)
@@ -326,6 +336,9 @@ class Loader:
                         transaction.remove(probe.subject_id)
                     transaction.add(probe.subject_id, probe.templates, encounter_id, probe.encounter.groups)
                 transaction.record(encounter_id, StoredDecision(digests[i], decision.outcome, to_json(decision)))
+                taken.append(decision)
+        for decision in taken:
+            self.log.decided("import", decision)
         return [answer for answer in answers.values() if answer is not None]
 
 

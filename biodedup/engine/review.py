@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
+from biodedup.engine.log import EngineLog
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
 from biodedup.engine.search import BatchedSearch, SearchSnapshot
 from biodedup.errors import CallerError, InvalidInput, UnknownSubject
@@ -43,6 +44,7 @@ class Review:
     decider: Decider
     enrolment: Enrolment
     clock: Callable[[], float]
+    log: EngineLog
 
     def open_cases(self) -> Iterator[Case]:
         """In the order of their encounter_ids."""
@@ -72,7 +74,9 @@ class Review:
                 return answer
             decision = self._disputed(transaction, probe)
             request = Request(False, tuple(encounter.groups), False)
-            return self.enrolment.record(transaction, probe, decision, digest, request)
+            decision = self.enrolment.record(transaction, probe, decision, digest, request)
+        self.log.decided("dispute", decision)
+        return decision
 
     def _disputed(self, transaction: Transaction, probe: Probe) -> Decision:
         """The decision `review`, with the subject as its only candidate."""
@@ -111,22 +115,23 @@ class Review:
             else:
                 decision = self._decide_again(transaction, now, verdicts, searched)
             self._settle(transaction, now, decision, own=any(v.own for v in (*now.verdicts, *verdicts)))
-            for other in self._open(transaction.case, now.linked):
-                self._recheck(transaction, other, searched)
+            linked = [self._recheck(transaction, other, searched) for other in self._open(transaction.case, now.linked)]
+        self.log.judged(ruling, decision, sum(linked))
         return decision
 
-    def _recheck(self, transaction: Transaction, case: Case, searched: dict[str, tuple[Probe, SearchSnapshot]]) -> None:
-        """Decides again on an open case that is linked with the judged one. Without a candidate left it is closed."""
+    def _recheck(self, transaction: Transaction, case: Case, searched: dict[str, tuple[Probe, SearchSnapshot]]) -> bool:
+        """Decides again on an open case that is linked with the judged one. Without a candidate left it is closed; whether it was."""
         try:
             decision = self._decide_again(transaction, case, (), searched)
         except CallerError:
-            return  # it cannot be enrolled; the error is raised when a person decides on it
+            return False  # it cannot be enrolled; the error is raised when a person decides on it
         own = any(verdict.own for verdict in case.verdicts)
         # a person has to judge whether the captures are the subject's, and captures that could not be compared with anything
         unseen = not case.verdicts and "nothing_in_common" in decision.reasons
         if unseen or (case.replaces and not own and not case.replacement):
             decision = replace(decision, outcome="review")
         self._settle(transaction, case, decision, own=own)
+        return decision.outcome != "review"
 
     def _decide_again(
         self,

@@ -13,6 +13,7 @@ from math import log10
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.engine.log import EngineLog
 from biodedup.engine.prepare import Probe
 from biodedup.engine.sample import GallerySamples
 from biodedup.gallery.gallery import Gallery
@@ -43,7 +44,10 @@ class SearchSnapshot:
 class BatchedSearch:
     """Searches one gallery. Calls that wait at the same time share a pass. samples: what scores are calibrated on. Thread-safe."""
 
-    def __init__(self, gallery: Gallery, searcher: Searcher, join: SelfJoin, samples: GallerySamples) -> None:
+    def __init__(
+        self, gallery: Gallery, searcher: Searcher, join: SelfJoin, samples: GallerySamples, log: EngineLog
+    ) -> None:
+        self._log = log
         self._gallery = gallery
         self._searcher = searcher
         self._join = join
@@ -63,7 +67,8 @@ class BatchedSearch:
         """Subjects and open cases that may be the same person as each probe. groups: search only subjects in one of them. extra_k: how
         many more candidates to search for, because so many may be left out by the decision. from_db: the score from which candidates
         matter, where it is lower than the review threshold."""
-        seen = self._probes((groups, across, extra_k, from_db), [probe.templates for probe in probes])
+        with self._log.timed(len(probes), self._gallery.snapshot().row_count):
+            seen = self._probes((groups, across, extra_k, from_db), [probe.templates for probe in probes])
         return SearchSnapshot([found for found, _ in seen], seen[0][1], across, extra_k)
 
     def search_since(
@@ -89,6 +94,7 @@ class BatchedSearch:
                 before = before.without(compared_again)
                 search_all = np.count_nonzero(left_out) > seen.extra_k
         if search_all:
+            self._log.searched_again()
             return self._since(searcher, probe, now, seen, 0, extra_k)
         incomplete = found.incomplete or since.incomplete
         complete_db = np.maximum(found.complete_db, since.complete_db)
@@ -104,9 +110,10 @@ class BatchedSearch:
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
         """The k nearest subjects of each probe in one column. probes: float32 (q, d), unit rows."""
         key = (column, k, groups)
-        if len(probes) >= PROBES or not len(probes):  # large enough for a pass of its own
-            return self._nearest(key, probes)
-        results = self._vectors(key, list(probes))
+        with self._log.timed(len(probes), self._gallery.snapshot().row_count):
+            if len(probes) >= PROBES or not len(probes):  # large enough for a pass of its own
+                return self._nearest(key, probes)
+            results = self._vectors(key, list(probes))
         ids, similarity = np.stack([r.ids for r in results]), np.stack([r.similarity for r in results])
         return SearchResult(ids, similarity, results[0].gallery_version, results[0].incomplete)
 

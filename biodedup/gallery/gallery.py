@@ -18,6 +18,7 @@ import json
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -57,7 +58,7 @@ from biodedup.gallery.transaction import Transaction
 from biodedup.index_spec import NATIVE, IndexSpec, parse_specs, spec_of
 from biodedup.values import COLUMNS, Case, Template, Verdict
 
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.gallery")
 _LIMITS = IndexLimits()
 
 
@@ -81,7 +82,7 @@ class Gallery:
         self.storage = storage
         self._catalogue = catalogue
         self._lock_file = lock
-        self._broken = False
+        self._broken = self._closed = False
         self._uncertain: State | None = None
         """The state of a commit whose result is unknown, because the disk failed; else None."""
         self._unwiped = lock is not None
@@ -98,6 +99,8 @@ class Gallery:
                 with self.transaction() as transaction:
                     transaction.adopt_cases()
             self._refuse_other_index(config)
+        self._log_opened()
+        if lock is not None:
             self._maintenance.wake_if_due()
 
     @classmethod
@@ -142,6 +145,18 @@ class Gallery:
         """What messages call it."""
         return str(self.folder)
 
+    def _log_opened(self) -> None:
+        now, unsealed = self._published, self.journal_count
+        _log.info(
+            "opened %s for %s: %d subjects, %d segments, %d entries in the journal, version %d",
+            self.name,
+            "reading" if self.read_only else "writing",
+            now.live_count,
+            len(now.segments),
+            unsealed,
+            now.version,
+        )
+
     def refuse_backup(self) -> None:
         """Raises InvalidInput for a gallery that is no folder to be copied."""
 
@@ -162,6 +177,9 @@ class Gallery:
                 self._lock_file.release()
             for segment in list(self._opened):
                 segment.close()
+        if not self._closed:
+            self._closed = True
+            _log.info("closed %s at version %d", self.name, self._published.version)
 
     # reading ----------------------------------------------------------------------------------------------------
 
@@ -354,6 +372,7 @@ class Gallery:
         self._state, self._tail = transaction.state, transaction.tail
         self._policies += tuple(transaction.policies)
         self._published = published
+        _log.debug("committed version %d", published.version)
         self._tail.answers.update(transaction.answers)  # after the rows: an answer without its row reads as `removed`
         self._opened.update(published.segments)
         for segment in transaction.retired:
@@ -383,6 +402,7 @@ class Gallery:
         if not self.read_only and self._state.commit_id not in ours:
             self._state = mine  # so that every later transaction is refused
         self._broken, self._uncertain, self._unwiped = False, None, True
+        _log.warning("connected again after a failure, at version %d", self._published.version)
 
     def write_rows(
         self, subject_ids: Packed, cells: Mapping[str, NewCells], group_sets: NDArray[np.uint32]
@@ -439,8 +459,17 @@ class Gallery:
 
     def seal(self) -> None:
         """Turns the journal into a segment."""
+        began = time.perf_counter()
         with self.transaction() as transaction:
+            rows, answers = self._tail.count, len(self._tail.answers)
             transaction.seal()
+        self._log_sealed(rows, answers, began)
+
+    @staticmethod
+    def _log_sealed(rows: int, answers: int, began: float) -> None:
+        if rows or answers:
+            took_s = time.perf_counter() - began
+            _log.info("sealed %d rows and %d decisions of the journal in %.2f s", rows, answers, took_s)
 
     def compact(self) -> None:
         """Seals, and merges segments into as few as their largest size allows: removed subjects' templates are gone from

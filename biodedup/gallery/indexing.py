@@ -24,7 +24,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction
 from biodedup.index_spec import IndexSpec
 
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.gallery")
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,8 @@ class Indexing:
             if kind is not None and kind not in published.get(segment.entry.number, {}):
                 self._gallery.remove_index_files([file_name(segment.entry.number, kind)])
             raise
+        engine = "native" if codec is None else codec.spec
+        _log.info("column %s of a segment of %d rows is indexed by %s", column, segment.count, engine)
 
     def _drop_unused_codecs(self) -> None:
         snapshot = self._gallery.snapshot()

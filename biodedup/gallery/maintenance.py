@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -29,7 +30,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.index_spec import IndexSpec
 
 _FINISH_ROWS_MAX = 1_000_000  # closing waits for a merge of up to this many rows; a larger one is abandoned
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.gallery")
 
 
 class Maintained(Indexed, Protocol):
@@ -105,6 +106,8 @@ class Maintenance:
                 transaction.set_index(specs, forced=force)
                 for column, codec in codecs:
                     transaction.add_codec(column, codec)
+            engines = ", ".join(f"{column} {spec}" for column, spec in specs.items()) or "native"
+            _log.info("index engines were set: %s", engines)
             self._index(report)
 
     def _index(self, report: Callable[[int, int], None] | None = None) -> None:
@@ -118,7 +121,7 @@ class Maintenance:
 
     def merge(self, segments: Sequence[Segment]) -> None:
         """Writes neighbouring segments as one, and swaps the manifest."""
-        snapshot = self._gallery.snapshot()
+        began, snapshot = time.perf_counter(), self._gallery.snapshot()
         dropped = _removed(snapshot, segments)
         rows = sum(segment.count for segment in segments)
 
@@ -134,6 +137,13 @@ class Maintenance:
             if not self._gallery.is_broken and entry.number not in published:
                 self._gallery.discard_rows(entry)
             raise
+        _log.info(
+            "merged %d segments of %d rows into one, without %d removed rows, in %.2f s",
+            len(segments),
+            rows,
+            len(dropped),
+            time.perf_counter() - began,
+        )
 
     def wake_if_due(self) -> None:
         """Starts the background thread where something is to be sealed or merged."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import biodedup as bd
+from biodedup.testing import internals
 from tests.support.vectors import again, people
 
 ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
@@ -52,7 +53,7 @@ def front_end(register, cluster, tmp_path: Path):
     engine = register(config, cluster=asked)
     until(lambda: states(engine) == ["serving", "serving"])
     yield engine
-    engine._elsewhere.keeper.close()
+    internals(engine).elsewhere.keeper.close()
     for replica in actors(engine):
         replica.end()
 
@@ -65,11 +66,11 @@ def until(holds, seconds: float = 120) -> None:
 
 
 def actors(engine: bd.Engine) -> list:
-    return engine._elsewhere.keeper.replicas_of(0)
+    return internals(engine).elsewhere.keeper.replicas_of(0)
 
 
 def status(engine: bd.Engine) -> list[dict]:
-    return engine._elsewhere.keeper.status()
+    return internals(engine).elsewhere.keeper.status()
 
 
 def states(engine: bd.Engine) -> list[str]:
@@ -122,13 +123,13 @@ def test_actors_on_two_nodes_answer_as_one_process_and_one_may_die_or_stand_stil
 
 
 def test_without_replicas_a_search_is_incomplete_and_never_unique_and_they_come_again(front_end, monkeypatch):
-    front_end._elsewhere.keeper.close()
+    internals(front_end).elsewhere.keeper.close()
     ended = {one["process_id"] for one in status(front_end)}
     for replica in actors(front_end):
         replica.end()
     assert search(front_end).incomplete and not is_unique(front_end)
-    front_end._elsewhere.keeper._ended.clear()
-    front_end._elsewhere.keeper.watch()
+    internals(front_end).elsewhere.keeper._ended.clear()
+    internals(front_end).elsewhere.keeper.watch()
     until(lambda: states(front_end) == ["serving", "serving"] and ended.isdisjoint(process_ids(front_end)))
     monkeypatch.setattr("biodedup.cluster.shards.remote.RemoteShard._here", _never)
     assert is_unique(front_end) and not search(front_end).incomplete

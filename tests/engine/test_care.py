@@ -243,7 +243,7 @@ def test_a_clock_that_goes_backwards_is_noted_and_decisions_go_on(tmp_path, capl
             decision = engine.enroll(sent(1))
             assert (decision.outcome, decision.decided_at) == ("unique", at[0])
             engine.enroll(sent(2))
-            assert [record.name for record in caplog.records] == ["biodedup"]
+            assert [record.name for record in caplog.records] == ["biodedup.gallery"]
             assert "3600 s behind the newest decision" in caplog.text
             notes = engine.notes(at[0])
             engine.compact()

@@ -17,6 +17,7 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import main
+from biodedup.config import LabelConfig
 from biodedup.gallery.files.faults import translated
 from biodedup.jobs.enrolment.outcomes import Outcome, outcome_table
 from biodedup.jobs.manifests.encounters import Record
@@ -303,7 +304,7 @@ def test_ids_that_look_like_formulas_survive_the_way_through_csv(tmp_path):
 
 def test_the_outcomes_of_a_batch_are_no_formulas_in_csv(tmp_path):
     metadata = pa.schema([("=head", pa.string())])
-    with outcome_table(tmp_path / "o.csv", metadata) as writer:
+    with outcome_table(tmp_path / "o.csv", metadata, LabelConfig()) as writer:
         writer.add(Record(1, "=1+1", metadata={"=head": "@x"}), "-e", Outcome("refused", detail="+d"))
     text = (tmp_path / "o.csv").read_text()
     assert '"\'=1+1"' in text and '"\'@x"' in text and '"\'-e"' in text and '"\'=head"' in text and '"\'+d"' in text

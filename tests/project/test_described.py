@@ -22,7 +22,15 @@ from tests.support.vectors import SFACE, again, people
 (ANNA, BELLA) = people(2)
 RECORD = record(strewn(30, seed=1))
 NOT_RESULTS = {"Encounter", "Trace", "Config", "Policy", "CaptureConfig", "FaceConfig", "FingerConfig"}
-NOT_RESULTS |= {"GalleryConfig", "IsolationConfig", "SearchConfig", "ClusterConfig", "KeyProvider"}
+NOT_RESULTS |= {
+    "GalleryConfig",
+    "IsolationConfig",
+    "SearchConfig",
+    "LogConfig",
+    "LabelConfig",
+    "ClusterConfig",
+    "KeyProvider",
+}
 NO_JOB_RESULTS = {"Progress", "TableOptions", "Backlog"}
 
 

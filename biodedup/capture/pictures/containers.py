@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from biodedup.capture.pictures.itl import is_itl, read_itl
+from biodedup.capture.pictures.itl import PALM, is_itl, read_itl
 from biodedup.capture.pictures.records import Picture, is_image_record, read_pictures
 from biodedup.common.arguments import checked
 from biodedup.errors import InvalidInput
@@ -143,4 +143,8 @@ def _capture(picture: Picture, dpi: float | None = None) -> Face | Finger:
 
 
 def _several(column: str, picture: Picture) -> Refusal:
+    if picture.what == PALM:
+        return Refusal(
+            column, "several_fingers", "the record holds a palm (type 15), which is not compared; send fingers"
+        )
     return Refusal(column, "several_fingers", f"the record holds {picture.what}; cut it into single fingers")

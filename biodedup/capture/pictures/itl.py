@@ -1,9 +1,11 @@
-"""Reads the pictures in files of ANSI/NIST-ITL (.an2, .eft, .nist), traditional encoding: records of types 4, 10, 13, 14 and 15.
+"""Reads the pictures in files of ANSI/NIST-ITL (.an2, .eft, .nist), traditional encoding: records of types 4, 10, 13, 14 and 15; and the
+minutiae of type 9 where the file has no picture of a finger.
 
 Owns the layout of the file. Never decodes a picture and never judges one.
 
 1. The result for any bytes is a list of pictures or InvalidInput, in time proportional to the bytes.
-2. Records of other types are skipped by their length. A record whose length does not fit is an error.
+2. A picture of a finger counts more than minutiae that another extractor found in it: minutiae of different models do not compare.
+3. Records of other types are skipped by their length. A record whose length does not fit is an error.
 
 A file is a sequence of records: type 1 first, which lists the types of the others (field 1.003). Tagged records are `TYPE.FIELD:value`,
 separated by GS (0x1d), ended by FS (0x1c); field 999 is binary and lasts to the end. Types 3 to 8 are binary and begin with their length
@@ -16,6 +18,8 @@ import re
 import struct
 from collections.abc import Mapping
 
+from biodedup.capture.minutiae.itl import view_of_fields
+from biodedup.capture.minutiae.record import standard
 from biodedup.capture.pictures.records import Picture, finger_column, raw_pixels
 from biodedup.errors import InvalidInput
 
@@ -29,8 +33,10 @@ _TYPE_4 = struct.Struct(">IBB6sBHHB")
 _MM_PER_INCH, _CM_PER_INCH = 25.4, 2.54
 _RAW_CODES = ("NONE", "0", "")
 _SPACES = {"RGB": 3, "SRGB": 3, "GRAY": 1, "GREY": 1}
-_FINGERS, _FACE, _PALM = (13, 14), 10, 15
+_MINUTIAE, _FINGERS, _FACE, _PALM = 9, (13, 14), 10, 15
 _FACE_KINDS = ("", "FACE")
+PALM = "a palm"
+"""`Picture.what` of a palm."""
 
 
 def is_itl(content: bytes) -> bool:
@@ -39,8 +45,10 @@ def is_itl(content: bytes) -> bool:
 
 
 def read_itl(content: bytes) -> list[Picture]:
-    """The pictures of faces and friction ridges, in the file's order. Raises InvalidInput."""
+    """The pictures of faces and friction ridges, in the file's order; without one of a finger, also its minutiae as records of ISO/IEC
+    19794-2. Raises InvalidInput."""
     pictures: list[Picture] = []
+    minutiae: list[Mapping[int, bytes]] = []
     native: tuple[float, float] | None = None
     at = 0
     for number, kind in enumerate([1, *_types(content)]):
@@ -56,14 +64,20 @@ def read_itl(content: bytes) -> list[Picture]:
         at += length
         if kind == 4:
             pictures.append(_type_4(record, native))
+        elif kind == _MINUTIAE:
+            minutiae.append(_fields(record, kind))
         elif kind in (1, _FACE, *_FINGERS, _PALM):
             fields = _fields(record, kind)
             if kind == 1:
                 native = _native(fields)
             elif (picture := _tagged(kind, fields)) is not None:
                 pictures.append(picture)
+    if all(picture.column == "face" for picture in pictures):
+        pictures += [_of_minutiae(fields) for fields in minutiae]
     if not pictures:
-        raise InvalidInput(f"{_NAME} holds no picture of a face or a finger (types 4, 10, 13, 14); send one that does")
+        raise InvalidInput(
+            f"{_NAME} holds no picture of a face or a finger (types 4, 10, 13, 14), and no minutiae (type 9); send one that does"
+        )
     return pictures
 
 
@@ -135,14 +149,19 @@ def _type_4(record: bytes, native: tuple[float, float] | None) -> Picture:
     return Picture(column, data, dpi, what=what)
 
 
+def _of_minutiae(fields: Mapping[int, bytes]) -> Picture:
+    view = view_of_fields(fields)
+    return Picture(view.position, standard(view), quality=view.quality)
+
+
 def _tagged(kind: int, fields: Mapping[int, bytes]) -> Picture | None:
     """A picture of type 10, 13, 14 or 15; None for a tattoo, a scar, an iris, or a record without data."""
     data = fields.get(999)
     if not data or (kind == _FACE and _text(fields, 3) not in _FACE_KINDS):
         return None
     column, what = ("face", "") if kind == _FACE else finger_column(_int(fields, 13))
-    if kind == _PALM and not what:
-        column, what = "", "a palm"
+    if kind == _PALM:
+        column, what = "", PALM
     x, y = _int(fields, 9), _int(fields, 10)
     factor = _CM_PER_INCH if _text(fields, 8) == "2" else 1.0
     dpi = (x * factor, y * factor) if x and y and _text(fields, 8) in ("1", "2") else None

@@ -44,7 +44,7 @@ SLAPS = {13: "right four fingers", 14: "left four fingers", 15: "both thumbs"}
 
 class Picture(NamedTuple):
     """A picture in a container. column: `face` or a finger's position, "" for one that is no single finger; what: then its name. data: an
-    encoded picture, or uint8 (h, w) grey or (h, w, 3) RGB. dpi: as stated, for x and y. quality: 0..100 as stated."""
+    encoded picture, a minutiae record, or uint8 (h, w) grey or (h, w, 3) RGB. dpi: as stated, for x and y. quality: 0..100 as stated."""
 
     column: str
     data: bytes | NDArray[np.uint8]

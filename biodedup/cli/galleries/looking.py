@@ -71,7 +71,7 @@ def show_subject(
 ) -> None:
     """Show what a gallery holds of one subject: rows, groups, decisions, open cases. Shows no biometric data."""
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
-        subject = engine.subject(subject_id)
+        subject, labels = engine.subject(subject_id), engine.config.labels
     if as_json:
         print_json(subject.to_dict())
         return
@@ -93,7 +93,7 @@ def show_subject(
         (
             _moment(decision.decided_at),
             decision.encounter_id or "",
-            decision.outcome,
+            labels.of(decision.outcome),
             "" if decision.best is None else f"{decision.best.key} {decision.best.score_db:.1f} dB",
             "" if decision.adjudicated is None else f"{decision.adjudicated.ruling}, by {decision.adjudicated.by}",
         )

@@ -26,7 +26,7 @@ from biodedup.cluster.shards import wire
 from biodedup.errors import StorageUnavailable
 from biodedup.search.shards.base import QueueFull
 
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.cluster")
 SUSPECT_S = 10.0  # for so long a replica that failed is asked last
 _LATENCIES_MIN, _LATENCIES_MOST = 20, 200
 _SIZES_MOST = 1_000

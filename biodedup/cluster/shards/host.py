@@ -34,7 +34,7 @@ from biodedup.search.native.scanner import Scanner
 from biodedup.search.shards import faiss as engine
 from biodedup.search.shards.base import Shard, ShardQuery
 
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.cluster")
 _IDLE_S = 600.0  # a generation that was not asked for is closed
 _VIEWS_MOST = 32
 _KEPT_MOST = 1_000

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from biodedup.cluster.shards.asking import Replica
 from biodedup.cluster.shards.placement import Place, places_of
 
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.cluster")
 SILENT_S = 10.0
 RETRY_S = 30.0  # after which a node that had another release is tried again
 START_S = 120.0  # for so long a replica may be starting before it gets a substitute
@@ -150,7 +150,12 @@ class Keeper:
             else:
                 kept.about, kept.well_at, kept.is_failing = about, now, False
                 if about["release"] != self._release:
-                    _log.warning("%s has release %s, wanted %s", kept.actor.name, about["release"], self._release)
+                    _log.warning(
+                        "a replica has another release: %s has %s, wanted %s",
+                        kept.actor.name,
+                        about["release"],
+                        self._release,
+                    )
                     self._other_release[place.node] = now
                     kept.actor.end()
                     self._drop(place, "it is of another release")
@@ -198,7 +203,7 @@ class Keeper:
         with self._lock:
             kept = self._kept.pop(place)
         self._told = {told: at for told, at in self._told.items() if told[0] != place}
-        _log.info("%s is not asked any more: %s", kept.actor.name, reason)
+        _log.info("a replica is not asked any more: %s: %s", kept.actor.name, reason)
 
     def status(self) -> list[dict[str, Any]]:
         """One entry a replica: group, node, slot, state (`serving`, `opening`, `starting`, `failing`, `silent`), segments that it has and

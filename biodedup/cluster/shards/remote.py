@@ -28,7 +28,7 @@ from biodedup.search.shards import faiss as engine
 from biodedup.search.shards.base import QueueFull, Shard, ShardHits, ShardQuery
 from biodedup.values import Float32
 
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.cluster")
 _RETAKE_S = 30.0  # after which a replica is told again to open a unit
 
 

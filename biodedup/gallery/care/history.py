@@ -21,7 +21,7 @@ BACK_S = 1.0
 _LOOKED_AT = 65_536
 _DATE = re.compile(rb'"decided_at":([0-9][0-9.e+]*)')
 _ANSWER_BYTES_MAX = 1 << 26
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.gallery")
 
 
 def dates(snapshot: Snapshot, count: int = _LOOKED_AT) -> list[float]:
@@ -81,7 +81,7 @@ def finite(clock: Callable[[], float]) -> Callable[[], float]:
 
 
 class NotedClock:
-    """A clock that warns, in the log `biodedup`, when it tells a time before the newest decision's. Thread-safe."""
+    """A clock that warns, in the log `biodedup.gallery`, when it tells a time before the newest decision's. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float], snapshot: Callable[[], Snapshot]) -> None:
         self._clock = clock

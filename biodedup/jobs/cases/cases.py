@@ -123,7 +123,7 @@ def list_cases(
     if page is not None:
         _made_for(page)
         shown = [_shown(case, result.now) for case in cases[:CASES_ON_A_PAGE]]
-        write_page(page, "cases.html", title="Cases to judge", cases=shown, summary=result.summary(), more=len(cases) - len(shown))  # fmt: skip
+        write_page(page, "cases.html", label=engine.config.labels.of, title="Cases to judge", cases=shown, summary=result.summary(), more=len(cases) - len(shown))  # fmt: skip
     return result
 
 
@@ -144,7 +144,15 @@ def show_case(
     _made_for(page)
     links = _explained(engine, case, page) if explained else {}
     shown = _shown(case, result.now, links)
-    write_page(page, "cases.html", title=f"Case {encounter_id}", cases=[shown], summary=result.summary(), more=0)
+    write_page(
+        page,
+        "cases.html",
+        label=engine.config.labels.of,
+        title=f"Case {encounter_id}",
+        cases=[shown],
+        summary=result.summary(),
+        more=0,
+    )
     return case
 
 

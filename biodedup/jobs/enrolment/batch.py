@@ -48,6 +48,7 @@ from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.page import write_page
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.jobs.shared.workers import Extraction, Workers
+from biodedup.outcomes import outcome_of
 from biodedup.required import INCOMPLETE, keep_better
 from biodedup.values import Decision, Encounter, Refusal, Template, Verification
 
@@ -75,6 +76,11 @@ class BatchResult(Described):
     extracted: int
     decided_now: int
     seconds: dict[str, float]
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """The counts of `statuses` by outcome: `unique`, `duplicate`, `review`, `refused`."""
+        return {outcome_of(status) or status: count for status, count in self.statuses.items()}
 
     def summary(self) -> dict[str, Any]:
         """Counts, JSON-ready."""
@@ -174,7 +180,7 @@ def enroll_batch(
             clock=clock,
             stopwatch=stopwatch,
         )
-        tally = job.run(stack.enter_context(outcome_table(out, table.metadata)), progress)
+        tally = job.run(stack.enter_context(outcome_table(out, table.metadata, engine.config.labels)), progress)
     result = job.result(tally)
     if report is not None:
         write_page(
@@ -184,6 +190,7 @@ def enroll_batch(
             result=result,
             tally=tally,
             words=WORDS,
+            label=engine.config.labels.of,
             at=clock(),
             size=len(engine),
             table=out.name,

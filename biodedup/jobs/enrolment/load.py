@@ -25,6 +25,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from biodedup.capture.pictures.containers import is_container
+from biodedup.capture.reading import open_file
 from biodedup.common.described import Described
 from biodedup.config import Config
 from biodedup.engine import Engine
@@ -236,9 +238,22 @@ def _opened(
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         if isinstance(error, InvalidInput):
             raise
+        if is_container(_beginning(source)):
+            raise InvalidInput(
+                f"{source} is a record or file of captures (ISO/IEC 19794, ANSI/NIST-ITL), and `load` takes tables of templates; name it in "
+                "the column `finger` of a manifest for `enroll-batch`, or take its templates with bd.Encounter"
+            ) from None
         raise InvalidInput(
             f"{source} is not a Parquet, Arrow or npy file ({type(error).__name__}); write it with pyarrow, pandas or numpy"
         ) from error
+
+
+def _beginning(source: Path) -> bytes:
+    try:
+        with open_file(source) as file:
+            return file.read(64)
+    except OSError:
+        return b""
 
 
 def _read(batches: Iterator[Any], source: Path | Iterable[Any]) -> Iterator[Any]:

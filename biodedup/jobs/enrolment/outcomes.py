@@ -19,12 +19,14 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from biodedup.advice import ADVICE
+from biodedup.config import LabelConfig
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.manifests.encounters import Record
 from biodedup.jobs.shared.files import new_file
 from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.spreadsheet import disarmed, disarmed_schema
+from biodedup.outcomes import outcome_of
 from biodedup.required import INCOMPLETE, SUPERSEDED
 from biodedup.values import COLUMNS, Decision, Refusal, Verification
 
@@ -53,6 +55,8 @@ _RESULT = pa.schema(
         ("gallery_version", pa.int64()),
         ("decided_at", pa.timestamp("us", "UTC")),
         ("refusals", pa.string()),
+        ("outcome", pa.string()),
+        ("label", pa.string()),
     ]
 )
 
@@ -287,7 +291,8 @@ class Tally:
 class OutcomeWriter:
     """Writes the table while the job goes on, under another name; the rows of one manifest give one content."""
 
-    def __init__(self, path: Path, metadata: Any) -> None:
+    def __init__(self, path: Path, metadata: Any, labels: LabelConfig) -> None:
+        self._labels = labels
         self._metadata = metadata
         self._schema = pa.schema(
             [*_RESULT, *(field.with_name(_free(field.name)).with_metadata(None) for field in metadata)]
@@ -301,11 +306,12 @@ class OutcomeWriter:
         )
 
     def add(self, record: Record, encounter_id: str | None, outcome: Outcome) -> None:
-        row = {name: getattr(outcome, name) for name in _RESULT.names[3:-2]}
+        row = {name: getattr(outcome, name) for name in _RESULT.names[3:-4]}
         row |= {"row": record.row, "encounter_id": encounter_id, "subject_id": record.subject_id}
         at = outcome.decided_at
         row["decided_at"] = None if at is None else datetime.fromtimestamp(at, UTC)
         row["refusals"] = json.dumps(outcome.refusals, default=vars) if outcome.refusals else None
+        row |= {"outcome": outcome_of(outcome.status), "label": self._labels.of(outcome.status)}
         row |= {_free(name): record.metadata.get(name) for name in self._metadata.names}
         self._rows.append(row)
         if len(self._rows) >= _GROUP_ROWS:
@@ -323,13 +329,13 @@ class OutcomeWriter:
 
 
 @contextmanager
-def outcome_table(path: Path, metadata: Any) -> Iterator[OutcomeWriter]:
+def outcome_table(path: Path, metadata: Any, labels: LabelConfig) -> Iterator[OutcomeWriter]:
     """A writer whose table gets its name when all is in it. Raises InvalidInput for another name, StorageUnavailable."""
     check_table_name(path)
     with translated(f"writing {path}"):
         make_private_folder(path.parent)
         with new_file(path) as temporary:
-            writer = OutcomeWriter(temporary, metadata)
+            writer = OutcomeWriter(temporary, metadata, labels)
             yield writer
             writer.close()
 

@@ -30,7 +30,7 @@ from biodedup.search.native.exact_pairs import ranked
 from biodedup.search.shards.base import QueueFull, Shard, ShardHits, ShardQuery
 from biodedup.values import Float32
 
-_log = logging.getLogger("biodedup")
+_log = logging.getLogger("biodedup.search")
 _Result = TypeVar("_Result")
 
 
@@ -74,6 +74,8 @@ class FanOut:
         incomplete = {i: np.flatnonzero(h.complete_above > kth) for i, h in hits.items()}
         incomplete = {i: which for i, which in incomplete.items() if len(which)}
         if incomplete:
+            captures = sum(map(len, incomplete.values()))
+            _log.debug("second round: %d captures in %d of %d shards", captures, len(incomplete), len(shards))
             second = [
                 (probes[which], replace(query, min_similarity=kth[which], least=None)) for which in incomplete.values()
             ]

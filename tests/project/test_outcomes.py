@@ -1,0 +1,96 @@
+"""One vocabulary of outcomes: in the code, in exit codes, in tables, in printed lines and on the page of the documentation."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+import biodedup as bd
+from biodedup import jobs
+from biodedup.cli.base import Exit
+from biodedup.outcomes import MEANINGS, OLDER_WORDS, outcome_of
+from biodedup.values import Outcome
+from tests.support import ROOT
+from tests.support.shell import run
+from tests.support.vectors import SFACE, people
+
+PAGE = (ROOT / "docs" / "reference" / "outcomes.md").read_text("utf-8")
+INDONESIAN = bd.LabelConfig(unique="TUNGGAL", duplicate="GANDA", review="DITINJAU", refused="DITOLAK")
+
+
+def test_every_outcome_of_a_decision_has_a_meaning_and_an_exit_code():
+    assert set(MEANINGS) == set(get_args(Outcome))
+    codes = {"unique": Exit.DONE, "duplicate": Exit.DUPLICATE, "review": Exit.REVIEW, "refused": Exit.REFUSED}
+    assert {outcome: row.exit_code for outcome, row in MEANINGS.items()} == codes
+    assert set(OLDER_WORDS.values()) <= set(MEANINGS) and not set(OLDER_WORDS) & set(MEANINGS)
+    assert (outcome_of("adjudicate"), outcome_of("review"), outcome_of("searching")) == ("review", "review", None)
+
+
+def test_the_page_is_the_table():
+    for outcome, row in MEANINGS.items():
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| `{outcome}`"))
+        assert [cell.strip() for cell in line.split("|")[2:5]] == [row.meaning, str(row.exit_code), row.action]
+
+
+def test_labels_replace_the_words_of_outcomes_and_of_their_older_names():
+    assert INDONESIAN.of("adjudicate") == INDONESIAN.of("review") == "DITINJAU"
+    assert INDONESIAN.of("searching") == "searching"
+    assert bd.LabelConfig().of("enrolled") == "unique"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"unique": "duplicate"}, "wanted four different words"),
+        ({"review": "two\nlines"}, "wanted one line"),
+        ({"review": "x" * 41}, "label review"),
+        ({"review": "\x1b[31m"}, "label review"),
+        ({"refused": 3}, "refused"),
+    ],
+)
+def test_labels_that_would_confuse_are_refused(words, text):
+    with pytest.raises(bd.InvalidInput, match=text):
+        bd.LabelConfig(**words)
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """A manifest with a double of an enrolled subject, a new subject, and a vector that cannot be used."""
+    faces = people(3)
+    with bd.Engine.open(tmp_path / "g", bd.Config()) as engine:
+        engine.add_templates(["before"], {"face": faces[:1]}, model_id=SFACE)
+    cells = pa.array([*faces[:2].tolist(), [0.0] * 128], pa.list_(pa.float32()))
+    names = {"subject_id": ["a", "b", "c"], "encounter_id": ["ea", "eb", "ec"], "label": ["x", "y", "z"]}
+    pq.write_table(pa.table(names | {"face": cells}), tmp_path / "m.parquet")
+    return tmp_path / "m.parquet"
+
+
+def test_a_table_has_the_fixed_word_and_the_registers_word(tmp_path, batch):
+    config = bd.Config(labels=INDONESIAN)
+    out, page = tmp_path / "o.csv", tmp_path / "o.html"
+    with bd.Engine.open(tmp_path / "g", config) as engine, jobs.Backlog.open(tmp_path / "g") as backlog:
+        result = jobs.enroll_batch(
+            engine, backlog, batch, out, report=page, options=jobs.TableOptions(ignore_columns=True)
+        )
+    rows = pyarrow.csv.read_csv(out).to_pylist()
+    assert {row["outcome"] for row in rows} <= set(MEANINGS)
+    assert [row["label"] for row in rows] == [INDONESIAN.of(row["outcome"]) for row in rows]
+    assert [outcome_of(row["status"]) for row in rows] == [row["outcome"] for row in rows]
+    assert [row["manifest_label"] for row in rows] == ["x", "y", "z"], "the manifest's own column keeps its content"
+    assert sum(result.outcomes.values()) == 3 and result.outcomes["refused"] == 1
+    text = page.read_text("utf-8")
+    assert "DITOLAK: " in text and "TUNGGAL: newly enrolled" in text and "adjudicate" not in text
+
+
+def test_printed_lines_use_the_registers_words_and_json_does_not(tmp_path):
+    face = bd.Template("face", SFACE, people(1)[0])
+    with bd.Engine.open(tmp_path / "g", bd.Config()) as engine:
+        engine.enroll(bd.Encounter("anna", encounter_id="e1", templates={"face": face}))
+    (tmp_path / "biodedup.toml").write_text('[labels]\nunique = "TUNGGAL"\n', "utf-8")
+    code, printed, _ = run("subject", "anna", "--gallery", "g", cwd=tmp_path)
+    assert code == 0 and "TUNGGAL" in printed and "unique" not in printed
+    assert "TUNGGAL" not in run("subject", "anna", "--gallery", "g", "--json", cwd=tmp_path)[1]
