@@ -405,8 +405,8 @@ def test_pairs_with_an_image_of_unknown_label_are_not_across_labels():
 def test_the_reason_of_a_duplicate_is_a_note_not_a_task(capsys):
     decision = bd.Decision("duplicate", "anna", "e1", (), (), (), 50.0, 23.0, 2, 3, reasons=("open_case",))
     with pytest.raises(typer.Exit):
-        base.finish_decision(decision, False)
+        base.finish_decision(decision, False, labels=bd.Config().labels)
     with pytest.raises(typer.Exit):
-        base.finish_decision(replace(decision, outcome="review"), False)
+        base.finish_decision(replace(decision, outcome="review"), False, labels=bd.Config().labels)
     note, task = re.findall(r"^  (.+): another case is open", capsys.readouterr().out, re.M)
     assert (note, task) == ("note", "a person has to look")
