@@ -22,6 +22,8 @@ lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteC
 | job_step | one step that a job has done, by name, and what it noted; kept for ever |
 | policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
 | index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
+| chain | one link of the hash chain over the commits (chain.py); in SQLite alone |
+| digest | the digest of the present rows of one table; in SQLite alone |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
@@ -30,7 +32,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,19 @@ import xxhash
 
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.catalogue.chain import (
+    BEGUN,
+    CHAIN_COLUMNS,
+    CHAINED,
+    NEW_KEY,
+    NO_LINK,
+    ChainHash,
+    Changes,
+    Digest,
+    Link,
+    is_chained,
+    pack_row,
+)
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings, asked_in, read_settings
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
@@ -74,6 +88,7 @@ COLUMNS_OF = {
     "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
     "index_codec": "key TEXT PRIMARY KEY, spec TEXT, card TEXT, trained BLOB",
 }
+_EVERY = COLUMNS_OF | CHAIN_COLUMNS
 _ADDED = {
     "review_case": "cases",
     "verdict": "cases",
@@ -83,16 +98,19 @@ _ADDED = {
     "policy": "policies",
     "job_step": "job_steps",
     "index_codec": "index_codecs",
+    "chain": "chain",
+    "digest": "chain",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
-ADDED_SETTINGS = frozenset(_ADDED.values())
-_RENEWED = ADDED_SETTINGS - {"encounters"}
+ADDED_SETTINGS = frozenset(_ADDED.values()) - {"chain"}
+"""Of the tables that every database has. The chain is in SQLite alone."""
+_RENEWED = frozenset(_ADDED.values()) - {"encounters"}
 """Settings that `SqliteCatalogue.renew` makes true; `encounters` comes with the rows of open cases (`Transaction.adopt_cases`)."""
 
 INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
 
-REPLACED = ("meta", "review_case", "encounter")
+REPLACED = ("meta", "review_case", "encounter", "digest")
 """Tables of which a row may be put again; an encounter that was refused may be sent again."""
 
 STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
@@ -134,6 +152,8 @@ class JournalCell:
 
 class CatalogueTables(ABC):
     """What the rows of a gallery's tables mean, in any database."""
+
+    tables: Mapping[str, str] = COLUMNS_OF
 
     # the gallery itself -----------------------------------------------------------------------------------------
 
@@ -197,7 +217,7 @@ class CatalogueTables(ABC):
     def problems(self) -> list[str]:
         """The database's own check, the checksum of every row, and the rules that the journal keeps."""
         problems = self._database_problems()
-        for table in COLUMNS_OF:
+        for table in self.tables:
             problems += self._table_problems(table)
         if problems:
             return problems
@@ -428,24 +448,39 @@ class CatalogueTables(ABC):
 
 
 class SqliteCatalogue(CatalogueTables):
-    """The tables in SQLite, over one connection."""
+    """The tables in SQLite, over one connection. Each commit adds a link to the hash chain (chain.py)."""
+
+    tables: Mapping[str, str] = COLUMNS_OF | CHAIN_COLUMNS
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self.erased = False
         """Whether rows were deleted that the rollback journal may still hold. The gallery resets it."""
+        self.anew = ""
+        """The reason why the next commits take the digests of the chain anew, empty for none."""
+        self.chain_hash = ChainHash(getattr(connection, "chain_key", None))
+        self._changes = Changes(self.chain_hash)
+        self._state: State | None = None
+        self._known: tuple[bytes, dict[str, Digest]] = (b"", {})
+        """The newest value of the chain that this connection wrote or read, and the digests of the tables at it."""
 
     # transactions ---------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         self._connection.execute("BEGIN IMMEDIATE")
+        self._changes, self._state = Changes(self.chain_hash), None
 
     def begin_reading(self) -> None:
         """From the first statement on, no writer can commit, until `rollback`."""
         self._connection.execute("BEGIN")
 
     def commit(self) -> None:
+        self._extend_chain()
         self._connection.execute("COMMIT")
+
+    def set_state(self, state: State) -> None:
+        super().set_state(state)
+        self._state = state
 
     def rollback(self) -> None:
         if self._connection.in_transaction:
@@ -461,12 +496,12 @@ class SqliteCatalogue(CatalogueTables):
 
     def lay_tables(self, gallery_id: str, config: str) -> None:
         """The schema, with nothing but the gallery's id and settings."""
-        for table in COLUMNS_OF:
+        for table in self.tables:
             self._create(table)
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
-        self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS)])
+        self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS | {"chain"})])
 
     def is_current(self) -> bool:
         """Whether `renew` has nothing to do."""
@@ -500,7 +535,7 @@ class SqliteCatalogue(CatalogueTables):
     def check_schema(self) -> None:
         """Called before any table is read. Raises GalleryDamaged where the database holds a trigger, a view or a table that this program
         does not make: a trigger or a view would run another author's SQL."""
-        expected, found = _schema(COLUMNS_OF), set()
+        expected, found = _schema(self.tables), set()
         for kind, name, table, sql in self._connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"):
             if (kind, name, sql) == ("index", f"sqlite_autoindex_{table}_1", None) and ("table", table) in expected:
                 continue  # of a key that is a text
@@ -521,11 +556,29 @@ class SqliteCatalogue(CatalogueTables):
 
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
-        marks = ",".join("?" * (COLUMNS_OF[table].count(",") + 2))
+        marks = ",".join("?" * (self.tables[table].count(",") + 2))
         verb = "REPLACE" if table in REPLACED else "INSERT"
-        self._connection.executemany(
-            f"{verb} INTO {table} VALUES ({marks})", ((*row, row_checksum(row)) for row in rows)
-        )
+        if table in REPLACED and table not in CHAIN_COLUMNS:
+            rows = list(rows)
+            key = table_columns(table)[0][0]
+            self._note_dropped(f"{table} WHERE {key} = ?", [(row[0],) for row in rows])
+        self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", self._noted(table, rows))
+
+    def _noted(self, table: str, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+        """Rows with their checksums, noted for the chain."""
+        for row in rows:
+            packed = pack_row(row)
+            if is_chained(table, row):
+                self._changes.put(table, packed)
+            yield (*row, _checksum(packed))
+
+    def _note_dropped(self, which: str, values: Iterable[tuple[Any, ...]]) -> None:
+        """As `_delete` deletes them."""
+        table = which.partition(" ")[0]
+        for some in values:
+            for *row, _ in self._connection.execute(f"SELECT * FROM {which}", some):
+                if is_chained(table, row):
+                    self._changes.drop(table, pack_row(row))
 
     def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
         """Every row of a table, without its checksum, in the order in which they were put. Raises GalleryDamaged."""
@@ -548,8 +601,82 @@ class SqliteCatalogue(CatalogueTables):
 
     def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
         """The only way to delete rows: it marks the rollback journal to be wiped."""
+        values = list(values)
+        if which.partition(" ")[0] not in CHAIN_COLUMNS:
+            self._note_dropped(which, values)
         self._connection.executemany(f"DELETE FROM {which}", values)
         self.erased = True
+
+    # the hash chain -----------------------------------------------------------------------------------------------
+
+    def has_chain(self) -> bool:
+        """Raises GalleryDamaged where its tables are lost."""
+        there = [self._exists(table) for table in CHAIN_COLUMNS]
+        if not all(there) and (any(there) or "chain" in self.meta()):
+            raise GalleryDamaged("the tables of the hash chain are lost; restore the database from a backup")
+        return all(there)
+
+    def links(self) -> Iterator[Link]:
+        """The chain, oldest first. Raises GalleryDamaged."""
+        return (Link(*row) for row in self._all("chain", "number"))
+
+    def digests(self) -> dict[str, Digest]:
+        """Of the tables, as the newest link left them. Raises GalleryDamaged."""
+        return {name: Digest(rows, int.from_bytes(total, "big")) for name, rows, total in self._all("digest")}
+
+    def prune_chain(self, number: int) -> None:
+        """Deletes the links before one, inside the caller's transaction, whose commit takes the digests anew."""
+        self._delete("chain WHERE number < ?", [(number,)])
+
+    def _extend_chain(self) -> None:
+        """Adds a link, at the end of a transaction that changed something. Raises GalleryDamaged."""
+        if not (self._changes.by_table or self._state or self.anew):
+            return
+        if self._known[0] == b"" and not self.has_chain():
+            return  # of an older format; its next writer begins the chain
+        last = next((Link(*row) for row in self._all("chain", "number DESC LIMIT 1")), None)
+        reason = self.anew or (BEGUN if last is None else "" if last.key_id == self.chain_hash.key_id else NEW_KEY)
+        before = {} if last is None or reason else self._digests_at(last)
+        changes = self._present() if reason else self._changes
+        after = changes.applied_to(before)
+        changed = CHAINED if reason else changes.by_table
+        self.put("digest", [(table, *after.get(table, Digest()).values) for table in changed])
+        state = self._state or self.state()
+        link = self.chain_hash.completed(
+            Link(
+                1 if last is None else last.number + 1,
+                state.commits,
+                json.dumps(vars(state)),
+                self.chain_hash.key_id,
+                reason,
+                bytes(changes.packed),
+                self.chain_hash.content(after),
+                NO_LINK if last is None else last.value,
+            )
+        )
+        self.put("chain", [link.values])
+        self._known = (link.value, after)
+
+    def _digests_at(self, last: Link) -> dict[str, Digest]:
+        """Of the tables, at the newest link. What was put back from an earlier time is not to be carried on."""
+        if self._known[0] != last.value:
+            digests = self.digests()
+            if self.chain_hash.completed(last) != last or self.chain_hash.content(digests) != last.content:
+                raise GalleryDamaged(
+                    "the hash chain of the gallery does not fit its newest link; run `biodedup log verify`, and restore a backup"
+                )
+            self._known = (last.value, digests)
+        return self._known[1]
+
+    def _present(self) -> Changes:
+        """All rows, as if they were put now."""
+        present = Changes(self.chain_hash)
+        for table in CHAINED:
+            if self._exists(table):
+                for row in self.rows_of(table):
+                    if is_chained(table, row):
+                        present.put(table, pack_row(row))
+        return present
 
     def _last_number(self, table: str) -> int:
         return int(self._connection.execute(f"SELECT coalesce(max(number), 0) FROM {table}").fetchone()[0])
@@ -589,7 +716,7 @@ def _schema(tables: Iterable[str]) -> dict[tuple[str, str], str]:
     """(type, name) -> how it is made."""
     made = {}
     for table in tables:
-        made["table", table] = f"CREATE TABLE {table} ({COLUMNS_OF[table]}, checksum INTEGER NOT NULL)"
+        made["table", table] = f"CREATE TABLE {table} ({_EVERY[table]}, checksum INTEGER NOT NULL)"
         for column in INDEXED.get(table, ()):
             name = f"{table}_{column.removesuffix('_id')}"
             made["index", name] = f"CREATE INDEX {name} ON {table} ({column})"
@@ -600,13 +727,13 @@ _NULLABLE = {"dimension", "vector", "minutiae", "quality", "decision", "candidat
 _PYTHON_TYPES = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
 _TYPES_OF = {
     table: [(_PYTHON_TYPES[spec.split()[1]], spec.split()[0] in _NULLABLE) for spec in columns.split(", ")]
-    for table, columns in COLUMNS_OF.items()
+    for table, columns in _EVERY.items()
 }
 
 
 def table_columns(table: str) -> list[tuple[str, type]]:
     """The name and the Python type of each column of a table, without its checksum."""
-    names = [spec.split()[0] for spec in COLUMNS_OF[table].split(", ")]
+    names = [spec.split()[0] for spec in _EVERY[table].split(", ")]
     return [(name, kind) for name, (kind, _) in zip(names, _TYPES_OF[table], strict=True)]
 
 
@@ -621,16 +748,11 @@ def has_types_of(table: str, values: Sequence[Any]) -> bool:
 
 def row_checksum(values: Sequence[Any]) -> int:
     """XXH3 of the values with their types and lengths, as SQLite's signed integer."""
-    parts = []
-    for value in values:
-        if isinstance(value, (bytes, str)):
-            data = value.encode() if isinstance(value, str) else value
-            parts.append(struct.pack("<cq", b"s" if isinstance(value, str) else b"b", len(data)) + data)
-        elif isinstance(value, float):
-            parts.append(struct.pack("<cd", b"f", value))
-        else:
-            parts.append(b"n" if value is None else struct.pack("<cq", b"i", value))
-    return xxhash.xxh3_64_intdigest(b"".join(parts)) - (1 << 63)
+    return _checksum(pack_row(values))
+
+
+def _checksum(packed: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(packed) - (1 << 63)
 
 
 def _blobs(template: Template) -> tuple[bytes | None, bytes | None, float | None]:
