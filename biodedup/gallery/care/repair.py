@@ -89,7 +89,7 @@ def _inspect_or_lost(storage: Storage, folder: Path) -> list[Problem]:
 def _recount(storage: Storage, folder: Path) -> list[str]:
     """Another writer, if there is one, finds a commit that is not its own, and stops."""
     with connected(storage, folder, read_only=False) as catalogue:
-        catalogue.anew = REPAIRED
+        catalogue.chain.anew = REPAIRED
         catalogue.begin()
         try:
             counted = recomputed(read_counters(catalogue), read_counter_sources(catalogue, catalogue.segments()))

@@ -5,10 +5,13 @@ Owns what is hashed, and in which form. Never reads a database: the catalogue (s
 The hash H is HMAC-SHA256 (RFC 2104) in an encrypted gallery, under a key that is derived from the gallery's, and SHA-256 in one in the clear,
 where it finds accidents alone: anybody can compute it again.
 
-1. A link of the chain hashes the link before it, the counters after the commit, which rows it put and dropped, and the digests of all tables.
-2. The digest of a table is the sum of the hashes of its rows modulo 2^256, and their number: the additive multiset hash of Clarke, Devadas,
-   van Dijk, Gassend and Suh (ASIACRYPT 2003). A commit adds what it put and subtracts what it dropped, without reading the others.
+1. The value of a link hashes the value of the link before it, the counters after the commit, and the digests of all tables.
+2. The digest of a table is the number of its rows and the sum of their hashes modulo 2^2048: AdHash (Bellare and Micciancio, EUROCRYPT 1997),
+   keyed in an encrypted gallery. The hash of a row is H, stretched to 2048 bits by SHAKE128 (FIPS 202); Wagner's generalised birthday attack
+   (CRYPTO 2002) on a sum of that length takes about 2^90 steps, on one of 256 bits 2^32. A commit adds the rows that it put and subtracts
+   those that it dropped, without reading the others.
 3. A link that has a reason took the digests anew from the rows: they are not those that the link before left.
+4. The lists of changed rows (`RowChange`) say which row is not as a commit left it. No link hashes them: they name what the digests find.
 """
 
 from __future__ import annotations
@@ -21,50 +24,39 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 CHAIN_COLUMNS = {
-    "chain": "number INTEGER PRIMARY KEY, commits INTEGER, state TEXT, key_id TEXT, reason TEXT, changes BLOB, content BLOB, "
-    "previous BLOB, value BLOB",
+    "chain": "number INTEGER PRIMARY KEY, commits INTEGER, state TEXT, key_id TEXT, reason TEXT, content BLOB, value BLOB",
     "digest": "name TEXT PRIMARY KEY, rows INTEGER, sum BLOB",
+    "row_change": "number INTEGER PRIMARY KEY, link INTEGER, journal INTEGER, changes BLOB",
 }
+JOURNAL = ("subject", "cell", "encounter")
+"""Tables that sealing empties. Changes of their rows are listed until then."""
 CHAINED = (
-    *(
-        "meta",
-        "model",
-        "group_set",
-        "segment",
-        "tombstone",
-        "subject",
-        "cell",
-        "encounter",
-        "held",
-        "review_case",
-        "verdict",
-    ),
+    *("meta", "model", "group_set", "segment", "tombstone", *JOURNAL, "held", "review_case", "verdict"),
     *("pending", "judged", "link", "job_step", "policy", "index_codec"),
 )
 """Tables that the chain covers. Their places in this order stand in the chain: new ones come last."""
-BEGUN, NEW_KEY, REPAIRED, PRUNED = "begun", "new key", "repaired", "pruned"
+BEGUN, NEW_KEY, REPAIRED = "begun", "new key", "repaired"
 """Reasons of links that took the digests anew."""
 NO_LINK = bytes(32)
 """What the first link has before it."""
 _CHANGE = struct.Struct("<B8s")
 _DROPPED = 0x80
 _CODES = {table: code for code, table in enumerate(CHAINED)}
-_MODULUS = 1 << 256
+_SUM_BYTES = 256
+_MODULUS = 1 << 8 * _SUM_BYTES
 
 
 @dataclass(frozen=True)
 class Link:
-    """A row of the table `chain`, in the order of its columns. state: the counters (JSON) after the commit; key_id: of the key, empty for
-    none; reason: empty for a commit; changes: packed (`changes_in`); content: the digest of all tables; previous: the value before."""
+    """A row of the table `chain`, in the order of its columns. state: the counters after the commit (JSON); key_id: of the key, empty for
+    none; reason: empty for a commit; content: the hash of the digests of all tables."""
 
     number: int
     commits: int
     state: str
     key_id: str
     reason: str
-    changes: bytes
     content: bytes
-    previous: bytes
     value: bytes = b""
 
     @property
@@ -74,28 +66,30 @@ class Link:
 
 @dataclass(frozen=True)
 class Digest:
-    """Of the rows of one table. total: the sum of their hashes modulo 2^256."""
+    """Of the rows of one table. total: the sum of their hashes modulo 2^2048."""
 
     rows: int = 0
     total: int = 0
 
-    def plus(self, rows: int, total: int) -> Digest:
-        return Digest(self.rows + rows, (self.total + total) % _MODULUS)
+    def plus(self, other: Digest) -> Digest:
+        return Digest(self.rows + other.rows, (self.total + other.total) % _MODULUS)
 
     @property
     def values(self) -> tuple[int, bytes]:
-        return self.rows, self.total.to_bytes(32, "big")
+        return self.rows, self.total.to_bytes(_SUM_BYTES, "big")
 
 
 class ChainHash:
     """H, and what is computed with it. key: 32 bytes, None in a gallery in the clear."""
 
     def __init__(self, key: bytes | None) -> None:
-        self._key = key
-        self.key_id = "" if key is None else hmac.digest(key, b"biodedup chain key id", "sha256")[:8].hex()
+        self._empty: Any = hashlib.sha256() if key is None else hmac.new(key, digestmod="sha256")
+        self.key_id = "" if key is None else self.of(b"biodedup chain key id")[:8].hex()
 
     def of(self, data: bytes) -> bytes:
-        return hashlib.sha256(data).digest() if self._key is None else hmac.digest(self._key, data, "sha256")
+        state = self._empty.copy()
+        state.update(data)
+        return bytes(state.digest())
 
     def row(self, table: str, packed: bytes) -> bytes:
         """packed: the row's values as `pack_row` packs them."""
@@ -105,9 +99,33 @@ class ChainHash:
         parts = [value for table in CHAINED for value in (table, *digests.get(table, Digest()).values)]
         return self.of(b"biodedup tables 1\0" + pack_row(parts))
 
-    def completed(self, link: Link) -> Link:
-        """With its value."""
-        return replace(link, value=self.of(b"biodedup chain 1\0" + pack_row(link.values[:-1])))
+    def completed(self, link: Link, previous: bytes) -> Link:
+        """With its value. previous: the value of the link before."""
+        return replace(link, value=self.of(b"biodedup chain 1\0" + previous + pack_row(link.values[:-1])))
+
+
+def stretched(row_hash: bytes) -> int:
+    """What a row adds to the sum of its table."""
+    return int.from_bytes(hashlib.shake_128(row_hash).digest(_SUM_BYTES), "big")
+
+
+class Sum:
+    """The digest of rows that are added one by one."""
+
+    def __init__(self, chain_hash: ChainHash, table: str) -> None:
+        self._hash, self._table = chain_hash, table
+        self._rows = self._total = 0
+
+    def add(self, packed: bytes, sign: int = 1) -> bytes:
+        """Returns the hash of the row. sign: -1 takes a row away."""
+        value = self._hash.row(self._table, packed)
+        self._rows += sign
+        self._total += sign * stretched(value)
+        return value
+
+    @property
+    def digest(self) -> Digest:
+        return Digest(self._rows, self._total % _MODULUS)
 
 
 class Changes:
@@ -115,8 +133,19 @@ class Changes:
 
     def __init__(self, chain_hash: ChainHash) -> None:
         self._hash = chain_hash
-        self.packed = bytearray()
-        self.by_table: dict[str, Digest] = {}
+        self._sums: dict[str, Sum] = {}
+        self._emptied: set[str] = set()
+        self.journal, self.other = bytearray(), bytearray()
+        """Packed lists of changed rows, as `changes_in` reads them: of the journal, and of the other tables."""
+
+    @property
+    def tables(self) -> set[str]:
+        return {*self._sums, *self._emptied}
+
+    @property
+    def emptied(self) -> bool:
+        """Whether the journal was, so that earlier lists of its rows say nothing any more."""
+        return self._emptied >= {*JOURNAL}
 
     def put(self, table: str, packed: bytes) -> None:
         self._note(table, packed, 0, 1)
@@ -124,24 +153,40 @@ class Changes:
     def drop(self, table: str, packed: bytes) -> None:
         self._note(table, packed, _DROPPED, -1)
 
+    def empty(self, table: str) -> None:
+        """Every row of the table is dropped. Only for a table whose rows this process has compared with its digest, or written."""
+        self._sums.pop(table, None)
+        self._emptied.add(table)
+        if self.emptied:
+            self.journal.clear()
+
     def _note(self, table: str, packed: bytes, flag: int, sign: int) -> None:
-        value = self._hash.row(table, packed)
-        self.packed += _CHANGE.pack(_CODES[table] | flag, value[:8])
-        self.by_table[table] = self.by_table.get(table, Digest()).plus(sign, sign * int.from_bytes(value, "big"))
+        if table not in self._sums:
+            self._sums[table] = Sum(self._hash, table)
+        value = self._sums[table].add(packed, sign)
+        changes = self.journal if table in JOURNAL else self.other
+        changes += _CHANGE.pack(_CODES[table] | flag, value[:8])
 
     def applied_to(self, digests: Mapping[str, Digest]) -> dict[str, Digest]:
-        changed = {t: digests.get(t, Digest()).plus(d.rows, d.total) for t, d in self.by_table.items()}
-        return {**digests, **changed}
+        after = {table: digest for table, digest in digests.items() if table not in self._emptied}
+        return {**after, **{table: after.get(table, Digest()).plus(sum_.digest) for table, sum_ in self._sums.items()}}
 
 
-def changes_in(packed: bytes) -> Iterator[tuple[str, bytes, bool]]:
-    """(table, the first 8 bytes of the row's hash, whether it was put and not dropped), in their order. Raises ValueError."""
-    if len(packed) % _CHANGE.size:
-        raise ValueError("a link of the chain lists half a row")
-    for code, short in _CHANGE.iter_unpack(packed):
-        if code & ~_DROPPED >= len(CHAINED):
-            raise ValueError("a link of the chain names a table that this version does not know")
-        yield CHAINED[code & ~_DROPPED], short, not code & _DROPPED
+@dataclass(frozen=True)
+class RowChange:
+    """link: whose commit made it; start: the first 8 bytes of the row's hash; put: whether the row was put and not dropped."""
+
+    link: int
+    table: str
+    start: bytes
+    put: bool
+
+
+def changes_in(link: int, packed: bytes) -> Iterator[RowChange]:
+    """In their order."""
+    for code, start in _CHANGE.iter_unpack(packed[: len(packed) // _CHANGE.size * _CHANGE.size]):
+        if code & ~_DROPPED < len(CHAINED):
+            yield RowChange(link, CHAINED[code & ~_DROPPED], start, not code & _DROPPED)
 
 
 def is_chained(table: str, row: Sequence[Any]) -> bool:

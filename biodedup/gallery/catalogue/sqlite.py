@@ -24,6 +24,7 @@ lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteC
 | index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
 | chain | one link of the hash chain over the commits (chain.py); in SQLite alone |
 | digest | the digest of the present rows of one table; in SQLite alone |
+| row_change | which rows a commit put and dropped, by the start of their hashes; of the journal until it is sealed; in SQLite alone |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
@@ -34,6 +35,7 @@ import json
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,18 +45,17 @@ import xxhash
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.chain import (
-    BEGUN,
     CHAIN_COLUMNS,
-    CHAINED,
-    NEW_KEY,
-    NO_LINK,
-    ChainHash,
-    Changes,
+    JOURNAL,
     Digest,
     Link,
+    RowChange,
+    Sum,
+    changes_in,
     is_chained,
     pack_row,
 )
+from biodedup.gallery.catalogue.chain_writer import ChainWriter
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings, asked_in, read_settings
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
@@ -100,6 +101,7 @@ _ADDED = {
     "index_codec": "index_codecs",
     "chain": "chain",
     "digest": "chain",
+    "row_change": "chain",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
@@ -214,9 +216,13 @@ class CatalogueTables(ABC):
     def add_group_set(self, number: int, names: Iterable[str]) -> None:
         self.put("group_set", [(number, json.dumps(sorted(names)))])
 
+    def compared_with_chain(self) -> AbstractContextManager[None]:
+        """Compares the tables that are read whole meanwhile with the hash chain, where the database has one. Raises GalleryDamaged."""
+        return nullcontext()
+
     def problems(self) -> list[str]:
         """The database's own check, the checksum of every row, and the rules that the journal keeps."""
-        problems = self._database_problems()
+        problems = self.database_problems()
         for table in self.tables:
             problems += self._table_problems(table)
         if problems:
@@ -407,7 +413,7 @@ class CatalogueTables(ABC):
 
     def clear_journal(self) -> None:
         """Deletes the journal's rows, which a segment holds now."""
-        for table in ("subject", "cell", "encounter"):
+        for table in JOURNAL:
             self._delete(table)
 
     # what a database has to do ----------------------------------------------------------------------------------
@@ -439,7 +445,7 @@ class CatalogueTables(ABC):
         """Every `key` of a table, ascending."""
 
     @abstractmethod
-    def _database_problems(self) -> list[str]:
+    def database_problems(self) -> list[str]:
         """What the database's own check finds."""
 
     @abstractmethod
@@ -456,31 +462,28 @@ class SqliteCatalogue(CatalogueTables):
         self._connection = connection
         self.erased = False
         """Whether rows were deleted that the rollback journal may still hold. The gallery resets it."""
-        self.anew = ""
-        """The reason why the next commits take the digests of the chain anew, empty for none."""
-        self.chain_hash = ChainHash(getattr(connection, "chain_key", None))
-        self._changes = Changes(self.chain_hash)
-        self._state: State | None = None
-        self._known: tuple[bytes, dict[str, Digest]] = (b"", {})
-        """The newest value of the chain that this connection wrote or read, and the digests of the tables at it."""
+        self.chain = ChainWriter(self, getattr(connection, "chain_key", None))
 
     # transactions ---------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         self._connection.execute("BEGIN IMMEDIATE")
-        self._changes, self._state = Changes(self.chain_hash), None
+        self.chain.begin()
 
     def begin_reading(self) -> None:
         """From the first statement on, no writer can commit, until `rollback`."""
         self._connection.execute("BEGIN")
 
     def commit(self) -> None:
-        self._extend_chain()
+        self.chain.extend()
         self._connection.execute("COMMIT")
 
     def set_state(self, state: State) -> None:
         super().set_state(state)
-        self._state = state
+        self.chain.state = state
+
+    def compared_with_chain(self) -> AbstractContextManager[None]:
+        return self.chain.comparing()
 
     def rollback(self) -> None:
         if self._connection.in_transaction:
@@ -511,7 +514,7 @@ class SqliteCatalogue(CatalogueTables):
         """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
         first, settings = self.policies(), self.meta()
         for table, setting in _ADDED.items():
-            if setting not in settings and not self._exists(table):
+            if setting not in settings and not self.exists(table):
                 self._create(table)
                 if table == "policy":
                     self.add_policy(first[0])
@@ -522,7 +525,8 @@ class SqliteCatalogue(CatalogueTables):
         for statement in _schema([table]).values():
             self._connection.execute(statement)
 
-    def _exists(self, table: str) -> bool:
+    def exists(self, table: str) -> bool:
+        """Whether the database has a table."""
         query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
         return bool(self._connection.execute(query, (table,)).fetchone()[0])
 
@@ -568,8 +572,7 @@ class SqliteCatalogue(CatalogueTables):
         """Rows with their checksums, noted for the chain."""
         for row in rows:
             packed = pack_row(row)
-            if is_chained(table, row):
-                self._changes.put(table, packed)
+            self.chain.put(table, row, packed)
             yield (*row, _checksum(packed))
 
     def _note_dropped(self, which: str, values: Iterable[tuple[Any, ...]]) -> None:
@@ -577,8 +580,7 @@ class SqliteCatalogue(CatalogueTables):
         table = which.partition(" ")[0]
         for some in values:
             for *row, _ in self._connection.execute(f"SELECT * FROM {which}", some):
-                if is_chained(table, row):
-                    self._changes.drop(table, pack_row(row))
+                self.chain.drop(table, row)
 
     def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
         """Every row of a table, without its checksum, in the order in which they were put. Raises GalleryDamaged."""
@@ -587,96 +589,60 @@ class SqliteCatalogue(CatalogueTables):
     def _all(
         self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
-        if table in _ADDED and not self._exists(table):
+        if table in _ADDED and not self.exists(table):
             if _ADDED[table] in self.meta():
                 raise GalleryDamaged(f"table {table} is lost; run `biodedup doctor`")
             return
         query = (
             f"SELECT * FROM {table}" + (f" WHERE {where}" if where else "") + (f" ORDER BY {order}" if order else "")
         )
+        yield from self._checked(table, query, which, None if where else self.chain.reading(table))
+
+    def _checked(
+        self, table: str, query: str, which: tuple[str, ...] = (), rows: Sum | None = None
+    ) -> Iterator[tuple[Any, ...]]:
+        """rows: sums them up for the chain."""
         for *values, checksum in self._connection.execute(query, which):
-            if not has_types_of(table, values) or row_checksum(values) != checksum:
+            packed = pack_row(values) if has_types_of(table, values) else b""
+            if not packed or _checksum(packed) != checksum:
                 raise GalleryDamaged(f"a row of table {table} is damaged; run `biodedup doctor`")
+            if rows is not None and is_chained(table, values):
+                rows.add(packed)
             yield tuple(values)
+        if rows is not None:
+            self.chain.was_read(table, rows)
 
     def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
         """The only way to delete rows: it marks the rollback journal to be wiped."""
         values = list(values)
-        if which.partition(" ")[0] not in CHAIN_COLUMNS:
+        if which in JOURNAL:
+            self.chain.changes.empty(which)
+        elif which.partition(" ")[0] not in CHAIN_COLUMNS:
             self._note_dropped(which, values)
         self._connection.executemany(f"DELETE FROM {which}", values)
         self.erased = True
 
     # the hash chain -----------------------------------------------------------------------------------------------
 
-    def has_chain(self) -> bool:
-        """Raises GalleryDamaged where its tables are lost."""
-        there = [self._exists(table) for table in CHAIN_COLUMNS]
-        if not all(there) and (any(there) or "chain" in self.meta()):
-            raise GalleryDamaged("the tables of the hash chain are lost; restore the database from a backup")
-        return all(there)
-
     def links(self) -> Iterator[Link]:
         """The chain, oldest first. Raises GalleryDamaged."""
         return (Link(*row) for row in self._all("chain", "number"))
+
+    def last_links(self) -> list[Link]:
+        """The newest link and the one before, as far as they are there."""
+        return [Link(*row) for row in self._checked("chain", "SELECT * FROM chain ORDER BY number DESC LIMIT 2")]
 
     def digests(self) -> dict[str, Digest]:
         """Of the tables, as the newest link left them. Raises GalleryDamaged."""
         return {name: Digest(rows, int.from_bytes(total, "big")) for name, rows, total in self._all("digest")}
 
-    def prune_chain(self, number: int) -> None:
-        """Deletes the links before one, inside the caller's transaction, whose commit takes the digests anew."""
-        self._delete("chain WHERE number < ?", [(number,)])
+    def row_changes(self) -> Iterator[RowChange]:
+        """As far as they are kept, oldest first. Raises GalleryDamaged."""
+        for _, link, _, packed in self._all("row_change", "number"):
+            yield from changes_in(link, packed)
 
-    def _extend_chain(self) -> None:
-        """Adds a link, at the end of a transaction that changed something. Raises GalleryDamaged."""
-        if not (self._changes.by_table or self._state or self.anew):
-            return
-        if self._known[0] == b"" and not self.has_chain():
-            return  # of an older format; its next writer begins the chain
-        last = next((Link(*row) for row in self._all("chain", "number DESC LIMIT 1")), None)
-        reason = self.anew or (BEGUN if last is None else "" if last.key_id == self.chain_hash.key_id else NEW_KEY)
-        before = {} if last is None or reason else self._digests_at(last)
-        changes = self._present() if reason else self._changes
-        after = changes.applied_to(before)
-        changed = CHAINED if reason else changes.by_table
-        self.put("digest", [(table, *after.get(table, Digest()).values) for table in changed])
-        state = self._state or self.state()
-        link = self.chain_hash.completed(
-            Link(
-                1 if last is None else last.number + 1,
-                state.commits,
-                json.dumps(vars(state)),
-                self.chain_hash.key_id,
-                reason,
-                bytes(changes.packed),
-                self.chain_hash.content(after),
-                NO_LINK if last is None else last.value,
-            )
-        )
-        self.put("chain", [link.values])
-        self._known = (link.value, after)
-
-    def _digests_at(self, last: Link) -> dict[str, Digest]:
-        """Of the tables, at the newest link. What was put back from an earlier time is not to be carried on."""
-        if self._known[0] != last.value:
-            digests = self.digests()
-            if self.chain_hash.completed(last) != last or self.chain_hash.content(digests) != last.content:
-                raise GalleryDamaged(
-                    "the hash chain of the gallery does not fit its newest link; run `biodedup log verify`, and restore a backup"
-                )
-            self._known = (last.value, digests)
-        return self._known[1]
-
-    def _present(self) -> Changes:
-        """All rows, as if they were put now."""
-        present = Changes(self.chain_hash)
-        for table in CHAINED:
-            if self._exists(table):
-                for row in self.rows_of(table):
-                    if is_chained(table, row):
-                        present.put(table, pack_row(row))
-        return present
+    def forget_journal_changes(self) -> None:
+        self._delete("row_change WHERE journal = 1")
 
     def _last_number(self, table: str) -> int:
         return int(self._connection.execute(f"SELECT coalesce(max(number), 0) FROM {table}").fetchone()[0])
@@ -684,7 +650,7 @@ class SqliteCatalogue(CatalogueTables):
     def _keys(self, table: str) -> list[str]:
         return [key for (key,) in self._connection.execute(f"SELECT key FROM {table} ORDER BY key")]
 
-    def _database_problems(self) -> list[str]:
+    def database_problems(self) -> list[str]:
         return [text for (text,) in self._connection.execute("PRAGMA integrity_check(20)") if text != "ok"]
 
     def _table_problems(self, table: str) -> list[str]:

@@ -55,7 +55,10 @@ def verify_log(
     found = verify_chain(storage, gallery, None if wrong else mark)
     notes = found.notes
     if key is None and not wrong:
-        notes = (*notes, f"no key was stated; the checkpoint is signed by {document['key']}: compare it with the auditor's")
+        notes = (
+            *notes,
+            f"no key was stated; the checkpoint is signed by {document['key']}: compare it with the auditor's",
+        )
     return replace(found, problems=(*([wrong] if wrong else []), *found.problems), notes=notes)
 
 
@@ -98,7 +101,9 @@ def _read(path: Path, trusted: Ed25519PublicKey | None) -> tuple[dict[str, Any],
         signer = trusted or Ed25519PublicKey.from_public_bytes(bytes.fromhex(document["key"]))
         signature = bytes.fromhex(document["signature"])
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise InvalidInput(f"{path} is no checkpoint of this format; name a file of `biodedup log checkpoint`") from None
+        raise InvalidInput(
+            f"{path} is no checkpoint of this format; name a file of `biodedup log checkpoint`"
+        ) from None
     try:
         signer.verify(signature, _signed(document))
     except InvalidSignature:
