@@ -60,6 +60,7 @@ from .health.keys import rotate_key as rotate_key
 from .health.log import Checkpoint as Checkpoint
 from .health.log import LogReport as LogReport
 from .health.log import log_checkpoint as log_checkpoint
+from .health.log import make_signing_key as make_signing_key
 from .health.log import verify_log as verify_log
 from .kits.format.keys import load_centre_key as load_centre_key
 from .kits.format.keys import make_centre_key as make_centre_key

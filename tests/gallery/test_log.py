@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from contextlib import closing
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -67,13 +67,8 @@ def forge(folder, config, statement, values=()):
 
 @pytest.fixture
 def auditor(tmp_path):
-    def made(name="auditor"):
-        path = tmp_path / f"{name}.pem"
-        private = Ed25519PrivateKey.generate()
-        path.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        return path
-
-    return made
+    jobs.make_signing_key(tmp_path / "auditor.key")
+    return tmp_path / "auditor.key", tmp_path / "auditor.pub"
 
 
 def test_a_gallery_that_nobody_touched_is_sound_from_its_first_commit_on(folder, config):
@@ -214,44 +209,98 @@ def test_a_segment_of_earlier_time_put_back_is_named(folder, config):
 
 
 def test_a_whole_gallery_of_an_earlier_time_is_a_rollback_against_a_checkpoint(folder, config, auditor, tmp_path):
-    key, old = auditor(), tmp_path / "old"
+    (key, public), old = auditor, tmp_path / "old"
     shutil.copytree(folder, old)
     with bd.Engine.open(folder, config) as engine:
         enroll(engine, 8)
-    jobs.log_checkpoint(folder, key, tmp_path / "c", config, clock=lambda: 5.0)
-    assert json.loads((tmp_path / "c").read_text())["time"] == 5.0
-    assert problems(folder, config, checkpoint=tmp_path / "c", key=key) == []
-    (found,) = problems(old, config, checkpoint=tmp_path / "c", key=key)
-    assert found.startswith("rollback")
+    made = jobs.log_checkpoint(folder, key, tmp_path / "c", config, clock=lambda: 5.0)
+    assert made.time == json.loads((tmp_path / "c").read_text())["time"] == 5.0
+    assert problems(folder, config, checkpoint=tmp_path / "c", public_key=public) == []
+    (problem,) = problems(old, config, checkpoint=tmp_path / "c", public_key=public)
+    assert problem.startswith("rollback")
     with bd.Engine.open(old, config) as engine:
         enroll(engine, 9)
         enroll(engine, 10)
-    (found,) = problems(old, config, checkpoint=tmp_path / "c", key=key)
-    assert found.startswith("fork")
+    (problem,) = problems(old, config, checkpoint=tmp_path / "c", public_key=public)
+    assert problem.startswith("fork")
+
+
+def test_a_chain_that_a_forger_computed_anew_is_a_fork_against_a_checkpoint(folder, config, auditor, tmp_path):
+    """In the clear anybody can compute it. With the key, that is the insider who holds it."""
+    key, public = auditor
+    jobs.log_checkpoint(folder, key, tmp_path / "c", config)
+    forge(folder, config, "DELETE FROM verdict")
+    for table in ("chain", "digest", "row_change"):
+        forge(folder, config, f"DELETE FROM {table}")
+    with bd.Engine.open(folder, config) as engine:
+        for i in range(8, 12):
+            enroll(engine, i)
+    assert not problems(folder, config)
+    (problem,) = problems(folder, config, checkpoint=tmp_path / "c", public_key=public)
+    assert problem.startswith(("fork", "rollback"))
 
 
 def test_a_checkpoint_of_another_gallery_key_or_content_is_told(folder, config, auditor, tmp_path):
-    key = auditor()
+    key, public = auditor
     with bd.Engine.open(tmp_path / "other", config):
         pass
     jobs.log_checkpoint(tmp_path / "other", key, tmp_path / "c", config)
-    (found,) = problems(folder, config, checkpoint=tmp_path / "c", key=key)
-    assert "is of gallery" in found
+    (problem,) = problems(folder, config, checkpoint=tmp_path / "c", public_key=public)
+    assert "is of gallery" in problem
     jobs.log_checkpoint(folder, key, tmp_path / "d", config)
-    (found,) = problems(folder, config, checkpoint=tmp_path / "d", key=auditor("another"))
-    assert "signature" in found
+    jobs.make_signing_key(tmp_path / "another.key")
+    (problem,) = problems(folder, config, checkpoint=tmp_path / "d", public_key=tmp_path / "another.pub")
+    assert "signature" in problem
+    report = jobs.verify_log(folder, config, checkpoint=tmp_path / "d")
+    assert not report.problems and any("no public key" in note for note in report.notes)
     (tmp_path / "d").write_text((tmp_path / "d").read_text().replace('"commit": ', '"commit": 1'))
-    (found,) = problems(folder, config, checkpoint=tmp_path / "d")
-    assert "signature" in found
-    (tmp_path / "d").write_text("{}")
-    with pytest.raises(bd.InvalidInput, match="no checkpoint"):
-        jobs.verify_log(folder, config, checkpoint=tmp_path / "d")
+    (problem,) = problems(folder, config, checkpoint=tmp_path / "d")
+    assert "signature" in problem
+    for content in ("{}", "[]", "", '{"signature": "00", "signed_by": "00"}'):
+        (tmp_path / "d").write_text(content)
+        with pytest.raises(bd.InvalidInput, match="no signed document"):
+            jobs.verify_log(folder, config, checkpoint=tmp_path / "d")
+
+
+def test_a_key_pair_is_private_and_never_replaced(tmp_path):
+    public = jobs.make_signing_key(tmp_path / "a.key")
+    assert len(public) == 64 and (tmp_path / "a.key").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(bd.InvalidInput, match="exists"):
+        jobs.make_signing_key(tmp_path / "a.key")
+
+
+def test_a_checkpoint_is_posted_to_an_address(folder, config, auditor, tmp_path):
+    if config.keys is not None:
+        return
+    taken = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self):
+            taken.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200 if len(taken) == 1 else 500)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hook) as server:
+        serving = threading.Thread(target=server.serve_forever, daemon=True)
+        serving.start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        jobs.log_checkpoint(folder, auditor[0], tmp_path / "c", url=url)
+        with pytest.raises(bd.StorageUnavailable, match="500"):
+            jobs.log_checkpoint(folder, auditor[0], tmp_path / "d", url=url)
+        server.shutdown()
+        serving.join()
+    assert taken[0] == (tmp_path / "c").read_bytes() and (tmp_path / "d").exists()
+    with pytest.raises(bd.InvalidInput, match="HTTP"):
+        jobs.log_checkpoint(folder, auditor[0], tmp_path / "e", url="file:///etc/passwd")
 
 
 def test_a_log_that_is_not_sound_is_not_signed(folder, config, auditor, tmp_path):
     forge(folder, config, "DELETE FROM verdict")
     with pytest.raises(bd.GalleryDamaged, match="not sound"):
-        jobs.log_checkpoint(folder, auditor(), tmp_path / "c", config)
+        jobs.log_checkpoint(folder, auditor[0], tmp_path / "c", config)
     assert not (tmp_path / "c").exists()
 
 

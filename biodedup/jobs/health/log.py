@@ -1,152 +1,113 @@
 """Verifies the hash chain of a gallery, and signs checkpoints of it that are kept outside.
 
-Owns the form of a checkpoint and its signature (Ed25519, RFC 8032). `gallery.care.log` checks the chain.
+Owns the form of a checkpoint. `gallery.care.log` checks the chain, `jobs.shared.signing` signs.
 """
 
 from __future__ import annotations
 
 import json
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from biodedup.common.arguments import checked
 from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.errors import GalleryDamaged, InvalidInput
+from biodedup.errors import GalleryDamaged, InvalidInput, StorageUnavailable
 from biodedup.gallery.care.log import LogReport, Mark, verify_chain
 from biodedup.gallery.files.filesystem import LocalStorage
-from biodedup.gallery.files.private import refuse_no_file, replace_private
+from biodedup.gallery.files.private import replace_private
+from biodedup.jobs.shared.signing import make_signing_key, opened, signed
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+__all__ = ["Checkpoint", "LogReport", "log_checkpoint", "make_signing_key", "verify_log"]
 
-__all__ = ["Checkpoint", "LogReport", "log_checkpoint", "verify_log"]
-
-_FORMAT, _BYTES_MAX = 1, 65_536
-_FIELDS = {"format": int, "gallery_id": str, "number": int, "commit": int, "chain": str, "time": float, "key": str}
-_ABOUT = b"biodedup checkpoint 1\0"
+_TITLE, _POST_S_MAX = "log checkpoint", 30.0
+_FIELDS = {"format": int, "gallery_id": str, "number": int, "commit": int, "chain": str, "time": float}
 
 
 @dataclass(frozen=True)
 class Checkpoint(Described):
-    """chain: the value of the chain at a commit; time: seconds since 1970; key: the public key, hexadecimal."""
+    """commit, chain: the value of the chain (hexadecimal) at a commit; number: of its link; time: seconds since 1970; signed_by: the public key,
+    hexadecimal."""
 
     gallery_id: str
+    number: int
     commit: int
     chain: str
     time: float
-    key: str
+    signed_by: str
 
 
 @checked
 def verify_log(
-    gallery: Path, config: Config | None = None, *, checkpoint: Path | None = None, key: Path | None = None
+    gallery: Path, config: Config | None = None, *, checkpoint: Path | None = None, public_key: Path | None = None
 ) -> LogReport:
-    """Checks the chain of a gallery, its rows and the heads of its files. checkpoint: an earlier one, which has to be in this chain; key: PEM of
-    the key that signed it; without it the signature proves only that the file is whole. Raises InvalidInput, NotAGallery, KeyMismatch."""
+    """Checks the chain of a gallery, the rows of its database, and the heads of its files. checkpoint: an earlier one, which has to be in this
+    chain; public_key: PEM, of the key that signed it; without it the signature proves only that the file is whole. Raises InvalidInput,
+    NotAGallery, KeyMismatch, StorageUnavailable."""
     storage = LocalStorage(None if config is None else config.keys)
     if checkpoint is None:
         return verify_chain(storage, gallery)
-    document, wrong = _read(checkpoint, None if key is None else _public(key))
+    document, wrong = _read(checkpoint, public_key)
     mark = Mark(document["gallery_id"], document["number"], document["commit"], document["chain"])
-    found = verify_chain(storage, gallery, None if wrong else mark)
-    notes = found.notes
-    if key is None and not wrong:
+    report = verify_chain(storage, gallery, None if wrong else mark)
+    notes = report.notes
+    if public_key is None and not wrong:
+        signer = document["signed_by"]
         notes = (
             *notes,
-            f"no key was stated; the checkpoint is signed by {document['key']}: compare it with the auditor's",
+            f"no public key was stated; the checkpoint is signed by {signer}: compare it with the auditor's",
         )
-    return replace(found, problems=(*([wrong] if wrong else []), *found.problems), notes=notes)
+    return replace(report, problems=(*([wrong] if wrong else []), *report.problems), notes=notes)
 
 
 @checked
 def log_checkpoint(
-    gallery: Path, key: Path, to: Path, config: Config | None = None, *, clock: Callable[[], float] = time.time
+    gallery: Path,
+    key: Path,
+    out: Path,
+    config: Config | None = None,
+    *,
+    url: str | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> Checkpoint:
-    """Verifies the chain, and signs its newest value. key: an Ed25519 private key, PEM. Raises InvalidInput where `to` exists, GalleryDamaged
-    where the chain is not sound; then nothing is written."""
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    if to.exists():
-        raise InvalidInput(f"{to} exists, and a checkpoint is never replaced; name a new file")
-    private = _private(key)
-    found = verify_chain(LocalStorage(None if config is None else config.keys), gallery)
-    if found.problems or found.mark is None:
-        raise GalleryDamaged(f"the log of {gallery} is not sound: {found.problems[0]}; nothing was signed")
-    public = private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
-    mark, at = found.mark, round(float(clock()), 3)
-    values = (_FORMAT, mark.gallery_id, mark.number, mark.commits, mark.value, at, public)
-    document = dict(zip(_FIELDS, values, strict=True))
-    document["signature"] = private.sign(_signed(document)).hex()
-    replace_private(to, json.dumps(document, indent=2).encode() + b"\n")
-    return Checkpoint(mark.gallery_id, mark.commits, mark.value, at, public)
-
-
-def _signed(document: dict[str, Any]) -> bytes:
-    return _ABOUT + json.dumps({name: document[name] for name in _FIELDS}, sort_keys=True).encode()
+    """Verifies the chain, and signs its newest value. key: an Ed25519 private key, PEM; url: gets the document by POST, too. Raises InvalidInput
+    where `out` exists, GalleryDamaged where the log is not sound, and then writes nothing; StorageUnavailable, also where the address
+    did not take the document, which is in `out` nevertheless."""
+    if out.exists():
+        raise InvalidInput(f"{out} exists, and a checkpoint is never replaced; name a new file")
+    if url is not None and not url.startswith(("https://", "http://")):
+        raise InvalidInput(f"the address {url!r} is not one of HTTP; begin it with https://")
+    report = verify_chain(LocalStorage(None if config is None else config.keys), gallery)
+    mark = report.mark
+    if report.problems or mark is None:
+        raise GalleryDamaged(f"the log of {gallery} is not sound: {report.problems[0]}; nothing was signed")
+    values = (1, mark.gallery_id, mark.number, mark.commits, mark.value, round(float(clock()), 3))
+    document = signed(_TITLE, dict(zip(_FIELDS, values, strict=True)), key)
+    content = json.dumps(document, indent=2).encode() + b"\n"
+    replace_private(out, content)
+    if url is not None:
+        _post(url, content, out)
+    return Checkpoint(*values[1:], document["signed_by"])
 
 
-def _read(path: Path, trusted: Ed25519PublicKey | None) -> tuple[dict[str, Any], str]:
+def _read(path: Path, public_key: Path | None) -> tuple[dict[str, Any], str]:
     """(the checkpoint, what is wrong with its signature). Raises InvalidInput."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    document, wrong = opened(_TITLE, path, public_key)
+    if document.get("format") != 1 or any(type(document.get(name)) is not kind for name, kind in _FIELDS.items()):
+        raise InvalidInput(f"{path} is no checkpoint of this format; name a file of `biodedup log checkpoint`")
+    return document, wrong
 
+
+def _post(url: str, content: bytes, out: Path) -> None:
+    request = urllib.request.Request(url, content, {"Content-Type": "application/json"}, method="POST")
     try:
-        document = json.loads(_bytes(path))
-        if document["format"] != _FORMAT or any(type(document[name]) is not kind for name, kind in _FIELDS.items()):
-            raise ValueError
-        signer = trusted or Ed25519PublicKey.from_public_bytes(bytes.fromhex(document["key"]))
-        signature = bytes.fromhex(document["signature"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise InvalidInput(
-            f"{path} is no checkpoint of this format; name a file of `biodedup log checkpoint`"
-        ) from None
-    try:
-        signer.verify(signature, _signed(document))
-    except InvalidSignature:
-        return document, f"the signature of checkpoint {path} is not of this key, or the checkpoint was changed"
-    return document, ""
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        refuse_no_file(path)
-        with path.open("rb") as file:
-            return file.read(_BYTES_MAX)
-    except OSError as error:
-        raise InvalidInput(f"{path} cannot be read: {error.strerror}; check its name") from None
-
-
-def _private(path: Path) -> Any:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    try:
-        key = load_pem_private_key(_bytes(path), None)
-    except (TypeError, ValueError):
-        key = None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise InvalidInput(
-            f"{path} holds no Ed25519 private key without a passphrase (PEM); make one: openssl genpkey -algorithm ed25519"
-        )
-    return key
-
-
-def _public(path: Path) -> Ed25519PublicKey:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    data = _bytes(path)
-    if b"PRIVATE KEY" in data:
-        public: Ed25519PublicKey = _private(path).public_key()
-        return public
-    try:
-        key = load_pem_public_key(data)
-    except ValueError:
-        key = None
-    if not isinstance(key, Ed25519PublicKey):
-        raise InvalidInput(f"{path} holds no Ed25519 public key (PEM); name the key that signed the checkpoint")
-    return key
+        with urllib.request.urlopen(request, timeout=_POST_S_MAX):
+            return
+    except (OSError, ValueError) as error:
+        what = error.code if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        raise StorageUnavailable(f"{url} did not take the checkpoint ({what}); it is in {out}: send it again") from None
