@@ -49,7 +49,7 @@ def verify(
     if not report.keyed:
         lines.append("note: without a key the chain finds accidents; a forger can compute it again")
     lines += [f"note: {note}" for note in report.notes] + [f"wrong: {problem}" for problem in report.problems]
-    finish(report.to_dict(), "\n".join(lines), as_json)
+    finish(report.to_dict(), lines, as_json)
     if report.problems:
         raise typer.Exit(Exit.DAMAGED)
 

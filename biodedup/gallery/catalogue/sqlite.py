@@ -45,6 +45,7 @@ import xxhash
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.chain import (
+    BEGUN,
     CHAIN_COLUMNS,
     JOURNAL,
     Digest,
@@ -631,6 +632,20 @@ class SqliteCatalogue(CatalogueTables):
     def last_links(self) -> list[Link]:
         """The newest link and the one before, as far as they are there."""
         return [Link(*row) for row in self._checked("chain", "SELECT * FROM chain ORDER BY number DESC LIMIT 2")]
+
+    def link_of(self, version: int) -> Link | None:
+        """The first link with a version of the content, None where the chain has none, and for what was there when it began. Versions only grow: a binary search over the links."""
+        low, high, first = 1, self._last_number("chain") if self.chain.exists() else 0, None
+        while low <= high:
+            middle = (low + high) // 2
+            link = next((Link(*row) for row in self._all("chain", None, "number = ?", (str(middle),))), None)
+            if link is None:
+                return None
+            at = json.loads(link.state)[0]
+            if at == version:
+                first = link
+            low, high = (middle + 1, high) if at < version else (low, middle - 1)
+        return None if first is None or first.reason == BEGUN else first
 
     def digests(self) -> dict[str, Digest]:
         """Of the tables, as the newest link left them. Raises GalleryDamaged."""
