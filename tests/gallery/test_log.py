@@ -84,9 +84,10 @@ def test_the_digest_of_a_table_is_the_sum_of_its_rows_hashes(folder, config):
         stored = catalogue.digests()
         for table in ("subject", "cell", "encounter", "verdict", "segment", "policy"):
             rows = list(catalogue.rows_of(table))
-            hashes = [catalogue.chain.hash.row(table, pack_row(row)) for row in rows]
-            stretches = [int.from_bytes(hashlib.shake_128(value).digest(256), "big") for value in hashes]
-            assert stored[table] == Digest(len(rows), sum(stretches) % 2**2048)
+            key = catalogue.chain.hash.of(b"biodedup row key 1")
+            block = (key + b"biodedup row 1\0" + table.encode()).ljust(168, b"\0")
+            hashes = [hashlib.shake_128(block + pack_row(row)).digest(256) for row in rows]
+            assert stored[table] == Digest(len(rows), sum(int.from_bytes(value, "big") for value in hashes) % 2**2048)
 
 
 def test_a_deleted_verdict_is_named_with_its_commit(folder, config):
@@ -311,7 +312,8 @@ def test_a_wrong_key_of_the_gallery_is_refused(folder, config):
 
 
 def test_with_a_key_the_chain_cannot_be_computed_without_it():
-    assert ChainHash(KEY).row("cell", b"") != ChainHash(None).row("cell", b"")
+    assert ChainHash(KEY).rows("cell", [b""]) != ChainHash(None).rows("cell", [b""])
+    assert ChainHash(KEY).of(b"") != ChainHash(None).of(b"")
 
 
 def test_a_gallery_of_an_older_format_begins_its_chain_with_the_next_writer(tmp_path):

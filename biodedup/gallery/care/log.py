@@ -174,7 +174,7 @@ class _Check:
         lines = []
         for row in self._catalogue.rows_of(table):
             if is_chained(table, row):
-                start = self._hash.row(table, pack_row(row))[:8]
+                _, (start,) = self._hash.rows(table, [pack_row(row)])
                 if left.get(start):
                     left[start].pop()
                 else:

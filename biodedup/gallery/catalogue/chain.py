@@ -3,13 +3,13 @@
 Owns what is hashed, and in which form. Never reads a database: the catalogue (sqlite.py) hands rows in and stores what comes out.
 
 The hash H is HMAC-SHA256 (RFC 2104) in an encrypted gallery, under a key that is derived from the gallery's, and SHA-256 in one in the clear,
-where it finds accidents alone: anybody can compute it again.
+where it finds accidents alone: anybody can compute it again. The hash R of a row is SHAKE128 (FIPS 202) to 2048 bits, over one block with
+the key that H gives and the table, then the row: a sponge keyed by its first block, as KMAC (NIST SP 800-185).
 
 1. The value of a link hashes the value of the link before it, the counters after the commit, and the digests of all tables.
-2. The digest of a table is the number of its rows and the sum of their hashes modulo 2^2048: AdHash (Bellare and Micciancio, EUROCRYPT 1997),
-   keyed in an encrypted gallery. The hash of a row is H, stretched to 2048 bits by SHAKE128 (FIPS 202); Wagner's generalised birthday attack
-   (CRYPTO 2002) on a sum of that length takes about 2^90 steps, on one of 256 bits 2^32. A commit adds the rows that it put and subtracts
-   those that it dropped, without reading the others.
+2. The digest of a table is the number of its rows and the sum of their hashes R modulo 2^2048: AdHash (Bellare and Micciancio, EUROCRYPT
+   1997). Wagner's generalised birthday attack (CRYPTO 2002) on a sum of that length takes about 2^90 steps, on one of 256 bits 2^32. A
+   commit adds the rows that it put and subtracts those that it dropped, without reading the others.
 3. A link that has a reason took the digests anew from the rows: they are not those that the link before left.
 4. The lists of changed rows (`RowChange`) say which row is not as a commit left it. No link hashes them: they name what the digests find.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,9 @@ NO_LINK = bytes(32)
 _CHANGE = struct.Struct("<B8s")
 _DROPPED = 0x80
 _CODES = {table: code for code, table in enumerate(CHAINED)}
-_SUM_BYTES = 256
+_SUM_BYTES, _START_BYTES = 256, 8
+_SHAKE_BLOCK_BYTES = 168
+_WAITING_MAX = 1024  # rows that are hashed at once
 _MODULUS = 1 << 8 * _SUM_BYTES
 
 
@@ -80,20 +82,31 @@ class Digest:
 
 
 class ChainHash:
-    """H, and what is computed with it. key: 32 bytes, None in a gallery in the clear."""
+    """H and R, and what is computed with them. key: 32 bytes, None in a gallery in the clear."""
 
     def __init__(self, key: bytes | None) -> None:
         self._empty: Any = hashlib.sha256() if key is None else hmac.new(key, digestmod="sha256")
         self.key_id = "" if key is None else self.of(b"biodedup chain key id")[:8].hex()
+        self._of_table: dict[str, Any] = {}
+        for table in CHAINED:
+            prefix = self.of(b"biodedup row key 1") + b"biodedup row 1\0" + table.encode()
+            self._of_table[table] = hashlib.shake_128(prefix.ljust(_SHAKE_BLOCK_BYTES, b"\0"))
 
     def of(self, data: bytes) -> bytes:
         state = self._empty.copy()
         state.update(data)
         return bytes(state.digest())
 
-    def row(self, table: str, packed: bytes) -> bytes:
-        """packed: the row's values as `pack_row` packs them."""
-        return self.of(b"biodedup row 1\0" + table.encode() + b"\0" + packed)
+    def rows(self, table: str, packed: Iterable[bytes]) -> tuple[int, list[bytes]]:
+        """(the sum of the hashes of rows, the first bytes of each). packed: the values of each row, as `pack_row` packs them."""
+        empty, total, starts = self._of_table[table], 0, []
+        for values in packed:
+            state = empty.copy()
+            state.update(values)
+            value = state.digest(_SUM_BYTES)
+            total += int.from_bytes(value, "big")
+            starts.append(value[:_START_BYTES])
+        return total, starts
 
     def content(self, digests: Mapping[str, Digest]) -> bytes:
         parts = [value for table in CHAINED for value in (table, *digests.get(table, Digest()).values)]
@@ -104,27 +117,30 @@ class ChainHash:
         return replace(link, value=self.of(b"biodedup chain 1\0" + previous + pack_row(link.values[:-1])))
 
 
-def stretched(row_hash: bytes) -> int:
-    """What a row adds to the sum of its table."""
-    return int.from_bytes(hashlib.shake_128(row_hash).digest(_SUM_BYTES), "big")
-
-
 class Sum:
-    """The digest of rows that are added one by one."""
+    """The digest of rows that are added one by one; they are hashed many at a time."""
 
     def __init__(self, chain_hash: ChainHash, table: str) -> None:
         self._hash, self._table = chain_hash, table
         self._rows = self._total = 0
+        self._waiting: list[bytes] = []
 
-    def add(self, packed: bytes, sign: int = 1) -> bytes:
-        """Returns the hash of the row. sign: -1 takes a row away."""
-        value = self._hash.row(self._table, packed)
-        self._rows += sign
-        self._total += sign * stretched(value)
-        return value
+    def add(self, packed: bytes) -> None:
+        self._waiting.append(packed)
+        if len(self._waiting) >= _WAITING_MAX:
+            self.hash_waiting(1)
+
+    def hash_waiting(self, sign: int) -> list[bytes]:
+        """Returns the start of the hash of each. sign: -1 takes them away."""
+        total, starts = self._hash.rows(self._table, self._waiting)
+        self._rows += sign * len(starts)
+        self._total += sign * total
+        self._waiting.clear()
+        return starts
 
     @property
     def digest(self) -> Digest:
+        self.hash_waiting(1)
         return Digest(self._rows, self._total % _MODULUS)
 
 
@@ -133,14 +149,23 @@ class Changes:
 
     def __init__(self, chain_hash: ChainHash) -> None:
         self._hash = chain_hash
-        self._sums: dict[str, Sum] = {}
+        self._sums: dict[str, Digest] = {}
         self._emptied: set[str] = set()
-        self.journal, self.other = bytearray(), bytearray()
-        """Packed lists of changed rows, as `changes_in` reads them: of the journal, and of the other tables."""
+        self._waiting: list[bytes] = []
+        self._waiting_in = ("", 1)
+        """The table of the rows that wait to be hashed, and 1, or -1 for dropped ones."""
+        self._journal, self._other = bytearray(), bytearray()
 
     @property
     def tables(self) -> set[str]:
+        self._hash_waiting()
         return {*self._sums, *self._emptied}
+
+    @property
+    def lists(self) -> tuple[bytes, bytes]:
+        """Packed lists of changed rows, as `changes_in` reads them: of the journal, and of the other tables."""
+        self._hash_waiting()
+        return bytes(self._journal), bytes(self._other)
 
     @property
     def emptied(self) -> bool:
@@ -148,28 +173,41 @@ class Changes:
         return self._emptied >= {*JOURNAL}
 
     def put(self, table: str, packed: bytes) -> None:
-        self._note(table, packed, 0, 1)
+        self._note((table, 1), packed)
 
     def drop(self, table: str, packed: bytes) -> None:
-        self._note(table, packed, _DROPPED, -1)
+        self._note((table, -1), packed)
 
     def empty(self, table: str) -> None:
         """Every row of the table is dropped. Only for a table whose rows this process has compared with its digest, or written."""
+        self._hash_waiting()
         self._sums.pop(table, None)
         self._emptied.add(table)
         if self.emptied:
-            self.journal.clear()
+            self._journal.clear()
 
-    def _note(self, table: str, packed: bytes, flag: int, sign: int) -> None:
-        if table not in self._sums:
-            self._sums[table] = Sum(self._hash, table)
-        value = self._sums[table].add(packed, sign)
-        changes = self.journal if table in JOURNAL else self.other
-        changes += _CHANGE.pack(_CODES[table] | flag, value[:8])
+    def _note(self, where: tuple[str, int], packed: bytes) -> None:
+        if where != self._waiting_in or len(self._waiting) >= _WAITING_MAX:
+            self._hash_waiting()
+            self._waiting_in = where
+        self._waiting.append(packed)
+
+    def _hash_waiting(self) -> None:
+        if not self._waiting:
+            return
+        table, sign = self._waiting_in
+        total, starts = self._hash.rows(table, self._waiting)
+        self._waiting.clear()
+        added = Digest(sign * len(starts), sign * total)
+        self._sums[table] = self._sums.get(table, Digest()).plus(added)
+        code = bytes([_CODES[table] | (0 if sign > 0 else _DROPPED)])
+        changes = self._journal if table in JOURNAL else self._other
+        changes += code + code.join(starts)
 
     def applied_to(self, digests: Mapping[str, Digest]) -> dict[str, Digest]:
+        self._hash_waiting()
         after = {table: digest for table, digest in digests.items() if table not in self._emptied}
-        return {**after, **{table: after.get(table, Digest()).plus(sum_.digest) for table, sum_ in self._sums.items()}}
+        return {**after, **{table: after.get(table, Digest()).plus(changed) for table, changed in self._sums.items()}}
 
 
 @dataclass(frozen=True)

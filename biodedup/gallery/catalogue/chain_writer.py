@@ -139,7 +139,8 @@ class ChainWriter:
         link = Link(number, state.commits, counters, self.hash.key_id, reason, self.hash.content(after))
         link = self.hash.completed(link, previous)
         self._tables.put("digest", [(table, *after.get(table, Digest()).values) for table in changed])
-        lists = [(2 * number, number, 0, bytes(changes.other)), (2 * number + 1, number, 1, bytes(changes.journal))]
+        journal, other = changes.lists
+        lists = [(2 * number, number, 0, other), (2 * number + 1, number, 1, journal)]
         self._tables.put("row_change", [row for row in lists if row[-1]])
         self._tables.put("chain", [link.values])
         self._known = (link.value, after)
