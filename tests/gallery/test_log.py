@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import random
 import shutil
+import subprocess
+import sys
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -16,10 +20,11 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.commands import app
-from biodedup.gallery.catalogue.chain import ChainHash, Digest, pack_row
+from biodedup.gallery.catalogue.chain import CHAINED, ChainHash, Digest, pack_row
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, row_checksum
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.testing import internals
+from tests.support.faults import Countdown, FailingStorage
 from tests.support.galleries import enroll, small
 
 KEY = bytes(range(1, 33))
@@ -192,6 +197,51 @@ def test_any_page_of_the_database_that_is_put_back_is_named_or_changes_nothing(f
     assert named > 5 and not problems(folder, config)
 
 
+def test_structural_forgeries_of_rows_are_all_named(folder, config):
+    """Rows deleted, swapped, doubled and put back from another time, with right checksums, by a forger who reads and writes the database."""
+    database, rng = folder / "gallery.sqlite3", random.Random(5)
+    earlier = content(folder, config)
+    with bd.Engine.open(folder, config) as engine:
+        enroll(engine, 7)
+        engine.remove("s6")
+        with internals(engine).gallery.transaction() as transaction:
+            transaction.judge([bd.Verdict("e7", "s7", "s0", "different", "anna", 1.0, "")], [])
+    later, bytes_later, named = content(folder, config), database.read_bytes(), {}
+    tables = [table for table in CHAINED if later[table]]
+    for _ in range(40):
+        table = rng.choice(tables)
+        rows, forged = later[table], forged_rows(rng, earlier[table], later[table])
+        if sorted(map(repr, forged)) == sorted(map(repr, rows)):
+            continue
+        with closing(LocalStorage(config.keys).connect(database, read_only=False)) as connection:
+            connection.execute(f"DELETE FROM {table}")
+            marks = ",".join("?" * (len(rows[0]) + 1))
+            for row in forged:
+                connection.execute(f"INSERT INTO {table} VALUES ({marks})", (*row, row_checksum(row)))
+        assert any(
+            table in problem or "read" in problem or "counters" in problem for problem in problems(folder, config)
+        )
+        named[table] = named.get(table, 0) + 1
+        database.write_bytes(bytes_later)
+    assert sum(named.values()) > 25 and {"cell", "verdict", "encounter", "subject"} <= named.keys()
+
+
+def forged_rows(rng, earlier, later):
+    """Another set of rows of a table. Keys stay unique."""
+    rows = list(later)
+    kind = rng.choice(["delete", "swap", "put back", "add"])
+    if kind == "swap" and len(rows) > 1:
+        i, j = rng.sample(range(len(rows)), 2)
+        rows[i], rows[j] = (rows[i][0], *rows[j][1:]), (rows[j][0], *rows[i][1:])
+    elif kind == "put back" and earlier != later:
+        rows = list(earlier)
+    elif kind == "add" and isinstance(rows[-1][0], int):
+        rows.append((rows[-1][0] + 1, *rows[-1][1:]))
+    else:
+        del rows[rng.randrange(len(rows))]
+    return rows
+
+
 def content(folder, config):
     """What the gallery holds. The lists of changes only help to name what is wrong."""
     with closing(LocalStorage(config.keys).connect(folder / "gallery.sqlite3", read_only=True)) as database:
@@ -303,6 +353,59 @@ def test_a_log_that_is_not_sound_is_not_signed(folder, config, auditor, tmp_path
     with pytest.raises(bd.GalleryDamaged, match="not sound"):
         jobs.log_checkpoint(folder, auditor[0], tmp_path / "c", config)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_fault_in_the_middle_of_a_commit_leaves_a_chain_that_verifies(folder):
+    if (folder / "gallery.key").exists():
+        return  # the connection that fails is one in the clear
+    for n in range(2, 44, 7):
+        for after in (False, True):
+            countdown = Countdown(n, after=after)
+            gallery = folder.parent / f"{n}{after}"
+            shutil.copytree(folder, gallery)
+            with suppress(bd.BiodedupError), bd.Engine.open(gallery, storage=FailingStorage(countdown)) as engine:
+                enroll(engine, 9)
+                internals(engine).gallery.seal()
+            gc.collect()  # the error holds a cursor, and its connection a lock
+            assert not problems(gallery, CONFIGS["clear"])
+            with bd.Engine.open(gallery, CONFIGS["clear"]) as engine:
+                enroll(engine, 9)
+            assert not problems(gallery, CONFIGS["clear"])
+            shutil.rmtree(gallery)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [CONFIGS["keyed"]], ids=["keyed"])
+def test_a_killed_writer_leaves_a_chain_that_verifies(folder, config):
+    script = f"""
+import sys
+from tests.gallery.test_log import CONFIGS, bd, enroll
+with bd.Engine.open({str(folder)!r}, CONFIGS["keyed"]) as engine:
+    for i in range(7, 60):
+        enroll(engine, i)
+        print(i, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as writer:
+        for _ in range(4):
+            writer.stdout.readline()
+        writer.kill()
+    assert not problems(folder, config)
+    with bd.Engine.open(folder, config) as engine:
+        assert engine.decision("e10") is not None
+        engine.compact()
+    assert not problems(folder, config)
+
+
+def test_a_backup_has_the_chain_and_so_has_what_goes_on_from_it(folder, config, tmp_path):
+    with bd.Engine.open(folder, config) as engine:
+        engine.backup(tmp_path / "copy")
+        enroll(engine, 8)
+        engine.compact()
+        engine.backup(tmp_path / "copy")
+    assert not problems(tmp_path / "copy", config)
+    with bd.Engine.open(tmp_path / "copy", config) as engine:
+        enroll(engine, 9)
+    assert not problems(tmp_path / "copy", config)
 
 
 def test_a_wrong_key_of_the_gallery_is_refused(folder, config):
