@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.commands import app
 from biodedup.gallery.answers import to_json
+from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
+from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.policies import policy_digest
 from biodedup.testing import internals
 from tests.support.galleries import PEOPLE, enroll, small
@@ -40,7 +43,12 @@ def engine(folder):
         yield engine
 
 
-def test_a_receipt_holds_what_the_decision_rests_on(engine):
+def links_of(gallery):
+    with closing(LocalStorage().connect(gallery / "gallery.sqlite3", read_only=True)) as database:
+        return {link.number: link for link in SqliteCatalogue(database).links()}
+
+
+def test_a_receipt_holds_what_the_decision_rests_on(engine, folder):
     for encounter_id, position in (("e1", 3), ("again", 6), ("e3", 7)):
         decision, receipt = engine.decision(encounter_id), engine.receipt(encounter_id)
         assert (receipt.outcome, receipt.gallery_version) == (decision.outcome, decision.gallery_version)
@@ -49,7 +57,7 @@ def test_a_receipt_holds_what_the_decision_rests_on(engine):
         assert receipt.policy == policy_digest(engine.policy) and receipt.policy_version == 1
         assert list(receipt.model_digests) == [SFACE] and len(receipt.model_digests[SFACE]) == 64
         assert receipt.decision == hashlib.sha256(to_json(decision).encode()).hexdigest()
-        links = {link.number: link for link in internals(engine).gallery._catalogue.links()}
+        links = links_of(folder / "g")
         assert receipt.link == position and receipt.chain == links[position].value.hex()
         assert json.loads(links[position].state)[0] == decision.gallery_version
     assert engine.receipt("again").outcome != "unique"
