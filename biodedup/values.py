@@ -417,6 +417,7 @@ class Decision(Tabular):
     replacement: the reason of an update that replaced all rows of its subject.
     doubtful: captures that were accepted though their quality is low: with the reason, the quality and what a good one has.
     gallery_size: subjects enrolled plus open cases; the thresholds are for this size.
+    policy_digest: of the policy that decided, as `gallery.policies.policy_digest`; empty in decisions of earlier releases.
     """
 
     outcome: Outcome
@@ -440,6 +441,7 @@ class Decision(Tabular):
     adjudicated: Verdict | None = None
     replacement: str = ""
     doubtful: tuple[Refusal, ...] = ()
+    policy_digest: str = ""
 
     _columns: ClassVar[Mapping[str, str]] = _CANDIDATE_COLUMNS
 

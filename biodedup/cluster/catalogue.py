@@ -516,7 +516,7 @@ class PostgresCatalogue(CatalogueTables):
     def _keys(self, table: str) -> list[str]:
         return [key for (key,) in self._run(f"SELECT key FROM {self._table(table)} ORDER BY key").fetchall()]
 
-    def _database_problems(self) -> list[str]:
+    def database_problems(self) -> list[str]:
         return []  # PostgreSQL checks its own pages (data checksums, amcheck)
 
     def _table_problems(self, table: str) -> list[str]:

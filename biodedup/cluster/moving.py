@@ -29,7 +29,7 @@ from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, NEW_NAME, SEG
 from biodedup.gallery.opening import check_format, prepare_folder
 from biodedup.gallery.segments.layout import SegmentEntry
 
-_OWN_SETTINGS = {"format", "cluster_format", "register_id", "state"}
+_OWN_SETTINGS = {"format", "cluster_format", "register_id", "state", "chain"}
 """Rows of `meta` that each side writes itself."""
 
 

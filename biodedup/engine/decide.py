@@ -16,6 +16,7 @@ from biodedup.config import Config, Policy
 from biodedup.engine.prepare import Probe
 from biodedup.engine.sample import GallerySamples
 from biodedup.errors import BiodedupError, CaptureUnavailable
+from biodedup.gallery.policies import policy_digest
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
 from biodedup.match.judgement import BELIEVED, SPEAKS_AGAINST_DB, judge, kinds_of
@@ -102,6 +103,7 @@ class Decider:
             compared=compared,
             cleared=_candidates(now, cleared, kinds_of(cleared, duplicate_db, review_db)),
             doubtful=doubtful(probe.templates.values()),
+            policy_digest=policy_digest(policy),
         )
 
     def incomplete(self, probe: Probe, lacks: Sequence[Refusal], now: Snapshot, *, version: int) -> Decision:

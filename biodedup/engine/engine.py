@@ -57,6 +57,7 @@ from biodedup.engine.load import ArrowBatch, Cells, Loaded, Loader
 from biodedup.engine.log import EngineLog
 from biodedup.engine.policy import PolicyInForce
 from biodedup.engine.prepare import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
+from biodedup.engine.receipt import Receipt, receipt_of
 from biodedup.engine.review import Review
 from biodedup.engine.sample import GallerySamples
 from biodedup.engine.search import BatchedSearch
@@ -783,6 +784,12 @@ class Engine:
         for decision in decisions_of(self._gallery, subject_id):
             yield decision
             self._check_open()
+
+    def receipt(self, encounter_id: str) -> Receipt:
+        """What a decision rests on, and where it stands in the gallery's log; `jobs.write_receipt` signs it. Raises InvalidInput where the
+        gallery holds no decision on the encounter."""
+        self._check_open()
+        return receipt_of(self._gallery, encounter_id, self._extractor.cards)
 
     def recall(self, encounter: Encounter) -> Decision | None:
         """The decision that this encounter got, None if it was not sent before. Writes nothing. Raises EncounterConflict if its

@@ -33,6 +33,7 @@ from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.cases import read_case, standing
+from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
@@ -230,6 +231,14 @@ class Gallery:
         waiting = self._published.pending.values()
         with self._reading():
             return sorted({*waiting, *self._catalogue.held_cases()})
+
+    def chain_link(self, version: int) -> Link | None:
+        """The link of the hash chain whose commit made a version of the content; None for one before the chain, and in a register on
+        PostgreSQL, which has none."""
+        if not isinstance(self._catalogue, SqliteCatalogue):
+            return None
+        with self._reading():
+            return self._catalogue.link_of(version)
 
     def verdicts(self) -> list[Verdict]:
         """All that were ever given, oldest first."""

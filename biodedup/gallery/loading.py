@@ -46,7 +46,8 @@ def load(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
         with translated(f"reading {folder}"):
             catalogue.begin_reading()  # no writer can retire a file before it is open here
             try:
-                return read(catalogue, storage, folder)
+                with catalogue.compared_with_chain():
+                    return read(catalogue, storage, folder)
             finally:
                 catalogue.rollback()
     except ODD_CONTENT as error:  # damage that SQLite's own checks do not find

@@ -8,9 +8,11 @@ Owns their form as text in the database. Never decides and never writes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from biodedup.common.described import Described
@@ -36,6 +38,13 @@ class PolicyVersion(Described):
 def to_text(policy: Policy) -> str:
     """One line of JSON, as `from_text` reads it."""
     return json.dumps({name: plain(value) for name, value in flat(policy).items()})
+
+
+@lru_cache(maxsize=64)
+def policy_digest(policy: Policy) -> str:
+    """32 hexadecimal digits of SHA-256 of its fields, as JSON with sorted keys."""
+    fields = {name: plain(value) for name, value in flat(policy).items()}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def from_text(text: str, what: str) -> Policy:

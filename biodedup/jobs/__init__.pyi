@@ -57,6 +57,14 @@ from .health.keys import encrypt as encrypt
 from .health.keys import key_status as key_status
 from .health.keys import make_register_key as make_register_key
 from .health.keys import rotate_key as rotate_key
+from .health.log import Checkpoint as Checkpoint
+from .health.log import LogReport as LogReport
+from .health.log import log_checkpoint as log_checkpoint
+from .health.log import make_signing_key as make_signing_key
+from .health.log import verify_log as verify_log
+from .health.receipt import ReceiptCheck as ReceiptCheck
+from .health.receipt import verify_receipt as verify_receipt
+from .health.receipt import write_receipt as write_receipt
 from .kits.format.keys import load_centre_key as load_centre_key
 from .kits.format.keys import make_centre_key as make_centre_key
 from .kits.format.keys import make_keys as make_keys

@@ -26,6 +26,7 @@ from biodedup.gallery.care.verify import (
     read_counters,
     read_manifest,
 )
+from biodedup.gallery.catalogue.chain import REPAIRED
 from biodedup.gallery.catalogue.counters import recomputed
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
 from biodedup.gallery.files.encryption.sealed_file import key_id_of
@@ -88,6 +89,7 @@ def _inspect_or_lost(storage: Storage, folder: Path) -> list[Problem]:
 def _recount(storage: Storage, folder: Path) -> list[str]:
     """Another writer, if there is one, finds a commit that is not its own, and stops."""
     with connected(storage, folder, read_only=False) as catalogue:
+        catalogue.chain.anew = REPAIRED
         catalogue.begin()
         try:
             counted = recomputed(read_counters(catalogue), read_counter_sources(catalogue, catalogue.segments()))

@@ -11,6 +11,7 @@ Owns the names and the promises of its methods. `SqliteCatalogue` (sqlite.py) sa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from biodedup.gallery.answers import StoredDecision
@@ -40,6 +41,9 @@ class Catalogue(Protocol):
     def rollback(self) -> None: ...
 
     def close(self) -> None: ...
+
+    def compared_with_chain(self) -> AbstractContextManager[None]:
+        """Compares the tables that are read whole meanwhile with the hash chain, where the database has one. Raises GalleryDamaged."""
 
     # the gallery itself -----------------------------------------------------------------------------------------
 

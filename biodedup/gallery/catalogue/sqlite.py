@@ -22,6 +22,9 @@ lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteC
 | job_step | one step that a job has done, by name, and what it noted; kept for ever |
 | policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
 | index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
+| chain | one link of the hash chain over the commits (chain.py); in SQLite alone |
+| digest | the digest of the present rows of one table; in SQLite alone |
+| row_change | which rows a commit put and dropped, by the start of their hashes; of the journal until it is sealed; in SQLite alone |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
@@ -30,9 +33,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +44,19 @@ import xxhash
 
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.catalogue.chain import (
+    BEGUN,
+    CHAIN_COLUMNS,
+    JOURNAL,
+    Digest,
+    Link,
+    RowChange,
+    Sum,
+    changes_in,
+    is_chained,
+    pack_row,
+)
+from biodedup.gallery.catalogue.chain_writer import ChainWriter
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings, asked_in, read_settings
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
@@ -74,6 +90,7 @@ COLUMNS_OF = {
     "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
     "index_codec": "key TEXT PRIMARY KEY, spec TEXT, card TEXT, trained BLOB",
 }
+_EVERY = COLUMNS_OF | CHAIN_COLUMNS
 _ADDED = {
     "review_case": "cases",
     "verdict": "cases",
@@ -83,16 +100,20 @@ _ADDED = {
     "policy": "policies",
     "job_step": "job_steps",
     "index_codec": "index_codecs",
+    "chain": "chain",
+    "digest": "chain",
+    "row_change": "chain",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
-ADDED_SETTINGS = frozenset(_ADDED.values())
-_RENEWED = ADDED_SETTINGS - {"encounters"}
+ADDED_SETTINGS = frozenset(_ADDED.values()) - {"chain"}
+"""Of the tables that every database has. The chain is in SQLite alone."""
+_RENEWED = frozenset(_ADDED.values()) - {"encounters"}
 """Settings that `SqliteCatalogue.renew` makes true; `encounters` comes with the rows of open cases (`Transaction.adopt_cases`)."""
 
 INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
 
-REPLACED = ("meta", "review_case", "encounter")
+REPLACED = ("meta", "review_case", "encounter", "digest")
 """Tables of which a row may be put again; an encounter that was refused may be sent again."""
 
 STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
@@ -134,6 +155,8 @@ class JournalCell:
 
 class CatalogueTables(ABC):
     """What the rows of a gallery's tables mean, in any database."""
+
+    tables: Mapping[str, str] = COLUMNS_OF
 
     # the gallery itself -----------------------------------------------------------------------------------------
 
@@ -194,10 +217,14 @@ class CatalogueTables(ABC):
     def add_group_set(self, number: int, names: Iterable[str]) -> None:
         self.put("group_set", [(number, json.dumps(sorted(names)))])
 
+    def compared_with_chain(self) -> AbstractContextManager[None]:
+        """Compares the tables that are read whole meanwhile with the hash chain, where the database has one. Raises GalleryDamaged."""
+        return nullcontext()
+
     def problems(self) -> list[str]:
         """The database's own check, the checksum of every row, and the rules that the journal keeps."""
-        problems = self._database_problems()
-        for table in COLUMNS_OF:
+        problems = self.database_problems()
+        for table in self.tables:
             problems += self._table_problems(table)
         if problems:
             return problems
@@ -387,7 +414,7 @@ class CatalogueTables(ABC):
 
     def clear_journal(self) -> None:
         """Deletes the journal's rows, which a segment holds now."""
-        for table in ("subject", "cell", "encounter"):
+        for table in JOURNAL:
             self._delete(table)
 
     # what a database has to do ----------------------------------------------------------------------------------
@@ -419,7 +446,7 @@ class CatalogueTables(ABC):
         """Every `key` of a table, ascending."""
 
     @abstractmethod
-    def _database_problems(self) -> list[str]:
+    def database_problems(self) -> list[str]:
         """What the database's own check finds."""
 
     @abstractmethod
@@ -428,24 +455,36 @@ class CatalogueTables(ABC):
 
 
 class SqliteCatalogue(CatalogueTables):
-    """The tables in SQLite, over one connection."""
+    """The tables in SQLite, over one connection. Each commit adds a link to the hash chain (chain.py)."""
+
+    tables: Mapping[str, str] = COLUMNS_OF | CHAIN_COLUMNS
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self.erased = False
         """Whether rows were deleted that the rollback journal may still hold. The gallery resets it."""
+        self.chain = ChainWriter(self, getattr(connection, "chain_key", None))
 
     # transactions ---------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         self._connection.execute("BEGIN IMMEDIATE")
+        self.chain.begin()
 
     def begin_reading(self) -> None:
         """From the first statement on, no writer can commit, until `rollback`."""
         self._connection.execute("BEGIN")
 
     def commit(self) -> None:
+        self.chain.extend()
         self._connection.execute("COMMIT")
+
+    def set_state(self, state: State) -> None:
+        super().set_state(state)
+        self.chain.state = state
+
+    def compared_with_chain(self) -> AbstractContextManager[None]:
+        return self.chain.comparing()
 
     def rollback(self) -> None:
         if self._connection.in_transaction:
@@ -461,12 +500,12 @@ class SqliteCatalogue(CatalogueTables):
 
     def lay_tables(self, gallery_id: str, config: str) -> None:
         """The schema, with nothing but the gallery's id and settings."""
-        for table in COLUMNS_OF:
+        for table in self.tables:
             self._create(table)
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
-        self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS)])
+        self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS | {"chain"})])
 
     def is_current(self) -> bool:
         """Whether `renew` has nothing to do."""
@@ -476,7 +515,7 @@ class SqliteCatalogue(CatalogueTables):
         """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
         first, settings = self.policies(), self.meta()
         for table, setting in _ADDED.items():
-            if setting not in settings and not self._exists(table):
+            if setting not in settings and not self.exists(table):
                 self._create(table)
                 if table == "policy":
                     self.add_policy(first[0])
@@ -487,7 +526,8 @@ class SqliteCatalogue(CatalogueTables):
         for statement in _schema([table]).values():
             self._connection.execute(statement)
 
-    def _exists(self, table: str) -> bool:
+    def exists(self, table: str) -> bool:
+        """Whether the database has a table."""
         query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
         return bool(self._connection.execute(query, (table,)).fetchone()[0])
 
@@ -500,7 +540,7 @@ class SqliteCatalogue(CatalogueTables):
     def check_schema(self) -> None:
         """Called before any table is read. Raises GalleryDamaged where the database holds a trigger, a view or a table that this program
         does not make: a trigger or a view would run another author's SQL."""
-        expected, found = _schema(COLUMNS_OF), set()
+        expected, found = _schema(self.tables), set()
         for kind, name, table, sql in self._connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"):
             if (kind, name, sql) == ("index", f"sqlite_autoindex_{table}_1", None) and ("table", table) in expected:
                 continue  # of a key that is a text
@@ -521,11 +561,27 @@ class SqliteCatalogue(CatalogueTables):
 
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
-        marks = ",".join("?" * (COLUMNS_OF[table].count(",") + 2))
+        marks = ",".join("?" * (self.tables[table].count(",") + 2))
         verb = "REPLACE" if table in REPLACED else "INSERT"
-        self._connection.executemany(
-            f"{verb} INTO {table} VALUES ({marks})", ((*row, row_checksum(row)) for row in rows)
-        )
+        if table in REPLACED and table not in CHAIN_COLUMNS:
+            rows = list(rows)
+            key = table_columns(table)[0][0]
+            self._note_dropped(f"{table} WHERE {key} = ?", [(row[0],) for row in rows])
+        self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", self._noted(table, rows))
+
+    def _noted(self, table: str, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+        """Rows with their checksums, noted for the chain."""
+        for row in rows:
+            packed = pack_row(row)
+            self.chain.put(table, row, packed)
+            yield (*row, _checksum(packed))
+
+    def _note_dropped(self, which: str, values: Iterable[tuple[Any, ...]]) -> None:
+        """As `_delete` deletes them."""
+        table = which.partition(" ")[0]
+        for some in values:
+            for *row, _ in self._connection.execute(f"SELECT * FROM {which}", some):
+                self.chain.drop(table, row)
 
     def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
         """Every row of a table, without its checksum, in the order in which they were put. Raises GalleryDamaged."""
@@ -534,22 +590,74 @@ class SqliteCatalogue(CatalogueTables):
     def _all(
         self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
-        if table in _ADDED and not self._exists(table):
+        if table in _ADDED and not self.exists(table):
             if _ADDED[table] in self.meta():
                 raise GalleryDamaged(f"table {table} is lost; run `biodedup doctor`")
             return
         query = (
             f"SELECT * FROM {table}" + (f" WHERE {where}" if where else "") + (f" ORDER BY {order}" if order else "")
         )
+        yield from self._checked(table, query, which, None if where else self.chain.reading(table))
+
+    def _checked(
+        self, table: str, query: str, which: tuple[str, ...] = (), rows: Sum | None = None
+    ) -> Iterator[tuple[Any, ...]]:
+        """rows: sums them up for the chain."""
         for *values, checksum in self._connection.execute(query, which):
-            if not has_types_of(table, values) or row_checksum(values) != checksum:
+            packed = pack_row(values) if has_types_of(table, values) else b""
+            if not packed or _checksum(packed) != checksum:
                 raise GalleryDamaged(f"a row of table {table} is damaged; run `biodedup doctor`")
+            if rows is not None and is_chained(table, values):
+                rows.add(packed)
             yield tuple(values)
+        if rows is not None:
+            self.chain.was_read(table, rows)
 
     def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
         """The only way to delete rows: it marks the rollback journal to be wiped."""
+        values = list(values)
+        if which in JOURNAL:
+            self.chain.changes.empty(which)
+        elif which.partition(" ")[0] not in CHAIN_COLUMNS:
+            self._note_dropped(which, values)
         self._connection.executemany(f"DELETE FROM {which}", values)
         self.erased = True
+
+    # the hash chain -----------------------------------------------------------------------------------------------
+
+    def links(self) -> Iterator[Link]:
+        """The chain, oldest first. Raises GalleryDamaged."""
+        return (Link(*row) for row in self._all("chain", "number"))
+
+    def last_links(self) -> list[Link]:
+        """The newest link and the one before, as far as they are there."""
+        return [Link(*row) for row in self._checked("chain", "SELECT * FROM chain ORDER BY number DESC LIMIT 2")]
+
+    def link_of(self, version: int) -> Link | None:
+        """The first link with a version of the content, None where the chain has none, and for what was there when it began. Versions only grow: a binary search over the links."""
+        low, high, first = 1, self._last_number("chain") if self.chain.exists() else 0, None
+        while low <= high:
+            middle = (low + high) // 2
+            link = next((Link(*row) for row in self._all("chain", None, "number = ?", (str(middle),))), None)
+            if link is None:
+                return None
+            at = json.loads(link.state)[0]
+            if at == version:
+                first = link
+            low, high = (middle + 1, high) if at < version else (low, middle - 1)
+        return None if first is None or first.reason == BEGUN else first
+
+    def digests(self) -> dict[str, Digest]:
+        """Of the tables, as the newest link left them. Raises GalleryDamaged."""
+        return {name: Digest(rows, int.from_bytes(total, "big")) for name, rows, total in self._all("digest")}
+
+    def row_changes(self) -> Iterator[RowChange]:
+        """As far as they are kept, oldest first. Raises GalleryDamaged."""
+        for _, link, _, packed in self._all("row_change", "number"):
+            yield from changes_in(link, packed)
+
+    def forget_journal_changes(self) -> None:
+        self._delete("row_change WHERE journal = 1")
 
     def _last_number(self, table: str) -> int:
         return int(self._connection.execute(f"SELECT coalesce(max(number), 0) FROM {table}").fetchone()[0])
@@ -557,7 +665,7 @@ class SqliteCatalogue(CatalogueTables):
     def _keys(self, table: str) -> list[str]:
         return [key for (key,) in self._connection.execute(f"SELECT key FROM {table} ORDER BY key")]
 
-    def _database_problems(self) -> list[str]:
+    def database_problems(self) -> list[str]:
         return [text for (text,) in self._connection.execute("PRAGMA integrity_check(20)") if text != "ok"]
 
     def _table_problems(self, table: str) -> list[str]:
@@ -589,7 +697,7 @@ def _schema(tables: Iterable[str]) -> dict[tuple[str, str], str]:
     """(type, name) -> how it is made."""
     made = {}
     for table in tables:
-        made["table", table] = f"CREATE TABLE {table} ({COLUMNS_OF[table]}, checksum INTEGER NOT NULL)"
+        made["table", table] = f"CREATE TABLE {table} ({_EVERY[table]}, checksum INTEGER NOT NULL)"
         for column in INDEXED.get(table, ()):
             name = f"{table}_{column.removesuffix('_id')}"
             made["index", name] = f"CREATE INDEX {name} ON {table} ({column})"
@@ -600,13 +708,13 @@ _NULLABLE = {"dimension", "vector", "minutiae", "quality", "decision", "candidat
 _PYTHON_TYPES = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
 _TYPES_OF = {
     table: [(_PYTHON_TYPES[spec.split()[1]], spec.split()[0] in _NULLABLE) for spec in columns.split(", ")]
-    for table, columns in COLUMNS_OF.items()
+    for table, columns in _EVERY.items()
 }
 
 
 def table_columns(table: str) -> list[tuple[str, type]]:
     """The name and the Python type of each column of a table, without its checksum."""
-    names = [spec.split()[0] for spec in COLUMNS_OF[table].split(", ")]
+    names = [spec.split()[0] for spec in _EVERY[table].split(", ")]
     return [(name, kind) for name, (kind, _) in zip(names, _TYPES_OF[table], strict=True)]
 
 
@@ -621,16 +729,11 @@ def has_types_of(table: str, values: Sequence[Any]) -> bool:
 
 def row_checksum(values: Sequence[Any]) -> int:
     """XXH3 of the values with their types and lengths, as SQLite's signed integer."""
-    parts = []
-    for value in values:
-        if isinstance(value, (bytes, str)):
-            data = value.encode() if isinstance(value, str) else value
-            parts.append(struct.pack("<cq", b"s" if isinstance(value, str) else b"b", len(data)) + data)
-        elif isinstance(value, float):
-            parts.append(struct.pack("<cd", b"f", value))
-        else:
-            parts.append(b"n" if value is None else struct.pack("<cq", b"i", value))
-    return xxhash.xxh3_64_intdigest(b"".join(parts)) - (1 << 63)
+    return _checksum(pack_row(values))
+
+
+def _checksum(packed: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(packed) - (1 << 63)
 
 
 def _blobs(template: Template) -> tuple[bytes | None, bytes | None, float | None]:

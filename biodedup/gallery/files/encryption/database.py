@@ -17,6 +17,7 @@ from typing import Any, Literal
 import apsw
 
 from biodedup.gallery.files import forks
+from biodedup.gallery.files.encryption.keyring import Key
 
 CIPHER = "chacha20"
 _OPERATIONAL = {
@@ -36,6 +37,8 @@ class EncryptedConnection:
     def __init__(self, uri: str, secret: bytes, timeout_s: float) -> None:
         """secret: 32 bytes. Reads nothing yet: a wrong key shows at the first statement that reads, as SQLITE_NOTADB."""
         self._process = forks.Process()
+        self.chain_key = Key(secret).derived("chain")
+        """For the hash chain over the commits (catalogue/chain.py)."""
         with _translated():
             flags = apsw.SQLITE_OPEN_URI | apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
             self._connection = apsw.Connection(uri, flags=flags)

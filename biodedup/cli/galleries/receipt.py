@@ -1,0 +1,59 @@
+"""Commands on receipts of decisions: receipt write, receipt verify. Each runs one job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import biodedup as bd
+from biodedup import jobs
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    ConfigOption,
+    Exit,
+    GalleryOption,
+    JsonOption,
+    Panel,
+    app,
+    configured,
+    finish,
+)
+
+receipt = typer.Typer(no_args_is_help=True, help="Write signed receipts of decisions, and check them.")
+app.add_typer(receipt, name="receipt", rich_help_panel=Panel.CARE)
+
+
+@receipt.command()
+def write(
+    encounter_id: str,
+    key: Annotated[Path, typer.Option("--sign", help="The private key that signs, of `biodedup log key`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; it must not exist.")],
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the signed receipt of a decision: outcome, thresholds, policy, models, rows examined, and its place in the log. No biometric data."""
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+        document = jobs.write_receipt(engine, encounter_id, key, out)
+    finish(document, f"{document['outcome']}: the receipt of {encounter_id} is in {out}", as_json)
+
+
+@receipt.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="The receipt.")],
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", help="The public key that the receipt is signed by (PEM).")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the signature of a receipt, without the gallery. Exit code 4 where it is not sound."""
+    check = jobs.verify_receipt(file, public_key)
+    fields = check.receipt
+    where = "" if fields["commit"] is None else f", commit {fields['commit']:,}"
+    lines = [f"gallery {fields['gallery_id']}{where}: encounter {fields['encounter_id']}, {fields['outcome']}"]
+    lines += [f"note: {note}" for note in check.notes] + [f"wrong: {problem}" for problem in check.problems]
+    finish(check.to_dict(), lines, as_json)
+    if check.problems:
+        raise typer.Exit(Exit.DAMAGED)

@@ -1,0 +1,198 @@
+"""Verifies the hash chain of a gallery: its links, the rows that they wrote, and a checkpoint that was kept outside.
+
+Owns the list of what is wrong. Never changes the chain, and never checks a signature.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from biodedup.common.described import Described
+from biodedup.errors import CallerError, GalleryDamaged
+from biodedup.gallery.care.verify import connected, read_manifest
+from biodedup.gallery.catalogue.chain import (
+    BEGUN,
+    CHAINED,
+    NO_LINK,
+    ChainHash,
+    Digest,
+    Link,
+    Sum,
+    is_chained,
+    pack_row,
+)
+from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
+from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
+
+_NAMED_MAX = 20  # problems of one table that are named
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in the chain of a gallery, as a checkpoint keeps it. value: hexadecimal."""
+
+    gallery_id: str
+    number: int
+    commits: int
+    value: str
+
+
+@dataclass(frozen=True)
+class LogReport(Described):
+    """keyed: whether the newest link is of a key; first_commit, commit: of the oldest and the newest link; links, rows, files: how many were
+    checked; problems: what is wrong; notes: what could not be checked, and where digests were taken anew. mark: the newest link."""
+
+    gallery_id: str
+    keyed: bool
+    first_commit: int
+    commit: int
+    links: int
+    rows: int
+    files: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    mark: Mark | None
+
+
+def verify_chain(storage: Storage, folder: Path, mark: Mark | None = None) -> LogReport:
+    """Recomputes every link and the digest of every table, and compares the heads of all segment files with the manifest. Raises NotAGallery,
+    KeyMismatch, StorageUnavailable."""
+    try:
+        with connected(storage, folder) as catalogue:
+            gallery_id = catalogue.meta()["gallery_id"]
+            manifest = read_manifest(storage, folder, catalogue)
+            for file in manifest.files.values():
+                file.close()
+            catalogue.begin_reading()
+            try:
+                files = [str(problem) for problem in manifest.problems]
+                return _Check(catalogue, gallery_id, mark).report(files, len(manifest.files))
+            finally:
+                catalogue.rollback()
+    except (GalleryDamaged, *ODD_CONTENT) as error:
+        if isinstance(error, CallerError | MemoryError):
+            raise
+        return LogReport("", False, 0, 0, 0, 0, 0, (f"the gallery cannot be read: {error}",), (), None)
+
+
+class _Check:
+    def __init__(self, catalogue: SqliteCatalogue, gallery_id: str, mark: Mark | None) -> None:
+        self._catalogue, self._gallery_id, self._mark = catalogue, gallery_id, mark
+        self._hash = catalogue.chain.hash
+        self._at_mark: Link | None = None
+        self._begun = 0  # the newest link that took the digests anew
+        self._commit_of: dict[int, int] = {}
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def report(self, problems: Sequence[str], files: int) -> LogReport:
+        self.problems += [*self._catalogue.database_problems(), *problems]
+        first = last = None
+        links = rows = 0
+        for link in self._catalogue.links() if self._catalogue.chain.exists() else ():
+            first = first or link
+            self._follow(link, last)
+            last, links = link, links + 1
+        if first is None or last is None:
+            self.problems.append("the gallery has no hash chain yet; its next writer begins it")
+            return LogReport(self._gallery_id, False, 0, 0, 0, 0, files, tuple(self.problems), (), None)
+        if first.commits > 0:
+            self.notes.append(f"the chain begins at commit {first.commits}; commits before are not in it")
+        rows = self._compare(last)
+        if self._mark is not None:
+            self._meet(self._mark, last)
+        mark = Mark(self._gallery_id, last.number, last.commits, last.value.hex())
+        counts = (bool(last.key_id), first.commits, last.commits, links, rows, files)
+        return LogReport(self._gallery_id, *counts, tuple(self.problems), tuple(self.notes), mark)
+
+    def _follow(self, link: Link, before: Link | None) -> None:
+        """One link, behind the one before it."""
+        name = f"link {link.number} (commit {link.commits})"
+        number, previous = (0, NO_LINK) if before is None else (before.number, before.value)
+        if link.number != number + 1:
+            self.problems.append(f"links {number + 1} to {link.number - 1} of the chain are lost: commits were dropped")
+        elif link.key_id not in ("", self._hash.key_id):
+            self.notes.append(f"{name} is of key {link.key_id}, which is not at hand: its value was not computed")
+        elif self._hash_of(link).completed(link, previous) != link:
+            self.problems.append(f"{name} does not follow from the link before: it was changed, or put back")
+        if before is not None and not link.reason and link.commits <= before.commits:
+            self.problems.append(f"{name} repeats an earlier commit: the counters were put back")
+        if link.reason:
+            self._begun = link.number
+            if link.reason != BEGUN:
+                self.notes.append(f"{name} took the digests anew: {link.reason}")
+        self._commit_of[link.number] = link.commits
+        if self._mark is not None and link.number == self._mark.number:
+            self._at_mark = link
+
+    def _hash_of(self, link: Link) -> ChainHash:
+        return self._hash if link.key_id else ChainHash(None)
+
+    def _compare(self, last: Link) -> int:
+        """The present rows with what the links say. Returns how many there are."""
+        if last.key_id != self._hash.key_id:
+            self.notes.append("the newest link is of another key: rows are not checked until the next commit")
+            return 0
+        stored, rows = self._catalogue.digests(), 0
+        if self._hash.content(stored) != last.content:
+            self.problems.append(
+                "table digest: its rows are not those of the newest link; they were put back or forged"
+            )
+        if json.loads(last.state) != list(vars(self._catalogue.state()).values()):
+            self.problems.append("the counters are not those of the newest link: they, or the chain, were put back")
+        for table in CHAINED:
+            wanted = stored.get(table, Digest())
+            try:
+                present = self._present(table)
+            except GalleryDamaged as error:
+                self.problems.append(str(error))
+                continue
+            rows += present.rows
+            if present != wanted:
+                self.problems += self._named(table, present, wanted)
+        return rows
+
+    def _present(self, table: str) -> Digest:
+        rows = Sum(self._hash, table)
+        for row in self._catalogue.rows_of(table):
+            if is_chained(table, row):
+                rows.add(pack_row(row))
+        return rows.digest
+
+    def _named(self, table: str, present: Digest, wanted: Digest) -> list[str]:
+        """Which rows of a table are not as the commits left them, as far as the lists of changes tell it."""
+        left: dict[bytes, list[int]] = {}
+        for change in self._catalogue.row_changes():
+            if change.table == table and change.link >= self._begun:
+                if change.put:
+                    left.setdefault(change.start, []).append(change.link)
+                elif left.get(change.start):
+                    left[change.start].pop()
+        lines = []
+        for row in self._catalogue.rows_of(table):
+            if is_chained(table, row):
+                _, (start,) = self._hash.rows(table, [pack_row(row)])
+                if left.get(start):
+                    left[start].pop()
+                else:
+                    lines.append(f"table {table}: the row {row[0]!r} is not as a commit wrote it")
+        links = sorted(link for several in left.values() for link in several)
+        lines += [f"table {table}: a row of commit {self._commit_of.get(n, '?')} is lost or changed" for n in links]
+        if len(lines) > _NAMED_MAX:
+            lines = [*lines[:_NAMED_MAX], f"table {table}: {len(lines) - _NAMED_MAX} more"]
+        counts = f"table {table}: its {present.rows} rows are not the {wanted.rows} that the commits left"
+        return [f"{counts}: they were changed, forged, dropped or put back", *lines]
+
+    def _meet(self, mark: Mark, last: Link) -> None:
+        if mark.gallery_id != self._gallery_id:
+            text = f"the checkpoint is of gallery {mark.gallery_id}, this is {self._gallery_id}"
+        elif mark.number > last.number:
+            text = f"rollback: the checkpoint is of commit {mark.commits}, the newest here is commit {last.commits}"
+        elif self._at_mark is None or (self._at_mark.value.hex(), self._at_mark.commits) != (mark.value, mark.commits):
+            text = f"fork: commit {mark.commits} is not the one of the checkpoint; this gallery has another history"
+        else:
+            return
+        self.problems.append(text)

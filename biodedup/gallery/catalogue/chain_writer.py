@@ -1,0 +1,179 @@
+"""Extends the hash chain of a gallery by one link a commit, and compares the rows that are read with it.
+
+Owns the rows of the tables `chain`, `digest` and `row_change`. What is hashed, and how, is chain.py's. Never begins or ends a transaction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from biodedup.errors import GalleryDamaged
+from biodedup.gallery.catalogue.chain import (
+    BEGUN,
+    CHAIN_COLUMNS,
+    CHAINED,
+    NEW_KEY,
+    NO_LINK,
+    ChainHash,
+    Changes,
+    Digest,
+    Link,
+    Sum,
+    is_chained,
+    pack_row,
+)
+
+if TYPE_CHECKING:
+    from biodedup.gallery.catalogue.sqlite import State
+
+_KNOWN_NONE: tuple[bytes, dict[str, Digest]] = (b"", {})
+
+
+class ChainTables(Protocol):
+    """What the writer needs of the catalogue."""
+
+    def exists(self, table: str) -> bool: ...
+
+    def meta(self) -> dict[str, str]: ...
+
+    def state(self) -> State: ...
+
+    def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None: ...
+
+    def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]: ...
+
+    def last_links(self) -> list[Link]: ...
+
+    def digests(self) -> dict[str, Digest]: ...
+
+    def forget_journal_changes(self) -> None: ...
+
+
+class ChainWriter:
+    """Of one connection."""
+
+    def __init__(self, tables: ChainTables, key: bytes | None) -> None:
+        self.hash = ChainHash(key)
+        self.anew = ""
+        """The reason why the next commits take the digests anew, empty for none."""
+        self._tables = tables
+        self._known = _KNOWN_NONE
+        """The newest value of the chain that this connection wrote or read, and the digests of the tables at it."""
+        self._read: dict[str, Digest] | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        self.changes, self.state = Changes(self.hash), None
+
+    state: State | None
+    """The counters that this transaction has set."""
+
+    def exists(self) -> bool:
+        """Whether the gallery has a chain. Raises GalleryDamaged where its tables are lost."""
+        there = [self._tables.exists(table) for table in CHAIN_COLUMNS]
+        if not all(there) and (any(there) or "chain" in self._tables.meta()):
+            raise GalleryDamaged("the tables of the hash chain are lost; restore the database from a backup")
+        return all(there)
+
+    def put(self, table: str, row: Sequence[Any], packed: bytes) -> None:
+        if is_chained(table, row):
+            self.changes.put(table, packed)
+
+    def drop(self, table: str, row: Sequence[Any]) -> None:
+        if is_chained(table, row):
+            self.changes.drop(table, pack_row(row))
+
+    # reading ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Compares the tables that are read whole meanwhile with the newest link. Inside the caller's transaction. Raises GalleryDamaged."""
+        last = self._newest() if self.exists() else None
+        if last is None or last.key_id != self.hash.key_id:
+            yield  # of an older format, or encrypted a moment ago: the next commit takes the digests
+            return
+        digests, self._read = self._digests_at(last), {}
+        if json.loads(last.state) != list(vars(self._tables.state()).values()):
+            raise _not_of("the counters are")
+        try:
+            yield
+            for table, read in self._read.items():
+                if read != digests.get(table, Digest()):
+                    raise _not_of(f"the {read.rows} rows of table {table} are")
+        finally:
+            self._read = None
+
+    def reading(self, table: str) -> Sum | None:
+        """The sum of a table that is about to be read whole; None where nothing compares it."""
+        return None if self._read is None or table not in CHAINED else Sum(self.hash, table)
+
+    def was_read(self, table: str, rows: Sum) -> None:
+        if self._read is not None:
+            self._read[table] = rows.digest
+
+    # writing ------------------------------------------------------------------------------------------------------
+
+    def extend(self) -> None:
+        """Adds a link, at the end of a transaction that changed something. Raises GalleryDamaged."""
+        changes = self.changes
+        if not (changes.tables or self.state or self.anew):
+            return
+        if self._known is _KNOWN_NONE and not self.exists():
+            return  # of an older format; its next writer begins the chain
+        last = self._newest()
+        reason = self.anew or (BEGUN if last is None else "" if last.key_id == self.hash.key_id else NEW_KEY)
+        before = {} if last is None or reason else self._digests_at(last)
+        if reason:
+            changes = self._present()
+            self._tables.forget_journal_changes()
+        elif changes.emptied:
+            self._tables.forget_journal_changes()
+        after = changes.applied_to(before)
+        changed = CHAINED if reason else sorted(changes.tables)
+        state = self.state or self._tables.state()
+        number, previous = (1, NO_LINK) if last is None else (last.number + 1, last.value)
+        counters = json.dumps(list(vars(state).values()), separators=(",", ":"))
+        link = Link(number, state.commits, counters, self.hash.key_id, reason, self.hash.content(after))
+        link = self.hash.completed(link, previous)
+        self._tables.put("digest", [(table, *after.get(table, Digest()).values) for table in changed])
+        journal, other = changes.lists
+        lists = [(2 * number, number, 0, other), (2 * number + 1, number, 1, journal)]
+        self._tables.put("row_change", [row for row in lists if row[-1]])
+        self._tables.put("chain", [link.values])
+        self._known = (link.value, after)
+
+    def _newest(self) -> Link | None:
+        links = self._tables.last_links()
+        if not links:
+            return None
+        last, previous = links[0], links[1].value if len(links) > 1 else NO_LINK
+        unknown = self._known[0] != last.value and last.key_id == self.hash.key_id
+        if unknown and self.hash.completed(last, previous) != last:
+            raise _not_of("the newest link of the hash chain is")
+        return last
+
+    def _digests_at(self, last: Link) -> dict[str, Digest]:
+        """Of the tables, at the newest link. What was put back from an earlier time is not to be carried on."""
+        if self._known[0] != last.value:
+            digests = self._tables.digests()
+            if self.hash.content(digests) != last.content:
+                raise _not_of("the digests of the tables are")
+            self._known = (last.value, digests)
+        return self._known[1]
+
+    def _present(self) -> Changes:
+        """All rows, as if they were put now."""
+        present = Changes(self.hash)
+        for table in CHAINED:
+            if self._tables.exists(table):
+                for row in self._tables.rows_of(table):
+                    if is_chained(table, row):
+                        present.put(table, pack_row(row))
+        return present
+
+
+def _not_of(what: str) -> GalleryDamaged:
+    return GalleryDamaged(f"{what} not what the last commit left; run `biodedup log verify`, and restore a backup")

@@ -1,0 +1,113 @@
+"""Verifies the hash chain of a gallery, and signs checkpoints of it that are kept outside.
+
+Owns the form of a checkpoint. `gallery.care.log` checks the chain, `jobs.shared.signing` signs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from biodedup.common.arguments import checked
+from biodedup.common.described import Described
+from biodedup.config import Config
+from biodedup.errors import GalleryDamaged, InvalidInput, StorageUnavailable
+from biodedup.gallery.care.log import LogReport, Mark, verify_chain
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.files.private import replace_private
+from biodedup.jobs.shared.signing import make_signing_key, opened, signed
+
+__all__ = ["Checkpoint", "LogReport", "log_checkpoint", "make_signing_key", "verify_log"]
+
+_TITLE, _POST_S_MAX = "log checkpoint", 30.0
+_FIELDS = {"format": int, "gallery_id": str, "number": int, "commit": int, "chain": str, "time": float}
+
+
+@dataclass(frozen=True)
+class Checkpoint(Described):
+    """commit, chain: the value of the chain (hexadecimal) at a commit; number: of its link; time: seconds since 1970; signed_by: the public key,
+    hexadecimal."""
+
+    gallery_id: str
+    number: int
+    commit: int
+    chain: str
+    time: float
+    signed_by: str
+
+
+@checked
+def verify_log(
+    gallery: Path, config: Config | None = None, *, checkpoint: Path | None = None, public_key: Path | None = None
+) -> LogReport:
+    """Checks the chain of a gallery, the rows of its database, and the heads of its files. checkpoint: an earlier one, which has to be in this
+    chain; public_key: PEM, of the key that signed it; without it the signature proves only that the file is whole. Raises InvalidInput,
+    NotAGallery, KeyMismatch, StorageUnavailable."""
+    storage = LocalStorage(None if config is None else config.keys)
+    if checkpoint is None:
+        return verify_chain(storage, gallery)
+    document, wrong = _read(checkpoint, public_key)
+    mark = Mark(document["gallery_id"], document["number"], document["commit"], document["chain"])
+    report = verify_chain(storage, gallery, None if wrong else mark)
+    notes = report.notes
+    if public_key is None and not wrong:
+        signer = document["signed_by"]
+        notes = (
+            *notes,
+            f"no public key was stated; the checkpoint is signed by {signer}: compare it with the auditor's",
+        )
+    return replace(report, problems=(*([wrong] if wrong else []), *report.problems), notes=notes)
+
+
+@checked
+def log_checkpoint(
+    gallery: Path,
+    key: Path,
+    out: Path,
+    config: Config | None = None,
+    *,
+    url: str | None = None,
+    clock: Callable[[], float] = time.time,
+) -> Checkpoint:
+    """Verifies the chain, and signs its newest value. key: an Ed25519 private key, PEM; url: gets the document by POST, too. Raises InvalidInput
+    where `out` exists, GalleryDamaged where the log is not sound, and then writes nothing; StorageUnavailable, also where the address
+    did not take the document, which is in `out` nevertheless."""
+    if out.exists():
+        raise InvalidInput(f"{out} exists, and a checkpoint is never replaced; name a new file")
+    if url is not None and not url.startswith(("https://", "http://")):
+        raise InvalidInput(f"the address {url!r} is not one of HTTP; begin it with https://")
+    report = verify_chain(LocalStorage(None if config is None else config.keys), gallery)
+    mark = report.mark
+    if report.problems or mark is None:
+        raise GalleryDamaged(f"the log of {gallery} is not sound: {report.problems[0]}; nothing was signed")
+    values = (1, mark.gallery_id, mark.number, mark.commits, mark.value, round(float(clock()), 3))
+    document = signed(_TITLE, dict(zip(_FIELDS, values, strict=True)), key)
+    content = json.dumps(document, indent=2).encode() + b"\n"
+    replace_private(out, content)
+    if url is not None:
+        _post(url, content, out)
+    return Checkpoint(*values[1:], document["signed_by"])
+
+
+def _read(path: Path, public_key: Path | None) -> tuple[dict[str, Any], str]:
+    """(the checkpoint, what is wrong with its signature). Raises InvalidInput."""
+    document, wrong = opened(_TITLE, path, public_key)
+    if document.get("format") != 1 or any(type(document.get(name)) is not kind for name, kind in _FIELDS.items()):
+        raise InvalidInput(f"{path} is no checkpoint of this format; name a file of `biodedup log checkpoint`")
+    return document, wrong
+
+
+def _post(url: str, content: bytes, out: Path) -> None:
+    request = urllib.request.Request(url, content, {"Content-Type": "application/json"}, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=_POST_S_MAX):
+            return
+    except (OSError, ValueError) as error:
+        what = error.code if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        raise StorageUnavailable(f"{url} did not take the checkpoint ({what}); it is in {out}: send it again") from None
