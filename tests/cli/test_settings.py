@@ -155,6 +155,8 @@ def test_every_command_that_opens_a_gallery_or_takes_captures_takes_settings():
         "kit keys",
         "kit revoke",
         "kit trust",
+        "log key",
+        "receipt verify",
         "status",
     }
 

@@ -12,6 +12,7 @@ import pytest
 import biodedup as bd
 from biodedup.gallery.answers import LOADED, StoredDecision
 from biodedup.gallery.care.copying import record
+from biodedup.gallery.catalogue.chain import CHAIN_COLUMNS
 from biodedup.testing import internals
 from tests.support.galleries import PEOPLE, enroll, small
 from tests.support.vectors import SFACE, again
@@ -98,8 +99,9 @@ def test_a_gallery_without_the_table_of_steps_gets_it_from_its_first_writer(tmp_
         noted_as_before(engine, "merge:m:begun")
         enroll(engine, 0)
     with closing(sqlite3.connect(tmp_path / "g" / "gallery.sqlite3")) as database, database:
-        database.execute("DROP TABLE job_step")
-        database.execute("DELETE FROM meta WHERE key = 'job_steps'")
+        for table in ("job_step", *CHAIN_COLUMNS):  # that gallery had no hash chain either
+            database.execute(f"DROP TABLE {table}")
+        database.execute("DELETE FROM meta WHERE key IN ('job_steps', 'chain')")
     with bd.Engine.open(tmp_path / "g", small(), read_only=True) as engine:
         assert internals(engine).gallery.snapshot().job_step("merge:m:begun") == {"added": 0}
         assert internals(engine).gallery.snapshot().job_step("merge:m:applied") is None

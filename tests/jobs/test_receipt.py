@@ -100,6 +100,7 @@ def test_the_commands_write_a_receipt_and_check_it(folder, tmp_path):
     def run(*arguments):
         return CliRunner().invoke(app, ["receipt", *map(str, arguments)])
 
+    assert run("e1", "-g", folder / "g", "--sign", folder / "a.key", "-o", tmp_path / "short").exit_code == 0
     made = ("write", "e1", "-g", folder / "g", "--sign", folder / "a.key", "-o", tmp_path / "r")
     assert run(*made).exit_code == 0
     assert isinstance(run(*made).exception, bd.InvalidInput)  # a receipt is never replaced

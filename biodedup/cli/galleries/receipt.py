@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import biodedup as bd
 from biodedup import jobs
@@ -21,7 +22,15 @@ from biodedup.cli.base import (
     finish,
 )
 
-receipt = typer.Typer(no_args_is_help=True, help="Write signed receipts of decisions, and check them.")
+
+class _Receipts(TyperGroup):
+    """`receipt ENCOUNTER_ID` is `receipt write ENCOUNTER_ID`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args and args[0] in self.commands else ["write", *args])
+
+
+receipt = typer.Typer(cls=_Receipts, no_args_is_help=True, help="Write signed receipts of decisions, and check them.")
 app.add_typer(receipt, name="receipt", rich_help_panel=Panel.CARE)
 
 
