@@ -20,7 +20,7 @@ import biodedup as bd
 from biodedup.errors import RetryableError
 from tests.support.vectors import SFACE, unit
 
-_DIRECTIONS, _BISECTIONS = 400, 10
+_DIRECTIONS, _BISECTIONS, _STEP = 400, 10, 0.5
 
 
 class Exhausted(Exception):
@@ -29,7 +29,7 @@ class Exhausted(Exception):
 
 @dataclass
 class Attacker:
-    """verify: the call; calls_max: how many it may make; wait: called after each call, for a test to move the clock. best: the vector that
+    """verify: the call; calls_max: how many it may make; wait: called after each call, for a test to move the clock; start: the first probe, None for a stranger's. best: the vector that
     the attacker believes to be nearest."""
 
     verify: Callable[[bd.Encounter], bd.Verification]
@@ -37,6 +37,7 @@ class Attacker:
     seed: int = 0
     dimension: int = 128
     wait: Callable[[], None] = lambda: None
+    start: np.ndarray | None = None
     calls: int = 0
     answered: int = 0
     best: np.ndarray | None = None
@@ -46,7 +47,7 @@ class Attacker:
         """Attacks until the answer shows 60 dB, or the calls are made."""
         self._random = np.random.default_rng([self.seed, 0xC11B])
         try:
-            first = self._ask(self._stranger())
+            first = self._ask(self._stranger() if self.start is None else self.start)
             if first.evidence and first.evidence[0].similarity is not None:
                 self._measure()
             else:
@@ -85,9 +86,9 @@ class Attacker:
         return answer.score_db + 0.5 * answer.accepted
 
     def _climb(self) -> None:
-        lowest, low, high = np.inf, None, None
-        level = -np.inf
-        while high is None or level <= lowest:  # strangers, until two of them get different answers
+        lowest, low, high = np.inf, None, self.best
+        level = -np.inf if high is None else self._level(high)
+        while level <= lowest:  # strangers, until two of them get different answers
             vector = self._stranger()
             shown = self._level(vector)
             if shown < lowest:
@@ -121,9 +122,7 @@ class Attacker:
         return high
 
     def _normal(self, point: np.ndarray, level: float) -> np.ndarray:
-        total = np.zeros(self.dimension)
-        for _ in range(_DIRECTIONS):
-            direction = self._stranger()
-            side = 1.0 if self._level(unit(point + direction)) >= level else -1.0
-            total += side * direction
-        return unit(total)
+        """The direction in which the answers reach this level; the mean is taken off, as most steps from a boundary lead below it."""
+        directions = np.array([self._stranger() for _ in range(_DIRECTIONS)])
+        sides = np.array([self._level(unit(point + _STEP * direction)) >= level for direction in directions], float)
+        return unit((sides - sides.mean()) @ directions)
