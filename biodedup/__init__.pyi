@@ -16,7 +16,9 @@ from .config import SearchConfig as SearchConfig
 from .embed.extractor import Extractor as Extractor
 from .engine import Engine as Engine
 from .engine import compare as compare
+from .errors import ApprovalNeeded as ApprovalNeeded
 from .errors import BiodedupError as BiodedupError
+from .errors import BudgetExhausted as BudgetExhausted
 from .errors import CallerError as CallerError
 from .errors import CaptureUnavailable as CaptureUnavailable
 from .errors import DataDamaged as DataDamaged
@@ -27,9 +29,11 @@ from .errors import GalleryDamaged as GalleryDamaged
 from .errors import IndexMismatch as IndexMismatch
 from .errors import InvalidInput as InvalidInput
 from .errors import KeyMismatch as KeyMismatch
+from .errors import LockedOut as LockedOut
 from .errors import ModelCardError as ModelCardError
 from .errors import ModelMismatch as ModelMismatch
 from .errors import NotAGallery as NotAGallery
+from .errors import NotAllowed as NotAllowed
 from .errors import OutOfMemory as OutOfMemory
 from .errors import PolicyMismatch as PolicyMismatch
 from .errors import RetryableError as RetryableError
@@ -38,6 +42,8 @@ from .errors import SubjectExists as SubjectExists
 from .errors import UnknownSubject as UnknownSubject
 from .gallery.policies import PolicyVersion as PolicyVersion
 from .keys import KeyProvider as KeyProvider
+from .principals import ROLES as ROLES
+from .principals import Principal as Principal
 from .trace import Trace as Trace
 from .trace import explain as explain
 from .values import COLUMNS as COLUMNS

@@ -14,10 +14,11 @@ from typing import Any
 
 from biodedup.common.arguments import check_fields, checked
 from biodedup.common.tables import made, read_toml, typed
-from biodedup.errors import InvalidInput
+from biodedup.errors import InvalidInput, NotAllowed
 from biodedup.index_spec import parse_specs
 from biodedup.keys import KeyProvider
 from biodedup.outcomes import MEANINGS, outcome_of
+from biodedup.principals import Principal
 from biodedup.required import SENT, check_required
 from biodedup.values import check_id, check_text
 
@@ -164,6 +165,10 @@ class IsolationConfig:
 
 
 REPLAYS = ("report", "refuse")
+DISCLOSURES = ("full", "coarse", "outcome")
+"""Values of `Policy.disclosure`, the one that says most first."""
+TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy")
+"""Values of `Policy.two_people`: `Engine.remove`, `update(replace=True)`, `adjudicate` and `set_policy`."""
 
 
 @dataclass(frozen=True)
@@ -212,11 +217,44 @@ class Policy:
     `biodedup.Missing` excuses a column. Its fingers are taken off the ten that `N fingers` may ask for: of a subject with one finger left,
     `2 fingers` asks for that one. An empty sequence requires nothing."""
 
+    disclosure: str = "full"
+    """What answers of enrolments, searches and verifications say of scores. The gallery keeps every decision complete.
+      `full`      everything;
+      `coarse`    scores rounded down to steps of 10 dB, and 0 where the threshold is not reached; no scores of single captures; candidates
+                  below the review threshold are not named;
+      `outcome`   the threshold that was reached in place of a score, otherwise as `coarse`.
+    Scores let a caller approach an enrolled vector: with `full` in 146 verifications, with steps alone in 460 (2026-11). `coarse` without
+    a budget only makes it harder."""
+    caller_calls_per_hour: float | None = None
+    """Searches, verifications and enrolments that one principal may make an hour, and at once (a token bucket). None: no limit. Callers
+    without a name (`Engine.as_principal`) have none."""
+    subject_calls_per_day: float | None = None
+    """Answers about one enrolled subject a day, for all callers together: verifications, updates, and searches that name it. None: no limit."""
+    climbs_max: int = 0
+    """So often may the score of failed verifications of one subject by one caller rise, with captures like those before, within a day. Then the
+    caller is locked out from this subject for a day, with an alarm (`Engine.alarms`). Eight failed tries in random order rise five times in 1
+    of 115 cases. 0: no lock-out."""
+    two_people: tuple[str, ...] = ()
+    """Calls that two principals must make: `remove`, `replace` (`update(replace=True)`), `adjudicate`, `policy` (`set_policy`). The first call
+    stores a request (`ApprovalNeeded`); the same call by another principal approves it and is carried out. `Engine.approvals` lists them."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "required", check_required(self.required))
         if self.replays not in REPLAYS:
             raise InvalidInput(f"replays is {self.replays!r}, wanted one of {', '.join(REPLAYS)}")
+        if self.disclosure not in DISCLOSURES:
+            raise InvalidInput(f"disclosure is {self.disclosure!r}, wanted one of {', '.join(DISCLOSURES)}")
+        for name in ("caller_calls_per_hour", "subject_calls_per_day"):
+            limit = getattr(self, name)
+            if limit is not None and not (_is_number(limit) and 1 <= limit < 1e9):
+                raise InvalidInput(f"{name} is {limit}, wanted at least 1 and less than 1e9, or None for no limit")
+        if isinstance(self.two_people, str) or (unknown := set(self.two_people) - set(TWO_PEOPLE)):
+            got = self.two_people if isinstance(self.two_people, str) else sorted(unknown)[0]
+            raise InvalidInput(f"two_people holds {got!r}, wanted a sequence of {', '.join(TWO_PEOPLE)}")
+        object.__setattr__(self, "two_people", tuple(name for name in TWO_PEOPLE if name in self.two_people))
+        if self.climbs_max < 0:
+            raise InvalidInput(f"climbs_max is {self.climbs_max}, wanted at least 0, which means no lock-out")
         for name in ("trust_extrapolation", "own_strangers"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInput(f"{name} is {getattr(self, name)!r}, wanted True or False")
@@ -431,11 +469,29 @@ class Config:
     """Where the register's key comes from, or a function that returns it: 32 bytes. With it a new gallery is encrypted; one that is
     encrypted opens with its key alone, and one that is not opens without a key alone (`KeyMismatch`). Needs the extra `encryption`."""
 
+    identities: dict[str, str] | None = None
+    """name -> its roles, separated by spaces (`biodedup.principals.ROLES`). With it, `by` of verdicts and policies, and `--by`, must be one of
+    these names with the role, and `Engine.as_principal` takes these alone. None: `by` is any name. It is not stored with the gallery."""
+    allow_template_export: bool | None = None
+    """Whether `Engine.templates`, `encounters`, `subject`, FAISS indexes and exports hand out templates. Each time is logged. None: they do, with
+    a warning in the log where `identities` or `keys` are configured; a later release will refuse it there. False: NotAllowed."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("threads", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+        for name in self.identities or ():
+            self.identity(name)
+
+    def identity(self, name: str) -> Principal:
+        """The principal of a configured name. Raises NotAllowed for another name, InvalidInput for roles that are not known."""
+        roles = (self.identities or {}).get(name)
+        if roles is None:
+            raise NotAllowed(
+                f"{name!r} is none of the configured identities; name one of them, or add it to `identities`"
+            )
+        return Principal(name, roles.split())
 
     @classmethod
     @checked
@@ -457,12 +513,15 @@ class Config:
         return replace(self, policy=self.stated_policy)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy with the policy stated and without `cluster` and `keys`, as the gallery stores it."""
+        """A JSON-ready copy with the policy stated and without `cluster`, `keys` and who may use it, as the gallery stores it."""
         stored = asdict(
-            replace(self.with_policy(), cluster=None, keys=None),
+            replace(self.with_policy(), cluster=None, keys=None, identities=None),
             dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items},
         )
-        del stored["cluster"], stored["keys"]  # where a program finds the gallery and its key, not what the gallery is
+        for name in ("cluster", "keys", "identities", "allow_template_export"):
+            del stored[
+                name
+            ]  # where a program finds the gallery and its key, and who may use it, not what the gallery is
         return stored
 
 

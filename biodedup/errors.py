@@ -77,6 +77,10 @@ class EngineClosed(CallerError):
     """The engine was closed."""
 
 
+class NotAllowed(CallerError):
+    """The caller's roles, or the gallery's rules, do not allow this call. Nothing was done."""
+
+
 class UnknownKit(CallerError):
     """A batch file is signed by a key that is not among the trusted ones."""
 
@@ -99,6 +103,28 @@ class CaptureUnavailable(RetryableError):
     def __init__(self, text: str, reason: str = "unreadable") -> None:
         super().__init__(text)
         self.reason = reason
+
+
+class BudgetExhausted(RetryableError):
+    """The caller, or all callers for this subject, have made as many calls as the policy allows. A service answers it by HTTP 429.
+
+    retry_after_s: the time in seconds after which the same call may be made again, as `Retry-After` states it."""
+
+    def __init__(self, text: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+
+class LockedOut(BudgetExhausted):
+    """The caller approached an enrolled subject in steps, and may not verify against it until the lock-out ends. `Engine.alarms` lists it."""
+
+
+class ApprovalNeeded(RetryableError):
+    """The call needs two people. It was stored as a request, and nothing was done: another principal approves it. number: of the request."""
+
+    def __init__(self, text: str, number: int = 0) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 NOT_TAKEN = (CallerError, CaptureUnavailable)

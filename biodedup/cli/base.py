@@ -99,6 +99,9 @@ GalleryOption = Annotated[
     Path,
     typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The gallery's folder; enroll and load create it."),
 ]
+PersonOption = Annotated[
+    str, typer.Option("--by", help="The person who does it: one of `identities`, where the settings name any.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads for extraction and search.")]
 ConfigOption = Annotated[
@@ -263,6 +266,11 @@ def existing(gallery: Path, config: Config, wait_s: float | None = None) -> Iter
     bd.Engine.open(gallery, config, read_only=True).close()
     with _opened_in_turn(gallery, config, wait_s) as engine:
         yield engine
+
+
+def acting(engine: bd.Engine, by: str) -> bd.Engine:
+    """The engine for the person of `--by`, where the settings name identities; otherwise the engine itself."""
+    return engine if engine.config.identities is None else engine.as_principal(by)
 
 
 def _opened_in_turn(gallery: Path, config: Config, wait_s: float | None) -> bd.Engine:

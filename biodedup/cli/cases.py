@@ -19,6 +19,7 @@ from biodedup.cli.base import (
     JsonOption,
     Panel,
     WaitOption,
+    acting,
     app,
     configured,
     existing,
@@ -132,7 +133,7 @@ def decide(
     chosen = configured(gallery, config)
     with existing(gallery, chosen, wait) as engine:
         linked = engine.case(encounter_id).linked
-        decision = engine.adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
+        decision = acting(engine, by).adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
         case = engine.case(encounter_id)
         others = [engine.case(other) for other in linked]
     for decided in (decision, *(other.decision for other in others)):

@@ -42,6 +42,7 @@ _NEXT = {
     "KeyProvider": "write bd.KeyProvider(file=...), or pass a function that returns the key",
     "Path": "name it as a text or a pathlib.Path",
     "Policy": "write bd.Policy(...)",
+    "Principal": "write bd.Principal(name, roles)",
     "SearchConfig": "write bd.SearchConfig(...)",
     "TableOptions": "write jobs.TableOptions(...)",
     "Template": "make it by bd.Extractor().extract([capture]), or write bd.Template(column, model_id, vector)",

@@ -29,6 +29,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
 import warnings
@@ -48,21 +49,34 @@ from biodedup.common.arguments import checked, checked_methods
 from biodedup.common.described import Described
 from biodedup.common.memory import within_memory
 from biodedup.common.renamed import renamed
+from biodedup.common.tables import differences
 from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
+from biodedup.engine.approvals import Approval, Approvals
+from biodedup.engine.budgets import Alarm, Budgets
 from biodedup.engine.decide import Decider
+from biodedup.engine.disclosure import disclosed_decision, disclosed_search, disclosed_verification
 from biodedup.engine.enrol import Enrolment
+from biodedup.engine.export_right import note_export
 from biodedup.engine.info import info_of, notes_of
 from biodedup.engine.load import ArrowBatch, Cells, Loaded, Loader
 from biodedup.engine.log import EngineLog
 from biodedup.engine.policy import PolicyInForce
-from biodedup.engine.prepare import Preparer, Probe, check_column, check_models, in_memory, refuse_other_models
+from biodedup.engine.prepare import (
+    Preparer,
+    Probe,
+    check_column,
+    check_models,
+    in_memory,
+    refuse_other_models,
+    require_subject,
+)
 from biodedup.engine.receipt import Receipt, receipt_of
 from biodedup.engine.review import Review
 from biodedup.engine.sample import GallerySamples
 from biodedup.engine.search import BatchedSearch
 from biodedup.engine.subjects import decisions_of, group_counts, listed, subject_of
-from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, SubjectExists, UnknownSubject
+from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, NotAllowed, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import digest_of, from_json
 from biodedup.gallery.care.backup import Copied, backup
 from biodedup.gallery.care.history import NotedClock, finite
@@ -73,12 +87,13 @@ from biodedup.gallery.files.index_codec import refuse_unknown
 from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
-from biodedup.gallery.policies import PolicyVersion
+from biodedup.gallery.policies import PolicyVersion, told
 from biodedup.index_spec import EVERY_COLUMN, parse_specs
 from biodedup.match.compare import Comparer
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
 from biodedup.match.prints.minutiae import CylinderMatcher
 from biodedup.match.scores.calibrations import Calibrations
+from biodedup.principals import Principal
 from biodedup.search.clusters import Links
 from biodedup.search.explain import JoinPlan, SearchPlan, plan_of
 from biodedup.search.searcher import Searcher
@@ -176,7 +191,11 @@ class Engine:
         self._review = Review(gallery, self._preparer, self._searches, self._decider, self._enrolment, clock, self._log)
         seal_rows = config.gallery.seal_rows
         self._loader = Loader(gallery, self._preparer, self._decider, new_id, seal_rows, self._log, config.threads)
-        self._closed = False
+        self._budgets = Budgets(gallery, self._policy, self._clock, self._log)
+        self._approvals = Approvals(gallery, self._policy, self._clock, self._log)
+        self._caller: Principal | None = None
+        self._restricted = True
+        self._closed = threading.Event()
         refuse_other_models(gallery, self._extractor)
 
     @classmethod
@@ -218,8 +237,8 @@ class Engine:
         A call that still reads in another thread, and a generator that has not ended, raise EngineClosed. Closing again does nothing, and
         so does closing in a forked child: the gallery is the parent's.
         """
-        if not self._closed:
-            self._closed = True
+        if not self._closed.is_set():
+            self._closed.set()
             self._extractor.close()
             self._gallery.close()
             if self._gallery.is_of_this_process:
@@ -269,19 +288,72 @@ class Engine:
 
     def policies(self) -> list[PolicyVersion]:
         """Every version of the gallery's policy, the first one first."""
-        self._check_open()
+        self._check("audit", "administer")
         return list(self._gallery.policies)
 
-    def set_policy(self, policy: Policy, *, by: str, reason: str) -> PolicyVersion:
+    def set_policy(self, policy: Policy, *, by: str = "", reason: str) -> PolicyVersion:
         """Stores a policy as the gallery's next version, in force from now on. The present policy changes nothing.
 
-        by: the person who changes it; reason: why. Readers see it when they refresh. Raises InvalidInput, StorageUnavailable.
+        by: the person who changes it, of a principal's engine always the principal; reason: why. Readers see it when they refresh.
+        Raises InvalidInput, NotAllowed, ApprovalNeeded (`Policy.two_people`), StorageUnavailable.
         """
-        self._check_open()
-        before, stored = self._gallery.policies[-1].version, self._policy.store(policy, by, reason, self._clock)
-        if stored.version != before:
+        self._check("administer")
+        by = self._signed(by, "administer")
+        version = self._gallery.policies[-1].version
+
+        def facts() -> dict[str, Any]:
+            changes = differences(self._gallery.policies[-1].policy, policy)
+            return {"after_version": version, "changes": told(changes, "now", "as asked for"), "reason": reason}
+
+        if policy != self._gallery.policies[-1].policy:
+            self._approvals.require("policy", self._caller, facts)
+        stored = self._policy.store(policy, by, reason, self._clock)
+        if stored.version != version:
             self._log.policy_set(stored.version)
         return stored
+
+    # callers ------------------------------------------------------------------------------------------------------
+
+    def as_principal(self, principal: Principal | str) -> Engine:
+        """This engine for one caller: its roles and budgets apply, and what is recorded names it. It shares everything with this engine;
+        closing either closes both.
+
+        principal: or the name of one of `Config.identities`. With these, another principal, or one with more roles than configured, raises
+        NotAllowed; so does a principal's engine, which makes no other one.
+        """
+        self._check_open()
+        known = self._config.identities
+        if isinstance(principal, str):
+            principal = self._config.identity(principal)
+        elif known is not None and (more := set(principal.roles) - set(self._config.identity(principal.name).roles)):
+            raise NotAllowed(
+                f"{principal.name!r} is configured without the role {sorted(more)[0]}; leave it out, or configure it"
+            )
+        if self._caller is not None:
+            raise NotAllowed(
+                f"this engine is {self._caller.name!r}'s; ask the engine that was opened for another principal's"
+            )
+        return self._view(principal, restricted=True)
+
+    def unrestricted(self) -> Engine:
+        """This engine with all scores and without budgets, for jobs that measure or compare. Of a principal's, the role `administer` is needed."""
+        self._check("administer")
+        return self._view(self._caller, restricted=False)
+
+    def approvals(self) -> list[Approval]:
+        """The requests for calls that need two people, with their approvals, oldest first."""
+        self._check("audit", "supervise", "administer", "review")
+        return self._approvals.listed()
+
+    def alarms(self) -> list[Alarm]:
+        """The lock-outs of callers that approached a subject (`Policy.climbs_max`), oldest first."""
+        self._check("audit", "supervise", "administer")
+        return self._budgets.alarms()
+
+    def end_lockout(self, caller: str, subject_id: str) -> None:
+        """Ends the lock-out of a caller from a subject. Without one, nothing happens."""
+        self._check("supervise")
+        self._budgets.release(caller, subject_id)
 
     # enrolment with a search ------------------------------------------------------------------------------------
 
@@ -312,23 +384,43 @@ class Engine:
         encounter becomes a further row of the subject; columns that were not sent stay. Beyond `GalleryConfig.encounters_max` rows the
         best are kept. `review`: a case; with the reason `another_person` the captures did not verify as the subject's. `duplicate`: they
         are of another subject. All outcomes but `unique` leave the subject as it was.
-        replace: replaces all rows of the subject, without a verification. It needs a reason, which the decision records.
+        replace: replaces all rows of the subject, without a verification. It needs a reason, which the decision records; of a principal the
+        role `supervise`; with `Policy.two_people` a second principal who sends the same.
         Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, CaptureUnavailable, StorageUnavailable.
         """
         if replace != bool(reason):
             raise InvalidInput("replace=True and a reason go together: say why all that is enrolled is to be replaced")
         check_text(reason, "the reason", NOTE_LENGTH_MAX)
+        if replace:
+            self._check("supervise")
+            if "replace" in self.policy.two_people:
+                encounter = self._approved_replacement(encounter, reason)
         return self._enrol(encounter, across_positions, replaces=True, reason=reason)
+
+    def _approved_replacement(self, encounter: Encounter, reason: str) -> Encounter:
+        """The encounter with its captures read, once two people sent it with the same content."""
+        require_subject(encounter)
+        encounter = in_memory(encounter, self.config.capture)
+        subject_id, operation = str(encounter.subject_id), f"replace: {reason}"
+        if standing_answer(self._gallery.answer, encounter, digest_of(encounter, operation), self._gallery.snapshot):
+            return encounter  # sent again: it gets its first answer, and changes nothing
+        named = replace(
+            encounter, encounter_id=encounter.encounter_id or "unnamed"
+        )  # without an id nothing is digested
+        about = [digest_of(named, operation).hex(), self._rows_now([subject_id])]
+        self._approvals.require("replace", self._caller, lambda: {"subject_id": subject_id, "reason": reason}, about)
+        return encounter
 
     def _enrol(
         self, encounter: Encounter, across_positions: bool | None, *, replaces: bool, reason: str = ""
     ) -> Decision:
-        self._check_open()
+        self._check("supervise" if reason else "enrol")
+        self._take(subjects=[encounter.subject_id] if replaces and encounter.subject_id else ())
         prepared = self._enrolment.search([encounter], self._across(across_positions), replaces=replaces, reason=reason)
         (answer,) = self._enrolment.commit(prepared)
         if isinstance(answer, NOT_TAKEN):
             raise answer
-        return answer
+        return self._told(answer)
 
     def enroll_many(
         self, encounters: Iterable[Encounter], *, across_positions: bool | None = None
@@ -340,16 +432,17 @@ class Engine:
         An encounter for which `enroll` would raise a CallerError or CaptureUnavailable comes out `refused`, with the error's text as
         its detail. Nothing is recorded of it, and it may be sent again.
         """
-        self._check_open()
+        self._check("enrol")
         across, stream = self._across(across_positions), map(_encounter, encounters)
         batches = iter(lambda: list(islice(stream, self._config.batch_size)), [])
         for batch, prepared in self._enrolment.ahead(batches, across):
             self._check_open()
+            self._take(len(batch))
             for encounter, answer in zip(batch, self._enrolment.commit(prepared), strict=True):
                 if isinstance(answer, NOT_TAKEN):
                     answer = self._decider.refused(encounter, answer, self._gallery.snapshot())
                     self._log.decided("enroll, not recorded", answer)
-                yield answer
+                yield self._told(answer)
 
     # cases: encounters in review ----------------------------------------------------------------------------------
 
@@ -359,26 +452,27 @@ class Engine:
         The decision is `review`, with the subject as its candidate. Raises UnknownSubject, EncounterConflict, ModelMismatch,
         InvalidInput (also without a usable capture), CaptureUnavailable, StorageUnavailable.
         """
-        self._check_open()
-        return self._review.dispute(encounter)
+        self._check("enrol")
+        self._take(subjects=[encounter.subject_id] if encounter.subject_id else ())
+        return self._told(self._review.dispute(encounter))
 
     def cases(self) -> Iterator[Case]:
         """The open cases, in the order of their encounter_ids."""
-        self._check_open()
+        self._check("review", "audit")
         yield from self._review.open_cases()
 
     def case(self, encounter_id: str) -> Case:
         """One case, open or closed. Raises InvalidInput for an encounter that never went to review."""
-        self._check_open()
+        self._check("review", "audit")
         return self._review.case(encounter_id)
 
     def verdicts(self) -> list[Verdict]:
         """All verdicts ever given, oldest first."""
-        self._check_open()
+        self._check("review", "audit")
         return self._gallery.verdicts()
 
     def adjudicate(
-        self, case: str | Case, ruling: Ruling, by: str, note: str = "", *, candidate: str | None = None
+        self, case: str | Case, ruling: Ruling, by: str = "", note: str = "", *, candidate: str | None = None
     ) -> Decision:
         """Records a person's verdict on a case, and returns the decision as it stands afterwards.
 
@@ -396,10 +490,18 @@ class Engine:
         accepts it as a further row of the subject, once no other candidate is left; if the subject was enrolled anew meanwhile, the
         captures are verified against its new rows, or the case stays open.
 
+        by: the person; of a principal's engine always the principal. With `Policy.two_people` the first call raises ApprovalNeeded.
+
         Raises EncounterConflict for a verdict that contradicts an earlier one, SubjectExists or UnknownSubject if the subject was enrolled
         or removed otherwise, InvalidInput, StorageUnavailable.
         """
-        self._check_open()
+        self._check("review")
+        by = self._signed(by, "review")
+        if "adjudicate" in self.policy.two_people:
+            now = self._review.case(case.encounter_id if isinstance(case, Case) else case)
+            facts = {"encounter_id": now.encounter_id, "ruling": ruling, "candidate": candidate}
+            about = sorted((one.key, list(map(int, one.rows))) for one in now.undecided)
+            self._approvals.require("adjudicate", self._caller, lambda: facts, about)
         return self._review.adjudicate(case, ruling, by, note, candidate)
 
     # searches that write nothing --------------------------------------------------------------------------------
@@ -417,9 +519,10 @@ class Engine:
         groups: search only subjects that are in one of them. across_positions: as in `enroll`. from_db: the score from which candidates are
         looked for, if lower than the review threshold; it changes no outcome, and takes longer.
         """
-        self._check_open()
+        self._check("search")
         if from_db is not None and not isfinite(from_db):
             raise InvalidInput(f"from_db is {from_db}, wanted a finite number of decibels")
+        self._take()
         probe, across = self._prepared(encounter), self._across(across_positions)
         seen = self._searches.search([probe], across=across, groups=_checked(groups), from_db=from_db)
         check_models(probe.templates, seen.snapshot.models)  # a column may have got its first model since
@@ -428,11 +531,14 @@ class Engine:
         self._log.decided("identify", decision, level=logging.DEBUG)
         if (steps := tracing()) is not None:
             record_candidates(steps, probe.templates, decision, seen.found[0].comparisons, self._gallery.templates_of)
-        return decision
+        told = self._told(decision)
+        self._take(0, [candidate.subject_id for candidate in told.candidates if not candidate.case])
+        return told
 
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
         """1:1 with an enrolled subject, at `policy.verify_fmr`. Not accepted without a usable capture. Raises UnknownSubject."""
-        self._check_open()
+        self._check("verify")
+        self._take(subjects=[subject_id])
         probe = self._prepared(encounter)
         snapshot = self._gallery.snapshot()
         templates = snapshot.best_templates(subject_id)
@@ -442,7 +548,10 @@ class Engine:
         result = decider.verify(probe, subject_id, snapshot, snapshot.rows_under(subject_id))
         if (steps := tracing()) is not None:
             record_verification(steps, probe.templates, templates, result)
-        return result
+        if not self._restricted:
+            return result
+        self._budgets.verified(self._name, probe.templates, result)
+        return disclosed_verification(result, self.policy)
 
     def search(
         self,
@@ -459,7 +568,7 @@ class Engine:
         probes, which must be the column's; None: it is. Raises ModelMismatch.
         Returns ids (q, k), similarity float32 (q, k), descending.
         """
-        self._check_open()
+        self._check("search")
         if len(probes) != 1:
             raise InvalidInput(
                 f"search takes probes of one column, got {len(probes)}; use identify for several captures"
@@ -468,11 +577,17 @@ class Engine:
             raise InvalidInput(f"k is {k!r}, wanted a whole number of at least 1")
         ((column, vectors),) = probes.items()
         rows = self._preparer.probes_of(column, vectors, model_id)
-        return self._searches.nearest(column, rows, int(k), _checked(groups))
+        self._take(len(rows))
+        result = self._searches.nearest(column, rows, int(k), _checked(groups))
+        if not self._restricted:
+            return result
+        told = self._told_search(column, result)
+        self._take(0, told.ids[told.ids != ""].tolist())
+        return told
 
     def plan(self, columns: Collection[str] = ("face",)) -> SearchPlan:
         """How a search of these columns is done at present, and which share of mates it may miss; see `SearchPlan.explain`."""
-        self._check_open()
+        self._check("search", "administer")
         for column in columns:
             check_column(column)
         snapshot = self._gallery.snapshot()
@@ -486,7 +601,7 @@ class Engine:
 
         listed: only so many subjects are compared with all. Takes some seconds for a large gallery; a join that follows reuses the plan.
         """
-        self._check_open()
+        self._check("administer")
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
         buckets, estimate = self._join.estimate(self._gallery.snapshot(), len(self), threshold_db, listed=listed)
@@ -521,7 +636,7 @@ class Engine:
         since: (row, rows): of subject_ids, only those from this row on, and also every subject that was enrolled or updated since the
         gallery had so many rows. among: deprecated name of subject_ids.
         """
-        self._check_open()
+        self._check("administer")
         if among is not None:
             warnings.warn("join(among=...) is join(subject_ids=...) now", DeprecationWarning, stacklevel=2)
             subject_ids = among
@@ -560,7 +675,7 @@ class Engine:
         ("Templates in Arrow" in docs/reference/schemas.md); then templates and groups are left out. A row that cannot be used raises
         InvalidInput. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
         """
-        self._check_open()
+        self._check("administer")
         return self._load(subject_ids, templates, model_id, groups, encounter_id, keep_enrolled=False).added
 
     def load_templates(
@@ -575,7 +690,7 @@ class Engine:
         """As `add_templates`, but subjects that are enrolled already are kept; the result counts those with the same templates, and
         lists those with other templates. Of an Arrow batch a row that cannot be used is left out, and named in `refused`."""
         while True:
-            self._check_open()
+            self._check("administer")
             try:
                 return self._load(subject_ids, templates, model_id, groups, encounter_id, keep_enrolled=True)
             except SubjectExists:
@@ -610,7 +725,7 @@ class Engine:
         Decisions have no candidates, and `unique` means added, with the captures that can be used; `Policy.required` is not applied.
         An enrolled subject is replaced by its new encounter. An encounter_id that was used before changes nothing.
         """
-        self._check_open()
+        self._check("administer")
         return self._loader.import_captures(list(map(_encounter, encounters)))
 
     def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
@@ -619,8 +734,11 @@ class Engine:
         return self.import_captures(encounters)
 
     def remove(self, subject_id: str, *others: str) -> None:
-        """Removes a subject, or several in one commit, from all later searches. Raises UnknownSubject; then none is removed."""
-        self._check_open()
+        """Removes a subject, or several in one commit, from all later searches. Raises UnknownSubject; then none is removed; NotAllowed,
+        ApprovalNeeded (`Policy.two_people`)."""
+        self._check("supervise")
+        names = sorted({subject_id, *others})
+        self._approvals.require("remove", self._caller, lambda: {"subject_ids": names}, self._rows_now(names))
         with self._gallery.transaction() as transaction:
             names = list(dict.fromkeys((subject_id, *others)))
             for name in names:
@@ -632,22 +750,22 @@ class Engine:
     def compact(self) -> None:
         """Merges all segments into one, while searches and enrolments go on. Afterwards the templates of removed subjects are erased
         from the disk. Needs as much free disk as the gallery takes. Raises StorageUnavailable."""
-        self._check_open()
+        self._check("administer")
         self._gallery.compact()
 
     def maintain(self) -> None:
         """Seals and merges what is due, now instead of in the background; after a bulk load, for example."""
-        self._check_open()
+        self._check("administer")
         self._gallery.maintain()
 
     def seal(self) -> None:
         """Turns the rows of the journal into a segment, now; `maintain` does so when they are many."""
-        self._check_open()
+        self._check("administer")
         self._gallery.seal()
 
     def index(self, column: str) -> str:
         """The index engine that a column asks for: `native`, or `faiss:FACTORY`."""
-        self._check_open()
+        self._check("administer", "audit")
         check_column(column)
         return str(self._gallery.snapshot().indexing.spec(column))
 
@@ -665,7 +783,7 @@ class Engine:
         force: use an index even if it misses more than `SearchConfig.miss_risk`; without it such an index raises InvalidInput, and nothing
         changes. progress: called with the rows indexed and their total. Raises InvalidInput, StorageUnavailable.
         """
-        self._check_open()
+        self._check("administer")
         specs = parse_specs(index)
         if isinstance(index, Mapping) and EVERY_COLUMN not in index:
             specs = {**self._gallery.snapshot().indexing.specs, **specs}
@@ -678,13 +796,15 @@ class Engine:
         shares memory with the engine: search it, and never change it. Similarities are FAISS's estimates. Raises InvalidInput where the
         column has no FAISS index.
         """
-        self._check_open()
+        self._check("administer")
+        self._exported(f"the FAISS index of {column}")
         check_column(column)
         return faiss_view.shards_of(self._gallery.snapshot(), column)
 
     def faiss_copies(self, column: str = "face") -> Iterator[tuple[int, Any, NDArray[np.int64], list[str]]]:
         """Copies of the indexes of `faiss_index`, one a segment: (number of the segment, the index, its rows, their subject_ids)."""
-        self._check_open()
+        self._check("administer")
+        self._exported(f"FAISS indexes of {column}")
         check_column(column)
         snapshot = self._gallery.snapshot()
         for number, index, rows in faiss_view.copies_of(snapshot, column):
@@ -693,7 +813,7 @@ class Engine:
 
     def subjects_of_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The subject_id of each row number, '' for one that is not there or removed."""
-        self._check_open()
+        self._check("administer")
         snapshot = self._gallery.snapshot().enrolled
         numbers = np.asarray(rows)
         if numbers.ndim != 1 or not (np.issubdtype(numbers.dtype, np.integer) or not numbers.size):
@@ -723,26 +843,30 @@ class Engine:
 
     def subject_ids(self) -> list[str]:
         """The ids of all enrolled subjects, in order of enrolment."""
-        self._check_open()
+        self._check("audit", "administer")
         return list(self._gallery.snapshot().all_subject_ids())
 
     def subjects(self, groups: Collection[str] | None = None) -> Iterator[ListedSubject]:
         """The enrolled subjects without their templates, in order of enrolment; with groups, those that are in one of them."""
-        self._check_open()
+        self._check("audit", "administer")
         for subject in listed(self._gallery.snapshot(), _checked(groups)):
             yield subject
             self._check_open()
 
     def subject(self, subject_id: str) -> Subject:
         """What the gallery holds of an id: its rows, the decisions on its encounters, and its open cases; also of one that was removed
-        or never enrolled, if a decision is about it. Raises UnknownSubject. Reads every decision, as `decisions` does."""
-        self._check_open()
+        or never enrolled, if a decision is about it. Raises UnknownSubject. Reads every decision, as `decisions` does. Without templates
+        where `Config.allow_template_export` is False."""
+        self._check("audit", "administer")
         check_id(subject_id, "subject_id")
-        return subject_of(self._gallery, subject_id)
+        subject = subject_of(self._gallery, subject_id)
+        if self._config.allow_template_export is False:
+            return replace(subject, encounters=tuple(replace(one, templates={}) for one in subject.encounters))
+        return subject
 
     def groups(self) -> dict[str, int]:
         """group -> how many enrolled subjects are in it, in the order of the names."""
-        self._check_open()
+        self._check("audit", "administer")
         return group_counts(self._gallery.snapshot())
 
     def are_enrolled(self, subject_ids: Sequence[str]) -> NDArray[np.bool_]:
@@ -751,13 +875,14 @@ class Engine:
 
     def rows_of(self, subject_ids: Sequence[str]) -> NDArray[np.int64]:
         """int64 (n,): the newest row of each subject, -1 if not enrolled. Row numbers only grow; an updated subject gets a further row."""
-        self._check_open()
+        self._check("administer", "audit")
         return self._gallery.snapshot().rows_of(_packed(subject_ids))
 
     def templates(self, subject_id: str) -> dict[str, Template]:
         """column -> the subject's best template, by quality, then the newest. Embeddings of sealed rows have eight bits a number.
         Raises UnknownSubject."""
-        self._check_open()
+        self._check("administer")
+        self._exported("of one subject", subject_id)
         templates = self._gallery.templates_of(subject_id)
         if templates is None:
             raise _unknown(subject_id)
@@ -765,7 +890,8 @@ class Engine:
 
     def encounters(self, subject_id: str) -> list[EnrolledEncounter]:
         """The rows of an enrolled subject with their encounters, oldest first. Raises UnknownSubject."""
-        self._check_open()
+        self._check("administer")
+        self._exported("of one subject", subject_id)
         encounters = self._gallery.snapshot().encounters_of(subject_id)
         if not encounters:
             raise _unknown(subject_id)
@@ -773,14 +899,14 @@ class Engine:
 
     def decision(self, encounter_id: str) -> Decision | None:
         """The decision on an encounter, None for an unknown encounter_id. For a case: as it stands now."""
-        self._check_open()
+        self._check("audit", "review")
         stored = self._gallery.answer(encounter_id)
         return None if stored is None or stored.kind != "decision" else from_json(stored.text)
 
     def decisions(self, subject_id: str | None = None) -> Iterator[Decision]:
         """The decisions on the encounters of a subject, or all, in their order; each as it stands now. Reads every decision that the
         gallery holds."""
-        self._check_open()
+        self._check("audit", "review")
         for decision in decisions_of(self._gallery, subject_id):
             yield decision
             self._check_open()
@@ -794,24 +920,25 @@ class Engine:
     def recall(self, encounter: Encounter) -> Decision | None:
         """The decision that this encounter got, None if it was not sent before. Writes nothing. Raises EncounterConflict if its
         encounter_id was used with other content."""
-        self._check_open()
+        self._check("enrol")
         encounter = in_memory(encounter, self.config.capture)
-        return standing_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot)
+        known = standing_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot)
+        return known if known is None or self._caller is None else self._told(known)
 
     def info(self) -> dict[str, Any]:
         """Counts, models and thresholds, JSON-ready."""
-        self._check_open()
+        self._check("audit", "administer")
         return info_of(self._gallery, self.policy)
 
     def problems(self) -> list[str]:
         """The faults that a full check of the stored data finds; empty if it is sound."""
-        self._check_open()
+        self._check("audit", "administer")
         own = self._gallery.problems()
         return own if own is not None else [str(p) for p in inspect(self._gallery.storage, self._gallery.folder)]
 
     def notes(self, now: float) -> list[str]:
         """Oddities that are no damage: ids that look alike, decisions dated by a clock that was set back. now: the time in seconds."""
-        self._check_open()
+        self._check("audit", "administer")
         return notes_of(self._gallery.snapshot(), now)
 
     def backup(self, target: str | Path) -> Copied:
@@ -819,7 +946,7 @@ class Engine:
 
         Raises InvalidInput if the folder holds something else, GalleryDamaged, StorageUnavailable.
         """
-        self._check_open()
+        self._check("administer")
         self._gallery.refuse_backup()
         return backup(self._gallery.storage, self._gallery.folder, Path(target))
 
@@ -835,8 +962,72 @@ class Engine:
 
     def _check_open(self) -> None:
         self._gallery.check_process()
-        if self._closed:
+        if self._closed.is_set():
             raise EngineClosed("the engine was closed; open it again")
+
+    def _check(self, *roles: str) -> None:
+        """Raises EngineClosed, and NotAllowed unless the caller has one of these roles."""
+        self._check_open()
+        if self._caller is None:
+            return
+        self._caller.require(*roles)
+        if tracing() is not None and self.policy.disclosure != "full" and "audit" not in self._caller.roles:
+            raise NotAllowed("a trace shows scores that the policy does not disclose; it needs the role audit")
+
+    def _take(self, calls: int = 1, subjects: Collection[str] = ()) -> None:
+        """Counts calls, and answers about subjects, against the budgets."""
+        if self._restricted and (calls or subjects):
+            snapshot = self._gallery.snapshot()
+            enrolled = [name for name in dict.fromkeys(subjects) if snapshot.row_of(name) is not None]
+            self._budgets.take(self._name, calls, enrolled)
+
+    @property
+    def _name(self) -> str:
+        """The caller's, "" without one."""
+        return "" if self._caller is None else self._caller.name
+
+    def _told(self, decision: Decision) -> Decision:
+        """What the policy discloses of a decision."""
+        return disclosed_decision(decision, self.policy) if self._restricted else decision
+
+    def _rows_now(self, subject_ids: Sequence[str]) -> list[list[int]]:
+        """The rows of each subject, which a request is bound to. Raises UnknownSubject."""
+        snapshot = self._gallery.snapshot()
+        rows = [list(map(int, snapshot.rows_under(name))) for name in subject_ids]
+        for name, of_subject in zip(subject_ids, rows, strict=True):
+            if not of_subject:
+                raise _unknown(name)
+        return rows
+
+    def _signed(self, by: str, role: str) -> str:
+        """The name to record for a person's act: the principal's, or `by`, which must be a configured identity with the role if there are
+        any. Raises NotAllowed."""
+        if self._caller is not None:
+            if by not in ("", self._caller.name):
+                raise NotAllowed(f"by is {by!r}, and {self._caller.name!r} calls; leave `by` out")
+            return self._caller.name
+        if self._config.identities is not None:
+            self._config.identity(by).require(role)
+        return by
+
+    def _exported(self, what: str, subject_id: str = "") -> None:
+        """Logs that templates are handed out. Raises NotAllowed where `Config.allow_template_export` forbids it."""
+        note_export(self._config, what, caller=self._name, subject_id=subject_id)
+
+    def _told_search(self, column: str, result: SearchResult) -> SearchResult:
+        """What the policy discloses of a search."""
+        snapshot = self._gallery.snapshot()
+        model = snapshot.models.get(column)
+        if model is None:
+            return result  # nothing is enrolled there
+        _, review_db = self.policy.thresholds_db(snapshot.searched_count)
+        score_db = self._pairs.calibrations.of(model.model_id).score_db
+        return disclosed_search(result, self.policy, review_db, score_db)
+
+    def _view(self, caller: Principal | None, *, restricted: bool) -> Engine:
+        view = object.__new__(Engine)
+        view.__dict__.update(self.__dict__, _caller=caller, _restricted=restricted)
+        return view
 
 
 @checked

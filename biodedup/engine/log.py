@@ -68,6 +68,26 @@ class EngineLog:
     def policy_set(self, version: int) -> None:
         _engine.info("policy: version %d is in force", version)
 
+    def locked_out(self, caller: str, subject_id: str) -> None:
+        """A caller approached a subject. `Engine.alarms` names both."""
+        named = self._named(caller=caller, subject=subject_id)
+        _engine.error(
+            "alarm: a caller is locked out from a subject, because its failed verifications approach it%s", named
+        )
+
+    def asked(self, action: str, number: int, *, approved: bool) -> None:
+        """A call that needs two people was stored as a request, or a second person approved it."""
+        state = "is approved by a second person" if approved else "waits for a second person"
+        _engine.info("request %d: %s %s", number, action, state)
+
+    def handed_out(self, what: str, *, stated: bool, caller: str = "", subject_id: str = "") -> None:
+        """Templates left the gallery. what: which, without ids; stated: whether `Config.allow_template_export` or nothing to protect says so."""
+        named = self._named(caller=caller, subject=subject_id)
+        if stated:
+            _engine.info("templates are handed out: %s%s", what, named)
+        else:
+            _engine.warning("templates are handed out: %s; state Config(allow_template_export=...)%s", what, named)
+
     def searched_again(self) -> None:
         """At a commit: candidates of the search were removed or do not count, so that all rows are searched once more."""
         _search.debug("second round: all rows are searched again at the commit, because candidates do not count")

@@ -245,6 +245,16 @@ class Gallery:
         with self._reading():
             return list(self._catalogue.verdicts())
 
+    def alarms(self) -> list[tuple[Any, ...]]:
+        """Rows of table `alarm`, oldest first."""
+        with self._reading():
+            return self._catalogue.alarms()
+
+    def approvals(self) -> list[tuple[Any, ...]]:
+        """Rows of table `approval`, oldest first."""
+        with self._reading():
+            return self._catalogue.approvals()
+
     def copied_to(self, copy: sqlite3.Connection) -> Snapshot:
         """Copies the database, and returns the snapshot of the same moment. A reader sees what the writer has committed since."""
         with self._reading():

@@ -272,6 +272,12 @@ class Transaction:
         self.policies.append(one)
         self.content_changed = True
 
+    def callers(self, *, noted: bool = True) -> Catalogue:
+        """The database, to note budgets, alarms and approvals in. These are no content: searches see the same version. noted: whether
+        something is put."""
+        self.manifest_changed = self.manifest_changed or noted
+        return self._catalogue
+
     def case(self, encounter_id: str) -> Case | None:
         return read_case(self._catalogue, self.snapshot(), encounter_id)
 

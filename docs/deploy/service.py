@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -41,6 +42,12 @@ def later(request: Request, error: bd.RetryableError) -> JSONResponse:
     return JSONResponse({"error": type(error).__name__, "text": str(error)}, 503, {"Retry-After": "5"})
 
 
+@app.exception_handler(bd.BudgetExhausted)
+def too_many(request: Request, error: bd.BudgetExhausted) -> JSONResponse:
+    wait_s = str(math.ceil(error.retry_after_s))
+    return JSONResponse({"error": type(error).__name__, "text": str(error)}, 429, {"Retry-After": wait_s})
+
+
 @app.get("/health")
 def health(request: Request) -> dict[str, int]:
     return {"subjects": len(request.app.state.engine)}
@@ -60,6 +67,6 @@ def enrol(
         "outcome": decision.outcome,
         "reasons": decision.reasons,
         "refusals": [(refusal.column, refusal.reason) for refusal in decision.refusals],
-        "candidate": best and {"subject_id": best.subject_id, "score_db": best.score_db, "kind": best.kind},
+        "candidate": best and best.kind and {"subject_id": best.subject_id, "kind": best.kind},  # no scores
     }
     return JSONResponse(body, STATUS[decision.outcome])

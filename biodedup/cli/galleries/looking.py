@@ -105,6 +105,39 @@ def show_subject(
         say(f"waits for a verdict: {encounter_id}; biodedup cases show {encounter_id}")
 
 
+@app.command("callers", rich_help_panel=Panel.GALLERY)
+def show_callers(
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the lock-outs of callers that approached a subject, and the requests for calls that need two people."""
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+        alarms, approvals = engine.alarms(), engine.approvals()
+    if as_json:
+        print_json({"alarms": [a.to_dict() for a in alarms], "approvals": [a.to_dict() for a in approvals]})
+        return
+    if alarms:
+        show_table(
+            [(_moment(a.at), a.kind, a.caller, a.subject_id) for a in alarms],
+            ("at (UTC)", "alarm", "caller", "subject"),
+        )
+    rows = [
+        (
+            str(a.number),
+            a.action,
+            a.requested_by,
+            _moment(a.requested_at),
+            a.approved_by or "",
+            _moment(a.approved_at or 0),
+        )
+        for a in approvals
+    ]
+    if rows:
+        show_table(rows, ("request", "action", "asked by", "at (UTC)", "approved by", "at (UTC)"))
+    say(f"{len(alarms)} alarms, {len(approvals)} requests")
+
+
 def _quality(quality: float | None) -> str:
     return "" if quality is None else f" ({quality:.3g})"
 

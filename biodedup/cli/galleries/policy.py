@@ -24,6 +24,7 @@ from biodedup.cli.base import (
     Panel,
     ThreadsOption,
     WaitOption,
+    acting,
     app,
     complain,
     configured,
@@ -88,7 +89,7 @@ def set_policy(named: Path | None, *, by: str, reason: str, wait: float, gallery
     )  # whatever the settings say, this is about the gallery's own
     with existing(folder, chosen, wait) as engine:
         before = engine.policies()[-1]
-        stored = engine.set_policy(made(Policy, flat(before.policy) | wanted), by=by, reason=reason)
+        stored = acting(engine, by).set_policy(made(Policy, flat(before.policy) | wanted), by=by, reason=reason)
     changed = "nothing has changed" if stored.version == before.version else _changed(before, stored)
     finish(_document(stored), f"version {stored.version}: {changed}", as_json)
 
@@ -120,7 +121,7 @@ def _option(name: str, hint: Any) -> Any:
     flag, usual = f"--{name.replace('_', '-')}", f"Default of a new gallery: {shown(flat(Policy())[name])}."
     if hint is bool:
         return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag.removeprefix('--')}", help=usual)]
-    if hint in (int, float):
+    if hint in (int, float, str):
         return Annotated[hint | None, typer.Option(flag, help=usual)]
     if hint == float | None:
         return Annotated[str | None, typer.Option(flag, metavar=f"NUMBER|{_NONE}", help=usual)]

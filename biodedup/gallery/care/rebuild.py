@@ -29,7 +29,19 @@ from biodedup.gallery.index_settings import IndexSettings
 from biodedup.gallery.segments.part import PIECE_ROWS, Rows
 from biodedup.gallery.segments.writer import write_segment
 
-TABLES = ("model", "group_set", "pending", "review_case", "verdict", "judged", "link", "job_step", "policy")
+TABLES = (
+    "model",
+    "group_set",
+    "pending",
+    "review_case",
+    "verdict",
+    "judged",
+    "link",
+    "job_step",
+    "policy",
+    "alarm",
+    "approval",
+)
 """Tables of the database that are copied row by row. The others hold the manifest and the journal."""
 
 Report = Callable[[int], None]

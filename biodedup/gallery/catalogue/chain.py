@@ -33,6 +33,7 @@ JOURNAL = ("subject", "cell", "encounter")
 CHAINED = (
     *("meta", "model", "group_set", "segment", "tombstone", *JOURNAL, "held", "review_case", "verdict"),
     *("pending", "judged", "link", "job_step", "policy", "index_codec"),
+    *("alarm", "approval"),
 )
 """Tables that the chain covers. Their places in this order stand in the chain: new ones come last."""
 BEGUN, NEW_KEY, REPAIRED = "begun", "new key", "repaired"

@@ -10,9 +10,9 @@ Owns the names and the promises of its methods. `SqliteCatalogue` (sqlite.py) sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State
@@ -116,6 +116,24 @@ class Catalogue(Protocol):
     def job_steps(self) -> dict[str, str]: ...
 
     def add_job_step(self, name: str, facts: str) -> None: ...
+
+    # callers ----------------------------------------------------------------------------------------------------
+
+    def budget(self, key: str) -> tuple[float, int] | None: ...
+
+    def put_budget(self, key: str, until: float, climbs: int) -> None: ...
+
+    def forget_budgets(self, now: float) -> None: ...
+
+    def drop_budget(self, key: str) -> None: ...
+
+    def alarms(self) -> list[tuple[Any, ...]]: ...
+
+    def add_alarm(self, kind: str, caller: str, subject_id: str, raised_at: float) -> None: ...
+
+    def approvals(self) -> list[tuple[Any, ...]]: ...
+
+    def put_approval(self, number: int | None, row: Sequence[Any]) -> int: ...
 
     # cases ------------------------------------------------------------------------------------------------------
 

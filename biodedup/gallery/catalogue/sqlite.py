@@ -21,6 +21,9 @@ lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteC
 | link | one open case that has another one as a candidate |
 | job_step | one step that a job has done, by name, and what it noted; kept for ever |
 | policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
+| budget | calls that a caller made, or that were made about a subject, until they are forgotten (engine/budgets.py) |
+| alarm | one lock-out of a caller; kept for ever |
+| approval | one call that needs two people: its digest, who asked for it, who approved it; kept for ever |
 | index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
 | chain | one link of the hash chain over the commits (chain.py); in SQLite alone |
 | digest | the digest of the present rows of one table; in SQLite alone |
@@ -89,6 +92,10 @@ COLUMNS_OF = {
     "job_step": "name TEXT PRIMARY KEY, facts TEXT",
     "policy": "version INTEGER PRIMARY KEY, policy TEXT, set_by TEXT, set_at REAL, reason TEXT",
     "index_codec": "key TEXT PRIMARY KEY, spec TEXT, card TEXT, trained BLOB",
+    "budget": "key TEXT PRIMARY KEY, until REAL, climbs INTEGER",
+    "alarm": "number INTEGER PRIMARY KEY, kind TEXT, caller TEXT, subject_id TEXT, raised_at REAL",
+    "approval": "number INTEGER PRIMARY KEY, action TEXT, digest BLOB, facts TEXT, requested_by TEXT, requested_at REAL, "
+    "approved_by TEXT, approved_at REAL",
 }
 _EVERY = COLUMNS_OF | CHAIN_COLUMNS
 _ADDED = {
@@ -103,6 +110,9 @@ _ADDED = {
     "chain": "chain",
     "digest": "chain",
     "row_change": "chain",
+    "budget": "access",
+    "alarm": "access",
+    "approval": "access",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
@@ -113,7 +123,7 @@ _RENEWED = frozenset(_ADDED.values()) - {"encounters"}
 
 INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
 
-REPLACED = ("meta", "review_case", "encounter", "digest")
+REPLACED = ("meta", "review_case", "encounter", "budget", "approval", "digest")
 """Tables of which a row may be put again; an encounter that was refused may be sent again."""
 
 STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
@@ -331,6 +341,41 @@ class CatalogueTables(ABC):
 
     def add_job_step(self, name: str, facts: str) -> None:
         self.put("job_step", [(name, facts)])
+
+    # callers ----------------------------------------------------------------------------------------------------
+
+    def budget(self, key: str) -> tuple[float, int] | None:
+        """(until, climbs) of a key, None where nothing is noted."""
+        for _, until, climbs in self._all("budget", None, "key = ?", (key,)):
+            return until, climbs
+        return None
+
+    def put_budget(self, key: str, until: float, climbs: int) -> None:
+        self.put("budget", [(key, float(until), climbs)])
+
+    def forget_budgets(self, now: float) -> None:
+        """Drops what does not count any more."""
+        self._delete("budget WHERE until <= ?", [(float(now),)])
+
+    def drop_budget(self, key: str) -> None:
+        self._delete("budget WHERE key = ?", [(key,)])
+
+    def alarms(self) -> list[tuple[Any, ...]]:
+        """(number, kind, caller, subject_id, raised_at), oldest first."""
+        return list(self._all("alarm", "number"))
+
+    def add_alarm(self, kind: str, caller: str, subject_id: str, raised_at: float) -> None:
+        self.put("alarm", [(self._last_number("alarm") + 1, kind, caller, subject_id, float(raised_at))])
+
+    def approvals(self) -> list[tuple[Any, ...]]:
+        """The rows of table `approval`, oldest first."""
+        return list(self._all("approval", "number"))
+
+    def put_approval(self, number: int | None, row: Sequence[Any]) -> int:
+        """number: of the row that is replaced, None for a new one. row: without its number. Returns the number."""
+        number = self._last_number("approval") + 1 if number is None else number
+        self.put("approval", [(number, *row)])
+        return number
 
     def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
         """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
@@ -704,7 +749,19 @@ def _schema(tables: Iterable[str]) -> dict[tuple[str, str], str]:
     return made
 
 
-_NULLABLE = {"dimension", "vector", "minutiae", "quality", "decision", "candidate", "set_by", "set_at", "reason"}
+_NULLABLE = {
+    "dimension",
+    "vector",
+    "minutiae",
+    "quality",
+    "decision",
+    "candidate",
+    "set_by",
+    "set_at",
+    "reason",
+    "approved_by",
+    "approved_at",
+}
 _PYTHON_TYPES = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
 _TYPES_OF = {
     table: [(_PYTHON_TYPES[spec.split()[1]], spec.split()[0] in _NULLABLE) for spec in columns.split(", ")]

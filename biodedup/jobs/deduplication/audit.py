@@ -401,7 +401,7 @@ def _entries(roll: Roll) -> list[list[int]]:
 
 def _identified(engine: Engine, roll: Roll, folder: Path, lines: Sequence[int], threshold_db: float) -> list[Any]:
     try:
-        decision = engine.identify(
+        decision = engine.unrestricted().identify(
             Encounter(captures=[_capture(roll, folder, index) for index in lines]), from_db=threshold_db
         )
     except CallerError as error:  # one bad record never stops a batch

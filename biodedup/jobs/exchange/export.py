@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 import biodedup
 from biodedup.common.described import Described
 from biodedup.config import Config
+from biodedup.engine.export_right import note_export
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import StoredDecision, inflated, parsed
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
@@ -77,8 +78,9 @@ def export_gallery(
     """Writes a gallery to a new folder, as Parquet. The files hold biometric data, and are for their owner alone.
 
     Others may search and change the gallery meanwhile. Raises InvalidInput where the folder is not empty or the gallery is of an older
-    format, NotAGallery, GalleryDamaged, StorageUnavailable; then the folder is not there.
+    format, NotAllowed (`Config.allow_template_export`), NotAGallery, GalleryDamaged, StorageUnavailable; then the folder is not there.
     """
+    note_export(config or Config(), "a whole gallery")
     storage = LocalStorage(None if config is None else config.keys)
     with (
         closing(Gallery.open_to_read(gallery, storage, (config or Config()).gallery)) as opened,

@@ -52,6 +52,8 @@ FILE_OF = {
     "link": "linked_cases.parquet",
     "job_step": "job_steps.parquet",
     "policy": "policies.parquet",
+    "alarm": "alarms.parquet",
+    "approval": "approvals.parquet",
 }
 """Table of the database -> its file."""
 assert set(FILE_OF) == set(TABLES)

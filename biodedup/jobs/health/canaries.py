@@ -212,7 +212,7 @@ class _Run:
             canary for canary, off in zip(canaries, np.abs(cosine - made_at) > _COSINE_TOLERANCE, strict=True) if off
         ]
         changed += [canary for canary in self._changed_records(name, canaries) if canary not in changed]
-        result = self.engine.search({name: probes}, k=FIRST)
+        result = self.engine.unrestricted().search({name: probes}, k=FIRST)
         if result.incomplete:
             self.incomplete.append(f"canaries {name}: the search is incomplete; see the log for the shard that failed")
         place = _places(result.ids, canaries)
@@ -252,7 +252,7 @@ class _Run:
         """How many of these a search with a miss risk of zero does not find either."""
         config = replace(self.config, search=replace(self.config.search, miss_risk=0.0))
         with Engine.open(self.gallery, config, read_only=True, storage=self.storage) as engine:
-            place = _places(engine.search({name: probes}, k=FIRST).ids, lost)
+            place = _places(engine.unrestricted().search({name: probes}, k=FIRST).ids, lost)
         self.stored.refresh()  # some may have been removed since
         snapshot = self.stored.snapshot()
         return sum(
@@ -261,7 +261,7 @@ class _Run:
 
     def _identified(self, present: Sequence[Canary], alpha: float) -> Watched:
         """Canaries whose 1:1 evidence reaches the review threshold, and whose strongest column makes them candidates."""
-        engine = self.engine
+        engine = self.engine.unrestricted()
         models = self.stored.snapshot().models
         chosen = set(_spread(present))
         for name, model in models.items():

@@ -407,7 +407,7 @@ def _check_shared(
             batch = later[low : low + _CHECKED_TOGETHER]
             rows = staged.rows_of(pack_text([first[entry.subject_id].merged_id for entry in batch])).tolist()
             compared = [
-                engine.verify(Encounter(None, templates=staged.templates(row)), entry.merged_id)
+                engine.unrestricted().verify(Encounter(None, templates=staged.templates(row)), entry.merged_id)
                 for entry, row in zip(batch, rows, strict=True)
             ]
             batch_scores = [verification.score_db if verification.evidence else None for verification in compared]

@@ -1,0 +1,103 @@
+"""Approvals: calls that need two people.
+
+Owns the requests: the first call stores one and does nothing; the same call by another principal approves it and is carried out. Never
+carries anything out itself.
+
+1. A request is about what the gallery holds when it is made: its digest covers the rows, the candidates or the policy version concerned, so that
+   an approval never meets another state than the one that was asked about.
+2. An approval is stored before the call is carried out. If that fails, both people begin again.
+3. A request ends after a week, and with its approval. Requests and approvals are kept for ever. They hold ids and reasons, nothing biometric.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from biodedup.common.described import Described
+from biodedup.config import Policy
+from biodedup.engine.log import EngineLog
+from biodedup.errors import ApprovalNeeded, NotAllowed
+from biodedup.gallery.gallery import Gallery
+from biodedup.principals import Principal
+
+OPEN_S = 7 * 86_400.0
+"""For so long a request can be approved."""
+
+
+@dataclass(frozen=True)
+class Approval(Described):
+    """A request, and its approval once there is one. action: of `Policy.two_people`; facts: what is to be done; times in seconds."""
+
+    number: int
+    action: str
+    facts: Mapping[str, Any]
+    requested_by: str
+    requested_at: float
+    approved_by: str | None = None
+    approved_at: float | None = None
+
+
+class Approvals:
+    """The requests of one gallery. policy: in force; clock: the time in seconds. Thread-safe."""
+
+    def __init__(
+        self, gallery: Gallery, policy: Callable[[], Policy], clock: Callable[[], float], log: EngineLog
+    ) -> None:
+        self._log = log
+        self._gallery = gallery
+        self._policy = policy
+        self._clock = clock
+
+    def require(
+        self, action: str, caller: Principal | None, facts: Callable[[], Mapping[str, Any]], about: Any = None
+    ) -> None:
+        """Returns where the call may be carried out. facts: JSON-ready; about: what else the request is bound to.
+
+        Raises ApprovalNeeded where it was stored as a request, NotAllowed for a caller without a name.
+        """
+        if action not in self._policy().two_people:
+            return
+        if caller is None:
+            raise NotAllowed(
+                f"the gallery's policy asks for two people for {action!r}, and this call names nobody; call it by "
+                "engine.as_principal(...), once for each of them"
+            )
+        asked = json.dumps(dict(facts()), sort_keys=True)
+        digest = hashlib.sha256(json.dumps([action, asked, about]).encode()).digest()
+        now = self._clock()
+        approved = False
+        with self._gallery.transaction() as transaction:
+            rows = transaction.callers(noted=False).approvals()
+            known = [
+                row
+                for row in rows
+                if row[1] == action and row[2] == digest and row[6] is None and row[5] > now - OPEN_S
+            ]
+            if known and known[-1][4] != caller.name:
+                number, *request = known[-1][:6]
+                transaction.callers().put_approval(number, (*request, caller.name, now))
+                approved = True
+            elif known:
+                number = known[-1][0]
+            else:
+                number = transaction.callers().put_approval(None, (action, digest, asked, caller.name, now, None, None))
+        if approved or not known:
+            self._log.asked(action, number, approved=approved)
+        if approved:
+            return
+        raise ApprovalNeeded(
+            f"{action!r} needs two people; request {number} of {caller.name!r} is stored, and nothing was done; another principal "
+            "with the same role approves it by the same call within a week",
+            number,
+        )
+
+    def listed(self) -> list[Approval]:
+        """Oldest first."""
+        return [
+            Approval(number, action, json.loads(facts), asked_by, asked_at, approved_by, approved_at)
+            for number, action, _, facts, asked_by, asked_at, approved_by, approved_at in self._gallery.approvals()
+        ]

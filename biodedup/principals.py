@@ -1,0 +1,47 @@
+"""Principals: the callers of an engine by name, with their roles.
+
+Owns the names of the roles and the check of a principal. Never authenticates: a service does, and hands in the principal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from biodedup.common.arguments import check_fields
+from biodedup.errors import InvalidInput, NotAllowed
+from biodedup.values import check_id
+
+ROLES = ("enrol", "search", "verify", "review", "supervise", "administer", "audit")
+"""What a principal may do.
+  enrol        enrol and update subjects, open disputes
+  search       1:N searches
+  verify       1:1 verifications
+  review       see cases, give verdicts
+  supervise    remove subjects, replace what is enrolled
+  administer   policy, index, loading, maintenance, export of templates
+  audit        read decisions, policies, alarms and requests, with all scores
+"""
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A caller. name: as a `subject_id` is checked; roles: of ROLES. A role does not include another one."""
+
+    name: str
+    roles: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_id(self.name, "the name of a principal")
+        if unknown := sorted(set(self.roles) - set(ROLES)):
+            raise InvalidInput(f"role {unknown[0]!r} is not known; use one of {', '.join(ROLES)}")
+        object.__setattr__(self, "roles", tuple(role for role in ROLES if role in set(self.roles)))
+
+    def require(self, *roles: str) -> None:
+        """Raises NotAllowed unless it has one of these roles."""
+        if not set(roles).intersection(self.roles):
+            raise NotAllowed(
+                f"{self.name!r} has the roles {', '.join(self.roles) or 'none'}, this call needs {' or '.join(roles)}; "
+                "ask an administrator for the role"
+            )
