@@ -399,7 +399,7 @@ def test_a_check_beside_a_writer_that_seals_sees_one_state_of_the_journal(tmp_pa
             reads.append(table)
             if reads.count("cell") == 2 and table == "cell":  # the second time its rows are compared with the subjects
                 sealing.start()
-                sealing.join(0.5)
+                sealing.join(2)
             yield from read(catalogue, table, *given, **named)
 
         monkeypatch.setattr(SqliteCatalogue, "_all", sealed_meanwhile)
