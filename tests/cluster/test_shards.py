@@ -44,6 +44,7 @@ class HostReplica:
     name: str
     host: ShardHost
     state: str = "alive"
+    is_well: bool = True
     asked: int = 0
     told: list[str] = field(default_factory=list)
 

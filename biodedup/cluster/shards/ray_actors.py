@@ -71,7 +71,8 @@ class RayActor:
     """One actor, as an `Actor`."""
 
     def __init__(self, ray: Any, name: str, actor: Any) -> None:
-        self.name, self.is_ready, self._actor, self._ray = name, False, actor, ray
+        self.name, self._actor, self._ray = name, actor, ray
+        self.is_ready, self.is_well = False, True
 
     def search(self, sent: wire.Sent) -> Future[wire.Sent]:
         return self._call("search", _as_sent, ReplicaFailed, sent)
