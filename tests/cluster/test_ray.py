@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 import biodedup as bd
 from biodedup.testing import internals
+from tests.support.shell import run
 from tests.support.vectors import again, people
 
 ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
@@ -146,6 +148,22 @@ def test_actors_open_a_new_segment_and_meanwhile_nothing_is_missed(front_end):
     assert found.ids[2, 0] == f"s{LAST}" and not found.incomplete
     until(lambda: states(front_end) == ["serving", "serving"])
     assert search(front_end).ids.tolist() == found.ids.tolist()
+
+
+def test_the_command_shows_nodes_and_replicas_and_starts_none(front_end, register, cluster, tmp_path):
+    settings = f'[cluster]\nsegments = "file://{tmp_path}/store"\n'
+    (tmp_path / "settings.toml").write_text(settings)
+    asked = ("cluster", "status", register.url, "--ray", cluster.address, "--config", "settings.toml")
+    code, out, error = run(*asked, "--json", cwd=tmp_path)
+    assert code == 0, error
+    told = json.loads(out)
+    assert (told["segments"], told["unserved"], told["rows"]) == (1, [], LAST + 1)
+    assert {(one["state"], one["node"], one["process_id"]) for one in told["replicas"]} == {
+        ("serving", one["node"], one["process_id"]) for one in status(front_end)
+    }
+    assert sum(one["replicas"] for one in told["nodes"]) == 2
+    code, out, error = run(*asked, cwd=tmp_path)
+    assert code == 0 and "serving" in out and f"{LAST + 1:,} rows" in out, error
 
 
 def test_a_lost_node_and_one_that_joins(front_end, cluster):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import biodedup as bd
+from biodedup.cluster import status
 from biodedup.cluster.shards import asking, wire
 from biodedup.cluster.shards import keeper as keeping
 from biodedup.cluster.shards.asking import Asker, ReplicaFailed
@@ -358,3 +359,27 @@ def test_a_keeper_whose_step_fails_goes_on(monkeypatch):
     watcher.watch()
     assert steps.acquire(timeout=60) and steps.acquire(timeout=60)
     watcher.close()
+
+
+# status --------------------------------------------------------------------------------------------------------
+
+
+def test_status_says_what_each_replica_has_lacks_and_has_for_nothing():
+    told = {"searching": 1, "waiting": 2, "process_id": 7}
+    seen = [
+        (Place(0, "a", 0), "1/1", {"segments": [1, 2, 9], **told}),
+        (Place(0, "b", 0), "1/1", {"segments": [1], **told}),
+        (Place(0, "c", 0), "1/1", None),
+        (Place(1, "a", 0), "1/1", {"segments": [3], **told}),
+        (Place(0, "b", 0), "2/1", {"segments": [2], **told}),  # of another release, whose places may differ
+    ]
+    found = [
+        (one.node, one.state, one.segments, one.lacking, one.old) for one in status.replicas_of({1, 2, 3, 4}, seen)
+    ]
+    assert found == [
+        ("a", "serving", 2, 0, 1),
+        ("b", "opening", 1, 1, 0),
+        ("c", "silent", 0, 0, 0),
+        ("a", "serving", 1, 0, 0),
+        ("b", "serving", 1, 0, 0),
+    ]
