@@ -20,7 +20,7 @@ from biodedup.keys import KeyProvider
 from biodedup.outcomes import MEANINGS, outcome_of
 from biodedup.principals import Principal
 from biodedup.required import SENT, check_required
-from biodedup.values import check_id, check_text
+from biodedup.values import COLUMNS, check_id, check_text
 
 EXTERNAL_MINUTIAE = "external-minutiae"
 """The model_id of minutiae whose extractor is unknown."""
@@ -312,9 +312,14 @@ class SearchConfig:
     """Whether each finger is compared with fingers of all positions, so that a wrong label hides no mate. Costs m x n comparisons a row for
     m fingers of a probe and n of the gallery, in n passes; ten by ten take about twice as long as ten. A call may override it; a join
     cannot."""
+    scanned: tuple[str, ...] = ()
+    """Columns of embeddings whose every row a search scans, such as `("face", "right_index", "left_index")`; () scans all columns that a probe
+    has. The other columns are compared for the candidates alone, so that a search reads less memory and may miss more: `engine.plan(columns)`
+    states how much. Rows that share no scanned column with a probe are searched in all its columns. A join scans all columns."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_scanned()
         for name in ("candidates", "finger_rows_max", "returned"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
@@ -322,6 +327,17 @@ class SearchConfig:
             raise InvalidInput(f"miss_risk is {self.miss_risk}, wanted a probability of at least 0 and less than 0.5")
         if not 0 <= self.capture_correlation < 1:
             raise InvalidInput(f"capture_correlation is {self.capture_correlation}, wanted at least 0 and less than 1")
+
+    def _check_scanned(self) -> None:
+        unknown = [column for column in self.scanned if column not in COLUMNS]
+        if unknown:
+            raise InvalidInput(f"scanned names {unknown[0]!r}, which is no column; use {', '.join(COLUMNS)}")
+        if len(set(self.scanned)) < len(self.scanned):
+            raise InvalidInput(f"scanned is {self.scanned}, wanted each column once")
+        if self.scanned and self.miss_risk <= 0:
+            raise InvalidInput(
+                "scanned leaves columns out, got miss_risk=0, which allows no miss; leave scanned out, or allow a risk such as 0.001"
+            )
 
 
 @dataclass(frozen=True)

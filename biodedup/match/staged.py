@@ -13,8 +13,8 @@ choice is a cascade: cheap evidence of all candidates first, expensive evidence 
 3. those whose score may reach `reach_db` by chance. Chernoff's bound (1952) limits the probability that the minutiae of impostors add so
    much; the candidates left out have together less than `risk`;
 4. those with a finger that agrees although other captures do not: an operator's own finger, or a record of two people. The minutiae of
-   all fingers are compared whose embedding is not too different for a mate (FINGER_FROM_DB), and if one speaks for its candidate, all
-   of its minutiae are. Where a finger decides with less than FINGER_NEEDS_DB, all fingers are compared. This rule does not keep to the
+   all fingers are compared whose embedding is not too different for a mate (FINGER_FROM_DB at FINGER_NEEDS_DB; where a finger needs more
+   to matter, the limit rises so that as many are lost), and if one speaks for its candidate, all of its minutiae are. Where a finger decides with less than FINGER_NEEDS_DB, all fingers are compared. This rule does not keep to the
    risk: it loses LONE_FINGER_LOSS of such fingers.
 
 The bounds take the calibrations as right, and captures of impostors as independent, as the fusion does. Labels are read as the
@@ -45,6 +45,7 @@ FINGER_FROM_DB, FINGER_NEEDS_DB = -5.0, 50.0
 LONE_FINGER_LOSS = 6e-3
 """The share of fingers that agree by embedding and minutiae and lie below FINGER_FROM_DB: of the 2,621 mated pairs that reach FINGER_NEEDS_DB,
 14 (0.53 %), 10 of them below -13 dB, so that a lower limit hardly helps (skeleton-1, FVC2002 DB1-4_B and UareU, no print refused, 2026-11)."""
+_NEEDED_DB = np.arange(FINGER_NEEDS_DB, 121.0, 2.0)
 _STAGED_RISK = 1e-3
 """For a smaller risk all minutiae are compared."""
 TILTS = np.array([0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.3])
@@ -115,8 +116,14 @@ class Stage:
         lifting_db = lifting_db - means_db.sum(axis=1, keepdims=True) + means_db
         needed_db = np.where(fused.used, np.minimum(lifting_db, needed_db), needed_db)
         several = np.count_nonzero(fused.used, axis=1) > 1
+        from_db = np.full(own_db.shape, FINGER_FROM_DB)
+        for number, model in enumerate(matrix.models):
+            if model.with_minutiae is not None:
+                from_db[:, number] = np.interp(
+                    needed_db[:, number], _NEEDED_DB, _fingers_from_db(model.alone, model.with_minutiae)
+                )
         with np.errstate(invalid="ignore"):
-            return np.asarray(several[:, None] & ((needed_db < FINGER_NEEDS_DB) | (own_db >= FINGER_FROM_DB)))
+            return np.asarray(several[:, None] & ((needed_db < FINGER_NEEDS_DB) | (own_db >= from_db)))
 
     def _may_reach(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, kept: Bool) -> Bool:
         """The candidates, apart from those kept, that may reach reach_db by chance. waiting: bool (n, pairs), of the used pairs those with
@@ -190,6 +197,32 @@ def _mates(
         by_embeddings += llr_db
         by_all += llr_db if adds is None else adds.both.llr_db(llr_db + drawn_db(adds.minutiae))
     return by_embeddings.astype(np.float32), by_all.astype(np.float32)
+
+
+@lru_cache(maxsize=64)
+def _fingers_from_db(alone: Calibration, adds: WithMinutiae) -> Float64:
+    """For each of _NEEDED_DB the llr_db by embedding that as few of the mates' fingers lie below which reach it by embedding and minutiae, as
+    below FINGER_FROM_DB of those which reach FINGER_NEEDS_DB. Embedding and minutiae of mates are taken as independent."""
+    (first, mass), (start, added) = mass_of(alone, "mated"), mass_of(adds.minutiae, "mated")
+    by_embedding = (first + np.arange(len(mass))) * STEP_DB
+    added_from = np.append(
+        np.cumsum(added[::-1])[::-1], 0.0
+    )  # the share of minutiae of so many steps above the first, or more
+    sums_db = np.arange(first + start, first + start + len(mass) + len(added)) * STEP_DB
+    both_db = np.maximum.accumulate(adds.both.llr_db(sums_db))
+    lost, limits = 0.0, list[float]()
+    for needed_db in _NEEDED_DB.tolist():
+        least = first + start + int(np.searchsorted(both_db, needed_db))
+        steps = np.clip(least - (first + np.arange(len(mass))) - start, 0, len(added))
+        reaching = np.cumsum(mass * added_from[steps])
+        if not limits:
+            below = np.count_nonzero(by_embedding < FINGER_FROM_DB)
+            lost = float(reaching[below - 1] / reaching[-1]) if below and reaching[-1] > 0 else 0.0
+        limit = (
+            by_embedding[np.searchsorted(reaching, lost * reaching[-1], side="right")] if reaching[-1] > 0 else -np.inf
+        )
+        limits.append(max(float(limit), FINGER_FROM_DB) if lost else FINGER_FROM_DB)
+    return np.array(limits)
 
 
 def log_means_of(model: ScoreModel, llr_db: Float64) -> Float64:

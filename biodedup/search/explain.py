@@ -14,13 +14,14 @@ from biodedup.gallery.segments.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.multicolumn.apart import ApartPlan
 from biodedup.search.multicolumn.plan import MultiColumnPlan, MultiColumnQuery, covered_presences, row_groups_of
+from biodedup.search.multicolumn.scanned import ScannedPlan
 from biodedup.search.native.column_statistics import classes_of
 from biodedup.search.selfjoin.buckets import Buckets
 from biodedup.search.selfjoin.estimate import JoinEstimate
 from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards.cells import by_codec
 from biodedup.search.shards.native import shares, tables_for
-from biodedup.values import COLUMNS
+from biodedup.values import BIT
 
 
 @dataclass(frozen=True)
@@ -70,24 +71,59 @@ class IndexPlan:
 
 
 @dataclass(frozen=True)
+class ColumnBytes:
+    """Bytes of a column for each subject of the gallery. scanned: that a search goes through, and that have to be in memory for it to be
+    fast; disk: of its file, with qualities and minutiae."""
+
+    column: str
+    scanned: float
+    disk: float
+
+
+@dataclass(frozen=True)
 class SearchPlan:
     """What a search of these columns does. miss_risk: as it was asked for; multicolumn: how many rows are searched in
-    several columns at once, and how."""
+    several columns at once, and how; scanned: which columns alone are scanned, None if all are; sizes: of each column."""
 
     miss_risk: float
     columns: tuple[ColumnPlan, ...]
     multicolumn: tuple[tuple[int, MultiColumnPlan], ...] = ()
     apart: ApartPlan | None = None
+    scanned: ScannedPlan | None = None
+    sizes: tuple[ColumnBytes, ...] = ()
 
     def explain(self) -> str:
         """In words, with the evidence; a line for rows that are searched in several columns at once, and one a
         column."""
-        lines = [self._multicolumn_line(rows, plan) for rows, plan in self.multicolumn]
+        lines = [] if self.scanned is None else [self._scanned_line(self.scanned)]
+        lines += [self._multicolumn_line(rows, plan) for rows, plan in self.multicolumn]
         for plan in self.columns:
             lines.append(self._line(plan))
             if plan.index is not None:
                 lines.append(self._index_line(plan.column, plan.index))
-        return "\n".join(lines + ([self._apart_line(self.apart)] if self.apart is not None else []))
+        lines += [self._apart_line(self.apart)] if self.apart is not None else []
+        return "\n".join([*lines, self._bytes_line()] if self.sizes else lines)
+
+    def _scanned_line(self, plan: ScannedPlan) -> str:
+        others = " + ".join(plan.rescored)
+        if not plan.scanned:
+            return f"{others}: none of them is a column that the setting scanned names, so that all are scanned"
+        start = f"{' + '.join(plan.scanned)}: these columns alone are scanned; {others} are compared for {plan.candidates:,} candidates"
+        start += ", and scanned only for rows without a scanned column"
+        if not plan.drawn:
+            return f"{start}; what this misses is not known, since no mates were measured or drawn"
+        return (
+            f"{start}; of {plan.drawn:,} mates that reach the review threshold by all columns, drawn from their calibrations, {plan.missed:,} "
+            f"are no candidates, so that a mate is missed with a probability below {plan.miss_bound:.2g}, 95 % confidence, and by the scan "
+            f"besides, if captures of a subject correlate by {plan.correlation:g}"
+        )
+
+    def _bytes_line(self) -> str:
+        scanned = ", ".join(f"{size.column} {size.scanned:,.0f}" for size in self.sizes if size.scanned >= 0.5)
+        return (
+            f"bytes a subject: {sum(size.scanned for size in self.sizes):,.0f} that a search goes through in memory"
+            f"{f' ({scanned})' if scanned else ''}, {sum(size.disk for size in self.sizes):,.0f} of sealed templates on disk"
+        )
 
     def _index_line(self, column: str, index: IndexPlan) -> str:
         if not index.rows:
@@ -202,17 +238,36 @@ def plan_of(
     miss_risk: float,
     multicolumn: MultiColumnQuery | None = None,
     apart: ApartPlan | None = None,
+    scanned: ScannedPlan | None = None,
 ) -> SearchPlan:
     """The plan of a search of these columns of a snapshot."""
+    skip = (
+        {name: sum(BIT[other] for other in scanned.scanned) for name in scanned.others} if scanned is not None else {}
+    )
     rows: dict[frozenset[str], int] = {}
     if multicolumn is not None:
         for part in snapshot.parts:
             for group in row_groups_of(part, multicolumn.columns):
                 rows[frozenset(group.columns)] = rows.get(frozenset(group.columns), 0) + group.count
     plans = tuple((rows[names], plan) for names, plan in multicolumn.plans.items()) if multicolumn else ()
-    by_column = [_column(snapshot, c, miss_risk, multicolumn) for c in columns]
+    by_column = [_column(snapshot, c, miss_risk, multicolumn, skip.get(c, 0)) for c in columns]
+    sizes = tuple(_bytes_of(snapshot, c, skip.get(c, 0)) for c in columns)
     by_column = [replace(plan, index=_index_plan(snapshot, plan.column, miss_risk)) for plan in by_column]
-    return SearchPlan(miss_risk, tuple(by_column), plans, apart)
+    return SearchPlan(miss_risk, tuple(by_column), plans, apart, scanned, sizes)
+
+
+def _bytes_of(snapshot: Snapshot, name: str, skip: int) -> ColumnBytes:
+    """skip: as `ShardQuery.skip_columns`."""
+    held = [(part, part.columns[name]) for part in snapshot.parts if name in part.columns]
+    scanned, disk = 0, sum(sum(column.byte_counts) for _, column in held)
+    for part, column in held:
+        rows = sum(count for bits, count in part.bits.items() if bits & BIT[name] and not bits & skip)
+        if column.codec is not None:  # signs, outer bits, high nibbles and norm
+            scanned += rows * (column.codec.scanned * 3 // 4 + 4)
+        elif column.dimension is not None:
+            scanned += rows * 4 * column.dimension
+    subjects = max(snapshot.searched_count, 1)
+    return ColumnBytes(name, scanned / subjects, disk / subjects)
 
 
 def _index_plan(snapshot: Snapshot, name: str, miss_risk: float) -> IndexPlan | None:
@@ -249,9 +304,12 @@ def _index_plan(snapshot: Snapshot, name: str, miss_risk: float) -> IndexPlan | 
 _TABLE_SHARE = 0.625  # of the pairs of numbers, that the tables of most searches look at
 
 
-def _column(snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiColumnQuery | None) -> ColumnPlan:
+def _column(
+    snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiColumnQuery | None, skip: int
+) -> ColumnPlan:
     holding = [
-        [_held(part, name, multicolumn) for part in parts if name in part.columns] for parts in shares(snapshot.parts)
+        [_held(part, name, multicolumn, skip) for part in parts if name in part.columns]
+        for parts in shares(snapshot.parts)
     ]
     rows = sum(held.cells for pieces in holding for held in pieces)
     holding = [
@@ -286,7 +344,7 @@ def _column(snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiC
     )
 
 
-def _held(part: Part, name: str, multicolumn: MultiColumnQuery | None) -> _Held:
+def _held(part: Part, name: str, multicolumn: MultiColumnQuery | None, skip: int) -> _Held:
     covered = frozenset[int]() if multicolumn is None else covered_presences(part, multicolumn)
-    bit = 1 << COLUMNS.index(name)
-    return _Held(part.columns[name], sum(n for bits, n in part.bits.items() if bits & bit and bits not in covered))
+    left = [n for bits, n in part.bits.items() if bits & BIT[name] and not bits & skip and bits not in covered]
+    return _Held(part.columns[name], sum(left))

@@ -1,6 +1,6 @@
 """Searches for a finger under other finger positions, since labels may be wrong: chooses the columns to search and the rows to compare.
 
-Owns these two choices. Never scans and never compares.
+Owns these choices. Never scans and never compares.
 
 Each of m fingers is looked for in each of n columns of fingers: m x n comparisons of the gallery's rows, in n passes,
 since all fingers share the pass over a column. A list of the most similar rows for each finger and column would send
@@ -9,7 +9,7 @@ most rows to re-ranking for nothing, so their evidence is added up first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,24 @@ def comparable_bits(probe: Mapping[str, Template], models: Mapping[str, ColumnMo
         for theirs, model in models.items()
         if any(
             comparable(own, theirs, across=across) and (own == theirs or template.model_id == model.model_id)
+            for own, template in probe.items()
+        )
+    )
+
+
+def scanned_bits(
+    probe: Mapping[str, Template], models: Mapping[str, ColumnModel], scanned: Collection[str], *, across: bool
+) -> int:
+    """The columns that alone are scanned for this probe, as a presence mask: those of `scanned` that one of its embeddings compares with. 0
+    where there are none, or `scanned` is empty: all columns are."""
+    return sum(
+        BIT[theirs]
+        for theirs in scanned
+        if theirs in models
+        and any(
+            comparable(own, theirs, across=across)
+            and template.embedding is not None
+            and template.model_id == models[theirs].model_id
             for own, template in probe.items()
         )
     )

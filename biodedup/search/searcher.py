@@ -33,8 +33,9 @@ from biodedup.search.expected import thresholds_db
 from biodedup.search.multicolumn.apart import ApartPlan
 from biodedup.search.multicolumn.plan import MultiColumnQuery
 from biodedup.search.multicolumn.planner import MultiColumnPlanner
+from biodedup.search.multicolumn.scanned import ScannedPlan
 from biodedup.search.native.scanner import Scanner
-from biodedup.search.positions import comparable, comparable_bits, strongest
+from biodedup.search.positions import comparable, comparable_bits, scanned_bits, strongest
 from biodedup.search.scope import Scope
 from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards.base import Shard
@@ -161,15 +162,16 @@ class Searcher:
         from_row: int = 0,
         groups: Collection[str] | None = None,
         skip_covered: MultiColumnQuery | None = None,
+        skip_columns: int = 0,
         least: Float32 | None = None,
     ) -> Nearest:
         """The live rows from from_row on that are most similar to each probe in one column. probes: float32 (q, d),
-        unit rows. skip_covered: rows that this query covers are left out; least: float32 (q,), rows below this
-        similarity are left out, too."""
+        unit rows. skip_covered: rows that this query covers are left out; skip_columns: rows with one of these columns, a
+        presence mask, are left out, too, and, with least, float32 (q,), rows below this similarity."""
         scope = Scope(snapshot, from_row, as_set(groups))
         shards = self.shards(snapshot)
         query = scope.query(column, min(k, max(scope.count, 1)), self._config.miss_risk)
-        query, batches = replace(query, skip_covered=skip_covered), []
+        query, batches = replace(query, skip_covered=skip_covered, skip_columns=skip_columns), []
         for low in range(0, max(len(probes), 1), _ONE_COLUMN_PROBES):
             some = slice(low, low + _ONE_COLUMN_PROBES)
             wanted = replace(query, least=None if least is None else least[some])
@@ -186,9 +188,16 @@ class Searcher:
     def shards(self, snapshot: Snapshot) -> Sequence[Shard]:
         return self._shards_of(snapshot, self.scanner)
 
-    def multicolumn_query(self, snapshot: Snapshot, columns: Collection[str]) -> MultiColumnQuery | None:
-        """How rows that have several of these columns are searched at once; None if there are no such rows."""
-        return self._planner.query(snapshot, columns)
+    def multicolumn_query(
+        self, snapshot: Snapshot, columns: Collection[str], rescored: Collection[str] = ()
+    ) -> MultiColumnQuery | None:
+        """How rows that have several of these columns are searched at once; None if there are no such rows. rescored: other columns, which
+        are compared for the candidates alone."""
+        return self._planner.query(snapshot, columns, rescored)
+
+    def scanned(self, snapshot: Snapshot, columns: Collection[str]) -> ScannedPlan | None:
+        """Which of a probe's columns are scanned, and what is missed because the others are not; None if all are."""
+        return self._planner.scanned(snapshot, columns)
 
     def apart(self, snapshot: Snapshot, columns: Collection[str]) -> ApartPlan | None:
         """What a search of these columns misses because FAISS searches them one after the other; None if it does not."""
@@ -247,6 +256,10 @@ class _Search:
         self._chosen: list[list[_Int64]] = [[np.zeros(0, np.int64)] for _ in probes]
         """For each probe, the rows to compare."""
         self._stages = [self._stage(probe) for probe in probes]
+        scanned = () if floor_db > 0 else config.scanned  # a join scans all columns
+        self._scanned = [scanned_bits(probe, self._models, scanned, across=scope.across) for probe in probes]
+        """For each probe, the columns that alone are scanned, as a presence mask; 0 for all."""
+        self._presences = frozenset(bits for part in self._snapshot.parts for bits in part.bits)
         self._failed = False
 
     def run(self, excluded: Sequence[Collection[int]]) -> list[CandidateSet]:
@@ -320,15 +333,17 @@ class _Search:
 
     def _multicolumn_queries(self) -> list[MultiColumnQuery | None]:
         """For each probe; the same object for probes with the same columns."""
-        known: dict[tuple[str, ...], MultiColumnQuery | None] = {(): None}
-        queries = []
-        for probe in self._probes:
-            models = self._models
-            names = tuple(sorted(c for c in probe if c in models and _is_embedded(probe[c], models[c].model_id)))
-            if names not in known:
-                query = self._searcher.multicolumn_query(self._snapshot, names)
-                known[names] = None if query is None else self._scoped(query)
-            queries.append(known[names])
+        known: dict[tuple[tuple[str, ...], tuple[str, ...]], MultiColumnQuery | None] = {}
+        queries, models = [], self._models
+        for probe, scanned in zip(self._probes, self._scanned, strict=True):
+            names = sorted(c for c in probe if c in models and _is_embedded(probe[c], models[c].model_id))
+            rescored = tuple(name for name in names if scanned and not BIT[name] & scanned)
+            key = tuple(names), rescored
+            if key not in known:
+                of_all = [name for name in names if name not in rescored]
+                query = self._searcher.multicolumn_query(self._snapshot, of_all, rescored) if of_all else None
+                known[key] = None if query is None else self._scoped(query)
+            queries.append(known[key])
         return queries
 
     def _scoped(self, query: MultiColumnQuery) -> MultiColumnQuery:
@@ -372,17 +387,23 @@ class _Search:
         across = self._scope.across
         for theirs, model in self._snapshot.models.items():
             # captures of all labels share a pass, except where a multi-column query covers rows of the column
-            passes: dict[int, tuple[MultiColumnQuery | None, dict[_Capture, Template]]] = {}
+            passes: dict[tuple[int, int], tuple[MultiColumnQuery | None, dict[_Capture, Template]]] = {}
             for i, (probe, query) in enumerate(zip(self._probes, queries, strict=True)):
                 for own, template in probe.items() if model.dimension is not None else ():
                     if comparable(own, theirs, across=across) and _is_embedded(template, model.model_id):
                         skip = query if query is not None and own == theirs and own in query.columns else None
-                        passes.setdefault(id(skip), (skip, {}))[1][i, own] = template
-            for skip, captures in passes.values():
-                self._search_column(theirs, captures, skip)
+                        scanned = 0 if self._scanned[i] & BIT[theirs] else self._scanned[i]
+                        passes.setdefault((id(skip), scanned), (skip, {}))[1][i, own] = template
+            for (_, scanned), (skip, captures) in passes.items():
+                if any(bits & BIT[theirs] and not bits & scanned for bits in self._presences):
+                    self._search_column(theirs, captures, skip, scanned)
 
     def _search_column(
-        self, column: str, captures: Mapping[_Capture, Template], skip_covered: MultiColumnQuery | None
+        self,
+        column: str,
+        captures: Mapping[_Capture, Template],
+        skip_covered: MultiColumnQuery | None,
+        skip_columns: int,
     ) -> None:
         vectors = np.array([template.embedding for template in captures.values()], np.float32)
         scope, k = self._scope, self._config.candidates + self._scope.extra_k
@@ -394,6 +415,7 @@ class _Search:
             from_row=scope.from_row,
             groups=scope.groups,
             skip_covered=skip_covered,
+            skip_columns=skip_columns,
             least=self._least(column, captures),
         )
         self._failed |= bool(nearest.failures)

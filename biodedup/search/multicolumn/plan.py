@@ -37,7 +37,7 @@ from biodedup.search.native.dot_kernel import INSTRUCTIONS
 from biodedup.search.native.signs import GROUP
 from biodedup.values import COLUMNS, Float32
 
-ROWS_MIN = 1 << 16
+ROWS_MIN = 1 << 14
 """A group of fewer rows is searched column by column."""
 _MATES = 160_000  # drawn; half choose the plan, half confirm it
 _SHARE_LEAST = 1e-5  # of unrelated rows that pass

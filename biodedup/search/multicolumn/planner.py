@@ -7,6 +7,7 @@ are searched one after the other; what that misses: `apart.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from math import log10
 
 from biodedup.config import Policy, SearchConfig
 from biodedup.gallery.segments.part import Column
@@ -21,6 +22,7 @@ from biodedup.search.multicolumn.plan import (
     codec_of,
     largest_groups,
 )
+from biodedup.search.multicolumn.scanned import ScannedPlan, with_miss
 
 _REVIEW_STEP_DB = 3.0  # the threshold is rounded down to this, so that a plan lasts until the gallery has doubled
 
@@ -34,9 +36,12 @@ class MultiColumnPlanner:
         self._policy = policy
         self._plans: dict[tuple[object, ...], MultiColumnPlan | None] = {}
 
-    def query(self, snapshot: Snapshot, columns: Collection[str]) -> MultiColumnQuery | None:
+    def query(
+        self, snapshot: Snapshot, columns: Collection[str], rescored: Collection[str] = ()
+    ) -> MultiColumnQuery | None:
         """The query for rows that have several of these columns; None if no rows are searched in several columns at
-        once."""
+        once. rescored: other columns, which are compared for the candidates alone; then the plan is for all mates that these columns put among
+        the candidates."""
         native = [name for name in sorted(columns) if snapshot.indexing.spec(name).is_native]
         models = {name: snapshot.models[name] for name in native if name in snapshot.models}
         calibrations = {n: self._comparer.calibration(m.model_id) for n, m in models.items() if m.dimension is not None}
@@ -50,9 +55,10 @@ class MultiColumnPlanner:
         for names, group in largest_groups(snapshot, calibrations).items():
             of_group = {name: calibrations[name] for name in sorted(names)}
             codecs = [codec_of(group.part.columns[name]).codec_id for name in of_group]
-            key = (review_db, *of_group, *of_group.values(), *codecs)
+            least_db = min(review_db, self._candidate_db(snapshot)) if rescored else review_db
+            key = (least_db, *of_group, *of_group.values(), *codecs)
             if key not in self._plans:
-                threshold_llr_db = self._comparer.llr_reaching(review_db, [models[name].model_id for name in of_group])
+                threshold_llr_db = self._comparer.llr_reaching(least_db, [models[name].model_id for name in of_group])
                 self._plans[key] = choose(
                     group, of_group, self._config.miss_risk, threshold_llr_db, self._config.capture_correlation
                 )
@@ -61,7 +67,38 @@ class MultiColumnPlanner:
                 plans[names] = plan
         if not plans:
             return None
-        return MultiColumnQuery(plans, {n: LlrTable.of(c) for n, c in calibrations.items()}, self._candidates(snapshot))
+        k = self._config.candidates if rescored else self._candidates(snapshot)
+        return MultiColumnQuery(plans, {n: LlrTable.of(c) for n, c in calibrations.items()}, k)
+
+    def scanned(self, snapshot: Snapshot, columns: Collection[str]) -> ScannedPlan | None:
+        """What is missed because only the configured columns of these are scanned; None if all are scanned."""
+        held = [n for n in sorted(columns) if n in snapshot.models and snapshot.models[n].dimension is not None]
+        scanned = [name for name in held if name in self._config.scanned]
+        rescored = [name for name in held if name not in scanned]
+        if not self._config.scanned or not rescored:
+            return None
+        if not scanned:
+            return ScannedPlan((), tuple(rescored), self._config.candidates)
+        ids = {name: snapshot.models[name].model_id for name in held}
+        calibrations = {name: self._comparer.calibration(model_id) for name, model_id in ids.items()}
+        if not all(calibration.mates_measured for calibration in calibrations.values()):
+            return ScannedPlan(tuple(scanned), tuple(rescored), self._config.candidates)
+        _, review_db = self._policy().thresholds_db(snapshot.live_count)
+        together = self.query(snapshot, scanned, rescored)
+        at_once = together is not None and frozenset(scanned) in together.plans
+        candidate_db = self._candidate_db(snapshot, 0.0)
+        reach = [scanned] if at_once else [[name] for name in scanned]
+        return with_miss(
+            calibrations,
+            {tuple(some): self._comparer.llr_reaching(candidate_db, [ids[name] for name in some]) for some in reach},
+            self._comparer.llr_reaching(review_db, list(ids.values())),
+            ScannedPlan(tuple(scanned), tuple(rescored), self._config.candidates, self._config.capture_correlation),
+        )
+
+    def _candidate_db(self, snapshot: Snapshot, step_db: float = _REVIEW_STEP_DB) -> float:
+        """The score that as many rows as there are candidates reach by chance, rounded down to a step, so that a plan lasts; 0 for none."""
+        exact_db = 10 * log10(max(snapshot.searched_count / self._config.candidates, 1.0))
+        return step_db * (exact_db // step_db) if step_db else exact_db
 
     def apart(self, snapshot: Snapshot, columns: Collection[str]) -> ApartPlan | None:
         """What is missed of rows that are searched in these columns one after the other, because FAISS searches some of them; None for

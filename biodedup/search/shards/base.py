@@ -31,7 +31,8 @@ class ShardQuery:
     of at least this similarity are wanted, or None: the shard chooses a value that the k best rows reach; miss_risk:
     the probability of missing a row that should be found, 0 for none; least: float32 (q,), of the k most similar rows
     only those of at least this similarity are wanted, None for all; groups: rows of one of these groups, None for
-    all; from_row, end_row: the range of rows; skip_covered: rows that this multi-column query covers are left out.
+    all; from_row, end_row: the range of rows; skip_covered: rows that this multi-column query covers are left out; skip_columns: rows with one
+    of these columns, a presence mask, are left out, too.
     """
 
     column: str
@@ -44,6 +45,7 @@ class ShardQuery:
     from_row: int = 0
     end_row: int | None = None
     skip_covered: MultiColumnQuery | None = field(default=None, compare=False)
+    skip_columns: int = 0
 
     def wanted(self, similarity: Float32) -> Float32:
         """These similarities, float32 (q,), but no lower than `least`."""
