@@ -13,9 +13,10 @@ choice is a cascade: cheap evidence of all candidates first, expensive evidence 
 3. those whose score may reach `reach_db` by chance. Chernoff's bound (1952) limits the probability that the minutiae of impostors add so
    much; the candidates left out have together less than `risk`;
 4. those with a finger that agrees although other captures do not: an operator's own finger, or a record of two people. The minutiae of
-   all fingers are compared whose embedding is not too different for a mate (FINGER_FROM_DB at FINGER_NEEDS_DB; where a finger needs more
-   to matter, the limit rises so that as many are lost), and if one speaks for its candidate, all of its minutiae are. Where a finger decides with less than FINGER_NEEDS_DB, all fingers are compared. This rule does not keep to the
-   risk: it loses LONE_FINGER_LOSS of such fingers.
+   all fingers are compared whose embedding is not too different for a mate, and if one speaks for its candidate, all of its minutiae
+   are. The limit is FINGER_FROM_DB at FINGER_NEEDS_DB; where a finger needs more to matter, it rises so that as many are lost. Where a
+   finger decides with less than FINGER_NEEDS_DB, all fingers are compared. This rule does not keep to the risk: it loses
+   LONE_FINGER_LOSS of such fingers.
 
 The bounds take the calibrations as right, and captures of impostors as independent, as the fusion does. Labels are read as the
 embeddings have them, rows of one subject are bounded each by itself, and candidates are taken to have the records that the probe has.
