@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ from biodedup.cli.table_options import (
     finish_check,
     table_options,
 )
-from biodedup.config import IsolationConfig
+from biodedup.config import IsolationConfig, LabelConfig
 from biodedup.outcomes import MEANINGS
 
 
@@ -123,10 +124,19 @@ def enroll_batch(
                 progress=progress,
             )
     summary = done.summary() | {"result": str(result)} | ({"report": str(report)} if report else {})
-    print_summary(summary if as_json else {chosen.labels.of(name): count for name, count in summary.items()}, as_json)
+    print_summary(summary if as_json else _labelled(summary, chosen.labels), as_json)
     for outcome in ("duplicate", "review", "refused"):
         if done.outcomes[outcome]:
             raise typer.Exit(MEANINGS[outcome].exit_code)
+
+
+def _labelled(summary: Mapping[str, object], labels: LabelConfig) -> dict[str, object]:
+    """The summary with the words for outcomes. A word that is the name of another count has the outcome behind it."""
+    words = {name: labels.of(name) for name in summary}
+    return {
+        name if word == name else f"{word} ({name})" if word in summary else word: summary[name]
+        for name, word in words.items()
+    }
 
 
 @app.command(rich_help_panel=Panel.JOBS)

@@ -12,6 +12,7 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import Exit
+from biodedup.cli.bulk import _labelled
 from biodedup.outcomes import MEANINGS, OLDER_WORDS, outcome_of
 from biodedup.values import Outcome
 from tests.support import ROOT
@@ -84,6 +85,12 @@ def test_a_table_has_the_fixed_word_and_the_registers_word(tmp_path, batch):
     assert sum(result.outcomes.values()) == 3 and result.outcomes["refused"] == 1
     text = page.read_text("utf-8")
     assert "DITOLAK: " in text and "TUNGGAL: newly enrolled" in text and "adjudicate" not in text
+
+
+def test_a_word_that_is_the_name_of_another_count_hides_no_count():
+    counts = {"records": 9, "enrolled": 1, "duplicate": 2, "adjudicate": 3, "refused": 4}
+    assert list(_labelled(counts, bd.LabelConfig(duplicate="records")).values()) == [9, 1, 2, 3, 4]
+    assert list(_labelled(counts, INDONESIAN)) == ["records", "TUNGGAL", "GANDA", "DITINJAU", "DITOLAK"]
 
 
 def test_printed_lines_use_the_registers_words_and_json_does_not(tmp_path):
