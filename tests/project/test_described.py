@@ -30,6 +30,7 @@ NOT_RESULTS |= {
     "LabelConfig",
     "ClusterConfig",
     "KeyProvider",
+    "Principal",
 }
 NO_JOB_RESULTS = {"Progress", "TableOptions", "Backlog"}
 
