@@ -131,6 +131,7 @@ def test_every_public_method_of_an_engine_asks_for_a_role_or_is_named_here(opene
         "load_templates": (["x"], {"face": PEOPLE[:1]}),
         "notes": (0.0,),
         "recall": (seen(1, "x"),),
+        "receipt": ("visit",),
         "reindex": ("native",),
         "remove": ("s1",),
         "rows_of": (["s1"],),
