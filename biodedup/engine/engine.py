@@ -914,7 +914,7 @@ class Engine:
     def receipt(self, encounter_id: str) -> Receipt:
         """What a decision rests on, and where it stands in the gallery's log; `jobs.write_receipt` signs it. Raises InvalidInput where the
         gallery holds no decision on the encounter."""
-        self._check("audit", "review")
+        self._check("audit")
         return receipt_of(self._gallery, encounter_id, self._extractor.cards)
 
     def recall(self, encounter: Encounter) -> Decision | None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import biodedup as bd
 from biodedup.testing import internals
+from tests.support.shell import run
 from tests.support.vectors import again, people
 
 ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"),
 ]
 
@@ -49,7 +56,7 @@ def front_end(register, cluster, tmp_path: Path):
         engine.seal()
         engine.add_templates([f"s{LAST}"], {"face": VECTORS[LAST:]})
         engine.remove("s7")
-    asked = {"ray_address": cluster.address, "cache": tmp_path / "c", "shard_deadline_ms": 1_500}
+    asked = {"ray_address": cluster.address, "cache": tmp_path / "c", "shard_deadline_ms": 10_000}
     engine = register(config, cluster=asked)
     until(lambda: states(engine) == ["serving", "serving"])
     yield engine
@@ -58,7 +65,7 @@ def front_end(register, cluster, tmp_path: Path):
         replica.end()
 
 
-def until(holds, seconds: float = 120) -> None:
+def until(holds, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
@@ -143,8 +150,23 @@ def test_actors_open_a_new_segment_and_meanwhile_nothing_is_missed(front_end):
     assert search(front_end).ids.tolist() == found.ids.tolist()
 
 
-def test_a_lost_node_and_one_that_joins(front_end, cluster, monkeypatch):
-    monkeypatch.setattr("biodedup.cluster.shards.remote.RemoteShard._here", _never)
+def test_the_command_shows_nodes_and_replicas_and_starts_none(front_end, register, cluster, tmp_path):
+    settings = f'[cluster]\nsegments = "file://{tmp_path}/store"\n'
+    (tmp_path / "settings.toml").write_text(settings)
+    asked = ("cluster", "status", register.url, "--ray", cluster.address, "--config", "settings.toml")
+    code, out, error = run(*asked, "--json", cwd=tmp_path)
+    assert code == 0, error
+    told = json.loads(out)
+    assert (told["segments"], told["unserved"], told["rows"]) == (1, [], LAST + 1)
+    assert {(one["state"], one["node"], one["process_id"]) for one in told["replicas"]} == {
+        ("serving", one["node"], one["process_id"]) for one in status(front_end)
+    }
+    assert sum(one["replicas"] for one in told["nodes"]) == 2
+    code, out, error = run(*asked, cwd=tmp_path)
+    assert code == 0 and "serving" in out and f"{LAST + 1:,} rows" in out, error
+
+
+def test_a_lost_node_and_one_that_joins(front_end, cluster):
     lost = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     cluster.wait_for_nodes()
     expected = search(front_end).ids.tolist()
@@ -160,6 +182,57 @@ def test_a_lost_node_and_one_that_joins(front_end, cluster, monkeypatch):
 
     until(replaced)
     assert is_unique(front_end)
+
+
+def test_answers_are_right_or_incomplete_while_actors_die_and_the_gallery_changes(front_end):
+    random, ended, wrong, complete = np.random.default_rng(5), threading.Event(), [], itertools.count()
+    removed = [f"s{i}" for i in range(100, 200)]
+
+    def look() -> None:
+        """Searches for people who are enrolled all the time, for one after the other."""
+        for i in itertools.cycle(range(10, 90)):
+            if ended.is_set():
+                return
+            try:
+                templates = {"face": again(VECTORS[[i]], 0.8)[0]}
+                decision = front_end.identify(bd.Encounter(templates=templates))
+            except bd.RetryableError:
+                continue
+            strongest = decision.candidates[0].subject_id if decision.candidates else None
+            if decision.outcome == "unique" or (not decision.incomplete and strongest != f"s{i}"):
+                wrong.append((i, decision.outcome, strongest))
+            if not decision.incomplete:
+                next(complete)
+
+    searches = [threading.Thread(target=look) for _ in range(2)]
+    for thread in searches:
+        thread.start()
+    try:
+        for step in range(9):
+            running = [one["process_id"] for one in status(front_end) if one["process_id"]]
+            struck = int(random.choice(running)) if running else None
+            with suppress(ProcessLookupError):
+                if struck is not None:
+                    os.kill(struck, signal.SIGSTOP if step % 3 else signal.SIGKILL)
+            front_end.remove(removed.pop())
+            front_end.add_templates([f"n{step}"], {"face": people(1, seed=1_000 + step)})
+            front_end.seal()
+            if step % 4 == 3:
+                front_end.compact()
+            time.sleep(1)
+            with suppress(ProcessLookupError):
+                if struck is not None:
+                    os.kill(struck, signal.SIGCONT)
+            probes = np.concatenate([people(1, seed=1_000 + step), VECTORS[[int(removed[-1][1:])]]])
+            found = front_end.search({"face": probes}, k=1)
+            assert found.incomplete or found.ids.tolist() == [[f"n{step}"], [removed[-1]]]
+    finally:
+        ended.set()
+        for thread in searches:
+            thread.join()
+    assert wrong == []
+    assert next(complete) > 0
+    until(lambda: states(front_end) == ["serving", "serving"] and not search(front_end).incomplete)
 
 
 def _never(self):

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.cluster.shards import asking, keeper, wire
+from biodedup.cluster import status
+from biodedup.cluster.shards import asking, wire
+from biodedup.cluster.shards import keeper as keeping
 from biodedup.cluster.shards.asking import Asker, ReplicaFailed
 from biodedup.cluster.shards.keeper import Keeper, Lost
 from biodedup.cluster.shards.placement import Place, by_rendezvous, group_of, places_of
@@ -31,6 +33,7 @@ class Pretended:
     name: str
     says: object = field(default_factory=lambda: DONE)
     is_ready: bool = True
+    is_well: bool = True
     asked: int = 0
 
     def search(self, sent: wire.Sent) -> Future[wire.Sent]:
@@ -76,6 +79,13 @@ def test_a_replica_that_failed_is_asked_last_for_a_while(monkeypatch):
     for _ in range(6):
         asker.ask(replicas, QUESTION)
     assert replicas[0].asked > 1
+
+
+def test_a_replica_that_is_not_well_is_asked_last():
+    replicas, asker = [Pretended("a", is_well=False), Pretended("b")], Asker(60)
+    assert [by(asker.ask(replicas, QUESTION)) for _ in range(3)] == ["b"] * 3
+    replicas[1].says = ReplicaFailed("dead")
+    assert by(asker.ask(replicas, QUESTION)) == "a"
 
 
 def test_a_replica_that_stands_still_costs_one_deadline_and_not_one_a_question():
@@ -169,7 +179,7 @@ class Machine:
     """An actor on a pretended node."""
 
     def __init__(self, name: str, release: str) -> None:
-        self.name, self.release, self.is_ready = name, release, True
+        self.name, self.release, self.is_ready, self.is_well = name, release, True, True
         self.generations: set[str] = set()
         self.state = "well"
         self.opens = True
@@ -280,23 +290,18 @@ def test_a_replica_that_is_unwell_gets_a_substitute_and_returns_when_it_answers(
     before = cluster.serving(keeper, 0)
     (place,) = [place for place in cluster.actors if place.group == 0 and place.node == min(before)]
     cluster.actors[place].state = state
-    pending = cluster.actors[place].about  # what is asked now is never answered
     cluster.run(keeper, 3)
     assert len(cluster.serving(keeper, 0)) <= 2
-    cluster.run(keeper, keeper_silent() + 5)
+    cluster.run(keeper, keeping.SILENT_S + 5)
     assert len(cluster.serving(keeper, 0)) == 2 and cluster.serving(keeper, 0) != before
-    assert pending
+    assert not cluster.actors[place].is_well
     cluster.actors[place].state = "well"
     kept = keeper._kept[place]
     if state == "silent":
         kept.asked.set_result({"release": "1", "generations": ["g0"]})
     cluster.run(keeper, 10)
-    assert cluster.serving(keeper, 0) == before
+    assert cluster.serving(keeper, 0) == before and cluster.actors[place].is_well
     assert len([one for one in keeper.status() if one["group"] == 0]) == 2
-
-
-def keeper_silent() -> float:
-    return keeper.SILENT_S
 
 
 def test_an_actor_that_is_dead_for_good_is_started_anew():
@@ -342,7 +347,7 @@ def test_a_new_segment_is_opened_by_all_replicas_and_until_then_they_are_opening
 
 
 def test_a_keeper_whose_step_fails_goes_on(monkeypatch):
-    monkeypatch.setattr(keeper, "_STEP_S", 0.01)
+    monkeypatch.setattr(keeping, "_STEP_S", 0.01)
     cluster, steps = Cluster("a"), threading.Semaphore(0)
     watcher = cluster.keeper(1)
 
@@ -354,3 +359,27 @@ def test_a_keeper_whose_step_fails_goes_on(monkeypatch):
     watcher.watch()
     assert steps.acquire(timeout=60) and steps.acquire(timeout=60)
     watcher.close()
+
+
+# status --------------------------------------------------------------------------------------------------------
+
+
+def test_status_says_what_each_replica_has_lacks_and_has_for_nothing():
+    told = {"searching": 1, "waiting": 2, "process_id": 7}
+    seen = [
+        (Place(0, "a", 0), "1/1", {"segments": [1, 2, 9], **told}),
+        (Place(0, "b", 0), "1/1", {"segments": [1], **told}),
+        (Place(0, "c", 0), "1/1", None),
+        (Place(1, "a", 0), "1/1", {"segments": [3], **told}),
+        (Place(0, "b", 0), "2/1", {"segments": [2], **told}),  # of another release, whose places may differ
+    ]
+    found = [
+        (one.node, one.state, one.segments, one.lacking, one.old) for one in status.replicas_of({1, 2, 3, 4}, seen)
+    ]
+    assert found == [
+        ("a", "serving", 2, 0, 1),
+        ("b", "opening", 1, 1, 0),
+        ("c", "silent", 0, 0, 0),
+        ("a", "serving", 1, 0, 0),
+        ("b", "serving", 1, 0, 0),
+    ]

@@ -44,6 +44,7 @@ class HostReplica:
     name: str
     host: ShardHost
     state: str = "alive"
+    is_well: bool = True
     asked: int = 0
     told: list[str] = field(default_factory=list)
 
@@ -84,7 +85,7 @@ class Built:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Iterator[Built]:
-    """Sealed rows of three kinds, in groups, some removed; a tail; an open case in each."""
+    """Sealed rows of three kinds, in groups, some removed; a tail; an open case in each; a pair that a person cleared."""
     root = tmp_path_factory.mktemp("shards")
     vectors = {column: people(ROWS, seed=i) for i, column in enumerate(COLUMNS)}
     config = bd.Config(
@@ -122,6 +123,9 @@ def built(tmp_path_factory) -> Iterator[Built]:
         dispute(11)
         for row in range(0, ROWS, 97):
             engine.remove(f"s{row}")
+        assert engine.enroll(replace(like_301(vectors), encounter_id="cleared")).outcome == "review"
+        assert engine.adjudicate("cleared", "different", "clerk").outcome == "unique"
+        assert len(internals(engine).gallery.snapshot().different)
         yield Built(engine, vectors, root / "g", root / "store")
 
 
@@ -169,6 +173,12 @@ def encounters(vectors: dict[str, np.ndarray]) -> list[bd.Encounter]:
     return found
 
 
+def like_301(vectors: dict[str, np.ndarray]) -> bd.Encounter:
+    """Of a person whose face is like that of s301, and whose finger is not."""
+    face = mates_of(vectors["face"][301:302], np.array([0.6]), seed=301)[0]
+    return bd.Encounter("like301", templates={"face": face, "right_index": people(1, seed=301)[0]})
+
+
 def answers(built: Built) -> list[object]:
     """Of searches by every column, in groups and in all, and of decisions."""
     engine, faces = built.engine, mates_of(built.vectors["face"][1:4_990:499], np.full(10, 0.6), seed=3)
@@ -180,6 +190,7 @@ def answers(built: Built) -> list[object]:
     for encounter in encounters(built.vectors):
         found.append(replace(engine.identify(encounter), decided_at=""))
     found += [replace(engine.identify(encounters(built.vectors)[0], groups=["north"]), decided_at="")]
+    found += [replace(engine.identify(like_301(built.vectors)), decided_at="")]
     return found
 
 

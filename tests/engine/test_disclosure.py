@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import biodedup as bd
+from biodedup.gallery.catalogue.chain import CHAIN_COLUMNS
 from biodedup.gallery.files.names import DATABASE_NAME
 from tests.support.climbing import Attacker
 from tests.support.vectors import SFACE, again, people
@@ -298,9 +299,9 @@ def test_a_gallery_of_a_release_without_budgets_gets_their_tables(opened, tmp_pa
     with opened():
         pass
     with sqlite3.connect(tmp_path / "gallery" / DATABASE_NAME) as database:
-        for table in ("budget", "alarm", "approval"):
+        for table in ("budget", "alarm", "approval", *CHAIN_COLUMNS):  # that gallery had no hash chain either
             database.execute(f"DROP TABLE {table}")
-        database.execute("DELETE FROM meta WHERE key = 'access'")
+        database.execute("DELETE FROM meta WHERE key IN ('access', 'chain')")
     engine = opened()
     engine.set_policy(bd.Policy(subject_calls_per_day=1), by="chief", reason="test")
     engine.verify(seen(mate(3)), "s3")

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.verify import inspect
+from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
 from biodedup.gallery.files.column_file import Stream, open_column_file, write_column_file
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.segments.layout import file_name
@@ -25,7 +27,7 @@ from biodedup.gallery.segments.reader import Segment
 from biodedup.testing import internals
 from tests.support import GOLDEN
 from tests.support.galleries import PEOPLE, enroll, nearest, small
-from tests.support.vectors import people
+from tests.support.vectors import SFACE, people
 
 
 @pytest.fixture
@@ -385,3 +387,22 @@ def test_a_gallery_of_the_first_release_is_upgraded_and_answers_as_before(tmp_pa
             assert engine.problems() == []
             engine.maintain()
     assert list((tmp_path / "g" / "segments").glob("*.face"))
+
+
+def test_a_check_beside_a_writer_that_seals_sees_one_state_of_the_journal(tmp_path, monkeypatch):
+    read = SqliteCatalogue._all
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:
+        engine.add_templates(["anna", "bella"], {"face": people(2)}, model_id=SFACE)
+        sealing, reads = threading.Thread(target=engine.seal), []
+
+        def sealed_meanwhile(catalogue, table, *given, **named):
+            reads.append(table)
+            if reads.count("cell") == 2 and table == "cell":  # the second time its rows are compared with the subjects
+                sealing.start()
+                sealing.join(2)
+            yield from read(catalogue, table, *given, **named)
+
+        monkeypatch.setattr(SqliteCatalogue, "_all", sealed_meanwhile)
+        assert engine.problems() == []
+        sealing.join()
+        assert engine.info()["segments"] == 1

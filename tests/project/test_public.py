@@ -24,6 +24,7 @@ def test_the_public_names_are_pinned():
         Encounter EncounterConflict EnrolledEncounter Engine EngineClosed Evidence Extractor Face FaceConfig Finger FingerConfig GalleryBusy GalleryConfig
         GalleryDamaged IndexMismatch InvalidInput IsolationConfig KeyMismatch KeyProvider LabelConfig Link LockedOut LogConfig Missing ModelCardError ModelMismatch NotAGallery NotAllowed OutOfMemory Policy PolicyMismatch PolicyVersion Principal Refusal RetryableError
         Score SearchConfig SearchResult StorageUnavailable Subject SubjectExists Template Trace UnknownSubject Verdict Verification __version__
+        ApprovalNeeded BudgetExhausted LockedOut NotAllowed Principal ROLES
         compare explain read_captures read_minutiae write_minutiae
         """.split()
     )

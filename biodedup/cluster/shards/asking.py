@@ -48,6 +48,10 @@ class Replica(Protocol):
     def is_ready(self) -> bool:
         """Whether it has been started."""
 
+    @property
+    def is_well(self) -> bool:
+        """Whether it answered when it was last asked how it is."""
+
     def search(self, sent: wire.Sent) -> Future[wire.Sent]:
         """Raises QueueFull, ReplicaFailed. The future raises ReplicaFailed."""
 
@@ -91,12 +95,12 @@ class Asker:
         return question.run()
 
     def _in_order(self, replicas: Sequence[Replica]) -> list[Replica]:
-        """Replicas in turn; those that failed of late come last."""
+        """Replicas in turn; those that failed of late, or are not well, come last."""
         if not replicas:
             return []
         first, now = next(self._turn) % len(replicas), time.monotonic()
         turned = [*replicas[first:], *replicas[:first]]
-        return sorted(turned, key=lambda replica: self._suspect_until.get(replica.name, 0.0) > now)
+        return sorted(turned, key=lambda one: not one.is_well or self._suspect_until.get(one.name, 0.0) > now)
 
     def suspect(self, replica: Replica) -> None:
         now = time.monotonic()

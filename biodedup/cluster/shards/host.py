@@ -109,6 +109,7 @@ class ShardHost:
         return {
             "release": wire.release(),
             "generations": self.generations(),
+            "segments": sorted({part.entry.number for unit in list(self._units.values()) for part in unit.segments}),
             "process_id": os.getpid(),
             "searching": min(self._present, _SEARCHES),
             "waiting": max(self._present - _SEARCHES, 0),

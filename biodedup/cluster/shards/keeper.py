@@ -36,6 +36,9 @@ class Lost(Exception):
 class Actor(Replica, Protocol):
     """A replica that can be watched and ended."""
 
+    is_well: bool
+    """The keeper sets it."""
+
     def about(self) -> Future[dict[str, Any]]:
         """What it says of itself: `ShardHost.about`. The future raises Lost, or any other exception while it is unavailable."""
 
@@ -126,6 +129,8 @@ class Keeper:
             self._drop(place, "its node is lost")
         for place in list(self._kept):
             self._look_after(place, now)
+        for kept in self._kept.values():
+            kept.actor.is_well = not kept.is_failing and not kept.is_unwell(now)
         for group, texts in enumerate(units):
             wanted = self._wanted(group, nodes, now)
             for place in wanted:

@@ -15,9 +15,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ class RayActor:
     """One actor, as an `Actor`."""
 
     def __init__(self, ray: Any, name: str, actor: Any) -> None:
-        self.name, self.is_ready, self._actor, self._ray = name, False, actor, ray
+        self.name, self._actor, self._ray = name, actor, ray
+        self.is_ready, self.is_well = False, True
 
     def search(self, sent: wire.Sent) -> Future[wire.Sent]:
         return self._call("search", _as_sent, ReplicaFailed, sent)
@@ -214,6 +215,39 @@ class RayShards(RemoteShards):
         self.keeper.close()
         if self._is_owner:
             _imported().shutdown()
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[Any]:
+    """Ray, joined to a cluster unless this process is in one already."""
+    ray = _imported()
+    is_owner = not ray.is_initialized()
+    if is_owner:
+        _connect(ray, address or "auto")
+    try:
+        yield ray
+    finally:
+        if is_owner:
+            ray.shutdown()
+
+
+def observed(ray: Any, register_id: str, timeout_s: float) -> list[tuple[Place, str, dict[str, Any] | None]]:
+    """The actors of a register, whoever started them: place, release, and what each says of itself (`ShardHost.about`); None for one that
+    does not answer in time. Starts nothing."""
+    asked = []
+    for known in ray.util.list_named_actors(all_namespaces=True):
+        if known["namespace"] != _NAMESPACE or not known["name"].startswith(f"{register_id}/"):
+            continue
+        with suppress(ValueError, ray.exceptions.RayError):  # it has just ended
+            actor = RayActor(ray, known["name"], ray.get_actor(known["name"], namespace=_NAMESPACE))
+            asked.append((known["name"], actor.about()))
+    wait([about for _, about in asked], timeout_s)
+    answers = []
+    for name, about in asked:
+        _, version, wire_version, group, node, slot = name.split("/")
+        told = about.result() if about.done() and about.exception() is None else None
+        answers.append((Place(int(group), node, int(slot)), f"{version}/{wire_version}", told))
+    return sorted(answers, key=lambda answer: answer[:2])
 
 
 def _imported() -> Any:

@@ -85,7 +85,11 @@ def _inspected(storage: Storage, folder: Path) -> list[Problem]:
             return [
                 Problem(None, COUNTERS, "its counters are lost; `biodedup doctor --repair` computes them from the rows")
             ]
-        database = [Problem(None, "journal", text) for text in catalogue.problems()]
+        catalogue.begin_reading()  # one view: a writer may seal the journal meanwhile
+        try:
+            database = [Problem(None, "journal", text) for text in catalogue.problems()]
+        finally:
+            catalogue.rollback()
         if database:
             return database
         manifest = read_manifest(storage, folder, catalogue)

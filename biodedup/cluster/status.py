@@ -1,0 +1,108 @@
+"""Says how a register's replicas on Ray are: `biodedup cluster status`.
+
+Owns what is told, and how it follows from the manifest and from what actors say. It only looks: it starts, moves and ends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from biodedup.cluster.opening import connect
+from biodedup.cluster.shards.placement import Place
+from biodedup.cluster.shards.ray_actors import joined, observed
+from biodedup.common.described import Described
+from biodedup.config import ClusterConfig
+
+_ANSWER_S = 5.0
+
+
+@dataclass(frozen=True)
+class ReplicaStatus(Described):
+    """An actor. state: `serving`, `opening` (it lacks segments that another replica of its group has) or `silent`; segments: that it has of
+    the manifest's; lacking: segments that it has to open; old: that no manifest names any more; searching, waiting: searches."""
+
+    group: int
+    node: str
+    slot: int
+    release: str
+    state: str
+    segments: int = 0
+    lacking: int = 0
+    old: int = 0
+    searching: int = 0
+    waiting: int = 0
+    process_id: int | None = None
+
+
+@dataclass(frozen=True)
+class NodeStatus(Described):
+    """A node of the Ray cluster. replicas: of this register."""
+
+    node: str
+    address: str
+    is_alive: bool
+    replicas: int
+
+
+@dataclass(frozen=True)
+class ClusterStatus(Described):
+    """A register and its replicas. version, rows, segments: of the manifest; unserved: numbers of segments that no replica has, which each
+    front-end searches itself; replicas_wanted: of each group."""
+
+    version: int
+    rows: int
+    segments: int
+    unserved: tuple[int, ...]
+    replicas_wanted: int
+    nodes: tuple[NodeStatus, ...]
+    replicas: tuple[ReplicaStatus, ...]
+
+
+def cluster_status(url: str, cluster: ClusterConfig) -> ClusterStatus:
+    """Raises NotAGallery, InvalidInput, StorageUnavailable."""
+    with joined(cluster.ray_address) as ray, closing(connect(url, cluster)) as catalogue:
+        catalogue.open("", "", create=False)
+        catalogue.begin_reading()
+        try:
+            numbers, state = {entry.number for entry in catalogue.segments()}, catalogue.state()
+        finally:
+            catalogue.rollback()
+        seen = observed(ray, catalogue.register_id, _ANSWER_S)
+        nodes = [(n["NodeID"], n["NodeManagerAddress"], bool(n["Alive"])) for n in ray.nodes()]
+    replicas = replicas_of(numbers, seen)
+    served = {number for *_, about in seen if about is not None for number in about["segments"]}
+    counted = [place.node for place, *_ in seen]
+    return ClusterStatus(
+        state.version,
+        state.row_count,
+        len(numbers),
+        tuple(sorted(numbers - served)),
+        cluster.replicas,
+        tuple(NodeStatus(*node, counted.count(node[0])) for node in sorted(nodes)),
+        tuple(replicas),
+    )
+
+
+def replicas_of(
+    numbers: Collection[int], seen: Sequence[tuple[Place, str, dict[str, Any] | None]]
+) -> list[ReplicaStatus]:
+    """numbers: of the manifest's segments; seen: as of `observed`."""
+    manifest = set(numbers)
+    groups: dict[tuple[int, str], set[int]] = {}
+    for place, release, about in seen:
+        if about is not None:
+            groups.setdefault((place.group, release), set()).update(manifest & set(about["segments"]))
+    replicas = []
+    for place, release, about in seen:
+        if about is None:
+            replicas.append(ReplicaStatus(*place, release, "silent"))
+            continue
+        has = set(about["segments"])
+        lacking = len(groups[place.group, release] - has)
+        counts = len(has & manifest), lacking, len(has - manifest), about["searching"], about["waiting"]
+        state = "opening" if lacking else "serving"
+        replicas.append(ReplicaStatus(*place, release, state, *counts, about["process_id"]))
+    return replicas
