@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 def test_the_public_names_are_pinned():
     assert sorted(bd.__all__) == sorted(
         """
-        COLUMNS FINGER_POSITIONS ROLES ApprovalNeeded BiodedupError BudgetExhausted CallerError Candidate CaptureConfig CaptureUnavailable Case Cluster ClusterConfig Config DataDamaged Decision
+        COLUMNS FINGER_POSITIONS BiodedupError CallerError Candidate CaptureConfig CaptureUnavailable Case Cluster ClusterConfig Config DataDamaged Decision
         Encounter EncounterConflict EnrolledEncounter Engine EngineClosed Evidence Extractor Face FaceConfig Finger FingerConfig GalleryBusy GalleryConfig
-        GalleryDamaged IndexMismatch InvalidInput IsolationConfig KeyMismatch KeyProvider LabelConfig Link LockedOut LogConfig Missing ModelCardError ModelMismatch NotAGallery NotAllowed OutOfMemory Policy PolicyMismatch PolicyVersion Principal Refusal RetryableError
+        GalleryDamaged IndexMismatch InvalidInput IsolationConfig KeyMismatch KeyProvider LabelConfig Link LogConfig Missing ModelCardError ModelMismatch NotAGallery OutOfMemory Policy PolicyMismatch PolicyVersion Refusal RetryableError
         Score SearchConfig SearchResult StorageUnavailable Subject SubjectExists Template Trace UnknownSubject Verdict Verification __version__
         ApprovalNeeded BudgetExhausted LockedOut NotAllowed Principal ROLES
         compare explain read_captures read_minutiae write_minutiae
