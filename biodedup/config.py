@@ -223,7 +223,7 @@ class Policy:
       `coarse`    scores rounded down to steps of 10 dB, and 0 where the threshold is not reached; no scores of single captures; candidates
                   below the review threshold are not named;
       `outcome`   the threshold that was reached in place of a score, otherwise as `coarse`.
-    Scores let a caller approach an enrolled vector: with `full` in 146 verifications, with steps alone in 460 (2026-11). `coarse` without
+    Scores let a caller approach an enrolled vector: with `full` in 146 verifications, with steps alone in 430 (2026-11). `coarse` without
     a budget only makes it harder."""
     caller_calls_per_hour: float | None = None
     """Searches, verifications and enrolments that one principal may make an hour, and at once (a token bucket). None: no limit. Callers
