@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -113,7 +114,7 @@ class OutAt:
         inside = f"{os.sep}biodedup{os.sep}" in code.co_filename and not code.co_filename.endswith(
             ("memory.py", "texts.py")
         )
-        if event == "call" and inside and code.co_name != "<genexpr>":
+        if event == "call" and inside and not code.co_flags & inspect.CO_GENERATOR:  # one that is closed cannot raise
             self.left -= 1
             if self.left == 0:
                 raise MemoryError

@@ -403,7 +403,7 @@ def test_the_commands_make_change_export_and_load_an_index(tmp_path, monkeypatch
     command("load", "v.npy", "--ids", "ids.npy", *model, "-g", "g", "--index", ENGINE)
     command("compact", "-g", "g")
     lines = command("reindex", "-g", "g", "--index", "face=faiss:IVF4,SQ8").splitlines()
-    assert len(lines) == 2 and "2,400 rows have an index faiss:IVF4,SQ8" in lines[1]
+    assert len(lines) == 3 and "2,400 rows have an index faiss:IVF4,SQ8" in lines[1]
     assert "2,400 rows of face are in out, 1 index file" in command("export", "--faiss", "out", "-g", "g")
     (file,) = (tmp_path / "out").glob("*.faiss")
     command("load", "--faiss", str(file), "--ids", "out/ids.parquet", *model, "-g", "other")

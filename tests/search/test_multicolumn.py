@@ -14,6 +14,7 @@ from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.multicolumn import scan as multicolumn_scan
 from biodedup.search.native.scanner import Collected
 from biodedup.search.searcher import Searcher
+from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards import native
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
@@ -165,7 +166,7 @@ def test_impostors_that_are_all_alike_neither_fill_the_memory_nor_hide_a_mate(tm
 
 
 def test_a_shard_that_fails_makes_a_search_in_several_columns_incomplete(engine, everybody, monkeypatch):
-    monkeypatch.setattr(native, "shares", lambda parts: [[part] for part in parts])
+    monkeypatch.setattr(faiss_engine, "shares", lambda parts: [[part] for part in parts])
     engine.add_templates(["late"], {c: unit(1, 70 + i) for i, c in enumerate(COLUMNS)})
     real = native.NativeShard.search_multicolumn
 

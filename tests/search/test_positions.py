@@ -23,6 +23,7 @@ from biodedup.match.labels import AS_LABELLED, readings_of
 from biodedup.match.scores.calibration import Calibration
 from biodedup.search.multicolumn import plan as multicolumn_plan
 from biodedup.search.positions import comparable, comparable_bits, strongest
+from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards import fan_out, native
 from biodedup.testing import internals
 from biodedup.values import BIT
@@ -256,7 +257,7 @@ def test_a_search_that_could_not_see_everything_says_incomplete(gallery, fingers
         return real(self, probes, plan)
 
     monkeypatch.setattr(native.NativeShard, "search", failing)
-    monkeypatch.setattr(native, "shares", lambda parts: [[part] for part in parts])
+    monkeypatch.setattr(faiss_engine, "shares", lambda parts: [[part] for part in parts])
     probe = bd.Encounter(templates={"right_index": people(1, seed=99, dimension=DIMENSION)[0]})
     assert gallery.identify(probe).outcome == "unique"
     across = gallery.identify(probe, across_positions=True)

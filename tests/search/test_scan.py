@@ -29,6 +29,7 @@ from biodedup.search.native.signs import LEVELS, Signs
 from biodedup.search.native.signs import by_nibbles as nibble_estimates
 from biodedup.search.native.table_tile import TableKind
 from biodedup.search.native.tables import limits_of, tables_of
+from biodedup.search.shards import faiss as faiss_engine
 from biodedup.search.shards import native
 from biodedup.search.shards.base import ShardHits, ShardQuery
 from biodedup.search.shards.fan_out import FanOut
@@ -678,7 +679,7 @@ def test_a_decision_over_a_gallery_of_which_a_segment_cannot_be_read_is_never_un
         monkeypatch.setattr(native.NativeShard, "search", failing)
         with pytest.raises(GalleryDamaged):  # all of it is one shard
             engine.search({"face": vectors[:1]})
-        monkeypatch.setattr(native, "shares", lambda parts: [[part] for part in parts])
+        monkeypatch.setattr(faiss_engine, "shares", lambda parts: [[part] for part in parts])
         decision = engine.enroll(bd.Encounter("new", templates={"face": unit(1, 128, 77)[0]}))
         assert decision.outcome == "review" and decision.incomplete
         assert engine.search({"face": vectors[:1]}).incomplete

@@ -89,7 +89,8 @@ class CellRange:
         self._snapshot, self._part, self._groups = snapshot, part, query.groups
         skip = query.skip_covered
         covered = frozenset[int]() if skip is None else covered_presences(part, skip)
-        self._excluded_presence = covered.union(bits for bits in part.bits if bits & query.skip_columns)
+        elsewhere = [bits for bits in part.bits if bits & query.skip_columns] if query.skip_columns else []
+        self._excluded_presence = covered.union(elsewhere)
         end_row = part.end_row if query.end_row is None else query.end_row
         low, high = part.position_range(query.from_row, max(end_row, query.from_row))
         bit = 1 << COLUMNS.index(query.column)
