@@ -382,7 +382,7 @@ class ClusterConfig:
     deadline_ms: int = 10_000
     """For how long a front-end waits to connect to PostgreSQL, and for the other front-ends' commits, before it raises a RetryableError."""
     transaction_ms_max: int = 60_000
-    """After which time without a statement PostgreSQL ends a front-end's transaction, so that a stopped process holds nobody up."""
+    """After which time without a statement PostgreSQL ends a front-end's transaction, so that a stopped process does not hold the others up."""
     poll_ms: int = 100
     """How often a front-end reads what the others committed. Its own commits always do."""
     stale_ms_max: int = 5_000

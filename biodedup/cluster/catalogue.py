@@ -139,7 +139,7 @@ class PostgresCatalogue(CatalogueTables):
             return self._living().execute(statement, values)
 
     def _later(self, statement: str, values: Sequence[Any]) -> None:
-        """A statement of this transaction whose result nobody reads. It is sent with others, in their order, before the next one that is
+        """A statement of this transaction whose result is not read. It is sent with others, in their order, before the next one that is
         read, so that a commit takes a few round trips however many rows it writes."""
         self._unsent.append((statement, values))
         if len(self._unsent) >= _UNSENT_MOST:
@@ -176,7 +176,7 @@ class PostgresCatalogue(CatalogueTables):
         self._run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
     def commit(self) -> None:
-        """Returns once the commit stands. Raises StorageUnavailable if it does not, or, with `uncertain`, if nobody knows."""
+        """Returns once the commit stands. Raises StorageUnavailable if it does not, or, with `uncertain`, if that is unknown."""
         try:
             done = self._run("COMMIT").statusmessage
         except BaseException as error:
@@ -402,7 +402,7 @@ class PostgresCatalogue(CatalogueTables):
         )
 
     def holds_lease(self, name: str, holder: str, fence: int) -> bool:
-        """Inside a transaction: nobody can take the lease before it ends."""
+        """Inside a transaction: no front-end can take the lease before it ends."""
         query = f"SELECT fence FROM {self._table('lease')} WHERE name = %s AND holder = %s AND expires > clock_timestamp() FOR UPDATE"
         return [row[0] for row in self._run(query, (name, holder)).fetchall()] == [fence]
 

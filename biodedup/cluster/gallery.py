@@ -322,7 +322,7 @@ class ClusterGallery(Gallery):
         return number
 
     def _is_durable(self, transaction: Transaction) -> bool:
-        """The catalogue has asked already; where nobody knows, the next transaction reads everything again."""
+        """The catalogue has asked already; where the result stays unknown, the next transaction reads everything again."""
         self._catalogue.rollback()
         if self._catalogue.uncertain:
             self._broken, self._uncertain = True, transaction.state

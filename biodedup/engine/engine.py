@@ -52,12 +52,12 @@ from biodedup.common.renamed import renamed
 from biodedup.common.tables import differences
 from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
-from biodedup.engine.approvals import Approval, Approvals
-from biodedup.engine.budgets import Alarm, Budgets
+from biodedup.engine.callers.approvals import Approval, Approvals
+from biodedup.engine.callers.budgets import Alarm, Budgets
+from biodedup.engine.callers.disclosure import disclosed_decision, disclosed_search, disclosed_verification
+from biodedup.engine.callers.export_right import note_export
 from biodedup.engine.decide import Decider
-from biodedup.engine.disclosure import disclosed_decision, disclosed_search, disclosed_verification
 from biodedup.engine.enrol import Enrolment
-from biodedup.engine.export_right import note_export
 from biodedup.engine.info import info_of, notes_of
 from biodedup.engine.load import ArrowBatch, Cells, Loaded, Loader
 from biodedup.engine.log import EngineLog

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import biodedup as bd
-from biodedup.engine.approvals import OPEN_S
+from biodedup.engine.callers.approvals import OPEN_S
 from tests.support.vectors import SFACE, again, people
 
 PEOPLE = people(8, seed=5)

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.bench
     ("arguments", "told", "real_data"),
     [
         (["captures.py", "--smoke"], "faces a second", False),
+        (["chain.py", "--smoke"], "many a commit: ratio", False),
+        (["front_ends.py", "--smoke"], "enrolments a second", False),
         (["replay.py", "--smoke"], "the same picture: share found", False),
         (["face_gate.py", "--smoke"], "negative {'accepted': 0", False),
         (["fresh_gallery.py", "--smoke"], "0 of 56 first encounters duplicate", False),

@@ -34,7 +34,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.shards.base import QueueFull
 
 _NAMESPACE = "biodedup"
-_START_S = 60.0  # for so long an opening front-end waits for actors; later ones are waited for by nobody
+_START_S = 60.0  # an opening front-end waits so long for actors; it does not wait for actors that start later
 _STEP_S = 0.2  # meanwhile
 _THREADS = 40  # of searches in an actor: those that run, those that wait (`ShardHost`), and those that are refused
 _PENDING_MOST = 64  # calls of one front-end that wait for one actor; more are refused
@@ -232,7 +232,7 @@ def joined(address: str | None) -> Iterator[Any]:
 
 
 def observed(ray: Any, register_id: str, timeout_s: float) -> list[tuple[Place, str, dict[str, Any] | None]]:
-    """The actors of a register, whoever started them: place, release, and what each says of itself (`ShardHost.about`); None for one that
+    """The actors of a register, whichever front-end started them: place, release, and what each says of itself (`ShardHost.about`); None for one that
     does not answer in time. Starts nothing."""
     asked = []
     for known in ray.util.list_named_actors(all_namespaces=True):

@@ -21,7 +21,7 @@ lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteC
 | link | one open case that has another one as a candidate |
 | job_step | one step that a job has done, by name, and what it noted; kept for ever |
 | policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
-| budget | calls that a caller made, or that were made about a subject, until they are forgotten (engine/budgets.py) |
+| budget | calls that a caller made, or that were made about a subject, until they are forgotten (engine/callers/budgets.py) |
 | alarm | one lock-out of a caller; kept for ever |
 | approval | one call that needs two people: its digest, who asked for it, who approved it; kept for ever |
 | index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 import biodedup
 from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.engine.export_right import note_export
+from biodedup.engine.callers.export_right import note_export
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import StoredDecision, inflated, parsed
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue

@@ -63,7 +63,7 @@ class Approvals:
             return
         if caller is None:
             raise NotAllowed(
-                f"the gallery's policy asks for two people for {action!r}, and this call names nobody; call it by "
+                f"the gallery's policy asks for two people for {action!r}, and this call names no principal; call it by "
                 "engine.as_principal(...), once for each of them"
             )
         asked = json.dumps(dict(facts()), sort_keys=True)
