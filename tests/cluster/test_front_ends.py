@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -80,6 +81,28 @@ def test_a_front_end_follows_by_itself(register):
     deadline = time.monotonic() + 30
     while "anna" not in second and time.monotonic() < deadline:
         second.decision("x")  # reads all the time: the thread that follows gets its turn nevertheless
+    assert "anna" in second
+
+
+def test_the_thread_that_follows_waits_for_a_reader_that_holds_the_lock(register):
+    (anna,) = people(1)
+    first, second = register(cluster=NO_POLL), register(cluster={"poll_ms": 1, "stale_ms_max": 3_600_000})
+    gallery, held, let_go = internals(second).gallery, threading.Event(), threading.Event()
+    gallery._ended.set()  # its own thread ends: this test takes the step
+    time.sleep(0.1)
+
+    def read() -> None:
+        with gallery.lock:
+            held.set()
+            let_go.wait(30)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    held.wait(30)
+    enroll(first, "anna", anna)
+    threading.Timer(0.2, let_go.set).start()
+    gallery._look()
+    reader.join()
     assert "anna" in second
 
 
