@@ -18,7 +18,7 @@ from biodedup.errors import InvalidInput, NotAllowed
 from biodedup.index_spec import parse_specs
 from biodedup.keys import KeyProvider
 from biodedup.outcomes import MEANINGS, outcome_of
-from biodedup.principals import Principal
+from biodedup.principals import Principal, folded
 from biodedup.required import SENT, check_required
 from biodedup.values import COLUMNS, check_id, check_text
 
@@ -435,7 +435,9 @@ class LabelConfig:
                 raise InvalidInput(f"label {outcome} is {word!r}, wanted one line without spaces around it")
         words = [self.of(outcome) for outcome in MEANINGS]
         if len(set(words)) < len(words):
-            raise InvalidInput(f"labels are {', '.join(words)}, wanted four different words")
+            raise InvalidInput(
+                f"unique, duplicate, review, refused are {', '.join(words)}, wanted four different words"
+            )
 
     def of(self, outcome: str) -> str:
         """The word for an outcome, or for an older status of it (`enrolled`, `adjudicate`); a status of another kind stays as it is."""
@@ -497,12 +499,19 @@ class Config:
         for name in ("threads", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+        by_folded: dict[str, str] = {}
         for name in self.identities or ():
             self.identity(name)
+            if (other := by_folded.setdefault(folded(name), name)) != name:
+                raise InvalidInput(
+                    f"identities {other!r} and {name!r} differ in case alone; give people different names"
+                )
 
     def identity(self, name: str) -> Principal:
         """The principal of a configured name. Raises NotAllowed for another name, InvalidInput for roles that are not known."""
         roles = (self.identities or {}).get(name)
+        if not name:
+            raise NotAllowed("identities are configured, and no name was given; pass by='NAME', or --by NAME")
         if roles is None:
             raise NotAllowed(
                 f"{name!r} is none of the configured identities; name one of them, or add it to `identities`"

@@ -5,6 +5,7 @@ Owns the names of the roles and the check of a principal. Never authenticates: a
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ ROLES = ("enrol", "search", "verify", "review", "supervise", "administer", "audi
   administer   policy, index, loading, maintenance, export of templates
   audit        read decisions, policies, alarms and requests, with all scores
 """
+
+
+def folded(name: str) -> str:
+    """Names that differ in case, width or spaces alone fold to one: they are one person."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 @dataclass(frozen=True)

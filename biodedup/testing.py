@@ -6,7 +6,7 @@ Owns their names. Makes no promise to applications: the parts change with the en
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.engine import Engine
@@ -63,6 +63,14 @@ class Internals:
 
     def take_segment_number(self) -> int:
         return self.gallery._take_number()
+
+    def stop_following(self) -> None:
+        """Ends the thread of a register that follows other front-ends."""
+        cast(Any, self.gallery)._ended.set()
+
+    def follow_once(self) -> None:
+        """Takes one step of that thread."""
+        cast(Any, self.gallery)._look()
 
     def break_gallery(self) -> None:
         """As after a commit that failed with the disk: the next write recovers first."""

@@ -33,6 +33,7 @@ import threading
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -76,7 +77,15 @@ from biodedup.engine.review import Review
 from biodedup.engine.sample import GallerySamples
 from biodedup.engine.search import BatchedSearch
 from biodedup.engine.subjects import decisions_of, group_counts, listed, subject_of
-from biodedup.errors import NOT_TAKEN, EngineClosed, InvalidInput, NotAllowed, SubjectExists, UnknownSubject
+from biodedup.errors import (
+    NOT_TAKEN,
+    BudgetExhausted,
+    EngineClosed,
+    InvalidInput,
+    NotAllowed,
+    SubjectExists,
+    UnknownSubject,
+)
 from biodedup.gallery.answers import digest_of, from_json
 from biodedup.gallery.care.backup import Copied, backup
 from biodedup.gallery.care.history import NotedClock, finite
@@ -88,6 +97,8 @@ from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.policies import PolicyVersion, told
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.gallery.transaction import Transaction
 from biodedup.index_spec import EVERY_COLUMN, parse_specs
 from biodedup.match.compare import Comparer
 from biodedup.match.pairs import PairComparer, record_candidates, record_verification, shipped_pair_comparer
@@ -192,7 +203,7 @@ class Engine:
         seal_rows = config.gallery.seal_rows
         self._loader = Loader(gallery, self._preparer, self._decider, new_id, seal_rows, self._log, config.threads)
         self._budgets = Budgets(gallery, self._policy, self._clock, self._log)
-        self._approvals = Approvals(gallery, self._policy, self._clock, self._log)
+        self._approvals = Approvals(gallery, self._clock, self._log)
         self._caller: Principal | None = None
         self._restricted = True
         self._closed = threading.Event()
@@ -393,7 +404,7 @@ class Engine:
         check_text(reason, "the reason", NOTE_LENGTH_MAX)
         if replace:
             self._check("supervise")
-            if "replace" in self.policy.two_people:
+            if self._approvals.needed("replace"):
                 encounter = self._approved_replacement(encounter, reason)
         return self._enrol(encounter, across_positions, replaces=True, reason=reason)
 
@@ -407,8 +418,11 @@ class Engine:
         named = replace(
             encounter, encounter_id=encounter.encounter_id or "unnamed"
         )  # without an id nothing is digested
-        about = [digest_of(named, operation).hex(), self._rows_now([subject_id])]
-        self._approvals.require("replace", self._caller, lambda: {"subject_id": subject_id, "reason": reason}, about)
+        digest = digest_of(named, operation).hex()
+        facts = {"subject_id": subject_id, "reason": reason}
+        self._approvals.require(
+            "replace", self._caller, lambda: facts, lambda snapshot: [digest, _rows_of(snapshot, [subject_id])]
+        )
         return encounter
 
     def _enrol(
@@ -420,7 +434,7 @@ class Engine:
         (answer,) = self._enrolment.commit(prepared)
         if isinstance(answer, NOT_TAKEN):
             raise answer
-        return self._told(answer)
+        return self._named(self._told(answer))
 
     def enroll_many(
         self, encounters: Iterable[Encounter], *, across_positions: bool | None = None
@@ -436,13 +450,13 @@ class Engine:
         across, stream = self._across(across_positions), map(_encounter, encounters)
         batches = iter(lambda: list(islice(stream, self._config.batch_size)), [])
         for batch, prepared in self._enrolment.ahead(batches, across):
-            self._check_open()
+            self._check("enrol")
             self._take(len(batch))
             for encounter, answer in zip(batch, self._enrolment.commit(prepared), strict=True):
                 if isinstance(answer, NOT_TAKEN):
                     answer = self._decider.refused(encounter, answer, self._gallery.snapshot())
                     self._log.decided("enroll, not recorded", answer)
-                yield self._told(answer)
+                yield self._named(self._told(answer))
 
     # cases: encounters in review ----------------------------------------------------------------------------------
 
@@ -497,11 +511,11 @@ class Engine:
         """
         self._check("review")
         by = self._signed(by, "review")
-        if "adjudicate" in self.policy.two_people:
+        if self._approvals.needed("adjudicate"):
             now = self._review.case(case.encounter_id if isinstance(case, Case) else case)
             facts = {"encounter_id": now.encounter_id, "ruling": ruling, "candidate": candidate}
             about = sorted((one.key, list(map(int, one.rows))) for one in now.undecided)
-            self._approvals.require("adjudicate", self._caller, lambda: facts, about)
+            self._approvals.require("adjudicate", self._caller, lambda: facts, lambda snapshot: about)
         return self._review.adjudicate(case, ruling, by, note, candidate)
 
     # searches that write nothing --------------------------------------------------------------------------------
@@ -532,7 +546,7 @@ class Engine:
         if (steps := tracing()) is not None:
             record_candidates(steps, probe.templates, decision, seen.found[0].comparisons, self._gallery.templates_of)
         told = self._told(decision)
-        self._take(0, [candidate.subject_id for candidate in told.candidates if not candidate.case])
+        self._count_named(candidate.subject_id for candidate in told.candidates if not candidate.case)
         return told
 
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
@@ -582,7 +596,7 @@ class Engine:
         if not self._restricted:
             return result
         told = self._told_search(column, result)
-        self._take(0, told.ids[told.ids != ""].tolist())
+        self._count_named(told.ids[told.ids != ""].tolist())
         return told
 
     def plan(self, columns: Collection[str] = ("face",)) -> SearchPlan:
@@ -728,7 +742,14 @@ class Engine:
         An enrolled subject is replaced by its new encounter. An encounter_id that was used before changes nothing.
         """
         self._check("administer")
-        return self._loader.import_captures(list(map(_encounter, encounters)))
+        listed = list(map(_encounter, encounters))
+        if any(one.subject_id is not None and one.subject_id in self for one in listed):  # these would be replaced
+            self._check("supervise")
+            if self._approvals.needed("replace"):
+                raise NotAllowed(
+                    "an encounter is of an enrolled subject, and replacing one takes two people; leave it out, and use update(replace=True)"
+                )
+        return self._loader.import_captures(listed)
 
     def admit(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Deprecated: `import_captures`."""
@@ -740,12 +761,16 @@ class Engine:
         ApprovalNeeded (`Policy.two_people`)."""
         self._check("supervise")
         names = sorted({subject_id, *others})
-        self._approvals.require("remove", self._caller, lambda: {"subject_ids": names}, self._rows_now(names))
-        with self._gallery.transaction() as transaction:
-            names = list(dict.fromkeys((subject_id, *others)))
-            for name in names:
+
+        def remove(transaction: Transaction) -> None:
+            for name in dict.fromkeys((subject_id, *others)):
                 transaction.remove(name)
-        self._log.removed(names)
+
+        facts = {"subject_ids": names}
+        self._approvals.require(
+            "remove", self._caller, lambda: facts, lambda snapshot: _rows_of(snapshot, names), remove
+        )
+        self._log.removed(list(dict.fromkeys((subject_id, *others))))
 
     # care of the gallery ----------------------------------------------------------------------------------------
 
@@ -925,7 +950,7 @@ class Engine:
         self._check("enrol")
         encounter = in_memory(encounter, self.config.capture)
         known = standing_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot)
-        return known if known is None or self._caller is None else self._told(known)
+        return None if known is None else self._told(known)
 
     def info(self) -> dict[str, Any]:
         """Counts, models and thresholds, JSON-ready."""
@@ -981,7 +1006,24 @@ class Engine:
         if self._restricted and (calls or subjects):
             snapshot = self._gallery.snapshot()
             enrolled = [name for name in dict.fromkeys(subjects) if snapshot.row_of(name) is not None]
-            self._budgets.take(self._name, calls, enrolled)
+            self._budgets.take(self._name, calls, dict.fromkeys(enrolled, 1))
+
+    def _count_named(self, subjects: Iterable[str]) -> None:
+        """Counts each time that an answer names an enrolled subject. Raises BudgetExhausted."""
+        counts = Counter(subjects) if self._restricted else Counter[str]()
+        if counts:
+            snapshot = self._gallery.snapshot()
+            self._budgets.name(self._name, {n: c for n, c in counts.items() if snapshot.row_of(n) is not None})
+
+    def _named(self, decision: Decision) -> Decision:
+        """A decision that is made already, without its candidates where one of them was answered about too often."""
+        try:
+            self._count_named(
+                c.subject_id for c in decision.candidates if not c.case and c.subject_id != decision.subject_id
+            )
+        except BudgetExhausted:
+            return replace(decision, candidates=(), cleared=())
+        return decision
 
     @property
     def _name(self) -> str:
@@ -991,15 +1033,6 @@ class Engine:
     def _told(self, decision: Decision) -> Decision:
         """What the policy discloses of a decision."""
         return disclosed_decision(decision, self.policy) if self._restricted else decision
-
-    def _rows_now(self, subject_ids: Sequence[str]) -> list[list[int]]:
-        """The rows of each subject, which a request is bound to. Raises UnknownSubject."""
-        snapshot = self._gallery.snapshot()
-        rows = [list(map(int, snapshot.rows_under(name))) for name in subject_ids]
-        for name, of_subject in zip(subject_ids, rows, strict=True):
-            if not of_subject:
-                raise _unknown(name)
-        return rows
 
     def _signed(self, by: str, role: str) -> str:
         """The name to record for a person's act: the principal's, or `by`, which must be a configured identity with the role if there are
@@ -1030,6 +1063,15 @@ class Engine:
         view = object.__new__(Engine)
         view.__dict__.update(self.__dict__, _caller=caller, _restricted=restricted)
         return view
+
+
+def _rows_of(snapshot: Snapshot, subject_ids: Sequence[str]) -> list[list[int]]:
+    """The rows of each subject, which a request is bound to. Raises UnknownSubject."""
+    rows = [list(map(int, snapshot.rows_under(name))) for name in subject_ids]
+    for name, of_subject in zip(subject_ids, rows, strict=True):
+        if not of_subject:
+            raise _unknown(name)
+    return rows
 
 
 @checked

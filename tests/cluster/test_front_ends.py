@@ -87,12 +87,12 @@ def test_a_front_end_follows_by_itself(register):
 def test_the_thread_that_follows_waits_for_a_reader_that_holds_the_lock(register):
     (anna,) = people(1)
     first, second = register(cluster=NO_POLL), register(cluster={"poll_ms": 1, "stale_ms_max": 3_600_000})
-    gallery, held, let_go = internals(second).gallery, threading.Event(), threading.Event()
-    gallery._ended.set()  # its own thread ends: this test takes the step
+    parts, held, let_go = internals(second), threading.Event(), threading.Event()
+    parts.stop_following()  # this test takes the step
     time.sleep(0.1)
 
     def read() -> None:
-        with gallery.lock:
+        with parts.gallery.lock:
             held.set()
             let_go.wait(30)
 
@@ -101,7 +101,7 @@ def test_the_thread_that_follows_waits_for_a_reader_that_holds_the_lock(register
     held.wait(30)
     enroll(first, "anna", anna)
     threading.Timer(0.2, let_go.set).start()
-    gallery._look()
+    parts.follow_once()
     reader.join()
     assert "anna" in second
 

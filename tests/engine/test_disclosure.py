@@ -397,3 +397,71 @@ def test_with_coarse_scores_and_budgets_the_attack_does_not_reach_30_db(opened, 
     attacker, best_db = attacked(opened(HARD), clock, calls, seed)
     assert attacker.calls == calls and attacker.answered <= 20 + calls * 20 / 86_400 + 1
     assert best_db < 30
+
+
+# what a caller learns from answers that are withheld --------------------------------------------------------------------
+
+
+def kiosk(engine: bd.Engine) -> bd.Engine:
+    return engine.as_principal(bd.Principal("kiosk", ("search", "enrol", "verify")))
+
+
+def test_a_search_counts_each_time_that_it_names_a_subject(opened):
+    desk = kiosk(opened(HARD))
+    probes = np.array([mate(3, seed=i) for i in range(15)])
+    desk.search({"face": probes}, k=1)
+    with pytest.raises(bd.BudgetExhausted, match="a subject that this answer names"):
+        desk.search({"face": probes}, k=1)
+
+
+@pytest.mark.parametrize("call", ["identify", "search", "enroll"])
+def test_a_caller_that_meets_exhausted_subjects_again_and_again_is_stopped(opened, clock, call):
+    engine = opened(HARD)
+    desk = kiosk(engine)
+    for i in range(20):
+        desk.verify(seen(mate(3, seed=i)), "s3")
+    stopped_after = 0
+    for i in range(9):
+        try:
+            if call == "enroll":
+                decision = desk.enroll(seen(mate(3, seed=50 + i), f"new{i}"))
+                assert decision.outcome == "duplicate" and decision.candidates == ()
+            elif call == "search":
+                desk.search({"face": mate(3, seed=50 + i)[None]}, k=1)
+            else:
+                desk.identify(seen(mate(3, seed=50 + i)))
+        except bd.LockedOut as error:
+            assert "stopped" in str(error)
+            break
+        except bd.BudgetExhausted as error:
+            assert "s3" not in str(error)
+        stopped_after += 1
+    assert stopped_after == 5
+    with pytest.raises(bd.LockedOut):
+        desk.identify(seen(STRANGERS[0]))
+    assert [(alarm.kind, alarm.caller, alarm.subject_id) for alarm in engine.alarms()] == [("stopped", "kiosk", "")]
+    engine.end_lockout("kiosk", "")
+    assert desk.identify(seen(STRANGERS[0])).outcome == "unique"
+
+
+def test_a_caller_without_a_name_is_never_stopped_as_a_whole(opened):
+    engine = opened(HARD)
+    for i in range(20):
+        engine.verify(seen(mate(3, seed=i)), "s3")
+    for i in range(7):
+        with pytest.raises(bd.BudgetExhausted):
+            engine.identify(seen(mate(3, seed=50 + i)))
+    assert engine.identify(seen(STRANGERS[0])).outcome == "unique"
+
+
+def test_an_enrolment_names_no_subject_more_often_than_the_policy_allows(opened):
+    desk = kiosk(opened(HARD))
+    named = [desk.enroll(seen(mate(3, seed=i), f"new{i}")).candidates != () for i in range(23)]
+    assert named == [True] * 20 + [False] * 3
+
+
+def test_coarse_answers_do_not_say_whether_a_score_is_extrapolated(opened):
+    engine = opened(bd.Policy(disclosure="coarse"))
+    assert engine.unrestricted().verify(seen(PEOPLE[3]), "s3").extrapolated
+    assert not engine.verify(seen(PEOPLE[3]), "s3").extrapolated
+    assert not engine.identify(seen(PEOPLE[3])).best.extrapolated

@@ -10,6 +10,7 @@ import pytest
 
 import biodedup as bd
 from biodedup.engine.callers.approvals import OPEN_S
+from biodedup.testing import internals
 from tests.support.vectors import SFACE, again, people
 
 PEOPLE = people(8, seed=5)
@@ -359,3 +360,56 @@ def test_an_engine_that_may_not_hands_out_none(opened, tmp_path):
     with pytest.raises(bd.NotAllowed):
         bd.jobs.export_gallery(tmp_path / "gallery", tmp_path / "files", engine.config)
     assert engine.verify(seen(1), "s1").accepted
+
+
+def test_an_approval_is_carried_out_in_the_commit_that_stores_it(opened, monkeypatch):
+    """The target changes after the approval was looked up and before the removal: there is no such moment."""
+    engine = opened(BOTH)
+    anna, budi = acting(engine, "anna"), acting(engine, "budi")
+    with pytest.raises(bd.ApprovalNeeded):
+        anna.remove("s1")
+    commits = []
+    catalogue = internals(engine).catalogue
+    commit = catalogue.commit
+    monkeypatch.setattr(catalogue, "commit", lambda: (commit(), commits.append(1)))
+    budi.remove("s1")
+    assert len(commits) == 1 and "s1" not in engine
+
+
+@pytest.mark.parametrize("other", ["ANNA", "\uff41nna", "anna "])
+def test_another_spelling_is_not_another_person(opened, other):
+    engine = opened(BOTH)
+    with pytest.raises(bd.ApprovalNeeded):
+        acting(engine, "anna").remove("s1")
+    with pytest.raises((bd.ApprovalNeeded, bd.InvalidInput)):
+        acting(engine, other).remove("s1")
+    assert "s1" in engine
+    with pytest.raises(bd.InvalidInput, match="differ in case alone"):
+        bd.Config(identities={"anna": "enrol", "ANNA": "supervise"})
+
+
+def test_an_override_of_the_policy_does_not_end_the_rule_of_two_people(opened, tmp_path, clock):
+    opened(BOTH).close()
+    config = bd.Config(policy=bd.Policy())
+    with bd.Engine.open(tmp_path / "gallery", config, override_policy=True, clock=clock) as engine:
+        with pytest.raises(bd.ApprovalNeeded):
+            acting(engine, "anna").remove("s1")
+        with pytest.raises(bd.NotAllowed):
+            engine.remove("s1")
+
+
+def test_an_import_replaces_no_subject_past_the_rule_of_two_people(opened):
+    engine = opened(BOTH)
+    with pytest.raises(bd.NotAllowed, match="supervise"):
+        acting(engine, "anna", "administer").import_captures([seen(1, "s2")])
+    with pytest.raises(bd.NotAllowed, match="two people"):
+        acting(engine, "anna").import_captures([seen(1, "s2")])
+    assert acting(engine, "anna").import_captures([seen(1, "new")])[0].outcome == "unique"
+
+
+def test_a_trace_that_begins_between_two_batches_needs_the_role_audit(opened):
+    engine = opened(bd.Policy(disclosure="coarse"), batch_size=1)
+    stream = acting(engine, "kiosk", "enrol").enroll_many([seen(1, "x1"), seen(2, "x2"), seen(3, "x3")])
+    next(stream)
+    with bd.explain(), pytest.raises(bd.NotAllowed, match="audit"):
+        list(stream)

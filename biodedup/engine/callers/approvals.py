@@ -1,11 +1,11 @@
 """Approvals: calls that need two people.
 
-Owns the requests: the first call stores one and does nothing; the same call by another principal approves it and is carried out. Never
-carries anything out itself.
+Owns the requests: the first call stores one and does nothing; the same call by another principal approves it and is carried out.
 
 1. A request is about what the gallery holds when it is made: its digest covers the rows, the candidates or the policy version concerned, so that
    an approval never meets another state than the one that was asked about.
-2. An approval is stored before the call is carried out. If that fails, both people begin again.
+2. An approval is stored in the commit that carries the call out, or, of a replacement, a verdict or a policy, just before. If that fails,
+   both people begin again.
 3. A request ends after a week, and with its approval. Requests and approvals are kept for ever. They hold ids and reasons, nothing biometric.
 """
 
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from biodedup.common.described import Described
-from biodedup.config import Policy
 from biodedup.engine.log import EngineLog
 from biodedup.errors import ApprovalNeeded, NotAllowed
 from biodedup.gallery.gallery import Gallery
-from biodedup.principals import Principal
+from biodedup.gallery.snapshot import Snapshot
+from biodedup.gallery.transaction import Transaction
+from biodedup.principals import Principal, folded
 
 OPEN_S = 7 * 86_400.0
 """For so long a request can be approved."""
@@ -42,44 +43,57 @@ class Approval(Described):
 
 
 class Approvals:
-    """The requests of one gallery. policy: in force; clock: the time in seconds. Thread-safe."""
+    """The requests of one gallery. clock: the time in seconds. Thread-safe."""
 
-    def __init__(
-        self, gallery: Gallery, policy: Callable[[], Policy], clock: Callable[[], float], log: EngineLog
-    ) -> None:
+    def __init__(self, gallery: Gallery, clock: Callable[[], float], log: EngineLog) -> None:
         self._log = log
         self._gallery = gallery
-        self._policy = policy
         self._clock = clock
 
+    def needed(self, action: str) -> bool:
+        """Whether the gallery's own policy asks for two people, as it is now: an override of this process does not count."""
+        if not self._gallery.read_only:
+            self._gallery.refresh()
+        return action in self._gallery.policies[-1].policy.two_people
+
     def require(
-        self, action: str, caller: Principal | None, facts: Callable[[], Mapping[str, Any]], about: Any = None
+        self,
+        action: str,
+        caller: Principal | None,
+        facts: Callable[[], Mapping[str, Any]],
+        about: Callable[[Snapshot], Any] = lambda snapshot: None,
+        act: Callable[[Transaction], None] = lambda transaction: None,
     ) -> None:
-        """Returns where the call may be carried out. facts: JSON-ready; about: what else the request is bound to.
+        """Returns where the call may be carried out. facts: JSON-ready; about: what else the request is bound to, read inside the transaction;
+        act: what is carried out, in the same transaction.
 
         Raises ApprovalNeeded where it was stored as a request, NotAllowed for a caller without a name.
         """
-        if action not in self._policy().two_people:
+        if not self.needed(action):
+            with self._gallery.transaction() as transaction:
+                act(transaction)
             return
         if caller is None:
             raise NotAllowed(
                 f"the gallery's policy asks for two people for {action!r}, and this call names no principal; call it by "
-                "engine.as_principal(...), once for each of them"
+                "engine.as_principal(...), or --by NAME with settings that have [identities], once for each of two"
             )
         asked = json.dumps(dict(facts()), sort_keys=True)
-        digest = hashlib.sha256(json.dumps([action, asked, about]).encode()).digest()
         now = self._clock()
         approved = False
         with self._gallery.transaction() as transaction:
+            bound = about(transaction.snapshot())
+            digest = hashlib.sha256(json.dumps([action, asked, bound]).encode()).digest()
             rows = transaction.callers(noted=False).approvals()
             known = [
                 row
                 for row in rows
                 if row[1] == action and row[2] == digest and row[6] is None and row[5] > now - OPEN_S
             ]
-            if known and known[-1][4] != caller.name:
+            if known and folded(known[-1][4]) != folded(caller.name):
                 number, *request = known[-1][:6]
                 transaction.callers().put_approval(number, (*request, caller.name, now))
+                act(transaction)
                 approved = True
             elif known:
                 number = known[-1][0]

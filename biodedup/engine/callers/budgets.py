@@ -8,7 +8,9 @@ Owns the token buckets and the detection of climbing. Never compares with the ga
    cannot write, counts in memory, for itself.
 3. Climbing: the score of failed verifications of one subject by one caller rises, each with captures like an earlier one's. The captures are
    kept in memory alone, the last few of a limited number of pairs; the number of rises is kept in the database.
-4. A clock that was set back never empties a bucket further than empty.
+4. Whether an exhausted subject is among the answers of a search tells its caller something. A caller that meets exhausted or locked subjects
+   `climbs_max` times in a day is stopped for a day (without `climbs_max`, after `STOPPED_AT`). Callers without a name are not.
+5. A clock that was set back never empties a bucket further than empty.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from biodedup.common.described import Described
@@ -33,13 +36,15 @@ NEAR = 0.5
 """Cosine from which two captures count as alike. Strangers' faces exceed it in 1 of 100,000 pairs, captures of one person fall short of it in
 one of ten (LFW, 2026-11)."""
 _REMEMBERED, _PAIRS_MAX = 16, 4_096  # failed captures of a pair of caller and subject; pairs
+NO_SUBJECTS: Mapping[str, int] = MappingProxyType({})
 _TIDY_CALLS = 1_000  # after so many calls what counts no more is dropped
-CLIMBING = "climbing"
+CLIMBING, STOPPED = "climbing", "stopped"
+STOPPED_AT = 5
 
 
 @dataclass(frozen=True)
 class Alarm(Described):
-    """A lock-out. kind: `climbing`; caller: "" for callers without a name; at: the time in seconds."""
+    """A lock-out. kind: `climbing`, from one subject; `stopped`, from all calls, subject_id is empty; caller: "" for callers without a name; at: the time in seconds."""
 
     number: int
     kind: str
@@ -117,24 +122,54 @@ class Budgets:
         self._lock = threading.Lock()
         self._calls = 0
 
-    def take(self, caller: str, calls: int = 1, subjects: Collection[str] = ()) -> None:
-        """Counts calls of a caller, "" for one without a name, and an answer about each of these enrolled subjects; all or nothing.
+    def name(self, caller: str, subjects: Mapping[str, int]) -> None:
+        """Counts the answers, so many about each of these enrolled subjects, that a search is about to give. All or nothing.
+
+        Raises BudgetExhausted and LockedOut, which do not say of which subject."""
+        try:
+            self.take(caller, 0, subjects)
+        except (BudgetExhausted, LockedOut) as error:
+            if caller:  # all callers without a name would be stopped together
+                self._met(caller)
+            raise BudgetExhausted(
+                "a subject that this answer names was the subject of as many calls as the policy allows; the answer is withheld; "
+                f"send it again in {error.retry_after_s:.0f} s",
+                error.retry_after_s,
+            ) from None
+
+    def _met(self, caller: str) -> None:
+        """Counts an answer that was withheld."""
+        key, now, most = _key("stopped", caller), self._clock(), self._policy().climbs_max or STOPPED_AT
+        with self._counting(write=True) as counts:
+            until, before = counts.budget(key) or (0.0, 0)
+            met = before + 1 if until > now else 1
+            counts.put_budget(key, now + DAY_S, met)
+            if met == most:
+                counts.add_alarm(STOPPED, caller, "", now)
+        if met == most:
+            self._log.locked_out(caller, "")
+
+    def take(self, caller: str, calls: int = 1, subjects: Mapping[str, int] = NO_SUBJECTS) -> None:
+        """Counts calls of a caller, "" for one without a name, and so many answers about each of these enrolled subjects; all or nothing.
 
         Raises BudgetExhausted, LockedOut, and InvalidInput for more calls at once than a full bucket holds."""
         policy = self._policy()
+        stops = policy.subject_calls_per_day is not None or bool(policy.climbs_max)
         buckets = []
         if caller and policy.caller_calls_per_hour is not None:
             buckets.append((("caller", caller), policy.caller_calls_per_hour, HOUR_S, calls))
         if policy.subject_calls_per_day is not None:
-            buckets += [(("subject", name), policy.subject_calls_per_day, DAY_S, 1) for name in subjects]
+            buckets += [(("subject", name), policy.subject_calls_per_day, DAY_S, n) for name, n in subjects.items()]
         locks = [_key("climb", caller, name) for name in subjects] if policy.climbs_max else []
-        if not buckets and not locks:
+        if not buckets and not locks and not stops:
             return
         now = self._clock()
         with self._counting(write=bool(buckets)) as counts:
             if self._calls % _TIDY_CALLS == 0:
                 counts.forget_budgets(now)
             self._calls += 1
+            if stops:
+                _refuse_stopped(counts.budget(_key("stopped", caller)), policy.climbs_max or STOPPED_AT, now)
             for key in locks:
                 _refuse_locked(counts.budget(key), policy.climbs_max, now)
             full_at = [self._full_at(counts, *bucket, now) for bucket in buckets]
@@ -166,9 +201,9 @@ class Budgets:
             self._log.locked_out(caller, result.subject_id)
 
     def release(self, caller: str, subject_id: str) -> None:
-        """Ends a lock-out."""
+        """Ends a lock-out; from all calls where subject_id is empty."""
         with self._counting(write=True) as counts:
-            counts.drop_budget(_key("climb", caller, subject_id))
+            counts.drop_budget(_key("climb", caller, subject_id) if subject_id else _key("stopped", caller))
         with self._lock:
             self._failed.pop((caller, subject_id), None)
 
@@ -190,6 +225,8 @@ class Budgets:
         counts: _Counts, which: tuple[str, str], limit: float, period_s: float, calls: int, now: float
     ) -> float:
         """When the bucket is full again after these calls. Raises BudgetExhausted."""
+        if calls > limit and which[0] == "subject":
+            raise _exhausted(which, limit, period_s)
         if calls > limit:
             raise InvalidInput(
                 f"{calls} probes in one call, {which[1]!r} may make {limit:g} an hour; send fewer at once"
@@ -215,6 +252,16 @@ def _exhausted(which: tuple[str, str], limit: float, wait_s: float) -> BudgetExh
         f"{told} as many calls as the policy allows: {wanted}; nothing was done; send it again in {wait_s:.0f} s",
         wait_s,
     )
+
+
+def _refuse_stopped(known: tuple[float, int] | None, most: int, now: float) -> None:
+    if known is not None and known[1] >= most and known[0] > now:
+        wait_s = known[0] - now
+        raise LockedOut(
+            f"stopped: {known[1]} answers named subjects of as many calls as the policy allows, {most} such answers are allowed a day; nothing "
+            f"was done; a supervisor may end it (`Engine.end_lockout(caller, '')`), or try again in {wait_s:.0f} s",
+            wait_s,
+        )
 
 
 def _refuse_locked(known: tuple[float, int] | None, climbs_max: int, now: float) -> None:

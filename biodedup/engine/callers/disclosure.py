@@ -30,7 +30,7 @@ def disclosed_verification(result: Verification, policy: Policy) -> Verification
     score_db = 0.0
     if result.accepted:
         score_db = result.threshold_db if policy.disclosure == "outcome" else _stepped(result.score_db, STEP_DB)
-    return replace(result, score_db=score_db, evidence=())
+    return replace(result, score_db=score_db, evidence=(), extrapolated=False)
 
 
 def disclosed_decision(decision: Decision, policy: Policy) -> Decision:
@@ -43,7 +43,9 @@ def disclosed_decision(decision: Decision, policy: Policy) -> Decision:
         score_db = max(reached, default=0.0)
         if reached and policy.disclosure == "coarse":
             score_db = _stepped(candidate.score_db, STEP_DB)
-        return replace(candidate, score_db=score_db, evidence=(), label_penalty_db=0.0, interval_db=None)
+        return replace(
+            candidate, score_db=score_db, evidence=(), extrapolated=False, label_penalty_db=0.0, interval_db=None
+        )
 
     named = tuple(map(told, strong(decision)))
     cleared = tuple(map(told, strong(replace(decision, candidates=decision.cleared))))
