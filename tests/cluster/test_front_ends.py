@@ -19,7 +19,7 @@ import biodedup as bd
 from biodedup.cluster import catalogue as postgres_catalogue
 from biodedup.errors import StorageUnavailable
 from biodedup.testing import internals
-from tests.support.vectors import again, people
+from tests.support.vectors import SFACE, again, people
 
 STRICT = bd.Config(policy=bd.Policy(duplicate_db=58, review_db=58))
 NO_POLL = {"poll_ms": 3_600_000, "stale_ms_max": 3_600_000}
@@ -435,3 +435,46 @@ def lose_reply(engine: bd.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unreachable(*given: object) -> None:
     raise StorageUnavailable("no server")
+
+
+def acting(engine: bd.Engine, name: str) -> bd.Engine:
+    return engine.as_principal(bd.Principal(name, bd.ROLES))
+
+
+def test_an_approval_is_about_what_the_register_holds_and_not_what_a_front_end_has_seen(register):
+    (anna,) = people(1)
+    config = bd.Config(policy=bd.Policy(two_people=("remove",)))
+    first, second, third = (register(config, cluster=NO_POLL) for _ in range(3))
+    enroll(first, "anna", anna)
+    second.refresh()
+    with pytest.raises(bd.ApprovalNeeded):
+        acting(first, "a").remove("anna")
+    assert third.update(bd.Encounter("anna", templates={"face": again(anna, 0.9)}, model_id=SFACE)).outcome == "unique"
+    with pytest.raises(bd.ApprovalNeeded):  # a request of its own: the subject has another row now
+        acting(second, "b").remove("anna")
+    acting(first, "a").remove("anna")
+    first.refresh()
+    assert "anna" not in first
+
+
+def test_the_rule_of_two_people_holds_for_front_ends_that_have_not_seen_it_yet(register):
+    (anna,) = people(1)
+    first, second = register(cluster=NO_POLL), register(cluster=NO_POLL)
+    enroll(first, "anna", anna)
+    second.refresh()
+    first.set_policy(bd.Policy(two_people=("remove", "policy")), by="clerk", reason="test")
+    with pytest.raises(bd.ApprovalNeeded):
+        acting(second, "b").remove("anna")
+
+
+def test_a_budget_is_shared_by_all_front_ends(register):
+    (anna,) = people(1)
+    config = bd.Config(policy=bd.Policy(subject_calls_per_day=3))
+    first, second = register(config, cluster=NO_POLL), register(config, cluster=NO_POLL)
+    enroll(first, "anna", anna)
+    second.refresh()
+    probe = bd.Encounter(templates={"face": again(anna, 0.9)}, model_id=SFACE)
+    for engine in (first, second, first):
+        engine.verify(probe, "anna")
+    with pytest.raises(bd.BudgetExhausted):
+        second.verify(probe, "anna")
