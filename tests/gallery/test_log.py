@@ -450,3 +450,13 @@ def test_the_command_ends_with_exit_code_4_where_something_is_wrong(folder, conf
 
 def command(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_log_that_is_not_sound_is_neither_encrypted_nor_decrypted(folder, config):
+    crossing = jobs.encrypt if config.keys is None else jobs.decrypt
+    forge(folder, config, "DELETE FROM verdict")
+    before = problems(folder, config)
+    assert before
+    with pytest.raises(bd.GalleryDamaged, match="is not sound"):
+        crossing(folder, config.keys or (lambda: KEY))
+    assert problems(folder, config) == before

@@ -20,11 +20,12 @@ from pathlib import Path
 from biodedup.common.described import Described
 from biodedup.errors import GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery, StorageUnavailable
 from biodedup.gallery.care.backup import copy_canaries, copy_gallery
+from biodedup.gallery.care.log import verify_chain
 from biodedup.gallery.care.removal import refuse_foreign, remove_gallery
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.encryption.keyring import Key, key_file, register_key
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import LocalStorage, database_secret, stored_key
+from biodedup.gallery.files.filesystem import LocalStorage, Storage, database_secret, stored_key
 from biodedup.gallery.files.names import (
     BACKLOG_NAME,
     DATABASE_NAME,
@@ -131,6 +132,7 @@ def _crossed(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
         lock = storage.lock(folder / LOCK_NAME)
         try:
             refuse_foreign(storage, new)
+            _refuse_wrong_log(storage, folder)
             storage.make_folder(new)
             other = storage.lock(new / LOCK_NAME)
             try:
@@ -143,6 +145,15 @@ def _crossed(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
             lock.release()
         _remove(storage, new)
     return key_status(folder)
+
+
+def _refuse_wrong_log(storage: Storage, folder: Path) -> None:
+    """The copy begins the digests of the chain anew, so that what is wrong now would not be found any more."""
+    report = verify_chain(storage, folder)
+    if report.links and report.problems:
+        raise GalleryDamaged(
+            f"the log of {folder} is not sound: {report.problems[0]}; nothing changed; run `biodedup log verify`, and restore a backup"
+        )
 
 
 def _copy(storage: _Crossing, folder: Path, new: Path, keys: KeySource | None) -> None:
