@@ -9,7 +9,11 @@ from collections.abc import Mapping
 
 ADVICE: Mapping[str, tuple[str, str]] = {
     "truncated": ("the image breaks off or is damaged", "copy it again from where it was captured, or recapture"),
-    "not_an_image": ("the file is no image", "check the path in the manifest"),
+    "missing_file": ("there is no such file", "correct its path"),
+    "not_a_file": ("this is no regular file", "name a file"),
+    "empty_file": ("the file is empty", "copy it again from where it was captured, or recapture"),
+    "unreadable": ("the file cannot be read", "correct its permissions, or copy it again"),
+    "not_an_image": ("the file is no image", "name an image, or check its path"),
     "pixel_format": ("the image stores numbers that cannot be read as grey levels or colours", "save it again as PNG"),
     "resolution": ("the picture states a resolution that its ridges contradict", "state the scanner's dpi"),
     "not_in_record": ("the record does not hold this capture", "state a position that it holds"),
@@ -44,6 +48,9 @@ ADVICE: Mapping[str, tuple[str, str]] = {
 def advice(reason: str, detail: str, measured: float | None, limit: float | None) -> str:
     """One sentence for an operator."""
     wrong, remedy = ADVICE.get(reason, (reason.replace("_", " "), "see the detail, and recapture"))
-    number = "" if measured is None else f" {measured:g}" + ("" if limit is None else f", limit {limit:g}")
+    told_already = measured is not None and detail.startswith(f"{measured:g} ")
+    number = (
+        "" if measured is None or told_already else f" {measured:g}" + ("" if limit is None else f", limit {limit:g}")
+    )
     told = f" ({detail}:{number})" if detail and number else f" ({detail})" if detail else ""
     return f"{wrong}{told}; {remedy}"

@@ -118,6 +118,7 @@ def verify(
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
     with bd.Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
         result = engine.verify(encounter, subject_id)
+        disclosed = engine.policy.disclosure == "full"
     if as_json:
         print_json(result.to_dict())
     else:
@@ -125,6 +126,10 @@ def verify(
         say(f"{word}: {result.score_db:.1f} dB, threshold {result.threshold_db:.1f} dB")
         print_evidence(result.evidence)
         print_refusals(result.refusals, encounter.captures)
+        if disclosed and not result.evidence and not result.refusals:
+            say(
+                "  nothing was compared: no such capture of the subject is enrolled; `biodedup subject ID` lists what is"
+            )
     raise typer.Exit(Exit.DONE if result.accepted else Exit.NOT_ACCEPTED)
 
 

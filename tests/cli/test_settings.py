@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -16,6 +17,7 @@ from biodedup.cli import app
 from biodedup.cli.base import Exit
 from biodedup.common.tables import differences, flat, made, plain, typed
 from biodedup.settings import settings_for
+from biodedup.synthetic import draw_impression, draw_master
 from tests.support.images import jpeg
 from tests.support.vectors import SFACE, people
 
@@ -248,3 +250,14 @@ def test_a_policy_in_the_settings_makes_galleries_and_never_changes_one(tmp_path
     change = ["policy", "set", "--fpir", "1e-5", "--by", "A", "--reason", "as the settings say", str(gallery)]
     assert RUN.invoke(app, change).exit_code == 0
     assert RUN.invoke(app, ["info", "-g", str(gallery)]).exit_code == 0
+
+
+def test_a_verification_that_compared_nothing_says_so(tmp_path):
+    with bd.Engine.open(tmp_path / "g") as engine:
+        engine.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}, model_id=SFACE))
+    rng = np.random.default_rng(3)
+    Image.fromarray(draw_impression(rng, draw_master(rng)).image).save(tmp_path / "print.png", dpi=(500, 500))
+    done = RUN.invoke(
+        app, ["verify", "anna", "--finger", f"right_index={tmp_path}/print.png", "-g", str(tmp_path / "g")]
+    )
+    assert done.exit_code == Exit.NOT_ACCEPTED and "nothing was compared" in done.output

@@ -106,4 +106,10 @@ def test_the_commands_write_a_receipt_and_check_it(folder, tmp_path):
     assert isinstance(run(*made).exception, bd.InvalidInput)  # a receipt is never replaced
     assert "unique" in run("verify", tmp_path / "r", "--public-key", folder / "a.pub").output
     (tmp_path / "r").write_text((tmp_path / "r").read_text().replace("unique", "duplicate"))
-    assert run("verify", tmp_path / "r", "--public-key", folder / "a.pub").exit_code == 4
+    changed = run("verify", tmp_path / "r", "--public-key", folder / "a.pub")
+    assert changed.exit_code == 4 and changed.output.startswith("wrong: ")
+    for absent in (
+        ("verify", tmp_path / "nope"),
+        ("e1", "-g", folder / "g", "--sign", folder / "nope", "-o", tmp_path / "n"),
+    ):
+        assert "cannot be read: No such file" in str(run(*absent).exception)

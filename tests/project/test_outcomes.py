@@ -11,6 +11,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.advice import advice
 from biodedup.cli.base import Exit
 from biodedup.cli.bulk import _labelled
 from biodedup.outcomes import MEANINGS, OLDER_WORDS, outcome_of
@@ -101,3 +102,9 @@ def test_printed_lines_use_the_registers_words_and_json_does_not(tmp_path):
     code, printed, _ = run("subject", "anna", "--gallery", "g", cwd=tmp_path)
     assert code == 0 and "TUNGGAL" in printed and "unique" not in printed
     assert "TUNGGAL" not in run("subject", "anna", "--gallery", "g", "--json", cwd=tmp_path)[1]
+
+
+@pytest.mark.parametrize("reason", ["missing_file", "not_a_file", "empty_file", "unreadable", "not_an_image"])
+def test_advice_about_a_file_names_no_detail_that_is_not_there(reason):
+    told = advice(reason, "0 bytes", 0.0, 1.0)
+    assert "see the detail" not in told and "manifest" not in told and told.count("0 bytes") == 1 and ": 0" not in told

@@ -30,7 +30,7 @@ def _stated(gallery: Path, config: Path | None) -> KeySource:
 
 @app.command(rich_help_panel=Panel.GALLERY)
 def encrypt(gallery: GalleryOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Encrypt a gallery under the key that the settings name ([keys]).
+    """Encrypt a gallery under the key that the table `keys` of the settings names.
 
     Needs free disk space of the gallery's size. Interrupted, the same command goes on. Afterwards the blocks of the disk that held the gallery
     in the clear may still hold it: erase the free space, or move the gallery to a new disk.
@@ -41,7 +41,7 @@ def encrypt(gallery: GalleryOption = DEFAULT_GALLERY, config: ConfigOption = Non
 
 @app.command(rich_help_panel=Panel.GALLERY)
 def decrypt(gallery: GalleryOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Turn an encrypted gallery into one in the clear. Take [keys] out of the settings afterwards."""
+    """Turn an encrypted gallery into one in the clear. Take the table `keys` out of the settings afterwards."""
     status = jobs.decrypt(gallery, _stated(gallery, config))
     finish(asdict(status), f"{gallery} is in the clear", as_json)
 

@@ -62,7 +62,7 @@ def verify(
     fields = check.receipt
     where = "" if fields["commit"] is None else f", commit {fields['commit']:,}"
     lines = [f"gallery {fields['gallery_id']}{where}: encounter {fields['encounter_id']}, {fields['outcome']}"]
-    lines += [f"note: {note}" for note in check.notes] + [f"wrong: {problem}" for problem in check.problems]
+    lines = [f"wrong: {problem}" for problem in check.problems] + lines + [f"note: {note}" for note in check.notes]
     finish(check.to_dict(), lines, as_json)
     if check.problems:
         raise typer.Exit(Exit.DAMAGED)

@@ -64,8 +64,9 @@ def opened(title: str, path: Path, public_key: Path | None) -> tuple[dict[str, A
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     trusted = None if public_key is None else _public(public_key)
+    content = _bytes(path)
     try:
-        document = json.loads(_bytes(path))
+        document = json.loads(content)
         signature, signed_by = bytes.fromhex(document.pop("signature")), document["signed_by"]
         signer = trusted or Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed_by))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
@@ -102,8 +103,9 @@ def _private(path: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+    content = _bytes(path)
     try:
-        key: object = load_pem_private_key(_bytes(path), None)
+        key: object = load_pem_private_key(content, None)
     except (TypeError, ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
@@ -118,8 +120,9 @@ def _public(path: Path) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+    content = _bytes(path)
     try:
-        key: object = load_pem_public_key(_bytes(path))
+        key: object = load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
