@@ -33,6 +33,7 @@ def extract(image: np.ndarray) -> bd.Template | bd.Refusal:
     return EXTRACTOR.extract([bd.Face(np.ascontiguousarray(image))])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "reasons"),
     [
@@ -50,6 +51,7 @@ def test_a_spoilt_portrait_is_refused_with_its_reason_and_number(small, way, rea
     assert None not in (refusal.measured, refusal.limit)
 
 
+@pytest.mark.slow
 def test_the_coarsest_compression_is_low_quality(large):
     refusal = extract(spoilt.compressed(large, 2))
     assert isinstance(refusal, bd.Refusal), refusal
@@ -57,6 +59,7 @@ def test_the_coarsest_compression_is_low_quality(large):
     assert "blocks" in refusal.detail
 
 
+@pytest.mark.slow
 def test_dark_glasses_and_a_mask_are_occluded(large):
     with explain() as steps:
         extract(large)
@@ -67,6 +70,7 @@ def test_dark_glasses_and_a_mask_are_occluded(large):
     assert refusal.reason == "occluded"
 
 
+@pytest.mark.slow
 def test_a_negative_is_refused_in_grey_and_in_colour(portrait):
     grey = cv2.cvtColor(portrait, cv2.COLOR_RGB2GRAY)
     for negative in (255 - portrait, 255 - grey):
@@ -82,6 +86,7 @@ def test_the_detector_prefers_a_face_to_its_negative(portrait):
     assert EXTRACTOR._detector.negative_margin(255 - step["aligned"]) == pytest.approx(-margin, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_quality_is_a_probability_that_falls_with_blur_and_noise(small):
     extractor = bd.Extractor(bd.Config(face=bd.FaceConfig(quality_min=0)))
     pictures = [small, cv2.GaussianBlur(small, (0, 0), 2), spoilt.noisy(small, 12)]

@@ -87,6 +87,7 @@ def test_an_ansi_nist_file_gives_face_and_fingers(jpeg):
     assert isinstance(face, bd.Face) and face.data == jpeg
 
 
+@pytest.mark.slow
 def test_a_capture_takes_its_picture_from_a_record(portrait, jpeg):
     content = fir_2011([(2, PRINT), (7, encoded(finger(4), "PNG"))])
     face, right, left, absent, unclear = EXTRACTOR.extract(
@@ -184,6 +185,7 @@ SOUND = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(SOUND), st.data())
 def test_no_bytes_make_a_reader_raise_anything_but_invalid_input(content, data):

@@ -23,6 +23,7 @@ def similarity(a: bd.Template, b: bd.Template) -> float:
     return bd.compare(a, b).similarity
 
 
+@pytest.mark.slow
 def test_the_same_face_recaptured_is_similar_and_scored(portrait):
     first = extract(portrait)
     assert isinstance(first, bd.Template)
@@ -68,6 +69,7 @@ def refused(image: np.ndarray, reason: str) -> bd.Refusal:
     return result
 
 
+@pytest.mark.slow
 def test_poor_faces_are_refused_with_the_number(portrait):
     refused(portrait[-120:, :120], "no_face")
     refused(np.full((300, 300, 3), 127, np.uint8), "no_face")
@@ -109,6 +111,7 @@ def test_a_small_bystander_does_not_make_a_portrait_ambiguous(portrait):
     assert similarity(result, extract(portrait)) > 0.8
 
 
+@pytest.mark.slow
 def test_a_small_face_in_a_large_picture_is_aligned_as_well_as_a_large_one(portrait):
     whole = extract(portrait)
     for factor in (2, 4):
@@ -118,6 +121,7 @@ def test_a_small_face_in_a_large_picture_is_aligned_as_well_as_a_large_one(portr
         assert similarity(whole, extract(scene)) > 0.93
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_a_picture_that_lies_on_its_side_or_head_gives_the_template_of_the_upright_one(portrait, turns):
     assert similarity(extract(portrait), extract(np.rot90(portrait, turns))) > 0.95
@@ -162,6 +166,7 @@ def test_alignment_recovers_a_known_similarity_transform():
     np.testing.assert_allclose(found, np.column_stack([linear, (4, -9)]), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_an_extractor_may_be_used_by_several_threads(portrait):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -171,6 +176,7 @@ def test_an_extractor_may_be_used_by_several_threads(portrait):
             assert float(template.embedding @ alone.embedding) > 0.99999
 
 
+@pytest.mark.slow
 def test_images_of_absurd_shape_are_refused_not_raised():
     for shape in ((40, 50_000), (50_000, 40)):
         assert extract(np.zeros(shape, np.uint8)).reason == "no_face"
@@ -212,6 +218,7 @@ def test_a_defect_in_one_capture_costs_that_capture_alone(portrait, monkeypatch,
     assert "pixels" not in caplog.text
 
 
+@pytest.mark.slow
 def test_pixels_that_are_not_square_are_believed_as_far_as_the_face_agrees(portrait):
     def jpeg(image):
         out = io.BytesIO()

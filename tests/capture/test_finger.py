@@ -49,6 +49,7 @@ def test_impressions_of_one_finger_score_far_above_those_of_two():
     assert mated.similarity > 0.5 > nonmated.similarity
 
 
+@pytest.mark.slow
 def test_any_resolution_is_brought_to_500_dpi():
     image = finger(1)
     fine = cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
@@ -122,6 +123,7 @@ def record_of(points: list[tuple[int, int, int, int]], width: int = 500, height:
     return write_record(MinutiaeRecord(width, height, body), 0, 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 3, 255])
 def test_few_and_many_minutiae_are_compared(count):
     rng = np.random.default_rng(count)
@@ -213,6 +215,7 @@ def two_impressions(seed: int) -> list[np.ndarray]:
     return [draw_impression(rng, master).image for _ in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(752, 800), (752, 804), (1001, 752)])
 def test_a_page_larger_than_a_component_takes_is_a_print_all_the_same(size):
     mate, again = two_impressions(7)
@@ -223,6 +226,7 @@ def test_a_page_larger_than_a_component_takes_is_a_print_all_the_same(size):
     assert minutiae_score(extract(mate), template) > 8
 
 
+@pytest.mark.slow
 def test_where_nfiq2_cannot_work_the_refusal_says_so():
     """It takes 129 pixels at least; NBIS says so by an error without words."""
     small = finger(1)[150:275, 150:275]
@@ -242,6 +246,7 @@ def test_several_fingers_in_one_picture_are_refused():
     assert (refusal.reason, refusal.measured, refusal.limit) == ("several_fingers", 2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dpi", [255, 300, 700])
 def test_a_files_resolution_that_no_finger_has_is_not_believed_and_a_stated_one_is_refused(dpi):
     mate, again = two_impressions(7)

@@ -35,6 +35,7 @@ def reason(data: object) -> str:
     return result.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "PPM", "WEBP", "GIF"])
 def test_every_format_gives_the_picture(portrait, name):
     pixels = decode(encoded(portrait, name), "face", LIMITS)
@@ -59,6 +60,7 @@ def test_a_file_states_its_resolution():
     assert decode(encoded(finger(1), "PNG", dpi=(72, 72)), "unknown", LIMITS).dpi is None
 
 
+@pytest.mark.slow
 def test_sixteen_bits_cmyk_palette_alpha_and_orientation_come_out_as_eight_bit_colours(portrait):
     deep = (portrait[..., 0].astype(np.uint16) << 8) | 7
     pixels = decode(cv2.imencode(".png", deep)[1].tobytes(), "face", LIMITS)
@@ -78,6 +80,7 @@ def test_sixteen_bits_cmyk_palette_alpha_and_orientation_come_out_as_eight_bit_c
     assert np.abs(decode(content, "face", LIMITS).rgb.astype(int) - np.rot90(portrait, -1)).mean() < 6
 
 
+@pytest.mark.slow
 def test_what_is_no_capture_is_refused_with_its_reason(tmp_path, portrait):
     assert reason(tmp_path / "absent.jpg") == "missing_file"
     assert reason(tmp_path) == "not_a_file"

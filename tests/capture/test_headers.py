@@ -65,6 +65,7 @@ def test_a_hostile_capture_costs_little_time_and_memory(measured, name):
     assert expected is None or reason in expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -156,6 +157,7 @@ def test_margins_cost_nothing_and_change_no_minutiae(portrait):
 SOUND = {name: saved(Image.fromarray(np.arange(9216, dtype=np.uint8).reshape(96, 96)), name) for name in FORMATS}
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(sorted(SOUND)), st.data())
 def test_no_bytes_make_a_check_raise(name, data):

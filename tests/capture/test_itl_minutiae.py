@@ -112,6 +112,7 @@ def test_load_names_what_takes_such_a_file(tmp_path):
         jobs.load(engine, path)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from([itl([type_9_m1(MINUTIAE, 2)]), itl([type_9_legacy(MINUTIAE, 2)])]), st.data())
 def test_damaged_minutiae_are_a_sound_record_or_invalid_input(content, data):

@@ -203,6 +203,7 @@ def test_any_one_byte_that_lies_gives_a_sound_record_or_invalid_input(name):
             check_hostile(SOUND[name][:at] + bytes([value]) + SOUND[name][at + 1 :])
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(SOUND)), st.data())
 def test_any_damage_gives_a_sound_record_or_invalid_input(name, data):
@@ -245,6 +246,7 @@ def test_what_is_no_single_finger_is_refused():
         read_views(TWO)
 
 
+@pytest.mark.slow
 def test_nbis_reads_in_a_record_what_ours_does():
     record = read_record(legacy(0))
     rows = np.frombuffer(record.body, np.dtype([("x", ">u2"), ("y", ">u2"), ("angle", "u1"), ("quality", "u1")]))
@@ -350,6 +352,7 @@ def test_records_that_are_declared_to_be_of_the_extractor_compare_with_captures(
         assert engine.info()["columns"]["left_ring"]["subjects"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seal_rows", [2, 1000])
 def test_load_takes_records_by_column_and_by_their_own_position(tmp_path, seal_rows):
     several = bd.write_minutiae(

@@ -176,6 +176,7 @@ def test_a_jpeg_of_twelve_bits_is_refused_by_name():
     assert "12 bits" in refused(bytes(content))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_damaged_deep_tiff_never_raises(data):

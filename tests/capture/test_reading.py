@@ -81,6 +81,7 @@ def test_a_file_is_read_up_to_its_limit_and_not_further(tmp_path):
     assert read(b"", "face", LIMITS).reason == "empty_file"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("with_id", [True, False])
 def test_an_encounter_of_odd_paths_is_refused_by_value(tmp_path, monkeypatch, with_id):
@@ -96,6 +97,7 @@ def test_an_encounter_of_odd_paths_is_refused_by_value(tmp_path, monkeypatch, wi
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["enroll", "update", "dispute", "enroll_many", "import_captures"])
 def test_digest_and_template_are_of_the_same_bytes(tmp_path, portrait, monkeypatch, call):
     """Of an encounter with an encounter_id a path is read once: its digest names the content that was enrolled."""
@@ -150,6 +152,7 @@ def test_a_path_that_gave_nothing_is_not_opened_again(tmp_path):
     assert read(capture.data, "face", LIMITS).reason == "not_a_file"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["enroll", "update", "dispute"])
 def test_a_file_that_comes_late_is_taken_under_the_same_encounter(tmp_path, portrait, call):
     late = tmp_path / "late.jpg"
@@ -235,6 +238,7 @@ def test_a_model_card_that_is_a_pipe_is_refused(tmp_path):
         load_card(str(tmp_path / "card.toml"))
 
 
+@pytest.mark.slow
 def test_a_job_over_a_folder_takes_no_pipe_for_a_picture(tmp_path, portrait):
     (tmp_path / "album").mkdir()
     (tmp_path / "album" / "a.jpg").write_bytes(jpeg(portrait))

@@ -89,6 +89,7 @@ def test_axes_that_cannot_be_checked_are_refused_with_the_numbers():
     assert "500" in refusal.detail and "1000" in refusal.detail
 
 
+@pytest.mark.slow
 def test_the_template_tells_what_was_corrected_and_still_resembles_its_mate(print_):
     rng = np.random.default_rng(7)
     draw_master(rng)

@@ -61,6 +61,7 @@ def test_short_spurs_islands_and_broken_ridges_are_no_minutiae():
     assert not middle.any()
 
 
+@pytest.mark.slow
 def test_reliability_tells_a_generated_fingers_own_minutiae_from_the_noise():
     """The area under the curve; half of all minutiae that are extracted are the finger's own."""
     rng = np.random.default_rng(31)
@@ -92,6 +93,7 @@ def test_the_record_states_place_direction_kind_and_reliability():
     assert (np.diff(found.reliability) <= 0).all()
 
 
+@pytest.mark.slow
 def test_the_records_directions_are_those_of_mindtct():
     """So that a record may be given to another matcher."""
     image = finger(1)
@@ -123,6 +125,7 @@ def test_noise_over_a_print_lowers_its_quality_and_certainty():
     assert measures[0].certainty > 0.4 > measures[2].certainty
 
 
+@pytest.mark.slow
 def test_nfiq2_is_the_quality_on_request():
     image = finger(1)
     asked = bd.Extractor(bd.Config(finger=bd.FingerConfig(nfiq2=True))).extract([bd.Finger(image)])[0]

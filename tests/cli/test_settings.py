@@ -185,6 +185,7 @@ def test_commands_go_by_the_settings_of_each_place(tmp_path, portrait, monkeypat
         assert isinstance(error, bd.InvalidInput) and f"{beside}: face.brightness is not known" in str(error)
 
 
+@pytest.mark.slow
 def test_config_prints_each_setting_and_where_it_comes_from(tmp_path):
     gallery, beside = tmp_path / "g", written(tmp_path / "biodedup.toml", "batch_size = 5\n")
     option = written(tmp_path / "o.toml", "[search]\nreturned = 3\n")
@@ -205,6 +206,7 @@ def test_config_prints_each_setting_and_where_it_comes_from(tmp_path):
     assert shown.exit_code == 0 and "batch_size" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_policy_is_set_and_shown_by_the_command_line(tmp_path):
     gallery = tmp_path / "g"
     bd.Engine.open(gallery).close()
@@ -232,6 +234,7 @@ def test_every_field_of_a_policy_can_be_set():
     assert {f"--{field.name.replace('_', '-')}" for field in fields(bd.Policy)} <= options
 
 
+@pytest.mark.slow
 def test_a_policy_in_the_settings_makes_galleries_and_never_changes_one(tmp_path):
     gallery = tmp_path / "g"
     beside = written(tmp_path / "biodedup.toml", "[policy]\nfpir = 1e-6\n")
@@ -252,6 +255,7 @@ def test_a_policy_in_the_settings_makes_galleries_and_never_changes_one(tmp_path
     assert RUN.invoke(app, ["info", "-g", str(gallery)]).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_verification_that_compared_nothing_says_so(tmp_path):
     with bd.Engine.open(tmp_path / "g") as engine:
         engine.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}, model_id=SFACE))

@@ -32,6 +32,7 @@ def gallery(tmp_path):
     return tmp_path / "g"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
 def test_a_short_command_waits_until_the_writer_ends(gallery, arguments, monkeypatch):
     waiting = threading.Event()
@@ -51,6 +52,7 @@ def test_a_short_command_waits_until_the_writer_ends(gallery, arguments, monkeyp
     assert f"the holder is process {os.getpid()}" in done.output and "waiting up to 60 s" in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
 def test_a_holder_is_named_with_what_to_do(gallery, arguments):
     with bd.Engine.open(gallery):

@@ -33,6 +33,7 @@ def identify(engine: bd.Engine, vector: np.ndarray) -> bd.Decision:
     return engine.identify(bd.Encounter(templates={"face": vector}))
 
 
+@pytest.mark.slow
 def test_a_register_is_created_enrols_and_is_opened_again(register):
     anna, bella = people(2)
     with register() as engine:
@@ -84,6 +85,7 @@ def test_a_front_end_follows_by_itself(register):
     assert "anna" in second
 
 
+@pytest.mark.slow
 def test_the_thread_that_follows_waits_for_a_reader_that_holds_the_lock(register):
     (anna,) = people(1)
     first, second = register(cluster=NO_POLL), register(cluster={"poll_ms": 1, "stale_ms_max": 3_600_000})
@@ -106,6 +108,7 @@ def test_the_thread_that_follows_waits_for_a_reader_that_holds_the_lock(register
     assert "anna" in second
 
 
+@pytest.mark.slow
 def test_a_seal_of_one_front_end_is_followed_by_another_and_answers_stay(register):
     vectors = people(40)
     first, second = register(cluster=NO_POLL), register(cluster=NO_POLL)
@@ -213,6 +216,7 @@ def test_a_search_is_refused_when_the_newest_commits_are_unknown_for_too_long(re
     assert identify(engine, anna).outcome == "duplicate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGQUIT"])
 def test_what_was_acknowledged_is_there_after_the_server_was_restarted(register, postgres, signal_name):
     import signal
@@ -346,6 +350,7 @@ def test_a_fork_cannot_use_the_register_and_leaves_the_parents_connection_alone(
     assert enroll(engine, "bella", people(2)[1]).outcome == "unique"
 
 
+@pytest.mark.slow
 def test_threads_of_two_front_ends_that_offer_the_same_people_enrol_each_once(register):
     engines, vectors = [register(STRICT), register(STRICT)], people(40)
 
@@ -362,6 +367,7 @@ def test_threads_of_two_front_ends_that_offer_the_same_people_enrol_each_once(re
     assert engines[0].subject_ids() == engines[1].subject_ids()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 1 + int(os.environ.get("BIODEDUP_HISTORIES", "1"))))
 def test_any_history_at_three_front_ends_leaves_what_a_dictionary_would_hold(register, seed):
     """Operations at random front-ends, which do not look in between, against a model; front-ends come, go and seal."""

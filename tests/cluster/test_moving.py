@@ -47,6 +47,7 @@ def contents(engine: bd.Engine) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_a_register_answers_as_the_folder_it_was_imported_from_and_so_does_its_export(register, folder, tmp_path):
     config = bd.Config(gallery=CONFIG.gallery)
     clock = {"clock": lambda: 7.0}
@@ -67,6 +68,7 @@ def test_a_register_answers_as_the_folder_it_was_imported_from_and_so_does_its_e
         assert engine.enroll(bd.Encounter("new", templates={"face": people(50)[49]})).outcome == "unique"
 
 
+@pytest.mark.slow
 def test_a_register_that_is_there_is_not_overwritten_nor_is_a_folder(register, folder, tmp_path):
     cluster = bd.ClusterConfig(segments=f"file://{tmp_path}/store")
     with register() as engine:
@@ -78,11 +80,13 @@ def test_a_register_that_is_there_is_not_overwritten_nor_is_a_folder(register, f
     assert register().subject_ids() == ["anna"]
 
 
+@pytest.mark.slow
 def test_an_import_waits_for_no_writer(register, folder, tmp_path):
     with bd.Engine.open(folder, CONFIG), pytest.raises(bd.GalleryBusy):
         moving.import_gallery(folder, register.url, bd.ClusterConfig(segments=f"file://{tmp_path}/store"))
 
 
+@pytest.mark.slow
 def test_an_import_that_fails_leaves_no_register(register, folder, tmp_path, monkeypatch):
     cluster = bd.ClusterConfig(segments=f"file://{tmp_path}/store")
     with monkeypatch.context() as patched:

@@ -85,6 +85,7 @@ def test_an_encounter_that_another_thread_enrols_while_it_is_recalled_has_a_row(
         assert "removed" not in engine.recall(person(0, anna)).reasons
 
 
+@pytest.mark.slow
 def test_a_seal_of_answers_alone_is_not_made_twice(register, monkeypatch):
     (anna,) = people(1)
     first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
@@ -106,6 +107,7 @@ def test_a_seal_of_answers_alone_is_not_made_twice(register, monkeypatch):
     assert first.info() == second.info()
 
 
+@pytest.mark.slow
 def test_a_register_is_read_whatever_the_order_in_which_the_server_returns_its_segments(register, postgres):
     vectors = people(3)
     first = register(SMALL, cluster=NO_POLL)
@@ -175,6 +177,7 @@ def until_answered(call: Callable[[], object]) -> object:
     raise AssertionError("it is never answered")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("step", ["enroll", "seal", "change", "refresh"])
 def test_whichever_statement_is_the_last_of_a_connection_nothing_is_lost_nor_done_twice(

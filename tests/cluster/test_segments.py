@@ -69,6 +69,7 @@ def test_an_address_that_is_none_is_named():
         SegmentStore("nowhere://x", "r1")
 
 
+@pytest.mark.slow
 def test_a_bulk_load_and_a_merge_of_one_front_end_are_searched_by_another(register):
     first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
     one, two = fill(first, 12, seed=1), fill(second, 12, seed=2)
@@ -80,6 +81,7 @@ def test_a_bulk_load_and_a_merge_of_one_front_end_are_searched_by_another(regist
     assert register(SMALL).info()["subjects"] == 24
 
 
+@pytest.mark.slow
 def test_a_store_without_a_file_of_the_manifest_is_named(register, tmp_path):
     fill(register(SMALL), 12)
     for file in stored(tmp_path):
@@ -89,6 +91,7 @@ def test_a_store_without_a_file_of_the_manifest_is_named(register, tmp_path):
         register(SMALL)
 
 
+@pytest.mark.slow
 def test_a_file_that_was_changed_in_the_store_is_not_used(register, tmp_path):
     fill(register(SMALL), 12)
     file = next(file for file in stored(tmp_path) if ".face." in file.name)
@@ -99,6 +102,7 @@ def test_a_file_that_was_changed_in_the_store_is_not_used(register, tmp_path):
         register(SMALL)
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_is_fetched_again(register, tmp_path):
     vectors = fill(register(SMALL, cluster={"cache": tmp_path / "cache"}), 12)
     file = next((tmp_path / "cache" / "segments").glob("*.face"))
@@ -117,6 +121,7 @@ def test_copies_that_do_not_fit_are_refused(register, tmp_path):
         register(SMALL, cluster={"cache_bytes_max": 1_000})
 
 
+@pytest.mark.slow
 def test_old_copies_make_room(register, tmp_path):
     engine = register(SMALL, cluster=NO_POLL)
     fill(engine, 200, seed=1)
@@ -131,6 +136,7 @@ def test_old_copies_make_room(register, tmp_path):
     assert best(other, people(200, seed=4)[7]) == "p4-7"
 
 
+@pytest.mark.slow
 def test_a_temporary_cache_is_removed_at_the_end(register, tmp_path):
     engine = register(SMALL)
     folder = internals(engine).gallery.folder
@@ -140,6 +146,7 @@ def test_a_temporary_cache_is_removed_at_the_end(register, tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_front_ends_of_one_machine_share_their_copies(register, tmp_path):
     shared = {"cache": tmp_path / "cache", **NO_POLL}
     first, second = register(SMALL, cluster=shared), register(SMALL, cluster=shared)
@@ -152,6 +159,7 @@ def test_front_ends_of_one_machine_share_their_copies(register, tmp_path):
     assert first.problems() == second.problems() == []
 
 
+@pytest.mark.slow
 def test_one_front_end_at_a_time_merges(register):
     first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
     fill(first, 12)
@@ -160,6 +168,7 @@ def test_one_front_end_at_a_time_merges(register):
     second.compact()
 
 
+@pytest.mark.slow
 def test_a_holder_that_died_is_replaced_and_commits_nothing_afterwards(register, monkeypatch):
     first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
     fill(first, 12)
@@ -173,6 +182,7 @@ def test_a_holder_that_died_is_replaced_and_commits_nothing_afterwards(register,
     assert second.problems() == []
 
 
+@pytest.mark.slow
 def test_garbage_is_what_no_manifest_names_for_the_time_of_grace(register, postgres, tmp_path):
     engine = register(SMALL, cluster={**NO_POLL, "garbage_grace_s": 3600.0})
     vectors = fill(engine, 12, seed=1)
@@ -193,6 +203,7 @@ def test_garbage_is_what_no_manifest_names_for_the_time_of_grace(register, postg
     assert best(register(SMALL), again(vectors[3], 0.9)) == "p1-3"
 
 
+@pytest.mark.slow
 def test_a_front_end_that_is_killed_while_it_uploads_leaves_no_segment(register, tmp_path, monkeypatch):
     engine = register(SMALL, cluster=NO_POLL)
     engine.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}))
@@ -210,6 +221,7 @@ def test_a_front_end_that_is_killed_while_it_uploads_leaves_no_segment(register,
     assert register(SMALL).subject_ids() == ["anna"]
 
 
+@pytest.mark.slow
 def test_others_enrol_update_and_remove_while_a_segment_is_written(register, monkeypatch):
     first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
     vectors, upload, done = people(30), SegmentStore.upload, []
@@ -252,6 +264,7 @@ def test_others_enrol_update_and_remove_while_a_segment_is_written(register, mon
     assert first.problems() == []
 
 
+@pytest.mark.slow
 def test_two_front_ends_that_seal_at_once_make_one_segment(register, monkeypatch):
     first, second = register(SMALL, cluster=NO_POLL), register(SMALL, cluster=NO_POLL)
     first.enroll(bd.Encounter("anna", templates={"face": people(1)[0]}))
@@ -270,6 +283,7 @@ def test_two_front_ends_that_seal_at_once_make_one_segment(register, monkeypatch
     assert first.problems() == []
 
 
+@pytest.mark.slow
 def test_files_are_for_their_owner_alone(register, tmp_path):
     engine = register(SMALL, cluster={"cache": tmp_path / "cache"})
     fill(engine, 12)
@@ -320,6 +334,7 @@ def test_a_register_has_its_segments_in_s3(s3, register):
     assert {kind for name in store.ages(time.time()) for kind in [name.split(".")[1]]} == {"subject", "face"}
 
 
+@pytest.mark.slow
 def test_registers_with_one_store_never_remove_each_others_files(register, postgres, tmp_path):
     config = bd.Config(cluster=bd.ClusterConfig(segments=f"file://{tmp_path}/store", garbage_grace_s=0.0))
     first = register(SMALL, cluster=NO_POLL)

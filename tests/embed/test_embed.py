@@ -64,6 +64,7 @@ def test_shipped_weights_are_those_of_their_cards():
     assert cards["sface"].mean.shape == (128,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["n", 1, 3])
 def test_another_model_is_used_by_writing_a_card(tmp_path, portrait, batch):
     config = bd.Config(face=bd.FaceConfig(model=str(write_model(tmp_path, batch=batch))))

@@ -48,6 +48,7 @@ def filled(folder: Path) -> bd.Engine:
     return engine
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MAPS.exists(), reason="needs /proc")
 def test_close_releases_every_file_at_once(tmp_path):
     engine = filled(tmp_path / "g")
@@ -74,6 +75,7 @@ def test_close_releases_every_file_at_once(tmp_path):
     assert held(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_searches_that_are_under_way_at_close_say_so(tmp_path):
     engine = filled(tmp_path / "g")
     ended: list[BaseException] = []
@@ -229,6 +231,7 @@ def test_a_clock_that_gives_no_time_is_refused_and_nothing_is_stored(tmp_path, n
         assert engine.enroll(sent).outcome == "unique"
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_backwards_is_noted_and_decisions_go_on(tmp_path, caplog):
     at = [1_000_000.0]
     notes = []

@@ -186,6 +186,7 @@ def test_more_candidates_than_are_returned_are_all_asked_about_before_anybody_is
         assert len(engine.decision("e1").cleared) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, True], ids=["in the journal", "sealed"])
 def test_a_pair_of_rows_judged_different_is_raised_no_more_and_a_new_row_is_asked_about(tmp_path, sealed):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
@@ -271,6 +272,7 @@ def test_bad_verdicts_are_named(engine):
     assert len(list(engine.cases())) == 1
 
 
+@pytest.mark.slow
 def test_held_minutiae_embeddings_and_quality_come_back_as_they_were(tmp_path):
     from tests.support.images import finger
 
@@ -523,6 +525,7 @@ def test_golden_galleries_get_the_tables_from_the_first_writer_whatever_fails(tm
     assert n > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -567,6 +570,7 @@ def three_cases(engine: bd.Engine) -> None:
     engine.adjudicate("e12", "different", "B. Officer", "<b>other ears</b>")
 
 
+@pytest.mark.slow
 def test_the_list_is_a_table_and_a_page_oldest_first(engine, tmp_path):
     three_cases(engine)
     result = jobs.list_cases(

@@ -376,11 +376,13 @@ def attacked(engine: bd.Engine, clock: Clock, calls: int, seed: int) -> tuple[At
     return Attacker(verify, calls, seed, wait=lambda: clock.pass_s(1.0)).run(), best[0]
 
 
+@pytest.mark.slow
 def test_with_full_scores_the_attack_reaches_60_db_in_147_calls(opened, clock):
     attacker, best_db = attacked(opened(), clock, 147, seed=1)
     assert best_db >= 60 and attacker.best @ PEOPLE[3] > 0.99
 
 
+@pytest.mark.slow
 def test_coarse_scores_alone_do_not_stop_an_attacker_with_an_accepted_capture(opened):
     """So the budgets are needed: from a capture that is just accepted, acceptance alone leads above 60 dB."""
     engine = opened(bd.Policy(disclosure="coarse"))
@@ -389,6 +391,7 @@ def test_coarse_scores_alone_do_not_stop_an_attacker_with_an_accepted_capture(op
     assert true_db(engine, start, "s3") < 45 and true_db(engine, attacker.best, "s3") >= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("calls", "seed"),
     [(600, 1), pytest.param(10_000, 2, marks=pytest.mark.slow)],
@@ -414,6 +417,7 @@ def test_a_search_counts_each_time_that_it_names_a_subject(opened):
         desk.search({"face": probes}, k=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["identify", "search", "enroll"])
 def test_a_caller_that_meets_exhausted_subjects_again_and_again_is_stopped(opened, clock, call):
     engine = opened(HARD)

@@ -43,6 +43,7 @@ def test_an_update_with_another_persons_face_opens_a_case_and_takes_nothing_away
     assert engine.adjudicate("e2", "different", "A. Officer").outcome == "refused"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", range(1, 6))
 @pytest.mark.parametrize("name", ["encounters", "templates", "verify"])
 def test_a_subject_removed_during_a_call_is_seen_whole_or_not_at_all(engine, monkeypatch, name, nth):
@@ -177,6 +178,7 @@ def test_a_replacement_in_review_replaces_once_it_is_judged(engine):
 # several rows --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_subjects_with_several_rows_are_one_candidate_after_sealing_merging_and_reopening(tmp_path, sealed):
     faces = orthogonal(30)
@@ -398,6 +400,7 @@ def test_a_resent_encounter_whose_subject_was_removed_says_so(engine):
     assert (again_sent.outcome, again_sent.reasons, len(engine)) == ("unique", ("removed",), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_of_eight_threads_with_weak_captures_of_one_person_none_passes_an_open_case(tmp_path, rounds):
     """Each round: eight names at once with captures that score between the thresholds."""
@@ -478,6 +481,7 @@ def test_a_search_across_positions_charges_each_candidate_once_whatever_others_a
     assert found[0] == found[1] and found[0][1] > 0
 
 
+@pytest.mark.slow
 def test_cases_are_listed_without_looking_at_each_for_each(engine, monkeypatch):
     crowd = again(np.repeat(people(1), 12, axis=0), 0.75)
     for number, vector in enumerate(crowd):
@@ -536,6 +540,7 @@ def test_a_replacement_that_waited_does_not_replace_who_got_the_id_since(engine)
     assert [one.encounter_id for one in engine.encounters("anna")] == ["e3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [False, True])
 def test_no_number_of_open_cases_under_one_name_hides_whom_they_resemble(engine, at_once):
     anna, other, *crowd = orthogonal(23)
@@ -589,6 +594,7 @@ def test_the_decision_on_a_subject_or_an_encounter_called_added_is_reported(engi
     assert engine.decision("e2") is None
 
 
+@pytest.mark.slow
 def test_updates_in_small_steps_do_not_lead_from_one_person_to_another(engine):
     anna, other = orthogonal(2)
     engine.enroll(sent("anna", anna, "e0"))

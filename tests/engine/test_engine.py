@@ -141,6 +141,7 @@ def test_one_bad_record_never_stops_a_batch(engine, tmp_path):
     assert reasons == ["subject_exists", "missing_file", "invalid_input", "model_mismatch", "invalid_input"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_two_threads_enrolling_one_person_never_both_come_out_unique(tmp_path, rounds):
     engine = bd.Engine.open(tmp_path / "g", bd.Config(policy=STRICT))
@@ -227,6 +228,7 @@ def test_a_removed_subject_is_not_seen_by_the_next_search_and_may_enrol_again(tm
             engine.remove("anna")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compacted", [False, True])
 def test_a_candidate_removed_between_search_and_commit_does_not_block(engine, monkeypatch, compacted):
     (anna, *others) = people(4)
@@ -258,6 +260,7 @@ def test_verify_accepts_the_mate_and_not_another(engine):
         engine.verify(bd.Encounter(templates={"face": anna}), "nobody")
 
 
+@pytest.mark.slow
 def test_search_returns_what_numpy_returns(engine):
     vectors = people(500)
     names = np.array([f"s{i}" for i in range(500)], object)
@@ -334,6 +337,7 @@ def test_more_mates_than_candidates_are_all_found_by_find_duplicates(tmp_path):
         assert len(cluster.links) == 30 * 29 // 2
 
 
+@pytest.mark.slow
 def test_embeddings_of_any_model_can_be_brought(tmp_path):
     vectors = people(2000, dimension=512)
     with bd.Engine.open(tmp_path / "g") as engine:
@@ -347,12 +351,14 @@ def test_embeddings_of_any_model_can_be_brought(tmp_path):
         assert len(engine) == 2001
 
 
+@pytest.mark.slow
 def test_captures_do_not_enter_a_gallery_of_another_models_embeddings(engine, portrait):
     engine.add_templates(["a"], {"face": people(1, dimension=512)})
     with pytest.raises(bd.ModelMismatch):
         engine.enroll(bd.Encounter("b", [bd.Face(portrait)]))
 
 
+@pytest.mark.slow
 def test_a_gallery_made_with_another_model_is_refused_at_opening(tmp_path, portrait):
     def ready(column: str, model_id: str, dimension: int) -> bd.Encounter:
         return bd.Encounter(column, templates={column: bd.Template(column, model_id, people(1, 0, dimension)[0])})
@@ -453,6 +459,7 @@ def test_foreign_folders_and_files_are_not_galleries(tmp_path):
         bd.Engine.open(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_the_real_path_blocks_a_recaptured_portrait_and_refuses_a_poor_one(engine, portrait):
     assert engine.enroll(bd.Encounter("astronaut", [bd.Face(jpeg(portrait))])).outcome == "unique"
     decision = engine.enroll(bd.Encounter("impostor", [bd.Face(jpeg(portrait[:, ::-1], 60))]))
@@ -472,6 +479,7 @@ def test_the_better_of_two_captures_is_kept_and_the_other_named(engine):
     assert decision.outcome == "unique"
 
 
+@pytest.mark.slow
 def test_admitting_without_a_usable_capture_leaves_the_enrolled_subject(engine):
     enroll(engine, "anna", people(1)[0])
     (answer,) = engine.import_captures(
@@ -508,6 +516,7 @@ def test_a_folder_may_be_given_as_text(tmp_path):
     assert Path(tmp_path / "g").is_dir()
 
 
+@pytest.mark.slow
 def test_a_finger_embedding_finds_a_mate_whose_face_does_not(tmp_path):
     rng = np.random.default_rng(2)
 

@@ -41,6 +41,7 @@ def messages(caplog, logger: str, level: int = logging.INFO) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == f"biodedup.{logger}" and r.levelno >= level]
 
 
+@pytest.mark.slow
 def test_opening_sealing_merging_and_closing_are_told(tmp_path, caplog):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         enrolled(engine, 0)
@@ -83,6 +84,7 @@ def test_a_verdict_is_told_with_the_state_of_its_case(tmp_path, caplog):
     assert messages(caplog, "engine")[-1].startswith("verdict: different, the case is refused; 0 linked cases closed")
 
 
+@pytest.mark.slow
 def test_no_id_vector_or_path_of_a_capture_is_in_any_message(tmp_path, caplog):
     picture = tmp_path / f"{SECRET}.jpg"
     picture.write_bytes(b"no picture")
@@ -149,6 +151,7 @@ def test_a_second_round_at_the_commit_is_told_at_debug(tmp_path, caplog):
     assert not messages(caplog, "search", logging.INFO)
 
 
+@pytest.mark.slow
 def test_the_library_is_silent_where_a_program_sets_up_no_logging(tmp_path):
     code = (
         "import numpy as np, biodedup as bd\n"
@@ -161,6 +164,7 @@ def test_the_library_is_silent_where_a_program_sets_up_no_logging(tmp_path):
     assert (done.stdout, done.stderr, done.returncode) == ("[] 0\n", "", 0)
 
 
+@pytest.mark.slow
 def test_a_command_shows_the_level_that_the_environment_asks_for(tmp_path):
     def run(level: str) -> subprocess.CompletedProcess[str]:
         command = [

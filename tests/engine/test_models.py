@@ -100,6 +100,7 @@ def test_galleries_of_vectors_that_came_without_a_model_open_as_before(tmp_path)
         assert engine.enroll(bd.Encounter("c", templates={"face": people(1, 2, 512)[0]})).outcome == "unique"
 
 
+@pytest.mark.slow
 def test_the_command_load_takes_the_models_of_its_columns(tmp_path):
     path, gallery = table(people(3, 0, 512), tmp_path / "t.parquet"), str(tmp_path / "g")
     told = CliRunner().invoke(app, ["load", str(path), "-g", gallery])
@@ -138,6 +139,7 @@ def card(tmp_path: Path) -> Path:
     return tmp_path / "mine.toml"
 
 
+@pytest.mark.slow
 def test_calibrate_writes_a_card_without_weights_for_any_model(card, tmp_path):
     found = load_card(str(card))
     assert (found.model_id, found.dimension, found.weights) == ("mine-1", 64, None)
@@ -152,6 +154,7 @@ def test_calibrate_writes_a_card_without_weights_for_any_model(card, tmp_path):
     assert load_card(str(tmp_path / "2.toml")).dimension is None
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_given_the_card_scores_by_it(card, tmp_path):
     crowd = unit(people(300, 3, 64) + 0.5 * people(1, 2, 64))
     probe = bd.Encounter("new", templates={"face": again(crowd[:1], 0.98)[0]})

@@ -37,6 +37,7 @@ def test_a_gallery_keeps_the_policy_that_it_was_created_with(tmp_path):
             assert engine.policies() == [bd.PolicyVersion(1, STRICT)]
 
 
+@pytest.mark.slow
 def test_another_policy_is_an_error_that_shows_each_difference(tmp_path):
     opened(tmp_path / "g", STRICT).close()
     for given, told in (
@@ -94,6 +95,7 @@ def test_a_change_wants_a_name_and_a_reason(engine):
     assert len(engine.policies()) == 1
 
 
+@pytest.mark.slow
 def test_a_policy_that_was_set_moves_calibrations_and_ends_an_override(tmp_path):
     vectors = people(40, dimension=128)
     with opened(tmp_path / "g") as engine:

@@ -91,6 +91,7 @@ EACH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", bd.ROLES)
 def test_a_role_allows_its_calls(opened, role):
     CALLS[role](acting(opened(), "anna", role))

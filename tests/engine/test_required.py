@@ -116,6 +116,7 @@ def test_a_broken_upload_is_refused_and_its_resend_enrols(engine, portrait, prin
         engine.enroll(bd.Encounter("anna", broken(prints[0]), encounter_id="e1"))
 
 
+@pytest.mark.slow
 def test_a_stream_and_an_update_ask_for_the_same(engine, prints):
     anna = bd.Encounter("anna", templates={"face": ANNA})
     assert engine.enroll(anna).outcome == "unique"
@@ -128,6 +129,7 @@ def test_a_stream_and_an_update_ask_for_the_same(engine, prints):
     )
 
 
+@pytest.mark.slow
 def test_identify_and_verify_use_what_can_be_used(engine, prints):
     engine.enroll(bd.Encounter("anna", [bd.Finger(prints[0], "right_index")]))
     probe = bd.Encounter(None, broken(prints[0]))
@@ -157,6 +159,7 @@ def test_required_captures_are_required_of_every_encounter_and_an_amputee_can_en
         assert engine.enroll(bd.Encounter("anna", lost, one, "e1")).outcome == "unique"
 
 
+@pytest.mark.slow
 def test_a_refusal_can_be_made_good_after_sealing_and_merging(tmp_path):
     def sent(i: int, *declined: bd.Refusal) -> bd.Encounter:
         return bd.Encounter(f"s{i}", (), {"face": PEOPLE[i]}, f"e{i}", declined=declined)

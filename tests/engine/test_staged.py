@@ -74,6 +74,7 @@ def rounded(value):
     return round(value, 9) if isinstance(value, float) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("across", [False, True])
 def test_decisions_are_those_of_comparing_all_minutiae(tmp_path, across):
     with galleries(tmp_path / "staged") as staged, galleries(tmp_path / "all", miss_risk=0.0) as everything:
@@ -131,6 +132,7 @@ def captured(drawn: dict[str, tuple[int, str, float, bool]]) -> dict[str, bd.Tem
     return probe
 
 
+@pytest.mark.slow
 @settings(max_examples=30, derandomize=True)
 @given(st.lists(captures(), min_size=1, max_size=3), st.booleans())
 def test_any_probes_are_decided_as_by_comparing_all_minutiae(engines, several, across):
@@ -148,6 +150,7 @@ def test_any_probes_are_decided_as_by_comparing_all_minutiae(engines, several, a
         assert rounded(replace(ours, decided_at=0.0)) == rounded(replace(wanted, decided_at=0.0))
 
 
+@pytest.mark.slow
 def test_a_trace_says_how_many_minutiae_were_compared(tmp_path):
     with galleries(tmp_path / "g") as engine:
         for call in (engine.identify, engine.enroll):
@@ -158,6 +161,7 @@ def test_a_trace_says_how_many_minutiae_were_compared(tmp_path):
             assert step["candidates"] == 10
 
 
+@pytest.mark.slow
 def test_encounters_of_one_batch_are_compared_with_one_another_in_stages(tmp_path):
     with galleries(tmp_path / "g") as engine:
         batch = [bd.Encounter(f"n{i}", templates=PEOPLE[40 + i]) for i in range(12)]
@@ -168,6 +172,7 @@ def test_encounters_of_one_batch_are_compared_with_one_another_in_stages(tmp_pat
         assert [len(decision.candidates) for decision in decisions] == [10] * 13
 
 
+@pytest.mark.slow
 def test_a_lower_review_threshold_between_search_and_commit_searches_again(tmp_path):
     with galleries(tmp_path / "g") as engine:
         probe = bd.Encounter("new", templates=PEOPLE[40])
@@ -181,6 +186,7 @@ def test_a_lower_review_threshold_between_search_and_commit_searches_again(tmp_p
         assert decision.candidates != before.candidates
 
 
+@pytest.mark.slow
 def test_similarities_are_those_of_the_stored_vectors(tmp_path):
     faces, probes = people(700, seed=1), people(3, seed=2)
     with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:
@@ -195,6 +201,7 @@ def test_similarities_are_those_of_the_stored_vectors(tmp_path):
         assert np.abs(snapshot.similarities(rows, "face", probes) - wanted).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_a_join_finds_the_pairs_of_comparing_all_minutiae(tmp_path):
     with galleries(tmp_path / "staged") as engine:
         mates = [

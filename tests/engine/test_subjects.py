@@ -97,6 +97,7 @@ def test_groups_and_lists_are_what_the_encounters_of_every_subject_say(tmp_path_
         assert theirs == {decision.encounter_id: decision for decision in ours}
 
 
+@pytest.mark.slow
 def test_the_commands_list_subjects_and_show_one(engine, tmp_path):
     engine.enroll(sent("anna", ANNA, "e1", groups=["north"]))
     engine.enroll(sent("bella", BELLA, "e2"))

@@ -238,6 +238,7 @@ def test_the_pieces_that_are_looked_for_would_be_found():
     assert any(piece in repr(bytes(range(80))) for piece in told_by(bytes(range(80))))
 
 
+@pytest.mark.slow
 def test_steps_tell_where_the_face_and_the_fingers_core_are(portrait):
     rng = np.random.default_rng(5)
     drawn = draw_impression(rng, draw_master(rng))

@@ -37,6 +37,7 @@ def test_a_decision_is_found_whatever_the_ids_in_it_are(tmp_path, name, sealed):
         assert [case.encounter_id for case in engine.cases()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, True])
 def test_the_receipt_of_a_load_is_no_decision(tmp_path, sealed):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=64)) as engine:
@@ -51,6 +52,7 @@ def test_the_receipt_of_a_load_is_no_decision(tmp_path, sealed):
         assert engine.info()["encounters"] == {LOADED: 1}
 
 
+@pytest.mark.slow
 def test_steps_of_jobs_are_no_encounters_and_outlive_sealing(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=64)) as engine:
         gallery = internals(engine).gallery
@@ -78,6 +80,7 @@ def noted_as_before(engine: bd.Engine, name: str, **facts: object) -> None:
         transaction.record(name, StoredDecision(b"", "merged", json.dumps({"added": 0} | facts)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, True])
 def test_steps_that_were_noted_as_encounters_are_found(tmp_path, sealed):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=64)) as engine:

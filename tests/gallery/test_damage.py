@@ -90,6 +90,7 @@ def test_a_flipped_bit_in_any_segment_file_is_found_and_named(sealed):
     assert inspect(LocalStorage(), sealed) == []
 
 
+@pytest.mark.slow
 def test_doctor_counts_subjects_that_are_enrolled_twice_and_no_removed_ones(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=50)) as engine:
         enroll(engine, 0)
@@ -132,6 +133,7 @@ def test_a_flipped_bit_in_the_journal_is_found_or_changes_nothing(sealed):
     assert found > 140
 
 
+@pytest.mark.slow
 def test_doctor_rebuilds_look_ups_byte_for_byte(sealed):
     lookups = sorted((sealed / "segments").glob("*.lookup"))
     sound = [path.read_bytes() for path in lookups]
@@ -145,6 +147,7 @@ def test_doctor_rebuilds_look_ups_byte_for_byte(sealed):
     assert [path.read_bytes() for path in lookups] == sound
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_rest")
 def test_doctor_takes_damaged_columns_from_a_backup_and_loses_nothing_newer(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
@@ -209,6 +212,7 @@ def test_a_merge_survives_a_recovery_that_opened_the_segments_anew(sealed):
         assert nearest(engine, 14) == "s14"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_rest")
 def test_a_backup_is_incremental_consistent_and_a_gallery(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
@@ -233,6 +237,7 @@ def test_a_backup_is_incremental_consistent_and_a_gallery(sealed, tmp_path):
         engine.backup(tmp_path / "full")
 
 
+@pytest.mark.slow
 def test_a_damaged_gallery_is_not_copied_over_a_good_backup(sealed, tmp_path):
     with bd.Engine.open(sealed, small(merge_fan=9)) as engine:
         engine.backup(tmp_path / "b")
@@ -249,6 +254,7 @@ def test_a_damaged_gallery_is_not_copied_over_a_good_backup(sealed, tmp_path):
     assert contents(tmp_path / "b") == before
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_writer_are_swept_up(sealed):
     before = contents(sealed)
     for name in ("7.face.new", "7.subject", "99.face"):
@@ -308,6 +314,7 @@ def test_a_full_disk_refuses_and_loses_nothing(tmp_path, limit):
 # the container ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     arrays=st.lists(
         st.tuples(st.sampled_from(["|u1", "<u4", "<f4", "|i1", "<i8"]), st.lists(st.integers(0, 90_000), max_size=4)),
@@ -336,6 +343,7 @@ def test_a_column_file_gives_back_what_was_written_in_whatever_pieces(tmp_path, 
         assert np.array_equal(file.take(name, some), values[some])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 3, 4, 5])
 def test_the_golden_gallery_of_each_format_that_is_read_opens_and_answers(tmp_path, number):
     shutil.copytree(GOLDEN / f"format-{number}", tmp_path / "g")
@@ -389,6 +397,7 @@ def test_a_gallery_of_the_first_release_is_upgraded_and_answers_as_before(tmp_pa
     assert list((tmp_path / "g" / "segments").glob("*.face"))
 
 
+@pytest.mark.slow
 def test_a_check_beside_a_writer_that_seals_sees_one_state_of_the_journal(tmp_path, monkeypatch):
     read = SqliteCatalogue._all
     with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:

@@ -188,6 +188,7 @@ def answers(folder: Path, config: bd.Config) -> tuple[object, ...]:
         return found.ids.tolist(), found.similarity.tolist(), engine.subject_ids(), engine.decision("e5")
 
 
+@pytest.mark.slow
 def test_an_encrypted_gallery_answers_as_one_in_the_clear(encrypted, tmp_path):
     fill(tmp_path / "plain", small(merge_fan=9))
     assert answers(encrypted, with_key()) == answers(tmp_path / "plain", small())
@@ -197,6 +198,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_only", [False, True])
 def test_without_its_key_a_gallery_says_so_and_nothing_changes(encrypted, read_only):
     before = files_of(encrypted)
@@ -237,6 +239,7 @@ def test_a_lost_or_damaged_key_file_is_named(encrypted, tmp_path):
         bd.Engine.open(tmp_path / "g", small())
 
 
+@pytest.mark.slow
 def test_a_file_in_the_clear_is_not_taken_for_one_of_an_encrypted_gallery(encrypted, tmp_path):
     shutil.copytree(encrypted, tmp_path / "g")
     fill(tmp_path / "plain", small(merge_fan=9))
@@ -360,6 +363,7 @@ def sampled(folder: Path, count: int) -> dict[str, bytes]:
     return pieces
 
 
+@pytest.mark.slow
 def test_no_file_of_an_encrypted_gallery_holds_a_byte_string_of_a_template_or_an_id(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "sealed" / "tmp"))
     for name in ("plain", "sealed/tmp"):
@@ -384,6 +388,7 @@ def test_no_file_of_an_encrypted_gallery_holds_a_byte_string_of_a_template_or_an
     assert len(kept[0]) > 25
 
 
+@pytest.mark.slow
 def test_a_gallery_is_encrypted_and_decrypted_and_answers_as_before(tmp_path):
     fill(tmp_path / "g", small(merge_fan=9))
     with jobs.Backlog.open(tmp_path / "g") as backlog:
@@ -562,6 +567,7 @@ def forged_answers(gallery: Path, wanted: tuple[object, ...]) -> tuple[bool, boo
     return bool(problems), given == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_every_forgery_of_a_file_is_found_and_none_changes_an_answer(encrypted, tmp_path, count):
     shutil.copytree(encrypted, tmp_path / "g")
@@ -727,6 +733,7 @@ def test_an_encrypted_gallery_that_is_lost_comes_back_from_its_backup(encrypted,
     assert answers(tmp_path / "g", with_key()) == answers(encrypted, with_key())
 
 
+@pytest.mark.slow
 def test_a_lost_key_file_comes_back_from_a_backup_of_this_gallery_and_of_no_other(encrypted, tmp_path):
     shutil.copytree(encrypted, tmp_path / "g")
     with bd.Engine.open(tmp_path / "g", with_key()) as engine:

@@ -110,6 +110,7 @@ def test_sealed_and_merged_rows_answer_as_before(tmp_path):
         assert engine.info()["columns"]["face"]["subjects"] == 40
 
 
+@pytest.mark.slow
 def test_fingers_and_quality_survive_sealing(tmp_path):
     record = write_record(MinutiaeRecord(100, 100, bytes([64, 10, 0, 20, 7, 50]) * 3), 2, 50)
     templates = {
@@ -160,6 +161,7 @@ def test_a_removed_subject_can_be_enrolled_again_and_removed_again(tmp_path):
         assert len(engine) == 0
 
 
+@pytest.mark.slow
 def test_opening_reads_no_column(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         engine.add_templates([f"s{i}" for i in range(64)], {"face": PEOPLE})
@@ -278,6 +280,7 @@ def test_hashes_of_similar_ids_differ():
     assert len(np.unique(packed.hashes(packed.pack_text(ids)))) == len(ids)
 
 
+@pytest.mark.slow
 def test_look_ups_compare_the_strings_when_all_hashes_are_equal(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "hashes", lambda strings: np.full(len(strings), 7, np.uint64))
     monkeypatch.setattr("biodedup.gallery.segments.tail.hashes", packed.hashes)
@@ -295,6 +298,7 @@ def test_look_ups_compare_the_strings_when_all_hashes_are_equal(tmp_path, monkey
 # groups and updates ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_search_restricted_to_groups_sees_only_their_subjects(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         engine.add_templates(
@@ -316,6 +320,7 @@ def test_a_search_restricted_to_groups_sees_only_their_subjects(tmp_path):
             engine.search({"face": PEOPLE[:1]}, groups="a")
 
 
+@pytest.mark.slow
 def test_an_update_that_says_why_replaces_the_subjects_templates(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         engine.add_templates([f"s{i}" for i in range(6)], {"face": PEOPLE[:6]})
@@ -335,6 +340,7 @@ def test_an_update_that_says_why_replaces_the_subjects_templates(tmp_path):
             engine.enroll(encounter)
 
 
+@pytest.mark.slow
 def test_an_update_with_another_subjects_templates_changes_nothing(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         engine.add_templates([f"s{i}" for i in range(6)], {"face": PEOPLE[:6]})
@@ -348,6 +354,7 @@ def test_an_update_with_another_subjects_templates_changes_nothing(tmp_path):
 # readers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reader_keeps_its_version_while_the_writer_seals_merges_and_removes(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as writer:
         for i in range(6):
@@ -444,6 +451,7 @@ def test_a_load_is_idempotent_whatever_the_batches_and_distinguishes_other_templ
         assert (nearest(engine, 1), nearest(engine, 51), len(engine)) == ("s1", "s3", 40)
 
 
+@pytest.mark.slow
 def test_a_bulk_write_that_meets_an_enrolled_subject_leaves_nothing_behind(tmp_path):
     with bd.Engine.open(tmp_path / "g", small()) as engine:
         enroll(engine, 9)

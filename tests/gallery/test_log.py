@@ -76,6 +76,7 @@ def auditor(tmp_path):
     return tmp_path / "auditor.key", tmp_path / "auditor.pub"
 
 
+@pytest.mark.slow
 def test_a_gallery_that_nobody_touched_is_sound_from_its_first_commit_on(folder, config):
     found = jobs.verify_log(folder, config)
     assert found.problems == found.notes == ()
@@ -176,6 +177,7 @@ def test_a_changed_link_is_named(folder, config):
     ]
 
 
+@pytest.mark.slow
 def test_any_page_of_the_database_that_is_put_back_is_named_or_changes_nothing(folder, config):
     """Pages of an encrypted database prove themselves, also those of an earlier time."""
     database = folder / "gallery.sqlite3"
@@ -197,6 +199,7 @@ def test_any_page_of_the_database_that_is_put_back_is_named_or_changes_nothing(f
     assert named > 5 and not problems(folder, config)
 
 
+@pytest.mark.slow
 def test_structural_forgeries_of_rows_are_all_named(folder, config):
     """Rows deleted, swapped, doubled and put back from another time, with right checksums, by a forger who reads and writes the database."""
     database, rng = folder / "gallery.sqlite3", random.Random(5)
@@ -249,6 +252,7 @@ def content(folder, config):
         return {table: list(catalogue.rows_of(table)) for table in catalogue.tables if table != "row_change"}
 
 
+@pytest.mark.slow
 def test_a_segment_of_earlier_time_put_back_is_named(folder, config):
     name = next((folder / "segments").glob("*.subject"))
     other = folder.parent / "other"
@@ -348,6 +352,7 @@ def test_a_checkpoint_is_posted_to_an_address(folder, config, auditor, tmp_path)
         jobs.log_checkpoint(folder, auditor[0], tmp_path / "e", url="file:///etc/passwd")
 
 
+@pytest.mark.slow
 def test_a_log_that_is_not_sound_is_not_signed(folder, config, auditor, tmp_path):
     forge(folder, config, "DELETE FROM verdict")
     with pytest.raises(bd.GalleryDamaged, match="not sound"):
@@ -355,6 +360,7 @@ def test_a_log_that_is_not_sound_is_not_signed(folder, config, auditor, tmp_path
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_fault_in_the_middle_of_a_commit_leaves_a_chain_that_verifies(folder):
     if (folder / "gallery.key").exists():
         return  # the connection that fails is one in the clear

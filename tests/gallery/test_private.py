@@ -98,6 +98,7 @@ def test_doctor_reports_what_is_open_to_others_and_repair_closes_it(gallery):
 # files of others ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_backup_into_a_foreign_folder_is_refused_and_deletes_nothing(gallery, tmp_path):
     foreign = tmp_path / "foreign"
     (foreign / "segments").mkdir(parents=True)
@@ -117,6 +118,7 @@ def test_a_backup_into_a_foreign_folder_is_refused_and_deletes_nothing(gallery, 
     assert {path.read_bytes() for path in (foreign / "segments").iterdir()} == {b"mine"}
 
 
+@pytest.mark.slow
 def test_only_names_of_our_own_form_are_deleted(gallery, tmp_path):
     kept = ("thesis.pdf", "1.face.pdf", "x.subject", "01.face", "7.face.bak")
     with bd.Engine.open(gallery, small(merge_fan=9)) as engine:
@@ -160,6 +162,7 @@ def test_a_symbolic_link_in_a_gallery_leads_to_nothing_that_is_written(gallery, 
         assert {p: p.read_bytes() for p in before} == before
 
 
+@pytest.mark.slow
 def test_a_lock_that_is_a_file_of_the_users_is_refused_and_stays(tmp_path, gallery):
     (tmp_path / "letter").write_text("dear aunt")
     for make in (os.link, shutil.copy):

@@ -52,6 +52,7 @@ def streamed(engine):
     return [part.columns["face"] in held.streamed for part in held.parts if part.count]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("megabytes", "wanted"), [(100, [False, False]), (8.2, [False, True]), (2, [True, True])])
 def test_what_memory_cannot_hold_beside_all_that_is_scanned_is_streamed(opened, monkeypatch, megabytes, wanted):
     monkeypatch.setattr(snapshot, "memory_bytes", lambda: int(megabytes * 1e6))

@@ -343,6 +343,7 @@ def anna_and_somebody_else(folder: Path) -> Path:
     return write(folder / "m.parquet", columns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ruling, status, reason",
     [
@@ -514,6 +515,7 @@ def test_images_from_the_shell_to_a_page(tmp_path, portrait):
     assert "No encounter waits" in (tmp_path / "s.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_row_may_name_a_file_of_ansi_nist_and_brings_all_its_captures(tmp_path, portrait):
     face = tagged(10, {2: 1, 3: "FACE", 6: 512, 7: 512, 8: 0, 11: "JPEGB", 12: "YCC"}, jpeg(portrait))
     prints = [encoded(finger(seed), "PNG") for seed in (3, 4)]

@@ -98,6 +98,7 @@ def pair(folder) -> tuple[jobs.Explained, Page]:
     return told, Page(out)
 
 
+@pytest.mark.slow
 def test_a_page_is_one_escaped_file_without_scripts_or_references(pair):
     _, page = pair
     assert page.count("script") == 0 and "<b>Anna" not in page.source and "lost <1>" not in page.source
@@ -265,6 +266,7 @@ def test_the_command_writes_a_page_and_says_the_verdict(folder, tmp_path):
         assert isinstance(run(app, wrong).exception, bd.InvalidInput)
 
 
+@pytest.mark.slow
 def test_the_command_takes_subjects_and_encounters_of_a_gallery(folder, tmp_path):
     faces = people(1)
     gallery, out, run = tmp_path / "gallery", tmp_path / "pair.html", CliRunner().invoke

@@ -61,6 +61,7 @@ def test_a_gallery_that_was_exported_and_loaded_says_the_same(tmp_path_factory, 
         assert [replace(d, decided_at=0) for d in found] == [replace(d, decided_at=0) for d in searched]
 
 
+@pytest.mark.slow
 def test_what_happens_after_loading_is_what_would_have_happened(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG, clock=Clock()) as engine:
         story = Story(engine)
@@ -81,6 +82,7 @@ def test_what_happens_after_loading_is_what_would_have_happened(tmp_path):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_codes_of_sealed_vectors_survive_several_exports_bit_by_bit(tmp_path, monkeypatch):
     """Segments with a trained rotation, too."""
     monkeypatch.setattr(codecs, "TRAINING_ROWS_MIN", 64)
@@ -233,6 +235,7 @@ def copied(export: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(gallery_files.NAMES))
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_a_damaged_export_is_refused_and_nothing_is_made(sound, tmp_path, name, damage):
@@ -271,6 +274,7 @@ def test_an_export_of_a_later_release_is_named(sound, tmp_path):
         jobs.load_gallery(export, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_gallery_out_and_back(tmp_path):
     with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
         engine.load_templates(["anna", "bella"], {"face": PEOPLE[:2]}, groups=[["north"], []])

@@ -37,6 +37,7 @@ def test_a_kit_that_guesses_the_ids_of_another_takes_none_of_them(centre):
     assert [o.kit_encounter_id for o in result.outcomes[:3]] == guesses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["kit:{key}:e1", "kit:{short}:e1", "KIT:{key}:e1", "kit:", "kit::e1"])
 def test_an_id_that_carries_the_reserved_prefix_is_refused_by_name_and_others_go_on(centre, shape):
     key = load_key(centre / "A.key").public.fingerprint
@@ -186,6 +187,7 @@ def test_nothing_is_taken_of_a_revoked_key_and_others_go_on(centre):
     assert ingested(centre, late).batches[0].state == "refused"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("days", "trust", "told"),
     [
@@ -226,6 +228,7 @@ def test_one_broken_key_among_good_ones_is_reported_and_stops_no_other(centre):
     assert "0 empty.pub" in (centre / "o.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_record_of_trust_that_cannot_be_read_bars_its_key_alone(centre):
     a, b = packed(centre, "A", "a.kit", table(people(1))), packed(centre, "B", "b.kit", table(people(1, 5), ["t"]))
     record = centre / "trusted" / f"{load_key(centre / 'A.key').public.fingerprint.hex()[:16]}.toml"

@@ -81,6 +81,7 @@ def test_a_batch_hides_what_is_in_it_and_has_the_same_digest_each_time(kit_keys,
         assert secret in clear and secret not in contents[0]
 
 
+@pytest.mark.slow
 @both_versions
 def test_a_file_cut_anywhere_yields_its_whole_records_and_says_that_it_is_cut(kit_keys, tmp_path, encrypted):
     records = records_of(4)

@@ -63,6 +63,7 @@ def test_a_batch_is_never_replaced_by_one_that_lacks_its_records(centre):
     assert (centre / "b.kit").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_kit_killed_while_packing_gives_out_the_same_numbers_when_started_again(centre, monkeypatch):
     content = table(people(40))
     pa.parquet.write_table(content, centre / "m.parquet")

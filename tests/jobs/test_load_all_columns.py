@@ -117,6 +117,7 @@ def answers(engine):
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seal_rows", [8, 1000], ids=["as segments", "through the journal"])
 def test_loaded_columns_are_those_of_the_captures_path_and_give_the_same_answers(tmp_path, seal_rows):
     config = small(seal_rows=seal_rows)
@@ -134,6 +135,7 @@ def test_loaded_columns_are_those_of_the_captures_path_and_give_the_same_answers
         same_contents(again, slow)
 
 
+@pytest.mark.slow
 def test_an_engine_takes_a_batch_whole_or_not_at_all(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=8)) as engine:
         with pytest.raises(bd.InvalidInput, match="row 3 cannot be used: face is a vector of zeros"):
@@ -157,6 +159,7 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", BAD)
 def test_a_bad_row_is_refused_with_its_number_and_reason_and_the_others_are_loaded(tmp_path, column):
     value, reason = BAD[column]
@@ -243,6 +246,7 @@ def test_minutiae_of_a_model_without_a_calibration_are_not_taken(tmp_path):
         engine.load_templates(pa.RecordBatch.from_arrays(rows.columns, schema=schema))
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_sent_again_adds_nothing_and_other_minutiae_are_told(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=8)) as engine:
         assert engine.load_templates(arrow(range(20))).added == 20
@@ -257,6 +261,7 @@ def test_a_batch_that_is_sent_again_adds_nothing_and_other_minutiae_are_told(tmp
         assert changed.refused == ((0, "subject_id is not usable: it is empty"),)
 
 
+@pytest.mark.slow
 def test_an_exported_table_of_rows_is_loaded_as_it_is(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=8)) as engine:
         engine.load_templates(arrow(range(20)))
@@ -306,6 +311,7 @@ def test_a_fault_while_columns_are_written_side_by_side_leaves_all_of_a_batch_or
     assert stored == {12, 24}
 
 
+@pytest.mark.slow
 def test_two_threads_that_load_the_same_subjects_add_each_once(tmp_path):
     with bd.Engine.open(tmp_path / "g", small(seal_rows=8)) as engine:
         batches = [arrow(range(low, low + 20)) for low in (0, 10, 0, 10)]

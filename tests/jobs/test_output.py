@@ -90,6 +90,7 @@ def test_json_is_valid_and_harmless_whatever_is_in_it(text):
     assert told.replace("\n", "").isprintable() and "José" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["subject_id", "encounter_id", "groups", "by", "model_id"])
 @pytest.mark.parametrize("text", [*STEERING[:9], " a", "a ", "e\u0301", "", "x" * 257])
 def test_ids_with_invisible_characters_are_refused_with_the_reason(engine, field, text):

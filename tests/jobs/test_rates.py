@@ -46,6 +46,7 @@ def test_a_threshold_keeps_to_its_rate_and_no_lower_one_does(nonmated, rate):
         assert np.mean(nonmated >= below.max()) > rate
 
 
+@pytest.mark.slow
 @given(scores, scores)
 def test_a_trade_off_states_the_rates_at_each_threshold(mated, nonmated):
     threshold, fmr, fnmr = det(mated, nonmated)

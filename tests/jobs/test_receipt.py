@@ -48,6 +48,7 @@ def links_of(gallery):
         return {link.number: link for link in SqliteCatalogue(database).links()}
 
 
+@pytest.mark.slow
 def test_a_receipt_holds_what_the_decision_rests_on(engine, folder):
     for encounter_id, position in (("e1", 3), ("again", 6), ("e3", 7)):
         decision, receipt = engine.decision(encounter_id), engine.receipt(encounter_id)
@@ -96,6 +97,7 @@ def test_a_checkpoint_is_no_receipt(folder, tmp_path):
         jobs.verify_receipt(tmp_path / "c", folder / "a.pub")
 
 
+@pytest.mark.slow
 def test_the_commands_write_a_receipt_and_check_it(folder, tmp_path):
     def run(*arguments):
         return CliRunner().invoke(app, ["receipt", *map(str, arguments)])

@@ -197,6 +197,7 @@ def test_a_bad_row_is_refused_by_its_number_and_the_others_are_compared(tmp_path
     assert [(r.number, r.refusal.reason) for r in left_out.rows] == [(2, BAD[row])]
 
 
+@pytest.mark.slow
 def test_a_subject_with_a_bad_row_is_compared_by_the_others(tmp_path, portrait):
     (tmp_path / "a.jpg").write_bytes(jpeg(portrait))
     write(tmp_path / "m.csv", b"a,a.jpg,face,", b"a,f.png,right_index,50", b"row 4,a.jpg,,", b",a.jpg,,")
@@ -446,6 +447,7 @@ def test_a_file_with_another_suffix_is_compared_if_its_content_is_a_picture(tmp_
     assert any("photo.heic: HEIC" in sentence for sentence in left_out.sentences())
 
 
+@pytest.mark.slow
 def test_odd_file_names_neither_end_a_job_nor_rename_others(tmp_path, portrait):
     folder = tmp_path / "photos"
     odd = [

@@ -139,6 +139,7 @@ def pairs_table(count: int = 260) -> pa.Table:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_a_card_fitted_on_ones_own_pairs_is_a_working_card_with_their_rates(tmp_path, suffix):
     write_table(pairs_table(), tmp_path / f"pairs{suffix}")
@@ -176,6 +177,7 @@ def alike(count: int, seed: int) -> np.ndarray:
     return unit(people(count, seed) + 0.45 * people(1, 99))
 
 
+@pytest.mark.slow
 def test_a_gallery_calibrates_a_card_on_its_own_impostors(tmp_path):
     with bd.Engine.open(tmp_path / "g") as engine:
         engine.add_templates([f"s{i}" for i in range(600)], {"face": alike(600, 20)})

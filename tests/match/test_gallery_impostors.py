@@ -61,6 +61,7 @@ def test_few_people_say_less_than_the_card_does(tmp_path):
     assert (scores_db(tmp_path / "g", cosines) < CARD.score_db(cosines) - 2).all()
 
 
+@pytest.mark.slow
 def test_removals_sealing_merging_and_reopening_move_no_score(tmp_path):
     """Nor do people who come after: the same ones are asked until there are twice as many."""
     vectors, probe = alike(250, 20), alike(4, 21)
@@ -98,6 +99,7 @@ def test_removals_sealing_merging_and_reopening_move_no_score(tmp_path):
     assert any(of["one less"][name] != of["reopened"][name] for name in shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["identify", "enroll"])
 def test_a_decision_is_calibrated_on_the_snapshot_that_was_searched(tmp_path, monkeypatch, call):
     """And not on a later one, from which a part of the calibration sample was removed meanwhile."""
@@ -138,6 +140,7 @@ def test_a_few_who_are_enrolled_twice_do_not_make_all_impostors_alike():
     assert (moved(CARD, cosines, "").score_db(grid) < CARD.score_db(grid) - 2).all()
 
 
+@pytest.mark.slow
 def test_where_most_pairs_are_mates_they_are_not_taken_for_impostors(tmp_path):
     """As in a folder of many pictures of a few."""
     few = alike(4, 20)

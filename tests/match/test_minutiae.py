@@ -130,6 +130,7 @@ def test_threads_and_batches_score_as_one_at_a_time():
     several.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 64, 65, 255])
 @pytest.mark.parametrize("spread", [1, 40, 300])
 def test_no_record_takes_long(count, spread):
@@ -176,6 +177,7 @@ def test_a_record_in_another_form_scores_as_the_plain_one():
     assert compare(plain, [other, extended, other]).tolist() == [compare(plain, [other])[0]] * 3
 
 
+@pytest.mark.slow
 def test_bozorth3_stands_behind_the_same_seam():
     rows = strewn(40)
     same, stranger = Bozorth3().compare(record(rows), [record(moved(rows, 5, (9, 4))), record(strewn(40, seed=1))])

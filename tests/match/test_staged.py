@@ -92,6 +92,7 @@ def shown(ranked: Ranked, count: int = SHOWN):
 STAGE, EVERYTHING = (Stage(SHOWN, REVIEW_DB, risk, DUPLICATE_DB) for risk in (RISK, 0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fingers", [1, 2, 4, 10])
 def test_decisions_on_impostors_and_mates_are_those_of_comparing_everything(fingers):
     rng, columns = np.random.default_rng(fingers), ("face", *TEN[:fingers])
@@ -108,6 +109,7 @@ def test_decisions_on_impostors_and_mates_are_those_of_comparing_everything(fing
     assert len(set(outcomes)) > 1
 
 
+@pytest.mark.slow
 def test_an_impostor_costs_a_twentieth_of_all_minutiae():
     rng, columns = np.random.default_rng(0), ("face", *TEN)
     candidates = [drawn(rng, columns) for _ in range(1000)]
@@ -132,6 +134,7 @@ def people(draw):
     return probe, candidates, draw(st.sampled_from([None, subjects])), draw(st.booleans())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(people(), st.integers(0, 3), st.sampled_from([0.0, SMALL, RISK, 0.4]))
 def test_what_is_returned_has_the_scores_of_comparing_everything(drawn_people, first, risk):
@@ -160,6 +163,7 @@ def test_the_first_by_their_embeddings_are_known_in_full():
     assert set(by_embeddings) <= set(staged.rows.tolist())
 
 
+@pytest.mark.slow
 def test_a_finger_that_alone_agrees_is_found_among_impostors():
     rng, columns = np.random.default_rng(5), ("face", *TEN)
     candidates = [drawn(rng, columns) for _ in range(300)]
@@ -179,6 +183,7 @@ def of_one_person(rng: np.random.Generator, finger: str) -> Template:
     return capture(finger, float(cosine), float(minutiae))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fingers", "gallery_size"), [(1, 6000), (2, 6000), (10, 100), (10, 1000), (10, 6000), (10, 60_000)]
 )
@@ -193,6 +198,7 @@ def test_fingers_that_agree_alone_are_hardly_ever_left_out(fingers, gallery_size
     assert len(set(resembling.tolist()) - set(staged.rows.tolist())) <= LONE_FINGER_LOSS * len(resembling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fingers", [1, 2, 10])
 def test_mates_that_reach_the_threshold_are_hardly_ever_left_out(fingers):
     rng, columns, count, risk = np.random.default_rng(fingers), ("face", *TEN[:fingers]), 1500, 0.05
@@ -203,6 +209,7 @@ def test_mates_that_reach_the_threshold_are_hardly_ever_left_out(fingers):
     assert len(reaching - set(staged.rows.tolist())) <= risk * len(reaching)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embeddings_db", [(-15.0, -10.0), (-13.0,) * 6, (5.0, -15.0, 20.0), (30.0,)])
 def test_chernoffs_bound_holds_for_the_minutiae_of_impostors(embeddings_db):
     model = ScoreModel(KNOWN.of(FINGER), KNOWN.with_minutiae(FINGER))

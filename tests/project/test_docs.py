@@ -104,6 +104,7 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
                         yield part.strip(), words[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=name)
 def test_the_commands_on_a_page_exist(page):
     for line, words in commands(page):

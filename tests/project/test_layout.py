@@ -34,6 +34,7 @@ def of_tests(modules: set[str]) -> set[str]:
     return {name for name in modules if any(part.startswith(("test_", "conftest")) for part in name.split("."))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_file_imports_a_test_module(path: Path):
     assert of_tests(imported(path.read_text())) == set()
@@ -61,6 +62,7 @@ def test_what_is_needed_of_an_engine_or_its_parts_has_a_public_name_or_is_in_bio
     assert {name: attributes for name, attributes in found.items() if attributes} == {}
 
 
+@pytest.mark.slow
 def test_files_that_a_modules_docstring_names_exist():
     modules = sorted((ROOT / "biodedup").rglob("*.py"))
     for path in modules:

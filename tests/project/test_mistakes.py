@@ -125,6 +125,7 @@ def test_jobs_take_paths_as_text(engine, place):
     jobs.Backlog.open(str(place / "g")).close()
 
 
+@pytest.mark.slow
 def test_the_jobs_are_there_after_import_biodedup_and_load_nothing_before():
     script = (
         "import sys, biodedup as bd\n"

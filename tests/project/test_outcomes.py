@@ -94,6 +94,7 @@ def test_a_word_that_is_the_name_of_another_count_hides_no_count():
     assert list(_labelled(counts, INDONESIAN)) == ["records", "TUNGGAL", "GANDA", "DITINJAU", "DITOLAK"]
 
 
+@pytest.mark.slow
 def test_printed_lines_use_the_registers_words_and_json_does_not(tmp_path):
     face = bd.Template("face", SFACE, people(1)[0])
     with bd.Engine.open(tmp_path / "g", bd.Config()) as engine:

@@ -145,6 +145,7 @@ def probes_of(built: Built, count: int, cosine: float = 0.6) -> np.ndarray:
     return np.concatenate([mates, people(count, seed=50)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 32], ids=["two-probes", "a-batch"])
 @pytest.mark.parametrize("groups", [None, ("north",), ("south", "nowhere"), ("nowhere",)], ids=str)
 @pytest.mark.parametrize("from_row", [0, 3_000])
@@ -160,6 +161,7 @@ def test_the_rows_nearest_in_one_column_are_those_of_the_reference(built, search
         assert (found.compared > 0) == index.scans  # by which path it was found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [None, ("north",)], ids=str)
 @pytest.mark.parametrize("k", [5, 400])
 def test_of_the_nearest_rows_only_those_that_reach_a_similarity_are_found(built, searcher, request, groups, k):
@@ -177,6 +179,7 @@ def test_of_the_nearest_rows_only_those_that_reach_a_similarity_are_found(built,
     assert lost <= (0.003 * len(wanted) if index.scans and index.miss_risk else 0)  # of a risk of 0.001 each
 
 
+@pytest.mark.slow
 def test_a_decision_on_a_face_alone_names_the_rows_that_reach_the_review_threshold_and_no_others(built, searcher):
     """The exhaustive list of candidates says which these are."""
     model, probes = built.snapshot.models["face"].model_id, probes_of(built, 32)
@@ -225,6 +228,7 @@ def test_the_strongest_by_the_evidence_of_several_columns_are_those_of_the_refer
     assert lost <= (1 if index.miss_risk else 0)
 
 
+@pytest.mark.slow
 def test_an_engine_names_the_subjects_that_the_reference_names_without_open_cases(built):
     probes = np.concatenate([built.vectors["face"][[10, 0, 97]], probes_of(built, 4)])
     for groups in (None, ["north"], ["nowhere"]):

@@ -48,6 +48,7 @@ def test_a_small_cluster_keeps_every_link():
     assert held.clusters() == [cluster] and set(cluster.links) == set(links) and cluster.links_left_out == 0
 
 
+@pytest.mark.slow
 def test_a_crowd_keeps_a_number_of_links_that_grows_with_its_subjects():
     for subjects in (60, 120, 240):
         links = random_links(2, subjects)
@@ -62,6 +63,7 @@ def test_a_crowd_keeps_a_number_of_links_that_grows_with_its_subjects():
         assert sorted(link.score_db for link in cluster.links)[-EXTREMES:] == scores[-EXTREMES:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_the_kept_links_make_the_same_clusters_at_every_threshold_and_for_every_class(seed):
     kinds = ("same_person", "look_alike", "swapped_fingers")
@@ -122,6 +124,7 @@ def crowd(tmp_path, monkeypatch):
         yield engine
 
 
+@pytest.mark.slow
 def test_a_join_keeps_of_a_crowd_what_holds_it_together_and_says_how_much_it_left_out(crowd, tmp_path):
     large, small = crowd.find_duplicates()
     assert len(large.subject_ids) == 150 and set(small.subject_ids) == {"twice", "again"}
@@ -144,6 +147,7 @@ def test_an_audit_of_a_crowd_names_every_listed_subject_of_it(crowd, tmp_path):
     assert len(result.findings) < 1_000 and result.summary()["links_left_out"] > 5_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listed", [range(1, 150, 2), range(140, 150)], ids=["half", "few"])
 def test_an_audit_of_a_crowd_says_which_listed_subjects_are_one_person(crowd, tmp_path, listed):
     # most of the gallery is listed, or little of it: the join goes another way
@@ -156,6 +160,7 @@ def test_an_audit_of_a_crowd_says_which_listed_subjects_are_one_person(crowd, tm
     assert {f.person for f in findings} == {1}
 
 
+@pytest.mark.slow
 def test_an_audit_that_left_links_out_begins_anew_where_the_gallery_changed(crowd, tmp_path, monkeypatch):
     from biodedup.engine import search as searches
 

@@ -160,6 +160,7 @@ def test_a_join_that_goes_on_after_the_journal_was_sealed_misses_no_pair_with_it
     assert pairs(resumed.clusters).keys() == pairs(whole.clusters).keys()
 
 
+@pytest.mark.slow
 def test_a_cluster_states_the_link_that_holds_it_together_worst(gallery, tmp_path):
     engine, _ = gallery
     result = jobs.find_duplicates(engine, tmp_path / "out.parquet", threshold_db=THRESHOLD_DB)

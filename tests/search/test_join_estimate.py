@@ -71,6 +71,7 @@ def test_the_job_warns_before_it_compares_and_its_result_states_the_number(engin
     assert 0 < usual.summary()["pairs_expected_by_chance"] < 1
 
 
+@pytest.mark.slow
 def test_an_audit_warns_before_it_compares(engine, tmp_path):
     (tmp_path / "roll.csv").write_text("subject_id\n" + "".join(f"s{i}\n" for i in range(200)))
     told = []
@@ -86,6 +87,7 @@ def test_a_merge_warns_before_it_compares(engine, tmp_path):
     assert any(stage.startswith("warning: at 10.0 dB impostors") for stage in told[: told.index("comparing")])
 
 
+@pytest.mark.slow
 def test_a_deduplication_states_the_number_in_its_summary(tmp_path, portrait):
     from tests.support.images import jpeg
 

@@ -80,6 +80,7 @@ def candidates(engine, templates):
     return [result.comparisons for result in internals(engine).searcher.search(snapshot, templates)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [("face", "right_index"), ("face",)])
 def test_the_candidates_of_the_scanned_columns_are_ranked_by_all_columns(scanning, register, scanned):
     engine = scanning(scanned=scanned, candidates=30, returned=3)
@@ -98,6 +99,7 @@ def test_the_candidates_of_the_scanned_columns_are_ranked_by_all_columns(scannin
     assert missed <= 2  # of a risk of a thousandth
 
 
+@pytest.mark.slow
 def test_mates_are_missed_as_rarely_as_the_plan_says(scanning, register):
     engine = scanning(scanned=("right_index",), candidates=3, returned=3)
     stated = engine.plan(COLUMNS).scanned
@@ -115,6 +117,7 @@ def test_mates_are_missed_as_rarely_as_the_plan_says(scanning, register):
     assert missed >= len(reaching) * rate - 5 * np.sqrt(len(reaching) * rate)  # nor is it far less
 
 
+@pytest.mark.slow
 def test_more_scanned_columns_miss_fewer_mates(scanning):
     bounds = [
         scanning(scanned=scanned, candidates=5).plan(COLUMNS).scanned.miss_bound
@@ -123,6 +126,7 @@ def test_more_scanned_columns_miss_fewer_mates(scanning):
     assert bounds[1] < bounds[0]
 
 
+@pytest.mark.slow
 def test_rows_without_a_scanned_column_are_found_by_the_others(scanning, register):
     engine = scanning(scanned=("face", "right_index"))
     row = WHOLE + 7
@@ -133,6 +137,7 @@ def test_rows_without_a_scanned_column_are_found_by_the_others(scanning, registe
     assert "left_index: all of 400 other rows are looked at" in engine.plan(COLUMNS).explain()
 
 
+@pytest.mark.slow
 def test_a_probe_without_a_scanned_column_is_searched_in_all_its_columns(scanning, register):
     engine = scanning(scanned=("face",), candidates=5)
     rows = np.array([3, 1_000, WHOLE + 5])
@@ -142,6 +147,7 @@ def test_a_probe_without_a_scanned_column_is_searched_in_all_its_columns(scannin
     assert "left_index + right_index: none of them is a column that the setting scanned names" in text
 
 
+@pytest.mark.slow
 def test_probes_with_and_without_scanned_columns_share_a_search(scanning, register):
     engine = scanning(scanned=("face",))
     whole = {c: bd.Template(c, MODELS[c], register[c][11]) for c in COLUMNS}
@@ -149,6 +155,7 @@ def test_probes_with_and_without_scanned_columns_share_a_search(scanning, regist
     assert [found.rows[0] for found in candidates(engine, [whole, bare])] == [11, 12]
 
 
+@pytest.mark.slow
 def test_columns_that_are_not_scanned_are_not_read_through(scanning, register, monkeypatch):
     engine = scanning(scanned=("face", "right_index"))
     name_of = {
@@ -166,6 +173,7 @@ def test_columns_that_are_not_scanned_are_not_read_through(scanning, register, m
     assert read == {"face", "right_index"}
 
 
+@pytest.mark.slow
 def test_the_plan_states_the_bytes_that_a_search_goes_through(scanning):
     all_columns, few = scanning().plan(COLUMNS), scanning(scanned=("face",)).plan(COLUMNS)
     by_name = {size.column: size for size in few.sizes}
@@ -178,6 +186,7 @@ def test_the_plan_states_the_bytes_that_a_search_goes_through(scanning):
     assert "that a search goes through in memory" in few.explain()
 
 
+@pytest.mark.slow
 def test_a_join_scans_all_columns(scanning, register):
     engine = scanning(scanned=("face",), candidates=3)
     snapshot, searcher = internals(engine).gallery.snapshot(), internals(engine).searcher
