@@ -91,17 +91,19 @@ CARE = {
 
 
 def faults(tmp_path: Path, operation: Callable[[bd.Engine], object], after: bool) -> Iterator[tuple[Path, bool, int]]:
-    """Runs an operation again and again, failing its nth call to the disk, until none fails: (folder, acknowledged, n)."""
+    """Runs an operation again and again on an open gallery, failing its nth call to the disk, until none fails: (folder,
+    acknowledged, n)."""
     n = 0
     prepare(tmp_path / "before")
     while True:
         n += 1
         folder = tmp_path / f"g{n}"
         shutil.copytree(tmp_path / "before", folder)
-        countdown = Countdown(n, after=after)
+        countdown = Countdown(10**9, after=after)
         acknowledged = False
         try:
             with bd.Engine.open(folder, SMALL, storage=FailingStorage(countdown)) as engine:
+                countdown.left = n
                 try:
                     operation(engine)
                     acknowledged = True
@@ -112,6 +114,24 @@ def faults(tmp_path: Path, operation: Callable[[bd.Engine], object], after: bool
         yield folder, acknowledged, n
         if countdown.left > 0:
             return
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])
+@pytest.mark.usefixtures("at_rest")
+def test_any_single_fault_while_a_gallery_is_opened_and_closed_changes_nothing(tmp_path, after):
+    prepare(tmp_path / "before")
+    before = state(tmp_path / "before")
+    for n in itertools.count(1):
+        shutil.copytree(tmp_path / "before", tmp_path / f"g{n}")
+        countdown = Countdown(n, after=after)
+        try:
+            bd.Engine.open(tmp_path / f"g{n}", SMALL, storage=FailingStorage(countdown)).close()
+        except bd.StorageUnavailable:
+            pass
+        assert state(tmp_path / f"g{n}") == before, f"fault {n}"
+        if countdown.left > 0:
+            break
+    assert n > 2
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["refused", "acknowledgement lost"])

@@ -10,13 +10,17 @@ from biodedup.gallery.files.filesystem import LocalStorage
 
 
 class Countdown:
-    """Raises at the nth call. after: do what was asked first, and fail then, as a lost acknowledgement does."""
+    """Raises at the nth call. after: do what was asked first, and fail then, as a lost acknowledgement does. Calls that only
+    read do not count then: a reader that gets no answer cannot tell it from a refusal.
+    """
 
     def __init__(self, n: int, *, after: bool = False) -> None:
         self.left = n
         self.after = after
 
-    def call(self, action: Callable[[], object], error: Exception) -> object:
+    def call(self, action: Callable[[], object], error: Exception, *, reads: bool = False) -> object:
+        if reads and self.after:
+            return action()
         self.left -= 1
         if self.left == 0 and not self.after:
             raise error
@@ -33,8 +37,12 @@ class FailingConnection:
         self._connection = connection
         self._countdown = countdown
 
-    def execute(self, *args: object) -> object:
-        return self._countdown.call(lambda: self._connection.execute(*args), sqlite3.OperationalError("disk I/O error"))
+    def execute(self, statement: str, *args: object) -> object:
+        return self._countdown.call(
+            lambda: self._connection.execute(statement, *args),
+            sqlite3.OperationalError("disk I/O error"),
+            reads=statement.lstrip().startswith("SELECT"),
+        )
 
     def executemany(self, *args: object) -> object:
         return self._countdown.call(
@@ -50,14 +58,18 @@ class FailingConnection:
 
 
 class FailingFile:
-    """A file whose writes and syncs count down."""
+    """A file whose first two writes and whose sync count down. Later writes add nothing: no name leads to the file yet."""
 
     def __init__(self, file, countdown: Countdown) -> None:
         self._file = file
         self._countdown = countdown
+        self._writes = 0
         self.discard = file.discard
 
     def write(self, data):
+        self._writes += 1
+        if self._writes > 2:
+            return self._file.write(data)
         self._countdown.call(lambda: self._file.write(data), OSError(errno.ENOSPC, "no space left on device"))
 
     def finish(self):
@@ -72,7 +84,11 @@ class FailingStorage(LocalStorage):
 
     def _call(self, name, *args):
         action = getattr(LocalStorage, name)
-        return self._countdown.call(lambda: action(self, *args), OSError(errno.EIO, "input/output error"))
+        return self._countdown.call(
+            lambda: action(self, *args),
+            OSError(errno.EIO, "input/output error"),
+            reads=name in ("list_names", "map"),
+        )
 
     def list_names(self, folder):
         return self._call("list_names", folder)
