@@ -227,6 +227,7 @@ def _results(
             settings=settings,
             left_out=left_out,
         ),
+        run.config.labels,
     )
     return [record for group in groups if group.applies for record in group.absorbed], summary
 
