@@ -66,8 +66,8 @@ def dithered(image: Picture) -> Picture:
     return np.asarray(Image.fromarray(image).convert("1").convert("RGB"))
 
 
-def covered(image: Picture) -> Picture:
-    """Dark glasses and a mask, where the detector finds a face; else as it is."""
+def covered(image: Picture, shade: int = 15, *, mask: bool = True) -> Picture:
+    """Glasses of this grey level, and a mask, where the detector finds a face; else as it is."""
     with explain() as steps:
         EXTRACTOR.extract([bd.Face(image)])
     faces = steps.of("face")
@@ -80,11 +80,13 @@ def covered(image: Picture) -> Picture:
     out = np.ascontiguousarray(image).copy()
     for eye in marks[:2]:
         axes, turn = (int(0.42 * apart), int(0.34 * apart)), float(np.degrees(np.arctan2(across[1], across[0])))
-        cv2.ellipse(out, tuple(int(v) for v in eye), axes, turn, 0, 360, (15, 15, 15), -1, cv2.LINE_AA)
+        cv2.ellipse(out, tuple(int(v) for v in eye), axes, turn, 0, 360, (shade,) * 3, -1, cv2.LINE_AA)
+    if not mask:
+        return out
     nose, mouth = marks[2], marks[3:].mean(axis=0)
-    mask = [nose - 0.7 * apart * across, nose, nose + 0.7 * apart * across]
-    mask += [mouth + apart * (side * across + 0.7 * down) for side in (0.5, -0.5)]
-    cv2.fillPoly(out, [np.round(mask).astype(np.int32)], (150, 190, 215), cv2.LINE_AA)
+    cloth = [nose - 0.7 * apart * across, nose, nose + 0.7 * apart * across]
+    cloth += [mouth + apart * (side * across + 0.7 * down) for side in (0.5, -0.5)]
+    cv2.fillPoly(out, [np.round(cloth).astype(np.int32)], (150, 190, 215), cv2.LINE_AA)
     return out
 
 
@@ -99,6 +101,8 @@ WAYS: Mapping[str, Callable[[Picture], Picture]] = {
     "JPEG quality 2": compressed(2),
     "JPEG quality 3": compressed(3),
     "glasses and mask": covered,
+    "dark glasses": lambda image: covered(image, mask=False),
+    "grey glasses": lambda image: covered(image, 45, mask=False),
 }
 CONFIG = bd.Config()
 EXTRACTOR = bd.Extractor(CONFIG)

@@ -111,17 +111,18 @@ class FingerConfig:
     area_mm2_max: float = 3000.0
     """Greatest area, in mm2, of the rectangle around the ridges. A finger rolled from nail to nail takes 40 x 38 mm, 1,520 mm2. The limit
     bounds time: minutiae take about 0.9 s for 1,000 mm2 and grow faster than the area, to 20 s for 127 x 127 mm (2026-11)."""
-    quality_min: float = 5.0
-    """Least quality, 0 to 100. Raise it if operators can capture a finger again."""
+    quality_min: float = 0.09
+    """Least `Template.quality` of a finger: the probability, 0 to 1, that a comparison with another capture of the finger passes at FMR
+    1e-4. Raise it if operators can capture a finger again."""
     nfiq2: bool = False
-    """Whether NFIQ 2 is the quality of templates and records. It costs five times as much time as the rest of a finger."""
+    """Whether NFIQ 2 predicts the quality of templates, and is the quality of records. It costs five times as much time as the rest of a finger."""
     nfiq2_min: float = 2.0
     """Least NFIQ 2 score, 0 to 100, where it is computed."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check(self, 0, inf, "area_mm2_min", "minutiae_min", "quality_min", "nfiq2_min")
-        _check(self, 0, 1, "certainty_min")
+        _check(self, 0, inf, "area_mm2_min", "minutiae_min", "nfiq2_min")
+        _check(self, 0, 1, "certainty_min", "quality_min")
         _check(self, 1, inf, "side_px_max")
         _check_text(self, "minutiae")
         check_id(self.record_model_id, "record_model_id")

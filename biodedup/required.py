@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, MutableMapping, Sequence
 
+from biodedup.common.quality import MEANING
 from biodedup.errors import InvalidInput
 from biodedup.values import FINGER_POSITIONS, Missing, Refusal, Template
 
@@ -19,8 +20,8 @@ INCOMPLETE = "incomplete"
 SUPERSEDED = "superseded"
 """The reason of the refusal of a sound capture, if a better one of its column was sent, too."""
 
-FACE_QUALITY_GOOD = 0.9
-"""`Template.quality` of a face below which a decision advises another capture: one in a hundred of LFW, twenty times as many of its mated
+QUALITY_GOOD = 0.9
+"""`Template.quality` below which a decision advises another capture: one in a hundred faces of LFW, of which twenty times as many mated
 comparisons fail."""
 
 _TEN = FINGER_POSITIONS[:-1]
@@ -59,11 +60,11 @@ def superseded(template: Template) -> Refusal:
 
 
 def doubtful(templates: Iterable[Template]) -> tuple[Refusal, ...]:
-    """The faces among these whose quality is below that of a good capture, as refusals that were not made."""
+    """Those of these whose quality is below that of a good capture, as refusals that were not made."""
     return tuple(
-        Refusal("face", "low_quality", "quality of the face", template.quality, FACE_QUALITY_GOOD)
+        Refusal(template.column, "low_quality", MEANING, template.quality, QUALITY_GOOD)
         for template in templates
-        if template.column == "face" and template.quality is not None and template.quality < FACE_QUALITY_GOOD
+        if template.quality is not None and template.quality < QUALITY_GOOD
     )
 
 

@@ -156,8 +156,8 @@ class Template(Described):
     """The embedding or the minutiae of one sample, or both, with the id of the model that made them.
 
     embedding: float32 (d,), unit length, or None. minutiae: a record as for `Finger`, or None.
-    quality: of a face the probability, 0..1, that a comparison with another capture of the person passes at FMR 1e-4; of a finger
-    0..100, what its ridges and minutiae promise, or NFIQ 2 with `FingerConfig(nfiq2=True)`. None if not measured.
+    quality: the probability, 0..1, that a comparison with another capture of the same face or finger passes at FMR 1e-4. None if not
+    measured.
     provenance: what was corrected of the capture's metadata, such as its resolution, in words. A gallery does not keep it.
     """
 
@@ -175,6 +175,11 @@ class Template(Described):
             raise InvalidInput("a template needs an embedding or minutiae; it has neither")
         if self.minutiae is not None and self.column == "face":
             raise InvalidInput("a face template cannot hold minutiae; file them under a finger position")
+        if self.quality is not None and not 0 <= self.quality <= 1:
+            raise InvalidInput(
+                f"quality of {self.column} is {self.quality:g}, wanted 0 to 1, the probability that a comparison with another capture "
+                "passes; pass None for a quality of another scale"
+            )
         if self.embedding is not None:
             rows = unit_rows(np.asarray(self.embedding)[None], what=f"the {self.column} embedding")
             object.__setattr__(self, "embedding", rows[0])

@@ -202,7 +202,17 @@ def print_summary(summary: Mapping[str, object], as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    show_table((key.replace("_", " "), f"{v:,}" if isinstance(v, int) else v) for key, v in summary.items())
+    show_table((key.replace("_", " "), _cell(value)) for key, value in summary.items())
+
+
+def _cell(value: object) -> object:
+    """A value of a summary in words; counts by name in one line."""
+    if isinstance(value, Mapping):
+        lines = [f"{str(name).replace('_', ' ')}: {_cell(count)}" for name, count in value.items()]
+        return ", ".join(lines) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def model_ids(texts: list[str] | None) -> str | dict[str, str] | None:

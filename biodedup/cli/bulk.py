@@ -160,10 +160,11 @@ def status(
         ),
         ("status", "encounters", "oldest", "median age"),
     )
+    say(f"{now.intake_hour:,.0f} came in during the last hour; over the last day {now.intake_day:,.1f} an hour")
     say(
-        f"an hour: {now.intake_hour:,.0f} come in, {now.decided_hour:,.0f} are decided (over the last day {now.intake_day:,.0f} and "
-        f"{now.decided_day:,.0f})"
+        f"{now.decided_hour:,.0f} an hour were decided since the work of the last hour began; since that of the last day began "
+        f"{now.decided_day:,.0f} an hour. Work of less than 10 minutes counts as 10"
     )
-    say(f"{now.waiting:,} wait; the queue is empty in {span(now.clear_s) or 'unknown time'} at the present rate")
+    say(f"{now.waiting:,} wait; the queue is empty in {span(now.clear_s) or 'unknown time'} at this rate")
     if now.warning:
         say(f"warning: {now.warning}")

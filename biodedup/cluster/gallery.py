@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from biodedup.cluster.cache import SegmentCache, copies_of
 from biodedup.cluster.catalogue import Changes, PostgresCatalogue
 from biodedup.cluster.store import SegmentStore, stored_name
+from biodedup.common import quality as quality_scale
 from biodedup.config import ClusterConfig, GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, StorageUnavailable
 from biodedup.gallery.catalogue.sqlite import JournalCell, paired
@@ -473,4 +474,5 @@ class ClusterGallery(Gallery):
 
 def _template(cell: JournalCell, models: dict[str, str]) -> Template:
     embedding = None if cell.vector is None else np.frombuffer(cell.vector, "<f4")
-    return Template(cell.column, models[cell.column], embedding, cell.minutiae, cell.quality)
+    quality = quality_scale.from_stored(cell.column, cell.quality)
+    return Template(cell.column, models[cell.column], embedding, cell.minutiae, quality)

@@ -200,6 +200,7 @@ def _not_kept() -> RetryableError:
 
 def _started(count: int, config: Config) -> ProcessPool:
     """A pool whose processes are forked from a server that has imported this package: a replaced one is there at once."""
+    resource_tracker.ensure_running()  # before signals are blocked: its start unblocks them
     if sys.platform == "linux":
         context: Any = multiprocessing.get_context(
             "forkserver"
@@ -209,7 +210,6 @@ def _started(count: int, config: Config) -> ProcessPool:
             forkserver.ensure_running()
     else:
         context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()
     with _deaf_to_interrupts():
         pool = ProcessPool(count, initializer=_begin, initargs=(config,), context=context)
         pool.active  # noqa: B018  starts its processes

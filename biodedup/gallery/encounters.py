@@ -42,9 +42,7 @@ def _columns(presence: int) -> frozenset[str]:
 
 def _quality(snapshot: Snapshot, row: int, columns: frozenset[str]) -> float:
     """The mean over a row's templates, 0 to 1; of what was not measured, 0.5."""
-    measured = [
-        float(snapshot.quality([row], column)[0]) / (1.0 if column == "face" else 100.0) for column in sorted(columns)
-    ]
+    measured = [float(snapshot.quality([row], column)[0]) for column in sorted(columns)]
     return float(np.mean([0.5 if np.isnan(value) else value for value in measured]))
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.common import quality as quality_scale
 from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
@@ -365,7 +366,7 @@ class Snapshot:
         return [found[row] for row in rows]
 
     def quality(self, rows: Sequence[int], column: str) -> Float32:
-        """float32 (n,): of the templates in a column; NaN where there is none, or it was not measured."""
+        """float32 (n,), 0 to 1: of the templates in a column; NaN where there is none, or it was not measured."""
         return self._gather(rows, np.full(len(rows), np.nan, np.float32), lambda part, at: _quality(part, column, at))
 
     def groups(self, rows: Sequence[int]) -> list[frozenset[str]]:
@@ -407,11 +408,10 @@ class Snapshot:
             if cell[0] < 0:
                 continue
             embedding = None if column.dimension is None else column.vectors_at(cell)[0]
-            quality = float(column.quality(int(cell[0]), int(cell[0]) + 1)[0])
+            stored = float(column.quality(int(cell[0]), int(cell[0]) + 1)[0])
             minutiae = column.minutiae_at(cell)[0] or None
-            templates[name] = Template(
-                name, self.models[name].model_id, embedding, minutiae, None if np.isnan(quality) else quality
-            )
+            quality = quality_scale.from_stored(name, stored)
+            templates[name] = Template(name, self.models[name].model_id, embedding, minutiae, quality)
         return templates
 
     def encounters_of(self, subject_id: str) -> list[EnrolledEncounter]:
@@ -518,7 +518,7 @@ def _quality(part: Part, column: str, positions: Int64) -> Float32:
         cells = part.columns[column].cells_at(positions)
         has = cells >= 0
         found[has] = part.columns[column].quality(0, part.columns[column].count)[cells[has]]
-    return found
+    return quality_scale.each_from_stored(column, found)
 
 
 def _as_bits(mask: NDArray[np.bool_] | None) -> NDArray[np.uint64]:

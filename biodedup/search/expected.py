@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from biodedup.config import Policy
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
+from biodedup.match.scores.calibration import Calibration
 from biodedup.match.scores.fusion import mated_quantile_db, mated_share_below
+from biodedup.required import QUALITY_GOOD
 from biodedup.search.positions import comparable_bits
 from biodedup.values import Template
 
 _ATTAINED_SHARE = 0.95
+_QUALITY_DB = 40.0
+"""The score that `Template.quality` is about: FMR 1e-4."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,32 @@ class Expected:
 def expected(
     comparer: Comparer, policy: Policy, templates: Mapping[str, Template], now: Snapshot, *, across: bool
 ) -> Expected | None:
-    """For a gallery of this size. Captures of columns that the gallery does not have do not count; None if there is no other."""
-    calibrations = tuple(
-        model.of(templates[column].embedding is not None and templates[column].minutiae is not None)
-        for column, model in sorted(comparer.score_models(templates).items())
-        if now.count_with(comparable_bits({column: templates[column]}, now.models, across=across))
-    )
+    """For a gallery of this size. Captures of columns that the gallery does not have do not count; None if there is no other.
+
+    The quality of a poor capture lowers what its mates are expected to score, and not the threshold: this is for captures as they
+    usually are, since a threshold within the scores of strangers would send strangers to review.
+    """
+    calibrations, likely = [], []
+    for column, model in sorted(comparer.score_models(templates).items()):
+        template = templates[column]
+        if now.count_with(comparable_bits({column: template}, now.models, across=across)):
+            calibrations.append(model.of(template.embedding is not None and template.minutiae is not None))
+            likely.append(_likely(template.quality, calibrations[-1]))
     if not calibrations:
         return None
     _, band_db = policy.thresholds_db(now.searched_count)
     review_db = min(band_db, mated_quantile_db(policy.fnir_review, calibrations))
-    attainable_db = mated_quantile_db(_ATTAINED_SHARE, calibrations)
-    return Expected(attainable_db, review_db, mated_share_below(review_db, calibrations))
+    attainable_db = mated_quantile_db(_ATTAINED_SHARE, calibrations, likely)
+    return Expected(attainable_db, review_db, mated_share_below(review_db, calibrations, likely))
+
+
+def _likely(quality: float | None, calibration: Calibration) -> float:
+    """The share of a capture's mated comparisons that score as those of usual captures: 1, unless its quality is low. So that as many
+    pass at 40 dB as its quality says."""
+    if quality is None or quality >= QUALITY_GOOD:
+        return 1.0
+    usual = 1 - mated_share_below(_QUALITY_DB, (calibration,))
+    return min(quality / usual, 1.0) if usual > 0 else 1.0
 
 
 def thresholds_db(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.capture.faces.artefacts import block_ratio, details, noise_level, regularity, signs
+from biodedup.capture.faces.artefacts import block_ratio, details, eyes_light, noise_level, regularity, signs
 from biodedup.embed.cards import load_card
 from biodedup.trace import explain
 from tests.support import spoilt
@@ -68,6 +68,26 @@ def test_dark_glasses_and_a_mask_are_occluded(large):
     (refusal,) = lax.extract([bd.Face(spoilt.covered(large, step["landmarks"]))])
     assert isinstance(refusal, bd.Refusal), refusal
     assert refusal.reason == "occluded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shade", [5, 30])
+def test_dark_glasses_alone_are_occluded_with_the_number_and_the_limit(large, shade):
+    with explain() as steps:
+        extract(large)
+    (step,) = steps.of("face")
+    refusal = extract(spoilt.covered(large, step["landmarks"], shade, masked=False))
+    assert isinstance(refusal, bd.Refusal), refusal
+    assert refusal.reason == "occluded" and refusal.measured < refusal.limit
+
+
+def test_the_light_of_the_eyes_is_that_of_the_lighter_one_and_does_not_depend_on_the_skin():
+    grey = np.full((112, 112), 160, np.float32)
+    grey[44:60, 20:90] = 40
+    assert eyes_light(grey) == eyes_light(grey / 4) == pytest.approx(0.25)
+    grey[44:60, 60:90] = 160  # one side in shadow
+    assert eyes_light(grey) == 1.0
+    assert np.isfinite(eyes_light(np.zeros((112, 112), np.float32)))
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from skimage import data
 import biodedup as bd
 from biodedup.capture.fingers.finger import resampled, scanner_dpi
 from biodedup.capture.minutiae.record import MinutiaeRecord, read_record, write_record
+from biodedup.common.quality import of_score
 from biodedup.match.prints.minutiae import CylinderMatcher
 from biodedup.synthetic import draw_impression, draw_master
 from tests.support.images import finger
@@ -67,7 +68,7 @@ def test_the_template_holds_a_standard_record_with_position_and_quality():
     assert template.minutiae[:8] == b"FMR\0 20\0"
     assert template.minutiae[24] == 7  # ISO/IEC 19794-2: left index finger
     assert len(template.minutiae) == int.from_bytes(template.minutiae[8:12], "big")
-    assert template.quality == template.minutiae[26]
+    assert template.quality == of_score(template.minutiae[26])
     record = read_record(template.minutiae)
     assert record.count == template.minutiae[27] >= 8
 
@@ -93,9 +94,9 @@ def test_what_shows_no_finger_is_refused_with_the_number(image, reason):
 
 
 def test_a_limit_of_the_config_decides():
-    strict = bd.Extractor(bd.Config(finger=bd.FingerConfig(quality_min=101)))
+    strict = bd.Extractor(bd.Config(finger=bd.FingerConfig(quality_min=1.0)))
     refusal = strict.extract([bd.Finger(finger(1))])[0]
-    assert (refusal.reason, refusal.limit) == ("low_quality", 101)
+    assert (refusal.reason, refusal.limit) == ("low_quality", 1.0)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.capture.minutiae.record import read_record
 from biodedup.capture.pictures.containers import pictures_in, read_captures
+from biodedup.common.quality import of_score
 from biodedup.embed.extractor import Extractor
 from tests.support.images import finger
 from tests.support.records import encoded, itl, tagged, type_4, type_9, type_9_legacy, type_9_m1
@@ -69,7 +70,7 @@ def test_an_encounter_takes_all_fingers_of_a_file_by_their_positions(tmp_path):
     with bd.Engine.open(tmp_path / "g") as engine:
         assert engine.enroll(bd.Encounter("anna", [bd.Finger(content)], encounter_id="e")).outcome == "unique"
         assert sorted(engine.templates("anna")) == ["left_index", "right_index"]
-        assert engine.templates("anna")["right_index"].quality == 80
+        assert engine.templates("anna")["right_index"].quality == of_score(80)
 
 
 def test_a_picture_counts_more_than_the_minutiae_beside_it():

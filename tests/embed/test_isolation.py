@@ -131,13 +131,14 @@ def test_an_engine_with_isolation_decides_as_one_without(tmp_path, portrait):
 
 SCRIPT = """
 import sys, time
-from multiprocessing import active_children
+from multiprocessing import active_children, forkserver
 import biodedup as bd
 from biodedup.embed.isolation import IsolatedWorkers
 if __name__ == "__main__":
     workers = IsolatedWorkers(bd.Config(), 1)
     (refusal,) = workers.extract([bd.Face(b"no image")])
-    print(refusal.reason, *(child.pid for child in active_children()), flush=True)
+    server = forkserver._forkserver._forkserver_pid
+    print(refusal.reason, server, *(child.pid for child in active_children()), flush=True)
     if sys.argv[1] == "wait":
         time.sleep(100)
 """
@@ -150,13 +151,22 @@ def lives(process: int) -> bool:
         return False
 
 
+def deaf(process: str) -> bool:
+    """Whether SIGINT is blocked."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    (blocked,) = [line.split()[1] for line in lines if line.startswith("SigBlk")]
+    return bool(int(blocked, 16) >> (signal.SIGINT - 1) & 1)
+
+
 @pytest.mark.parametrize("how", ["killed", "ended"])
 def test_workers_end_with_the_process_that_started_them(tmp_path, how):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, tmp_path / "script.py", "wait" if how == "killed" else "end"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        reason, worker = process.stdout.readline().split()
+        reason, server, worker = process.stdout.readline().split()
         assert reason == "not_an_image"
+        if how == "killed":
+            assert deaf(server) and deaf(worker), "Ctrl-C is the parent's, also while they start"
         if how == "killed":
             process.kill()
         process.wait(60)

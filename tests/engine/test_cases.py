@@ -282,7 +282,7 @@ def test_held_minutiae_embeddings_and_quality_come_back_as_they_were(tmp_path):
     (anna,) = people(1)
     templates = {
         "face": bd.Template("face", "external-128", again(anna, 0.5), quality=0.75),
-        "right_index": bd.Template("right_index", "external-minutiae", minutiae=record.minutiae, quality=41.0),
+        "right_index": bd.Template("right_index", "external-minutiae", minutiae=record.minutiae, quality=0.41),
     }
     config = replace(CONFIG, policy=bd.Policy(duplicate_db=250, review_db=10))
     with bd.Engine.open(tmp_path / "g", config) as engine:

@@ -51,7 +51,7 @@ def templates(i):
         if (i + at) % 7 == 3:
             continue
         minutiae = None if (i + at) % 6 == 2 else record(moved(PRINTS[i], at * 30.0))
-        found[finger] = bd.Template(finger, FINGER, VECTORS[finger][i], minutiae, quality=float(i))
+        found[finger] = bd.Template(finger, FINGER, VECTORS[finger][i], minutiae, quality=0.25 + i / 100)
     return found
 
 
@@ -154,6 +154,8 @@ BAD = {
     "left_thumb": ([float("nan")] * 256, "left_thumb is not a unit vector"),
     "right_index_minutiae": (b"FMR\0 20\0 and more than that, but no record", "right_index is not a sound minutiae record"),
     "right_index_quality": (float("inf"), "right_index_quality is not a finite number"),
+    "face_quality": (40.0, "face_quality is not from 0 to 1"),
+    "left_thumb_quality": (101.0, "left_thumb_quality is not from 0 to 1"),
     "subject_id": ("s1", "subject_id is repeated"),
     "groups": (["two\nlines"], "groups: unusable id"),
 }  # fmt: skip
@@ -206,7 +208,7 @@ def test_columns_that_nobody_knows_and_models_that_differ_stop_the_load(tmp_path
         ("face", pa.large_list(pa.float32())),
         ("face", pa.list_(pa.float32(), 128)),
         ("right_index_minutiae", pa.large_binary()),
-        ("left_thumb_quality", pa.int32()),
+        ("left_thumb_quality", pa.float64()),
         ("subject_id", pa.large_string()),
     ],
     ids=str,

@@ -381,7 +381,7 @@ def test_every_template_with_its_quality_and_time_comes_along(tmp_path):
             for i in which:
                 templates = {
                     "face": again(faces[i : i + 1], 0.8, seed=100 * shift + i)[0],
-                    "left_ring": bd.Template("left_ring", "external-128", fingers[i], quality=40.0 + i),
+                    "left_ring": bd.Template("left_ring", "external-128", fingers[i], quality=0.4 + i / 100),
                 }
                 if i % 7 == 0:
                     templates["right_thumb"] = strewn(i)
@@ -400,6 +400,7 @@ def test_every_template_with_its_quality_and_time_comes_along(tmp_path):
         ("b7", True, 2000.0, 3),
     ]
     assert {row["quality"] for row in rows} == {0.47}
+    assert {row["label"] for row in rows} == {"duplicate"}
     (pair,) = pq.read_table(tmp_path / "m.pairs.parquet").to_pylist()
     assert {part["column_a"] for part in pair["evidence"]} == {"face", "left_ring", "right_thumb"}
     source = {**contents(tmp_path / "a"), **contents(tmp_path / "b")}
@@ -434,12 +435,12 @@ def visited(tmp_path_factory):
     def ring(who: int, quality: float) -> bd.Template:
         return bd.Template("left_ring", EXTERNAL_MINUTIAE, None, strewn(who), quality)
 
-    fill("central", {"c0": (0, {}), "c1": (1, {"left_ring": ring(1, 20.0)}), "c9": (9, {})}, 3000.0)
-    fill("a", {"a0": (0, {"left_ring": ring(0, 40.0)}), "a1": (1, {"left_ring": ring(1, 90.0)}), "a2": (2, {})}, 1000.0)  # fmt: skip
+    fill("central", {"c0": (0, {}), "c1": (1, {"left_ring": ring(1, 0.2)}), "c9": (9, {})}, 3000.0)
+    fill("a", {"a0": (0, {"left_ring": ring(0, 0.4)}), "a1": (1, {"left_ring": ring(1, 0.9)}), "a2": (2, {})}, 1000.0)  # fmt: skip
     fill(
         "b",
         {
-            "b0": (0, {"left_ring": ring(0, 70.0), "right_thumb": strewn(1)}),
+            "b0": (0, {"left_ring": ring(0, 0.7), "right_thumb": strewn(1)}),
             "b2": (2, {"right_thumb": strewn(2)}),
             "b7": (7, {}),
         },
@@ -473,7 +474,7 @@ def test_a_survivor_keeps_its_templates_and_gets_those_it_lacks_and_the_groups_o
         atol=0.01,
     )  # fmt: skip
     assert np.array_equal(templates["face"][1], before["central"]["c0"][1]["face"][1])
-    assert after["c1"][1]["left_ring"][3] == 20.0  # its own, however good the other is
+    assert after["c1"][1]["left_ring"][3] == 0.2  # its own, however good the other is
     assert after["b2"][0] == {"office-a", "office-b", "district:a", "district:b"}  # added, and stands for a2
     assert_same({"c9": after["c9"]}, {"c9": before["central"]["c9"]})
     with bd.Engine.open(visits / "central", CONFIG, read_only=True) as engine:

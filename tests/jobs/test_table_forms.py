@@ -13,12 +13,13 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.engine.arrow.ids import ids_of
 from biodedup.jobs import TableOptions
 from biodedup.jobs.evaluation.labelled import read_labelled
 from biodedup.jobs.kits.manifest import read_manifest
 from biodedup.jobs.manifests.captures import read_rows
 from biodedup.jobs.manifests.encounters import Manifest
-from biodedup.jobs.manifests.fields import Unusable, id_of, moment_of, position_of
+from biodedup.jobs.manifests.fields import Unusable, id_of, located, moment_of, position_of
 from biodedup.jobs.manifests.roll import read_roll
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.jobs.manifests.text_form import GUESSED_LINES_MIN, text_form
@@ -179,6 +180,67 @@ def test_an_id_that_a_spreadsheet_rounded_is_refused_by_name(tmp_path, cell):
     (tmp_path / "m.csv").write_text(f"subject_id;path\n{cell};a.jpg\n1;b.jpg\n2;c.jpg\n")
     for ids in read_by_every_job(tmp_path / "m.csv"):
         assert ids[-2:] == ["1", "2"] and cell not in ids
+
+
+@pytest.mark.parametrize(
+    ("cell", "why"),
+    [
+        ("3171234567890123.0", "has decimals"),
+        ("12,00", "has decimals"),
+        ("#N/A", "error of a spreadsheet"),
+        ("#####", "error of a"),
+    ],
+)
+def test_an_id_that_a_program_wrote_over_is_refused_by_name(tmp_path, cell, why):
+    with pytest.raises(Unusable) as refused:
+        id_of({"subject_id": cell}, "subject_id")
+    assert why in refused.value.refusal.detail
+    assert why in ids_of(pa.array(["1.5.0", cell, "N/A", "#12"]), "subject_id")[1][1]
+    (tmp_path / "m.csv").write_text(f"subject_id;path\n{cell};a.jpg\n1;b.jpg\n2;c.jpg\n")
+    for ids in read_by_every_job(tmp_path / "m.csv"):
+        assert ids[-2:] == ["1", "2"] and cell not in ids
+
+
+@pytest.mark.parametrize(
+    "written", ["faces\\José.jpg", "faces/Jose\u0301.jpg", ".\\faces\\Jose\u0301.jpg", "faces/José.jpg"]
+)
+def test_a_path_is_found_as_another_system_writes_it(tmp_path, written):
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces" / "José.jpg").write_bytes(b"here")
+    assert located(tmp_path, written).read_bytes() == b"here"
+    (tmp_path / "m.csv").write_text(f"subject_id,path\na,{written}\n", "utf-8")
+    assert jobs.check_encounters(tmp_path / "m.csv").refused == ()
+    (row,) = read_rows(tmp_path / "m.csv")[0]
+    assert row.capture.data.exists()
+
+
+def test_a_file_that_exists_is_never_taken_for_another_one(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"2")
+    (tmp_path / "a\\b").write_bytes(b"1")
+    assert located(tmp_path, "a\\b").read_bytes() == b"1"
+    assert located(tmp_path, "gone\\b") == tmp_path / "gone\\b"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("m.csv", b"PK\x03\x04 and more", "workbook"),
+        ("m.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "workbook"),
+        ("m.xls", b"<html><table><tr><td>subject_id</td>", "HTML"),
+        ("m.csv", b"\xef\xbb\xbf  <!DOCTYPE html>", "HTML"),
+    ],
+)
+def test_a_workbook_or_a_page_is_named_and_what_to_do(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(bd.InvalidInput, match=what) as refused:
+        jobs.check_encounters(tmp_path / name)
+    assert "save" in str(refused.value) and "CSV UTF-8" in str(refused.value)
+
+
+@pytest.mark.parametrize("cell", ["45291", "45291.43", 45291])
+def test_a_day_number_of_a_spreadsheet_is_no_time(cell):
+    assert moment_of(cell) is None and moment_of("1735689600") == 1735689600
 
 
 @pytest.mark.parametrize(("encoding", "separator"), [("utf-8", ","), ("utf-16", ";"), ("utf-8-sig", "\t")])

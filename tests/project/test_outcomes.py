@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pyarrow as pa
@@ -12,10 +13,10 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.advice import advice
-from biodedup.cli.base import Exit
+from biodedup.cli.base import Exit, print_summary
 from biodedup.cli.bulk import _labelled
+from biodedup.jobs.kits.outcomes import IngestResult, Outcome, write_result
 from biodedup.outcomes import MEANINGS, OLDER_WORDS, outcome_of
-from biodedup.values import Outcome
 from tests.support import ROOT
 from tests.support.shell import run
 from tests.support.vectors import SFACE, people
@@ -25,7 +26,7 @@ INDONESIAN = bd.LabelConfig(unique="TUNGGAL", duplicate="GANDA", review="DITINJA
 
 
 def test_every_outcome_of_a_decision_has_a_meaning_and_an_exit_code():
-    assert set(MEANINGS) == set(get_args(Outcome))
+    assert set(MEANINGS) == set(get_args(bd.values.Outcome))
     codes = {"unique": Exit.DONE, "duplicate": Exit.DUPLICATE, "review": Exit.REVIEW, "refused": Exit.REFUSED}
     assert {outcome: row.exit_code for outcome, row in MEANINGS.items()} == codes
     assert set(OLDER_WORDS.values()) <= set(MEANINGS) and not set(OLDER_WORDS) & set(MEANINGS)
@@ -86,6 +87,50 @@ def test_a_table_has_the_fixed_word_and_the_registers_word(tmp_path, batch):
     assert sum(result.outcomes.values()) == 3 and result.outcomes["refused"] == 1
     text = page.read_text("utf-8")
     assert "DITOLAK: " in text and "TUNGGAL: newly enrolled" in text and "adjudicate" not in text
+
+
+def test_the_table_of_kits_has_the_registers_word_of_each_record(tmp_path):
+    plain = Outcome(
+        **dict.fromkeys(Outcome.__dataclass_fields__, "")
+        | {
+            "sequence": 1,
+            "candidate": None,
+            "score_db": None,
+            "captured_at": None,
+            "packed_at": 1.0,
+            "received_at": 2.0,
+        }
+    )
+    told = {
+        ("enrolled", "unique"): "TUNGGAL",
+        ("review", "review"): "DITINJAU",
+        ("already_taken", "duplicate"): "GANDA",
+        ("conflict", "unique"): "DITOLAK",
+        ("subject_exists", ""): "DITOLAK",
+    }
+    outcomes = tuple(replace(plain, outcome=outcome, decision=decision) for outcome, decision in told)
+    write_result(IngestResult((), outcomes, (), (), 2.0), tmp_path / "o.csv", None, INDONESIAN)
+    rows = pyarrow.csv.read_csv(tmp_path / "o.csv").to_pylist()
+    assert [row["label"] for row in rows] == list(told.values())
+
+
+def test_the_tables_of_a_merge_have_the_registers_words(tmp_path):
+    faces = people(3)
+    for name, rows in (("a", faces[:2]), ("b", faces[1:])):
+        with bd.Engine.open(tmp_path / name) as engine:
+            engine.add_templates([f"{name}{i}" for i in range(2)], {"face": rows}, model_id=SFACE)
+    jobs.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m.parquet", config=bd.Config(labels=INDONESIAN))
+    members, pairs = (pq.read_table(tmp_path / name).to_pylist() for name in ("m.parquet", "m.pairs.parquet"))
+    words = {"apply": "GANDA", "adjudicate": "DITINJAU"}
+    assert len(members) == 2 and [row["label"] for row in members] == [words[row["decision"]] for row in members]
+    assert pairs and [row["label"] for row in pairs] == [INDONESIAN.of(row["strength"]) for row in pairs]
+
+
+def test_a_summary_prints_counts_by_name_as_words(capsys):
+    print_summary({"reasons": {"low_quality": 1_200, "no_ridges": 3}, "written": True, "other": {}, "at": None}, False)
+    printed = capsys.readouterr().out
+    assert "low quality: 1,200, no ridges: 3" in printed and "yes" in printed and "none" in printed
+    assert "{" not in printed and "None" not in printed
 
 
 def test_a_word_that_is_the_name_of_another_count_hides_no_count():

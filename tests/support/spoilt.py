@@ -31,15 +31,17 @@ def compressed(image: np.ndarray, quality: int) -> np.ndarray:
     return np.asarray(Image.open(out))
 
 
-def covered(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """Dark glasses and a mask. landmarks: (5, 2), eyes, nose, corners of the mouth."""
+def covered(image: np.ndarray, landmarks: np.ndarray, shade: int = 15, *, masked: bool = True) -> np.ndarray:
+    """Glasses of this grey level, and a mask. landmarks: (5, 2), eyes, nose, corners of the mouth."""
     out = np.ascontiguousarray(image).copy()
     eyes, nose, mouth = landmarks[:2], landmarks[2], landmarks[3:].mean(axis=0)
     apart = float(np.linalg.norm(eyes[1] - eyes[0]))
     for eye in eyes:
         cv2.ellipse(
-            out, tuple(int(v) for v in eye), (int(0.42 * apart), int(0.34 * apart)), 0, 0, 360, (15, 15, 15), -1
+            out, tuple(int(v) for v in eye), (int(0.42 * apart), int(0.34 * apart)), 0, 0, 360, (shade,) * 3, -1
         )
+    if not masked:
+        return out
     across, down = np.array([apart, 0]), np.array([0, apart])
     mask = [nose - 0.7 * across, nose, nose + 0.7 * across]
     mask += [mouth + 0.5 * across + 0.7 * down, mouth - 0.5 * across + 0.7 * down]

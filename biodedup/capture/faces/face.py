@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from biodedup.capture.faces.artefacts import NEGATIVE_MARGIN_MIN, block_ratio, signs
 from biodedup.capture.pictures.formats import Pixels
 from biodedup.capture.pictures.resolution import squared
+from biodedup.common import quality as quality_scale
 from biodedup.config import FaceConfig
 from biodedup.errors import ModelCardError
 from biodedup.trace import tracing
@@ -40,7 +41,6 @@ of each, 2026-11). Nearly all upright faces reach it."""
 _CONFIDENCE_TURNED = 0.88
 """Least confidence to rotate a picture: blurred faces, which the gate refuses, are detected in any orientation."""
 
-QUALITY_MEANING = "probability that a mated comparison passes at FMR 1e-4"
 _QUALITY_UNKNOWN = 0.965
 """Of a model whose card has no table of quality: only what no real face shows is refused, and negatives."""
 _NEGATIVE_QUALITY = 0.97
@@ -113,7 +113,7 @@ class FaceDetector:
                 detail = "detector confidence less that in the negative"
                 return Refusal("face", "negative", detail, round(margin, 3), NEGATIVE_MARGIN_MIN)
         if quality is not None and quality < self._config.quality_min:
-            return Refusal("face", "low_quality", QUALITY_MEANING, round(quality, 3), self._config.quality_min)
+            return Refusal("face", "low_quality", quality_scale.MEANING, round(quality, 3), self._config.quality_min)
         return None
 
     def negative_margin(self, image: NDArray[np.uint8]) -> float:

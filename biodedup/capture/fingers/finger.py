@@ -30,6 +30,7 @@ from biodedup.capture.minutiae.record import (
     write_views,
 )
 from biodedup.capture.pictures.formats import Pixels
+from biodedup.common import quality as quality_scale
 from biodedup.common.arguments import checked
 from biodedup.config import EXTERNAL_MINUTIAE, FingerConfig
 from biodedup.errors import InvalidInput
@@ -61,8 +62,8 @@ def minutiae_extractor(name: str, weights: Path | None) -> MinutiaeExtractor:
 
 @dataclass(frozen=True, eq=False)
 class FingerSample:
-    """An accepted capture. minutiae: a record of ISO/IEC 19794-2:2005; quality: 0..100, that of `Measures`, or NFIQ 2 where it is wanted;
-    print: what the pass over it found; provenance: what was corrected of the file's metadata."""
+    """An accepted capture. minutiae: a record of ISO/IEC 19794-2:2005, whose quality, 0..100, is the score of `Measures`, or NFIQ 2 where
+    it is wanted; quality: as of `Template`; print: what the pass over it found; provenance: what was corrected of the file's metadata."""
 
     position: str
     minutiae: bytes = field(repr=False)
@@ -90,14 +91,15 @@ class FingerReader:
             return refusal
         try:
             record = self._extract(grey, print_)
-            quality = nbis_parts.nfiq2(around_ridges(grey, ridge_blocks(grey))[0]) if self._config.nfiq2 else None
+            nfiq2 = nbis_parts.nfiq2(around_ridges(grey, ridge_blocks(grey))[0]) if self._config.nfiq2 else None
         except ValueError:
             detail = f"{self._config.minutiae}{' or NFIQ 2' * self._config.nfiq2} cannot work on a picture of this size or content"
             return Refusal(position, "component_limit", detail, max(grey.shape))
-        if (refusal := self._too_poor(print_, record, quality, position)) is not None:
+        if (refusal := self._too_poor(print_, record, nfiq2, position)) is not None:
             return refusal
-        quality = print_.measures.quality if quality is None else quality
-        minutiae = write_record(record, position_code(position), int(min(max(quality, 0), 100)))
+        quality = print_.measures.quality if nfiq2 is None else quality_scale.of_nfiq2(nfiq2)
+        stated = print_.measures.score if nfiq2 is None else nfiq2
+        minutiae = write_record(record, position_code(position), int(min(max(stated, 0), 100)))
         return FingerSample(position, minutiae, quality, print_, note)
 
     def _pass(self, pixels: Pixels, position: str, dpi: float | None) -> Passed | Refusal:
@@ -172,14 +174,15 @@ class FingerReader:
         if view.record.count < self._config.minutiae_min:
             return Refusal(position, "few_minutiae", "minutiae", view.record.count, self._config.minutiae_min)
         model_id, corrected = self._config.record_model_id, view.record.provenance
-        return Template(view.position, model_id, None, standard(view), view.quality, corrected)
+        quality = quality_scale.from_stored(view.position, view.quality)
+        return Template(view.position, model_id, None, standard(view), quality, corrected)
 
 
 _TOLD = {
     "certainty": ("no_ridges", "certainty that the picture shows friction ridges"),
     "area_mm2": ("too_small_area", "mm2 of ridges"),
     "minutiae": ("few_minutiae", "minutiae"),
-    "quality": ("low_quality", "quality"),
+    "quality": ("low_quality", quality_scale.MEANING),
     "nfiq2": ("low_quality", "NFIQ 2"),
 }
 
@@ -197,7 +200,14 @@ def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str
     model_id: the extractor of the minutiae; by default an unknown one. Raises InvalidInput for an unsound record.
     """
     return {
-        position: Template(position, model_id, None, standard(view), view.quality, view.record.provenance)
+        position: Template(
+            position,
+            model_id,
+            None,
+            standard(view),
+            quality_scale.from_stored(position, view.quality),
+            view.record.provenance,
+        )
         for position, view in best_views(content).items()
     }
 

@@ -1,9 +1,9 @@
 """Computes a print's ridge map, skeleton and minutiae in one pass, and predicts its quality from them.
 
-Owns the measures of a print, the quality that they predict, and how surely the picture shows friction ridges. Never refuses a capture
+Owns the measures of a print, the score that they predict, and how surely the picture shows friction ridges. Never refuses a capture
 (`finger` does).
 
-Both are regressions on few measures. Quality predicts the mean score of a print with its mates: linear, fitted on the tuning half of
+Both are regressions on few measures. The score predicts the mean score of a print with its mates: linear, fitted on the tuning half of
 FVC2002 DB1-4_B and UareU and on SFinGe's demonstration set, 2026-11. Certainty tells prints from other pictures (photographs, textures,
 documents, noise): logistic, fitted on the same prints, SOCOFing and generated prints: `models/fit_one_pass.py`.
 """
@@ -22,6 +22,7 @@ from biodedup.capture.fingers.resampling import DPI, resampled
 from biodedup.capture.fingers.ridge_minutiae import RidgeMinutiae, ridge_minutiae
 from biodedup.capture.fingers.ridges import RidgeMap, ridge_map
 from biodedup.capture.fingers.skeleton import thinned
+from biodedup.common import quality as quality_scale
 
 _MM2 = (25.4 / RIDGE_DPI) ** 2
 _RELIABLE = 0.5
@@ -54,11 +55,16 @@ class Measures:
     fingers: int = 1
 
     @property
-    def quality(self) -> float:
+    def score(self) -> float:
         """0..100, whole; four times the score that a comparison with a mate is expected to give."""
         reliable, agreement, constant = _QUALITY
-        score = reliable * log(1 + self.reliable) + agreement * self.agreement + constant
-        return float(round(min(max(100 * score / _SCORE_OF_100, 0.0), 100.0)))
+        expected = reliable * log(1 + self.reliable) + agreement * self.agreement + constant
+        return float(round(min(max(100 * expected / _SCORE_OF_100, 0.0), 100.0)))
+
+    @property
+    def quality(self) -> float:
+        """As `Template.quality`, 0..1."""
+        return quality_scale.of_score(self.score)
 
     @property
     def certainty(self) -> float:

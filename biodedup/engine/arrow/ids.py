@@ -19,6 +19,12 @@ UNREADABLE = "\ufffd"
 """Replaces bytes that are not UTF-8 (U+FFFD, the replacement character)."""
 ROUNDED = r"^[0-9]+([.,][0-9]+)?[Ee]\+[0-9]+$"
 WAS_ROUNDED = "was rounded by a spreadsheet; format the column as text"
+SPOILT = {
+    ROUNDED: WAS_ROUNDED,
+    r"^[0-9]+[.,]0+$": "has decimals, as ids have that a program took for numbers; write the column as text",
+    r"^#(N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|SPILL!|CALC!|#+)$": "is an error of a spreadsheet; repair the cell",
+}
+"""What is no id, since a program wrote it over ids: pattern -> the refusal. Several people would share it, or one have two ids."""
 
 
 def ids_of(cells: Any, column: str) -> tuple[Any, NDArray[np.object_]]:
@@ -37,7 +43,8 @@ def ids_of(cells: Any, column: str) -> tuple[Any, NDArray[np.object_]]:
     problems = _id_problems(texts)
     wrong = np.flatnonzero(problems != "")
     problems[wrong] = [f"{column} is not usable: it {problem}" for problem in problems[wrong]]
-    problems[were_rounded(texts)] = f"{column} {WAS_ROUNDED}"
+    for pattern, problem in SPOILT.items():
+        problems[mask(pc.match_substring_regex(texts, pattern))] = f"{column} {problem}"
     problems[mask(pc.match_substring(texts, UNREADABLE))] = f"{column} is not UTF-8 text"
     return texts, problems
 

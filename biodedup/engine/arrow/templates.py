@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from biodedup.capture.minutiae.batch import standard_records
 from biodedup.capture.minutiae.record import best_views, standard
+from biodedup.common import quality as quality_scale
 from biodedup.engine.arrow.ids import ids_of
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.packed import Packed, empties, from_whole, pack, to_arrays
@@ -280,12 +281,15 @@ def _records(
 
 
 def _qualities(cells: Any, name: str, has: NDArray[np.bool_], refusals: Refusals) -> Float32:
+    """As files keep them."""
     if not (pa.types.is_floating(cells.type) or pa.types.is_integer(cells.type)):
         raise InvalidInput(f"column {name}{QUALITY} is of type {cells.type}; wanted float32")
     values = pc.fill_null(cells.cast(pa.float32()), np.nan).to_numpy(zero_copy_only=False)
+    top = 1.0 if name == "face" else quality_scale.SCORE_MAX
     _refuse(refusals, np.isinf(values), f"{name}{QUALITY} is not a finite number")
+    _refuse(refusals, np.isfinite(values) & ~((values >= 0) & (values <= top)), f"{name}{QUALITY} is not from 0 to 1")
     _refuse(refusals, ~np.isnan(values) & ~has, f"{name}{QUALITY} is stated without a template")
-    return np.asarray(values, np.float32)
+    return quality_scale.each_of_table(name, values)
 
 
 def _filed(batch: Any, refusals: Refusals) -> dict[str, Packed]:

@@ -45,6 +45,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from biodedup.common import quality as quality_scale
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.chain import (
@@ -154,7 +155,7 @@ class State:
 
 @dataclass(frozen=True)
 class JournalCell:
-    """One template of the journal. vector: float32 bytes, or None."""
+    """One template of the journal. vector: float32 bytes, or None. quality: as files keep it, see `common.quality`."""
 
     row: int
     column: str
@@ -428,7 +429,9 @@ class CatalogueTables(ABC):
         where = f"key IN ({','.join('?' * len(names))})"
         for key, model_id, vector, minutiae, quality in self._all("held", "key", where, tuple(names)):
             embedding = None if vector is None else np.frombuffer(vector, "<f4")
-            templates[names[key]] = Template(names[key], model_id, embedding, minutiae, quality)
+            templates[names[key]] = Template(
+                names[key], model_id, embedding, minutiae, quality_scale.from_stored(names[key], quality)
+            )
         return templates
 
     def drop_held(self, encounter_id: str) -> None:
@@ -795,5 +798,4 @@ def _checksum(packed: bytes) -> int:
 
 def _blobs(template: Template) -> tuple[bytes | None, bytes | None, float | None]:
     vector = None if template.embedding is None else np.asarray(template.embedding, "<f4").tobytes()
-    quality = None if template.quality is None else float(template.quality)
-    return vector, template.minutiae, quality
+    return vector, template.minutiae, quality_scale.as_stored(template.column, template.quality)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.common import quality as quality_scale
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
@@ -87,9 +88,11 @@ class Tail:
         presence = 0
         for name, template in templates.items():
             vectors = None if template.embedding is None else np.array([template.embedding], np.float32)
-            quality = np.nan if template.quality is None else template.quality
+            quality = quality_scale.as_stored(name, template.quality)
             records = [template.minutiae or b""]
-            self._cells(name, vectors).append(np.array([first]), vectors, records, np.array([quality], np.float32))
+            self._cells(name, vectors).append(
+                np.array([first]), vectors, records, np.array([np.nan if quality is None else quality], np.float32)
+            )
             presence |= 1 << COLUMNS.index(name)
         self._name([subject_id], encounter_id, np.array([group_set]), np.array([presence], np.uint16))
         if again:

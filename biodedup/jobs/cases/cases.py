@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from biodedup.common.described import Described
+from biodedup.config import LabelConfig
 from biodedup.engine import Engine
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.explanation.explain import explain_templates
@@ -36,6 +37,7 @@ CASE_SCHEMA = pa.schema(
         ("subject_id", pa.string()),
         ("asks", pa.string()),
         ("outcome", pa.string()),
+        ("label", pa.string()),
         ("opened_at", pa.timestamp("us", "UTC")),
         ("age_days", pa.float64()),
         ("reasons", pa.string()),
@@ -119,7 +121,7 @@ def list_cases(
     progress("reading cases", len(cases), len(cases))
     if out is not None:
         _made_for(out)
-        write_table(pa.Table.from_pylist(list(_rows(result)), CASE_SCHEMA), out)
+        write_table(pa.Table.from_pylist(list(_rows(result, engine.config.labels)), CASE_SCHEMA), out)
     if page is not None:
         _made_for(page)
         shown = [_shown(case, result.now) for case in cases[:CASES_ON_A_PAGE]]
@@ -189,7 +191,7 @@ def reasons_of(decision: Decision) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _rows(result: CasesResult) -> Iterator[dict[str, Any]]:
+def _rows(result: CasesResult, labels: LabelConfig) -> Iterator[dict[str, Any]]:
     for case in result.cases:
         decision = case.decision
         about = {
@@ -197,6 +199,7 @@ def _rows(result: CasesResult) -> Iterator[dict[str, Any]]:
             "subject_id": case.subject_id,
             "asks": _asks(case),
             "outcome": decision.outcome,
+            "label": labels.of(decision.outcome),
             "opened_at": _microseconds(case.opened_at),
             "age_days": round((result.now - case.opened_at) / _DAY_S, 6),
             "reasons": "; ".join(reasons_of(decision)),

@@ -28,6 +28,7 @@ from biodedup.common.tables import flat, plain
 from biodedup.engine import Engine
 from biodedup.errors import CallerError
 from biodedup.gallery.files.private import make_private_folder
+from biodedup.jobs.manifests.fields import located
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.roll import Roll, read_roll
 from biodedup.jobs.shared.checkpoint import Notes
@@ -422,7 +423,7 @@ def _capture(roll: Roll, folder: Path, index: int) -> Capture:
         for name in ("path", "position", "dpi")
         if name in roll.table.column_names
     }
-    path, position = folder / row["path"], row.get("position") or "face"
+    path, position = located(folder, row["path"]), row.get("position") or "face"
     return Face(path) if position == "face" else Finger(path, position, float(row["dpi"]) if row.get("dpi") else None)
 
 

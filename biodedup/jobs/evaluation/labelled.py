@@ -19,6 +19,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from biodedup.capture.minutiae.record import standard, view_of
+from biodedup.common import quality as quality_scale
 from biodedup.config import Config
 from biodedup.embed.extractor import Extractor
 from biodedup.embed.isolation import FAILURES
@@ -284,7 +285,8 @@ def _part_of(results: Sequence[Template | Refusal]) -> pa.Table:
         if isinstance(result, Refusal):
             row["refusal"] = json.dumps(asdict(result))
         else:
-            row |= {"model_id": result.model_id, "minutiae": result.minutiae, "quality": result.quality}
+            row |= {"model_id": result.model_id, "minutiae": result.minutiae}
+            row["quality"] = quality_scale.as_stored(result.column, result.quality)
             row["embedding"] = None if result.embedding is None else result.embedding.tolist()
         rows.append(row)
     return pa.Table.from_pylist(rows, _PART_SCHEMA)
@@ -323,7 +325,7 @@ def _read_part(storage: Storage, part: Path) -> list[Template | Refusal] | None:
             row["model_id"],
             None if row["embedding"] is None else np.array(row["embedding"], np.float32),
             row["minutiae"],
-            row["quality"],
+            quality_scale.from_stored(row["column"], row["quality"]),
         )
         for row in rows
     ]

@@ -22,6 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import biodedup
+from biodedup.common import quality as quality_scale
 from biodedup.common.described import Described
 from biodedup.config import Config
 from biodedup.engine.callers.export_right import note_export
@@ -186,7 +187,7 @@ def _rows_of(snapshot: Snapshot, part: Part, positions: NDArray[np.int64], schem
         if column is not None and has.any():
             vectors, minutiae = column.vectors_at(at[has]), column.minutiae_at(at[has])
             first, last = int(at[has][0]), int(at[has][-1]) + 1
-            quality = column.quality(first, last)[at[has] - first]
+            quality = quality_scale.each_from_stored(name, column.quality(first, last)[at[has] - first])
         cells[name] = _lists(vectors, has)
         cells[f"{name}_minutiae"] = _spread([record or None for record in minutiae], has)
         cells[f"{name}_quality"] = _spread([None if np.isnan(q) else q for q in quality.tolist()], has)

@@ -22,6 +22,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from biodedup.common import quality as quality_scale
 from biodedup.common.described import Described
 from biodedup.config import Config
 from biodedup.errors import BiodedupError, GalleryDamaged, InvalidInput
@@ -414,7 +415,8 @@ class _ImportedColumn:
 
     def quality(self, low: int, high: int) -> Float32:
         values = self._cells(f"{self._name}_quality", low, high).cast(pa.float32())
-        return np.asarray(pa.compute.fill_null(values, np.nan).to_numpy(zero_copy_only=False), np.float32)
+        stated = pa.compute.fill_null(values, np.nan).to_numpy(zero_copy_only=False)
+        return quality_scale.each_of_table(self._name, stated)
 
     def minutiae(self, low: int, high: int) -> Packed:
         if self._name == "face":

@@ -141,7 +141,7 @@ def ingest_batches(
     if not usable:
         files = tuple(described(file, None, 0.0) for file in examined)
         result = IngestResult(files, (), (), (), now, keys.problems)
-        return write_result(result, out, report)
+        return write_result(result, out, report, (config or Config()).labels)
     with Engine.open(gallery, config or Config(isolation=IsolationConfig()), clock=clock) as engine:
         ledger = Ledger(gallery, engine.config.keys)
         try:
@@ -149,7 +149,7 @@ def ingest_batches(
             job = _Ingest(engine, ledger, run, received_at, progress)
             job.reader = partial(BatchReader, trusted=keys, centre=centre, allow_unencrypted=allow_unencrypted)
             result = replace(job.result(examined), trust_problems=keys.problems)
-            result = write_result(result, out, report)
+            result = write_result(result, out, report, engine.config.labels)
             ledger.finish(run)
             return result
         finally:

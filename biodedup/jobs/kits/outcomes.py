@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 
 from biodedup.common.described import Described
+from biodedup.config import LabelConfig
 from biodedup.jobs.kits.format.keys import PublicKey
 from biodedup.jobs.kits.format.record import Record
 from biodedup.jobs.kits.ledger import Taker
@@ -33,6 +34,7 @@ RecordOutcome: TypeAlias = Literal[
 CLOCK_TOLERANCE_S = 300.0
 """Two clocks that are set by hand differ by minutes."""
 _OF_DECISION: dict[str, RecordOutcome] = {"unique": "enrolled", "duplicate": "duplicate", "review": "review", "refused": "refused"}  # fmt: skip
+_LABELLED_AS: dict[str, str] = {"conflict": "refused", "subject_exists": "refused"}
 _OF_REFUSAL: dict[str, RecordOutcome] = {"encounter_conflict": "conflict", "subject_exists": "subject_exists"}
 _DAY_S = 86_400.0
 
@@ -255,7 +257,7 @@ def described(file: Examined, first_received_at: float | None, received_at: floa
     )
 
 
-def write_result(result: IngestResult, out: Path, report: Path | None) -> IngestResult:
+def write_result(result: IngestResult, out: Path, report: Path | None, labels: LabelConfig) -> IngestResult:
     """Writes the table, the summary and the page, and returns the result. A run of which every file was refused leaves the results of an
     earlier run as they are."""
     page, summary = report or out.with_suffix(".html"), out.with_name(f"{out.stem}.summary.json")
@@ -270,9 +272,16 @@ def write_result(result: IngestResult, out: Path, report: Path | None) -> Ingest
             return None  # a clock that is beyond any calendar
 
     times = ("captured_at", "packed_at", "received_at")
-    rows = [asdict(o) | {name: moment(getattr(o, name)) for name in times} for o in result.outcomes]
+    rows = [
+        asdict(o)
+        | {name: moment(getattr(o, name)) for name in times}
+        | {"label": labels.of(o.decision if o.outcome == "already_taken" else _LABELLED_AS.get(o.outcome, o.outcome))}
+        for o in result.outcomes
+    ]
     kinds = {"sequence": pa.int64(), "score_db": pa.float64()} | dict.fromkeys(times, pa.timestamp("ms", "UTC"))
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Outcome.__dataclass_fields__])
+    names = list(Outcome.__dataclass_fields__)
+    names.insert(names.index("outcome") + 1, "label")
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
     write_table(pa.Table.from_pylist(rows, schema=schema), out)
     write_json(result.summary(), summary)
     write_page(page, "kit_ingest.html", result=result, summary=result.summary())

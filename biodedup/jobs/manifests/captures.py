@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from biodedup.errors import InvalidInput
-from biodedup.jobs.manifests.fields import CaptureCell, Unusable, capture_of, check_fields, id_of, subject_of
+from biodedup.jobs.manifests.fields import CaptureCell, Unusable, capture_of, check_fields, id_of, located, subject_of
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.texts import shown, writable
@@ -230,7 +230,7 @@ def _row(number: int, subject_id: str, cells: Mapping[str, Any], folder: Path) -
     cell = capture_of(cells)
     if not isinstance(cell, CaptureCell) or not isinstance(cell.source, str):
         raise Unusable("no_capture", "the row names no path")
-    capture = cell.capture(folder / cell.source)
+    capture = cell.capture(located(folder, cell.source))
     other_columns = {name: value for name, value in cells.items() if name not in RESERVED}
     return Row(number, subject_id, capture, id_of(cells, "encounter_id"), other_columns)
 

@@ -14,7 +14,7 @@ from biodedup.common.described import Described
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.captures import RESERVED, LeftOut, RefusedRow, images_of, no_images, read_rows
 from biodedup.jobs.manifests.encounters import Manifest, Record
-from biodedup.jobs.manifests.fields import Unusable, check_fields, id_of, moment_of, subject_of
+from biodedup.jobs.manifests.fields import Unusable, check_fields, id_of, located, moment_of, subject_of
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.roll import read_roll
 from biodedup.jobs.manifests.tables import TableFile
@@ -101,7 +101,7 @@ def check_encounters(manifest: Path, options: TableOptions = DEFAULT_OPTIONS) ->
     table.survey()
     for record in table.records():
         count += 1
-        paths = [manifest.parent / cell.source for cell in record.cells if isinstance(cell.source, str)]
+        paths = [located(manifest.parent, cell.source) for cell in record.cells if isinstance(cell.source, str)]
         bad = _absent(record.row, record.subject_id, paths)
         if record.problem is not None:
             bad = RefusedRow(record.row, record.subject_id, record.problem)
@@ -113,7 +113,8 @@ def check_encounters(manifest: Path, options: TableOptions = DEFAULT_OPTIONS) ->
     notes = []
     if first_clock is not None:
         notes.append(
-            f"captured_at is no time in {clocks:,} rows, first in row {first_clock.row}; state its form, as --date-format %d/%m/%Y"
+            f"captured_at is no time in {clocks:,} rows, first in row {first_clock.row}; state its form, as --date-format %d/%m/%Y, or write "
+            "day numbers of a spreadsheet as dates"
         )
     return _checked(TableFile(manifest, options), count, refused, notes)
 
@@ -129,7 +130,9 @@ def check_roll(roll: Path, options: TableOptions = DEFAULT_OPTIONS) -> Checked:
     refused = [RefusedRow(line, None, Refusal("encounter", "invalid_input", why)) for line, _, why in listed.refused]
     if listed.of_captures:
         lines = zip(listed.lines.tolist(), listed.texts("path"), strict=True)
-        refused += [bad for line, path in lines if (bad := _absent(line, None, [roll.parent / path])) is not None]
+        refused += [
+            bad for line, path in lines if (bad := _absent(line, None, [located(roll.parent, path)])) is not None
+        ]
     return Checked(str(roll), len(listed.lines) + len(listed.refused), _in_order(refused))
 
 

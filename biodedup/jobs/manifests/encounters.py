@@ -34,6 +34,7 @@ from biodedup.jobs.manifests.fields import (
     dpi_of,
     groups_of,
     id_of,
+    located,
     moment_of,
     path_of,
     position_of,
@@ -174,7 +175,9 @@ class Manifest:
                 add("embedding", templates[cell.column].tobytes())
                 continue
             found = read(
-                self.path.parent / cell.source if isinstance(cell.source, str) else cell.source, cell.column, limits
+                located(self.path.parent, cell.source) if isinstance(cell.source, str) else cell.source,
+                cell.column,
+                limits,
             )
             if isinstance(found, Refusal):
                 refusals.append(found)

@@ -3,7 +3,7 @@
 Every reader of a table takes the meaning of a cell from here, so that one row means the same in all jobs. Never opens a file.
 
 1. Ids are text and keep every letter: `0012`, `1e5`, `NA` and `true` are ids; one with spaces around it is refused. A typed table's whole number is the id of its digits. An id
-   that a spreadsheet rounded (`3.17E+15`) is refused, because several people would share it.
+   that a spreadsheet rounded (`3.17E+15`), gave decimals (`12.0`) or replaced by an error (`#N/A`) is refused.
 2. A cell that cannot be used raises `Unusable`, with a reason of `enrolment/outcomes.py` and a detail that names the column. The job decides
    what that costs: a row or an encounter.
 3. `engine.arrow.ids.ids_of` gives a whole Arrow column the meaning that `id_of` gives one cell.
@@ -11,14 +11,17 @@ Every reader of a table takes the meaning of a cell from here, so that one row m
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
-from biodedup.engine.arrow.ids import ROUNDED, UNREADABLE, WAS_ROUNDED
+from biodedup.engine.arrow.ids import SPOILT, UNREADABLE
 from biodedup.errors import InvalidInput
 from biodedup.texts import shown
 from biodedup.values import (
@@ -132,8 +135,9 @@ def id_of(cells: Mapping[str, Any], column: str) -> str | None:
     """A usable id, or None where the cell is empty."""
     text = text_of(cells.get(column), column)
     if text is not None:
-        if re.fullmatch(ROUNDED, text):
-            raise Unusable("unusable_id", f"{column} {WAS_ROUNDED}")
+        for pattern, problem in SPOILT.items():
+            if re.fullmatch(pattern, text):
+                raise Unusable("unusable_id", f"{column} {problem}")
         try:
             check_encounter_id(text) if column == "encounter_id" else check_id(text, column)
         except InvalidInput as error:
@@ -149,6 +153,17 @@ def path_of(cell: Any, column: str = "path") -> str | None:
     if path is not None and ("\0" in path or len(path) > _PATH_LENGTH_MAX):
         raise Unusable("wrong_type", f"{column} is no path of a file: {_quoted(path)}")
     return path
+
+
+def located(folder: Path, written: str) -> Path:
+    """The file that a path names, relative to the folder of its table. If it does not exist, the path is read as Windows writes it
+    (`faces\\a.jpg`), and with accented letters as macOS writes them (NFD) and as others do (NFC)."""
+    plain = folder / written
+    if written.isascii() and "\\" not in written:
+        return plain
+    slashed = written.replace("\\", "/")
+    forms = (written, slashed, unicodedata.normalize("NFC", slashed), unicodedata.normalize("NFD", slashed))
+    return next((folder / form for form in forms if os.path.lexists(folder / form)), plain)
 
 
 def position_of(cell: Any) -> str:
@@ -220,7 +235,7 @@ def split_groups(cell: Any, column: str = "groups") -> list[str]:
 
 def moment_of(cell: Any, date_format: str | None = None) -> float | None:
     """Seconds since 1970 of a time, a date, a number, or a text: ISO 8601, or seconds. UTC where no zone is stated. None where it is no time:
-    a wrong clock never keeps a record out. date_format: of texts, as the caller declares it; one of another form raises Unusable."""
+    a wrong clock never keeps a record out. A number of 20,000 to 80,000 is no time: it is the day number of a spreadsheet (1954 to 2119). date_format: of texts, as the caller declares it; one of another form raises Unusable."""
     if isinstance(cell, str) and date_format is not None and cell.strip():
         try:
             cell = datetime.strptime(cell.strip(), date_format)
@@ -236,7 +251,8 @@ def moment_of(cell: Any, date_format: str | None = None) -> float | None:
             cell = datetime(cell.year, cell.month, cell.day)
         if isinstance(cell, datetime):
             return (cell if cell.tzinfo else cell.replace(tzinfo=UTC)).timestamp()
-        return float(cell) if isinstance(cell, (int, float)) and isfinite(cell) else None
+        plain = isinstance(cell, (int, float)) and isfinite(cell) and not 20_000 <= cell <= 80_000
+        return float(cell) if plain else None
     except (ValueError, OverflowError):
         return None
 

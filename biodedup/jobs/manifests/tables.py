@@ -89,6 +89,7 @@ def _form_and_schema(path: Path, options: TableOptions) -> tuple[TextForm | None
         if path.suffix.lower() == ".parquet":
             return None, pa.parquet.read_schema(path)
         if path.suffix.lower() in CSV_SUFFIXES:
+            _refuse_workbook(path)
             form = text_form(path, options.encoding)
             refuse_no_text(form, path)
             # not by Arrow, whose threads may outlive a program that ends at once
@@ -99,7 +100,22 @@ def _form_and_schema(path: Path, options: TableOptions) -> tuple[TextForm | None
         raise InvalidInput(
             f"{path} is not a readable table ({type(error).__name__}); write it as Parquet or CSV"
         ) from error
+    _refuse_workbook(path)
     raise InvalidInput(f"{path.name} is no manifest by its name; end it with .parquet or .csv")
+
+
+def _refuse_workbook(path: Path) -> None:
+    """Raises InvalidInput for the file of a spreadsheet program, by its first bytes."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise InvalidInput(
+            f"{path} is a workbook (.xlsx, .xls, .ods), not a table of text; save the sheet as CSV UTF-8"
+        )
+    if start.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<html", b"<!doctype", b"<table", b"<?xml")):
+        raise InvalidInput(f"{path} is a page (HTML or XML), as some systems export tables; save it as CSV UTF-8")
 
 
 def _trimmed(cell: str, column: str) -> str | None:

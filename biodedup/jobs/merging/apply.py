@@ -16,7 +16,7 @@ Owns the order of the steps and the log that an undo needs (`GALLERY/merges/ID.p
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from biodedup.common import quality as quality_scale
 from biodedup.common.described import Described
 from biodedup.config import Config
 from biodedup.errors import GalleryDamaged, InvalidInput
@@ -296,7 +297,7 @@ def _entries(snapshot: Snapshot, members: Sequence[Member]) -> dict[str, dict[st
             "encounter_id": member.encounter_id,
             "groups": sorted(groups),
             "row": row if member.central else None,
-            "templates": [vars(template) for template in snapshot.templates(row).values()] if member.central else None,
+            "templates": _template_rows(snapshot.templates(row)) if member.central else None,
             "older": [_encounter(encounter) for encounter in snapshot.encounters_of(member.subject_id)[:-1]]
             if member.central
             else None,
@@ -306,8 +307,12 @@ def _entries(snapshot: Snapshot, members: Sequence[Member]) -> dict[str, dict[st
 
 
 def _encounter(encounter: EnrolledEncounter) -> dict[str, Any]:
-    templates = [vars(template) for template in encounter.templates.values()]
+    templates = _template_rows(encounter.templates)
     return {"encounter_id": encounter.encounter_id, "groups": list(encounter.groups), "templates": templates}
+
+
+def _template_rows(templates: Mapping[str, Template]) -> list[dict[str, Any]]:
+    return [vars(t) | {"quality": quality_scale.as_stored(t.column, t.quality)} for t in templates.values()]
 
 
 def _write_log(log: Path, batches: Iterator[Any], storage: Storage) -> None:
@@ -469,7 +474,8 @@ def _templates(logged: dict[str, Any]) -> dict[str, Template]:
 
 def _template(fields: dict[str, Any]) -> Template:
     embedding = None if fields["embedding"] is None else np.array(fields["embedding"], np.float32)
-    return Template(fields["column"], fields["model_id"], embedding, fields["minutiae"], fields["quality"])
+    quality = quality_scale.from_stored(fields["column"], fields["quality"])
+    return Template(fields["column"], fields["model_id"], embedding, fields["minutiae"], quality)
 
 
 def _withdraw(target: Gallery, name: str, stands_for: dict[int, int], progress: Progress) -> int:

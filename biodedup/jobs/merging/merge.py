@@ -227,6 +227,7 @@ def _results(
             settings=settings,
             left_out=left_out,
         ),
+        run.config.labels,
     )
     return [record for group in groups if group.applies for record in group.absorbed], summary
 
@@ -370,7 +371,7 @@ def _templates(staged: Snapshot, rows: Sequence[int]) -> list[dict[str, float | 
     presence = staged.presence(rows)
     templates: list[dict[str, float | None]] = [{} for _ in rows]
     for column in staged.models:
-        quality = (staged.quality(rows, column) / (1.0 if column == "face" else 100.0)).tolist()
+        quality = staged.quality(rows, column).tolist()
         for i in np.flatnonzero(presence >> COLUMNS.index(column) & 1).tolist():
             templates[i][column] = None if np.isnan(quality[i]) else quality[i]
     return templates

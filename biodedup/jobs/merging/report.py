@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from biodedup.config import LabelConfig
 from biodedup.jobs.merging.model import Findings, Group
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
@@ -26,11 +27,11 @@ def beside(out: Path, ending: str) -> Path:
     return out.with_name(f"{out.stem}.{ending}")
 
 
-def write_results(out: Path, findings: Findings) -> dict[str, Any]:
+def write_results(out: Path, findings: Findings, labels: LabelConfig) -> dict[str, Any]:
     """Writes `out` and four files beside it, and returns the summary. Raises StorageUnavailable."""
     summary = _summary(findings) | {"pairs_left_out": findings.left_out}
-    write_table(_members_table(findings.groups, findings.settings.rule), out)
-    write_table(_pairs_table(findings), beside(out, "pairs.parquet"))
+    write_table(_members_table(findings.groups, findings.settings.rule, labels), out)
+    write_table(_pairs_table(findings, labels), beside(out, "pairs.parquet"))
     write_table(_shared_table(findings), beside(out, "collisions.parquet"))
     write_json(summary, beside(out, "summary.json"))
     _write_page(findings, summary, beside(out, "html"))
@@ -70,7 +71,7 @@ def _summary(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _members_table(groups: Sequence[Group], rule: str) -> Any:
+def _members_table(groups: Sequence[Group], rule: str, labels: LabelConfig) -> Any:
     rows = [(group, member) for group in groups for member in group.members]
 
     def column(kind: Any, value: Any) -> Any:
@@ -80,6 +81,7 @@ def _members_table(groups: Sequence[Group], rule: str) -> Any:
         {
             "cluster": column(pa.int64(), lambda group, member: group.number),
             "decision": column(pa.string(), lambda group, member: "apply" if group.applies else "adjudicate"),
+            "label": column(pa.string(), lambda group, member: labels.of("duplicate" if group.applies else "review")),
             "subject_id": column(pa.string(), lambda group, member: member.subject_id),
             "district": column(pa.string(), lambda group, member: member.district),
             "original_id": column(pa.string(), lambda group, member: member.original_id),
@@ -110,7 +112,7 @@ _EVIDENCE = pa.struct(
 )
 
 
-def _pairs_table(findings: Findings) -> Any:
+def _pairs_table(findings: Findings, labels: LabelConfig) -> Any:
     links, district_of = findings.links, findings.district_of
     cluster_of = {link.subject_ids: group.number for group in findings.groups for link in group.links}
     strength = ["duplicate"] * len(findings.strong) + ["review"] * len(findings.for_review)
@@ -137,6 +139,7 @@ def _pairs_table(findings: Findings) -> Any:
             "score_db": pa.array([link.score_db for link in links], pa.float64()),
             "extrapolated": pa.array([link.extrapolated for link in links], pa.bool_()),
             "strength": pa.array(strength, pa.string()),
+            "label": pa.array(map(labels.of, strength), pa.string()),
             "evidence": pa.array(evidence, pa.list_(_EVIDENCE)),
         }
     )

@@ -72,16 +72,17 @@ def llr_reaching(score_db: float, calibrations: Sequence[Calibration]) -> float:
     return float(first + np.searchsorted(scores, score_db)) * STEP_DB
 
 
-def mated_quantile_db(share: float, calibrations: Sequence[Calibration]) -> float:
-    """The score_db below which this share of mates score."""
-    first, below = _table(calibrations, "mated")
+def mated_quantile_db(share: float, calibrations: Sequence[Calibration], likely: Sequence[float] = ()) -> float:
+    """The score_db below which this share of mates score. likely: as of `mated_share_below`."""
+    first, below = _mated_table(calibrations, likely)
     index = int(np.searchsorted(below, share, side="right")) - 1
     return float(score_db_of_steps(np.int64(first + max(index, 0)), calibrations))
 
 
-def mated_share_below(score_db: float, calibrations: Sequence[Calibration]) -> float:
-    """The share of mates that score below score_db."""
-    first, below = _table(calibrations, "mated")
+def mated_share_below(score_db: float, calibrations: Sequence[Calibration], likely: Sequence[float] = ()) -> float:
+    """The share of mates that score below score_db. likely: of each capture, the share of its mated comparisons that follow the law of
+    mates; the others follow that of non-mates, as those of poor captures do. () stands for 1 each."""
+    first, below = _mated_table(calibrations, likely)
     index = round(llr_reaching(score_db, calibrations) / STEP_DB) - first
     return float(below[index]) if index < len(below) else 1.0
 
@@ -99,14 +100,34 @@ def _table(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[
     return known[1:]
 
 
-def _convolved(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[np.float64]]:
-    first, mass = mass_of(calibrations[0], law)
-    for calibration in calibrations[1:]:
-        start, more = mass_of(calibration, law)
+def _mated_table(calibrations: Sequence[Calibration], likely: Sequence[float]) -> tuple[int, NDArray[np.float64]]:
+    """As `_table` of mates. Not kept where a capture is poor: such captures are few, and their combinations many."""
+    if all([share == 1 for share in likely]):
+        return _table(calibrations, "mated")
+    parts = []
+    for calibration, share in zip(calibrations, likely, strict=True):
+        (first, mated), (_, nonmated) = mass_of(calibration, "mated"), mass_of(calibration, "best")
+        parts.append((first, share * mated + (1 - share) * nonmated / nonmated.sum()))
+    return _below(*_summed(parts))
+
+
+def _below(first: int, mass: NDArray[np.float64]) -> tuple[int, NDArray[np.float64]]:
+    return first, np.append(0.0, np.minimum(np.cumsum(mass[:-1]), 1.0))
+
+
+def _summed(parts: Sequence[tuple[int, NDArray[np.float64]]]) -> tuple[int, NDArray[np.float64]]:
+    """The distribution of the sum of independent numbers."""
+    first, mass = parts[0]
+    for start, more in parts[1:]:
         first += start
         mass = np.convolve(mass, more)
+    return first, mass
+
+
+def _convolved(calibrations: Sequence[Calibration], law: Law) -> tuple[int, NDArray[np.float64]]:
+    first, mass = _summed([mass_of(calibration, law) for calibration in calibrations])
     if law == "mated":
-        return first, np.append(0.0, np.minimum(np.cumsum(mass[:-1]), 1.0))
+        return _below(first, mass)
     survival = np.cumsum(mass[::-1])[::-1]  # smallest first: the tail is summed before the bulk drowns it
     with np.errstate(divide="ignore"):
         return first, np.clip(-10 * np.log10(survival), 0.0, SCORE_DB_MAX)

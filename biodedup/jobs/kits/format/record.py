@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from biodedup.common import quality as quality_scale
 from biodedup.errors import InvalidInput
 from biodedup.texts import shown
 from biodedup.values import COLUMNS, Capture, Encounter, Face, Finger, Float32, Missing, Refusal, Template
@@ -178,14 +179,16 @@ def _template_row(column: str, given: Float32 | bytes | Template) -> dict[str, A
     """A bare vector or record has no model_id: the centre takes it to be of the column's model, as the engine does."""
     if isinstance(given, Template):
         vector = None if given.embedding is None else given.embedding.tolist()
-        return {"column": column, "model_id": given.model_id, "embedding": vector, "minutiae": given.minutiae, "quality": given.quality}  # fmt: skip
+        quality = quality_scale.as_stored(given.column, given.quality)
+        return {"column": column, "model_id": given.model_id, "embedding": vector, "minutiae": given.minutiae, "quality": quality}  # fmt: skip
     return {"column": column, "minutiae": given} if isinstance(given, bytes) else {"column": column, "embedding": given.tolist()}  # fmt: skip
 
 
 def _template_of(row: dict[str, Any]) -> Float32 | bytes | Template:
     vector = None if row["embedding"] is None else np.array(row["embedding"], np.float32)
     if row["model_id"] is not None:
-        return Template(row["column"], row["model_id"], vector, row["minutiae"], row["quality"])
+        quality = quality_scale.from_stored(row["column"], row["quality"])
+        return Template(row["column"], row["model_id"], vector, row["minutiae"], quality)
     if vector is not None:
         return vector
     if not isinstance(row["minutiae"], bytes):
