@@ -163,6 +163,14 @@ IndexOption = Annotated[
         help="The index engine of a new gallery: native, or faiss:FACTORY, such as faiss:IVF2048,PQ64x4fs. Repeatable by column.",
     ),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Have a Ray cluster do the work: host:port, or auto for the one that this machine belongs to. The result is the same.",
+    ),
+]
 DEFAULT_GALLERY = Path("gallery")
 WAIT_STEP_S = 0.2
 LINE_S = 10.0

@@ -19,6 +19,7 @@ from biodedup.cli.base import (
     JsonOption,
     ModelIdOption,
     Panel,
+    RayOption,
     ThreadsOption,
     app,
     configured,
@@ -73,6 +74,7 @@ def enroll_batch(
     capture_s_max: Annotated[
         float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
     ] = IsolationConfig.capture_s_max,
+    ray: RayOption = None,
     model_id: ModelIdOption = None,
     index: IndexOption = None,
     check: CheckOption = False,
@@ -109,7 +111,7 @@ def enroll_batch(
             count = jobs.announce(backlog, manifest, options=options)
             finish({"announced": count}, f"announced {count:,} encounters", as_json)
             return
-        with progress_bar(lines=not as_json) as progress:
+        with progress_bar(lines=not as_json) as progress, jobs.ray_executor(ray) as executor:
             done = jobs.enroll_batch(
                 engine,
                 backlog,
@@ -122,6 +124,7 @@ def enroll_batch(
                 model_id=model_ids(model_id),
                 options=options,
                 progress=progress,
+                executor=executor,
             )
     summary = done.summary() | {"result": str(result)} | ({"report": str(report)} if report else {})
     print_summary(summary if as_json else _labelled(summary, chosen.labels), as_json)

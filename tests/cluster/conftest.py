@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import biodedup as bd
+from tests.support import ROOT
 
 _numbers = itertools.count()
 
@@ -38,3 +40,22 @@ def register(postgres: Any, tmp_path: Path) -> Callable[..., bd.Engine]:
     yield open_one
     for engine in opened:
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of two nodes on this machine, which this process belongs to. A test that takes a node away adds it again."""
+    ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # of the processes that Ray starts
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=node)
+        made.add_node(num_cpus=1, object_store_memory=100 << 20)
+        made.wait_for_nodes()
+    ray.init(address=made.address, namespace="biodedup", log_to_driver=False, logging_level="warning")
+    yield made
+    ray.shutdown()
+    made.shutdown()

@@ -19,8 +19,6 @@ from biodedup.testing import internals
 from tests.support.shell import run
 from tests.support.vectors import again, people
 
-ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
@@ -29,22 +27,6 @@ pytestmark = [
 
 LAST = 1_000
 VECTORS = people(LAST + 1, seed=4)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Two nodes on this machine."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, namespace="biodedup", log_to_driver=False, logging_level="warning")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
 
 
 @pytest.fixture
