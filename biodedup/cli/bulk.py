@@ -14,7 +14,7 @@ from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
     ConfigOption,
-    GalleryOption,
+    FolderOption,
     IndexOption,
     JsonOption,
     ModelIdOption,
@@ -82,7 +82,7 @@ def enroll_batch(
     columns: ColumnsOption = None,
     date_format: DateFormatOption = None,
     ignore_columns: IgnoreColumnsOption = False,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -145,7 +145,7 @@ def _labelled(summary: Mapping[str, object], labels: LabelConfig) -> dict[str, o
 @app.command(rich_help_panel=Panel.JOBS)
 def status(
     report: Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")] = None,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     as_json: JsonOption = False,
 ) -> None:
     """Show how many encounters of bulk enrolments are in each state, for how long, and how long the queue will take."""

@@ -15,6 +15,7 @@ from biodedup.cli.base import (
     AcrossOption,
     ConfigOption,
     Exit,
+    FolderOption,
     GalleryOption,
     JsonOption,
     Panel,
@@ -248,7 +249,7 @@ def undo(
     merge_id: Annotated[
         str, typer.Argument(metavar="MERGE", help="The id of the merge, which `merge --apply` printed.")
     ],
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:

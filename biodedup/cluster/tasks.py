@@ -5,7 +5,9 @@ Owns what a task is, and what happens when one is lost. Nothing durable lives in
 1. Ray repeats a task whose process or node is lost, up to `_RETRIES` times. Then the job ends with a RetryableError, and the same command
    goes on where it was.
 2. A process opens the recipe of the work once. It refuses a job of another release.
-3. Tasks that nobody waits for any more are cancelled when the executor closes.
+3. Libraries of linear algebra use as many threads as in the job's own process: sums are rounded by how they are divided. On processors of one
+   kind results are then equal to the last bit.
+4. Tasks that nobody waits for any more are cancelled when the executor closes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from biodedup.cluster.shards import wire
 from biodedup.cluster.shards.ray_actors import joined
@@ -66,7 +70,7 @@ class RayExecutor:
         if known is None:
             known = self._works[id(work)] = self._known(work)
         options = {"num_cpus": known.threads, "max_retries": _RETRIES, "name": type(work).__name__}
-        reference = self._task.options(**options).remote(wire.release(), known.key, known.recipe, piece)
+        reference = self._task.options(**options).remote(known.about, known.key, known.recipe, piece)
         self._sent[reference.hex()] = reference
         return _Sent(self, work, reference)
 
@@ -95,7 +99,9 @@ class RayExecutor:
     def _known(self, work: Work[Any, Any]) -> _Known:
         recipe = work.recipe()
         largest = max(int(node["Resources"].get("CPU", 0)) for node in self._nodes())
-        return _Known(work, uuid.uuid4().hex, self._ray.put(recipe), min(recipe.threads, max(largest, 1)))
+        threads = {library["prefix"]: library["num_threads"] for library in threadpool_info()}
+        about = wire.release(), threads
+        return _Known(work, about, uuid.uuid4().hex, self._ray.put(recipe), min(recipe.threads, max(largest, 1)))
 
     def _processors(self) -> int:
         if time.monotonic() - self._counted_at > _COUNTED_S:
@@ -112,9 +118,11 @@ class RayExecutor:
 
 @dataclass(frozen=True)
 class _Known:
-    """A work whose recipe the cluster has. work: kept, so that its id stays its own; threads: processors that a task takes."""
+    """A work whose recipe the cluster has. work: kept, so that its id stays its own; about: as of `run_piece`; threads: processors that a
+    task takes."""
 
     work: Work[Any, Any]
+    about: tuple[str, dict[str, int]]
     key: str
     recipe: Any
     threads: int
@@ -134,8 +142,9 @@ _opened: dict[str, tuple[ExitStack, Callable[[Any], Any]]] = {}
 """By key, the work that this process does: the last one alone."""
 
 
-def run_piece(release: str, key: str, recipe: Recipe, piece: Any) -> Any:
-    """A task."""
+def run_piece(about: tuple[str, dict[str, int]], key: str, recipe: Recipe, piece: Any) -> Any:
+    """A task. about: the job's release, and the threads of its libraries by their names."""
+    release, threads = about
     if release != wire.release():
         raise InvalidInput(
             f"a Ray node has biodedup {wire.release()}, and the job has {release}; install one release on all nodes"
@@ -146,7 +155,12 @@ def run_piece(release: str, key: str, recipe: Recipe, piece: Any) -> Any:
         _opened.clear()
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+        os.environ["OMP_NUM_THREADS"] = str(
+            max(threads.values(), default=1)
+        )  # of processes that the work starts; Ray sets 1
         stack = ExitStack()
+        stack.enter_context(threadpool_limits(threads))
         _opened[key] = stack, stack.enter_context(recipe.opened())
+        stack.enter_context(threadpool_limits(threads))  # of libraries that were loaded meanwhile
     _, function = _opened[key]
     return function(piece)

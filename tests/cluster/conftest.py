@@ -51,7 +51,13 @@ def cluster() -> Iterator[Any]:
         patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # of the processes that Ray starts
         from ray.cluster_utils import Cluster
 
-        node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+        # a node that is gone is missed after ten seconds, and one that stands still on a loaded machine is not
+        patience = {
+            "health_check_timeout_ms": 60_000,
+            "health_check_period_ms": 1_000,
+            "health_check_failure_threshold": 10,
+        }
+        node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": patience}
         made = Cluster(initialize_head=True, head_node_args=node)
         made.add_node(num_cpus=1, object_store_memory=100 << 20)
         made.wait_for_nodes()

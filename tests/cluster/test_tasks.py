@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,16 +59,12 @@ def filled(folder: Path, vectors: np.ndarray, letter: str) -> Path:
 
 
 def task_processes() -> list[int]:
-    """Processes in which Ray does a task now."""
+    """Processes in which Ray compares a tile now."""
     found = []
     for about in Path("/proc").glob("[0-9]*"):
-        try:
-            if (about / "cmdline").read_bytes().startswith(b"ray::") and b"IDLE" not in (
-                about / "cmdline"
-            ).read_bytes():
+        with suppress(OSError):  # it has just ended
+            if (about / "cmdline").read_bytes().startswith(b"ray::JoinWork"):
                 found.append(int(about.name))
-        except OSError:
-            continue
     return found
 
 

@@ -15,6 +15,7 @@ from biodedup.cli.base import (
     DEFAULT_GALLERY,
     ConfigOption,
     Exit,
+    FolderOption,
     GalleryOption,
     IndexOption,
     JsonOption,
@@ -30,6 +31,7 @@ from biodedup.cli.base import (
     finish,
     index_engines,
     model_ids,
+    opened,
     print_json,
     progress_bar,
     say,
@@ -80,7 +82,7 @@ def load(
     check: CheckOption = False,
     encoding: EncodingOption = None,
     ignore_columns: IgnoreColumnsOption = False,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -165,7 +167,7 @@ def reindex(
     force: Annotated[
         bool, typer.Option("--force", help="Use an index that misses more mates than the miss risk allows.")
     ] = False,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -199,7 +201,7 @@ def export(
         typer.Option("--faiss", metavar="DIR", help="A new folder for the .faiss files of one column and ids.parquet."),
     ] = None,
     column: Annotated[str | None, typer.Option(help="The column of --faiss; default: face.")] = None,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -233,7 +235,7 @@ def export(
 @app.command(rich_help_panel=Panel.GALLERY)
 def compact(
     wait: WaitOption = 0,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -259,7 +261,7 @@ def compact(
 @app.command(rich_help_panel=Panel.GALLERY)
 def backup(
     target: Annotated[Path, typer.Argument(help="An empty folder, or an earlier backup, which is brought up to date.")],
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -286,7 +288,7 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a gallery holds."""
-    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+    with opened(gallery, configured(gallery, config)) as engine:
         facts = engine.info()
     if as_json:
         print_json(facts)
