@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from biodedup.cluster.gallery import ClusterGallery
 from biodedup.cluster.opening import open_register
 from biodedup.cluster.shards import wire
 from biodedup.cluster.shards.ray_actors import RayShards, SeenActor, drained_nodes, joined, seen_actors, set_drained
@@ -81,21 +82,31 @@ def upgrade(url: str, cluster: ClusterConfig, wait_s: float, told: Told) -> Upgr
 
     This process is a front-end meanwhile, and copies the segments, as each front-end does. Raises NotAGallery, InvalidInput, StorageUnavailable.
     """
-    config = Config()
-    limits = IndexLimits(config.threads, config.search.miss_risk)
-    given = {"storage": LocalStorage(), "config": config.gallery, "settings": config.to_dict(), "gallery_id": ""}
-    with (
-        joined(cluster.ray_address) as ray,
-        closing(open_register(url, cluster, **given, read_only=True, limits=limits)) as gallery,
-    ):
-        with closing(RayShards(cluster, gallery.register_id, config.threads, gallery.snapshot)) as shards:
+    with joined(cluster.ray_address) as ray, closing(_opened(url, cluster)) as gallery:
+        with closing(RayShards(cluster, gallery.register_id, Config().threads, gallery.snapshot)) as shards:
             states = _waited(lambda: [one["state"] for one in shards.keeper.status()], wait_s, told)
             serving, ended, asked = states.count("serving"), 0, 0
             if states and serving == len(states):
-                ended, asked = _ended(
-                    ray, lambda seen: seen.release != wire.release(), wait_s, told, gallery.register_id
-                )
+                ended, asked = _ended(ray, _is_other_release, wait_s, told, gallery.register_id)
             return Upgraded(wire.release(), serving, cluster.replicas * cluster.shard_groups, ended, asked)
+
+
+def _opened(url: str, cluster: ClusterConfig) -> ClusterGallery:
+    config = Config()
+    return open_register(
+        url,
+        cluster,
+        storage=LocalStorage(),
+        config=config.gallery,
+        settings=config.to_dict(),
+        gallery_id="",
+        read_only=True,
+        limits=IndexLimits(config.threads, config.search.miss_risk),
+    )
+
+
+def _is_other_release(seen: SeenActor) -> bool:
+    return seen.release != wire.release()
 
 
 def node_of(nodes: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -131,13 +142,10 @@ def _ended(
     until, ended = time.monotonic() + wait_s, 0
     while True:
         seen = [actor for actor in seen_actors(ray, _ANSWER_S, register_id) if means(actor)]
-        for actor in seen:
-            if actor.about is not None and actor.about.get("idle_s", 0.0) >= UNASKED_S:
-                actor.actor.end()
-                ended += 1
-        asked = len(seen) - sum(
-            1 for actor in seen if actor.about is not None and actor.about.get("idle_s", 0.0) >= UNASKED_S
-        )
+        unasked = [one for one in seen if one.about is not None and one.about.get("idle_s", 0.0) >= UNASKED_S]
+        for one in unasked:
+            one.actor.end()
+        ended, asked = ended + len(unasked), len(seen) - len(unasked)
         told("ending", ended, ended + asked)
         if not asked or time.monotonic() >= until:
             return ended, asked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 import biodedup as bd
-from tests.support import ROOT
 
 _numbers = itertools.count()
 
@@ -46,22 +44,9 @@ def register(postgres: Any, tmp_path: Path) -> Callable[..., bd.Engine]:
 def cluster() -> Iterator[Any]:
     """A Ray cluster of two nodes on this machine, which this process belongs to. A test that takes a node away adds it again."""
     ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # of the processes that Ray starts
-        from ray.cluster_utils import Cluster
+    from tests.support.ray_cluster import started
 
-        # a node that is gone is missed after ten seconds, and one that stands still on a loaded machine is not
-        patience = {
-            "health_check_timeout_ms": 60_000,
-            "health_check_period_ms": 1_000,
-            "health_check_failure_threshold": 10,
-        }
-        node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": patience}
-        made = Cluster(initialize_head=True, head_node_args=node)
-        made.add_node(num_cpus=1, object_store_memory=100 << 20)
-        made.wait_for_nodes()
-    ray.init(address=made.address, namespace="biodedup", log_to_driver=False, logging_level="warning")
+    made = started()
     yield made
     ray.shutdown()
     made.shutdown()

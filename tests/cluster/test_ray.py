@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import pytest
 import biodedup as bd
 from biodedup.cluster.shards.placement import Place
 from biodedup.testing import internals
+from tests.support import ROOT
 from tests.support.shell import run
 from tests.support.vectors import again, people
 
@@ -168,6 +171,18 @@ def test_a_lost_node_and_one_that_joins(front_end, cluster):
 
     until(replaced)
     assert is_unique(front_end)
+
+
+def test_searches_go_on_without_a_gcs_and_a_front_end_that_is_started_again_finds_everything(
+    front_end, register, cluster, tmp_path
+):
+    command = [sys.executable, "-m", "tests.cluster.gcs", register.url, f"file://{tmp_path}/store", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {one["phase"] for one in said} == {"before", "without", "after"}, done.stderr
+    assert {(*one["ids"], one["incomplete"]) for one in said} == {("s5", "s8", False)}
+    # Ray ends that front-end about a minute later. This one is in a cluster that was started anew, and only the store and PostgreSQL are the same.
+    assert search(front_end).ids[0, 0] == "s5" and not search(front_end).incomplete
 
 
 @contextmanager
