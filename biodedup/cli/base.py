@@ -105,7 +105,8 @@ def gallery_of(text: str) -> Path | RegisterUrl:
     return RegisterUrl(text) if text.startswith(("postgresql:", "postgres:")) else Path(text)
 
 
-def _refuse_register(gallery: Any) -> Any:
+def refuse_register(gallery: Any) -> Any:
+    """A callback of options that take a folder alone."""
     if isinstance(gallery, RegisterUrl):
         raise InvalidInput(
             "this command works on files in a gallery's folder, and a register in PostgreSQL was named; copy it to a folder by "
@@ -122,7 +123,7 @@ FolderOption = Annotated[
         envvar="BIODEDUP_GALLERY",
         metavar="FOLDER",
         parser=gallery_of,
-        callback=_refuse_register,
+        callback=refuse_register,
         help="The gallery's folder; enroll and load create it.",
     ),
 ]

@@ -100,7 +100,7 @@ class RayExecutor:
         recipe = work.recipe()
         largest = max(int(node["Resources"].get("CPU", 0)) for node in self._nodes())
         threads = {library["prefix"]: library["num_threads"] for library in threadpool_info()}
-        about = wire.release(), threads
+        about = wire.release(), os.getcwd(), threads
         return _Known(work, about, uuid.uuid4().hex, self._ray.put(recipe), min(recipe.threads, max(largest, 1)))
 
     def _processors(self) -> int:
@@ -122,7 +122,7 @@ class _Known:
     task takes."""
 
     work: Work[Any, Any]
-    about: tuple[str, dict[str, int]]
+    about: tuple[str, str, dict[str, int]]
     key: str
     recipe: Any
     threads: int
@@ -142,9 +142,9 @@ _opened: dict[str, tuple[ExitStack, Callable[[Any], Any]]] = {}
 """By key, the work that this process does: the last one alone."""
 
 
-def run_piece(about: tuple[str, dict[str, int]], key: str, recipe: Recipe, piece: Any) -> Any:
-    """A task. about: the job's release, and the threads of its libraries by their names."""
-    release, threads = about
+def run_piece(about: tuple[str, str, dict[str, int]], key: str, recipe: Recipe, piece: Any) -> Any:
+    """A task. about: the job's release and working folder, and the threads of its libraries by their names."""
+    release, folder, threads = about
     if release != wire.release():
         raise InvalidInput(
             f"a Ray node has biodedup {wire.release()}, and the job has {release}; install one release on all nodes"
@@ -155,6 +155,8 @@ def run_piece(about: tuple[str, dict[str, int]], key: str, recipe: Recipe, piece
         _opened.clear()
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+        with suppress(OSError):
+            os.chdir(folder)  # where the configuration names files by relative paths
         os.environ["OMP_NUM_THREADS"] = str(
             max(threads.values(), default=1)
         )  # of processes that the work starts; Ray sets 1

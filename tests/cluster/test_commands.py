@@ -56,6 +56,7 @@ def test_commands_that_look_take_a_url_and_need_no_ray(called, tmp_path):
         ("enroll-batch", "x.csv"),
         ("undo", "m"),
         ("key", "status"),
+        ("doctor",),
     ],
     ids=" ".join,
 )

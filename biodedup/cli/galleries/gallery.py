@@ -29,11 +29,13 @@ from biodedup.cli.base import (
     counted,
     existing,
     finish,
+    gallery_of,
     index_engines,
     model_ids,
     opened,
     print_json,
     progress_bar,
+    refuse_register,
     say,
     show_table,
 )
@@ -307,7 +309,15 @@ def doctor(
         Path | None, typer.Argument(metavar="[GALLERY]", help="The gallery's folder; default: ./gallery, if it is one.")
     ] = None,
     gallery: Annotated[
-        Path | None, typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The same, as an option.")
+        Path | None,
+        typer.Option(
+            "--gallery",
+            "-g",
+            envvar="BIODEDUP_GALLERY",
+            parser=gallery_of,
+            callback=refuse_register,
+            help="The same, as an option.",
+        ),
     ] = None,
     repair: Annotated[
         bool,
