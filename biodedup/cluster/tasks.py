@@ -157,9 +157,8 @@ def run_piece(about: tuple[str, str, dict[str, int]], key: str, recipe: Recipe, 
             os.setpriority(os.PRIO_PROCESS, 0, _NICE)
         with suppress(OSError):
             os.chdir(folder)  # where the configuration names files by relative paths
-        os.environ["OMP_NUM_THREADS"] = str(
-            max(threads.values(), default=1)
-        )  # of processes that the work starts; Ray sets 1
+        # Ray sets 1; the processes that the work starts have as many as those of the job
+        os.environ["OMP_NUM_THREADS"] = str(max(threads.values(), default=1))
         stack = ExitStack()
         stack.enter_context(threadpool_limits(threads))
         _opened[key] = stack, stack.enter_context(recipe.opened())

@@ -120,12 +120,12 @@ def test_a_merge_by_the_command_line_writes_the_same_five_files(cluster, tmp_pat
     a, b = people(60, seed=1), people(60, seed=2)
     b[:5] = again(a[:5], 0.9)
     sources = [filled(tmp_path / name, vectors, name) for name, vectors in (("a", a), ("b", b))]
-    for name, more in (("here", ()), ("there", ("--ray", cluster.address))):
+    for name in ("here", "there"):
         (tmp_path / name).mkdir()
-        code, _, error = run(
-            "merge", *sources, "--out", tmp_path / name / "m.parquet", "--min-db", 70, *more, cwd=tmp_path
-        )
-        assert code == 10, error
+    jobs.merge(sources, tmp_path / "here" / "m.parquet", min_db=70.0)
+    asked = ("--out", tmp_path / "there" / "m.parquet", "--min-db", 70, "--ray", cluster.address)
+    code, _, error = run("merge", *sources, *asked, cwd=tmp_path)
+    assert code == 10, error
     files = sorted(path.name for path in (tmp_path / "here").iterdir() if path.is_file())
     assert len(files) == 5
     for name in files:
