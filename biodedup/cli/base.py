@@ -95,9 +95,48 @@ class Exit(IntEnum):
 _REASON_MEANS = {"unique": "note", "duplicate": "note", "review": "a person has to look", "refused": "not enrolled"}
 """What the reasons of a decision are for, by its outcome."""
 
-GalleryOption = Annotated[
+
+class RegisterUrl(str):
+    """The URL of a register in PostgreSQL, in the place of a gallery's folder."""
+
+
+def gallery_of(text: str) -> Path | RegisterUrl:
+    """What `--gallery` names."""
+    return RegisterUrl(text) if text.startswith(("postgresql:", "postgres:")) else Path(text)
+
+
+def refuse_register(gallery: Any) -> Any:
+    """A callback of options that take a folder alone."""
+    if isinstance(gallery, RegisterUrl):
+        raise InvalidInput(
+            "this command works on files in a gallery's folder, and a register in PostgreSQL was named; copy it to a folder by "
+            "`biodedup gallery export URL --to FOLDER`, and name that"
+        )
+    return gallery
+
+
+FolderOption = Annotated[
     Path,
-    typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The gallery's folder; enroll and load create it."),
+    typer.Option(
+        "--gallery",
+        "-g",
+        envvar="BIODEDUP_GALLERY",
+        metavar="FOLDER",
+        parser=gallery_of,
+        callback=refuse_register,
+        help="The gallery's folder; enroll and load create it.",
+    ),
+]
+GalleryOption = Annotated[
+    Any,  # a Path or a RegisterUrl
+    typer.Option(
+        "--gallery",
+        "-g",
+        envvar="BIODEDUP_GALLERY",
+        metavar="FOLDER|URL",
+        parser=gallery_of,
+        help="The gallery's folder, which enroll and load create; or a register, postgresql://user@host/database?gallery=NAME, with the table `cluster` in the settings.",
+    ),
 ]
 PersonOption = Annotated[
     str, typer.Option("--by", help="The person who does it: one of `identities`, where the settings name any.")
@@ -161,6 +200,14 @@ IndexOption = Annotated[
         "--index",
         metavar="[COLUMN=]ENGINE",
         help="The index engine of a new gallery: native, or faiss:FACTORY, such as faiss:IVF2048,PQ64x4fs. Repeatable by column.",
+    ),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Have a Ray cluster do the work: host:port, or auto for the one that this machine belongs to. The result is the same.",
     ),
 ]
 DEFAULT_GALLERY = Path("gallery")
@@ -247,7 +294,7 @@ def exit_code(error: BiodedupError) -> int:
 
 
 def settings(
-    gallery: Path | None,
+    gallery: Path | RegisterUrl | None,
     file: Path | None,
     *,
     threads: int | None = None,
@@ -258,21 +305,41 @@ def settings(
     """The settings in effect for a command. file: of --config; more: other options by dotted names, None where they are not given; usual:
     defaults of the command itself."""
     given = {"threads": threads, "search.across_positions": across_positions or None, **(more or {})}
-    return settings_for(gallery, file, given=given, usual=usual)
+    folder = None if isinstance(gallery, RegisterUrl) else gallery
+    return settings_for(folder, file, given=given, usual=usual)
 
 
-def configured(gallery: Path | None, file: Path | None, **options: Any) -> Config:
+def configured(gallery: Path | RegisterUrl | None, file: Path | None, **options: Any) -> Config:
     """The configuration of `settings`. Captures are decoded in worker processes, because files come from untrusted sources."""
     chosen = settings(gallery, file, **options).config
+    if isinstance(gallery, RegisterUrl) and chosen.cluster is None:
+        raise InvalidInput(
+            "the settings do not say where the register's segments are; name a file with [cluster] segments by --config"
+        )
     return replace(chosen, isolation=chosen.isolation or IsolationConfig())
 
 
+def opened(gallery: Path | RegisterUrl, config: Config) -> bd.Engine:
+    """Opens a gallery or a register to look into it: read-only, and without Ray's actors, which only searches need."""
+    if config.cluster is not None:
+        config = replace(config, cluster=replace(config.cluster, ray_address=None))
+    return bd.Engine.open(gallery, config, read_only=True)
+
+
 @contextmanager
-def existing(gallery: Path, config: Config, wait_s: float | None = None) -> Iterator[bd.Engine]:
+def existing(gallery: Path | RegisterUrl, config: Config, wait_s: float | None = None) -> Iterator[bd.Engine]:
     """Opens a gallery for writing, and raises where there is none: a mistyped path must not create an empty gallery.
 
     wait_s: how long to wait for another writer to end; None where the command has no option for it.
     """
+    if isinstance(gallery, RegisterUrl):
+        if config.cluster is not None:
+            from biodedup.cluster.opening import require_register  # galleries in folders need no psycopg
+
+            require_register(gallery, config.cluster)
+        with bd.Engine.open(gallery, config) as engine:
+            yield engine
+        return
     bd.Engine.open(gallery, config, read_only=True).close()
     with _opened_in_turn(gallery, config, wait_s) as engine:
         yield engine

@@ -14,11 +14,12 @@ from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
     ConfigOption,
-    GalleryOption,
+    FolderOption,
     IndexOption,
     JsonOption,
     ModelIdOption,
     Panel,
+    RayOption,
     ThreadsOption,
     app,
     configured,
@@ -73,6 +74,7 @@ def enroll_batch(
     capture_s_max: Annotated[
         float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
     ] = IsolationConfig.capture_s_max,
+    ray: RayOption = None,
     model_id: ModelIdOption = None,
     index: IndexOption = None,
     check: CheckOption = False,
@@ -80,7 +82,7 @@ def enroll_batch(
     columns: ColumnsOption = None,
     date_format: DateFormatOption = None,
     ignore_columns: IgnoreColumnsOption = False,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -109,7 +111,7 @@ def enroll_batch(
             count = jobs.announce(backlog, manifest, options=options)
             finish({"announced": count}, f"announced {count:,} encounters", as_json)
             return
-        with progress_bar(lines=not as_json) as progress:
+        with progress_bar(lines=not as_json) as progress, jobs.ray_executor(ray) as executor:
             done = jobs.enroll_batch(
                 engine,
                 backlog,
@@ -122,6 +124,7 @@ def enroll_batch(
                 model_id=model_ids(model_id),
                 options=options,
                 progress=progress,
+                executor=executor,
             )
     summary = done.summary() | {"result": str(result)} | ({"report": str(report)} if report else {})
     print_summary(summary if as_json else _labelled(summary, chosen.labels), as_json)
@@ -142,7 +145,7 @@ def _labelled(summary: Mapping[str, object], labels: LabelConfig) -> dict[str, o
 @app.command(rich_help_panel=Panel.JOBS)
 def status(
     report: Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")] = None,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     as_json: JsonOption = False,
 ) -> None:
     """Show how many encounters of bulk enrolments are in each state, for how long, and how long the queue will take."""

@@ -9,7 +9,6 @@ from typing import Annotated, Any, cast
 
 import typer
 
-import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
@@ -18,12 +17,14 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     Panel,
+    RegisterUrl,
     WaitOption,
     acting,
     app,
     configured,
     existing,
     finish,
+    opened,
     print_evidence,
     print_json,
     print_refusals,
@@ -52,7 +53,7 @@ def list_cases(
 ) -> None:
     """List the cases that wait for a verdict, oldest first."""
     with (
-        bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine,
+        opened(gallery, configured(gallery, config)) as engine,
         progress_bar(lines=not as_json) as progress,
     ):
         labels = engine.config.labels
@@ -82,7 +83,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show one case: its candidates, the evidence of each capture, the thresholds, and refused captures."""
-    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+    with opened(gallery, configured(gallery, config)) as engine:
         labels = engine.config.labels
         case = engine.case(encounter_id) if page is None else jobs.show_case(engine, encounter_id, page)
     if as_json:
@@ -136,7 +137,8 @@ def decide(
         decision = acting(engine, by).adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
         case = engine.case(encounter_id)
         others = [engine.case(other) for other in linked]
-    for decided in (decision, *(other.decision for other in others)):
+    known = () if isinstance(gallery, RegisterUrl) else (decision, *(other.decision for other in others))
+    for decided in known:  # the queue of bulk enrolments lies in the gallery's folder
         jobs.note_verdict(gallery, decided, time.time(), chosen)
     waiting = ", ".join(c.key for c in case.undecided)
     text = {
@@ -165,7 +167,7 @@ def export(
 ) -> None:
     """Export the verdicts as pairs of captures with their scores: `same` is mated, `different` is not."""
     with (
-        bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine,
+        opened(gallery, configured(gallery, config)) as engine,
         progress_bar(lines=not as_json) as progress,
     ):
         exported = jobs.export_outcomes(engine, result, progress=progress)

@@ -15,9 +15,11 @@ from biodedup.cli.base import (
     AcrossOption,
     ConfigOption,
     Exit,
+    FolderOption,
     GalleryOption,
     JsonOption,
     Panel,
+    RayOption,
     ThreadsOption,
     app,
     configured,
@@ -54,6 +56,7 @@ def dedup(
     columns: ColumnsOption = None,
     ignore_columns: IgnoreColumnsOption = False,
     across_positions: AcrossOption = False,
+    ray: RayOption = None,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -66,14 +69,24 @@ def dedup(
     is_gallery = jobs.is_gallery(source)
     if is_gallery and (check or encoding or columns or ignore_columns):
         raise InvalidInput(f"{source} is a gallery; --check and options of tables are for a folder or a manifest")
+    if ray is not None and not is_gallery:
+        raise InvalidInput(
+            f"{source} is no gallery, and --ray is for galleries; enrol it with `enroll-batch --ray`, or leave --ray out"
+        )
     options = table_options(source, encoding, columns, ignore_columns=ignore_columns)
     if check:
         finish_check(jobs.check_captures(source, options), as_json)
     chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
     if is_gallery:
         # reading only: enrolment goes on beside it, for hours
-        with bd.Engine.open(source, chosen, read_only=True) as engine, progress_bar(lines=not as_json) as progress:
-            joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress)
+        with (
+            bd.Engine.open(source, chosen, read_only=True) as engine,
+            progress_bar(lines=not as_json) as progress,
+            jobs.ray_executor(ray) as executor,
+        ):
+            joined = jobs.find_duplicates(
+                engine, result, threshold_db=threshold_db, progress=progress, executor=executor
+            )
         print_summary(joined.summary() | {"result": str(result)}, as_json)
         for cluster in joined.clusters[:20] if not as_json else ():
             names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
@@ -179,6 +192,7 @@ def merge(
         float | None, typer.Option(help="Link from this score on, extrapolated or not; default: the policy's.")
     ] = None,
     across_positions: AcrossOption = False,
+    ray: RayOption = None,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -191,7 +205,7 @@ def merge(
 
     centre = None if into is None else named(into)[1]
     chosen = configured(centre, config, threads=threads, across_positions=across_positions)
-    with progress_bar(lines=not as_json) as progress:
+    with progress_bar(lines=not as_json) as progress, jobs.ray_executor(ray) as executor:
         merged = jobs.merge(
             sources,
             result,
@@ -202,6 +216,7 @@ def merge(
             min_db=min_db,
             config=chosen,
             progress=progress,
+            executor=executor,
         )
     _print_merge(merged, result, as_json)
     raise typer.Exit(Exit.DUPLICATE if merged.summary["clusters"] and merged.applied is None else Exit.DONE)
@@ -234,7 +249,7 @@ def undo(
     merge_id: Annotated[
         str, typer.Argument(metavar="MERGE", help="The id of the merge, which `merge --apply` printed.")
     ],
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from biodedup.cli.base import (
     app,
     configured,
     finish,
+    gallery_of,
     print_refusals,
 )
 from biodedup.config import Config
@@ -46,9 +47,13 @@ def explain(
     more_b: Annotated[list[str] | None, typer.Option("--b", metavar="[COLUMN=]PATH", help="A capture of B.")] = None,
     result: Annotated[Path, typer.Option("--out", "-o", help="The page. It holds biometric data.")] = Path("pair.html"),
     gallery: Annotated[
-        Path | None,
+        Any,  # a Path or a RegisterUrl
         typer.Option(
-            "--gallery", "-g", help="The gallery that holds the subjects' templates. Its size sets the thresholds."
+            "--gallery",
+            "-g",
+            metavar="FOLDER|URL",
+            parser=gallery_of,
+            help="The gallery that holds the subjects' templates. Its size sets the thresholds.",
         ),
     ] = None,
     encounter: Annotated[

@@ -15,6 +15,7 @@ from biodedup.cli.base import (
     JsonOption,
     ModelIdOption,
     Panel,
+    RayOption,
     ThreadsOption,
     app,
     configured,
@@ -170,12 +171,20 @@ def calibrate(
         int | None, typer.Option("--dimension", min=1, help="Numbers of an embedding, for a card without weights.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the held-out half and of the interval.")] = 0,
+    ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a model's calibration on your own labelled pairs, or on a gallery's impostor pairs, and write its card."""
-    with progress_bar(lines=not as_json) as show:
+    with progress_bar(lines=not as_json) as show, jobs.ray_executor(ray) as executor:
         result = jobs.calibrate(
-            pairs, model, card, dimension=dimension, seed=seed, progress=show, config=configured(pairs, None)
+            pairs,
+            model,
+            card,
+            dimension=dimension,
+            seed=seed,
+            progress=show,
+            config=configured(pairs, None),
+            executor=executor,
         )
     if as_json:
         print_json(result.summary())

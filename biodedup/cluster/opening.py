@@ -13,6 +13,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -41,6 +42,12 @@ def connect(url: str, cluster: ClusterConfig) -> PostgresCatalogue:
     conninfo = urlunsplit((parts.scheme, parts.netloc, parts.path, rest, ""))
     seconds = max(2, -(-cluster.deadline_ms // 1000))
     return PostgresCatalogue(conninfo, names[0], Limits(seconds, cluster.deadline_ms, cluster.transaction_ms_max))
+
+
+def require_register(url: str, cluster: ClusterConfig) -> None:
+    """Raises NotAGallery where the database has no such gallery."""
+    with closing(connect(url, cluster)) as catalogue:
+        catalogue.open("", "", create=False)
 
 
 def open_register(

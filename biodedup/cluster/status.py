@@ -12,7 +12,7 @@ from typing import Any
 
 from biodedup.cluster.opening import connect
 from biodedup.cluster.shards.placement import Place
-from biodedup.cluster.shards.ray_actors import joined, observed
+from biodedup.cluster.shards.ray_actors import drained_nodes, joined, observed
 from biodedup.common.described import Described
 from biodedup.config import ClusterConfig
 
@@ -39,12 +39,13 @@ class ReplicaStatus(Described):
 
 @dataclass(frozen=True)
 class NodeStatus(Described):
-    """A node of the Ray cluster. replicas: of this register."""
+    """A node of the Ray cluster. replicas: of this register; is_drained: it is to hold none (`biodedup cluster drain`)."""
 
     node: str
     address: str
     is_alive: bool
     replicas: int
+    is_drained: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def cluster_status(url: str, cluster: ClusterConfig) -> ClusterStatus:
         finally:
             catalogue.rollback()
         seen = observed(ray, catalogue.register_id, _ANSWER_S)
+        drained = drained_nodes()
         nodes = [(n["NodeID"], n["NodeManagerAddress"], bool(n["Alive"])) for n in ray.nodes()]
     replicas = replicas_of(numbers, seen)
     served = {number for *_, about in seen if about is not None for number in about["segments"]}
@@ -81,7 +83,7 @@ def cluster_status(url: str, cluster: ClusterConfig) -> ClusterStatus:
         len(numbers),
         tuple(sorted(numbers - served)),
         cluster.replicas,
-        tuple(NodeStatus(*node, counted.count(node[0])) for node in sorted(nodes)),
+        tuple(NodeStatus(*node, counted.count(node[0]), node[0] in drained) for node in sorted(nodes)),
         tuple(replicas),
     )
 

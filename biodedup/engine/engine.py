@@ -35,7 +35,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -47,7 +47,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from biodedup.common.arguments import checked, checked_methods
-from biodedup.common.described import Described
 from biodedup.common.memory import within_memory
 from biodedup.common.renamed import renamed
 from biodedup.common.tables import differences
@@ -60,6 +59,7 @@ from biodedup.engine.callers.export_right import note_export
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.info import info_of, notes_of
+from biodedup.engine.joining import JoinedTile, Joining
 from biodedup.engine.load import ArrowBatch, Cells, Loaded, Loader
 from biodedup.engine.log import EngineLog
 from biodedup.engine.policy import PolicyInForce
@@ -120,7 +120,6 @@ from biodedup.values import (
     Decision,
     Encounter,
     EnrolledEncounter,
-    Link,
     ListedSubject,
     Ruling,
     Score,
@@ -136,19 +135,6 @@ from biodedup.values import (
 
 if TYPE_CHECKING:
     from biodedup.cluster.shards.ray_actors import RayShards
-
-
-@dataclass(frozen=True)
-class JoinedTile(Described):
-    """A step of an N:N join. done: how many of `total` subjects are compared with all behind them, or that share of the work; links: pairs
-    that reached the threshold; reached: (row after the last one compared, rows of the gallery), where another join can continue; left_out: a
-    subject of each cluster with more than 1,000 links -> how many of these are not in `links`, as `Cluster.links_left_out` says."""
-
-    done: int
-    total: int
-    links: tuple[Link, ...]
-    reached: tuple[int, int]
-    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @within_memory
@@ -271,8 +257,13 @@ class Engine:
         return self._gallery.snapshot().live_count
 
     def __contains__(self, subject_id: object) -> bool:
-        self._check_open()
+        self.check_open()
         return isinstance(subject_id, str) and self._gallery.snapshot().row_of(subject_id) is not None
+
+    @property
+    def folder(self) -> Path | None:
+        """The gallery's folder; None of a register in PostgreSQL."""
+        return self._gallery.folder if self._config.cluster is None else None
 
     @property
     def gallery_version(self) -> int:
@@ -332,7 +323,7 @@ class Engine:
         principal: or the name of one of `Config.identities`. With these, another principal, or one with more roles than configured, raises
         NotAllowed; so does a principal's engine, which makes no other one.
         """
-        self._check_open()
+        self.check_open()
         known = self._config.identities
         if isinstance(principal, str):
             principal = self._config.identity(principal)
@@ -652,10 +643,23 @@ class Engine:
         since: (row, rows): of subject_ids, only those from this row on, and also every subject that was enrolled or updated since the
         gallery had so many rows. among: deprecated name of subject_ids.
         """
-        self._check("administer")
         if among is not None:
             warnings.warn("join(among=...) is join(subject_ids=...) now", DeprecationWarning, stacklevel=2)
             subject_ids = among
+        joining = self.joining(threshold_db=threshold_db, subject_ids=subject_ids, since=since)
+        for step in joining.steps(skip):
+            yield joining.tile(step)
+            self.check_open()
+
+    def joining(
+        self,
+        *,
+        threshold_db: float | None = None,
+        subject_ids: Sequence[str] | None = None,
+        since: tuple[int, int] | None = None,
+    ) -> Joining:
+        """The join that `join` goes through, as steps that do not depend on each other. Arguments as of `join`."""
+        self._check("administer")
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
         snapshot = self._gallery.snapshot().enrolled
@@ -663,11 +667,7 @@ class Engine:
         rows = live if subject_ids is None else np.unique(snapshot.all_rows_of(_packed(subject_ids))[1])
         if since is not None:
             rows = np.union1d(rows[rows >= since[0]], live[live >= since[1]])
-        with_all = subject_ids is not None
-        tiles = self._searches.join(snapshot, rows, threshold_db, with_all=with_all, skip=skip)
-        for done, row, links, left_out in tiles:
-            yield JoinedTile(done, len(rows), tuple(links), (row, snapshot.row_count), left_out)
-            self._check_open()
+        return self._searches.joining(snapshot, rows, threshold_db, with_all=subject_ids is not None)
 
     # changes without a search -----------------------------------------------------------------------------------
 
@@ -836,7 +836,7 @@ class Engine:
         snapshot = self._gallery.snapshot()
         for number, index, rows in faiss_view.copies_of(snapshot, column):
             yield number, index, rows, snapshot.subject_ids(rows.tolist())
-            self._check_open()
+            self.check_open()
 
     def subjects_of_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The subject_id of each row number, '' for one that is not there or removed."""
@@ -862,7 +862,7 @@ class Engine:
 
     def refresh(self) -> int:
         """With read_only: reads what the writer has committed since. Returns the version now seen."""
-        self._check_open()
+        self.check_open()
         self._gallery.refresh()
         return self.gallery_version
 
@@ -878,7 +878,7 @@ class Engine:
         self._check("audit", "administer")
         for subject in listed(self._gallery.snapshot(), _checked(groups)):
             yield subject
-            self._check_open()
+            self.check_open()
 
     def subject(self, subject_id: str) -> Subject:
         """What the gallery holds of an id: its rows, the decisions on its encounters, and its open cases; also of one that was removed
@@ -936,7 +936,7 @@ class Engine:
         self._check("audit", "review")
         for decision in decisions_of(self._gallery, subject_id):
             yield decision
-            self._check_open()
+            self.check_open()
 
     def receipt(self, encounter_id: str) -> Receipt:
         """What a decision rests on, and where it stands in the gallery's log; `jobs.write_receipt` signs it. Raises InvalidInput where the
@@ -987,14 +987,15 @@ class Engine:
         check_models(probe.templates, self._gallery.snapshot().models)
         return probe
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises EngineClosed, and InvalidInput in a forked child of the process that opened it."""
         self._gallery.check_process()
         if self._closed.is_set():
             raise EngineClosed("the engine was closed; open it again")
 
     def _check(self, *roles: str) -> None:
         """Raises EngineClosed, and NotAllowed unless the caller has one of these roles."""
-        self._check_open()
+        self.check_open()
         if self._caller is None:
             return
         self._caller.require(*roles)

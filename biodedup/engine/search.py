@@ -5,27 +5,23 @@ Owns which snapshot a search sees, and how many extra candidates it asks for. Ne
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import log10
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.engine.joining import Joining
 from biodedup.engine.log import EngineLog
 from biodedup.engine.prepare import Probe
 from biodedup.engine.sample import GallerySamples
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.match.judgement import kinds_of
 from biodedup.search.batching import Gathering
 from biodedup.search.searcher import PROBES, CandidateSet, Searcher
-from biodedup.search.selfjoin.bucket_join import rows_outside
-from biodedup.search.selfjoin.crowds import FoundPairs
-from biodedup.search.selfjoin.join import JOIN_ROWS, SelfJoin
+from biodedup.search.selfjoin.join import SelfJoin
 from biodedup.trace import untraced
-from biodedup.values import Float32, Link, SearchResult, Template
+from biodedup.values import Float32, SearchResult, Template
 
 _Groups = tuple[str, ...] | None
 
@@ -117,49 +113,10 @@ class BatchedSearch:
         ids, similarity = np.stack([r.ids for r in results]), np.stack([r.similarity for r in results])
         return SearchResult(ids, similarity, results[0].gallery_version, results[0].incomplete)
 
-    def join(
-        self, snapshot: Snapshot, rows: NDArray[np.int64], threshold_db: float, *, with_all: bool, skip: int
-    ) -> Iterator[tuple[int, int, list[Link], dict[str, int]]]:
-        """Pairs of these live rows and the rows behind them that reach the threshold and were not judged different, step by step.
-
-        Yields (rows done, row before which all rows have been compared, links, a subject of each crowd -> how many of its links are left
-        out). with_all: compare each row with all others, not
-        only with those behind it. skip: how many rows are done already.
-        """
+    def joining(self, snapshot: Snapshot, rows: NDArray[np.int64], threshold_db: float, *, with_all: bool) -> Joining:
+        """The join of these live rows with those behind them; with_all: with all others."""
         join = self._join.calibrated_on(self._samples.of(snapshot))
-        buckets = None if with_all else join.buckets(snapshot, threshold_db)
-        rest = rows if buckets is None else rows_outside(snapshot, "face", buckets, rows)
-        for start in range(min(skip, len(rest)), len(rest), JOIN_ROWS):
-            some = rest[start : start + JOIN_ROWS].tolist()
-            found = join.pairs(snapshot, some, threshold_db, with_all=with_all or buckets is not None)
-            done = start + len(some)
-            reached = some[-1] + 1 if buckets is None or done == len(rows) else 0
-            yield done, reached, *self._links(snapshot, found, threshold_db)
-        if buckets is None:
-            return
-        for members, done in buckets.steps(len(rest), len(rows)):
-            if done > skip:
-                found = join.pairs_in_buckets(snapshot, buckets, members, threshold_db)
-                # until the last step each row may still share a bucket with another
-                reached = int(rows[-1]) + 1 if done == len(rows) else 0
-                yield done, reached, *self._links(snapshot, found, threshold_db)
-
-    @staticmethod
-    def _links(snapshot: Snapshot, found: FoundPairs, threshold_db: float) -> tuple[list[Link], dict[str, int]]:
-        """(the links, a subject of each crowd -> how many of its links are left out)."""
-        pairs, left_out = found.pairs, Counter[str]()
-        for name, count in zip(snapshot.subject_ids(list(found.left_out)), found.left_out.values(), strict=True):
-            left_out[name] += count
-        names = snapshot.subject_ids([row for pair in pairs for row in (pair[0], pair[1].row)])
-        links = []
-        for i, (row, pair) in enumerate(pairs):
-            trial_penalty_db = 10 * log10(len(snapshot.siblings(row)))  # each of its rows is tried
-            if pair.score_db - trial_penalty_db >= threshold_db:
-                pair = replace(pair, score_db=pair.score_db - trial_penalty_db) if trial_penalty_db else pair
-                (kind,) = kinds_of([pair], threshold_db, threshold_db)
-                two = (names[2 * i], names[2 * i + 1])
-                links.append(Link(two, pair.score_db, pair.extrapolated, pair.evidence, kind))
-        return links, left_out
+        return Joining(join, snapshot, rows, threshold_db, with_all=with_all)
 
     def _search(
         self, key: tuple[_Groups, bool, int, float | None], probes: list[Mapping[str, Template]]

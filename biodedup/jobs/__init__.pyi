@@ -89,4 +89,5 @@ from .merging.apply import Undone as Undone
 from .merging.apply import undo as undo
 from .merging.merge import MergeResult as MergeResult
 from .merging.merge import merge as merge
+from .shared.executors import ray_executor as ray_executor
 from .shared.progress import Progress as Progress

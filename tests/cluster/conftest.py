@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,3 +38,15 @@ def register(postgres: Any, tmp_path: Path) -> Callable[..., bd.Engine]:
     yield open_one
     for engine in opened:
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of two nodes on this machine, which this process belongs to. A test that takes a node away adds it again."""
+    ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    from tests.support.ray_cluster import started
+
+    made = started()
+    yield made
+    ray.shutdown()
+    made.shutdown()

@@ -6,16 +6,21 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import biodedup as bd
+from biodedup.cluster.shards.placement import Place
 from biodedup.testing import internals
+from tests.support import ROOT
 from tests.support.shell import run
 from tests.support.vectors import again, people
 
@@ -29,22 +34,6 @@ pytestmark = [
 
 LAST = 1_000
 VECTORS = people(LAST + 1, seed=4)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Two nodes on this machine."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, namespace="biodedup", log_to_driver=False, logging_level="warning")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
 
 
 @pytest.fixture
@@ -182,6 +171,93 @@ def test_a_lost_node_and_one_that_joins(front_end, cluster):
 
     until(replaced)
     assert is_unique(front_end)
+
+
+def test_searches_go_on_without_a_gcs_and_a_front_end_that_is_started_again_finds_everything(
+    front_end, register, cluster, tmp_path
+):
+    command = [sys.executable, "-m", "tests.cluster.gcs", register.url, f"file://{tmp_path}/store", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {one["phase"] for one in said} == {"before", "without", "after"}, done.stderr
+    assert {(*one["ids"], one["incomplete"]) for one in said} == {("s5", "s8", False)}
+    # Ray ends that front-end about a minute later. This one is in a cluster that was started anew, and only the store and PostgreSQL are the same.
+    assert search(front_end).ids[0, 0] == "s5" and not search(front_end).incomplete
+
+
+@contextmanager
+def searching(engine: bd.Engine) -> Iterator[list[str]]:
+    """Searches all the time; the answers that are not those of an undisturbed gallery come into the list."""
+    expected, ended, wrong = search(engine).ids.tolist(), threading.Event(), []
+
+    def look() -> None:
+        while not ended.is_set():
+            found = search(engine)
+            if found.incomplete or found.ids.tolist() != expected:
+                wrong.append(f"incomplete: {found.incomplete}")
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield wrong
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_node_that_the_command_starts_takes_replicas_and_one_is_drained_meanwhile_every_search_is_complete(
+    front_end, cluster, tmp_path
+):
+    known = {node["NodeID"] for node in ray.nodes()}
+    address = ("--ray", cluster.address, "--json")
+    code, _, error = run("cluster", "up", "shards", "--cpus", 1, *address, cwd=tmp_path)
+    assert code == 0, error
+    until(lambda: sum(node["Alive"] for node in ray.nodes()) == 3)
+    (new,) = (node["NodeID"] for node in ray.nodes() if node["NodeID"] not in known)
+    try:
+        until(lambda: states(front_end) == ["serving", "serving"])
+        drained = status(front_end)[0]["node"]
+        with searching(front_end) as wrong:
+            code, out, error = run("cluster", "drain", drained[:16], "--wait", 200, *address, cwd=tmp_path)
+            assert code == 0, error
+            assert json.loads(out)["ended"] >= 1 and json.loads(out)["asked"] == 0
+            until(lambda: states(front_end) == ["serving", "serving"])
+        assert wrong == []
+        assert drained not in {one["node"] for one in status(front_end)}
+        code, _, error = run("cluster", "drain", drained[:16], "--undo", *address, cwd=tmp_path)
+        assert code == 0, error
+    finally:
+        end_node(new)
+    until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
+    until(lambda: states(front_end) == ["serving", "serving"])
+
+
+def end_node(node: str) -> None:
+    """Kills the Ray process of a node that this process did not start, whose other processes end with it."""
+    for about in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            line = (about / "cmdline").read_bytes()
+            if b"raylet" in line.split(b"\0")[0] and node.encode() in line:
+                os.kill(int(about.name), signal.SIGKILL)
+
+
+def test_an_upgrade_ends_the_actors_of_another_release_and_no_search_is_incomplete(
+    front_end, register, cluster, tmp_path, monkeypatch
+):
+    (tmp_path / "settings.toml").write_text(f'[cluster]\nsegments = "file://{tmp_path}/store"\n')
+    elsewhere = internals(front_end).elsewhere
+    with monkeypatch.context() as patched:
+        patched.setattr("biodedup.cluster.shards.wire.release", lambda: "0.0.1/1")
+        old = elsewhere.keeper._nodes.start(Place(0, status(front_end)[0]["node"], 0))
+    assert "/0.0.1/1/" in old.name and old.about().result(timeout=60)
+    asked = ("cluster", "upgrade", register.url, "--ray", cluster.address, "--config", "settings.toml", "--wait", 100)
+    with searching(front_end) as wrong:
+        code, out, error = run(*asked, "--json", cwd=tmp_path)
+    assert code == 0, error
+    told = json.loads(out)
+    assert (told["serving"], told["wanted"], told["ended"], told["asked"]) == (2, 2, 1, 0)
+    assert wrong == [] and states(front_end) == ["serving", "serving"]
 
 
 def test_answers_are_right_or_incomplete_while_actors_die_and_the_gallery_changes(front_end):

@@ -208,10 +208,14 @@ class Cluster:
 
     def __init__(self, *nodes: str) -> None:
         self.nodes, self.now, self.release = list(nodes), 0.0, {}
+        self.stopping: list[str] = []
         self.actors: dict[Place, Machine] = {}
 
     def alive(self) -> list[str]:
         return self.nodes
+
+    def drained(self) -> list[str]:
+        return self.stopping
 
     def start(self, place: Place) -> Machine:
         known = self.actors.get(place)
@@ -278,6 +282,21 @@ def test_a_node_that_joins_gets_its_groups_and_meanwhile_the_old_replicas_serve(
         machine.opens = True
     cluster.run(keeper, 60, lambda: _check(len(cluster.serving(keeper, 0)) >= 2))
     assert sorted(tuple(one[name] for name in Place._fields) for one in keeper.status()) == sorted(successors)
+
+
+def test_a_drained_node_is_left_once_others_serve_and_is_used_again_where_there_is_no_other():
+    cluster, keeper = started("a", "b", "c")
+    (drained, *_) = cluster.serving(keeper, 0)
+    cluster.stopping.append(drained)
+    cluster.run(
+        keeper, 5, lambda: _check(len(cluster.serving(keeper, 0)) >= 2 and len(cluster.serving(keeper, 1)) >= 2)
+    )
+    assert drained not in cluster.serving(keeper, 0) | cluster.serving(keeper, 1)
+    for node in cluster.nodes.copy():
+        if node != drained:
+            cluster.nodes.remove(node)
+    cluster.run(keeper, 5)
+    assert cluster.serving(keeper, 0) == {drained}
 
 
 def _check(holds: bool) -> None:

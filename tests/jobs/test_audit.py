@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
-from biodedup.engine import search as searches
+from biodedup.engine import joining
 from biodedup.jobs.manifests.roll import read_roll
 from biodedup.testing import internals
 from tests.support.images import jpeg
@@ -55,7 +55,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def gallery(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(searches, "JOIN_ROWS", 50)
+    monkeypatch.setattr(joining, "JOIN_ROWS", 50)
     return shutil.copytree(built, tmp_path / "g")
 
 
@@ -283,8 +283,8 @@ import os, signal, sys
 from pathlib import Path
 import biodedup as bd
 from biodedup import jobs
-from biodedup.engine import search as searches
-searches.JOIN_ROWS = 50
+from biodedup.engine import joining
+joining.JOIN_ROWS = 50
 def progress(stage, done, total):
     if done == 100:
         os.kill(os.getpid(), signal.SIGKILL)

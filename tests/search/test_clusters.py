@@ -162,9 +162,9 @@ def test_an_audit_of_a_crowd_says_which_listed_subjects_are_one_person(crowd, tm
 
 @pytest.mark.slow
 def test_an_audit_that_left_links_out_begins_anew_where_the_gallery_changed(crowd, tmp_path, monkeypatch):
-    from biodedup.engine import search as searches
+    from biodedup.engine import joining
 
-    monkeypatch.setattr(searches, "JOIN_ROWS", 200)  # the whole crowd in one step
+    monkeypatch.setattr(joining, "JOIN_ROWS", 200)  # the whole crowd in one step
     (tmp_path / "roll.csv").write_text("subject_id\n" + "".join(f"ghost {i}\n" for i in range(150)))
 
     def stop(stage, done, total):

@@ -10,7 +10,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.engine import search as searches
+from biodedup.engine import joining
 from biodedup.search.selfjoin import join as selfjoin
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
@@ -45,7 +45,7 @@ def built(tmp_path_factory):
 @pytest.fixture
 def gallery(built, tmp_path, monkeypatch):
     """A copy of it, opened."""
-    for module in (searches, selfjoin):
+    for module in (joining, selfjoin):
         monkeypatch.setattr(module, "JOIN_ROWS", 300)
     folder, vector_of = built
     shutil.copytree(folder, tmp_path / "g")

@@ -1,51 +1,65 @@
-"""Commands that look after a register's replicas on Ray: cluster status."""
+"""Commands that look after a register's replicas on Ray: cluster status, up, drain, upgrade."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from biodedup.cli.base import ConfigOption, JsonOption, Panel, app, counted, finish, say, settings, show_table
+from biodedup.cli.base import (
+    ConfigOption,
+    Exit,
+    JsonOption,
+    Panel,
+    app,
+    counted,
+    finish,
+    progress_bar,
+    say,
+    settings,
+    show_table,
+)
+from biodedup.config import ClusterConfig
 from biodedup.errors import InvalidInput
 
 cluster = typer.Typer(no_args_is_help=True, help="Look after a register's replicas on Ray.")
 app.add_typer(cluster, name="cluster", rich_help_panel=Panel.GALLERY)
 
-
-@cluster.callback()
-def _cluster() -> None:
-    """Makes `status` a command of its own, although it is the only one."""
+UrlArgument = Annotated[
+    str, typer.Argument(metavar="URL", help="The register: postgresql://user@host/database?gallery=NAME")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="The Ray cluster: host:port or auto; default: the settings'."),
+]
+WaitOption = Annotated[
+    float, typer.Option("--wait", metavar="SECONDS", min=0, help="How long to wait until front-ends have followed.")
+]
 
 
 @cluster.command()
 def status(
-    url: Annotated[
-        str,
-        typer.Argument(metavar="URL", help="The register: postgresql://user@host/database?gallery=NAME"),
-    ],
-    ray: Annotated[
-        str | None,
-        typer.Option("--ray", metavar="ADDRESS", help="The Ray cluster: host:port or auto; default: the settings'."),
-    ] = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
+    url: UrlArgument, ray: AddressOption = None, config: ConfigOption = None, as_json: JsonOption = False
 ) -> None:
     """Show the nodes and the replicas that search a register's segments. It starts and changes nothing.
 
     has, lacks: segments of the register; old: segments that no search needs any more; queue: searches that run or wait.
     """
-    stated = settings(None, config).config.cluster
-    if stated is None:
-        raise InvalidInput("the settings have no [cluster] with segments and ray_address; name the file with --config")
-    found = _status(url, stated if ray is None else replace(stated, ray_address=ray))
+    stated = _stated(ray, config)
+    with _extra():
+        from biodedup.cluster.status import cluster_status
+    found = cluster_status(url, stated)
     if as_json:
         finish(found.to_dict(), "", as_json)
         return
     say(f"version {found.version}, {counted(found.rows, 'row')}, {counted(found.segments, 'segment')}")
     show_table(
-        [[n.node[:12], n.address, "alive" if n.is_alive else "lost", n.replicas] for n in found.nodes],
+        [[n.node[:12], n.address, _state(n), n.replicas] for n in found.nodes],
         ["node", "address", "state", "replicas"],
     )
     show_table(
@@ -59,9 +73,122 @@ def status(
         say(f"no replica has {counted(len(found.unserved), 'segment')}; front-ends search such segments themselves")
 
 
-def _status(url: str, cluster: Any) -> Any:
+def _state(node: Any) -> str:
+    if not node.is_alive:
+        return "lost"
+    return "drained" if node.is_drained else "alive"
+
+
+@cluster.command()
+def up(
+    part: Annotated[
+        str,
+        typer.Argument(
+            metavar="head|shards|front-end",
+            help="What this machine is: the head of the Ray cluster, a node that holds shards, or a machine of front-ends.",
+        ),
+    ],
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="HOST:PORT", help="Where the head is; default: the settings' ray_address."),
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option("--cpus", min=1, help="Processors for shards; default: all of this machine.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start this machine's part of the Ray cluster by `ray start`; `ray stop` ends it.
+
+    It starts nothing else: PostgreSQL, the segment store and front-ends are started and watched by a supervisor such as systemd or Kubernetes.
+    """
+    with _extra():
+        from biodedup.cluster.starting import start, start_command
+    stated = settings(None, config).config.cluster
+    arguments = start_command(part, ray or (None if stated is None else stated.ray_address), cpus)
+    text = f"ray {' '.join(arguments)}"
+    lines = [text] if dry_run else [f"started: {text}"]
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        lines.append(
+            "note: RAY_AUTH_MODE is not `token`: every program that reaches Ray's ports can run code on its nodes"
+        )
+    if not dry_run:
+        start(arguments)
+    finish({"command": ["ray", *arguments], "started": not dry_run}, lines, as_json)
+
+
+@cluster.command()
+def drain(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The beginning of the node's id, or its address.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let the node hold replicas again.")] = False,
+    wait: WaitOption = 120.0,
+    ray: AddressOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Move all replicas away from a node, so that it can be stopped without an incomplete search. It does not stop the node.
+
+    Front-ends move the replicas: other nodes serve them before these are left. Exit code 3: some front-end still asks an actor there; start
+    the same command again.
+    """
+    with _extra():
+        from biodedup.cluster import operating
+    stated = settings(None, config).config.cluster
+    address = ray or (None if stated is None else stated.ray_address)
+    if undo:
+        done = operating.undrain(address, node)
+        finish(done.to_dict(), f"{done.node[:12]} ({done.address}) may hold replicas again", as_json)
+        return
+    with progress_bar(lines=not as_json) as progress:
+        done = operating.drain(address, node, wait, progress)
+    about = f"{done.node[:12]} ({done.address})"
+    if done.asked:
+        text = f"{about} is drained, and front-ends still ask {counted(done.asked, 'actor')} there; do not stop it yet"
+    else:
+        text = f"{about} is drained: {counted(done.ended, 'actor')} ended, the node can be stopped"
+    finish(done.to_dict(), text, as_json)
+    if done.asked:
+        raise typer.Exit(Exit.RETRY)
+
+
+@cluster.command()
+def upgrade(
+    url: UrlArgument,
+    wait: WaitOption = 600.0,
+    ray: AddressOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace the actors of other releases: start this release's beside them, and end the old ones once no front-end asks them.
+
+    Install the release on all nodes first: running actors keep theirs. Start the front-ends again, one by one, while the command waits. Exit
+    code 3: some of the new actors do not serve yet, or some front-end still asks old ones; start the same command again.
+    """
+    with _extra():
+        from biodedup.cluster import operating
+    stated = _stated(ray, config)
+    with progress_bar(lines=not as_json) as progress:
+        done = operating.upgrade(url, stated, wait, progress)
+    lines = [f"{done.serving} of {counted(done.wanted, 'replica')} serve with {done.release}"]
+    if done.serving == done.wanted:
+        lines.append(f"{counted(done.ended, 'actor')} of other releases ended, {done.asked} still asked by front-ends")
+    finish(done.to_dict(), lines, as_json)
+    if done.serving < done.wanted or done.asked:
+        raise typer.Exit(Exit.RETRY)
+
+
+def _stated(ray: str | None, config: Path | None) -> ClusterConfig:
+    stated = settings(None, config).config.cluster
+    if stated is None:
+        raise InvalidInput("the settings have no [cluster] with segments and ray_address; name the file with --config")
+    return stated if ray is None else replace(stated, ray_address=ray)
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Around the import of what other commands do not need."""
     try:
-        from biodedup.cluster.status import cluster_status  # other commands need neither psycopg nor Ray
+        yield
     except ImportError as error:
         raise InvalidInput(f"a register in PostgreSQL needs {error.name}; pip install 'biodedup[cluster]'") from error
-    return cluster_status(url, cluster)

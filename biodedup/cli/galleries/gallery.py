@@ -15,6 +15,7 @@ from biodedup.cli.base import (
     DEFAULT_GALLERY,
     ConfigOption,
     Exit,
+    FolderOption,
     GalleryOption,
     IndexOption,
     JsonOption,
@@ -28,10 +29,13 @@ from biodedup.cli.base import (
     counted,
     existing,
     finish,
+    gallery_of,
     index_engines,
     model_ids,
+    opened,
     print_json,
     progress_bar,
+    refuse_register,
     say,
     show_table,
 )
@@ -80,7 +84,7 @@ def load(
     check: CheckOption = False,
     encoding: EncodingOption = None,
     ignore_columns: IgnoreColumnsOption = False,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -165,7 +169,7 @@ def reindex(
     force: Annotated[
         bool, typer.Option("--force", help="Use an index that misses more mates than the miss risk allows.")
     ] = False,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -199,7 +203,7 @@ def export(
         typer.Option("--faiss", metavar="DIR", help="A new folder for the .faiss files of one column and ids.parquet."),
     ] = None,
     column: Annotated[str | None, typer.Option(help="The column of --faiss; default: face.")] = None,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -233,7 +237,7 @@ def export(
 @app.command(rich_help_panel=Panel.GALLERY)
 def compact(
     wait: WaitOption = 0,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -259,7 +263,7 @@ def compact(
 @app.command(rich_help_panel=Panel.GALLERY)
 def backup(
     target: Annotated[Path, typer.Argument(help="An empty folder, or an earlier backup, which is brought up to date.")],
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -286,7 +290,7 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a gallery holds."""
-    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+    with opened(gallery, configured(gallery, config)) as engine:
         facts = engine.info()
     if as_json:
         print_json(facts)
@@ -305,7 +309,15 @@ def doctor(
         Path | None, typer.Argument(metavar="[GALLERY]", help="The gallery's folder; default: ./gallery, if it is one.")
     ] = None,
     gallery: Annotated[
-        Path | None, typer.Option("--gallery", "-g", envvar="BIODEDUP_GALLERY", help="The same, as an option.")
+        Path | None,
+        typer.Option(
+            "--gallery",
+            "-g",
+            envvar="BIODEDUP_GALLERY",
+            parser=gallery_of,
+            callback=refuse_register,
+            help="The same, as an option.",
+        ),
     ] = None,
     repair: Annotated[
         bool,

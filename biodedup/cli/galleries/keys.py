@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import DEFAULT_GALLERY, ConfigOption, GalleryOption, JsonOption, Panel, app, configured, finish
+from biodedup.cli.base import DEFAULT_GALLERY, ConfigOption, FolderOption, JsonOption, Panel, app, configured, finish
 from biodedup.errors import InvalidInput
 from biodedup.keys import KeyProvider, KeySource
 
@@ -29,7 +29,7 @@ def _stated(gallery: Path, config: Path | None) -> KeySource:
 
 
 @app.command(rich_help_panel=Panel.GALLERY)
-def encrypt(gallery: GalleryOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def encrypt(gallery: FolderOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Encrypt a gallery under the key that the table `keys` of the settings names.
 
     Needs free disk space of the gallery's size. Interrupted, the same command goes on. Afterwards the blocks of the disk that held the gallery
@@ -40,7 +40,7 @@ def encrypt(gallery: GalleryOption = DEFAULT_GALLERY, config: ConfigOption = Non
 
 
 @app.command(rich_help_panel=Panel.GALLERY)
-def decrypt(gallery: GalleryOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def decrypt(gallery: FolderOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Turn an encrypted gallery into one in the clear. Take the table `keys` out of the settings afterwards."""
     status = jobs.decrypt(gallery, _stated(gallery, config))
     finish(asdict(status), f"{gallery} is in the clear", as_json)
@@ -56,7 +56,7 @@ def new(
 
 
 @key.command()
-def status(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
+def status(gallery: FolderOption = DEFAULT_GALLERY, as_json: JsonOption = False) -> None:
     """Show whether a gallery is encrypted, and under which key. Needs no key."""
     found = jobs.key_status(gallery)
     text = (
@@ -67,7 +67,7 @@ def status(gallery: GalleryOption = DEFAULT_GALLERY, as_json: JsonOption = False
 
 @key.command()
 def rotate(
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     file: Annotated[Path | None, typer.Option("--new-file", help="The file of the new key.")] = None,
     environment: Annotated[str | None, typer.Option("--new-environment", help="The variable of the new key.")] = None,
     command: Annotated[str | None, typer.Option("--new-command", help="The command that prints the new key.")] = None,

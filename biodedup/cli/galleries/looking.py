@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
@@ -20,6 +19,7 @@ from biodedup.cli.base import (
     app,
     configured,
     counted,
+    opened,
     print_json,
     say,
     show_table,
@@ -39,7 +39,7 @@ def list_subjects(
     as_json: JsonOption = False,
 ) -> None:
     """List the enrolled subjects, in order of enrolment, with their groups and columns."""
-    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+    with opened(gallery, configured(gallery, config)) as engine:
         count = len(engine) if not group else sum(1 for _ in engine.subjects(group))
         first = list(islice(engine.subjects(group), limit))
         groups = engine.groups()
@@ -70,7 +70,7 @@ def show_subject(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a gallery holds of one subject: rows, groups, decisions, open cases. Shows no biometric data."""
-    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+    with opened(gallery, configured(gallery, config)) as engine:
         subject, labels = engine.subject(subject_id), engine.config.labels
     if as_json:
         print_json(subject.to_dict())
@@ -112,7 +112,7 @@ def show_callers(
     as_json: JsonOption = False,
 ) -> None:
     """Show the lock-outs of callers that approached a subject, and the requests for calls that need two people."""
-    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+    with opened(gallery, configured(gallery, config)) as engine:
         alarms, approvals = engine.alarms(), engine.approvals()
     if as_json:
         print_json({"alarms": [a.to_dict() for a in alarms], "approvals": [a.to_dict() for a in approvals]})

@@ -6,6 +6,7 @@ The options of `policy set` are generated from the fields of `Policy`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     Panel,
+    RegisterUrl,
     ThreadsOption,
     WaitOption,
     acting,
@@ -30,23 +32,26 @@ from biodedup.cli.base import (
     configured,
     existing,
     finish,
+    gallery_of,
+    opened,
     print_json,
     say,
     settings,
     show_table,
 )
 from biodedup.common.tables import differences, flat, hints, made, plain
-from biodedup.config import GalleryConfig, Policy
+from biodedup.config import Config, GalleryConfig, Policy
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.policies import PolicyVersion, shown, told
-from biodedup.keys import KeySource
 from biodedup.settings import DEFAULT, listed
 
 policy = typer.Typer(no_args_is_help=True, help="Show the decision policy of a gallery, or store a new version of it.")
 app.add_typer(policy, name="policy", rich_help_panel=Panel.SETTINGS)
 
-Named = Annotated[Path | None, typer.Argument(metavar="GALLERY", help="The gallery's folder; or --gallery.")]
+Named = Annotated[
+    Any, typer.Argument(metavar="GALLERY", parser=gallery_of, help="The gallery's folder or URL; or --gallery.")
+]
 ByOption = Annotated[str, typer.Option("--by", help="Who changes it.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept with the version.")]
 _NONE = "none"
@@ -61,8 +66,7 @@ def show(
 ) -> None:
     """Show the policy in force, and every version: who stored it, when, why, and what it changed."""
     folder = named or gallery
-    keys = configured(folder, config).keys  # a mistake in the settings is told here, too
-    versions = _versions(folder, keys)
+    versions = _versions(folder, configured(folder, config))  # a mistake in the settings is told here, too
     if as_json:
         print_json(_document(versions[-1]) | {"versions": [_document(version) for version in versions]})
         return
@@ -78,7 +82,7 @@ def show(
         before = version
 
 
-def set_policy(named: Path | None, *, by: str, reason: str, wait: float, gallery: Path, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
+def set_policy(named: Path | None, *, by: str, reason: str, wait: float, gallery: Path | RegisterUrl, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
     """Store a new version of the gallery's policy, which applies from then on. Settings that no option names keep their values."""
     folder = named or gallery
     wanted = {name: _parsed(name, value) for name, value in given.items() if value is not None}
@@ -155,8 +159,8 @@ def show_config(
     rows = listed(chosen)
     stated = chosen.config.policy
     conflict = ""
-    if jobs.is_gallery(folder):
-        stored = _versions(folder, chosen.config.keys)[-1]
+    if isinstance(folder, RegisterUrl) or jobs.is_gallery(folder):
+        stored = _versions(folder, chosen.config)[-1]
         rows |= {f"policy.{n}": (v, f"gallery, version {stored.version}") for n, v in flat(stored.policy).items()}
         if stated is not None and stated != stored.policy:
             conflict = told(differences(stored.policy, stated), "in the gallery", "in the settings")
@@ -175,11 +179,14 @@ def show_config(
         )
 
 
-def _versions(folder: Path, keys: KeySource | None) -> tuple[PolicyVersion, ...]:
-    """Of a gallery's policy. It is read without the models, which the settings may name wrongly."""
+def _versions(folder: Path | RegisterUrl, config: Config) -> Sequence[PolicyVersion]:
+    """Of a gallery's policy. That of a folder is read without the models, which the settings may name wrongly."""
     from biodedup.gallery.gallery import Gallery
 
-    with closing(Gallery.open_to_read(folder, LocalStorage(keys), GalleryConfig())) as gallery:
+    if isinstance(folder, RegisterUrl):
+        with opened(folder, replace(config, policy=None)) as engine:
+            return engine.policies()
+    with closing(Gallery.open_to_read(folder, LocalStorage(config.keys), GalleryConfig())) as gallery:
         return gallery.policies
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
@@ -20,6 +19,7 @@ from biodedup.cli.base import (
     app,
     configured,
     finish,
+    opened,
 )
 
 
@@ -44,7 +44,7 @@ def write(
     as_json: JsonOption = False,
 ) -> None:
     """Write the signed receipt of a decision: outcome, thresholds, policy, models, rows examined, and its place in the log. No biometric data."""
-    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+    with opened(gallery, configured(gallery, config)) as engine:
         document = jobs.write_receipt(engine, encounter_id, key, out)
     finish(document, f"{document['outcome']}: the receipt of {encounter_id} is in {out}", as_json)
 

@@ -17,7 +17,7 @@ from biodedup.cli.base import (
     DEFAULT_GALLERY,
     ConfigOption,
     Exit,
-    GalleryOption,
+    FolderOption,
     JsonOption,
     ThreadsOption,
     complain,
@@ -121,7 +121,7 @@ def pack(
 @kit.command()
 def ingest(
     batches: Annotated[list[Path], typer.Argument(metavar="BATCH...", help="Batch files of kits.")],
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     trusted: TrustedOption = Path("trusted"),
     result: Annotated[Path, typer.Option("--out", "-o", help="Outcomes, .parquet or .csv.")] = Path("outcome.parquet"),
     report: ReportOption = None,

@@ -103,9 +103,10 @@ class ShardHost:
     def generations(self) -> list[str]:
         return sorted(self._units)
 
-    def about(self) -> dict[str, Any]:
-        """What front-ends ask to know how it is. Being asked keeps it from being idle."""
-        self._asked_at = time.monotonic()
+    def about(self, counts: bool = True) -> dict[str, Any]:
+        """What front-ends ask to know how it is. counts: being asked keeps it from being idle."""
+        if counts:
+            self._asked_at = time.monotonic()
         return {
             "release": wire.release(),
             "generations": self.generations(),
@@ -113,6 +114,7 @@ class ShardHost:
             "process_id": os.getpid(),
             "searching": min(self._present, _SEARCHES),
             "waiting": max(self._present - _SEARCHES, 0),
+            "idle_s": self.idle_s,
         }
 
     @property

@@ -7,6 +7,7 @@ agreement: all find the same places (`placement.py`), and a second start of an a
 2. A replica that has been silent or dead for `SILENT_S` gets a substitute on another node, and is asked again when it answers.
 3. A replica that has to move serves until all of its successors have opened every segment of the group: no search is incomplete.
 4. A replica of another release is refused and ended, and a new one is started. Until then it counts as unwell.
+5. A node that is drained holds no replica, unless there is no other node. Its replicas move as in 3.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -51,6 +52,9 @@ class Nodes(Protocol):
 
     def alive(self) -> Sequence[str]:
         """Names of the nodes that may hold actors. Raises OSError where this is unknown."""
+
+    def drained(self) -> Collection[str]:
+        """Of the nodes, those that are to be stopped soon."""
 
     def start(self, place: Place) -> Actor:
         """The actor of a place, started if there is none. Raises OSError."""
@@ -171,7 +175,8 @@ class Keeper:
         self._other_release = {node: at for node, at in self._other_release.items() if now - at < RETRY_S}
         refused = nodes & self._other_release.keys()
         unwell = {place.node for place, kept in self._kept.items() if place.group == group and kept.is_unwell(now)}
-        return places_of(self._key, group, nodes - refused, self._count, unwell)
+        usable = nodes - refused
+        return places_of(self._key, group, usable.difference(self._nodes.drained()) or usable, self._count, unwell)
 
     def _start(self, place: Place, now: float) -> None:
         if place in self._kept:

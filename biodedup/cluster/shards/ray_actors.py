@@ -15,9 +15,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.shards.base import QueueFull
 
 _NAMESPACE = "biodedup"
+_DRAINED = b"drained/"  # the key of a drained node, in the store of Ray's GCS
 _START_S = 60.0  # an opening front-end waits so long for actors; it does not wait for actors that start later
 _STEP_S = 0.2  # meanwhile
 _THREADS = 40  # of searches in an actor: those that run, those that wait (`ShardHost`), and those that are refused
@@ -63,8 +65,8 @@ class ShardActor:
     def take(self, entries_text: str) -> str:
         return self._host.take(entries_text)
 
-    def about(self) -> dict[str, Any]:
-        return self._host.about()
+    def about(self, counts: bool = True) -> dict[str, Any]:
+        return self._host.about(counts)
 
 
 class RayActor:
@@ -77,9 +79,10 @@ class RayActor:
     def search(self, sent: wire.Sent) -> Future[wire.Sent]:
         return self._call("search", _as_sent, ReplicaFailed, sent)
 
-    def about(self) -> Future[dict[str, Any]]:
+    def about(self, counts: bool = True) -> Future[dict[str, Any]]:
+        """counts: as of `ShardHost.about`."""
         try:
-            return self._call("about", self._noted, Lost)
+            return self._call("about", self._noted, Lost, counts)
         except (QueueFull, ReplicaFailed) as error:
             failed: Future[dict[str, Any]] = Future()
             failed.set_exception(error)
@@ -134,6 +137,7 @@ class RayNodes:
 
     def __init__(self, ray: Any, cluster: ClusterConfig, register_id: str, threads: int) -> None:
         self._ray, self._cluster, self._register_id, self._threads = ray, cluster, register_id, threads
+        self._drained: Collection[str] = ()
 
     def alive(self) -> list[str]:
         """Nodes that were started without processors, such as the head's and those of front-ends, hold no actors."""
@@ -141,6 +145,12 @@ class RayNodes:
             return [n["NodeID"] for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
         except self._ray.exceptions.RayError as error:
             raise OSError(f"Ray does not say which nodes it has: {type(error).__name__}") from error
+
+    def drained(self) -> Collection[str]:
+        """The last known ones while the GCS is away."""
+        with suppress(Exception):  # Ray's errors here have no common class
+            self._drained = drained_nodes()
+        return self._drained
 
     def start(self, place: Place) -> Actor:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -234,20 +244,55 @@ def joined(address: str | None) -> Iterator[Any]:
 def observed(ray: Any, register_id: str, timeout_s: float) -> list[tuple[Place, str, dict[str, Any] | None]]:
     """The actors of a register, whichever front-end started them: place, release, and what each says of itself (`ShardHost.about`); None for one that
     does not answer in time. Starts nothing."""
+    answers = [(seen.place, seen.release, seen.about) for seen in seen_actors(ray, timeout_s, register_id)]
+    return sorted(answers, key=lambda answer: answer[:2])
+
+
+@dataclass(frozen=True, eq=False)
+class SeenActor:
+    """An actor of any register. about: None where it did not answer."""
+
+    actor: RayActor
+    place: Place
+    release: str
+    about: dict[str, Any] | None
+
+
+def seen_actors(ray: Any, timeout_s: float, register_id: str | None = None) -> list[SeenActor]:
+    """The actors of a register, or of all. Asking does not keep them from being idle."""
     asked = []
     for known in ray.util.list_named_actors(all_namespaces=True):
-        if known["namespace"] != _NAMESPACE or not known["name"].startswith(f"{register_id}/"):
+        parts = known["name"].split("/")
+        if known["namespace"] != _NAMESPACE or len(parts) != 6 or register_id not in (None, parts[0]):
             continue
         with suppress(ValueError, ray.exceptions.RayError):  # it has just ended
             actor = RayActor(ray, known["name"], ray.get_actor(known["name"], namespace=_NAMESPACE))
-            asked.append((known["name"], actor.about()))
-    wait([about for _, about in asked], timeout_s)
-    answers = []
-    for name, about in asked:
-        _, version, wire_version, group, node, slot = name.split("/")
+            asked.append((actor, parts, actor.about(counts=False)))
+    wait([about for *_, about in asked], timeout_s)
+    seen = []
+    for actor, (_, version, wire_version, group, node, slot), about in asked:
         told = about.result() if about.done() and about.exception() is None else None
-        answers.append((Place(int(group), node, int(slot)), f"{version}/{wire_version}", told))
-    return sorted(answers, key=lambda answer: answer[:2])
+        seen.append(SeenActor(actor, Place(int(group), node, int(slot)), f"{version}/{wire_version}", told))
+    return seen
+
+
+def drained_nodes() -> list[str]:
+    """Nodes that hold no replicas any more. All front-ends of a Ray cluster see the same."""
+    from ray.experimental import internal_kv
+
+    keys = internal_kv._internal_kv_list(_DRAINED, namespace=_NAMESPACE.encode())
+    return [key.removeprefix(_DRAINED).decode() for key in keys]
+
+
+def set_drained(node: str, is_drained: bool) -> None:
+    """Ray's GCS keeps it, and forgets it where it loses its own state."""
+    from ray.experimental import internal_kv
+
+    key, namespace = _DRAINED + node.encode(), _NAMESPACE.encode()
+    if is_drained:
+        internal_kv._internal_kv_put(key, b"1", overwrite=True, namespace=namespace)
+    else:
+        internal_kv._internal_kv_del(key, namespace=namespace)
 
 
 def _imported() -> Any:
@@ -272,5 +317,5 @@ def _connect(ray: Any, address: str) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise StorageUnavailable(
-            f"the Ray cluster {address!r} cannot be joined ({error}); start it, or correct ClusterConfig.ray_address"
+            f"the Ray cluster {address!r} cannot be joined ({error}); start it, or correct the address"
         ) from error

@@ -19,10 +19,12 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from biodedup.common.described import Described
+from biodedup.common.executors import LOCAL, Executor
 from biodedup.config import SearchConfig
 from biodedup.engine import Engine
 from biodedup.gallery.files.names import DATABASE_NAME
 from biodedup.gallery.files.private import make_private_folder
+from biodedup.jobs.deduplication.tiles import joined_tiles
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.output import check_table_name, write_table
 from biodedup.jobs.shared.progress import Progress, silent, warn
@@ -61,11 +63,16 @@ def is_gallery(folder: Path) -> bool:
 
 
 def find_duplicates(
-    engine: Engine, out: Path, *, threshold_db: float | None = None, progress: Progress = silent
+    engine: Engine,
+    out: Path,
+    *,
+    threshold_db: float | None = None,
+    progress: Progress = silent,
+    executor: Executor = LOCAL,
 ) -> JoinResult:
     """Joins a gallery with itself and writes `out` (.parquet or .csv): a row for each pair, with its cluster and that
     cluster's weakest link. Interrupted, it goes on where it was (`out`.notes). Of a cluster with more than 1,000 links some are
-    written (`Cluster.links_left_out`).
+    written (`Cluster.links_left_out`). executor: where tiles are compared (`jobs.ray_executor`).
 
     Raises InvalidInput, GalleryDamaged, StorageUnavailable.
     """
@@ -76,7 +83,7 @@ def find_duplicates(
     with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
         plan = engine.plan_join(threshold_db)
         warn(progress, plan.estimate.warnings(), len(engine))
-        links = linked(engine, notes, threshold_db, progress)
+        links = linked(engine, notes, threshold_db, progress, executor)
         impostor_pairs = plan.estimate.impostor_pairs
         result = JoinResult(tuple(links.clusters()), len(engine), threshold_db, plan.explain(), impostor_pairs)
         _write(result, out)
@@ -96,13 +103,13 @@ def join_notes(engine: Engine, path: Path, threshold_db: float) -> Notes:
     return Notes(path, key, engine.config.keys)
 
 
-def linked(engine: Engine, notes: Notes, threshold_db: float, progress: Progress) -> Links:
+def linked(engine: Engine, notes: Notes, threshold_db: float, progress: Progress, executor: Executor = LOCAL) -> Links:
     """The links of a gallery with itself, those of the notes included."""
     links = Links()
     for tile in notes.entries:
         links.add((_link(*one) for one in tile["links"]), tile.get("left_out"))
     done = notes.entries[-1]["done"] if notes.entries else 0
-    for tile in engine.join(threshold_db=threshold_db, skip=done):
+    for tile in joined_tiles(engine, threshold_db, done, executor, progress):
         evidence = [[asdict(part) for part in link.evidence] for link in tile.links]
         found = [
             [*link.subject_ids, link.score_db, link.extrapolated, parts, link.kind]

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from biodedup.common.described import Described
+from biodedup.common.executors import LOCAL, Executor
 from biodedup.embed.isolation import FAILURES
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
@@ -55,7 +56,10 @@ from biodedup.values import Decision, Encounter, Refusal, Template, Verification
 Templates: TypeAlias = dict[str, Any]
 _T = TypeVar("_T")
 
-_AHEAD = 2  # batches in the workers' hands while one is searched
+_AHEAD, _AHEAD_MOST = (
+    2,
+    16,
+)  # batches in the workers' hands while one is searched; the most, whatever an executor asks for
 _TASK_ENCOUNTERS = 8  # what a worker takes at once: the networks are quicker with several images
 _BATCH_BYTES_MAX = 64 << 20
 
@@ -156,6 +160,7 @@ def enroll_batch(
     stopwatch: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
     pool: Workers | None = None,
+    executor: Executor = LOCAL,
 ) -> BatchResult:
     """Enrols a manifest (.parquet or .csv) and writes `out` (.parquet or .csv), a row a record, and a page for an official.
 
@@ -163,7 +168,8 @@ def enroll_batch(
     writes the same table. workers: processes that extract. capture_s_max: seconds that one may take for a capture before it is killed;
     None: as the config's `isolation` says.
     retry_failed: try again what workers died of, or took too long for. model_id: what made the vectors of a manifest that has some, one
-    for all or by column; needed where the gallery has no model there.
+    for all or by column; needed where the gallery has no model there. executor: where captures are extracted (`jobs.ray_executor`); with
+    another one than this machine's, workers is not used.
     Raises InvalidInput where the manifest is no table, StorageUnavailable.
     """
     check_table_name(out)
@@ -175,6 +181,7 @@ def enroll_batch(
             backlog,
             table,
             pool,
+            executor,
             retry_failed=retry_failed,
             model_id=model_id,
             clock=clock,
@@ -213,6 +220,7 @@ class _Job:
         backlog: Backlog,
         table: Manifest,
         pool: Workers,
+        executor: Executor,
         *,
         retry_failed: bool,
         model_id: str | Mapping[str, str] | None,
@@ -221,7 +229,8 @@ class _Job:
     ) -> None:
         self._done = self._extracted_count = self._decided_count = 0
         self._seconds = dict.fromkeys(("all", "reading", "waiting", "searching"), 0.0)
-        self._engine, self._backlog, self._table, self._pool = engine, backlog, table, pool
+        self._engine, self._backlog, self._table = engine, backlog, table
+        self._pool, self._executor = pool, executor
         self._retry_failed, self._model_id, self._clock, self._stopwatch = retry_failed, model_id, clock, stopwatch
         self._suspected: frozenset[int] = frozenset()
         self._owners: dict[str, _Item] = {}
@@ -282,10 +291,12 @@ class _Job:
     def _ready(self) -> Iterator[_Batch]:
         """Batches whose captures are extracted; the next ones are in the workers' hands."""
         ahead: deque[_Batch] = deque()
-        for batch in chain(self._begun(), [None] * _AHEAD):
+        tasks = max(self._engine.config.batch_size // _TASK_ENCOUNTERS, 1)
+        most = min(max(_AHEAD, -(-self._executor.pieces_ahead // tasks)), _AHEAD_MOST)
+        for batch in chain(self._begun(), [None] * most):
             if batch is not None:
                 ahead.append(batch)
-            if ahead and (batch is None or len(ahead) > _AHEAD):
+            if ahead and (batch is None or len(ahead) > most):
                 yield self._extracted(ahead.popleft())
 
     def _begun(self) -> Iterator[_Batch]:
@@ -376,7 +387,8 @@ class _Job:
         with_captures = [item for item in todo if item.content and item.content.captures]
         for first in range(0, len(with_captures), _TASK_ENCOUNTERS):
             task = with_captures[first : first + _TASK_ENCOUNTERS]
-            batch.extracts.append((task, self._pool.submit([item.content.captures for item in task if item.content])))
+            captures = [item.content.captures for item in task if item.content]
+            batch.extracts.append((task, self._executor.submit(self._pool, captures)))
         self._extracted_count += len(with_captures)
         return batch
 

@@ -28,6 +28,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from biodedup.common.described import Described
+from biodedup.common.executors import LOCAL, Executor
 from biodedup.config import Config
 from biodedup.embed.cards import ModelCard, joint_id, load_card, shipped_cards
 from biodedup.engine.arrow.ids import WAS_ROUNDED, were_rounded
@@ -109,12 +110,14 @@ def calibrate(
     seed: int = 0,
     progress: Progress = silent,
     config: Config | None = None,
+    executor: Executor = LOCAL,
 ) -> CalibrateResult:
     """Writes `out` (.toml): the card of this model with the tables fitted on these pairs, for
     `FaceConfig(model=...)`, `FingerConfig(model=...)` or `FingerConfig(minutiae_model=...)`. pairs: a table, or a gallery's folder;
     model_id: a shipped model's, its card's name, or the path of a card; `finger256-3+mindtct-1` fits the embedding and what it
     says with minutiae. Any other model_id gets a card without weights, for embeddings that come with this model_id. dimension: how
-    many numbers these have; None takes a gallery's, and leaves it open otherwise. config: needed for the key of an encrypted gallery.
+    many numbers these have; None takes a gallery's, and leaves it open otherwise. config: needed for the key of an encrypted gallery. executor: where a gallery's minutiae
+    are compared (`jobs.ray_executor`).
 
     Raises InvalidInput for a table that lacks columns or pairs, ModelCardError, StorageUnavailable.
     """
@@ -123,7 +126,7 @@ def calibrate(
     card, minutiae = _cards(model_id, out)
     keys = None if config is None else config.keys
     found = (
-        pairs_of_gallery(pairs, card, minutiae, seed, progress, keys=keys)
+        pairs_of_gallery(pairs, card, minutiae, seed, progress, keys=keys, executor=executor)
         if is_gallery(pairs)
         else read_pairs(pairs, _columns(card, minutiae))
     )
@@ -172,6 +175,7 @@ def pairs_of_gallery(
     progress: Progress = silent,
     *,
     keys: KeySource | None = None,
+    executor: Executor = LOCAL,
 ) -> Pairs:
     """Impostor pairs of a gallery (`impostors.py`). Raises InvalidInput."""
     models = {card.model_id}
@@ -182,7 +186,13 @@ def pairs_of_gallery(
         models |= {card.model_id} if minutiae is None else set()
     columns = _columns(card, minutiae)
     scores, a, b, position = impostor_pairs(
-        gallery, frozenset(models), minutiae="minutiae" in columns, seed=seed, progress=progress, keys=keys
+        gallery,
+        frozenset(models),
+        minutiae="minutiae" in columns,
+        seed=seed,
+        progress=progress,
+        keys=keys,
+        executor=executor,
     )
     scores = {name: scores[name] for name in columns}
     whole = np.isfinite(np.array(list(scores.values()))).all(axis=0)

@@ -23,6 +23,7 @@ import numpy as np
 import xxhash
 
 from biodedup.common.described import Described
+from biodedup.common.executors import LOCAL, Executor
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
@@ -76,6 +77,7 @@ class _Run:
     config: Config
     storage: Storage
     progress: Progress
+    executor: Executor
 
     @property
     def work(self) -> Path:
@@ -94,6 +96,7 @@ def merge(
     config: Config | None = None,
     progress: Progress = silent,
     storage: Storage | None = None,
+    executor: Executor = LOCAL,
 ) -> MergeResult:
     """Finds the subjects of several galleries that are one person, and writes `out` (.parquet) and four files beside it.
 
@@ -101,12 +104,14 @@ def merge(
     subjects keep their ids. apply: bring the result into it. rule: which record survives, a key of `survivors.RULES`; prefer: districts, best
     first, where the rule ties. min_db: link from this score on, extrapolated or not; None takes the policy's duplicate threshold for
     the merged size, lists what lies above its review threshold, and applies only what is within the measured scores. The policy is the
-    central gallery's, else the one of config, else the one that all districts have.
+    central gallery's, else the one of config, else the one that all districts have. executor: where tiles are compared
+    (`jobs.ray_executor`).
 
     Raises InvalidInput, PolicyMismatch, ModelMismatch, NotAGallery, GalleryBusy (another job has this result), GalleryDamaged, StorageUnavailable.
     """
     _check_request(sources, out, into, apply)
-    run = _Run(out, config or Config(), storage or LocalStorage(None if config is None else config.keys), progress)
+    storage = storage or LocalStorage(None if config is None else config.keys)
+    run = _Run(out, config or Config(), storage, progress, executor)
     central = None if into is None else named(into)[1]
     with _locked(run.work, run.storage), opened(sources, run.storage, run.config) as districts:
         existing = [into] if into is not None and central is not None and is_gallery(central) else []
@@ -208,7 +213,7 @@ def _results(
         with Engine.open(folder, run.config, read_only=True, override_policy=True, storage=run.storage) as engine:
             warn(run.progress, engine.plan_join(settings.joined_db).estimate.warnings(), len(engine))
             with join_notes(engine, run.work / "join.notes", settings.joined_db) as notes:
-                joined = linked(engine, notes, settings.joined_db, run.progress)
+                joined = linked(engine, notes, settings.joined_db, run.progress, run.executor)
             checked = _check_shared(engine, staged, shared, run.work / "ids.notes", settings, run.progress)
         links = _each_once(joined.kept())
         groups = _groups(registers, staged, links, settings)

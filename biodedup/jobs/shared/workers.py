@@ -6,11 +6,15 @@ alone. Never searches or stores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
+import numpy as np
+
+from biodedup.common.executors import Work as DividedWork
 from biodedup.config import Config, IsolationConfig
 from biodedup.embed.isolation import IsolatedWorkers, Pending, Work
 from biodedup.values import Face, Finger, Refusal, Template
@@ -26,7 +30,7 @@ class Extraction(Protocol):
     def result(self) -> Extracted: ...
 
 
-class Workers:
+class Workers(DividedWork[Sequence[Captures], Extracted]):
     """Processes, each with an extractor and one thread. Use it as a context manager; no process starts before the first work.
 
     work: what a worker does with a capture, a function that it can import. capture_s_max: seconds that a capture may take; None: as the
@@ -39,7 +43,8 @@ class Workers:
         limits = config.isolation or IsolationConfig()
         if capture_s_max is not None:
             limits = replace(limits, capture_s_max=capture_s_max)
-        self._isolated = IsolatedWorkers(replace(config, isolation=limits), count, work)
+        self._recipe = ExtractionRecipe(replace(config, isolation=limits, keys=None, cluster=None), work)
+        self._isolated = IsolatedWorkers(self._recipe.config, count, work)
 
     def __enter__(self) -> Workers:
         return self
@@ -52,6 +57,43 @@ class Workers:
     def submit(self, encounters: Sequence[Captures]) -> Extraction:
         """Starts the extraction."""
         return _Submitted([[self._isolated.submit(capture) for capture in captures] for captures in encounters])
+
+    def begin(self, piece: Sequence[Captures]) -> Extraction:
+        return self.submit(piece)
+
+    def recipe(self) -> ExtractionRecipe:
+        return self._recipe
+
+    def received(self, result: Extracted) -> Extracted:
+        """Ray's arrays cannot be written to, and compiled code would be compiled once more for them."""
+        return [[_own(each) for each in of_encounter] for of_encounter in result]
+
+
+def _own(result: Template | Refusal) -> Template | Refusal:
+    if isinstance(result, Refusal) or result.embedding is None:
+        return result
+    return replace(result, embedding=np.array(result.embedding))
+
+
+@dataclass(frozen=True)
+class ExtractionRecipe:
+    """Extraction in another process, a `Recipe`: there too a process of its own decodes captures, so that none of them can end the task."""
+
+    config: Config
+    work: Work | None
+    threads: int = 1
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[Sequence[Captures]], Extracted]]:
+        isolated = IsolatedWorkers(self.config, 1, self.work)
+
+        def extract(encounters: Sequence[Captures]) -> Extracted:
+            return _Submitted([[isolated.submit(capture) for capture in captures] for captures in encounters]).result()
+
+        try:
+            yield extract
+        finally:
+            isolated.close()
 
 
 class _Submitted:
