@@ -31,7 +31,8 @@ from tests.support.vectors import SFACE, people
 
 
 def front_end(url: str, segments: str, number: int, threads: int, seconds: float) -> None:
-    """One process: prints a line when it is ready, begins at a line of its input, and prints the time of each enrolment in ms."""
+    """One process: prints a line when it is ready, begins at a line of its input, and prints two lines: the processor time of an enrolment,
+    and the time of each, in ms."""
     vectors = people(int(1_000 * seconds), seed=1_000 + number)
     cluster = bd.ClusterConfig(segments=segments)
     taken: list[float] = []
@@ -39,7 +40,7 @@ def front_end(url: str, segments: str, number: int, threads: int, seconds: float
         engine.enroll(bd.Encounter(f"first-{number}", templates={"face": people(1, seed=number)[0]}, model_id=SFACE))
         print("ready", flush=True)
         sys.stdin.readline()
-        end = time.monotonic() + seconds
+        end, cpu_s = time.monotonic() + seconds, time.process_time()
 
         def enrol(first: int) -> None:
             for i in range(first, len(vectors), threads):
@@ -57,6 +58,8 @@ def front_end(url: str, segments: str, number: int, threads: int, seconds: float
             worker.start()
         for worker in workers:
             worker.join()
+        cpu_s = time.process_time() - cpu_s
+    print(f"{1000 * cpu_s / max(len(taken), 1):.3f}", flush=True)
     print(" ".join(f"{value:.2f}" for value in taken), flush=True)
 
 
@@ -109,7 +112,9 @@ def main() -> None:
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        taken = np.array([float(ms) for process in running for ms in process.communicate()[0].split()])
+        printed = [process.communicate()[0].split("\n") for process in running]
+        cpu_ms = np.mean([float(lines[0]) for lines in printed])
+        taken = np.array([float(ms) for lines in printed for ms in lines[1].split()])
         peer = commits(server.base, options.processes, min(options.seconds, 10.0))
     finally:
         server.close()
@@ -117,6 +122,7 @@ def main() -> None:
     figures = {
         "processes, threads each": f"{options.processes}, {options.threads}",
         "enrolments a second": round(rate, 1),
+        "processor time of an enrolment, ms": round(float(cpu_ms), 2),
         "enrolment, ms p50 / p99": f"{np.median(taken):.1f} / {np.quantile(taken, 0.99):.1f}",
         "peer: single-row commits a second": round(peer, 1),
         "ratio": round(rate / peer, 3),

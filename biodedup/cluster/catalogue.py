@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import psycopg
@@ -58,7 +59,8 @@ _BY_COMMIT = ("encounter", "tombstone", "pending", "judged")
 _ORDERED = {"encounter": "commits, ordinal"}
 """Tables whose rows are read in the order in which they were put. A sequence alone would not do: commits of several front-ends overlap."""
 _COPY_ROWS_MIN = 64  # so many rows are written by COPY
-_UNSENT_MOST = 1_000  # statements that wait for the next one that is read
+_UNSENT_MOST = 1_000  # rows that wait for the next statement that is read
+_STATEMENT_VALUES = 48  # psycopg keeps what it has parsed of statements with up to 50 values
 _SETTLE_S = 5.0  # for so long a commit whose reply was lost is looked up
 _LOG_COMMITS = 1_000_000  # commits that the log keeps
 
@@ -100,7 +102,8 @@ class PostgresCatalogue(CatalogueTables):
         self._intended: State | None = None
         self._put: set[str] = set()
         self._dropped: set[str] = set()
-        self._unsent: list[tuple[str, Sequence[Any]]] = []
+        self._unsent: dict[str, dict[Any, Sequence[Any]]] = {}
+        """Table -> rows to be put, by their key where a row may be put again."""
         self.erased = False
         self.uncertain = False
         """Whether the last commit may stand or not, because the server could not be asked."""
@@ -138,20 +141,36 @@ class PostgresCatalogue(CatalogueTables):
         with _translated("PostgreSQL"):
             return self._living().execute(statement, values)
 
-    def _later(self, statement: str, values: Sequence[Any]) -> None:
-        """A statement of this transaction whose result is not read. It is sent with others, in their order, before the next one that is
-        read, so that a commit takes a few round trips however many rows it writes."""
-        self._unsent.append((statement, values))
-        if len(self._unsent) >= _UNSENT_MOST:
+    def _later(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Rows that this transaction puts. They are sent before the next statement whose result is read, many in a statement, so that a
+        commit takes a few round trips however many rows it writes."""
+        unsent = self._unsent.setdefault(table, {})
+        for row in rows:
+            unsent[row[0] if table in REPLACED else len(unsent)] = row
+        if sum(map(len, self._unsent.values())) >= _UNSENT_MOST:
             self._send()
 
     def _send(self) -> None:
-        unsent, self._unsent = self._unsent, []
+        unsent, self._unsent = self._unsent, {}
         if not unsent:
             return
         with _translated("PostgreSQL"), self._living().pipeline(), self._living().cursor() as cursor:
-            for statement, values in unsent:
-                cursor.execute(statement, values)
+            for table, of_table in unsent.items():
+                rows = list(of_table.values())
+                together = max(_STATEMENT_VALUES // len(rows[0]), 1)
+                for low in range(0, len(rows), together):
+                    some = rows[low : low + together]
+                    cursor.execute(self._insertion(table, len(some), len(some[0])), list(chain.from_iterable(some)))
+
+    def _insertion(self, table: str, rows: int, width: int) -> str:
+        """The statement that puts so many rows of so many values, checksum and number of the commit included."""
+        marks = ", ".join(["(" + ", ".join(["%s"] * width) + ")"] * rows)
+        statement = f"INSERT INTO {self._table(table)} VALUES {marks}"
+        if table not in REPLACED:
+            return statement
+        first, *others = [column for column, _ in table_columns(table)]
+        changed = ", ".join(f'"{column}" = excluded."{column}"' for column in (*others, "checksum", "commits"))
+        return f'{statement} ON CONFLICT ("{first}") DO UPDATE SET {changed}'
 
     def _table(self, table: str) -> str:
         return f'"{self._schema}"."{table}"'
@@ -161,7 +180,7 @@ class PostgresCatalogue(CatalogueTables):
     def begin(self) -> None:
         self._connect()
         self._put, self._dropped, self._intended, self.uncertain = set(), set(), None, False
-        self._unsent = []
+        self._unsent = {}
         limits = self._limits
         self._run(
             f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {limits.lock_ms}; "
@@ -224,7 +243,7 @@ class PostgresCatalogue(CatalogueTables):
 
     def rollback(self) -> None:
         """Never raises: a connection that cannot roll back is dropped, which rolls back."""
-        self._unsent = []
+        self._unsent = {}
         known = self._connection
         if known is None or known.closed:
             return
@@ -331,7 +350,7 @@ class PostgresCatalogue(CatalogueTables):
         super().set_state(state)
         self._intended = state
         values = (state.commits, state.commit_id, " ".join(sorted(self._put)), " ".join(sorted(self._dropped)))
-        self._later(f"INSERT INTO {self._table('commit_log')} VALUES (%s, %s, %s, %s)", values)
+        self._later("commit_log", [values])
         self._send()
 
     def changes_since(self, known: State) -> Changes | None:
@@ -446,18 +465,10 @@ class PostgresCatalogue(CatalogueTables):
         if not complete:
             return
         self._put.add(table)
-        name, marks = self._table(table), ", ".join(["%s"] * len(complete[0]))
-        if table in REPLACED:
-            names = [column for column, _ in table_columns(table)]
-            changed = ", ".join(f'"{column}" = excluded."{column}"' for column in (*names[1:], "checksum", "commits"))
-            statement = f'INSERT INTO {name} VALUES ({marks}) ON CONFLICT ("{names[0]}") DO UPDATE SET {changed}'
+        if len(complete) >= _COPY_ROWS_MIN and table not in REPLACED:
+            self._copy(table, complete)
         else:
-            statement = f"INSERT INTO {name} VALUES ({marks})"
-            if len(complete) >= _COPY_ROWS_MIN:
-                self._copy(table, complete)
-                return
-        for row in complete:
-            self._later(statement, row)
+            self._later(table, complete)
 
     def _copy(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
         names = ", ".join(f'"{name}"' for name, _ in table_columns(table))

@@ -41,7 +41,11 @@ class Decider:
 
     def calibrated_on(self, searched: Snapshot) -> Decider:
         """A decider that scores with the calibrations of the snapshot that was searched."""
-        return replace(self, comparer=self.comparer.calibrated_on(self.samples.of(searched)))
+        return self.with_comparer(self.comparer.calibrated_on(self.samples.of(searched)))
+
+    def with_comparer(self, comparer: Comparer) -> Decider:
+        """A decider that scores as this comparer does."""
+        return replace(self, comparer=comparer)
 
     def decide(
         self,
@@ -64,14 +68,7 @@ class Decider:
         compared = now.count_with(bits) - int(np.count_nonzero(now.presence(own) & bits) if own else 0)
         mates = expected(self.comparer, policy, probe.templates, now, across=found.across) if compared else None
         review_db = band_db if mates is None or policy.review_db is not None else mates.review_db
-        ranked = found.comparisons
-        returned, cleared = first_of(
-            ranked,
-            self.config.search.returned,
-            now.are_present(ranked.rows) & ~np.isin(ranked.rows, own),
-            ranked.resembling(review_db, duplicate_db),
-            lambda row: bool(different) and set(different).issuperset(now.siblings(row)),
-        )
+        returned, cleared = self._chosen(found.comparisons, now, own, different, (review_db, duplicate_db))
         verdict = judge(
             returned,
             duplicate_db,
@@ -104,6 +101,25 @@ class Decider:
             cleared=_candidates(now, cleared, kinds_of(cleared, duplicate_db, review_db)),
             doubtful=doubtful(probe.templates.values()),
             policy_digest=policy_digest(policy),
+        )
+
+    def _chosen(
+        self,
+        ranked: Ranked,
+        now: Snapshot,
+        own: Sequence[int],
+        different: Collection[int],
+        resembling_db: tuple[float, float],
+    ) -> tuple[list[Comparison], list[Comparison]]:
+        """As `first_of`, of all that was compared. resembling_db: as `Ranked.resembling` takes them."""
+        if not len(ranked):
+            return [], []
+        return first_of(
+            ranked,
+            self.config.search.returned,
+            now.are_present(ranked.rows) & ~np.isin(ranked.rows, own),
+            ranked.resembling(*resembling_db),
+            lambda row: bool(different) and set(different).issuperset(now.siblings(row)),
         )
 
     def incomplete(self, probe: Probe, lacks: Sequence[Refusal], now: Snapshot, *, version: int) -> Decision:

@@ -173,13 +173,14 @@ class Enrolment:
             self._waiting.append(call)
         with self._gallery.lock:
             if not call.done:
-                with self._waiting_lock:
-                    group, self._waiting = self._waiting, []
+                group: list[_Waiting] = []
                 try:
                     with untraced(), self._gallery.transaction() as transaction:  # the probes belong to several callers
+                        group = self._all_waiting()  # only now: more calls came while other front-ends wrote
                         for waiting in group:
                             self._decide_all(transaction, waiting)
                 except BaseException as error:
+                    group = group or self._all_waiting()
                     for waiting in group:
                         waiting.error = _for_waiting(error)
                     if not isinstance(error, BiodedupError):
@@ -189,6 +190,12 @@ class Enrolment:
                         waiting.done = True
         if call.error is not None:
             raise call.error
+
+    def _all_waiting(self) -> list[_Waiting]:
+        """Takes the calls that wait."""
+        with self._waiting_lock:
+            group, self._waiting = self._waiting, []
+        return group
 
     def _decide_all(self, transaction: Transaction, call: _Waiting) -> None:
         for probe, found, digest in zip(call.probes, call.seen.found, call.digests, strict=True):
@@ -234,7 +241,7 @@ class Enrolment:
         own = subject_rows + now.pending_under(probe.subject_id)  # under the same name no second identity slips past
         different = now.different.get(case.row, ()) if case is not None and case.row is not None else ()
         found = self._searches.search_since(probe, found, seen, now, {*own, *different})
-        decider = self._decider.calibrated_on(seen.snapshot)
+        decider = self._decider.with_comparer(seen.searcher.comparer)
         decision = decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
         if request.reason:
             decision = replace(decision, replacement=request.reason)

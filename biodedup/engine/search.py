@@ -29,12 +29,14 @@ _Groups = tuple[str, ...] | None
 @dataclass(frozen=True)
 class SearchSnapshot:
     """The results of some probes, in their order. snapshot: the snapshot that was searched; across: whether fingers were compared across
-    positions; extra_k: how many more candidates were searched for than are returned."""
+    positions; extra_k: how many more candidates were searched for than are returned; searcher: with the calibrations of this search, which
+    the whole decision uses."""
 
     found: Sequence[CandidateSet]
     snapshot: Snapshot
     across: bool
     extra_k: int
+    searcher: Searcher
 
 
 class BatchedSearch:
@@ -65,7 +67,8 @@ class BatchedSearch:
         matter, where it is lower than the review threshold."""
         with self._log.timed(len(probes), self._gallery.snapshot().row_count):
             seen = self._probes((groups, across, extra_k, from_db), [probe.templates for probe in probes])
-        return SearchSnapshot([found for found, _ in seen], seen[0][1], across, extra_k)
+        _, snapshot, searcher = seen[0]
+        return SearchSnapshot([found for found, *_ in seen], snapshot, across, extra_k, searcher)
 
     def search_since(
         self, probe: Probe, found: CandidateSet, seen: SearchSnapshot, now: Snapshot, uncounted: Collection[int] = ()
@@ -75,13 +78,17 @@ class BatchedSearch:
         If more rows do not count than extra candidates were searched for, they may have hidden others: then all rows are searched again.
         """
         before, extra_k = found.comparisons, max(seen.extra_k, len(uncounted))
-        searcher = self._calibrated_on(seen.snapshot)  # the whole decision uses one calibration
-        left_out = ~now.are_present(before.rows) | np.isin(before.rows, list(uncounted))
+        searcher, left_out = seen.searcher, np.zeros(len(before), bool)
+        if len(before):
+            left_out = ~now.are_present(before.rows) | np.isin(before.rows, list(uncounted))
         thresholds_db = searcher.thresholds_db(probe.templates, now, across=seen.across)
         lower = any(a > b for a, b in zip(found.complete_db, thresholds_db, strict=True))
         search_all = lower or np.count_nonzero(left_out) > seen.extra_k
         if not search_all:
-            since = self._since(searcher, probe, now, seen, seen.snapshot.row_count, extra_k)
+            from_row = seen.snapshot.row_count
+            if not searcher.may_find(now, probe.templates, from_row, thresholds_db[1], across=seen.across):
+                return found
+            since = self._since(searcher, probe, now, seen, from_row, extra_k)
             if now.extra_rows and len(
                 since.comparisons
             ):  # a subject with a new row was compared again with all its rows
@@ -120,16 +127,12 @@ class BatchedSearch:
 
     def _search(
         self, key: tuple[_Groups, bool, int, float | None], probes: list[Mapping[str, Template]]
-    ) -> list[tuple[CandidateSet, Snapshot]]:
+    ) -> list[tuple[CandidateSet, Snapshot, Searcher]]:
         (groups, across, extra_k, from_db), snapshot = key, self._gallery.snapshot()
+        searcher = self._searcher.calibrated_on(self._samples.of(snapshot))
         with untraced():  # the probes belong to several callers
-            results = self._calibrated_on(snapshot).search(
-                snapshot, probes, groups=groups, across=across, extra_k=extra_k, from_db=from_db
-            )
-        return [(found, snapshot) for found in results]
-
-    def _calibrated_on(self, snapshot: Snapshot) -> Searcher:
-        return self._searcher.calibrated_on(self._samples.of(snapshot))
+            results = searcher.search(snapshot, probes, groups=groups, across=across, extra_k=extra_k, from_db=from_db)
+        return [(found, snapshot, searcher) for found in results]
 
     def _nearest_each(self, key: tuple[str, int, _Groups], probes: list[Float32]) -> list[SearchResult]:
         batch = self._nearest(key, np.array(probes))

@@ -82,6 +82,8 @@ class Transaction:
         self._gallery_id = gallery_id
         self._state = state
         self._commit_id = secrets.token_hex(8)
+        self._shown: tuple[tuple[Any, ...], Snapshot] | None = None
+        """The last snapshot, with what it was made of."""
 
     @property
     def changed(self) -> bool:
@@ -100,21 +102,28 @@ class Transaction:
 
     def snapshot(self) -> Snapshot:
         """Everything, what is staged included."""
-        parts: tuple[Part, ...] = (*self.segments, TailPart(self.tail, self.tail.count))
-        state = self.state
-        return Snapshot(
-            version=state.version,
+        extra_rows = self._state.extra_rows
+        made_of = (
+            *(*self.segments, self.tail, self.tombstones, self.pending, self.different, self.steps, self.indexing),
+            *(self.tail.count, extra_rows, self.content_changed),
+        )
+        if self._shown is not None and _are_same(self._shown[0], made_of):
+            return self._shown[1]
+        snapshot = Snapshot(
+            version=self._state.version + self.content_changed,
             row_count=self.tail.end_row,
-            parts=parts,
+            parts=(*self.segments, TailPart(self.tail, self.tail.count)),
             tombstones=self.tombstones,
             models=self.models,
             group_sets=self.group_sets,
             pending=self.pending,
-            extra_rows=state.extra_rows,
+            extra_rows=extra_rows,
             different=self.different,
             steps=self.steps,
             indexing=self.indexing,
         )
+        self._shown = made_of, snapshot
+        return snapshot
 
     def answer(self, encounter_id: str) -> StoredDecision | None:
         """As `Gallery.answer`, with what is staged."""
@@ -449,6 +458,13 @@ class Transaction:
             self.group_sets[number], self._numbers[names] = names, number
             self.manifest_changed = True
         return self._numbers[names]
+
+
+def _are_same(ones: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether these are the same objects, or equal numbers."""
+    return len(ones) == len(others) and all(
+        one is other or (isinstance(one, int) and one == other) for one, other in zip(ones, others, strict=True)
+    )
 
 
 def _journalled(first_row: int, column: str, cells: NewCells) -> Iterator[JournalCell]:

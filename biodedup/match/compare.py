@@ -72,11 +72,13 @@ class Comparer:
         self._replay_of = replay_of
         self._matcher = matcher
         self._sample: tuple[()] | tuple[SampleOf] = ()
+        self._known: dict[str, ScoreModel] | None = None
+        """model_id -> how its templates score, once the subjects are settled that this is measured on."""
 
     def calibrated_on(self, sample_of: SampleOf) -> Comparer:
         """The same comparer, with calibrations that are measured on these subjects."""
         comparer = copy(self)
-        comparer._sample = (sample_of,)
+        comparer._sample, comparer._known = (sample_of,), {}
         return comparer
 
     def compare(
@@ -96,6 +98,8 @@ class Comparer:
         minutiae are compared (`staged.py`), by the evidence of the embeddings; the other rows are left out, too. None: all rows'.
         """
         held = np.asarray(rows, np.int64)
+        if not len(held):
+            return Ranked()
         paired = _Paired(probe, source.model_ids(), held, source.presence(held), subjects, across=across)
         measured = Measured(self._matcher, probe, self.score_models(probe), source, held, paired.wanted())
         kept, by_embeddings = np.arange(len(held)), None
@@ -112,11 +116,18 @@ class Comparer:
     def score_models(self, probe: Mapping[str, Template]) -> dict[str, ScoreModel]:
         """How the templates in each of the probe's columns score."""
         # once for all rows: the calibration of a model without a card comes from the gallery
-        of = {
-            model_id: ScoreModel(self.calibration(model_id), self._with_minutiae(model_id), self._replay_of(model_id))
-            for model_id in {one.model_id for one in probe.values()}
-        }
+        of = {model_id: self._score_model(model_id) for model_id in {one.model_id for one in probe.values()}}
         return {column: of[template.model_id] for column, template in probe.items()}
+
+    def _score_model(self, model_id: str) -> ScoreModel:
+        known = self._known
+        if known is not None and model_id in known:
+            return known[model_id]
+        calibration = self._calibration_of(model_id, *self._sample)
+        model = ScoreModel(calibration, self._with_minutiae_of(model_id, *self._sample), self._replay_of(model_id))
+        if known is not None:
+            known[model_id] = model
+        return model
 
     def score_db(self, probe: Template, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """score_db, float64 (n,), of raw scores of the probe's model."""
@@ -124,7 +135,7 @@ class Comparer:
 
     def adds_minutiae(self, model_id: str) -> bool:
         """Whether minutiae add to the embeddings of this model."""
-        return self._with_minutiae(model_id) is not None
+        return self._score_model(model_id).with_minutiae is not None
 
     def has_more(self, probe: Template) -> bool:
         """Whether minutiae add to the probe's embedding, so that a ranking by embeddings is not final."""
@@ -132,10 +143,7 @@ class Comparer:
 
     def calibration(self, model_id: str) -> Calibration:
         """The calibration of a model's embeddings or minutiae alone."""
-        return self._calibration_of(model_id, *self._sample)
-
-    def _with_minutiae(self, model_id: str) -> WithMinutiae | None:
-        return self._with_minutiae_of(model_id, *self._sample)
+        return self._score_model(model_id).alone
 
     def llr_reaching(self, score_db: float, model_ids: Sequence[str]) -> float:
         """The least sum of llr_db, over one capture of each of these models, that reaches score_db."""

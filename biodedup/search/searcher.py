@@ -56,6 +56,8 @@ PROBES = 256
 """Probes that are scanned together."""
 _SLACK_DB = 0.5
 """Until a decision is committed, one subject in ten may be removed before its thresholds fall by more."""
+_ROUNDING = 1e-4
+"""More than the cosines of single precision may be off."""
 _ONE_COLUMN_PROBES = 1024
 """Probes of a search in one column: what is compared exactly is read from the disk once for all of them."""
 
@@ -114,6 +116,10 @@ class Searcher:
         searcher = copy(self)
         searcher._comparer = self._comparer.calibrated_on(sample_of)
         return searcher
+
+    @property
+    def comparer(self) -> Comparer:
+        return self._comparer
 
     def close(self) -> None:
         self.fan_out.close()
@@ -223,6 +229,32 @@ class Searcher:
     def thresholds_db(self, probe: TemplateSet, snapshot: Snapshot, *, across: bool) -> tuple[float, float]:
         """The scores from which a candidate of this probe is a duplicate, and from which it goes to review."""
         return thresholds_db(self._comparer, self._policy(), probe, snapshot, across=across)
+
+    def may_find(
+        self, snapshot: Snapshot, probe: TemplateSet, from_row: int, review_db: float, *, across: bool
+    ) -> bool:
+        """Whether `search` may return a row from from_row on. review_db: as of `thresholds_db`. It looks at rows that are not sealed yet,
+        one column, and the rule of `_least`; True for all else. Far cheaper than a search of a few rows."""
+        if from_row >= snapshot.row_count:
+            return False
+        column, models = _only_column(probe, snapshot, across=across), snapshot.models
+        template = None if column is None else probe[column]
+        if template is None or template.embedding is None or self._comparer.has_more(template):
+            return True
+        if template.model_id != models[template.column].model_id:
+            return True
+        nearest = -np.inf
+        for part in snapshot.parts:
+            if part.end_row > from_row and template.column in part.columns:
+                cells = part.columns[template.column]
+                low, high = cells.cell_range(*part.position_range(from_row, part.end_row))
+                if low < high:
+                    if cells.codec is not None:
+                        return True
+                    nearest = max(nearest, float((cells.vectors(low, high) @ template.embedding).max()))
+        if nearest == -np.inf:
+            return False
+        return bool(self._comparer.score_db(template, np.array([nearest + _ROUNDING]))[0] >= review_db - _SLACK_DB)
 
     def similarity_reaching(self, model_id: str, score_db: float) -> float:
         """The lowest similarity that scores score_db."""
@@ -431,8 +463,8 @@ class _Search:
             return None
         least, known = np.full(len(captures), -np.inf, np.float32), dict[tuple[str, float], float]()
         for at, ((i, own), template) in enumerate(captures.items()):
-            shared = comparable_bits(self._probes[i], self._models, across=self._scope.across)
-            if own == column and shared == BIT[column] and not self._comparer.has_more(template):
+            only = _only_column(self._probes[i], self._snapshot, across=self._scope.across)
+            if own == column and only == column and not self._comparer.has_more(template):
                 asked = (template.model_id, self._stages[i].reach_db)
                 if asked not in known:
                     known[asked] = self._searcher.similarity_reaching(*asked)
@@ -474,6 +506,12 @@ class _Search:
 
 def _is_embedded(template: Template | None, model_id: str) -> bool:
     return template is not None and template.embedding is not None and template.model_id == model_id
+
+
+def _only_column(probe: TemplateSet, snapshot: Snapshot, *, across: bool) -> str | None:
+    """The column that is all that a probe and the gallery share; None where there is none, or several."""
+    shared = comparable_bits(probe, snapshot.models, across=across)
+    return next((column for column in probe if BIT[column] == shared), None)
 
 
 def _relabelled(columns: _ColumnPair) -> bool:

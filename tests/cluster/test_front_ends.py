@@ -55,6 +55,25 @@ def test_what_one_front_end_enrolled_is_a_duplicate_at_another_that_has_not_look
     assert decision.best.subject_id == "anna"
 
 
+def test_calls_that_come_while_another_front_end_writes_are_one_commit(register, postgres):
+    vectors = people(6)
+    engine = register(cluster=NO_POLL)
+    enroll(engine, "first", vectors[0])
+    inside = internals(engine)
+    with postgres.connect() as other:
+        other.execute(f"SELECT pg_advisory_lock({inside.catalogue._lock_key})")
+        with ThreadPoolExecutor(5) as pool:
+            answers = [pool.submit(enroll, engine, f"s{i}", vectors[i]) for i in range(1, 6)]
+            until = time.monotonic() + 60
+            while len(inside.enrolment._waiting) < 5:
+                assert time.monotonic() < until, "the calls do not gather"
+                time.sleep(0.001)
+            before = inside.commits
+            other.execute(f"SELECT pg_advisory_unlock({inside.catalogue._lock_key})")
+            assert {answer.result().outcome for answer in answers} == {"unique"}
+    assert inside.commits == before + 1
+
+
 def test_every_change_of_one_front_end_is_seen_by_another(register):
     anna, bella, carla, dora = people(4)
     first, second = register(cluster=NO_POLL), register(cluster=NO_POLL)

@@ -96,7 +96,8 @@ class Column(Protocol):
 class Answers(Protocol):
     """The encounters that were answered while a part's rows were enrolled."""
 
-    count: int
+    @property
+    def count(self) -> int: ...
 
     @property
     def outcomes(self) -> Mapping[str, int]: ...

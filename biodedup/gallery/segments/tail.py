@@ -65,6 +65,22 @@ class Tail:
         self.again: list[tuple[int, int]] = []
         """(position, hash of the subject_id) of each row that was not the first under its id."""
         self.answers: dict[str, StoredDecision] = {}
+        self._counted: tuple[int, dict[int, int]] = (0, {})
+        """(so many rows, how many of them have each presence)."""
+
+    def bits(self, count: int) -> dict[int, int]:
+        """How many of the first rows have each presence. Each row is counted once: enrolments ask again and again."""
+        known, counts = self._counted
+        if known > count:  # a reader of an older snapshot
+            known, counts = 0, {}
+        elif known == count:
+            return counts
+        more = np.bincount(self.presence.view(count)[known:])
+        counts = dict(counts)
+        for bits in np.flatnonzero(more).tolist():
+            counts[bits] = counts.get(bits, 0) + int(more[bits])
+        self._counted = count, counts
+        return counts
 
     @property
     def count(self) -> int:
@@ -156,6 +172,8 @@ class Tail:
                 self.positions_of[subject_id] = kept  # in one step: readers look up rows before count meanwhile
             else:
                 self.positions_of.pop(subject_id, None)
+        if self._counted[0] > count:
+            self._counted = 0, {}
         del self.subject_ids[count:], self.encounter_ids[count:]
         while self.again and self.again[-1][0] >= count:
             self.again.pop()
@@ -206,8 +224,7 @@ class TailPart:
 
     @property
     def bits(self) -> Mapping[int, int]:
-        counts = np.bincount(self.presence(0, self.count))  # at each enrolment, and the tail may be long
-        return {bits: int(counts[bits]) for bits in np.flatnonzero(counts).tolist()}
+        return self._tail.bits(self.count)
 
     def rows(self, positions: Int64) -> Int64:
         return positions + self.first_row
@@ -317,7 +334,10 @@ class TailAnswers:
 
     def __init__(self, answers: Mapping[str, StoredDecision]) -> None:
         self._answers = answers
-        self.count = len(answers)
+
+    @property
+    def count(self) -> int:
+        return len(self._answers)
 
     @property
     def outcomes(self) -> Mapping[str, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -74,6 +75,11 @@ def llr_reaching(score_db: float, calibrations: Sequence[Calibration]) -> float:
 
 def mated_quantile_db(share: float, calibrations: Sequence[Calibration], likely: Sequence[float] = ()) -> float:
     """The score_db below which this share of mates score. likely: as of `mated_share_below`."""
+    return _quantile_db(share, tuple(calibrations), tuple(likely))
+
+
+@lru_cache(maxsize=256)
+def _quantile_db(share: float, calibrations: tuple[Calibration, ...], likely: tuple[float, ...]) -> float:
     first, below = _mated_table(calibrations, likely)
     index = int(np.searchsorted(below, share, side="right")) - 1
     return float(score_db_of_steps(np.int64(first + max(index, 0)), calibrations))

@@ -1,0 +1,63 @@
+"""What a group commit does with rows that were added since its searches: the short cuts find what a search of these rows finds."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import biodedup as bd
+from biodedup.gallery.segments.tail import Tail, TailPart
+from biodedup.testing import internals
+from tests.support.vectors import SFACE, again, people
+
+REVIEW_DB = 60.0
+
+
+def encounter(name: str, vector: np.ndarray, **more: object) -> bd.Encounter:
+    return bd.Encounter(name, templates={"face": vector}, model_id=SFACE, **more)
+
+
+def test_a_row_that_a_search_returns_is_never_ruled_out_before_it(tmp_path):
+    vectors, ruled_out, returned = people(40, seed=3), 0, 0
+    config = bd.Config(policy=bd.Policy(duplicate_db=REVIEW_DB, review_db=REVIEW_DB))
+    with bd.Engine.open(tmp_path / "g", config) as engine:
+        list(engine.enroll_many(encounter(f"s{i}", vector) for i, vector in enumerate(vectors)))
+        inside, now = internals(engine), internals(engine).gallery.snapshot()
+        assert len(engine) == len(vectors)
+        for i, cosine in enumerate(np.linspace(-1, 1, 400).tolist()):
+            vector = vectors[i % len(vectors)]
+            probe = {"face": bd.Template("face", SFACE, again(vector, cosine))}
+            from_row = i % len(vectors) - i % 7
+            (found,) = inside.searcher.search(now, [probe], from_row=max(from_row, 0))
+            returned += bool(len(found.comparisons))
+            if not inside.searcher.may_find(now, probe, max(from_row, 0), REVIEW_DB, across=False):
+                ruled_out += 1
+                assert not len(found.comparisons)
+    assert returned > 50  # the mates above the threshold
+    assert ruled_out + returned > 390  # little is searched for nothing
+
+
+def test_two_encounters_of_a_person_in_one_commit_are_one_subject(tmp_path):
+    anna, bella = people(2)
+    with bd.Engine.open(tmp_path / "g", bd.Config(batch_size=8)) as engine:
+        several = [encounter("a", anna), encounter("b", bella), encounter("c", again(anna, 0.95)), encounter("d", anna)]
+        decisions = list(engine.enroll_many(several))
+        assert [decision.outcome for decision in decisions] == ["unique", "unique", "duplicate", "duplicate"]
+        assert [decision.best.subject_id for decision in decisions[2:]] == ["a", "a"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(st.integers(1, 3), st.floats(0, 1)), max_size=40))
+def test_counts_of_a_tail_are_those_of_its_rows_after_any_appends_and_truncations(steps):
+    """An integer appends a row with these columns, a fraction keeps that part of the rows. Older, shorter views are asked, too."""
+    tail, vector = Tail(0), people(1)[0]
+    for number, step in enumerate(steps):
+        if isinstance(step, float):
+            tail.truncate(int(step * tail.count))
+        else:
+            columns = [name for bit, name in ((1, "face"), (2, "left_index")) if step & bit]
+            tail.append(f"s{number}", "", 0, {name: bd.Template(name, SFACE, vector) for name in columns})
+        for count in (tail.count, tail.count // 2):
+            values, counts = np.unique(tail.presence.view(count), return_counts=True)
+            assert TailPart(tail, count).bits == dict(zip(values.tolist(), counts.tolist(), strict=True))
