@@ -17,7 +17,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,22 +28,20 @@ from numpy.typing import NDArray
 from biodedup.cluster.cache import SegmentCache, copies_of
 from biodedup.cluster.catalogue import Changes, PostgresCatalogue
 from biodedup.cluster.store import SegmentStore, stored_name
-from biodedup.common import quality as quality_scale
 from biodedup.config import ClusterConfig, GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, StorageUnavailable
-from biodedup.gallery.catalogue.sqlite import JournalCell, paired
+from biodedup.gallery.catalogue.sqlite import ColumnModel, paired
 from biodedup.gallery.files import forks
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import hash_of
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
-from biodedup.gallery.loading import read
+from biodedup.gallery.loading import append_journal, read
 from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.gallery.segments.part import Part, Rows
 from biodedup.gallery.segments.tail import Tail, TailPart
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction
-from biodedup.values import Template
 
 _log = logging.getLogger("biodedup.cluster")
 _LEASE, _LEASE_S = "maintenance", 30.0
@@ -233,7 +231,7 @@ class ClusterGallery(Gallery):
         since, pending, tombstones, different = self._state.commits, known.pending, known.tombstones, known.different
         models = catalogue.models() if "model" in put else known.models
         try:
-            self._append_rows(self._tail, known.segments, {column: model.model_id for column, model in models.items()})
+            self._append_rows(self._tail, known.segments, models)
         except BaseException:
             self._tail.truncate(known.parts[-1].count)
             raise
@@ -271,21 +269,19 @@ class ClusterGallery(Gallery):
             self._policies = tuple(catalogue.policies())
         self._state = replace(state, next_segment=max(state.next_segment, self._state.next_segment))
 
-    def _append_rows(self, tail: Tail, segments: Sequence[Part], models: dict[str, str]) -> None:
-        """Appends the journal's rows behind a tail to it. models: column -> model_id."""
-        subjects = self._catalogue.subjects_from(tail.end_row)
+    def _append_rows(self, tail: Tail, segments: Sequence[Part], models: Mapping[str, ColumnModel]) -> None:
+        """Appends the journal's rows behind a tail to it. models: column -> its model."""
+        first, subjects = tail.count, self._catalogue.subjects_from(tail.end_row)
         if not subjects:
             return
-        cells: dict[int, list[JournalCell]] = {}
-        for cell in self._catalogue.cells_from(tail.end_row):
-            cells.setdefault(cell.row, []).append(cell)
-        for row, subject_id, encounter_id, group_set in subjects:
-            if row != tail.end_row:
-                raise GalleryDamaged(f"the journal lacks row {tail.end_row}; restore the database from a backup")
-            templates = {cell.column: _template(cell, models) for cell in cells.get(row, ())}
-            hashed = hash_of(subject_id)
-            again = subject_id in tail.positions_of or any(segment.find(subject_id, hashed) for segment in segments)
-            tail.append(subject_id, encounter_id, group_set, templates, again=again)
+        append_journal(tail, subjects, self._catalogue.cells_from(tail.end_row), models, self.folder)
+        again = [
+            position
+            for position, (_, subject_id, _, _) in enumerate(subjects, first)
+            if tail.positions_of[subject_id][0] < position
+            or (segments and any(segment.find(subject_id, hash_of(subject_id)) for segment in segments))
+        ]
+        tail.mark_again(np.array(again, np.int64))
 
     # writing ----------------------------------------------------------------------------------------------------
 
@@ -376,7 +372,7 @@ class ClusterGallery(Gallery):
             self._catalogue.trim_journal(part.end_row, commits)
             rest = Tail(part.end_row)
             segments = [*transaction.segments, part]
-            self._append_rows(rest, segments, {name: model.model_id for name, model in transaction.models.items()})
+            self._append_rows(rest, segments, transaction.models)
             rest.answers = self._catalogue.answers_since(commits)
             entry = replace(entry, first_row=part.first_row, end_row=part.end_row)
             transaction.take_sealed(entry, before.tombstones[before.tombstones >= part.first_row], rest)
@@ -470,9 +466,3 @@ class ClusterGallery(Gallery):
     def copied_to(self, copy: object) -> Snapshot:
         self.refuse_backup()
         raise AssertionError("it always refuses")
-
-
-def _template(cell: JournalCell, models: dict[str, str]) -> Template:
-    embedding = None if cell.vector is None else np.frombuffer(cell.vector, "<f4")
-    quality = quality_scale.from_stored(cell.column, cell.quality)
-    return Template(cell.column, models[cell.column], embedding, cell.minutiae, quality)

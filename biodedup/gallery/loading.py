@@ -5,7 +5,7 @@ Owns the checks that these agree with one another. Never writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from biodedup.errors import BiodedupError, GalleryDamaged
 from biodedup.gallery.cases import judged_before
 from biodedup.gallery.catalogue.protocol import Catalogue
-from biodedup.gallery.catalogue.sqlite import ColumnModel, State, paired
+from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State, paired
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
 from biodedup.gallery.files.names import SEGMENT_FOLDER
@@ -103,31 +103,43 @@ def _open(storage: Storage, folder: Path, entry: SegmentEntry, known: Segment | 
 
 
 def _fill(tail: Tail, models: Mapping[str, ColumnModel], catalogue: Catalogue, folder: Path) -> None:
-    subjects = catalogue.subjects()
-    if [row for row, *_ in subjects] != list(range(tail.first_row, tail.first_row + len(subjects))):
+    append_journal(tail, catalogue.subjects(), catalogue.cells(), models, folder)
+    tail.answers.update(catalogue.answers())
+
+
+def append_journal(
+    tail: Tail,
+    subjects: Sequence[tuple[int, str, str, int]],
+    cells: Iterable[JournalCell],
+    models: Mapping[str, ColumnModel],
+    folder: Path,
+) -> None:
+    """Appends rows of the journal to a tail that ends before them. subjects: (row, subject_id, encounter_id, group_set). Raises
+    GalleryDamaged."""
+    first_row = tail.end_row
+    if [row for row, *_ in subjects] != list(range(first_row, first_row + len(subjects))):
         raise GalleryDamaged(f"{folder}: the journal lacks rows; run `biodedup doctor`")
-    cells: dict[str, tuple[list[int], list[bytes], list[bytes], list[float]]] = {}
-    for cell in catalogue.cells():
-        if not 0 <= cell.row - tail.first_row < len(subjects):
+    lists: dict[str, tuple[list[int], list[bytes], list[bytes], list[float]]] = {}
+    for cell in cells:
+        if not 0 <= cell.row - first_row < len(subjects):
             raise GalleryDamaged(f"{folder}: templates without a subject; run `biodedup doctor`")
         if len(cell.vector or b"") != 4 * (models[cell.column].dimension or 0):
             raise GalleryDamaged(
                 f"{folder}: column {cell.column} holds vectors of another length; run `biodedup doctor`"
             )
-        positions, vectors, minutiae, quality = cells.setdefault(cell.column, ([], [], [], []))
-        positions.append(cell.row - tail.first_row)
+        positions, vectors, minutiae, quality = lists.setdefault(cell.column, ([], [], [], []))
+        positions.append(cell.row - first_row)
         vectors.append(cell.vector or b"")
         minutiae.append(cell.minutiae or b"")
         quality.append(np.nan if cell.quality is None else cell.quality)
-    loaded: dict[str, tuple[list[int], Float32 | None, list[bytes], list[float]]] = {}
-    for name, (positions, vectors, minutiae, quality) in cells.items():
+    arrays: dict[str, tuple[list[int], Float32 | None, list[bytes], list[float]]] = {}
+    for name, (positions, vectors, minutiae, quality) in lists.items():
         dimension = models[name].dimension
         matrix = None if dimension is None else np.frombuffer(b"".join(vectors), "<f4").reshape(-1, dimension)
         if matrix is not None and not np.isfinite(matrix).all():
             raise GalleryDamaged(f"{folder}: column {name} of the journal holds no numbers; run `biodedup doctor`")
-        loaded[name] = (positions, matrix, minutiae, quality)
-    tail.load([(subject_id, encounter_id, group_set) for _, subject_id, encounter_id, group_set in subjects], loaded)
-    tail.answers.update(catalogue.answers())
+        arrays[name] = (positions, matrix, minutiae, quality)
+    tail.extend([(subject_id, encounter_id, group_set) for _, subject_id, encounter_id, group_set in subjects], arrays)
 
 
 def never_written(folder: Path, error: Exception) -> Exception:

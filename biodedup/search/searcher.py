@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.candidates import check_dimension
 from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Ranked
+from biodedup.match.scores.calibration import Calibration
 from biodedup.match.scores.calibrations import SampleOf
 from biodedup.match.staged import Stage
 from biodedup.search.expected import thresholds_db
@@ -182,10 +184,15 @@ class Searcher:
             some = slice(low, low + _ONE_COLUMN_PROBES)
             wanted = replace(query, least=None if least is None else least[some])
             batches.append(self.fan_out.nearest(shards, probes[some], wanted))
-        padding = ((0, 0), (0, k - query.k))
+        rows = np.concatenate([batch.rows for batch in batches])
+        similarity = np.concatenate([batch.similarity for batch in batches])
+        if k > query.k:
+            padding = ((0, 0), (0, k - query.k))
+            rows = np.pad(rows, padding, constant_values=-1)
+            similarity = np.pad(similarity, padding, constant_values=-np.inf)
         return Nearest(
-            np.pad(np.concatenate([batch.rows for batch in batches]), padding, constant_values=-1),
-            np.pad(np.concatenate([batch.similarity for batch in batches]), padding, constant_values=-np.inf),
+            rows,
+            similarity,
             sum(batch.rows_scanned for batch in batches),
             sum(batch.compared for batch in batches),
             tuple(dict.fromkeys(text for batch in batches for text in batch.failures)),
@@ -258,9 +265,8 @@ class Searcher:
 
     def similarity_reaching(self, model_id: str, score_db: float) -> float:
         """The lowest similarity that scores score_db."""
-        grid = np.linspace(-1, 1, 4001, dtype=np.float32)
-        scores_db = self._comparer.calibration(model_id).score_db(grid)
-        return float(grid[np.searchsorted(scores_db, score_db).clip(1, 4000) - 1])
+        grid, scores_db = _scores_of_grid(self._comparer.calibration(model_id))
+        return float(grid[min(max(int(np.searchsorted(scores_db, score_db)), 1), len(grid) - 1) - 1])
 
 
 class _Search:
@@ -338,6 +344,8 @@ class _Search:
     ) -> _Int64:
         """Of the rows found in one column: those that have more to compare, and the first of the others, whose order is
         final."""
+        if not len(rows):
+            return rows
         capture = probe[columns[0]]
         has_more = (self._snapshot.presence(rows.tolist()) & (comparable_columns & ~BIT[columns[1]])) != 0
         has_more |= self._comparer.has_more(capture)
@@ -351,6 +359,8 @@ class _Search:
         """Rows found under other labels than the probe's that are worth comparing."""
         lists = [(np.zeros(0, np.int64), np.zeros(0))]
         relabelled = {columns: rows for columns, rows in near.items() if _relabelled(columns)}
+        if not relabelled:
+            return lists[0][0]
         models = {probe[own].model_id for own, _ in relabelled}
         calibrations = {model_id: self._comparer.calibration(model_id) for model_id in models}
         for (own, _), (rows, similarity) in relabelled.items():
@@ -502,6 +512,13 @@ class _Search:
             for at, near in zip(batch, reached.found, strict=True):
                 i, own = order[at]
                 self._near[i][own, column] = near
+
+
+@lru_cache(maxsize=64)
+def _scores_of_grid(calibration: Calibration) -> tuple[Float32, NDArray[np.float64]]:
+    """Similarities from -1 to 1, ascending, and their score_db."""
+    grid = np.linspace(-1, 1, 4001, dtype=np.float32)
+    return grid, calibration.score_db(grid)
 
 
 def _is_embedded(template: Template | None, model_id: str) -> bool:

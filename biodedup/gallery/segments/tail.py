@@ -140,29 +140,29 @@ class Tail:
         self.group_sets.append(group_sets)
         self.presence.append(presence)
 
-    def load(
+    def extend(
         self,
         subjects: Sequence[tuple[str, str, int]],
         cells: Mapping[str, tuple[list[int], Float32 | None, list[bytes], list[float]]],
     ) -> None:
-        """Fills an empty tail. subjects: (subject_id, encounter_id, group_set); cells: column -> (positions, vectors,
-        minutiae, quality)."""
-        self.subject_ids = [subject_id for subject_id, _, _ in subjects]
-        self.encounter_ids = [encounter_id for _, encounter_id, _ in subjects]
-        self.group_sets.append(np.array([group_set for _, _, group_set in subjects], np.uint32))
-        for position, subject_id in enumerate(self.subject_ids):
-            self.positions_of[subject_id] = (*self.positions_of.get(subject_id, ()), position)
-        presence = np.zeros(len(subjects), np.uint16)
+        """Adds rows. subjects: (subject_id, encounter_id, group_set); cells: column -> (positions among these rows, vectors, minutiae,
+        quality)."""
+        first, presence = self.count, np.zeros(len(subjects), np.uint16)
         for name, (positions, vectors, minutiae, quality) in cells.items():
-            column = self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
-            column.append(np.array(positions, np.int64), vectors, minutiae, np.array(quality, np.float32))
-            presence[positions] |= 1 << COLUMNS.index(name)
+            at = np.array(positions, np.int64)
+            self._cells(name, vectors).append(first + at, vectors, minutiae, np.array(quality, np.float32))
+            presence[at] |= 1 << COLUMNS.index(name)
+        self.subject_ids.extend(subject_id for subject_id, _, _ in subjects)
+        self.encounter_ids.extend(encounter_id for _, encounter_id, _ in subjects)
+        for position, (subject_id, _, _) in enumerate(subjects, first):
+            self.positions_of[subject_id] = (*self.positions_of.get(subject_id, ()), position)
+        self.group_sets.append(np.array([group_set for _, _, group_set in subjects], np.uint32))
         self.presence.append(presence)
 
     def mark_again(self, positions: Int64) -> None:
-        """After `load`: the rows that were not the first under their id."""
+        """After `extend`: those of its rows that were not the first under their id."""
         ids = pack_text([self.subject_ids[position] for position in positions.tolist()])
-        self.again = list(zip(positions.tolist(), hashes(ids).tolist(), strict=True))
+        self.again += list(zip(positions.tolist(), hashes(ids).tolist(), strict=True))
 
     def truncate(self, count: int) -> None:
         """Forgets the rows from position count on."""
@@ -233,8 +233,8 @@ class TailPart:
         return rows - self.first_row
 
     def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
-        low, high = np.clip((low_row - self.first_row, high_row - self.first_row), 0, self.count)
-        return int(low), int(high)
+        first, count = self.first_row, self.count
+        return min(max(int(low_row) - first, 0), count), min(max(int(high_row) - first, 0), count)
 
     def presence(self, low: int, high: int) -> NDArray[np.uint16]:
         return self._tail.presence.view(self.count)[low:high]
