@@ -100,9 +100,10 @@ class RegisterUrl(str):
     """The URL of a register in PostgreSQL, in the place of a gallery's folder."""
 
 
-def gallery_of(text: str) -> Path | RegisterUrl:
-    """What `--gallery` names."""
-    return RegisterUrl(text) if text.startswith(("postgresql:", "postgres:")) else Path(text)
+def gallery_of(given: str | Path) -> Path | RegisterUrl:
+    """What `--gallery` names. given: a Path where it is the default."""
+    is_register = isinstance(given, str) and given.startswith(("postgresql:", "postgres:"))
+    return RegisterUrl(given) if is_register else Path(given)
 
 
 def refuse_register(gallery: Any) -> Any:

@@ -72,3 +72,10 @@ def test_a_register_without_settings_or_that_is_not_there_is_refused_and_none_is
         called("remove", "s1", url=register.url + "x")
     with pytest.raises(NotAGallery):
         called("list", url=register.url + "x")
+
+
+@pytest.mark.parametrize("command", ["list", "status", "policy show", "info"])
+def test_without_an_option_the_gallery_is_the_default_folder(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, command.split())
+    assert isinstance(done.exception, NotAGallery) and "gallery" in str(done.exception), done.exception
