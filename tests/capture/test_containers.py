@@ -145,6 +145,10 @@ def test_an_engine_enrols_the_captures_of_a_container(jpeg, tmp_path):
     ("content", "name"),
     [
         (b"%PDF-1.7 ...", "a PDF document"),
+        (b"\x1f\x8b\x08\0\0", "a file packed by gzip"),
+        (b"data:image/jpeg;base64,/9j/4AAQ", "base64 text of a picture (a data URI)"),
+        (b"/9j/4AAQSkZJRg", "base64 text of a JPEG file"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'>", "a drawing in SVG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a picture of HEIC"),
         (b"IIR\x00020\0" + bytes(40), "an iris image record"),
         (b'<?xml version="1.0"?><BIR xmlns="x"></BIR>', "a CBEFF record in XML"),

@@ -31,7 +31,7 @@ def enrolled() -> list[dict[str, bd.Template]]:
 
     def finger(i: int, column: str) -> bd.Template:
         rows = prints[rng.integers(len(prints))] + np.append(rng.normal(0, 20, (40, 2)), np.zeros((40, 2)), axis=1)
-        return bd.Template(column, FINGER, embeddings[column][i], record(moved(rows, rng.uniform(-30, 30))), 60.0)
+        return bd.Template(column, FINGER, embeddings[column][i], record(moved(rows, rng.uniform(-30, 30))), 0.6)
 
     faced = [bd.Template("face", SFACE, face) for face in faces]
     return [{"face": faced[i], **{column: finger(i, column) for column in TEN}} for i in range(COUNT)]

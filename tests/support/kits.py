@@ -97,7 +97,7 @@ def records_of(count: int, start: int = 1) -> list[Record]:
             bd.Encounter(
                 f"s{i}",
                 [bd.Face(rng.bytes(int(rng.integers(1, 300)))), bd.Missing("left_thumb", "bandaged")],
-                {"right_index": bd.Template("right_index", "m", people(1, i)[0], b"minutiae", 40.0)},
+                {"right_index": bd.Template("right_index", "m", people(1, i)[0], b"minutiae", 0.4)},
                 f"e{i}",
                 ["village"],
             ),

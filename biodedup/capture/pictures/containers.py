@@ -26,6 +26,10 @@ _MARKS = (
     (b"IIR\0", "an iris image record"),
     (b"FMR\0", "a minutiae record, which belongs to a finger"),
     (b"PK\3\4", "a ZIP archive"),
+    (b"\x1f\x8b", "a file packed by gzip"),
+    (b"data:image/", "base64 text of a picture (a data URI)"),
+    (b"/9j/", "base64 text of a JPEG file"),
+    (b"iVBORw0K", "base64 text of a PNG file"),
 )
 _MEDIA = {
     b"heic": "HEIC",
@@ -39,6 +43,7 @@ _MEDIA = {
 _XML = (
     (re.compile(rb"39794", re.I), "an ISO/IEC 39794 record in XML"),
     (re.compile(rb"NISTBiometricInformationExchangePackage"), "an ANSI/NIST-ITL file in XML"),
+    (re.compile(rb"<svg\b", re.I), "a drawing in SVG"),
     (re.compile(rb"<(?:\w+:)?BIR\b|cbeff|19785", re.I), "a CBEFF record in XML"),
 )
 _ASN1 = {
