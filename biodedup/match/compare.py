@@ -112,11 +112,11 @@ class Comparer:
     def score_models(self, probe: Mapping[str, Template]) -> dict[str, ScoreModel]:
         """How the templates in each of the probe's columns score."""
         # once for all rows: the calibration of a model without a card comes from the gallery
-        of = {
-            model_id: ScoreModel(self.calibration(model_id), self._with_minutiae(model_id), self._replay_of(model_id))
-            for model_id in {one.model_id for one in probe.values()}
-        }
+        of = {model_id: self.score_model(model_id) for model_id in {one.model_id for one in probe.values()}}
         return {column: of[template.model_id] for column, template in probe.items()}
+
+    def score_model(self, model_id: str) -> ScoreModel:
+        return ScoreModel(self.calibration(model_id), self._with_minutiae(model_id), self._replay_of(model_id))
 
     def score_db(self, probe: Template, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """score_db, float64 (n,), of raw scores of the probe's model."""

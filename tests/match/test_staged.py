@@ -37,7 +37,7 @@ class Records:
     def __init__(self) -> None:
         self.count = 0
 
-    def compare(self, probe, candidates):
+    def compare_pairs(self, probes, candidates, which):
         self.count += len(candidates)
         return np.array([float(record) for record in candidates], np.float32)
 

@@ -204,7 +204,7 @@ class TailPart:
     def answers(self) -> TailAnswers:
         return TailAnswers(self._tail.answers if self._own_answers is None else self._own_answers)
 
-    @property
+    @cached_property
     def bits(self) -> Mapping[int, int]:
         counts = np.bincount(self.presence(0, self.count))  # at each enrolment, and the tail may be long
         return {bits: int(counts[bits]) for bits in np.flatnonzero(counts).tolist()}
