@@ -301,7 +301,7 @@ class SearchConfig:
     returned: int = 10
     """Candidates that a decision keeps: those that resemble the probe, and then the first by their embeddings. Where the probe and the
     gallery share one embedding alone, such as a face, only those that reach the review threshold are looked for. Where minutiae add to
-    embeddings, five candidates that do not resemble the probe are enough."""
+    embeddings, others than those that resemble the probe are kept only up to five candidates in all."""
     miss_risk: float = 1e-3
     """Greatest probability that the scan of a column, which estimates similarities first, loses a row that an exact comparison would find;
     and that a candidate of the scan is left out that would resemble the probe by its minutiae. At least 0, below 0.5. Below 0.001 all

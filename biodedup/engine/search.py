@@ -81,7 +81,9 @@ class BatchedSearch:
         lower = any(a > b for a, b in zip(found.complete_db, thresholds_db, strict=True))
         search_all = lower or np.count_nonzero(left_out) > seen.extra_k
         if not search_all:
-            since = self._since(searcher, probe, now, seen, seen.snapshot.row_count, extra_k)
+            # a subject with several rows is compared again with all of them, and may then be weaker
+            above = None if now.extra_rows else searcher.weakest_shown(before, ~left_out, extra_k)
+            since = self._since(searcher, probe, now, seen, seen.snapshot.row_count, extra_k, above)
             if now.extra_rows and len(
                 since.comparisons
             ):  # a subject with a new row was compared again with all its rows
@@ -98,9 +100,17 @@ class BatchedSearch:
 
     @staticmethod
     def _since(
-        searcher: Searcher, probe: Probe, now: Snapshot, seen: SearchSnapshot, from_row: int, extra_k: int
+        searcher: Searcher,
+        probe: Probe,
+        now: Snapshot,
+        seen: SearchSnapshot,
+        from_row: int,
+        extra_k: int,
+        above: tuple[float, float] | None = None,
     ) -> CandidateSet:
-        (found,) = searcher.search(now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k)
+        (found,) = searcher.search(
+            now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k, above=above
+        )
         return found
 
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:

@@ -61,7 +61,8 @@ class Stage:
     """first: how many candidates have to be known in full, whatever they score; reach_db: the score from which all have to be; finger_db:
     the llr_db from which a finger alone matters, among several with 10 log10 of their number more; risk: of leaving out a candidate that
     reaches either. correlation: of how well the captures of a mate agree, as `SearchConfig.capture_correlation`. lone_db: by column the llr_db
-    by embedding from which a finger that agrees alone is looked for, where that is more than rule 4 asks for."""
+    by embedding from which a finger that agrees alone is looked for, where that is more than rule 4 asks for. above: score_db and llr_db by
+    embeddings of a row of an earlier search; only rows that have more are known in full by rule 1. None: all."""
 
     first: int
     reach_db: float
@@ -69,6 +70,7 @@ class Stage:
     finger_db: float = np.inf
     correlation: float = 0.3
     lone_db: Mapping[str, float] = field(default_factory=dict)
+    above: tuple[float, float] | None = None
 
     def choose(
         self, measured: Measured, matrix: ScoreMatrix, fused: Fused, subjects: Int64 | None
@@ -85,7 +87,11 @@ class Stage:
         score_db, llr_db = by_embeddings
         kept = np.zeros(len(numbers), bool)
         order = best[np.lexsort((matrix.rows[best], -llr_db[best], -score_db[best]))]
-        kept[order[: self.first]] = True
+        first = order[: self.first]
+        if self.above is not None:
+            keys = zip(score_db[first].tolist(), llr_db[first].tolist(), strict=True)
+            first = first[np.array([key > self.above for key in keys], bool)]
+        kept[first] = True
         waiting = fused.used & (measured.waiting if subjects is None else _of_subjects(measured.waiting, numbers))
         with np.errstate(invalid="ignore"):
             kept |= (llr_db >= self._mates_db(waiting, matrix, fused)) | (score_db >= self.reach_db)

@@ -134,13 +134,15 @@ class Searcher:
         extra_k: int = 0,
         from_db: float | None = None,
         excluded: Sequence[Collection[int]] = (),
+        above: tuple[float, float] | None = None,
     ) -> list[CandidateSet]:
         """Searches for each probe in the live rows from from_row on; with groups, in rows of one of them.
 
         floor_db: 0 asks for the strongest rows; above 0, for all rows that reach it by one column, without the weaker
         rows that have only this column. across: fingers are also compared with fingers of other labels. extra_k: how
         many more rows to look at, since so many may turn out not to count. from_db: the score from which rows matter,
-        where it is lower than the review threshold. excluded: for each probe, rows that it is not compared with.
+        where it is lower than the review threshold. excluded: for each probe, rows that it is not compared with. above: as
+        `Stage.above`.
         """
         if from_row >= snapshot.row_count or not probes:
             return [CandidateSet(across=across)] * len(probes)
@@ -153,6 +155,7 @@ class Searcher:
             probes=probes,
             floor_db=floor_db,
             from_db=from_db,
+            above=above,
         ).run(excluded)
 
     def nearest(
@@ -210,6 +213,16 @@ class Searcher:
         """What a search of these columns misses because FAISS searches them one after the other; None if it does not."""
         return self._planner.apart(snapshot, columns)
 
+    def weakest_shown(self, ranked: Ranked, counted: NDArray[np.bool_], extra_k: int) -> tuple[float, float] | None:
+        """The least score_db and llr_db by embeddings that a row of a later search needs to be among the first. counted: bool (n,), which
+        rows of the earlier search are candidates. None if these are fewer."""
+        score_db, llr_db = ranked.by_embeddings[:, counted]
+        number = min(self._config.returned, SHOWN) + extra_k - 1
+        if len(score_db) <= number:
+            return None
+        at = np.lexsort((-llr_db, -score_db))[number]
+        return float(score_db[at]), float(llr_db[at])
+
     def compare(
         self,
         probe: TemplateSet,
@@ -250,7 +263,9 @@ class _Search:
         probes: Sequence[TemplateSet],
         floor_db: float,
         from_db: float | None,
+        above: tuple[float, float] | None,
     ) -> None:
+        self._above = above
         self._from_db = np.inf if from_db is None else from_db
         self._searcher, self._comparer, self._config = searcher, comparer, config
         self._scope, self._snapshot, self._models = scope, scope.snapshot, scope.snapshot.models
@@ -291,7 +306,7 @@ class _Search:
         duplicate_db, review_db = self._searcher.thresholds_db(probe, self._snapshot, across=self._scope.across)
         reach_db = min(review_db, self._from_db) - _SLACK_DB
         first = min(self._config.returned, SHOWN) + self._scope.extra_k
-        return Stage(first, reach_db, risk, duplicate_db - _SLACK_DB, correlation)
+        return Stage(first, reach_db, risk, duplicate_db - _SLACK_DB, correlation, above=self._above)
 
     # which rows are compared ---------------------------------------------------------------------------------------
 

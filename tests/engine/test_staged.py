@@ -157,8 +157,8 @@ def test_a_trace_says_how_many_minutiae_were_compared(tmp_path):
             with bd.explain() as steps:
                 call(bd.Encounter("new", templates=PEOPLE[40]))
             (step,) = steps.of("comparisons")
-            assert 100 <= step["minutiae"] <= 40 * len(TEN) / 2
-            assert step["candidates"] == 10
+            assert 50 <= step["minutiae"] < 100
+            assert step["candidates"] == 5
 
 
 @pytest.mark.slow
@@ -169,7 +169,22 @@ def test_encounters_of_one_batch_are_compared_with_one_another_in_stages(tmp_pat
         decisions = list(engine.enroll_many(batch))
         assert [decision.outcome for decision in decisions] == ["unique"] * 12 + ["duplicate"]
         assert decisions[-1].candidates[0].subject_id == "n5"
-        assert [len(decision.candidates) for decision in decisions] == [10] * 13
+        assert [len(decision.candidates) for decision in decisions] == [5] * 13
+
+
+@pytest.mark.slow
+def test_a_batch_compares_its_strangers_no_more_than_one_by_one_and_lists_the_same(tmp_path):
+    encounters = [bd.Encounter(f"n{i}", templates=PEOPLE[40 + i], encounter_id=f"n{i}") for i in range(12)]
+    with galleries(tmp_path / "batch") as batch, galleries(tmp_path / "single") as single:
+        with bd.explain() as of_batch:
+            decisions = list(batch.enroll_many(encounters))
+        with bd.explain() as of_single:
+            wanted = [single.enroll(encounter) for encounter in encounters]
+        assert [rounded(d.candidates) for d in decisions] == [rounded(d.candidates) for d in wanted]
+    counts = [[step["minutiae"] for step in steps.of("comparisons")] for steps in (of_batch, of_single)]
+    assert len(counts[0]) == 12 and sum(counts[0]) < 1.6 * sum(
+        counts[1]
+    )  # twice as many if each compared five of its batch
 
 
 @pytest.mark.slow
