@@ -1,6 +1,7 @@
 """Rows of the journal compared in all columns at once, against an exact sum of evidence in numpy."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from biodedup.embed.cards import shipped_cards
 from biodedup.match.scores.calibrations import Calibrations
 from biodedup.match.scores.fusion import STEP_DB, mass_of
 from biodedup.match.staged import lone_fingers_missed
-from biodedup.search.multicolumn.plan import llr_of_score
+from biodedup.search.multicolumn.plan import is_journal, llr_of_score
 from biodedup.search.searcher import Searcher
 from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
@@ -140,6 +141,12 @@ def test_decisions_are_those_of_every_column_by_itself(engine, monkeypatch):
     monkeypatch.setattr(Searcher, "multicolumn_query", lambda *_: None)
     assert ours == told()
     assert {"duplicate", "unique"} <= set(ours[0])
+
+
+def test_sealed_columns_without_codes_are_not_taken_for_the_journal(engine):
+    (*_, tail) = internals(engine).gallery.snapshot().parts
+    assert is_journal(tail, COLUMNS) and not is_journal(tail, ("left_thumb",))
+    assert not is_journal(SimpleNamespace(columns=tail.columns), COLUMNS)
 
 
 def test_a_plan_says_what_is_compared_at_once_and_which_fingers_it_misses(engine):

@@ -30,6 +30,7 @@ from biodedup.common.intervals import upper_bound
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.segments.part import Column, Int64, Part
+from biodedup.gallery.segments.tail import TailPart
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.scores.calibration import Calibration
 from biodedup.search import costs
@@ -212,9 +213,9 @@ def covered_presences(part: Part, query: MultiColumnQuery) -> frozenset[int]:
 
 
 def is_journal(part: Part, columns: Collection[str]) -> bool:
-    """Whether the part holds vectors in these columns, and no codes."""
-    held = [part.columns[name] for name in columns if name in part.columns]
-    return bool(held) and all(column.codec is None for column in held)
+    """Whether the part is the journal, with rows in these columns. Sealed columns of early releases have no codes either, but may be large,
+    and searched elsewhere."""
+    return isinstance(part, TailPart) and any(name in part.columns for name in columns)
 
 
 def largest_groups(snapshot: Snapshot, columns: Collection[str]) -> dict[frozenset[str], RowGroup]:
