@@ -300,12 +300,14 @@ class SearchConfig:
     """Rows per probe that have only minutiae in common with it and are compared one by one. If there are more, the search is incomplete."""
     returned: int = 10
     """Candidates that a decision keeps: those that resemble the probe, and then the first by their embeddings. Where the probe and the
-    gallery share one embedding alone, such as a face, only those that reach the review threshold are looked for."""
+    gallery share one embedding alone, such as a face, only those that reach the review threshold are looked for. Where minutiae add to
+    embeddings, others than those that resemble the probe are kept only up to five candidates in all."""
     miss_risk: float = 1e-3
     """Greatest probability that the scan of a column, which estimates similarities first, loses a row that an exact comparison would find;
     and that a candidate of the scan is left out that would resemble the probe by its minutiae. At least 0, below 0.5. Below 0.001 all
     minutiae of the candidates are compared, and with 0 every row exactly; both take longer. A single finger that agrees although all other
-    captures do not, such as an operator's own, is left out in about 5 of 1,000 cases, whatever this risk from 0.001 on."""
+    captures do not, such as an operator's own, is left out in about 5 of 1,000 cases, whatever this risk from 0.001 on, and in more where rows
+    are compared in several columns at once: `engine.plan(columns)` states it."""
     capture_correlation: float = 0.3
     """Assumed correlation, from 0 to below 1, of how well two captures of a subject match their mates (rank correlation on a normal
     scale): a subject with one poor finger often has several. The search over several columns is planned with it."""

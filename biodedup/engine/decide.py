@@ -24,7 +24,7 @@ from biodedup.match.ranked import Comparison, Ranked
 from biodedup.required import INCOMPLETE, doubtful
 from biodedup.search.expected import expected
 from biodedup.search.positions import comparable_bits
-from biodedup.search.searcher import CandidateSet, SnapshotRows
+from biodedup.search.searcher import SHOWN, CandidateSet, SnapshotRows
 from biodedup.values import Candidate, Decision, Encounter, Kind, Refusal, Verification
 
 
@@ -68,7 +68,7 @@ class Decider:
         compared = now.count_with(bits) - int(np.count_nonzero(now.presence(own) & bits) if own else 0)
         mates = expected(self.comparer, policy, probe.templates, now, across=found.across) if compared else None
         review_db = band_db if mates is None or policy.review_db is not None else mates.review_db
-        returned, cleared = self._chosen(found.comparisons, now, own, different, (review_db, duplicate_db))
+        returned, cleared = self._chosen(probe, found.comparisons, now, own, different, (review_db, duplicate_db))
         verdict = judge(
             returned,
             duplicate_db,
@@ -105,6 +105,7 @@ class Decider:
 
     def _chosen(
         self,
+        probe: Probe,
         ranked: Ranked,
         now: Snapshot,
         own: Sequence[int],
@@ -114,9 +115,11 @@ class Decider:
         """As `first_of`, of all that was compared. resembling_db: as `Ranked.resembling` takes them."""
         if not len(ranked):
             return [], []
+        count = self.config.search.returned
+        adds = any([self.comparer.has_more(template) for template in probe.templates.values()])
         return first_of(
             ranked,
-            self.config.search.returned,
+            (count, min(count, SHOWN) if adds else count),
             now.are_present(ranked.rows) & ~np.isin(ranked.rows, own),
             ranked.resembling(*resembling_db),
             lambda row: bool(different) and set(different).issuperset(now.siblings(row)),
@@ -222,24 +225,26 @@ class Decider:
 
 def first_of(
     ranked: Ranked,
-    count: int,
+    most: tuple[int, int],
     counts: NDArray[np.bool_],
     resembles: NDArray[np.bool_],
     is_different: Callable[[int], bool],
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(`count` candidates, strongest first, the rows before the last of them that were judged to be of another subject).
+    """(the candidates, strongest first, the rows before the last of them that were judged to be of another subject).
 
     Rows that resemble the probe come first, then the others, in the order that their embeddings give them: the order that the search goes by.
-    counts: bool (n,), which rows can be candidates; resembles: bool (n,). is_different: whether a row was judged different.
+    most: how many candidates; and how many with others, which are added up to this number. counts: bool (n,), which rows can be candidates;
+    resembles: bool (n,). is_different: whether a row was judged different.
     """
     others = np.lexsort((ranked.rows, *-ranked.by_embeddings[::-1]))
     resembling = np.flatnonzero(resembles & counts)
     first: list[int] = []
     cleared: list[int] = []
-    for rank in np.concatenate([resembling, others[(counts & ~resembles)[others]]]).tolist():
-        if len(first) == count:
-            break
-        (cleared if is_different(int(ranked.rows[rank])) else first).append(rank)
+    for ranks, places in zip((resembling, others[(counts & ~resembles)[others]]), most, strict=True):
+        for rank in ranks.tolist():
+            if len(first) >= places:
+                break
+            (cleared if is_different(int(ranked.rows[rank])) else first).append(rank)
     comparisons = ranked.at(sorted(first) + sorted(cleared))
     return comparisons[: len(first)], comparisons[len(first) :]
 

@@ -600,7 +600,8 @@ class Engine:
         chosen, rescored = (columns, ()) if scanned is None else (scanned.scanned or columns, scanned.others)
         multicolumn = self._searcher.multicolumn_query(snapshot, chosen, rescored)
         apart = self._searcher.apart(snapshot, chosen)
-        return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, multicolumn, apart, scanned)
+        joint = self._searcher.joint(snapshot, multicolumn)
+        return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, multicolumn, apart, scanned, joint)
 
     def plan_join(self, threshold_db: float | None = None, *, listed: int | None = None) -> JoinPlan:
         """How a join of all subjects is done at present, for pairs that reach a threshold, and which share of mates it may miss; how long it

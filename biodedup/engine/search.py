@@ -88,7 +88,9 @@ class BatchedSearch:
             from_row = seen.snapshot.row_count
             if not searcher.may_find(now, probe.templates, from_row, thresholds_db[1], across=seen.across):
                 return found
-            since = self._since(searcher, probe, now, seen, from_row, extra_k)
+            # a subject with several rows is compared again with all of them, and may then be weaker
+            above = None if now.extra_rows else searcher.weakest_shown(before, ~left_out, extra_k)
+            since = self._since(searcher, probe, now, seen, from_row, extra_k, above)
             if now.extra_rows and len(
                 since.comparisons
             ):  # a subject with a new row was compared again with all its rows
@@ -105,9 +107,17 @@ class BatchedSearch:
 
     @staticmethod
     def _since(
-        searcher: Searcher, probe: Probe, now: Snapshot, seen: SearchSnapshot, from_row: int, extra_k: int
+        searcher: Searcher,
+        probe: Probe,
+        now: Snapshot,
+        seen: SearchSnapshot,
+        from_row: int,
+        extra_k: int,
+        above: tuple[float, float] | None = None,
     ) -> CandidateSet:
-        (found,) = searcher.search(now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k)
+        (found,) = searcher.search(
+            now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k, above=above
+        )
         return found
 
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:

@@ -99,15 +99,17 @@ class Measured:
         self._similarity, self._minutiae = np.full((2, len(wanted), len(rows)), np.nan)
         self.waiting = np.zeros((len(wanted), len(rows)), bool).T
         model_ids = source.model_ids()
+        alone = list[tuple[int, Int64]]()
         together: dict[tuple[str, str, bytes], list[int]] = {}  # what one reading of a column serves
         for number, (pair, ats) in enumerate(wanted.items()):
             template = probe[pair[0]]
             if pair[0] != pair[1] and model_ids.get(pair[1]) != template.model_id:
                 continue
             if template.embedding is None:
-                self._compare(number, ats)
+                alone.append((number, ats))
             else:
                 together.setdefault((pair[1], template.model_id, ats.tobytes()), []).append(number)
+        self._compare(alone)
         for (column, *_), numbers in together.items():
             self._embeddings(column, numbers, wanted[self.pairs[numbers[0]]])
 
@@ -125,19 +127,31 @@ class Measured:
     def compare(self, cells: Bool) -> None:
         """Compares the minutiae that wait in these cells. cells: bool, (n, pairs) or (n, 1)."""
         wanted = self.waiting & cells
-        for number in np.flatnonzero(wanted.any(axis=0)).tolist():
-            self._compare(number, np.flatnonzero(wanted[:, number]))
+        numbers = np.flatnonzero(wanted.any(axis=0)).tolist()
+        self._compare([(number, np.flatnonzero(wanted[:, number])) for number in numbers])
         self.waiting &= ~wanted
 
-    def _compare(self, number: int, ats: Int64) -> None:
-        own, column = self.pairs[number]
-        probe = self._probe[own].minutiae
-        if probe is None:
+    def _compare(self, wanted: Sequence[tuple[int, Int64]]) -> None:
+        """Compares the minutiae of these pairs of columns with these candidates, all in one call. wanted: (number of the pair, candidates)."""
+        probes, records, which = list[bytes](), list[bytes](), list[int]()
+        cells = list[tuple[int, list[int]]]()
+        for number, ats in wanted:
+            own, column = self.pairs[number]
+            probe = self._probe[own].minutiae
+            if probe is None:
+                continue
+            record_of = self._source.minutiae(self._rows[ats], column)
+            has = [at for at, row in zip(ats.tolist(), self._rows[ats].tolist(), strict=True) if row in record_of]
+            records += [record_of[row] for row in self._rows[has].tolist()]
+            which += [len(probes)] * len(has)
+            probes.append(probe)
+            cells.append((number, has))
+        if not records:
             return
-        record_of = self._source.minutiae(self._rows[ats], column)
-        has = [at for at, row in zip(ats.tolist(), self._rows[ats].tolist(), strict=True) if row in record_of]
-        records = [record_of[row] for row in self._rows[has].tolist()]
-        self._minutiae[number, has] = self._matcher.compare(probe, records)
+        scores, low = self._matcher.compare_pairs(probes, records, np.array(which, np.int64)), 0
+        for number, has in cells:
+            self._minutiae[number, has] = scores[low : low + len(has)]
+            low += len(has)
         self.compared += len(records)
 
     def scores(self, ats: Int64 | None = None) -> dict[Pair, PairScores]:

@@ -116,10 +116,11 @@ class Comparer:
     def score_models(self, probe: Mapping[str, Template]) -> dict[str, ScoreModel]:
         """How the templates in each of the probe's columns score."""
         # once for all rows: the calibration of a model without a card comes from the gallery
-        of = {model_id: self._score_model(model_id) for model_id in {one.model_id for one in probe.values()}}
+        of = {model_id: self.score_model(model_id) for model_id in {one.model_id for one in probe.values()}}
         return {column: of[template.model_id] for column, template in probe.items()}
 
-    def _score_model(self, model_id: str) -> ScoreModel:
+    def score_model(self, model_id: str) -> ScoreModel:
+        """How templates of one model score."""
         known = self._known
         if known is not None and model_id in known:
             return known[model_id]
@@ -135,7 +136,7 @@ class Comparer:
 
     def adds_minutiae(self, model_id: str) -> bool:
         """Whether minutiae add to the embeddings of this model."""
-        return self._score_model(model_id).with_minutiae is not None
+        return self.score_model(model_id).with_minutiae is not None
 
     def has_more(self, probe: Template) -> bool:
         """Whether minutiae add to the probe's embedding, so that a ranking by embeddings is not final."""
@@ -143,7 +144,7 @@ class Comparer:
 
     def calibration(self, model_id: str) -> Calibration:
         """The calibration of a model's embeddings or minutiae alone."""
-        return self._score_model(model_id).alone
+        return self.score_model(model_id).alone
 
     def llr_reaching(self, score_db: float, model_ids: Sequence[str]) -> float:
         """The least sum of llr_db, over one capture of each of these models, that reaches score_db."""

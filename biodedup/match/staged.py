@@ -25,7 +25,8 @@ With a risk below 0.001 all minutiae are compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import log10, sqrt
 
@@ -59,13 +60,17 @@ _MATES, _SEED = 1 << 15, 2_011
 class Stage:
     """first: how many candidates have to be known in full, whatever they score; reach_db: the score from which all have to be; finger_db:
     the llr_db from which a finger alone matters, among several with 10 log10 of their number more; risk: of leaving out a candidate that
-    reaches either. correlation: of how well the captures of a mate agree, as `SearchConfig.capture_correlation`."""
+    reaches either. correlation: of how well the captures of a mate agree, as `SearchConfig.capture_correlation`. lone_db: by column the llr_db
+    by embedding from which a finger that agrees alone is looked for, where that is more than rule 4 asks for. above: score_db and llr_db by
+    embeddings of a row of an earlier search; only rows that have more are known in full by rule 1. None: all."""
 
     first: int
     reach_db: float
     risk: float
     finger_db: float = np.inf
     correlation: float = 0.3
+    lone_db: Mapping[str, float] = field(default_factory=dict)
+    above: tuple[float, float] | None = None
 
     def choose(
         self, measured: Measured, matrix: ScoreMatrix, fused: Fused, subjects: Int64 | None
@@ -82,7 +87,11 @@ class Stage:
         score_db, llr_db = by_embeddings
         kept = np.zeros(len(numbers), bool)
         order = best[np.lexsort((matrix.rows[best], -llr_db[best], -score_db[best]))]
-        kept[order[: self.first]] = True
+        first = order[: self.first]
+        if self.above is not None:
+            keys = zip(score_db[first].tolist(), llr_db[first].tolist(), strict=True)
+            first = first[np.array([key > self.above for key in keys], bool)]
+        kept[first] = True
         waiting = fused.used & (measured.waiting if subjects is None else _of_subjects(measured.waiting, numbers))
         with np.errstate(invalid="ignore"):
             kept |= (llr_db >= self._mates_db(waiting, matrix, fused)) | (score_db >= self.reach_db)
@@ -123,8 +132,11 @@ class Stage:
                 from_db[:, number] = np.interp(
                     needed_db[:, number], _NEEDED_DB, _fingers_from_db(model.alone, model.with_minutiae)
                 )
+        rare_db = [self.lone_db.get(column, -np.inf) for column, _ in matrix.pairs]
+        from_db = np.maximum(from_db, rare_db)
         with np.errstate(invalid="ignore"):
-            return np.asarray(several[:, None] & ((needed_db < FINGER_NEEDS_DB) | (own_db >= from_db)))
+            all_db = np.where(needed_db < FINGER_NEEDS_DB, rare_db, from_db)
+            return np.asarray(several[:, None] & ~(own_db < all_db))
 
     def _may_reach(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, kept: Bool) -> Bool:
         """The candidates, apart from those kept, that may reach reach_db by chance. waiting: bool (n, pairs), of the used pairs those with
@@ -204,18 +216,10 @@ def _mates(
 def _fingers_from_db(alone: Calibration, adds: WithMinutiae) -> Float64:
     """For each of _NEEDED_DB the llr_db by embedding that as few of the mates' fingers lie below which reach it by embedding and minutiae, as
     below FINGER_FROM_DB of those which reach FINGER_NEEDS_DB. Embedding and minutiae of mates are taken as independent."""
-    (first, mass), (start, added) = mass_of(alone, "mated"), mass_of(adds.minutiae, "mated")
-    by_embedding = (first + np.arange(len(mass))) * STEP_DB
-    added_from = np.append(
-        np.cumsum(added[::-1])[::-1], 0.0
-    )  # the share of minutiae of so many steps above the first, or more
-    sums_db = np.arange(first + start, first + start + len(mass) + len(added)) * STEP_DB
-    both_db = np.maximum.accumulate(adds.both.llr_db(sums_db))
     lost, limits = 0.0, list[float]()
     for needed_db in _NEEDED_DB.tolist():
-        least = first + start + int(np.searchsorted(both_db, needed_db))
-        steps = np.clip(least - (first + np.arange(len(mass))) - start, 0, len(added))
-        reaching = np.cumsum(mass * added_from[steps])
+        by_embedding, share = _reaching(alone, adds, needed_db)
+        reaching = np.cumsum(share)
         if not limits:
             below = np.count_nonzero(by_embedding < FINGER_FROM_DB)
             lost = float(reaching[below - 1] / reaching[-1]) if below and reaching[-1] > 0 else 0.0
@@ -224,6 +228,28 @@ def _fingers_from_db(alone: Calibration, adds: WithMinutiae) -> Float64:
         )
         limits.append(max(float(limit), FINGER_FROM_DB) if lost else FINGER_FROM_DB)
     return np.array(limits)
+
+
+@lru_cache(maxsize=256)
+def _reaching(alone: Calibration, adds: WithMinutiae, needed_db: float) -> tuple[Float64, Float64]:
+    """(llr_db of an embedding, the share of mates' fingers that have it and reach needed_db by embedding and minutiae), float64 (n,) each.
+    Embedding and minutiae are taken as independent."""
+    (first, mass), (start, added) = mass_of(alone, "mated"), mass_of(adds.minutiae, "mated")
+    by_embedding = (first + np.arange(len(mass))) * STEP_DB
+    added_from = np.append(
+        np.cumsum(added[::-1])[::-1], 0.0
+    )  # the share with minutiae of so many steps above the first
+    sums_db = np.arange(first + start, first + start + len(mass) + len(added)) * STEP_DB
+    both_db = np.maximum.accumulate(adds.both.llr_db(sums_db))
+    least = first + start + int(np.searchsorted(both_db, needed_db))
+    steps = np.clip(least - (first + np.arange(len(mass))) - start, 0, len(added))
+    return np.asarray(by_embedding, np.float64), np.asarray(mass * added_from[steps], np.float64)
+
+
+def lone_fingers_missed(alone: Calibration, adds: WithMinutiae, needed_db: float, from_db: float) -> float:
+    """The share of mates' fingers whose embedding has an llr_db below from_db, of those that reach needed_db by embedding and minutiae."""
+    by_embedding, share = _reaching(alone, adds, needed_db)
+    return float(share[by_embedding < from_db].sum() / max(share.sum(), 1e-300))
 
 
 def log_means_of(model: ScoreModel, llr_db: Float64) -> Float64:

@@ -13,6 +13,7 @@ from biodedup.gallery.files.index_codec import MATED_SIMILARITY
 from biodedup.gallery.segments.part import Column, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.multicolumn.apart import ApartPlan
+from biodedup.search.multicolumn.joint import JointPlan
 from biodedup.search.multicolumn.plan import MultiColumnPlan, MultiColumnQuery, covered_presences, row_groups_of
 from biodedup.search.multicolumn.scanned import ScannedPlan
 from biodedup.search.native.column_statistics import classes_of
@@ -83,7 +84,8 @@ class ColumnBytes:
 @dataclass(frozen=True)
 class SearchPlan:
     """What a search of these columns does. miss_risk: as it was asked for; multicolumn: how many rows are searched in
-    several columns at once, and how; scanned: which columns alone are scanned, None if all are; sizes: of each column."""
+    several columns at once, and how; scanned: which columns alone are scanned, None if all are; sizes: of each column; joint: how rows of
+    the journal are compared in several columns at once."""
 
     miss_risk: float
     columns: tuple[ColumnPlan, ...]
@@ -91,12 +93,14 @@ class SearchPlan:
     apart: ApartPlan | None = None
     scanned: ScannedPlan | None = None
     sizes: tuple[ColumnBytes, ...] = ()
+    joint: JointPlan | None = None
 
     def explain(self) -> str:
         """In words, with the evidence; a line for rows that are searched in several columns at once, and one a
         column."""
         lines = [] if self.scanned is None else [self._scanned_line(self.scanned)]
         lines += [self._multicolumn_line(rows, plan) for rows, plan in self.multicolumn]
+        lines += [self._joint_line(self.joint)] if self.joint is not None else []
         for plan in self.columns:
             lines.append(self._line(plan))
             if plan.index is not None:
@@ -173,8 +177,19 @@ class SearchPlan:
             f"{plan.joint:.2g} are lost; each column's signs alone would lose {single}, whose product is {prod(plan.single):.2g}"
         )
 
+    def _joint_line(self, plan: JointPlan) -> str:
+        text = f"{' + '.join(plan.columns)}: {plan.rows:,} rows of the journal are compared exactly in all of them at once; "
+        text += "no row can be missed that has more evidence than the other candidates"
+        if not plan.missed:
+            return text
+        return (
+            f"{text}; so that a single finger that agrees alone is found, about {plan.lone_rows} more rows of each finger are candidates: of "
+            f"such fingers that reach the duplicate threshold, {plan.missed:.1%} are missed, by their calibration, if embedding and minutiae "
+            f"of a mate are independent"
+        )
+
     def _line(self, plan: ColumnPlan) -> str:
-        others = "other " if self.multicolumn else ""
+        others = "other " if self.multicolumn or self.joint else ""
         by_index = plan.index.rows if plan.index is not None and plan.index.used else 0
         exact = plan.rows - plan.coded_rows - by_index
         start = f"{plan.column}: all of {plan.rows:,} {others}rows are looked at, {exact:,} of them exactly"
@@ -239,6 +254,7 @@ def plan_of(
     multicolumn: MultiColumnQuery | None = None,
     apart: ApartPlan | None = None,
     scanned: ScannedPlan | None = None,
+    joint: JointPlan | None = None,
 ) -> SearchPlan:
     """The plan of a search of these columns of a snapshot."""
     skip = (
@@ -253,7 +269,7 @@ def plan_of(
     by_column = [_column(snapshot, c, miss_risk, multicolumn, skip.get(c, 0)) for c in columns]
     sizes = tuple(_bytes_of(snapshot, c, skip.get(c, 0)) for c in columns)
     by_column = [replace(plan, index=_index_plan(snapshot, plan.column, miss_risk)) for plan in by_column]
-    return SearchPlan(miss_risk, tuple(by_column), plans, apart, scanned, sizes)
+    return SearchPlan(miss_risk, tuple(by_column), plans, apart, scanned, sizes, joint)
 
 
 def _bytes_of(snapshot: Snapshot, name: str, skip: int) -> ColumnBytes:

@@ -33,7 +33,8 @@ from biodedup.match.scores.calibrations import SampleOf
 from biodedup.match.staged import Stage
 from biodedup.search.expected import thresholds_db
 from biodedup.search.multicolumn.apart import ApartPlan
-from biodedup.search.multicolumn.plan import MultiColumnQuery
+from biodedup.search.multicolumn.joint import JointPlan
+from biodedup.search.multicolumn.plan import MultiColumnQuery, covered_presences
 from biodedup.search.multicolumn.planner import MultiColumnPlanner
 from biodedup.search.multicolumn.scanned import ScannedPlan
 from biodedup.search.native.scanner import Scanner
@@ -56,6 +57,8 @@ _Near = tuple[_Int64, Float32]  # rows and their similarity, descending
 
 PROBES = 256
 """Probes that are scanned together."""
+SHOWN = 5
+"""Of candidates whose minutiae matter, so many are compared in full and returned whatever they score."""
 _SLACK_DB = 0.5
 """Until a decision is committed, one subject in ten may be removed before its thresholds fall by more."""
 _ROUNDING = 1e-4
@@ -139,13 +142,15 @@ class Searcher:
         extra_k: int = 0,
         from_db: float | None = None,
         excluded: Sequence[Collection[int]] = (),
+        above: tuple[float, float] | None = None,
     ) -> list[CandidateSet]:
         """Searches for each probe in the live rows from from_row on; with groups, in rows of one of them.
 
         floor_db: 0 asks for the strongest rows; above 0, for all rows that reach it by one column, without the weaker
         rows that have only this column. across: fingers are also compared with fingers of other labels. extra_k: how
         many more rows to look at, since so many may turn out not to count. from_db: the score from which rows matter,
-        where it is lower than the review threshold. excluded: for each probe, rows that it is not compared with.
+        where it is lower than the review threshold. excluded: for each probe, rows that it is not compared with. above: as
+        `Stage.above`.
         """
         if from_row >= snapshot.row_count or not probes:
             return [CandidateSet(across=across)] * len(probes)
@@ -158,6 +163,7 @@ class Searcher:
             probes=probes,
             floor_db=floor_db,
             from_db=from_db,
+            above=above,
         ).run(excluded)
 
     def nearest(
@@ -208,6 +214,10 @@ class Searcher:
         are compared for the candidates alone."""
         return self._planner.query(snapshot, columns, rescored)
 
+    def joint(self, snapshot: Snapshot, query: MultiColumnQuery | None) -> JointPlan | None:
+        """How this query compares the rows of the journal in all its columns at once; None if it does not."""
+        return self._planner.joint(snapshot, query) if query is not None and query.joint else None
+
     def scanned(self, snapshot: Snapshot, columns: Collection[str]) -> ScannedPlan | None:
         """Which of a probe's columns are scanned, and what is missed because the others are not; None if all are."""
         return self._planner.scanned(snapshot, columns)
@@ -215,6 +225,16 @@ class Searcher:
     def apart(self, snapshot: Snapshot, columns: Collection[str]) -> ApartPlan | None:
         """What a search of these columns misses because FAISS searches them one after the other; None if it does not."""
         return self._planner.apart(snapshot, columns)
+
+    def weakest_shown(self, ranked: Ranked, counted: NDArray[np.bool_], extra_k: int) -> tuple[float, float] | None:
+        """The least score_db and llr_db by embeddings that a row of a later search needs to be among the first. counted: bool (n,), which
+        rows of the earlier search are candidates. None if these are fewer."""
+        score_db, llr_db = ranked.by_embeddings[:, counted]
+        number = min(self._config.returned, SHOWN) + extra_k - 1
+        if len(score_db) <= number:
+            return None
+        at = np.lexsort((-llr_db, -score_db))[number]
+        return float(score_db[at]), float(llr_db[at])
 
     def compare(
         self,
@@ -281,7 +301,9 @@ class _Search:
         probes: Sequence[TemplateSet],
         floor_db: float,
         from_db: float | None,
+        above: tuple[float, float] | None,
     ) -> None:
+        self._above = above
         self._from_db = np.inf if from_db is None else from_db
         self._searcher, self._comparer, self._config = searcher, comparer, config
         self._scope, self._snapshot, self._models = scope, scope.snapshot, scope.snapshot.models
@@ -308,7 +330,9 @@ class _Search:
         candidates = []
         for i, (probe, left_out) in enumerate(zip(self._probes, excluded or [()] * len(self._probes), strict=True)):
             rows, incomplete = self._rows_to_compare(i)
-            stage = self._stages[i]
+            stage, query = self._stages[i], queries[i]
+            if query is not None and query.lone_db:
+                stage = replace(stage, lone_db=query.lone_db)
             compared = self._searcher.compare(probe, source, rows, left_out, across, stage)
             candidates.append(CandidateSet(compared, incomplete, across, (stage.finger_db, stage.reach_db)))
         return candidates
@@ -319,7 +343,8 @@ class _Search:
             return Stage(0, self._floor_db, risk, correlation=correlation)
         duplicate_db, review_db = self._searcher.thresholds_db(probe, self._snapshot, across=self._scope.across)
         reach_db = min(review_db, self._from_db) - _SLACK_DB
-        return Stage(self._returned, reach_db, risk, duplicate_db - _SLACK_DB, correlation)
+        first = min(self._config.returned, SHOWN) + self._scope.extra_k
+        return Stage(first, reach_db, risk, duplicate_db - _SLACK_DB, correlation, above=self._above)
 
     # which rows are compared ---------------------------------------------------------------------------------------
 
@@ -388,9 +413,12 @@ class _Search:
             queries.append(known[key])
         return queries
 
-    def _scoped(self, query: MultiColumnQuery) -> MultiColumnQuery:
+    def _scoped(self, query: MultiColumnQuery) -> MultiColumnQuery | None:
         scope, floor_llr_db = self._scope, np.inf
         if self._floor_db > 0:
+            if not query.plans:
+                return None
+            query = replace(query, joint=False, lone_db={})
             ids = [[self._models[name].model_id for name in sorted(names)] for names in query.plans]
             floor_llr_db = min(self._comparer.llr_reaching(self._floor_db, model_ids) for model_ids in ids)
         k = query.k + scope.extra_k
@@ -408,19 +436,23 @@ class _Search:
                 hits, failures = self._searcher.fan_out.multicolumn(self._shards, vectors, query)
                 self._failed |= bool(failures)
                 cuts = np.searchsorted(hits.which, np.arange(1, len(batch)))
-                for i, rows, llr_db in zip(batch, np.split(hits.rows, cuts), np.split(hits.llr_db, cuts), strict=True):
-                    self._chosen[i].append(self._worth_comparing_of(query, self._probes[i], rows, llr_db))
+                wanted = hits.llr_db >= query.floor_llr_db
+                wanted = wanted if hits.lone is None else wanted | hits.lone
+                for i, rows, sure in zip(batch, np.split(hits.rows, cuts), np.split(wanted, cuts), strict=True):
+                    self._chosen[i].append(self._worth_comparing_of(query, self._probes[i], rows, sure))
 
-    def _worth_comparing_of(self, query: MultiColumnQuery, probe: TemplateSet, rows: _Int64, llr_db: Float32) -> _Int64:
-        """Of the rows found by a query: those that have more to compare, the first of the others, and all above the
-        floor."""
+    def _worth_comparing_of(
+        self, query: MultiColumnQuery, probe: TemplateSet, rows: _Int64, wanted: NDArray[np.bool_]
+    ) -> _Int64:
+        """Of the rows found by a query: those that have more to compare, the first of the others, and all that are wanted
+        whatever their rank."""
         searched = sum(BIT[column] for column in query.columns)
         other_columns = comparable_bits(probe, self._models, across=self._scope.across) & ~searched
         has_more = (self._snapshot.presence(rows.tolist()) & other_columns) != 0
         has_more |= any(self._comparer.has_more(probe[column]) for column in query.columns)
         # rows come by the sum of their evidence, which is their final order unless they have more in common
         first = np.cumsum(~has_more) <= self._config.returned + self._returned
-        return np.asarray(rows[has_more | first | (llr_db >= query.floor_llr_db)])
+        return np.asarray(rows[has_more | first | wanted])
 
     # one column after the other ------------------------------------------------------------------------------------
 
@@ -437,8 +469,21 @@ class _Search:
                         scanned = 0 if self._scanned[i] & BIT[theirs] else self._scanned[i]
                         passes.setdefault((id(skip), scanned), (skip, {}))[1][i, own] = template
             for (_, scanned), (skip, captures) in passes.items():
-                if any(bits & BIT[theirs] and not bits & scanned for bits in self._presences):
+                if not any(bits & BIT[theirs] and not bits & scanned for bits in self._presences):
+                    continue
+                if skip is not None and self._covers(skip, theirs):
+                    for i, own in captures:
+                        self._near[i][own, theirs] = (np.zeros(0, np.int64), np.zeros(0, np.float32))
+                else:
                     self._search_column(theirs, captures, skip, scanned)
+
+    def _covers(self, query: MultiColumnQuery, column: str) -> bool:
+        """Whether the query covers all rows that have this column."""
+        for part in self._snapshot.parts:
+            left = frozenset(bits for bits in part.bits if bits & BIT[column])
+            if left and not left <= covered_presences(part, query):
+                return False
+        return True
 
     def _search_column(
         self,

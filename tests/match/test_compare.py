@@ -26,7 +26,7 @@ COSINE, MINUTIAE, BOTH = law(50.0), law(2.0), law(0.9, 40.0)
 class Scores:
     """Gives each candidate the score that its record spells."""
 
-    def compare(self, probe, candidates):
+    def compare_pairs(self, probes, candidates, which):
         return np.array([float(record) for record in candidates], np.float32)
 
 

@@ -37,7 +37,7 @@ class Records:
     def __init__(self) -> None:
         self.count = 0
 
-    def compare(self, probe, candidates):
+    def compare_pairs(self, probes, candidates, which):
         self.count += len(candidates)
         return np.array([float(record) for record in candidates], np.float32)
 
@@ -84,7 +84,9 @@ def drawn(rng: np.random.Generator, columns, mated=()) -> dict[str, Template]:
 def shown(ranked: Ranked, count: int = SHOWN):
     """The outcome, and what is shown of each candidate."""
     there = np.ones(len(ranked), bool)
-    candidates, _ = first_of(ranked, count, there, ranked.resembling(REVIEW_DB, DUPLICATE_DB), lambda row: False)
+    candidates, _ = first_of(
+        ranked, (count, count), there, ranked.resembling(REVIEW_DB, DUPLICATE_DB), lambda row: False
+    )
     verdict = judge(candidates, DUPLICATE_DB, REVIEW_DB, band_db=REVIEW_DB)
     return verdict.outcome, verdict.kinds, candidates
 

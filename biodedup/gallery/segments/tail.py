@@ -222,7 +222,7 @@ class TailPart:
     def answers(self) -> TailAnswers:
         return TailAnswers(self._tail.answers if self._own_answers is None else self._own_answers)
 
-    @property
+    @cached_property
     def bits(self) -> Mapping[int, int]:
         return self._tail.bits(self.count)
 

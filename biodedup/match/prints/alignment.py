@@ -107,13 +107,14 @@ def workspace() -> Workspace:
 
 
 @numba.njit(nogil=True, cache=True)
-def compare(
-    probe: Prepared, content: Any, starts: Any, counts: Any, candidate: Prepared, work: Any, scores: Any
-) -> None:
-    """Scores float32 (n,), at least 0, of a prepared probe with n bodies: content uint8, starts and counts int64 (n,).
-    candidate, work: room for one thread."""
-    for i in range(starts.shape[0]):
-        prepare(content, starts[i], counts[i], candidate)
+def compare(content: Any, probes: Any, candidates: Any, rooms: Any, work: Any, scores: Any) -> None:
+    """Scores float32 (n,), at least 0, of n pairs of bodies. content: uint8; probes, candidates: int64 (n, 2), start and count of each
+    body; equal probes lie together, since each is prepared once. rooms: two prints; rooms, work: for one thread."""
+    probe, candidate = rooms
+    for i in range(probes.shape[0]):
+        if i == 0 or probes[i, 0] != probes[i - 1, 0]:
+            prepare(content, probes[i, 0], probes[i, 1], probe)
+        prepare(content, candidates[i, 0], candidates[i, 1], candidate)
         if _first(probe, candidate):
             scores[i] = _score(probe, candidate, work)
         else:

@@ -23,8 +23,11 @@ _CHUNK = 32
 
 
 class MinutiaeMatcher(Protocol):
-    def compare(self, probe: bytes, candidates: Sequence[bytes]) -> NDArray[np.float32]:
-        """Scores float32 (n,), at least 0, higher is more alike. Raises InvalidInput for an unsound record."""
+    def compare_pairs(
+        self, probes: Sequence[bytes], candidates: Sequence[bytes], which: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Scores float32 (n,), at least 0, higher is more alike: of candidates[i] with probes[which[i]]. which: int64 (n,), ascending.
+        Raises InvalidInput for an unsound record."""
 
 
 class CylinderMatcher:
@@ -38,16 +41,17 @@ class CylinderMatcher:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "biodedup-minutiae")  # starts threads when there is work for them
 
-    def compare(self, probe: bytes, candidates: Sequence[bytes]) -> NDArray[np.float32]:
+    def compare_pairs(
+        self, probes: Sequence[bytes], candidates: Sequence[bytes], which: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
         scores = np.zeros(len(candidates), np.float32)
-        content, starts, counts = _bodies([probe, *candidates])
-        prepared = room()
-        prepare(content, starts[0], counts[0], prepared)
-        starts, counts = starts[1:], counts[1:]
+        content, bodies = _bodies([*probes, *candidates])
+        of_probes, of_candidates = bodies[which], bodies[len(probes) :]
 
         def work(low: int) -> None:
             some = slice(low, low + chunk)
-            compare(prepared, content, starts[some], counts[some], room(), workspace(), scores[some])
+            rooms = room(), room()
+            compare(content, of_probes[some], of_candidates[some], rooms, workspace(), scores[some])
 
         alone = self._threads == 1 or len(candidates) <= _CHUNK
         chunk = max(len(candidates), 1) if alone else _CHUNK
@@ -55,6 +59,10 @@ class CylinderMatcher:
         for _ in map(work, lows) if alone else self._pool.map(work, lows):
             pass
         return scores
+
+    def compare(self, probe: bytes, candidates: Sequence[bytes]) -> NDArray[np.float32]:
+        """Scores float32 (n,) of one probe with candidates."""
+        return self.compare_pairs([probe], candidates, np.zeros(len(candidates), np.int64))
 
     def close(self) -> None:
         """Ends the threads."""
@@ -68,13 +76,13 @@ def matched(probe: bytes, candidate: bytes) -> tuple[NDArray[np.int64], NDArray[
     the probe to the candidate: cosine, sine, shift; x' = x cosine + y sine + shift[0], y' = y cosine - x sine + shift[1].
     Raises InvalidInput for an unsound record.
     """
-    content, starts, counts = _bodies([probe, candidate])
+    content, bodies = _bodies([probe, candidate])
     prints = room(), room()
-    for print_, start, count in zip(prints, starts.tolist(), counts.tolist(), strict=True):
+    for print_, (start, count) in zip(prints, bodies.tolist(), strict=True):
         prepare(content, start, count, print_)
     pairs, motion = best_pairs(*prints)
     for side, print_ in enumerate(prints):
-        pairs[:, side] = _rows(print_, content, starts[side], counts[side])[pairs[:, side]]
+        pairs[:, side] = _rows(print_, content, *bodies[side])[pairs[:, side]]
     return pairs[np.argsort(pairs[:, 0], kind="stable")], motion
 
 
@@ -88,8 +96,8 @@ def _rows(print_: Prepared, content: NDArray[np.uint8], start: int, count: int) 
     return np.asarray(order[np.searchsorted(value[order], kept) + among_equals], np.int64)
 
 
-def _bodies(records: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """The position of each record's minutiae: (content uint8, starts, counts int64 (n,)). Raises InvalidInput.
+def _bodies(records: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The position of each record's minutiae: (content uint8; start and count of each, int64 (n, 2)). Raises InvalidInput.
 
     Only records that are not in the plainest form go through `read_record`, which takes longer than a comparison.
     """
@@ -104,7 +112,7 @@ def _bodies(records: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int
         starts[others] = len(content) + np.cumsum(lengths) - lengths
         counts[others] = lengths // MINUTIA_BYTES
         content = np.frombuffer(b"".join([*records, *bodies]), np.uint8)
-    return content, starts, counts
+    return content, np.stack([starts, counts], axis=1)
 
 
 _PLAIN = np.frombuffer(b"FMR\0 20\0", np.uint8)

@@ -17,29 +17,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from math import sqrt
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
 from biodedup.common.intervals import upper_bound
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.segments.part import Column, Int64, Part
+from biodedup.gallery.segments.tail import TailPart
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.scores.calibration import Calibration
 from biodedup.search import costs
 from biodedup.search.native.column_statistics import signs_of
 from biodedup.search.native.dot_kernel import INSTRUCTIONS
 from biodedup.search.native.signs import GROUP
-from biodedup.values import COLUMNS, Float32
+from biodedup.values import BIT, COLUMNS, Float32
 
 ROWS_MIN = 1 << 14
 """A group of fewer rows is searched column by column."""
 _MATES = 160_000  # drawn; half choose the plan, half confirm it
+_FEW_MATES = 16_384  # of these, that tell which group of signs says least
 _SHARE_LEAST = 1e-5  # of unrelated rows that pass
 _SEED = 2_011
 
@@ -52,12 +55,28 @@ class LlrTable:
 
     @classmethod
     def of(cls, calibration: Calibration) -> LlrTable:
-        return cls(calibration.llr_db(np.linspace(-1, 1, 20_001)).astype(np.float32))
+        return _llr_table(calibration)
 
     def at(self, similarity: Float32) -> Float32:
         last = len(self.llr_db) - 1
         index = np.rint((similarity + 1) * np.float32(last / 2)).astype(np.int32)
         return np.asarray(self.llr_db[np.clip(index, 0, last)])
+
+
+_GRID = np.linspace(-1, 1, 20_001)
+
+
+@lru_cache(maxsize=64)  # each decision asks for it, and a calibration never changes
+def _llr_table(calibration: Calibration) -> LlrTable:
+    return LlrTable(calibration.llr_db(_GRID).astype(np.float32))
+
+
+@lru_cache(maxsize=512)
+def llr_of_score(calibration: Calibration, score_db: float) -> float:
+    """The llr_db of the least similarity that scores score_db; infinite if none does."""
+    scores_db = calibration.score_db(_GRID)
+    at = int(np.searchsorted(scores_db, score_db))
+    return float(_llr_table(calibration).llr_db[at]) if at < len(scores_db) else np.inf
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,11 @@ class MultiColumnPlan:
 @dataclass(frozen=True)
 class MultiColumnQuery:
     """What a shard is asked for: for each probe the k rows with the most evidence, and all rows of at least
-    floor_llr_db. It covers the rows whose columns have a plan; llr_tables: of each column."""
+    floor_llr_db. It covers the rows whose columns have a plan; llr_tables: of each column.
+
+    joint: it also covers the rows of the journal that have several of the columns (`joint.py`). lone_db: of each finger the llr_db from
+    which such a row is wanted whatever its other captures say.
+    """
 
     plans: Mapping[frozenset[str], MultiColumnPlan]
     llr_tables: Mapping[str, LlrTable]
@@ -102,6 +125,8 @@ class MultiColumnQuery:
     floor_llr_db: float = np.inf
     groups: frozenset[str] | None = None
     from_row: int = 0
+    joint: bool = False
+    lone_db: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -111,13 +136,14 @@ class MultiColumnQuery:
 @dataclass(frozen=True)
 class MultiColumnHits:
     """Rows found: probe number, row and sum of llr_db of each, (n,). rows_scanned: for each probe; passed: pairs of a
-    probe and a row that the signs let through."""
+    probe and a row that the signs let through. lone: bool (n,), which rows are wanted for one finger; None for none."""
 
     which: Int64
     rows: Int64
     llr_db: Float32
     rows_scanned: int
     passed: int
+    lone: NDArray[np.bool_] | None = None
 
 
 # groups of rows ----------------------------------------------------------------------------------------------------
@@ -179,8 +205,17 @@ def row_groups_of(part: Part, columns: Collection[str]) -> Iterator[RowGroup]:
 
 def covered_presences(part: Part, query: MultiColumnQuery) -> frozenset[int]:
     """The presence masks of the part's rows that the query covers."""
+    if query.joint and is_journal(part, query.columns):
+        columns = sum(BIT[column] for column in query.columns)
+        return frozenset(bits for bits in part.bits if (bits & columns).bit_count() > 1)
     groups = (group for group in row_groups_of(part, query.columns) if frozenset(group.columns) in query.plans)
     return frozenset(bits for group in groups for bits in group.bits)
+
+
+def is_journal(part: Part, columns: Collection[str]) -> bool:
+    """Whether the part is the journal, with rows in these columns. Sealed columns of early releases have no codes either, but may be large,
+    and searched elsewhere."""
+    return isinstance(part, TailPart) and any(name in part.columns for name in columns)
 
 
 def largest_groups(snapshot: Snapshot, columns: Collection[str]) -> dict[frozenset[str], RowGroup]:
@@ -219,10 +254,11 @@ def choose(
         for share in (max(share, _SHARE_LEAST) for share in draw.shares(groups)):
             cost = GROUP * sum(groups) + len(groups) * (cost_of.taken + cost_of.compared * share)
             options.append((cost, groups, share))
-        fewer = [(*groups[:c], n - 1, *groups[c + 1 :]) for c, n in enumerate(groups) if n and sum(groups) > 1]
+        fewer = [c for c, n in enumerate(groups) if n and sum(groups) > 1]
         if not options or not fewer:
             break
-        groups = min(fewer, key=lambda option: draw.shares(option)[0])
+        least = fewer[int(np.argmin([draw.share_without(groups, c) for c in fewer]))]
+        groups = (*groups[:least], groups[least] - 1, *groups[least + 1 :])
     for cost, groups, share in sorted(options):
         if cost < cost_of.one_column * len(groups) and draw.bound(groups, share) <= miss_risk:
             return draw.plan(groups, share, cost / cost_of.one_column)
@@ -266,6 +302,23 @@ class Draw:
         bounds = upper_bound(lost, len(self._to_choose))
         self._may_lose = int(np.searchsorted(bounds, miss_risk, side="right")) - 1
         self.shares = cache(self._shares)
+        self._few = self._to_choose[:_FEW_MATES]
+        self._without: tuple[tuple[int, ...], Float32] = (), np.zeros(0, np.float32)
+
+    def share_without(self, groups: tuple[int, ...], column: int) -> float:
+        """About the share of unrelated rows that has to pass with one group of this column less, from some of the mates: it tells which
+        group says least."""
+        if self._without[0] != groups:
+            self._without = (
+                groups,
+                np.sum([mates[n, self._few] for mates, n in zip(self._mates, groups, strict=True)], axis=0),
+            )
+        fewer = tuple(n - (c == column) for c, n in enumerate(groups))
+        sums, mates = self._without[1], self._mates[column]
+        sums = sums - mates[groups[column], self._few] + mates[fewer[column], self._few]
+        mean, variance = sum(unrelated[n] for unrelated, n in zip(self._unrelated, fewer, strict=True))
+        lost = self._may_lose * len(self._few) // max(len(self._to_choose), 1)
+        return float(ndtr(-(np.partition(sums, lost)[lost] - mean) / np.sqrt(variance)))
 
     def _z(self, groups: tuple[int, ...]) -> Float32:
         """The mates' sums, in standard deviations of the unrelated rows' sums above their mean."""

@@ -7,24 +7,31 @@ are searched one after the other; what that misses: `apart.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from math import log10
+from math import floor, log10
 
 from biodedup.config import Policy, SearchConfig
 from biodedup.gallery.segments.part import Column
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
+from biodedup.match.staged import lone_fingers_missed
 from biodedup.search.multicolumn.apart import ApartPlan, apart
+from biodedup.search.multicolumn.joint import JointPlan
 from biodedup.search.multicolumn.plan import (
     LlrTable,
     MultiColumnPlan,
     MultiColumnQuery,
     choose,
     codec_of,
+    is_journal,
     largest_groups,
+    llr_of_score,
 )
 from biodedup.search.multicolumn.scanned import ScannedPlan, with_miss
+from biodedup.values import BIT
 
 _REVIEW_STEP_DB = 3.0  # the threshold is rounded down to this, so that a plan lasts until the gallery has doubled
+LONE_ROWS = 4
+"""Of each finger, rows of impostors that are candidates because this finger agrees alone, on average: so many to five quarters of that."""
 
 
 class MultiColumnPlanner:
@@ -65,10 +72,28 @@ class MultiColumnPlanner:
             plan = self._plans[key]
             if plan is not None:
                 plans[names] = plan
-        if not plans:
+        unsealed = 0 if rescored else _unsealed(snapshot, calibrations)
+        if not plans and not unsealed:
             return None
         k = self._config.candidates if rescored else self._candidates(snapshot)
-        return MultiColumnQuery(plans, {n: LlrTable.of(c) for n, c in calibrations.items()}, k)
+        tables = {name: LlrTable.of(calibration) for name, calibration in calibrations.items()}
+        if not unsealed:
+            return MultiColumnQuery(plans, tables, k)
+        rare_db = floor(
+            10 * log10(max(unsealed / LONE_ROWS, 1.0))
+        )  # whole decibels, so that its evidence is computed seldom
+        lone_db = {name: llr_of_score(c, rare_db) for name, c in calibrations.items() if name != "face"}
+        return MultiColumnQuery(plans, tables, k, joint=True, lone_db=lone_db)
+
+    def joint(self, snapshot: Snapshot, query: MultiColumnQuery) -> JointPlan:
+        """How the query compares the rows of the journal, and which fingers that agree alone it misses."""
+        fingers, missed = len(query.lone_db), 0.0
+        needed_db = self._policy().thresholds_db(snapshot.searched_count)[0] + 10 * log10(max(fingers, 1))
+        for name, from_db in query.lone_db.items():
+            model = self._comparer.score_model(snapshot.models[name].model_id)
+            if model.with_minutiae is not None:
+                missed = max(missed, lone_fingers_missed(model.alone, model.with_minutiae, needed_db, from_db))
+        return JointPlan(query.columns, _unsealed(snapshot, query.columns), LONE_ROWS, missed)
 
     def scanned(self, snapshot: Snapshot, columns: Collection[str]) -> ScannedPlan | None:
         """What is missed because only the configured columns of these are scanned; None if all are scanned."""
@@ -123,3 +148,11 @@ class MultiColumnPlanner:
         # The order by all embeddings is nearly final, unless rows have other captures to compare.
         others = any(m.dimension is None or self._comparer.adds_minutiae(m.model_id) for m in snapshot.models.values())
         return self._config.candidates if others else min(4 * self._config.returned, self._config.candidates)
+
+
+def _unsealed(snapshot: Snapshot, columns: Collection[str]) -> int:
+    """How many rows the parts without codes have, if some of these rows have several of the columns."""
+    bits = sum(BIT[column] for column in columns)
+    parts = [part for part in snapshot.parts if is_journal(part, columns)]
+    several = any((has & bits).bit_count() > 1 for part in parts for has in part.bits)
+    return sum(part.count for part in parts) if several else 0

@@ -7,6 +7,7 @@ Owns the scan of one group of rows, and the exact comparison of its best. Never 
 2. The rows that pass are compared by the high nibbles of all columns while these are in the cache. Their log-likelihood
    ratios add up; rows among a probe's best so far, or above a floor, are kept.
 3. The best are compared exactly, and so is every row above the floor.
+4. Rows of the journal have no signs: they are all compared exactly (`joint.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from scipy.special import ndtri
 from biodedup.gallery.files.codes import BLOCK_ROWS, rotate
 from biodedup.gallery.segments.part import PIECE_ROWS, Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.search.multicolumn import joint
 from biodedup.search.multicolumn.plan import (
     LlrTable,
     MultiColumnHits,
@@ -30,6 +32,7 @@ from biodedup.search.multicolumn.plan import (
     MultiColumnQuery,
     RowGroup,
     codec_of,
+    is_journal,
     row_groups_of,
 )
 from biodedup.search.native import scan_kernel
@@ -56,9 +59,14 @@ def search(
     scanner: Scanner, snapshot: Snapshot, parts: Sequence[Part], probes: Mapping[str, Float32], query: MultiColumnQuery
 ) -> MultiColumnHits:
     """probes: for each column of the query float32 (q, d), unit rows."""
-    pieces = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
+    pieces = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))]
     scanned, passed = 0, 0
     for part in parts:
+        if query.joint and is_journal(part, query.columns):
+            found = joint.search(scanner, snapshot, part, probes, query)
+            pieces.append((found.which, found.rows, found.llr_db, found.lone))
+            scanned += found.scanned
+            continue
         for group in row_groups_of(part, query.columns):
             plan = query.plans.get(frozenset(group.columns))
             first = group.first_from(query.from_row)
@@ -67,11 +75,11 @@ def search(
             scan = _GroupScan(snapshot, group, plan, probes, query)
             scan.run(scanner, first)
             which, members, llr_db = scan.compare(scanner)
-            pieces.append((which, group.rows(members), llr_db))
+            pieces.append((which, group.rows(members), llr_db, np.zeros(len(which), bool)))
             scanned += group.count - first
             passed += scan.passed
-    which, rows, llr_db = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    return MultiColumnHits(which, rows, llr_db, scanned, passed)
+    which, rows, llr_db, lone = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    return MultiColumnHits(which, rows, llr_db, scanned, passed, lone)
 
 
 class _GroupScan:

@@ -28,6 +28,8 @@ GROUP = 4
 """Tables of one group, which a multi-column plan takes or leaves as a whole: 16 numbers."""
 LEVELS = np.array([[entry >> b & 1 for b in range(TableKind.SIGNS)] for entry in range(ENTRIES)], np.float32) * 2 - 1
 """What the entries of a table stand for: the signs of four numbers."""
+_GROUP_PAIRS = 4_000
+"""At each similarity, from which the sums of groups of tables are measured."""
 _SEED = 2_002
 
 
@@ -119,11 +121,13 @@ class GroupLaw:
             self._roots.append(axes * np.sqrt(np.maximum(values, 0)))
             return np.zeros(len(one), np.float32)
 
-        measured_laws((measured,), sample, "sample", rng)
+        measured_laws((measured,), sample, "sample", rng, _GROUP_PAIRS)
 
     def mated(self, similarity: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
         """Random sums of each group for pairs at these similarities, float64 (count, n)."""
-        means = np.array([np.interp(similarity, self._levels, mean) for mean in np.array(self._means).T])
-        roots = np.array(self._roots)[np.clip(np.rint(similarity * 10), 0, 10).astype(np.int64)]
-        noise = rng.standard_normal((len(similarity), self.count))
-        return np.asarray(means + np.einsum("nij,nj->in", roots, noise))
+        sums = np.array([np.interp(similarity, self._levels, mean) for mean in np.array(self._means).T])
+        noise, nearest = rng.standard_normal((len(similarity), self.count)), np.clip(np.rint(similarity * 10), 0, 10)
+        for level, root in enumerate(self._roots):
+            there = np.flatnonzero(nearest == level)
+            sums[:, there] += root @ noise[there].T
+        return sums

@@ -109,10 +109,11 @@ class FanOut:
             np.concatenate([getattr(h, name) for h in hits.values()]) for name in ("which", "rows", "llr_db")
         )
         order, rank = ranked(which, llr_db, rows, len(next(iter(probes.values()))))
-        kept = order[(rank < query.k) | (llr_db[order] >= query.floor_llr_db)]
+        lone = np.concatenate([np.zeros(len(h.which), bool) if h.lone is None else h.lone for h in hits.values()])
+        kept = order[(rank < query.k) | (llr_db[order] >= query.floor_llr_db) | lone[order]]
         passed = sum(h.passed for h in hits.values())
         scanned = sum(h.rows_scanned for h in hits.values())
-        return MultiColumnHits(which[kept], rows[kept], llr_db[kept], scanned, passed), tuple(failures)
+        return MultiColumnHits(which[kept], rows[kept], llr_db[kept], scanned, passed, lone[kept]), tuple(failures)
 
     def _search(
         self, shards: Sequence[Shard], queries: Sequence[tuple[Float32, ShardQuery]]
