@@ -166,6 +166,8 @@ class IsolationConfig:
 
 
 REPLAYS = ("report", "refuse")
+AUDITS = ("none", "changes", "all")
+"""Values of `Config.audit`."""
 DISCLOSURES = ("full", "coarse", "outcome")
 """Values of `Policy.disclosure`, the one that says most first."""
 TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy")
@@ -491,6 +493,13 @@ class Config:
     identities: dict[str, str] | None = None
     """name -> its roles, separated by spaces (`biodedup.principals.ROLES`). With it, `by` of verdicts and policies, and `--by`, must be one of
     these names with the role, and `Engine.as_principal` takes these alone. None: `by` is any name. It is not stored with the gallery."""
+    audit: str | None = None
+    """Which calls the gallery's audit log records, with time, principal, purpose, kind, ids and outcome; nothing biometric, and no scores.
+      `none`      none;
+      `changes`   calls that change the gallery, in the commit that carries them out;
+      `all`       also searches, verifications, reading, and calls that are refused. These wait in memory for up to a second, or for the
+                  next change; a crash loses them.
+    None: `all` where `identities` are configured, otherwise `changes`. It is not stored with the gallery."""
     allow_template_export: bool | None = None
     """Whether `Engine.templates`, `encounters`, `subject`, FAISS indexes and exports hand out templates. Each time is logged. None: they do, with
     a warning in the log where `identities` or `keys` are configured; a later release will refuse it there. False: NotAllowed."""
@@ -500,6 +509,8 @@ class Config:
         for name in ("threads", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+        if self.audit is not None and self.audit not in AUDITS:
+            raise InvalidInput(f"audit is {self.audit!r}, wanted one of {', '.join(AUDITS)}, or None")
         by_folded: dict[str, str] = {}
         for name in self.identities or ():
             self.identity(name)
@@ -530,6 +541,11 @@ class Config:
         return made(cls, typed(cls, read_toml(path), str(path), path.parent), str(path))
 
     @property
+    def audited(self) -> str:
+        """Which calls the audit log records: one of AUDITS."""
+        return self.audit or ("changes" if self.identities is None else "all")
+
+    @property
     def stated_policy(self) -> Policy:
         """The policy, or the default policy: what applies without a gallery."""
         return self.policy or Policy()
@@ -544,7 +560,7 @@ class Config:
             replace(self.with_policy(), cluster=None, keys=None, identities=None),
             dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items},
         )
-        for name in ("cluster", "keys", "identities", "allow_template_export"):
+        for name in ("cluster", "keys", "identities", "allow_template_export", "audit"):
             del stored[
                 name
             ]  # where a program finds the gallery and its key, and who may use it, not what the gallery is

@@ -53,11 +53,12 @@ from biodedup.common.tables import differences
 from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.callers.approvals import Approval, Approvals
+from biodedup.engine.callers.audit import AuditLog, Call, audited, counted, current_call, named
 from biodedup.engine.callers.budgets import Alarm, Budgets
 from biodedup.engine.callers.disclosure import disclosed_decision, disclosed_search, disclosed_verification
 from biodedup.engine.callers.export_right import note_export
 from biodedup.engine.decide import Decider
-from biodedup.engine.enrol import Enrolment
+from biodedup.engine.enrol import Answer, Enrolment, PreparedBatch
 from biodedup.engine.info import info_of, notes_of
 from biodedup.engine.joining import JoinedTile, Joining
 from biodedup.engine.load import ArrowBatch, Cells, Loaded, Loader
@@ -91,6 +92,7 @@ from biodedup.gallery.care.backup import Copied, backup
 from biodedup.gallery.care.history import NotedClock, finite
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
+from biodedup.gallery.catalogue.audit import AuditRecord, chosen
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.index_codec import refuse_unknown
 from biodedup.gallery.files.packed import Packed, pack_text
@@ -190,7 +192,9 @@ class Engine:
         self._loader = Loader(gallery, self._preparer, self._decider, new_id, seal_rows, self._log, config.threads)
         self._budgets = Budgets(gallery, self._policy, self._clock, self._log)
         self._approvals = Approvals(gallery, self._clock, self._log)
+        self._audit = AuditLog(gallery, config.audited, self._clock)
         self._caller: Principal | None = None
+        self._purpose = ""
         self._restricted = True
         self._closed = threading.Event()
         refuse_other_models(gallery, self._extractor)
@@ -236,6 +240,7 @@ class Engine:
         """
         if not self._closed.is_set():
             self._closed.set()
+            self._audit.close()
             self._extractor.close()
             self._gallery.close()
             if self._gallery.is_of_this_process:
@@ -293,6 +298,7 @@ class Engine:
         self._check("audit", "administer")
         return list(self._gallery.policies)
 
+    @audited(changes=True)
     def set_policy(self, policy: Policy, *, by: str = "", reason: str) -> PolicyVersion:
         """Stores a policy as the gallery's next version, in force from now on. The present policy changes nothing.
 
@@ -316,11 +322,11 @@ class Engine:
 
     # callers ------------------------------------------------------------------------------------------------------
 
-    def as_principal(self, principal: Principal | str) -> Engine:
+    def as_principal(self, principal: Principal | str, *, purpose: str = "") -> Engine:
         """This engine for one caller: its roles and budgets apply, and what is recorded names it. It shares everything with this engine;
         closing either closes both.
 
-        principal: or the name of one of `Config.identities`. With these, another principal, or one with more roles than configured, raises
+        purpose: why it calls, in words for the audit log (`Config.audit`). principal: or the name of one of `Config.identities`. With these, another principal, or one with more roles than configured, raises
         NotAllowed; so does a principal's engine, which makes no other one.
         """
         self.check_open()
@@ -335,23 +341,28 @@ class Engine:
             raise NotAllowed(
                 f"this engine is {self._caller.name!r}'s; ask the engine that was opened for another principal's"
             )
-        return self._view(principal, restricted=True)
+        check_text(purpose, "the purpose", NOTE_LENGTH_MAX)
+        return self._view(principal, restricted=True, purpose=purpose)
 
+    @audited()
     def unrestricted(self) -> Engine:
         """This engine with all scores and without budgets, for jobs that measure or compare. Of a principal's, the role `administer` is needed."""
         self._check("administer")
-        return self._view(self._caller, restricted=False)
+        return self._view(self._caller, restricted=False, purpose=self._purpose)
 
+    @audited()
     def approvals(self) -> list[Approval]:
         """The requests for calls that need two people, with their approvals, oldest first."""
         self._check("audit", "supervise", "administer", "review")
         return self._approvals.listed()
 
+    @audited()
     def alarms(self) -> list[Alarm]:
         """The lock-outs of callers that approached a subject (`Policy.climbs_max`), oldest first."""
         self._check("audit", "supervise", "administer")
         return self._budgets.alarms()
 
+    @audited(changes=True)
     def end_lockout(self, caller: str, subject_id: str) -> None:
         """Ends the lock-out of a caller from a subject. Without one, nothing happens."""
         self._check("supervise")
@@ -359,6 +370,7 @@ class Engine:
 
     # enrolment with a search ------------------------------------------------------------------------------------
 
+    @audited()
     def enroll(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
         """Searches the gallery, and enrols the subject if no enrolled subject or open case is the same person.
 
@@ -372,6 +384,7 @@ class Engine:
         """
         return self._enrol(encounter, across_positions, replaces=False)
 
+    @audited()
     def update(
         self,
         encounter: Encounter,
@@ -423,6 +436,8 @@ class Engine:
         self._take(subjects=[encounter.subject_id] if replaces and encounter.subject_id else ())
         prepared = self._enrolment.search([encounter], self._across(across_positions), replaces=replaces, reason=reason)
         (answer,) = self._enrolment.commit(prepared)
+        if (call := current_call()) is not None:
+            call.itemised = bool(prepared.fresh)
         if isinstance(answer, NOT_TAKEN):
             raise answer
         return self._named(self._told(answer))
@@ -437,20 +452,34 @@ class Engine:
         An encounter for which `enroll` would raise a CallerError or CaptureUnavailable comes out `refused`, with the error's text as
         its detail. Nothing is recorded of it, and it may be sent again.
         """
-        self._check("enrol")
+        with self._audit.made(self._new_call("enroll_many")) as call:
+            call.itemised = True  # unless it fails
+            self._check("enrol")
         across, stream = self._across(across_positions), map(_encounter, encounters)
         batches = iter(lambda: list(islice(stream, self._config.batch_size)), [])
         for batch, prepared in self._enrolment.ahead(batches, across):
-            self._check("enrol")
-            self._take(len(batch))
-            for encounter, answer in zip(batch, self._enrolment.commit(prepared), strict=True):
+            for encounter, answer in zip(batch, self._committed(batch, prepared), strict=True):
                 if isinstance(answer, NOT_TAKEN):
                     answer = self._decider.refused(encounter, answer, self._gallery.snapshot())
                     self._log.decided("enroll, not recorded", answer)
                 yield self._named(self._told(answer))
 
+    def _committed(self, batch: Sequence[Encounter], prepared: PreparedBatch) -> list[Answer]:
+        """The answers to a batch of a stream, committed and recorded."""
+        with self._audit.made(self._new_call("enroll_many")) as call:
+            call.count, call.itemised = len(batch), True
+            self._check("enrol")
+            self._take(len(batch))
+            answers = self._enrolment.commit(prepared)
+            for i, (encounter, answer) in enumerate(zip(batch, answers, strict=True)):
+                if i not in prepared.fresh:
+                    outcome = answer.outcome if isinstance(answer, Decision) else type(answer).__name__
+                    call.changed_nothing("enroll", encounter, outcome)
+            return answers
+
     # cases: encounters in review ----------------------------------------------------------------------------------
 
+    @audited()
     def dispute(self, encounter: Encounter) -> Decision:
         """Opens a case for an enrolled subject whose new captures did not verify: a person judges whether they are the subject's.
 
@@ -461,21 +490,25 @@ class Engine:
         self._take(subjects=[encounter.subject_id] if encounter.subject_id else ())
         return self._told(self._review.dispute(encounter))
 
+    @audited()
     def cases(self) -> Iterator[Case]:
         """The open cases, in the order of their encounter_ids."""
         self._check("review", "audit")
         yield from self._review.open_cases()
 
+    @audited()
     def case(self, encounter_id: str) -> Case:
         """One case, open or closed. Raises InvalidInput for an encounter that never went to review."""
         self._check("review", "audit")
         return self._review.case(encounter_id)
 
+    @audited()
     def verdicts(self) -> list[Verdict]:
         """All verdicts ever given, oldest first."""
         self._check("review", "audit")
         return self._gallery.verdicts()
 
+    @audited(changes=True)
     def adjudicate(
         self, case: str | Case, ruling: Ruling, by: str = "", note: str = "", *, candidate: str | None = None
     ) -> Decision:
@@ -511,6 +544,7 @@ class Engine:
 
     # searches that write nothing --------------------------------------------------------------------------------
 
+    @audited()
     def identify(
         self,
         encounter: Encounter,
@@ -540,6 +574,7 @@ class Engine:
         self._count_named(candidate.subject_id for candidate in told.candidates if not candidate.case)
         return told
 
+    @audited()
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
         """1:1 with an enrolled subject, at `policy.verify_fmr`. Not accepted without a usable capture. Raises UnknownSubject."""
         self._check("verify")
@@ -558,6 +593,7 @@ class Engine:
         self._budgets.verified(self._name, probe.templates, result)
         return disclosed_verification(result, self.policy)
 
+    @audited()
     def search(
         self,
         probes: Mapping[str, NDArray[Any]],
@@ -582,6 +618,7 @@ class Engine:
             raise InvalidInput(f"k is {k!r}, wanted a whole number of at least 1")
         ((column, vectors),) = probes.items()
         rows = self._preparer.probes_of(column, vectors, model_id)
+        counted(len(rows))
         self._take(len(rows))
         result = self._searches.nearest(column, rows, int(k), _checked(groups))
         if not self._restricted:
@@ -614,6 +651,7 @@ class Engine:
         buckets, estimate = self._join.estimate(self._gallery.snapshot(), len(self), threshold_db, listed=listed)
         return JoinPlan(buckets, self._config.search.miss_risk, estimate)
 
+    @audited()
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Cluster]:
@@ -624,6 +662,7 @@ class Engine:
             progress(tile.done, tile.total)
         return links.clusters()
 
+    @audited()
     def join(
         self,
         *,
@@ -671,6 +710,7 @@ class Engine:
 
     # changes without a search -----------------------------------------------------------------------------------
 
+    @audited()
     def add_templates(
         self,
         subject_ids: Sequence[str] | ArrowBatch,
@@ -694,6 +734,7 @@ class Engine:
         self._check("administer")
         return self._load(subject_ids, templates, model_id, groups, encounter_id, keep_enrolled=False).added
 
+    @audited()
     def load_templates(
         self,
         subject_ids: Sequence[str] | ArrowBatch,
@@ -735,6 +776,7 @@ class Engine:
         add = self._loader.add
         return add(subject_ids, templates, groups, encounter_id, model_id=model_id, keep_enrolled=keep_enrolled)
 
+    @audited()
     def import_captures(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
 
@@ -756,9 +798,11 @@ class Engine:
         renamed("Engine.admit", "Engine.import_captures")
         return self.import_captures(encounters)
 
+    @audited(changes=True)
     def remove(self, subject_id: str, *others: str) -> None:
         """Removes a subject, or several in one commit, from all later searches. Raises UnknownSubject; then none is removed; NotAllowed,
         ApprovalNeeded (`Policy.two_people`)."""
+        named(subject_id, *others)
         self._check("supervise")
         names = sorted({subject_id, *others})
 
@@ -774,17 +818,20 @@ class Engine:
 
     # care of the gallery ----------------------------------------------------------------------------------------
 
+    @audited(changes=True)
     def compact(self) -> None:
         """Merges all segments into one, while searches and enrolments go on. Afterwards the templates of removed subjects are erased
         from the disk. Needs as much free disk as the gallery takes. Raises StorageUnavailable."""
         self._check("administer")
         self._gallery.compact()
 
+    @audited(changes=True)
     def maintain(self) -> None:
         """Seals and merges what is due, now instead of in the background; after a bulk load, for example."""
         self._check("administer")
         self._gallery.maintain()
 
+    @audited(changes=True)
     def seal(self) -> None:
         """Turns the rows of the journal into a segment, now; `maintain` does so when they are many."""
         self._check("administer")
@@ -796,6 +843,7 @@ class Engine:
         check_column(column)
         return str(self._gallery.snapshot().indexing.spec(column))
 
+    @audited(changes=True)
     def reindex(
         self,
         index: str | Mapping[str, str],
@@ -816,6 +864,7 @@ class Engine:
             specs = {**self._gallery.snapshot().indexing.specs, **specs}
         self._gallery.reindex(specs, force=force, report=progress)
 
+    @audited()
     def faiss_index(self, column: str = "face") -> Any:
         """A `faiss.IndexShards` over the sealed rows of a column, to search by FAISS's own means; `maintain` or `compact` seals rows.
 
@@ -828,6 +877,7 @@ class Engine:
         check_column(column)
         return faiss_view.shards_of(self._gallery.snapshot(), column)
 
+    @audited()
     def faiss_copies(self, column: str = "face") -> Iterator[tuple[int, Any, NDArray[np.int64], list[str]]]:
         """Copies of the indexes of `faiss_index`, one a segment: (number of the segment, the index, its rows, their subject_ids)."""
         self._check("administer")
@@ -838,6 +888,7 @@ class Engine:
             yield number, index, rows, snapshot.subject_ids(rows.tolist())
             self.check_open()
 
+    @audited()
     def subjects_of_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The subject_id of each row number, '' for one that is not there or removed."""
         self._check("administer")
@@ -868,11 +919,13 @@ class Engine:
 
     # looking in -------------------------------------------------------------------------------------------------
 
+    @audited()
     def subject_ids(self) -> list[str]:
         """The ids of all enrolled subjects, in order of enrolment."""
         self._check("audit", "administer")
         return list(self._gallery.snapshot().all_subject_ids())
 
+    @audited()
     def subjects(self, groups: Collection[str] | None = None) -> Iterator[ListedSubject]:
         """The enrolled subjects without their templates, in order of enrolment; with groups, those that are in one of them."""
         self._check("audit", "administer")
@@ -880,6 +933,7 @@ class Engine:
             yield subject
             self.check_open()
 
+    @audited()
     def subject(self, subject_id: str) -> Subject:
         """What the gallery holds of an id: its rows, the decisions on its encounters, and its open cases; also of one that was removed
         or never enrolled, if a decision is about it. Raises UnknownSubject. Reads every decision, as `decisions` does. Without templates
@@ -900,11 +954,13 @@ class Engine:
         """bool (n,): whether each of these is enrolled."""
         return np.asarray(self.rows_of(subject_ids) >= 0)
 
+    @audited()
     def rows_of(self, subject_ids: Sequence[str]) -> NDArray[np.int64]:
         """int64 (n,): the newest row of each subject, -1 if not enrolled. Row numbers only grow; an updated subject gets a further row."""
         self._check("administer", "audit")
         return self._gallery.snapshot().rows_of(_packed(subject_ids))
 
+    @audited()
     def templates(self, subject_id: str) -> dict[str, Template]:
         """column -> the subject's best template, by quality, then the newest. Embeddings of sealed rows have eight bits a number.
         Raises UnknownSubject."""
@@ -915,6 +971,7 @@ class Engine:
             raise _unknown(subject_id)
         return templates
 
+    @audited()
     def encounters(self, subject_id: str) -> list[EnrolledEncounter]:
         """The rows of an enrolled subject with their encounters, oldest first. Raises UnknownSubject."""
         self._check("administer")
@@ -924,12 +981,14 @@ class Engine:
             raise _unknown(subject_id)
         return encounters
 
+    @audited()
     def decision(self, encounter_id: str) -> Decision | None:
         """The decision on an encounter, None for an unknown encounter_id. For a case: as it stands now."""
         self._check("audit", "review")
         stored = self._gallery.answer(encounter_id)
         return None if stored is None or stored.kind != "decision" else from_json(stored.text)
 
+    @audited()
     def decisions(self, subject_id: str | None = None) -> Iterator[Decision]:
         """The decisions on the encounters of a subject, or all, in their order; each as it stands now. Reads every decision that the
         gallery holds."""
@@ -938,12 +997,33 @@ class Engine:
             yield decision
             self.check_open()
 
+    @audited()
+    def audit_records(
+        self,
+        *,
+        since: float | None = None,
+        until: float | None = None,
+        principal: str | None = None,
+        subject_id: str | None = None,
+    ) -> Iterator[AuditRecord]:
+        """The audit log (`Config.audit`), oldest first: calls at or after `since` and before `until` (seconds since 1970), of one principal, or
+        about one subject. Records in archive files are left out. Raises GalleryDamaged."""
+        self._check("audit")
+        self._audit.flush()
+        spans, rows = self._gallery.audit_log()
+        for record in chosen(spans, rows, since, until):
+            if principal in (None, record.principal) and subject_id in (None, record.subject_id):
+                yield record
+                self._check_open()
+
+    @audited()
     def receipt(self, encounter_id: str) -> Receipt:
         """What a decision rests on, and where it stands in the gallery's log; `jobs.write_receipt` signs it. Raises InvalidInput where the
         gallery holds no decision on the encounter."""
         self._check("audit")
         return receipt_of(self._gallery, encounter_id, self._extractor.cards)
 
+    @audited()
     def recall(self, encounter: Encounter) -> Decision | None:
         """The decision that this encounter got, None if it was not sent before. Writes nothing. Raises EncounterConflict if its
         encounter_id was used with other content."""
@@ -968,6 +1048,7 @@ class Engine:
         self._check("audit", "administer")
         return notes_of(self._gallery.snapshot(), now)
 
+    @audited()
     def backup(self, target: str | Path) -> Copied:
         """Copies the gallery, and what jobs keep beside it, to a folder. A later backup to the same folder copies only new segments.
 
@@ -1060,10 +1141,13 @@ class Engine:
         score_db = self._pairs.calibrations.of(model.model_id).score_db
         return disclosed_search(result, self.policy, review_db, score_db)
 
-    def _view(self, caller: Principal | None, *, restricted: bool) -> Engine:
+    def _view(self, caller: Principal | None, *, restricted: bool, purpose: str) -> Engine:
         view = object.__new__(Engine)
-        view.__dict__.update(self.__dict__, _caller=caller, _restricted=restricted)
+        view.__dict__.update(self.__dict__, _caller=caller, _restricted=restricted, _purpose=purpose)
         return view
+
+    def _new_call(self, kind: str, *, in_commit: bool = False) -> Call:
+        return Call(self._audit, kind, self._name, self._purpose, in_commit=in_commit)
 
 
 def _rows_of(snapshot: Snapshot, subject_ids: Sequence[str]) -> list[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from biodedup.engine.callers.audit import carried_out
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.log import EngineLog
@@ -75,6 +76,7 @@ class Review:
             decision = self._disputed(transaction, probe)
             request = Request(False, tuple(encounter.groups), False)
             decision = self.enrolment.record(transaction, probe, decision, digest, request)
+            carried_out(outcome=decision.outcome)
         self.log.decided("dispute", decision)
         return decision
 
@@ -115,6 +117,7 @@ class Review:
             else:
                 decision = self._decide_again(transaction, now, verdicts, searched)
             self._settle(transaction, now, decision, own=any(v.own for v in (*now.verdicts, *verdicts)))
+            carried_out(outcome=decision.outcome, subjects=(now.subject_id,))
             linked = [self._recheck(transaction, other, searched) for other in self._open(transaction.case, now.linked)]
         self.log.judged(ruling, decision, sum(linked))
         return decision

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -33,6 +33,7 @@ from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.cases import read_case, standing
+from biodedup.gallery.catalogue.audit import AuditRecord, AuditSpan, record_of
 from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
@@ -63,6 +64,16 @@ _log = logging.getLogger("biodedup.gallery")
 _LIMITS = IndexLimits()
 
 
+class Recorder(Protocol):
+    """Adds calls to the audit log (engine/callers/audit.py). Both are called under the gallery's lock."""
+
+    def stage(self, transaction: Transaction) -> None:
+        """Before a commit that changes something."""
+
+    def settle(self) -> None:
+        """Once it is durable."""
+
+
 class Gallery:
     """Subjects, their templates and the answers given. Thread-safe; one process writes."""
 
@@ -83,6 +94,7 @@ class Gallery:
         self.storage = storage
         self._catalogue = catalogue
         self._lock_file = lock
+        self.recorder: Recorder | None = None
         self._broken = self._closed = False
         self._uncertain: State | None = None
         """The state of a commit whose result is unknown, because the disk failed; else None."""
@@ -250,6 +262,12 @@ class Gallery:
         with self._reading():
             return self._catalogue.alarms()
 
+    def audit_log(self) -> tuple[list[AuditSpan], list[AuditRecord]]:
+        """The packed records of the audit log, and those behind them, oldest first."""
+        with self._reading():
+            rows = [record_of(row) for row in self._catalogue.audit_rows()]
+            return list(self._catalogue.audit_spans()), rows
+
     def approvals(self) -> list[tuple[Any, ...]]:
         """Rows of table `approval`, oldest first."""
         with self._reading():
@@ -300,6 +318,8 @@ class Gallery:
                     self._meet_other_writers()
                     transaction = self._staged()
                     yield transaction
+                    if transaction.changed and self.recorder is not None:
+                        self.recorder.stage(transaction)
                     changed, state = transaction.changed, transaction.state  # once durable, nothing is called unguarded
                     if changed:
                         self._make_files_durable(transaction)
@@ -387,6 +407,8 @@ class Gallery:
                 self._broken = True
 
     def _adopt(self, transaction: Transaction) -> None:
+        if self.recorder is not None:
+            self.recorder.settle()
         published = transaction.snapshot()
         self._state, self._tail = transaction.state, transaction.tail
         self._policies += tuple(transaction.policies)

@@ -29,6 +29,7 @@ from biodedup.gallery.cases import (
     resembled,
     standing,
 )
+from biodedup.gallery.catalogue.audit import AuditRecord
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State, paired
 from biodedup.gallery.files.filesystem import Storage
@@ -76,6 +77,8 @@ class Transaction:
         self.new_segments: list[int] = []
         self.retired: list[Segment] = []
         self.retired_files: list[str] = []
+        self.audited: list[AuditRecord] = []
+        """Calls that this commit carries out."""
         self._catalogue = catalogue
         self._storage = storage
         self._folder = folder
@@ -277,6 +280,12 @@ class Transaction:
         something is put."""
         self.manifest_changed = self.manifest_changed or noted
         return self._catalogue
+
+    def add_audit(self, records: Sequence[AuditRecord]) -> None:
+        """Appends calls to the audit log. They are no content."""
+        if records:
+            self._catalogue.add_audit(records)
+            self.manifest_changed = True
 
     def case(self, encounter_id: str) -> Case | None:
         return read_case(self._catalogue, self.snapshot(), encounter_id)

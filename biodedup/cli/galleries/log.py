@@ -1,12 +1,14 @@
-"""Commands on the hash chain of a gallery: log verify, log checkpoint. Each runs one job."""
+"""Commands on the log of a gallery: log verify, log checkpoint, log show. Each runs one job, or calls one method of the engine."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
@@ -15,14 +17,22 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     Panel,
+    PersonOption,
+    acting,
     app,
     configured,
     counted,
     finish,
+    print_json,
+    say,
+    show_table,
 )
 from biodedup.errors import InvalidInput
+from biodedup.gallery.catalogue.audit import AuditRecord
 
-log = typer.Typer(no_args_is_help=True, help="Verify the hash chain of the commits, and sign checkpoints of it.")
+log = typer.Typer(
+    no_args_is_help=True, help="Verify the hash chain of the commits, sign checkpoints of it, and show the audit log."
+)
 app.add_typer(log, name="log", rich_help_panel=Panel.CARE)
 
 
@@ -44,7 +54,8 @@ def verify(
     """
     _refuse_url(gallery)
     report = jobs.verify_log(gallery, configured(gallery, config), checkpoint=checkpoint, public_key=public_key)
-    checked = ", ".join([counted(report.links, "link"), counted(report.rows, "row"), counted(report.files, "file")])
+    counts = [(report.links, "link"), (report.rows, "row"), (report.files, "file"), (report.calls, "recorded call")]
+    checked = ", ".join(counted(count, noun) for count, noun in counts)
     lines = [f"checked {checked}; commits {report.first_commit:,} to {report.commit:,}"]
     if not report.keyed:
         lines.append("note: without a key the chain finds accidents; a forger can compute it again")
@@ -52,6 +63,54 @@ def verify(
     finish(report.to_dict(), lines, as_json)
     if report.problems:
         raise typer.Exit(Exit.DAMAGED)
+
+
+@log.command()
+def show(
+    since: Annotated[
+        str | None, typer.Option("--since", help="From this day or time on, as 2026-11-30T08:00; UTC.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Before this day or time.")] = None,
+    principal: Annotated[str | None, typer.Option("--principal", help="Only calls of this principal.")] = None,
+    subject: Annotated[str | None, typer.Option("--subject", help="Only calls that name this subject.")] = None,
+    by: PersonOption = "",
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the audit log: who called what, when, why, about whom, and the outcome. Needs the role audit where the settings name identities.
+
+    `log verify` checks that no record was dropped or changed.
+    """
+    limits = {"since": _seconds("--since", since), "until": _seconds("--until", until)}
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+        asked = acting(engine, by).audit_records(**limits, principal=principal, subject_id=subject)
+        records = list(asked)
+    if as_json:
+        print_json({"records": [record.to_dict() for record in records]})
+        return
+    if records:
+        show_table(
+            map(_cells, records), ("number", "time (UTC)", "principal", "purpose", "call", "about", "count", "outcome")
+        )
+    say(f"{counted(len(records), 'call')}")
+
+
+def _cells(record: AuditRecord) -> tuple[object, ...]:
+    about = " ".join(filter(None, (record.subject_id, record.encounter_id)))
+    time = f"{datetime.fromtimestamp(record.at, UTC):%Y-%m-%d %H:%M:%S}"
+    return record.number, time, record.principal, record.purpose, record.call, about, record.count, record.outcome
+
+
+def _seconds(option: str, text: str | None) -> float | None:
+    """A day or a time as seconds since 1970. Raises InvalidInput."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidInput(f"{option} is {text!r}, wanted a day or a time, as 2026-11-30 or 2026-11-30T08:00") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 @log.command()

@@ -13,6 +13,7 @@ from pathlib import Path
 from biodedup.common.described import Described
 from biodedup.errors import CallerError, GalleryDamaged
 from biodedup.gallery.care.verify import connected, read_manifest
+from biodedup.gallery.catalogue.audit import AuditCheck
 from biodedup.gallery.catalogue.chain import (
     BEGUN,
     CHAINED,
@@ -22,6 +23,7 @@ from biodedup.gallery.catalogue.chain import (
     Link,
     Sum,
     is_chained,
+    is_listed,
     pack_row,
 )
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
@@ -42,8 +44,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class LogReport(Described):
-    """keyed: whether the newest link is of a key; first_commit, commit: of the oldest and the newest link; links, rows, files: how many were
-    checked; problems: what is wrong; notes: what could not be checked, and where digests were taken anew. mark: the newest link."""
+    """keyed: whether the newest link is of a key; first_commit, commit: of the oldest and the newest link; links, rows, files, calls: how many
+    were checked, calls being records of the audit log; problems: what is wrong; notes: what could not be checked, and where digests were taken anew. mark: the newest link."""
 
     gallery_id: str
     keyed: bool
@@ -55,6 +57,7 @@ class LogReport(Described):
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     mark: Mark | None
+    calls: int = 0
 
 
 def verify_chain(storage: Storage, folder: Path, mark: Mark | None = None) -> LogReport:
@@ -102,11 +105,25 @@ class _Check:
         if first.commits > 0:
             self.notes.append(f"the chain begins at commit {first.commits}; commits before are not in it")
         rows = self._compare(last)
+        calls = self._audited()
         if self._mark is not None:
             self._meet(self._mark, last)
         mark = Mark(self._gallery_id, last.number, last.commits, last.value.hex())
         counts = (bool(last.key_id), first.commits, last.commits, links, rows, files)
-        return LogReport(self._gallery_id, *counts, tuple(self.problems), tuple(self.notes), mark)
+        return LogReport(self._gallery_id, *counts, tuple(self.problems), tuple(self.notes), mark, calls)
+
+    def _audited(self) -> int:
+        """The records of the audit log. Returns how many there are."""
+        check = AuditCheck(self._catalogue.audit_hash())
+        try:
+            for span in self._catalogue.audit_spans():
+                check.span(span)
+            check.rows(self._catalogue.audit_rows(), self._catalogue.audit_head())
+        except GalleryDamaged as error:
+            self.problems.append(str(error))
+        self.problems += check.problems
+        self.notes += check.notes
+        return check.records
 
     def _follow(self, link: Link, before: Link | None) -> None:
         """One link, behind the one before it."""
@@ -177,7 +194,7 @@ class _Check:
                 _, (start,) = self._hash.rows(table, [pack_row(row)])
                 if left.get(start):
                     left[start].pop()
-                else:
+                elif is_listed(table, row):
                     lines.append(f"table {table}: the row {row[0]!r} is not as a commit wrote it")
         links = sorted(link for several in left.values() for link in several)
         lines += [f"table {table}: a row of commit {self._commit_of.get(n, '?')} is lost or changed" for n in links]

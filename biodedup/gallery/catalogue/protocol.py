@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.catalogue.audit import AuditHead, AuditRecord, AuditSpan
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings
@@ -134,6 +135,18 @@ class Catalogue(Protocol):
     def approvals(self) -> list[tuple[Any, ...]]: ...
 
     def put_approval(self, number: int | None, row: Sequence[Any]) -> int: ...
+
+    # the audit log ------------------------------------------------------------------------------------------------
+
+    def audit_head(self) -> AuditHead: ...
+
+    def audit_rows(self) -> Iterator[tuple[Any, ...]]: ...
+
+    def audit_spans(self) -> Iterator[AuditSpan]: ...
+
+    def put_audit_span(self, span: AuditSpan) -> None: ...
+
+    def add_audit(self, records: Sequence[AuditRecord]) -> None: ...
 
     # cases ------------------------------------------------------------------------------------------------------
 
