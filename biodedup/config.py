@@ -6,7 +6,7 @@ gallery, which stores its own policy. No default depends on the machine. Names e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from math import inf, isfinite, log10
 from pathlib import Path
@@ -170,8 +170,9 @@ AUDITS = ("none", "changes", "all")
 """Values of `Config.audit`."""
 DISCLOSURES = ("full", "coarse", "outcome")
 """Values of `Policy.disclosure`, the one that says most first."""
-TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy")
-"""Values of `Policy.two_people`: `Engine.remove`, `update(replace=True)`, `adjudicate` and `set_policy`."""
+TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy", "index", "merge", "key", "model")
+"""Values of `Policy.two_people`: `Engine.remove`, `update(replace=True)`, `adjudicate`, `set_policy`, `reindex`, `jobs.merge(apply=True)` and
+`undo`; keys that are rotated, set or taken away; other models or calibrations."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,8 @@ class Policy:
     caller is locked out from this subject for a day, with an alarm (`Engine.alarms`). Eight failed tries in random order rise five times in 1
     of 115 cases. 0: no lock-out."""
     two_people: tuple[str, ...] = ()
-    """Calls that two principals must make: `remove`, `replace` (`update(replace=True)`), `adjudicate`, `policy` (`set_policy`). The first call
+    """Calls that two principals must make: `remove`, `replace` (`update(replace=True)`), `adjudicate`, `policy` (`set_policy`), `index`
+    (`reindex`), `merge` (`merge --apply`, `undo`), `key` (`key rotate`, `encrypt`, `decrypt`), `model` (`accept_models`). The first call
     stores a request (`ApprovalNeeded`); the same call by another principal approves it and is carried out. `Engine.approvals` lists them."""
 
     def __post_init__(self) -> None:
@@ -491,7 +493,8 @@ class Config:
     encrypted opens with its key alone, and one that is not opens without a key alone (`KeyMismatch`). Needs the extra `encryption`."""
 
     identities: dict[str, str] | None = None
-    """name -> its roles, separated by spaces (`biodedup.principals.ROLES`). With it, `by` of verdicts and policies, and `--by`, must be one of
+    """name -> its roles, separated by spaces (`biodedup.principals.ROLES`), and its public keys, `ed25519:HEX`, which then sign its approvals.
+    With it, `by` of verdicts and policies, and `--by`, must be one of
     these names with the role, and `Engine.as_principal` takes these alone. None: `by` is any name. It is not stored with the gallery."""
     audit: str | None = None
     """Which calls the gallery's audit log records, with time, principal, purpose, kind, ids and outcome; nothing biometric, and no scores.
@@ -528,7 +531,12 @@ class Config:
             raise NotAllowed(
                 f"{name!r} is none of the configured identities; name one of them, or add it to `identities`"
             )
-        return Principal(name, roles.split())
+        return Principal.of(name, roles.split())
+
+    @property
+    def public_keys(self) -> dict[str, Collection[str]]:
+        """name of each identity -> its public keys."""
+        return {name: self.identity(name).public_keys for name in self.identities or ()}
 
     @classmethod
     @checked

@@ -52,7 +52,7 @@ from biodedup.common.renamed import renamed
 from biodedup.common.tables import differences
 from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
-from biodedup.engine.callers.approvals import Approval, Approvals
+from biodedup.engine.callers.approvals import Approval, Approvals, Approve, Signer, signer_of
 from biodedup.engine.callers.audit import AuditLog, Call, audited, counted, current_call, named
 from biodedup.engine.callers.budgets import Alarm, Budgets
 from biodedup.engine.callers.disclosure import disclosed_decision, disclosed_search, disclosed_verification
@@ -195,6 +195,7 @@ class Engine:
         self._audit = AuditLog(gallery, config.audited, self._clock)
         self._caller: Principal | None = None
         self._purpose = ""
+        self._sign: Signer | None = None
         self._restricted = True
         self._closed = threading.Event()
         refuse_other_models(gallery, self._extractor)
@@ -313,20 +314,22 @@ class Engine:
             changes = differences(self._gallery.policies[-1].policy, policy)
             return {"after_version": version, "changes": told(changes, "now", "as asked for"), "reason": reason}
 
-        if policy != self._gallery.policies[-1].policy:
-            self._approvals.require("policy", self._caller, facts)
-        stored = self._policy.store(policy, by, reason, self._clock)
+        if policy == self._gallery.policies[-1].policy:
+            return self._policy.store(policy, by, reason, self._clock)
+        approve = self._approvals.require("policy", self._caller, facts, sign=self._sign)
+        stored = self._policy.store(policy, by, reason, self._clock, approve)
         if stored.version != version:
             self._log.policy_set(stored.version)
         return stored
 
     # callers ------------------------------------------------------------------------------------------------------
 
-    def as_principal(self, principal: Principal | str, *, purpose: str = "") -> Engine:
+    def as_principal(self, principal: Principal | str, *, purpose: str = "", key: Path | None = None) -> Engine:
         """This engine for one caller: its roles and budgets apply, and what is recorded names it. It shares everything with this engine;
         closing either closes both.
 
-        purpose: why it calls, in words for the audit log (`Config.audit`). principal: or the name of one of `Config.identities`. With these, another principal, or one with more roles than configured, raises
+        purpose: why it calls, in words for the audit log (`Config.audit`). key: the file of its Ed25519 private key, PEM, which signs requests
+        and approvals of calls that need two people; needed for these where the identity states a public key. principal: or the name of one of `Config.identities`. With these, another principal, or one with more roles than configured, raises
         NotAllowed; so does a principal's engine, which makes no other one.
         """
         self.check_open()
@@ -342,7 +345,9 @@ class Engine:
                 f"this engine is {self._caller.name!r}'s; ask the engine that was opened for another principal's"
             )
         check_text(purpose, "the purpose", NOTE_LENGTH_MAX)
-        return self._view(principal, restricted=True, purpose=purpose)
+        view = self._view(principal, restricted=True, purpose=purpose)
+        view._sign = None if key is None else signer_of(principal, key)
+        return view
 
     @audited()
     def unrestricted(self) -> Engine:
@@ -409,33 +414,41 @@ class Engine:
         if replace:
             self._check("supervise")
             if self._approvals.needed("replace"):
-                encounter = self._approved_replacement(encounter, reason)
+                encounter, approve = self._approved_replacement(encounter, reason)
+                return self._enrol(encounter, across_positions, replaces=True, reason=reason, approve=approve)
         return self._enrol(encounter, across_positions, replaces=True, reason=reason)
 
-    def _approved_replacement(self, encounter: Encounter, reason: str) -> Encounter:
-        """The encounter with its captures read, once two people sent it with the same content."""
+    def _approved_replacement(self, encounter: Encounter, reason: str) -> tuple[Encounter, Approve | None]:
+        """The encounter with its captures read, and its approval, once two people sent it with the same content."""
         require_subject(encounter)
         encounter = in_memory(encounter, self.config.capture)
         subject_id, operation = str(encounter.subject_id), f"replace: {reason}"
         if standing_answer(self._gallery.answer, encounter, digest_of(encounter, operation), self._gallery.snapshot):
-            return encounter  # sent again: it gets its first answer, and changes nothing
+            return encounter, None  # sent again: it gets its first answer, and changes nothing
         named = replace(
             encounter, encounter_id=encounter.encounter_id or "unnamed"
         )  # without an id nothing is digested
         digest = digest_of(named, operation).hex()
         facts = {"subject_id": subject_id, "reason": reason}
-        self._approvals.require(
-            "replace", self._caller, lambda: facts, lambda snapshot: [digest, _rows_of(snapshot, [subject_id])]
-        )
-        return encounter
+
+        def about(transaction: Transaction) -> Any:
+            return [digest, _rows_of(transaction.snapshot(), [subject_id])]
+
+        return encounter, self._approvals.require("replace", self._caller, lambda: facts, about, self._sign)
 
     def _enrol(
-        self, encounter: Encounter, across_positions: bool | None, *, replaces: bool, reason: str = ""
+        self,
+        encounter: Encounter,
+        across_positions: bool | None,
+        *,
+        replaces: bool,
+        reason: str = "",
+        approve: Approve | None = None,
     ) -> Decision:
         self._check("supervise" if reason else "enrol")
         self._take(subjects=[encounter.subject_id] if replaces and encounter.subject_id else ())
         prepared = self._enrolment.search([encounter], self._across(across_positions), replaces=replaces, reason=reason)
-        (answer,) = self._enrolment.commit(prepared)
+        (answer,) = self._enrolment.commit(prepared, approve)
         if (call := current_call()) is not None:
             call.itemised = bool(prepared.fresh)
         if isinstance(answer, NOT_TAKEN):
@@ -535,12 +548,17 @@ class Engine:
         """
         self._check("review")
         by = self._signed(by, "review")
+        encounter_id = case.encounter_id if isinstance(case, Case) else case
+        facts = {"encounter_id": encounter_id, "ruling": ruling, "candidate": candidate}
+
+        def about(transaction: Transaction) -> Any:
+            now = transaction.case(encounter_id)
+            return [] if now is None else sorted((one.key, list(map(int, one.rows))) for one in now.undecided)
+
         if self._approvals.needed("adjudicate"):
-            now = self._review.case(case.encounter_id if isinstance(case, Case) else case)
-            facts = {"encounter_id": now.encounter_id, "ruling": ruling, "candidate": candidate}
-            about = sorted((one.key, list(map(int, one.rows))) for one in now.undecided)
-            self._approvals.require("adjudicate", self._caller, lambda: facts, lambda snapshot: about)
-        return self._review.adjudicate(case, ruling, by, note, candidate)
+            self._review.case(encounter_id)  # raises where there is none
+        approve = self._approvals.require("adjudicate", self._caller, lambda: facts, about, self._sign)
+        return self._review.adjudicate(case, ruling, by, note, candidate, approve=approve)
 
     # searches that write nothing --------------------------------------------------------------------------------
 
@@ -806,14 +824,14 @@ class Engine:
         self._check("supervise")
         names = sorted({subject_id, *others})
 
-        def remove(transaction: Transaction) -> None:
+        def about(transaction: Transaction) -> Any:
+            return _rows_of(transaction.snapshot(), names)
+
+        approve = self._approvals.require("remove", self._caller, lambda: {"subject_ids": names}, about, self._sign)
+        with self._gallery.transaction() as transaction:
+            approve(transaction)
             for name in dict.fromkeys((subject_id, *others)):
                 transaction.remove(name)
-
-        facts = {"subject_ids": names}
-        self._approvals.require(
-            "remove", self._caller, lambda: facts, lambda snapshot: _rows_of(snapshot, names), remove
-        )
         self._log.removed(list(dict.fromkeys((subject_id, *others))))
 
     # care of the gallery ----------------------------------------------------------------------------------------
@@ -859,10 +877,14 @@ class Engine:
         changes. progress: called with the rows indexed and their total. Raises InvalidInput, StorageUnavailable.
         """
         self._check("administer")
-        specs = parse_specs(index)
+        specs, now = parse_specs(index), self._gallery.snapshot().indexing
         if isinstance(index, Mapping) and EVERY_COLUMN not in index:
-            specs = {**self._gallery.snapshot().indexing.specs, **specs}
-        self._gallery.reindex(specs, force=force, report=progress)
+            specs = {**now.specs, **specs}
+        approve: Approve = lambda transaction: None  # noqa: E731 - to go on with what was asked for before needs no second person
+        if (specs, force) != (now.specs, now.forced):
+            facts = {"index": {column: str(spec) for column, spec in sorted(specs.items())}, "force": force}
+            approve = self._approvals.require("index", self._caller, lambda: facts, sign=self._sign)
+        self._gallery.reindex(specs, force=force, report=progress, approve=approve)
 
     @audited()
     def faiss_index(self, column: str = "face") -> Any:

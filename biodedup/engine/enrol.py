@@ -61,6 +61,8 @@ class _Waiting:
     fresh: list[int] = field(default_factory=list)
     """The probes whose answers the commit recorded."""
     call: Call | None = None
+    approve: Callable[[Transaction], None] | None = None
+    """Of a replacement that two people ask for."""
     error: BiodedupError | None = None
     done: bool = False
 
@@ -161,11 +163,12 @@ class Enrolment:
 
     # the commit -------------------------------------------------------------------------------------------------
 
-    def commit(self, prepared: PreparedBatch) -> list[Answer]:
-        """Decides on searched encounters and commits the decisions. One answer for each encounter."""
+    def commit(self, prepared: PreparedBatch, approve: Callable[[Transaction], None] | None = None) -> list[Answer]:
+        """Decides on searched encounters and commits the decisions. One answer for each encounter. approve: of a replacement, is called in
+        its transaction."""
         if prepared.waiting is not None:
             waiting = prepared.waiting
-            waiting.call = current_call()
+            waiting.call, waiting.approve = current_call(), approve
             self._commit(waiting)
             prepared.fresh = frozenset(prepared.places[i] for i in waiting.fresh)
             each = zip(prepared.places, waiting.probes, waiting.seen.found, waiting.answers, strict=True)
@@ -208,6 +211,8 @@ class Enrolment:
                     request = Request(call.replaces, tuple(probe.encounter.groups), call.seen.across, call.reason)
                     required = self._decider.policy().required
                     decision = self.decide(transaction, probe, found, call.seen, request, required=required)
+                    if call.approve is not None:
+                        call.approve(transaction)
                     answer = self.record(transaction, probe, decision, digest, request)
                     call.fresh.append(i)
                     if call.call is not None:

@@ -268,10 +268,11 @@ class Gallery:
             rows = [record_of(row) for row in self._catalogue.audit_rows()]
             return list(self._catalogue.audit_spans()), rows
 
-    def approvals(self) -> list[tuple[Any, ...]]:
-        """Rows of table `approval`, oldest first."""
+    def approvals(self) -> tuple[list[tuple[Any, ...]], dict[int, str]]:
+        """(rows of table `approval`, oldest first; its number -> the method of its newest signature)."""
         with self._reading():
-            return self._catalogue.approvals()
+            signed = {row[1]: row[3] for row in self._catalogue.approval_signatures()}
+            return self._catalogue.approvals(), signed
 
     def copied_to(self, copy: sqlite3.Connection) -> Snapshot:
         """Copies the database, and returns the snapshot of the same moment. A reader sees what the writer has committed since."""
@@ -409,6 +410,8 @@ class Gallery:
     def _adopt(self, transaction: Transaction) -> None:
         if self.recorder is not None:
             self.recorder.settle()
+        for tell in transaction.when_durable:
+            tell()
         published = transaction.snapshot()
         self._state, self._tail = transaction.state, transaction.tail
         self._policies += tuple(transaction.policies)
@@ -529,10 +532,15 @@ class Gallery:
         return self._broken
 
     def reindex(
-        self, specs: Mapping[str, IndexSpec], *, force: bool = False, report: Callable[[int, int], None] | None = None
+        self,
+        specs: Mapping[str, IndexSpec],
+        *,
+        force: bool = False,
+        report: Callable[[int, int], None] | None = None,
+        approve: Callable[[Transaction], None] = lambda transaction: None,
     ) -> None:
         """As `Maintenance.reindex`."""
-        self._maintenance.reindex(specs, force=force, report=report)
+        self._maintenance.reindex(specs, force=force, report=report, approve=approve)
 
     def _refuse_other_index(self, config: GalleryConfig) -> None:
         """A gallery keeps the index engine that it was created with until it is asked for another one. Raises IndexMismatch."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,8 @@ class Transaction:
         self.new_segments: list[int] = []
         self.retired: list[Segment] = []
         self.retired_files: list[str] = []
+        self.when_durable: list[Callable[[], None]] = []
+        """Called once the commit is durable; they never raise."""
         self.audited: list[AuditRecord] = []
         """Calls that this commit carries out."""
         self._catalogue = catalogue

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from inspect import isgeneratorfunction, signature
 from typing import Any, TypeVar, cast
@@ -55,27 +55,28 @@ class Call:
     in_commit: bool = False
     itemised: bool = False
     written: bool = False
-    at: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.at = self.log.clock()
+    at: float | None = None
 
     def records(self) -> list[AuditRecord]:
+        at = self.log.clock() if self.at is None else self.at
         about = (self.encounter_id, self.count, self.outcome or DONE)
-        return [self._record(self.kind, subject_id, *about) for subject_id in self.subjects or ("",)]
+        return [self._record(at, self.kind, subject_id, *about) for subject_id in self.subjects or ("",)]
 
-    def _record(self, kind: str, subject_id: str, encounter_id: str, count: int, outcome: str) -> AuditRecord:
-        return AuditRecord(self.at, self.principal, self.purpose, kind, subject_id, encounter_id, count, outcome)
+    def _record(
+        self, at: float, kind: str, subject_id: str, encounter_id: str, count: int, outcome: str
+    ) -> AuditRecord:
+        return AuditRecord(at, self.principal, self.purpose, kind, subject_id, encounter_id, count, outcome)
 
     def carried_out(self, transaction: Transaction, kind: str, decision: Decision) -> None:
         """One encounter of this call, in the commit of its decision."""
         if self.log.mode != "none":
             names = decision.subject_id or "", decision.encounter_id or ""
-            transaction.audited.append(self._record(kind, *names, 1, decision.outcome))
+            transaction.audited.append(self._record(decision.decided_at, kind, *names, 1, decision.outcome))
 
     def changed_nothing(self, kind: str, encounter: Encounter, outcome: str) -> None:
         """One encounter of this call whose decision was known before, or that was not taken."""
-        self.log.wait([self._record(kind, *_names_of(encounter), 1, outcome)])
+        if self.log.waits:
+            self.log.wait([self._record(self.log.clock(), kind, *_names_of(encounter), 1, outcome)])
 
 
 _current: ContextVar[Call | None] = ContextVar("biodedup_call", default=None)
@@ -84,10 +85,11 @@ current_call = _current.get
 """Returns the call that this thread makes, or None."""
 
 
-def carried_out(*, outcome: str = "", count: int = 1, subjects: Sequence[str] = ()) -> None:
-    """Inside a transaction: its commit carries out the call that this thread makes."""
+def carried_out(*, outcome: str = "", count: int = 1, subjects: Sequence[str] = (), at: float | None = None) -> None:
+    """Inside a transaction: its commit carries out the call that this thread makes. at: the time that the change is noted with."""
     call = current_call()
     if call is not None:
+        call.at = at
         call.in_commit, call.count, call.outcome = True, count, outcome or call.outcome
         call.subjects = tuple(subjects) or call.subjects
 
@@ -111,6 +113,8 @@ class AuditLog:
 
     def __init__(self, gallery: Gallery, mode: str, clock: Callable[[], float]) -> None:
         self.mode, self.clock = mode, clock
+        self.waits = mode == "all" and not gallery.read_only
+        """Whether calls that no commit carries out are recorded."""
         self._gallery = gallery
         self._waiting: list[AuditRecord] = []
         self._staged: tuple[int, Call | None] = (0, None)
@@ -140,12 +144,11 @@ class AuditLog:
     def _ended_by(self, call: Call, outcome: str) -> None:
         if not call.written or outcome != (call.outcome or DONE):
             call.outcome = outcome
-            self.wait(call.records())
+            if self.waits:
+                self.wait(call.records())
 
     def wait(self, records: list[AuditRecord]) -> None:
         """Records what no commit carries out. Raises what a commit raises, once too many wait."""
-        if self.mode != "all" or self._gallery.read_only:
-            return
         with self._lock:
             self._waiting += records
             full = len(self._waiting) > WAITING_MAX

@@ -6,13 +6,15 @@ Owns the list of what is wrong. Never changes the chain, and never checks a sign
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from biodedup.common.described import Described
 from biodedup.errors import CallerError, GalleryDamaged
 from biodedup.gallery.care.verify import connected, read_manifest
+from biodedup.gallery.catalogue.approvals import wrong_signatures
 from biodedup.gallery.catalogue.audit import AuditCheck
 from biodedup.gallery.catalogue.chain import (
     BEGUN,
@@ -60,8 +62,13 @@ class LogReport(Described):
     calls: int = 0
 
 
-def verify_chain(storage: Storage, folder: Path, mark: Mark | None = None) -> LogReport:
-    """Recomputes every link and the digest of every table, and compares the heads of all segment files with the manifest. Raises NotAGallery,
+def verify_chain(
+    storage: Storage,
+    folder: Path,
+    mark: Mark | None = None,
+    public_keys: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> LogReport:
+    """public_keys: of principals, which sign approvals. Recomputes every link and the digest of every table, and compares the heads of all segment files with the manifest. Raises NotAGallery,
     KeyMismatch, StorageUnavailable."""
     try:
         with connected(storage, folder) as catalogue:
@@ -72,7 +79,7 @@ def verify_chain(storage: Storage, folder: Path, mark: Mark | None = None) -> Lo
             catalogue.begin_reading()
             try:
                 files = [str(problem) for problem in manifest.problems]
-                return _Check(catalogue, gallery_id, mark).report(files, len(manifest.files))
+                return _Check(catalogue, gallery_id, mark, public_keys).report(files, len(manifest.files))
             finally:
                 catalogue.rollback()
     except (GalleryDamaged, *ODD_CONTENT) as error:
@@ -82,7 +89,14 @@ def verify_chain(storage: Storage, folder: Path, mark: Mark | None = None) -> Lo
 
 
 class _Check:
-    def __init__(self, catalogue: SqliteCatalogue, gallery_id: str, mark: Mark | None) -> None:
+    def __init__(
+        self,
+        catalogue: SqliteCatalogue,
+        gallery_id: str,
+        mark: Mark | None,
+        public_keys: Mapping[str, Collection[str]],
+    ) -> None:
+        self._public_keys = public_keys
         self._catalogue, self._gallery_id, self._mark = catalogue, gallery_id, mark
         self._hash = catalogue.chain.hash
         self._at_mark: Link | None = None
@@ -106,6 +120,7 @@ class _Check:
             self.notes.append(f"the chain begins at commit {first.commits}; commits before are not in it")
         rows = self._compare(last)
         calls = self._audited()
+        self._check_approvals()
         if self._mark is not None:
             self._meet(self._mark, last)
         mark = Mark(self._gallery_id, last.number, last.commits, last.value.hex())
@@ -124,6 +139,17 @@ class _Check:
         self.problems += check.problems
         self.notes += check.notes
         return check.records
+
+    def _check_approvals(self) -> None:
+        """The signatures of requests and approvals."""
+        try:
+            approvals, signatures = self._catalogue.approvals(), self._catalogue.approval_signatures()
+        except GalleryDamaged as error:
+            self.problems.append(str(error))
+            return
+        about = (self._gallery_id, approvals, signatures, self._hash, self._public_keys)
+        for wrong, text in wrong_signatures(*about):
+            (self.problems if wrong else self.notes).append(text)
 
     def _follow(self, link: Link, before: Link | None) -> None:
         """One link, behind the one before it."""

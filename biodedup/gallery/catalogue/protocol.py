@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.audit import AuditHead, AuditRecord, AuditSpan
+from biodedup.gallery.catalogue.chain import ChainHash
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings
@@ -136,7 +137,13 @@ class Catalogue(Protocol):
 
     def put_approval(self, number: int | None, row: Sequence[Any]) -> int: ...
 
+    def approval_signatures(self) -> list[tuple[Any, ...]]: ...
+
+    def put_approval_signature(self, row: Sequence[Any], method: str, key: str, signature: bytes) -> None: ...
+
     # the audit log ------------------------------------------------------------------------------------------------
+
+    def audit_hash(self) -> ChainHash: ...
 
     def audit_head(self) -> AuditHead: ...
 

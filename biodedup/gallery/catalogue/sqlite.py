@@ -24,6 +24,7 @@ lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteC
 | budget | calls that a caller made, or that were made about a subject, until they are forgotten (engine/callers/budgets.py) |
 | alarm | one lock-out of a caller; kept for ever |
 | approval | one call that needs two people: its digest, who asked for it, who approved it; kept for ever |
+| approval_signature | the signature of a request or of an approval (approvals.py) |
 | audit | one call, with the hash that chains it to the call before (audit.py) |
 | audit_span | many old calls, packed; kept for ever, without the calls once they are in an archive file |
 | index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
@@ -50,6 +51,7 @@ import xxhash
 from biodedup.common import quality as quality_scale
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.catalogue.approvals import SIGNATURE_COLUMNS, signature_row
 from biodedup.gallery.catalogue.audit import (
     AUDIT_COLUMNS,
     SPAN_ROWS,
@@ -113,6 +115,7 @@ COLUMNS_OF = {
     "approval": "number INTEGER PRIMARY KEY, action TEXT, digest BLOB, facts TEXT, requested_by TEXT, requested_at REAL, "
     "approved_by TEXT, approved_at REAL",
     **AUDIT_COLUMNS,
+    **SIGNATURE_COLUMNS,
 }
 _EVERY = COLUMNS_OF | CHAIN_COLUMNS
 _ADDED = {
@@ -132,6 +135,7 @@ _ADDED = {
     "approval": "access",
     "audit": "audit",
     "audit_span": "audit",
+    "approval_signature": "signatures",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
@@ -395,6 +399,14 @@ class CatalogueTables(ABC):
         number = self._last_number("approval") + 1 if number is None else number
         self.put("approval", [(number, *row)])
         return number
+
+    def approval_signatures(self) -> list[tuple[Any, ...]]:
+        """The rows of table `approval_signature`, by approval."""
+        return list(self._all("approval_signature", "number"))
+
+    def put_approval_signature(self, row: Sequence[Any], method: str, key: str, signature: bytes) -> None:
+        """row: of table `approval`, which is signed."""
+        self.put("approval_signature", [signature_row(row, method, key, signature)])
 
     # the audit log ----------------------------------------------------------------------------------------------
 
