@@ -21,8 +21,11 @@ from biodedup.cli.base import (
     JsonOption,
     ModelIdOption,
     Panel,
+    PersonOption,
+    SignOption,
     ThreadsOption,
     WaitOption,
+    acting,
     app,
     complain,
     configured,
@@ -169,6 +172,8 @@ def reindex(
     force: Annotated[
         bool, typer.Option("--force", help="Use an index that misses more mates than the miss risk allows.")
     ] = False,
+    by: PersonOption = "",
+    sign: SignOption = None,
     gallery: FolderOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -182,7 +187,9 @@ def reindex(
     assert engines is not None, "the option is required"
     with existing(gallery, configured(gallery, config, threads=threads)) as engine:
         with progress_bar(lines=not as_json) as progress:
-            engine.reindex(engines, force=force, progress=lambda done, total: progress("indexing", done, total))
+            acting(engine, by, sign).reindex(
+                engines, force=force, progress=lambda done, total: progress("indexing", done, total)
+            )
         columns = list(engine.info()["columns"])
         plan = engine.plan(columns).explain().splitlines() if columns else []
         facts = {"index": {column: engine.index(column) for column in columns}, "plan": plan}
