@@ -15,7 +15,6 @@ from biodedup.common.described import Described
 from biodedup.errors import CallerError, GalleryDamaged
 from biodedup.gallery.care.verify import connected, read_manifest
 from biodedup.gallery.catalogue.approvals import wrong_signatures
-from biodedup.gallery.catalogue.audit import AuditCheck
 from biodedup.gallery.catalogue.chain import (
     BEGUN,
     CHAINED,
@@ -129,13 +128,11 @@ class _Check:
 
     def _audited(self) -> int:
         """The records of the audit log. Returns how many there are."""
-        check = AuditCheck(self._catalogue.audit_hash())
         try:
-            for span in self._catalogue.audit_spans():
-                check.span(span)
-            check.rows(self._catalogue.audit_rows(), self._catalogue.audit_head())
+            check = self._catalogue.audit_check()
         except GalleryDamaged as error:
             self.problems.append(str(error))
+            return 0
         self.problems += check.problems
         self.notes += check.notes
         return check.records

@@ -56,6 +56,7 @@ from biodedup.gallery.catalogue.audit import (
     AUDIT_COLUMNS,
     SPAN_ROWS,
     UNPACKED_MAX,
+    AuditCheck,
     AuditHead,
     AuditRecord,
     AuditSpan,
@@ -268,7 +269,7 @@ class CatalogueTables(ABC):
             problems.append(f"the journal holds templates of {orphans} rows without a subject")
         if bare := len(rows - with_cells - removed):
             problems.append(f"{bare} enrolled subjects of the journal have no template")
-        return problems
+        return problems + self.audit_check().problems
 
     def has_encounters(self) -> bool:
         """Whether open cases have rows, and verdicts are about rows: in galleries of formats 1 to 3 they do not until `Transaction.adopt_cases`."""
@@ -413,6 +414,14 @@ class CatalogueTables(ABC):
     def audit_hash(self) -> ChainHash:
         """What chains the records of the audit log."""
         return ChainHash(None)
+
+    def audit_check(self) -> AuditCheck:
+        """Follows every record. Raises GalleryDamaged."""
+        check = AuditCheck(self.audit_hash())
+        for span in self.audit_spans():
+            check.span(span)
+        check.rows(self.audit_rows(), self.audit_head())
+        return check
 
     def audit_head(self) -> AuditHead:
         """Raises GalleryDamaged."""
