@@ -54,6 +54,7 @@ from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.callers.approvals import Approval, Approvals, Approve, Signer, signer_of
 from biodedup.engine.callers.audit import AuditLog, Call, audited, counted, current_call, named
+from biodedup.engine.callers.binding import BoundModel, ModelBinding
 from biodedup.engine.callers.budgets import Alarm, Budgets
 from biodedup.engine.callers.disclosure import disclosed_decision, disclosed_search, disclosed_verification
 from biodedup.engine.callers.export_right import note_export
@@ -192,6 +193,7 @@ class Engine:
         self._loader = Loader(gallery, self._preparer, self._decider, new_id, seal_rows, self._log, config.threads)
         self._budgets = Budgets(gallery, self._policy, self._clock, self._log)
         self._approvals = Approvals(gallery, self._clock, self._log)
+        self._binding = ModelBinding(gallery, self._extractor.cards, self._clock)
         self._audit = AuditLog(gallery, config.audited, self._clock)
         self._caller: Principal | None = None
         self._purpose = ""
@@ -321,6 +323,27 @@ class Engine:
         if stored.version != version:
             self._log.policy_set(stored.version)
         return stored
+
+    def bound_models(self) -> list[BoundModel]:
+        """The model cards that the gallery's decisions rest on, oldest first; a card that changed comes again."""
+        self._check("audit", "administer")
+        return [BoundModel(*row) for row in self._gallery.cards()]
+
+    @audited(changes=True)
+    def accept_models(self) -> list[str]:
+        """Notes the cards of this process that differ from those that the gallery has noted, in the hash chain. The first change by another
+        card notes it by itself, unless `Policy.two_people` names `model`: then nothing is written until two people called this.
+
+        Returns the model_ids. Raises NotAllowed, ApprovalNeeded, StorageUnavailable."""
+        self._check("administer")
+        with self._gallery.transaction() as transaction:
+            changed = {card.model_id: card.digest for card in self._binding.changed(transaction)}
+        if changed:
+            approve = self._approvals.require("model", self._caller, lambda: changed, sign=self._sign)
+            with self._gallery.transaction() as transaction:
+                approve(transaction)
+                self._binding.note(transaction, self._binding.changed(transaction))
+        return sorted(changed)
 
     # callers ------------------------------------------------------------------------------------------------------
 

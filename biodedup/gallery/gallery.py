@@ -65,7 +65,7 @@ _LIMITS = IndexLimits()
 
 
 class Recorder(Protocol):
-    """Adds calls to the audit log (engine/callers/audit.py). Both are called under the gallery's lock."""
+    """Adds rows to commits: the audit log and the cards of models (engine/callers/). Both are called under the gallery's lock."""
 
     def stage(self, transaction: Transaction) -> None:
         """Before a commit that changes something."""
@@ -94,7 +94,7 @@ class Gallery:
         self.storage = storage
         self._catalogue = catalogue
         self._lock_file = lock
-        self.recorder: Recorder | None = None
+        self.recorders: list[Recorder] = []
         self._broken = self._closed = False
         self._uncertain: State | None = None
         """The state of a commit whose result is unknown, because the disk failed; else None."""
@@ -268,6 +268,11 @@ class Gallery:
             rows = [record_of(row) for row in self._catalogue.audit_rows()]
             return list(self._catalogue.audit_spans()), rows
 
+    def cards(self) -> list[tuple[Any, ...]]:
+        """Rows of table `card`, oldest first."""
+        with self._reading():
+            return self._catalogue.cards()
+
     def approvals(self) -> tuple[list[tuple[Any, ...]], dict[int, str]]:
         """(rows of table `approval`, oldest first; its number -> the method of its newest signature)."""
         with self._reading():
@@ -319,8 +324,8 @@ class Gallery:
                     self._meet_other_writers()
                     transaction = self._staged()
                     yield transaction
-                    if transaction.changed and self.recorder is not None:
-                        self.recorder.stage(transaction)
+                    for recorder in self.recorders if transaction.changed else ():
+                        recorder.stage(transaction)
                     changed, state = transaction.changed, transaction.state  # once durable, nothing is called unguarded
                     if changed:
                         self._make_files_durable(transaction)
@@ -408,8 +413,8 @@ class Gallery:
                 self._broken = True
 
     def _adopt(self, transaction: Transaction) -> None:
-        if self.recorder is not None:
-            self.recorder.settle()
+        for recorder in self.recorders:
+            recorder.settle()
         for tell in transaction.when_durable:
             tell()
         published = transaction.snapshot()

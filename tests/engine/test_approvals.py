@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,36 @@ def test_another_index_engine_needs_two_people_and_going_on_with_it_one(opened):
 def test_a_public_key_of_an_identity_is_checked(wrong):
     with pytest.raises(bd.InvalidInput, match="no Ed25519 public key"):
         bd.Config(identities={"anna": wrong})
+
+
+# models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_another_calibration_is_an_event_and_with_the_rule_two_people_accept_it(tmp_path, monkeypatch, two):
+    policy = bd.Policy(two_people=("model",) if two else ())
+    with bd.Engine.open(tmp_path / "g", bd.Config(policy=policy), clock=lambda: NOW) as engine:
+        engine.add_templates(["s0"], {"face": PEOPLE[:1]}, model_id=SFACE)
+        engine.add_templates(["s1"], {"face": PEOPLE[1:2]}, model_id=SFACE)
+        (first,) = engine.bound_models()
+        assert (first.model_id, first.at) == (SFACE, NOW)
+        assert first.weights == engine._extractor.cards[0].sha256
+        assert engine.accept_models() == []
+    changed = replace(engine._extractor.cards[0], replay=0.123)
+    monkeypatch.setattr("biodedup.embed.extractor.Extractor.cards", property(lambda extractor: (changed,)))
+    assert changed.digest != first.digest
+    with bd.Engine.open(tmp_path / "g", clock=lambda: NOW) as engine:
+        if two:
+            with pytest.raises(bd.NotAllowed, match="accept_models"):
+                engine.remove("s0")
+            assert "s0" in engine
+            citra, dewi = (engine.as_principal(bd.Principal(name, bd.ROLES)) for name in ("citra", "dewi"))
+            asked(citra.accept_models)
+            assert len(engine.bound_models()) == 1
+            assert dewi.accept_models() == [SFACE]
+        engine.remove("s0")
+        assert [bound.digest for bound in engine.bound_models()] == [first.digest, changed.digest]
+    assert not jobs.verify_log(tmp_path / "g").problems
 
 
 # jobs -------------------------------------------------------------------------------------------------------------

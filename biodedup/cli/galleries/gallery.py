@@ -197,6 +197,23 @@ def reindex(
     finish(facts, plan or empty, as_json)
 
 
+@app.command("accept-models", rich_help_panel=Panel.GALLERY)
+def accept_models(
+    by: PersonOption = "",
+    sign: SignOption = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Note in the gallery that the cards of its models have changed: other weights, or another calibration.
+
+    Needed where the policy asks for two people for `model`; otherwise the next change of the gallery notes it.
+    """
+    with existing(gallery, configured(gallery, config)) as engine:
+        models = acting(engine, by, sign).accept_models()
+    finish({"accepted": models}, f"accepted: {', '.join(models)}" if models else "no card has changed", as_json)
+
+
 @app.command(rich_help_panel=Panel.GALLERY)
 def export(
     to: Annotated[

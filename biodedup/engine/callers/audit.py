@@ -123,7 +123,7 @@ class AuditLog:
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         if mode != "none" and not gallery.read_only:
-            gallery.recorder = self
+            gallery.recorders.append(self)
 
     # calls ------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ CHAINED = (
     *("meta", "model", "group_set", "segment", "tombstone", *JOURNAL, "held", "review_case", "verdict"),
     *("pending", "judged", "link", "job_step", "policy", "index_codec"),
     *("alarm", "approval"),
-    *("audit_span", "approval_signature"),
+    *("audit_span", "approval_signature", "card"),
 )
 """Tables that the chain covers. Their places in this order stand in the chain: new ones come last."""
 _LATER = frozenset(CHAINED[CHAINED.index("approval") + 1 :])

@@ -25,6 +25,7 @@ lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteC
 | alarm | one lock-out of a caller; kept for ever |
 | approval | one call that needs two people: its digest, who asked for it, who approved it; kept for ever |
 | approval_signature | the signature of a request or of an approval (approvals.py) |
+| card | one model card that came into use: digests of the card and of its weights (engine/callers/binding.py) |
 | audit | one call, with the hash that chains it to the call before (audit.py) |
 | audit_span | many old calls, packed; kept for ever, without the calls once they are in an archive file |
 | index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
@@ -115,6 +116,7 @@ COLUMNS_OF = {
     "alarm": "number INTEGER PRIMARY KEY, kind TEXT, caller TEXT, subject_id TEXT, raised_at REAL",
     "approval": "number INTEGER PRIMARY KEY, action TEXT, digest BLOB, facts TEXT, requested_by TEXT, requested_at REAL, "
     "approved_by TEXT, approved_at REAL",
+    "card": "number INTEGER PRIMARY KEY, model_id TEXT, digest TEXT, weights TEXT, bound_at REAL",
     **AUDIT_COLUMNS,
     **SIGNATURE_COLUMNS,
 }
@@ -137,6 +139,7 @@ _ADDED = {
     "audit": "audit",
     "audit_span": "audit",
     "approval_signature": "signatures",
+    "card": "cards",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
@@ -400,6 +403,14 @@ class CatalogueTables(ABC):
         number = self._last_number("approval") + 1 if number is None else number
         self.put("approval", [(number, *row)])
         return number
+
+    def cards(self) -> list[tuple[Any, ...]]:
+        """(number, model_id, digest, weights, bound_at), oldest first."""
+        return list(self._all("card", "number"))
+
+    def add_card(self, row: Sequence[Any]) -> None:
+        """row: without its number."""
+        self.put("card", [(self._last_number("card") + 1, *row)])
 
     def approval_signatures(self) -> list[tuple[Any, ...]]:
         """The rows of table `approval_signature`, by approval."""
