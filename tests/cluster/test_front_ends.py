@@ -497,13 +497,13 @@ def test_the_calls_of_several_front_ends_are_one_audit_log(register):
         enroll(ends[i % 2], f"s{i}", vector)
         acting(ends[i % 2], f"p{i % 2}").search({"face": some[:1]})
     acting(ends[1], "p1").remove("s0")
-    ends[0]._audit.flush()
+    internals(ends[0]).audit.flush()
     seen = list(ends[0].audit_records())
     assert [record.number for record in seen] == list(range(1, len(seen) + 1))
     assert sorted(record.subject_id for record in seen if record.call == "enroll") == [f"s{i}" for i in range(6)]
     assert sorted(record.principal for record in seen if record.call == "search") == ["p0"] * 3 + ["p1"] * 3
     assert ends[1].problems() == []
-    catalogue = internals(ends[1]).gallery._catalogue
+    catalogue = internals(ends[1]).catalogue
     catalogue._connect()
     catalogue._run(f"DELETE FROM {catalogue._table('audit')} WHERE number = 3")
     assert any("audit record 3 is lost" in text for text in ends[1].problems())
@@ -511,7 +511,7 @@ def test_the_calls_of_several_front_ends_are_one_audit_log(register):
 
 def test_a_register_of_an_older_release_gets_the_tables_that_it_lacks(register):
     engine = register(bd.Config(audit="none"))
-    catalogue = internals(engine).gallery._catalogue
+    catalogue = internals(engine).catalogue
     for table in ("audit", "audit_span", "approval_signature"):
         catalogue._run(f"DROP TABLE {catalogue._table(table)}")
     engine.close()

@@ -78,24 +78,23 @@ CALLS = {
 
 
 @pytest.mark.parametrize("action", CALLS)
-def test_an_approval_and_what_it_allows_are_one_commit(opened, action):
+def test_an_approval_and_what_it_allows_are_one_commit(opened, action, tmp_path):
     countdown = Countdown(0)
     engine = opened(FailingStorage(countdown), identities={"citra": EVERY, "dewi": EVERY}, audit="changes")
     assert engine.enroll(seen(2, "new", cosine=0.6, encounter_id="visit")).outcome == "review"
     asked(lambda: CALLS[action](engine.as_principal("citra")))
-    commits, n = internals(engine).gallery._state.commits, 0
+    commits, n = internals(engine).commits, 0
     while engine.approvals()[0].approved_by is None:
         n += 1
         countdown.left = n
         with suppress(bd.StorageUnavailable):
             CALLS[action](engine.as_principal("dewi"))
         countdown.left = 0
-        gallery = internals(engine).gallery
-        assert (gallery._state.commits == commits) is (engine.approvals()[0].approved_by is None)
+        assert (internals(engine).commits == commits) is (engine.approvals()[0].approved_by is None)
     assert n > 1
-    assert internals(engine).gallery._state.commits == commits + 1
+    assert internals(engine).commits == commits + 1
     engine.close()
-    assert not jobs.verify_log(gallery.folder).problems
+    assert not jobs.verify_log(tmp_path / "g").problems
 
 
 def test_an_approval_is_signed_by_the_private_key_of_the_principal(opened, keys, tmp_path, identities):
@@ -104,14 +103,14 @@ def test_an_approval_is_signed_by_the_private_key_of_the_principal(opened, keys,
     asked(lambda: anna.remove("s1"))
     engine.as_principal("budi", key=keys["budi"][0]).remove("s1")
     assert [(a.approved_by, a.signed) for a in engine.approvals()] == [("budi", "ed25519")]
-    gallery = internals(engine).gallery
-    with gallery._reading():
-        (row,), signatures = gallery._catalogue.approvals(), gallery._catalogue.approval_signatures()
+    with internals(engine).gallery.transaction() as transaction:
+        catalogue = transaction.callers(noted=False)
+        (row,), signatures = catalogue.approvals(), catalogue.approval_signatures()
     for (name, state), (_, _, by, method, key, signature) in zip(
         [("anna", (*row[:6], None, None)), ("budi", row)], signatures, strict=True
     ):
         assert (by, method, key) == (name, "ed25519", keys[name][1])
-        content = approval_content(gallery.gallery_id, state)
+        content = approval_content(internals(engine).gallery.gallery_id, state)
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(signature, content)  # raises if it is wrong
     engine.close()
     report = jobs.verify_log(tmp_path / "g", bd.Config(identities=identities))
@@ -173,7 +172,7 @@ def test_a_signature_by_a_key_that_the_identities_do_not_state_is_named(opened, 
 
 def test_a_request_that_another_call_approved_meanwhile_does_not_stand(opened):
     engine = opened(identities={"citra": EVERY, "dewi": EVERY})
-    approvals = engine._approvals
+    approvals = internals(engine).approvals
     asked(lambda: engine.as_principal("citra").remove("s1"))
     approve = approvals.require(
         "remove",
@@ -217,9 +216,9 @@ def test_another_calibration_is_an_event_and_with_the_rule_two_people_accept_it(
         engine.add_templates(["s1"], {"face": PEOPLE[1:2]}, model_id=SFACE)
         (first,) = engine.bound_models()
         assert (first.model_id, first.at) == (SFACE, NOW)
-        assert first.weights == engine._extractor.cards[0].sha256
+        assert first.weights == internals(engine).extractor.cards[0].sha256
         assert engine.accept_models() == []
-    changed = replace(engine._extractor.cards[0], replay=0.123)
+    changed = replace(internals(engine).extractor.cards[0], replay=0.123)
     monkeypatch.setattr("biodedup.embed.extractor.Extractor.cards", property(lambda extractor: (changed,)))
     assert changed.digest != first.digest
     with bd.Engine.open(tmp_path / "g", clock=lambda: NOW) as engine:

@@ -326,7 +326,7 @@ def test_old_records_are_packed_and_verified(opened, tmp_path, monkeypatch):
     engine = opened()
     for i in range(20):
         engine.are_enrolled([f"s{i}"])
-        engine._audit.flush()
+        internals(engine).audit.flush()
     assert [record.number for record in engine.audit_records()] == list(range(1, 22))
     engine.close()
     report = jobs.verify_log(tmp_path / "g")
