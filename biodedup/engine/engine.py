@@ -53,7 +53,7 @@ from biodedup.common.tables import differences
 from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.callers.approvals import Approval, Approvals, Approve, Signer, signer_of
-from biodedup.engine.callers.audit import AuditLog, Call, audited, counted, current_call, named
+from biodedup.engine.callers.audit import AuditLog, Call, audited, counted, current_call, move_old, named
 from biodedup.engine.callers.binding import BoundModel, ModelBinding
 from biodedup.engine.callers.budgets import Alarm, Budgets
 from biodedup.engine.callers.disclosure import disclosed_decision, disclosed_search, disclosed_verification
@@ -93,10 +93,11 @@ from biodedup.gallery.care.backup import Copied, backup
 from biodedup.gallery.care.history import NotedClock, finite
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
-from biodedup.gallery.catalogue.audit import AuditRecord, chosen
+from biodedup.gallery.catalogue.audit import AuditRecord, chosen, in_archive
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.index_codec import refuse_unknown
 from biodedup.gallery.files.packed import Packed, pack_text
+from biodedup.gallery.files.private import file_bytes
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.policies import PolicyVersion, told
@@ -1060,6 +1061,22 @@ class Engine:
             if principal in (None, record.principal) and subject_id in (None, record.subject_id):
                 yield record
                 self._check_open()
+
+    @audited(changes=True)
+    def archive_audit(self, out: Path, *, before: float) -> int:
+        """Moves packed records of the audit log that are older than `before` (seconds since 1970) to a new file, in the clear, so that the
+        gallery does not grow without end. The gallery keeps what proves them. Returns how many were moved; with none, there is no file.
+
+        The newest records, 2,000 to 4,000, are not packed yet and stay. Raises InvalidInput where the file exists, StorageUnavailable."""
+        self._check("administer")
+        with self._gallery.transaction() as transaction:
+            return move_old(transaction, self._gallery.storage, out, before)
+
+    @audited()
+    def archived_audit(self, file: Path) -> Iterator[AuditRecord]:
+        """The records of a file of `archive_audit`, oldest first, checked against what the gallery keeps. Raises InvalidInput, GalleryDamaged."""
+        self._check("audit")
+        yield from in_archive(file_bytes(file, None), self._gallery.audit_log()[0])
 
     @audited()
     def receipt(self, encounter_id: str) -> Receipt:

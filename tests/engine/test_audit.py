@@ -340,6 +340,36 @@ def test_old_records_are_packed_and_verified(opened, tmp_path, monkeypatch):
     assert any("do not follow from the record before" in text for text in named)
 
 
+def test_old_records_move_to_a_file_that_the_gallery_proves(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite, "SPAN_ROWS", 4)
+    monkeypatch.setattr(sqlite, "UNPACKED_MAX", 6)
+    engine, file = opened(), tmp_path / "old.audit"
+    for i in range(12):
+        engine.are_enrolled([f"s{i}"])
+        internals(engine).audit.flush()
+    before = list(engine.audit_records())
+    assert engine.archive_audit(file, before=NOW) == 0 and not file.exists()
+    with pytest.raises(bd.NotAllowed):
+        engine.as_principal("kiosk").archive_audit(file, before=NOW + 1)
+    assert engine.archive_audit(file, before=NOW + 1) == 8
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert list(engine.archived_audit(file)) == before[:8]
+    assert next(iter(engine.audit_records())).number == 9
+    with pytest.raises(bd.InvalidInput, match="exists"):
+        engine.archive_audit(file, before=NOW + 1)
+    engine.close()
+    report = jobs.verify_log(tmp_path / "g")
+    assert report.problems == ()
+    assert "audit records 1 to 4 are in an archive file" in report.notes[0]
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"]', b'00"]', 1))
+    with pytest.raises(bd.GalleryDamaged):
+        list(opened().archived_audit(file))
+    file.write_bytes(b"something else")
+    with pytest.raises(bd.InvalidInput):
+        list(opened("h").archived_audit(file))
+
+
 def test_encrypting_a_gallery_keeps_its_audit_log_sound(opened, tmp_path):
     opened().close()
     jobs.encrypt(tmp_path / "g", lambda: KEY)
@@ -374,3 +404,12 @@ def test_the_command_shows_the_calls_to_those_with_the_role_audit(opened, tmp_pa
     assert isinstance(CliRunner().invoke(app, [*run, "--by", "kiosk"]).exception, bd.NotAllowed)
     assert isinstance(CliRunner().invoke(app, run).exception, bd.NotAllowed)
     assert isinstance(CliRunner().invoke(app, [*run, "--by", "anna", "--since", "soon"]).exception, bd.InvalidInput)
+
+
+def test_calls_on_a_closed_engine_wait_for_nothing(opened, monkeypatch):
+    monkeypatch.setattr(audit, "WAITING_MAX", 2)
+    engine = opened()
+    engine.close()
+    for _ in range(5):
+        with pytest.raises(bd.EngineClosed):
+            engine.subject_ids()

@@ -22,13 +22,14 @@ from biodedup.cli.base import (
     app,
     configured,
     counted,
+    existing,
     finish,
     print_json,
     say,
     show_table,
 )
 from biodedup.errors import InvalidInput
-from biodedup.gallery.catalogue.audit import AuditRecord
+from biodedup.gallery.catalogue.audit import AuditRecord, chosen
 
 log = typer.Typer(
     no_args_is_help=True, help="Verify the hash chain of the commits, sign checkpoints of it, and show the audit log."
@@ -73,6 +74,9 @@ def show(
     until: Annotated[str | None, typer.Option("--until", help="Before this day or time.")] = None,
     principal: Annotated[str | None, typer.Option("--principal", help="Only calls of this principal.")] = None,
     subject: Annotated[str | None, typer.Option("--subject", help="Only calls that name this subject.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option("--archive", help="Show the records of a file of `log archive`, and check them.")
+    ] = None,
     by: PersonOption = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
@@ -84,8 +88,12 @@ def show(
     """
     limits = {"since": _seconds("--since", since), "until": _seconds("--until", until)}
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
-        asked = acting(engine, by).audit_records(**limits, principal=principal, subject_id=subject)
-        records = list(asked)
+        caller = acting(engine, by)
+        if archive is None:
+            records = list(caller.audit_records(**limits, principal=principal, subject_id=subject))
+        else:
+            kept = chosen((), caller.archived_audit(archive), **limits)
+            records = [r for r in kept if principal in (None, r.principal) and subject in (None, r.subject_id)]
     if as_json:
         print_json({"records": [record.to_dict() for record in records]})
         return
@@ -94,6 +102,24 @@ def show(
             map(_cells, records), ("number", "time (UTC)", "principal", "purpose", "call", "about", "count", "outcome")
         )
     say(f"{counted(len(records), 'call')}")
+
+
+@log.command()
+def archive(
+    before: Annotated[str, typer.Option("--before", help="Move records before this day or time, as 2026-11-30; UTC.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, in the clear; it must not exist.")],
+    by: PersonOption = "",
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Move old records of the audit log to a file. The gallery keeps what proves them: `log show --archive FILE` checks it."""
+    seconds = _seconds("--before", before)
+    assert seconds is not None, "the option is required"
+    with existing(gallery, configured(gallery, config)) as engine:
+        moved = acting(engine, by).archive_audit(out, before=seconds)
+    text = f"{counted(moved, 'record')} moved to {out}" if moved else "no packed record is that old; nothing was moved"
+    finish({"moved": moved, "archive": str(out) if moved else None}, text, as_json)
 
 
 def _cells(record: AuditRecord) -> tuple[object, ...]:

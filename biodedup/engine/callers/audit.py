@@ -18,13 +18,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import isgeneratorfunction, signature
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from biodedup.errors import BiodedupError
-from biodedup.gallery.catalogue.audit import AuditRecord
+from biodedup.errors import BiodedupError, InvalidInput
+from biodedup.gallery.catalogue.audit import AuditRecord, archive_of
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.private import replace_private
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
 from biodedup.texts import ID_LENGTH_MAX
@@ -149,10 +153,12 @@ class AuditLog:
 
     def wait(self, records: list[AuditRecord]) -> None:
         """Records what no commit carries out. Raises what a commit raises, once too many wait."""
+        if self._ended.is_set():
+            return  # a call on a closed engine
         with self._lock:
             self._waiting += records
             full = len(self._waiting) > WAITING_MAX
-            if self._thread is None and not self._ended.is_set():
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._flush_on_time, name="biodedup-audit", daemon=True)
                 self._thread.start()
         if full:
@@ -216,6 +222,20 @@ class AuditLog:
                 _log.warning("audit: records of calls wait for the next commit: %s", error)
 
 
+def move_old(transaction: Transaction, storage: Storage, out: Path, before: float) -> int:
+    """As `Engine.archive_audit`: the file is durable before the commit that drops the records."""
+    if out.exists():
+        raise InvalidInput(f"{out} exists, and an archive is never replaced; name a new file")
+    spans = [s for s in transaction.callers(noted=False).audit_spans() if s.records and s.until < before]
+    if spans:
+        with translated(f"writing {out}"):
+            replace_private(out, archive_of(spans))
+            storage.sync_folder(out.absolute().parent)
+        for span in spans:
+            transaction.callers().put_audit_span(replace(span, records=b""))
+    return sum(span.last - span.number + 1 for span in spans)
+
+
 def audited(*, changes: bool = False) -> Callable[[_F], _F]:
     """A decorator of methods of `Engine`: each call is recorded under the method's name, with the ids that its arguments name. changes:
     whether the call's commit carries it out; otherwise a commit that it makes is one of budgets alone."""
@@ -256,7 +276,7 @@ _NOTHING = object()
 
 
 def _name(call: Call, parameter: str, value: object) -> None:
-    """Notes the ids that an argument names. Arguments are not checked yet, and may be anything."""
+    """Notes the ids that an argument names. Of ids the types alone are checked by then."""
     subject_id, encounter_id = "", ""
     if parameter == "subject_id" and isinstance(value, str):
         subject_id = value

@@ -23,7 +23,7 @@ from math import inf
 from typing import Any
 
 from biodedup.common.described import Described
-from biodedup.errors import GalleryDamaged
+from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.catalogue.chain import NO_LINK, ChainHash, pack_row
 
 AUDIT_COLUMNS = {
@@ -34,6 +34,7 @@ AUDIT_COLUMNS = {
 }
 SPAN_ROWS, UNPACKED_MAX = 2_000, 4_000
 """Records of a span; records that are not packed."""
+_ARCHIVE_TITLE = "biodedup audit archive 1"
 _SPAN_BYTES_MAX = 1 << 28
 _NAMED_MAX = 20
 
@@ -152,6 +153,29 @@ def chosen(
     held = (span for span in spans if span.records and span.until >= low and span.since < high)
     packed = (record for span in held for record in records_of(span, span.records))
     return (record for record in chain(packed, rows) if low <= record.at < high)
+
+
+def archive_of(spans: Iterable[AuditSpan]) -> bytes:
+    """The content of an archive file: a line of JSON for each span."""
+    lines = [json.dumps([b.hex() if isinstance(b, bytes) else b for b in span.values]) for span in spans]
+    return "\n".join([_ARCHIVE_TITLE, *lines, ""]).encode()
+
+
+def in_archive(content: bytes, spans: Iterable[AuditSpan]) -> Iterator[AuditRecord]:
+    """The records of an archive file. spans: of the gallery; they tell whether the file is as it was written. Raises InvalidInput for what is
+    no archive, GalleryDamaged."""
+    known = {span.number: span for span in spans}
+    title, *lines = content.decode("utf-8", "replace").splitlines() or [""]
+    if title != _ARCHIVE_TITLE:
+        raise InvalidInput("it is no archive of an audit log; name a file of `biodedup log archive`")
+    for line in lines:
+        try:
+            number, *_, records = json.loads(line)
+            span = known[number]
+            packed = bytes.fromhex(records)
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise GalleryDamaged("the archive of the audit log was changed, or is of another gallery") from None
+        yield from records_of(span, packed)
 
 
 @dataclass

@@ -19,7 +19,6 @@ from biodedup.errors import InvalidInput, NotAGallery
 from biodedup.gallery.files.faults import translated
 
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
-_KEY_BYTES_MAX = 1 << 20
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -100,11 +99,11 @@ def close_to_others(path: Path) -> None:
         path.chmod(mode & ~_OTHERS)
 
 
-def file_bytes(path: Path) -> bytes:
-    """Of a key or a document. Raises InvalidInput."""
+def file_bytes(path: Path, most: int | None = 1 << 20) -> bytes:
+    """Of a key or a document, at most so many. Raises InvalidInput."""
     try:
         refuse_no_file(path)
         with path.open("rb") as file:
-            return file.read(_KEY_BYTES_MAX)
+            return file.read(-1 if most is None else most)
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}; check its name") from None
