@@ -510,7 +510,7 @@ def test_the_calls_of_several_front_ends_are_one_audit_log(register):
 
 
 def test_a_register_of_an_older_release_gets_the_tables_that_it_lacks(register):
-    engine = register(bd.Config(audit="none"))
+    engine = register(bd.Config(audit="none"), cluster=NO_POLL)
     catalogue = internals(engine).catalogue
     for table in ("audit", "audit_span", "approval_signature"):
         catalogue._run(f"DROP TABLE {catalogue._table(table)}")
