@@ -69,8 +69,10 @@ class ModelBinding:
         return [card for card in self._cards if card.model_id in used and newest.get(card.model_id) != card.digest]
 
     def note(self, transaction: Transaction, cards: Sequence[ModelCard]) -> None:
+        decided = [record.at for record in transaction.audited]  # the time of a decision that this commit holds
+        at = (decided[0] if decided else self._clock()) if cards else 0.0
         for card in cards:
-            row = (card.model_id, card.digest, card.sha256 or "", float(self._clock()))
+            row = (card.model_id, card.digest, card.sha256 or "", float(at))
             transaction.callers().add_card(row)
 
     def _needs_two(self) -> bool:
