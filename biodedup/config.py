@@ -6,7 +6,7 @@ gallery, which stores its own policy. No default depends on the machine. Names e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from math import inf, isfinite, log10
 from pathlib import Path
@@ -166,10 +166,13 @@ class IsolationConfig:
 
 
 REPLAYS = ("report", "refuse")
+AUDITS = ("none", "changes", "all")
+"""Values of `Config.audit`."""
 DISCLOSURES = ("full", "coarse", "outcome")
 """Values of `Policy.disclosure`, the one that says most first."""
-TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy")
-"""Values of `Policy.two_people`: `Engine.remove`, `update(replace=True)`, `adjudicate` and `set_policy`."""
+TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy", "index", "merge", "key", "model")
+"""Values of `Policy.two_people`: `Engine.remove`, `update(replace=True)`, `adjudicate`, `set_policy`, `reindex`, `jobs.merge(apply=True)` and
+`undo`; keys that are rotated, set or taken away; other models or calibrations."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,8 @@ class Policy:
     caller is locked out from this subject for a day, with an alarm (`Engine.alarms`). Eight failed tries in random order rise five times in 1
     of 115 cases. 0: no lock-out."""
     two_people: tuple[str, ...] = ()
-    """Calls that two principals must make: `remove`, `replace` (`update(replace=True)`), `adjudicate`, `policy` (`set_policy`). The first call
+    """Calls that two principals must make: `remove`, `replace` (`update(replace=True)`), `adjudicate`, `policy` (`set_policy`), `index`
+    (`reindex`), `merge` (`merge --apply`, `undo`), `key` (`key rotate`, `encrypt`, `decrypt`), `model` (`accept_models`). The first call
     stores a request (`ApprovalNeeded`); the same call by another principal approves it and is carried out. `Engine.approvals` lists them."""
 
     def __post_init__(self) -> None:
@@ -491,8 +495,16 @@ class Config:
     encrypted opens with its key alone, and one that is not opens without a key alone (`KeyMismatch`). Needs the extra `encryption`."""
 
     identities: dict[str, str] | None = None
-    """name -> its roles, separated by spaces (`biodedup.principals.ROLES`). With it, `by` of verdicts and policies, and `--by`, must be one of
+    """name -> its roles, separated by spaces (`biodedup.principals.ROLES`), and its public keys, `ed25519:HEX`, which then sign its approvals.
+    With it, `by` of verdicts and policies, and `--by`, must be one of
     these names with the role, and `Engine.as_principal` takes these alone. None: `by` is any name. It is not stored with the gallery."""
+    audit: str | None = None
+    """Which calls the gallery's audit log records, with time, principal, purpose, kind, ids and outcome; nothing biometric, and no scores.
+      `none`      none;
+      `changes`   calls that change the gallery, in the commit that carries them out;
+      `all`       also searches, verifications, reading, and calls that are refused. These wait in memory for up to a second, or for the
+                  next change; a crash loses them.
+    None: `all` where `identities` are configured, otherwise `changes`. It is not stored with the gallery."""
     allow_template_export: bool | None = None
     """Whether `Engine.templates`, `encounters`, `subject`, FAISS indexes and exports hand out templates. Each time is logged. None: they do, with
     a warning in the log where `identities` or `keys` are configured; a later release will refuse it there. False: NotAllowed."""
@@ -502,6 +514,8 @@ class Config:
         for name in ("threads", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+        if self.audit is not None and self.audit not in AUDITS:
+            raise InvalidInput(f"audit is {self.audit!r}, wanted one of {', '.join(AUDITS)}, or None")
         by_folded: dict[str, str] = {}
         for name in self.identities or ():
             self.identity(name)
@@ -519,7 +533,12 @@ class Config:
             raise NotAllowed(
                 f"{name!r} is none of the configured identities; name one of them, or add it to `identities`"
             )
-        return Principal(name, roles.split())
+        return Principal.of(name, roles.split())
+
+    @property
+    def public_keys(self) -> dict[str, Collection[str]]:
+        """name of each identity -> its public keys."""
+        return {name: self.identity(name).public_keys for name in self.identities or ()}
 
     @classmethod
     @checked
@@ -530,6 +549,11 @@ class Config:
         """
         path = Path(path)
         return made(cls, typed(cls, read_toml(path), str(path), path.parent), str(path))
+
+    @property
+    def audited(self) -> str:
+        """Which calls the audit log records: one of AUDITS."""
+        return self.audit or ("changes" if self.identities is None else "all")
 
     @property
     def stated_policy(self) -> Policy:
@@ -546,7 +570,7 @@ class Config:
             replace(self.with_policy(), cluster=None, keys=None, identities=None),
             dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items},
         )
-        for name in ("cluster", "keys", "identities", "allow_template_export"):
+        for name in ("cluster", "keys", "identities", "allow_template_export", "audit"):
             del stored[
                 name
             ]  # where a program finds the gallery and its key, and who may use it, not what the gallery is

@@ -5,6 +5,7 @@ Owns the names of the roles and the check of a principal. Never authenticates: a
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ ROLES = ("enrol", "search", "verify", "review", "supervise", "administer", "audi
 """
 
 
+KEY_PREFIX = "ed25519:"
+_PUBLIC_KEY = re.compile("[0-9a-fA-F]{64}")
+
+
 def folded(name: str) -> str:
     """Names that differ in case, width or spaces alone fold to one: they are one person."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
@@ -32,17 +37,31 @@ def folded(name: str) -> str:
 
 @dataclass(frozen=True)
 class Principal:
-    """A caller. name: as a `subject_id` is checked; roles: of ROLES. A role does not include another one."""
+    """A caller. name: as a `subject_id` is checked; roles: of ROLES; public_keys: Ed25519, 64 hexadecimal digits each: with them its
+    approvals are signed by one of their private keys. A role does not include another one."""
 
     name: str
     roles: Collection[str] = ()
+    public_keys: Collection[str] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_id(self.name, "the name of a principal")
         if unknown := sorted(set(self.roles) - set(ROLES)):
             raise InvalidInput(f"role {unknown[0]!r} is not known; use one of {', '.join(ROLES)}")
+        for key in self.public_keys:
+            if not _PUBLIC_KEY.fullmatch(key):
+                raise InvalidInput(
+                    f"{key[:80]!r} is no Ed25519 public key; wanted 64 hexadecimal digits, as `biodedup log key` prints"
+                )
+        object.__setattr__(self, "public_keys", tuple(key.lower() for key in self.public_keys))
         object.__setattr__(self, "roles", tuple(role for role in ROLES if role in set(self.roles)))
+
+    @classmethod
+    def of(cls, name: str, words: Collection[str]) -> Principal:
+        """From the words of a setting: roles, and public keys as `ed25519:HEX`. Raises InvalidInput."""
+        keys = [word.removeprefix(KEY_PREFIX) for word in words if word.startswith(KEY_PREFIX)]
+        return cls(name, [word for word in words if not word.startswith(KEY_PREFIX)], keys)
 
     def require(self, *roles: str) -> None:
         """Raises NotAllowed unless it has one of these roles."""

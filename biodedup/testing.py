@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from biodedup.embed.extractor import Extractor
+from biodedup.engine.callers.approvals import Approvals
+from biodedup.engine.callers.audit import AuditLog
 from biodedup.engine.engine import Engine
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.search import BatchedSearch
@@ -37,6 +39,8 @@ class Internals:
     join: SelfJoin
     enrolment: Enrolment
     elsewhere: RayShards | None
+    approvals: Approvals
+    audit: AuditLog
 
     @property
     def catalogue(self) -> Catalogue:
@@ -87,4 +91,6 @@ def internals(engine: Engine) -> Internals:
         join=engine._join,
         enrolment=engine._enrolment,
         elsewhere=engine._elsewhere,
+        approvals=engine._approvals,
+        audit=engine._audit,
     )

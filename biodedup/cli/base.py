@@ -142,6 +142,12 @@ GalleryOption = Annotated[
 PersonOption = Annotated[
     str, typer.Option("--by", help="The person who does it: one of `identities`, where the settings name any.")
 ]
+SignOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign", help="The private key of --by (`biodedup log key`), which signs requests and approvals of two people."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads for extraction and search.")]
 ConfigOption = Annotated[
@@ -346,9 +352,9 @@ def existing(gallery: Path | RegisterUrl, config: Config, wait_s: float | None =
         yield engine
 
 
-def acting(engine: bd.Engine, by: str) -> bd.Engine:
-    """The engine for the person of `--by`, where the settings name identities; otherwise the engine itself."""
-    return engine if engine.config.identities is None else engine.as_principal(by)
+def acting(engine: bd.Engine, by: str, sign: Path | None = None) -> bd.Engine:
+    """The engine for the person of `--by`, where the settings name identities; otherwise the engine itself. sign: of `--sign`."""
+    return engine if engine.config.identities is None else engine.as_principal(by, key=sign)
 
 
 def _opened_in_turn(gallery: Path, config: Config, wait_s: float | None) -> bd.Engine:

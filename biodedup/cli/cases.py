@@ -18,6 +18,7 @@ from biodedup.cli.base import (
     JsonOption,
     Panel,
     RegisterUrl,
+    SignOption,
     WaitOption,
     acting,
     app,
@@ -122,6 +123,7 @@ def decide(
         ),
     ] = None,
     note: Annotated[str, typer.Option("--note", help="Kept with the verdict.")] = "",
+    sign: SignOption = None,
     wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
@@ -134,7 +136,9 @@ def decide(
     chosen = configured(gallery, config)
     with existing(gallery, chosen, wait) as engine:
         linked = engine.case(encounter_id).linked
-        decision = acting(engine, by).adjudicate(encounter_id, cast(Ruling, ruling), by, note, candidate=candidate)
+        decision = acting(engine, by, sign).adjudicate(
+            encounter_id, cast(Ruling, ruling), by, note, candidate=candidate
+        )
         case = engine.case(encounter_id)
         others = [engine.case(other) for other in linked]
     known = () if isinstance(gallery, RegisterUrl) else (decision, *(other.decision for other in others))

@@ -19,7 +19,9 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     Panel,
+    PersonOption,
     RayOption,
+    SignOption,
     ThreadsOption,
     app,
     configured,
@@ -193,6 +195,8 @@ def merge(
     ] = None,
     across_positions: AcrossOption = False,
     ray: RayOption = None,
+    by: PersonOption = "",
+    sign: SignOption = None,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -215,6 +219,8 @@ def merge(
             prefer=prefer or (),
             min_db=min_db,
             config=chosen,
+            by=by,
+            sign=sign,
             progress=progress,
             executor=executor,
         )
@@ -249,6 +255,8 @@ def undo(
     merge_id: Annotated[
         str, typer.Argument(metavar="MERGE", help="The id of the merge, which `merge --apply` printed.")
     ],
+    by: PersonOption = "",
+    sign: SignOption = None,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -258,7 +266,7 @@ def undo(
     An interrupted run resumes when the same command is started again.
     """
     with progress_bar(lines=not as_json) as progress:
-        undone = jobs.undo(merge_id, gallery, configured(gallery, config), progress=progress)
+        undone = jobs.undo(merge_id, gallery, configured(gallery, config), by=by, sign=sign, progress=progress)
     text = (
         f"undone: {undone.restored:,} restored, {undone.reverted:,} survivors reverted, {undone.withdrawn:,} withdrawn; "
         f"{counted(undone.subjects, 'subject')}"

@@ -23,6 +23,7 @@ from biodedup.cli.base import (
     MissingOption,
     Panel,
     PersonOption,
+    SignOption,
     ThreadsOption,
     WaitOption,
     acting,
@@ -149,6 +150,7 @@ def update(
     ] = False,
     reason: Annotated[str, typer.Option("--reason", help="The reason for --replace; kept with the decision.")] = "",
     by: PersonOption = "",
+    sign: SignOption = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -162,7 +164,7 @@ def update(
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with existing(gallery, configured(gallery, config, threads=threads)) as engine:
         across = across_positions or None
-        decision = acting(engine, by).update(encounter, across_positions=across, replace=replace, reason=reason)
+        decision = acting(engine, by, sign).update(encounter, across_positions=across, replace=replace, reason=reason)
         note = f"{subject_id}: {'all encounters were replaced by this one' if replace else 'this encounter was added'}"
         finish_decision(decision, as_json, captures, note, labels=engine.config.labels)
 
@@ -171,6 +173,7 @@ def update(
 def remove(
     subject_ids: Annotated[list[str], typer.Argument(metavar="SUBJECT_ID...")],
     by: PersonOption = "",
+    sign: SignOption = None,
     wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
@@ -182,6 +185,6 @@ def remove(
         absent = [name for name, there in zip(subject_ids, engine.are_enrolled(subject_ids), strict=True) if not there]
         if absent:
             raise UnknownSubject(f"not enrolled: {', '.join(map(repr, absent))}; nothing was removed, correct the ids")
-        acting(engine, by).remove(*subject_ids)
+        acting(engine, by, sign).remove(*subject_ids)
         size = len(engine)
     finish({"removed": subject_ids, "subjects": size}, f"removed {len(subject_ids)}, {size:,} remain", as_json)

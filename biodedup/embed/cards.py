@@ -9,10 +9,11 @@ describes ready-made embeddings of a model that runs elsewhere: model_id, dimens
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,24 @@ from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.values import Float32
 
 KINDS = ("face-embedding", "face-detector", "finger-embedding", "minutiae")
+
+
+_DECIDING = {
+    *(
+        "model_id",
+        "kind",
+        "sha256",
+        "dimension",
+        "extractor",
+        "channels",
+        "scale",
+        "offset",
+        "mirror",
+        "mean",
+        "quality",
+    ),
+    *("replay", "calibration", "both"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +77,13 @@ class ModelCard:
     replay: float | None = None
     calibration: Mapping[str, Any] | None = field(default=None, repr=False)
     both: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decides: weights, input, calibration. Not of name, licence and source."""
+        fields = {name: value for name, value in vars(self).items() if name in _DECIDING}
+        text = json.dumps(fields, sort_keys=True, default=_plain)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def quality_of(self, norm: float) -> float | None:
         """The quality of a face whose network output has this length, 0 to 1; None where the card has no table."""
@@ -156,6 +182,11 @@ def _read(path: Path) -> ModelCard:
         raise ModelCardError(f"model card {path.name} lacks or mistypes {error}; see models/sface.toml") from error
     _check(card)
     return card
+
+
+def _plain(value: object) -> object:
+    """For JSON: arrays as lists, dates as text."""
+    return value.tolist() if isinstance(value, np.ndarray) else str(value)
 
 
 def _quality(table: Mapping[str, Any] | None) -> tuple[Float32, Float32] | None:

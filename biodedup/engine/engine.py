@@ -52,12 +52,14 @@ from biodedup.common.renamed import renamed
 from biodedup.common.tables import differences
 from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
-from biodedup.engine.callers.approvals import Approval, Approvals
+from biodedup.engine.callers.approvals import Approval, Approvals, Approve, Signer, signer_of
+from biodedup.engine.callers.audit import AuditLog, Call, audited, counted, current_call, move_old, named
+from biodedup.engine.callers.binding import BoundModel, ModelBinding
 from biodedup.engine.callers.budgets import Alarm, Budgets
 from biodedup.engine.callers.disclosure import disclosed_decision, disclosed_search, disclosed_verification
 from biodedup.engine.callers.export_right import note_export
 from biodedup.engine.decide import Decider
-from biodedup.engine.enrol import Enrolment
+from biodedup.engine.enrol import Answer, Enrolment, PreparedBatch
 from biodedup.engine.info import info_of, notes_of
 from biodedup.engine.joining import JoinedTile, Joining
 from biodedup.engine.load import ArrowBatch, Cells, Loaded, Loader
@@ -91,9 +93,11 @@ from biodedup.gallery.care.backup import Copied, backup
 from biodedup.gallery.care.history import NotedClock, finite
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
+from biodedup.gallery.catalogue.audit import AuditRecord, chosen, in_archive
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.index_codec import refuse_unknown
 from biodedup.gallery.files.packed import Packed, pack_text
+from biodedup.gallery.files.private import file_bytes
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.policies import PolicyVersion, told
@@ -190,7 +194,11 @@ class Engine:
         self._loader = Loader(gallery, self._preparer, self._decider, new_id, seal_rows, self._log, config.threads)
         self._budgets = Budgets(gallery, self._policy, self._clock, self._log)
         self._approvals = Approvals(gallery, self._clock, self._log)
+        self._binding = ModelBinding(gallery, self._extractor.cards, self._clock)
+        self._audit = AuditLog(gallery, config.audited, self._clock)
         self._caller: Principal | None = None
+        self._purpose = ""
+        self._sign: Signer | None = None
         self._restricted = True
         self._closed = threading.Event()
         refuse_other_models(gallery, self._extractor)
@@ -236,6 +244,7 @@ class Engine:
         """
         if not self._closed.is_set():
             self._closed.set()
+            self._audit.close()
             self._extractor.close()
             self._gallery.close()
             if self._gallery.is_of_this_process:
@@ -293,6 +302,7 @@ class Engine:
         self._check("audit", "administer")
         return list(self._gallery.policies)
 
+    @audited(changes=True)
     def set_policy(self, policy: Policy, *, by: str = "", reason: str) -> PolicyVersion:
         """Stores a policy as the gallery's next version, in force from now on. The present policy changes nothing.
 
@@ -307,20 +317,43 @@ class Engine:
             changes = differences(self._gallery.policies[-1].policy, policy)
             return {"after_version": version, "changes": told(changes, "now", "as asked for"), "reason": reason}
 
-        if policy != self._gallery.policies[-1].policy:
-            self._approvals.require("policy", self._caller, facts)
-        stored = self._policy.store(policy, by, reason, self._clock)
+        if policy == self._gallery.policies[-1].policy:
+            return self._policy.store(policy, by, reason, self._clock)
+        approve = self._approvals.require("policy", self._caller, facts, sign=self._sign)
+        stored = self._policy.store(policy, by, reason, self._clock, approve)
         if stored.version != version:
             self._log.policy_set(stored.version)
         return stored
 
+    def bound_models(self) -> list[BoundModel]:
+        """The model cards that the gallery's decisions rest on, oldest first; a card that changed comes again."""
+        self._check("audit", "administer")
+        return [BoundModel(*row) for row in self._gallery.cards()]
+
+    @audited(changes=True)
+    def accept_models(self) -> list[str]:
+        """Notes the cards of this process that differ from those that the gallery has noted, in the hash chain. The first change by another
+        card notes it by itself, unless `Policy.two_people` names `model`: then nothing is written until two people called this.
+
+        Returns the model_ids. Raises NotAllowed, ApprovalNeeded, StorageUnavailable."""
+        self._check("administer")
+        with self._gallery.transaction() as transaction:
+            changed = {card.model_id: card.digest for card in self._binding.changed(transaction)}
+        if changed:
+            approve = self._approvals.require("model", self._caller, lambda: changed, sign=self._sign)
+            with self._gallery.transaction() as transaction:
+                approve(transaction)
+                self._binding.note(transaction, self._binding.changed(transaction))
+        return sorted(changed)
+
     # callers ------------------------------------------------------------------------------------------------------
 
-    def as_principal(self, principal: Principal | str) -> Engine:
+    def as_principal(self, principal: Principal | str, *, purpose: str = "", key: Path | None = None) -> Engine:
         """This engine for one caller: its roles and budgets apply, and what is recorded names it. It shares everything with this engine;
         closing either closes both.
 
-        principal: or the name of one of `Config.identities`. With these, another principal, or one with more roles than configured, raises
+        purpose: why it calls, in words for the audit log (`Config.audit`). key: the file of its Ed25519 private key, PEM, which signs requests
+        and approvals of calls that need two people; needed for these where the identity states a public key. principal: or the name of one of `Config.identities`. With these, another principal, or one with more roles than configured, raises
         NotAllowed; so does a principal's engine, which makes no other one.
         """
         self.check_open()
@@ -335,23 +368,30 @@ class Engine:
             raise NotAllowed(
                 f"this engine is {self._caller.name!r}'s; ask the engine that was opened for another principal's"
             )
-        return self._view(principal, restricted=True)
+        check_text(purpose, "the purpose", NOTE_LENGTH_MAX)
+        view = self._view(principal, restricted=True, purpose=purpose)
+        view._sign = None if key is None else signer_of(principal, key)
+        return view
 
+    @audited()
     def unrestricted(self) -> Engine:
         """This engine with all scores and without budgets, for jobs that measure or compare. Of a principal's, the role `administer` is needed."""
         self._check("administer")
-        return self._view(self._caller, restricted=False)
+        return self._view(self._caller, restricted=False, purpose=self._purpose)
 
+    @audited()
     def approvals(self) -> list[Approval]:
         """The requests for calls that need two people, with their approvals, oldest first."""
         self._check("audit", "supervise", "administer", "review")
         return self._approvals.listed()
 
+    @audited()
     def alarms(self) -> list[Alarm]:
         """The lock-outs of callers that approached a subject (`Policy.climbs_max`), oldest first."""
         self._check("audit", "supervise", "administer")
         return self._budgets.alarms()
 
+    @audited(changes=True)
     def end_lockout(self, caller: str, subject_id: str) -> None:
         """Ends the lock-out of a caller from a subject. Without one, nothing happens."""
         self._check("supervise")
@@ -359,6 +399,7 @@ class Engine:
 
     # enrolment with a search ------------------------------------------------------------------------------------
 
+    @audited()
     def enroll(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
         """Searches the gallery, and enrols the subject if no enrolled subject or open case is the same person.
 
@@ -372,6 +413,7 @@ class Engine:
         """
         return self._enrol(encounter, across_positions, replaces=False)
 
+    @audited()
     def update(
         self,
         encounter: Encounter,
@@ -396,33 +438,43 @@ class Engine:
         if replace:
             self._check("supervise")
             if self._approvals.needed("replace"):
-                encounter = self._approved_replacement(encounter, reason)
+                encounter, approve = self._approved_replacement(encounter, reason)
+                return self._enrol(encounter, across_positions, replaces=True, reason=reason, approve=approve)
         return self._enrol(encounter, across_positions, replaces=True, reason=reason)
 
-    def _approved_replacement(self, encounter: Encounter, reason: str) -> Encounter:
-        """The encounter with its captures read, once two people sent it with the same content."""
+    def _approved_replacement(self, encounter: Encounter, reason: str) -> tuple[Encounter, Approve | None]:
+        """The encounter with its captures read, and its approval, once two people sent it with the same content."""
         require_subject(encounter)
         encounter = in_memory(encounter, self.config.capture)
         subject_id, operation = str(encounter.subject_id), f"replace: {reason}"
         if standing_answer(self._gallery.answer, encounter, digest_of(encounter, operation), self._gallery.snapshot):
-            return encounter  # sent again: it gets its first answer, and changes nothing
+            return encounter, None  # sent again: it gets its first answer, and changes nothing
         named = replace(
             encounter, encounter_id=encounter.encounter_id or "unnamed"
         )  # without an id nothing is digested
         digest = digest_of(named, operation).hex()
         facts = {"subject_id": subject_id, "reason": reason}
-        self._approvals.require(
-            "replace", self._caller, lambda: facts, lambda snapshot: [digest, _rows_of(snapshot, [subject_id])]
-        )
-        return encounter
+
+        def about(transaction: Transaction) -> Any:
+            return [digest, _rows_of(transaction.snapshot(), [subject_id])]
+
+        return encounter, self._approvals.require("replace", self._caller, lambda: facts, about, self._sign)
 
     def _enrol(
-        self, encounter: Encounter, across_positions: bool | None, *, replaces: bool, reason: str = ""
+        self,
+        encounter: Encounter,
+        across_positions: bool | None,
+        *,
+        replaces: bool,
+        reason: str = "",
+        approve: Approve | None = None,
     ) -> Decision:
         self._check("supervise" if reason else "enrol")
         self._take(subjects=[encounter.subject_id] if replaces and encounter.subject_id else ())
         prepared = self._enrolment.search([encounter], self._across(across_positions), replaces=replaces, reason=reason)
-        (answer,) = self._enrolment.commit(prepared)
+        (answer,) = self._enrolment.commit(prepared, approve)
+        if (call := current_call()) is not None:
+            call.itemised = bool(prepared.fresh)
         if isinstance(answer, NOT_TAKEN):
             raise answer
         return self._named(self._told(answer))
@@ -437,20 +489,34 @@ class Engine:
         An encounter for which `enroll` would raise a CallerError or CaptureUnavailable comes out `refused`, with the error's text as
         its detail. Nothing is recorded of it, and it may be sent again.
         """
-        self._check("enrol")
+        with self._audit.made(self._new_call("enroll_many")) as call:
+            call.itemised = True  # unless it fails
+            self._check("enrol")
         across, stream = self._across(across_positions), map(_encounter, encounters)
         batches = iter(lambda: list(islice(stream, self._config.batch_size)), [])
         for batch, prepared in self._enrolment.ahead(batches, across):
-            self._check("enrol")
-            self._take(len(batch))
-            for encounter, answer in zip(batch, self._enrolment.commit(prepared), strict=True):
+            for encounter, answer in zip(batch, self._committed(batch, prepared), strict=True):
                 if isinstance(answer, NOT_TAKEN):
                     answer = self._decider.refused(encounter, answer, self._gallery.snapshot())
                     self._log.decided("enroll, not recorded", answer)
                 yield self._named(self._told(answer))
 
+    def _committed(self, batch: Sequence[Encounter], prepared: PreparedBatch) -> list[Answer]:
+        """The answers to a batch of a stream, committed and recorded."""
+        with self._audit.made(self._new_call("enroll_many")) as call:
+            call.count, call.itemised = len(batch), True
+            self._check("enrol")
+            self._take(len(batch))
+            answers = self._enrolment.commit(prepared)
+            for i, (encounter, answer) in enumerate(zip(batch, answers, strict=True)):
+                if i not in prepared.fresh:
+                    outcome = answer.outcome if isinstance(answer, Decision) else type(answer).__name__
+                    call.changed_nothing("enroll", encounter, outcome)
+            return answers
+
     # cases: encounters in review ----------------------------------------------------------------------------------
 
+    @audited()
     def dispute(self, encounter: Encounter) -> Decision:
         """Opens a case for an enrolled subject whose new captures did not verify: a person judges whether they are the subject's.
 
@@ -461,21 +527,25 @@ class Engine:
         self._take(subjects=[encounter.subject_id] if encounter.subject_id else ())
         return self._told(self._review.dispute(encounter))
 
+    @audited()
     def cases(self) -> Iterator[Case]:
         """The open cases, in the order of their encounter_ids."""
         self._check("review", "audit")
         yield from self._review.open_cases()
 
+    @audited()
     def case(self, encounter_id: str) -> Case:
         """One case, open or closed. Raises InvalidInput for an encounter that never went to review."""
         self._check("review", "audit")
         return self._review.case(encounter_id)
 
+    @audited()
     def verdicts(self) -> list[Verdict]:
         """All verdicts ever given, oldest first."""
         self._check("review", "audit")
         return self._gallery.verdicts()
 
+    @audited(changes=True)
     def adjudicate(
         self, case: str | Case, ruling: Ruling, by: str = "", note: str = "", *, candidate: str | None = None
     ) -> Decision:
@@ -502,15 +572,21 @@ class Engine:
         """
         self._check("review")
         by = self._signed(by, "review")
+        encounter_id = case.encounter_id if isinstance(case, Case) else case
+        facts = {"encounter_id": encounter_id, "ruling": ruling, "candidate": candidate}
+
+        def about(transaction: Transaction) -> Any:
+            now = transaction.case(encounter_id)
+            return [] if now is None else sorted((one.key, list(map(int, one.rows))) for one in now.undecided)
+
         if self._approvals.needed("adjudicate"):
-            now = self._review.case(case.encounter_id if isinstance(case, Case) else case)
-            facts = {"encounter_id": now.encounter_id, "ruling": ruling, "candidate": candidate}
-            about = sorted((one.key, list(map(int, one.rows))) for one in now.undecided)
-            self._approvals.require("adjudicate", self._caller, lambda: facts, lambda snapshot: about)
-        return self._review.adjudicate(case, ruling, by, note, candidate)
+            self._review.case(encounter_id)  # raises where there is none
+        approve = self._approvals.require("adjudicate", self._caller, lambda: facts, about, self._sign)
+        return self._review.adjudicate(case, ruling, by, note, candidate, approve=approve)
 
     # searches that write nothing --------------------------------------------------------------------------------
 
+    @audited()
     def identify(
         self,
         encounter: Encounter,
@@ -540,6 +616,7 @@ class Engine:
         self._count_named(candidate.subject_id for candidate in told.candidates if not candidate.case)
         return told
 
+    @audited()
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
         """1:1 with an enrolled subject, at `policy.verify_fmr`. Not accepted without a usable capture. Raises UnknownSubject."""
         self._check("verify")
@@ -558,6 +635,7 @@ class Engine:
         self._budgets.verified(self._name, probe.templates, result)
         return disclosed_verification(result, self.policy)
 
+    @audited()
     def search(
         self,
         probes: Mapping[str, NDArray[Any]],
@@ -582,6 +660,7 @@ class Engine:
             raise InvalidInput(f"k is {k!r}, wanted a whole number of at least 1")
         ((column, vectors),) = probes.items()
         rows = self._preparer.probes_of(column, vectors, model_id)
+        counted(len(rows))
         self._take(len(rows))
         result = self._searches.nearest(column, rows, int(k), _checked(groups))
         if not self._restricted:
@@ -615,6 +694,7 @@ class Engine:
         buckets, estimate = self._join.estimate(self._gallery.snapshot(), len(self), threshold_db, listed=listed)
         return JoinPlan(buckets, self._config.search.miss_risk, estimate)
 
+    @audited()
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Cluster]:
@@ -625,6 +705,7 @@ class Engine:
             progress(tile.done, tile.total)
         return links.clusters()
 
+    @audited()
     def join(
         self,
         *,
@@ -672,6 +753,7 @@ class Engine:
 
     # changes without a search -----------------------------------------------------------------------------------
 
+    @audited()
     def add_templates(
         self,
         subject_ids: Sequence[str] | ArrowBatch,
@@ -695,6 +777,7 @@ class Engine:
         self._check("administer")
         return self._load(subject_ids, templates, model_id, groups, encounter_id, keep_enrolled=False).added
 
+    @audited()
     def load_templates(
         self,
         subject_ids: Sequence[str] | ArrowBatch,
@@ -736,6 +819,7 @@ class Engine:
         add = self._loader.add
         return add(subject_ids, templates, groups, encounter_id, model_id=model_id, keep_enrolled=keep_enrolled)
 
+    @audited()
     def import_captures(self, encounters: Sequence[Encounter]) -> list[Decision]:
         """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
 
@@ -757,35 +841,40 @@ class Engine:
         renamed("Engine.admit", "Engine.import_captures")
         return self.import_captures(encounters)
 
+    @audited(changes=True)
     def remove(self, subject_id: str, *others: str) -> None:
         """Removes a subject, or several in one commit, from all later searches. Raises UnknownSubject; then none is removed; NotAllowed,
         ApprovalNeeded (`Policy.two_people`)."""
+        named(subject_id, *others)
         self._check("supervise")
         names = sorted({subject_id, *others})
 
-        def remove(transaction: Transaction) -> None:
+        def about(transaction: Transaction) -> Any:
+            return _rows_of(transaction.snapshot(), names)
+
+        approve = self._approvals.require("remove", self._caller, lambda: {"subject_ids": names}, about, self._sign)
+        with self._gallery.transaction() as transaction:
+            approve(transaction)
             for name in dict.fromkeys((subject_id, *others)):
                 transaction.remove(name)
-
-        facts = {"subject_ids": names}
-        self._approvals.require(
-            "remove", self._caller, lambda: facts, lambda snapshot: _rows_of(snapshot, names), remove
-        )
         self._log.removed(list(dict.fromkeys((subject_id, *others))))
 
     # care of the gallery ----------------------------------------------------------------------------------------
 
+    @audited(changes=True)
     def compact(self) -> None:
         """Merges all segments into one, while searches and enrolments go on. Afterwards the templates of removed subjects are erased
         from the disk. Needs as much free disk as the gallery takes. Raises StorageUnavailable."""
         self._check("administer")
         self._gallery.compact()
 
+    @audited(changes=True)
     def maintain(self) -> None:
         """Seals and merges what is due, now instead of in the background; after a bulk load, for example."""
         self._check("administer")
         self._gallery.maintain()
 
+    @audited(changes=True)
     def seal(self) -> None:
         """Turns the rows of the journal into a segment, now; `maintain` does so when they are many."""
         self._check("administer")
@@ -797,6 +886,7 @@ class Engine:
         check_column(column)
         return str(self._gallery.snapshot().indexing.spec(column))
 
+    @audited(changes=True)
     def reindex(
         self,
         index: str | Mapping[str, str],
@@ -812,11 +902,16 @@ class Engine:
         changes. progress: called with the rows indexed and their total. Raises InvalidInput, StorageUnavailable.
         """
         self._check("administer")
-        specs = parse_specs(index)
+        specs, now = parse_specs(index), self._gallery.snapshot().indexing
         if isinstance(index, Mapping) and EVERY_COLUMN not in index:
-            specs = {**self._gallery.snapshot().indexing.specs, **specs}
-        self._gallery.reindex(specs, force=force, report=progress)
+            specs = {**now.specs, **specs}
+        approve: Approve = lambda transaction: None  # noqa: E731 - to go on with what was asked for before needs no second person
+        if (specs, force) != (now.specs, now.forced):
+            facts = {"index": {column: str(spec) for column, spec in sorted(specs.items())}, "force": force}
+            approve = self._approvals.require("index", self._caller, lambda: facts, sign=self._sign)
+        self._gallery.reindex(specs, force=force, report=progress, approve=approve)
 
+    @audited()
     def faiss_index(self, column: str = "face") -> Any:
         """A `faiss.IndexShards` over the sealed rows of a column, to search by FAISS's own means; `maintain` or `compact` seals rows.
 
@@ -829,6 +924,7 @@ class Engine:
         check_column(column)
         return faiss_view.shards_of(self._gallery.snapshot(), column)
 
+    @audited()
     def faiss_copies(self, column: str = "face") -> Iterator[tuple[int, Any, NDArray[np.int64], list[str]]]:
         """Copies of the indexes of `faiss_index`, one a segment: (number of the segment, the index, its rows, their subject_ids)."""
         self._check("administer")
@@ -839,6 +935,7 @@ class Engine:
             yield number, index, rows, snapshot.subject_ids(rows.tolist())
             self.check_open()
 
+    @audited()
     def subjects_of_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The subject_id of each row number, '' for one that is not there or removed."""
         self._check("administer")
@@ -869,11 +966,13 @@ class Engine:
 
     # looking in -------------------------------------------------------------------------------------------------
 
+    @audited()
     def subject_ids(self) -> list[str]:
         """The ids of all enrolled subjects, in order of enrolment."""
         self._check("audit", "administer")
         return list(self._gallery.snapshot().all_subject_ids())
 
+    @audited()
     def subjects(self, groups: Collection[str] | None = None) -> Iterator[ListedSubject]:
         """The enrolled subjects without their templates, in order of enrolment; with groups, those that are in one of them."""
         self._check("audit", "administer")
@@ -881,6 +980,7 @@ class Engine:
             yield subject
             self.check_open()
 
+    @audited()
     def subject(self, subject_id: str) -> Subject:
         """What the gallery holds of an id: its rows, the decisions on its encounters, and its open cases; also of one that was removed
         or never enrolled, if a decision is about it. Raises UnknownSubject. Reads every decision, as `decisions` does. Without templates
@@ -901,11 +1001,13 @@ class Engine:
         """bool (n,): whether each of these is enrolled."""
         return np.asarray(self.rows_of(subject_ids) >= 0)
 
+    @audited()
     def rows_of(self, subject_ids: Sequence[str]) -> NDArray[np.int64]:
         """int64 (n,): the newest row of each subject, -1 if not enrolled. Row numbers only grow; an updated subject gets a further row."""
         self._check("administer", "audit")
         return self._gallery.snapshot().rows_of(_packed(subject_ids))
 
+    @audited()
     def templates(self, subject_id: str) -> dict[str, Template]:
         """column -> the subject's best template, by quality, then the newest. Embeddings of sealed rows have eight bits a number.
         Raises UnknownSubject."""
@@ -916,6 +1018,7 @@ class Engine:
             raise _unknown(subject_id)
         return templates
 
+    @audited()
     def encounters(self, subject_id: str) -> list[EnrolledEncounter]:
         """The rows of an enrolled subject with their encounters, oldest first. Raises UnknownSubject."""
         self._check("administer")
@@ -925,12 +1028,14 @@ class Engine:
             raise _unknown(subject_id)
         return encounters
 
+    @audited()
     def decision(self, encounter_id: str) -> Decision | None:
         """The decision on an encounter, None for an unknown encounter_id. For a case: as it stands now."""
         self._check("audit", "review")
         stored = self._gallery.answer(encounter_id)
         return None if stored is None or stored.kind != "decision" else from_json(stored.text)
 
+    @audited()
     def decisions(self, subject_id: str | None = None) -> Iterator[Decision]:
         """The decisions on the encounters of a subject, or all, in their order; each as it stands now. Reads every decision that the
         gallery holds."""
@@ -939,12 +1044,49 @@ class Engine:
             yield decision
             self.check_open()
 
+    @audited()
+    def audit_records(
+        self,
+        *,
+        since: float | None = None,
+        until: float | None = None,
+        principal: str | None = None,
+        subject_id: str | None = None,
+    ) -> Iterator[AuditRecord]:
+        """The audit log (`Config.audit`), oldest first: calls at or after `since` and before `until` (seconds since 1970), of one principal, or
+        about one subject. Records in archive files are left out. Raises GalleryDamaged."""
+        self._check("audit")
+        self._audit.flush()
+        spans, rows = self._gallery.audit_log()
+        for record in chosen(spans, rows, since, until):
+            if principal in (None, record.principal) and subject_id in (None, record.subject_id):
+                yield record
+                self._check_open()
+
+    @audited(changes=True)
+    def archive_audit(self, out: Path, *, before: float) -> int:
+        """Moves packed records of the audit log that are older than `before` (seconds since 1970) to a new file, in the clear, so that the
+        gallery does not grow without end. The gallery keeps what proves them. Returns how many were moved; with none, there is no file.
+
+        The newest records, 2,000 to 4,000, are not packed yet and stay. Raises InvalidInput where the file exists, StorageUnavailable."""
+        self._check("administer")
+        with self._gallery.transaction() as transaction:
+            return move_old(transaction, self._gallery.storage, out, before)
+
+    @audited()
+    def archived_audit(self, file: Path) -> Iterator[AuditRecord]:
+        """The records of a file of `archive_audit`, oldest first, checked against what the gallery keeps. Raises InvalidInput, GalleryDamaged."""
+        self._check("audit")
+        yield from in_archive(file_bytes(file, None), self._gallery.audit_log()[0])
+
+    @audited()
     def receipt(self, encounter_id: str) -> Receipt:
         """What a decision rests on, and where it stands in the gallery's log; `jobs.write_receipt` signs it. Raises InvalidInput where the
         gallery holds no decision on the encounter."""
         self._check("audit")
         return receipt_of(self._gallery, encounter_id, self._extractor.cards)
 
+    @audited()
     def recall(self, encounter: Encounter) -> Decision | None:
         """The decision that this encounter got, None if it was not sent before. Writes nothing. Raises EncounterConflict if its
         encounter_id was used with other content."""
@@ -969,6 +1111,7 @@ class Engine:
         self._check("audit", "administer")
         return notes_of(self._gallery.snapshot(), now)
 
+    @audited()
     def backup(self, target: str | Path) -> Copied:
         """Copies the gallery, and what jobs keep beside it, to a folder. A later backup to the same folder copies only new segments.
 
@@ -1061,10 +1204,13 @@ class Engine:
         score_db = self._pairs.calibrations.of(model.model_id).score_db
         return disclosed_search(result, self.policy, review_db, score_db)
 
-    def _view(self, caller: Principal | None, *, restricted: bool) -> Engine:
+    def _view(self, caller: Principal | None, *, restricted: bool, purpose: str) -> Engine:
         view = object.__new__(Engine)
-        view.__dict__.update(self.__dict__, _caller=caller, _restricted=restricted)
+        view.__dict__.update(self.__dict__, _caller=caller, _restricted=restricted, _purpose=purpose)
         return view
+
+    def _new_call(self, kind: str, *, in_commit: bool = False) -> Call:
+        return Call(self._audit, kind, self._name, self._purpose, in_commit=in_commit)
 
 
 def _rows_of(snapshot: Snapshot, subject_ids: Sequence[str]) -> list[list[int]]:

@@ -18,8 +18,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import TypeAlias
 
 from biodedup.common.memory import out_of_memory
+from biodedup.engine.callers.audit import Call, current_call
 from biodedup.engine.decide import Decider
 from biodedup.engine.log import EngineLog
 from biodedup.engine.prepare import Preparer, Probe, check_models, in_memory, require_subject
@@ -43,6 +45,8 @@ from biodedup.search.searcher import CandidateSet
 from biodedup.trace import tracing, untraced
 from biodedup.values import Case, Decision, Encounter
 
+Answer: TypeAlias = Decision | CallerError | CaptureUnavailable
+
 
 @dataclass(eq=False)
 class _Waiting:
@@ -54,6 +58,11 @@ class _Waiting:
     replaces: bool
     reason: str
     answers: list[Decision | CallerError] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+    """The probes whose answers the commit recorded."""
+    call: Call | None = None
+    approve: Callable[[Transaction], None] | None = None
+    """Of a replacement that two people ask for."""
     error: BiodedupError | None = None
     done: bool = False
 
@@ -65,11 +74,12 @@ class _Waiting:
 @dataclass(eq=False)
 class PreparedBatch:
     """Encounters after their search. answers: those known already; waiting: the probes to be decided, None without any; places: the
-    index of each such probe."""
+    index of each such probe; fresh: the encounters whose decision was committed, and not known before."""
 
-    answers: list[Decision | CallerError | CaptureUnavailable | None]
+    answers: list[Answer | None]
     places: tuple[int, ...] = ()
     waiting: _Waiting | None = None
+    fresh: frozenset[int] = frozenset()
 
 
 class Enrolment:
@@ -103,7 +113,7 @@ class Enrolment:
         self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False, reason: str = ""
     ) -> PreparedBatch:
         """Prepares encounters, and searches the newest snapshot for them."""
-        answers: list[Decision | CallerError | CaptureUnavailable | None] = [None] * len(encounters)
+        answers: list[Answer | None] = [None] * len(encounters)
         operation = "enroll" if not replaces else f"replace: {reason}" if reason else "update"
         encounters, digests = list(encounters), [b""] * len(encounters)
         for i, encounter in enumerate(encounters):
@@ -153,11 +163,14 @@ class Enrolment:
 
     # the commit -------------------------------------------------------------------------------------------------
 
-    def commit(self, prepared: PreparedBatch) -> list[Decision | CallerError | CaptureUnavailable]:
-        """Decides on searched encounters and commits the decisions. One answer for each encounter."""
+    def commit(self, prepared: PreparedBatch, approve: Callable[[Transaction], None] | None = None) -> list[Answer]:
+        """Decides on searched encounters and commits the decisions. One answer for each encounter. approve: of a replacement, is called in
+        its transaction."""
         if prepared.waiting is not None:
-            self._commit(prepared.waiting)
             waiting = prepared.waiting
+            waiting.call, waiting.approve = current_call(), approve
+            self._commit(waiting)
+            prepared.fresh = frozenset(prepared.places[i] for i in waiting.fresh)
             each = zip(prepared.places, waiting.probes, waiting.seen.found, waiting.answers, strict=True)
             for i, probe, found, answer in each:
                 prepared.answers[i] = answer
@@ -198,14 +211,19 @@ class Enrolment:
         return group
 
     def _decide_all(self, transaction: Transaction, call: _Waiting) -> None:
-        for probe, found, digest in zip(call.probes, call.seen.found, call.digests, strict=True):
+        for i, (probe, found, digest) in enumerate(zip(call.probes, call.seen.found, call.digests, strict=True)):
             try:
                 answer = standing_answer(transaction.answer, probe.encounter, digest, transaction.snapshot)
                 if answer is None:
                     request = Request(call.replaces, tuple(probe.encounter.groups), call.seen.across, call.reason)
                     required = self._decider.policy().required
                     decision = self.decide(transaction, probe, found, call.seen, request, required=required)
+                    if call.approve is not None:
+                        call.approve(transaction)
                     answer = self.record(transaction, probe, decision, digest, request)
+                    call.fresh.append(i)
+                    if call.call is not None:
+                        call.call.carried_out(transaction, call.operation, answer)
                 call.answers.append(answer)
             except CallerError as error:
                 call.answers.append(error)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from biodedup.common.described import Described
 from biodedup.engine.arrow.templates import one_batch, read_templates
+from biodedup.engine.callers.audit import carried_out, current_call
 from biodedup.engine.decide import Decider
 from biodedup.engine.log import EngineLog
 from biodedup.engine.prepare import Preparer, check_models, in_memory, require_subject
@@ -271,6 +272,7 @@ class Loader:
             if batch.was_added(transaction.answer):
                 return False
             batch.record(transaction)
+            carried_out(count=batch.count)
             if batch.count:
                 transaction.add_many(batch.ids, batch.cells, batch.groups)
         return True
@@ -289,6 +291,7 @@ class Loader:
                 transaction.settle_models(batch.cells)
                 transaction.attach(entry)
                 batch.record(transaction)
+                carried_out(count=batch.count)
         except (
             CallerError
         ):  # after another error the commit may stand; the next writer deletes segments that no commit names
@@ -337,6 +340,9 @@ class Loader:
                     transaction.add(probe.subject_id, probe.templates, encounter_id, probe.encounter.groups)
                 transaction.record(encounter_id, StoredDecision(digests[i], decision.outcome, to_json(decision)))
                 taken.append(decision)
+                if (call := current_call()) is not None:
+                    call.carried_out(transaction, call.kind, decision)
+                    call.itemised = True
         for decision in taken:
             self.log.decided("import", decision)
         return [answer for answer in answers.values() if answer is not None]

@@ -14,6 +14,7 @@ from biodedup.config import Policy
 from biodedup.errors import InvalidInput
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.policies import PolicyVersion, mismatch
+from biodedup.gallery.transaction import Transaction
 from biodedup.values import NOTE_LENGTH_MAX, check_id, check_text
 
 
@@ -31,8 +32,17 @@ class PolicyInForce:
     def __call__(self) -> Policy:
         return self._overriding or self._gallery.policies[-1].policy
 
-    def store(self, policy: Policy, by: str, reason: str, clock: Callable[[], float]) -> PolicyVersion:
-        """Stores the policy as the next version, or returns the present version if it is the same policy. Ends an override."""
+    def store(
+        self,
+        policy: Policy,
+        by: str,
+        reason: str,
+        clock: Callable[[], float],
+        approve: Callable[[Transaction], None] = lambda transaction: None,
+    ) -> PolicyVersion:
+        """Stores the policy as the next version, or returns the present version if it is the same policy. Ends an override.
+
+        approve: is called in the transaction that stores it."""
         if not isinstance(policy, Policy):
             raise InvalidInput(f"the policy is a Policy, got {type(policy).__name__}; write Policy(fpir=1e-6)")
         check_id(by, "by")
@@ -42,6 +52,7 @@ class PolicyInForce:
         with self._gallery.transaction() as transaction:
             present = self._gallery.policies[-1]
             if present.policy != policy:
+                approve(transaction)
                 present = PolicyVersion(present.version + 1, policy, by, clock(), reason)
                 transaction.set_policy(present)
         self._overriding = None

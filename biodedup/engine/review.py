@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from biodedup.engine.callers.audit import carried_out
 from biodedup.engine.decide import Decider
 from biodedup.engine.enrol import Enrolment
 from biodedup.engine.log import EngineLog
@@ -75,6 +76,7 @@ class Review:
             decision = self._disputed(transaction, probe)
             request = Request(False, tuple(encounter.groups), False)
             decision = self.enrolment.record(transaction, probe, decision, digest, request)
+            carried_out(outcome=decision.outcome, at=decision.decided_at)
         self.log.decided("dispute", decision)
         return decision
 
@@ -88,11 +90,20 @@ class Review:
         decision = self.decider.decide(probe, CandidateSet(), now, version=transaction.version)
         return self.decider.disputed(replace(decision, reasons=()), probe, now, own)
 
-    def adjudicate(self, judged: str | Case, ruling: Ruling, by: str, note: str, candidate: str | None) -> Decision:
+    def adjudicate(
+        self,
+        judged: str | Case,
+        ruling: Ruling,
+        by: str,
+        note: str,
+        candidate: str | None,
+        *,
+        approve: Callable[[Transaction], None],
+    ) -> Decision:
         """Records a verdict, and decides again on the case and on the open cases that are linked with it.
 
         Before a subject is enrolled, it is compared with everything that is enrolled or in an open case by now. judged: an encounter_id,
-        or the case as a person saw it.
+        or the case as a person saw it; approve: is called in the transaction of the verdict.
         """
         shown, encounter_id = (judged, judged.encounter_id) if isinstance(judged, Case) else (None, judged)
         case = self.case(encounter_id)
@@ -108,6 +119,7 @@ class Review:
                 return now.decision
             if shown is not None and ruling != "recapture":
                 check_as_shown(now, shown, candidate)
+            approve(transaction)
             transaction.judge(verdicts, different_rows(now, verdicts))
             closing = next(filter(closes, verdicts), None)  # of all candidates, the subject itself may be any
             if closing is not None:
@@ -115,6 +127,7 @@ class Review:
             else:
                 decision = self._decide_again(transaction, now, verdicts, searched)
             self._settle(transaction, now, decision, own=any(v.own for v in (*now.verdicts, *verdicts)))
+            carried_out(outcome=decision.outcome, subjects=(now.subject_id,), at=verdicts[0].at)
             linked = [self._recheck(transaction, other, searched) for other in self._open(transaction.case, now.linked)]
         self.log.judged(ruling, decision, sum(linked))
         return decision

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -33,6 +33,7 @@ from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.cases import read_case, standing
+from biodedup.gallery.catalogue.audit import AuditRecord, AuditSpan, record_of
 from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
@@ -63,6 +64,16 @@ _log = logging.getLogger("biodedup.gallery")
 _LIMITS = IndexLimits()
 
 
+class Recorder(Protocol):
+    """Adds rows to commits: the audit log and the cards of models (engine/callers/). Both are called under the gallery's lock."""
+
+    def stage(self, transaction: Transaction) -> None:
+        """Before a commit that changes something."""
+
+    def settle(self) -> None:
+        """Once it is durable."""
+
+
 class Gallery:
     """Subjects, their templates and the answers given. Thread-safe; one process writes."""
 
@@ -83,6 +94,7 @@ class Gallery:
         self.storage = storage
         self._catalogue = catalogue
         self._lock_file = lock
+        self.recorders: list[Recorder] = []
         self._broken = self._closed = False
         self._uncertain: State | None = None
         """The state of a commit whose result is unknown, because the disk failed; else None."""
@@ -250,10 +262,22 @@ class Gallery:
         with self._reading():
             return self._catalogue.alarms()
 
-    def approvals(self) -> list[tuple[Any, ...]]:
-        """Rows of table `approval`, oldest first."""
+    def audit_log(self) -> tuple[list[AuditSpan], list[AuditRecord]]:
+        """The packed records of the audit log, and those behind them, oldest first."""
         with self._reading():
-            return self._catalogue.approvals()
+            rows = [record_of(row) for row in self._catalogue.audit_rows()]
+            return list(self._catalogue.audit_spans()), rows
+
+    def cards(self) -> list[tuple[Any, ...]]:
+        """Rows of table `card`, oldest first."""
+        with self._reading():
+            return self._catalogue.cards()
+
+    def approvals(self) -> tuple[list[tuple[Any, ...]], dict[int, str]]:
+        """(rows of table `approval`, oldest first; its number -> the method of its newest signature)."""
+        with self._reading():
+            signed = {row[1]: row[3] for row in self._catalogue.approval_signatures()}
+            return self._catalogue.approvals(), signed
 
     def copied_to(self, copy: sqlite3.Connection) -> Snapshot:
         """Copies the database, and returns the snapshot of the same moment. A reader sees what the writer has committed since."""
@@ -300,6 +324,8 @@ class Gallery:
                     self._meet_other_writers()
                     transaction = self._staged()
                     yield transaction
+                    for recorder in self.recorders if transaction.changed else ():
+                        recorder.stage(transaction)
                     changed, state = transaction.changed, transaction.state  # once durable, nothing is called unguarded
                     if changed:
                         self._make_files_durable(transaction)
@@ -387,6 +413,10 @@ class Gallery:
                 self._broken = True
 
     def _adopt(self, transaction: Transaction) -> None:
+        for recorder in self.recorders:
+            recorder.settle()
+        for tell in transaction.when_durable:
+            tell()
         published = transaction.snapshot()
         self._state, self._tail = transaction.state, transaction.tail
         self._policies += tuple(transaction.policies)
@@ -507,10 +537,15 @@ class Gallery:
         return self._broken
 
     def reindex(
-        self, specs: Mapping[str, IndexSpec], *, force: bool = False, report: Callable[[int, int], None] | None = None
+        self,
+        specs: Mapping[str, IndexSpec],
+        *,
+        force: bool = False,
+        report: Callable[[int, int], None] | None = None,
+        approve: Callable[[Transaction], None] = lambda transaction: None,
     ) -> None:
         """As `Maintenance.reindex`."""
-        self._maintenance.reindex(specs, force=force, report=report)
+        self._maintenance.reindex(specs, force=force, report=report, approve=approve)
 
     def _refuse_other_index(self, config: GalleryConfig) -> None:
         """A gallery keeps the index engine that it was created with until it is asked for another one. Raises IndexMismatch."""

@@ -27,6 +27,7 @@ from biodedup.gallery.segments.part import Int64, Rows
 from biodedup.gallery.segments.reader import Segment
 from biodedup.gallery.segments.writer import Abandoned
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.gallery.transaction import Transaction
 from biodedup.index_spec import IndexSpec
 
 _FINISH_ROWS_MAX = 1_000_000  # closing waits for a merge of up to this many rows; a larger one is abandoned
@@ -85,11 +86,16 @@ class Maintenance:
             self._index()
 
     def reindex(
-        self, specs: Mapping[str, IndexSpec], *, force: bool, report: Callable[[int, int], None] | None = None
+        self,
+        specs: Mapping[str, IndexSpec],
+        *,
+        force: bool,
+        report: Callable[[int, int], None] | None = None,
+        approve: Callable[[Transaction], None] = lambda transaction: None,
     ) -> None:
         """Gives every segment the index of these engines. A codec that misses more than the miss risk is refused before anything changes.
 
-        Raises InvalidInput, StorageUnavailable. Stopped in between, it goes on with the next call, or in the background.
+        approve: is called in the transaction that stores the engines. Raises InvalidInput, StorageUnavailable. Stopped in between, it goes on with the next call, or in the background.
         """
         with self._merging, self._gallery.maintaining():
             settings = replace(self._gallery.snapshot().indexing, specs=specs)
@@ -103,6 +109,7 @@ class Maintenance:
                 if not force and not codec.keeps(self._gallery.limits.miss_risk):
                     raise _loses(column, codec, self._gallery.limits.miss_risk)
             with self._gallery.transaction() as transaction:
+                approve(transaction)
                 transaction.set_index(specs, forced=force)
                 for column, codec in codecs:
                     transaction.add_codec(column, codec)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from biodedup.gallery.cases import (
     resembled,
     standing,
 )
+from biodedup.gallery.catalogue.audit import AuditRecord
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State, paired
 from biodedup.gallery.files.filesystem import Storage
@@ -76,6 +77,10 @@ class Transaction:
         self.new_segments: list[int] = []
         self.retired: list[Segment] = []
         self.retired_files: list[str] = []
+        self.when_durable: list[Callable[[], None]] = []
+        """Called once the commit is durable; they never raise."""
+        self.audited: list[AuditRecord] = []
+        """Calls that this commit carries out."""
         self._catalogue = catalogue
         self._storage = storage
         self._folder = folder
@@ -286,6 +291,12 @@ class Transaction:
         something is put."""
         self.manifest_changed = self.manifest_changed or noted
         return self._catalogue
+
+    def add_audit(self, records: Sequence[AuditRecord]) -> None:
+        """Appends calls to the audit log. They are no content."""
+        if records:
+            self._catalogue.add_audit(records)
+            self.manifest_changed = True
 
     def case(self, encounter_id: str) -> Case | None:
         return read_case(self._catalogue, self.snapshot(), encounter_id)

@@ -503,3 +503,37 @@ def test_a_budget_is_shared_by_all_front_ends(register):
         engine.verify(probe, "anna")
     with pytest.raises(bd.BudgetExhausted):
         second.verify(probe, "anna")
+
+
+# the audit log ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_calls_of_several_front_ends_are_one_audit_log(register):
+    some = people(6)
+    config = bd.Config(audit="all")
+    ends = [register(config, cluster=NO_POLL) for _ in range(2)]
+    for i, vector in enumerate(some):
+        enroll(ends[i % 2], f"s{i}", vector)
+        acting(ends[i % 2], f"p{i % 2}").search({"face": some[:1]})
+    acting(ends[1], "p1").remove("s0")
+    internals(ends[0]).audit.flush()
+    seen = list(ends[0].audit_records())
+    assert [record.number for record in seen] == list(range(1, len(seen) + 1))
+    assert sorted(record.subject_id for record in seen if record.call == "enroll") == [f"s{i}" for i in range(6)]
+    assert sorted(record.principal for record in seen if record.call == "search") == ["p0"] * 3 + ["p1"] * 3
+    assert ends[1].problems() == []
+    catalogue = internals(ends[1]).catalogue
+    catalogue._connect()
+    catalogue._run(f"DELETE FROM {catalogue._table('audit')} WHERE number = 3")
+    assert any("audit record 3 is lost" in text for text in ends[1].problems())
+
+
+def test_a_register_of_an_older_release_gets_the_tables_that_it_lacks(register):
+    engine = register(bd.Config(audit="none"), cluster=NO_POLL)
+    catalogue = internals(engine).catalogue
+    for table in ("audit", "audit_span", "approval_signature"):
+        catalogue._run(f"DROP TABLE {catalogue._table(table)}")
+    engine.close()
+    engine = register()
+    enroll(engine, "anna", people(1)[0])
+    assert [record.call for record in engine.audit_records()] == ["enroll"]

@@ -118,6 +118,8 @@ def test_every_public_method_of_an_engine_asks_for_a_role_or_is_named_here(opene
     arguments: dict[str, tuple[Any, ...]] = {
         "add_templates": (["x"], {"face": PEOPLE[:1]}),
         "adjudicate": ("visit", "same"),
+        "archive_audit": ("old.audit",),
+        "archived_audit": ("old.audit",),
         "are_enrolled": (["s1"],),
         "backup": ("copy",),
         "case": ("visit",),
@@ -147,7 +149,9 @@ def test_every_public_method_of_an_engine_asks_for_a_role_or_is_named_here(opene
         if name.startswith("_"):
             continue
         with pytest.raises(bd.NotAllowed):
-            given = {"set_policy": {"policy": bd.Policy(), "reason": "x"}}.get(name, {})
+            given = {"set_policy": {"policy": bd.Policy(), "reason": "x"}, "archive_audit": {"before": 0.0}}.get(
+                name, {}
+            )
             answer = getattr(nobody, name)(*arguments.get(name, ()), **given)
             list(answer)  # a generator asks when it is first read
 

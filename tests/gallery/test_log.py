@@ -137,7 +137,10 @@ def test_rows_of_the_journal_are_listed_until_they_are_sealed(folder, config):
     def listed():
         return forge(folder, config, "SELECT sum(journal), sum(1 - journal) FROM row_change")[0]
 
-    assert listed() == (3, 5)  # three enrolments; the beginning, the model, a verdict, a removal and the seal
+    assert listed() == (
+        3,
+        5,
+    )  # three enrolments; the beginning, the model and its card, a verdict, a removal and the seal
     with bd.Engine.open(folder, config) as engine:
         internals(engine).gallery.seal()
     assert listed() == (0, 6) and not problems(folder, config)

@@ -21,8 +21,11 @@ from biodedup.cli.base import (
     JsonOption,
     ModelIdOption,
     Panel,
+    PersonOption,
+    SignOption,
     ThreadsOption,
     WaitOption,
+    acting,
     app,
     complain,
     configured,
@@ -169,6 +172,8 @@ def reindex(
     force: Annotated[
         bool, typer.Option("--force", help="Use an index that misses more mates than the miss risk allows.")
     ] = False,
+    by: PersonOption = "",
+    sign: SignOption = None,
     gallery: FolderOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -182,12 +187,31 @@ def reindex(
     assert engines is not None, "the option is required"
     with existing(gallery, configured(gallery, config, threads=threads)) as engine:
         with progress_bar(lines=not as_json) as progress:
-            engine.reindex(engines, force=force, progress=lambda done, total: progress("indexing", done, total))
+            acting(engine, by, sign).reindex(
+                engines, force=force, progress=lambda done, total: progress("indexing", done, total)
+            )
         columns = list(engine.info()["columns"])
         plan = engine.plan(columns).explain().splitlines() if columns else []
         facts = {"index": {column: engine.index(column) for column in columns}, "plan": plan}
     empty = "the gallery holds nothing yet; its rows get their index once there are enough to train on"
     finish(facts, plan or empty, as_json)
+
+
+@app.command("accept-models", rich_help_panel=Panel.GALLERY)
+def accept_models(
+    by: PersonOption = "",
+    sign: SignOption = None,
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Note in the gallery that the cards of its models have changed: other weights, or another calibration.
+
+    Needed where the policy asks for two people for `model`; otherwise the next change of the gallery notes it.
+    """
+    with existing(gallery, configured(gallery, config)) as engine:
+        models = acting(engine, by, sign).accept_models()
+    finish({"accepted": models}, f"accepted: {', '.join(models)}" if models else "no card has changed", as_json)
 
 
 @app.command(rich_help_panel=Panel.GALLERY)

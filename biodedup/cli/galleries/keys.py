@@ -13,7 +13,19 @@ from typing import Annotated
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import DEFAULT_GALLERY, ConfigOption, FolderOption, JsonOption, Panel, app, configured, finish
+from biodedup.cli.base import (
+    DEFAULT_GALLERY,
+    ConfigOption,
+    FolderOption,
+    JsonOption,
+    Panel,
+    PersonOption,
+    SignOption,
+    app,
+    configured,
+    finish,
+)
+from biodedup.config import Config
 from biodedup.errors import InvalidInput
 from biodedup.keys import KeyProvider, KeySource
 
@@ -21,28 +33,42 @@ key = typer.Typer(no_args_is_help=True, help="Make the key of encrypted gallerie
 app.add_typer(key, name="key", rich_help_panel=Panel.GALLERY)
 
 
-def _stated(gallery: Path, config: Path | None) -> KeySource:
-    keys = configured(gallery, config).keys
+def _stated(config: Config) -> KeySource:
+    keys = config.keys
     if keys is None:
         raise InvalidInput("no key was stated; name its place in the settings file, as [keys] file = ...")
     return keys
 
 
 @app.command(rich_help_panel=Panel.GALLERY)
-def encrypt(gallery: FolderOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def encrypt(
+    by: PersonOption = "",
+    sign: SignOption = None,
+    gallery: FolderOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Encrypt a gallery under the key that the table `keys` of the settings names.
 
     Needs free disk space of the gallery's size. Interrupted, the same command goes on. Afterwards the blocks of the disk that held the gallery
     in the clear may still hold it: erase the free space, or move the gallery to a new disk.
     """
-    status = jobs.encrypt(gallery, _stated(gallery, config))
+    chosen = configured(gallery, config)
+    status = jobs.encrypt(gallery, _stated(chosen), chosen, by=by, sign=sign)
     finish(asdict(status), f"{gallery} is encrypted under key {status.register_key_id}", as_json)
 
 
 @app.command(rich_help_panel=Panel.GALLERY)
-def decrypt(gallery: FolderOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def decrypt(
+    by: PersonOption = "",
+    sign: SignOption = None,
+    gallery: FolderOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Turn an encrypted gallery into one in the clear. Take the table `keys` out of the settings afterwards."""
-    status = jobs.decrypt(gallery, _stated(gallery, config))
+    chosen = configured(gallery, config)
+    status = jobs.decrypt(gallery, _stated(chosen), chosen, by=by, sign=sign)
     finish(asdict(status), f"{gallery} is in the clear", as_json)
 
 
@@ -71,6 +97,8 @@ def rotate(
     file: Annotated[Path | None, typer.Option("--new-file", help="The file of the new key.")] = None,
     environment: Annotated[str | None, typer.Option("--new-environment", help="The variable of the new key.")] = None,
     command: Annotated[str | None, typer.Option("--new-command", help="The command that prints the new key.")] = None,
+    by: PersonOption = "",
+    sign: SignOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -79,5 +107,6 @@ def rotate(
     The settings name the present key. Then change them. Backups open by the old key until the next backup.
     """
     after = KeyProvider(file, environment, tuple(shlex.split(command or "")))
-    found = jobs.rotate_key(gallery, _stated(gallery, config), after)
+    chosen = configured(gallery, config)
+    found = jobs.rotate_key(gallery, _stated(chosen), after, chosen, by=by, sign=sign)
     finish(asdict(found), f"{gallery} is encrypted under key {found.register_key_id} from now on", as_json)

@@ -1,12 +1,14 @@
-"""Commands on the hash chain of a gallery: log verify, log checkpoint. Each runs one job."""
+"""Commands on the log of a gallery: log verify, log checkpoint, log show. Each runs one job, or calls one method of the engine."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import (
     DEFAULT_GALLERY,
@@ -15,14 +17,23 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     Panel,
+    PersonOption,
+    acting,
     app,
     configured,
     counted,
+    existing,
     finish,
+    print_json,
+    say,
+    show_table,
 )
 from biodedup.errors import InvalidInput
+from biodedup.gallery.catalogue.audit import AuditRecord, chosen
 
-log = typer.Typer(no_args_is_help=True, help="Verify the hash chain of the commits, and sign checkpoints of it.")
+log = typer.Typer(
+    no_args_is_help=True, help="Verify the hash chain of the commits, sign checkpoints of it, and show the audit log."
+)
 app.add_typer(log, name="log", rich_help_panel=Panel.CARE)
 
 
@@ -44,7 +55,8 @@ def verify(
     """
     _refuse_url(gallery)
     report = jobs.verify_log(gallery, configured(gallery, config), checkpoint=checkpoint, public_key=public_key)
-    checked = ", ".join([counted(report.links, "link"), counted(report.rows, "row"), counted(report.files, "file")])
+    counts = [(report.links, "link"), (report.rows, "row"), (report.files, "file"), (report.calls, "recorded call")]
+    checked = ", ".join(counted(count, noun) for count, noun in counts)
     lines = [f"checked {checked}; commits {report.first_commit:,} to {report.commit:,}"]
     if not report.keyed:
         lines.append("note: without a key the chain finds accidents; a forger can compute it again")
@@ -52,6 +64,79 @@ def verify(
     finish(report.to_dict(), lines, as_json)
     if report.problems:
         raise typer.Exit(Exit.DAMAGED)
+
+
+@log.command()
+def show(
+    since: Annotated[
+        str | None, typer.Option("--since", help="From this day or time on, as 2026-11-30T08:00; UTC.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Before this day or time.")] = None,
+    principal: Annotated[str | None, typer.Option("--principal", help="Only calls of this principal.")] = None,
+    subject: Annotated[str | None, typer.Option("--subject", help="Only calls that name this subject.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option("--archive", help="Show the records of a file of `log archive`, and check them.")
+    ] = None,
+    by: PersonOption = "",
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the audit log: who called what, when, why, about whom, and the outcome. Needs the role audit where the settings name identities.
+
+    `log verify` checks that no record was dropped or changed.
+    """
+    limits = {"since": _seconds("--since", since), "until": _seconds("--until", until)}
+    with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
+        caller = acting(engine, by)
+        if archive is None:
+            records = list(caller.audit_records(**limits, principal=principal, subject_id=subject))
+        else:
+            kept = chosen((), caller.archived_audit(archive), **limits)
+            records = [r for r in kept if principal in (None, r.principal) and subject in (None, r.subject_id)]
+    if as_json:
+        print_json({"records": [record.to_dict() for record in records]})
+        return
+    if records:
+        show_table(
+            map(_cells, records), ("number", "time (UTC)", "principal", "purpose", "call", "about", "count", "outcome")
+        )
+    say(f"{counted(len(records), 'call')}")
+
+
+@log.command()
+def archive(
+    before: Annotated[str, typer.Option("--before", help="Move records before this day or time, as 2026-11-30; UTC.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, in the clear; it must not exist.")],
+    by: PersonOption = "",
+    gallery: GalleryOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Move old records of the audit log to a file. The gallery keeps what proves them: `log show --archive FILE` checks it."""
+    seconds = _seconds("--before", before)
+    assert seconds is not None, "the option is required"
+    with existing(gallery, configured(gallery, config)) as engine:
+        moved = acting(engine, by).archive_audit(out, before=seconds)
+    text = f"{counted(moved, 'record')} moved to {out}" if moved else "no packed record is that old; nothing was moved"
+    finish({"moved": moved, "archive": str(out) if moved else None}, text, as_json)
+
+
+def _cells(record: AuditRecord) -> tuple[object, ...]:
+    about = " ".join(filter(None, (record.subject_id, record.encounter_id)))
+    time = f"{datetime.fromtimestamp(record.at, UTC):%Y-%m-%d %H:%M:%S}"
+    return record.number, time, record.principal, record.purpose, record.call, about, record.count, record.outcome
+
+
+def _seconds(option: str, text: str | None) -> float | None:
+    """A day or a time as seconds since 1970. Raises InvalidInput."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidInput(f"{option} is {text!r}, wanted a day or a time, as 2026-11-30 or 2026-11-30T08:00") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 @log.command()

@@ -24,6 +24,7 @@ from biodedup.cli.base import (
     JsonOption,
     Panel,
     RegisterUrl,
+    SignOption,
     ThreadsOption,
     WaitOption,
     acting,
@@ -82,7 +83,7 @@ def show(
         before = version
 
 
-def set_policy(named: Path | None, *, by: str, reason: str, wait: float, gallery: Path | RegisterUrl, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
+def set_policy(named: Path | None, *, by: str, sign: Path | None, reason: str, wait: float, gallery: Path | RegisterUrl, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
     """Store a new version of the gallery's policy, which applies from then on. Settings that no option names keep their values."""
     folder = named or gallery
     wanted = {name: _parsed(name, value) for name, value in given.items() if value is not None}
@@ -93,7 +94,7 @@ def set_policy(named: Path | None, *, by: str, reason: str, wait: float, gallery
     )  # whatever the settings say, this is about the gallery's own
     with existing(folder, chosen, wait) as engine:
         before = engine.policies()[-1]
-        stored = acting(engine, by).set_policy(made(Policy, flat(before.policy) | wanted), by=by, reason=reason)
+        stored = acting(engine, by, sign).set_policy(made(Policy, flat(before.policy) | wanted), by=by, reason=reason)
     changed = "nothing has changed" if stored.version == before.version else _changed(before, stored)
     finish(_document(stored), f"version {stored.version}: {changed}", as_json)
 
@@ -102,6 +103,7 @@ def _signature() -> inspect.Signature:
     """What `policy set` takes: an option for each field of `Policy`, so that a new field has one by itself."""
     fields = [(name, _option(name, hint)) for name, hint in hints(Policy).items()]
     others = [
+        ("sign", SignOption, None),
         ("wait", WaitOption, 0.0),
         ("gallery", GalleryOption, DEFAULT_GALLERY),
         ("config", ConfigOption, None),

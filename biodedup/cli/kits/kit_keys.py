@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import JsonOption, Panel, app, finish
+from biodedup.cli.base import JsonOption, Panel, app, finish, settings
 from biodedup.errors import InvalidInput
 from biodedup.jobs.kits.format.keys import LIFETIME_DAYS
 
@@ -159,6 +159,9 @@ def revoke(
     as_json: JsonOption = False,
 ) -> None:
     """Revoke a kit's key for good: nothing that it signs is accepted any more. What was ingested stays."""
+    settled = settings(None, None).config
+    if settled.identities is not None:
+        settled.identity(by).require("administer")
     _told(jobs.revoke(key, trusted, by=by, reason=reason), as_json)
 
 

@@ -6,13 +6,15 @@ Owns the list of what is wrong. Never changes the chain, and never checks a sign
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from biodedup.common.described import Described
 from biodedup.errors import CallerError, GalleryDamaged
 from biodedup.gallery.care.verify import connected, read_manifest
+from biodedup.gallery.catalogue.approvals import wrong_signatures
 from biodedup.gallery.catalogue.chain import (
     BEGUN,
     CHAINED,
@@ -22,6 +24,7 @@ from biodedup.gallery.catalogue.chain import (
     Link,
     Sum,
     is_chained,
+    is_listed,
     pack_row,
 )
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
@@ -42,8 +45,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class LogReport(Described):
-    """keyed: whether the newest link is of a key; first_commit, commit: of the oldest and the newest link; links, rows, files: how many were
-    checked; problems: what is wrong; notes: what could not be checked, and where digests were taken anew. mark: the newest link."""
+    """keyed: whether the newest link is of a key; first_commit, commit: of the oldest and the newest link; links, rows, files, calls: how many
+    were checked, calls being records of the audit log; problems: what is wrong; notes: what could not be checked, and where digests were taken anew. mark: the newest link."""
 
     gallery_id: str
     keyed: bool
@@ -55,10 +58,16 @@ class LogReport(Described):
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     mark: Mark | None
+    calls: int = 0
 
 
-def verify_chain(storage: Storage, folder: Path, mark: Mark | None = None) -> LogReport:
-    """Recomputes every link and the digest of every table, and compares the heads of all segment files with the manifest. Raises NotAGallery,
+def verify_chain(
+    storage: Storage,
+    folder: Path,
+    mark: Mark | None = None,
+    public_keys: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> LogReport:
+    """public_keys: of principals, which sign approvals. Recomputes every link and the digest of every table, and compares the heads of all segment files with the manifest. Raises NotAGallery,
     KeyMismatch, StorageUnavailable."""
     try:
         with connected(storage, folder) as catalogue:
@@ -69,7 +78,7 @@ def verify_chain(storage: Storage, folder: Path, mark: Mark | None = None) -> Lo
             catalogue.begin_reading()
             try:
                 files = [str(problem) for problem in manifest.problems]
-                return _Check(catalogue, gallery_id, mark).report(files, len(manifest.files))
+                return _Check(catalogue, gallery_id, mark, public_keys).report(files, len(manifest.files))
             finally:
                 catalogue.rollback()
     except (GalleryDamaged, *ODD_CONTENT) as error:
@@ -79,7 +88,14 @@ def verify_chain(storage: Storage, folder: Path, mark: Mark | None = None) -> Lo
 
 
 class _Check:
-    def __init__(self, catalogue: SqliteCatalogue, gallery_id: str, mark: Mark | None) -> None:
+    def __init__(
+        self,
+        catalogue: SqliteCatalogue,
+        gallery_id: str,
+        mark: Mark | None,
+        public_keys: Mapping[str, Collection[str]],
+    ) -> None:
+        self._public_keys = public_keys
         self._catalogue, self._gallery_id, self._mark = catalogue, gallery_id, mark
         self._hash = catalogue.chain.hash
         self._at_mark: Link | None = None
@@ -102,11 +118,35 @@ class _Check:
         if first.commits > 0:
             self.notes.append(f"the chain begins at commit {first.commits}; commits before are not in it")
         rows = self._compare(last)
+        calls = self._audited()
+        self._check_approvals()
         if self._mark is not None:
             self._meet(self._mark, last)
         mark = Mark(self._gallery_id, last.number, last.commits, last.value.hex())
         counts = (bool(last.key_id), first.commits, last.commits, links, rows, files)
-        return LogReport(self._gallery_id, *counts, tuple(self.problems), tuple(self.notes), mark)
+        return LogReport(self._gallery_id, *counts, tuple(self.problems), tuple(self.notes), mark, calls)
+
+    def _audited(self) -> int:
+        """The records of the audit log. Returns how many there are."""
+        try:
+            check = self._catalogue.audit_check()
+        except GalleryDamaged as error:
+            self.problems.append(str(error))
+            return 0
+        self.problems += check.problems
+        self.notes += check.notes
+        return check.records
+
+    def _check_approvals(self) -> None:
+        """The signatures of requests and approvals."""
+        try:
+            approvals, signatures = self._catalogue.approvals(), self._catalogue.approval_signatures()
+        except GalleryDamaged as error:
+            self.problems.append(str(error))
+            return
+        about = (self._gallery_id, approvals, signatures, self._hash, self._public_keys)
+        for wrong, text in wrong_signatures(*about):
+            (self.problems if wrong else self.notes).append(text)
 
     def _follow(self, link: Link, before: Link | None) -> None:
         """One link, behind the one before it."""
@@ -177,7 +217,7 @@ class _Check:
                 _, (start,) = self._hash.rows(table, [pack_row(row)])
                 if left.get(start):
                     left[start].pop()
-                else:
+                elif is_listed(table, row):
                     lines.append(f"table {table}: the row {row[0]!r} is not as a commit wrote it")
         links = sorted(link for several in left.values() for link in several)
         lines += [f"table {table}: a row of commit {self._commit_of.get(n, '?')} is lost or changed" for n in links]

@@ -34,8 +34,13 @@ CHAINED = (
     *("meta", "model", "group_set", "segment", "tombstone", *JOURNAL, "held", "review_case", "verdict"),
     *("pending", "judged", "link", "job_step", "policy", "index_codec"),
     *("alarm", "approval"),
+    *("audit_span", "approval_signature", "card"),
 )
 """Tables that the chain covers. Their places in this order stand in the chain: new ones come last."""
+_LATER = frozenset(CHAINED[CHAINED.index("approval") + 1 :])
+"""Tables that older links do not know: while they are empty, links are as without them."""
+AUDIT_HEAD = "audit_head"
+"""The row of `meta` with the head of the audit log (audit.py)."""
 BEGUN, NEW_KEY, REPAIRED = "begun", "new key", "repaired"
 """Reasons of links that took the digests anew."""
 NO_LINK = bytes(32)
@@ -110,7 +115,8 @@ class ChainHash:
         return total, starts
 
     def content(self, digests: Mapping[str, Digest]) -> bytes:
-        parts = [value for table in CHAINED for value in (table, *digests.get(table, Digest()).values)]
+        tables = [table for table in CHAINED if table not in _LATER or digests.get(table, Digest()) != Digest()]
+        parts = [value for table in tables for value in (table, *digests.get(table, Digest()).values)]
         return self.of(b"biodedup tables 1\0" + pack_row(parts))
 
     def completed(self, link: Link, previous: bytes) -> Link:
@@ -153,8 +159,8 @@ class Changes:
         self._sums: dict[str, Digest] = {}
         self._emptied: set[str] = set()
         self._waiting: list[bytes] = []
-        self._waiting_in = ("", 1)
-        """The table of the rows that wait to be hashed, and 1, or -1 for dropped ones."""
+        self._waiting_in = ("", 1, True)
+        """The table of the rows that wait to be hashed; 1, or -1 for dropped ones; whether they are listed."""
         self._journal, self._other = bytearray(), bytearray()
 
     @property
@@ -173,11 +179,11 @@ class Changes:
         """Whether the journal was, so that earlier lists of its rows say nothing any more."""
         return self._emptied >= {*JOURNAL}
 
-    def put(self, table: str, packed: bytes) -> None:
-        self._note((table, 1), packed)
+    def put(self, table: str, packed: bytes, *, listed: bool = True) -> None:
+        self._note((table, 1, listed), packed)
 
-    def drop(self, table: str, packed: bytes) -> None:
-        self._note((table, -1), packed)
+    def drop(self, table: str, packed: bytes, *, listed: bool = True) -> None:
+        self._note((table, -1, listed), packed)
 
     def empty(self, table: str) -> None:
         """Every row of the table is dropped. Only for a table whose rows this process has compared with its digest, or written."""
@@ -187,7 +193,7 @@ class Changes:
         if self.emptied:
             self._journal.clear()
 
-    def _note(self, where: tuple[str, int], packed: bytes) -> None:
+    def _note(self, where: tuple[str, int, bool], packed: bytes) -> None:
         if where != self._waiting_in or len(self._waiting) >= _WAITING_MAX:
             self._hash_waiting()
             self._waiting_in = where
@@ -196,11 +202,13 @@ class Changes:
     def _hash_waiting(self) -> None:
         if not self._waiting:
             return
-        table, sign = self._waiting_in
+        table, sign, listed = self._waiting_in
         total, starts = self._hash.rows(table, self._waiting)
         self._waiting.clear()
         added = Digest(sign * len(starts), sign * total)
         self._sums[table] = self._sums.get(table, Digest()).plus(added)
+        if not listed:
+            return
         code = bytes([_CODES[table] | (0 if sign > 0 else _DROPPED)])
         changes = self._journal if table in JOURNAL else self._other
         changes += code + code.join(starts)
@@ -231,6 +239,11 @@ def changes_in(link: int, packed: bytes) -> Iterator[RowChange]:
 def is_chained(table: str, row: Sequence[Any]) -> bool:
     """Whether the digest of its table covers a row. The counters are in each link instead."""
     return table in _CODES and not (table == "meta" and row[0] == "state")
+
+
+def is_listed(table: str, row: Sequence[Any]) -> bool:
+    """Whether changes of a row are listed. The head of the audit log changes with most commits."""
+    return table != "meta" or row[0] != AUDIT_HEAD
 
 
 def pack_row(values: Sequence[Any]) -> bytes:

@@ -23,6 +23,7 @@ from biodedup.gallery.catalogue.chain import (
     Link,
     Sum,
     is_chained,
+    is_listed,
     pack_row,
 )
 
@@ -80,11 +81,11 @@ class ChainWriter:
 
     def put(self, table: str, row: Sequence[Any], packed: bytes) -> None:
         if is_chained(table, row):
-            self.changes.put(table, packed)
+            self.changes.put(table, packed, listed=is_listed(table, row))
 
     def drop(self, table: str, row: Sequence[Any]) -> None:
         if is_chained(table, row):
-            self.changes.drop(table, pack_row(row))
+            self.changes.drop(table, pack_row(row), listed=is_listed(table, row))
 
     # reading ------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,10 @@ lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteC
 | budget | calls that a caller made, or that were made about a subject, until they are forgotten (engine/callers/budgets.py) |
 | alarm | one lock-out of a caller; kept for ever |
 | approval | one call that needs two people: its digest, who asked for it, who approved it; kept for ever |
+| approval_signature | the signature of a request or of an approval (approvals.py) |
+| card | one model card that came into use: digests of the card and of its weights (engine/callers/binding.py) |
+| audit | one call, with the hash that chains it to the call before (audit.py) |
+| audit_span | many old calls, packed; kept for ever, without the calls once they are in an archive file |
 | index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
 | chain | one link of the hash chain over the commits (chain.py); in SQLite alone |
 | digest | the digest of the present rows of one table; in SQLite alone |
@@ -39,7 +43,7 @@ import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,10 +52,25 @@ import xxhash
 from biodedup.common import quality as quality_scale
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.catalogue.approvals import SIGNATURE_COLUMNS, signature_row
+from biodedup.gallery.catalogue.audit import (
+    AUDIT_COLUMNS,
+    SPAN_ROWS,
+    UNPACKED_MAX,
+    AuditCheck,
+    AuditHead,
+    AuditRecord,
+    AuditSpan,
+    chained,
+    pack_records,
+)
 from biodedup.gallery.catalogue.chain import (
+    AUDIT_HEAD,
     BEGUN,
     CHAIN_COLUMNS,
     JOURNAL,
+    NO_LINK,
+    ChainHash,
     Digest,
     Link,
     RowChange,
@@ -97,6 +116,9 @@ COLUMNS_OF = {
     "alarm": "number INTEGER PRIMARY KEY, kind TEXT, caller TEXT, subject_id TEXT, raised_at REAL",
     "approval": "number INTEGER PRIMARY KEY, action TEXT, digest BLOB, facts TEXT, requested_by TEXT, requested_at REAL, "
     "approved_by TEXT, approved_at REAL",
+    "card": "number INTEGER PRIMARY KEY, model_id TEXT, digest TEXT, weights TEXT, bound_at REAL",
+    **AUDIT_COLUMNS,
+    **SIGNATURE_COLUMNS,
 }
 _EVERY = COLUMNS_OF | CHAIN_COLUMNS
 _ADDED = {
@@ -114,6 +136,10 @@ _ADDED = {
     "budget": "access",
     "alarm": "access",
     "approval": "access",
+    "audit": "audit",
+    "audit_span": "audit",
+    "approval_signature": "signatures",
+    "card": "cards",
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
@@ -124,7 +150,7 @@ _RENEWED = frozenset(_ADDED.values()) - {"encounters"}
 
 INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
 
-REPLACED = ("meta", "review_case", "encounter", "budget", "approval", "digest")
+REPLACED = ("meta", "review_case", "encounter", "budget", "approval", "digest", "audit_span")
 """Tables of which a row may be put again; an encounter that was refused may be sent again."""
 
 STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
@@ -246,7 +272,7 @@ class CatalogueTables(ABC):
             problems.append(f"the journal holds templates of {orphans} rows without a subject")
         if bare := len(rows - with_cells - removed):
             problems.append(f"{bare} enrolled subjects of the journal have no template")
-        return problems
+        return problems + self.audit_check().problems
 
     def has_encounters(self) -> bool:
         """Whether open cases have rows, and verdicts are about rows: in galleries of formats 1 to 3 they do not until `Transaction.adopt_cases`."""
@@ -378,6 +404,81 @@ class CatalogueTables(ABC):
         self.put("approval", [(number, *row)])
         return number
 
+    def cards(self) -> list[tuple[Any, ...]]:
+        """(number, model_id, digest, weights, bound_at), oldest first."""
+        return list(self._all("card", "number"))
+
+    def add_card(self, row: Sequence[Any]) -> None:
+        """row: without its number."""
+        self.put("card", [(self._last_number("card") + 1, *row)])
+
+    def approval_signatures(self) -> list[tuple[Any, ...]]:
+        """The rows of table `approval_signature`, by approval."""
+        return list(self._all("approval_signature", "number"))
+
+    def put_approval_signature(self, row: Sequence[Any], method: str, key: str, signature: bytes) -> None:
+        """row: of table `approval`, which is signed."""
+        self.put("approval_signature", [signature_row(row, method, key, signature)])
+
+    # the audit log ----------------------------------------------------------------------------------------------
+
+    def audit_hash(self) -> ChainHash:
+        """What chains the records of the audit log."""
+        return ChainHash(None)
+
+    def audit_check(self) -> AuditCheck:
+        """Follows every record. Raises GalleryDamaged."""
+        check = AuditCheck(self.audit_hash())
+        for span in self.audit_spans():
+            check.span(span)
+        check.rows(self.audit_rows(), self.audit_head())
+        return check
+
+    def audit_head(self) -> AuditHead:
+        """Raises GalleryDamaged."""
+        for _, text in self._all("meta", None, "key = ?", (AUDIT_HEAD,)):
+            return AuditHead.from_json(text)
+        return AuditHead()
+
+    def audit_rows(self) -> Iterator[tuple[Any, ...]]:
+        """The records that are not packed, oldest first, each with its value."""
+        return self._all("audit", "number")
+
+    def audit_spans(self) -> Iterator[AuditSpan]:
+        """Packed records, oldest first."""
+        return (AuditSpan(*row) for row in self._all("audit_span", "number"))
+
+    def put_audit_span(self, span: AuditSpan) -> None:
+        self.put("audit_span", [span.values])
+
+    def add_audit(self, records: Sequence[AuditRecord]) -> None:
+        """Appends records, and gives them their numbers."""
+        head, chain_hash = self.audit_head(), self.audit_hash()
+        if head.number >= head.first and head.key_id != chain_hash.key_id:
+            head = self._pack_audit(head, head.number)
+        numbered = [replace(record, number=number) for number, record in enumerate(records, head.number + 1)]
+        values = list(chained(chain_hash, head.value, numbered))
+        self.put("audit", [(*record.values, value) for record, value in zip(numbered, values, strict=True)])
+        head = AuditHead(head.first, numbered[-1].number, values[-1], chain_hash.key_id)
+        if head.number - head.first >= UNPACKED_MAX:
+            head = self._pack_audit(head, head.first + SPAN_ROWS - 1)
+        self.put("meta", [(AUDIT_HEAD, head.to_json())])
+
+    def _pack_audit(self, head: AuditHead, last: int) -> AuditHead:
+        """Packs the records up to one. Damaged ones stay as they are, for `log verify` to name."""
+        before = NO_LINK
+        try:
+            for span in self._all("audit_span", None, "last = ?", (head.first - 1,)):
+                before = AuditSpan(*span).value
+            rows = list(self._all("audit", "number", "number <= ?", (last,)))
+        except GalleryDamaged:
+            return head
+        if [row[0] for row in rows] != list(range(head.first, last + 1)):
+            return head
+        self.put_audit_span(pack_records(rows, before, head.key_id))
+        self._delete("audit WHERE number <= ?", [(last,)])
+        return replace(head, first=last + 1)
+
     def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
         """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
         self.put("held", ((f"{encounter_id}/{COLUMNS[index]}", *rest) for encounter_id, index, *rest in rows))
@@ -477,7 +578,7 @@ class CatalogueTables(ABC):
 
     @abstractmethod
     def _all(
-        self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
+        self, table: str, order: str | None = None, where: str = "", which: tuple[Any, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
         """Rows without their checksums. where: with a `?` for each of `which`. Raises GalleryDamaged."""
 
@@ -636,7 +737,7 @@ class SqliteCatalogue(CatalogueTables):
         return self._all(table, "rowid")
 
     def _all(
-        self, table: str, order: str | None = None, where: str = "", which: tuple[str, ...] = ()
+        self, table: str, order: str | None = None, where: str = "", which: tuple[Any, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
         if table in _ADDED and not self.exists(table):
             if _ADDED[table] in self.meta():
@@ -672,6 +773,9 @@ class SqliteCatalogue(CatalogueTables):
         self.erased = True
 
     # the hash chain -----------------------------------------------------------------------------------------------
+
+    def audit_hash(self) -> ChainHash:
+        return self.chain.hash
 
     def links(self) -> Iterator[Link]:
         """The chain, oldest first. Raises GalleryDamaged."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from biodedup.errors import NotAGallery
+from biodedup.errors import InvalidInput, NotAGallery
 from biodedup.gallery.files.faults import translated
 
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
@@ -97,3 +97,13 @@ def close_to_others(path: Path) -> None:
     mode = stat.S_IMODE(path.lstat().st_mode)
     if not path.is_symlink():
         path.chmod(mode & ~_OTHERS)
+
+
+def file_bytes(path: Path, most: int | None = 1 << 20) -> bytes:
+    """Of a key or a document, at most so many. Raises InvalidInput."""
+    try:
+        refuse_no_file(path)
+        with path.open("rb") as file:
+            return file.read(-1 if most is None else most)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror}; check its name") from None

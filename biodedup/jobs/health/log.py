@@ -50,11 +50,12 @@ def verify_log(
     chain; public_key: PEM, of the key that signed it; without it the signature proves only that the file is whole. Raises InvalidInput,
     NotAGallery, KeyMismatch, StorageUnavailable."""
     storage = LocalStorage(None if config is None else config.keys)
+    public_keys = {} if config is None else config.public_keys
     if checkpoint is None:
-        return verify_chain(storage, gallery)
+        return verify_chain(storage, gallery, public_keys=public_keys)
     document, wrong = _read(checkpoint, public_key)
     mark = Mark(document["gallery_id"], document["number"], document["commit"], document["chain"])
-    report = verify_chain(storage, gallery, None if wrong else mark)
+    report = verify_chain(storage, gallery, None if wrong else mark, public_keys)
     notes = report.notes
     if public_key is None and not wrong:
         signer = document["signed_by"]

@@ -41,6 +41,7 @@ from biodedup.gallery.segments.part import Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.merging.model import AbsorbedRecord, Member
 from biodedup.jobs.merging.registers import Origins, step_of
+from biodedup.jobs.shared.acting import NOBODY, Actor, begun_by
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import EnrolledEncounter, Template
 
@@ -146,6 +147,7 @@ def apply_merge(
     storage: Storage,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     progress: Progress = silent,
+    actor: Actor = NOBODY,
 ) -> Applied:
     """Adds all subjects of the districts except absorbed ones, completes survivors, and removes the absorbed ones of the central
     gallery.
@@ -160,8 +162,11 @@ def apply_merge(
         if not begun(target.snapshot(), merge_id):
             refuse_unfinished(folder, target.snapshot(), storage)
             _refuse_changed(folder, target, registers)
-            _write_log(log, _logged(target.snapshot(), staged, absorbed), storage)
-            record(target, f"{name}:begun")
+            with begun_by(actor, target, config, "merge", {"merge": merge_id}, role="supervise", kind="merge") as begin:
+                _write_log(log, _logged(target.snapshot(), staged, absorbed), storage)
+                with target.transaction() as transaction:
+                    begin(transaction)
+                    transaction.record_step(f"{name}:begun", {})
         progress("applying", 0, staged.live_count)
         ids: dict[str, list[str]] = {"removed": [], "left_out": [], "completed": []}
         for rows in _read_log(log, storage, ["subject_id", "action"]):
@@ -192,18 +197,22 @@ def undo(
     folder: Path,
     config: Config | None = None,
     *,
+    by: str = "",
+    sign: Path | None = None,
     progress: Progress = silent,
     storage: Storage | None = None,
 ) -> Undone:
     """Takes a merge back: the central gallery has the subjects that it had, with the templates and groups that they had.
 
     What was enrolled, updated or removed since is left as it is. Interrupted, it goes on; done already, it changes nothing. Raises
-    InvalidInput for a merge that was not applied here.
+    InvalidInput for a merge that was not applied here, NotAllowed, ApprovalNeeded (`Policy.two_people`). by: the person who does it; sign:
+    the file of its private key.
     """
-    storage = storage or LocalStorage(None if config is None else config.keys)
+    config = config or Config()
+    storage = storage or LocalStorage(config.keys)
     log = folder / MERGES_FOLDER / f"{merge_id}.parquet"
-    Gallery.open_to_read(folder, storage, (config or Config()).gallery).close()  # a mistyped folder is no new gallery
-    target = _opened(folder, storage, config or Config(), lambda: "")
+    Gallery.open_to_read(folder, storage, config.gallery).close()  # a mistyped folder is no new gallery
+    target = _opened(folder, storage, config, lambda: "")
     try:
         name = f"merge:{merge_id}"
         if not begun(target.snapshot(), merge_id):
@@ -211,6 +220,12 @@ def undo(
             raise InvalidInput(
                 f"merge {merge_id!r} was not applied to {folder}; known are: {', '.join(known) or 'none'}"
             )
+        if all(target.snapshot().job_step(f"{name}:{stage}") is None for stage in ("undoing", "undone")):
+            about = {"undo": merge_id}
+            with begun_by(Actor(by, sign), target, config, "merge", about, role="supervise", kind="undo") as begin:
+                with target.transaction() as transaction:
+                    begin(transaction)
+                    transaction.record_step(f"{name}:undoing", {})
         stands_for = _stands_for(target.snapshot(), folder, storage)
         restored, reverted, kept = _restore(target, log, name, stands_for, progress)
         withdrawn = _withdraw(target, name, stands_for, progress)

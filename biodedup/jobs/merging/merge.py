@@ -50,6 +50,7 @@ from biodedup.jobs.merging.registers import (
 )
 from biodedup.jobs.merging.report import beside, write_results
 from biodedup.jobs.merging.survivors import absorbed, check_rule, survivor
+from biodedup.jobs.shared.acting import Actor
 from biodedup.jobs.shared.checkpoint import Notes
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.progress import Progress, silent, warn
@@ -94,6 +95,8 @@ def merge(
     prefer: Sequence[str] = (),
     min_db: float | None = None,
     config: Config | None = None,
+    by: str = "",
+    sign: Path | None = None,
     progress: Progress = silent,
     storage: Storage | None = None,
     executor: Executor = LOCAL,
@@ -104,10 +107,11 @@ def merge(
     subjects keep their ids. apply: bring the result into it. rule: which record survives, a key of `survivors.RULES`; prefer: districts, best
     first, where the rule ties. min_db: link from this score on, extrapolated or not; None takes the policy's duplicate threshold for
     the merged size, lists what lies above its review threshold, and applies only what is within the measured scores. The policy is the
-    central gallery's, else the one of config, else the one that all districts have. executor: where tiles are compared
-    (`jobs.ray_executor`).
+    central gallery's, else the one of config, else the one that all districts have. by: the person who applies it, with the role supervise
+    where identities are configured; sign: the file of its private key.
+    executor: where tiles are compared (`jobs.ray_executor`).
 
-    Raises InvalidInput, PolicyMismatch, ModelMismatch, NotAGallery, GalleryBusy (another job has this result), GalleryDamaged, StorageUnavailable.
+    Raises NotAllowed, ApprovalNeeded (`Policy.two_people`): then the result is there and nothing was applied; InvalidInput, PolicyMismatch, ModelMismatch, NotAGallery, GalleryBusy (another job has this result), GalleryDamaged, StorageUnavailable.
     """
     _check_request(sources, out, into, apply)
     storage = storage or LocalStorage(None if config is None else config.keys)
@@ -132,7 +136,10 @@ def merge(
                 merge_id = _merge_id(keys, settings)
                 if apply and target is not None:
                     merge_id = standing_id(target.snapshot, merge_id)
-        applied = _applied(central, merge_id, keys, absorbed_records, run) if apply and central is not None else None
+        actor = Actor(by, sign)
+        applied = (
+            _applied(central, merge_id, keys, absorbed_records, run, actor) if apply and central is not None else None
+        )
         return MergeResult(merge_id, summary, applied)
 
 
@@ -182,6 +189,7 @@ def _applied(
     keys: Sequence[dict[str, Any]],
     absorbed_records: Sequence[AbsorbedRecord],
     run: _Run,
+    actor: Actor,
 ) -> Applied:
     staging = Gallery.open_to_read(run.work / "gallery", run.storage, run.config.gallery)
     try:
@@ -194,6 +202,7 @@ def _applied(
             config=run.config,
             storage=run.storage,
             progress=run.progress,
+            actor=actor,
         )
     finally:
         staging.close()

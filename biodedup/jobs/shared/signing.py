@@ -13,20 +13,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from biodedup.common.signatures import private_key, public_text, require_cryptography
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.private import open_private, refuse_no_file
+from biodedup.gallery.files.private import file_bytes, open_private
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
-_BYTES_MAX = 1 << 20
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 
 def make_signing_key(out: Path) -> str:
     """Makes a key pair: `out` holds the private key (PEM, for its owner alone), `out` with the ending .pub the public one. Returns the public key
     in hexadecimal. Raises InvalidInput where one of the files exists, StorageUnavailable."""
-    _require_cryptography()
+    require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
@@ -45,13 +44,13 @@ def make_signing_key(out: Path) -> str:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-    return _hexadecimal(public)
+    return public_text(public)
 
 
 def signed(title: str, document: dict[str, Any], key: Path) -> dict[str, Any]:
     """The document with its signature. key: the file of the private key. Raises InvalidInput."""
-    private = _private(key)
-    signed_by = _hexadecimal(private.public_key())
+    private = private_key(file_bytes(key), str(key))
+    signed_by = public_text(private.public_key())
     signature = private.sign(_content(title, {**document, "signed_by": signed_by}))
     return {**document, "signed_by": signed_by, "signature": signature.hex()}
 
@@ -59,12 +58,12 @@ def signed(title: str, document: dict[str, Any], key: Path) -> dict[str, Any]:
 def opened(title: str, path: Path, public_key: Path | None) -> tuple[dict[str, Any], str]:
     """(the fields of a signed document, what is wrong with its signature, empty for nothing). public_key: PEM; without it the signature proves
     only that the document is whole. Raises InvalidInput for what is no signed document."""
-    _require_cryptography()
+    require_cryptography()
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     trusted = None if public_key is None else _public(public_key)
-    content = _bytes(path)
+    content = file_bytes(path)
     try:
         document = json.loads(content)
         signature, signed_by = bytes.fromhex(document.pop("signature")), document["signed_by"]
@@ -82,45 +81,12 @@ def _content(title: str, document: dict[str, Any]) -> bytes:
     return f"biodedup {title} 1\0".encode() + json.dumps(document, sort_keys=True).encode()
 
 
-def _hexadecimal(public: Ed25519PublicKey) -> str:
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    return public.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        refuse_no_file(path)
-        with path.open("rb") as file:
-            return file.read(_BYTES_MAX)
-    except OSError as error:
-        raise InvalidInput(f"{path} cannot be read: {error.strerror}; check its name") from None
-
-
-def _private(path: Path) -> Ed25519PrivateKey:
-    _require_cryptography()
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    content = _bytes(path)
-    try:
-        key: object = load_pem_private_key(content, None)
-    except (TypeError, ValueError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise InvalidInput(
-            f"{path} holds no Ed25519 private key without a passphrase (PEM); make one: `biodedup log key FILE`"
-        )
-    return key
-
-
 def _public(path: Path) -> Ed25519PublicKey:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    content = _bytes(path)
+    content = file_bytes(path)
     try:
         key: object = load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm):
@@ -128,12 +94,3 @@ def _public(path: Path) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise InvalidInput(f"{path} holds no Ed25519 public key (PEM); name the .pub file of the key that signed")
     return key
-
-
-def _require_cryptography() -> None:
-    try:
-        import cryptography  # noqa: F401
-    except ImportError:
-        raise InvalidInput(
-            "signatures need the package cryptography; run `pip install 'biodedup[encryption]'`"
-        ) from None

@@ -1,0 +1,307 @@
+"""The audit log: records each call on an engine, with its caller, purpose and outcome.
+
+Owns which calls are recorded, and the records that wait for a commit. Never a biometric value and never a score. The form of a record, and its
+chain, are gallery/catalogue/audit.py's.
+
+1. A call that changes the gallery is recorded in the commit that carries it out. If that fails, neither is there.
+2. Other calls wait in memory until the next commit, for `FLUSH_S` at most, or until `WAITING_MAX` wait: then the call that adds the next one
+   commits them all. A crash loses those that wait. Closing commits them.
+3. A call that cannot be recorded is not answered: where the disk fails, calls that find `WAITING_MAX` waiting raise the error.
+4. The record of a stream (`enroll_many` apart) is made when its first item is asked for: it may never end.
+5. A call inside another one is recorded as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import wraps
+from inspect import isgeneratorfunction, signature
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from biodedup.errors import BiodedupError, InvalidInput
+from biodedup.gallery.catalogue.audit import AuditRecord, archive_of
+from biodedup.gallery.files.faults import translated
+from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.private import replace_private
+from biodedup.gallery.gallery import Gallery
+from biodedup.gallery.transaction import Transaction
+from biodedup.texts import ID_LENGTH_MAX
+from biodedup.values import Decision, Encounter, Verification
+
+FLUSH_S = 1.0
+"""For so long the record of a call that changes nothing waits at most."""
+WAITING_MAX = 1_000
+DONE = "done"
+_F = TypeVar("_F", bound=Callable[..., Any])
+_log = logging.getLogger("biodedup.engine")
+_ID_PARAMETERS = ("subject_id", "encounter_id", "encounter", "case")
+
+
+@dataclass(eq=False)
+class Call:
+    """A call that is being made. subjects: those that it names; in_commit: whether the commit that it makes carries it out, so that its
+    record belongs there; itemised: whether its encounters are recorded one by one."""
+
+    log: AuditLog
+    kind: str
+    principal: str
+    purpose: str
+    subjects: tuple[str, ...] = ()
+    encounter_id: str = ""
+    count: int = 1
+    outcome: str = ""
+    in_commit: bool = False
+    itemised: bool = False
+    written: bool = False
+    at: float | None = None
+
+    def records(self) -> list[AuditRecord]:
+        at = self.log.clock() if self.at is None else self.at
+        about = (self.encounter_id, self.count, self.outcome or DONE)
+        return [self._record(at, self.kind, subject_id, *about) for subject_id in self.subjects or ("",)]
+
+    def _record(
+        self, at: float, kind: str, subject_id: str, encounter_id: str, count: int, outcome: str
+    ) -> AuditRecord:
+        return AuditRecord(at, self.principal, self.purpose, kind, subject_id, encounter_id, count, outcome)
+
+    def carried_out(self, transaction: Transaction, kind: str, decision: Decision) -> None:
+        """One encounter of this call, in the commit of its decision."""
+        if self.log.mode != "none":
+            names = decision.subject_id or "", decision.encounter_id or ""
+            transaction.audited.append(self._record(decision.decided_at, kind, *names, 1, decision.outcome))
+
+    def changed_nothing(self, kind: str, encounter: Encounter, outcome: str) -> None:
+        """One encounter of this call whose decision was known before, or that was not taken."""
+        if self.log.waits:
+            self.log.wait([self._record(self.log.clock(), kind, *_names_of(encounter), 1, outcome)])
+
+
+_current: ContextVar[Call | None] = ContextVar("biodedup_call", default=None)
+
+current_call = _current.get
+"""Returns the call that this thread makes, or None."""
+
+
+def carried_out(*, outcome: str = "", count: int = 1, subjects: Sequence[str] = (), at: float | None = None) -> None:
+    """Inside a transaction: its commit carries out the call that this thread makes. at: the time that the change is noted with."""
+    call = current_call()
+    if call is not None:
+        call.at = at
+        call.in_commit, call.count, call.outcome = True, count, outcome or call.outcome
+        call.subjects = tuple(subjects) or call.subjects
+
+
+def named(*subject_ids: object) -> None:
+    """The call that this thread makes is about these subjects; a record each."""
+    call = current_call()
+    if call is not None:
+        call.subjects = tuple(_text(name) for name in dict.fromkeys(subject_ids) if isinstance(name, str))
+
+
+def counted(count: int) -> None:
+    """The call that this thread makes is about so many probes or subjects."""
+    call = current_call()
+    if call is not None:
+        call.count = count
+
+
+class AuditLog:
+    """The audit log of one open gallery, its `Recorder`. mode: of `config.AUDITS`; clock: the time in seconds. Thread-safe."""
+
+    def __init__(self, gallery: Gallery, mode: str, clock: Callable[[], float]) -> None:
+        self.mode, self.clock = mode, clock
+        self.waits = mode == "all" and not gallery.read_only
+        """Whether calls that no commit carries out are recorded."""
+        self._gallery = gallery
+        self._waiting: list[AuditRecord] = []
+        self._staged: tuple[int, Call | None] = (0, None)
+        """How many of those that wait the present commit holds, and the call that it carries out."""
+        self._lock = threading.Lock()
+        self._wake, self._ended = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        if mode != "none" and not gallery.read_only:
+            gallery.recorders.append(self)
+
+    # calls ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def made(self, call: Call) -> Iterator[Call]:
+        """Records the call that is made in the block."""
+        token = _current.set(call)
+        try:
+            yield call
+        except BaseException as error:
+            self._ended_by(call, type(error).__name__)
+            raise
+        finally:
+            _current.reset(token)
+        if not call.itemised:
+            self._ended_by(call, call.outcome or DONE)
+
+    def _ended_by(self, call: Call, outcome: str) -> None:
+        if not call.written or outcome != (call.outcome or DONE):
+            call.outcome = outcome
+            if self.waits:
+                self.wait(call.records())
+
+    def wait(self, records: list[AuditRecord]) -> None:
+        """Records what no commit carries out. Raises what a commit raises, once too many wait."""
+        if self._ended.is_set():
+            return  # a call on a closed engine
+        with self._lock:
+            self._waiting += records
+            full = len(self._waiting) > WAITING_MAX
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._flush_on_time, name="biodedup-audit", daemon=True)
+                self._thread.start()
+        if full:
+            self.flush()
+        self._wake.set()
+
+    # commits ----------------------------------------------------------------------------------------------------
+
+    def stage(self, transaction: Transaction) -> None:
+        call = current_call()
+        if call is not None and (call.log is not self or call.written or call.itemised or not call.in_commit):
+            call = None
+        with self._lock:
+            waiting = list(self._waiting)
+        self._staged = len(waiting), call
+        own = [] if call is None else call.records()
+        transaction.add_audit([*waiting, *own, *transaction.audited])
+
+    def settle(self) -> None:
+        count, call = self._staged
+        self._staged = 0, None
+        with self._lock:
+            del self._waiting[:count]
+        if call is not None:
+            call.written = True
+
+    def flush(self) -> None:
+        """Commits what waits. Raises StorageUnavailable, GalleryBusy; then it waits on."""
+        with self._lock:
+            if not self._waiting:
+                return
+        token = _current.set(None)
+        try:
+            with self._gallery.transaction() as transaction:
+                transaction.manifest_changed = True
+        finally:
+            _current.reset(token)
+
+    def close(self) -> None:
+        """Commits what waits, once. Where that fails, a message of the log says how many records are lost."""
+        if not self._gallery.is_of_this_process:
+            return
+        self._ended.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            self.flush()
+        except BiodedupError as error:
+            _log.error("audit: %d calls are not recorded: %s", len(self._waiting), error)
+
+    def _flush_on_time(self) -> None:
+        while not self._ended.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            if self._ended.wait(FLUSH_S):
+                return
+            try:
+                self.flush()
+            except (BiodedupError, MemoryError) as error:
+                _log.warning("audit: records of calls wait for the next commit: %s", error)
+
+
+def move_old(transaction: Transaction, storage: Storage, out: Path, before: float) -> int:
+    """As `Engine.archive_audit`: the file is durable before the commit that drops the records."""
+    if out.exists():
+        raise InvalidInput(f"{out} exists, and an archive is never replaced; name a new file")
+    spans = [s for s in transaction.callers(noted=False).audit_spans() if s.records and s.until < before]
+    if spans:
+        with translated(f"writing {out}"):
+            replace_private(out, archive_of(spans))
+            storage.sync_folder(out.absolute().parent)
+        for span in spans:
+            transaction.callers().put_audit_span(replace(span, records=b""))
+    return sum(span.last - span.number + 1 for span in spans)
+
+
+def audited(*, changes: bool = False) -> Callable[[_F], _F]:
+    """A decorator of methods of `Engine`: each call is recorded under the method's name, with the ids that its arguments name. changes:
+    whether the call's commit carries it out; otherwise a commit that it makes is one of budgets alone."""
+
+    def decorated(method: _F) -> _F:
+        places = {name: at for at, name in enumerate(signature(method).parameters) if name in _ID_PARAMETERS}
+
+        def call_of(engine: Any, given: tuple[Any, ...], named: Mapping[str, Any]) -> Call:
+            call: Call = engine._new_call(method.__name__, in_commit=changes)
+            for name, at in places.items():
+                value = given[at - 1] if at <= len(given) else named.get(name)
+                _name(call, name, value)
+            return call
+
+        @wraps(method)
+        def plain(engine: Any, *given: Any, **named: Any) -> Any:
+            call = call_of(engine, given, named)
+            with engine._audit.made(call):
+                result = method(engine, *given, **named)
+                call.outcome = call.outcome or _outcome_of(result)
+                return result
+
+        @wraps(method)
+        def stream(engine: Any, *given: Any, **named: Any) -> Any:
+            items = method(engine, *given, **named)
+            with engine._audit.made(call_of(engine, given, named)):
+                first = next(items, _NOTHING)
+            if first is not _NOTHING:
+                yield first
+                yield from items
+
+        return cast(_F, stream if isgeneratorfunction(method) else plain)
+
+    return decorated
+
+
+_NOTHING = object()
+
+
+def _name(call: Call, parameter: str, value: object) -> None:
+    """Notes the ids that an argument names. Of ids the types alone are checked by then."""
+    subject_id, encounter_id = "", ""
+    if parameter == "subject_id" and isinstance(value, str):
+        subject_id = value
+    elif parameter == "encounter" and isinstance(value, Encounter):
+        subject_id, encounter_id = _names_of(value)
+    elif parameter in ("encounter_id", "case"):
+        known = value if isinstance(value, str) else getattr(value, "encounter_id", "")
+        encounter_id = known if isinstance(known, str) else ""
+    if subject_id:
+        call.subjects = (_text(subject_id),)
+    call.encounter_id = _text(encounter_id) or call.encounter_id
+
+
+def _names_of(encounter: Encounter) -> tuple[str, str]:
+    return str(encounter.subject_id or ""), str(encounter.encounter_id or "")
+
+
+def _text(name: str) -> str:
+    """A name as any database takes it; one that is no id is cut."""
+    return name[:ID_LENGTH_MAX].encode("utf-8", "replace").decode().replace("\0", "?")
+
+
+def _outcome_of(result: object) -> str:
+    if isinstance(result, Decision):
+        return result.outcome
+    if isinstance(result, Verification):
+        return "accepted" if result.accepted else "not accepted"
+    return DONE
