@@ -360,6 +360,10 @@ class GalleryConfig:
     `faiss:IVF2048,PQ64x4fs`; `,nprobe=N` at its end reads only N inverted lists. A dict names one a column, `*` for all others. None: the
     engine that the gallery stores, `native` in a new one. An existing gallery keeps its engine until `Engine.reindex` changes it; opening
     it with another one raises IndexMismatch."""
+    renewable: bool = False
+    """Whether a gallery that is created stores embeddings turned by a secret orthogonal transform, which `biodedup key rekey` replaces
+    (renewable templates, ISO/IEC 24745). Scores stay. Needs `Config.keys`. An existing gallery stays as it is: with True, opening one that
+    has no transform for writing raises InvalidInput."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -88,6 +88,7 @@ from biodedup.errors import (
 )
 from biodedup.gallery.answers import digest_of, from_json
 from biodedup.gallery.care.backup import Copied, backup
+from biodedup.gallery.care.canary_vectors import turn_canaries
 from biodedup.gallery.care.history import NotedClock, finite
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
@@ -218,6 +219,10 @@ class Engine:
         Raises NotAGallery, KeyMismatch, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
+        if config.gallery.renewable and config.keys is None:
+            raise InvalidInput(
+                "renewable templates need an encrypted gallery; state a key by Config.keys, or leave renewable out"
+            )
         for spec in parse_specs(config.gallery.index or {}).values():
             refuse_unknown(spec)
         opened = _opened_register if _is_register(path) else _opened_folder
@@ -815,6 +820,21 @@ class Engine:
         if isinstance(index, Mapping) and EVERY_COLUMN not in index:
             specs = {**self._gallery.snapshot().indexing.specs, **specs}
         self._gallery.reindex(specs, force=force, report=progress)
+
+    def rekey(self, *, renewable: bool = True, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+        """Turns the stored embeddings, segment by segment, by a new secret transform (renewable templates, `GalleryConfig.renewable`).
+
+        Searches and enrolments go on meanwhile, with segments of both kinds. An interrupted call goes on when it is repeated. At the end the
+        secret of the old transform is destroyed: copies of old files can be neither turned back nor linked by this gallery's key file. A
+        vector is quantised once more, which changes a cosine by 0.0006 (standard deviation). Minutiae are not turned.
+        renewable: False stores embeddings as they are. progress: called with the segments done and their total. Returns the id of the
+        transform, "" without one. Raises InvalidInput where the gallery is not encrypted, KeyMismatch, StorageUnavailable.
+        """
+        self._check("administer")
+        turn_id = self._gallery.rekey(renewable=renewable, report=progress)
+        turn_canaries(self._gallery.storage, self._gallery.folder, self._gallery.snapshot().turn)
+        self._gallery.forget_turns()
+        return turn_id
 
     def faiss_index(self, column: str = "face") -> Any:
         """A `faiss.IndexShards` over the sealed rows of a column, to search by FAISS's own means; `maintain` or `compact` seals rows.

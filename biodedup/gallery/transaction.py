@@ -31,6 +31,7 @@ from biodedup.gallery.cases import (
 )
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State, paired
+from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.files.packed import Packed, pack_text, text
@@ -71,6 +72,7 @@ class Transaction:
         self.different = before.different
         self.steps = before.steps
         self.indexing = before.indexing
+        self.turn = before.turn
         self.answers: dict[str, StoredDecision] = {}
         self.policies: list[PolicyVersion] = []
         self.new_segments: list[int] = []
@@ -114,6 +116,7 @@ class Transaction:
             different=self.different,
             steps=self.steps,
             indexing=self.indexing,
+            turn=self.turn,
         )
 
     def answer(self, encounter_id: str) -> StoredDecision | None:
@@ -359,6 +362,7 @@ class Transaction:
                 parts=[tail],
                 keeps=[keep],
                 others=parts,
+                turn=self.turn,
             )
         )
         self._drop_tombstones(self.tombstones[self.tombstones >= tail.first_row])
@@ -388,6 +392,14 @@ class Transaction:
         """Stores which index engine each column asks for."""
         self.indexing = replace(self.indexing, specs=specs, forced=forced)
         self._catalogue.set_index(self.indexing)
+        self.manifest_changed = True
+
+    def set_turn(self, turn: Turn | None) -> None:
+        """Embeddings are stored with this transform from now on. The journal becomes a segment of it."""
+        self.turn = turn
+        self.indexing = replace(self.indexing, turn_id=turn_id_of(turn))
+        self.seal()
+        self._catalogue.set_turn(turn_id_of(turn))
         self.manifest_changed = True
 
     def add_codec(self, column: str, codec: FaissCodec) -> None:

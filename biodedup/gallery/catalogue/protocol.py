@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State
+from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings
 from biodedup.gallery.policies import PolicyVersion
@@ -76,6 +77,10 @@ class Catalogue(Protocol):
     def index_settings(self) -> IndexSettings: ...
 
     def set_index(self, settings: IndexSettings) -> None: ...
+
+    def turn(self) -> Turn | None: ...
+
+    def set_turn(self, turn_id: str) -> None: ...
 
     def add_codec(self, column: str, codec: FaissCodec) -> None: ...
 
