@@ -235,6 +235,11 @@ class Policy:
     """So often may the score of failed verifications of one subject by one caller rise, with captures like those before, within a day. Then the
     caller is locked out from this subject for a day, with an alarm (`Engine.alarms`). Eight failed tries in random order rise five times in 1
     of 115 cases. 0: no lock-out."""
+    keep_refused_days: float | None = None
+    """For how many days a decision `refused` is kept. Then `biodedup retention run` erases it, with its encounter_id. None: for ever."""
+    keep_cases_days: float | None = None
+    """For how many days a closed case is kept after its last verdict: what was sent and answered, its verdicts, and the templates of one that
+    was not enrolled. Then `biodedup retention run` erases it. Open cases wait for a verdict, however old. None: for ever."""
     two_people: tuple[str, ...] = ()
     """Calls that two principals must make: `remove`, `replace` (`update(replace=True)`), `adjudicate`, `policy` (`set_policy`). The first call
     stores a request (`ApprovalNeeded`); the same call by another principal approves it and is carried out. `Engine.approvals` lists them."""
@@ -254,6 +259,10 @@ class Policy:
             got = self.two_people if isinstance(self.two_people, str) else sorted(unknown)[0]
             raise InvalidInput(f"two_people holds {got!r}, wanted a sequence of {', '.join(TWO_PEOPLE)}")
         object.__setattr__(self, "two_people", tuple(name for name in TWO_PEOPLE if name in self.two_people))
+        for name in ("keep_refused_days", "keep_cases_days"):
+            days = getattr(self, name)
+            if days is not None and not (_is_number(days) and 0 <= days < 1e6):
+                raise InvalidInput(f"{name} is {days}, wanted days from 0 to a million, or None to keep for ever")
         if self.climbs_max < 0:
             raise InvalidInput(f"climbs_max is {self.climbs_max}, wanted at least 0, which means no lock-out")
         for name in ("trust_extrapolation", "own_strangers"):

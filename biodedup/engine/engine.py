@@ -90,8 +90,10 @@ from biodedup.gallery.answers import digest_of, from_json
 from biodedup.gallery.care.backup import Copied, backup
 from biodedup.gallery.care.canary_vectors import turn_canaries
 from biodedup.gallery.care.history import NotedClock, finite
+from biodedup.gallery.care.retention import Due, Limits, due, erase, next_number
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
+from biodedup.gallery.catalogue.chain import Link as ChainLink
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.index_codec import refuse_unknown
 from biodedup.gallery.files.packed import Packed, pack_text
@@ -778,6 +780,30 @@ class Engine:
         self._log.removed(list(dict.fromkeys((subject_id, *others))))
 
     # care of the gallery ----------------------------------------------------------------------------------------
+
+    def retention_due(self) -> Due:
+        """The refused decisions and closed cases that the policy keeps no longer (`Policy.keep_refused_days`, `keep_cases_days`)."""
+        self._check("administer", "audit")
+        return due(self._gallery, self._limits())
+
+    def run_retention(self) -> tuple[Due, int, int | None, ChainLink | None]:
+        """Erases what is due; `jobs.run_retention` verifies it and signs a receipt. Enrolments and searches go on meanwhile.
+
+        Returns what was due, the segments written anew, and the number and the place in the hash chain of the note of this run. Raises
+        InvalidInput for a register on PostgreSQL, StorageUnavailable.
+        """
+        self._check("administer")
+        limits = self._limits()
+        facts = {**vars(limits), "policy_version": self._gallery.policies[-1].version, "at": self._clock()}
+        erased, segments = erase(self._gallery, limits, facts)
+        if not erased:
+            return erased, segments, None, None
+        snapshot = self._gallery.snapshot()
+        return erased, segments, next_number(snapshot) - 1, self._gallery.chain_link(snapshot.version)
+
+    def _limits(self) -> Limits:
+        policy = self._gallery.policies[-1].policy
+        return Limits.of(policy.keep_refused_days, policy.keep_cases_days, self._clock())
 
     def compact(self) -> None:
         """Merges all segments into one, while searches and enrolments go on. Afterwards the templates of removed subjects are erased

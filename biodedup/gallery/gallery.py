@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
-from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.cases import read_case, standing
 from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
@@ -244,6 +244,20 @@ class Gallery:
             return None
         with self._reading():
             return self._catalogue.link_of(version)
+
+    def closed_cases(self) -> dict[str, float]:
+        """encounter_id of each closed case -> the time of its last verdict, or of its decision, in seconds."""
+        waiting = set(self._published.pending.values())
+        with self._reading():
+            waiting |= set(self._catalogue.held_cases())
+            found = {name: text for name, text in self._catalogue.cases() if text is not None and name not in waiting}
+            closed = {name: parsed(text) for name, text in found.items()}
+            judged = [(verdict.encounter_id, verdict.at) for verdict in self._catalogue.verdicts()]
+        times = {name: float(table["decided_at"]) for name, table in closed.items() if table.get("outcome") != "review"}
+        for name, at in judged:
+            if name in times:
+                times[name] = max(times[name], at)
+        return times
 
     def verdicts(self) -> list[Verdict]:
         """All that were ever given, oldest first."""
@@ -519,6 +533,10 @@ class Gallery:
     ) -> None:
         """As `Maintenance.reindex`."""
         self._maintenance.reindex(specs, force=force, report=report)
+
+    def rewrite(self, changed: Callable[[Segment], Rows | None]) -> None:
+        """As `Maintenance.rewrite`."""
+        self._maintenance.rewrite(changed)
 
     def rekey(self, *, renewable: bool = True, report: Callable[[int, int], None] | None = None) -> str:
         """Turns the stored embeddings by a new secret transform, or ends a change that was interrupted. Searches go on meanwhile.

@@ -140,8 +140,16 @@ class Maintenance:
         if not self._gallery.is_broken:
             self._indexing.run(go_on, report)
 
-    def merge(self, segments: Sequence[Segment]) -> None:
-        """Writes neighbouring segments as one, and swaps the manifest."""
+    def rewrite(self, changed: Callable[[Segment], Rows | None]) -> None:
+        """Writes segments anew, without removed rows. changed: what a segment becomes, None where it stays."""
+        with self._merging, self._gallery.maintaining():
+            for segment in self._gallery.snapshot().segments:
+                if (rows := changed(segment)) is not None:
+                    self.merge([segment], [rows])
+            self._index()
+
+    def merge(self, segments: Sequence[Segment], written: Sequence[Rows] | None = None) -> None:
+        """Writes neighbouring segments as one, and swaps the manifest. written: what to write of each, None for all of them."""
         began, snapshot = time.perf_counter(), self._gallery.snapshot()
         dropped = _removed(snapshot, segments)
         rows = sum(segment.count for segment in segments)
@@ -149,7 +157,7 @@ class Maintenance:
         def go_on() -> bool:
             return not self._closing or rows <= _FINISH_ROWS_MAX
 
-        entry = self._gallery.write_parts(segments, [snapshot.mask(segment) for segment in segments], go_on)
+        entry = self._gallery.write_parts(written or segments, [snapshot.mask(segment) for segment in segments], go_on)
         try:
             with self._gallery.transaction() as transaction:
                 transaction.swap(segments, entry, dropped)

@@ -291,6 +291,12 @@ class Transaction:
         self.different = paired(different, self.different)
         self.content_changed = True
 
+    def forget_cases(self, encounter_ids: Sequence[str]) -> None:
+        """Of closed cases."""
+        assert not set(encounter_ids) & set(self.pending.values()), "open cases are kept"
+        self._catalogue.forget_cases(encounter_ids)
+        self.content_changed = self.content_changed or bool(encounter_ids)
+
     def revise(self, case: Case, decision: Decision) -> None:
         """The decision of a case as it stands from now on."""
         self._catalogue.put_case(case.encounter_id, request_of(case).to_json(), to_json(decision))

@@ -471,6 +471,17 @@ class CatalogueTables(ABC):
             return request, decision
         return None
 
+    def cases(self) -> Iterator[tuple[str, str | None]]:
+        """(encounter_id, the decision as it stands or None while it is the answer's) of every case that was noted."""
+        for encounter_id, _, decision in self._all("review_case"):
+            yield encounter_id, decision
+
+    def forget_cases(self, encounter_ids: Iterable[str]) -> None:
+        """Deletes what was asked for, the decisions as they stand, and the verdicts of closed cases."""
+        names = [(encounter_id,) for encounter_id in encounter_ids]
+        self._delete("review_case WHERE encounter_id = ?", names)
+        self._delete("verdict WHERE encounter_id = ?", names)
+
     def put_case(self, encounter_id: str, request: str, decision: str | None) -> None:
         self.put("review_case", [(encounter_id, request, decision)])
 
