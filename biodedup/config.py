@@ -14,6 +14,7 @@ from typing import Any
 
 from biodedup.common.arguments import check_fields, checked
 from biodedup.common.tables import made, read_toml, typed
+from biodedup.devices import check_devices
 from biodedup.errors import InvalidInput, NotAllowed
 from biodedup.index_spec import parse_specs
 from biodedup.keys import KeyProvider
@@ -42,6 +43,9 @@ class FaceConfig:
     """Folder of the model cards. None: the cards that the package ships."""
     detector: str = "yunet"
     """Name of the face detector's card. YuNet is the only detector that the package ships."""
+    pad: str | None = None
+    """Path of a card (`*.toml`) of kind `pad`: a network that tells living faces from photographs, screens and masks. Faces below its limit are
+    refused as `presentation_attack`. None: no network looks for attacks; the package ships none."""
     detector_confidence_min: float = 0.6
     """Detector confidence, 0 to 1, from which a face is reported. Lower than confidence_min, so that a refusal can say what is wrong with
     a doubtful face."""
@@ -140,9 +144,13 @@ class CaptureConfig:
     """Least length of each side, in pixels."""
     bytes_max: int = 100_000_000
     """Greatest size of a file, in bytes; no more of a file is read."""
+    devices: dict[str, str] | None = None
+    """device_id -> Ed25519 public key, 64 hexadecimal digits: of capture devices whose verdicts (`Face.device`) count. None: of none."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.devices is not None:
+            check_devices(self.devices)
         _check(self, 1, inf, "pixels_max", "side_px_min", "bytes_max")
 
 
@@ -166,6 +174,8 @@ class IsolationConfig:
 
 
 REPLAYS = ("report", "refuse")
+LIVENESS = ("", "device", "pad", "either")
+"""Values of `Policy.require_liveness`."""
 DISCLOSURES = ("full", "coarse", "outcome")
 """Values of `Policy.disclosure`, the one that says most first."""
 TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy")
@@ -209,6 +219,10 @@ class Policy:
     """What is done with a capture that is probably a copy of one of the same subject's, the same picture or template sent again, in an
     update or a 1:1 verification. `report`: `replays` of the decision or the verification names it. `refuse`: the update goes to review
     (`replay_suspected`), and the verification is not accepted."""
+    require_liveness: str = ""
+    """What has to prove that a face is a living person's, in every call that takes captures. `device`: the signed verdict of a known device
+    (`Face.device`, `CaptureConfig.devices`); `pad`: the network of `FaceConfig.pad`; `either`; "": nothing. A face without the proof is refused
+    as `liveness_unproved`, and so is a ready-made template, which cannot have one. Fingers need none."""
     required: tuple[str, ...] = (SENT,)
     """The captures that an encounter must bring to be enrolled or to update a subject. Otherwise it is `refused` as `incomplete`, and may
     be sent again under its encounter_id. A sequence of
@@ -249,6 +263,9 @@ class Policy:
         object.__setattr__(self, "required", check_required(self.required))
         if self.replays not in REPLAYS:
             raise InvalidInput(f"replays is {self.replays!r}, wanted one of {', '.join(REPLAYS)}")
+        if self.require_liveness not in LIVENESS:
+            wanted = ", ".join(map(repr, LIVENESS))
+            raise InvalidInput(f"require_liveness is {self.require_liveness!r}, wanted one of {wanted}")
         if self.disclosure not in DISCLOSURES:
             raise InvalidInput(f"disclosure is {self.disclosure!r}, wanted one of {', '.join(DISCLOSURES)}")
         for name in ("caller_calls_per_hour", "subject_calls_per_day"):
