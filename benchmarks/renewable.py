@@ -1,8 +1,8 @@
 """What a secret transform of the stored embeddings costs, and how far two galleries of the same people can be linked without the secrets.
 
 Two encrypted galleries of the same vectors, with and without `GalleryConfig.renewable`: processor time of a batch of 256 and of `rekey`, recall@10
-against exact search, and cosines between what they store. The attack on two whole galleries aligns their principal axes; `anisotropy` is how
-far these differ: variances fall from 1 to 1 / anisotropy, as of embeddings with a few strong directions.
+against exact search. A third one holds other captures of the same people (cosine `mated`): cosines between what is stored, and the attack that
+aligns the principal axes of two whole galleries. `anisotropy` is how far these differ: variances fall from 1 to 1 / anisotropy.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ def people(rows: int, anisotropy: float, rng: np.random.Generator) -> np.ndarray
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[:, DIMENSION // 2] += np.sqrt(0.08)
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def mates(vectors: np.ndarray, cosine: float, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.standard_normal(vectors.shape)
+    noise -= np.einsum("ij,ij->i", noise, vectors)[:, None] * vectors
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    return np.asarray(cosine * vectors + np.sqrt(1 - cosine**2) * noise, np.float32)
 
 
 def load(folder: Path, vectors: np.ndarray, *, renewable: bool) -> bd.Engine:
@@ -74,16 +81,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--anisotropy", type=float, default=20.0)
+    parser.add_argument("--mated", type=float, default=0.7)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     vectors = people(arguments.rows, arguments.anisotropy, rng)
-    noise = rng.standard_normal((256, DIMENSION)).astype(np.float32)
-    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
-    probes = (0.8 * vectors[:256] + 0.6 * noise).astype(np.float32)
-    probes /= np.linalg.norm(probes, axis=1, keepdims=True)
+    probes = mates(vectors[:256], 0.8, rng)
     exact = np.argsort(-(probes @ vectors.T), axis=1)[:, :K].astype(str)
     with tempfile.TemporaryDirectory() as folder:
-        engines = {name: load(Path(folder) / name, vectors, renewable=name != "plain") for name in ("plain", "a", "b")}
+        others = mates(vectors, arguments.mated, rng)
+        held = {"plain": vectors, "a": vectors, "b": others}
+        engines = {name: load(Path(folder) / name, rows, renewable=name != "plain") for name, rows in held.items()}
         seconds = {}
         for name in ("plain", "a"):
             seconds[name], found = timed(engines[name], probes, arguments.rounds)
