@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import EXTERNAL_MINUTIAE
-from biodedup.errors import ModelMismatch, SubjectExists, UnknownSubject
+from biodedup.errors import GalleryBusy, ModelMismatch, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import StoredDecision, to_json
 from biodedup.gallery.cases import (
     RECAPTURE,
@@ -218,7 +218,9 @@ class Transaction:
 
     def attach(self, entry: SegmentEntry, extra_rows: int = 0) -> None:
         """Stages the rows of a segment that was written before; its range is settled here, behind all rows given out. extra_rows: how
-        many of them are not the first of their subject."""
+        many of them are not the first of their subject. Raises GalleryBusy where embeddings were turned since it was written: the secret of
+        its transform may be gone."""
+        self._refuse_other_turn(entry)
         if self.tail.count:
             self.seal()
         count = entry.end_row - entry.first_row
@@ -229,6 +231,17 @@ class Transaction:
         self.tail.answers = answers
         self._count_extra(extra_rows)
         self.content_changed = True
+
+    def _refuse_other_turn(self, entry: SegmentEntry) -> None:
+        segment = open_segment(self._storage, self._folder, entry)
+        try:
+            turned = {column.turn_id for column in segment.columns.values()} - {None, turn_id_of(self.turn)}
+        finally:
+            segment.close()
+        if turned:
+            raise GalleryBusy(
+                "the embeddings of the gallery were turned while rows were written; nothing was added; send them again"
+            )
 
     def remove(self, subject_id: str) -> None:
         """Removes all rows of a subject. Raises UnknownSubject."""

@@ -22,6 +22,7 @@ from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.filesystem import LocalStorage, stored_key
 from biodedup.gallery.files.packed import pack_text, text
 from biodedup.gallery.segments import indexing
+from biodedup.gallery.segments.new_cells import vectors_alone
 from biodedup.gallery.transaction import Transaction
 from biodedup.testing import internals
 from tests.support.faults import Countdown
@@ -182,7 +183,7 @@ def test_another_key_and_a_lost_secret_are_named_and_a_rotation_keeps_the_transf
 
 def test_a_rekey_that_is_killed_anywhere_goes_on(filled, tmp_path, monkeypatch):
     wanted = [subject for subject, _ in answers(filled, renewable())]
-    for n in itertools.count(3, 8):
+    for n in itertools.count(3, 13):
         folder = copied(filled, tmp_path / f"g{n}")
         countdown = Countdown(n)
         with monkeypatch.context() as patched:
@@ -265,6 +266,23 @@ def test_galleries_of_different_keys_are_merged_and_mates_are_found(tmp_path):
 
 def renamed(ids):
     return pack_text([f"b-{name}" for name in text(ids)])
+
+
+def test_rows_that_were_written_before_a_rekey_and_attached_after_it_are_not_lost_in_an_old_transform(tmp_path):
+    with bd.Engine.open(tmp_path / "g", renewable()) as engine:
+        enroll(engine, 0)
+        gallery = internals(engine).gallery
+        cells = {"face": vectors_alone(SFACE, PEOPLE[5:7])}
+        entry = gallery.write_rows(pack_text(["a", "b"]), cells, np.zeros(2, np.uint32))
+        engine.rekey()
+        with pytest.raises(bd.GalleryBusy, match="turned"), gallery.transaction() as transaction:
+            transaction.attach(entry)
+        entry = gallery.write_rows(pack_text(["a", "b"]), cells, np.zeros(2, np.uint32))
+        with gallery.transaction() as transaction:
+            transaction.attach(entry)
+    with bd.Engine.open(tmp_path / "g", renewable()) as engine:
+        assert sorted(engine.subject_ids()) == ["a", "b", "s0"]
+        assert engine.problems() == []
 
 
 @pytest.mark.slow
