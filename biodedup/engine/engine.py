@@ -857,9 +857,10 @@ class Engine:
         transform, "" without one. Raises InvalidInput where the gallery is not encrypted, KeyMismatch, StorageUnavailable.
         """
         self._check("administer")
-        turn_id = self._gallery.rekey(renewable=renewable, report=progress)
-        turn_canaries(self._gallery.storage, self._gallery.folder, self._gallery.snapshot().turn)
-        self._gallery.forget_turns()
+        with self._gallery.turning:
+            turn_id = self._gallery.rekey(renewable=renewable, report=progress)
+            turn_canaries(self._gallery.storage, self._gallery.folder, self._gallery.snapshot().turn)
+            self._gallery.forget_turns()
         return turn_id
 
     def faiss_index(self, column: str = "face") -> Any:

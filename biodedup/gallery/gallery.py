@@ -81,6 +81,8 @@ class Gallery:
         self.read_only = lock is None
         self.lock = threading.RLock()
         """Guards the connection and every change of what is published. Hold it to make several steps one."""
+        self.turning = threading.Lock()
+        """Held while embeddings are turned, until the secret of the old transform is destroyed: one thread does so."""
         self.storage = storage
         self._catalogue = catalogue
         self._lock_file = lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -283,6 +284,17 @@ def test_rows_that_were_written_before_a_rekey_and_attached_after_it_are_not_los
     with bd.Engine.open(tmp_path / "g", renewable()) as engine:
         assert sorted(engine.subject_ids()) == ["a", "b", "s0"]
         assert engine.problems() == []
+
+
+def test_two_rekeys_at_once_follow_one_another(tmp_path):
+    fill(tmp_path / "g", renewable(), 6)
+    with bd.Engine.open(tmp_path / "g", renewable()) as engine, ThreadPoolExecutor(3) as pool:
+        turned = [pool.submit(engine.rekey) for _ in range(3)]
+        ids = [future.result() for future in turned]
+    assert len(set(ids)) == 3
+    (left,) = stored_key(tmp_path / "g").turns
+    assert left in ids
+    assert [subject for subject, _ in answers(tmp_path / "g", renewable())][:6] == [f"s{i}" for i in range(6)]
 
 
 @pytest.mark.slow

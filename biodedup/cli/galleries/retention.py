@@ -12,7 +12,7 @@ from biodedup.cli.base import (
     DEFAULT_GALLERY,
     ConfigOption,
     Exit,
-    GalleryOption,
+    FolderOption,
     JsonOption,
     Panel,
     app,
@@ -27,7 +27,7 @@ app.add_typer(retention, name="retention", rich_help_panel=Panel.CARE)
 
 
 @retention.command()
-def plan(gallery: GalleryOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def plan(gallery: FolderOption = DEFAULT_GALLERY, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """List what is due by the gallery's policy (keep_refused_days, keep_cases_days). Erases nothing."""
     found = jobs.retention_plan(gallery, configured(gallery, config))
     lines = [f"due: {len(found.refused)} refused decisions, {len(found.cases)} closed cases"]
@@ -44,7 +44,7 @@ def run(
     receipt: Annotated[
         Path | None, typer.Option("--receipt", help="The file of the signed receipt; it must not exist.")
     ] = None,
-    gallery: GalleryOption = DEFAULT_GALLERY,
+    gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
