@@ -13,6 +13,7 @@ from .config import LabelConfig as LabelConfig
 from .config import LogConfig as LogConfig
 from .config import Policy as Policy
 from .config import SearchConfig as SearchConfig
+from .devices import DeviceVerdict as DeviceVerdict
 from .embed.extractor import Extractor as Extractor
 from .engine import Engine as Engine
 from .engine import compare as compare

@@ -30,6 +30,15 @@ ADVICE: Mapping[str, tuple[str, str]] = {
     "noisy": ("the face has too much noise", "recapture with more light, or supply the original file"),
     "pattern": ("lines or dots lie over the face", "supply the picture without watermark or screen, or recapture"),
     "occluded": ("the face is covered", "recapture without mask and dark glasses"),
+    "presentation_attack": ("the face is no living person's", "capture the person again, under supervision"),
+    "untrusted_device": (
+        "the verdict of the capture device does not count",
+        "capture with a known device, or register its key",
+    ),
+    "liveness_unproved": (
+        "nothing proves that the person is alive",
+        "capture with a device that gives a signed verdict",
+    ),
     "several_fingers": ("more than one finger is in the picture", "cut the picture into single fingers"),
     "component_limit": ("the picture is too large for NFIQ 2 or the extractor", "crop the picture to the finger"),
     "no_ridges": ("no ridges of a finger are to be seen", "clean the scanner, recapture"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from biodedup.common.arguments import check_fields, checked
 from biodedup.common.tables import made, read_toml, typed
+from biodedup.devices import check_devices
 from biodedup.errors import InvalidInput, NotAllowed
 from biodedup.index_spec import parse_specs
 from biodedup.keys import KeyProvider
@@ -42,6 +43,9 @@ class FaceConfig:
     """Folder of the model cards. None: the cards that the package ships."""
     detector: str = "yunet"
     """Name of the face detector's card. YuNet is the only detector that the package ships."""
+    pad: str | None = None
+    """Path of a card (`*.toml`) of kind `pad`: a network that tells living faces from photographs, screens and masks. Faces below its limit are
+    refused as `presentation_attack`. None: no network looks for attacks; the package ships none."""
     detector_confidence_min: float = 0.6
     """Detector confidence, 0 to 1, from which a face is reported. Lower than confidence_min, so that a refusal can say what is wrong with
     a doubtful face."""
@@ -140,9 +144,13 @@ class CaptureConfig:
     """Least length of each side, in pixels."""
     bytes_max: int = 100_000_000
     """Greatest size of a file, in bytes; no more of a file is read."""
+    devices: dict[str, str] | None = None
+    """device_id -> Ed25519 public key, 64 hexadecimal digits: of capture devices whose verdicts (`Face.device`) count. None: of none."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.devices is not None:
+            check_devices(self.devices)
         _check(self, 1, inf, "pixels_max", "side_px_min", "bytes_max")
 
 
@@ -168,6 +176,8 @@ class IsolationConfig:
 REPLAYS = ("report", "refuse")
 AUDITS = ("none", "changes", "all")
 """Values of `Config.audit`."""
+LIVENESS = ("", "device", "pad", "either")
+"""Values of `Policy.require_liveness`."""
 DISCLOSURES = ("full", "coarse", "outcome")
 """Values of `Policy.disclosure`, the one that says most first."""
 TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy", "index", "merge", "key", "model")
@@ -212,6 +222,10 @@ class Policy:
     """What is done with a capture that is probably a copy of one of the same subject's, the same picture or template sent again, in an
     update or a 1:1 verification. `report`: `replays` of the decision or the verification names it. `refuse`: the update goes to review
     (`replay_suspected`), and the verification is not accepted."""
+    require_liveness: str = ""
+    """What has to prove that a face is a living person's, in every call that takes captures. `device`: the signed verdict of a known device
+    (`Face.device`, `CaptureConfig.devices`); `pad`: the network of `FaceConfig.pad`; `either`; "": nothing. A face without the proof is refused
+    as `liveness_unproved`, and so is a ready-made template, which cannot have one. Fingers need none."""
     required: tuple[str, ...] = (SENT,)
     """The captures that an encounter must bring to be enrolled or to update a subject. Otherwise it is `refused` as `incomplete`, and may
     be sent again under its encounter_id. A sequence of
@@ -238,6 +252,11 @@ class Policy:
     """So often may the score of failed verifications of one subject by one caller rise, with captures like those before, within a day. Then the
     caller is locked out from this subject for a day, with an alarm (`Engine.alarms`). Eight failed tries in random order rise five times in 1
     of 115 cases. 0: no lock-out."""
+    keep_refused_days: float | None = None
+    """For how many days a decision `refused` is kept. Then `biodedup retention run` erases it, with its encounter_id. None: for ever."""
+    keep_cases_days: float | None = None
+    """For how many days a closed case is kept after its last verdict: what was sent and answered, its verdicts, and the templates of one that
+    was not enrolled. Then `biodedup retention run` erases it. Open cases wait for a verdict, however old. None: for ever."""
     two_people: tuple[str, ...] = ()
     """Calls that two principals must make: `remove`, `replace` (`update(replace=True)`), `adjudicate`, `policy` (`set_policy`), `index`
     (`reindex`), `merge` (`merge --apply`, `undo`), `key` (`key rotate`, `encrypt`, `decrypt`), `model` (`accept_models`). The first call
@@ -248,6 +267,9 @@ class Policy:
         object.__setattr__(self, "required", check_required(self.required))
         if self.replays not in REPLAYS:
             raise InvalidInput(f"replays is {self.replays!r}, wanted one of {', '.join(REPLAYS)}")
+        if self.require_liveness not in LIVENESS:
+            wanted = ", ".join(map(repr, LIVENESS))
+            raise InvalidInput(f"require_liveness is {self.require_liveness!r}, wanted one of {wanted}")
         if self.disclosure not in DISCLOSURES:
             raise InvalidInput(f"disclosure is {self.disclosure!r}, wanted one of {', '.join(DISCLOSURES)}")
         for name in ("caller_calls_per_hour", "subject_calls_per_day"):
@@ -258,6 +280,10 @@ class Policy:
             got = self.two_people if isinstance(self.two_people, str) else sorted(unknown)[0]
             raise InvalidInput(f"two_people holds {got!r}, wanted a sequence of {', '.join(TWO_PEOPLE)}")
         object.__setattr__(self, "two_people", tuple(name for name in TWO_PEOPLE if name in self.two_people))
+        for name in ("keep_refused_days", "keep_cases_days"):
+            days = getattr(self, name)
+            if days is not None and not (_is_number(days) and 0 <= days < 1e6):
+                raise InvalidInput(f"{name} is {days}, wanted days from 0 to a million, or None to keep for ever")
         if self.climbs_max < 0:
             raise InvalidInput(f"climbs_max is {self.climbs_max}, wanted at least 0, which means no lock-out")
         for name in ("trust_extrapolation", "own_strangers"):
@@ -366,6 +392,10 @@ class GalleryConfig:
     `faiss:IVF2048,PQ64x4fs`; `,nprobe=N` at its end reads only N inverted lists. A dict names one a column, `*` for all others. None: the
     engine that the gallery stores, `native` in a new one. An existing gallery keeps its engine until `Engine.reindex` changes it; opening
     it with another one raises IndexMismatch."""
+    renewable: bool = False
+    """Whether a gallery that is created stores embeddings turned by a secret orthogonal transform, which `biodedup key rekey` replaces
+    (renewable templates, ISO/IEC 24745). Scores stay. Needs `Config.keys`. An existing gallery stays as it is: with True, opening one that
+    has no transform for writing raises InvalidInput."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from biodedup.advice import advice
 from biodedup.common.arguments import check_fields
 from biodedup.common.described import BIOMETRIC, Described, Tabular
+from biodedup.devices import DeviceVerdict
 from biodedup.errors import InvalidInput
 from biodedup.texts import KnownId, id_problem, text_problem
 
@@ -44,6 +45,9 @@ COLUMNS = ("face", *FINGER_POSITIONS)
 
 BIT = {column: 1 << index for index, column in enumerate(COLUMNS)}
 """column -> its bit in masks of columns."""
+
+LIVE = "living, by "
+"""The start of a provenance that says what proved that a living person was captured."""
 
 RULINGS = ("same", "different", "recapture")
 """The rulings on a case: one person, two people, or new captures are needed."""
@@ -92,9 +96,13 @@ class Face(Described):
     """
 
     data: CaptureData = field(repr=False, metadata=BIOMETRIC)
+    device: DeviceVerdict | None = None
+    """The signed verdict of the capture device, about the bytes of `data`."""
 
     def __post_init__(self) -> None:
         _check_data(self.data)
+        if self.device is not None and not isinstance(self.device, DeviceVerdict):
+            raise InvalidInput(f"device is a DeviceVerdict, got {type(self.device).__name__}")
 
     @property
     def column(self) -> str:
@@ -158,7 +166,8 @@ class Template(Described):
     embedding: float32 (d,), unit length, or None. minutiae: a record as for `Finger`, or None.
     quality: the probability, 0..1, that a comparison with another capture of the same face or finger passes at FMR 1e-4. None if not
     measured.
-    provenance: what was corrected of the capture's metadata, such as its resolution, in words. A gallery does not keep it.
+    provenance: what was corrected of the capture's metadata, such as its resolution, and what proved that the person lives (LIVE), in words. A
+    gallery does not keep it.
     """
 
     column: str

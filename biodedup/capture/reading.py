@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from biodedup.capture.pictures.containers import opened
 from biodedup.config import CaptureConfig
-from biodedup.values import Capture, Finger, Missing, Refusal
+from biodedup.values import Capture, Face, Finger, Missing, Refusal
 
 MAY_COME = frozenset(("missing_file", "unreadable"))
 """Reasons of refusals that concern the file and not the capture: the same call may succeed later."""
@@ -111,6 +111,9 @@ def unread(refusal: Refusal) -> Finger:
 def _parts(capture: Capture) -> Iterator[Capture]:
     if isinstance(capture, Missing) or not isinstance(capture.data, bytes):
         yield capture
+        return
+    if isinstance(capture, Face) and capture.device is not None:
+        yield capture  # the verdict is about these bytes
         return
     for part in opened(capture, capture.data):
         yield unread(part) if isinstance(part, Refusal) else part

@@ -16,7 +16,7 @@ import typer
 import biodedup
 from biodedup.cli import bulk, cases, duplicates, explain, measure, subjects
 from biodedup.cli.base import app, complain, exit_code, print_json, say
-from biodedup.cli.galleries import cluster, gallery, keys, log, looking, policy, receipt, register
+from biodedup.cli.galleries import cluster, gallery, keys, log, looking, policy, receipt, register, retention
 from biodedup.cli.kits import kit
 from biodedup.common.memory import out_of_memory
 from biodedup.errors import BiodedupError, InvalidInput
@@ -37,6 +37,7 @@ __all__ = [
     "policy",
     "receipt",
     "register",
+    "retention",
     "run",
     "subjects",
 ]

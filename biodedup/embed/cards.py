@@ -24,7 +24,7 @@ from biodedup.capture.reading import open_file
 from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.values import Float32
 
-KINDS = ("face-embedding", "face-detector", "finger-embedding", "minutiae")
+KINDS = ("face-embedding", "face-detector", "finger-embedding", "minutiae", "pad")
 
 
 _DECIDING = {
@@ -54,6 +54,7 @@ class ModelCard:
     mirror: the embedding is the sum of the image's and its mirror image's. mean: subtracted from the unit embedding.
     replay: the similarity from which two embeddings are taken for copies of one picture, or None.
     quality: (lengths of the network's output, ascending; at each the probability that a mated comparison passes at FMR 1e-4), or None.
+    limit: of a `pad` card, the least score of a living face; live: the class of living faces, None where the network gives one score.
     calibration: of raw scores. both: in a finger embedding's card, how the sum of two llr_db, its own and that of minutiae of one
     model_id, is calibrated.
     """
@@ -75,6 +76,8 @@ class ModelCard:
     mean: Float32 | None = field(default=None, repr=False)
     quality: tuple[Float32, Float32] | None = field(default=None, repr=False)
     replay: float | None = None
+    limit: float | None = None
+    live: int | None = None
     calibration: Mapping[str, Any] | None = field(default=None, repr=False)
     both: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
@@ -175,6 +178,8 @@ def _read(path: Path) -> ModelCard:
             mean=None if mean is None else np.array(mean, np.float32),
             quality=_quality(table.get("quality")),
             replay=None if "replay" not in table else float(table["replay"]["similarity"]),
+            limit=None if "pad" not in table else float(table["pad"]["limit"]),
+            live=None if table.get("pad", {}).get("live") is None else int(table["pad"]["live"]),
             calibration=table.get("calibration"),
             both=table.get("both", {}),
         )
@@ -213,6 +218,10 @@ def _check(card: ModelCard) -> None:
         )
     if card.kind == "face-detector" and card.weights is None:
         raise ModelCardError(f"model card {card.path.name}: a detector needs weights; see models/yunet.toml")
+    if card.kind == "pad" and (card.weights is None or card.limit is None or not np.isfinite(card.limit)):
+        raise ModelCardError(
+            f"model card {card.path.name}: a pad card needs weights, and a number as limit in the table pad"
+        )
     if card.mean is not None and card.mean.shape != (card.dimension,):
         raise ModelCardError(
             f"model card {card.path.name}: mean has {card.mean.size} numbers, dimension is {card.dimension}"

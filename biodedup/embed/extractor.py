@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from biodedup.capture.faces.face import AlignedFace, FaceDetector
 from biodedup.capture.fingers.finger import FingerReader
@@ -30,14 +31,16 @@ from biodedup.capture.pictures.resolution import settled
 from biodedup.capture.reading import read
 from biodedup.common.arguments import checked_methods
 from biodedup.config import Config
+from biodedup.devices import DeviceVerdict
 from biodedup.embed.cards import ModelCard, joint_id, load_card, minutiae_card
 from biodedup.embed.finger_input import FingerInput, finger_input
 from biodedup.embed.finger_network import FingerNetwork
 from biodedup.embed.isolation import IsolatedWorkers
 from biodedup.embed.network import EmbeddingNetwork
+from biodedup.embed.pad import PadNetwork
 from biodedup.errors import InvalidInput, ModelCardError
 from biodedup.trace import Trace, mapped, tracing
-from biodedup.values import Capture, CaptureData, Face, Finger, Missing, Refusal, Template
+from biodedup.values import LIVE, Capture, CaptureData, Face, Finger, Missing, Refusal, Template
 
 Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[Template, FingerInput | None]
 """A capture before the networks run. A finger's template lacks its embedding; its network input is None if no finger network is configured."""
@@ -57,6 +60,8 @@ class Extractor:
         self._face_card = load_card(config.face.model, config.face.model_folder)
         self._minutiae_card = minutiae_card(config.finger.minutiae, config.finger.minutiae_model)
         self._minutiae_card.verify()
+        self._pad_card = None if config.face.pad is None else _pad_card(config.face.pad)
+        self._pad: PadNetwork | None = None
         self._finger_card = None if config.finger.model is None else load_card(config.finger.model)
         self._lock = threading.Lock()
         self._network: EmbeddingNetwork | None = None
@@ -152,6 +157,11 @@ class Extractor:
 
     def _read(self, capture: Face | Finger) -> Prepared:
         data: CaptureData = capture.data
+        proofs: tuple[str, ...] = ()
+        if isinstance(data, np.ndarray) and isinstance(capture, Face) and capture.device is not None:
+            return Refusal(
+                "face", "untrusted_device", "the verdict is about a file's bytes, and the capture is an array"
+            )
         stated: tuple[float, float] | None = None
         if not isinstance(data, np.ndarray):
             content = read(data, capture.column, self.config.capture)
@@ -159,6 +169,11 @@ class Extractor:
                 return content
             if isinstance(capture, Finger) and is_record(content):
                 return self._reader.take(content, capture.position)
+            if isinstance(capture, Face) and capture.device is not None:
+                verdict = self._device_verdict(capture.device, content)
+                if isinstance(verdict, Refusal):
+                    return verdict
+                proofs = (verdict,)
             picture = chosen(content, capture.column) if is_container(content) else Picture(capture.column, content)
             if isinstance(picture, Refusal):
                 return picture
@@ -185,7 +200,19 @@ class Extractor:
             made = (None, sample.minutiae, sample.quality, believed.provenance + sample.provenance)
             return Template(sample.position, self.model_ids["finger"], *made), given
         assert self._detector is not None, "loaded before the first face"
-        return self._detector.align(pixels)
+        aligned = self._detector.align(pixels)
+        if isinstance(aligned, AlignedFace) and proofs:
+            return replace(aligned, provenance=aligned.provenance + proofs)
+        return aligned
+
+    def _device_verdict(self, verdict: DeviceVerdict, content: bytes) -> Refusal | str:
+        """A refusal, or the provenance that the verdict gives."""
+        problem = verdict.problem(content, self.config.capture.devices or {})
+        if problem:
+            return Refusal("face", "untrusted_device", problem)
+        if not verdict.live:
+            return Refusal("face", "presentation_attack", "by the verdict of the capture device", verdict.score)
+        return f"{LIVE}device {verdict.device_id}"
 
     def _embed(self, prepared: Sequence[Prepared]) -> list[Template | Refusal]:
         """The networks' part: whatever waits for one, in batches."""
@@ -212,14 +239,30 @@ class Extractor:
             return []
         assert self._network is not None and self._detector is not None, "loaded before the first face"
         results: list[Template | Refusal] = []
-        vectors, norms = self._network.embed_with_norms(np.stack([face.image for face in faces]))
-        for face, vector, norm in zip(faces, vectors, norms.tolist(), strict=True):
+        images = np.stack([face.image for face in faces])
+        vectors, norms = self._network.embed_with_norms(images)
+        attacks = self._attacks(images)
+        for face, vector, norm, (attack, proof) in zip(faces, vectors, norms.tolist(), attacks, strict=True):
             quality = self._face_card.quality_of(norm)
-            refusal = self._detector.template_refusal(face, quality)
+            refusal = self._detector.template_refusal(face, quality) or attack
             quality = None if quality is None else round(quality, 4)
-            template = Template("face", self._face_card.model_id, vector, quality=quality, provenance=face.provenance)
+            proofs = face.provenance + proof
+            template = Template("face", self._face_card.model_id, vector, quality=quality, provenance=proofs)
             results.append(refusal or template)
         return results
+
+    def _attacks(self, images: NDArray[np.uint8]) -> list[tuple[Refusal | None, tuple[str, ...]]]:
+        """For each aligned face, whether the card of kind `pad` takes it for an attack, and the proof where it does not."""
+        if self._pad is None:
+            return [(None, ())] * len(images)
+        card, found = self._pad.card, list[tuple[Refusal | None, tuple[str, ...]]]()
+        assert card.limit is not None, "a pad card has a limit"
+        for score in self._pad.scores(images).tolist():
+            if score >= card.limit:
+                found.append((None, (f"{LIVE}{card.model_id}",)))
+            else:
+                found.append((Refusal("face", "presentation_attack", card.model_id, round(score, 4), card.limit), ()))
+        return found
 
     def _record(self, steps: Trace, prepared: Sequence[Prepared], results: Sequence[Template | Refusal]) -> None:
         """What the networks found, capture by capture; where the finger network takes the core to be, in pixels at 500 dpi."""
@@ -244,8 +287,17 @@ class Extractor:
                 card = load_card(self.config.face.detector)
                 card.verify()
                 assert card.weights is not None, "a detector has weights"
+                if self._pad_card is not None:
+                    self._pad = PadNetwork(self._pad_card, self.config.threads)
                 self._network = EmbeddingNetwork(self._face_card, self.config.threads)
                 self._detector = FaceDetector(self.config.face, card.weights)
+
+
+def _pad_card(name: str) -> ModelCard:
+    card = load_card(name)
+    if card.kind != "pad":
+        raise ModelCardError(f"{card.path.name} is a card of kind {card.kind!r}, wanted `pad`")
+    return card
 
 
 def _check_runs(card: ModelCard) -> None:

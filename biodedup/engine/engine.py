@@ -90,10 +90,13 @@ from biodedup.errors import (
 )
 from biodedup.gallery.answers import digest_of, from_json
 from biodedup.gallery.care.backup import Copied, backup
+from biodedup.gallery.care.canary_vectors import turn_canaries
 from biodedup.gallery.care.history import NotedClock, finite
+from biodedup.gallery.care.retention import Due, Limits, due, erase, next_number
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
 from biodedup.gallery.catalogue.audit import AuditRecord, chosen, in_archive
+from biodedup.gallery.catalogue.chain import Link as ChainLink
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.index_codec import refuse_unknown
 from biodedup.gallery.files.packed import Packed, pack_text
@@ -182,7 +185,7 @@ class Engine:
         self._searcher = Searcher(
             self._comparer, config.search, config.threads, self._policy, self._elsewhere or faiss_engine.shards
         )
-        self._preparer = Preparer(gallery, self._extractor, known, config)
+        self._preparer = Preparer(gallery, self._extractor, known, config, self._policy)
         self._join = SelfJoin(self._searcher, self._comparer, config.search)
         self._searches = BatchedSearch(gallery, self._searcher, self._join, samples, self._log)
         self._decider = Decider(config, self._policy, self._comparer, samples, clock)
@@ -226,6 +229,10 @@ class Engine:
         Raises NotAGallery, KeyMismatch, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
+        if config.gallery.renewable and config.keys is None:
+            raise InvalidInput(
+                "renewable templates need an encrypted gallery; state a key by Config.keys, or leave renewable out"
+            )
         for spec in parse_specs(config.gallery.index or {}).values():
             refuse_unknown(spec)
         opened = _opened_register if _is_register(path) else _opened_folder
@@ -861,6 +868,32 @@ class Engine:
 
     # care of the gallery ----------------------------------------------------------------------------------------
 
+    @audited()
+    def retention_due(self) -> Due:
+        """The refused decisions and closed cases that the policy keeps no longer (`Policy.keep_refused_days`, `keep_cases_days`)."""
+        self._check("administer", "audit")
+        return due(self._gallery, self._limits())
+
+    @audited(changes=True)
+    def run_retention(self) -> tuple[Due, int, int | None, ChainLink | None]:
+        """Erases what is due; `jobs.run_retention` verifies it and signs a receipt. Enrolments and searches go on meanwhile.
+
+        Returns what was due, the segments written anew, and the number and the place in the hash chain of the note of this run. Raises
+        InvalidInput for a register on PostgreSQL, StorageUnavailable.
+        """
+        self._check("administer")
+        limits = self._limits()
+        facts = {**vars(limits), "policy_version": self._gallery.policies[-1].version, "at": self._clock()}
+        erased, segments = erase(self._gallery, limits, facts)
+        if not erased:
+            return erased, segments, None, None
+        snapshot = self._gallery.snapshot()
+        return erased, segments, next_number(snapshot) - 1, self._gallery.chain_link(snapshot.version)
+
+    def _limits(self) -> Limits:
+        policy = self._gallery.policies[-1].policy
+        return Limits.of(policy.keep_refused_days, policy.keep_cases_days, self._clock())
+
     @audited(changes=True)
     def compact(self) -> None:
         """Merges all segments into one, while searches and enrolments go on. Afterwards the templates of removed subjects are erased
@@ -910,6 +943,23 @@ class Engine:
             facts = {"index": {column: str(spec) for column, spec in sorted(specs.items())}, "force": force}
             approve = self._approvals.require("index", self._caller, lambda: facts, sign=self._sign)
         self._gallery.reindex(specs, force=force, report=progress, approve=approve)
+
+    @audited(changes=True)
+    def rekey(self, *, renewable: bool = True, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+        """Turns the stored embeddings, segment by segment, by a new secret transform (renewable templates, `GalleryConfig.renewable`).
+
+        Searches and enrolments go on meanwhile, with segments of both kinds. An interrupted call goes on when it is repeated. At the end the
+        secret of the old transform is destroyed: copies of old files can be neither turned back nor linked by this gallery's key file. A
+        vector is quantised once more, which changes a cosine by 0.0006 (standard deviation). Minutiae are not turned.
+        renewable: False stores embeddings as they are. progress: called with the segments done and their total. Returns the id of the
+        transform, "" without one. Raises InvalidInput where the gallery is not encrypted, KeyMismatch, StorageUnavailable.
+        """
+        self._check("administer")
+        with self._gallery.turning:
+            turn_id = self._gallery.rekey(renewable=renewable, report=progress)
+            turn_canaries(self._gallery.storage, self._gallery.folder, self._gallery.snapshot().turn)
+            self._gallery.forget_turns()
+        return turn_id
 
     @audited()
     def faiss_index(self, column: str = "face") -> Any:
@@ -1061,7 +1111,7 @@ class Engine:
         for record in chosen(spans, rows, since, until):
             if principal in (None, record.principal) and subject_id in (None, record.subject_id):
                 yield record
-                self._check_open()
+                self.check_open()
 
     @audited(changes=True)
     def archive_audit(self, out: Path, *, before: float) -> int:

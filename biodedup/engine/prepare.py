@@ -10,7 +10,7 @@ Owns the checks of captures, templates and bare embeddings before anything is se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from biodedup.capture.minutiae.batch import standard_records
 from biodedup.capture.reading import absent, held
-from biodedup.config import EXTERNAL_MINUTIAE, CaptureConfig, Config
+from biodedup.config import EXTERNAL_MINUTIAE, CaptureConfig, Config, Policy
 from biodedup.embed.cards import ModelCard, joint_id, shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.errors import CallerError, CaptureUnavailable, InvalidInput, ModelMismatch
@@ -34,6 +34,7 @@ from biodedup.required import keep_better
 from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
+    LIVE,
     Encounter,
     Float32,
     Missing,
@@ -72,6 +73,7 @@ class Preparer:
     extractor: Extractor
     calibrations: Calibrations
     config: Config
+    policy: Callable[[], Policy]
 
     @cached_property
     def _cards(self) -> tuple[ModelCard, ...]:
@@ -113,10 +115,15 @@ class Preparer:
         refusals = []
         try:
             for column, given in encounter.templates.items():
+                if column == "face" and self.policy().require_liveness:
+                    refusals.append(Refusal("face", "liveness_unproved", "a ready-made template"))
+                    continue
                 templates[column] = self._given(column, given, model_of(column, encounter.model_id))
             for result in results:
                 if isinstance(result, CallerError):
                     return result
+                if isinstance(result, Template) and (unproved := self._unproved(result)) is not None:
+                    result = unproved
                 if isinstance(result, Refusal):
                     refusals.append(result)
                     continue
@@ -126,6 +133,17 @@ class Preparer:
             return error
         missing = tuple(capture for capture in encounter.captures if isinstance(capture, Missing))
         return Probe(replace(encounter, captures=missing), templates, (*encounter.declined, *refusals))
+
+    def _unproved(self, template: Template) -> Refusal | None:
+        """The refusal of a face that the policy wants a proof of life of."""
+        wanted = self.policy().require_liveness
+        if template.column != "face" or not wanted:
+            return None
+        proofs = [text.removeprefix(LIVE) for text in template.provenance if text.startswith(LIVE)]
+        by_device = any(proof.startswith("device ") for proof in proofs)
+        by_network = len(proofs) > by_device
+        proved = {"device": by_device, "pad": by_network, "either": by_device or by_network}[wanted]
+        return None if proved else Refusal("face", "liveness_unproved", f"the policy wants a proof by: {wanted}")
 
     def _given(self, column: str, given: Float32 | bytes | Template, model_id: str | None) -> Template:
         if isinstance(given, bytes):

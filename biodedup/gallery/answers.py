@@ -128,6 +128,8 @@ def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
         else:
             add(*_content(capture.data))
             add(str(getattr(capture, "dpi", None)).encode())
+            if (verdict := getattr(capture, "device", None)) is not None:
+                add(verdict.content, verdict.signature)
     for column in sorted(encounter.templates):
         given = encounter.templates[column]
         add(column.encode())

@@ -31,13 +31,14 @@ from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
-from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.cases import read_case, standing
 from biodedup.gallery.catalogue.audit import AuditRecord, AuditSpan, record_of
 from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
+from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage
 from biodedup.gallery.files.index_codec import FaissCodec
@@ -45,7 +46,7 @@ from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, SEGMENT_FOLDE
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.loading import LoadedGallery, load, never_written, read
-from biodedup.gallery.maintenance import Maintenance
+from biodedup.gallery.maintenance import Maintenance, turned_otherwise
 from biodedup.gallery.opening import open_catalogue, prepare_folder
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segments.indexing import built, with_indexes, write_column_index
@@ -91,6 +92,8 @@ class Gallery:
         self.read_only = lock is None
         self.lock = threading.RLock()
         """Guards the connection and every change of what is published. Hold it to make several steps one."""
+        self.turning = threading.Lock()
+        """Held while embeddings are turned, until the secret of the old transform is destroyed: one thread does so."""
         self.storage = storage
         self._catalogue = catalogue
         self._lock_file = lock
@@ -112,6 +115,10 @@ class Gallery:
                 with self.transaction() as transaction:
                     transaction.adopt_cases()
             self._refuse_other_index(config)
+            if config.renewable and self._published.turn is None:
+                raise InvalidInput(
+                    f"{folder} stores embeddings as they are, got renewable=True; run `biodedup key rekey`, or leave renewable out"
+                )
         self._log_opened()
         if lock is not None:
             self._maintenance.wake_if_due()
@@ -252,6 +259,20 @@ class Gallery:
         with self._reading():
             return self._catalogue.link_of(version)
 
+    def closed_cases(self) -> dict[str, float]:
+        """encounter_id of each closed case -> the time of its last verdict, or of its decision, in seconds."""
+        waiting = set(self._published.pending.values())
+        with self._reading():
+            waiting |= set(self._catalogue.held_cases())
+            found = {name: text for name, text in self._catalogue.cases() if text is not None and name not in waiting}
+            closed = {name: parsed(text) for name, text in found.items()}
+            judged = [(verdict.encounter_id, verdict.at) for verdict in self._catalogue.verdicts()]
+        times = {name: float(table["decided_at"]) for name, table in closed.items() if table.get("outcome") != "review"}
+        for name, at in judged:
+            if name in times:
+                times[name] = max(times[name], at)
+        return times
+
     def verdicts(self) -> list[Verdict]:
         """All that were ever given, oldest first."""
         with self._reading():
@@ -312,8 +333,7 @@ class Gallery:
         """Holds the lock; commits at the end. Raises what the body raises, StorageUnavailable, and GalleryBusy where another
         process wrote; then nothing changed."""
         self._process.check()
-        if self.read_only:
-            raise InvalidInput(f"{self.folder} was opened read_only; open it for writing to change it")
+        self._refuse_reader()
         with self.lock:
             if self._broken:
                 self._recover()
@@ -346,6 +366,10 @@ class Gallery:
                         self._recover()
                     raise
             self._wipe_if_erased()
+
+    def _refuse_reader(self) -> None:
+        if self.read_only:
+            raise InvalidInput(f"{self.folder} was opened read_only; open it for writing to change it")
 
     def _staged(self) -> Transaction:
         before, tail = self._published, self._tail
@@ -484,7 +508,7 @@ class Gallery:
                 about = (self.storage, folder, number, gallery_id)
                 side_by_side = all(isinstance(part, NewRows | Segment) for part in parts)
                 threads = self.limits.threads if side_by_side else 1
-                entry = write_segment(*about, parts, keeps, now.parts, still, threads=threads)
+                entry = write_segment(*about, parts, keeps, now.parts, still, threads=threads, turn=now.turn)
                 codecs = now.indexing.wanted_codecs()
                 with index_codec.threads(self.limits.threads, sum(part.count for part in parts)):
                     return with_indexes(self.storage, folder, gallery_id, entry, codecs, still)
@@ -546,6 +570,37 @@ class Gallery:
     ) -> None:
         """As `Maintenance.reindex`."""
         self._maintenance.reindex(specs, force=force, report=report, approve=approve)
+
+    def rewrite(self, changed: Callable[[Segment], Rows | None]) -> None:
+        """As `Maintenance.rewrite`."""
+        self._maintenance.rewrite(changed)
+
+    def rekey(self, *, renewable: bool = True, report: Callable[[int, int], None] | None = None) -> str:
+        """Turns the stored embeddings by a new secret transform, or ends a change that was interrupted. Searches go on meanwhile.
+
+        renewable: False stores them as they are. Returns the id of the transform, "" for none. Call `forget_turns` afterwards. Raises
+        InvalidInput where the gallery is not encrypted, KeyMismatch, StorageUnavailable.
+        """
+        with translated(f"turning the embeddings of {self.name}"):
+            self._refuse_reader()
+            turn = self._next_turn() if renewable else None
+            self._maintenance.rekey(turn, report)
+            return turn_id_of(turn)
+
+    def _next_turn(self) -> Turn:
+        """That of an interrupted change, or a new one."""
+        now, known = turn_id_of(self.snapshot().turn), self.storage.turn_ids(self.folder)
+        finished = known == [now] and not turned_otherwise(self.snapshot())
+        turn_id = self.storage.add_turn(self.folder) if finished or not known else known[-1]
+        return self.storage.turn(self.folder / DATABASE_NAME, turn_id)
+
+    def forget_turns(self) -> None:
+        """Destroys the secrets of transforms that no embedding is stored with any more."""
+        snapshot = self.snapshot()
+        if not turned_otherwise(snapshot):
+            codecs = [codec for several in snapshot.indexing.codecs.values() for codec in several]
+            needed = {turn_id_of(snapshot.turn), *(turn_id_of(codec.turn) for codec in codecs)}
+            self.storage.keep_turns(self.folder, needed)
 
     def _refuse_other_index(self, config: GalleryConfig) -> None:
         """A gallery keeps the index engine that it was created with until it is asked for another one. Raises IndexMismatch."""

@@ -6,11 +6,12 @@ Owns the form of these settings in the database. Never trains and never builds a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from biodedup.errors import GalleryDamaged, InvalidInput
+from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.filesystem import ODD_CONTENT
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.index_spec import IndexSpec, parse_specs, spec_of
@@ -19,11 +20,13 @@ from biodedup.index_spec import IndexSpec, parse_specs, spec_of
 @dataclass(frozen=True)
 class IndexSettings:
     """specs: column -> its engine, `*` for all others; forced: a codec is used even where it misses more than the miss risk; codecs:
-    column -> the codecs that it has, of its present engine and of earlier ones, of which some segments may still have indexes."""
+    column -> the codecs that it has, of its present engine and of earlier ones, of which some segments may still have indexes; turn_id: of the
+    transform that embeddings are stored with from now on."""
 
     specs: Mapping[str, IndexSpec] = field(default_factory=dict)
     forced: bool = False
     codecs: Mapping[str, tuple[FaissCodec, ...]] = field(default_factory=dict, repr=False)
+    turn_id: str = ""
 
     def spec(self, column: str) -> IndexSpec:
         """The engine that a column asks for."""
@@ -31,8 +34,8 @@ class IndexSettings:
 
     def wanted(self, column: str) -> FaissCodec | None:
         """The codec of the engine that a column asks for; None before it is trained, and for the native engine."""
-        spec = self.spec(column)
-        return next((codec for codec in self.codecs.get(column, ()) if codec.spec == spec), None)
+        wanted = self.spec(column), self.turn_id
+        return next((c for c in self.codecs.get(column, ()) if (c.spec, turn_id_of(c.turn)) == wanted), None)
 
     def wanted_codecs(self) -> dict[str, FaissCodec]:
         """Those of all columns."""
@@ -48,15 +51,23 @@ class IndexSettings:
         return json.dumps({"specs": {column: str(spec) for column, spec in self.specs.items()}, "forced": self.forced})
 
 
-def read_settings(text: str | None, codecs: Iterable[tuple[str, str, str, bytes]]) -> IndexSettings:
-    """text: as `to_json` made it, or None; codecs: (column, engine, card, trained) each. Raises GalleryDamaged."""
+def read_settings(
+    text: str | None,
+    codecs: Iterable[tuple[str, str, str, bytes]],
+    turns: Callable[[str], Turn] | None = None,
+    turn_id: str = "",
+) -> IndexSettings:
+    """text: as `to_json` made it, or None; codecs: (column, engine, card, trained) each; turns: the transform of an id. Raises
+    GalleryDamaged."""
     by_column: dict[str, tuple[FaissCodec, ...]] = {}
     try:
         stored: Any = json.loads(text) if text is not None else {"specs": {}, "forced": False}
         for column, spec, card, trained in codecs:
-            codec = FaissCodec.from_card(spec, json.loads(card), trained)
+            table = json.loads(card)
+            turn = turns(table["turn"]).of(column) if turns is not None and table.get("turn") else None
+            codec = FaissCodec.from_card(spec, table, trained, turn)
             by_column[column] = (*by_column.get(column, ()), codec)
-        return IndexSettings(parse_specs(stored["specs"]), bool(stored["forced"]), by_column)
+        return IndexSettings(parse_specs(stored["specs"]), bool(stored["forced"]), by_column, turn_id)
     except (InvalidInput, *ODD_CONTENT) as error:
         raise GalleryDamaged("what the database says of the index engines; run `biodedup doctor`") from (
             None if isinstance(error, MemoryError) else error

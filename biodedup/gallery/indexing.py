@@ -104,7 +104,8 @@ class Indexing:
             return None
         sample = sample_of(columns, index_codec.training_rows_max(spec, dimension))
         with index_codec.threads(self._gallery.limits.threads, len(sample)):
-            return index_codec.train(spec, sample)
+            turn = self._gallery.snapshot().turn
+            return index_codec.train(spec, sample, None if turn is None else turn.of(column))
 
     def _steps(self, snapshot: Snapshot) -> Iterator[_Step]:
         settings = snapshot.indexing

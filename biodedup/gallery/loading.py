@@ -90,6 +90,7 @@ def read(catalogue: Catalogue, storage: Storage, folder: Path, opened: Sequence[
         different=catalogue.judged(),
         steps=catalogue.job_steps(),
         indexing=catalogue.index_settings(),
+        turn=catalogue.turn(),
     )
     if not catalogue.has_encounters():  # and no writer has opened it
         snapshot = replace(snapshot, different=paired(judged_before(catalogue.verdicts(), snapshot)))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, InvalidInput
+from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.index_codec import MATED_SIMILARITY, FaissCodec
 from biodedup.gallery.indexing import Indexed, Indexing
 from biodedup.gallery.segments.compaction import due, grouped
@@ -117,6 +118,26 @@ class Maintenance:
             _log.info("index engines were set: %s", engines)
             self._index(report)
 
+    def rekey(self, turn: Turn | None, report: Callable[[int, int], None] | None = None) -> None:
+        """Stores all embeddings with another transform: new ones from now on, and segment by segment those that are there. Searches go on.
+
+        turn: the transform that the gallery has already to go on with what was interrupted; None to store embeddings as they are. Stopped
+        in between, segments of both kinds are searched together. Raises StorageUnavailable.
+        """
+        with self._merging, self._gallery.maintaining():
+            if turn_id_of(self._gallery.snapshot().turn) != turn_id_of(turn):
+                with self._gallery.transaction() as transaction:
+                    transaction.set_turn(turn)
+                _log.info("embeddings are stored with another transform from now on")
+            total = len(self._gallery.snapshot().segments)
+            while left := turned_otherwise(self._gallery.snapshot()):
+                if report is not None:
+                    report(max(total - len(left), 0), total)
+                self.merge(left[:1])
+            self._index()
+            if report is not None:
+                report(total, total)
+
     def _index(self, report: Callable[[int, int], None] | None = None) -> None:
         def go_on() -> bool:
             if self._closing:
@@ -126,8 +147,16 @@ class Maintenance:
         if not self._gallery.is_broken:
             self._indexing.run(go_on, report)
 
-    def merge(self, segments: Sequence[Segment]) -> None:
-        """Writes neighbouring segments as one, and swaps the manifest."""
+    def rewrite(self, changed: Callable[[Segment], Rows | None]) -> None:
+        """Writes segments anew, without removed rows. changed: what a segment becomes, None where it stays."""
+        with self._merging, self._gallery.maintaining():
+            for segment in self._gallery.snapshot().segments:
+                if (rows := changed(segment)) is not None:
+                    self.merge([segment], [rows])
+            self._index()
+
+    def merge(self, segments: Sequence[Segment], written: Sequence[Rows] | None = None) -> None:
+        """Writes neighbouring segments as one, and swaps the manifest. written: what to write of each, None for all of them."""
         began, snapshot = time.perf_counter(), self._gallery.snapshot()
         dropped = _removed(snapshot, segments)
         rows = sum(segment.count for segment in segments)
@@ -135,7 +164,7 @@ class Maintenance:
         def go_on() -> bool:
             return not self._closing or rows <= _FINISH_ROWS_MAX
 
-        entry = self._gallery.write_parts(segments, [snapshot.mask(segment) for segment in segments], go_on)
+        entry = self._gallery.write_parts(written or segments, [snapshot.mask(segment) for segment in segments], go_on)
         try:
             with self._gallery.transaction() as transaction:
                 transaction.swap(segments, entry, dropped)
@@ -198,6 +227,12 @@ class Maintenance:
         dead = [len(_removed(snapshot, [segment])) for segment in segments]
         run = due([s.count for s in segments], dead, config.seal_rows, config.merge_fan, config.segment_rows)
         return [] if run is None else segments[run]
+
+
+def turned_otherwise(snapshot: Snapshot) -> list[Segment]:
+    """The segments with embeddings that are stored with another transform than the gallery's."""
+    wanted = turn_id_of(snapshot.turn)
+    return [s for s in snapshot.segments if any(c.turn_id not in (None, wanted) for c in s.columns.values())]
 
 
 def _loses(column: str, codec: FaissCodec, miss_risk: float) -> InvalidInput:

@@ -5,6 +5,7 @@ Owns these checks. Never reads rows.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from biodedup.gallery.catalogue.sqlite import (
     SqliteCatalogue,
 )
 from biodedup.gallery.catalogue.upgrade import OLD_FORMAT, upgrade
+from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.filesystem import Lock, Storage
 from biodedup.gallery.files.names import (
     CANARIES_NAME,
@@ -105,12 +107,22 @@ def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> N
     try:
         catalogue.begin()
         catalogue.create(gallery_id, settings)
+        if (turn := new_turn(storage, folder, settings)) is not None:
+            catalogue.set_turn(turn.turn_id)
         catalogue.commit()
     finally:
         catalogue.close()
     storage.replace(folder / NEW_NAME, folder / DATABASE_NAME)
     storage.sync_folder(folder)
     storage.remove(folder / f"{NEW_NAME}-journal")
+
+
+def new_turn(storage: Storage, folder: Path, settings: str) -> Turn | None:
+    """The transform of a new gallery's embeddings; None where its settings (JSON) ask for none, or it is in the clear."""
+    asked = json.loads(settings).get("gallery", {}).get("renewable")
+    if not asked or KEY_NAME not in (storage.list_names(folder) or ()):
+        return None
+    return storage.turn(folder / DATABASE_NAME, storage.add_turn(folder))
 
 
 def _upgrade(storage: Storage, folder: Path) -> None:

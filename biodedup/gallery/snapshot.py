@@ -23,6 +23,7 @@ from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codes import dequantise
+from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.filesystem import memory_bytes
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.index_settings import IndexSettings
@@ -40,7 +41,7 @@ class Snapshot:
     """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending; pending: row of an open
     case -> its encounter_id; extra_rows: live rows beyond the first of their subject; different: row -> rows that were judged to be
     of another person, in both directions; steps: name of a step that a job has done -> what it noted, JSON; indexing: the index engines
-    of its columns."""
+    of its columns; turn: the transform that embeddings are stored with from now on."""
 
     version: int
     row_count: int
@@ -53,6 +54,7 @@ class Snapshot:
     different: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
     steps: Mapping[str, str] = field(default_factory=dict, repr=False)
     indexing: IndexSettings = field(default_factory=IndexSettings, repr=False)
+    turn: Turn | None = field(default=None, repr=False)
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
     )

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import EXTERNAL_MINUTIAE
-from biodedup.errors import ModelMismatch, SubjectExists, UnknownSubject
+from biodedup.errors import GalleryBusy, ModelMismatch, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import StoredDecision, to_json
 from biodedup.gallery.cases import (
     RECAPTURE,
@@ -32,6 +32,7 @@ from biodedup.gallery.cases import (
 from biodedup.gallery.catalogue.audit import AuditRecord
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State, paired
+from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.files.packed import Packed, pack_text, text
@@ -72,6 +73,7 @@ class Transaction:
         self.different = before.different
         self.steps = before.steps
         self.indexing = before.indexing
+        self.turn = before.turn
         self.answers: dict[str, StoredDecision] = {}
         self.policies: list[PolicyVersion] = []
         self.new_segments: list[int] = []
@@ -126,6 +128,7 @@ class Transaction:
             different=self.different,
             steps=self.steps,
             indexing=self.indexing,
+            turn=self.turn,
         )
         self._shown = made_of, snapshot
         return snapshot
@@ -229,7 +232,9 @@ class Transaction:
 
     def attach(self, entry: SegmentEntry, extra_rows: int = 0) -> None:
         """Stages the rows of a segment that was written before; its range is settled here, behind all rows given out. extra_rows: how
-        many of them are not the first of their subject."""
+        many of them are not the first of their subject. Raises GalleryBusy where embeddings were turned since it was written: the secret of
+        its transform may be gone."""
+        self._refuse_other_turn(entry)
         if self.tail.count:
             self.seal()
         count = entry.end_row - entry.first_row
@@ -240,6 +245,17 @@ class Transaction:
         self.tail.answers = answers
         self._count_extra(extra_rows)
         self.content_changed = True
+
+    def _refuse_other_turn(self, entry: SegmentEntry) -> None:
+        segment = open_segment(self._storage, self._folder, entry)
+        try:
+            turned = {column.turn_id for column in segment.columns.values()} - {None, turn_id_of(self.turn)}
+        finally:
+            segment.close()
+        if turned:
+            raise GalleryBusy(
+                "the embeddings of the gallery were turned while rows were written; nothing was added; send them again"
+            )
 
     def remove(self, subject_id: str) -> None:
         """Removes all rows of a subject. Raises UnknownSubject."""
@@ -307,6 +323,12 @@ class Transaction:
         self._catalogue.add_judged(different)
         self.different = paired(different, self.different)
         self.content_changed = True
+
+    def forget_cases(self, encounter_ids: Sequence[str]) -> None:
+        """Of closed cases."""
+        assert not set(encounter_ids) & set(self.pending.values()), "open cases are kept"
+        self._catalogue.forget_cases(encounter_ids)
+        self.content_changed = self.content_changed or bool(encounter_ids)
 
     def revise(self, case: Case, decision: Decision) -> None:
         """The decision of a case as it stands from now on."""
@@ -379,6 +401,7 @@ class Transaction:
                 parts=[tail],
                 keeps=[keep],
                 others=parts,
+                turn=self.turn,
             )
         )
         self._drop_tombstones(self.tombstones[self.tombstones >= tail.first_row])
@@ -408,6 +431,14 @@ class Transaction:
         """Stores which index engine each column asks for."""
         self.indexing = replace(self.indexing, specs=specs, forced=forced)
         self._catalogue.set_index(self.indexing)
+        self.manifest_changed = True
+
+    def set_turn(self, turn: Turn | None) -> None:
+        """Embeddings are stored with this transform from now on. The journal becomes a segment of it."""
+        self.turn = turn
+        self.indexing = replace(self.indexing, turn_id=turn_id_of(turn))
+        self.seal()
+        self._catalogue.set_turn(turn_id_of(turn))
         self.manifest_changed = True
 
     def add_codec(self, column: str, codec: FaissCodec) -> None:

@@ -65,6 +65,10 @@ from .health.log import verify_log as verify_log
 from .health.receipt import ReceiptCheck as ReceiptCheck
 from .health.receipt import verify_receipt as verify_receipt
 from .health.receipt import write_receipt as write_receipt
+from .health.retention import Retained as Retained
+from .health.retention import RetentionPlan as RetentionPlan
+from .health.retention import retention_plan as retention_plan
+from .health.retention import run_retention as run_retention
 from .kits.format.keys import load_centre_key as load_centre_key
 from .kits.format.keys import make_centre_key as make_centre_key
 from .kits.format.keys import make_keys as make_keys

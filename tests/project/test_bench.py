@@ -22,6 +22,7 @@ pytestmark = pytest.mark.bench
         (["chain.py", "--smoke"], "many a commit: ratio", False),
         (["front_ends.py", "--smoke"], "enrolments a second", False),
         (["replay.py", "--smoke"], "the same picture: share found", False),
+        (["renewable.py", "--rows", "1000", "--rounds", "1"], "linked by comparing rows: 0.0", False),
         (["face_gate.py", "--smoke"], "negative {'accepted': 0", False),
         (["fresh_gallery.py", "--smoke"], "0 of 56 first encounters duplicate", False),
         (["synthetic.py", "--smoke"], "generated: ridge period", False),

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_public_names_are_pinned():
     assert sorted(bd.__all__) == sorted(
         """
-        COLUMNS FINGER_POSITIONS BiodedupError CallerError Candidate CaptureConfig CaptureUnavailable Case Cluster ClusterConfig Config DataDamaged Decision
+        COLUMNS FINGER_POSITIONS BiodedupError CallerError Candidate CaptureConfig CaptureUnavailable Case Cluster ClusterConfig Config DataDamaged Decision DeviceVerdict
         Encounter EncounterConflict EnrolledEncounter Engine EngineClosed Evidence Extractor Face FaceConfig Finger FingerConfig GalleryBusy GalleryConfig
         GalleryDamaged IndexMismatch InvalidInput IsolationConfig KeyMismatch KeyProvider LabelConfig Link LogConfig Missing ModelCardError ModelMismatch NotAGallery OutOfMemory Policy PolicyMismatch PolicyVersion Refusal RetryableError
         Score SearchConfig SearchResult StorageUnavailable Subject SubjectExists Template Trace UnknownSubject Verdict Verification __version__

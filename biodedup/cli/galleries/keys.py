@@ -23,7 +23,9 @@ from biodedup.cli.base import (
     SignOption,
     app,
     configured,
+    existing,
     finish,
+    progress_bar,
 )
 from biodedup.config import Config
 from biodedup.errors import InvalidInput
@@ -89,6 +91,27 @@ def status(gallery: FolderOption = DEFAULT_GALLERY, as_json: JsonOption = False)
         f"{gallery} is encrypted under key {found.register_key_id}" if found.encrypted else f"{gallery} is in the clear"
     )
     finish(asdict(found), text, as_json)
+
+
+@key.command()
+def rekey(
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Store embeddings as they are, without a secret transform.")
+    ] = False,
+    gallery: FolderOption = DEFAULT_GALLERY,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn the stored embeddings of an encrypted gallery by a new secret transform (renewable templates).
+
+    Interrupted, the same command goes on. At the end the old transform is destroyed. Searches in other processes go on meanwhile.
+    """
+    with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
+        turn_id = engine.rekey(renewable=not plain, progress=lambda done, total: progress("turning", done, total))
+    text = (
+        f"{gallery} stores embeddings by transform {turn_id}" if turn_id else f"{gallery} stores embeddings as they are"
+    )
+    finish({"transform": turn_id or None}, text, as_json)
 
 
 @key.command()

@@ -38,7 +38,8 @@ from biodedup.gallery.files.names import (
     NEW_SUFFIX,
     SEGMENT_FOLDER,
 )
-from biodedup.gallery.segments.layout import number_of
+from biodedup.gallery.segments.layout import file_name, number_of
+from biodedup.values import COLUMNS
 
 _COPY_BYTES = 1 << 20
 
@@ -74,12 +75,29 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
         try:
             canaries = _canaries(storage, folder)  # opened first: they name no row that the copied database has not
             copied = copy_gallery(storage, folder, target, check_kept=False)
+            storage.share_key(folder, target)
             if canaries is not None:
                 copy_file(storage, canaries, target / CANARIES_NAME)
                 storage.sync_folder(target)
+            storage.share_turns(folder, target, _turn_ids(storage, target))
             return copied
         finally:
             lock.release()
+
+
+def _turn_ids(storage: Storage, folder: Path) -> set[str]:
+    """Of the transforms that the embeddings of a copy are stored with."""
+    with connected(storage, folder) as catalogue:
+        named, entries = catalogue.turn_ids(), catalogue.segments()
+    paths = [
+        folder / SEGMENT_FOLDER / file_name(e.number, kind) for e in entries for kind in e.files if kind in COLUMNS
+    ]
+    if CANARIES_NAME in (storage.list_names(folder) or ()):
+        paths.append(folder / CANARIES_NAME)
+    for path in paths:
+        about = open_column_file(storage, path).about
+        named |= {str(table["turn"]) for table in (about, about.get("codec") or {}) if "turn" in table}
+    return named
 
 
 def _refuse_target(storage: Storage, folder: Path, target: Path) -> None:

@@ -25,7 +25,7 @@ from biodedup.gallery.care.removal import refuse_foreign, remove_gallery
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.encryption.keyring import Key, key_file, register_key
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import LocalStorage, Storage, database_secret, stored_key
+from biodedup.gallery.files.filesystem import LocalStorage, Storage, database_secret, key_file_lock, stored_key
 from biodedup.gallery.files.names import (
     BACKLOG_NAME,
     DATABASE_NAME,
@@ -68,13 +68,15 @@ def rotate(folder: Path, before: KeySource, after: KeySource) -> KeyStatus:
     opens backups that were made before. Raises KeyMismatch, GalleryDamaged, StorageUnavailable."""
     with translated(f"rotating the key of {folder}"):
         _refuse_absent(folder)
-        stored, new = stored_key(folder), register_key(after)
-        if stored is None:
-            raise InvalidInput(f"{folder} is not encrypted; run `biodedup encrypt {folder}`")
-        if stored.register_key_id != new.key_id:  # a run that was repeated
-            content = key_file(new, stored.opened(register_key(before)).secret)
-            replace_private(folder / KEY_NAME, content)
-            LocalStorage().sync_folder(folder)
+        new, old = register_key(after), register_key(before)
+        with key_file_lock(folder):
+            stored = stored_key(folder)
+            if stored is None:
+                raise InvalidInput(f"{folder} is not encrypted; run `biodedup encrypt {folder}`")
+            if stored.register_key_id != new.key_id:  # a run that was repeated
+                secret, turns = stored.opened(old).secret, stored.turn_secrets(old)
+                replace_private(folder / KEY_NAME, key_file(new, secret, turns.values()))
+                LocalStorage().sync_folder(folder)
         stored = stored_key(folder)
         if stored is None or stored.register_key_id != new.key_id:
             raise GalleryBusy(f"another process rotated the key of {folder}; look at `biodedup key status`")
@@ -132,6 +134,7 @@ def _crossed(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
         lock = storage.lock(folder / LOCK_NAME)
         try:
             refuse_foreign(storage, new)
+            _refuse_turned(folder)
             _refuse_wrong_log(storage, folder)
             storage.make_folder(new)
             other = storage.lock(new / LOCK_NAME)
@@ -145,6 +148,15 @@ def _crossed(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
             lock.release()
         _remove(storage, new)
     return key_status(folder)
+
+
+def _refuse_turned(folder: Path) -> None:
+    """The secrets of renewable templates are in `gallery.key`, which a gallery in the clear has not."""
+    stored = stored_key(folder)
+    if stored is not None and stored.turns:
+        raise InvalidInput(
+            f"{folder} has renewable templates; nothing changed; run `biodedup key rekey --plain` first, which stores embeddings as they are"
+        )
 
 
 def _refuse_wrong_log(storage: Storage, folder: Path) -> None:

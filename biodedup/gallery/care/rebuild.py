@@ -26,6 +26,7 @@ from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import DATABASE_NAME, SEGMENT_FOLDER
 from biodedup.gallery.index_settings import IndexSettings
+from biodedup.gallery.opening import new_turn
 from biodedup.gallery.segments.part import PIECE_ROWS, Rows
 from biodedup.gallery.segments.writer import write_segment
 
@@ -69,14 +70,17 @@ def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Re
         storage.make_folder(folder)
         storage.unlock(folder, new=True)
         storage.make_folder(segments)
+        turn = new_turn(storage, folder, content.settings)
         entries = []
         for number, part in enumerate(content.sealed, 1):
-            entries.append(write_segment(storage, segments, number, content.gallery_id, [part], [None]))
+            entries.append(write_segment(storage, segments, number, content.gallery_id, [part], [None], turn=turn))
             done += part.count
             report(done)
         with closing(SqliteCatalogue(storage.connect(folder / DATABASE_NAME, read_only=False))) as catalogue:
             catalogue.begin()
             catalogue.lay_tables(content.gallery_id, content.settings)
+            if turn is not None:
+                catalogue.set_turn(turn.turn_id)
             catalogue.set_index(content.index)
             for table in TABLES:
                 catalogue.put(table, content.table(table))

@@ -41,7 +41,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,12 +80,13 @@ from biodedup.gallery.catalogue.chain import (
     pack_row,
 )
 from biodedup.gallery.catalogue.chain_writer import ChainWriter
+from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings, asked_in, read_settings
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
 from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.texts import KnownId
-from biodedup.values import COLUMNS, Template, Verdict
+from biodedup.values import COLUMNS, Float32, Template, Verdict
 
 APPLICATION_ID = 0x62696F64  # "biod": `file` shows it
 FORMAT_VERSION = 5
@@ -194,6 +195,8 @@ class CatalogueTables(ABC):
     """What the rows of a gallery's tables mean, in any database."""
 
     tables: Mapping[str, str] = COLUMNS_OF
+    turns: Callable[[str], Turn] | None = None
+    """turn_id -> the transform; None where no key is."""
 
     # the gallery itself -----------------------------------------------------------------------------------------
 
@@ -239,6 +242,22 @@ class CatalogueTables(ABC):
         if not all(0 <= index < len(COLUMNS) and (size is None or 0 < size <= 1 << 16) for index, _, size in known):
             raise GalleryDamaged("a row of table model is of no column; run `biodedup doctor`")
         return {COLUMNS[index]: ColumnModel(model_id, dimension) for index, model_id, dimension in known}
+
+    def turn(self) -> Turn | None:
+        """The transform that embeddings are stored with from now on. Those of the journal are; segments name theirs. Raises GalleryDamaged."""
+        if self.turns is None:
+            return None
+        turn_id = next((value for _, value, *_ in self._all("meta", None, "key = ?", ("turn",))), "")
+        return self.turns(turn_id) if turn_id else None
+
+    def turn_ids(self) -> set[str]:
+        """Of the transforms that the journal and the index codecs are of."""
+        cards = (json.loads(card) for _, _, card, *_ in self._all("index_codec"))
+        return {self.meta().get("turn", ""), *(card.get("turn", "") for card in cards)} - {""}
+
+    def set_turn(self, turn_id: str) -> None:
+        """Of a journal that is empty. "": embeddings are stored as they are."""
+        self.put("meta", [("turn", turn_id)])
 
     def add_model(self, column: str, model: ColumnModel) -> None:
         self.put("model", [(COLUMNS.index(column), model.model_id, model.dimension)])
@@ -287,7 +306,7 @@ class CatalogueTables(ABC):
         """The index engines that columns ask for, and their codecs. Raises GalleryDamaged."""
         rows = list(self._all("index_codec", "key"))
         codecs = [(key.partition("/")[0], spec, card, trained) for key, spec, card, trained in rows]
-        return read_settings(self.meta().get("index"), codecs)
+        return read_settings(self.meta().get("index"), codecs, self.turns, turn_id_of(self.turn()))
 
     def set_index(self, settings: IndexSettings) -> None:
         """Stores the engines, without the codecs."""
@@ -341,19 +360,27 @@ class CatalogueTables(ABC):
 
     def cells(self) -> Iterator[JournalCell]:
         """By row."""
+        turn = self.turn()
         for key, vector, minutiae, quality in self._all("cell", "key"):
-            yield JournalCell(key // STRIDE, COLUMNS[key % STRIDE], vector, minutiae, quality)
+            column = COLUMNS[key % STRIDE]
+            if turn is not None and vector and not len(vector) % 4:
+                vector = _blob(turn.of(column).back(np.frombuffer(vector, "<f4")[None]))
+            yield JournalCell(key // STRIDE, column, vector, minutiae, quality)
 
     def add_cells(self, cells: Iterable[tuple[int, Template]]) -> None:
         """cells: (row, template)."""
-        self.put("cell", ((row * STRIDE + COLUMNS.index(t.column), *_blobs(t)) for row, t in cells))
+        self.put_cells(JournalCell(row, t.column, *_blobs(t)) for row, t in cells)
 
     def put_cells(self, cells: Iterable[JournalCell]) -> None:
         """As `cells` returned them."""
-        self.put(
-            "cell",
-            ((c.row * STRIDE + COLUMNS.index(c.column), c.vector, c.minutiae, c.quality) for c in cells),
-        )
+        turn = self.turn()
+
+        def stored(cell: JournalCell) -> bytes | None:
+            if turn is None or cell.vector is None:
+                return cell.vector
+            return _blob(turn.of(cell.column).turned(np.frombuffer(cell.vector, "<f4")[None]))
+
+        self.put("cell", ((c.row * STRIDE + COLUMNS.index(c.column), stored(c), c.minutiae, c.quality) for c in cells))
 
     def answers(self) -> dict[str, StoredDecision]:
         """encounter_id -> what was sent and answered."""
@@ -545,6 +572,17 @@ class CatalogueTables(ABC):
             return request, decision
         return None
 
+    def cases(self) -> Iterator[tuple[str, str | None]]:
+        """(encounter_id, the decision as it stands or None while it is the answer's) of every case that was noted."""
+        for encounter_id, _, decision in self._all("review_case"):
+            yield encounter_id, decision
+
+    def forget_cases(self, encounter_ids: Iterable[str]) -> None:
+        """Deletes what was asked for, the decisions as they stand, and the verdicts of closed cases."""
+        names = [(encounter_id,) for encounter_id in encounter_ids]
+        self._delete("review_case WHERE encounter_id = ?", names)
+        self._delete("verdict WHERE encounter_id = ?", names)
+
     def put_case(self, encounter_id: str, request: str, decision: str | None) -> None:
         self.put("review_case", [(encounter_id, request, decision)])
 
@@ -613,6 +651,7 @@ class SqliteCatalogue(CatalogueTables):
         self.erased = False
         """Whether rows were deleted that the rollback journal may still hold. The gallery resets it."""
         self.chain = ChainWriter(self, getattr(connection, "chain_key", None))
+        self.turns = getattr(connection, "turns", None)
 
     # transactions ---------------------------------------------------------------------------------------------
 
@@ -900,6 +939,10 @@ def _checksum(packed: bytes) -> int:
     return xxhash.xxh3_64_intdigest(packed) - (1 << 63)
 
 
+def _blob(vector: Float32) -> bytes:
+    return np.asarray(vector, "<f4").tobytes()
+
+
 def _blobs(template: Template) -> tuple[bytes | None, bytes | None, float | None]:
-    vector = None if template.embedding is None else np.asarray(template.embedding, "<f4").tobytes()
+    vector = None if template.embedding is None else _blob(template.embedding)
     return vector, template.minutiae, quality_scale.as_stored(template.column, template.quality)

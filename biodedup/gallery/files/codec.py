@@ -12,7 +12,7 @@ trained. No mean is subtracted: it is the first of the principal axes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import sqrt
 from typing import Any
@@ -24,6 +24,7 @@ from scipy.special import ndtr, ndtri
 
 from biodedup.common.intervals import upper_bound
 from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, dequantise, quantise
+from biodedup.gallery.files.encryption.turning import ColumnTurn
 from biodedup.values import Float32
 
 SCAN_WHOLE = 128
@@ -118,13 +119,20 @@ def law_from_card(card: dict[str, Any]) -> ErrorLaw:
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """rotation: float32 (D, d), columns orthonormal; scanned: how many of the D numbers the scan reads."""
+    """rotation: float32 (D, d), columns orthonormal; scanned: how many of the D numbers the scan reads.
+
+    In a gallery of renewable templates, a file holds the rotation S of turned vectors R x (encryption/turning.py). In memory, `rotation` is
+    S R: it takes vectors as they are, so that a turn costs a search nothing.
+    """
 
     rotation: Float32
     scanned: int
     law: ErrorLaw
     training_rows: int = 0
     """Vectors that the rotation was trained on; 0 where it is random."""
+    turn: ColumnTurn | None = None
+    of_turned: Float32 | None = None
+    """S; None without a turn."""
 
     @cached_property
     def codec_id(self) -> str:
@@ -145,17 +153,27 @@ class Codec:
         """There were too few vectors to train it."""
         return self.dimension > SCAN_WHOLE and not self.training_rows
 
+    @property
+    def stored_rotation(self) -> Float32:
+        """What a file holds."""
+        return self.rotation if self.of_turned is None else self.of_turned
+
     def card(self) -> dict[str, Any]:
         """The codec's entry in the `about` of a file, JSON-ready."""
-        return {
+        card: dict[str, Any] = {
             "id": self.codec_id,
             "scanned": self.scanned,
             "training_rows": self.training_rows,
             "law": vars(self.law),
         }
+        return card if self.turn is None else card | {"turn": self.turn.turn_id}
+
+    def in_the_clear(self) -> Codec:
+        """The same codec for a file whose reader has no secret, such as an export."""
+        return replace(self, turn=None, of_turned=None)
 
     @classmethod
-    def from_card(cls, card: dict[str, Any], rotation: Float32) -> Codec:
+    def from_card(cls, card: dict[str, Any], rotation: Float32, turn: ColumnTurn | None = None) -> Codec:
         measured = law_from_card(card["law"])
         scanned, counts = card["scanned"], (card["scanned"], card["training_rows"])
         if not (
@@ -165,7 +183,8 @@ class Codec:
             and np.isfinite(rotation).all()
         ):
             raise ValueError("a codec that was never made")
-        return cls(np.array(rotation), scanned, measured, card["training_rows"])
+        codec = cls(np.array(rotation), scanned, measured, card["training_rows"])
+        return codec if turn is None else _turned(codec, turn)
 
     def rotate(self, vectors: Float32) -> Float32:
         """float32 (n, D): what the codes stand for; lengths and similarities stay."""
@@ -184,10 +203,24 @@ Estimate = Callable[[Float32, Float32], Float32]
 """Of pairs, float32 (n, d) each -> float32 (n,)."""
 
 
-def make_codec(dimension: int, samples: Sequence[Float32]) -> Codec:
-    """A codec for vectors of this dimension; samples: unit rows of the column, float32 (n, d), any number of them."""
+def make_codec(dimension: int, samples: Sequence[Float32], turn: ColumnTurn | None = None) -> Codec:
+    """A codec for vectors of this dimension; samples: unit rows of the column, float32 (n, d), any number of them; turn: of the gallery's
+    stored vectors."""
     vectors = np.concatenate([np.zeros((0, dimension), np.float32), *samples])[:TRAINING_ROWS_MAX]
-    rng = np.random.default_rng(_SEED)
+    if turn is None:
+        return _made(dimension, vectors, _SEED)
+    # of a trained rotation the random part is secret, too: principal axes are nearly the same in every gallery, so that they undo a turn
+    return _turned(_made(dimension, turn.turned(vectors), turn.seed), turn)
+
+
+def _turned(codec: Codec, turn: ColumnTurn) -> Codec:
+    """A codec of turned vectors, for vectors as they are."""
+    rotation = np.asarray(codec.rotation @ turn.matrix(codec.dimension), np.float32)
+    return replace(codec, rotation=rotation, turn=turn, of_turned=codec.rotation)
+
+
+def _made(dimension: int, vectors: Float32, seed: int) -> Codec:
+    rng = np.random.default_rng(seed)
     measured, source = vectors, "sample"
     if len(vectors) < 1_000:
         measured = rng.standard_normal((4_096, dimension), np.float32)

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import BiodedupError, EngineClosed, GalleryBusy, GalleryDamaged, KeyMismatch
 from biodedup.gallery.files.encryption.sealed_file import NotAuthentic, SealedMap
+from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.filesystem import ODD_CONTENT, NewFile, Storage
 from biodedup.gallery.files.names import NEW_SUFFIX
 
@@ -218,8 +219,10 @@ class _Closed(dict[str, NDArray[Any]]):
 class ColumnFile:
     """An open column file. Thread-safe. Raises GalleryDamaged, naming the file and the array, for content that is not as written."""
 
-    def __init__(self, content: mmap.mmap, name: str, forget: Callable[[], None]) -> None:
+    def __init__(self, content: mmap.mmap, name: str, forget: Callable[[], None], turns: Callable[[str], Turn]) -> None:
+        """turns: the transform of stored embeddings by its id."""
         self.name = name
+        self.turns = turns
         self._forget = forget
         self._content = content
         self._sealed = content if isinstance(content, SealedMap) else None
@@ -316,6 +319,11 @@ class ColumnFile:
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
+
+    @property
+    def names(self) -> list[str]:
+        """Of its arrays."""
+        return list(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._arrays[name].shape
@@ -519,7 +527,7 @@ def open_column_file(storage: Storage, path: Path) -> ColumnFile:
             f"segment file {path.name} is damaged: it is empty, or no file; run `biodedup doctor`"
         ) from None
     try:
-        return ColumnFile(content, path.name, partial(storage.forget, path))
+        return ColumnFile(content, path.name, partial(storage.forget, path), partial(storage.turn, path))
     except ODD_CONTENT as error:
         if isinstance(error, BiodedupError):
             raise

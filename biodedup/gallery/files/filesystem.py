@@ -21,18 +21,21 @@ import errno
 import fcntl
 import mmap
 import os
+import secrets
 import sqlite3
 import stat
 import struct
 import zlib
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, cast
 
 from biodedup.errors import GalleryBusy, GalleryDamaged, InvalidInput, KeyMismatch, NotAGallery
 from biodedup.gallery.files import forks
-from biodedup.gallery.files.encryption.keyring import Key, KeyFile, new_key_file, register_key
+from biodedup.gallery.files.encryption.keyring import Key, KeyFile, key_file, new_key_file, register_key
 from biodedup.gallery.files.encryption.sealed_file import (
     BLOCK_BYTES,
     MAGIC,
@@ -41,6 +44,7 @@ from biodedup.gallery.files.encryption.sealed_file import (
     SealedMap,
     SealedWriter,
 )
+from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.names import DATABASE_NAME, KEY_NAME, NEW_SUFFIX, SEGMENT_FOLDER
 from biodedup.gallery.files.private import (
     create_private,
@@ -49,7 +53,7 @@ from biodedup.gallery.files.private import (
     refuse_no_file,
     replace_private,
 )
-from biodedup.keys import KeySource
+from biodedup.keys import KEY_BYTES, KeySource
 
 _BUFFER_BYTES = 1 << 20
 _WIPED_BYTES_KEPT = 1 << 18
@@ -109,6 +113,23 @@ class Storage(Protocol):
     def share_key(self, source: Path, target: Path, *, lost: bool = False) -> None:
         """Before a gallery is copied: the target gets the source's key, or stays in the clear as the source. lost: the target had this
         key, and holds files of it. Raises InvalidInput, KeyMismatch."""
+
+    def share_turns(self, source: Path, target: Path, needed: Collection[str] | None) -> None:
+        """After a gallery was copied: the target knows the transforms of the source, and of its own the needed ones. None: all of its own.
+        Raises GalleryBusy where the source has lost a needed one meanwhile."""
+
+    def turn(self, path: Path, turn_id: str) -> Turn:
+        """The transform that embeddings in a file of a gallery are turned by. Raises GalleryDamaged where its secret is not there,
+        KeyMismatch."""
+
+    def turn_ids(self, folder: Path) -> list[str]:
+        """Of the transforms whose secrets a gallery has, the newest last. Raises GalleryDamaged."""
+
+    def add_turn(self, folder: Path) -> str:
+        """Makes the secret of a new transform, and returns its id. Raises InvalidInput where the gallery is not encrypted, KeyMismatch."""
+
+    def keep_turns(self, folder: Path, turn_ids: Collection[str]) -> None:
+        """Destroys the secrets of all other transforms. Raises KeyMismatch."""
 
     def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection: ...
 
@@ -287,6 +308,8 @@ class LocalStorage:
     """The gallery key that was unwrapped last. A rotation, which leaves it, disturbs no process that has it."""
 
     def __init__(self, keys: KeySource | None = None) -> None:
+        self._turns: dict[str, Turn] = {}
+        """Those of each key file that was read, so that a reader knows a transform that was replaced since."""
         if keys is not None:
             self._register = register_key(keys)
 
@@ -315,9 +338,28 @@ class LocalStorage:
             raise InvalidInput(f"{target} is another gallery or its backup; name an empty folder")
         if mine is None or (others and not lost):
             raise KeyMismatch(f"{target} and {source} are not both encrypted; name an empty folder")
-        if there is None or there.wrapped != mine.wrapped:  # or a rotation was since
-            replace_private(target / KEY_NAME, _read_whole(source / KEY_NAME))
-            self.sync_folder(target)
+        with key_file_lock(target):  # what the target holds stays readable
+            self._put_key_file(target, mine, _turns_beside(mine, there))
+
+    def share_turns(self, source: Path, target: Path, needed: Collection[str] | None) -> None:
+        if (mine := stored_key(source)) is None:
+            return
+        with key_file_lock(target):
+            there = stored_key(target)
+            assert there is not None, "it was shared before"
+            if needed is None:
+                self._put_key_file(target, there, _turns_beside(there, mine))
+                return
+            turns = _turns_beside(mine, there)
+            if not set(needed) <= turns.keys():
+                raise GalleryBusy(f"the embeddings of {source} were turned while it was copied; run the backup again")
+            self._put_key_file(target, mine, {n: w for n, w in turns.items() if n in mine.turns or n in needed})
+
+    def _put_key_file(self, folder: Path, stored: KeyFile, turns: Mapping[str, bytes]) -> None:
+        there, content = folder / KEY_NAME, stored.content(turns)
+        if not there.exists() or _read_whole(there) != content:
+            replace_private(there, content)
+            self.sync_folder(folder)
 
     def _key_in(self, folder: Path) -> Key | None:
         """The key of a gallery; None where it has none. Raises KeyMismatch, GalleryDamaged."""
@@ -327,7 +369,50 @@ class LocalStorage:
         known = self._known
         if known is None or known.key_id != stored.gallery_key_id:
             self._known = known = stored.opened(self._register)
+            self._learn_turns(stored)
         return known
+
+    def turn(self, path: Path, turn_id: str) -> Turn:
+        if turn_id not in self._turns:
+            stored = stored_key(path.parent) or stored_key(path.parent.parent)
+            if stored is not None:
+                self._learn_turns(stored)
+        if turn_id not in self._turns:
+            raise GalleryDamaged(
+                f"{KEY_NAME} lacks the transform {turn_id} of {path.name}; restore {KEY_NAME} from a backup of this gallery"
+            )
+        return self._turns[turn_id]
+
+    def _learn_turns(self, stored: KeyFile) -> None:
+        if self._register is not None and not stored.turns.keys() <= self._turns.keys():
+            self._turns |= {name: Turn(secret) for name, secret in stored.turn_secrets(self._register).items()}
+
+    def turn_ids(self, folder: Path) -> list[str]:
+        stored = stored_key(folder)
+        return [] if stored is None else list(stored.turns)
+
+    def add_turn(self, folder: Path) -> str:
+        turn = secrets.token_bytes(KEY_BYTES)
+        self._change_turns(folder, lambda before: [*before.values(), turn])
+        return Key(turn).key_id
+
+    def keep_turns(self, folder: Path, turn_ids: Collection[str]) -> None:
+        self._change_turns(folder, lambda before: [secret for name, secret in before.items() if name in turn_ids])
+
+    def _change_turns(self, folder: Path, change: Callable[[dict[str, bytes]], list[bytes]]) -> None:
+        with key_file_lock(folder):
+            stored, register = stored_key(folder), self._register
+            if stored is None or register is None:
+                raise InvalidInput(
+                    f"renewable templates need an encrypted gallery; state its key (Config.keys), or run `biodedup encrypt {folder}`"
+                )
+            key, before = stored.opened(register), stored.turn_secrets(register)
+            self._learn_turns(stored)
+            after = change(before)
+            if {Key(secret).key_id for secret in after} != before.keys():
+                replace_private(folder / KEY_NAME, key_file(register, key.secret, after))
+                self.sync_folder(folder)
+                self._turns |= {Key(secret).key_id: Turn(secret) for secret in after}
 
     def _key_of(self, path: Path) -> Key | None:
         """The key of a file in a gallery, or of one outside that a job writes."""
@@ -385,7 +470,9 @@ class LocalStorage:
             )
         from biodedup.gallery.files.encryption.database import EncryptedConnection
 
-        return cast(sqlite3.Connection, EncryptedConnection(uri, database_secret(key, path), _BUSY_S))
+        connection = EncryptedConnection(uri, database_secret(key, path), _BUSY_S)
+        connection.turns = partial(self.turn, path)
+        return cast(sqlite3.Connection, connection)
 
     def _database_key(self, path: Path) -> Key | None:
         return self._key_of(path)
@@ -461,6 +548,23 @@ class LocalStorage:
 
     def remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
+
+
+def _turns_beside(stored: KeyFile, other: KeyFile | None) -> dict[str, bytes]:
+    """The turn secrets of two key files of one register's key; those of the first one last."""
+    more = other.turns if other is not None and other.register_key_id == stored.register_key_id else {}
+    return {**{name: secret for name, secret in more.items() if name not in stored.turns}, **stored.turns}
+
+
+@contextmanager
+def key_file_lock(folder: Path) -> Iterator[None]:
+    """Held while `gallery.key` is read and replaced: a rotation and a new transform do not lose each other's change."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def stored_key(folder: Path) -> KeyFile | None:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from biodedup.common.intervals import upper_bound
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.codec import LEVELS, ErrorLaw, law_from_card, measured_law
+from biodedup.gallery.files.encryption.turning import ColumnTurn
 from biodedup.index_spec import IndexSpec
 from biodedup.values import Float32
 
@@ -51,7 +52,8 @@ Ids = NDArray[np.int64]
 @dataclass(frozen=True, eq=False)
 class FaissCodec:
     """A trained, empty index. trained: as FAISS serializes it; law: of the estimates of mates in lists that are read; lost: share of the
-    mates in other lists, at each of LEVELS; checked: mates behind each of these shares; training_rows: vectors it was trained on."""
+    mates in other lists, at each of LEVELS; checked: mates behind each of these shares; training_rows: vectors it was trained on; turn: the
+    index holds turned vectors (encryption/turning.py)."""
 
     spec: IndexSpec
     dimension: int
@@ -60,6 +62,11 @@ class FaissCodec:
     lost: tuple[float, ...]
     checked: int
     training_rows: int
+    turn: ColumnTurn | None = None
+
+    def turned(self, vectors: Float32) -> Float32:
+        """Vectors as the index takes them, float32 (n, d)."""
+        return vectors if self.turn is None else self.turn.turned(vectors)
 
     @cached_property
     def codec_id(self) -> str:
@@ -95,7 +102,7 @@ class FaissCodec:
 
     def card(self) -> dict[str, Any]:
         """What is known of it, JSON-ready; `trained` apart."""
-        return {
+        return ({} if self.turn is None else {"turn": self.turn.turn_id}) | {
             "dimension": self.dimension,
             "law": vars(self.law),
             "lost": self.lost,
@@ -104,14 +111,23 @@ class FaissCodec:
         }
 
     @classmethod
-    def from_card(cls, spec: str, card: dict[str, Any], trained: bytes) -> FaissCodec:
+    def from_card(cls, spec: str, card: dict[str, Any], trained: bytes, turn: ColumnTurn | None = None) -> FaissCodec:
         """Raises ValueError, TypeError or KeyError for a card that was never made."""
         counts = (card["dimension"], card["checked"], card["training_rows"])
         lost = tuple(float(share) for share in card["lost"])
         if not all(type(count) is int and count > 0 for count in counts) or len(lost) != len(LEVELS):
             raise ValueError("a codec that was never made")
         law = law_from_card(card["law"])
-        return cls(IndexSpec.parse(spec), card["dimension"], trained, law, lost, card["checked"], card["training_rows"])
+        return cls(
+            spec=IndexSpec.parse(spec),
+            dimension=card["dimension"],
+            trained=trained,
+            law=law,
+            lost=lost,
+            checked=card["checked"],
+            training_rows=card["training_rows"],
+            turn=turn,
+        )
 
 
 # making --------------------------------------------------------------------------------------------------------------
@@ -172,10 +188,11 @@ def training_rows_max(spec: IndexSpec, dimension: int) -> int:
     return max(training_rows_min(spec, dimension) * 2, min(_TRAINING_ROWS_MAX, 1 << 15))
 
 
-def train(spec: IndexSpec, vectors: Float32) -> FaissCodec:
-    """A codec for vectors like these, float32 (n, d), unit rows, n at least `training_rows_min`. Raises InvalidInput."""
+def train(spec: IndexSpec, vectors: Float32, turn: ColumnTurn | None = None) -> FaissCodec:
+    """A codec for vectors like these, float32 (n, d), unit rows, n at least `training_rows_min`. turn: of the stored vectors. Raises
+    InvalidInput."""
     index = new_index(spec, vectors.shape[1])
-    vectors = np.ascontiguousarray(vectors, np.float32)
+    vectors = np.ascontiguousarray(vectors if turn is None else turn.turned(vectors), np.float32)
     index.train(vectors)
     base = _base(index)
     if isinstance(base, faiss.IndexIVF):
@@ -189,6 +206,7 @@ def train(spec: IndexSpec, vectors: Float32) -> FaissCodec:
         lost=(0.0,) * len(LEVELS),
         checked=1,
         training_rows=len(vectors),
+        turn=turn,
     )
     _check_answers(codec, vectors[-_CHECKED_ROWS:])
     missing: list[int] = []
@@ -259,7 +277,7 @@ def filled(codec: FaissCodec, pieces: Iterable[Float32]) -> Any:
     """An index of these vectors, in their order. pieces: float32 (n, d) each."""
     index = codec.empty()
     for piece in pieces:
-        index.add(np.ascontiguousarray(piece, np.float32))
+        index.add(np.ascontiguousarray(codec.turned(piece), np.float32))
     return index
 
 
@@ -328,6 +346,26 @@ def _nprobe(ivf: Any, spec: IndexSpec) -> int:
 
 
 # for FAISS itself ----------------------------------------------------------------------------------------------------
+
+
+def in_the_clear(index: Any, codec: FaissCodec, *, shared: bool = False) -> Any:
+    """The index for vectors as they are. shared: it stays as it is; otherwise the caller owns it, and it may be changed."""
+    if codec.turn is None:
+        return index
+    turning = faiss.LinearTransform(codec.dimension, codec.dimension, False)
+    faiss.copy_array_to_vector(codec.turn.matrix(codec.dimension).astype(np.float32).ravel(), turning.A)
+    turning.is_trained = True
+    turning.set_is_orthonormal()
+    outer = faiss.downcast_index(index)
+    if isinstance(outer, faiss.IndexPreTransform) and not shared:
+        if outer.own_fields:
+            turning.this.disown()  # it is freed with the index
+        outer.prepend_transform(turning)
+        index.referenced_objects = [*getattr(index, "referenced_objects", []), turning]
+        return index  # not `outer`, which is freed with it
+    view = faiss.IndexPreTransform(turning, outer)
+    view.referenced_objects = [turning, index]
+    return view
 
 
 def numbered(index: Any, codec: FaissCodec, ids: Ids) -> Any:

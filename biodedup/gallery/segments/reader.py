@@ -260,11 +260,17 @@ class SegmentColumn:
         if card is None:
             return None
         try:
-            return Codec.from_card(card, self._file.read("rotation"))
+            turn = None if "turn" not in card else self._file.turns(card["turn"]).of(self._file.about["kind"])
+            return Codec.from_card(card, self._file.read("rotation"), turn)
         except ODD_CONTENT as error:
             if isinstance(error, BiodedupError):
                 raise
             raise self._file.damaged("what it says of its codec") from error
+
+    @property
+    def turn_id(self) -> str | None:
+        """Of the transform that its vectors are stored with, "" without one; None where it has no vectors. Needs no key."""
+        return None if self.dimension is None else str((self._file.about.get("codec") or {}).get("turn", ""))
 
     def vectors(self, low: int, high: int) -> Float32:
         if self.dimension is None:

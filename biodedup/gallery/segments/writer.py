@@ -30,6 +30,7 @@ from biodedup.gallery.files.codes import (
     sign_bits,
 )
 from biodedup.gallery.files.column_file import BLOCK_BYTES, ColumnFile, Stream, write_column_file
+from biodedup.gallery.files.encryption.turning import ColumnTurn, Turn, turn_id_of
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.segments.layout import ENCOUNTER, LOOKUP, REST, SUBJECT, SegmentEntry, file_name
@@ -79,12 +80,13 @@ def write_segment(
     go_on: Callable[[], bool] = lambda: True,
     *,
     threads: int = 1,
+    turn: Turn | None = None,
 ) -> SegmentEntry:
     """Writes adjacent parts as one segment, synced, and returns its entry for the manifest.
 
     keeps: which rows of each part are kept, bool (count,); None for all. others: parts whose codecs may be reused. threads: that write
-    columns of many rows side by side. Raises Abandoned when go_on turns false; then, and after any other error, files may be left that no
-    manifest names.
+    columns of many rows side by side. turn: of the stored embeddings. Raises Abandoned when go_on turns false; then, and after any other
+    error, files may be left that no manifest names.
     """
     sources, base = [], 0
     for part, keep in zip(parts, keeps, strict=True):
@@ -104,7 +106,7 @@ def write_segment(
     write(SUBJECT + LOOKUP, {}, _lookup_streams([(s.part.lookup(), s) for s in sources], base))
 
     def write_column(name: str) -> None:
-        codec = _codec_for(name, parts, [*others, *parts])
+        codec = _codec_for(name, parts, [*others, *parts], None if turn is None else turn.of(name))
         more, streams, rest = _column_streams(name, sources, base, codec)
         if more["cells"]:
             write(name, more, streams)
@@ -204,12 +206,14 @@ def _subject_streams(sources: Sequence[_Source], count: int, first_row: int, end
     return streams
 
 
-def _codec_for(name: str, parts: Sequence[Rows], known: Sequence[Rows]) -> Codec | None:
-    """The codec that a column has where it has most cells; a new one where it has none, or one that was made from too little."""
+def _codec_for(name: str, parts: Sequence[Rows], known: Sequence[Rows], turn: ColumnTurn | None = None) -> Codec | None:
+    """The codec that a column has where it has most cells; a new one where it has none, one that was made from too little, or one of another
+    turn."""
     columns = [part.columns[name] for part in parts if name in part.columns]
     if columns[0].dimension is None:
         return None
-    coded = [part.columns[name] for part in known if name in part.columns and part.columns[name].codec is not None]
+    columns_of_all = [part.columns[name] for part in known if name in part.columns]
+    coded = [c for c in columns_of_all if c.codec is not None and turn_id_of(c.codec.turn) == turn_id_of(turn)]
     codec = max(coded, key=lambda column: column.count).codec if coded else None
     if codec is not None and not (codec.provisional and sum(c.count for c in columns) >= TRAINING_ROWS_MIN):
         return codec
@@ -217,7 +221,7 @@ def _codec_for(name: str, parts: Sequence[Rows], known: Sequence[Rows]) -> Codec
     for column in columns:
         samples.append(column.vectors(0, min(wanted, column.count)))
         wanted -= len(samples[-1])
-    return make_codec(columns[0].dimension, samples)
+    return make_codec(columns[0].dimension, samples, turn)
 
 
 def _column_streams(
@@ -256,7 +260,7 @@ def _column_streams(
         norms = each(lambda c, low, high: c.coded(turn, low, high)[1])
         blocks = blocks_of(cells)
         filler = np.zeros(blocks * BLOCK_ROWS - cells, np.float32)
-        streams.append(Stream("rotation", "<f4", codec.rotation.shape, [codec.rotation]))
+        streams.append(Stream("rotation", "<f4", codec.rotation.shape, [codec.stored_rotation]))
         bits = (blocks, scanned // STEP, BLOCK_ROWS)
         streams.append(Stream("sign", "|u1", bits, bit_blocks(sign_bits(piece, scanned) for piece in codes())))
         streams.append(Stream("outer", "|u1", bits, bit_blocks(outer_bits(piece, scanned) for piece in codes())))

@@ -250,7 +250,7 @@ def _write_codecs(snapshot: Snapshot, folder: Path) -> None:
             row = {
                 "codec_id": codec_id,
                 "dimension": codec.dimension,
-                "card": json.dumps(codec.card()),
+                "card": json.dumps(codec.in_the_clear().card()),
                 "rotation": rotation,
             }
             writer.write_table(pa.Table.from_pylist([row], CODECS))

@@ -32,6 +32,7 @@ from scipy.special import bdtr, bdtrc, betainc, pdtr
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import GalleryDamaged, StorageUnavailable
+from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64
@@ -99,7 +100,7 @@ def watch(
         if not problems:
             searched = topped_up(kept, snapshot, count)
             if known is None or searched.version != known.version or searched.each != known.each:
-                is_kept = _saved(storage, gallery, searched)
+                is_kept = _saved(storage, gallery, searched, snapshot.turn)
         made = len(searched.each) - len(kept.each)
         engine.refresh()
         stored.refresh()
@@ -136,13 +137,14 @@ def forget_removed(gallery: Path, config: Config | None = None, *, storage: Stor
         now = standing(known, stored.snapshot())
         removed = {*now.removed, *now.gone}
         if removed:
-            save(storage, gallery, replace(known, each=tuple(canary for canary in known.each if canary not in removed)))
+            left = replace(known, each=tuple(canary for canary in known.each if canary not in removed))
+            save(storage, gallery, left, stored.snapshot().turn)
         return len(removed)
 
 
-def _saved(storage: Storage, gallery: Path, canaries: Canaries) -> bool:
+def _saved(storage: Storage, gallery: Path, canaries: Canaries, turn: Turn | None) -> bool:
     try:
-        save(storage, gallery, canaries)
+        save(storage, gallery, canaries, turn)
     except StorageUnavailable:  # a read-only copy, or a full disk: they can be searched for all the same
         return False
     return True

@@ -29,8 +29,10 @@ from biodedup.capture.minutiae.record import (
     write_record,
 )
 from biodedup.errors import GalleryDamaged, InvalidInput
+from biodedup.gallery.care.canary_vectors import VECTOR
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.column_file import ColumnFile, Stream, open_column_file, write_column_file
+from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import CANARIES_NAME
@@ -237,8 +239,8 @@ def load(storage: Storage, folder: Path) -> Canaries | None:
             raise GalleryDamaged(f"it holds what was never written ({type(error).__name__})") from error
 
 
-def save(storage: Storage, folder: Path, canaries: Canaries) -> None:
-    """Replaces the file. Raises StorageUnavailable."""
+def save(storage: Storage, folder: Path, canaries: Canaries, turn: Turn | None) -> None:
+    """Replaces the file. turn: the transform that the gallery stores embeddings with. Raises StorageUnavailable."""
     with translated(f"writing {folder / CANARIES_NAME}"):
         about = {
             "gallery": canaries.gallery_id,
@@ -246,11 +248,12 @@ def save(storage: Storage, folder: Path, canaries: Canaries) -> None:
             "version": canaries.version,
             "seed": canaries.seed,
         }
-        write_column_file(storage, folder / CANARIES_NAME, about, list(_streams(canaries.each)), replaces=True)
+        about |= {} if turn is None else {"turn": turn.turn_id}
+        write_column_file(storage, folder / CANARIES_NAME, about, list(_streams(canaries.each, turn)), replaces=True)
         storage.sync_folder(folder)
 
 
-def _streams(each: Sequence[Canary]) -> Iterable[Stream]:
+def _streams(each: Sequence[Canary], turn: Turn | None) -> Iterable[Stream]:
     yield _stream("row", "<i8", np.array([canary.row for canary in each], np.int64))
     yield from _strings("subject_id", [canary.subject_id.encode() for canary in each])
     for name in COLUMNS:
@@ -261,7 +264,8 @@ def _streams(each: Sequence[Canary]) -> Iterable[Stream]:
         yield _stream(f"{name}.sentinel", "<u4", np.array(at))
         yield _stream(f"{name}.cosine", "<f8", np.array([mate.cosine for mate in mates]))
         if mates[0].embedding is not None:
-            yield _stream(f"{name}.vector", "<f4", np.array([mate.embedding for mate in mates]))
+            vectors = np.array([mate.embedding for mate in mates])
+            yield _stream(f"{name}{VECTOR}", "<f4", vectors if turn is None else turn.of(name).turned(vectors))
         yield from _strings(f"{name}.minutiae", [mate.minutiae or b"" for mate in mates])
         yield _stream(f"{name}.record_hash", "<u8", np.array([mate.record_hash for mate in mates], np.uint64))
 
@@ -282,7 +286,7 @@ def _read(file: ColumnFile) -> Canaries:
         if f"{name}.sentinel" not in file:
             continue
         at: Int64 = file.read(f"{name}.sentinel").astype(np.int64)
-        vectors = list(file.read(f"{name}.vector").copy()) if f"{name}.vector" in file else [None] * len(at)
+        vectors = _vectors(file, name) or [None] * len(at)
         columns = (file.read(f"{name}.cosine"), vectors, _read_strings(file, f"{name}.minutiae"))
         hashes = file.read(f"{name}.record_hash").tolist()
         for i, cosine, vector, record, hashed in zip(at.tolist(), *columns, hashes, strict=True):
@@ -290,6 +294,13 @@ def _read(file: ColumnFile) -> Canaries:
     names = [name.decode() for name in _read_strings(file, "subject_id")]
     each = (Canary(*fields) for fields in zip(file.read("row").tolist(), names, mates, strict=True))
     return Canaries(about["gallery"], about["version"], about["seed"], tuple(each))
+
+
+def _vectors(file: ColumnFile, column: str) -> list[Float32 | None]:
+    if f"{column}{VECTOR}" not in file:
+        return []
+    stored = file.read(f"{column}{VECTOR}").copy()
+    return list(stored if "turn" not in file.about else file.turns(file.about["turn"]).of(column).back(stored))
 
 
 def _read_strings(file: ColumnFile, name: str) -> list[bytes]:

@@ -27,7 +27,8 @@ def shards_of(snapshot: Snapshot, name: str) -> Any:
     for segment, column, live in _columns(snapshot, name):
         rows = _rows(segment, column)
         if live is None and column.index is not None and column.index.codec_id == codec.codec_id:
-            together.append(index_codec.numbered(column.index.loaded(), codec, rows))
+            shared = index_codec.in_the_clear(column.index.loaded(), codec, shared=True)
+            together.append(index_codec.numbered(shared, codec, rows))
         else:
             together.append(_copied(column, codec, rows, live))
     return index_codec.sharded(together, codec.dimension)
@@ -70,7 +71,9 @@ def _rows(segment: Segment, column: Column) -> Int64:
 
 def _copied(column: Column, codec: FaissCodec, rows: Int64, live: NDArray[np.bool_] | None) -> Any:
     if column.index is not None and column.index.codec_id == codec.codec_id:
-        return index_codec.renumbered(column.index.read(), codec, rows, live)
+        index = index_codec.in_the_clear(column.index.read(), codec)
+        return index_codec.renumbered(index, codec, rows, live)
     kept = np.arange(column.count) if live is None else np.flatnonzero(live)
     pieces = (column.vectors_at(kept[low : low + PIECE_ROWS]) for low in range(0, len(kept), PIECE_ROWS))
-    return index_codec.renumbered(index_codec.filled(codec, pieces), codec, rows[kept], None)
+    index = index_codec.in_the_clear(index_codec.filled(codec, pieces), codec)
+    return index_codec.renumbered(index, codec, rows[kept], None)

@@ -9,7 +9,7 @@ Poly1305 (RFC 8439), bound to the page's number. It encrypts the rollback journa
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import apsw
 
 from biodedup.gallery.files import forks
 from biodedup.gallery.files.encryption.keyring import Key
+from biodedup.gallery.files.encryption.turning import Turn
 
 CIPHER = "chacha20"
 _OPERATIONAL = {
@@ -39,6 +40,8 @@ class EncryptedConnection:
         self._process = forks.Process()
         self.chain_key = Key(secret).derived("chain")
         """For the hash chain over the commits (catalogue/chain.py)."""
+        self.turns: Callable[[str], Turn] | None = None
+        """turn_id -> the transform of stored embeddings. The file system sets it."""
         with _translated():
             flags = apsw.SQLITE_OPEN_URI | apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
             self._connection = apsw.Connection(uri, flags=flags)

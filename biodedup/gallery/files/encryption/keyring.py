@@ -10,6 +10,9 @@ Three levels, an envelope each (NIST SP 800-57, key wrapping):
 | gallery key | `gallery.key`, wrapped | wraps the data keys; the database's key is derived from it |
 | data key | the head of each file, wrapped | encrypts this one file |
 
+A gallery of renewable templates has turn secrets as well, in `gallery.key`, each wrapped by the register's key: stored embeddings are turned by
+them (turning.py).
+
 Wrapping is AES-256-GCM (NIST SP 800-38D) with a random nonce; derivation is HKDF-SHA256 (RFC 5869) with a purpose. `key_id` is derived
 from a key, so that a wrong key is told from damage.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,9 +33,10 @@ from biodedup.keys import KEY_BYTES, KeySource, fetched
 
 NONCE_BYTES, TAG_BYTES = 12, 16
 WRAPPED_BYTES = NONCE_BYTES + KEY_BYTES + TAG_BYTES
-_FORMAT = 1
-_KEY_FILE_BYTES_MAX = 4096
+_FORMAT, _FORMAT_WITH_TURNS = 1, 2
+_KEY_FILE_BYTES_MAX = 8192
 _ABOUT_GALLERY_KEY = b"biodedup gallery key 1\0"
+_ABOUT_TURN = b"biodedup turn 1\0"
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,24 @@ def new_key_file(register: Key) -> bytes:
     return key_file(register, secrets.token_bytes(KEY_BYTES))
 
 
-def key_file(register: Key, secret: bytes) -> bytes:
-    """The content of `gallery.key`: a gallery key, wrapped by a register's key."""
-    table = {
+def key_file(register: Key, secret: bytes, turns: Iterable[bytes] = ()) -> bytes:
+    """The content of `gallery.key`: a gallery key and turn secrets, wrapped by a register's key."""
+    table: dict[str, Any] = {
         "format": _FORMAT,
         "register_key_id": register.key_id,
         "gallery_key_id": Key(secret).key_id,
         "wrapped": register.wrap(secret, _ABOUT_GALLERY_KEY).hex(),
     }
+    ids = {Key(turn).key_id: turn for turn in turns}
+    return _with_turns(table, {name: register.wrap(turn, _ABOUT_TURN + name.encode()) for name, turn in ids.items()})
+
+
+def _with_turns(table: dict[str, Any], turns: Mapping[str, bytes]) -> bytes:
+    if turns:
+        table = table | {
+            "format": _FORMAT_WITH_TURNS,
+            "turns": {name: wrapped.hex() for name, wrapped in turns.items()},
+        }
     return (json.dumps(table, indent=1) + "\n").encode()
 
 
@@ -112,6 +127,8 @@ class KeyFile:
     register_key_id: str
     gallery_key_id: str
     wrapped: bytes
+    turns: Mapping[str, bytes] = field(default_factory=dict)
+    """turn_id -> its wrapped secret."""
 
     @classmethod
     def parse(cls, path: Path, content: bytes) -> KeyFile:
@@ -121,12 +138,14 @@ class KeyFile:
                 raise ValueError
             table = json.loads(content)
             wrapped, names = bytes.fromhex(table["wrapped"]), (table["register_key_id"], table["gallery_key_id"])
-            sound = table["format"] == _FORMAT and len(wrapped) == WRAPPED_BYTES
-            if not sound or not all(type(name) is str and len(bytes.fromhex(name)) == 8 for name in names):
+            turns = {name: bytes.fromhex(text) for name, text in table.get("turns", {}).items()}
+            sound = table["format"] in (_FORMAT, _FORMAT_WITH_TURNS)
+            sound = sound and all(len(secret) == WRAPPED_BYTES for secret in (wrapped, *turns.values()))
+            if not sound or not all(type(name) is str and len(bytes.fromhex(name)) == 8 for name in (*names, *turns)):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (AttributeError, ValueError, KeyError, TypeError, RecursionError):
             raise _lost(path) from None
-        return cls(path, *names, wrapped)
+        return cls(path, *names, wrapped, turns)
 
     def opened(self, register: Key | None) -> Key:
         """The gallery key. Raises KeyMismatch without the register's key or with another one, GalleryDamaged."""
@@ -145,6 +164,31 @@ class KeyFile:
         if secret is None or Key(secret).key_id != self.gallery_key_id:
             raise _lost(self.path)
         return Key(secret)
+
+    def content(self, turns: Mapping[str, bytes]) -> bytes:
+        """This file with other turn secrets, wrapped by the same register's key."""
+        table = {
+            "format": _FORMAT,
+            "register_key_id": self.register_key_id,
+            "gallery_key_id": self.gallery_key_id,
+            "wrapped": self.wrapped.hex(),
+        }
+        return _with_turns(table, turns)
+
+    def turn_secrets(self, register: Key) -> dict[str, bytes]:
+        """turn_id -> its secret. Raises KeyMismatch where the register's key was rotated since, GalleryDamaged."""
+        if self.turns and register.key_id != self.register_key_id:
+            raise KeyMismatch(
+                f"the key of {self.path.parent} was rotated to {self.register_key_id}, got key {register.key_id}; open the gallery again "
+                "with the new key"
+            )
+        secrets_of = {}
+        for name, wrapped in self.turns.items():
+            secret = register.unwrap(wrapped, _ABOUT_TURN + name.encode())
+            if secret is None or Key(secret).key_id != name:
+                raise _lost(self.path)
+            secrets_of[name] = secret
+        return secrets_of
 
 
 def _lost(path: Path) -> GalleryDamaged:

@@ -1,0 +1,99 @@
+"""The signed verdict of a capture device: whether a living person was in front of it.
+
+Owns what a device signs, and the check of its signature (Ed25519, RFC 8032). Never judges a picture, and never holds a device's private key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from biodedup.common.arguments import check_fields
+from biodedup.common.described import Described
+from biodedup.errors import InvalidInput
+from biodedup.texts import id_problem
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+_TITLE = b"biodedup device verdict 1\0"
+_SHA256, _PUBLIC = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-fA-F]{64}")
+
+
+@dataclass(frozen=True)
+class DeviceVerdict(Described):
+    """What a capture device says of one picture, signed by the device.
+
+    live: whether a living person was captured; capture_sha256: of the file's bytes, in hexadecimal, which binds the verdict to this picture;
+    judged_at: the device's time in seconds; score: the device's own, where it has one; signature: 64 bytes over `content`.
+    """
+
+    device_id: str
+    live: bool
+    capture_sha256: str
+    judged_at: float
+    score: float | None = None
+    signature: bytes = field(default=b"", repr=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if problem := id_problem(self.device_id):
+            raise InvalidInput(f"device_id {problem}")
+        if not _SHA256.fullmatch(self.capture_sha256):
+            raise InvalidInput("capture_sha256 is no SHA-256; write 64 hexadecimal digits in lower case")
+        if not all(isfinite(number) for number in (self.judged_at, self.score or 0.0)):
+            raise InvalidInput("judged_at and score are finite numbers")
+
+    @property
+    def content(self) -> bytes:
+        """What is signed: a title, a zero byte, and the fields without the signature as JSON (sorted keys, no spaces, UTF-8)."""
+        fields = {
+            "device_id": self.device_id,
+            "live": self.live,
+            "capture_sha256": self.capture_sha256,
+            "judged_at": float(self.judged_at),
+            "score": None if self.score is None else float(self.score),
+        }
+        return _TITLE + json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def signed(self, key: Ed25519PrivateKey) -> DeviceVerdict:
+        """With the signature of a device's private key: for the device's own program, and for tests."""
+        return replace(self, signature=key.sign(self.content))
+
+    def problem(self, capture: bytes, devices: Mapping[str, str]) -> str:
+        """Why the verdict proves nothing of these bytes, "" where it does. devices: device_id -> public key (`CaptureConfig.devices`)."""
+        if self.device_id not in devices:
+            return "the device is not known"
+        if hashlib.sha256(capture).hexdigest() != self.capture_sha256:
+            return "the verdict is about another picture"
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+        try:
+            public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(devices[self.device_id]))
+            public.verify(self.signature, self.content)
+        except (InvalidSignature, ValueError):
+            return "the signature is not the device's"
+        return ""
+
+
+def check_devices(devices: Mapping[str, str]) -> None:
+    """Raises InvalidInput for what is no device_id or no public key, and where the package `cryptography` is not installed."""
+    for device_id, key in devices.items():
+        if problem := id_problem(device_id):
+            raise InvalidInput(f"a device_id {problem}")
+        if not isinstance(key, str) or not _PUBLIC.fullmatch(key):
+            raise InvalidInput(
+                f"the key of device {device_id!r} is no Ed25519 public key; write its 32 bytes as 64 hexadecimal digits"
+            )
+    try:
+        import cryptography  # noqa: F401
+    except ImportError:
+        raise InvalidInput(
+            "verdicts of devices need the package cryptography; run `pip install 'biodedup[encryption]'`"
+        ) from None
