@@ -1060,7 +1060,7 @@ class Engine:
         for record in chosen(spans, rows, since, until):
             if principal in (None, record.principal) and subject_id in (None, record.subject_id):
                 yield record
-                self._check_open()
+                self.check_open()
 
     @audited(changes=True)
     def archive_audit(self, out: Path, *, before: float) -> int:
