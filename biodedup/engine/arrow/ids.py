@@ -21,7 +21,7 @@ ROUNDED = r"^[0-9]+([.,][0-9]+)?[Ee]\+[0-9]+$"
 WAS_ROUNDED = "was rounded by a spreadsheet; format the column as text"
 SPOILT = {
     ROUNDED: WAS_ROUNDED,
-    r"^[0-9]+[.,]0+$": "has decimals, as ids have that a program took for numbers; write the column as text",
+    r"^[0-9]{8,}[.,]0+$": "has decimals, as ids have that a program took for numbers; write the column as text",
     r"^#(N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|SPILL!|CALC!|#+)$": "is an error of a spreadsheet; repair the cell",
 }
 """What is no id, since a program wrote it over ids: pattern -> the refusal. Several people would share it, or one have two ids."""

@@ -3,7 +3,7 @@
 Every reader of a table takes the meaning of a cell from here, so that one row means the same in all jobs. Never opens a file.
 
 1. Ids are text and keep every letter: `0012`, `1e5`, `NA` and `true` are ids; one with spaces around it is refused. A typed table's whole number is the id of its digits. An id
-   that a spreadsheet rounded (`3.17E+15`), gave decimals (`12.0`) or replaced by an error (`#N/A`) is refused.
+   that a spreadsheet rounded (`3.17E+15`), gave decimals (`31712345.0`; `1.0` is an id) or replaced by an error (`#N/A`) is refused.
 2. A cell that cannot be used raises `Unusable`, with a reason of `enrolment/outcomes.py` and a detail that names the column. The job decides
    what that costs: a row or an encounter.
 3. `engine.arrow.ids.ids_of` gives a whole Arrow column the meaning that `id_of` gives one cell.
