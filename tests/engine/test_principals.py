@@ -112,7 +112,18 @@ def test_no_call_is_allowed_by_other_roles_and_nothing_is_done(opened):
 
 
 def test_every_public_method_of_an_engine_asks_for_a_role_or_is_named_here(opened):
-    harmless = {"as_principal", "close", "config", "gallery_version", "open", "pairs", "policy", "refresh"}
+    harmless = {
+        "as_principal",
+        "check_open",
+        "close",
+        "config",
+        "folder",
+        "gallery_version",
+        "open",
+        "pairs",
+        "policy",
+        "refresh",
+    }
     deprecated = {"admit", "tidy"}
     nobody = acting(opened(), "nobody", "verify")
     arguments: dict[str, tuple[Any, ...]] = {
