@@ -182,7 +182,7 @@ DISCLOSURES = ("full", "coarse", "outcome")
 """Values of `Policy.disclosure`, the one that says most first."""
 TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy", "index", "merge", "key", "model")
 """Values of `Policy.two_people`: `Engine.remove`, `update(replace=True)`, `adjudicate`, `set_policy`, `reindex`, `jobs.merge(apply=True)` and
-`undo`; keys that are rotated, set or taken away; other models or calibrations."""
+`undo`; keys and transforms of templates that are changed, set or taken away; other models or calibrations."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Policy:
     was not enrolled. Then `biodedup retention run` erases it. Open cases wait for a verdict, however old. None: for ever."""
     two_people: tuple[str, ...] = ()
     """Calls that two principals must make: `remove`, `replace` (`update(replace=True)`), `adjudicate`, `policy` (`set_policy`), `index`
-    (`reindex`), `merge` (`merge --apply`, `undo`), `key` (`key rotate`, `encrypt`, `decrypt`), `model` (`accept_models`). The first call
+    (`reindex`), `merge` (`merge --apply`, `undo`), `key` (`key rotate`, `key rekey`, `encrypt`, `decrypt`), `model` (`accept_models`). The first call
     stores a request (`ApprovalNeeded`); the same call by another principal approves it and is carried out. `Engine.approvals` lists them."""
 
     def __post_init__(self) -> None:

@@ -952,14 +952,24 @@ class Engine:
         secret of the old transform is destroyed: copies of old files can be neither turned back nor linked by this gallery's key file. A
         vector is quantised once more, which changes a cosine by 0.0006 (standard deviation). Minutiae are not turned.
         renewable: False stores embeddings as they are. progress: called with the segments done and their total. Returns the id of the
-        transform, "" without one. Raises InvalidInput where the gallery is not encrypted, KeyMismatch, StorageUnavailable.
+        transform, "" without one. Raises InvalidInput where the gallery is not encrypted, NotAllowed, ApprovalNeeded
+        (`Policy.two_people`), KeyMismatch, StorageUnavailable.
         """
         self._check("administer")
         with self._gallery.turning:
-            turn_id = self._gallery.rekey(renewable=renewable, report=progress)
-            turn_canaries(self._gallery.storage, self._gallery.folder, self._gallery.snapshot().turn)
-            self._gallery.forget_turns()
+            approve: Approve = lambda transaction: None  # noqa: E731 - as in `reindex`
+            if not self._gallery.rekey_goes_on(renewable=renewable):
+                facts = {"rekey": "renewable" if renewable else "plain"}
+                approve = self._approvals.require("key", self._caller, lambda: facts, sign=self._sign)
+                self._end_rekey()  # a secret that an interrupted change left is not used again
+            turn_id = self._gallery.rekey(renewable=renewable, report=progress, approve=approve)
+            self._end_rekey()
         return turn_id
+
+    def _end_rekey(self) -> None:
+        """Destroys the secrets that nothing is stored with any more."""
+        turn_canaries(self._gallery.storage, self._gallery.folder, self._gallery.snapshot().turn)
+        self._gallery.forget_turns()
 
     @audited()
     def faiss_index(self, column: str = "face") -> Any:

@@ -575,24 +575,45 @@ class Gallery:
         """As `Maintenance.rewrite`."""
         self._maintenance.rewrite(changed)
 
-    def rekey(self, *, renewable: bool = True, report: Callable[[int, int], None] | None = None) -> str:
+    def rekey(
+        self,
+        *,
+        renewable: bool = True,
+        report: Callable[[int, int], None] | None = None,
+        approve: Callable[[Transaction], None] = lambda transaction: None,
+    ) -> str:
         """Turns the stored embeddings by a new secret transform, or ends a change that was interrupted. Searches go on meanwhile.
 
-        renewable: False stores them as they are. Returns the id of the transform, "" for none. Call `forget_turns` afterwards. Raises
-        InvalidInput where the gallery is not encrypted, KeyMismatch, StorageUnavailable.
+        renewable: False stores them as they are. approve: is called in the transaction that begins the change. Returns the id of the transform,
+        "" for none. Call `forget_turns` afterwards. Raises InvalidInput where the gallery is not encrypted, KeyMismatch, StorageUnavailable.
         """
         with translated(f"turning the embeddings of {self.name}"):
             self._refuse_reader()
             turn = self._next_turn() if renewable else None
-            self._maintenance.rekey(turn, report)
+            self._maintenance.rekey(turn, report, approve)
             return turn_id_of(turn)
 
-    def _next_turn(self) -> Turn:
-        """That of an interrupted change, or a new one."""
+    def rekey_goes_on(self, *, renewable: bool) -> bool:
+        """Whether `rekey` begins no change, and only ends one that was interrupted. Raises InvalidInput of a reader."""
+        self._refuse_reader()
         now, known = turn_id_of(self.snapshot().turn), self.storage.turn_ids(self.folder)
-        finished = known == [now] and not turned_otherwise(self.snapshot())
-        turn_id = self.storage.add_turn(self.folder) if finished or not known else known[-1]
+        if not renewable or not now:
+            return not renewable and not now
+        return known[-1:] == [now] and (len(known) > 1 or bool(turned_otherwise(self.snapshot())))
+
+    def _next_turn(self) -> Turn:
+        """That of an interrupted change, or a new one. A secret that no embedding is stored with is left by a run that ended before its first
+        commit."""
+        now, known = turn_id_of(self.snapshot().turn), self.storage.turn_ids(self.folder)
+        used = self._used_turns() | {now}
+        spare = [now] if self.rekey_goes_on(renewable=True) else [turn_id for turn_id in known if turn_id not in used]
+        turn_id = spare[-1] if spare else self.storage.add_turn(self.folder)
         return self.storage.turn(self.folder / DATABASE_NAME, turn_id)
+
+    def _used_turns(self) -> set[str]:
+        """Of all segments."""
+        columns = (column for segment in self.snapshot().segments for column in segment.columns.values())
+        return {column.turn_id or "" for column in columns}
 
     def forget_turns(self) -> None:
         """Destroys the secrets of transforms that no embedding is stored with any more."""

@@ -118,15 +118,22 @@ class Maintenance:
             _log.info("index engines were set: %s", engines)
             self._index(report)
 
-    def rekey(self, turn: Turn | None, report: Callable[[int, int], None] | None = None) -> None:
+    def rekey(
+        self,
+        turn: Turn | None,
+        report: Callable[[int, int], None] | None = None,
+        approve: Callable[[Transaction], None] = lambda transaction: None,
+    ) -> None:
         """Stores all embeddings with another transform: new ones from now on, and segment by segment those that are there. Searches go on.
 
-        turn: the transform that the gallery has already to go on with what was interrupted; None to store embeddings as they are. Stopped
-        in between, segments of both kinds are searched together. Raises StorageUnavailable.
+        turn: the transform that the gallery has already to go on with what was interrupted; None to store embeddings as they are. approve:
+        is called in the transaction that begins the change. Stopped in between, segments of both kinds are searched together. Raises
+        StorageUnavailable.
         """
         with self._merging, self._gallery.maintaining():
             if turn_id_of(self._gallery.snapshot().turn) != turn_id_of(turn):
                 with self._gallery.transaction() as transaction:
+                    approve(transaction)
                     transaction.set_turn(turn)
                 _log.info("embeddings are stored with another transform from now on")
             total = len(self._gallery.snapshot().segments)

@@ -273,6 +273,35 @@ def test_the_key_of_a_gallery_is_set_rotated_and_taken_away_by_two_people(tmp_pa
     assert not jobs.verify_log(folder, who).problems
 
 
+def test_another_transform_of_templates_takes_two_people_as_a_key_does(tmp_path):
+    folder = kept(tmp_path / "g", ("key",), keys=lambda: KEY)
+    who = bd.Config(identities={"citra": EVERY, "dewi": EVERY}, keys=lambda: KEY)
+    for renewable in (True, False):
+        with bd.Engine.open(folder, who) as engine:
+            engine.seal()
+            with pytest.raises(bd.NotAllowed):
+                engine.rekey(renewable=renewable)
+            asked(lambda engine=engine, to=renewable: engine.as_principal("citra").rekey(renewable=to))
+            with pytest.raises(KeyboardInterrupt):
+                engine.as_principal("dewi").rekey(renewable=renewable, progress=interrupted)
+        with bd.Engine.open(folder, who) as engine:
+            turn_id = engine.as_principal("citra").rekey(renewable=renewable)  # it only goes on: nobody is asked
+            assert bool(turn_id) is renewable and engine.problems() == []
+            assert [a.approved_by for a in engine.approvals()][-1] == "dewi"
+    assert not jobs.verify_log(folder, who).problems
+
+
+def interrupted(done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_reader_does_not_rekey(tmp_path):
+    folder = kept(tmp_path / "g", (), keys=lambda: KEY)
+    with bd.Engine.open(folder, bd.Config(keys=lambda: KEY), read_only=True) as engine:
+        with pytest.raises(bd.InvalidInput, match="read_only"):
+            engine.rekey(renewable=False)
+
+
 def test_without_the_rule_a_key_is_rotated_beside_a_writer(tmp_path):
     folder = kept(tmp_path / "g", (), keys=lambda: KEY)
     with bd.Engine.open(folder, bd.Config(keys=lambda: KEY)) as engine:

@@ -208,6 +208,23 @@ def test_a_rekey_that_is_killed_anywhere_goes_on(filled, tmp_path, monkeypatch):
     assert n > 20
 
 
+def test_a_rekey_after_an_interrupted_one_to_plain_templates_does_not_take_the_old_secret_again(filled, tmp_path):
+    folder = copied(filled, tmp_path / "g")
+    (old,) = stored_key(folder).turns
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with bd.Engine.open(folder, renewable()) as engine, pytest.raises(KeyboardInterrupt):
+        engine.rekey(renewable=False, progress=stop)
+    with bd.Engine.open(folder, replace(renewable(), gallery=small().gallery)) as engine:
+        turn_id = engine.rekey()
+        assert engine.problems() == []
+    assert turn_id != old and list(stored_key(folder).turns) == [turn_id]
+    assert [subject for subject, _ in answers(folder, renewable())] == [s for s, _ in answers(filled, renewable())]
+
+
 def failing(action, countdown: Countdown):
     def call(*given, **named):
         return countdown.call(lambda: action(*given, **named), OSError(5, "input/output error"))

@@ -21,6 +21,7 @@ from biodedup.cli.base import (
     Panel,
     PersonOption,
     SignOption,
+    acting,
     app,
     configured,
     existing,
@@ -98,6 +99,8 @@ def rekey(
     plain: Annotated[
         bool, typer.Option("--plain", help="Store embeddings as they are, without a secret transform.")
     ] = False,
+    by: PersonOption = "",
+    sign: SignOption = None,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -107,7 +110,9 @@ def rekey(
     Interrupted, the same command goes on. At the end the old transform is destroyed. Searches in other processes go on meanwhile.
     """
     with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
-        turn_id = engine.rekey(renewable=not plain, progress=lambda done, total: progress("turning", done, total))
+        turn_id = acting(engine, by, sign).rekey(
+            renewable=not plain, progress=lambda done, total: progress("turning", done, total)
+        )
     text = (
         f"{gallery} stores embeddings by transform {turn_id}" if turn_id else f"{gallery} stores embeddings as they are"
     )
