@@ -53,7 +53,7 @@ from biodedup.common.tables import differences
 from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
 from biodedup.engine.callers.approvals import Approval, Approvals, Approve, Signer, signer_of
-from biodedup.engine.callers.audit import AuditLog, Call, audited, counted, current_call, move_old, named
+from biodedup.engine.callers.audit import AuditLog, Call, audited, counted, current_call, move_old, named, read_archive
 from biodedup.engine.callers.binding import BoundModel, ModelBinding
 from biodedup.engine.callers.budgets import Alarm, Budgets
 from biodedup.engine.callers.disclosure import disclosed_decision, disclosed_search, disclosed_verification
@@ -95,12 +95,11 @@ from biodedup.gallery.care.history import NotedClock, finite
 from biodedup.gallery.care.retention import Due, Limits, due, erase, next_number
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.cases import standing_answer
-from biodedup.gallery.catalogue.audit import AuditRecord, chosen, in_archive
+from biodedup.gallery.catalogue.audit import AuditRecord, chosen
 from biodedup.gallery.catalogue.chain import Link as ChainLink
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.index_codec import refuse_unknown
 from biodedup.gallery.files.packed import Packed, pack_text
-from biodedup.gallery.files.private import file_bytes
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.policies import PolicyVersion, told
@@ -1137,7 +1136,7 @@ class Engine:
     def archived_audit(self, file: Path) -> Iterator[AuditRecord]:
         """The records of a file of `archive_audit`, oldest first, checked against what the gallery keeps. Raises InvalidInput, GalleryDamaged."""
         self._check("audit")
-        yield from in_archive(file_bytes(file, None), self._gallery.audit_log()[0])
+        yield from read_archive(self._gallery, file)
 
     @audited()
     def receipt(self, encounter_id: str) -> Receipt:

@@ -360,11 +360,22 @@ def test_old_records_move_to_a_file_that_the_gallery_proves(opened, tmp_path, mo
     engine.close()
     report = jobs.verify_log(tmp_path / "g")
     assert report.problems == ()
-    assert "audit records 1 to 4 are in an archive file" in report.notes[0]
-    content = file.read_bytes()
-    file.write_bytes(content.replace(b'"]', b'00"]', 1))
-    with pytest.raises(bd.GalleryDamaged):
-        list(opened().archived_audit(file))
+    assert report.notes == (
+        "audit records 1 to 8 are in archive files; check each by `biodedup log show --archive FILE`",
+    )
+    content, reader = file.read_bytes(), opened()
+    title, first, last, end = content.split(b"\n")
+    for changed in (
+        content.replace(b'"]', b'00"]', 1),
+        b"\n".join([title, last, end]),
+        b"\n".join([title, first, end]),
+        b"\n".join([title, end]),
+        b"\n".join([title, first, first, last, end]),
+        b"\n".join([title, last, first, end]),
+    ):
+        file.write_bytes(changed)
+        with pytest.raises(bd.GalleryDamaged):
+            list(reader.archived_audit(file))
     file.write_bytes(b"something else")
     with pytest.raises(bd.InvalidInput):
         list(opened("h").archived_audit(file))

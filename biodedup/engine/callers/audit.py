@@ -13,6 +13,7 @@ chain, are gallery/catalogue/audit.py's.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,11 +25,11 @@ from inspect import isgeneratorfunction, signature
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from biodedup.errors import BiodedupError, InvalidInput
-from biodedup.gallery.catalogue.audit import AuditRecord, archive_of
+from biodedup.errors import BiodedupError, GalleryDamaged, InvalidInput
+from biodedup.gallery.catalogue.audit import AuditRecord, archive_of, in_archive
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import Storage
-from biodedup.gallery.files.private import replace_private
+from biodedup.gallery.files.private import file_bytes, replace_private
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
 from biodedup.texts import ID_LENGTH_MAX
@@ -38,6 +39,8 @@ FLUSH_S = 1.0
 """For so long the record of a call that changes nothing waits at most."""
 WAITING_MAX = 1_000
 DONE = "done"
+ARCHIVE_STEP = "audit_archive:"
+"""Before the SHA-256 of an archive file, in the name of the step that notes it."""
 _F = TypeVar("_F", bound=Callable[..., Any])
 _log = logging.getLogger("biodedup.engine")
 _ID_PARAMETERS = ("subject_id", "encounter_id", "encounter", "case")
@@ -228,12 +231,25 @@ def move_old(transaction: Transaction, storage: Storage, out: Path, before: floa
         raise InvalidInput(f"{out} exists, and an archive is never replaced; name a new file")
     spans = [s for s in transaction.callers(noted=False).audit_spans() if s.records and s.until < before]
     if spans:
+        content = archive_of(spans)
         with translated(f"writing {out}"):
-            replace_private(out, archive_of(spans))
+            replace_private(out, content)
             storage.sync_folder(out.absolute().parent)
+        digest = hashlib.sha256(content).hexdigest()
+        transaction.record_step(ARCHIVE_STEP + digest, {"first": spans[0].number, "last": spans[-1].last})
         for span in spans:
             transaction.callers().put_audit_span(replace(span, records=b""))
     return sum(span.last - span.number + 1 for span in spans)
+
+
+def read_archive(gallery: Gallery, file: Path) -> Iterator[AuditRecord]:
+    """As `Engine.archived_audit`. Each record is proved by its span; at the end, that the file has all that were moved to it."""
+    content = file_bytes(file, None)
+    yield from in_archive(content, gallery.audit_log()[0])
+    if ARCHIVE_STEP + hashlib.sha256(content).hexdigest() not in gallery.snapshot().steps:
+        raise GalleryDamaged(
+            f"{file} is not as `log archive` wrote it: records were dropped, doubled or reordered; restore the file"
+        )
 
 
 def audited(*, changes: bool = False) -> Callable[[_F], _F]:

@@ -188,6 +188,8 @@ class AuditCheck:
     notes: list[str] = field(default_factory=list)
     _next: int = 1
     _value: bytes = NO_LINK
+    _archived: tuple[int, int] = (0, -1)
+    """The records of the newest note on archive files, the first and the last one."""
 
     def span(self, span: AuditSpan) -> None:
         name = f"audit records {span.number} to {span.last}"
@@ -197,9 +199,19 @@ class AuditCheck:
             )
         self._next, self._value = span.last + 1, span.value
         if not span.records:
-            self.notes.append(f"{name} are in an archive file; check it by `biodedup log show --archive FILE`")
+            self._note_archived(span)
             return
         self.archived(span, span.records)
+
+    def _note_archived(self, span: AuditSpan) -> None:
+        """Spans that follow each other are one note."""
+        if self._archived[1] == span.number - 1:
+            self.notes.pop()
+        else:
+            self._archived = (span.number, 0)
+        self._archived = (self._archived[0], span.last)
+        name = "audit records {} to {}".format(*self._archived)
+        self.notes.append(f"{name} are in archive files; check each by `biodedup log show --archive FILE`")
 
     def archived(self, span: AuditSpan, records: bytes) -> None:
         """The records of a span, from wherever they are kept."""
