@@ -547,8 +547,14 @@ class Config:
         if self.audit is not None and self.audit not in AUDITS:
             raise InvalidInput(f"audit is {self.audit!r}, wanted one of {', '.join(AUDITS)}, or None")
         by_folded: dict[str, str] = {}
+        by_key: dict[str, str] = {}
         for name in self.identities or ():
-            self.identity(name)
+            for key in self.identity(name).public_keys:
+                if (other := by_key.setdefault(key, name)) != name:
+                    raise InvalidInput(
+                        f"identities {other!r} and {name!r} state the same public key, and would approve as two people; give each "
+                        "person a key, as `biodedup log key` makes one"
+                    )
             if (other := by_folded.setdefault(folded(name), name)) != name:
                 raise InvalidInput(
                     f"identities {other!r} and {name!r} differ in case alone; give people different names"

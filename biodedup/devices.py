@@ -46,7 +46,11 @@ class DeviceVerdict(Described):
             raise InvalidInput(f"device_id {problem}")
         if not _SHA256.fullmatch(self.capture_sha256):
             raise InvalidInput("capture_sha256 is no SHA-256; write 64 hexadecimal digits in lower case")
-        if not all(isfinite(number) for number in (self.judged_at, self.score or 0.0)):
+        try:
+            sound = all(isfinite(number) for number in (self.judged_at, self.score or 0.0))
+        except OverflowError:  # a whole number that no float holds
+            sound = False
+        if not sound:
             raise InvalidInput("judged_at and score are finite numbers")
 
     @property

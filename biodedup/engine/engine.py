@@ -366,10 +366,13 @@ class Engine:
         known = self._config.identities
         if isinstance(principal, str):
             principal = self._config.identity(principal)
-        elif known is not None and (more := set(principal.roles) - set(self._config.identity(principal.name).roles)):
-            raise NotAllowed(
-                f"{principal.name!r} is configured without the role {sorted(more)[0]}; leave it out, or configure it"
-            )
+        elif known is not None:
+            configured = self._config.identity(principal.name)
+            if more := set(principal.roles) - set(configured.roles):
+                raise NotAllowed(
+                    f"{principal.name!r} is configured without the role {sorted(more)[0]}; leave it out, or configure it"
+                )
+            principal = replace(principal, public_keys=configured.public_keys)
         if self._caller is not None:
             raise NotAllowed(
                 f"this engine is {self._caller.name!r}'s; ask the engine that was opened for another principal's"

@@ -123,8 +123,11 @@ def test_a_verdict_counts_for_its_own_picture_by_a_known_device_alone(picture):
 def test_odd_verdicts_devices_and_policies_are_refused():
     with pytest.raises(bd.InvalidInput, match="SHA-256"):
         bd.DeviceVerdict("booth-1", True, "x", 1.0)
-    with pytest.raises(bd.InvalidInput, match="finite"):
-        bd.DeviceVerdict("booth-1", True, "0" * 64, float("nan"))
+    for number in (float("nan"), 10**400):
+        with pytest.raises(bd.InvalidInput, match="finite"):
+            bd.DeviceVerdict("booth-1", True, "0" * 64, number)
+        with pytest.raises(bd.InvalidInput, match="finite"):
+            bd.DeviceVerdict("booth-1", True, "0" * 64, 1.0, score=number)
     with pytest.raises(bd.InvalidInput, match="Ed25519 public key"):
         bd.CaptureConfig(devices={"booth-1": "12"})
     with pytest.raises(bd.InvalidInput, match="require_liveness"):

@@ -117,6 +117,20 @@ def test_an_approval_is_signed_by_the_private_key_of_the_principal(opened, keys,
     assert (report.problems, report.notes) == ((), ())
 
 
+def test_one_key_is_one_person(keys):
+    (_, public) = keys["anna"]
+    with pytest.raises(bd.InvalidInput, match="same public key"):
+        bd.Config(identities={"anna": f"{EVERY} ed25519:{public}", "budi": f"{EVERY} ed25519:{public.upper()}"})
+
+
+def test_a_principal_that_a_program_makes_signs_as_its_identity_does(opened, keys):
+    engine = opened()
+    with pytest.raises(bd.NotAllowed, match="private key"):
+        engine.as_principal(bd.Principal("anna", ["supervise"])).remove("s1")
+    with pytest.raises(bd.NotAllowed, match="not the private key"):
+        engine.as_principal(bd.Principal("anna", ["supervise"], [keys["budi"][1]]), key=keys["budi"][0])
+
+
 def test_a_principal_with_a_public_key_has_to_sign(opened, keys):
     engine = opened()
     with pytest.raises(bd.NotAllowed, match="private key was not given"):
