@@ -131,6 +131,26 @@ def test_without_limits_nothing_is_due(year, tmp_path):
         jobs.run_retention(folder, small(), key=tmp_path / "x")
 
 
+def test_where_identities_are_configured_a_run_is_an_administrators_and_recorded_as_his(year, tmp_path):
+    folder = tmp_path / "g"
+    shutil.copytree(year, folder)
+    who = replace(config(), identities={"anna": "administer audit", "budi": "supervise"}, audit="all")
+    for by in ("", "budi", "citra"):
+        with pytest.raises(bd.NotAllowed):
+            jobs.run_retention(folder, who, clock=lambda: NOW, by=by)
+    assert len(decided(folder, config())) == 12
+    assert jobs.run_retention(folder, who, clock=lambda: NOW, by="anna").cases == 1
+    with bd.Engine.open(folder, who, read_only=True) as engine:
+        (record,) = engine.audit_records(principal="anna")
+    assert (record.call, record.outcome) == ("run_retention", "done")
+
+
+def test_a_run_makes_no_gallery_of_a_mistyped_name(tmp_path):
+    with pytest.raises(bd.NotAGallery):
+        jobs.run_retention(tmp_path / "galery", config())
+    assert not (tmp_path / "galery").exists()
+
+
 def test_an_encounter_that_was_refused_and_then_enrolled_keeps_its_decision(tmp_path):
     today = [0.0]
     with bd.Engine.open(tmp_path / "g", config(), clock=lambda: today[0]) as engine:

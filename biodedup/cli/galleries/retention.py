@@ -15,6 +15,7 @@ from biodedup.cli.base import (
     FolderOption,
     JsonOption,
     Panel,
+    PersonOption,
     app,
     configured,
     finish,
@@ -44,6 +45,7 @@ def run(
     receipt: Annotated[
         Path | None, typer.Option("--receipt", help="The file of the signed receipt; it must not exist.")
     ] = None,
+    by: PersonOption = "",
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -52,7 +54,7 @@ def run(
 
     Backups keep it until they are brought up to date.
     """
-    result = jobs.run_retention(gallery, configured(gallery, config), key=key, receipt=receipt)
+    result = jobs.run_retention(gallery, configured(gallery, config), key=key, receipt=receipt, by=by)
     lines = [f"erased {result.refused} refused decisions and {result.cases} closed cases"]
     lines += [f"wrong: {problem}" for problem in result.problems]
     finish(result.to_dict(), lines, as_json)

@@ -21,6 +21,7 @@ from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.names import SEGMENT_FOLDER
 from biodedup.gallery.files.private import replace_private
 from biodedup.gallery.segments.layout import file_name
+from biodedup.jobs.shared.acting import Actor
 from biodedup.jobs.shared.signing import signed
 
 _TITLE, _FORMAT = "retention", 1
@@ -72,12 +73,16 @@ def run_retention(
     key: Path | None = None,
     receipt: Path | None = None,
     clock: Callable[[], float] = time.time,
+    by: str = "",
 ) -> Retained:
     """Erases what is due, and reads the gallery again to see that it is gone. Interrupted, the next run goes on.
 
-    key, receipt: an Ed25519 private key (PEM) and the new file for the signed receipt, which names no encounter. Backups that were made
-    before keep what was erased, until they are brought up to date. Raises InvalidInput, GalleryBusy, StorageUnavailable.
+    key, receipt: an Ed25519 private key (PEM) and the new file for the signed receipt, which names no encounter. by: the person, one of
+    `Config.identities` where these are configured, with the role `administer`. Backups that were made before keep what was erased, until
+    they are brought up to date. Raises InvalidInput, NotAGallery, NotAllowed, GalleryBusy, StorageUnavailable.
     """
+    actor = Actor(by)
+    actor.principal(config or Config(), "administer")
     if (key is None) != (receipt is None):
         raise InvalidInput(
             "key and receipt go together: name the private key that signs, and the new file of the receipt"
@@ -86,8 +91,9 @@ def run_retention(
         raise InvalidInput(f"{receipt} exists, and a receipt is never replaced; name a new file")
     if key is not None:
         signed(_TITLE, {}, key)  # a wrong key is told before anything is erased
+    Engine.open(gallery, config, read_only=True, clock=clock).close()  # raises where there is none
     with Engine.open(gallery, config, clock=clock) as engine:
-        due, segments, number, link = engine.run_retention()
+        due, segments, number, link = actor.engine(engine).run_retention()
         version, gallery_id = engine.gallery_version, engine.info()["gallery_id"]
         policy_version = engine.policies()[-1].version
     result = Retained(

@@ -15,6 +15,7 @@ from typing import Any
 from biodedup.config import Config
 from biodedup.engine.callers.approvals import Approvals, Approve, signer_of
 from biodedup.engine.callers.audit import AuditLog, Call, carried_out
+from biodedup.engine.engine import Engine
 from biodedup.engine.log import EngineLog
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
@@ -35,6 +36,10 @@ class Actor:
         principal = config.identity(self.by)
         principal.require(role)
         return principal
+
+    def engine(self, engine: Engine) -> Engine:
+        """The engine for this person; itself without identities."""
+        return engine if engine.config.identities is None else engine.as_principal(self.by, key=self.sign)
 
 
 NOBODY = Actor()
