@@ -287,6 +287,20 @@ def test_the_key_of_a_gallery_is_set_rotated_and_taken_away_by_two_people(tmp_pa
     assert not jobs.verify_log(folder, who).problems
 
 
+def test_the_key_that_two_people_approve_is_the_one_that_is_taken(tmp_path):
+    """Also where its source answers otherwise the second time."""
+    folder, who = kept(tmp_path / "g", ("key",)), bd.Config(identities={"citra": EVERY, "dewi": EVERY})
+    asked(lambda: jobs.encrypt(folder, lambda: KEY, who, by="citra"))
+    answers = iter([KEY, bytes(32)])
+    jobs.encrypt(folder, lambda: next(answers), who, by="dewi")
+    bd.Engine.open(folder, bd.Config(keys=lambda: KEY), read_only=True).close()
+    other = bytes(range(2, 34))
+    asked(lambda: jobs.rotate_key(folder, lambda: KEY, lambda: other, who, by="citra"))
+    answers = iter([other, bytes(32)])
+    jobs.rotate_key(folder, lambda: KEY, lambda: next(answers), who, by="dewi")
+    bd.Engine.open(folder, bd.Config(keys=lambda: other), read_only=True).close()
+
+
 def test_another_transform_of_templates_takes_two_people_as_a_key_does(tmp_path):
     folder = kept(tmp_path / "g", ("key",), keys=lambda: KEY)
     who = bd.Config(identities={"citra": EVERY, "dewi": EVERY}, keys=lambda: KEY)

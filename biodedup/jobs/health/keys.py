@@ -40,10 +40,11 @@ def rotate_key(
     opens backups that were made before. config: says who may do it; by: the person; sign: the file of its private key. Where the policy
     asks for two people, no other process may write meanwhile. Raises KeyMismatch, GalleryDamaged, NotAllowed, ApprovalNeeded,
     StorageUnavailable."""
-    new_id = Key(fetched(after)).key_id
+    new = fetched(after)  # once: the key that is approved is the one that is taken
+    new_id = Key(new).key_id
     if key_status(folder).register_key_id not in (None, new_id):  # otherwise a run that was repeated, or a mistake
         _approved(folder, before, config, Actor(by, sign), {"rotate": new_id})
-    return encrypting.rotate(folder, before, after)
+    return encrypting.rotate(folder, before, lambda: new)
 
 
 @checked
@@ -53,9 +54,11 @@ def encrypt(
     """Turns a gallery in the clear into an encrypted one. Needs free space of its size, and no writer. Done already, it only removes what
     an interrupted run left. config, by, sign: as in `rotate_key`. Raises KeyMismatch, GalleryBusy, GalleryDamaged, NotAllowed,
     ApprovalNeeded, StorageUnavailable; then the gallery is as it was."""
-    if not key_status(folder).encrypted:
-        _approved(folder, None, config, Actor(by, sign), {"encrypt": Key(fetched(keys)).key_id})
-    return encrypting.encrypt(folder, keys)
+    if key_status(folder).encrypted:
+        return encrypting.encrypt(folder, keys)
+    key = fetched(keys)  # once, as in `rotate_key`
+    _approved(folder, None, config, Actor(by, sign), {"encrypt": Key(key).key_id})
+    return encrypting.encrypt(folder, lambda: key)
 
 
 @checked
