@@ -15,6 +15,7 @@ from biodedup.engine.joining import Joining
 from biodedup.engine.log import EngineLog
 from biodedup.engine.prepare import Probe
 from biodedup.engine.sample import GallerySamples
+from biodedup.gallery.files import packed
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.batching import Gathering
@@ -79,25 +80,21 @@ class BatchedSearch:
         """
         before, extra_k = found.comparisons, max(seen.extra_k, len(uncounted))
         searcher, left_out = seen.searcher, np.zeros(len(before), bool)
+        changed = _changed_since(seen.snapshot, now, before.rows)
         if len(before):
-            left_out = ~now.are_present(before.rows) | np.isin(before.rows, list(uncounted))
+            left_out = ~now.are_present(before.rows) | np.isin(before.rows, [*uncounted, *changed.tolist()])
         thresholds_db = searcher.thresholds_db(probe.templates, now, across=seen.across)
         lower = any(a > b for a, b in zip(found.complete_db, thresholds_db, strict=True))
         search_all = lower or np.count_nonzero(left_out) > seen.extra_k
         if not search_all:
             from_row = seen.snapshot.row_count
-            if not searcher.may_find(now, probe.templates, from_row, thresholds_db[1], across=seen.across):
+            may_find = searcher.may_find(now, probe.templates, from_row, thresholds_db[1], across=seen.across)
+            if not may_find and not len(changed):
                 return found
-            # a subject with several rows is compared again with all of them, and may then be weaker
+            # a subject with several rows may be weaker than one of its rows
             above = None if now.extra_rows else searcher.weakest_shown(before, ~left_out, extra_k)
-            since = self._since(searcher, probe, now, seen, from_row, extra_k, above)
-            if now.extra_rows and len(
-                since.comparisons
-            ):  # a subject with a new row was compared again with all its rows
-                compared_again, _ = now.with_siblings(np.sort(since.comparisons.rows))
-                left_out |= np.isin(before.rows, compared_again)
-                before = before.without(compared_again)
-                search_all = np.count_nonzero(left_out) > seen.extra_k
+            since = self._since(searcher, probe, now, seen, from_row, extra_k, above, changed)
+            before = before.without(changed)
         if search_all:
             self._log.searched_again()
             return self._since(searcher, probe, now, seen, 0, extra_k)
@@ -114,9 +111,10 @@ class BatchedSearch:
         from_row: int,
         extra_k: int,
         above: tuple[float, float] | None = None,
+        also: Collection[int] = (),
     ) -> CandidateSet:
         (found,) = searcher.search(
-            now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k, above=above
+            now, [probe.templates], from_row=from_row, across=seen.across, extra_k=extra_k, above=above, also=also
         )
         return found
 
@@ -164,6 +162,28 @@ class BatchedSearch:
             if not (is_row[:, -1] & (ids[:, -1] == "")).any():
                 return SearchResult(ids, similarity, snapshot.version, bool(nearest.failures))
             row_k *= 2
+
+
+def _changed_since(before: Snapshot, now: Snapshot, compared: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows, ascending, of subjects that had a row, and gained or lost one since: their rows are compared together, so that none of them
+    scores as it did. compared: rows of the earlier snapshot; those that are no longer held count as lost."""
+    if not before.extra_rows and not now.extra_rows:
+        return np.zeros(0, np.int64)
+    added = np.arange(before.row_count, now.row_count)
+    rows, subjects = now.with_siblings(added[now.are_present(added)])
+    changed = np.zeros(0, np.int64)
+    if subjects is not None:
+        changed = rows[np.isin(subjects, subjects[rows < before.row_count])]
+    if not before.extra_rows:
+        return changed
+    lost = compared[~now.are_present(compared)]
+    if not np.array_equal(before.tombstones, now.tombstones):
+        lost = np.union1d(lost, np.setdiff1d(now.tombstones, before.tombstones, assume_unique=True))
+    lost = lost[lost < before.row_count]
+    if not len(lost):
+        return changed
+    _, left = now.all_rows_of(packed.pack_text(before.subject_ids(lost.tolist())))
+    return np.union1d(changed, left)
 
 
 def _first_of_each(names: NDArray[np.object_], similarity: Float32, k: int) -> tuple[NDArray[np.object_], Float32]:

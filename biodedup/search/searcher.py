@@ -143,6 +143,7 @@ class Searcher:
         from_db: float | None = None,
         excluded: Sequence[Collection[int]] = (),
         above: tuple[float, float] | None = None,
+        also: Collection[int] = (),
     ) -> list[CandidateSet]:
         """Searches for each probe in the live rows from from_row on; with groups, in rows of one of them.
 
@@ -150,9 +151,9 @@ class Searcher:
         rows that have only this column. across: fingers are also compared with fingers of other labels. extra_k: how
         many more rows to look at, since so many may turn out not to count. from_db: the score from which rows matter,
         where it is lower than the review threshold. excluded: for each probe, rows that it is not compared with. above: as
-        `Stage.above`.
+        `Stage.above`. also: live rows that every probe is compared with, wherever they are.
         """
-        if from_row >= snapshot.row_count or not probes:
+        if (from_row >= snapshot.row_count and not len(also)) or not probes:
             return [CandidateSet(across=across)] * len(probes)
         scope = Scope(snapshot, from_row, as_set(groups), across, extra_k)
         return _Search(
@@ -164,6 +165,7 @@ class Searcher:
             floor_db=floor_db,
             from_db=from_db,
             above=above,
+            also=also,
         ).run(excluded)
 
     def nearest(
@@ -302,6 +304,7 @@ class _Search:
         floor_db: float,
         from_db: float | None,
         above: tuple[float, float] | None,
+        also: Collection[int],
     ) -> None:
         self._above = above
         self._from_db = np.inf if from_db is None else from_db
@@ -313,7 +316,7 @@ class _Search:
         self._near: list[dict[_ColumnPair, _Near]] = [{} for _ in probes]
         """For each probe, by pair of columns, the most similar rows: `candidates` of them, and all that reach
         floor_db."""
-        self._chosen: list[list[_Int64]] = [[np.zeros(0, np.int64)] for _ in probes]
+        self._chosen: list[list[_Int64]] = [[np.array(sorted(also), np.int64)] for _ in probes]
         """For each probe, the rows to compare."""
         self._stages = [self._stage(probe) for probe in probes]
         scanned = () if floor_db > 0 else config.scanned  # a join scans all columns

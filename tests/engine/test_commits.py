@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import biodedup as bd
+from biodedup.embed.cards import load_card
 from biodedup.gallery.segments.tail import Tail, TailPart
 from biodedup.testing import internals
 from tests.support.vectors import SFACE, again, people
 
 REVIEW_DB = 60.0
+FINGER = load_card("finger256").model_id
 
 
 def encounter(name: str, vector: np.ndarray, **more: object) -> bd.Encounter:
@@ -61,3 +66,62 @@ def test_counts_of_a_tail_are_those_of_its_rows_after_any_appends_and_truncation
         for count in (tail.count, tail.count // 2):
             values, counts = np.unique(tail.presence.view(count), return_counts=True)
             assert TailPart(tail, count).bits == dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def test_a_subject_that_loses_its_strongest_row_after_the_search_is_compared_by_the_rows_that_stay(tmp_path):
+    """The update leaves room for its own subject's row among the candidates, so that one candidate fewer is no reason to search again."""
+    sita, budi = people(2, seed=5)
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:
+        enrolment, gallery = internals(engine).enrolment, internals(engine).gallery
+        engine.enroll(encounter("sita", sita))
+        engine.update(encounter("sita", again(sita, 0.75)))
+        engine.enroll(encounter("budi", budi))
+        prepared = enrolment.search([encounter("budi", again(sita, 0.99, seed=7))], False, replaces=True)
+        with gallery.transaction() as transaction:
+            transaction.remove_rows([0])
+        (decision,) = enrolment.commit(prepared)
+        assert [candidate.subject_id for candidate in decision.candidates if candidate.kind == "same_person"] == [
+            "sita"
+        ]
+        assert [candidate.rows for candidate in decision.candidates if candidate.subject_id == "sita"] == [(1,)]
+
+
+def test_the_evidence_of_a_row_that_was_removed_after_the_search_does_not_count(tmp_path):
+    """A subject with a row of its face and one of another person's fingers; the row of fingers is removed."""
+    faces, fingers = people(2, seed=5), people(4, seed=6, dimension=256)
+    with bd.Engine.open(tmp_path / "g", bd.Config(gallery=bd.GalleryConfig(background=False))) as engine:
+        enrolment, gallery = internals(engine).enrolment, internals(engine).gallery
+        of_face = {"face": bd.Template("face", SFACE, faces[0])}
+        of_fingers = {
+            name: bd.Template(name, FINGER, fingers[i]) for i, name in enumerate(("left_index", "right_index"))
+        }
+        engine.enroll(bd.Encounter("sita", templates=of_face))
+        with gallery.transaction() as transaction:
+            transaction.add_encounter("sita", of_fingers, "e2", ())
+        probe = {"face": bd.Template("face", SFACE, again(faces[0], 0.6))}
+        probe |= {name: replace(one, embedding=fingers[2 + i]) for i, (name, one) in enumerate(of_fingers.items())}
+        prepared = enrolment.search([bd.Encounter("ani", templates=probe)], False)
+        with gallery.transaction() as transaction:
+            transaction.remove_rows([1])
+        afresh = engine.identify(bd.Encounter(templates=probe))
+        (decision,) = enrolment.commit(prepared)
+        assert (decision.outcome, decision.reasons) == (afresh.outcome, afresh.reasons)
+        assert decision.best.score_db == pytest.approx(afresh.best.score_db)
+        assert decision.best.kind == "same_person"
+
+
+def test_a_subject_that_gained_a_row_since_the_search_is_compared_with_all_of_them(tmp_path):
+    """Two readings have two chances to look alike: 3 dB less than the one row that the search saw."""
+    sita, ani = people(2, seed=5)
+    policy = bd.Policy(duplicate_db=REVIEW_DB, review_db=20)
+    with bd.Engine.open(tmp_path / "g", bd.Config(policy=policy)) as engine:
+        enrolment = internals(engine).enrolment
+        engine.enroll(encounter("sita", sita))
+        probe = encounter("ani", again(sita, 0.6))
+        prepared = enrolment.search([probe], False)
+        with internals(engine).gallery.transaction() as transaction:
+            transaction.add_encounter("sita", {"face": bd.Template("face", SFACE, ani)}, "e2", ())
+        afresh = engine.identify(replace(probe, subject_id=None))
+        (decision,) = enrolment.commit(prepared)
+        assert decision.best.score_db == pytest.approx(afresh.best.score_db)
+        assert decision.best.rows == (0, 1)
