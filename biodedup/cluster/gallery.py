@@ -252,17 +252,17 @@ class ClusterGallery(Gallery):
             different = paired(catalogue.judged_since(since), different)
         indexed = {"index_settings", "index_codec"} & (put | dropped)
         self._published = Snapshot(
-            state.version,
-            state.row_count,
-            (*known.segments, TailPart(self._tail, self._tail.count)),
-            tombstones,
-            models,
-            catalogue.group_sets() if "group_set" in put else known.group_sets,
-            pending,
-            state.extra_rows,
-            different,
-            catalogue.job_steps() if "job_step" in put else known.steps,
-            catalogue.index_settings() if indexed else known.indexing,
+            version=state.version,
+            row_count=state.row_count,
+            parts=(*known.segments, TailPart(self._tail, self._tail.count)),
+            tombstones=tombstones,
+            models=models,
+            group_sets=catalogue.group_sets() if "group_set" in put else known.group_sets,
+            pending=pending,
+            extra_rows=state.extra_rows,
+            different=different,
+            steps=catalogue.job_steps() if "job_step" in put else known.steps,
+            indexing=catalogue.index_settings() if indexed else known.indexing,
         )
         self._tail.answers.update(answers)  # after the rows: an answer without its row reads as `removed`
         if "policy" in put:

@@ -72,7 +72,16 @@ def open_register(
         catalogue.open(gallery_id, json.dumps(settings), create=not read_only)
         folder = folder or Path(tempfile.mkdtemp(prefix="biodedup-cache-"))
         holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        return ClusterGallery(storage, folder, catalogue, config, limits, cluster, holder, read_only=read_only)
+        return ClusterGallery(
+            storage=storage,
+            folder=folder,
+            catalogue=catalogue,
+            config=config,
+            limits=limits,
+            cluster=cluster,
+            holder=holder,
+            read_only=read_only,
+        )
     except BaseException:
         catalogue.close()
         if folder is not None and cluster.cache is None:

@@ -78,13 +78,13 @@ def cluster_status(url: str, cluster: ClusterConfig) -> ClusterStatus:
     served = {number for *_, about in seen if about is not None for number in about["segments"]}
     counted = [place.node for place, *_ in seen]
     return ClusterStatus(
-        state.version,
-        state.row_count,
-        len(numbers),
-        tuple(sorted(numbers - served)),
-        cluster.replicas,
-        tuple(NodeStatus(*node, counted.count(node[0]), node[0] in drained) for node in sorted(nodes)),
-        tuple(replicas),
+        version=state.version,
+        rows=state.row_count,
+        segments=len(numbers),
+        unserved=tuple(sorted(numbers - served)),
+        replicas_wanted=cluster.replicas,
+        nodes=tuple(NodeStatus(*node, counted.count(node[0]), node[0] in drained) for node in sorted(nodes)),
+        replicas=tuple(replicas),
     )
 
 

@@ -191,9 +191,25 @@ class Engine:
         self._enrolment = Enrolment(
             gallery, self._preparer, self._searches, self._decider, new_id, config.gallery.encounters_max, log=self._log
         )
-        self._review = Review(gallery, self._preparer, self._searches, self._decider, self._enrolment, clock, self._log)
+        self._review = Review(
+            gallery=gallery,
+            preparer=self._preparer,
+            searches=self._searches,
+            decider=self._decider,
+            enrolment=self._enrolment,
+            clock=clock,
+            log=self._log,
+        )
         seal_rows = config.gallery.seal_rows
-        self._loader = Loader(gallery, self._preparer, self._decider, new_id, seal_rows, self._log, config.threads)
+        self._loader = Loader(
+            gallery=gallery,
+            preparer=self._preparer,
+            decider=self._decider,
+            new_id=new_id,
+            seal_rows=seal_rows,
+            log=self._log,
+            threads=config.threads,
+        )
         self._budgets = Budgets(gallery, self._policy, self._clock, self._log)
         self._approvals = Approvals(gallery, self._clock, self._log)
         self._binding = ModelBinding(gallery, self._extractor.cards, self._clock)
@@ -689,7 +705,15 @@ class Engine:
         multicolumn = self._searcher.multicolumn_query(snapshot, chosen, rescored)
         apart = self._searcher.apart(snapshot, chosen)
         joint = self._searcher.joint(snapshot, multicolumn)
-        return plan_of(snapshot, tuple(columns), self._config.search.miss_risk, multicolumn, apart, scanned, joint)
+        return plan_of(
+            snapshot=snapshot,
+            columns=tuple(columns),
+            miss_risk=self._config.search.miss_risk,
+            multicolumn=multicolumn,
+            apart=apart,
+            scanned=scanned,
+            joint=joint,
+        )
 
     def plan_join(self, threshold_db: float | None = None, *, listed: int | None = None) -> JoinPlan:
         """How a join of all subjects is done at present, for pairs that reach a threshold, and which share of mates it may miss; how long it

@@ -93,7 +93,7 @@ class BatchedSearch:
                 return found
             # a subject with several rows may be weaker than one of its rows
             above = None if now.extra_rows else searcher.weakest_shown(before, ~left_out, extra_k)
-            since = self._since(searcher, probe, now, seen, from_row, extra_k, above, changed)
+            since = self._since(searcher, probe, now, seen, from_row, extra_k, above=above, also=changed)
             before = before.without(changed)
         if search_all:
             self._log.searched_again()

@@ -269,7 +269,15 @@ def plan_of(
     by_column = [_column(snapshot, c, miss_risk, multicolumn, skip.get(c, 0)) for c in columns]
     sizes = tuple(_bytes_of(snapshot, c, skip.get(c, 0)) for c in columns)
     by_column = [replace(plan, index=_index_plan(snapshot, plan.column, miss_risk)) for plan in by_column]
-    return SearchPlan(miss_risk, tuple(by_column), plans, apart, scanned, sizes, joint)
+    return SearchPlan(
+        miss_risk=miss_risk,
+        columns=tuple(by_column),
+        multicolumn=plans,
+        apart=apart,
+        scanned=scanned,
+        sizes=sizes,
+        joint=joint,
+    )
 
 
 def _bytes_of(snapshot: Snapshot, name: str, skip: int) -> ColumnBytes:
@@ -304,16 +312,16 @@ def _index_plan(snapshot: Snapshot, name: str, miss_risk: float) -> IndexPlan | 
     tail_risk = codec.tail_risk(miss_risk)
     margin = codec.law.margin(tail_risk)[0] if miss_risk > 0 else 0.0
     return IndexPlan(
-        str(codec.spec),
-        rows,
-        codec.lists,
-        codec.law.sd[codec.law.similarity.index(0.5)],
-        margin,
-        codec.law.bound(tail_risk) if miss_risk > 0 else None,
-        codec.law.checked,
-        codec.lost_bound,
-        tuple(zip(codec.law.similarity, codec.lost, strict=True)),
-        faiss_engine.usable_codec(snapshot, name, largest, miss_risk) is not None,
+        spec=str(codec.spec),
+        rows=rows,
+        lists=codec.lists,
+        error_sd=codec.law.sd[codec.law.similarity.index(0.5)],
+        margin=margin,
+        miss_bound=codec.law.bound(tail_risk) if miss_risk > 0 else None,
+        checked=codec.law.checked,
+        lost_bound=codec.lost_bound,
+        lost=tuple(zip(codec.law.similarity, codec.lost, strict=True)),
+        used=faiss_engine.usable_codec(snapshot, name, largest, miss_risk) is not None,
     )
 
 
@@ -333,7 +341,18 @@ def _column(
     ]
     coded = [held for pieces in holding for group in by_codec(h for h in pieces if h.cells)[1] for held in group]
     if not coded:
-        return ColumnPlan(name, rows, 0, 0, 1.0, 0.0, 0.0, 0.0, 0, "sample")
+        return ColumnPlan(
+            column=name,
+            rows=rows,
+            coded_rows=0,
+            scanned_bytes=0,
+            share=1.0,
+            margin=0.0,
+            error_sd=0.0,
+            miss_bound=0.0,
+            checked=0,
+            source="sample",
+        )
     codec = max(coded, key=lambda held: held.column.count).column.codec
     assert codec is not None, "these have one"
     law = codec.law
@@ -346,17 +365,17 @@ def _column(
         largest = max((held.column for held in coded), key=lambda column: column.count)
         by_tables = classes_of(largest, tables_for(codec.scanned, _TABLE_SHARE)).laws[0].bound(miss_risk)
     return ColumnPlan(
-        name,
-        rows,
-        coded_rows,
-        scanned_bytes,
-        1.0,
-        z,
-        law.sd[middle],
-        law.bound(miss_risk) if miss_risk > 0 else None,
-        law.checked,
-        law.source,
-        by_tables if by_tables is not None and by_tables < 1 else None,
+        column=name,
+        rows=rows,
+        coded_rows=coded_rows,
+        scanned_bytes=scanned_bytes,
+        share=1.0,
+        margin=z,
+        error_sd=law.sd[middle],
+        miss_bound=law.bound(miss_risk) if miss_risk > 0 else None,
+        checked=law.checked,
+        source=law.source,
+        by_tables=by_tables if by_tables is not None and by_tables < 1 else None,
     )
 
 

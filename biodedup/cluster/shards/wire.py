@@ -135,16 +135,16 @@ def query_of(
 ) -> ShardQuery:
     skip = about["skip_covered"]
     return ShardQuery(
-        about["column"],
-        about["k"],
-        about["total_rows"],
-        about["miss_risk"],
-        arrays.get("min_similarity"),
-        arrays.get("least"),
-        _groups_of(about),
-        about["from_row"],
-        about["end_row"],
-        None if skip is None else multicolumn_of(skip, kept),
+        column=about["column"],
+        k=about["k"],
+        total_rows=about["total_rows"],
+        miss_risk=about["miss_risk"],
+        min_similarity=arrays.get("min_similarity"),
+        least=arrays.get("least"),
+        groups=_groups_of(about),
+        from_row=about["from_row"],
+        end_row=about["end_row"],
+        skip_covered=None if skip is None else multicolumn_of(skip, kept),
     )
 
 

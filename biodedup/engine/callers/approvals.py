@@ -172,7 +172,16 @@ class Approvals:
         """Oldest first."""
         rows, signed = self._gallery.approvals()
         return [
-            Approval(number, action, json.loads(facts), by, at, approved_by, approved_at, signed.get(number, ""))
+            Approval(
+                number=number,
+                action=action,
+                facts=json.loads(facts),
+                requested_by=by,
+                requested_at=at,
+                approved_by=approved_by,
+                approved_at=approved_at,
+                signed=signed.get(number, ""),
+            )
             for number, action, _, facts, by, at, approved_by, approved_at in rows
         ]
 

@@ -72,7 +72,16 @@ class Call:
     def _record(
         self, at: float, kind: str, subject_id: str, encounter_id: str, count: int, outcome: str
     ) -> AuditRecord:
-        return AuditRecord(at, self.principal, self.purpose, kind, subject_id, encounter_id, count, outcome)
+        return AuditRecord(
+            at=at,
+            principal=self.principal,
+            purpose=self.purpose,
+            call=kind,
+            subject_id=subject_id,
+            encounter_id=encounter_id,
+            count=count,
+            outcome=outcome,
+        )
 
     def carried_out(self, transaction: Transaction, kind: str, decision: Decision) -> None:
         """One encounter of this call, in the commit of its decision."""

@@ -84,7 +84,18 @@ def verify_chain(
     except (GalleryDamaged, *ODD_CONTENT) as error:
         if isinstance(error, CallerError | MemoryError):
             raise
-        return LogReport("", False, 0, 0, 0, 0, 0, (f"the gallery cannot be read: {error}",), (), None)
+        return LogReport(
+            gallery_id="",
+            keyed=False,
+            first_commit=0,
+            commit=0,
+            links=0,
+            rows=0,
+            files=0,
+            problems=(f"the gallery cannot be read: {error}",),
+            notes=(),
+            mark=None,
+        )
 
 
 class _Check:
@@ -114,7 +125,18 @@ class _Check:
             last, links = link, links + 1
         if first is None or last is None:
             self.problems.append("the gallery has no hash chain yet; its next writer begins it")
-            return LogReport(self._gallery_id, False, 0, 0, 0, 0, files, tuple(self.problems), (), None)
+            return LogReport(
+                gallery_id=self._gallery_id,
+                keyed=False,
+                first_commit=0,
+                commit=0,
+                links=0,
+                rows=0,
+                files=files,
+                problems=tuple(self.problems),
+                notes=(),
+                mark=None,
+            )
         if first.commits > 0:
             self.notes.append(f"the chain begins at commit {first.commits}; commits before are not in it")
         rows = self._compare(last)

@@ -67,7 +67,17 @@ class AuditRecord(Described):
 def record_of(values: Sequence[Any]) -> AuditRecord:
     """values: as `AuditRecord.values`."""
     number, at, principal, purpose, call, subject_id, encounter_id, count, outcome = values[:9]
-    return AuditRecord(at, principal, purpose, call, subject_id, encounter_id, count, outcome, number)
+    return AuditRecord(
+        at=at,
+        principal=principal,
+        purpose=purpose,
+        call=call,
+        subject_id=subject_id,
+        encounter_id=encounter_id,
+        count=count,
+        outcome=outcome,
+        number=number,
+    )
 
 
 @dataclass(frozen=True)

@@ -592,7 +592,15 @@ class CatalogueTables(ABC):
         for _, *fields in self._all("verdict", "number", where, values):
             named, subject_id, candidate, ruling, by, at, note = fields
             # what was taken once is read for ever, whatever is asked of new ones
-            yield Verdict(named, subject_id, candidate, ruling, KnownId(by), at, KnownId(note))
+            yield Verdict(
+                encounter_id=named,
+                subject_id=subject_id,
+                candidate=candidate,
+                ruling=ruling,
+                by=KnownId(by),
+                at=at,
+                note=KnownId(note),
+            )
 
     def add_verdicts(self, verdicts: Iterable[Verdict]) -> None:
         for number, v in enumerate(verdicts, self._last_number("verdict") + 1):

@@ -186,7 +186,15 @@ def _content(export: Path, about: About) -> Content:
     if (first_row, first_decision) != (rows.count, decisions.count) or not parts or parts[-1].sealed:
         raise InvalidInput(f"{export} has other rows than it states; export the gallery again")
     index = read_settings(about.index, ())
-    return Content(about.gallery_id, about.settings, about.state, index, parts[:-1], parts[-1], table)
+    return Content(
+        gallery_id=about.gallery_id,
+        settings=about.settings,
+        state=about.state,
+        index=index,
+        sealed=parts[:-1],
+        journal=parts[-1],
+        table=table,
+    )
 
 
 def _opened(path: Path, schema: Any) -> Any:

@@ -88,21 +88,21 @@ class Workspace(NamedTuple):
 
 def workspace() -> Workspace:
     return Workspace(
-        np.zeros((MINUTIAE_MAX, MINUTIAE_MAX), np.int64),
-        np.zeros(SIMILAR + 1, np.int64),
-        np.zeros((_PAIRS, 2), np.int64),
-        np.zeros(_PAIRS, np.int64),
-        np.zeros((_PAIRS, _PAIRS), np.bool_),
-        np.zeros(_PAIRS, np.bool_),
-        np.zeros((_HYPOTHESES, 4), np.float64),
-        np.zeros(_HYPOTHESES, np.float64),
-        np.zeros((2, MINUTIAE_MAX), np.float64),
-        np.zeros((_NEAR_MAX, 2), np.int64),
-        np.zeros(_NEAR_MAX, np.float64),
-        np.zeros((MINUTIAE_MAX, 2), np.int64),
-        np.zeros(MINUTIAE_MAX, np.float64),
-        np.zeros((2, MINUTIAE_MAX), np.float64),
-        np.zeros((2, MINUTIAE_MAX), np.bool_),
+        similar=np.zeros((MINUTIAE_MAX, MINUTIAE_MAX), np.int64),
+        histogram=np.zeros(SIMILAR + 1, np.int64),
+        pairs=np.zeros((_PAIRS, 2), np.int64),
+        votes=np.zeros(_PAIRS, np.int64),
+        agree=np.zeros((_PAIRS, _PAIRS), np.bool_),
+        used=np.zeros(_PAIRS, np.bool_),
+        motions=np.zeros((_HYPOTHESES, 4), np.float64),
+        promise=np.zeros(_HYPOTHESES, np.float64),
+        moved=np.zeros((2, MINUTIAE_MAX), np.float64),
+        near=np.zeros((_NEAR_MAX, 2), np.int64),
+        near_cost=np.zeros(_NEAR_MAX, np.float64),
+        mates=np.zeros((MINUTIAE_MAX, 2), np.int64),
+        mates_cost=np.zeros(MINUTIAE_MAX, np.float64),
+        shift=np.zeros((2, MINUTIAE_MAX), np.float64),
+        taken=np.zeros((2, MINUTIAE_MAX), np.bool_),
     )
 
 

@@ -57,7 +57,13 @@ def room() -> Prepared:
     x, y, angle = np.zeros((3, MINUTIAE_MAX), np.int64)
     cells = np.zeros((MINUTIAE_MAX, SECTIONS), np.uint64)
     return Prepared(
-        np.zeros(1, np.int64), np.zeros(READ_MAX, np.int64), x, y, angle, cells, np.zeros(MINUTIAE_MAX, np.float64)
+        size=np.zeros(1, np.int64),
+        row=np.zeros(READ_MAX, np.int64),
+        x=x,
+        y=y,
+        angle=angle,
+        cells=cells,
+        norm=np.zeros(MINUTIAE_MAX, np.float64),
     )
 
 

@@ -120,14 +120,14 @@ class _GroupScan:
         z = np.float32(-ndtri(plan.share))
         limits = limits_of(rotate(all_numbers, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
         return ScanProbes(
-            paired([probe.codes for probe in probes]),
-            np.stack([probe.parameters() for probe in probes]),
-            np.stack([self._query.llr_tables[name].llr_db for name in self._columns]),
-            tables,
-            np.tile(np.minimum(np.arange(tables.shape[1], dtype=np.int32), sum(used) - 1), (len(tables), 1)),
-            limits,
-            np.array(used, np.int64),
-            TableKind.SIGNS,
+            codes=paired([probe.codes for probe in probes]),
+            parameters=np.stack([probe.parameters() for probe in probes]),
+            evidence=np.stack([self._query.llr_tables[name].llr_db for name in self._columns]),
+            tables=tables,
+            places=np.tile(np.minimum(np.arange(tables.shape[1], dtype=np.int32), sum(used) - 1), (len(tables), 1)),
+            limits=limits,
+            used=np.array(used, np.int64),
+            kind=TableKind.SIGNS,
         )
 
     def run(self, scanner: Scanner, first: int) -> None:
@@ -153,7 +153,16 @@ class _GroupScan:
         block, span = 0, (max(first - low, 0), high - low)
         while block < -(-(high - low) // BLOCK_ROWS):
             cuts, out = self._collected.cuts, (which, cells, llr_db)
-            number, block, passed = scan_kernel.scan(stored, members, live, span, block, self._signed, cuts, out)
+            number, block, passed = scan_kernel.scan(
+                columns=stored,
+                members=members,
+                live=live,
+                span=span,
+                start=block,
+                probes=self._signed,
+                cuts=cuts,
+                out=out,
+            )
             if number:
                 self._collected.add(which[:number].copy(), 0, cells[:number] + low, llr_db[:number].copy())
             with self._lock:

@@ -228,7 +228,14 @@ class Scanner:
                 block = 0
                 while block < len(rows.signs):
                     number, block, _ = scan_kernel.scan(
-                        [rows], None, live, span, block, batch, collected.cuts[some], out
+                        columns=[rows],
+                        members=None,
+                        live=live,
+                        span=span,
+                        start=block,
+                        probes=batch,
+                        cuts=collected.cuts[some],
+                        out=out,
                     )
                     if number:
                         which, cells = out[0][:number] + some.start, out[1][:number] + base * BLOCK_ROWS
