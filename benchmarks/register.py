@@ -153,7 +153,7 @@ class Register:
     def _column(self, column: str, low: int, high: int) -> tuple[Any, Any, Any]:
         vectors = self.vectors(column, low, high)
         cells = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-        quality = pa.array(np.random.default_rng([self.seed, 99, low]).uniform(30, 95, high - low).astype(np.float32))
+        quality = pa.array(np.random.default_rng([self.seed, 99, low]).uniform(0.5, 1, high - low).astype(np.float32))
         if column == "face":
             return cells, None, quality
         offsets, data = self.records(column, low, high)

@@ -561,11 +561,11 @@ def test_rows_removed_during_a_search_hide_no_candidate_from_it(engine, monkeypa
     engine.add_templates([f"s{i}" for i in range(24)], {"face": nearer})
     commit = type(internals(engine).enrolment).commit
 
-    def after_removals(enrolment, sought):
+    def after_removals(enrolment, *given):
         for subject_id in engine.subject_ids():
             if subject_id != "anna":
                 engine.remove(subject_id)
-        return commit(enrolment, sought)
+        return commit(enrolment, *given)
 
     monkeypatch.setattr(type(internals(engine).enrolment), "commit", after_removals)
     decision = engine.enroll(sent("bella", like((anna, 0.5), (other, 0.86)), "e2"))

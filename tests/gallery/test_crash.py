@@ -244,6 +244,7 @@ class OrderedStorage(LocalStorage):
     """Notes what a loss of power would take: names and bytes that were not synced when a commit became durable."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.unsynced: set[str] = set()
         self.at_commits: list[set[str]] = []
         self.created = 0

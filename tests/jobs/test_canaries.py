@@ -252,7 +252,7 @@ def test_who_is_gone_though_nothing_was_removed_is_a_loss_and_stays_one(gallery)
         engine.compact()
         version = engine.gallery_version
     # as if a merge had lost the row: it was not removed since the last check of the canaries
-    canary_file.save(LocalStorage(), gallery, replace(kept(gallery), version=version))
+    canary_file.save(LocalStorage(), gallery, replace(kept(gallery), version=version), None)
     for _ in range(2):
         assert "1 subjects are in no segment any more, and nothing was removed" in jobs.watch(gallery).problems[0]
 
@@ -333,7 +333,7 @@ def test_a_disk_that_fails_leaves_the_old_file_or_the_new_one(gallery):
     after = replace(before, version=before.version + 1)
     for n in range(1, 40):
         try:
-            canary_file.save(FailingStorage(Countdown(n)), gallery, after)
+            canary_file.save(FailingStorage(Countdown(n)), gallery, after, None)
         except bd.StorageUnavailable:
             assert kept(gallery).version in (before.version, after.version)
         else:
@@ -367,9 +367,8 @@ def test_minutiae_are_identified_and_records_that_have_changed_are_reported(with
     assert columns["right_index"].found == len(with_records) >= 20
     one = kept(with_fingers).each[0]
     other = replace(one, mates=one.mates | {"right_index": replace(one.mates["right_index"], record_hash=1)})
-    canary_file.save(
-        LocalStorage(), with_fingers, replace(kept(with_fingers), each=(other, *kept(with_fingers).each[1:]))
-    )
+    changed = replace(kept(with_fingers), each=(other, *kept(with_fingers).each[1:]))
+    canary_file.save(LocalStorage(), with_fingers, changed, None)
     watch = jobs.watch(with_fingers, count=20)
     assert "right_index: the stored templates of 1 of" in watch.problems[0]
 

@@ -196,14 +196,14 @@ def test_a_decision_on_a_face_alone_names_the_rows_that_reach_the_review_thresho
 
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [None, ("south",)], ids=str)
-@pytest.mark.parametrize("together_from", [2_000, ROWS * 2], ids=["in-several-columns", "column-by-column"])
+@pytest.mark.parametrize("together_from", [2_000, ROWS * 2], ids=["segments-and-journal", "journal-alone"])
 def test_the_strongest_by_the_evidence_of_several_columns_are_those_of_the_reference(
     built, searcher, monkeypatch, request, groups, together_from
 ):
     monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", together_from)
     index = INDEX_ENGINES[request.node.callspec.params["searcher"]]
     planned = searcher.multicolumn_query(built.snapshot, COLUMNS) is not None
-    assert planned == (together_from < ROWS and index.miss_risk > 0 and index.index == "native")
+    assert planned == (index.miss_risk > 0 and index.index == "native")
     rows = np.arange(1, 3_800, 47)
     cosines = {"face": 0.55, "left_index": 0.45, "right_index": 0.5}
     probes = {

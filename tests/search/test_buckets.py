@@ -12,7 +12,6 @@ from scipy.stats import binom
 import biodedup as bd
 from biodedup import jobs
 from biodedup.config import SearchConfig
-from biodedup.engine import search as searches
 from biodedup.gallery.files import codes as coding
 from biodedup.gallery.files.codec import measured_laws
 from biodedup.gallery.segments.part import ScannedRows
@@ -21,6 +20,7 @@ from biodedup.search.native import pair_kernel
 from biodedup.search.native.signs import LEVELS
 from biodedup.search.native.tables import limits_of, tables_of
 from biodedup.search.selfjoin import buckets as buckets_module
+from biodedup.search.selfjoin.bucket_join import rows_outside
 from biodedup.search.selfjoin.buckets import choose, from_high_nibbles
 from biodedup.testing import internals
 from tests.support.vectors import again, people
@@ -148,7 +148,7 @@ def test_a_row_in_no_bucket_is_compared_with_all_rows(gallery, small):
     with bd.Engine.open(folder, read_only=True) as engine:
         snapshot = internals(engine).gallery.snapshot()
         buckets = internals(engine).join.buckets(snapshot, threshold_db(engine))
-        outside = searches.rows_outside(snapshot, "face", buckets, snapshot.live_rows())
+        outside = rows_outside(snapshot, "face", buckets, snapshot.live_rows())
         tiles = list(engine.join(threshold_db=threshold_db(engine)))
     assert 0 < len(outside) < 1_000 and outside.max() == ROWS + 399
     assert [tile.done for tile in tiles] == sorted(tile.done for tile in tiles) and tiles[-1].done == tiles[-1].total

@@ -80,6 +80,7 @@ class FailingStorage(LocalStorage):
     """Every call to the disk counts down."""
 
     def __init__(self, countdown: Countdown) -> None:
+        super().__init__()
         self._countdown = countdown
 
     def _call(self, name, *args):

@@ -273,7 +273,10 @@ class Connection(sqlite3.Connection):
 
     def execute(self, *given: Any) -> sqlite3.Cursor:
         self._process.check()
-        return super().execute(*given)
+        try:
+            return super().execute(*given)
+        except UnicodeDecodeError as error:  # of SQLite's own message, which quotes what is damaged
+            raise sqlite3.DatabaseError("malformed database schema: a name is not UTF-8") from error
 
     def executemany(self, *given: Any) -> sqlite3.Cursor:
         self._process.check()
