@@ -25,7 +25,8 @@ from biodedup.jobs.deduplication.folder import DedupResult, Unit
 from biodedup.synthetic.vectors import population
 from biodedup.values import Cluster, Link
 from tests.support.images import finger, jpeg
-from tests.support.shell import run
+from tests.support.shell import run as run_apart
+from tests.support.shell import run_here as run
 from tests.support.vectors import SFACE, again, people, unit
 
 pytestmark = pytest.mark.slow
@@ -43,27 +44,28 @@ def folder(tmp_path: Path, portrait: np.ndarray) -> Path:
 
 
 def test_the_main_job_from_the_shell(folder):
-    code, out, _ = run(
+    code, out, _ = run_apart(
         "enroll", "anna", "--face", "a.jpg", "--finger", "right_index=f.png", "--encounter-id", "e1", cwd=folder
     )
     assert (code, out.split(";")[0]) == (0, "unique")
-    code, out, _ = run("enroll", "bella", "--face", "b.jpg", "--json", cwd=folder)
+    code, out, _ = run_apart("enroll", "bella", "--face", "b.jpg", "--json", cwd=folder)
     decision = json.loads(out)
     assert code == 10
     assert (decision["outcome"], decision["candidates"][0]["subject_id"]) == ("duplicate", "anna")
-    code, out, _ = run("enroll", "carla", "--face", "dark.jpg", "--missing", "left_thumb=amputated", cwd=folder)
+    code, out, _ = run_apart("enroll", "carla", "--face", "dark.jpg", "--missing", "left_thumb=amputated", cwd=folder)
     assert code == 12
     assert "too_dark" in out
-    assert run("identify", "--face", "b.jpg", cwd=folder)[0] == 10
-    assert run("verify", "anna", "--face", "b.jpg", cwd=folder)[0] == 0
-    code, out, _ = run("info", "--json", cwd=folder)
+    assert run_apart("identify", "--face", "b.jpg", cwd=folder)[0] == 10
+    assert run_apart("verify", "anna", "--face", "b.jpg", cwd=folder)[0] == 0
+    code, out, _ = run_apart("info", "--json", cwd=folder)
     assert json.loads(out)["subjects"] == 1
-    code, out, _ = run("doctor", "--gallery", "gallery", "--json", cwd=folder)
+    code, out, _ = run_apart("doctor", "--gallery", "gallery", "--json", cwd=folder)
     assert (code, json.loads(out)["problems"]) == (0, [])
-    assert run("remove", "anna", cwd=folder)[0] == 0
-    assert run("identify", "--face", "b.jpg", cwd=folder)[0] == 0
+    assert run_apart("remove", "anna", cwd=folder)[0] == 0
+    assert run_apart("identify", "--face", "b.jpg", cwd=folder)[0] == 0
 
 
+@pytest.mark.models
 def test_what_a_command_prints_says_what_to_do_next(folder):
     code, out, _ = run("enroll", "anna", "--face", "a.jpg", cwd=folder)
     assert code == 0 and re.search(r"encounter_id: [0-9a-f]{32}\n", out) and "1 subject," not in out

@@ -9,7 +9,7 @@ import pytest
 
 import biodedup as bd
 from biodedup.cluster import moving
-from tests.support.shell import run
+from tests.support.shell import run_here as run
 from tests.support.vectors import again, people
 
 CONFIG = bd.Config(gallery=bd.GalleryConfig(background=False))

@@ -28,7 +28,7 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.merging.model import Member
 from biodedup.jobs.merging.survivors import absorbed, survivor
 from tests.support.faults import Countdown, FailingStorage
-from tests.support.shell import run
+from tests.support.shell import run_here as run
 from tests.support.vectors import again, people
 
 pytestmark = pytest.mark.slow

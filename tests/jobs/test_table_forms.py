@@ -23,7 +23,7 @@ from biodedup.jobs.manifests.fields import Unusable, id_of, located, moment_of, 
 from biodedup.jobs.manifests.roll import read_roll
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.jobs.manifests.text_form import GUESSED_LINES_MIN, text_form
-from tests.support.shell import run
+from tests.support.shell import run_here as run
 from tests.support.vectors import SFACE, people
 
 NAMES = ("José", "Müller", "Zoë", "François", "Ñañez", "Åse", "Núñez", "Gonçalves")
@@ -393,6 +393,7 @@ def test_a_check_of_labelled_templates_names_rows_without_a_usable_subject(tmp_p
 # the command line ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.models
 @pytest.mark.slow
 def test_no_command_makes_a_gallery_for_a_table_that_is_not_accepted(tmp_path):
     (tmp_path / "m.csv").write_text("NIK,path\n1,a.jpg\n")

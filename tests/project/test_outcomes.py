@@ -18,7 +18,7 @@ from biodedup.cli.bulk import _labelled
 from biodedup.jobs.kits.outcomes import IngestResult, Outcome, write_result
 from biodedup.outcomes import MEANINGS, OLDER_WORDS, outcome_of
 from tests.support import ROOT
-from tests.support.shell import run
+from tests.support.shell import run_here as run
 from tests.support.vectors import SFACE, people
 
 PAGE = (ROOT / "docs" / "reference" / "outcomes.md").read_text("utf-8")

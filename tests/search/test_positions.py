@@ -32,7 +32,7 @@ from tests.support.images import finger
 from tests.support.laws import FACE as FACE_LAW
 from tests.support.laws import FINGER as FINGER_LAW
 from tests.support.minutiae import moved, record, strewn
-from tests.support.shell import run
+from tests.support.shell import run_here as run
 from tests.support.vectors import again, people
 
 pytestmark = pytest.mark.slow
