@@ -39,9 +39,9 @@ def test_a_row_is_seen_before_its_answer_when_a_front_end_follows_another(regist
     first.enroll(person(0, anna))
     threads, snapshot, recalled = ThreadPoolExecutor(1), cluster_gallery.Snapshot, []
 
-    def slowly(*given: object) -> object:
+    def slowly(**given: object) -> object:
         recalled.append(recalled_while(second, person(0, anna), threads))
-        return snapshot(*given)
+        return snapshot(**given)
 
     monkeypatch.setattr(cluster_gallery, "Snapshot", slowly)
     second.refresh()
