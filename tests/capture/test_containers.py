@@ -132,6 +132,7 @@ def test_an_encounter_opens_a_container_and_refuses_a_slap_in_it(jpeg, tmp_path)
     assert (slap.reason, slap.detail.startswith("the record holds right four fingers")) == ("several_fingers", True)
 
 
+@pytest.mark.slow
 def test_an_engine_enrols_the_captures_of_a_container(jpeg, tmp_path):
     face = tagged(10, {2: 3, 3: "FACE", 6: 512, 7: 512, 8: 0, 11: "JPEGB", 12: "YCC"}, jpeg)
     content = itl([type_4(2, PRINT, SIZE, 1), face])

@@ -191,6 +191,7 @@ def test_an_unreadable_file_is_retryable(denied):
         assert engine.enroll(encounter).outcome == "refused"  # read, and no image
 
 
+@pytest.mark.slow
 def test_in_a_stream_it_costs_its_own_encounter_and_is_not_recorded(tmp_path, portrait):
     late = tmp_path / "late.jpg"
     encounters = [

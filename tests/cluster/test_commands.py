@@ -32,6 +32,7 @@ def called(register, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_commands_that_look_take_a_url_and_need_no_ray(called, tmp_path):
     code, out = called("list", "--json")
     assert code == 0 and json.loads(out)["subjects"] == 3 and json.loads(out)["groups"]["roll"] == 3
@@ -45,6 +46,7 @@ def test_commands_that_look_take_a_url_and_need_no_ray(called, tmp_path):
     assert called("list", "--out", str(tmp_path / "all.csv"))[0] == 0 and "s2" in (tmp_path / "all.csv").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -65,6 +67,7 @@ def test_commands_on_files_of_a_folder_say_what_to_do(arguments):
     assert isinstance(done.exception, InvalidInput) and "gallery export URL --to FOLDER" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_a_register_without_settings_or_that_is_not_there_is_refused_and_none_is_made(called, register):
     done = CliRunner().invoke(app, ["list", "--gallery", register.url])
     assert isinstance(done.exception, InvalidInput) and "segments" in str(done.exception)
@@ -74,6 +77,7 @@ def test_a_register_without_settings_or_that_is_not_there_is_refused_and_none_is
         called("list", url=register.url + "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["list", "status", "policy show", "info"])
 def test_without_an_option_the_gallery_is_the_default_folder(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -508,6 +508,7 @@ def test_a_budget_is_shared_by_all_front_ends(register):
 # the audit log ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_calls_of_several_front_ends_are_one_audit_log(register):
     some = people(6)
     config = bd.Config(audit="all")

@@ -115,6 +115,7 @@ def test_a_damaged_copy_is_fetched_again(register, tmp_path):
     assert engine.problems() == []
 
 
+@pytest.mark.slow
 def test_copies_that_do_not_fit_are_refused(register, tmp_path):
     fill(register(SMALL), 12)
     with pytest.raises(bd.StorageUnavailable, match="cache_bytes_max"):

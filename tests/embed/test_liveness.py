@@ -72,6 +72,7 @@ def test_scores_are_those_of_the_network(tmp_path, classes, batch):
     assert np.allclose(network.scores(images), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_face_below_the_limit_is_a_presentation_attack_and_one_above_says_what_proved_it(tmp_path, picture):
     (tmp_path / "high").mkdir()
     high = bd.Config(face=bd.FaceConfig(pad=pad_card(tmp_path / "high", 0.99)))
@@ -93,6 +94,7 @@ def test_cards_that_are_none_of_kind_pad_or_lack_a_limit_are_named(tmp_path):
         load_card(pad_card(tmp_path / "b", float("nan")))
 
 
+@pytest.mark.slow
 def test_a_verdict_counts_for_its_own_picture_by_a_known_device_alone(picture):
     config = bd.Config(capture=bd.CaptureConfig(devices=KNOWN))
     sound = verdict(picture, score=0.9)

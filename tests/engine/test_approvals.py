@@ -77,6 +77,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", CALLS)
 def test_an_approval_and_what_it_allows_are_one_commit(opened, action, tmp_path):
     countdown = Countdown(0)
@@ -301,6 +302,7 @@ def test_the_key_that_two_people_approve_is_the_one_that_is_taken(tmp_path):
     bd.Engine.open(folder, bd.Config(keys=lambda: other), read_only=True).close()
 
 
+@pytest.mark.slow
 def test_another_transform_of_templates_takes_two_people_as_a_key_does(tmp_path):
     folder = kept(tmp_path / "g", ("key",), keys=lambda: KEY)
     who = bd.Config(identities={"citra": EVERY, "dewi": EVERY}, keys=lambda: KEY)
@@ -337,6 +339,7 @@ def test_without_the_rule_a_key_is_rotated_beside_a_writer(tmp_path):
         engine.remove("s1")
 
 
+@pytest.mark.slow
 def test_a_merge_is_applied_and_undone_by_two_people(tmp_path):
     district = kept(tmp_path / "district", (), 4, "d")
     centre = kept(tmp_path / "centre", ("merge",), 3)

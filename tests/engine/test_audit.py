@@ -402,6 +402,7 @@ def test_names_and_purposes_are_nowhere_in_the_clear_in_an_encrypted_gallery(ope
 # the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_calls_to_those_with_the_role_audit(opened, tmp_path):
     engine = opened()
     engine.as_principal("anna", purpose="complaint 7").templates("s1")

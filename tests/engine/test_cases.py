@@ -422,6 +422,7 @@ def test_of_a_subject_removed_meanwhile_a_disputed_encounter_can_only_be_refused
     assert "anna" not in engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ruling, pair", [("same", (True, "anna", "anna")), ("different", (False, "e1", "anna"))])
 def test_what_was_ruled_on_a_disputed_encounter_is_a_pair_too(engine, tmp_path, ruling, pair):
     in_dispute(engine, 0.2)

@@ -23,6 +23,7 @@ def encounter(name: str, vector: np.ndarray, **more: object) -> bd.Encounter:
     return bd.Encounter(name, templates={"face": vector}, model_id=SFACE, **more)
 
 
+@pytest.mark.slow
 def test_a_row_that_a_search_returns_is_never_ruled_out_before_it(tmp_path):
     vectors, ruled_out, returned = people(40, seed=3), 0, 0
     config = bd.Config(policy=bd.Policy(duplicate_db=REVIEW_DB, review_db=REVIEW_DB))

@@ -210,6 +210,7 @@ def test_budgets_outlive_the_process_and_a_set_back_clock_locks_nobody_out_for_l
     assert told.value.retry_after_s <= 86_400
 
 
+@pytest.mark.slow
 def test_a_caller_has_a_budget_for_all_its_calls_and_callers_without_a_name_have_none(opened):
     engine = budgeted(opened, caller_calls_per_hour=3)
     kiosk = engine.as_principal(bd.Principal("kiosk-7", ["verify", "search", "enrol"]))

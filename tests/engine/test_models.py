@@ -169,6 +169,7 @@ def test_an_engine_that_is_given_the_card_scores_by_it(card, tmp_path):
             bd.Engine.open(tmp_path / "h", engine.config).add_templates(["a"], {"face": VECTORS[:1]}, model_id="mine-1")
 
 
+@pytest.mark.slow
 def test_a_model_that_runs_elsewhere_makes_nothing_of_captures_here(card, tmp_path, portrait):
     for config in (
         bd.Config(face=bd.FaceConfig(model=str(card))),

@@ -20,6 +20,7 @@ from tests.support.vectors import SFACE, again
 ODD_IDS = ["added", "outcome", "review", 'x"added":1', '"outcome":"review"', "kind", "job", "loaded"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ODD_IDS)
 def test_a_decision_is_found_whatever_the_ids_in_it_are(tmp_path, name, sealed):

@@ -224,6 +224,7 @@ def test_a_key_for_a_gallery_in_the_clear_is_refused_and_nothing_changes(tmp_pat
     assert files_of(tmp_path / "g") == before
 
 
+@pytest.mark.slow
 def test_a_lost_or_damaged_key_file_is_named(encrypted, tmp_path):
     shutil.copytree(encrypted, tmp_path / "g")
     file = tmp_path / "g" / "gallery.key"
@@ -604,6 +605,7 @@ def written_rest(folder: Path) -> tuple[LocalStorage, np.ndarray]:
     return storage, rows
 
 
+@pytest.mark.slow
 def test_rows_are_right_while_another_thread_gives_their_memory_back(tmp_path):
     storage, rows = written_rest(tmp_path)
     file = open_column_file(storage, tmp_path / "1.face.rest")
@@ -716,6 +718,7 @@ def test_a_gallery_opens_after_a_crash_while_its_key_file_was_written(tmp_path):
         assert engine.subject_ids() == ["s0"]
 
 
+@pytest.mark.slow
 def test_an_export_of_an_encrypted_gallery_is_loaded_into_an_encrypted_one(encrypted, tmp_path):
     config = with_key()
     jobs.export_gallery(encrypted, tmp_path / "export", config)
@@ -724,6 +727,7 @@ def test_an_export_of_an_encrypted_gallery_is_loaded_into_an_encrypted_one(encry
     assert answers(tmp_path / "g", config) == answers(encrypted, config)
 
 
+@pytest.mark.slow
 def test_an_encrypted_gallery_that_is_lost_comes_back_from_its_backup(encrypted, tmp_path):
     with bd.Engine.open(encrypted, with_key(), read_only=True) as engine:
         engine.backup(tmp_path / "b")

@@ -84,6 +84,7 @@ def test_a_gallery_that_nobody_touched_is_sound_from_its_first_commit_on(folder,
     assert found.keyed == (config.keys is not None) and found.files
 
 
+@pytest.mark.slow
 def test_the_digest_of_a_table_is_the_sum_of_its_rows_hashes(folder, config):
     with closing(LocalStorage(config.keys).connect(folder / "gallery.sqlite3", read_only=True)) as database:
         catalogue = SqliteCatalogue(database)
@@ -104,6 +105,7 @@ def test_a_deleted_verdict_is_named_with_its_commit(folder, config):
     ]
 
 
+@pytest.mark.slow
 def test_a_decision_that_was_changed_with_its_checksum_is_named(folder, config):
     changed = change_decision(folder, config)
     found = problems(folder, config)
@@ -327,6 +329,7 @@ def test_a_key_pair_is_private_and_never_replaced(tmp_path):
         jobs.make_signing_key(tmp_path / "a.key")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_posted_to_an_address(folder, config, auditor, tmp_path):
     if config.keys is not None:
         return
@@ -449,6 +452,7 @@ def test_encrypting_a_gallery_goes_on_with_its_chain(tmp_path):
     assert not found.problems and found.keyed and any("new key" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_exit_code_4_where_something_is_wrong(folder, config):
     if config.keys is None:
         assert command("log", "verify", "-g", folder).exit_code == 0

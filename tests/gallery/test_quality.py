@@ -52,6 +52,7 @@ def test_a_quality_of_another_scale_is_refused(column, quality):
         bd.Template(column, "m", VECTORS[0], quality=quality)
 
 
+@pytest.mark.slow
 def test_fingers_of_an_earlier_release_have_the_quality_that_their_score_predicts(tmp_path):
     """Earlier releases stored the score, 0 to 100, of a finger."""
     finger = bd.Template("right_index", "external-minutiae", None, RECORD, quality=0.5)

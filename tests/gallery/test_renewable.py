@@ -67,6 +67,7 @@ def answers(folder: Path, config: bd.Config) -> list[tuple[str, float]]:
         return [(str(f.ids[0, 0]), float(f.similarity[0, 0])) for f in found]
 
 
+@pytest.mark.slow
 def test_a_transform_is_orthogonal_its_secrets_own_and_each_columns_own():
     turn = Turn(KEY)
     matrix = turn.of("face").matrix(128)
@@ -80,6 +81,7 @@ def test_a_transform_is_orthogonal_its_secrets_own_and_each_columns_own():
     assert np.allclose(turn.of("face").turned(known) @ turn.of("face").turned(known).T, known @ known.T, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_answers_are_those_without_a_transform_and_what_is_stored_is_a_strangers(tmp_path):
     other = bytes(range(2, 34))
     fill(tmp_path / "plain", replace(small(), keys=lambda: KEY))
@@ -120,6 +122,7 @@ def filled(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_rekey_turns_everything_keeps_answers_and_destroys_the_old_secret(filled, tmp_path):
     folder = copied(filled, tmp_path / "g")
     before, old = stored_vectors(folder), stored_key(folder).turns
@@ -146,6 +149,7 @@ def test_rekey_turns_everything_keeps_answers_and_destroys_the_old_secret(filled
         assert engine.case("case").templates["face"].embedding @ PEOPLE[0] > 0.4
 
 
+@pytest.mark.slow
 def test_a_gallery_in_the_clear_or_of_plain_templates_becomes_renewable_and_plain_again(tmp_path):
     fill(tmp_path / "g", small())
     with bd.Engine.open(tmp_path / "g", small()) as engine, pytest.raises(bd.InvalidInput, match="encrypted gallery"):
@@ -182,6 +186,7 @@ def test_another_key_and_a_lost_secret_are_named_and_a_rotation_keeps_the_transf
         bd.Engine.open(folder, renewable(new))
 
 
+@pytest.mark.slow
 def test_a_rekey_that_is_killed_anywhere_goes_on(filled, tmp_path, monkeypatch):
     wanted = [subject for subject, _ in answers(filled, renewable())]
     for n in itertools.count(3, 13):
@@ -208,6 +213,7 @@ def test_a_rekey_that_is_killed_anywhere_goes_on(filled, tmp_path, monkeypatch):
     assert n > 20
 
 
+@pytest.mark.slow
 def test_a_rekey_after_an_interrupted_one_to_plain_templates_does_not_take_the_old_secret_again(filled, tmp_path):
     folder = copied(filled, tmp_path / "g")
     (old,) = stored_key(folder).turns
@@ -232,6 +238,7 @@ def failing(action, countdown: Countdown):
     return call
 
 
+@pytest.mark.slow
 def test_backups_before_between_and_after_open_and_restore(filled, tmp_path):
     folder = copied(filled, tmp_path / "g")
     with bd.Engine.open(folder, renewable()) as engine:
@@ -250,6 +257,7 @@ def test_backups_before_between_and_after_open_and_restore(filled, tmp_path):
     assert [subject for subject, _ in answers(folder, renewable())] == wanted
 
 
+@pytest.mark.slow
 def test_exports_merges_and_templates_are_in_the_clear(filled, tmp_path):
     with bd.Engine.open(filled, renewable(), read_only=True) as engine:
         assert engine.templates("s3")["face"].embedding @ PEOPLE[3] > 0.99
@@ -263,6 +271,7 @@ def test_exports_merges_and_templates_are_in_the_clear(filled, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_galleries_of_different_keys_are_merged_and_mates_are_found(tmp_path):
     """As `jobs.merge` copies rows: codes of another transform are encoded anew."""
     other = bytes(range(2, 34))
@@ -286,6 +295,7 @@ def renamed(ids):
     return pack_text([f"b-{name}" for name in text(ids)])
 
 
+@pytest.mark.slow
 def test_rows_that_were_written_before_a_rekey_and_attached_after_it_are_not_lost_in_an_old_transform(tmp_path):
     with bd.Engine.open(tmp_path / "g", renewable()) as engine:
         enroll(engine, 0)
@@ -303,6 +313,7 @@ def test_rows_that_were_written_before_a_rekey_and_attached_after_it_are_not_los
         assert engine.problems() == []
 
 
+@pytest.mark.slow
 def test_two_rekeys_at_once_follow_one_another(tmp_path):
     fill(tmp_path / "g", renewable(), 6)
     with bd.Engine.open(tmp_path / "g", renewable()) as engine, ThreadPoolExecutor(3) as pool:

@@ -73,6 +73,7 @@ def test_a_large_search_has_the_system_forget_what_it_read_through(opened, monke
     assert np.array_equal(again.similarity, found.similarity)
 
 
+@pytest.mark.slow
 def test_a_search_that_reads_little_or_fits_leaves_all_in_the_system_s_memory(opened, monkeypatch):
     engine, storage = opened
     engine.search({"face": people(20_000, 1)[:64]}, k=5)

@@ -110,6 +110,7 @@ def test_a_page_is_one_escaped_file_without_scripts_or_references(pair):
     assert "http" not in re.sub(r"base64,[^\"]*", "", page.source)
 
 
+@pytest.mark.slow
 def test_the_verdict_says_the_score_the_odds_and_the_threshold(pair):
     told, page = pair
     assert told.outcome == "duplicate" and told.comparison is not None

@@ -64,6 +64,7 @@ def test_a_receipt_holds_what_the_decision_rests_on(engine, folder):
     assert engine.receipt("again").outcome != "unique"
 
 
+@pytest.mark.slow
 def test_the_receipt_of_an_encounter_that_is_not_there_is_refused(engine):
     with pytest.raises(bd.InvalidInput, match="no decision on encounter 'nobody'"):
         engine.receipt("nobody")

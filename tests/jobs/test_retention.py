@@ -72,6 +72,7 @@ def year(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_due_leaves_every_file_and_all_else_stays(year, tmp_path):
     folder = tmp_path / "g"
     shutil.copytree(year, folder)
@@ -151,6 +152,7 @@ def test_a_run_makes_no_gallery_of_a_mistyped_name(tmp_path):
     assert not (tmp_path / "galery").exists()
 
 
+@pytest.mark.slow
 def test_an_encounter_that_was_refused_and_then_enrolled_keeps_its_decision(tmp_path):
     today = [0.0]
     with bd.Engine.open(tmp_path / "g", config(), clock=lambda: today[0]) as engine:
@@ -163,6 +165,7 @@ def test_an_encounter_that_was_refused_and_then_enrolled_keeps_its_decision(tmp_
     assert decided(tmp_path / "g", config()) == {"visit-sent-twice": "unique"}
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_anywhere_is_ended_by_the_next(year, tmp_path):
     wanted = None
     for n in itertools.count(2, 13):

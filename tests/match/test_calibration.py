@@ -83,6 +83,7 @@ def test_the_far_tail_is_exact_where_a_national_register_needs_it():
     assert not fused_score_db(float(2 * NORMAL.llr_db(0.25)), (NORMAL, NORMAL))[1]
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-60, 200), min_size=2, max_size=20))
 def test_more_evidence_is_never_a_lower_score(sums):
     scores, extrapolated = fused_score_db(sorted(sums), SHIPPED)

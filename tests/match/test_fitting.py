@@ -41,6 +41,7 @@ def table() -> dict:
     return fit([mates(3000)], [strangers(700, 1)], KNOTS, source="a test", replicates=100, power=COSINE_POWER)
 
 
+@pytest.mark.slow
 def test_the_false_match_rate_of_others_is_as_promised(table):
     score_db = Calibration.from_card(table).score_db(strangers(1500, 2).scores)
     for nominal_db in (10, 20, 30, 40):
@@ -57,6 +58,7 @@ def test_the_interval_of_an_extrapolation_holds_the_truth_and_widens(table):
     assert truth[1] > table["measured_db"] + 20
 
 
+@pytest.mark.slow
 def test_a_pareto_law_is_found_again():
     rng = np.random.default_rng(3)
     for shape in (-0.2, 0.05, 0.3):
@@ -95,6 +97,7 @@ def test_sets_count_alike_however_large():
     assert 10 ** (-alike[middle] / 10) == pytest.approx((0.5 + norm.sf(2)) / 2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_likelihood_ratio_is_that_of_the_densities_never_falls_and_keeps_the_mass():
     nonmated_db = -10 / np.log(10) * norm.logsf(KNOTS, 0, 0.09)
     llr = ratio_db([mates(20_000)], KNOTS, nonmated_db)

@@ -234,6 +234,7 @@ def _impostors(minutiae: Calibration, both: Calibration, llr_db: float) -> tuple
     return steps, np.bincount(where, np.diff(shares, prepend=0.0))
 
 
+@pytest.mark.slow
 def test_all_that_may_reach_a_joins_threshold_are_compared():
     rng, columns, threshold_db = np.random.default_rng(9), ("face", *TEN[:4]), REVIEW_DB
     calibrations = (KNOWN.of(FACE), *(KNOWN.with_minutiae(FINGER).both,) * 4)

@@ -114,6 +114,7 @@ def test_the_table_of_kits_has_the_registers_word_of_each_record(tmp_path):
     assert [row["label"] for row in rows] == list(told.values())
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_merge_have_the_registers_words(tmp_path):
     faces = people(3)
     for name, rows in (("a", faces[:2]), ("b", faces[1:])):

@@ -89,6 +89,7 @@ def test_the_kept_links_make_the_same_clusters_at_every_threshold_and_for_every_
     assert [c.weakest_db for c in clusters_of(kept)] == [c.weakest_db for c in clusters_of(links)]
 
 
+@pytest.mark.slow
 def test_links_that_come_in_parts_and_from_both_sides_are_thinned_on_the_way(monkeypatch):
     monkeypatch.setattr(module, "_THINNED_AT", 1_500)
     links = random_links(5, 150)

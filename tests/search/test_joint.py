@@ -82,6 +82,7 @@ def hits(engine, probes, **changes):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("north", [False, True])
 @pytest.mark.parametrize("k", [1, 20, 5_000])
 def test_the_candidates_are_those_with_the_most_evidence_in_all_columns(engine, k, north):
