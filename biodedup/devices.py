@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from biodedup.common.arguments import check_fields
 from biodedup.common.described import Described
+from biodedup.common.signatures import check_public_text, is_signed, require_cryptography
 from biodedup.errors import InvalidInput
 from biodedup.texts import id_problem
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 _TITLE = b"biodedup device verdict 1\0"
-_SHA256, _PUBLIC = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-fA-F]{64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,11 @@ class DeviceVerdict(Described):
             return "the device is not known"
         if hashlib.sha256(capture).hexdigest() != self.capture_sha256:
             return "the verdict is about another picture"
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-        try:
-            public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(devices[self.device_id]))
-            public.verify(self.signature, self.content)
-        except (InvalidSignature, ValueError):
-            return "the signature is not the device's"
-        return ""
+        return (
+            ""
+            if is_signed(devices[self.device_id], self.signature, self.content)
+            else "the signature is not the device's"
+        )
 
 
 def check_devices(devices: Mapping[str, str]) -> None:
@@ -91,13 +88,5 @@ def check_devices(devices: Mapping[str, str]) -> None:
     for device_id, key in devices.items():
         if problem := id_problem(device_id):
             raise InvalidInput(f"a device_id {problem}")
-        if not isinstance(key, str) or not _PUBLIC.fullmatch(key):
-            raise InvalidInput(
-                f"the key of device {device_id!r} is no Ed25519 public key; write its 32 bytes as 64 hexadecimal digits"
-            )
-    try:
-        import cryptography  # noqa: F401
-    except ImportError:
-        raise InvalidInput(
-            "verdicts of devices need the package cryptography; run `pip install 'biodedup[encryption]'`"
-        ) from None
+        check_public_text(key, f"the key of device {device_id!r}")
+    require_cryptography()

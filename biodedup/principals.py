@@ -5,12 +5,12 @@ Owns the names of the roles and the check of a principal. Never authenticates: a
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from biodedup.common.arguments import check_fields
+from biodedup.common.signatures import check_public_text
 from biodedup.errors import InvalidInput, NotAllowed
 from biodedup.values import check_id
 
@@ -27,7 +27,6 @@ ROLES = ("enrol", "search", "verify", "review", "supervise", "administer", "audi
 
 
 KEY_PREFIX = "ed25519:"
-_PUBLIC_KEY = re.compile("[0-9a-fA-F]{64}")
 
 
 def folded(name: str) -> str:
@@ -50,10 +49,7 @@ class Principal:
         if unknown := sorted(set(self.roles) - set(ROLES)):
             raise InvalidInput(f"role {unknown[0]!r} is not known; use one of {', '.join(ROLES)}")
         for key in self.public_keys:
-            if not _PUBLIC_KEY.fullmatch(key):
-                raise InvalidInput(
-                    f"{key[:80]!r} is no Ed25519 public key; wanted 64 hexadecimal digits, as `biodedup log key` prints"
-                )
+            check_public_text(key, repr(key[:80]))
         object.__setattr__(self, "public_keys", tuple(key.lower() for key in self.public_keys))
         object.__setattr__(self, "roles", tuple(role for role in ROLES if role in set(self.roles)))
 

@@ -138,7 +138,7 @@ def _waited(states: Callable[[], list[str]], wait_s: float, told: Told) -> list[
 def _ended(
     ray: Any, means: Callable[[SeenActor], bool], wait_s: float, told: Told, register_id: str | None = None
 ) -> tuple[int, int]:
-    """Ends actors that nobody asks any more: (ended, still asked when time is up)."""
+    """Ends actors that no front-end asks any more. Returns (how many ended, how many are still asked when time is up)."""
     until, ended = time.monotonic() + wait_s, 0
     while True:
         seen = [actor for actor in seen_actors(ray, _ANSWER_S, register_id) if means(actor)]

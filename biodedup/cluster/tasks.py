@@ -7,7 +7,7 @@ Owns what a task is, and what happens when one is lost. Nothing durable lives in
 2. A process opens the recipe of the work once. It refuses a job of another release.
 3. Libraries of linear algebra use as many threads as in the job's own process: sums are rounded by how they are divided. On processors of one
    kind results are then equal to the last bit.
-4. Tasks that nobody waits for any more are cancelled when the executor closes.
+4. Tasks whose results were not asked for are cancelled when the executor closes.
 """
 
 from __future__ import annotations

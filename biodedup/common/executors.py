@@ -9,6 +9,7 @@ Owns the protocol between a job and what does its pieces. Knows no job, and no m
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -38,16 +39,16 @@ class Recipe(Protocol):
         """Opens what the work needs. The function takes a piece and returns its result."""
 
 
-class Work(Generic[P, R]):
+class Work(ABC, Generic[P, R]):
     """Work of a job."""
 
+    @abstractmethod
     def begin(self, piece: P) -> Pending[R]:
         """Begins with a piece in this process, or in processes that it owns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def recipe(self) -> Recipe:
-        """Raises InvalidInput where the work cannot be done elsewhere."""
-        raise NotImplementedError
+        """What another process needs to do the pieces. Raises InvalidInput where the work cannot be done elsewhere."""
 
     def received(self, result: R) -> R:
         """A result that another process has sent, as one of this process."""

@@ -5,6 +5,7 @@ Owns the form of public keys as text, 64 hexadecimal digits. Never reads a file,
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from biodedup.errors import InvalidInput
@@ -12,7 +13,31 @@ from biodedup.errors import InvalidInput
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-PUBLIC_DIGITS = 64
+_PUBLIC = re.compile("[0-9a-fA-F]{64}")
+SMALL_ORDER = frozenset(
+    bytes.fromhex(encoding)
+    for encoding in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
+"""Points of small order on edwards25519, without the sign bit: under these anybody can make signatures (RFC 8032, RFC 7748 section 6.1)."""
+
+
+def check_public_text(public: object, whose: str) -> None:
+    """Raises InvalidInput for what is no public key that proves anything. whose: for the message, as `the key of device 'x'`."""
+    if not isinstance(public, str) or not _PUBLIC.fullmatch(public):
+        raise InvalidInput(f"{whose} is no Ed25519 public key; write its 32 bytes as 64 hexadecimal digits")
+    *low, high = bytes.fromhex(public)
+    if bytes([*low, high & 0x7F]) in SMALL_ORDER:
+        raise InvalidInput(
+            f"{whose} is an Ed25519 key under which anybody can sign; write the key that was made for it"
+        )
 
 
 def require_cryptography() -> None:
@@ -56,12 +81,8 @@ def is_signed(public: str, signature: bytes, content: bytes) -> bool:
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
-    except ValueError:
-        raise InvalidInput(
-            f"{public[:80]!r} is no Ed25519 public key; wanted {PUBLIC_DIGITS} hexadecimal digits"
-        ) from None
+    check_public_text(public, repr(public[:80]))
+    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
     try:
         key.verify(signature, content)
     except InvalidSignature:

@@ -46,7 +46,8 @@ class Mark:
 @dataclass(frozen=True)
 class LogReport(Described):
     """keyed: whether the newest link is of a key; first_commit, commit: of the oldest and the newest link; links, rows, files, calls: how many
-    were checked, calls being records of the audit log; problems: what is wrong; notes: what could not be checked, and where digests were taken anew. mark: the newest link."""
+    were checked (calls: records of the audit log); problems: what is wrong; notes: what could not be checked, and where digests were taken
+    anew. mark: the newest link."""
 
     gallery_id: str
     keyed: bool
@@ -67,8 +68,8 @@ def verify_chain(
     mark: Mark | None = None,
     public_keys: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> LogReport:
-    """public_keys: of principals, which sign approvals. Recomputes every link and the digest of every table, and compares the heads of all segment files with the manifest. Raises NotAGallery,
-    KeyMismatch, StorageUnavailable."""
+    """Recomputes every link and the digest of every table, and compares the heads of all segment files with the manifest. public_keys: of each
+    principal, by name; they prove approvals. Raises NotAGallery, KeyMismatch, StorageUnavailable."""
     try:
         with connected(storage, folder) as catalogue:
             gallery_id = catalogue.meta()["gallery_id"]
