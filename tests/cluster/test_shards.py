@@ -201,7 +201,8 @@ def test_replicas_give_the_answers_of_one_process_bit_for_bit(indexed, replicas,
     there = answers(indexed)
     for own, other in zip(here, there, strict=True):
         assert own == other
-    assert all(replica.asked > 5 for replica in replicas)
+    assert sum(replica.asked for replica in replicas) > len(there)  # each answer came from there
+    assert all(replica.asked > len(there) // 2 for replica in replicas)
     assert not any(replica.told for replica in replicas)
 
 
