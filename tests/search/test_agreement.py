@@ -202,8 +202,11 @@ def test_the_strongest_by_the_evidence_of_several_columns_are_those_of_the_refer
 ):
     monkeypatch.setattr(multicolumn_plan, "ROWS_MIN", together_from)
     index = INDEX_ENGINES[request.node.callspec.params["searcher"]]
-    planned = searcher.multicolumn_query(built.snapshot, COLUMNS) is not None
-    assert planned == (index.miss_risk > 0 and index.index == "native")
+    query = searcher.multicolumn_query(built.snapshot, COLUMNS)
+    assert (query is not None) == (index.miss_risk > 0 and index.index == "native")
+    assert query is None or bool(query.plans) == (together_from < ROWS), (
+        "sealed rows are searched together from so many on"
+    )
     rows = np.arange(1, 3_800, 47)
     cosines = {"face": 0.55, "left_index": 0.45, "right_index": 0.5}
     probes = {
