@@ -166,11 +166,13 @@ class BatchedSearch:
 
 def _changed_since(before: Snapshot, now: Snapshot, compared: NDArray[np.int64]) -> NDArray[np.int64]:
     """The rows, ascending, of subjects that had a row, and gained or lost one since: their rows are compared together, so that none of them
-    scores as it did. compared: rows of the earlier snapshot; those that are no longer held count as lost."""
+    scores as it did. A subject gains the row of an open case that is closed. compared: rows of the earlier snapshot; those that are no
+    longer held count as lost."""
     if not before.extra_rows and not now.extra_rows:
         return np.zeros(0, np.int64)
-    added = np.arange(before.row_count, now.row_count)
-    rows, subjects = now.with_siblings(added[now.are_present(added)])
+    closed = np.setdiff1d(before.pending_rows, now.pending_rows)
+    gained = np.append(closed, np.arange(before.row_count, now.row_count))
+    rows, subjects = now.with_siblings(gained[now.are_present(gained)])
     changed = np.zeros(0, np.int64)
     if subjects is not None:
         changed = rows[np.isin(subjects, subjects[rows < before.row_count])]

@@ -129,6 +129,25 @@ def test_a_subject_that_gained_a_row_since_the_search_is_compared_with_all_of_th
         assert decision.best.rows == (0, 1)
 
 
+def test_a_case_that_became_a_row_of_a_subject_since_the_search_is_compared_with_its_other_rows(tmp_path):
+    """The row was there when the search began, as an open case of its own."""
+    sita, budi = people(2, seed=5)
+    both = (sita + budi) / np.linalg.norm(sita + budi)
+    policy = bd.Policy(duplicate_db=REVIEW_DB, review_db=20)
+    with bd.Engine.open(tmp_path / "g", bd.Config(policy=policy)) as engine:
+        enrolment = internals(engine).enrolment
+        engine.enroll(encounter("sita", sita))
+        engine.enroll(encounter("budi", budi))
+        assert engine.update(replace(encounter("sita", both), encounter_id="visit")).outcome == "review"
+        probe = encounter("ani", again(sita, 0.6))
+        prepared = enrolment.search([probe], False)
+        engine.adjudicate("visit", "different", "clerk", candidate="budi")
+        afresh = engine.identify(replace(probe, subject_id=None))
+        (decision,) = enrolment.commit(prepared)
+        assert afresh.best.rows == decision.best.rows == (0, 2)
+        assert decision.best.score_db == pytest.approx(afresh.best.score_db)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_decision_is_that_of_comparing_all_rows_of_its_commit(tmp_path, kind):
