@@ -27,7 +27,7 @@ from biodedup.synthetic.vectors import mates_of
 from biodedup.testing import internals
 from tests.support.faults import Countdown, FailingStorage
 from tests.support.minutiae import record, strewn
-from tests.support.vectors import people
+from tests.support.vectors import SFACE, again, people
 
 pytestmark = pytest.mark.slow
 
@@ -459,3 +459,41 @@ def test_the_names_of_the_first_release_work_and_warn(gallery, shell):
     with pytest.warns(DeprecationWarning, match=r"Watched\.canaries"):
         assert column.sentinels == column.canaries
     assert report.to_dict()["sentinels"]["columns"][0]["sentinels"] == column.canaries
+
+
+def few(folder: Path) -> bd.Config:
+    """Thirty enrolled subjects, so that every row of the journal is a canary."""
+    policy = bd.Policy(duplicate_db=60, review_db=50)
+    settings = bd.Config(policy=policy, gallery=bd.GalleryConfig(background=False))
+    with bd.Engine.open(folder, settings) as engine:
+        engine.add_templates([f"s{i}" for i in range(30)], {"face": people(32)[:30]}, model_id=SFACE)
+    return settings
+
+
+def test_a_subject_with_a_further_row_is_no_loss(tmp_path):
+    settings = few(tmp_path / "g")
+    assert jobs.watch(tmp_path / "g", settings).problems == ()
+    with bd.Engine.open(tmp_path / "g", settings) as engine:
+        for i in range(3):
+            further = {"face": bd.Template("face", SFACE, again(people(32)[i], 0.8))}
+            assert engine.update(bd.Encounter(f"s{i}", templates=further)).outcome == "unique"
+        assert len(engine.encounters("s0")) == 2
+    for _ in range(2):
+        assert jobs.watch(tmp_path / "g", settings).problems == ()
+
+
+def test_an_open_case_is_no_canary_and_no_loss(tmp_path):
+    settings = few(tmp_path / "g")
+    with bd.Engine.open(tmp_path / "g", settings) as engine:
+        vector = again(people(32)[30], 1.0)
+        engine.dispute(bd.Encounter("s5", templates={"face": bd.Template("face", SFACE, vector)}, encounter_id="visit"))
+        row = internals(engine).gallery.snapshot().pending_rows.tolist()
+    for _ in range(2):
+        assert jobs.watch(tmp_path / "g", settings).problems == ()
+    canaries_now = kept(tmp_path / "g")
+    assert not set(row) & {canary.row for canary in canaries_now.each} and row
+    # a file of an earlier release may hold the row of a case
+    of_case = replace(canaries_now.each[0], row=row[0], subject_id="s5")
+    each = (*canaries_now.each, of_case)
+    canary_file.save(LocalStorage(), tmp_path / "g", replace(canaries_now, each=each), None)
+    assert jobs.watch(tmp_path / "g", settings).problems == ()

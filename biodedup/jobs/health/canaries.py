@@ -92,10 +92,9 @@ def watch(
             return Watch(problems=(f"canaries: their file is damaged ({error}); {REMAKE}",))
         if known is not None and known.gallery_id != stored.gallery_id:
             return Watch(problems=(f"canaries: they are of another gallery; {REMAKE}",))
-        snapshot = stored.snapshot()
+        snapshot = stored.snapshot().enrolled
         now = standing(known or Canaries(stored.gallery_id, snapshot.version, seed, ()), snapshot)
         kept = Canaries(stored.gallery_id, snapshot.version, seed if known is None else known.seed, now.kept)
-        searched = topped_up(kept, snapshot, count)
         problems, is_kept, searched = vanished(now, known, snapshot.version), True, kept
         if not problems:
             searched = topped_up(kept, snapshot, count)
@@ -104,7 +103,7 @@ def watch(
         made = len(searched.each) - len(kept.each)
         engine.refresh()
         stored.refresh()
-        present = standing(searched, stored.snapshot()).present
+        present = standing(searched, stored.snapshot().enrolled).present
         run = _Run(gallery, config, storage, engine, stored, progress)
         columns = run.columns(present)
         problems += [problem for column in columns for problem in problems_of(column)] + run.incomplete
@@ -134,7 +133,7 @@ def forget_removed(gallery: Path, config: Config | None = None, *, storage: Stor
             return 0
         if known is None or known.gallery_id != stored.gallery_id:
             return 0
-        now = standing(known, stored.snapshot())
+        now = standing(known, stored.snapshot().enrolled)
         removed = {*now.removed, *now.gone}
         if removed:
             left = replace(known, each=tuple(canary for canary in known.each if canary not in removed))

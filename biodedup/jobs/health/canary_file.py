@@ -101,16 +101,19 @@ class Standing:
 
 
 def standing(canaries: Canaries, snapshot: Snapshot) -> Standing:
-    """Where the subjects of some canaries are now."""
+    """Where the subjects of some canaries are now. snapshot: without open cases."""
     by_standing: dict[str, list[Canary]] = {name: [] for name in Standing.__dataclass_fields__}
     enrolled = [
         canary for canary in canaries.each if canary.row < snapshot.row_count and snapshot.is_present(canary.row)
     ]
     rows = [canary.row for canary in enrolled]
     names = snapshot.subject_ids(rows)
-    leading = snapshot.rows_of(packed.pack_text([canary.subject_id for canary in enrolled])).tolist()
-    for canary, name, row in zip(enrolled, names, leading, strict=True):
-        by_standing["present" if (name, row) == (canary.subject_id, canary.row) else "misfiled"].append(canary)
+    ids = sorted({canary.subject_id for canary in enrolled})
+    which, under = snapshot.all_rows_of(packed.pack_text(ids))
+    filed = {(ids[i], row) for i, row in zip(which.tolist(), under.tolist(), strict=True)}
+    for canary, name in zip(enrolled, names, strict=True):
+        sound = name == canary.subject_id and (name, canary.row) in filed
+        by_standing["present" if sound else "misfiled"].append(canary)
     live, tombstones = set(rows), set(snapshot.tombstones.tolist())
     for canary in canaries.each:
         if canary.row in live:
