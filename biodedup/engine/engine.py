@@ -52,7 +52,7 @@ from biodedup.common.renamed import renamed
 from biodedup.common.tables import differences
 from biodedup.config import Config, Policy
 from biodedup.embed.extractor import Extractor
-from biodedup.engine.callers.approvals import Approval, Approvals, Approve, Signer, signer_of
+from biodedup.engine.callers.approvals import Approval, Approvals, Approve, Signer, needs_none, signer_of
 from biodedup.engine.callers.audit import AuditLog, Call, audited, counted, current_call, move_old, named, read_archive
 from biodedup.engine.callers.binding import BoundModel, ModelBinding
 from biodedup.engine.callers.budgets import Alarm, Budgets
@@ -374,9 +374,10 @@ class Engine:
         """This engine for one caller: its roles and budgets apply, and what is recorded names it. It shares everything with this engine;
         closing either closes both.
 
-        purpose: why it calls, in words for the audit log (`Config.audit`). key: the file of its Ed25519 private key, PEM, which signs requests
-        and approvals of calls that need two people; needed for these where the identity states a public key. principal: or the name of one of `Config.identities`. With these, another principal, or one with more roles than configured, raises
-        NotAllowed; so does a principal's engine, which makes no other one.
+        principal: or the name of one of `Config.identities`. With identities, another principal, or one with more roles than configured, raises
+        NotAllowed. So does a call on the engine of a principal, which makes no other one. purpose: why it calls, in words for the audit log
+        (`Config.audit`). key: the file of its Ed25519 private key, PEM. It signs requests and approvals of calls that need two people, and is
+        needed for these where the identity states a public key.
         """
         self.check_open()
         known = self._config.identities
@@ -964,7 +965,7 @@ class Engine:
         specs, now = parse_specs(index), self._gallery.snapshot().indexing
         if isinstance(index, Mapping) and EVERY_COLUMN not in index:
             specs = {**now.specs, **specs}
-        approve: Approve = lambda transaction: None  # noqa: E731 - to go on with what was asked for before needs no second person
+        approve: Approve = needs_none  # as to go on with what was asked for before
         if (specs, force) != (now.specs, now.forced):
             facts = {"index": {column: str(spec) for column, spec in sorted(specs.items())}, "force": force}
             approve = self._approvals.require("index", self._caller, lambda: facts, sign=self._sign)
@@ -983,7 +984,7 @@ class Engine:
         """
         self._check("administer")
         with self._gallery.turning:
-            approve: Approve = lambda transaction: None  # noqa: E731 - as in `reindex`
+            approve: Approve = needs_none  # as in `reindex`
             if not self._gallery.rekey_goes_on(renewable=renewable):
                 facts = {"rekey": "renewable" if renewable else "plain"}
                 approve = self._approvals.require("key", self._caller, lambda: facts, sign=self._sign)

@@ -55,6 +55,10 @@ Approve = Callable[[Transaction], None]
 """Stores an approval in the commit that carries the call out. Raises ApprovalNeeded where the request does not stand any more."""
 
 
+def needs_none(transaction: Transaction) -> None:
+    """The `Approve` of a change that needs no second person."""
+
+
 def signer_of(principal: Principal, key: Path) -> Signer:
     """Signs with a private key, PEM, of a principal that states its public key. Raises InvalidInput, NotAllowed for another key."""
     private = private_key(file_bytes(key), str(key))
