@@ -6,8 +6,8 @@
 One thread scans one sealed segment of random rows. The model of the planner is a sum of costs (`RowCosts`), so the constants are the
 least-squares solution of many timed scans, none of them negative:
 
-    scan without tables, a row and probe = numbers x number
-    scan with tables, a row and probe         = tables x table + share that passes x compared + taken / probes
+    without tables, a row and probe = numbers x number, in a batch
+    with tables, a row and probe    = tables x table + share that passes x compared + (bytes x octet + share fetched x fetched) / probes
 
 `one_column` of `MultiColumnCosts`: a scan without tables of one column, in table look-ups. The other constants are fitted to what
 `columns.py` and `selfjoin.py` time. Put figures of an idle machine into `costs.py`; a wrong one makes a search slower, never incomplete.
@@ -36,7 +36,7 @@ from biodedup.synthetic.vectors import population
 from biodedup.testing import internals
 
 ROWS, DIMENSION, PIECE = 1_000_000, 128, 1 << 16
-PROBES = (64, 256)
+PROBES = (1, 16, 256)
 TABLES = (16, 32, 64)
 SHARES = (0.0, 0.002, 0.01)
 REPEATED = 3
@@ -84,16 +84,19 @@ def measure(folder: Path) -> dict[str, Any]:
                         limits = limits_passing(classes, probes, share)
                         tabled = classes.tabled(probes.untabled(), probes.rotated, limits)
                         passing = classes.share_passing(limits, probes.rotated)
-                        equations.append((classes.tables, passing, 1 / len(probes.codes)))
+                        count = len(probes.codes)
+                        once = classes.octets / count, min(1.0, passing * count) / count
+                        equations.append((classes.tables, passing, *once))
                         nanoseconds.append(timed_ns(scanner, unit, tabled))
     finally:
         scanner.close()
-    (table, compared, taken), _ = nnls(np.array(equations), np.maximum(nanoseconds, 0))
+    (table, compared, octet, fetched), _ = nnls(np.array(equations), np.maximum(nanoseconds, 0))
     return {
         "instructions": INSTRUCTIONS,
         "table, ns": round(table, 4),
         "compared, ns": round(compared, 1),
-        "taken, ns": round(taken, 1),
+        "octet, ns": round(octet, 4),
+        "fetched, ns": round(fetched, 1),
         "number, ns": round(number, 4),
         "one_column, look-ups": round(number * scanned / table, 1) if table else "-",
         "stated in costs.py": asdict(costs.ROW_COSTS[INSTRUCTIONS]),

@@ -19,12 +19,23 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class RowCosts:
     """Nanoseconds a row. table: one table look-up; compared: the comparison of a row that the tables let through;
-    taken: reading the two bits of a row's numbers, once for all probes; number: one number of a scan without tables."""
+    octet: reading a byte of a row's signs or classes, once for all probes; fetched: bringing a row's high nibbles into the cache, once
+    for all probes; number: one number of a scan without tables."""
 
     table: float
     compared: float
-    taken: float
+    octet: float
+    fetched: float
     number: float
+
+    def of(self, tables: int, octets: int, share: float, probes: int) -> float:
+        """A row and probe of a scan with tables. share: of the rows that passes."""
+        once = octets * self.octet + min(1.0, share * probes) * self.fetched
+        return tables * self.table + share * self.compared + once / probes
+
+    def of_all(self, numbers: int, probes: int) -> float:
+        """A row and probe of a scan without tables."""
+        return numbers * self.number + numbers / 2 * self.octet / probes
 
 
 @dataclass(frozen=True)
@@ -38,9 +49,9 @@ class MultiColumnCosts:
 
 
 ROW_COSTS = {
-    "avx2": RowCosts(0.0105, 11.0, 1.5, 0.017),
-    "avx512": RowCosts(0.0064, 11.0, 1.5, 0.03),
-    "vnni": RowCosts(0.0064, 11.0, 1.5, 0.02),
+    "avx2": RowCosts(0.0105, 4.0, 0.07, 20.0, 0.017),
+    "avx512": RowCosts(0.0064, 4.0, 0.07, 20.0, 0.03),
+    "vnni": RowCosts(0.0064, 4.0, 0.07, 20.0, 0.015),
 }
 """By instruction set. Without one of these there are no byte shuffles, and no table look-ups. Those of AVX-512 but for
 `table` are taken from AVX2, since no such processor was at hand when rows were laid out one by one."""

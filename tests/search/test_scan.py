@@ -24,9 +24,10 @@ from biodedup.search import costs
 from biodedup.search.native import column_statistics as population
 from biodedup.search.native import dot_kernel, scan_kernel
 from biodedup.search.native.classes import Classes, ClassValues
+from biodedup.search.native.estimator import by_nibbles as nibble_estimates
+from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.scanner import Probes, Scanner, paired
 from biodedup.search.native.signs import LEVELS, Signs
-from biodedup.search.native.signs import by_nibbles as nibble_estimates
 from biodedup.search.native.table_tile import TableKind
 from biodedup.search.native.tables import limits_of, tables_of
 from biodedup.search.shards import faiss as faiss_engine
@@ -165,10 +166,11 @@ def test_a_law_and_its_inverse_agree():
 # the kernel ------------------------------------------------------------------------------------------------------
 
 
-SCANS = {name: scan_kernel.make_scans(name) for name in {"plain", dot_kernel.INSTRUCTIONS}}
+NO_BITS = np.zeros((0, 0, 64), np.uint8)
+SCANS = {name: scan_kernel.make_scans(name) for name in dot_kernel.available()}
 
 
-@pytest.mark.parametrize("instructions", ["plain", dot_kernel.INSTRUCTIONS])
+@pytest.mark.parametrize("instructions", dot_kernel.available())
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 20), st.booleans(), st.data())
 def test_the_kernel_without_tables_finds_what_numpy_finds(instructions, count, steps, probes, with_removed, data):
@@ -184,11 +186,30 @@ def test_the_kernel_without_tables_finds_what_numpy_finds(instructions, count, s
     bits = np.packbits(live, bitorder="little").view(np.uint64) if with_removed else NOTHING
     room = 64 * probes
     out = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32))
-    stored = (np.array([high.ctypes.data]), np.array([norms.ctypes.data]), np.array([4 * steps]))
-    asked = (paired([probe]), parameters[None], cuts)
+    stored = ScannedRows(NO_BITS, NO_BITS, high, norms, norms.min())
+    asked = ScanProbes(
+        codes=paired([probe]),
+        parameters=parameters[None],
+        evidence=np.zeros((1, 0), np.float32),
+        tables=np.zeros((probes, 0, 16), np.uint8),
+        places=np.zeros((probes, 0), np.int32),
+        limits=np.zeros(probes, np.uint8),
+        used=np.zeros(1, np.int64),
+        kind=TableKind.CLASSES,
+    )
     ours, block, compared = {}, 0, 0
     while block < -(-last // 64):
-        number, block, some = SCANS[instructions][1](*stored, bits, (first, last), block, *asked, out)
+        number, block, some = scan_kernel.scan(
+            columns=[stored],
+            members=None,
+            live=bits,
+            span=(first, last),
+            start=block,
+            probes=asked,
+            cuts=cuts,
+            out=out,
+            kernels=SCANS[instructions],
+        )
         compared += some
         for p, cell, value in zip(*(array[:number].tolist() for array in out), strict=True):
             ours[p, cell] = value
@@ -413,7 +434,9 @@ def counting_scans(monkeypatch):
     """The number of tables of each call of the kernel."""
     calls = []
     real = scan_kernel.scan
-    monkeypatch.setattr(scan_kernel, "scan", lambda **given: calls.append(given["probes"].tables.shape[1]) or real(**given))
+    monkeypatch.setattr(
+        scan_kernel, "scan", lambda **given: calls.append(given["probes"].tables.shape[1]) or real(**given)
+    )
     return calls
 
 
@@ -446,7 +469,7 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
     shards = shards_of(vectors, scanner)
     probes = np.concatenate([mates_of(vectors[:30], np.linspace(0.4, 0.9, 30)), unit(11, dimension, 5)])
     calls = counting_scans(monkeypatch)
-    monkeypatch.setattr(native, "_cheapest_classes", lambda column, *_: population.classes_of(column, tables))
+    monkeypatch.setattr(native, "_cheapest_estimator", lambda column, *_: population.classes_of(column, tables))
     found = fan_out.nearest(shards, probes, ShardQuery("face", 2, len(vectors), 1e-3))
     assert min(calls) > 0
     rows, similarity = exact(probes, shards, 2)
@@ -563,7 +586,7 @@ def test_a_margin_for_two_steps_counts_what_either_loses():
         assert (both <= alone).all() and (both < alone).any()
 
 
-@pytest.mark.parametrize("instructions", ["plain", dot_kernel.INSTRUCTIONS])
+@pytest.mark.parametrize("instructions", dot_kernel.available())
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 700), st.integers(1, 3), st.integers(1, 20), st.booleans(), st.booleans(), st.data())
 def test_the_kernel_with_tables_finds_what_numpy_finds(instructions, count, columns, probes, mapped, summed, data):
@@ -599,14 +622,28 @@ def test_the_kernel_with_tables_finds_what_numpy_finds(instructions, count, colu
     room = 2 * 256 * probes
     found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32))
     ours, block, passed = {}, 0, 0
-    addresses = [np.array([one.ctypes.data for one in arrays]) for arrays in (signs, outer, high, norms)]
-    widths = np.array([one.shape[1] for one in high])
-    octets_used = np.unique(places >> 2) if kind == TableKind.CLASSES else np.zeros(0, np.int32)
-    arguments = (*addresses, float(norms[0].min()), widths, np.array(used))
-    arguments += (members if mapped else np.zeros((columns, 0), np.int32), alive, (first, last))
-    rest = (int(kind), octets_used, places, tables, limits, paired(asked), parameters, evidence, cuts, found)
+    given = ScanProbes(
+        codes=paired(asked),
+        parameters=parameters,
+        evidence=evidence,
+        tables=tables,
+        places=places,
+        limits=limits,
+        used=np.array(used),
+        kind=kind,
+    )
     while block < -(-last // 64):
-        number, block, some = SCANS[instructions][0](*arguments, block, *rest)
+        number, block, some = scan_kernel.scan(
+            columns=[ScannedRows(*planes, planes[3].min()) for planes in zip(signs, outer, high, norms, strict=True)],
+            members=members if mapped else None,
+            live=alive,
+            span=(first, last),
+            start=block,
+            probes=given,
+            cuts=cuts,
+            out=found,
+            kernels=SCANS[instructions],
+        )
         passed += some
         for p, row, value in zip(*(array[:number].tolist() for array in found), strict=True):
             ours[p, row] = value
@@ -798,10 +835,10 @@ def test_laws_of_tables_are_measured_once_scans_have_cost_as_much(monkeypatch):
     def population_of(column):
         raise LookupError("measured")
 
-    column, a_probe_ns = Column(), 1e6 * 128 * costs.ROW_COSTS["avx2"].number
+    column, a_probe_ns = Column(), 1e6 * costs.ROW_COSTS["avx2"].of_all(128, 1)
     monkeypatch.setattr(native, "INSTRUCTIONS", "avx2")
     monkeypatch.setattr(native, "population_of", population_of)
     monkeypatch.setattr(costs, "CLASSES_MEASURED_NS", 5.5 * a_probe_ns)
-    assert [native._cheapest_tables(column, 0.5, probes, 1e-3) for probes in (1, 1, 1, 1)] == [None] * 4
+    assert [native._cheapest(column, 0.5, probes, 1e-3) for probes in (1, 1, 1, 1)] == [None] * 4
     with pytest.raises(LookupError, match="measured"):
-        native._cheapest_tables(column, 0.5, 2, 1e-3)
+        native._cheapest(column, 0.5, 4, 1e-3)

@@ -14,30 +14,19 @@ which neither step may lose more than the miss risk.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
-from biodedup.gallery.files.codec import ErrorLaw, measured_laws
 from biodedup.gallery.files.codes import outer_bits, quantise, rotate, sign_bits
+from biodedup.search.native.estimator import TableEstimator, mean_and_covariance
 from biodedup.search.native.scan_kernel import ScanProbes
-from biodedup.search.native.signs import by_nibbles
 from biodedup.search.native.table_tile import ENTRIES, SUMS_PER_ROW, TableKind
 from biodedup.search.native.tables import limits_of, means_of, products_of, rounding_variance, scales_of, tables_of
 from biodedup.values import Float32
 
 _PAIR = int(TableKind.CLASSES)
-_QUICK_PAIRS, _SEED = 500, 2_003
-
-
-def mean_and_covariance(rows: Float32) -> tuple[Float32, Float32]:
-    """Of rows float32 (n, D): (D,) and (D, D), by n - 1. In float32, ten times as fast as `np.cov`."""
-    mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-    apart = rows - mean
-    return mean, np.asarray(apart.T @ apart / np.float32(max(len(rows) - 1, 1)), np.float32)
 
 
 class ClassValues:
@@ -66,11 +55,12 @@ class ClassValues:
         return outer, positive
 
 
-class Classes:
+class Classes(TableEstimator):
     """The classes of a column's rows, of which each probe looks at some. tables: that a probe has."""
 
     def __init__(self, values: ClassValues, tables: int) -> None:
-        self.tables, self.scanned = min(tables, values.scanned // _PAIR), values.scanned
+        self.tables, self.scanned, self.sample = min(tables, values.scanned // _PAIR), values.scanned, values.sample
+        self.octets = 2 * values.scanned // 8
         self._values = values
 
     def _chosen(self, probes: Float32) -> tuple[NDArray[np.int32], Float32, Float32]:
@@ -85,22 +75,8 @@ class Classes:
         scale = self._values.root * np.maximum(np.einsum("qtb,qtb->q", looked_at, looked_at), np.float32(1e-9))
         return np.asarray(places, np.int32), looked_at, np.asarray(scale, np.float32)
 
-    @cached_property
-    def laws(self) -> tuple[ErrorLaw, ErrorLaw]:
-        """The error laws of the estimate by classes and of the estimate by high nibbles, for pairs that neither step
-        may lose."""
-        rng = np.random.default_rng(_SEED)
-        classes, nibbles = measured_laws((self.estimates, by_nibbles(self.scanned)), self._values.sample, "sample", rng)
-        return classes, nibbles
-
-    @cached_property
-    def quick_law(self) -> ErrorLaw:
-        """A rough error law from few pairs, to foresee costs."""
-        rng = np.random.default_rng(_SEED)
-        return measured_laws((self.estimates,), self._values.sample, "sample", rng, _QUICK_PAIRS)[0]
-
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
-        """The kernel's estimates of pairs, float32 (n, D) each -> float32 (n,): the dot product of the numbers that the
+        """float32 (n, D) each -> float32 (n,): the dot product of the numbers that the
         probe looks at with what the row's classes stand for, over the share of the probe that these numbers are."""
         places, numbers, scale = self._chosen(probes)
         tables, steps, middles = tables_of(numbers, self._values.levels)
@@ -108,12 +84,6 @@ class Classes:
         entries = (positive << np.arange(2)).sum(axis=2) | (outer << np.arange(2, 4)).sum(axis=2)
         means = means_of(tables, np.take_along_axis(entries, places, axis=1))
         return np.asarray(products_of(means, steps, middles) / scale, np.float32)
-
-    def share_passing(self, cuts: Float32, probes: Float32) -> float:
-        """The share of unrelated rows that passes, averaged over the probes. cuts: estimates, float32 (q,); probes:
-        rotated."""
-        mean, sd = self.unrelated(probes)
-        return float(ndtr((mean - cuts) / sd).mean())
 
     def unrelated(self, probes: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the estimates of unrelated rows, float32 (q,) each."""

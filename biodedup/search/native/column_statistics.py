@@ -15,7 +15,8 @@ from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond t
 
 from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, rotate
 from biodedup.gallery.segments.part import Column
-from biodedup.search.native.classes import Classes, ClassValues, mean_and_covariance
+from biodedup.search.native.classes import Classes, ClassValues
+from biodedup.search.native.estimator import mean_and_covariance
 from biodedup.search.native.signs import Signs
 from biodedup.values import Float32
 

@@ -21,24 +21,19 @@ from numba.extending import intrinsic
 _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
-def _instructions() -> str:
+def available() -> list[str]:
+    """The sets of instructions that this processor has, the fastest first. The last one is `plain`."""
     features = llvmlite.binding.get_host_cpu_features()
-    for name, *needed in (
-        ("vnni", "avx512vnni"),
-        ("avx512", "avx512bw"),
-        ("avx2", "avx2"),
-    ):
-        if all(features.get(feature) for feature in needed):
-            return name
-    return "plain"
+    needed = {"vnni": ("avx512vnni", "avx512vbmi2"), "avx512": ("avx512bw",), "avx2": ("avx2",), "plain": ()}
+    return [name for name, all_of in needed.items() if all(features.get(feature) for feature in all_of)]
 
 
-ROW_ALIGNMENT = 64
-"""The bytes of a row, and of a probe, are padded to a multiple of this."""
+PROBE_ALIGNMENT = 64
+"""The factors of a probe are padded with zeros to a multiple of so many bytes."""
 TOGETHER = 4
-"""Probes that a row is compared with at once."""
-INSTRUCTIONS = _instructions()
-"""The instructions used on this processor: vnni, avx512, avx2 or plain."""
+"""Dot products that are computed at once."""
+INSTRUCTIONS = available()[0]
+"""The instructions used on this processor: vnni (Ice Lake, Zen 4 and later), avx512, avx2 or plain."""
 
 
 class _Arithmetic:
@@ -115,27 +110,27 @@ prefetch: Any = intrinsic(_prefetch_of)
 
 
 def make_row_dot(instructions: str = INSTRUCTIONS) -> Any:
-    """An intrinsic for numba, row_dot(row, probe, octets, half) -> int64: the dot product of one row with one probe.
+    """An intrinsic for numba, row_dot(row, probe, width, half) -> int64: the dot product of one row with one probe.
 
-    row: uint8 *, (octets,), two numbers a byte; probe: int8 *, (2, half): the factors of the lower nibbles, then those
-    of the upper ones. octets: a multiple of ROW_ALIGNMENT.
+    row: uint8 *, (width,), two numbers a byte, a multiple of four bytes; probe: int8 *, (2, half): the factors of the lower
+    nibbles, then those of the upper ones, zeros from `width` on. half: a multiple of PROBE_ALIGNMENT, at least width.
     """
     arithmetic = _Arithmetic(instructions)
 
     @intrinsic
-    def row_dot(_: Any, row: Any, probe: Any, octets: Any, half: Any) -> Any:
+    def row_dot(_: Any, row: Any, probe: Any, width: Any, half: Any) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            row, probe, octets, half = args
-            sums = _sums(builder, arithmetic, row, [probe], octets, half)
+            row, probe, width, half = args
+            sums = _sums(builder, arithmetic, [row], [probe], (width, half))
             return builder.sext(builder.extract_element(_added_up(builder, sums), ir.Constant(_I32, 0)), _I64)
 
-        return types.int64(types.intp, types.intp, types.intp, types.intp), generate
+        return types.int64(*[types.intp] * 4), generate
 
     return row_dot
 
 
 def make_row_dots(instructions: str = INSTRUCTIONS) -> Any:
-    """An intrinsic for numba, row_dots(row, probe, octets, half, dots, limits, apart, norm) -> int64: as `row_dot`, for
+    """An intrinsic for numba, row_dots(row, probe, width, half, dots, limits, apart, norm) -> int64: as `row_dot`, for
     TOGETHER probes that follow one another. dots: int32 *, (TOGETHER,), is written. limits: float32 *, (TOGETHER,), and
     as many more `apart` bytes behind it: bit i of the result is set where dot product i is at least its first limit
     plus norm times its second one."""
@@ -143,13 +138,13 @@ def make_row_dots(instructions: str = INSTRUCTIONS) -> Any:
 
     @intrinsic
     def row_dots(
-        _: Any, row: Any, probe: Any, octets: Any, half: Any, dots: Any, limits: Any, apart: Any, norm: Any
+        _: Any, row: Any, probe: Any, width: Any, half: Any, dots: Any, limits: Any, apart: Any, norm: Any
     ) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            row, probe, octets, half, dots, limits, apart, norm = args
+            row, probe, width, half, dots, limits, apart, norm = args
             stride = builder.add(half, half)
             starts = [builder.add(probe, builder.mul(stride, ir.Constant(_I64, p))) for p in range(TOGETHER)]
-            found = _added_up(builder, _sums(builder, arithmetic, row, starts, octets, half))
+            found = _added_up(builder, _sums(builder, arithmetic, [row] * TOGETHER, starts, (width, half)))
             builder.store(found, builder.inttoptr(dots, found.type.as_pointer())).align = 4
             floats = ir.VectorType(ir.FloatType(), TOGETHER)
             first, slope = (
@@ -163,6 +158,32 @@ def make_row_dots(instructions: str = INSTRUCTIONS) -> Any:
         return types.int64(*[types.intp] * 7, types.float32), generate
 
     return row_dots
+
+
+def make_pair_dots(instructions: str = INSTRUCTIONS) -> Any:
+    """An intrinsic for numba, pair_dots(which, cells, rows, probes, width, half, dots): as `row_dot`, for TOGETHER pairs of a
+    probe and a row. which, cells: int32 *, (TOGETHER,), their numbers; rows, probes: addresses of the first ones, which
+    lie `width` and 2 half bytes apart; dots: int32 *, (TOGETHER,), is written."""
+    arithmetic = _Arithmetic(instructions)
+
+    @intrinsic
+    def pair_dots(_: Any, which: Any, cells: Any, rows: Any, probes: Any, width: Any, half: Any, dots: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            which, cells, rows, probes, width, half, dots = args
+
+            def places(numbers: Any, first: Any, apart: Any) -> list[Any]:
+                at = builder.inttoptr(numbers, _I32.as_pointer())
+                each = [builder.load(builder.gep(at, [ir.Constant(_I64, i)])) for i in range(TOGETHER)]
+                return [builder.add(first, builder.mul(builder.sext(number, _I64), apart)) for number in each]
+
+            of_rows, of_probes = places(cells, rows, width), places(which, probes, builder.add(half, half))
+            found = _added_up(builder, _sums(builder, arithmetic, of_rows, of_probes, (width, half)))
+            builder.store(found, builder.inttoptr(dots, found.type.as_pointer())).align = 4
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 7), generate
+
+    return pair_dots
 
 
 def _added_up(builder: Any, vectors: list[Any]) -> Any:
@@ -185,34 +206,51 @@ def _added_up(builder: Any, vectors: list[Any]) -> Any:
     return total
 
 
-def _sums(builder: Any, arithmetic: _Arithmetic, row: Any, probes: list[Any], octets: Any, half: Any) -> list[Any]:
-    """Generates the loop over the bytes of a row; for each probe a vector that adds up to its dot product."""
-
-    def load(start: Any) -> Any:
-        loaded = builder.load(builder.inttoptr(builder.add(start, at), arithmetic.octets.as_pointer()))
-        loaded.align = 1
-        return loaded
-
+def _sums(
+    builder: Any, arithmetic: _Arithmetic, rows: list[Any], probes: list[Any], sizes: tuple[Any, Any]
+) -> list[Any]:
+    """Generates the loop over the bytes of rows; for each pair of a row and a probe a vector that adds up to its dot
+    product. sizes: width and half. No byte behind a row is read: it may lie beyond the end of a file."""
+    width, half = sizes
+    lanes = arithmetic.lanes
     before = builder.block
     loop, after = builder.append_basic_block("some"), builder.append_basic_block("sum")
     builder.branch(loop)
     builder.position_at_end(loop)
     at = builder.phi(_I64)
     totals = [builder.phi(arithmetic.sums) for _ in probes]
-    nibbles = arithmetic.nibbles(builder, load(row))
-    grown = []
-    for total, probe in zip(totals, probes, strict=True):
+    words = builder.trunc(builder.lshr(builder.sub(width, at), ir.Constant(_I64, 2)), _I32)
+    order = ir.Constant(arithmetic.sums, list(range(lanes)))
+    within = builder.icmp_unsigned("<", order, splat(builder, words, lanes))
+
+    def factors(start: Any) -> Any:
+        loaded = builder.load(builder.inttoptr(builder.add(start, at), arithmetic.octets.as_pointer()))
+        loaded.align = 1
+        return loaded
+
+    def some(row: Any) -> Any:
+        """The next bytes of a row, zeros behind its end."""
+        pointer = arithmetic.sums.as_pointer()
+        kinds = [pointer, _I32, ir.VectorType(ir.IntType(1), lanes), arithmetic.sums]
+        name = f"llvm.masked.load.v{lanes}i32.p0v{lanes}i32"
+        load = cgutils.get_or_insert_function(builder.module, ir.FunctionType(arithmetic.sums, kinds), name)
+        place = builder.inttoptr(builder.add(row, at), pointer)
+        loaded = builder.call(load, [place, ir.Constant(_I32, 1), within, ir.Constant(arithmetic.sums, None)])
+        return arithmetic.nibbles(builder, builder.bitcast(loaded, arithmetic.octets))
+
+    grown, nibbles = [], {row: some(row) for row in dict.fromkeys(rows)}
+    for row, probe, total in zip(rows, probes, totals, strict=True):
         partial: Any = ir.Constant(arithmetic.partial, None)
-        for nibble, factors in zip(nibbles, (probe, builder.add(probe, half)), strict=True):
-            partial = arithmetic.grown(builder, partial, nibble, load(factors))
+        for nibble, start in zip(nibbles[row], (probe, builder.add(probe, half)), strict=True):
+            partial = arithmetic.grown(builder, partial, nibble, factors(start))
         grown.append(builder.add(total, arithmetic.widened(builder, partial)))
-    following = builder.add(at, ir.Constant(_I64, 4 * arithmetic.lanes))
+    following = builder.add(at, ir.Constant(_I64, 4 * lanes))
     at.add_incoming(ir.Constant(_I64, 0), before)
     at.add_incoming(following, loop)
     for total, more in zip(totals, grown, strict=True):
         total.add_incoming(ir.Constant(arithmetic.sums, None), before)
         total.add_incoming(more, loop)
-    builder.cbranch(builder.icmp_signed("<", following, octets), loop, after)
+    builder.cbranch(builder.icmp_signed("<", following, width), loop, after)
     builder.position_at_end(after)
     return grown
 

@@ -13,15 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.segments.part import ScannedRows
-from biodedup.search.native.dot_kernel import ROW_ALIGNMENT, make_row_dot
+from biodedup.search.native.dot_kernel import PROBE_ALIGNMENT, make_row_dot
 from biodedup.search.native.table_tile import (
     BLOCKS,
+    LISTED,
+    MASKS,
     ROWS,
     SUMS_PER_ROW,
+    Tables,
     aligned,
     copy,
     f32_at,
-    masks_apart,
+    store,
     survivors,
 )
 
@@ -87,7 +90,7 @@ def _similar_pairs(
     high: Any, norms: Any, width: int, numbers: Any, cells: Any, used: int, sign_cut: float, cut: float
 ) -> tuple[Any, Any, int]:
     count, blocks = cells.shape[0], -(-cells.shape[0] // 64)
-    words, octets = width // 4, -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    words, octets = width // 4, -(-width // PROBE_ALIGNMENT) * PROBE_ALIGNMENT
     number, groups = -(-used // SUMS_PER_ROW) * SUMS_PER_ROW, -(-blocks // BLOCKS)
     rows = aligned(64 * blocks * octets).view(np.uint32).reshape(64 * blocks, octets // 4)
     signs = aligned(groups * ROWS * number).reshape(groups, number, ROWS)
@@ -95,10 +98,10 @@ def _similar_pairs(
     tables = aligned(_CHUNK * number * 16).reshape(_CHUNK, number, 16)
     probes = aligned(_CHUNK * 2 * octets).view(np.int8).reshape(_CHUNK, 2, octets)
     limits, sums = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.float32)
-    masks = masks_apart()
-    alive, places = np.empty(BLOCKS, np.uint64), np.empty((_CHUNK, number), np.int32)
+    masks, places = aligned(MASKS), np.empty((_CHUNK, number), np.int32)
+    at_masks: Any = np.int64(masks.ctypes.data) + 64
     places[:] = np.arange(number)
-    room = ROWS * _CHUNK
+    room = ROWS * _CHUNK + LISTED
     which, others = np.empty(room, np.int32), np.empty(room, np.int32)
     earlier, later = np.empty(64, np.int32), np.empty(64, np.int32)
     found, passed = 0, 0
@@ -120,11 +123,14 @@ def _similar_pairs(
             least = sign_cut * root * lengths[start + i] / np.float32(8)
             limit = np.ceil((least + middle) / (SUMS_PER_ROW * step) + np.float32(0.5 - 1e-3))
             limits[i] = np.uint8(min(max(limit, 0), 255))
+        asked = Tables(together, number, places.ctypes.data, tables.ctypes.data, limits.ctypes.data)
         for g in range(start // ROWS, groups):
             for i in range(BLOCKS):
                 left = max(count - ROWS * g - 64 * i, 0)
-                alive[i] = ~np.uint64(0) if left >= 64 else (np.uint64(1) << np.uint64(left)) - np.uint64(1)
-            reached = survivors(signs[g], alive, places, tables[:together], limits, ROWS * g, masks, which, others)
+                alive = ~np.uint64(0) if left >= 64 else (np.uint64(1) << np.uint64(left)) - np.uint64(1)
+                store(at_masks + 8 * (BLOCKS + i), alive)
+            indices = signs.ctypes.data + ROWS * number * g
+            reached = survivors(indices, at_masks, asked, ROWS * g, which.ctypes.data, others.ctypes.data)
             for i in range(reached):
                 p, row = which[i], others[i]
                 if row <= start + p:  # itself, or compared already
@@ -136,6 +142,8 @@ def _similar_pairs(
                         earlier, later = _grown(earlier, 2 * found), _grown(later, 2 * found)
                     earlier[found], later[found] = start + p, row
                     found += 1
+    masks[:1], places[:1], tables[:1], limits[:1] = 0, 0, 0, 0  # else numba frees them before they are read by address
+    rows[:1], probes[:1], signs[:1], which[:1], others[:1] = 0, 0, 0, 0, 0
     return earlier[:found], later[:found], passed
 
 

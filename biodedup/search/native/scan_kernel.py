@@ -12,27 +12,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.segments.part import ScannedRows
-from biodedup.search.native.dot_kernel import ROW_ALIGNMENT, TOGETHER, make_row_dot, make_row_dots, prefetch, rebound
+from biodedup.search.native.dot_kernel import (
+    TOGETHER,
+    make_pair_dots,
+    make_row_dot,
+    make_row_dots,
+    prefetch,
+    rebound,
+)
 from biodedup.search.native.table_tile import (
     BLOCKS,
+    LISTED,
+    MASKS,
     ROWS,
     TableKind,
+    Tables,
     aligned,
     class_indices,
-    copy,
     f32_at,
-    masks_apart,
+    i32_at,
+    i64_at,
     sign_indices,
+    store,
     survivors,
     tile_for,
     u8_at,
+    u64_at,
 )
 from biodedup.values import Float32
 
@@ -42,266 +55,328 @@ _AHEAD = 2 * BLOCKS  # so many blocks on, memory is prefetched
 
 Int64 = NDArray[np.int64]
 
-_row_dot, _row_dots = make_row_dot(), make_row_dots()
+_row_dot, _row_dots, _pair_dots = make_row_dot(), make_row_dots(), make_pair_dots()
 
 
-@numba.njit(nogil=True, cache=True)
-def _alive(live: Any, block: int, first: int, last: int) -> Any:
-    """The rows of a block that are live and within the span."""
-    alive = live[block] if live.size else ~np.uint64(0)
+# What the kernels are given: numbers and addresses only. numba counts the uses of arrays, even within a loop, which takes longer
+# than to look up a tile's rows for one probe.
+
+
+class Stored(NamedTuple):
+    """What is stored of rows. Addresses of int64 (columns,): of the addresses of each column's `ScannedRows`, and widths, the
+    bytes of a row's high nibbles. members: address of int32 (columns, rows), the cells of rows in each column, or 0 where rows
+    and cells are the same."""
+
+    columns: int
+    signs: int
+    outer: int
+    high: int
+    norms: int
+    widths: int
+    members: int
+    rows: int
+
+
+class Span(NamedTuple):
+    """Which rows count: [first, last), of which bit r of block b of `live`, an address, says whether row 64 b + r does; all do if
+    it is 0."""
+
+    live: int
+    first: int
+    last: int
+
+
+class Asked(NamedTuple):
+    """Probes; `ScanProbes` says what the fields are, whose addresses are given. octets_used: int32 (octets,), the octets of classes that
+    some table looks at. index_rows, signs_most: what `used` adds up to, and its largest. half: of `codes`. steps: of
+    `evidence`. bounds: float32 (2, q); no row reaches the probe's cut whose dot product is below the first plus its norm times
+    the second one."""
+
+    kind: int
+    octets_used: int
+    octets: int
+    used: int
+    index_rows: int
+    signs_most: int
+    codes: int
+    half: int
+    parameters: int
+    evidence: int
+    steps: int
+    cuts: int
+    bounds: int
+
+
+class Found(NamedTuple):
+    """Where pairs that are found are written: int32, int64 and float32, with this much room."""
+
+    which: int
+    cells: int
+    values: int
+    room: int
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a probe and a row that are to be compared, int32, and room for what is computed of them: int32, int32 and float32. The
+    places behind the pairs that count name a probe and a row, too."""
+
+    which: int
+    rows: int
+    cells: int
+    dots: int
+    totals: int
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _alive(span: Any, block: int) -> Any:
+    """The rows of a block that count."""
+    alive = u64_at(span.live + 8 * block) if span.live else ~np.uint64(0)
     low, high = 64 * block, 64 * block + 64
-    if first > low:
-        alive &= ~np.uint64(0) << np.uint64(first - low) if first < high else np.uint64(0)
-    if last < high:
-        alive &= ~np.uint64(0) >> np.uint64(high - last) if last > low else np.uint64(0)
+    if span.first > low:
+        alive &= ~np.uint64(0) << np.uint64(span.first - low) if span.first < high else np.uint64(0)
+    if span.last < high:
+        alive &= ~np.uint64(0) >> np.uint64(high - span.last) if span.last > low else np.uint64(0)
     return alive
 
 
-@numba.njit(nogil=True, cache=True)
-def _take_signs(plane: int, octets: int, cells: Any, taken: Any) -> None:
-    """Reads the signs of up to 64 cells: taken, uint8 (octets used, 64). plane: the address of a column's signs."""
-    for r in range(cells.shape[0]):
-        cell = np.int64(cells[r])
-        at = plane + 64 * octets * (cell >> 6) + (cell & 63)
-        for j in range(taken.shape[0]):
-            taken[j, r] = u8_at(at + 64 * j)
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _cell(stored: Any, column: int, row: Any) -> Any:
+    """The cell of a row in a column."""
+    if stored.members:
+        return np.int64(i32_at(stored.members + 4 * (stored.rows * column + row)))
+    return np.int64(row)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _add_values(
-    some: Any, rows: Any, members: Any, high: int, norms: int, width: int, probes: Any, parameters: Any, evidence: Any,
-    totals: Any, space: Any,
-) -> None:  # fmt: skip
-    """Adds what one column's high nibbles say of pairs of a probe and a row: a similarity, or its evidence."""
-    at_probes, at_space, half = probes.ctypes.data, np.int64(space.ctypes.data), probes.shape[2]
-    octets, last, mapped = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT, evidence.shape[0] - 1, members.shape[0] > 0
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _write(found: Any, at: int, which: Any, cell: Any, value: Any) -> None:
+    store(found.which + 4 * at, np.int32(which))
+    store(found.cells + 8 * at, np.int64(cell))
+    store(found.values + 4 * at, np.float32(value))
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _similarity(dot: Any, norm: Any, parameters: int) -> Any:
+    """parameters: the address of a probe's two."""
+    return f32_at(parameters) * (np.float32(dot) - f32_at(parameters + 4)) / norm
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _may_reach(asked: Any, probes: int, p: Any, dot: Any, norm: Any) -> Any:
+    """False where a row does not reach the cut of probe p: a comparison takes less than a division."""
+    first = asked.bounds + 4 * p
+    return np.float32(dot) >= f32_at(first) + f32_at(first + 4 * probes) * norm
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _compute_dots(stored: Any, asked: Any, pairs: Any, number: int, cells: Any, place: tuple[int, int]) -> None:
+    """The dot products of the first pairs of a probe and a cell, and of up to three more. place: the column, and how many probes
+    there are."""
+    column, probes = place
+    high, width = i64_at(stored.high + 8 * column), i64_at(stored.widths + 8 * column)
+    codes = asked.codes + 2 * asked.half * probes * column
+    for i in range(0, 4 * number, 4 * TOGETHER):
+        _pair_dots(pairs.which + i, cells + i, high, codes, width, asked.half, pairs.dots + i)
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True, error_model="numpy")
+def _add_values(stored: Any, asked: Any, pairs: Any, number: int, place: tuple[int, int]) -> None:
+    """Adds what one column's high nibbles say of the first pairs: a similarity, or its evidence. place: as in `_compute_dots`."""
+    column, probes = place
+    for i in range(number + TOGETHER):
+        row = np.int64(i32_at(pairs.rows + 4 * i))
+        store(pairs.cells + 4 * i, np.int32(_cell(stored, column, row)))
+    _compute_dots(stored, asked, pairs, number, pairs.cells, place)
+    parameters, evidence = asked.parameters + 8 * probes * column, asked.evidence + 4 * asked.steps * column
+    norms, last = i64_at(stored.norms + 8 * column), asked.steps - 1
     scale = np.float32(0.5 * last)
-    for i in range(some.shape[0]):
-        p, cell = np.int64(some[i]), np.int64(members[rows[i]] if mapped else rows[i])
-        row = high + width * cell
-        if octets != width:
-            copy(row, at_space, width)
-            row = at_space
-        dot = np.float32(_row_dot(row, at_probes + 2 * half * p, octets, half))
-        value = parameters[p, 0] * (dot - parameters[p, 1]) / f32_at(norms + 4 * cell)
+    for i in range(0, 4 * number, 4):
+        p, cell = np.int64(i32_at(pairs.which + i)), np.int64(i32_at(pairs.cells + i))
+        value = _similarity(i32_at(pairs.dots + i), f32_at(norms + 4 * cell), parameters + 8 * p)
         if last >= 0:
-            place = np.int64(np.rint((value + np.float32(1)) * scale))
-            value = evidence[min(max(place, 0), last)]
-        totals[i] += value
+            step = np.int64(np.rint((value + np.float32(1)) * scale))
+            value = f32_at(evidence + 4 * min(max(step, 0), last))
+        store(pairs.totals + i, np.float32(f32_at(pairs.totals + i) + value))
 
 
-@numba.njit(nogil=True, cache=True)
-def _least_dots(parameters: Any, cuts: Any, norm_min: Any) -> Any:
-    """The dot product that a row of the least norm needs to reach each cut; no row with a smaller one reaches it."""
-    least = np.full(cuts.shape[0], -np.inf, np.float32)
-    for p in range(cuts.shape[0]):
-        if cuts[p] > 0 and parameters[p, 0] > 0:  # a part in a million below, for what floats lose
-            least[p] = parameters[p, 1] + np.float32(1 - 1e-6) * cuts[p] * norm_min / parameters[p, 0] - np.float32(0.1)
-    return least
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _compare_one(
-    some: Any, rows: Any, high: int, norms: int, width: int, probes: Any, parameters: Any, cuts: Any, least: Any,
-    out: Any, found: int, space: Any,
-) -> int:  # fmt: skip
-    """As `_compare`, for similarities in one column. Reads the norms of few rows."""
-    which, cells, values = out
-    at_probes, at_space, half = probes.ctypes.data, np.int64(space.ctypes.data), probes.shape[2]
-    octets = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    for i in range(some.shape[0]):
-        p, cell = np.int64(some[i]), np.int64(rows[i])
-        row = high + width * cell
-        if octets != width:
-            copy(row, at_space, width)
-            row = at_space
-        dot = np.float32(_row_dot(row, at_probes + 2 * half * p, octets, half))
-        if dot >= least[p]:
-            value = parameters[p, 0] * (dot - parameters[p, 1]) / f32_at(norms + 4 * cell)
-            if value >= cuts[p]:
-                which[found], cells[found], values[found] = p, cell, value
+@numba.njit(nogil=True, cache=True, forceinline=True, error_model="numpy")
+def _compare_one(stored: Any, asked: Any, pairs: Any, number: int, out: Any, written: tuple[int, int]) -> Any:
+    """As `_compare`, for similarities in one column."""
+    probes, found = written
+    _compute_dots(stored, asked, pairs, number, pairs.rows, (0, probes))
+    norms = i64_at(stored.norms)
+    for i in range(0, 4 * number, 4):
+        p, dot, cell = np.int64(i32_at(pairs.which + i)), i32_at(pairs.dots + i), np.int64(i32_at(pairs.rows + i))
+        norm = f32_at(norms + 4 * cell)
+        if _may_reach(asked, probes, p, dot, norm):
+            value = _similarity(dot, norm, asked.parameters + 8 * p)
+            if value >= f32_at(asked.cuts + 4 * p):
+                _write(out, found, p, cell, value)
                 found += 1
     return found
 
 
 @numba.njit(nogil=True, cache=True)
-def _compare(
-    some: Any, rows: Any, high: Any, norms: Any, widths: Any, members: Any, probes: Any, parameters: Any,
-    evidence: Any, cuts: Any, least: Any, out: Any, found: int, totals: Any, space: Any,
-) -> int:  # fmt: skip
-    """Compares pairs of a probe and a row by the high nibbles of all columns, and writes those that reach the cuts
-    behind the first `found`. Returns how many there are then."""
-    if widths.shape[0] == 1 and evidence.shape[1] == 0 and members.shape[1] == 0:
-        return _compare_one(
-            some, rows, high[0], norms[0], widths[0], probes[0], parameters[0], cuts, least, out, found, space
-        )  # fmt: skip
-    which, cells, values = out
-    totals[: some.shape[0]] = 0
-    for c in range(widths.shape[0]):
-        _add_values(
-            some, rows, members[c], high[c], norms[c], widths[c], probes[c], parameters[c], evidence[c], totals, space
-        )
-    for i in range(some.shape[0]):
-        if totals[i] >= cuts[some[i]]:
-            which[found], cells[found], values[found] = some[i], rows[i], totals[i]
+def _compare(stored: Any, asked: Any, pairs: Any, number: int, out: Any, written: tuple[int, int]) -> Any:
+    """Compares the first pairs by the high nibbles of all columns, and writes those that reach the cuts. written: how many probes
+    there are, and how many pairs `out` holds. Returns how many it holds then."""
+    if stored.columns == 1 and asked.steps == 0 and stored.members == 0:
+        return _compare_one(stored, asked, pairs, number, out, written)
+    probes, found = written
+    for i in range(number):
+        store(pairs.totals + 4 * i, np.float32(0))
+    for c in range(stored.columns):
+        _add_values(stored, asked, pairs, number, (c, probes))
+    for i in range(0, 4 * number, 4):
+        p, total = np.int64(i32_at(pairs.which + i)), f32_at(pairs.totals + i)
+        if total >= f32_at(asked.cuts + 4 * p):
+            _write(out, found, p, np.int64(i32_at(pairs.rows + i)), total)
             found += 1
     return found
 
 
-@numba.njit(nogil=True, cache=True)
-def _prefetch_rows(rows: Any, high: Any, norms: Any, widths: Any, members: Any) -> None:
-    for i in range(rows.shape[0]):
-        for c in range(widths.shape[0]):
-            cell = np.int64(members[c, rows[i]] if members.shape[1] else rows[i])
-            if widths.shape[0] > 1:
-                prefetch(norms[c] + 4 * cell)
-            for at in range(0, widths[c], _LINE):
-                prefetch(high[c] + widths[c] * cell + at)
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _prefetch_rows(stored: Any, rows: Any, number: int) -> None:
+    for i in range(number):
+        for c in range(stored.columns):
+            cell, width = _cell(stored, c, np.int64(i32_at(rows + 4 * i))), i64_at(stored.widths + 8 * c)
+            prefetch(i64_at(stored.norms + 8 * c) + 4 * cell)
+            for at in range(0, width, _LINE):
+                prefetch(i64_at(stored.high + 8 * c) + width * cell + at)
 
 
-@numba.njit(nogil=True, cache=True)
-def _take_block(
-    signs: Any, outer: Any, widths: Any, used: Any, members: Any, block: int, kind: int, octets_used: Any, taken: Any,
-    indices: int,
-) -> None:  # fmt: skip
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _prefetch_blocks(stored: Any, block: int, blocks: int) -> None:
+    """Fetches the high nibbles of whole blocks."""
+    for c in range(stored.columns):
+        octets = 64 * i64_at(stored.widths + 8 * c)
+        begin = i64_at(stored.high + 8 * c) + octets * block
+        for at in range(0, octets * blocks, _LINE):
+            prefetch(begin + at)
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _take_signs(stored: Any, column: int, block: int, some: int, taken: int) -> None:
+    """Reads the signs of the rows of a block, wherever their cells are. some: how many octets; taken: uint8 *, (some, 64)."""
+    octets, plane = i64_at(stored.widths + 8 * column) >> 2, i64_at(stored.signs + 8 * column)
+    for r in range(min(64, stored.rows - 64 * block)):
+        cell = _cell(stored, column, 64 * block + r)
+        at = plane + 64 * octets * (cell >> 6) + (cell & 63)
+        for j in range(some):
+            store(taken + 64 * j + r, u8_at(at + 64 * j))
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _take_block(stored: Any, asked: Any, block: int, taken: int, indices: int) -> None:
     """Writes the table indices of one block's rows, of all columns' tables one after another, each ROWS bytes long.
     indices: the address of the first one."""
-    at = 64 * block
-    for c in range(widths.shape[0]):
-        octets = widths[c] >> 2
-        if kind == TableKind.CLASSES:
-            for i in range(octets_used.shape[0]):
-                place = octets * at + 64 * octets_used[i]
-                class_indices(signs[c] + place, outer[c] + place, indices + 4 * ROWS * octets_used[i])
-                prefetch(signs[c] + place + _AHEAD * 64 * octets)
-                prefetch(outer[c] + place + _AHEAD * 64 * octets)
+    for c in range(stored.columns):
+        octets = i64_at(stored.widths + 8 * c) >> 2
+        start = 64 * octets * block
+        signs, outer = i64_at(stored.signs + 8 * c) + start, i64_at(stored.outer + 8 * c) + start
+        if asked.kind == TableKind.CLASSES:
+            for i in range(asked.octets):
+                octet = np.int64(i32_at(asked.octets_used + 4 * i))
+                class_indices(signs + 64 * octet, outer + 64 * octet, indices + 4 * ROWS * octet)
+                prefetch(signs + 64 * (octet + _AHEAD * octets))
+                prefetch(outer + 64 * (octet + _AHEAD * octets))
             continue
-        source, some = signs[c] + octets * at, (used[c] + 1) >> 1
-        if members.shape[1]:
-            _take_signs(signs[c], octets, members[c, at : min(at + 64, members.shape[1])], taken[:some])
-            source = np.int64(taken.ctypes.data)
+        used = i64_at(asked.used + 8 * c)
+        some, source = (used + 1) >> 1, signs
+        if stored.members:
+            _take_signs(stored, c, block, some, taken)
+            source = taken
         for j in range(some):
             sign_indices(source + 64 * j, indices + 2 * ROWS * j)
-            prefetch(signs[c] + octets * at + 64 * (j + _AHEAD * octets))
-        indices += ROWS * used[c]
+            prefetch(signs + 64 * (j + _AHEAD * octets))
+        indices += ROWS * used
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan(
-    signs: Any, outer: Any, high: Any, norms: Any, norm_min: float, widths: Any, used: Any, members: Any, live: Any,
-    span: Any, block: int, kind: int, octets_used: Any, places: Any, tables: Any, limits: Any, probes: Any,
-    parameters: Any, evidence: Any, cuts: Any, out: Any,
-) -> tuple[int, int, int]:  # fmt: skip
-    first, last = span
-    count, mapped = probes.shape[1], members.shape[1] > 0
-    ahead = count <= _FEW_PROBES
-    indices, taken = aligned(ROWS * (used.sum() + 1)).reshape(-1, ROWS), aligned(64 * used.max() + 64).reshape(-1, 64)
-    masks, space, alive = masks_apart(), aligned(probes.shape[3]), np.zeros(BLOCKS, np.uint64)
-    room = ROWS * count
-    some, rows, totals = np.empty(2 * room, np.int32), np.empty(2 * room, np.int32), np.empty(2 * room, np.float32)
-    found, passed, waiting, end, least = 0, 0, 0, -(-last // 64), _least_dots(parameters[0], cuts, norm_min)
-    while block < end and found + 2 * room <= out[0].size:
+def _scan(stored: Any, asked: Any, tables: Any, span: Any, block: int, out: Any) -> tuple[int, int, int]:
+    end, probes = -(-span.last // 64), tables.probes
+    ahead, room = probes <= _FEW_PROBES, ROWS * probes
+    space = aligned(ROWS * (asked.index_rows + 1) + 64 * (asked.signs_most + 1) + 64 + MASKS)
+    indices: Any = np.int64(space.ctypes.data)
+    taken = indices + ROWS * (asked.index_rows + 1)
+    masks = taken + 64 * (asked.signs_most + 1) + 64
+    size = 4 * (2 * room + LISTED)
+    for_pairs = np.zeros(5 * size, np.uint8)
+    first: Any = np.int64(for_pairs.ctypes.data)
+    pairs = _Pairs(first, first + size, first + 2 * size, first + 3 * size, first + 4 * size)
+    found, passed, waiting = 0, 0, 0
+    while block < end and found + 2 * room <= out.room:
         blocks = min(BLOCKS, end - block)
-        alive[blocks:] = 0
-        for b in range(blocks):
-            alive[b] = _alive(live, block + b, first, last)
-            if alive[b]:
-                _take_block(
-                    signs,
-                    outer,
-                    widths,
-                    used,
-                    members,
-                    block + b,
-                    kind,
-                    octets_used,
-                    taken,
-                    int(indices.ctypes.data) + 64 * b,
-                )
-        for c in range(0 if ahead or mapped else widths.shape[0]):
-            begin, octets = 64 * (block + blocks), 64 * min(BLOCKS, end - block - blocks) * widths[c]
-            for at in range(0, octets, _LINE):  # most rows are compared with some probe
-                prefetch(high[c] + widths[c] * begin + at)
-        reached = survivors(indices, alive, places, tables, limits, 64 * block, masks, some[waiting:], rows[waiting:])
+        for b in range(BLOCKS):
+            alive = _alive(span, block + b) if b < blocks else np.uint64(0)
+            store(masks + 8 * (BLOCKS + b), alive)
+            if alive:
+                _take_block(stored, asked, block + b, taken, indices + 64 * b)
+        if not ahead and not stored.members:  # most rows are compared with some probe
+            _prefetch_blocks(stored, block + blocks, min(BLOCKS, end - block - blocks))
+        to = 4 * waiting
+        reached = survivors(indices, masks, tables, 64 * block, pairs.which + to, pairs.rows + to)
         passed += reached
         compared = waiting + reached
         if ahead:  # while these rows are fetched, those of the blocks before are compared
-            _prefetch_rows(rows[waiting : waiting + reached], high, norms, widths, members)
+            _prefetch_rows(stored, pairs.rows + to, reached)
             compared = waiting
-        found = _compare(
-            some[:compared], rows[:compared], high, norms, widths, members, probes, parameters, evidence, cuts, least,
-            out, found, totals, space,
-        )  # fmt: skip
+        found = _compare(stored, asked, pairs, compared, out, (probes, found))
         waiting += reached - compared
-        for i in range(waiting):
-            some[i], rows[i] = some[compared + i], rows[compared + i]
+        for i in range(0, 4 * waiting, 4):
+            store(pairs.which + i, i32_at(pairs.which + 4 * compared + i))
+            store(pairs.rows + i, i32_at(pairs.rows + 4 * compared + i))
         block += blocks
-    found = _compare(
-        some[:waiting], rows[:waiting], high, norms, widths, members, probes, parameters, evidence, cuts, least,
-        out, found, totals, space,
-    )  # fmt: skip
+    found = _compare(stored, asked, pairs, waiting, out, (probes, found))
+    space[:1], for_pairs[:1] = 0, 0  # else numba frees them before they are read: it counts uses by name
     return found, block, passed
 
 
 @numba.njit(nogil=True, cache=True)
-def _collect(dots: Any, first: int, cell: int, norm: float, parameters: Any, cuts: Any, out: Any, found: int) -> int:
-    """Writes the pairs of a row and the probes from `first` on that reach the cuts."""
-    which, cells, values = out
-    for i in range(dots.size):
-        p = first + i
-        value = parameters[0, p, 0] * (np.float32(dots[i]) - parameters[0, p, 1]) / norm
-        if value >= cuts[p]:
-            which[found], cells[found], values[found] = p, cell, value
+def _collect(asked: Any, dots: Any, probes: tuple[int, int], row: tuple[int, Any], out: Any, found: int) -> Any:
+    """Writes the pairs of a row and of probes [first, last) that reach the cuts. dots: int32 *; row: its cell and its norm."""
+    for p in range(*probes):
+        value = _similarity(i32_at(dots + 4 * (p - probes[0])), row[1], asked.parameters + 8 * p)
+        if value >= f32_at(asked.cuts + 4 * p):
+            _write(out, found, p, row[0], value)
             found += 1
     return found
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan_all(
-    high: Any, norms: Any, widths: Any, live: Any, span: Any, block: int, probes: Any, parameters: Any, cuts: Any,
-    out: Any,
-) -> tuple[int, int, int]:  # fmt: skip
+def _scan_all(stored: Any, asked: Any, tables: Any, span: Any, block: int, out: Any) -> tuple[int, int, int]:
     """As `_scan`, of one column without tables."""
-    first, last = span
-    which = out[0]
-    count, half, end = probes.shape[1], probes.shape[3], -(-last // 64)
-    octets, space = -(-widths[0] // ROW_ALIGNMENT) * ROW_ALIGNMENT, aligned(half)
-    dots, at_probes, whole = np.empty(TOGETHER, np.int32), probes.ctypes.data, count // TOGETHER * TOGETHER
-    at_dots, at_space, found, passed = dots.ctypes.data, np.int64(space.ctypes.data), 0, 0
-    limits = np.empty((2, count), np.float32)  # a division takes longer than the comparison of a row
-    limits[0], limits[1] = parameters[0, :, 1] - np.float32(0.1), cuts / parameters[0, :, 0]
-    limits[1] -= np.abs(limits[1]) * np.float32(1e-6)  # what floats lose
-    at_limits, apart = limits.ctypes.data, 4 * count
-    while block < end and found + 64 * count <= which.size:
-        alive = _alive(live, block, first, last)
+    end, probes, half = -(-span.last // 64), tables.probes, asked.half
+    high, norms, width = i64_at(stored.high), i64_at(stored.norms), i64_at(stored.widths)
+    dots, whole, apart = np.empty(TOGETHER, np.int32), probes // TOGETHER * TOGETHER, 4 * probes
+    at_dots, found, passed = np.int64(dots.ctypes.data), 0, 0
+    while block < end and found + 64 * probes <= out.room:
+        alive = _alive(span, block)
         for r in range(64 if alive else 0):
             if not (alive >> np.uint64(r)) & np.uint64(1):
                 continue
             cell = 64 * block + r
-            norm, passed = f32_at(norms[0] + 4 * cell), passed + count
-            row = high[0] + widths[0] * cell
-            if octets != widths[0]:
-                copy(row, at_space, widths[0])
-                row = at_space
+            norm, row, passed = f32_at(norms + 4 * cell), high + width * cell, passed + probes
             for p in range(0, whole, TOGETHER):
-                at = at_limits + 4 * p
-                if _row_dots(row, at_probes + 2 * half * p, octets, half, at_dots, at, apart, norm):
-                    found = _collect(dots, p, cell, norm, parameters, cuts, out, found)
-            for p in range(whole, count):
-                dots[0] = _row_dot(row, at_probes + 2 * half * p, octets, half)
-                found = _collect(dots[:1], p, cell, norm, parameters, cuts, out, found)
+                at = asked.bounds + 4 * p
+                if _row_dots(row, asked.codes + 2 * half * p, width, half, at_dots, at, apart, norm):
+                    found = _collect(asked, at_dots, (p, p + TOGETHER), (cell, norm), out, found)
+            for p in range(whole, probes):
+                store(at_dots, np.int32(_row_dot(row, asked.codes + 2 * half * p, width, half)))
+                found = _collect(asked, at_dots, (p, p + 1), (cell, norm), out, found)
         block += 1
-    space[:1], limits[:, :1] = 0, 0  # else numba frees the arrays before they are read: it counts uses by name
+    dots[:1] = 0  # else numba frees it before it is read: it counts uses by name
     return found, block, passed
 
 
 def make_scans(instructions: str) -> tuple[Any, Any]:
     """`_scan` and `_scan_all`, compiled for another processor."""
-    dots = {"_row_dot": make_row_dot(instructions), "_row_dots": make_row_dots(instructions)}
-    lookups = numba.njit(rebound(survivors, _tile=tile_for(instructions)), nogil=True)
-    add_values = numba.njit(rebound(_add_values, **dots), nogil=True, error_model="numpy")
-    compare_one = numba.njit(rebound(_compare_one, **dots), nogil=True, error_model="numpy")
+    inline: dict[str, Any] = {"nogil": True, "forceinline": True}
+    lookups = numba.njit(rebound(survivors, **tile_for(instructions)), nogil=True)
+    compute_dots = numba.njit(rebound(_compute_dots, _pair_dots=make_pair_dots(instructions)), **inline)
+    add_values = numba.njit(rebound(_add_values, _compute_dots=compute_dots), **inline, error_model="numpy")
+    compare_one = numba.njit(rebound(_compare_one, _compute_dots=compute_dots), **inline, error_model="numpy")
     compare = numba.njit(rebound(_compare, _add_values=add_values, _compare_one=compare_one), nogil=True)
+    dots = {"_row_dot": make_row_dot(instructions), "_row_dots": make_row_dots(instructions)}
     return (
         numba.njit(rebound(_scan, survivors=lookups, _compare=compare), nogil=True),
         numba.njit(rebound(_scan_all, **dots), nogil=True),
@@ -346,6 +421,49 @@ class ScanProbes:
             tables, places, limits = self.tables[some], self.places[some], self.limits[some]
             yield some, replace(self, codes=codes, parameters=parameters, tables=tables, places=places, limits=limits)
 
+    @cached_property
+    def _limits(self) -> tuple[Float32, Float32, NDArray[np.bool_]]:
+        """First bounds, scales, and whether these are above 0, float32 (q,): of one column."""
+        scale, offset = self.parameters[0].T
+        above = scale > 0
+        return np.where(above, offset - np.float32(0.1), np.float32(-np.inf)), np.where(above, scale, 1), above
+
+    def bounds(self, cuts: Float32) -> Float32:
+        """Of dot products that may reach the cuts of one column, float32 (2, q): as in `Asked`."""
+        first, scale, above = self._limits
+        slope = np.where(above, cuts / scale, np.float32(0))
+        return np.stack([first, slope - np.abs(slope) * np.float32(1e-6)]).astype(np.float32)  # what floats lose
+
+    @cached_property
+    def octets_used(self) -> NDArray[np.int32]:
+        """The octets of classes that some table looks at."""
+        return np.unique(self.places >> 2) if self.kind == TableKind.CLASSES else np.zeros(0, np.int32)
+
+    @cached_property
+    def asked(self) -> Asked:
+        """For the kernels, without cuts."""
+        return Asked(
+            kind=int(self.kind),
+            octets_used=_address(self.octets_used),
+            octets=len(self.octets_used),
+            used=_address(self.used),
+            index_rows=int(self.used.sum()),
+            signs_most=int(self.used.max()),
+            codes=_address(self.codes),
+            half=self.codes.shape[3],
+            parameters=_address(self.parameters),
+            evidence=_address(self.evidence),
+            steps=self.evidence.shape[1],
+            cuts=0,
+            bounds=0,
+        )
+
+    @cached_property
+    def for_look_ups(self) -> Tables:
+        """For the kernels."""
+        arrays = (self.places, self.tables, self.limits)
+        return Tables(len(self), self.tables.shape[1], *(_address(array) for array in arrays))
+
     @property
     def room(self) -> int:
         """How many hits one call must have room for."""
@@ -361,6 +479,7 @@ def scan(
     probes: ScanProbes,
     cuts: Float32,
     out: tuple[NDArray[np.int32], Int64, Float32],
+    kernels: tuple[Any, Any] = (_scan, _scan_all),
 ) -> tuple[int, int, int]:
     """Finds the pairs of a probe and a row whose sum of table entries reaches the probe's limit and whose value, by
     high nibbles, reaches its cut-off.
@@ -368,24 +487,26 @@ def scan(
     columns: what is stored of each; members: int32 (columns, n), the cells of n rows in each column, or None where rows
     and cells are the same; live: bit r of block b is set where row 64 b + r counts, or empty where all do; span:
     [first, last) rows that count; start: the block to begin with; cuts: float32 (q,). Writes probe, row and value of
-    each pair into `out`, whose arrays have room for probes.room at least. Returns how many, the block to go on with,
-    all done when it is ceil(last / 64), and how many pairs were compared.
+    each pair into `out`, whose arrays have room for probes.room at least. kernels: those of another processor, from
+    `make_scans`. Returns how many, the block to go on with, all done when it is ceil(last / 64), and how many pairs were
+    compared.
     """
-    signs, outer, high, norms = (
+    given = [
         np.array([array.ctypes.data for array in arrays], np.int64)
-        for arrays in zip(*(column[:4] for column in columns), strict=True)
-    )
-    widths = np.array([column.high.shape[1] for column in columns], np.int64)
-    compared = (probes.codes, probes.parameters)
-    if not probes.tables.shape[1]:
-        number, block, passed = _scan_all(high, norms, widths, live, span, start, *compared, cuts, out)
-        return number, block, passed
-    if members is None:
-        members = np.zeros((len(columns), 0), np.int32)
-    octets_used = np.unique(probes.places >> 2) if probes.kind == TableKind.CLASSES else np.zeros(0, np.int32)
-    number, block, passed = _scan(
-        signs, outer, high, norms, float(columns[0].norm_min), widths, probes.used, members, live, span, start,
-        int(probes.kind), octets_used, probes.places, probes.tables, probes.limits, *compared, probes.evidence, cuts,
-        out,
-    )  # fmt: skip
+        for arrays in zip(*(c[:4] for c in columns), strict=True)
+    ]
+    given.append(np.array([column.high.shape[1] for column in columns], np.int64))
+    rows = (0, 0) if members is None else (_address(members), members.shape[1])
+    stored = Stored(len(columns), *map(_address, given), *rows)
+    bounds = probes.bounds(cuts)
+    asked, tables = probes.asked._replace(cuts=_address(cuts), bounds=_address(bounds)), probes.for_look_ups
+    where = Span(_address(live) if live.size else 0, *span)
+    to = Found(_address(out[0]), _address(out[1]), _address(out[2]), len(out[0]))
+    compiled = kernels[0] if tables.per_probe else kernels[1]
+    number, block, passed = compiled(stored, asked, tables, where, start, to)
     return number, block, passed
+
+
+def _address(array: NDArray[Any]) -> int:
+    assert array.flags.c_contiguous, "kernels read arrays from their first byte on, without gaps"
+    return int(array.ctypes.data)

@@ -32,10 +32,10 @@ from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, rotate
 from biodedup.gallery.segments.part import Column
 from biodedup.search.native import scan_kernel
-from biodedup.search.native.dot_kernel import ROW_ALIGNMENT
+from biodedup.search.native.dot_kernel import PROBE_ALIGNMENT
 from biodedup.search.native.exact_pairs import ranked
 from biodedup.search.native.scan_kernel import ScanProbes
-from biodedup.search.native.table_tile import ENTRIES, TableKind
+from biodedup.search.native.table_tile import ENTRIES, TableKind, aligned
 from biodedup.values import Float32
 
 _READERS = 8
@@ -138,8 +138,9 @@ class Hits:
 def paired(codes: Sequence[NDArray[np.int8]]) -> NDArray[np.int8]:
     """Probes of several columns, int8 (q, scanned) each, in the layout of `make_row_dots`: int8 (columns, q, 2,
     octets)."""
-    octets = max(-(-c.shape[1] // 2 // ROW_ALIGNMENT) * ROW_ALIGNMENT for c in codes)
-    found = np.zeros((len(codes), len(codes[0]), 2, octets), np.int8)
+    octets = max(-(-c.shape[1] // 2 // PROBE_ALIGNMENT) * PROBE_ALIGNMENT for c in codes)
+    shape = len(codes), len(codes[0]), 2, octets
+    found: NDArray[np.int8] = aligned(int(np.prod(shape))).view(np.int8).reshape(shape)
     for laid_out, some in zip(found, codes, strict=True):
         halves = some.reshape(len(some), -1, 2, STEP // 2).transpose(0, 2, 1, 3)
         laid_out[:, :, : some.shape[1] // 2] = halves.reshape(len(some), 2, -1)

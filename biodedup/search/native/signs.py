@@ -9,17 +9,19 @@ both steps; it comes from pairs of which neither step may lose more than the mis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.gallery.files.codec import ErrorLaw, measured_laws
-from biodedup.gallery.files.codes import quantise
+from biodedup.gallery.files.codec import measured_laws
+from biodedup.gallery.files.codes import quantise, rotate
+from biodedup.search.native.estimator import TableEstimator, mean_and_covariance
+from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.table_tile import ENTRIES, TableKind
-from biodedup.search.native.tables import means_of, products_of, tables_of
+from biodedup.search.native.tables import limits_of, means_of, products_of, rounding_variance, scales_of, tables_of
 from biodedup.values import Float32
 
 TABLES_MOST = 128
@@ -33,24 +35,12 @@ _GROUP_PAIRS = 4_000
 _SEED = 2_002
 
 
-def by_nibbles(scanned: int) -> Callable[[Float32, Float32], Float32]:
-    """Estimates of the similarity of pairs by the row's high nibbles, float32 (n, D) each -> float32 (n,)."""
-
-    def estimates(probes: Float32, vectors: Float32) -> Float32:
-        codes, norms = quantise(vectors)
-        seen = (codes[:, :scanned] >> 4).astype(np.float32) * 16 - 120
-        return np.asarray(np.einsum("ij,ij->i", probes[:, :scanned], seen) / norms, np.float32)
-
-    return estimates
-
-
-class Signs:
-    """The signs of a column's rows. sample: float32 (n, D), unit rows that the codec has rotated; scanned: how many of
-    the D numbers a search reads, a multiple of 8. The first tables look at the first numbers, four each."""
+class Signs(TableEstimator):
+    """The signs of a column's rows. The first tables look at the first numbers, four each."""
 
     def __init__(self, sample: Float32, scanned: int) -> None:
         self.tables = min(scanned // TableKind.SIGNS, TABLES_MOST)
-        self._scanned, self._sample = scanned, sample
+        self.octets, self.scanned, self.sample = -(-self.tables // 2), scanned, sample
         self._size = np.float32(sqrt(self.count(self.tables)))
 
     def of(self, vectors: Float32) -> Float32:
@@ -70,24 +60,40 @@ class Signs:
         return TableKind.SIGNS * tables
 
     @cached_property
-    def laws(self) -> tuple[ErrorLaw, ErrorLaw]:
-        """The error laws of the estimate by signs and of the estimate by high nibbles, for pairs that neither step may
-        lose."""
-        rng = np.random.default_rng(_SEED)
-        signs, nibbles = measured_laws((self.estimates, by_nibbles(self._scanned)), self._sample, "sample", rng)
-        return signs, nibbles
-
-    @cached_property
     def groups(self) -> GroupLaw:
-        return GroupLaw(self, self._sample)
+        return GroupLaw(self, self.sample)
 
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
-        """The kernel's estimates of pairs, float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers
-        and the row's signs."""
-        tables, steps, middles = tables_of(self.numbers(probes).reshape(len(probes), -1, TableKind.SIGNS), LEVELS)
+        """float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers and the row's signs."""
+        tables, steps, middles = tables_of(self._quads(probes), LEVELS)
         signs = (self.of(vectors) > 0).reshape(len(probes), -1, TableKind.SIGNS)
         entries = (signs << np.arange(TableKind.SIGNS)).sum(axis=2)
         return np.asarray(products_of(means_of(tables, entries), steps, middles) / self._size, np.float32)
+
+    def _quads(self, probes: Float32) -> Float32:
+        return self.numbers(probes).reshape(len(probes), -1, TableKind.SIGNS)
+
+    @cached_property
+    def _moments(self) -> tuple[Float32, Float32]:
+        return mean_and_covariance(self.of(self.sample))
+
+    def unrelated(self, probes: Float32) -> tuple[Float32, Float32]:
+        (mean, covariance), numbers = self._moments, self.numbers(probes)
+        steps, _, padded = scales_of(self._quads(probes), LEVELS)
+        variance = np.einsum("ij,ij->i", rotate(numbers, covariance), numbers) + rounding_variance(padded, steps)
+        return np.asarray(rotate(numbers, mean[None])[:, 0] / self._size, np.float32), np.sqrt(variance) / self._size
+
+    def tabled(self, untabled: ScanProbes, probes: Float32, cuts: Float32) -> ScanProbes:
+        tables, steps, middles = tables_of(self._quads(probes), LEVELS)
+        places = np.minimum(np.arange(tables.shape[1], dtype=np.int32), self.tables - 1)  # padding counts nothing
+        return replace(
+            untabled,
+            tables=tables,
+            places=np.tile(places, (len(tables), 1)),
+            limits=limits_of(cuts * self._size, steps, middles),
+            used=np.array([self.tables]),
+            kind=TableKind.SIGNS,
+        )
 
 
 class GroupLaw:

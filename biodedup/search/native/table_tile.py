@@ -12,7 +12,7 @@ Tables are made so that no sum over a quarter of them overflows a byte: rows cos
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -124,31 +124,16 @@ def _make_tile(instructions: str) -> Any:
     return tile
 
 
-def _u8_at_of(_: Any, address: Any) -> Any:
-    """An intrinsic for numba: the uint8 at an address."""
+def _load(kind: Any, found: Any) -> Any:
+    """An intrinsic for numba: the value of this kind at an address."""
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I8)))
+    def at(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            return builder.load(builder.inttoptr(args[0], ir.PointerType(kind)))
 
-    return types.uint8(types.int64), generate
+        return found(types.int64), generate
 
-
-def _i32_at_of(_: Any, address: Any) -> Any:
-    """An intrinsic for numba: the int32 at an address."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.load(builder.inttoptr(args[0], ir.PointerType(_I32)))
-
-    return types.int32(types.int64), generate
-
-
-def _f32_at_of(_: Any, address: Any) -> Any:
-    """An intrinsic for numba: the float32 at an address."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.load(builder.inttoptr(args[0], ir.PointerType(ir.FloatType())))
-
-    return types.float32(types.int64), generate
+    return intrinsic(at)
 
 
 def _copy_of(_: Any, source: Any, target: Any, octets: Any) -> Any:
@@ -212,14 +197,14 @@ def _class_indices_of(_: Any, signs: Any, outer: Any, indices: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-def _set_u64_of(_: Any, address: Any, value: Any) -> Any:
-    """An intrinsic for numba: stores a uint64 at an address."""
+def _store_of(_: Any, address: Any, value: Any) -> Any:
+    """An intrinsic for numba: stores a number, in its own size, at an address."""
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        builder.store(args[1], builder.inttoptr(args[0], ir.PointerType(_I64)))
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], ir.PointerType(args[1].type)))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.uint64), generate
+    return types.void(types.int64, value), generate
 
 
 def _lowest_bit_of(_: Any, mask: Any) -> Any:
@@ -231,13 +216,15 @@ def _lowest_bit_of(_: Any, mask: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
-u8_at: Any = intrinsic(_u8_at_of)
-_i32_at: Any = intrinsic(_i32_at_of)
-f32_at: Any = intrinsic(_f32_at_of)
+u8_at: Any = _load(_I8, types.uint8)
+i32_at: Any = _load(_I32, types.int32)
+i64_at: Any = _load(_I64, types.int64)
+u64_at: Any = _load(_I64, types.uint64)
+f32_at: Any = _load(ir.FloatType(), types.float32)
 copy: Any = intrinsic(_copy_of)
 sign_indices: Any = intrinsic(_sign_indices_of)
 class_indices: Any = intrinsic(_class_indices_of)
-_set_u64: Any = intrinsic(_set_u64_of)
+store: Any = intrinsic(_store_of)
 _lowest_bit: Any = intrinsic(_lowest_bit_of)
 
 
@@ -249,19 +236,73 @@ def _plain_tile(indices: int, places: int, tables: int, count: int, limit: int, 
         for r in range(64):
             sums = np.zeros(SUMS_PER_ROW, np.int64)
             for i in range(count):
-                entry = u8_at(indices + ROWS * np.int64(_i32_at(places + 4 * i)) + 64 * b + r)
+                entry = u8_at(indices + ROWS * np.int64(i32_at(places + 4 * i)) + 64 * b + r)
                 sums[i // quarter] += u8_at(tables + ENTRIES * i + entry)
             if (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1 >= limit:
                 mask |= np.uint64(1) << np.uint64(r)
-        _set_u64(masks + 8 * b, mask)
+        store(masks + 8 * b, mask)
 
 
-def tile_for(instructions: str) -> Any:
-    """The function that `survivors` calls, for another processor."""
-    return _plain_tile if instructions == "plain" else _make_tile(instructions)
+def _make_listed() -> Any:
+    """An intrinsic for numba, as `_plain_listed`, in AVX-512 with VBMI2. It has no branch that depends on single rows, since these
+    are foreseen wrongly as often as rows pass."""
+    bits, words = ir.VectorType(ir.IntType(1), 64), ir.VectorType(_I32, 8)
+
+    @intrinsic
+    def listed(_: Any, mask: Any, first: Any, probe: Any, which: Any, rows: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            mask, first, probe, which, rows = args
+            kind = ir.FunctionType(_ROWS_OF_BLOCK, [_ROWS_OF_BLOCK, _ROWS_OF_BLOCK, bits])
+            compress = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.compress.v64i8")
+            numbers = ir.Constant(_ROWS_OF_BLOCK, list(range(64)))
+            packed = builder.call(compress, [numbers, ir.Constant(_ROWS_OF_BLOCK, None), builder.bitcast(mask, bits)])
+            base, whose = (splat(builder, builder.trunc(value, _I32), 8) for value in (first, probe))
+
+            def write(part: int) -> None:
+                some = ir.Constant(words, [8 * part + i for i in range(8)])
+                numbers = builder.zext(builder.shuffle_vector(packed, packed, some), words)
+                for to, value in ((rows, builder.add(base, numbers)), (which, whose)):
+                    place = builder.inttoptr(builder.add(to, ir.Constant(_I64, 32 * part)), words.as_pointer())
+                    builder.store(value, place).align = 4
+
+            count = builder.ctpop(mask)
+            write(0)
+            with builder.if_then(builder.icmp_unsigned(">", count, ir.Constant(_I64, 8)), likely=False):
+                for part in range(1, 8):
+                    write(part)
+            return count
+
+        return types.int64(types.uint64, *[types.int64] * 4), generate
+
+    return listed
 
 
-_tile = tile_for(INSTRUCTIONS)
+@numba.njit(nogil=True, cache=True)
+def _plain_listed(mask: Any, first: int, probe: int, which: int, rows: int) -> int:
+    """Writes the rows that a mask of 64 names, from the address `rows` on, and as often the probe from the address `which` on,
+    int32. Returns how many. May write into LISTED places in all, whatever the number. first: the number of bit 0."""
+    found = 0
+    while mask:
+        store(which + 4 * found, np.int32(probe))
+        store(rows + 4 * found, np.int32(first + np.int64(_lowest_bit(mask))))
+        mask &= mask - np.uint64(1)
+        found += 1
+    return found
+
+
+LISTED = 64
+"""Places that `survivors` may write behind the last pair; each names a probe and a row of a block that has rows which count."""
+
+
+def tile_for(instructions: str) -> dict[str, Any]:
+    """The functions that `survivors` calls, by name, for another processor."""
+    return {
+        "_tile": _plain_tile if instructions == "plain" else _make_tile(instructions),
+        "_listed": _make_listed() if instructions == "vnni" else _plain_listed,
+    }
+
+
+_tile, _listed = tile_for(INSTRUCTIONS).values()
 
 
 @numba.njit(nogil=True, cache=True)
@@ -272,33 +313,38 @@ def aligned(octets: int) -> Any:
     return space[start : start + octets]
 
 
-@numba.njit(nogil=True, cache=True)
-def masks_apart() -> Any:
-    """Room for a tile's masks, in cache lines that no other thread writes."""
-    return aligned(64 + 8 * BLOCKS + 64).view(np.uint64)[8 : 8 + BLOCKS]
+class Tables(NamedTuple):
+    """The look-up tables of probes, as addresses. probes: how many; per_probe: tables of each, a multiple of SUMS_PER_ROW;
+    places: int32 (probes, per_probe), which rows of the indices each table looks at; entries: uint8 (probes, per_probe, ENTRIES);
+    limits: uint8 (probes,), the mean that a row must reach."""
+
+    probes: int
+    per_probe: int
+    places: int
+    entries: int
+    limits: int
+
+
+MASKS = 2 * 64 + 2 * 8 * BLOCKS
+"""Bytes for `survivors`, in cache lines that no other thread writes if the first 64 are left out."""
 
 
 @numba.njit(nogil=True, cache=True)
-def survivors(
-    indices: Any, alive: Any, places: Any, tables: Any, limits: Any, first: int, masks: Any, which: Any, rows: Any
-) -> int:
-    """Writes the pairs of a probe and a row that reach the limits into `which` and `rows`, and returns how many.
+def survivors(indices: int, masks: int, tables: Any, first: int, which: int, rows: int) -> int:
+    """Writes the pairs of a probe and a row that reach the limits, and returns how many.
 
-    indices: uint8 (t, ROWS), of BLOCKS blocks; alive: uint64 (BLOCKS,); places: int32 (q, m), which of the t each probe
-    looks at; tables: uint8 (q, m, ENTRIES); limits: uint8 (q,); first: the number of the first row.
+    All but tables and first are addresses. indices: uint8 (t, ROWS), of BLOCKS blocks; masks: uint64 (2, BLOCKS), of which the second
+    row says which rows count; first: the number of the first row; which, rows: int32, with room for ROWS pairs a probe and
+    LISTED more, are written.
     """
-    found, count = 0, tables.shape[1]
-    at_indices, at_places, at_tables = indices.ctypes.data, places.ctypes.data, tables.ctypes.data
-    at_masks = masks.ctypes.data
-    for p in range(tables.shape[0]):
-        _tile(
-            at_indices, at_places + 4 * count * p, at_tables + ENTRIES * count * p, count, np.int64(limits[p]), at_masks
-        )
+    found, alive = 0, masks + 8 * BLOCKS
+    for p in range(tables.probes):
+        at = tables.per_probe * p
+        limit = np.int64(u8_at(tables.limits + p))
+        _tile(indices, tables.places + 4 * at, tables.entries + ENTRIES * at, tables.per_probe, limit, masks)
         for b in range(BLOCKS):
-            mask = masks[b] & alive[b]
-            while mask:
-                which[found] = p
-                rows[found] = first + 64 * b + np.int64(_lowest_bit(mask))
-                mask &= mask - np.uint64(1)
-                found += 1
+            counts = u64_at(alive + 8 * b)
+            if counts:
+                mask, to = u64_at(masks + 8 * b) & counts, 4 * found
+                found += _listed(mask, first + 64 * b, p, which + to, rows + to)
     return found

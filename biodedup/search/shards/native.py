@@ -10,7 +10,7 @@ distribution of estimates (`ErrorLaw`); its lower tail bound at `miss_risk` is t
 above the cut-off the k best estimates are compared exactly, and then each row whose estimate could still belong among
 the k best.
 
-Table look-ups (`classes.py`) rule out most rows first, if that is cheaper (`costs.py`).
+Table look-ups (`estimator.py`) rule out most rows first, if that is cheaper (`costs.py`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.search import costs
 from biodedup.search.multicolumn import scan as multicolumn
 from biodedup.search.multicolumn.plan import MultiColumnHits, MultiColumnQuery
-from biodedup.search.native.classes import Classes
-from biodedup.search.native.column_statistics import classes_of, population_of
+from biodedup.search.native.column_statistics import classes_of, population_of, signs_of
 from biodedup.search.native.dot_kernel import INSTRUCTIONS
+from biodedup.search.native.estimator import TableEstimator
 from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.scanner import Probes, Scanner
 from biodedup.search.shards.base import ShardHits, ShardQuery
@@ -38,7 +38,7 @@ from biodedup.search.shards.cells import CellRange, HitCollector, Reranking, by_
 from biodedup.values import Float32
 
 _COST_PROBES = 64  # rows that foresee, as probes, what a scan costs
-_COST_PROBES_MOST = 64  # of more probes each costs no less
+_COST_PROBES_MOST = 256  # of more probes each costs no less
 TABLE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the pairs of numbers, that tables may look at
 _TABLES_MOST = 200  # with more the rounded sums would not fit a byte well
 _USUAL_NORM = 450.0  # of a code of 128 numbers; only foresees how many rows pass
@@ -159,11 +159,11 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
     law, margin = codec.law, 0.0 if bounded else codec.law.margin(query.miss_risk)[0]
     scanned = probes.untabled(bounded)
     if not bounded:
-        classes = _cheapest_classes(largest, probes, min_similarity, query.miss_risk)
-        if classes is not None:
-            margin, _ = classes.laws[0].margin(query.miss_risk)
-            limits, law = classes.laws[0].cut(min_similarity, margin), classes.laws[1]
-            scanned = classes.tabled(scanned, probes.rotated, limits)
+        estimator = _cheapest_estimator(largest, probes, min_similarity, query.miss_risk)
+        if estimator is not None:
+            margin, _ = estimator.laws[0].margin(query.miss_risk)
+            limits, law = estimator.laws[0].cut(min_similarity, margin), estimator.laws[1]
+            scanned = estimator.tabled(scanned, probes.rotated, limits)
     scan = _CodeScan(
         k=k,
         probes=probes,
@@ -179,45 +179,48 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
     return scan if share <= _SHARE_MAX else None
 
 
-def _cheapest_classes(column: Column, probes: Probes, min_similarity: Float32, miss_risk: float) -> Classes | None:
+def _cheapest_estimator(
+    column: Column, probes: Probes, min_similarity: Float32, miss_risk: float
+) -> TableEstimator | None:
     """The tables that find rows of about these similarities soonest; None if a scan of all high nibbles is cheaper, or
     the processor has no byte shuffles."""
     similarity = round(float(np.median(min_similarity)), 2)
-    tables = _cheapest_tables(column, similarity, min(len(probes.codes), _COST_PROBES_MOST), miss_risk)
-    return None if tables is None else classes_of(column, tables)
+    return _cheapest(column, similarity, len(probes.codes), miss_risk)
 
 
 _spent: WeakKeyDictionary[Column, float] = WeakKeyDictionary()
 """Nanoseconds that scans without tables have taken."""
-_chosen: WeakKeyDictionary[Column, dict[tuple[float, int, float], int | None]] = WeakKeyDictionary()
+_chosen: WeakKeyDictionary[Column, dict[tuple[float, int, float], TableEstimator | None]] = WeakKeyDictionary()
 
 
-def _cheapest_tables(column: Column, similarity: float, probes: int, miss_risk: float) -> int | None:
-    """How many tables are cheapest for so many probes like the column's own rows; None for none.
+def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) -> TableEstimator | None:
+    """The cheapest tables for so many probes like the column's own rows; None for none.
 
     The laws of tables are measured once scans without tables have taken as long as measuring does: whatever comes, that is at most twice
     the least work (the ski rental problem). Most columns of small galleries are never measured.
     """
     cost, known = costs.ROW_COSTS.get(INSTRUCTIONS), _chosen.setdefault(column, {})
-    asked = (similarity, probes, miss_risk)
+    asked = (similarity, min(probes, _COST_PROBES_MOST), miss_risk)
     if cost is None or asked in known:
         return known.get(asked)
     assert column.codec is not None, "only coded columns have tables"
-    scanned, options = column.codec.scanned, []
-    spent = _spent.get(column, 0.0) + column.count * probes * scanned * cost.number
+    scanned = column.codec.scanned
+    without = cost.of_all(scanned, probes)
+    spent = _spent.get(column, 0.0) + column.count * probes * without
     if spent < costs.CLASSES_MEASURED_NS:
         _spent[column] = spent
         return None
     sample = population_of(column).sample[:_COST_PROBES]
-    for share_of_pairs in TABLE_SHARES:
-        classes = classes_of(column, tables_for(scanned, share_of_pairs))
-        level = np.full(len(sample), similarity, np.float32)
-        share = classes.share_passing(classes.quick_law.cut(level, -float(ndtri(miss_risk / 2))), sample)
-        row_cost = classes.tables * cost.table + share * cost.compared + cost.taken / probes
-        options.append((row_cost, classes.tables))
-    row_cost, tables = min(options)
-    measured = row_cost < scanned * cost.number and classes_of(column, tables).laws[0].margin(miss_risk)[1]
-    known[asked] = tables if measured else None
+    level, margin = np.full(len(sample), similarity, np.float32), -float(ndtri(miss_risk / 2))
+
+    def row_cost(estimator: TableEstimator) -> float:
+        share = estimator.share_passing(estimator.quick_law.cut(level, margin), sample)
+        return cost.of(estimator.tables, estimator.octets, share, probes)
+
+    options = [signs_of(column), *(classes_of(column, tables_for(scanned, some)) for some in TABLE_SHARES)]
+    best = min(options, key=row_cost)
+    measured = row_cost(best) < without and best.laws[0].margin(miss_risk)[1]
+    known[asked] = best if measured else None
     return known[asked]
 
 
