@@ -49,12 +49,10 @@ class MultiColumnCosts:
 
 
 ROW_COSTS = {
-    "avx2": RowCosts(0.0105, 4.0, 0.07, 20.0, 0.017),
-    "avx512": RowCosts(0.0064, 4.0, 0.07, 20.0, 0.03),
-    "vnni": RowCosts(0.0064, 4.0, 0.07, 20.0, 0.015),
+    "avx2": RowCosts(0.0077, 11.0, 0.09, 27.0, 0.0145),
+    "vnni": RowCosts(0.0078, 4.5, 0.09, 18.0, 0.0145),
 }
-"""By instruction set. Without one of these there are no byte shuffles, and no table look-ups. Those of AVX-512 but for
-`table` are taken from AVX2, since no such processor was at hand when rows were laid out one by one."""
+"""By instruction set. Without one of these there are no byte shuffles, and no table look-ups. Timed on a core with AVX-512, both."""
 
 CLASSES_MEASURED_NS = 2e9
 """What it takes to measure the laws of a column's class tables (`native/classes.py`)."""

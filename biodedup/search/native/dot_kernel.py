@@ -3,8 +3,8 @@
 Owns this arithmetic and the choice of instructions. Never knows what a row or a similarity is. The kernels that use it
 are tested against numpy in tests/search/test_scan.py.
 
-One instruction multiplies and adds 64 pairs of numbers (VNNI); with only AVX-512 or AVX2, two instructions do 64 or 32
-pairs, in sums of 16 bits.
+One instruction multiplies and adds 64 pairs of numbers (VNNI); with AVX2 two instructions do 32 pairs, in sums of 16 bits. AVX-512
+without VNNI is no faster than AVX2 here (`benchmarks/costs.py --instructions`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTyp
 def available() -> list[str]:
     """The sets of instructions that this processor has, the fastest first. The last one is `plain`."""
     features = llvmlite.binding.get_host_cpu_features()
-    needed = {"vnni": ("avx512vnni", "avx512vbmi2"), "avx512": ("avx512bw",), "avx2": ("avx2",), "plain": ()}
+    needed = {"vnni": ("avx512bw", "avx512vnni", "avx512vbmi2"), "avx2": ("avx2",), "plain": ()}
     return [name for name, all_of in needed.items() if all(features.get(feature) for feature in all_of)]
 
 
@@ -33,7 +33,7 @@ PROBE_ALIGNMENT = 64
 TOGETHER = 4
 """Dot products that are computed at once."""
 INSTRUCTIONS = available()[0]
-"""The instructions used on this processor: vnni (Ice Lake, Zen 4 and later), avx512, avx2 or plain."""
+"""The instructions used on this processor: vnni (AVX-512 of Ice Lake, Zen 4 and later), avx2 or plain."""
 
 
 class _Arithmetic:
@@ -44,7 +44,7 @@ class _Arithmetic:
         self.lanes = 8 if instructions == "avx2" else 16
         self.octets, self.pairs, self.sums = (ir.VectorType(t, 32 * self.lanes // t.width) for t in (_I8, _I16, _I32))
         # four products of 15 x 127 at most, the two of each nibble, stay within int16
-        self.partial = self.pairs if instructions in ("avx512", "avx2") else self.sums
+        self.partial = self.pairs if instructions == "avx2" else self.sums
         self._instructions = instructions
 
     def grown(self, builder: Any, total: Any, rows: Any, probe: Any) -> Any:
@@ -53,8 +53,8 @@ class _Arithmetic:
             fused = self._function(builder, "avx512.vpdpbusd.512", self.sums, [self.sums] * 3)
             return builder.call(fused, [total, builder.bitcast(rows, self.sums), builder.bitcast(probe, self.sums)])
         if self.partial is self.pairs:
-            name = "avx512.pmaddubs.w.512" if self._instructions == "avx512" else "avx2.pmadd.ub.sw"
-            products = builder.call(self._function(builder, name, self.pairs, [self.octets] * 2), [rows, probe])
+            multiply = self._function(builder, "avx2.pmadd.ub.sw", self.pairs, [self.octets] * 2)
+            products = builder.call(multiply, [rows, probe])
             return builder.add(total, products)
         wide = ir.VectorType(_I32, 4 * self.lanes)
         products = builder.mul(builder.zext(rows, wide), builder.sext(probe, wide))
@@ -67,9 +67,8 @@ class _Arithmetic:
         """Sums <i32>, one a row."""
         if self.partial is self.sums:
             return total
-        name = "avx512.pmaddw.d.512" if self._instructions == "avx512" else "avx2.pmadd.wd"
         ones = ir.Constant(self.pairs, [1] * self.pairs.count)
-        return builder.call(self._function(builder, name, self.sums, [self.pairs] * 2), [total, ones])
+        return builder.call(self._function(builder, "avx2.pmadd.wd", self.sums, [self.pairs] * 2), [total, ones])
 
     def nibbles(self, builder: Any, packed: Any) -> tuple[Any, Any]:
         """The lower and the upper four bits of each byte, as bytes."""
