@@ -1236,16 +1236,20 @@ class Engine:
     def _take(self, calls: int = 1, subjects: Collection[str] = ()) -> None:
         """Counts calls, and answers about subjects, against the budgets."""
         if self._restricted and (calls or subjects):
-            snapshot = self._gallery.snapshot()
-            enrolled = [name for name in dict.fromkeys(subjects) if snapshot.row_of(name) is not None]
-            self._budgets.take(self._name, calls, dict.fromkeys(enrolled, 1))
+            self._budgets.take(self._name, calls, self._enrolled(dict.fromkeys(subjects, 1)))
 
     def _count_named(self, subjects: Iterable[str]) -> None:
         """Counts each time that an answer names an enrolled subject. Raises BudgetExhausted."""
         counts = Counter(subjects) if self._restricted else Counter[str]()
         if counts:
-            snapshot = self._gallery.snapshot()
-            self._budgets.name(self._name, {n: c for n, c in counts.items() if snapshot.row_of(n) is not None})
+            self._budgets.name(self._name, self._enrolled(counts))
+
+    def _enrolled(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Those of enrolled subjects, where the policy counts answers about subjects; else none."""
+        if not counts or not self._budgets.of_subjects:
+            return {}
+        rows = self._gallery.snapshot().rows_of(_packed(list(counts)))
+        return {name: count for (name, count), row in zip(counts.items(), rows.tolist(), strict=True) if row >= 0}
 
     def _named(self, decision: Decision) -> Decision:
         """A decision that is made already, without its candidates where one of them was answered about too often."""

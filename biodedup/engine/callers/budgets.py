@@ -122,6 +122,12 @@ class Budgets:
         self._lock = threading.Lock()
         self._calls = 0
 
+    @property
+    def of_subjects(self) -> bool:
+        """Whether the policy counts answers about subjects at all."""
+        policy = self._policy()
+        return policy.subject_calls_per_day is not None or bool(policy.climbs_max)
+
     def name(self, caller: str, subjects: Mapping[str, int]) -> None:
         """Counts the answers, so many about each of these enrolled subjects, that a search is about to give. All or nothing.
 
@@ -154,7 +160,7 @@ class Budgets:
 
         Raises BudgetExhausted, LockedOut, and InvalidInput for more calls at once than a full bucket holds."""
         policy = self._policy()
-        stops = policy.subject_calls_per_day is not None or bool(policy.climbs_max)
+        stops = self.of_subjects
         buckets = []
         if caller and policy.caller_calls_per_hour is not None:
             buckets.append((("caller", caller), policy.caller_calls_per_hour, HOUR_S, calls))
