@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
 from biodedup.common.intervals import upper_bound
-from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, dequantise, quantise
+from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, dequantise, product, quantise
 from biodedup.gallery.files.encryption.turning import ColumnTurn
 from biodedup.values import Float32
 
@@ -189,6 +189,14 @@ class Codec:
     def rotate(self, vectors: Float32) -> Float32:
         """float32 (n, D): what the codes stand for; lengths and similarities stay."""
         return np.asarray(vectors @ self.rotation.T, np.float32)
+
+    def rotate_probes(self, probes: Float32) -> Float32:
+        """As `rotate`, for a few probes before a scan, without BLAS."""
+        return product(probes, self._axes)
+
+    @cached_property
+    def _axes(self) -> Float32:
+        return np.ascontiguousarray(self.rotation.T)
 
     def encode(self, vectors: Float32) -> tuple[Codes, Float32]:
         """Unit rows float32 (n, d) -> codes uint8 (n, D), norms float32 (n,)."""

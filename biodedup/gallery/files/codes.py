@@ -115,12 +115,11 @@ def join_nibbles(high: Codes, low: Codes) -> Codes:
     return codes
 
 
-def rotate(vectors: Float32, rotation: Float32) -> Float32:
-    """vectors @ rotation.T, for a few vectors before a scan. Without BLAS, whose threads go on spinning beside the
-    scan's."""
-    rotated = np.zeros((len(vectors), len(rotation)), np.float32)
-    _rotate(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(rotation.T, np.float32), rotated)
-    return rotated
+def product(vectors: Float32, matrix: Float32) -> Float32:
+    """vectors @ matrix, for a few vectors before a scan. Without BLAS, whose threads go on spinning beside the scan's."""
+    found = np.zeros((len(vectors), matrix.shape[1]), np.float32)
+    _multiply(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(matrix, np.float32), found)
+    return found
 
 
 @_compiled
@@ -147,11 +146,11 @@ def _dequantise(codes: Any, norms: Any, vectors: Any) -> None:
 
 
 @_compiled
-def _rotate(vectors: Any, axes: Any, rotated: Any) -> None:
+def _multiply(vectors: Any, matrix: Any, found: Any) -> None:
     for i in range(vectors.shape[0]):
         for k in range(vectors.shape[1]):
-            for j in range(axes.shape[1]):
-                rotated[i, j] += vectors[i, k] * axes[k, j]
+            for j in range(matrix.shape[1]):
+                found[i, j] += vectors[i, k] * matrix[k, j]
 
 
 @_compiled

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from biodedup.gallery.files.codes import BLOCK_ROWS, rotate
+from biodedup.gallery.files.codes import BLOCK_ROWS, product
 from biodedup.gallery.segments.part import PIECE_ROWS, Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.multicolumn import joint
@@ -46,6 +46,7 @@ from biodedup.search.native.tables import limits_of, rounding_variance, tables_o
 from biodedup.values import Float32
 
 _PAIRS_PER_UNIT = 1 << 24  # pairs of a probe and a row that a thread takes on at once
+_UNIT_ROWS = 1 << 13  # of a few columns take longer than to hand them over
 _SAMPLE_BLOCKS = 64  # of a group, from which the signs of unrelated rows are measured
 _RELEASE_PAIRS = 50_000  # compared; after more, the memory of what was read is released
 _SLACK = 3.5  # standard deviations
@@ -60,7 +61,7 @@ def search(
 ) -> MultiColumnHits:
     """probes: for each column of the query float32 (q, d), unit rows."""
     pieces = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))]
-    scanned, passed = 0, 0
+    scanned, groups = 0, []
     for part in parts:
         if query.joint and is_journal(part, query.columns):
             found = joint.search(scanner, snapshot, part, probes, query)
@@ -70,20 +71,37 @@ def search(
         for group in row_groups_of(part, query.columns):
             plan = query.plans.get(frozenset(group.columns))
             first = group.first_from(query.from_row)
-            if plan is None or first >= group.count:
-                continue
-            scan = _GroupScan(snapshot, group, plan, probes, query)
-            scan.run(scanner, first)
-            which, members, llr_db = scan.compare(scanner)
-            pieces.append((which, group.rows(members), llr_db, np.zeros(len(which), bool)))
-            scanned += group.count - first
-            passed += scan.passed
+            if plan is not None and first < group.count:
+                groups.append(_GroupScan(snapshot, group, plan, probes, query))
+                scanned += group.count - first
+    if groups:
+        pieces += _search_groups(scanner, groups, query)
     which, rows, llr_db, lone = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    return MultiColumnHits(which, rows, llr_db, scanned, passed, lone)
+    return MultiColumnHits(which, rows, llr_db, scanned, sum(group.passed for group in groups), lone)
+
+
+_Found = tuple[Int64, Int64, Float32, NDArray[np.bool_]]
+"""Probe, row and llr_db of each pair, and whether it agrees in one column alone."""
+
+
+def _search_groups(scanner: Scanner, groups: Sequence[_GroupScan], query: MultiColumnQuery) -> list[_Found]:
+    """Scans all groups for the best of all."""
+    floor = min(group.floor for group in groups)
+    start = -np.inf if query.k else floor  # without k, rows below the floor are not wanted
+    collected = Collected(np.full(len(groups[0]), start, np.float32), 2 * query.k, floor)
+    units = [(number, low) for number, group in enumerate(groups) for low in group.units(scanner.threads)]
+    scanner.run(lambda unit: groups[unit[0]].scan(*unit, collected), units)
+    hits, found = collected.best(), []
+    for number, group in enumerate(groups):
+        mine = hits.number == number
+        if mine.any():
+            which, members, llr_db = group.compare(scanner, hits.which[mine], hits.cell[mine])
+            found.append((which, group.rows(members), llr_db, np.zeros(len(which), bool)))
+    return found
 
 
 class _GroupScan:
-    """The scan of one group of rows for a batch of probes."""
+    """The scan of one group of rows for a batch of probes. floor: the estimated evidence from which on every row is kept."""
 
     def __init__(
         self,
@@ -99,11 +117,15 @@ class _GroupScan:
         self._live = snapshot.live_members(group.part, group.bits, group.positions, query.groups)
         self._cells = _cells_of(group, plan.columns)
         self._signed = self._signed_probes(plan)
-        floor = query.floor_llr_db - _slack_db(self._columns, query.llr_tables)
-        start = -np.inf if query.k else floor  # without k, rows below the floor are not wanted
-        self._collected = Collected(np.full(len(self._signed), start, np.float32), 2 * query.k, floor)
+        self._first = group.first_from(query.from_row)
+        self._size = max(_PAIRS_PER_UNIT // len(self._signed) // BLOCK_ROWS, 16) * BLOCK_ROWS
+        self.rows = group.rows
+        self.floor = query.floor_llr_db - _slack_db(self._columns, query.llr_tables)
         self.passed = 0
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._signed)
 
     def _signed_probes(self, plan: MultiColumnPlan) -> ScanProbes:
         probes = list(self._probes.values())
@@ -115,10 +137,10 @@ class _GroupScan:
         all_numbers = np.ascontiguousarray(np.concatenate(numbers, axis=1))
         tables, steps, middles = tables_of(all_numbers.reshape(len(all_numbers), -1, TableKind.SIGNS), LEVELS)
         mean, covariance = _sign_moments(self._group, plan)
-        variance = np.einsum("ij,ij->i", rotate(all_numbers, covariance), all_numbers)
+        variance = np.einsum("ij,ij->i", product(all_numbers, covariance), all_numbers)
         variance += rounding_variance(tables.shape[1], steps)
         z = np.float32(-ndtri(plan.share))
-        limits = limits_of(rotate(all_numbers, mean[None])[:, 0] + z * np.sqrt(variance), steps, middles)
+        limits = limits_of(product(all_numbers, mean[:, None])[:, 0] + z * np.sqrt(variance), steps, middles)
         return ScanProbes(
             codes=paired([probe.codes for probe in probes]),
             parameters=np.stack([probe.parameters() for probe in probes]),
@@ -130,14 +152,15 @@ class _GroupScan:
             kind=TableKind.SIGNS,
         )
 
-    def run(self, scanner: Scanner, first: int) -> None:
-        """Scans the members from first on; the best are kept."""
-        size = max(_PAIRS_PER_UNIT // len(self._signed) // BLOCK_ROWS, 16) * BLOCK_ROWS
-        size = min(size, max(-(-self._group.count // (4 * scanner.threads)) // BLOCK_ROWS, 1) * BLOCK_ROWS)
-        scanner.run(lambda low: self._scan(low, first, size), range(first // size * size, self._group.count, size))
+    def units(self, threads: int) -> range:
+        """Where the pieces begin that threads take on."""
+        shared = max(-(-self._group.count // (4 * threads)), _UNIT_ROWS) // BLOCK_ROWS * BLOCK_ROWS
+        self._size = min(self._size, shared)
+        return range(self._first // self._size * self._size, self._group.count, self._size)
 
-    def _scan(self, low: int, first: int, size: int) -> None:
-        high = min(low + size, self._group.count)
+    def scan(self, number: int, low: int, collected: Collected) -> None:
+        """Scans the members of one piece. number: of this group."""
+        high = min(low + self._size, self._group.count)
         members, stored = None, []
         if self._cells is None:
             stored = [column.scanned(low, high) for column in self._columns.values()]
@@ -150,10 +173,10 @@ class _GroupScan:
         live = self._live[low // BLOCK_ROWS : -(-high // BLOCK_ROWS)]
         room = 2 * self._signed.room
         which, cells, llr_db = np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32)
-        block, span = 0, (max(first - low, 0), high - low)
+        block, span = 0, (max(self._first - low, 0), high - low)
         while block < -(-(high - low) // BLOCK_ROWS):
-            cuts, out = self._collected.cuts, (which, cells, llr_db)
-            number, block, passed = scan_kernel.scan(
+            cuts, out = collected.cuts, (which, cells, llr_db)
+            count, block, passed = scan_kernel.scan(
                 columns=stored,
                 members=members,
                 live=live,
@@ -163,16 +186,15 @@ class _GroupScan:
                 cuts=cuts,
                 out=out,
             )
-            if number:
-                self._collected.add(which[:number].copy(), 0, cells[:number] + low, llr_db[:number].copy())
+            if count:
+                collected.add(which[:count].copy(), number, cells[:count] + low, llr_db[:count].copy())
             with self._lock:
                 self.passed += passed
 
-    def compare(self, scanner: Scanner) -> tuple[Int64, Int64, Float32]:
-        """Compares the best exactly: probe, member and llr_db of each."""
-        hits = self._collected.best()
-        order = np.argsort(hits.cell, kind="stable")  # as they lie on the disk
-        which, members = hits.which[order], hits.cell[order]
+    def compare(self, scanner: Scanner, which: NDArray[np.int32], members: Int64) -> tuple[Int64, Int64, Float32]:
+        """Compares pairs of a probe and a member exactly: probe, member and llr_db of each."""
+        order = np.argsort(members, kind="stable")  # as they lie on the disk
+        which, members = which[order], members[order]
         exact = np.zeros(len(members), np.float32)
 
         def compare(low: int) -> None:

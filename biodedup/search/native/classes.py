@@ -19,7 +19,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.gallery.files.codes import outer_bits, quantise, rotate, sign_bits
+from biodedup.gallery.files.codes import outer_bits, product, quantise, sign_bits
 from biodedup.search.native.estimator import TableEstimator, mean_and_covariance
 from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.table_tile import ENTRIES, SUMS_PER_ROW, TableKind
@@ -92,8 +92,12 @@ class Classes(TableEstimator):
         np.put_along_axis(seen, places[:, :, None], numbers, axis=1)
         flat = seen.reshape(len(probes), -1)
         steps, _, padded = scales_of(numbers, self._values.levels)
-        variance = np.einsum("ij,ij->i", rotate(flat, self._values.covariance), flat) + rounding_variance(padded, steps)
-        return np.asarray(rotate(flat, self._values.mean[None])[:, 0] / scale, np.float32), np.sqrt(variance) / scale
+        variance = np.einsum("ij,ij->i", product(flat, self._values.covariance), flat) + rounding_variance(
+            padded, steps
+        )
+        return np.asarray(product(flat, self._values.mean[:, None])[:, 0] / scale, np.float32), np.sqrt(
+            variance
+        ) / scale
 
     def tabled(self, untabled: ScanProbes, probes: Float32, cuts: Float32) -> ScanProbes:
         """Probes with tables. probes: rotated; cuts: the estimates by classes that rows must reach, float32 (q,)."""

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond to say the same
 
-from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, rotate
+from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, product
 from biodedup.gallery.segments.part import Column
 from biodedup.search.native.classes import Classes, ClassValues
 from biodedup.search.native.estimator import mean_and_covariance
@@ -37,8 +37,8 @@ class Population:
         """Mean and standard deviation of similarity to the column's rows, float32 (q,) each. probes: float32 (q, n),
         rotated, the first n numbers only."""
         size = probes.shape[1]
-        variance = np.einsum("ij,ij->i", rotate(probes, self.covariance[:size, :size]), probes)
-        return rotate(probes, self.mean[None, :size])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
+        variance = np.einsum("ij,ij->i", product(probes, self.covariance[:size, :size]), probes)
+        return product(probes, self.mean[:size, None])[:, 0], np.sqrt(np.maximum(variance, 1e-12))
 
     def reached_by(self, probes: Float32, share: float, standard_errors: float = 4.0) -> Float32:
         """The similarity that a little more than this share of the rows reaches, float32 (q,).

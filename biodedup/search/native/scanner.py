@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from biodedup.gallery.files import index_codec
 from biodedup.gallery.files.codec import Codec
-from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, rotate
+from biodedup.gallery.files.codes import BLOCK_ROWS, STEP
 from biodedup.gallery.segments.part import Column
 from biodedup.search.native import scan_kernel
 from biodedup.search.native.dot_kernel import PROBE_ALIGNMENT
@@ -96,7 +96,7 @@ class Probes:
 
     def __init__(self, codec: Codec, vectors: Float32) -> None:
         self.codec = codec
-        self.rotated = rotate(vectors, codec.rotation)
+        self.rotated = codec.rotate_probes(vectors)
         scanned = self.rotated[:, : codec.scanned]
         self.scales = np.maximum(np.abs(scanned).max(axis=1), 1e-9).astype(np.float32) / np.float32(127)
         self.codes = np.ascontiguousarray(np.rint(scanned / self.scales[:, None]).astype(np.int8))
@@ -272,7 +272,7 @@ class Scanner:
 def _rotated_by(tiles: Sequence[Tile], probes: Float32) -> dict[Codec | None, Float32]:
     """The probes as each codec rotates them: the few probes are rotated instead of the many rows."""
     codecs = {tile.codec for tile in tiles}
-    return {codec: probes if codec is None else rotate(probes, codec.rotation) for codec in codecs}
+    return {codec: probes if codec is None else codec.rotate_probes(probes) for codec in codecs}
 
 
 class Collected:

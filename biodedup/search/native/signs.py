@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.files.codec import measured_laws
-from biodedup.gallery.files.codes import quantise, rotate
+from biodedup.gallery.files.codes import product, quantise
 from biodedup.search.native.estimator import TableEstimator, mean_and_covariance
 from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.table_tile import ENTRIES, TableKind
@@ -80,8 +80,10 @@ class Signs(TableEstimator):
     def unrelated(self, probes: Float32) -> tuple[Float32, Float32]:
         (mean, covariance), numbers = self._moments, self.numbers(probes)
         steps, _, padded = scales_of(self._quads(probes), LEVELS)
-        variance = np.einsum("ij,ij->i", rotate(numbers, covariance), numbers) + rounding_variance(padded, steps)
-        return np.asarray(rotate(numbers, mean[None])[:, 0] / self._size, np.float32), np.sqrt(variance) / self._size
+        variance = np.einsum("ij,ij->i", product(numbers, covariance), numbers) + rounding_variance(padded, steps)
+        return np.asarray(product(numbers, mean[:, None])[:, 0] / self._size, np.float32), np.sqrt(
+            variance
+        ) / self._size
 
     def tabled(self, untabled: ScanProbes, probes: Float32, cuts: Float32) -> ScanProbes:
         tables, steps, middles = tables_of(self._quads(probes), LEVELS)

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.gallery.files import index_codec
-from biodedup.gallery.files.codes import rotate
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.segments.part import Column, Int64, Part
 from biodedup.gallery.snapshot import Snapshot
@@ -119,7 +118,7 @@ class FaissShard:
         least = ROWS_A_LIST_MIN * codec.lists[0] if codec.lists else 0
         if cells.last - cells.first <= max(shared.EXACT_CELLS, least):
             return None
-        rotated = rotate(probes, column.codec.rotation)
+        rotated = column.codec.rotate_probes(probes)
         population = population_of(column)
         if query.min_similarity is None:
             # a range search costs by its hits: a second round is cheaper than many
