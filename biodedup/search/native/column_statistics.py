@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import betainccinv, ndtr  # scipy.stats takes a millisecond to say the same
 
 from biodedup.gallery.files.codes import BLOCK_ROWS, dequantise, product
@@ -62,13 +63,25 @@ class Population:
 _populations: WeakKeyDictionary[Column, Population] = WeakKeyDictionary()  # a column never changes
 
 
+def _cells(column: Column) -> NDArray[np.int64]:
+    """The cells of a sample."""
+    starts = np.unique(np.linspace(0, column.count - 1, _SAMPLE_ROWS // BLOCK_ROWS).astype(np.int64) // BLOCK_ROWS)
+    cells = (starts[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
+    return cells[cells < column.count]
+
+
 def population_of(column: Column) -> Population:
     if column not in _populations:
-        starts = np.unique(np.linspace(0, column.count - 1, _SAMPLE_ROWS // BLOCK_ROWS).astype(np.int64) // BLOCK_ROWS)
-        cells = (starts[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
-        sample = dequantise(*column.codes_at(cells[cells < column.count]))
+        sample = dequantise(*column.codes_at(_cells(column)))
         _populations[column] = Population(*mean_and_covariance(sample), sample[:_LAW_ROWS])
     return _populations[column]
+
+
+def law_sample_of(column: Column) -> Float32:
+    """`Population.sample`, without the moments of all the sample, which take longer."""
+    if column in _populations:
+        return _populations[column].sample
+    return dequantise(*column.codes_at(_cells(column)[:_LAW_ROWS]))
 
 
 _signs: WeakKeyDictionary[Column, Signs] = WeakKeyDictionary()
@@ -79,7 +92,7 @@ _classes: WeakKeyDictionary[Column, dict[int, Classes]] = WeakKeyDictionary()
 def signs_of(column: Column) -> Signs:
     assert column.codec is not None, "only rotated vectors have signs"
     if column not in _signs:
-        _signs[column] = Signs(population_of(column).sample, column.codec.scanned)
+        _signs[column] = Signs(law_sample_of(column), column.codec.scanned)
     return _signs[column]
 
 

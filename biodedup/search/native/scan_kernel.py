@@ -58,8 +58,7 @@ Int64 = NDArray[np.int64]
 _row_dot, _row_dots, _pair_dots = make_row_dot(), make_row_dots(), make_pair_dots()
 
 
-# What the kernels are given: numbers and addresses only. numba counts the uses of arrays, even within a loop, which takes longer
-# than to look up a tile's rows for one probe.
+# What the kernels are given, as in C: numbers and addresses. numba would pass on each array as seven values, and count its uses.
 
 
 class Stored(NamedTuple):
