@@ -413,7 +413,9 @@ def counting_scans(monkeypatch):
     """The number of tables of each call of the kernel."""
     calls = []
     real = scan_kernel.scan
-    monkeypatch.setattr(scan_kernel, "scan", lambda **given: calls.append(given["probes"].tables.shape[1]) or real(**given))
+    monkeypatch.setattr(
+        scan_kernel, "scan", lambda **given: calls.append(given["probes"].tables.shape[1]) or real(**given)
+    )
     return calls
 
 
