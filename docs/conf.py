@@ -29,6 +29,7 @@ suppress_warnings = [
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True  # `clock=time.time`, not the address of a function
 autodoc_class_signature = "mixed"
 
 html_theme = "pydata_sphinx_theme"
