@@ -6,7 +6,8 @@
 
 A chimera is a face identity joined with fingers of other people; its figures say nothing of how the two go together in
 nature. `all seeds`: the same fingers meet other faces in each gallery, and the interval takes these searches for independent, which
-they are not quite. Needs the real data (BIODEDUP_DATA). `--limit` takes fewer identities and keeps no result. `fused` keeps templates in
+they are not quite. Needs the real data (BIODEDUP_DATA). `--limit` takes fewer identities, `--gate quality_min=0.8` another
+limit of the face gate; neither keeps a result. `fused` keeps templates in
 `--templates`, since fingers take long; each person has `--fingers` fingers of one set, so that no sensor is told by two.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,11 @@ MISLABELLED = ("Mahmoud_Abbas_0012.jpg", "Recep_Tayyip_Erdogan_0004.jpg")
 """Photographs of LFW that show another person than all others of their folder: seen by eye; cosines with these are at most 0.15."""
 
 
-def extract(captures: list[bd.Face | bd.Finger]) -> list[bd.Template | bd.Refusal]:
-    extractor = bd.Extractor()
+def extract(
+    captures: list[bd.Face | bd.Finger], gate: Mapping[str, float] | None = None
+) -> list[bd.Template | bd.Refusal]:
+    """gate: limits of `FaceConfig` in place of its defaults."""
+    extractor = bd.Extractor(bd.Config(face=bd.FaceConfig(**(gate or {}))))
     results: list[bd.Template | bd.Refusal] = []
     for start in range(0, len(captures), BATCH):
         results += extractor.extract(captures[start : start + BATCH])
@@ -52,11 +56,11 @@ def interval(events: int, trials: int) -> str:
     return f"{events / trials:.2%} [{low:.2%}, {high:.2%}], {events} of {trials}"
 
 
-def faces(limit: int | None) -> dict[str, Any]:
+def faces(limit: int | None, gate: Mapping[str, float]) -> dict[str, Any]:
     """Of all identities, and of the odd-numbered ones alone: the limits of the gate were chosen on the others."""
     folders = sorted((data_folder() / "faces" / "lfw").iterdir())[:limit]
     paths = [path for folder in folders for path in sorted(folder.glob("*.jpg"))]
-    results = extract([bd.Face(path) for path in paths])
+    results = extract([bd.Face(path) for path in paths], gate)
     odd = {folder.name for folder in folders[1::2]}
     some = [(p, r) for p, r in zip(paths, results, strict=True) if p.parent.name in odd]
     return face_figures(paths, results) | {
@@ -246,12 +250,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="chimeric galleries")
     parser.add_argument("--fingers", type=int, choices=(1, 2, 4), default=2, help="fingers of a fused chimera")
     parser.add_argument("--templates", type=Path, default=Path("templates"), help="folder that keeps fused templates")
+    parser.add_argument(
+        "--gate", nargs="*", default=[], metavar="LIMIT=VALUE", help="faces: other limits of FaceConfig"
+    )
     options = parser.parse_args()
+    gate = {name: float(value) for name, value in (text.split("=") for text in options.gate)}
     if options.what == "fused":
         figures = fused(options.limit, options.seeds, options.fingers, options.templates)
     else:
-        figures = faces(options.limit) if options.what == "faces" else chimeras(options.limit, options.seeds)
-    record(options.what, figures, keep=options.limit is None)
+        figures = faces(options.limit, gate) if options.what == "faces" else chimeras(options.limit, options.seeds)
+    record(options.what, figures, keep=options.limit is None and not gate)
 
 
 if __name__ == "__main__":
