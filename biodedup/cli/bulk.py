@@ -45,35 +45,42 @@ from biodedup.cli.table_options import (
 from biodedup.config import IsolationConfig, LabelConfig
 from biodedup.outcomes import MEANINGS
 
+ManifestArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="Parquet or CSV: a row a capture (subject_id, encounter_id, path, position, dpi, groups), or a row an encounter "
+        "(subject_id, encounter_id, and face, right_index, ...: paths, bytes or embeddings). Other columns are carried along."
+    ),
+]
+PageOption = Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")]
+AnnounceOption = Annotated[
+    bool, typer.Option("--announce", help="Only list the encounters as captured; their captures arrive later.")
+]
+RetryOption = Annotated[
+    bool, typer.Option("--retry-failed", help="Try captures again on which the program failed or took too long.")
+]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", min=1, help="Records decided and committed together. Default: the setting batch_size, else 256."
+    ),
+]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Worker processes that extract templates.")]
+CaptureSecondsOption = Annotated[
+    float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
+]
+
 
 @app.command(rich_help_panel=Panel.JOBS)
 def enroll_batch(
-    manifest: Annotated[
-        Path,
-        typer.Argument(
-            help="Parquet or CSV: a row a capture (subject_id, encounter_id, path, position, dpi, groups), or a row an encounter "
-            "(subject_id, encounter_id, and face, right_index, ...: paths, bytes or embeddings). Other columns are carried along."
-        ),
-    ],
+    manifest: ManifestArgument,
     result: Annotated[Path, typer.Option("--out", "-o", help="Outcomes, .parquet or .csv.")] = Path("outcomes.parquet"),
-    report: Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")] = None,
-    announce: Annotated[
-        bool, typer.Option("--announce", help="Only list the encounters as captured; their captures arrive later.")
-    ] = False,
-    retry_failed: Annotated[
-        bool,
-        typer.Option("--retry-failed", help="Try captures again on which the program failed or took too long."),
-    ] = False,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            "--batch", min=1, help="Records decided and committed together. Default: the setting batch_size, else 256."
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Worker processes that extract templates.")] = 2,
-    capture_s_max: Annotated[
-        float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
-    ] = IsolationConfig.capture_s_max,
+    report: PageOption = None,
+    announce: AnnounceOption = False,
+    retry_failed: RetryOption = False,
+    batch: BatchOption = None,
+    workers: WorkersOption = 2,
+    capture_s_max: CaptureSecondsOption = IsolationConfig.capture_s_max,
     ray: RayOption = None,
     model_id: ModelIdOption = None,
     index: IndexOption = None,
@@ -91,21 +98,13 @@ def enroll_batch(
 
     An interrupted run resumes when the same command is started again; a completed one changes nothing.
     """
-    chosen = configured(
-        gallery,
-        config,
-        threads=threads,
-        more={"batch_size": batch, "gallery.index": index_engines(index)},
-        usual={"batch_size": 256},
-    )
+    more = {"batch_size": batch, "gallery.index": index_engines(index)}
+    chosen = configured(gallery, config, threads=threads, more=more, usual={"batch_size": 256})
     options = table_options(manifest, encoding, columns, date_format, ignore_columns)
     if check:
         finish_check(jobs.check_encounters(manifest, options), as_json)
-    if not jobs.is_gallery(gallery):  # a gallery is made only for a manifest that was accepted
-        from biodedup.jobs.shared.output import check_table_name  # here, so that help texts need not load pyarrow
-
-        check_table_name(result)
-        jobs.accept_encounters(manifest, options)
+    if not jobs.is_gallery(gallery):
+        _accept(manifest, result, options)
     with bd.Engine.open(gallery, chosen) as engine, jobs.Backlog.open(gallery, chosen) as backlog:
         if announce:
             count = jobs.announce(backlog, manifest, options=options)
@@ -133,6 +132,14 @@ def enroll_batch(
             raise typer.Exit(MEANINGS[outcome].exit_code)
 
 
+def _accept(manifest: Path, result: Path, options: jobs.TableOptions) -> None:
+    """Raises InvalidInput for a manifest that no row is taken from: a gallery is made only for one that was accepted."""
+    from biodedup.jobs.shared.output import check_table_name  # here, so that help texts need not load pyarrow
+
+    check_table_name(result)
+    jobs.accept_encounters(manifest, options)
+
+
 def _labelled(summary: Mapping[str, object], labels: LabelConfig) -> dict[str, object]:
     """The summary with the words for outcomes. A word that is the name of another count has the outcome behind it."""
     words = {name: labels.of(name) for name in summary}
@@ -144,7 +151,7 @@ def _labelled(summary: Mapping[str, object], labels: LabelConfig) -> dict[str, o
 
 @app.command(rich_help_panel=Panel.JOBS)
 def status(
-    report: Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")] = None,
+    report: PageOption = None,
     gallery: FolderOption = DEFAULT_GALLERY,
     as_json: JsonOption = False,
 ) -> None:

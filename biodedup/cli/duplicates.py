@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -40,6 +40,7 @@ from biodedup.cli.table_options import (
     finish_check,
     table_options,
 )
+from biodedup.config import Config
 from biodedup.errors import InvalidInput
 from biodedup.values import Cluster
 
@@ -80,20 +81,7 @@ def dedup(
         finish_check(jobs.check_captures(source, options), as_json)
     chosen = configured(source if is_gallery else None, config, threads=threads, across_positions=across_positions)
     if is_gallery:
-        # reading only: enrolment goes on beside it, for hours
-        with (
-            bd.Engine.open(source, chosen, read_only=True) as engine,
-            progress_bar(lines=not as_json) as progress,
-            jobs.ray_executor(ray) as executor,
-        ):
-            joined = jobs.find_duplicates(
-                engine, result, threshold_db=threshold_db, progress=progress, executor=executor
-            )
-        print_summary(joined.summary() | {"result": str(result)}, as_json)
-        for cluster in joined.clusters[:20] if not as_json else ():
-            names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
-            say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}{_left_out(cluster)}")
-        raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
+        _dedup_gallery(source, result, chosen, threshold_db, ray, as_json)
     with progress_bar(lines=not as_json) as progress:
         doubles = jobs.dedup(source, result, chosen, threshold_db=threshold_db, options=options, progress=progress)
     summary = doubles.summary() | {"result": str(result)}
@@ -102,14 +90,36 @@ def dedup(
     else:
         print_summary({k: v for k, v in summary.items() if k not in ("files_left_out", "refused_rows")}, as_json)
         say(*doubles.left_out.sentences(), *doubles.refused_sentences())
-        label_of = {unit.unit_id: unit.label for unit in doubles.units}
-        links = [link for cluster in doubles.clusters for link in cluster.links]
-        across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
-        for link in sorted(across, key=lambda link: -link.score_db)[:20]:
-            say(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}")
+        _print_links_across_labels(doubles)
     if doubles.clusters:
         raise typer.Exit(Exit.DUPLICATE)
     raise typer.Exit(Exit.REFUSED if doubles.refusals or doubles.left_out.rows else Exit.DONE)
+
+
+def _dedup_gallery(
+    gallery: Path, result: Path, config: Config, threshold_db: float | None, ray: str | None, as_json: bool
+) -> NoReturn:
+    # reading only: enrolment goes on beside it, for hours
+    with (
+        bd.Engine.open(gallery, config, read_only=True) as engine,
+        progress_bar(lines=not as_json) as progress,
+        jobs.ray_executor(ray) as executor,
+    ):
+        joined = jobs.find_duplicates(engine, result, threshold_db=threshold_db, progress=progress, executor=executor)
+    print_summary(joined.summary() | {"result": str(result)}, as_json)
+    for cluster in joined.clusters[:20] if not as_json else ():
+        names = "  =  ".join(cluster.subject_ids[:8]) + ("  ..." if len(cluster.subject_ids) > 8 else "")
+        say(f"weakest link {cluster.weakest_db:6.1f} dB  {names}{_left_out(cluster)}")
+    raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
+
+
+def _print_links_across_labels(doubles: jobs.DedupResult) -> None:
+    """The strongest links between units whose labels differ, such as two folders of a folder of images."""
+    label_of = {unit.unit_id: unit.label for unit in doubles.units}
+    links = [link for cluster in doubles.clusters for link in cluster.links]
+    across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
+    for link in sorted(across, key=lambda link: -link.score_db)[:20]:
+        say(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}")
 
 
 def _left_out(cluster: Cluster) -> str:

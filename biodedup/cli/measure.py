@@ -34,16 +34,19 @@ from biodedup.cli.table_options import (
     table_options,
 )
 
+LabelledArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of images (a folder per subject); CSV or Parquet manifest (subject_id, path, optionally position, dpi, "
+        "encounter_id, and columns to group by); or Parquet of templates (subject_id, face, right_index, ...)."
+    ),
+]
+NonmatedOption = Annotated[int, typer.Option(min=1, help="At most this many impostor pairs; of more, a random sample.")]
+
 
 @app.command(rich_help_panel=Panel.CARE)
 def evaluate(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder of images (a folder per subject); CSV or Parquet manifest (subject_id, path, optionally position, dpi, "
-            "encounter_id, and columns to group by); or Parquet of templates (subject_id, face, right_index, ...)."
-        ),
-    ],
+    source: LabelledArgument,
     result: Annotated[Path, typer.Option("--out", "-o", help="Result, .json.")] = Path("evaluation.json"),
     report: Annotated[
         Path | None, typer.Option("--report", help="HTML report; default: beside the result. Holds captures.")
@@ -58,9 +61,7 @@ def evaluate(
     ] = None,
     model_id: ModelIdOption = None,
     verify_fmr: Annotated[float | None, typer.Option(help="FMR that 1:1 decisions are made at.")] = None,
-    nonmated_max: Annotated[
-        int, typer.Option(min=1, help="At most this many impostor pairs; of more, a random sample.")
-    ] = 2_000_000,
+    nonmated_max: NonmatedOption = 2_000_000,
     seed: Annotated[int, typer.Option(help="Seed of the sample of impostor pairs and of the bootstrap.")] = 0,
     check: CheckOption = False,
     encoding: EncodingOption = None,
@@ -80,12 +81,8 @@ def evaluate(
     options = table_options(source, encoding, columns, ignore_columns=ignore_columns)
     if check:
         finish_check(jobs.check_captures(source, options, carried=True), as_json)
-    given = {
-        "finger.minutiae": minutiae,
-        "finger.record_model_id": record_model_id,
-        "policy.verify_fmr": verify_fmr,
-    }
-    chosen = configured(None, config, threads=threads, more=given)
+    more = {"finger.minutiae": minutiae, "finger.record_model_id": record_model_id, "policy.verify_fmr": verify_fmr}
+    chosen = configured(None, config, threads=threads, more=more)
     page = None if no_report else report or result.with_suffix(".html")
     with progress_bar(lines=not as_json) as progress:
         document = jobs.evaluate(
@@ -102,18 +99,21 @@ def evaluate(
             options=options,
             progress=progress,
         ).document
-    code = Exit.REFUSED if document["left_out"]["rows_refused"] else Exit.DONE
     if as_json:
         print_json(document)
-        raise typer.Exit(code)
+    else:
+        _print_evaluation(document, [result] if page is None else [result, page])
+    raise typer.Exit(Exit.REFUSED if document["left_out"]["rows_refused"] else Exit.DONE)
+
+
+def _print_evaluation(document: dict[str, Any], files: list[Path]) -> None:
     counts = document["counts"]
     say(
         f"{counts['subjects']:,} subjects, {counts['encounters']:,} encounters, {counts['mated_pairs']:,} mated and "
-        f"{counts['nonmated_pairs']:,} non-mated pairs; {result}{'' if page is None else f', {page}'}"
+        f"{counts['nonmated_pairs']:,} non-mated pairs; {', '.join(map(str, files))}"
     )
     _print_left_out(document["left_out"])
     show_table(_rates(document), ("rate", "at", "value", "95 %", "events"))
-    raise typer.Exit(code)
 
 
 def _print_left_out(left_out: dict[str, Any]) -> None:

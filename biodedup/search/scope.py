@@ -1,4 +1,4 @@
-"""The rows that one search may return: from a row on, and of some groups.
+"""The rows that one search may return: those from a given row number on, and those of chosen groups of subjects.
 
 Owns the count of these rows, and the query that a shard gets for them. Never searches.
 """

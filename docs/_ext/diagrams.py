@@ -13,7 +13,7 @@ INK, PALE, FILL, STORE = "#1f2d3d", "#5b6b7b", "#eaf2fb", "#fdf3e1"
 
 
 def text(
-    x: float, y: float, words: str, size: int = 14, *, anchor: str = "middle", ink: str = INK, weight: str = "400"
+    x: float, y: float, words: str, size: int = 20, *, anchor: str = "middle", ink: str = INK, weight: str = "400"
 ) -> str:
     return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{ink}" font-weight="{weight}">{escape(words)}</text>'
 
@@ -21,11 +21,11 @@ def text(
 def box(x: float, y: float, width: float, height: float, title: str, under: str = "", *, fill: str = FILL) -> str:
     """A rectangle with a title, and a smaller line under it."""
     middle = x + width / 2
-    first = y + height / 2 + (5 if not under else -3)
+    first = y + height / 2 + (7 if not under else -4)
     parts = [f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{fill}" stroke="{INK}"/>']
     parts.append(text(middle, first, title, weight="600"))
     if under:
-        parts.append(text(middle, first + 18, under, 12, ink=PALE))
+        parts.append(text(middle, first + 23, under, 17, ink=PALE))
     return "".join(parts)
 
 
@@ -55,37 +55,37 @@ def save(name: str, width: int, height: int, title: str, parts: list[str]) -> No
 def architecture() -> None:
     """The packages as layers; each may use those below it."""
     parts = [
-        box(190, 20, 760, 50, "cli", "commands, exit codes"),
-        box(190, 90, 760, 50, "jobs", "bulk enrolment, deduplication, evaluation, kits, merging, health: resumable"),
-        box(190, 160, 760, 50, "engine", "prepare, search, decide, enrol, review, load"),
-        box(190, 250, 370, 50, "embed", "model cards, networks, worker processes"),
-        box(190, 320, 370, 50, "synthetic", "fingerprints of no real person"),
-        box(190, 390, 370, 50, "capture", "reading, formats, quality gate"),
-        box(580, 250, 370, 50, "search", "shards, scan, re-ranking, self-join"),
-        box(580, 320, 370, 50, "gallery", "journal, sealed segments, encryption, repair"),
-        box(580, 390, 370, 50, "match", "exact comparison, calibration, fusion"),
+        box(215, 20, 710, 64, "cli", "commands, exit codes"),
+        box(215, 104, 710, 64, "jobs", "bulk enrolment, deduplication, evaluation, kits, merging, health"),
+        box(215, 188, 710, 64, "engine", "prepare, search, decide, enrol, review, load"),
+        box(215, 292, 345, 64, "embed", "model cards, networks, workers"),
+        box(215, 376, 345, 64, "synthetic", "fingerprints of no real person"),
+        box(215, 460, 345, 64, "capture", "reading, formats, quality gate"),
+        box(580, 292, 345, 64, "search", "shards, scan, re-ranking, self-join"),
+        box(580, 376, 345, 64, "gallery", "journal, segments, encryption"),
+        box(580, 460, 345, 64, "match", "exact comparison, fusion"),
         box(
-            190,
-            480,
-            760,
-            50,
+            215,
+            564,
+            710,
+            64,
             "config, values, errors, trace, common",
             "settings, the values that travel, the error tree",
         ),
-        box(20, 250, 130, 50, "models/", "cards and weights", fill=STORE),
-        box(990, 320, 130, 50, "gallery folder", "SQLite, columns", fill=STORE),
-        box(990, 160, 130, 50, "cluster", "register, front-ends"),
-        box(990, 240, 130, 60, "PostgreSQL", "and segment store", fill=STORE),
-        arrow((950, 185), (990, 185)),
-        arrow((1055, 210), (1055, 240)),
-        arrow((190, 275), (150, 275)),
-        arrow((950, 345), (990, 345)),
-        arrow((570, 70), (570, 90)),
-        arrow((570, 140), (570, 160)),
+        box(10, 292, 170, 64, "models/", "cards and weights", fill=STORE),
+        box(960, 376, 170, 64, "gallery folder", "SQLite, columns", fill=STORE),
+        box(960, 188, 170, 64, "cluster", "many front-ends"),
+        box(960, 282, 170, 64, "PostgreSQL", "segment store", fill=STORE),
+        arrow((925, 220), (960, 220)),
+        arrow((1045, 252), (1045, 282)),
+        arrow((215, 324), (180, 324)),
+        arrow((925, 408), (960, 408)),
+        arrow((570, 84), (570, 104)),
+        arrow((570, 168), (570, 188)),
     ]
-    for x in (375, 765):
-        parts += [arrow((x, low), (x, high)) for low, high in ((210, 250), (300, 320), (370, 390), (440, 480))]
-    save("architecture.svg", 1140, 550, "Packages of biodedup: each may use those below it", parts)
+    for x in (387, 752):
+        parts += [arrow((x, low), (x, high)) for low, high in ((252, 292), (356, 376), (440, 460), (524, 564))]
+    save("architecture.svg", 1140, 648, "Packages of biodedup: each may use those below it", parts)
 
 
 STEPS = [
@@ -93,7 +93,7 @@ STEPS = [
     ("engine/enrol.py", "answered before? then the same answer"),
     ("engine/prepare.py", "captures become a probe"),
     ("embed/extractor.py", "batches captures, runs the networks"),
-    ("capture/faces/face.py, capture/fingers/finger.py", "decoded, aligned; quality gate"),
+    ("capture/faces/face.py or fingers/finger.py", "decoded, aligned; quality gate"),
     ("engine/search.py", "callers who wait share one pass"),
     ("search/searcher.py", "candidates of the newest snapshot"),
     ("match/compare.py", "every capture, exactly; score in dB"),
@@ -107,21 +107,21 @@ STEPS = [
 def enrolment() -> None:
     """The modules that one enrolment passes, in their order: without the lock on the left, under it on the right."""
     parts = [
-        text(235, 34, "without the lock", 15, weight="600"),
-        text(735, 34, "under the writer's lock", 15, weight="600"),
+        text(235, 30, "without the lock", weight="600"),
+        text(735, 30, "under the writer's lock", weight="600"),
     ]
     left, right = STEPS[:8], STEPS[8:]
-    for column, (steps, x) in enumerate(((left, 40), (right, 540))):
+    for column, (steps, x) in enumerate(((left, 10), (right, 510))):
         for number, (module, does) in enumerate(steps):
-            y = 50 + 68 * number
-            parts.append(box(x, y, 390, 50, module, does, fill=STORE if module.startswith("gallery") else FILL))
+            y = 50 + 84 * number
+            parts.append(box(x, y, 450, 64, module, does, fill=STORE if module.startswith("gallery") else FILL))
             if number:
-                parts.append(arrow((x + 195, y - 18), (x + 195, y)))
+                parts.append(arrow((x + 225, y - 20), (x + 225, y)))
         if column == 0:
-            parts.append(arrow((430, 50 + 68 * 7 + 25), (485, 50 + 68 * 7 + 25), (485, 75), (540, 75)))
-    parts.append(arrow((735, 50 + 68 * 3 + 50), (735, 50 + 68 * 4 + 20)))
-    parts.append(text(735, 50 + 68 * 4 + 40, "the decision is returned", 14))
-    save("enrolment.svg", 970, 610, "The modules that one enrolment passes", parts)
+            parts.append(arrow((460, 50 + 84 * 7 + 32), (485, 50 + 84 * 7 + 32), (485, 82), (510, 82)))
+    parts.append(arrow((735, 50 + 84 * 3 + 64), (735, 50 + 84 * 4 + 20)))
+    parts.append(text(735, 50 + 84 * 4 + 44, "the decision is returned"))
+    save("enrolment.svg", 970, 730, "The modules that one enrolment passes", parts)
 
 
 if __name__ == "__main__":

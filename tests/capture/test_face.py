@@ -80,6 +80,20 @@ def test_poor_faces_are_refused_with_the_number(portrait):
     refused(cv2.resize(portrait, (110, 110), interpolation=cv2.INTER_AREA), "too_small")
 
 
+@pytest.mark.slow
+def test_a_second_face_counts_from_a_share_of_the_first_ones_prominence_on(portrait):
+    def beside(length: float) -> np.ndarray:
+        other = cv2.resize(portrait[:, ::-1], None, fx=length, fy=length, interpolation=cv2.INTER_AREA)
+        picture = np.full((portrait.shape[0], portrait.shape[1] + other.shape[1], 3), 127, np.uint8)
+        picture[:, : portrait.shape[1]] = portrait
+        picture[: other.shape[0], portrait.shape[1] :] = other
+        return picture
+
+    assert 0.6 < refused(beside(0.9), "several_faces").measured < 0.9
+    alone, together = extract(portrait), extract(beside(0.5))
+    assert isinstance(together, bd.Template) and similarity(alone, together) > 0.9
+
+
 def judged(landmarks: np.ndarray) -> bd.Refusal | None:
     image = np.random.default_rng(0).integers(60, 200, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
     return judge(AlignedFace(image, 0.9, landmarks), (100, 100), bd.FaceConfig())

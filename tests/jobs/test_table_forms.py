@@ -150,6 +150,20 @@ def test_empty_lines_before_the_header_and_line_ends_in_its_names_are_no_trouble
     assert [cells for _, cells in table.rows()] == [{"subject_id": "1", "path": "a.jpg"}]
 
 
+@pytest.mark.parametrize("title", ["Daftar pemilih Kecamatan X", "List of voters;;;", "Provinsi Y\nKota Z 2026;;"])
+def test_titles_of_a_sheet_before_its_header_are_left_out_and_told(tmp_path, title):
+    (tmp_path / "m.csv").write_text(f"{title}\n\nsubject_id;path;name\n001;a.jpg;A B\n;;\n002;b.jpg;\n")
+    table = TableFile(tmp_path / "m.csv")
+    assert table.names == ["subject_id", "path", "name"]
+    assert [(number, row["subject_id"]) for number, row in table.rows()] == [(1, "001"), (3, "002")]
+    assert "taken for titles" in jobs.check_encounters(tmp_path / "m.csv").form
+
+
+def test_a_header_of_one_column_is_no_title(tmp_path):
+    (tmp_path / "m.csv").write_text("Nomor KTP\n001\n002\n")
+    assert TableFile(tmp_path / "m.csv").names == ["Nomor KTP"]
+
+
 # positions, ids and dates ------------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +379,7 @@ def test_a_check_names_times_that_cannot_be_read(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "m.csv").write_text("subject_id,path,captured_at\n1,a.jpg,31/12/2026\n2,a.jpg,2026-12-31\n")
     (note,) = jobs.check_encounters(tmp_path / "m.csv").notes
-    assert note.startswith("captured_at is no time in 1 rows, first in row 1; state its form")
+    assert note.startswith("captured_at is no time in 1 of 2 rows, first in row 1; state its form")
     declared = jobs.check_encounters(tmp_path / "m.csv", TableOptions(date_format="%d/%m/%Y"))
     assert declared.notes == () and [row.number for row in declared.refused] == [2]
 

@@ -52,38 +52,43 @@ from biodedup.cli.table_options import (
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.names import MERGES_FOLDER
 
+TemplatesArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE",
+        help="A folder of `export --to`, for a new gallery; or Parquet or Arrow with subject_id, face (lists of floats), "
+        "fingers by position (binary minutiae records, or lists of floats) and optionally groups; - for an Arrow stream; "
+        "or vectors.npy with --ids.",
+    ),
+]
+LoadColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="NAME[=HEADER]",
+        help="Column of a .npy file; default: face. With HEADER: a column's header in a table, as subject_id=NIK. Repeatable.",
+    ),
+]
+FromFaissOption = Annotated[
+    bool,
+    typer.Option(
+        "--faiss", help="FILE is an index that faiss.write_index wrote; --ids is Parquet with id and subject_id."
+    ),
+]
+
 
 @app.command(rich_help_panel=Panel.GALLERY)
 def load(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE",
-            help="A folder of `export --to`, for a new gallery; or Parquet or Arrow with subject_id, face (lists of floats), fingers by position (binary minutiae records, or "
-            "lists of floats) and optionally groups; - for an Arrow stream; or vectors.npy with --ids.",
-        ),
-    ],
+    source: TemplatesArgument,
     ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column",
-            metavar="NAME[=HEADER]",
-            help="Column of a .npy file; default: face. With HEADER: a column's header in a table, as subject_id=NIK. Repeatable.",
-        ),
-    ] = None,
+    column: LoadColumnOption = None,
     model_id: ModelIdOption = None,
     record_model_id: Annotated[
         str | None,
         typer.Option(help="What extracted the minutiae records; skeleton-1 if captures are to be compared with them."),
     ] = None,
     index: IndexOption = None,
-    from_faiss: Annotated[
-        bool,
-        typer.Option(
-            "--faiss", help="FILE is an index that faiss.write_index wrote; --ids is Parquet with id and subject_id."
-        ),
-    ] = False,
+    from_faiss: FromFaissOption = False,
     check: CheckOption = False,
     encoding: EncodingOption = None,
     ignore_columns: IgnoreColumnsOption = False,
@@ -385,16 +390,20 @@ def doctor(
     if as_json:
         print_json(report.to_dict())
     else:
-        for word, lines in (
-            ("mended", report.mended),
-            ("sound", report.checked),
-            ("exposed", report.exposed),
-            ("note", report.notes),
-            ("damaged", report.problems),
-        ):
-            for line in lines:
-                say(f"{word:<8} {line}")
+        _print_health(report)
     raise typer.Exit(Exit.DAMAGED if report.problems else Exit.DONE)
+
+
+def _print_health(report: jobs.Report) -> None:
+    for word, lines in (
+        ("mended", report.mended),
+        ("sound", report.checked),
+        ("exposed", report.exposed),
+        ("note", report.notes),
+        ("damaged", report.problems),
+    ):
+        for line in lines:
+            say(f"{word:<8} {line}")
 
 
 @app.command(rich_help_panel=Panel.CARE)

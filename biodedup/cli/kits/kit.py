@@ -103,19 +103,24 @@ def pack(
         )
     print_summary(packed.summary() | {"report": str(report or result.with_name(f"{result.stem}.html"))}, as_json)
     if not as_json:
-        for record in packed.recaptures[:20]:
-            refused = ", ".join(f"{refusal.column} {refusal.reason}" for refusal in record.refusals)
-            say(f"capture again: {record.subject_id}: {refused}")
-        for broken in packed.broken[:20]:
-            say(f"not packed: {broken.subject_id}: {broken.problem}")
-        for pair in packed.doubles[:20]:
-            score = "same subject_id" if pair.score_db is None else f"{pair.score_db:.1f} dB"
-            say(f"{score}: {pair.subject_ids[0]}  =  {pair.subject_ids[1]}")
+        _print_packed(packed)
     if packed.key_expires_at < time.time():
         complain("the kit's key has expired by this machine's clock: the centre may refuse the batch")
     if packed.doubles:
         raise typer.Exit(Exit.DUPLICATE)
     raise typer.Exit(Exit.REFUSED if packed.recaptures or packed.broken else Exit.DONE)
+
+
+def _print_packed(packed: jobs.PackResult) -> None:
+    """The records that need a person: captures to take again, records that were not packed, and duplicates."""
+    for record in packed.recaptures[:20]:
+        refused = ", ".join(f"{refusal.column} {refusal.reason}" for refusal in record.refusals)
+        say(f"capture again: {record.subject_id}: {refused}")
+    for broken in packed.broken[:20]:
+        say(f"not packed: {broken.subject_id}: {broken.problem}")
+    for pair in packed.doubles[:20]:
+        score = "same subject_id" if pair.score_db is None else f"{pair.score_db:.1f} dB"
+        say(f"{score}: {pair.subject_ids[0]}  =  {pair.subject_ids[1]}")
 
 
 @kit.command()

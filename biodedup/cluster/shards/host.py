@@ -1,4 +1,4 @@
-"""Searches some units of sealed segments for front-ends: what an actor does, without Ray.
+"""Searches its share of a register's sealed segments when another process asks. Starting it as an actor of Ray is `ray_actors.py`.
 
 Owns the open segments of an actor, and the views of them that its front-ends ask about. Never decides and never writes to the store.
 

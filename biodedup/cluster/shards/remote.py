@@ -1,4 +1,4 @@
-"""Divides a front-end's snapshot into shards: sealed segments are searched by replicas elsewhere, the rest here.
+"""Divides a search between processes: sealed segments are searched by other processes, the newest rows in this one.
 
 Owns the units that segments are searched in, and what a front-end does when no replica answers. Knows nothing of Ray.
 

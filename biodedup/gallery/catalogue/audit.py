@@ -136,8 +136,17 @@ def pack_records(rows: Sequence[Sequence[Any]], before: bytes, key_id: str) -> A
     """rows: of the table `audit`, at least one."""
     text = "\n".join(json.dumps(row[:-1], separators=(",", ":")) for row in rows)
     records = zlib.compress(text.encode(), 6)
-    numbers, times = (rows[0][0], rows[-1][0]), (float(min(r[1] for r in rows)), float(max(r[1] for r in rows)))
-    return AuditSpan(*numbers, *times, key_id, before, rows[-1][-1], hashlib.sha256(records).digest(), records)
+    return AuditSpan(
+        number=rows[0][0],
+        last=rows[-1][0],
+        since=float(min(row[1] for row in rows)),
+        until=float(max(row[1] for row in rows)),
+        key_id=key_id,
+        before=before,
+        value=rows[-1][-1],
+        digest=hashlib.sha256(records).digest(),
+        records=records,
+    )
 
 
 def records_of(span: AuditSpan, records: bytes) -> list[AuditRecord]:

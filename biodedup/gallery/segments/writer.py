@@ -115,18 +115,8 @@ def write_segment(
 
     present = [name for name in COLUMNS if any(name in part.columns for part in parts)]
     _each(write_column, present, threads if base >= PIECE_ROWS else 1)
-    answers = [part.answers for part in parts]
-    count = sum(a.count for a in answers)
-    if count:
-        outcomes = sum((Counter(dict(a.outcomes)) for a in answers), Counter[str]())
-        write(
-            ENCOUNTER,
-            {"encounters": count, "outcomes": dict(sorted(outcomes.items()))},
-            _answer_streams(answers, count),
-        )
-        bases = np.cumsum([0, *(a.count for a in answers)])
-        found = [(a.lookup(), _Shift(int(b))) for a, b in zip(answers, bases, strict=False)]
-        write(ENCOUNTER + LOOKUP, {}, _lookup_streams(found, count))
+    for kind, more, streams in _answer_files([part.answers for part in parts]):
+        write(kind, more, streams)
     storage.sync_folder(folder)
     order = [kind for name in COLUMNS for kind in (name, name + REST)]
     files = dict(sorted(files.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1))
@@ -276,6 +266,19 @@ def _column_streams(
     if minutiae[1].shape[0]:
         streams += minutiae
     return about, streams, rest
+
+
+def _answer_files(answers: Sequence[Answers]) -> Iterator[tuple[str, dict[str, Any], list[Stream]]]:
+    """For each file of stored answers its kind, what it says of itself, and its arrays. None where there are no answers."""
+    count = sum(a.count for a in answers)
+    if not count:
+        return
+    outcomes = sum((Counter(dict(a.outcomes)) for a in answers), Counter[str]())
+    about = {"encounters": count, "outcomes": dict(sorted(outcomes.items()))}
+    yield ENCOUNTER, about, _answer_streams(answers, count)
+    bases = np.cumsum([0, *(a.count for a in answers)])
+    found = [(a.lookup(), _Shift(int(b))) for a, b in zip(answers, bases, strict=False)]
+    yield ENCOUNTER + LOOKUP, {}, _lookup_streams(found, count)
 
 
 def _answer_streams(answers: Sequence[Answers], count: int) -> list[Stream]:

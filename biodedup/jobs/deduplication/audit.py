@@ -151,20 +151,11 @@ def audit(
     """Checks a roll (`read_roll`) and writes `out` (.parquet or .csv), a row a finding, and a page for people.
 
     threshold_db: None takes the policy's duplicate threshold at the size of the gallery when the audit begins. clock: seconds since 1970,
-    for the page's date. Raises InvalidInput
-    for a roll that cannot be read at all, GalleryDamaged, StorageUnavailable.
+    for the page's date. Raises InvalidInput for a roll that cannot be read at all, GalleryDamaged, StorageUnavailable.
     """
     check_table_name(out)
     listed = read_roll(roll, options)
-    key = {
-        "roll": hashlib.sha256(roll.read_bytes()).hexdigest(),
-        "gallery": engine.info()["gallery_id"],
-        "policy": {name: plain(value) for name, value in flat(engine.policy).items()},
-        "threshold_db": threshold_db,
-        "across_positions": engine.config.search.across_positions,
-    }
-    if options != DEFAULT_OPTIONS:
-        key["options"] = vars(options) | {"columns": dict(options.columns)}
+    key = _identity(engine, roll, threshold_db, options)
     for path in (out, report):
         if path is not None:
             make_private_folder(path.parent)
@@ -199,6 +190,20 @@ def audit(
             _write_report(result, listed, roll, report, {"gallery": key["gallery"], "made": clock()})
         notes.remove()
     return result
+
+
+def _identity(engine: Engine, roll: Path, threshold_db: float | None, options: TableOptions) -> dict[str, Any]:
+    """What an interrupted audit and the one that resumes it must have in common."""
+    key = {
+        "roll": hashlib.sha256(roll.read_bytes()).hexdigest(),
+        "gallery": engine.info()["gallery_id"],
+        "policy": {name: plain(value) for name, value in flat(engine.policy).items()},
+        "threshold_db": threshold_db,
+        "across_positions": engine.config.search.across_positions,
+    }
+    if options != DEFAULT_OPTIONS:
+        key["options"] = vars(options) | {"columns": dict(options.columns)}
+    return key
 
 
 def _place(finding: Finding) -> tuple[int, int, int, int, str]:

@@ -131,15 +131,7 @@ def calibrate(
         else read_pairs(pairs, _columns(card, minutiae))
     )
     mates = int(found.mated.sum())
-    if 0 < mates < MATED_MIN or len(found) - mates < NONMATED_MIN:
-        raise InvalidInput(
-            f"{pairs.name} has {mates} mated and {len(found) - mates} non-mated pairs with a score; a calibration needs {NONMATED_MIN} non-mated "
-            f"ones at least, 10 / FMR to measure an FMR (1,000,000 for 1e-5), and no mated ones or {MATED_MIN}"
-        )
-    if not mates and not (card.calibration and (minutiae is None or minutiae.model_id in card.both)):
-        raise InvalidInput(
-            f"{pairs.name} has no mated pairs, and there is no calibration of {card.model_id} to begin with; pass mated pairs"
-        )
+    _check_enough(pairs.name, mates, len(found) - mates, card, minutiae)
     rng = np.random.default_rng(seed)
     fitted, tested = found.halves(rng)
     held_out: dict[str, list[dict[str, Any]]] = {}
@@ -165,6 +157,19 @@ def calibrate(
     subjects = None if found.a is None or found.b is None else len(np.union1d(found.a, found.b))
     positions = _positions(found, tables, minutiae)
     return CalibrateResult(out.name, mates, len(found) - mates, subjects, held_out, positions)
+
+
+def _check_enough(name: str, mates: int, nonmates: int, card: ModelCard, minutiae: ModelCard | None) -> None:
+    """Raises InvalidInput if the pairs are too few for a calibration. name: of their file."""
+    if 0 < mates < MATED_MIN or nonmates < NONMATED_MIN:
+        raise InvalidInput(
+            f"{name} has {mates} mated and {nonmates} non-mated pairs with a score; a calibration needs {NONMATED_MIN} non-mated "
+            f"ones at least, 10 / FMR to measure an FMR (1,000,000 for 1e-5), and no mated ones or {MATED_MIN}"
+        )
+    if not mates and not (card.calibration and (minutiae is None or minutiae.model_id in card.both)):
+        raise InvalidInput(
+            f"{name} has no mated pairs, and there is no calibration of {card.model_id} to begin with; pass mated pairs"
+        )
 
 
 def pairs_of_gallery(

@@ -113,7 +113,7 @@ def check_encounters(manifest: Path, options: TableOptions = DEFAULT_OPTIONS) ->
     notes = []
     if first_clock is not None:
         notes.append(
-            f"captured_at is no time in {clocks:,} rows, first in row {first_clock.row}; state its form, as --date-format %d/%m/%Y, or write "
+            f"captured_at is no time in {clocks:,} of {count:,} rows, first in row {first_clock.row}; state its form, as --date-format %d/%m/%Y, or write "
             "day numbers of a spreadsheet as dates"
         )
     return _checked(TableFile(manifest, options), count, refused, notes)
@@ -150,6 +150,8 @@ def _checked(table: TableFile, rows: int, refused: Iterable[RefusedRow], notes: 
         encoding = _NAMES.get(table.form.encoding, table.form.encoding)
         guessed = " (found by its letters; --encoding names another)" if table.form.guessed else ""
         form = f"{encoding}{guessed}, separated by {_SEPARATORS.get(table.form.delimiter, repr(table.form.delimiter))}"
+        if table.form.titles:
+            form += f"; {table.form.titles} lines before the header are taken for titles"
     return Checked(str(table.path), rows, _in_order(refused), table.written, form, tuple(notes))
 
 

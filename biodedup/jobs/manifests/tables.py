@@ -5,7 +5,7 @@ Owns the batches, column names, and lines that do not fit. Never says what a cel
 1. Cells of CSV are text without the spaces around it; an empty cell is None; nothing is converted to a number. Bytes that are no text in the
    file's encoding (`text_form.py`) become `fields.UNREADABLE` in that cell alone.
 2. A line that does not fit comes out as a row without cells. Only a file that is no table raises InvalidInput.
-3. Rows are numbered from 1, without the header.
+3. Rows are numbered from 1, without the header. Blank rows count, so that numbers are those of the spreadsheet, and do not come out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class TableFile:
             for number, cells in enumerate(
                 self._listed(names) if self.form is None else self._text(names, self.form), 1
             ):
-                yield number, cells
+                if cells is not None:
+                    yield number, cells
         except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
             raise InvalidInput(
                 f"{self.path} breaks off behind row {number} ({type(error).__name__}); send a whole one, what is done stays done"
@@ -68,7 +69,8 @@ class TableFile:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=written):
                 yield from _listed(batch, names, written)
 
-    def _text(self, names: list[str], form: TextForm) -> Iterator[dict[str, Any]]:
+    def _text(self, names: list[str], form: TextForm) -> Iterator[dict[str, Any] | None]:
+        """The cells of each row; None for a blank one."""
         # not by Arrow's reader: it guesses types, and a thread of it that outlives the interpreter ends the process
         with open_utf8(self.path, form) as stream, TextIOWrapper(stream, "utf-8-sig", "replace", newline="") as text:
             for _ in range(form.lines_before):
@@ -77,9 +79,9 @@ class TableFile:
             header = next(rows, [])
             at = [(name, header.index(self.written[name])) for name in names]
             for cells in rows:
-                if cells:  # not an empty line
-                    fits = len(cells) == len(header)
-                    yield {name: _trimmed(cells[i], name) for name, i in at} if fits else {}
+                fits = len(cells) == len(header)
+                blank = not any(map(str.strip, cells))
+                yield None if blank else {name: _trimmed(cells[i], name) for name, i in at} if fits else {}
 
 
 def _form_and_schema(path: Path, options: TableOptions) -> tuple[TextForm | None, Any]:

@@ -29,19 +29,23 @@ _TURKISH = frozenset(b"\xd0\xdd\xde\xf0\xfd\xfe")
 _CHUNK = 1 << 18
 _SAMPLE_LINES = 500
 _HEADER_BYTES = 1 << 20
+_TITLES_MAX = 20
+"""Lines at the start of a file among which the header is looked for."""
 _SEP_LINE = re.compile(r"\ufeff?sep=(.)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class TextForm:
     """encoding: a codec's name, `utf-8` with or without a byte order mark; guessed: whether it was found by its letters alone; lines_before:
-    the header: `sep=;` as Excel writes it, and empty ones; header: the first line after them."""
+    the header: `sep=;` as Excel writes it, empty ones and titles; titles: how many of these are titles of the sheet; header: the first line
+    after them."""
 
     encoding: str
     delimiter: str
     header: str
     lines_before: int = 0
     guessed: bool = False
+    titles: int = 0
 
     @property
     def is_utf8(self) -> bool:
@@ -54,12 +58,33 @@ def text_form(path: Path, encoding: str | None = None) -> TextForm:
     if encoding is None:
         encoding, guessed = detected(path)
     with open_text(path, encoding) as file:
-        header, before = file.readline(_HEADER_BYTES), 0
-        sep = _SEP_LINE.fullmatch(header)
-        while header and (not header.strip() or (before == 0 and sep is not None)):
-            header, before = file.readline(_HEADER_BYTES), before + 1
-    header = header.removeprefix("\ufeff").rstrip("\r\n")
-    return TextForm(encoding, _delimiter(header) if sep is None else sep[1], header, before, guessed)
+        first = [file.readline(_HEADER_BYTES) for _ in range(_TITLES_MAX)]
+    sep = _SEP_LINE.fullmatch(first[0])
+    before = 0 if sep is None else 1
+    while before < len(first) - 1 and first[before] and not first[before].strip():
+        before += 1
+    titles = 0
+    if _is_title(first[before]):
+        after = [at for at in range(before, len(first)) if first[at].strip() and not _is_title(first[at])]
+        if after and _cells(first[after[0]]) > 1:  # otherwise a table of one column
+            titles = sum(bool(line.strip()) for line in first[before : after[0]])
+            before = after[0]
+    header = first[before].removeprefix("\ufeff").rstrip("\r\n")
+    return TextForm(encoding, _delimiter(header) if sep is None else sep[1], header, before, guessed, titles)
+
+
+def _is_title(line: str) -> bool:
+    """Whether a line may be the title of a sheet: words in one cell, all others empty. Names of columns have no spaces, or stand in several."""
+    return _cells(line) == 1 and " " in line.strip(SEPARATORS + '"\ufeff \r\n')
+
+
+def _cells(line: str) -> int:
+    """How many cells of a line hold something, by the separator that makes most of them."""
+    return max(sum(map(bool, map(str.strip, cells))) for cells in _by_separator(line).values())
+
+
+def _by_separator(line: str) -> dict[str, list[str]]:
+    return {mark: next(csv.reader([line.rstrip("\r\n")], delimiter=mark), []) for mark in SEPARATORS}
 
 
 def header_of(path: Path, form: TextForm) -> list[str]:
@@ -130,7 +155,7 @@ def _is_windows_1252(sample: bytes) -> bool:
 
 def _delimiter(header: str) -> str:
     """The separator by which the header has most names; quoted ones may hold others. csv.Sniffer is used where two are alike."""
-    counts = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in SEPARATORS}
+    counts = {mark: len(cells) for mark, cells in _by_separator(header).items()}
     most = max(counts.values())
     alike = [mark for mark, count in counts.items() if count == most]
     if most > 1 and len(alike) > 1:

@@ -57,7 +57,8 @@ class Calibration:
         if (np.diff(score) <= 0).any() or (np.diff(llr) < 0).any() or (np.diff(nonmated) < 0).any():
             raise ModelCardError("calibration: score must ascend, llr_db and nonmated_db must not descend")
         bounds = _bounds(table, nonmated)
-        return cls(score, llr, nonmated, measured_db, source, bool(table.get("mates_measured", True)), bounds)
+        mates_measured = bool(table.get("mates_measured", True))
+        return cls(score, llr, nonmated, measured_db, source, mates_measured=mates_measured, bounds_db=bounds)
 
     def score_db(self, scores: ArrayLike) -> NDArray[np.float64]:
         """-10 log10(FMR) at each raw score; beyond the table its last slope continues, up to SCORE_DB_MAX."""

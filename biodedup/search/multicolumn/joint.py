@@ -70,7 +70,8 @@ def search(
             least_db = np.float32(query.lone_db.get(name, np.inf))
             places, vectors = _cells(column, first + low, min(first + low + _PIECE_ROWS, part.count))
             table = query.llr_tables[name].llr_db
-            _add(vectors, places, probes[name], table, least_db, llr_db[:, piece], lone_db[:, piece])
+            sums_db, lone = llr_db[:, piece], lone_db[:, piece]
+            _add(vectors, places, probes[name], table, least_db, sums_db=sums_db, lone_db=lone)
 
     pieces = range(0, len(compared), _PIECE_ROWS)
     if len(pieces) > 1:

@@ -1,4 +1,4 @@
-"""Chooses how rows that have several of a probe's columns are searched in all of these columns at once.
+"""Chooses how a search compares face and fingers together, in rows that have several of the captures that the probe has.
 
 Owns the plan of a multi-column search, the groups of rows that it applies to, and what it may miss. Never scans
 (`scan.py`).

@@ -1,4 +1,4 @@
-"""Searches rows that have several of a probe's columns in all of these columns at once, in one shard.
+"""Compares face and fingers together, in the rows of one shard that have several of the captures that the probe has.
 
 Owns the scan of one group of rows, and the exact comparison of its best. Never chooses how far a scan goes (`plan.py`).
 

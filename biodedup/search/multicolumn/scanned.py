@@ -1,4 +1,4 @@
-"""States what a search misses that scans some columns only: mates whose other columns alone would have made them candidates.
+"""Estimates how many mates a search misses if it scans only some of the captures, such as the face and not the fingers.
 
 Owns this estimate, by drawn mates. Never searches and never plans.
 """

@@ -208,7 +208,8 @@ class _Trial:
             some_pairs = waiting[low : low + _AT_ONCE]
             left, right = (pairs[some_pairs] @ self._directions[some].T for pairs in self._pairs)
             first = self.first[:, some_pairs]
-            _try(left, right, self.mean[some], 1 / self.sd[some], np.array(_THRESHOLDS, np.float32), self.tried, first)
+            thresholds_sd = np.array(_THRESHOLDS, np.float32)
+            _try(left, right, self.mean[some], 1 / self.sd[some], thresholds_sd, tried=self.tried, first=first)
             self.first[:, some_pairs] = first
         self.tried = min(self.tried + _TRIED, len(self._directions))
 
