@@ -322,15 +322,21 @@ def test_a_host_with_a_full_queue_refuses(host, indexed, monkeypatch):
     assert host.about()["waiting"] == 0 and host.idle_s == 0
 
 
-def test_nodes_without_processors_hold_no_shards():
+def test_nodes_without_processors_hold_no_shards_and_others_what_they_state_and_the_settings_allow():
     class Ray:
         @staticmethod
         def nodes():
             return [
                 {"NodeID": "head", "Alive": True, "Resources": {"memory": 1e9}},
-                {"NodeID": "worker", "Alive": True, "Resources": {"CPU": 2.0}},
+                {"NodeID": "worker", "Alive": True, "Resources": {"CPU": 2.0, "memory": 8e9}},
+                {"NodeID": "silent", "Alive": True, "Resources": {"CPU": 2.0}},
                 {"NodeID": "lost", "Alive": False, "Resources": {"CPU": 2.0}},
             ]
 
-    nodes = ray_actors.RayNodes(Ray(), bd.ClusterConfig(segments="file:///s"), "register", 1)
-    assert nodes.alive() == ["worker"]
+    def alive(**settings: int) -> dict[str, int]:
+        return ray_actors.RayNodes(Ray(), bd.ClusterConfig(segments="file:///s", **settings), "register", 1).alive()
+
+    assert alive() == {"worker": 8 * 10**9, "silent": ray_actors._UNSTATED_BYTES}
+    assert alive(node_bytes_max=10**6) == {"worker": 10**6, "silent": 10**6}
+    with pytest.raises(bd.InvalidInput, match="node_bytes_max is 0, wanted at least 1"):
+        alive(node_bytes_max=0)

@@ -107,10 +107,12 @@ class ShardHost:
         """What front-ends ask to know how it is. counts: being asked keeps it from being idle."""
         if counts:
             self._asked_at = time.monotonic()
+        segments = {part.entry.number: part for unit in list(self._units.values()) for part in unit.segments}
         return {
             "release": wire.release(),
             "generations": self.generations(),
-            "segments": sorted({part.entry.number for unit in list(self._units.values()) for part in unit.segments}),
+            "segments": sorted(segments),
+            "scanned_bytes": sum(segment.scanned_bytes for segment in segments.values()),
             "process_id": os.getpid(),
             "searching": min(self._present, _SEARCHES),
             "waiting": max(self._present - _SEARCHES, 0),

@@ -43,6 +43,11 @@ class Unit:
     def entries_text(self) -> str:
         return wire.entries_text([segment.entry for segment in self.segments])
 
+    @property
+    def scanned_bytes(self) -> int:
+        """What scans read of it: what an actor needs memory for."""
+        return sum(segment.scanned_bytes for segment in self.segments)
+
 
 def units_of(snapshot: Snapshot) -> list[Unit]:
     """The sealed parts of each shard of a snapshot: a large or indexed segment, or all other ones together."""
@@ -58,8 +63,15 @@ def units_of(snapshot: Snapshot) -> list[Unit]:
 class RemoteShards:
     """Makes the shards of snapshots. replicas_of: the replicas of a group, by its number. Thread-safe."""
 
-    def __init__(self, replicas_of: Callable[[int], Sequence[Replica]], groups: int, deadline_s: float) -> None:
-        self._replicas_of = replicas_of
+    def __init__(
+        self,
+        replicas_of: Callable[[int], Sequence[Replica]],
+        groups: int,
+        deadline_s: float,
+        shortage: Callable[[int], str] = lambda group: "",
+    ) -> None:
+        """shortage: says why a group lacks replicas, or ''."""
+        self._replicas_of, self._shortage = replicas_of, shortage
         self._groups = groups
         self._asker = Asker(deadline_s)
         self._taken_at: dict[tuple[str, str], float] = {}
@@ -73,7 +85,8 @@ class RemoteShards:
     def ask(self, unit: Unit, message: wire.Message) -> tuple[dict[str, Any], wire.Arrays] | None:
         """The answer of the first replica that gives one; None where some are there, and none has the unit yet. Raises QueueFull,
         StorageUnavailable."""
-        replicas = self._replicas_of(group_of(unit.key, self._groups))
+        group = group_of(unit.key, self._groups)
+        replicas = self._replicas_of(group)
         said = self._asker.ask(replicas, message)
         for replica in said.outdated:
             self._tell(replica, unit)
@@ -87,9 +100,8 @@ class RemoteShards:
             )
         if said.outdated or said.starting:
             return None
-        raise StorageUnavailable(
-            f"no replica of {len(unit.segments)} segments answers ({'; '.join(said.failures) or 'there is none'}); send it again"
-        )
+        reason = "; ".join(said.failures) or self._shortage(group) or "there is none"
+        raise StorageUnavailable(f"no replica of {len(unit.segments)} segments answers ({reason}); send it again")
 
     def _tell(self, replica: Replica, unit: Unit) -> None:
         text, now = unit.entries_text, time.monotonic()
