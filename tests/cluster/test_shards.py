@@ -242,6 +242,24 @@ def test_without_any_replica_a_search_is_incomplete_and_never_unique(indexed, re
     assert indexed.engine.search({"face": stranger[None]}, k=3).incomplete
 
 
+def test_rows_since_a_search_are_searched_here_because_the_register_is_locked_meanwhile(
+    indexed, replicas, elsewhere, monkeypatch
+):
+    """Whether they are still in the journal or were sealed by another front-end."""
+    ids = indexed.snapshot.models
+    probes = [
+        {column: bd.Template(column, ids[column].model_id, indexed.vectors[column][row]) for column in columns}
+        for row, columns in ((4_500, ("face",)), (3_950, ("face", "right_index")), (4_900, COLUMNS))
+    ]
+    searcher, snapshot = internals(indexed.engine).searcher, indexed.snapshot
+    there = searcher.search(snapshot, probes, from_row=3_900)
+    assert [replica.asked for replica in replicas] == [0, 0]
+    monkeypatch.setattr(searcher, "_shards_of", faiss_engine.shards)
+    here = searcher.search(snapshot, probes, from_row=3_900)
+    assert [found.comparisons.rows.tolist() for found in there] == [found.comparisons.rows.tolist() for found in here]
+    assert all(len(found.comparisons.rows) for found in there) and not any(found.incomplete for found in there)
+
+
 @on_native
 def test_removed_rows_and_new_ones_are_seen_at_once(indexed, replicas, elsewhere):
     probe = {"face": indexed.vectors["face"][501:502]}

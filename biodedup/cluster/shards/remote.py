@@ -5,6 +5,7 @@ Owns the units that segments are searched in, and what a front-end does when no 
 1. A unit is exactly one shard of a search in one process (`search/shards/faiss.py`). Its cut-offs, and so its answers, are the same.
 2. When all replicas of a unit fail, the shard raises, and the search is incomplete. When their queues are full, the search is refused.
 3. A replica that is there but has not opened a unit yet, as after sealing, is told to. Until one has, this process searches the unit itself.
+4. The rows since a search, which are few, are searched by this process: the register's lock is held meanwhile, and waits for no replica.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ class RemoteShard:
         self._shards, self._snapshot, self._unit, self._scanner = shards, snapshot, unit, scanner
 
     def search(self, probes: Float32, query: ShardQuery) -> ShardHits:
+        if query.from_row:
+            return self._here().search(probes, query)
         message = self._message("column", query.groups)
         wire.query_message(query, message)
         message.arrays["probe."] = probes
@@ -130,6 +133,8 @@ class RemoteShard:
         return wire.hits_of(*answer, self._snapshot.version)
 
     def search_multicolumn(self, probes: Mapping[str, Float32], query: MultiColumnQuery) -> MultiColumnHits:
+        if query.from_row:
+            return self._here().search_multicolumn(probes, query)
         message = self._message("multicolumn", query.groups)
         wire.multicolumn_message(query, message)
         message.arrays.update({f"probe.{column}": vectors for column, vectors in probes.items()})
