@@ -211,6 +211,23 @@ def test_searches_go_on_without_a_gcs_and_a_front_end_that_is_started_again_find
     assert search(front_end).ids[0, 0] == "s5" and not search(front_end).incomplete
 
 
+def test_actors_search_an_encrypted_register_whose_key_their_nodes_fetch(register, cluster, tmp_path, monkeypatch):
+    (tmp_path / "key").write_bytes(bytes(range(32)))
+    (tmp_path / "key").chmod(0o600)
+    config = bd.Config(gallery=bd.GalleryConfig(background=False), keys=bd.KeyProvider(file=tmp_path / "key"))
+    with register(config) as engine:
+        engine.add_templates([f"s{i}" for i in range(LAST)], {"face": VECTORS[:LAST]})
+        engine.seal()
+    engine = register(config, cluster={"ray_address": cluster.address, "cache": tmp_path / "c"})
+    until(lambda: states(engine) == ["serving", "serving"])
+    monkeypatch.setattr("biodedup.cluster.shards.remote.RemoteShard._here", _never)
+    found = engine.search({"face": again(VECTORS[[5, 8]], 0.8)}, k=1)
+    assert found.ids[:, 0].tolist() == ["s5", "s8"] and not found.incomplete
+    internals(engine).elsewhere.keeper.close()
+    for replica in actors(engine):
+        replica.end()
+
+
 @contextmanager
 def searching(engine: bd.Engine) -> Iterator[list[str]]:
     """Searches all the time; the answers that are not those of an undisturbed gallery come into the list."""

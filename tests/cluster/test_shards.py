@@ -137,7 +137,7 @@ def indexed(request, built) -> Built:
 
 
 def host_of(built: Built, folder: Path, texts: list[str]) -> ShardHost:
-    host = ShardHost(LocalStorage(), folder, f"file://{built.store}", REGISTER, 1 << 40, 2)
+    host = ShardHost(lambda folder: LocalStorage(), folder, f"file://{built.store}", REGISTER, 1 << 40, 2)
     assert [host.take(text) for text in texts] == [""] * len(texts)
     return host
 
@@ -301,7 +301,7 @@ def test_a_message_of_another_version_is_refused(indexed, replicas):
 @on_native
 def test_a_unit_whose_file_was_changed_in_the_store_is_not_served(indexed, tmp_path):
     texts = indexed.upload()
-    host = ShardHost(LocalStorage(), tmp_path / "n", f"file://{indexed.store}", REGISTER, 1 << 40, 1)
+    host = ShardHost(lambda folder: LocalStorage(), tmp_path / "n", f"file://{indexed.store}", REGISTER, 1 << 40, 1)
     (changed,) = indexed.store.rglob(f"{indexed.snapshot.segments[0].entry.number}.face.{_digest(indexed)}")
     content = changed.read_bytes()
     try:

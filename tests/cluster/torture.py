@@ -200,6 +200,16 @@ class FrontEnd:
                 time.sleep(0.02)
 
 
+def _persisting(start: Callable[[], Any]) -> Any:
+    """Ray gives up the start of a node after 30 s, which a loaded machine exceeds; a supervisor tries again."""
+    for _ in range(10):
+        try:
+            return start()
+        except Exception as error:  # Ray's own has no class
+            sys.stderr.write(f"{time.time():.3f} Ray does not start: {error}\n")
+    raise AssertionError("Ray does not start")
+
+
 def _ended_by(failure: threading.ExceptHookArgs) -> None:
     """Ends the process when one of its threads fails."""
     threading.__excepthook__(failure)
@@ -312,7 +322,7 @@ class Run:
         """A head without shards, which front-ends join by, and the nodes."""
         from tests.support.ray_cluster import without_driver
 
-        self._ray = without_driver(self._plan.ray_nodes)
+        self._ray = _persisting(lambda: without_driver(self._plan.ray_nodes))
         (self._folder / "ray").write_text(self._ray.address)
 
     def _actors(self) -> list[int]:
@@ -342,7 +352,7 @@ class Run:
         node = self._chance.choice(sorted(self._ray.worker_nodes, key=lambda node: str(node.node_id)))
         self._ray.remove_node(node, allow_graceful=False)
         time.sleep(self._chance.choice([1.0, 20.0]))
-        self._ray.add_node(**NODE)
+        _persisting(lambda: self._ray.add_node(**NODE))
 
     def _gcs(self) -> None:
         """Without Redis a GCS that was killed comes back without its state, so that all of Ray is started anew."""

@@ -185,7 +185,7 @@ def upgrade(
         from biodedup.cluster import operating
     stated = _stated(ray, config)
     with progress_bar(lines=not as_json) as progress:
-        done = operating.upgrade(url, stated, wait, progress)
+        done = operating.upgrade(url, stated, wait, progress, settings(None, config).config.keys)
     lines = [f"{done.serving} of {counted(done.wanted, 'replica')} serve with {done.release}"]
     if done.serving == done.wanted:
         lines.append(f"{counted(done.ended, 'actor')} of other releases ended, {done.asked} still asked by front-ends")

@@ -19,9 +19,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from biodedup.cluster.key import ActorKey, actor_storage
 from biodedup.cluster.shards import wire
 from biodedup.cluster.shards.asking import ReplicaFailed
 from biodedup.cluster.shards.host import ShardHost
@@ -30,7 +32,6 @@ from biodedup.cluster.shards.placement import Place, group_of
 from biodedup.cluster.shards.remote import RemoteShards, units_of
 from biodedup.config import ClusterConfig
 from biodedup.errors import BiodedupError, InvalidInput, StorageUnavailable
-from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.shards.base import QueueFull
 
@@ -49,10 +50,19 @@ _IDLE_S = 600.0
 class ShardActor:
     """What Ray runs: a `ShardHost`."""
 
-    def __init__(self, cache: str | None, segments: str, register_id: str, bytes_max: int, threads: int) -> None:
+    def __init__(
+        self,
+        cache: str | None,
+        segments: str,
+        register_id: str,
+        bytes_max: int,
+        threads: int,
+        key: tuple[dict[str, Any], str] | None,
+    ) -> None:
+        """key: `ActorKey.sent`."""
         os.nice(_NICE)
         folder = Path(cache) if cache else Path(tempfile.mkdtemp(prefix="biodedup-shard-"))
-        self._host = ShardHost(LocalStorage(), folder, segments, register_id, bytes_max, threads)
+        self._host = ShardHost(partial(actor_storage, key), folder, segments, register_id, bytes_max, threads)
         threading.Thread(target=self._end_when_idle, args=(_imported(),), daemon=True).start()
 
     def _end_when_idle(self, ray: Any) -> None:
@@ -137,8 +147,11 @@ def _as_sent(answer: Sequence[Any]) -> wire.Sent:
 class RayNodes:
     """The nodes of a Ray cluster, as `Nodes`."""
 
-    def __init__(self, ray: Any, cluster: ClusterConfig, register_id: str, threads: int) -> None:
+    def __init__(
+        self, ray: Any, cluster: ClusterConfig, register_id: str, threads: int, key: ActorKey | None = None
+    ) -> None:
         self._ray, self._cluster, self._register_id, self._threads = ray, cluster, register_id, threads
+        self._key = None if key is None else key.sent()
         self._drained: Collection[str] = ()
 
     def alive(self) -> dict[str, int]:
@@ -172,7 +185,7 @@ class RayNodes:
         cluster, ray = self._cluster, self._ray
         name = f"{self._register_id}/{wire.release()}/{place.group}/{place.node}/{place.slot}"
         cache = None if cluster.cache is None else str(cluster.cache)
-        given = cache, cluster.segments, self._register_id, cluster.cache_bytes_max, self._threads
+        given = cache, cluster.segments, self._register_id, cluster.cache_bytes_max, self._threads, self._key
         try:
             actor = (
                 ray.remote(concurrency_groups={"search": _THREADS, "load": 1, "about": 1})(ShardActor)
@@ -198,16 +211,21 @@ class RayShards(RemoteShards):
     """The shards of a register, searched by Ray's actors. Close it."""
 
     def __init__(
-        self, cluster: ClusterConfig, register_id: str, threads: int, snapshot: Callable[[], Snapshot]
+        self,
+        cluster: ClusterConfig,
+        register_id: str,
+        threads: int,
+        snapshot: Callable[[], Snapshot],
+        key: ActorKey | None = None,
     ) -> None:
-        """snapshot: returns the newest one; its segments are what actors open."""
+        """snapshot: returns the newest one; its segments are what actors open. key: of an encrypted register."""
         ray = _imported()
         self._is_owner = not ray.is_initialized()
         if self._is_owner:
             _connect(ray, cluster.ray_address or "auto")
         self._snapshot, self._groups_count = snapshot, cluster.shard_groups
         self._units = [GroupUnits({}, 0)] * cluster.shard_groups
-        nodes = RayNodes(ray, cluster, register_id, threads)
+        nodes = RayNodes(ray, cluster, register_id, threads, key)
         self.keeper = Keeper(nodes, register_id, wire.release(), self._units_now, cluster.replicas)
         deadline_s = cluster.shard_deadline_ms / 1000
         super().__init__(self.keeper.replicas_of, cluster.shard_groups, deadline_s, self.keeper.shortage)
