@@ -437,6 +437,9 @@ class ClusterConfig:
     """How many groups the segments are divided into. All front-ends of a register use the same number."""
     shard_deadline_ms: int = 5_000
     """For how long a front-end waits for one replica's part of a search, before it asks the next one."""
+    node_bytes_max: int | None = None
+    """How many bytes of what scans read the actors of this register may hold on one node. None, and where a node states less: the memory that
+    the node states to Ray (`biodedup cluster up shards --memory`, `ray start --memory`). All front-ends of a register use the same number."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -445,6 +448,8 @@ class ClusterConfig:
         _check(self, 1, inf, "cache_bytes_max", "deadline_ms", "transaction_ms_max", "poll_ms", "stale_ms_max")
         _check(self, 1, inf, "replicas", "shard_groups", "shard_deadline_ms")
         _check(self, 0, inf, "garbage_grace_s")
+        if self.node_bytes_max is not None:
+            _check(self, 1, inf, "node_bytes_max")
 
 
 _LABEL_LENGTH_MAX = 40

@@ -9,7 +9,6 @@ Owns which copies are there, their verification, and which make room for others.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from biodedup.cluster.store import SegmentStore, stored_name
 from biodedup.errors import GalleryDamaged, StorageUnavailable
 from biodedup.gallery.files.column_file import open_column_file
 from biodedup.gallery.files.filesystem import Storage
-from biodedup.gallery.files.names import NEW_SUFFIX
+from biodedup.gallery.files.names import NEW_SUFFIX, unfinished
 from biodedup.gallery.segments.layout import SegmentEntry, file_name, number_of
 
 _FRESH_S = 3600.0  # a file that no manifest names may be one that another process is about to commit
@@ -66,7 +65,7 @@ class SegmentCache:
 
     def _fetch(self, copy: Copy) -> None:
         target = self._folder / copy.name
-        new = target.with_name(f"{target.name}.{os.getpid()}{NEW_SUFFIX}")
+        new = target.with_name(unfinished(target.name))
         try:
             self._store.download(copy.stored, new)
             file = open_column_file(self._storage, new)

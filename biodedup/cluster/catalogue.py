@@ -30,6 +30,7 @@ import psycopg
 import xxhash
 from psycopg.pq import TransactionStatus
 
+from biodedup.cluster.key import KEY_SETTING
 from biodedup.cluster.store import stored_name
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery, StorageUnavailable
 from biodedup.gallery.answers import StoredDecision
@@ -95,6 +96,8 @@ class PostgresCatalogue(CatalogueTables):
         self._schema = f"biodedup_{gallery}"
         self._limits = limits
         self._lock_key = xxhash.xxh3_64_intdigest(self._schema.encode()) - (1 << 63)
+        self.key_file = ""
+        """The content of an encrypted gallery's key file (key.py)."""
         self.register_id = secrets.token_hex(8)
         """Names the register's folder in the segment store: drawn for a new register, read by `open`."""
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
@@ -258,22 +261,32 @@ class PostgresCatalogue(CatalogueTables):
 
     # the schema -------------------------------------------------------------------------------------------------
 
-    def open(self, gallery_id: str, settings: str, *, create: bool) -> None:
-        """Checks that the server keeps what it acknowledges, and that the schema is ours; lays it where it is absent. Raises NotAGallery,
-        InvalidInput, StorageUnavailable."""
+    def open(self, gallery_id: str, settings: str, *, create: bool, key_file: str = "") -> None:
+        """Checks that the server keeps what it acknowledges, and that the schema is ours; lays it where it is absent. key_file: of a gallery
+        that is created. Raises NotAGallery, InvalidInput, StorageUnavailable."""
         self._connect()
         self._check_durable()
         if not self._exists():
             if not create:
                 raise NotAGallery(f"the database has no gallery {self.gallery!r}; check the URL")
-            self._lay(lambda: self.create(gallery_id, settings))
+            self._lay(lambda: self._create_with(gallery_id, settings, key_file))
         settings_stored = self.meta()
         found = settings_stored.get("cluster_format")
         if found != str(CLUSTER_FORMAT):
             raise NotAGallery(f"the gallery in PostgreSQL has format {found}, this version reads {CLUSTER_FORMAT}")
         self.register_id = settings_stored["register_id"]
+        self.key_file = settings_stored.get(KEY_SETTING, "")
         if create:
             self._renew()
+
+    def _create_with(self, gallery_id: str, settings: str, key_file: str) -> None:
+        self.create(gallery_id, settings)
+        self.put_key_file(key_file)
+
+    def put_key_file(self, content: str) -> None:
+        """Of a new gallery; "" for one without encryption."""
+        if content:
+            self.put("meta", [(KEY_SETTING, content)])
 
     def _lay(self, fill: Callable[[], None], after: int = -1) -> bool:
         """Lays the schema and fills it. Returns False where another front-end has just done so."""

@@ -116,6 +116,16 @@ class ClusterGallery(Gallery):
         if self.is_of_this_process and self._cluster.cache is None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    @property
+    def key_file(self) -> str:
+        """`PostgresCatalogue.key_file`."""
+        return self._catalogue.key_file
+
+    def rekey_goes_on(self, *, renewable: bool) -> bool:
+        raise InvalidInput(
+            "renewable templates are for a gallery in a folder; a register keeps its embeddings as they are"
+        )
+
     # following the commits of others ----------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from biodedup.cluster.cache import SegmentCache, copies_of
 from biodedup.cluster.catalogue import PostgresCatalogue
+from biodedup.cluster.key import KEY_SETTING, new_key, place
 from biodedup.cluster.opening import connect
 from biodedup.cluster.store import SegmentStore
 from biodedup.common.described import Described
@@ -24,12 +25,12 @@ from biodedup.errors import GalleryDamaged, InvalidInput, NotAGallery
 from biodedup.gallery.catalogue.sqlite import COLUMNS_OF, CatalogueTables, SqliteCatalogue
 from biodedup.gallery.files.column_file import open_column_file
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import LocalStorage, Storage
+from biodedup.gallery.files.filesystem import LocalStorage, Storage, stored_key
 from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, NEW_NAME, SEGMENT_FOLDER
 from biodedup.gallery.opening import check_format, prepare_folder
 from biodedup.gallery.segments.layout import SegmentEntry
 
-_OWN_SETTINGS = {"format", "cluster_format", "register_id", "state", "chain"}
+_OWN_SETTINGS = {"format", "cluster_format", "register_id", "state", "chain", KEY_SETTING}
 """Rows of `meta` that each side writes itself."""
 
 
@@ -51,12 +52,14 @@ def import_gallery(folder: Path, url: str, cluster: ClusterConfig, storage: Stor
     target = connect(url, cluster)
     store = SegmentStore(cluster.segments, target.register_id)
     with translated(f"importing {folder}"), closing(target), _source(storage, folder) as source:
+        key_file = _key_file_of(folder)
         entries, state = source.segments(), source.state()
         byte_count = sum(_upload(storage, folder / SEGMENT_FOLDER, entry, store) for entry in entries)
 
         def fill() -> None:
             meta = source.meta()
             target.lay_tables(meta["gallery_id"], meta["config"])
+            target.put_key_file(key_file)
             _copy_rows(source, target)
             target.set_state(state)
 
@@ -73,6 +76,9 @@ def export_gallery(url: str, folder: Path, cluster: ClusterConfig, storage: Stor
         store = SegmentStore(cluster.segments, source.register_id)
         if storage.list_names(folder):
             raise InvalidInput(f"{folder} is not empty; name another folder")
+        key_id, _ = new_key(storage)
+        storage.make_folder(folder)
+        place(storage, folder, key_id, source.key_file)
         lock = prepare_folder(storage, folder, read_only=False)
         assert lock is not None, "it is to be written"
         try:
@@ -95,6 +101,16 @@ def export_gallery(url: str, folder: Path, cluster: ClusterConfig, storage: Stor
             lock.release()
     byte_count = sum(store.size(copy.stored) for copy in copies_of(entries))
     return Moved(state.version, state.row_count, len(entries), sum(len(e.files) for e in entries), byte_count)
+
+
+def _key_file_of(folder: Path) -> str:
+    """The key file of a gallery; "" where it is not encrypted. Raises InvalidInput where its templates are renewable."""
+    stored = stored_key(folder)
+    if stored is not None and stored.turns:
+        raise InvalidInput(
+            f"the templates of {folder} are renewable, which those of a register cannot be; run `biodedup key rekey --plain` before"
+        )
+    return "" if stored is None else stored.content({}).decode()
 
 
 @contextmanager

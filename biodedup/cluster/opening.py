@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from biodedup.cluster.catalogue import Limits, PostgresCatalogue
 from biodedup.cluster.gallery import ClusterGallery
+from biodedup.cluster.key import new_key, place
 from biodedup.config import ClusterConfig, GalleryConfig
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import Storage
@@ -61,7 +62,7 @@ def open_register(
     read_only: bool,
     limits: IndexLimits,
 ) -> ClusterGallery:
-    """Opens a register, and creates it if the database lacks it. Raises as `Engine.open`."""
+    """Opens a register, and creates it if the database lacks it, encrypted where the storage has a key. Raises as `Engine.open`."""
     if cluster is None:
         raise InvalidInput(
             "a register in PostgreSQL needs Config(cluster=ClusterConfig(segments=...)): where its segments are, "
@@ -69,8 +70,11 @@ def open_register(
         )
     catalogue, folder = connect(url, cluster), cluster.cache
     try:
-        catalogue.open(gallery_id, json.dumps(settings), create=not read_only)
+        key_id, key_file = new_key(storage)
+        catalogue.open(gallery_id, json.dumps(settings), create=not read_only, key_file=key_file)
         folder = folder or Path(tempfile.mkdtemp(prefix="biodedup-cache-"))
+        storage.make_folder(folder)
+        place(storage, folder, key_id, catalogue.key_file)
         holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         return ClusterGallery(
             storage=storage,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from biodedup.cluster.gallery import ClusterGallery
+from biodedup.cluster.key import ActorKey
 from biodedup.cluster.opening import open_register
 from biodedup.cluster.shards import wire
 from biodedup.cluster.shards.ray_actors import RayShards, SeenActor, drained_nodes, joined, seen_actors, set_drained
@@ -21,6 +22,7 @@ from biodedup.config import ClusterConfig, Config
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.indexing import IndexLimits
+from biodedup.keys import KeySource
 
 UNASKED_S = 10.0
 """A keeper asks its actors each second: an actor that was not asked for so long has none."""
@@ -76,14 +78,15 @@ def undrain(address: str | None, name: str) -> Drained:
         return Drained(node["NodeID"], node["NodeManagerAddress"], 0, 0)
 
 
-def upgrade(url: str, cluster: ClusterConfig, wait_s: float, told: Told) -> Upgraded:
+def upgrade(url: str, cluster: ClusterConfig, wait_s: float, told: Told, keys: KeySource | None = None) -> Upgraded:
     """Starts replicas of this process's release beside those of others, waits until they serve every segment, and ends the others once no
-    front-end asks them any more. wait_s: for how long to wait for each of the two.
+    front-end asks them any more. wait_s: for how long to wait for each of the two; keys: of an encrypted register.
 
     This process is a front-end meanwhile, and copies the segments, as each front-end does. Raises NotAGallery, InvalidInput, StorageUnavailable.
     """
-    with joined(cluster.ray_address) as ray, closing(_opened(url, cluster)) as gallery:
-        with closing(RayShards(cluster, gallery.register_id, Config().threads, gallery.snapshot)) as shards:
+    with joined(cluster.ray_address) as ray, closing(_opened(url, cluster, keys)) as gallery:
+        key = ActorKey.of(keys, gallery.key_file)
+        with closing(RayShards(cluster, gallery.register_id, Config().threads, gallery.snapshot, key)) as shards:
             states = _waited(lambda: [one["state"] for one in shards.keeper.status()], wait_s, told)
             serving, ended, asked = states.count("serving"), 0, 0
             if states and serving == len(states):
@@ -91,12 +94,12 @@ def upgrade(url: str, cluster: ClusterConfig, wait_s: float, told: Told) -> Upgr
             return Upgraded(wire.release(), serving, cluster.replicas * cluster.shard_groups, ended, asked)
 
 
-def _opened(url: str, cluster: ClusterConfig) -> ClusterGallery:
+def _opened(url: str, cluster: ClusterConfig, keys: KeySource | None) -> ClusterGallery:
     config = Config()
     return open_register(
         url,
         cluster,
-        storage=LocalStorage(),
+        storage=LocalStorage(keys),
         config=config.gallery,
         settings=config.to_dict(),
         gallery_id="",

@@ -17,8 +17,9 @@ PARTS: tuple[Part, ...] = ("head", "shards", "front-end")
 _START_S = 120.0
 
 
-def start_command(part: str, address: str | None, processors: int | None) -> list[str]:
-    """The arguments of `ray`. address: of the head, `host:port`; processors: of a node with shards, None for all that it has. Raises InvalidInput."""
+def start_command(part: str, address: str | None, processors: int | None, memory_bytes: int | None = None) -> list[str]:
+    """The arguments of `ray`. address: of the head, `host:port`; processors, memory_bytes: of a node with shards, None for what Ray finds. Raises
+    InvalidInput."""
     if part not in PARTS:
         raise InvalidInput(f"the part is {part!r}, wanted one of {', '.join(PARTS)}")
     host, separator, port = (address or "").rpartition(":")
@@ -26,12 +27,14 @@ def start_command(part: str, address: str | None, processors: int | None) -> lis
         raise InvalidInput(
             f"the address of the head is {address!r}, wanted host:port, the same on all machines, as 10.0.0.1:6379"
         )
-    if processors is not None and part != "shards":
-        raise InvalidInput(f"a {part} holds no shards and gets no processors; leave --cpus out")
+    for given, option in ((processors, "--cpus"), (memory_bytes, "--memory")):
+        if given is not None and part != "shards":
+            raise InvalidInput(f"a {part} holds no shards; leave {option} out")
     if part == "head":
         return ["start", "--head", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=0"]
     count = 0 if part == "front-end" else processors
-    return ["start", f"--address={address}", *([] if count is None else [f"--num-cpus={count}"])]
+    stated = [f"--{name}={n}" for name, n in (("num-cpus", count), ("memory", memory_bytes)) if n is not None]
+    return ["start", f"--address={address}", *stated]
 
 
 def start(arguments: list[str]) -> str:

@@ -5,14 +5,14 @@ Owns what is told, and how it follows from the manifest and from what actors say
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from biodedup.cluster.opening import connect
 from biodedup.cluster.shards.placement import Place
-from biodedup.cluster.shards.ray_actors import drained_nodes, joined, observed
+from biodedup.cluster.shards.ray_actors import drained_nodes, joined, observed, room_of, shortages_of
 from biodedup.common.described import Described
 from biodedup.config import ClusterConfig
 
@@ -22,7 +22,8 @@ _ANSWER_S = 5.0
 @dataclass(frozen=True)
 class ReplicaStatus(Described):
     """An actor. state: `serving`, `opening` (it lacks segments that another replica of its group has) or `silent`; segments: that it has of
-    the manifest's; lacking: segments that it has to open; old: that no manifest names any more; searching, waiting: searches."""
+    the manifest's; lacking: segments that it has to open; old: that no manifest names any more; searching, waiting: searches;
+    scanned_bytes: what scans of its segments read."""
 
     group: int
     node: str
@@ -35,23 +36,27 @@ class ReplicaStatus(Described):
     searching: int = 0
     waiting: int = 0
     process_id: int | None = None
+    scanned_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class NodeStatus(Described):
-    """A node of the Ray cluster. replicas: of this register; is_drained: it is to hold none (`biodedup cluster drain`)."""
+    """A node of the Ray cluster. replicas: of this register; is_drained: it is to hold none (`biodedup cluster drain`); scanned_bytes: what scans of
+    these replicas read, of `bytes_max` that the node may hold."""
 
     node: str
     address: str
     is_alive: bool
     replicas: int
     is_drained: bool = False
+    scanned_bytes: int = 0
+    bytes_max: int = 0
 
 
 @dataclass(frozen=True)
 class ClusterStatus(Described):
     """A register and its replicas. version, rows, segments: of the manifest; unserved: numbers of segments that no replica has, which each
-    front-end searches itself; replicas_wanted: of each group."""
+    front-end searches itself; replicas_wanted: of each group; shortages: why groups have fewer, as front-ends have said."""
 
     version: int
     rows: int
@@ -60,6 +65,7 @@ class ClusterStatus(Described):
     replicas_wanted: int
     nodes: tuple[NodeStatus, ...]
     replicas: tuple[ReplicaStatus, ...]
+    shortages: tuple[str, ...] = ()
 
 
 def cluster_status(url: str, cluster: ClusterConfig) -> ClusterStatus:
@@ -72,19 +78,36 @@ def cluster_status(url: str, cluster: ClusterConfig) -> ClusterStatus:
         finally:
             catalogue.rollback()
         seen = observed(ray, catalogue.register_id, _ANSWER_S)
-        drained = drained_nodes()
-        nodes = [(n["NodeID"], n["NodeManagerAddress"], bool(n["Alive"])) for n in ray.nodes()]
+        drained, shortages = drained_nodes(), shortages_of(catalogue.register_id)
+        nodes = sorted(ray.nodes(), key=lambda node: str(node["NodeID"]))
     replicas = replicas_of(numbers, seen)
     served = {number for *_, about in seen if about is not None for number in about["segments"]}
-    counted = [place.node for place, *_ in seen]
     return ClusterStatus(
         version=state.version,
         rows=state.row_count,
         segments=len(numbers),
         unserved=tuple(sorted(numbers - served)),
         replicas_wanted=cluster.replicas,
-        nodes=tuple(NodeStatus(*node, counted.count(node[0]), node[0] in drained) for node in sorted(nodes)),
+        nodes=tuple(_node_status(node, replicas, drained, cluster.node_bytes_max) for node in nodes),
         replicas=tuple(replicas),
+        shortages=tuple(shortages),
+    )
+
+
+def _node_status(
+    node: Mapping[str, Any], replicas: Sequence[ReplicaStatus], drained: Collection[str], bytes_max: int | None
+) -> NodeStatus:
+    name = str(node["NodeID"])
+    here = [replica for replica in replicas if replica.node == name]
+    holds_any = node["Alive"] and node["Resources"].get("CPU", 0) > 0
+    return NodeStatus(
+        node=name,
+        address=str(node["NodeManagerAddress"]),
+        is_alive=bool(node["Alive"]),
+        replicas=len(here),
+        is_drained=name in drained,
+        scanned_bytes=sum(replica.scanned_bytes for replica in here),
+        bytes_max=room_of(node, bytes_max) if holds_any else 0,
     )
 
 
@@ -106,5 +129,6 @@ def replicas_of(
         lacking = len(groups[place.group, release] - has)
         counts = len(has & manifest), lacking, len(has - manifest), about["searching"], about["waiting"]
         state = "opening" if lacking else "serving"
-        replicas.append(ReplicaStatus(*place, release, state, *counts, about["process_id"]))
+        held = int(about.get("scanned_bytes", 0))  # an older release does not say
+        replicas.append(ReplicaStatus(*place, release, state, *counts, about["process_id"], held))
     return replicas

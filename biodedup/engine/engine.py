@@ -1343,10 +1343,8 @@ def _opened_folder(path: str, config: Config, storage: Storage, gallery_id: str,
 
 
 def _opened_register(path: str, config: Config, storage: Storage, gallery_id: str, read_only: bool) -> Gallery:
-    if config.keys is not None:
-        raise InvalidInput(
-            "a register in PostgreSQL cannot be encrypted by config.keys yet; encrypt its disks, and leave keys out"
-        )
+    if config.gallery.renewable:
+        raise InvalidInput("renewable templates are for a gallery in a folder; leave gallery.renewable out")
     try:
         from biodedup.cluster.opening import open_register  # a gallery in a folder needs no psycopg
     except ImportError as error:
@@ -1368,10 +1366,12 @@ def _shards_elsewhere(gallery: Gallery, config: Config) -> RayShards | None:
     if config.cluster is None or config.cluster.ray_address is None:
         return None
     from biodedup.cluster.gallery import ClusterGallery
+    from biodedup.cluster.key import ActorKey
     from biodedup.cluster.shards.ray_actors import RayShards  # others need no Ray
 
     assert isinstance(gallery, ClusterGallery), "only a register has Config.cluster"
-    return RayShards(config.cluster, gallery.register_id, config.threads, gallery.snapshot)
+    key = ActorKey.of(config.keys, gallery.key_file)
+    return RayShards(config.cluster, gallery.register_id, config.threads, gallery.snapshot, key)
 
 
 def _encounter(item: object) -> Encounter:

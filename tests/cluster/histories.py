@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 import biodedup as bd
+from biodedup.testing import internals
 from tests.support import ROOT
 from tests.support.postgres import Postgres, binaries
 from tests.support.vectors import SFACE, again, orthogonal, people
@@ -36,13 +37,19 @@ KINDS, SHARES = ("enroll", "update", "remove", "odd", "adjudicate", "resend"), (
 NO_POLL = {"poll_ms": 3_600_000, "stale_ms_max": 3_600_000}
 
 
+def config(folder: Path, seal_rows: int) -> bd.Config:
+    """seal_rows: so small a journal that the processes seal and merge all the while; 0: they never do."""
+    gallery = bd.GalleryConfig(seal_rows=seal_rows or 1 << 20, merge_fan=3, background=bool(seal_rows))
+    cluster = bd.ClusterConfig(segments=f"file://{folder}/store", **NO_POLL)
+    return bd.Config(policy=POLICY, gallery=gallery, cluster=cluster, threads=1)
+
+
 class Caller:
     """One process. It notes each call with its answer before the next one."""
 
-    def __init__(self, folder: Path, url: str, number: int, seed: int, processes: int) -> None:
+    def __init__(self, folder: Path, url: str, number: int, seed: int, processes: int, seal_rows: int) -> None:
         self._seed, self._number, self._processes = seed, number, processes
-        cluster = bd.ClusterConfig(segments=f"file://{folder}/store", **NO_POLL)
-        self._engine = bd.Engine.open(url, bd.Config(policy=POLICY, cluster=cluster, threads=1))
+        self._engine = bd.Engine.open(url, config(folder, seal_rows))
 
     def run(self, operations: int, noted: Path) -> None:
         with noted.open("a") as file:
@@ -195,13 +202,13 @@ def _out_of_order(calls: list[dict]) -> list[str]:
 # a run ----------------------------------------------------------------------------------------------------------------
 
 
-def run(url: str, folder: Path, *, seed: int, processes: int, operations: int) -> dict[str, object]:
+def run(url: str, folder: Path, *, seed: int, processes: int, operations: int, seal_rows: int = 0) -> dict[str, object]:
     """Returns counts. Raises AssertionError where the register was not linearizable. operations: of all processes together."""
     folder.mkdir(parents=True, exist_ok=True)
-    cluster = bd.ClusterConfig(segments=f"file://{folder}/store", **NO_POLL)
-    bd.Engine.open(url, bd.Config(policy=POLICY, cluster=cluster)).close()
+    bd.Engine.open(url, config(folder, seal_rows)).close()
     each, env = -(-operations // processes), {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     given = [str(folder), "--url", url, "--seed", str(seed), "--processes", str(processes), "--operations", str(each)]
+    given += ["--seal-rows", str(seal_rows)]
     command = [sys.executable, "-m", "tests.cluster.histories", *given, "--number"]
     running = [subprocess.Popen([*command, str(n)], cwd=ROOT, env=env) for n in range(processes)]
     assert [process.wait() for process in running] == [0] * processes
@@ -209,7 +216,15 @@ def run(url: str, folder: Path, *, seed: int, processes: int, operations: int) -
     calls = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     problems = violations([dict(call) for call in calls])
     assert not problems, "\n".join(problems[:20])
-    return {"seed": seed, "calls": len(calls), **Counter(f"{call['kind']}: {call['answer']}" for call in calls)}
+    with bd.Engine.open(url, config(folder, seal_rows), read_only=True) as engine:
+        assert engine.problems() == []
+        sealed = {"segments": len(internals(engine).gallery.snapshot().segments)} if seal_rows else {}
+    return {
+        "seed": seed,
+        **sealed,
+        "calls": len(calls),
+        **Counter(f"{call['kind']}: {call['answer']}" for call in calls),
+    }
 
 
 def main() -> None:
@@ -218,18 +233,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=6)
     parser.add_argument("--operations", type=int, default=20_000)
+    parser.add_argument("--seal-rows", type=int, default=0)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.number is not None:
         noted = given.folder / f"calls-{given.number}.jsonl"
-        Caller(given.folder, given.url, given.number, given.seed, given.processes).run(given.operations, noted)
+        caller = Caller(given.folder, given.url, given.number, given.seed, given.processes, given.seal_rows)
+        caller.run(given.operations, noted)
         return
     source = binaries()
     assert source is not None, "there is no PostgreSQL"
     server = Postgres(source)
     try:
         settings = {"seed": given.seed, "processes": given.processes, "operations": given.operations}
+        settings["seal_rows"] = given.seal_rows
         sys.stdout.write(json.dumps(run(server.url("history"), given.folder.resolve(), **settings), indent=1) + "\n")
     finally:
         server.close()

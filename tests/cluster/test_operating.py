@@ -32,6 +32,11 @@ def test_each_part_of_a_cluster_gets_its_options(part, processors, wanted):
     assert start_command(part, "10.0.0.1:6379", processors) == wanted
 
 
+def test_a_node_states_the_memory_that_it_is_given():
+    started = start_command("shards", "10.0.0.1:6379", 4, 64 * 10**9)
+    assert started == ["start", "--address=10.0.0.1:6379", "--num-cpus=4", "--memory=64000000000"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -40,6 +45,7 @@ def test_each_part_of_a_cluster_gets_its_options(part, processors, wanted):
         (("shards", "auto", None), "wanted host:port"),
         (("shards", "a:b", None), "wanted host:port"),
         (("head", "a:1", 4), "leave --cpus out"),
+        (("front-end", "a:1", None, 10**9), "leave --memory out"),
     ],
 )
 def test_what_cannot_be_started_is_refused(given, said):

@@ -155,6 +155,32 @@ def test_the_command_shows_nodes_and_replicas_and_starts_none(front_end, registe
     assert code == 0 and "serving" in out and f"{LAST + 1:,} rows" in out, error
 
 
+def test_what_fits_on_no_node_is_not_started_and_the_command_says_why(front_end, register, cluster, tmp_path):
+    taken = {one["process_id"] for one in status(front_end)}
+    asked = {"ray_address": cluster.address, "cache": tmp_path / "d", "node_bytes_max": 1_000}
+    small = register(cluster=asked)
+    assert status(small) == [] and search(small).incomplete and not is_unique(small)
+    settings = (
+        f'[cluster]\nsegments = "file://{tmp_path}/store"\nray_address = "{cluster.address}"\nnode_bytes_max = 1000\n'
+    )
+    (tmp_path / "settings.toml").write_text(settings)
+    command = ("cluster", "status", register.url, "--config", "settings.toml")
+    code, out, error = run(*command, "--json", cwd=tmp_path)
+    assert code == 0, error
+    told = json.loads(out)
+    (shortage,) = told["shortages"]
+    assert "room for 0 replicas, wanted 2" in shortage and "1,000, 1,000 bytes left; start another node" in shortage
+    assert {one["bytes_max"] for one in told["nodes"]} == {1_000}
+    assert all(one["scanned_bytes"] > 1_000 for one in told["nodes"])  # of the other front-end's actors
+    assert {one["process_id"] for one in told["replicas"]} == taken
+    code, out, error = run(*command, cwd=tmp_path)
+    assert code == 0 and shortage.split(":")[0] in out.replace("\n", " "), error
+    small.close()
+    register(cluster={**asked, "node_bytes_max": 10**6})  # it has room, and takes the note away
+    code, out, error = run(*command, "--json", cwd=tmp_path)
+    assert code == 0 and json.loads(out)["shortages"] == [], error
+
+
 def test_a_lost_node_and_one_that_joins(front_end, cluster):
     lost = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     cluster.wait_for_nodes()
@@ -183,6 +209,23 @@ def test_searches_go_on_without_a_gcs_and_a_front_end_that_is_started_again_find
     assert {(*one["ids"], one["incomplete"]) for one in said} == {("s5", "s8", False)}
     # Ray ends that front-end about a minute later. This one is in a cluster that was started anew, and only the store and PostgreSQL are the same.
     assert search(front_end).ids[0, 0] == "s5" and not search(front_end).incomplete
+
+
+def test_actors_search_an_encrypted_register_whose_key_their_nodes_fetch(register, cluster, tmp_path, monkeypatch):
+    (tmp_path / "key").write_bytes(bytes(range(32)))
+    (tmp_path / "key").chmod(0o600)
+    config = bd.Config(gallery=bd.GalleryConfig(background=False), keys=bd.KeyProvider(file=tmp_path / "key"))
+    with register(config) as engine:
+        engine.add_templates([f"s{i}" for i in range(LAST)], {"face": VECTORS[:LAST]})
+        engine.seal()
+    engine = register(config, cluster={"ray_address": cluster.address, "cache": tmp_path / "c"})
+    until(lambda: states(engine) == ["serving", "serving"])
+    monkeypatch.setattr("biodedup.cluster.shards.remote.RemoteShard._here", _never)
+    found = engine.search({"face": again(VECTORS[[5, 8]], 0.8)}, k=1)
+    assert found.ids[:, 0].tolist() == ["s5", "s8"] and not found.incomplete
+    internals(engine).elsewhere.keeper.close()
+    for replica in actors(engine):
+        replica.end()
 
 
 @contextmanager

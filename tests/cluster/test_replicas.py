@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from biodedup.cluster import status
 from biodedup.cluster.shards import asking, wire
 from biodedup.cluster.shards import keeper as keeping
 from biodedup.cluster.shards.asking import Asker, ReplicaFailed
-from biodedup.cluster.shards.keeper import Keeper, Lost
+from biodedup.cluster.shards.keeper import GroupUnits, Keeper, Lost
 from biodedup.cluster.shards.placement import Place, by_rendezvous, group_of, places_of
 from biodedup.search.shards.base import QueueFull, ShardHits, ShardQuery
 from biodedup.search.shards.fan_out import FanOut
@@ -153,16 +153,51 @@ def test_a_node_that_goes_changes_only_the_groups_that_it_had():
     assert min(counts) > 20
 
 
+def places(nodes: Iterable[str], replicas: int, *, unwell: Collection[str] = ()) -> list[Place]:
+    """Of one group, on nodes that have room."""
+    return list(places_of("r", [10], dict.fromkeys(nodes, 100), replicas, [unwell]).places[0])
+
+
 def test_replicas_are_on_different_nodes_where_there_are_so_many():
-    assert len({place.node for place in places_of("r", 0, ["a", "b", "c"], 2)}) == 2
-    assert places_of("r", 0, ["a"], 2) == [Place(0, "a", 0), Place(0, "a", 1)]
-    assert places_of("r", 0, [], 2) == []
+    assert len({place.node for place in places("abc", 2)}) == 2
+    assert places("a", 2) == [Place(0, "a", 0), Place(0, "a", 1)]
+    assert places("", 2) == []
 
 
 def test_an_unwell_node_is_taken_only_where_the_others_do_not_suffice():
-    nodes = ["a", "b", "c"]
-    assert "b" not in {place.node for place in places_of("r", 0, nodes, 2, unwell={"b"})}
-    assert "b" in {place.node for place in places_of("r", 0, nodes, 3, unwell={"b"})}
+    assert "b" not in {place.node for place in places("abc", 2, unwell={"b"})}
+    assert "b" in {place.node for place in places("abc", 3, unwell={"b"})}
+
+
+def test_places_are_those_of_the_hash_alone_where_all_of_them_fit():
+    nodes, sizes = {f"node{i}": 10**6 for i in range(7)}, [(37 * group) % 1000 for group in range(50)]
+    found = places_of("r", sizes, nodes, 2, [()] * 50).places
+    assert [[place.node for place in two] for two in found] == [by_rendezvous(f"r/{g}", nodes)[:2] for g in range(50)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_node_gets_more_than_it_may_hold_and_every_group_has_a_replica_before_one_has_two(seed):
+    random = np.random.default_rng(seed)
+    sizes, room = random.integers(1, 100, 12).tolist(), {f"n{i}": int(random.integers(50, 400)) for i in range(6)}
+    unwell = [set(random.choice(list(room), int(random.integers(0, 3)))) for _ in sizes]
+    found, left = places_of("r", sizes, room, 2, unwell)
+    held = dict.fromkeys(room, 0)
+    for size, several in zip(sizes, found, strict=True):
+        assert len({place.node for place in several}) == len(several)
+        for place in several:
+            held[place.node] += size
+    assert all(held[node] <= room[node] for node in room) and min(left.values()) >= 0
+    without = [size for size, several in zip(sizes, found, strict=True) if not several]
+    second = [size for size, several in zip(sizes, found, strict=True) if len(several) == 2]
+    assert all(size < min(without, default=101) for size in second)
+
+
+def test_a_substitute_takes_no_place_of_another_group():
+    sizes, room = [60, 60], {"a": 60, "b": 60, "c": 60}
+    before = places_of("r", sizes, room, 1, [(), ()]).places
+    (home,), (other,) = before
+    after = places_of("r", sizes, room, 1, [{home.node}, ()]).places
+    assert after[1] == [other] and after[0][0].node not in {home.node, other.node}
 
 
 def test_units_are_spread_over_groups():
@@ -172,7 +207,7 @@ def test_units_are_spread_over_groups():
 
 # keeping -------------------------------------------------------------------------------------------------------
 
-UNITS = [{"g0": "text0"}, {"g1": "text1"}]
+UNITS = [GroupUnits({"g0": "text0"}, 10), GroupUnits({"g1": "text1"}, 10)]
 
 
 class Machine:
@@ -209,10 +244,15 @@ class Cluster:
     def __init__(self, *nodes: str) -> None:
         self.nodes, self.now, self.release = list(nodes), 0.0, {}
         self.stopping: list[str] = []
+        self.room: dict[str, int] = {}
+        self.noted: dict[int, str] | None = None
         self.actors: dict[Place, Machine] = {}
 
-    def alive(self) -> list[str]:
-        return self.nodes
+    def alive(self) -> dict[str, int]:
+        return {node: self.room.get(node, 1_000) for node in self.nodes}
+
+    def note(self, shortages: dict[int, str]) -> None:
+        self.noted = dict(shortages)
 
     def drained(self) -> list[str]:
         return self.stopping
@@ -265,7 +305,8 @@ def test_the_groups_of_a_lost_node_are_placed_on_the_remaining_ones():
 def test_a_node_that_joins_gets_its_groups_and_meanwhile_the_old_replicas_serve():
     cluster, keeper = started("a", "b")
     cluster.nodes += [f"n{i}" for i in range(20)]  # some of them are preferred
-    successors = [place for group in (0, 1) for place in places_of("register", group, cluster.nodes, 2)]
+    placed = places_of("register", [10, 10], cluster.alive(), 2, [(), ()])
+    successors = [place for several in placed.places for place in several]
     assert {place.node for place in successors} - {"a", "b"}
     starts = cluster.start
 
@@ -350,16 +391,57 @@ def test_replicas_stay_while_nobody_says_which_nodes_there_are():
     assert cluster.serving(keeper, 0) == {"a", "b"}
 
 
-def _unknown() -> list[str]:
+def _unknown() -> dict[str, int]:
     raise OSError("no answer")
+
+
+def test_a_replica_without_room_is_not_started_and_the_shortage_says_what_to_do():
+    cluster = Cluster("a", "b")
+    cluster.room = {"a": 25, "b": 15}
+    keeper = cluster.keeper()
+    cluster.run(keeper, 5)
+    assert {len(cluster.serving(keeper, group)) for group in (0, 1)} == {1, 2}
+    (short,) = cluster.noted
+    text = keeper.shortage(short)
+    assert text == cluster.noted[short]
+    assert (
+        f"group {short} has room for 1 replicas, wanted 2: one takes 10 bytes, and the 2 nodes have 5, 5 bytes" in text
+    )
+    assert "start another node" in text and "--memory" in text and keeper.shortage(1 - short) == ""
+    cluster.nodes.append("c")
+    cluster.run(keeper, 5)
+    assert len(cluster.serving(keeper, short)) == 2 and keeper.shortage(short) == "" and cluster.noted == {}
+
+
+def test_a_group_that_has_grown_keeps_its_replicas_where_no_node_has_room_for_it():
+    cluster = Cluster("a", "b")
+    units = [GroupUnits({"g0": "text0"}, 10)]
+    keeper = Keeper(cluster, "register", "1", lambda: units, 2, lambda: cluster.now)
+    cluster.run(keeper, 5)
+    units[0] = GroupUnits({"g5": "text5"}, 10_000)
+    cluster.run(keeper, 5)
+    assert cluster.serving(keeper, 0) == {"a", "b"} and "wanted 2" in keeper.shortage(0)
+
+
+def test_a_shortage_that_could_not_be_shown_is_shown_later():
+    cluster = Cluster("a")
+    cluster.room = {"a": 5}
+    keeper = cluster.keeper(1)
+    note = cluster.note
+    cluster.note = lambda shortages: _unknown()
+    cluster.run(keeper, 2)
+    assert cluster.noted is None and keeper.shortage(0)
+    cluster.note = note
+    cluster.run(keeper, 1)
+    assert set(cluster.noted) == {0, 1}
 
 
 def test_a_new_segment_is_opened_by_all_replicas_and_until_then_they_are_opening():
     cluster = Cluster("a", "b")
-    units = [{"g0": "text0"}]
+    units = [GroupUnits({"g0": "text0"}, 10)]
     keeper = Keeper(cluster, "register", "1", lambda: units, 2, lambda: cluster.now)
     cluster.run(keeper, 5)
-    units[0] = {"g5": "text5"}
+    units[0] = GroupUnits({"g5": "text5"}, 10)
     assert {one["state"] for one in keeper.status()} == {"opening"}
     cluster.run(keeper, 5)
     assert {one["state"] for one in keeper.status()} == {"serving"}
@@ -384,7 +466,7 @@ def test_a_keeper_whose_step_fails_goes_on(monkeypatch):
 
 
 def test_status_says_what_each_replica_has_lacks_and_has_for_nothing():
-    told = {"searching": 1, "waiting": 2, "process_id": 7}
+    told = {"searching": 1, "waiting": 2, "process_id": 7, "scanned_bytes": 50}
     seen = [
         (Place(0, "a", 0), "1/1", {"segments": [1, 2, 9], **told}),
         (Place(0, "b", 0), "1/1", {"segments": [1], **told}),

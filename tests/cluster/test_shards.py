@@ -137,7 +137,7 @@ def indexed(request, built) -> Built:
 
 
 def host_of(built: Built, folder: Path, texts: list[str]) -> ShardHost:
-    host = ShardHost(LocalStorage(), folder, f"file://{built.store}", REGISTER, 1 << 40, 2)
+    host = ShardHost(lambda folder: LocalStorage(), folder, f"file://{built.store}", REGISTER, 1 << 40, 2)
     assert [host.take(text) for text in texts] == [""] * len(texts)
     return host
 
@@ -242,6 +242,24 @@ def test_without_any_replica_a_search_is_incomplete_and_never_unique(indexed, re
     assert indexed.engine.search({"face": stranger[None]}, k=3).incomplete
 
 
+def test_rows_since_a_search_are_searched_here_because_the_register_is_locked_meanwhile(
+    indexed, replicas, elsewhere, monkeypatch
+):
+    """Whether they are still in the journal or were sealed by another front-end."""
+    ids = indexed.snapshot.models
+    probes = [
+        {column: bd.Template(column, ids[column].model_id, indexed.vectors[column][row]) for column in columns}
+        for row, columns in ((4_500, ("face",)), (3_950, ("face", "right_index")), (4_900, COLUMNS))
+    ]
+    searcher, snapshot = internals(indexed.engine).searcher, indexed.snapshot
+    there = searcher.search(snapshot, probes, from_row=3_900)
+    assert [replica.asked for replica in replicas] == [0, 0]
+    monkeypatch.setattr(searcher, "_shards_of", faiss_engine.shards)
+    here = searcher.search(snapshot, probes, from_row=3_900)
+    assert [found.comparisons.rows.tolist() for found in there] == [found.comparisons.rows.tolist() for found in here]
+    assert all(len(found.comparisons.rows) for found in there) and not any(found.incomplete for found in there)
+
+
 @on_native
 def test_removed_rows_and_new_ones_are_seen_at_once(indexed, replicas, elsewhere):
     probe = {"face": indexed.vectors["face"][501:502]}
@@ -283,7 +301,7 @@ def test_a_message_of_another_version_is_refused(indexed, replicas):
 @on_native
 def test_a_unit_whose_file_was_changed_in_the_store_is_not_served(indexed, tmp_path):
     texts = indexed.upload()
-    host = ShardHost(LocalStorage(), tmp_path / "n", f"file://{indexed.store}", REGISTER, 1 << 40, 1)
+    host = ShardHost(lambda folder: LocalStorage(), tmp_path / "n", f"file://{indexed.store}", REGISTER, 1 << 40, 1)
     (changed,) = indexed.store.rglob(f"{indexed.snapshot.segments[0].entry.number}.face.{_digest(indexed)}")
     content = changed.read_bytes()
     try:
@@ -322,15 +340,21 @@ def test_a_host_with_a_full_queue_refuses(host, indexed, monkeypatch):
     assert host.about()["waiting"] == 0 and host.idle_s == 0
 
 
-def test_nodes_without_processors_hold_no_shards():
+def test_nodes_without_processors_hold_no_shards_and_others_what_they_state_and_the_settings_allow():
     class Ray:
         @staticmethod
         def nodes():
             return [
                 {"NodeID": "head", "Alive": True, "Resources": {"memory": 1e9}},
-                {"NodeID": "worker", "Alive": True, "Resources": {"CPU": 2.0}},
+                {"NodeID": "worker", "Alive": True, "Resources": {"CPU": 2.0, "memory": 8e9}},
+                {"NodeID": "silent", "Alive": True, "Resources": {"CPU": 2.0}},
                 {"NodeID": "lost", "Alive": False, "Resources": {"CPU": 2.0}},
             ]
 
-    nodes = ray_actors.RayNodes(Ray(), bd.ClusterConfig(segments="file:///s"), "register", 1)
-    assert nodes.alive() == ["worker"]
+    def alive(**settings: int) -> dict[str, int]:
+        return ray_actors.RayNodes(Ray(), bd.ClusterConfig(segments="file:///s", **settings), "register", 1).alive()
+
+    assert alive() == {"worker": 8 * 10**9, "silent": ray_actors._UNSTATED_BYTES}
+    assert alive(node_bytes_max=10**6) == {"worker": 10**6, "silent": 10**6}
+    with pytest.raises(bd.InvalidInput, match="node_bytes_max is 0, wanted at least 1"):
+        alive(node_bytes_max=0)

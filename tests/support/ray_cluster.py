@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -16,20 +17,34 @@ _PATIENCE = {"health_check_timeout_ms": 60_000, "health_check_period_ms": 1_000,
 
 def started() -> Any:
     """The cluster, which this process has joined; `ray.shutdown()`, then its own `shutdown()` ends it."""
+    import ray
+
+    def joined(cluster: Any) -> None:
+        ray.init(address=cluster.address, namespace="biodedup", log_to_driver=False, logging_level="warning")
+
+    return _started(NODE, 1, joined)
+
+
+def without_driver(nodes: int) -> Any:
+    """A cluster whose head holds no shards, which other processes join."""
+    return _started(NODE | {"num_cpus": 0}, nodes, lambda cluster: None)
+
+
+def _started(head: dict[str, int], nodes: int, then: Callable[[Any], None]) -> Any:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     )  # of Ray's processes
-    import ray
     from ray.cluster_utils import Cluster
 
     for left in reversed(range(_STARTS)):
         cluster = Cluster()
         try:
-            cluster.add_node(**NODE, include_dashboard=False, _system_config=_PATIENCE)
-            cluster.add_node(**NODE)
+            cluster.add_node(**head, include_dashboard=False, _system_config=_PATIENCE)
+            for _ in range(nodes):
+                cluster.add_node(**NODE)
             cluster.wait_for_nodes()
-            ray.init(address=cluster.address, namespace="biodedup", log_to_driver=False, logging_level="warning")
+            then(cluster)
             return cluster
         except Exception:
             with suppress(Exception):

@@ -48,7 +48,8 @@ def status(
 ) -> None:
     """Show the nodes and the replicas that search a register's segments. It starts and changes nothing.
 
-    has, lacks: segments of the register; old: segments that no search needs any more; queue: searches that run or wait.
+    MB: what scans of a node's segments read, and what the node may hold; has, lacks: segments of the register; old: segments that no search
+    needs any more; queue: searches that run or wait.
     """
     stated = _stated(ray, config)
     with _extra():
@@ -59,8 +60,11 @@ def status(
         return
     say(f"version {found.version}, {counted(found.rows, 'row')}, {counted(found.segments, 'segment')}")
     show_table(
-        [[n.node[:12], n.address, _state(n), n.replicas] for n in found.nodes],
-        ["node", "address", "state", "replicas"],
+        [
+            [n.node[:12], n.address, _state(n), n.replicas, _megabytes(n.scanned_bytes), _megabytes(n.bytes_max)]
+            for n in found.nodes
+        ],
+        ["node", "address", "state", "replicas", "MB", "MB at most"],
     )
     show_table(
         [
@@ -71,6 +75,12 @@ def status(
     )
     if found.unserved:
         say(f"no replica has {counted(len(found.unserved), 'segment')}; front-ends search such segments themselves")
+    for shortage in found.shortages:
+        say(shortage)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f}"
 
 
 def _state(node: Any) -> str:
@@ -95,6 +105,12 @@ def up(
     cpus: Annotated[
         int | None, typer.Option("--cpus", min=1, help="Processors for shards; default: all of this machine.")
     ] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            "--memory", metavar="BYTES", min=1, help="What replicas may hold here; default: what Ray finds free."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -106,7 +122,7 @@ def up(
     with _extra():
         from biodedup.cluster.starting import start, start_command
     stated = settings(None, config).config.cluster
-    arguments = start_command(part, ray or (None if stated is None else stated.ray_address), cpus)
+    arguments = start_command(part, ray or (None if stated is None else stated.ray_address), cpus, memory)
     text = f"ray {' '.join(arguments)}"
     lines = [text] if dry_run else [f"started: {text}"]
     if os.environ.get("RAY_AUTH_MODE") != "token":
@@ -169,7 +185,7 @@ def upgrade(
         from biodedup.cluster import operating
     stated = _stated(ray, config)
     with progress_bar(lines=not as_json) as progress:
-        done = operating.upgrade(url, stated, wait, progress)
+        done = operating.upgrade(url, stated, wait, progress, settings(None, config).config.keys)
     lines = [f"{done.serving} of {counted(done.wanted, 'replica')} serve with {done.release}"]
     if done.serving == done.wanted:
         lines.append(f"{counted(done.ended, 'actor')} of other releases ended, {done.asked} still asked by front-ends")

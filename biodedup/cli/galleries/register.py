@@ -11,6 +11,7 @@ import typer
 from biodedup.cli.base import ConfigOption, JsonOption, Panel, app, counted, finish, settings
 from biodedup.config import ClusterConfig
 from biodedup.errors import InvalidInput
+from biodedup.gallery.files.filesystem import LocalStorage, Storage
 
 gallery = typer.Typer(no_args_is_help=True, help="Move a gallery between a folder and PostgreSQL.")
 app.add_typer(gallery, name="gallery", rich_help_panel=Panel.GALLERY)
@@ -37,7 +38,7 @@ def import_(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a gallery from a folder to a register in PostgreSQL. Nothing is encoded again, and the folder stays as it is."""
-    moved = _moving().import_gallery(folder, to, _cluster(segments, config))
+    moved = _moving().import_gallery(folder, to, _cluster(segments, config), _storage(config))
     _finish(moved, f"imported from {folder}", as_json)
 
 
@@ -50,7 +51,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a register, while it is in use, to a gallery in a folder, as of one version."""
-    moved = _moving().export_gallery(url, to, _cluster(segments, config))
+    moved = _moving().export_gallery(url, to, _cluster(segments, config), _storage(config))
     _finish(moved, f"exported to {to}", as_json)
 
 
@@ -71,6 +72,11 @@ def _cluster(segments: str | None, file: Path | None) -> ClusterConfig:
             "say where the segments are: --segments file:///folder, or [cluster] segments in the settings"
         )
     return stated
+
+
+def _storage(file: Path | None) -> Storage:
+    """With the key of an encrypted gallery, where the settings state it."""
+    return LocalStorage(settings(None, file).config.keys)
 
 
 def _finish(moved: Any, done: str, as_json: bool) -> None:

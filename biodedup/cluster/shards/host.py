@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from biodedup.cluster.store import SegmentStore
 from biodedup.errors import BiodedupError, GalleryDamaged
 from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.private import make_private_folder
 from biodedup.gallery.segments.reader import Segment, open_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.native.scanner import Scanner
@@ -56,13 +57,20 @@ class ShardHost:
     """Serves units of segments. Thread-safe."""
 
     def __init__(
-        self, storage: Storage, folder: Path, segments: str, register_id: str, bytes_max: int, threads: int
+        self,
+        storage_of: Callable[[Path], Storage],
+        folder: Path,
+        segments: str,
+        register_id: str,
+        bytes_max: int,
+        threads: int,
     ) -> None:
-        """folder: of this node's copies; segments, bytes_max: `ClusterConfig.segments`, `ClusterConfig.cache_bytes_max`."""
-        storage.make_folder(folder)
-        self._storage, self._folder = storage, folder / "segments"
-        storage.make_folder(self._folder)
-        self._cache = SegmentCache(storage, self._folder, SegmentStore(segments, register_id), bytes_max)
+        """storage_of: called for the storage of this node's copies, again where it raised: a key may be unreachable for a while; folder: of
+        these copies; segments, bytes_max: `ClusterConfig.segments`, `ClusterConfig.cache_bytes_max`."""
+        make_private_folder(folder)
+        self._storage_of, self._folder = storage_of, folder / "segments"
+        self._store, self._bytes_max = SegmentStore(segments, register_id), bytes_max
+        self._copies: tuple[Storage, SegmentCache] | None = None
         self._scanner = Scanner(threads)
         self._units: dict[str, _Unit] = {}
         self._kept: OrderedDict[str, NDArray[Any]] = OrderedDict()
@@ -78,6 +86,13 @@ class ShardHost:
 
     # segments ---------------------------------------------------------------------------------------------------
 
+    def _opened_copies(self) -> tuple[Storage, SegmentCache]:
+        if self._copies is None:
+            storage = self._storage_of(self._folder.parent)
+            storage.make_folder(self._folder)
+            self._copies = storage, SegmentCache(storage, self._folder, self._store, self._bytes_max)
+        return self._copies
+
     def take(self, entries_text: str) -> str:
         """Fetches, verifies, opens and tests a unit (`wire.entries_text`). Returns '' once it is served, or what is wrong."""
         generation = wire.generation_of(entries_text)
@@ -86,8 +101,9 @@ class ShardHost:
                 return ""
             try:
                 entries = wire.entries_of(entries_text)
-                self._cache.fetch(entries)
-                segments = tuple(open_segment(self._storage, self._folder, entry) for entry in entries)
+                storage, cache = self._opened_copies()
+                cache.fetch(entries)
+                segments = tuple(open_segment(storage, self._folder, entry) for entry in entries)
                 self._test(segments)
             except (BiodedupError, OSError) as error:
                 _log.warning("segments are not served: %s", error)
@@ -107,10 +123,12 @@ class ShardHost:
         """What front-ends ask to know how it is. counts: being asked keeps it from being idle."""
         if counts:
             self._asked_at = time.monotonic()
+        segments = {part.entry.number: part for unit in list(self._units.values()) for part in unit.segments}
         return {
             "release": wire.release(),
             "generations": self.generations(),
-            "segments": sorted({part.entry.number for unit in list(self._units.values()) for part in unit.segments}),
+            "segments": sorted(segments),
+            "scanned_bytes": sum(segment.scanned_bytes for segment in segments.values()),
             "process_id": os.getpid(),
             "searching": min(self._present, _SEARCHES),
             "waiting": max(self._present - _SEARCHES, 0),

@@ -8,6 +8,8 @@ agreement: all find the same places (`placement.py`), and a second start of an a
 3. A replica that has to move serves until all of its successors have opened every segment of the group: no search is incomplete.
 4. A replica of another release is refused and ended, and a new one is started. Until then it counts as unwell.
 5. A node that is drained holds no replica, unless there is no other node. Its replicas move as in 3.
+6. A replica is started where its bytes fit into what the node may hold. A group without any place keeps the replicas that it has: no search
+   becomes incomplete because a group has grown.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from biodedup.cluster.shards.asking import Replica
-from biodedup.cluster.shards.placement import Place, places_of
+from biodedup.cluster.shards.placement import Place, Placed, places_of
 
 _log = logging.getLogger("biodedup.cluster")
 SILENT_S = 10.0
@@ -32,6 +34,13 @@ _STEP_S = 1.0
 
 class Lost(Exception):
     """An actor is gone for good: one of this name can be started anew."""
+
+
+class GroupUnits(NamedTuple):
+    """What a group has by now. texts: of its units (`wire.entries_text`), by their generations; byte_count: what scans of them read."""
+
+    texts: Mapping[str, str]
+    byte_count: int
 
 
 class Actor(Replica, Protocol):
@@ -50,14 +59,17 @@ class Actor(Replica, Protocol):
 class Nodes(Protocol):
     """The machines that actors run on."""
 
-    def alive(self) -> Sequence[str]:
-        """Names of the nodes that may hold actors. Raises OSError where this is unknown."""
+    def alive(self) -> Mapping[str, int]:
+        """Names of the nodes that may hold actors -> how many bytes each may hold. Raises OSError where this is unknown."""
 
     def drained(self) -> Collection[str]:
         """Of the nodes, those that are to be stopped soon."""
 
     def start(self, place: Place) -> Actor:
         """The actor of a place, started if there is none. Raises OSError."""
+
+    def note(self, shortages: Mapping[int, str]) -> None:
+        """Shows those who look at the cluster which groups lack room, and why. Raises OSError."""
 
 
 @dataclass
@@ -78,15 +90,14 @@ class Kept:
 
 
 class Keeper:
-    """Keeps `replicas` of each group. key: names the register; release: that actors must have; units: the texts of the units that each
-    group has by now (`wire.entries_text`), by their generations. Thread-safe."""
+    """Keeps `replicas` of each group. key: names the register; release: that actors must have; units: of each group. Thread-safe."""
 
     def __init__(
         self,
         nodes: Nodes,
         key: str,
         release: str,
-        units: Callable[[], Sequence[dict[str, str]]],
+        units: Callable[[], Sequence[GroupUnits]],
         replicas: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -96,6 +107,10 @@ class Keeper:
         self._other_release: dict[str, float] = {}
         """Node -> when it had another release."""
         self._told: dict[tuple[Place, str], float] = {}
+        self._room: Mapping[str, int] = {}
+        self._shortages: Mapping[int, str] = {}
+        self._noted: Mapping[int, str] | None = None
+        """What others were shown; None: nothing yet, so that what an earlier front-end noted is replaced."""
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -121,11 +136,16 @@ class Keeper:
         with self._lock:
             return [kept.actor for place, kept in sorted(self._kept.items()) if place.group == group]
 
+    def shortage(self, group: int) -> str:
+        """Why a group has fewer replicas than are wanted; '' where it has room."""
+        return self._shortages.get(group, "")
+
     def step(self) -> None:
         """Looks once: asks replicas how they are, starts those that are missing, drops those that are not needed any more."""
         now, units = self._clock(), self._units()
         try:
-            nodes = set(self._nodes.alive())
+            self._room = self._nodes.alive()
+            nodes = set(self._room)
         except OSError as error:
             _log.warning("the nodes are unknown: %s", error)
             nodes = {place.node for place in self._kept}
@@ -135,12 +155,13 @@ class Keeper:
             self._look_after(place, now)
         for kept in self._kept.values():
             kept.actor.is_well = not kept.is_failing and not kept.is_unwell(now)
-        for group, texts in enumerate(units):
-            wanted = self._wanted(group, nodes, now)
+        placed = self._placed(units, nodes, now)
+        for group, wanted in enumerate(placed.places):
             for place in wanted:
                 self._start(place, now)
-            self._tell(group, texts, now)
-            self._drop_needless(group, wanted, list(texts), now)
+            self._tell(group, units[group].texts, now)
+            self._drop_needless(group, wanted, list(units[group].texts), now)
+        self._note(units, placed)
 
     def _look_after(self, place: Place, now: float) -> None:
         """Reads what a replica has said of itself, and asks it again."""
@@ -171,12 +192,34 @@ class Keeper:
                     return
         kept.asked = kept.actor.about()
 
-    def _wanted(self, group: int, nodes: set[str], now: float) -> Sequence[Place]:
+    def _placed(self, units: Sequence[GroupUnits], nodes: set[str], now: float) -> Placed:
         self._other_release = {node: at for node, at in self._other_release.items() if now - at < RETRY_S}
         refused = nodes & self._other_release.keys()
-        unwell = {place.node for place, kept in self._kept.items() if place.group == group and kept.is_unwell(now)}
+        unwell: list[set[str]] = [set() for _ in units]
+        for place, kept in self._kept.items():
+            if kept.is_unwell(now):
+                unwell[place.group].add(place.node)
         usable = nodes - refused
-        return places_of(self._key, group, usable.difference(self._nodes.drained()) or usable, self._count, unwell)
+        usable = usable.difference(self._nodes.drained()) or usable
+        room = {node: self._room.get(node, 0) for node in usable}
+        return places_of(self._key, [group.byte_count for group in units], room, self._count, unwell)
+
+    def _note(self, units: Sequence[GroupUnits], placed: Placed) -> None:
+        """Says which groups lack room, in the log and to those who look at the cluster, when that has changed."""
+        shortages = {}
+        for group, places in enumerate(placed.places):
+            if placed.left and len(places) < self._count:
+                shortages[group] = _shortage(group, len(places), self._count, units[group].byte_count, placed.left)
+        for group in shortages.keys() - self._shortages.keys():
+            _log.warning("replicas lack room: %s", shortages[group])
+        self._shortages = shortages
+        if self._noted != shortages:
+            try:
+                self._nodes.note(shortages)
+            except OSError as error:
+                _log.warning("which replicas lack room cannot be shown to others: %s", error)
+            else:
+                self._noted = shortages
 
     def _start(self, place: Place, now: float) -> None:
         if place in self._kept:
@@ -189,7 +232,7 @@ class Keeper:
         with self._lock:
             self._kept[place] = Kept(actor, now, asked=actor.about())
 
-    def _tell(self, group: int, texts: dict[str, str], now: float) -> None:
+    def _tell(self, group: int, texts: Mapping[str, str], now: float) -> None:
         """Tells replicas to open what they lack."""
         self._told = {told: at for told, at in self._told.items() if now - at < RETRY_S}
         for place, kept in self._kept.items():
@@ -224,8 +267,16 @@ class Keeper:
         return [_described(place, one, units, now) for place, one in kept]
 
 
-def _described(place: Place, kept: Kept, units: Sequence[dict[str, str]], now: float) -> dict[str, Any]:
-    generations = list(units[place.group])
+def _shortage(group: int, count: int, wanted: int, byte_count: int, left: Mapping[str, int]) -> str:
+    return (
+        f"group {group} has room for {count} replicas, wanted {wanted}: one takes {byte_count:,} bytes, and the {len(left)} nodes have "
+        f"{', '.join(f'{n:,}' for n in sorted(left.values(), reverse=True)[:5])} bytes left; start another node, let nodes hold more "
+        "(`biodedup cluster up shards --memory`, ClusterConfig.node_bytes_max), or make more groups (ClusterConfig.shard_groups)"
+    )
+
+
+def _described(place: Place, kept: Kept, units: Sequence[GroupUnits], now: float) -> dict[str, Any]:
+    generations = list(units[place.group].texts)
     has = set(kept.about.get("generations", ()))
     if not kept.about:
         state = "starting"

@@ -15,27 +15,30 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from biodedup.cluster.key import ActorKey, actor_storage
 from biodedup.cluster.shards import wire
 from biodedup.cluster.shards.asking import ReplicaFailed
 from biodedup.cluster.shards.host import ShardHost
-from biodedup.cluster.shards.keeper import Actor, Keeper, Lost
+from biodedup.cluster.shards.keeper import Actor, GroupUnits, Keeper, Lost
 from biodedup.cluster.shards.placement import Place, group_of
 from biodedup.cluster.shards.remote import RemoteShards, units_of
 from biodedup.config import ClusterConfig
 from biodedup.errors import BiodedupError, InvalidInput, StorageUnavailable
-from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.shards.base import QueueFull
 
 _NAMESPACE = "biodedup"
-_DRAINED = b"drained/"  # the key of a drained node, in the store of Ray's GCS
+_DRAINED = "drained/"  # the key of a drained node, in the store of Ray's GCS
+_SHORT = "short/"  # and that of a group that lacks room
+_UNSTATED_BYTES = 1 << 62  # of a node that states no memory: no limit
 _START_S = 60.0  # an opening front-end waits so long for actors; it does not wait for actors that start later
 _STEP_S = 0.2  # meanwhile
 _THREADS = 40  # of searches in an actor: those that run, those that wait (`ShardHost`), and those that are refused
@@ -47,10 +50,19 @@ _IDLE_S = 600.0
 class ShardActor:
     """What Ray runs: a `ShardHost`."""
 
-    def __init__(self, cache: str | None, segments: str, register_id: str, bytes_max: int, threads: int) -> None:
+    def __init__(
+        self,
+        cache: str | None,
+        segments: str,
+        register_id: str,
+        bytes_max: int,
+        threads: int,
+        key: tuple[dict[str, Any], str] | None,
+    ) -> None:
+        """key: `ActorKey.sent`."""
         os.nice(_NICE)
         folder = Path(cache) if cache else Path(tempfile.mkdtemp(prefix="biodedup-shard-"))
-        self._host = ShardHost(LocalStorage(), folder, segments, register_id, bytes_max, threads)
+        self._host = ShardHost(partial(actor_storage, key), folder, segments, register_id, bytes_max, threads)
         threading.Thread(target=self._end_when_idle, args=(_imported(),), daemon=True).start()
 
     def _end_when_idle(self, ray: Any) -> None:
@@ -135,16 +147,20 @@ def _as_sent(answer: Sequence[Any]) -> wire.Sent:
 class RayNodes:
     """The nodes of a Ray cluster, as `Nodes`."""
 
-    def __init__(self, ray: Any, cluster: ClusterConfig, register_id: str, threads: int) -> None:
+    def __init__(
+        self, ray: Any, cluster: ClusterConfig, register_id: str, threads: int, key: ActorKey | None = None
+    ) -> None:
         self._ray, self._cluster, self._register_id, self._threads = ray, cluster, register_id, threads
+        self._key = None if key is None else key.sent()
         self._drained: Collection[str] = ()
 
-    def alive(self) -> list[str]:
+    def alive(self) -> dict[str, int]:
         """Nodes that were started without processors, such as the head's and those of front-ends, hold no actors."""
         try:
-            return [n["NodeID"] for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+            nodes = [n for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
         except self._ray.exceptions.RayError as error:
             raise OSError(f"Ray does not say which nodes it has: {type(error).__name__}") from error
+        return {node["NodeID"]: room_of(node, self._cluster.node_bytes_max) for node in nodes}
 
     def drained(self) -> Collection[str]:
         """The last known ones while the GCS is away."""
@@ -152,13 +168,24 @@ class RayNodes:
             self._drained = drained_nodes()
         return self._drained
 
+    def note(self, shortages: Mapping[int, str]) -> None:
+        prefix = f"{_SHORT}{self._register_id}/"
+        try:
+            known = {name.removeprefix(prefix) for name in _marks(prefix)}
+            for group, text in shortages.items():
+                _mark(f"{prefix}{group}", text)
+            for group_text in known - {str(group) for group in shortages}:
+                _mark(f"{prefix}{group_text}", None)
+        except Exception as error:  # Ray's errors here have no common class
+            raise OSError(f"Ray's GCS keeps no note: {type(error).__name__}") from error
+
     def start(self, place: Place) -> Actor:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         cluster, ray = self._cluster, self._ray
         name = f"{self._register_id}/{wire.release()}/{place.group}/{place.node}/{place.slot}"
         cache = None if cluster.cache is None else str(cluster.cache)
-        given = cache, cluster.segments, self._register_id, cluster.cache_bytes_max, self._threads
+        given = cache, cluster.segments, self._register_id, cluster.cache_bytes_max, self._threads, self._key
         try:
             actor = (
                 ray.remote(concurrency_groups={"search": _THREADS, "load": 1, "about": 1})(ShardActor)
@@ -184,33 +211,41 @@ class RayShards(RemoteShards):
     """The shards of a register, searched by Ray's actors. Close it."""
 
     def __init__(
-        self, cluster: ClusterConfig, register_id: str, threads: int, snapshot: Callable[[], Snapshot]
+        self,
+        cluster: ClusterConfig,
+        register_id: str,
+        threads: int,
+        snapshot: Callable[[], Snapshot],
+        key: ActorKey | None = None,
     ) -> None:
-        """snapshot: returns the newest one; its segments are what actors open."""
+        """snapshot: returns the newest one; its segments are what actors open. key: of an encrypted register."""
         ray = _imported()
         self._is_owner = not ray.is_initialized()
         if self._is_owner:
             _connect(ray, cluster.ray_address or "auto")
         self._snapshot, self._groups_count = snapshot, cluster.shard_groups
-        self._units: list[dict[str, str]] = [{} for _ in range(cluster.shard_groups)]
-        nodes = RayNodes(ray, cluster, register_id, threads)
+        self._units = [GroupUnits({}, 0)] * cluster.shard_groups
+        nodes = RayNodes(ray, cluster, register_id, threads, key)
         self.keeper = Keeper(nodes, register_id, wire.release(), self._units_now, cluster.replicas)
-        super().__init__(self.keeper.replicas_of, cluster.shard_groups, cluster.shard_deadline_ms / 1000)
+        deadline_s = cluster.shard_deadline_ms / 1000
+        super().__init__(self.keeper.replicas_of, cluster.shard_groups, deadline_s, self.keeper.shortage)
         self._wait()
         self.keeper.watch()
 
-    def _units_now(self) -> list[dict[str, str]]:
-        """The units of each group, as the keeper wants them; the last known ones while the newest are unknown."""
+    def _units_now(self) -> list[GroupUnits]:
+        """What each group has; the last known while the newest is unknown."""
         try:
             snapshot = self._snapshot()
         except BiodedupError:
             return self._units
-        units: list[dict[str, str]] = [{} for _ in range(self._groups_count)]
+        texts: list[dict[str, str]] = [{} for _ in range(self._groups_count)]
+        counts = [0] * self._groups_count
         for unit in units_of(snapshot):
-            text = unit.entries_text
-            units[group_of(unit.key, self._groups_count)][wire.generation_of(text)] = text
-        self._units = units
-        return units
+            group, text = group_of(unit.key, self._groups_count), unit.entries_text
+            texts[group][wire.generation_of(text)] = text
+            counts[group] += unit.scanned_bytes
+        self._units = [GroupUnits(*group) for group in zip(texts, counts, strict=True)]
+        return self._units
 
     def _wait(self) -> None:
         """Until the actors serve, or time is up."""
@@ -276,23 +311,45 @@ def seen_actors(ray: Any, timeout_s: float, register_id: str | None = None) -> l
     return seen
 
 
+def room_of(node: Mapping[str, Any], bytes_max: int | None) -> int:
+    """How many bytes of a register a node may hold. node: as `ray.nodes` has it; bytes_max: `ClusterConfig.node_bytes_max`."""
+    stated = int(node["Resources"].get("memory", _UNSTATED_BYTES))
+    return stated if bytes_max is None else min(stated, bytes_max)
+
+
 def drained_nodes() -> list[str]:
     """Nodes that hold no replicas any more. All front-ends of a Ray cluster see the same."""
-    from ray.experimental import internal_kv
-
-    keys = internal_kv._internal_kv_list(_DRAINED, namespace=_NAMESPACE.encode())
-    return [key.removeprefix(_DRAINED).decode() for key in keys]
+    return [name.removeprefix(_DRAINED) for name in _marks(_DRAINED)]
 
 
 def set_drained(node: str, is_drained: bool) -> None:
-    """Ray's GCS keeps it, and forgets it where it loses its own state."""
+    _mark(f"{_DRAINED}{node}", "1" if is_drained else None)
+
+
+def shortages_of(register_id: str) -> list[str]:
+    """What front-ends have said of groups that lack room (`RayNodes.note`)."""
+    return [text for _, text in sorted(_marks(f"{_SHORT}{register_id}/").items())]
+
+
+def _marks(prefix: str) -> dict[str, str]:
+    """What Ray's GCS keeps under names with a prefix. It forgets it where it loses its own state."""
     from ray.experimental import internal_kv
 
-    key, namespace = _DRAINED + node.encode(), _NAMESPACE.encode()
-    if is_drained:
-        internal_kv._internal_kv_put(key, b"1", overwrite=True, namespace=namespace)
-    else:
+    namespace = _NAMESPACE.encode()
+    keys = internal_kv._internal_kv_list(prefix.encode(), namespace=namespace)
+    found = {key.decode(): internal_kv._internal_kv_get(key, namespace=namespace) for key in keys}
+    return {name: text.decode() for name, text in found.items() if text is not None}
+
+
+def _mark(name: str, text: str | None) -> None:
+    """None: forgets it."""
+    from ray.experimental import internal_kv
+
+    key, namespace = name.encode(), _NAMESPACE.encode()
+    if text is None:
         internal_kv._internal_kv_del(key, namespace=namespace)
+    else:
+        internal_kv._internal_kv_put(key, text.encode(), overwrite=True, namespace=namespace)
 
 
 def _imported() -> Any:

@@ -5,6 +5,7 @@ Owns the units that segments are searched in, and what a front-end does when no 
 1. A unit is exactly one shard of a search in one process (`search/shards/faiss.py`). Its cut-offs, and so its answers, are the same.
 2. When all replicas of a unit fail, the shard raises, and the search is incomplete. When their queues are full, the search is refused.
 3. A replica that is there but has not opened a unit yet, as after sealing, is told to. Until one has, this process searches the unit itself.
+4. The rows since a search, which are few, are searched by this process: the register's lock is held meanwhile, and waits for no replica.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Unit:
     def entries_text(self) -> str:
         return wire.entries_text([segment.entry for segment in self.segments])
 
+    @property
+    def scanned_bytes(self) -> int:
+        """What scans read of it: what an actor needs memory for."""
+        return sum(segment.scanned_bytes for segment in self.segments)
+
 
 def units_of(snapshot: Snapshot) -> list[Unit]:
     """The sealed parts of each shard of a snapshot: a large or indexed segment, or all other ones together."""
@@ -58,8 +64,15 @@ def units_of(snapshot: Snapshot) -> list[Unit]:
 class RemoteShards:
     """Makes the shards of snapshots. replicas_of: the replicas of a group, by its number. Thread-safe."""
 
-    def __init__(self, replicas_of: Callable[[int], Sequence[Replica]], groups: int, deadline_s: float) -> None:
-        self._replicas_of = replicas_of
+    def __init__(
+        self,
+        replicas_of: Callable[[int], Sequence[Replica]],
+        groups: int,
+        deadline_s: float,
+        shortage: Callable[[int], str] = lambda group: "",
+    ) -> None:
+        """shortage: says why a group lacks replicas, or ''."""
+        self._replicas_of, self._shortage = replicas_of, shortage
         self._groups = groups
         self._asker = Asker(deadline_s)
         self._taken_at: dict[tuple[str, str], float] = {}
@@ -73,7 +86,8 @@ class RemoteShards:
     def ask(self, unit: Unit, message: wire.Message) -> tuple[dict[str, Any], wire.Arrays] | None:
         """The answer of the first replica that gives one; None where some are there, and none has the unit yet. Raises QueueFull,
         StorageUnavailable."""
-        replicas = self._replicas_of(group_of(unit.key, self._groups))
+        group = group_of(unit.key, self._groups)
+        replicas = self._replicas_of(group)
         said = self._asker.ask(replicas, message)
         for replica in said.outdated:
             self._tell(replica, unit)
@@ -87,9 +101,8 @@ class RemoteShards:
             )
         if said.outdated or said.starting:
             return None
-        raise StorageUnavailable(
-            f"no replica of {len(unit.segments)} segments answers ({'; '.join(said.failures) or 'there is none'}); send it again"
-        )
+        reason = "; ".join(said.failures) or self._shortage(group) or "there is none"
+        raise StorageUnavailable(f"no replica of {len(unit.segments)} segments answers ({reason}); send it again")
 
     def _tell(self, replica: Replica, unit: Unit) -> None:
         text, now = unit.entries_text, time.monotonic()
@@ -109,6 +122,8 @@ class RemoteShard:
         self._shards, self._snapshot, self._unit, self._scanner = shards, snapshot, unit, scanner
 
     def search(self, probes: Float32, query: ShardQuery) -> ShardHits:
+        if query.from_row:
+            return self._here().search(probes, query)
         message = self._message("column", query.groups)
         wire.query_message(query, message)
         message.arrays["probe."] = probes
@@ -118,6 +133,8 @@ class RemoteShard:
         return wire.hits_of(*answer, self._snapshot.version)
 
     def search_multicolumn(self, probes: Mapping[str, Float32], query: MultiColumnQuery) -> MultiColumnHits:
+        if query.from_row:
+            return self._here().search_multicolumn(probes, query)
         message = self._message("multicolumn", query.groups)
         wire.multicolumn_message(query, message)
         message.arrays.update({f"probe.{column}": vectors for column, vectors in probes.items()})

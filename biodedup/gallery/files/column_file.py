@@ -328,6 +328,10 @@ class ColumnFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._arrays[name].shape
 
+    def size_of(self, name: str) -> int:
+        """In bytes."""
+        return self._arrays[name].nbytes
+
     def read(self, name: str, low: int = 0, high: int | None = None) -> NDArray[Any]:
         """Elements [low, high) along the first axis: a view of the map, checked; a copy of what `release` may take back."""
         if self._copied and (sealed := self._sealed) is not None:

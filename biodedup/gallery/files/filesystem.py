@@ -45,7 +45,7 @@ from biodedup.gallery.files.encryption.sealed_file import (
     SealedWriter,
 )
 from biodedup.gallery.files.encryption.turning import Turn
-from biodedup.gallery.files.names import DATABASE_NAME, KEY_NAME, NEW_SUFFIX, SEGMENT_FOLDER
+from biodedup.gallery.files.names import DATABASE_NAME, KEY_NAME, NEW_SUFFIX, SEGMENT_FOLDER, finished
 from biodedup.gallery.files.private import (
     create_private,
     make_private_folder,
@@ -626,7 +626,7 @@ def _is_encrypted(database: Path) -> bool:
 
 def _bound_name(path: Path) -> str:
     """What a file's content is bound to: its name, also while it is written."""
-    return path.name.removesuffix(NEW_SUFFIX)
+    return finished(path.name)
 
 
 def _read_whole(path: Path) -> bytes:

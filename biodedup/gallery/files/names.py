@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+
 NEW_SUFFIX = ".new"
 """Suffix of a file that is not complete yet."""
 DATABASE_NAME = "gallery.sqlite3"
@@ -14,3 +17,15 @@ CANARIES_NAME = "sentinels"
 BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER = "backlog.sqlite3", "kits.sqlite3", "merges"
 """Files of other jobs (jobs/enrolment/queue.py, jobs/kits/ledger.py, jobs/merging/apply.py): not part of the content, but part of a backup."""
 NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a new database; it gets its name when it is complete
+_UNFINISHED = re.compile(r"(\.of-\d+)?\.new")
+
+
+def unfinished(name: str) -> str:
+    """The name of a file while this process writes it, beside others that may write the same one."""
+    return f"{name}.of-{os.getpid()}{NEW_SUFFIX}"
+
+
+def finished(name: str) -> str:
+    """The name that a file has or will have."""
+    found = _UNFINISHED.search(name)
+    return name if found is None or found.end() < len(name) else name[: found.start()]

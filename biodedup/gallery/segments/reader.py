@@ -33,6 +33,7 @@ _DIMENSION_MAX = 1 << 16
 _ANSWER_BYTES_MAX = 1 << 26
 """Of one answer's JSON: a decision has some kilobytes."""
 _CHECKED_ROWS = 1 << 20
+_SCANNED = ("sign", "outer", "high", "norm", "plane", "code", "scale")
 
 
 def open_segment(storage: Storage, folder: Path, entry: SegmentEntry) -> Segment:
@@ -105,6 +106,11 @@ class Segment:
     @property
     def byte_count(self) -> int:
         return sum(file.byte_count for file in self.files.values())
+
+    @property
+    def scanned_bytes(self) -> int:
+        """Of what scans of all columns read."""
+        return sum(column.scanned_bytes for column in self.columns.values())
 
     @property
     def _dense(self) -> bool:
@@ -331,6 +337,12 @@ class SegmentColumn:
     @property
     def byte_counts(self) -> tuple[int, int]:
         return self._file.byte_count, 0 if self._rest is None else self._rest.byte_count
+
+    @property
+    def scanned_bytes(self) -> int:
+        """Of the arrays that a scan of all rows reads, and of an index that is searched in their place."""
+        scanned = sum(self._file.size_of(name) for name in _SCANNED if name in self._file)
+        return scanned + (0 if self.index is None else self.index.byte_count)
 
     def release(self, *, forget: bool) -> None:
         if self._rest is not None:
