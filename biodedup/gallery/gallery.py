@@ -33,7 +33,7 @@ from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
 from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.cases import read_case, standing
-from biodedup.gallery.catalogue.audit import AuditRecord, AuditSpan, record_of
+from biodedup.gallery.catalogue.audit import AuditCheck, AuditRecord, AuditSpan, record_of
 from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
@@ -275,28 +275,32 @@ class Gallery:
 
     def verdicts(self) -> list[Verdict]:
         """All that were ever given, oldest first."""
-        with self._reading():
+        with self._comparing():
             return list(self._catalogue.verdicts())
 
     def alarms(self) -> list[tuple[Any, ...]]:
         """Rows of table `alarm`, oldest first."""
-        with self._reading():
+        with self._comparing():
             return self._catalogue.alarms()
 
     def audit_log(self) -> tuple[list[AuditSpan], list[AuditRecord]]:
-        """The packed records of the audit log, and those behind them, oldest first."""
-        with self._reading():
-            rows = [record_of(row) for row in self._catalogue.audit_rows()]
-            return list(self._catalogue.audit_spans()), rows
+        """The packed records of the audit log, and those behind them, oldest first. Raises GalleryDamaged where records are lost."""
+        with self._comparing():
+            spans, rows = list(self._catalogue.audit_spans()), list(self._catalogue.audit_rows())
+            check = AuditCheck.after(spans, self._catalogue.audit_hash())
+            check.rows(rows, self._catalogue.audit_head())
+            if check.problems:
+                raise GalleryDamaged(f"{check.problems[0]}; run `biodedup log verify`, and restore a backup")
+            return spans, [record_of(row) for row in rows]
 
     def cards(self) -> list[tuple[Any, ...]]:
         """Rows of table `card`, oldest first."""
-        with self._reading():
+        with self._comparing():
             return self._catalogue.cards()
 
     def approvals(self) -> tuple[list[tuple[Any, ...]], dict[int, str]]:
         """(rows of table `approval`, oldest first; its number -> the method of its newest signature)."""
-        with self._reading():
+        with self._comparing():
             signed = {row[1]: row[3] for row in self._catalogue.approval_signatures()}
             return self._catalogue.approvals(), signed
 
@@ -308,6 +312,12 @@ class Gallery:
             assert isinstance(self._catalogue, SqliteCatalogue), "only a gallery in a folder has a database file"
             self._catalogue.copy_to(copy)
             return self._published
+
+    @contextmanager
+    def _comparing(self) -> Iterator[None]:
+        """As `_reading`; the tables that are read whole are compared with the newest link of the hash chain. Raises GalleryDamaged."""
+        with self._reading(), self._catalogue.compared_with_chain():
+            yield
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -240,6 +240,16 @@ def test_a_lost_or_damaged_key_file_is_named(encrypted, tmp_path):
         bd.Engine.open(tmp_path / "g", small())
 
 
+def test_the_key_file_of_another_gallery_is_named(tmp_path):
+    for name in ("g", "other"):
+        with bd.Engine.open(tmp_path / name, with_key()) as engine:
+            enroll(engine, 0)
+    shutil.copy(tmp_path / "other" / "gallery.key", tmp_path / "g" / "gallery.key")
+    for read_only in (False, True):
+        with pytest.raises(bd.GalleryDamaged, match=r"does not open with the key in gallery\.key"):
+            bd.Engine.open(tmp_path / "g", with_key(), read_only=read_only)
+
+
 @pytest.mark.slow
 def test_a_file_in_the_clear_is_not_taken_for_one_of_an_encrypted_gallery(encrypted, tmp_path):
     shutil.copytree(encrypted, tmp_path / "g")

@@ -460,8 +460,13 @@ class LocalStorage:
                 connection.execute("PRAGMA journal_mode=PERSIST")
                 connection.execute("PRAGMA synchronous=FULL")
                 connection.execute("PRAGMA secure_delete=ON")  # a removed subject's vectors are overwritten
-        except BaseException:
+        except BaseException as error:
             connection.close()
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB and (path.parent / KEY_NAME).exists():
+                raise GalleryDamaged(
+                    f"{path} does not open with the key in {KEY_NAME}: one of the two is damaged, or another gallery's; restore both from a "
+                    "backup"
+                ) from error
             raise
         return connection
 
