@@ -40,9 +40,9 @@ from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
 from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage
+from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage, needs_key
 from biodedup.gallery.files.index_codec import FaissCodec
-from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, SEGMENT_FOLDER
+from biodedup.gallery.files.names import DATABASE_NAME, KEY_NAME, LOCK_NAME, SEGMENT_FOLDER
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.loading import LoadedGallery, load, never_written, read
@@ -604,8 +604,11 @@ class Gallery:
             return turn_id_of(turn)
 
     def rekey_goes_on(self, *, renewable: bool) -> bool:
-        """Whether `rekey` begins no change, and only ends one that was interrupted. Raises InvalidInput of a reader."""
+        """Whether `rekey` begins no change, and only ends one that was interrupted. Raises InvalidInput of a reader, and where a gallery in the
+        clear is asked for renewable templates."""
         self._refuse_reader()
+        if renewable and KEY_NAME not in (self.storage.list_names(self.folder) or ()):
+            raise needs_key(self.folder)
         now, known = turn_id_of(self.snapshot().turn), self.storage.turn_ids(self.folder)
         if not renewable or not now:
             return not renewable and not now

@@ -158,6 +158,13 @@ class Storage(Protocol):
         """Removes a file, if it is there."""
 
 
+def needs_key(folder: Path) -> InvalidInput:
+    """The error of renewable templates in a gallery in the clear."""
+    return InvalidInput(
+        f"renewable templates need an encrypted gallery; state its key (Config.keys), or run `biodedup encrypt {folder}`"
+    )
+
+
 class FileLock:
     """An advisory lock on an open file, holding the process id of its owner."""
 
@@ -406,9 +413,7 @@ class LocalStorage:
         with key_file_lock(folder):
             stored, register = stored_key(folder), self._register
             if stored is None or register is None:
-                raise InvalidInput(
-                    f"renewable templates need an encrypted gallery; state its key (Config.keys), or run `biodedup encrypt {folder}`"
-                )
+                raise needs_key(folder)
             key, before = stored.opened(register), stored.turn_secrets(register)
             self._learn_turns(stored)
             after = change(before)
