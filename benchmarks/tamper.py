@@ -10,7 +10,8 @@ as another gallery of the same register's key and one of another key.
 * A random manipulation flips one bit of a file, or swaps two of its blocks. Each file is as likely as the others.
 * A forgery (tamper_forgeries.py) puts back what was there earlier, swaps, cuts or replaces files and blocks.
 
-Each is done to a copy. Then the copy is opened and read in all ways, and checked by `log verify`, `doctor --canaries` and the queue's status. It is
+Each is done to a copy. Then the copy is opened and read in all ways, and checked by `log verify`, without and with the checkpoint, by the queue's
+status and by `doctor --canaries`, until one of them names it. It is
 
 * named: a check, or opening, says what is damaged;
 * detected, not named: an error that does not say it;
@@ -240,14 +241,17 @@ class Outcome:
         return "named" if re.search(pattern, text) else "detected, not named"
 
 
-def checks(gallery: Path, made: Made) -> Iterator[tuple[str, list[str]]]:
-    """(the check, what it says)."""
+def checks(gallery: Path, made: Made) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """(the name of a check, what returns what it says)."""
 
-    def said(check: Callable[[], list[str]]) -> list[str]:
-        try:
-            return check()
-        except bd.BiodedupError as error:
-            return [str(error)]
+    def said(check: Callable[[], list[str]]) -> Callable[[], list[str]]:
+        def run() -> list[str]:
+            try:
+                return check()
+            except bd.BiodedupError as error:
+                return [str(error)]
+
+        return run
 
     def queue() -> list[str]:
         jobs.queue_status(gallery, CLOCK, CONFIG)
@@ -271,11 +275,16 @@ def tried(made: Made, scratch: Path, kind: str, damage: Callable[[Path], tuple[s
         given, errors = answers(gallery)
         wrong = [name for name, text in given.items() if text != made.answers[name]]
         earlier = any(all(text == then.get(name) for name, text in given.items()) for then in made.earlier_answers)
-        by, problems = ("opening" if errors else ""), errors
-        for name, found in checks(gallery, made):
-            by, problems = by or (name if found else ""), problems + found
         missing = sorted(made.answers.keys() - given.keys())
-        return Outcome(kind, file, what, by, problems, wrong, bool(wrong) and earlier, missing)
+        outcome = Outcome(
+            kind, file, what, "opening" if errors else "", errors, wrong, bool(wrong) and earlier, missing
+        )
+        for name, check in checks(gallery, made):
+            if outcome.verdict == "named":
+                break
+            found = check()
+            outcome.by, outcome.problems = outcome.by or (name if found else ""), outcome.problems + found
+        return outcome
     finally:
         shutil.rmtree(gallery)
 
@@ -357,7 +366,7 @@ def main() -> None:
         folder = Path(name)
         made = make(folder)
         made.answers, errors = answers(made.now)
-        problems = [text for _, found in checks(made.now, made) for text in found]
+        problems = [text for _, check in checks(made.now, made) for text in check()]
         if errors or problems:
             raise SystemExit(f"the gallery is not sound to begin with: {[*errors, *problems][0]}")
         made.earlier_answers = [answers(then)[0] for then in made.times]
