@@ -1,7 +1,7 @@
 """Searches all files of an encrypted gallery for what must not be readable in them.
 
     python benchmarks/leaks.py            10,000 byte strings
-    python benchmarks/leaks.py --smoke    a tenth of the work; keeps no result
+    python benchmarks/leaks.py --smoke    a tenth of the work, without worker processes; keeps no result
 
 A day's work is simulated twice, in the clear and encrypted, with the same people: loading, enrolments, a captured face, a case and its verdict,
 removals, merges of segments, canaries, a queue, backups, a join, an audit log. After each step every file is searched: those of the gallery, of
@@ -185,13 +185,14 @@ def main() -> None:
     options = parser.parse_args()
     part = SMOKE if options.smoke else 1
     people = People(LOADED // part, ENROLLED // part)
+    config = replace(CONFIG, isolation=None) if options.smoke else CONFIG
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for _ in days_work(folder / "first", CONFIG, people):
+        for _ in days_work(folder / "first", config, people):
             pass
         strings = people.secrets | pieces_of(folder / "first", 1_500 // part)
-        clear, _ = searched(folder / "clear", CONFIG, people, strings)
-        sealed, figures = searched(folder / "sealed", replace(CONFIG, keys=lambda: KEY), people, strings)
+        clear, _ = searched(folder / "clear", config, people, strings)
+        sealed, figures = searched(folder / "sealed", replace(config, keys=lambda: KEY), people, strings)
     told = {"strings": len(strings), "found in the clear": len(clear), "found encrypted": len(sealed)}
     told |= {"files searched, encrypted, all steps": figures["files"], "searched, MB": figures["MB"]}
     record("leaks", told, keep=not options.smoke)
