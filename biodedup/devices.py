@@ -31,7 +31,8 @@ class DeviceVerdict(Described):
     """What a capture device says of one picture, signed by the device.
 
     live: whether a living person was captured; capture_sha256: of the file's bytes, in hexadecimal, which binds the verdict to this picture;
-    judged_at: the device's time in seconds; score: the device's own, where it has one; signature: 64 bytes over `content`.
+    judged_at: the device's time in seconds; score: the device's own, where it has one; signature: 64 bytes over `content`; valid_until: the
+    time in seconds from which the verdict proves nothing any more, by the clock of the engine; None: it does not end.
     """
 
     device_id: str
@@ -40,6 +41,7 @@ class DeviceVerdict(Described):
     judged_at: float
     score: float | None = None
     signature: bytes = field(default=b"", repr=False)
+    valid_until: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -48,22 +50,25 @@ class DeviceVerdict(Described):
         if not _SHA256.fullmatch(self.capture_sha256):
             raise InvalidInput("capture_sha256 is no SHA-256; write 64 hexadecimal digits in lower case")
         try:
-            sound = all(isfinite(number) for number in (self.judged_at, self.score or 0.0))
+            sound = all(isfinite(number) for number in (self.judged_at, self.score or 0.0, self.valid_until or 0.0))
         except OverflowError:  # a whole number that no float holds
             sound = False
         if not sound:
-            raise InvalidInput("judged_at and score are finite numbers")
+            raise InvalidInput("judged_at, score and valid_until are finite numbers")
 
     @property
     def content(self) -> bytes:
-        """What is signed: a title, a zero byte, and the fields without the signature as JSON (sorted keys, no spaces, UTF-8)."""
-        fields = {
+        """What is signed: a title, a zero byte, and the fields without the signature as JSON (sorted keys, no spaces, UTF-8); without
+        valid_until where it is None."""
+        fields: dict[str, str | float | None] = {
             "device_id": self.device_id,
             "live": self.live,
             "capture_sha256": self.capture_sha256,
             "judged_at": float(self.judged_at),
             "score": None if self.score is None else float(self.score),
         }
+        if self.valid_until is not None:
+            fields["valid_until"] = float(self.valid_until)
         return _TITLE + json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     def signed(self, key: Ed25519PrivateKey) -> DeviceVerdict:

@@ -142,6 +142,14 @@ GalleryOption = Annotated[
 PersonOption = Annotated[
     str, typer.Option("--by", help="The person who does it: one of `identities`, where the settings name any.")
 ]
+PurposeOption = Annotated[
+    str,
+    typer.Option(
+        "--purpose",
+        help="Why, in words for the audit log; needs --by. With --by a command that only reads opens the gallery for writing, so that its "
+        "call is recorded.",
+    ),
+]
 SignOption = Annotated[
     Path | None,
     typer.Option(
@@ -352,9 +360,32 @@ def existing(gallery: Path | RegisterUrl, config: Config, wait_s: float | None =
         yield engine
 
 
-def acting(engine: bd.Engine, by: str, sign: Path | None = None) -> bd.Engine:
-    """The engine for the person of `--by`, where the settings name identities; otherwise the engine itself. sign: of `--sign`."""
-    return engine if engine.config.identities is None else engine.as_principal(by, key=sign)
+def acting(engine: bd.Engine, by: str, sign: Path | None = None, purpose: str = "") -> bd.Engine:
+    """The engine for the person of `--by`, where the settings name identities or a purpose is given; otherwise the engine itself.
+    sign: of `--sign`."""
+    if engine.config.identities is not None:
+        return engine.as_principal(by, purpose=purpose, key=sign)
+    if not purpose:
+        return engine
+    if not by:
+        raise InvalidInput("--purpose says why somebody calls; say who, too: --by NAME")
+    return engine.as_principal(bd.Principal(by, bd.ROLES), purpose=purpose)
+
+
+@contextmanager
+def looked_into(
+    gallery: Path | RegisterUrl, config: Config, by: str, purpose: str, *, searched: bool = False
+) -> Iterator[bd.Engine]:
+    """Opens a gallery to read it, for the person of `--by`. Without one it is opened read-only, and nothing records the call: a reader cannot
+    write. searched: as in a search, with Ray's actors where the settings name them."""
+    if not (by or purpose):
+        with bd.Engine.open(gallery, config, read_only=True) if searched else opened(gallery, config) as engine:
+            yield engine
+        return
+    with existing(gallery, config) as engine:
+        if engine.config.audited != "all":
+            complain(f'note: the settings say audit = "{engine.config.audited}"; this call is not recorded')
+        yield acting(engine, by, purpose=purpose)
 
 
 def _opened_in_turn(gallery: Path, config: Config, wait_s: float | None) -> bd.Engine:

@@ -17,6 +17,8 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     Panel,
+    PersonOption,
+    PurposeOption,
     RegisterUrl,
     SignOption,
     WaitOption,
@@ -25,6 +27,7 @@ from biodedup.cli.base import (
     configured,
     existing,
     finish,
+    looked_into,
     opened,
     print_evidence,
     print_json,
@@ -79,12 +82,14 @@ def list_cases(
 def show(
     encounter_id: str,
     page: Annotated[Path | None, typer.Option("--report", help="As an HTML page.")] = None,
+    by: PersonOption = "",
+    purpose: PurposeOption = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show one case: its candidates, the evidence of each capture, the thresholds, and refused captures."""
-    with opened(gallery, configured(gallery, config)) as engine:
+    with looked_into(gallery, configured(gallery, config), by, purpose) as engine:
         labels = engine.config.labels
         case = engine.case(encounter_id) if page is None else jobs.show_case(engine, encounter_id, page)
     if as_json:
@@ -123,6 +128,7 @@ def decide(
         ),
     ] = None,
     note: Annotated[str, typer.Option("--note", help="Kept with the verdict.")] = "",
+    purpose: PurposeOption = "",
     sign: SignOption = None,
     wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
@@ -136,7 +142,7 @@ def decide(
     chosen = configured(gallery, config)
     with existing(gallery, chosen, wait) as engine:
         linked = engine.case(encounter_id).linked
-        decision = acting(engine, by, sign).adjudicate(
+        decision = acting(engine, by, sign, purpose).adjudicate(
             encounter_id, cast(Ruling, ruling), by, note, candidate=candidate
         )
         case = engine.case(encounter_id)

@@ -23,6 +23,7 @@ from biodedup.cli.base import (
     MissingOption,
     Panel,
     PersonOption,
+    PurposeOption,
     SignOption,
     ThreadsOption,
     WaitOption,
@@ -34,6 +35,7 @@ from biodedup.cli.base import (
     finish,
     finish_decision,
     index_engines,
+    looked_into,
     print_evidence,
     print_json,
     print_refusals,
@@ -90,14 +92,17 @@ def identify(
     from_db: Annotated[
         float | None, typer.Option(help="Also look for weaker candidates, from this score on. Changes no outcome.")
     ] = None,
+    by: PersonOption = "",
+    purpose: PurposeOption = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search the gallery for the person on these captures. Writes nothing."""
+    """Search the gallery for the person on these captures. Writes nothing but, with --by, the record of the call."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
-    with bd.Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
+    chosen = configured(gallery, config, threads=threads)
+    with looked_into(gallery, chosen, by, purpose, searched=True) as engine:
         decision = engine.identify(
             encounter, groups=group or None, across_positions=across_positions or None, from_db=from_db
         )
@@ -110,6 +115,8 @@ def verify(
     face: FaceOption = None,
     finger: FingerOption = None,
     dpi: DpiOption = None,
+    by: PersonOption = "",
+    purpose: PurposeOption = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -117,7 +124,8 @@ def verify(
 ) -> None:
     """Compare captures with one enrolled subject."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
-    with bd.Engine.open(gallery, configured(gallery, config, threads=threads), read_only=True) as engine:
+    chosen = configured(gallery, config, threads=threads)
+    with looked_into(gallery, chosen, by, purpose, searched=True) as engine:
         result = engine.verify(encounter, subject_id)
         disclosed = engine.policy.disclosure == "full"
     if as_json:
@@ -150,6 +158,7 @@ def update(
     ] = False,
     reason: Annotated[str, typer.Option("--reason", help="The reason for --replace; kept with the decision.")] = "",
     by: PersonOption = "",
+    purpose: PurposeOption = "",
     sign: SignOption = None,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
@@ -164,7 +173,9 @@ def update(
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with existing(gallery, configured(gallery, config, threads=threads)) as engine:
         across = across_positions or None
-        decision = acting(engine, by, sign).update(encounter, across_positions=across, replace=replace, reason=reason)
+        decision = acting(engine, by, sign, purpose).update(
+            encounter, across_positions=across, replace=replace, reason=reason
+        )
         note = f"{subject_id}: {'all encounters were replaced by this one' if replace else 'this encounter was added'}"
         finish_decision(decision, as_json, captures, note, labels=engine.config.labels)
 
@@ -173,6 +184,7 @@ def update(
 def remove(
     subject_ids: Annotated[list[str], typer.Argument(metavar="SUBJECT_ID...")],
     by: PersonOption = "",
+    purpose: PurposeOption = "",
     sign: SignOption = None,
     wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
@@ -185,6 +197,6 @@ def remove(
         absent = [name for name, there in zip(subject_ids, engine.are_enrolled(subject_ids), strict=True) if not there]
         if absent:
             raise UnknownSubject(f"not enrolled: {', '.join(map(repr, absent))}; nothing was removed, correct the ids")
-        acting(engine, by, sign).remove(*subject_ids)
+        acting(engine, by, sign, purpose).remove(*subject_ids)
         size = len(engine)
     finish({"removed": subject_ids, "subjects": size}, f"removed {len(subject_ids)}, {size:,} remain", as_json)

@@ -184,7 +184,7 @@ class Engine:
         self._searcher = Searcher(
             self._comparer, config.search, config.threads, self._policy, self._elsewhere or faiss_engine.shards
         )
-        self._preparer = Preparer(gallery, self._extractor, known, config, self._policy)
+        self._preparer = Preparer(gallery, self._extractor, known, config, self._policy, self._clock)
         self._join = SelfJoin(self._searcher, self._comparer, config.search)
         self._searches = BatchedSearch(gallery, self._searcher, self._join, samples, self._log)
         self._decider = Decider(config, self._policy, self._comparer, samples, clock)

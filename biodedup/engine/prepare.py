@@ -35,7 +35,9 @@ from biodedup.values import (
     COLUMNS,
     FINGER_POSITIONS,
     LIVE,
+    Capture,
     Encounter,
+    Face,
     Float32,
     Missing,
     Refusal,
@@ -74,6 +76,8 @@ class Preparer:
     calibrations: Calibrations
     config: Config
     policy: Callable[[], Policy]
+    clock: Callable[[], float]
+    """The time in seconds, for verdicts of capture devices that end."""
 
     @cached_property
     def _cards(self) -> tuple[ModelCard, ...]:
@@ -110,7 +114,11 @@ class Preparer:
     def _probe(
         self, encounter: Encounter, extracted: Iterator[Template | Refusal | CallerError]
     ) -> Probe | CallerError:
-        results = [next(extracted) for capture in encounter.captures if not isinstance(capture, Missing)]
+        results = [
+            self._in_time(capture, next(extracted))
+            for capture in encounter.captures
+            if not isinstance(capture, Missing)
+        ]
         templates: dict[str, Template] = {}
         refusals = []
         try:
@@ -133,6 +141,15 @@ class Preparer:
             return error
         missing = tuple(capture for capture in encounter.captures if isinstance(capture, Missing))
         return Probe(replace(encounter, captures=missing), templates, (*encounter.declined, *refusals))
+
+    def _in_time(self, capture: Capture, result: Template | Refusal | CallerError) -> Template | Refusal | CallerError:
+        """The result, or the refusal of a face whose device's verdict has ended."""
+        verdict = capture.device if isinstance(capture, Face) else None
+        if verdict is None or verdict.valid_until is None or not isinstance(result, Template):
+            return result
+        if self.clock() < verdict.valid_until:
+            return result
+        return Refusal("face", "untrusted_device", "the verdict has ended")
 
     def _unproved(self, template: Template) -> Refusal | None:
         """The refusal of a face that the policy wants a proof of life of."""

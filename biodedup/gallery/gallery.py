@@ -33,16 +33,16 @@ from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
 from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.cases import read_case, standing
-from biodedup.gallery.catalogue.audit import AuditRecord, AuditSpan, record_of
+from biodedup.gallery.catalogue.audit import AuditCheck, AuditRecord, AuditSpan, record_of
 from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
 from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage
+from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage, needs_key
 from biodedup.gallery.files.index_codec import FaissCodec
-from biodedup.gallery.files.names import DATABASE_NAME, LOCK_NAME, SEGMENT_FOLDER
+from biodedup.gallery.files.names import DATABASE_NAME, KEY_NAME, LOCK_NAME, SEGMENT_FOLDER
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.indexing import IndexLimits
 from biodedup.gallery.loading import LoadedGallery, load, never_written, read
@@ -275,28 +275,32 @@ class Gallery:
 
     def verdicts(self) -> list[Verdict]:
         """All that were ever given, oldest first."""
-        with self._reading():
+        with self._comparing():
             return list(self._catalogue.verdicts())
 
     def alarms(self) -> list[tuple[Any, ...]]:
         """Rows of table `alarm`, oldest first."""
-        with self._reading():
+        with self._comparing():
             return self._catalogue.alarms()
 
     def audit_log(self) -> tuple[list[AuditSpan], list[AuditRecord]]:
-        """The packed records of the audit log, and those behind them, oldest first."""
-        with self._reading():
-            rows = [record_of(row) for row in self._catalogue.audit_rows()]
-            return list(self._catalogue.audit_spans()), rows
+        """The packed records of the audit log, and those behind them, oldest first. Raises GalleryDamaged where records are lost."""
+        with self._comparing():
+            spans, rows = list(self._catalogue.audit_spans()), list(self._catalogue.audit_rows())
+            check = AuditCheck.after(spans, self._catalogue.audit_hash())
+            check.rows(rows, self._catalogue.audit_head())
+            if check.problems:
+                raise GalleryDamaged(f"{check.problems[0]}; run `biodedup log verify`, and restore a backup")
+            return spans, [record_of(row) for row in rows]
 
     def cards(self) -> list[tuple[Any, ...]]:
         """Rows of table `card`, oldest first."""
-        with self._reading():
+        with self._comparing():
             return self._catalogue.cards()
 
     def approvals(self) -> tuple[list[tuple[Any, ...]], dict[int, str]]:
         """(rows of table `approval`, oldest first; its number -> the method of its newest signature)."""
-        with self._reading():
+        with self._comparing():
             signed = {row[1]: row[3] for row in self._catalogue.approval_signatures()}
             return self._catalogue.approvals(), signed
 
@@ -308,6 +312,12 @@ class Gallery:
             assert isinstance(self._catalogue, SqliteCatalogue), "only a gallery in a folder has a database file"
             self._catalogue.copy_to(copy)
             return self._published
+
+    @contextmanager
+    def _comparing(self) -> Iterator[None]:
+        """As `_reading`; the tables that are read whole are compared with the newest link of the hash chain. Raises GalleryDamaged."""
+        with self._reading(), self._catalogue.compared_with_chain():
+            yield
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -594,8 +604,11 @@ class Gallery:
             return turn_id_of(turn)
 
     def rekey_goes_on(self, *, renewable: bool) -> bool:
-        """Whether `rekey` begins no change, and only ends one that was interrupted. Raises InvalidInput of a reader."""
+        """Whether `rekey` begins no change, and only ends one that was interrupted. Raises InvalidInput of a reader, and where a gallery in the
+        clear is asked for renewable templates."""
         self._refuse_reader()
+        if renewable and KEY_NAME not in (self.storage.list_names(self.folder) or ()):
+            raise needs_key(self.folder)
         now, known = turn_id_of(self.snapshot().turn), self.storage.turn_ids(self.folder)
         if not renewable or not now:
             return not renewable and not now

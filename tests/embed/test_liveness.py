@@ -130,6 +130,8 @@ def test_odd_verdicts_devices_and_policies_are_refused():
             bd.DeviceVerdict("booth-1", True, "0" * 64, number)
         with pytest.raises(bd.InvalidInput, match="finite"):
             bd.DeviceVerdict("booth-1", True, "0" * 64, 1.0, score=number)
+        with pytest.raises(bd.InvalidInput, match="finite"):
+            bd.DeviceVerdict("booth-1", True, "0" * 64, 1.0, valid_until=number)
     with pytest.raises(bd.InvalidInput, match="Ed25519 public key"):
         bd.CaptureConfig(devices={"booth-1": "12"})
     with pytest.raises(bd.InvalidInput, match="require_liveness"):
@@ -156,6 +158,28 @@ def test_the_policy_wants_a_proof_of_life_and_a_proof_sent_later_is_heard(tmp_pa
             engine.identify(bd.Encounter(captures=[bd.Face(picture, device=verdict(picture))])).outcome == "duplicate"
         )
         assert engine.identify(bd.Encounter(captures=[bd.Face(picture)])).outcome == "refused"
+
+
+def test_a_verdict_that_has_ended_proves_nothing(tmp_path, picture):
+    config = bd.Config(
+        capture=bd.CaptureConfig(devices=KNOWN), policy=bd.Policy(require_liveness="device", required=("face",))
+    )
+    ending, now = verdict(picture, valid_until=1_000_060.0), [1_000_000.0]
+    with bd.Engine.open(tmp_path / "g", config, clock=lambda: now[0]) as engine:
+        assert engine.identify(bd.Encounter(captures=[bd.Face(picture, device=ending)])).outcome == "unique"
+        longer = replace(ending, valid_until=2e6)
+        (refusal,) = engine.identify(bd.Encounter(captures=[bd.Face(picture, device=longer)])).refusals
+        assert refusal.detail == "the signature is not the device's"
+        now[0] = 1_000_060.0
+        (refusal,) = engine.identify(bd.Encounter(captures=[bd.Face(picture, device=ending)])).refusals
+        assert (refusal.reason, refusal.detail) == ("untrusted_device", "the verdict has ended")
+        assert engine.identify(bd.Encounter(captures=[bd.Face(picture, device=verdict(picture))])).outcome == "unique"
+
+
+def test_a_device_signs_what_it_signed_before_verdicts_could_end():
+    given = bd.DeviceVerdict("booth-1", True, "0" * 64, 1.0)
+    assert given.content.endswith(b'"device_id":"booth-1","judged_at":1.0,"live":true,"score":null}')
+    assert b'"valid_until":2.0' in replace(given, valid_until=2.0).content
 
 
 @pytest.mark.slow

@@ -325,6 +325,29 @@ def interrupted(done: int, total: int) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_request_ends_when_the_policy_that_asked_for_it_changes(tmp_path):
+    folder = kept(tmp_path / "g", ("remove",))
+    who = bd.Config(identities={"citra": EVERY, "dewi": EVERY})
+    with bd.Engine.open(folder, who) as engine:
+        citra, dewi = engine.as_principal("citra"), engine.as_principal("dewi")
+        asked(lambda: citra.remove("s1"))
+        citra.set_policy(replace(engine.policy, two_people=("remove", "merge")), reason="merges, too")
+        asked(lambda: dewi.remove("s1"))
+        assert "s1" in engine
+        assert [(a.requested_by, a.approved_by) for a in engine.approvals()] == [("citra", None), ("dewi", None)]
+        citra.remove("s1")
+        assert "s1" not in engine
+
+
+def test_a_gallery_in_the_clear_refuses_another_transform_before_anybody_is_asked(tmp_path):
+    folder = kept(tmp_path / "g", ("key",))
+    who = bd.Config(identities={"citra": EVERY, "dewi": EVERY})
+    with bd.Engine.open(folder, who) as engine:
+        with pytest.raises(bd.InvalidInput, match="need an encrypted gallery"):
+            engine.as_principal("citra").rekey()
+        assert engine.approvals() == []
+
+
 def test_a_reader_does_not_rekey(tmp_path):
     folder = kept(tmp_path / "g", (), keys=lambda: KEY)
     with bd.Engine.open(folder, bd.Config(keys=lambda: KEY), read_only=True) as engine:

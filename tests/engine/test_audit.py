@@ -425,3 +425,54 @@ def test_calls_on_a_closed_engine_wait_for_nothing(opened, monkeypatch):
     for _ in range(5):
         with pytest.raises(bd.EngineClosed):
             engine.subject_ids()
+
+
+@pytest.fixture
+def run(opened, tmp_path):
+    """Runs a command on a gallery with `IDENTITIES`, and returns what the audit log then has of it: (principal, purpose, call, outcome)."""
+    opened().close()
+    settings = tmp_path / "settings.toml"
+    settings.write_text("[identities]\n" + "".join(f'{name} = "{roles}"\n' for name, roles in IDENTITIES.items()))
+
+    def run_it(*words: str) -> list[tuple[str, str, str, str]]:
+        before = audited(tmp_path / "g")
+        done = CliRunner().invoke(app, [*words, "-g", str(tmp_path / "g"), "--config", str(settings)])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return audited(tmp_path / "g")[len(before) :]
+
+    return run_it
+
+
+def audited(folder: Path) -> list[tuple[str, str, str, str]]:
+    with bd.Engine.open(folder, read_only=True) as engine:
+        return [(r.principal, r.purpose, r.call, r.outcome) for r in engine.audit_records()]
+
+
+def test_a_command_that_reads_for_somebody_is_recorded_with_its_purpose(run):
+    assert run("subject", "s1", "--by", "anna", "--purpose", "complaint 7") == [
+        ("anna", "complaint 7", "subject", "done")
+    ]
+    assert ("anna", "", "subjects", "done") in run("list", "--by", "anna")
+    assert run("subject", "s1") == [], "a reader without a name cannot write"
+    with pytest.raises(bd.NotAllowed, match="'kiosk' has the roles search"):
+        run("subject", "s1", "--by", "kiosk")
+    with pytest.raises(bd.NotAllowed):
+        run("subject", "s1", "--purpose", "nobody's")
+
+
+def test_a_command_that_writes_for_somebody_takes_a_purpose_and_compaction_a_name(run):
+    removed = run("remove", "s1", "--by", "anna", "--purpose", "court order")
+    assert removed[-1] == ("anna", "court order", "remove", "done")
+    assert run("compact", "--by", "anna") == [("anna", "", "compact", "done")]
+    with pytest.raises(bd.NotAllowed, match="administer"):
+        run("compact", "--by", "kiosk")
+
+
+def test_a_purpose_without_a_person_is_refused(tmp_path):
+    with bd.Engine.open(tmp_path / "g") as engine:
+        engine.add_templates(["s1"], {"face": PEOPLE[:1]}, model_id=SFACE)
+    done = CliRunner().invoke(app, ["subject", "s1", "--purpose", "why", "-g", str(tmp_path / "g")])
+    assert isinstance(done.exception, bd.InvalidInput)
+    done = CliRunner().invoke(app, ["subject", "s1", "--purpose", "why", "--by", "anna", "-g", str(tmp_path / "g")])
+    assert done.exit_code == 0 and "not recorded" in done.output

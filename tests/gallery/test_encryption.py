@@ -241,6 +241,31 @@ def test_a_lost_or_damaged_key_file_is_named(encrypted, tmp_path):
 
 
 @pytest.mark.slow
+def test_doctor_reads_every_page_of_the_databases_beside_an_encrypted_gallery(tmp_path):
+    with bd.Engine.open(tmp_path / "g", with_key()) as engine:
+        enroll(engine, 0)
+    with jobs.Backlog.open(tmp_path / "g", with_key()) as backlog:
+        backlog.enqueue([Arrival(f"encounter {i:04}", "s" * 60) for i in range(200)], 1e9)
+    assert jobs.examine(tmp_path / "g", with_key()).problems == ()
+    file = tmp_path / "g" / "backlog.sqlite3"
+    sound = file.read_bytes()
+    for place in range(100, len(sound), 4096):
+        file.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+        (problem,) = jobs.examine(tmp_path / "g", with_key()).problems
+        assert "backlog.sqlite3" in problem
+
+
+def test_the_key_file_of_another_gallery_is_named(tmp_path):
+    for name in ("g", "other"):
+        with bd.Engine.open(tmp_path / name, with_key()) as engine:
+            enroll(engine, 0)
+    shutil.copy(tmp_path / "other" / "gallery.key", tmp_path / "g" / "gallery.key")
+    for read_only in (False, True):
+        with pytest.raises(bd.GalleryDamaged, match=r"does not open with the key in gallery\.key"):
+            bd.Engine.open(tmp_path / "g", with_key(), read_only=read_only)
+
+
+@pytest.mark.slow
 def test_a_file_in_the_clear_is_not_taken_for_one_of_an_encrypted_gallery(encrypted, tmp_path):
     shutil.copytree(encrypted, tmp_path / "g")
     fill(tmp_path / "plain", small(merge_fan=9))

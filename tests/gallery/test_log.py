@@ -120,6 +120,16 @@ def test_a_journal_that_was_changed_is_not_opened(folder, config):
             bd.Engine.open(folder, config, read_only=read_only)
 
 
+def test_verdicts_and_audit_records_that_were_dropped_are_not_answered_as_if_all_were_there(folder, config):
+    forge(folder, config, "DELETE FROM verdict")
+    forge(folder, config, "DELETE FROM audit WHERE number = (SELECT max(number) FROM audit)")
+    with bd.Engine.open(folder, config, read_only=True) as engine:
+        with pytest.raises(bd.GalleryDamaged, match=r"table verdict .* log verify"):
+            engine.verdicts()
+        with pytest.raises(bd.GalleryDamaged, match=r"newest ones were dropped; run `biodedup log verify`"):
+            list(engine.audit_records())
+
+
 def change_decision(folder, config):
     (row,) = forge(folder, config, "SELECT * FROM encounter WHERE encounter_id = 'e5'")
     changed = (*row[:2], "duplicate", row[3])

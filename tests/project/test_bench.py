@@ -20,6 +20,8 @@ pytestmark = pytest.mark.bench
     [
         (["captures.py", "--smoke"], "faces a second", False),
         (["chain.py", "--smoke"], "many a commit: ratio", False),
+        (["tamper.py", "--smoke"], "random: undetected                       0", False),
+        (["leaks.py", "--smoke"], "found encrypted                          0", False),
         (["front_ends.py", "--smoke"], "enrolments a second", False),
         (["replay.py", "--smoke"], "the same picture: share found", False),
         (["renewable.py", "--rows", "1000", "--rounds", "1"], "linked by comparing rows: 0.0", False),

@@ -265,6 +265,7 @@ def export(
 
 @app.command(rich_help_panel=Panel.GALLERY)
 def compact(
+    by: PersonOption = "",
     wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
@@ -276,8 +277,10 @@ def compact(
     """
     chosen = configured(gallery, config)
     with existing(gallery, chosen, wait) as engine:
+        if chosen.identities is not None:
+            chosen.identity(by).require("administer")  # before anything is forgotten
         jobs.forget_removed(gallery, chosen)
-        engine.compact()
+        acting(engine, by).compact()
         size = len(engine)
     logs = len(list((gallery / MERGES_FOLDER).glob("*.parquet")))
     text = f"compacted; {counted(size, 'subject')}"

@@ -16,9 +16,12 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     Panel,
+    PersonOption,
+    PurposeOption,
     app,
     configured,
     counted,
+    looked_into,
     opened,
     print_json,
     say,
@@ -34,12 +37,14 @@ def list_subjects(
     result: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write all subjects to a table, .parquet or .csv.")
     ] = None,
+    by: PersonOption = "",
+    purpose: PurposeOption = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the enrolled subjects, in order of enrolment, with their groups and columns."""
-    with opened(gallery, configured(gallery, config)) as engine:
+    with looked_into(gallery, configured(gallery, config), by, purpose) as engine:
         count = len(engine) if not group else sum(1 for _ in engine.subjects(group))
         first = list(islice(engine.subjects(group), limit))
         groups = engine.groups()
@@ -65,12 +70,14 @@ def _cells(subject: ListedSubject) -> tuple[str, str, str, str]:
 @app.command("subject", rich_help_panel=Panel.GALLERY)
 def show_subject(
     subject_id: str,
+    by: PersonOption = "",
+    purpose: PurposeOption = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a gallery holds of one subject: rows, groups, decisions, open cases. Shows no biometric data."""
-    with opened(gallery, configured(gallery, config)) as engine:
+    with looked_into(gallery, configured(gallery, config), by, purpose) as engine:
         subject, labels = engine.subject(subject_id), engine.config.labels
     if as_json:
         print_json(subject.to_dict())

@@ -16,10 +16,12 @@ from biodedup.cli.base import (
     GalleryOption,
     JsonOption,
     Panel,
+    PersonOption,
+    PurposeOption,
     app,
     configured,
     finish,
-    opened,
+    looked_into,
 )
 
 
@@ -39,12 +41,14 @@ def write(
     encounter_id: str,
     key: Annotated[Path, typer.Option("--sign", help="The private key that signs, of `biodedup log key`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; it must not exist.")],
+    by: PersonOption = "",
+    purpose: PurposeOption = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the signed receipt of a decision: outcome, thresholds, policy, models, rows examined, and its place in the log. No biometric data."""
-    with opened(gallery, configured(gallery, config)) as engine:
+    with looked_into(gallery, configured(gallery, config), by, purpose) as engine:
         document = jobs.write_receipt(engine, encounter_id, key, out)
     finish(document, f"{document['outcome']}: the receipt of {encounter_id} is in {out}", as_json)
 

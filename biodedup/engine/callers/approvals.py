@@ -2,12 +2,12 @@
 
 Owns the requests: the first call stores one and does nothing; the same call by another principal approves it and is carried out.
 
-1. A request is about what the gallery holds when it is made: its digest covers the rows, the candidates or the policy version concerned, so that
-   an approval never meets another state than the one that was asked about.
+1. A request is about what the gallery holds when it is made: its digest covers the version of the policy that asks for two people, and the rows
+   or candidates concerned, so that an approval never meets another state, or another policy, than the one that was asked about.
 2. An approval is stored in the commit that carries the call out: both stand, or neither. Of a key, which is no row, it is stored just before.
 3. Requests and approvals are signed: by Ed25519 with the caller's private key where the identities state its public one, otherwise by the
    hash of the chain (HMAC with the gallery's key). `log verify` checks the signatures.
-4. A request ends after a week, and with its approval. Requests and approvals are kept for ever. They hold ids and reasons, nothing biometric.
+4. A request ends after a week, with its approval, and with the next version of the policy. Requests and approvals are kept for ever. They hold ids and reasons, nothing biometric.
 """
 
 from __future__ import annotations
@@ -112,7 +112,11 @@ class Approvals:
                 f"{caller.name!r} is configured with a public key, and its private key was not given: what it asks for or approves is "
                 "signed; pass as_principal(..., key=FILE), or --sign FILE"
             )
-        one = _Request(action, json.dumps(dict(facts()), sort_keys=True), caller, about, sign)
+
+        def bound(transaction: Transaction) -> Any:
+            return self._gallery.policies[-1].version, about(transaction)
+
+        one = _Request(action, json.dumps(dict(facts()), sort_keys=True), caller, bound, sign)
         with self._gallery.transaction() as transaction:
             digest = one.digest(transaction)
             known = self._open_request(transaction, one, digest)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from biodedup.gallery.files.column_file import ColumnFile, open_column_file
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
 from biodedup.gallery.files.names import (
+    BACKLOG_NAME,
     DATABASE_NAME,
+    LEDGER_NAME,
     SEGMENT_FOLDER,
 )
 from biodedup.gallery.opening import check_format
@@ -65,18 +67,35 @@ class Manifest:
 
 
 def inspect(storage: Storage, folder: Path) -> list[Problem]:
-    """Checks every page, every checksum, and that what is derived agrees with what is exact. Reads everything.
+    """Checks every page, every checksum, and that what is derived agrees with what is exact. Reads everything; of the databases that jobs
+    keep beside the gallery's the pages alone.
 
     Raises NotAGallery, StorageUnavailable.
     """
     try:
-        return _inspected(storage, folder)
+        return _inspected(storage, folder) + _beside(storage, folder)
     except ODD_CONTENT as error:
         if isinstance(error, CallerError):
             raise
         return [Problem(None, "journal", f"{type(error).__name__}: {error}")]
     except GalleryDamaged as error:
         return [Problem(None, "journal", str(error))]
+
+
+def _beside(storage: Storage, folder: Path) -> list[Problem]:
+    """What is wrong with the databases of the queue and of kits."""
+    problems = []
+    for name in {BACKLOG_NAME, LEDGER_NAME}.intersection(storage.list_names(folder) or ()):
+        try:
+            with (
+                translated(f"reading {folder / name}"),
+                closing(storage.connect(folder / name, read_only=True)) as database,
+            ):
+                found = [text for (text,) in database.execute("PRAGMA integrity_check(20)") if text != "ok"]
+        except (NotAGallery, GalleryDamaged) as error:
+            found = [str(error)]
+        problems += [Problem(None, name, text) for text in found]
+    return problems
 
 
 def _inspected(storage: Storage, folder: Path) -> list[Problem]:

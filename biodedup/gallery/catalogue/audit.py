@@ -210,6 +210,11 @@ class AuditCheck:
     _archived: tuple[int, int] = (0, -1)
     """The records of the newest note on archive files, the first and the last one."""
 
+    @classmethod
+    def after(cls, spans: Sequence[AuditSpan], chain_hash: ChainHash) -> AuditCheck:
+        """One that takes packed records as they are, and follows those behind them."""
+        return cls(chain_hash, _next=spans[-1].last + 1, _value=spans[-1].value) if spans else cls(chain_hash)
+
     def span(self, span: AuditSpan) -> None:
         name = f"audit records {span.number} to {span.last}"
         if span.number != self._next or span.before != self._value:

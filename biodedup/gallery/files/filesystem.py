@@ -158,6 +158,13 @@ class Storage(Protocol):
         """Removes a file, if it is there."""
 
 
+def needs_key(folder: Path) -> InvalidInput:
+    """The error of renewable templates in a gallery in the clear."""
+    return InvalidInput(
+        f"renewable templates need an encrypted gallery; state its key (Config.keys), or run `biodedup encrypt {folder}`"
+    )
+
+
 class FileLock:
     """An advisory lock on an open file, holding the process id of its owner."""
 
@@ -406,9 +413,7 @@ class LocalStorage:
         with key_file_lock(folder):
             stored, register = stored_key(folder), self._register
             if stored is None or register is None:
-                raise InvalidInput(
-                    f"renewable templates need an encrypted gallery; state its key (Config.keys), or run `biodedup encrypt {folder}`"
-                )
+                raise needs_key(folder)
             key, before = stored.opened(register), stored.turn_secrets(register)
             self._learn_turns(stored)
             after = change(before)
@@ -460,8 +465,13 @@ class LocalStorage:
                 connection.execute("PRAGMA journal_mode=PERSIST")
                 connection.execute("PRAGMA synchronous=FULL")
                 connection.execute("PRAGMA secure_delete=ON")  # a removed subject's vectors are overwritten
-        except BaseException:
+        except BaseException as error:
             connection.close()
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB and (path.parent / KEY_NAME).exists():
+                raise GalleryDamaged(
+                    f"{path} does not open with the key in {KEY_NAME}: one of the two is damaged, or another gallery's; restore both from a "
+                    "backup"
+                ) from error
             raise
         return connection
 
