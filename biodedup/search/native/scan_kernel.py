@@ -51,7 +51,6 @@ from biodedup.values import Float32
 
 _LINE = 64  # bytes of memory that are fetched at once
 _FEW_PROBES = 48  # so few that most rows are compared with none of them
-_AHEAD = 2 * BLOCKS  # so many blocks on, memory is prefetched
 
 Int64 = NDArray[np.int64]
 
@@ -276,8 +275,6 @@ def _take_block(stored: Any, asked: Any, block: int, taken: int, indices: int) -
             for i in range(asked.octets):
                 octet = np.int64(i32_at(asked.octets_used + 4 * i))
                 class_indices(signs + 64 * octet, outer + 64 * octet, indices + 4 * ROWS * octet)
-                prefetch(signs + 64 * (octet + _AHEAD * octets))
-                prefetch(outer + 64 * (octet + _AHEAD * octets))
             continue
         used = i64_at(asked.used + 8 * c)
         some, source = (used + 1) >> 1, signs
@@ -286,7 +283,6 @@ def _take_block(stored: Any, asked: Any, block: int, taken: int, indices: int) -
             source = taken
         for j in range(some):
             sign_indices(source + 64 * j, indices + 2 * ROWS * j)
-            prefetch(signs + 64 * (j + _AHEAD * octets))
         indices += ROWS * used
 
 
