@@ -85,7 +85,7 @@ def test_another_key_or_none_opens_nothing_and_a_register_in_the_clear_takes_no_
         register(replace(config, keys=new_key))
     with pytest.raises(bd.KeyMismatch, match="got no key"):
         moving.export_gallery(register.url, tmp_path / "x", bd.ClusterConfig(segments=f"file://{tmp_path}/store"))
-    plain = register.url + "2"
+    plain = register.url + "_two"
     cluster = bd.ClusterConfig(segments=f"file://{tmp_path}/store")
     bd.Engine.open(plain, bd.Config(cluster=cluster)).close()
     with pytest.raises(bd.KeyMismatch, match="the register is not encrypted"):
@@ -98,7 +98,7 @@ def test_a_folder_of_copies_serves_one_register(register, config, tmp_path):
     register(config, cluster={"cache": tmp_path / "one"})
     for other in (config, replace(config, keys=None)):
         with pytest.raises(bd.InvalidInput, match=r"copies of another register; name another folder"):
-            bd.Engine.open(f"{register.url}{2 + (other.keys is None)}", replace(other, cluster=cluster))
+            bd.Engine.open(f"{register.url}_{2 + (other.keys is None)}", replace(other, cluster=cluster))
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_renewable_templates_are_refused(register, config, tmp_path):
     bd.Engine.open(tmp_path / "g", renewable).close()
     cluster = bd.ClusterConfig(segments=f"file://{tmp_path}/store")
     with pytest.raises(bd.InvalidInput, match="are renewable"):
-        moving.import_gallery(tmp_path / "g", register.url + "2", cluster, LocalStorage(config.keys))
+        moving.import_gallery(tmp_path / "g", register.url + "_two", cluster, LocalStorage(config.keys))
 
 
 @pytest.mark.slow

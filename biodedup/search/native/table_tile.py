@@ -12,6 +12,7 @@ Tables are made so that no sum over a quarter of them overflows a byte: rows cos
 from __future__ import annotations
 
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numba
@@ -42,6 +43,75 @@ BLOCKS = 4
 ROWS = 64 * BLOCKS
 
 
+class _Tile:
+    """The instructions of `_make_tile`, for one set of instructions. lanes: bytes of a register; vectors: registers that hold a byte of each
+    row."""
+
+    def __init__(self, instructions: str) -> None:
+        self.lanes = 32 if instructions == "avx2" else 64
+        self.vectors = ROWS // self.lanes
+        self.octets, self._wider = (ir.VectorType(kind, self.lanes) for kind in (_I8, _I16))
+        self.table = ir.VectorType(_I8, ENTRIES)
+        self._shuffle = "llvm.x86.avx2.pshuf.b" if self.lanes == 32 else "llvm.x86.avx512.pshuf.b.512"
+
+    def mean(self, builder: Any, one: Any, other: Any) -> Any:
+        """The mean, rounded up: one instruction."""
+        both = builder.add(builder.zext(one, self._wider), builder.zext(other, self._wider))
+        more = builder.add(both, splat(builder, ir.Constant(_I16, 1), self.lanes))
+        return builder.trunc(builder.lshr(more, splat(builder, ir.Constant(_I16, 1), self.lanes)), self.octets)
+
+    def summed(self, builder: Any, addresses: tuple[Any, Any, Any], first: Any, end: Any) -> list[Any]:
+        """The sums over places [first, end), one a vector."""
+        indices, places, tables = addresses
+        kind = ir.FunctionType(self.octets, [self.octets] * 2)
+        shuffle = cgutils.get_or_insert_function(builder.module, kind, self._shuffle)
+        before = builder.block
+        loop, after = builder.append_basic_block("table"), builder.append_basic_block("quarter")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        at = builder.phi(_I64)
+        sums = [builder.phi(self.octets) for _ in range(self.vectors)]
+        place = builder.zext(builder.load(builder.gep(places, [at])), _I64)
+        rows = builder.gep(indices, [builder.mul(place, ir.Constant(_I64, self.vectors))])
+        entry = builder.load(builder.gep(tables, [at]))
+        entry.align = 1
+        spread = ir.Constant(ir.VectorType(_I32, self.lanes), [i % ENTRIES for i in range(self.lanes)])
+        entry = builder.shuffle_vector(entry, entry, spread)
+        grown = []
+        for v, total in enumerate(sums):
+            some = builder.load(builder.gep(rows, [ir.Constant(_I64, v)]))
+            some.align = self.lanes
+            grown.append(builder.add(total, builder.call(shuffle, [entry, some])))
+        following = builder.add(at, ir.Constant(_I64, 1))
+        at.add_incoming(first, before)
+        at.add_incoming(following, loop)
+        for total, new in zip(sums, grown, strict=True):
+            total.add_incoming(ir.Constant(self.octets, None), before)
+            total.add_incoming(new, loop)
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+        builder.position_at_end(after)
+        return grown
+
+    def means(self, builder: Any, addresses: tuple[Any, Any, Any], count: Any) -> list[Any]:
+        """The mean of the sums over the quarters of the places, one a vector."""
+        quarter = builder.udiv(count, ir.Constant(_I64, SUMS_PER_ROW))
+        edges = [builder.mul(quarter, ir.Constant(_I64, i)) for i in range(SUMS_PER_ROW + 1)]
+        sums = [self.summed(builder, addresses, *span) for span in pairwise(edges)]
+        halves = [[self.mean(builder, *two) for two in zip(*sums[i : i + 2], strict=True)] for i in (0, 2)]
+        return [self.mean(builder, *two) for two in zip(*halves, strict=True)]
+
+    def reached(self, builder: Any, means: list[Any], limit: Any) -> list[Any]:
+        """For each block a uint64, of which bit r is set where the mean of row r reaches the limit."""
+        least = splat(builder, builder.trunc(limit, _I8), self.lanes)
+        masks: list[Any] = [ir.Constant(_I64, 0)] * BLOCKS
+        for v, mean in enumerate(means):
+            bits = builder.bitcast(builder.icmp_unsigned(">=", mean, least), ir.IntType(self.lanes))
+            wide = bits if self.lanes == 64 else builder.zext(bits, _I64)
+            block, shift = self.lanes * v // 64, self.lanes * v % 64
+            masks[block] = builder.or_(masks[block], builder.shl(wide, ir.Constant(_I64, shift)))
+        return masks
+
+
 def _make_tile(instructions: str) -> Any:
     """An intrinsic for numba, tile(indices, places, tables, count, limit, masks), all integers or addresses:
 
@@ -50,72 +120,16 @@ def _make_tile(instructions: str) -> Any:
     set where the mean of row r of a block reaches the limit. Of each quarter of the places the sum over i of tables[i,
     indices[places[i], r]] is taken; then the mean, rounded up, of two means, rounded up.
     """
-    lanes = 32 if instructions == "avx2" else 64
-    name = "avx2.pshuf.b" if lanes == 32 else "avx512.pshuf.b.512"
-    octets, wider, table = (ir.VectorType(kind, n) for kind, n in ((_I8, lanes), (_I16, lanes), (_I8, ENTRIES)))
-    vectors = ROWS // lanes
-
-    def mean(builder: Any, one: Any, other: Any) -> Any:
-        """The mean, rounded up: one instruction."""
-        both = builder.add(builder.zext(one, wider), builder.zext(other, wider))
-        more = builder.add(both, splat(builder, ir.Constant(_I16, 1), lanes))
-        return builder.trunc(builder.lshr(more, splat(builder, ir.Constant(_I16, 1), lanes)), octets)
-
-    def summed(builder: Any, addresses: tuple[Any, Any, Any], first: Any, end: Any) -> list[Any]:
-        """The sums over places [first, end), one a vector."""
-        indices, places, tables = addresses
-        shuffle = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(octets, [octets] * 2), f"llvm.x86.{name}"
-        )
-        before = builder.block
-        loop, after = builder.append_basic_block("table"), builder.append_basic_block("quarter")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        at = builder.phi(_I64)
-        sums = [builder.phi(octets) for _ in range(vectors)]
-        place = builder.zext(builder.load(builder.gep(places, [at])), _I64)
-        rows = builder.gep(indices, [builder.mul(place, ir.Constant(_I64, vectors))])
-        entry = builder.load(builder.gep(tables, [at]))
-        entry.align = 1
-        spread = ir.Constant(ir.VectorType(_I32, lanes), [i % ENTRIES for i in range(lanes)])
-        entry = builder.shuffle_vector(entry, entry, spread)
-        grown = []
-        for v, total in enumerate(sums):
-            some = builder.load(builder.gep(rows, [ir.Constant(_I64, v)]))
-            some.align = lanes
-            grown.append(builder.add(total, builder.call(shuffle, [entry, some])))
-        following = builder.add(at, ir.Constant(_I64, 1))
-        at.add_incoming(first, before)
-        at.add_incoming(following, loop)
-        for total, new in zip(sums, grown, strict=True):
-            total.add_incoming(ir.Constant(octets, None), before)
-            total.add_incoming(new, loop)
-        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
-        builder.position_at_end(after)
-        return grown
+    made = _Tile(instructions)
 
     @intrinsic
     def tile(_: Any, indices: Any, places: Any, tables: Any, count: Any, limit: Any, masks: Any) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            addresses = tuple(
-                builder.inttoptr(args[at], kind.as_pointer()) for at, kind in enumerate((octets, _I32, table))
-            )
-            quarter = builder.udiv(args[3], ir.Constant(_I64, SUMS_PER_ROW))
-            edges = [builder.mul(quarter, ir.Constant(_I64, i)) for i in range(SUMS_PER_ROW + 1)]
-            pairs = []
-            for i in range(0, SUMS_PER_ROW, 2):
-                both = [summed(builder, addresses, edges[j], edges[j + 1]) for j in (i, i + 1)]
-                pairs.append([mean(builder, *two) for two in zip(*both, strict=True)])
-            least = splat(builder, builder.trunc(args[4], _I8), lanes)
-            masked: list[Any] = [ir.Constant(_I64, 0)] * BLOCKS
-            for v, two in enumerate(zip(*pairs, strict=True)):
-                near = builder.icmp_unsigned(">=", mean(builder, *two), least)
-                reached = builder.bitcast(near, ir.IntType(lanes))
-                wide = reached if lanes == 64 else builder.zext(reached, _I64)
-                block, shift = lanes * v // 64, lanes * v % 64
-                masked[block] = builder.or_(masked[block], builder.shl(wide, ir.Constant(_I64, shift)))
+            kinds = (made.octets, _I32, made.table)
+            addresses = tuple(builder.inttoptr(args[at], kind.as_pointer()) for at, kind in enumerate(kinds))
+            means = made.means(builder, addresses, args[3])
             to = builder.inttoptr(args[5], _I64.as_pointer())
-            for b, mask in enumerate(masked):
+            for b, mask in enumerate(made.reached(builder, means, args[4])):
                 builder.store(mask, builder.gep(to, [ir.Constant(_I64, b)]))
             return context.get_dummy_value()
 
