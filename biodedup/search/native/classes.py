@@ -23,7 +23,7 @@ from biodedup.gallery.files.codes import outer_bits, product, quantise, sign_bit
 from biodedup.search.native.estimator import TableEstimator, mean_and_covariance
 from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.table_tile import ENTRIES, SUMS_PER_ROW, TableKind
-from biodedup.search.native.tables import limits_of, means_of, products_of, rounding_variance, scales_of, tables_of
+from biodedup.search.native.tables import limits_of, products_at, rounding_variance, scales_of, tables_of
 from biodedup.values import Float32
 
 _PAIR = int(TableKind.CLASSES)
@@ -79,11 +79,10 @@ class Classes(TableEstimator):
         """float32 (n, D) each -> float32 (n,): the dot product of the numbers that the
         probe looks at with what the row's classes stand for, over the share of the probe that these numbers are."""
         places, numbers, scale = self._chosen(probes)
-        tables, steps, middles = tables_of(numbers, self._values.levels)
         outer, positive = (bits.reshape(len(vectors), -1, _PAIR) for bits in self._values.bits(vectors))
-        entries = (positive << np.arange(2)).sum(axis=2) | (outer << np.arange(2, 4)).sum(axis=2)
-        means = means_of(tables, np.take_along_axis(entries, places, axis=1))
-        return np.asarray(products_of(means, steps, middles) / scale, np.float32)
+        entries = positive[..., 0] + 2 * positive[..., 1] + 4 * outer[..., 0] + 8 * outer[..., 1]
+        entries = np.take_along_axis(entries, places, axis=1)
+        return np.asarray(products_at(numbers, self._values.levels, entries) / scale, np.float32)
 
     def unrelated(self, probes: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the estimates of unrelated rows, float32 (q,) each."""

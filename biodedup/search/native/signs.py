@@ -21,7 +21,7 @@ from biodedup.gallery.files.codes import product, quantise
 from biodedup.search.native.estimator import TableEstimator, mean_and_covariance
 from biodedup.search.native.scan_kernel import ScanProbes
 from biodedup.search.native.table_tile import ENTRIES, TableKind
-from biodedup.search.native.tables import limits_of, means_of, products_of, rounding_variance, scales_of, tables_of
+from biodedup.search.native.tables import limits_of, products_at, rounding_variance, scales_of, tables_of
 from biodedup.values import Float32
 
 TABLES_MOST = 128
@@ -65,10 +65,9 @@ class Signs(TableEstimator):
 
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
         """float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers and the row's signs."""
-        tables, steps, middles = tables_of(self._quads(probes), LEVELS)
         signs = (self.of(vectors) > 0).reshape(len(probes), -1, TableKind.SIGNS)
         entries = (signs << np.arange(TableKind.SIGNS)).sum(axis=2)
-        return np.asarray(products_of(means_of(tables, entries), steps, middles) / self._size, np.float32)
+        return np.asarray(products_at(self._quads(probes), LEVELS, entries) / self._size, np.float32)
 
     def _quads(self, probes: Float32) -> Float32:
         return self.numbers(probes).reshape(len(probes), -1, TableKind.SIGNS)

@@ -24,7 +24,7 @@ def tables_of(numbers: Float32, levels: Float32) -> tuple[NDArray[np.uint8], Flo
     (ENTRIES, b), what the numbers of a row stand for, symmetric about 0.
 
     Returns uint8 (q, t, ENTRIES), t padded to a multiple of SUMS_PER_ROW, and steps and middles, float32 (q,) each, for
-    `products_of`.
+    `limits_of`.
     """
     steps, middles, padded = scales_of(numbers, levels)
     values = numbers @ levels.T
@@ -44,25 +44,22 @@ def scales_of(numbers: Float32, levels: Float32) -> tuple[Float32, Float32, int]
     return steps, most.sum(axis=1), padded
 
 
-def means_of(tables: NDArray[np.uint8], entries: NDArray[np.integer]) -> Float32:
-    """What the kernel compares with limits, for pairs of a probe and a row. tables: (n, t, ENTRIES); entries: the row's
-    index into each table but the padded ones, (n, m)."""
-    found = np.take_along_axis(tables[:, : entries.shape[1]], entries[:, :, None], axis=2)[:, :, 0].astype(np.int64)
-    quarters = np.zeros((len(tables), tables.shape[1]), np.int64)
-    quarters[:, : entries.shape[1]] = found
-    sums = quarters.reshape(len(tables), SUMS_PER_ROW, -1).sum(axis=2)
+def products_at(numbers: Float32, levels: Float32, entries: NDArray[np.integer]) -> Float32:
+    """The dot products that the kernel's sums stand for, float32 (n,), of pairs of a probe and a row: as by `tables_of`, of which only the
+    entries that the rows look up are computed. numbers: float32 (n, m, b); entries: (n, m), below ENTRIES."""
+    steps, middles, padded = scales_of(numbers, levels)
+    values = np.einsum("nmb,nmb->nm", numbers, levels[entries]) + np.abs(numbers).sum(axis=2) * levels.max()
+    found = np.zeros((len(numbers), padded), np.int32)
+    found[:, : numbers.shape[1]] = np.rint(values / steps[:, None])
+    sums = found.reshape(len(numbers), SUMS_PER_ROW, -1).sum(axis=2)
     halves = (sums[:, ::2] + sums[:, 1::2] + 1) >> 1
-    return np.asarray((halves[:, 0] + halves[:, 1] + 1) >> 1, np.float32)
+    means = ((halves[:, 0] + halves[:, 1] + 1) >> 1).astype(np.float32)
+    return np.asarray((means - _ROUNDED_UP) * SUMS_PER_ROW * steps - middles, np.float32)
 
 
 def rounding_variance(tables: int, steps: Float32) -> Float32:
     """The variance of dot products due to the rounding of entries and of means."""
     return np.asarray((tables / 12 + SUMS_PER_ROW**2 / 6) * steps**2, np.float32)
-
-
-def products_of(means: Float32, steps: Float32, middles: Float32) -> Float32:
-    """The dot products that means of the sums stand for."""
-    return np.asarray((means - _ROUNDED_UP) * SUMS_PER_ROW * steps - middles, np.float32)
 
 
 def limits_of(products: Float32, steps: Float32, middles: Float32) -> NDArray[np.uint8]:
@@ -71,4 +68,4 @@ def limits_of(products: Float32, steps: Float32, middles: Float32) -> NDArray[np
     return np.asarray(np.clip(least, 0, 255), np.uint8)
 
 
-assert SUMS_PER_ROW == 4  # which `means_of` relies on
+assert SUMS_PER_ROW == 4  # which `products_at` relies on
