@@ -54,7 +54,7 @@ ROW_COSTS = {
 }
 """By instruction set. Without one of these there are no byte shuffles, and no table look-ups. Timed on a core with AVX-512, both."""
 
-CLASSES_MEASURED_NS = 2e9
+CLASSES_MEASURED_NS = 1e9
 """What it takes to measure the laws of a column's class tables (`native/classes.py`)."""
 
 AVX2_MULTI_COLUMN_COSTS = MultiColumnCosts(0.0, 900.0, 64.0)
