@@ -1,4 +1,4 @@
-"""What somebody can do to an encrypted gallery who reads and writes its files, knows their format, and has not the key.
+"""Forgeries of an encrypted gallery: the attacker reads and writes its files and knows their format, but has no key.
 
 Owns the kinds of forgeries (`FORGERIES`) for tamper.py. Never opens a gallery.
 """

@@ -368,7 +368,7 @@ def acting(engine: bd.Engine, by: str, sign: Path | None = None, purpose: str = 
     if not purpose:
         return engine
     if not by:
-        raise InvalidInput("--purpose says why somebody calls; say who, too: --by NAME")
+        raise InvalidInput("--purpose needs the name of the caller; add --by NAME")
     return engine.as_principal(bd.Principal(by, bd.ROLES), purpose=purpose)
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import biodedup as bd
+from biodedup.gallery.snapshot import Snapshot
 from biodedup.testing import internals
 from tests.support.images import jpeg
 from tests.support.vectors import again, people, unit
@@ -274,6 +275,17 @@ def test_search_returns_what_numpy_returns(engine):
     order = np.argsort(-exact, axis=1, kind="stable")[:, :25]
     assert (ids == names[order]).all()
     np.testing.assert_allclose(similarity, np.take_along_axis(exact, order, axis=1), atol=1e-5)
+
+
+def test_a_search_does_not_look_up_one_by_one_the_ids_that_it_names(engine, monkeypatch):
+    vectors = people(30)
+    engine.add_templates([f"s{i}" for i in range(30)], {"face": vectors}, model_id="own-1")
+
+    def one_by_one(snapshot, subject_id):
+        raise AssertionError(f"{subject_id} was looked up by itself")
+
+    monkeypatch.setattr(Snapshot, "row_of", one_by_one)
+    assert engine.search({"face": vectors}, k=3).ids[:, 0].tolist() == [f"s{i}" for i in range(30)]
 
 
 def test_search_pads_where_the_gallery_is_smaller_than_k(engine):

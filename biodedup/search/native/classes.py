@@ -76,8 +76,8 @@ class Classes(TableEstimator):
         return np.asarray(places, np.int32), looked_at, np.asarray(scale, np.float32)
 
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
-        """float32 (n, D) each -> float32 (n,): the dot product of the numbers that the
-        probe looks at with what the row's classes stand for, over the share of the probe that these numbers are."""
+        """float32 (n, D) each -> float32 (n,): the dot product of the numbers that the probe looks at with what the
+        row's classes stand for, over the share of the probe that these numbers are."""
         places, numbers, scale = self._chosen(probes)
         outer, positive = (bits.reshape(len(vectors), -1, _PAIR) for bits in self._values.bits(vectors))
         entries = positive[..., 0] + 2 * positive[..., 1] + 4 * outer[..., 0] + 8 * outer[..., 1]
@@ -91,12 +91,9 @@ class Classes(TableEstimator):
         np.put_along_axis(seen, places[:, :, None], numbers, axis=1)
         flat = seen.reshape(len(probes), -1)
         steps, _, padded = scales_of(numbers, self._values.levels)
-        variance = np.einsum("ij,ij->i", product(flat, self._values.covariance), flat) + rounding_variance(
-            padded, steps
-        )
-        return np.asarray(product(flat, self._values.mean[:, None])[:, 0] / scale, np.float32), np.sqrt(
-            variance
-        ) / scale
+        mean = np.asarray(product(flat, self._values.mean[:, None])[:, 0] / scale, np.float32)
+        variance = np.einsum("ij,ij->i", product(flat, self._values.covariance), flat)
+        return mean, np.sqrt(variance + rounding_variance(padded, steps)) / scale
 
     def tabled(self, untabled: ScanProbes, probes: Float32, cuts: Float32) -> ScanProbes:
         """Probes with tables. probes: rotated; cuts: the estimates by classes that rows must reach, float32 (q,)."""
