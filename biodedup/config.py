@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from biodedup.common.arguments import check_fields, checked
+from biodedup.common.renamed import renamed_fields
 from biodedup.common.tables import made, read_toml, typed
 from biodedup.devices import check_devices
 from biodedup.errors import InvalidInput, NotAllowed
@@ -186,6 +187,7 @@ TWO_PEOPLE = ("remove", "replace", "adjudicate", "policy", "index", "merge", "ke
 `undo`; keys and transforms of templates that are changed, set or taken away; other models or calibrations."""
 
 
+@renamed_fields(own_strangers="use_gallery_impostors")
 @dataclass(frozen=True)
 class Policy:
     """The rules and target error rates of decisions. A gallery stores its policy.
@@ -216,7 +218,7 @@ class Policy:
     """Target false match rate of 1:1 verifications and updates, between 0 and 1."""
     trust_extrapolation: bool = True
     """False sends to review what would be `duplicate` by a score beyond the pairs that the calibration was measured on."""
-    own_strangers: bool = True
+    use_gallery_impostors: bool = True
     """Whether embeddings are calibrated on this gallery's own impostor scores, from 32 subjects on. False: scores are those of the model's
     card, as in `biodedup.compare`."""
     replays: str = "report"
@@ -287,7 +289,7 @@ class Policy:
                 raise InvalidInput(f"{name} is {days}, wanted days from 0 to a million, or None to keep for ever")
         if self.climbs_max < 0:
             raise InvalidInput(f"climbs_max is {self.climbs_max}, wanted at least 0, which means no lock-out")
-        for name in ("trust_extrapolation", "own_strangers"):
+        for name in ("trust_extrapolation", "use_gallery_impostors"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInput(f"{name} is {getattr(self, name)!r}, wanted True or False")
         for name in ("fpir", "review_fpir", "fnir_review", "verify_fmr"):
