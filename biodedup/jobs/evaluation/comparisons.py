@@ -215,9 +215,11 @@ def _impostor_pairs(subject: Int64) -> int:
 
 def _calibrations(encounters: Sequence[Labelled], gallery: Bool, held: _Held, config: Config) -> Calibrations:
     drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
-    own = config.stated_policy.own_strangers
+    use_gallery = config.stated_policy.use_gallery_impostors
     return Calibrations(
-        Extractor(config).cards, lambda model_id: drawn.get(model_id, NO_SAMPLE), own_strangers=lambda: own
+        Extractor(config).cards,
+        lambda model_id: drawn.get(model_id, NO_SAMPLE),
+        use_gallery_impostors=lambda: use_gallery,
     )
 
 
