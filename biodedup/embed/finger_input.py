@@ -39,12 +39,12 @@ def finger_input(ridges: RidgeMap, thin: NDArray[np.uint8] | None = None) -> Fin
     height, width = ridges.inside.shape
     x, y = (4 * round(float(v.mean())) if len(v) else side // 2 for v, side in ((columns, width), (rows, height)))
     half = CELLS * CELL_PX // 2
-    edges = [max(half - y, 0), max(y + half - height, 0), max(half - x, 0), max(x + half - width, 0)]
+    top, bottom, left, right = max(half - y, 0), max(y + half - height, 0), max(half - x, 0), max(x + half - width, 0)
     within = np.s_[max(y - half, 0) : y + half, max(x - half, 0) : x + half]
     inside, turns = ridges.inside[within].astype(np.float32), 2 * ridges.direction[within]
     period = (PERIOD_PX / ridges.period[within] - 1) * 2
     layers = cv2.merge([np.cos(turns) * inside, np.sin(turns) * inside, inside, period * inside])
-    framed = cv2.copyMakeBorder(layers, *edges, cv2.BORDER_CONSTANT)
+    framed = cv2.copyMakeBorder(layers, top, bottom, left, right, cv2.BORDER_CONSTANT)
     directions = cv2.resize(framed, (CELLS, CELLS), interpolation=cv2.INTER_AREA)
     found = skeleton_minutiae(ridges, thin)
     found[:, 0] -= x
