@@ -72,3 +72,20 @@ def test_the_rows_of_a_subject_that_was_enrolled_and_updated_after_the_search_co
     assert wanted.candidates[0].subject_id == "twice" and len(wanted.candidates[0].rows) == 2
     assert rounded(got.candidates) == rounded(wanted.candidates)
     assert (got.outcome, wanted.outcome) == ("review", "review")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_finger_under_another_label_is_found_among_the_rows_of_its_own_batch(tmp_path, named):
+    """Also where the gallery has the probe's first finger alone, so that labels pair one capture."""
+    thumb, index = TEN[:2]
+    first = bd.Encounter("first", templates=of(45, [thumb]))
+    swapped = {index: replace(later(PEOPLE[45], [thumb], 0.9)[thumb], column=index)}
+    second = bd.Encounter("second", templates=swapped | (without_minutiae(of(46, [thumb])) if named else {}))
+    found = []
+    for name in ("batch", "single"):
+        with gallery(tmp_path / name, {f"s{i}": of(i, [thumb]) for i in range(3)}) as engine:
+            each = [[first, second]] if name == "batch" else [[first], [second]]
+            found.append([one for some in each for one in engine.enroll_many(some, across_positions=True)][1])
+    in_batch, single = found
+    assert (single.outcome, single.candidates[0].subject_id) == ("duplicate", "first")
+    assert (in_batch.outcome, rounded(in_batch.candidates)) == (single.outcome, rounded(single.candidates))
